@@ -1,0 +1,38 @@
+"""What a user can get wrong, and how a program answers it. Knows nothing about any of the programs."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+
+class InputError(ValueError):
+    """A mistake that the user can mend: the message is one plain line naming the file or value and the mend."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with exit status 2 as everywhere in this project."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; an InputError ends the program with its one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def find_path(path: str | Path, root: Path, what: str) -> Path:
+    """An existing `path`, looked up from where the user stands and then from the project's `root`.
+
+    Raises InputError, naming `what` was looked for, where neither exists.
+    """
+    for candidate in (Path(path), root / path):
+        if candidate.exists():
+            return candidate
+    raise InputError(f"{what} {str(path)!r} is neither in {Path.cwd()} nor in {root}: check the path")

@@ -1,0 +1,114 @@
+"""Qwen2.5-VL with explicit positions and mask. Knows nothing of variants, prompts or the environment.
+
+The classes bear the names of the stock ones, so that a checkpoint saved here is a stock checkpoint in every
+byte that matters: stock transformers loads what this saves, and this loads what stock transformers saved.
+
+    B samples   L tokens   T rows that are scored   C hidden size   V vocabulary
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
+
+
+class VisionAttention(stock.Qwen2_5_VLVisionAttention):
+    """Stock vision attention without its loop: segments of one length are attended to in one call.
+
+    Under SDPA the stock tower calls attention once for every window of every clip. Windows come in a handful
+    of sizes, so gathering those of equal size gives the same numbers in a handful of calls.
+    """
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, max_seqlen=None, **kwargs):
+        """`hidden_states` (patches, channels), cut into segments at `cu_seqlens`; returns the same shape."""
+        patches = hidden_states.shape[0]
+        query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
+        query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+
+        bounds = cu_seqlens.cpu()
+        starts, lengths = bounds[:-1], bounds.diff()
+        mixed = torch.empty_like(value)
+        for length in lengths.unique().tolist():
+            same = starts[lengths == length]
+            index = (same[:, None] + torch.arange(length)).to(hidden_states.device)  # (segments, length)
+            # (segments, length, heads, head size) -> heads before length, as SDPA wants them
+            parts = (tensor[index].transpose(1, 2) for tensor in (query, key, value))
+            mixed[index] = nn.functional.scaled_dot_product_attention(*parts, scale=self.scaling).transpose(1, 2)
+        return self.proj(mixed.reshape(patches, -1))
+
+
+class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneration):
+    """Stock weights and layers; nothing is guessed from token ids: positions and mask are arguments."""
+
+    _supports_flex_attn = True
+
+    def __init__(self, config):
+        if set(config.text_config.layer_types) != {"full_attention"}:
+            raise ValueError("sliding-window attention cannot hold a streaming mask: set use_sliding_window to false")
+        super().__init__(config)
+        for block in self.model.visual.blocks:
+            block.attn.__class__ = VisionAttention
+
+    def perceive(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Visual tokens of clips that share one grid.
+
+        `pixel_values` (clips, patches, pixels of a patch) as `prompts.clip_pixels` gives them, `grid` merged
+        rows × columns. Returns (clips, rows * columns, C). Clips do not see each other in the vision tower.
+        """
+        merge = self.model.visual.spatial_merge_size
+        clips = pixel_values.shape[0]
+        grid_thw = torch.tensor([[clips, grid[0] * merge, grid[1] * merge]], device=pixel_values.device)
+        tokens = self.model.visual(pixel_values.flatten(0, 1).to(self.dtype), grid_thw=grid_thw).pooler_output
+        return tokens.view(clips, grid[0] * grid[1], -1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | BlockMask | None,
+        visual_tokens: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        past_key_values=None,
+        targets: Tensor | None = None,
+        score: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """One pass over `input_ids` (B, L), in which visual tokens stand as `config.video_token_id`.
+
+        `position_ids` (3, B, L). `attention_mask` is boolean (B, 1, L, keys), True where attention is allowed,
+        or a FlexAttention block mask (text config's attention set to `flex_attention`), or None for plainly
+        causal attention. The visual tokens, in feed order, come either ready as `visual_tokens` (all of them, C)
+        or as `pixel_values_videos` and `video_grid_thw`, as a stock processor gives them.
+
+        `targets` (B, L) holds the token that each row must predict, or -100: nothing is shifted here, and only
+        rows with a target are scored. Otherwise `score` (B, L) flags the rows to score, by default all.
+        Returns `loss` (mean over targets, or their sum over `num_items_in_batch`) and `logits`: (T, V) for
+        chosen rows, (B, L, V) for all.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values_videos is not None:
+            visual_tokens = torch.cat(self.get_video_features(pixel_values_videos, video_grid_thw).pooler_output)
+        if visual_tokens is not None:
+            is_visual = input_ids == self.config.video_token_id
+            if int(is_visual.sum()) != len(visual_tokens):
+                raise ValueError(f"{int(is_visual.sum())} places for visual tokens, but {len(visual_tokens)} came")
+            embeds = embeds.masked_scatter(is_visual[:, :, None], visual_tokens.to(embeds))
+
+        hidden = self.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask={"full_attention": attention_mask},
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        ).last_hidden_state
+
+        if targets is not None:
+            score = targets != -100
+        logits = self.lm_head(hidden if score is None else hidden[score])
+        loss = None
+        if targets is not None:
+            count = len(logits) if num_items_in_batch is None else num_items_in_batch
+            loss = nn.functional.cross_entropy(logits.float(), targets[score], reduction="sum") / count
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)

@@ -1,0 +1,71 @@
+"""Timeline rows to three-dimensional positions. Knows nothing of token ids, masks or training.
+
+Every count below is in closed form, so that one function serves a whole sample and the newest tokens of a
+running stream alike: positions depend on what the slots before wrote, never on what is still to come.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .timeline import CLIP, HEADER, PROMPT, TAIL, Layout, Rows, Timeline
+from .variants import Variant
+
+
+def timeline_positions(timeline: Timeline) -> Tensor:
+    """Positions of a whole sample, int64 of shape (3, L)."""
+    return row_positions(timeline.rows, timeline.variant, timeline.layout, timeline.counts, timeline.clips)
+
+
+def row_positions(rows: Rows, variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None) -> Tensor:
+    """Positions (time, height, width) of any rows of a stream, int64 of shape (3, L).
+
+    `counts` holds the answer tokens written so far, k_1, k_2, …; the slots before that of a row must be
+    complete. `clips` is N once the tail has been fed or is among the rows, None before.
+    """
+    across = layout.grid[1]
+    span = max(layout.grid)  # positions that one clip takes up in height or width
+    text_index = torch.where(rows.part == HEADER, rows.index, rows.index + layout.header)
+
+    if variant.count in ("stock", "own"):
+        base = torch.full_like(rows.index, layout.prompt)
+        time = ((rows.clip - 1) * layout.steps_per_clip).long()
+        text_base = layout.prompt + span + layout.tail if variant.count == "stock" else variant.text_start
+        text = text_base + text_index
+    else:
+        slots = torch.maximum(rows.clip, rows.slot)
+        base_of_clip, base_of_text, written_before = _rounds(variant, layout, counts, clips, max(1, int(slots.max())))
+        base, time = base_of_clip[slots], torch.zeros_like(rows.index)
+        text = base_of_text[slots] + text_index - written_before[slots]
+
+    in_clip = torch.stack([base + time, base + rows.index // across, base + rows.index % across])
+    flat = torch.where(rows.part == PROMPT, rows.index, torch.where(rows.part == TAIL, base + span + rows.index, text))
+    return torch.where(rows.part == CLIP, in_clip, flat)
+
+
+def _rounds(variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, upto: int):
+    """For slots 0…upto (0 unused): the base of the clip, that of the slot's text, and text written before.
+
+    `feed`: a clip takes up `span` positions (the last one the tail's as well), a slot's text as many as it has
+    tokens, one after the other. `rounds`: a slot's text and the next clip run side by side from the end of the
+    round, and the longer of the two ends the next one.
+    """
+    clip_takes = torch.full((upto + 1,), max(layout.grid))
+    if clips is not None and clips <= upto:
+        clip_takes[clips] += layout.tail
+    text_takes = torch.zeros(upto + 1, dtype=torch.long)
+    known = torch.tensor(counts[:upto], dtype=torch.long)
+    text_takes[1 : 1 + len(known)] = known
+    text_takes[1:2] += layout.header  # the streaming variants write the header in slot 1
+    clip_takes[0] = 0
+
+    written_before = text_takes.cumsum(0) - text_takes
+    if variant.count == "feed":
+        base_of_text = layout.prompt + clip_takes.cumsum(0) + written_before
+        return base_of_text - clip_takes, base_of_text, written_before
+    round_takes = torch.maximum(clip_takes, text_takes.roll(1))
+    round_takes[:2] = clip_takes[:2]
+    base_of_text = layout.prompt + round_takes.cumsum(0)
+    base_of_clip = base_of_text.roll(1)
+    return base_of_clip, base_of_text, written_before

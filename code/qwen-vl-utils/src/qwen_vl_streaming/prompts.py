@@ -1,0 +1,94 @@
+"""Chat template, questions and processor: text and frames to token ids and pixels.
+
+Knows nothing of variants, positions, masks or training.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import AutoProcessor
+
+from .errors import InputError
+from .timeline import Layout
+
+QUESTIONS = (
+    "Summarize the actions and events in the video.",
+    "What actions can be observed in the video?",
+    "Describe the key objects and movements in this video.",
+    "What is the scene and activity shown in this video?",
+)
+"""Training draws one of these for each sample; evaluation always asks the last."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """The token ids around a video, from the processor's own chat template. The question comes first."""
+
+    prompt: tuple[int, ...]
+    tail: tuple[int, ...]
+    header: tuple[int, ...]
+    video: int
+    """Stands in for every visual token."""
+    end: int
+    """Ends a turn, and so an answer: `<|im_end|>`."""
+
+    def layout(self, grid: tuple[int, int], steps_per_clip: float) -> Layout:
+        return Layout(len(self.prompt), len(self.tail), len(self.header), grid, steps_per_clip)
+
+
+def load_processor(path: str | Path):
+    """The processor beside a checkpoint, or on the hub. Raises InputError where there is none."""
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"no processor could be loaded from {str(path)!r} ({first}): "
+            "save one there with processor.save_pretrained, or name a complete Qwen2.5-VL checkpoint"
+        ) from error
+
+
+def make_template(processor, question: str) -> Template:
+    """The token ids around a video for `question`. Raises InputError where the chat template has no video."""
+    messages = [{"role": "user", "content": [{"type": "text", "text": question}, {"type": "video"}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, video, after = text.partition(processor.video_token)
+    end_of_tail = after.find("\n") + 1
+    if not video or end_of_tail == 0 or end_of_tail == len(after):
+        raise InputError(f"the processor's chat template does not hold a video as Qwen2.5-VL's does: {text!r}")
+
+    def ids(piece: str) -> tuple[int, ...]:
+        return tuple(processor.tokenizer(piece, add_special_tokens=False).input_ids)
+
+    tail = ids(after[:end_of_tail])
+    return Template(
+        prompt=ids(before),
+        tail=tail,
+        header=ids(after[end_of_tail:]),
+        video=processor.tokenizer.convert_tokens_to_ids(processor.video_token),
+        end=tail[1],  # the tail is <|vision_end|>, the end of the turn, and a newline
+    )
+
+
+def answer_ids(processor, template: Template, caption: str) -> list[int]:
+    """The answer for `caption`: its tokens and the end of the turn. Raises InputError for an empty caption."""
+    tokens = processor.tokenizer(caption.strip(), add_special_tokens=False).input_ids
+    if not tokens:
+        raise InputError("the caption has no tokens: leave the sample out")
+    return [*tokens, template.end]
+
+
+def clip_pixels(processor, frames: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Frames as the vision tower takes them.
+
+    `frames` (2 N, 3, height, width) uint8, already resized. Returns pixel values (N, patches, pixels of a
+    patch) in float32, and the grid of one clip after merging, rows × columns.
+    """
+    video_processor = processor.video_processor
+    inputs = video_processor(
+        videos=[frames], do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt"
+    )
+    clips, height, width = inputs["video_grid_thw"][0].tolist()
+    merge = video_processor.merge_size
+    return inputs["pixel_values_videos"].view(clips, height * width, -1), (height // merge, width // merge)
