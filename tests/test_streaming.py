@@ -71,9 +71,7 @@ def test_streamed_equals_full(model, variant):
     torch.manual_seed(SEED)
     for size in (1, 3, 8):
         cases = random_batch(draw, variant, size)
-        streams = Forced(
-            model, variant, [c[1] for c in cases], [c[2] for c in cases], answers=[c[3] for c in cases]
-        )
+        streams = Forced(model, variant, [c[1] for c in cases], [c[2] for c in cases], answers=[c[3] for c in cases])
         captions = caption(streams, [c[4] for c in cases], [Schedule(tuple(c[0][:-1])) for c in cases])
         for i, (counts, template, layout, answer, visual) in enumerate(cases):
             assert captions[i].tokens == answer

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from .errors import InputError
+
 
 def allowed(query, key, visual_query, text_key, parallel: bool):
     """The whole rule: may the token at feed index `query` attend to that at `key`?
@@ -29,6 +31,24 @@ def dense_mask(visual: Tensor, text: Tensor, parallel: bool, query: Tensor | Non
         query = key.expand_as(visual)
     visual_query = visual.gather(1, query)
     return allowed(query[:, :, None], key, visual_query[:, :, None], text[:, None, :], parallel)[:, None]
+
+
+def make_mask(visual: Tensor, text: Tensor, parallel: bool, implementation: str) -> Tensor | BlockMask | None:
+    """The mask of whole timelines, (B, L) flags, in the form that an attention `implementation` takes.
+
+    None means plainly causal, which only variants that are not parallel may be.
+    Raises InputError where the implementation would lose the streaming mask.
+    """
+    if implementation == "flex_attention":
+        return block_mask(visual, text, parallel)
+    if not parallel:
+        return None
+    if implementation in ("sdpa", "eager"):
+        return dense_mask(visual, text, parallel)
+    raise InputError(
+        f"{implementation} cannot hold the mask of a parallel variant (overlap, group, gap): "
+        "use flex_attention on a GPU or sdpa on a CPU"
+    )
 
 
 def block_mask(visual: Tensor, text: Tensor, parallel: bool) -> BlockMask:

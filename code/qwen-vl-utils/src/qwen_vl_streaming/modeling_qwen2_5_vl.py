@@ -6,11 +6,15 @@ byte that matters: stock transformers loads what this saves, and this loads what
     B samples   L tokens   T rows that are scored   C hidden size   V vocabulary
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
+
+from .errors import InputError
 
 
 class VisionAttention(stock.Qwen2_5_VLVisionAttention):
@@ -42,6 +46,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
     """Stock weights and layers; nothing is guessed from token ids: positions and mask are arguments."""
 
     _supports_flex_attn = True
+    accepts_loss_kwargs = True  # tells transformers' Trainer that the loss is divided by `num_items_in_batch` here
 
     def __init__(self, config):
         if set(config.text_config.layer_types) != {"full_attention"}:
@@ -71,7 +76,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         past_key_values=None,
-        targets: Tensor | None = None,
+        labels: Tensor | None = None,
         score: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
@@ -82,9 +87,9 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         causal attention. The visual tokens, in feed order, come either ready as `visual_tokens` (all of them, C)
         or as `pixel_values_videos` and `video_grid_thw`, as a stock processor gives them.
 
-        `targets` (B, L) holds the token that each row must predict, or -100: nothing is shifted here, and only
-        rows with a target are scored. Otherwise `score` (B, L) flags the rows to score, by default all.
-        Returns `loss` (mean over targets, or their sum over `num_items_in_batch`) and `logits`: (T, V) for
+        `labels` (B, L) holds the token that each row must predict, or -100: nothing is shifted here, and only
+        rows with a label are scored. Otherwise `score` (B, L) flags the rows to score, by default all.
+        Returns `loss` (mean over labels, or their sum over `num_items_in_batch`) and `logits`: (T, V) for
         chosen rows, (B, L, V) for all.
         """
         embeds = self.get_input_embeddings()(input_ids)
@@ -104,11 +109,25 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             use_cache=past_key_values is not None,
         ).last_hidden_state
 
-        if targets is not None:
-            score = targets != -100
+        if labels is not None:
+            score = labels != -100
         logits = self.lm_head(hidden if score is None else hidden[score])
         loss = None
-        if targets is not None:
+        if labels is not None:
             count = len(logits) if num_items_in_batch is None else num_items_in_batch
-            loss = nn.functional.cross_entropy(logits.float(), targets[score], reduction="sum") / count
+            loss = nn.functional.cross_entropy(logits.float(), labels[score], reduction="sum") / count
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+
+def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL from a folder or the hub, whose language model runs the attention `implementation`.
+
+    Raises InputError, with the reason in one line, where it cannot be loaded.
+    """
+    try:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): check the path") from error
+    model.model.language_model.set_attn_implementation(implementation)
+    return model

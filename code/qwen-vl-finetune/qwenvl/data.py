@@ -1,0 +1,149 @@
+"""Rows of a JSONL to training batches: the timeline of each sample, its positions, labels and pixels.
+
+A bad sample is left out: in its place stands a blank one without labels, which adds nothing to the loss but
+keeps every process in step, and its id and reason travel with the batch. Knows nothing of models and masks.
+
+    B samples   L tokens   N clips
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.positions import timeline_positions
+from qwen_vl_streaming.prompts import QUESTIONS, answer_ids, clip_pixels, make_template
+from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, make_schedule, make_timeline
+from qwen_vl_streaming.variants import Variant
+from qwen_vl_streaming.video import PixelBudget, Video, read_video
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORED = -100
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL. Raises InputError, naming the line, for one that is not JSON or lacks a field."""
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                rows.append({key: row[key] for key in ("video_id", "video_path", "human_caption")})
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}, line {number}: {error!r}: make the file again with mani_data.py") from error
+    return rows
+
+
+@dataclass
+class Sample:
+    input_ids: Tensor  # (L,)
+    position_ids: Tensor  # (3, L)
+    visual: Tensor  # (L,) bool
+    text: Tensor  # (L,) bool
+    labels: Tensor  # (L,)
+    pixel_values: Tensor  # (patches, pixels of a patch)
+    grid_thw: Tensor  # (3,)
+    bad: tuple[str, str] | None = None
+    """Video id and reason, where this is the blank in place of a bad sample."""
+
+
+class StreamingDataset(torch.utils.data.Dataset):
+    """Samples as one pass over the timeline of `variant` takes them."""
+
+    def __init__(
+        self,
+        rows: Sequence[dict],
+        root: Path,
+        processor,
+        tokens_per_second: int,
+        variant: Variant,
+        schedule: str,
+        budget: PixelBudget,
+        max_length: int,
+        seed: int = 0,
+        reader: str | None = None,
+        keep_frames: bool = False,
+    ):
+        self.rows, self.root, self.processor, self.tokens_per_second = rows, root, processor, tokens_per_second
+        self.variant, self.schedule, self.budget, self.max_length = variant, schedule, budget, max_length
+        self.seed, self.reader = seed, reader
+        self.templates = [make_template(processor, question) for question in QUESTIONS]
+        self.kept: dict[int, Video] | None = {} if keep_frames else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        template = self.templates[random.Random(f"{self.seed} {row['video_id']}").randrange(len(self.templates))]
+        try:
+            return self._sample(self._video(index), row["human_caption"], template)
+        except InputError as error:
+            bad = (str(row["video_id"]), str(error))
+        merge = self.processor.video_processor.merge_size
+        side = merge * self.processor.video_processor.patch_size
+        black = Video(torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.tensor([0.0, 0.5]), 2.0, "blank")
+        sample = self._sample(black, "blank", template)
+        sample.labels.fill_(IGNORED)
+        sample.bad = bad
+        return sample
+
+    def _video(self, index: int) -> Video:
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        video = read_video(self.root / self.rows[index]["video_path"], budget=self.budget, reader=self.reader)
+        if self.kept is not None:
+            self.kept[index] = video
+        return video
+
+    def _sample(self, video: Video, caption: str, template) -> Sample:
+        answer = answer_ids(self.processor, template, caption)
+        pixels, grid = clip_pixels(self.processor, video.frames)
+        clips = len(pixels)
+        layout = template.layout(grid, self.tokens_per_second * video.seconds_per_clip)
+        counts = make_schedule(self.schedule, self.variant, clips).counts(len(answer))
+        timeline = make_timeline(self.variant, layout, counts)
+        rows = timeline.rows
+        if len(rows) > self.max_length:
+            raise InputError(f"{len(rows)} tokens are more than the model length {self.max_length}: raise it")
+
+        ids = torch.full((len(rows),), template.video)
+        for part, tokens in ((PROMPT, template.prompt), (TAIL, template.tail), (HEADER, template.header)):
+            ids[rows.part == part] = torch.tensor(tokens)
+        written = torch.tensor(answer)
+        ids[rows.part == ANSWER] = written[rows.index[rows.part == ANSWER]]
+        assert int((rows.part == CLIP).sum()) == clips * grid[0] * grid[1]
+        merge = self.processor.video_processor.merge_size
+        return Sample(
+            input_ids=ids,
+            position_ids=timeline_positions(timeline),
+            visual=rows.visual,
+            text=rows.text,
+            labels=torch.where(timeline.produces == NOTHING, IGNORED, written[timeline.produces]),
+            pixel_values=pixels.flatten(0, 1),
+            grid_thw=torch.tensor([clips, grid[0] * merge, grid[1] * merge]),
+        )
+
+
+def collate(samples: Sequence[Sample]) -> dict:
+    """A batch padded at its end. No row before a sample's end may attend to what is behind it, so padding needs
+    no mask of its own; it has no labels."""
+
+    def pad(name: str, value=0) -> Tensor:
+        return pad_sequence([getattr(sample, name) for sample in samples], batch_first=True, padding_value=value)
+
+    positions = pad_sequence([sample.position_ids.T for sample in samples], batch_first=True)
+    return {
+        "input_ids": pad("input_ids"),
+        "position_ids": positions.permute(2, 0, 1),
+        "visual": pad("visual", False),
+        "text": pad("text", False),
+        "labels": pad("labels", IGNORED),
+        "pixel_values_videos": torch.cat([sample.pixel_values for sample in samples]),
+        "video_grid_thw": torch.stack([sample.grid_thw for sample in samples]),
+        "bad": [sample.bad for sample in samples if sample.bad],
+    }

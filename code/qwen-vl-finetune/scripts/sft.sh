@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Fine-tunes one variant with DeepSpeed: on a CPU, one GPU, several, or several nodes. Further flags go to
+# qwenvl/train.py and override what is set here; `bash scripts/sft.sh --help` lists them all.
+#
+#   QWEN2_5_VL_VARIANT     one of origin, batch, group, gap, overlap, interleave (default group)
+#   QWEN2_5_VL_MODEL_PATH  a checkpoint folder or hub id (default Qwen/Qwen2.5-VL-3B-Instruct)
+#   QWEN2_5_VL_TRAIN_DATA  a JSONL made by mani_data.py (default dataset/train_3_5.jsonl)
+#   NPROC_PER_NODE (default: the GPUs that are there) NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+#   DEEPSPEED_CONFIG       zero2.json, zero3.json or zero3_offload.json (default zero3.json)
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$here/../.." && pwd)
+python=python
+[ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python"
+
+variant=${QWEN2_5_VL_VARIANT:-group}
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+device=()
+if [ "$gpus" -eq 0 ]; then
+  export DS_ACCELERATOR=cpu
+  device=(--use_cpu True --bf16 False)
+fi
+nproc=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+
+command=(
+  "$python" -m torch.distributed.run
+  --nproc_per_node "$nproc" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
+  --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}"
+  -m qwenvl.train
+  --variant "$variant"
+  --model_name_or_path "${QWEN2_5_VL_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}"
+  --train_data "${QWEN2_5_VL_TRAIN_DATA:-dataset/train_3_5.jsonl}"
+  --output_dir "$here/output/qwen2_5vl-pe-$variant"
+  --deepspeed "${DEEPSPEED_CONFIG:-zero3.json}"
+  "${device[@]}" "$@"
+)
+echo "+ ${command[*]}"
+PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "${command[@]}"

@@ -1,0 +1,198 @@
+"""A video file as frames at 2 fps with their real timestamps. Knows nothing about tokenizers, captions or variants.
+
+One rule picks the frames, whatever decodes them: at each target time start, start + 1/fps, … the frame that a viewer
+would see at that moment, which is the newest one whose timestamp is not later. So variable frame rates come out right,
+no frame is taken from the future, and decord and PyAV give the same frames. live_source.py follows the same rule.
+Times are in seconds from the video's first frame.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from qwen_vl_utils.vision_process import smart_resize
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
+
+from .errors import InputError
+from .video_readers import READERS, FrameIndex, ReaderError, index_video
+
+logger = logging.getLogger(__name__)
+
+FRAMES_PER_CLIP = 2
+SIDE_FACTOR = 28  # a merged visual token covers 28 × 28 pixels
+SLACK = 2e-3  # seconds by which containers round a timestamp or a duration
+
+
+@dataclass(frozen=True)
+class PixelBudget:
+    """How large frames may be; the defaults are the published ones."""
+
+    min_pixels_per_frame: int = 78_400
+    """No frame has fewer, whatever the other two say."""
+    max_pixels_per_frame: int = 602_112
+    """No frame has more."""
+    max_pixels_per_video: int = 2_408_448
+    """Shared equally by all sampled frames of a video."""
+
+    def __post_init__(self):
+        if not SIDE_FACTOR**2 <= self.min_pixels_per_frame <= self.max_pixels_per_frame:
+            raise InputError(
+                f"min_pixels_per_frame {self.min_pixels_per_frame} must lie between {SIDE_FACTOR**2} and "
+                f"max_pixels_per_frame {self.max_pixels_per_frame}"
+            )
+        if self.max_pixels_per_video < self.min_pixels_per_frame:
+            raise InputError(
+                f"max_pixels_per_video {self.max_pixels_per_video} must be at least min_pixels_per_frame "
+                f"{self.min_pixels_per_frame}"
+            )
+
+    def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        """(height, width) to which each of `frames` frames is resized; both are divisible by 28.
+
+        Raises ValueError for a picture more than 200 times as long as wide.
+        """
+        share = self.max_pixels_per_video // frames
+        most = max(self.min_pixels_per_frame, min(self.max_pixels_per_frame, share))
+        height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, most)
+        if height * width < self.min_pixels_per_frame:  # smart_resize rounds down once it has met the maximum
+            height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, 2 * most + 2**20)
+        return height, width
+
+
+@dataclass(frozen=True)
+class Video:
+    """Sampled frames of one video. F is even: where it came out odd, the last frame is repeated to fill its clip."""
+
+    frames: torch.Tensor
+    """(F, 3, H, W) uint8, resized."""
+    timestamps: np.ndarray
+    """(F,) float64 seconds: when each frame is first shown."""
+    fps: float
+    """Frames sampled per second, as it really came out."""
+    path: str
+
+    @property
+    def clips(self) -> int:
+        return len(self.frames) // FRAMES_PER_CLIP
+
+    @property
+    def seconds_per_clip(self) -> float:
+        return FRAMES_PER_CLIP / self.fps
+
+
+def choose_reader(environ: Mapping[str, str]) -> str | None:
+    """The reader that FORCE_QWENVL_VIDEO_READER asks for in `environ`, or None for the default.
+
+    For programs, which pass their environment in; the library reads none. Raises InputError for an unknown name.
+    """
+    name = environ.get("FORCE_QWENVL_VIDEO_READER", "").strip().lower()
+    return check_reader(name) if name else None
+
+
+def check_reader(name: str) -> str:
+    """`name` if it is one of READERS; raises InputError if it is not."""
+    if name not in READERS:
+        raise InputError(f"FORCE_QWENVL_VIDEO_READER {name!r} is not a video reader: use {' or '.join(READERS)}")
+    return name
+
+
+def read_video(
+    path: str | Path,
+    *,
+    fps: float = 2.0,
+    start: float | None = None,
+    end: float | None = None,
+    budget: PixelBudget | None = None,
+    reader: str | None = None,
+) -> Video:
+    """Sample `path` at `fps` frames per second between `start` and `end` (seconds; default: all of it).
+
+    A video whose own rate is below `fps` is sampled at its own rate. `reader` is "decord", "pyav" or None, which
+    means decord and, where decord cannot read the file, PyAV. Only the picked frames are kept in memory, one at a
+    time at full size. Raises InputError, naming the file and the mend, for a file that is missing, empty, cut short,
+    cannot be decoded, or is shorter than one clip.
+    """
+    if reader is not None:
+        check_reader(reader)
+    if not fps > 0:
+        raise InputError(f"fps {fps} must be above 0")
+    index = index_video(path)
+    rate = sampled_rate(index, fps)
+    picked = pick_frames(index.times, index.duration, rate, start, end)
+    if picked is None:
+        asked = "" if start is None and end is None else f" between {start or 0:g} s and {end or index.duration:g} s"
+        raise InputError(
+            f"video {path} lasts {index.duration:.2f} s, which leaves less than one clip of "
+            f"{FRAMES_PER_CLIP / rate:.2f} s{asked}: use a longer one"
+        )
+    count = len(picked) + len(picked) % FRAMES_PER_CLIP
+    frames = _decode(path, index, picked, count, budget or PixelBudget(), reader)
+    picked = np.append(picked, picked[-1:]) if count > len(picked) else picked
+    return Video(frames=frames, timestamps=index.times[picked], fps=rate, path=str(path))
+
+
+def sampled_rate(index: FrameIndex, fps: float) -> float:
+    """Frames per second that sampling at `fps` really yields: never more than the video has itself."""
+    if index.fps == 0 or index.fps >= 0.99 * fps:  # within 1 %, only rounding separates the two
+        return fps
+    return float(index.fps)
+
+
+def pick_frames(
+    times: np.ndarray, duration: float, rate: float, start: float | None, end: float | None
+) -> np.ndarray | None:
+    """Indices into `times` of the frame on screen at start, start + 1/rate, … before `end` and `duration`.
+
+    None where that is less than one clip. Raises InputError for a `start` or `end` that cannot be.
+    """
+    start = 0.0 if start is None else start
+    if not start >= 0:
+        raise InputError(f"start {start} must be 0 s or later")
+    if end is not None and not end > start:
+        raise InputError(f"end {end} s must be after start {start} s")
+    end = duration if end is None else min(end, duration)
+    if end - start + SLACK < FRAMES_PER_CLIP / rate:
+        return None
+    targets = start + np.arange(int(np.ceil((end - start - SLACK) * rate))) / rate
+    return np.maximum(np.searchsorted(times, targets + SLACK, side="right") - 1, 0)
+
+
+def _decode(
+    path: str | Path, index: FrameIndex, picked: np.ndarray, count: int, budget: PixelBudget, reader: str | None
+) -> torch.Tensor:
+    """The `picked` frames, resized, and the last one repeated up to `count`: (count, 3, H, W) uint8."""
+    for name in [reader] if reader else READERS:
+        try:
+            frames = _resized(READERS[name](path, index, picked), picked, count, budget)
+        except ReaderError as error:
+            reason = error
+            logger.warning("%s: %s cannot read it: %s", path, name, error)
+        else:
+            logger.info("%s: read with %s", path, name)
+            return frames
+    raise InputError(f"video {path} cannot be decoded ({reason}): fetch it again or leave it out")
+
+
+def _resized(images: Iterator[np.ndarray], picked: np.ndarray, count: int, budget: PixelBudget) -> torch.Tensor:
+    frames = None
+    filled = 0
+    with contextlib.closing(images):
+        for image in images:
+            if frames is None:
+                height, width = image.shape[:2]
+                try:
+                    size = budget.size(height, width, count)
+                except ValueError as error:
+                    raise ReaderError(str(error)) from error
+                frames = torch.empty(count, 3, *size, dtype=torch.uint8)
+            repeats = int(np.count_nonzero(picked == picked[filled]))
+            picture = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+            frames[filled : filled + repeats] = resize(picture, size, InterpolationMode.BICUBIC, antialias=True)
+            filled += repeats
+    frames[filled:] = frames[filled - 1]
+    return frames

@@ -1,0 +1,124 @@
+"""Frame times and decoded frames of a video file, by decord or PyAV. Knows nothing about sampling, clips or sizes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+
+from .errors import InputError
+
+CUT_SHORT = 1.0  # seconds that may be missing of what a container claims: audio and video seldom end together
+
+
+class ReaderError(Exception):
+    """One of the readers cannot read a file; another one may."""
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """When each frame of a video is shown, found without decoding."""
+
+    pts: np.ndarray
+    """(n,) int64, ascending, in the container's time base."""
+    times: np.ndarray
+    """(n,) float64 seconds from the first frame."""
+    duration: float
+    """Seconds from the first frame to the end of the last."""
+    container: str
+    """The container format's names, as FFmpeg writes them."""
+
+    @property
+    def fps(self) -> float:
+        """The video's own mean rate; 0 for a single frame."""
+        return (len(self.times) - 1) / self.times[-1] if len(self.times) > 1 else 0.0
+
+
+def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
+    """The frame times of a file, or of a readable object that is called `name` in messages.
+
+    Raises InputError if it is missing, empty, no video, without frames or timestamps, or cut short.
+    """
+    if isinstance(source, str | Path):
+        name = str(source)
+        if not Path(source).is_file():
+            raise InputError(f"video {name} does not exist: check the path, or put the file there")
+        if Path(source).stat().st_size == 0:
+            raise InputError(f"video {name} is empty: fetch it again")
+        source = str(source)
+    try:
+        with av.open(source) as container:
+            if not container.streams.video:
+                raise InputError(f"video {name} has no video stream: fetch it again or leave it out")
+            stream = container.streams.video[0]
+            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+            claims = [stream.duration * stream.time_base] if stream.duration else []
+            claims += [container.duration / av.time_base] if container.duration else []
+            time_base, container_name = stream.time_base, container.format.name
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"video {name} cannot be opened ({error.strerror}): fetch it again") from error
+    if not packets:
+        raise InputError(f"video {name} has no frames: fetch it again or leave it out")
+    if any(p.pts is None for p in packets):
+        raise InputError(f"video {name} has frames without timestamps: rewrite it as MP4")
+    last = max(packets, key=lambda p: p.pts)
+    pts = np.unique([p.pts for p in packets])
+    times = (pts - pts[0]) * float(time_base)
+    mean_gap = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0
+    duration = float(times[-1] + (last.duration * time_base if last.duration else mean_gap))
+    claimed = float(min(claims, default=duration))
+    if duration < claimed - CUT_SHORT:
+        raise InputError(
+            f"video {name} is cut short, {duration:.2f} s of the {claimed:.2f} s it claims: fetch it again"
+        )
+    return FrameIndex(pts=pts, times=times, duration=duration, container=container_name)
+
+
+def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield each distinct picked frame once, in order: (H, W, 3) uint8. Raises ReaderError."""
+    try:
+        import decord
+    except ImportError as error:
+        raise ReaderError("decord is not installed") from error
+    if "mpegts" in index.container:
+        raise ReaderError("decord loses the first frames of MPEG-TS")
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        video = decord.VideoReader(str(path))
+        if len(video) != len(index.times):
+            raise ReaderError(f"decord sees {len(video)} frames of {len(index.times)}")
+        # decord's seeking and skipping land on wrong frames in open GOPs and some H.264; reading on never does
+        wanted = set(picked.tolist())
+        for position in range(int(picked[-1]) + 1):
+            image = video.next()
+            if position in wanted:
+                yield image.asnumpy()
+    except (decord.DECORDError, RuntimeError, AssertionError, StopIteration) as error:
+        raise ReaderError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
+def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield each distinct picked frame once, in order: (H, W, 3) uint8. Raises ReaderError."""
+    wanted = sorted(set(index.pts[picked].tolist()), reverse=True)
+    try:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            for frame in container.decode(video=0):
+                if wanted and frame.pts == wanted[-1]:
+                    wanted.pop()
+                    yield upright(frame)
+                if not wanted:
+                    return
+    except av.FFmpegError as error:
+        raise ReaderError(error.strerror) from error
+    raise ReaderError(f"{len(wanted)} of its frames do not decode")
+
+
+def upright(frame: av.VideoFrame) -> np.ndarray:
+    """A decoded frame as (H, W, 3) uint8 RGB, turned the way its container says it is to be shown."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
+
+
+READERS = {"decord": read_with_decord, "pyav": read_with_pyav}

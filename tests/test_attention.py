@@ -1,0 +1,83 @@
+"""The rule, told by hand, in dense and in block form, and felt through the model."""
+
+import random
+import time
+
+import pytest
+import torch
+from qwen_vl_streaming.attention import block_mask, dense_mask, make_mask
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.positions import timeline_positions
+from qwen_vl_streaming.timeline import Layout, make_timeline
+from qwen_vl_streaming.variants import VARIANTS
+from tiny import random_counts, tiny_model
+from torch.nn.attention.flex_attention import flex_attention
+
+SEED = time.time_ns() % 100_000
+
+
+def mask_of(timeline):
+    rows = timeline.rows
+    return dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel)[0, 0]
+
+
+def test_by_hand():
+    """p v h a v t a a: in `group` neither clip 2 nor the tail sees the header or an answer token."""
+    layout = Layout(prompt=1, tail=1, header=1, grid=(1, 1))
+    causal = torch.tril(torch.ones(8, 8, dtype=torch.bool))
+    for name, variant in VARIANTS.items():
+        counts = (2, 1) if variant.streams else (0, 3)
+        timeline = make_timeline(variant, layout, counts)
+        expected = causal.clone()
+        if variant.parallel:  # p v1 h a0 | v2 t a1 a2
+            expected[4:6, 2:4] = False
+        assert torch.equal(mask_of(timeline), expected), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
+def test_the_model_feels_exactly_the_rule(variant):
+    """Perturb each token in turn: rows that may not attend to it, however far around, stay to the bit as they
+    were, and the rows that may attend to it change."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    torch.manual_seed(SEED)
+    model = tiny_model(num_hidden_layers=1)
+    timeline = make_timeline(variant, Layout(2, 2, 2, (1, 2)), random_counts(draw, variant, most_clips=3))
+    mask, length = mask_of(timeline), len(timeline.rows)
+    positions = timeline_positions(timeline)
+    embeds = torch.randn(length, 32)
+
+    def run(inputs):
+        return model.model.language_model(
+            inputs_embeds=inputs[None],
+            position_ids=positions[:, None],
+            attention_mask={"full_attention": mask[None, None]},
+        ).last_hidden_state[0]
+
+    with torch.no_grad():
+        plain = run(embeds)
+        for key in range(length):
+            changed = embeds.clone()
+            changed[key] += torch.randn(32)
+            differs = (run(changed) != plain).any(1)
+            assert torch.equal(differs, mask[:, key]), (variant.name, key)
+
+
+def test_block_mask_is_the_dense_mask():
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    torch.manual_seed(SEED)
+    for variant in VARIANTS.values():
+        timeline = make_timeline(variant, Layout(9, 3, 3, (5, 6)), random_counts(draw, variant))
+        rows = timeline.rows
+        query, key, value = torch.randn(3, 1, 2, len(rows), 16).unbind(0)
+        blocks = block_mask(rows.visual[None], rows.text[None], variant.parallel)
+        dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask_of(timeline))
+        assert torch.allclose(flex_attention(query, key, value, block_mask=blocks), dense, atol=1e-5)
+
+
+def test_a_backend_that_would_lose_the_mask_is_refused():
+    flags = torch.zeros(1, 4, dtype=torch.bool)
+    with pytest.raises(InputError, match="cannot hold the mask"):
+        make_mask(flags, flags, True, "flash_attention_2")
+    assert make_mask(flags, flags, False, "flash_attention_2") is None
