@@ -8,7 +8,7 @@ import torch
 from qwen_vl_streaming.attention import dense_mask
 from qwen_vl_streaming.positions import timeline_positions
 from qwen_vl_streaming.streaming import Streams, caption
-from qwen_vl_streaming.timeline import CLIP, NOTHING, Schedule, make_timeline
+from qwen_vl_streaming.timeline import NOTHING, Schedule, make_timeline
 from qwen_vl_streaming.variants import VARIANTS
 from tiny import END, VOCABULARY, random_counts, random_template, timeline_ids, tiny_model
 

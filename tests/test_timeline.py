@@ -68,12 +68,12 @@ def test_targets_name_the_right_next_token(variant):
         for row in (produces != NOTHING).nonzero().squeeze(1).tolist():
             answer = int(produces[row])
             slot = int(rows.slot[(rows.part == ANSWER) & (rows.index == answer)])
-            # Nothing that a row sees may come from after the slot that it writes in, and all of that slot's clip is seen.
+            # A row sees nothing from after the slot that it writes in, and all of that slot's clip.
             seen = rows[: row + 1]
             assert int(seen.clip.max()) == slot
             assert int(((seen.part == CLIP) & (seen.clip == slot)).sum()) == LAYOUT.tokens_per_clip
             assert int((seen.part == TAIL).sum()) == (LAYOUT.tail if slot == len(counts) else 0)
-            if variant.parallel or answer == 0 and counts[0]:
+            if variant.parallel or (answer == 0 and counts[0]):
                 before = (HEADER, LAYOUT.header - 1) if answer == 0 else (ANSWER, answer - 1)
                 assert (int(rows.part[row]), int(rows.index[row])) == before
             else:

@@ -11,7 +11,7 @@ from qwen_vl_streaming.attention import make_mask
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_model
 from qwen_vl_streaming.prompts import load_processor
-from qwen_vl_streaming.video import reader_from_environment
+from qwen_vl_streaming.video import choose_reader
 from transformers import HfArgumentParser, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -129,7 +129,7 @@ def main() -> None:
         data_arguments.budget,
         data_arguments.model_max_length,
         seed=arguments.seed,
-        reader=reader_from_environment(),
+        reader=choose_reader(os.environ),
         keep_frames=data_arguments.keep_frames,
     )
     trainer = StreamingTrainer(

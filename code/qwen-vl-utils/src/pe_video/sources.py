@@ -1,0 +1,241 @@
+"""Where samples come from: folders of JSON and videos, tar shards on disk, tar shards on the hub.
+
+A source is cut into units, each of which is read on its own, in any order and by any worker, and read once: the stamp
+of a unit changes when what it names does. Knows nothing about rules or tokens.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from qwen_vl_streaming.errors import InputError
+
+from .rules import MAX_JSON_BYTES, Sample
+from .tar import Member, TarFault, name_fault, printable, read_members
+
+FILES_PER_UNIT = 2_000
+MAX_ID_BYTES = 200  # what a file name can hold, less room for its ending
+FOLDER, TAR, HUB = "folder", "tar", "hub"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A tar shard, or some of the files of a folder."""
+
+    kind: str
+    """FOLDER, TAR or HUB."""
+    split: str
+    name: str
+    """For messages, and the order in which units count: the first sample of an id is the one that is used."""
+    path: str
+    """The folder or the tar file, on disk; on the hub, its path in the repository."""
+    stamp: str
+    """Changes when the content does."""
+    files: tuple[tuple[str, str], ...] = ()
+    """For a folder, pairs of (JSON, video), each relative to it and empty where there is none."""
+    size: int = 0
+    """Bytes, for a shard on the hub."""
+    repository: str = ""
+    """For a shard on the hub: the dataset and its revision, as "owner/name@commit"."""
+
+
+def find_units(split: str, folder: Path) -> list[Unit]:
+    """The units of a local split, by name: its tar shards, and its JSON files in groups. Empty where there is none."""
+    tars: list[tuple[str, os.stat_result]] = []
+    jsons: dict[str, list[tuple[str, str]]] = {}
+    videos: dict[str, str] = {}
+    for name, status in _walk(folder):
+        stem, ending = os.path.splitext(name)
+        if ending.lower() == ".tar":
+            tars.append((name, status))
+        elif ending.lower() == ".json":
+            stamp = f"{name}:{status.st_size}:{status.st_mtime_ns}"
+            jsons.setdefault(os.path.basename(stem), []).append((name, stamp))
+        elif ending.lower() == ".mp4":
+            videos.setdefault(os.path.basename(stem), name)
+    units = [
+        Unit(TAR, split, f"{split}/{_plain(name)}", str(folder / name), f"{s.st_size}:{s.st_mtime_ns}")
+        for name, s in tars
+    ]
+    if not tars or jsons:  # videos alone, beside shards, are those that were unpacked from them
+        entries = [(name, videos.get(stem, ""), stamp) for stem, found in jsons.items() for name, stamp in found]
+        entries += [("", name, name) for stem, name in videos.items() if stem not in jsons]
+        entries.sort()
+        for start in range(0, len(entries), FILES_PER_UNIT):
+            part = entries[start : start + FILES_PER_UNIT]
+            stamp = hashlib.sha256(repr(part).encode("utf-8", "surrogateescape")).hexdigest()
+            files = tuple((json_name, video) for json_name, video, _ in part)
+            units.append(Unit(FOLDER, split, f"{split}/files {start:09d}", str(folder), stamp, files))
+    return sorted(units, key=lambda unit: unit.name)
+
+
+def read_samples(unit: Unit, videos: Path, root: Path) -> Iterator[Sample]:
+    """Yield the samples of `unit`. `videos` is where those from shards belong; paths are relative to `root`.
+
+    A fault of the unit itself is a Sample without an id.
+    """
+    if unit.kind == FOLDER:
+        for json_name, video in unit.files:
+            yield _from_files(unit, json_name, video, videos, root)
+        return
+    try:
+        with open_shard(unit) as file:
+            yield from _from_tar(unit, file, videos, root)
+    except OSError as error:
+        yield Sample("", unit.name, fault=f"cannot be read ({error.strerror or error})")
+
+
+@contextmanager
+def open_shard(unit: Unit) -> Iterator[BinaryIO]:
+    """Open the tar file of `unit`, wherever it is. Raises OSError, or InputError where the hub does not answer."""
+    if unit.kind == HUB:
+        from .hub import RemoteFile
+
+        file: BinaryIO = RemoteFile(unit.repository, unit.path, unit.size)
+    else:
+        file = open(unit.path, "rb")  # noqa: SIM115 - closed below, as the remote one is
+    with file:
+        yield file
+
+
+class Slice:
+    """A read-only window on one member of an open tar file, for readers that want a file."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int):
+        self.file, self.offset, self.size, self.position = file, offset, size, 0
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(self.size - self.position, 0)
+        count = left if count < 0 else min(count, left)
+        self.file.seek(self.offset + self.position)
+        data = self.file.read(count)
+        self.position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = max(0, offset + (0, self.position, self.size)[whence])
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def seekable(self) -> bool:
+        return True
+
+
+def measure(source: str | Path | Slice, name: str) -> float:
+    """The real duration in seconds of a video. Raises InputError."""
+    from qwen_vl_streaming.video_readers import index_video  # brings in PyAV, which most runs do without
+
+    return index_video(source, name).duration
+
+
+def relative(path: Path, root: Path) -> str:
+    """`path` as seen from the project's `root`, with forward slashes."""
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Plain files below `folder`, as (path relative to it, status), without following links to other folders."""
+    for directory, _, _ in os.walk(folder):
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    yield os.path.relpath(entry.path, folder) if directory != str(folder) else entry.name, entry.stat()
+
+
+def _plain(name: str) -> str:
+    return printable(os.fsencode(name))
+
+
+def _id_fault(video_id: str) -> str:
+    fault = name_fault(os.fsencode(video_id))
+    return fault or ("has a name that is too long" if len(os.fsencode(video_id)) > MAX_ID_BYTES else "")
+
+
+def _from_files(unit: Unit, json_name: str, video: str, videos: Path, root: Path) -> Sample:
+    folder = Path(unit.path)
+    video_id = Path(json_name or video).stem
+    where = f"{unit.split}/{_plain(json_name or video)}"
+    if fault := _id_fault(video_id):
+        return Sample("", where, fault=fault)
+    if not json_name:
+        return Sample(video_id, where, fault="video without its JSON")
+    place = folder / video if video else videos / f"{video_id}.mp4"
+    sample = Sample(video_id, where, video=str(place), video_path=relative(place, root))
+    try:
+        with open(folder / json_name, "rb") as file:
+            sample.text = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        sample.fault = f"JSON cannot be read ({error.strerror})"
+    if video or place.exists():
+        sample.measure = partial(measure, place, sample.video_path)
+    return sample
+
+
+def _from_tar(unit: Unit, file: BinaryIO, videos: Path, root: Path) -> Iterator[Sample]:
+    jsons: dict[PurePosixPath, list[Member]] = {}
+    found: dict[PurePosixPath, list[Member]] = {}
+    fault = ""
+    try:
+        for member in read_members(file):
+            path = PurePosixPath(member.name)
+            kind = {".json": jsons, ".mp4": found}.get(path.suffix.lower())
+            if member.fault and "cut off" not in member.fault:
+                yield Sample("", f"{unit.name}:{member.name}", fault=f"member {member.fault}")
+            elif kind is not None:
+                kind.setdefault(path.with_suffix(""), []).append(member)
+    except TarFault as error:
+        fault = str(error)
+    for key in dict.fromkeys([*jsons, *found]):
+        for json_member, video in zip_longest(jsons.get(key, []), found.get(key, [])):
+            yield _from_members(unit, file, key, json_member, video, videos, root)
+    if fault:
+        yield Sample("", unit.name, fault=f"shard {fault}")
+
+
+def _from_members(
+    unit: Unit,
+    file: BinaryIO,
+    key: PurePosixPath,
+    json_member: Member | None,
+    video: Member | None,
+    videos: Path,
+    root: Path,
+) -> Sample:
+    where = f"{unit.name}:{key}"
+    if fault := _id_fault(key.name):
+        return Sample("", where, fault=f"member {fault}")
+    sample = Sample(key.name, where, video_path=relative(videos / f"{key.name}.mp4", root))
+    if json_member is None:
+        sample.fault = "video without its JSON"
+    elif video is None:
+        sample.fault = "JSON without its video"
+    elif json_member.fault or video.fault:
+        sample.fault = f"{'JSON' if json_member.fault else 'video'} {json_member.fault or video.fault}"
+    elif video.size == 0:
+        sample.fault = "video is empty"
+    elif json_member.size > MAX_JSON_BYTES:
+        sample.fault = f"JSON is larger than {MAX_JSON_BYTES} bytes"
+    else:
+        file.seek(json_member.offset)
+        sample.text = file.read(json_member.size)
+        sample.video = f"{video.offset}+{video.size}"
+        sample.measure = partial(_measure_member, file, video, where)
+    return sample
+
+
+def _measure_member(file: BinaryIO, video: Member, where: str) -> float:
+    return measure(Slice(file, video.offset, video.size), where)
+
+
+def check_split(split: str, folder: Path) -> None:
+    """Raise InputError where `folder` is there but cannot be listed."""
+    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"the {split} folder {folder} cannot be read: change its permissions")

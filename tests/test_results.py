@@ -1,0 +1,182 @@
+"""Result files: a killed run loses nothing that was finished, and nothing bad passes unseen."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from qwen_vl_streaming.errors import InputError
+from results import CAPTION_FIELDS, FIELDS, Appender, finish, load_finished, write_whole
+
+
+def row(video_id: str, **changes) -> dict:
+    return {
+        "video_id": video_id,
+        "annotation": "The video shows a red square.",
+        "task": "caption",
+        "result": "a été\u2028\ud83d red\nsquare",  # U+2028 and a lone surrogate: both break careless JSON Lines
+        "variant": "group",
+        "schedule": [3, 2],
+        "tokens": [5, 6, 7, 8, 9],
+        "slots": [1, 1, 1, 2, 2],
+        "clips": 2,
+        "seconds": 0.1,
+        **changes,
+    }
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "output" / "group_infer.json"
+
+
+def fill(path: Path, *ids: str) -> None:
+    with Appender(path) as out:
+        for video_id in ids:
+            out.append(row(video_id))
+
+
+def test_rows_come_back_as_they_were(path: Path) -> None:
+    assert load_finished(path) == {}
+    fill(path, "b", "a")
+    fill(path, "c")
+    assert load_finished(path) == {video_id: row(video_id) for video_id in "bac"}
+    assert list(load_finished(path)) == ["b", "a", "c"]
+    assert len(path.read_bytes().splitlines()) == len(path.read_text().splitlines()) == 3
+    assert set(row("a")) == set(FIELDS)
+
+
+def test_a_row_is_on_the_disk_when_append_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(path.read_bytes()), fsync(number)))
+    with Appender(path) as out:
+        for count, video_id in enumerate("ab", start=1):
+            out.append(row(video_id))
+            assert len(synced) == count and synced[-1].count(b"\n") == count
+            assert video_id in load_finished(path)
+
+
+def test_every_cut_of_the_last_line_is_mended(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(path, "a", "b")
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in range(first + 1, len(whole) - 1):  # the second row, short by at least its closing brace
+        path.write_bytes(whole[:cut])
+        caplog.clear()
+        assert list(load_finished(path)) == ["a"]
+        assert str(path) in caplog.text and "line 2" in caplog.text
+    assert path.read_bytes() == whole[:cut], "reading must not write"
+    fill(path, "b")
+    assert path.read_bytes() == whole
+
+    caplog.clear()
+    path.write_bytes(whole[:-1])  # a whole row that lacks only its newline is a whole row
+    assert list(load_finished(path)) == ["a", "b"] and not caplog.text
+    fill(path, "c")
+    assert list(load_finished(path)) == ["a", "b", "c"]
+
+    path.write_bytes(whole[: first // 2])  # the only row, cut
+    fill(path, "a", "b")
+    assert path.read_bytes() == whole
+
+
+def test_a_killed_writer_leaves_whole_rows(path: Path) -> None:
+    writer = (
+        "from pathlib import Path; from itertools import count; from test_results import Appender, row\n"
+        f"with Appender(Path({str(path)!r})) as out:\n"
+        "    for number in count():\n"
+        "        out.append(row(str(number)))\n"
+        "        print(number, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", writer], stdout=subprocess.PIPE)
+    last = 0
+    while last < 20:
+        last = int(process.stdout.readline())
+    process.send_signal(signal.SIGKILL)
+    said = process.communicate()[0].split()
+    last = int(said[-1]) if said else last
+    found = list(load_finished(path))
+    assert found[: last + 1] == [str(number) for number in range(last + 1)]
+    assert len(found) - (last + 1) in (0, 1)  # the row that was written but not yet told
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"video_id": "b"', "not JSON"),
+        (b"\xff\xfe\xff", "not JSON"),
+        (b"[1]", "a list where a row"),
+        (b'{"video_id": "b"}', "no 'annotation'"),
+        (json.dumps(row("b", tokens="5 6")).encode(), "'tokens' is '5 6', a str"),
+        (json.dumps(row("a")).encode(), "'a' is already in line 1"),
+    ],
+)
+def test_a_bad_line_is_named(path: Path, line: bytes, says: str) -> None:
+    fill(path, "a", "c")
+    first, third = path.read_bytes().splitlines(keepends=True)
+    before = first + line + b"\n" + third
+    path.write_bytes(before)
+    for read in (load_finished, lambda path: fill(path, "d"), lambda path: finish(path, "abcd")):
+        with pytest.raises(InputError) as error:
+            read(path)
+        message = str(error.value)
+        assert f"{path}, line 2: " in message and says in message and "\n" not in message
+        assert path.read_bytes() == before
+
+
+def test_a_file_made_elsewhere(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text('\ufeff{"video_id": "a", "annotation": ["x", "y"], "result": "x", "mine": 1}\r\n\r\n')
+    assert load_finished(path, CAPTION_FIELDS) == {
+        "a": {"video_id": "a", "annotation": ["x", "y"], "result": "x", "mine": 1}
+    }
+    with pytest.raises(InputError, match="no 'task'"):
+        load_finished(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_finished(path.parent)
+
+
+def test_append_refuses_what_would_spoil_the_file(path: Path) -> None:
+    fill(path, "a")
+    whole = path.read_bytes()
+    with Appender(path) as out:
+        with pytest.raises(ValueError, match="already has a row"):
+            out.append(row("a"))
+        with pytest.raises(ValueError, match="no 'slots'"):
+            out.append({name: value for name, value in row("b").items() if name != "slots"})
+        with pytest.raises(ValueError, match="'clips'"):
+            out.append(row("b", clips="2"))
+    assert path.read_bytes() == whole
+
+
+def test_finish_orders_as_the_data(path: Path) -> None:
+    fill(path, "c", "a", "d")
+    rows = finish(path, ["a", "b", "c", "d"])  # b was skipped
+    assert [each["video_id"] for each in rows] == list(load_finished(path)) == ["a", "c", "d"]
+    assert rows == [row("a"), row("c"), row("d")]
+    whole = path.read_bytes()
+    with pytest.raises(InputError, match="'d', which is not in the data"):
+        finish(path, ["a", "c"])
+    with pytest.raises(InputError, match="'c' comes twice in the data"):
+        finish(path, ["a", "c", "d", "c"])
+    assert path.read_bytes() == whole
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(path, b"old")
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    write_whole(path, b"new")
+    assert path.read_bytes() == b"new" and not path.with_name(path.name + ".part").exists()
