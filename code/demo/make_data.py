@@ -200,7 +200,9 @@ def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -
 
     todo = [sample for samples in shards.values() for sample in samples]
     with _mapper(workers if len(todo) > 1 else 1) as each:
-        done = iter(tqdm(each(partial(render, size=config.size), todo), "videos", len(todo), disable=not progress))
+        done = iter(
+            tqdm(each(partial(render, size=config.size), todo), "videos", len(todo), disable=not (progress and todo))
+        )
         for path, samples in shards.items():
             _write(path, _tar(next(done) for _ in samples))
     rows = [json.dumps(truth(sample)) + "\n" for samples in splits.values() for sample in samples]

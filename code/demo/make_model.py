@@ -80,13 +80,13 @@ class ModelShape:
 
     vision_depth: int = 2
     """Layers of the vision tower."""
-    vision_hidden: int = 128
+    vision_hidden: int = 96
     """Width of the vision tower."""
     vision_heads: int = 4
     """Attention heads of the vision tower."""
-    layers: int = 4
+    layers: int = 3
     """Layers of the language model."""
-    hidden: int = 160
+    hidden: int = 128
     """Width of the language model."""
     heads: int = 4
     """Query heads of the language model."""
@@ -94,8 +94,8 @@ class ModelShape:
     """Key and value heads of the language model."""
     rope_theta: int = 100
     """Base of the position frequencies: small, so that one row or column of a few is a visible turn."""
-    init_range: float = 0.04
-    """Standard deviation of the random weights."""
+    init_range: float = 0.08
+    """Standard deviation of the random weights: about one over the root of the width."""
     frame_side: int = 84
     """Frames are shrunk to about this many pixels squared, a multiple of 28."""
 

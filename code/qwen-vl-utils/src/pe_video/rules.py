@@ -67,7 +67,7 @@ class Verdict:
     outcome: str
     """KEPT, BAD or one of DROPPED."""
     reason: str = ""
-    """Why it is BAD."""
+    """Why it is BAD: what is wrong, and after a colon what is special to this sample."""
     seconds: float | None = None
     tokens: int | None = None
     """Counted only where the cheaper rules let the sample through."""
@@ -123,7 +123,7 @@ def read_object(sample: Sample) -> dict[str, Any]:
     if sample.fault:
         raise BadSample(sample.fault)
     if len(sample.text) > MAX_JSON_BYTES:
-        raise BadSample(f"JSON is larger than {MAX_JSON_BYTES} bytes")
+        raise BadSample("JSON is too large")
     try:
         data = json.loads(sample.text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -158,11 +158,11 @@ def read_seconds(data: dict[str, Any], sample: Sample) -> float:
     field = next((name for name in DURATION_FIELDS if data.get(name) is not None), None)
     if field is None:
         if sample.measure is None:
-            raise BadSample("no duration in the JSON and no video to measure")
+            raise BadSample("no duration in the JSON: there is no video to measure either")
         try:
             return sample.measure()
         except InputError as error:
-            raise BadSample(f"no duration in the JSON, and {error}") from error
+            raise BadSample(f"no duration in the JSON: {error}") from error
     value = data[field]
     try:
         seconds = float(value) if not isinstance(value, bool) else math.nan

@@ -10,14 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from qwen_vl_streaming.errors import InputError
-
 from .rules import MAX_JSON_BYTES, Sample
-from .tar import Member, TarFault, name_fault, printable, read_members
+from .tar import CUT_OFF, Member, TarFault, name_fault, printable, read_members
 
 FILES_PER_UNIT = 2_000
 MAX_ID_BYTES = 200  # what a file name can hold, less room for its ending
@@ -38,18 +35,21 @@ class Unit:
     stamp: str
     """Changes when the content does."""
     files: tuple[tuple[str, str], ...] = ()
-    """For a folder, pairs of (JSON, video), each relative to it and empty where there is none."""
+    """For a folder, pairs of (JSON, video), each relative to it or absolute, and empty where there is none."""
     size: int = 0
     """Bytes, for a shard on the hub."""
     repository: str = ""
     """For a shard on the hub: the dataset and its revision, as "owner/name@commit"."""
 
 
-def find_units(split: str, folder: Path) -> list[Unit]:
-    """The units of a local split, by name: its tar shards, and its JSON files in groups. Empty where there is none."""
+def find_units(split: str, folder: Path, videos: Path) -> list[Unit]:
+    """The units of a local split, by name: its tar shards, and its JSON files in groups. Empty where there is none.
+
+    The video of a JSON file is looked for in `folder`, then in `videos`.
+    """
     tars: list[tuple[str, os.stat_result]] = []
     jsons: dict[str, list[tuple[str, str]]] = {}
-    videos: dict[str, str] = {}
+    beside: dict[str, str] = {}
     for name, status in _walk(folder):
         stem, ending = os.path.splitext(name)
         if ending.lower() == ".tar":
@@ -58,14 +58,19 @@ def find_units(split: str, folder: Path) -> list[Unit]:
             stamp = f"{name}:{status.st_size}:{status.st_mtime_ns}"
             jsons.setdefault(os.path.basename(stem), []).append((name, stamp))
         elif ending.lower() == ".mp4":
-            videos.setdefault(os.path.basename(stem), name)
+            beside.setdefault(os.path.basename(stem), name)
     units = [
         Unit(TAR, split, f"{split}/{_plain(name)}", str(folder / name), f"{s.st_size}:{s.st_mtime_ns}")
         for name, s in tars
     ]
     if not tars or jsons:  # videos alone, beside shards, are those that were unpacked from them
-        entries = [(name, videos.get(stem, ""), stamp) for stem, found in jsons.items() for name, stamp in found]
-        entries += [("", name, name) for stem, name in videos.items() if stem not in jsons]
+        elsewhere = {Path(name).stem: str((videos / name).absolute()) for name, _ in _walk(videos)}
+        entries = [
+            (name, beside.get(stem, elsewhere.get(stem, "")), stamp)
+            for stem, found in jsons.items()
+            for name, stamp in found
+        ]
+        entries += [("", name, name) for stem, name in beside.items() if stem not in jsons]
         entries.sort()
         for start in range(0, len(entries), FILES_PER_UNIT):
             part = entries[start : start + FILES_PER_UNIT]
@@ -88,7 +93,7 @@ def read_samples(unit: Unit, videos: Path, root: Path) -> Iterator[Sample]:
         with open_shard(unit) as file:
             yield from _from_tar(unit, file, videos, root)
     except OSError as error:
-        yield Sample("", unit.name, fault=f"cannot be read ({error.strerror or error})")
+        yield Sample("", unit.name, fault=f"shard cannot be read: {error.strerror or error}")
 
 
 @contextmanager
@@ -164,54 +169,56 @@ def _from_files(unit: Unit, json_name: str, video: str, videos: Path, root: Path
     video_id = Path(json_name or video).stem
     where = f"{unit.split}/{_plain(json_name or video)}"
     if fault := _id_fault(video_id):
-        return Sample("", where, fault=fault)
+        return Sample("", where, fault=f"file refused: {fault}")
     if not json_name:
         return Sample(video_id, where, fault="video without its JSON")
     place = folder / video if video else videos / f"{video_id}.mp4"
-    sample = Sample(video_id, where, video=str(place), video_path=relative(place, root))
+    sample = Sample(video_id, where, video=str(place) if video else "", video_path=relative(place, root))
     try:
         with open(folder / json_name, "rb") as file:
             sample.text = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        sample.fault = f"JSON cannot be read ({error.strerror})"
-    if video or place.exists():
+        sample.fault = f"JSON cannot be read: {error.strerror}"
+    if video:
         sample.measure = partial(measure, place, sample.video_path)
     return sample
 
 
 def _from_tar(unit: Unit, file: BinaryIO, videos: Path, root: Path) -> Iterator[Sample]:
-    jsons: dict[PurePosixPath, list[Member]] = {}
-    found: dict[PurePosixPath, list[Member]] = {}
+    waiting: dict[PurePosixPath, dict[str, Member]] = {}  # members whose other half has not come yet
     fault = ""
     try:
         for member in read_members(file):
             path = PurePosixPath(member.name)
-            kind = {".json": jsons, ".mp4": found}.get(path.suffix.lower())
-            if member.fault and "cut off" not in member.fault:
-                yield Sample("", f"{unit.name}:{member.name}", fault=f"member {member.fault}")
-            elif kind is not None:
-                kind.setdefault(path.with_suffix(""), []).append(member)
+            key, ending = path.with_suffix(""), path.suffix.lower()
+            if member.fault and member.fault != CUT_OFF:
+                yield Sample("", f"{unit.name}:{member.name}", fault=f"member refused: {member.fault}")
+            elif ending in (".json", ".mp4"):
+                if ending in waiting.get(key, {}):
+                    yield _from_members(unit, file, key, waiting.pop(key), videos, root)
+                waiting.setdefault(key, {})[ending] = member
+                if len(waiting[key]) == 2:
+                    yield _from_members(unit, file, key, waiting.pop(key), videos, root)
     except TarFault as error:
         fault = str(error)
-    for key in dict.fromkeys([*jsons, *found]):
-        for json_member, video in zip_longest(jsons.get(key, []), found.get(key, [])):
-            yield _from_members(unit, file, key, json_member, video, videos, root)
+    for key, members in waiting.items():
+        yield _from_members(unit, file, key, members, videos, root)
     if fault:
-        yield Sample("", unit.name, fault=f"shard {fault}")
+        yield Sample("", unit.name, fault=f"shard damaged: {fault}")
 
 
 def _from_members(
     unit: Unit,
     file: BinaryIO,
     key: PurePosixPath,
-    json_member: Member | None,
-    video: Member | None,
+    members: dict[str, Member],
     videos: Path,
     root: Path,
 ) -> Sample:
     where = f"{unit.name}:{key}"
+    json_member, video = members.get(".json"), members.get(".mp4")
     if fault := _id_fault(key.name):
-        return Sample("", where, fault=f"member {fault}")
+        return Sample("", where, fault=f"member refused: {fault}")
     sample = Sample(key.name, where, video_path=relative(videos / f"{key.name}.mp4", root))
     if json_member is None:
         sample.fault = "video without its JSON"
@@ -222,7 +229,7 @@ def _from_members(
     elif video.size == 0:
         sample.fault = "video is empty"
     elif json_member.size > MAX_JSON_BYTES:
-        sample.fault = f"JSON is larger than {MAX_JSON_BYTES} bytes"
+        sample.fault = "JSON is too large"
     else:
         file.seek(json_member.offset)
         sample.text = file.read(json_member.size)
@@ -233,9 +240,3 @@ def _from_members(
 
 def _measure_member(file: BinaryIO, video: Member, where: str) -> float:
     return measure(Slice(file, video.offset, video.size), where)
-
-
-def check_split(split: str, folder: Path) -> None:
-    """Raise InputError where `folder` is there but cannot be listed."""
-    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"the {split} folder {folder} cannot be read: change its permissions")

@@ -13,6 +13,7 @@ BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 16
 PLAIN = (b"0", b"\0", b"7")
 ODD_KINDS = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "a sparse file"}
+CUT_OFF = "is cut off by the end of the shard"
 DIRECTORY, PAX, PAX_GLOBAL, LONG_NAME, LONG_LINK = b"5", b"x", b"g", b"L", b"K"
 
 
@@ -69,7 +70,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         else:
             fault = fault or name_fault(raw_name) or ("" if kind in PLAIN else f"is of unknown kind {kind!r}")
             if data + size > end:
-                yield Member(printable(raw_name), data, size, fault or "is cut off by the end of the shard")
+                yield Member(printable(raw_name), data, size, fault or CUT_OFF)
                 raise TarFault(f"ends at byte {end}, inside {printable(raw_name)!r}, so it was cut short")
             yield Member(printable(raw_name), data, size, fault)
             position = _next(data, size)

@@ -191,8 +191,13 @@ def _resized(images: Iterator[np.ndarray], picked: np.ndarray, count: int, budge
                     raise ReaderError(str(error)) from error
                 frames = torch.empty(count, 3, *size, dtype=torch.uint8)
             repeats = int(np.count_nonzero(picked == picked[filled]))
-            picture = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-            frames[filled : filled + repeats] = resize(picture, size, InterpolationMode.BICUBIC, antialias=True)
+            frames[filled : filled + repeats] = resize_frame(image, size)
             filled += repeats
     frames[filled:] = frames[filled - 1]
     return frames
+
+
+def resize_frame(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """(H, W, 3) uint8 to (3, *size) uint8, bicubic with antialiasing as Qwen's processor does it."""
+    picture = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return resize(picture, list(size), InterpolationMode.BICUBIC, antialias=True)

@@ -47,33 +47,51 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
             raise InputError(f"video {name} does not exist: check the path, or put the file there")
         if Path(source).stat().st_size == 0:
             raise InputError(f"video {name} is empty: fetch it again")
-        source = str(source)
     try:
-        with av.open(source) as container:
+        with _open(source) as container:
             if not container.streams.video:
                 raise InputError(f"video {name} has no video stream: fetch it again or leave it out")
             stream = container.streams.video[0]
-            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+            shown = [(p.pts, p.duration) for p in container.demux(stream) if p.size and not p.is_discard]
             claims = [stream.duration * stream.time_base] if stream.duration else []
             claims += [container.duration / av.time_base] if container.duration else []
             time_base, container_name = stream.time_base, container.format.name
     except (av.FFmpegError, OSError) as error:
         raise InputError(f"video {name} cannot be opened ({error.strerror}): fetch it again") from error
-    if not packets:
+    if not shown:
         raise InputError(f"video {name} has no frames: fetch it again or leave it out")
-    if any(p.pts is None for p in packets):
+    if any(pts is None for pts, _ in shown):
         raise InputError(f"video {name} has frames without timestamps: rewrite it as MP4")
-    last = max(packets, key=lambda p: p.pts)
-    pts = np.unique([p.pts for p in packets])
+    _, last_duration = max(shown, key=lambda frame: frame[0])
+    pts = np.unique([pts for pts, _ in shown])
     times = (pts - pts[0]) * float(time_base)
     mean_gap = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0
-    duration = float(times[-1] + (last.duration * time_base if last.duration else mean_gap))
+    duration = float(times[-1] + (last_duration * time_base if last_duration else mean_gap))
     claimed = float(min(claims, default=duration))
     if duration < claimed - CUT_SHORT:
         raise InputError(
             f"video {name} is cut short, {duration:.2f} s of the {claimed:.2f} s it claims: fetch it again"
         )
     return FrameIndex(pts=pts, times=times, duration=duration, container=container_name)
+
+
+def _open(source: str | Path | BinaryIO) -> av.container.InputContainer:
+    if isinstance(source, str | Path):
+        return av.open(str(source))
+    source.seek(0)
+    return av.open(source)
+
+
+def check_first_frame(source: str | Path | BinaryIO, name: str) -> None:
+    """Decode one frame. Raises InputError, calling the video `name`, where that fails."""
+    try:
+        with _open(source) as container:
+            if next(container.decode(video=0), None) is None:
+                raise InputError(f"video {name} has no frame that decodes: fetch it again or leave it out")
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(
+            f"video {name} cannot be decoded ({error.strerror}): fetch it again or leave it out"
+        ) from error
 
 
 def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Iterator[np.ndarray]:

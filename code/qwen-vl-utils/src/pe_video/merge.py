@@ -1,0 +1,42 @@
+"""One sorted stream out of many sorted files, in bounded memory. Knows nothing about rules or videos."""
+
+import heapq
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import groupby
+from pathlib import Path
+
+from .files import whole_file
+from .rules import BAD
+from .stages import Record
+
+FAN_IN = 200  # files open at once; the usual limit is 1,024
+
+
+def merge_lines(paths: list[Path], scratch: Path) -> Iterator[str]:
+    """The lines of sorted files in sorted order. `scratch` takes files in between, where there are many."""
+    level = 0
+    while len(paths) > FAN_IN:
+        merged = []
+        for start in range(0, len(paths), FAN_IN):
+            merged.append(scratch / f"merge-{level}-{start}.tsv")
+            with whole_file(merged[-1]) as file:
+                file.writelines(merge_lines(paths[start : start + FAN_IN], scratch))
+        paths, level = merged, level + 1
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, encoding="utf-8", newline="\n")) for path in paths]
+        yield from heapq.merge(*files)
+
+
+def settle_duplicates(lines: Iterable[str]) -> Iterator[Record]:
+    """Records in order, an id counting once: the first that is not bad keeps its outcome, later ones become bad."""
+    for video_id, group in groupby(map(Record.parse, lines), key=lambda record: record.video_id):
+        first = None
+        for record in group:
+            if record.outcome == BAD or not video_id:
+                yield record
+            elif first is None:
+                first = record
+                yield record
+            else:
+                yield record.spoiled(f"duplicate id: first in {first.where}")

@@ -1,0 +1,103 @@
+"""What a run did, as numbers and one picture. Knows nothing about files of samples."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .files import whole_file
+from .rules import BAD, DROPPED, KEPT, Rules
+from .stages import Record
+
+AXES = {"seconds": (0.5, 60), "tokens": (5, 300), "tokens per second": (0.1, 10)}
+"""For each distribution the width of a bar and where the last one ends, which takes in all beyond."""
+
+
+@dataclass
+class Tally:
+    """What became of the samples of one split."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why samples were bad."""
+    bars: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in AXES})
+    rows: int = 0
+    """Rows written."""
+    not_drawn: int = 0
+    """Kept, but left out by --max-samples."""
+    without_video: int = 0
+    """Rows whose video is not there yet."""
+
+    def add(self, record: Record) -> None:
+        self.outcomes[record.outcome] += 1
+        if record.outcome == BAD:
+            self.reasons[short_reason(record.text)] += 1
+            return
+        seconds = float(record.seconds)
+        self._bar("seconds", seconds)
+        if record.tokens:
+            self._bar("tokens", int(record.tokens))
+            self._bar("tokens per second", int(record.tokens) / seconds)
+
+    def spoil(self, reason: str) -> None:
+        """A kept sample turned out bad."""
+        self.outcomes[KEPT] -= 1
+        self.outcomes[BAD] += 1
+        self.reasons[short_reason(reason)] += 1
+
+    def _bar(self, name: str, value: float) -> None:
+        width, end = AXES[name]
+        self.bars[name][math.floor(min(value, end - width / 2) / width + 1e-9)] += 1
+
+    def numbers(self) -> dict[str, Any]:
+        """For the report: counts by name, most frequent reasons first."""
+        return {
+            "samples": sum(self.outcomes.values()),
+            "kept": self.outcomes[KEPT],
+            "dropped": {rule: self.outcomes[rule] for rule in DROPPED},
+            "bad": self.outcomes[BAD],
+            "bad_reasons": dict(sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))),
+            "not_drawn": self.not_drawn,
+            "rows": self.rows,
+            "rows_without_video": self.without_video,
+        }
+
+
+def short_reason(reason: str) -> str:
+    """What is wrong, without what is special to one sample, so that it can be counted."""
+    return reason.partition(": ")[0]
+
+
+def draw(tallies: dict[str, Tally], rules: Rules, path: Path) -> None:
+    """Write the distributions of seconds, tokens and their ratio to `path` as a PNG, the bounds drawn in."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    bounds = {
+        "seconds": (rules.min_seconds, rules.max_seconds),
+        "tokens": (),
+        "tokens per second": (rules.min_tokens_per_second, rules.max_tokens_per_second),
+    }
+    labels = {
+        "seconds": "video duration (s), all readable samples",
+        "tokens": "caption length (tokens), samples that the cheap rules let through",
+        "tokens per second": "tokens ÷ seconds (1/s), the same samples",
+    }
+    for axes, (name, (width, end)) in zip(figure.subplots(1, len(AXES)), AXES.items(), strict=True):
+        base = Counter()
+        for split, tally in tallies.items():
+            bars = sorted(tally.bars[name])
+            heights = [tally.bars[name][bar] for bar in bars]
+            left, bottoms = [bar * width for bar in bars], [base[bar] for bar in bars]
+            axes.bar(left, heights, width, bottoms, align="edge", label=split)
+            base.update(tally.bars[name])
+        for bound in bounds[name]:
+            axes.axvline(bound, color="black", linestyle="--", label=f"bound {bound:g}")
+        axes.set(xlabel=labels[name], ylabel="samples", xlim=(0, end))
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})

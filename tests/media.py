@@ -1,0 +1,125 @@
+"""Makers of small real videos and tar shards, sound and broken, for tests.
+
+Each frame of a video carries its own number as eight black or white bars, which survive any codec and any resizing,
+so that a test can say which frame came out.
+"""
+
+import io
+import json
+import os
+import struct
+import tarfile
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+
+BARS = 8
+
+
+def make_video(
+    path: Path | io.BytesIO,
+    times: Sequence[float] | None = None,
+    *,
+    seconds: float = 3.0,
+    fps: float = 10.0,
+    size: tuple[int, int] = (160, 96),
+    codec: str = "libx264",
+    pixels: str = "yuv420p",
+    container: str | None = None,
+    keyframe_every: int = 12,
+    options: dict[str, str] | None = None,
+) -> Path | io.BytesIO:
+    """Write a video whose frame i is shown from times[i] on (default: `seconds` at a steady `fps`)."""
+    times = [i / fps for i in range(round(seconds * fps))] if times is None else times
+    time_base = Fraction(1, 90_000)
+    quiet = {"x264-params": "log-level=none"} if codec == "libx264" else {"x265-params": "log-level=none"}
+    file = str(path) if isinstance(path, Path) else path
+    with av.open(file, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height = size
+        stream.pix_fmt = pixels
+        stream.codec_context.time_base = time_base
+        stream.codec_context.gop_size = keyframe_every
+        stream.codec_context.thread_count = 1
+        stream.options = {"preset": "ultrafast", **quiet, **(options or {})}
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(picture(number, size), format="rgb24")
+            frame.pts, frame.time_base = round(time / time_base), time_base
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def picture(number: int, size: tuple[int, int] = (160, 96)) -> np.ndarray:
+    """(height, width, 3) uint8: `number`, below 256, as bars, the lowest bit on the left."""
+    width, height = size
+    bits = (number >> np.arange(BARS)) & 1
+    row = np.repeat(bits, -(-width // BARS))[:width].astype(np.uint8) * 255
+    return np.broadcast_to(row[None, :, None], (height, width, 3)).copy()
+
+
+def read_number(image: np.ndarray) -> int:
+    """The number of a frame, (H, W, 3) or (3, H, W), from the middles of its bars."""
+    image = np.asarray(image)
+    image = image.transpose(1, 2, 0) if image.shape[0] == 3 else image
+    middle = image[image.shape[0] // 2].mean(axis=-1)
+    width = -(-image.shape[1] // BARS)
+    return sum(int(middle[min(bar * width + width // 2, len(middle) - 1)] > 127) << bar for bar in range(BARS))
+
+
+def rotate(path: Path, degrees: int) -> Path:
+    """Turn an MP4 clockwise by its header alone, as phones do."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4
+    start += 4 + (32 if data[start] else 20) + 16
+    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+    data[start : start + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+def video_bytes(**keywords) -> bytes:
+    """A small MP4 in memory."""
+    return make_video(io.BytesIO(), container="mp4", **keywords).getvalue()
+
+
+def sample_json(words: int, seconds: object = 10.0, **fields) -> bytes:
+    """A sample's JSON with a caption of `words` words, each one token to `make_tokenizer`."""
+    data = {"category": "test", "video_duration_in_s": seconds, "human_caption": " ".join(["word"] * words), **fields}
+    return json.dumps({key: value for key, value in data.items() if value is not None}).encode()
+
+
+def make_tar(path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]]) -> Path:
+    """Write a tar file of (name, data) in the given order; a TarInfo in place of a name is written as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if info.isreg():
+                info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def make_files(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write files, by name, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        with open(os.path.join(os.fsencode(folder), os.fsencode(name)), "wb") as file:
+            file.write(data)
+    return folder
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """A folder with a tokenizer to which every word is one token."""
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Split(Regex(r"\s+"), "removed")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

@@ -1,0 +1,132 @@
+"""Clips as they happen: paced files, a synthetic scene, and a real HTTP stream that drops in the middle."""
+
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from media import make_video, read_number
+
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.live_source import file_clips, stream_clips, synthetic_clips
+from qwen_vl_streaming.video import PixelBudget, read_video
+
+SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
+
+
+@pytest.fixture
+def serve():
+    """Serve each connection the next of some streams, a list of (bytes, seconds to wait before them); then refuse."""
+    servers = []
+
+    def start(connections):
+        left = list(connections)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                if not left:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Type", "video/mp2t")
+                self.end_headers()
+                for data, delay in left.pop(0):
+                    time.sleep(delay)
+                    self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/live.ts"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def stream_bytes(tmp_path, times):
+    return make_video(tmp_path / "part.ts", times, container="mpegts").read_bytes()
+
+
+def test_file_is_paced_and_equal_to_the_file(tmp_path):
+    path = make_video(tmp_path / "v.mp4", seconds=3)
+    begin = time.time()
+    clips = list(file_clips(path, speed=4, budget=SMALL))
+    video = read_video(path, budget=SMALL)
+    assert torch.equal(torch.cat([clip.frames for clip in clips]), video.frames)
+    np.testing.assert_array_equal(np.concatenate([clip.timestamps for clip in clips]), video.timestamps)
+    assert [clip.index for clip in clips] == [0, 1, 2]
+    np.testing.assert_allclose(np.diff([clip.completed for clip in clips]), 0.25, atol=1e-6)
+    assert begin + 2.5 / 4 <= clips[-1].completed <= time.time()
+
+
+def test_late_consumer_learns_when_a_clip_was_due(tmp_path):
+    clips = file_clips(make_video(tmp_path / "v.mp4", seconds=3), speed=10, budget=SMALL)
+    first = next(clips)
+    time.sleep(0.3)
+    assert next(clips).completed == pytest.approx(first.completed + 0.1)
+
+
+def test_synthetic():
+    clips = list(synthetic_clips(3, speed=20, size=(56, 84)))
+    assert [clip.frames.shape for clip in clips] == [(2, 3, 56, 84)] * 3
+    assert not torch.equal(clips[0].frames, clips[1].frames)
+    np.testing.assert_allclose(np.diff([clip.completed for clip in clips]), 0.05, atol=1e-6)
+    with pytest.raises(InputError, match="speed 0"):
+        next(synthetic_clips(1, speed=0))
+
+
+def test_http_stream_gives_the_clips_of_the_file(tmp_path, serve):
+    times = [i / 10 for i in range(35)]
+    url = serve([[(stream_bytes(tmp_path, times), 0)]])
+    before = time.time()
+    clips = list(stream_clips(url, budget=SMALL, reconnect_seconds=0))
+    video = read_video(tmp_path / "part.ts", budget=SMALL)
+    assert torch.equal(torch.cat([clip.frames for clip in clips]), video.frames)
+    np.testing.assert_allclose(np.concatenate([clip.timestamps for clip in clips]), video.timestamps, atol=1e-6)
+    assert all(before <= clip.completed <= time.time() for clip in clips)
+
+
+def test_http_stream_dropped_and_taken_up_again(tmp_path, serve, caplog):
+    """The server breaks off in mid-stream; the next connection goes on a second later, its clock starting anew."""
+    first = stream_bytes(tmp_path, [i / 10 for i in range(20)])
+    second = stream_bytes(tmp_path, [i / 10 for i in range(20)])
+    url = serve([[(first[: len(first) * 3 // 4], 0)], [(second, 1.5)]])
+    clips = list(stream_clips(url, budget=SMALL, reconnect_seconds=0.6))
+    moments = np.concatenate([clip.timestamps for clip in clips])
+    assert [clip.index for clip in clips] == list(range(len(clips)))
+    assert (np.diff(moments) >= 0).all()
+    assert moments[-1] > 2.5  # the second connection began 1.5 s after the first, in real time, and lasts 2 s
+    numbers = [read_number(frame.numpy()) for clip in clips for frame in clip.frames]
+    assert numbers[:2] == [0, 5]
+    assert numbers[-1] >= 15
+    assert "dropped" in caplog.text
+
+
+def test_source_that_is_not_there(serve):
+    with pytest.raises(InputError, match=r"127\.0\.0\.1.*cannot be opened"):
+        list(stream_clips(serve([])))
+    with pytest.raises(InputError, match="/dev/video99 cannot be opened"):
+        list(stream_clips("/dev/video99"))
+
+
+def test_consumer_that_leaves_ends_the_reading(tmp_path, serve):
+    url = serve([[(stream_bytes(tmp_path, [i / 10 for i in range(60)]), 0)]])
+    clips = stream_clips(url, budget=SMALL)
+    next(clips)
+    clips.close()
+    deadline = time.time() + 5
+    while any(url in thread.name for thread in threading.enumerate()):
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def test_max_clips(tmp_path, serve):
+    url = serve([[(stream_bytes(tmp_path, [i / 10 for i in range(60)]), 0)]])
+    assert len(list(stream_clips(url, budget=SMALL, max_clips=2))) == 2

@@ -1,0 +1,239 @@
+"""Sampling real files: which frames come out, when they were shown, how large they are, and what is refused."""
+
+import logging
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from media import make_video, read_number, rotate
+from PIL import Image
+
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
+
+SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
+VARIABLE = np.cumsum([0] + [1 / 30] * 40 + [1 / 10] * 10 + [0.9] + [1 / 60] * 30 + [1 / 15] * 20).tolist()
+
+
+def numbers(video):
+    return [read_number(frame.numpy()) for frame in video.frames]
+
+
+def on_screen(times, targets):
+    """By the plain rule: the number of the newest frame that is not later than each target."""
+    return [max(i for i, time in enumerate(times) if time <= target + 1e-3) for target in targets]
+
+
+def check_both(path, times, targets):
+    """Both readers give the frames that were on screen at `targets`, with their times, and the same pixels."""
+    videos = [read_video(path, budget=SMALL, reader=reader) for reader in ("decord", "pyav")]
+    expected = on_screen(times, targets)
+    for video in videos:
+        assert numbers(video)[: len(expected)] == expected
+        np.testing.assert_allclose(
+            video.timestamps[: len(expected)], [times[i] - times[0] for i in expected], atol=2e-3
+        )
+    assert len(videos[0].frames) == len(expected) + len(expected) % 2
+    assert torch.equal(videos[0].frames, videos[1].frames)
+    np.testing.assert_array_equal(videos[0].timestamps, videos[1].timestamps)
+    return videos[0]
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_steady_rate(tmp_path, codec, ending):
+    times = [i / 10 for i in range(40)]
+    video = check_both(make_video(tmp_path / f"v.{ending}", times, codec=codec), times, np.arange(8) / 2)
+    assert (video.fps, video.clips, video.seconds_per_clip) == (2.0, 4, 1.0)
+    assert video.frames.dtype == torch.uint8
+    assert video.timestamps.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx264", {"preset": "medium", "bf": "3"}),
+        ("libx264", {"preset": "medium", "x264-params": "open-gop=1:log-level=none"}),
+        ("libx265", {"preset": "fast", "x265-params": "open-gop=1:bframes=4:log-level=none"}),
+    ],
+)
+def test_frames_that_refer_to_later_ones(tmp_path, codec, options):
+    times = [i / 30 for i in range(120)]
+    path = make_video(tmp_path / "v.mp4", times, codec=codec, fps=30, options=options)
+    check_both(path, times, np.arange(8) / 2)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_variable_rate(tmp_path, ending):
+    path = make_video(tmp_path / f"v.{ending}", VARIABLE, fps=30)
+    video = check_both(path, VARIABLE, np.arange(11) / 2)
+    assert video.fps == 2.0
+    assert (video.timestamps <= np.arange(12) / 2 + 2e-3).all()  # none from the future
+
+
+def test_odd_last_frame_is_repeated(tmp_path):
+    times = [i / 10 for i in range(33)]
+    video = check_both(make_video(tmp_path / "v.mp4", times), times, np.arange(7) / 2)
+    assert len(video.frames) == 8
+    assert torch.equal(video.frames[6], video.frames[7])
+    assert video.timestamps[6] == video.timestamps[7] == 3.0
+
+
+def test_whole_seconds_give_whole_clips(tmp_path):
+    for fps in (24, 25, 30):
+        times = [i / fps for i in range(round(3 * fps))]
+        assert read_video(make_video(tmp_path / "v.mp4", times, fps=fps), budget=SMALL).clips == 3
+
+
+def test_time_counts_from_the_first_frame(tmp_path):
+    times = [3 + i / 10 for i in range(40)]
+    check_both(make_video(tmp_path / "v.mp4", times), times, 3 + np.arange(8) / 2)
+
+
+def test_slow_video_is_sampled_at_its_own_rate(tmp_path):
+    times = [float(i) for i in range(8)]
+    video = check_both(make_video(tmp_path / "v.mp4", times, fps=1), times, times)
+    assert (video.fps, video.clips, video.seconds_per_clip) == (1.0, 4, 2.0)
+
+
+def test_start_and_end(tmp_path):
+    path = make_video(tmp_path / "v.mp4", seconds=6)
+    for reader in ("decord", "pyav"):
+        video = read_video(path, start=1.2, end=3.2, budget=SMALL, reader=reader)
+        assert numbers(video) == [12, 17, 22, 27]
+        np.testing.assert_allclose(video.timestamps, [1.2, 1.7, 2.2, 2.7], atol=1e-6)
+    assert read_video(path, start=4, end=99, budget=SMALL).clips == 2
+    with pytest.raises(InputError, match="end 1 s must be after start 2"):
+        read_video(path, start=2, end=1)
+    with pytest.raises(InputError, match="less than one clip"):
+        read_video(path, start=5.5)
+    with pytest.raises(InputError, match="start -1 must be"):
+        read_video(path, start=-1)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotated(tmp_path, degrees):
+    """A phone's video is turned by its header; the picture must stand as a viewer sees it."""
+    plain = read_video(make_video(tmp_path / "plain.mp4"), budget=SMALL, reader="pyav")
+    turned = rotate(make_video(tmp_path / "turned.mp4"), degrees)
+    for reader in ("decord", "pyav"):
+        video = read_video(turned, budget=SMALL, reader=reader)
+        expected = torch.rot90(plain.frames, -degrees // 90, dims=(2, 3))
+        assert video.frames.shape == expected.shape
+        if degrees == 180:  # resized along the same axes: equal but for the filter's rounding
+            assert (video.frames.int() - expected.int()).abs().max() <= 2
+        else:
+            assert (video.frames.float() - expected.float()).abs().mean() < 8
+
+
+def test_odd_sizes(tmp_path):
+    times = [i / 10 for i in range(20)]
+    for size, pixels in (((162, 98), "yuv420p"), ((161, 97), "yuv444p")):
+        video = check_both(make_video(tmp_path / "v.mp4", times, size=size, pixels=pixels), times, np.arange(4) / 2)
+        assert all(side % 28 == 0 for side in video.frames.shape[2:])
+
+
+def test_mpegts_is_read_with_pyav(tmp_path, caplog):
+    """Decord loses the opening frames of a transport stream without a word."""
+    times = [i / 10 for i in range(40)]
+    path = make_video(tmp_path / "v.ts", times)
+    with caplog.at_level(logging.INFO):
+        video = read_video(path, budget=SMALL)
+    assert numbers(video) == on_screen(times, np.arange(8) / 2)
+    assert "decord cannot read it" in caplog.text
+    assert "read with pyav" in caplog.text
+
+
+def test_log_names_the_reader(tmp_path, caplog):
+    path = make_video(tmp_path / "v.mp4")
+    with caplog.at_level(logging.INFO):
+        read_video(path, budget=SMALL)
+        read_video(path, budget=SMALL, reader="pyav")
+    assert [record.message for record in caplog.records] == [f"{path}: read with {name}" for name in ("decord", "pyav")]
+
+
+def test_choose_reader():
+    assert choose_reader({}) is None
+    assert choose_reader({"FORCE_QWENVL_VIDEO_READER": ""}) is None
+    assert choose_reader({"FORCE_QWENVL_VIDEO_READER": "PyAV"}) == "pyav"
+    with pytest.raises(InputError, match="torchcodec.*decord or pyav"):
+        choose_reader({"FORCE_QWENVL_VIDEO_READER": "torchcodec"})
+
+
+def test_pixels_are_resized_as_the_processor_does(tmp_path):
+    """Bicubic with antialiasing: the same as Pillow's, which Qwen's own image processor uses."""
+    path = make_video(tmp_path / "v.mp4", size=(640, 360))
+    full = read_video(path, budget=PixelBudget(28 * 28 * 200, 28 * 28 * 400), reader="pyav").frames[1]
+    small = read_video(path, budget=SMALL, reader="pyav").frames[1]
+    _, height, width = small.shape
+    assert full.shape[1:] == (364, 644) and (height, width) != (364, 644)
+    pillow = Image.fromarray(full.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(pillow).astype(int) - small.permute(1, 2, 0).numpy()).mean() < 3
+
+
+@pytest.mark.parametrize("height", [97, 360, 480, 720, 1080, 2160])
+@pytest.mark.parametrize("ratio", [1, 4 / 3, 16 / 9, 9 / 16, 2.39])
+@pytest.mark.parametrize("frames", [2, 10, 20, 60, 600])
+def test_pixel_budget(height, ratio, frames):
+    budget = PixelBudget()
+    tall, wide = budget.size(height, round(height * ratio), frames)
+    assert tall % 28 == wide % 28 == 0
+    assert tall * wide >= budget.min_pixels_per_frame
+    share = max(budget.max_pixels_per_video / frames, budget.min_pixels_per_frame * 1.25)  # rounded up to whole tokens
+    assert tall * wide <= min(budget.max_pixels_per_frame, share)
+
+
+def test_pixel_budget_refuses_what_cannot_be():
+    with pytest.raises(InputError, match="max_pixels_per_frame 5000"):
+        PixelBudget(max_pixels_per_frame=5000)
+    with pytest.raises(InputError, match="max_pixels_per_video 1000"):
+        PixelBudget(max_pixels_per_video=1000)
+
+
+def cut_in_half(tmp_path):
+    """The file's index is whole and promises 6 s; the second half of the data is gone."""
+    path = make_video(tmp_path / "v.mp4", seconds=6, size=(320, 240), options={"movflags": "+faststart"})
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+BROKEN = {
+    "missing": (lambda folder: folder / "none.mp4", "does not exist"),
+    "a folder": (lambda folder: folder, "does not exist"),
+    "empty": (lambda folder: write(folder / "v.mp4", b""), "is empty"),
+    "no video": (lambda folder: write(folder / "v.mp4", b"no video at all" * 99), "cannot be opened"),
+    "one frame": (lambda folder: make_video(folder / "v.mp4", [0.0]), "less than one clip"),
+    "too short": (lambda folder: make_video(folder / "v.mp4", seconds=0.6), "less than one clip"),
+    "cut": (cut_in_half, "cannot be opened|cut short|cannot be decoded"),
+}
+
+
+def write(path, data):
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("reader", [None, "decord", "pyav"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_refused_with_one_line_that_names_the_file(tmp_path, kind, reader):
+    make, message = BROKEN[kind]
+    path = make(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        read_video(path, reader=reader)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_same_tensors_again(tmp_path):
+    """Training and evaluation call the same function: nothing in it may depend on the process or on earlier calls."""
+    path = make_video(tmp_path / "v.mp4", VARIABLE, fps=30)
+    first, second = read_video(path), read_video(path)
+    assert torch.equal(first.frames, second.frames)
+    np.testing.assert_array_equal(first.timestamps, second.timestamps)
+
+
+def test_timestamps_ascend(tmp_path):
+    video = read_video(make_video(tmp_path / "v.mp4", VARIABLE, fps=30), budget=SMALL)
+    assert all(a <= b for a, b in pairwise(video.timestamps))
