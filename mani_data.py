@@ -6,12 +6,10 @@ samples whose captions have a speaking rate that a stream can follow. A killed r
 
 import argparse
 import logging
-import os
 from pathlib import Path
 
 from pe_video.rules import Rules
 from pe_video.run import Options, prepare_dataset
-from pe_video.tokens import find_tokenizer
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 
 ROOT = Path(__file__).resolve().parent
@@ -42,13 +40,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     rules.add_argument("--max-samples", type=int, help="at most so many training rows (paper: 20000; default: all)")
     rules.add_argument("--seed", type=int, default=0, help="for --max-samples: which rows are drawn (default: 0)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: the cores")
+    parser.add_argument(
+        "--workers", type=int, help="default: the cores; for the hub, which has to be waited for, four times"
+    )
     return parser.parse_args()
 
 
 def options_from(arguments: argparse.Namespace) -> Options:
     """The options that the command line asks for. Raises InputError where they cannot be."""
-    if arguments.workers < 1:
+    if arguments.workers is not None and arguments.workers < 1:
         raise InputError(f"--workers {arguments.workers} must be at least 1")
     if arguments.max_samples is not None and arguments.max_samples < 1:
         raise InputError(f"--max-samples {arguments.max_samples} must be at least 1")
@@ -77,7 +77,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
             max_tokens_per_second=arguments.max_tokens_per_second,
             caption_prefix=arguments.caption_prefix,
         ),
-        tokenizer=find_tokenizer(arguments.tokenizer_model_id, ROOT),
+        tokenizer=arguments.tokenizer_model_id,
         max_samples=arguments.max_samples,
         seed=arguments.seed,
         workers=arguments.workers,
@@ -86,7 +86,8 @@ def options_from(arguments: argparse.Namespace) -> Options:
 
 def main() -> None:
     arguments = parse_arguments()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    logging.getLogger("pe_video").setLevel(logging.INFO)
     options = options_from(arguments)
     for split, tally in prepare_dataset(options).items():
         numbers = tally.numbers()

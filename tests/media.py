@@ -89,6 +89,18 @@ def video_bytes(**keywords) -> bytes:
     return make_video(io.BytesIO(), container="mp4", **keywords).getvalue()
 
 
+def sound_bytes() -> bytes:
+    """An MP4 in memory that has a sound track and no pictures."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return file.getvalue()
+
+
 def sample_json(words: int, seconds: object = 10.0, **fields) -> bytes:
     """A sample's JSON with a caption of `words` words, each one token to `make_tokenizer`."""
     data = {"category": "test", "video_duration_in_s": seconds, "human_caption": " ".join(["word"] * words), **fields}

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from media import make_video, read_number
-
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.live_source import file_clips, stream_clips, synthetic_clips
 from qwen_vl_streaming.video import PixelBudget, read_video

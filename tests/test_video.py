@@ -8,7 +8,6 @@ import pytest
 import torch
 from media import make_video, read_number, rotate
 from PIL import Image
-
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
 
@@ -145,11 +144,12 @@ def test_mpegts_is_read_with_pyav(tmp_path, caplog):
     assert "read with pyav" in caplog.text
 
 
-def test_log_names_the_reader(tmp_path, caplog):
+def test_log_names_each_reader_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("qwen_vl_streaming.video._announced", set())
     path = make_video(tmp_path / "v.mp4")
     with caplog.at_level(logging.INFO):
-        read_video(path, budget=SMALL)
-        read_video(path, budget=SMALL, reader="pyav")
+        for reader in (None, "decord", "pyav"):
+            read_video(path, budget=SMALL, reader=reader)
     assert [record.message for record in caplog.records] == [f"{path}: read with {name}" for name in ("decord", "pyav")]
 
 
@@ -157,7 +157,7 @@ def test_choose_reader():
     assert choose_reader({}) is None
     assert choose_reader({"FORCE_QWENVL_VIDEO_READER": ""}) is None
     assert choose_reader({"FORCE_QWENVL_VIDEO_READER": "PyAV"}) == "pyav"
-    with pytest.raises(InputError, match="torchcodec.*decord or pyav"):
+    with pytest.raises(InputError, match=r"torchcodec.*decord or pyav"):
         choose_reader({"FORCE_QWENVL_VIDEO_READER": "torchcodec"})
 
 

@@ -1,8 +1,9 @@
 """From the JSON of one sample to a row or the reason why there is none. Knows nothing about where samples come from."""
 
+import codecs
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,25 +76,26 @@ class Verdict:
     """The finished JSON line of a kept sample."""
 
 
-def judge(samples: Sequence[Sample], rules: Rules, count_tokens: Callable[[list[str]], list[int]]) -> list[Verdict]:
-    """One verdict for each of `samples`, the cheap rules first and all captions left over in one batch."""
-    verdicts: list[Verdict] = []
-    open_cases: list[tuple[int, dict[str, Any], str, float]] = []
-    for index, sample in enumerate(samples):
+def judge(
+    samples: Iterable[Sample], rules: Rules, count_tokens: Callable[[list[str]], list[int]]
+) -> list[tuple[Sample, Verdict]]:
+    """A verdict for each of `samples`, the cheap rules first and all captions left over in one batch."""
+    verdicts: list[tuple[Sample, Verdict]] = []
+    still_open: list[tuple[Sample, Verdict, dict[str, Any], str, float]] = []
+    for sample in samples:  # a sample can be measured only until the next one is read
         try:
             data = read_object(sample)
             caption = read_caption(data)
             seconds = read_seconds(data, sample)
         except BadSample as error:
-            verdicts.append(Verdict(BAD, str(error)))
+            verdicts.append((sample, Verdict(BAD, str(error))))
             continue
         dropped = cheap_rules(caption, seconds, rules)
-        verdicts.append(Verdict(dropped or KEPT, seconds=seconds))
+        verdicts.append((sample, Verdict(dropped or KEPT, seconds=seconds)))
         if not dropped:
-            open_cases.append((index, data, caption, seconds))
-    counts = count_tokens([caption for _, _, caption, _ in open_cases]) if open_cases else []
-    for (index, data, _, seconds), tokens in zip(open_cases, counts, strict=True):
-        verdict = verdicts[index]
+            still_open.append((*verdicts[-1], data, caption, seconds))
+    counts = count_tokens([caption for *_, caption, _ in still_open]) if still_open else []
+    for (sample, verdict, data, _, seconds), tokens in zip(still_open, counts, strict=True):
         verdict.tokens = tokens
         if tokens < rules.min_tokens_per_second * seconds:
             verdict.outcome = "too few tokens per second"
@@ -101,7 +103,7 @@ def judge(samples: Sequence[Sample], rules: Rules, count_tokens: Callable[[list[
             verdict.outcome = "too many tokens per second"
         else:
             try:
-                verdict.row = write_row(data, samples[index], seconds)
+                verdict.row = write_row(data, sample, seconds)
             except BadSample as error:
                 verdict.outcome, verdict.reason = BAD, str(error)
     return verdicts
@@ -125,7 +127,7 @@ def read_object(sample: Sample) -> dict[str, Any]:
     if len(sample.text) > MAX_JSON_BYTES:
         raise BadSample("JSON is too large")
     try:
-        data = json.loads(sample.text.decode("utf-8-sig"))
+        data = json.loads(sample.text.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         raise BadSample("JSON is not UTF-8") from error
     except RecursionError as error:

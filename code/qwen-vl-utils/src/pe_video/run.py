@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from .merge import merge_lines, settle_duplicates
 from .parallel import run_tasks
 from .report import Tally, draw
 from .rules import BAD, KEPT, Rules
-from .sources import Unit, find_units
+from .sources import HUB, Unit, find_units
 from .stages import (
     Job,
     Pick,
@@ -30,7 +31,7 @@ from .stages import (
     result_of,
     samples_of,
 )
-from .tokens import fingerprint
+from .tokens import find_tokenizer, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +57,13 @@ class Options:
     hub_name: str
     """The hub's dataset, used where no split lies on disk; empty to insist on the disk."""
     rules: Rules
-    tokenizer: Path
-    """A tokenizer.json."""
+    tokenizer: str
+    """A model on the hub, or a folder with tokenizer.json."""
     max_samples: int | None
     """At most so many training rows, drawn by `seed`."""
     seed: int
-    workers: int
+    workers: int | None
+    """Processes; None for one a core, and four where the hub has to be waited for."""
 
 
 def prepare_dataset(options: Options) -> dict[str, Tally]:
@@ -70,16 +72,20 @@ def prepare_dataset(options: Options) -> dict[str, Tally]:
     Raises InputError for whatever the user can mend; what was finished by then is kept and not done again.
     """
     units = find_all_units(options)
+    tokenizer = find_tokenizer(options.tokenizer, options.root)
+    streaming = any(unit.kind == HUB for part in units.values() for unit in part)
+    workers = options.workers or len(os.sched_getaffinity(0)) * (4 if streaming else 1)
     state_root = options.output_dir / STATE_FOLDER
     with only_one(state_root):
         remove_parts(options.output_dir)
         remove_parts(options.videos)
-        job = Job(options.rules, options.tokenizer, options.root, options.videos, state_root / _state_name(options))
-        _read_units([unit for part in units.values() for unit in part], job, options.workers)
+        state = state_root / _state_name(options, tokenizer)
+        job = Job(options.rules, tokenizer, options.root, options.videos, state)
+        _read_units([unit for part in units.values() for unit in part], job, workers)
         tallies = {split: Tally() for split in units}
         with whole_file(options.output_dir / "skipped.jsonl") as skipped:
             for split, part in units.items():
-                _finish_split(split, part, job, options, tallies[split], skipped)
+                _finish_split(split, part, job, options, workers, tallies[split], skipped)
         draw(tallies, options.rules, options.output_dir / "report.png")
         report = {"rules": asdict(options.rules), "splits": {split: t.numbers() for split, t in tallies.items()}}
         with whole_file(options.output_dir / "report.json") as file:
@@ -106,9 +112,9 @@ def find_all_units(options: Options) -> dict[str, list[Unit]]:
     return find_hub_units(options.hub_name, list(options.splits), options.videos.parent)
 
 
-def _state_name(options: Options) -> str:
+def _state_name(options: Options, tokenizer: Path) -> str:
     """Another name for everything that changes what stage 1 finds."""
-    what = [STATE_FORMAT, asdict(options.rules), fingerprint(options.tokenizer), str(options.root), str(options.videos)]
+    what = [STATE_FORMAT, asdict(options.rules), fingerprint(tokenizer), str(options.root), str(options.videos)]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -127,7 +133,9 @@ def _read_units(units: list[Unit], job: Job, workers: int) -> None:
                 bar.update()
 
 
-def _finish_split(split: str, units: list[Unit], job: Job, options: Options, tally: Tally, skipped: IO[str]) -> None:
+def _finish_split(
+    split: str, units: list[Unit], job: Job, options: Options, workers: int, tally: Tally, skipped: IO[str]
+) -> None:
     """Stage 2 for one split, then its rows and its part of `skipped`."""
     parts = [part for unit in units for part in parts_of(unit, job.state)]
     kept, bad_lines = job.state / f"{split}.kept", job.state / f"{split}.bad"
@@ -144,7 +152,7 @@ def _finish_split(split: str, units: list[Unit], job: Job, options: Options, tal
     by_name = {unit.name: unit for unit in units}
 
     def check(some: list[tuple[str, Pick]]) -> dict[str, str]:
-        return _check_videos(split, some, by_name, job, options.workers)
+        return _check_videos(split, some, by_name, job, workers)
 
     drawn, faults = draw_rows(picks, limit, options.seed, check)
     with whole_file(options.outputs[split]) as rows, open(bad_lines, encoding="utf-8", newline="\n") as bad_file:

@@ -13,12 +13,19 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from qwen_vl_streaming.errors import InputError
+
 from .rules import MAX_JSON_BYTES, Sample
 from .tar import CUT_OFF, Member, TarFault, name_fault, printable, read_members
 
 FILES_PER_UNIT = 2_000
+USUAL_JSON_BYTES = 1 << 14  # read at once; a buffer for the largest JSON allowed would cost more than the file
 MAX_ID_BYTES = 200  # what a file name can hold, less room for its ending
 FOLDER, TAR, HUB = "folder", "tar", "hub"
+
+
+class HubFault(Exception):
+    """The hub no longer answers: no fault of a sample, so it must not be taken for one."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +93,11 @@ def read_samples(unit: Unit, videos: Path, root: Path) -> Iterator[Sample]:
     A fault of the unit itself is a Sample without an id.
     """
     if unit.kind == FOLDER:
-        for json_name, video in unit.files:
-            yield _from_files(unit, json_name, video, videos, root)
+        yield from _from_files(unit, relative(videos, root), relative(Path(unit.path), root), root)
         return
     try:
         with open_shard(unit) as file:
-            yield from _from_tar(unit, file, videos, root)
+            yield from _from_tar(unit, file, relative(videos, root))
     except OSError as error:
         yield Sample("", unit.name, fault=f"shard cannot be read: {error.strerror or error}")
 
@@ -105,8 +111,11 @@ def open_shard(unit: Unit) -> Iterator[BinaryIO]:
         file: BinaryIO = RemoteFile(unit.repository, unit.path, unit.size)
     else:
         file = open(unit.path, "rb")  # noqa: SIM115 - closed below, as the remote one is
-    with file:
-        yield file
+    try:
+        with file:
+            yield file
+    except HubFault as error:
+        raise InputError(str(error)) from error
 
 
 class Slice:
@@ -149,14 +158,15 @@ def relative(path: Path, root: Path) -> str:
 def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Plain files below `folder`, as (path relative to it, status), without following links to other folders."""
     for directory, _, _ in os.walk(folder):
+        prefix = "" if directory == str(folder) else os.path.relpath(directory, folder) + os.sep
         with os.scandir(directory) as entries:
             for entry in entries:
                 if entry.is_file():
-                    yield os.path.relpath(entry.path, folder) if directory != str(folder) else entry.name, entry.stat()
+                    yield prefix + entry.name, entry.stat()
 
 
 def _plain(name: str) -> str:
-    return printable(os.fsencode(name))
+    return name if name.isprintable() else printable(os.fsencode(name))
 
 
 def _id_fault(video_id: str) -> str:
@@ -164,27 +174,45 @@ def _id_fault(video_id: str) -> str:
     return fault or ("has a name that is too long" if len(os.fsencode(video_id)) > MAX_ID_BYTES else "")
 
 
-def _from_files(unit: Unit, json_name: str, video: str, videos: Path, root: Path) -> Sample:
-    folder = Path(unit.path)
-    video_id = Path(json_name or video).stem
-    where = f"{unit.split}/{_plain(json_name or video)}"
-    if fault := _id_fault(video_id):
-        return Sample("", where, fault=f"file refused: {fault}")
-    if not json_name:
-        return Sample(video_id, where, fault="video without its JSON")
-    place = folder / video if video else videos / f"{video_id}.mp4"
-    sample = Sample(video_id, where, video=str(place) if video else "", video_path=relative(place, root))
+def _from_files(unit: Unit, videos: str, folder: str, root: Path) -> Iterator[Sample]:
+    """`videos` and `folder` are relative to `root`. Plain strings, for this loop is most of a run's Python."""
+    for json_name, video in unit.files:
+        name = os.path.basename(json_name or video)
+        video_id = os.path.splitext(name)[0]
+        where = f"{unit.split}/{_plain(json_name or video)}"
+        if fault := _id_fault(video_id):
+            yield Sample("", where, fault=f"file refused: {fault}")
+        elif not json_name:
+            yield Sample(video_id, where, fault="video without its JSON")
+        else:
+            sample = Sample(video_id, where, video_path=f"{videos}/{video_id}.mp4")
+            if video:
+                sample.video = os.path.join(unit.path, video)
+                sample.video_path = relative(Path(video), root) if os.path.isabs(video) else f"{folder}/{video}"
+                sample.measure = partial(measure, sample.video, sample.video_path)
+            try:
+                sample.text = _read_file(os.path.join(unit.path, json_name))
+            except OSError as error:
+                sample.fault = f"JSON cannot be read: {error.strerror}"
+            yield sample
+
+
+def _read_file(path: str) -> bytes:
+    """The bytes of a file, and one more than MAX_JSON_BYTES of a larger one."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with open(folder / json_name, "rb") as file:
-            sample.text = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        sample.fault = f"JSON cannot be read: {error.strerror}"
-    if video:
-        sample.measure = partial(measure, place, sample.video_path)
-    return sample
+        data = os.read(descriptor, USUAL_JSON_BYTES)
+        while len(data) >= USUAL_JSON_BYTES and len(data) <= MAX_JSON_BYTES:
+            more = os.read(descriptor, MAX_JSON_BYTES + 1 - len(data))
+            if not more:
+                break
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
 
 
-def _from_tar(unit: Unit, file: BinaryIO, videos: Path, root: Path) -> Iterator[Sample]:
+def _from_tar(unit: Unit, file: BinaryIO, videos: str) -> Iterator[Sample]:
     waiting: dict[PurePosixPath, dict[str, Member]] = {}  # members whose other half has not come yet
     fault = ""
     try:
@@ -195,14 +223,14 @@ def _from_tar(unit: Unit, file: BinaryIO, videos: Path, root: Path) -> Iterator[
                 yield Sample("", f"{unit.name}:{member.name}", fault=f"member refused: {member.fault}")
             elif ending in (".json", ".mp4"):
                 if ending in waiting.get(key, {}):
-                    yield _from_members(unit, file, key, waiting.pop(key), videos, root)
+                    yield _from_members(unit, file, key, waiting.pop(key), videos)
                 waiting.setdefault(key, {})[ending] = member
                 if len(waiting[key]) == 2:
-                    yield _from_members(unit, file, key, waiting.pop(key), videos, root)
+                    yield _from_members(unit, file, key, waiting.pop(key), videos)
     except TarFault as error:
         fault = str(error)
     for key, members in waiting.items():
-        yield _from_members(unit, file, key, members, videos, root)
+        yield _from_members(unit, file, key, members, videos)
     if fault:
         yield Sample("", unit.name, fault=f"shard damaged: {fault}")
 
@@ -212,14 +240,13 @@ def _from_members(
     file: BinaryIO,
     key: PurePosixPath,
     members: dict[str, Member],
-    videos: Path,
-    root: Path,
+    videos: str,
 ) -> Sample:
     where = f"{unit.name}:{key}"
     json_member, video = members.get(".json"), members.get(".mp4")
     if fault := _id_fault(key.name):
         return Sample("", where, fault=f"member refused: {fault}")
-    sample = Sample(key.name, where, video_path=relative(videos / f"{key.name}.mp4", root))
+    sample = Sample(key.name, where, video_path=f"{videos}/{key.name}.mp4")
     if json_member is None:
         sample.fault = "video without its JSON"
     elif video is None:

@@ -10,9 +10,9 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from qwen_vl_streaming.errors import InputError
 
@@ -40,8 +40,7 @@ class Job:
     """Where results lie; another folder for every other set of rules."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """What became of one sample, as one line of a result file. Lines sort by id, then by where the sample was."""
 
     video_id: str
@@ -63,7 +62,7 @@ class Record:
 
     def spoiled(self, reason: str) -> "Record":
         """The same sample, found to be bad."""
-        return replace(self, outcome=BAD, text=" ".join(reason.split()))
+        return self._replace(outcome=BAD, text=" ".join(reason.split()))
 
     @staticmethod
     def parse(line: str) -> "Record":
@@ -96,8 +95,8 @@ def read_unit(unit: Unit) -> int:
     samples = read_samples(unit, _job.videos / unit.split, _job.root)
     lines: list[str] = []
     size = parts = count = 0
-    while batch := list(itertools.islice(samples, SAMPLES_PER_BATCH)):
-        for sample, verdict in zip(batch, judge(batch, _job.rules, _count_tokens), strict=True):
+    while batch := judge(itertools.islice(samples, SAMPLES_PER_BATCH), _job.rules, _count_tokens):
+        for sample, verdict in batch:
             lines.append(_record(unit, count, sample, verdict).line())
             size += len(lines[-1])
             count += 1

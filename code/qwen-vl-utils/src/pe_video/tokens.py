@@ -18,11 +18,17 @@ def find_tokenizer(model_id: str, root: Path) -> Path:
             if (folder / "tokenizer.json").is_file():
                 return folder / "tokenizer.json"
             raise InputError(f"tokenizer folder {folder} has no tokenizer.json: save it with save_pretrained")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    from .hub import HUB_ERRORS
 
     try:
+        cached = try_to_load_from_cache(model_id, "tokenizer.json")
+        if isinstance(cached, str):
+            return Path(cached)
+        HfApi().model_info(model_id, timeout=20)  # without a network this says so at once; the download waits
         return Path(hf_hub_download(model_id, "tokenizer.json"))
-    except Exception as error:  # the hub's client lets pass whatever its HTTP library raises, by version
+    except HUB_ERRORS as error:
         reason = type(error).__name__
         raise InputError(
             f"tokenizer {model_id!r} is no folder here and cannot be fetched from the hub ({reason}): "

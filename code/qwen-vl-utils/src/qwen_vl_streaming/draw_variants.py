@@ -29,6 +29,7 @@ DPI = 120
 PANEL = (3.95, 7.35)
 LEFT, WIDE = 0.78, 2.72
 MARGIN = 0.12
+ABOVE = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
 
 
 def draw_png(timelines: Sequence[Timeline], wait_k: int) -> bytes:
@@ -82,6 +83,16 @@ def _pale(colour: str) -> tuple[float, ...]:
     return tuple(1 - PALE * (1 - np.array(to_rgb(colour))))
 
 
+def _boxes(left, right, low, high) -> np.ndarray:
+    """Corners of n rectangles, (n, 4, 2)."""
+    return np.stack([np.stack([left, right, right, left], 1), np.stack([low, low, high, high], 1)], 2)
+
+
+def _edge(count: int) -> dict:
+    """How `count` blocks side by side are set apart: many are too small for an edge."""
+    return {"edgecolor": "white", "linewidth": 1 if count < 40 else 0}
+
+
 def _times(timeline: Timeline, wait_k: int) -> list[tuple[float, float]]:
     """Start and end of each step, a clip taking 1 and a word 1 / `wait_k`."""
     times, now = [], 0.0
@@ -110,8 +121,8 @@ class _Panel:
     def draw(self, timeline: Timeline, wait_k: int, longest: float) -> None:
         when, count, sees = describe(timeline.variant)
         lanes = self.axes(0.6, 0.85)
-        title = lanes.annotate(timeline.variant.name, (0, 1), (0, 24), fontsize=15, weight="bold", **_OVER)
-        lanes.annotate(f"paper: {timeline.variant.paper}", (1, 0), (9, 2), fontsize=9, **_OVER | {"xycoords": title})
+        title = lanes.annotate(timeline.variant.name, (0, 1), (0, 24), fontsize=15, weight="bold", **ABOVE)
+        lanes.annotate(f"paper: {timeline.variant.paper}", (1, 0), (9, 2), fontsize=9, **ABOVE | {"xycoords": title})
         _draw_lanes(lanes, timeline, wait_k, longest)
         positions = self.axes(2.12, 1.5)
         beside = self.axes(2.12, 1.5, left=LEFT + WIDE + 0.08, wide=0.3)
@@ -119,23 +130,21 @@ class _Panel:
         mask = self.axes(4.02, 2.4)
         _draw_mask(mask, timeline)
         for axes, title in ((lanes, when), (positions, count), (mask, sees)):
-            axes.annotate(title, (0, 1), (0, 7), fontsize=9.5, color=INK, **_OVER)
-
-
-_OVER = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+            axes.annotate(title, (0, 1), (0, 7), fontsize=9.5, color=INK, **ABOVE)
 
 
 def _draw_lanes(axes: Axes, timeline: Timeline, wait_k: int, longest: float) -> None:
     """Two lanes over time, clips watched and words written, and above them the slots."""
     inches = WIDE / longest
     arrived, times = [], _times(timeline, wait_k)
+    edge = _edge(len(times))
     for step, (start, _) in zip(find_steps(timeline), times, strict=True):
         if step.clip:
-            _block(axes, start, 1, 1, COLOURS[CLIP], f"{step.clip}", inches)
+            _block(axes, start, 1, 1, COLOURS[CLIP], f"{step.clip}", inches, edge)
             arrived.append(start + 1)
         if step.stop > step.start:
             lasts = (step.stop - step.start) / wait_k
-            _block(axes, start, 0, lasts, COLOURS[ANSWER], words(step.start, step.stop), inches)
+            _block(axes, start, 0, lasts, COLOURS[ANSWER], words(step.start, step.stop), inches, edge)
     if len(arrived) < 20:
         axes.vlines(arrived, -0.5, 2.4, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0.5)
     slots = zip(arrived, [*arrived[1:], times[-1][1]], strict=True)
@@ -150,14 +159,14 @@ def _draw_lanes(axes: Axes, timeline: Timeline, wait_k: int, longest: float) -> 
     axes.axhline(-0.55, color=FAINT, linewidth=1)
 
 
-def _block(axes: Axes, x: float, lane: int, wide: float, colour: str, label: str, inches: float) -> None:
-    axes.add_patch(Rectangle((x, lane - 0.43), wide, 0.86, facecolor=colour, edgecolor="white", linewidth=1.2))
+def _block(axes: Axes, x: float, lane: int, wide: float, colour: str, label: str, inches: float, edge: dict) -> None:
+    axes.add_patch(Rectangle((x, lane - 0.43), wide, 0.86, facecolor=colour, **edge))
     _label(axes, x + wide / 2, lane, label, wide * inches, color="white")
 
 
 def _label(axes: Axes, x: float, y: float, label: str, room: float, **style) -> None:
     """Centred text, left out where it needs more than `room` inches."""
-    if room > 0.06 * len(label):
+    if room > 0.06 * len(label) + 0.05:
         axes.text(x, y, label, fontsize=7.5, ha="center", va="center_baseline", **style)
 
 
@@ -170,14 +179,16 @@ def _draw_positions(axes: Axes, beside: Axes, timeline: Timeline) -> None:
     strong = np.array([to_rgb(COLOURS[p]) for p in range(len(PARTS))])
     pale = np.array([_pale(COLOURS[p]) for p in range(len(PARTS))])
     for axis, colours in ((1, pale), (2, pale), (0, strong)):
-        x, y = feed, fold(positions[axis])
-        corners = np.stack([np.stack([x, x + 1, x + 1, x], 1), np.stack([y, y, y + 1, y + 1], 1)], 2)
-        axes.add_collection(PolyCollection(corners, facecolors=colours[part], edgecolors=colours[part], linewidths=0.4))
-    for each in find_runs(timeline, by_slot=True):
+        y = fold(positions[axis])
+        cells = _boxes(feed, feed + 1, y, y + 1)
+        axes.add_collection(PolyCollection(cells, facecolors=colours[part], edgecolors=colours[part], linewidths=0.4))
+    runs = find_runs(timeline, by_slot=True)
+    edge = _edge(len(runs))
+    for each in runs:
         low, high = positions[:, each.start : each.stop].min(), positions[:, each.start : each.stop].max()
         column = int(each.part >= HEADER)
         place = (column + 0.08, fold(low)), 0.84, fold(high) + 1 - fold(low)
-        beside.add_patch(Rectangle(*place, facecolor=COLOURS[each.part], edgecolor="white", linewidth=0.6))
+        beside.add_patch(Rectangle(*place, facecolor=COLOURS[each.part], **edge))
     top = fold(positions.max()) + 1.5
     for each, across in ((axes, len(part)), (beside, 2)):
         each.set_ylim(-0.5, top)
@@ -232,21 +243,21 @@ def _draw_mask(axes: Axes, timeline: Timeline) -> None:
     axes.imshow(image.numpy(), extent=(0, length, length, 0), aspect="auto")
     runs = find_runs(timeline, by_slot=False)
     strip = length * 0.018
-    for query in runs:
-        for key in runs:
-            # What comes before and is not attended to is what the rule of the variant hides.
-            if key.stop <= query.start and not mask[query.start, key.start]:
-                place = (key.start, query.start), len(key), len(query)
-                axes.add_patch(Rectangle(*place, facecolor="white", edgecolor=FORBIDDEN, hatch="/////", linewidth=0))
-        colour = COLOURS[query.part]
-        axes.add_patch(Rectangle((-1.6 * strip, query.start), strip, len(query), facecolor=colour, clip_on=False))
-        axes.add_patch(
-            Rectangle((query.start, length + 0.6 * strip), len(query), strip, facecolor=colour, clip_on=False)
-        )
+    # What was fed before and is not attended to is what the rule of the variant hides.
+    starts = [each.start for each in runs]
+    seen = mask[starts][:, starts].tolist()
+    pairs = [(q, k) for at, q in enumerate(runs) for k, sees in zip(runs[:at], seen[at], strict=False) if not sees]
+    if pairs:
+        hidden = _boxes(*np.array([(k.start, k.stop, q.start, q.stop) for q, k in pairs]).T)
+        style = {"facecolors": "white", "edgecolors": FORBIDDEN, "hatch": "/////", "linewidths": 0}
+        axes.add_collection(PolyCollection(hidden, **style))
+    for each in runs:
+        colour = COLOURS[each.part]
+        axes.add_patch(Rectangle((-1.6 * strip, each.start), strip, len(each), facecolor=colour, clip_on=False))
+        axes.add_patch(Rectangle((each.start, length + 0.6 * strip), len(each), strip, facecolor=colour, clip_on=False))
     if len(runs) < 60:
-        edges = [run.start for run in runs[1:]]
-        axes.hlines(edges, 0, edges_end := length, color="white", linewidth=0.9)
-        axes.vlines(edges, 0, edges_end, color="white", linewidth=0.9)
+        axes.hlines(starts[1:], 0, length, color="white", linewidth=0.9)
+        axes.vlines(starts[1:], 0, length, color="white", linewidth=0.9)
     axes.text(length * 0.97, length * 0.06, "fed later", fontsize=8, color="#777777", ha="right", va="center")
     labelled = _spread(runs, length)
     middles = [(each.start + each.stop) / 2 for each in labelled]

@@ -4,6 +4,7 @@ Shows what timeline, positions and attention say and works out none of it again;
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from .variants import ENVIRONMENT_VARIABLE, VARIANTS, get_variant
 
 TAIL_TOKENS = 3  # <|vision_end|><|im_end|>\n
 HEADER_TOKENS = 3  # <|im_start|>assistant\n
-MOST_TOKENS = 10_000  # what attends to what grows with the square
+MOST_TOKENS = 5_000  # what attends to what grows with the square
 WIDTH = 100
 NOTE = """A token also attends to itself and to those before it in its own line. fed: place in feed order.
 position: time t, height h, width w; where one range is given, the three are equal.
@@ -206,20 +207,35 @@ def render(args: argparse.Namespace) -> bytes:
         return draw_png(timelines, args.wait_k)
     if args.format == "text":
         return "\n\n".join([*map(as_text, timelines), NOTE]).encode()
-    objects = list(map(as_dict, timelines))
-    return f"{json.dumps(objects[0] if len(objects) == 1 else objects)}\n".encode()
+    objects = [json.dumps(as_dict(timeline)) for timeline in timelines]
+    return (objects[0] if len(objects) == 1 else f"[{', '.join(objects)}]").encode() + b"\n"
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write beside `path`, then rename. Raises InputError where that cannot be done."""
-    beside = path.with_name(f"{path.name}.part")
     try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
+        beside = path.with_name(f"{path.name}.part")
+        try:
+            beside.write_bytes(data)
+            os.replace(beside, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {str(path)!r} ({reason}): name a file that can be written") from error
+
+
+def write_out(data: bytes) -> None:
+    """Write to standard output. Raises InputError where it takes nothing more, except from a reader that left."""
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
     except OSError as error:
-        if beside.is_file():
-            beside.unlink()
-        raise InputError(f"cannot write {str(path)!r} ({error.strerror}): name a file that can be written") from error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        if not isinstance(error, BrokenPipeError):
+            raise InputError(f"cannot write to standard output ({error.strerror}): give --output FILE") from error
 
 
 def main() -> None:
@@ -227,13 +243,10 @@ def main() -> None:
     if args.format == "png" and args.output is None and sys.stdout.isatty():
         raise InputError("a picture is not for a terminal: give --output FILE")
     data = render(args)
-    if args.output is not None:
-        return write_whole(args.output, data)
-    try:
-        sys.stdout.buffer.write(data)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if args.output is None:
+        write_out(data)
+    else:
+        write_whole(args.output, data)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         for block in self.model.visual.blocks:
             block.attn.__class__ = VisionAttention
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Stock weights under stock names: transformers converts older checkpoints as it does for its own class."""
+        return False
+
     def perceive(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
         """Visual tokens of clips that share one grid.
 
@@ -131,10 +136,14 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
 
     Raises InputError, with the reason in one line, where it cannot be loaded.
     """
-    model = _loaded(
+    model, report = _loaded(
         path,
-        lambda: Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa"),
+        lambda: Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        ),
     )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{str(path)!r} lacks {len(missing)} weights, {missing[0]} among them: save it again whole")
     model.model.language_model.set_attn_implementation(implementation)
     return model
 

@@ -22,6 +22,7 @@ from .errors import InputError
 from .video_readers import READERS, FrameIndex, ReaderError, index_video
 
 logger = logging.getLogger(__name__)
+_announced: set[str] = set()  # readers that a log line has named: one line a file would drown the others
 
 FRAMES_PER_CLIP = 2
 SIDE_FACTOR = 28  # a merged visual token covers 28 × 28 pixels
@@ -166,6 +167,7 @@ def _decode(
     path: str | Path, index: FrameIndex, picked: np.ndarray, count: int, budget: PixelBudget, reader: str | None
 ) -> torch.Tensor:
     """The `picked` frames, resized, and the last one repeated up to `count`: (count, 3, H, W) uint8."""
+    reason = None
     for name in [reader] if reader else READERS:
         try:
             frames = _resized(READERS[name](path, index, picked), picked, count, budget)
@@ -173,7 +175,9 @@ def _decode(
             reason = error
             logger.warning("%s: %s cannot read it: %s", path, name, error)
         else:
-            logger.info("%s: read with %s", path, name)
+            news = reason is not None or name not in _announced
+            logger.log(logging.INFO if news else logging.DEBUG, "%s: read with %s", path, name)
+            _announced.add(name)
             return frames
     raise InputError(f"video {path} cannot be decoded ({reason}): fetch it again or leave it out")
 

@@ -64,9 +64,10 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
         raise InputError(f"video {name} has frames without timestamps: rewrite it as MP4")
     _, last_duration = max(shown, key=lambda frame: frame[0])
     pts = np.unique([pts for pts, _ in shown])
-    times = (pts - pts[0]) * float(time_base)
-    mean_gap = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0
-    duration = float(times[-1] + (last_duration * time_base if last_duration else mean_gap))
+    times = (pts - pts[0]) * time_base.numerator / time_base.denominator
+    if not last_duration and len(pts) > 1:
+        last_duration = round((pts[-1] - pts[0]) / (len(pts) - 1))
+    duration = float(int(pts[-1] - pts[0] + (last_duration or 0)) * time_base)
     claimed = float(min(claims, default=duration))
     if duration < claimed - CUT_SHORT:
         raise InputError(

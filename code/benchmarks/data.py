@@ -1,0 +1,139 @@
+"""How fast mani_data.py filters, and in how much memory, beside a loop that reads and tokenizes one row at a time.
+
+    python code/benchmarks/data.py            # 120,000 rows, both on the same files, about two minutes
+
+Makes its rows and a byte-level BPE tokenizer with Qwen's splitting rule, unless --tokenizer names a folder.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from qwen_vl_streaming.errors import OneLineParser, run
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[2]
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SYLLABLES = tuple("ba ce di fo gu ha jin kel lor man nes pol qui ras ten ver wan xi yor zel tion ing er".split())
+
+
+def make_rows(folder: Path, count: int, seed: int) -> list[str]:
+    """Write `count` JSON files shaped like PE-Video's; returns the first thousand captions."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 3))) for _ in range(4000)]
+    weights = [1 / (rank + 10) for rank in range(len(words))]
+    folder.mkdir(parents=True)
+    captions = []
+    for number in tqdm(range(count), desc="make rows", unit="row"):
+        caption = "The video shows " + " ".join(draw.choices(words, weights, k=draw.randint(25, 90))) + "."
+        data = {
+            "category": "animals",
+            "keywords": draw.choices(words, k=12),
+            "video_duration_in_s": round(draw.uniform(3, 32), 3),
+            "fps": 30.0,
+            "height": 1080,
+            "width": 1920,
+            "model_caption": " ".join(draw.choices(words, weights, k=60)),
+            "human_caption": caption,
+        }
+        (folder / f"{number:08d}.json").write_text(json.dumps(data))
+        if len(captions) < 1000:
+            captions.append(caption)
+    return captions
+
+
+def make_tokenizer(folder: Path, captions: list[str]) -> None:
+    tokenizer = Tokenizer(BPE())
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(captions, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def one_at_a_time(folder: Path, tokenizer_folder: Path) -> tuple[float, int]:
+    """The published script's loop; returns (seconds, rows kept)."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    begin = time.perf_counter()
+    kept = []
+    for path in sorted(folder.glob("*.json")):
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+        seconds = data["video_duration_in_s"]
+        tokens = len(tokenizer(data["human_caption"].strip(), add_special_tokens=False)["input_ids"])
+        if 5 <= seconds <= 30 and 3 <= tokens / seconds <= 5:
+            kept.append(json.dumps(data, ensure_ascii=False) + "\n")
+    (folder.parent / "loop.jsonl").write_text("".join(kept))
+    return time.perf_counter() - begin, len(kept)
+
+
+def prepared(source: Path, tokenizer: Path, output: Path, workers: int) -> tuple[float, int, float]:
+    """mani_data.py from its start to its last file; returns (seconds, rows kept, most MiB held by all processes)."""
+    arguments = ["--source", source, "--dataset-root", output, "--tokenizer-model-id", tokenizer, "--workers", workers]
+    begin = time.perf_counter()
+    process = subprocess.Popen([sys.executable, ROOT / "mani_data.py", *map(str, arguments)], stdout=subprocess.DEVNULL)
+    most = 0
+    watched = psutil.Process(process.pid)
+    while process.poll() is None:
+        most = max(most, sum(map(held, family(watched))))
+        time.sleep(0.1)
+    if process.returncode:
+        sys.exit(f"error: mani_data.py ended with status {process.returncode}")
+    seconds = time.perf_counter() - begin
+    with open(output / "train_3_5.jsonl", encoding="utf-8") as file:
+        return seconds, sum(1 for _ in file), most / 2**20
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def held(process: psutil.Process) -> int:
+    """Bytes resident, shared libraries counted in each process anew."""
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=120_000, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="default: 1 2")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer (default: one is made)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        captions = make_rows(folder / "source" / "train", arguments.rows, arguments.seed)
+        tokenizer = arguments.tokenizer or folder / "tokenizer"
+        if not arguments.tokenizer:
+            make_tokenizer(tokenizer, captions)
+        seconds, kept = one_at_a_time(folder / "source" / "train", tokenizer)
+        base = arguments.rows / seconds
+        print(f"{'':24}{'seconds':>9}{'rows/s':>10}{'times':>8}{'kept':>8}{'MiB':>7}")
+        print(f"{'one row at a time':24}{seconds:9.1f}{base:10.0f}{1:8.2f}{kept:8d}{'':>7}")
+        for workers in arguments.workers:
+            seconds, rows, most = prepared(folder / "source", tokenizer, folder / f"out{workers}", workers)
+            rate = arguments.rows / seconds
+            label = f"mani_data.py, {workers} worker{'s' if workers > 1 else ''}"
+            print(f"{label:24}{seconds:9.1f}{rate:10.0f}{rate / base:8.2f}{rows:8d}{most:7.0f}")
+
+
+if __name__ == "__main__":
+    run(main)
