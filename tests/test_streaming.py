@@ -11,9 +11,9 @@ from qwen_vl_streaming.streaming import Streams, caption
 from qwen_vl_streaming.timeline import NOTHING, Schedule, make_timeline
 from qwen_vl_streaming.variants import VARIANTS
 from tiny import END, VOCABULARY, random_counts, random_template, timeline_ids, tiny_model
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 SEED = time.time_ns() % 100_000
-PARALLEL = [variant for variant in VARIANTS.values() if variant.parallel]
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,95 @@ def test_streamed_equals_full(model, variant):
             # A stream that waits or has ended sees the other streams' steps too: keep its own ones only.
             difference = (torch.stack(streamed) - expected).abs().max()
             assert difference < 1e-4, (size, i, counts, float(difference))
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
+def test_every_token_is_fed_once_and_written_as_the_full_pass_would(model, variant):
+    """Greedy streaming with the repetition penalty: each token is the arg-max of one full pass over the result, and
+    no token entered the model twice."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    torch.manual_seed(SEED)
+    cases = random_batch(draw, variant, 5)
+    streams = Streams(model, variant, [c[1] for c in cases], [c[2] for c in cases], penalty=1.3)
+    schedules = [Schedule(tuple(c[0][:-1])) for c in cases]
+    captions = caption(streams, [c[4] for c in cases], schedules, max_new_tokens=12)
+    for stream, written, (_, template, layout, _, visual) in zip(streams.streams, captions, cases, strict=True):
+        timeline = make_timeline(variant, layout, written.schedule)
+        logits = full_pass(model, timeline, template, written.tokens, visual)
+        used = [*template.prompt, template.video, *template.tail, *template.header]
+        for j, token in enumerate(written.tokens):
+            ids = torch.tensor([used + written.tokens[:j]])
+            scores = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits[j : j + 1].clone())
+            top = scores.topk(2).values[0]
+            assert scores[0, token] >= top[0] - 1e-4, (j, token)
+        assert written.slots == [slot for slot, count in enumerate(written.schedule, 1) for _ in range(count)]
+        if stream.complete:
+            assert len(timeline.rows) - 1 <= stream.fed <= len(timeline.rows)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
+def test_a_batch_changes_nothing(model, variant):
+    """The same tokens alone, in a ragged batch and in another order."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    torch.manual_seed(SEED)
+    cases = random_batch(draw, variant, 6)
+
+    def run(chosen):
+        streams = Streams(model, variant, [c[1] for c in chosen], [c[2] for c in chosen])
+        return caption(streams, [c[4] for c in chosen], [Schedule(tuple(c[0][:-1])) for c in chosen], 15)
+
+    together = run(cases)
+    assert together[::-1] == run(cases[::-1])
+    assert together == [run([case])[0] for case in cases]
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
+def test_watch_and_speak_apart_equal_both_at_once(model, variant):
+    """The two calls of the interface one after the other against one pass for both."""
+    torch.manual_seed(SEED)
+    counts, template, layout, _, visual = random_batch(random.Random(SEED), variant, 1)[0]
+    at_once = caption(Streams(model, variant, [template], [layout]), [visual], [Schedule(tuple(counts[:-1]))], 10)[0]
+    streams = Streams(model, variant, [template], [layout])
+    for slot, count in enumerate(at_once.schedule, 1):
+        streams.watch([visual[slot - 1 : slot]], [slot == len(counts)])
+        for _ in range(count):
+            streams.speak([True])
+    assert streams.streams[0].written == at_once.tokens
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS.values() if v.streams], ids=lambda v: v.name)
+def test_a_clip_changes_nothing_that_was_written_before_its_slot(model, variant):
+    """And it does change something afterwards."""
+    torch.manual_seed(SEED)
+    draw = random.Random(SEED)
+    template = random_template(draw)
+    layout, visual = template.layout((2, 2), 2.0), torch.randn(4, 4, 32)
+    schedules = [Schedule((3, 3, 3))] * 5
+    versions = [visual.clone() for _ in range(5)]
+    for j in range(4):
+        versions[j + 1][j] = torch.randn(4, 32) * 3
+    streams = Forced(
+        model, variant, [template] * 5, [layout] * 5, answers=[[draw.randrange(150) for _ in range(14)] + [END]] * 5
+    )
+    for answer in streams.answers[1:]:
+        answer[:] = streams.answers[0]
+    caption(streams, versions, schedules)
+    plain, *changed = (torch.stack(logits) for logits in streams.produced)
+    for j, logits in enumerate(changed):
+        assert torch.allclose(logits[: 3 * j], plain[: 3 * j], atol=1e-5)
+        assert (logits[3 * j :] - plain[3 * j :]).abs().max() > 1e-3
+
+
+def test_misuse_is_refused(model):
+    template = random_template(random.Random(0))
+    layout, clip = template.layout((1, 1), 2.0), torch.randn(1, 1, 32)
+    streams = Streams(model, VARIANTS["group"], [template], [layout])
+    with pytest.raises(ValueError, match="after its first clip"):
+        streams.speak([True])
+    streams.watch([clip], [True])
+    with pytest.raises(ValueError, match="last clip"):
+        streams.watch([clip], [False])
+    with pytest.raises(ValueError, match="schedule for 3 clips"):
+        caption(Streams(model, VARIANTS["group"], [template], [layout]), [clip], [Schedule((3, 3))])

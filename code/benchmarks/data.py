@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
+from pe_video.tokens import QWEN_SPLIT
 from qwen_vl_streaming.errors import OneLineParser, run
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -22,16 +23,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SYLLABLES = tuple("ba ce di fo gu ha jin kel lor man nes pol qui ras ten ver wan xi yor zel tion ing er".split())
+SYLLABLES = "ba ce di fo gu ha jin kel lor man nes pol qui ras ten ver wan xi yor zel tion ing er"
 
 
 def make_rows(folder: Path, count: int, seed: int) -> list[str]:
     """Write `count` JSON files shaped like PE-Video's; returns the first thousand captions."""
     draw = random.Random(seed)
-    words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 3))) for _ in range(4000)]
+    words = ["".join(draw.choices(SYLLABLES.split(), k=draw.randint(1, 3))) for _ in range(4000)]
     weights = [1 / (rank + 10) for rank in range(len(words))]
     folder.mkdir(parents=True)
     captions = []

@@ -30,27 +30,26 @@ class StreamingTrainer(Trainer):
     def __init__(self, *args, parallel: bool, implementation: str, **kwargs):
         super().__init__(*args, **kwargs)
         self.parallel, self.implementation = parallel, implementation
-        self.samples = self.bad = 0
+        self.bad: dict[str, str] = {}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        bad = inputs.pop("bad")
-        self.samples += len(inputs["input_ids"])
-        self._write_down(bad)
+        self._write_down(inputs.pop("bad"))
         visual, text = inputs.pop("visual"), inputs.pop("text")
         mask = make_mask(visual, text, self.parallel, self.implementation)
         return super().compute_loss(model, {**inputs, "attention_mask": mask}, return_outputs, num_items_in_batch)
 
     def _write_down(self, bad: list[tuple[str, str]]) -> None:
         """Count bad samples into skipped.jsonl. Raises InputError when there are too many of them."""
-        self.bad += len(bad)
-        for video_id, reason in bad:
+        new = {video_id: reason for video_id, reason in bad if video_id not in self.bad}
+        self.bad |= new
+        for video_id, reason in new.items():
             logger.warning("left out %s: %s", video_id, reason)
             with (Path(self.args.output_dir) / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"video_id": video_id, "reason": reason}, ensure_ascii=False) + "\n")
-        if bad and self.bad > max(1, self.args.max_bad_share * max(self.samples, 100)):
+        if new and len(self.bad) > self.args.max_bad_share * len(self.train_dataset):
             raise InputError(
-                f"{self.bad} of {self.samples} samples are bad (see {self.args.output_dir}/skipped.jsonl): "
-                "mend the data or raise --max_bad_share"
+                f"{len(self.bad)} of {len(self.train_dataset)} samples are bad, the last because {reason}; see "
+                f"{self.args.output_dir}/skipped.jsonl and mend the data, or raise --max_bad_share"
             )
 
 
@@ -147,7 +146,7 @@ def main() -> None:
     save_whole(trainer, output)
     if trainer.is_world_process_zero():
         draw_loss(trainer.state.log_history, output / "loss.png", f"Training loss, {variant.name}")
-        logger.info("checkpoint: %s   loss curve: %s   left out: %d", output, output / "loss.png", trainer.bad)
+        logger.info("checkpoint: %s   loss curve: %s   left out: %d", output, output / "loss.png", len(trainer.bad))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ variant=${QWEN2_5_VL_VARIANT:-group}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 device=()
 if [ "$gpus" -eq 0 ]; then
-  export DS_ACCELERATOR=cpu
+  # Threads that spin while they wait would take the cores from the processes that decode videos.
+  export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
   device=(--use_cpu True --bf16 False)
 fi
 nproc=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 
 command=(
-  "$python" -m torch.distributed.run
+  "$python" -m qwenvl.launch
   --nproc_per_node "$nproc" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
   --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}"
   -m qwenvl.train

@@ -14,10 +14,11 @@ PART_SUFFIX = ".mani_data.part"
 
 
 @contextmanager
-def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+def whole_file(path: Path, mode: str = "w", *, sync: bool = True) -> Iterator[IO[Any]]:
     """Open `path` for writing beside itself; it takes its place only when the block ends well.
 
-    Text is UTF-8 with plain newlines. Raises InputError, in one line, where the disk is full or cannot be written.
+    Text is UTF-8 with plain newlines. Without `sync` it may be lost when the power fails, though not when the process
+    is killed: for what a later run checks anyway. Raises InputError, in one line, where the disk is full or cannot be written.
     """
     digest = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # a name of full length leaves no room for a suffix
     part = path.with_name(f".{digest}.{os.getpid()}{PART_SUFFIX}")
@@ -26,8 +27,9 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, mode, **text) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise InputError(

@@ -7,7 +7,8 @@ from itertools import groupby
 from pathlib import Path
 
 from .files import whole_file
-from .rules import BAD
+from .report import Tally
+from .rules import BAD, KEPT
 from .stages import Record
 
 FAN_IN = 200  # files open at once; the usual limit is 1,024
@@ -20,7 +21,7 @@ def merge_lines(paths: list[Path], scratch: Path) -> Iterator[str]:
         merged = []
         for start in range(0, len(paths), FAN_IN):
             merged.append(scratch / f"merge-{level}-{start}.tsv")
-            with whole_file(merged[-1]) as file:
+            with whole_file(merged[-1], sync=False) as file:
                 file.writelines(merge_lines(paths[start : start + FAN_IN], scratch))
         paths, level = merged, level + 1
     with ExitStack() as stack:
@@ -28,15 +29,23 @@ def merge_lines(paths: list[Path], scratch: Path) -> Iterator[str]:
         yield from heapq.merge(*files)
 
 
-def settle_duplicates(lines: Iterable[str]) -> Iterator[Record]:
-    """Records in order, an id counting once: the first that is not bad keeps its outcome, later ones become bad."""
-    for video_id, group in groupby(map(Record.parse, lines), key=lambda record: record.video_id):
+def settle_duplicates(lines: Iterable[str], tally: Tally) -> Iterator[Record]:
+    """The kept and the bad records among sorted `lines`. An id counts once: the first that is not bad keeps its
+    outcome, later ones become bad, in `tally` too.
+    """
+    for video_id, group in groupby(lines, key=_id_of):
         first = None
-        for record in group:
-            if record.outcome == BAD or not video_id:
-                yield record
+        for line in group:
+            outcome = line.split("\t", 4)[3]
+            if outcome == BAD or not video_id:
+                yield Record.parse(line)
             elif first is None:
-                first = record
-                yield record
+                first = line
+                if outcome == KEPT:
+                    yield Record.parse(line)
             else:
-                yield record.spoiled(f"duplicate id: first in {first.where}")
+                yield Record.parse(line).spoiled(f"duplicate id: first in {Record.parse(first).where}", tally)
+
+
+def _id_of(line: str) -> str:
+    return line[: line.index("\t")]

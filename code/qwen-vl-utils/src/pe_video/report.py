@@ -1,5 +1,6 @@
 """What a run did, as numbers and one picture. Knows nothing about files of samples."""
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from typing import Any
 
 from .files import whole_file
 from .rules import BAD, DROPPED, KEPT, Rules
-from .stages import Record
 
 AXES = {"seconds": (0.5, 60), "tokens": (5, 300), "tokens per second": (0.1, 10)}
 """For each distribution the width of a bar and where the last one ends, which takes in all beyond."""
@@ -29,26 +29,37 @@ class Tally:
     without_video: int = 0
     """Rows whose video is not there yet."""
 
-    def add(self, record: Record) -> None:
-        self.outcomes[record.outcome] += 1
-        if record.outcome == BAD:
-            self.reasons[short_reason(record.text)] += 1
-            return
-        seconds = float(record.seconds)
-        self._bar("seconds", seconds)
-        if record.tokens:
-            self._bar("tokens", int(record.tokens))
-            self._bar("tokens per second", int(record.tokens) / seconds)
+    def add(self, outcome: str, seconds: float | None, tokens: int | None, reason: str, by: int = 1) -> None:
+        """Count one sample; with `by` -1, take it back."""
+        self.outcomes[outcome] += by
+        if outcome == BAD:
+            self.reasons[short_reason(reason)] += by
+        elif seconds:
+            self._bar("seconds", seconds, by)
+            if tokens is not None:
+                self._bar("tokens", tokens, by)
+                self._bar("tokens per second", tokens / seconds, by)
 
-    def spoil(self, reason: str) -> None:
-        """A kept sample turned out bad."""
-        self.outcomes[KEPT] -= 1
-        self.outcomes[BAD] += 1
-        self.reasons[short_reason(reason)] += 1
+    def spoil(self, outcome: str, seconds: float | None, tokens: int | None, reason: str) -> None:
+        """A sample that was counted as `outcome` turned out bad."""
+        self.add(outcome, seconds, tokens, "", -1)
+        self.add(BAD, None, None, reason)
 
-    def _bar(self, name: str, value: float) -> None:
+    def _bar(self, name: str, value: float, by: int) -> None:
         width, end = AXES[name]
-        self.bars[name][math.floor(min(value, end - width / 2) / width + 1e-9)] += 1
+        self.bars[name][math.floor(min(value, end - width / 2) / width + 1e-9)] += by
+
+    def to_json(self) -> str:
+        """The counts of samples, for `add_json`."""
+        return json.dumps([self.outcomes, self.reasons, self.bars])
+
+    def add_json(self, text: str) -> None:
+        """Count in what another tally's `to_json` gave."""
+        outcomes, reasons, bars = json.loads(text)
+        self.outcomes.update(outcomes)
+        self.reasons.update(reasons)
+        for name, heights in bars.items():
+            self.bars[name].update({int(bar): height for bar, height in heights.items()})
 
     def numbers(self) -> dict[str, Any]:
         """For the report: counts by name, most frequent reasons first."""
@@ -57,7 +68,7 @@ class Tally:
             "kept": self.outcomes[KEPT],
             "dropped": {rule: self.outcomes[rule] for rule in DROPPED},
             "bad": self.outcomes[BAD],
-            "bad_reasons": dict(sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))),
+            "bad_reasons": dict(sorted((+self.reasons).items(), key=lambda item: (-item[1], item[0]))),
             "not_drawn": self.not_drawn,
             "rows": self.rows,
             "rows_without_video": self.without_video,

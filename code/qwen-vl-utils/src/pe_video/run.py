@@ -24,12 +24,10 @@ from .stages import (
     Pick,
     Record,
     check_videos,
+    finished_unit,
     finished_videos,
-    parts_of,
     prepare,
     read_unit,
-    result_of,
-    samples_of,
 )
 from .tokens import find_tokenizer, fingerprint
 
@@ -120,9 +118,10 @@ def _state_name(options: Options, tokenizer: Path) -> str:
 
 def _read_units(units: list[Unit], job: Job, workers: int) -> None:
     """Stage 1 for the units that no earlier run has finished."""
-    todo = [unit for unit in units if not result_of(unit, job.state).exists()]
+    done = [finished_unit(unit, job.state) for unit in units]
+    todo = [unit for unit, finished in zip(units, done, strict=True) if finished is None]
     if len(todo) < len(units):
-        samples = sum(samples_of(unit, job.state) for unit in set(units) - set(todo))
+        samples = sum(finished.samples for finished in done if finished)
         logger.info("%d of %d shards (%d samples) were finished before", len(units) - len(todo), len(units), samples)
     with tqdm(total=len(todo), unit="shard", desc="read", disable=not todo) as bar:
         count = 0
@@ -137,12 +136,14 @@ def _finish_split(
     split: str, units: list[Unit], job: Job, options: Options, workers: int, tally: Tally, skipped: IO[str]
 ) -> None:
     """Stage 2 for one split, then its rows and its part of `skipped`."""
-    parts = [part for unit in units for part in parts_of(unit, job.state)]
+    finished = [finished_unit(unit, job.state) for unit in units]
+    parts = [part for unit in finished for part in unit.parts]
+    for unit in finished:
+        tally.add_json(unit.tally)
     kept, bad_lines = job.state / f"{split}.kept", job.state / f"{split}.bad"
     picks: list[tuple[str, Pick]] = []
-    with whole_file(kept) as kept_file, whole_file(bad_lines) as bad_file:
-        for record in settle_duplicates(merge_lines(parts, job.state)):
-            tally.add(record)
+    with whole_file(kept, sync=False) as kept_file, whole_file(bad_lines, sync=False) as bad_file:
+        for record in settle_duplicates(merge_lines(parts, job.state), tally):
             if record.outcome == KEPT:
                 kept_file.write(record.line())
                 picks.append((record.unit, Pick(record.video_id, record.where, record.video, float(record.seconds))))
@@ -159,8 +160,7 @@ def _finish_split(
         late = []
         for record in _records(kept):
             if record.video_id in faults:
-                tally.spoil(faults[record.video_id])
-                late.append(_skip_line(split, record.spoiled(faults[record.video_id])))
+                late.append(_skip_line(split, record.spoiled(faults[record.video_id], tally)))
             elif record.video_id in drawn:
                 rows.write(record.text + "\n")
                 tally.rows += 1

@@ -55,29 +55,26 @@ def find_units(split: str, folder: Path, videos: Path) -> list[Unit]:
     The video of a JSON file is looked for in `folder`, then in `videos`.
     """
     tars: list[tuple[str, os.stat_result]] = []
-    jsons: dict[str, list[tuple[str, str]]] = {}
+    jsons: list[tuple[str, str, str]] = []
     beside: dict[str, str] = {}
     for name, status in _walk(folder):
-        stem, ending = os.path.splitext(name)
-        if ending.lower() == ".tar":
+        path, _, ending = name.rpartition(".")
+        stem, ending = path.rpartition(os.sep)[2], ending.lower()
+        if ending == "json":
+            jsons.append((stem, name, f"{status.st_size}:{status.st_mtime_ns}"))
+        elif ending == "tar":
             tars.append((name, status))
-        elif ending.lower() == ".json":
-            stamp = f"{name}:{status.st_size}:{status.st_mtime_ns}"
-            jsons.setdefault(os.path.basename(stem), []).append((name, stamp))
-        elif ending.lower() == ".mp4":
-            beside.setdefault(os.path.basename(stem), name)
+        elif ending == "mp4":
+            beside.setdefault(stem, name)
     units = [
         Unit(TAR, split, f"{split}/{_plain(name)}", str(folder / name), f"{s.st_size}:{s.st_mtime_ns}")
         for name, s in tars
     ]
     if not tars or jsons:  # videos alone, beside shards, are those that were unpacked from them
         elsewhere = {Path(name).stem: str((videos / name).absolute()) for name, _ in _walk(videos)}
-        entries = [
-            (name, beside.get(stem, elsewhere.get(stem, "")), stamp)
-            for stem, found in jsons.items()
-            for name, stamp in found
-        ]
-        entries += [("", name, name) for stem, name in beside.items() if stem not in jsons]
+        entries = [(name, beside.get(stem) or elsewhere.get(stem, ""), stamp) for stem, name, stamp in jsons]
+        described = {stem for stem, _, _ in jsons}
+        entries += [("", name, "") for stem, name in beside.items() if stem not in described]
         entries.sort()
         for start in range(0, len(entries), FILES_PER_UNIT):
             part = entries[start : start + FILES_PER_UNIT]
@@ -217,11 +214,12 @@ def _from_tar(unit: Unit, file: BinaryIO, videos: str) -> Iterator[Sample]:
     fault = ""
     try:
         for member in read_members(file):
-            path = PurePosixPath(member.name)
-            key, ending = path.with_suffix(""), path.suffix.lower()
             if member.fault and member.fault != CUT_OFF:
                 yield Sample("", f"{unit.name}:{member.name}", fault=f"member refused: {member.fault}")
-            elif ending in (".json", ".mp4"):
+                continue
+            path = PurePosixPath(member.name)
+            key, ending = path.with_suffix(""), path.suffix.lower()
+            if ending in (".json", ".mp4"):
                 if ending in waiting.get(key, {}):
                     yield _from_members(unit, file, key, waiting.pop(key), videos)
                 waiting.setdefault(key, {})[ending] = member

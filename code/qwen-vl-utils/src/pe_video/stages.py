@@ -7,6 +7,7 @@ the final files.
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 from qwen_vl_streaming.errors import InputError
 
 from .files import whole_file
+from .report import Tally
 from .rules import BAD, KEPT, Rules, Sample, Verdict, judge
 from .sources import FOLDER, HUB, Slice, Unit, measure, open_shard, read_samples
 from .tokens import load_counter
@@ -60,8 +62,10 @@ class Record(NamedTuple):
         fields = [self.video_id, self.unit, f"{self.position:09d}", self.outcome, self.seconds, self.tokens]
         return "\t".join([*fields, self.where, self.video, self.text]) + "\n"
 
-    def spoiled(self, reason: str) -> "Record":
-        """The same sample, found to be bad."""
+    def spoiled(self, reason: str, tally: Tally) -> "Record":
+        """The same sample, found to be bad and counted as such in `tally`."""
+        seconds, tokens = float(self.seconds), int(self.tokens) if self.tokens else None
+        tally.spoil(self.outcome, seconds, tokens, reason)
         return self._replace(outcome=BAD, text=" ".join(reason.split()))
 
     @staticmethod
@@ -94,36 +98,52 @@ def read_unit(unit: Unit) -> int:
     """Stage 1 for one unit; returns the number of its samples."""
     samples = read_samples(unit, _job.videos / unit.split, _job.root)
     lines: list[str] = []
-    size = parts = count = 0
+    tally = Tally()
+    sizes: list[int] = []  # of the parts written
+    size = count = 0
     while batch := judge(itertools.islice(samples, SAMPLES_PER_BATCH), _job.rules, _count_tokens):
         for sample, verdict in batch:
             lines.append(_record(unit, count, sample, verdict).line())
+            tally.add(verdict.outcome, verdict.seconds, verdict.tokens, verdict.reason)
             size += len(lines[-1])
             count += 1
         if size > BYTES_PER_PART:
-            _write_part(unit, parts, lines)
-            lines, size, parts = [], 0, parts + 1
-    _write_part(unit, parts, lines)
-    with whole_file(result_of(unit, _job.state)) as file:
-        file.write(f"{parts + 1} {count}\n")
+            sizes.append(_write_part(unit, len(sizes), lines))
+            lines, size = [], 0
+    sizes.append(_write_part(unit, len(sizes), lines))
+    with whole_file(result_of(unit, _job.state), sync=False) as file:
+        file.write(json.dumps({"parts": sizes, "samples": count, "tally": tally.to_json()}) + "\n")
     return count
 
 
 def result_of(unit: Unit, state: Path) -> Path:
-    """The file whose presence says that stage 1 has finished `unit`; it holds the numbers of parts and of samples."""
+    """The file that stage 1 writes when it has finished `unit`; its parts lie beside it."""
     key = hashlib.sha256("\0".join((unit.kind, unit.name, unit.path, unit.stamp)).encode("utf-8", "surrogateescape"))
     return state / f"{unit.split}-{key.hexdigest()[:24]}.done"
 
 
-def parts_of(unit: Unit, state: Path) -> list[Path]:
-    """The sorted files of records of a finished unit."""
+@dataclass(frozen=True)
+class Finished:
+    """What stage 1 made of a unit."""
+
+    parts: list[Path]
+    """Files of sorted records."""
+    samples: int
+    tally: str
+    """As Tally.add_json takes it."""
+
+
+def finished_unit(unit: Unit, state: Path) -> Finished | None:
+    """What stage 1 made of `unit`, or None where it has not finished it, or a power cut took part of that away."""
     result = result_of(unit, state)
-    return [result.with_suffix(f".{part}.tsv") for part in range(int(result.read_text().split()[0]))]
-
-
-def samples_of(unit: Unit, state: Path) -> int:
-    """The number of samples in a finished unit."""
-    return int(result_of(unit, state).read_text().split()[1])
+    try:
+        found = json.loads(result.read_text())
+        parts = [result.with_suffix(f".{number}.tsv") for number in range(len(found["parts"]))]
+        if [part.stat().st_size for part in parts] != found["parts"]:
+            return None
+    except (FileNotFoundError, ValueError):
+        return None
+    return Finished(parts, found["samples"], found["tally"])
 
 
 def check_videos(task: tuple[Unit, list[Pick]]) -> list[tuple[str, str]]:
@@ -190,9 +210,12 @@ def _record(unit: Unit, position: int, sample: Sample, verdict: Verdict) -> Reco
     )
 
 
-def _write_part(unit: Unit, part: int, lines: list[str]) -> None:
-    with whole_file(result_of(unit, _job.state).with_suffix(f".{part}.tsv")) as file:
+def _write_part(unit: Unit, part: int, lines: list[str]) -> int:
+    """Write the sorted `lines`; returns their size in bytes."""
+    path = result_of(unit, _job.state).with_suffix(f".{part}.tsv")
+    with whole_file(path, sync=False) as file:
         file.writelines(sorted(lines))
+    return path.stat().st_size
 
 
 def _unpack(unit: Unit, file: BinaryIO, pick: Pick) -> str:
@@ -203,7 +226,7 @@ def _unpack(unit: Unit, file: BinaryIO, pick: Pick) -> str:
         place.unlink(missing_ok=True)
         return fault
     if not _there(place, unit, file, offset, size):
-        with whole_file(place, "wb") as out:
+        with whole_file(place, "wb", sync=False) as out:
             shutil.copyfileobj(Slice(file, offset, size), out, 1 << 20)
     return ""
 

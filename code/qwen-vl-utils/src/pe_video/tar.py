@@ -14,7 +14,7 @@ MAX_EXTENSION_BYTES = 1 << 16
 PLAIN = (b"0", b"\0", b"7")
 ODD_KINDS = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "a sparse file"}
 CUT_OFF = "is cut off by the end of the shard"
-DIRECTORY, PAX, PAX_GLOBAL, LONG_NAME, LONG_LINK = b"5", b"x", b"g", b"L", b"K"
+DIRECTORY, PAX, PAX_GLOBAL, LONG_NAME, LONG_LINK, SPARSE = b"5", b"x", b"g", b"L", b"K", b"S"
 
 
 class TarFault(Exception):
@@ -47,6 +47,8 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         _check(header, position)
         kind, size = header[156:157], _number(header[124:136], position)
         data = position + BLOCK
+        if kind in (PAX, LONG_NAME, PAX_GLOBAL, LONG_LINK, SPARSE) and data + size > end:
+            raise TarFault(f"ends at byte {end}, inside an extended header, so it was cut short")
         if kind in (PAX, LONG_NAME):
             if size > MAX_EXTENSION_BYTES:
                 raise TarFault(f"has an extended header of {size} bytes at byte {position}")
@@ -64,7 +66,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         extended = {}
         if kind in ODD_KINDS:
             yield Member(printable(raw_name), data, 0, f"is {ODD_KINDS[kind]}")
-            position = data if kind != b"S" else _next(data, size)
+            position = _next(data, size) if kind == SPARSE else data
         elif kind == DIRECTORY:
             position = data
         else:
@@ -84,6 +86,8 @@ def name_fault(name: bytes) -> str:
         return "has a name that is not UTF-8"
     if text.startswith(("/", "\\")) or ".." in text.replace("\\", "/").split("/"):
         return "has a name that climbs out of its folder"
+    if text.rstrip("/").rpartition("/")[2] in ("", "."):
+        return "has an empty name"
     return "" if text.isprintable() else "has a name with control characters"
 
 

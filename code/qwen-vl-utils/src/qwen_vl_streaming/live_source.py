@@ -202,7 +202,11 @@ class _StreamReader:
         webcam = self.source.startswith("/dev/")
         options = {"rtsp_transport": "tcp"} if self.source.startswith("rtsp") else {}
         with av.open(
-            self.source, format="v4l2" if webcam else None, options=options, timeout=(STALLED_SECONDS, STALLED_SECONDS)
+            self.source,
+            format="v4l2" if webcam else None,
+            options=options,
+            timeout=(STALLED_SECONDS, STALLED_SECONDS),
+            metadata_errors="replace",
         ) as container:
             if not container.streams.video:
                 raise InputError(f"source {self.source} has no video stream: check its address")

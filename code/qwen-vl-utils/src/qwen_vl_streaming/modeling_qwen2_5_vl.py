@@ -19,6 +19,16 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 from .errors import InputError
 
 
+class VisionPatchEmbed(stock.Qwen2_5_VisionPatchEmbed):
+    """The stock embedding as the matrix product that it is: its convolution's stride is its kernel, and kernels for
+    three-dimensional convolution are several times slower."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(patches, pixels of a patch) to (patches, channels)."""
+        weight = self.proj.weight
+        return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
+
+
 class VisionAttention(stock.Qwen2_5_VLVisionAttention):
     """Stock vision attention without its loop: segments of one length are attended to in one call.
 
@@ -54,6 +64,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         if set(config.text_config.layer_types) != {"full_attention"}:
             raise ValueError("sliding-window attention cannot hold a streaming mask: set use_sliding_window to false")
         super().__init__(config)
+        self.model.visual.patch_embed.__class__ = VisionPatchEmbed
         for block in self.model.visual.blocks:
             block.attn.__class__ = VisionAttention
 

@@ -77,10 +77,11 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
 
 
 def _open(source: str | Path | BinaryIO) -> av.container.InputContainer:
+    """Titles and the like may be in any encoding; they do not matter here."""
     if isinstance(source, str | Path):
-        return av.open(str(source))
+        return av.open(str(source), metadata_errors="replace")
     source.seek(0)
-    return av.open(source)
+    return av.open(source, metadata_errors="replace")
 
 
 def check_first_frame(source: str | Path | BinaryIO, name: str) -> None:
@@ -122,7 +123,7 @@ def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> I
     """Yield each distinct picked frame once, in order: (H, W, 3) uint8. Raises ReaderError."""
     wanted = sorted(set(index.pts[picked].tolist()), reverse=True)
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             container.streams.video[0].thread_type = "AUTO"
             for frame in container.decode(video=0):
                 if wanted and frame.pts == wanted[-1]:

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# From nothing to a model that speaks while it watches, on any machine: makes small videos and a small Qwen2.5-VL,
+# then runs the project's own programs on them: mani_data.py, sft.sh, eval.sh. About 10 minutes on two CPU cores.
+#
+#   bash demo.sh                          one variant, group
+#   QWEN2_5_VL_VARIANT=all bash demo.sh   all six, one after the other
+#   bash demo.sh --steps 4000             longer training: motion is learnt last
+#
+# Further flags: --output DIR (default demo_output), --train-videos N, --test-videos N, --steps N.
+# Everything it makes lies in the output folder; started again, it goes on from what was finished.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+output=demo_output train_videos=1200 test_videos=120 steps=800
+while [ $# -gt 0 ]; do
+  case $1 in
+    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    --output | --train-videos | --test-videos | --steps)
+      if [ $# -lt 2 ]; then echo "error: $1 needs a value (see --help)" >&2; exit 2; fi
+      name=${1#--}
+      printf -v "${name//-/_}" '%s' "$2"
+      shift 2 ;;
+    *) echo "error: unknown flag $1 (see --help)" >&2; exit 2 ;;
+  esac
+done
+variants=${QWEN2_5_VL_VARIANT:-group}
+[ "$variants" != all ] || variants="origin batch interleave overlap group gap"
+began=$SECONDS
+. code/setup.sh
+export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
+for variant in $variants; do "$python" code/demo/check_variant.py "$variant"; done
+data=$output/dataset model=$output/model
+pixels=(3136 7056) # frames of 84 x 84: 9 visual tokens a clip
+
+step() { printf '\n== %s  (%d s since the start)\n' "$1" "$((SECONDS - began))"; }
+
+step "1. Videos and captions, in the shape that PE-Video has on the hub"
+"$python" code/demo/make_data.py --output "$data/PE-Video" --train-videos "$train_videos" --test-videos "$test_videos"
+step "2. A small Qwen2.5-VL with random weights"
+[ -d "$model" ] || "$python" code/demo/make_model.py --data "$data/PE-Video" --output "$model"
+step "3. mani_data.py: choose the samples whose captions a stream can follow"
+"$python" mani_data.py --dataset-root "$data" --tokenizer-model-id "$model"
+
+for variant in $variants; do
+  export QWEN2_5_VL_VARIANT=$variant
+  trained=$output/qwen2_5vl-pe-$variant
+  step "4. sft.sh: train $variant"
+  if [ -f "$trained/config.json" ]; then
+    echo "already trained: $trained"
+  else
+    QWEN2_5_VL_MODEL_PATH=$model QWEN2_5_VL_TRAIN_DATA=$data/train_3_5.jsonl DEEPSPEED_CONFIG=zero2.json \
+      bash code/qwen-vl-finetune/scripts/sft.sh --output_dir "$trained" --max_steps "$steps" \
+      --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --weight_decay 0.01 \
+      --adam_beta2 0.98 --tune_mm_vision True --gradient_checkpointing False --logging_steps 20 \
+      --min_pixels_per_frame "${pixels[0]}" --max_pixels_per_frame "${pixels[1]}" \
+      --keep_frames True --dataloader_num_workers 2 --dataloader_persistent_workers True
+  fi
+  step "5. eval.sh: let $variant watch and speak"
+  QWEN2_5_VL_EVAL_MODEL_PATH=$trained QWEN2_5_VL_EVAL_DATA_DIR=$data/test_3_5.jsonl \
+    QWEN2_5_VL_EVAL_OUTPUT_DIR=$output/evaluation \
+    bash eval.sh --min-pixels-per-frame "${pixels[0]}" --max-pixels-per-frame "${pixels[1]}" --batch-size 32
+done
+
+step "6. What came out"
+"$python" code/demo/show.py --output "$output" $variants

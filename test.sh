@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets everything up in .venv and runs all checks on the CPU; arguments go to pytest, such as `tests/test_timeline.py`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+if [ "${1:-}" = "--help" ]; then sed -n '2p' "$0" | cut -c3-; exit 0; fi
+. code/setup.sh
+"$python" -m ruff check .
+"$python" -m ruff format --check --quiet .
+export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
+exec "$python" -m pytest "$@"

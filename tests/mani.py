@@ -1,0 +1,75 @@
+"""What the tests of mani_data.py share: a small PE-Video, options for a run on it, and what came out."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from media import make_files, make_tar, make_tokenizer, sample_json, video_bytes
+from pe_video.rules import Rules
+from pe_video.run import Options
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT, SECONDS = 24, 6.0  # words and seconds that give 4 tokens a second
+MP4 = video_bytes(seconds=6, fps=5, size=(64, 48))
+
+
+def make_options(tmp_path, **changes) -> Options:
+    """Options for the split train under tmp_path/source, with a tokenizer of words, in this process."""
+    options = Options(
+        splits={"train": tmp_path / "source" / "train"},
+        outputs={"train": tmp_path / "dataset" / "train_3_5.jsonl"},
+        root=tmp_path,
+        videos=tmp_path / "dataset" / "PE-Video" / "videos",
+        output_dir=tmp_path / "dataset",
+        hub_name="",
+        rules=Rules(),
+        tokenizer=str(make_tokenizer(tmp_path / "tokenizer")),
+        max_samples=None,
+        seed=0,
+        workers=1,
+    )
+    return replace(options, **changes)
+
+
+def good(**fields):
+    return sample_json(KEPT, SECONDS, **fields)
+
+
+def rows(options):
+    return [json.loads(line) for line in options.outputs["train"].read_text().splitlines()]
+
+
+def skipped(options):
+    return [json.loads(line) for line in (options.output_dir / "skipped.jsonl").read_text().splitlines()]
+
+
+def ids(options):
+    return [row["video_id"] for row in rows(options)]
+
+
+def everything(folder):
+    """All finished files below `folder` with their bytes, the state of the run left out."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".mani_data" not in path.parts
+    }
+
+
+def fill(folder):
+    """Two splits in three shards and 60 JSON files, with a few of every fault."""
+    for k in range(3):
+        members = [(f"{k}{i}{e}", d) for i in range(8) for e, d in ((".mp4", MP4), (".json", good()))]
+        make_tar(folder / f"train/s{k}.tar", [*members, ("dup.json", good(n=k)), ("dup.mp4", MP4), ("bad.json", b"{")])
+    make_files(folder / "test", {f"{i}.json": sample_json(10 + i, SECONDS) for i in range(60)})
+
+
+def command(tmp_path, dataset, *more):
+    make_tokenizer(tmp_path / "tokenizer")
+    return [
+        sys.executable,
+        str(ROOT / "mani_data.py"),
+        *("--source", str(tmp_path / "source"), "--dataset-root", str(dataset)),
+        *("--tokenizer-model-id", str(tmp_path / "tokenizer"), *more),
+    ]

@@ -1,0 +1,191 @@
+"""PE-Video's preparation: draws, reports, workers, killed runs, full disks, and mistakes that end in one line."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from mani import MP4, ROOT, command, everything, fill, good, ids, make_options, rows, skipped
+from media import make_files, make_tar, sample_json
+from pe_video import files, run
+from pe_video.run import prepare_dataset
+from qwen_vl_streaming.errors import InputError
+
+# --- draws, reports, workers ----------------------------------------------------------------------------------------
+
+
+def test_max_samples_draws_by_seed_and_passes_over_bad_videos(tmp_path):
+    bad = {3, 5, 8}
+    members = [(f"{i}{e}", d) for i in range(12) for e, d in ((".json", good()), (".mp4", b"x" if i in bad else MP4))]
+    make_tar(tmp_path / "source/train/a.tar", members)
+    drawn = {}
+    for seed in (0, 0, 1):
+        options = make_options(tmp_path, max_samples=6, seed=seed, output_dir=tmp_path / f"out{seed}")
+        options = replace(options, outputs={"train": options.output_dir / "rows.jsonl"})
+        tally = prepare_dataset(options)["train"]
+        assert len(rows(options)) == 6 == tally.rows
+        assert ids(options) == sorted(ids(options))
+        assert drawn.setdefault(seed, ids(options)) == ids(options)
+    assert drawn[0] != drawn[1]
+
+
+def test_report(tmp_path):
+    make_files(tmp_path / "source/train", {"1.json": good(), "2.json": sample_json(9, 2), "3.json": b"{"})
+    options = make_options(tmp_path)
+    prepare_dataset(options)
+    report = json.loads((options.output_dir / "report.json").read_text())["splits"]["train"]
+    assert (report["samples"], report["kept"], report["bad"], report["rows"]) == (3, 1, 1, 1)
+    assert report["dropped"]["too short"] == 1
+    assert report["bad_reasons"] == {"JSON is broken": 1}
+    assert (options.output_dir / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_same_bytes_however_many_workers(tmp_path):
+    fill(tmp_path / "source")
+    results = []
+    for workers in (1, 3):
+        dataset = tmp_path / f"dataset{workers}"
+        subprocess.run(command(tmp_path, dataset, "--workers", str(workers)), check=True, capture_output=True)
+        text = {name: data.replace(str(dataset).encode(), b"") for name, data in everything(dataset).items()}
+        results.append({name: data.replace(dataset.name.encode(), b"") for name, data in text.items()})
+    assert results[0] == results[1]
+    assert {"train_3_5.jsonl", "test_3_5.jsonl", "skipped.jsonl", "report.json", "report.png"} < results[0].keys()
+
+
+def test_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
+    """Killed at moments spread over the whole run, then left to end: the files are those of an undisturbed run."""
+    fill(tmp_path / "source")
+    dataset = tmp_path / "dataset"
+    begin = time.monotonic()
+    subprocess.run(command(tmp_path, dataset, "--workers", "2"), check=True, capture_output=True)
+    whole = time.monotonic() - begin
+    expected = everything(dataset)
+    dataset.rename(tmp_path / "undisturbed")
+    for share in (0.4, 0.6, 0.8):
+        process = subprocess.Popen(command(tmp_path, dataset, "--workers", "2"), stderr=subprocess.DEVNULL)
+        time.sleep(share * whole)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    time.sleep(0.2)  # the workers notice
+    subprocess.run(command(tmp_path, dataset, "--workers", "2"), check=True, capture_output=True)
+    assert everything(dataset) == expected
+
+
+def test_finished_shards_are_not_read_again(tmp_path, caplog, monkeypatch):
+    fill(tmp_path / "source")
+    options = make_options(tmp_path)
+    real, calls = run.read_unit, []
+
+    def third_time_dies(unit):
+        calls.append(unit.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(unit)
+
+    monkeypatch.setattr(run, "read_unit", third_time_dies)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(options)
+    with caplog.at_level(logging.INFO):
+        prepare_dataset(options)
+    assert calls == ["train/s0.tar", "train/s1.tar", "train/s2.tar", "train/s2.tar"]
+    assert "2 of 3 shards" in caplog.text
+    finished = everything(tmp_path / "dataset")
+    for shard in (tmp_path / "source/train").iterdir():
+        shard.chmod(0)  # and the kept videos, once written, are not read from them again either
+    monkeypatch.setattr(run, "check_videos", None)
+    prepare_dataset(options)
+    assert everything(tmp_path / "dataset") == finished
+
+
+def test_changed_shard_is_read_again(tmp_path):
+    make_tar(tmp_path / "source/train/a.tar", [("1.json", good())])
+    options = make_options(tmp_path)
+    prepare_dataset(options)
+    assert skipped(options)[0]["reason"] == "JSON without its video"
+    make_tar(tmp_path / "source/train/a.tar", [("1.json", good()), ("1.mp4", MP4)])
+    prepare_dataset(options)
+    assert ids(options) == ["1"]
+
+
+def test_many_parts_merge_in_bounded_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("pe_video.merge.FAN_IN", 3)
+    monkeypatch.setattr("pe_video.stages.BYTES_PER_PART", 1000)
+    monkeypatch.setattr("pe_video.stages.SAMPLES_PER_BATCH", 4)
+    make_files(tmp_path / "source/train", {f"{i:03d}.json": good() for i in range(90)})
+    options = make_options(tmp_path)
+    prepare_dataset(options)
+    assert ids(options) == [f"{i:03d}" for i in range(90)]
+
+
+# --- mistakes that end in one line ----------------------------------------------------------------------------------
+
+
+def test_full_disk_ends_in_one_line_and_leaves_finished_files_whole(tmp_path):
+    """A limit on file size stands in for a full disk: the write fails half-way through a video."""
+    fill(tmp_path / "source")
+    dataset = tmp_path / "dataset"
+    big = MP4 + b"\0\0\x40\x00free" + bytes(0x4000 - 8)
+    make_tar(tmp_path / "source/train/s9.tar", [("99.json", good()), ("99.mp4", big)])
+    limit = (len(MP4) + 16_000) // 1024
+    shell = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "-"]
+    result = subprocess.run([*shell, *command(tmp_path, dataset, "--workers", "1")], capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: cannot write")
+    assert "make room" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not list(dataset.rglob(f"*{files.PART_SUFFIX}"))
+    videos = list(dataset.rglob("*.mp4"))
+    assert videos and all(path.read_bytes() == MP4 for path in videos)
+    subprocess.run(command(tmp_path, dataset), check=True, capture_output=True)
+    assert (dataset / "PE-Video/videos/train/99.mp4").read_bytes() == big
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--source", "/nowhere"], "folder /nowhere does not exist"),
+        (["--min-seconds", "40"], "--min-seconds 40 and --max-seconds 30 leave nothing"),
+        (["--workers", "0"], "--workers 0 must be at least 1"),
+        (["--max-samples", "0"], "--max-samples 0 must be at least 1"),
+        (["--tokenizer-model-id", "tests"], "tests has no tokenizer.json"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, more, message):
+    make_files(tmp_path / "source/train", {"1.json": good()})
+    result = subprocess.run(command(tmp_path, tmp_path / "dataset", *more), capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
+    assert len(lines) == 1 and message in lines[0], result.stderr
+
+
+def test_no_data_and_no_hub(tmp_path):
+    """Without a network the mend is one line: what to fetch, how, and where to put it."""
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, str(ROOT / "mani_data.py"), "--dataset-root", str(tmp_path)]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environ)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "hf download facebook/PE-Video" in line and str(tmp_path / "PE-Video") in line
+
+
+def test_two_runs_at_once(tmp_path):
+    make_files(tmp_path / "source/train", {"1.json": good()})
+    options = make_options(tmp_path)
+    with (
+        files.only_one(options.output_dir / run.STATE_FOLDER),
+        pytest.raises(InputError, match=r"another mani_data\.py"),
+    ):
+        prepare_dataset(options)
+
+
+def test_half_written_files_of_a_killed_run_are_removed(tmp_path):
+    make_files(tmp_path / "source/train", {"1.json": good()})
+    left = make_files(tmp_path / "dataset/PE-Video/videos/train", {f".0.1{files.PART_SUFFIX}": b"half"})
+    prepare_dataset(make_options(tmp_path))
+    assert not list(left.iterdir())

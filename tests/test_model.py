@@ -1,0 +1,168 @@
+"""The patched model against stock transformers: positions, logits, vision tower, loss, saving and loading."""
+
+import random
+import time
+
+import pytest
+import torch
+from make_model import tiny_checkpoint
+from qwen_vl_streaming.attention import dense_mask
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config, load_model
+from qwen_vl_streaming.positions import timeline_positions
+from qwen_vl_streaming.prompts import QUESTIONS, answer_ids, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.timeline import make_timeline
+from qwen_vl_streaming.variants import VARIANTS
+from safetensors.torch import load_file, save_file
+from tiny import VIDEO, random_template, timeline_ids, tiny_config, tiny_model
+from transformers import Qwen2_5_VLForConditionalGeneration as Stock
+
+SEED = time.time_ns() % 100_000
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+def stock_twin(model):
+    twin = Stock(tiny_config()).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_origin_equals_stock_logits():
+    """The stock model, given ids and pixels and left to itself, against ours with explicit positions and mask."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    torch.manual_seed(SEED)
+    model = tiny_model(SEED)
+    twin = stock_twin(model)
+    for seconds in (1.0, 0.75):
+        template, grid, clips = random_template(draw), (draw.randint(1, 6), draw.randint(1, 6)), draw.randint(1, 5)
+        answer = [draw.randrange(100) for _ in range(6)]
+        timeline = make_timeline(VARIANTS["origin"], template.layout(grid, 2 * seconds), [0] * (clips - 1) + [6])
+        ids = timeline_ids(timeline, template, answer)[None]
+        grid_thw = torch.tensor([[clips, 2 * grid[0], 2 * grid[1]]])
+        pixels = torch.randn(int(grid_thw.prod()), 1176)
+        video = {"pixel_values_videos": pixels, "video_grid_thw": grid_thw}
+        with torch.no_grad():
+            expected = twin(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                mm_token_type_ids=(ids == VIDEO).int() * 2,
+                second_per_grid_ts=torch.tensor([seconds]),
+                **video,
+            ).logits
+            positions = timeline_positions(timeline)[:, None]
+            dense = dense_mask(timeline.rows.visual[None], timeline.rows.text[None], parallel=False)
+            for mask in (dense, None):
+                ours = model(input_ids=ids, position_ids=positions, attention_mask=mask, **video).logits
+                assert (ours - expected).abs().max() < 1e-5
+
+
+def test_vision_tower_equals_stock_and_clips_are_independent():
+    """Windows of every size that an odd grid leaves at its borders; clip by clip, all at once, and stock."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    torch.manual_seed(SEED)
+    model = tiny_model(SEED)
+    twin = stock_twin(model)
+    for _ in range(6):
+        clips, grid = draw.randint(1, 4), (draw.randint(1, 11), draw.randint(1, 11))
+        pixels = torch.randn(clips, 4 * grid[0] * grid[1], 1176)
+        grid_thw = torch.tensor([[clips, 2 * grid[0], 2 * grid[1]]])
+        with torch.no_grad():
+            stock = torch.cat(twin.get_video_features(pixels.flatten(0, 1), grid_thw).pooler_output)
+            together = model.perceive(pixels, grid)
+            one_by_one = torch.cat([model.perceive(clip[None], grid) for clip in pixels])
+        assert (together.flatten(0, 1) - stock).abs().max() < 1e-4 * stock.abs().max()
+        assert (together - one_by_one).abs().max() < 1e-4 * stock.abs().max()
+
+
+def test_loss_is_over_the_labelled_rows_and_nothing_is_shifted():
+    model = tiny_model()
+    ids, labels = torch.arange(12)[None] % 7, torch.full((1, 12), -100)
+    labels[0, 3], labels[0, 8] = 5, 9
+    inputs = {"input_ids": ids, "position_ids": torch.arange(12).expand(3, 1, 12), "attention_mask": None}
+    logits = model(**inputs).logits[0]
+    expected = -(logits[3].log_softmax(-1)[5] + logits[8].log_softmax(-1)[9])
+    result = model(**inputs, labels=labels)
+    assert result.logits.shape == (2, logits.shape[1])
+    assert torch.isclose(result.loss, expected / 2)
+    assert torch.isclose(model(**inputs, labels=labels, num_items_in_batch=8).loss, expected / 8)
+
+
+def test_a_wrong_number_of_visual_tokens_is_refused():
+    ids = torch.tensor([[1, VIDEO, VIDEO, 2]])
+    with pytest.raises(ValueError, match="2 places for visual tokens, but 3 came"):
+        tiny_model()(
+            input_ids=ids,
+            position_ids=torch.arange(4).expand(3, 1, 4),
+            attention_mask=None,
+            visual_tokens=torch.zeros(3, 32),
+        )
+
+
+def test_sliding_windows_are_refused():
+    config = tiny_config(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with pytest.raises(ValueError, match="use_sliding_window"):
+        Qwen2_5_VLForConditionalGeneration(config)
+
+
+def test_save_and_reload(checkpoint, tmp_path):
+    """Ours loads what stock saved, stock loads what ours saves; weights and their names stay."""
+    model = load_model(checkpoint, "sdpa", torch.float32)
+    model.config.streaming_variant, model.config.wait_k = "group", 3
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = load_config(tmp_path)
+    assert (config.streaming_variant, config.wait_k) == ("group", 3)
+    assert config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
+    stock, report = Stock.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert all(torch.equal(weight, stock.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path):
+    """Random numbers never stand in silently for weights that are not there."""
+    weights = load_file(checkpoint / "model.safetensors")
+    weights.pop(next(name for name in weights if "down_proj" in name))
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="lacks 1 weights"):
+        load_model(tmp_path, "sdpa", torch.float32)
+    with pytest.raises(InputError, match="could be loaded from"):
+        load_model(tmp_path / "nowhere", "sdpa", torch.float32)
+    with pytest.raises(InputError, match="no processor"):
+        load_processor(tmp_path)
+
+
+def test_template_and_pixels_of_a_real_processor(checkpoint):
+    """Prompt, tail and header put together are what the chat template gives; pixels are the processor's own."""
+    processor = load_processor(checkpoint)
+    template = make_template(processor, QUESTIONS[-1])
+    text = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        + QUESTIONS[-1]
+        + "<|vision_start|>"
+        "<|video_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
+    ids = [*template.prompt, template.video, *template.tail, *template.header]
+    assert ids == processor.tokenizer(text).input_ids
+    assert processor.tokenizer.decode(template.tail) == "<|vision_end|><|im_end|>\n"
+    assert processor.tokenizer.decode(template.end) == "<|im_end|>"
+    assert processor.tokenizer.decode(answer_ids(processor, template, " A red square. ")) == "A red square.<|im_end|>"
+    with pytest.raises(InputError, match="no tokens"):
+        answer_ids(processor, template, " \n")
+    frames = torch.randint(0, 256, (6, 3, 56, 84), dtype=torch.uint8)
+    pixels, grid = clip_pixels(processor, frames)
+    assert grid == (2, 3) and pixels.shape == (3, 24, 1176)
+    mean, std = (
+        torch.tensor(v)[:, None, None]
+        for v in (processor.video_processor.image_mean, processor.video_processor.image_std)
+    )
+    first = pixels[0, 0].view(3, 2, 14, 14)  # channels, frames, height, width of the first patch: rescaled by 1/255
+    assert torch.allclose(first[:, 0], (frames[0, :, :14, :14] / 255 - mean) / std, atol=1e-5)
