@@ -31,7 +31,7 @@ def tiny_config(**text) -> Qwen2_5_VLConfig:
             "hidden_size": 16,
             "intermediate_size": 24,
             "num_heads": 2,
-            "out_hidden_size": 32,
+            "out_hidden_size": text.get("hidden_size", 32),
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
         },

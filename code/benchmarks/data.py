@@ -8,6 +8,7 @@ Makes its rows and a byte-level BPE tokenizer with Qwen's splitting rule, unless
 import argparse
 import json
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -61,10 +62,10 @@ def make_tokenizer(folder: Path, captions: list[str]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def one_at_a_time(folder: Path, tokenizer_folder: Path) -> tuple[float, int]:
-    """The published script's loop; returns (seconds, rows kept)."""
+def one_at_a_time(folder: Path, tokenizer_folder: Path) -> tuple[float, float, int]:
+    """The published script's loop; returns (seconds, seconds of processor time, rows kept)."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     kept = []
     for path in sorted(folder.glob("*.json")):
         with open(path, encoding="utf-8") as file:
@@ -74,13 +75,16 @@ def one_at_a_time(folder: Path, tokenizer_folder: Path) -> tuple[float, int]:
         if 5 <= seconds <= 30 and 3 <= tokens / seconds <= 5:
             kept.append(json.dumps(data, ensure_ascii=False) + "\n")
     (folder.parent / "loop.jsonl").write_text("".join(kept))
-    return time.perf_counter() - begin, len(kept)
+    return time.perf_counter() - begin, time.process_time() - busy, len(kept)
 
 
-def prepared(source: Path, tokenizer: Path, output: Path, workers: int) -> tuple[float, int, float]:
-    """mani_data.py from its start to its last file; returns (seconds, rows kept, most MiB held by all processes)."""
+def prepared(source: Path, tokenizer: Path, output: Path, workers: int) -> tuple[float, float, int, float]:
+    """mani_data.py from its start to its last file.
+
+    Returns (seconds, seconds of processor time, rows kept, most MiB held by all its processes together).
+    """
     arguments = ["--source", source, "--dataset-root", output, "--tokenizer-model-id", tokenizer, "--workers", workers]
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), busy_children()
     process = subprocess.Popen([sys.executable, ROOT / "mani_data.py", *map(str, arguments)], stdout=subprocess.DEVNULL)
     most = 0
     watched = psutil.Process(process.pid)
@@ -91,7 +95,13 @@ def prepared(source: Path, tokenizer: Path, output: Path, workers: int) -> tuple
         sys.exit(f"error: mani_data.py ended with status {process.returncode}")
     seconds = time.perf_counter() - begin
     with open(output / "train_3_5.jsonl", encoding="utf-8") as file:
-        return seconds, sum(1 for _ in file), most / 2**20
+        return seconds, busy_children() - busy, sum(1 for _ in file), most / 2**20
+
+
+def busy_children() -> float:
+    """Seconds of processor time that all ended children have taken."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
@@ -122,15 +132,15 @@ def main() -> None:
         tokenizer = arguments.tokenizer or folder / "tokenizer"
         if not arguments.tokenizer:
             make_tokenizer(tokenizer, captions)
-        seconds, kept = one_at_a_time(folder / "source" / "train", tokenizer)
+        seconds, busy, kept = one_at_a_time(folder / "source" / "train", tokenizer)
         base = arguments.rows / seconds
-        print(f"{'':24}{'seconds':>9}{'rows/s':>10}{'times':>8}{'kept':>8}{'MiB':>7}")
-        print(f"{'one row at a time':24}{seconds:9.1f}{base:10.0f}{1:8.2f}{kept:8d}{'':>7}")
+        print(f"{'':24}{'seconds':>9}{'CPU s':>7}{'rows/s':>10}{'times':>8}{'kept':>8}{'MiB':>7}")
+        print(f"{'one row at a time':24}{seconds:9.1f}{busy:7.1f}{base:10.0f}{1:8.2f}{kept:8d}{'':>7}")
         for workers in arguments.workers:
-            seconds, rows, most = prepared(folder / "source", tokenizer, folder / f"out{workers}", workers)
+            seconds, busy, rows, most = prepared(folder / "source", tokenizer, folder / f"out{workers}", workers)
             rate = arguments.rows / seconds
             label = f"mani_data.py, {workers} worker{'s' if workers > 1 else ''}"
-            print(f"{label:24}{seconds:9.1f}{rate:10.0f}{rate / base:8.2f}{rows:8d}{most:7.0f}")
+            print(f"{label:24}{seconds:9.1f}{busy:7.1f}{rate:10.0f}{rate / base:8.2f}{rows:8d}{most:7.0f}")
 
 
 if __name__ == "__main__":

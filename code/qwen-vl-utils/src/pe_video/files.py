@@ -18,7 +18,8 @@ def whole_file(path: Path, mode: str = "w", *, sync: bool = True) -> Iterator[IO
     """Open `path` for writing beside itself; it takes its place only when the block ends well.
 
     Text is UTF-8 with plain newlines. Without `sync` it may be lost when the power fails, though not when the process
-    is killed: for what a later run checks anyway. Raises InputError, in one line, where the disk is full or cannot be written.
+    is killed: for what a later run checks anyway. Raises InputError, in one line, where it cannot be written, as on a
+    full disk.
     """
     digest = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # a name of full length leaves no room for a suffix
     part = path.with_name(f".{digest}.{os.getpid()}{PART_SUFFIX}")

@@ -57,13 +57,14 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
 class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneration):
     """Stock weights and layers; nothing is guessed from token ids: positions and mask are arguments."""
 
-    _supports_flex_attn = True
     accepts_loss_kwargs = True  # tells transformers' Trainer that the loss is divided by `num_items_in_batch` here
 
     def __init__(self, config):
         if set(config.text_config.layer_types) != {"full_attention"}:
             raise ValueError("sliding-window attention cannot hold a streaming mask: set use_sliding_window to false")
         super().__init__(config)
+        # It runs there; stock classes only do not declare it.
+        self.model.language_model._supports_flex_attn = True
         self.model.visual.patch_embed.__class__ = VisionPatchEmbed
         for block in self.model.visual.blocks:
             block.attn.__class__ = VisionAttention

@@ -1,0 +1,144 @@
+"""Evaluation on real files with a real, tiny checkpoint: what it writes, how it resumes, what it refuses."""
+
+import json
+import shutil
+import tarfile
+
+import eval as evaluation
+import pytest
+from make_data import DataConfig, make_dataset
+from make_model import tiny_checkpoint
+from qwen_vl_streaming.errors import run
+from qwen_vl_streaming.variants import VARIANTS
+from results import FIELDS
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+
+    folder = tmp_path_factory.mktemp("made")
+    make_dataset(DataConfig(folder / "data", train_videos=0, test_videos=5, dropped=0, size=56))
+    for shard in (folder / "data/test").glob("*.tar"):
+        with tarfile.open(shard) as archive:
+            archive.extractall(folder / "videos", filter="data")
+    rows = [
+        {**json.loads(path.read_text()), "video_path": str(path.with_suffix(".mp4"))}
+        for path in sorted((folder / "videos").glob("*.json"))
+    ]
+    rows.append({**rows[0], "video_id": "gone", "video_path": str(folder / "gone.mp4")})
+    data = folder / "test.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tiny_checkpoint(folder / "model"), data, rows
+
+
+@pytest.fixture
+def evaluate(made, tmp_path, monkeypatch):
+    """Run eval.py's main with flags over the defaults of this test; returns its output folder."""
+    monkeypatch.delenv("QWEN2_5_VL_VARIANT", raising=False)
+
+    def call(*flags, out=tmp_path / "out"):
+        small = ["--min-pixels-per-frame", "3136", "--max-pixels-per-frame", "3136", "--max-new-tokens", "40"]
+        small += ["--device", "cpu", "--workers", "0", "--data", str(made[1]), "--model", str(made[0])]
+        monkeypatch.setattr("sys.argv", ["eval.sh", *small, "--output-dir", str(out), *flags])
+        run(evaluation.main)
+        return out
+
+    return call
+
+
+def refused(evaluate, capsys, *flags) -> str:
+    with pytest.raises(SystemExit) as ended:
+        evaluate(*flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    errors = [line for line in lines if line.startswith("error:")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_rows_scores_and_resumption(made, evaluate, capsys, monkeypatch):
+    """The files of the contract; a run that is cut short and started again ends with the same bytes."""
+    out = evaluate("--variant", "group", "--batch-size", "2")
+    whole = (out / "group_infer.json").read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["video_id"] for row in rows] == [row["video_id"] for row in made[2][:-1]]  # the missing one is left out
+    for row in rows:
+        assert set(row) == set(FIELDS)
+        assert sum(row["schedule"]) == len(row["tokens"]) == len(row["slots"]) and len(row["schedule"]) == row["clips"]
+        assert set(row["schedule"][:-1]) <= {0, 1, 2, 3} and row["variant"] == "group"
+    scores = json.loads((out / "group_scores.json").read_text())
+    assert scores["count"] == 5 and scores["skipped"] == 1
+    assert all(scores[name] >= 0 for name in ("CIDEr", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L"))
+    assert "gone.mp4" in json.loads((out / "group_skipped.jsonl").read_text())["reason"]
+    assert "CIDEr" in capsys.readouterr().out
+
+    lines = whole.splitlines(keepends=True)
+    (out / "group_infer.json").write_text("".join(lines[:3]) + lines[3][:50])
+    monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
+    evaluate("--variant", "group", "--batch-size", "2")
+    again = (out / "group_infer.json").read_text().splitlines()
+    without_time = [{**json.loads(line), "seconds": 0} for line in again]
+    assert without_time == [{**row, "seconds": 0} for row in rows]
+
+    assert "begun with repetition_penalty" in refused(
+        evaluate, capsys, "--variant", "group", "--repetition-penalty", "1.3"
+    )
+    assert "begun with schedule" in refused(evaluate, capsys, "--variant", "group", "--schedule", "wait-2")
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "group"])
+def test_every_variant_runs(evaluate, monkeypatch, variant):
+    monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
+    out = evaluate("--variant", variant, "--limit", "2", "--schedule", "random-3")
+    for line in (out / f"{variant}_infer.json").read_text().splitlines():
+        row = json.loads(line)
+        if not VARIANTS[variant].streams:
+            assert set(row["slots"]) == {row["clips"]}
+
+
+def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
+    checkpoint, _, rows = made
+    gap = tmp_path / "gap"
+    shutil.copytree(checkpoint, gap)
+    config = json.loads((gap / "config.json").read_text())
+    (gap / "config.json").write_text(json.dumps({**config, "streaming_variant": "gap", "wait_k": 3}))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text(json.dumps(config))
+    (tmp_path / "wordless.jsonl").write_text(json.dumps({**rows[0], "human_caption": " ."}) + "\n")
+    (tmp_path / "twice.jsonl").write_text(2 * (json.dumps(rows[0]) + "\n"))
+    for flags, reason in (
+        (["--variant", "grup"], "unknown variant 'grup'"),
+        (["--schedule", "wait-x"], "unknown schedule 'wait-x'"),
+        (["--model", str(gap)], "trained as gap, not group"),
+        (["--model", str(bare)], "no processor"),
+        (["--model", str(tmp_path / "nowhere")], "nowhere"),
+        (["--data", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl"),
+        (["--data", str(tmp_path / "wordless.jsonl")], "caption without a word"),
+        (["--data", str(tmp_path / "twice.jsonl")], "comes twice"),
+        (["--batch-size", "0"], "above 0"),
+        (["--dtype", "int8"], "float32"),
+    ):
+        assert reason in refused(evaluate, capsys, *flags), flags
+        assert not (tmp_path / "out/group_infer.json").exists()
+
+
+def test_a_forced_variant_is_evaluated(made, evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
+    gap = tmp_path / "gap"
+    shutil.copytree(made[0], gap)
+    config = json.loads((gap / "config.json").read_text())
+    (gap / "config.json").write_text(json.dumps({**config, "streaming_variant": "gap", "wait_k": 2}))
+    out = evaluate("--model", str(gap), "--variant", "group", "--force", "--limit", "1")
+    assert json.loads((out / "group_infer.args.json").read_text())["schedule"] == "wait-2"
+
+
+def test_captions_made_elsewhere_are_scored(evaluate, tmp_path, capsys):
+    captions = tmp_path / "mine.json"
+    pairs = [("a", "a red square moves", "a red square moves"), ("b", "a blue ring", "a green ring leaves")]
+    rows = [{"video_id": i, "annotation": a, "result": r} for i, a, r in pairs]
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate("--score-only", str(captions))
+    scores = json.loads((tmp_path / "mine.scores.json").read_text())
+    assert scores["count"] == 2 and 0 < scores["BLEU-1"] < 100
+    assert "METEOR" in capsys.readouterr().out

@@ -1,0 +1,74 @@
+"""The same properties on a GPU: streamed equals full, and FlexAttention equals the dense mask, gradients included."""
+
+import random
+import time
+
+import pytest
+import torch
+from qwen_vl_streaming.attention import make_mask
+from qwen_vl_streaming.positions import timeline_positions
+from qwen_vl_streaming.streaming import caption
+from qwen_vl_streaming.timeline import Layout, Schedule, make_timeline
+from qwen_vl_streaming.variants import VARIANTS
+from test_streaming import Forced, full_pass, random_batch
+from tiny import random_template, timeline_ids, tiny_model
+
+pytestmark = pytest.mark.gpu
+SEED = time.time_ns() % 100_000
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
+def test_streamed_equals_full_on_the_gpu(variant):
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = tiny_model().cuda()
+    cases = random_batch(random.Random(SEED), variant, 6)
+    streams = Forced(model, variant, [c[1] for c in cases], [c[2] for c in cases], answers=[c[3] for c in cases])
+    caption(streams, [c[4].cuda() for c in cases], [Schedule(tuple(c[0][:-1])) for c in cases])
+    for kept, (counts, template, layout, answer, visual) in zip(streams.produced, cases, strict=True):
+        timeline = make_timeline(variant, layout, counts)
+        expected = full_pass(model.cpu(), timeline, template, answer, visual)
+        model.cuda()
+        assert (torch.stack(kept[: len(answer)]).cpu() - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
+def test_flex_attention_equals_dense_with_gradients(dtype, tolerance):
+    """A sample of ten clips: loss and every gradient, relative to its own size."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    draw = random.Random(SEED)
+    # FlexAttention's kernels want heads of at least 16
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+    model = tiny_model(rope_parameters=rope, **shape).to("cuda", dtype)
+    variant, template = VARIANTS["group"], random_template(draw)
+    layout = Layout(len(template.prompt), len(template.tail), len(template.header), (5, 7))
+    timeline = make_timeline(variant, layout, (3,) * 9 + (12,))
+    rows, answer = timeline.rows, [draw.randrange(150) for _ in range(39)]
+    ids = timeline_ids(timeline, template, answer)
+    labels = torch.where(timeline.produces < 0, -100, torch.tensor(answer)[timeline.produces])
+    visual_tokens = torch.randn(350, 64)
+
+    def run(implementation):
+        model.zero_grad()
+        model.model.language_model.set_attn_implementation(implementation)
+        loss = model(
+            input_ids=ids[None].cuda(),
+            position_ids=timeline_positions(timeline)[:, None].cuda(),
+            attention_mask=make_mask(rows.visual[None].cuda(), rows.text[None].cuda(), True, implementation),
+            visual_tokens=visual_tokens.to("cuda", dtype),
+            labels=labels[None].cuda(),
+        ).loss
+        loss.backward()
+        weights = model.model.language_model.named_parameters()
+        return loss.item(), {name: weight.grad.float().clone() for name, weight in weights}
+
+    loss, gradients = run("sdpa")
+    flex_loss, flex_gradients = run("flex_attention")
+    assert abs(loss - flex_loss) < tolerance * abs(loss)
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max()
+        assert (gradient - flex_gradients[name]).abs().max() <= tolerance * scale + 1e-6, name

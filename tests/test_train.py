@@ -1,0 +1,163 @@
+"""Training: what a sample holds, what a batch costs, what is left out, and what is refused."""
+
+import json
+import tarfile
+import time
+
+import pytest
+import torch
+from make_data import DataConfig, make_dataset, plan
+from make_model import tiny_checkpoint
+from qwen_vl_streaming.attention import make_mask
+from qwen_vl_streaming.errors import InputError, run
+from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
+from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.video import PixelBudget
+from qwenvl import train
+from qwenvl.arguments import DataArguments, ModelArguments
+from qwenvl.data import IGNORED, StreamingDataset, collate, read_rows
+
+SEED = time.time_ns() % 100_000
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny checkpoint and eight real videos as mani_data.py would leave them."""
+    folder = tmp_path_factory.mktemp("made")
+    make_dataset(DataConfig(folder / "data", train_videos=8, test_videos=0, dropped=0, size=56))
+    rows = []
+    for shard in (folder / "data/train").glob("*.tar"):
+        with tarfile.open(shard) as archive:
+            archive.extractall(folder / "videos", filter="data")
+    for path in sorted((folder / "videos").glob("*.json")):
+        rows.append({**json.loads(path.read_text()), "video_path": str(path.with_suffix(".mp4"))})
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(rows) == len(plan(DataConfig(folder, train_videos=8, test_videos=0, dropped=0))["train"])
+    return tiny_checkpoint(folder / "model"), data
+
+
+def dataset(made, variant, **changes):
+    checkpoint, data = made
+    arguments = {"budget": PixelBudget(3136, 3136), "max_length": 4096, **changes}
+    processor = load_processor(checkpoint)
+    return StreamingDataset(read_rows(data), data.parent, processor, 2, VARIANTS[variant], "wait-3", **arguments)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_labels_spell_the_caption(made, variant):
+    """Each row's label is the next word of the caption, at the row that produces it, and all words are there."""
+    samples = dataset(made, variant)
+    for sample, row in zip((samples[i] for i in range(3)), samples.rows, strict=False):
+        labels = sample.labels[sample.labels != IGNORED]
+        assert samples.processor.tokenizer.decode(labels) == row["human_caption"] + "<|im_end|>"
+        assert int((sample.input_ids == samples.templates[0].video).sum()) * 4 == len(sample.pixel_values)
+        assert any(
+            sample.input_ids[: len(template.prompt)].tolist() == list(template.prompt) for template in samples.templates
+        )
+
+
+def test_questions_are_the_papers_and_a_sample_keeps_its_own(made):
+    samples = dataset(made, "group")
+    assert samples.templates == [make_template(samples.processor, question) for question in QUESTIONS]
+    assert torch.equal(samples[0].input_ids, samples[0].input_ids)
+    assert len({len(samples[i].input_ids[:30].unique()) for i in range(8)}) > 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_padded_batch_equals_its_samples(made, variant):
+    """Loss and gradients of a padded batch of 4 against the four samples one by one."""
+    samples = [dataset(made, variant)[i] for i in range(4)]
+    parallel = VARIANTS[variant].parallel
+    total = sum(int((sample.labels != IGNORED).sum()) for sample in samples)
+
+    def gradients(batches):
+        model = load_model(made[0], "sdpa", torch.float32)
+        loss = 0.0
+        for batch in map(collate, batches):
+            assert not batch.pop("bad")
+            mask = make_mask(batch.pop("visual"), batch.pop("text"), parallel, "sdpa")
+            part = model(**batch, attention_mask=mask, num_items_in_batch=total).loss
+            part.backward()
+            loss += part.item()
+        return loss, [parameter.grad for parameter in model.parameters()]
+
+    loss, grads = gradients([samples])
+    loss_alone, grads_alone = gradients([[sample] for sample in samples])
+    assert abs(loss - loss_alone) < 1e-5
+    for a, b in zip(grads, grads_alone, strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_a_bad_sample_is_left_out_with_its_reason(made):
+    """It has no labels, adds nothing to the loss, and is not replaced by another."""
+    samples = dataset(made, "group")
+    good = samples[1]
+    samples.rows[0] = {**samples.rows[0], "video_path": "missing.mp4"}
+    samples.rows[2] = {**samples.rows[2], "human_caption": "  "}
+    for index, reason in ((0, "missing.mp4"), (2, "no tokens")):
+        bad = samples[index]
+        assert (bad.labels == IGNORED).all() and reason in bad.bad[1]
+    short = dataset(made, "group", max_length=20)[0]
+    assert "model length 20" in short.bad[1]
+    batch = collate([samples[0], good])
+    assert [video_id for video_id, _ in batch["bad"]] == [samples.rows[0]["video_id"]]
+    assert int((batch["labels"] != IGNORED).sum()) == int((good.labels != IGNORED).sum())
+
+
+def test_freezing_freezes(made):
+    model = load_model(made[0], "sdpa", torch.float32)
+
+    def trained(**flags):
+        train.freeze(model, ModelArguments(variant="group", **flags))
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    names = dict(model.named_parameters())
+    default = trained()
+    assert default == {n for n in names if "visual" not in n or "visual.merger" in n}
+    assert trained(tune_mm_llm=False) == {n for n in names if "visual.merger" in n}
+    assert trained(tune_mm_mlp=False, tune_mm_vision=True) == {n for n in names if "visual.merger" not in n}
+
+
+def refused(arguments, capsys, monkeypatch) -> str:
+    """The one line with which the program, given `arguments`, ends; its exit status must be 2."""
+    monkeypatch.setattr("sys.argv", ["sft.sh", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run(train.main)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert ended.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def test_wrong_set_ups_are_refused_in_one_line(made, tmp_path, capsys, monkeypatch):
+    checkpoint, data = made
+    common = ["--train_data", str(data), "--output_dir", str(tmp_path / "out"), "--use_cpu", "True", "--bf16", "False"]
+    model = ["--model_name_or_path", str(checkpoint)]
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "half.jsonl").write_text('{"video_id": "1"')
+    (tmp_path / "zero.json").write_text("{")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"streaming_variant": "gap"}')
+    group = ["--variant", "group"]
+    for arguments, reason in (
+        ([*common, *model, "--variant", "grup"], "unknown variant 'grup'"),
+        ([*common, *model, *group, "--wait_k", "0"], "--wait_k 0"),
+        ([*common, *model, *group, "--attention", "flash_attention_2"], "cannot hold the streaming mask"),
+        ([*common, *model, *group, "--tune_mm_llm", "0", "--tune_mm_mlp", "0"], "nothing is left to train"),
+        ([*common, *model, *group, "--train_data", str(tmp_path / "none.jsonl")], "none.jsonl"),
+        ([*common, *model, *group, "--train_data", str(tmp_path / "empty.jsonl")], "is empty"),
+        ([*common, *model, *group, "--train_data", str(tmp_path / "half.jsonl")], "half.jsonl, line 1"),
+        ([*common, *model, *group, "--deepspeed", str(tmp_path / "zero.json")], "not valid JSON"),
+        ([*common, *model, *group, "--output_dir", str(tmp_path / "other")], "trained as gap, not group"),
+        ([*common, *group, "--model_name_or_path", str(tmp_path)], "no processor"),
+        ([*common, *model, *group, "--no_such_flag", "1"], "no_such_flag"),
+    ):
+        assert reason in refused(arguments, capsys, monkeypatch)
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_data_arguments_know_the_budget(made):
+    assert DataArguments(train_data=str(made[1])).budget == PixelBudget()
+    with pytest.raises(InputError, match="neither in"):
+        DataArguments(train_data="nowhere.jsonl")
