@@ -10,7 +10,7 @@
 # Everything it makes lies in the output folder; started again, it goes on from what was finished.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-output=demo_output train_videos=1200 test_videos=120 steps=800
+output=demo_output train_videos=1200 test_videos=120 steps=1000
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
@@ -57,7 +57,7 @@ for variant in $variants; do
   step "5. eval.sh: let $variant watch and speak"
   QWEN2_5_VL_EVAL_MODEL_PATH=$trained QWEN2_5_VL_EVAL_DATA_DIR=$data/test_3_5.jsonl \
     QWEN2_5_VL_EVAL_OUTPUT_DIR=$output/evaluation \
-    bash eval.sh --min-pixels-per-frame "${pixels[0]}" --max-pixels-per-frame "${pixels[1]}" --batch-size 32
+    bash eval.sh --min-pixels-per-frame "${pixels[0]}" --max-pixels-per-frame "${pixels[1]}" --batch-size 8
 done
 
 step "6. What came out"
