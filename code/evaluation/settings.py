@@ -10,12 +10,11 @@ import os
 from pathlib import Path
 
 from qwen_vl_streaming.errors import InputError, OneLineParser
-from qwen_vl_streaming.variants import ENVIRONMENT_VARIABLE, VARIANTS
+from qwen_vl_streaming.variants import ENVIRONMENT_VARIABLE, VARIANTS, chosen_variant
 from qwen_vl_streaming.video import PixelBudget
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
-    "variant": ENVIRONMENT_VARIABLE,
     "model": "QWEN2_5_VL_EVAL_MODEL_PATH",
     "data": "QWEN2_5_VL_EVAL_DATA_DIR",
     "video_root": "QWEN2_5_VL_EVAL_IMG_ROOT",
@@ -92,6 +91,8 @@ def parse(parser: OneLineParser) -> Settings:
     for field in dataclasses.fields(Settings):
         variable = ENVIRONMENT.get(field.name)
         default = (os.environ.get(variable) if variable else None) or field.default
+        if field.name == "variant":
+            variable, default = ENVIRONMENT_VARIABLE, chosen_variant(field.default)
         flag = "--" + field.name.replace("_", "-")
         help_text = lines[field.name] + (f" [{variable}]" if variable else "")
         if field.type is bool:

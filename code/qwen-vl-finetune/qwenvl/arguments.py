@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qwen_vl_streaming.errors import InputError, find_path
 from qwen_vl_streaming.timeline import make_schedule
-from qwen_vl_streaming.variants import Variant, get_variant
+from qwen_vl_streaming.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video import PixelBudget
 from transformers import TrainingArguments
 
@@ -18,7 +18,10 @@ class ModelArguments:
     model_name_or_path: str = field(
         default="Qwen/Qwen2.5-VL-3B-Instruct", metadata={"help": "A Qwen2.5-VL checkpoint: a folder or a hub id."}
     )
-    variant: str = field(default="", metadata={"help": "One of the six variants; sft.sh takes QWEN2_5_VL_VARIANT."})
+    variant: str = field(
+        default_factory=lambda: chosen_variant("group"),
+        metadata={"help": "One of the six variants; by default QWEN2_5_VL_VARIANT, else group."},
+    )
     wait_k: int = field(default=3, metadata={"help": "Answer tokens written after each clip while training."})
     attention: str = field(
         default="auto",

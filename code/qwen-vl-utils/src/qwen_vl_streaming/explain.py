@@ -21,7 +21,7 @@ from .errors import InputError, OneLineParser, run
 from .positions import timeline_positions
 from .summary import Run, describe, find_runs, find_steps, sizes, words
 from .timeline import CLIP, HEADER, NOTHING, PARTS, Layout, Timeline, make_schedule, make_timeline
-from .variants import ENVIRONMENT_VARIABLE, VARIANTS, get_variant
+from .variants import ENVIRONMENT_VARIABLE, VARIANTS, chosen_variant, get_variant
 
 TAIL_TOKENS = 3  # <|vision_end|><|im_end|>\n
 HEADER_TOKENS = 3  # <|im_start|>assistant\n
@@ -186,7 +186,7 @@ def make_parser() -> OneLineParser:
 
 def make_timelines(args: argparse.Namespace) -> list[Timeline]:
     """What is to be shown. Raises InputError for an unknown variant and for sizes too large to show."""
-    name = args.variant or os.environ.get(ENVIRONMENT_VARIABLE) or "all"
+    name = args.variant or chosen_variant("all")
     variants = list(VARIANTS.values()) if name == "all" else [get_variant(name)]
     layout = Layout(args.prompt, TAIL_TOKENS, HEADER_TOKENS, args.grid)
     length = layout.prompt + args.clips * layout.tokens_per_clip + layout.tail + layout.header + args.answer

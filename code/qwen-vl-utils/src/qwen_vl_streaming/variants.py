@@ -50,9 +50,6 @@ def get_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def variant_from_environment() -> Variant:
-    """The variant that `QWEN2_5_VL_VARIANT` names. Raises InputError where it is unset or unknown."""
-    name = os.environ.get(ENVIRONMENT_VARIABLE)
-    if not name:
-        raise InputError(f"{ENVIRONMENT_VARIABLE} is not set: choose one of {', '.join(VARIANTS)}")
-    return get_variant(name)
+def chosen_variant(default: str) -> str:
+    """The name in `QWEN2_5_VL_VARIANT`, unchecked, or `default` where it is not set."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) or default
