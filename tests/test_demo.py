@@ -16,7 +16,7 @@ def run(*command, **environment):
 
 
 def test_demo_in_short_form(tmp_path):
-    flags = ["--output", str(tmp_path / "demo"), "--train-videos", "24", "--test-videos", "6", "--steps", "4"]
+    flags = ["--output", str(tmp_path / "demo"), "--train-videos", "24", "--test-videos", "6", "--steps", "10"]
     ended = run("bash", "demo.sh", *flags)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     output = tmp_path / "demo"

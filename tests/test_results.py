@@ -92,7 +92,8 @@ def test_a_killed_writer_leaves_whole_rows(path: Path) -> None:
         "        out.append(row(str(number)))\n"
         "        print(number, flush=True)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", writer], stdout=subprocess.PIPE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", writer], stdout=subprocess.PIPE, env=environment)
     last = 0
     while last < 20:
         last = int(process.stdout.readline())

@@ -80,8 +80,19 @@ class Settings:
         return PixelBudget(self.min_pixels_per_frame, self.max_pixels_per_frame, self.max_pixels_per_video)
 
     def identity(self) -> dict:
-        """What decides the captions; a result file is only gone on with under the same."""
-        loose = {"variant", "schedule", "output_dir", "output_file", "limit", "workers", "device", "score_only"}
+        """What decides the captions, which the batch does not; a result file is only gone on with under the same."""
+        loose = {
+            "variant",
+            "schedule",
+            "batch_size",
+            "force",
+            "output_dir",
+            "output_file",
+            "limit",
+            "workers",
+            "device",
+            "score_only",
+        }
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in loose}
 
 

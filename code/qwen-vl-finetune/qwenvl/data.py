@@ -81,7 +81,10 @@ class StreamingDataset(torch.utils.data.Dataset):
         row = self.rows[index]
         template = self.templates[random.Random(f"{self.seed} {row['video_id']}").randrange(len(self.templates))]
         try:
-            return self._sample(self._video(index), row["human_caption"], template)
+            sample = self._sample(self._video(index), row["human_caption"], template)
+            if (length := len(sample.input_ids)) <= self.max_length:
+                return sample
+            raise InputError(f"its {length} tokens are more than the model length {self.max_length}: raise that")
         except InputError as error:
             bad = (str(row["video_id"]), str(error))
         merge = self.processor.video_processor.merge_size
@@ -108,8 +111,6 @@ class StreamingDataset(torch.utils.data.Dataset):
         counts = make_schedule(self.schedule, self.variant, clips).counts(len(answer))
         timeline = make_timeline(self.variant, layout, counts)
         rows = timeline.rows
-        if len(rows) > self.max_length:
-            raise InputError(f"{len(rows)} tokens are more than the model length {self.max_length}: raise it")
 
         ids = torch.full((len(rows),), template.video)
         for part, tokens in ((PROMPT, template.prompt), (TAIL, template.tail), (HEADER, template.header)):

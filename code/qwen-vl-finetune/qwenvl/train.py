@@ -72,6 +72,7 @@ def draw_loss(history: list[dict], path: Path, title: str) -> None:
     """The loss curve as a picture."""
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     if not points:
+        logger.warning("no loss curve: the run was shorter than --logging_steps")
         return
     steps, losses = zip(*points, strict=True)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
@@ -105,7 +106,11 @@ class Parser(OneLineParser, HfArgumentParser):
 
 def main() -> None:
     parser = Parser((ModelArguments, DataArguments, SftArguments), prog="sft.sh", description=__doc__)
-    model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
+    model_arguments, data_arguments, arguments, unknown = parser.parse_args_into_dataclasses(
+        return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)}")
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
     output, variant = Path(arguments.output_dir), model_arguments.rules
     refuse_other_variant(output, variant.name)
