@@ -1,4 +1,7 @@
-"""Skips tests that need a GPU where there is none."""
+"""Skips tests that need a GPU where there is none; what training is tested on."""
+
+import json
+import tarfile
 
 import pytest
 import torch
@@ -9,3 +12,24 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A tiny checkpoint and eight real videos as mani_data.py would leave them."""
+    # Imported here: the tests for a GPU also run where no video can be decoded.
+    from make_data import DataConfig, make_dataset, plan
+    from make_model import tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("made")
+    make_dataset(DataConfig(folder / "data", train_videos=8, test_videos=0, dropped=0, size=56))
+    rows = []
+    for shard in (folder / "data/train").glob("*.tar"):
+        with tarfile.open(shard) as archive:
+            archive.extractall(folder / "videos", filter="data")
+    for path in sorted((folder / "videos").glob("*.json")):
+        rows.append({**json.loads(path.read_text()), "video_path": str(path.with_suffix(".mp4"))})
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(rows) == len(plan(DataConfig(folder, train_videos=8, test_videos=0, dropped=0))["train"])
+    return tiny_checkpoint(folder / "model"), data

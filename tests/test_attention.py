@@ -76,8 +76,28 @@ def test_block_mask_is_the_dense_mask():
         assert torch.allclose(flex_attention(query, key, value, block_mask=blocks), dense, atol=1e-5)
 
 
+def test_packed_samples_never_see_each_other():
+    """Block and dense mask of a packed row: each sample's own mask on the diagonal, nothing elsewhere."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    for variant in VARIANTS.values():
+        timelines = [make_timeline(variant, Layout(3, 2, 2, (2, 2)), random_counts(draw, variant)) for _ in range(3)]
+        visual, text = (torch.cat([getattr(t.rows, name) for t in timelines])[None] for name in ("visual", "text"))
+        sample = torch.cat([torch.full((len(t.rows),), n) for n, t in enumerate(timelines, 1)])[None]
+        expected = torch.block_diag(*map(mask_of, timelines)).bool()
+        assert torch.equal(make_mask(visual, text, variant.parallel, "sdpa", sample)[0, 0], expected)
+        query, key, value = torch.randn(3, 1, 2, len(expected), 16).unbind(0)
+        blocks = make_mask(visual, text, variant.parallel, "flex_attention", sample)
+        dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=expected)
+        assert torch.allclose(flex_attention(query, key, value, block_mask=blocks), dense, atol=1e-5)
+
+
 def test_a_backend_that_would_lose_the_mask_is_refused():
     flags = torch.zeros(1, 4, dtype=torch.bool)
     with pytest.raises(InputError, match="cannot hold the mask"):
         make_mask(flags, flags, True, "flash_attention_2")
+    with pytest.raises(InputError, match="packed samples"):
+        make_mask(flags, flags, False, "flash_attention_2", sample=flags.long())
+    with pytest.raises(InputError, match="eager"):
+        make_mask(flags, flags, False, "eager")
     assert make_mask(flags, flags, False, "flash_attention_2") is None

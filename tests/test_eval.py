@@ -6,6 +6,7 @@ import tarfile
 
 import eval as evaluation
 import pytest
+import verify
 from make_data import DataConfig, make_dataset
 from make_model import tiny_checkpoint
 from qwen_vl_streaming.errors import run
@@ -142,3 +143,22 @@ def test_captions_made_elsewhere_are_scored(evaluate, tmp_path, capsys):
     scores = json.loads((tmp_path / "mine.scores.json").read_text())
     assert scores["count"] == 2 and 0 < scores["BLEU-1"] < 100
     assert "METEOR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant", ["group", "overlap", "interleave"])
+def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeypatch, capsys, variant):
+    """And a token that was changed by hand is found."""
+    monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
+    path = evaluate("--variant", variant, "--limit", "2", "--schedule", "random-2") / f"{variant}_infer.json"
+    monkeypatch.setattr("sys.argv", ["verify.py", str(path), "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        verify.main()
+    assert ended.value.code == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    count = sum(len(row["tokens"]) for row in rows)
+    assert f"{count} of {count} tokens of 2 videos" in capsys.readouterr().out
+    rows[1]["tokens"][-1] = rows[1]["tokens"][-1] + 1
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit) as ended:
+        verify.main()
+    assert ended.value.code == 1 and f"{count - 1} of {count} tokens" in capsys.readouterr().out

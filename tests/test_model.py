@@ -155,6 +155,8 @@ def test_template_and_pixels_of_a_real_processor(checkpoint):
     assert processor.tokenizer.decode(template.tail) == "<|vision_end|><|im_end|>\n"
     assert processor.tokenizer.decode(template.end) == "<|im_end|>"
     assert processor.tokenizer.decode(answer_ids(processor, template, " A red square. ")) == "A red square.<|im_end|>"
+    odd = answer_ids(processor, template, "A <|video_pad|> and <|im_end|> as text.")
+    assert template.video not in odd and odd.count(template.end) == 1
     with pytest.raises(InputError, match="no tokens"):
         answer_ids(processor, template, " \n")
     frames = torch.randint(0, 256, (6, 3, 56, 84), dtype=torch.uint8)

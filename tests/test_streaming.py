@@ -8,9 +8,9 @@ import torch
 from qwen_vl_streaming.attention import dense_mask
 from qwen_vl_streaming.positions import timeline_positions
 from qwen_vl_streaming.streaming import Streams, caption
-from qwen_vl_streaming.timeline import NOTHING, Schedule, make_timeline
+from qwen_vl_streaming.timeline import CLIP, NOTHING, Schedule, make_timeline
 from qwen_vl_streaming.variants import VARIANTS
-from tiny import END, VOCABULARY, random_counts, random_template, timeline_ids, tiny_model
+from tiny import END, VIDEO, VOCABULARY, random_counts, random_template, timeline_ids, tiny_model
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 SEED = time.time_ns() % 100_000
@@ -30,6 +30,7 @@ def full_pass(model, timeline, template, answer, visual_tokens):
             position_ids=timeline_positions(timeline)[:, None],
             attention_mask=dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel),
             visual_tokens=visual_tokens.flatten(0, 1),
+            visual_rows=rows.part[None] == CLIP,
         ).logits[0]
     rows_of_answer = torch.empty(len(answer), dtype=torch.long)
     predicts = timeline.produces != NOTHING
@@ -163,6 +164,18 @@ def test_a_clip_changes_nothing_that_was_written_before_its_slot(model, variant)
     for j, logits in enumerate(changed):
         assert torch.allclose(logits[: 3 * j], plain[: 3 * j], atol=1e-5)
         assert (logits[3 * j :] - plain[3 * j :]).abs().max() > 1e-3
+
+
+def test_a_model_may_write_the_id_that_stands_for_visual_tokens(model):
+    """It is text there, in the stream as in the full pass, where the places of visual tokens are told apart by part."""
+    template = random_template(random.Random(0))
+    layout, visual = template.layout((1, 2), 2.0), torch.randn(3, 2, 32)
+    answer = [5, VIDEO, 7, VIDEO, 9, END]
+    streams = Forced(model, VARIANTS["group"], [template], [layout], answers=[answer])
+    caption(streams, [visual], [Schedule((2, 2))])
+    timeline = make_timeline(VARIANTS["group"], layout, (2, 2, 2))
+    expected = full_pass(model, timeline, template, answer, visual)
+    assert (torch.stack(streams.produced[0]) - expected).abs().max() < 1e-4
 
 
 def test_misuse_is_refused(model):

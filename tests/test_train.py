@@ -1,13 +1,9 @@
 """Training: what a sample holds, what a batch costs, what is left out, and what is refused."""
 
-import json
-import tarfile
 import time
 
 import pytest
 import torch
-from make_data import DataConfig, make_dataset, plan
-from make_model import tiny_checkpoint
 from qwen_vl_streaming.attention import make_mask
 from qwen_vl_streaming.errors import InputError, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
@@ -15,27 +11,10 @@ from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.variants import VARIANTS
 from qwen_vl_streaming.video import PixelBudget
 from qwenvl import train
-from qwenvl.arguments import DataArguments, ModelArguments
-from qwenvl.data import IGNORED, StreamingDataset, collate, read_rows
+from qwenvl.arguments import DataArguments
+from qwenvl.data import IGNORED, StreamingDataset, collate, pack, read_rows
 
 SEED = time.time_ns() % 100_000
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A tiny checkpoint and eight real videos as mani_data.py would leave them."""
-    folder = tmp_path_factory.mktemp("made")
-    make_dataset(DataConfig(folder / "data", train_videos=8, test_videos=0, dropped=0, size=56))
-    rows = []
-    for shard in (folder / "data/train").glob("*.tar"):
-        with tarfile.open(shard) as archive:
-            archive.extractall(folder / "videos", filter="data")
-    for path in sorted((folder / "videos").glob("*.json")):
-        rows.append({**json.loads(path.read_text()), "video_path": str(path.with_suffix(".mp4"))})
-    data = folder / "train.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(rows) == len(plan(DataConfig(folder, train_videos=8, test_videos=0, dropped=0))["train"])
-    return tiny_checkpoint(folder / "model"), data
 
 
 def dataset(made, variant, **changes):
@@ -66,28 +45,42 @@ def test_questions_are_the_papers_and_a_sample_keeps_its_own(made):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_padded_batch_equals_its_samples(made, variant):
-    """Loss and gradients of a padded batch of 4 against the four samples one by one."""
+def test_a_batch_equals_its_samples(made, variant):
+    """Loss and gradients of a batch of 4, padded and packed, against the four samples one by one."""
     samples = [dataset(made, variant)[i] for i in range(4)]
     parallel = VARIANTS[variant].parallel
     total = sum(int((sample.labels != IGNORED).sum()) for sample in samples)
 
-    def gradients(batches):
+    def gradients(batches, pack_tokens=0):
         model = load_model(made[0], "sdpa", torch.float32)
         loss = 0.0
-        for batch in map(collate, batches):
+        for batch in (collate(samples, pack_tokens) for samples in batches):
             assert not batch.pop("bad")
-            mask = make_mask(batch.pop("visual"), batch.pop("text"), parallel, "sdpa")
+            flags = batch.pop("visual"), batch.pop("text")
+            mask = make_mask(*flags, parallel, "sdpa", batch.pop("sample", None))
             part = model(**batch, attention_mask=mask, num_items_in_batch=total).loss
             part.backward()
             loss += part.item()
         return loss, [parameter.grad for parameter in model.parameters()]
 
-    loss, grads = gradients([samples])
     loss_alone, grads_alone = gradients([[sample] for sample in samples])
-    assert abs(loss - loss_alone) < 1e-5
-    for a, b in zip(grads, grads_alone, strict=True):
-        assert torch.allclose(a, b, atol=1e-5, rtol=1e-3)
+    longest = max(len(sample.input_ids) for sample in samples)
+    for pack_tokens in (0, 2 * longest + 5, 4 * longest):
+        loss, grads = gradients([samples], pack_tokens)
+        assert abs(loss - loss_alone) < 1e-5
+        for a, b in zip(grads, grads_alone, strict=True):
+            assert torch.allclose(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_packing_fills_rows_and_loses_nothing(made):
+    samples = [dataset(made, "group")[i] for i in range(8)]
+    longest = max(len(sample.input_ids) for sample in samples)
+    rows = pack(samples, 2 * longest)
+    assert len(rows) <= 4 and sorted(map(id, samples)) == sorted(id(sample) for row in rows for sample in row)
+    assert all(sum(len(sample.input_ids) for sample in row) <= 2 * longest for row in rows)
+    batch = collate(samples, 2 * longest)
+    assert batch["input_ids"].shape == (len(rows), 2 * longest)
+    assert int((batch["labels"] != IGNORED).sum()) == sum(int((s.labels != IGNORED).sum()) for s in samples)
 
 
 def test_a_bad_sample_is_left_out_with_its_reason(made):
@@ -104,20 +97,6 @@ def test_a_bad_sample_is_left_out_with_its_reason(made):
     batch = collate([samples[0], good])
     assert [video_id for video_id, _ in batch["bad"]] == [samples.rows[0]["video_id"]]
     assert int((batch["labels"] != IGNORED).sum()) == int((good.labels != IGNORED).sum())
-
-
-def test_freezing_freezes(made):
-    model = load_model(made[0], "sdpa", torch.float32)
-
-    def trained(**flags):
-        train.freeze(model, ModelArguments(variant="group", **flags))
-        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    names = dict(model.named_parameters())
-    default = trained()
-    assert default == {n for n in names if "visual" not in n or "visual.merger" in n}
-    assert trained(tune_mm_llm=False) == {n for n in names if "visual.merger" in n}
-    assert trained(tune_mm_mlp=False, tune_mm_vision=True) == {n for n in names if "visual.merger" not in n}
 
 
 def refused(arguments, capsys, monkeypatch) -> str:

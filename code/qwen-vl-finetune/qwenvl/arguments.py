@@ -1,7 +1,9 @@
 """Every flag of training, with the paper's values as defaults. Cheap mistakes are found here, before a model loads."""
 
 import json
+import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from qwen_vl_streaming.errors import InputError, find_path
@@ -25,11 +27,29 @@ class ModelArguments:
     wait_k: int = field(default=3, metadata={"help": "Answer tokens written after each clip while training."})
     attention: str = field(
         default="auto",
-        metadata={"help": "Attention of the language model: auto, sdpa, eager, flex_attention, flash_attention_2."},
+        metadata={"help": "Attention of the language model: auto, sdpa, flex_attention, flash_attention_2."},
     )
     tune_mm_llm: bool = field(default=True, metadata={"help": "Train the language model, embeddings included."})
     tune_mm_mlp: bool = field(default=True, metadata={"help": "Train the merger after the vision tower."})
     tune_mm_vision: bool = field(default=False, metadata={"help": "Train the vision tower."})
+    lora_enable: bool = field(
+        default=False,
+        metadata={
+            "help": "Train adapters (LoRA) in place of the language model's own weights. The other parts that "
+            "--tune_mm_mlp and --tune_mm_vision choose get adapters where --lora_targets name layers of theirs, "
+            "else they train in full. `python -m qwenvl.merge` makes a complete checkpoint of the result."
+        },
+    )
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=128, metadata={"help": "Adapters are scaled by this over their rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Share of an adapter's inputs that is dropped."})
+    lora_targets: list[str] = field(
+        default_factory=lambda: [r"language_model\..*_proj"],
+        metadata={
+            "help": "Linear layers that get adapters: ends of their dotted names, as regular expressions, such as "
+            "q_proj v_proj; by default those of the language model's attention and MLP."
+        },
+    )
 
     def __post_init__(self):
         self.rules  # noqa: B018  an unknown variant is refused here
@@ -37,11 +57,22 @@ class ModelArguments:
             raise InputError(f"--wait_k {self.wait_k}: write at least 1 token after each clip")
         if not (self.tune_mm_llm or self.tune_mm_mlp or self.tune_mm_vision):
             raise InputError("nothing is left to train: set one of --tune_mm_llm, --tune_mm_mlp, --tune_mm_vision")
+        if self.attention not in ("auto", "sdpa", "flex_attention", "flash_attention_2"):
+            raise InputError(f"--attention {self.attention}: choose auto, sdpa, flex_attention or flash_attention_2")
         if self.rules.parallel and "flash" in self.attention:
             raise InputError(
                 f"--attention {self.attention} cannot hold the streaming mask of {self.variant}: "
                 "use auto, flex_attention or sdpa"
             )
+        if self.lora_r < 1 or self.lora_alpha < 1:
+            raise InputError(f"--lora_r {self.lora_r}, --lora_alpha {self.lora_alpha}: both must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--lora_dropout {self.lora_dropout}: give a share from 0 up to, not including, 1")
+        for target in self.lora_targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise InputError(f"--lora_targets {target!r} is no regular expression: {error}") from error
         make_schedule(self.schedule, self.rules, clips=1)
 
     @property
@@ -70,6 +101,9 @@ class DataArguments:
         default=PixelBudget.max_pixels_per_video, metadata={"help": "At most this, shared over the sampled frames."}
     )
     model_max_length: int = field(default=8192, metadata={"help": "A longer sample is left out, never cut."})
+    pack_tokens: int = field(
+        default=0, metadata={"help": "Lay a batch's samples end to end in rows of this many tokens; 0: a row each."}
+    )
     keep_frames: bool = field(
         default=False, metadata={"help": "Keep decoded frames in memory: for data that fits and many epochs."}
     )
@@ -79,6 +113,13 @@ class DataArguments:
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty: make it with `python mani_data.py`")
         self.train_data = str(path)
+        if self.pack_tokens < 0:
+            raise InputError(f"--pack_tokens {self.pack_tokens}: give the tokens of a row, or 0 for a row a sample")
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sample may have."""
+        return min(self.model_max_length, self.pack_tokens or self.model_max_length)
 
     @property
     def budget(self) -> PixelBudget:
@@ -91,6 +132,12 @@ class SftArguments(TrainingArguments):
 
     num_train_epochs: float = 1.0
     learning_rate: float = 2e-5
+    mm_projector_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the merger; by default --learning_rate."}
+    )
+    vision_tower_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower; by default --learning_rate."}
+    )
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = field(default=0.03, metadata={"help": "Below 1: that share of all steps."})
     weight_decay: float = 0.0
@@ -103,16 +150,32 @@ class SftArguments(TrainingArguments):
     save_steps: float = 500
     save_total_limit: int | None = 2
     dataloader_num_workers: int = 4
-    report_to: str = "tensorboard"
+    report_to: str = field(default="tensorboard", metadata={"help": "wandb: that as well; none: not even TensorBoard."})
     remove_unused_columns: bool = field(default=False, init=False)
+    load_best_model_at_end: bool = field(default=False, init=False)
+    eval_share: float = field(default=0.0, metadata={"help": "Hold out this share of the videos for --eval_steps."})
+    eval_samples: int = field(default=0, metadata={"help": "Hold out samples of videos until there are this many."})
     max_bad_share: float = field(default=0.05, metadata={"help": "Stop when a larger share of samples is bad."})
 
     def __post_init__(self):
         if isinstance(self.deepspeed, str):
             path = find_path(self.deepspeed, Path(__file__).resolve().parents[1], "the DeepSpeed configuration")
             try:
-                json.loads(path.read_text())
+                zero = json.loads(path.read_text())
             except ValueError as error:
                 raise InputError(f"{path} is not valid JSON ({error}): mend it or leave --deepspeed out") from error
+            if "optimizer" in zero:
+                raise InputError(f"{path} names an optimizer, which would train all parts alike: leave it to --optim")
             self.deepspeed = str(path)
+        if not 0 <= self.eval_share < 1 or self.eval_samples < 0:
+            raise InputError(f"--eval_share {self.eval_share}, --eval_samples {self.eval_samples}: a share below 1")
+        if (self.eval_share or self.eval_samples) and self.eval_strategy == "no":
+            self.eval_strategy, self.eval_steps = "steps", self.eval_steps or self.save_steps
+        named = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ())
+        for name in named:
+            if name not in ("tensorboard", "wandb", "none"):
+                raise InputError(f"--report_to {name}: choose tensorboard, wandb or none")
+            if name != "none" and find_spec(name) is None:
+                raise InputError(f"--report_to {name}: it is not installed; pip install {name}, or leave it out")
+        self.report_to = "none" if "none" in named else sorted({"tensorboard", *named})
         super().__post_init__()

@@ -19,7 +19,7 @@ from qwen_vl_streaming.prompts import QUESTIONS, answer_ids, clip_pixels, make_t
 from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, make_schedule, make_timeline
 from qwen_vl_streaming.variants import Variant
 from qwen_vl_streaming.video import PixelBudget, Video, read_video
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100
@@ -38,6 +38,27 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def hold_out(rows: list[dict], share: float, samples: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """`rows` without and with those to evaluate on: `samples`, or that `share`, of videos that `seed` draws.
+
+    All rows of a video are on one side. Raises InputError where nothing would be left to train on.
+    """
+    wanted = samples or round(share * len(rows))
+    videos: dict[str, list[dict]] = {}
+    for row in rows:
+        videos.setdefault(row["video_path"], []).append(row)
+    held, chosen = [], set()
+    for video in random.Random(seed).sample(sorted(videos), len(videos)):
+        if len(held) >= wanted:
+            break
+        chosen.add(video)
+        held += videos[video]
+    left = [row for row in rows if row["video_path"] not in chosen]
+    if not left:
+        raise InputError(f"{len(held)} of {len(rows)} samples would be held out: lower --eval_samples or --eval_share")
+    return left, held
+
+
 @dataclass
 class Sample:
     input_ids: Tensor  # (L,)
@@ -49,6 +70,18 @@ class Sample:
     grid_thw: Tensor  # (3,)
     bad: tuple[str, str] | None = None
     """Video id and reason, where this is the blank in place of a bad sample."""
+
+    @property
+    def time(self) -> Tensor:
+        return self.position_ids[0]
+
+    @property
+    def height(self) -> Tensor:
+        return self.position_ids[1]
+
+    @property
+    def width(self) -> Tensor:
+        return self.position_ids[2]
 
 
 class StreamingDataset(torch.utils.data.Dataset):
@@ -130,21 +163,43 @@ class StreamingDataset(torch.utils.data.Dataset):
         )
 
 
-def collate(samples: Sequence[Sample]) -> dict:
-    """A batch padded at its end. No row before a sample's end may attend to what is behind it, so padding needs
-    no mask of its own; it has no labels."""
+def pack(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
+    """Rows of samples with at most `tokens` tokens each, every sample in the first row that has room for it."""
+    rows: list[list[Sample]] = []
+    left: list[int] = []
+    for sample in samples:
+        length = len(sample.input_ids)
+        row = next((i for i, room in enumerate(left) if room >= length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(tokens)
+        rows[row].append(sample)
+        left[row] -= length
+    return rows
 
-    def pad(name: str, value=0) -> Tensor:
-        return pad_sequence([getattr(sample, name) for sample in samples], batch_first=True, padding_value=value)
 
-    positions = pad_sequence([sample.position_ids.T for sample in samples], batch_first=True)
-    return {
-        "input_ids": pad("input_ids"),
-        "position_ids": positions.permute(2, 0, 1),
-        "visual": pad("visual", False),
-        "text": pad("text", False),
-        "labels": pad("labels", IGNORED),
-        "pixel_values_videos": torch.cat([sample.pixel_values for sample in samples]),
-        "video_grid_thw": torch.stack([sample.grid_thw for sample in samples]),
-        "bad": [sample.bad for sample in samples if sample.bad],
-    }
+def collate(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
+    """A batch of rows padded at their ends: a row a sample, or packed into rows of `pack_tokens`.
+
+    No token before a row's end may attend to what is behind it, so padding needs no mask of its own; it has no
+    labels. `sample` numbers the samples of packed rows from 1, and the padding 0.
+    """
+    rows = pack(samples, pack_tokens) if pack_tokens else [[sample] for sample in samples]
+
+    def lay_out(name: str, value=0) -> Tensor:
+        pieces = [torch.cat([getattr(sample, name) for sample in row]) for row in rows]
+        batch = pad_sequence(pieces, batch_first=True, padding_value=value)
+        return nn.functional.pad(batch, (0, pack_tokens - batch.shape[1]), value=value) if pack_tokens else batch
+
+    batch = {name: lay_out(name) for name in ("input_ids", "visual", "text")}
+    batch["position_ids"] = torch.stack([lay_out(name) for name in ("time", "height", "width")])
+    batch["labels"] = lay_out("labels", IGNORED)
+    if pack_tokens:
+        numbers = [torch.cat([torch.full_like(s.input_ids, n) for n, s in enumerate(row, 1)]) for row in rows]
+        padded = pad_sequence(numbers, batch_first=True)
+        batch["sample"] = nn.functional.pad(padded, (0, pack_tokens - padded.shape[1]))
+    in_order = [sample for row in rows for sample in row]
+    batch["pixel_values_videos"] = torch.cat([sample.pixel_values for sample in in_order])
+    batch["video_grid_thw"] = torch.stack([sample.grid_thw for sample in in_order])
+    batch["bad"] = [sample.bad for sample in samples if sample.bad]
+    return batch

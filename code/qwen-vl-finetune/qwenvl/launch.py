@@ -1,17 +1,32 @@
-"""torchrun, whose exit status says what went wrong: 2 where a process refused its input with one plain line."""
+"""torchrun, whose exit status says what went wrong: 2 where a process refused its input with one plain line.
+
+SIGTERM is handed on to the processes, which save and end, however long that takes: torchrun would give them 30 seconds.
+"""
 
 import logging
+import signal
 import sys
 
+import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+STOPPED = 128 + signal.SIGTERM.value  # as in keeping.py, which would import too much here
+
+
+def hand_on(number: int, frame) -> None:
+    for child in psutil.Process().children():
+        child.send_signal(number)
+
+
 if __name__ == "__main__":
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, hand_on)
     try:
-        main(sys.argv[1:])
+        main(["--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        if first.exitcode != 2:
-            print(f"error: process {first.global_rank} ended with status {first.exitcode}", file=sys.stderr)
-        sys.exit(2 if first.exitcode == 2 else 1)
+        rank, first = min(error.failures.items(), key=lambda failure: failure[1].timestamp)
+        if first.exitcode in (2, STOPPED):
+            sys.exit(first.exitcode)
+        print(f"error: process {rank} ended with status {first.exitcode}", file=sys.stderr)
+        sys.exit(1)

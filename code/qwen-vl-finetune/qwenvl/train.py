@@ -3,95 +3,87 @@
 import json
 import logging
 import os
+import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import torch
+from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.attention import make_mask
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_model
+from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.prompts import load_processor
 from qwen_vl_streaming.video import choose_reader
-from transformers import HfArgumentParser, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import HfArgumentParser
 
 from .arguments import ROOT, DataArguments, ModelArguments, SftArguments
-from .data import StreamingDataset, collate, read_rows
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from .data import IGNORED, StreamingDataset, collate, hold_out, read_rows
+from .keeping import STOPPED, KeepingTrainer, add_up, save_whole
+from .parts import check_parts, describe_parts, make_optimizer, make_trainable
+from .record import RunRecord, Throughput, Work, describe_run, draw_curves, one_tensorboard, write_throughput
+from .skipped import Skipped
 
 logger = logging.getLogger(__name__)
 
 
-class StreamingTrainer(Trainer):
+class StreamingTrainer(KeepingTrainer):
     """Trainer that builds the mask on the device and leaves bad samples out, counted and written down."""
 
-    def __init__(self, *args, parallel: bool, implementation: str, **kwargs):
+    def __init__(self, *args, parallel: bool, implementation: str, record: RunRecord, facts: dict, **kwargs):
         super().__init__(*args, **kwargs)
         self.parallel, self.implementation = parallel, implementation
-        self.bad: dict[str, str] = {}
+        self.record, self.facts = record, facts
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self._write_down(inputs.pop("bad"))
         visual, text = inputs.pop("visual"), inputs.pop("text")
-        mask = make_mask(visual, text, self.parallel, self.implementation)
+        mask = make_mask(visual, text, self.parallel, self.implementation, inputs.pop("sample", None))
         return super().compute_loss(model, {**inputs, "attention_mask": mask}, return_outputs, num_items_in_batch)
 
-    def _write_down(self, bad: list[tuple[str, str]]) -> None:
-        """Count bad samples into skipped.jsonl. Raises InputError when there are too many of them."""
-        new = {video_id: reason for video_id, reason in bad if video_id not in self.bad}
-        self.bad |= new
-        for video_id, reason in new.items():
-            logger.warning("left out %s: %s", video_id, reason)
-            with (Path(self.args.output_dir) / "skipped.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"video_id": video_id, "reason": reason}, ensure_ascii=False) + "\n")
-        if new and len(self.bad) > self.args.max_bad_share * len(self.train_dataset):
-            raise InputError(
-                f"{len(self.bad)} of {len(self.train_dataset)} samples are bad, the last because {reason}; see "
-                f"{self.args.output_dir}/skipped.jsonl and mend the data, or raise --max_bad_share"
-            )
+    def create_optimizer(self, model=None):
+        self.optimizer_cls_and_kwargs = make_optimizer(self.model if model is None else model, self.args)
+        return super().create_optimizer(model)
 
+    def begin(self, progress):
+        known = progress or {"step": 0, "bad": {}, "work": {}}
+        if progress:
+            self.record.refuse_another(self.facts)
+        self.record.start(self.facts, known["step"])
+        one_tensorboard(self, known["step"])
+        first = self.is_world_process_zero()
+        everything = len(self.train_dataset) + len(self.eval_dataset or ())
+        output = Path(self.args.output_dir)
+        self.skipped = Skipped(output, everything, self.args.max_bad_share, known["bad"], first)
+        self.throughput = Throughput(self.args.device, Work(**known["work"]))
+        self.add_callback(self.throughput)
 
-def freeze(model: Qwen2_5_VLForConditionalGeneration, arguments: ModelArguments) -> None:
-    """Freeze, parameter by parameter, what the --tune flags leave out. Tied embeddings go with the language model."""
-    merger = {id(parameter) for parameter in model.model.visual.merger.parameters()}
-    vision = {id(parameter) for parameter in model.model.visual.parameters()} - merger
-    for parameter in model.parameters():
-        part = (
-            arguments.tune_mm_mlp
-            if id(parameter) in merger
-            else arguments.tune_mm_vision
-            if id(parameter) in vision
-            else arguments.tune_mm_llm
-        )
-        parameter.requires_grad_(part)
+    def kept(self):
+        return {"bad": self.skipped.reasons, "work": asdict(self.throughput.work())}
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, targets = super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
+        self.skipped.add([bad for batch in batches for bad in batch.pop("bad")], device)
+        for batch in batches:
+            self.throughput.count(len(batch["video_grid_thw"]), batch["position_ids"])
+        # A step of nothing but bad samples has no targets to divide by.
+        return batches, targets.clamp(min=1)
 
-def draw_loss(history: list[dict], path: Path, title: str) -> None:
-    """The loss curve as a picture."""
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if not points:
-        logger.warning("no loss curve: the run was shorter than --logging_steps")
-        return
-    steps, losses = zip(*points, strict=True)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(steps, losses, linewidth=1)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per answer token)", title=title, ylim=(0, None))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def save_whole(trainer: Trainer, folder: Path) -> None:
-    """Save model and processor into `folder`, config.json last: without it the folder is no checkpoint."""
-    beside = folder / "being_saved"
-    trainer.save_model(str(beside))
-    if trainer.is_world_process_zero():
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, folder / path.name)
-        beside.rmdir()
-    trainer.accelerator.wait_for_everyone()
+    def evaluate(self, *_, **__):
+        """Mean loss per answer token over the held-out samples."""
+        self.model_wrapped.eval()
+        loss, targets, bad = 0.0, 0, []
+        for batch in self.get_eval_dataloader():
+            bad += batch.pop("bad")
+            with torch.no_grad(), self.compute_loss_context_manager():
+                mean = self.compute_loss(self.model_wrapped, self._prepare_inputs(batch))
+            if count := int((batch["labels"] != IGNORED).sum()):
+                loss, targets = loss + mean.item() * count, targets + count
+        self.skipped.add(bad, self.args.device)
+        loss, targets = add_up([loss, float(targets)], self.args.device)
+        metrics = {"eval_loss": loss / max(targets, 1)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def refuse_other_variant(folder: Path, variant: str) -> None:
@@ -100,8 +92,17 @@ def refuse_other_variant(folder: Path, variant: str) -> None:
         raise InputError(f"{folder} holds a model trained as {other}, not {variant}: give another --output_dir")
 
 
+def speaks() -> bool:
+    """Whether this is the process of its machine that says what all of them would."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 class Parser(OneLineParser, HfArgumentParser):
     """Flags from the three dataclasses, errors in one line."""
+
+    def _print_message(self, message, file=None):
+        if speaks():
+            super()._print_message(message, file)
 
 
 def main() -> None:
@@ -112,26 +113,41 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
+    if arguments.deepspeed:
+        import deepspeed
+
+        # On a CPU nothing else sets DeepSpeed's communication up, and it would build a faster one with a compiler that
+        # may not be there.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)
     output, variant = Path(arguments.output_dir), model_arguments.rules
     refuse_other_variant(output, variant.name)
+    record = RunRecord(output, arguments.process_index == 0)
+    (finished,) = broadcast_object_list([record.finished])
+    if finished:
+        logger.info("%s was finished at %s: nothing is left to train; give another --output_dir", output, finished)
+        return
     implementation = model_arguments.implementation(arguments.device.type == "cuda")
+    check_parts(model_arguments, arguments)
 
-    rows = read_rows(Path(data_arguments.train_data))
+    path = Path(data_arguments.train_data)
+    rows, held_out = hold_out(read_rows(path), arguments.eval_share, arguments.eval_samples, arguments.seed)
+    facts = describe_run(model_arguments, data_arguments, arguments, len(rows), len(held_out))
     processor = load_processor(model_arguments.model_name_or_path)
     model = load_model(
         model_arguments.model_name_or_path, implementation, torch.bfloat16 if arguments.bf16 else torch.float32
     )
     model.config.streaming_variant, model.config.wait_k = variant.name, model_arguments.wait_k
-    freeze(model, model_arguments)
-    dataset = StreamingDataset(
-        rows,
-        ROOT,
-        processor,
-        model.config.vision_config.tokens_per_second,
-        variant,
-        model_arguments.schedule,
-        data_arguments.budget,
-        data_arguments.model_max_length,
+    model = make_trainable(model, model_arguments, arguments)
+    make_dataset = partial(
+        StreamingDataset,
+        root=ROOT,
+        processor=processor,
+        tokens_per_second=model.config.vision_config.tokens_per_second,
+        variant=variant,
+        schedule=model_arguments.schedule,
+        budget=data_arguments.budget,
+        max_length=data_arguments.longest,
         seed=arguments.seed,
         reader=choose_reader(os.environ),
         keep_frames=data_arguments.keep_frames,
@@ -139,20 +155,34 @@ def main() -> None:
     trainer = StreamingTrainer(
         model=model,
         args=arguments,
-        train_dataset=dataset,
-        data_collator=collate,
+        train_dataset=make_dataset(rows),
+        eval_dataset=make_dataset(held_out) if held_out else None,
+        data_collator=partial(collate, pack_tokens=data_arguments.pack_tokens),
         processing_class=processor,
         parallel=variant.parallel,
         implementation=implementation,
+        record=record,
+        facts=facts,
     )
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info("%s: %d samples, %.1f M trainable parameters", variant.name, len(rows), trainable / 1e6)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if output.is_dir() else None)
+    logger.info("%s: %d samples; trains %s", variant.name, len(rows), describe_parts(model, arguments))
+    try:
+        done = trainer.train_on()
+    except InputError as error:
+        record.end(trainer.state.global_step, str(error))
+        raise
+    if not done:
+        record.end(trainer.state.global_step, "stopped by SIGTERM")
+        logger.info("stopped by SIGTERM, and step %d is saved: the same command goes on", trainer.state.global_step)
+        sys.exit(STOPPED)
     save_whole(trainer, output)
+    work = trainer.throughput.work()
     if trainer.is_world_process_zero():
-        draw_loss(trainer.state.log_history, output / "loss.png", f"Training loss, {variant.name}")
-        logger.info("checkpoint: %s   loss curve: %s   left out: %d", output, output / "loss.png", len(trainer.bad))
+        draw_curves(trainer.state.log_history, output / "loss.png", f"Training, {variant.name}")
+        write_throughput(work, output / "throughput.json")
+        left_out = len(trainer.skipped.reasons)
+        logger.info("checkpoint: %s   curves: %s   left out: %d", output, output / "loss.png", left_out)
+    record.end(trainer.state.global_step, "finished", finished=True)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, speaks())

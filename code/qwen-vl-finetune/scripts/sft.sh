@@ -6,6 +6,7 @@
 #   QWEN2_5_VL_MODEL_PATH  a checkpoint folder or hub id (default Qwen/Qwen2.5-VL-3B-Instruct)
 #   QWEN2_5_VL_TRAIN_DATA  a JSONL made by mani_data.py (default dataset/train_3_5.jsonl)
 #   NPROC_PER_NODE (default: the GPUs that are there) NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+#                          under `srun --ntasks-per-node=1` SLURM's own variables are their defaults
 #   DEEPSPEED_CONFIG       zero2.json, zero3.json or zero3_offload.json (default zero3.json)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,12 +22,25 @@ if [ "$gpus" -eq 0 ]; then
   export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
   device=(--use_cpu True --bf16 False)
 fi
-nproc=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+if [ "${SLURM_LOCALID:-0}" -gt 0 ]; then
+  echo "error: srun has started several tasks on this node: give it --ntasks-per-node=1" >&2
+  exit 2
+fi
+nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$((gpus > 0 ? gpus : 1))}}
+nnodes=${NNODES:-${SLURM_NNODES:-1}}
+master=${MASTER_ADDR:-127.0.0.1}
+if [ -z "${MASTER_ADDR:-}" ] && [ "$nnodes" -gt 1 ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+  if hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null); then
+    master=${hosts%%$'\n'*}
+  else # in a container without SLURM: node[03-05,7] begins with node03
+    master=$(sed -E 's/^([^[,]*)(\[([0-9]+)[^]]*\])?.*/\1\3/' <<<"$SLURM_JOB_NODELIST")
+  fi
+fi
 
 command=(
   "$python" -m qwenvl.launch
-  --nproc_per_node "$nproc" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
-  --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}"
+  --nproc_per_node "$nproc" --nnodes "$nnodes" --node_rank "${NODE_RANK:-${SLURM_NODEID:-0}}"
+  --master_addr "$master" --master_port "${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}"
   -m qwenvl.train
   --variant "$variant"
   --model_name_or_path "${QWEN2_5_VL_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}"

@@ -18,12 +18,14 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; an InputError ends the program with its one line on stderr and exit status 2."""
+def run(main: Callable[[], None], speak: bool = True) -> None:
+    """Call `main`; an InputError ends the program with exit status 2 and its one line on stderr, which one of
+    several processes that meet the same mistake should `speak`."""
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speak:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.varlen import varlen_attn
 from transformers import Qwen2_5_VLConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
@@ -29,11 +30,34 @@ class VisionPatchEmbed(stock.Qwen2_5_VisionPatchEmbed):
         return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
 
 
-class VisionAttention(stock.Qwen2_5_VLVisionAttention):
-    """Stock vision attention without its loop: segments of one length are attended to in one call.
+class Segments:
+    """Where the segments lie that attend within themselves: windows, or whole clips."""
 
-    Under SDPA the stock tower calls attention once for every window of every clip. Windows come in a handful
-    of sizes, so gathering those of equal size gives the same numbers in a handful of calls.
+    def __init__(self, cu_seqlens: Tensor):
+        bounds = cu_seqlens.cpu()
+        starts, lengths = bounds[:-1], bounds.diff()
+        self.longest = int(lengths.max())
+        self.by_length = [
+            (starts[lengths == length, None] + torch.arange(length)).to(cu_seqlens.device)
+            for length in lengths.unique().tolist()
+        ]
+        """For each length that occurs, the patches of its segments: (segments, length)."""
+
+    @staticmethod
+    @torch.compiler.disable
+    def of(cu_seqlens: Tensor) -> "Segments":
+        # All layers get the same tensor, and reading it makes the host wait for the GPU: once is enough.
+        if not hasattr(cu_seqlens, "segments"):
+            cu_seqlens.segments = Segments(cu_seqlens)
+        return cu_seqlens.segments
+
+
+class VisionAttention(stock.Qwen2_5_VLVisionAttention):
+    """Stock vision attention without its loop.
+
+    Under SDPA the stock tower calls attention once for every window of every clip. Here a GPU in half precision
+    takes all segments in one call of variable length; elsewhere segments of one length are gathered into one call,
+    and there are only a handful of lengths. The numbers are the same.
     """
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings=None, max_seqlen=None, **kwargs):
@@ -41,16 +65,17 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
         patches = hidden_states.shape[0]
         query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
         query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-
-        bounds = cu_seqlens.cpu()
-        starts, lengths = bounds[:-1], bounds.diff()
-        mixed = torch.empty_like(value)
-        for length in lengths.unique().tolist():
-            same = starts[lengths == length]
-            index = (same[:, None] + torch.arange(length)).to(hidden_states.device)  # (segments, length)
-            # (segments, length, heads, head size) -> heads before length, as SDPA wants them
-            parts = (tensor[index].transpose(1, 2) for tensor in (query, key, value))
-            mixed[index] = nn.functional.scaled_dot_product_attention(*parts, scale=self.scaling).transpose(1, 2)
+        segments = Segments.of(cu_seqlens)
+        if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
+            longest = segments.longest
+            bounds = (cu_seqlens, cu_seqlens, longest, longest)
+            mixed = varlen_attn(query, key, value.contiguous(), *bounds, scale=self.scaling)
+        else:
+            mixed = torch.empty_like(value)
+            for index in segments.by_length:
+                # (segments, length, heads, head size) -> heads before length, as SDPA wants them
+                parts = (tensor[index].transpose(1, 2) for tensor in (query, key, value))
+                mixed[index] = nn.functional.scaled_dot_product_attention(*parts, scale=self.scaling).transpose(1, 2)
         return self.proj(mixed.reshape(patches, -1))
 
 
@@ -74,6 +99,11 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         """Stock weights under stock names: transformers converts older checkpoints as it does for its own class."""
         return False
 
+    def compile_layers(self) -> None:
+        """Compile each layer by itself: all are alike, so that little code is compiled, and much is fused."""
+        for layer in (*self.model.language_model.layers, *self.model.visual.blocks):
+            layer.compile()
+
     def perceive(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
         """Visual tokens of clips that share one grid.
 
@@ -92,6 +122,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         position_ids: Tensor,
         attention_mask: Tensor | BlockMask | None,
         visual_tokens: Tensor | None = None,
+        visual_rows: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         past_key_values=None,
@@ -99,12 +130,13 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         score: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
-        """One pass over `input_ids` (B, L), in which visual tokens stand as `config.video_token_id`.
+        """One pass over `input_ids` (B, L).
 
         `position_ids` (3, B, L). `attention_mask` is boolean (B, 1, L, keys), True where attention is allowed,
         or a FlexAttention block mask (text config's attention set to `flex_attention`), or None for plainly
         causal attention. The visual tokens, in feed order, come either ready as `visual_tokens` (all of them, C)
-        or as `pixel_values_videos` and `video_grid_thw`, as a stock processor gives them.
+        or as `pixel_values_videos` and `video_grid_thw`, as a stock processor gives them; `visual_rows` (B, L) flags
+        where they go, by default wherever `input_ids` is `config.video_token_id`.
 
         `labels` (B, L) holds the token that each row must predict, or -100: nothing is shifted here, and only
         rows with a label are scored. Otherwise `score` (B, L) flags the rows to score, by default all.
@@ -115,10 +147,10 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         if pixel_values_videos is not None:
             visual_tokens = torch.cat(self.get_video_features(pixel_values_videos, video_grid_thw).pooler_output)
         if visual_tokens is not None:
-            is_visual = input_ids == self.config.video_token_id
-            if int(is_visual.sum()) != len(visual_tokens):
-                raise ValueError(f"{int(is_visual.sum())} places for visual tokens, but {len(visual_tokens)} came")
-            embeds = embeds.masked_scatter(is_visual[:, :, None], visual_tokens.to(embeds))
+            rows = input_ids == self.config.video_token_id if visual_rows is None else visual_rows
+            if int(rows.sum()) != len(visual_tokens):
+                raise ValueError(f"{int(rows.sum())} places for visual tokens, but {len(visual_tokens)} came")
+            embeds = embeds.masked_scatter(rows[:, :, None], visual_tokens.to(embeds))
 
         hidden = self.model.language_model(
             inputs_embeds=embeds,

@@ -73,7 +73,8 @@ def make_template(processor, question: str) -> Template:
 
 def answer_ids(processor, template: Template, caption: str) -> list[int]:
     """The answer for `caption`: its tokens and the end of the turn. Raises InputError for an empty caption."""
-    tokens = processor.tokenizer(caption.strip(), add_special_tokens=False).input_ids
+    # What looks like a special token in a caption is text there.
+    tokens = processor.tokenizer(caption.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
     if not tokens:
         raise InputError("the caption has no tokens: leave the sample out")
     return [*tokens, template.end]

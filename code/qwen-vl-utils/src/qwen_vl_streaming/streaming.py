@@ -202,10 +202,12 @@ class Streams:
         # A shorter feed is filled up behind its end, where nothing real looks and the next feed overwrites.
         ids = torch.full((len(streams), width), streams[0].template.header[0])
         positions = torch.zeros(3, len(streams), width, dtype=torch.long)
+        clip_rows = torch.zeros(len(streams), width, dtype=torch.bool)
         for i, (stream, mine, length) in enumerate(zip(streams, pieces, lengths, strict=True)):
             if not length:
                 continue
             rows = Rows.concatenate([rows for rows, _ in mine])
+            clip_rows[i, :length] = rows.part == CLIP
             ids[i, :length] = torch.tensor([token for _, tokens in mine for token in tokens])
             positions[:, i, :length] = row_positions(rows, stream.variant, stream.layout, stream.counts, stream.clips)
             fresh = slice(stream.fed, stream.fed + length)
@@ -222,6 +224,7 @@ class Streams:
             position_ids=positions.to(device),
             attention_mask=mask,
             visual_tokens=visual_tokens,
+            visual_rows=clip_rows.to(device),  # by part: a model may write the id that stands for visual tokens
             past_key_values=self.cache,
             score=score,
         )

@@ -1,0 +1,205 @@
+"""Training speed on random weights of the true shapes: tokens/s, model FLOP/s and peak memory, on one GPU.
+
+    python code/benchmarks/training.py --size 3B --variants group --compile
+
+A step is the published baseline's work: a video of 30 clips of 196 x 364 pixels (91 visual tokens a clip) and an answer
+of 117 tokens. Language model and merger are trained, the vision tower is frozen; weights and gradients are bf16, master
+weights and moments float32, one optimizer step for 16 samples, its share counted in. No activation is recomputed.
+
+Model FLOPs a sample: for each trained weight matrix 6 x its size x the rows it multiplies (2 forward, 4 backward), for
+each frozen one 2; for attention 4 x pairs x width forward where a pair is allowed by the rule, times 3 where trained.
+The embedding is a look-up and counts nothing; the output matrix counts for rows that have a label.
+"""
+
+import argparse
+import time
+
+import torch
+from qwen_vl_streaming.attention import dense_mask, make_mask
+from qwen_vl_streaming.errors import OneLineParser, run
+from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, VisionAttention
+from qwen_vl_streaming.positions import timeline_positions
+from qwen_vl_streaming.timeline import CLIP, NOTHING, Layout, make_timeline
+from qwen_vl_streaming.variants import VARIANTS, Variant
+from transformers import Qwen2_5_VLConfig
+
+CLIPS, GRID, ANSWER, PROMPT = 30, (7, 13), 117, 40
+ACCUMULATION = 16
+SHAPES = {
+    "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+           "num_key_value_heads": 2, "vocab_size": 151936},
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "vocab_size": 152064},
+}  # fmt: skip
+
+
+def make_config(size: str, layers: int | None) -> Qwen2_5_VLConfig:
+    text = {
+        **SHAPES[size],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "tokens_per_second": 2}
+    if layers:
+        text["num_hidden_layers"] = vision["depth"] = layers
+    vision["out_hidden_size"] = text["hidden_size"]
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "3B")
+
+
+def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device: str) -> tuple[dict, tuple]:
+    """`samples` samples end to end in one row, as `--pack_tokens` lays them, padded to a multiple of 128 tokens: the
+    model's inputs, and the flags that its mask is made of at every step."""
+    layout = Layout(PROMPT, 3, 3, GRID)
+    counts = (3,) * (CLIPS - 1) + (ANSWER - 3 * (CLIPS - 1),) if variant.streams else (0,) * (CLIPS - 1) + (ANSWER,)
+    timeline = make_timeline(variant, layout, counts)
+    rows, length = timeline.rows, len(timeline.rows)
+    padding = -(length * samples) % 128
+    ids = torch.randint(0, 150_000, (length,))
+    ids[rows.part == CLIP] = config.video_token_id
+
+    def row(piece: torch.Tensor, value=0) -> torch.Tensor:
+        return torch.nn.functional.pad(piece.repeat(samples), (0, padding), value=value)[None].to(device)
+
+    numbers = torch.arange(1, samples + 1).repeat_interleave(length)
+    sample = torch.nn.functional.pad(numbers, (0, padding))[None].to(device) if samples > 1 else None
+    patches = 4 * GRID[0] * GRID[1]
+    inputs = {
+        "input_ids": row(ids),
+        "position_ids": torch.stack([row(axis) for axis in timeline_positions(timeline)]),
+        "labels": row(torch.where(timeline.produces == NOTHING, -100, 7), -100),
+        "pixel_values_videos": torch.randn(samples * CLIPS * patches, 1176, device=device, dtype=torch.bfloat16),
+        "video_grid_thw": torch.tensor([[CLIPS, 2 * GRID[0], 2 * GRID[1]]] * samples, device=device),
+        "num_items_in_batch": samples * ANSWER,
+    }
+    return inputs, (row(rows.visual, False), row(rows.text, False), sample)
+
+
+def flops(variant: Variant, model, config: Qwen2_5_VLConfig) -> float:
+    """Model FLOPs of one sample by the formula at the head of this file."""
+    counts = (3,) * (CLIPS - 1) + (ANSWER - 3 * (CLIPS - 1),) if variant.streams else (0,) * (CLIPS - 1) + (ANSWER,)
+    timeline = make_timeline(variant, Layout(PROMPT, 3, 3, GRID), counts)
+    rows = timeline.rows
+    pairs = int(dense_mask(rows.visual[None], rows.text[None], variant.parallel).sum())
+    patches, tokens = 4 * GRID[0] * GRID[1] * CLIPS, len(rows)
+
+    def matrices(module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+
+    text, vision, tower = config.text_config, config.vision_config, model.model.visual
+    total = 6.0 * tokens * matrices(model.model.language_model.layers)
+    total += 12.0 * pairs * text.hidden_size * text.num_hidden_layers
+    total += 6.0 * ANSWER * text.hidden_size * text.vocab_size
+    total += 6.0 * CLIPS * GRID[0] * GRID[1] * matrices(tower.merger)
+    total += 2.0 * patches * (matrices(tower.blocks) + tower.patch_embed.proj.weight.numel())
+    whole = len(vision.fullatt_block_indexes)
+    window = (vision.window_size // vision.patch_size) ** 2
+    seen = whole * patches // CLIPS + (vision.depth - whole) * min(window, patches // CLIPS)
+    return total + 4.0 * patches * seen * vision.hidden_size
+
+
+class MasterAdamW:
+    """AdamW over float32 copies of bf16 weights, as DeepSpeed's bf16 optimizer keeps them."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+        self.masters = [parameter.detach().float() for parameter in self.parameters]
+        self.adamw = torch.optim.AdamW(self.masters, lr=1e-6, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            master.grad = parameter.grad.float()
+            parameter.grad = None
+        self.adamw.step()
+        self.adamw.zero_grad()
+        torch._foreach_copy_(self.parameters, self.masters)
+
+
+def seconds(work, repeats: int, device: str) -> float:
+    """The mean of `repeats` runs after two to warm up."""
+    for i in range(repeats + 2):
+        if i == 2:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+        work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / repeats
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SHAPES, default="3B")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["group"])
+    parser.add_argument("--samples", type=int, nargs="+", default=[1], help="samples packed into a row")
+    parser.add_argument("--compile", action="store_true", help="compile the layers, as --compile_layers of sft.sh does")
+    parser.add_argument("--stock-tower", action="store_true", help="time the stock vision tower too")
+    parser.add_argument("--layers", type=int, help="fewer layers, to try the command out")
+    parser.add_argument("--repeats", type=int, default=10)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = make_config(arguments.size, arguments.layers)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    tower = model.model.visual
+    tower.requires_grad_(False)
+    tower.merger.requires_grad_(True)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, Qwen2.5-VL {arguments.size}, compiled layers: {arguments.compile}")
+
+    if device == "cuda":
+        a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+        rate = 2 * 8192**3 / seconds(lambda: a @ b, 20, device)
+    else:
+        rate = float("nan")
+    print(f"bf16 matrix product of 8192 cubed: {rate / 1e12:.0f} TFLOP/s", flush=True)
+
+    batch, _ = make_batch(VARIANTS["group"], 1, config, device)
+    video = batch["pixel_values_videos"], batch["video_grid_thw"]
+    with torch.no_grad():
+        print(f"vision tower, 30 clips: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
+        if arguments.stock_tower:
+            from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
+
+            for block in tower.blocks:
+                block.attn.__class__ = stock.Qwen2_5_VLVisionAttention
+            print(f"  the stock one: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
+            for block in tower.blocks:
+                block.attn.__class__ = VisionAttention
+    optimizer = MasterAdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    if arguments.compile:
+        model.compile_layers()
+    update = None
+    print(
+        f"{'variant':<12}{'samples a row':>14}{'ms a sample':>13}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}"
+    )
+    for variant in (VARIANTS[name] for name in arguments.variants):
+        implementation = "flex_attention" if device == "cuda" else "sdpa"
+        model.model.language_model.set_attn_implementation(implementation)
+        for samples in arguments.samples:
+            batch, (visual, text, sample) = make_batch(variant, samples, config, device)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+
+            def step(batch=batch, flags=(visual, text, variant.parallel, implementation, sample)):
+                model(**batch, attention_mask=make_mask(*flags)).loss.backward()
+
+            each = seconds(step, arguments.repeats, device)
+            if update is None:
+                update = seconds(lambda s=step: (s(), optimizer.step()), 3, device) - each
+                print(f"optimizer step: {1e3 * update:.1f} ms, for {ACCUMULATION} samples", flush=True)
+            each = each / samples + update / ACCUMULATION
+            tokens = len(batch["input_ids"][0]) // samples
+            work = flops(variant, model, config) / each
+            memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+            print(
+                f"{variant.name:<12}{samples:>14}{1e3 * each:>13.1f}{tokens / each:>10.0f}{work / 1e12:>9.0f}"
+                f"{work / rate:>9.1%}{memory:>7.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,107 @@
+"""Re-derive every token of a result file by one teacher-forced pass of the stock model.
+
+    python code/evaluation/verify.py code/evaluation/output/group_infer.json
+
+Settings come from the .args.json beside the file. Positions and mask come from `explain`, logits from transformers' own
+Qwen2.5-VL: nothing of the streaming code is used. A token counts as right where it is the arg-max after the repetition
+penalty; ties within 1e-4 count too. Exit status 1 where a token is not.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import torch
+from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
+from qwen_vl_streaming.explain import as_dict
+from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.timeline import Timeline, make_timeline
+from qwen_vl_streaming.variants import get_variant
+from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
+from results import load_finished
+from settings import ROOT
+from tqdm import tqdm
+from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
+
+TIE = 1e-4
+
+
+def stock_logits(model, timeline: Timeline, template: Template, tokens: list[int], pixels, grid) -> torch.Tensor:
+    """Logits (A, V) for each answer token, by one pass of the stock model over what `explain` says."""
+    told = as_dict(timeline)
+    source = {"prompt": template.prompt, "tail": template.tail, "header": template.header, "answer": tokens}
+    ids = [template.video if t["part"] == "clip" else source[t["part"]][t["index"]] for t in told["tokens"]]
+    mask = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+    for query, keys in enumerate(told["attends"]):
+        mask[query, keys] = True
+    merge = model.config.vision_config.spatial_merge_size
+    ids = torch.tensor([ids], device=model.device)
+    grid_thw = torch.tensor([[len(pixels), grid[0] * merge, grid[1] * merge]], device=model.device)
+    visual_tokens = model.get_video_features(pixels.flatten(0, 1).to(model.device), grid_thw).pooler_output
+    embeds = model.get_input_embeddings()(ids)
+    # By part, not by id: an untrained model may write the id that stands for visual tokens.
+    embeds[0, [t["part"] == "clip" for t in told["tokens"]]] = torch.cat(visual_tokens)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=torch.tensor([t["position"] for t in told["tokens"]], device=model.device).T[:, None],
+        attention_mask={"full_attention": mask[None, None].to(model.device)},
+        use_cache=False,
+    ).last_hidden_state[0]
+    row_of = {answer: row for row, answer in enumerate(told["produces"]) if answer is not None}
+    return model.lm_head(hidden[[row_of[answer] for answer in range(len(tokens))]]).float().cpu()
+
+
+def wrong_tokens(
+    logits: torch.Tensor, template: Template, tokens: list[int], penalty: float
+) -> list[tuple[int, float]]:
+    """(answer index, how far below the arg-max) of each token that is not the arg-max after the penalty."""
+    punish = RepetitionPenaltyLogitsProcessor(penalty)
+    used = [*template.prompt, template.video, *template.tail, *template.header]
+    wrong = []
+    for j, token in enumerate(tokens):
+        scores = punish(torch.tensor([used + tokens[:j]]), logits[j : j + 1].clone())[0]
+        if (margin := float(scores.max() - scores[token])) > TIE:
+            wrong.append((j, margin))
+    return wrong
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="<variant>_infer.json")
+    parser.add_argument("--limit", type=int, help="only the first rows")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    path = find_path(arguments.file, ROOT, "the result file")
+    beside = path.with_suffix(".args.json")
+    if not beside.exists():
+        raise InputError(f"{beside} is missing: it says how {path.name} was made; evaluate again with eval.sh")
+    made = json.loads(beside.read_text())
+    rows = list(load_finished(path).values())[: arguments.limit]
+    data = find_path(made["data"], ROOT, "the evaluation data").read_text(encoding="utf-8").splitlines()
+    videos = {str(row["video_id"]): row["video_path"] for row in map(json.loads, data)}
+    root = find_path(made["video_root"], ROOT, "the video root") if made["video_root"] else ROOT
+    budget = PixelBudget(made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"])
+
+    processor, variant = load_processor(made["model"]), get_variant(made["variant"])
+    template = make_template(processor, QUESTIONS[-1])
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(made["model"], dtype=torch.float32)
+    model.to(arguments.device).eval()
+    right = total = 0
+    for row in tqdm(rows, unit="video", desc="re-deriving"):
+        video = read_video(root / videos[row["video_id"]], budget=budget, reader=choose_reader(os.environ))
+        pixels, grid = clip_pixels(processor, video.frames)
+        steps = model.config.vision_config.tokens_per_second * video.seconds_per_clip
+        timeline = make_timeline(variant, template.layout(grid, steps), row["schedule"])
+        with torch.no_grad():
+            logits = stock_logits(model, timeline, template, row["tokens"], pixels, grid)
+        wrong = wrong_tokens(logits, template, row["tokens"], made["repetition_penalty"])
+        for j, margin in wrong:
+            print(f"video {row['video_id']}, token {j}: {margin:.2g} below the arg-max")
+        right, total = right + len(row["tokens"]) - len(wrong), total + len(row["tokens"])
+    print(f"{right} of {total} tokens of {len(rows)} videos are the arg-max of the stock model, {variant.name}")
+    sys.exit(0 if right == total else 1)
+
+
+if __name__ == "__main__":
+    run(main)

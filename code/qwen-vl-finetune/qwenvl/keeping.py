@@ -1,0 +1,211 @@
+"""Work that is not lost: whole checkpoints, the one to resume from, and an orderly stop on SIGTERM.
+
+A checkpoint is written into `being_saved` and renamed to `checkpoint-N` when every process has written its part, so
+one that is called `checkpoint-N` is whole. Knows nothing of samples, masks and what a loss is.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from qwen_vl_streaming.errors import InputError
+from torch import distributed
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
+
+logger = logging.getLogger(__name__)
+
+BEING_SAVED, BEING_REMOVED = "being_saved", "being_removed"
+PROGRESS = "progress.json"
+STOPPED = 128 + signal.SIGTERM.value
+"""Exit status of a run that SIGTERM has stopped after it saved: the same command goes on from there."""
+
+
+def add_up(values: list[float], device: torch.device, take=distributed.ReduceOp.SUM) -> list[float]:
+    """The sums (or what `take` says) of `values` over all processes, element by element."""
+    if not distributed.is_initialized():
+        return values
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(sums, take)
+    return sums.tolist()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `path` whole or not at all, for a reader at any time and after a power cut."""
+    beside = path.with_name(f".{path.name}.part")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder; one that is removed only in part no longer bears its name."""
+    away = folder.with_name(BEING_REMOVED)
+    shutil.rmtree(away, ignore_errors=True)
+    if folder.exists():
+        folder.rename(away)
+        shutil.rmtree(away)
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Have the disk hold these files, and the names in these folders."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def save_whole(trainer: Trainer, folder: Path) -> None:
+    """Save model and processor into `folder`, config.json last: without it the folder is no checkpoint."""
+    beside = folder / BEING_SAVED
+    trainer.save_model(str(beside))
+    if trainer.is_world_process_zero():
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
+        beside.rmdir()
+    trainer.accelerator.wait_for_everyone()
+
+
+def newest_checkpoint(output: Path) -> str | None:
+    """The whole checkpoint in `output` with the most steps."""
+    whole = [path for path in sort_checkpoints(str(output)) if (Path(path) / PROGRESS).exists()]
+    return whole[-1] if whole else None
+
+
+def ignore_sigterm(worker: int, then: Callable[[int], None]) -> None:
+    """Starts a data worker. SLURM signals every process of a job: a worker that died would take the run with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    then(worker)
+
+
+class StopOnSigterm(TrainerCallback):
+    """From SIGTERM to any process, all of them save after the same optimizer step and end."""
+
+    def __init__(self):
+        self.asked = self.stopped = False
+        self.before = signal.SIG_DFL
+
+    def _ask(self, number, frame) -> None:
+        self.asked = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.before)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        (asked,) = add_up([float(self.asked)], args.device)
+        if asked and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
+class KeepingTrainer(Trainer):
+    """Trainer that resumes from its last whole checkpoint as if it had never been away."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.saving = False
+        self.progress: dict | None = None
+        self.stop = StopOnSigterm()
+        self.add_callback(self.stop)
+
+    def train_on(self) -> bool:
+        """Train from the last whole checkpoint, or from the start; False when SIGTERM has stopped it before its end."""
+        checkpoint = self._checkpoint()
+        if checkpoint:
+            self.progress = json.loads((Path(checkpoint) / PROGRESS).read_text())
+            logger.info("goes on from %s", checkpoint)
+        self.begin(self.progress)
+        self.train(resume_from_checkpoint=checkpoint)
+        return not self.stop.stopped
+
+    def begin(self, progress: dict | None) -> None:
+        """Called before training with what `kept` gave at the checkpoint; None at the start of a run."""
+
+    def kept(self) -> dict:
+        """What `begin` needs to go on from here. Called on every process; that of the first is kept."""
+        return {}
+
+    def _checkpoint(self) -> str | None:
+        output = Path(self.args.output_dir)
+        if self.args.should_save:
+            output.mkdir(parents=True, exist_ok=True)
+            for halves in (BEING_SAVED, BEING_REMOVED):
+                shutil.rmtree(output / halves, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        mine = newest_checkpoint(output)
+        (first,) = broadcast_object_list([mine])
+        (others,) = add_up([float(first != mine)], self.args.device)
+        if others:
+            raise InputError(
+                f"not every process sees {first or 'the same checkpoints'}: "
+                "--output_dir must lie where all machines reach it"
+            )
+        return first
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if loader.num_workers:
+            loader.worker_init_fn = partial(ignore_sigterm, then=loader.worker_init_fn)
+        return loader
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not isinstance(self.model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # Checkpoints hold the names that Qwen2.5-VL was published with. Trainer does not convert them: it would find no
+        # weight that it knows, say so in a warning, and train on from where the run began.
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.progress:
+            # Trainer forgets the losses since it last logged.
+            self._tr_loss += self.progress["loss_since_logged"]
+            self._globalstep_last_logged = self.progress["last_logged"]
+            self.progress = None
+        if self.state.global_step >= self.state.max_steps:
+            # Killed after its last step: Trainer would train one more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(Path(self.args.output_dir) / BEING_SAVED) if self.saving else self.args.output_dir
+
+    def _save_checkpoint(self, model, trial) -> None:
+        output = Path(self.args.output_dir)
+        whole = output / f"checkpoint-{self.state.global_step}"
+        if whole.exists():
+            return
+        beside = output / BEING_SAVED / whole.name
+        self.saving = True
+        super()._save_checkpoint(model, trial)
+        self.saving = False
+        (loss,) = add_up([self._tr_loss.item() / self.args.world_size], self.args.device)
+        progress = {
+            "step": self.state.global_step,
+            "last_logged": self._globalstep_last_logged,
+            "loss_since_logged": loss,
+            **self.kept(),
+        }
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (beside / PROGRESS).write_text(json.dumps(progress))
+            sync([*beside.rglob("*"), beside])
+            beside.rename(whole)
+            sync([output])
+            for path in sort_checkpoints(str(output))[: -(self.args.save_total_limit or sys.maxsize)]:
+                remove(Path(path))
+        self.accelerator.wait_for_everyone()

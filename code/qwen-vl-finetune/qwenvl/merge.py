@@ -1,0 +1,99 @@
+"""Merge an adapter into the model that it was trained on: a complete checkpoint, as full fine-tuning leaves one.
+
+    python -m qwenvl.merge --adapter DIR --output DIR [--base MODEL]     (run in code/qwen-vl-finetune)
+
+It is computed in float32, on the CPU, and saved in the numbers of the base model.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.prompts import load_processor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+logger = logging.getLogger(__name__)
+
+
+def training_config(adapter: Path) -> dict:
+    """`streaming_variant` and `wait_k` of the training that left `adapter`. Raises InputError where there was none."""
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"{adapter} holds no adapter: give a folder that `sft.sh --lora_enable True` has written")
+    try:
+        config = json.loads((adapter / "config.json").read_text())
+        return {key: config[key] for key in ("streaming_variant", "wait_k")}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{adapter / 'config.json'} does not say under which variant the adapter was trained ({error!r}): "
+            "give the folder as `sft.sh --lora_enable True` has written it"
+        ) from error
+
+
+def load_adapted(adapter: Path, base: str | None) -> PeftModel:
+    """`adapter` on `base`, by default the model that it was trained on, in float32.
+
+    Raises InputError where the two do not fit, weight by weight: peft alone goes on without those that are missing.
+    """
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+        weights = load_file(adapter / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"the adapter in {adapter} cannot be read ({error}): take an earlier checkpoint") from error
+    base = base or config.base_model_name_or_path
+    model = load_model(base, "sdpa", torch.float32)
+    try:
+        adapted = PeftModel(model, config)
+        if odd := get_peft_model_state_dict(adapted).keys() ^ weights.keys():
+            raise ValueError(f"{len(odd)} weights are in one only, {min(odd)} among them")
+        set_peft_model_state_dict(adapted, weights)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{adapter} does not fit {base} ({reason}): name its model with --base") from error
+    return adapted
+
+
+def merge(adapter: Path, output: Path, base: str | None = None) -> None:
+    """Write `adapter`, merged, to `output`, which appears when it is whole. Raises InputError where it cannot."""
+    if output.exists():
+        raise InputError(f"{output} is there already: name another --output, or remove it")
+    trained = training_config(adapter)
+    processor = load_processor(adapter)
+    adapted = load_adapted(adapter, base)
+    name = adapted.get_base_model().name_or_path
+    try:
+        model = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise InputError(f"{adapter} has weights that are no numbers ({error}): take an earlier checkpoint") from error
+    model.to(load_config(name).dtype or torch.float32)
+    for key, value in trained.items():
+        setattr(model.config, key, value)
+
+    beside = output.with_name(f".{output.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    processor.save_pretrained(beside)
+    beside.rename(output)
+    logger.info("%s and %s: %s", name, adapter, output)
+
+
+def main() -> None:
+    parser = OneLineParser(
+        prog="python -m qwenvl.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--adapter", type=Path, required=True, help="folder that sft.sh --lora_enable True has written")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; must not exist")
+    parser.add_argument("--base", help="the model that was adapted; by default the one that the adapter names")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    merge(arguments.adapter, arguments.output, arguments.base)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,183 @@
+"""Which parameters train, in full or through adapters, and how fast. Knows nothing of data and of how a step runs."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from .arguments import ModelArguments, SftArguments
+
+LANGUAGE, MERGER, VISION = "language model", "merger", "vision tower"
+FLAGS = {LANGUAGE: "tune_mm_llm", MERGER: "tune_mm_mlp", VISION: "tune_mm_vision"}
+RATES = {LANGUAGE: "learning_rate", MERGER: "mm_projector_lr", VISION: "vision_tower_lr"}
+OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
+"""Beginnings of the names of optimizers that would not keep the parts' learning rates."""
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter or layer of a Qwen2.5-VL, bare or under peft, belongs to by its dotted name.
+
+    Embeddings and `lm_head`, tied or not, go with the language model.
+    """
+    if ".visual.merger." in f".{name}.":
+        return MERGER
+    return VISION if ".visual." in f".{name}." else LANGUAGE
+
+
+def tuned_parts(arguments: ModelArguments) -> list[str]:
+    return [part for part, flag in FLAGS.items() if getattr(arguments, flag)]
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """Where a model is adapted, by the dotted names of its layers."""
+
+    adapted: list[str]
+    """Linear layers with an adapter."""
+    whole: list[str]
+    """Modules that train in full beside the adapters."""
+
+
+def plan_lora(model: nn.Module, arguments: ModelArguments) -> LoraPlan:
+    """Where `arguments` put adapters. Raises InputError where a target is missed or a part is left without any."""
+    tuned = tuned_parts(arguments)
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and part_of(name) in tuned]
+    adapted: set[str] = set()
+    for target in arguments.lora_targets:
+        found = [name for name in linear if re.fullmatch(rf"(?:.*\.)?(?:{target})", name)]
+        if not found:
+            raise InputError(
+                f"--lora_targets {target} names no linear layer of what trains ({', '.join(tuned)}): "
+                "name ends of layer names such as q_proj, and let their part train with its --tune flag"
+            )
+        adapted.update(found)
+    if model.config.tie_word_embeddings and "lm_head" in adapted:
+        raise InputError("--lora_targets name lm_head, whose weights are the embeddings too: leave lm_head out")
+    parts = {part_of(name) for name in adapted}
+    if LANGUAGE in tuned and LANGUAGE not in parts:
+        raise InputError(
+            f"--lora_targets {' '.join(arguments.lora_targets)} name no layer of the language model: "
+            "add one such as q_proj, or give --tune_mm_llm False"
+        )
+    # peft cannot keep a list of modules, so the tower is named block by block.
+    modules = {
+        MERGER: ["model.visual.merger"],
+        VISION: ["model.visual.patch_embed"]
+        + [f"model.visual.blocks.{index}" for index in range(len(model.model.visual.blocks))],
+    }
+    return LoraPlan(sorted(adapted), [name for part in tuned if part not in parts for name in modules[part]])
+
+
+def check_parts(arguments: ModelArguments, training: SftArguments) -> None:
+    """Refuse, before any weight is loaded, what cannot train as asked. Raises InputError."""
+    for part, flag in RATES.items():
+        rate = getattr(training, flag)
+        if rate is not None and rate < 0:
+            raise InputError(f"--{flag} {rate}: a learning rate cannot be below 0")
+        if rate is not None and part != LANGUAGE and part not in tuned_parts(arguments):
+            raise InputError(f"--{flag} is for the {part}, which does not train: give --{FLAGS[part]} True or leave it")
+    if training.optim.startswith(OWN_GROUPS):
+        raise InputError(
+            f"--optim {training.optim.value} makes its own parameter groups: choose one such as adamw_torch"
+        )
+    if arguments.lora_enable:
+        plan_lora(_without_weights(arguments.model_name_or_path, training), arguments)
+
+
+def _without_weights(path: str, training: SftArguments) -> nn.Module:
+    """The layers of a checkpoint. DeepSpeed is out of the way meanwhile, for ZeRO-3 would fill and split them."""
+    config = load_config(path)
+    unset_hf_deepspeed_config()
+    try:
+        with torch.device("meta"):
+            return StockModel(config)
+    finally:
+        if training.deepspeed:
+            set_hf_deepspeed_config(training.hf_deepspeed_config)
+
+
+def make_trainable(
+    model: PreTrainedModel, arguments: ModelArguments, training: SftArguments
+) -> PreTrainedModel | PeftModel:
+    """`model` with what the flags leave out frozen; with LoRA, inside a model with adapters drawn from the seed."""
+    if not arguments.lora_enable:
+        freeze(model, arguments)
+        return model
+    plan = plan_lora(model, arguments)
+    base = arguments.model_name_or_path
+    torch.manual_seed(training.seed)
+    return AdaptedModel(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=plan.adapted,
+            modules_to_save=plan.whole or None,
+        ),
+        # DeepSpeed keeps float32 weights of its own, and ZeRO-3 wants what trains to be of one type.
+        autocast_adapter_dtype=not training.deepspeed,
+    )
+
+
+def freeze(model: nn.Module, arguments: ModelArguments) -> None:
+    """Freeze, parameter by parameter, what the --tune flags leave out. Tied embeddings go with the language model."""
+    tuned = tuned_parts(arguments)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in tuned)
+
+
+class AdaptedModel(PeftModel):
+    """A model with adapters, called with the model's own arguments. What it saves is a stock peft folder, and beside
+    it the model's config.json, which says under which variant it was trained."""
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            self.get_base_model().config.save_pretrained(save_directory)
+
+
+def parameter_groups(model: nn.Module, training: SftArguments) -> list[dict]:
+    """The trained parameters by part, each with its learning rate; matrices decay, norms and biases do not."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {(part, flag): [] for part in FLAGS for flag in (True, False)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 a parameter's own shape is that of an empty vector.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            groups[part_of(name), len(shape) > 1].append(parameter)
+    rates = {part: getattr(training, flag) for part, flag in RATES.items()}
+    return [
+        {
+            "params": parameters,
+            "lr": training.learning_rate if rates[part] is None else rates[part],
+            "weight_decay": training.weight_decay if decays else 0.0,
+            "part": part,
+        }
+        for (part, decays), parameters in groups.items()
+        if parameters  # DeepSpeed cannot split an empty group
+    ]
+
+
+def make_optimizer(model: nn.Module, training: SftArguments) -> tuple[type, dict]:
+    """The optimizer's class and its arguments, groups included, as Trainer takes them in `optimizer_cls_and_kwargs`."""
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(training, model)
+    return kind, {**settings, "params": parameter_groups(model, training)}
+
+
+def describe_parts(model: nn.Module, training: SftArguments) -> str:
+    """What trains and how fast, in one line."""
+    counts: dict[tuple[str, float], int] = {}
+    for group in parameter_groups(model, training):
+        size = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in group["params"])
+        counts[group["part"], group["lr"]] = counts.get((group["part"], group["lr"]), 0) + size
+    return ", ".join(f"{part} {size / 1e6:.3g} M parameters at {rate:g}" for (part, rate), size in counts.items())

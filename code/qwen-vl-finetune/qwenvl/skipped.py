@@ -1,0 +1,51 @@
+"""Samples that are left out: every process knows of all of them, and all of them stop together where they are many."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from qwen_vl_streaming.errors import InputError
+
+from .keeping import add_up, write_whole
+
+logger = logging.getLogger(__name__)
+
+
+class Skipped:
+    """Bad samples with their reasons, written to skipped.jsonl. The same on every process."""
+
+    def __init__(self, folder: Path, samples: int, most: float, known: dict[str, str], first: bool):
+        """`samples` in all, of which a share of at most `most` may be bad; the `first` process writes and speaks."""
+        self.path, self.samples, self.most, self.first = folder / "skipped.jsonl", samples, most, first
+        self.reasons = dict(known)
+        if first:
+            self._write()
+
+    def add(self, bad: list[tuple[str, str]], device: torch.device) -> None:
+        """Learn of samples that any process had to leave out. Called by all processes at once.
+
+        Raises InputError, on all of them, when there are too many.
+        """
+        (news,) = add_up([float(any(video_id not in self.reasons for video_id, _ in bad))], device)
+        if not news:
+            return
+        new = {video_id: reason for video_id, reason in gather_object(list(bad)) if video_id not in self.reasons}
+        self.reasons |= new
+        if self.first:
+            for video_id, reason in new.items():
+                logger.warning("left out %s: %s", video_id, reason)
+            self._write()
+        if len(self.reasons) > self.most * self.samples:
+            raise InputError(
+                f"{len(self.reasons)} of {self.samples} samples are bad, the last because {list(new.values())[-1]}; "
+                f"see {self.path} and mend the data, or raise --max_bad_share"
+            )
+
+    def _write(self) -> None:
+        if not self.reasons:
+            self.path.unlink(missing_ok=True)
+            return
+        rows = ({"video_id": video_id, "reason": reason} for video_id, reason in self.reasons.items())
+        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,63 @@
+"""sft.sh on one node, on several, and under SLURM: what it would run."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "code/qwen-vl-finetune/scripts/sft.sh"
+SLURM = {
+    "SLURM_NNODES": "3",
+    "SLURM_NODEID": "2",
+    "SLURM_JOB_NODELIST": "gpu[07-08,11]",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_JOB_ID": "4321",
+}
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs sft.sh where `python` only says that it sees 4 GPUs. Returns status, the launcher's flags, and stderr."""
+    script = tmp_path / "code/qwen-vl-finetune/scripts/sft.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, script)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+
+    def run(scontrol: str | None = None, **environment: str):
+        for name, says in (("python", "[ $1 != -c ] || echo 4"), ("scontrol", scontrol or "exit 1")):
+            (programs / name).write_text(f"#!/bin/sh\n{says}\n")
+            (programs / name).chmod(0o755)
+        path = f"{programs}:{os.environ['PATH']}"
+        done = subprocess.run(["bash", script], env={"PATH": path, **environment}, capture_output=True, text=True)
+        words = done.stdout.split()
+        return done.returncode, {words[i]: words[i + 1] for i in range(len(words) - 1)}, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "environment, nproc, nnodes, rank, address, port",
+    [
+        ({}, "4", "1", "0", "127.0.0.1", "29500"),
+        ({"NPROC_PER_NODE": "2", "MASTER_PORT": "1234"}, "2", "1", "0", "127.0.0.1", "1234"),
+        ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}, "4", "2", "1", "10.0.0.1", "29500"),
+        (SLURM, "8", "3", "2", "gpu07", "29821"),
+        ({**SLURM, "SLURM_JOB_NODELIST": "a-1,b-2"}, "8", "3", "2", "a-1", "29821"),
+        ({**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "8", "1", "0", "127.0.0.1", "29821"),
+        ({**SLURM, "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "x", "NPROC_PER_NODE": "1"}, *"121x", "29821"),
+        ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "8", "3", "2", "first.host", "29821"),
+    ],
+)  # fmt: skip
+def test_where_and_how_many(launch, environment, nproc, nnodes, rank, address, port):
+    status, flags, said = launch(**environment)
+    assert (status, said) == (0, "")
+    names = ("--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port")
+    assert tuple(flags[name] for name in names) == (nproc, nnodes, rank, address, port)
+
+
+def test_one_task_a_node(launch):
+    status, _, said = launch(**SLURM, SLURM_LOCALID="1")
+    assert status == 2 and said.count("\n") == 1 and "--ntasks-per-node=1" in said

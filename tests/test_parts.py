@@ -1,0 +1,293 @@
+"""Which parameters train and how fast: freezing, adapters, learning rates and decay by part, and merging."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from make_model import TINY, make_config, make_model
+from peft import PeftModel
+from qwen_vl_streaming.errors import run
+from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.video import PixelBudget
+from qwenvl import merge, train
+from qwenvl.arguments import ModelArguments, SftArguments
+from qwenvl.data import StreamingDataset, read_rows
+from qwenvl.parts import freeze, make_trainable
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
+
+SHORT = (
+    "--variant group --use_cpu True --bf16 False --gradient_checkpointing False --report_to none --save_strategy no "
+    "--dataloader_num_workers 0 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --warmup_steps 0 "
+    "--lr_scheduler_type constant --min_pixels_per_frame 3136 --max_pixels_per_frame 3136 --lora_r 4 --lora_alpha 8"
+)
+
+
+@pytest.fixture(scope="module")
+def untied(made, tmp_path_factory):
+    """The tiny checkpoint's like with an lm_head of its own, in bfloat16 as published ones are."""
+    folder = tmp_path_factory.mktemp("untied")
+    processor = load_processor(made[0])
+    config = make_config(processor.tokenizer, TINY)
+    config.tie_word_embeddings = False
+    make_model(config, seed=1).to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def flags(made, output: Path, more: str = "") -> list[str]:
+    checkpoint, data = made
+    paths = ["--model_name_or_path", str(checkpoint), "--train_data", str(data), "--output_dir", str(output)]
+    return [*SHORT.split(), *paths, *more.split()]
+
+
+def call(main, arguments: list[str], monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["program", *map(str, arguments)])
+    run(main)
+
+
+def refused(main, arguments: list[str], capsys, monkeypatch) -> str:
+    """The one line with which a program ends; its exit status must be 2."""
+    with pytest.raises(SystemExit) as ended:
+        call(main, arguments, monkeypatch)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert ended.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(folder, "sdpa", torch.float32).state_dict()
+
+
+def logits(model, made) -> torch.Tensor:
+    """What a model makes of a whole sample, video included, by the stock code."""
+    processor = load_processor(made[0])
+    budget = PixelBudget(3136, 3136)
+    data = StreamingDataset(
+        read_rows(made[1]), made[1].parent, processor, 2, VARIANTS["origin"], "wait-3", budget, 4096
+    )
+    sample = data[0]
+    with torch.no_grad():
+        return model.eval()(
+            input_ids=sample.input_ids[None],
+            position_ids=sample.position_ids[:, None],
+            pixel_values_videos=sample.pixel_values,
+            video_grid_thw=sample.grid_thw[None],
+        ).logits
+
+
+@pytest.fixture(scope="module")
+def training() -> SftArguments:
+    return SftArguments(output_dir="unused", bf16=False, use_cpu=True)
+
+
+def tune(**given) -> ModelArguments:
+    return ModelArguments(variant="group", **given)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_freezing_freezes(made, untied, tied):
+    model = load_model(made[0] if tied else untied, "sdpa", torch.float32)
+    names = {name for name, _ in model.named_parameters()}
+    assert ("lm_head.weight" in names) is not tied
+
+    def trained(**given):
+        freeze(model, tune(**given))
+        assert model.lm_head.weight.requires_grad is given.get("tune_mm_llm", True)
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    assert trained() == {name for name in names if "visual" not in name or "visual.merger" in name}
+    assert trained(tune_mm_llm=False) == {name for name in names if "visual.merger" in name}
+    no_merger = {name for name in names if "visual.merger" not in name}
+    assert trained(tune_mm_mlp=False, tune_mm_vision=True) == no_merger
+
+
+def assert_one_step_at(rates: dict[str, float], decay: float, before: dict, after: dict) -> None:
+    """AdamW's first step moves each weight by its rate, after decay; so what was moved tells rate and decay."""
+    for part, rate in rates.items():
+        moved = []
+        for name, old in before.items():
+            where = "merger" if "visual.merger" in name else "vision" if "visual" in name else "language"
+            if where != part:
+                continue
+            vector = name.endswith("bias") or any(word in name for word in ("norm", "ln_q"))
+            expected = old * (1 if vector else 1 - rate * decay)
+            moved.append((after[name] - expected).abs().max().item())
+            assert moved[-1] <= 1.01 * rate + 1e-7, name
+        assert max(moved) >= 0.99 * rate
+
+
+RATES = {"language": 1e-3, "merger": 1e-4, "vision": 3e-4}
+ONE_STEP = (
+    "--max_steps 1 --learning_rate 1e-3 --mm_projector_lr 1e-4 --vision_tower_lr 3e-4 --weight_decay 100 "
+    "--tune_mm_vision True --max_grad_norm 0"
+)
+
+
+def test_each_part_has_its_rate_and_norms_do_not_decay(made, tmp_path, monkeypatch):
+    call(train.main, flags(made, tmp_path / "out", ONE_STEP), monkeypatch)
+    assert_one_step_at(RATES, 100, weights(made[0]), weights(tmp_path / "out"))
+
+
+def launched(arguments: list[str]) -> None:
+    """Train as sft.sh does on a CPU: by the launcher, under DeepSpeed."""
+    folder = Path(train.__file__).parents[1]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", "1", "--standalone"]
+    command += ["-m", "qwenvl.train", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_adapters_and_rates_under_zero3(made, tmp_path):
+    """Adapters on the language model, merger and tower in full, all of them split by ZeRO-3."""
+    out = tmp_path / "out"
+    launched(flags(made, out, f"{ONE_STEP} --lora_enable True --deepspeed zero3.json"))
+    merge.merge(out, tmp_path / "merged")
+    before, after = weights(made[0]), weights(tmp_path / "merged")
+    visual = {name for name in before if "visual" in name}
+    rates = {part: RATES[part] for part in ("merger", "vision")}
+    assert_one_step_at(rates, 100, {name: before[name] for name in visual}, after)
+    adapter = load_file(out / "adapter_model.safetensors")
+    risen = [tensor.abs().max().item() for name, tensor in adapter.items() if "lora_B" in name]
+    assert len(risen) == 7 * 2 and all(abs(value - 1e-3) < 1e-5 for value in risen)
+
+
+def test_adapters_train_and_nothing_else_but_the_merger(made, tmp_path, monkeypatch):
+    """Trained, saved as peft does, merged by the command, loaded by stock transformers: the same logits."""
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    call(train.main, flags(made, out, "--max_steps 3 --learning_rate 1e-2 --lora_enable True"), monkeypatch)
+    assert not list(out.glob("model*.safetensors"))
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(made[0])
+    adapter = load_file(out / "adapter_model.safetensors")
+    layers = {name.split(".lora_")[0] for name in adapter if ".lora_" in name}
+    assert len(layers) == 7 * 2 and all(".language_model.layers." in name for name in layers)
+    assert all(tensor.abs().max() > 0 for tensor in adapter.values())
+    rest = {name.removeprefix("base_model.model.") for name in adapter if ".lora_" not in name}
+    before = weights(made[0])
+    assert rest == {name for name in before if "visual.merger" in name}
+
+    call(merge.main, ["--adapter", out, "--output", merged], monkeypatch)
+    after = weights(merged)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == rest | {f"{name.removeprefix('base_model.model.')}.weight" for name in layers}
+
+    model = StockModel.from_pretrained(merged)
+    assert (model.config.streaming_variant, model.config.wait_k) == ("group", 3)
+    assert load_processor(merged).tokenizer.get_vocab() == load_processor(made[0]).tokenizer.get_vocab()
+    adapted = PeftModel.from_pretrained(StockModel.from_pretrained(made[0]), out)
+    assert (logits(model, made) - logits(adapted, made)).abs().max() < 1e-5
+    assert (logits(model, made) - logits(StockModel.from_pretrained(made[0]), made)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("given", "adapted", "whole"),
+    [
+        ({}, "language_model", "visual.merger"),
+        ({"tune_mm_mlp": False, "tune_mm_vision": True}, "language_model", "visual.(blocks|patch_embed)"),
+        ({"lora_targets": ["[qkvo]_proj", "qkv", "merger.mlp.2"], "tune_mm_vision": True}, "attn|merger.mlp.2", "none"),
+        ({"lora_targets": ["qkv"], "tune_mm_llm": False, "tune_mm_vision": True}, "visual.blocks", "visual.merger"),
+        ({"lora_targets": ["gate_proj", "lm_head"], "tune_mm_mlp": False}, "language_model|lm_head", "none"),
+    ],
+)
+def test_merged_equals_unmerged(made, untied, training, tmp_path, given, adapted, whole):
+    """For adapters and whole modules in every part: only they train, and merging them changes no logit."""
+    base = tmp_path / "base"
+    shutil.copytree(untied if "lm_head" in given.get("lora_targets", "") else made[0], base)
+    model = load_model(base, "sdpa", torch.float32)
+    model.config.streaming_variant, model.config.wait_k = "group", 3
+    names = [name for name, _ in model.named_parameters()]
+    model = make_trainable(
+        model, tune(model_name_or_path=str(base), lora_enable=True, lora_r=4, lora_alpha=4, **given), training
+    )
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        assert re.search(adapted if "lora_" in name else whole, name), name
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    assert any("lora_" in name for name in trained)
+    in_full = {name[len("base_model.model.") :].replace("modules_to_save.default.", "") for name in trained}
+    assert {name for name in in_full if "lora_" not in name} == {name for name in names if re.search(whole, name)}
+    model.save_pretrained(tmp_path / "adapter")
+    load_processor(base).save_pretrained(tmp_path / "adapter")
+    merge.merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = StockModel.from_pretrained(tmp_path / "merged")
+    stock = StockModel.from_pretrained(base)
+    assert merged.dtype == stock.dtype
+    if stock.dtype == torch.float32:
+        unmerged = PeftModel.from_pretrained(stock, tmp_path / "adapter")
+        assert (logits(merged, made) - logits(unmerged, made)).abs().max() < 1e-5
+
+
+def test_adapters_go_on_from_a_checkpoint(made, tmp_path, monkeypatch):
+    steps = "--max_steps 4 --learning_rate 1e-2 --lora_enable True --save_strategy steps --save_steps 2"
+    call(train.main, flags(made, tmp_path / "whole", steps), monkeypatch)
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "halted/checkpoint-2")
+    call(train.main, flags(made, tmp_path / "halted", steps), monkeypatch)
+    whole, halted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "halted"))
+    early = load_file(tmp_path / "whole/checkpoint-2/adapter_model.safetensors")
+    assert all(torch.equal(whole[name], halted[name]) for name in whole)
+    assert any((whole[name] - early[name]).abs().max() > 1e-3 for name in whole)
+
+
+def test_wrong_set_ups_are_refused_before_a_model_loads(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
+    (tmp_path / "zero.json").write_text('{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}')
+    for more, reason in (
+        ("--lora_enable True --tune_mm_llm False", "names no linear layer of what trains (merger)"),
+        ("--lora_enable True --lora_targets q_proj w_proj", "--lora_targets w_proj names no linear layer"),
+        ("--lora_enable True --lora_targets qkv", "names no linear layer"),
+        ("--lora_enable True --lora_targets merger.mlp.0", "no layer of the language model"),
+        ("--lora_enable True --lora_targets q_proj lm_head", "whose weights are the embeddings"),
+        ("--lora_enable True --lora_targets q_(proj", "no regular expression"),
+        ("--lora_enable True --lora_r 0", "--lora_r 0"),
+        ("--lora_enable True --lora_dropout 1", "--lora_dropout 1"),
+        (f"--lora_enable True --model_name_or_path {tmp_path}", "no processor"),
+        ("--optim galore_adamw", "makes its own parameter groups"),
+        ("--mm_projector_lr 1e-4 --tune_mm_mlp False", "--mm_projector_lr is for the merger, which does not train"),
+        ("--vision_tower_lr 1e-4", "--vision_tower_lr is for the vision tower"),
+        ("--vision_tower_lr -1 --tune_mm_vision True", "cannot be below 0"),
+        (f"--deepspeed {tmp_path / 'zero.json'}", "names an optimizer"),
+    ):
+        assert reason in refused(train.main, flags(made, tmp_path / "out", more), capsys, monkeypatch)
+
+
+def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch):
+    adapter, output = tmp_path / "adapter", tmp_path / "merged"
+    model = load_model(made[0], "sdpa", torch.float32)
+    model.config.streaming_variant, model.config.wait_k = "gap", 2
+    arguments = tune(model_name_or_path=str(made[0]), lora_enable=True, lora_r=4)
+    make_trainable(model, arguments, training).save_pretrained(adapter)
+    load_processor(made[0]).save_pretrained(adapter)
+
+    def reason(*more) -> str:
+        return refused(merge.main, ["--adapter", adapter, "--output", output, *more], capsys, monkeypatch)
+
+    assert "there already" in reason("--output", made[0])
+    assert "holds no adapter" in reason("--adapter", made[0])
+    assert "no Qwen2.5-VL could be loaded" in reason("--base", tmp_path)
+    for shape, says in (({"layers": 1}, "weights are in one only"), ({"hidden": 64}, "does not fit")):
+        config = make_config(load_processor(made[0]).tokenizer, dataclasses.replace(TINY, **shape))
+        make_model(config).save_pretrained(tmp_path / says)
+        assert says in reason("--base", tmp_path / says)
+    file = adapter / "adapter_model.safetensors"
+    sound = load_file(file)
+    for broken, says in (
+        ({name: tensor for name, tensor in sound.items() if "merger.ln_q" not in name}, "1 weights are in one only"),
+        ({name: tensor / 0 for name, tensor in sound.items()}, "no numbers"),
+    ):
+        save_file(broken, file)
+        assert says in reason()
+    file.write_bytes(b"half")
+    assert "cannot be read" in reason()
+    (adapter / "config.json").unlink()
+    assert "under which variant" in reason()
+    assert not output.exists()

@@ -1,0 +1,116 @@
+"""Runs of the training program in processes of their own, which tests may kill. They start in a moment: a server that
+has imported everything forks them."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+FLAGS = {
+    "variant": "group",
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 3,
+    "dataloader_num_workers": 0,
+    "min_pixels_per_frame": 3136,
+    "max_pixels_per_frame": 3136,
+}
+
+
+def flags(made: tuple[Path, Path], output: Path, **changes) -> list[str]:
+    """The command line of a run over the eight videos of `made`: 4 steps an epoch, 12 in all."""
+    checkpoint, data = made
+    given = {"model_name_or_path": checkpoint, "train_data": data, "output_dir": output, **FLAGS, **changes}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def _run(arguments: list[str], log: Path, environment: dict, act: str | None, step: int) -> None:
+    with log.open("a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as where the program is started plainly
+    torch.set_num_threads(1)
+    sys.argv = ["sft.sh", *arguments]
+    from qwen_vl_streaming.errors import run
+    from qwenvl import keeping, train
+
+    if act == "slow save":
+        keeping.write_whole(log.with_suffix(".pid"), str(os.getpid()))
+        saved = torch.save
+
+        def save(what, path, *rest, **options):
+            if "optimizer" in str(path) and f"checkpoint-{step}" in str(path):
+                Path(path).write_bytes(b"half")
+                log.with_suffix(".saving").touch()
+                time.sleep(60)
+            saved(what, path, *rest, **options)
+
+        torch.save = save
+    elif act:
+        ended = keeping.StopOnSigterm.on_step_end
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                for process in (*psutil.Process().children(), psutil.Process()):  # data workers too, as SLURM does
+                    process.send_signal(getattr(signal, act))
+            ended(self, args, state, control, **kwargs)
+
+        keeping.StopOnSigterm.on_step_end = on_step_end
+    run(train.main, train.speaks())
+
+
+def start(arguments: list[str], log: Path, act: str | None = None, step: int = 0, **environment: str):
+    """Start a run that writes what it says to `log`. It sends itself the signal `act` after optimizer step `step`, or,
+    with `act` "slow save", stays for ever in the midst of saving after it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qwenvl.train", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
+    paths = os.pathsep.join(path for path in sys.path if path)
+    with contextlib.ExitStack() as stack:
+        before = os.environ.get("PYTHONPATH")
+        stack.callback(lambda: os.environ.update(PYTHONPATH=before) if before else os.environ.pop("PYTHONPATH"))
+        os.environ["PYTHONPATH"] = paths  # the server imports before it is told where to look
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        process = context.Process(target=_run, args=(arguments, log, environment, act, step))
+        process.start()
+    return process
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_two(arguments: list[str], log: Path, **actions) -> list:
+    """Start a run of two processes. `actions` (act, step) are those of the second."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first = start(arguments, log, RANK="0", LOCAL_RANK="0", **common)
+    return [first, start(arguments, log, RANK="1", LOCAL_RANK="1", **common, **actions)]
+
+
+def finish(process, status: int = 0, seconds: float = 60) -> None:
+    """Wait for a run, which must end with `status`."""
+    process.join(seconds)
+    assert process.exitcode == status
+
+
+def history(output: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm at each step of the run's newest checkpoint."""
+    newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    entries = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry}
