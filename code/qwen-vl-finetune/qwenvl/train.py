@@ -16,6 +16,7 @@ from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.prompts import load_processor
 from qwen_vl_streaming.video import choose_reader
 from transformers import HfArgumentParser
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .arguments import ROOT, DataArguments, ModelArguments, SftArguments
 from .data import IGNORED, StreamingDataset, collate, hold_out, read_rows
@@ -129,6 +130,10 @@ def main() -> None:
         return
     implementation = model_arguments.implementation(arguments.device.type == "cuda")
     check_parts(model_arguments, arguments)
+    if model_arguments.compile_layers and is_deepspeed_zero3_enabled():
+        raise InputError(
+            "--compile_layers does not work under ZeRO-3: set DEEPSPEED_CONFIG=zero2.json, or leave it out"
+        )
 
     path = Path(data_arguments.train_data)
     rows, held_out = hold_out(read_rows(path), arguments.eval_share, arguments.eval_samples, arguments.seed)
@@ -138,6 +143,8 @@ def main() -> None:
         model_arguments.model_name_or_path, implementation, torch.bfloat16 if arguments.bf16 else torch.float32
     )
     model.config.streaming_variant, model.config.wait_k = variant.name, model_arguments.wait_k
+    if model_arguments.compile_layers:
+        model.compile_layers()
     model = make_trainable(model, model_arguments, arguments)
     make_dataset = partial(
         StreamingDataset,
