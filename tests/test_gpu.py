@@ -72,3 +72,19 @@ def test_flex_attention_equals_dense_with_gradients(dtype, tolerance):
     for name, gradient in gradients.items():
         scale = gradient.abs().max()
         assert (gradient - flex_gradients[name]).abs().max() <= tolerance * scale + 1e-6, name
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_vision_tower_equals_the_one_on_the_cpu(dtype, tolerance):
+    """Windows of every size; in bfloat16 one call of variable length does them all. Error relative to the norm."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    draw, model = random.Random(SEED), tiny_model(SEED)
+    for _ in range(4):
+        clips, grid = draw.randint(1, 4), (draw.randint(1, 11), draw.randint(1, 11))
+        pixels = torch.randn(clips, 4 * grid[0] * grid[1], 1176)
+        with torch.no_grad():
+            expected = model.float().cpu().perceive(pixels, grid)
+            got = model.to("cuda", dtype).perceive(pixels.cuda(), grid).float().cpu()
+        assert (got - expected).norm() < tolerance * expected.norm(), (clips, grid)

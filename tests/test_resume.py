@@ -11,6 +11,7 @@ import pytest
 import torch
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
 from qwenvl.keeping import STOPPED
+from safetensors.torch import load_file
 from training import finish, flags, free_port, history, start, start_two
 
 
@@ -83,12 +84,25 @@ def test_killed_while_saving_it_takes_no_half_checkpoint(undisturbed, made, tmp_
 
 def test_sigterm_saves_and_ends_and_the_same_command_goes_on(undisturbed, made, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
-    arguments = flags(made, out, dataloader_num_workers=1)
-    finish(start(arguments, log, "SIGTERM", 6), STOPPED)
-    assert checkpoints(out) == ["checkpoint-6"] and not (out / "config.json").exists()
+    arguments = flags(made, out, dataloader_num_workers=1, dataloader_prefetch_factor=1)
+    finish(start(arguments, log, "SIGTERM", 5), STOPPED)
+    assert checkpoints(out) == ["checkpoint-5"] and not (out / "config.json").exists()
     assert json.loads((out / "run.json").read_text())["starts"][0]["how"] == "stopped by SIGTERM"
     finish(start(arguments, log))
     same(undisturbed, out)
+
+
+def test_killed_after_its_last_step_it_only_saves_the_model(made, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    arguments = flags(made, out, max_steps=6)  # in the midst of the second epoch
+    finish(start(arguments, log, "kill at the end"), -signal.SIGKILL)
+    assert checkpoints(out) == ["checkpoint-6"] and not (out / "config.json").exists()
+    finish(start(arguments, log))
+    assert sorted(history(out)) == [1, 2, 3, 4, 5, 6]
+    saved, final = (load_file(folder / "model.safetensors") for folder in (out / "checkpoint-6", out))
+    assert all(torch.equal(saved[name], final[name]) for name in saved)
+    throughput = json.loads((out / "throughput.json").read_text())
+    assert throughput["steps"] == 6
 
 
 def test_another_run_is_not_taken_for_this_one(made, tmp_path):

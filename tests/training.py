@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -61,13 +62,16 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
             saved(what, path, *rest, **options)
 
         torch.save = save
+    elif act == "kill at the end":
+        train.save_whole = lambda trainer, folder: os.kill(os.getpid(), signal.SIGKILL)
     elif act:
         ended = keeping.StopOnSigterm.on_step_end
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
-                for process in (*psutil.Process().children(), psutil.Process()):  # data workers too, as SLURM does
-                    process.send_signal(getattr(signal, act))
+                # From outside, and to data workers too, as SLURM does.
+                ours = [str(process.pid) for process in (*psutil.Process().children(), psutil.Process())]
+                subprocess.run(["kill", f"-{act[3:]}", *ours])
             ended(self, args, state, control, **kwargs)
 
         keeping.StopOnSigterm.on_step_end = on_step_end
@@ -76,7 +80,8 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
 
 def start(arguments: list[str], log: Path, act: str | None = None, step: int = 0, **environment: str):
     """Start a run that writes what it says to `log`. It sends itself the signal `act` after optimizer step `step`, or,
-    with `act` "slow save", stays for ever in the midst of saving after it."""
+    with `act` "slow save", stays for ever in the midst of saving after it. With "kill at the end" it dies before the
+    final model is saved."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qwenvl.train", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
     paths = os.pathsep.join(path for path in sys.path if path)
