@@ -82,10 +82,11 @@ def newest_checkpoint(output: Path) -> str | None:
     return whole[-1] if whole else None
 
 
-def ignore_sigterm(worker: int, then: Callable[[int], None]) -> None:
+def ignore_sigterm(worker: int, then: Callable[[int], None] | None) -> None:
     """Starts a data worker. SLURM signals every process of a job: a worker that died would take the run with it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    then(worker)
+    if then:
+        then(worker)
 
 
 class StopOnSigterm(TrainerCallback):
@@ -154,10 +155,9 @@ class KeepingTrainer(Trainer):
             )
         return first
 
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        if loader.num_workers:
-            loader.worker_init_fn = partial(ignore_sigterm, then=loader.worker_init_fn)
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.base_dataloader.worker_init_fn = partial(ignore_sigterm, then=loader.worker_init_fn)
         return loader
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

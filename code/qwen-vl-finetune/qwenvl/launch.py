@@ -3,6 +3,7 @@
 SIGTERM is handed on to the processes, which save and end, however long that takes: torchrun would give them 30 seconds.
 """
 
+import contextlib
 import logging
 import signal
 import sys
@@ -16,7 +17,8 @@ STOPPED = 128 + signal.SIGTERM.value  # as in keeping.py, which would import too
 
 def hand_on(number: int, frame) -> None:
     for child in psutil.Process().children():
-        child.send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+            child.send_signal(number)
 
 
 if __name__ == "__main__":
