@@ -17,9 +17,12 @@ SLURM = {
 }
 
 
+PYTHON = 'case "$1 $2" in -c*socket*) echo 40123 ;; -c*) echo 4 ;; esac'
+
+
 @pytest.fixture
 def launch(tmp_path):
-    """Runs sft.sh where `python` only says that it sees 4 GPUs. Returns status, the launcher's flags, and stderr."""
+    """Runs sft.sh where `python` only says 4 GPUs and a free port. Returns status, the launcher's flags, and stderr."""
     script = tmp_path / "code/qwen-vl-finetune/scripts/sft.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)
@@ -27,7 +30,7 @@ def launch(tmp_path):
     programs.mkdir()
 
     def run(scontrol: str | None = None, **environment: str):
-        for name, says in (("python", "[ $1 != -c ] || echo 4"), ("scontrol", scontrol or "exit 1")):
+        for name, says in (("python", PYTHON), ("scontrol", scontrol or "exit 1")):
             (programs / name).write_text(f"#!/bin/sh\n{says}\n")
             (programs / name).chmod(0o755)
         path = f"{programs}:{os.environ['PATH']}"
@@ -41,12 +44,12 @@ def launch(tmp_path):
 @pytest.mark.parametrize(
     "environment, nproc, nnodes, rank, address, port",
     [
-        ({}, "4", "1", "0", "127.0.0.1", "29500"),
+        ({}, "4", "1", "0", "127.0.0.1", "40123"),
         ({"NPROC_PER_NODE": "2", "MASTER_PORT": "1234"}, "2", "1", "0", "127.0.0.1", "1234"),
         ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}, "4", "2", "1", "10.0.0.1", "29500"),
         (SLURM, "8", "3", "2", "gpu07", "29821"),
         ({**SLURM, "SLURM_JOB_NODELIST": "a-1,b-2"}, "8", "3", "2", "a-1", "29821"),
-        ({**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "8", "1", "0", "127.0.0.1", "29821"),
+        ({**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "8", "1", "0", "127.0.0.1", "40123"),
         ({**SLURM, "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "x", "NPROC_PER_NODE": "1"}, *"121x", "29821"),
         ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "8", "3", "2", "first.host", "29821"),
     ],

@@ -37,10 +37,16 @@ if [ -z "${MASTER_ADDR:-}" ] && [ "$nnodes" -gt 1 ] && [ -n "${SLURM_JOB_NODELIS
   fi
 fi
 
+# Two runs on one machine must not meet at one port; several machines have to know it beforehand.
+port=${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}
+if [ -z "${MASTER_PORT:-}" ] && [ "$nnodes" -eq 1 ]; then
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+fi
+
 command=(
   "$python" -m qwenvl.launch
   --nproc_per_node "$nproc" --nnodes "$nnodes" --node_rank "${NODE_RANK:-${SLURM_NODEID:-0}}"
-  --master_addr "$master" --master_port "${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}"
+  --master_addr "$master" --master_port "$port"
   -m qwenvl.train
   --variant "$variant"
   --model_name_or_path "${QWEN2_5_VL_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}"
