@@ -6,7 +6,7 @@ byte that matters: stock transformers loads what this saves, and this loads what
     B samples   L tokens   T rows that are scored   C hidden size   V vocabulary
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -110,11 +110,19 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         `pixel_values` (clips, patches, pixels of a patch) as `prompts.clip_pixels` gives them, `grid` merged
         rows × columns. Returns (clips, rows * columns, C). Clips do not see each other in the vision tower.
         """
+        return self.perceive_all([pixel_values], [grid])[0]
+
+    def perceive_all(self, videos: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """As `perceive`, for several videos in one pass of the vision tower."""
         merge = self.model.visual.spatial_merge_size
-        clips = pixel_values.shape[0]
-        grid_thw = torch.tensor([[clips, grid[0] * merge, grid[1] * merge]], device=pixel_values.device)
-        tokens = self.model.visual(pixel_values.flatten(0, 1).to(self.dtype), grid_thw=grid_thw).pooler_output
-        return tokens.view(clips, grid[0] * grid[1], -1)
+        grid_thw = [[len(video), rows * merge, columns * merge] for video, (rows, columns) in zip(videos, grids, strict=True)]
+        pixels = [video.flatten(0, 1).to(self.device, self.dtype, non_blocking=True) for video in videos]
+        tokens = self.model.visual(
+            torch.cat(pixels), grid_thw=torch.tensor(grid_thw, device=self.device)
+        ).pooler_output
+        shapes = [(len(video), rows * columns) for video, (rows, columns) in zip(videos, grids, strict=True)]
+        parts = tokens.split([clips * per_clip for clips, per_clip in shapes])
+        return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
     def forward(
         self,

@@ -1,0 +1,122 @@
+"""Seconds a video of streaming evaluation, on random weights of the true shapes, beside the least that the card needs.
+
+    python code/benchmarks/evaluation.py --size 7B --batch 32 64 1
+
+The work is the published baseline's: a video of 30 clips of 196 x 364 pixels (91 visual tokens a clip) and 117 tokens
+written by wait-3. Pixels lie in pinned memory: decoding is not part of it. The first batch warms up and is not timed.
+
+The floor adds what nothing can avoid. For watching: the FLOPs of vision tower, merger and language model over the visual
+run (2 x weights x rows, attention 4 x pairs x width), at the measured rate of a bf16 matrix product. For each word: the
+bytes of the language model's weights and of the keys and values that the batch's streams see by then, at the measured
+rate of reading memory.
+"""
+
+import argparse
+import time
+
+import torch
+from qwen_vl_streaming.batching import Job, caption_all
+from qwen_vl_streaming.errors import OneLineParser, run
+from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from qwen_vl_streaming.pages import ATTENTION
+from qwen_vl_streaming.plan import make_plan
+from qwen_vl_streaming.prompts import Template
+from qwen_vl_streaming.timeline import make_schedule
+from qwen_vl_streaming.variants import VARIANTS, Variant
+from training import ANSWER, CLIPS, GRID, PROMPT, SHAPES, make_config, seconds
+
+PUBLISHED = {"group": 3.9, "interleave": 3.7}
+"""Seconds a video of the published code on one H200, by an earlier measurement of ours on the same work."""
+PATCHES = 4 * GRID[0] * GRID[1]
+
+
+def make_jobs(variant: Variant, count: int) -> list[Job]:
+    template = Template(tuple(range(PROMPT)), (1, 2, 3), (4, 5, 6), 7, -1)  # no id ends an answer early
+    pixels = torch.randn(CLIPS, PATCHES, 1176)
+    if torch.cuda.is_available():
+        pixels = pixels.pin_memory()
+    schedule = make_schedule("wait-3", variant, CLIPS)
+    return [Job(str(i), pixels, template.layout(GRID, 2.0), template, schedule) for i in range(count)]
+
+
+def floor(model, variant: Variant, batch: int, flop_rate: float, byte_rate: float) -> float:
+    """Seconds a video by the rule at the head of this file."""
+    text, vision, tower = model.config.text_config, model.config.vision_config, model.model.visual
+
+    def matrices(module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+
+    patches = CLIPS * PATCHES
+    whole = len(vision.fullatt_block_indexes)
+    seen = whole * PATCHES + (vision.depth - whole) * min((vision.window_size // vision.patch_size) ** 2, PATCHES)
+    flops = 2.0 * patches * (matrices(tower.blocks) + tower.patch_embed.proj.weight.numel())
+    flops += 4.0 * patches * seen * vision.hidden_size
+    flops += 2.0 * patches / 4 * matrices(tower.merger)
+    (job,) = make_jobs(variant, 1)
+    plan = make_plan(variant, job.layout, job.schedule, ANSWER)
+    rows, layers = len(plan.visual), model.model.language_model.layers
+    flops += 2.0 * rows * matrices(layers)
+    flops += 4.0 * int((plan.visual.seen_visual + plan.visual.seen_text).sum()) * text.hidden_size * len(layers)
+    weights = 2.0 * (matrices(layers) + text.hidden_size * text.vocab_size)
+    each = 4.0 * len(layers) * text.num_key_value_heads * text.hidden_size / text.num_attention_heads
+    spoken = plan.text.seen_visual[:-1] + plan.text.seen_text[:-1]
+    words = sum((weights / batch + each * int(count)) / byte_rate for count in spoken)
+    return flops / flop_rate + words
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SHAPES, default="7B")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["group"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[32])
+    parser.add_argument("--layers", type=int, help="fewer layers, to try the command out")
+    parser.add_argument("--words", type=int, default=ANSWER, help="fewer words, to try the command out")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = make_config(arguments.size, arguments.layers)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    torch.set_default_dtype(torch.float32)
+    model.model.language_model.set_attn_implementation(ATTENTION)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, Qwen2.5-VL {arguments.size}, random weights, bf16")
+
+    size = 8192 if device == "cuda" else 512
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    flop_rate = 2 * size**3 / seconds(lambda: a @ b, 20, device)
+    big = torch.ones(2**30 if device == "cuda" else 2**20, device=device)
+    byte_rate = 4 * len(big) / seconds(lambda: big.sum(), 20, device)
+    del a, b, big
+    print(f"bf16 matrix product {flop_rate / 1e12:.0f} TFLOP/s, reading memory {byte_rate / 1e12:.2f} TB/s", flush=True)
+
+    print(
+        f"{'variant':<12}{'batch':>6}{'s a video':>11}{'floor':>8}{'times':>7}{'published':>11}{'times':>7}{'GiB':>7}"
+    )
+    for variant in (VARIANTS[name] for name in arguments.variants):
+        for batch in arguments.batch:
+            jobs = make_jobs(variant, batch)
+            for timed in (False, True):
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                began = time.perf_counter()
+                captions = caption_all(
+                    model, variant, jobs, batch_size=batch, memory=None, penalty=1.15, max_new_tokens=arguments.words
+                )
+                assert all(len(caption.tokens) == arguments.words for _, caption in captions)
+                took = (time.perf_counter() - began) / batch
+                if not timed:
+                    print(f"  warm-up with compilation: {took * batch:.1f} s", flush=True)
+            least = floor(model, variant, batch, flop_rate, byte_rate)
+            published = PUBLISHED.get(variant.name, float("nan")) if arguments.size == "7B" else float("nan")
+            memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+            print(
+                f"{variant.name:<12}{batch:>6}{took:>11.4f}{least:>8.4f}{took / least:>7.2f}{published:>11.1f}"
+                f"{published / took:>7.1f}{memory:>7.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,197 @@
+"""Captions of many videos on one device, in a batch that is refilled as streams end. Knows nothing of data sets, video
+files and metrics.
+
+A video whose visual side never sees text is taken in whole and revealed to its text slot by slot; `interleave` is fed
+clip by clip. What is written does not depend on the batch.
+"""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .engine import Engine
+from .errors import InputError
+from .pages import ATTENTION, Pages
+from .plan import make_plan
+from .prompts import Template
+from .streaming import Caption
+from .timeline import Layout, Schedule
+from .variants import Variant
+
+PACK = 32_768  # patches that the vision tower takes in at once; the language model sees a quarter as many tokens
+POLL = 4  # steps between two looks at which streams have ended
+RESERVE = 0.2  # share of the free memory that is left to activations
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to caption."""
+
+    key: str
+    """The caller's own name for it."""
+    pixels: Tensor
+    """(N, patches, pixels of a patch) on the CPU, as `prompts.clip_pixels` gives them."""
+    layout: Layout
+    template: Template
+    schedule: Schedule
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.layout.grid
+
+
+class Batch:
+    """Streams that share a model, their seats and pages, and a look now and then at which of them have ended."""
+
+    def __init__(self, model, variant: Variant, seats: int, pages: Pages, penalty: float, most: int, longest: int):
+        self.model, self.variant, self.most = model, variant, most
+        self.engine = Engine(model, seats, pages, longest, penalty)
+        if self.engine.fast:
+            self.engine.capture()
+        self.empty = list(range(seats - 1, -1, -1))
+        self.jobs: dict[int, Job] = {}
+        self.visual_tokens: dict[int, Tensor] = {}
+        self.looks: collections.deque = collections.deque()
+        self.steps = 0
+
+    def admit(self, jobs: list[Job]) -> None:
+        """Seat `jobs`, which must fit, and take in what can be taken in at once."""
+        seats = [self.empty.pop() for _ in jobs]
+        for seat, job in zip(seats, jobs, strict=True):
+            self.jobs[seat] = job
+            self.engine.admit(seat, make_plan(self.variant, job.layout, job.schedule, self.most), job.template)
+        with torch.no_grad():
+            tokens = self.model.perceive_all([job.pixels for job in jobs], [job.grid for job in jobs])
+        if self.variant.parallel or not self.variant.streams:
+            self.engine.take_in(seats, tokens)
+        else:
+            self.visual_tokens |= dict(zip(seats, tokens, strict=True))
+
+    def step(self) -> None:
+        """A word in each stream that has one due, or the next clips where streams wait for them."""
+        seated = self.engine.seated
+        waiting = [seat for seat, stream in seated.items() if stream.text_fed == stream.text_due and not stream.done]
+        speaking = any(stream.text_fed < stream.text_due for stream in seated.values())
+        if waiting and (not speaking or 2 * len(waiting) >= len(seated)):
+            self.engine.extend(waiting, [self.visual_tokens[seat] for seat in waiting])
+            return
+        self.engine.write()
+        self.steps += 1
+        if self.steps % POLL == 0 or all(stream.done for stream in seated.values()):
+            self._look()
+
+    def _look(self) -> None:
+        """Have the device say what is written so far, without waiting for it."""
+        engine = self.engine
+        ids, ended = (tensor.to("cpu", non_blocking=True) for tensor in (engine.ids, engine.ended))
+        there = None
+        if engine.device.type == "cuda":
+            there = torch.cuda.Event()
+            there.record()
+        done = {seat for seat, stream in engine.seated.items() if stream.done}
+        self.looks.append((there, ids, ended, done, dict(self.jobs)))
+
+    def collect(self) -> Iterator[tuple[Job, Caption]]:
+        """The captions that are known to be complete. Waits for the device where that is two looks behind, or where
+        nothing is left to do."""
+        while self.looks:
+            there, ids, ended, done, jobs = self.looks[0]
+            if there is not None and not there.query():
+                if len(self.looks) < 2 and not all(stream.done for stream in self.engine.seated.values()):
+                    return
+                there.synchronize()
+            self.looks.popleft()
+            for seat, job in jobs.items():
+                if self.jobs.get(seat) is job and (seat in done or ended[seat]):
+                    yield job, self._leave(seat, job, ids[seat].tolist())
+
+    def _leave(self, seat: int, job: Job, ids: list[int]) -> Caption:
+        first = len(job.template.header)
+        tokens = ids[first : first + self.most]
+        if job.template.end in tokens:
+            tokens = tokens[: tokens.index(job.template.end) + 1]
+        slots = self.engine.seated[seat].plan.slots(len(tokens))
+        self.engine.leave(seat)
+        del self.jobs[seat]
+        self.visual_tokens.pop(seat, None)
+        self.empty.append(seat)
+        return Caption(tokens, slots, [slots.count(slot) for slot in range(1, job.schedule.clips + 1)])
+
+
+def caption_all(
+    model,
+    variant: Variant,
+    jobs: Iterable[Job],
+    *,
+    batch_size: int,
+    memory: int | None = None,
+    penalty: float = 1.15,
+    max_new_tokens: int = 300,
+) -> Iterator[tuple[Job, Caption]]:
+    """Yield each job with its caption, in order of completion.
+
+    `jobs` is pulled from only when there is room: at most `batch_size` streams run at once, and their keys and values
+    take at most `memory` bytes (by default most of what a GPU has free). Give the longest videos first: the first
+    `batch_size` of them size the batch. `penalty` is the repetition penalty (1.0 turns it off); at most
+    `max_new_tokens` are written for a job. Raises InputError for a video that does not fit by itself.
+    """
+    language = model.model.language_model
+    before = language.config._attn_implementation
+    language.set_attn_implementation(ATTENTION)
+    try:
+        yield from _caption_all(model, variant, iter(jobs), batch_size, memory, penalty, max_new_tokens)
+    finally:
+        language.set_attn_implementation(before)
+
+
+def _caption_all(model, variant: Variant, jobs: Iterator[Job], batch_size: int, memory, penalty: float, most: int):
+    config = model.model.language_model.config
+    each = Pages.bytes_each(config, model.dtype)
+    if memory is None and model.device.type == "cuda":
+        memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
+    limit = None if memory is None else memory // each - 1
+
+    def pages_of(job: Job) -> int:
+        layout = job.layout
+        visual = layout.prompt + len(job.pixels) * layout.tokens_per_clip + layout.tail
+        count = Pages.need(visual, layout.header + most)
+        if limit is not None and count > limit:
+            raise InputError(
+                f"video {job.key} needs {count * each / 2**30:.2f} GiB for its keys and values, and there are "
+                f"{memory / 2**30:.2f}: give it fewer pixels, or more memory"
+            )
+        return count
+
+    pending = collections.deque(itertools.islice(jobs, batch_size))
+    batch = None
+    while pending or (batch and batch.jobs):
+        if batch is None or (not batch.jobs and not _fits(batch, pending[0], pages_of(pending[0]), most)):
+            batch = None  # its memory goes before the next one's comes
+            needs = [pages_of(job) for job in pending]
+            pages = Pages(config, batch_size, min(sum(needs), limit or sum(needs)), max(needs), model.dtype, model.device)
+            batch = Batch(
+                model, variant, batch_size, pages, penalty, most, most + max(job.layout.header for job in pending)
+            )
+        free, group, patches = len(batch.engine.pages.free), [], 0
+        while pending and len(group) < len(batch.empty):
+            count, size = pages_of(pending[0]), pending[0].pixels.shape[:2].numel()
+            if count > free or not _fits(batch, pending[0], count, most) or (group and patches + size > PACK):
+                break
+            group.append(pending.popleft())
+            free, patches = free - count, patches + size
+            pending.extend(itertools.islice(jobs, 1))
+        if group:
+            batch.admit(group)
+            continue
+        batch.step()
+        yield from batch.collect()
+
+
+def _fits(batch: Batch, job: Job, pages: int, most: int) -> bool:
+    """Whether the tables of `batch` are wide enough for `job`."""
+    table, positions = batch.engine.pages.table, batch.engine.positions
+    return pages <= table.shape[1] and job.layout.header + most <= positions.shape[1]

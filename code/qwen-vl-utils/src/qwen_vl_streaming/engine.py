@@ -1,0 +1,261 @@
+"""Passes of fixed shape over one model for many streams: visual runs taken in, words written. Knows nothing of files
+and of what decides when a clip is due.
+
+All that a word depends on lies on the device, so that nothing waits for the host between two words: the ids written,
+and for each text row its position and what it may see, which the plan of a stream knows beforehand (`plan.py`). On a GPU
+a step is compiled and replayed as a CUDA graph; on a CPU the same lines run as they stand.
+
+    S seats   T text rows of a seat   n seats in a pass   Q rows of each   C hidden size   V vocabulary
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .pages import ATTENTION, PAGE, Fresh, Pages, View
+from .plan import Plan
+from .prompts import Template
+from .timeline import CLIP, NOTHING, PROMPT, TAIL
+
+
+@dataclass
+class Seated:
+    """The host's book-keeping of one stream. Only `ended` has to be read back from the device."""
+
+    plan: Plan
+    template: Template
+    visual_fed: int = 0
+    text_fed: int = 0
+    text_due: int = 0
+    """Text rows that may be fed, given what has been watched."""
+
+    @property
+    def last(self) -> int:
+        """Text rows that are ever fed: the row of the last answer token would produce one too many."""
+        return len(self.plan.text) - 1
+
+    @property
+    def done(self) -> bool:
+        return self.text_fed == self.last
+
+    def visual_due(self) -> int:
+        """How far the visual run has to be fed for the next text row."""
+        return int(self.plan.text.seen_visual[self.text_fed])
+
+    def watched(self, upto: int) -> None:
+        self.visual_fed = upto
+        self.text_due = min(int((self.plan.text.seen_visual <= upto).sum()), self.last)
+
+
+class Engine:
+    """Up to S streams over one model, which must have been loaded with attention `pages.ATTENTION`."""
+
+    def __init__(self, model, seats: int, pages: Pages, longest: int, penalty: float = 1.15, fast: bool | None = None):
+        """`longest` is T; `penalty` as in `streaming.Streams`; `fast` compiles and captures, by default on a GPU."""
+        language = model.model.language_model
+        if language.config._attn_implementation != ATTENTION:
+            raise ValueError(f"load the model with attention {ATTENTION!r}, not {language.config._attn_implementation!r}")
+        self.model, self.language, self.pages, self.penalty = model, language, pages, penalty
+        self.device = device = model.device
+        self.fast = device.type == "cuda" if fast is None else fast
+        self.groups = language.config.num_attention_heads // language.config.num_key_value_heads
+        self.seated: dict[int, Seated] = {}
+
+        def table(*shape, dtype=torch.long) -> Tensor:
+            return torch.zeros(seats, *shape, dtype=dtype, device=device)
+
+        self.ids = table(longest + 1)
+        """Token ids of the text run: the header's, then what is written, (S, T + 1)."""
+        self.positions, self.seen_visual = table(longest), table(longest)
+        self.produces = table(longest, dtype=torch.bool)
+        """Whether a text row produces the id of the next row, (S, T)."""
+        self.fed, self.due, self.end = table(), table(), table()
+        self.ended = table(dtype=torch.bool)
+        self.seen_ids = table(language.config.vocab_size, dtype=torch.bool)
+        """The ids that the repetition penalty weakens, (S, V)."""
+
+        everyone = torch.arange(seats, device=device)
+        self.view = View(
+            pages, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, flex=device.type == "cuda"
+        )
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._layer_of_step, self._layer = _run_layer, _run_layer
+        self._aim, self._conclude = self._plain_aim, self._plain_conclude
+        if self.fast:
+            self._layer_of_step = torch.compile(_run_layer, dynamic=False)
+            self._layer = torch.compile(_run_layer, dynamic=True)
+            self._aim = torch.compile(self._plain_aim, dynamic=False)
+            self._conclude = torch.compile(self._plain_conclude, dynamic=False)
+
+    # Streams come and go
+
+    def admit(self, seat: int, plan: Plan, template: Template) -> None:
+        """Give a stream the free `seat`. Raises ValueError where it or its pages are not to be had."""
+        text, header = plan.text, template.header
+        self.pages.take(seat, len(plan.visual), len(text))
+        self.seated[seat] = Seated(plan, template)
+        ids = torch.zeros(len(text) + 1, dtype=torch.long)
+        ids[: len(header)] = torch.tensor(header)
+        own = slice(0, len(text))
+        self.ids[seat, : len(ids)] = ids.to(self.device)
+        self.positions[seat, own] = text.positions[0].to(self.device)
+        self.seen_visual[seat, own] = text.seen_visual.to(self.device)
+        self.produces[seat, own] = (text.produces != NOTHING).to(self.device)
+        self.fed[seat], self.due[seat], self.end[seat], self.ended[seat] = 0, 0, template.end, False
+        self.seen_ids[seat] = False
+        used = torch.tensor([*template.prompt, template.video, *template.tail, *header], device=self.device)
+        self.seen_ids[seat, used] = True
+
+    def leave(self, seat: int) -> None:
+        """The stream in `seat` is over, and its pages are free."""
+        del self.seated[seat]
+        self.pages.give_back(seat)
+        self.due[seat], self.fed[seat] = 0, 0
+
+    # Watching
+
+    @torch.no_grad()
+    def take_in(self, seats: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
+        """Feed the whole visual runs of `seats`, which have been fed nothing, in one row: for variants whose visual side
+        never sees text. `visual_tokens` holds (N, tokens of a clip, C) for each."""
+        streams = [self.seated[seat] for seat in seats]
+        lengths = [len(stream.plan.visual) for stream in streams]
+        tokens = [torch.arange(length, device=self.device) for length in lengths]
+        places = [self._places([seat], token[None]) for seat, token in zip(seats, tokens, strict=True)]
+        fed = [
+            self._embed(stream, 0, length, visual)
+            for stream, length, visual in zip(streams, lengths, visual_tokens, strict=True)
+        ]
+        positions = torch.cat([stream.plan.visual.positions for stream in streams], 1).to(self.device)
+        self._forward(torch.cat(fed)[None], positions[:, None], Fresh(torch.cat(places, 1), lengths), self._layer)
+        for seat, stream, length in zip(seats, streams, lengths, strict=True):
+            stream.watched(length)
+            self.due[seat] = stream.text_due
+
+    @torch.no_grad()
+    def extend(self, seats: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
+        """Feed the visual runs of `seats` as far as their next text row asks. A last row that produces a word does."""
+        streams = [self.seated[seat] for seat in seats]
+        spans = [(stream.visual_fed, stream.visual_due()) for stream in streams]
+        longest = max(upto - first for first, upto in spans)
+        n = len(seats)
+        hidden = torch.zeros(n, longest, self.language.config.hidden_size, dtype=self.model.dtype, device=self.device)
+        positions = torch.zeros(3, n, longest, dtype=torch.long)
+        # A shorter span is filled up with rows that write to nobody's page and see the first token.
+        logical, real = torch.zeros(n, longest, dtype=torch.long), torch.zeros(n, longest, dtype=torch.bool)
+        seen_visual, seen_text = torch.ones(n, longest, dtype=torch.long), torch.zeros(n, longest, dtype=torch.long)
+        produces, next_row = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.long)
+        for i, (stream, (first, upto), visual) in enumerate(zip(streams, spans, visual_tokens, strict=True)):
+            run, own, mine = stream.plan.visual, slice(first, upto), slice(0, upto - first)
+            hidden[i, mine] = self._embed(stream, first, upto, visual)
+            positions[:, i, mine] = run.positions[:, own]
+            logical[i, mine], real[i, mine] = torch.arange(first, upto), True
+            seen_visual[i, mine], seen_text[i, mine] = run.seen_visual[own], run.seen_text[own]
+            answer = int(run.produces[upto - 1])
+            produces[i], next_row[i] = answer != NOTHING, len(stream.template.header) + max(answer, 0)
+        where = torch.tensor(seats, device=self.device)
+        places = self._places(seats, logical.to(self.device)).where(real.to(self.device), 0)
+        view = View(
+            self.pages, where, places, seen_visual.to(self.device), seen_text.to(self.device), self.groups, self.view.flex
+        )
+        hidden = self._forward(hidden, positions.to(self.device), view, self._layer)
+        last = torch.tensor([upto - first - 1 for first, upto in spans], device=self.device)
+        self._plain_choose(
+            hidden[torch.arange(n, device=self.device), last],
+            where,
+            next_row.to(self.device),
+            produces.to(self.device) & ~self.ended[where],
+        )
+        for seat, stream, (_, upto) in zip(seats, streams, spans, strict=True):
+            stream.watched(upto)
+            self.due[seat] = stream.text_due
+
+    def _places(self, seats: Sequence[int], logical: Tensor) -> Tensor:
+        return self.pages.places(torch.tensor(seats, device=self.device), logical)
+
+    def _embed(self, stream: Seated, first: int, upto: int, visual_tokens: Tensor) -> Tensor:
+        """What enters the first layer for rows first…upto-1 of a stream's visual run, (rows, C)."""
+        rows, template = stream.plan.visual.rows[first:upto], stream.template
+        ids = torch.full((upto - first,), template.video)
+        for part, source in ((PROMPT, template.prompt), (TAIL, template.tail)):
+            ids[rows.part == part] = torch.tensor(source)[rows.index[rows.part == part]]
+        embeds = self.language.embed_tokens(ids.to(self.device))
+        clip = rows.part == CLIP
+        if clip.any():
+            # In feed order a clip's tokens lie together, and so do clips that are fed together.
+            per_clip = visual_tokens.shape[1]
+            start = (int(rows.clip[clip][0]) - 1) * per_clip + int(rows.index[clip][0])
+            new = visual_tokens.flatten(0, 1)[start : start + int(clip.sum())]
+            embeds[clip.to(self.device)] = new.to(embeds)
+        return embeds
+
+    # Writing
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Feed one text row in each seat that has one due. The row's word is the next row's id."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._step()
+        for stream in self.seated.values():
+            stream.text_fed = min(stream.text_fed + 1, stream.text_due)
+
+    def capture(self) -> None:
+        """Compile the step and record it as a CUDA graph, while no seat has anything due."""
+        with torch.no_grad():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+            self.graph = graph
+
+    def _step(self) -> None:
+        ids, row, active, positions = self._aim()
+        hidden = self._forward(self.language.embed_tokens(ids), positions, self.view, self._layer_of_step)
+        self._conclude(hidden, row, active)
+
+    def _plain_aim(self):
+        """Set the view to the row that each seat feeds; an idle seat feeds its last again, which changes nothing."""
+        active = (self.fed < self.due) & ~self.ended
+        row = (self.fed - active.logical_not().long()).clamp(min=0)[:, None]
+        view = self.view
+        view.seen_visual.copy_(self.seen_visual.gather(1, row))
+        view.seen_text.copy_(row + 1)
+        token = self.pages.text_page[:, None] * PAGE + row
+        view.places.copy_(self.pages.places(view.seats, token))
+        view.refresh()
+        return self.ids.gather(1, row), row, active, self.positions.gather(1, row).expand(3, -1, -1)
+
+    def _plain_conclude(self, hidden: Tensor, row: Tensor, active: Tensor) -> None:
+        writes = active & self.produces.gather(1, row)[:, 0]
+        self._plain_choose(hidden[:, 0], self.view.seats, row[:, 0] + 1, writes)
+        self.fed += active
+
+    def _plain_choose(self, hidden: Tensor, seats: Tensor, next_row: Tensor, writes: Tensor) -> None:
+        """Greedy choice after the repetition penalty for `hidden` (n, C), written down at `next_row` where `writes`."""
+        logits = self.model.lm_head(hidden).float()
+        used = self.seen_ids[seats]
+        weaker = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
+        token = torch.where(used, weaker, logits).argmax(-1)
+        self.ids[seats, next_row] = torch.where(writes, token, self.ids[seats, next_row])
+        self.seen_ids[seats, token] = used.gather(1, token[:, None])[:, 0] | writes
+        self.ended[seats] = self.ended[seats] | (writes & (token == self.end[seats]))
+
+    def _forward(self, hidden: Tensor, positions: Tensor, view: View | Fresh, layer_of) -> Tensor:
+        """The layers over `hidden` (n, Q, C) at `positions` (3, n, Q), normed."""
+        rotary = self.language.rotary_emb(hidden, positions)
+        for layer, (keys, values) in zip(self.language.layers, self.pages.layers, strict=True):
+            hidden = layer_of(layer, hidden, view, rotary, keys, values)
+        return self.language.norm(hidden)
+
+
+def _run_layer(layer: nn.Module, hidden: Tensor, view: View | Fresh, rotary, keys: Tensor, values: Tensor) -> Tensor:
+    return layer(hidden, attention_mask=view, position_embeddings=rotary, keys=keys, values=values)

@@ -1,0 +1,206 @@
+"""Keys and values of many streams, in pages of one pool, and the attention that reads them. Knows nothing of variants,
+positions or token ids.
+
+A stream has a *seat*: a row of the page table. Its visual run begins at its logical token 0, its text run at a page of
+its own (see `plan.py`), and what a query may see is a number of tokens of each run.
+
+    S seats   W pages that a seat may have   n seats in a pass   Q queries of each   D size of a head
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface
+
+PAGE = 128
+"""Tokens in a page: a block of FlexAttention."""
+ATTENTION = "paged"
+"""The name under which transformers calls `paged_attention`."""
+
+
+class Pages:
+    """A pool of pages and the table that says whose they are.
+
+    Page 0 belongs to nobody: idle seats and padding write there.
+    """
+
+    def __init__(self, config, seats: int, pages: int, width: int, dtype: torch.dtype, device):
+        """`config` is the language model's; `pages` without page 0; `width` is W."""
+        heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        shape = 2, 1, heads, (pages + 1) * PAGE, size
+        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(config.num_hidden_layers)]
+        """Keys and values of each layer, (1, heads, pool, D)."""
+        self.table = torch.zeros(seats, width, dtype=torch.long, device=device)
+        """The page of each logical page, (S, W)."""
+        self.owner = torch.full((pages + 1,), -1, dtype=torch.long, device=device)
+        """The seat that a page belongs to."""
+        self.logical = torch.zeros(pages + 1, dtype=torch.long, device=device)
+        """Which logical page of its seat a page is."""
+        self.text_page = torch.zeros(seats, dtype=torch.long, device=device)
+        """The logical page at which a seat's text run begins."""
+        self.free = list(range(pages, 0, -1))
+        self.held: dict[int, list[int]] = {}
+
+    @staticmethod
+    def need(visual: int, text: int) -> int:
+        """Pages of a stream with runs of `visual` and `text` tokens."""
+        return -(-visual // PAGE) - (-text // PAGE)
+
+    @staticmethod
+    def bytes_each(config, dtype: torch.dtype) -> int:
+        """Bytes of one page over all layers."""
+        size = config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * PAGE * size * dtype.itemsize
+
+    def take(self, seat: int, visual: int, text: int) -> None:
+        """Give `seat` pages for its runs. Raises ValueError where there are too few, or the seat is taken."""
+        count = self.need(visual, text)
+        if seat in self.held or count > min(len(self.free), self.table.shape[1]):
+            raise ValueError(f"seat {seat} cannot have {count} pages: {len(self.free)} are free")
+        mine = self.held[seat] = [self.free.pop() for _ in range(count)]
+        pages = torch.tensor(mine, device=self.table.device)
+        self.table[seat, :count] = pages
+        self.owner[pages] = seat
+        self.logical[pages] = torch.arange(count, device=pages.device)
+        self.text_page[seat] = -(-visual // PAGE)
+
+    def give_back(self, seat: int) -> None:
+        mine = self.held.pop(seat)
+        self.free += reversed(mine)
+        self.owner[torch.tensor(mine, device=self.owner.device)] = -1
+        self.table[seat] = 0
+        self.text_page[seat] = 0
+
+    def places(self, seats: Tensor, logical: Tensor) -> Tensor:
+        """Where in the pool the `logical` tokens (n, Q) of `seats` (n,) lie."""
+        return self.table[seats].gather(1, logical // PAGE) * PAGE + logical % PAGE
+
+
+@dataclass
+class View:
+    """What one pass writes and may see. A query sees `seen_visual` tokens of its seat's visual run and `seen_text` of
+    its text run."""
+
+    pages: Pages
+    seats: Tensor
+    """(n,)"""
+    places: Tensor
+    """Where in the pool the pass writes, (n, Q)."""
+    seen_visual: Tensor
+    """(n, Q)"""
+    seen_text: Tensor
+    """(n, Q)"""
+    groups: int
+    """Query heads for each key head."""
+    flex: bool
+
+    def __post_init__(self):
+        self.mask = self._block_mask() if self.flex else None
+        self.refresh()
+
+    def _needed(self, seen_visual: Tensor, seen_text: Tensor) -> Tensor:
+        """Which logical pages (n, ..., W) hold something seen, for numbers of shape (n, ...)."""
+        page = torch.arange(self.pages.table.shape[1], device=self.seats.device)
+        text_page = self.pages.text_page[self.seats].view(-1, *[1] * seen_visual.dim())
+        visual = page * PAGE < seen_visual[..., None]
+        return visual | ((page >= text_page) & ((page - text_page) * PAGE < seen_text[..., None]))
+
+    def _dense_mask(self) -> Tensor:
+        """Mask (n, 1, Q, keys) over the logical tokens of each seat; `gathered` says where those lie."""
+        table = self.pages.table[self.seats]
+        token = torch.arange(table.shape[1] * PAGE, device=table.device)
+        self.gathered = table.repeat_interleave(PAGE, 1) * PAGE + token % PAGE
+        of_text = token - self.pages.text_page[self.seats, None, None] * PAGE
+        seen = token < self.seen_visual[..., None]
+        return (seen | ((of_text >= 0) & (of_text < self.seen_text[..., None])))[:, None]
+
+    def _block_mask(self) -> BlockMask:
+        """The same for FlexAttention over the pool, with only the pages that hold something seen.
+
+        The heads that share a key lie beside each other as queries: (n, key heads, Q x groups, D). So few queries are
+        one tile of one kernel, and a key is read once for all of them.
+        """
+        pages, seats, groups, many = self.pages, self.seats, self.groups, self.seen_visual.shape[1]
+        rows = many * groups
+        blocks = -(-rows // PAGE)
+        self.block_pages = torch.zeros(len(seats), 1, blocks, pages.table.shape[1], dtype=torch.int32, device=seats.device)
+        self.block_counts = torch.zeros(len(seats), 1, blocks, dtype=torch.int32, device=seats.device)
+
+        def rule(b, h, row, key):
+            q, page = row // groups, key // PAGE
+            token = pages.logical[page] * PAGE + key % PAGE
+            of_text = token - pages.text_page[seats[b]] * PAGE
+            seen = (token < self.seen_visual[b, q]) | ((of_text >= 0) & (of_text < self.seen_text[b, q]))
+            return seen & (pages.owner[page] == seats[b])
+
+        return BlockMask.from_kv_blocks(
+            self.block_counts,
+            self.block_pages,
+            BLOCK_SIZE=PAGE,
+            mask_mod=rule,
+            seq_lengths=(rows, pages.layers[0][0].shape[2]),
+            compute_q_blocks=False,
+        )
+
+    def refresh(self) -> None:
+        """Bring the mask up to date after a change to the numbers above, which is made in place."""
+        if not self.flex:
+            self.mask = self._dense_mask()
+            return
+        blocks = self.block_counts.shape[2]
+
+        def most(seen: Tensor) -> Tensor:  # of the queries of each block, (n, blocks)
+            rows = seen.repeat_interleave(self.groups, 1)
+            rows = nn.functional.pad(rows, (0, blocks * PAGE - rows.shape[1]))
+            return rows.view(len(rows), blocks, PAGE).amax(-1)
+
+        needed = self._needed(most(self.seen_visual), most(self.seen_text))
+        order = needed.logical_not().to(torch.int8).argsort(-1, stable=True)
+        table = self.pages.table[self.seats, None].expand(-1, blocks, -1)
+        self.block_pages.copy_(table.gather(-1, order)[:, None])
+        self.block_counts.copy_(needed.sum(-1)[:, None])
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Store the new `key` and `value` (n, key heads, Q, D) in the pool of a layer, then let `query` (n, heads, Q, D)
+        see what it may."""
+        where = self.places.flatten()
+        keys[0, :, where] = key.transpose(0, 1).flatten(1, 2)
+        values[0, :, where] = value.transpose(0, 1).flatten(1, 2)
+        if not self.flex:
+            mine = (pool[0][:, self.gathered].transpose(0, 1) for pool in (keys, values))
+            return nn.functional.scaled_dot_product_attention(
+                query, *mine, attn_mask=self.mask, scale=scale, enable_gqa=True
+            )
+        n, heads, many, size = query.shape
+        folded = query.view(n, heads // self.groups, self.groups, many, size).transpose(2, 3).flatten(2, 3)
+        mixed = flex_attention(folded, keys, values, block_mask=self.mask, scale=scale)
+        return mixed.view(n, heads // self.groups, many, self.groups, size).transpose(2, 3).reshape(query.shape)
+
+
+@dataclass
+class Fresh:
+    """A pass over the visual runs of seats that have nothing in the pool yet, end to end in one row: each sees what
+    came before it in its own run."""
+
+    places: Tensor
+    """(1, Q)"""
+    lengths: list[int]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """As `View.attend`, with n = 1."""
+        where = self.places.flatten()
+        keys[0, :, where], values[0, :, where] = key[0], value[0]
+        runs = zip(*(tensor.split(self.lengths, 2) for tensor in (query, key, value)), strict=True)
+        attend = nn.functional.scaled_dot_product_attention
+        return torch.cat([attend(*run, is_causal=True, scale=scale, enable_gqa=True) for run in runs], 2)
+
+
+def paged_attention(module, query, key, value, attention_mask, scaling, keys=None, values=None, **_):
+    """What transformers' layers call: `attention_mask` is the View or Fresh of the pass, `keys` and `values` the pool
+    of the layer. Returns (n, Q, heads, D)."""
+    return attention_mask.attend(query, key, value, keys, values, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, paged_attention)
