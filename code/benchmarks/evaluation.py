@@ -23,7 +23,7 @@ from qwen_vl_streaming.plan import make_plan
 from qwen_vl_streaming.prompts import Template
 from qwen_vl_streaming.timeline import make_schedule
 from qwen_vl_streaming.variants import VARIANTS, Variant
-from training import ANSWER, CLIPS, GRID, PROMPT, SHAPES, make_config, seconds
+from training import ANSWER, CLIPS, GRID, LAYOUT, SHAPES, make_config, seconds
 
 PUBLISHED = {"group": 3.9, "interleave": 3.7}
 """Seconds a video of the published code on one H200, by an earlier measurement of ours on the same work."""
@@ -31,7 +31,7 @@ PATCHES = 4 * GRID[0] * GRID[1]
 
 
 def make_jobs(variant: Variant, count: int) -> list[Job]:
-    template = Template(tuple(range(PROMPT)), (1, 2, 3), (4, 5, 6), 7, -1)  # no id ends an answer early
+    template = Template(tuple(range(LAYOUT.prompt)), (1, 2, 3), (4, 5, 6), 7, -1)  # no id ends an answer early
     pixels = torch.randn(CLIPS, PATCHES, 1176)
     if torch.cuda.is_available():
         pixels = pixels.pin_memory()

@@ -172,7 +172,9 @@ def _caption_all(model, variant: Variant, jobs: Iterator[Job], batch_size: int, 
         if batch is None or (not batch.jobs and not _fits(batch, pending[0], pages_of(pending[0]), most)):
             batch = None  # its memory goes before the next one's comes
             needs = [pages_of(job) for job in pending]
-            pages = Pages(config, batch_size, min(sum(needs), limit or sum(needs)), max(needs), model.dtype, model.device)
+            pages = Pages(
+                config, batch_size, min(sum(needs), limit or sum(needs)), max(needs), model.dtype, model.device
+            )
             batch = Batch(
                 model, variant, batch_size, pages, penalty, most, most + max(job.layout.header for job in pending)
             )

@@ -50,16 +50,23 @@ class Seated:
 
 
 class Engine:
-    """Up to S streams over one model, which must have been loaded with attention `pages.ATTENTION`."""
+    """Up to S streams over one model, whose attention must be `pages.ATTENTION`."""
 
-    def __init__(self, model, seats: int, pages: Pages, longest: int, penalty: float = 1.15, fast: bool | None = None):
-        """`longest` is T; `penalty` as in `streaming.Streams`; `fast` compiles and captures, by default on a GPU."""
+    flex: bool | None = None
+    """FlexAttention or SDPA with a dense mask; None: FlexAttention on a GPU."""
+
+    def __init__(self, model, seats: int, pages: Pages, longest: int, penalty: float = 1.15):
+        """`longest` is T; `penalty` as in `streaming.Streams`."""
         language = model.model.language_model
         if language.config._attn_implementation != ATTENTION:
-            raise ValueError(f"load the model with attention {ATTENTION!r}, not {language.config._attn_implementation!r}")
+            raise ValueError(
+                f"load the model with attention {ATTENTION!r}, not {language.config._attn_implementation!r}"
+            )
         self.model, self.language, self.pages, self.penalty = model, language, pages, penalty
         self.device = device = model.device
-        self.fast = device.type == "cuda" if fast is None else fast
+        self.fast = device.type == "cuda"
+        if self.flex is None:
+            self.flex = self.fast
         self.groups = language.config.num_attention_heads // language.config.num_key_value_heads
         self.seated: dict[int, Seated] = {}
 
@@ -77,17 +84,18 @@ class Engine:
         """The ids that the repetition penalty weakens, (S, V)."""
 
         everyone = torch.arange(seats, device=device)
-        self.view = View(
-            pages, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, flex=device.type == "cuda"
-        )
+        self.view = View(pages, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, flex=self.flex)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._layer_of_step, self._layer = _run_layer, _run_layer
         self._aim, self._conclude = self._plain_aim, self._plain_conclude
         if self.fast:
-            self._layer_of_step = torch.compile(_run_layer, dynamic=False)
+            # For one stream a matrix product is a sum over rows of the weights, which the compiler fuses with what is
+            # around it and tunes; for more it is left to the library.
+            tuned = {"coordinate_descent_tuning": seats == 1}
+            self._layer_of_step = torch.compile(_run_layer, dynamic=False, options=tuned)
             self._layer = torch.compile(_run_layer, dynamic=True)
             self._aim = torch.compile(self._plain_aim, dynamic=False)
-            self._conclude = torch.compile(self._plain_conclude, dynamic=False)
+            self._conclude = torch.compile(self._plain_conclude, dynamic=False, options=tuned)
 
     # Streams come and go
 
@@ -158,7 +166,7 @@ class Engine:
         where = torch.tensor(seats, device=self.device)
         places = self._places(seats, logical.to(self.device)).where(real.to(self.device), 0)
         view = View(
-            self.pages, where, places, seen_visual.to(self.device), seen_text.to(self.device), self.groups, self.view.flex
+            self.pages, where, places, seen_visual.to(self.device), seen_text.to(self.device), self.groups, self.flex
         )
         hidden = self._forward(hidden, positions.to(self.device), view, self._layer)
         last = torch.tensor([upto - first - 1 for first, upto in spans], device=self.device)

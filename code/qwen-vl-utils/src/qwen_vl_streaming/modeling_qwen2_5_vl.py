@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.varlen import varlen_attn
@@ -115,11 +117,11 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
     def perceive_all(self, videos: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
         """As `perceive`, for several videos in one pass of the vision tower."""
         merge = self.model.visual.spatial_merge_size
-        grid_thw = [[len(video), rows * merge, columns * merge] for video, (rows, columns) in zip(videos, grids, strict=True)]
+        grid_thw = [
+            [len(video), rows * merge, columns * merge] for video, (rows, columns) in zip(videos, grids, strict=True)
+        ]
         pixels = [video.flatten(0, 1).to(self.device, self.dtype, non_blocking=True) for video in videos]
-        tokens = self.model.visual(
-            torch.cat(pixels), grid_thw=torch.tensor(grid_thw, device=self.device)
-        ).pooler_output
+        tokens = self.model.visual(torch.cat(pixels), grid_thw=torch.tensor(grid_thw, device=self.device)).pooler_output
         shapes = [(len(video), rows * columns) for video, (rows, columns) in zip(videos, grids, strict=True)]
         parts = tokens.split([clips * per_clip for clips, per_clip in shapes])
         return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
@@ -201,8 +203,19 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
 
 
 def _loaded(path: str | Path, load: Callable):
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors")):
+        raise InputError(
+            f"{folder} holds an adapter, not a model: make one of it with "
+            f"`python -m qwenvl.merge --adapter {folder} --output DIR`, run in code/qwen-vl-finetune"
+        )
     try:
+        if not folder.exists() and not isinstance(try_to_load_from_cache(str(path), "config.json"), str):
+            # Without a network this says so at once; loading would try for minutes.
+            HfApi().model_info(str(path), timeout=20)
         return load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): check the path") from error
+        raise InputError(
+            f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): check the path, or for a hub id the network"
+        ) from error

@@ -29,9 +29,10 @@ class Pages:
     def __init__(self, config, seats: int, pages: int, width: int, dtype: torch.dtype, device):
         """`config` is the language model's; `pages` without page 0; `width` is W."""
         heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        shape = 2, 1, heads, (pages + 1) * PAGE, size
+        shape = 2, heads, (pages + 1) * PAGE, size
         self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(config.num_hidden_layers)]
-        """Keys and values of each layer, (1, heads, pool, D)."""
+        """Keys and values of each layer, (heads, pool, D). Not (1, heads, …): a compiler writes in place only what it need
+        not select from."""
         self.table = torch.zeros(seats, width, dtype=torch.long, device=device)
         """The page of each logical page, (S, W)."""
         self.owner = torch.full((pages + 1,), -1, dtype=torch.long, device=device)
@@ -100,13 +101,6 @@ class View:
         self.mask = self._block_mask() if self.flex else None
         self.refresh()
 
-    def _needed(self, seen_visual: Tensor, seen_text: Tensor) -> Tensor:
-        """Which logical pages (n, ..., W) hold something seen, for numbers of shape (n, ...)."""
-        page = torch.arange(self.pages.table.shape[1], device=self.seats.device)
-        text_page = self.pages.text_page[self.seats].view(-1, *[1] * seen_visual.dim())
-        visual = page * PAGE < seen_visual[..., None]
-        return visual | ((page >= text_page) & ((page - text_page) * PAGE < seen_text[..., None]))
-
     def _dense_mask(self) -> Tensor:
         """Mask (n, 1, Q, keys) over the logical tokens of each seat; `gathered` says where those lie."""
         table = self.pages.table[self.seats]
@@ -122,11 +116,12 @@ class View:
         The heads that share a key lie beside each other as queries: (n, key heads, Q x groups, D). So few queries are
         one tile of one kernel, and a key is read once for all of them.
         """
-        pages, seats, groups, many = self.pages, self.seats, self.groups, self.seen_visual.shape[1]
-        rows = many * groups
-        blocks = -(-rows // PAGE)
-        self.block_pages = torch.zeros(len(seats), 1, blocks, pages.table.shape[1], dtype=torch.int32, device=seats.device)
-        self.block_counts = torch.zeros(len(seats), 1, blocks, dtype=torch.int32, device=seats.device)
+        pages, seats, groups = self.pages, self.seats, self.groups
+        rows = self.seen_visual.shape[1] * groups
+        counts = torch.zeros(2, len(seats), 1, -(-rows // PAGE), dtype=torch.int32, device=seats.device)
+        listed = counts.new_zeros(*counts.shape, pages.table.shape[1])
+        self.partly, self.wholly = (counts[0], listed[0]), (counts[1], listed[1])
+        """How many pages the queries of a block see in part or all see whole, and which."""
 
         def rule(b, h, row, key):
             q, page = row // groups, key // PAGE
@@ -136,11 +131,11 @@ class View:
             return seen & (pages.owner[page] == seats[b])
 
         return BlockMask.from_kv_blocks(
-            self.block_counts,
-            self.block_pages,
+            *self.partly,
+            *self.wholly,
             BLOCK_SIZE=PAGE,
             mask_mod=rule,
-            seq_lengths=(rows, pages.layers[0][0].shape[2]),
+            seq_lengths=(rows, pages.layers[0][0].shape[1]),
             compute_q_blocks=False,
         )
 
@@ -149,33 +144,45 @@ class View:
         if not self.flex:
             self.mask = self._dense_mask()
             return
-        blocks = self.block_counts.shape[2]
-
-        def most(seen: Tensor) -> Tensor:  # of the queries of each block, (n, blocks)
-            rows = seen.repeat_interleave(self.groups, 1)
-            rows = nn.functional.pad(rows, (0, blocks * PAGE - rows.shape[1]))
-            return rows.view(len(rows), blocks, PAGE).amax(-1)
-
-        needed = self._needed(most(self.seen_visual), most(self.seen_text))
-        order = needed.logical_not().to(torch.int8).argsort(-1, stable=True)
+        blocks = self.partly[0].shape[2]
         table = self.pages.table[self.seats, None].expand(-1, blocks, -1)
-        self.block_pages.copy_(table.gather(-1, order)[:, None])
-        self.block_counts.copy_(needed.sum(-1)[:, None])
+        first = torch.arange(table.shape[2], device=table.device) * PAGE
+        first_of_text = first - self.pages.text_page[self.seats, None, None] * PAGE
+
+        def seen(fewest: bool, tokens: int) -> Tensor:
+            """Whether `tokens` of a page are seen, by all queries of a block or by any: (n, blocks, W)."""
+            visual, text = (
+                self._of_block(seen, blocks, fewest)[..., None] for seen in (self.seen_visual, self.seen_text)
+            )
+            return (first + tokens <= visual) | ((first_of_text >= 0) & (first_of_text + tokens <= text))
+
+        wholly = seen(True, PAGE)
+        for which, (counts, listed) in ((wholly, self.wholly), (seen(False, 1) & ~wholly, self.partly)):
+            order = which.logical_not().to(torch.int8).argsort(stable=True, dim=-1)
+            listed.copy_(table.gather(-1, order)[:, None])
+            counts.copy_(which.sum(-1)[:, None])
+
+    def _of_block(self, seen: Tensor, blocks: int, fewest: bool) -> Tensor:
+        """The fewest or the most tokens seen by the queries of a block, (n, blocks)."""
+        rows = seen.repeat_interleave(self.groups, 1)
+        last = rows[:, -1:].expand(-1, blocks * PAGE - rows.shape[1])
+        rows = torch.cat([rows, last], 1).view(len(rows), blocks, PAGE)
+        return rows.amin(-1) if fewest else rows.amax(-1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Store the new `key` and `value` (n, key heads, Q, D) in the pool of a layer, then let `query` (n, heads, Q, D)
         see what it may."""
         where = self.places.flatten()
-        keys[0, :, where] = key.transpose(0, 1).flatten(1, 2)
-        values[0, :, where] = value.transpose(0, 1).flatten(1, 2)
+        keys[:, where] = key.transpose(0, 1).flatten(1, 2)
+        values[:, where] = value.transpose(0, 1).flatten(1, 2)
         if not self.flex:
-            mine = (pool[0][:, self.gathered].transpose(0, 1) for pool in (keys, values))
+            mine = (pool[:, self.gathered].transpose(0, 1) for pool in (keys, values))
             return nn.functional.scaled_dot_product_attention(
                 query, *mine, attn_mask=self.mask, scale=scale, enable_gqa=True
             )
         n, heads, many, size = query.shape
         folded = query.view(n, heads // self.groups, self.groups, many, size).transpose(2, 3).flatten(2, 3)
-        mixed = flex_attention(folded, keys, values, block_mask=self.mask, scale=scale)
+        mixed = flex_attention(folded, keys[None], values[None], block_mask=self.mask, scale=scale)
         return mixed.view(n, heads // self.groups, many, self.groups, size).transpose(2, 3).reshape(query.shape)
 
 
@@ -191,7 +198,7 @@ class Fresh:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """As `View.attend`, with n = 1."""
         where = self.places.flatten()
-        keys[0, :, where], values[0, :, where] = key[0], value[0]
+        keys[:, where], values[:, where] = key[0], value[0]
         runs = zip(*(tensor.split(self.lengths, 2) for tensor in (query, key, value)), strict=True)
         attend = nn.functional.scaled_dot_product_attention
         return torch.cat([attend(*run, is_causal=True, scale=scale, enable_gqa=True) for run in runs], 2)

@@ -7,7 +7,6 @@ backwards. Two numbers a token therefore say what a mask says, and a run never h
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .positions import timeline_positions
@@ -45,7 +44,6 @@ class Plan:
         """The slot that wrote each of the first `answer` answer tokens."""
         rows = self.text.rows
         return rows.slot[rows.part == ANSWER][:answer].tolist()
-
 
 
 def make_plan(variant: Variant, layout: Layout, schedule: Schedule, most: int) -> Plan:

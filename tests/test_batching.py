@@ -1,0 +1,101 @@
+"""Captions from a refilled batch over pages are those of the plain streams, whatever the batch."""
+
+import random
+
+import pytest
+import torch
+from qwen_vl_streaming.batching import Job, caption_all
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.pages import PAGE, Pages
+from qwen_vl_streaming.streaming import Streams, caption
+from qwen_vl_streaming.timeline import Schedule
+from qwen_vl_streaming.variants import VARIANTS
+from tiny import random_template, tiny_model
+
+MOST = 12
+
+
+def random_jobs(draw: random.Random, variant, count: int) -> list[Job]:
+    """Videos of several lengths, grids, questions and schedules, empty slots among them."""
+    jobs = []
+    for i in range(count):
+        grid, clips = (draw.randint(1, 3), draw.randint(1, 3)), draw.randint(1, 6)
+        quotas = tuple(draw.randint(0, 4) if variant.streams else 0 for _ in range(clips - 1))
+        pixels = torch.randn(clips, 4 * grid[0] * grid[1], 3 * 2 * 14 * 14)
+        template = random_template(draw)
+        jobs.append(Job(f"{i}", pixels, template.layout(grid, 2.0), template, Schedule(quotas)))
+    return jobs
+
+
+def plainly(model, variant, jobs) -> dict:
+    with torch.no_grad():
+        clips = [model.perceive(job.pixels, job.grid) for job in jobs]
+    streams = Streams(model, variant, [job.template for job in jobs], [job.layout for job in jobs], 1.15)
+    captions = caption(streams, clips, [job.schedule for job in jobs], MOST)
+    return {job.key: caption for job, caption in zip(jobs, captions, strict=True)}
+
+
+def batched(model, variant, jobs, **options) -> dict:
+    options = {"memory": None, "penalty": 1.15, "max_new_tokens": MOST, **options}
+    return {job.key: caption for job, caption in caption_all(model, variant, iter(jobs), **options)}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_the_batch_changes_nothing(variant, seed):
+    print("seed", seed)
+    draw, model = random.Random(f"{variant.name} {seed}"), tiny_model(seed)
+    jobs = random_jobs(draw, variant, 6)
+    plain = plainly(model, variant, jobs)
+    for size in (1, 3, 32):
+        draw.shuffle(jobs)
+        assert batched(model, variant, jobs, batch_size=size) == plain
+
+
+def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
+    variant, model = VARIANTS["group"], tiny_model()
+    jobs = random_jobs(random.Random(0), variant, 8)
+    plain = plainly(model, variant, jobs)
+    config = model.model.language_model.config
+    room = 1 + 2 * Pages.need(40, 20)  # for two streams at once, and page 0
+    drawn = []
+
+    def source():
+        for job in jobs:
+            drawn.append(job)
+            yield job
+
+    stream = caption_all(
+        model, variant, source(), batch_size=4, memory=room * Pages.bytes_each(config, model.dtype), max_new_tokens=MOST
+    )
+    job, first = next(stream)
+    assert len(drawn) < len(jobs)
+    assert {job.key: first, **{job.key: caption for job, caption in stream}} == plain
+
+
+def test_a_video_that_does_not_fit_is_refused_by_name():
+    variant, model = VARIANTS["group"], tiny_model()
+    (job,) = random_jobs(random.Random(0), variant, 1)
+    with pytest.raises(InputError, match="video 0 needs .* GiB"):
+        batched(model, variant, [job], batch_size=1, memory=1000)
+
+
+def test_a_model_is_left_with_the_attention_that_it_had():
+    variant, model = VARIANTS["group"], tiny_model()
+    before = model.model.language_model.config._attn_implementation
+    batched(model, variant, random_jobs(random.Random(0), variant, 1), batch_size=1)
+    assert model.model.language_model.config._attn_implementation == before
+
+
+def test_pages_are_taken_once_and_come_back():
+    config = tiny_model().model.language_model.config
+    pages = Pages(config, seats=3, pages=7, width=4, dtype=torch.float32, device="cpu")
+    pages.take(0, PAGE + 1, 5)
+    pages.take(2, 3 * PAGE, PAGE)
+    assert len(pages.free) == 0
+    assert len({*pages.table[0, :3].tolist(), *pages.table[2].tolist()}) == 7
+    with pytest.raises(ValueError, match="0 are free"):
+        pages.take(1, 1, 1)
+    pages.give_back(0)
+    pages.take(1, 1, 1)
+    assert (pages.owner[1:] == 0).sum() == 0
