@@ -6,6 +6,7 @@ import pytest
 import torch
 from qwen_vl_streaming.batching import Job, caption_all
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.layers import Joined
 from qwen_vl_streaming.pages import PAGE, Pages
 from qwen_vl_streaming.streaming import Streams, caption
 from qwen_vl_streaming.timeline import Schedule
@@ -80,11 +81,14 @@ def test_a_video_that_does_not_fit_is_refused_by_name():
         batched(model, variant, [job], batch_size=1, memory=1000)
 
 
-def test_a_model_is_left_with_the_attention_that_it_had():
-    variant, model = VARIANTS["group"], tiny_model()
-    before = model.model.language_model.config._attn_implementation
-    batched(model, variant, random_jobs(random.Random(0), variant, 1), batch_size=1)
-    assert model.model.language_model.config._attn_implementation == before
+def test_joined_weights_are_the_models_own():
+    model = tiny_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for _ in range(2):  # joined once, found joined the second time
+        layers = [Joined.of(layer) for layer in model.model.language_model.layers]
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    model.model.language_model.layers[0].self_attn.k_proj.weight.data.fill_(3)
+    assert (layers[0].qkv == 3).sum() == model.model.language_model.layers[0].self_attn.k_proj.weight.numel()
 
 
 def test_pages_are_taken_once_and_come_back():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .engine import Engine
 from .errors import InputError
-from .pages import ATTENTION, Pages
+from .pages import Pages
 from .plan import make_plan
 from .prompts import Template
 from .streaming import Caption
@@ -51,6 +51,7 @@ class Batch:
         self.model, self.variant, self.most = model, variant, most
         self.engine = Engine(model, seats, pages, longest, penalty)
         if self.engine.fast:
+            model.compile_tower()
             self.engine.capture()
         self.empty = list(range(seats - 1, -1, -1))
         self.jobs: dict[int, Job] = {}
@@ -139,21 +140,11 @@ def caption_all(
     `batch_size` of them size the batch. `penalty` is the repetition penalty (1.0 turns it off); at most
     `max_new_tokens` are written for a job. Raises InputError for a video that does not fit by itself.
     """
-    language = model.model.language_model
-    before = language.config._attn_implementation
-    language.set_attn_implementation(ATTENTION)
-    try:
-        yield from _caption_all(model, variant, iter(jobs), batch_size, memory, penalty, max_new_tokens)
-    finally:
-        language.set_attn_implementation(before)
-
-
-def _caption_all(model, variant: Variant, jobs: Iterator[Job], batch_size: int, memory, penalty: float, most: int):
     config = model.model.language_model.config
     each = Pages.bytes_each(config, model.dtype)
     if memory is None and model.device.type == "cuda":
         memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
-    limit = None if memory is None else memory // each - 1
+    most, limit = max_new_tokens, None if memory is None else memory // each - 1
 
     def pages_of(job: Job) -> int:
         layout = job.layout
@@ -166,6 +157,7 @@ def _caption_all(model, variant: Variant, jobs: Iterator[Job], batch_size: int, 
             )
         return count
 
+    jobs = iter(jobs)
     pending = collections.deque(itertools.islice(jobs, batch_size))
     batch = None
     while pending or (batch and batch.jobs):

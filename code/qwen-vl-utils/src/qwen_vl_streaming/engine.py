@@ -2,8 +2,8 @@
 and of what decides when a clip is due.
 
 All that a word depends on lies on the device, so that nothing waits for the host between two words: the ids written,
-and for each text row its position and what it may see, which the plan of a stream knows beforehand (`plan.py`). On a GPU
-a step is compiled and replayed as a CUDA graph; on a CPU the same lines run as they stand.
+and for each text row its position and what it may see, which the plan of a stream knows beforehand (`plan.py`). On a
+GPU a step is compiled and replayed as a CUDA graph; on a CPU the same lines run as they stand.
 
     S seats   T text rows of a seat   n seats in a pass   Q rows of each   C hidden size   V vocabulary
 """
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .pages import ATTENTION, PAGE, Fresh, Pages, View
+from .layers import Joined, run_layer
+from .pages import PAGE, Fresh, Pages, View
 from .plan import Plan
 from .prompts import Template
 from .timeline import CLIP, NOTHING, PROMPT, TAIL
@@ -50,24 +51,22 @@ class Seated:
 
 
 class Engine:
-    """Up to S streams over one model, whose attention must be `pages.ATTENTION`."""
+    """Up to S streams over one model."""
 
     flex: bool | None = None
     """FlexAttention or SDPA with a dense mask; None: FlexAttention on a GPU."""
+    options: dict | None = None
 
     def __init__(self, model, seats: int, pages: Pages, longest: int, penalty: float = 1.15):
         """`longest` is T; `penalty` as in `streaming.Streams`."""
         language = model.model.language_model
-        if language.config._attn_implementation != ATTENTION:
-            raise ValueError(
-                f"load the model with attention {ATTENTION!r}, not {language.config._attn_implementation!r}"
-            )
         self.model, self.language, self.pages, self.penalty = model, language, pages, penalty
         self.device = device = model.device
         self.fast = device.type == "cuda"
         if self.flex is None:
             self.flex = self.fast
         self.groups = language.config.num_attention_heads // language.config.num_key_value_heads
+        self.layers = [Joined.of(layer) for layer in language.layers]
         self.seated: dict[int, Seated] = {}
 
         def table(*shape, dtype=torch.long) -> Tensor:
@@ -84,18 +83,18 @@ class Engine:
         """The ids that the repetition penalty weakens, (S, V)."""
 
         everyone = torch.arange(seats, device=device)
-        self.view = View(pages, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, flex=self.flex)
+        self.view = View(
+            pages, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, self.flex, options=self.options
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._layer_of_step, self._layer = _run_layer, _run_layer
+        self._layer_of_step = self._layer = run_layer
         self._aim, self._conclude = self._plain_aim, self._plain_conclude
         if self.fast:
-            # For one stream a matrix product is a sum over rows of the weights, which the compiler fuses with what is
-            # around it and tunes; for more it is left to the library.
-            tuned = {"coordinate_descent_tuning": seats == 1}
-            self._layer_of_step = torch.compile(_run_layer, dynamic=False, options=tuned)
-            self._layer = torch.compile(_run_layer, dynamic=True)
+            torch._dynamo.config.recompile_limit = 64  # kinds of pass; the default of 8 is soon used up
+            self._layer_of_step = torch.compile(run_layer, dynamic=False)
+            self._layer = torch.compile(run_layer)
             self._aim = torch.compile(self._plain_aim, dynamic=False)
-            self._conclude = torch.compile(self._plain_conclude, dynamic=False, options=tuned)
+            self._conclude = torch.compile(self._plain_conclude, dynamic=False)
 
     # Streams come and go
 
@@ -107,10 +106,10 @@ class Engine:
         ids = torch.zeros(len(text) + 1, dtype=torch.long)
         ids[: len(header)] = torch.tensor(header)
         own = slice(0, len(text))
-        self.ids[seat, : len(ids)] = ids.to(self.device)
-        self.positions[seat, own] = text.positions[0].to(self.device)
-        self.seen_visual[seat, own] = text.seen_visual.to(self.device)
-        self.produces[seat, own] = (text.produces != NOTHING).to(self.device)
+        self.ids[seat, : len(ids)] = self._put(ids)
+        self.positions[seat, own] = self._put(text.positions[0])
+        self.seen_visual[seat, own] = self._put(text.seen_visual)
+        self.produces[seat, own] = self._put(text.produces != NOTHING)
         self.fed[seat], self.due[seat], self.end[seat], self.ended[seat] = 0, 0, template.end, False
         self.seen_ids[seat] = False
         used = torch.tensor([*template.prompt, template.video, *template.tail, *header], device=self.device)
@@ -126,8 +125,8 @@ class Engine:
 
     @torch.no_grad()
     def take_in(self, seats: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
-        """Feed the whole visual runs of `seats`, which have been fed nothing, in one row: for variants whose visual side
-        never sees text. `visual_tokens` holds (N, tokens of a clip, C) for each."""
+        """Feed the whole visual runs of `seats`, which have been fed nothing, in one row: for variants whose visual
+        side never sees text. `visual_tokens` holds (N, tokens of a clip, C) for each."""
         streams = [self.seated[seat] for seat in seats]
         lengths = [len(stream.plan.visual) for stream in streams]
         tokens = [torch.arange(length, device=self.device) for length in lengths]
@@ -136,7 +135,7 @@ class Engine:
             self._embed(stream, 0, length, visual)
             for stream, length, visual in zip(streams, lengths, visual_tokens, strict=True)
         ]
-        positions = torch.cat([stream.plan.visual.positions for stream in streams], 1).to(self.device)
+        positions = self._put(torch.cat([stream.plan.visual.positions for stream in streams], 1))
         self._forward(torch.cat(fed)[None], positions[:, None], Fresh(torch.cat(places, 1), lengths), self._layer)
         for seat, stream, length in zip(seats, streams, lengths, strict=True):
             stream.watched(length)
@@ -149,12 +148,14 @@ class Engine:
         spans = [(stream.visual_fed, stream.visual_due()) for stream in streams]
         longest = max(upto - first for first, upto in spans)
         n = len(seats)
+        if self.fast:  # few shapes, each of which is compiled
+            n, longest = 1 << (n - 1).bit_length(), -(-longest // 16) * 16
         hidden = torch.zeros(n, longest, self.language.config.hidden_size, dtype=self.model.dtype, device=self.device)
         positions = torch.zeros(3, n, longest, dtype=torch.long)
         # A shorter span is filled up with rows that write to nobody's page and see the first token.
         logical, real = torch.zeros(n, longest, dtype=torch.long), torch.zeros(n, longest, dtype=torch.bool)
         seen_visual, seen_text = torch.ones(n, longest, dtype=torch.long), torch.zeros(n, longest, dtype=torch.long)
-        produces, next_row = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.long)
+        produces, next_row = torch.zeros(len(seats), dtype=torch.bool), torch.zeros(len(seats), dtype=torch.long)
         for i, (stream, (first, upto), visual) in enumerate(zip(streams, spans, visual_tokens, strict=True)):
             run, own, mine = stream.plan.visual, slice(first, upto), slice(0, upto - first)
             hidden[i, mine] = self._embed(stream, first, upto, visual)
@@ -163,22 +164,34 @@ class Engine:
             seen_visual[i, mine], seen_text[i, mine] = run.seen_visual[own], run.seen_text[own]
             answer = int(run.produces[upto - 1])
             produces[i], next_row[i] = answer != NOTHING, len(stream.template.header) + max(answer, 0)
-        where = torch.tensor(seats, device=self.device)
-        places = self._places(seats, logical.to(self.device)).where(real.to(self.device), 0)
+        everyone = torch.tensor([*seats, *[seats[0]] * (n - len(seats))], device=self.device)
+        where = everyone[: len(seats)]
+        places = self.pages.places(everyone, self._put(logical)).where(self._put(real), 0)
         view = View(
-            self.pages, where, places, seen_visual.to(self.device), seen_text.to(self.device), self.groups, self.flex
+            self.pages,
+            everyone,
+            places,
+            self._put(seen_visual),
+            self._put(seen_text),
+            self.groups,
+            self.flex,
+            apart=self.fast,
         )
-        hidden = self._forward(hidden, positions.to(self.device), view, self._layer)
+        hidden = self._forward(hidden, self._put(positions), view, self._layer)
         last = torch.tensor([upto - first - 1 for first, upto in spans], device=self.device)
         self._plain_choose(
-            hidden[torch.arange(n, device=self.device), last],
+            hidden[torch.arange(len(seats), device=self.device), last],
             where,
-            next_row.to(self.device),
-            produces.to(self.device) & ~self.ended[where],
+            self._put(next_row),
+            self._put(produces) & ~self.ended[where],
         )
         for seat, stream, (_, upto) in zip(seats, streams, spans, strict=True):
             stream.watched(upto)
             self.due[seat] = stream.text_due
+
+    def _put(self, tensor: Tensor) -> Tensor:
+        """A tensor of the CPU on the device, without waiting for what the device is at."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.fast else tensor.to(self.device)
 
     def _places(self, seats: Sequence[int], logical: Tensor) -> Tensor:
         return self.pages.places(torch.tensor(seats, device=self.device), logical)
@@ -189,14 +202,13 @@ class Engine:
         ids = torch.full((upto - first,), template.video)
         for part, source in ((PROMPT, template.prompt), (TAIL, template.tail)):
             ids[rows.part == part] = torch.tensor(source)[rows.index[rows.part == part]]
-        embeds = self.language.embed_tokens(ids.to(self.device))
-        clip = rows.part == CLIP
-        if clip.any():
+        embeds = self.language.embed_tokens(self._put(ids))
+        clip = (rows.part == CLIP).nonzero()[:, 0]
+        if len(clip):
             # In feed order a clip's tokens lie together, and so do clips that are fed together.
-            per_clip = visual_tokens.shape[1]
-            start = (int(rows.clip[clip][0]) - 1) * per_clip + int(rows.index[clip][0])
-            new = visual_tokens.flatten(0, 1)[start : start + int(clip.sum())]
-            embeds[clip.to(self.device)] = new.to(embeds)
+            first, end = int(clip[0]), int(clip[-1]) + 1
+            start = (int(rows.clip[first]) - 1) * visual_tokens.shape[1] + int(rows.index[first])
+            embeds[first:end] = visual_tokens.flatten(0, 1)[start : start + end - first]
         return embeds
 
     # Writing
@@ -260,10 +272,6 @@ class Engine:
     def _forward(self, hidden: Tensor, positions: Tensor, view: View | Fresh, layer_of) -> Tensor:
         """The layers over `hidden` (n, Q, C) at `positions` (3, n, Q), normed."""
         rotary = self.language.rotary_emb(hidden, positions)
-        for layer, (keys, values) in zip(self.language.layers, self.pages.layers, strict=True):
+        for layer, (keys, values) in zip(self.layers, self.pages.layers, strict=True):
             hidden = layer_of(layer, hidden, view, rotary, keys, values)
         return self.language.norm(hidden)
-
-
-def _run_layer(layer: nn.Module, hidden: Tensor, view: View | Fresh, rotary, keys: Tensor, values: Tensor) -> Tensor:
-    return layer(hidden, attention_mask=view, position_embeddings=rotary, keys=keys, values=values)

@@ -18,8 +18,11 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import Qwen2_5_VLConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from .errors import InputError
+
+LAYOUTS = 256  # combinations of grids whose layout in the vision tower is kept
 
 
 class VisionPatchEmbed(stock.Qwen2_5_VisionPatchEmbed):
@@ -35,13 +38,12 @@ class VisionPatchEmbed(stock.Qwen2_5_VisionPatchEmbed):
 class Segments:
     """Where the segments lie that attend within themselves: windows, or whole clips."""
 
-    def __init__(self, cu_seqlens: Tensor):
+    def __init__(self, cu_seqlens: Tensor, device: torch.device):
         bounds = cu_seqlens.cpu()
         starts, lengths = bounds[:-1], bounds.diff()
         self.longest = int(lengths.max())
         self.by_length = [
-            (starts[lengths == length, None] + torch.arange(length)).to(cu_seqlens.device)
-            for length in lengths.unique().tolist()
+            (starts[lengths == length, None] + torch.arange(length)).to(device) for length in lengths.unique().tolist()
         ]
         """For each length that occurs, the patches of its segments: (segments, length)."""
 
@@ -50,7 +52,7 @@ class Segments:
     def of(cu_seqlens: Tensor) -> "Segments":
         # All layers get the same tensor, and reading it makes the host wait for the GPU: once is enough.
         if not hasattr(cu_seqlens, "segments"):
-            cu_seqlens.segments = Segments(cu_seqlens)
+            cu_seqlens.segments = Segments(cu_seqlens, cu_seqlens.device)
         return cu_seqlens.segments
 
 
@@ -92,6 +94,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         super().__init__(config)
         # It runs there; stock classes only do not declare it.
         self.model.language_model._supports_flex_attn = True
+        self._tower_layouts: dict[tuple, dict[str, Tensor]] = {}
         self.model.visual.patch_embed.__class__ = VisionPatchEmbed
         for block in self.model.visual.blocks:
             block.attn.__class__ = VisionAttention
@@ -103,8 +106,14 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
 
     def compile_layers(self) -> None:
         """Compile each layer by itself: all are alike, so that little code is compiled, and much is fused."""
-        for layer in (*self.model.language_model.layers, *self.model.visual.blocks):
+        for layer in self.model.language_model.layers:
             layer.compile()
+        self.compile_tower()
+
+    def compile_tower(self) -> None:
+        """The same for the vision tower alone."""
+        for block in self.model.visual.blocks:
+            block.compile()
 
     def perceive(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
         """Visual tokens of clips that share one grid.
@@ -117,14 +126,39 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
     def perceive_all(self, videos: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
         """As `perceive`, for several videos in one pass of the vision tower."""
         merge = self.model.visual.spatial_merge_size
-        grid_thw = [
-            [len(video), rows * merge, columns * merge] for video, (rows, columns) in zip(videos, grids, strict=True)
-        ]
-        pixels = [video.flatten(0, 1).to(self.device, self.dtype, non_blocking=True) for video in videos]
-        tokens = self.model.visual(torch.cat(pixels), grid_thw=torch.tensor(grid_thw, device=self.device)).pooler_output
         shapes = [(len(video), rows * columns) for video, (rows, columns) in zip(videos, grids, strict=True)]
+        grid_thw = tuple(
+            (clips, rows * merge, columns * merge) for (clips, _), (rows, columns) in zip(shapes, grids, strict=True)
+        )
+        pixels = [video.flatten(0, 1).to(self.device, self.dtype, non_blocking=True) for video in videos]
+        tokens = self.model.visual(
+            torch.cat(pixels), grid_thw=torch.tensor(grid_thw), **self._tower_layout(grid_thw)
+        ).pooler_output
         parts = tokens.split([clips * per_clip for clips, per_clip in shapes])
         return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _tower_layout(self, grid_thw: tuple[tuple[int, int, int], ...]) -> dict[str, Tensor]:
+        """What the stock tower derives from its grids, made on the CPU and kept: there the host would wait for the GPU
+        at every call."""
+        if (known := self._tower_layouts.get(grid_thw)) is not None:
+            return known
+        visual, grids = self.model.visual, torch.tensor(grid_thw)
+        windows, cu_windows = get_vision_window_index(
+            grids, visual.spatial_merge_size, visual.window_size, visual.patch_size
+        )
+        layout = {
+            "position_ids": get_vision_position_ids(grids, visual.spatial_merge_size),
+            "cu_seqlens": get_vision_cu_seqlens(grids),
+            "window_index": windows,
+            "cu_window_seqlens": cu_windows,
+        }
+        placed = {name: tensor.to(self.device) for name, tensor in layout.items()}
+        for name in ("cu_seqlens", "cu_window_seqlens"):
+            placed[name].segments = Segments(layout[name], self.device)
+        if len(self._tower_layouts) == LAYOUTS:
+            self._tower_layouts.pop(next(iter(self._tower_layouts)))
+        self._tower_layouts[grid_thw] = placed
+        return placed
 
     def forward(
         self,
@@ -198,6 +232,8 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
     )
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{str(path)!r} lacks {len(missing)} weights, {missing[0]} among them: save it again whole")
+    # Under ZeRO-3 transformers also keeps renamings that did not apply, and would save weights under names of no one's.
+    model._weight_conversions = [renaming for renaming in model._weight_conversions if renaming.was_used()]
     model.model.language_model.set_attn_implementation(implementation)
     return model
 

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface
 
 PAGE = 128
 """Tokens in a page: a block of FlexAttention."""
-ATTENTION = "paged"
-"""The name under which transformers calls `paged_attention`."""
 
 
 class Pages:
@@ -31,8 +28,8 @@ class Pages:
         heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         shape = 2, heads, (pages + 1) * PAGE, size
         self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(config.num_hidden_layers)]
-        """Keys and values of each layer, (heads, pool, D). Not (1, heads, …): a compiler writes in place only what it need
-        not select from."""
+        """Keys and values of each layer, (heads, pool, D). Not (1, heads, …): the compiler then copies the whole
+        pool to write one token."""
         self.table = torch.zeros(seats, width, dtype=torch.long, device=device)
         """The page of each logical page, (S, W)."""
         self.owner = torch.full((pages + 1,), -1, dtype=torch.long, device=device)
@@ -96,6 +93,11 @@ class View:
     groups: int
     """Query heads for each key head."""
     flex: bool
+    """FlexAttention, else SDPA with a dense mask."""
+    apart: bool = False
+    """Compile FlexAttention by itself, where the shapes of the pass change."""
+    options: dict | None = None
+    """FlexAttention's kernel_options."""
 
     def __post_init__(self):
         self.mask = self._block_mask() if self.flex else None
@@ -121,7 +123,9 @@ class View:
         counts = torch.zeros(2, len(seats), 1, -(-rows // PAGE), dtype=torch.int32, device=seats.device)
         listed = counts.new_zeros(*counts.shape, pages.table.shape[1])
         self.partly, self.wholly = (counts[0], listed[0]), (counts[1], listed[1])
-        """How many pages the queries of a block see in part or all see whole, and which."""
+        """How many pages the queries of a block see in part or all see whole, and which. With one query a seat all are
+        looked at as partly seen: the kernel for few queries shares out only those among the GPU's processors."""
+        self.one = self.seen_visual.shape[1] == 1
 
         def rule(b, h, row, key):
             q, page = row // groups, key // PAGE
@@ -132,7 +136,7 @@ class View:
 
         return BlockMask.from_kv_blocks(
             *self.partly,
-            *self.wholly,
+            *((None, None) if self.one else self.wholly),
             BLOCK_SIZE=PAGE,
             mask_mod=rule,
             seq_lengths=(rows, pages.layers[0][0].shape[1]),
@@ -156,8 +160,10 @@ class View:
             )
             return (first + tokens <= visual) | ((first_of_text >= 0) & (first_of_text + tokens <= text))
 
-        wholly = seen(True, PAGE)
-        for which, (counts, listed) in ((wholly, self.wholly), (seen(False, 1) & ~wholly, self.partly)):
+        partly, wholly = seen(False, 1), seen(True, PAGE)
+        for which, (counts, listed) in (
+            ((partly, self.partly),) if self.one else ((partly & ~wholly, self.partly), (wholly, self.wholly))
+        ):
             order = which.logical_not().to(torch.int8).argsort(stable=True, dim=-1)
             listed.copy_(table.gather(-1, order)[:, None])
             counts.copy_(which.sum(-1)[:, None])
@@ -170,8 +176,8 @@ class View:
         return rows.amin(-1) if fewest else rows.amax(-1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """Store the new `key` and `value` (n, key heads, Q, D) in the pool of a layer, then let `query` (n, heads, Q, D)
-        see what it may."""
+        """Store the new `key` and `value` (n, key heads, Q, D) in the pool of a layer, then let `query`, of the same
+        shape with all heads, see what it may."""
         where = self.places.flatten()
         keys[:, where] = key.transpose(0, 1).flatten(1, 2)
         values[:, where] = value.transpose(0, 1).flatten(1, 2)
@@ -182,8 +188,17 @@ class View:
             )
         n, heads, many, size = query.shape
         folded = query.view(n, heads // self.groups, self.groups, many, size).transpose(2, 3).flatten(2, 3)
-        mixed = flex_attention(folded, keys[None], values[None], block_mask=self.mask, scale=scale)
+        flex = _flex_apart if self.apart else flex_attention
+        mixed = flex(folded, keys[None], values[None], block_mask=self.mask, scale=scale, kernel_options=self.options)
         return mixed.view(n, heads // self.groups, many, self.groups, size).transpose(2, 3).reshape(query.shape)
+
+
+_compiled = torch.compile(flex_attention, dynamic=False)
+
+
+@torch.compiler.disable
+def _flex_apart(*tensors: Tensor, **options) -> Tensor:
+    return _compiled(*tensors, **options)
 
 
 @dataclass
@@ -195,6 +210,7 @@ class Fresh:
     """(1, Q)"""
     lengths: list[int]
 
+    @torch.compiler.disable  # its loop would be compiled anew for each number of runs
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """As `View.attend`, with n = 1."""
         where = self.places.flatten()
@@ -202,12 +218,3 @@ class Fresh:
         runs = zip(*(tensor.split(self.lengths, 2) for tensor in (query, key, value)), strict=True)
         attend = nn.functional.scaled_dot_product_attention
         return torch.cat([attend(*run, is_causal=True, scale=scale, enable_gqa=True) for run in runs], 2)
-
-
-def paged_attention(module, query, key, value, attention_mask, scaling, keys=None, values=None, **_):
-    """What transformers' layers call: `attention_mask` is the View or Fresh of the pass, `keys` and `values` the pool
-    of the layer. Returns (n, Q, heads, D)."""
-    return attention_mask.attend(query, key, value, keys, values, scaling).transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, paged_attention)
