@@ -1,17 +1,22 @@
 """Evaluation on real files with a real, tiny checkpoint: what it writes, how it resumes, what it refuses."""
 
 import json
+import os
 import shutil
+import signal
 import tarfile
 
 import eval as evaluation
 import pytest
 import verify
+import watching
 from make_data import DataConfig, make_dataset
 from make_model import tiny_checkpoint
 from qwen_vl_streaming.errors import run
 from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.video import read_video
 from results import FIELDS
+from safetensors.torch import load, save
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +92,74 @@ def test_rows_scores_and_resumption(made, evaluate, capsys, monkeypatch):
     assert "begun with schedule" in refused(evaluate, capsys, "--variant", "group", "--schedule", "wait-2")
 
 
+def test_a_result_file_of_something_else_is_not_gone_on_with(made, evaluate, tmp_path, capsys, monkeypatch):
+    """Data, weights and schedule are told by what is in them, not by where they lie."""
+    monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
+    model, data, counts = tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "counts.json"
+    shutil.copytree(made[0], model)
+    data.write_bytes(made[1].read_bytes())
+    counts.write_text(json.dumps({row["video_id"]: [2] * 30 for row in made[2]}))
+    changed = {"--model": model, "--data": data, "--schedule": counts}
+    flags = [str(text) for pair in changed.items() for text in pair]
+    out = evaluate(*flags)  # nothing fits the counts, so there are no rows, and what it was begun with is free
+    lines = [json.loads(line) for line in (out / "group_skipped.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and sum("counts.json has 30 counts" in line["reason"] for line in lines) == 5
+    assert not (out / "group_infer.json").exists()
+
+    clips = {row["video_id"]: read_video(row["video_path"]).clips for row in made[2][:-1]}
+    counts.write_text(
+        "".join(json.dumps({name: [2] * (n - i % 2)}) + "\n" for i, (name, n) in enumerate(clips.items()))
+    )
+    assert "no counts for video gone" in refused(evaluate, capsys, *flags)
+    with counts.open("a") as file:
+        file.write('{"gone": []}\n')
+    before = (evaluate(*flags) / "group_infer.json").read_text()
+    for line in before.splitlines():
+        assert set(json.loads(line)["schedule"][:-1]) <= {0, 1, 2}
+    kept = json.loads((out / "group_infer.args.json").read_text())
+    assert kept["schedule"] == "counts.json" and len(kept["schedule_sha256"]) == 64
+
+    moved = [path.rename(path.with_name(f"moved-{path.name}")) for path in (model, data)]
+    here = ["--model", str(moved[0]), "--data", str(moved[1]), "--schedule", str(counts)]
+    evaluate(*here)
+    assert (out / "group_infer.json").read_text() == before
+
+    weights = moved[0] / "model.safetensors"
+    for path, reason, change in (
+        (moved[1], "other contents of the data", lambda text: text.replace(b"The", b"A")),
+        (counts, "other contents of the schedule", lambda text: text + b"\n"),
+        (weights, "other contents of the model", one_tensor_changed),
+        (out / "group_infer.args.json", "cannot be read", lambda text: b""),
+        (out / "group_infer.json", "has rows of gap, not group", lambda text: text.replace(b'"group"', b'"gap"')),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(change(whole))
+        assert reason in refused(evaluate, capsys, *here), path
+        path.write_bytes(whole)
+    assert (out / "group_infer.json").read_text() == before
+
+
+def test_a_file_that_kills_its_decoder_is_named(made, evaluate, capsys, monkeypatch):
+    """Decoders are C: a broken file may take the process along. Then the run says which ones it can have been."""
+    fatal, read = made[2][3]["video_path"], watching.read_video
+
+    def read_or_die(path, **options):
+        if str(path) == fatal:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return read(path, **options)
+
+    monkeypatch.setattr(watching, "read_video", read_or_die)
+    monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
+    error = refused(evaluate, capsys, "--workers", "1", "--batch-size", "1")
+    assert "decoding one of the videos" in error and made[2][3]["video_id"] in error and "leave that out" in error
+
+
+def one_tensor_changed(data: bytes) -> bytes:
+    """A checkpoint's file whose last weight was trained a little."""
+    tensors = {name: tensor + 1e-3 * (name == max(load(data))) for name, tensor in load(data).items()}
+    return save(tensors, {"format": "pt"})
+
+
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "group"])
 def test_every_variant_runs(evaluate, monkeypatch, variant):
     monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
@@ -119,6 +192,11 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         (["--data", str(tmp_path / "twice.jsonl")], "comes twice"),
         (["--batch-size", "0"], "above 0"),
         (["--dtype", "int8"], "float32"),
+        (["--schedule", "random-0"], "give wait-K, random, random-K"),
+        (["--memory", "0"], "GiB above 0"),
+        (["--nodes", "2", "--node-rank", "2"], "ranks run from 0"),
+        (["--device", "cuda:7", "--processes", "1"], "no GPU is there"),
+        (["--output-dir", str(tmp_path / "twice.jsonl")], "cannot be written"),
     ):
         assert reason in refused(evaluate, capsys, *flags), flags
         assert not (tmp_path / "out/group_infer.json").exists()

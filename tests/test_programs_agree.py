@@ -1,5 +1,7 @@
 """Training and evaluation see one video alike: the same frames, tensors, timing and positions, on odd real files."""
 
+import json
+
 import eval as evaluation
 import pytest
 import torch
@@ -11,6 +13,8 @@ from qwen_vl_streaming.timeline import ANSWER, CLIP, make_timeline
 from qwen_vl_streaming.variants import VARIANTS
 from qwen_vl_streaming.video import PixelBudget, read_video
 from qwenvl.data import StreamingDataset
+from settings import Settings
+from watching import Videos
 
 
 @pytest.fixture(scope="module")
@@ -26,23 +30,30 @@ def videos(tmp_path_factory):
 
 @pytest.mark.parametrize("variant", ["origin", "group", "overlap"])
 def test_training_and_evaluation_see_the_same(videos, tmp_path, variant):
-    processor = load_processor(tiny_checkpoint(tmp_path / "model"))
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    processor = load_processor(checkpoint)
     names = ["plain.mp4", "slow.mp4", "variable.mp4", "odd.mp4", "turned.mp4"]
     rows = [{"video_id": name, "video_path": name, "human_caption": "The video shows a red ring."} for name in names]
     budget = PixelBudget(3136, 28 * 28 * 12)
     training = StreamingDataset(rows, videos, processor, 2, VARIANTS[variant], "wait-3", budget, 4096)
     training.templates = [training.templates[-1]] * len(QUESTIONS)  # evaluation asks the last question
-    watched = evaluation.Videos(rows, videos, processor, budget, None)
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Settings(
+        variant, str(checkpoint), data=str(data), video_root=str(videos), device="cpu",
+        min_pixels_per_frame=budget.min_pixels_per_frame, max_pixels_per_frame=budget.max_pixels_per_frame,
+    )  # fmt: skip
+    watched = Videos(evaluation.make_work(settings, 1, 0)[0], processor, 2)
     for index, name in enumerate(names):
-        sample, video = training[index], watched[index]
-        assert not sample.bad and not video.reason
+        sample, video = training[index], watched[index].job
+        assert not sample.bad and not watched[index].reason
         assert torch.equal(sample.pixel_values, video.pixels.flatten(0, 1)), name
         clips = len(video.pixels)
         assert sample.grid_thw.tolist() == [clips, 2 * video.grid[0], 2 * video.grid[1]]
         assert clips == read_video(videos / name, budget=budget).clips
 
         # The layout that evaluation makes of it places every token where training placed it.
-        layout = training.templates[0].layout(video.grid, 2 * video.seconds_per_clip)
+        layout = video.layout
         slots = [0] * clips
         for j in range(int((sample.labels != -100).sum())):
             slots[min(j // 3, clips - 1) if VARIANTS[variant].streams else clips - 1] += 1

@@ -9,7 +9,21 @@ from pathlib import Path
 
 import pytest
 from qwen_vl_streaming.errors import InputError
-from results import CAPTION_FIELDS, FIELDS, Appender, finish, load_finished, write_whole
+from results import (
+    CAPTION_FIELDS,
+    FIELDS,
+    SKIPPED_FIELDS,
+    Appender,
+    bring_together,
+    load_all,
+    load_finished,
+    load_skipped,
+    only_writer,
+    rows_part,
+    sibling,
+    skipped_part,
+    write_whole,
+)
 
 
 def row(video_id: str, **changes) -> dict:
@@ -121,7 +135,7 @@ def test_a_bad_line_is_named(path: Path, line: bytes, says: str) -> None:
     first, third = path.read_bytes().splitlines(keepends=True)
     before = first + line + b"\n" + third
     path.write_bytes(before)
-    for read in (load_finished, lambda path: fill(path, "d"), lambda path: finish(path, "abcd")):
+    for read in (load_finished, lambda path: fill(path, "d"), lambda path: load_all(path, "abcd")):
         with pytest.raises(InputError) as error:
             read(path)
         message = str(error.value)
@@ -154,18 +168,60 @@ def test_append_refuses_what_would_spoil_the_file(path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_finish_orders_as_the_data(path: Path) -> None:
-    fill(path, "c", "a", "d")
-    rows = finish(path, ["a", "b", "c", "d"])  # b was skipped
-    assert [each["video_id"] for each in rows] == list(load_finished(path)) == ["a", "c", "d"]
-    assert rows == [row("a"), row("c"), row("d")]
+def test_parts_come_together_in_the_datas_order(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever number of processes wrote them: what is in the file already stays, and a cut row is no row."""
+    fill(path, "d")
+    for process, ids in {"0-0": "ca", "0-1": "ad", "1-0": "f"}.items():
+        fill(rows_part(path, process), *ids)
+    with rows_part(path, "1-0").open("ab") as file:
+        file.write(json.dumps(row("e")).encode()[:-9])
+    with Appender(skipped_part(path, "0-1"), SKIPPED_FIELDS) as skipped:
+        skipped.append({"video_id": "b", "reason": "gone"})
+    rows = load_all(path, "abcdef")
+    assert rows == [row("a"), row("c"), row("d"), row("f")] and caplog.text.count("dropped") == 1
+    assert load_skipped(path) == {"b": {"video_id": "b", "reason": "gone"}}
+    bring_together(path, rows)
+    assert list(load_finished(path)) == ["a", "c", "d", "f"] == [each["video_id"] for each in load_all(path, "abcdef")]
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_what_is_not_in_the_data_is_refused(path: Path) -> None:
+    fill(path, "c", "a")
+    fill(rows_part(path, "0-0"), "d")
     whole = path.read_bytes()
     with pytest.raises(InputError, match="'d', which is not in the data"):
-        finish(path, ["a", "c"])
+        load_all(path, ["a", "c"])
     with pytest.raises(InputError, match="'c' comes twice in the data"):
-        finish(path, ["a", "c", "d", "c"])
-    assert path.read_bytes() == whole
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
+        load_all(path, ["a", "c", "d", "c"])
+    assert path.read_bytes() == whole and list(load_finished(rows_part(path, "0-0"))) == ["d"]
+
+
+def test_nothing_is_written_where_there_is_nothing(path: Path) -> None:
+    bring_together(path, load_all(path, "ab"))
+    assert not path.exists()
+
+
+def test_one_writer_at_a_time(path: Path) -> None:
+    """The lock goes with the process that holds it, however that ends."""
+    holder = (
+        "import sys; from pathlib import Path; from results import only_writer\n"
+        f"with only_writer(Path({str(path)!r})):\n    print('held', flush=True); sys.stdin.read()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", holder], stdin=-1, stdout=-1, env=environment)
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(InputError, match="another run is writing"), only_writer(path):
+        pass
+    process.kill()
+    process.wait()
+    with only_writer(path):
+        assert [each.suffix for each in path.parent.iterdir()] == [".lock"]
+    assert not list(path.parent.iterdir())
+
+
+def test_siblings(tmp_path: Path) -> None:
+    assert sibling(tmp_path / "group_infer.json", "scores.json") == tmp_path / "group_scores.json"
+    assert sibling(tmp_path / "mine.json", "scores.json") == tmp_path / "mine.scores.json"
 
 
 def test_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

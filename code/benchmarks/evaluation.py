@@ -6,10 +6,10 @@ The work is the published baseline's: a video of 30 clips of 196 x 364 pixels (9
 written by wait-3. Pixels lie in pinned memory: decoding is not part of it. Batch follows batch, and the first is
 not counted.
 
-The floor adds what nothing can avoid. For watching: the FLOPs of vision tower, merger and language model over the run
-(2 x weights x rows, attention 4 x pairs x width), at the measured rate of a bf16 matrix product. For each word: the bytes
-of the language model's weights and of the keys and values that the batch's streams see by then, at the measured rate of
-reading memory.
+The floor adds what nothing can avoid. For watching: the FLOPs of vision tower, merger and language model over the clips
+(2 x weights x rows, attention 4 x pairs x width), at the measured rate of a bf16 matrix product. For each word: the
+bytes of the language model's weights and of the keys and values that the batch's streams see by then, at the measured
+rate of reading memory.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PATCHES = 4 * GRID[0] * GRID[1]
 
 def make_jobs(variant: Variant, count: int) -> list[Job]:
     template = Template(tuple(range(LAYOUT.prompt)), (1, 2, 3), (4, 5, 6), 7, -1)  # no id ends an answer early
-    pixels = torch.randn(CLIPS, PATCHES, 1176)
+    pixels = torch.randn(CLIPS, PATCHES, 1176).bfloat16()
     if torch.cuda.is_available():
         pixels = pixels.pin_memory()
     schedule = make_schedule("wait-3", variant, CLIPS)

@@ -19,11 +19,12 @@ from qwen_vl_streaming.attention import dense_mask, make_mask
 from qwen_vl_streaming.errors import OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, VisionAttention
 from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.timeline import CLIP, NOTHING, Layout, make_timeline
+from qwen_vl_streaming.timeline import CLIP, NOTHING, Layout, Timeline, make_timeline
 from qwen_vl_streaming.variants import VARIANTS, Variant
 from transformers import Qwen2_5_VLConfig
 
 CLIPS, GRID, ANSWER, PROMPT = 30, (7, 13), 117, 40
+LAYOUT = Layout(PROMPT, 3, 3, GRID)
 ACCUMULATION = 16
 SHAPES = {
     "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
@@ -45,12 +46,16 @@ def make_config(size: str, layers: int | None) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "3B")
 
 
+def answer_counts(variant: Variant) -> tuple[int, ...]:
+    """Answer tokens that each slot writes: three, and the rest in the last."""
+    each = 3 if variant.streams else 0
+    return (each,) * (CLIPS - 1) + (ANSWER - each * (CLIPS - 1),)
+
+
 def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device: str) -> tuple[dict, tuple]:
     """`samples` samples end to end in one row, as `--pack_tokens` lays them, padded to a multiple of 128 tokens: the
     model's inputs, and the flags that its mask is made of at every step."""
-    layout = Layout(PROMPT, 3, 3, GRID)
-    counts = (3,) * (CLIPS - 1) + (ANSWER - 3 * (CLIPS - 1),) if variant.streams else (0,) * (CLIPS - 1) + (ANSWER,)
-    timeline = make_timeline(variant, layout, counts)
+    timeline = make_timeline(variant, LAYOUT, answer_counts(variant))
     rows, length = timeline.rows, len(timeline.rows)
     padding = -(length * samples) % 128
     ids = torch.randint(0, 150_000, (length,))
@@ -73,13 +78,12 @@ def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device:
     return inputs, (row(rows.visual, False), row(rows.text, False), sample)
 
 
-def flops(variant: Variant, model, config: Qwen2_5_VLConfig) -> float:
-    """Model FLOPs of one sample by the formula at the head of this file."""
-    counts = (3,) * (CLIPS - 1) + (ANSWER - 3 * (CLIPS - 1),) if variant.streams else (0,) * (CLIPS - 1) + (ANSWER,)
-    timeline = make_timeline(variant, Layout(PROMPT, 3, 3, GRID), counts)
-    rows = timeline.rows
-    pairs = int(dense_mask(rows.visual[None], rows.text[None], variant.parallel).sum())
-    patches, tokens = 4 * GRID[0] * GRID[1] * CLIPS, len(rows)
+def flops(timeline: Timeline, model) -> float:
+    """Model FLOPs of one sample by the formula at the head of this file; of `model`, the sizes alone count."""
+    config, rows, clips = model.config, timeline.rows, len(timeline.counts)
+    pairs = int(dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel).sum())
+    visual, tokens = clips * timeline.layout.tokens_per_clip, len(rows)
+    patches = 4 * visual
 
     def matrices(module) -> int:
         return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
@@ -87,12 +91,12 @@ def flops(variant: Variant, model, config: Qwen2_5_VLConfig) -> float:
     text, vision, tower = config.text_config, config.vision_config, model.model.visual
     total = 6.0 * tokens * matrices(model.model.language_model.layers)
     total += 12.0 * pairs * text.hidden_size * text.num_hidden_layers
-    total += 6.0 * ANSWER * text.hidden_size * text.vocab_size
-    total += 6.0 * CLIPS * GRID[0] * GRID[1] * matrices(tower.merger)
+    total += 6.0 * sum(timeline.counts) * text.hidden_size * text.vocab_size
+    total += 6.0 * visual * matrices(tower.merger)
     total += 2.0 * patches * (matrices(tower.blocks) + tower.patch_embed.proj.weight.numel())
     whole = len(vision.fullatt_block_indexes)
     window = (vision.window_size // vision.patch_size) ** 2
-    seen = whole * patches // CLIPS + (vision.depth - whole) * min(window, patches // CLIPS)
+    seen = whole * patches // clips + (vision.depth - whole) * min(window, patches // clips)
     return total + 4.0 * patches * seen * vision.hidden_size
 
 
@@ -134,6 +138,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[1], help="samples packed into a row")
     parser.add_argument("--compile", action="store_true", help="compile the layers, as --compile_layers of sft.sh does")
     parser.add_argument("--stock-tower", action="store_true", help="time the stock vision tower too")
+    parser.add_argument(
+        "--no-update",
+        action="store_true",
+        help="forward and backward only: at 7B one GPU has no room for the optimizer",
+    )
     parser.add_argument("--layers", type=int, help="fewer layers, to try the command out")
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
@@ -168,10 +177,11 @@ def main() -> None:
             print(f"  the stock one: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
             for block in tower.blocks:
                 block.attn.__class__ = VisionAttention
-    optimizer = MasterAdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = None if arguments.no_update else MasterAdamW(trained)
     if arguments.compile:
         model.compile_layers()
-    update = None
+    update = 0.0 if arguments.no_update else None
     print(
         f"{'variant':<12}{'samples a row':>14}{'ms a sample':>13}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}"
     )
@@ -192,7 +202,7 @@ def main() -> None:
                 print(f"optimizer step: {1e3 * update:.1f} ms, for {ACCUMULATION} samples", flush=True)
             each = each / samples + update / ACCUMULATION
             tokens = len(batch["input_ids"][0]) // samples
-            work = flops(variant, model, config) / each
+            work = flops(make_timeline(variant, LAYOUT, answer_counts(variant)), model) / each
             memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
             print(
                 f"{variant.name:<12}{samples:>14}{1e3 * each:>13.1f}{tokens / each:>10.0f}{work / 1e12:>9.0f}"

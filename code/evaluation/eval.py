@@ -1,72 +1,77 @@
-"""Let a checkpoint watch videos and speak, in batches, and score what it said. Launched by eval.sh."""
+"""Let a checkpoint watch videos and speak, in batches, on one GPU or many, and score what it said. Launched by eval.sh.
 
-import dataclasses
+A run that was killed goes on where it was when the same command is given again, with any number of processes. In a row,
+`seconds` is the wall time of its process since the row before it: over the rows of a process it adds up to the time
+that the process took, so that the rows over the sum of their seconds are videos per second of one process.
+"""
+
+import contextlib
 import json
 import logging
+import math
 import os
+import secrets
+import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from crew import Crew, LostRun, Place
+from identity import NOT_COMPARED, keep_arguments, of_checkpoint, of_file
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
-from qwen_vl_streaming.prompts import QUESTIONS, clip_pixels, load_processor, make_template
-from qwen_vl_streaming.streaming import Streams, caption
-from qwen_vl_streaming.timeline import make_schedule
-from qwen_vl_streaming.variants import Variant, get_variant
-from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
-from results import CAPTION_FIELDS, Appender, finish, load_finished, write_whole
-from scoring import check_java, score, write_scores
+from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
+from qwen_vl_streaming.variants import get_variant
+from qwen_vl_streaming.video import choose_reader
+from results import (
+    CAPTION_FIELDS,
+    bring_together,
+    load_all,
+    load_finished,
+    load_skipped,
+    only_writer,
+    shared_mark,
+    sibling,
+    write_whole,
+)
+from schedules import choose_schedules
+from scorecard import prepare_scoring, score_rows
 from settings import ROOT, Settings, parse
-from torch.utils.data import DataLoader, Dataset
+from tasks import Task, check_captions, get_task, read_row
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from watching import Work, watch
 
 logger = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass
-class Watched:
-    """A video ready for the vision tower, or the reason why there is none."""
-
-    row: dict
-    pixels: torch.Tensor | None = None  # (N, patches, pixels of a patch)
-    grid: tuple[int, int] = (0, 0)
-    seconds_per_clip: float = 0.0
-    reason: str = ""
+GO_ON = "the same command goes on from what is finished"
+PACKAGES = ("torch", "transformers", "qwen-vl-streaming")
+SHOWN = 10
+"""Videos that were left out and whose reasons are told; the file has all."""
 
 
-class Videos(Dataset):
-    """Decodes videos in worker processes, ahead of the model."""
-
-    def __init__(self, rows: list[dict], root: Path, processor, budget: PixelBudget, reader: str | None):
-        self.rows, self.root, self.processor, self.budget, self.reader = rows, root, processor, budget, reader
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Watched:
-        row = self.rows[index]
-        try:
-            video = read_video(self.root / row["video_path"], budget=self.budget, reader=self.reader)
-        except InputError as error:
-            return Watched(row, reason=str(error))
-        return Watched(row, *clip_pixels(self.processor, video.frames), video.seconds_per_clip)
-
-
-def read_data(path: Path, limit: int | None) -> list[dict]:
-    """Rows to evaluate. Raises InputError, naming the line, for a bad one, a wordless caption or a repeated id."""
+def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
+    """Rows of `task` to evaluate. Raises InputError, naming the line, for a bad one, one of another task, a wordless
+    caption or a repeated id."""
     rows: list[dict] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-            row = {key: str(row[key]) for key in ("video_id", "video_path", "human_caption")}
-        except (ValueError, KeyError, TypeError) as error:
+            data = json.loads(line)
+            row = {**read_row(data, task), "duration": float(data.get("video_duration_in_s") or 0)}
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}, line {number}: {error!r}: make the file again with mani_data.py") from error
-        if row["video_id"] in seen or not any(map(str.isalnum, row["human_caption"])):
-            fault = "comes twice" if row["video_id"] in seen else "has a caption without a word"
-            raise InputError(f"{path}, line {number}: video {row['video_id']} {fault}: mend or delete this line")
+        if row["video_id"] in seen:
+            raise InputError(f"{path}, line {number}: video {row['video_id']} comes twice: mend or delete this line")
         seen.add(row["video_id"])
         rows.append(row)
     if not rows:
@@ -74,144 +79,224 @@ def read_data(path: Path, limit: int | None) -> list[dict]:
     return rows[:limit]
 
 
-def choose_schedule(config, variant: Variant, settings: Settings) -> str:
-    """The schedule to evaluate with. Refuses a checkpoint that was trained under another variant, unless forced."""
+def find_model(model: str) -> str:
+    """A checkpoint's folder, looked up here and in the project's root, or the hub id that it must else be."""
+    return next((str(path) for path in (Path(model), ROOT / model) if path.is_dir()), model)
+
+
+def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict]:
+    """What each of `processes` on this machine is to do, with all rows of the data, and what decides the captions: the
+    facts that go beside them.
+
+    All that is cheap to see is checked here, before a model loads: raises InputError.
+    """
+    variant, task = get_variant(settings.variant), get_task(settings.task)
+    data = find_path(settings.data, ROOT, "the evaluation data")
+    rows = read_data(data, settings.limit, task)
+    model = find_model(settings.model)
+    config = load_config(model)
     trained = getattr(config, "streaming_variant", None)
     if trained not in (None, variant.name) and not settings.force:
         raise InputError(
-            f"{settings.model} was trained as {trained}, not {variant.name}: "
+            f"{model} was trained as {trained}, not {variant.name}: "
             f"set QWEN2_5_VL_VARIANT={trained}, or give --force to evaluate it all the same"
         )
-    schedule = settings.schedule or f"wait-{getattr(config, 'wait_k', 3)}"
-    make_schedule(schedule, variant, clips=1)  # an unknown one is refused here, before the model loads
-    return schedule
-
-
-def watch_and_speak(model, processor, variant: Variant, schedule: str, settings: Settings, batch: list[Watched]):
-    """Captions of one batch: (Caption, text) for each video."""
-    template = make_template(processor, QUESTIONS[-1])
-    steps = model.config.vision_config.tokens_per_second
-    with torch.no_grad():
-        clips = [model.perceive(video.pixels.to(model.device), video.grid) for video in batch]
-    streams = Streams(
-        model,
-        variant,
-        [template] * len(batch),
-        [template.layout(video.grid, steps * video.seconds_per_clip) for video in batch],
-        settings.repetition_penalty,
+    ids = [row["video_id"] for row in rows]
+    wait_k = getattr(config, "wait_k", 3)
+    schedules = choose_schedules(settings.schedule, variant, wait_k, settings.seed, ids, ROOT)
+    device = settings.device or ("cuda" if gpus else "cpu")
+    dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
+    work = Work(
+        rows=rows,
+        out=settings.output_dir / (settings.output_file or f"{variant.name}_infer.json"),
+        model=model,
+        device=device,
+        dtype=dtype,
+        root=find_path(settings.video_root, ROOT, "the video root") if settings.video_root else ROOT,
+        variant=variant,
+        schedules=schedules,
+        budget=settings.budget,
+        reader=choose_reader(os.environ),
+        batch_size=settings.batch_size,
+        memory=settings.memory and int(settings.memory * 2**30),
+        penalty=settings.repetition_penalty,
+        max_new_tokens=settings.max_new_tokens,
+        loaders=count_loaders(processes, device) if settings.workers is None else settings.workers,
+        threads=None if processes == 1 or "OMP_NUM_THREADS" in os.environ else max(1, os.cpu_count() // processes),
     )
-    schedules = [
-        make_schedule(schedule, variant, len(video.pixels), f"{settings.seed} {video.row['video_id']}")
-        for video in batch
-    ]
-    for written in caption(streams, clips, schedules, settings.max_new_tokens):
-        yield written, processor.tokenizer.decode(written.tokens, skip_special_tokens=True).strip()
+    facts = {
+        **settings.identity(),
+        "variant": variant.name,
+        "data": str(data),
+        "data_sha256": of_file(data),
+        "model": model,
+        "model_sha256": of_checkpoint(model),
+        "schedule": schedules.name,
+        **({"schedule_sha256": schedules.sha256} if schedules.sha256 else {}),
+        "dtype": dtype,
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    return work, facts
 
 
-def evaluate(rows: list[dict], settings: Settings, variant: Variant, out: Path) -> list[dict]:
-    """Caption every video of `rows` that has no row in `out` yet; returns those that had to be left out."""
-    processor = load_processor(settings.model)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, settings.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    schedule = choose_schedule(load_config(settings.model), variant, settings)
-    keep_arguments(out, settings, variant, schedule)
-    model = load_model(settings.model, "sdpa", dtype).to(device).eval()
-
-    finished = load_finished(out)
-    if strangers := finished.keys() - {row["video_id"] for row in rows}:
-        raise InputError(f"{out} has a row for {min(strangers)}, which the data lacks: give another --output-dir")
-    left = [row for row in rows if row["video_id"] not in finished]
-    if finished:
-        logger.info("%d of %d videos were captioned before: going on", len(rows) - len(left), len(rows))
-    root = find_path(settings.video_root, ROOT, "the video root") if settings.video_root else ROOT
-    videos = Videos(left, root, processor, settings.budget, choose_reader(os.environ))
-    loader = DataLoader(videos, settings.batch_size, collate_fn=list, num_workers=settings.workers)
-    skipped = []
-    with Appender(out) as appender, tqdm(total=len(left), unit="video", desc=f"watching, {variant.name}") as bar:
-        for batch in loader:
-            for video in batch:
-                if video.reason:
-                    logger.warning("left out %s: %s", video.row["video_id"], video.reason)
-                    skipped.append({"video_id": video.row["video_id"], "reason": video.reason})
-            ready = [video for video in batch if not video.reason]
-            for row in caption_rows(model, processor, variant, schedule, settings, ready):
-                appender.append(row)
-            bar.update(len(batch))
-    return skipped
+def take(work: Work, video_ids: Iterable[str], everyone: int) -> Work:
+    """`work` for those videos, the longest first: they need the most memory. Where there are few, none of the
+    processes, `everyone` of them, seats more than its share."""
+    rows = {row["video_id"]: row for row in work.rows}
+    left = sorted((rows[video_id] for video_id in video_ids), key=lambda row: row["duration"], reverse=True)
+    return replace(work, rows=left, batch_size=max(1, min(work.batch_size, math.ceil(len(left) / everyone))))
 
 
-def caption_rows(model, processor, variant, schedule, settings, ready: list[Watched]) -> Iterator[dict]:
-    if not ready:
-        return
-    began = time.perf_counter()
-    spoken = list(watch_and_speak(model, processor, variant, schedule, settings, ready))
-    seconds = (time.perf_counter() - began) / len(ready)
-    for video, (written, text) in zip(ready, spoken, strict=True):
-        yield {
-            "video_id": video.row["video_id"],
-            "annotation": video.row["human_caption"],
-            "task": "description",
-            "result": text,
-            "variant": variant.name,
-            "schedule": written.schedule,
-            "tokens": written.tokens,
-            "slots": written.slots,
-            "clips": len(video.pixels),
-            "seconds": round(seconds, 4),
-        }
+def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None) -> None:
+    """Machine 0: see what is left, have it captioned, bring the rows together and score them."""
+    scoring = prepare_scoring(settings)
+    work, facts = make_work(settings, processes, gpus)
+    out, ids = work.out, [row["video_id"] for row in work.rows]
+    with only_writer(out):
+        finished = begin(work, facts)
+        left = [video_id for video_id in ids if video_id not in finished]
+        if finished:
+            logger.info("%d of %d videos were captioned before: going on", len(finished), len(ids))
+        token = secrets.token_hex(8)
+        if crew and settings.nodes > 1:
+            write_whole(shared_mark(out, token), b"")
+            crew.announce({"facts": facts, "left": left, "token": token})
+        lost = caption_left(take(work, left, processes * settings.nodes), crew, len(ids))
+        skipped = load_skipped(out)
+        left_out = [skipped[video_id] for video_id in ids if video_id in skipped]
+        write_whole(sibling(out, "skipped.jsonl"), "".join(json.dumps(row) + "\n" for row in left_out).encode())
+        rows = load_all(out, ids)
+        bring_together(out, rows)
+    tell_left_out(left_out, sibling(out, "skipped.jsonl"))
+    missing = len(ids) - len(rows) - len(left_out)
+    if missing:
+        raise LostRun(f"{'; '.join(lost)}: {missing} of {len(ids)} videos are not captioned")
+    for line in lost:
+        logger.warning("%s, when its videos were finished", line)
+    print(f"captions: {out}")
+    score_rows(rows, out, sibling(out, "scores.json"), len(left_out), scoring)
 
 
-def keep_arguments(out: Path, settings: Settings, variant: Variant, schedule: str) -> None:
-    """Write down what makes a result file what it is. Raises InputError where `out` was begun with something else."""
-    path = out.with_suffix(".args.json")
-    mine = {**settings.identity(), "variant": variant.name, "schedule": schedule}
-    if out.exists() and path.exists():
-        before = json.loads(path.read_text())
-        for key, value in mine.items():
-            if before.get(key) != value:
-                raise InputError(
-                    f"{out} was begun with {key} {before.get(key)!r}, not {value!r}: "
-                    "give another --output-dir, or delete it to start anew"
-                )
-    write_whole(path, json.dumps(mine, indent=2).encode() + b"\n")
+def begin(work: Work, facts: dict) -> set[str]:
+    """Bring together what earlier runs have finished; returns its video ids. Raises InputError where that was made from
+    something else."""
+    out, ids = work.out, [row["video_id"] for row in work.rows]
+    before = load_all(out, ids)
+    keep_arguments(out, facts, begun=bool(before))
+    for row in before:
+        if row["variant"] != work.variant.name:
+            raise InputError(
+                f"{out} has rows of {row['variant']}, not {work.variant.name}: "
+                "give another --output-file, or delete it to start anew"
+            )
+    bring_together(out, before)
+    return {row["video_id"] for row in before}
 
 
-def print_scores(scores: dict, where: Path) -> None:
-    print(f"\n{'metric':<10}{'value':>8}")
-    for name, value in scores.items():
-        if isinstance(value, float):
-            print(f"{name:<10}{value:>8.2f}")
-    for name, reason in scores.get("not_computed", {}).items():
-        print(f"{name:<10}{'-':>8}  {reason}")
-    print(f"{scores['count']} videos scored, {scores['skipped']} left out\nscores: {where}")
+def caption_left(work: Work, crew: Crew | None, total: int) -> list[str]:
+    """Caption `work.rows`, the last of `total`, here or by all machines; returns a line for each process lost."""
+    before = total - len(work.rows)
+    tty = sys.stderr.isatty()
+    with (
+        logging_redirect_tqdm(),
+        tqdm(
+            desc=f"watching, {work.variant.name}",
+            total=total,
+            initial=before,
+            unit=" videos",
+            smoothing=0,
+            miniters=1,
+            mininterval=0.5 if tty else 30,
+            disable=not work.rows,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
+        ) as bar,
+    ):
+        if crew:
+            return crew.work(watch, work, count=len(work.rows), moved=lambda done: bar.update(before + done - bar.n))
+        watch(work, Place(), iter(range(len(work.rows))), bar.update)
+        return []
 
 
-def score_rows(rows: list[dict], where: Path, skipped: int) -> None:
-    scores = score(
-        {row["video_id"]: row["annotation"] for row in rows}, {row["video_id"]: row["result"] for row in rows}
-    )
-    write_scores(where, scores, count=len(rows), skipped=skipped)
-    print_scores(json.loads(where.read_text()), where)
+def assist(settings: Settings, processes: int, gpus: int, crew: Crew) -> None:
+    """A machine other than 0: caption what machine 0 says is left."""
+    work, facts = make_work(settings, processes, gpus)
+    plan = crew.plan()
+    for key in facts.keys() - NOT_COMPARED:
+        if f"{key}_sha256" not in facts and plan["facts"].get(key) != facts[key]:
+            raise InputError(f"{key} is {facts[key]!r} here and {plan['facts'].get(key)!r} on machine 0: give both one")
+    wait_for_mark(shared_mark(work.out, plan["token"]))
+    work = take(work, plan["left"], processes * settings.nodes)
+    if lost := crew.work(watch, work, count=len(work.rows), moved=lambda done: None):
+        raise LostRun("; ".join(lost))
+    logger.info("machine %d has done its part; machine 0 brings the rows together", settings.node_rank)
+
+
+def wait_for_mark(mark: Path, patience: float = 60) -> None:
+    """Network file systems may take some seconds to show a new file."""
+    end = time.monotonic() + patience
+    while not mark.exists():
+        if time.monotonic() > end:
+            raise InputError(f"{mark}, which machine 0 has written, is not here: --output-dir must be shared by all")
+        time.sleep(0.5)
+
+
+def tell_left_out(skipped: Iterable[dict], where: Path) -> None:
+    for number, row in enumerate(skipped):
+        if number == SHOWN:
+            logger.warning("and more: see %s", where)
+            break
+        logger.warning("left out %s: %s", row["video_id"], row["reason"])
+
+
+def count_processes(settings: Settings) -> tuple[int, int]:
+    """Processes to start on this machine, and GPUs to use there. Raises InputError where there are too few of those."""
+    gpus = 0
+    if settings.device != "cpu":
+        # Asking may start the CUDA runtime, and a process that has started it cannot be forked into others.
+        with ProcessPoolExecutor(1, get_context("fork")) as apart:
+            gpus = apart.submit(torch.cuda.device_count).result()
+        if settings.device and not gpus:
+            raise InputError(f"--device {settings.device}, but no GPU is there: give --device cpu, or leave it out")
+    processes = settings.processes or (1 if ":" in settings.device else max(gpus, 1))
+    if gpus and processes > (1 if ":" in settings.device else gpus):
+        raise InputError(f"{processes} processes for {gpus} GPUs: give each its own, or --device cpu")
+    return processes, gpus
+
+
+def count_loaders(processes: int, device: str) -> int:
+    """A GPU is faster than a few cores can decode for it; on a CPU they are needed for the model."""
+    return 2 if device == "cpu" else max(2, min(8, len(os.sched_getaffinity(0)) // processes - 1))
+
+
+def stop(number: int, frame: object) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader would raise for its processes, which end too
+    print(f"\nstopped by {signal.Signals(number).name}: {GO_ON}", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def main() -> None:
     settings = parse(OneLineParser(prog="eval.sh", description=__doc__))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    check_java()
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # that the judge is asked again is no news
     if settings.score_only:
         path = find_path(settings.score_only, ROOT, "the result file")
-        score_rows(list(load_finished(path, CAPTION_FIELDS).values()), path.with_suffix(".scores.json"), skipped=0)
+        rows = list(load_finished(path, CAPTION_FIELDS).values())
+        check_captions(path, rows, get_task(settings.task))
+        score_rows(rows, path, path.with_suffix(".scores.json"), 0, prepare_scoring(settings))
         return
-    variant = get_variant(settings.variant)
-    rows = read_data(find_path(settings.data, ROOT, "the evaluation data"), settings.limit)
-    out = settings.output_dir / (settings.output_file or f"{variant.name}_infer.json")
-    skipped = evaluate(rows, settings, variant, out)
-    finished = finish(out, [row["video_id"] for row in rows])
-    lines = "".join(json.dumps(row) + "\n" for row in skipped)
-    write_whole(out.with_name(f"{variant.name}_skipped.jsonl"), lines.encode())
-    print(f"captions: {out}")
-    score_rows(finished, out.with_name(f"{variant.name}_scores.json"), len(skipped))
+    processes, gpus = count_processes(settings)
+    alone = processes == settings.nodes == 1
+    where = (settings.nodes, settings.node_rank, settings.master_addr, settings.master_port)
+    try:
+        with contextlib.nullcontext() if alone else Crew(processes, *where) as crew:  # before all else: see there
+            part = lead if settings.node_rank == 0 else assist
+            part(settings, processes, gpus, crew)
+    except LostRun as error:
+        print(f"error: {error}: {GO_ON}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     run(main)

@@ -1,12 +1,17 @@
 """Reads, resumes and writes `<variant>_infer.json`: JSON Lines, one row a video. Knows nothing about models or metrics.
 
-A row is on the disk before the next video is begun, so a killed run loses at most the videos it was working on.
+Each process of a run adds to a file of its own in `<variant>_infer.parts`, and rows are brought together at the start
+of a run and at its end. A row is on the disk as soon as its caption is complete, so a killed run loses at most the
+videos it was working on.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -30,6 +35,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 CAPTION_FIELDS = {name: FIELDS[name] for name in ("video_id", "annotation", "result")}
 """What a file of captions made elsewhere must have to be scored."""
+SKIPPED_FIELDS = {"video_id": str, "reason": str}
+"""What is written down of a video that was left out."""
 
 
 def load_finished(path: Path, fields: Mapping[str, type | tuple[type, ...]] = FIELDS) -> dict[str, Row]:
@@ -44,16 +51,16 @@ def load_finished(path: Path, fields: Mapping[str, type | tuple[type, ...]] = FI
 
 
 class Appender:
-    """`with Appender(path) as out: out.append(row)`: adds rows to a new or an interrupted result file.
+    """`with Appender(path) as out: out.append(row)`: adds rows to a new or an interrupted file.
 
     Entering drops an incomplete last line from the file. Raises InputError where `load_finished` does.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, fields: Mapping[str, type | tuple[type, ...]] = FIELDS) -> None:
+        self.path, self.fields = Path(path), fields
 
     def __enter__(self) -> "Appender":
-        rows, whole = _read(self.path, FIELDS)
+        rows, whole = _read(self.path, self.fields)
         self._ids = set(rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b")
@@ -66,7 +73,7 @@ class Appender:
 
     def append(self, row: Row) -> None:
         """Write one row and wait until it is on the disk. Raises ValueError for a bad row or an id already there."""
-        _check(row, FIELDS)
+        _check(row, self.fields)
         if row["video_id"] in self._ids:
             raise ValueError(f"video {row['video_id']!r} already has a row in {self.path}")
         self._file.write(_line(row))
@@ -80,11 +87,40 @@ class Appender:
         self._file.close()
 
 
-def finish(path: Path, order: Iterable[str]) -> list[Row]:
-    """Rewrite the file's rows in the `order` of the data's video ids, whole or not at all, and return them.
+def rows_part(path: Path, process: str) -> Path:
+    """Where a process of the run that writes `path` adds its rows."""
+    return _parts(path) / f"{process}.rows.jsonl"
 
-    Ids without a row (skipped videos) are passed over. Raises InputError for an id that `order` has twice, for a row
-    whose id `order` lacks, and where `load_finished` does.
+
+def skipped_part(path: Path, process: str) -> Path:
+    """Where a process of the run that writes `path` adds the videos that it left out."""
+    return _parts(path) / f"{process}.skipped.jsonl"
+
+
+def shared_mark(path: Path, token: str) -> Path:
+    """A file by which the machines of a run see that they share a folder."""
+    return _parts(path) / f"{token}.mark"
+
+
+def sibling(path: Path, what: str) -> Path:
+    """What goes with the result file at `path`: `group_scores.json` with `group_infer.json`, `x.scores.json` with
+    `x.json`."""
+    if path.stem.endswith("_infer"):
+        return path.with_name(f"{path.stem.removesuffix('_infer')}_{what}")
+    return path.with_suffix(f".{what}")
+
+
+def load_skipped(path: Path) -> dict[str, Row]:
+    """The videos that the processes of the run that writes `path` left out, by video_id."""
+    return _load(sorted(_parts(path).glob("*.skipped.jsonl")), SKIPPED_FIELDS)
+
+
+def load_all(path: Path, order: Iterable[str]) -> list[Row]:
+    """The rows of the file and of its parts in the `order` of the data's video ids.
+
+    Ids without a row (skipped videos) are passed over; of two rows for one video, the file's own or the first part's
+    stays. Raises InputError for an id that `order` has twice, for a row whose id `order` lacks, and where
+    `load_finished` does.
     """
     order = list(order)
     seen: set[str] = set()
@@ -92,16 +128,57 @@ def finish(path: Path, order: Iterable[str]) -> list[Row]:
         if video_id in seen:
             raise InputError(f"video {video_id!r} comes twice in the data: give each video its own video_id")
         seen.add(video_id)
-    rows = load_finished(path)
+    rows = _load([path, *sorted(_parts(path).glob("*.rows.jsonl"))], FIELDS)
     for video_id in rows:
         if video_id not in seen:
             raise InputError(
                 f"{path} has a row for video {video_id!r}, which is not in the data: "
-                "it is from another data set, choose another output file"
+                "it is from another data set, or from more of it, choose another output file"
             )
-    ordered = [rows[video_id] for video_id in order if video_id in rows]
-    write_whole(path, b"".join(map(_line, ordered)))
-    return ordered
+    return [rows[video_id] for video_id in order if video_id in rows]
+
+
+def bring_together(path: Path, rows: Iterable[Row]) -> None:
+    """Make `rows`, which `load_all` has given, the file, whole or not at all; then remove the parts."""
+    lines = b"".join(map(_line, rows))
+    if lines or path.exists():
+        write_whole(path, lines)
+    shutil.rmtree(_parts(path), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Nobody else writes this result file meanwhile. Raises InputError where somebody does, and where the folder
+    cannot be written to."""
+    lock = path.with_suffix(".lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): give another --output-dir") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"another run is writing {path}: wait for its end, or give another --output-dir") from None
+        except OSError as error:
+            log.warning("%s: no locks on this file system (%s): see that no other run writes there", path, error)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _parts(path: Path) -> Path:
+    return path.with_suffix(".parts")
+
+
+def _load(paths: Iterable[Path], fields: Mapping[str, type | tuple[type, ...]]) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    for path in paths:
+        for video_id, row in load_finished(path, fields).items():
+            rows.setdefault(video_id, row)
+    return rows
 
 
 def write_whole(path: Path, data: bytes) -> None:

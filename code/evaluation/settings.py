@@ -6,12 +6,14 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import os
 from pathlib import Path
 
 from qwen_vl_streaming.errors import InputError, OneLineParser
 from qwen_vl_streaming.variants import ENVIRONMENT_VARIABLE, VARIANTS, chosen_variant
 from qwen_vl_streaming.video import PixelBudget
+from tasks import get_task
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -29,20 +31,35 @@ class Settings:
     """One of origin, batch, interleave, overlap, group, gap."""
     model: str = ""
     """A checkpoint folder or hub id; by default what sft.sh has trained for the variant."""
-    data: str = "dataset/test_3_5.jsonl"
-    """A JSONL that mani_data.py has made."""
+    task: str = "description"
+    """description, or funqa: six sub-tasks, each row with its own question."""
+    data: str = ""
+    """A JSONL that mani_data.py has made; by default dataset/test_3_5.jsonl or dataset/funqa_test.jsonl."""
     video_root: str = ""
     """Folder that the rows' video_path starts from; by default the project's root."""
     output_dir: Path = ROOT / "code/evaluation/output"
-    """Folder for captions and scores."""
+    """Folder for captions and scores; by default funqa has its own in there."""
     output_file: str = ""
     """Name of the file of captions, by default <variant>_infer.json."""
     schedule: str = ""
-    """wait-K or random-K; by default wait-K with the K of the checkpoint."""
+    """wait-K; random-K, between 1 and 2K-1 tokens a slot; random, around the checkpoint's K; or a file of counts, JSON
+    {video_id: [k_1, ..., k_N]} or JSON Lines such as a result file. By default wait-K with the checkpoint's K."""
     seed: int = 0
     """For random schedules."""
     batch_size: int = 8
-    """Videos watched at once."""
+    """Videos that a process watches at once, at most. Captions do not depend on it."""
+    memory: float | None = None
+    """GiB for the keys and values of a process's videos; by default most of what its GPU has free."""
+    processes: int = 0
+    """Processes on this machine; 0 means one a GPU, or one where there is none. eval.sh sets it from NPROC_PER_NODE."""
+    nodes: int = 1
+    """Machines of this run, from NNODES. The output folder must lie where all reach it."""
+    node_rank: int = 0
+    """Which of them this is, from NODE_RANK."""
+    master_addr: str = "127.0.0.1"
+    """Address of machine 0, from MASTER_ADDR."""
+    master_port: int = 29500
+    """A free port there, from MASTER_PORT; unused with one machine."""
     max_new_tokens: int = 300
     """At most this many answer tokens a video."""
     repetition_penalty: float = 1.15
@@ -55,22 +72,52 @@ class Settings:
     """Shared over the sampled frames of a video."""
     limit: int | None = None
     """Only the first videos of the data."""
-    workers: int = 2
-    """Processes that decode videos ahead of the model."""
+    workers: int | None = None
+    """Processes that decode videos ahead of each one that watches; by default 2, and with a GPU up to 8."""
     device: str = ""
-    """cuda or cpu; by default cuda where there is one."""
+    """cuda, cuda:N or cpu; by default cuda where there is one."""
     dtype: str = ""
     """float32, bfloat16 or float16; by default bfloat16 on cuda, float32 on the CPU."""
     force: bool = False
     """Evaluate a checkpoint under another variant than it was trained for."""
     score_only: str = ""
     """Only score the captions in this file: JSON Lines with video_id, annotation and result."""
+    bleurt: str = ""
+    """Score with BLEURT too: a checkpoint for PyTorch, folder or hub id, such as lucadiliello/BLEURT-20."""
+    judge_url: str = ""
+    """Have an LLM judge fluency: base address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1. Its
+    key, where it wants one, is read from OPENAI_API_KEY."""
+    judge_model: str = ""
+    """The judge's name at that endpoint."""
+    judge_workers: int = 8
+    """Captions that are judged at once."""
+    judge_options: str = '{"temperature": 0}'
+    """Further fields of each request to the judge, a JSON object."""
 
     def __post_init__(self):
         if self.batch_size < 1 or self.max_new_tokens < 1 or self.repetition_penalty <= 0:
             raise InputError("--batch-size, --max-new-tokens and --repetition-penalty must be above 0")
+        if self.memory is not None and self.memory <= 0:
+            raise InputError(f"--memory {self.memory}: give GiB above 0, or leave it out")
+        if min(self.processes, self.workers or 0) < 0 or not 0 <= self.node_rank < self.nodes:
+            raise InputError(
+                f"--processes {self.processes}, --workers {self.workers}, --nodes {self.nodes}, --node-rank "
+                f"{self.node_rank}: processes and workers are not negative, and ranks run from 0 below --nodes"
+            )
+        if bool(self.judge_url) != bool(self.judge_model) or self.judge_workers < 1:
+            raise InputError("--judge-url and --judge-model go together, and --judge-workers must be above 0")
+        try:
+            options = json.loads(self.judge_options)
+        except ValueError:
+            options = None
+        if not isinstance(options, dict):
+            raise InputError(f"--judge-options {self.judge_options!r}: give a JSON object")
         if self.dtype not in ("", "float32", "bfloat16", "float16"):
             raise InputError(f"--dtype {self.dtype}: choose float32, bfloat16 or float16")
+        task = get_task(self.task)
+        object.__setattr__(self, "data", self.data or task.data)
+        if task.subtasks and self.output_dir == Settings.output_dir:
+            object.__setattr__(self, "output_dir", self.output_dir / task.name)
         if not self.model:
             trained = ROOT / f"code/qwen-vl-finetune/output/qwen2_5vl-pe-{self.variant}"
             object.__setattr__(self, "model", str(trained))
@@ -80,20 +127,19 @@ class Settings:
         return PixelBudget(self.min_pixels_per_frame, self.max_pixels_per_frame, self.max_pixels_per_video)
 
     def identity(self) -> dict:
-        """What decides the captions, which the batch does not; a result file is only gone on with under the same."""
-        loose = {
-            "variant",
-            "schedule",
-            "batch_size",
-            "force",
-            "output_dir",
-            "output_file",
-            "limit",
-            "workers",
-            "device",
-            "score_only",
-        }
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in loose}
+        """The values that decide the captions, which the batch and the machines do not; a result file is only gone on
+        with under the same."""
+        deciding = (
+            "task",
+            "video_root",
+            "seed",
+            "max_new_tokens",
+            "repetition_penalty",
+            "min_pixels_per_frame",
+            "max_pixels_per_frame",
+            "max_pixels_per_video",
+        )
+        return {name: getattr(self, name) for name in deciding}
 
 
 def parse(parser: OneLineParser) -> Settings:
@@ -109,7 +155,7 @@ def parse(parser: OneLineParser) -> Settings:
         if field.type is bool:
             parser.add_argument(flag, action="store_true", help=help_text)
         else:
-            kind = {int: int, float: float, Path: Path, int | None: int}.get(field.type, str)
+            kind = {int: int, float: float, Path: Path, int | None: int, float | None: float}.get(field.type, str)
             default = kind(default) if default is not None else None
             parser.add_argument(flag, type=kind, default=default, help=help_text, metavar=kind.__name__.upper())
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter

@@ -78,18 +78,21 @@ def main() -> None:
         raise InputError(f"{beside} is missing: it says how {path.name} was made; evaluate again with eval.sh")
     made = json.loads(beside.read_text())
     rows = list(load_finished(path).values())[: arguments.limit]
-    data = find_path(made["data"], ROOT, "the evaluation data").read_text(encoding="utf-8").splitlines()
-    videos = {str(row["video_id"]): row["video_path"] for row in map(json.loads, data)}
+    data = find_path(made["data"], ROOT, "the evaluation data").read_text(encoding="utf-8").split("\n")
+    asked = {str(row["video_id"]): row for row in map(json.loads, filter(str.strip, data))}
+    if gone := [row["video_id"] for row in rows if row["video_id"] not in asked]:
+        raise InputError(f"{made['data']} has no row for video {gone[0]}: it is not what {path.name} was made from")
     root = find_path(made["video_root"], ROOT, "the video root") if made["video_root"] else ROOT
     budget = PixelBudget(made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"])
 
     processor, variant = load_processor(made["model"]), get_variant(made["variant"])
-    template = make_template(processor, QUESTIONS[-1])
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(made["model"], dtype=torch.float32)
     model.to(arguments.device).eval()
     right = total = 0
     for row in tqdm(rows, unit="video", desc="re-deriving"):
-        video = read_video(root / videos[row["video_id"]], budget=budget, reader=choose_reader(os.environ))
+        source = asked[row["video_id"]]
+        template = make_template(processor, source.get("question") or QUESTIONS[-1])
+        video = read_video(root / source["video_path"], budget=budget, reader=choose_reader(os.environ))
         pixels, grid = clip_pixels(processor, video.frames)
         steps = model.config.vision_config.tokens_per_second * video.seconds_per_clip
         timeline = make_timeline(variant, template.layout(grid, steps), row["schedule"])

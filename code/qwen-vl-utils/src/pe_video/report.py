@@ -28,6 +28,8 @@ class Tally:
     """Kept, but left out by --max-samples."""
     without_video: int = 0
     """Rows whose video is not there yet."""
+    tasks: Counter[str] = field(default_factory=Counter)
+    """Rows of each sub-task, where a data set has such."""
 
     def add(self, outcome: str, seconds: float | None, tokens: int | None, reason: str, by: int = 1) -> None:
         """Count one sample; with `by` -1, take it back."""
@@ -63,15 +65,17 @@ class Tally:
 
     def numbers(self) -> dict[str, Any]:
         """For the report: counts by name, most frequent reasons first."""
+        others = sorted((+self.outcomes).keys() - {KEPT, BAD, *DROPPED})  # rules of one data set only
         return {
             "samples": sum(self.outcomes.values()),
             "kept": self.outcomes[KEPT],
-            "dropped": {rule: self.outcomes[rule] for rule in DROPPED},
+            "dropped": {rule: self.outcomes[rule] for rule in (*DROPPED, *others)},
             "bad": self.outcomes[BAD],
             "bad_reasons": dict(sorted((+self.reasons).items(), key=lambda item: (-item[1], item[0]))),
             "not_drawn": self.not_drawn,
             "rows": self.rows,
             "rows_without_video": self.without_video,
+            **({"tasks": dict(self.tasks)} if self.tasks else {}),
         }
 
 
@@ -97,7 +101,11 @@ def draw(tallies: dict[str, Tally], rules: Rules, path: Path) -> None:
         "tokens": "caption length (tokens), samples that the cheap rules let through",
         "tokens per second": "tokens ÷ seconds (1/s), the same samples",
     }
-    for axes, (name, (width, end)) in zip(figure.subplots(1, len(AXES)), AXES.items(), strict=True):
+    # Tokens are not counted where no rule needs them.
+    shown = {name: axis for name, axis in AXES.items() if any(tally.bars[name] for tally in tallies.values())}
+    shown = shown or AXES
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (name, (width, end)) in zip(panels, shown.items(), strict=True):
         base = Counter()
         for split, tally in tallies.items():
             bars = sorted(tally.bars[name])
@@ -105,7 +113,7 @@ def draw(tallies: dict[str, Tally], rules: Rules, path: Path) -> None:
             left, bottoms = [bar * width for bar in bars], [base[bar] for bar in bars]
             axes.bar(left, heights, width, bottoms, align="edge", label=split)
             base.update(tally.bars[name])
-        for bound in bounds[name]:
+        for bound in (bound for bound in bounds[name] if 0 < bound < math.inf):
             axes.axvline(bound, color="black", linestyle="--", label=f"bound {bound:g}")
         axes.set(xlabel=labels[name], ylabel="samples", xlim=(0, end))
         if axes.get_legend_handles_labels()[1]:

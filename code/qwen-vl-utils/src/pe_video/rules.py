@@ -4,7 +4,7 @@ import codecs
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwen_vl_streaming.errors import InputError
@@ -24,7 +24,7 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class Rules:
-    """Which samples are kept: every bound is itself allowed."""
+    """Which samples are kept: every bound is itself allowed, and infinity is none."""
 
     min_seconds: float = 5.0
     max_seconds: float = 30.0
@@ -38,8 +38,17 @@ class Rules:
             ("seconds", self.min_seconds, self.max_seconds),
             ("tokens-per-second", self.min_tokens_per_second, self.max_tokens_per_second),
         ):
-            if not 0 <= low <= high < math.inf:
+            if not 0 <= low <= high or low == math.inf:
                 raise InputError(f"--min-{name} {low:g} and --max-{name} {high:g} leave nothing between them")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a bound needs the tokens of a caption."""
+        return self.min_tokens_per_second > 0 or self.max_tokens_per_second < math.inf
+
+    def numbers(self) -> dict[str, float | str | None]:
+        """For the report: each rule by name, None for a bound that is none."""
+        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
 
 
 @dataclass
@@ -85,7 +94,7 @@ def judge(
     for sample in samples:  # a sample can be measured only until the next one is read
         try:
             data = read_object(sample)
-            caption = read_caption(data)
+            caption = read_text(data, CAPTION_FIELD)
             seconds = read_seconds(data, sample)
         except BadSample as error:
             verdicts.append((sample, Verdict(BAD, str(error))))
@@ -139,20 +148,20 @@ def read_object(sample: Sample) -> dict[str, Any]:
     return data
 
 
-def read_caption(data: dict[str, Any]) -> str:
-    """The human caption without blanks around it. Raises BadSample."""
-    caption = data.get(CAPTION_FIELD)
-    if caption is None:
-        raise BadSample(f"no {CAPTION_FIELD}")
-    if not isinstance(caption, str):
-        raise BadSample(f"{CAPTION_FIELD} is not text")
-    if not caption.strip():
-        raise BadSample(f"{CAPTION_FIELD} is empty")
+def read_text(data: dict[str, Any], field: str) -> str:
+    """The text in `field` without blanks around it. Raises BadSample."""
+    text = data.get(field)
+    if text is None:
+        raise BadSample(f"no {field}")
+    if not isinstance(text, str):
+        raise BadSample(f"{field} is not text")
+    if not text.strip():
+        raise BadSample(f"{field} is empty")
     try:
-        caption.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadSample(f"{CAPTION_FIELD} is not valid Unicode") from error
-    return caption.strip()
+        raise BadSample(f"{field} is not valid Unicode") from error
+    return text.strip()
 
 
 def read_seconds(data: dict[str, Any], sample: Sample) -> float:

@@ -85,7 +85,7 @@ def prepare_dataset(options: Options) -> dict[str, Tally]:
             for split, part in units.items():
                 _finish_split(split, part, job, options, workers, tallies[split], skipped)
         draw(tallies, options.rules, options.output_dir / "report.png")
-        report = {"rules": asdict(options.rules), "splits": {split: t.numbers() for split, t in tallies.items()}}
+        report = {"rules": options.rules.numbers(), "splits": {split: t.numbers() for split, t in tallies.items()}}
         with whole_file(options.output_dir / "report.json") as file:
             file.write(json.dumps(report, indent=2) + "\n")
     return tallies

@@ -55,7 +55,8 @@ class Engine:
 
     flex: bool | None = None
     """FlexAttention or SDPA with a dense mask; None: FlexAttention on a GPU."""
-    options: dict | None = None
+    options = {"num_warps": 4, "num_stages": 3}
+    """FlexAttention's kernel_options in a step, measured on an H200: by default its loads are not overlapped."""
 
     def __init__(self, model, seats: int, pages: Pages, longest: int, penalty: float = 1.15):
         """`longest` is T; `penalty` as in `streaming.Streams`."""
@@ -125,20 +126,29 @@ class Engine:
 
     @torch.no_grad()
     def take_in(self, seats: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
-        """Feed the whole visual runs of `seats`, which have been fed nothing, in one row: for variants whose visual
-        side never sees text. `visual_tokens` holds (N, tokens of a clip, C) for each."""
+        """Feed `seats`, which have been fed nothing, their whole visual runs and their headers, in one row, and write
+        their first words: for variants whose visual side never sees text. `visual_tokens` holds, for each, a tensor of
+        (N, tokens of a clip, C)."""
         streams = [self.seated[seat] for seat in seats]
-        lengths = [len(stream.plan.visual) for stream in streams]
-        tokens = [torch.arange(length, device=self.device) for length in lengths]
-        places = [self._places([seat], token[None]) for seat, token in zip(seats, tokens, strict=True)]
-        fed = [
-            self._embed(stream, 0, length, visual)
-            for stream, length, visual in zip(streams, lengths, visual_tokens, strict=True)
-        ]
-        positions = self._put(torch.cat([stream.plan.visual.positions for stream in streams], 1))
-        self._forward(torch.cat(fed)[None], positions[:, None], Fresh(torch.cat(places, 1), lengths), self._layer)
-        for seat, stream, length in zip(seats, streams, lengths, strict=True):
-            stream.watched(length)
+        hidden, positions, places, leads = [], [], [], []
+        for seat, stream, visual in zip(seats, streams, visual_tokens, strict=True):
+            run, header = stream.plan.visual, self._put(torch.tensor(stream.template.header))
+            hidden += [self._embed(stream, 0, len(run), visual), self.language.embed_tokens(header)]
+            positions += [run.positions, stream.plan.text.positions[:, : len(header)]]
+            row, lead = (torch.arange(length, device=self.device) for length in (len(run), len(header)))
+            places.append(self._places([seat], torch.cat([row, Pages.text_page_of(len(run)) * PAGE + lead])[None]))
+            sight = row < self.seen_visual[seat, : len(header), None]
+            leads.append(torch.cat([sight, lead <= lead[:, None]], 1))
+        positions = self._put(torch.cat(positions, 1))[:, None]
+        result = self._forward(torch.cat(hidden)[None], positions, Fresh(torch.cat(places, 1), leads), self._layer)
+        ends = torch.tensor([mask.shape[1] for mask in leads]).cumsum(0) - 1
+        headers = torch.tensor([mask.shape[0] for mask in leads])
+        where, next_row = self._put(torch.tensor(seats)), self._put(headers)
+        self._plain_choose(result[0, self._put(ends)], where, next_row, torch.ones_like(where, dtype=torch.bool))
+        self.fed[where] = next_row
+        for seat, stream in zip(seats, streams, strict=True):
+            stream.watched(len(stream.plan.visual))
+            stream.text_fed = len(stream.template.header)
             self.due[seat] = stream.text_due
 
     @torch.no_grad()

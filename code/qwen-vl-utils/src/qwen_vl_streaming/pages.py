@@ -42,6 +42,11 @@ class Pages:
         self.held: dict[int, list[int]] = {}
 
     @staticmethod
+    def text_page_of(visual: int) -> int:
+        """The logical page at which the text run of a stream with `visual` tokens begins."""
+        return -(-visual // PAGE)
+
+    @staticmethod
     def need(visual: int, text: int) -> int:
         """Pages of a stream with runs of `visual` and `text` tokens."""
         return -(-visual // PAGE) - (-text // PAGE)
@@ -62,7 +67,7 @@ class Pages:
         self.table[seat, :count] = pages
         self.owner[pages] = seat
         self.logical[pages] = torch.arange(count, device=pages.device)
-        self.text_page[seat] = -(-visual // PAGE)
+        self.text_page[seat] = self.text_page_of(visual)
 
     def give_back(self, seat: int) -> None:
         mine = self.held.pop(seat)
@@ -203,18 +208,30 @@ def _flex_apart(*tensors: Tensor, **options) -> Tensor:
 
 @dataclass
 class Fresh:
-    """A pass over the visual runs of seats that have nothing in the pool yet, end to end in one row: each sees what
-    came before it in its own run."""
+    """A pass over seats that have nothing in the pool yet, end to end in one row: for each the whole visual run, of
+    which a row sees what came before it, and then the first rows of the text run, which see what `leads` says."""
 
     places: Tensor
     """(1, Q)"""
-    lengths: list[int]
+    leads: list[Tensor]
+    """For each seat what its text rows may see of its own rows, (text rows, rows of the seat)."""
 
-    @torch.compiler.disable  # its loop would be compiled anew for each number of runs
+    @torch.compiler.disable  # its loop would be compiled anew for each number of seats
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """As `View.attend`, with n = 1."""
         where = self.places.flatten()
         keys[:, where], values[:, where] = key[0], value[0]
-        runs = zip(*(tensor.split(self.lengths, 2) for tensor in (query, key, value)), strict=True)
-        attend = nn.functional.scaled_dot_product_attention
-        return torch.cat([attend(*run, is_causal=True, scale=scale, enable_gqa=True) for run in runs], 2)
+        lengths = [mask.shape[1] for mask in self.leads]
+        options = {"scale": scale, "enable_gqa": True}
+        mixed = query.new_empty(query.transpose(1, 2).shape)  # as the next product wants it
+        runs = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
+        for mask, own, run in zip(self.leads, mixed.split(lengths, 1), runs, strict=True):
+            visual = mask.shape[1] - mask.shape[0]
+            sight = (tensor[:, :, :visual] for tensor in run)
+            seen = nn.functional.scaled_dot_product_attention(*sight, is_causal=True, **options)
+            own[:, :visual] = seen.transpose(1, 2)
+            seen = nn.functional.scaled_dot_product_attention(
+                run[0][:, :, visual:], *run[1:], attn_mask=mask, **options
+            )
+            own[:, visual:] = seen.transpose(1, 2)
+        return mixed.transpose(1, 2)

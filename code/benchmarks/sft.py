@@ -1,0 +1,256 @@
+"""Training through sft.sh itself, on real videos and random weights of the true shapes: how fast, in how much memory,
+how long it waits for data, and whether one process and several, under every ZeRO stage, give the same losses.
+
+    python code/benchmarks/sft.py --size 7B --runs 2:zero3.json --gradient_checkpointing False
+    python code/benchmarks/sft.py --size 3B --layers 2 --float32 --at-once \\
+        --runs 1:none 1:zero2.json 2:zero2.json 2:zero3.json
+
+A run is PROCESSES:CONFIGURATION; `none` is Trainer without DeepSpeed. All runs train on the same samples in the same
+order, --batch to an optimizer step, shared among the processes. A sample is the published baseline's work: a video of
+30 seconds whose clips make 91 visual tokens each, in an H.264 file, and an answer of about 117 tokens. Flags not named
+below go to sft.sh as they are.
+
+Seconds a step are those between the log lines of steps, the median without the first two, which compile and start the
+workers; tokens/s follow from them. Model FLOPs as in training.py, as a share of what a bf16 matrix product of 8192
+cubed reaches on each GPU. Memory is the largest that PyTorch gave out on any one GPU. Seconds waited for data are all
+of the run's, its start included.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import torch
+from inputs import Film, make_captions, make_checkpoint, make_rows
+from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
+from qwen_vl_streaming.prompts import QUESTIONS, answer_ids, load_processor, make_template
+from qwen_vl_streaming.timeline import make_schedule, make_timeline
+from qwen_vl_streaming.variants import VARIANTS, get_variant
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import GRID, SHAPES, flops, seconds
+
+ROOT = Path(__file__).resolve().parents[2]
+FINETUNE = ROOT / "code/qwen-vl-finetune"
+BUDGET = {"min_pixels_per_frame": 50_176, "max_pixels_per_frame": 78_400}
+"""With these, 364 x 196 stays as it is and 1920 x 1080 becomes it."""
+UNTIMED = 2
+"""First steps, which compile and start the data workers."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to train."""
+
+    processes: int
+    configuration: str
+    """A DeepSpeed configuration as sft.sh takes it, or `none`."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Run":
+        """From a text such as 2:zero3.json. Raises InputError for any other."""
+        processes, _, configuration = text.partition(":")
+        if not processes.isdigit() or int(processes) < 1 or not configuration:
+            raise InputError(f"--runs {text}: give PROCESSES:CONFIGURATION, such as 2:zero3.json or 1:none")
+        return cls(int(processes), configuration)
+
+    @property
+    def name(self) -> str:
+        return f"{self.processes}-{Path(self.configuration).stem}"
+
+
+def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Path) -> tuple[subprocess.Popen, Path]:
+    """Begin a run: its process, and its output folder, beside which lies its log."""
+    processes, output = str(chosen.processes), arguments.folder / "runs" / chosen.name
+    shutil.rmtree(output, ignore_errors=True)
+    output.parent.mkdir(exist_ok=True)
+    flags = {
+        "output_dir": output,
+        "max_steps": arguments.steps,
+        "gradient_accumulation_steps": arguments.batch // (arguments.per_device * chosen.processes),
+        "per_device_train_batch_size": arguments.per_device,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        **BUDGET,
+        "max_pixels_per_video": 2 * arguments.seconds * BUDGET["max_pixels_per_frame"],
+    }
+    cpu = not torch.cuda.is_available()
+    if cpu or arguments.float32:
+        flags["bf16"] = False
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)] + further
+    environment = {
+        **os.environ,
+        "QWEN2_5_VL_VARIANT": arguments.variant,
+        "QWEN2_5_VL_MODEL_PATH": str(checkpoint),
+        "QWEN2_5_VL_TRAIN_DATA": str(data),
+        "NPROC_PER_NODE": processes,
+        "DEEPSPEED_CONFIG": chosen.configuration,
+    }
+    if chosen.configuration == "none":
+        environment["PYTHONPATH"] = os.pathsep.join([str(FINETUNE), os.environ.get("PYTHONPATH", "")])
+        launcher = [sys.executable, "-m", "qwenvl.launch", "--standalone", "--nproc_per_node", processes]
+        files = ["--model_name_or_path", str(checkpoint), "--train_data", str(data)]
+        command = [*launcher, "-m", "qwenvl.train", *files, *(["--use_cpu", "True"] if cpu else [])]
+    else:
+        command = ["bash", str(FINETUNE / "scripts/sft.sh")]
+    log = output.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, *words], env=environment, stdout=file, stderr=subprocess.STDOUT)
+    return process, output
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a run, its workers too, where it has not ended."""
+    if process.poll() is None:
+        for each in (*psutil.Process(process.pid).children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+                each.kill()
+        process.wait()
+
+
+def finish(process: subprocess.Popen, output: Path, limit: float) -> bool:
+    """Wait for a run; False, with the end of its log printed, where it failed or was killed after `limit` seconds."""
+    try:
+        status = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        status = f"none within {limit:.0f} s"
+        end(process)
+    if status != 0:
+        lines = output.with_suffix(".log").read_text(errors="replace").splitlines()
+        print(f"{output.name}: exit status {status}; its log ends:", *lines[-25:], sep="\n    ", flush=True)
+    return status == 0
+
+
+def sample_flops(checkpoint: Path, variant: str, clips: int, caption: str) -> float:
+    """Model FLOPs of a sample with this caption, for a checkpoint of this shape."""
+    processor, config = load_processor(checkpoint), load_config(checkpoint)
+    template = make_template(processor, QUESTIONS[0])
+    counts = make_schedule("wait-3", get_variant(variant), clips).counts(len(answer_ids(processor, template, caption)))
+    timeline = make_timeline(get_variant(variant), template.layout(GRID, 2.0), counts)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    return flops(timeline, model)
+
+
+def measure(output: Path, batch: int, per_sample: float, peak: float) -> tuple[str, list[float], list[float]]:
+    """A row of the table, and the losses and gradient norms of all steps."""
+    events = EventAccumulator(str(output / "runs")).Reload()
+    losses, norms = events.Scalars("train/loss"), events.Scalars("train/grad_norm")
+    work = json.loads((output / "throughput.json").read_text())
+    processes = json.loads((output / "run.json").read_text())["world_size"]
+    each = [after.wall_time - before.wall_time for before, after in pairwise(losses)]
+    step = statistics.median(each[UNTIMED - 1 :] or [float("nan")])
+    rate = per_sample * batch / step / processes
+    saved = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    row = (
+        f"{output.name:<24}{step:>10.3f}{work['tokens'] / work['samples'] * batch / step:>10.0f}{rate / 1e12:>9.0f}"
+        f"{rate / peak:>9.1%}{work['peak_memory_bytes'] / 2**30:>9.1f}"
+        f"{work['seconds_waiting_for_data']:>10.2f}{work['seconds']:>9.1f}{saved / 2**30:>9.2f}"
+    )
+    return row, [point.value for point in losses], [point.value for point in norms]
+
+
+def compare(curves: dict[str, list[float]], what: str) -> None:
+    """Print the values of every step side by side, and how far each run is from the first."""
+    print(f"\n{what}\n{'step':<24}" + "".join(f"{name:>22}" for name in curves))
+    first = next(iter(curves.values()))
+    for index in range(len(first)):
+        print(f"{index + 1:<24}" + "".join(f"{values[index]:>22.6f}" for values in curves.values()))
+    if len(curves) > 1:
+        furthest = (max(abs(a - b) for a, b in zip(first, values, strict=True)) for values in curves.values())
+        print(f"{'furthest from the first':<24}" + "".join(f"{distance:>22.1e}" for distance in furthest), flush=True)
+
+
+def main() -> None:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--size", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--layers", type=int, help="layers of language model and vision tower (default: all)")
+    parser.add_argument("--runs", nargs="*", default=[], metavar="N:CONFIG", help="none: make the files and end")
+    parser.add_argument("--variant", choices=VARIANTS, default="group")
+    parser.add_argument("--batch", type=int, default=8, help="samples of an optimizer step (default %(default)s)")
+    parser.add_argument("--per-device", type=int, default=1, help="samples of a forward pass (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--float32", action="store_true", help="train in float32; default: bf16 on a GPU")
+    parser.add_argument("--video", default="364x196@8", help="size and frames a second of files (default %(default)s)")
+    parser.add_argument("--seconds", type=int, default=30, help="of each video (default %(default)s)")
+    parser.add_argument("--videos", type=int, default=16, help="files, used in turn (default %(default)s)")
+    parser.add_argument("--at-once", action="store_true", help="all runs at once: to compare losses, not to time")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds after which a run is killed")
+    parser.add_argument("--folder", type=Path, help="for all files, found again by the next call (default: a new one)")
+    arguments, further = parser.parse_known_args()
+    film, runs = Film.parse(arguments.video, arguments.seconds), [Run.parse(text) for text in arguments.runs]
+    for chosen in runs:
+        if arguments.batch % (arguments.per_device * chosen.processes):
+            raise InputError(
+                f"--batch {arguments.batch} cannot be shared by {chosen.processes} processes that take "
+                f"{arguments.per_device} samples at a time: give a multiple"
+            )
+    if len({chosen.name for chosen in runs}) < len(runs):
+        raise InputError(f"--runs {' '.join(arguments.runs)}: name each one once")
+    with tempfile.TemporaryDirectory() as name:
+        arguments.folder = (arguments.folder or Path(name)).resolve()
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = make_checkpoint(arguments.size, arguments.layers, arguments.folder)
+        captions = make_captions(arguments.batch * arguments.steps, seed=1)
+        data = make_rows(film, arguments.videos, captions, arguments.folder)
+        if runs and not train(runs, arguments, further, checkpoint, data, captions[0]):
+            sys.exit(1)
+
+
+def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data: Path, caption: str) -> bool:
+    """Train by all runs and print what they did; False where one of them failed."""
+    peak, name = float("nan"), "CPU"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+        peak = 2 * 8192**3 / seconds(lambda: a @ b, 20, "cuda")
+        del a, b
+        torch.cuda.empty_cache()
+    per_sample = sample_flops(checkpoint, arguments.variant, arguments.seconds, caption)
+    kind = "float32" if arguments.float32 or name == "CPU" else "bf16"
+    print(
+        f"{name}, torch {torch.__version__}, {checkpoint.name}, {arguments.variant}, {kind}, {arguments.batch} samples "
+        f"a step, {arguments.per_device} at a time, videos {arguments.video}, {' '.join(further)}\n"
+        f"bf16 matrix product of 8192 cubed: {peak / 1e12:.0f} TFLOP/s; a sample: {per_sample / 1e12:.1f} TFLOP",
+        flush=True,
+    )
+    print(
+        f"{'processes-configuration':<24}{'s a step':>10}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>9}"
+        f"{'s waited':>10}{'of s':>9}{'GiB out':>9}",
+        flush=True,
+    )
+    losses, norms = {}, {}
+    for group in [runs] if arguments.at_once else [[chosen] for chosen in runs]:
+        until = time.monotonic() + arguments.limit
+        with contextlib.ExitStack() as stack:
+            started = [start(chosen, arguments, further, checkpoint, data) for chosen in group]
+            for process, _ in started:
+                stack.callback(end, process)
+            for process, output in started:
+                if finish(process, output, max(0, until - time.monotonic())):
+                    row, losses[output.name], norms[output.name] = measure(output, arguments.batch, per_sample, peak)
+                    print(row, flush=True)
+                for weights in output.glob("*.safetensors"):
+                    weights.unlink()  # of the true size they would soon fill a disk
+    if losses:
+        compare(losses, "loss")
+        compare(norms, "gradient norm")
+    return len(losses) == len(runs)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,150 @@
+"""BLEURT-20 (Sellam et al. 2020, Pu et al. 2021) under PyTorch. Knows nothing about videos, files of captions and
+other metrics.
+
+The official one needs TensorFlow, and its port to PyTorch, bleurt-pytorch, does not import under the transformers
+version of this project. But BLEURT-20 is a RemBERT with one output: the checkpoints of that port
+(lucadiliello/BLEURT-20, and the smaller -D12, -D6, -D3) load as transformers' own RemBERT when their weights are
+renamed. Pairs are encoded as the official one does, by sentencepiece itself: [CLS] reference [SEP] candidate [SEP].
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+import sentencepiece
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from qwen_vl_streaming.errors import InputError
+from safetensors import SafetensorError
+from scoring import NotComputed
+from settings import ROOT
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import RemBertConfig, RemBertForSequenceClassification
+
+logger = logging.getLogger(__name__)
+
+VOCABULARY = "spm.model"
+WEIGHTS = ("*.safetensors", "*.bin")
+SAME_FIELDS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id"),
+)
+RENAMED_WEIGHTS = {r"^bleurt\.": "rembert.", r"\.embedding_projection\.": ".embedding_hidden_mapping_in."}
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder of a checkpoint, which is fetched where `name` is a hub id; call it before anything long runs.
+
+    Raises InputError, in one line, for one that is not there or is no BLEURT-20.
+    """
+    folder = next((folder for folder in (Path(name), ROOT / name) if folder.exists()), None)
+    if folder is None:
+        try:
+            for weights in WEIGHTS:  # some have both, which are the same 2 GB
+                folder = Path(snapshot_download(name, allow_patterns=["config.json", VOCABULARY, weights]))
+                if list(folder.glob(weights)):
+                    break
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(
+                f"--bleurt {name}: no such folder, and not to be had from the hub ({first}): "
+                "give a folder, or a hub id such as lucadiliello/BLEURT-20"
+            ) from error
+    read_config(folder)
+    if not (folder / VOCABULARY).exists() or not any(next(folder.glob(weights), None) for weights in WEIGHTS):
+        raise InputError(f"--bleurt {name}: {folder} lacks {VOCABULARY} or the weights: fetch the whole checkpoint")
+    return folder
+
+
+def read_config(folder: Path) -> RemBertConfig:
+    """The checkpoint's configuration as one of RemBERT. Raises InputError where it is no BLEURT-20's."""
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+        known = fields["model_type"] == "bleurt" and fields["embedding_size"] and fields.keys() >= set(SAME_FIELDS)
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise InputError(
+            f"--bleurt {folder}: its config.json is not that of a BLEURT-20 for PyTorch: "
+            "give one in the format of lucadiliello/BLEURT-20"
+        )
+    return RemBertConfig(
+        **{name: fields[name] for name in SAME_FIELDS},
+        input_embedding_size=fields["embedding_size"],
+        num_labels=1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def load(folder: Path, device: str = "cpu") -> RemBertForSequenceClassification:
+    """The model in float32. Raises InputError where the folder does not hold all of its weights."""
+    try:
+        model, found = RemBertForSequenceClassification.from_pretrained(
+            folder, config=read_config(folder), key_mapping=RENAMED_WEIGHTS, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"--bleurt {folder}: its weights cannot be read ({first}): fetch them again") from error
+    if wrong := [*found["missing_keys"], *found["mismatched_keys"], *found["unexpected_keys"]]:
+        raise InputError(
+            f"--bleurt {folder}: {len(wrong)} weights are not those of its config.json ({wrong[0]} is the first): "
+            "give one in the format of lucadiliello/BLEURT-20"
+        )
+    return model.to(device).eval()
+
+
+def encode(pieces: sentencepiece.SentencePieceProcessor, pair: tuple[str, str], longest: int):
+    """Token ids (L,) of (reference, candidate) and the segment (L,) of each, 0 or 1, with L at most `longest`.
+
+    As the official implementation shortens a pair that is too long: one token at a time from the end of the longer
+    text, of the candidate where both are equal.
+    """
+    reference, candidate = map(pieces.encode, pair)
+    while len(reference) + len(candidate) > longest - 3:
+        (reference if len(reference) > len(candidate) else candidate).pop()
+    begin, between = pieces.piece_to_id("[CLS]"), pieces.piece_to_id("[SEP]")
+    ids = [begin, *reference, between, *candidate, between]
+    return ids, [0] * (len(reference) + 2) + [1] * (len(candidate) + 1)
+
+
+def bleurt(
+    folder: Path, references: Sequence[list[str]], candidates: Sequence[str], device: str = "cpu", batch_size: int = 32
+) -> list[float]:
+    """BLEURT (times 100) of each candidate, the best over its references, which are one or several.
+
+    Each as if it were scored alone: padding is masked. Raises InputError for a checkpoint that does not load and
+    NotComputed where the device has too little memory.
+    """
+    model = load(folder, device)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / VOCABULARY))
+    pairs = [(text, candidate) for texts, candidate in zip(references, candidates, strict=True) for text in texts]
+    longest = model.config.max_position_embeddings
+    encoded = [encode(pieces, pair, longest) for pair in pairs]
+    if full := sum(len(ids) == longest for ids, _ in encoded):
+        logger.warning("BLEURT reads at most %d tokens of a caption and its reference: %d reach that", longest, full)
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]), reverse=True)
+    values = [0.0] * len(encoded)
+    with torch.no_grad(), tqdm(total=len(order), unit="caption", desc=f"BLEURT on {device}") as bar:
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            ids, segments = (
+                pad_sequence([torch.tensor(encoded[index][side]) for index in batch], batch_first=True).to(device)
+                for side in (0, 1)
+            )
+            lengths = torch.tensor([len(encoded[index][0]) for index in batch], device=device)
+            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+            try:
+                logits = model(ids, attention_mask=mask.long(), token_type_ids=segments).logits
+            except torch.OutOfMemoryError as error:
+                raise NotComputed(f"{device} has too little memory for {folder}: give --device cpu") from error
+            for index, value in zip(batch, logits[:, 0].tolist(), strict=True):
+                values[index] = 100 * value
+            bar.update(len(batch))
+    each = iter(values)
+    return [max(next(each) for _ in texts) for texts in references]

@@ -1,0 +1,196 @@
+"""The report's gallery: frames of a video, one a clip, and the words that each result had written by then.
+
+Words come from token ids and slots through the tokenizer of the result's own model. Where a video or a tokenizer is
+gone, the gallery says so in their place. Nothing is fetched. Knows nothing about HTML.
+"""
+
+import base64
+import io
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+from PIL import Image
+from qwen_vl_streaming.errors import InputError, find_path
+from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
+from report_results import Result, find_model
+from settings import ROOT
+from transformers import AutoTokenizer
+
+logger = logging.getLogger(__name__)
+
+PICTURE = PixelBudget(784, 76_800, 2**40)
+"""Frames on the page: about 320 × 240, whatever the model was shown."""
+QUALITY = 80
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one result says about one video."""
+
+    result: Result
+    caption: str
+    pieces: list[str] | None
+    """N texts, what each slot added; None where the tokenizer is gone."""
+    counts: list[int]
+    """Tokens that each slot wrote."""
+    note: str = ""
+
+    @property
+    def words(self) -> list[tuple[int, str, str]]:
+        """(slot, white space, what it added after that), where it added something."""
+        told = [(slot, piece, piece.lstrip()) for slot, piece in enumerate(self.pieces or [], 1) if piece]
+        return [(slot, piece[: len(piece) - len(rest)], rest) for slot, piece, rest in told]
+
+    @property
+    def ended(self) -> int:
+        """The slot that wrote the last token; N where there is none."""
+        return max((slot for slot, count in enumerate(self.counts, 1) if count), default=len(self.counts))
+
+
+@dataclass(frozen=True)
+class Story:
+    """One video."""
+
+    video_id: str
+    references: list[str]
+    question: str
+    clips: int
+    times: list[str]
+    """When each slot opens, such as `3 s`."""
+    frames: list[str] = field(default_factory=list)
+    """N data URIs, the newest frame of each clip; none where the video cannot be shown."""
+    note: str = ""
+    told: list[Told] = field(default_factory=list)
+
+
+def choose_videos(results: Sequence[Result], count: int, ids: Sequence[str]) -> list[str]:
+    """`ids`, or else the first `count` that most results have. Raises InputError for an id that no result has."""
+    having = Counter(video_id for result in results for video_id in result.rows)
+    for video_id in ids:
+        if video_id not in having:
+            raise InputError(f"--video-ids {video_id}: no result file has this video: give ids that one of them has")
+    return list(dict.fromkeys(ids)) or sorted(having, key=lambda video_id: -having[video_id])[:count]
+
+
+def tell(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers") -> Story:
+    """The story of one video, by every result that has it."""
+    having = [result for result in results if video_id in result.rows]
+    row = having[0].rows[video_id]
+    references = row["annotation"] if isinstance(row["annotation"], list) else [row["annotation"]]
+    told = [tell_one(result, video_id, tokenizers) for result in having]
+    clips = max(len(each.counts) for each in told)
+    times = [f"clip {clip}" for clip in range(1, clips + 1)]
+    question, frames, note = row.get("question"), [], ""
+    try:
+        if any(len(each.counts) != clips for each in told):
+            raise InputError("the results do not agree on how many clips it has")
+        data = find_row(having[0], video_id)
+        question = question or data.get("question")
+        seconds, frames = show_video(having[0], data, clips)
+        times = [f"{clip * seconds:.3g} s" for clip in range(1, clips + 1)]
+    except InputError as error:
+        logger.warning("no frames of video %s: %s", video_id, error)
+        note = f"No frames: {error}"
+    references = [clean(str(each)) for each in references]
+    return Story(video_id, references, clean(str(question or "")), clips, times, frames, note, told)
+
+
+def tell_one(result: Result, video_id: str, tokenizers: "Tokenizers") -> Told:
+    row = result.rows[video_id]
+    counts = [0] * row["clips"]
+    for slot in row["slots"]:
+        counts[slot - 1] += 1
+    caption = clean(row["result"])
+    try:
+        tokenizer, note = tokenizers.of(result)
+        pieces = words_by_slot(tokenizer, row["tokens"], counts)
+        if "".join(pieces) != row["result"]:
+            raise InputError(f"the tokenizer in {tokenizer.name_or_path} does not give this caption back")
+    except InputError as error:
+        return Told(result, caption, None, counts, f"Words by the second are not known: {error}")
+    return Told(result, caption, pieces, counts, note)
+
+
+def words_by_slot(tokenizer, tokens: Sequence[int], counts: Sequence[int]) -> list[str]:
+    """What each slot added to the text; together they are the caption. A character that a slot has only begun comes
+    with the slot that ends it."""
+    caption = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    ends = [0]
+    for end in accumulate(counts):
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=True).lstrip()
+        while not caption.startswith(text):  # half a character, or white space before the answer's end
+            text = text[:-1]
+        ends.append(max(ends[-1], len(text)))
+    return [caption[begin:end] for begin, end in pairwise([*ends[:-1], len(caption)])]
+
+
+class Tokenizers:
+    """Tokenizers by model. `instead`, a folder or a hub id in the cache, is for models that are not on this machine.
+    Raises InputError where it holds none."""
+
+    def __init__(self, instead: str | None):
+        self.load = cache(self._load)
+        self.instead = None
+        if instead:
+            self.instead = Path(instead) if Path(instead).is_dir() else find_model(instead)
+            if self.instead is None:
+                raise InputError(f"--tokenizer {instead} is not on this machine: give a folder with a tokenizer")
+            self.load(self.instead)
+
+    def of(self, result: Result):
+        """(tokenizer, note). Raises InputError where the model is gone and there is nothing instead."""
+        if result.model_folder:
+            return self.load(result.model_folder), ""
+        if self.instead:
+            return self.load(self.instead), f"Words by the tokenizer in {self.instead}: {result.model} is gone."
+        raise InputError(f"{result.model} is not on this machine; --tokenizer names a folder to take instead")
+
+    @staticmethod
+    def _load(folder: Path):
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the Rust tokenizers raise nothing narrower
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"no tokenizer could be loaded from {folder} ({first})") from None
+
+
+def find_row(result: Result, video_id: str) -> dict:
+    """The data's row for a video. Raises InputError where the data is gone, is none, or has no such row."""
+    path = find_path(result.args["data"], ROOT, "the evaluation data")
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        row = next((row for row in rows if str(row["video_id"]) == video_id), None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r})") from None
+    if row is None or "video_path" not in row:
+        raise InputError(f"{path} has no row for it any more")
+    return row
+
+
+def show_video(result: Result, data: dict, clips: int) -> tuple[float, list[str]]:
+    """Seconds a clip, and a JPEG of each clip's newest frame. Raises InputError where the video cannot be shown."""
+    folder = result.args.get("video_root")
+    path = (find_path(folder, ROOT, "the video root") if folder else ROOT) / str(data["video_path"])
+    video = read_video(path, budget=PICTURE, reader=choose_reader(os.environ))
+    if video.clips != clips:
+        raise InputError(f"{path} has {video.clips} clips now, and had {clips} when it was watched")
+    return video.seconds_per_clip, [jpeg(frame) for frame in video.frames[1::2].permute(0, 2, 3, 1).numpy()]
+
+
+def jpeg(frame) -> str:
+    """(H, W, 3) uint8 to a data URI."""
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def clean(text: str) -> str:
+    """Without what has no UTF-8."""
+    return text.encode(errors="replace").decode()

@@ -1,0 +1,127 @@
+"""Bar charts of metrics by variant, as numbers that the page's template draws. Knows nothing about HTML."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import paper
+from matplotlib.ticker import MaxNLocator
+from qwen_vl_streaming.variants import VARIANTS, Variant
+from report_results import Result, metrics_of
+from report_tables import schedule_pairs
+
+WIDTH, LEFT, BAR, GAP, BETWEEN, AXIS = 360, 96, 13, 3, 11, 38
+CHARACTER = 6.2  # about the width of one in a value's label
+AXES = {
+    "Fluency": "Fluency, judged 1 to 5",
+    "AL": "AL, clips (seconds)",
+    "LAAL": "LAAL, clips (seconds)",
+    "early_words": "words a video before its last clip",
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    variant: Variant
+    kind: str
+    """Whose colour it has: fixed, random, other or paper."""
+    title: str
+    value: float
+    mark: str = ""
+    """What tells it from other bars of its variant and kind."""
+
+    @property
+    def text(self) -> str:
+        return f"{self.value:.2f}" + (f" ({self.mark})" if self.mark else "")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric: horizontal bars in groups, one a variant. Lengths are in the picture's own units."""
+
+    metric: str
+    axis: str
+    height: int
+    zero: float
+    ticks: list[tuple[float, str]]
+    """(x, label)."""
+    bars: list[tuple[float, float, float, float, Bar]]
+    """(x, y, width, x of the label, bar)."""
+    names: list[tuple[float, Variant]]
+    """(y of the middle, variant)."""
+    width: int = WIDTH
+    bar: int = BAR
+    bottom: int = AXIS
+
+
+def main_panels(results: Sequence[Result], task: str, size: str) -> list[Panel]:
+    """A panel for each metric that we have: ours under fixed schedules (others where there is no fixed one), and the
+    paper's."""
+    shown = [
+        result
+        for result in results
+        if result.kind == "fixed"
+        or not any(other.variant is result.variant and other.kind == "fixed" for other in results)
+    ]
+    panels = []
+    for metric in metrics_of(results):
+        bars = our_bars(shown, metric)
+        if bars:
+            theirs = [(variant, paper.figure(task, size, variant.name, metric)) for variant in VARIANTS.values()]
+            bars += [
+                Bar(variant, "paper", f"{variant.name}, the paper's, {size}", value)
+                for variant, value in theirs
+                if value
+            ]
+            panels.append(panel(metric, bars))
+    return panels
+
+
+def schedule_panels(results: Sequence[Result]) -> list[Panel]:
+    """A panel for each metric that we have under random schedules: fixed against random."""
+    both = [result for pair in schedule_pairs(results) for result in pair if result]
+    panels = []
+    for metric in metrics_of(results):
+        bars = our_bars(both, metric)
+        if any(bar.kind == "random" for bar in bars):
+            panels.append(panel(metric, bars))
+    return panels
+
+
+def our_bars(results: Sequence[Result], metric: str) -> list[Bar]:
+    bars = []
+    for result in results:
+        value, _ = result.score(metric)
+        alike = [other for other in results if (other.variant, other.kind) == (result.variant, result.kind)]
+        sizes, ks = {other.size for other in alike}, {other.schedule for other in alike}
+        mark = ", ".join([result.schedule] * (len(ks) > 1) + [result.size] * (len(sizes) > 1))
+        kind = result.kind if result.kind in ("fixed", "random") else "other"
+        if value is not None:
+            title = f"{result.variant.name}, {result.schedule}, {result.size}, {result.model}"
+            bars.append(Bar(result.variant, kind, title, value, mark))
+    return bars
+
+
+def panel(metric: str, bars: Sequence[Bar]) -> Panel:
+    """Lay out `bars` (at least one), grouped in the order of the paper's tables."""
+    low, high = min(0, *(bar.value for bar in bars)), max(0, *(bar.value for bar in bars))
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high or 1)
+    right = 8 + CHARACTER * max(len(bar.text) for bar in bars)
+    step = (WIDTH - LEFT - right) / (ticks[-1] - ticks[0])
+
+    def x(value: float) -> float:
+        return round(LEFT + (value - ticks[0]) * step, 1)
+
+    placed, names, y = [], [], BETWEEN / 2
+    for variant in VARIANTS.values():
+        group = [bar for bar in bars if bar.variant is variant]
+        if not group:
+            continue
+        top = y
+        for bar in group:
+            left, width = min(x(0), x(bar.value)), round(abs(x(bar.value) - x(0)), 1)
+            placed.append((left, y, width, left + width + 4, bar))
+            y += BAR + GAP
+        names.append((round((top + y - GAP) / 2, 1), variant))
+        y += BETWEEN - GAP
+    axis = AXES.get(metric, f"{metric}, times 100" if metric in paper.METRICS else metric)
+    return Panel(metric, axis, round(y + AXIS), x(0), [(x(tick), f"{tick:g}") for tick in ticks], placed, names)

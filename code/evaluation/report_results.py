@@ -1,0 +1,272 @@
+"""What a report is made from: result files, each with its arguments and scores, and how they differ from the paper's
+set-up. Knows nothing about tables, pictures and pages."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import paper
+from huggingface_hub import try_to_load_from_cache
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.variants import VARIANTS, Variant, get_variant
+from results import Row, load_finished, sibling
+from safetensors import SafetensorError, safe_open
+from settings import ROOT
+from tasks import TASKS
+
+ARGUMENTS = ("model", "data", "schedule", "variant")
+HIDDEN = ("BLEU-2", "BLEU-3")  # the paper's tables have no columns for them
+UNKNOWN = "size unknown"
+NOT_METRICS = ("count", "skipped")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result file."""
+
+    path: Path
+    variant: Variant
+    args: dict
+    rows: dict[str, Row]
+    """By video id, in the file's order; at least one."""
+    task: str
+    scores_path: Path
+    scores: dict
+    """Empty where there are none."""
+    model_folder: Path | None
+    """On this machine; None where it is gone."""
+
+    @property
+    def schedule(self) -> str:
+        return self.args["schedule"]
+
+    @property
+    def kind(self) -> str:
+        """Fixed or random, or the schedule itself where it is neither."""
+        return {"wait": "fixed", "random": "random"}.get(self.schedule.partition("-")[0], self.schedule)
+
+    @property
+    def k(self) -> str:
+        return self.schedule.partition("-")[2]
+
+    @property
+    def model(self) -> str:
+        return self.args["model"]
+
+    @cached_property
+    def size(self) -> str:
+        """The checkpoint's size: 3B or 7B by its shape, else its number of parameters, such as 1.2M, or that
+        it is unknown."""
+        return model_size(self.model_folder)
+
+    @cached_property
+    def trained_as(self) -> str | None:
+        """The variant that the checkpoint was trained as; None where that is not known."""
+        return read_object(self.model_folder / "config.json").get("streaming_variant") if self.model_folder else None
+
+    def score(self, metric: str) -> tuple[float | None, str]:
+        """The value of `metric` and no reason, or None and the reason why there is none."""
+        if not self.scores:
+            return None, f"{self.path.name} has not been scored: there is no {self.scores_path.name}"
+        return score_in(self.scores, metric)
+
+    @property
+    def subtasks(self) -> dict[str, dict]:
+        """The scores of each sub-task, where the task has some."""
+        return {name: one for name, one in self.scores.get("tasks", {}).items() if isinstance(one, dict)}
+
+
+def score_in(scores: dict, metric: str) -> tuple[float | None, str]:
+    """The value of `metric` and no reason, or None and the reason why there is none."""
+    value = scores.get(metric)
+    if is_number(value):
+        return float(value), ""
+    reasons = scores.get("not_computed", {})
+    return None, f"{metric} was not computed: {reasons[metric]}" if metric in reasons else "not asked for"
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def load_results(paths: Sequence[Path]) -> list[Result]:
+    """The result files, in the order of the paper's tables; among those of one variant, in the given order.
+
+    Raises InputError for a file that is missing, is no result file or lacks its arguments, and for two files of the
+    same task, variant, schedule and model.
+    """
+    results = [load_result(Path(path)) for path in paths]
+    seen: dict[tuple, Path] = {}
+    for result in results:
+        key = (result.task, result.variant.name, result.schedule, result.model)
+        if key in seen:
+            raise InputError(
+                f"{seen[key]} and {result.path} are both {result.variant.name}, {result.schedule}, of {result.model}: "
+                "leave one of them out"
+            )
+        seen[key] = result.path
+    order = list(VARIANTS)
+    return sorted(results, key=lambda result: (order.index(result.variant.name), result.kind != "fixed"))
+
+
+def load_result(path: Path) -> Result:
+    if not path.is_file():
+        raise InputError(f"{path} is not there: give result files that eval.sh has written")
+    rows = load_finished(path)
+    if not rows:
+        raise InputError(f"{path} has no rows: give result files that eval.sh has written")
+    beside = path.with_suffix(".args.json")
+    if not beside.exists():
+        raise InputError(f"{beside} is missing: it says how {path.name} was made; evaluate again with eval.sh")
+    args = read_object(beside)
+    for name in ARGUMENTS:
+        if not isinstance(args.get(name), str):
+            raise InputError(f"{beside} does not name the {name}: evaluate again with eval.sh")
+    variant = get_variant(args["variant"])
+    for video_id, row in rows.items():
+        check_row(f"{path}, video {video_id!r}", row, variant)
+    tasks = {task_of(row) for row in rows.values()}
+    if len(tasks) > 1:
+        raise InputError(f"{path} has rows of several tasks ({', '.join(sorted(tasks))}): give each its own file")
+    return Result(path, variant, args, rows, tasks.pop(), *load_scores(path), find_model(args["model"]))
+
+
+def load_scores(path: Path) -> tuple[Path, dict]:
+    """Where the scores of a result file lie, which eval.sh puts elsewhere when it only scores, and what they are."""
+    usual, alone = sibling(path, "scores.json"), path.with_suffix(".scores.json")
+    found = alone if alone.exists() and not usual.exists() else usual
+    scores = read_object(found) if found.exists() else {}
+    for name in ("not_computed", "tasks", "judge"):
+        if not isinstance(scores.get(name, {}), dict):
+            raise InputError(f"{found} holds no object as {name}: score again with eval.sh --score-only")
+    return found, scores
+
+
+def read_object(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): evaluate again with eval.sh") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}, not an object: evaluate again with eval.sh")
+    return found
+
+
+def check_row(where: str, row: Row, variant: Variant) -> None:
+    """Raise InputError where a row contradicts its variant or itself."""
+    tokens, slots, clips = row["tokens"], row["slots"], row["clips"]
+    numbers = all(isinstance(number, int) for number in (*tokens, *slots))
+    if row["variant"] != variant.name:
+        fault = f"is of {row['variant']}, but the arguments beside the file say {variant.name}"
+    elif not numbers or len(tokens) != len(slots):
+        fault = "does not have a slot for each token"
+    elif clips < 1 or slots != sorted(slots) or (slots and not 1 <= slots[0] <= slots[-1] <= clips):
+        fault = f"has slots that do not run from 1 to its {clips} clips"
+    else:
+        return
+    raise InputError(f"{where}: {fault}: evaluate again with eval.sh")
+
+
+def task_of(row: Row) -> str:
+    return next((task.name for task in TASKS.values() if row["task"] in task.subtasks), row["task"])
+
+
+def find_model(model: str) -> Path | None:
+    """The checkpoint's folder on this machine, looked up from where the user stands, from the project's root and in
+    the hub's cache; None where it is gone. Nothing is fetched."""
+    for folder in (Path(model), ROOT / model):
+        if (folder / "config.json").exists():
+            return folder
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        cached = try_to_load_from_cache(model, "config.json")
+        return Path(cached).parent if isinstance(cached, str) else None
+    return None
+
+
+def model_size(folder: Path | None) -> str:
+    if folder is None:
+        return UNKNOWN
+    config = read_object(folder / "config.json")
+    text = config.get("text_config", config)
+    shape = (text.get("hidden_size"), text.get("num_hidden_layers"))
+    if shape in paper.SHAPES:
+        return paper.SHAPES[shape]
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "numpy") as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return UNKNOWN
+    if not count:
+        return UNKNOWN
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2g}M"
+
+
+def metrics_of(results: Sequence[Result]) -> list[str]:
+    """The paper's metrics, then what else the scores have."""
+    found = [name for result in results for name, value in result.scores.items() if is_number(value)]
+    found += [name for result in results for name in result.scores.get("not_computed", {})]
+    more = [name for name in dict.fromkeys(found) if name not in (*paper.METRICS, *HIDDEN, *NOT_METRICS)]
+    return [*paper.METRICS, *more]
+
+
+def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
+    """What tells a result from the others of its task and variant: schedule and size and, where needed, the model.
+    `brief` leaves out a size that all have."""
+    same = brief and len({result.size for result in results}) == 1
+    short = {}
+    for result in results:
+        # Offline, every fixed schedule is the same.
+        parts = [result.schedule] if result.variant.streams or result.kind != "fixed" else []
+        short[result.path] = ", ".join([*parts, *([] if same else [result.size])])
+    count = Counter((result.task, result.variant.name, short[result.path]) for result in results)
+    for result in results:
+        if count[result.task, result.variant.name, short[result.path]] > 1:
+            short[result.path] = f"{short[result.path]}, {result.model}".removeprefix(", ")
+    return short
+
+
+def differences(results: Sequence[Result], size: str) -> list[tuple[str, str]]:
+    """How the results are not what the paper's set-up would give, each with the variants that it holds for."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        for text in differences_of(result, size):
+            found.setdefault(text, []).append(f"{result.variant.name} {result.schedule}")
+    told = [(text, "all" if len(who) == len(results) else ", ".join(who)) for text, who in found.items()]
+    if any(result.rows.keys() != results[0].rows.keys() for result in results):
+        counts = ", ".join(f"{result.variant.name} {result.schedule} {len(result.rows)}" for result in results)
+        told.append(("the files are not over the same videos, so their rows do not compare", f"videos: {counts}"))
+    return told
+
+
+def differences_of(result: Result, size: str) -> list[str]:
+    found = []
+    if result.size != size:
+        if result.size == UNKNOWN:
+            told = "the model is not on this machine, so its size is not known"
+        elif result.size in paper.SIZES:
+            told = f"the model is Qwen2.5-VL-{result.size}"
+        else:
+            told = f"the model has {result.size} parameters"
+        found.append(f"{told}; the paper's is Qwen2.5-VL-{size}")
+    if result.kind != "random" and result.schedule != paper.SCHEDULE and result.variant.streams:
+        found.append(f"the schedule is {result.schedule}, the paper's {paper.SCHEDULE}")
+    for name, value in paper.SETTINGS.items():
+        if name in result.args and result.args[name] != value:
+            found.append(f"{name} is {result.args[name]}, the paper's {value}")
+    if result.trained_as not in (None, result.variant.name):
+        found.append(f"the checkpoint was trained as {result.trained_as}, not as the variant it was evaluated under")
+    scored = result.scores.get("count")
+    if scored is not None and scored != len(result.rows):
+        found.append(f"{result.scores_path.name} is over {scored} videos, the file has {len(result.rows)}: score again")
+    if missing := result.scores.get("missing_tasks"):
+        found.append(f"the mean is not over all sub-tasks: there are no rows of {', '.join(missing)}")
+    if result.scores.get("skipped"):
+        found.append(f"{result.scores['skipped']} videos were left out, as they could not be used")
+    return found

@@ -1,0 +1,202 @@
+"""The report's tables, in the paper's layout and with the paper's figures as rows of their own; and as Markdown.
+
+A value that is not there is a dash with a footnote that says why, never a zero. Knows nothing about HTML.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import paper
+from qwen_vl_streaming.variants import VARIANTS
+from report_results import Result, labels, metrics_of, score_in
+
+NOT_GIVEN = "no result file of this variant was given"
+NOT_IN_PAPER = "not in the paper"
+
+
+@dataclass(frozen=True)
+class Cell:
+    value: float | None
+    note: int = 0
+    """The footnote's number, from 1; 0 where there is none."""
+    signed: bool = False
+
+    @property
+    def text(self) -> str:
+        if self.value is None:
+            return "-"
+        value = round(self.value, 2) + 0.0  # no -0.00
+        return f"{value:+.2f}" if self.signed else f"{value:.2f}"
+
+
+@dataclass(frozen=True)
+class Line:
+    group: str
+    """Offline or Streaming, or the metric."""
+    name: str
+    """The paper's name of the method, or what the line holds."""
+    ours: str
+    """Our name of the variant."""
+    source: str
+    """Whose the figures are, and how they were got."""
+    paper: bool
+    cells: list[Cell]
+
+
+@dataclass
+class Table:
+    title: str
+    heads: list[str]
+    """Of the columns before the values; the first is the group's."""
+    columns: list[str]
+    lines: list[Line] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def cell(self, value: float | None, reason: str = "", signed: bool = False) -> Cell:
+        """A cell, and a footnote where it has no value."""
+        if value is not None or not reason:
+            return Cell(value, signed=signed)
+        if reason not in self.notes:
+            self.notes.append(reason)
+        return Cell(None, self.notes.index(reason) + 1)
+
+
+def main_table(results: Sequence[Result], task: str, size: str) -> Table:
+    """Metrics by variant: the rows of the paper's first table, ours above the paper's. `results` are of one task."""
+    title, _ = paper.TASKS.get(task, (task, ""))
+    metrics = metrics_of(results)
+    table = Table(title, ["", "Method", "Variant", "Figures"], metrics)
+    label = labels(results)
+    known = any(key[0] == task for key in paper.FIGURES)
+    for variant in VARIANTS.values():
+        group, method = variant.paper.split(", ")
+        mine = [result for result in results if result.variant is variant]
+        for result in mine:
+            cells = [table.cell(*result.score(metric)) for metric in metrics]
+            table.lines.append(Line(group, method, variant.name, f"ours: {label[result.path]}", False, cells))
+        if not mine and known:
+            cells = [table.cell(None, NOT_GIVEN) for _ in metrics]
+            table.lines.append(Line(group, method, variant.name, "ours", False, cells))
+        if known:
+            theirs = [paper.figure(task, size, variant.name, metric) for metric in metrics]
+            cells = [table.cell(value, NOT_IN_PAPER) for value in theirs]
+            table.lines.append(Line(group, method, variant.name, f"paper: {size}", True, cells))
+    return table
+
+
+def subtask_table(results: Sequence[Result]) -> Table | None:
+    """The scores of each sub-task, which the main table has the mean of; None where there are none."""
+    metrics = metrics_of(results)
+    table = Table("By sub-task", ["Result", "Sub-task", "", "Videos"], metrics)
+    label = labels(results)
+    for result in results:
+        group = f"{result.variant.paper} ({result.variant.name}), {label[result.path]}"
+        for name, scores in result.subtasks.items():
+            cells = [table.cell(*score_in(scores, metric)) for metric in metrics]
+            table.lines.append(Line(group, name, "", str(scores.get("count", "-")), False, cells))
+    return table if table.lines else None
+
+
+def schedule_pairs(results: Sequence[Result]) -> list[tuple[Result | None, Result | None]]:
+    """(fixed, random) of one streaming variant, model and K; there is a random one somewhere, or there are no pairs."""
+    streaming = [result for result in results if result.variant.streams and result.kind in ("fixed", "random")]
+    if not any(result.kind == "random" for result in streaming):
+        return []
+    pairs: dict[tuple, dict[str, Result]] = {}
+    for result in streaming:
+        pairs.setdefault((result.variant.name, result.model, result.k), {})[result.kind] = result
+    return [(pair.get("fixed"), pair.get("random")) for pair in pairs.values()]
+
+
+def schedule_table(results: Sequence[Result], task: str) -> Table | None:
+    """Fixed against random schedules: the paper's second table, for every metric that there is; None without any."""
+    pairs = schedule_pairs(results)
+    if not pairs:
+        return None
+    label = labels(results)
+    ks = {(fixed or random).k for fixed, random in pairs}
+    many = Counter((fixed or random).variant.name for fixed, random in pairs)
+    columns = []
+    for fixed, random in pairs:
+        one = fixed or random
+        extra = f", {label[one.path]}" if many[one.variant.name] > 1 or len(ks) > 1 else ""
+        columns.append(f"{one.variant.paper.split(', ')[1]} ({one.variant.name}{extra})")
+    table = Table("Fixed against random schedules", ["Metric", "Schedule", "", "Figures"], columns)
+    both = [result for pair in pairs for result in pair if result]
+    for metric in metrics_of(results):
+        if all(result.score(metric)[0] is None for result in both):
+            continue
+        rows: dict[str, list[Cell]] = {"fixed": [], "random": [], "difference": []}
+        for fixed, random in pairs:
+            values = []
+            for kind, result, other in (("fixed", fixed, random), ("random", random, fixed)):
+                value, reason = (
+                    result.score(metric) if result else (None, f"no {kind} result file beside {other.path.name}")
+                )
+                values.append(value)
+                rows[kind].append(table.cell(value, reason))
+            there = None not in values
+            rows["difference"].append(Cell(values[1] - values[0] if there else None, signed=True))
+        for kind, cells in rows.items():
+            name = f"{kind}, K = {min(ks)}" if kind != "difference" and len(ks) == 1 else kind
+            table.lines.append(Line(metric, name, "", "ours", False, cells))
+        if metric == paper.RANDOM_METRIC and task == "description":
+            add_paper(table, pairs)
+    if task == "description" and not any(line.paper for line in table.lines):
+        add_paper(table, pairs)
+    return table
+
+
+def add_paper(table: Table, pairs) -> None:
+    """The paper's rows: BLEURT at 3B, the only ones that it gives."""
+    for kind, values in paper.RANDOM.items():
+        cells = [table.cell(values[(fixed or random).variant.name]) for fixed, random in pairs]
+        source = f"paper: {paper.RANDOM_SIZE}"
+        table.lines.append(Line(paper.RANDOM_METRIC, f"{kind}, K = 3", "", source, True, cells))
+
+
+def runs_table(results: Sequence[Result]) -> list[list[str]]:
+    """Heads, then a row for each file: what was run."""
+    heads = ["File", "Variant", "Schedule", "Model", "Size", "Data", "Videos", "Left out", "Seconds a video"]
+    rows = [heads]
+    for result in results:
+        seconds = [row["seconds"] for row in result.rows.values()]
+        skipped = result.scores.get("skipped", "-")
+        rows.append(
+            [
+                result.path.name,
+                result.variant.name,
+                result.schedule,
+                result.model,
+                result.size,
+                result.args["data"],
+                str(len(result.rows)),
+                str(skipped),
+                f"{sum(seconds) / len(seconds):.2f}",
+            ]
+        )
+    return rows
+
+
+def markdown_table(table: Table) -> str:
+    kept = [column for column, head in enumerate(table.heads) if head or column == 0]
+    lines = [
+        "| " + " | ".join(map(plain, [*(table.heads[column] for column in kept), *table.columns])) + " |",
+        "|" + " --- |" * len(kept) + " ---: |" * len(table.columns),
+    ]
+    before = None
+    for line in table.lines:
+        heads = [line.group if line.group != before else "", line.name, line.ours, line.source]
+        cells = [f"{cell.text}{f'<sup>{cell.note}</sup>' if cell.note else ''}" for cell in line.cells]
+        values = [f"*{cell}*" if line.paper else cell for cell in cells]
+        lines.append("| " + " | ".join([*(plain(heads[column]) for column in kept), *values]) + " |")
+        before = line.group
+    notes = [f"<sup>{number}</sup> {plain(note)}  " for number, note in enumerate(table.notes, 1)]
+    return "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "") + "\n"
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(text.split()))

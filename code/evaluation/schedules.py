@@ -1,0 +1,90 @@
+"""Which schedule each video gets: one that has a name, or counts from a file. Knows nothing about models and rows."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwen_vl_streaming.errors import InputError, find_path
+from qwen_vl_streaming.timeline import Schedule, make_schedule
+from qwen_vl_streaming.variants import Variant
+
+FORMS = "give wait-K, random, random-K with K at least 1, or a file of counts"
+
+
+@dataclass(frozen=True)
+class Schedules:
+    name: str
+    """wait-K, random-K or the name of the file."""
+    variant: Variant
+    seed: int = 0
+    """For random ones, which draw afresh for each video."""
+    counts: Mapping[str, list[int]] = field(default_factory=dict)
+    """By video id, k_1 … k_N or k_1 … k_{N-1}: from the file."""
+    sha256: str = ""
+    """Of the file."""
+
+    def of(self, video_id: str, clips: int) -> Schedule:
+        """The schedule of a video. Raises InputError where the file's counts are for another number of clips."""
+        if not self.sha256:
+            return make_schedule(self.name, self.variant, clips, f"{self.seed} {video_id}")
+        counts = self.counts[video_id]
+        if len(counts) not in (clips, clips - 1):
+            raise InputError(
+                f"{self.name} has {len(counts)} counts for video {video_id}, which has {clips} clips: "
+                f"give {clips}, or {clips - 1} without the last slot, which writes the rest"
+            )
+        return Schedule(tuple(counts[: clips - 1]))
+
+
+def choose_schedules(
+    text: str, variant: Variant, wait_k: int, seed: int, video_ids: Iterable[str], root: Path
+) -> Schedules:
+    """The schedules that `text` asks for: wait-K, random-K, random (around the checkpoint's `wait_k`), the path of a
+    file, looked up here and in `root`, or nothing, which is the checkpoint's own wait-K.
+
+    Raises InputError for anything else, and for a file without sound counts for each of `video_ids`.
+    """
+    text = {"": f"wait-{wait_k}", "random": f"random-{wait_k}"}.get(text, text)
+    if re.fullmatch(r"(wait|random)-[1-9]\d*", text):
+        return Schedules(text, variant, seed)
+    try:
+        path = find_path(text, root, "the schedule")
+        data = path.read_bytes()
+    except (InputError, OSError):
+        raise InputError(f"unknown schedule {text!r}, and no such file: {FORMS}") from None
+    if not variant.streams:
+        raise InputError(f"--schedule {text}: {variant.name} writes when the whole video is there: leave it out")
+    counts = _read(path, data)
+    missing = [video_id for video_id in video_ids if video_id not in counts]
+    if missing:
+        raise InputError(f"{path} has no counts for video {missing[0]}, one of {len(missing)} that it lacks: add them")
+    return Schedules(path.name, variant, counts=counts, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _read(path: Path, data: bytes) -> dict[str, list[int]]:
+    """Counts by video id. The file is an object {video_id: counts}, or lines of such objects, or lines that have
+    `video_id` and `schedule`, such as those of a result file."""
+    try:
+        text = data.decode("utf-8-sig")
+        try:
+            objects = [json.loads(text)]
+        except ValueError:
+            objects = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON or JSON Lines ({error}): {FORMS}") from None
+    found: dict[str, list[int]] = {}
+    for number, one in enumerate(objects, 1):
+        if not isinstance(one, dict):
+            raise InputError(f"{path}, object {number}: no object with counts by video id: mend it")
+        if "video_id" in one and "schedule" in one:
+            one = {str(one["video_id"]): one["schedule"]}
+        for video_id, counts in one.items():
+            sound = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+            if not sound or video_id in found:
+                fault = f"{counts!r:.80} are no counts from 0 up" if not sound else "it comes twice"
+                raise InputError(f"{path}, video {video_id}: {fault}: mend it")
+            found[video_id] = counts
+    return found

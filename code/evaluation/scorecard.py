@@ -1,0 +1,173 @@
+"""All measures of one file of captions, and where they are written: the corpus' metrics, BLEURT, fluency, and the lags
+of streaming. Knows nothing about how captions are made, nor how any measure is computed.
+
+Beside `<variant>_infer.json`, `<variant>_per_video.jsonl` has what was measured of each video, and
+`<variant>_judge.jsonl` the judge's answers, from which a run that was killed goes on.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import lag
+import torch
+from bleurt import bleurt, find_checkpoint
+from judge import KEY, Judge
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.prompts import load_processor
+from results import Row, sibling, write_whole
+from scoring import NotComputed, check_java, check_pairs, score, write_scores
+from settings import Settings
+from tasks import get_task, score_by_task, table
+
+logger = logging.getLogger(__name__)
+
+STREAMING = ("AL", "LAAL", "early_words")
+PER_VIDEO, ANSWERS = "per_video.jsonl", "judge.jsonl"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What captions are scored with, all of it checked."""
+
+    checkpoint: Path | None
+    """BLEURT's."""
+    judge: Judge | None
+    device: str
+    subtasks: tuple[str, ...] = ()
+    """Each is scored by itself; empty where the task has none."""
+
+
+def prepare_scoring(settings: Settings) -> Scoring:
+    """Check all that scoring will need; call it before anything long runs. It takes seconds, unless a checkpoint has to
+    be fetched from the hub. Raises InputError, in one line, for what is missing."""
+    check_java()
+    checkpoint = find_checkpoint(settings.bleurt) if settings.bleurt else None
+    judge = None
+    if settings.judge_url:
+        options = json.loads(settings.judge_options)
+        key = os.environ.get(KEY, "").strip()
+        judge = Judge(settings.judge_url, settings.judge_model, key, options, settings.judge_workers)
+        judge.check()
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Scoring(checkpoint, judge, device, get_task(settings.task).subtasks)
+
+
+def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scoring: Scoring) -> None:
+    """Score `rows`, which are those of the file `captions`, write the figures to `where` and print them.
+
+    `skipped` videos of the data have no row. What could not be computed is absent, with its reason in `not_computed`.
+    """
+    check_pairs(*pairs(rows))
+    videos = {row["video_id"]: {"video_id": row["video_id"]} for row in rows}
+    details, reasons = measure_videos(rows, list(videos.values()), captions, scoring)
+    write_whole(sibling(captions, PER_VIDEO), "".join(json.dumps(video) + "\n" for video in videos.values()).encode())
+
+    def figures(some: list[Row]) -> dict:
+        return {**score(*pairs(some)), **video_means([videos[row["video_id"]] for row in some])}
+
+    scores = score_by_task(rows, figures, scoring.subtasks) if scoring.subtasks else figures(rows)
+    if reasons := {**scores.pop("not_computed", {}), **reasons}:
+        scores["not_computed"] = reasons
+    write_scores(where, scores, count=len(rows), skipped=skipped, **details)
+    print_scores(json.loads(where.read_text()), where)
+
+
+def measure_videos(rows: list[Row], videos: list[dict], captions: Path, scoring: Scoring) -> tuple[dict, dict]:
+    """Add to each of `videos` what is measured of it alone. Returns what that was done with, and the reasons for what
+    could not be."""
+    measures = {STREAMING: lambda: score_lag(rows, videos, captions)}
+    if scoring.checkpoint:
+        measures["BLEURT",] = lambda: score_bleurt(rows, videos, scoring)
+    if scoring.judge:
+        measures["Fluency",] = lambda: score_fluency(rows, videos, scoring.judge, sibling(captions, ANSWERS))
+    details, reasons = {}, {}
+    for names, measure in measures.items():
+        try:
+            details.update(measure())
+        except (NotComputed, InputError) as error:
+            logger.warning("%s could not be computed: %s", ", ".join(names), error)
+            reasons.update(dict.fromkeys(names, str(error)))
+    return details, reasons
+
+
+def pairs(rows: list[Row]) -> tuple[dict, dict]:
+    """References and captions by video id."""
+    return {row["video_id"]: row["annotation"] for row in rows}, {row["video_id"]: row["result"] for row in rows}
+
+
+def video_means(videos: list[dict]) -> dict[str, float]:
+    """Of what was measured of each video, over those that have it."""
+    values = {name: [video[name] for video in videos if name in video] for name in ("BLEURT", "Fluency", *STREAMING)}
+    return {name: fmean(found) for name, found in values.items() if found}
+
+
+def score_bleurt(rows: list[Row], videos: list[dict], scoring: Scoring) -> dict:
+    references = [[row["annotation"]] if isinstance(row["annotation"], str) else row["annotation"] for row in rows]
+    values = bleurt(scoring.checkpoint, references, [row["result"] for row in rows], scoring.device)
+    for video, value in zip(videos, values, strict=True):
+        video["BLEURT"] = value
+    return {"bleurt": {"checkpoint": str(scoring.checkpoint)}}
+
+
+def score_fluency(rows: list[Row], videos: list[dict], judge: Judge, answers: Path) -> dict:
+    """Raises NotComputed where the endpoint stops answering, or no caption could be judged."""
+    verdicts = judge.judge([row["result"] for row in rows], answers)
+    for video, row in zip(videos, rows, strict=True):
+        verdict = verdicts[row["result"]]
+        if verdict.score is None:
+            video["not_judged"] = verdict.why
+            logger.warning("the caption of video %s was not judged: %s", row["video_id"], verdict.why)
+        else:
+            video.update(Fluency=verdict.score, why=verdict.why)
+    judged = sum("Fluency" in video for video in videos)
+    if rows and not judged:
+        raise NotComputed(f"no caption could be judged: {videos[0]['not_judged']}")
+    return {"judge": {"model": judge.model, "judged": judged, "not_judged": len(rows) - judged}}
+
+
+def score_lag(rows: list[Row], videos: list[dict], captions: Path) -> dict:
+    """Raises NotComputed for captions that do not say when they were written."""
+    try:
+        for row in rows:
+            lag.check(row)
+        decode = find_decoder(captions)
+        found = [lag.measure(row, decode) for row in rows]
+    except ValueError as error:
+        raise NotComputed(str(error)) from error
+    spoken = sum("AL" in values for values in found)
+    if not spoken:
+        raise NotComputed("no caption has a word")
+    for video, values in zip(videos, found, strict=True):
+        video.update(values)
+    return {"lag": {"videos": spoken, "without_words": len(rows) - spoken}}
+
+
+def find_decoder(captions: Path) -> Callable[[list[int]], str]:
+    """Token ids to text, by the tokenizer of the model that the arguments beside a file of captions name.
+
+    Raises ValueError with the reason where there is none.
+    """
+    beside = captions.with_suffix(".args.json")
+    if not beside.exists():
+        raise ValueError(f"there is no {beside.name} to name the model that {captions.name} was written by")
+    tokenizer = load_processor(json.loads(beside.read_text())["model"]).tokenizer
+    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def print_scores(scores: dict, where: Path) -> None:
+    notes = {"AL": "clips", "LAAL": "clips", "early_words": "words a video that came before its last clip"}
+    if judge := scores.get("judge"):
+        notes["Fluency"] = f"1 to 5; {judge['judged']} of {scores['count']} captions judged by {judge['model']}"
+    width = max(map(len, ("metric", *scores)))
+    print(f"\n{'metric':<{width}}{'value':>8}" if "tasks" not in scores else f"\n{table(scores)}")
+    for name, value in scores.items():
+        if isinstance(value, float) and "tasks" not in scores:
+            print(f"{name:<{width}}{value:>8.2f}  {notes.get(name, '')}".rstrip())
+    for name, reason in scores.get("not_computed", {}).items():
+        print(f"{name:<{width}}{'-':>8}  {reason}")
+    print(f"{scores['count']} videos scored, {scores['skipped']} left out\nscores: {where}")

@@ -1,0 +1,71 @@
+"""An endpoint for the judge: a real HTTP server on the loopback that misbehaves as it is told to."""
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+GOOD = '{"score": 4, "why": "one slip"}'
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Answers what `plan` says for a caption: a list of (status, body, headers), the last of which it repeats; a body
+    that is no JSON object is the content of a chat completion; status 0 hangs up and -1 does not answer."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.plan: dict[str, list] = {}
+        self.asked: list[dict] = []
+        self.at_once = self.most_at_once = 0
+        self.pause = 0.0
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """A client that was killed is no error of the server."""
+
+    def counts(self) -> Counter:
+        return Counter(each["caption"] for each in self.asked)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = request["messages"][-1]["content"]
+        caption = text.split("-----\n")[1].removesuffix("\n")
+        server: Endpoint = self.server
+        with server.lock:
+            server.asked.append(
+                {**request, "caption": caption, "path": self.path, "key": self.headers["Authorization"]}
+            )
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+            plan = server.plan.get(caption, server.plan.get("", [(200, GOOD)]))
+            status, body, *headers = plan.pop(0) if len(plan) > 1 else plan[0]
+        time.sleep(server.pause)
+        if status == -1:
+            server.closing.wait(10)
+        with server.lock:
+            server.at_once -= 1
+        if status <= 0:
+            self.close_connection = True
+            return
+        if not isinstance(body, dict | bytes):
+            body = {"choices": [{"message": {"role": "assistant", "content": body}}]}
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in dict(*headers).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)

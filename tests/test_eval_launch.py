@@ -1,0 +1,62 @@
+"""eval.sh on one node, on several, and under SLURM: what it would run."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "eval.sh"
+SLURM = {
+    "SLURM_NNODES": "3",
+    "SLURM_NODEID": "2",
+    "SLURM_JOB_NODELIST": "gpu[07-08,11]",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_JOB_ID": "4321",
+}
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs eval.sh where `python` does nothing. Returns status, the flags that it got, and stderr."""
+    shutil.copy(SCRIPT, tmp_path / "eval.sh")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+
+    def run(*flags: str, scontrol: str = "exit 1", **environment: str):
+        for name, says in (("python", "exit 0"), ("scontrol", scontrol)):
+            (programs / name).write_text(f"#!/bin/sh\n{says}\n")
+            (programs / name).chmod(0o755)
+        environment["PATH"] = f"{programs}:{os.environ['PATH']}"
+        command = ["bash", tmp_path / "eval.sh", *flags]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        words = done.stdout.split()
+        return done.returncode, {words[i]: words[i + 1] for i in range(len(words) - 1)}, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "environment, processes, nodes, rank, address, port",
+    [
+        ({}, "0", None, None, None, None),
+        ({"NPROC_PER_NODE": "2", "MASTER_PORT": "1234"}, "2", None, None, None, None),
+        ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}, "0", "2", "1", "10.0.0.1", "29500"),
+        (SLURM, "8", "3", "2", "gpu07", "29821"),
+        ({**SLURM, "SLURM_JOB_NODELIST": "a-1,b-2", "MASTER_PORT": "7"}, "8", "3", "2", "a-1", "7"),
+        ({**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "8", None, None, None, None),
+        ({**SLURM, "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "x", "NPROC_PER_NODE": "1"}, *"121x", "29821"),
+        ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "8", "3", "2", "first.host", "29821"),
+    ],
+)
+def test_where_and_how_many(launch, environment, processes, nodes, rank, address, port):
+    status, flags, said = launch("--limit", "3", **environment)
+    assert (status, said, flags["--limit"]) == (0, "", "3")
+    names = ("--processes", "--nodes", "--node-rank", "--master-addr", "--master-port")
+    assert tuple(flags.get(name) for name in names) == (processes, nodes, rank, address, port)
+
+
+def test_one_task_a_node(launch):
+    status, _, said = launch(**SLURM, SLURM_LOCALID="1")
+    assert status == 2 and said.count("\n") == 1 and "--ntasks-per-node=1" in said

@@ -1,0 +1,186 @@
+"""Evaluation by one process, by several and on two machines, killed at any moment: the captions are the same."""
+
+import json
+import os
+import random
+import signal
+import socket
+import time
+
+import psutil
+import pytest
+from evaluating import crew_of, finish, finished, rows, start, wait_for_rows
+from media import make_video
+from training import free_port
+
+SEED = time.time_ns() % 100_000
+
+
+@pytest.fixture(scope="module")
+def many(made, tmp_path_factory):
+    """The tiny checkpoint, and a data file of 12 videos of random lengths and sizes, one of which is broken."""
+    print("seed", SEED)
+    draw, folder = random.Random(SEED), tmp_path_factory.mktemp("many")
+    data = []
+    for number in range(12):
+        path, seconds = folder / f"{number}.mp4", draw.uniform(1.2, 6)
+        make_video(path, seconds=seconds, fps=4, size=(draw.randrange(80, 200, 2), draw.randrange(80, 200, 2)))
+        row = {"video_id": str(number), "video_path": str(path), "human_caption": "A red ring."}
+        data.append({**row, "video_duration_in_s": seconds})
+    (folder / "7.mp4").write_bytes((folder / "7.mp4").read_bytes()[:500])
+    file = folder / "test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in data))
+    return made[0], file
+
+
+@pytest.fixture(scope="module")
+def expected(many, tmp_path_factory):
+    """The rows that one process writes that takes one video at a time."""
+    folder = tmp_path_factory.mktemp("expected")
+    finish(start(many, folder, folder / "log", batch_size=1), folder / "log")
+    found = rows(folder)
+    assert [row["video_id"] for row in found] == [str(number) for number in range(12) if number != 7]
+    assert len({row["clips"] for row in found}) > 1
+    return found
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=20)[1]
+
+
+@pytest.mark.parametrize("variant", ["group", "interleave"])
+def test_batch_order_and_processes_change_nothing(many, tmp_path, variant):
+    """Nor do wider frames in the batch; the file has the order of the data."""
+    data, log = many[1], tmp_path / "log"
+    lines = data.read_text().splitlines(keepends=True)
+    (tmp_path / "shuffled.jsonl").write_text("".join(random.Random(SEED).sample(lines, len(lines))))
+    wide = {"max_pixels_per_frame": 4 * 3136, "variant": variant}
+    runs = {
+        "alone": {"batch_size": 1},
+        "batch": {"batch_size": 8, "workers": 2},
+        "large": {"batch_size": 32, "data": tmp_path / "shuffled.jsonl"},
+        "two": {"batch_size": 3, "processes": 2},
+    }
+    for name, changes in runs.items():
+        finish(start(many, tmp_path / name, log, **wide, **changes), log)
+    alone = rows(tmp_path / "alone", variant)
+    assert len(alone) == 11 and rows(tmp_path / "two", variant) == rows(tmp_path / "batch", variant) == alone
+    large = rows(tmp_path / "large", variant)
+    assert [row["video_id"] for row in large] != [row["video_id"] for row in alone]
+    assert sorted(large, key=lambda row: int(row["video_id"])) == alone
+
+
+def test_one_process_is_killed(many, expected, tmp_path):
+    """The other finishes its work; started again with another number of processes, the run ends with the same file."""
+    print("seed", SEED)
+    draw, out, log = random.Random(SEED), tmp_path / "out", tmp_path / "log"
+    run, number = start(many, out, log, batch_size=1, processes=2), draw.randrange(2)
+    wait_for_rows(out, draw.randint(1, 2), run, f"0-{number}")
+    crew_of(run)[number].send_signal(signal.SIGKILL)
+    run.join(120)
+    left = 11 - len(rows(out))  # none, where the other one was so fast that there was nothing to lose any more
+    (line,) = (line for line in finish(run, log, 1 if left else 0).splitlines() if "was killed" in line)
+    assert f"process {number} was killed by SIGKILL" in line and left <= 3
+    assert not left or f"error: process {number}" in line and f"{left} of 12 videos are not captioned: the same" in line
+    assert not list(out.glob("*.parts")) and not list(out.glob("*.lock"))
+
+    finish(start(many, out, log, processes=draw.choice([1, 3])), log)
+    assert rows(out) == expected
+    (skipped,) = map(json.loads, (out / "group_skipped.jsonl").read_text().splitlines())
+    assert skipped["video_id"] == "7" and "7.mp4" in skipped["reason"]
+
+
+def test_killed_again_and_again(many, expected, tmp_path):
+    """Whoever is killed at whatever moment: nobody is left behind, nothing finished is lost, the end is the same."""
+    print("seed", SEED)
+    draw, out, log, kept = random.Random(SEED), tmp_path / "out", tmp_path / "log", set()
+    for _ in range(3):
+        changes = {"processes": draw.randint(2, 3), "batch_size": draw.randint(1, 3), "workers": draw.randint(0, 1)}
+        run = start(many, out, log, **changes)
+        wait_for_rows(out, len(kept) + draw.randint(0, 3), run)
+        if run.exitcode is not None:
+            break
+        everyone = psutil.Process(run.pid).children(recursive=True)
+        for process in [psutil.Process(run.pid), *(everyone if draw.random() < 0.5 else [])]:
+            process.kill()
+        run.join()
+        assert gone(everyone)
+        before, kept = kept, finished(out)
+        assert before <= kept
+    finish(start(many, out, log, processes=draw.randint(1, 2)), log)
+    assert rows(out) == expected
+
+
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_stopped_by_a_signal(many, expected, tmp_path, number, processes):
+    out, log = tmp_path / "out", tmp_path / "log"
+    run = start(many, out, log, batch_size=1, processes=processes, workers=1)
+    wait_for_rows(out, 1, run)
+    everyone = psutil.Process(run.pid).children(recursive=True)
+    assert len(everyone) >= 2 * processes - 1
+    os.killpg(run.pid, number)  # as a terminal and SLURM do
+    said = finish(run, log, 128 + number)
+    assert said.count(f"stopped by {number.name}") == 1 and "Traceback" not in said
+    assert gone(everyone)
+    finish(start(many, out, log), log)
+    assert rows(out) == expected
+
+
+def test_two_machines(many, expected, tmp_path):
+    """They share the videos; where one is lost, the other finishes its work and says so."""
+    out, logs = tmp_path / "out", [tmp_path / "first", tmp_path / "second"]
+
+    def start_both():
+        common = {"nodes": 2, "processes": 1, "batch_size": 1, "master_port": free_port(), "lost": 2}
+        return [start(many, out, log, node_rank=rank, **common) for rank, log in enumerate(logs)]
+
+    first, second = start_both()
+    wait_for_rows(out, 1, first, "1-*")
+    (child,) = crew_of(second)
+    psutil.Process(second.pid).kill()
+    assert gone([child])
+    first.join(120)
+    left = 11 - len(rows(out))
+    how = f": {left} of 12 videos are not captioned" if left else ", when its videos were finished"
+    assert f"machine 1 was not heard of for 2 s{how}" in finish(first, logs[0], 1 if left else 0)
+
+    first, second = start_both()
+    finish(first, logs[0])
+    assert "machine 1 has done its part" in finish(second, logs[1])
+    assert rows(out) == expected
+
+
+def test_machine_0_is_lost_or_busy(many, tmp_path):
+    with socket.create_server(("", 0)) as busy:
+        port = busy.getsockname()[1]
+        run = start(many, tmp_path / "other", tmp_path / "log", nodes=2, processes=1, master_port=port)
+        assert f"port {port} cannot be listened to" in finish(run, tmp_path / "log", 2)
+    out, logs, port = tmp_path / "out", [tmp_path / "first", tmp_path / "second"], free_port()
+    common = {"nodes": 2, "processes": 1, "batch_size": 1, "master_port": port}
+    first, second = (start(many, out, log, node_rank=rank, **common) for rank, log in enumerate(logs))
+    wait_for_rows(out, 1, first)
+    psutil.Process(first.pid).kill()
+    said = finish(second, logs[1], 1)
+    assert "error: machine 0, which leads the run, has ended" in said and "Traceback" not in said
+
+
+def test_two_runs_do_not_write_one_file(many, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    first = start(many, out, log, batch_size=1)
+    wait_for_rows(out, 1, first)
+    said = finish(start(many, out, tmp_path / "second"), tmp_path / "second", 2)
+    assert said.startswith("error: another run is writing") and said.count("\n") == 1
+    finish(first, log)
+    assert len(rows(out)) == 11
+
+
+def test_what_all_processes_refuse_is_said_once(many, tmp_path):
+    """A checkpoint without one of its shards is seen when it is loaded."""
+    checkpoint, _ = many
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in checkpoint.iterdir():
+        if path.suffix != ".safetensors":
+            (broken / path.name).write_bytes(path.read_bytes())
+    said = finish(start(many, tmp_path / "out", tmp_path / "log", model=broken, processes=2), tmp_path / "log", 2)
+    assert said.count("error:") == 1 and str(broken) in said and "Traceback" not in said

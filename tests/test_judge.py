@@ -1,0 +1,203 @@
+"""The judge against a real HTTP server on the loopback that misbehaves in every way that endpoints do."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import judge as module
+import pytest
+from endpoint import GOOD, Endpoint
+from judge import Judge, Verdict, read_verdict
+from qwen_vl_streaming.errors import InputError
+from scoring import NotComputed
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Endpoint()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+def impatient(endpoint: Endpoint, **changes) -> Judge:
+    return Judge(endpoint.url, "grader", **{"backoff": 0.001, "retries": 3, "workers": 4, "timeout": 0.3, **changes})
+
+
+def test_what_is_sent_and_what_is_read(endpoint, tmp_path):
+    captions = ["A red square\nmoves.", "", "{braces} \ud83d", "A red square\nmoves."]
+    judge = Judge(endpoint.url + "/chat/completions/", "grader", key="secret", options={"seed": 3})
+    assert judge.judge(captions, tmp_path / "new/cache.jsonl") == dict.fromkeys(captions, Verdict(4, "one slip"))
+    assert endpoint.counts() == dict.fromkeys(captions, 1), "the same caption was asked about twice"
+    for request in endpoint.asked:
+        assert request["path"] == "/v1/chat/completions" and request["key"] == "Bearer secret"
+        assert request["model"] == "grader" and request["seed"] == 3 and "temperature" not in request
+        assert '{"score":' in request["messages"][0]["content"]
+    impatient(endpoint).judge(["x"], tmp_path / "other.jsonl")
+    assert endpoint.asked[-1]["key"] is None and endpoint.asked[-1]["temperature"] == 0
+    assert b"secret" not in (tmp_path / "new/cache.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "score"),
+    [
+        (GOOD, 4),
+        ('```json\n{"score": 1,\n "why": "bad"}\n```', 1),
+        ('<think>a {"score": 2, "why": "x"}?</think> {"score": 5.0, "why": "well {put}"} ', 5),
+        ('{"score": 7, "why": "superb"}', None),
+        ('{"score": 0, "why": ""}', None),
+        ('{"score": 3.5, "why": ""}', None),
+        ('{"score": true, "why": ""}', None),
+        ('{"score": "4", "why": ""}', None),
+        ('{"score": [4], "why": ""}', None),
+        ('{"score": NaN, "why": ""}', None),
+        ('{"score": 4}', None),
+        ('{"score": 4, "why": 1}', None),
+        ('{"score": 4, "why": "cut o', None),
+        ('[{"score": 4, "why": "x"}, {"score": 2, "why": "x"}]', None),
+        ("I cannot grade this.", None),
+        ("", None),
+        (None, None),
+        (["parts"], None),
+    ],
+)
+def test_answers_are_checked(content, score):
+    if score:
+        assert read_verdict(content).score == score and type(read_verdict(content).score) is int
+    else:
+        with pytest.raises(ValueError) as error:
+            read_verdict(content)
+        assert len(str(error.value)) < 150 and "\n" not in str(error.value)
+
+
+def test_trouble_that_passes_is_waited_out(endpoint, tmp_path):
+    """Each caption meets another trouble first, and is judged all the same."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    troubles = [
+        (429, {"error": {"message": "slow down"}}, {"Retry-After": "0"}),
+        (500, b"<html>oops</html>"),
+        (503, b""),
+        (408, b""),
+        (0, b""),
+        (-1, b""),
+        (200, '{"score": 7, "why": "superb"}'),
+        (200, "no JSON"),
+        (200, {"choices": []}),
+        (200, b"{"),
+    ]
+    captions = [f"caption {number}" for number in range(20)]
+    for number, caption in enumerate(captions):
+        endpoint.plan[caption] = [*draw.sample(troubles[number % 10 :], 1), (200, GOOD)]
+    verdicts = impatient(endpoint).judge(captions, tmp_path / "cache.jsonl")
+    assert verdicts == dict.fromkeys(captions, Verdict(4, "one slip"))
+    assert set(endpoint.counts().values()) == {2}
+
+
+def test_as_many_at_once_as_allowed(endpoint, tmp_path):
+    endpoint.pause = 0.02
+    impatient(endpoint, workers=5).judge([f"caption {number}" for number in range(30)], tmp_path / "cache.jsonl")
+    assert 1 < endpoint.most_at_once <= 5
+
+
+def test_a_caption_that_cannot_be_judged_is_no_score(endpoint, tmp_path):
+    captions = [f"caption {number}" for number in range(8)]
+    endpoint.plan["caption 2"] = [(400, {"error": {"message": "filtered\nfor content"}})]
+    endpoint.plan["caption 5"] = [(200, '{"score": 7, "why": "superb"}')]
+    endpoint.plan["caption 6"] = [(500, {"error": "broken"})]
+    endpoint.plan["caption 7"] = [(-1, b"")]
+    cache = tmp_path / "cache.jsonl"
+    verdicts = impatient(endpoint).judge(captions, cache)
+    assert {text for text in captions if verdicts[text].score is None} == {f"caption {i}" for i in (2, 5, 6, 7)}
+    for number, says in ((2, "400 (filtered for content)"), (5, "score of '7'"), (6, "500 (broken)"), (7, "timed out")):
+        assert says in verdicts[f"caption {number}"].why
+    counts = endpoint.counts()
+    assert [counts[f"caption {number}"] for number in (0, 2, 5, 6, 7)] == [1, 1, module.TRIES, 4, 3]
+
+    endpoint.plan.clear()
+    endpoint.asked.clear()
+    assert all(verdict.score == 4 for verdict in impatient(endpoint).judge(captions, cache).values())
+    assert set(endpoint.counts()) == {f"caption {number}" for number in (2, 5, 6, 7)}, "answers were asked for again"
+    endpoint.asked.clear()
+    impatient(endpoint, options={}).judge(["caption 0"], cache)
+    Judge(endpoint.url, "another grader").judge(["caption 0"], cache)
+    assert len(endpoint.asked) == 2, "another model's answers were taken"
+
+
+def test_an_endpoint_that_goes_away_is_not_asked_for_ever(endpoint, tmp_path):
+    captions = [f"caption {number}" for number in range(100)]
+    endpoint.plan = {"": [*[(200, GOOD)] * 30, (401, {"error": {"message": "key revoked"}})]}
+    with pytest.raises(NotComputed, match=r"stopped answering .*401 \(key revoked\)\) when 30 of 100") as error:
+        impatient(endpoint).judge(captions, tmp_path / "cache.jsonl")
+    time.sleep(0.3)
+    assert "\n" not in str(error.value) and len(endpoint.asked) < 60
+    endpoint.plan = {}
+    assert len(impatient(endpoint, key="again").judge(captions, tmp_path / "cache.jsonl")) == 100
+    assert sum(request["key"] == "Bearer again" for request in endpoint.asked) == 70
+
+
+def test_a_killed_run_goes_on(endpoint, tmp_path):
+    """Killed in the middle, its last line cut: only what was not on the disk is asked for again."""
+    endpoint.pause = 0.05
+    cache = tmp_path / "cache.jsonl"
+    code = "import sys; from pathlib import Path; from judge import Judge\n"
+    code += "Judge(sys.argv[1], 'grader', workers=2).judge([f'caption {i}' for i in range(60)], Path(sys.argv[2]))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parent)}
+    run = subprocess.Popen([sys.executable, "-c", code, endpoint.url, str(cache)], env=environment, stderr=-3)
+    for enough in (1, 10):
+        while not cache.exists() or cache.read_bytes().count(b"\n") < enough:
+            assert run.poll() is None
+            time.sleep(0.01)
+        assert len(endpoint.asked) < enough + 25, "answers do not reach the disk as they come"
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    kept = cache.read_bytes()
+    done = kept.count(b"\n")
+    assert 10 <= done < 60
+    cache.write_bytes(kept[:-9])
+    endpoint.pause = 0.0
+    time.sleep(0.1)
+    endpoint.asked.clear()
+    captions = [f"caption {number}" for number in range(60)]
+    assert impatient(endpoint).judge(captions, cache) == dict.fromkeys(captions, Verdict(4, "one slip"))
+    assert len(endpoint.asked) == 60 - done + 1
+    lines = [json.loads(line) for line in cache.read_text().splitlines()]
+    assert {line["caption"] for line in lines} == set(captions) and len(lines) == 60
+    cache.write_bytes(b"{}\n" + kept)
+    with pytest.raises(InputError, match="line 1: not an answer"):
+        impatient(endpoint).judge(captions, cache)
+
+
+def test_what_can_never_work_is_one_line_at_once(endpoint):
+    impatient(endpoint).check()
+    for plan, says in (
+        ((401, {"error": {"message": "no key"}}), r"401 \(no key\): set OPENAI_API_KEY"),
+        ((404, {"object": "error", "message": "The model `grader` does not exist."}), r"not exist.*--judge-model"),
+        ((404, b"<html>\n<b>Not Found</b></html>"), r"404 .*--judge-url, which usually ends in /v1"),
+        ((400, {"error": {"message": "temperature must be 1"}}), r"temperature must be 1.*--judge-options"),
+        ((429, {"error": {"message": "no credit"}}), "429 .*no credit"),
+        ((200, b"<html>welcome</html>"), "no chat completion but '<html>welcome"),
+        ((200, "Very fluent, 5 of 5."), "not the JSON that was asked for, but 'Very fluent"),
+        ((-1, b""), "timed out"),
+    ):
+        endpoint.plan = {"": [plan]}
+        with pytest.raises(InputError, match=says) as error:
+            impatient(endpoint).check()
+        assert "\n" not in str(error.value) and endpoint.url in str(error.value)
+    for url, says in (
+        ("http://127.0.0.1:1/v1", "refused"),
+        ("http://judge.invalid/v1", "judge.invalid"),
+        ("localhost", "--judge-url"),
+        ("ftp://localhost/", "--judge-url"),
+    ):
+        with pytest.raises(InputError, match=says) as error:
+            Judge(url, "grader", backoff=0.001).check()
+        assert "\n" not in str(error.value)

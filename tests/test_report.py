@@ -1,0 +1,245 @@
+"""The report on real files: its figures, and what it says where something is missing or wrong."""
+
+import base64
+import io
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from gallery import show_video, words_by_slot
+from make_model import SPECIAL_TOKENS
+from media import make_video, read_number
+from PIL import Image
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.variants import VARIANTS
+from result_files import METRICS, World
+
+
+@pytest.fixture
+def world(made, tmp_path):
+    return World(tmp_path / "results", *made)
+
+
+def markdown_rows(text: str, title: str = "") -> list[list[str]]:
+    """The cells of the first table after `title`, without its head."""
+    table = text[text.index(title) :].split("\n\n|", 1)[1].split("\n\n")[0]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.split("\n")[2:]]
+
+
+def test_every_figure_is_where_it_belongs(world):
+    """Six variants and two schedules: ours beside the paper's, and the difference between the schedules."""
+    values = {}
+    for variant, rule in VARIANTS.items():
+        for schedule in ("wait-3", "random-3")[: 1 + rule.streams]:
+            values[variant, schedule] = world.add(variant, schedule)
+    _, text = world.report(*world.files, "--videos", "0")
+
+    rows = markdown_rows(text, "## Video description")
+    assert [row[2] for row in rows if row[3].startswith("ours")] == [variant for variant, _ in values]
+    theirs = [row for row in rows if row[3] == "paper: 3B"]
+    assert [row[2] for row in theirs] == list(VARIANTS) and len(rows) == len(values) + 6
+    assert theirs[4][4:] == ["*12.52*", "*26.32*", "*7.42*", "*30.03*", "*27.37*", "*51.53*", "*4.56*"]
+    for row in rows:
+        if row[3].startswith("ours"):
+            schedule = "random-3" if "random-3" in row[3] else "wait-3"
+            assert row[4:9] == [f"{values[row[2], schedule][metric]:.2f}" for metric in METRICS]
+            assert row[9:] == ["-<sup>1</sup>", "-<sup>1</sup>"]
+    assert "<sup>1</sup> not asked for" in text
+
+    rows = markdown_rows(text, "### Fixed against random")
+    assert [row[1] for row in rows if row[0] == "CIDEr"] == ["fixed, K = 3"]
+    bleu = rows[3:6]
+    streaming = [variant for variant, rule in VARIANTS.items() if rule.streams]
+    fixed, mixed = ([values[variant, each]["BLEU-1"] for variant in streaming] for each in ("wait-3", "random-3"))
+    assert bleu[0][3:] == [f"{value:.2f}" for value in fixed] and bleu[1][3:] == [f"{value:.2f}" for value in mixed]
+    assert bleu[2][3:] == [f"{b - a:+.2f}" for a, b in zip(fixed, mixed, strict=True)]
+    assert rows[-2][2:] == ["paper: 3B", "*44.11*", "*50.62*", "*51.53*", "*51.20*"]
+    assert rows[-1][2:] == ["paper: 3B", "*40.56*", "*50.71*", "*51.76*", "*51.56*"]
+
+
+def test_what_is_missing_is_a_dash_with_its_reason(world):
+    world.add("group", scores=False)
+    world.add("gap", scores={"METEOR": None, "BLEURT": 0.0, "AL": 2.5, "not_computed": {"METEOR": "Java | failed"}})
+    page, text = world.report(*world.files, "--videos", "1", "--size", "7B")
+    rows = markdown_rows(text)
+    ours = {row[2]: row[4:] for row in rows if row[3].startswith("ours")}
+    notes = dict(re.findall(r"<sup>(\d+)</sup> (.+?)  \n", text + "  \n"))
+    assert list(ours) == list(VARIANTS)
+
+    def reason(cell: str) -> str:
+        return notes[re.fullmatch(r"-<sup>(\d+)</sup>", cell)[1]]
+
+    assert {reason(cell) for cell in ours["origin"]} == {"no result file of this variant was given"}
+    assert all("there is no group\\_wait-3\\_scores.json" in reason(cell) for cell in ours["group"])
+    assert reason(ours["gap"][3]) == "METEOR was not computed: Java \\| failed"
+    assert ours["gap"][5] == "0.00" and ours["gap"][7] == "2.50"  # a zero that was measured, and a metric of our own
+    theirs = {row[2]: row[4:] for row in rows if row[3] == "paper: 7B"}
+    assert theirs["gap"][0] == "*25.70*" and reason(theirs["gap"][6].strip("*")) == "not in the paper"
+    assert 'title="METEOR was not computed: Java | failed"' in page and "Fixed against random" not in page
+
+
+def test_funqa_has_the_papers_other_table(world):
+    subtasks = {"H2": {"CIDEr": 10.0, "count": 2}, "M3": {"CIDEr": 20.5, "not_computed": {"METEOR": "why"}, "count": 1}}
+    world.add("batch", task="H2", scores={"tasks": subtasks, "missing_tasks": ["C2"]})
+    world.add("origin")
+    _, text = world.report(*world.files, "--videos", "0")
+    rows = markdown_rows(text, "## Video question answering")
+    assert [row[4] for row in rows if row[3].startswith("paper")] == [
+        f"*{value}*" for value in ("6.98", "7.25", "3.00", "4.22", "3.22", "3.99")
+    ]
+    rows = markdown_rows(text, "### By sub-task")
+    assert [row[1:4] for row in rows] == [["H2", "2", "10.00"], ["M3", "1", "20.50"]]
+    assert "there are no rows of C2" in text and "not over the same videos" not in text
+    assert text.index("## Video description") < text.index("## Video question")
+
+
+def test_ours_never_looks_like_the_papers_set_up(world):
+    world.add("group", "wait-5", repetition_penalty=1.0, max_new_tokens=300)
+    config = world.checkpoint / "config.json"
+    page, text = world.report(*world.files, "--videos", "0")
+    for each in (page, text.replace("\\", "")):
+        assert "Not a comparison of equals" in each
+        assert "the schedule is wait-5, the paper&#39;s wait-3" in each.replace("paper's", "paper&#39;s")
+        assert "repetition_penalty is 1.0" in each and "max_new_tokens" not in each
+        assert re.search(r"the model has 0\.\d+M parameters; the paper", each) and str(world.data) in each
+
+    copy = shutil.copytree(world.checkpoint, world.folder / "copy")  # as large, so that only its path tells it
+    values = [world.add("gap", name="one"), world.add("gap", name="two", model=str(copy))]
+    _, text = world.report(*(str(world.folder / f"{name}_infer.json") for name in ("one", "two")), "--videos", "0")
+    ours = [row[3:5] for row in markdown_rows(text) if row[2] == "gap" and row[3].startswith("ours")]
+    assert [row[0].rpartition("/")[2] for row in ours] == ["model", "copy"]
+    assert [row[1] for row in ours] == [f"{each['CIDEr']:.2f}" for each in values]
+
+    real = world.folder / "real"  # a checkpoint is known by its shape, not by its name
+    real.mkdir()
+    told = json.loads(config.read_text())
+    told["text_config"] |= {"hidden_size": 2048, "num_hidden_layers": 36}
+    (real / "config.json").write_text(json.dumps(told | {"streaming_variant": "gap"}))
+    world.add("group", "wait-3", name="real", model=str(real))
+    _, text = world.report(str(world.folder / "real_infer.json"), "--videos", "0")
+    assert "ours: wait-3, 3B" in text and "the model" not in text and "was trained as gap, not as" in text
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_words_come_with_the_slot_that_completes_them(world, seed):
+    """Random texts cut at random tokens, so within characters too, against a count of bytes."""
+    print("seed", seed)
+    draw = random.Random(seed)
+    letters = ["a red", " ring", " ", "\n", ".", "é", "שלום", "🙂", "👩‍👩‍👧", "視", "\u200d"]
+    letters_of_bytes = byte_letters()
+    for _ in range(20):
+        caption = "".join(draw.choices(letters, k=draw.randint(1, 30))).strip()
+        ids = world.tokens(caption + draw.choice(["", " ", " \n"]))
+        counts = [0] * draw.randint(1, 12)
+        for _ in ids:
+            counts[draw.randrange(len(counts))] += 1
+        pieces = words_by_slot(world.tokenizer, ids, counts)
+        assert "".join(pieces) == caption and len(pieces) == len(counts)
+        for slot in range(1, len(counts)):
+            one_by_one = [world.tokenizer.convert_ids_to_tokens(token) for token in ids[: sum(counts[:slot])]]
+            plain = [token for token in one_by_one if token not in SPECIAL_TOKENS]
+            raw = bytes(letters_of_bytes.index(letter) for token in plain for letter in token)
+            whole = raw.decode(errors="ignore").lstrip()
+            assert "".join(pieces[:slot]) == whole[: len(caption)]
+
+
+def byte_letters() -> list[str]:
+    """GPT-2's letter for each byte: printable ones stand for themselves, others run from U+0100."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = map(chr, range(256, 512))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+def test_a_frame_is_the_newest_of_its_clip(tmp_path):
+    make_video(tmp_path / "a.mp4", seconds=3, fps=10)  # frames carry their numbers; 2 fps takes 0, 5, 10, …
+    result = SimpleNamespace(args={"video_root": str(tmp_path)})
+    seconds, frames = show_video(result, {"video_path": "a.mp4"}, clips=3)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(frame.partition(",")[2]))) for frame in frames]
+    assert seconds == 1 and [read_number(picture) for picture in pictures] == [5, 15, 25]
+    with pytest.raises(InputError, match="has 3 clips now, and had 4"):
+        show_video(result, {"video_path": "a.mp4"}, clips=4)
+
+
+def test_what_is_gone_is_said(world, tmp_path, capsys):
+    world.add("group", model=str(tmp_path / "gone"))
+    world.add("gap", captions=[""])
+    page, _ = world.report(*world.files)
+    assert "gone is not on this machine; --tokenizer" in page and "<i>3 tokens</i>" in page
+    assert page.count("Words by the second are not known") == 3  # of group, whose captions are shown whole
+    page, _ = world.report(*world.files, "--tokenizer", str(world.checkpoint), "--videos", "1")
+    assert "Words by the second" not in page and f"Words by the tokenizer in {world.checkpoint}" in page
+
+    other = tmp_path / "other"
+    shutil.copytree(world.checkpoint, other)
+    told = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = told["model"]["vocab"]
+    vocabulary["Ġred"], vocabulary["Ġblue"] = vocabulary["Ġblue"], vocabulary["Ġred"]
+    (other / "tokenizer.json").write_text(json.dumps(told))
+    world.add("group", model=str(tmp_path / "gone"), captions=["A red ring."])
+    page, _ = world.report(*world.files, "--tokenizer", str(other), "--videos", "1")
+    assert "does not give this caption back" in page
+    (other / "tokenizer.json").write_text("{}")
+    assert "no tokenizer could be loaded" in refused(world, capsys, *world.files, "--tokenizer", str(other))
+
+    world.add("group", data=str(tmp_path / "gone.jsonl"))
+    page, _ = world.report(str(world.folder / "group_wait-3_infer.json"), "--video-ids", world.videos[1]["video_id"])
+    assert "No frames: the evaluation data" in page and page.count('class="story"') == 1
+    assert "data:image" not in page
+
+
+def refused(world, capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as ended:
+        world.report(*arguments)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert ended.value.code == 2 and len(errors) == 1
+    return errors[0]
+
+
+def test_bad_input_is_refused_in_one_line(world, capsys, tmp_path):
+    world.add("group")
+    world.add("group", name="again")
+    world.add("gap")
+    good, again, gap = (str(world.folder / f"{name}_infer.json") for name in ("group_wait-3", "again", "gap_wait-3"))
+    args = json.loads(Path(gap).with_suffix(".args.json").read_text())
+    rows = [json.loads(line) for line in Path(gap).read_text().splitlines()]
+
+    def broken(name: str, row: dict | None = None, scores: str = "{}", **changes) -> str:
+        path = tmp_path / f"{name}_infer.json"
+        path.write_text("".join(json.dumps(each | (row or {})) + "\n" for each in rows[:1]))
+        path.with_suffix(".args.json").write_text(json.dumps({**args, **changes}))
+        path.with_name(f"{name}_scores.json").write_text(scores)
+        return str(path)
+
+    bare = tmp_path / "bare_infer.json"
+    bare.write_text(Path(good).read_text())
+    (tmp_path / "empty.json").touch()
+    for arguments, reason in (
+        ([str(tmp_path / "*_infer.json")], "*_infer.json"),
+        ([str(tmp_path)], "is not there"),
+        ([str(tmp_path / "empty.json")], "has no rows"),
+        ([str(world.folder / "gap_wait-3_scores.json")], "the row has no 'video_id'"),
+        ([str(bare)], "bare_infer.args.json is missing"),
+        ([good, again], "are both group, wait-3"),
+        ([good, good], "are both group, wait-3"),
+        ([broken("a", variant="grup")], "unknown variant 'grup'"),
+        ([broken("b", variant="group")], "is of gap, but the arguments"),
+        ([broken("c", model=None)], "does not name the model"),
+        ([broken("d", {"slots": [1]})], "a slot for each token"),
+        ([broken("e", {"slots": [9999] * len(rows[0]["tokens"])})], "do not run from 1"),
+        ([broken("f", scores="{")], "f_scores.json cannot be read"),
+        ([broken("g", scores="[]")], "holds a list"),
+        ([broken("h", scores='{"not_computed": []}')], "no object as not_computed"),
+        ([broken("i", {"clips": 0, "tokens": [], "slots": []})], "do not run from 1"),
+        ([gap, "--video-ids", "nowhere"], "--video-ids nowhere"),
+        ([gap, "--videos", "-1"], "--videos -1"),
+        ([gap, "--tokenizer", str(tmp_path / "gone")], "gone is not on this machine"),
+        ([gap, "--size", "5B"], "5B"),
+    ):
+        assert reason in refused(world, capsys, *arguments), arguments
+        assert not world.page.parent.exists()
+    world.page.parent.touch()
+    assert "cannot be written" in refused(world, capsys, gap, "--videos", "0")

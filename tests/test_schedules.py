@@ -1,0 +1,76 @@
+"""Schedules that a user asks for: by name, disturbed at random, or from a file, and every mistake in one line."""
+
+import json
+
+import pytest
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.variants import VARIANTS
+from schedules import choose_schedules
+
+GROUP = VARIANTS["group"]
+
+
+def choose(text, tmp_path, variant=GROUP, seed=0, ids=("a", "b")):
+    return choose_schedules(str(text), variant, 4, seed, ids, tmp_path)
+
+
+def test_by_name(tmp_path):
+    for text, name in (("", "wait-4"), ("random", "random-4"), ("wait-7", "wait-7"), ("random-2", "random-2")):
+        assert choose(text, tmp_path).name == name
+    assert choose("", tmp_path).of("a", 4).quotas == (4, 4, 4)
+    assert choose("random", tmp_path, VARIANTS["batch"]).of("a", 4).quotas == (0, 0, 0)
+
+
+def test_a_disturbed_schedule_is_the_videos_own(tmp_path):
+    """It is settled by seed and video, not by order or process, and keeps to K in the mean."""
+    drawn = [choose("random", tmp_path, seed=seed).of(video, 300).quotas for seed in (0, 1) for video in "ab"]
+    assert len(set(drawn)) == 4 and choose("random-4", tmp_path).of("a", 300).quotas == drawn[0]
+    assert all(set(quotas) == set(range(1, 8)) and 3.5 < sum(quotas) / 299 < 4.5 for quotas in drawn)
+
+
+@pytest.mark.parametrize("form", ["object", "lines", "rows"])
+def test_from_a_file(tmp_path, form):
+    """Counts with or without the last slot's; rows of a result file are such a file."""
+    counts = {"a": [0, 5, 2], "b": [3, 1], "not in the data": [1]}
+    lines = {
+        "object": [json.dumps(counts, indent=1)],
+        "lines": [json.dumps({name: each}) for name, each in counts.items()],
+        "rows": [json.dumps({"video_id": name, "schedule": each, "result": "x"}) for name, each in counts.items()],
+    }[form]
+    (tmp_path / "counts.json").write_text("\n".join(lines) + "\n")
+    found = choose("counts.json", tmp_path)  # looked up in the project's root
+    assert found.name == "counts.json" and len(found.sha256) == 64
+    assert found.of("a", 3).quotas == (0, 5) and found.of("b", 3).quotas == (3, 1)
+    with pytest.raises(InputError, match="3 counts for video a, which has 5 clips: give 5, or 4"):
+        found.of("a", 5)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ('{"a": [1, -1], "b": []}', "video a: [1, -1] are no counts from 0 up"),
+        ('{"a": [1, true], "b": []}', "are no counts"),
+        ('{"a": [1.5], "b": []}', "are no counts"),
+        ('{"a": 3, "b": []}', "video a: 3 are no counts"),
+        ('{"a": [1]}', "has no counts for video b"),
+        ('{"a": [1]}\n{"b": [1]}\n{"a": [2]}', "video a: it comes twice"),
+        ("[[1, 2]]", "object 1: no object"),
+        ("wait 3", "is not JSON or JSON Lines"),
+        ("", "has no counts for video a"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path, text, says):
+    path = tmp_path / "counts.json"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        choose(path, tmp_path)
+    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_cannot_be_asked_for(tmp_path):
+    (tmp_path / "counts.json").write_text('{"a": [1], "b": [1]}')
+    with pytest.raises(InputError, match="batch writes when the whole video is there"):
+        choose("counts.json", tmp_path, VARIANTS["batch"])
+    for text in ("wait", "wait-0", "random-x", "wait-3 ", "nowhere.json", "."):
+        with pytest.raises(InputError, match="give wait-K, random, random-K"):
+            choose(text, tmp_path)

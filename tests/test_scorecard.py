@@ -1,0 +1,205 @@
+"""All measures of a file of captions, by `eval.py --score-only`, as a user calls it."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import eval as evaluation
+import pytest
+from bleurt import bleurt
+from endpoint import Endpoint
+from lag import measure
+from qwen_vl_streaming.errors import run
+from qwen_vl_streaming.prompts import load_processor
+from results import FIELDS
+from scoring import METRICS, check_java, score
+from tiny_bleurt import tiny_bleurt
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bleurt")
+    tiny_bleurt(folder)
+    return folder
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", " secret\n")
+    server = Endpoint()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def quick_java(monkeypatch, tmp_path):
+    """A java that has no memory for METEOR, which loads for seconds."""
+    fake = tmp_path / "java"
+    fake.write_text(f'#!/bin/sh\nif [ "$1" = -jar ]; then echo no memory >&2; exit 1; fi\nexec {check_java()} "$@"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+
+@pytest.fixture
+def score_only(monkeypatch):
+    monkeypatch.delenv("QWEN2_5_VL_VARIANT", raising=False)
+
+    def call(path: Path, *flags: object) -> dict:
+        given = ["eval.sh", "--score-only", str(path), "--device", "cpu", *map(str, flags)]
+        monkeypatch.setattr("sys.argv", given)
+        run(evaluation.main)
+        return json.loads(path.with_suffix(".scores.json").read_text())
+
+    return call
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict]) -> list[dict]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def captions(count: int) -> list[dict]:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    words = ["the", "video", "shows", "a", "red", "blue", "square", "circle", "that", "moves"]
+
+    def caption() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(4, 9)))
+
+    return [{"video_id": f"v{n}", "annotation": caption(), "result": f"{caption()} {n}"} for n in range(count)]
+
+
+def test_every_measure_of_captions_with_slots(made, checkpoint, endpoint, score_only, quick_java, tmp_path, capsys):
+    tokenizer = load_processor(made[0]).tokenizer
+
+    def decode(tokens):
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+
+    rows = captions(6)
+    rows[2]["annotation"] = [rows[2]["annotation"], "a blue circle moves to the right and on and on and on and on"]
+    rows[5]["result"] = ""
+    for number, row in enumerate(rows):
+        tokens = tokenizer(row["result"]).input_ids
+        slots = [min(1 + index // 3, 5) for index in range(len(tokens))]
+        row |= {"task": "description", "variant": "group", "schedule": [3, 3, 3, 3, 3], "seconds": 1.0 + number}
+        row |= {"tokens": tokens, "slots": slots, "clips": 5}
+        assert set(row) == set(FIELDS)
+    path = tmp_path / "group_infer.json"
+    write_rows(path, rows)
+    path.with_suffix(".args.json").write_text(json.dumps({"model": str(made[0])}))
+    endpoint.plan[rows[1]["result"]] = [(200, '{"score": 1, "why": "broken"}')]
+    endpoint.plan[rows[4]["result"]] = [(400, {"error": {"message": "filtered"}})]
+    flags = ("--bleurt", checkpoint, "--judge-url", endpoint.url, "--judge-model", "grader")
+    scores = score_only(path, *flags)
+
+    references = {row["video_id"]: row["annotation"] for row in rows}
+    expected = score(references, {row["video_id"]: row["result"] for row in rows})
+    assert list(scores["not_computed"]) == ["METEOR"] == list(expected.pop("not_computed"))
+    assert expected.keys() == set(METRICS) - {"METEOR"} and {metric: scores[metric] for metric in expected} == expected
+    several = [[text] if isinstance(text, str) else text for text in references.values()]
+    each = bleurt(checkpoint, several, [row["result"] for row in rows])
+    assert scores["BLEURT"] == pytest.approx(sum(each) / 6)
+    assert scores["Fluency"] == (4 * 4 + 1) / 5
+    assert scores["judge"] == {"model": "grader", "judged": 5, "not_judged": 1}
+    lags = [measure(row, decode) for row in rows]
+    for name in ("AL", "LAAL"):
+        assert scores[name] == pytest.approx(sum(found[name] for found in lags[:5]) / 5)
+    assert scores["early_words"] == sum(found["early_words"] for found in lags) / 6
+    assert scores["lag"] == {"videos": 5, "without_words": 1}
+    assert (scores["count"], scores["skipped"]) == (6, 0)
+
+    videos = lines(tmp_path / "group_per_video.jsonl")
+    assert [video["video_id"] for video in videos] == [row["video_id"] for row in rows]
+    assert [video["BLEURT"] for video in videos] == pytest.approx(each)
+    assert videos[1]["Fluency"] == 1 and videos[1]["why"] == "broken"
+    assert "Fluency" not in videos[4] and "filtered" in videos[4]["not_judged"]
+    assert [{name: video.get(name) for name in lags[0]} for video in videos[:5]] == lags[:5] and "AL" not in videos[5]
+    said = capsys.readouterr()
+    assert "5 of 6 captions judged by grader" in said.out and "LAAL" in said.out
+    assert {request["key"] for request in endpoint.asked} == {"Bearer secret"}
+
+    endpoint.plan.clear()
+    endpoint.asked.clear()
+    assert score_only(path, *flags)["judge"] == {"model": "grader", "judged": 6, "not_judged": 0}
+    assert len(endpoint.asked) == 2, "more than the check and the caption that was left"
+
+
+def test_what_cannot_be_computed_is_absent_with_its_reason(
+    made, checkpoint, endpoint, score_only, quick_java, tmp_path, capsys
+):
+    rows = write_rows(tmp_path / "mine.json", captions(30))
+    plan = [(200, '{"score": 5, "why": ""}')] * 4  # the first of them is the check
+    endpoint.plan = {"": [*plan, (404, {"error": "the model was unloaded"})]}
+    cut = shutil.copytree(checkpoint, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-9])
+    flags = ("--bleurt", cut, "--judge-url", endpoint.url, "--judge-model", "grader")
+    scores = score_only(tmp_path / "mine.json", *flags)
+    reasons = scores["not_computed"]
+    assert list(reasons) == ["METEOR", "AL", "LAAL", "early_words", "BLEURT", "Fluency"]
+    assert not scores.keys() & reasons.keys() and scores["BLEU-1"] > 0
+    assert "v0 has no tokens, slots, clips" in reasons["LAAL"] and "cannot be read" in reasons["BLEURT"]
+    assert "unloaded" in reasons["Fluency"] and "3 of 30" in reasons["Fluency"]
+    out = capsys.readouterr().out
+    assert all(f"\n{metric} " in out for metric in reasons)
+    assert len(lines(tmp_path / "mine.judge.jsonl")) == 3
+
+    # Without what nobody asked for; and a tokenizer that is not the one that wrote.
+    rows = [{**row, "tokens": [5, 6], "slots": [1, 1], "clips": 2} for row in rows]
+    write_rows(tmp_path / "mine.json", rows)
+    scores = score_only(tmp_path / "mine.json")
+    assert list(scores["not_computed"]) == ["METEOR", "AL", "LAAL", "early_words"]
+    assert "no mine.args.json" in scores["not_computed"]["AL"]
+    (tmp_path / "mine.args.json").write_text(json.dumps({"model": str(made[0])}))
+    assert "are not its text" in score_only(tmp_path / "mine.json")["not_computed"]["AL"]
+    (tmp_path / "mine.args.json").write_text(json.dumps({"model": str(tmp_path / "gone")}))
+    assert "gone" in score_only(tmp_path / "mine.json")["not_computed"]["AL"]
+
+
+def test_what_scoring_needs_is_checked_before_anything_long_runs(
+    checkpoint, endpoint, score_only, tmp_path, monkeypatch, capsys
+):
+    def never(*_):
+        raise AssertionError("something long ran")
+
+    for name in ("make_work", "score_rows"):
+        monkeypatch.setattr(evaluation, name, never)
+    write_rows(tmp_path / "mine.json", captions(2))
+    endpoint.plan = {"": [(401, {"error": {"message": "who are you"}})]}
+    judge = ("--judge-url", endpoint.url, "--judge-model", "grader")
+    for flags, says in (
+        (("--bleurt", tmp_path / "nowhere"), "no such folder"),
+        (("--bleurt", tmp_path), "config.json is not that of a BLEURT-20"),
+        (judge, "set OPENAI_API_KEY"),
+        (judge[:2], "--judge-url and --judge-model go together"),
+        ((*judge, "--judge-options", "[1]"), "--judge-options '[1]': give a JSON object"),
+        ((*judge, "--judge-options", "{"), "give a JSON object"),
+        ((*judge, "--judge-workers", 0), "must be above 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            score_only(tmp_path / "mine.json", *flags)
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert ended.value.code == 2 and len(error) == 1 and says in error[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"video_id": "a", "annotation": "x"}, "no 'result'"),
+        ({"video_id": "a", "annotation": " .", "result": "x"}, "'a' has a reference without a word"),
+        ({"video_id": "a", "annotation": ["x", 3], "result": "x"}, "'a' has a reference without a word"),
+    ],
+)
+def test_a_bad_row_of_captions_is_one_line(score_only, tmp_path, capsys, row, says):
+    write_rows(tmp_path / "mine.json", [row])
+    with pytest.raises(SystemExit):
+        score_only(tmp_path / "mine.json")
+    assert says in capsys.readouterr().err and not (tmp_path / "mine.scores.json").exists()
