@@ -237,3 +237,10 @@ def test_same_tensors_again(tmp_path):
 def test_timestamps_ascend(tmp_path):
     video = read_video(make_video(tmp_path / "v.mp4", VARIABLE, fps=30), budget=SMALL)
     assert all(a <= b for a, b in pairwise(video.timestamps))
+
+
+@pytest.mark.parametrize("columns", [16, 24, 48, 72])
+def test_narrow_videos_whose_frames_decord_gives_wrong_channels(tmp_path, columns):
+    path = make_video(tmp_path / "narrow.mp4", size=(columns, 64))
+    video = read_video(path, budget=SMALL)
+    assert video.frames.shape[1] == 3 and len(video.frames) > 1

@@ -46,8 +46,9 @@ class Settings:
     {video_id: [k_1, ..., k_N]} or JSON Lines such as a result file. By default wait-K with the checkpoint's K."""
     seed: int = 0
     """For random schedules."""
-    batch_size: int = 8
-    """Videos that a process watches at once, at most. Captions do not depend on it."""
+    batch_size: int = 32
+    """Videos that a process watches at once, at most; fewer where the memory does not hold them. In float32 captions do
+    not depend on it."""
     memory: float | None = None
     """GiB for the keys and values of a process's videos; by default most of what its GPU has free."""
     processes: int = 0

@@ -92,6 +92,7 @@ class Videos(Dataset):
         pixels, grid = clip_pixels(self.processor, video.frames)
         template = self.templates[row["question"] or QUESTIONS[-1]]
         layout = template.layout(grid, self.tokens_per_second * video.seconds_per_clip)
+        pixels = pixels.to(getattr(torch, work.dtype))  # as the model takes them: half as many bytes go to a GPU
         return Watched(video_id, Job(video_id, pixels, layout, template, schedule))
 
 

@@ -114,7 +114,10 @@ def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) ->
         for position in range(int(picked[-1]) + 1):
             image = video.next()
             if position in wanted:
-                yield image.asnumpy()
+                frame = image.asnumpy()
+                if frame.shape[2:] != (3,):  # seen in videos of 16, 24, 48 and 72 columns
+                    raise ReaderError(f"decord gives frames of {frame.shape[2]} channels")
+                yield frame
     except (decord.DECORDError, RuntimeError, AssertionError, StopIteration) as error:
         raise ReaderError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
