@@ -77,7 +77,7 @@ def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
 def test_a_video_that_does_not_fit_is_refused_by_name():
     variant, model = VARIANTS["group"], tiny_model()
     (job,) = random_jobs(random.Random(0), variant, 1)
-    with pytest.raises(InputError, match="video 0 needs .* GiB"):
+    with pytest.raises(InputError, match=r"video 0 needs .* GiB"):
         batched(model, variant, [job], batch_size=1, memory=1000)
 
 

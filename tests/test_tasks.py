@@ -99,9 +99,8 @@ def test_training_and_evaluation_ask_a_row_its_own_question(made):
     )
     asked = evaluation.read_data(data, limit=None, task=tasks.TASKS["funqa"])
     schedules = Schedules("wait-3", VARIANTS["group"])
-    watched = Videos(
-        SimpleNamespace(rows=asked, root=folder, budget=budget, reader=None, schedules=schedules), processor, 2
-    )
+    work = SimpleNamespace(rows=asked, root=folder, budget=budget, reader=None, schedules=schedules, dtype="float32")
+    watched = Videos(work, processor, 2)
     for index in (0, 3, 11):
         sample, template = training[index], watched[index].job.template
         assert not sample.bad and tuple(sample.input_ids[: len(template.prompt)].tolist()) == template.prompt

@@ -10,6 +10,7 @@ GPU a step is compiled and replayed as a CUDA graph; on a CPU the same lines run
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Engine:
 
     flex: bool | None = None
     """FlexAttention or SDPA with a dense mask; None: FlexAttention on a GPU."""
-    options = {"num_warps": 4, "num_stages": 3}
+    options: ClassVar[dict] = {"num_warps": 4, "num_stages": 3}
     """FlexAttention's kernel_options in a step, measured on an H200: by default its loads are not overlapped."""
 
     def __init__(self, model, seats: int, pages: Pages, longest: int, penalty: float = 1.15):
