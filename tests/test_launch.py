@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,26 @@ def test_where_and_how_many(launch, environment, nproc, nnodes, rank, address, p
 def test_one_task_a_node(launch):
     status, _, said = launch(**SLURM, SLURM_LOCALID="1")
     assert status == 2 and said.count("\n") == 1 and "--ntasks-per-node=1" in said
+
+
+@pytest.mark.parametrize("name, value", [
+    ("NPROC_PER_NODE", "0"), ("NPROC_PER_NODE", "all"), ("NNODES", "two"), ("NNODES", "0"), ("NODE_RANK", "1"),
+    ("NODE_RANK", "-1"), ("MASTER_PORT", "x"), ("MASTER_PORT", "70000"), ("MASTER_PORT", "0"),
+])  # fmt: skip
+def test_numbers_are_numbers(launch, name, value):
+    status, _, said = launch(**{name: value})
+    assert status == 2 and said.count("\n") == 1 and said.startswith(f"error: {name}={value}: give a whole number")
+
+
+def test_a_number_may_begin_with_naught(launch):
+    assert launch(NNODES="12", NODE_RANK="08", MASTER_ADDR="x")[0] == 0
+
+
+def test_a_port_that_is_taken():
+    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", "1", "--nnodes", "1", "--node_rank", "0"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(taken.getsockname()[1]), "-m", "this"]
+        done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and [line.startswith("error: ") for line in lines].count(True) == 1
+    assert "MASTER_PORT" in lines[-1] and "Traceback" not in done.stderr

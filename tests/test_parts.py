@@ -274,6 +274,7 @@ def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch)
     assert "there already" in reason("--output", made[0])
     assert "holds no adapter" in reason("--adapter", made[0])
     assert "no Qwen2.5-VL could be loaded" in reason("--base", tmp_path)
+    assert f"python -m qwenvl.merge --adapter {adapter}" in reason("--base", adapter)
     for shape, says in (({"layers": 1}, "weights are in one only"), ({"hidden": 64}, "does not fit")):
         config = make_config(load_processor(made[0]).tokenizer, dataclasses.replace(TINY, **shape))
         make_model(config).save_pretrained(tmp_path / says)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +17,16 @@ from qwenvl.arguments import SftArguments
 from qwenvl.data import IGNORED, StreamingDataset, collate, hold_out, read_rows
 from qwenvl.record import Throughput, commit, draw_curves
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import finish, flags, history, start
+from training import finish, flags, history, spoil, start
 
 
 def test_a_run_leaves_its_record(made, tmp_path):
-    """Stopped once, with two samples held out, one of them bad: the record covers both starts."""
+    """Stopped once, with three samples held out, one of them bad: the record covers both starts."""
     rows = read_rows(made[1])
     _, held = hold_out(rows, 0.0, 3, seed=42)
     for row in rows:
         if row["video_id"] == held[0]["video_id"]:
-            row["video_path"] += ".nowhere"
+            row["video_path"] = str(spoil(Path(row["video_path"]), tmp_path / "spoilt.mp4"))
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out, log = tmp_path / "out", tmp_path / "log"

@@ -12,7 +12,7 @@ import torch
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
 from qwenvl.keeping import STOPPED
 from safetensors.torch import load_file
-from training import finish, flags, free_port, history, start, start_two
+from training import finish, flags, free_port, history, spoil, start, start_two
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +122,11 @@ def test_another_run_is_not_taken_for_this_one(made, tmp_path):
 
 
 def test_two_processes_know_the_same_bad_samples_and_stop_together(made, tmp_path):
-    """Each process leaves out what the other does, and one line says why they end."""
+    """Each leaves out what the other does, and one line says why they end. One is missing, two do not decode."""
     rows = [json.loads(line) for line in made[1].read_text().splitlines()]
-    for row in rows[:3]:
-        row["video_path"] = "nowhere.mp4"
+    for row in rows[1:3]:
+        row["video_path"] = str(spoil(Path(row["video_path"]), tmp_path / f"nowhere.mp4 in {row['video_id']}"))
+    rows[0]["video_path"] = "nowhere.mp4"
     data = tmp_path / "bad.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -101,11 +101,28 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def start_many(processes: int, arguments: list[str], log: Path, **actions) -> list:
+    """Start a run of several processes. `actions` (act, step) are those of the last."""
+    number, port = str(processes), str(free_port())
+    common = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(arguments, log, RANK=str(r), LOCAL_RANK=str(r), **common, **(actions if r == processes - 1 else {}))
+        for r in range(processes)
+    ]
+
+
 def start_two(arguments: list[str], log: Path, **actions) -> list:
-    """Start a run of two processes. `actions` (act, step) are those of the second."""
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    first = start(arguments, log, RANK="0", LOCAL_RANK="0", **common)
-    return [first, start(arguments, log, RANK="1", LOCAL_RANK="1", **common, **actions)]
+    return start_many(2, arguments, log, **actions)
+
+
+def spoil(video: Path, copy: Path) -> Path:
+    """A copy of an MP4 whose header is sound, and whose pictures do not decode."""
+    data = bytearray(video.read_bytes())
+    start = data.index(b"mdat") + 4
+    end = start - 8 + int.from_bytes(data[start - 8 : start - 4], "big")
+    data[start:end] = bytes(end - start)
+    copy.write_bytes(data)
+    return copy
 
 
 def finish(process, status: int = 0, seconds: float = 60) -> None:

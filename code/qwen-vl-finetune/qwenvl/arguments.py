@@ -1,7 +1,7 @@
 """Every flag of training, with the paper's values as defaults. Cheap mistakes are found here, before a model loads."""
 
-import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +11,8 @@ from qwen_vl_streaming.timeline import make_schedule
 from qwen_vl_streaming.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video import PixelBudget
 from transformers import TrainingArguments
+
+from .limits import MISTAKES, check_after, check_values, check_zero, one_line
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -56,6 +58,8 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        if not Path(self.model_name_or_path).exists() and (ROOT / self.model_name_or_path).exists():
+            self.model_name_or_path = str(ROOT / self.model_name_or_path)
         self.rules  # noqa: B018  an unknown variant is refused here
         if self.wait_k < 1:
             raise InputError(f"--wait_k {self.wait_k}: write at least 1 token after each clip")
@@ -114,9 +118,14 @@ class DataArguments:
 
     def __post_init__(self):
         path = find_path(self.train_data, ROOT, "the training data")
+        if not path.is_file():
+            raise InputError(f"{path} is no file: give the JSONL that `python mani_data.py` has made")
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty: make it with `python mani_data.py`")
         self.train_data = str(path)
+        self.budget  # noqa: B018  a wrong one is refused here
+        if self.model_max_length < 1:
+            raise InputError(f"--model_max_length {self.model_max_length}: give the tokens that a sample may have")
         if self.pack_tokens < 0:
             raise InputError(f"--pack_tokens {self.pack_tokens}: give the tokens of a row, or 0 for a row a sample")
 
@@ -152,7 +161,9 @@ class SftArguments(TrainingArguments):
     gradient_checkpointing: bool = True
     logging_steps: float = 1
     save_steps: float = 500
-    save_total_limit: int | None = 2
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep this many checkpoints, the newest; 0: all."}
+    )
     dataloader_num_workers: int = 4
     report_to: str = field(default="tensorboard", metadata={"help": "wandb: that as well; none: not even TensorBoard."})
     remove_unused_columns: bool = field(default=False, init=False)
@@ -162,19 +173,16 @@ class SftArguments(TrainingArguments):
     max_bad_share: float = field(default=0.05, metadata={"help": "Stop when a larger share of samples is bad."})
 
     def __post_init__(self):
+        check_values(self)
         if isinstance(self.deepspeed, str):
             path = find_path(self.deepspeed, Path(__file__).resolve().parents[1], "the DeepSpeed configuration")
-            try:
-                zero = json.loads(path.read_text())
-            except ValueError as error:
-                raise InputError(f"{path} is not valid JSON ({error}): mend it or leave --deepspeed out") from error
-            if "optimizer" in zero:
-                raise InputError(f"{path} names an optimizer, which would train all parts alike: leave it to --optim")
+            check_zero(path)
             self.deepspeed = str(path)
-        if not 0 <= self.eval_share < 1 or self.eval_samples < 0:
-            raise InputError(f"--eval_share {self.eval_share}, --eval_samples {self.eval_samples}: a share below 1")
-        if (self.eval_share or self.eval_samples) and self.eval_strategy == "no":
-            self.eval_strategy, self.eval_steps = "steps", self.eval_steps or self.save_steps
+        if self.eval_share or self.eval_samples:
+            if self.eval_strategy == "no":
+                self.eval_strategy, self.eval_steps = "steps", self.eval_steps or self.save_steps
+        elif self.eval_strategy != "no" or self.eval_on_start:
+            raise InputError("evaluation needs held-out samples: give --eval_share or --eval_samples")
         named = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ())
         for name in named:
             if name not in ("tensorboard", "wandb", "none"):
@@ -182,4 +190,11 @@ class SftArguments(TrainingArguments):
             if name != "none" and find_spec(name) is None:
                 raise InputError(f"--report_to {name}: it is not installed; pip install {name}, or leave it out")
         self.report_to = "none" if "none" in named else sorted({"tensorboard", *named})
-        super().__post_init__()
+        try:
+            with warnings.catch_warnings():
+                # --gradient_checkpointing has a new name in transformers, and is there until its next version.
+                warnings.simplefilter("ignore", FutureWarning)
+                super().__post_init__()
+        except MISTAKES as error:
+            raise InputError(f"the training flags cannot be used: {one_line(error)}") from error
+        check_after(self)

@@ -7,15 +7,16 @@ keeps every process in step, and its id and reason travel with the batch. Knows 
 """
 
 import json
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.prompts import QUESTIONS, answer_ids, clip_pixels, make_template
+from qwen_vl_streaming.prompts import QUESTIONS, Template, answer_ids, clip_pixels, make_template
 from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, make_schedule, make_timeline
 from qwen_vl_streaming.variants import Variant
 from qwen_vl_streaming.video import PixelBudget, Video, read_video
@@ -26,16 +27,28 @@ IGNORED = -100
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL. Raises InputError, naming the line, for one that is not JSON or lacks a field."""
+    """The rows of a JSONL, each with the number of its line and its own question or None. Raises InputError, naming the
+    line, for one that is not JSON, lacks a field or has an empty question."""
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                rows.append({key: row[key] for key in ("video_id", "video_path", "human_caption")})
+                fields = {key: row[key] for key in ("video_id", "video_path", "human_caption")}
+                if wrong := [key for key in ("video_path", "human_caption") if not isinstance(fields[key], str)]:
+                    raise TypeError(f"{wrong[0]} is no text")
+                rows.append({"line": number, **fields, "question": read_question(row)})
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path}, line {number}: {error!r}: make the file again with mani_data.py") from error
     return rows
+
+
+def read_question(row: dict) -> str | None:
+    """The question of a row that has one. Raises ValueError where it is no text or empty."""
+    question = row.get("question")
+    if question is not None and not (isinstance(question, str) and question.strip()):
+        raise ValueError(f"question {question!r:.40}")
+    return question
 
 
 def hold_out(rows: list[dict], share: float, samples: int, seed: int) -> tuple[list[dict], list[dict]]:
@@ -56,6 +69,8 @@ def hold_out(rows: list[dict], share: float, samples: int, seed: int) -> tuple[l
     left = [row for row in rows if row["video_path"] not in chosen]
     if not left:
         raise InputError(f"{len(held)} of {len(rows)} samples would be held out: lower --eval_samples or --eval_share")
+    if share and not held:
+        raise InputError(f"--eval_share {share} of {len(rows)} samples is none: raise it, or give --eval_samples")
     return left, held
 
 
@@ -105,25 +120,60 @@ class StreamingDataset(torch.utils.data.Dataset):
         self.variant, self.schedule, self.budget, self.max_length = variant, schedule, budget, max_length
         self.seed, self.reader = seed, reader
         self.templates = [make_template(processor, question) for question in QUESTIONS]
+        self.asked: dict[str, Template] = {}
         self.kept: dict[int, Video] | None = {} if keep_frames else None
+        self.side = processor.video_processor.merge_size * processor.video_processor.patch_size
+        """Pixels that a visual token covers, in rows and in columns."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
-        template = self.templates[random.Random(f"{self.seed} {row['video_id']}").randrange(len(self.templates))]
+        row, template = self.rows[index], self.template(index)
         try:
-            sample = self._sample(self._video(index), row["human_caption"], template)
-            if (length := len(sample.input_ids)) <= self.max_length:
-                return sample
-            raise InputError(f"its {length} tokens are more than the model length {self.max_length}: raise that")
+            video = self._video(index)
+            sample = self._sample(video, row["human_caption"], template)
+            answer = int((sample.labels != IGNORED).sum())
+            per_clip = video.frames.shape[-2] * video.frames.shape[-1] // self.side**2
+            self.check(video.clips, per_clip, template, answer)
         except InputError as error:
-            bad = (str(row["video_id"]), str(error))
-        merge = self.processor.video_processor.merge_size
-        side = merge * self.processor.video_processor.patch_size
-        black = Video(torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.tensor([0.0, 0.5]), 2.0, "blank")
-        sample = self._sample(black, "blank", template)
+            return self.blank(template, (str(row["video_id"]), str(error)))
+        return sample
+
+    def template(self, index: int) -> Template:
+        """What stands around the video: the row's own question, or one of the paper's, drawn by the row's id."""
+        row = self.rows[index]
+        if not (question := row.get("question")):
+            return self.templates[random.Random(f"{self.seed} {row['video_id']}").randrange(len(self.templates))]
+        if question not in self.asked:
+            self.asked[question] = make_template(self.processor, question)
+        return self.asked[question]
+
+    def check(self, clips: int, tokens_per_clip: int, template: Template, answer: int) -> None:
+        """Raises InputError for a sample of these sizes that cannot be trained on; `answer` counts `<|im_end|>`."""
+        if self.variant.streams and answer - 1 < clips:
+            raise InputError(
+                f"its caption has {answer - 1} tokens for {clips} clips, so that some slots would stay silent: "
+                "leave it out, or train an offline variant"
+            )
+        length = len(template.prompt) + len(template.tail) + len(template.header) + clips * tokens_per_clip + answer
+        if length > self.max_length:
+            raise InputError(f"its {length} tokens are more than the model length {self.max_length}: raise that")
+
+    def check_room(self) -> None:
+        """Raises InputError where a model length is too short for any sample."""
+        around = min(len(t.prompt) + len(t.tail) + len(t.header) for t in {*map(self.template, range(len(self)))})
+        least = around + math.ceil(self.budget.min_pixels_per_frame / self.side**2) + 2
+        if least > self.max_length:
+            raise InputError(
+                f"a question, one clip and one word are {least} tokens, more than the model length {self.max_length}: "
+                "raise --model_max_length, and --pack_tokens where it is given"
+            )
+
+    def blank(self, template: Template, bad: tuple[str, str] | None = None) -> Sample:
+        """A sample of one black clip, without labels."""
+        black = torch.zeros(2, 3, self.side, self.side, dtype=torch.uint8)
+        sample = self._sample(Video(black, torch.tensor([0.0, 0.5]), 2.0, "blank"), "blank", template)
         sample.labels.fill_(IGNORED)
         sample.bad = bad
         return sample
@@ -161,6 +211,43 @@ class StreamingDataset(torch.utils.data.Dataset):
             pixel_values=pixels.flatten(0, 1),
             grid_thw=torch.tensor([clips, grid[0] * merge, grid[1] * merge]),
         )
+
+
+class Evened(torch.utils.data.Dataset):
+    """`samples`, and behind them blank ones up to a multiple of `of`: where that is what all processes take at once,
+    none of them is handed a sample that another one has had."""
+
+    def __init__(self, samples: StreamingDataset, of: int):
+        self.samples, self.of = samples, of
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.samples) / self.of) * self.of
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < len(self.samples):
+            return self.samples[index]
+        return self.samples.blank(self.samples.templates[0])
+
+
+class Order(torch.utils.data.Sampler):
+    """The indices of `samples` for one epoch after the other: shuffled by `seed` and epoch, the blank ones last."""
+
+    def __init__(self, samples: Evened, seed: int, shuffled: bool = True, drop_last: bool = False):
+        """`drop_last` leaves out what is short of a multiple, in place of filling it up."""
+        self.real, self.all, self.of = len(samples.samples), len(samples), samples.of
+        self.seed, self.shuffled, self.drop_last, self.epoch = seed, shuffled, drop_last, 0
+
+    def __len__(self) -> int:
+        return self.real // self.of * self.of if self.drop_last else self.all
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self.real))
+        if self.shuffled:
+            order = torch.randperm(self.real, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        return iter([*order, *range(self.real, self.all)][: len(self)])
 
 
 def pack(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:

@@ -184,6 +184,13 @@ class KeepingTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return str(Path(self.args.output_dir) / BEING_SAVED) if self.saving else self.args.output_dir
 
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        if state_dict:
+            # DeepSpeed hands over copies, in which transformers cannot see that embeddings and lm_head are one.
+            ties = self.model.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in ties}
+        super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model, trial) -> None:
         output = Path(self.args.output_dir)
         whole = output / f"checkpoint-{self.state.global_step}"

@@ -9,6 +9,7 @@ import signal
 import sys
 
 import psutil
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -26,6 +27,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, hand_on)
     try:
         main(["--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    except DistError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"error: no place to meet ({reason}): check MASTER_ADDR, or give another MASTER_PORT", file=sys.stderr)
+        sys.exit(2)
     except ChildFailedError as error:
         rank, first = min(error.failures.items(), key=lambda failure: failure[1].timestamp)
         if first.exitcode in (2, STOPPED):

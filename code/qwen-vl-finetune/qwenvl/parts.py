@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from .arguments import ModelArguments, SftArguments
+from .limits import check_optimizer
 
 LANGUAGE, MERGER, VISION = "language model", "merger", "vision tower"
 FLAGS = {LANGUAGE: "tune_mm_llm", MERGER: "tune_mm_mlp", VISION: "tune_mm_vision"}
@@ -80,14 +81,13 @@ def check_parts(arguments: ModelArguments, training: SftArguments) -> None:
     """Refuse, before any weight is loaded, what cannot train as asked. Raises InputError."""
     for part, flag in RATES.items():
         rate = getattr(training, flag)
-        if rate is not None and rate < 0:
-            raise InputError(f"--{flag} {rate}: a learning rate cannot be below 0")
         if rate is not None and part != LANGUAGE and part not in tuned_parts(arguments):
             raise InputError(f"--{flag} is for the {part}, which does not train: give --{FLAGS[part]} True or leave it")
     if training.optim.startswith(OWN_GROUPS):
         raise InputError(
             f"--optim {training.optim.value} makes its own parameter groups: choose one such as adamw_torch"
         )
+    check_optimizer(training)
     if arguments.lora_enable:
         plan_lora(_without_weights(arguments.model_name_or_path, training), arguments)
 

@@ -69,14 +69,14 @@ def commit(folder: Path) -> dict | None:
         return None
 
 
-def describe_data(path: Path, rows: int, held_out: int) -> dict:
-    """The data file, by its contents. `rows` in all, of which `held_out` are not trained on."""
+def describe_data(path: Path, rows: int, held_out: int, left_out: list[int]) -> dict:
+    """The data file, by its contents. Of its `rows`, `held_out` are not trained on, nor are the lines `left_out`."""
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"path": str(path.resolve()), "sha256": sha256, "rows": rows, "held_out": held_out}
+    return {"path": str(path.resolve()), "sha256": sha256, "rows": rows, "held_out": held_out, "left_out": left_out}
 
 
-def describe_run(model, data, training, rows: int, held_out: int) -> dict:
-    """What settles a run, from its three groups of arguments; `rows` are trained on, `held_out` are not."""
+def describe_run(model, data, training, rows: int, held_out: int, left_out: list[int]) -> dict:
+    """What settles a run, from its three groups of arguments, and from its data as in `describe_data`."""
     zero = training.hf_deepspeed_config.config if training.deepspeed else None
     return {
         "variant": model.variant,
@@ -84,11 +84,19 @@ def describe_run(model, data, training, rows: int, held_out: int) -> dict:
         "world_size": training.world_size,
         "device": torch.cuda.get_device_name() if training.device.type == "cuda" else platform.processor() or "cpu",
         "zero_stage": zero and zero["zero_optimization"]["stage"],
-        "data": describe_data(Path(data.train_data), rows + held_out, held_out),
+        "data": describe_data(Path(data.train_data), rows, held_out, left_out),
         "commit": commit(Path(__file__).parent),
         "versions": versions(),
         "arguments": {**asdict(model), **asdict(data), **training.to_dict(), "deepspeed": zero},
     }
+
+
+def read_json(path: Path) -> dict:
+    """An object that a run has left. Raises InputError where it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is broken ({error}): remove it, or give another --output_dir") from error
 
 
 def now() -> str:
@@ -101,13 +109,18 @@ class RunRecord:
     def __init__(self, folder: Path, first: bool):
         """Only the `first` process writes."""
         self.path, self.first = folder / "run.json", first
-        self.before: dict = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.before: dict = read_json(self.path) if self.path.exists() else {}
         self.record: dict | None = None
 
     @property
     def finished(self) -> str | None:
         """When the run ended with its model saved."""
         return self.before.get("finished")
+
+    @property
+    def left_out(self) -> list[int]:
+        """The lines of the data that the run so far was begun without."""
+        return self.before["data"].get("left_out", []) if self.before else []
 
     def refuse_another(self, facts: dict) -> None:
         """Raises InputError where a checkpoint of the run so far cannot go on as the run that `facts` describe."""

@@ -12,15 +12,22 @@ from .keeping import add_up, write_whole
 
 logger = logging.getLogger(__name__)
 
+SAID = 10
+"""At most so many samples that are found at once are named in the log."""
+
 
 class Skipped:
     """Bad samples with their reasons, written to skipped.jsonl. The same on every process."""
 
-    def __init__(self, folder: Path, samples: int, most: float, known: dict[str, str], first: bool):
+    def __init__(self, folder: Path, samples: int, most: float, first: bool):
         """`samples` in all, of which a share of at most `most` may be bad; the `first` process writes and speaks."""
         self.path, self.samples, self.most, self.first = folder / "skipped.jsonl", samples, most, first
-        self.reasons = dict(known)
-        if first:
+        self.reasons: dict[str, str] = {}
+
+    def begin(self, known: dict[str, str]) -> None:
+        """Write down what is known as training begins, `known` from before included."""
+        self.reasons |= known
+        if self.first:
             self._write()
 
     def add(self, bad: list[tuple[str, str]], device: torch.device) -> None:
@@ -34,8 +41,10 @@ class Skipped:
         new = {video_id: reason for video_id, reason in gather_object(list(bad)) if video_id not in self.reasons}
         self.reasons |= new
         if self.first:
-            for video_id, reason in new.items():
+            for video_id, reason in list(new.items())[:SAID]:
                 logger.warning("left out %s: %s", video_id, reason)
+            if len(new) > SAID:
+                logger.warning("and %d more: see %s", len(new) - SAID, self.path)
             self._write()
         if len(self.reasons) > self.most * self.samples:
             raise InputError(
@@ -48,4 +57,5 @@ class Skipped:
             self.path.unlink(missing_ok=True)
             return
         rows = ({"video_id": video_id, "reason": reason} for video_id, reason in self.reasons.items())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,9 +1,12 @@
 """Fine-tune a Qwen2.5-VL under one of the six variants. Launched by scripts/sft.sh, alone or by torchrun."""
 
-import json
+import contextlib
 import logging
 import os
 import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,18 +15,30 @@ import torch
 from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.attention import make_mask
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.prompts import load_processor
 from qwen_vl_streaming.video import choose_reader
+from torch import distributed
 from transformers import HfArgumentParser
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import is_flash_attn_2_available
 
 from .arguments import ROOT, DataArguments, ModelArguments, SftArguments
-from .data import IGNORED, StreamingDataset, collate, hold_out, read_rows
-from .keeping import STOPPED, KeepingTrainer, add_up, save_whole
+from .data import IGNORED, Evened, Order, StreamingDataset, collate, hold_out, read_rows
+from .keeping import STOPPED, KeepingTrainer, add_up, newest_checkpoint, save_whole
 from .parts import check_parts, describe_parts, make_optimizer, make_trainable
-from .record import RunRecord, Throughput, Work, describe_run, draw_curves, one_tensorboard, write_throughput
+from .record import (
+    RunRecord,
+    Throughput,
+    Work,
+    describe_run,
+    draw_curves,
+    one_tensorboard,
+    read_json,
+    write_throughput,
+)
 from .skipped import Skipped
+from .survey import find_bad
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +46,22 @@ logger = logging.getLogger(__name__)
 class StreamingTrainer(KeepingTrainer):
     """Trainer that builds the mask on the device and leaves bad samples out, counted and written down."""
 
-    def __init__(self, *args, parallel: bool, implementation: str, record: RunRecord, facts: dict, **kwargs):
+    def __init__(
+        self, *args, parallel: bool, implementation: str, record: RunRecord, facts: dict, skipped: Skipped, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.parallel, self.implementation = parallel, implementation
-        self.record, self.facts = record, facts
+        self.record, self.facts, self.skipped = record, facts, skipped
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         visual, text = inputs.pop("visual"), inputs.pop("text")
         mask = make_mask(visual, text, self.parallel, self.implementation, inputs.pop("sample", None))
         return super().compute_loss(model, {**inputs, "attention_mask": mask}, return_outputs, num_items_in_batch)
+
+    def _get_train_sampler(self, train_dataset=None):
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        shuffled = self.args.train_sampling_strategy == "random"
+        return Order(self.train_dataset, seed, shuffled, self.args.dataloader_drop_last)
 
     def create_optimizer(self, model=None):
         self.optimizer_cls_and_kwargs = make_optimizer(self.model if model is None else model, self.args)
@@ -47,14 +69,9 @@ class StreamingTrainer(KeepingTrainer):
 
     def begin(self, progress):
         known = progress or {"step": 0, "bad": {}, "work": {}}
-        if progress:
-            self.record.refuse_another(self.facts)
         self.record.start(self.facts, known["step"])
         one_tensorboard(self, known["step"])
-        first = self.is_world_process_zero()
-        everything = len(self.train_dataset) + len(self.eval_dataset or ())
-        output = Path(self.args.output_dir)
-        self.skipped = Skipped(output, everything, self.args.max_bad_share, known["bad"], first)
+        self.skipped.begin(known["bad"])
         self.throughput = Throughput(self.args.device, Work(**known["work"]))
         self.add_callback(self.throughput)
 
@@ -87,10 +104,29 @@ class StreamingTrainer(KeepingTrainer):
         return metrics
 
 
-def refuse_other_variant(folder: Path, variant: str) -> None:
+def check_folder(folder: Path, variant: str) -> None:
+    """Raises InputError for a folder with a model of another variant."""
     config = folder / "config.json"
-    if config.exists() and (other := json.loads(config.read_text()).get("streaming_variant")) not in (None, variant):
+    if config.exists() and (other := read_json(config).get("streaming_variant")) not in (None, variant):
         raise InputError(f"{folder} holds a model trained as {other}, not {variant}: give another --output_dir")
+
+
+def make_folder(folder: Path) -> None:
+    """Raises InputError where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written to ({error.strerror}): give another") from error
+
+
+def check_attention(implementation: str, device: torch.device) -> None:
+    """Raises InputError where the attention `implementation` cannot train on `device`."""
+    if "flash" in implementation and not is_flash_attn_2_available():
+        raise InputError(f"--attention {implementation} is not installed here: use auto, or see requirements.txt")
+    if "flex" in implementation and device.type == "cpu":
+        raise InputError(f"--attention {implementation} does not train on a CPU: use auto or sdpa")
 
 
 def speaks() -> bool:
@@ -106,13 +142,13 @@ class Parser(OneLineParser, HfArgumentParser):
             super()._print_message(message, file)
 
 
-def main() -> None:
+def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
+    """The flags, and what they ask to be set up before anything else. Raises InputError."""
     parser = Parser((ModelArguments, DataArguments, SftArguments), prog="sft.sh", description=__doc__)
-    model_arguments, data_arguments, arguments, unknown = parser.parse_args_into_dataclasses(
-        return_remaining_strings=True
-    )
+    *groups, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
+    arguments = groups[-1]
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
     if arguments.deepspeed:
         import deepspeed
@@ -121,36 +157,79 @@ def main() -> None:
         # may not be there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
-    output, variant = Path(arguments.output_dir), model_arguments.rules
-    refuse_other_variant(output, variant.name)
+        # Several times a step it calls what torch has since given another name.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    return tuple(groups)
+
+
+def leave_out_bad(samples: StreamingDataset, skipped: Skipped, training: SftArguments) -> list[int]:
+    """The lines of the data that are bad as far as can be known before training. Raises InputError for too many."""
+    enough = max(1000, training.max_bad_share * len(samples))
+    bad = find_bad(samples, enough, training.process_index, training.world_size, training.disable_tqdm)
+    rows = [samples.rows[index] for index in bad]
+    reasons = [(str(row["video_id"]), reason) for row, reason in zip(rows, bad.values(), strict=True)]
+    skipped.add(reasons, training.device)
+    return [row["line"] for row in rows]
+
+
+def without(rows: list[dict], lines: list[int], least: int) -> list[dict]:
+    """`rows` but those of `lines`. Raises InputError where fewer than `least` are left."""
+    lines = set(lines)
+    left = [row for row in rows if row["line"] not in lines]
+    if len(left) < least:
+        raise InputError(
+            f"{len(left)} of {len(rows)} samples are left where {least} are needed: mend the data, or take less at once"
+        )
+    return left
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Takes leave of the other processes: one that merely ended might be aborted by its own threads. Not after a crash,
+    when the others may wait for this one elsewhere."""
+    try:
+        yield
+    except (InputError, SystemExit):
+        leave()
+        raise
+    leave()
+
+
+def leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def main() -> None:
+    with process_group():
+        train(*parse())
+
+
+def train(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: SftArguments) -> None:
+    output, variant, checkpoint = Path(arguments.output_dir), model_arguments.rules, model_arguments.model_name_or_path
+    check_folder(output, variant.name)
     record = RunRecord(output, arguments.process_index == 0)
-    (finished,) = broadcast_object_list([record.finished])
+    finished, goes_on = broadcast_object_list([record.finished, newest_checkpoint(output)])
     if finished:
         logger.info("%s was finished at %s: nothing is left to train; give another --output_dir", output, finished)
         return
     implementation = model_arguments.implementation(arguments.device.type == "cuda")
+    check_attention(implementation, arguments.device)
+    config = load_config(checkpoint)
     check_parts(model_arguments, arguments)
     if model_arguments.compile_layers and is_deepspeed_zero3_enabled():
         raise InputError(
             "--compile_layers does not work under ZeRO-3: set DEEPSPEED_CONFIG=zero2.json, or leave it out"
         )
 
-    path = Path(data_arguments.train_data)
-    rows, held_out = hold_out(read_rows(path), arguments.eval_share, arguments.eval_samples, arguments.seed)
-    facts = describe_run(model_arguments, data_arguments, arguments, len(rows), len(held_out))
-    processor = load_processor(model_arguments.model_name_or_path)
-    model = load_model(
-        model_arguments.model_name_or_path, implementation, torch.bfloat16 if arguments.bf16 else torch.float32
-    )
-    model.config.streaming_variant, model.config.wait_k = variant.name, model_arguments.wait_k
-    if model_arguments.compile_layers:
-        model.compile_layers()
-    model = make_trainable(model, model_arguments, arguments)
+    every_row = read_rows(Path(data_arguments.train_data))
+    rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed)
+    processor = load_processor(checkpoint)
     make_dataset = partial(
         StreamingDataset,
         root=ROOT,
         processor=processor,
-        tokens_per_second=model.config.vision_config.tokens_per_second,
+        tokens_per_second=config.vision_config.tokens_per_second,
         variant=variant,
         schedule=model_arguments.schedule,
         budget=data_arguments.budget,
@@ -159,17 +238,38 @@ def main() -> None:
         reader=choose_reader(os.environ),
         keep_frames=data_arguments.keep_frames,
     )
+    batch = arguments.per_device_train_batch_size * arguments.world_size
+    eval_batch = arguments.per_device_eval_batch_size * arguments.world_size
+    least = batch if arguments.dataloader_drop_last else 1
+    rows = without(rows, [], least)
+    everything = make_dataset(every_row)
+    everything.check_room()
+    make_folder(output)
+    skipped = Skipped(output, len(every_row), arguments.max_bad_share, arguments.process_index == 0)
+    left_out = record.left_out if goes_on else leave_out_bad(everything, skipped, arguments)
+    facts = describe_run(model_arguments, data_arguments, arguments, len(every_row), len(held_out), left_out)
+    if goes_on:
+        record.refuse_another(facts)
+    rows = without(rows, left_out, least)
+    held_out = without(held_out, left_out, min(1, len(held_out)))
+
+    model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
+    model.config.streaming_variant, model.config.wait_k = variant.name, model_arguments.wait_k
+    if model_arguments.compile_layers:
+        model.compile_layers()
+    model = make_trainable(model, model_arguments, arguments)
     trainer = StreamingTrainer(
         model=model,
         args=arguments,
-        train_dataset=make_dataset(rows),
-        eval_dataset=make_dataset(held_out) if held_out else None,
+        train_dataset=Evened(make_dataset(rows), batch),
+        eval_dataset=Evened(make_dataset(held_out), eval_batch) if held_out else None,
         data_collator=partial(collate, pack_tokens=data_arguments.pack_tokens),
         processing_class=processor,
         parallel=variant.parallel,
         implementation=implementation,
         record=record,
         facts=facts,
+        skipped=skipped,
     )
     logger.info("%s: %d samples; trains %s", variant.name, len(rows), describe_parts(model, arguments))
     try:

@@ -29,7 +29,7 @@ fi
 nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$((gpus > 0 ? gpus : 1))}}
 nnodes=${NNODES:-${SLURM_NNODES:-1}}
 master=${MASTER_ADDR:-127.0.0.1}
-if [ -z "${MASTER_ADDR:-}" ] && [ "$nnodes" -gt 1 ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+if [ -z "${MASTER_ADDR:-}" ] && [ "$nnodes" != 1 ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
   if hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null); then
     master=${hosts%%$'\n'*}
   else # in a container without SLURM: node[03-05,7] begins with node03
@@ -39,13 +39,25 @@ fi
 
 # Two runs on one machine must not meet at one port; several machines have to know it beforehand.
 port=${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}
-if [ -z "${MASTER_PORT:-}" ] && [ "$nnodes" -eq 1 ]; then
+if [ -z "${MASTER_PORT:-}" ] && [ "$nnodes" = 1 ]; then
   port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 fi
 
+rank=${NODE_RANK:-${SLURM_NODEID:-0}}
+number() { # NAME VALUE LEAST MOST
+  if ! [[ $2 =~ ^[0-9]{1,6}$ ]] || ((10#$2 < $3 || 10#$2 > $4)); then
+    echo "error: $1=$2: give a whole number from $3 to $4" >&2
+    exit 2
+  fi
+}
+number NPROC_PER_NODE "$nproc" 1 1024
+number NNODES "$nnodes" 1 65536
+number NODE_RANK "$rank" 0 $((10#$nnodes - 1))
+number MASTER_PORT "$port" 1 65535
+
 command=(
   "$python" -m qwenvl.launch
-  --nproc_per_node "$nproc" --nnodes "$nnodes" --node_rank "${NODE_RANK:-${SLURM_NODEID:-0}}"
+  --nproc_per_node "$nproc" --nnodes "$nnodes" --node_rank "$rank"
   --master_addr "$master" --master_port "$port"
   -m qwenvl.train
   --variant "$variant"

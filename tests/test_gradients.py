@@ -1,0 +1,133 @@
+"""One recipe gives the same losses, gradients and weights however its work is laid out: whole runs of the program."""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from qwen_vl_streaming.attention import make_mask
+from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.video import PixelBudget
+from qwenvl.arguments import ModelArguments
+from qwenvl.data import StreamingDataset, collate, read_rows
+from qwenvl.parts import make_trainable
+from safetensors.torch import load_file
+from training import finish, flags, history, start, start_many
+
+RECIPE = {
+    "tune_mm_vision": True,
+    "gradient_accumulation_steps": 8,
+    "num_train_epochs": 2,
+    "warmup_steps": 0,
+    "adam_epsilon": 1e-4,  # so that AdamW does not make much of rounding in gradients near 0
+    "eval_samples": 3,
+    "eval_steps": 1,
+    "per_device_eval_batch_size": 3,
+    "save_steps": 4,
+}
+TRAINED = (12, 4)
+"""Samples to train on and held out. An epoch is a step of 8 and one of 4, and two processes share neither evenly."""
+
+
+@pytest.fixture(scope="module")
+def mixed(made, tmp_path_factory):
+    """The eight videos, each once with its caption and once with less of it: answers differ in length."""
+    rows = [json.loads(line) for line in made[1].read_text().splitlines()]
+    short = [
+        {**row, "video_id": f"{row['video_id']} again", "human_caption": " ".join(row["human_caption"].split()[:14])}
+        for row in rows
+    ]
+    data = tmp_path_factory.mktemp("mixed") / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows + short))
+    return made[0], data
+
+
+def run(mixed, out, processes: int = 0, **changes):
+    """Train; without DeepSpeed and the like where `processes` is 0."""
+    arguments = flags(mixed, out, **RECIPE | changes)
+    log = out.with_suffix(".log")
+    for process in start_many(processes, arguments, log) if processes else [start(arguments, log)]:
+        finish(process, seconds=180)
+    assert not (out / "skipped.jsonl").exists()
+    return out
+
+
+def held_out(out) -> dict[int, float]:
+    log = json.loads((out / "checkpoint-4/trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def plain(mixed, tmp_path_factory):
+    """A sample at a time, in one process, without DeepSpeed, and nothing computed twice."""
+    out = run(mixed, tmp_path_factory.mktemp("plain") / "out")
+    data = json.loads((out / "run.json").read_text())["data"]
+    assert (data["rows"] - data["held_out"], data["held_out"]) == TRAINED
+    return out
+
+
+WAYS = {
+    "8 at a time": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    "packed": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "pack_tokens": 420},
+    "checkpointing": {"gradient_checkpointing": True},
+    "two processes": {"processes": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+    "ZeRO-2": {"processes": 1, "deepspeed": "zero2.json"},
+    "ZeRO-3": {"processes": 1, "deepspeed": "zero3.json"},
+    "ZeRO-3, offloaded": {"processes": 1, "deepspeed": "zero3_offload.json"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_train_is_the_plain_one(plain, mixed, tmp_path, way):
+    out = run(mixed, tmp_path / "out", **WAYS[way])
+    expected, got = history(plain), history(out)
+    assert got.keys() == expected.keys() == {1, 2, 3, 4}
+    for step in expected:
+        assert got[step] == pytest.approx(expected[step], abs=1e-5), step
+    assert held_out(out) == pytest.approx(held_out(plain), abs=1e-5) and len(held_out(plain)) == 4
+    before, after, reached = (
+        load_model(folder, "sdpa", torch.float32).state_dict() for folder in (mixed[0], plain, out)
+    )
+    assert max((after[name] - before[name]).abs().max() for name in before) > 1e-3
+    for name in after:
+        assert torch.allclose(reached[name], after[name], atol=2e-6), name
+    # Under the names that Qwen2.5-VL was published with, each once.
+    assert load_file(out / "model.safetensors").keys() == load_file(mixed[0] / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpointing_computes_layers_again_and_changes_no_gradient(made, lora):
+    """In the language model and in the tower, of which each layer must run twice."""
+    processor = load_processor(made[0])
+    arguments = (processor, 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096)
+    dataset = StreamingDataset(read_rows(made[1]), made[1].parent, *arguments)
+
+    def gradients(again: bool) -> tuple[Counter, dict[str, torch.Tensor]]:
+        given = ModelArguments(
+            variant="group", model_name_or_path=str(made[0]), lora_enable=lora, lora_r=4, tune_mm_vision=True
+        )
+        model = load_model(made[0], "sdpa", torch.float32)
+        model = make_trainable(model, given, SimpleNamespace(seed=1, deepspeed=None)).train()
+        if again:
+            model.gradient_checkpointing_enable()
+        runs = Counter()
+        for name, layer in model.named_modules():
+            for part in ("language_model.layers.0", "visual.blocks.0"):
+                if part in name and name.endswith(".mlp"):
+                    layer.register_forward_pre_hook(lambda *_, part=part: runs.update([part]))
+        batch = collate([dataset[0], dataset[1]])
+        assert not batch.pop("bad")
+        mask = make_mask(batch.pop("visual"), batch.pop("text"), True, "sdpa")
+        model(**batch, attention_mask=mask).loss.backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return runs, found
+
+    (once, expected), (twice, got) = gradients(False), gradients(True)
+    assert len(once) == 2 and set(once.values()) == {1} and set(twice.values()) == {2}
+    assert expected.keys() == got.keys() and any("lora" in name for name in got) is lora
+    for name, gradient in expected.items():
+        assert torch.allclose(got[name], gradient, atol=1e-6), name
+    assert sum(gradient.abs().max() > 1e-4 for gradient in expected.values()) > len(expected) // 3

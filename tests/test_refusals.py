@@ -1,0 +1,157 @@
+"""What flags, ZeRO files and data may not be is refused in one line, before a model loads and anything is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from qwen_vl_streaming.errors import run
+from qwenvl import train
+from training import finish, flags, start_many
+
+ZERO2 = Path(train.__file__).parents[1] / "zero2.json"
+
+
+@pytest.fixture
+def refusal(made, tmp_path, capsys, monkeypatch):
+    """The line with which the program refuses flags, given as a text."""
+    monkeypatch.setattr(train, "load_model", None)
+
+    def refusal(more: str, **changes) -> str:
+        monkeypatch.setattr("sys.argv", ["sft.sh", *flags(made, tmp_path / "out", **changes), *more.split()])
+        with pytest.raises(SystemExit) as ended:
+            run(train.main)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert ended.value.code == 2 and len(lines) == 1 and not (tmp_path / "out").exists()
+        return lines[0]
+
+    return refusal
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        ("--learning_rate abc", "--learning_rate"),
+        ("--learning_rate -1", "--learning_rate -1.0: cannot be below 0"),
+        ("--learning_rate nan", "--learning_rate nan: give a finite number"),
+        ("--warmup_steps 3.5", "--warmup_steps 3.5: must be a whole number of steps"),
+        ("--warmup_ratio 3", "unknown flags: --warmup_ratio 3"),
+        ("--num_train_epochs -1", "--num_train_epochs -1.0: must be above 0"),
+        ("--max_steps 0", "--max_steps 0"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: must be above 0"),
+        ("--per_device_eval_batch_size -2", "--per_device_eval_batch_size -2: must be above 0"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be above 0"),
+        ("--save_steps 0", "--save_steps 0.0: must be above 0"),
+        ("--logging_steps 2.5", "--logging_steps 2.5: must be a whole number"),
+        ("--save_total_limit -1", "--save_total_limit -1: cannot be below 0"),
+        ("--weight_decay -1", "--weight_decay -1.0: cannot be below 0"),
+        ("--max_grad_norm inf", "--max_grad_norm inf"),
+        ("--adam_beta2 1", "--adam_beta2 1.0"),
+        ("--seed -1", "--seed -1"),
+        ("--max_bad_share 2", "--max_bad_share 2.0"),
+        ("--dataloader_num_workers -1", "--dataloader_num_workers -1"),
+        ("--dataloader_persistent_workers True", "--dataloader_num_workers above 0"),
+        ("--dataloader_prefetch_factor 2", "cannot be used: --dataloader_prefetch_factor"),
+        ("--per_device_train_batch_size 9 --dataloader_drop_last True", "8 of 8 samples are left where 9 are needed"),
+        ("--save_strategy nonsense", "invalid choice: 'nonsense'"),
+        ("--save_strategy best", "--save_strategy best does not work here"),
+        ("--eval_strategy steps", "give --eval_share or --eval_samples"),
+        ("--eval_share 0.01", "--eval_share 0.01 of 8 samples is none"),
+        ("--lr_scheduler_type nonsense", "nonsense is not a valid SchedulerType"),
+        ("--lr_scheduler_type cosine_with_min_lr", "min_lr"),
+        ("--lr_scheduler_kwargs abc", "--lr_scheduler_kwargs abc: give a JSON object"),
+        ("--lr_scheduler_kwargs {", "the training flags cannot be used"),
+        ("--optim adamw_bnb_8bit", "bitsandbytes"),
+        ("--optim_args foo", "mend --optim_args"),
+        ("--bf16 True --use_cpu False", "--bf16 True: no GPU here"),
+        ("--fp16 True", "--fp16 True: train in bfloat16"),
+        ("--tf32 True", "--tf32 requires"),
+        ("--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1: it would take each label"),
+        ("--auto_find_batch_size True", "--per_device_train_batch_size that fits"),
+        ("--ignore_data_skip True", "must see the data that are left"),
+        ("--fsdp full_shard", "--deepspeed zero3.json"),
+        ("--torch_compile True", "--compile_layers True"),
+        ("--resume_from_checkpoint x", "the same command goes on"),
+        ("--attention flex_attention", "does not train on a CPU"),
+        ("--variant batch --attention flash_attention_2", "is not installed here"),
+        ("--model_max_length 0", "--model_max_length 0"),
+        ("--model_max_length 30", "are 36 tokens, more than the model length 30"),
+        ("--pack_tokens 30", "and --pack_tokens where it is given"),
+        ("--min_pixels_per_frame 5", "min_pixels_per_frame 5 must lie between"),
+        ("--output_dir /dev/null", "--output_dir /dev/null cannot be written to"),
+        ("--train_data .", "is no file"),
+    ],
+)
+def test_flags(refusal, more, reason):
+    if torch.cuda.is_available() and any(word in more for word in ("use_cpu", "tf32", "flash")):
+        pytest.skip("a GPU can do this")
+    assert reason in refusal(more)
+
+
+def test_more_processes_than_gpus(refusal, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "2 processes on a machine whose GPUs number 1: lower NPROC_PER_NODE" in refusal("--use_cpu False")
+
+
+ZERO = {"stage": 2}
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("{", "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        ([], "has no zero_optimization"),
+        ({}, "has no zero_optimization"),
+        ({"zero_optimization": {"stage": 7}}, "stage"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+        ({"zero_optimization": ZERO, "optimizer": {"type": "AdamW"}}, "names an optimizer"),
+        ({"zero_optimization": ZERO, "scheduler": {"type": "WarmupLR"}}, "names a scheduler"),
+        ({"zero_optimization": ZERO}, "start them with scripts/sft.sh"),  # the test is one process that knows no other
+    ],
+)
+def test_zero_files(refusal, tmp_path, content, reason):
+    file = tmp_path / "zero.json"
+    content = content if isinstance(content, str | bytes) else json.dumps(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert reason in refusal(f"--deepspeed {file}")
+
+
+def test_zero_file_against_the_flags(made, tmp_path):
+    file, log = tmp_path / "zero.json", tmp_path / "log"
+    file.write_text(json.dumps({**json.loads(ZERO2.read_text()), "train_batch_size": 7}))
+    (process,) = start_many(1, flags(made, tmp_path / "out", deepspeed=file), log)
+    finish(process, 2)
+    (error,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert "train_batch_size=7" in error and "Traceback" not in log.read_text() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"video_id": "\xe9", "video_path": "a.mp4", "human_caption": "b"}', "UnicodeDecodeError"),
+        (b'{"video_id": 1, "video_path": "a.mp4", "human_caption": null}', "human_caption is no text"),
+        (b'{"video_id": 1, "video_path": 2, "human_caption": "b"}', "video_path is no text"),
+        (b'{"video_id": 1, "video_path": "a.mp4"}', "KeyError('human_caption')"),
+        (b"[1]", "TypeError"),
+        (b"", "JSONDecodeError"),
+    ],
+)
+def test_lines_of_the_data(refusal, made, tmp_path, line, reason):
+    data = tmp_path / "train.jsonl"
+    data.write_bytes(made[1].read_bytes() + line + b"\n")
+    said = refusal("", train_data=data)
+    assert f"{data}, line 9: " in said and reason in said
+
+
+def test_broken_files_in_the_output_folder(made, tmp_path, capsys, monkeypatch):
+    for name in ("config.json", "run.json"):
+        out = tmp_path / name.removesuffix(".json")
+        out.mkdir()
+        (out / name).write_text("{")
+        monkeypatch.setattr("sys.argv", ["sft.sh", *flags(made, out)])
+        with pytest.raises(SystemExit) as ended:
+            run(train.main)
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert ended.value.code == 2 and f"{out / name} is broken" in error
