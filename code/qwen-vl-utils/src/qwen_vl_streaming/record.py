@@ -1,0 +1,124 @@
+"""What a session was asked, what arrived when and what it wrote: one JSON file, enough to run it again.
+
+Knows nothing of how a session runs.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .prompts import Template
+from .timeline import Layout
+
+FORM = 1
+"""Of the file; another form is refused."""
+PACKAGES = ("torch", "transformers", "qwen-vl-streaming")
+
+
+@dataclass(frozen=True)
+class Record:
+    """All times are those of the session's clock, in seconds."""
+
+    versions: dict[str, str]
+    model: dict[str, str]
+    """See `identity`."""
+    variant: str
+    way: str
+    chunk: int | None
+    template: Template
+    layout: Layout
+    schedule: str | list[int]
+    """As it was asked for: a name, or k_1 … k_{N-1}."""
+    penalty: float
+    max_new_tokens: int
+    opened: float
+    end: str
+    """"ended" by its end-of-turn token, "max_new_tokens", "cancelled" or "failed: why"."""
+    complete: bool
+    """The last clip has become visible."""
+    arrived: list[float]
+    """When each clip arrived."""
+    visible: list[float]
+    """When each slot began; may be shorter."""
+    hashes: list[str]
+    """See `clip_hash`."""
+    counts: list[int]
+    """k_1 … of the slots that began."""
+    tokens: list[int]
+    slots: list[int]
+    times: list[float]
+    about: dict
+    """What the caller adds: "question", and under "video" the file that the clips are of."""
+
+
+def write_record(path: str | Path, record: Record) -> None:
+    """Whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(beside, "w") as file:
+        json.dump({"form": FORM, **asdict(record)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def read_record(path: str | Path) -> Record:
+    """Raises InputError, naming the file, for what is no record."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"record {path} cannot be read ({error}): give a file that a session wrote") from error
+    if not isinstance(data, dict) or data.pop("form", None) != FORM:
+        raise InputError(f"record {path} is not a session's record of form {FORM}: record the session again")
+    names = {field.name for field in fields(Record)}
+    if data.keys() != names:
+        raise InputError(f"record {path} lacks or has too much: {', '.join(sorted(data.keys() ^ names))}")
+    try:
+        template = Template(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.pop("template").items()})
+        layout = data.pop("layout")
+        layout = Layout(**{**layout, "grid": tuple(layout["grid"])})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"record {path} has no template and layout of a session ({error})") from error
+    record = Record(template=template, layout=layout, **data)
+    written = len(record.tokens)
+    if not written == len(record.slots) == len(record.times) == sum(record.counts):
+        raise InputError(f"record {path} contradicts itself: {written} tokens in slots of {record.counts}")
+    return record
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+@torch.no_grad()
+def identity(model) -> dict[str, str]:
+    """What tells a model from others: where it came from, its type, and a hash over its config's sizes and the
+    beginning of each weight, rounded to bfloat16 so that it is the same in float32 and in bfloat16."""
+    digest = hashlib.sha256()
+    beginnings = []
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        beginnings.append(weight.flatten()[:16].to(torch.bfloat16))
+    digest.update(torch.cat(beginnings).view(torch.int16).cpu().numpy().tobytes())
+    return {
+        "path": model.config._name_or_path,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def clip_hash(clip: Tensor) -> str:
+    """Of a clip as it was fed, with its shape and type."""
+    raw = clip.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(raw.shape)} {raw.dtype}".encode())
+    digest.update(raw.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

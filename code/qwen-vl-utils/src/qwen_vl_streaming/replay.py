@@ -1,0 +1,199 @@
+"""Run a recorded session again, serially and by one full pass over its timeline, and compare every token.
+
+    python -m qwen_vl_streaming.replay RECORD --model MODEL [--video FILE] [--dtype float32]
+
+Neither uses pages or passes: `streaming.py` and `model.forward`, over the stock layers, say what should have come out.
+Exit status 1 where a token differs that is not a near tie of two words.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .attention import dense_mask
+from .errors import InputError, OneLineParser, run
+from .modeling_qwen2_5_vl import load_model
+from .positions import timeline_positions
+from .prompts import clip_pixels, load_processor
+from .record import Record, clip_hash, identity, read_record
+from .streaming import Streams, caption
+from .timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Schedule, make_timeline
+from .variants import get_variant
+from .video import PixelBudget, read_video
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOST_ROWS = 20_000
+"""Of a full pass with a dense mask: its logic takes memory by the square."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A token that a replay would have written otherwise."""
+
+    how: str
+    """"serial" or "full pass"."""
+    index: int
+    slot: int
+    recorded: int
+    replayed: int
+    margin: float
+    """By how much the full pass puts the other token's logit, after the penalty, above that of the recorded one. Near
+    0: a tie that the type's rounding decides."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.how}: token {self.index} (slot {self.slot}) was {self.recorded}, comes out as {self.replayed}, "
+            f"margin {self.margin:.3g}"
+        )
+
+
+def replay(record: Record, model, clips: Sequence[Tensor]) -> list[Difference]:
+    """Where the tokens of `record` come out otherwise; none where all are the same. `clips` are those that were fed.
+
+    The serial run is free: after its first difference it says something else, and only that one is listed. The full
+    pass is given the recorded tokens, and says of each what it would have written. Raises InputError where the model
+    or the clips are not the recorded ones, or there are no clips enough.
+    """
+    mine, theirs = identity(model), record.model
+    if mine["fingerprint"] != theirs["fingerprint"]:
+        raise InputError(f"the record is of the model {theirs['path']!r}, and {mine['path']!r} has other weights")
+    check_clips(record, clips)
+    if not record.tokens:
+        return []
+    seen = clips[: len(record.counts)]
+    with torch.no_grad():
+        tokens = [
+            clip.to(model.device, model.dtype)
+            if len(clip) == record.layout.tokens_per_clip
+            else model.perceive(clip[None], record.layout.grid)[0]
+            for clip in seen
+        ]
+    # Of a session that was broken off, the last clip was not the video's last: one more, that nothing saw.
+    counts = record.counts
+    if not record.complete:
+        tokens, counts = [*tokens, torch.zeros_like(tokens[0])], [*counts, 0]
+    visual = torch.stack(tokens)
+    logits = _full_pass(record, model, visual, counts)
+    best = logits.argmax(-1).tolist()
+
+    def difference(how: str, index: int, replayed: int) -> Difference:
+        recorded = record.tokens[index]
+        margin = float(logits[index, replayed] - logits[index, recorded])
+        return Difference(how, index, record.slots[index], recorded, replayed, margin)
+
+    found = []
+    serial = _serially(record, model, visual, counts)
+    for index, token in enumerate(serial):
+        if token != record.tokens[index]:
+            found.append(difference("serial", index, token))
+            break
+    else:
+        if len(serial) < len(record.tokens):
+            raise ValueError(f"the serial run ends after {len(serial)} tokens of {len(record.tokens)}")
+    return found + [
+        difference("full pass", index, token) for index, token in enumerate(best) if token != record.tokens[index]
+    ]
+
+
+def check_clips(record: Record, clips: Sequence[Tensor]) -> None:
+    """Raises InputError where `clips` are not those that were fed."""
+    if len(clips) < len(record.hashes):
+        raise InputError(f"the record is of {len(record.hashes)} clips, and {len(clips)} were given")
+    for number, (clip, known) in enumerate(zip(clips, record.hashes, strict=False), 1):
+        if clip_hash(clip) != known:
+            raise InputError(f"clip {number} is not the one that was recorded: give the same video, read the same way")
+
+
+def _serially(record: Record, model, visual: Tensor, counts: Sequence[int]) -> list[int]:
+    streams = Streams(model, get_variant(record.variant), [record.template], [record.layout], record.penalty)
+    (written,) = caption(streams, [visual], [Schedule(tuple(counts[:-1]))], len(record.tokens))
+    return written.tokens
+
+
+@torch.no_grad()
+def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> Tensor:
+    """Logits (A, V) after the penalty that one pass over all gives for each recorded token."""
+    template = record.template
+    timeline = make_timeline(get_variant(record.variant), record.layout, counts)
+    rows = timeline.rows
+    if len(rows) > MOST_ROWS:
+        raise InputError(f"a full pass over {len(rows)} tokens is more than {MOST_ROWS}: replay a shorter session")
+    ids = torch.full((len(rows),), template.video)
+    for part, source in (
+        (PROMPT, template.prompt),
+        (TAIL, template.tail),
+        (HEADER, template.header),
+        (ANSWER, record.tokens),
+    ):
+        ids[rows.part == part] = torch.tensor(source)[rows.index[rows.part == part]]
+    predicts = timeline.produces != NOTHING
+    device = model.device
+    logits = model(
+        input_ids=ids[None].to(device),
+        position_ids=timeline_positions(timeline)[:, None].to(device),
+        attention_mask=dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel).to(device),
+        visual_tokens=visual.flatten(0, 1),
+        visual_rows=(rows.part[None] == CLIP).to(device),
+        score=predicts[None].to(device),
+    ).logits.float()
+    logits = logits[timeline.produces[predicts].argsort().to(device)]
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen[:, [*template.prompt, template.video, *template.tail, *template.header]] = True
+    for index, token in enumerate(record.tokens[:-1], 1):
+        seen[index:, token] = True
+    weaker = torch.where(logits < 0, logits * record.penalty, logits / record.penalty)
+    return torch.where(seen, weaker, logits)
+
+
+def video_clips(record: Record, processor, path: str | Path | None) -> list[Tensor]:
+    """The clips of the recorded session's video, read from `path`, or from where the record says, as it says."""
+    video = dict(record.about.get("video") or {})
+    kept = video.pop("path", None)
+    if path is None and kept is None:
+        raise InputError("the record names no video file: give one with --video")
+    budget = PixelBudget(**video.pop("budget")) if "budget" in video else None
+    return list(clip_pixels(processor, read_video(path or kept, budget=budget, **video).frames)[0])
+
+
+def main() -> None:
+    parser = OneLineParser(description="Run a recorded session again and compare every token.")
+    parser.add_argument("record", type=Path, help="a session's record")
+    parser.add_argument("--model", required=True, help="folder or hub id of the model that was recorded")
+    parser.add_argument("--video", help="the video file (default: the one that the record names)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as recorded")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--tie",
+        type=float,
+        default=0.0,
+        help="differences up to this margin are ties: shown, and no failure (default: 0, none is)",
+    )
+    arguments = parser.parse_args()
+    sys.exit(_main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    record = read_record(arguments.record)
+    dtype = arguments.dtype or record.model["dtype"]
+    if dtype not in DTYPES:
+        raise InputError(f"record {arguments.record} is of type {dtype}: replay it with --dtype {' or '.join(DTYPES)}")
+    clips = video_clips(record, load_processor(arguments.model), arguments.video)
+    check_clips(record, clips)
+    model = load_model(arguments.model, "sdpa", DTYPES[dtype]).to(arguments.device).eval()
+    differences = replay(record, model, clips)
+    for difference in differences:
+        print(difference)
+    beyond = sum(difference.margin > arguments.tie for difference in differences)
+    same = f"{len(differences)} differences, {beyond} of them no ties" if differences else "all the same"
+    recorded = f"{record.variant}, {record.way}, recorded in {record.model['dtype']}"
+    print(f"{len(record.tokens)} tokens, {recorded}, replayed in {dtype}: {same}")
+    return 1 if beyond else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,163 @@
+"""Two processes write what one does; and when one of them goes, the other says so."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.passes import Feed
+from qwen_vl_streaming.pipeline import Pair, PerceptionLost
+from qwen_vl_streaming.plan import make_plan
+from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.session import open_session
+from qwen_vl_streaming.timeline import Schedule
+from qwen_vl_streaming.variants import VARIANTS
+from sessions import MANY, PARALLEL, SECONDS, check, no_model, play, random_case
+from tiny import tiny_model
+
+SEED = time.time_ns() % 100_000
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    started = []
+    yield started
+    for pair in started:
+        pair.close()
+        assert not pair.process.is_alive()
+
+
+@pytest.fixture
+def pair(pairs):
+    """One for all tests, until it is lost."""
+    if not pairs or pairs[-1].why_lost:
+        pairs.append(Pair(tiny_model, patience=SECONDS))
+    return pairs[-1]
+
+
+def open_case(model, case, pair, **options):
+    options = {**case.options, **options}
+    return open_session(model, case.variant, case.template, case.layout, way="pipelined", pair=pair, **options)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_words_are_those_of_plain_streams(model, pair, part):
+    """Many sessions on one pair, of which every fifth is broken off somewhere: the next one is none the worse."""
+    print("seed", SEED)
+    for number in range(part, MANY, 4):
+        draw = random.Random(f"{SEED} {number}")
+        case = random_case(draw, draw.choice(PARALLEL))
+        print(number, case.variant.name, case.schedule, case.steps)
+        begin = time.monotonic()
+        with open_case(model, case, pair) as session:
+            if number % 5:
+                check(model, case, play(session, case))
+            else:
+                for pixels in case.pixels[: draw.randint(0, len(case.pixels) - 1)]:
+                    session.feed(pixels)
+                for _ in range(draw.choice([0, 1, 2, 5, 20])):
+                    if not session.idle:
+                        session.step()
+        assert time.monotonic() - begin < SECONDS
+
+
+@pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
+def test_a_fixed_schedule_gives_the_words_of_the_other_ways(model, pair, variant, tmp_path):
+    print("seed", SEED)
+    case = random_case(random.Random(f"{SEED} {variant.name}"), variant, "wait-2")
+    path = tmp_path / "record.json"
+    with open_case(model, case, pair, record=path) as session:
+        two = play(session, case).caption()
+    for way in ("serial", "fused"):
+        with open_session(model, variant, case.template, case.layout, way=way, **case.options) as session:
+            assert play(session, case).caption() == two
+    record = read_record(path)
+    assert (record.way, record.tokens, record.counts) == ("pipelined", two.tokens, two.schedule)
+    assert replay(record, model, list(case.pixels)) == []
+
+
+def test_a_clip_crosses_in_one_transfer_and_is_seen_whole_or_not(model, pair, monkeypatch):
+    case = random_case(random.Random(4), PARALLEL[1], "wait-2")
+    case.layout, case.pixels, case.steps = case.template.layout((3, 3), 2.0), torch.randn(4, 36, 1176), [0, 9, 0, 2]
+    received, receive = [], Pair.receive
+    monkeypatch.setattr(Pair, "receive", lambda self, carrier: (received.append(1), receive(self, carrier)))
+    with open_case(model, case, pair, chunk=2, max_clips=4, max_new_tokens=20) as session:
+        play(session, case)
+        while len(received) < 4:  # the answer may be over before the last clips have come
+            session._receive(SECONDS)
+    assert len(received) == 4
+
+
+@pytest.mark.parametrize("schedule", ["greedy", Schedule((4, 0, 3, 1))], ids=["greedy", "fixed"])
+def test_perception_places_clips_by_what_was_written(model, pair, schedule, monkeypatch):
+    """In overlap a clip's positions depend on what the slots before it wrote: they go with the clip."""
+    print("seed", SEED)
+    draw, orders, order = random.Random(SEED), [], Pair.order
+    monkeypatch.setattr(Pair, "order", lambda self, *message: (orders.append(message), order(self, *message))[1])
+    case = random_case(draw, VARIANTS["overlap"], schedule)
+    case.layout = case.template.layout((1, 2), 2.0)
+    case.pixels, case.steps = torch.randn(5, 8, 1176), [draw.randint(0, 7) for _ in range(5)]
+    with open_case(model, case, pair, max_clips=5, max_new_tokens=30) as session:
+        play(session, case)
+    counts = session.counts + [0] * (5 - len(session.counts))
+    plan = make_plan(case.variant, case.layout, Schedule(tuple(counts[:-1])), sum(counts))
+    sight = Feed(case.variant, case.template, case.layout)
+    for *_, last, known in (order for order in orders if order[0] == "clip" and len(order[-1]) < len(session.counts)):
+        sight.stream.counts[:] = known
+        due = sight.clip(last)
+        due = due[due.rows.visual]
+        assert torch.equal(due.positions, plan.visual.positions[:, due.place])
+    assert sight.visual > len(case.template.prompt)
+
+
+def test_a_pair_serves_one_session_at_a_time(model, pair):
+    case = random_case(random.Random(2), PARALLEL[0])
+    with open_case(model, case, pair), pytest.raises(InputError, match="another session"):
+        open_case(model, case, pair)
+    with open_case(model, case, pair) as session:
+        check(model, case, play(session, case))
+
+
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_process_ends_the_session_with_its_record(model, pair, fate, tmp_path, monkeypatch):
+    """It is killed, or answers no more, while clips are on their way to it and back."""
+    case = random_case(random.Random(7), PARALLEL[0], "wait-2")
+    case.layout, case.pixels = case.template.layout((3, 3), 2.0), torch.randn(5, 36, 1176)
+    path = tmp_path / "record.json"
+    session = open_case(model, case, pair, max_clips=5, max_new_tokens=10, record=path)
+    session.feed(case.pixels[0])
+    while not session.written:
+        session.step()
+    monkeypatch.setattr(pair, "patience", 2)
+    os.kill(pair.process.pid, fate)
+    begin = time.monotonic()
+    with pytest.raises(PerceptionLost) as lost:
+        for pixels in case.pixels[1:]:  # 840 kB: more than a pipe that no one reads takes
+            session.feed(pixels)
+        list(session.words())
+    assert time.monotonic() - begin < SECONDS
+    line = str(lost.value)
+    assert "\n" not in line
+    assert ("killed by SIGKILL" if fate == signal.SIGKILL else "nothing for 2 s") in line
+    record = read_record(path)
+    assert record.end == f"failed: {line}"
+    assert record.tokens == session.caption().tokens
+    assert len(record.tokens) in (1, 2)
+    assert replay(record, model, list(case.pixels)) == []
+    session.close()
+    with pytest.raises(InputError, match="start a new pair"):
+        open_case(model, case, pair)
+
+
+def test_a_model_that_cannot_be_loaded_is_refused():
+    with pytest.raises(InputError, match="could be loaded from 'nowhere'"):
+        Pair(no_model)

@@ -1,0 +1,174 @@
+"""A recorded session can be run again, and what differs is shown."""
+
+import json
+import random
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from qwen_vl_streaming import replay as program
+from qwen_vl_streaming.errors import InputError, run
+from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.prompts import clip_pixels, load_processor, make_template
+from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.session import open_session
+from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.video import read_video
+from sessions import play, random_case
+from tiny import tiny_model
+
+SEED = time.time_ns() % 100_000
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def recorded(model, case, way, path):
+    options = {**case.options, "max_new_tokens": 12}
+    with open_session(model, case.variant, case.template, case.layout, way=way, record=path, **options) as session:
+        play(session, case)
+    return read_record(path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_a_replay_gives_every_token(model, variant, tmp_path):
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {variant.name}")
+    for way in ("serial", "fused") if variant.parallel else ("serial",):
+        for _ in range(3):
+            case = random_case(draw, variant)
+            record = recorded(model, case, way, tmp_path / "r.json")
+            assert record.end in ("ended", "max_new_tokens")
+            assert replay(record, model, list(case.pixels)) == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_a_session_that_was_broken_off_can_be_replayed(model, variant, tmp_path):
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {variant.name}")
+    path = tmp_path / "r.json"
+    for rounds in (0, 3, 5, 9):
+        case = random_case(draw, variant)
+        with open_session(
+            model, variant, case.template, case.layout, record=path, **{**case.options, "schedule": "wait-2"}
+        ) as session:
+            for pixels in case.pixels:
+                session.feed(pixels)  # none is the last
+            for _ in range(rounds):
+                session.step()
+        assert replay(read_record(path), model, list(case.pixels)) == []
+
+
+def test_another_token_is_found_with_its_margin(model, tmp_path):
+    case = random_case(random.Random(3), VARIANTS["group"], "wait-1")
+    record = recorded(model, case, "fused", tmp_path / "r.json")
+    where = len(record.tokens) // 2
+    other = replace(record, tokens=[*record.tokens[:where], 150, *record.tokens[where + 1 :]])
+    found = replay(other, model, list(case.pixels))
+    assert [d.how for d in found[:2]] == ["serial", "full pass"]
+    for difference in found[:2]:
+        assert (difference.index, difference.recorded, difference.replayed) == (where, 150, record.tokens[where])
+        assert difference.margin > 0
+        assert f"token {where} (slot {record.slots[where]}) was 150" in str(difference)
+
+
+def test_in_bfloat16_a_difference_is_a_near_tie(tmp_path):
+    """Two roundings of one sum may part at two words that are nearly as likely; the margin says so."""
+    print("seed", SEED)
+    model = tiny_model().to(torch.bfloat16)
+    draw = random.Random(SEED)
+    for _ in range(4):
+        case = random_case(draw, VARIANTS["overlap"], "wait-2")
+        record = recorded(model, case, "fused", tmp_path / "r.json")
+        assert record.model["dtype"] == "bfloat16"
+        differences = replay(record, model, list(case.pixels))
+        print(*differences, sep="\n")
+        assert all(0 <= difference.margin < 0.25 for difference in differences)  # logits spread over about 10
+
+
+def test_other_clips_and_other_models_are_refused(model, tmp_path):
+    case = random_case(random.Random(3), VARIANTS["group"], "wait-1")
+    case.pixels, case.layout = torch.randn(3, 24, 1176), case.template.layout((2, 3), 2.0)
+    case.steps = [0, 0, 0]
+    record, clips = recorded(model, case, "serial", tmp_path / "r.json"), list(case.pixels)
+    with pytest.raises(InputError, match="clip 2 is not the one"):
+        replay(record, model, [clips[0], clips[1] + 1e-6, clips[2]])
+    with pytest.raises(InputError, match="of 3 clips, and 2"):
+        replay(record, model, clips[:2])
+    with pytest.raises(InputError, match="other weights"):
+        replay(record, tiny_model(1), clips)
+    assert replay(record, tiny_model(), clips) == []
+
+
+def test_a_broken_record_is_refused(model, tmp_path):
+    path = tmp_path / "r.json"
+    recorded(model, random_case(random.Random(3), VARIANTS["group"], "wait-1"), "serial", path)
+    good = json.loads(path.read_text())
+    for bad, match in (
+        ("{", "cannot be read"),
+        ("[]", "no session's record|not a session's record"),
+        (json.dumps({**good, "form": 0}), "form 1"),
+        (json.dumps({k: v for k, v in good.items() if k != "counts"}), "counts"),
+        (json.dumps({**good, "tokens": good["tokens"][:-1]}), "contradicts itself"),
+        (json.dumps({**good, "layout": {}}), "no template and layout"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(InputError, match=match) as error:
+            read_record(path)
+        assert str(path) in str(error.value)
+
+
+def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
+    folder, data = made
+    row = json.loads(data.read_text().splitlines()[0])
+    processor, model = load_processor(folder), load_model(folder, "sdpa", torch.float32).eval()
+    video = read_video(row["video_path"])
+    pixels, grid = clip_pixels(processor, video.frames)
+    template = make_template(processor, "What happens?")
+    path = tmp_path / "record.json"
+    with open_session(
+        model,
+        VARIANTS["gap"],
+        template,
+        template.layout(grid, 2 * video.seconds_per_clip),
+        way="fused",
+        max_new_tokens=12,
+        max_clips=len(pixels),
+        record=path,
+        about={"question": "What happens?", "video": {"path": row["video_path"], "fps": 2.0}},
+    ) as session:
+        for number, clip in enumerate(pixels, 1):
+            session.feed(clip, last=number == len(pixels))
+        written = list(session.words())
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["replay", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run(program.main)
+        said = capsys.readouterr()
+        return end.value.code, said.out, said.err
+
+    code, out, _ = command(path, "--model", folder)
+    assert (code, out) == (
+        0,
+        f"{len(written)} tokens, gap, fused, recorded in float32, replayed in float32: all the same\n",
+    )
+    other = json.loads(data.read_text().splitlines()[1])["video_path"]
+    for arguments, match in (
+        ((path, "--model", folder, "--video", other), "clip"),
+        ((path, "--model", tmp_path / "none"), "none"),
+        ((tmp_path / "none.json", "--model", folder), "none.json cannot be read"),
+        ((path,), "--model"),
+    ):
+        code, _, err = command(*arguments)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and match in err, err
+    tampered = json.loads(path.read_text())
+    tampered["tokens"][2] += 1
+    path.write_text(json.dumps(tampered))
+    code, out, _ = command(path, "--model", folder)
+    assert code == 1 and "token 2 (slot " in out and "margin" in out

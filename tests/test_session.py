@@ -1,0 +1,258 @@
+"""A live session writes the same words in every way, whatever arrives when."""
+
+import random
+import time
+
+import pytest
+import torch
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.passes import Feed, Passes
+from qwen_vl_streaming.plan import make_plan
+from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.session import open_session
+from qwen_vl_streaming.timeline import Schedule
+from qwen_vl_streaming.variants import VARIANTS
+from sessions import MANY, PARALLEL, SECONDS, check, play, random_case
+from tiny import random_counts, random_template, tiny_model
+
+SEED = time.time_ns() % 100_000
+WAYS = ("serial", "fused")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def open_case(model, case, way, **options):
+    return open_session(model, case.variant, case.template, case.layout, way=way, **{**case.options, **options})
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_words_are_those_of_plain_streams(model, part):
+    """Random variants, ways, schedules, chunks, arrivals; one session after the other, each within its time."""
+    print("seed", SEED)
+    for number in range(part, MANY, 4):
+        draw = random.Random(f"{SEED} {number}")
+        variant = draw.choice([*VARIANTS.values(), *PARALLEL])
+        case = random_case(draw, variant)
+        way = draw.choice(WAYS) if variant.parallel else "serial"
+        print(number, variant.name, way, case.schedule, case.steps)
+        begin = time.monotonic()
+        with open_case(model, case, way) as session:
+            check(model, case, play(session, case))
+        assert time.monotonic() - begin < SECONDS
+
+
+@pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
+def test_a_fixed_schedule_gives_the_same_words_in_all_ways(model, variant):
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {variant.name}")
+    for schedule in ("wait-1", "wait-3", "random-3"):
+        case = random_case(draw, variant, schedule)
+        written = []
+        for way in WAYS:
+            for chunk in (None, 1, 3):
+                draw.shuffle(case.steps)
+                with open_case(model, case, way, chunk=chunk) as session:
+                    written.append(play(session, case).caption())
+        assert all(caption == written[0] for caption in written)
+
+
+@pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
+def test_a_clip_rides_along(model, variant):
+    """In the fused way words come out between the arrival of a clip and its slot; a slot of `greedy` takes as many as
+    the clip has chunks."""
+    case = random_case(random.Random(3), variant, "greedy")
+    case.layout = case.template.layout((2, 3), 2.0)
+    pixels = torch.randn(4, 24, 1176)
+    with open_case(model, case, "fused", chunk=2, max_clips=4, max_new_tokens=40) as session:
+        for clip in pixels[:3]:
+            session.feed(clip)
+        while len(session.counts) < 3:
+            session.step()
+        assert session.counts == [3, 3, 1]  # 6 visual tokens, two to a pass; the third slot has just begun
+    with open_case(model, case, "serial", chunk=2, max_clips=4) as session:
+        for clip in pixels[:3]:
+            session.feed(clip)
+        while len(session.counts) < 3:
+            session.step()
+        assert session.counts[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_rows_come_as_a_plan_has_them(variant, seed):
+    """Live book-keeping, which knows only what has happened, feeds the rows of a plan, which knows all beforehand."""
+    print("seed", seed)
+    draw = random.Random(f"{variant.name} {seed}")
+    template = random_template(draw)
+    layout = template.layout((draw.randint(1, 3), draw.randint(1, 3)), 2.0)
+    counts = random_counts(draw, variant)
+    plan = make_plan(variant, layout, Schedule(tuple(counts[:-1])), sum(counts))
+    feed, dues = Feed(variant, template, layout), [Feed.prompt(variant, template, layout)]
+    for number, count in enumerate(counts, 1):
+        dues.append(feed.clip(number == len(counts)))
+        for _ in range(count):
+            dues.append(feed.word())
+            feed.stream.write(7)
+    for run, flag in ((plan.visual, False), (plan.text, True)):
+        mine = [due[due.rows.text == flag] for due in dues]
+        fed = sum(map(len, mine))
+        assert fed in (len(run) - flag, len(run))  # of the last word, at most a later clip makes use
+        for field in ("positions", "seen_visual", "seen_text"):
+            got = torch.cat([getattr(due, field) for due in mine], -1)
+            assert torch.equal(got, getattr(run, field)[..., :fed]), field
+        assert torch.cat([due.place for due in mine]).tolist() == list(range(fed))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
+def test_what_a_session_feeds_is_its_timeline(model, variant, way, monkeypatch):
+    """Positions and sight of every row that enters, where slots write more than a clip takes up and less."""
+    print("seed", SEED)
+    draw, passed, feed_round = random.Random(f"{SEED} {variant.name}"), [], Passes.round
+
+    def spy(self, word, others, write):
+        passed.extend(due for due in (word, others) if due is not None)
+        feed_round(self, word, others, write)
+
+    monkeypatch.setattr(Passes, "round", spy)
+    for schedule in ("greedy", Schedule((4, 0, 3, 1))):
+        case = random_case(draw, variant, schedule)
+        case.layout = case.template.layout((1, 2), 2.0)
+        case.pixels, case.steps = torch.randn(5, 8, 1176), [draw.randint(0, 7) for _ in range(5)]
+        passed.clear()
+        with open_case(model, case, way, max_clips=5, max_new_tokens=16) as session:
+            play(session, case)
+        counts = session.counts + [0] * (5 - len(session.counts))
+        plan = make_plan(variant, case.layout, Schedule(tuple(counts[:-1])), sum(counts))
+        for run, flag in ((plan.visual, False), (plan.text, True)):
+            mine = [due[due.rows.text == flag] for due in passed]
+            fed = sum(map(len, mine))
+            assert fed > 0
+            upto = min(fed, len(run) - flag)
+            for field in ("positions", "seen_visual", "seen_text"):
+                got = torch.cat([getattr(due, field) for due in mine], -1)[..., :upto]
+                assert torch.equal(got, getattr(run, field)[..., :upto]), field
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_visual_tokens_may_come_ready(model, way):
+    case = random_case(random.Random(5), VARIANTS["overlap"], "wait-2")
+    with torch.no_grad():
+        tokens = model.perceive(case.pixels, case.layout.grid)
+    with open_case(model, case, way) as session:
+        from_pixels = play(session, case).caption()
+    case.pixels = tokens
+    with open_case(model, case, way) as session:
+        assert play(session, case).caption() == from_pixels
+
+
+def test_passes_serve_one_stream_after_another(model):
+    """What an earlier stream left in the pages is not seen: a session on used passes writes as one on new ones."""
+    case = random_case(random.Random(6), VARIANTS["group"], "wait-2")
+    written = []
+    for used in (False, True):
+        session = open_case(model, case, "fused")
+        if used:
+            for tensor in (tensor for pair in session.passes.pages.layers for tensor in pair):
+                tensor.normal_()
+            session.passes.ids.fill_(3), session.passes.ended.fill_(True), session.passes.seen_ids.fill_(True)
+            session.passes.begin(case.template)
+            session._open()
+        written.append(play(session, case).caption())
+    assert written[0] == written[1]
+    assert isinstance(session.passes, Passes)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_can_be_cancelled_at_any_stage(model, way, tmp_path):
+    """Before the first clip, with a clip half taken in, within a slot, after the last clip, and at the end."""
+    case = random_case(random.Random(1), VARIANTS["gap"], "wait-3")
+    case.layout = case.template.layout((2, 3), 2.0)
+    pixels, options = torch.randn(3, 24, 1176), {"chunk": 2, "max_clips": 3, "max_new_tokens": 12}
+
+    def cancelled(clips: int, rounds: int, last: bool = False):
+        path = tmp_path / f"{way} {clips} {rounds} {last}.json"
+        session = open_case(model, case, way, record=path, **options)
+        for number, clip in enumerate(pixels[:clips], 1):
+            session.feed(clip, last=last and number == clips)
+        for _ in range(rounds):
+            session.step()
+        session.close()
+        session.close()  # a second time says nothing
+        record = read_record(path)
+        assert record.end == ("max_new_tokens" if session.done else "cancelled")
+        assert len(record.arrived) == len(record.hashes) == clips
+        assert len(record.visible) == len(record.counts)
+        assert record.tokens == session.caption().tokens
+        with pytest.raises(InputError, match="closed"):
+            session.step()
+        with pytest.raises(InputError, match="closed"):
+            session.feed(pixels[0])
+        return record
+
+    assert cancelled(0, 0).counts == []
+    assert cancelled(1, 1).tokens == []
+    assert len(cancelled(2, 5).tokens) in (1, 2, 3)
+    assert cancelled(3, 10, last=True).tokens
+    assert len(cancelled(3, 60, last=True).tokens) == 12
+
+
+def test_an_error_ends_it_with_its_record(model, tmp_path, monkeypatch):
+    case = random_case(random.Random(1), VARIANTS["group"], "wait-3")
+    session = open_case(model, case, "fused", record=tmp_path / "r.json")
+    session.feed(case.pixels[0])
+    monkeypatch.setattr(session.passes, "round", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.step()
+    assert read_record(tmp_path / "r.json").end == "failed: division by zero"
+    assert session.closed
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_wrong_clips_are_refused_and_the_session_goes_on(model):
+    case = random_case(random.Random(2), VARIANTS["overlap"], "wait-1")
+    case.layout = case.template.layout((2, 3), 2.0)
+    case.pixels, case.steps = torch.randn(3, 24, 1176), [0, 3, 2]
+    with open_case(model, case, "fused", max_clips=3) as session:
+        plain = play(session, case).caption()
+    session = open_case(model, case, "fused", max_clips=3)
+    session.feed(case.pixels[0])
+    session.step()
+    for wrong in (torch.randn(28, 1176), torch.randn(24, 1177), torch.randn(1, 24, 1176), torch.randn(6, 31)):
+        with pytest.raises(InputError, match=r"clip 2 is of shape .*2 x 3 visual tokens.*\(24, 1176\)"):
+            session.feed(wrong)
+    session.feed(case.pixels[1])
+    session.feed(case.pixels[2], last=True)
+    with pytest.raises(InputError, match="clip 4 came after the last one, clip 3"):
+        session.feed(case.pixels[0])
+    list(session.words())
+    assert session.caption() == plain
+
+
+def test_what_cannot_be_is_refused(model):
+    case = random_case(random.Random(2), VARIANTS["overlap"], "wait-1")
+    for name in ("origin", "batch", "interleave"):
+        for way in ("fused", "pipelined"):
+            with pytest.raises(InputError, match=f"variant {name} cannot run {way}: .*serial"):
+                case.variant = VARIANTS[name]
+                open_case(model, case, way, **({"pair": object()} if way == "pipelined" else {}))
+    case.variant = VARIANTS["group"]
+    for wrong, match in (
+        ({"way": "sideways"}, "sideways"),
+        ({"way": "serial", "schedule": "wait-0"}, "wait-0"),
+        ({"way": "serial", "chunk": 0}, "chunk 0"),
+        ({"way": "serial", "max_clips": 0}, "max_clips 0"),
+        ({"way": "pipelined"}, "pair"),
+    ):
+        with pytest.raises(InputError, match=match):
+            open_case(model, case, **wrong)
+    session = open_case(model, case, "serial", schedule=Schedule((1, 2)), max_clips=3)
+    with pytest.raises(InputError, match="clip 1 as the last one"):
+        session.feed(case.pixels[0], last=True)
+    session = open_case(model, case, "serial", max_clips=1)
+    session.feed(case.pixels[0])
+    with pytest.raises(InputError, match="max_clips 1"):
+        session.feed(case.pixels[0])
