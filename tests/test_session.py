@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_a_clip_rides_along(model, variant):
             session.feed(clip)
         while len(session.counts) < 3:
             session.step()
-        assert session.counts[:2] == [0, 0]
+        assert session.counts[:2] == [1, 1]  # each with the last piece of its clip
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -111,13 +112,13 @@ def test_rows_come_as_a_plan_has_them(variant, seed):
 def test_what_a_session_feeds_is_its_timeline(model, variant, way, monkeypatch):
     """Positions and sight of every row that enters, where slots write more than a clip takes up and less."""
     print("seed", SEED)
-    draw, passed, feed_round = random.Random(f"{SEED} {variant.name}"), [], Passes.round
+    draw, passed, run_pass = random.Random(f"{SEED} {variant.name}"), [], Passes.run
 
-    def spy(self, word, others, write):
-        passed.extend(due for due in (word, others) if due is not None)
-        feed_round(self, word, others, write)
+    def spy(self, asks):
+        passed.extend(due for ask in asks for due in (ask.others, ask.word))
+        return run_pass(self, asks)
 
-    monkeypatch.setattr(Passes, "round", spy)
+    monkeypatch.setattr(Passes, "run", spy)
     for schedule in ("greedy", Schedule((4, 0, 3, 1))):
         case = random_case(draw, variant, schedule)
         case.layout = case.template.layout((1, 2), 2.0)
@@ -152,18 +153,41 @@ def test_visual_tokens_may_come_ready(model, way):
 def test_passes_serve_one_stream_after_another(model):
     """What an earlier stream left in the pages is not seen: a session on used passes writes as one on new ones."""
     case = random_case(random.Random(6), VARIANTS["group"], "wait-2")
-    written = []
-    for used in (False, True):
-        session = open_case(model, case, "fused")
-        if used:
-            for tensor in (tensor for pair in session.passes.pages.layers for tensor in pair):
-                tensor.normal_()
-            session.passes.ids.fill_(3), session.passes.ended.fill_(True), session.passes.seen_ids.fill_(True)
-            session.passes.begin(case.template)
-            session._open()
-        written.append(play(session, case).caption())
-    assert written[0] == written[1]
-    assert isinstance(session.passes, Passes)
+    first = open_case(model, case, "fused")
+    written, passes = [play(first, case).caption()], first.passes
+    first.close()
+    for tensor in (tensor for pair in passes.pages.layers for tensor in pair):
+        tensor.normal_()
+    passes.ids.fill_(3), passes.ended.fill_(True), passes.seen_ids.fill_(True)
+    for way in WAYS:
+        with open_case(model, case, way, passes=passes) as session:
+            written.append(play(session, case).caption())
+    assert written[1:] == written[:1] * 2
+    with open_case(model, case, "serial", passes=passes), pytest.raises(InputError, match="all 1 seats are taken"):
+        open_case(model, case, "serial", passes=passes)
+    with pytest.raises(InputError, match="were made for shorter ones"):
+        open_case(model, case, "serial", passes=passes, max_clips=1000)
+
+
+@pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
+def test_words_may_be_read_late(model, variant):
+    """Where the host reads words some passes after they were asked for, the same are written, in the same slots: also
+    where the answer has ended in between."""
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {variant.name}")
+    for number in range(12):
+        case = random_case(draw, variant, draw.choice(["wait-1", "wait-3", "random-2"]))
+        with open_case(model, case, "serial", ahead=0) as session:
+            plain = play(session, case).caption()
+        if number % 2 and len(plain.tokens) > 2:  # now it ends where it had gone on
+            case.template = replace(case.template, end=plain.tokens[draw.randrange(1, len(plain.tokens))])
+            with open_case(model, case, "serial", ahead=0) as session:
+                plain = play(session, case).caption()
+        for way in WAYS:
+            for ahead in (1, 2, 5):
+                with open_case(model, case, way, ahead=ahead) as session:
+                    assert play(session, case).caption() == plain
+                    assert len(session.visible) == len(session.counts)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -204,7 +228,7 @@ def test_an_error_ends_it_with_its_record(model, tmp_path, monkeypatch):
     case = random_case(random.Random(1), VARIANTS["group"], "wait-3")
     session = open_case(model, case, "fused", record=tmp_path / "r.json")
     session.feed(case.pixels[0])
-    monkeypatch.setattr(session.passes, "round", lambda *_: 1 / 0)
+    monkeypatch.setattr(session.passes, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         session.step()
     assert read_record(tmp_path / "r.json").end == "failed: division by zero"

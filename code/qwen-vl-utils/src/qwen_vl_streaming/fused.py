@@ -1,7 +1,12 @@
 """A session on one device whose next clip is taken in by the passes that write the words before it."""
 
+from torch import Tensor
+
 from .passes import Due, Feed
-from .session import Session, Word
+from .session import Session
+
+LOOKS = 2
+"""Clips that the vision tower looks at before they can be taken in."""
 
 
 class FusedSession(Session):
@@ -11,29 +16,32 @@ class FusedSession(Session):
 
     def _open(self) -> None:
         super()._open()
-        self.sight = Feed(self.variant, self.template, self.layout)
+        self.sight = Feed(self.variant, self.template, self.layout, self.window)
         """What has been watched."""
         self.riding: Due | None = None
-        self.rode, self.riding_last = 0, False
+        """What is left of the clip that is being taken in."""
+        self.riding_last = False
+
+    def looks_due(self) -> list[tuple[Tensor, bool]]:
+        return [self.waiting.popleft() for _ in range(min(len(self.waiting), LOOKS - len(self.looked)))]
 
     def _clips_to_come(self) -> bool:
-        return bool(self.waiting) or self.riding is not None
+        return super()._clips_to_come() or self.riding is not None
 
-    def _round(self) -> Word | None:
-        if self.riding is not None and self.rode == len(self.riding) and self._wants_clip():
+    def _advance(self) -> None:
+        if self.riding is not None and not len(self.riding) and self._wants_clip():
             lead = self._begin_slot(self.riding_last)
-            self.passes.feed(lead[lead.rows.text])
+            self.lead = self.lead + lead[lead.rows.text]
             self.riding = None
-        if self.riding is None and self.waiting:
-            clip, self.riding_last = self.waiting.popleft()
-            self.passes.look(clip)
+        if self.riding is None and self.looked and (self.looked[0][0].ready or not self._may_speak()):
+            sight, self.riding_last = self.looked.popleft()
+            self.passes.show(self.seat, sight)
             self.sight.stream.counts[:] = self.counts
             riding = self.sight.clip(self.riding_last)
-            self.riding, self.rode = riding[riding.rows.visual], 0
-        chunk = None
-        if self.riding is not None and self.rode < len(self.riding):
-            chunk = self.riding[self.rode : self.rode + self.passes.width]
-            self.rode += len(chunk)
-        speaks = self._may_speak()
-        self.passes.round(self.text.word() if speaks else None, chunk, speaks)
-        return self._note() if speaks else None
+            self.riding = riding[riding.rows.visual]
+
+    def _ride(self, room: int) -> Due:
+        if self.riding is None or not len(self.riding):
+            return Due.nothing()
+        rides, self.riding = self.riding[:room], self.riding[room:]
+        return rides

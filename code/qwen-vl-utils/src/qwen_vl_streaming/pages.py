@@ -15,6 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 PAGE = 128
 """Tokens in a page: a block of FlexAttention."""
+TEXT = 1 << 30
+"""Where the tokens of a text run begin to count, in `Pages.first`."""
+NOWHERE = 1 << 40
 
 
 class Pages:
@@ -34,10 +37,12 @@ class Pages:
         """The page of each logical page, (S, W)."""
         self.owner = torch.full((pages + 1,), -1, dtype=torch.long, device=device)
         """The seat that a page belongs to."""
-        self.logical = torch.zeros(pages + 1, dtype=torch.long, device=device)
-        """Which logical page of its seat a page is."""
+        self.first = torch.full((pages + 1,), NOWHERE, dtype=torch.long, device=device)
+        """The token of its seat's visual run with which a page begins, or TEXT + that of the text run."""
         self.text_page = torch.zeros(seats, dtype=torch.long, device=device)
         """The logical page at which a seat's text run begins."""
+        self.kept = torch.zeros(2, seats, dtype=torch.long, device=device)
+        """How many tokens at the beginning of a seat's runs stay in sight of a sliding window, (2, S)."""
         self.free = list(range(pages, 0, -1))
         self.held: dict[int, list[int]] = {}
 
@@ -66,8 +71,10 @@ class Pages:
         pages = torch.tensor(mine, device=self.table.device)
         self.table[seat, :count] = pages
         self.owner[pages] = seat
-        self.logical[pages] = torch.arange(count, device=pages.device)
-        self.text_page[seat] = self.text_page_of(visual)
+        begin = self.text_page_of(visual)
+        first = torch.arange(count, device=pages.device) * PAGE
+        self.first[pages] = torch.where(first < begin * PAGE, first, first - begin * PAGE + TEXT)
+        self.text_page[seat] = begin
 
     def give_back(self, seat: int) -> None:
         mine = self.held.pop(seat)
@@ -83,13 +90,13 @@ class Pages:
 
 @dataclass
 class View:
-    """What one pass writes and may see. A query sees `seen_visual` tokens of its seat's visual run and `seen_text` of
-    its text run."""
+    """What the queries of a pass may see: `seen_visual` tokens of their seat's visual run and `seen_text` of its text
+    run; where `since` is given, of those only what the seat keeps and what lies behind the two numbers it says."""
 
     pages: Pages
     seats: Tensor
     """(n,)"""
-    places: Tensor
+    places: Tensor | None
     """Where in the pool the pass writes, (n, Q)."""
     seen_visual: Tensor
     """(n, Q)"""
@@ -103,19 +110,33 @@ class View:
     """Compile FlexAttention by itself, where the shapes of the pass change."""
     options: dict | None = None
     """FlexAttention's kernel_options."""
+    since: Tensor | None = None
+    """(2, n, Q)"""
 
     def __post_init__(self):
         self.mask = self._block_mask() if self.flex else None
         self.refresh()
 
+    def _sees(self, token: Tensor, pick) -> Tensor:
+        """Whether queries see `token`, as `Pages.first` counts. `pick` takes what belongs to them of a tensor (n, Q),
+        and what belongs to their seats of a tensor (S,)."""
+        seen = None
+        for run, (begin, upto) in enumerate(((0, self.seen_visual), (TEXT, self.seen_text))):
+            own = token - begin
+            those = (own >= 0) & (own < pick(upto))
+            if self.since is not None:
+                those = those & ((own >= pick(self.since[run])) | (own < pick(self.pages.kept[run])))
+            seen = those if seen is None else seen | those
+        return seen
+
     def _dense_mask(self) -> Tensor:
-        """Mask (n, 1, Q, keys) over the logical tokens of each seat; `gathered` says where those lie."""
+        """Mask (n, 1, Q, keys) over what the table of each seat lists; `gathered` says where that lies."""
         table = self.pages.table[self.seats]
-        token = torch.arange(table.shape[1] * PAGE, device=table.device)
-        self.gathered = table.repeat_interleave(PAGE, 1) * PAGE + token % PAGE
-        of_text = token - self.pages.text_page[self.seats, None, None] * PAGE
-        seen = token < self.seen_visual[..., None]
-        return (seen | ((of_text >= 0) & (of_text < self.seen_text[..., None])))[:, None]
+        within = torch.arange(table.shape[1] * PAGE, device=table.device) % PAGE
+        self.gathered = table.repeat_interleave(PAGE, 1) * PAGE + within
+        token = (self.pages.first[table].repeat_interleave(PAGE, 1) + within)[:, None]
+        mask = self._sees(token, lambda of: of[self.seats, None, None] if of.dim() == 1 else of[..., None])
+        return (mask | ~mask.any(-1, keepdim=True))[:, None]  # a query that sees nothing must come to no NaN
 
     def _block_mask(self) -> BlockMask:
         """The same for FlexAttention over the pool, with only the pages that hold something seen.
@@ -134,9 +155,7 @@ class View:
 
         def rule(b, h, row, key):
             q, page = row // groups, key // PAGE
-            token = pages.logical[page] * PAGE + key % PAGE
-            of_text = token - pages.text_page[seats[b]] * PAGE
-            seen = (token < self.seen_visual[b, q]) | ((of_text >= 0) & (of_text < self.seen_text[b, q]))
+            seen = self._sees(pages.first[page] + key % PAGE, lambda of: of[seats[b]] if of.dim() == 1 else of[b, q])
             return seen & (pages.owner[page] == seats[b])
 
         return BlockMask.from_kv_blocks(
@@ -155,17 +174,25 @@ class View:
             return
         blocks = self.partly[0].shape[2]
         table = self.pages.table[self.seats, None].expand(-1, blocks, -1)
-        first = torch.arange(table.shape[2], device=table.device) * PAGE
-        first_of_text = first - self.pages.text_page[self.seats, None, None] * PAGE
+        first = self.pages.first[table]
 
-        def seen(fewest: bool, tokens: int) -> Tensor:
-            """Whether `tokens` of a page are seen, by all queries of a block or by any: (n, blocks, W)."""
-            visual, text = (
-                self._of_block(seen, blocks, fewest)[..., None] for seen in (self.seen_visual, self.seen_text)
-            )
-            return (first + tokens <= visual) | ((first_of_text >= 0) & (first_of_text + tokens <= text))
+        def seen(whole: bool) -> Tensor:
+            """Whether a page is seen, by all queries of a block entirely or by any in part: (n, blocks, W)."""
+            found = None
+            for run, (begin, upto) in enumerate(((0, self.seen_visual), (TEXT, self.seen_text))):
+                own = first - begin
+                those = (own >= 0) & (own + (PAGE if whole else 1) <= self._of_block(upto, blocks, whole)[..., None])
+                if self.since is not None:
+                    since = self._of_block(self.since[run], blocks, not whole)[..., None]
+                    kept = self.pages.kept[run][self.seats, None, None]
+                    if whole:
+                        those = those & ((own >= since) | (own + PAGE <= kept))
+                    else:
+                        those = those & ((own + PAGE > since) | (own < kept))
+                found = those if found is None else found | those
+            return found
 
-        partly, wholly = seen(False, 1), seen(True, PAGE)
+        partly, wholly = seen(False), seen(True)
         for which, (counts, listed) in (
             ((partly, self.partly),) if self.one else ((partly & ~wholly, self.partly), (wholly, self.wholly))
         ):
@@ -173,9 +200,9 @@ class View:
             listed.copy_(table.gather(-1, order)[:, None])
             counts.copy_(which.sum(-1)[:, None])
 
-    def _of_block(self, seen: Tensor, blocks: int, fewest: bool) -> Tensor:
-        """The fewest or the most tokens seen by the queries of a block, (n, blocks)."""
-        rows = seen.repeat_interleave(self.groups, 1)
+    def _of_block(self, numbers: Tensor, blocks: int, fewest: bool) -> Tensor:
+        """The least or the greatest of the `numbers` (n, Q) of a block's queries, (n, blocks)."""
+        rows = numbers.repeat_interleave(self.groups, 1)
         last = rows[:, -1:].expand(-1, blocks * PAGE - rows.shape[1])
         rows = torch.cat([rows, last], 1).view(len(rows), blocks, PAGE)
         return rows.amin(-1) if fewest else rows.amax(-1)
@@ -186,16 +213,79 @@ class View:
         where = self.places.flatten()
         keys[:, where] = key.transpose(0, 1).flatten(1, 2)
         values[:, where] = value.transpose(0, 1).flatten(1, 2)
+        return self.mix(query, keys, values, scale)
+
+    def mix(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """What `query` (n, heads, Q, D) makes of the pool of a layer, of the same shape."""
         if not self.flex:
             mine = (pool[:, self.gathered].transpose(0, 1) for pool in (keys, values))
             return nn.functional.scaled_dot_product_attention(
                 query, *mine, attn_mask=self.mask, scale=scale, enable_gqa=True
             )
         n, heads, many, size = query.shape
-        folded = query.view(n, heads // self.groups, self.groups, many, size).transpose(2, 3).flatten(2, 3)
+        folded = query.reshape(n, heads // self.groups, self.groups, many, size).transpose(2, 3).flatten(2, 3)
         flex = _flex_apart if self.apart else flex_attention
         mixed = flex(folded, keys[None], values[None], block_mask=self.mask, scale=scale, kernel_options=self.options)
         return mixed.view(n, heads // self.groups, many, self.groups, size).transpose(2, 3).reshape(query.shape)
+
+
+class Both:
+    """The view of a pass in which each of S seats has one row, and n pieces of Q rows each belong to some of them. All
+    rows lie end to end in one: the seats' own, then piece by piece."""
+
+    def __init__(self, pages: Pages, pieces: tuple[int, int], groups: int, flex: bool, options: dict, windows: bool):
+        """`pieces` are n and Q."""
+        seats = len(pages.table)
+        device = pages.table.device
+        self.places = torch.zeros(1, seats + pieces[0] * pieces[1], dtype=torch.long, device=device)
+        self.parts: list[View] = []
+        for n, many in ((seats, 1), pieces):
+            if not n:
+                continue
+            whose = torch.arange(seats, device=device) if not self.parts else torch.zeros_like(self.places[0, :n])
+            numbers = torch.ones(4, n, many, dtype=torch.long, device=device)
+            self.parts.append(
+                View(
+                    pages,
+                    whose,
+                    None,
+                    numbers[0],
+                    numbers[1],
+                    groups,
+                    flex,
+                    options=options,
+                    since=numbers[2:].zero_() if windows else None,
+                )
+            )
+
+    def place(self, places: Tensor, seen: Tensor, seats: Tensor) -> None:
+        """Set where the rows write, (rows,), what they see (`seen_visual`, `seen_text` and the two of `since`, (4,
+        rows)), and the seats of the pieces, (n,)."""
+        self.places.copy_(places[None])
+        first = 0
+        for part in self.parts:
+            shape = part.seen_visual.shape
+            own = seen[:, first : first + shape.numel()].unflatten(1, shape)
+            part.seen_visual.copy_(own[0])
+            part.seen_text.copy_(own[1])
+            if part.since is not None:
+                part.since.copy_(own[2:])
+            if first:
+                part.seats.copy_(seats)
+            first += shape.numel()
+            part.refresh()
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """As `View.attend`, with one row of all."""
+        where = self.places.flatten()
+        keys[:, where], values[:, where] = key[0], value[0]
+        mixed, first = [], 0
+        for part in self.parts:
+            n, many = part.seen_visual.shape
+            own = query[0, :, first : first + n * many].unflatten(1, (n, many)).transpose(0, 1)
+            mixed.append(part.mix(own, keys, values, scale).transpose(0, 1).flatten(1, 2))
+            first += n * many
+        return torch.cat(mixed, 1)[None]
 
 
 _compiled = torch.compile(flex_attention, dynamic=False)

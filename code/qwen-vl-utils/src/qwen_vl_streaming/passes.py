@@ -1,26 +1,33 @@
-"""Passes of two fixed shapes for one stream that is not known beforehand: a word, a piece of a clip, or both at once.
+"""Passes of few fixed shapes for streams that are not known beforehand: words, pieces of clips, or both at once.
 
-What enters is asked of `streaming.Stream`, where of `positions`; what it may see are the two numbers of `plan.py`,
-counted as rows come. All of a pass goes to the device in one copy, ids and keys stay there, and nothing in a pass waits
-for the host, so that each kind of pass can be recorded as a CUDA graph. Knows nothing of what decides when.
+Each stream has a seat. In a pass every seat has one row for a word, and n pieces of W rows go to whoever has something
+to take in. What enters is asked of `streaming.Stream`, where of `positions`; what it may see are the numbers of
+`plan.py`, counted as rows come. All of a pass goes to the device in one copy, ids and keys stay there, and nothing in a
+pass waits for the host: on a GPU each shape of pass is recorded as a CUDA graph, and the vision tower runs beside on a
+stream of its own. Knows nothing of what decides when.
 
-    R rows of a pass: the text row, then up to W others   C hidden size
+    S seats   R = S + n W rows of a pass   C hidden size
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .engine import Engine
-from .pages import PAGE, Pages, View
+from .errors import InputError
+from .pages import PAGE, TEXT, Both, Pages
+from .plan import Window
 from .positions import row_positions
 from .prompts import Template
 from .streaming import Stream
 from .timeline import CLIP, PROMPT, Layout, Rows
 from .variants import Variant
 
-NUMBERS = 9  # of each row of a pass, see Passes._fill
+NUMBERS = 11  # of each row of a pass, see Passes._fill
+AHEAD = 2
+"""Clips that may be taken in before the slots begin that see them."""
 
 
 @dataclass(frozen=True)
@@ -35,33 +42,37 @@ class Due:
     """Index in the row's own run, visual or text."""
     seen_visual: Tensor
     seen_text: Tensor
+    since: Tensor
+    """(2, L): see `plan.Window`; 0 without one."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key) -> "Due":
         """The rows that a slice or a mask picks."""
-        return Due(
-            self.rows[key],
-            self.ids[key],
-            self.positions[:, key],
-            self.place[key],
-            self.seen_visual[key],
-            self.seen_text[key],
-        )
+        return Due(self.rows[key], *(getattr(self, field.name)[..., key] for field in fields(self)[1:]))
+
+    def __add__(self, other: "Due") -> "Due":
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self)[1:])
+        return Due(Rows.concatenate([self.rows, other.rows]), *(torch.cat(pair, -1) for pair in pairs))
+
+    @staticmethod
+    def nothing() -> "Due":
+        none = torch.zeros(0, dtype=torch.long)
+        return Due(Rows.of(PROMPT, 0), none, none.expand(3, 0), none, none, none, none.expand(2, 0))
 
 
 class Feed:
     """The book-keeping of one side of a stream: what is due next, and how long the two runs have grown."""
 
-    def __init__(self, variant: Variant, template: Template, layout: Layout):
-        self.stream = Stream(variant, template, layout)
+    def __init__(self, variant: Variant, template: Template, layout: Layout, window: Window | None = None):
+        self.stream, self.window = Stream(variant, template, layout), window
         self.visual = self.text = 0
 
     @staticmethod
-    def prompt(variant: Variant, template: Template, layout: Layout) -> Due:
+    def prompt(variant: Variant, template: Template, layout: Layout, window: Window | None = None) -> Due:
         """The rows before the first clip. They can be fed at once, and `clip` leaves them out."""
-        due = Feed(variant, template, layout)._due(Stream(variant, template, layout).feed_clip(False))
+        due = Feed(variant, template, layout, window)._due(Stream(variant, template, layout).feed_clip(False))
         return due[due.rows.part == PROMPT]
 
     def clip(self, last: bool) -> Due:
@@ -74,150 +85,384 @@ class Feed:
 
     def _due(self, pieces: list[tuple[Rows, list[int]]]) -> Due:
         stream = self.stream
-        nothing = Rows.of(PROMPT, 0)
-        rows = Rows.concatenate([nothing, *(rows for rows, _ in pieces)])
-        ids = torch.tensor([token for _, tokens in pieces for token in tokens], dtype=torch.long)
+        rows = Rows.concatenate([Rows.of(PROMPT, 0), *(rows for rows, _ in pieces)])
         if not len(rows):
-            return Due(rows, ids, ids.expand(3, 0), ids, ids, ids)
+            return Due.nothing()
+        ids = torch.tensor([token for _, tokens in pieces for token in tokens], dtype=torch.long)
         positions = row_positions(rows, stream.variant, stream.layout, stream.counts, stream.clips)
         text = rows.text
         seen_visual, seen_text = self.visual + (~text).cumsum(0), self.text + text.cumsum(0)
         self.visual, self.text = int(seen_visual[-1]), int(seen_text[-1])
         place = torch.where(text, seen_text, seen_visual) - 1
+        if self.window is None:
+            since = torch.zeros(2, len(rows), dtype=torch.long)
+        else:
+            since = self.window.since(stream.layout, seen_visual, seen_text, stream.clips)
         if stream.variant.parallel:
             seen_text = seen_text.masked_fill(rows.visual, 0)
-        return Due(rows, ids, positions, place, seen_visual, seen_text)
+        return Due(rows, ids, positions, place, seen_visual, seen_text, since)
+
+
+class Run:
+    """Where the tokens of one run of a stream lie. Past the end of its pages it turns back to the first that is not
+    kept: what lay there must be out of sight by then."""
+
+    def __init__(self, pages: Pages, mine: list[int], begin: int, kept: int):
+        """`begin` as in `Pages.first`; `kept` counts the tokens at the beginning that stay."""
+        self.pages, self.mine, self.begin = pages, torch.tensor(mine), begin
+        self.kept = min(-(-kept // PAGE), len(mine) - 1)
+        self.newest = len(mine) - 1
+
+    def places(self, index: Tensor) -> Tensor:
+        """Where in the pool the tokens `index` (L,) of the run lie."""
+        page = index // PAGE
+        for number in range(self.newest + 1, int(page.max()) + 1):
+            self.newest = number
+            self.pages.first[int(self.mine[self._turn(number)])] = self.begin + number * PAGE
+        return self.mine[self._turn(page)] * PAGE + index % PAGE
+
+    def _turn(self, page):
+        turned = self.kept + (page - self.kept) % (len(self.mine) - self.kept)
+        return torch.where(page < self.kept, page, turned) if isinstance(page, Tensor) else turned
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A stream's place in the passes."""
+
+    number: int
+    layout: Layout
+    visual: Run
+    text: Run
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a stream wants of a pass."""
+
+    seat: Seat
+    word: Due
+    """One text row, or none."""
+    others: Due
+    """At most W rows of either run."""
+    write: bool
+    """Choose the next word: from what came out for `word` or, where that has no row, for the last of `others` or, where
+    there is none either, for the newest row before."""
+    next_row: int = 0
+    """Where in the text run that word will be."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The words of a pass, on their way to the host."""
+
+    ids: Tensor
+    """(S,)"""
+    there: torch.cuda.Event | None
+
+    @property
+    def ready(self) -> bool:
+        return self.there is None or self.there.query()
+
+    def of(self, seat: Seat) -> int:
+        """The id that was chosen in `seat`. Waits for it."""
+        if self.there is not None:
+            self.there.synchronize()
+        return int(self.ids[seat.number])
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A clip that the vision tower has looked at, or is looking at."""
+
+    tokens: Tensor
+    """(tokens of a clip, C)"""
+    there: torch.cuda.Event | None
+
+    @property
+    def ready(self) -> bool:
+        return self.there is None or self.there.query()
 
 
 class Passes(Engine):
-    """One seat of an engine, with room for `clips` clips and `most` words, fed row by row as things happen."""
+    """Passes over one model for up to S streams."""
 
-    def __init__(self, model, layout: Layout, clips: int, most: int, width: int | None = None, penalty: float = 1.15):
-        """`width` is W; by default a whole clip and the tail go in at once."""
+    def __init__(
+        self,
+        model,
+        seats: int,
+        pages: int,
+        *,
+        columns: int,
+        longest: int,
+        clip: int,
+        width: int,
+        pieces: Sequence[int] = (0, 1),
+        windows: bool = False,
+        penalty: float = 1.15,
+    ):
+        """`pages` in all, of which a seat has at most `columns`, and `longest` text tokens in sight; `clip` is the most
+        visual tokens of a clip, `width` is W, and `pieces` are the numbers of pieces that passes come with. `windows`:
+        streams may be without end."""
         config = model.model.language_model.config
-        visual = layout.prompt + clips * layout.tokens_per_clip + layout.tail
-        text = layout.header + most
-        need = Pages.need(visual, text)
-        super().__init__(model, 1, Pages(config, 1, need, need, model.dtype, model.device), text, penalty)
-        self.pages.take(0, visual, text)
-        self.layout = layout
-        self.width = min(width or visual, layout.tokens_per_clip + layout.tail)
-        self.text_begin = Pages.text_page_of(visual) * PAGE
-        self.next_row, self.yes = torch.zeros_like(self.due), torch.ones_like(self.ended)
-        self.seat = torch.zeros(1, dtype=torch.long, device=self.device)
-        self.clip = torch.zeros(layout.tokens_per_clip, config.hidden_size, dtype=model.dtype, device=self.device)
-        """The visual tokens that clip rows are made of."""
-        self.picked = torch.zeros(1, config.hidden_size, dtype=model.dtype, device=self.device)
-        """What came out for the newest row that a word may be chosen from."""
+        super().__init__(
+            model, seats, Pages(config, seats, pages, columns, model.dtype, model.device), longest, penalty
+        )
+        self.width, self.windows, self.kinds = width, windows, sorted(pieces)
+        self.everyone = torch.arange(seats, device=self.device)
+        self.clip = torch.zeros(seats, clip, config.hidden_size, dtype=model.dtype, device=self.device)
+        """The visual tokens that the clip rows of each seat are made of."""
+        self.picked = torch.zeros(seats, config.hidden_size, dtype=model.dtype, device=self.device)
+        """What came out for the newest row of each seat that a word may be chosen from."""
+        self.newest = torch.zeros(seats, dtype=torch.long, device=self.device)
         self.numbers, self.views = {}, {}
-        for rows in {1, 1 + self.width}:
-            self.numbers[rows] = torch.zeros(NUMBERS * rows + 1, dtype=torch.long, device=self.device)
-            some = [torch.ones(1, rows, dtype=torch.long, device=self.device) for _ in range(3)]
-            places = some[0].zero_()
-            self.views[rows] = View(
-                self.pages, self.seat, places, some[1], some[2], self.groups, self.flex, options=self.options
-            )
+        for many in self.kinds:
+            length = NUMBERS * self._rows(many) + many + 3 * seats
+            self.numbers[many] = torch.zeros(length, dtype=torch.long, device=self.device)
+            self.views[many] = Both(self.pages, (many, width), self.groups, self.flex, self.options, windows)
+        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.empty = list(range(seats - 1, -1, -1))
+        self._enter, self._choose = self._plain_enter, self._plain_choose_all
+        self.beside: torch.cuda.Stream | None = None
+        if self.fast:
+            self._enter = torch.compile(self._plain_enter, dynamic=False)
+            self._choose = torch.compile(self._plain_choose_all, dynamic=False)
+            self.beside = torch.cuda.Stream(self.device)
 
-    def begin(self, template: Template) -> None:
-        """A new stream: what an earlier one left is never seen."""
-        self.ids.zero_(), self.seen_ids.zero_(), self.ended.zero_()
-        self.ids[0, : len(template.header)] = self._put(torch.tensor(template.header))
+    @staticmethod
+    def room(layout: Layout, clips: int, most: int, window: Window | None) -> tuple[int, int]:
+        """How many tokens of either run a stream has room for."""
+        visual, text = clips * layout.tokens_per_clip, most
+        if window is not None:  # and two pages more: one that is kept, and one that has just begun, are not full
+            visual = (window.clips + AHEAD) * layout.tokens_per_clip + 2 * PAGE
+            text = window.words + 1 + 2 * PAGE
+        return layout.prompt + visual + layout.tail, layout.header + text
+
+    @classmethod
+    def single(
+        cls, model, layout: Layout, clips: int, most: int, width: int | None, penalty: float, window: Window | None
+    ) -> "Passes":
+        """Passes for one stream of at most `clips` clips and `most` words, or one without end that sees a `window`. By
+        default a whole clip and the tail go in at once."""
+        visual, text = cls.room(layout, clips, most, window)
+        need, whole = Pages.need(visual, text), layout.tokens_per_clip + layout.tail
+        return cls(
+            model,
+            1,
+            need,
+            columns=need,
+            longest=text,
+            clip=layout.tokens_per_clip,
+            width=min(width or whole, whole),
+            windows=window is not None,
+            penalty=penalty,
+        )
+
+    def _rows(self, many: int) -> int:
+        return len(self.everyone) + many * self.width
+
+    # Streams come and go
+
+    def take(self, template: Template, layout: Layout, clips: int, most: int, window: Window | None = None) -> Seat:
+        """A seat for a new stream: what an earlier one left is never seen. Raises InputError where there is none, or no
+        memory for it."""
+        visual, text = self.room(layout, clips, most, window)
+        need, free = Pages.need(visual, text), len(self.pages.free)
+        each = Pages.bytes_each(self.language.config, self.model.dtype) / 2**30
+        seats = len(self.everyone)
+        if not self.empty:
+            raise InputError(f"all {seats} seats are taken: close a session first, or make room for more")
+        if need > self.pages.table.shape[1] or text > self.positions.shape[1] or (window and not self.windows):
+            raise InputError("a session of this length does not fit in passes that were made for shorter ones")
+        if layout.tokens_per_clip > self.clip.shape[1]:
+            raise InputError(
+                f"a clip of {layout.tokens_per_clip} visual tokens is more than the {self.clip.shape[1]} that the "
+                "passes were made for: give it fewer pixels"
+            )
+        if need > free:
+            raise InputError(
+                f"one more session needs {need * each:.3f} GiB for its keys and values, and {free * each:.3f} are free "
+                f"beside the {seats - len(self.empty)} that run: close one, or give it fewer clips, words or pixels"
+            )
+        number = self.empty.pop()
+        self.pages.take(number, visual, text)
+        begin = Pages.text_page_of(visual)
+        self.pages.kept[0, number], self.pages.kept[1, number] = layout.prompt, layout.header
+        for of_all in (self.ids, self.seen_ids, self.ended):
+            of_all[number] = 0
+        self.ids[number, : len(template.header)] = self._put(torch.tensor(template.header))
         used = [*template.prompt, template.video, *template.tail, *template.header]
-        self.seen_ids[0, self._put(torch.tensor(used))] = True
-        self.end.fill_(template.end)
-        self.next_row.fill_(len(template.header))
+        self.seen_ids[number, self._put(torch.tensor(used))] = True
+        self.end[number] = template.end
+        mine = self.pages.held[number]
+        return Seat(
+            number,
+            layout,
+            Run(self.pages, mine[:begin], 0, layout.prompt),
+            Run(self.pages, mine[begin:], TEXT, layout.header),
+        )
+
+    def release(self, seat: Seat) -> None:
+        self.pages.give_back(seat.number)
+        self.empty.append(seat.number)
+
+    # Watching
 
     @torch.no_grad()
-    def look(self, clip: Tensor) -> None:
-        """Have `clip`, (patches, pixels of a patch) or (tokens of a clip, C), for the clip rows that come next."""
-        if len(clip) != self.layout.tokens_per_clip:
-            clip = self.model.perceive(clip[None], self.layout.grid)[0]
-        self.clip.copy_(clip)
+    def look(self, clips: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Sight]:
+        """Have the vision tower look at `clips`, each (patches, pixels of a patch) or, ready, (tokens of a clip, C).
+        On a GPU this runs beside everything else."""
+        sights: list[Sight] = []
+        with torch.cuda.stream(self.beside):
+            raw = [
+                i for i, (clip, of) in enumerate(zip(clips, layouts, strict=True)) if len(clip) != of.tokens_per_clip
+            ]
+            pixels = [self._put(clips[i].to(self.model.dtype))[None] for i in raw]
+            made = self.model.perceive_all(pixels, [layouts[i].grid for i in raw]) if raw else []
+            seen = dict(zip(raw, (tokens[0] for tokens in made), strict=True))
+            tokens = [seen[i] if i in seen else self._put(clip.to(self.model.dtype)) for i, clip in enumerate(clips)]
+            there = None
+            if self.fast:
+                there = torch.cuda.Event()
+                there.record()
+            sights += [Sight(some, there) for some in tokens]
+        return sights
 
-    def feed(self, due: Due) -> None:
+    def show(self, seat: Seat, sight: Sight) -> None:
+        """Make the clip rows that come next in `seat` of `sight`. Makes the device wait for it, not the host."""
+        if sight.there is not None:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_event(sight.there)
+            sight.tokens.record_stream(now)
+        self.clip[seat.number, : len(sight.tokens)] = sight.tokens
+
+    def feed(self, seat: Seat, due: Due) -> None:
         """Feed rows in as many passes as they need."""
         for first in range(0, len(due), self.width):
-            self.round(None, due[first : first + self.width], False)
+            self.run([Ask(seat, Due.nothing(), due[first : first + self.width], False)])
+
+    # Passes
 
     @torch.no_grad()
-    def round(self, word: Due | None, others: Due | None, write: bool) -> None:
-        """One pass over the row of `word` and up to W `others`. `write`: choose the next word, from what came out for
-        `word` or, where that has no row, for the newest row before."""
-        if word is not None and not len(word):
-            word = None
-        if others is not None and not len(others):
-            others = None
-        if word is not None or others is not None:
-            rows = 1 if others is None else 1 + self.width
-            self.numbers[rows].copy_(self._put(self._fill(rows, word, others)), non_blocking=True)
-            self._pass(rows)
-        if write:
-            self._put_down()
+    def run(self, asks: Sequence[Ask]) -> Written | None:
+        """One pass for all `asks`, of which each is of a seat of its own. Returns the words, where any are written."""
+        needed = sum(len(ask.others) > 0 for ask in asks)
+        many = min(kind for kind in self.kinds if kind >= needed)
+        write = any(ask.write for ask in asks)
+        self.numbers[many].copy_(self._put(self._fill(many, asks)), non_blocking=True)
+        if (many, write) in self.graphs:
+            self.graphs[many, write].replay()
+        else:
+            self._pass(many, write)
+        if not write:
+            return None
+        if not self.fast:
+            return Written(self.newest.clone(), None)
+        ids = torch.empty(len(self.newest), dtype=torch.long, pin_memory=True)
+        ids.copy_(self.newest, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+        return Written(ids, there)
 
-    def newest(self) -> int:
-        """The id of the word that was written last. Waits for the device."""
-        return int(self.ids.gather(1, self.next_row[:, None] - 1))
-
-    def _fill(self, rows: int, word: Due | None, others: Due | None) -> Tensor:
-        """The numbers of a pass: for each row position (3), place in the pool's logical tokens (-1: idle row), what it
-        sees (2), id, index in the text run and in the clip (-1: neither); then the row to choose from."""
-        numbers = torch.zeros(NUMBERS * rows + 1, dtype=torch.long)
-        table = numbers[:-1].view(NUMBERS, rows)
-        table[3], table[4], table[7:] = -1, 1, -1
-        for due, first in ((word, 0), (others, 1)):
-            if due is None:
-                continue
-            own, text, clip = slice(first, first + len(due)), due.rows.text, due.rows.part == CLIP
-            table[:3, own] = due.positions
-            table[3, own] = due.place + text * self.text_begin
-            table[4, own], table[5, own], table[6, own] = due.seen_visual, due.seen_text, due.ids
-            table[7, own] = due.place.where(text, -1)
-            table[8, own] = due.rows.index.where(clip, -1)
-        numbers[-1] = 0 if word is not None else len(others)
+    def _fill(self, many: int, asks: Sequence[Ask]) -> Tensor:
+        """The numbers of a pass: for each row position (3), place in the pool (0: idle row), what it sees (4), id,
+        index in the text run and in the clip (-1: neither); the seats of the pieces; then for each seat the row to
+        choose from (-1: the newest before), whether to, and where that word will be."""
+        rows, seats = self._rows(many), len(self.everyone)
+        numbers = torch.zeros(NUMBERS * rows + many + 3 * seats, dtype=torch.long)
+        table = numbers[: NUMBERS * rows].view(NUMBERS, rows)
+        whose = numbers[NUMBERS * rows : NUMBERS * rows + many]
+        choose, write, next_row = numbers[NUMBERS * rows + many :].view(3, seats)
+        table[4], table[9:], choose[:] = 1, -1, -1
+        room, piece = self.ids.shape[1], 0
+        for ask in asks:
+            seat, number = ask.seat, ask.seat.number
+            for due, first in ((ask.others, seats + piece * self.width), (ask.word, number)):
+                if not len(due):
+                    continue
+                own, text, clip = slice(first, first + len(due)), due.rows.text, due.rows.part == CLIP
+                table[:3, own] = due.positions
+                for run, flags in ((seat.visual, ~text), (seat.text, text)):
+                    if flags.any():
+                        table[3, own][flags] = run.places(due.place[flags])
+                table[4, own], table[5, own], table[6:8, own] = due.seen_visual, due.seen_text, due.since
+                table[8, own] = due.ids
+                table[9, own] = (due.place % room).where(text, -1)
+                table[10, own] = due.rows.index.where(clip, -1)
+                choose[number] = first + len(due) - 1
+            if len(ask.others):
+                whose[piece] = number
+                piece += 1
+            write[number], next_row[number] = ask.write, ask.next_row % room
         return numbers
 
-    def _pass(self, rows: int) -> None:
-        """What a CUDA graph would hold for this number of rows. Reads only tensors of the device."""
-        numbers, view = self.numbers[rows], self.views[rows]
-        table = numbers[:-1].view(NUMBERS, 1, rows)
-        logical, text, clip = table[3], table[7], table[8]
-        view.places.copy_(self.pages.places(self.seat, logical.clamp(min=0)).where(logical >= 0, 0))
-        view.seen_visual.copy_(table[4])
-        view.seen_text.copy_(table[5])
-        view.refresh()
-        ids = self.ids.gather(1, text.clamp(min=0)).where(text >= 0, table[6])
-        hidden = self.language.embed_tokens(ids)
-        hidden = self.clip[clip.clamp(min=0)].where((clip >= 0)[..., None], hidden)
-        hidden = self._forward(hidden, table[:3], view, self._layer_of_step)
-        self.picked.copy_(hidden[0].index_select(0, numbers[-1:]))
+    def _pass(self, many: int, write: bool) -> None:
+        """What a CUDA graph holds. Reads only tensors of the device."""
+        hidden, positions = self._enter(many)
+        hidden = self._forward(hidden, positions, self.views[many], self._layer_of_step)
+        self._choose(hidden, many, write)
 
-    def _put_down(self) -> None:
-        self._plain_choose(self.picked, self.seat, self.next_row, self.yes)
-        self.next_row += 1
+    def _plain_enter(self, many: int) -> tuple[Tensor, Tensor]:
+        rows = self._rows(many)
+        table = self.numbers[many][: NUMBERS * rows].view(NUMBERS, rows)
+        whose = self.numbers[many][NUMBERS * rows : NUMBERS * rows + many]
+        self.views[many].place(table[3], table[4:8], whose)
+        of = torch.cat([self.everyone, whose.repeat_interleave(self.width)])
+        text, clip = table[9], table[10]
+        ids = self.ids[of, text.clamp(min=0)].where(text >= 0, table[8])
+        hidden = self.language.embed_tokens(ids)
+        hidden = self.clip[of, clip.clamp(min=0)].where((clip >= 0)[:, None], hidden)
+        return hidden[None], table[:3, None]
+
+    def _plain_choose_all(self, hidden: Tensor, many: int, write: bool) -> None:
+        choose, writes, next_row = self.numbers[many][NUMBERS * self._rows(many) + many :].view(3, -1)
+        picked = hidden[0, choose.clamp(min=0)].where((choose >= 0)[:, None], self.picked)
+        self.picked.copy_(picked)
+        if write:
+            self._plain_choose(picked, self.everyone, next_row, writes > 0)
+            self.newest.copy_(self.ids.gather(1, next_row[:, None])[:, 0])
+
+    def warm_up(self) -> None:
+        """Compile every kind of pass and record it as a CUDA graph, while nothing is due. Without a GPU there is
+        nothing to do."""
+        if not self.fast:
+            return
+        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        for many in self.kinds:
+            for write in (False, True):
+                self.numbers[many].copy_(self._put(self._fill(many, [])))
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.no_grad(), torch.cuda.stream(stream):
+                    for _ in range(3):
+                        self._pass(many, write)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool, stream=stream):
+                        self._pass(many, write)
+                torch.cuda.current_stream().wait_stream(stream)
+                self.graphs[many, write] = graph
 
     # Keys and values of visual rows, as they go from one set of pages to another
 
-    def carrier(self) -> Tensor:
+    def carrier(self, layout: Layout) -> Tensor:
         """Room for what a clip and the tail leave behind: (2 layers, key heads, tokens of a clip + tail, D)."""
         keys, _ = self.pages.layers[0]
-        rows = self.layout.tokens_per_clip + self.layout.tail
+        rows = layout.tokens_per_clip + layout.tail
         return keys.new_zeros(2 * len(self.pages.layers), keys.shape[0], rows, keys.shape[2])
 
-    def copy_out(self, due: Due, carrier: Tensor) -> None:
+    def copy_out(self, seat: Seat, due: Due, carrier: Tensor) -> None:
         """Put the keys and values of the visual rows of `due` into `carrier`."""
-        where = self._where(due)
+        where = self._where(seat, due, carrier)
         for i, pool in enumerate(pool for pair in self.pages.layers for pool in pair):
             torch.index_select(pool, 1, where, out=carrier[i])
 
-    def copy_in(self, due: Due, carrier: Tensor) -> None:
-        where = self._where(due)
+    def copy_in(self, seat: Seat, due: Due, carrier: Tensor) -> None:
+        where = self._where(seat, due, carrier)
         for i, pool in enumerate(pool for pair in self.pages.layers for pool in pair):
             pool.index_copy_(1, where, carrier[i])
 
-    def _where(self, due: Due) -> Tensor:
+    def _where(self, seat: Seat, due: Due, carrier: Tensor) -> Tensor:
         """Where the visual rows of `due` lie in the pool; rows that the carrier has beyond them go to page 0."""
-        place = due.place[due.rows.visual]
-        logical = torch.full((1, self.layout.tokens_per_clip + self.layout.tail), -1)
-        logical[0, : len(place)] = place
-        logical = self._put(logical)
-        return self.pages.places(self.seat, logical.clamp(min=0)).where(logical >= 0, 0)[0]
+        places = seat.visual.places(due.place[due.rows.visual])
+        where = torch.zeros(carrier.shape[2], dtype=torch.long)
+        where[: len(places)] = places
+        return self._put(where)

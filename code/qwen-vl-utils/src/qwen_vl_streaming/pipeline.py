@@ -5,6 +5,7 @@ Orders and news go through a pipe, keys and values through a process group of th
 news, so that a process that has died is noticed at the pipe, and nothing waits for it.
 """
 
+import collections
 import contextlib
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, distributed
 
 from .errors import InputError
-from .passes import Feed, Passes
+from .passes import AHEAD, Feed, Passes
 from .session import Session, Word
 from .variants import get_variant
 
@@ -164,30 +165,47 @@ class PipelinedSession(Session):
 
     def _open(self) -> None:
         super()._open()
-        self.sight = Feed(self.variant, self.template, self.layout)
+        self.sight = Feed(self.variant, self.template, self.layout, self.window)
         """Where what comes over belongs."""
-        self.sent: list[bool] = []
-        """Of each clip that was sent, whether it is the last."""
-        self.carrier = self.passes.carrier()
-        self.number = self.pair.open(self.variant.name, self.template, self.layout, self.max_clips, self.chunk)
+        self.sent: collections.deque[bool] = collections.deque()
+        """Of each clip that was sent and has not come over, whether it is the last."""
+        self.whole: collections.deque[bool] = collections.deque()
+        """The same of each clip that has come over and that no slot has begun with."""
+        self.carrier = self.passes.carrier(self.layout)
+        self.number = self.pair.open(
+            self.variant.name, self.template, self.layout, self.max_clips, self.chunk, self.window
+        )
 
     def feed(self, clip: Tensor, last: bool = False) -> None:
         super().feed(clip, last)
-        with self._whatever_happens():
+        with self.whatever_happens():
             self._send()
 
+    def step(self) -> Word | None:
+        word = super().step()
+        if word is None and not self.closed and not self.coming and not self._may_speak() and self.sent:
+            with self.whatever_happens():
+                if not self.whole and not self._receive(self.pair.patience):
+                    raise self.pair.silent()
+        return word
+
+    def looks_due(self) -> list:
+        return []
+
     def _clips_to_come(self) -> bool:
-        return bool(self.waiting) or len(self.sent) > len(self.counts)
+        return bool(self.waiting or self.sent or self.whole or len(self.lead))
 
     def _send(self) -> None:
         """Let perception have what it can place: where a clip's positions depend on what slots write, and that is not
-        agreed beforehand, only when the slot before it begins."""
+        agreed beforehand, only when the slot before it begins. No more than a window has room for."""
         held = self.greedy and self.variant.count == "rounds"
-        while self.waiting and not self.done and not (held and len(self.sent) > len(self.counts)):
+        most = 1 if held else float("inf") if self.window is None else AHEAD
+        while self.waiting and not self.done and (ahead := len(self.sent) + len(self.whole)) < most:
             if held:
                 counts = [*self.counts]
             else:
-                counts = [0 if self.greedy else self._quota(slot + 1) for slot in range(len(self.sent))]
+                slots = len(self.counts) + ahead
+                counts = [0 if self.greedy else self._quota(slot + 1) for slot in range(slots)]
             clip, last = self.waiting.popleft()
             self.sent.append(last)
             self.pair.order("clip", self.number, clip.cpu().numpy(), last, counts)
@@ -197,24 +215,19 @@ class PipelinedSession(Session):
         if self.pair.hear(seconds) is None:
             return False
         self.pair.receive(self.carrier)
-        self.passes.copy_in(self.sight.clip(self.sent[len(self.sight.stream.counts)]), self.carrier)
+        last = self.sent.popleft()
+        self.passes.copy_in(self.seat, self.sight.clip(last), self.carrier)
+        self.whole.append(last)
         return True
 
-    def _round(self) -> Word | None:
+    def _advance(self) -> None:
         self._send()
-        while self._receive(0):
+        while self.sent and self._receive(0):
             pass
-        begun, whole = len(self.counts), len(self.sight.stream.counts)
-        if whole > begun and self._wants_clip():
-            lead = self._begin_slot(self.sent[begun])
-            self.passes.feed(lead[lead.rows.text])
+        if self.whole and not len(self.lead) and self._wants_clip():
+            lead = self._begin_slot(self.whole.popleft())
+            self.lead = lead[lead.rows.text]
             self._send()
-        if self._may_speak():
-            self.passes.round(self.text.word(), None, True)
-            return self._note()
-        if whole == begun and len(self.sent) > whole and not self._receive(self.pair.patience):
-            raise self.pair.silent()
-        return None
 
     def _let_go(self) -> None:
         super()._let_go()
@@ -269,7 +282,7 @@ def _perceive(pipe: Connection, port: int, load: Callable, patience: float) -> N
 
 
 def _serve(model, orders: queue.Queue, closed: list[int], pipe: Connection, group) -> None:
-    sizes, passes, carrier, sight = None, None, None, None
+    sizes, passes, carrier, seat, sight = None, None, None, None, None
     while (order := orders.get())[0] != "stop":
         kind, session, *what = order
         if kind == "close":
@@ -277,21 +290,24 @@ def _serve(model, orders: queue.Queue, closed: list[int], pipe: Connection, grou
         elif session <= closed[0]:
             continue
         elif kind == "open":
-            name, template, layout, clips, chunk = what
-            if sizes != (layout, clips, chunk):
-                passes, sizes = Passes(model, layout, clips, 1, chunk), (layout, clips, chunk)
-                carrier = passes.carrier()
-            passes.begin(template)
-            passes.feed(Feed.prompt(get_variant(name), template, layout))
-            sight = Feed(get_variant(name), template, layout)
+            name, template, layout, clips, chunk, window = what
+            if sizes != (layout, clips, chunk, window):
+                passes = Passes.single(model, layout, clips, 1, chunk, 1.0, window)
+                passes.warm_up()
+                carrier, sizes, seat = passes.carrier(layout), (layout, clips, chunk, window), None
+            if seat is not None:
+                passes.release(seat)
+            seat = passes.take(template, layout, clips, 1, window)
+            passes.feed(seat, Feed.prompt(get_variant(name), template, layout, window))
+            sight = Feed(get_variant(name), template, layout, window)
         else:
             clip, last, counts = what
-            passes.look(torch.from_numpy(clip).to(model.device))
+            passes.show(seat, *passes.look([torch.from_numpy(clip)], [layout]))
             sight.stream.counts[:] = counts
             due = sight.clip(last)
             due = due[due.rows.visual]
-            passes.feed(due)
-            passes.copy_out(due, carrier)
+            passes.feed(seat, due)
+            passes.copy_out(seat, due, carrier)
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)  # a transfer that was announced must not wait
             pipe.send(("whole", session, len(counts) + 1))

@@ -7,8 +7,10 @@ backwards. Two numbers a token therefore say what a mask says, and a run never h
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from .errors import InputError
 from .positions import timeline_positions
 from .timeline import ANSWER, Layout, Rows, Schedule, make_timeline
 from .variants import Variant
@@ -65,3 +67,35 @@ def make_plan(variant: Variant, layout: Layout, schedule: Schedule, most: int) -
         )
 
     return Plan(run(~text), run(text), schedule)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What stays in sight of a stream without end: prompt and header, the newest clips and the newest words. Positions
+    stay as they were."""
+
+    clips: int
+    words: int
+
+    def __post_init__(self):
+        if min(self.clips, self.words) < 1:
+            raise InputError(f"a window holds at least 1 clip and 1 word, not {self.clips} and {self.words}")
+
+    def since(self, layout: Layout, seen_visual: Tensor, seen_text: Tensor, clips: int | None) -> Tensor:
+        """Of tokens that see so many of either run (both (L,)), the first of each run that is still in sight, besides
+        prompt and header: (2, L). `clips` is N once it is known."""
+        watched = (seen_visual - layout.prompt + layout.tokens_per_clip - 1) // layout.tokens_per_clip
+        if clips is not None:
+            watched = watched.clamp(max=clips)  # the tail comes with the last clip
+        visual = layout.prompt + (watched - self.clips) * layout.tokens_per_clip
+        return torch.stack([visual.clamp(min=layout.prompt), (seen_text - self.words).clamp(min=layout.header)])
+
+    def mask(self, layout: Layout, text: Tensor, clips: int | None) -> Tensor:
+        """Which of L tokens in feed order, of which `text` (L,) flags the text side, each has in sight: (L, L). Says
+        nothing of what is not allowed."""
+        runs = (~text).cumsum(0), text.cumsum(0)
+        since_visual, since_text = self.since(layout, *runs, clips)
+        visual, words = runs[0] - 1, runs[1] - 1
+        near_visual = (visual >= since_visual[:, None]) | (visual < layout.prompt)
+        near_text = (words >= since_text[:, None]) | (words < layout.header)
+        return near_text.where(text, near_visual)

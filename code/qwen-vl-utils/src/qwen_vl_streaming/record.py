@@ -35,6 +35,8 @@ class Record:
     chunk: int | None
     template: Template
     layout: Layout
+    window: list[int] | None
+    """Clips and words that stay in sight, where not all do."""
     schedule: str | list[int]
     """As it was asked for: a name, or k_1 … k_{N-1}."""
     penalty: float

@@ -18,6 +18,7 @@ from torch import Tensor
 from .attention import dense_mask
 from .errors import InputError, OneLineParser, run
 from .modeling_qwen2_5_vl import load_model
+from .plan import Window
 from .positions import timeline_positions
 from .prompts import clip_pixels, load_processor
 from .record import Record, clip_hash, identity, read_record
@@ -109,8 +110,13 @@ def check_clips(record: Record, clips: Sequence[Tensor]) -> None:
             raise InputError(f"clip {number} is not the one that was recorded: give the same video, read the same way")
 
 
+def _window(record: Record) -> Window | None:
+    return None if record.window is None else Window(*record.window)
+
+
 def _serially(record: Record, model, visual: Tensor, counts: Sequence[int]) -> list[int]:
-    streams = Streams(model, get_variant(record.variant), [record.template], [record.layout], record.penalty)
+    variant = get_variant(record.variant)
+    streams = Streams(model, variant, [record.template], [record.layout], record.penalty, _window(record))
     (written,) = caption(streams, [visual], [Schedule(tuple(counts[:-1]))], len(record.tokens))
     return written.tokens
 
@@ -133,10 +139,13 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
         ids[rows.part == part] = torch.tensor(source)[rows.index[rows.part == part]]
     predicts = timeline.produces != NOTHING
     device = model.device
+    mask = dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel)
+    if (window := _window(record)) is not None:
+        mask &= window.mask(record.layout, rows.text, timeline.clips)
     logits = model(
         input_ids=ids[None].to(device),
         position_ids=timeline_positions(timeline)[:, None].to(device),
-        attention_mask=dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel).to(device),
+        attention_mask=mask.to(device),
         visual_tokens=visual.flatten(0, 1),
         visual_rows=(rows.part[None] == CLIP).to(device),
         score=predicts[None].to(device),

@@ -11,14 +11,15 @@ is decided in `passes.py`. Knows nothing of video files and processes.
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from .errors import InputError
-from .passes import Due, Feed, Passes
+from .passes import Ask, Due, Feed, Passes, Sight, Written
+from .plan import Window
 from .prompts import Template
 from .record import Record, clip_hash, identity, versions, write_record
 from .streaming import Caption
@@ -28,6 +29,8 @@ from .variants import Variant
 WAYS = ("serial", "fused", "pipelined")
 GREEDY = "greedy"
 """A schedule: write until the next clip is there."""
+UNKNOWN = -1
+"""The id of a word, to the host, until it has come from the device."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,20 @@ class Session:
         penalty: float = 1.15,
         max_new_tokens: int = 300,
         max_clips: int = 60,
+        window: tuple[int, int] | None = None,
         chunk: int | None = None,
+        ahead: int | None = None,
+        passes: Passes | None = None,
         clock: Callable[[], float] = time.time,
         record: str | Path | None = None,
         about: dict | None = None,
     ):
         """`schedule` is wait-K, random-K, "greedy", or a Schedule for a known number of clips. `max_clips` and
-        `max_new_tokens` size the memory. `chunk` visual tokens at most ride in a pass, by default a whole clip.
-        `record` names a file for the record, to which `about` (what was asked, where the clips come from) is added.
-        Raises InputError for what cannot be.
+        `max_new_tokens` size the memory; a `window` (clips, words) instead keeps only the newest in sight, of a stream
+        that may have any number of clips. `chunk` visual tokens at most ride in a pass, by default a whole clip.
+        `ahead` passes may be under way when a word is waited for, by default 1 on a GPU. `passes` are those of a
+        session that is over, or of several. `record` names a file for the record, to which `about` (what was asked,
+        where the clips come from) is added. Raises InputError for what cannot be.
         """
         if self.way != "serial" and not variant.parallel:
             raise InputError(
@@ -79,7 +87,8 @@ class Session:
             raise InputError(f"chunk {chunk} must be at least 1 visual token")
         if min(max_new_tokens, max_clips) < 1:
             raise InputError(f"max_new_tokens {max_new_tokens} and max_clips {max_clips} must be at least 1")
-        if isinstance(schedule, Schedule) and schedule.clips > max_clips:
+        self.window = None if window is None else Window(*window)
+        if isinstance(schedule, Schedule) and schedule.clips > max_clips and window is None:
             raise InputError(f"a schedule for {schedule.clips} clips does not fit into max_clips {max_clips}")
         self.model, self.variant, self.template, self.layout = model, variant, template, layout
         self.asked, self.most, self.max_clips, self.clock = schedule, max_new_tokens, max_clips, clock
@@ -89,26 +98,37 @@ class Session:
         else:
             self.schedule = make_schedule("wait-1" if self.greedy else schedule, variant, max_clips + 1)
         self.chunk, self.penalty = chunk, penalty
-        self.passes = Passes(model, layout, max_clips, max_new_tokens, chunk, penalty)
-        self.passes.begin(template)
-        self.text = Feed(variant, template, layout)
+        self.ahead = ahead if ahead is not None else int(model.device.type == "cuda")
+        if passes is None:
+            passes = Passes.single(model, layout, max_clips, max_new_tokens, chunk, penalty, self.window)
+            passes.warm_up()
+        self.passes = passes
+        self.width = min(chunk or passes.width, passes.width)
+        self.seat = passes.take(template, layout, max_clips, max_new_tokens, self.window)
+        self.text = Feed(variant, template, layout, self.window)
         """What has been written, and seen by what was written."""
         self.waiting: collections.deque[tuple[Tensor, bool]] = collections.deque()
-        """Clips that have arrived and were not looked at yet."""
+        """Clips that have arrived and were not looked at yet, and whether each is the last."""
+        self.looked: collections.deque[tuple[Sight, bool]] = collections.deque()
+        """Clips that the vision tower has, and that no slot has begun with."""
+        self.lead = Due.nothing()
+        """What must be fed before the next word."""
+        self.coming: collections.deque[Written] = collections.deque()
+        """Words that the device was asked for and the host has not seen."""
         self.arrived: list[float] = []
         self.visible: list[float] = []
         """When each slot began."""
         self.hashes: list[str] = []
         self.written: list[Word] = []
-        self.all_fed = self.closed = False
+        self.all_fed = self.closed = self.ended = False
         self.record, self.about, self.opened = record, about or {}, clock()
         self.identity = None if record is None else identity(model)
         patch = model.model.visual.patch_embed
         self._shapes = (
             (layout.tokens_per_clip * model.model.visual.spatial_merge_size**2, patch.proj.weight[0].numel()),
-            (layout.tokens_per_clip, self.passes.clip.shape[1]),
+            (layout.tokens_per_clip, passes.clip.shape[2]),
         )
-        self.prompt = Feed.prompt(variant, template, layout)
+        self.prompt = Feed.prompt(variant, template, layout, self.window)
         self._open()
 
     # What a caller sees
@@ -121,12 +141,12 @@ class Session:
     @property
     def done(self) -> bool:
         """Nothing more is to be written: the answer has ended, or has as many tokens as it may."""
-        return self.text.stream.ended or len(self.written) >= self.most
+        return self.ended or len(self.written) >= self.most
 
     @property
     def idle(self) -> bool:
         """Nothing can be done until another clip is fed."""
-        return self.done or not (self._may_speak() or self._clips_to_come())
+        return self.done or not (self.coming or self._may_speak() or self._clips_to_come())
 
     def caption(self) -> Caption:
         """What was written so far."""
@@ -146,8 +166,11 @@ class Session:
                 f"clip {number} is of shape {tuple(clip.shape)}, but a clip of {rows} x {columns} visual tokens, for "
                 f"which this session was opened, is of {self._shapes[0]} or {self._shapes[1]}: resize it as the first"
             )
-        if number > self.max_clips:
-            raise InputError(f"clip {number} is one more than max_clips {self.max_clips}: open the session with more")
+        if number > self.max_clips and self.window is None:
+            raise InputError(
+                f"clip {number} is one more than max_clips {self.max_clips}: open the session with more, or with a "
+                "window, out of whose sight the oldest clips go"
+            )
         if isinstance(self.asked, Schedule) and last != (number == self.asked.clips):
             raise InputError(f"clip {number} as the last one does not fit a schedule for {self.asked.clips} clips")
         self.arrived.append(self.clock())
@@ -157,13 +180,19 @@ class Session:
         self.waiting.append((clip, last))
 
     def step(self) -> Word | None:
-        """One round: at most one word. None where none was written; see `idle`."""
+        """One round: at most one pass, at most one word. None where none was written; see `idle`."""
         if self.closed:
             raise InputError("the session is closed: open another one")
         if self.done:
             return None
-        with self._whatever_happens():
-            return self._round()
+        with self.whatever_happens():
+            if due := self.looks_due():
+                clips, last = zip(*due, strict=True)
+                self.have_looked(zip(self.passes.look(clips, [self.layout] * len(clips)), last, strict=True))
+            ask = self.plan()
+            if ask is not None:
+                self.asked_for(ask, self.passes.run([ask]))
+            return self.collect(ask is None)
 
     def words(self) -> Iterator[Word]:
         """Write all that can be written until another clip is fed."""
@@ -174,7 +203,9 @@ class Session:
     def close(self) -> None:
         """Give back what is held, and write the record. What was not written yet never is."""
         if not self.closed:
-            self._end("ended" if self.text.stream.ended else "max_new_tokens" if self.done else "cancelled")
+            while self.coming:
+                self.collect(True)
+            self._end("ended" if self.ended else "max_new_tokens" if self.done else "cancelled")
 
     def __enter__(self):
         return self
@@ -182,23 +213,86 @@ class Session:
     def __exit__(self, *_):
         self.close()
 
+    # A round in parts, which `crowd.py` does for many sessions at once
+
+    def looks_due(self) -> list[tuple[Tensor, bool]]:
+        """The clips, and whether each is the last, that the vision tower should look at now."""
+        if self.waiting and not self.looked and not len(self.lead) and self._wants_clip():
+            return [self.waiting.popleft()]
+        return []
+
+    def have_looked(self, sights: Iterable[tuple[Sight, bool]]) -> None:
+        self.looked.extend(sights)
+
+    def plan(self, room: bool = True) -> Ask | None:
+        """What to ask of the next pass, which has `room` for a piece or only for a word."""
+        self._advance()
+        others = Due.nothing()
+        if room:
+            others, self.lead = self.lead[: self.width], self.lead[self.width :]
+            if not len(self.lead):
+                others = others + self._ride(self.width - len(others))
+        speaks = not len(self.lead) and self._may_speak()
+        if not (speaks or len(others)):
+            return None
+        word = self.text.word() if speaks else Due.nothing()
+        stream = self.text.stream
+        return Ask(self.seat, word, others, speaks, len(self.template.header) + len(stream.written))
+
+    def asked_for(self, ask: Ask, written: Written | None) -> None:
+        """The pass is under way."""
+        if ask.write:
+            self.text.stream.write(UNKNOWN)
+            self.coming.append(written)
+
+    def collect(self, wait: bool) -> Word | None:
+        """The oldest word that was not seen yet, where more than `ahead` are under way or nothing else can be done."""
+        if not self.coming or not (wait or len(self.coming) > self.ahead):
+            return None
+        token, stream = self.coming.popleft().of(self.seat), self.text.stream
+        slot = stream.slots[len(self.written)]
+        stream.written[len(self.written)] = token
+        word = Word(token, slot, self.clock())
+        self.written.append(word)
+        if token == self.template.end:
+            self.ended = True
+            self._forget()
+            if len(stream.counts) > slot:
+                stream.complete = False
+                del stream.counts[slot:], self.visible[slot:]
+        return word
+
+    def _forget(self) -> None:
+        """Words that were asked for are not wanted."""
+        stream = self.text.stream
+        for slot in stream.slots[len(self.written) :]:
+            stream.counts[slot - 1] -= 1
+        del stream.written[len(self.written) :], stream.slots[len(self.written) :]
+        self.coming.clear()
+
     # When a slot begins, and whether it may speak: the same in all three ways
 
     def _quota(self, slot: int) -> float:
         """Words that `slot` may write while it is not known to be the last."""
         if not self.variant.streams:
             return 0
-        return float("inf") if self.greedy else self.schedule.quotas[slot - 1]
+        if self.greedy:
+            return float("inf")
+        if slot > len(self.schedule.quotas) and not isinstance(self.asked, Schedule):
+            self.schedule = make_schedule(self.asked, self.variant, 2 * slot + 1)  # begins like the shorter one
+        return self.schedule.quotas[slot - 1]
 
     def _wants_clip(self) -> bool:
         stream = self.text.stream
-        if stream.complete or not stream.counts:
-            return not stream.complete
+        if stream.complete or len(stream.written) >= self.most:
+            return False
+        if not stream.counts:
+            return True
         return self.greedy or stream.counts[-1] >= self._quota(len(stream.counts))
 
     def _may_speak(self) -> bool:
         stream = self.text.stream
-        if self.done or not stream.counts:
+        if self.ended or len(stream.written) >= self.most or not stream.counts:
             return False
         return stream.complete or stream.counts[-1] < self._quota(len(stream.counts))
 
@@ -207,43 +301,42 @@ class Session:
         self.visible.append(self.clock())
         return self.text.clip(last)
 
-    def _note(self) -> Word:
-        """Write down what the device has chosen."""
-        word = Word(self.passes.newest(), len(self.counts), self.clock())
-        self.text.stream.write(word.token)
-        self.written.append(word)
-        return word
-
     # Serial
 
     def _open(self) -> None:
-        self.passes.feed(self.prompt)
+        self.passes.feed(self.seat, self.prompt)
 
     def _clips_to_come(self) -> bool:
-        """Clips have been fed that no slot has begun with, and one may begin."""
-        return bool(self.waiting)
+        """Clips have been fed that no slot has begun with."""
+        return bool(self.waiting or self.looked or len(self.lead))
 
-    def _round(self) -> Word | None:
-        if self.waiting and self._wants_clip():
-            clip, last = self.waiting.popleft()
-            self.passes.look(clip)
-            self.passes.feed(self._begin_slot(last))
-            return None
-        if not self._may_speak():
-            return None
-        self.passes.round(self.text.word(), None, True)
-        return self._note()
+    def _advance(self) -> None:
+        """Begin what can begin."""
+        if self.looked and not len(self.lead):
+            sight, last = self.looked.popleft()
+            self.passes.show(self.seat, sight)
+            self.lead = self._begin_slot(last)
+
+    def _ride(self, room: int) -> Due:
+        """What nobody waits for and may enter beside the words."""
+        return Due.nothing()
 
     # The end
 
     @contextlib.contextmanager
-    def _whatever_happens(self):
+    def whatever_happens(self):
         """An error ends the session, with its record."""
         try:
             yield
         except BaseException as error:
-            self._end(f"failed: {next(iter(str(error).splitlines()), '') or type(error).__name__}")
+            self.fail(error)
             raise
+
+    def fail(self, error: BaseException) -> None:
+        """End with an `error`, as the record will say."""
+        if not self.closed:
+            self._forget()
+            self._end(f"failed: {next(iter(str(error).splitlines()), '') or type(error).__name__}")
 
     def _end(self, how: str) -> None:
         self.closed = True
@@ -255,6 +348,8 @@ class Session:
 
     def _let_go(self) -> None:
         self.waiting.clear()
+        self.looked.clear()
+        self.passes.release(self.seat)
 
     def _record(self, how: str) -> Record:
         asked = self.asked if isinstance(self.asked, str) else list(self.asked.quotas)
@@ -266,6 +361,7 @@ class Session:
             chunk=self.chunk,
             template=self.template,
             layout=self.layout,
+            window=self.window and [self.window.clips, self.window.words],
             schedule=asked,
             penalty=self.penalty,
             max_new_tokens=self.most,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import dense_mask
+from .plan import Window
 from .positions import row_positions
 from .prompts import Template
 from .timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, Rows, Schedule
@@ -110,19 +111,16 @@ class Stream:
         first, end = self.text_fed, len(header) + len(self.written) - hold
         if end <= first:
             return []
-        self.text_fed = end
-        rows = Rows.concatenate(
-            [
-                Rows.of(HEADER, len(header), slot=self.header_slot),
-                Rows(
-                    torch.full((len(self.written),), ANSWER),
-                    torch.zeros(len(self.written), dtype=torch.long),
-                    torch.arange(len(self.written)),
-                    torch.tensor(self.slots, dtype=torch.long),
-                ),
-            ]
-        )
-        return [(rows[first:end], [*header, *self.written][first:end])]
+        self.text_fed, pieces = end, []
+        if first < len(header):
+            mine = slice(first, min(end, len(header)))
+            pieces.append((Rows.of(HEADER, mine.stop - first, slot=self.header_slot, first=first), [*header[mine]]))
+        if end > len(header):
+            mine = slice(max(first - len(header), 0), end - len(header))
+            rows = Rows.of(ANSWER, mine.stop - mine.start, first=mine.start)
+            rows.slot[:] = torch.tensor(self.slots[mine])
+            pieces.append((rows, self.written[mine]))
+        return pieces
 
     def write(self, token: int) -> None:
         self.counts[-1] += 1
@@ -133,10 +131,19 @@ class Stream:
 class Streams:
     """B running streams over one model: one cache, one pass for all in each step."""
 
-    def __init__(self, model, variant: Variant, templates: Sequence[Template], layouts: Sequence[Layout], penalty=1.15):
+    def __init__(
+        self,
+        model,
+        variant: Variant,
+        templates: Sequence[Template],
+        layouts: Sequence[Layout],
+        penalty=1.15,
+        window: Window | None = None,
+    ):
         """`penalty` is the repetition penalty: as in transformers' `generate`, it weakens every id of the
-        template and every id written so far. 1.0 turns it off."""
-        self.model, self.variant, self.penalty = model, variant, penalty
+        template and every id written so far. 1.0 turns it off. What is out of the sight of a `window` is not seen, but
+        kept."""
+        self.model, self.variant, self.penalty, self.window = model, variant, penalty, window
         self.streams = [Stream(variant, *pair) for pair in zip(templates, layouts, strict=True)]
         self.cache = StreamCache()
         size = len(self.streams), CACHE_BLOCK
@@ -218,6 +225,10 @@ class Streams:
         mask = dense_mask(
             self.visual[:, : self.cache.filled], self.text[:, : self.cache.filled], self.variant.parallel, index
         )
+        if self.window is not None:
+            for i, stream in enumerate(streams):
+                text = self.text[i, : self.cache.filled]
+                mask[i] &= self.window.mask(stream.layout, text, stream.clips)[index[i].clamp(max=len(text) - 1)]
         score = torch.arange(width, device=device) == torch.tensor(lengths, device=device)[:, None] - 1
         result = self.model(
             input_ids=ids.to(device),

@@ -1,0 +1,140 @@
+"""Many sessions over one model: each writes what it would write alone."""
+
+import random
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from qwen_vl_streaming.crowd import Crowd
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.pages import Pages
+from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.timeline import Layout, Schedule
+from qwen_vl_streaming.variants import VARIANTS
+from sessions import PARALLEL, check, random_case
+from tiny import tiny_model
+
+SEED = time.time_ns() % 100_000
+LARGEST = Layout(40, 10, 10, (3, 3))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def let_in(crowd, case, way, **options):
+    return crowd.open(case.variant, case.template, case.layout, way=way, **{**case.options, **options})
+
+
+@pytest.mark.parametrize("pieces", [(1,), (0, 1, 2, 4)], ids=["one piece", "four pieces"])
+@pytest.mark.parametrize("part", range(3))
+def test_each_writes_what_it_would_alone(model, part, pieces):
+    """Sessions of all variants, ways, schedules and sizes come and go; clips arrive when they do."""
+    print("seed", SEED, part)
+    draw = random.Random(f"{SEED} {part}")
+    crowd = Crowd(model, 5, LARGEST, max_clips=6, max_new_tokens=14, pieces=pieces)
+    waiting, running, over = [], [], 0
+    for _ in range(25):
+        variant = draw.choice([*VARIANTS.values(), *PARALLEL])
+        waiting.append((random_case(draw, variant), draw.choice(["serial", "fused"]) if variant.parallel else "serial"))
+    while waiting or running:
+        if waiting and len(running) < 5 and draw.random() < 0.3:
+            case, way = waiting.pop()
+            running.append((case, let_in(crowd, case, way, ahead=draw.choice([0, 1, 3])), []))
+        for case, session, fed in running:
+            if len(fed) < len(case.pixels) and draw.random() < draw.choice([0.1, 0.9]):
+                fed.append(1)
+                session.feed(case.pixels[len(fed) - 1], last=len(fed) == len(case.pixels))
+        crowd.step()
+        for case, session, fed in [*running]:
+            if session.done:
+                running.remove((case, session, fed))
+                session.close()
+                if len(fed) == len(case.pixels) or session.ended or len(session.written) == case.most:
+                    check(model, case, session)
+                    over += 1
+    assert over == 25
+    crowd.step()
+    assert crowd.idle and not crowd.sessions
+    assert len(crowd.passes.empty) == 5 and not crowd.passes.pages.held
+
+
+def test_one_too_many_is_refused_and_harms_nobody(model):
+    case = random_case(random.Random(3), VARIANTS["group"], "wait-2")
+    config = model.model.language_model.config
+    case.pixels, case.layout = torch.randn(4, 24, 1176), case.template.layout((2, 3), 2.0)
+    case.most = 12
+    options = {"max_clips": 4, "max_new_tokens": 12}
+    each = Pages.bytes_each(config, model.dtype)
+    crowd = Crowd(model, 3, case.layout, memory=5 * each, **options)  # two of two pages, and one page of nobody's
+    first, second = (let_in(crowd, case, "fused", **options) for _ in range(2))
+    with pytest.raises(InputError, match=r"one more session needs 0\.\d+ GiB .* 0\.000 are free beside the 2 that run"):
+        let_in(crowd, case, "fused", **options)
+    for session in (first, second):
+        for number, clip in enumerate(case.pixels, 1):
+            session.feed(clip, last=number == 4)
+    while not crowd.idle:
+        crowd.step()
+    for session in (first, second):
+        check(model, case, session)
+    first.close()
+    third = let_in(crowd, case, "serial", **options)
+    with pytest.raises(InputError, match="ask for fused or serial"):
+        let_in(crowd, case, "pipelined", **options)
+    with pytest.raises(InputError, match=r"one session needs .* GiB"):
+        Crowd(model, 3, case.layout, memory=each, **options)
+    with pytest.raises(InputError, match="a clip of 25 visual tokens is more than the 6"):
+        crowd.open(case.variant, case.template, case.template.layout((5, 5), 2.0), **options)
+    crowd.close()
+    assert third.closed and second.closed
+
+
+def test_what_one_is_shown_reaches_no_other(model):
+    """Bit by bit: the same pass with other clips in the other seats."""
+    draw = random.Random(5)
+    cases = [random_case(draw, VARIANTS["gap"], "wait-2") for _ in range(3)]
+    layout = cases[0].template.layout((2, 2), 2.0)
+    cases = [replace(case, layout=case.template.layout((2, 2), 2.0), pixels=torch.randn(3, 16, 1176)) for case in cases]
+    picked = []
+    for other in range(2):
+        crowd = Crowd(model, 3, Layout(40, 10, 10, layout.grid), max_clips=3, max_new_tokens=9)
+        sessions = [let_in(crowd, replace(case, steps=[]), "fused", max_clips=3, max_new_tokens=9) for case in cases]
+        for number in range(3):
+            for session, case in zip(sessions, cases, strict=True):
+                pixels = case.pixels[number]
+                session.feed(torch.randn_like(pixels) if other and case is not cases[1] else pixels, last=number == 2)
+        mine = []
+        for _ in range(4):
+            crowd.step()
+            mine.append(crowd.passes.picked[sessions[1].seat.number].clone())
+        picked.append(torch.stack(mine))
+        crowd.close()
+    assert torch.equal(*picked)
+
+
+def test_an_error_in_a_pass_ends_all_with_their_records(model, tmp_path, monkeypatch):
+    case = random_case(random.Random(4), VARIANTS["overlap"], Schedule((1, 1)))
+    case.pixels, case.layout = torch.randn(3, 24, 1176), case.template.layout((2, 3), 2.0)
+    crowd = Crowd(model, 2, LARGEST, max_clips=3, max_new_tokens=9)
+    sessions = [
+        let_in(crowd, case, "fused", record=tmp_path / f"{n}.json", max_clips=3, max_new_tokens=9) for n in range(2)
+    ]
+    for session in sessions:
+        session.feed(case.pixels[0])
+    while not crowd.idle:
+        crowd.step()
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("no memory left")
+
+    sessions[0].feed(case.pixels[1])
+    monkeypatch.setattr(crowd.passes, "run", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        crowd.step()
+    for n, session in enumerate(sessions):
+        record = read_record(tmp_path / f"{n}.json")
+        assert session.closed and record.end == "failed: no memory left" and len(record.tokens) == 1
+        assert replay(record, model, list(case.pixels)) == []

@@ -1,0 +1,185 @@
+"""Streams without end: what is out of sight is forgotten, exactly as the plain way of it says."""
+
+import random
+import time
+
+import pytest
+import torch
+from qwen_vl_streaming import passes as passes_module
+from qwen_vl_streaming.crowd import Crowd
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.pages import PAGE
+from qwen_vl_streaming.plan import Window
+from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.session import open_session
+from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, make_timeline
+from qwen_vl_streaming.variants import VARIANTS
+from sessions import PARALLEL, random_case
+from tiny import random_counts, random_template, tiny_model
+
+SEED = time.time_ns() % 100_000
+ALL = [
+    (variant, way)
+    for variant in VARIANTS.values()
+    for way in (("serial", "fused") if variant.parallel else ("serial",))
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def long_case(draw, variant, clips, grid=(3, 3)):
+    case = random_case(draw, variant, draw.choice(["wait-1", "wait-3", "random-2"]))
+    case.layout = case.template.layout(grid, 2.0)
+    case.pixels = torch.randn(clips, 4 * grid[0] * grid[1], 1176, generator=torch.Generator().manual_seed(clips))
+    case.template = case.template.__class__(**{**case.template.__dict__, "end": 10_000})  # it goes on
+    return case
+
+
+def watch(session, pixels, draw):
+    for number, clip in enumerate(pixels, 1):
+        session.feed(clip, last=number == len(pixels))
+        for _ in range(draw.choice([0, 1, 3, 9])):
+            if not session.idle:
+                session.step()
+    list(session.words())
+    return session
+
+
+@pytest.mark.parametrize(("variant", "way"), ALL, ids=[f"{variant.name} {way}" for variant, way in ALL])
+def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, way, tmp_path):
+    """More clips and words than there are pages for; replayed serially without pages, and by one full pass."""
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {variant.name} {way}")
+    for number in range(2):
+        case = long_case(draw, variant, 70)
+        window = draw.choice([(1, 1), (3, 5), (20, 40)])
+        most = 30 if not variant.streams else 250
+        path = tmp_path / f"{number}.json"
+        session = open_session(
+            model,
+            variant,
+            case.template,
+            case.layout,
+            way=way,
+            schedule=case.schedule,
+            window=window,
+            max_clips=5,
+            max_new_tokens=most,
+            chunk=draw.choice([None, 4]),
+            ahead=draw.choice([0, 2]),
+            record=path,
+        )
+        with session:
+            watch(session, case.pixels, draw)
+        assert len(session.counts) == 70 or len(session.written) == most
+        assert session.seat.visual.newest >= len(session.seat.visual.mine)  # the pages have turned
+        assert len(session.seat.visual.mine) * PAGE < 70 * 9
+        record = read_record(path)
+        assert record.window == list(window)
+        assert replay(record, model, list(case.pixels)) == []
+
+
+def test_the_rule_of_the_window():
+    """Token by token: prompt and header always; the newest clips, of which the tail is part; the newest words."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    for variant in VARIANTS.values():
+        layout = random_template(draw).layout((2, 2), 2.0)
+        counts = random_counts(draw, variant)
+        timeline = make_timeline(variant, layout, counts)
+        window = Window(draw.randint(1, 3), draw.randint(1, 4))
+        rows = timeline.rows
+        mask = window.mask(layout, rows.text, timeline.clips)
+        for q in range(len(rows)):
+            clip = max((int(rows.clip[k]) for k in range(q + 1)), default=0)
+            words = [k for k in range(q + 1) if rows.text[k]]
+            for k in range(q + 1):
+                part = int(rows.part[k])
+                if part in (PROMPT, HEADER):
+                    expected = True
+                elif part in (CLIP, TAIL):
+                    expected = int(rows.clip[k]) > clip - window.clips
+                else:
+                    assert part == ANSWER
+                    expected = k in words[-window.words :]
+                assert bool(mask[q, k]) == expected, (variant.name, q, k)
+
+
+@pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
+def test_a_window_that_holds_everything_changes_nothing(model, variant):
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {variant.name}")
+    case = long_case(draw, variant, 5)
+    written = []
+    for window in (None, (5, 60)):
+        with open_session(
+            model,
+            variant,
+            case.template,
+            case.layout,
+            way="fused",
+            schedule=case.schedule,
+            window=window,
+            max_new_tokens=40,
+        ) as session:
+            written.append(watch(session, case.pixels, random.Random(1)).caption())
+    assert written[0] == written[1]
+
+
+def test_without_a_window_nothing_is_forgotten(model):
+    case = long_case(random.Random(1), VARIANTS["group"], 3)
+    with open_session(model, case.variant, case.template, case.layout, max_clips=2) as session:
+        session.feed(case.pixels[0])
+        session.feed(case.pixels[1])
+        with pytest.raises(InputError, match=r"one more than max_clips 2: .*with a window"):
+            session.feed(case.pixels[2])
+    for window in ((0, 3), (3, 0)):
+        with pytest.raises(InputError, match="at least 1 clip and 1 word"):
+            open_session(model, case.variant, case.template, case.layout, window=window)
+
+
+def test_a_crowd_of_streams_without_end(model):
+    """Each of its own window and pace; memory is that of the windows."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    cases = [long_case(draw, variant, 40) for variant in PARALLEL]
+    alone = []
+    for case in cases:
+        options = {"window": (4, 9), "schedule": "wait-2", "max_new_tokens": 100}
+        with open_session(model, case.variant, case.template, case.layout, way="fused", **options) as session:
+            alone.append(watch(session, case.pixels, draw).caption())
+    with Crowd(model, 3, cases[0].layout, window=(4, 40), max_new_tokens=100) as crowd:
+        sessions = [
+            crowd.open(case.variant, case.template, case.layout, schedule="wait-2", window=(4, 9)) for case in cases
+        ]
+        for number in range(40):
+            for session, case in zip(sessions, cases, strict=True):
+                session.feed(case.pixels[number], last=number == 39)
+            for _ in range(draw.randint(0, 4)):
+                crowd.step()
+        while not crowd.idle:
+            crowd.step()
+        assert [session.caption() for session in sessions] == alone
+
+
+def test_room_is_enough_for_what_is_in_sight(monkeypatch):
+    """However the sizes fall on pages: the oldest token in sight is never overwritten."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    for _ in range(300):
+        layout = random_template(draw).layout((draw.randint(1, 12), draw.randint(1, 12)), 2.0)
+        window = Window(draw.randint(1, 20), draw.randint(1, 300))
+        for run, kept, step, ahead in (
+            (0, layout.prompt, layout.tokens_per_clip, window.clips + passes_module.AHEAD),
+            (1, layout.header, 1, window.words + 1),
+        ):
+            room = passes_module.Passes.room(layout, 1, 1, window)[run]
+            pages = -(-room // PAGE)
+            turning = pages - min(-(-kept // PAGE), pages - 1)
+            for newest in (kept + step * draw.randint(1, 5000) for _ in range(5)):
+                oldest = max(newest - step * ahead - (layout.tail if run == 0 else 0), kept)
+                assert newest // PAGE - oldest // PAGE < turning
