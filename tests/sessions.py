@@ -33,6 +33,8 @@ class Case:
     chunk: int | None
     steps: list[int]
     """Rounds that are run before each clip arrives: none in a burst, many in a stall."""
+    late: int | None = None
+    """Rounds after the last clip before it is known to be the last; None: it comes as the last."""
 
     @property
     def options(self) -> dict:
@@ -44,7 +46,9 @@ class Case:
         }
 
 
-def random_case(draw: random.Random, variant: Variant, schedule: str | None = None) -> Case:
+def random_case(
+    draw: random.Random, variant: Variant, schedule: str | Schedule | None = None, may_be_late: bool = False
+) -> Case:
     clips, grid = draw.randint(1, 5), (draw.randint(1, 3), draw.randint(1, 3))
     # Hardly ever said, so that most answers are as long as they may be; else the tiny model soon ends its turn.
     template = replace(random_template(draw), end=draw.randrange(VOCABULARY))
@@ -61,6 +65,7 @@ def random_case(draw: random.Random, variant: Variant, schedule: str | None = No
         draw.randint(1, 14),
         draw.choice([None, 1, 2, 5]),
         [draw.choice([0, 0, 1, 2, 3, 6, 20]) for _ in range(clips)],
+        draw.choice([None, None, 0, 1, 3, 20]) if may_be_late and not isinstance(schedule, Schedule) else None,
     )
 
 
@@ -71,32 +76,40 @@ def play(session: Session, case: Case) -> Session:
             if session.idle:
                 break
             session.step()
-        session.feed(pixels, last=number == len(case.pixels))
+        session.feed(pixels, last=case.late is None and number == len(case.pixels))
+    for _ in range(case.late or 0):
+        if not session.idle:
+            session.step()
+    if case.late is not None:
+        session.end()
     for _ in session.words():
         pass
     assert session.done
     return session
 
 
-def expected(model, case: Case, counts: list[int]):
+def expected(model, case: Case, counts: list[int], complete: bool, bare: bool):
     """What plain streams write for `case` where the slots are as long as `counts` says."""
     with torch.no_grad():
         tokens = model.perceive(case.pixels, case.layout.grid)
-    quotas = (counts + [0] * len(tokens))[: len(tokens) - 1]
-    streams = Streams(model, case.variant, [case.template], [case.layout])
+    if not complete:  # over before it was known which clip was the last: one more, that nothing saw
+        tokens = torch.cat([tokens, torch.zeros_like(tokens[:1])])
+    quotas = (counts + [0] * len(tokens))[: len(tokens) - 1 + bare]
+    streams = Streams(model, case.variant, [case.template], [case.layout], bare=bare)
     return caption(streams, [tokens], [Schedule(tuple(quotas))], case.most)[0]
 
 
 def check(model, case: Case, session: Session) -> None:
     """The session wrote what plain streams write with the same counts, and its slots are those it was asked for."""
-    plain, mine = expected(model, case, session.counts), session.caption()
+    stream = session.text.stream
+    plain, mine = expected(model, case, session.counts, stream.complete, stream.bare), session.caption()
     assert (mine.tokens, mine.slots) == (plain.tokens, plain.slots)
     assert session.counts == plain.schedule[: len(session.counts)]
     if session.greedy:
         return
     left = len(mine.tokens)
     for slot, count in enumerate(session.counts, 1):
-        last = slot == len(case.pixels)
+        last = stream.complete and slot == len(case.pixels) + stream.bare
         assert count == (left if last else min(left, session._quota(slot)))
         left -= count
 

@@ -10,6 +10,7 @@ from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.passes import Feed, Passes
 from qwen_vl_streaming.plan import make_plan
 from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.session import open_session
 from qwen_vl_streaming.timeline import Schedule
 from qwen_vl_streaming.variants import VARIANTS
@@ -36,7 +37,7 @@ def test_words_are_those_of_plain_streams(model, part):
     for number in range(part, MANY, 4):
         draw = random.Random(f"{SEED} {number}")
         variant = draw.choice([*VARIANTS.values(), *PARALLEL])
-        case = random_case(draw, variant)
+        case = random_case(draw, variant, may_be_late=True)
         way = draw.choice(WAYS) if variant.parallel else "serial"
         print(number, variant.name, way, case.schedule, case.steps)
         begin = time.monotonic()
@@ -280,3 +281,35 @@ def test_what_cannot_be_is_refused(model):
     session.feed(case.pixels[0])
     with pytest.raises(InputError, match="max_clips 1"):
         session.feed(case.pixels[0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_source_may_end_without_a_warning(model, way, tmp_path):
+    """The tail comes by itself, after what the last clip's slot may write; known in time, it comes with the clip."""
+    case = random_case(random.Random(8), VARIANTS["overlap"], "wait-2")
+    case.pixels, case.layout = torch.randn(2, 24, 1176), case.template.layout((2, 3), 2.0)
+    path = tmp_path / "r.json"
+    for taken_in in (True, False):
+        session = open_case(model, case, way, record=path, max_clips=2, max_new_tokens=9)
+        with pytest.raises(InputError, match="ended after 0 clips"):
+            session.end()
+        session.feed(case.pixels[0])
+        list(session.words())
+        session.feed(case.pixels[1])
+        if taken_in:
+            list(session.words())
+            assert session.counts == [2, 2] and session.idle
+        session.end()
+        session.end()  # says nothing new
+        with pytest.raises(InputError, match="clip 3 came after the last one"):
+            session.feed(case.pixels[1])
+        list(session.words())
+        assert session.counts == ([2, 2, 5] if taken_in else [2, 7])
+        session.close()
+        record = read_record(path)
+        assert record.bare == taken_in and record.complete
+        assert replay(record, model, list(case.pixels)) == []
+    session = open_case(model, case, way, schedule=Schedule((1, 1)), max_clips=3)
+    session.feed(case.pixels[0])
+    with pytest.raises(InputError, match="ended after 1 clips, and 3 were to come"):
+        session.end()

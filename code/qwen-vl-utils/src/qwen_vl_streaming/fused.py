@@ -39,6 +39,8 @@ class FusedSession(Session):
             self.sight.stream.counts[:] = self.counts
             riding = self.sight.clip(self.riding_last)
             self.riding = riding[riding.rows.visual]
+        if self.riding is None:
+            self._begin_tail()
 
     def _ride(self, room: int) -> Due:
         if self.riding is None or not len(self.riding):

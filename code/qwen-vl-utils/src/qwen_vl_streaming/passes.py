@@ -75,8 +75,8 @@ class Feed:
         due = Feed(variant, template, layout, window)._due(Stream(variant, template, layout).feed_clip(False))
         return due[due.rows.part == PROMPT]
 
-    def clip(self, last: bool) -> Due:
-        due = self._due(self.stream.feed_clip(last))
+    def clip(self, last: bool, empty: bool = False) -> Due:
+        due = self._due(self.stream.feed_clip(last, empty))
         return due[due.rows.part != PROMPT]
 
     def word(self) -> Due:
@@ -89,7 +89,7 @@ class Feed:
         if not len(rows):
             return Due.nothing()
         ids = torch.tensor([token for _, tokens in pieces for token in tokens], dtype=torch.long)
-        positions = row_positions(rows, stream.variant, stream.layout, stream.counts, stream.clips)
+        positions = row_positions(rows, stream.variant, stream.layout, stream.counts, stream.clips, stream.bare)
         text = rows.text
         seen_visual, seen_text = self.visual + (~text).cumsum(0), self.text + text.cumsum(0)
         self.visual, self.text = int(seen_visual[-1]), int(seen_text[-1])

@@ -193,7 +193,7 @@ class PipelinedSession(Session):
         return []
 
     def _clips_to_come(self) -> bool:
-        return bool(self.waiting or self.sent or self.whole or len(self.lead))
+        return super()._clips_to_come() or bool(self.sent or self.whole)
 
     def _send(self) -> None:
         """Let perception have what it can place: where a clip's positions depend on what slots write, and that is not
@@ -228,6 +228,8 @@ class PipelinedSession(Session):
             lead = self._begin_slot(self.whole.popleft())
             self.lead = lead[lead.rows.text]
             self._send()
+        if not (self.waiting or self.sent or self.whole):
+            self._begin_tail()
 
     def _let_go(self) -> None:
         super()._let_go()

@@ -15,14 +15,18 @@ from .variants import Variant
 
 def timeline_positions(timeline: Timeline) -> Tensor:
     """Positions of a whole sample, int64 of shape (3, L)."""
-    return row_positions(timeline.rows, timeline.variant, timeline.layout, timeline.counts, timeline.clips)
+    of = timeline
+    return row_positions(of.rows, of.variant, of.layout, of.counts, of.clips, of.bare)
 
 
-def row_positions(rows: Rows, variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None) -> Tensor:
+def row_positions(
+    rows: Rows, variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, bare: bool = False
+) -> Tensor:
     """Positions (time, height, width) of any rows of a stream, int64 of shape (3, L).
 
     `counts` holds the answer tokens written so far, k_1, k_2, …; the slots before that of a row must be
-    complete. `clips` is N once the tail has been fed or is among the rows, None before.
+    complete. `clips` is N once the tail has been fed or is among the rows, None before, and `bare` as in
+    `timeline.make_timeline`.
     """
     across = layout.grid[1]
     span = max(layout.grid)  # positions that one clip takes up in height or width
@@ -35,16 +39,19 @@ def row_positions(rows: Rows, variant: Variant, layout: Layout, counts: Sequence
         text = text_base + text_index
     else:
         slots = torch.maximum(rows.clip, rows.slot)
-        base_of_clip, base_of_text, written_before = _rounds(variant, layout, counts, clips, max(1, int(slots.max())))
+        upto = max(1, int(slots.max()))
+        base_of_clip, base_of_text, written_before = _rounds(variant, layout, counts, clips, bare, upto)
         base, time = base_of_clip[slots], torch.zeros_like(rows.index)
         text = base_of_text[slots] + text_index - written_before[slots]
 
     in_clip = torch.stack([base + time, base + rows.index // across, base + rows.index % across])
-    flat = torch.where(rows.part == PROMPT, rows.index, torch.where(rows.part == TAIL, base + span + rows.index, text))
+    after = 0 if bare and variant.count not in ("stock", "own") else span
+    tail = base + after + rows.index
+    flat = torch.where(rows.part == PROMPT, rows.index, torch.where(rows.part == TAIL, tail, text))
     return torch.where(rows.part == CLIP, in_clip, flat)
 
 
-def _rounds(variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, upto: int):
+def _rounds(variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, bare: bool, upto: int):
     """For slots 0…upto (0 unused): the base of the clip, that of the slot's text, and text written before.
 
     `feed`: a clip takes up `span` positions (the last one the tail's as well), a slot's text as many as it has
@@ -53,7 +60,7 @@ def _rounds(variant: Variant, layout: Layout, counts: Sequence[int], clips: int 
     """
     clip_takes = torch.full((upto + 1,), max(layout.grid))
     if clips is not None and clips <= upto:
-        clip_takes[clips] += layout.tail
+        clip_takes[clips] = layout.tail + (0 if bare else max(layout.grid))
     text_takes = torch.zeros(upto + 1, dtype=torch.long)
     known = torch.tensor(counts[:upto], dtype=torch.long)
     text_takes[1 : 1 + len(known)] = known

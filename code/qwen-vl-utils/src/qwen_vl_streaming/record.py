@@ -46,6 +46,8 @@ class Record:
     """"ended" by its end-of-turn token, "max_new_tokens", "cancelled" or "failed: why"."""
     complete: bool
     """The last clip has become visible."""
+    bare: bool
+    """That clip was empty: the source said that it was over after its last one had been taken in."""
     arrived: list[float]
     """When each clip arrived."""
     visible: list[float]

@@ -116,7 +116,8 @@ def _window(record: Record) -> Window | None:
 
 def _serially(record: Record, model, visual: Tensor, counts: Sequence[int]) -> list[int]:
     variant = get_variant(record.variant)
-    streams = Streams(model, variant, [record.template], [record.layout], record.penalty, _window(record))
+    options = record.penalty, _window(record), record.bare
+    streams = Streams(model, variant, [record.template], [record.layout], *options)
     (written,) = caption(streams, [visual], [Schedule(tuple(counts[:-1]))], len(record.tokens))
     return written.tokens
 
@@ -125,7 +126,7 @@ def _serially(record: Record, model, visual: Tensor, counts: Sequence[int]) -> l
 def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> Tensor:
     """Logits (A, V) after the penalty that one pass over all gives for each recorded token."""
     template = record.template
-    timeline = make_timeline(get_variant(record.variant), record.layout, counts)
+    timeline = make_timeline(get_variant(record.variant), record.layout, counts, record.bare)
     rows = timeline.rows
     if len(rows) > MOST_ROWS:
         raise InputError(f"a full pass over {len(rows)} tokens is more than {MOST_ROWS}: replay a shorter session")

@@ -120,7 +120,7 @@ class Session:
         """When each slot began."""
         self.hashes: list[str] = []
         self.written: list[Word] = []
-        self.all_fed = self.closed = self.ended = False
+        self.all_fed = self.closed = self.ended = self.bare = False
         self.record, self.about, self.opened = record, about or {}, clock()
         self.identity = None if record is None else identity(model)
         patch = model.model.visual.patch_embed
@@ -178,6 +178,21 @@ class Session:
             self.hashes.append(clip_hash(clip))
         self.all_fed = last
         self.waiting.append((clip, last))
+
+    def end(self) -> None:
+        """The source is over, as a live one is without a warning: what was fed last was its last clip. Where that has
+        begun to be taken in, the tail comes by itself, in a slot of its own. Raises InputError where nothing was fed.
+        """
+        if self.closed or self.all_fed:
+            return
+        if not self.arrived or isinstance(self.asked, Schedule):
+            wanted = self.asked.clips if isinstance(self.asked, Schedule) else "at least 1"
+            raise InputError(f"the source ended after {len(self.arrived)} clips, and {wanted} were to come")
+        self.all_fed = True
+        if self.waiting:
+            self.waiting[-1] = (self.waiting[-1][0], True)
+        else:
+            self.bare = True
 
     def step(self) -> Word | None:
         """One round: at most one pass, at most one word. None where none was written; see `idle`."""
@@ -258,7 +273,7 @@ class Session:
             self.ended = True
             self._forget()
             if len(stream.counts) > slot:
-                stream.complete = False
+                stream.complete = stream.bare = False
                 del stream.counts[slot:], self.visible[slot:]
         return word
 
@@ -307,8 +322,8 @@ class Session:
         self.passes.feed(self.seat, self.prompt)
 
     def _clips_to_come(self) -> bool:
-        """Clips have been fed that no slot has begun with."""
-        return bool(self.waiting or self.looked or len(self.lead))
+        """Clips, or their end, have been fed that no slot has begun with."""
+        return bool(self.waiting or self.looked or len(self.lead) or (self.bare and not self.text.stream.complete))
 
     def _advance(self) -> None:
         """Begin what can begin."""
@@ -316,6 +331,13 @@ class Session:
             sight, last = self.looked.popleft()
             self.passes.show(self.seat, sight)
             self.lead = self._begin_slot(last)
+        self._begin_tail()
+
+    def _begin_tail(self) -> None:
+        """The tail enters by itself, where nothing else is to enter before it."""
+        if self.bare and not len(self.lead) and self._wants_clip():
+            self.visible.append(self.clock())
+            self.lead = self.text.clip(True, empty=True)
 
     def _ride(self, room: int) -> Due:
         """What nobody waits for and may enter beside the words."""
@@ -368,6 +390,7 @@ class Session:
             opened=self.opened,
             end=how,
             complete=self.text.stream.complete,
+            bare=self.text.stream.bare,
             arrived=self.arrived,
             visible=self.visible,
             hashes=self.hashes,

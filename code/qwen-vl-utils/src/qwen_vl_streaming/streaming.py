@@ -66,6 +66,8 @@ class Stream:
     """Answer tokens written in each slot so far; its length is the number of clips watched."""
     complete: bool = False
     """The last clip has been watched."""
+    bare: bool = False
+    """That clip was empty: see `timeline.make_timeline`."""
     written: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     fed: int = 0
@@ -81,8 +83,8 @@ class Stream:
         """N, once it is known."""
         return len(self.counts) if self.complete else None
 
-    def feed_clip(self, last: bool) -> list[tuple[Rows, list[int]]]:
-        """What enters the model with the next clip: pieces of rows and token ids."""
+    def feed_clip(self, last: bool, empty: bool = False) -> list[tuple[Rows, list[int]]]:
+        """What enters the model with the next clip: pieces of rows and token ids. The last may be `empty`."""
         if self.complete:
             raise ValueError("the last clip of this stream has been watched: start a new stream for another video")
         template, layout = self.template, self.layout
@@ -93,9 +95,11 @@ class Stream:
             pieces += self.feed_text(hold=0)
         self.counts.append(0)
         slot = len(self.counts)
-        pieces.append((Rows.of(CLIP, layout.tokens_per_clip, clip=slot), [template.video] * layout.tokens_per_clip))
+        if not empty:
+            count = layout.tokens_per_clip
+            pieces.append((Rows.of(CLIP, count, clip=slot), [template.video] * count))
         if last:
-            self.complete = True
+            self.complete, self.bare = True, empty
             pieces.append((Rows.of(TAIL, layout.tail, clip=slot), list(template.tail)))
         if slot == 1 if self.variant.streams else last:
             self.header_slot = slot
@@ -139,11 +143,12 @@ class Streams:
         layouts: Sequence[Layout],
         penalty=1.15,
         window: Window | None = None,
+        bare: bool = False,
     ):
         """`penalty` is the repetition penalty: as in transformers' `generate`, it weakens every id of the
         template and every id written so far. 1.0 turns it off. What is out of the sight of a `window` is not seen, but
-        kept."""
-        self.model, self.variant, self.penalty, self.window = model, variant, penalty, window
+        kept. `bare`: the last clip is empty, see `timeline.make_timeline`."""
+        self.model, self.variant, self.penalty, self.window, self.bare = model, variant, penalty, window, bare
         self.streams = [Stream(variant, *pair) for pair in zip(templates, layouts, strict=True)]
         self.cache = StreamCache()
         size = len(self.streams), CACHE_BLOCK
@@ -170,7 +175,9 @@ class Streams:
         for stream, new, is_last, says in zip(self.streams, clips, last, speak, strict=True):
             mine = []
             for i in range(0 if new is None else len(new)):
-                mine += stream.feed_clip(is_last and i == len(new) - 1)
+                mine += stream.feed_clip(is_last and not self.bare and i == len(new) - 1)
+            if is_last and self.bare:
+                mine += stream.feed_clip(True, empty=True)
             if says and (stream.ended or not stream.header_slot):
                 raise ValueError("a stream speaks after its first clip (offline: after its last) and until its end")
             if says:
@@ -216,7 +223,9 @@ class Streams:
             rows = Rows.concatenate([rows for rows, _ in mine])
             clip_rows[i, :length] = rows.part == CLIP
             ids[i, :length] = torch.tensor([token for _, tokens in mine for token in tokens])
-            positions[:, i, :length] = row_positions(rows, stream.variant, stream.layout, stream.counts, stream.clips)
+            positions[:, i, :length] = row_positions(
+                rows, stream.variant, stream.layout, stream.counts, stream.clips, stream.bare
+            )
             fresh = slice(stream.fed, stream.fed + length)
             self.visual[i, fresh], self.text[i, fresh] = rows.visual.to(device), rows.text.to(device)
             stream.fed += length
@@ -252,13 +261,14 @@ class Caption:
 
 
 def caption(streams: Streams, clips: Sequence[Tensor], schedules: Sequence[Schedule], max_new_tokens=300):
-    """Run fresh `streams` to their ends by `schedules`. `clips` holds (N, tokens of a clip, C) for each stream.
+    """Run fresh `streams` to their ends by `schedules`. `clips` holds (N, tokens of a clip, C) for each stream, N-1
+    where clip N is bare.
 
     Returns a Caption for each. Every pass serves all streams, whatever stage each is at.
     """
     running = streams.streams
     for stream_clips, schedule in zip(clips, schedules, strict=True):
-        if len(stream_clips) != schedule.clips:
+        if len(stream_clips) + streams.bare != schedule.clips:
             raise ValueError(f"a schedule for {schedule.clips} clips was given for a video of {len(stream_clips)}")
     while True:
         new: list[Tensor | None] = [None] * len(running)

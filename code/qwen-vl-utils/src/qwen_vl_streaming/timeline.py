@@ -138,6 +138,8 @@ class Timeline:
     layout: Layout
     counts: tuple[int, ...]
     """k_1 … k_N, the answer tokens written in each slot."""
+    bare: bool
+    """Clip N is empty: see `make_timeline`."""
     rows: Rows
     produces: Tensor
     """(L,) int64: the answer index that each row predicts, or NOTHING."""
@@ -147,14 +149,15 @@ class Timeline:
         return len(self.counts)
 
 
-def make_timeline(variant: Variant, layout: Layout, counts: Sequence[int]) -> Timeline:
+def make_timeline(variant: Variant, layout: Layout, counts: Sequence[int], bare: bool = False) -> Timeline:
     """The timeline of a whole sample whose N = len(counts) slots wrote `counts` answer tokens.
 
-    Raises InputError where there are no clips or no answer tokens, ValueError where an offline variant
-    would write before its last slot.
+    `bare`: of a live source one learns that it is over when no further clip comes. The tail then enters by itself, as
+    if after an empty clip N. Raises InputError where there are no clips or no answer tokens, ValueError where an
+    offline variant would write before its last slot.
     """
     clips, answer = len(counts), sum(counts)
-    if clips < 1:
+    if clips < 1 + bare:
         raise InputError("a video needs at least one clip (two frames): leave it out")
     if answer < 1:
         raise InputError("a caption needs at least one token: leave the sample out")
@@ -165,7 +168,7 @@ def make_timeline(variant: Variant, layout: Layout, counts: Sequence[int]) -> Ti
     rows = Rows.concatenate(
         [
             Rows.of(PROMPT, layout.prompt),
-            *(Rows.of(CLIP, layout.tokens_per_clip, clip=clip) for clip in range(1, clips + 1)),
+            *(Rows.of(CLIP, layout.tokens_per_clip, clip=clip) for clip in range(1, clips + 1 - bare)),
             Rows.of(TAIL, layout.tail, clip=clips),
             Rows.of(HEADER, layout.header, slot=header_slot),
             Rows.of(ANSWER, answer),
@@ -192,4 +195,4 @@ def make_timeline(variant: Variant, layout: Layout, counts: Sequence[int]) -> Ti
     if not variant.parallel:
         written = (rows.part == ANSWER).nonzero().squeeze(1)
         produces[written - 1] = rows.index[written]
-    return Timeline(variant, layout, tuple(counts), rows, produces)
+    return Timeline(variant, layout, tuple(counts), bare, rows, produces)
