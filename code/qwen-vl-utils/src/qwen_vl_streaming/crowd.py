@@ -74,6 +74,7 @@ class Crowd:
             penalty=penalty,
         )
         self.passes.warm_up()
+        self.passes.tower.record(layout.grid, [size for size in pieces if size])
 
     def open(self, variant: Variant, template: Template, layout: Layout, *, way: str = "fused", **options) -> Session:
         """Let a session in, serial or fused; `options` as `open_session`'s. Raises InputError where no seat or memory
@@ -100,7 +101,7 @@ class Crowd:
             looks = [(session, *due) for session in running for due in session.looks_due()]
             if looks:
                 sessions, clips, last = zip(*looks, strict=True)
-                sights = self.passes.look(clips, [session.layout for session in sessions])
+                sights = self.passes.tower.look(clips, [session.layout for session in sessions])
                 for session, sight, is_last in zip(sessions, sights, last, strict=True):
                     session.have_looked([(sight, is_last)])
             asks, room = [], self.passes.kinds[-1]

@@ -3,8 +3,7 @@
 Each stream has a seat. In a pass every seat has one row for a word, and n pieces of W rows go to whoever has something
 to take in. What enters is asked of `streaming.Stream`, where of `positions`; what it may see are the numbers of
 `plan.py`, counted as rows come. All of a pass goes to the device in one copy, ids and keys stay there, and nothing in a
-pass waits for the host: on a GPU each shape of pass is recorded as a CUDA graph, and the vision tower runs beside on a
-stream of its own. Knows nothing of what decides when.
+pass waits for the host: on a GPU each shape of pass is recorded as a CUDA graph. Knows nothing of what decides when.
 
     S seats   R = S + n W rows of a pass   C hidden size
 """
@@ -23,6 +22,7 @@ from .positions import row_positions
 from .prompts import Template
 from .streaming import Stream
 from .timeline import CLIP, PROMPT, Layout, Rows
+from .tower import Sight, Tower
 from .variants import Variant
 
 NUMBERS = 11  # of each row of a pass, see Passes._fill
@@ -171,19 +171,6 @@ class Written:
         return int(self.ids[seat.number])
 
 
-@dataclass(frozen=True)
-class Sight:
-    """A clip that the vision tower has looked at, or is looking at."""
-
-    tokens: Tensor
-    """(tokens of a clip, C)"""
-    there: torch.cuda.Event | None
-
-    @property
-    def ready(self) -> bool:
-        return self.there is None or self.there.query()
-
-
 class Passes(Engine):
     """Passes over one model for up to S streams."""
 
@@ -223,11 +210,10 @@ class Passes(Engine):
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self.empty = list(range(seats - 1, -1, -1))
         self._enter, self._choose = self._plain_enter, self._plain_choose_all
-        self.beside: torch.cuda.Stream | None = None
+        self.tower = Tower(model)
         if self.fast:
             self._enter = torch.compile(self._plain_enter, dynamic=False)
             self._choose = torch.compile(self._plain_choose_all, dynamic=False)
-            self.beside = torch.cuda.Stream(self.device)
 
     @staticmethod
     def room(layout: Layout, clips: int, most: int, window: Window | None) -> tuple[int, int]:
@@ -307,26 +293,6 @@ class Passes(Engine):
         self.empty.append(seat.number)
 
     # Watching
-
-    @torch.no_grad()
-    def look(self, clips: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Sight]:
-        """Have the vision tower look at `clips`, each (patches, pixels of a patch) or, ready, (tokens of a clip, C).
-        On a GPU this runs beside everything else."""
-        sights: list[Sight] = []
-        with torch.cuda.stream(self.beside):
-            raw = [
-                i for i, (clip, of) in enumerate(zip(clips, layouts, strict=True)) if len(clip) != of.tokens_per_clip
-            ]
-            pixels = [self._put(clips[i].to(self.model.dtype))[None] for i in raw]
-            made = self.model.perceive_all(pixels, [layouts[i].grid for i in raw]) if raw else []
-            seen = dict(zip(raw, (tokens[0] for tokens in made), strict=True))
-            tokens = [seen[i] if i in seen else self._put(clip.to(self.model.dtype)) for i, clip in enumerate(clips)]
-            there = None
-            if self.fast:
-                there = torch.cuda.Event()
-                there.record()
-            sights += [Sight(some, there) for some in tokens]
-        return sights
 
     def show(self, seat: Seat, sight: Sight) -> None:
         """Make the clip rows that come next in `seat` of `sight`. Makes the device wait for it, not the host."""

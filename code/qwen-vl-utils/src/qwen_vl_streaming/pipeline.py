@@ -284,10 +284,15 @@ def _perceive(pipe: Connection, port: int, load: Callable, patience: float) -> N
 
 
 def _serve(model, orders: queue.Queue, closed: list[int], pipe: Connection, group) -> None:
-    sizes, passes, carrier, seat, sight = None, None, None, None, None
+    sizes, passes, seat, sight = None, None, None, None
+    sending: collections.deque = collections.deque()
+    """Transfers under way, and what they carry: while one is waited for, the next clip is taken in."""
+    carriers: list[Tensor] = []
     while (order := orders.get())[0] != "stop":
         kind, session, *what = order
         if kind == "close":
+            while sending:
+                sending.popleft().wait()
             pipe.send(("closed", session))
         elif session <= closed[0]:
             continue
@@ -296,7 +301,8 @@ def _serve(model, orders: queue.Queue, closed: list[int], pipe: Connection, grou
             if sizes != (layout, clips, chunk, window):
                 passes = Passes.single(model, layout, clips, 1, chunk, 1.0, window)
                 passes.warm_up()
-                carrier, sizes, seat = passes.carrier(layout), (layout, clips, chunk, window), None
+                passes.tower.record(layout.grid, [1])
+                carriers, sizes, seat = [passes.carrier(layout) for _ in range(2)], (layout, clips, chunk, window), None
             if seat is not None:
                 passes.release(seat)
             seat = passes.take(template, layout, clips, 1, window)
@@ -304,13 +310,18 @@ def _serve(model, orders: queue.Queue, closed: list[int], pipe: Connection, grou
             sight = Feed(get_variant(name), template, layout, window)
         else:
             clip, last, counts = what
-            passes.show(seat, *passes.look([torch.from_numpy(clip)], [layout]))
+            passes.show(seat, *passes.tower.look([torch.from_numpy(clip)], [layout]))
             sight.stream.counts[:] = counts
             due = sight.clip(last)
             due = due[due.rows.visual]
             passes.feed(seat, due)
-            passes.copy_out(seat, due, carrier)
+            if len(sending) == len(carriers):
+                sending.popleft().wait()
+            carriers.append(carriers.pop(0))
+            passes.copy_out(seat, due, carriers[-1])
             if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)  # a transfer that was announced must not wait
+                there = torch.cuda.Event()
+                there.record()
+                there.synchronize()  # a transfer that was announced must not wait
             pipe.send(("whole", session, len(counts) + 1))
-            group.send([carrier], 0, 0).wait()
+            sending.append(group.send([carriers[-1]], 0, 0))

@@ -18,12 +18,13 @@ from pathlib import Path
 from torch import Tensor
 
 from .errors import InputError
-from .passes import Ask, Due, Feed, Passes, Sight, Written
+from .passes import Ask, Due, Feed, Passes, Written
 from .plan import Window
 from .prompts import Template
 from .record import Record, clip_hash, identity, versions, write_record
 from .streaming import Caption
 from .timeline import Layout, Schedule, make_schedule
+from .tower import Sight
 from .variants import Variant
 
 WAYS = ("serial", "fused", "pipelined")
@@ -102,6 +103,8 @@ class Session:
         if passes is None:
             passes = Passes.single(model, layout, max_clips, max_new_tokens, chunk, penalty, self.window)
             passes.warm_up()
+            if self.way != "pipelined":
+                passes.tower.record(layout.grid)
         self.passes = passes
         self.width = min(chunk or passes.width, passes.width)
         self.seat = passes.take(template, layout, max_clips, max_new_tokens, self.window)
@@ -203,7 +206,8 @@ class Session:
         with self.whatever_happens():
             if due := self.looks_due():
                 clips, last = zip(*due, strict=True)
-                self.have_looked(zip(self.passes.look(clips, [self.layout] * len(clips)), last, strict=True))
+                sights = self.passes.tower.look(clips, [self.layout] * len(clips))
+                self.have_looked(zip(sights, last, strict=True))
             ask = self.plan()
             if ask is not None:
                 self.asked_for(ask, self.passes.run([ask]))
