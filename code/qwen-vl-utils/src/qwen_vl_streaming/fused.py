@@ -13,6 +13,7 @@ class FusedSession(Session):
     """The next clip rides in the passes that write the words before it. One clip ahead is as far as it pays."""
 
     way = "fused"
+    joins = True
 
     def _open(self) -> None:
         super()._open()

@@ -142,6 +142,7 @@ class Pair:
         self.process.kill()
         self.process.join()
         self.orders.put(None)
+        self.group.shutdown()  # its threads, left to the interpreter's end, sometimes abort it
         self.why_lost = self.why_lost or "this pair was closed: start a new one"
         self.pipe.close()
 
@@ -156,6 +157,7 @@ class PipelinedSession(Session):
     """Generation's side of a session. A clip is seen once its slot begins, and it must have come over whole."""
 
     way = "pipelined"
+    joins = True
 
     def __init__(self, *args, pair: Pair | None = None, **options):
         if pair is None:
@@ -272,6 +274,8 @@ def _perceive(pipe: Connection, port: int, load: Callable, patience: float) -> N
     except InputError as error:
         pipe.send(("refused", str(error)))
         return
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
     pipe.send(("loaded", model.device.type))
     try:
         store = distributed.TCPStore(HOST, port, 2, False, timedelta(seconds=patience))

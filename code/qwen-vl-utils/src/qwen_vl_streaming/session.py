@@ -52,6 +52,8 @@ class Session:
     """
 
     way = "serial"
+    joins = False
+    """Whether a word may be asked of a pass that takes visual rows in: else it comes after them."""
 
     def __init__(
         self,
@@ -252,6 +254,8 @@ class Session:
             if not len(self.lead):
                 others = others + self._ride(self.width - len(others))
         speaks = not len(self.lead) and self._may_speak()
+        if len(others) and self.variant.parallel and not self.joins:
+            speaks = False
         if not (speaks or len(others)):
             return None
         word = self.text.word() if speaks else Due.nothing()

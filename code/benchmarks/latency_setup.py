@@ -1,0 +1,209 @@
+"""What latency.py measures on: a model of the true shape, the same weights in each process, clips, sessions.
+
+A session's inside is not looked at here: it is opened, fed, stepped and closed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from evaluation import rates
+from latency_floors import Floors
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from qwen_vl_streaming.passes import Passes
+from qwen_vl_streaming.pipeline import Pair
+from qwen_vl_streaming.prompts import Template
+from qwen_vl_streaming.session import Session, open_session
+from qwen_vl_streaming.timeline import Layout
+from qwen_vl_streaming.variants import Variant
+from torch import Tensor
+from training import GRID, PROMPT, make_config
+from transformers import Qwen2_5_VLConfig
+
+TEMPLATE = Template(tuple(range(PROMPT)), (1, 2, 3), (4, 5, 6), 7, -1)
+"""No id ends an answer early."""
+TOKENS = GRID[0] * GRID[1]
+GRIDS = {16: (4, 4), 32: (4, 8), 64: (8, 8), TOKENS: GRID, 128: (8, 16), 256: (16, 16), 512: (16, 32), 1024: (32, 32)}
+"""Rows and columns after merging of a clip of so many visual tokens."""
+KEPT = 8
+"""Clips that are made; longer videos show them again."""
+HANDED_ON = 4
+"""Sizes of sessions whose passes are kept."""
+PATIENCE = 600.0
+"""Seconds that the process that perceives may take for a clip: its first one compiles."""
+WHOLE, SPREAD = "whole", "spread"
+"""How a clip rides in fused passes: in one of them, or in as many as write its slot's words."""
+
+
+def tiny_config() -> Qwen2_5_VLConfig:
+    """To try the commands out on a CPU."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+    text = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope}
+    text |= {"bos_token_id": None, "eos_token_id": None}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"fullatt_block_indexes": [1], "tokens_per_second": 2}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+
+
+def load(size: str, layers: int | None, device: str) -> Qwen2_5_VLForConditionalGeneration:
+    """The model on `device`: bf16 on a GPU, float32 on a CPU with one thread. The same weights in each process, whose
+    words can then be compared."""
+    if device == "cpu":
+        torch.set_num_threads(1)  # two processes then do not take each other's cores
+    else:
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration(tiny_config() if size == "tiny" else make_config(size, layers))
+    torch.set_default_dtype(torch.float32)
+    if size == "tiny":  # at the default scale a model this small is nearly constant
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.2)
+    return model.eval()
+
+
+@dataclass
+class Bench:
+    """A model, and sessions on it. Closed at the end, as a context manager."""
+
+    size: str
+    variant: Variant
+    ways: tuple[str, ...]
+    layers: int | None = None
+    pixels: torch.dtype = torch.float32
+    """What a clip is fed as; `prompts.clip_pixels` gives float32."""
+    loading: Callable = load
+    """What the perceiving process of a pair makes its model with, given what `load` is given."""
+    pair: Pair | None = None
+    passes: dict[tuple, Passes] = field(default_factory=dict)
+    """Of sessions that are over, by their sizes."""
+    kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        self.other = "cuda:1" if torch.cuda.is_available() else "cpu"
+        if "pipelined" in self.ways and torch.cuda.is_available() and torch.cuda.device_count() < 2:
+            raise InputError("pipelined needs two GPUs, and there is one: leave it out with --ways serial fused")
+        if self.size != "tiny" and self.device == "cpu":
+            raise InputError(f"--size {self.size} needs a GPU: on a CPU give --size tiny")
+        self.model = load(self.size, self.layers, self.device)
+        self.flop_rate, self.byte_rate = rates(self.device.partition(":")[0])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.part()
+
+    def forget(self) -> None:
+        """Give back what sessions of the same sizes would be handed."""
+        self.passes.clear()
+        torch.cuda.empty_cache()
+
+    def part(self) -> None:
+        """Close the pair; the next pipelined session starts another."""
+        if self.pair is not None:
+            self.pair.close()
+            self.pair = None
+
+    def about(self) -> dict:
+        """What was run on what, for the JSON beside each table."""
+        name = torch.cuda.get_device_name() if self.device != "cpu" else "CPU"
+        return {
+            "size": self.size,
+            "layers": self.layers,
+            "variant": self.variant.name,
+            "device": name,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "flop_rate": self.flop_rate,
+            "byte_rate": self.byte_rate,
+            "pixels": str(self.pixels).removeprefix("torch."),
+        }
+
+    def clips(self, count: int, tokens: int = TOKENS) -> list[Tensor]:
+        """Pixels of `count` clips of `tokens` visual tokens, in pinned memory beside a GPU."""
+        rows, columns = GRIDS[tokens]
+        if (rows, columns) not in self.kept:
+            merged = self.model.model.visual.spatial_merge_size**2
+            width = self.model.model.visual.patch_embed.proj.weight[0].numel()
+            generator = torch.Generator().manual_seed(1)
+            made = torch.randn(KEPT, rows * columns * merged, width, generator=generator).to(self.pixels)
+            self.kept[rows, columns] = list(made if self.device == "cpu" else made.pin_memory())
+        return [self.kept[rows, columns][i % KEPT] for i in range(count)]
+
+    def floors(self, tokens: int = TOKENS) -> Floors:
+        return Floors(self.model, self.layout(tokens), self.flop_rate, self.byte_rate)
+
+    def layout(self, tokens: int = TOKENS) -> Layout:
+        return TEMPLATE.layout(GRIDS[tokens], 2.0)
+
+    def chunk(self, how: str, tokens: int, k: int) -> int | None:
+        """Visual tokens a pass for `how` a clip rides: WHOLE, SPREAD over the K words of a slot, or a number."""
+        if how == SPREAD:
+            return -(-(tokens + len(TEMPLATE.tail)) // k)
+        return None if how == WHOLE else int(how)
+
+    def open(self, way: str, schedule, clips: int, words: int, tokens: int = TOKENS, **options) -> Session:
+        """A session with room for `clips` clips and `words` words. What is compiled and recorded for its sizes is made
+        by the first of them and handed on to the next."""
+        if way == "pipelined":
+            if self.pair is None:
+                self.pair = Pair(partial(self.loading, self.size, self.layers, self.other), PATIENCE)
+            options["pair"] = self.pair
+        sizes = (clips, words, tokens, options.get("chunk"), options.get("window"))
+        options |= {"schedule": schedule, "max_clips": clips, "max_new_tokens": words, "clock": time.perf_counter}
+        options["passes"] = self.passes.pop(sizes, None)
+        session = open_session(self.model, self.variant, TEMPLATE, self.layout(tokens), way=way, **options)
+        self.passes[sizes] = session.passes  # now the newest
+        if len(self.passes) > HANDED_ON:
+            self.passes.pop(next(iter(self.passes)))
+        self.wait()
+        return session
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+
+
+def play(bench: Bench, session: Session, clips: Sequence[Tensor], ends: bool = False) -> float:
+    """Seconds to take in `clips`, which are all there, and to write what they let be written, to the last word and the
+    device's end. `ends`: the last of them ends the video."""
+    bench.wait()
+    began = time.perf_counter()
+    for number, clip in enumerate(clips, 1):
+        session.feed(clip, last=ends and number == len(clips))
+    while not session.idle:
+        session.step()
+    bench.wait()
+    return time.perf_counter() - began
+
+
+def slot_ends(session: Session) -> list[float]:
+    """When each slot wrote its last word, by the session's clock."""
+    return list({word.slot: word.time for word in session.written}.values())
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside.write_text(json.dumps(data) + "\n")
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> dict:
+    """Raises InputError where it is not there or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): run the command that writes it first") from error

@@ -1,0 +1,125 @@
+"""Live sessions on a GPU, recorded as CUDA graphs, write what plain streams write on the CPU, in float32."""
+
+import random
+import time
+
+import pytest
+import torch
+from qwen_vl_streaming.crowd import Crowd
+from qwen_vl_streaming.passes import Passes
+from qwen_vl_streaming.pipeline import Pair
+from qwen_vl_streaming.plan import Window
+from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.session import open_session
+from qwen_vl_streaming.timeline import Layout
+from qwen_vl_streaming.variants import VARIANTS
+from sessions import PARALLEL, SECONDS, check, play, random_case
+from test_gpu import FLEX
+from tiny import tiny_model
+
+pytestmark = pytest.mark.gpu
+SEED = time.time_ns() % 100_000
+GRID, CLIPS, WORDS = (2, 3), 5, 14
+WAYS = [(variant, "serial") for variant in VARIANTS.values()] + [(variant, "fused") for variant in PARALLEL]
+
+
+def on_gpu(device: int = 0):
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return tiny_model(**FLEX).to(f"cuda:{device}")
+
+
+def on_the_other():
+    return on_gpu(1)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The same weights on the CPU and on the GPU."""
+    torch.manual_seed(0)
+    return tiny_model(**FLEX), on_gpu()
+
+
+@pytest.fixture(scope="module")
+def passes(models):
+    """Compiled and captured once for all tests of one session."""
+    made = Passes.single(models[1], Layout(9, 4, 3, GRID), CLIPS + 1, WORDS, None, 1.15, None)
+    made.warm_up()
+    made.tower.record(GRID)
+    return made
+
+
+def fixed_case(draw, variant, clips=CLIPS):
+    case = random_case(draw, variant, may_be_late=True)
+    case.layout = case.template.layout(GRID, 2.0)
+    case.pixels = torch.randn(clips, 24, 1176, generator=torch.Generator().manual_seed(draw.randrange(2**31)))
+    case.steps = [draw.choice([0, 0, 1, 2, 5, 20]) for _ in range(clips)]
+    if not isinstance(case.schedule, str):
+        case.schedule = "wait-2"
+    return case
+
+
+@pytest.mark.parametrize(("variant", "way"), WAYS, ids=[f"{variant.name} {way}" for variant, way in WAYS])
+def test_captured_sessions_write_what_plain_streams_write(models, passes, variant, way):
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {variant.name} {way}")
+    for _ in range(8):
+        case = fixed_case(draw, variant)
+        options = {**case.options, "max_clips": CLIPS + 1, "passes": passes, "ahead": draw.choice([0, 1, 3])}
+        with open_session(models[1], variant, case.template, case.layout, way=way, **options) as session:
+            check(models[0], case, play(session, case))
+
+
+def test_a_captured_crowd(models):
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    with Crowd(models[1], 4, Layout(9, 4, 3, GRID), max_clips=CLIPS + 1, max_new_tokens=WORDS) as crowd:
+        waiting = [fixed_case(draw, draw.choice([*VARIANTS.values(), *PARALLEL])) for _ in range(16)]
+        running = []
+        while waiting or running:
+            if waiting and len(running) < 4 and draw.random() < 0.4:
+                case = waiting.pop()
+                way = "fused" if case.variant.parallel else "serial"
+                options = {**case.options, "max_clips": CLIPS + 1, "chunk": None}
+                running.append((case, crowd.open(case.variant, case.template, case.layout, way=way, **options), []))
+            for case, session, fed in running:
+                if len(fed) < CLIPS and draw.random() < 0.5:
+                    fed.append(1)
+                    session.feed(case.pixels[len(fed) - 1], last=len(fed) == CLIPS)
+            crowd.step()
+            for case, session, fed in [*running]:
+                if session.done:
+                    running.remove((case, session, fed))
+                    session.close()
+                    check(models[0], case, session)
+
+
+@pytest.mark.parametrize("way", ["serial", "fused"])
+def test_a_captured_window_over_pages_that_turn(models, way, tmp_path):
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {way}")
+    made = Passes.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
+    made.warm_up()
+    for number in range(3):
+        case = fixed_case(draw, draw.choice(PARALLEL), clips=120)
+        case.template = case.template.__class__(**{**case.template.__dict__, "end": 10_000})
+        path = tmp_path / f"{number}.json"
+        options = {"schedule": "wait-3", "max_new_tokens": 400, "window": (20, 40), "passes": made, "record": path}
+        with open_session(models[1], case.variant, case.template, case.layout, way=way, **options) as session:
+            play(session, case)
+        assert session.seat.visual.newest >= len(session.seat.visual.mine)
+        assert replay(read_record(path), models[0], list(case.pixels)) == []
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+@pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
+def test_two_gpus_write_what_one_does(models, passes, variant):
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {variant.name}")
+    with Pair(on_the_other, patience=4 * SECONDS) as pair:
+        for _ in range(8):
+            case = fixed_case(draw, variant)
+            options = {**case.options, "max_clips": CLIPS + 1, "passes": passes, "pair": pair, "chunk": None}
+            with open_session(models[1], variant, case.template, case.layout, way="pipelined", **options) as session:
+                check(models[0], case, play(session, case))

@@ -1,0 +1,174 @@
+"""The latency benchmark at its smallest: every command runs, what it writes adds up, pictures come out."""
+
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import random_template, tiny_model
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "code/benchmarks"
+SMALL = {
+    "--size": "tiny",
+    "--clips": "4",
+    "--words": "12",
+    "--repeats": "1",
+    "--arrivals": "3",
+    "--frames": "300",
+    "--seats": "2",
+    "--seconds": "1",
+    "--age": "1",
+    "--stream": "12",
+    "--window": "3 12",
+}
+
+
+def latency(*arguments: str, **options: str) -> subprocess.CompletedProcess:
+    words = [word for pair in {**SMALL, **options}.items() for part in pair for word in part.split()]
+    # In a process of its own: its modules and those of the tests bear the same names.
+    command = [sys.executable, str(BENCHMARKS / "latency.py"), *arguments, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What all commands have written."""
+    folder = tmp_path_factory.mktemp("latency")
+    commands = ("rounds", "video", "delay", "live", "lanes", "sweep", "many", "long", "plot")
+    done = latency(*commands, **{"--output": str(folder), "--points": "1x16"})
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def floors():
+    spec = importlib.util.spec_from_file_location("latency_floors", BENCHMARKS / "latency_floors.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(folder: Path, command: str) -> dict:
+    data = json.loads((folder / f"tiny-{command}.json").read_text())
+    assert data["about"]["size"] == "tiny" and data["about"]["byte_rate"] > 0
+    return data
+
+
+def test_the_theory_is_the_papers(floors):
+    assert [floors.speed_up(r) for r in (0.25, 1, 4)] == [1.25, 2, 1.25]
+    assert floors.speed_up(1e-6) == pytest.approx(1) == floors.speed_up(1e6)
+
+
+def test_floors_count_what_cannot_be_avoided(floors):
+    model, layout = tiny_model(), random_template(random.Random(0)).layout((2, 3), 2.0)
+    layers = model.model.language_model.layers
+    weights = sum(weight.numel() for weight in layers.parameters() if weight.ndim > 1)
+    head = model.lm_head.weight.numel()
+    reading = floors.Floors(model, layout, 1e30, 1.0)  # FLOPs for nothing: seconds are bytes
+    seen = layout.prompt + 6 + layout.header
+    heads = model.config.text_config.num_key_value_heads * 8
+    assert reading.seconds(reading.word(1, 0)) == 4 * (weights + head) + 4 * 2 * len(layers) * heads * seen
+    counting = floors.Floors(model, layout, 1.0, 1e30)
+    assert counting.seconds(counting.word(1, 0)) > 2 * (weights + head)
+    for rates in ((1e30, 1.0), (1.0, 1e30), (1e9, 1e9)):
+        some = floors.Floors(model, layout, *rates)
+        serial, fused, pipelined = (some.session(way, [3] * 5) for way in ("serial", "fused", "pipelined"))
+        assert 0 < fused <= serial and pipelined > 0
+        assert some.session("serial", [4] * 5) > serial and some.session("fused", [4] * 5) > fused
+    # Where FLOPs decide, nothing is saved by sharing passes on one device.
+    assert counting.session("fused", [3] * 5) == pytest.approx(counting.session("serial", [3] * 5))
+
+
+def test_rounds_are_timed_beside_their_floor_and_write_the_same(folder):
+    data = read(folder, "rounds")
+    assert [row["way"] for row in data["rounds"]] == ["serial", "fused", "pipelined"]
+    for row in data["rounds"]:
+        assert 0 < row["floor"] < row["seconds"]
+        assert row["same_words"] == row["words"] == 3 * 4
+    parts = data["parts"]
+    assert data["r"] == pytest.approx(parts["perception"] / (3 * parts["word"]))
+    assert data["rounds"][0]["speed_up"] == 1
+
+
+def test_videos_delays_and_rates(folder):
+    assert all(0 < row["floor"] < row["seconds"] for row in read(folder, "video")["videos"])
+    for row in read(folder, "delay")["delays"]:
+        assert len(row["next"]) == len(row["any"]) == 2  # all but the first, which nothing is written before
+        assert all(worst >= following for following, worst in zip(row["next"], row["any"], strict=True))
+    for row in read(folder, "live")["live"]:
+        assert len(row["lags"]) == 9 and min(row["lags"]) > 0
+    for row in read(folder, "many")["many"]:
+        assert len(row["lags"]) == row["sessions"] == 2 and min(row["lags"]) > 0
+
+
+def test_lanes_hold_every_round(folder):
+    ways = {mine["way"]: mine for mine in read(folder, "lanes")["lanes"]}
+    for way, mine in ways.items():
+        assert len(mine["slots"]) == 8 and mine["slots"] == sorted(mine["slots"])
+        kinds = [tuple(each["kinds"]) for each in mine["intervals"]]
+        assert all(each["begin"] <= each["end"] for each in mine["intervals"])
+        perceivers = {each["who"] for each in mine["intervals"] if "vision tower" in each["kinds"]}
+        assert perceivers == ({"other"} if way == "pipelined" else {"own"})
+        both = ("language model over a clip", "words")
+        assert (both in kinds) == (way == "fused")
+        assert sum("words" in kind for kind in kinds) >= 3 * 7
+
+
+def test_a_long_stream_is_sampled_to_its_end(folder):
+    for row in read(folder, "long")["long"]:
+        assert [sample["clips"] for sample in row["samples"]] == [*range(1, 13)]
+        assert all(sample["host"] > 0 for sample in row["samples"])
+
+
+def test_a_sweep_goes_on_with_what_is_missing(folder, tmp_path):
+    data = read(folder, "sweep")
+    assert list(data["points"]) == ["1x16"]
+    point = data["points"]["1x16"]
+    theory = (1 + point["r"]) / max(1, point["r"])
+    for mine in point["ways"].values():
+        assert mine["share"] == pytest.approx(mine["speed_up"] / theory)
+        assert mine["speed_up"] == pytest.approx(point["ways"]["serial"]["seconds"] / mine["seconds"])
+        assert mine["floor"] > 0
+    (tmp_path / "tiny-sweep.json").write_text(json.dumps(data))
+    more = {"--points": "1x16 2x16", "--ways": "serial fused", "--output": str(tmp_path)}
+    done = latency("sweep", **more)
+    assert done.returncode == 0, done.stderr
+    after = read(tmp_path, "sweep")
+    assert after["points"]["1x16"] == point and after["alone"] == data["alone"]
+    assert set(after["points"]["2x16"]["ways"]) == {"serial", "fused whole"}
+    assert len([line for line in done.stdout.splitlines() if line.split()[1:2] == ["16"]]) == 2
+
+
+def test_pictures_are_there(folder):
+    for name in ("sweep", "tiny-lanes", "tiny-delay", "tiny-long"):
+        picture = (folder / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_mistakes_are_answered_in_one_line():
+    mistakes = [
+        (["sweep", "--points", "3x90"], "3x90"),
+        (["rounds", "--chunks", "some"], "some"),
+        (["rounds", "--words", "5"], "--words 5"),
+        (["rounds", "--size", "7B"], "GPU"),
+        (["plot", "--output", "nowhere"], "nowhere"),
+    ]
+    if torch.cuda.is_available():
+        del mistakes[3]
+    program = (
+        "import sys, latency\n"
+        f"for arguments in {[arguments for arguments, _ in mistakes]}:\n"
+        "    sys.argv[1:] = arguments\n"
+        "    try: latency.run(latency.main)\n"
+        "    except SystemExit as end: assert end.code == 2\n"
+        "    else: raise AssertionError(arguments)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for line, (_, named) in zip(done.stderr.splitlines(), mistakes, strict=True):
+        assert line.startswith("error: ") and named in line
