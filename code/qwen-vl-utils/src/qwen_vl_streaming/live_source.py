@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .video import FRAMES_PER_CLIP, SLACK, PixelBudget, read_video, resize_frame
+from .video import FRAMES_PER_CLIP, SLACK, PixelBudget, Video, read_video, resize_frame
 from .video_readers import upright
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,10 @@ class Clip:
     """(2,) float64 seconds from the source's first frame: when each frame is first shown."""
     completed: float
     """Wall-clock time, as of time.time(), at which its last frame was there."""
+    last: bool = False
+    """No clip comes after it. A stream seldom knows that of a clip: it may end without having said so."""
+    broken: int = 0
+    """Frames of the source so far that could not be decoded, and are left out."""
 
 
 def file_clips(path: str | Path, *, speed: float = 1.0, **options) -> Iterator[Clip]:
@@ -47,15 +51,19 @@ def file_clips(path: str | Path, *, speed: float = 1.0, **options) -> Iterator[C
     `options` are those of read_video. A consumer that is late gets a clip at once, with the time at which it was due.
     Raises InputError.
     """
+    yield from paced_clips(read_video(path, **options), speed)
+
+
+def paced_clips(video: Video, speed: float = 1.0) -> Iterator[Clip]:
+    """As `file_clips`, of a video that was read before."""
     if not speed > 0:
         raise InputError(f"speed {speed} must be above 0")
-    video = read_video(path, **options)
     begin = time.time()
     for index in range(video.clips):
         rows = slice(index * FRAMES_PER_CLIP, (index + 1) * FRAMES_PER_CLIP)
         due = begin + (rows.stop - 1) / video.fps / speed
         time.sleep(max(0.0, due - time.time()))
-        yield Clip(index, video.frames[rows], video.timestamps[rows], due)
+        yield Clip(index, video.frames[rows], video.timestamps[rows], due, last=index == video.clips - 1)
 
 
 def synthetic_clips(
@@ -75,7 +83,7 @@ def synthetic_clips(
             frame[:, side : 2 * side, left : left + side] = 255
         due = begin + float(times[-1]) / speed
         time.sleep(max(0.0, due - time.time()))
-        yield Clip(index, frames, times, due)
+        yield Clip(index, frames, times, due, last=index == clips - 1)
 
 
 def stream_clips(
@@ -89,8 +97,9 @@ def stream_clips(
     """The clips of an RTSP or HTTP stream, or of a webcam such as "/dev/video0", read in a thread of its own.
 
     A stream that breaks off or ends is opened again for up to `reconnect_seconds`; in between, its last frame stays
-    on screen, so that time goes on as it really did. Frames are sized once, by the first. Raises InputError where the
-    source cannot be opened at all; ends when it cannot be opened again.
+    on screen, so that time goes on as it really did. So it does in place of a frame that cannot be decoded. Frames are
+    sized once, by the first. Raises InputError where the source cannot be opened at all; ends when it cannot be opened
+    again.
     """
     reader = _StreamReader(source, _Sampler(fps, budget or PixelBudget()), reconnect_seconds, max_clips)
     thread = threading.Thread(target=reader.run, name=f"frames of {source}", daemon=True)
@@ -114,6 +123,7 @@ class _Sampler:
         self.times: list[float] = []  # of the frames received, the last two
         self.targets = 0  # met so far
         self.waiting: list[tuple[torch.Tensor, float]] = []
+        self.broken = 0
 
     def add(self, moment: float, frame: av.VideoFrame) -> Iterator[Clip]:
         """Take the frame shown from `moment` on; yield the clips that are complete now that it is known."""
@@ -146,7 +156,7 @@ class _Sampler:
             pictures, moments = zip(*self.waiting, strict=True)
             self.waiting = []
             index = -(-self.targets // FRAMES_PER_CLIP) - 1
-            yield Clip(index, torch.stack(pictures), np.array(moments, np.float64), time.time())
+            yield Clip(index, torch.stack(pictures), np.array(moments, np.float64), time.time(), broken=self.broken)
 
     def _resized(self, frame: av.VideoFrame) -> torch.Tensor:
         image = upright(frame)
@@ -171,7 +181,8 @@ class _StreamReader:
         try:
             self._read_until_gone()
             if not self.stop.is_set():
-                self._hand_over(self.sampler.finish())
+                left = list(self.sampler.finish())
+                self._hand_over(replace(clip, last=clip is left[-1]) for clip in left)
         except Exception as error:  # raised again where the clips are taken, for no one looks at a thread
             self.fault = error
         self._put(None)
@@ -211,7 +222,7 @@ class _StreamReader:
             if not container.streams.video:
                 raise InputError(f"source {self.source} has no video stream: check its address")
             offset = None
-            for frame in container.decode(video=0):
+            for frame in self._frames(container):
                 if self.stop.is_set():
                     return
                 if frame.time is None:
@@ -221,6 +232,17 @@ class _StreamReader:
                     self.begin = self.begin or now
                     offset = now - self.begin - frame.time
                 self._hand_over(self.sampler.add(frame.time + offset, frame))
+
+    def _frames(self, container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+        """What decodes of a connection: one broken frame is no reason to give it up."""
+        for packet in container.demux(video=0):
+            try:
+                frames = packet.decode()
+            except av.InvalidDataError:
+                self.sampler.broken += 1
+                logger.debug("%s: a broken frame", self.source)
+                continue
+            yield from frames
 
     def _hand_over(self, clips: Iterator[Clip]) -> None:
         for clip in clips:

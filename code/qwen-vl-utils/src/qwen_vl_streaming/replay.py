@@ -1,22 +1,26 @@
 """Run a recorded session again, serially and by one full pass over its timeline, and compare every token.
 
-    python -m qwen_vl_streaming.replay RECORD --model MODEL [--video FILE] [--dtype float32]
+    python -m qwen_vl_streaming.replay RECORD --model MODEL [--video FILE | --clips FILE] [--dtype float32]
 
 Neither uses pages or passes: `streaming.py` and `model.forward`, over the stock layers, say what should have come out.
 Exit status 1 where a token differs that is not a near tie of two words.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .attention import dense_mask
 from .errors import InputError, OneLineParser, run
+from .live_source import synthetic_clips
 from .modeling_qwen2_5_vl import load_model
 from .plan import Window
 from .positions import timeline_positions
@@ -160,14 +164,50 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
     return torch.where(seen, weaker, logits)
 
 
-def video_clips(record: Record, processor, path: str | Path | None) -> list[Tensor]:
-    """The clips of the recorded session's video, read from `path`, or from where the record says, as it says."""
-    video = dict(record.about.get("video") or {})
-    kept = video.pop("path", None)
-    if path is None and kept is None:
-        raise InputError("the record names no video file: give one with --video")
-    budget = PixelBudget(**video.pop("budget")) if "budget" in video else None
-    return list(clip_pixels(processor, read_video(path or kept, budget=budget, **video).frames)[0])
+def video_clips(
+    record: Record, processor, path: str | Path | None = None, kept: str | Path | None = None
+) -> list[Tensor]:
+    """The clips that the recorded session was fed: of the video in `path`, by default of what the record names, read as
+    it says; or the frames in `kept`, which a live session kept."""
+    about = record.about
+    if kept is not None:
+        return list(clip_pixels(processor, read_clips(kept))[0])
+    video = dict(about.get("video") or {})
+    named = video.pop("path", None)
+    if path is None and named is None and "synthetic" in about:
+        scene, count = about["synthetic"], max(about["clips"], default=0) + 1
+        clips = synthetic_clips(count, speed=float("inf"), fps=scene["fps"], size=tuple(scene["size"]))
+        frames = torch.cat([clip.frames for clip in clips])
+    elif path is None and named is None:
+        raise InputError("the record names no video file: give one with --video, or with --clips what was kept of it")
+    else:
+        budget = PixelBudget(**video.pop("budget")) if "budget" in video else None
+        frames = read_video(path or named, budget=budget, **video).frames
+    clips = list(clip_pixels(processor, frames)[0])
+    fed = about.get("clips", range(len(clips)))
+    if max(fed, default=0) >= len(clips):
+        raise InputError(f"the record is of clip {max(fed) + 1} of a video, and {len(clips)} were given")
+    return [clips[index] for index in fed]
+
+
+def write_clips(path: str | Path, frames: Sequence[Tensor]) -> None:
+    """Keep the frames of clips, each (2, 3, H, W) uint8, for `read_clips`. Whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    save_file({"frames": torch.cat([torch.empty(0, dtype=torch.uint8), *frames])}, beside)
+    os.replace(beside, path)
+
+
+def read_clips(path: str | Path) -> Tensor:
+    """(2 N, 3, H, W) uint8. Raises InputError, naming the file, for what `write_clips` has not written."""
+    try:
+        frames = load_file(path).get("frames")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"clips {path} cannot be read ({error}): give a file that --keep has written") from error
+    if frames is None or frames.dtype != torch.uint8 or frames.dim() != 4:
+        raise InputError(f"clips {path} holds no frames: give a file that --keep has written")
+    return frames
 
 
 def main() -> None:
@@ -175,6 +215,7 @@ def main() -> None:
     parser.add_argument("record", type=Path, help="a session's record")
     parser.add_argument("--model", required=True, help="folder or hub id of the model that was recorded")
     parser.add_argument("--video", help="the video file (default: the one that the record names)")
+    parser.add_argument("--clips", metavar="FILE", help="what a live session has kept with --keep, instead of a video")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as recorded")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -192,7 +233,7 @@ def _main(arguments: argparse.Namespace) -> int:
     dtype = arguments.dtype or record.model["dtype"]
     if dtype not in DTYPES:
         raise InputError(f"record {arguments.record} is of type {dtype}: replay it with --dtype {' or '.join(DTYPES)}")
-    clips = video_clips(record, load_processor(arguments.model), arguments.video)
+    clips = video_clips(record, load_processor(arguments.model), arguments.video, arguments.clips)
     check_clips(record, clips)
     model = load_model(arguments.model, "sdpa", DTYPES[dtype]).to(arguments.device).eval()
     differences = replay(record, model, clips)

@@ -1,0 +1,225 @@
+"""Watch a source as it happens, and say on the terminal what is seen.
+
+    python -m qwen_vl_streaming.live --model MODEL --source FILE|/dev/video0|rtsp://...|http://...|synthetic
+
+Words come line by line, each with the second of video after which it was written. At the end there are figures of how
+well it kept up, and a record of the session, which `python -m qwen_vl_streaming.replay` runs again.
+
+No clip is held back until it is known whether it is the last: a stream that ends says so by itself, and the words that
+are left then follow. Clips that were skipped leave no gap in the positions: what was fed counts as if it had come one
+clip after the other.
+
+Exit status: 0 at the end of the answer, also where the source was lost before; 130 and 143 after Ctrl-C and SIGTERM,
+with figures and record as far as it came (a second Ctrl-C ends it at once); 2 for what the user can mend, no GPU memory
+among it; 1 where the process that perceives was lost.
+"""
+
+import argparse
+import contextlib
+import functools
+import logging
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .errors import InputError, run
+from .live_figures import table
+from .live_intake import Intake
+from .live_options import CLIPS, TOKENS_PER_CLIP, check_place, choose_variant, most_clips, open_source, parse
+from .live_screen import NoteHandler, Pieces, Screen
+from .live_watch import Watch
+from .modeling_qwen2_5_vl import load_config, load_model
+from .passes import Passes
+from .pipeline import Pair, PerceptionLost
+from .prompts import clip_pixels, load_processor, make_template
+from .record import read_record, write_record
+from .replay import DTYPES, write_clips
+from .session import GREEDY, Session, open_session
+from .timeline import make_schedule
+from .video import FRAMES_PER_CLIP
+
+REHEARSED = 12
+"""Steps of a rehearsal."""
+
+
+class Stop:
+    """SIGINT and SIGTERM end the program; once something is `watched`, they have that come to an end first."""
+
+    def __init__(self):
+        self.number = 0
+        self.watched: Watch | None = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, _) -> None:
+        if self.watched is None or self.number:
+            sys.exit(128 + number)
+        self.number = number
+        self.watched.ask_to_stop()
+
+
+def load_on(path: str, device: str, dtype: torch.dtype):
+    """A model to watch with. The process that perceives calls it too."""
+    return load_model(path, "sdpa", dtype).to(device).eval()
+
+
+def start_pair(path: str, device: torch.device, dtype: torch.dtype) -> Pair:
+    """A second process, on a GPU of its own. Raises InputError where there is none."""
+    where = "cpu"
+    if device.type == "cuda":
+        if torch.cuda.device_count() < 2:
+            raise InputError("--way pipelined needs two GPUs: give --way fused, which needs one")
+        where = f"cuda:{((device.index or 0) + 1) % torch.cuda.device_count()}"
+    return Pair(functools.partial(load_on, path, where, dtype))
+
+
+def first_clip(intake: Intake, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Pixels and grid of a source's first clip, which stays where it is. Raises InputError where none comes."""
+    while not intake.waiting and not intake.over:
+        intake.look(wait=True)
+    if not intake.waiting:
+        raise no_clip(intake, name)
+    return intake.waiting[0].pixels, intake.waiting[0].grid
+
+
+def no_clip(intake: Intake, name: str) -> InputError:
+    if isinstance(intake.fault, InputError):
+        return intake.fault
+    why = f" ({intake.fault})" if intake.fault else ""
+    return InputError(f"source {name} gave no clip{why}: check it, or name another one")
+
+
+def rehearse(session: Session, pixels: torch.Tensor) -> Passes:
+    """Have what takes long only the first time over before the source begins. Returns the passes, to go on with."""
+    with session:
+        session.feed(pixels)
+        session.feed(pixels, last=True)
+        for _ in range(REHEARSED):
+            if not session.idle:
+                session.step()
+    return session.passes
+
+
+def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
+    """Watch to the end; returns the exit status. Raises InputError, torch.OutOfMemoryError and PerceptionLost, the
+    latter two with the record written where a session had begun."""
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: PyTorch finds no GPU here: give --device cpu")
+    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    config = load_config(arguments.model)
+    variant = choose_variant(arguments, config)
+    way = arguments.way or ("fused" if variant.parallel else "serial")
+    schedule = arguments.schedule or f"wait-{getattr(config, 'wait_k', 3)}"
+    if schedule != GREEDY:
+        make_schedule(schedule, variant, 1)
+    path = arguments.record or Path("live_output") / time.strftime(f"%Y%m%d-%H%M%S-{variant.name}.json")
+    for file in filter(None, (path, arguments.keep)):
+        check_place(file)
+    source, most = open_source(arguments), most_clips(arguments)
+    processor = load_processor(arguments.model)
+    template = make_template(processor, arguments.question)
+    decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    with contextlib.ExitStack() as stack:
+        options = {
+            "way": way,
+            "schedule": schedule,
+            "penalty": arguments.penalty,
+            "max_clips": most or CLIPS,
+            "max_new_tokens": arguments.max_new_tokens or (TOKENS_PER_CLIP * most if most else sys.maxsize),
+            "window": arguments.window and tuple(arguments.window),
+            "chunk": arguments.chunk,
+        }
+        if way == "pipelined":
+            options["pair"] = stack.enter_context(start_pair(arguments.model, device, dtype))
+        model = load_on(arguments.model, arguments.device, dtype)
+        intake = Intake(source.clips, processor)
+        stack.callback(intake.stop)
+        if source.size is None:
+            intake.start()
+            pixels, grid = first_clip(intake, arguments.source)
+        else:
+            pixels, grid = clip_pixels(processor, torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8))
+            pixels = pixels[0]
+        layout = template.layout(grid, config.vision_config.tokens_per_second * source.seconds_per_clip)
+        opened = functools.partial(open_session, model, variant, template, layout, **options)
+        if device.type == "cuda":
+            opened = functools.partial(opened, passes=rehearse(opened(), pixels))
+        told = ("question", "source", "speed", "behind")
+        about = {**{name: getattr(arguments, name) for name in told}, **source.about}
+        session = stack.enter_context(opened(record=path, about=about))
+        watch = Watch(
+            session,
+            intake,
+            screen,
+            Pieces(decode),
+            source.seconds_per_clip,
+            most,
+            skip=arguments.behind == "skip",
+            keep=arguments.keep is not None,
+        )
+        about["clips"], stop.watched = watch.clips, watch
+        fault = None
+        try:
+            if source.size is not None:
+                intake.start()
+            watch.run()
+            if not (session.done or watch.stopped):
+                fault = no_clip(intake, arguments.source)
+        except (InputError, torch.OutOfMemoryError, PerceptionLost) as error:
+            fault = error
+    written = read_record(path)
+    found = watch.figures(written, arguments.deadline)
+    about["completed"], about["figures"] = intake.completed, found
+    write_record(path, replace(written, about=about))
+    if watch.frames:
+        write_clips(arguments.keep, watch.frames)
+    ends = {
+        "ended": "the answer has ended" + ("" if session.all_fed else ", before the source has"),
+        "max_new_tokens": f"{options['max_new_tokens']} tokens are written, see --max-new-tokens",
+        "cancelled": f"stopped by {signal.Signals(stop.number).name}" if stop.number else "no clip came",
+    }
+    numbers = str(dtype).removeprefix("torch.")
+    screen.show(f"\n{variant.name}, {way}, {schedule}, {numbers} on {device}: {ends.get(written.end, written.end)}")
+    screen.show(f"{table(found)}\n{'record':<26}{path}")
+    if watch.frames:
+        screen.show(f"{'frames kept':<26}{arguments.keep}")
+    if fault is not None:
+        raise fault
+    return 128 + stop.number if stop.number else 0
+
+
+def main() -> None:
+    arguments = parse(__doc__)
+    screen = Screen(sys.stdout, sys.stderr)
+    handler = NoteHandler(screen)
+    logging.getLogger(__package__).addHandler(handler)
+    try:
+        with Stop() as stop:
+            status = live(arguments, screen, stop)
+    except torch.OutOfMemoryError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"no GPU memory left ({reason}): give a smaller --max-clips, --max-new-tokens or "
+            "--max-pixels-per-frame, or free the GPU"
+        ) from error
+    except PerceptionLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    finally:
+        logging.getLogger(__package__).removeHandler(handler)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run(main)

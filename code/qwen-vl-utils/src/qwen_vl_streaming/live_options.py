@@ -1,0 +1,170 @@
+"""What `live` can be asked: its command line, and the source, variant and files that this names.
+
+Knows nothing of sessions.
+"""
+
+import argparse
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .errors import InputError, OneLineParser
+from .live_source import FRAMES_TO_BUDGET_FOR, Clip, paced_clips, stream_clips, synthetic_clips
+from .prompts import QUESTIONS
+from .replay import DTYPES
+from .session import GREEDY, WAYS
+from .variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
+from .video import FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
+from .video_readers import index_video
+
+logger = logging.getLogger(__name__)
+
+SYNTHETIC = "synthetic"
+SCENE = (280, 504)
+"""Height and width of the synthetic scene, before it is resized as a stream's frames are."""
+CLIPS = 300
+"""Watched at most, where --max-clips does not say and there is no window."""
+TOKENS_PER_CLIP = 8
+"""Written at most, likewise, for each clip."""
+
+
+def parse(description: str) -> argparse.Namespace:
+    """The command line, on which all that is wrong by itself is refused."""
+    parser = OneLineParser(
+        prog="python -m qwen_vl_streaming.live",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder or hub id of a checkpoint")
+    add("--source", required=True, help=f"a video file, /dev/videoN, rtsp://..., http://... or {SYNTHETIC}")
+    add("--variant", choices=VARIANTS, help=f"default: {ENVIRONMENT_VARIABLE}, else what the checkpoint was trained as")
+    add("--force", action="store_true", help="watch with a checkpoint that was trained as another variant")
+    add("--question", default=QUESTIONS[-1], help="default: %(default)s")
+    add("--way", choices=WAYS, help="default: fused where the variant allows it, else serial")
+    add("--schedule", help=f"wait-K, random-K or {GREEDY}, as fast as it can (default: wait-K with the checkpoint's K)")
+    add(
+        "--behind",
+        choices=("wait", "skip"),
+        default="wait",
+        help="what clips do when it cannot keep up: wait until it gets to them, or be skipped for the newest (default: "
+        "%(default)s)",
+    )
+    add(
+        "--deadline",
+        type=float,
+        metavar="SECONDS",
+        help="what a slot has from its clip to its last word; later is a missed deadline (default: until the source's "
+        "next clip is there)",
+    )
+    add("--speed", type=float, default=1.0, help="times real time, for files and the synthetic scene (default: 1)")
+    add("--fps", type=float, default=2.0, help="frames sampled a second of video (default: 2)")
+    for field, default in asdict(PixelBudget()).items():
+        add("--" + field.replace("_", "-"), type=int, default=default, metavar="N", help="default: %(default)s")
+    add(
+        "--reconnect-seconds",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long a stream that broke off is tried again (default: 10)",
+    )
+    add("--max-clips", type=int, metavar="N", help=f"watch at most these (default: {CLIPS}; with --window, all)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"write at most these (default: {TOKENS_PER_CLIP} for each of --max-clips; with --window, any number)",
+    )
+    add(
+        "--window",
+        type=int,
+        nargs=2,
+        metavar=("CLIPS", "TOKENS"),
+        help="keep only the newest clips and tokens in sight, of a stream that may go on for ever",
+    )
+    add("--penalty", type=float, default=1.15, help="repetition penalty; 1 turns it off (default: %(default)s)")
+    add("--chunk", type=int, metavar="N", help="visual tokens that ride in a pass, fused (default: a whole clip)")
+    add("--record", type=Path, metavar="FILE", help="default: live_output/<time>-<variant>.json")
+    add("--keep", type=Path, metavar="FILE", help="keep the frames that were fed, so that a stream can be replayed")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
+    arguments = parser.parse_args()
+    for name in ("max_clips", "max_new_tokens", "penalty", "deadline"):
+        if (value := getattr(arguments, name)) is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} {value:g} must be above 0")
+    return arguments
+
+
+@dataclass(frozen=True)
+class Source:
+    clips: Callable[[], Iterator[Clip]]
+    """Opens it: its time begins then."""
+    seconds_per_clip: float
+    size: tuple[int, int] | None
+    """(height, width) of its frames, None where that is not known before the first."""
+    about: dict
+    """What a replay reads the clips from."""
+
+
+def most_clips(arguments: argparse.Namespace) -> int | None:
+    """How many clips are watched at most; None for any number of them."""
+    return arguments.max_clips or (None if arguments.window else CLIPS)
+
+
+def open_source(arguments: argparse.Namespace) -> Source:
+    """What --source names. Raises InputError where it is not there, as far as that can be seen before it is opened."""
+    name, fps, speed, most = arguments.source, arguments.fps, arguments.speed, most_clips(arguments)
+    if not (speed > 0 and fps > 0):
+        raise InputError(f"--speed {speed:g} and --fps {fps:g} must be above 0")
+    budget = PixelBudget(arguments.min_pixels_per_frame, arguments.max_pixels_per_frame, arguments.max_pixels_per_video)
+    if name == SYNTHETIC:
+        size = budget.size(*SCENE, FRAMES_TO_BUDGET_FOR)
+        clips = functools.partial(synthetic_clips, most or sys.maxsize, speed=speed, fps=fps, size=size)
+        about = {"synthetic": {"fps": fps, "size": list(size)}}
+        return Source(clips, FRAMES_PER_CLIP / fps, size, about)
+    if name.startswith("/dev/") or "://" in name:
+        if speed != 1:
+            raise InputError(f"--speed {speed:g}: only files and the synthetic scene can be hurried, not {name}")
+        if name.startswith("/dev/") and not Path(name).exists():
+            raise InputError(f"source {name} does not exist: check that the camera is connected")
+        patience = arguments.reconnect_seconds
+        clips = functools.partial(stream_clips, name, fps=fps, budget=budget, reconnect_seconds=patience)
+        return Source(clips, FRAMES_PER_CLIP / fps, None, {})
+    index = index_video(name)
+    cut = {}
+    if most and arguments.behind == "wait":
+        end = most * FRAMES_PER_CLIP / sampled_rate(index, fps)
+        if index.duration > end:
+            logger.warning("%s lasts %.1f s, of which %g are watched: see --max-clips", name, index.duration, end)
+            cut = {"end": end}
+    video = read_video(name, fps=fps, budget=budget, **cut)
+    about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **cut}}
+    height, width = video.frames.shape[2:]
+    return Source(functools.partial(paced_clips, video, speed), video.seconds_per_clip, (height, width), about)
+
+
+def choose_variant(arguments: argparse.Namespace, config) -> Variant:
+    """Raises InputError where the checkpoint was trained for another one, unless that is forced."""
+    trained = getattr(config, "streaming_variant", None)
+    variant = get_variant(arguments.variant or chosen_variant(trained or "group"))
+    if trained not in (None, variant.name) and not arguments.force:
+        raise InputError(
+            f"{arguments.model} was trained as {trained}, not {variant.name}: set {ENVIRONMENT_VARIABLE}={trained}, "
+            "or give --force to watch with it all the same"
+        )
+    return variant
+
+
+def check_place(path: Path) -> None:
+    """Raises InputError where `path` could not be written in the end."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"{path} cannot be written: name another file")

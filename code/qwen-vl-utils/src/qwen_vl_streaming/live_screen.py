@@ -1,0 +1,89 @@
+"""Words on a terminal as they are written, by the second of video after which they were. Knows nothing of models."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a decoder gives for a character of which not all bytes are there."""
+
+
+class Pieces:
+    """Token ids in, text out. A character that several tokens make comes out whole, with the last of them."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self.decode = decode
+        self.said: list[int] = []
+        """The ids of the newest piece: some tokenizers write a word by the one before it."""
+        self.held: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that is certain now that `token` has come; may be empty."""
+        self.held.append(token)
+        text = self.decode([*self.said, *self.held])
+        return "" if text.endswith(UNFINISHED) else self._out(text)
+
+    def rest(self) -> str:
+        """What is still held, whole or not."""
+        return self._out(self.decode([*self.said, *self.held])) if self.held else ""
+
+    def _out(self, text: str) -> str:
+        before = len(self.decode(self.said)) if self.said else 0
+        self.said, self.held = self.held, []
+        return text[before:]
+
+
+class Screen:
+    """Words go to `out`, a line for each second in which some were written; on a terminal each as it comes, else whole
+    lines. Notes go to `notes`, on lines of their own."""
+
+    def __init__(self, out: TextIO, notes: TextIO):
+        self.out, self.notes = out, notes
+        self.terminal = out.isatty()
+        self.second: float | None = None
+        """Of the line that is being written."""
+        self.line = ""
+        self.lock = threading.RLock()  # notes come from several threads
+
+    def say(self, text: str, second: float) -> None:
+        """`text` was written when `second` seconds of video had been seen."""
+        text = "".join(letter if letter.isprintable() else " " for letter in text)
+        with self.lock:
+            if self.second != second:
+                if not text.strip():
+                    return
+                self.end_line()
+                self.second, text = second, f"{second:>7g} s  {text.lstrip()}"
+            self.line += text
+            if self.terminal:
+                print(text, end="", file=self.out, flush=True)
+
+    def end_line(self) -> None:
+        with self.lock:
+            if self.second is not None:
+                print("" if self.terminal else self.line, file=self.out, flush=True)
+            self.second, self.line = None, ""
+
+    def show(self, text: str) -> None:
+        """Lines that are no words."""
+        with self.lock:
+            self.end_line()
+            print(text, file=self.out, flush=True)
+
+    def note(self, text: str) -> None:
+        with self.lock:
+            if self.terminal:
+                self.end_line()
+            print(text, file=self.notes, flush=True)
+
+
+class NoteHandler(logging.Handler):
+    """Log messages as notes."""
+
+    def __init__(self, screen: Screen):
+        super().__init__(logging.WARNING)
+        self.screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.screen.note(record.getMessage())

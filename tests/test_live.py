@@ -1,0 +1,533 @@
+"""The live command on files, streams that misbehave, slow models and signals: what it says, its figures, its record."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import av
+import numpy as np
+import pytest
+import torch
+from media import make_video
+from qwen_vl_streaming import live, live_options, replay
+from qwen_vl_streaming.errors import InputError, run
+from qwen_vl_streaming.live_figures import Course, figures, table
+from qwen_vl_streaming.live_intake import Arrival, Intake
+from qwen_vl_streaming.live_screen import UNFINISHED, Pieces, Screen
+from qwen_vl_streaming.live_source import Clip, synthetic_clips
+from qwen_vl_streaming.live_watch import Watch
+from qwen_vl_streaming.pipeline import Pair
+from qwen_vl_streaming.prompts import clip_pixels, load_processor, make_template
+from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.session import Session, open_session
+from qwen_vl_streaming.variants import VARIANTS
+from safetensors.torch import save_file
+from test_live_source import serve, stream_bytes  # noqa: F401  a fixture
+from tiny import random_template, tiny_model
+
+SMALL = ("--min-pixels-per-frame", "3136", "--max-pixels-per-frame", "3136")
+SLOW = 0.03
+"""Seconds that a step of a slow model takes."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core():
+    """A model this small is slow on several threads where the source's thread wants the cores too."""
+    threads, others = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    torch.set_num_threads(threads)
+    os.environ.pop("OMP_NUM_THREADS")
+    if others is not None:
+        os.environ["OMP_NUM_THREADS"] = others
+
+
+@pytest.fixture
+def command(made, tmp_path, monkeypatch, capsys):
+    """Run a program on the tiny checkpoint: exit status, words and table, notes."""
+
+    def call(*arguments, program=live):
+        flags = ("--model", made[0], *map(str, arguments))
+        if program is live:
+            flags = ("--record", tmp_path / "record.json", *SMALL, *flags)
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, flags)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run(program.main)
+        said = capsys.readouterr()
+        return end.value.code, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def film(tmp_path):
+    return make_video(tmp_path / "film.mp4", seconds=6, size=(112, 112))
+
+
+def read(tmp_path):
+    record = read_record(tmp_path / "record.json")
+    return record, record.about["figures"]
+
+
+def replays(command, tmp_path, *arguments):
+    """All tokens of the record come out again."""
+    code, out, err = command(tmp_path / "record.json", *arguments, program=replay)
+    assert code == 0 and "all the same" in out, out + err
+    return True
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    step = Session.step
+    monkeypatch.setattr(Session, "step", lambda session: (time.sleep(SLOW), step(session))[1])
+
+
+def test_a_file_is_watched_and_replayed(command, film, tmp_path):
+    code, out, err = command("--source", film, "--speed", "20", "--max-new-tokens", "30")
+    record, found = read(tmp_path)
+    assert code == 0, err
+    assert (record.variant, record.way, record.schedule) == ("group", "fused", "wait-3")
+    assert record.counts == [3, 3, 3, 3, 3, 15] and record.complete
+    assert (found["tokens"], found["clips"], found["source_clips"], found["clips_skipped"]) == (30, 6, 6, 0)
+    assert found["deadlines"] == 5
+    assert record.about["clips"] == list(range(6)) and len(record.about["completed"]) == 6
+    ages = [time - record.about["completed"][slot - 1] for time, slot in zip(record.times, record.slots, strict=True)]
+    assert found["age_of_newest_frame"]["worst"] == max(ages) > 0
+    assert "30 tokens are written" in out and str(tmp_path / "record.json") in out
+    assert replays(command, tmp_path)
+
+
+@pytest.mark.parametrize("way", ["serial", "fused"])
+@pytest.mark.parametrize("schedule", ["greedy", "wait-2"])
+def test_synthetic(command, tmp_path, way, schedule):
+    flags = ("--max-clips", 6, "--speed", 50, "--schedule", schedule, "--way", way, "--max-new-tokens", 40)
+    code, _, err = command("--source", "synthetic", *flags)
+    record, found = read(tmp_path)
+    assert code == 0, err
+    assert record.schedule == schedule and record.way == way
+    assert found["tokens"] == 40
+    assert found["clips"] == 6 or schedule == "greedy"  # which may have written all before the last one came
+    assert replays(command, tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["interleave", "batch", "overlap"])
+def test_other_variants(command, film, tmp_path, variant):
+    code, _, err = command("--source", film, "--speed", "100", "--variant", variant, "--max-new-tokens", "20")
+    record, found = read(tmp_path)
+    assert code == 0, err
+    assert record.way == ("fused" if variant == "overlap" else "serial")
+    assert record.counts[0] == (0 if variant == "batch" else 3)
+    assert found["first_token_after_first_clip"] > 0
+    assert replays(command, tmp_path)
+
+
+def test_slow_model_skips_to_the_newest(command, tmp_path, slow):
+    flags = ("--max-clips", 40, "--speed", 200, "--behind", "skip", "--max-new-tokens", 20)
+    for way in ("serial", "fused"):
+        code, _, err = command("--source", "synthetic", *flags, "--way", way)
+        record, found = read(tmp_path)
+        clips = record.about["clips"]
+        assert code == 0, err
+        assert clips == sorted(set(clips)) and clips[-1] == 39
+        assert found["clips_skipped"] == 40 - len(clips) > 10
+        assert found["missed_deadlines"] > 0
+        assert "behind at" in err and "skipping to the newest" in err
+        assert replays(command, tmp_path)
+
+
+def test_slow_model_keeps_clips_waiting(command, tmp_path, slow):
+    flags = ("--max-clips", 10, "--speed", 200, "--schedule", "wait-1", "--max-new-tokens", 12)
+    code, _, err = command("--source", "synthetic", *flags)
+    record, found = read(tmp_path)
+    assert code == 0, err
+    assert record.about["clips"] == list(range(10)) and found["clips_skipped"] == 0
+    assert found["most_clips_waiting"] > 2
+    assert found["missed_deadlines"] > 0
+    assert "none is left out" in err
+    assert found["age_of_newest_frame"]["worst"] > SLOW
+    assert replays(command, tmp_path)
+
+
+def test_deadline_may_be_set(command, tmp_path, slow):
+    flags = ("--max-clips", 5, "--speed", 20, "--max-new-tokens", 20)
+    for deadline, missed in ((1e-6, 4), (1000, 0)):
+        assert command("--source", "synthetic", *flags, "--deadline", deadline)[0] == 0
+        found = read(tmp_path)[1]
+        assert (found["deadlines"], found["missed_deadlines"], found["deadline"]) == (4, missed, deadline)
+
+
+def test_max_clips_end_a_file(command, film, tmp_path):
+    for behind in ("wait", "skip"):
+        code, _, err = command("--source", film, "--max-clips", 2, "--speed", 5, "--behind", behind)
+        record, _ = read(tmp_path)
+        assert code == 0 and len(record.about["clips"]) == 2 and record.complete
+        assert "--max-clips" in err
+        assert replays(command, tmp_path)
+
+
+def test_a_stream_without_end_in_a_window(command, tmp_path):
+    """It goes on past what would be the most clips and tokens, until it is told to stop."""
+    flags = ("--window", 3, 8, "--speed", 200, "--schedule", "wait-2", "--max-new-tokens", 70)
+    code, _, err = command("--source", "synthetic", *flags)
+    record, found = read(tmp_path)
+    assert code == 0, err
+    assert record.window == [3, 8] and not record.complete and found["clips"] == 35
+    assert replays(command, tmp_path)
+
+
+def test_the_answer_may_end_before_the_source(command, film, tmp_path, monkeypatch):
+    command("--source", film, "--speed", "50", "--max-new-tokens", 20)
+    tokens = read(tmp_path)[0].tokens
+    end = tokens[4]
+    monkeypatch.setattr(live, "make_template", lambda *what: replace(make_template(*what), end=end))
+    code, out, err = command("--source", film, "--speed", "2")
+    record, found = read(tmp_path)
+    assert code == 0, err
+    assert record.end == "ended" and record.tokens == tokens[: tokens.index(end) + 1]
+    assert found["clips"] < 6 and "the answer has ended, before the source has" in out
+
+
+# Sources that misbehave
+
+
+def broken_stream(path, broken=(), other_size_from=None):
+    """Matroska whose frames `broken` hold no picture, and whose pictures grow from a frame on."""
+    make_video(path, seconds=6, codec="mjpeg", pixels="yuvj420p", container="matroska", size=(112, 112))
+    if other_size_from is not None:
+        larger = make_video(path.with_name("l.mkv"), seconds=6, codec="mjpeg", pixels="yuvj420p", size=(168, 140))
+        with av.open(str(larger)) as file:
+            others = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    out_path = path.with_name("broken.mkv")
+    with av.open(str(path)) as file, av.open(str(out_path), "w") as out:
+        stream = out.add_stream_from_template(file.streams.video[0])
+        packets = (packet for packet in file.demux(video=0) if packet.size)
+        for number, packet in enumerate(packets):
+            data = bytes(packet)
+            if other_size_from is not None and number >= other_size_from:
+                data = others[number]
+            new = av.Packet(bytes(len(data)) if number in broken else data)
+            new.pts, new.dts, new.time_base = packet.pts, packet.dts, packet.time_base
+            new.is_keyframe, new.stream = True, stream
+            out.mux(new)
+    return out_path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "fault", [{"broken": (7, 8, 31)}, {"other_size_from": 25}], ids=["broken frames", "another size"]
+)
+def test_stream_with_a_fault_in_the_middle(command, tmp_path, serve, fault):  # noqa: F811
+    url = serve([[(broken_stream(tmp_path / "v.mkv", **fault), 0)]])
+    kept = tmp_path / "kept.safetensors"
+    code, _, err = command("--source", url, "--reconnect-seconds", 0, "--max-new-tokens", 30, "--keep", kept)
+    record, found = read(tmp_path)
+    assert code == 0, err
+    assert found["broken_frames"] == len(fault.get("broken", ()))
+    assert found["source_clips"] == 6 and record.complete and len(record.tokens) == 30
+    assert replays(command, tmp_path, "--clips", kept)
+    code, _, err = command(tmp_path / "record.json", program=replay)
+    assert code == 2 and "--clips" in err
+
+
+def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):  # noqa: F811
+    """All at once, then nothing for a while, then all at once from a new connection; then it is gone."""
+    data = stream_bytes(tmp_path, [i / 10 for i in range(30)])
+    kept = tmp_path / "kept.safetensors"
+    for behind in ("wait", "skip"):
+        url = serve([[(data, 0)], [(data, 0.5)]])
+        flags = ("--reconnect-seconds", 1, "--behind", behind, "--max-new-tokens", 40, "--keep", kept)
+        code, _, err = command("--source", url, *flags)
+        record, found = read(tmp_path)
+        assert code == 0, err
+        assert "dropped" in err
+        assert record.complete and found["tokens"] == 40
+        assert found["source_clips"] >= 4
+        assert found["clips_skipped"] + len(record.about["clips"]) == found["source_clips"]
+        assert found["clips_skipped"] == 0 or behind == "skip"
+        assert replays(command, tmp_path, "--clips", kept)
+
+
+@pytest.mark.parametrize("known", [0, 1, 3])
+def test_source_that_is_lost(command, tmp_path, monkeypatch, known):
+    def lost(clips, **options):
+        for clip in synthetic_clips(known, **options):
+            yield replace(clip, last=False)
+        raise OSError("the cable was pulled")
+
+    monkeypatch.setattr(live_options, "synthetic_clips", lost)
+    code, _, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 9, "--max-new-tokens", 20)
+    record, found = read(tmp_path)
+    if not known:
+        assert code == 2 and "error: source synthetic gave no clip (the cable was pulled): " in err
+        assert record.end == "cancelled" and found["clips"] == 0
+        return
+    assert code == 0, err
+    assert "the cable was pulled" in err
+    assert record.complete and len(record.tokens) == 20
+    assert record.about["clips"] == list(range(known))
+    assert found["source_clips"] == found["clips"] == known
+    assert replays(command, tmp_path)
+
+
+def test_what_is_no_source(command, tmp_path, serve):  # noqa: F811
+    (tmp_path / "text.mp4").write_text("no video")
+    for arguments, match in (
+        (("--source", tmp_path / "none.mp4"), "none.mp4 does not exist"),
+        (("--source", tmp_path / "text.mp4"), "cannot be opened"),
+        (("--source", "/dev/video99"), "/dev/video99 does not exist"),
+        (("--source", serve([])), "cannot be opened"),
+        (("--source", "http://127.0.0.1:1/a", "--speed", 2), "--speed 2"),
+        (("--source", "synthetic", "--speed", 0), "--speed 0"),
+        (("--source", "synthetic", "--schedule", "wait-0"), "wait-0"),
+        (("--source", "synthetic", "--variant", "origin", "--way", "fused"), "cannot run fused"),
+        (("--source", "synthetic", "--max-clips", 0), "--max-clips"),
+        (("--source", "synthetic", "--behind", "hurry"), "hurry"),
+        (("--source", "synthetic", "--record", tmp_path), "cannot be written"),
+        (("--source", "synthetic", "--model", tmp_path / "nowhere"), "nowhere"),
+        (("--source", "synthetic", "--max-pixels-per-frame", 5), "max_pixels_per_frame 5"),
+    ):
+        code, out, err = command(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(lines) == 1 and match in lines[0] and not out, err
+    assert not (tmp_path / "record.json").exists()
+
+
+# Signals and faults, at every stage
+
+
+def at_step(monkeypatch, number, act):
+    """`act` is called in the step of this number of a session."""
+    step, steps = Session.step, []
+
+    def spy(session):
+        steps.append(1)
+        if len(steps) == number:
+            act(session)
+        return step(session)
+
+    monkeypatch.setattr(Session, "step", spy)
+
+
+@pytest.mark.parametrize("number", [1, 2, 6, 12, 30])
+def test_ctrl_c_at_any_step(command, tmp_path, monkeypatch, number):
+    at_step(monkeypatch, number, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    code, out, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 6, "--max-new-tokens", 60)
+    record, found = read(tmp_path)
+    assert code == 130, err
+    assert record.end == "cancelled" and "stopped by SIGINT" in out
+    assert found["tokens"] == len(record.tokens) < 60
+    assert replays(command, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_before_the_first_clip(command, tmp_path, monkeypatch):
+    def silent(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        yield from ()
+
+    monkeypatch.setattr(live_options, "synthetic_clips", silent)
+    assert command("--source", "synthetic")[0] == 143
+    record, found = read(tmp_path)
+    assert record.end == "cancelled" and found["clips"] == 0
+    assert found["age_of_newest_frame"] is None
+
+
+def test_sigterm_while_the_model_loads(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "load_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    code, out, _ = command("--source", "synthetic")
+    assert code == 143 and not out
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_a_process_that_is_stopped(command, made, tmp_path):
+    path = tmp_path / "record.json"
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "qwen_vl_streaming.live", "--model", made[0], "--source", "synthetic", "--speed", "10",
+         "--record", path, *SMALL],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in watching.stdout:
+        if " s  " in line:
+            break
+    watching.send_signal(signal.SIGINT)
+    out, err = watching.communicate(timeout=60)
+    assert watching.returncode == 130, err
+    assert "stopped by SIGINT" in out and "Traceback" not in err
+    record, found = read(tmp_path)
+    assert record.end == "cancelled" and 0 < found["clips"] < 300 and found["tokens"] > 0
+    assert replays(command, tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_no_gpu_memory_left(command, tmp_path, monkeypatch, number):
+    def exhaust(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+
+    if number:
+        at_step(monkeypatch, number, lambda session: monkeypatch.setattr(session.passes, "run", exhaust))
+    else:
+        monkeypatch.setattr(live, "open_session", exhaust)
+    code, out, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 6)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err
+    assert "no GPU memory left (CUDA out of memory. Tried to allocate 2 GiB.)" in lines[0] and "--max-clips" in lines[0]
+    if number:
+        record, found = read(tmp_path)
+        assert record.end == "failed: CUDA out of memory. Tried to allocate 2 GiB." and record.end in out
+        assert found["tokens"] == len(record.tokens)
+        assert replays(command, tmp_path)
+
+
+def test_two_processes_of_which_one_is_lost(command, tmp_path, monkeypatch):
+    flags = ("--source", "synthetic", "--speed", 20, "--max-clips", 5, "--max-new-tokens", 20, "--way", "pipelined")
+    pairs = []
+    monkeypatch.setattr(live, "Pair", lambda load: pairs.append(Pair(load)) or pairs[-1])
+    code, _, err = command(*flags)
+    record, found = read(tmp_path)
+    assert code == 0, err
+    assert record.way == "pipelined" and (found["clips"], found["tokens"]) == (5, 20)
+    assert replays(command, tmp_path)
+    at_step(monkeypatch, 3, lambda _: (pairs[-1].process.kill(), pairs[-1].process.join()))
+    code, out, err = command(*flags)
+    record, found = read(tmp_path)
+    assert code == 1 and "was killed by SIGKILL" in err.splitlines()[-1] and "Traceback" not in err
+    assert record.end.startswith("failed: ") and record.end in out
+    assert not any(pair.process.is_alive() for pair in pairs)
+
+
+# The parts
+
+
+class Script(Intake):
+    """Arrivals that come when they are looked for, some in each look."""
+
+    def __init__(self, arrivals, batches):
+        super().__init__(lambda: iter(()), None)
+        self.left, self.batches = list(arrivals), list(batches)
+
+    def look(self, wait=False):
+        for _ in range(self.batches.pop(0) if self.batches else wait):
+            if self.left:
+                self.waiting.append(self.left.pop(0))
+                self.completed.append(self.waiting[-1].clip.completed)
+        self.over = not self.left
+
+    def take(self):
+        return self.waiting.popleft()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_it_says_once_that_it_is_behind_and_once_that_it_has_caught_up(skip):
+    model, variant = tiny_model(), VARIANTS["group"]
+    template = replace(random_template(random.Random(0)), end=199)
+    clips = [Clip(i, torch.zeros(2, 3, 28, 28), np.zeros(2), time.time(), last=i == 19) for i in range(20)]
+    arrivals = [Arrival(clip, torch.randn(4, 1176), (1, 1)) for clip in clips]
+    notes = io.StringIO()
+    session = open_session(
+        model, variant, template, template.layout((1, 1), 2.0), schedule="wait-1", max_clips=20, max_new_tokens=25,
+        about={"a": 1},
+    )  # fmt: skip
+    watch = Watch(session, Script(arrivals, [1, 8]), Screen(io.StringIO(), notes), Pieces(str), 1.0, None, skip, True)
+    with session:
+        watch.run()
+    said = notes.getvalue().splitlines()
+    assert len(said) == 2 and said[0].startswith("behind at") and said[1].startswith("caught up at"), said
+    assert watch.clips == ([*range(20)] if not skip else [0, 8, *range(9, 20)])
+    assert watch.skipped == (7 if skip else 0)
+    assert len(watch.frames) == len(watch.clips)
+
+
+def test_characters_come_whole(made):
+    tokenizer = load_processor(made[0]).tokenizer
+    text = "The naïve 漢字 🙂👩‍👩‍👧 ring, Ελληνικά"
+    tokens = tokenizer(text).input_ids
+    assert len(tokens) > len(text)  # single bytes, most of them
+    pieces = Pieces(tokenizer.decode)
+    out = [pieces.add(token) for token in tokens]
+    assert "".join(out) == text and pieces.rest() == ""
+    assert not any(UNFINISHED in piece for piece in out)
+    cut = Pieces(tokenizer.decode)
+    broken = tokenizer("a 🙂").input_ids[:-1]
+    assert "".join(cut.add(token) for token in broken) == "a "
+    assert cut.rest() != "" and cut.rest() == ""
+
+
+def test_screen():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for kind, lines in ((io.StringIO, ["      1 s  The ring", "     12 s  turns"]), (Terminal, None)):
+        out, notes = kind(), io.StringIO()
+        screen = Screen(out, notes)
+        screen.say(" The", 1)
+        assert (out.getvalue() == "") == (lines is not None)
+        screen.note("behind")
+        screen.say(" ring", 1)
+        screen.say("", 2)
+        screen.say(" turns\x1b", 12)
+        screen.end_line()
+        assert notes.getvalue() == "behind\n"
+        # On a terminal the note would stand in the middle of a line, so that it goes on in a new one.
+        expected = lines or ["      1 s  The", "      1 s  ring", "     12 s  turns"]
+        assert [line.rstrip() for line in out.getvalue().splitlines()] == expected
+
+
+def test_figures():
+    course = Course(
+        completed=[10.0, 11.0, 12.0, 13.0],
+        fed=[0, 2, 3],
+        visible=[10.1, 12.1, 13.5],
+        slots=[1, 1, 2, 2, 3, 3],
+        times=[10.2, 11.5, 12.2, 12.3, 13.6, 14.5],
+        closed=True,
+    )
+    found = figures(course)
+    assert found["age_of_newest_frame"]["worst"] == pytest.approx(1.5)
+    assert found["age_of_newest_frame"]["median"] == pytest.approx(0.45)
+    assert found["age_of_newest_frame_before_last_slot"]["worst"] == pytest.approx(1.5)
+    assert figures(replace(course, times=[10.2, 10.5, 12.2, 12.3, 13.6, 15.5]))["age_of_newest_frame_before_last_slot"][
+        "worst"
+    ] == pytest.approx(0.5)
+    assert (found["deadlines"], found["missed_deadlines"]) == (2, 1)  # slot 1 wrote after clip 2 had come
+    assert figures(replace(course, deadline=0.25))["missed_deadlines"] == 2
+    assert found["clips_per_second"] == pytest.approx(2 / 3.4)
+    assert found["frames_per_second"] == pytest.approx(4 / 3.4)
+    assert found["source_clips_per_second"] == pytest.approx(1.0)
+    assert found["tokens_per_second"] == pytest.approx(5 / 4.3)
+    assert found["first_token_after_first_clip"] == pytest.approx(0.2)
+    nothing = figures(Course([], [], [], [], [], False))
+    assert nothing["age_of_newest_frame"] is nothing["tokens_per_second"] is None and nothing["clips"] == 0
+    counted = {"clips_skipped": 1, "most_clips_waiting": 2, "clips_waiting_at_end": 0, "broken_frames": 3}
+    for some in (found, nothing):
+        assert json.dumps(some) and "missed deadlines" in table({**some, **counted})
+
+
+def test_intake_waits_for_no_one_and_wakes(made):
+    """A source that gives nothing does not hold up its end; a full intake holds up the source, and nothing else."""
+    processor = load_processor(made[0])
+    intake = Intake(lambda: synthetic_clips(200, speed=1e6, size=(56, 56)), processor)
+    intake.start()
+    intake.look(wait=True)
+    first = intake.waiting[0]
+    assert torch.equal(first.pixels, clip_pixels(processor, first.clip.frames)[0][0])
+    intake.wake()
+    intake.stop()
+    intake.look(wait=True)
+    assert not intake._thread.is_alive()
+
+
+def test_kept_clips_that_are_none(tmp_path):
+    (tmp_path / "text").write_bytes(b"text")
+    save_file({"frames": torch.zeros(3)}, tmp_path / "other")
+    for name in ("none", "text", "other"):
+        with pytest.raises(InputError, match=f"{name} .*--keep"):
+            replay.read_clips(tmp_path / name)
