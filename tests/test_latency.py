@@ -38,7 +38,7 @@ def latency(*arguments: str, **options: str) -> subprocess.CompletedProcess:
 def folder(tmp_path_factory):
     """What all commands have written."""
     folder = tmp_path_factory.mktemp("latency")
-    commands = ("rounds", "video", "delay", "live", "lanes", "sweep", "many", "long", "plot")
+    commands = ("passes", "rounds", "video", "delay", "live", "lanes", "sweep", "many", "long", "plot")
     done = latency(*commands, **{"--output": str(folder), "--points": "1x16"})
     assert done.returncode == 0, done.stderr
     return folder
@@ -82,6 +82,14 @@ def test_floors_count_what_cannot_be_avoided(floors):
         assert some.session("serial", [4] * 5) > serial and some.session("fused", [4] * 5) > fused
     # Where FLOPs decide, nothing is saved by sharing passes on one device.
     assert counting.session("fused", [3] * 5) == pytest.approx(counting.session("serial", [3] * 5))
+
+
+def test_each_kind_of_pass_is_timed(folder):
+    data = read(folder, "passes")
+    kinds = {(row["rows"] > 1, row["write"]) for row in data["passes"]}
+    assert kinds >= {(False, True), (True, True)}
+    assert all(row["run"] > 0 and row["alone"] > row["floor"] > 0 for row in data["passes"])
+    assert data["kernels"][0]["ms"] >= data["kernels"][-1]["ms"] > 0
 
 
 def test_rounds_are_timed_beside_their_floor_and_write_the_same(folder):

@@ -12,6 +12,7 @@
     sweep   speed-up over K and visual tokens a clip, beside S(r) = (1 + r) / max(1, r)
     many    how many sessions one model sustains, each with a clip a second
     long    memory and speed over a stream of very many clips
+    passes  milliseconds of each kind of pass, and the kernels of one
     lanes   when perception and generation were at work in a few rounds
     plot    pictures of what the others have written; needs no GPU and no weights
 
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 from latency_lanes import lanes
 from latency_many import long, many
+from latency_passes import passes
 from latency_runs import delay, live, rounds, video
 from latency_setup import SPREAD, WHOLE, Bench, write_json
 from latency_sweep import parse_points, sweep
@@ -36,7 +38,7 @@ from qwen_vl_streaming.session import WAYS
 from qwen_vl_streaming.variants import VARIANTS
 from training import ANSWER, CLIPS, SHAPES
 
-COMMANDS = ("rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")
+COMMANDS = ("passes", "rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")
 """In the order in which they run: all but lanes share one pair."""
 
 TINY = {
@@ -80,6 +82,7 @@ class Settings:
     age: int
     stream: int
     window: tuple[int, int]
+    autotune: bool
     output: Path
 
     def __post_init__(self):
@@ -130,6 +133,9 @@ def parse() -> Settings:
     parser.add_argument(
         "--window", type=int, nargs=2, default=(60, 400), help="clips and words that a long stream keeps in sight"
     )
+    parser.add_argument(
+        "--autotune", action="store_true", help="let the compiler measure kernels for each product, minutes at first"
+    )
     parser.add_argument("--output", type=Path, default=Path("latency"), help="folder (default %(default)s)")
     if parser.parse_args().size == "tiny":
         parser.set_defaults(**TINY)
@@ -152,13 +158,15 @@ def measure(settings: Settings, bench: Bench, command: str) -> None:
         result = delay(bench, k, settings.arrivals, chunks)
     elif command == "live":
         result = live(bench, k, 3 * settings.arrivals, settings.frames, chunks)
+    elif command == "passes":
+        result = passes(bench, k, clips, settings.words, chunks)
     elif command == "lanes":
         result = lanes(bench, k, clips, settings.words, chunks)
     elif command == "many":
         result = many(bench, k, settings.seats, settings.seconds, settings.age, tuple(settings.window))
     else:
         result = long(bench, k, settings.stream, tuple(settings.window), chunks)
-    write_json(path, {"about": bench.about(), **result})
+    write_json(path, {"about": {**bench.about(), "autotune": settings.autotune}, **result})
 
 
 def main() -> None:
@@ -166,6 +174,7 @@ def main() -> None:
     asked = [command for command in COMMANDS if command in settings.commands and command != "plot"]
     if asked:
         pixels = getattr(torch, settings.pixels)
+        torch._inductor.config.max_autotune_gemm = settings.autotune
         with Bench(settings.size, VARIANTS[settings.variant], tuple(settings.ways), settings.layers, pixels) as bench:
             about = bench.about()
             print(

@@ -26,6 +26,10 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.bytes + other.bytes, self.flops + other.flops)
 
+    def part(self, share: float, once: float) -> "Work":
+        """What `share` of its rows add to a pass that reads the weights, `once` bytes, anyway."""
+        return Work(share * (self.bytes - once), share * self.flops)
+
     def __sub__(self, other: "Work") -> "Work":
         return Work(self.bytes - other.bytes, self.flops - other.flops)
 

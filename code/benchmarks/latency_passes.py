@@ -1,0 +1,113 @@
+"""What a pass takes, kind by kind, on the device and with the host, and the kernels that a word is made of."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from latency_setup import TOKENS, Bench, play
+from qwen_vl_streaming.passes import Ask, Passes
+
+REPEATS = 50
+SHOWN = 14
+"""Kernels that are listed."""
+
+
+def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, chunk: int | None):
+    """A whole video of `clips` clips, and the last ask of each kind of pass (pieces, whether a word is written)."""
+    kept: dict[tuple[int, bool], Ask] = {}
+    with bench.open(way, f"wait-{k}", clips, max(words, k * clips), chunk=chunk) as session:
+        run = session.passes.run
+
+        def keep(asks):
+            (ask,) = asks
+            kept[int(len(ask.others) > 0), ask.write] = ask
+            return run(asks)
+
+        session.passes.run = keep
+        play(bench, session, bench.clips(clips), ends=True)
+        del session.passes.run
+    return session.passes, kept
+
+
+def each(bench: Bench, work: Callable[[], object]) -> float:
+    """Seconds of `work`, many times in a row: what the device takes, where the host is faster."""
+    for _ in range(3):
+        work()
+    bench.wait()
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for _ in range(REPEATS):
+            work()
+        bench.wait()
+        taken.append((time.perf_counter() - began) / REPEATS)
+    return median(taken)
+
+
+def passes(bench: Bench, k: int, clips: int, words: int, chunks: list[str]) -> dict:
+    """Milliseconds of each kind of pass at the end of a video of `clips` clips: replayed alone, and the whole of
+    `Passes.run` with its numbers made by the host."""
+    floors, table = bench.floors(), []
+    print(
+        f"\npasses at the end of {clips} clips of {TOKENS} visual tokens\n{'a clip rides':<14}{'rows':>6}{'word':>6}",
+        end="",
+    )
+    print(f"{'ms alone':>10}{'run':>8}{'host':>8}{'floor':>8}{'times':>7}")
+    for how in chunks:
+        made, kept = last_asks(bench, "fused", k, clips, words, bench.chunk(how, TOKENS, k))
+        for (pieces, write), ask in sorted(kept.items()):
+            alone = each(bench, replay(made, pieces, write, ask))
+            whole = each(bench, lambda made=made, ask=ask: made.run([ask]))
+            began = time.perf_counter()
+            for _ in range(REPEATS):
+                made._fill(pieces, [ask])
+            host = (time.perf_counter() - began) / REPEATS
+            work = floors.word(clips, words) if write else floors.clip(clips)
+            if write and pieces:
+                share = len(ask.others) / TOKENS
+                work = work + floors.clip(clips).part(share, bench.model.dtype.itemsize * floors.weights)
+            floor = floors.seconds(work)
+            row = {"how": how, "rows": len(ask.word) + len(ask.others), "write": write}
+            table.append({**row, "alone": alone, "run": whole, "host": host, "floor": floor})
+            print(
+                f"{how if pieces else '':<14}{row['rows']:>6}{'yes' if write else 'no':>6}{1e3 * alone:>10.3f}"
+                f"{1e3 * whole:>8.3f}{1e3 * host:>8.3f}{1e3 * floor:>8.3f}{alone / floor:>7.2f}",
+                flush=True,
+            )
+        if how == chunks[0]:
+            kernels = profile(bench, replay(made, 0, True, kept[0, True]))
+    return {"passes": table, "kernels": kernels}
+
+
+def replay(made: Passes, pieces: int, write: bool, ask: Ask) -> Callable[[], object]:
+    """What the device does in a pass for `ask`, without the host's part."""
+    made.run([ask])
+    graph = made.graphs.get((pieces, write))
+
+    @torch.no_grad()
+    def again():
+        made._pass(pieces, write)
+
+    return again if graph is None else graph.replay
+
+
+def profile(bench: Bench, work: Callable[[], object]) -> list[dict]:
+    """The kernels of `work`, the longest in all first."""
+    gpu = bench.device != "cpu"
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if gpu else activity.CPU]) as found:
+        for _ in range(10):
+            work()
+        bench.wait()
+    rows = []
+    for event in found.key_averages():
+        spent = event.self_device_time_total if gpu else event.self_cpu_time_total
+        if spent:
+            rows.append({"name": event.key, "count": event.count / 10, "ms": spent / 1e4})
+    rows.sort(key=lambda row: -row["ms"])
+    print(f"\na word alone: {sum(row['ms'] for row in rows):.3f} ms in {sum(row['count'] for row in rows):.0f} kernels")
+    print(f"{'ms':>8}{'count':>7}  kernel")
+    for row in rows[:SHOWN]:
+        print(f"{row['ms']:>8.3f}{row['count']:>7.0f}  {row['name'][:100]}", flush=True)
+    return rows
