@@ -1,0 +1,85 @@
+"""What FlexAttention is told to look at is what the dense mask lets through."""
+
+import random
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from qwen_vl_streaming.pages import PAGE, TEXT, Pages, View
+from qwen_vl_streaming.passes import Run
+
+SEED = time.time_ns() % 100_000
+CONFIG = SimpleNamespace(num_key_value_heads=1, num_attention_heads=3, hidden_size=12, num_hidden_layers=1)
+
+
+def by_lists(view: View) -> torch.Tensor:
+    """Which places of the pool each query sees, (n, Q, pool), by the pages that the block mask lists."""
+    mask, groups = view.mask, view.groups
+    n, many = view.seen_visual.shape
+    seen = torch.zeros(n, many * groups, view.pages.layers[0][0].shape[1], dtype=torch.bool)
+    kinds = [(mask.kv_num_blocks, mask.kv_indices, False), (mask.full_kv_num_blocks, mask.full_kv_indices, True)]
+    for counts, pages, whole in kinds:
+        if counts is None:
+            continue
+        for b, block in torch.cartesian_prod(torch.arange(n), torch.arange(counts.shape[2])).tolist():
+            rows = torch.arange(block * PAGE, min((block + 1) * PAGE, many * groups))
+            for page in pages[b, 0, block, : counts[b, 0, block]].tolist():
+                keys = torch.arange(page * PAGE, (page + 1) * PAGE)
+                some = True if whole else mask.mask_mod(torch.tensor(b), 0, rows[:, None], keys)
+                seen[b, rows[:, None], keys] |= some
+    return seen.view(n, many, groups, -1)
+
+
+def by_dense_mask(view: View) -> torch.Tensor:
+    n, many = view.seen_visual.shape
+    seen = torch.zeros(n, many, view.pages.layers[0][0].shape[1], dtype=torch.bool)
+    for b, q in torch.cartesian_prod(torch.arange(n), torch.arange(many)).tolist():
+        places = view.gathered[b][view.mask[b, 0, q]]
+        assert len(places.unique()) == len(places)
+        seen[b, q, places] = True
+    return seen
+
+
+@pytest.mark.parametrize("windows", [False, True], ids=["all", "windows"])
+@pytest.mark.parametrize("many", [1, 7, 90])
+def test_the_pages_that_are_listed_hold_what_is_seen(many, windows):
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {many} {windows}")
+    for _ in range(4):
+        seats = draw.randint(1, 4)
+        sizes = [(draw.randint(1, 700), draw.randint(1, 500)) for _ in range(seats)]
+        needs = [Pages.need(*size) for size in sizes]
+        pages = Pages(CONFIG, seats, sum(needs) + 3, max(needs) + 1, torch.float32, "cpu")
+        upto = []
+        for seat, (visual, text) in enumerate(sizes):
+            pages.take(seat, visual, text)
+            kept = draw.randint(1, visual), draw.randint(1, min(text, 20))
+            pages.kept[:, seat] = torch.tensor(kept)
+            begin = Pages.text_page_of(visual)
+            mine, ends = pages.held[seat], []
+            for of, start, keeps in ((mine[:begin], 0, kept[0]), (mine[begin:], TEXT, kept[1])):
+                run = Run(pages, of, start, keeps)
+                room = len(of) * PAGE
+                end = draw.randint(1, 3 * room) if windows else draw.randint(1, room)  # the pages have turned
+                run.places(torch.arange(end))
+                ends.append((end, max(0, end - (len(of) - run.kept) * PAGE + PAGE)))
+            upto.append(ends)
+        whose = torch.tensor([draw.randrange(seats) for _ in range(draw.randint(1, 3))])
+
+        def numbers(of, whose=whose, upto=upto):
+            return torch.tensor([[of(*upto[seat]) for _ in range(many)] for seat in whose.tolist()])
+
+        # What is written may be seen from 1 token to all; a window never reaches back to what was overwritten.
+        ends = [
+            numbers(lambda v, t, run=run: draw.randint(min((v, t)[run][1] + 1, (v, t)[run][0]), (v, t)[run][0]))
+            for run in range(2)
+        ]
+        since = torch.stack(
+            [numbers(lambda v, t, run=run: draw.randint((v, t)[run][1], (v, t)[run][0])) for run in range(2)]
+        )
+        options = {"since": since if windows else None}
+        flex = View(pages, whose, None, *ends, groups=3, flex=True, **options)
+        dense = View(pages, whose, None, *ends, groups=3, flex=False, **options)
+        listed = by_lists(flex)
+        assert all(torch.equal(listed[:, :, group], by_dense_mask(dense)) for group in range(3))
