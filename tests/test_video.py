@@ -184,6 +184,11 @@ def test_pixel_budget(height, ratio, frames):
     assert tall * wide <= min(budget.max_pixels_per_frame, share)
 
 
+def test_a_narrow_picture_keeps_a_row_of_tokens():
+    assert PixelBudget(3136, 3136).size(44, 210, 8) == (28, 112)
+    assert PixelBudget(3136, 3136).size(210, 44, 8) == (112, 28)
+
+
 def test_pixel_budget_refuses_what_cannot_be():
     with pytest.raises(InputError, match="max_pixels_per_frame 5000"):
         PixelBudget(max_pixels_per_frame=5000)

@@ -60,7 +60,9 @@ class PixelBudget:
         share = self.max_pixels_per_video // frames
         most = max(self.min_pixels_per_frame, min(self.max_pixels_per_frame, share))
         height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, most)
-        if height * width < self.min_pixels_per_frame:  # smart_resize rounds down once it has met the maximum
+        if height * width < self.min_pixels_per_frame:
+            # Once it has met the maximum, smart_resize rounds down, a narrow side even to 0.
+            height, width = max(height, SIDE_FACTOR), max(width, SIDE_FACTOR)
             height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, 2 * most + 2**20)
         return height, width
 
