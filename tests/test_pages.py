@@ -61,7 +61,7 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows):
             for of, start, keeps in ((mine[:begin], 0, kept[0]), (mine[begin:], TEXT, kept[1])):
                 run = Run(pages, of, start, keeps)
                 room = len(of) * PAGE
-                end = draw.randint(1, 3 * room) if windows else draw.randint(1, room)  # the pages have turned
+                end = draw.randint(1, 3 * room if windows and len(of) > 1 else room)  # the pages may have turned
                 run.places(torch.arange(end))
                 ends.append((end, max(0, end - (len(of) - run.kept) * PAGE + PAGE)))
             upto.append(ends)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.passes import Feed
+from qwen_vl_streaming.feed import Feed
 from qwen_vl_streaming.pipeline import Pair, PerceptionLost
 from qwen_vl_streaming.plan import make_plan
 from qwen_vl_streaming.record import read_record

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.passes import Feed, Passes
+from qwen_vl_streaming.feed import Feed
+from qwen_vl_streaming.passes import Passes
 from qwen_vl_streaming.plan import make_plan
 from qwen_vl_streaming.record import read_record
 from qwen_vl_streaming.replay import replay

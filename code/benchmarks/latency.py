@@ -88,8 +88,6 @@ class Settings:
     def __post_init__(self):
         if "serial" not in self.ways and "sweep" in self.commands:
             raise InputError("sweep compares with serial: name it among --ways")
-        if self.pixels == "bfloat16" and "pipelined" in self.ways:
-            raise InputError("--pixels bfloat16: pixels go to another process as numpy's, which have no such type")
         if self.clips < 4:
             raise InputError(f"--clips {self.clips}: parts are measured alone over all but two, so give at least 4")
         if min(self.k, self.repeats, self.arrivals) < 1 or self.words <= self.k * (self.clips - 1):

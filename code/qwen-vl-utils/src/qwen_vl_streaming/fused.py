@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .passes import Due, Feed
+from .feed import Due, Feed
 from .session import Session
 
 LOOKS = 2

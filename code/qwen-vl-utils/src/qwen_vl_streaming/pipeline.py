@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, distributed
 
 from .errors import InputError
-from .passes import AHEAD, Feed, Passes
+from .feed import Feed
+from .passes import AHEAD, Passes
 from .session import Session, Word
 from .variants import get_variant
 
@@ -210,7 +211,8 @@ class PipelinedSession(Session):
                 counts = [0 if self.greedy else self._quota(slot + 1) for slot in range(slots)]
             clip, last = self.waiting.popleft()
             self.sent.append(last)
-            self.pair.order("clip", self.number, clip.cpu().numpy(), last, counts)
+            raw = clip.to(self.model.dtype).cpu().contiguous().view(torch.uint8).numpy()
+            self.pair.order("clip", self.number, raw, last, counts)
 
     def _receive(self, seconds: float) -> bool:
         """Take what has come over, waiting for at most `seconds`. Returns whether anything has."""
@@ -313,8 +315,9 @@ def _serve(model, orders: queue.Queue, closed: list[int], pipe: Connection, grou
             passes.feed(seat, Feed.prompt(get_variant(name), template, layout, window))
             sight = Feed(get_variant(name), template, layout, window)
         else:
-            clip, last, counts = what
-            passes.show(seat, *passes.tower.look([torch.from_numpy(clip)], [layout]))
+            raw, last, counts = what
+            clip = torch.from_numpy(raw).view(model.dtype)
+            passes.show(seat, *passes.tower.look([clip], [layout]))
             sight.stream.counts[:] = counts
             due = sight.clip(last)
             due = due[due.rows.visual]

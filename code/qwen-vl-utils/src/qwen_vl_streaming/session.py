@@ -18,7 +18,8 @@ from pathlib import Path
 from torch import Tensor
 
 from .errors import InputError
-from .passes import Ask, Due, Feed, Passes, Written
+from .feed import Due, Feed
+from .passes import Ask, Passes, Written
 from .plan import Window
 from .prompts import Template
 from .record import Record, clip_hash, identity, versions, write_record
