@@ -53,6 +53,18 @@ def test_the_batch_changes_nothing(variant, seed):
         assert batched(model, variant, jobs, batch_size=size) == plain
 
 
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_the_last_word_may_be_a_clip_s_own(variant):
+    """Of slots with 3, 0 and 1 words the last is in interleave what came out for the clip."""
+    model, draw = tiny_model(), random.Random(variant.name)
+    quotas = (3, 0) if variant.streams else (0, 0)
+    pixels, template = torch.randn(3, 16, 1176), random_template(draw)
+    jobs = [Job("0", pixels, template.layout((2, 2), 2.0), template, Schedule(quotas))]
+    streams = Streams(model, variant, [template], [jobs[0].layout], 1.15)
+    (plain,) = caption(streams, [model.perceive(pixels, (2, 2)).detach()], [jobs[0].schedule], 4)
+    assert batched(model, variant, jobs, batch_size=2, max_new_tokens=4) == {"0": plain}
+
+
 def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
     variant, model = VARIANTS["group"], tiny_model()
     jobs = random_jobs(random.Random(0), variant, 8)

@@ -1,5 +1,6 @@
 """The patched model against stock transformers: positions, logits, vision tower, loss, saving and loading."""
 
+import copy
 import random
 import time
 
@@ -76,8 +77,34 @@ def test_vision_tower_equals_stock_and_clips_are_independent():
             stock = torch.cat(twin.get_video_features(pixels.flatten(0, 1), grid_thw).pooler_output)
             together = model.perceive(pixels, grid)
             one_by_one = torch.cat([model.perceive(clip[None], grid) for clip in pixels])
+            wide = copy.deepcopy(model)
+            for block in wide.model.visual.blocks:
+                block.mlp.widen()
+            widened = wide.perceive(pixels, grid)
+        assert (widened.flatten(0, 1) - stock).abs().max() < 1e-4 * stock.abs().max()
         assert (together.flatten(0, 1) - stock).abs().max() < 1e-4 * stock.abs().max()
         assert (together - one_by_one).abs().max() < 1e-4 * stock.abs().max()
+
+
+def test_a_settled_tower_moves_and_is_saved_as_any_other(tmp_path):
+    """Its weights lie in wider ones, and are the same weights."""
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for block in model.model.visual.blocks:
+        block.mlp.widen()
+    mlp, pixels = model.model.visual.blocks[0].mlp, torch.randn(1, 24, 1176)
+    assert mlp.intermediate_size % 8 and mlp.wide is not None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    saved = Stock.from_pretrained(tmp_path).state_dict()
+    assert saved and all(torch.equal(tensor, before[name]) for name, tensor in saved.items())
+    with torch.no_grad():
+        seen = model.perceive(pixels, (2, 3))
+        mlp.down_proj.weight.mul_(2)  # in place: what lies around it is still zero
+        twice = model.perceive(pixels, (2, 3))
+        assert not torch.equal(twice, seen)
+        moved = model.double().perceive(pixels.double(), (2, 3))
+        assert mlp.wide is None and (moved - twice).abs().max() < 1e-4 * moved.abs().max()
 
 
 def test_loss_is_over_the_labelled_rows_and_nothing_is_shifted():

@@ -1,5 +1,6 @@
 """What a pass takes, kind by kind, on the device and with the host, and the kernels that a word is made of."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from statistics import median
@@ -13,8 +14,10 @@ SHOWN = 14
 """Kernels that are listed."""
 
 
+@contextlib.contextmanager
 def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, chunk: int | None):
-    """A whole video of `clips` clips, and the last ask of each kind of pass (pieces, whether a word is written)."""
+    """A whole video of `clips` clips, its session still open, and the last ask of each kind of pass (pieces, whether a
+    word is written)."""
     kept: dict[tuple[int, bool], Ask] = {}
     with bench.open(way, f"wait-{k}", clips, max(words, k * clips), chunk=chunk) as session:
         run = session.passes.run
@@ -27,7 +30,7 @@ def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, chunk: int
         session.passes.run = keep
         play(bench, session, bench.clips(clips), ends=True)
         del session.passes.run
-    return session.passes, kept
+        yield session.passes, kept
 
 
 def each(bench: Bench, work: Callable[[], object]) -> float:
@@ -55,28 +58,28 @@ def passes(bench: Bench, k: int, clips: int, words: int, chunks: list[str]) -> d
     )
     print(f"{'ms alone':>10}{'run':>8}{'host':>8}{'floor':>8}{'times':>7}")
     for how in chunks:
-        made, kept = last_asks(bench, "fused", k, clips, words, bench.chunk(how, TOKENS, k))
-        for (pieces, write), ask in sorted(kept.items()):
-            alone = each(bench, replay(made, pieces, write, ask))
-            whole = each(bench, lambda made=made, ask=ask: made.run([ask]))
-            began = time.perf_counter()
-            for _ in range(REPEATS):
-                made._fill(pieces, [ask])
-            host = (time.perf_counter() - began) / REPEATS
-            work = floors.word(clips, words) if write else floors.clip(clips)
-            if write and pieces:
-                share = len(ask.others) / TOKENS
-                work = work + floors.clip(clips).part(share, bench.model.dtype.itemsize * floors.weights)
-            floor = floors.seconds(work)
-            row = {"how": how, "rows": len(ask.word) + len(ask.others), "write": write}
-            table.append({**row, "alone": alone, "run": whole, "host": host, "floor": floor})
-            print(
-                f"{how if pieces else '':<14}{row['rows']:>6}{'yes' if write else 'no':>6}{1e3 * alone:>10.3f}"
-                f"{1e3 * whole:>8.3f}{1e3 * host:>8.3f}{1e3 * floor:>8.3f}{alone / floor:>7.2f}",
-                flush=True,
-            )
-        if how == chunks[0]:
-            kernels = profile(bench, replay(made, 0, True, kept[0, True]))
+        with last_asks(bench, "fused", k, clips, words, bench.chunk(how, TOKENS, k)) as (made, kept):
+            for (pieces, write), ask in sorted(kept.items()):
+                alone = each(bench, replay(made, pieces, write, ask))
+                whole = each(bench, lambda made=made, ask=ask: made.run([ask]))
+                began = time.perf_counter()
+                for _ in range(REPEATS):
+                    made._fill(pieces, [ask])
+                host = (time.perf_counter() - began) / REPEATS
+                work = floors.word(clips, words) if write else floors.clip(clips)
+                if write and pieces:
+                    share = len(ask.others) / TOKENS
+                    work = work + floors.clip(clips).part(share, bench.model.dtype.itemsize * floors.weights)
+                floor = floors.seconds(work)
+                row = {"how": how, "rows": len(ask.word) + len(ask.others), "write": write}
+                table.append({**row, "alone": alone, "run": whole, "host": host, "floor": floor})
+                print(
+                    f"{how if pieces else '':<14}{row['rows']:>6}{'yes' if write else 'no':>6}{1e3 * alone:>10.3f}"
+                    f"{1e3 * whole:>8.3f}{1e3 * host:>8.3f}{1e3 * floor:>8.3f}{alone / floor:>7.2f}",
+                    flush=True,
+                )
+            if how == chunks[0]:
+                kernels = profile(bench, replay(made, 0, True, kept[0, True]))
     return {"passes": table, "kernels": kernels}
 
 

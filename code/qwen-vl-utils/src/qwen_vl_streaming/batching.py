@@ -51,7 +51,7 @@ class Batch:
         self.model, self.variant, self.most = model, variant, most
         self.engine = Engine(model, seats, pages, longest, penalty)
         if self.engine.fast:
-            model.compile_tower()
+            model.settle_tower()
             self.engine.capture()
         self.empty = list(range(seats - 1, -1, -1))
         self.jobs: dict[int, Job] = {}

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .layers import Joined, run_layer
+from .layers import ONE_ROW, Joined, compiled_for_one_row, run_layer
 from .pages import PAGE, Fresh, Pages, View
 from .plan import Plan
 from .prompts import Template
@@ -33,6 +33,11 @@ class Seated:
     text_due: int = 0
     """Text rows that may be fed, given what has been watched."""
 
+    def __post_init__(self):
+        writes = (self.plan.visual.produces != NOTHING).nonzero()
+        self.visual_last = int(writes.max()) + 1 if len(writes) else 0
+        """How far the visual run has to be fed for the words that its rows produce."""
+
     @property
     def last(self) -> int:
         """Text rows that are ever fed: the row of the last answer token would produce one too many."""
@@ -40,7 +45,7 @@ class Seated:
 
     @property
     def done(self) -> bool:
-        return self.text_fed == self.last
+        return self.text_fed == self.last and self.visual_fed >= self.visual_last
 
     def visual_due(self) -> int:
         """How far the visual run has to be fed for the next text row."""
@@ -89,14 +94,19 @@ class Engine:
             pages, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, self.flex, options=self.options
         )
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._layer_of_step = self._layer = run_layer
+        self._layer_of_step = self._layer_of_one = self._layer = run_layer
         self._aim, self._conclude = self._plain_aim, self._plain_conclude
         if self.fast:
             torch._dynamo.config.recompile_limit = 64  # kinds of pass; the default of 8 is soon used up
             self._layer_of_step = torch.compile(run_layer, dynamic=False)
+            self._layer_of_one = compiled_for_one_row()
             self._layer = torch.compile(run_layer)
             self._aim = torch.compile(self._plain_aim, dynamic=False)
-            self._conclude = torch.compile(self._plain_conclude, dynamic=False)
+            self._conclude = torch.compile(self._plain_conclude, dynamic=False, options=self._for_words())
+
+    def _for_words(self) -> dict | None:
+        """The compiler's options for the product that chooses a word in each seat."""
+        return ONE_ROW if len(self.seen_ids) == 1 else None
 
     # Streams come and go
 
@@ -283,6 +293,8 @@ class Engine:
     def _forward(self, hidden: Tensor, positions: Tensor, view: View | Fresh, layer_of) -> Tensor:
         """The layers over `hidden` (n, Q, C) at `positions` (3, n, Q), normed."""
         rotary = self.language.rotary_emb(hidden, positions)
+        if layer_of is self._layer_of_step and hidden.shape[:2] == (1, 1):
+            layer_of = self._layer_of_one
         for layer, (keys, values) in zip(self.layers, self.pages.layers, strict=True):
             hidden = layer_of(layer, hidden, view, rotary, keys, values)
         return self.language.norm(hidden)

@@ -6,7 +6,7 @@ from .feed import Due, Feed
 from .session import Session
 
 LOOKS = 2
-"""Clips that the vision tower looks at before they can be taken in."""
+"""Clips that the vision tower looks at at once, where so many wait: two take less than twice as long as one."""
 
 
 class FusedSession(Session):
@@ -24,7 +24,9 @@ class FusedSession(Session):
         self.riding_last = False
 
     def looks_due(self) -> list[tuple[Tensor, bool]]:
-        return [self.waiting.popleft() for _ in range(min(len(self.waiting), LOOKS - len(self.looked)))]
+        if len(self.looked) >= LOOKS:
+            return []
+        return [self.waiting.popleft() for _ in range(min(len(self.waiting), LOOKS))]
 
     def _clips_to_come(self) -> bool:
         return super()._clips_to_come() or self.riding is not None

@@ -13,6 +13,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 from .pages import Fresh, View
 
+ONE_ROW = {"coordinate_descent_tuning": True}
+"""The compiler's options for products with one row."""
+
 
 @dataclass
 class Joined:
@@ -82,6 +85,11 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 def run_layer(joined: Joined, hidden: Tensor, view: View | Fresh, rotary, keys: Tensor, values: Tensor) -> Tensor:
     """One layer over `hidden` (n, Q, C), with cosine and sine `rotary` of its positions and its pool of `keys` and
     `values`; returns (n, Q, C)."""
+    return finish_layer(joined, *begin_layer(joined, hidden, view, rotary, keys, values))
+
+
+def begin_layer(joined: Joined, hidden: Tensor, view: View | Fresh, rotary, keys: Tensor, values: Tensor):
+    """All but the last product: what it is added to, (n, Q, C), and gate and up, (n, Q, 2 x channels)."""
     linear, (heads, key_heads) = nn.functional.linear, joined.heads
     n, many, _ = hidden.shape
     qkv = linear(rms_norm(hidden, joined.norm_in, joined.eps), joined.qkv) + joined.qkv_bias
@@ -90,5 +98,17 @@ def run_layer(joined: Joined, hidden: Tensor, view: View | Fresh, rotary, keys: 
     query, key = apply_rotary_pos_emb(query, key, *rotary)
     mixed = view.attend(query, key, value, keys, values, joined.size**-0.5)
     hidden = hidden + linear(mixed.transpose(1, 2).reshape(n, many, -1), joined.out)
-    gate, up = linear(rms_norm(hidden, joined.norm_mid, joined.eps), joined.gate_up).chunk(2, -1)
-    return hidden + linear(joined.act(gate) * up, joined.down)
+    return hidden, linear(rms_norm(hidden, joined.norm_mid, joined.eps), joined.gate_up)
+
+
+def finish_layer(joined: Joined, hidden: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return hidden + nn.functional.linear(joined.act(gate) * up, joined.down)
+
+
+def compiled_for_one_row():
+    """`run_layer`, compiled for one row. There the compiler's own product reads weights faster than the library's, if
+    it may try how, but the last one would compute its long input anew for each number that comes out."""
+    begin = torch.compile(begin_layer, dynamic=False, options=ONE_ROW)
+    finish = torch.compile(finish_layer, dynamic=False)
+    return lambda joined, *rest: finish(joined, *begin(joined, *rest))

@@ -35,6 +35,54 @@ class VisionPatchEmbed(stock.Qwen2_5_VisionPatchEmbed):
         return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
 
 
+ALIGNED = 8
+"""Numbers of two bytes in the 16 that a GPU loads at once."""
+
+
+class VisionMLP(stock.Qwen2_5_VLMLP):
+    """Stock, over a multiple of 8 channels: products with rows that do not begin at a multiple of 16 bytes, as the
+    tower's 3420 channels make them, take GPUs several times as long. What is added is zero, and adds zero."""
+
+    wide: tuple[Tensor, Tensor, Tensor] | None = None
+    """What `_widened` returns, kept."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        """(…, C) to (…, C)."""
+        if not self._plain or self.intermediate_size % ALIGNED == 0:
+            return super().forward(hidden_state)
+        gate_up, bias, down = self._widened() if self.wide is None else self.wide
+        gate, up = nn.functional.linear(hidden_state, gate_up, bias).chunk(2, -1)
+        return nn.functional.linear(self.act_fn(gate) * up, down, self.down_proj.bias)
+
+    @property
+    def _plain(self) -> bool:
+        """No layer has been wrapped, by an adapter say."""
+        return all(type(layer) is nn.Linear for layer in (self.gate_proj, self.up_proj, self.down_proj))
+
+    def _widened(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight and bias of gate and up, one below the other, and the weight of down."""
+        more, pad = -self.intermediate_size % ALIGNED, nn.functional.pad
+        parts = self.gate_proj, self.up_proj
+        gate_up = torch.cat([pad(part.weight, (0, 0, 0, more)) for part in parts])
+        return gate_up, torch.cat([pad(part.bias, (0, more)) for part in parts]), pad(self.down_proj.weight, (0, more))
+
+    @torch.no_grad()
+    def widen(self) -> None:
+        """Once and for all, for a model that does not train. The weights become views, so that nothing is held twice;
+        until they move to another device or type."""
+        if self.wide is not None or not self._plain or self.intermediate_size % ALIGNED == 0:
+            return
+        gate_up, bias, down = self.wide = self._widened()
+        size = self.intermediate_size
+        for part, weight, offset in zip((self.gate_proj, self.up_proj), gate_up.chunk(2), bias.chunk(2), strict=True):
+            part.weight.data, part.bias.data = weight[:size], offset[:size]
+        self.down_proj.weight.data = down[:, :size]
+
+    def _apply(self, *arguments, **options):
+        self.wide = None
+        return super()._apply(*arguments, **options)
+
+
 class Segments:
     """Where the segments lie that attend within themselves: windows, or whole clips."""
 
@@ -98,6 +146,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         self.model.visual.patch_embed.__class__ = VisionPatchEmbed
         for block in self.model.visual.blocks:
             block.attn.__class__ = VisionAttention
+            block.mlp.__class__ = VisionMLP
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -114,6 +163,12 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         """The same for the vision tower alone."""
         for block in self.model.visual.blocks:
             block.compile()
+
+    def settle_tower(self) -> None:
+        """Lay the vision tower out for a GPU that only runs it, and compile it."""
+        for block in self.model.visual.blocks:
+            block.mlp.widen()
+        self.compile_tower()
 
     def perceive(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
         """Visual tokens of clips that share one grid.
@@ -140,7 +195,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
     def _tower_layout(self, grid_thw: tuple[tuple[int, int, int], ...]) -> dict[str, Tensor]:
         """What the stock tower derives from its grids, made on the CPU and kept: there the host would wait for the GPU
         at every call."""
-        if (known := self._tower_layouts.get(grid_thw)) is not None:
+        if (known := self._tower_layouts.get((self.device, grid_thw))) is not None:
             return known
         visual, grids = self.model.visual, torch.tensor(grid_thw)
         windows, cu_windows = get_vision_window_index(
@@ -157,7 +212,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             placed[name].segments = Segments(layout[name], self.device)
         if len(self._tower_layouts) == LAYOUTS:
             self._tower_layouts.pop(next(iter(self._tower_layouts)))
-        self._tower_layouts[grid_thw] = placed
+        self._tower_layouts[self.device, grid_thw] = placed
         return placed
 
     def forward(

@@ -229,12 +229,16 @@ class View:
         return mixed.view(n, heads // self.groups, many, self.groups, size).transpose(2, 3).reshape(query.shape)
 
 
+PIECES: dict = {"BLOCK_M": 32, "BLOCK_N": PAGE, "num_warps": 4, "num_stages": 3}
+"""FlexAttention's kernel_options for pieces, measured on an H200: few rows, which blocks of 32 share out better."""
+
+
 class Both:
     """The view of a pass in which each of S seats has one row, and n pieces of Q rows each belong to some of them. All
     rows lie end to end in one: the seats' own, then piece by piece."""
 
     def __init__(self, pages: Pages, pieces: tuple[int, int], groups: int, flex: bool, options: dict, windows: bool):
-        """`pieces` are n and Q."""
+        """`pieces` are n and Q; `options` are FlexAttention's kernel_options for the seats' own rows."""
         seats = len(pages.table)
         device = pages.table.device
         self.places = torch.zeros(1, seats + pieces[0] * pieces[1], dtype=torch.long, device=device)
@@ -253,7 +257,7 @@ class Both:
                     numbers[1],
                     groups,
                     flex,
-                    options=options,
+                    options=PIECES if self.parts and many * groups >= PAGE else options,
                     since=numbers[2:].zero_() if windows else None,
                 )
             )

@@ -138,7 +138,7 @@ class Passes(Engine):
         self.tower = Tower(model)
         if self.fast:
             self._enter = torch.compile(self._plain_enter, dynamic=False)
-            self._choose = torch.compile(self._plain_choose_all, dynamic=False)
+            self._choose = torch.compile(self._plain_choose_all, dynamic=False, options=self._for_words())
 
     @staticmethod
     def room(layout: Layout, clips: int, most: int, window: Window | None) -> tuple[int, int]:

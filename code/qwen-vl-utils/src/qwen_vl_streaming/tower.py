@@ -33,7 +33,7 @@ class Tower:
         self.recorded: dict[tuple[int, int], dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]]] = {}
         """By grid and number of clips: what is replayed, where pixels go in and tokens come out."""
         if self.fast:
-            model.compile_tower()
+            model.settle_tower()
 
     @torch.no_grad()
     def record(self, grid: tuple[int, int], sizes: Sequence[int] = (1, 2)) -> None:
@@ -88,7 +88,6 @@ class Tower:
 
     def _put(self, clip: Tensor) -> Tensor:
         """On the device and of the model's type, without waiting for what the device is at."""
-        clip = clip.to(self.model.dtype)
-        if self.fast and not clip.is_cuda:
-            clip = clip.pin_memory()
-        return clip.to(self.model.device, non_blocking=True)
+        if self.fast and not (clip.is_cuda or clip.is_pinned()):
+            clip = clip.to(self.model.dtype).pin_memory()
+        return clip.to(self.model.device, non_blocking=True).to(self.model.dtype)
