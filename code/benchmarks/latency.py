@@ -129,7 +129,7 @@ def parse() -> Settings:
     parser.add_argument("--age", type=int, default=15, help="clips that each of them has seen (default %(default)s)")
     parser.add_argument("--stream", type=int, default=10_000, help="clips of long (default %(default)s)")
     parser.add_argument(
-        "--window", type=int, nargs=2, default=(60, 400), help="clips and words that a long stream keeps in sight"
+        "--window", type=int, nargs=2, default=(60, 400), help="clips and words that live, many and long keep in sight"
     )
     parser.add_argument(
         "--autotune", action="store_true", help="let the compiler measure kernels for each product, minutes at first"
@@ -155,7 +155,7 @@ def measure(settings: Settings, bench: Bench, command: str) -> None:
     elif command == "delay":
         result = delay(bench, k, settings.arrivals, chunks)
     elif command == "live":
-        result = live(bench, k, 3 * settings.arrivals, settings.frames, chunks)
+        result = live(bench, k, 3 * settings.arrivals, settings.frames, chunks, tuple(settings.window))
     elif command == "passes":
         result = passes(bench, k, clips, settings.words, chunks)
     elif command == "lanes":

@@ -54,7 +54,7 @@ def alone(bench: Bench, tokens: int, clips: int, room: tuple[int, int], repeats:
     silent = Schedule((0,) * (clips - 2) + (words,))
     pixels = bench.clips(clips - 1, tokens)
     with torch.no_grad():
-        ready = [bench.model.perceive(clip[None], bench.layout(tokens).grid)[0].cpu() for clip in pixels]
+        ready = [bench.model.perceive(clip[None], bench.layout(tokens).grid)[0] for clip in pixels]
     perception, language, word = [], [], []
     for _ in range(1 + repeats):
         with bench.open("serial", silent, *room, tokens) as session:
@@ -213,18 +213,22 @@ def delay(bench: Bench, k: int, clips: int, chunks: list[str], seed: int = 0) ->
     return {"clips": clips, "seed": seed, "delays": table}
 
 
-def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str]) -> dict:
-    """Clips that arrive at so many `frames` a second (two make a clip), each when it is due, and `k` words for each. A
-    rate is sustained where words do not fall further behind: their lag, from a clip's due time to the last of its
-    words, is in the last quarter at most one clip's time longer than in the first. Stops at the first that is not."""
-    print(f"\nlive: {clips} clips of {TOKENS} visual tokens, {k} words for each")
+def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str], window: tuple[int, int]) -> dict:
+    """Clips that arrive at so many `frames` a second (two make a clip), each when it is due, and `k` words for each; a
+    `window` of clips and words stays in sight, so that it could go on for ever. A rate is sustained where words do not
+    fall further behind: their lag, from a clip's due time to the last of its words, is in the last quarter at most one
+    clip's time longer than in the first. Stops at the first that is not."""
+    print(
+        f"\nlive: {clips} clips of {TOKENS} visual tokens, {k} words for each, a window of {window[0]} clips and "
+        f"{window[1]} words"
+    )
     print(f"{'way':<11}{'a clip rides':<14}{'frames/s':>9}{'lag, ms: 50%':>14}{'95%':>8}{'most':>8}  sustained")
     table = []
     for way, how in runs(bench, chunks):
         chunk = bench.chunk(how, TOKENS, k)
         for number, rate in enumerate(sorted(frames)):
             for repeat in range(2 if number == 0 else 1):  # the first session of all warms up
-                with bench.open(way, f"wait-{k}", clips, k * clips, chunk=chunk) as session:
+                with bench.open(way, f"wait-{k}", clips, k * clips, chunk=chunk, window=window) as session:
                     lags = keep_pace(bench, session, clips, 2 / rate, hurry=repeat == 0 and number == 0)
             quarter = max(1, len(lags) // 4)
             grown = median(lags[-quarter:]) - median(lags[:quarter])
@@ -237,7 +241,7 @@ def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str
             )
             if not row["sustained"]:
                 break
-    return {"k": k, "clips": clips, "live": table}
+    return {"k": k, "clips": clips, "window": list(window), "live": table}
 
 
 def keep_pace(bench: Bench, session: Session, clips: int, period: float, hurry: bool = False) -> list[float]:

@@ -84,6 +84,8 @@ class ModelShape:
     """Width of the vision tower."""
     vision_heads: int = 4
     """Attention heads of the vision tower."""
+    vision_channels: int = 192
+    """Channels between the two products of the vision tower's MLPs."""
     layers: int = 3
     """Layers of the language model."""
     hidden: int = 128
@@ -114,7 +116,15 @@ class ModelShape:
 
 
 TINY = ModelShape(
-    vision_depth=2, vision_hidden=32, vision_heads=2, layers=2, hidden=32, heads=4, frame_side=56, init_range=0.2
+    vision_depth=2,
+    vision_hidden=32,
+    vision_heads=2,
+    vision_channels=62,  # like the real 3420 no multiple of 8
+    layers=2,
+    hidden=32,
+    heads=4,
+    frame_side=56,
+    init_range=0.2,
 )
 
 
@@ -161,7 +171,7 @@ def make_config(tokenizer: Qwen2Tokenizer, shape: ModelShape = ModelShape()) -> 
             "depth": shape.vision_depth,
             "hidden_size": shape.vision_hidden,
             "num_heads": shape.vision_heads,
-            "intermediate_size": 2 * shape.vision_hidden,
+            "intermediate_size": shape.vision_channels,
             "out_hidden_size": shape.hidden,
             "patch_size": 14,
             "temporal_patch_size": 2,

@@ -5,8 +5,8 @@ from torch import Tensor
 from .feed import Due, Feed
 from .session import Session
 
-LOOKS = 2
-"""Clips that the vision tower looks at at once, where so many wait: two take less than twice as long as one."""
+LOOKS = 4
+"""Clips that the vision tower looks at at once, where so many wait: they take much less than four times as long."""
 
 
 class FusedSession(Session):
@@ -24,9 +24,10 @@ class FusedSession(Session):
         self.riding_last = False
 
     def looks_due(self) -> list[tuple[Tensor, bool]]:
-        if len(self.looked) >= LOOKS:
+        if len(self.looked) > 1:
             return []
-        return [self.waiting.popleft() for _ in range(min(len(self.waiting), LOOKS))]
+        count = LOOKS if self.looked or self.riding is not None else 1  # the first is waited for
+        return [self.waiting.popleft() for _ in range(min(len(self.waiting), count))]
 
     def _clips_to_come(self) -> bool:
         return super()._clips_to_come() or self.riding is not None

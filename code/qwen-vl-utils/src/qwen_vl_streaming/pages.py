@@ -29,8 +29,9 @@ class Pages:
     def __init__(self, config, seats: int, pages: int, width: int, dtype: torch.dtype, device):
         """`config` is the language model's; `pages` without page 0; `width` is W."""
         heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        shape = 2, heads, (pages + 1) * PAGE, size
-        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(config.num_hidden_layers)]
+        shape = 2 * config.num_hidden_layers, heads, (pages + 1) * PAGE, size
+        self.store = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = [*zip(self.store[0::2], self.store[1::2], strict=True)]
         """Keys and values of each layer, (heads, pool, D). Not (1, heads, …): the compiler then copies the whole
         pool to write one token."""
         self.table = torch.zeros(seats, width, dtype=torch.long, device=device)

@@ -318,7 +318,8 @@ class Passes(Engine):
         nothing to do."""
         if not self.fast:
             return
-        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        # The words before the vision tower, which runs on a stream of no such priority.
+        stream, pool = torch.cuda.Stream(self.device, priority=-1), torch.cuda.graph_pool_handle()
         for many in self.kinds:
             for write in (False, True):
                 self.numbers[many].copy_(self._put(self._fill(many, [])))
@@ -336,20 +337,15 @@ class Passes(Engine):
 
     def carrier(self, layout: Layout) -> Tensor:
         """Room for what a clip and the tail leave behind: (2 layers, key heads, tokens of a clip + tail, D)."""
-        keys, _ = self.pages.layers[0]
-        rows = layout.tokens_per_clip + layout.tail
-        return keys.new_zeros(2 * len(self.pages.layers), keys.shape[0], rows, keys.shape[2])
+        store = self.pages.store
+        return store.new_zeros(*store.shape[:2], layout.tokens_per_clip + layout.tail, store.shape[3])
 
     def copy_out(self, seat: Seat, due: Due, carrier: Tensor) -> None:
         """Put the keys and values of the visual rows of `due` into `carrier`."""
-        where = self._where(seat, due, carrier)
-        for i, pool in enumerate(pool for pair in self.pages.layers for pool in pair):
-            torch.index_select(pool, 1, where, out=carrier[i])
+        torch.index_select(self.pages.store, 2, self._where(seat, due, carrier), out=carrier)
 
     def copy_in(self, seat: Seat, due: Due, carrier: Tensor) -> None:
-        where = self._where(seat, due, carrier)
-        for i, pool in enumerate(pool for pair in self.pages.layers for pool in pair):
-            pool.index_copy_(1, where, carrier[i])
+        self.pages.store.index_copy_(2, self._where(seat, due, carrier), carrier)
 
     def _where(self, seat: Seat, due: Due, carrier: Tensor) -> Tensor:
         """Where the visual rows of `due` lie in the pool; rows that the carrier has beyond them go to page 0."""

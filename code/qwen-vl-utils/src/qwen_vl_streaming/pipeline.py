@@ -1,8 +1,9 @@
 """Perception in a process of its own: it takes clips in and hands over their keys and values, each clip's in one
 transfer, while this process writes.
 
-Orders and news go through a pipe, keys and values through a process group of the two. A transfer begins only after its
-news, so that a process that has died is noticed at the pipe, and nothing waits for it.
+Orders and news go through a pipe. Keys and values go into carriers that lie on this process's device and that both have
+open: on GPUs a peer copy, between two or within one, on CPUs shared memory. News of a clip comes when its carrier is
+full, so that nothing here ever waits for a transfer, and a process that has died is noticed at the pipe.
 """
 
 import collections
@@ -13,11 +14,11 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from .errors import InputError
 from .feed import Feed
@@ -25,9 +26,10 @@ from .passes import AHEAD, Passes
 from .session import Session, Word
 from .variants import get_variant
 
-HOST = "127.0.0.1"
 LOADING = 900
 """Seconds that a model may take to load."""
+CARRIERS = 3
+"""Clips that may have come over and not be laid into pages yet."""
 
 
 class PerceptionLost(RuntimeError):
@@ -41,11 +43,11 @@ class Pair:
         """`load` makes the model in the other process, on its device; it has to be picklable. `patience` is how many
         seconds a clip, or its transfer, may take. Raises PerceptionLost, or InputError where `load` does."""
         context = multiprocessing.get_context("spawn")
-        self.patience, self.sessions, self.current, self.owed = patience, 0, None, False
+        self.patience, self.sessions, self.current = patience, 0, None
         self.why_lost: str | None = None
+        self.carriers: list[Tensor] = []
         self.pipe, theirs = context.Pipe()
-        store = distributed.TCPStore(HOST, 0, 2, True, timedelta(seconds=patience), wait_for_workers=False)
-        self.process = context.Process(target=_perceive, args=(theirs, store.port, load, patience), daemon=True)
+        self.process = context.Process(target=_perceive, args=(theirs, load), daemon=True)
         self.process.start()
         theirs.close()
         self.orders: queue.Queue = queue.Queue()
@@ -55,18 +57,17 @@ class Pair:
         if said[0] == "refused":
             self.process.join()
             raise InputError(said[1])
-        self.group = _group(store, 0, said[1], patience)
 
     def order(self, *message) -> None:
         if self.why_lost:
             raise PerceptionLost(self.why_lost)
-        self.orders.put(message)
+        self.orders.put(ForkingPickler.dumps(message))
 
     def _send_orders(self) -> None:
         # In a thread of its own: a process that does not read must not hold this one up.
         with contextlib.suppress(OSError):  # gone: whoever listens for news hears of it
             while (message := self.orders.get()) is not None:
-                self.pipe.send(message)
+                self.pipe.send_bytes(message)
 
     def hear(self, seconds: float) -> tuple | None:
         """The next message, or None where there is none within `seconds`. Raises PerceptionLost."""
@@ -83,16 +84,7 @@ class Pair:
             raise self._lost() from error
         if message[0] == "fault":
             raise self._lost(message[1])
-        self.owed = message[0] == "whole"
         return message
-
-    def receive(self, carrier: Tensor) -> None:
-        """What was announced by "whole", into `carrier`."""
-        try:
-            self.group.recv([carrier], 1, 0).wait()
-        except RuntimeError as error:
-            raise self._lost() from error
-        self.owed = False
 
     def _lost(self, fault: str = "") -> PerceptionLost:
         if not fault:
@@ -109,41 +101,41 @@ class Pair:
         """It lives, but says nothing for longer than it may."""
         return self._lost(f"has said nothing for {self.patience:g} s")
 
-    def open(self, *what) -> int:
+    def open(self, carrier: Tensor, *what) -> int:
+        """Begin a session, whose clips come over in carriers like `carrier`."""
         if self.why_lost or not self.process.is_alive():
             raise InputError(self.why_lost or str(self._lost()))
         if self.current is not None:
             raise InputError("another session runs on this pair: close it first")
+        if not self.carriers or _kind(self.carriers[0]) != _kind(carrier):
+            self.carriers = [torch.empty_like(carrier) for _ in range(CARRIERS)]
+            self.order("carriers", None, self.carriers)
         self.sessions += 1
         self.current = self.sessions
         self.order("open", self.current, *what)
         return self.current
 
-    def finish(self, session: int, carrier: Tensor) -> None:
-        """End `session`: what is still on its way goes into `carrier`, unseen. Says nothing where all is lost."""
+    def finish(self, session: int) -> None:
+        """End `session`: what is still on its way is never seen. Says nothing where all is lost."""
         if session != self.current:
             return
         self.current = None
         try:
-            if self.owed:
-                self.receive(carrier)
             self.order("close", session)
             while (said := self.hear(self.patience)) != ("closed", session):
                 if said is None:
                     raise self.silent()
-                self.receive(carrier)
         except PerceptionLost:
             return
 
     def close(self) -> None:
         """Stop the other process."""
         if self.process.is_alive() and not self.why_lost:
-            self.order("stop")
+            self.order("stop", None)
             self.process.join(5)
         self.process.kill()
         self.process.join()
         self.orders.put(None)
-        self.group.shutdown()  # its threads, left to the interpreter's end, sometimes abort it
         self.why_lost = self.why_lost or "this pair was closed: start a new one"
         self.pipe.close()
 
@@ -174,9 +166,16 @@ class PipelinedSession(Session):
         """Of each clip that was sent and has not come over, whether it is the last."""
         self.whole: collections.deque[bool] = collections.deque()
         """The same of each clip that has come over and that no slot has begun with."""
-        self.carrier = self.passes.carrier(self.layout)
+        self.leaving: collections.deque[tuple[int, torch.cuda.Event | None]] = collections.deque()
+        """Carriers out of which keys and values are being laid into pages, and when that is done."""
         self.number = self.pair.open(
-            self.variant.name, self.template, self.layout, self.max_clips, self.chunk, self.window
+            self.passes.carrier(self.layout),
+            self.variant.name,
+            self.template,
+            self.layout,
+            self.max_clips,
+            self.chunk,
+            self.window,
         )
 
     def feed(self, clip: Tensor, last: bool = False) -> None:
@@ -216,13 +215,23 @@ class PipelinedSession(Session):
 
     def _receive(self, seconds: float) -> bool:
         """Take what has come over, waiting for at most `seconds`. Returns whether anything has."""
-        if self.pair.hear(seconds) is None:
+        self._give_back(wait=seconds > 0)
+        if (said := self.pair.hear(seconds)) is None:
             return False
-        self.pair.receive(self.carrier)
+        _, _, carrier = said
         last = self.sent.popleft()
-        self.passes.copy_in(self.seat, self.sight.clip(last), self.carrier)
+        self.passes.copy_in(self.seat, self.sight.clip(last), self.pair.carriers[carrier])
+        self.leaving.append((carrier, _event(self.model)))
         self.whole.append(last)
         return True
+
+    def _give_back(self, wait: bool) -> None:
+        """Carriers that are empty again."""
+        while self.leaving and (wait or (there := self.leaving[0][1]) is None or there.query()):
+            carrier, there = self.leaving.popleft()
+            if there is not None:
+                there.synchronize()
+            self.pair.order("empty", self.number, carrier)
 
     def _advance(self) -> None:
         self._send()
@@ -237,35 +246,43 @@ class PipelinedSession(Session):
 
     def _let_go(self) -> None:
         super()._let_go()
-        self.pair.finish(self.number, self.carrier)
+        for _, there in self.leaving:
+            if there is not None:
+                there.synchronize()  # the next session's clips come over in the same
+        self.pair.finish(self.number)
 
 
-def _group(store, rank: int, device: str, patience: float):
-    """The two processes' own process group, beside any that the program has."""
-    seconds = timedelta(seconds=patience)
-    if device == "cuda":
-        options = distributed.ProcessGroupNCCL.Options()
-        options._timeout = seconds
-        return distributed.ProcessGroupNCCL(store, rank, 2, options)
-    return distributed.ProcessGroupGloo(store, rank, 2, seconds)
+def _kind(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _event(model) -> torch.cuda.Event | None:
+    """When a GPU has done what it was given."""
+    if model.device.type != "cuda":
+        return None
+    there = torch.cuda.Event()
+    there.record()
+    return there
 
 
 # The other process
 
 
-def _perceive(pipe: Connection, port: int, load: Callable, patience: float) -> None:
+def _perceive(pipe: Connection, load: Callable) -> None:
     """Serve a Pair until it says stop, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it will say when to stop
     orders: queue.Queue = queue.Queue()
     closed = [0]
 
     def read() -> None:
-        # In a thread of its own: the pipe never fills up while a transfer waits for the other side.
+        # In a thread of its own: the pipe never fills up while a clip is taken in.
         while True:
             try:
                 order = pipe.recv()
             except (EOFError, OSError):
                 os._exit(1)
+            except RuntimeError as error:  # carriers that this device cannot open
+                order = "fault", None, error
             if order[0] == "close":
                 closed[0] = order[1]
             orders.put(order)
@@ -278,57 +295,89 @@ def _perceive(pipe: Connection, port: int, load: Callable, patience: float) -> N
         return
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)
-    pipe.send(("loaded", model.device.type))
+    pipe.send(("loaded",))
     try:
-        store = distributed.TCPStore(HOST, port, 2, False, timedelta(seconds=patience))
-        group = _group(store, 1, model.device.type, patience)
-        _serve(model, orders, closed, pipe, group)
+        _Perception(model, orders, closed, pipe).serve()
     except BaseException as error:
         lines = str(error).splitlines()
         pipe.send(("fault", f"failed ({lines[0] if lines else type(error).__name__})"))
         raise
 
 
-def _serve(model, orders: queue.Queue, closed: list[int], pipe: Connection, group) -> None:
-    sizes, passes, seat, sight = None, None, None, None
-    sending: collections.deque = collections.deque()
-    """Transfers under way, and what they carry: while one is waited for, the next clip is taken in."""
-    carriers: list[Tensor] = []
-    while (order := orders.get())[0] != "stop":
-        kind, session, *what = order
-        if kind == "close":
-            while sending:
-                sending.popleft().wait()
-            pipe.send(("closed", session))
-        elif session <= closed[0]:
-            continue
-        elif kind == "open":
-            name, template, layout, clips, chunk, window = what
-            if sizes != (layout, clips, chunk, window):
-                passes = Passes.single(model, layout, clips, 1, chunk, 1.0, window)
-                passes.warm_up()
-                passes.tower.record(layout.grid, [1])
-                carriers, sizes, seat = [passes.carrier(layout) for _ in range(2)], (layout, clips, chunk, window), None
-            if seat is not None:
-                passes.release(seat)
-            seat = passes.take(template, layout, clips, 1, window)
-            passes.feed(seat, Feed.prompt(get_variant(name), template, layout, window))
-            sight = Feed(get_variant(name), template, layout, window)
-        else:
-            raw, last, counts = what
-            clip = torch.from_numpy(raw).view(model.dtype)
-            passes.show(seat, *passes.tower.look([clip], [layout]))
-            sight.stream.counts[:] = counts
-            due = sight.clip(last)
-            due = due[due.rows.visual]
-            passes.feed(seat, due)
-            if len(sending) == len(carriers):
-                sending.popleft().wait()
-            carriers.append(carriers.pop(0))
-            passes.copy_out(seat, due, carriers[-1])
-            if model.device.type == "cuda":
-                there = torch.cuda.Event()
-                there.record()
-                there.synchronize()  # a transfer that was announced must not wait
-            pipe.send(("whole", session, len(counts) + 1))
-            sending.append(group.send([carriers[-1]], 0, 0))
+class _Perception:
+    """The other process's side of its sessions, one after the other."""
+
+    def __init__(self, model, orders: queue.Queue, closed: list[int], pipe: Connection):
+        """`closed` holds the newest session that was closed, before its order's turn comes."""
+        self.model, self.orders, self.closed, self.pipe = model, orders, closed, pipe
+        self.sizes = self.passes = self.seat = self.staged = None
+        self.carriers: list[Tensor] = []
+        self.empty: collections.deque[int] = collections.deque()
+        self.clips: collections.deque[tuple] = collections.deque()
+        """Those that have arrived and were not begun."""
+        self.leaving: collections.deque[tuple[int, int, torch.cuda.Event | None]] = collections.deque()
+        """Those under way: session, carrier, and when it is full."""
+
+    def serve(self) -> None:
+        while True:
+            if self.orders.empty():
+                self._tell(0)
+            kind, session, *what = self.orders.get()
+            if kind == "stop":
+                return
+            if kind == "fault":
+                raise what[0]
+            if kind == "carriers":
+                (self.carriers,) = what
+            elif kind == "close":
+                self.clips.clear()
+                self._tell(0)
+                self.pipe.send(("closed", session))
+            elif session > self.closed[0]:
+                if kind == "open":
+                    self._open(*what)
+                elif kind == "empty":
+                    self.empty += what
+                else:
+                    self.clips.append((session, *what))
+            while self.clips and self.empty and self.clips[0][0] > self.closed[0]:
+                self._take_in(*self.clips.popleft())
+
+    def _open(self, name: str, template, layout, clips: int, chunk: int | None, window) -> None:
+        variant = get_variant(name)
+        if self.sizes != (layout, clips, chunk, window):
+            self.passes = Passes.single(self.model, layout, clips, 1, chunk, 1.0, window)
+            self.passes.warm_up()
+            self.passes.tower.record(layout.grid, [1])
+            self.seat, self.sizes = None, (layout, clips, chunk, window)
+        if self.seat is not None:
+            self.passes.release(self.seat)
+        self.seat = self.passes.take(template, layout, clips, 1, window)
+        self.passes.feed(self.seat, Feed.prompt(variant, template, layout, window))
+        self.sight = Feed(variant, template, layout, window)
+        self.empty = collections.deque(range(len(self.carriers)))
+        there = self.carriers[0]
+        self.staged = None if there.device == self.model.device else self.passes.carrier(layout)
+
+    def _take_in(self, session: int, raw, last: bool, counts: list[int]) -> None:
+        """Begin with a clip, and say so of those before it."""
+        clip = torch.from_numpy(raw).view(self.model.dtype)
+        self.passes.show(self.seat, *self.passes.tower.look([clip], [self.sight.stream.layout]))
+        self.sight.stream.counts[:] = counts
+        due = self.sight.clip(last)
+        due = due[due.rows.visual]
+        self.passes.feed(self.seat, due)
+        carrier = self.empty.popleft()
+        self.passes.copy_out(self.seat, due, self.carriers[carrier] if self.staged is None else self.staged)
+        if self.staged is not None:
+            self.carriers[carrier].copy_(self.staged, non_blocking=True)
+        self.leaving.append((session, carrier, _event(self.model)))
+        self._tell(1)
+
+    def _tell(self, still: int) -> None:
+        """That clips have gone over, once they have, but for those last begun."""
+        while len(self.leaving) > still:
+            session, carrier, there = self.leaving.popleft()
+            if there is not None:
+                there.synchronize()
+            self.pipe.send(("whole", session, carrier))

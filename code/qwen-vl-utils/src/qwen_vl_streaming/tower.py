@@ -36,7 +36,7 @@ class Tower:
             model.settle_tower()
 
     @torch.no_grad()
-    def record(self, grid: tuple[int, int], sizes: Sequence[int] = (1, 2)) -> None:
+    def record(self, grid: tuple[int, int], sizes: Sequence[int] = (1, 2, 4)) -> None:
         """Record the tower over so many clips of `grid` at once. Without a GPU there is nothing to do."""
         visual = self.model.model.visual
         shape = grid[0] * grid[1] * visual.spatial_merge_size**2, visual.patch_embed.proj.weight[0].numel()
