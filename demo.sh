@@ -29,7 +29,6 @@ began=$SECONDS
 export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 for variant in $variants; do "$python" code/demo/check_variant.py "$variant"; done
 data=$output/dataset model=$output/model
-pixels=(3136 7056) # frames of 84 x 84: 9 visual tokens a clip
 
 step() { printf '\n== %s  (%d s since the start)\n' "$1" "$((SECONDS - began))"; }
 
@@ -51,13 +50,13 @@ for variant in $variants; do
       bash code/qwen-vl-finetune/scripts/sft.sh --output_dir "$trained" --max_steps "$steps" \
       --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --weight_decay 0.01 \
       --adam_beta2 0.98 --tune_mm_vision True --gradient_checkpointing False --logging_steps 10 \
-      --min_pixels_per_frame "${pixels[0]}" --max_pixels_per_frame "${pixels[1]}" \
+      --min_pixels_per_frame 3136 --max_pixels_per_frame 7056 `# 84 x 84: 9 visual tokens a clip` \
       --keep_frames True --dataloader_num_workers 2 --dataloader_persistent_workers True
   fi
   step "5. eval.sh: let $variant watch and speak"
   QWEN2_5_VL_EVAL_MODEL_PATH=$trained QWEN2_5_VL_EVAL_DATA_DIR=$data/test_3_5.jsonl \
     QWEN2_5_VL_EVAL_OUTPUT_DIR=$output/evaluation \
-    bash eval.sh --min-pixels-per-frame "${pixels[0]}" --max-pixels-per-frame "${pixels[1]}" --batch-size 8
+    bash eval.sh --batch-size 8
 done
 
 step "6. What came out"

@@ -32,6 +32,8 @@ def test_demo_in_short_form(tmp_path):
         assert str(output / name).removesuffix("/train_3_5.jsonl").removesuffix("/config.json") in ended.stdout
     config = json.loads((output / "qwen2_5vl-pe-group/config.json").read_text())
     assert config["streaming_variant"] == "group" and config["wait_k"] == 3
+    evaluated = json.loads((output / "evaluation/group_infer.args.json").read_text())
+    assert config["pixel_budget"]["max_pixels_per_frame"] == evaluated["max_pixels_per_frame"] == 7056
     assert len((output / "dataset/train_3_5.jsonl").read_text().splitlines()) == 24
     assert len((output / "evaluation/group_infer.json").read_text().splitlines()) == 6
     assert "METEOR" in ended.stdout and "1s '" in ended.stdout

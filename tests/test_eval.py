@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tarfile
+from types import SimpleNamespace
 
 import eval as evaluation
 import pytest
@@ -12,11 +13,12 @@ import verify
 import watching
 from make_data import DataConfig, make_dataset
 from make_model import tiny_checkpoint
-from qwen_vl_streaming.errors import run
+from qwen_vl_streaming.errors import InputError, run
 from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import read_video
+from qwen_vl_streaming.video import PixelBudget, read_video
 from results import FIELDS
 from safetensors.torch import load, save
+from settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +202,15 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
     ):
         assert reason in refused(evaluate, capsys, *flags), flags
         assert not (tmp_path / "out/group_infer.json").exists()
+
+
+def test_frames_are_sized_as_in_training_unless_asked_otherwise():
+    trained = SimpleNamespace(pixel_budget={"min_pixels_per_frame": 3136, "max_pixels_per_frame": 7056})
+    assert Settings().budget(trained) == PixelBudget(3136, 7056)
+    assert Settings(max_pixels_per_frame=6272).budget(trained) == PixelBudget(3136, 6272)
+    assert Settings().budget(SimpleNamespace()) == PixelBudget()
+    with pytest.raises(InputError, match="max_pixels_per_frame 100"):
+        Settings(max_pixels_per_frame=100).budget(trained)
 
 
 def test_a_forced_variant_is_evaluated(made, evaluate, tmp_path, monkeypatch):

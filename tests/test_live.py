@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -19,6 +20,7 @@ from qwen_vl_streaming import live, live_options, replay
 from qwen_vl_streaming.errors import InputError, run
 from qwen_vl_streaming.live_figures import Course, figures, table
 from qwen_vl_streaming.live_intake import Arrival, Intake
+from qwen_vl_streaming.live_options import choose_budget, parse
 from qwen_vl_streaming.live_screen import UNFINISHED, Pieces, Screen
 from qwen_vl_streaming.live_source import Clip, synthetic_clips
 from qwen_vl_streaming.live_watch import Watch
@@ -27,6 +29,7 @@ from qwen_vl_streaming.prompts import clip_pixels, load_processor, make_template
 from qwen_vl_streaming.record import read_record
 from qwen_vl_streaming.session import Session, open_session
 from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.video import PixelBudget
 from safetensors.torch import save_file
 from test_live_source import serve, stream_bytes  # noqa: F401  a fixture
 from tiny import random_template, tiny_model
@@ -103,6 +106,13 @@ def test_a_file_is_watched_and_replayed(command, film, tmp_path):
     assert found["age_of_newest_frame"]["worst"] == max(ages) > 0
     assert "30 tokens are written" in out and str(tmp_path / "record.json") in out
     assert replays(command, tmp_path)
+
+
+def test_frames_are_sized_as_in_training_unless_asked_otherwise(monkeypatch):
+    trained = SimpleNamespace(pixel_budget={"min_pixels_per_frame": 3136, "max_pixels_per_frame": 7056})
+    for flags, budget in (((), PixelBudget(3136, 7056)), (("--max-pixels-per-frame", "6272"), PixelBudget(3136, 6272))):
+        monkeypatch.setattr(sys, "argv", ["live", "--model", "m", "--source", "synthetic", *flags])
+        assert choose_budget(parse(""), trained) == budget
 
 
 @pytest.mark.parametrize("way", ["serial", "fused"])

@@ -1,4 +1,4 @@
-"""Clips as they happen: paced files, a synthetic scene, and a real HTTP stream that drops in the middle."""
+"""Clips as they happen: paced files, a synthetic scene, and HTTP and RTSP streams that drop in the middle."""
 
 import threading
 import time
@@ -11,6 +11,7 @@ from media import make_video, read_number
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.live_source import file_clips, stream_clips, synthetic_clips
 from qwen_vl_streaming.video import PixelBudget, read_video
+from rtsp import Camera
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
 
@@ -129,3 +130,27 @@ def test_consumer_that_leaves_ends_the_reading(tmp_path, serve):
 def test_max_clips(tmp_path, serve):
     url = serve([[(stream_bytes(tmp_path, [i / 10 for i in range(60)]), 0)]])
     assert len(list(stream_clips(url, budget=SMALL, max_clips=2))) == 2
+
+
+def test_rtsp_camera_gives_its_clips_as_they_happen(tmp_path):
+    """Over the one connection that gets through firewalls; the camera then hangs up for good."""
+    path = make_video(tmp_path / "part.ts", [i / 10 for i in range(35)], container="mpegts")
+    with Camera(path) as camera:
+        clips = list(stream_clips(camera.url, budget=SMALL, reconnect_seconds=0))
+    numbers = [read_number(frame.numpy()) for clip in clips for frame in clip.frames]
+    assert numbers[0] in (0, 1)  # FFmpeg knows no time for the first picture, which is then left out
+    assert numbers[:6] == list(range(numbers[0], 30, 5))
+    np.testing.assert_allclose(np.concatenate([clip.timestamps for clip in clips])[:6], np.arange(6) / 2, atol=0.02)
+    assert (np.diff([clip.completed for clip in clips[:3]]) > 0.5).all()  # not all at once when it is over
+    (transport,) = [headers["transport"] for method, headers in camera.asked if method == "SETUP"]
+    assert "TCP" in transport
+
+
+def test_rtsp_camera_that_hangs_up_is_called_again(tmp_path, caplog):
+    path = make_video(tmp_path / "part.ts", [i / 10 for i in range(40)], container="mpegts")
+    with Camera(path, plays=2, seconds=2) as camera:
+        clips = list(stream_clips(camera.url, budget=SMALL, reconnect_seconds=0.5))
+        assert [method for method, _ in camera.asked].count("PLAY") == 2
+    assert [clip.index for clip in clips] == list(range(len(clips)))
+    assert clips[-1].timestamps[-1] > 3
+    assert "dropped" in caplog.text

@@ -102,7 +102,7 @@ def main() -> None:
     model = load_model(checkpoint, "sdpa", torch.float32).eval()
     paths = [output / f"dataset/PE-Video/videos/test/{row['video_id']}.mp4" for row in rows[: arguments.videos]]
     processor, schedule = load_processor(checkpoint), f"wait-{model.config.wait_k}"
-    earlier, tried, later = check_pixels(model, processor, variant, schedule, paths, PixelBudget(3136, 7056))
+    earlier, tried, later = check_pixels(model, processor, variant, schedule, paths, PixelBudget.trained(model.config))
     print(f"{variant.name}, clip j of a video replaced by noise, every j of {len(paths)} videos, {tried} times in all:")
     print(f"  something written before slot j changed in {earlier}; something at all changed in {later}")
 

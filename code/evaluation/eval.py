@@ -101,7 +101,7 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
             f"{model} was trained as {trained}, not {variant.name}: "
             f"set QWEN2_5_VL_VARIANT={trained}, or give --force to evaluate it all the same"
         )
-    ids = [row["video_id"] for row in rows]
+    ids, budget = [row["video_id"] for row in rows], settings.budget(config)
     wait_k = getattr(config, "wait_k", 3)
     schedules = choose_schedules(settings.schedule, variant, wait_k, settings.seed, ids, ROOT)
     device = settings.device or ("cuda" if gpus else "cpu")
@@ -115,7 +115,7 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
         root=find_path(settings.video_root, ROOT, "the video root") if settings.video_root else ROOT,
         variant=variant,
         schedules=schedules,
-        budget=settings.budget,
+        budget=budget,
         reader=choose_reader(os.environ),
         batch_size=settings.batch_size,
         memory=settings.memory and int(settings.memory * 2**30),
@@ -125,7 +125,7 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
         threads=None if processes == 1 or "OMP_NUM_THREADS" in os.environ else max(1, os.cpu_count() // processes),
     )
     facts = {
-        **settings.identity(),
+        **settings.identity(budget),
         "variant": variant.name,
         "data": str(data),
         "data_sha256": of_file(data),

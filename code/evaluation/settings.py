@@ -65,11 +65,11 @@ class Settings:
     """At most this many answer tokens a video."""
     repetition_penalty: float = 1.15
     """1 turns it off."""
-    min_pixels_per_frame: int = PixelBudget.min_pixels_per_frame
-    """Smallest frame after resizing."""
-    max_pixels_per_frame: int = PixelBudget.max_pixels_per_frame
+    min_pixels_per_frame: int | None = None
+    """Smallest frame after resizing; by default this and the next two are as the checkpoint was trained."""
+    max_pixels_per_frame: int | None = None
     """Largest frame after resizing."""
-    max_pixels_per_video: int = PixelBudget.max_pixels_per_video
+    max_pixels_per_video: int | None = None
     """Shared over the sampled frames of a video."""
     limit: int | None = None
     """Only the first videos of the data."""
@@ -123,24 +123,16 @@ class Settings:
             trained = ROOT / f"code/qwen-vl-finetune/output/qwen2_5vl-pe-{self.variant}"
             object.__setattr__(self, "model", str(trained))
 
-    @property
-    def budget(self) -> PixelBudget:
-        return PixelBudget(self.min_pixels_per_frame, self.max_pixels_per_frame, self.max_pixels_per_video)
+    def budget(self, config) -> PixelBudget:
+        """Of a checkpoint with `config`. Raises InputError."""
+        names = [field.name for field in dataclasses.fields(PixelBudget)]
+        return PixelBudget.trained(config, **{name: getattr(self, name) for name in names})
 
-    def identity(self) -> dict:
+    def identity(self, budget: PixelBudget) -> dict:
         """The values that decide the captions, which the batch and the machines do not; a result file is only gone on
         with under the same."""
-        deciding = (
-            "task",
-            "video_root",
-            "seed",
-            "max_new_tokens",
-            "repetition_penalty",
-            "min_pixels_per_frame",
-            "max_pixels_per_frame",
-            "max_pixels_per_video",
-        )
-        return {name: getattr(self, name) for name in deciding}
+        deciding = ("task", "video_root", "seed", "max_new_tokens", "repetition_penalty")
+        return {**{name: getattr(self, name) for name in deciding}, **dataclasses.asdict(budget)}
 
 
 def parse(parser: OneLineParser) -> Settings:

@@ -23,12 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 def training_config(adapter: Path) -> dict:
-    """`streaming_variant` and `wait_k` of the training that left `adapter`. Raises InputError where there was none."""
+    """Variant, K and pixel budget of the training that left `adapter`. Raises InputError where there was none."""
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(f"{adapter} holds no adapter: give a folder that `sft.sh --lora_enable True` has written")
     try:
         config = json.loads((adapter / "config.json").read_text())
-        return {key: config[key] for key in ("streaming_variant", "wait_k")}
+        said = {key: config[key] for key in ("streaming_variant", "wait_k")}
+        return {**said, **{key: config[key] for key in ["pixel_budget"] if key in config}}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{adapter / 'config.json'} does not say under which variant the adapter was trained ({error!r}): "

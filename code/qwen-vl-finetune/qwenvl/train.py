@@ -255,6 +255,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
 
     model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
     model.config.streaming_variant, model.config.wait_k = variant.name, model_arguments.wait_k
+    model.config.pixel_budget = asdict(data_arguments.budget)
     if model_arguments.compile_layers:
         model.compile_layers()
     model = make_trainable(model, model_arguments, arguments)

@@ -29,7 +29,16 @@ import torch
 from .errors import InputError, run
 from .live_figures import table
 from .live_intake import Intake
-from .live_options import CLIPS, TOKENS_PER_CLIP, check_place, choose_variant, most_clips, open_source, parse
+from .live_options import (
+    CLIPS,
+    TOKENS_PER_CLIP,
+    check_place,
+    choose_budget,
+    choose_variant,
+    most_clips,
+    open_source,
+    parse,
+)
 from .live_screen import NoteHandler, Pieces, Screen
 from .live_watch import Watch
 from .modeling_qwen2_5_vl import load_config, load_model
@@ -126,7 +135,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     path = arguments.record or Path("live_output") / time.strftime(f"%Y%m%d-%H%M%S-{variant.name}.json")
     for file in filter(None, (path, arguments.keep)):
         check_place(file)
-    source, most = open_source(arguments), most_clips(arguments)
+    source, most = open_source(arguments, choose_budget(arguments, config)), most_clips(arguments)
     processor = load_processor(arguments.model)
     template = make_template(processor, arguments.question)
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -65,8 +65,8 @@ def parse(description: str) -> argparse.Namespace:
     )
     add("--speed", type=float, default=1.0, help="times real time, for files and the synthetic scene (default: 1)")
     add("--fps", type=float, default=2.0, help="frames sampled a second of video (default: 2)")
-    for field, default in asdict(PixelBudget()).items():
-        add("--" + field.replace("_", "-"), type=int, default=default, metavar="N", help="default: %(default)s")
+    for field in fields(PixelBudget):
+        add("--" + field.name.replace("_", "-"), type=int, metavar="N", help="default: as the checkpoint was trained")
     add(
         "--reconnect-seconds",
         type=float,
@@ -117,12 +117,11 @@ def most_clips(arguments: argparse.Namespace) -> int | None:
     return arguments.max_clips or (None if arguments.window else CLIPS)
 
 
-def open_source(arguments: argparse.Namespace) -> Source:
+def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
     """What --source names. Raises InputError where it is not there, as far as that can be seen before it is opened."""
     name, fps, speed, most = arguments.source, arguments.fps, arguments.speed, most_clips(arguments)
     if not (speed > 0 and fps > 0):
         raise InputError(f"--speed {speed:g} and --fps {fps:g} must be above 0")
-    budget = PixelBudget(arguments.min_pixels_per_frame, arguments.max_pixels_per_frame, arguments.max_pixels_per_video)
     if name == SYNTHETIC:
         size = budget.size(*SCENE, FRAMES_TO_BUDGET_FOR)
         clips = functools.partial(synthetic_clips, most or sys.maxsize, speed=speed, fps=fps, size=size)
@@ -147,6 +146,11 @@ def open_source(arguments: argparse.Namespace) -> Source:
     about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **cut}}
     height, width = video.frames.shape[2:]
     return Source(functools.partial(paced_clips, video, speed), video.seconds_per_clip, (height, width), about)
+
+
+def choose_budget(arguments: argparse.Namespace, config) -> PixelBudget:
+    """Raises InputError where the options do not fit the checkpoint's or each other."""
+    return PixelBudget.trained(config, **{field.name: getattr(arguments, field.name) for field in fields(PixelBudget)})
 
 
 def choose_variant(arguments: argparse.Namespace, config) -> Variant:

@@ -52,6 +52,13 @@ class PixelBudget:
                 f"{self.min_pixels_per_frame}"
             )
 
+    @classmethod
+    def trained(cls, config, **given: int | None) -> "PixelBudget":
+        """The one that a checkpoint was trained with, as its `config` says, or the published one; with what of the
+        fields is `given` and not None. Raises InputError."""
+        asked = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**getattr(config, "pixel_budget", {}), **asked})
+
     def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
         """(height, width) to which each of `frames` frames is resized; both are divisible by 28.
 
