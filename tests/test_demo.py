@@ -38,6 +38,10 @@ def test_demo_in_short_form(tmp_path):
     assert len((output / "evaluation/group_infer.json").read_text().splitlines()) == 6
     assert "METEOR" in ended.stdout and "1s '" in ended.stdout
 
+    (line,) = [line for line in ended.stdout.splitlines() if "qwen_vl_streaming.live" in line]
+    live = run(str(ROOT / ".venv/bin/python"), *line.split()[1:], "--speed", "4", "--record", str(output / "live.json"))
+    assert live.returncode == 0 and json.loads((output / "live.json").read_text())["tokens"], live.stderr
+
     checked = run(str(ROOT / ".venv/bin/python"), "code/demo/check.py", "--output", str(output), "--videos", "1")
     assert checked.returncode == 0, checked.stderr
     assert "something written before slot j changed in 0;" in checked.stdout

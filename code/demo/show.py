@@ -60,6 +60,11 @@ def show(output: Path, variants: list[str], examples: int = 3) -> None:
         print(f"  {'':<11} scores     {evaluation / f'{variant}_scores.json'}")
     print("\nnext: does it look at the video? Ask it:")
     print(f"  .venv/bin/python code/demo/check.py --output {output} --variant {variants[0]}")
+    film = output / f"dataset/PE-Video/videos/test/{rows[variants[0]][0]['video_id']}.mp4"
+    print("and hear it speak while a video happens, or a webcam:")
+    print(
+        f"  .venv/bin/python -m qwen_vl_streaming.live --model {output / f'qwen2_5vl-pe-{variants[0]}'} --source {film}"
+    )
 
 
 def main() -> None:
