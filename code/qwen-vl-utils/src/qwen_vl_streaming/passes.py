@@ -251,9 +251,15 @@ class Passes(Engine):
             return Written(self.newest.clone(), None)
         ids = torch.empty(len(self.newest), dtype=torch.long, pin_memory=True)
         ids.copy_(self.newest, non_blocking=True)
+        return Written(ids, self.mark())
+
+    def mark(self) -> torch.cuda.Event | None:
+        """When the device has done what it was given. None on a CPU, which has."""
+        if not self.fast:
+            return None
         there = torch.cuda.Event()
         there.record()
-        return Written(ids, there)
+        return there
 
     def _fill(self, many: int, asks: Sequence[Ask]) -> Tensor:
         """The numbers of a pass: for each row position (3), place in the pool (0: idle row), what it sees (4), id,

@@ -1,0 +1,135 @@
+"""The process that perceives: it takes the clips of a pair's sessions in, and puts their keys and values into carriers.
+
+It is told what to do, and tells when a clip has gone over, through a pipe: see `pipeline.py`.
+"""
+
+import collections
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .feed import Feed
+from .passes import Passes
+from .variants import get_variant
+
+
+def perceive(pipe: Connection, load: Callable) -> None:
+    """Serve a Pair until it says stop, or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it will say when to stop
+    orders: queue.Queue = queue.Queue()
+    closed = [0]
+
+    def read() -> None:
+        # In a thread of its own: the pipe never fills up while a clip is taken in.
+        while True:
+            try:
+                order = pipe.recv()
+            except (EOFError, OSError):
+                os._exit(1)
+            except RuntimeError as error:  # carriers that this device cannot open
+                order = "fault", None, error
+            if order[0] == "close":
+                closed[0] = order[1]
+            orders.put(order)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        model = load()
+    except InputError as error:
+        pipe.send(("refused", str(error)))
+        return
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
+    pipe.send(("loaded",))
+    try:
+        Perception(model, orders, closed, pipe).serve()
+    except BaseException as error:
+        lines = str(error).splitlines()
+        pipe.send(("fault", f"failed ({lines[0] if lines else type(error).__name__})"))
+        raise
+
+
+class Perception:
+    """This side of a pair's sessions, one after the other."""
+
+    def __init__(self, model, orders: queue.Queue, closed: list[int], pipe: Connection):
+        """`closed` holds the newest session that was closed, before its order's turn comes."""
+        self.model, self.orders, self.closed, self.pipe = model, orders, closed, pipe
+        self.sizes = self.passes = self.seat = self.staged = None
+        self.carriers: list[Tensor] = []
+        self.empty: collections.deque[int] = collections.deque()
+        self.clips: collections.deque[tuple] = collections.deque()
+        """Those that have arrived and were not begun."""
+        self.leaving: collections.deque[tuple[int, int, torch.cuda.Event | None]] = collections.deque()
+        """Those under way: session, carrier, and when it is full."""
+
+    def serve(self) -> None:
+        while True:
+            if self.orders.empty():
+                self._tell(0)
+            kind, session, *what = self.orders.get()
+            if kind == "stop":
+                return
+            if kind == "fault":
+                raise what[0]
+            if kind == "carriers":
+                (self.carriers,) = what
+            elif kind == "close":
+                self.clips.clear()
+                self._tell(0)
+                self.pipe.send(("closed", session))
+            elif session > self.closed[0]:
+                if kind == "open":
+                    self._open(*what)
+                elif kind == "empty":
+                    self.empty += what
+                else:
+                    self.clips.append((session, *what))
+            while self.clips and self.empty and self.clips[0][0] > self.closed[0]:
+                self._take_in(*self.clips.popleft())
+
+    def _open(self, name: str, template, layout, clips: int, chunk: int | None, window) -> None:
+        variant = get_variant(name)
+        if self.sizes != (layout, clips, chunk, window):
+            self.passes = Passes.single(self.model, layout, clips, 1, chunk, 1.0, window)
+            self.passes.warm_up()
+            self.passes.tower.record(layout.grid, [1])
+            self.seat, self.sizes = None, (layout, clips, chunk, window)
+        if self.seat is not None:
+            self.passes.release(self.seat)
+        self.seat = self.passes.take(template, layout, clips, 1, window)
+        self.passes.feed(self.seat, Feed.prompt(variant, template, layout, window))
+        self.sight = Feed(variant, template, layout, window)
+        self.empty = collections.deque(range(len(self.carriers)))
+        there = self.carriers[0]
+        self.staged = None if there.device == self.model.device else self.passes.carrier(layout)
+
+    def _take_in(self, session: int, raw, last: bool, counts: list[int]) -> None:
+        """Begin with a clip, and say so of those before it."""
+        clip = torch.from_numpy(raw).view(self.model.dtype)
+        self.passes.show(self.seat, *self.passes.tower.look([clip], [self.sight.stream.layout]))
+        self.sight.stream.counts[:] = counts
+        due = self.sight.clip(last)
+        due = due[due.rows.visual]
+        self.passes.feed(self.seat, due)
+        carrier = self.empty.popleft()
+        self.passes.copy_out(self.seat, due, self.carriers[carrier] if self.staged is None else self.staged)
+        if self.staged is not None:
+            self.carriers[carrier].copy_(self.staged, non_blocking=True)
+        self.leaving.append((session, carrier, self.passes.mark()))
+        self._tell(1)
+
+    def _tell(self, still: int) -> None:
+        """That clips have gone over, once they have, but for those last begun."""
+        while len(self.leaving) > still:
+            session, carrier, there = self.leaving.popleft()
+            if there is not None:
+                there.synchronize()
+            self.pipe.send(("whole", session, carrier))
