@@ -103,6 +103,9 @@ def test_a_settled_tower_moves_and_is_saved_as_any_other(tmp_path):
         mlp.down_proj.weight.mul_(2)  # in place: what lies around it is still zero
         twice = model.perceive(pixels, (2, 3))
         assert not torch.equal(twice, seen)
+        with torch.enable_grad():
+            model.perceive(pixels, (2, 3)).sum().backward()
+        assert mlp.gate_proj.weight.grad.any() and mlp.down_proj.weight.grad.any()
         moved = model.double().perceive(pixels.double(), (2, 3))
         assert mlp.wide is None and (moved - twice).abs().max() < 1e-4 * moved.abs().max()
 

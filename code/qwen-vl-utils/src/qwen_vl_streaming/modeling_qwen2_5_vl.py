@@ -50,7 +50,8 @@ class VisionMLP(stock.Qwen2_5_VLMLP):
         """(…, C) to (…, C)."""
         if not self._plain or self.intermediate_size % ALIGNED == 0:
             return super().forward(hidden_state)
-        gate_up, bias, down = self._widened() if self.wide is None else self.wide
+        wide = None if torch.is_grad_enabled() else self.wide  # through what was kept no gradient would flow
+        gate_up, bias, down = self._widened() if wide is None else wide
         gate, up = nn.functional.linear(hidden_state, gate_up, bias).chunk(2, -1)
         return nn.functional.linear(self.act_fn(gate) * up, down, self.down_proj.bias)
 

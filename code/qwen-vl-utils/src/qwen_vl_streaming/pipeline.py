@@ -198,9 +198,10 @@ class PipelinedSession(Session):
 
     def _send(self) -> None:
         """Let perception have what it can place: where a clip's positions depend on what slots write, and that is not
-        agreed beforehand, only when the slot before it begins. No more than a window has room for."""
+        agreed beforehand, only when the slot before it begins. No more than there are carriers for, and one that is
+        under way; or than a window has room for."""
         held = self.greedy and self.variant.count == "rounds"
-        most = 1 if held else float("inf") if self.window is None else AHEAD
+        most = 1 if held else CARRIERS + 1 if self.window is None else AHEAD
         while self.waiting and not self.done and (ahead := len(self.sent) + len(self.whole)) < most:
             if held:
                 counts = [*self.counts]
