@@ -206,11 +206,11 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
 
 def test_frames_are_sized_as_in_training_unless_asked_otherwise():
     trained = SimpleNamespace(pixel_budget={"min_pixels_per_frame": 3136, "max_pixels_per_frame": 7056})
-    assert Settings().budget(trained) == PixelBudget(3136, 7056)
-    assert Settings(max_pixels_per_frame=6272).budget(trained) == PixelBudget(3136, 6272)
-    assert Settings().budget(SimpleNamespace()) == PixelBudget()
+    assert PixelBudget.trained(trained, Settings()) == PixelBudget(3136, 7056)
+    assert PixelBudget.trained(trained, Settings(max_pixels_per_frame=6272)) == PixelBudget(3136, 6272)
+    assert PixelBudget.trained(SimpleNamespace(), Settings()) == PixelBudget()
     with pytest.raises(InputError, match="max_pixels_per_frame 100"):
-        Settings(max_pixels_per_frame=100).budget(trained)
+        PixelBudget.trained(trained, Settings(max_pixels_per_frame=100))
 
 
 def test_a_forced_variant_is_evaluated(made, evaluate, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from qwen_vl_streaming import live, live_options, replay
 from qwen_vl_streaming.errors import InputError, run
 from qwen_vl_streaming.live_figures import Course, figures, table
 from qwen_vl_streaming.live_intake import Arrival, Intake
-from qwen_vl_streaming.live_options import choose_budget, parse
+from qwen_vl_streaming.live_options import parse
 from qwen_vl_streaming.live_screen import UNFINISHED, Pieces, Screen
 from qwen_vl_streaming.live_source import Clip, synthetic_clips
 from qwen_vl_streaming.live_watch import Watch
@@ -112,7 +112,7 @@ def test_frames_are_sized_as_in_training_unless_asked_otherwise(monkeypatch):
     trained = SimpleNamespace(pixel_budget={"min_pixels_per_frame": 3136, "max_pixels_per_frame": 7056})
     for flags, budget in (((), PixelBudget(3136, 7056)), (("--max-pixels-per-frame", "6272"), PixelBudget(3136, 6272))):
         monkeypatch.setattr(sys, "argv", ["live", "--model", "m", "--source", "synthetic", *flags])
-        assert choose_budget(parse(""), trained) == budget
+        assert PixelBudget.trained(trained, parse("")) == budget
 
 
 @pytest.mark.parametrize("way", ["serial", "fused"])

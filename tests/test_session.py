@@ -314,3 +314,20 @@ def test_a_source_may_end_without_a_warning(model, way, tmp_path):
     session.feed(case.pixels[0])
     with pytest.raises(InputError, match="ended after 1 clips, and 3 were to come"):
         session.end()
+
+
+def test_a_clip_that_was_only_looked_at_may_still_be_the_last(model):
+    """In a burst the vision tower is ahead: the tail then comes with the last clip all the same."""
+    case = random_case(random.Random(9), VARIANTS["group"], "wait-2")
+    case.pixels, case.layout, case.most = torch.randn(4, 24, 1176), case.template.layout((2, 3), 2.0), 20
+    with open_case(model, case, "fused") as session:
+        for pixels in case.pixels:
+            session.feed(pixels)
+        while session.waiting:
+            session.step()
+        assert len(session.counts) < 4 and session.looked
+        session.end()
+        list(session.words())
+        assert session.text.stream.complete and not session.text.stream.bare
+        assert len(session.counts) == 4
+        check(model, case, session)

@@ -4,7 +4,6 @@ A session's inside is not looked at here: it is opened, fed, stepped and closed.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from qwen_vl_streaming.passes import Passes
 from qwen_vl_streaming.pipeline import Pair
 from qwen_vl_streaming.prompts import Template
+from qwen_vl_streaming.record import whole
 from qwen_vl_streaming.session import Session, open_session
 from qwen_vl_streaming.timeline import Layout
 from qwen_vl_streaming.variants import Variant
@@ -195,10 +195,8 @@ def slot_ends(session: Session) -> list[float]:
 
 def write_json(path: Path, data: dict) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(json.dumps(data) + "\n")
-    os.replace(beside, path)
+    with whole(path) as beside:
+        beside.write_text(json.dumps(data) + "\n")
 
 
 def read_json(path: Path) -> dict:

@@ -27,7 +27,7 @@ from identity import NOT_COMPARED, keep_arguments, of_checkpoint, of_file
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.variants import get_variant
-from qwen_vl_streaming.video import choose_reader
+from qwen_vl_streaming.video import PixelBudget, choose_reader
 from results import (
     CAPTION_FIELDS,
     bring_together,
@@ -101,7 +101,7 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
             f"{model} was trained as {trained}, not {variant.name}: "
             f"set QWEN2_5_VL_VARIANT={trained}, or give --force to evaluate it all the same"
         )
-    ids, budget = [row["video_id"] for row in rows], settings.budget(config)
+    ids, budget = [row["video_id"] for row in rows], PixelBudget.trained(config, settings)
     wait_k = getattr(config, "wait_k", 3)
     schedules = choose_schedules(settings.schedule, variant, wait_k, settings.seed, ids, ROOT)
     device = settings.device or ("cuda" if gpus else "cpu")

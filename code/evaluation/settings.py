@@ -123,11 +123,6 @@ class Settings:
             trained = ROOT / f"code/qwen-vl-finetune/output/qwen2_5vl-pe-{self.variant}"
             object.__setattr__(self, "model", str(trained))
 
-    def budget(self, config) -> PixelBudget:
-        """Of a checkpoint with `config`. Raises InputError."""
-        names = [field.name for field in dataclasses.fields(PixelBudget)]
-        return PixelBudget.trained(config, **{name: getattr(self, name) for name in names})
-
     def identity(self, budget: PixelBudget) -> dict:
         """The values that decide the captions, which the batch and the machines do not; a result file is only gone on
         with under the same."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .engine import Engine
 from .errors import InputError
+from .mark import Mark
 from .pages import Pages
 from .plan import make_plan
 from .prompts import Template
@@ -89,10 +90,7 @@ class Batch:
         """Have the device say what is written so far, without waiting for it."""
         engine = self.engine
         ids, ended = (tensor.to("cpu", non_blocking=True) for tensor in (engine.ids, engine.ended))
-        there = None
-        if engine.device.type == "cuda":
-            there = torch.cuda.Event()
-            there.record()
+        there = Mark(engine.device)
         done = {seat for seat, stream in engine.seated.items() if stream.done}
         self.looks.append((there, ids, ended, done, dict(self.jobs)))
 
@@ -101,10 +99,10 @@ class Batch:
         nothing is left to do."""
         while self.looks:
             there, ids, ended, done, jobs = self.looks[0]
-            if there is not None and not there.query():
+            if not there.passed:
                 if len(self.looks) < 2 and not all(stream.done for stream in self.engine.seated.values()):
                     return
-                there.synchronize()
+                there.wait()
             self.looks.popleft()
             for seat, job in jobs.items():
                 if self.jobs.get(seat) is job and (seat in done or ended[seat]):

@@ -6,7 +6,7 @@ from .feed import Due, Feed
 from .session import Session
 
 LOOKS = 4
-"""Clips that the vision tower looks at at once, where so many wait: they take much less than four times as long."""
+"""Clips that the vision tower looks at at once, where so many wait: one alone does not fill a GPU."""
 
 
 class FusedSession(Session):
@@ -37,7 +37,7 @@ class FusedSession(Session):
             lead = self._begin_slot(self.riding_last)
             self.lead = self.lead + lead[lead.rows.text]
             self.riding = None
-        if self.riding is None and self.looked and (self.looked[0][0].ready or not self._may_speak()):
+        if self.riding is None and self.looked and (self.looked[0][0].there.passed or not self._may_speak()):
             sight, self.riding_last = self.looked.popleft()
             self.passes.show(self.seat, sight)
             self.sight.stream.counts[:] = self.counts

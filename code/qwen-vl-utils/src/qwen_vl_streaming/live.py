@@ -33,7 +33,6 @@ from .live_options import (
     CLIPS,
     TOKENS_PER_CLIP,
     check_place,
-    choose_budget,
     choose_variant,
     most_clips,
     open_source,
@@ -49,7 +48,7 @@ from .record import read_record, write_record
 from .replay import DTYPES, write_clips
 from .session import GREEDY, Session, open_session
 from .timeline import make_schedule
-from .video import FRAMES_PER_CLIP
+from .video import FRAMES_PER_CLIP, PixelBudget
 
 REHEARSED = 12
 """Steps of a rehearsal."""
@@ -135,7 +134,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     path = arguments.record or Path("live_output") / time.strftime(f"%Y%m%d-%H%M%S-{variant.name}.json")
     for file in filter(None, (path, arguments.keep)):
         check_place(file)
-    source, most = open_source(arguments, choose_budget(arguments, config)), most_clips(arguments)
+    source, most = open_source(arguments, PixelBudget.trained(config, arguments)), most_clips(arguments)
     processor = load_processor(arguments.model)
     template = make_template(processor, arguments.question)
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -148,11 +148,6 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
     return Source(functools.partial(paced_clips, video, speed), video.seconds_per_clip, (height, width), about)
 
 
-def choose_budget(arguments: argparse.Namespace, config) -> PixelBudget:
-    """Raises InputError where the options do not fit the checkpoint's or each other."""
-    return PixelBudget.trained(config, **{field.name: getattr(arguments, field.name) for field in fields(PixelBudget)})
-
-
 def choose_variant(arguments: argparse.Namespace, config) -> Variant:
     """Raises InputError where the checkpoint was trained for another one, unless that is forced."""
     trained = getattr(config, "streaming_variant", None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from .engine import Engine
 from .errors import InputError
 from .feed import Due
+from .mark import Mark
 from .pages import PAGE, TEXT, Both, Pages
 from .plan import Window
 from .prompts import Template
@@ -83,16 +84,11 @@ class Written:
 
     ids: Tensor
     """(S,)"""
-    there: torch.cuda.Event | None
-
-    @property
-    def ready(self) -> bool:
-        return self.there is None or self.there.query()
+    there: Mark
 
     def of(self, seat: Seat) -> int:
         """The id that was chosen in `seat`. Waits for it."""
-        if self.there is not None:
-            self.there.synchronize()
+        self.there.wait()
         return int(self.ids[seat.number])
 
 
@@ -221,10 +217,7 @@ class Passes(Engine):
 
     def show(self, seat: Seat, sight: Sight) -> None:
         """Make the clip rows that come next in `seat` of `sight`. Makes the device wait for it, not the host."""
-        if sight.there is not None:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_event(sight.there)
-            sight.tokens.record_stream(now)
+        sight.there.hold(sight.tokens)
         self.clip[seat.number, : len(sight.tokens)] = sight.tokens
 
     def feed(self, seat: Seat, due: Due) -> None:
@@ -247,19 +240,9 @@ class Passes(Engine):
             self._pass(many, write)
         if not write:
             return None
-        if not self.fast:
-            return Written(self.newest.clone(), None)
-        ids = torch.empty(len(self.newest), dtype=torch.long, pin_memory=True)
+        ids = torch.empty(len(self.newest), dtype=torch.long, pin_memory=self.fast)
         ids.copy_(self.newest, non_blocking=True)
-        return Written(ids, self.mark())
-
-    def mark(self) -> torch.cuda.Event | None:
-        """When the device has done what it was given. None on a CPU, which has."""
-        if not self.fast:
-            return None
-        there = torch.cuda.Event()
-        there.record()
-        return there
+        return Written(ids, Mark(self.device))
 
     def _fill(self, many: int, asks: Sequence[Ask]) -> Tensor:
         """The numbers of a pass: for each row position (3), place in the pool (0: idle row), what it sees (4), id,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .feed import Feed
+from .mark import Mark
 from .passes import Passes
 from .variants import get_variant
 
@@ -67,7 +68,7 @@ class Perception:
         self.empty: collections.deque[int] = collections.deque()
         self.clips: collections.deque[tuple] = collections.deque()
         """Those that have arrived and were not begun."""
-        self.leaving: collections.deque[tuple[int, int, torch.cuda.Event | None]] = collections.deque()
+        self.leaving: collections.deque[tuple[int, int, Mark]] = collections.deque()
         """Those under way: session, carrier, and when it is full."""
 
     def serve(self) -> None:
@@ -108,8 +109,9 @@ class Perception:
         self.passes.feed(self.seat, Feed.prompt(variant, template, layout, window))
         self.sight = Feed(variant, template, layout, window)
         self.empty = collections.deque(range(len(self.carriers)))
-        there = self.carriers[0]
-        self.staged = None if there.device == self.model.device else self.passes.carrier(layout)
+        near = self.carriers[0].device == self.model.device
+        self.staged = None if near else self.passes.carrier(layout)
+        """Where a clip's keys and values are put together before they go to another device at once."""
 
     def _take_in(self, session: int, raw, last: bool, counts: list[int]) -> None:
         """Begin with a clip, and say so of those before it."""
@@ -123,13 +125,12 @@ class Perception:
         self.passes.copy_out(self.seat, due, self.carriers[carrier] if self.staged is None else self.staged)
         if self.staged is not None:
             self.carriers[carrier].copy_(self.staged, non_blocking=True)
-        self.leaving.append((session, carrier, self.passes.mark()))
+        self.leaving.append((session, carrier, Mark(self.model.device)))
         self._tell(1)
 
     def _tell(self, still: int) -> None:
         """That clips have gone over, once they have, but for those last begun."""
         while len(self.leaving) > still:
             session, carrier, there = self.leaving.popleft()
-            if there is not None:
-                there.synchronize()
+            there.wait()
             self.pipe.send(("whole", session, carrier))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .feed import Feed
+from .mark import Mark
 from .passes import AHEAD
 from .perception import perceive
 from .session import Session, Word
@@ -165,7 +166,7 @@ class PipelinedSession(Session):
         """Of each clip that was sent and has not come over, whether it is the last."""
         self.whole: collections.deque[bool] = collections.deque()
         """The same of each clip that has come over and that no slot has begun with."""
-        self.leaving: collections.deque[tuple[int, torch.cuda.Event | None]] = collections.deque()
+        self.leaving: collections.deque[tuple[int, Mark]] = collections.deque()
         """Carriers out of which keys and values are being laid into pages, and when that is done."""
         self.number = self.pair.open(
             self.passes.carrier(self.layout),
@@ -221,16 +222,15 @@ class PipelinedSession(Session):
         _, _, carrier = said
         last = self.sent.popleft()
         self.passes.copy_in(self.seat, self.sight.clip(last), self.pair.carriers[carrier])
-        self.leaving.append((carrier, self.passes.mark()))
+        self.leaving.append((carrier, Mark(self.model.device)))
         self.whole.append(last)
         return True
 
     def _give_back(self, wait: bool) -> None:
         """Carriers that are empty again."""
-        while self.leaving and (wait or (there := self.leaving[0][1]) is None or there.query()):
+        while self.leaving and (wait or self.leaving[0][1].passed):
             carrier, there = self.leaving.popleft()
-            if there is not None:
-                there.synchronize()
+            there.wait()
             self.pair.order("empty", self.number, carrier)
 
     def _advance(self) -> None:
@@ -247,8 +247,7 @@ class PipelinedSession(Session):
     def _let_go(self) -> None:
         super()._let_go()
         for _, there in self.leaving:
-            if there is not None:
-                there.synchronize()  # the next session's clips come over in the same
+            there.wait()  # the next session's clips come over in the same
         self.pair.finish(self.number)
 
 

@@ -3,10 +3,12 @@
 Knows nothing of how a session runs.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -63,16 +65,25 @@ class Record:
     """What the caller adds: "question", and under "video" the file that the clips are of."""
 
 
-def write_record(path: str | Path, record: Record) -> None:
-    """Whole or not at all."""
+@contextlib.contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Another path to write to, which takes the place of `path` at the end; nothing is left of it after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(beside, "w") as file:
-        json.dump({"form": FORM, **asdict(record)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_record(path: str | Path, record: Record) -> None:
+    """Whole or not at all."""
+    with whole(path) as beside:
+        beside.write_text(json.dumps({"form": FORM, **asdict(record)}, indent=1))
 
 
 def read_record(path: str | Path) -> Record:

@@ -7,7 +7,6 @@ Exit status 1 where a token differs that is not a near tie of two words.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from .modeling_qwen2_5_vl import load_model
 from .plan import Window
 from .positions import timeline_positions
 from .prompts import clip_pixels, load_processor
-from .record import Record, clip_hash, identity, read_record
+from .record import Record, clip_hash, identity, read_record, whole
 from .streaming import Streams, caption
 from .timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Schedule, make_timeline
 from .variants import get_variant
@@ -192,11 +191,8 @@ def video_clips(
 
 def write_clips(path: str | Path, frames: Sequence[Tensor]) -> None:
     """Keep the frames of clips, each (2, 3, H, W) uint8, for `read_clips`. Whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file({"frames": torch.cat([torch.empty(0, dtype=torch.uint8), *frames])}, beside)
-    os.replace(beside, path)
+    with whole(path) as beside:
+        save_file({"frames": torch.cat([torch.empty(0, dtype=torch.uint8), *frames])}, beside)
 
 
 def read_clips(path: str | Path) -> Tensor:

@@ -195,8 +195,8 @@ class Session:
             wanted = self.asked.clips if isinstance(self.asked, Schedule) else "at least 1"
             raise InputError(f"the source ended after {len(self.arrived)} clips, and {wanted} were to come")
         self.all_fed = True
-        if self.waiting:
-            self.waiting[-1] = (self.waiting[-1][0], True)
+        if newest := self.waiting or self.looked:
+            newest[-1] = (newest[-1][0], True)
         else:
             self.bare = True
 

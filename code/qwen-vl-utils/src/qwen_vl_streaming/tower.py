@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .mark import Mark
 from .timeline import Layout
 
 
@@ -17,11 +18,7 @@ class Sight:
 
     tokens: Tensor
     """(tokens of a clip, C)"""
-    there: torch.cuda.Event | None
-
-    @property
-    def ready(self) -> bool:
-        return self.there is None or self.there.query()
+    there: Mark
 
 
 class Tower:
@@ -71,10 +68,7 @@ class Tower:
                     some, waiting = waiting[:count], waiting[count:]
                     made = self._perceive(torch.stack([self._put(clips[i]) for i in some]), grid)
                     tokens |= dict(zip(some, made, strict=True))
-            there = None
-            if self.fast:
-                there = torch.cuda.Event()
-                there.record()
+            there = Mark(self.model.device)
         return [Sight(tokens[i], there) for i in range(len(clips))]
 
     def _perceive(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:

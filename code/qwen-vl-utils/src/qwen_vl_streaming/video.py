@@ -9,7 +9,7 @@ Times are in seconds from the video's first frame.
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +53,12 @@ class PixelBudget:
             )
 
     @classmethod
-    def trained(cls, config, **given: int | None) -> "PixelBudget":
-        """The one that a checkpoint was trained with, as its `config` says, or the published one; with what of the
-        fields is `given` and not None. Raises InputError."""
-        asked = {name: value for name, value in given.items() if value is not None}
-        return cls(**{**getattr(config, "pixel_budget", {}), **asked})
+    def trained(cls, config, asked=None) -> "PixelBudget":
+        """The one that a checkpoint was trained with, as its `config` says, or the published one; but what is not None
+        of the attributes of `asked` that bear the names of these fields. Raises InputError."""
+        given = {field.name: getattr(asked, field.name, None) for field in fields(cls)}
+        given = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**getattr(config, "pixel_budget", {}), **given})
 
     def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
         """(height, width) to which each of `frames` frames is resized; both are divisible by 28.
