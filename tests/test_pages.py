@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming.pages import PAGE, TEXT, Pages, View
+from qwen_vl_streaming.pages import PAGE, TEXT, Pages, View, _join_shares
 from qwen_vl_streaming.passes import Run
 
 SEED = time.time_ns() % 100_000
@@ -16,18 +16,19 @@ CONFIG = SimpleNamespace(num_key_value_heads=1, num_attention_heads=3, hidden_si
 def by_lists(view: View) -> torch.Tensor:
     """Which places of the pool each query sees, (n, Q, pool), by the pages that the block mask lists."""
     mask, groups = view.mask, view.groups
-    n, many = view.seen_visual.shape
+    (n, many), shares = view.seen_visual.shape, view.shares
     seen = torch.zeros(n, many * groups, view.pages.layers[0][0].shape[1], dtype=torch.bool)
     kinds = [(mask.kv_num_blocks, mask.kv_indices, False), (mask.full_kv_num_blocks, mask.full_kv_indices, True)]
     for counts, pages, whole in kinds:
         if counts is None:
             continue
-        for b, block in torch.cartesian_prod(torch.arange(n), torch.arange(counts.shape[2])).tolist():
+        for b, block in torch.cartesian_prod(torch.arange(n * shares), torch.arange(counts.shape[2])).tolist():
             rows = torch.arange(block * PAGE, min((block + 1) * PAGE, many * groups))
             for page in pages[b, 0, block, : counts[b, 0, block]].tolist():
                 keys = torch.arange(page * PAGE, (page + 1) * PAGE)
                 some = True if whole else mask.mask_mod(torch.tensor(b), 0, rows[:, None], keys)
-                seen[b, rows[:, None], keys] |= some
+                assert not seen[b // shares, rows[:, None], keys].any()  # in no other share
+                seen[b // shares, rows[:, None], keys] |= some
     return seen.view(n, many, groups, -1)
 
 
@@ -41,11 +42,12 @@ def by_dense_mask(view: View) -> torch.Tensor:
     return seen
 
 
+@pytest.mark.parametrize("shares", [1, 3])
 @pytest.mark.parametrize("windows", [False, True], ids=["all", "windows"])
 @pytest.mark.parametrize("many", [1, 7, 90])
-def test_the_pages_that_are_listed_hold_what_is_seen(many, windows):
+def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
     print("seed", SEED)
-    draw = random.Random(f"{SEED} {many} {windows}")
+    draw = random.Random(f"{SEED} {many} {windows} {shares}")
     for _ in range(4):
         seats = draw.randint(1, 4)
         sizes = [(draw.randint(1, 700), draw.randint(1, 500)) for _ in range(seats)]
@@ -79,7 +81,21 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows):
             [numbers(lambda v, t, run=run: draw.randint((v, t)[run][1], (v, t)[run][0])) for run in range(2)]
         )
         options = {"since": since if windows else None}
-        flex = View(pages, whose, None, *ends, groups=3, flex=True, **options)
+        flex = View(pages, whose, None, *ends, groups=3, flex=True, shares=shares, **options)
         dense = View(pages, whose, None, *ends, groups=3, flex=False, **options)
         listed = by_lists(flex)
         assert all(torch.equal(listed[:, :, group], by_dense_mask(dense)) for group in range(3))
+
+
+def test_shares_join_to_the_whole():
+    """Attention over each of several sets of keys, of which one is empty, against attention over all."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    query, keys, values = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40, 8)
+    share = torch.randint(0, 3, (40,))
+    scores = query @ keys.transpose(-1, -2)
+    parts = [scores.masked_fill(share != number, float("-inf")) for number in range(4)]  # no key is in the fourth
+    mixed = torch.stack([part.softmax(-1).nan_to_num() @ values for part in parts], 1).flatten(0, 1)
+    lse = torch.stack([part.logsumexp(-1) for part in parts], 1).flatten(0, 1)
+    assert torch.allclose(_join_shares(mixed, lse, 4), scores.softmax(-1) @ values, atol=1e-5)
+    assert not _join_shares(mixed, torch.full_like(lse, float("-inf")), 4).any()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 PAGE = 128
 """Tokens in a page: a block of FlexAttention."""
@@ -113,6 +113,9 @@ class View:
     """FlexAttention's kernel_options."""
     since: Tensor | None = None
     """(2, n, Q)"""
+    shares: int = 1
+    """FlexAttention takes the pages that a seat's queries see in so many shares at once, each of every so manieth page,
+    and joins what comes out: few queries alone do not keep a GPU busy."""
 
     def __post_init__(self):
         self.mask = self._block_mask() if self.flex else None
@@ -147,15 +150,18 @@ class View:
         """
         pages, seats, groups = self.pages, self.seats, self.groups
         rows = self.seen_visual.shape[1] * groups
-        counts = torch.zeros(2, len(seats), 1, -(-rows // PAGE), dtype=torch.int32, device=seats.device)
-        listed = counts.new_zeros(*counts.shape, pages.table.shape[1])
+        shape = 2, len(seats) * self.shares, 1, -(-rows // PAGE)
+        counts = torch.zeros(shape, dtype=torch.int32, device=seats.device)
+        listed = counts.new_zeros(*shape, -(-pages.table.shape[1] // self.shares))
         self.partly, self.wholly = (counts[0], listed[0]), (counts[1], listed[1])
         """How many pages the queries of a block see in part or all see whole, and which. With one query a seat all are
         looked at as partly seen: the kernel for few queries shares out only those among the GPU's processors."""
         self.one = self.seen_visual.shape[1] == 1
 
+        shares = self.shares
+
         def rule(b, h, row, key):
-            q, page = row // groups, key // PAGE
+            b, q, page = b // shares, row // groups, key // PAGE
             seen = self._sees(pages.first[page] + key % PAGE, lambda of: of[seats[b]] if of.dim() == 1 else of[b, q])
             return seen & (pages.owner[page] == seats[b])
 
@@ -198,8 +204,11 @@ class View:
             ((partly, self.partly),) if self.one else ((partly & ~wholly, self.partly), (wholly, self.wholly))
         ):
             order = which.logical_not().to(torch.int8).argsort(stable=True, dim=-1)
-            listed.copy_(table.gather(-1, order)[:, None])
-            counts.copy_(which.sum(-1)[:, None])
+            own = nn.functional.pad(table.gather(-1, order), (0, -table.shape[-1] % self.shares))
+            # (n, blocks, pages of a share, shares) to (n, shares, blocks, pages of a share)
+            listed.copy_(own.unflatten(-1, (-1, self.shares)).movedim(-1, 1).flatten(0, 1)[:, None])
+            share = torch.arange(self.shares, device=table.device)[:, None]
+            counts.copy_(((which.sum(-1)[:, None] - share + self.shares - 1) // self.shares).flatten(0, 1)[:, None])
 
     def _of_block(self, numbers: Tensor, blocks: int, fewest: bool) -> Tensor:
         """The least or the greatest of the `numbers` (n, Q) of a block's queries, (n, blocks)."""
@@ -226,12 +235,29 @@ class View:
         n, heads, many, size = query.shape
         folded = query.reshape(n, heads // self.groups, self.groups, many, size).transpose(2, 3).flatten(2, 3)
         flex = _flex_apart if self.apart else flex_attention
-        mixed = flex(folded, keys[None], values[None], block_mask=self.mask, scale=scale, kernel_options=self.options)
+        options = {"block_mask": self.mask, "scale": scale, "kernel_options": self.options}
+        if self.shares == 1:
+            mixed = flex(folded, keys[None], values[None], **options)
+        else:
+            shared = folded.repeat_interleave(self.shares, 0)
+            mixed, aux = flex(shared, keys[None], values[None], **options, return_aux=AuxRequest(lse=True))
+            mixed = _join_shares(mixed, aux.lse, self.shares)
         return mixed.view(n, heads // self.groups, many, self.groups, size).transpose(2, 3).reshape(query.shape)
+
+
+def _join_shares(mixed: Tensor, lse: Tensor, shares: int) -> Tensor:
+    """What attention makes of all keys, of what it made of each of `shares` shares (n x shares, …, D) and the logarithm
+    of the sum of their exponentials (n x shares, …), -inf where there is no key."""
+    mixed, lse = mixed.unflatten(0, (-1, shares)), lse.unflatten(0, (-1, shares))
+    weight = (lse - lse.amax(1, keepdim=True).clamp(min=torch.finfo(lse.dtype).min)).exp()
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(lse.dtype).tiny)
+    return (mixed.float() * weight[..., None]).sum(1).to(mixed.dtype)
 
 
 PIECES: dict = {"BLOCK_M": 32, "BLOCK_N": PAGE, "num_warps": 4, "num_stages": 3}
 """FlexAttention's kernel_options for pieces, measured on an H200: few rows, which blocks of 32 share out better."""
+SHARES = 4
+"""Of pieces, measured there too."""
 
 
 class Both:
@@ -249,6 +275,7 @@ class Both:
                 continue
             whose = torch.arange(seats, device=device) if not self.parts else torch.zeros_like(self.places[0, :n])
             numbers = torch.ones(4, n, many, dtype=torch.long, device=device)
+            few = many * groups < PAGE  # there FlexAttention shares out by itself
             self.parts.append(
                 View(
                     pages,
@@ -258,8 +285,9 @@ class Both:
                     numbers[1],
                     groups,
                     flex,
-                    options=PIECES if self.parts and many * groups >= PAGE else options,
+                    options=options if few else PIECES,
                     since=numbers[2:].zero_() if windows else None,
+                    shares=1 if few else SHARES,
                 )
             )
 
