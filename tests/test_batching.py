@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from qwen_vl_streaming.batching import Job, caption_all
+from qwen_vl_streaming.engine import first_greatest
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.layers import Joined
 from qwen_vl_streaming.pages import PAGE, Pages
@@ -115,3 +116,11 @@ def test_pages_are_taken_once_and_come_back():
     pages.give_back(0)
     pages.take(1, 1, 1)
     assert (pages.owner[1:] == 0).sum() == 0
+
+
+@pytest.mark.parametrize("vocabulary", [5, 64, 130, 1000])
+def test_of_equal_logits_the_first_is_chosen(vocabulary):
+    logits = torch.randint(-3, 3, (50, vocabulary)).float()
+    logits[0] = -torch.inf
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert first_greatest(logits).tolist() == expected

@@ -17,7 +17,7 @@ def by_lists(view: View) -> torch.Tensor:
     """Which places of the pool each query sees, (n, Q, pool), by the pages that the block mask lists."""
     mask, groups = view.mask, view.groups
     (n, many), shares = view.seen_visual.shape, view.shares
-    seen = torch.zeros(n, many * groups, view.pages.layers[0][0].shape[1], dtype=torch.bool)
+    seen = torch.zeros(n, many * groups, view.pages.store.shape[2], dtype=torch.bool)
     kinds = [(mask.kv_num_blocks, mask.kv_indices, False), (mask.full_kv_num_blocks, mask.full_kv_indices, True)]
     for counts, pages, whole in kinds:
         if counts is None:
@@ -34,7 +34,7 @@ def by_lists(view: View) -> torch.Tensor:
 
 def by_dense_mask(view: View) -> torch.Tensor:
     n, many = view.seen_visual.shape
-    seen = torch.zeros(n, many, view.pages.layers[0][0].shape[1], dtype=torch.bool)
+    seen = torch.zeros(n, many, view.pages.store.shape[2], dtype=torch.bool)
     for b, q in torch.cartesian_prod(torch.arange(n), torch.arange(many)).tolist():
         places = view.gathered[b][view.mask[b, 0, q]]
         assert len(places.unique()) == len(places)

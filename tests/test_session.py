@@ -158,7 +158,7 @@ def test_passes_serve_one_stream_after_another(model):
     first = open_case(model, case, "fused")
     written, passes = [play(first, case).caption()], first.passes
     first.close()
-    for tensor in (tensor for pair in passes.pages.layers for tensor in pair):
+    for tensor in passes.pages.store:
         tensor.normal_()
     passes.ids.fill_(3), passes.ended.fill_(True), passes.seen_ids.fill_(True)
     for way in WAYS:

@@ -1,4 +1,5 @@
-"""What a pass takes, kind by kind, on the device and with the host, and the kernels that a word is made of."""
+"""What a pass takes, kind by kind, on the device and with the host, and the kernels that those with a word are made
+of."""
 
 import contextlib
 import time
@@ -51,7 +52,7 @@ def each(bench: Bench, work: Callable[[], object]) -> float:
 def passes(bench: Bench, k: int, clips: int, words: int, chunks: list[str]) -> dict:
     """Milliseconds of each kind of pass at the end of a video of `clips` clips: replayed alone, and the whole of
     `Passes.run` with its numbers made by the host."""
-    floors, table = bench.floors(), []
+    floors, table, kernels = bench.floors(), [], {}
     print(
         f"\npasses at the end of {clips} clips of {TOKENS} visual tokens\n{'a clip rides':<14}{'rows':>6}{'word':>6}",
         end="",
@@ -79,7 +80,8 @@ def passes(bench: Bench, k: int, clips: int, words: int, chunks: list[str]) -> d
                     flush=True,
                 )
             if how == chunks[0]:
-                kernels = profile(bench, replay(made, 0, True, kept[0, True]))
+                for name, pieces in (("a word", 0), ("a clip and a word", 1)):
+                    kernels[name] = profile(bench, name, replay(made, pieces, True, kept[pieces, True]))
     return {"passes": table, "kernels": kernels}
 
 
@@ -95,8 +97,8 @@ def replay(made: Passes, pieces: int, write: bool, ask: Ask) -> Callable[[], obj
     return again if graph is None else graph.replay
 
 
-def profile(bench: Bench, work: Callable[[], object]) -> list[dict]:
-    """The kernels of `work`, the longest in all first."""
+def profile(bench: Bench, name: str, work: Callable[[], object]) -> list[dict]:
+    """The kernels of `work`, which is `name`, the longest in all first."""
     gpu = bench.device != "cpu"
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if gpu else activity.CPU]) as found:
@@ -109,7 +111,7 @@ def profile(bench: Bench, work: Callable[[], object]) -> list[dict]:
         if spent:
             rows.append({"name": event.key, "count": event.count / 10, "ms": spent / 1e4})
     rows.sort(key=lambda row: -row["ms"])
-    print(f"\na word alone: {sum(row['ms'] for row in rows):.3f} ms in {sum(row['count'] for row in rows):.0f} kernels")
+    print(f"\n{name} alone: {sum(row['ms'] for row in rows):.3f} ms in {sum(row['count'] for row in rows):.0f} kernels")
     print(f"{'ms':>8}{'count':>7}  kernel")
     for row in rows[:SHOWN]:
         print(f"{row['ms']:>8.3f}{row['count']:>7.0f}  {row['name'][:100]}", flush=True)

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers import ONE_ROW, Joined, compiled_for_one_row, run_layer
 from .pages import PAGE, Fresh, Pages, View
 from .plan import Plan
 from .prompts import Template
 from .timeline import CLIP, NOTHING, PROMPT, TAIL
+
+PARTS = 64
+"""In which the greatest of all logits is looked for."""
 
 
 @dataclass
@@ -285,7 +288,7 @@ class Engine:
         logits = self.model.lm_head(hidden).float()
         used = self.seen_ids[seats]
         weaker = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        token = torch.where(used, weaker, logits).argmax(-1)
+        token = first_greatest(torch.where(used, weaker, logits))
         self.ids[seats, next_row] = torch.where(writes, token, self.ids[seats, next_row])
         self.seen_ids[seats, token] = used.gather(1, token[:, None])[:, 0] | writes
         self.ended[seats] = self.ended[seats] | (writes & (token == self.end[seats]))
@@ -295,6 +298,14 @@ class Engine:
         rotary = self.language.rotary_emb(hidden, positions)
         if layer_of is self._layer_of_step and hidden.shape[:2] == (1, 1):
             layer_of = self._layer_of_one
-        for layer, (keys, values) in zip(self.layers, self.pages.layers, strict=True):
-            hidden = layer_of(layer, hidden, view, rotary, keys, values)
+        for layer, pool in zip(self.layers, self.pages.layers, strict=True):
+            hidden = layer_of(layer, hidden, view, rotary, pool)
         return self.language.norm(hidden)
+
+
+def first_greatest(logits: Tensor) -> Tensor:
+    """`logits.argmax(-1)` of (n, V), in parts: by itself it would be one block of a GPU's threads for each row."""
+    parts = nn.functional.pad(logits, (0, -logits.shape[1] % PARTS), value=-torch.inf).unflatten(1, (PARTS, -1))
+    greatest, index = parts.max(-1)
+    part = greatest.argmax(-1, keepdim=True)
+    return (part * parts.shape[2] + index.gather(1, part))[:, 0]

@@ -82,33 +82,44 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 
 
-def run_layer(joined: Joined, hidden: Tensor, view: View | Fresh, rotary, keys: Tensor, values: Tensor) -> Tensor:
-    """One layer over `hidden` (n, Q, C), with cosine and sine `rotary` of its positions and its pool of `keys` and
-    `values`; returns (n, Q, C)."""
-    return finish_layer(joined, *begin_layer(joined, hidden, view, rotary, keys, values))
+def run_layer(joined: Joined, hidden: Tensor, view: View | Fresh, rotary, pool: Tensor) -> Tensor:
+    """One layer over `hidden` (n, Q, C), with cosine and sine `rotary` of its positions and its `pool` of keys and
+    values; returns (n, Q, C)."""
+    return _down(joined, *_up(joined, hidden, _mix(joined, hidden, view, rotary, pool)))
 
 
-def begin_layer(joined: Joined, hidden: Tensor, view: View | Fresh, rotary, keys: Tensor, values: Tensor):
-    """All but the last product: what it is added to, (n, Q, C), and gate and up, (n, Q, 2 x channels)."""
-    linear, (heads, key_heads) = nn.functional.linear, joined.heads
+def _mix(joined: Joined, hidden: Tensor, view: View | Fresh, rotary, pool: Tensor) -> Tensor:
+    """What attention makes of `hidden`, (n, Q, heads x D)."""
+    heads, key_heads = joined.heads
     n, many, _ = hidden.shape
-    qkv = linear(rms_norm(hidden, joined.norm_in, joined.eps), joined.qkv) + joined.qkv_bias
+    qkv = nn.functional.linear(rms_norm(hidden, joined.norm_in, joined.eps), joined.qkv) + joined.qkv_bias
     qkv = qkv.view(n, many, -1, joined.size).transpose(1, 2)
-    query, key, value = qkv.split([heads, key_heads, key_heads], 1)
-    query, key = apply_rotary_pos_emb(query, key, *rotary)
-    mixed = view.attend(query, key, value, keys, values, joined.size**-0.5)
-    hidden = hidden + linear(mixed.transpose(1, 2).reshape(n, many, -1), joined.out)
-    return hidden, linear(rms_norm(hidden, joined.norm_mid, joined.eps), joined.gate_up)
+    query, fresh = qkv.split([heads, 2 * key_heads], 1)
+    query, turned = apply_rotary_pos_emb(query, fresh, *rotary)
+    is_key = torch.arange(2 * key_heads, device=qkv.device)[:, None, None] < key_heads
+    fresh = turned.where(is_key, fresh).unflatten(1, (2, key_heads))
+    mixed = view.attend(query, fresh, pool, joined.size**-0.5)
+    return mixed.transpose(1, 2).reshape(n, many, -1)
 
 
-def finish_layer(joined: Joined, hidden: Tensor, gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return hidden + nn.functional.linear(joined.act(gate) * up, joined.down)
+def _up(joined: Joined, hidden: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum after attention, (n, Q, C), and what enters the last product, (n, Q, channels)."""
+    hidden = hidden + nn.functional.linear(mixed, joined.out)
+    gate, up = nn.functional.linear(rms_norm(hidden, joined.norm_mid, joined.eps), joined.gate_up).chunk(2, -1)
+    return hidden, joined.act(gate) * up
+
+
+def _down(joined: Joined, hidden: Tensor, wide: Tensor) -> Tensor:
+    return hidden + nn.functional.linear(wide, joined.down)
 
 
 def compiled_for_one_row():
-    """`run_layer`, compiled for one row. There the compiler's own product reads weights faster than the library's, if
-    it may try how, but the last one would compute its long input anew for each number that comes out."""
-    begin = torch.compile(begin_layer, dynamic=False, options=ONE_ROW)
-    finish = torch.compile(finish_layer, dynamic=False)
-    return lambda joined, *rest: finish(joined, *begin(joined, *rest))
+    """`run_layer`, compiled for one row, in three. There the compiler's own product reads weights faster than the
+    library's, if it may try how; but it computes what enters a product anew for each number that comes out, which
+    attention and a long input are too much for."""
+    mix, up, down = (torch.compile(part, dynamic=False, options=ONE_ROW) for part in (_mix, _up, _down))
+
+    def layer(joined: Joined, hidden: Tensor, *rest) -> Tensor:
+        return down(joined, *up(joined, hidden, mix(joined, hidden, *rest)))
+
+    return layer

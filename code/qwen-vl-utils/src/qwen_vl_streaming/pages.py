@@ -31,8 +31,8 @@ class Pages:
         heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         shape = 2 * config.num_hidden_layers, heads, (pages + 1) * PAGE, size
         self.store = torch.zeros(shape, dtype=dtype, device=device)
-        self.layers = [*zip(self.store[0::2], self.store[1::2], strict=True)]
-        """Keys and values of each layer, (heads, pool, D). Not (1, heads, …): the compiler then copies the whole
+        self.layers = [*self.store.unflatten(0, (-1, 2))]
+        """Keys and values of each layer, (2, heads, pool, D). Not (…, 1, heads, …): the compiler then copies the whole
         pool to write one token."""
         self.table = torch.zeros(seats, width, dtype=torch.long, device=device)
         """The page of each logical page, (S, W)."""
@@ -170,7 +170,7 @@ class View:
             *((None, None) if self.one else self.wholly),
             BLOCK_SIZE=PAGE,
             mask_mod=rule,
-            seq_lengths=(rows, pages.layers[0][0].shape[1]),
+            seq_lengths=(rows, pages.store.shape[2]),
             compute_q_blocks=False,
         )
 
@@ -217,18 +217,16 @@ class View:
         rows = torch.cat([rows, last], 1).view(len(rows), blocks, PAGE)
         return rows.amin(-1) if fewest else rows.amax(-1)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """Store the new `key` and `value` (n, key heads, Q, D) in the pool of a layer, then let `query`, of the same
-        shape with all heads, see what it may."""
-        where = self.places.flatten()
-        keys[:, where] = key.transpose(0, 1).flatten(1, 2)
-        values[:, where] = value.transpose(0, 1).flatten(1, 2)
-        return self.mix(query, keys, values, scale)
+    def attend(self, query: Tensor, fresh: Tensor, pool: Tensor, scale: float) -> Tensor:
+        """Store the `fresh` keys and values (n, 2, key heads, Q, D) in the `pool` of a layer, then let `query` (n,
+        heads, Q, D) see what it may. Returns the shape of `query`."""
+        pool[:, :, self.places.flatten()] = fresh.movedim(0, 2).flatten(2, 3)
+        return self.mix(query, pool, scale)
 
-    def mix(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """What `query` (n, heads, Q, D) makes of the pool of a layer, of the same shape."""
+    def mix(self, query: Tensor, pool: Tensor, scale: float) -> Tensor:
+        """What `query` (n, heads, Q, D) makes of the `pool` of a layer, of the same shape."""
         if not self.flex:
-            mine = (pool[:, self.gathered].transpose(0, 1) for pool in (keys, values))
+            mine = pool[:, :, self.gathered].transpose(1, 2)
             return nn.functional.scaled_dot_product_attention(
                 query, *mine, attn_mask=self.mask, scale=scale, enable_gqa=True
             )
@@ -237,10 +235,10 @@ class View:
         flex = _flex_apart if self.apart else flex_attention
         options = {"block_mask": self.mask, "scale": scale, "kernel_options": self.options}
         if self.shares == 1:
-            mixed = flex(folded, keys[None], values[None], **options)
+            mixed = flex(folded, *pool[:, None], **options)
         else:
             shared = folded.repeat_interleave(self.shares, 0)
-            mixed, aux = flex(shared, keys[None], values[None], **options, return_aux=AuxRequest(lse=True))
+            mixed, aux = flex(shared, *pool[:, None], **options, return_aux=AuxRequest(lse=True))
             mixed = _join_shares(mixed, aux.lse, self.shares)
         return mixed.view(n, heads // self.groups, many, self.groups, size).transpose(2, 3).reshape(query.shape)
 
@@ -254,28 +252,34 @@ def _join_shares(mixed: Tensor, lse: Tensor, shares: int) -> Tensor:
     return (mixed.float() * weight[..., None]).sum(1).to(mixed.dtype)
 
 
-PIECES: dict = {"BLOCK_M": 32, "BLOCK_N": PAGE, "num_warps": 4, "num_stages": 3}
-"""FlexAttention's kernel_options for pieces, measured on an H200: few rows, which blocks of 32 share out better."""
-SHARES = 4
-"""Of pieces, measured there too."""
+PIECES: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+"""FlexAttention's kernel_options for pieces, measured on an H200."""
+MOST_SHARES = 8
+
+
+def shares_for(queries: int, device: torch.device) -> int:
+    """How many shares give each of a GPU's processors a block of `queries`, counted with the heads of all keys."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return min(max(processors // -(-queries // PIECES["BLOCK_M"]), 1), MOST_SHARES)
 
 
 class Both:
     """The view of a pass in which each of S seats has one row, and n pieces of Q rows each belong to some of them. All
-    rows lie end to end in one: the seats' own, then piece by piece."""
+    rows lie end to end in one: the seats' own, then piece by piece. With one seat and one piece, they are one part."""
 
     def __init__(self, pages: Pages, pieces: tuple[int, int], groups: int, flex: bool, options: dict, windows: bool):
         """`pieces` are n and Q; `options` are FlexAttention's kernel_options for the seats' own rows."""
-        seats = len(pages.table)
-        device = pages.table.device
+        seats, device = len(pages.table), pages.table.device
         self.places = torch.zeros(1, seats + pieces[0] * pieces[1], dtype=torch.long, device=device)
+        shapes = [(seats, 1), pieces] if pieces[0] else [(seats, 1)]
+        if seats == pieces[0] == 1:
+            shapes = [(1, 1 + pieces[1])]
         self.parts: list[View] = []
-        for n, many in ((seats, 1), pieces):
-            if not n:
-                continue
+        for n, many in shapes:
             whose = torch.arange(seats, device=device) if not self.parts else torch.zeros_like(self.places[0, :n])
             numbers = torch.ones(4, n, many, dtype=torch.long, device=device)
             few = many * groups < PAGE  # there FlexAttention shares out by itself
+            queries = n * many * groups * pages.store.shape[1]
             self.parts.append(
                 View(
                     pages,
@@ -287,7 +291,7 @@ class Both:
                     flex,
                     options=options if few else PIECES,
                     since=numbers[2:].zero_() if windows else None,
-                    shares=1 if few else SHARES,
+                    shares=1 if few else shares_for(queries, device),
                 )
             )
 
@@ -308,15 +312,14 @@ class Both:
             first += shape.numel()
             part.refresh()
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(self, query: Tensor, fresh: Tensor, pool: Tensor, scale: float) -> Tensor:
         """As `View.attend`, with one row of all."""
-        where = self.places.flatten()
-        keys[:, where], values[:, where] = key[0], value[0]
+        pool[:, :, self.places.flatten()] = fresh[0]
         mixed, first = [], 0
         for part in self.parts:
             n, many = part.seen_visual.shape
             own = query[0, :, first : first + n * many].unflatten(1, (n, many)).transpose(0, 1)
-            mixed.append(part.mix(own, keys, values, scale).transpose(0, 1).flatten(1, 2))
+            mixed.append(part.mix(own, pool, scale).transpose(0, 1).flatten(1, 2))
             first += n * many
         return torch.cat(mixed, 1)[None]
 
@@ -340,14 +343,13 @@ class Fresh:
     """For each seat what its text rows may see of its own rows, (text rows, rows of the seat)."""
 
     @torch.compiler.disable  # its loop would be compiled anew for each number of seats
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(self, query: Tensor, fresh: Tensor, pool: Tensor, scale: float) -> Tensor:
         """As `View.attend`, with n = 1."""
-        where = self.places.flatten()
-        keys[:, where], values[:, where] = key[0], value[0]
+        pool[:, :, self.places.flatten()] = fresh[0]
         lengths = [mask.shape[1] for mask in self.leads]
         options = {"scale": scale, "enable_gqa": True}
         mixed = query.new_empty(query.transpose(1, 2).shape)  # as the next product wants it
-        runs = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
+        runs = zip(*(tensor.split(lengths, 2) for tensor in (query, *fresh.unbind(1))), strict=True)
         for mask, own, run in zip(self.leads, mixed.split(lengths, 1), runs, strict=True):
             visual = mask.shape[1] - mask.shape[0]
             sight = (tensor[:, :, :visual] for tensor in run)
