@@ -83,6 +83,19 @@ def test_a_clip_rides_along(model, variant):
         assert session.counts[:2] == [0, 0]
 
 
+@pytest.mark.parametrize("way", ["serial", "fused"])
+def test_a_clip_that_came_late_enters_with_its_first_word(model, way, monkeypatch):
+    """A clip that comes when all is said costs the fused way no pass of its own."""
+    case = random_case(random.Random(3), VARIANTS["group"], "wait-3")
+    passes = []
+    with open_case(model, case, way, chunk=None, max_clips=6, max_new_tokens=40) as session:
+        monkeypatch.setattr(session.passes, "run", lambda asks, run=session.passes.run: passes.append(asks) or run(asks))
+        for clip in torch.randn(6, *case.pixels[0].shape):
+            session.feed(clip)
+            assert len(list(session.words())) == 3
+    assert len(passes) == 6 * (3 if way == "fused" else 4)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_rows_come_as_a_plan_has_them(variant, seed):

@@ -1,4 +1,4 @@
-"""A session on one device whose next clip is taken in by the passes that write the words before it."""
+"""A session on one device whose clips are taken in by passes that write words."""
 
 from torch import Tensor
 
@@ -10,7 +10,8 @@ LOOKS = 4
 
 
 class FusedSession(Session):
-    """The next clip rides in the passes that write the words before it. One clip ahead is as far as it pays."""
+    """The next clip rides in the passes that write the words before it or, where it comes too late for that, in the one
+    that writes the first word that sees it. One clip ahead is as far as it pays."""
 
     way = "fused"
     joins = True
@@ -33,18 +34,25 @@ class FusedSession(Session):
         return super()._clips_to_come() or self.riding is not None
 
     def _advance(self) -> None:
-        if self.riding is not None and not len(self.riding) and self._wants_clip():
+        self._board()
+        if self.riding is not None and len(self.lead) + len(self.riding) <= self.width and self._wants_clip():
             lead = self._begin_slot(self.riding_last)
-            self.lead = self.lead + lead[lead.rows.text]
+            # What has not been taken in by now enters with the first word that sees it.
+            self.lead = self.lead + self.riding + lead[lead.rows.text]
             self.riding = None
-        if self.riding is None and self.looked and (self.looked[0][0].there.passed or not self._may_speak()):
-            sight, self.riding_last = self.looked.popleft()
-            self.passes.show(self.seat, sight)
-            self.sight.stream.counts[:] = self.counts
-            riding = self.sight.clip(self.riding_last)
-            self.riding = riding[riding.rows.visual]
+            self._board()
         if self.riding is None:
             self._begin_tail()
+
+    def _board(self) -> None:
+        """The next clip rides, where all of the one before has entered. Words do not wait for the vision tower."""
+        if self.riding is None and self.looked and not self.lead.rows.visual.any():
+            if self.looked[0][0].there.passed or not self._may_speak():
+                sight, self.riding_last = self.looked.popleft()
+                self.passes.show(self.seat, sight)
+                self.sight.stream.counts[:] = self.counts
+                riding = self.sight.clip(self.riding_last)
+                self.riding = riding[riding.rows.visual]
 
     def _ride(self, room: int) -> Due:
         if self.riding is None or not len(self.riding):
