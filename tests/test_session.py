@@ -89,7 +89,8 @@ def test_a_clip_that_came_late_enters_with_its_first_word(model, way, monkeypatc
     case = random_case(random.Random(3), VARIANTS["group"], "wait-3")
     passes = []
     with open_case(model, case, way, chunk=None, max_clips=6, max_new_tokens=40) as session:
-        monkeypatch.setattr(session.passes, "run", lambda asks, run=session.passes.run: passes.append(asks) or run(asks))
+        run = session.passes.run
+        monkeypatch.setattr(session.passes, "run", lambda asks: passes.append(asks) or run(asks))
         for clip in torch.randn(6, *case.pixels[0].shape):
             session.feed(clip)
             assert len(list(session.words())) == 3

@@ -46,13 +46,14 @@ class FusedSession(Session):
 
     def _board(self) -> None:
         """The next clip rides, where all of the one before has entered. Words do not wait for the vision tower."""
-        if self.riding is None and self.looked and not self.lead.rows.visual.any():
-            if self.looked[0][0].there.passed or not self._may_speak():
-                sight, self.riding_last = self.looked.popleft()
-                self.passes.show(self.seat, sight)
-                self.sight.stream.counts[:] = self.counts
-                riding = self.sight.clip(self.riding_last)
-                self.riding = riding[riding.rows.visual]
+        if self.riding is not None or not self.looked or self.lead.rows.visual.any():
+            return
+        if self.looked[0][0].there.passed or not self._may_speak():
+            sight, self.riding_last = self.looked.popleft()
+            self.passes.show(self.seat, sight)
+            self.sight.stream.counts[:] = self.counts
+            riding = self.sight.clip(self.riding_last)
+            self.riding = riding[riding.rows.visual]
 
     def _ride(self, room: int) -> Due:
         if self.riding is None or not len(self.riding):
