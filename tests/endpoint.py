@@ -6,12 +6,14 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+CUT, STALL = "cut", "stall"
 GOOD = '{"score": 4, "why": "one slip"}'
 
 
 class Endpoint(ThreadingHTTPServer):
     """Answers what `plan` says for a caption: a list of (status, body, headers), the last of which it repeats; a body
-    that is no JSON object is the content of a chat completion; status 0 hangs up and -1 does not answer."""
+    that is no JSON object is the content of a chat completion; status 0 hangs up and -1 does not answer; CUT hangs up
+    and STALL goes silent in the middle of an answer."""
 
     daemon_threads = True
 
@@ -57,6 +59,8 @@ class Handler(BaseHTTPRequestHandler):
             server.closing.wait(10)
         with server.lock:
             server.at_once -= 1
+        broken = status if status in (CUT, STALL) else None
+        status = 200 if broken else status
         if status <= 0:
             self.close_connection = True
             return
@@ -66,6 +70,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in dict(*headers).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + (broken is not None)))
         self.end_headers()
         self.wfile.write(data)
+        if broken == STALL:
+            server.closing.wait(10)
+        self.close_connection |= broken is not None

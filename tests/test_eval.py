@@ -183,6 +183,9 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
     (bare / "config.json").write_text(json.dumps(config))
     (tmp_path / "wordless.jsonl").write_text(json.dumps({**rows[0], "human_caption": " ."}) + "\n")
     (tmp_path / "twice.jsonl").write_text(2 * (json.dumps(rows[0]) + "\n"))
+    (tmp_path / "none.jsonl").write_text(json.dumps({**rows[0], "human_caption": None}) + "\n")
+    (tmp_path / "nameless.jsonl").write_text(json.dumps({**rows[0], "video_id": ""}) + "\n")
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(rows[0], ensure_ascii=False).encode() + b"\xe9\n")
     for flags, reason in (
         (["--variant", "grup"], "unknown variant 'grup'"),
         (["--schedule", "wait-x"], "unknown schedule 'wait-x'"),
@@ -192,7 +195,14 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         (["--data", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl"),
         (["--data", str(tmp_path / "wordless.jsonl")], "caption without a word"),
         (["--data", str(tmp_path / "twice.jsonl")], "comes twice"),
+        (["--data", str(tmp_path / "none.jsonl")], "no text as its human_caption, but None"),
+        (["--data", str(tmp_path / "nameless.jsonl")], "'' as its video_id"),
+        (["--data", str(tmp_path / "latin.jsonl")], "cannot be read"),
+        (["--data", str(tmp_path)], "cannot be read"),
         (["--batch-size", "0"], "above 0"),
+        (["--repetition-penalty", "nan"], "above 0"),
+        (["--limit", "0"], "--limit 0: give at least 1"),
+        (["--limit", "-1"], "--limit -1"),
         (["--dtype", "int8"], "float32"),
         (["--schedule", "random-0"], "give wait-K, random, random-K"),
         (["--memory", "0"], "GiB above 0"),
@@ -230,8 +240,22 @@ def test_captions_made_elsewhere_are_scored(evaluate, tmp_path, capsys):
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluate("--score-only", str(captions))
     scores = json.loads((tmp_path / "mine.scores.json").read_text())
-    assert scores["count"] == 2 and 0 < scores["BLEU-1"] < 100
+    assert scores["count"] == 2 and scores["skipped"] == 0 and 0 < scores["BLEU-1"] < 100
     assert "METEOR" in capsys.readouterr().out
+    captions.write_text(captions.read_text()[:-10])
+    with pytest.raises(SystemExit):
+        evaluate("--score-only", str(captions))
+    assert "line 2: not JSON" in capsys.readouterr().err
+
+
+def test_scoring_again_is_what_the_report_reads(evaluate, tmp_path, monkeypatch):
+    """And it knows how many videos were left out."""
+    out = evaluate("--limit", "2")
+    (out / "group_skipped.jsonl").write_text('{"video_id": "x", "reason": "gone"}\n')
+    (out / "group_scores.json").unlink()
+    evaluate("--score-only", str(out / "group_infer.json"))
+    scores = json.loads((out / "group_scores.json").read_text())
+    assert scores["count"] == 2 and scores["skipped"] == 1 and not (out / "group_infer.scores.json").exists()
 
 
 @pytest.mark.parametrize("variant", ["group", "overlap", "interleave"])
@@ -246,8 +270,17 @@ def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeyp
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     count = sum(len(row["tokens"]) for row in rows)
     assert f"{count} of {count} tokens of 2 videos" in capsys.readouterr().out
-    rows[1]["tokens"][-1] = rows[1]["tokens"][-1] + 1
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(SystemExit) as ended:
-        verify.main()
-    assert ended.value.code == 1 and f"{count - 1} of {count} tokens" in capsys.readouterr().out
+    tokens, slots, schedule = (rows[1][name] for name in ("tokens", "slots", "schedule"))
+    cut = {"tokens": tokens[:-1], "slots": slots[:-1], "schedule": [*schedule[:-1], schedule[-1] - 1]}
+    for change, status, says in (
+        ({"tokens": [*tokens[:-1], tokens[-1] + 1]}, 1, f"{count - 1} of {count} tokens"),
+        ({"result": "quite something else"}, 1, "its caption is not the text of its tokens"),
+        (cut, 1, "it stops before its end"),
+        ({"slots": [1] * len(slots)}, 2, "other slots than its schedule says"),
+        ({"tokens": tokens[:-1]}, 2, "a slot for each token"),
+        ({"tokens": [*tokens[:-1], 10**6]}, 2, "does not know"),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], {**rows[1], **change}]))
+        with pytest.raises(SystemExit) as ended:
+            run(verify.main)
+        assert ended.value.code == status and says in "".join(capsys.readouterr()), change

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import judge as module
 import pytest
-from endpoint import GOOD, Endpoint
+from endpoint import CUT, GOOD, STALL, Endpoint
 from judge import Judge, Verdict, read_verdict
 from qwen_vl_streaming.errors import InputError
 from scoring import NotComputed
@@ -66,6 +66,7 @@ def test_what_is_sent_and_what_is_read(endpoint, tmp_path):
         ("", None),
         (None, None),
         (["parts"], None),
+        ('{"score":' + "[" * 200_000 + "}", None),
     ],
 )
 def test_answers_are_checked(content, score):
@@ -89,14 +90,16 @@ def test_trouble_that_passes_is_waited_out(endpoint, tmp_path):
         (408, b""),
         (0, b""),
         (-1, b""),
+        (CUT, GOOD),
+        (STALL, GOOD),
         (200, '{"score": 7, "why": "superb"}'),
         (200, "no JSON"),
         (200, {"choices": []}),
         (200, b"{"),
     ]
-    captions = [f"caption {number}" for number in range(20)]
+    captions = [f"caption {number}" for number in range(24)]
     for number, caption in enumerate(captions):
-        endpoint.plan[caption] = [*draw.sample(troubles[number % 10 :], 1), (200, GOOD)]
+        endpoint.plan[caption] = [*draw.sample(troubles[number % 12 :], 1), (200, GOOD)]
     verdicts = impatient(endpoint).judge(captions, tmp_path / "cache.jsonl")
     assert verdicts == dict.fromkeys(captions, Verdict(4, "one slip"))
     assert set(endpoint.counts().values()) == {2}

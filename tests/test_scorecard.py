@@ -12,7 +12,7 @@ from endpoint import Endpoint
 from lag import measure
 from qwen_vl_streaming.errors import run
 from qwen_vl_streaming.prompts import load_processor
-from results import FIELDS
+from results import FIELDS, sibling
 from scoring import METRICS, check_java, score
 from tiny_bleurt import tiny_bleurt
 
@@ -52,7 +52,7 @@ def score_only(monkeypatch):
         given = ["eval.sh", "--score-only", str(path), "--device", "cpu", *map(str, flags)]
         monkeypatch.setattr("sys.argv", given)
         run(evaluation.main)
-        return json.loads(path.with_suffix(".scores.json").read_text())
+        return json.loads(sibling(path, "scores.json").read_text())
 
     return call
 

@@ -23,14 +23,16 @@ from pathlib import Path
 
 import torch
 from crew import Crew, LostRun, Place
-from identity import NOT_COMPARED, keep_arguments, of_checkpoint, of_file
+from identity import NOT_COMPARED, find_model, keep_arguments, of_checkpoint, of_file
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.variants import get_variant
 from qwen_vl_streaming.video import PixelBudget, choose_reader
 from results import (
     CAPTION_FIELDS,
+    SKIPPED,
     bring_together,
+    count_left_out,
     load_all,
     load_finished,
     load_skipped,
@@ -58,9 +60,13 @@ SHOWN = 10
 def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
     """Rows of `task` to evaluate. Raises InputError, naming the line, for a bad one, one of another task, a wordless
     caption or a repeated id."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give a JSONL that mani_data.py has made") from None
     rows: list[dict] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -77,11 +83,6 @@ def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
     if not rows:
         raise InputError(f"{path} is empty: make it with `python mani_data.py`")
     return rows[:limit]
-
-
-def find_model(model: str) -> str:
-    """A checkpoint's folder, looked up here and in the project's root, or the hub id that it must else be."""
-    return next((str(path) for path in (Path(model), ROOT / model) if path.is_dir()), model)
 
 
 def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict]:
@@ -125,12 +126,12 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
         threads=None if processes == 1 or "OMP_NUM_THREADS" in os.environ else max(1, os.cpu_count() // processes),
     )
     facts = {
-        **settings.identity(budget),
         "variant": variant.name,
         "data": str(data),
         "data_sha256": of_file(data),
         "model": model,
         "model_sha256": of_checkpoint(model),
+        **settings.identity(budget),
         "schedule": schedules.name,
         **({"schedule_sha256": schedules.sha256} if schedules.sha256 else {}),
         "dtype": dtype,
@@ -164,16 +165,17 @@ def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None) -> No
         lost = caption_left(take(work, left, processes * settings.nodes), crew, len(ids))
         skipped = load_skipped(out)
         left_out = [skipped[video_id] for video_id in ids if video_id in skipped]
-        write_whole(sibling(out, "skipped.jsonl"), "".join(json.dumps(row) + "\n" for row in left_out).encode())
+        write_whole(sibling(out, SKIPPED), "".join(json.dumps(row) + "\n" for row in left_out).encode())
         rows = load_all(out, ids)
         bring_together(out, rows)
-    tell_left_out(left_out, sibling(out, "skipped.jsonl"))
+    tell_left_out(left_out, sibling(out, SKIPPED))
     missing = len(ids) - len(rows) - len(left_out)
     if missing:
         raise LostRun(f"{'; '.join(lost)}: {missing} of {len(ids)} videos are not captioned")
     for line in lost:
         logger.warning("%s, when its videos were finished", line)
-    print(f"captions: {out}")
+    if rows:
+        print(f"captions: {out}")
     score_rows(rows, out, sibling(out, "scores.json"), len(left_out), scoring)
 
 
@@ -280,9 +282,9 @@ def main() -> None:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # that the judge is asked again is no news
     if settings.score_only:
         path = find_path(settings.score_only, ROOT, "the result file")
-        rows = list(load_finished(path, CAPTION_FIELDS).values())
+        rows = list(load_finished(path, CAPTION_FIELDS, whole=True).values())
         check_captions(path, rows, get_task(settings.task))
-        score_rows(rows, path, path.with_suffix(".scores.json"), 0, prepare_scoring(settings))
+        score_rows(rows, path, sibling(path, "scores.json"), count_left_out(path), prepare_scoring(settings))
         return
     processes, gpus = count_processes(settings)
     alone = processes == settings.nodes == 1

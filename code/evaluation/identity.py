@@ -5,13 +5,16 @@ Knows nothing about rows and how they come to be.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from qwen_vl_streaming.errors import InputError
 from results import write_whole
+from settings import ROOT
 
+ARGUMENTS = {name: str for name in ("model", "data", "schedule", "variant")}
+"""What the arguments beside a result file name at least."""
 NOT_COMPARED = ("versions",)
 WITH_THE_WEIGHTS = ("config.json", "*processor*.json", "tokenizer*.json", "vocab.json", "merges.txt", "chat_template.*")
 SAMPLE = 4096  # bytes of each tensor
@@ -19,6 +22,34 @@ SAMPLE = 4096  # bytes of each tensor
 
 def arguments_path(out: Path) -> Path:
     return out.with_suffix(".args.json")
+
+
+def read_arguments(out: Path, fields: Mapping[str, type | tuple[type, ...]] = ARGUMENTS) -> dict:
+    """What lies beside the result file `out` and says how it was made, with at least `fields`. Raises InputError."""
+    path = arguments_path(out)
+    if not path.exists():
+        raise InputError(f"{path} is missing: it says how {out.name} was made; evaluate again with eval.sh")
+    found = read_object(path)
+    for name, kind in fields.items():
+        if not isinstance(found.get(name), kind):
+            raise InputError(f"{path} does not name the {name}: evaluate again with eval.sh")
+    return found
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file of eval.sh's. Raises InputError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): evaluate again with eval.sh") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}, not an object: evaluate again with eval.sh")
+    return found
+
+
+def find_model(model: str) -> str:
+    """A checkpoint's folder, looked up here and in the project's root, or the hub id that it must else be."""
+    return next((str(path) for path in (Path(model), ROOT / model) if path.is_dir()), model)
 
 
 def keep_arguments(out: Path, mine: dict, begun: bool) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -19,8 +20,10 @@ from threading import Thread
 import requests
 from qwen_vl_streaming.errors import InputError
 from requests.adapters import HTTPAdapter
+from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from scoring import NotComputed
 from tqdm import tqdm
+from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ TRIES = 3
 GIVE_UP = 10
 """Captions in a row without any answer from the endpoint, after which it is taken to be gone."""
 KEY = "OPENAI_API_KEY"
+BROKEN_OFF = requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError
+"""What happens to an answer after its head, where urllib3 does not try again."""
 
 
 class NoAnswer(Exception):
@@ -54,6 +59,10 @@ class NoAnswer(Exception):
     def __init__(self, reason: str, status: int | None = None):
         super().__init__(reason)
         self.status = status
+
+
+class BrokenOff(NoAnswer):
+    """An answer began and did not end."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +172,15 @@ class Judge:
 
     def _verdict(self, session: requests.Session, caption: str) -> Verdict:
         """Raises NoAnswer."""
-        for _ in range(TRIES):
+        for number in range(1, TRIES + 1):
             try:
                 return self._ask(session, caption)
             except ValueError as error:
                 reason = str(error)
+            except BrokenOff:
+                if number == TRIES:
+                    raise
+                time.sleep(self.backoff * 2**number)
         return Verdict(None, f"{TRIES} times {reason}")
 
     def _session(self, retries: int) -> requests.Session:
@@ -196,13 +209,15 @@ class Judge:
         try:
             response = session.post(f"{self.url}/chat/completions", json=request, timeout=(10, self.timeout))
         except (requests.RequestException, UnicodeError) as error:
-            cause = getattr(next(iter(error.args), None), "reason", None)  # without urllib3's words around it
-            raise NoAnswer(short(cause or error)) from error
+            inner = next(iter(error.args), None)
+            tried = isinstance(inner, MaxRetryError) or not isinstance(error, BROKEN_OFF)
+            cause = getattr(inner, "reason", None)  # without urllib3's words around it
+            raise (NoAnswer if tried else BrokenOff)(short(cause or error)) from error
         if response.status_code != 200:
             raise NoAnswer(f"HTTP status {response.status_code} ({said(response)})", response.status_code)
         try:
             content = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"it sent no chat completion but {response.text[:60]!r}") from error
         return read_verdict(content)
 
@@ -216,7 +231,7 @@ def read_verdict(content: object) -> Verdict:
     try:
         found = json.loads(text[text.index("{") : text.rindex("}") + 1])
         score, why = found["score"], found["why"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the answer is not the JSON that was asked for, but {str(content)[:60]!r}") from error
     if isinstance(score, bool) or score not in (1, 2, 3, 4, 5) or not isinstance(why, str):
         raise ValueError(f"the answer has a score of {str(score)[:20]!r}, not of 1 to 5, or no reason")
@@ -229,7 +244,7 @@ def said(response: requests.Response) -> str:
         body = response.json()
         found = body.get("error", body)
         message = found["message"] if isinstance(found, dict) else found
-    except (ValueError, LookupError, AttributeError):
+    except (ValueError, LookupError, AttributeError, RecursionError):
         message = response.text
     return short(message)
 

@@ -1,7 +1,6 @@
 """What a report is made from: result files, each with its arguments and scores, and how they differ from the paper's
 set-up. Knows nothing about tables, pictures and pages."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -12,14 +11,14 @@ from pathlib import Path
 
 import paper
 from huggingface_hub import try_to_load_from_cache
+from identity import read_arguments, read_object
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.variants import VARIANTS, Variant, get_variant
-from results import Row, load_finished, sibling
+from results import Row, check_row, load_finished, sibling
 from safetensors import SafetensorError, safe_open
 from settings import ROOT
 from tasks import TASKS
 
-ARGUMENTS = ("model", "data", "schedule", "variant")
 HIDDEN = ("BLEU-2", "BLEU-3")  # the paper's tables have no columns for them
 UNKNOWN = "size unknown"
 NOT_METRICS = ("count", "skipped")
@@ -120,16 +119,10 @@ def load_result(path: Path) -> Result:
     rows = load_finished(path)
     if not rows:
         raise InputError(f"{path} has no rows: give result files that eval.sh has written")
-    beside = path.with_suffix(".args.json")
-    if not beside.exists():
-        raise InputError(f"{beside} is missing: it says how {path.name} was made; evaluate again with eval.sh")
-    args = read_object(beside)
-    for name in ARGUMENTS:
-        if not isinstance(args.get(name), str):
-            raise InputError(f"{beside} does not name the {name}: evaluate again with eval.sh")
+    args = read_arguments(path)
     variant = get_variant(args["variant"])
     for video_id, row in rows.items():
-        check_row(f"{path}, video {video_id!r}", row, variant)
+        check_row(f"{path}, video {video_id!r}", row, variant.name)
     tasks = {task_of(row) for row in rows.values()}
     if len(tasks) > 1:
         raise InputError(f"{path} has rows of several tasks ({', '.join(sorted(tasks))}): give each its own file")
@@ -137,39 +130,13 @@ def load_result(path: Path) -> Result:
 
 
 def load_scores(path: Path) -> tuple[Path, dict]:
-    """Where the scores of a result file lie, which eval.sh puts elsewhere when it only scores, and what they are."""
-    usual, alone = sibling(path, "scores.json"), path.with_suffix(".scores.json")
-    found = alone if alone.exists() and not usual.exists() else usual
+    """Where the scores of a result file lie, and what they are."""
+    found = sibling(path, "scores.json")
     scores = read_object(found) if found.exists() else {}
-    for name in ("not_computed", "tasks", "judge"):
+    for name in ("not_computed", "tasks", "judge", "lag"):
         if not isinstance(scores.get(name, {}), dict):
             raise InputError(f"{found} holds no object as {name}: score again with eval.sh --score-only")
     return found, scores
-
-
-def read_object(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): evaluate again with eval.sh") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__}, not an object: evaluate again with eval.sh")
-    return found
-
-
-def check_row(where: str, row: Row, variant: Variant) -> None:
-    """Raise InputError where a row contradicts its variant or itself."""
-    tokens, slots, clips = row["tokens"], row["slots"], row["clips"]
-    numbers = all(isinstance(number, int) for number in (*tokens, *slots))
-    if row["variant"] != variant.name:
-        fault = f"is of {row['variant']}, but the arguments beside the file say {variant.name}"
-    elif not numbers or len(tokens) != len(slots):
-        fault = "does not have a slot for each token"
-    elif clips < 1 or slots != sorted(slots) or (slots and not 1 <= slots[0] <= slots[-1] <= clips):
-        fault = f"has slots that do not run from 1 to its {clips} clips"
-    else:
-        return
-    raise InputError(f"{where}: {fault}: evaluate again with eval.sh")
 
 
 def task_of(row: Row) -> str:
@@ -269,4 +236,8 @@ def differences_of(result: Result, size: str) -> list[str]:
         found.append(f"the mean is not over all sub-tasks: there are no rows of {', '.join(missing)}")
     if result.scores.get("skipped"):
         found.append(f"{result.scores['skipped']} videos were left out, as they could not be used")
+    if unjudged := result.scores.get("judge", {}).get("not_judged"):
+        found.append(f"Fluency is without {unjudged} captions, which the judge gave no grade")
+    if wordless := result.scores.get("lag", {}).get("without_words"):
+        found.append(f"AL and LAAL are without {wordless} captions that have no word")
     return found

@@ -35,19 +35,39 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 CAPTION_FIELDS = {name: FIELDS[name] for name in ("video_id", "annotation", "result")}
 """What a file of captions made elsewhere must have to be scored."""
+SKIPPED = "skipped.jsonl"
 SKIPPED_FIELDS = {"video_id": str, "reason": str}
 """What is written down of a video that was left out."""
 
 
-def load_finished(path: Path, fields: Mapping[str, type | tuple[type, ...]] = FIELDS) -> dict[str, Row]:
+def load_finished(
+    path: Path, fields: Mapping[str, type | tuple[type, ...]] = FIELDS, whole: bool = False
+) -> dict[str, Row]:
     """The rows of the file at `path`, by video_id and in the file's order; none where there is no file.
 
     `fields` are the names and types that each row must have; others are kept as they are. An incomplete last line,
-    left by a killed run, is dropped with a warning.
+    left by a killed run, is dropped with a warning, or refused where the file must be `whole`.
 
     Raises InputError for any other line that is no such row, for an id that comes twice, and for an unreadable file.
     """
-    return _read(Path(path), fields)[0]
+    return _read(Path(path), fields, whole)[0]
+
+
+def check_row(where: str, row: Row, variant: str) -> None:
+    """Raise InputError, naming `where` the row is, where it contradicts its `variant` or itself."""
+    tokens, slots, schedule = row["tokens"], row["slots"], row["schedule"]
+    numbers = all(isinstance(number, int) and number >= 0 for number in (*tokens, *slots, *schedule))
+    if row["variant"] != variant:
+        fault = f"is of {row['variant']}, but the arguments beside the file say {variant}"
+    elif not numbers or len(schedule) != row["clips"] or not schedule:
+        fault = f"does not have a number of tokens for each of its {row['clips']} clips"
+    elif slots != [slot for slot, count in enumerate(schedule, 1) for _ in range(count)]:
+        fault = "has other slots than its schedule says"
+    elif len(tokens) != len(slots):
+        fault = "does not have a slot for each token"
+    else:
+        return
+    raise InputError(f"{where}: {fault}: evaluate again with eval.sh")
 
 
 class Appender:
@@ -108,6 +128,11 @@ def sibling(path: Path, what: str) -> Path:
     if path.stem.endswith("_infer"):
         return path.with_name(f"{path.stem.removesuffix('_infer')}_{what}")
     return path.with_suffix(f".{what}")
+
+
+def count_left_out(path: Path) -> int:
+    """Videos of which the file beside the result file at `path` says that they were left out."""
+    return len(load_finished(sibling(path, SKIPPED), SKIPPED_FIELDS))
 
 
 def load_skipped(path: Path) -> dict[str, Row]:
@@ -181,6 +206,14 @@ def _load(paths: Iterable[Path], fields: Mapping[str, type | tuple[type, ...]]) 
     return rows
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError where `write_whole` could not make this file."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "it is a folder" if path.is_dir() else f"{folder} is not to be written to"
+        raise InputError(f"{path} cannot be written ({what}): move it away, or give another place")
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` beside `path`, bring it to the disk, then rename: a killed run leaves the old file or the new."""
     path = Path(path)
@@ -198,7 +231,7 @@ def _line(row: Row) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
-def _read(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> tuple[dict[str, Row], int]:
+def _read(path: Path, fields: Mapping[str, type | tuple[type, ...]], whole: bool = False) -> tuple[dict[str, Row], int]:
     """The rows, and how many bytes at the file's start hold them; what follows is an incomplete line."""
     try:
         data = path.read_bytes()
@@ -216,7 +249,7 @@ def _read(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> tuple[di
         try:
             row = json.loads(line)
         except ValueError as error:
-            if number == len(lines):
+            if number == len(lines) and not whole:
                 log.warning("%s, line %d: dropped, incomplete: the run that wrote it was killed", path, number)
                 return rows, len(data) - len(line)
             raise InputError(f"{path}, line {number}: not JSON ({error}): mend or delete this line") from None

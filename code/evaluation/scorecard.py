@@ -16,10 +16,11 @@ from statistics import fmean
 import lag
 import torch
 from bleurt import bleurt, find_checkpoint
+from identity import arguments_path, find_model, read_arguments
 from judge import KEY, Judge
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.prompts import load_processor
-from results import Row, sibling, write_whole
+from results import Row, check_writable, sibling, write_whole
 from scoring import NotComputed, check_java, check_pairs, score, write_scores
 from settings import Settings
 from tasks import get_task, score_by_task, table
@@ -63,6 +64,8 @@ def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scori
     `skipped` videos of the data have no row. What could not be computed is absent, with its reason in `not_computed`.
     """
     check_pairs(*pairs(rows))
+    for path in (where, *(sibling(captions, what) for what in (PER_VIDEO, ANSWERS))):
+        check_writable(path)
     videos = {row["video_id"]: {"video_id": row["video_id"]} for row in rows}
     details, reasons = measure_videos(rows, list(videos.values()), captions, scoring)
     write_whole(sibling(captions, PER_VIDEO), "".join(json.dumps(video) + "\n" for video in videos.values()).encode())
@@ -152,10 +155,9 @@ def find_decoder(captions: Path) -> Callable[[list[int]], str]:
 
     Raises ValueError with the reason where there is none.
     """
-    beside = captions.with_suffix(".args.json")
-    if not beside.exists():
+    if not (beside := arguments_path(captions)).exists():
         raise ValueError(f"there is no {beside.name} to name the model that {captions.name} was written by")
-    tokenizer = load_processor(json.loads(beside.read_text())["model"]).tokenizer
+    tokenizer = load_processor(find_model(read_arguments(captions, {"model": str})["model"])).tokenizer
     return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -96,9 +97,11 @@ class Settings:
     """Further fields of each request to the judge, a JSON object."""
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.max_new_tokens < 1 or self.repetition_penalty <= 0:
+        if self.batch_size < 1 or self.max_new_tokens < 1 or not 0 < self.repetition_penalty < math.inf:
             raise InputError("--batch-size, --max-new-tokens and --repetition-penalty must be above 0")
-        if self.memory is not None and self.memory <= 0:
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"--limit {self.limit}: give at least 1 video, or leave it out for all")
+        if self.memory is not None and not 0 < self.memory < math.inf:
             raise InputError(f"--memory {self.memory}: give GiB above 0, or leave it out")
         if min(self.processes, self.workers or 0) < 0 or not 0 <= self.node_rank < self.nodes:
             raise InputError(

@@ -48,7 +48,12 @@ def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
     Raises KeyError or TypeError where `data` is no data row, and InputError, with what is wrong and the mend but not
     the row's place, where it is none of `task`, or a reference has no word.
     """
-    video_id, video_path, caption = (str(data[key]) for key in ("video_id", "video_path", "human_caption"))
+    video_id, video_path, caption = (data[key] for key in ("video_id", "video_path", "human_caption"))
+    if isinstance(video_id, bool) or not isinstance(video_id, str | int) or video_id == "":
+        raise InputError(f"has {video_id!r} as its video_id: mend or delete this line")
+    for name, text in (("video_path", video_path), ("human_caption", caption)):
+        if not isinstance(text, str):
+            raise InputError(f"has no text as its {name}, but {text!r:.60}: mend or delete this line")
     check_subtask(data, task)
     question = data.get("question")
     if task.subtasks and not (isinstance(question, str) and question.strip()):
@@ -61,7 +66,7 @@ def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
     if not all(any(map(str.isalnum, text)) for text in references):
         raise InputError("has a caption without a word: mend or delete this line")
     return {
-        "video_id": video_id,
+        "video_id": str(video_id),
         "video_path": video_path,
         "question": question,
         "task": data["task"] if task.subtasks else task.name,

@@ -4,7 +4,8 @@
 
 Settings come from the .args.json beside the file. Positions and mask come from `explain`, logits from transformers' own
 Qwen2.5-VL: nothing of the streaming code is used. A token counts as right where it is the arg-max after the repetition
-penalty; ties within 1e-4 count too. Exit status 1 where a token is not.
+penalty; ties within 1e-4 count too. A caption has to be the text of its tokens, to be of its video's length, and to go
+on to its end. Exit status 1 where anything is not as it should be.
 """
 
 import argparse
@@ -13,18 +14,29 @@ import os
 import sys
 
 import torch
+from identity import ARGUMENTS, find_model, read_arguments
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.explain import as_dict
 from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.timeline import Timeline, make_timeline
 from qwen_vl_streaming.variants import get_variant
 from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
-from results import load_finished
+from results import check_row, load_finished
 from settings import ROOT
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
 
 TIE = 1e-4
+FIELDS = {
+    **ARGUMENTS,
+    "video_root": str,
+    "min_pixels_per_frame": int,
+    "max_pixels_per_frame": int,
+    "max_pixels_per_video": int,
+    "repetition_penalty": (int, float),
+    "max_new_tokens": int,
+}
+"""What has to be known of how a file was made."""
 
 
 def stock_logits(model, timeline: Timeline, template: Template, tokens: list[int], pixels, grid) -> torch.Tensor:
@@ -66,6 +78,21 @@ def wrong_tokens(
     return wrong
 
 
+def faults_of(row: dict, tokenizer, end: int, clips: int, most: int) -> list[str]:
+    """What else of a row is not as it should be, for a video of `clips` clips, an answer that the id `end` ends and at
+    `most` so many tokens."""
+    tokens, found = row["tokens"], []
+    if tokenizer.decode(tokens, skip_special_tokens=True).strip() != row["result"].strip():
+        found.append("its caption is not the text of its tokens")
+    if row["clips"] != clips:
+        found.append(f"it is of {row['clips']} clips, but its video of {clips}")
+    if end in tokens[:-1] or len(tokens) > most:
+        found.append("it goes on after its end")
+    elif len(tokens) < most and tokens[-1:] != [end]:
+        found.append("it stops before its end")
+    return found
+
+
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="<variant>_infer.json")
@@ -73,27 +100,38 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     path = find_path(arguments.file, ROOT, "the result file")
-    beside = path.with_suffix(".args.json")
-    if not beside.exists():
-        raise InputError(f"{beside} is missing: it says how {path.name} was made; evaluate again with eval.sh")
-    made = json.loads(beside.read_text())
-    rows = list(load_finished(path).values())[: arguments.limit]
-    data = find_path(made["data"], ROOT, "the evaluation data").read_text(encoding="utf-8").split("\n")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise InputError(f"--limit {arguments.limit}: give at least 1 row, or leave it out for all")
+    made = read_arguments(path, FIELDS)
+    rows = list(load_finished(path, whole=True).values())[: arguments.limit]
+    for row in rows:
+        check_row(f"{path}, video {row['video_id']!r}", row, made["variant"])
+    data = find_path(made["data"], ROOT, "the evaluation data").read_text(encoding="utf-8-sig").split("\n")
     asked = {str(row["video_id"]): row for row in map(json.loads, filter(str.strip, data))}
     if gone := [row["video_id"] for row in rows if row["video_id"] not in asked]:
         raise InputError(f"{made['data']} has no row for video {gone[0]}: it is not what {path.name} was made from")
     root = find_path(made["video_root"], ROOT, "the video root") if made["video_root"] else ROOT
     budget = PixelBudget(made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"])
 
-    processor, variant = load_processor(made["model"]), get_variant(made["variant"])
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(made["model"], dtype=torch.float32)
+    checkpoint, variant = find_model(made["model"]), get_variant(made["variant"])
+    processor = load_processor(checkpoint)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     model.to(arguments.device).eval()
-    right = total = 0
+    vocabulary = model.config.text_config.vocab_size
+    if alien := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
+        raise InputError(f"{path}, video {alien[0]!r}: has a token that {checkpoint} does not know: evaluate again")
+    right = total = faulty = 0
     for row in tqdm(rows, unit="video", desc="re-deriving"):
         source = asked[row["video_id"]]
         template = make_template(processor, source.get("question") or QUESTIONS[-1])
         video = read_video(root / source["video_path"], budget=budget, reader=choose_reader(os.environ))
         pixels, grid = clip_pixels(processor, video.frames)
+        faults = faults_of(row, processor.tokenizer, template.end, len(pixels), made["max_new_tokens"])
+        for fault in faults:
+            print(f"video {row['video_id']}: {fault}")
+        faulty += bool(faults)
+        if len(pixels) != row["clips"] or not row["tokens"]:
+            continue
         steps = model.config.vision_config.tokens_per_second * video.seconds_per_clip
         timeline = make_timeline(variant, template.layout(grid, steps), row["schedule"])
         with torch.no_grad():
@@ -103,7 +141,9 @@ def main() -> None:
             print(f"video {row['video_id']}, token {j}: {margin:.2g} below the arg-max")
         right, total = right + len(row["tokens"]) - len(wrong), total + len(row["tokens"])
     print(f"{right} of {total} tokens of {len(rows)} videos are the arg-max of the stock model, {variant.name}")
-    sys.exit(0 if right == total else 1)
+    if faulty:
+        print(f"{faulty} of {len(rows)} captions are not what their tokens and videos say")
+    sys.exit(0 if right == total and not faulty else 1)
 
 
 if __name__ == "__main__":

@@ -37,4 +37,6 @@ def find_path(path: str | Path, root: Path, what: str) -> Path:
     for candidate in (Path(path), root / path):
         if candidate.exists():
             return candidate
-    raise InputError(f"{what} {str(path)!r} is neither in {Path.cwd()} nor in {root}: check the path")
+    here = [str(folder) for folder in dict.fromkeys((Path.cwd(), root.absolute()))]
+    where = "not there" if Path(path).is_absolute() else f"n{'either' if here[1:] else 'ot'} in {' nor in '.join(here)}"
+    raise InputError(f"{what} {str(path)!r} is {where}: check the path")
