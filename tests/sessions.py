@@ -114,6 +114,10 @@ def check(model, case: Case, session: Session) -> None:
         left -= count
 
 
+def no_memory():
+    raise torch.OutOfMemoryError("no memory left")
+
+
 def no_model():
     """What a pair that finds no model is started with."""
     raise InputError("no Qwen2.5-VL could be loaded from 'nowhere'")

@@ -86,10 +86,25 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
         let_in(crowd, case, "pipelined", **options)
     with pytest.raises(InputError, match=r"one session needs .* GiB"):
         Crowd(model, 3, case.layout, memory=each, **options)
+    with pytest.raises(InputError, match=r"a penalty of 3\.0 in passes that were made with 1\.15"):
+        let_in(crowd, case, "fused", **options, penalty=3.0)
     with pytest.raises(InputError, match="a clip of 25 visual tokens is more than the 6"):
         crowd.open(case.variant, case.template, case.template.layout((5, 5), 2.0), **options)
     crowd.close()
     assert third.closed and second.closed
+
+
+def test_a_crowd_s_penalty_is_its_sessions(model, tmp_path):
+    case = random_case(random.Random(3), VARIANTS["group"], "wait-2")
+    options = {"max_clips": len(case.pixels), "max_new_tokens": case.most}
+    with Crowd(model, 2, case.layout, penalty=3.0, **options) as crowd:
+        session = crowd.open(case.variant, case.template, case.layout, schedule="wait-2", record=tmp_path / "r.json")
+        for number, clip in enumerate(case.pixels, 1):
+            session.feed(clip, last=number == len(case.pixels))
+        while not crowd.idle:
+            crowd.step()
+    record = read_record(tmp_path / "r.json")
+    assert record.penalty == 3 and replay(record, model, list(case.pixels)) == []
 
 
 def test_what_one_is_shown_reaches_no_other(model):

@@ -17,7 +17,7 @@ from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.session import open_session
 from qwen_vl_streaming.timeline import Schedule
 from qwen_vl_streaming.variants import VARIANTS
-from sessions import MANY, PARALLEL, SECONDS, check, no_model, play, random_case
+from sessions import MANY, PARALLEL, SECONDS, check, no_memory, no_model, play, random_case
 from tiny import tiny_model
 
 SEED = time.time_ns() % 100_000
@@ -123,8 +123,11 @@ def test_perception_places_clips_by_what_was_written(model, pair, schedule, monk
 
 def test_a_pair_serves_one_session_at_a_time(model, pair):
     case = random_case(random.Random(2), PARALLEL[0])
+    with open_case(model, case, pair) as session:
+        passes = session.passes
     with open_case(model, case, pair), pytest.raises(InputError, match="another session"):
-        open_case(model, case, pair)
+        open_case(model, case, pair, passes=passes)
+    assert passes.empty == [0]  # its seat is free again
     with open_case(model, case, pair) as session:
         check(model, case, play(session, case))
 
@@ -160,6 +163,26 @@ def test_a_lost_process_ends_the_session_with_its_record(model, pair, fate, tmp_
         open_case(model, case, pair)
 
 
+def test_a_session_is_closed_though_perception_hangs(model, pair, tmp_path):
+    """At once: who stops it waits for nothing."""
+    case = random_case(random.Random(7), PARALLEL[0], "wait-2")
+    case.layout, case.pixels, case.steps = case.template.layout((3, 3), 2.0), torch.randn(2, 36, 1176), [0, 0]
+    session = open_case(model, case, pair, max_clips=5, max_new_tokens=10, record=tmp_path / "r.json")
+    os.kill(pair.process.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    session.feed(case.pixels[0])
+    assert session.step() is None
+    with pytest.raises(KeyboardInterrupt), session.whatever_happens():
+        raise KeyboardInterrupt
+    assert time.monotonic() - begin < 5 < pair.patience
+    assert read_record(tmp_path / "r.json").end == "cancelled"
+    os.kill(pair.process.pid, signal.SIGCONT)
+    with open_case(model, case, pair) as session:
+        check(model, case, play(session, case))
+
+
 def test_a_model_that_cannot_be_loaded_is_refused():
     with pytest.raises(InputError, match="could be loaded from 'nowhere'"):
         Pair(no_model)
+    with pytest.raises(PerceptionLost, match=r"could not load its model \(no memory left\)"):
+        Pair(no_memory)

@@ -2,6 +2,8 @@
 
 import json
 import random
+import resource
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -64,6 +66,35 @@ def test_a_session_that_was_broken_off_can_be_replayed(model, variant, tmp_path)
         assert replay(read_record(path), model, list(case.pixels)) == []
 
 
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_the_full_pass_goes_in_pieces(model, variant, tmp_path, monkeypatch):
+    """And gives the logits of one that does not."""
+    print("seed", SEED)
+    case = random_case(random.Random(f"{SEED} {variant.name}"), variant)
+    for window in (None, (1, 3)):
+        options = {**case.options, "record": tmp_path / "r.json", "window": window, "max_new_tokens": 12}
+        with open_session(model, variant, case.template, case.layout, **options) as session:
+            play(session, case)
+        record = read_record(tmp_path / "r.json")
+        visual = model.perceive(case.pixels[: len(record.counts)], case.layout.grid)
+        whole = list(program._full_pass(record, model, visual, record.counts))
+        with monkeypatch.context() as patch:
+            patch.setattr(program, "ROWS", 5)
+            pieces = list(program._full_pass(record, model, visual, record.counts))
+        assert [index for index, _ in pieces] == [index for index, _ in whole] == list(range(len(record.tokens)))
+        for (_, one), (_, other) in zip(pieces, whole, strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_slots_of_another_length_than_the_schedule_says_are_refused(model, tmp_path):
+    case = random_case(random.Random(3), VARIANTS["group"], "wait-2")
+    case.pixels, case.steps = torch.randn(3, *case.pixels.shape[1:]), [0, 0, 0]
+    record = recorded(model, case, "serial", tmp_path / "r.json")
+    moved = [record.counts[0] + 1, record.counts[1] - 1, *record.counts[2:]]
+    with pytest.raises(InputError, match="3 words in slot 1, of which wait-2 has 2"):
+        replay(replace(record, counts=moved), model, list(case.pixels))
+
+
 def test_another_token_is_found_with_its_margin(model, tmp_path):
     case = random_case(random.Random(3), VARIANTS["group"], "wait-1")
     record = recorded(model, case, "fused", tmp_path / "r.json")
@@ -116,11 +147,41 @@ def test_a_broken_record_is_refused(model, tmp_path):
         (json.dumps({k: v for k, v in good.items() if k != "counts"}), "counts"),
         (json.dumps({**good, "tokens": good["tokens"][:-1]}), "contradicts itself"),
         (json.dumps({**good, "layout": {}}), "no template and layout"),
+        *(
+            (json.dumps({**good, name: value(good[name])}), f"contradicts itself: {match}")
+            for name, value, match in (
+                ("slots", lambda slots: slots[::-1], ".* other slots"),
+                ("times", lambda times: [0.0] * len(times), "tokens whose times run backwards"),
+                ("visible", lambda visible: visible[:-1], r"\d+ slots"),
+                ("hashes", lambda hashes: hashes[:-1], r"\d+ of \d+ clips"),
+                ("tokens", lambda tokens: [-1, *tokens[1:]], "tokens, slots or counts"),
+                ("tokens", lambda tokens: ["a", *tokens[1:]], "tokens, slots or counts"),
+                ("tokens", lambda tokens: [good["template"]["end"], *tokens[1:]], "its end is 'max_new_tokens'"),
+                ("end", lambda _: "ended", "its end is 'ended'"),
+                ("max_new_tokens", lambda most: most + 1, r"\d+ tokens of at most"),
+                ("window", lambda _: [3], "a window of"),
+                ("about", lambda _: None, "no model, penalty or source"),
+                ("counts", lambda _: None, "values of other types"),
+            )
+        ),
     ):
         path.write_text(bad)
         with pytest.raises(InputError, match=match) as error:
             read_record(path)
         assert str(path) in str(error.value)
+
+
+def test_what_finds_no_room_is_one_line_and_leaves_nothing(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(InputError, match=r"k\.st cannot be written"):
+            program.write_clips(tmp_path / "k.st", [torch.zeros(2, 3, 28, 28, dtype=torch.uint8)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
@@ -164,6 +225,7 @@ def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
         ((path, "--model", tmp_path / "none"), "none"),
         ((tmp_path / "none.json", "--model", folder), "none.json cannot be read"),
         ((path,), "--model"),
+        ((path, "--model", folder, "--tie", "nan"), "--tie nan"),
     ):
         code, _, err = command(*arguments)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and match in err, err

@@ -19,7 +19,7 @@ from .mark import Mark
 from .pages import Pages
 from .plan import make_plan
 from .prompts import Template
-from .streaming import Caption
+from .streaming import PENALTY, Caption
 from .timeline import Layout, Schedule
 from .variants import Variant
 
@@ -128,7 +128,7 @@ def caption_all(
     *,
     batch_size: int,
     memory: int | None = None,
-    penalty: float = 1.15,
+    penalty: float = PENALTY,
     max_new_tokens: int = 300,
 ) -> Iterator[tuple[Job, Caption]]:
     """Yield each job with its caption, in order of completion.

@@ -15,6 +15,7 @@ from .passes import Passes
 from .plan import Window
 from .prompts import Template
 from .session import Session, Word, open_session
+from .streaming import PENALTY
 from .timeline import Layout
 from .variants import Variant
 
@@ -37,7 +38,7 @@ class Crowd:
         max_new_tokens: int = 300,
         window: tuple[int, int] | None = None,
         pieces: Sequence[int] = PIECES,
-        penalty: float = 1.15,
+        penalty: float = PENALTY,
     ):
         """At most `seats` sessions at once, of which none has larger clips than `layout`, more of them than
         `max_clips`, more words than `max_new_tokens` or a larger `window`. Their keys and values take at most `memory`

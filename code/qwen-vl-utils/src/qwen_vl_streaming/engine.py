@@ -19,6 +19,7 @@ from .layers import ONE_ROW, Joined, compiled_for_one_row, run_layer
 from .pages import PAGE, Fresh, Pages, View
 from .plan import Plan
 from .prompts import Template
+from .streaming import PENALTY
 from .timeline import CLIP, NOTHING, PROMPT, TAIL
 
 PARTS = 64
@@ -67,7 +68,7 @@ class Engine:
     options: ClassVar[dict] = {"num_warps": 4, "num_stages": 3}
     """FlexAttention's kernel_options in a step, measured on an H200: by default its loads are not overlapped."""
 
-    def __init__(self, model, seats: int, pages: Pages, longest: int, penalty: float = 1.15):
+    def __init__(self, model, seats: int, pages: Pages, longest: int, penalty: float = PENALTY):
         """`longest` is T; `penalty` as in `streaming.Streams`."""
         language = model.model.language_model
         self.model, self.language, self.pages, self.penalty = model, language, pages, penalty

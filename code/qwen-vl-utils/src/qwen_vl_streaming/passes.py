@@ -21,6 +21,7 @@ from .mark import Mark
 from .pages import PAGE, TEXT, Both, Pages
 from .plan import Window
 from .prompts import Template
+from .streaming import PENALTY
 from .timeline import CLIP, Layout
 from .tower import Sight, Tower
 
@@ -107,7 +108,7 @@ class Passes(Engine):
         width: int,
         pieces: Sequence[int] = (0, 1),
         windows: bool = False,
-        penalty: float = 1.15,
+        penalty: float = PENALTY,
     ):
         """`pages` in all, of which a seat has at most `columns`, and `longest` text tokens in sight; `clip` is the most
         visual tokens of a clip, `width` is W, and `pieces` are the numbers of pieces that passes come with. `windows`:

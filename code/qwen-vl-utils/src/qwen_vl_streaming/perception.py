@@ -46,15 +46,20 @@ def perceive(pipe: Connection, load: Callable) -> None:
     except InputError as error:
         pipe.send(("refused", str(error)))
         return
+    except BaseException as error:
+        pipe.send(("fault", f"could not load its model ({_line(error)})"))
+        return
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)
     pipe.send(("loaded",))
     try:
         Perception(model, orders, closed, pipe).serve()
     except BaseException as error:
-        lines = str(error).splitlines()
-        pipe.send(("fault", f"failed ({lines[0] if lines else type(error).__name__})"))
-        raise
+        pipe.send(("fault", f"failed ({_line(error)})"))
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 class Perception:

@@ -12,6 +12,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
@@ -30,6 +31,8 @@ LOADING = 900
 """Seconds that a model may take to load."""
 CARRIERS = 3
 """Clips that may have come over and not be laid into pages yet."""
+GLANCE = 0.2
+"""Seconds that a step waits for a clip, so that whoever calls it may stop meanwhile."""
 
 
 class PerceptionLost(RuntimeError):
@@ -47,8 +50,11 @@ class Pair:
         self.why_lost: str | None = None
         self.carriers: list[Tensor] = []
         self.pipe, theirs = context.Pipe()
+        self.closing: int | None = None
+        """A session that is over, of which the other process has not said so yet."""
         self.process = context.Process(target=perceive, args=(theirs, load), daemon=True)
-        self.process.start()
+        with _deaf():
+            self.process.start()
         theirs.close()
         self.orders: queue.Queue = queue.Queue()
         threading.Thread(target=self._send_orders, daemon=True).start()
@@ -107,6 +113,11 @@ class Pair:
             raise InputError(self.why_lost or str(self._lost()))
         if self.current is not None:
             raise InputError("another session runs on this pair: close it first")
+        while self.closing is not None:
+            if (said := self.hear(self.patience)) is None:
+                raise self.silent()
+            if said == ("closed", self.closing):
+                self.closing = None
         if not self.carriers or _kind(self.carriers[0]) != _kind(carrier):
             self.carriers = [torch.empty_like(carrier) for _ in range(CARRIERS)]
             self.order("carriers", None, self.carriers)
@@ -116,17 +127,13 @@ class Pair:
         return self.current
 
     def finish(self, session: int) -> None:
-        """End `session`: what is still on its way is never seen. Says nothing where all is lost."""
-        if session != self.current:
-            return
-        self.current = None
-        try:
-            self.order("close", session)
-            while (said := self.hear(self.patience)) != ("closed", session):
-                if said is None:
-                    raise self.silent()
-        except PerceptionLost:
-            return
+        """End `session`: what is still on its way is never seen. Says nothing where all is lost, and waits for
+        nothing."""
+        if session == self.current:
+            self.current = None
+            with contextlib.suppress(PerceptionLost):
+                self.order("close", session)
+                self.closing = session
 
     def close(self) -> None:
         """Stop the other process."""
@@ -168,6 +175,8 @@ class PipelinedSession(Session):
         """The same of each clip that has come over and that no slot has begun with."""
         self.leaving: collections.deque[tuple[int, Mark]] = collections.deque()
         """Carriers out of which keys and values are being laid into pages, and when that is done."""
+        self.heard = 0.0
+        """When a clip last came over, or was the first to be sent, by the monotonic clock."""
         self.number = self.pair.open(
             self.passes.carrier(self.layout),
             self.variant.name,
@@ -187,7 +196,8 @@ class PipelinedSession(Session):
         word = super().step()
         if word is None and not self.closed and not self.coming and not self._may_speak() and self.sent:
             with self.whatever_happens():
-                if not self.whole and not self._receive(self.pair.patience):
+                silent = not self.whole and not self._receive(GLANCE)
+                if silent and time.monotonic() - self.heard > self.pair.patience:
                     raise self.pair.silent()
         return word
 
@@ -210,6 +220,8 @@ class PipelinedSession(Session):
                 slots = len(self.counts) + ahead
                 counts = [0 if self.greedy else self._quota(slot + 1) for slot in range(slots)]
             clip, last = self.waiting.popleft()
+            if not self.sent:
+                self.heard = time.monotonic()
             self.sent.append(last)
             raw = clip.to(self.model.dtype).cpu().contiguous().view(torch.uint8).numpy()
             self.pair.order("clip", self.number, raw, last, counts)
@@ -219,6 +231,7 @@ class PipelinedSession(Session):
         self._give_back(wait=seconds > 0)
         if (said := self.pair.hear(seconds)) is None:
             return False
+        self.heard = time.monotonic()
         _, _, carrier = said
         last = self.sent.popleft()
         self.passes.copy_in(self.seat, self.sight.clip(last), self.pair.carriers[carrier])
@@ -249,6 +262,19 @@ class PipelinedSession(Session):
         for _, there in self.leaving:
             there.wait()  # the next session's clips come over in the same
         self.pair.finish(self.number)
+
+
+@contextlib.contextmanager
+def _deaf():
+    """What is started meanwhile is deaf to Ctrl-C, which goes to a terminal's whole group, from its first moment."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _kind(tensor: Tensor) -> tuple:

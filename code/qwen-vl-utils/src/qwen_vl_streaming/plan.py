@@ -90,12 +90,12 @@ class Window:
         visual = layout.prompt + (watched - self.clips) * layout.tokens_per_clip
         return torch.stack([visual.clamp(min=layout.prompt), (seen_text - self.words).clamp(min=layout.header)])
 
-    def mask(self, layout: Layout, text: Tensor, clips: int | None) -> Tensor:
-        """Which of L tokens in feed order, of which `text` (L,) flags the text side, each has in sight: (L, L). Says
-        nothing of what is not allowed."""
+    def mask(self, layout: Layout, text: Tensor, clips: int | None, query: slice = slice(None)) -> Tensor:
+        """Which of L tokens in feed order, of which `text` (L,) flags the text side, each of `query` has in sight:
+        (Q, L). Says nothing of what is not allowed."""
         runs = (~text).cumsum(0), text.cumsum(0)
         since_visual, since_text = self.since(layout, *runs, clips)
         visual, words = runs[0] - 1, runs[1] - 1
-        near_visual = (visual >= since_visual[:, None]) | (visual < layout.prompt)
-        near_text = (words >= since_text[:, None]) | (words < layout.header)
+        near_visual = (visual >= since_visual[query, None]) | (visual < layout.prompt)
+        near_text = (words >= since_text[query, None]) | (words < layout.header)
         return near_text.where(text, near_visual)

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import InputError
@@ -67,17 +68,21 @@ class Record:
 
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """Another path to write to, which takes the place of `path` at the end; nothing is left of it after an error."""
+    """Another path to write to, which takes the place of `path` at the end; nothing is left of it after an error.
+    Raises InputError where it cannot be written, for want of space for instance."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be written ({error}): make room, or give another place") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def write_record(path: str | Path, record: Record) -> None:
@@ -104,10 +109,41 @@ def read_record(path: str | Path) -> Record:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"record {path} has no template and layout of a session ({error})") from error
     record = Record(template=template, layout=layout, **data)
-    written = len(record.tokens)
-    if not written == len(record.slots) == len(record.times) == sum(record.counts):
-        raise InputError(f"record {path} contradicts itself: {written} tokens in slots of {record.counts}")
+    try:
+        fault = _fault(record)
+    except (TypeError, ValueError) as error:
+        fault = f"values of other types than a session's ({error})"
+    if fault:
+        raise InputError(f"record {path} contradicts itself: {fault}")
     return record
+
+
+def _fault(record: Record) -> str | None:
+    """How a record contradicts itself. Raises TypeError or ValueError where its values are of other types."""
+    tokens, counts, times = record.tokens, record.counts, record.times
+    if any(type(number) is not int or number < 0 for number in (*tokens, *counts, *record.slots)):
+        return "tokens, slots or counts that are no numbers from 0 on"
+    if record.slots != [slot for slot, count in enumerate(counts, 1) for _ in range(count)]:
+        return f"{len(tokens)} tokens in slots of {counts}, but other slots for them"
+    if not len(tokens) == len(record.slots) == len(times):
+        return f"{len(tokens)} tokens in slots of {counts}, at {len(times)} times"
+    if not len(record.visible) == len(counts) <= len(record.arrived) + record.bare:
+        return f"{len(counts)} slots, of which {len(record.visible)} began, for {len(record.arrived)} clips"
+    if record.hashes and len(record.hashes) != len(record.arrived):
+        return f"{len(record.hashes)} of {len(record.arrived)} clips"
+    for name, order in (("clips", record.arrived), ("slots", record.visible), ("tokens", times)):
+        if order != sorted(order) or (order and order[0] < record.opened):
+            return f"{name} whose times run backwards"
+    if record.template.end in tokens[:-1] or (record.end == "ended" and tokens[-1:] != [record.template.end]):
+        return f"its end is {record.end!r}, and its tokens end otherwise"
+    if len(tokens) > record.max_new_tokens or (record.end == "max_new_tokens" and len(tokens) < record.max_new_tokens):
+        return f"{len(tokens)} tokens of at most {record.max_new_tokens}, and its end is {record.end!r}"
+    window = record.window
+    if window is not None and (len(window) != 2 or any(type(size) is not int or size < 1 for size in window)):
+        return f"a window of {window}"
+    if not (isinstance(record.about, dict) and isinstance(record.model, dict) and float(record.penalty) > 0):
+        return "no model, penalty or source"
+    return None
 
 
 def versions() -> dict[str, str]:

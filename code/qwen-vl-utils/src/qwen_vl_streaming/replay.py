@@ -3,12 +3,14 @@
     python -m qwen_vl_streaming.replay RECORD --model MODEL [--video FILE | --clips FILE] [--dtype float32]
 
 Neither uses pages or passes: `streaming.py` and `model.forward`, over the stock layers, say what should have come out.
-Exit status 1 where a token differs that is not a near tie of two words.
+Exit status 1 where a token differs that is not a near tie of two words. That the times and figures of a record are true
+is not shown by this, only that it does not contradict itself.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import DynamicCache
 
 from .attention import dense_mask
 from .errors import InputError, OneLineParser, run
@@ -25,14 +28,17 @@ from .plan import Window
 from .positions import timeline_positions
 from .prompts import clip_pixels, load_processor
 from .record import Record, clip_hash, identity, read_record, whole
+from .session import GREEDY
 from .streaming import Streams, caption
-from .timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Schedule, make_timeline
+from .timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Schedule, make_schedule, make_timeline
 from .variants import get_variant
 from .video import PixelBudget, read_video
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MOST_ROWS = 20_000
-"""Of a full pass with a dense mask: its logic takes memory by the square."""
+ROWS = 2048
+"""Of a full pass, at a time."""
+MOST_ROWS = 200_000
+"""Of a full pass in all, whose keys and values are held."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,9 @@ def replay(record: Record, model, clips: Sequence[Tensor]) -> list[Difference]:
     check_clips(record, clips)
     if not record.tokens:
         return []
+    if max(record.tokens) >= model.config.text_config.vocab_size:
+        raise InputError(f"the record has token {max(record.tokens)}, which {mine['path']!r} does not know")
+    check_schedule(record)
     seen = clips[: len(record.counts)]
     with torch.no_grad():
         tokens = [
@@ -82,26 +91,18 @@ def replay(record: Record, model, clips: Sequence[Tensor]) -> list[Difference]:
     if not record.complete:
         tokens, counts = [*tokens, torch.zeros_like(tokens[0])], [*counts, 0]
     visual = torch.stack(tokens)
-    logits = _full_pass(record, model, visual, counts)
-    best = logits.argmax(-1).tolist()
-
-    def difference(how: str, index: int, replayed: int) -> Difference:
-        recorded = record.tokens[index]
-        margin = float(logits[index, replayed] - logits[index, recorded])
-        return Difference(how, index, record.slots[index], recorded, replayed, margin)
-
-    found = []
     serial = _serially(record, model, visual, counts)
-    for index, token in enumerate(serial):
-        if token != record.tokens[index]:
-            found.append(difference("serial", index, token))
-            break
-    else:
-        if len(serial) < len(record.tokens):
-            raise ValueError(f"the serial run ends after {len(serial)} tokens of {len(record.tokens)}")
-    return found + [
-        difference("full pass", index, token) for index, token in enumerate(best) if token != record.tokens[index]
-    ]
+    apart = next((i for i, token in enumerate(serial) if token != record.tokens[i]), None)
+    if apart is None and len(serial) < len(record.tokens):
+        raise ValueError(f"the serial run ends after {len(serial)} tokens of {len(record.tokens)}")
+    found = []
+    for index, logits in _full_pass(record, model, visual, counts):
+        recorded, best = record.tokens[index], int(logits.argmax())
+        for how, token in (("serial", serial[index] if index == apart else recorded), ("full pass", best)):
+            if token != recorded:
+                margin = float(logits[token] - logits[recorded])
+                found.append(Difference(how, index, record.slots[index], recorded, token, margin))
+    return found
 
 
 def check_clips(record: Record, clips: Sequence[Tensor]) -> None:
@@ -111,6 +112,22 @@ def check_clips(record: Record, clips: Sequence[Tensor]) -> None:
     for number, (clip, known) in enumerate(zip(clips, record.hashes, strict=False), 1):
         if clip_hash(clip) != known:
             raise InputError(f"clip {number} is not the one that was recorded: give the same video, read the same way")
+
+
+def check_schedule(record: Record) -> None:
+    """Raises InputError where slots are not as long as the recorded schedule says. What the last one may write depends
+    on more than that, and `greedy` says nothing."""
+    variant, slots = get_variant(record.variant), len(record.counts)
+    if record.schedule == GREEDY:
+        return
+    asked = record.schedule
+    schedule = make_schedule(asked, variant, slots + 1) if isinstance(asked, str) else Schedule(tuple(asked))
+    quotas = schedule.quotas if variant.streams else (0,) * slots
+    for slot, (count, quota) in enumerate(zip(record.counts[:-1], quotas, strict=False), 1):
+        if count != quota:
+            raise InputError(
+                f"the record contradicts itself: {count} words in slot {slot}, of which {asked} has {quota}"
+            )
 
 
 def _window(record: Record) -> Window | None:
@@ -126,11 +143,12 @@ def _serially(record: Record, model, visual: Tensor, counts: Sequence[int]) -> l
 
 
 @torch.no_grad()
-def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> Tensor:
-    """Logits (A, V) after the penalty that one pass over all gives for each recorded token."""
+def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """For each recorded token its index and the logits (V,), after the penalty, that one pass over all gives for it.
+    The pass goes ROWS rows at a time: its mask would else take memory by the square."""
     template = record.template
     timeline = make_timeline(get_variant(record.variant), record.layout, counts, record.bare)
-    rows = timeline.rows
+    rows, window, cache, device = timeline.rows, _window(record), DynamicCache(), model.device
     if len(rows) > MOST_ROWS:
         raise InputError(f"a full pass over {len(rows)} tokens is more than {MOST_ROWS}: replay a shorter session")
     ids = torch.full((len(rows),), template.video)
@@ -141,26 +159,32 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
         (ANSWER, record.tokens),
     ):
         ids[rows.part == part] = torch.tensor(source)[rows.index[rows.part == part]]
+    positions, clip = timeline_positions(timeline)[:, None], rows.part[None] == CLIP
     predicts = timeline.produces != NOTHING
-    device = model.device
-    mask = dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel)
-    if (window := _window(record)) is not None:
-        mask &= window.mask(record.layout, rows.text, timeline.clips)
-    logits = model(
-        input_ids=ids[None].to(device),
-        position_ids=timeline_positions(timeline)[:, None].to(device),
-        attention_mask=mask.to(device),
-        visual_tokens=visual.flatten(0, 1),
-        visual_rows=(rows.part[None] == CLIP).to(device),
-        score=predicts[None].to(device),
-    ).logits.float()
-    logits = logits[timeline.produces[predicts].argsort().to(device)]
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    seen[:, [*template.prompt, template.video, *template.tail, *template.header]] = True
-    for index, token in enumerate(record.tokens[:-1], 1):
-        seen[index:, token] = True
-    weaker = torch.where(logits < 0, logits * record.penalty, logits / record.penalty)
-    return torch.where(seen, weaker, logits)
+    seen = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool, device=device)
+    seen[[*template.prompt, template.video, *template.tail, *template.header]] = True
+    visual_tokens = iter(visual.flatten(0, 1).split([int(part.sum()) for part in clip[0].split(ROWS)]))
+    for first in range(0, len(rows), ROWS):
+        end = min(first + ROWS, len(rows))
+        own = slice(first, end)
+        flags = rows.visual[None, :end], rows.text[None, :end]
+        mask = dense_mask(*flags, timeline.variant.parallel, torch.arange(first, end)[None])
+        if window is not None:
+            mask &= window.mask(record.layout, rows.text, timeline.clips, own)[:, :end]
+        scored = model(
+            input_ids=ids[None, own].to(device),
+            position_ids=positions[..., own].to(device),
+            attention_mask=mask.to(device),
+            visual_tokens=next(visual_tokens),
+            visual_rows=clip[:, own].to(device),
+            past_key_values=cache,
+            score=predicts[None, own].to(device),
+        ).logits.float()
+        for index, logits in zip(timeline.produces[own][predicts[own]].tolist(), scored, strict=True):
+            if index:
+                seen[record.tokens[index - 1]] = True
+            weaker = torch.where(logits < 0, logits * record.penalty, logits / record.penalty)
+            yield index, torch.where(seen, weaker, logits)
 
 
 def video_clips(
@@ -218,9 +242,11 @@ def main() -> None:
         "--tie",
         type=float,
         default=0.0,
-        help="differences up to this margin are ties: shown, and no failure (default: 0, none is)",
+        help="differences below this margin are ties: shown, and no failure (default: 0, none is)",
     )
     arguments = parser.parse_args()
+    if not 0 <= arguments.tie < math.inf:
+        raise InputError(f"--tie {arguments.tie}: give a margin of at least 0")
     sys.exit(_main(arguments))
 
 
@@ -235,7 +261,7 @@ def _main(arguments: argparse.Namespace) -> int:
     differences = replay(record, model, clips)
     for difference in differences:
         print(difference)
-    beyond = sum(difference.margin > arguments.tie for difference in differences)
+    beyond = sum(abs(difference.margin) >= arguments.tie for difference in differences)
     same = f"{len(differences)} differences, {beyond} of them no ties" if differences else "all the same"
     recorded = f"{record.variant}, {record.way}, recorded in {record.model['dtype']}"
     print(f"{len(record.tokens)} tokens, {recorded}, replayed in {dtype}: {same}")

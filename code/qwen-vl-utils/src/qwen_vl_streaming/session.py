@@ -23,7 +23,7 @@ from .passes import Ask, Passes, Written
 from .plan import Window
 from .prompts import Template
 from .record import Record, clip_hash, identity, versions, write_record
-from .streaming import Caption
+from .streaming import PENALTY, Caption
 from .timeline import Layout, Schedule, make_schedule
 from .tower import Sight
 from .variants import Variant
@@ -64,7 +64,7 @@ class Session:
         layout: Layout,
         *,
         schedule: str | Schedule = "wait-3",
-        penalty: float = 1.15,
+        penalty: float | None = None,
         max_new_tokens: int = 300,
         max_clips: int = 60,
         window: tuple[int, int] | None = None,
@@ -79,8 +79,9 @@ class Session:
         `max_new_tokens` size the memory; a `window` (clips, words) instead keeps only the newest in sight, of a stream
         that may have any number of clips. `chunk` visual tokens at most ride in a pass, by default a whole clip.
         `ahead` passes may be under way when a word is waited for, by default 1 on a GPU. `passes` are those of a
-        session that is over, or of several. `record` names a file for the record, to which `about` (what was asked,
-        where the clips come from) is added. Raises InputError for what cannot be.
+        session that is over, or of several, and it has their `penalty`, else by default PENALTY. `record` names a file
+        for the record, to which `about` (what was asked, where the clips come from) is added. Raises InputError for
+        what cannot be.
         """
         if self.way != "serial" and not variant.parallel:
             raise InputError(
@@ -101,14 +102,17 @@ class Session:
             self.schedule = schedule
         else:
             self.schedule = make_schedule("wait-1" if self.greedy else schedule, variant, max_clips + 1)
-        self.chunk, self.penalty = chunk, penalty
+        self.chunk = chunk
         self.ahead = ahead if ahead is not None else int(model.device.type == "cuda")
         if passes is None:
-            passes = Passes.single(model, layout, max_clips, max_new_tokens, chunk, penalty, self.window)
+            given = PENALTY if penalty is None else penalty
+            passes = Passes.single(model, layout, max_clips, max_new_tokens, chunk, given, self.window)
             passes.warm_up()
             if self.way != "pipelined":
                 passes.tower.record(layout.grid)
-        self.passes = passes
+        if penalty not in (None, passes.penalty):
+            raise InputError(f"a penalty of {penalty} in passes that were made with {passes.penalty}: leave it out")
+        self.passes, self.penalty = passes, passes.penalty
         self.width = min(chunk or passes.width, passes.width)
         self.seat = passes.take(template, layout, max_clips, max_new_tokens, self.window)
         self.text = Feed(variant, template, layout, self.window)
@@ -135,7 +139,11 @@ class Session:
             (layout.tokens_per_clip, passes.clip.shape[2]),
         )
         self.prompt = Feed.prompt(variant, template, layout, self.window)
-        self._open()
+        try:
+            self._open()
+        except BaseException:
+            passes.release(self.seat)
+            raise
 
     # What a caller sees
 
@@ -367,7 +375,9 @@ class Session:
         """End with an `error`, as the record will say."""
         if not self.closed:
             self._forget()
-            self._end(f"failed: {next(iter(str(error).splitlines()), '') or type(error).__name__}")
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            why = next(iter(str(error).splitlines()), "") or type(error).__name__
+            self._end("cancelled" if stopped else f"failed: {why}")
 
     def _end(self, how: str) -> None:
         self.closed = True

@@ -20,6 +20,8 @@ from .timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, Rows, Schedule
 from .variants import Variant
 
 CACHE_BLOCK = 256  # tokens by which the cache grows
+PENALTY = 1.15
+"""On repetition, where none is asked for."""
 
 
 class StreamCache:
@@ -141,7 +143,7 @@ class Streams:
         variant: Variant,
         templates: Sequence[Template],
         layouts: Sequence[Layout],
-        penalty=1.15,
+        penalty: float = PENALTY,
         window: Window | None = None,
         bare: bool = False,
     ):

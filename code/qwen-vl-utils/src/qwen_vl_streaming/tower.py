@@ -54,6 +54,10 @@ class Tower:
     def look(self, clips: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Sight]:
         """Look at `clips`, each (patches, pixels of a patch) or, ready, (tokens of a clip, C)."""
         tokens: dict[int, Tensor] = {}
+        if near := [clip for clip in clips if clip.is_cuda]:  # made on another stream, which may also free them
+            self.beside.wait_stream(torch.cuda.current_stream(self.model.device))
+            for clip in near:
+                clip.record_stream(self.beside)
         with torch.cuda.stream(self.beside):
             raw = collections.defaultdict(list)
             for i, (clip, layout) in enumerate(zip(clips, layouts, strict=True)):
