@@ -212,6 +212,8 @@ class View:
 
     def _of_block(self, numbers: Tensor, blocks: int, fewest: bool) -> Tensor:
         """The least or the greatest of the `numbers` (n, Q) of a block's queries, (n, blocks)."""
+        if self.one:
+            return numbers
         rows = numbers.repeat_interleave(self.groups, 1)
         last = rows[:, -1:].expand(-1, blocks * PAGE - rows.shape[1])
         rows = torch.cat([rows, last], 1).view(len(rows), blocks, PAGE)
