@@ -1,7 +1,7 @@
 """One live stream: clips are fed as they arrive, words come out as they are written, in any of three ways.
 
     serial      a clip is taken in, then its words are written
-    fused       the next clip rides in the passes that write the words before it
+    fused       a clip rides in passes that write words, before its own or with the first of them
     pipelined   another process takes clips in (`pipeline.py`)
 
 The words are the same. When a slot begins is decided here, for all three; what enters the model, where and seeing what
