@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from media import make_video
-from qwen_vl_streaming import live, live_options, replay
+from qwen_vl_streaming import live, live_intake, live_options, replay
 from qwen_vl_streaming.errors import InputError, run
 from qwen_vl_streaming.live_figures import Course, figures, table
-from qwen_vl_streaming.live_intake import Arrival, Intake
-from qwen_vl_streaming.live_options import parse
+from qwen_vl_streaming.live_intake import Intake
+from qwen_vl_streaming.live_options import parse, record_place
 from qwen_vl_streaming.live_screen import UNFINISHED, Pieces, Screen
 from qwen_vl_streaming.live_source import Clip, synthetic_clips
 from qwen_vl_streaming.live_watch import Watch
@@ -166,6 +166,43 @@ def test_slow_model_keeps_clips_waiting(command, tmp_path, slow):
     assert replays(command, tmp_path)
 
 
+def test_greedy_that_keeps_up_misses_no_deadline(command, tmp_path, slow):
+    flags = ("--max-clips", 6, "--speed", 3, "--schedule", "greedy", "--max-new-tokens", 80)
+    for way in ("serial", "fused"):
+        assert command("--source", "synthetic", *flags, "--way", way)[0] == 0
+        found = read(tmp_path)[1]
+        assert (found["deadlines"], found["missed_deadlines"]) == (5, 0)
+
+
+def test_what_waits_is_counted_where_the_source_is_held_up(command, tmp_path, slow, monkeypatch):
+    monkeypatch.setattr(live_intake, "ROOM", 2)
+    flags = ("--max-clips", 50, "--speed", 1000, "--schedule", "wait-1", "--max-new-tokens", 10)
+    code, _, err = command("--source", "synthetic", *flags)
+    found = read(tmp_path)[1]
+    assert code == 0, err
+    assert found["most_clips_waiting"] > 40 and found["clips_waiting_at_end"] > 30
+    assert found["source_clips"] < 20
+
+
+def test_records_have_names_of_their_own(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["live", "--model", "m", "--source", "synthetic"])
+    asked = parse("")
+    first = record_place(asked, VARIANTS["group"])
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert first != record_place(asked, VARIANTS["group"])
+    monkeypatch.undo()
+
+    def meanwhile(path):
+        (tmp_path / "record.json").write_text("another one's")
+        return read_record(path)
+
+    monkeypatch.setattr(live, "read_record", meanwhile)
+    code, _, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 2, "--max-new-tokens", 5)
+    assert code == 0, err
+    assert read(tmp_path)[1]["tokens"] == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
 def test_deadline_may_be_set(command, tmp_path, slow):
     flags = ("--max-clips", 5, "--speed", 20, "--max-new-tokens", 20)
     for deadline, missed in ((1e-6, 4), (1000, 0)):
@@ -259,9 +296,31 @@ def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):  # 
         assert "dropped" in err
         assert record.complete and found["tokens"] == 40
         assert found["source_clips"] >= 4
-        assert found["clips_skipped"] + len(record.about["clips"]) == found["source_clips"]
+        left_out = found["clips_skipped"] + found["clips_before_start"]
+        assert left_out + len(record.about["clips"]) == found["source_clips"]
         assert found["clips_skipped"] == 0 or behind == "skip"
         assert replays(command, tmp_path, "--clips", kept)
+
+
+def test_clips_that_came_while_it_made_ready_do_not_put_it_behind(command, tmp_path, serve, monkeypatch):  # noqa: F811
+    data = stream_bytes(tmp_path, [i / 10 for i in range(80)])
+    size = len(data) // 16
+    url = serve([[(data[at : at + size], 0.1) for at in range(0, len(data), size)]])
+
+    def ready_late(*what, **options):
+        time.sleep(0.6)
+        return open_session(*what, **options)
+
+    monkeypatch.setattr(live, "open_session", ready_late)
+    kept = tmp_path / "kept.safetensors"
+    code, out, err = command("--source", url, "--reconnect-seconds", 0, "--max-new-tokens", 40, "--keep", kept)
+    record, found = read(tmp_path)
+    before = found["clips_before_start"]
+    assert code == 0, err
+    assert before > 1 and f"and {before} that came before the start" in out
+    assert record.about["clips"] == list(range(before, found["source_clips"]))
+    assert record.visible[0] - record.about["completed"][before] < 0.5 and "behind" not in err
+    assert found["clips_skipped"] == 0 and replays(command, tmp_path, "--clips", kept)
 
 
 @pytest.mark.parametrize("known", [0, 1, 3])
@@ -286,7 +345,8 @@ def test_source_that_is_lost(command, tmp_path, monkeypatch, known):
     assert replays(command, tmp_path)
 
 
-def test_what_is_no_source(command, tmp_path, serve):  # noqa: F811
+def test_what_is_no_source(command, tmp_path, serve, film):  # noqa: F811
+    before = film.read_bytes()
     (tmp_path / "text.mp4").write_text("no video")
     for arguments, match in (
         (("--source", tmp_path / "none.mp4"), "none.mp4 does not exist"),
@@ -300,13 +360,30 @@ def test_what_is_no_source(command, tmp_path, serve):  # noqa: F811
         (("--source", "synthetic", "--max-clips", 0), "--max-clips"),
         (("--source", "synthetic", "--behind", "hurry"), "hurry"),
         (("--source", "synthetic", "--record", tmp_path), "cannot be written"),
+        (("--source", "synthetic", "--record", "/dev/null"), "/dev/null cannot be written"),
+        (("--source", "synthetic", "--keep", "/dev/null"), "/dev/null cannot be written"),
+        (("--source", film, "--record", film.parent / "." / film.name), "is the source"),
+        (("--source", film, "--keep", film), "is the source"),
+        (("--source", "synthetic", "--keep", tmp_path / "record.json"), "both name"),
+        (("--source", "synthetic", "--device", "foo"), "foo is neither cpu nor cuda"),
+        (("--source", "synthetic", "--device", "meta"), "meta is neither cpu nor cuda"),
+        (("--source", "synthetic", "--device", "cuda:99"), "cuda:99: PyTorch finds"),
+        (("--source", "synthetic", "--fps", "inf"), "--fps inf"),
+        (("--source", "synthetic", "--fps", "1e-9"), "--fps 1e-09"),
+        (("--source", "synthetic", "--max-clips", 10**9), "--max-clips 1000000000"),
+        (("--source", "synthetic", "--max-new-tokens", 10**11), "--max-new-tokens"),
+        (("--source", "synthetic", "--window", 10**12, 5), "--window 1000000000000"),
+        (("--source", "synthetic", "--penalty", "nan"), "--penalty nan"),
+        (("--source", "synthetic", "--penalty", "inf"), "--penalty inf"),
+        (("--source", "synthetic", "--deadline", "inf"), "--deadline inf"),
+        (("--source", "synthetic", "--reconnect-seconds", "nan"), "--reconnect-seconds nan"),
         (("--source", "synthetic", "--model", tmp_path / "nowhere"), "nowhere"),
         (("--source", "synthetic", "--max-pixels-per-frame", 5), "max_pixels_per_frame 5"),
     ):
         code, out, err = command(*arguments)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert code == 2 and len(lines) == 1 and match in lines[0] and not out, err
-    assert not (tmp_path / "record.json").exists()
+    assert not (tmp_path / "record.json").exists() and film.read_bytes() == before
 
 
 # Signals and faults, at every stage
@@ -377,10 +454,34 @@ def test_a_process_that_is_stopped(command, made, tmp_path):
     assert replays(command, tmp_path)
 
 
+@pytest.mark.parametrize("lines", [0, 2])
+def test_words_that_nobody_takes_any_more(made, tmp_path, lines):
+    flags = ("--source", "synthetic", "--speed", "10", "--record", tmp_path / "record.json", *SMALL)
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "qwen_vl_streaming.live", "--model", made[0], *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for _ in range(lines):
+        watching.stdout.readline()
+    watching.stdout.close()
+    err = watching.stderr.read()
+    assert watching.wait(60) == 141, err
+    assert "Traceback" not in err and "Exception" not in err and err.count("Broken pipe") == 1
+    record, found = read(tmp_path)
+    assert record.end == "cancelled" and 0 < found["clips"] < 300 and found["tokens"] > 0
+
+
 @pytest.mark.parametrize("number", [0, 1, 7])
-def test_no_gpu_memory_left(command, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB."),
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_no_memory_left(command, tmp_path, monkeypatch, number, kind, reason):
     def exhaust(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+        raise kind(f"{reason}\nSee the documentation")
 
     if number:
         at_step(monkeypatch, number, lambda session: monkeypatch.setattr(session.passes, "run", exhaust))
@@ -389,10 +490,11 @@ def test_no_gpu_memory_left(command, tmp_path, monkeypatch, number):
     code, out, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 6)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in err
-    assert "no GPU memory left (CUDA out of memory. Tried to allocate 2 GiB.)" in lines[0] and "--max-clips" in lines[0]
+    assert f"memory left ({reason})" in lines[0] and "--max-clips" in lines[0]
+    assert ("GPU" in lines[0]) == (kind is torch.OutOfMemoryError)
     if number:
         record, found = read(tmp_path)
-        assert record.end == "failed: CUDA out of memory. Tried to allocate 2 GiB." and record.end in out
+        assert record.end == f"failed: {reason}" and record.end in out
         assert found["tokens"] == len(record.tokens)
         assert replays(command, tmp_path)
 
@@ -418,35 +520,33 @@ def test_two_processes_of_which_one_is_lost(command, tmp_path, monkeypatch):
 
 
 class Script(Intake):
-    """Arrivals that come when they are looked for, some in each look."""
+    """Clips that come when they are waited for, some each time."""
 
-    def __init__(self, arrivals, batches):
-        super().__init__(lambda: iter(()), None)
-        self.left, self.batches = list(arrivals), list(batches)
+    def __init__(self, clips, batches, processor, skip):
+        super().__init__(lambda: iter(()), processor, skip)
+        self.left, self.batches = list(clips), list(batches)
 
-    def look(self, wait=False):
-        for _ in range(self.batches.pop(0) if self.batches else wait):
+    def wait(self):
+        for _ in range(self.batches.pop(0) if self.batches else 1):
             if self.left:
-                self.waiting.append(self.left.pop(0))
-                self.completed.append(self.waiting[-1].clip.completed)
-        self.over = not self.left
-
-    def take(self):
-        return self.waiting.popleft()
+                self.add(self.left.pop(0))
+        if not self.left:
+            self.end()
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_it_says_once_that_it_is_behind_and_once_that_it_has_caught_up(skip):
+def test_it_says_once_that_it_is_behind_and_once_that_it_has_caught_up(skip, made):
     model, variant = tiny_model(), VARIANTS["group"]
     template = replace(random_template(random.Random(0)), end=199)
-    clips = [Clip(i, torch.zeros(2, 3, 28, 28), np.zeros(2), time.time(), last=i == 19) for i in range(20)]
-    arrivals = [Arrival(clip, torch.randn(4, 1176), (1, 1)) for clip in clips]
+    frames = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
+    clips = [Clip(i, frames, np.zeros(2), time.time(), last=i == 19) for i in range(20)]
+    intake = Script(clips, [1, 8], load_processor(made[0]), skip)
     notes = io.StringIO()
     session = open_session(
         model, variant, template, template.layout((1, 1), 2.0), schedule="wait-1", max_clips=20, max_new_tokens=25,
         about={"a": 1},
     )  # fmt: skip
-    watch = Watch(session, Script(arrivals, [1, 8]), Screen(io.StringIO(), notes), Pieces(str), 1.0, None, skip, True)
+    watch = Watch(session, intake, Screen(io.StringIO(), notes), Pieces(str), 1.0, None, skip, True)
     with session:
         watch.run()
     said = notes.getvalue().splitlines()
@@ -517,7 +617,13 @@ def test_figures():
     assert found["first_token_after_first_clip"] == pytest.approx(0.2)
     nothing = figures(Course([], [], [], [], [], False))
     assert nothing["age_of_newest_frame"] is nothing["tokens_per_second"] is None and nothing["clips"] == 0
+    late = replace(course, times=[10.2, 12.09, 12.2, 13.4, 13.6, 14.5])  # each slot writes until the next one begins
+    assert figures(late)["missed_deadlines"] == 2
+    assert figures(replace(late, greedy=True))["missed_deadlines"] == 0
+    behind = replace(late, greedy=True, visible=[10.1, 13.1, 13.5])
+    assert (figures(behind)["deadlines"], figures(behind)["missed_deadlines"]) == (2, 1)
     counted = {"clips_skipped": 1, "most_clips_waiting": 2, "clips_waiting_at_end": 0, "broken_frames": 3}
+    counted["clips_before_start"] = 4
     for some in (found, nothing):
         assert json.dumps(some) and "missed deadlines" in table({**some, **counted})
 
@@ -525,15 +631,48 @@ def test_figures():
 def test_intake_waits_for_no_one_and_wakes(made):
     """A source that gives nothing does not hold up its end; a full intake holds up the source, and nothing else."""
     processor = load_processor(made[0])
-    intake = Intake(lambda: synthetic_clips(200, speed=1e6, size=(56, 56)), processor)
+    intake = Intake(lambda: synthetic_clips(2000, speed=1e6, size=(28, 28)), processor, pace=1e-6, count=2000)
     intake.start()
-    intake.look(wait=True)
-    first = intake.waiting[0]
-    assert torch.equal(first.pixels, clip_pixels(processor, first.clip.frames)[0][0])
+    intake.wait()
+    clip, pixels = intake.take()
+    assert clip.index == 0 and torch.equal(pixels, clip_pixels(processor, clip.frames)[0][0])
+    until(lambda: len(intake.waiting) == live_intake.ROOM)
+    assert len(intake.completed) == live_intake.ROOM + 1 and intake.due() == 2000
     intake.wake()
     intake.stop()
-    intake.look(wait=True)
+    intake.wait()
     assert not intake._thread.is_alive()
+
+
+def until(happened, seconds=10):
+    deadline = time.time() + seconds
+    while not happened():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def test_intake_that_skips_holds_up_no_source(made, monkeypatch):
+    """Only the newest clip waits, and only what is taken, or found nothing waiting, is made ready."""
+    made_ready = []
+    monkeypatch.setattr(live_intake, "clip_pixels", lambda *what: made_ready.append(1) or clip_pixels(*what))
+    intake = Intake(lambda: synthetic_clips(500, speed=1e6, size=(28, 28)), load_processor(made[0]), skip=True)
+    intake.start()
+    until(lambda: intake.over)
+    assert len(intake.waiting) == 1 and intake.due() == len(intake.completed) == 500
+    assert intake.take()[0].index == 499
+    assert len(made_ready) == 2
+
+
+@pytest.mark.parametrize("film", [False, True])
+def test_clips_that_come_before_the_start(made, film):
+    """The newest is left of them; a film can wait."""
+    clips = [replace(clip, film=film) for clip in synthetic_clips(9, speed=1e6, size=(28, 28))]
+    intake = Intake(lambda: iter(clips), load_processor(made[0]))
+    intake.start(begun=False)
+    until(lambda: intake.over)
+    intake.begin()
+    assert intake.before == (0 if film else 8)
+    assert [clip.index for clip, _ in intake.waiting] == [*range(intake.before, 9)]
 
 
 def test_kept_clips_that_are_none(tmp_path):

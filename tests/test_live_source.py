@@ -2,7 +2,8 @@
 
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -107,6 +108,29 @@ def test_http_stream_dropped_and_taken_up_again(tmp_path, serve, caplog):
     assert numbers[:2] == [0, 5]
     assert numbers[-1] >= 15
     assert "dropped" in caplog.text
+
+
+def test_http_film_is_over_at_its_end(tmp_path, caplog):
+    make_video(tmp_path / "film.mp4", seconds=4)
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/film.mp4"
+        clips = list(stream_clips(url, budget=SMALL, max_clips=9))
+        server.shutdown()
+    assert len(clips) == 4 and all(clip.film for clip in clips)
+    assert "dropped" not in caplog.text
+
+
+def test_http_stream_that_begins_again_and_again_is_given_up(tmp_path, serve, caplog):
+    """Connections shorter than the patience do not renew it, and come ever more slowly."""
+    data = stream_bytes(tmp_path, [i / 10 for i in range(20)])
+    url = serve([[(data, 0)]] * 50)
+    begin = time.time()
+    clips = list(stream_clips(url, budget=SMALL, reconnect_seconds=1.5))
+    assert 1.5 <= time.time() - begin < 5
+    assert not clips[0].film
+    assert 2 <= caplog.text.count("dropped") <= 4
 
 
 def test_source_that_is_not_there(serve):

@@ -10,17 +10,18 @@ are left then follow. Clips that were skipped leave no gap in the positions: wha
 clip after the other.
 
 Exit status: 0 at the end of the answer, also where the source was lost before; 130 and 143 after Ctrl-C and SIGTERM,
-with figures and record as far as it came (a second Ctrl-C ends it at once); 2 for what the user can mend, no GPU memory
-among it; 1 where the process that perceives was lost.
+141 where nobody takes the words any more, with figures and record as far as it came (a second Ctrl-C ends it at once);
+2 for what the user can mend, no memory among it; 1 where the process that perceives was lost.
 """
 
 import argparse
 import contextlib
 import functools
 import logging
+import os
 import signal
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +33,11 @@ from .live_intake import Intake
 from .live_options import (
     CLIPS,
     TOKENS_PER_CLIP,
-    check_place,
     choose_variant,
     most_clips,
     open_source,
     parse,
+    record_place,
 )
 from .live_screen import NoteHandler, Pieces, Screen
 from .live_watch import Watch
@@ -75,6 +76,11 @@ class Stop:
         self.number = number
         self.watched.ask_to_stop()
 
+    def gone(self) -> None:
+        """Nobody takes the words any more."""
+        if not self.number:
+            self.ask(signal.SIGPIPE, None)
+
 
 def load_on(path: str, device: str, dtype: torch.dtype):
     """A model to watch with. The process that perceives calls it too."""
@@ -91,13 +97,13 @@ def start_pair(path: str, device: torch.device, dtype: torch.dtype) -> Pair:
     return Pair(functools.partial(load_on, path, where, dtype))
 
 
-def first_clip(intake: Intake, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Pixels and grid of a source's first clip, which stays where it is. Raises InputError where none comes."""
-    while not intake.waiting and not intake.over:
-        intake.look(wait=True)
-    if not intake.waiting:
+def first_frames(intake: Intake, name: str) -> torch.Tensor:
+    """(2, 3, H, W) uint8 of a clip of a source, which stays where it is. Raises InputError where none comes."""
+    while (clip := intake.peek()) is None and not intake.over:
+        intake.wait()
+    if clip is None and (clip := intake.peek()) is None:
         raise no_clip(intake, name)
-    return intake.waiting[0].pixels, intake.waiting[0].grid
+    return clip.frames
 
 
 def no_clip(intake: Intake, name: str) -> InputError:
@@ -118,12 +124,34 @@ def rehearse(session: Session, pixels: torch.Tensor) -> Passes:
     return session.passes
 
 
+def no_memory(error: Exception) -> InputError | None:
+    """What to tell of an `error` that says that there is no memory left."""
+    reason = next(iter(str(error).splitlines()), "")
+    if isinstance(error, torch.OutOfMemoryError):
+        what = "GPU memory"
+    elif isinstance(error, MemoryError) or "can't allocate memory" in reason:
+        what = "memory"
+    else:
+        return None
+    mend = "give a smaller --max-clips, --max-new-tokens, --window or --max-pixels-per-frame, or free some"
+    return InputError(f"no {what} left ({reason}): {mend}")
+
+
+@contextlib.contextmanager
+def own_file(path: Path) -> Iterator[Path]:
+    """Another path, of this process alone; what is there at the end takes the place of `path`, whatever happens."""
+    own = path.with_name(f"{path.name}.{os.getpid()}.live")
+    try:
+        yield own
+    finally:
+        if own.exists():
+            os.replace(own, path)
+
+
 def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
-    """Watch to the end; returns the exit status. Raises InputError, torch.OutOfMemoryError and PerceptionLost, the
+    """Watch to the end; returns the exit status. Raises InputError, what `no_memory` knows, and PerceptionLost, the
     latter two with the record written where a session had begun."""
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: PyTorch finds no GPU here: give --device cpu")
+    device = arguments.device
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     config = load_config(arguments.model)
     variant = choose_variant(arguments, config)
@@ -131,14 +159,13 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     schedule = arguments.schedule or f"wait-{getattr(config, 'wait_k', 3)}"
     if schedule != GREEDY:
         make_schedule(schedule, variant, 1)
-    path = arguments.record or Path("live_output") / time.strftime(f"%Y%m%d-%H%M%S-{variant.name}.json")
-    for file in filter(None, (path, arguments.keep)):
-        check_place(file)
+    path = record_place(arguments, variant)
     source, most = open_source(arguments, PixelBudget.trained(config, arguments)), most_clips(arguments)
     processor = load_processor(arguments.model)
     template = make_template(processor, arguments.question)
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     with contextlib.ExitStack() as stack:
+        own = stack.enter_context(own_file(path))
         options = {
             "way": way,
             "schedule": schedule,
@@ -150,22 +177,25 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         }
         if way == "pipelined":
             options["pair"] = stack.enter_context(start_pair(arguments.model, device, dtype))
-        model = load_on(arguments.model, arguments.device, dtype)
-        intake = Intake(source.clips, processor)
+        model = load_on(arguments.model, str(device), dtype)
+        skip = arguments.behind == "skip"
+        intake = Intake(source.clips, processor, skip, source.pace, source.count)
         stack.callback(intake.stop)
         if source.size is None:
-            intake.start()
-            pixels, grid = first_clip(intake, arguments.source)
+            intake.start(begun=False)
+            frames = first_frames(intake, arguments.source)
         else:
-            pixels, grid = clip_pixels(processor, torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8))
-            pixels = pixels[0]
+            frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
+        pixels, grid = clip_pixels(processor, frames)
         layout = template.layout(grid, config.vision_config.tokens_per_second * source.seconds_per_clip)
         opened = functools.partial(open_session, model, variant, template, layout, **options)
         if device.type == "cuda":
-            opened = functools.partial(opened, passes=rehearse(opened(), pixels))
+            opened = functools.partial(opened, passes=rehearse(opened(), pixels[0]))
         told = ("question", "source", "speed", "behind")
         about = {**{name: getattr(arguments, name) for name in told}, **source.about}
-        session = stack.enter_context(opened(record=path, about=about))
+        session = stack.enter_context(opened(record=own, about=about))
+        if source.size is None:
+            intake.begin()
         watch = Watch(
             session,
             intake,
@@ -173,7 +203,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             Pieces(decode),
             source.seconds_per_clip,
             most,
-            skip=arguments.behind == "skip",
+            skip=skip,
             keep=arguments.keep is not None,
         )
         about["clips"], stop.watched = watch.clips, watch
@@ -184,12 +214,16 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             watch.run()
             if not (session.done or watch.stopped):
                 fault = no_clip(intake, arguments.source)
-        except (InputError, torch.OutOfMemoryError, PerceptionLost) as error:
+        except (InputError, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, InputError | PerceptionLost) or no_memory(error)):
+                raise
             fault = error
-    written = read_record(path)
-    found = watch.figures(written, arguments.deadline)
-    about["completed"], about["figures"] = intake.completed, found
-    write_record(path, replace(written, about=about))
+        session.close()
+        intake.stop()
+        written = read_record(own)
+        found = watch.figures(written, arguments.deadline)
+        about["completed"], about["figures"] = intake.completed, found
+        write_record(own, replace(written, about=about))
     if watch.frames:
         write_clips(arguments.keep, watch.frames)
     ends = {
@@ -209,21 +243,20 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
 
 def main() -> None:
     arguments = parse(__doc__)
-    screen = Screen(sys.stdout, sys.stderr)
+    stop = Stop()
+    screen = Screen(sys.stdout, sys.stderr, stop.gone)
     handler = NoteHandler(screen)
     logging.getLogger(__package__).addHandler(handler)
     try:
-        with Stop() as stop:
+        with stop:
             status = live(arguments, screen, stop)
-    except torch.OutOfMemoryError as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise InputError(
-            f"no GPU memory left ({reason}): give a smaller --max-clips, --max-new-tokens or "
-            "--max-pixels-per-frame, or free the GPU"
-        ) from error
     except PerceptionLost as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
+    except (RuntimeError, MemoryError) as error:
+        if (refusal := no_memory(error)) is None:
+            raise
+        raise refusal from error
     finally:
         logging.getLogger(__package__).removeHandler(handler)
     sys.exit(status)

@@ -1,8 +1,8 @@
 """How well a live session kept up, from what arrived when, was seen when and was written when. Knows nothing else.
 
 A slot is over when the next one begins. It has met its deadline if by then, which is when the next clip of the source
-was complete, or a set time after its own clip was, it had begun and all its words were written. The newest slot is not
-judged: nothing came after it.
+was complete, or a set time after its own clip was, it had begun and all its words were written; a greedy one writes
+until the next one begins, and need only have begun. The newest slot is not judged: nothing came after it.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,8 @@ class Course:
     """The last clip was seen, so that the newest slot writes the rest."""
     deadline: float | None = None
     """Seconds after its clip that a slot has; None: until the source's next clip is there."""
+    greedy: bool = False
+    """Slots write until the next one begins."""
 
 
 def figures(course: Course) -> dict:
@@ -62,8 +64,9 @@ def figures(course: Course) -> dict:
 def _deadlines(course: Course) -> tuple[int, int]:
     judged = missed = 0
     finished = list(course.visible)
-    for slot, time in zip(course.slots, course.times, strict=True):
-        finished[slot - 1] = time
+    if not course.greedy:
+        for slot, time in zip(course.slots, course.times, strict=True):
+            finished[slot - 1] = time
     for clip, end in zip(course.fed, finished[:-1], strict=False):
         if course.deadline is not None:
             by = course.completed[clip] + course.deadline
@@ -109,8 +112,8 @@ def table(found: dict) -> str:
         "clips taken in": f"{found['clips']}, {number(found['clips_per_second'], '/s')} "
         f"({number(found['frames_per_second'], ' frames/s', 1)}), "
         f"of {found['source_clips']} that came at {number(found['source_clips_per_second'], '/s')}",
-        "missed deadlines": f"{found['missed_deadlines']} of {found['deadlines']} slots were not done {deadline}",
-        "clips skipped": f"{found['clips_skipped']}",
+        "missed deadlines": f"{found['missed_deadlines']} of {found['deadlines']} slots, which were due {deadline}",
+        "clips skipped": f"{found['clips_skipped']}, and {found['clips_before_start']} that came before the start",
         "clips waiting": f"{found['most_clips_waiting']} at most, {found['clips_waiting_at_end']} at the end",
         "broken frames": f"{found['broken_frames']}",
     }

@@ -1,93 +1,138 @@
-"""Clips of a source, read and made ready for a model in a thread of their own. Knows nothing of sessions and words."""
+"""Clips of a source, read in a thread of their own and made ready for a model. Knows nothing of sessions and words."""
 
 import collections
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from .live_source import Clip
 from .prompts import clip_pixels
 
-ROOM = 64
-"""Clips that wait ready at most; then their source has to wait."""
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Arrival:
-    """A clip that is ready for the model."""
-
-    clip: Clip
-    pixels: Tensor
-    """(patches, pixels of a patch) float32."""
-    grid: tuple[int, int]
+ROOM = 256
+"""Clips that wait at most; then their source has to wait."""
 
 
 class Intake:
-    """Reads a source from `start` to `stop`. `look` brings what has arrived into `waiting`, which is the caller's."""
+    """Reads a source from `start` to `stop`. What has come is in `waiting`, from which `take` takes."""
 
-    def __init__(self, clips: Callable[[], Iterator[Clip]], processor):
-        """`clips` opens the source."""
-        self.clips, self.processor = clips, processor
-        self.waiting: collections.deque[Arrival] = collections.deque()
+    def __init__(
+        self,
+        clips: Callable[[], Iterator[Clip]],
+        processor,
+        skip: bool = False,
+        pace: float | None = None,
+        count: int | None = None,
+    ):
+        """`clips` opens the source. `skip`: only the newest clip waits. `pace`: wall-clock seconds between its clips,
+        and `count` of them, where that is known."""
+        self.clips, self.processor, self.skip = clips, processor, skip
+        self.pace, self.count = pace, count
+        self.waiting: collections.deque[tuple[Clip, Tensor | None]] = collections.deque()
+        """With their pixels where these are made: those of a clip that finds others waiting may never be wanted."""
         self.completed: list[float] = []
-        """Of each clip of the source that has arrived, the wall-clock time at which it was complete."""
+        """Of each clip of the source that has come, the wall-clock time at which it was complete."""
+        self.before = 0
+        """Clips that came before `begin`, and are left out."""
         self.broken = 0
         self.over = False
-        """The source has ended, and all of it has arrived."""
+        """The source has ended, and all of it has come."""
         self.fault: Exception | None = None
         """Why it ended, where that was no plain end."""
         # Of all queues this one may be put into by a signal handler while its thread is in `get`.
-        self._news: queue.SimpleQueue[Arrival | Exception | bool] = queue.SimpleQueue()
-        self._room, self._stopped = threading.Semaphore(ROOM), False
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._change, self._begun, self._stopped, self._full = threading.Condition(), True, False, False
         self._thread = threading.Thread(target=self._read, name="intake", daemon=True)
 
-    def start(self) -> None:
+    def start(self, begun: bool = True) -> None:
+        """Until `begin`, where it has not `begun`, only the newest clip of what is no film waits."""
+        self._begun = begun
         self._thread.start()
+
+    def begin(self) -> None:
+        """From here on clips count."""
+        with self._change:
+            self._begun = True
+            self.before = self.waiting[0][0].index if self.waiting else len(self.completed)
 
     def stop(self) -> None:
         """Read no more. A source that gives nothing is left to itself."""
-        self._stopped = True
-        self._room.release()
+        with self._change:
+            self._stopped = True
+            self._change.notify()
         if self._thread.is_alive():
             self._thread.join(2)
 
     def wake(self) -> None:
-        """End a `look` that waits. May be called from a signal handler."""
-        self._news.put(False)
+        """End a `wait`. May be called from a signal handler."""
+        self._news.put(None)
 
-    def look(self, wait: bool = False) -> None:
-        """`wait` until there is something new, or `wake` is called."""
-        wait = wait and not self.over
-        while wait or not self._news.empty():
-            news, wait = self._news.get(), False
-            if isinstance(news, Arrival):
-                self.waiting.append(news)
-                self.completed.append(news.clip.completed)
-                self.broken = news.clip.broken
-            elif isinstance(news, Exception):
-                self.fault = news
-            elif news:
-                self.over = True
+    def wait(self) -> None:
+        """Until there is something new, or `wake` is called. May also return without."""
+        if not self.over:
+            self._news.get()
 
-    def take(self) -> Arrival:
-        """The clip that has waited longest."""
-        self._room.release()
-        return self.waiting.popleft()
+    def peek(self) -> Clip | None:
+        """The clip that `take` would take."""
+        with self._change:
+            return self.waiting[0][0] if self.waiting else None
 
-    # The thread
+    def take(self) -> tuple[Clip, Tensor]:
+        """The clip that has waited longest, and its pixels (patches, pixels of a patch) float32."""
+        with self._change:
+            clip, pixels = self.waiting.popleft()
+            self._change.notify()
+        return clip, self._pixels(clip) if pixels is None else pixels
+
+    def due(self) -> int:
+        """Clips that the source has completed, those that it could not be read for yet among them."""
+        come = len(self.completed)
+        if self.over or not come or self.pace is None:
+            return come
+        passed = int((time.time() - self.completed[0]) / self.pace) + 1
+        return max(come, min(passed, self.count or passed))
+
+    def add(self, clip: Clip) -> None:
+        """A clip has come. Waits for room, unless it is to stop."""
+        pixels = None if self.waiting else self._pixels(clip)
+        with self._change:
+            newest_only = self.skip or not (self._begun or clip.film)
+            if newest_only:
+                self.waiting.clear()
+            while len(self.waiting) >= ROOM and not self._stopped:
+                if self._begun and self.pace is None and not (clip.film or self._full):
+                    self._full = True
+                    logger.warning("%d clips wait, and there is room for no more: the source has to wait", ROOM)
+                self._change.wait()
+            self.waiting.append((clip, pixels))
+            self.completed.append(clip.completed)
+            self.broken = clip.broken
+        self._tell()
+
+    def end(self, fault: Exception | None = None) -> None:
+        """No more clips come."""
+        self.fault, self.over = fault, True
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._news.empty():  # else whoever waits is told already, and has not looked yet
+            self.wake()
+
+    def _pixels(self, clip: Clip) -> Tensor:
+        return clip_pixels(self.processor, clip.frames)[0][0]
 
     def _read(self) -> None:
         try:
             for clip in self.clips():
-                self._room.acquire()
+                self.add(clip)
                 if self._stopped:
                     return
-                pixels, grid = clip_pixels(self.processor, clip.frames)
-                self._news.put(Arrival(clip, pixels[0], grid))
         except Exception as error:  # told where the clips are taken, for no one looks at a thread
-            self._news.put(error)
-        finally:
-            self._news.put(True)
+            self.end(error)
+            return
+        self.end()

@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,10 +29,22 @@ logger = logging.getLogger(__name__)
 SYNTHETIC = "synthetic"
 SCENE = (280, 504)
 """Height and width of the synthetic scene, before it is resized as a stream's frames are."""
+RECORDS = Path("live_output")
+REPLACED = "an earlier file is replaced"
 CLIPS = 300
 """Watched at most, where --max-clips does not say and there is no window."""
 TOKENS_PER_CLIP = 8
 """Written at most, likewise, for each clip."""
+LIMITS = {
+    "deadline": (1e-6, 1e6),
+    "speed": (1e-3, 1e6),
+    "fps": (1e-2, 1e3),
+    "reconnect_seconds": (0, 1e6),
+    "max_clips": (1, 10**6),
+    "max_new_tokens": (1, 10**8),
+    "penalty": (1e-2, 1e2),
+}
+"""The least and the most of what is a number."""
 
 
 def parse(description: str) -> argparse.Namespace:
@@ -60,8 +73,8 @@ def parse(description: str) -> argparse.Namespace:
         "--deadline",
         type=float,
         metavar="SECONDS",
-        help="what a slot has from its clip to its last word; later is a missed deadline (default: until the source's "
-        "next clip is there)",
+        help=f"what a slot has from its clip to its last word, or to its beginning where it is {GREEDY}; later is a "
+        "missed deadline (default: until the source's next clip is there)",
     )
     add("--speed", type=float, default=1.0, help="times real time, for files and the synthetic scene (default: 1)")
     add("--fps", type=float, default=2.0, help="frames sampled a second of video (default: 2)")
@@ -90,15 +103,34 @@ def parse(description: str) -> argparse.Namespace:
     )
     add("--penalty", type=float, default=1.15, help="repetition penalty; 1 turns it off (default: %(default)s)")
     add("--chunk", type=int, metavar="N", help="visual tokens that ride in a pass, fused (default: a whole clip)")
-    add("--record", type=Path, metavar="FILE", help="default: live_output/<time>-<variant>.json")
-    add("--keep", type=Path, metavar="FILE", help="keep the frames that were fed, so that a stream can be replayed")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--record", type=Path, metavar="FILE", help=f"{REPLACED} (default: {RECORDS}/<time>-<variant>-<pid>.json)")
+    add(
+        "--keep",
+        type=Path,
+        metavar="FILE",
+        help=f"keep the frames that were fed, so that a stream can be replayed; {REPLACED}",
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=_device, default=default, help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
     arguments = parser.parse_args()
-    for name in ("max_clips", "max_new_tokens", "penalty", "deadline"):
-        if (value := getattr(arguments, name)) is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} {value:g} must be above 0")
+    for name, (least, most) in LIMITS.items():
+        if (value := getattr(arguments, name)) is not None and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} {value:.10g} must be from {least:.10g} to {most:.10g}")
+    for value, of in zip(arguments.window or (), ("max_clips", "max_new_tokens"), strict=False):
+        if not 1 <= value <= LIMITS[of][1]:
+            parser.error(f"--window {value} must be from 1 to {LIMITS[of][1]}")
     return arguments
+
+
+def _device(name: str) -> torch.device:
+    found = torch.cuda.device_count()
+    kind, _, index = name.partition(":")
+    if name != "cpu" and not (kind == "cuda" and (name == kind or index.isdecimal())):
+        raise argparse.ArgumentTypeError(f"{name} is neither cpu nor cuda nor cuda:N")
+    if kind == "cuda" and int(index or 0) >= found:
+        raise argparse.ArgumentTypeError(f"{name}: PyTorch finds {found or 'no'} GPU{'s' * (found > 1)} here")
+    return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -110,6 +142,10 @@ class Source:
     """(height, width) of its frames, None where that is not known before the first."""
     about: dict
     """What a replay reads the clips from."""
+    pace: float | None = None
+    """Wall-clock seconds between its clips, None where that is its own affair."""
+    count: int | None = None
+    """How many they are, where that is known."""
 
 
 def most_clips(arguments: argparse.Namespace) -> int | None:
@@ -120,13 +156,12 @@ def most_clips(arguments: argparse.Namespace) -> int | None:
 def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
     """What --source names. Raises InputError where it is not there, as far as that can be seen before it is opened."""
     name, fps, speed, most = arguments.source, arguments.fps, arguments.speed, most_clips(arguments)
-    if not (speed > 0 and fps > 0):
-        raise InputError(f"--speed {speed:g} and --fps {fps:g} must be above 0")
     if name == SYNTHETIC:
         size = budget.size(*SCENE, FRAMES_TO_BUDGET_FOR)
         clips = functools.partial(synthetic_clips, most or sys.maxsize, speed=speed, fps=fps, size=size)
         about = {"synthetic": {"fps": fps, "size": list(size)}}
-        return Source(clips, FRAMES_PER_CLIP / fps, size, about)
+        seconds = FRAMES_PER_CLIP / fps
+        return Source(clips, seconds, size, about, seconds / speed, most)
     if name.startswith("/dev/") or "://" in name:
         if speed != 1:
             raise InputError(f"--speed {speed:g}: only files and the synthetic scene can be hurried, not {name}")
@@ -145,7 +180,8 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
     video = read_video(name, fps=fps, budget=budget, **cut)
     about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **cut}}
     height, width = video.frames.shape[2:]
-    return Source(functools.partial(paced_clips, video, speed), video.seconds_per_clip, (height, width), about)
+    clips, seconds = functools.partial(paced_clips, video, speed), video.seconds_per_clip
+    return Source(clips, seconds, (height, width), about, seconds / speed, video.clips)
 
 
 def choose_variant(arguments: argparse.Namespace, config) -> Variant:
@@ -160,10 +196,23 @@ def choose_variant(arguments: argparse.Namespace, config) -> Variant:
     return variant
 
 
-def check_place(path: Path) -> None:
-    """Raises InputError where `path` could not be written in the end."""
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"{path} cannot be written: name another file")
+def record_place(arguments: argparse.Namespace, variant: Variant) -> Path:
+    """Where the record goes. Raises InputError where it or --keep could not be written in the end, or would destroy
+    the source or one another."""
+    record = arguments.record or RECORDS / time.strftime(f"%Y%m%d-%H%M%S-{variant.name}-{os.getpid()}.json")
+    for path in filter(None, (record, arguments.keep)):
+        folder = path.absolute().parent
+        while not os.path.exists(folder):
+            folder = folder.parent
+        regular = path.is_file() or not os.path.exists(path)
+        if not (regular and folder.is_dir() and os.access(folder, os.W_OK)):
+            raise InputError(f"{path} cannot be written: name another file")
+        if _same(path, arguments.source):
+            raise InputError(f"{path} is the source, which would be lost: name another file")
+    if arguments.keep and _same(record, arguments.keep):
+        raise InputError(f"--record and --keep both name {record}: name two files")
+    return record
+
+
+def _same(one: str | Path, other: str | Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)

@@ -1,6 +1,7 @@
 """Words on a terminal as they are written, by the second of video after which they were. Knows nothing of models."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import TextIO
@@ -36,10 +37,10 @@ class Pieces:
 
 class Screen:
     """Words go to `out`, a line for each second in which some were written; on a terminal each as it comes, else whole
-    lines. Notes go to `notes`, on lines of their own."""
+    lines. Notes go to `notes`, on lines of their own. Where nobody takes the words any more, `gone` is called."""
 
-    def __init__(self, out: TextIO, notes: TextIO):
-        self.out, self.notes = out, notes
+    def __init__(self, out: TextIO, notes: TextIO, gone: Callable[[], None] = lambda: None):
+        self.out, self.notes, self.gone = out, notes, gone
         self.terminal = out.isatty()
         self.second: float | None = None
         """Of the line that is being written."""
@@ -57,25 +58,43 @@ class Screen:
                 self.second, text = second, f"{second:>7g} s  {text.lstrip()}"
             self.line += text
             if self.terminal:
-                print(text, end="", file=self.out, flush=True)
+                self._print(text, end="")
 
     def end_line(self) -> None:
         with self.lock:
             if self.second is not None:
-                print("" if self.terminal else self.line, file=self.out, flush=True)
-            self.second, self.line = None, ""
+                line, self.second, self.line = "" if self.terminal else self.line, None, ""
+                self._print(line)
 
     def show(self, text: str) -> None:
         """Lines that are no words."""
         with self.lock:
             self.end_line()
-            print(text, file=self.out, flush=True)
+            self._print(text)
 
     def note(self, text: str) -> None:
         with self.lock:
             if self.terminal:
                 self.end_line()
-            print(text, file=self.notes, flush=True)
+            try:
+                print(text, file=self.notes, flush=True)
+            except OSError:
+                _silence(self.notes)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        try:
+            print(text, end=end, file=self.out, flush=True)
+        except OSError as error:
+            _silence(self.out)
+            self.note(f"the words cannot be written any more ({error.strerror}): it stops here")
+            self.gone()
+
+
+def _silence(stream: TextIO) -> None:
+    """What goes to `stream` from now on is lost, and so is what is still in its buffer at the program's end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class NoteHandler(logging.Handler):

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 FRAMES_TO_BUDGET_FOR = 60  # a live source does not say how long it will be: shared as in 30 s at 2 fps
 CLIPS_WAITING = 256  # read ahead of a slow consumer before the source itself has to wait
 STALLED_SECONDS = 5.0  # without a byte before a connection counts as dropped
+PAUSES = 0.2, 5.0  # seconds before a stream that broke off is tried again: at first, doubled each time, and at most
+PLAYLISTS = ("hls", "dash")  # formats whose size is not that of the film
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Clip:
     """No clip comes after it. A stream seldom knows that of a clip: it may end without having said so."""
     broken: int = 0
     """Frames of the source so far that could not be decoded, and are left out."""
+    film: bool = False
+    """Of a stream that is a film, whose size or length is known: it comes as it is asked for, and can wait."""
 
 
 def file_clips(path: str | Path, *, speed: float = 1.0, **options) -> Iterator[Clip]:
@@ -96,10 +100,11 @@ def stream_clips(
 ) -> Iterator[Clip]:
     """The clips of an RTSP or HTTP stream, or of a webcam such as "/dev/video0", read in a thread of its own.
 
-    A stream that breaks off or ends is opened again for up to `reconnect_seconds`; in between, its last frame stays
-    on screen, so that time goes on as it really did. So it does in place of a frame that cannot be decoded. Frames are
-    sized once, by the first. Raises InputError where the source cannot be opened at all; ends when it cannot be opened
-    again.
+    A stream that breaks off or ends is opened again for up to `reconnect_seconds`, which begin anew only after a
+    connection that held for as long; in between, its last frame stays on screen, so that time goes on as it really did.
+    So it does in place of a frame that cannot be decoded. A film, whose size or length its server tells, is over at its
+    end. Frames are sized once, by the first. Raises InputError where the source cannot be opened at all; ends when it
+    cannot be opened again.
     """
     reader = _StreamReader(source, _Sampler(fps, budget or PixelBudget()), reconnect_seconds, max_clips)
     thread = threading.Thread(target=reader.run, name=f"frames of {source}", daemon=True)
@@ -175,6 +180,9 @@ class _StreamReader:
         self.stop = threading.Event()
         self.fault: Exception | None = None
         self.begin: float | None = None  # wall-clock time of the first frame
+        self.held: tuple[float, float] | None = None
+        """First and newest frame of the connection, by the monotonic clock."""
+        self.film = False
         self.count = 0
 
     def run(self) -> None:
@@ -188,11 +196,13 @@ class _StreamReader:
         self._put(None)
 
     def _read_until_gone(self) -> None:
-        tried_until = time.monotonic()
+        lost, since, (pause, longest) = 0.0, None, PAUSES
         while not self.stop.is_set():
-            before = self.sampler.times[-1:]
+            self.held = None
             try:
                 self._read_once()
+                if self.film:
+                    break
                 reason = "it ended"
             except (av.FFmpegError, OSError) as error:
                 reason = error.strerror or type(error).__name__
@@ -200,13 +210,20 @@ class _StreamReader:
                     raise InputError(f"source {self.source} cannot be opened ({reason}): check its address") from error
             if self.begin is None:
                 raise InputError(f"source {self.source} gives no frames: check its address")
-            if self.sampler.times[-1:] != before:  # it gave something, so patience starts anew
-                logger.warning("%s dropped (%s); trying again for %g s", self.source, reason, self.reconnect_seconds)
-                tried_until = time.monotonic() + self.reconnect_seconds
-            if time.monotonic() >= tried_until:
-                logger.info("%s is over", self.source)
-                return
-            self.stop.wait(0.2)
+            now = time.monotonic()
+            if self.held is not None:
+                first, newest = self.held
+                lost += first - (since or first)
+                if newest - first >= self.reconnect_seconds:
+                    lost, pause = 0.0, PAUSES[0]
+                since = now
+                if (left := self.reconnect_seconds - lost) > 0:
+                    logger.warning("%s dropped (%s); trying again for %.3g s", self.source, reason, left)
+            if lost + now - since >= self.reconnect_seconds:
+                break
+            self.stop.wait(pause)
+            pause = min(2 * pause, longest)
+        logger.info("%s is over", self.source)
 
     def _read_once(self) -> None:
         """Read one connection to its end. Its own clock starts where the wall clock stands at its first frame."""
@@ -223,12 +240,15 @@ class _StreamReader:
         ) as container:
             if not container.streams.video:
                 raise InputError(f"source {self.source} has no video stream: check its address")
+            self.film = bool(container.duration or (container.size > 0 and container.format.name not in PLAYLISTS))
             offset = None
             for frame in self._frames(container):
                 if self.stop.is_set():
                     return
                 if frame.time is None:
                     continue
+                now = time.monotonic()
+                self.held = (self.held or (now,))[0], now
                 if offset is None:
                     now = time.time()
                     self.begin = self.begin or now
@@ -251,7 +271,7 @@ class _StreamReader:
             if self.max_clips is not None and self.count == self.max_clips:
                 self.stop.set()
                 return
-            self._put(clip)
+            self._put(replace(clip, film=self.film))
             self.count += 1
 
     def _put(self, clip: Clip | None) -> None:

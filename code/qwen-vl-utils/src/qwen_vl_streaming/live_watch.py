@@ -41,8 +41,10 @@ class Watch:
         """Of each clip that was fed, its index in the source; this list goes into the record."""
         self.frames: list[Tensor] = []
         """(2, 3, H, W) uint8 of each, where they are kept."""
+        self.next = intake.before
+        """The clip of the source after the newest that was fed."""
         self.stopped = self.behind = False
-        self.skipped = self.most_waiting = self.calm = 0
+        self.skipped = self.most_waiting = self.waiting_at_end = self.calm = 0
 
     def ask_to_stop(self) -> None:
         """End `run` after the step that it is in. May be called from a signal handler."""
@@ -54,7 +56,6 @@ class Watch:
         session, intake = self.session, self.intake
         try:
             while not (session.done or self.stopped):
-                intake.look()
                 self._feed()
                 if not session.idle:
                     if (word := session.step()) is not None:
@@ -62,9 +63,9 @@ class Watch:
                 elif intake.over and not intake.waiting:
                     break
                 else:
-                    intake.look(wait=True)
+                    intake.wait()
         finally:
-            intake.look()
+            self.waiting_at_end = self._waiting()
             if session.written:
                 self.screen.say(self.pieces.rest(), self._second(session.written[-1].slot))
             self.screen.end_line()
@@ -80,18 +81,21 @@ class Watch:
             times=record.times,
             closed=record.complete,
             deadline=deadline,
+            greedy=self.session.greedy,
         )
         return {
             **figures(course),
+            "clips_before_start": intake.before,
             "clips_skipped": self.skipped,
             "most_clips_waiting": self.most_waiting,
-            "clips_waiting_at_end": self._waiting(),
+            "clips_waiting_at_end": self.waiting_at_end,
             "broken_frames": intake.broken,
         }
 
     def _waiting(self) -> int:
-        """Clips that are there and were not seen yet."""
-        return len(self.intake.waiting) + self._ahead()
+        """Clips that are there, are to be seen or skipped, and were not yet."""
+        ahead = self._ahead()
+        return ahead if self.session.all_fed else self.intake.due() - self.next + ahead
 
     def _ahead(self) -> int:
         """Those of them that were fed. The slot that a stream's end opens has no clip."""
@@ -106,16 +110,13 @@ class Watch:
         session, intake = self.session, self.intake
         self.most_waiting = max(self.most_waiting, self._waiting())
         while intake.waiting and not session.all_fed and self._has_room():
-            skipped = len(intake.waiting) - 1 if self.skip else 0
-            for _ in range(skipped):
-                intake.take()
-            arrival = intake.take()
-            clip = arrival.clip
+            clip, pixels = intake.take()
+            skipped, self.next = clip.index - self.next, clip.index + 1
             full = len(self.clips) + 1 == self.most
             self.clips.append(clip.index)
             if self.keep:
                 self.frames.append(clip.frames)
-            session.feed(arrival.pixels, clip.last or full)
+            session.feed(pixels, clip.last or full)
             self.skipped += skipped
             self._tell_pace(skipped)
             if full and not clip.last:
