@@ -12,8 +12,9 @@ from qwen_vl_streaming.prompts import load_processor
 from qwen_vl_streaming.variants import VARIANTS
 from qwen_vl_streaming.video import PixelBudget
 from qwenvl.arguments import ModelArguments
-from qwenvl.data import StreamingDataset, collate, read_rows
+from qwenvl.data import StreamingDataset, collate
 from qwenvl.parts import make_trainable
+from qwenvl.rows import read_rows
 from safetensors.torch import load_file
 from training import finish, flags, history, start, start_many
 
@@ -106,9 +107,7 @@ def test_checkpointing_computes_layers_again_and_changes_no_gradient(made, lora)
     dataset = StreamingDataset(read_rows(made[1]), made[1].parent, *arguments)
 
     def gradients(again: bool) -> tuple[Counter, dict[str, torch.Tensor]]:
-        given = ModelArguments(
-            variant="group", model_name_or_path=str(made[0]), lora_enable=lora, lora_r=4, tune_mm_vision=True
-        )
+        given = ModelArguments(variant="group", model_name_or_path=str(made[0]), lora_enable=lora, tune_mm_vision=True)
         model = load_model(made[0], "sdpa", torch.float32)
         model = make_trainable(model, given, SimpleNamespace(seed=1, deepspeed=None)).train()
         if again:

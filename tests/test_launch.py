@@ -1,13 +1,20 @@
 """sft.sh on one node, on several, and under SLURM: what it would run."""
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+from qwenvl.stopping import STOPPED
+from qwenvl.train import parse
+from training import free_port
 
 SCRIPT = Path(__file__).parents[1] / "code/qwen-vl-finetune/scripts/sft.sh"
 SLURM = {
@@ -81,10 +88,74 @@ def test_a_number_may_begin_with_naught(launch):
     assert launch(NNODES="12", NODE_RANK="08", MASTER_ADDR="x")[0] == 0
 
 
+def launch_command(port: int, *what: str, nodes: int = 1, rank: int = 0) -> list[str]:
+    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", "1", "--nnodes", str(nodes)]
+    return [*command, "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port), *what]
+
+
+def until(true, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_the_default_folder_is_that_of_the_variant(made, monkeypatch):
+    monkeypatch.setenv("QWEN2_5_VL_VARIANT", "overlap")
+    for given, variant in (([], "overlap"), (["--variant=gap"], "gap")):
+        words = ["--train_data", str(made[1]), "--use_cpu", "True", "--bf16", "False", *given]
+        monkeypatch.setattr("sys.argv", ["sft.sh", *words])
+        assert parse()[-1].output_dir == str(SCRIPT.parents[1] / f"output/qwen2_5vl-pe-{variant}")
+
+
+@pytest.fixture
+def asleep(tmp_path):
+    """Starts a launcher whose one process writes its id down and sleeps. Returns both, the latter by its id."""
+    (tmp_path / "asleep.py").write_text(
+        "import os, time\nfrom pathlib import Path\nfrom qwenvl.stopping import die_with_launcher\n"
+        "die_with_launcher()\nPath('part').write_text(str(os.getpid()))\nPath('part').rename('id')\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    command = launch_command(free_port(), "-m", "asleep")
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
+        until((tmp_path / "id").exists)
+        yield launcher, psutil.Process(int((tmp_path / "id").read_text()))
+        launcher.kill()
+
+
+def test_sigterm_before_training_begins_is_a_stop(asleep):
+    launcher, process = asleep
+    launcher.terminate()
+    assert launcher.wait(60) == STOPPED and "error" not in launcher.stderr.read()
+    assert not process.is_running()
+
+
+def test_a_process_that_is_ended_alone_is_an_error(asleep):
+    launcher, process = asleep
+    process.terminate()
+    assert launcher.wait(60) == 1 and "error: process 0 ended with status -15" in launcher.stderr.read()
+
+
+def test_processes_die_with_their_launcher(asleep):
+    launcher, process = asleep
+    launcher.kill()
+    until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 10)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_ends_a_node_that_waits_for_others(rank):
+    command = launch_command(free_port(), "-m", "this", nodes=2, rank=rank)
+    with subprocess.Popen(command, cwd=SCRIPT.parents[1], stderr=subprocess.PIPE, text=True) as launcher:
+        status = Path(f"/proc/{launcher.pid}/status")
+        until(lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> signal.SIGTERM - 1 & 1)
+        time.sleep(1)  # now it waits
+        launcher.terminate()
+        assert launcher.wait(10) == STOPPED and launcher.stderr.read().splitlines()[-1].startswith("stopped by SIGTERM")
+
+
 def test_a_port_that_is_taken():
-    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", "1", "--nnodes", "1", "--node_rank", "0"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(taken.getsockname()[1]), "-m", "this"]
+        command = launch_command(taken.getsockname()[1], "-m", "this")
         done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True)
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and [line.startswith("error: ") for line in lines].count(True) == 1

@@ -13,23 +13,26 @@ import pytest
 import torch
 from make_model import TINY, make_config, make_model
 from peft import PeftModel
-from qwen_vl_streaming.errors import run
+from qwen_vl_streaming.errors import InputError, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.prompts import load_processor
 from qwen_vl_streaming.variants import VARIANTS
 from qwen_vl_streaming.video import PixelBudget
 from qwenvl import merge, train
 from qwenvl.arguments import ModelArguments, SftArguments
-from qwenvl.data import StreamingDataset, read_rows
+from qwenvl.data import StreamingDataset
+from qwenvl.keeping import save_whole
 from qwenvl.parts import freeze, make_trainable
+from qwenvl.rows import read_rows
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 
 SHORT = (
     "--variant group --use_cpu True --bf16 False --gradient_checkpointing False --report_to none --save_strategy no "
     "--dataloader_num_workers 0 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --warmup_steps 0 "
-    "--lr_scheduler_type constant --min_pixels_per_frame 3136 --max_pixels_per_frame 3136 --lora_r 4 --lora_alpha 8"
+    "--lr_scheduler_type constant --min_pixels_per_frame 3136 --max_pixels_per_frame 3136"
 )
+ADAPTERS = "--lora_enable True --lora_r 4 --lora_alpha 8"
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +154,7 @@ def launched(arguments: list[str]) -> None:
 def test_adapters_and_rates_under_zero3(made, tmp_path):
     """Adapters on the language model, merger and tower in full, all of them split by ZeRO-3."""
     out = tmp_path / "out"
-    launched(flags(made, out, f"{ONE_STEP} --lora_enable True --deepspeed zero3.json"))
+    launched(flags(made, out, f"{ONE_STEP} {ADAPTERS} --deepspeed zero3.json"))
     merge.merge(out, tmp_path / "merged")
     before, after = weights(made[0]), weights(tmp_path / "merged")
     visual = {name for name in before if "visual" in name}
@@ -165,7 +168,7 @@ def test_adapters_and_rates_under_zero3(made, tmp_path):
 def test_adapters_train_and_nothing_else_but_the_merger(made, tmp_path, monkeypatch):
     """Trained, saved as peft does, merged by the command, loaded by stock transformers: the same logits."""
     out, merged = tmp_path / "out", tmp_path / "merged"
-    call(train.main, flags(made, out, "--max_steps 3 --learning_rate 1e-2 --lora_enable True"), monkeypatch)
+    call(train.main, flags(made, out, f"--max_steps 3 --learning_rate 1e-2 {ADAPTERS}"), monkeypatch)
     assert not list(out.glob("model*.safetensors"))
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(made[0])
     adapter = load_file(out / "adapter_model.safetensors")
@@ -228,9 +231,11 @@ def test_merged_equals_unmerged(made, untied, training, tmp_path, given, adapted
 
 
 def test_adapters_go_on_from_a_checkpoint(made, tmp_path, monkeypatch):
-    steps = "--max_steps 4 --learning_rate 1e-2 --lora_enable True --save_strategy steps --save_steps 2"
+    steps = f"--max_steps 4 --learning_rate 1e-2 {ADAPTERS} --save_strategy steps --save_steps 2"
     call(train.main, flags(made, tmp_path / "whole", steps), monkeypatch)
     shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "halted/checkpoint-2")
+    record = json.loads((tmp_path / "whole/run.json").read_text())
+    (tmp_path / "halted/run.json").write_text(json.dumps({**record, "finished": None}))
     call(train.main, flags(made, tmp_path / "halted", steps), monkeypatch)
     whole, halted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "halted"))
     early = load_file(tmp_path / "whole/checkpoint-2/adapter_model.safetensors")
@@ -272,6 +277,10 @@ def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch)
         return refused(merge.main, ["--adapter", adapter, "--output", output, *more], capsys, monkeypatch)
 
     assert "there already" in reason("--output", made[0])
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, "load_model", None)  # it is told before anything is computed
+        assert "cannot be written (Not a directory)" in reason("--output", tmp_path / "file/merged")
     assert "holds no adapter" in reason("--adapter", made[0])
     assert "no Qwen2.5-VL could be loaded" in reason("--base", tmp_path)
     assert f"python -m qwenvl.merge --adapter {adapter}" in reason("--base", adapter)
@@ -291,4 +300,27 @@ def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch)
     assert "cannot be read" in reason()
     (adapter / "config.json").unlink()
     assert "under which variant" in reason()
-    assert not output.exists()
+    assert not output.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_damaged_weights_are_named(made, tmp_path):
+    shutil.copytree(made[0], tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    for content in (weights.read_bytes()[:-100], b"half", b""):
+        weights.write_bytes(content)
+        with pytest.raises(InputError, match=r"weights in .*model' are damaged"):
+            load_model(tmp_path / "model", "sdpa", torch.float32)
+
+
+def test_a_model_without_weights_is_not_saved(tmp_path):
+    class Saver:
+        def save_model(self, folder: str) -> None:
+            Path(folder).mkdir()
+            (Path(folder) / "config.json").touch()
+
+        def is_world_process_zero(self) -> bool:
+            return True
+
+    with pytest.raises(RuntimeError, match="no weights were saved"):
+        save_whole(Saver(), tmp_path)
+    assert not (tmp_path / "config.json").exists()

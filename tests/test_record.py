@@ -14,8 +14,9 @@ from qwen_vl_streaming.prompts import load_processor
 from qwen_vl_streaming.variants import VARIANTS
 from qwen_vl_streaming.video import PixelBudget
 from qwenvl.arguments import SftArguments
-from qwenvl.data import IGNORED, StreamingDataset, collate, hold_out, read_rows
+from qwenvl.data import IGNORED, StreamingDataset, collate
 from qwenvl.record import Throughput, commit, draw_curves
+from qwenvl.rows import hold_out, read_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import finish, flags, history, spoil, start
 

@@ -1,13 +1,16 @@
 """What flags, ZeRO files and data may not be is refused in one line, before a model loads and anything is written."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from qwen_vl_streaming.errors import run
 from qwenvl import train
-from training import finish, flags, start_many
+from qwenvl.folder import only_one
+from training import finish, flags, refused, start_many
 
 ZERO2 = Path(train.__file__).parents[1] / "zero2.json"
 
@@ -18,12 +21,9 @@ def refusal(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "load_model", None)
 
     def refusal(more: str, **changes) -> str:
-        monkeypatch.setattr("sys.argv", ["sft.sh", *flags(made, tmp_path / "out", **changes), *more.split()])
-        with pytest.raises(SystemExit) as ended:
-            run(train.main)
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert ended.value.code == 2 and len(lines) == 1 and not (tmp_path / "out").exists()
-        return lines[0]
+        line = refused([*flags(made, tmp_path / "out", **changes), *more.split()], capsys, monkeypatch)
+        assert not (tmp_path / "out").exists()
+        return line
 
     return refusal
 
@@ -78,6 +78,9 @@ def refusal(made, tmp_path, capsys, monkeypatch):
         ("--model_max_length 30", "are 36 tokens, more than the model length 30"),
         ("--pack_tokens 30", "and --pack_tokens where it is given"),
         ("--min_pixels_per_frame 5", "min_pixels_per_frame 5 must lie between"),
+        ("--output_dir=", "--output_dir is empty"),
+        ("--lora_r 8", "--lora_r 8 is for adapters: give --lora_enable True"),
+        ("--lora_targets q_proj", "--lora_targets ['q_proj'] is for adapters"),
         ("--output_dir /dev/null", "--output_dir /dev/null cannot be written to"),
         ("--train_data .", "is no file"),
     ],
@@ -108,6 +111,7 @@ ZERO = {"stage": 2}
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
         ({"zero_optimization": ZERO, "optimizer": {"type": "AdamW"}}, "names an optimizer"),
         ({"zero_optimization": ZERO, "scheduler": {"type": "WarmupLR"}}, "names a scheduler"),
+        ({"zero_optimization": {"stage": 3}}, "stage3_gather_16bit_weights_on_model_save"),
         ({"zero_optimization": ZERO}, "start them with scripts/sft.sh"),  # the test is one process that knows no other
     ],
 )
@@ -134,6 +138,10 @@ def test_zero_file_against_the_flags(made, tmp_path):
         (b'{"video_id": 1, "video_path": "a.mp4", "human_caption": null}', "human_caption is no text"),
         (b'{"video_id": 1, "video_path": 2, "human_caption": "b"}', "video_path is no text"),
         (b'{"video_id": 1, "video_path": "a.mp4"}', "KeyError('human_caption')"),
+        (rb'{"video_id": 1, "video_path": "a.mp4", "human_caption": "\ud800"}', "human_caption holds half"),
+        (rb'{"video_id": "\udfff", "video_path": "a.mp4", "human_caption": "b"}', "video_id holds half"),
+        (rb'{"video_id": 1, "video_path": "\udc80.mp4", "human_caption": "b"}', "video_path holds half"),
+        (rb'{"video_id": 1, "video_path": "a", "human_caption": "b", "question": "\ud801"}', "question holds half"),
         (b"[1]", "TypeError"),
         (b"", "JSONDecodeError"),
     ],
@@ -145,13 +153,49 @@ def test_lines_of_the_data(refusal, made, tmp_path, line, reason):
     assert f"{data}, line 9: " in said and reason in said
 
 
+def test_two_rows_with_one_id(refusal, made, tmp_path):
+    lines = made[1].read_text().splitlines(keepends=True)
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join([*lines, lines[3]]))
+    assert f"{data}, lines 4 and 9 both have the video_id" in refusal("", train_data=data)
+
+
+def test_a_model_of_another_variant(refusal, made, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(made[0], model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "streaming_variant": "gap"}))
+    assert f"{model} was trained as gap, not group" in refusal("", model_name_or_path=model)
+    assert "are 36 tokens" in refusal("--force True --model_max_length 30", model_name_or_path=model)
+
+
+def test_folders_that_would_lose_something(made, tmp_path, capsys, monkeypatch):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(made[0], model)
+    said = refused(flags((model, made[1]), tmp_path / "out/../model"), capsys, monkeypatch)
+    assert "is the model to begin with, which would be lost" in said
+    (out / "checkpoint-500").mkdir(parents=True)
+    assert f"{out / 'checkpoint-500'} has no progress.json" in refused(flags(made, out), capsys, monkeypatch)
+
+
+def test_a_folder_of_another_run_that_is_at_work(made, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    program = "import sys; from pathlib import Path; from qwenvl.folder import only_one\n"
+    program += "with only_one(Path(sys.argv[1]), True): print('held', flush=True); sys.stdin.read()"
+    command, pipes = [sys.executable, "-c", program, out], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ZERO2.parent, **pipes) as other:
+        while other.stdout.readline() != b"held\n":
+            assert other.poll() is None
+        assert f"another run is at work in {out}" in refused(flags(made, out), capsys, monkeypatch)
+        other.kill()
+    with only_one(out, True):
+        pass
+
+
 def test_broken_files_in_the_output_folder(made, tmp_path, capsys, monkeypatch):
     for name in ("config.json", "run.json"):
         out = tmp_path / name.removesuffix(".json")
         out.mkdir()
         (out / name).write_text("{")
-        monkeypatch.setattr("sys.argv", ["sft.sh", *flags(made, out)])
-        with pytest.raises(SystemExit) as ended:
-            run(train.main)
-        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert ended.value.code == 2 and f"{out / name} is broken" in error
+        assert f"{out / name} is broken" in refused(flags(made, out), capsys, monkeypatch)

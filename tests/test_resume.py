@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import image
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
-from qwenvl.keeping import STOPPED
+from qwenvl.stopping import STOPPED
 from safetensors.torch import load_file
-from training import finish, flags, free_port, history, spoil, start, start_two
+from training import finish, flags, free_port, history, refused, spoil, start, start_two
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def checkpoints(out) -> list[str]:
     return sorted(path.name for path in out.glob("checkpoint-*"))
 
 
-def test_killed_at_any_step_it_goes_on_as_if_undisturbed(undisturbed, made, tmp_path):
+def test_killed_at_any_step_it_goes_on_as_if_undisturbed(undisturbed, made, tmp_path, capsys, monkeypatch):
     out, log = tmp_path / "out", tmp_path / "log"
     arguments = flags(made, out, save_steps=3)
     for step in (2, 5, 12):  # before the first checkpoint, in the midst of an epoch, before the last step is saved
@@ -57,6 +59,8 @@ def test_killed_at_any_step_it_goes_on_as_if_undisturbed(undisturbed, made, tmp_
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     finish(start(arguments, tmp_path / "again"))
     assert f"{out} was finished at {record['finished']}" in (tmp_path / "again").read_text()
+    arguments += ["--learning_rate", "1e-4"]
+    assert "--learning_rate 0.001, now 0.0001" in refused(arguments, capsys, monkeypatch)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == written
 
 
@@ -70,9 +74,12 @@ def test_killed_while_saving_it_takes_no_half_checkpoint(undisturbed, made, tmp_
     process.kill()
     finish(process, -signal.SIGKILL)
     assert (out / "being_saved/checkpoint-8").exists() and checkpoints(out) == ["checkpoint-4"]
-    # One that someone copied only in part is not taken for whole either.
+    # One that someone copied only in part is not taken for whole, nor is it saved over.
     (out / "checkpoint-7").mkdir()
     (out / "checkpoint-7/trainer_state.json").write_text("{}")
+    finish(start(arguments, log), 2)
+    assert f"error: {out / 'checkpoint-7'} has no progress.json" in log.read_text()
+    shutil.rmtree(out / "checkpoint-7")
     finish(start(arguments, log))
     assert not (out / "being_saved").exists()
     assert "goes on from " + str(out / "checkpoint-4") in log.read_text()
@@ -105,20 +112,64 @@ def test_killed_after_its_last_step_it_only_saves_the_model(made, tmp_path):
     assert throughput["steps"] == 6
 
 
-def test_another_run_is_not_taken_for_this_one(made, tmp_path):
+def test_another_run_is_not_taken_for_this_one(made, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     finish(start(flags(made, out), tmp_path / "log", "SIGTERM", 2), STOPPED)
+    assert image.imread(out / "loss.png").any() and json.loads((out / "throughput.json").read_text())["steps"] == 2
+    assert not (out / "being_saved").exists()
     data = tmp_path / "other.jsonl"
     data.write_text("".join(made[1].read_text().splitlines(keepends=True)[:6]))
+    other = tmp_path / "model"
+    shutil.copytree(made[0], other)
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     for changes, reason in (
         ({"gradient_accumulation_steps": 1}, "--gradient_accumulation_steps 2, now 1"),
         ({"wait_k": 4}, "schedule wait-3, now wait-4"),
         ({"train_data": data}, "other contents of"),
+        ({"variant": "gap"}, "variant group, now gap"),
+        ({"model_name_or_path": other}, f"--model_name_or_path {made[0]}, now {other}"),
+        ({"learning_rate": 1e-4}, "--learning_rate 0.001, now 0.0001"),
+        ({"mm_projector_lr": 1e-4}, "--mm_projector_lr None, now 0.0001"),
+        ({"weight_decay": 0.1}, "--weight_decay 0.0, now 0.1"),
+        ({"adam_beta2": 0.9}, "--adam_beta2 0.999, now 0.9"),
+        ({"lr_scheduler_type": "linear"}, "--lr_scheduler_type cosine, now linear"),
+        ({"warmup_steps": 2}, "--warmup_steps 0.03, now 2"),
+        ({"num_train_epochs": 4}, "--num_train_epochs 3.0, now 4.0"),
+        ({"train_sampling_strategy": "sequential"}, "--train_sampling_strategy random, now sequential"),
+        ({"dataloader_drop_last": True}, "--dataloader_drop_last False, now True"),
+        ({"max_pixels_per_frame": 6272}, "--max_pixels_per_frame 3136, now 6272"),
+        ({"lora_enable": True}, "--lora_enable False, now True"),
     ):
-        log = tmp_path / "refused"
-        finish(start(flags(made, out, **changes), log), 2)
-        assert reason in log.read_text().splitlines()[-1]
-        log.unlink()
+        assert reason in refused(flags(made, out, **changes), capsys, monkeypatch)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == written
+    (out / "run.json").rename(tmp_path / "run.json")
+    assert "has checkpoints, but no run.json" in refused(flags(made, out), capsys, monkeypatch)
+
+
+def test_other_steps_between_saves_and_lines_hold_from_where_it_goes_on(made, tmp_path):
+    out = tmp_path / "out"
+    finish(start(flags(made, out, max_steps=6), tmp_path / "log", "SIGTERM", 1), STOPPED)
+    finish(start(flags(made, out, max_steps=6, save_steps=2, logging_steps=3, save_total_limit=0), tmp_path / "log"))
+    assert checkpoints(out) == ["checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert sorted(history(out)) == [1, 3, 6]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(made, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    arguments = flags(made, out, max_steps=4, save_steps=1)
+    finish(start(arguments, tmp_path / "log", "SIGTERM", 3), STOPPED)
+    newest = out / "checkpoint-3"
+    for name, content in (("progress.json", b""), ("progress.json", b"[]"), ("optimizer.pt", b"half")):
+        sound = (newest / name).read_bytes()
+        (newest / name).write_bytes(content)
+        said = refused(arguments, capsys, monkeypatch)
+        assert f"{newest / name} " in said and f"remove {newest}, and the run goes on from the one before" in said
+        (newest / name).write_bytes(sound)
+    (newest / "scheduler.pt").unlink()
+    assert f"{newest / 'scheduler.pt'} is missing" in refused(arguments, capsys, monkeypatch)
+    shutil.rmtree(newest)
+    finish(start(arguments, tmp_path / "log"))
+    assert "goes on from " + str(out / "checkpoint-2") in (tmp_path / "log").read_text()
 
 
 def test_two_processes_know_the_same_bad_samples_and_stop_together(made, tmp_path):

@@ -17,7 +17,8 @@ from qwen_vl_streaming.errors import InputError, run
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor
 from qwen_vl_streaming.variants import VARIANTS
 from qwen_vl_streaming.video import PixelBudget
-from qwenvl.data import StreamingDataset, read_rows
+from qwenvl.data import StreamingDataset
+from qwenvl.rows import read_rows
 from schedules import Schedules
 from test_funqa import full, lay_out, make_options
 from watching import Videos

@@ -5,14 +5,15 @@ import time
 import pytest
 import torch
 from qwen_vl_streaming.attention import make_mask
-from qwen_vl_streaming.errors import InputError, run
+from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.variants import VARIANTS
 from qwen_vl_streaming.video import PixelBudget
-from qwenvl import train
 from qwenvl.arguments import DataArguments
-from qwenvl.data import IGNORED, StreamingDataset, collate, pack, read_rows
+from qwenvl.data import IGNORED, StreamingDataset, collate, pack
+from qwenvl.rows import read_rows
+from training import refused
 
 SEED = time.time_ns() % 100_000
 
@@ -42,6 +43,26 @@ def test_questions_are_the_papers_and_a_sample_keeps_its_own(made):
     assert samples.templates == [make_template(samples.processor, question) for question in QUESTIONS]
     assert torch.equal(samples[0].input_ids, samples[0].input_ids)
     assert len({len(samples[i].input_ids[:30].unique()) for i in range(8)}) > 1
+
+
+@pytest.mark.parametrize("question", [*QUESTIONS, "\nWhat?", " what", "\u0301x", "用户 asks", "a <b>", "Q?\n\n"])
+def test_a_question_has_the_tokens_of_the_chat_template(made, question):
+    processor = load_processor(made[0])
+    messages = [{"role": "user", "content": [{"type": "text", "text": question}, {"type": "video"}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    template = make_template(processor, question)
+    whole = [*template.prompt, template.video, *template.tail, *template.header]
+    assert whole == processor.tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("special", ["<|video_pad|>", "<|im_end|>", "<|vision_start|><|video_pad|><|vision_end|>"])
+def test_a_special_token_in_a_question_is_text(made, special):
+    processor = load_processor(made[0])
+    plain, odd = (make_template(processor, question) for question in ("What is it?", f"What is {special} it?"))
+    assert special in processor.tokenizer.decode(odd.prompt)
+    for token in processor.tokenizer.added_tokens_decoder:
+        assert odd.prompt.count(token) == plain.prompt.count(token)
+    assert (odd.tail, odd.header, odd.video) == (plain.tail, plain.header, plain.video)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -92,21 +113,14 @@ def test_a_bad_sample_is_left_out_with_its_reason(made):
     for index, reason in ((0, "missing.mp4"), (2, "no tokens")):
         bad = samples[index]
         assert (bad.labels == IGNORED).all() and reason in bad.bad[1]
+    for path in ("a" * 300, "a/" * 3000):  # longer than a name or a path may be
+        samples.rows[3] = {**samples.rows[3], "video_path": path}
+        assert "cannot be read (File name too long)" in samples[3].bad[1]
     short = dataset(made, "group", max_length=20)[0]
     assert "model length 20" in short.bad[1]
     batch = collate([samples[0], good])
     assert [video_id for video_id, _ in batch["bad"]] == [samples.rows[0]["video_id"]]
     assert int((batch["labels"] != IGNORED).sum()) == int((good.labels != IGNORED).sum())
-
-
-def refused(arguments, capsys, monkeypatch) -> str:
-    """The one line with which the program, given `arguments`, ends; its exit status must be 2."""
-    monkeypatch.setattr("sys.argv", ["sft.sh", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        run(train.main)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert ended.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 def test_wrong_set_ups_are_refused_in_one_line(made, tmp_path, capsys, monkeypatch):
@@ -138,5 +152,5 @@ def test_wrong_set_ups_are_refused_in_one_line(made, tmp_path, capsys, monkeypat
 
 def test_data_arguments_know_the_budget(made):
     assert DataArguments(train_data=str(made[1])).budget == PixelBudget()
-    with pytest.raises(InputError, match="neither in"):
+    with pytest.raises(InputError, match="nowhere"):
         DataArguments(train_data="nowhere.jsonl")

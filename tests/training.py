@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 FLAGS = {
@@ -129,6 +130,19 @@ def finish(process, status: int = 0, seconds: float = 60) -> None:
     """Wait for a run, which must end with `status`."""
     process.join(seconds)
     assert process.exitcode == status
+
+
+def refused(arguments: list[str], capsys, monkeypatch) -> str:
+    """The one line with which the program, given `arguments`, ends; its exit status must be 2."""
+    from qwen_vl_streaming.errors import run
+    from qwenvl import train
+
+    monkeypatch.setattr("sys.argv", ["sft.sh", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run(train.main)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert ended.value.code == 2 and len(lines) == 1
+    return lines[0]
 
 
 def history(output: Path) -> dict[int, tuple[float, float]]:

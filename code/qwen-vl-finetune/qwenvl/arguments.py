@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from .limits import MISTAKES, check_after, check_values, check_zero, one_line
 
 ROOT = Path(__file__).resolve().parents[3]
+OUTPUT = Path(__file__).resolve().parents[1] / "output"
 
 
 @dataclass
@@ -25,6 +26,9 @@ class ModelArguments:
     variant: str = field(
         default_factory=lambda: chosen_variant("group"),
         metadata={"help": "One of the six variants; by default QWEN2_5_VL_VARIANT, else group."},
+    )
+    force: bool = field(
+        default=False, metadata={"help": "Train on from a checkpoint that was trained as another variant."}
     )
     wait_k: int = field(default=3, metadata={"help": "Answer tokens written after each clip while training."})
     attention: str = field(
@@ -60,6 +64,8 @@ class ModelArguments:
     def __post_init__(self):
         if not Path(self.model_name_or_path).exists() and (ROOT / self.model_name_or_path).exists():
             self.model_name_or_path = str(ROOT / self.model_name_or_path)
+        if Path(self.model_name_or_path).is_dir():
+            self.model_name_or_path = str(Path(self.model_name_or_path).resolve())
         self.rules  # noqa: B018  an unknown variant is refused here
         if self.wait_k < 1:
             raise InputError(f"--wait_k {self.wait_k}: write at least 1 token after each clip")
@@ -72,6 +78,10 @@ class ModelArguments:
                 f"--attention {self.attention} cannot hold the streaming mask of {self.variant}: "
                 "use auto, flex_attention or sdpa"
             )
+        for flag in fields(self) if not self.lora_enable else ():
+            default = flag.default if flag.default is not MISSING else flag.default_factory()
+            if flag.name.startswith("lora_") and (value := getattr(self, flag.name)) != default:
+                raise InputError(f"--{flag.name} {value} is for adapters: give --lora_enable True, or leave it out")
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise InputError(f"--lora_r {self.lora_r}, --lora_alpha {self.lora_alpha}: both must be at least 1")
         if not 0 <= self.lora_dropout < 1:
@@ -143,6 +153,9 @@ class DataArguments:
 class SftArguments(TrainingArguments):
     """transformers' TrainingArguments with the paper's recipe as defaults."""
 
+    output_dir: str | None = field(
+        default=None, metadata={"help": "By default output/qwen2_5vl-pe-<variant> in code/qwen-vl-finetune."}
+    )
     num_train_epochs: float = 1.0
     learning_rate: float = 2e-5
     mm_projector_lr: float | None = field(
@@ -174,6 +187,9 @@ class SftArguments(TrainingArguments):
 
     def __post_init__(self):
         check_values(self)
+        if self.output_dir is not None and not self.output_dir.strip():
+            raise InputError("--output_dir is empty: name a folder, or leave it out")
+        no_folder = self.output_dir is None
         if isinstance(self.deepspeed, str):
             path = find_path(self.deepspeed, Path(__file__).resolve().parents[1], "the DeepSpeed configuration")
             check_zero(path)
@@ -197,4 +213,6 @@ class SftArguments(TrainingArguments):
                 super().__post_init__()
         except MISTAKES as error:
             raise InputError(f"the training flags cannot be used: {one_line(error)}") from error
+        if no_folder:
+            self.output_dir = None  # set where the variant is known, in place of transformers' own default
         check_after(self)

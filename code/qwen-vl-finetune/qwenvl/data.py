@@ -1,4 +1,4 @@
-"""Rows of a JSONL to training batches: the timeline of each sample, its positions, labels and pixels.
+"""Rows to training batches: the timeline of each sample, its positions, labels and pixels.
 
 A bad sample is left out: in its place stands a blank one without labels, which adds nothing to the loss but
 keeps every process in step, and its id and reason travel with the batch. Knows nothing of models and masks.
@@ -6,7 +6,6 @@ keeps every process in step, and its id and reason travel with the batch. Knows 
     B samples   L tokens   N clips
 """
 
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -26,52 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 IGNORED = -100
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL, each with the number of its line and its own question or None. Raises InputError, naming the
-    line, for one that is not JSON, lacks a field or has an empty question."""
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                fields = {key: row[key] for key in ("video_id", "video_path", "human_caption")}
-                if wrong := [key for key in ("video_path", "human_caption") if not isinstance(fields[key], str)]:
-                    raise TypeError(f"{wrong[0]} is no text")
-                rows.append({"line": number, **fields, "question": read_question(row)})
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: {error!r}: make the file again with mani_data.py") from error
-    return rows
-
-
-def read_question(row: dict) -> str | None:
-    """The question of a row that has one. Raises ValueError where it is no text or empty."""
-    question = row.get("question")
-    if question is not None and not (isinstance(question, str) and question.strip()):
-        raise ValueError(f"question {question!r:.40}")
-    return question
-
-
-def hold_out(rows: list[dict], share: float, samples: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """`rows` without and with those to evaluate on: `samples`, or that `share`, of videos that `seed` draws.
-
-    All rows of a video are on one side. Raises InputError where nothing would be left to train on.
-    """
-    wanted = samples or round(share * len(rows))
-    videos: dict[str, list[dict]] = {}
-    for row in rows:
-        videos.setdefault(row["video_path"], []).append(row)
-    held, chosen = [], set()
-    for video in random.Random(seed).sample(sorted(videos), len(videos)):
-        if len(held) >= wanted:
-            break
-        chosen.add(video)
-        held += videos[video]
-    left = [row for row in rows if row["video_path"] not in chosen]
-    if not left:
-        raise InputError(f"{len(held)} of {len(rows)} samples would be held out: lower --eval_samples or --eval_share")
-    if share and not held:
-        raise InputError(f"--eval_share {share} of {len(rows)} samples is none: raise it, or give --eval_samples")
-    return left, held
+def unreadable(path: Path, error: OSError) -> InputError:
+    """What is said of a video that the file system does not give, such as one whose path is too long."""
+    return InputError(f"video {path!s:.200} cannot be read ({error.strerror}): check its path")
 
 
 @dataclass
@@ -181,7 +137,11 @@ class StreamingDataset(torch.utils.data.Dataset):
     def _video(self, index: int) -> Video:
         if self.kept is not None and index in self.kept:
             return self.kept[index]
-        video = read_video(self.root / self.rows[index]["video_path"], budget=self.budget, reader=self.reader)
+        path = self.root / self.rows[index]["video_path"]
+        try:
+            video = read_video(path, budget=self.budget, reader=self.reader)
+        except OSError as error:
+            raise unreadable(path, error) from error
         if self.kept is not None:
             self.kept[index] = video
         return video

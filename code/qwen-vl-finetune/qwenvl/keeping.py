@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 
 BEING_SAVED, BEING_REMOVED = "being_saved", "being_removed"
 PROGRESS = "progress.json"
-STOPPED = 128 + signal.SIGTERM.value
-"""Exit status of a run that SIGTERM has stopped after it saved: the same command goes on from there."""
+"""Written last into a checkpoint. It tells what `kept` gave, and the bytes of each other file."""
 
 
 def add_up(values: list[float], device: torch.device, take=distributed.ReduceOp.SUM) -> list[float]:
@@ -46,6 +45,17 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def read_json(path: Path) -> dict:
+    """An object that a run has left. Raises InputError where it is broken."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is broken ({error}): remove it, or give another --output_dir") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is broken (it holds no object): remove it, or give another --output_dir")
+    return found
 
 
 def remove(folder: Path) -> None:
@@ -70,16 +80,44 @@ def save_whole(trainer: Trainer, folder: Path) -> None:
     beside = folder / BEING_SAVED
     trainer.save_model(str(beside))
     if trainer.is_world_process_zero():
+        if not any(beside.glob("*.safetensors")):
+            raise RuntimeError(f"no weights were saved into {beside}")
         for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
         beside.rmdir()
     trainer.accelerator.wait_for_everyone()
 
 
+def whole_checkpoints(output: Path) -> list[Path]:
+    """Those that this program has written in `output`, by their steps."""
+    return [Path(path) for path in sort_checkpoints(str(output)) if (Path(path) / PROGRESS).exists()]
+
+
 def newest_checkpoint(output: Path) -> str | None:
     """The whole checkpoint in `output` with the most steps."""
-    whole = [path for path in sort_checkpoints(str(output)) if (Path(path) / PROGRESS).exists()]
-    return whole[-1] if whole else None
+    return next((str(path) for path in reversed(whole_checkpoints(output))), None)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below `folder` but PROGRESS, by its path from there."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / PROGRESS)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def read_progress(checkpoint: Path) -> dict:
+    """What `kept` gave at a checkpoint. Raises InputError where that, or another file of it, is not all there."""
+    mend = f"remove {checkpoint}, and the run goes on from the one before, if there is one"
+    try:
+        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        wanted = progress.pop("bytes")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{checkpoint / PROGRESS} is broken ({error!r}): {mend}") from error
+    there = sizes(checkpoint)
+    for name, size in wanted.items():
+        if there.get(name) != size:
+            was = "is missing" if name not in there else f"has {there[name]} bytes where {size} were saved"
+            raise InputError(f"{checkpoint / name} {was}: {mend}")
+    return progress
 
 
 def ignore_sigterm(worker: int, then: Callable[[int], None] | None) -> None:
@@ -100,6 +138,7 @@ class StopOnSigterm(TrainerCallback):
         self.asked = True
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # Trainer would go on with those of the checkpoint
         self.before = signal.signal(signal.SIGTERM, self._ask)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -125,7 +164,7 @@ class KeepingTrainer(Trainer):
         """Train from the last whole checkpoint, or from the start; False when SIGTERM has stopped it before its end."""
         checkpoint = self._checkpoint()
         if checkpoint:
-            self.progress = json.loads((Path(checkpoint) / PROGRESS).read_text())
+            self.progress = read_progress(Path(checkpoint))
             logger.info("goes on from %s", checkpoint)
         self.begin(self.progress)
         self.train(resume_from_checkpoint=checkpoint)
@@ -194,7 +233,7 @@ class KeepingTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         output = Path(self.args.output_dir)
         whole = output / f"checkpoint-{self.state.global_step}"
-        if whole.exists():
+        if (whole / PROGRESS).exists():  # at the end of an epoch its last step may have been saved
             return
         beside = output / BEING_SAVED / whole.name
         self.saving = True
@@ -209,10 +248,12 @@ class KeepingTrainer(Trainer):
         }
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (beside / PROGRESS).write_text(json.dumps(progress))
-            sync([*beside.rglob("*"), beside])
+            sync(beside.rglob("*"))
+            write_whole(beside / PROGRESS, json.dumps({**progress, "bytes": sizes(beside)}))
+            sync([beside])
             beside.rename(whole)
+            beside.parent.rmdir()
             sync([output])
-            for path in sort_checkpoints(str(output))[: -(self.args.save_total_limit or sys.maxsize)]:
-                remove(Path(path))
+            for path in whole_checkpoints(output)[: -(self.args.save_total_limit or sys.maxsize)]:
+                remove(path)
         self.accelerator.wait_for_everyone()

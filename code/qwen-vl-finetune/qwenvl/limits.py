@@ -149,9 +149,11 @@ def check_zero(path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
-        DeepSpeedZeroConfig(**zero["zero_optimization"])
+        settings = DeepSpeedZeroConfig(**zero["zero_optimization"])
     except MISTAKES as error:
         raise InputError(f"{path}: zero_optimization is wrong ({one_line(error)}): mend it") from error
+    if settings.stage == 3 and not settings.gather_16bit_weights_on_model_save:
+        raise InputError(f"{path} would save no model: set stage3_gather_16bit_weights_on_model_save to true there")
     if "RANK" not in os.environ:
         raise InputError("--deepspeed needs processes that know of each other: start them with scripts/sft.sh")
 

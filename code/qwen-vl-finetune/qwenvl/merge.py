@@ -18,6 +18,7 @@ from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.prompts import load_processor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -60,28 +61,39 @@ def load_adapted(adapter: Path, base: str | None) -> PeftModel:
     return adapted
 
 
-def merge(adapter: Path, output: Path, base: str | None = None) -> None:
-    """Write `adapter`, merged, to `output`, which appears when it is whole. Raises InputError where it cannot."""
-    if output.exists():
-        raise InputError(f"{output} is there already: name another --output, or remove it")
-    trained = training_config(adapter)
-    processor = load_processor(adapter)
+def merged(adapter: Path, base: str | None) -> PreTrainedModel:
+    """The model that `adapter` makes of `base`, in the numbers of that. Raises InputError where it is none."""
     adapted = load_adapted(adapter, base)
     name = adapted.get_base_model().name_or_path
     try:
         model = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise InputError(f"{adapter} has weights that are no numbers ({error}): take an earlier checkpoint") from error
-    model.to(load_config(name).dtype or torch.float32)
-    for key, value in trained.items():
-        setattr(model.config, key, value)
+    return model.to(load_config(name).dtype or torch.float32)
 
+
+def merge(adapter: Path, output: Path, base: str | None = None) -> None:
+    """Write `adapter`, merged, to `output`, which appears when it is whole. Raises InputError where it cannot."""
+    if output.exists():
+        raise InputError(f"{output} is there already: name another --output, or remove it")
+    trained = training_config(adapter)
+    processor = load_processor(adapter)
     beside = output.with_name(f".{output.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    processor.save_pretrained(beside)
-    beside.rename(output)
-    logger.info("%s and %s: %s", name, adapter, output)
+    try:
+        beside.mkdir(parents=True)
+        model = merged(adapter, base)
+        for key, value in trained.items():
+            setattr(model.config, key, value)
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+        beside.rename(output)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--output {output} cannot be written ({reason}): name another, or make room") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    logger.info("%s and %s: %s", model.name_or_path, adapter, output)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -112,13 +111,12 @@ def make_trainable(
         freeze(model, arguments)
         return model
     plan = plan_lora(model, arguments)
-    base = arguments.model_name_or_path
     torch.manual_seed(training.seed)
     return AdaptedModel(
         model,
         LoraConfig(
             task_type="CAUSAL_LM",
-            base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
+            base_model_name_or_path=arguments.model_name_or_path,
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,

@@ -25,7 +25,7 @@ from torch import distributed
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from .keeping import add_up, write_whole
+from .keeping import add_up, read_json, write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -33,17 +33,16 @@ from matplotlib import pyplot
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "qwen-vl-streaming")
+SETTLED = {"variant": "variant", "schedule": "schedule", "world_size": "processes", "zero_stage": "ZeRO stage"}
+"""Facts that a run keeps as long as it lasts, and what they are called."""
 LASTING = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "pack_tokens",
-    "seed",
-    "data_seed",
-    "eval_share",
-    "eval_samples",
-    "optim",
+    "model_name_or_path min_pixels_per_frame max_pixels_per_frame max_pixels_per_video model_max_length pack_tokens "
+    "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps train_sampling_strategy "
+    "dataloader_drop_last seed data_seed eval_share eval_samples learning_rate mm_projector_lr vision_tower_lr "
+    "lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon "
+    "weight_decay max_grad_norm neftune_noise_alpha bf16"
 )
-"""Flags that settle the order of the data or the shape of the optimizer, as --tune_* and --lora_* do."""
+"""Flags that it keeps, as --tune_* and --lora_*: those that settle the data, their order and what a step does."""
 
 
 def versions() -> dict[str, str | None]:
@@ -91,14 +90,6 @@ def describe_run(model, data, training, rows: int, held_out: int, left_out: list
     }
 
 
-def read_json(path: Path) -> dict:
-    """An object that a run has left. Raises InputError where it is broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is broken ({error}): remove it, or give another --output_dir") from error
-
-
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
@@ -107,7 +98,7 @@ class RunRecord:
     """run.json: what the run is (`facts`), and each time it was started."""
 
     def __init__(self, folder: Path, first: bool):
-        """Only the `first` process writes."""
+        """Only the `first` process writes. Raises InputError where run.json is broken."""
         self.path, self.first = folder / "run.json", first
         self.before: dict = read_json(self.path) if self.path.exists() else {}
         self.record: dict | None = None
@@ -120,19 +111,24 @@ class RunRecord:
     @property
     def left_out(self) -> list[int]:
         """The lines of the data that the run so far was begun without."""
-        return self.before["data"].get("left_out", []) if self.before else []
+        return self.before.get("data", {}).get("left_out", [])
 
     def refuse_another(self, facts: dict) -> None:
-        """Raises InputError where a checkpoint of the run so far cannot go on as the run that `facts` describe."""
+        """Raises InputError where the run so far cannot go on as the run that `facts` describe."""
         if not self.before:
-            return
-        was, new = self.before["arguments"], facts["arguments"]
-        flags = (name for name in new if name in LASTING or name.startswith(("tune_", "lora_")))
-        changes = [(f"--{name} {was[name]}", new[name]) for name in flags if name in was and was[name] != new[name]]
-        for name, words in (("world_size", "processes"), ("zero_stage", "ZeRO stage"), ("schedule", "schedule")):
-            changes += [(f"{words} {self.before[name]}", facts[name])] if self.before[name] != facts[name] else []
-        if self.before["data"]["sha256"] != facts["data"]["sha256"]:
-            changes.append((f"other contents of {self.before['data']['path']}", facts["data"]["path"]))
+            raise InputError(
+                f"{self.path.parent} has checkpoints, but no {self.path.name} that says how they were made: "
+                "move them away, or give another --output_dir"
+            )
+        facts = json.loads(json.dumps(facts, default=str))
+        was, new = self.before.get("arguments", {}), facts["arguments"]
+        pairs = [(words, self.before.get(name), facts[name]) for name, words in SETTLED.items()]
+        flags = (name for name in new if name in LASTING.split() or name.startswith(("tune_", "lora_")))
+        pairs += [(f"--{name}", was[name], new[name]) for name in flags if name in was]
+        changes = [(f"{words} {before}", after) for words, before, after in pairs if before != after]
+        data = self.before.get("data", {})
+        if data.get("sha256") != facts["data"]["sha256"]:
+            changes.append((f"other contents of {data.get('path')}", facts["data"]["path"]))
         if changes:
             first, value = changes[0]
             raise InputError(
@@ -276,5 +272,7 @@ def draw_curves(history: Iterable[dict], path: Path, title: str) -> None:
     top.legend()
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    beside = path.with_name(f".{path.name}.part")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(path)
     pyplot.close(figure)

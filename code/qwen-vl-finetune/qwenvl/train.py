@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,21 +22,15 @@ from transformers import HfArgumentParser
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
-from .arguments import ROOT, DataArguments, ModelArguments, SftArguments
-from .data import IGNORED, Evened, Order, StreamingDataset, collate, hold_out, read_rows
-from .keeping import STOPPED, KeepingTrainer, add_up, newest_checkpoint, save_whole
+from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
+from .data import IGNORED, Evened, Order, StreamingDataset, collate
+from .folder import check_folder, make_folder, only_one
+from .keeping import KeepingTrainer, add_up, newest_checkpoint, save_whole
 from .parts import check_parts, describe_parts, make_optimizer, make_trainable
-from .record import (
-    RunRecord,
-    Throughput,
-    Work,
-    describe_run,
-    draw_curves,
-    one_tensorboard,
-    read_json,
-    write_throughput,
-)
+from .record import RunRecord, Throughput, Work, describe_run, draw_curves, one_tensorboard, write_throughput
+from .rows import hold_out, read_rows, without
 from .skipped import Skipped
+from .stopping import STOPPED, die_with_launcher
 from .survey import find_bad
 
 logger = logging.getLogger(__name__)
@@ -75,6 +68,13 @@ class StreamingTrainer(KeepingTrainer):
         self.throughput = Throughput(self.args.device, Work(**known["work"]))
         self.add_callback(self.throughput)
 
+    def report(self) -> None:
+        """Draw and write down what was done so far. Called by all processes at once."""
+        work, output = self.throughput.work(), Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            draw_curves(self.state.log_history, output / "loss.png", f"Training, {self.facts['variant']}")
+            write_throughput(work, output / "throughput.json")
+
     def kept(self):
         return {"bad": self.skipped.reasons, "work": asdict(self.throughput.work())}
 
@@ -102,23 +102,6 @@ class StreamingTrainer(KeepingTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def check_folder(folder: Path, variant: str) -> None:
-    """Raises InputError for a folder with a model of another variant."""
-    config = folder / "config.json"
-    if config.exists() and (other := read_json(config).get("streaming_variant")) not in (None, variant):
-        raise InputError(f"{folder} holds a model trained as {other}, not {variant}: give another --output_dir")
-
-
-def make_folder(folder: Path) -> None:
-    """Raises InputError where nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written to ({error.strerror}): give another") from error
 
 
 def check_attention(implementation: str, device: torch.device) -> None:
@@ -149,6 +132,7 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     arguments = groups[-1]
+    arguments.output_dir = arguments.output_dir or str(OUTPUT / f"qwen2_5vl-pe-{groups[0].variant}")
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
     if arguments.deepspeed:
         import deepspeed
@@ -170,17 +154,6 @@ def leave_out_bad(samples: StreamingDataset, skipped: Skipped, training: SftArgu
     reasons = [(str(row["video_id"]), reason) for row, reason in zip(rows, bad.values(), strict=True)]
     skipped.add(reasons, training.device)
     return [row["line"] for row in rows]
-
-
-def without(rows: list[dict], lines: list[int], least: int) -> list[dict]:
-    """`rows` but those of `lines`. Raises InputError where fewer than `least` are left."""
-    lines = set(lines)
-    left = [row for row in rows if row["line"] not in lines]
-    if len(left) < least:
-        raise InputError(
-            f"{len(left)} of {len(rows)} samples are left where {least} are needed: mend the data, or take less at once"
-        )
-    return left
 
 
 @contextlib.contextmanager
@@ -207,15 +180,16 @@ def main() -> None:
 
 def train(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: SftArguments) -> None:
     output, variant, checkpoint = Path(arguments.output_dir), model_arguments.rules, model_arguments.model_name_or_path
-    check_folder(output, variant.name)
-    record = RunRecord(output, arguments.process_index == 0)
-    finished, goes_on = broadcast_object_list([record.finished, newest_checkpoint(output)])
-    if finished:
-        logger.info("%s was finished at %s: nothing is left to train; give another --output_dir", output, finished)
-        return
+    check_folder(output, variant.name, checkpoint)
     implementation = model_arguments.implementation(arguments.device.type == "cuda")
     check_attention(implementation, arguments.device)
     config = load_config(checkpoint)
+    trained = getattr(config, "streaming_variant", None)
+    if trained not in (None, variant.name) and not model_arguments.force:
+        raise InputError(
+            f"{checkpoint} was trained as {trained}, not {variant.name}: "
+            f"give --variant {trained}, another model, or --force True to train it on all the same"
+        )
     check_parts(model_arguments, arguments)
     if model_arguments.compile_layers and is_deepspeed_zero3_enabled():
         raise InputError(
@@ -245,52 +219,60 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     everything = make_dataset(every_row)
     everything.check_room()
     make_folder(output)
-    skipped = Skipped(output, len(every_row), arguments.max_bad_share, arguments.process_index == 0)
-    left_out = record.left_out if goes_on else leave_out_bad(everything, skipped, arguments)
-    facts = describe_run(model_arguments, data_arguments, arguments, len(every_row), len(held_out), left_out)
-    if goes_on:
-        record.refuse_another(facts)
-    rows = without(rows, left_out, least)
-    held_out = without(held_out, left_out, min(1, len(held_out)))
+    first = arguments.process_index == 0
+    with only_one(output, first):
+        record = RunRecord(output, first)
+        finished, goes_on = broadcast_object_list([record.finished, newest_checkpoint(output)])
+        skipped = Skipped(output, len(every_row), arguments.max_bad_share, first)
+        begun = finished or goes_on
+        left_out = record.left_out if begun else leave_out_bad(everything, skipped, arguments)
+        facts = describe_run(model_arguments, data_arguments, arguments, len(every_row), len(held_out), left_out)
+        if begun:
+            record.refuse_another(facts)
+        if finished:
+            logger.info("%s was finished at %s: nothing is left to train; give another --output_dir", output, finished)
+            return
+        rows = without(rows, left_out, least)
+        held_out = without(held_out, left_out, min(1, len(held_out)))
 
-    model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
-    model.config.streaming_variant, model.config.wait_k = variant.name, model_arguments.wait_k
-    model.config.pixel_budget = asdict(data_arguments.budget)
-    if model_arguments.compile_layers:
-        model.compile_layers()
-    model = make_trainable(model, model_arguments, arguments)
-    trainer = StreamingTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Evened(make_dataset(rows), batch),
-        eval_dataset=Evened(make_dataset(held_out), eval_batch) if held_out else None,
-        data_collator=partial(collate, pack_tokens=data_arguments.pack_tokens),
-        processing_class=processor,
-        parallel=variant.parallel,
-        implementation=implementation,
-        record=record,
-        facts=facts,
-        skipped=skipped,
-    )
-    logger.info("%s: %d samples; trains %s", variant.name, len(rows), describe_parts(model, arguments))
-    try:
-        done = trainer.train_on()
-    except InputError as error:
-        record.end(trainer.state.global_step, str(error))
-        raise
-    if not done:
-        record.end(trainer.state.global_step, "stopped by SIGTERM")
-        logger.info("stopped by SIGTERM, and step %d is saved: the same command goes on", trainer.state.global_step)
-        sys.exit(STOPPED)
-    save_whole(trainer, output)
-    work = trainer.throughput.work()
-    if trainer.is_world_process_zero():
-        draw_curves(trainer.state.log_history, output / "loss.png", f"Training, {variant.name}")
-        write_throughput(work, output / "throughput.json")
-        left_out = len(trainer.skipped.reasons)
-        logger.info("checkpoint: %s   curves: %s   left out: %d", output, output / "loss.png", left_out)
-    record.end(trainer.state.global_step, "finished", finished=True)
+        model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
+        model.config.streaming_variant, model.config.wait_k = variant.name, model_arguments.wait_k
+        model.config.pixel_budget = asdict(data_arguments.budget)
+        if model_arguments.compile_layers:
+            model.compile_layers()
+        model = make_trainable(model, model_arguments, arguments)
+        trainer = StreamingTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Evened(make_dataset(rows), batch),
+            eval_dataset=Evened(make_dataset(held_out), eval_batch) if held_out else None,
+            data_collator=partial(collate, pack_tokens=data_arguments.pack_tokens),
+            processing_class=processor,
+            parallel=variant.parallel,
+            implementation=implementation,
+            record=record,
+            facts=facts,
+            skipped=skipped,
+        )
+        logger.info("%s: %d samples; trains %s", variant.name, len(rows), describe_parts(model, arguments))
+        try:
+            done = trainer.train_on()
+        except InputError as error:
+            if record.record:
+                trainer.report()
+            record.end(trainer.state.global_step, str(error))
+            raise
+        if not done:
+            trainer.report()
+            record.end(trainer.state.global_step, "stopped by SIGTERM")
+            logger.info("stopped by SIGTERM, and step %d is saved: the same command goes on", trainer.state.global_step)
+            sys.exit(STOPPED)
+        save_whole(trainer, output)
+        trainer.report()
+        logger.info("checkpoint: %s   curves: %s   left out: %d", output, output / "loss.png", len(skipped.reasons))
+        record.end(trainer.state.global_step, "finished", finished=True)
 
 
 if __name__ == "__main__":
+    die_with_launcher()
     run(main, speaks())

@@ -14,7 +14,6 @@ root=$(cd "$here/../.." && pwd)
 python=python
 [ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python"
 
-variant=${QWEN2_5_VL_VARIANT:-group}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 device=()
 if [ "$gpus" -eq 0 ]; then
@@ -60,10 +59,8 @@ command=(
   --nproc_per_node "$nproc" --nnodes "$nnodes" --node_rank "$rank"
   --master_addr "$master" --master_port "$port"
   -m qwenvl.train
-  --variant "$variant"
   --model_name_or_path "${QWEN2_5_VL_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}"
   --train_data "${QWEN2_5_VL_TRAIN_DATA:-dataset/train_3_5.jsonl}"
-  --output_dir "$here/output/qwen2_5vl-pe-$variant"
   --deepspeed "${DEEPSPEED_CONFIG:-zero3.json}"
   "${device[@]}" "$@"
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.varlen import varlen_attn
@@ -306,6 +307,8 @@ def _loaded(path: str | Path, load: Callable):
             # Without a network this says so at once; loading would try for minutes.
             HfApi().model_info(str(path), timeout=20)
         return load()
+    except SafetensorError as error:
+        raise InputError(f"the weights in {str(path)!r} are damaged ({error}): copy or download them again") from error
     except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(

@@ -19,6 +19,8 @@ QUESTIONS = (
     "What is the scene and activity shown in this video?",
 )
 """Training draws one of these for each sample; evaluation always asks the last."""
+QUESTION_HERE = "\ue000"
+"""A character of no language, in whose place a question stands in the chat template."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,33 @@ def load_processor(path: str | Path):
 
 
 def make_template(processor, question: str) -> Template:
-    """The token ids around a video for `question`. Raises InputError where the chat template has no video."""
-    messages = [{"role": "user", "content": [{"type": "text", "text": question}, {"type": "video"}]}]
+    """The token ids around a video for `question`, in which what looks like a special token is text.
+
+    Raises InputError where the chat template has no question and video.
+    """
+    messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION_HERE}, {"type": "video"}]}]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     before, video, after = text.partition(processor.video_token)
+    left, question_here, right = before.partition(QUESTION_HERE)
     end_of_tail = after.find("\n") + 1
-    if not video or end_of_tail == 0 or end_of_tail == len(after):
+    if not question_here or not video or end_of_tail == 0 or end_of_tail == len(after):
         raise InputError(f"the processor's chat template does not hold a video as Qwen2.5-VL's does: {text!r}")
+    tokenizer = processor.tokenizer
 
-    def ids(piece: str) -> tuple[int, ...]:
-        return tuple(processor.tokenizer(piece, add_special_tokens=False).input_ids)
+    def ids(piece: str, **how) -> tuple[int, ...]:
+        return tuple(tokenizer(piece, add_special_tokens=False, **how).input_ids)
 
+    # The question and the plain text around it, up to the special tokens on both sides, are cut into tokens as one.
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    start = max((left.rfind(token) + len(token) for token in special if token in left), default=0)
+    stop = min((right.find(token) for token in special if token in right), default=len(right))
+    asked = ids(left[start:] + question + right[:stop], split_special_tokens=True)
     tail = ids(after[:end_of_tail])
     return Template(
-        prompt=ids(before),
+        prompt=(*ids(left[:start]), *asked, *ids(right[stop:])),
         tail=tail,
         header=ids(after[end_of_tail:]),
-        video=processor.tokenizer.convert_tokens_to_ids(processor.video_token),
+        video=tokenizer.convert_tokens_to_ids(processor.video_token),
         end=tail[1],  # the tail is <|vision_end|>, the end of the turn, and a newline
     )
 

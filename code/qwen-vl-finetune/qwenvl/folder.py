@@ -1,0 +1,68 @@
+"""The output folder: one that can be written to, holds nothing of another run, and is held by one run at a time.
+
+Knows nothing of what a run is made of.
+"""
+
+import contextlib
+import fcntl
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from qwen_vl_streaming.errors import InputError
+from transformers.trainer_utils import sort_checkpoints
+
+from .keeping import PROGRESS, read_json
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+def check_folder(folder: Path, variant: str, model: str) -> None:
+    """Raises InputError for the folder of the `model` to begin with, for one with a model of another variant, and for
+    one with checkpoints that this program did not write or that are only there in part."""
+    if Path(model).is_dir() and folder.resolve() == Path(model).resolve():
+        raise InputError(f"--output_dir {folder} is the model to begin with, which would be lost: give another")
+    config = folder / "config.json"
+    if config.exists() and (other := read_json(config).get("streaming_variant")) not in (None, variant):
+        raise InputError(f"{folder} holds a model trained as {other}, not {variant}: give another --output_dir")
+    for path in map(Path, sort_checkpoints(str(folder)) if folder.is_dir() else ()):
+        if not (path / PROGRESS).exists():
+            raise InputError(
+                f"{path} has no {PROGRESS}, so it is of another program or not all there: "
+                "move it away, or give another --output_dir"
+            )
+
+
+def make_folder(folder: Path) -> None:
+    """Raises InputError where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written to ({error.strerror}): give another") from error
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, first: bool) -> Iterator[None]:
+    """Hold `folder` for this run, by its `first` process. Entered by all processes at once; on all of them raises
+    InputError where another run holds it."""
+    with contextlib.ExitStack() as stack:
+        taken = False
+        if first:
+            lock = stack.enter_context((folder / LOCK).open("a"))
+            try:
+                # Unlike flock's, this lock does not stay with data workers that outlive the process for a moment.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                taken = True
+            except OSError as error:
+                logger.warning("%s cannot be locked (%s): start no other run there meanwhile", folder, error.strerror)
+        (taken,) = broadcast_object_list([taken])
+        if taken:
+            raise InputError(f"another run is at work in {folder}: wait for it, stop it, or give another --output_dir")
+        yield
