@@ -4,11 +4,11 @@ import collections
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from .clock import now
 from .live_source import Clip
 from .prompts import clip_pixels
 
@@ -94,7 +94,7 @@ class Intake:
         come = len(self.completed)
         if self.over or not come or self.pace is None:
             return come
-        passed = int((time.time() - self.completed[0]) / self.pace) + 1
+        passed = int((now() - self.completed[0]) / self.pace) + 1
         return max(come, min(passed, self.count or passed))
 
     def add(self, clip: Clip) -> None:

@@ -16,6 +16,7 @@ import av
 import numpy as np
 import torch
 
+from .clock import now
 from .errors import InputError
 from .video import FRAMES_PER_CLIP, SLACK, PixelBudget, Video, read_video, resize_frame
 from .video_readers import upright
@@ -40,7 +41,7 @@ class Clip:
     timestamps: np.ndarray
     """(2,) float64 seconds from the source's first frame: when each frame is first shown."""
     completed: float
-    """Wall-clock time, as of time.time(), at which its last frame was there."""
+    """Wall-clock time, as of `clock.now`, at which its last frame was there."""
     last: bool = False
     """No clip comes after it. A stream seldom knows that of a clip: it may end without having said so."""
     broken: int = 0
@@ -62,11 +63,11 @@ def paced_clips(video: Video, speed: float = 1.0) -> Iterator[Clip]:
     """As `file_clips`, of a video that was read before."""
     if not speed > 0:
         raise InputError(f"speed {speed} must be above 0")
-    begin = time.time()
+    begin = now()
     for index in range(video.clips):
         rows = slice(index * FRAMES_PER_CLIP, (index + 1) * FRAMES_PER_CLIP)
         due = begin + (rows.stop - 1) / video.fps / speed
-        time.sleep(max(0.0, due - time.time()))
+        time.sleep(max(0.0, due - now()))
         yield Clip(index, video.frames[rows], video.timestamps[rows], due, last=index == video.clips - 1)
 
 
@@ -78,7 +79,7 @@ def synthetic_clips(
         raise InputError(f"speed {speed} and fps {fps} must be above 0")
     height, width = size
     side = height // 4
-    begin = time.time()
+    begin = now()
     for index in range(clips):
         times = (index * FRAMES_PER_CLIP + np.arange(FRAMES_PER_CLIP)) / fps
         frames = torch.full((FRAMES_PER_CLIP, 3, height, width), 32, dtype=torch.uint8)
@@ -86,7 +87,7 @@ def synthetic_clips(
             left = int(moment % 10 / 10 * (width - side))
             frame[:, side : 2 * side, left : left + side] = 255
         due = begin + float(times[-1]) / speed
-        time.sleep(max(0.0, due - time.time()))
+        time.sleep(max(0.0, due - now()))
         yield Clip(index, frames, times, due, last=index == clips - 1)
 
 
@@ -161,7 +162,7 @@ class _Sampler:
             pictures, moments = zip(*self.waiting, strict=True)
             self.waiting = []
             index = -(-self.targets // FRAMES_PER_CLIP) - 1
-            yield Clip(index, torch.stack(pictures), np.array(moments, np.float64), time.time(), broken=self.broken)
+            yield Clip(index, torch.stack(pictures), np.array(moments, np.float64), now(), broken=self.broken)
 
     def _resized(self, frame: av.VideoFrame) -> torch.Tensor:
         image = upright(frame)
@@ -181,7 +182,7 @@ class _StreamReader:
         self.fault: Exception | None = None
         self.begin: float | None = None  # wall-clock time of the first frame
         self.held: tuple[float, float] | None = None
-        """First and newest frame of the connection, by the monotonic clock."""
+        """When the first and the newest frame of the connection came."""
         self.film = False
         self.count = 0
 
@@ -210,16 +211,16 @@ class _StreamReader:
                     raise InputError(f"source {self.source} cannot be opened ({reason}): check its address") from error
             if self.begin is None:
                 raise InputError(f"source {self.source} gives no frames: check its address")
-            now = time.monotonic()
+            at = now()
             if self.held is not None:
                 first, newest = self.held
                 lost += first - (since or first)
                 if newest - first >= self.reconnect_seconds:
                     lost, pause = 0.0, PAUSES[0]
-                since = now
+                since = at
                 if (left := self.reconnect_seconds - lost) > 0:
                     logger.warning("%s dropped (%s); trying again for %.3g s", self.source, reason, left)
-            if lost + now - since >= self.reconnect_seconds:
+            if lost + at - since >= self.reconnect_seconds:
                 break
             self.stop.wait(pause)
             pause = min(2 * pause, longest)
@@ -247,12 +248,11 @@ class _StreamReader:
                     return
                 if frame.time is None:
                     continue
-                now = time.monotonic()
-                self.held = (self.held or (now,))[0], now
+                came = now()
+                self.held = (self.held or (came,))[0], came
                 if offset is None:
-                    now = time.time()
-                    self.begin = self.begin or now
-                    offset = now - self.begin - frame.time
+                    self.begin = self.begin or came
+                    offset = came - self.begin - frame.time
                 self._hand_over(self.sampler.add(frame.time + offset, frame))
 
     def _frames(self, container: av.container.InputContainer) -> Iterator[av.VideoFrame]:

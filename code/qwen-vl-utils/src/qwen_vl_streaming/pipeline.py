@@ -12,7 +12,6 @@ import multiprocessing
 import queue
 import signal
 import threading
-import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
@@ -20,6 +19,7 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 from torch import Tensor
 
+from .clock import now
 from .errors import InputError
 from .feed import Feed
 from .mark import Mark
@@ -176,7 +176,7 @@ class PipelinedSession(Session):
         self.leaving: collections.deque[tuple[int, Mark]] = collections.deque()
         """Carriers out of which keys and values are being laid into pages, and when that is done."""
         self.heard = 0.0
-        """When a clip last came over, or was the first to be sent, by the monotonic clock."""
+        """When a clip last came over, or was the first to be sent."""
         self.number = self.pair.open(
             self.passes.carrier(self.layout),
             self.variant.name,
@@ -197,7 +197,7 @@ class PipelinedSession(Session):
         if word is None and not self.closed and not self.coming and not self._may_speak() and self.sent:
             with self.whatever_happens():
                 silent = not self.whole and not self._receive(GLANCE)
-                if silent and time.monotonic() - self.heard > self.pair.patience:
+                if silent and now() - self.heard > self.pair.patience:
                     raise self.pair.silent()
         return word
 
@@ -221,7 +221,7 @@ class PipelinedSession(Session):
                 counts = [0 if self.greedy else self._quota(slot + 1) for slot in range(slots)]
             clip, last = self.waiting.popleft()
             if not self.sent:
-                self.heard = time.monotonic()
+                self.heard = now()
             self.sent.append(last)
             raw = clip.to(self.model.dtype).cpu().contiguous().view(torch.uint8).numpy()
             self.pair.order("clip", self.number, raw, last, counts)
@@ -231,7 +231,7 @@ class PipelinedSession(Session):
         self._give_back(wait=seconds > 0)
         if (said := self.pair.hear(seconds)) is None:
             return False
-        self.heard = time.monotonic()
+        self.heard = now()
         _, _, carrier = said
         last = self.sent.popleft()
         self.passes.copy_in(self.seat, self.sight.clip(last), self.pair.carriers[carrier])

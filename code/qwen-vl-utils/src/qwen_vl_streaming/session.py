@@ -10,13 +10,13 @@ is decided in `passes.py`. Knows nothing of video files and processes.
 
 import collections
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from .clock import now
 from .errors import InputError
 from .feed import Due, Feed
 from .passes import Ask, Passes, Written
@@ -71,7 +71,7 @@ class Session:
         chunk: int | None = None,
         ahead: int | None = None,
         passes: Passes | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = now,
         record: str | Path | None = None,
         about: dict | None = None,
     ):
