@@ -17,6 +17,7 @@ from torch import Tensor
 from .errors import InputError
 from .feed import Feed
 from .mark import Mark
+from .pages import Pages
 from .passes import Passes
 from .variants import get_variant
 
@@ -103,11 +104,13 @@ class Perception:
 
     def _open(self, name: str, template, layout, clips: int, chunk: int | None, window) -> None:
         variant = get_variant(name)
-        if self.sizes != (layout, clips, chunk, window):
+        visual, text = Passes.room(layout, clips, 1, window)
+        sizes = layout.grid, layout.tail, Pages.need(visual, text), text, chunk, window is None
+        if self.sizes != sizes:
             self.passes = Passes.single(self.model, layout, clips, 1, chunk, 1.0, window)
             self.passes.warm_up()
             self.passes.tower.record(layout.grid, [1])
-            self.seat, self.sizes = None, (layout, clips, chunk, window)
+            self.seat, self.sizes = None, sizes
         if self.seat is not None:
             self.passes.release(self.seat)
         self.seat = self.passes.take(template, layout, clips, 1, window)
