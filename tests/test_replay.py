@@ -1,5 +1,6 @@
 """A recorded session can be run again, and what differs is shown."""
 
+import contextlib
 import json
 import random
 import resource
@@ -93,6 +94,30 @@ def test_slots_of_another_length_than_the_schedule_says_are_refused(model, tmp_p
     moved = [record.counts[0] + 1, record.counts[1] - 1, *record.counts[2:]]
     with pytest.raises(InputError, match="3 words in slot 1, of which wait-2 has 2"):
         replay(replace(record, counts=moved), model, list(case.pixels))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()], ids=["failed", "stopped"])
+def test_a_session_that_ends_with_words_under_way_can_be_replayed(model, tmp_path, monkeypatch, error):
+    """Slots that began on the strength of words that nobody saw are not in its record."""
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {error}")
+    for number in range(40):
+        case = random_case(draw, draw.choice([variant for variant in VARIANTS.values() if variant.parallel]))
+        options = {**case.options, "record": tmp_path / "r.json", "ahead": draw.choice([1, 2])}
+        way, left = draw.choice(["serial", "fused"]), iter(range(number % 10))
+        session = open_session(model, case.variant, case.template, case.layout, way=way, **options)
+        run = session.passes.run
+
+        def stop(asks, run=run, left=left):
+            if next(left, None) is None:
+                raise error
+            return run(asks)
+
+        monkeypatch.setattr(session.passes, "run", stop)
+        with contextlib.suppress(type(error)):
+            play(session, case)
+        session.close()
+        assert replay(read_record(tmp_path / "r.json"), model, list(case.pixels)) == []
 
 
 def test_another_token_is_found_with_its_margin(model, tmp_path):

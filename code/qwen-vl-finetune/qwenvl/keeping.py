@@ -109,7 +109,7 @@ def read_progress(checkpoint: Path) -> dict:
     mend = f"remove {checkpoint}, and the run goes on from the one before, if there is one"
     try:
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        wanted = progress.pop("bytes")
+        wanted = progress.pop("bytes", {})  # an earlier version did not tell
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{checkpoint / PROGRESS} is broken ({error!r}): {mend}") from error
     there = sizes(checkpoint)

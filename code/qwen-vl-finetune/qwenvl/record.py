@@ -121,7 +121,9 @@ class RunRecord:
                 "move them away, or give another --output_dir"
             )
         facts = json.loads(json.dumps(facts, default=str))
-        was, new = self.before.get("arguments", {}), facts["arguments"]
+        was, new = {**self.before.get("arguments", {})}, facts["arguments"]
+        if Path(was.get("model_name_or_path", "")).is_dir():
+            was["model_name_or_path"] = str(Path(was["model_name_or_path"]).resolve())
         pairs = [(words, self.before.get(name), facts[name]) for name, words in SETTLED.items()]
         flags = (name for name in new if name in LASTING.split() or name.startswith(("tune_", "lora_")))
         pairs += [(f"--{name}", was[name], new[name]) for name in flags if name in was]

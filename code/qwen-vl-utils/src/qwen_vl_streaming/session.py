@@ -295,10 +295,14 @@ class Session:
         return word
 
     def _forget(self) -> None:
-        """Words that were asked for are not wanted."""
+        """Words that were asked for are not wanted, nor slots that began because of them."""
         stream = self.text.stream
-        for slot in stream.slots[len(self.written) :]:
+        unseen = stream.slots[len(self.written) :]
+        for slot in unseen:
             stream.counts[slot - 1] -= 1
+        if unseen and len(stream.counts) > unseen[0]:
+            stream.complete = stream.bare = False
+            del stream.counts[unseen[0] :], self.visible[unseen[0] :]
         del stream.written[len(self.written) :], stream.slots[len(self.written) :]
         self.coming.clear()
 
