@@ -1,8 +1,10 @@
 """Live sessions on a GPU, recorded as CUDA graphs, write what plain streams write on the CPU, in float32."""
 
+import contextlib
 import functools
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from qwen_vl_streaming.session import open_session
 from qwen_vl_streaming.timeline import Layout
 from qwen_vl_streaming.variants import VARIANTS
 from sessions import PARALLEL, SECONDS, check, play, random_case
-from test_gpu import FLEX
+from test_gpu import FLEX, no_waiting
 from tiny import tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -100,13 +102,30 @@ def test_a_captured_window_over_pages_that_turn(models, way, tmp_path):
     made.warm_up()
     for number in range(3):
         case = fixed_case(draw, draw.choice(PARALLEL), clips=120)
-        case.template = case.template.__class__(**{**case.template.__dict__, "end": 10_000})
+        case.template = replace(case.template, end=10_000)
         path = tmp_path / f"{number}.json"
         options = {"schedule": "wait-3", "max_new_tokens": 400, "window": (20, 40), "passes": made, "record": path}
         with open_session(models[1], case.variant, case.template, case.layout, way=way, **options) as session:
             play(session, case)
         assert session.seat.visual.newest >= len(session.seat.visual.mine)
         assert replay(read_record(path), models[0], list(case.pixels)) == []
+
+
+@pytest.mark.parametrize("way", ["serial", "fused"])
+def test_the_host_waits_for_words_alone(models, way):
+    """Over pages that turn."""
+    made = Passes.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
+    made.warm_up()
+    case = fixed_case(random.Random(SEED), PARALLEL[0], clips=120)
+    case.template = replace(case.template, end=10_000)
+    options = {"schedule": "wait-3", "max_new_tokens": 400, "window": (20, 40), "passes": made}
+    with open_session(models[1], case.variant, case.template, case.layout, way=way, **options) as session:
+        for number, clip in enumerate(case.pixels):
+            with no_waiting() if number > 2 else contextlib.nullcontext():
+                session.feed(clip)
+                while not session.idle:
+                    session.step()
+        assert session.seat.visual.newest >= len(session.seat.visual.mine)
 
 
 @pytest.mark.parametrize("other", [0, 1], ids=["one GPU", "two GPUs"])

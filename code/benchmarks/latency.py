@@ -40,6 +40,8 @@ from training import ANSWER, CLIPS, SHAPES
 
 COMMANDS = ("passes", "rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")
 """In the order in which they run: all but lanes share one pair."""
+ONE_WAY = {"passes", "many"}
+"""Those that run fused, whatever --ways says."""
 
 TINY = {
     "clips": 8,
@@ -82,7 +84,6 @@ class Settings:
     age: int
     stream: int
     window: tuple[int, int]
-    autotune: bool
     output: Path
 
     def __post_init__(self):
@@ -131,9 +132,6 @@ def parse() -> Settings:
     parser.add_argument(
         "--window", type=int, nargs=2, default=(60, 400), help="clips and words that live, many and long keep in sight"
     )
-    parser.add_argument(
-        "--autotune", action="store_true", help="let the compiler measure kernels for each product, minutes at first"
-    )
     parser.add_argument("--output", type=Path, default=Path("latency"), help="folder (default %(default)s)")
     if parser.parse_args().size == "tiny":
         parser.set_defaults(**TINY)
@@ -164,7 +162,7 @@ def measure(settings: Settings, bench: Bench, command: str) -> None:
         result = many(bench, k, settings.seats, settings.seconds, settings.age, tuple(settings.window))
     else:
         result = long(bench, k, settings.stream, tuple(settings.window), chunks)
-    write_json(path, {"about": {**bench.about(), "autotune": settings.autotune}, **result})
+    write_json(path, {"about": bench.about(), **result})
 
 
 def main() -> None:
@@ -172,8 +170,8 @@ def main() -> None:
     asked = [command for command in COMMANDS if command in settings.commands and command != "plot"]
     if asked:
         pixels = getattr(torch, settings.pixels)
-        torch._inductor.config.max_autotune_gemm = settings.autotune
-        with Bench(settings.size, VARIANTS[settings.variant], tuple(settings.ways), settings.layers, pixels) as bench:
+        ways = tuple(settings.ways) if {*asked} - ONE_WAY else ()
+        with Bench(settings.size, VARIANTS[settings.variant], ways, settings.layers, pixels) as bench:
             about = bench.about()
             print(
                 f"{about['device']}, torch {torch.__version__}, Qwen2.5-VL {settings.size}, random weights, "

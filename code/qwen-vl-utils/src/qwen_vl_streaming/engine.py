@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from .layers import ONE_ROW, Joined, compiled_for_one_row, run_layer
+from .mark import put
 from .pages import PAGE, Fresh, Pages, View
 from .plan import Plan
 from .prompts import Template
 from .streaming import PENALTY
 from .timeline import CLIP, NOTHING, PROMPT, TAIL
 
+ROUND = 16
+"""Rows of a pass over clips are filled up to a multiple of so many: each number is a shape that is compiled."""
 PARTS = 64
 """In which the greatest of all logits is looked for."""
 
@@ -126,16 +129,18 @@ class Engine:
         self.positions[seat, own] = self._put(text.positions[0])
         self.seen_visual[seat, own] = self._put(text.seen_visual)
         self.produces[seat, own] = self._put(text.produces != NOTHING)
-        self.fed[seat], self.due[seat], self.end[seat], self.ended[seat] = 0, 0, template.end, False
-        self.seen_ids[seat] = False
-        used = torch.tensor([*template.prompt, template.video, *template.tail, *header], device=self.device)
-        self.seen_ids[seat, used] = True
+        # To fill makes nobody wait, where to assign a number does.
+        for of_all, number in ((self.fed, 0), (self.due, 0), (self.end, template.end), (self.ended, False)):
+            of_all[seat].fill_(number)
+        used = self._put([*template.prompt, template.video, *template.tail, *header])
+        self.seen_ids[seat].fill_(False).index_fill_(0, used, True)
 
     def leave(self, seat: int) -> None:
         """The stream in `seat` is over, and its pages are free."""
         del self.seated[seat]
         self.pages.give_back(seat)
-        self.due[seat], self.fed[seat] = 0, 0
+        self.due[seat].zero_()
+        self.fed[seat].zero_()
 
     # Watching
 
@@ -147,7 +152,7 @@ class Engine:
         streams = [self.seated[seat] for seat in seats]
         hidden, positions, places, leads = [], [], [], []
         for seat, stream, visual in zip(seats, streams, visual_tokens, strict=True):
-            run, header = stream.plan.visual, self._put(torch.tensor(stream.template.header))
+            run, header = stream.plan.visual, self._put(stream.template.header)
             hidden += [self._embed(stream, 0, len(run), visual), self.language.embed_tokens(header)]
             positions += [run.positions, stream.plan.text.positions[:, : len(header)]]
             row, lead = (torch.arange(length, device=self.device) for length in (len(run), len(header)))
@@ -158,13 +163,13 @@ class Engine:
         result = self._forward(torch.cat(hidden)[None], positions, Fresh(torch.cat(places, 1), leads), self._layer)
         ends = torch.tensor([mask.shape[1] for mask in leads]).cumsum(0) - 1
         headers = torch.tensor([mask.shape[0] for mask in leads])
-        where, next_row = self._put(torch.tensor(seats)), self._put(headers)
+        where, next_row = self._put(seats), self._put(headers)
         self._plain_choose(result[0, self._put(ends)], where, next_row, torch.ones_like(where, dtype=torch.bool))
         self.fed[where] = next_row
-        for seat, stream in zip(seats, streams, strict=True):
+        for stream in streams:
             stream.watched(len(stream.plan.visual))
             stream.text_fed = len(stream.template.header)
-            self.due[seat] = stream.text_due
+        self.due[where] = self._put([stream.text_due for stream in streams])
 
     @torch.no_grad()
     def extend(self, seats: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
@@ -174,7 +179,7 @@ class Engine:
         longest = max(upto - first for first, upto in spans)
         n = len(seats)
         if self.fast:  # few shapes, each of which is compiled
-            n, longest = 1 << (n - 1).bit_length(), -(-longest // 16) * 16
+            n, longest = 1 << (n - 1).bit_length(), -(-longest // ROUND) * ROUND
         hidden = torch.zeros(n, longest, self.language.config.hidden_size, dtype=self.model.dtype, device=self.device)
         positions = torch.zeros(3, n, longest, dtype=torch.long)
         # A shorter span is filled up with rows that write to nobody's page and see the first token.
@@ -189,7 +194,7 @@ class Engine:
             seen_visual[i, mine], seen_text[i, mine] = run.seen_visual[own], run.seen_text[own]
             answer = int(run.produces[upto - 1])
             produces[i], next_row[i] = answer != NOTHING, len(stream.template.header) + max(answer, 0)
-        everyone = torch.tensor([*seats, *[seats[0]] * (n - len(seats))], device=self.device)
+        everyone = self._put([*seats, *[seats[0]] * (n - len(seats))])
         where = everyone[: len(seats)]
         places = self.pages.places(everyone, self._put(logical)).where(self._put(real), 0)
         view = View(
@@ -203,23 +208,22 @@ class Engine:
             apart=self.fast,
         )
         hidden = self._forward(hidden, self._put(positions), view, self._layer)
-        last = torch.tensor([upto - first - 1 for first, upto in spans], device=self.device)
+        last = self._put([upto - first - 1 for first, upto in spans])
         self._plain_choose(
             hidden[torch.arange(len(seats), device=self.device), last],
             where,
             self._put(next_row),
             self._put(produces) & ~self.ended[where],
         )
-        for seat, stream, (_, upto) in zip(seats, streams, spans, strict=True):
+        for stream, (_, upto) in zip(streams, spans, strict=True):
             stream.watched(upto)
-            self.due[seat] = stream.text_due
+        self.due[where] = self._put([stream.text_due for stream in streams])
 
-    def _put(self, tensor: Tensor) -> Tensor:
-        """A tensor of the CPU on the device, without waiting for what the device is at."""
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.fast else tensor.to(self.device)
+    def _put(self, numbers: Tensor | Sequence[int]) -> Tensor:
+        return put(numbers, self.device)
 
     def _places(self, seats: Sequence[int], logical: Tensor) -> Tensor:
-        return self.pages.places(torch.tensor(seats, device=self.device), logical)
+        return self.pages.places(self._put(seats), logical)
 
     def _embed(self, stream: Seated, first: int, upto: int, visual_tokens: Tensor) -> Tensor:
         """What enters the first layer for rows first…upto-1 of a stream's visual run, (rows, C)."""

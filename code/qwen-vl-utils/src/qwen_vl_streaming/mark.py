@@ -1,6 +1,14 @@
-"""Points in what a device was given to do. Knows nothing of what that is."""
+"""Points in what a device was given to do, and ways to give it more without waiting. Knows nothing of what that is."""
+
+from collections.abc import Sequence
 
 import torch
+
+
+def put(numbers: torch.Tensor | Sequence[int], device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU, or numbers, on `device`; the host does not wait for what that is at."""
+    numbers = torch.as_tensor(numbers)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
 class Mark:

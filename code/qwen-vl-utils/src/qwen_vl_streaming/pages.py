@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from .mark import put
+
 PAGE = 128
 """Tokens in a page: a block of FlexAttention."""
 TEXT = 1 << 30
@@ -69,20 +71,20 @@ class Pages:
         if seat in self.held or count > min(len(self.free), self.table.shape[1]):
             raise ValueError(f"seat {seat} cannot have {count} pages: {len(self.free)} are free")
         mine = self.held[seat] = [self.free.pop() for _ in range(count)]
-        pages = torch.tensor(mine, device=self.table.device)
+        pages = put(mine, self.table.device)
         self.table[seat, :count] = pages
-        self.owner[pages] = seat
+        self.owner.index_fill_(0, pages, seat)
         begin = self.text_page_of(visual)
         first = torch.arange(count, device=pages.device) * PAGE
         self.first[pages] = torch.where(first < begin * PAGE, first, first - begin * PAGE + TEXT)
-        self.text_page[seat] = begin
+        self.text_page[seat].fill_(begin)
 
     def give_back(self, seat: int) -> None:
         mine = self.held.pop(seat)
         self.free += reversed(mine)
-        self.owner[torch.tensor(mine, device=self.owner.device)] = -1
-        self.table[seat] = 0
-        self.text_page[seat] = 0
+        self.owner.index_fill_(0, put(mine, self.owner.device), -1)
+        self.table[seat].zero_()
+        self.text_page[seat].zero_()
 
     def places(self, seats: Tensor, logical: Tensor) -> Tensor:
         """Where in the pool the `logical` tokens (n, Q) of `seats` (n,) lie."""

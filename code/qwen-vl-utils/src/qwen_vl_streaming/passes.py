@@ -45,7 +45,7 @@ class Run:
         page = index // PAGE
         for number in range(self.newest + 1, int(page.max()) + 1):
             self.newest = number
-            self.pages.first[int(self.mine[self._turn(number)])] = self.begin + number * PAGE
+            self.pages.first[int(self.mine[self._turn(number)])].fill_(self.begin + number * PAGE)
         return self.mine[self._turn(page)] * PAGE + index % PAGE
 
     def _turn(self, page):
@@ -195,13 +195,14 @@ class Passes(Engine):
         number = self.empty.pop()
         self.pages.take(number, visual, text)
         begin = Pages.text_page_of(visual)
-        self.pages.kept[0, number], self.pages.kept[1, number] = layout.prompt, layout.header
+        self.pages.kept[0, number].fill_(layout.prompt)
+        self.pages.kept[1, number].fill_(layout.header)
         for of_all in (self.ids, self.seen_ids, self.ended):
-            of_all[number] = 0
-        self.ids[number, : len(template.header)] = self._put(torch.tensor(template.header))
+            of_all[number].zero_()
+        self.ids[number, : len(template.header)] = self._put(template.header)
         used = [*template.prompt, template.video, *template.tail, *template.header]
-        self.seen_ids[number, self._put(torch.tensor(used))] = True
-        self.end[number] = template.end
+        self.seen_ids[number].index_fill_(0, self._put(used), True)
+        self.end[number].fill_(template.end)
         mine = self.pages.held[number]
         return Seat(
             number,
