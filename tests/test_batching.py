@@ -1,11 +1,12 @@
 """Captions from a refilled batch over pages are those of the plain streams, whatever the batch."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from qwen_vl_streaming.batching import Job, caption_all
-from qwen_vl_streaming.engine import first_greatest
+from qwen_vl_streaming.engine import Engine, first_greatest
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.layers import Joined
 from qwen_vl_streaming.pages import PAGE, Pages
@@ -64,6 +65,19 @@ def test_the_last_word_may_be_a_clip_s_own(variant):
     streams = Streams(model, variant, [template], [jobs[0].layout], 1.15)
     (plain,) = caption(streams, [model.perceive(pixels, (2, 2)).detach()], [jobs[0].schedule], 4)
     assert batched(model, variant, jobs, batch_size=2, max_new_tokens=4) == {"0": plain}
+
+
+def test_text_that_produces_nothing_is_fed_with_the_next_clip(monkeypatch):
+    """Of three words a slot of interleave, the first comes out of the clip's own rows, and the third comes with it."""
+    model, draw, passes = tiny_model(), random.Random(0), []
+    template = replace(random_template(draw), end=-1)
+    pixels = torch.randn(4, 16, 1176)
+    job = Job("0", pixels, template.layout((2, 2), 2.0), template, Schedule((3, 3, 3)))
+    forward = Engine.forward
+    monkeypatch.setattr(Engine, "forward", lambda *arguments: (passes.append(1), forward(*arguments))[1])
+    (said,) = batched(model, VARIANTS["interleave"], [job], batch_size=2).values()
+    assert len(said.tokens) == MOST
+    assert len(passes) == len(template.header) + 4 * (1 + 2)
 
 
 def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():

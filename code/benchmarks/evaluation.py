@@ -7,9 +7,9 @@ written by wait-3. Pixels lie in pinned memory: decoding is not part of it. Batc
 not counted.
 
 The floor adds what nothing can avoid. For watching: the FLOPs of vision tower, merger and language model over the clips
-(2 x weights x rows, attention 4 x pairs x width), at the measured rate of a bf16 matrix product. For each word: the
-bytes of the language model's weights and of the keys and values that the batch's streams see by then, at the measured
-rate of reading memory.
+(2 x weights x rows, attention 4 x pairs x width), at the measured rate of a bf16 matrix product. For each word that no
+clip's own rows produce: the bytes of the language model's weights and of the keys and values that the batch's streams
+see by then, at the measured rate of reading memory.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from qwen_vl_streaming.errors import OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.plan import make_plan
 from qwen_vl_streaming.prompts import Template
-from qwen_vl_streaming.timeline import make_schedule
+from qwen_vl_streaming.timeline import NOTHING, make_schedule
 from qwen_vl_streaming.variants import VARIANTS, Variant
 from training import ANSWER, CLIPS, GRID, LAYOUT, SHAPES, make_config, seconds
 
@@ -67,7 +67,7 @@ def floor(model, variant: Variant, batch: int, flop_rate: float, byte_rate: floa
     flops += 4.0 * int((plan.visual.seen_visual + plan.visual.seen_text).sum()) * text.hidden_size * len(layers)
     weights = 2.0 * (matrices(layers) + text.hidden_size * text.vocab_size)
     each = 4.0 * len(layers) * text.num_key_value_heads * text.hidden_size / text.num_attention_heads
-    spoken = plan.text.seen_visual[:-1] + plan.text.seen_text[:-1]
+    spoken = (plan.text.seen_visual + plan.text.seen_text)[plan.text.produces != NOTHING]
     words = sum((weights / batch + each * int(count)) / byte_rate for count in spoken)
     return flops / flop_rate + words
 

@@ -76,8 +76,8 @@ class Batch:
     def step(self) -> None:
         """A word in each stream that has one due, or the next clips where streams wait for them."""
         seated = self.engine.seated
-        waiting = [seat for seat, stream in seated.items() if stream.text_fed == stream.text_due and not stream.done]
-        speaking = any(stream.text_fed < stream.text_due for stream in seated.values())
+        waiting = [seat for seat, stream in seated.items() if stream.waits]
+        speaking = any(stream.speaks for stream in seated.values())
         if waiting and (not speaking or 2 * len(waiting) >= len(seated)):
             self.engine.extend(waiting, [self.visual_tokens[seat] for seat in waiting])
             return

@@ -9,58 +9,27 @@ GPU a step is compiled and replayed as a CUDA graph; on a CPU the same lines run
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .extension import Extension
 from .layers import ONE_ROW, Joined, compiled_for_one_row, run_layer
-from .mark import put
+from .mark import OTHERS_MAY_GO_ON, put
 from .pages import PAGE, Fresh, Pages, View
 from .plan import Plan
 from .prompts import Template
+from .seated import Seated
 from .streaming import PENALTY
-from .timeline import CLIP, NOTHING, PROMPT, TAIL
+from .timeline import NOTHING
 
 ROUND = 16
 """Rows of a pass over clips are filled up to a multiple of so many: each number is a shape that is compiled."""
+EXTENSIONS = 32
+"""Shapes of such passes that are kept."""
 PARTS = 64
 """In which the greatest of all logits is looked for."""
-
-
-@dataclass
-class Seated:
-    """The host's book-keeping of one stream. Only `ended` has to be read back from the device."""
-
-    plan: Plan
-    template: Template
-    visual_fed: int = 0
-    text_fed: int = 0
-    text_due: int = 0
-    """Text rows that may be fed, given what has been watched."""
-
-    def __post_init__(self):
-        writes = (self.plan.visual.produces != NOTHING).nonzero()
-        self.visual_last = int(writes.max()) + 1 if len(writes) else 0
-        """How far the visual run has to be fed for the words that its rows produce."""
-
-    @property
-    def last(self) -> int:
-        """Text rows that are ever fed: the row of the last answer token would produce one too many."""
-        return len(self.plan.text) - 1
-
-    @property
-    def done(self) -> bool:
-        return self.text_fed == self.last and self.visual_fed >= self.visual_last
-
-    def visual_due(self) -> int:
-        """How far the visual run has to be fed for the next text row."""
-        return int(self.plan.text.seen_visual[self.text_fed])
-
-    def watched(self, upto: int) -> None:
-        self.visual_fed = upto
-        self.text_due = min(int((self.plan.text.seen_visual <= upto).sum()), self.last)
 
 
 class Engine:
@@ -101,13 +70,16 @@ class Engine:
             pages, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, self.flex, options=self.options
         )
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._layer_of_step = self._layer_of_one = self._layer = run_layer
+        self.extensions: dict[tuple[int, int], Extension] = {}
+        """By n and Q."""
+        self.pool = torch.cuda.graph_pool_handle() if self.fast else None
+        self._layer_of_step = self._layer_of_one = self.layer = run_layer
         self._aim, self._conclude = self._plain_aim, self._plain_conclude
         if self.fast:
             torch._dynamo.config.recompile_limit = 64  # kinds of pass; the default of 8 is soon used up
             self._layer_of_step = torch.compile(run_layer, dynamic=False)
             self._layer_of_one = compiled_for_one_row()
-            self._layer = torch.compile(run_layer)
+            self.layer = torch.compile(run_layer)
             self._aim = torch.compile(self._plain_aim, dynamic=False)
             self._conclude = torch.compile(self._plain_conclude, dynamic=False, options=self._for_words())
 
@@ -153,14 +125,14 @@ class Engine:
         hidden, positions, places, leads = [], [], [], []
         for seat, stream, visual in zip(seats, streams, visual_tokens, strict=True):
             run, header = stream.plan.visual, self._put(stream.template.header)
-            hidden += [self._embed(stream, 0, len(run), visual), self.language.embed_tokens(header)]
+            hidden += [self._embed(stream, visual), self.language.embed_tokens(header)]
             positions += [run.positions, stream.plan.text.positions[:, : len(header)]]
             row, lead = (torch.arange(length, device=self.device) for length in (len(run), len(header)))
             places.append(self._places([seat], torch.cat([row, Pages.text_page_of(len(run)) * PAGE + lead])[None]))
             sight = row < self.seen_visual[seat, : len(header), None]
             leads.append(torch.cat([sight, lead <= lead[:, None]], 1))
         positions = self._put(torch.cat(positions, 1))[:, None]
-        result = self._forward(torch.cat(hidden)[None], positions, Fresh(torch.cat(places, 1), leads), self._layer)
+        result = self.forward(torch.cat(hidden)[None], positions, Fresh(torch.cat(places, 1), leads), self.layer)
         ends = torch.tensor([mask.shape[1] for mask in leads]).cumsum(0) - 1
         headers = torch.tensor([mask.shape[0] for mask in leads])
         where, next_row = self._put(seats), self._put(headers)
@@ -173,51 +145,55 @@ class Engine:
 
     @torch.no_grad()
     def extend(self, seats: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
-        """Feed the visual runs of `seats` as far as their next text row asks. A last row that produces a word does."""
+        """Feed `seats`, which wait, the text rows that are due, and their visual runs as far as the next text row asks.
+        A last row that produces a word does."""
         streams = [self.seated[seat] for seat in seats]
-        spans = [(stream.visual_fed, stream.visual_due()) for stream in streams]
-        longest = max(upto - first for first, upto in spans)
-        n = len(seats)
+        spans = [stream.next_span() for stream in streams]
+        lengths = [len(text) + len(visual) for text, visual in spans]
+        n, rows = len(seats), max(lengths)
         if self.fast:  # few shapes, each of which is compiled
-            n, longest = 1 << (n - 1).bit_length(), -(-longest // ROUND) * ROUND
-        hidden = torch.zeros(n, longest, self.language.config.hidden_size, dtype=self.model.dtype, device=self.device)
-        positions = torch.zeros(3, n, longest, dtype=torch.long)
-        # A shorter span is filled up with rows that write to nobody's page and see the first token.
-        logical, real = torch.zeros(n, longest, dtype=torch.long), torch.zeros(n, longest, dtype=torch.bool)
-        seen_visual, seen_text = torch.ones(n, longest, dtype=torch.long), torch.zeros(n, longest, dtype=torch.long)
+            n, rows = 1 << (n - 1).bit_length(), -(-rows // ROUND) * ROUND
+        extension = self._extension(n, rows)
+        numbers = extension.blank(n, rows)
         produces, next_row = torch.zeros(len(seats), dtype=torch.bool), torch.zeros(len(seats), dtype=torch.long)
-        for i, (stream, (first, upto), visual) in enumerate(zip(streams, spans, visual_tokens, strict=True)):
-            run, own, mine = stream.plan.visual, slice(first, upto), slice(0, upto - first)
-            hidden[i, mine] = self._embed(stream, first, upto, visual)
-            positions[:, i, mine] = run.positions[:, own]
-            logical[i, mine], real[i, mine] = torch.arange(first, upto), True
-            seen_visual[i, mine], seen_text[i, mine] = run.seen_visual[own], run.seen_text[own]
-            answer = int(run.produces[upto - 1])
+        for i, (stream, (text, visual), tokens) in enumerate(zip(streams, spans, visual_tokens, strict=True)):
+            begin = Pages.text_page_of(len(stream.plan.visual)) * PAGE
+            first = 0
+            for run, span, start in ((stream.plan.text, text, begin), (stream.plan.visual, visual, 0)):
+                own, mine = slice(span.start, span.stop), numbers[:, i, first : first + len(span)]
+                mine[:3], mine[3] = run.positions[:, own], torch.arange(span.start, span.stop) + start
+                mine[4], mine[5] = run.seen_visual[own], run.seen_text[own]
+                first += len(span)
+            numbers[7, i, : len(text)] = torch.arange(text.start, text.stop)
+            numbers[6, i, len(text) : first] = stream.visual_ids(visual)
+            clip, made = stream.clips_of(visual, tokens)
+            own = slice(len(text) + clip.start, len(text) + clip.stop)
+            numbers[8, i, own] = 1
+            extension.clips[i, own] = made
+            answer = int(stream.plan.visual.produces[visual.stop - 1])
             produces[i], next_row[i] = answer != NOTHING, len(stream.template.header) + max(answer, 0)
-        everyone = self._put([*seats, *[seats[0]] * (n - len(seats))])
-        where = everyone[: len(seats)]
-        places = self.pages.places(everyone, self._put(logical)).where(self._put(real), 0)
-        view = View(
-            self.pages,
-            everyone,
-            places,
-            self._put(seen_visual),
-            self._put(seen_text),
-            self.groups,
-            self.flex,
-            apart=self.fast,
-        )
-        hidden = self._forward(hidden, self._put(positions), view, self._layer)
-        last = self._put([upto - first - 1 for first, upto in spans])
+        extension.numbers.copy_(self._put(numbers), non_blocking=True)
+        extension.seats.copy_(self._put([*seats, *[seats[0]] * (n - len(seats))]), non_blocking=True)
+        hidden = extension.run()
+        where, last = self._put(seats), self._put([length - 1 for length in lengths])
         self._plain_choose(
             hidden[torch.arange(len(seats), device=self.device), last],
             where,
             self._put(next_row),
             self._put(produces) & ~self.ended[where],
         )
-        for stream, (_, upto) in zip(streams, spans, strict=True):
-            stream.watched(upto)
+        for stream, (text, visual) in zip(streams, spans, strict=True):
+            stream.text_fed = text.stop
+            stream.watched(visual.stop)
+        self.fed[where] = self._put([stream.text_fed for stream in streams])
         self.due[where] = self._put([stream.text_due for stream in streams])
+
+    def _extension(self, n: int, rows: int) -> Extension:
+        if (known := self.extensions.get((n, rows))) is not None:
+            return known
+        if len(self.extensions) == EXTENSIONS:
+            self.extensions.pop(next(iter(self.extensions)))
+        return self.extensions.setdefault((n, rows), Extension(self, n, rows))
 
     def _put(self, numbers: Tensor | Sequence[int]) -> Tensor:
         return put(numbers, self.device)
@@ -225,19 +201,12 @@ class Engine:
     def _places(self, seats: Sequence[int], logical: Tensor) -> Tensor:
         return self.pages.places(self._put(seats), logical)
 
-    def _embed(self, stream: Seated, first: int, upto: int, visual_tokens: Tensor) -> Tensor:
-        """What enters the first layer for rows first…upto-1 of a stream's visual run, (rows, C)."""
-        rows, template = stream.plan.visual.rows[first:upto], stream.template
-        ids = torch.full((upto - first,), template.video)
-        for part, source in ((PROMPT, template.prompt), (TAIL, template.tail)):
-            ids[rows.part == part] = torch.tensor(source)[rows.index[rows.part == part]]
-        embeds = self.language.embed_tokens(self._put(ids))
-        clip = (rows.part == CLIP).nonzero()[:, 0]
-        if len(clip):
-            # In feed order a clip's tokens lie together, and so do clips that are fed together.
-            first, end = int(clip[0]), int(clip[-1]) + 1
-            start = (int(rows.clip[first]) - 1) * visual_tokens.shape[1] + int(rows.index[first])
-            embeds[first:end] = visual_tokens.flatten(0, 1)[start : start + end - first]
+    def _embed(self, stream: Seated, visual_tokens: Tensor) -> Tensor:
+        """What enters the first layer for a stream's visual run, (rows, C)."""
+        run = range(len(stream.plan.visual))
+        embeds = self.language.embed_tokens(self._put(stream.visual_ids(run)))
+        clip, made = stream.clips_of(run, visual_tokens)
+        embeds[clip] = made
         return embeds
 
     # Writing
@@ -262,13 +231,13 @@ class Engine:
                     self._step()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode=OTHERS_MAY_GO_ON):
                 self._step()
             self.graph = graph
 
     def _step(self) -> None:
         ids, row, active, positions = self._aim()
-        hidden = self._forward(self.language.embed_tokens(ids), positions, self.view, self._layer_of_step)
+        hidden = self.forward(self.language.embed_tokens(ids), positions, self.view, self._layer_of_step)
         self._conclude(hidden, row, active)
 
     def _plain_aim(self):
@@ -298,7 +267,7 @@ class Engine:
         self.seen_ids[seats, token] = used.gather(1, token[:, None])[:, 0] | writes
         self.ended[seats] = self.ended[seats] | (writes & (token == self.end[seats]))
 
-    def _forward(self, hidden: Tensor, positions: Tensor, view: View | Fresh, layer_of) -> Tensor:
+    def forward(self, hidden: Tensor, positions: Tensor, view: View | Fresh, layer_of) -> Tensor:
         """The layers over `hidden` (n, Q, C) at `positions` (3, n, Q), normed."""
         rotary = self.language.rotary_emb(hidden, positions)
         if layer_of is self._layer_of_step and hidden.shape[:2] == (1, 1):

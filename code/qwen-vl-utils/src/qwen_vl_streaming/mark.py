@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+OTHERS_MAY_GO_ON = "thread_local"
+"""For recording a CUDA graph while other threads use the GPU: one that pins memory would break it off."""
+
 
 def put(numbers: torch.Tensor | Sequence[int], device: torch.device) -> torch.Tensor:
     """A tensor of the CPU, or numbers, on `device`; the host does not wait for what that is at."""

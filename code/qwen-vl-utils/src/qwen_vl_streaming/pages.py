@@ -261,10 +261,16 @@ PIECES: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 MOST_SHARES = 8
 
 
-def shares_for(queries: int, device: torch.device) -> int:
-    """How many shares give each of a GPU's processors a block of `queries`, counted with the heads of all keys."""
+def tuned(pages: Pages, n: int, queries: int, groups: int, options: dict) -> dict:
+    """`options` and `shares` of a view of n x `queries`: for few of them the `options` given, since FlexAttention then
+    shares out by itself; else so many shares that each of a GPU's processors has a block of queries, counted with the
+    heads of all keys."""
+    if queries * groups < PAGE:
+        return {"options": options, "shares": 1}
+    device = pages.store.device
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return min(max(processors // -(-queries // PIECES["BLOCK_M"]), 1), MOST_SHARES)
+    blocks = -(-n * queries * groups * pages.store.shape[1] // PIECES["BLOCK_M"])
+    return {"options": PIECES, "shares": min(max(processors // blocks, 1), MOST_SHARES)}
 
 
 class Both:
@@ -282,8 +288,6 @@ class Both:
         for n, many in shapes:
             whose = torch.arange(seats, device=device) if not self.parts else torch.zeros_like(self.places[0, :n])
             numbers = torch.ones(4, n, many, dtype=torch.long, device=device)
-            few = many * groups < PAGE  # there FlexAttention shares out by itself
-            queries = n * many * groups * pages.store.shape[1]
             self.parts.append(
                 View(
                     pages,
@@ -293,9 +297,8 @@ class Both:
                     numbers[1],
                     groups,
                     flex,
-                    options=options if few else PIECES,
                     since=numbers[2:].zero_() if windows else None,
-                    shares=1 if few else shares_for(queries, device),
+                    **tuned(pages, n, many, groups, options),
                 )
             )
 

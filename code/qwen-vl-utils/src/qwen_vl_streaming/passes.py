@@ -281,7 +281,7 @@ class Passes(Engine):
     def _pass(self, many: int, write: bool) -> None:
         """What a CUDA graph holds. Reads only tensors of the device."""
         hidden, positions = self._enter(many)
-        hidden = self._forward(hidden, positions, self.views[many], self._layer_of_step)
+        hidden = self.forward(hidden, positions, self.views[many], self._layer_of_step)
         self._choose(hidden, many, write)
 
     def _plain_enter(self, many: int) -> tuple[Tensor, Tensor]:
