@@ -152,13 +152,12 @@ class View:
         """
         pages, seats, groups = self.pages, self.seats, self.groups
         rows = self.seen_visual.shape[1] * groups
-        shape = 2, len(seats) * self.shares, 1, -(-rows // PAGE)
-        counts = torch.zeros(shape, dtype=torch.int32, device=seats.device)
-        listed = counts.new_zeros(*shape, -(-pages.table.shape[1] // self.shares))
-        self.partly, self.wholly = (counts[0], listed[0]), (counts[1], listed[1])
-        """How many pages the queries of a block see in part or all see whole, and which. With one query a seat all are
-        looked at as partly seen: the kernel for few queries shares out only those among the GPU's processors."""
         self.one = self.seen_visual.shape[1] == 1
+        shape = 1 if self.one else 2, len(seats) * self.shares, 1, -(-rows // PAGE)
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=seats.device)
+        self.listed = self.counts.new_zeros(*shape, -(-pages.table.shape[1] // self.shares))
+        """How many pages the queries of a block see in part, and all see whole; and which. With one query a seat all
+        are looked at as partly seen: the kernel for few queries shares out only those among the GPU's processors."""
 
         shares = self.shares
 
@@ -168,8 +167,9 @@ class View:
             return seen & (pages.owner[page] == seats[b])
 
         return BlockMask.from_kv_blocks(
-            *self.partly,
-            *((None, None) if self.one else self.wholly),
+            self.counts[0],
+            self.listed[0],
+            *((None, None) if self.one else (self.counts[1], self.listed[1])),
             BLOCK_SIZE=PAGE,
             mask_mod=rule,
             seq_lengths=(rows, pages.store.shape[2]),
@@ -181,7 +181,7 @@ class View:
         if not self.flex:
             self.mask = self._dense_mask()
             return
-        blocks = self.partly[0].shape[2]
+        blocks = self.counts.shape[-1]
         table = self.pages.table[self.seats, None].expand(-1, blocks, -1)
         first = self.pages.first[table]
 
@@ -201,16 +201,19 @@ class View:
                 found = those if found is None else found | those
             return found
 
-        partly, wholly = seen(False), seen(True)
-        for which, (counts, listed) in (
-            ((partly, self.partly),) if self.one else ((partly & ~wholly, self.partly), (wholly, self.wholly))
-        ):
-            order = which.logical_not().to(torch.int8).argsort(stable=True, dim=-1)
-            own = nn.functional.pad(table.gather(-1, order), (0, -table.shape[-1] % self.shares))
-            # (n, blocks, pages of a share, shares) to (n, shares, blocks, pages of a share)
-            listed.copy_(own.unflatten(-1, (-1, self.shares)).movedim(-1, 1).flatten(0, 1)[:, None])
-            share = torch.arange(self.shares, device=table.device)[:, None]
-            counts.copy_(((which.sum(-1)[:, None] - share + self.shares - 1) // self.shares).flatten(0, 1)[:, None])
+        partly = seen(False)
+        which = partly[None]
+        if not self.one:
+            wholly = seen(True)
+            which = torch.stack([partly & ~wholly, wholly])
+        # Not by sorting: of all that is compiled for a pass, sorts would take the longest.
+        shares, room = self.shares, self.listed.shape[-1] * self.shares
+        place = (which.cumsum(-1) - 1).where(which, room)
+        own = table.new_zeros(*which.shape[:-1], room + 1).scatter(-1, place, table.expand_as(which))[..., :room]
+        # (lists, n, blocks, pages of a share, shares) to (lists, n, shares, blocks, pages of a share)
+        self.listed.copy_(own.unflatten(-1, (-1, shares)).movedim(-1, 2).flatten(1, 2)[:, :, None])
+        share = torch.arange(shares, device=table.device)[:, None]
+        self.counts.copy_(((which.sum(-1)[:, :, None] - share + shares - 1) // shares).flatten(1, 2)[:, :, None])
 
     def _of_block(self, numbers: Tensor, blocks: int, fewest: bool) -> Tensor:
         """The least or the greatest of the `numbers` (n, Q) of a block's queries, (n, blocks)."""
