@@ -4,6 +4,7 @@ What enters is asked of `streaming.Stream`, where of `positions`; what it may se
 knows beforehand what this learns as it goes. Knows nothing of pages, devices and of what decides when.
 """
 
+import functools
 from dataclasses import dataclass, fields
 
 import torch
@@ -37,13 +38,18 @@ class Due:
 
     def __getitem__(self, key) -> "Due":
         """The rows that a slice or a mask picks."""
+        if not len(self):
+            return self
         return Due(self.rows[key], *(getattr(self, field.name)[..., key] for field in fields(self)[1:]))
 
     def __add__(self, other: "Due") -> "Due":
+        if not (len(self) and len(other)):
+            return self if len(self) else other
         pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self)[1:])
         return Due(Rows.concatenate([self.rows, other.rows]), *(torch.cat(pair, -1) for pair in pairs))
 
     @staticmethod
+    @functools.cache
     def nothing() -> "Due":
         none = torch.zeros(0, dtype=torch.long)
         return Due(Rows.of(PROMPT, 0), none, none.expand(3, 0), none, none, none, none.expand(2, 0))
