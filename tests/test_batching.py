@@ -1,6 +1,8 @@
 """Captions from a refilled batch over pages are those of the plain streams, whatever the batch."""
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -99,6 +101,36 @@ def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
     job, first = next(stream)
     assert len(drawn) < len(jobs)
     assert {job.key: first, **{job.key: caption for job, caption in stream}} == plain
+
+
+def test_the_memory_of_a_batch_goes_before_the_next_one_s_comes(monkeypatch):
+    """A long video after short ones needs wider tables."""
+    draw, variant, model, stores = random.Random(0), VARIANTS["interleave"], tiny_model(), []
+    templates = [replace(random_template(draw), end=-1) for _ in range(2)]
+    jobs = [
+        Job(
+            f"{clips}",
+            torch.randn(clips, 64, 1176),
+            template.layout((4, 4), 2.0),
+            template,
+            Schedule((1,) * (clips - 1)),
+        )
+        for clips, template in zip((1, 20), templates, strict=True)
+    ]
+    begin = Pages.__init__
+
+    def watched(pages, *arguments, **options):
+        assert not [store for store in stores if store() is not None]
+        begin(pages, *arguments, **options)
+        stores.append(weakref.ref(pages.store))
+
+    monkeypatch.setattr(Pages, "__init__", watched)
+    gc.disable()
+    try:
+        batched(model, variant, jobs, batch_size=1)
+    finally:
+        gc.enable()
+    assert len(stores) == 2
 
 
 def test_a_video_that_does_not_fit_is_refused_by_name():

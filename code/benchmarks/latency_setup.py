@@ -3,6 +3,7 @@
 A session's inside is not looked at here: it is opened, fed, stepped and closed.
 """
 
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -107,6 +108,7 @@ class Bench:
     def forget(self) -> None:
         """Give back what sessions of the same sizes would be handed."""
         self.passes.clear()
+        gc.collect()
         torch.cuda.empty_cache()
 
     def part(self) -> None:

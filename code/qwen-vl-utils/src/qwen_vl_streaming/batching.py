@@ -6,6 +6,7 @@ clip by clip. What is written does not depend on the batch.
 """
 
 import collections
+import gc
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -160,7 +161,8 @@ def caption_all(
     batch = None
     while pending or (batch and batch.jobs):
         if batch is None or (not batch.jobs and not _fits(batch, pending[0], pages_of(pending[0]), most)):
-            batch = None  # its memory goes before the next one's comes
+            batch = pages = None
+            gc.collect()  # its memory goes before the next one's comes: its parts refer to each other
             needs = [pages_of(job) for job in pending]
             pages = Pages(
                 config, batch_size, min(sum(needs), limit or sum(needs)), max(needs), model.dtype, model.device
