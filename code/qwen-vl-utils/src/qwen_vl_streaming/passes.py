@@ -8,6 +8,7 @@ decides when.
     S seats   R = S + n W rows of a pass   C hidden size
 """
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,6 +115,8 @@ class Passes(Engine):
         visual tokens of a clip, `width` is W, and `pieces` are the numbers of pieces that passes come with. `windows`:
         streams may be without end."""
         config = model.model.language_model.config
+        if model.device.type == "cuda":
+            gc.collect()  # parts of earlier passes refer to each other, and would keep their memory
         super().__init__(
             model, seats, Pages(config, seats, pages, columns, model.dtype, model.device), longest, penalty
         )

@@ -107,10 +107,11 @@ class Perception:
         visual, text = Passes.room(layout, clips, 1, window)
         sizes = layout.grid, layout.tail, Pages.need(visual, text), text, chunk, window is None
         if self.sizes != sizes:
+            self.passes = self.seat = self.sizes = None  # their memory goes before that of others comes
             self.passes = Passes.single(self.model, layout, clips, 1, chunk, 1.0, window)
             self.passes.warm_up()
             self.passes.tower.record(layout.grid, [1])
-            self.seat, self.sizes = None, sizes
+            self.sizes = sizes
         if self.seat is not None:
             self.passes.release(self.seat)
         self.seat = self.passes.take(template, layout, clips, 1, window)
