@@ -129,12 +129,13 @@ class Engine:
             positions += [run.positions, stream.plan.text.positions[:, : len(header)]]
             row, lead = (torch.arange(length, device=self.device) for length in (len(run), len(header)))
             places.append(self._places([seat], torch.cat([row, Pages.text_page_of(len(run)) * PAGE + lead])[None]))
-            sight = row < self.seen_visual[seat, : len(header), None]
-            leads.append(torch.cat([sight, lead <= lead[:, None]], 1))
+            seen = stream.plan.text.seen_visual[: len(header)]
+            sight = row[: int(seen.max())] < self.seen_visual[seat, : len(header), None]
+            leads.append((len(run), torch.cat([sight, lead <= lead[:, None]], 1)))
         positions = self._put(torch.cat(positions, 1))[:, None]
         result = self.forward(torch.cat(hidden)[None], positions, Fresh(torch.cat(places, 1), leads), self.layer)
-        ends = torch.tensor([mask.shape[1] for mask in leads]).cumsum(0) - 1
-        headers = torch.tensor([mask.shape[0] for mask in leads])
+        headers = torch.tensor([len(mask) for _, mask in leads])
+        ends = (torch.tensor([visual for visual, _ in leads]) + headers).cumsum(0) - 1
         where, next_row = self._put(seats), self._put(headers)
         self._plain_choose(result[0, self._put(ends)], where, next_row, torch.ones_like(where, dtype=torch.bool))
         self.fed[where] = next_row

@@ -349,24 +349,24 @@ class Fresh:
 
     places: Tensor
     """(1, Q)"""
-    leads: list[Tensor]
-    """For each seat what its text rows may see of its own rows, (text rows, rows of the seat)."""
+    leads: list[tuple[int, Tensor]]
+    """For each seat the length of its visual run, and what its text rows may see of as many rows at its beginning as
+    any of them sees, and then of each other: (text rows, rows seen + text rows)."""
 
     @torch.compiler.disable  # its loop would be compiled anew for each number of seats
     def attend(self, query: Tensor, fresh: Tensor, pool: Tensor, scale: float) -> Tensor:
         """As `View.attend`, with n = 1."""
         pool[:, :, self.places.flatten()] = fresh[0]
-        lengths = [mask.shape[1] for mask in self.leads]
+        lengths = [visual + len(mask) for visual, mask in self.leads]
         options = {"scale": scale, "enable_gqa": True}
         mixed = query.new_empty(query.transpose(1, 2).shape)  # as the next product wants it
         runs = zip(*(tensor.split(lengths, 2) for tensor in (query, *fresh.unbind(1))), strict=True)
-        for mask, own, run in zip(self.leads, mixed.split(lengths, 1), runs, strict=True):
-            visual = mask.shape[1] - mask.shape[0]
-            sight = (tensor[:, :, :visual] for tensor in run)
+        for (visual, mask), own, (asks, *known) in zip(self.leads, mixed.split(lengths, 1), runs, strict=True):
+            sight = (tensor[:, :, :visual] for tensor in (asks, *known))
             seen = nn.functional.scaled_dot_product_attention(*sight, is_causal=True, **options)
             own[:, :visual] = seen.transpose(1, 2)
-            seen = nn.functional.scaled_dot_product_attention(
-                run[0][:, :, visual:], *run[1:], attn_mask=mask, **options
-            )
+            upto = mask.shape[1] - len(mask)
+            sight = (torch.cat([tensor[:, :, :upto], tensor[:, :, visual:]], 2) for tensor in known)
+            seen = nn.functional.scaled_dot_product_attention(asks[:, :, visual:], *sight, attn_mask=mask, **options)
             own[:, visual:] = seen.transpose(1, 2)
         return mixed.transpose(1, 2)
