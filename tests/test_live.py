@@ -18,6 +18,7 @@ import torch
 from media import make_video
 from qwen_vl_streaming import live, live_intake, live_options, replay
 from qwen_vl_streaming.errors import InputError, run
+from qwen_vl_streaming.kept import read_clips
 from qwen_vl_streaming.live_figures import Course, figures, table
 from qwen_vl_streaming.live_intake import Intake
 from qwen_vl_streaming.live_options import parse, record_place
@@ -541,19 +542,19 @@ def test_it_says_once_that_it_is_behind_and_once_that_it_has_caught_up(skip, mad
     frames = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
     clips = [Clip(i, frames, np.zeros(2), time.time(), last=i == 19) for i in range(20)]
     intake = Script(clips, [1, 8], load_processor(made[0]), skip)
-    notes = io.StringIO()
+    notes, kept = io.StringIO(), []
     session = open_session(
         model, variant, template, template.layout((1, 1), 2.0), schedule="wait-1", max_clips=20, max_new_tokens=25,
         about={"a": 1},
     )  # fmt: skip
-    watch = Watch(session, intake, Screen(io.StringIO(), notes), Pieces(str), 1.0, None, skip, True)
+    watch = Watch(session, intake, Screen(io.StringIO(), notes), Pieces(str), 1.0, None, skip, kept.append)
     with session:
         watch.run()
     said = notes.getvalue().splitlines()
     assert len(said) == 2 and said[0].startswith("behind at") and said[1].startswith("caught up at"), said
     assert watch.clips == ([*range(20)] if not skip else [0, 8, *range(9, 20)])
     assert watch.skipped == (7 if skip else 0)
-    assert len(watch.frames) == len(watch.clips)
+    assert len(kept) == len(watch.clips)
 
 
 def test_characters_come_whole(made):
@@ -680,4 +681,4 @@ def test_kept_clips_that_are_none(tmp_path):
     save_file({"frames": torch.zeros(3)}, tmp_path / "other")
     for name in ("none", "text", "other"):
         with pytest.raises(InputError, match=f"{name} .*--keep"):
-            replay.read_clips(tmp_path / name)
+            read_clips(tmp_path / name)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from qwen_vl_streaming import replay as program
 from qwen_vl_streaming.errors import InputError, run
+from qwen_vl_streaming.kept import Keeper, read_clips
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.prompts import clip_pixels, load_processor, make_template
 from qwen_vl_streaming.record import read_record
@@ -196,17 +197,25 @@ def test_a_broken_record_is_refused(model, tmp_path):
         assert str(path) in str(error.value)
 
 
-def test_what_finds_no_room_is_one_line_and_leaves_nothing(tmp_path):
+def test_frames_that_find_no_room_are_one_line_and_leave_those_before(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    clips = [torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8) for _ in range(3)]
+    keeper, none = Keeper(tmp_path / "k.st"), Keeper(tmp_path / "none.st")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limit[1]))
     try:
+        for clip in clips[:2]:
+            keeper.add(clip)
         with pytest.raises(InputError, match=r"k\.st cannot be written"):
-            program.write_clips(tmp_path / "k.st", [torch.zeros(2, 3, 28, 28, dtype=torch.uint8)])
+            keeper.add(clips[2])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        with pytest.raises(InputError, match=r"none\.st cannot be written"):
+            none.add(clips[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["k.st"]
+    assert torch.equal(read_clips(tmp_path / "k.st"), torch.cat(clips[:2]))
 
 
 def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):

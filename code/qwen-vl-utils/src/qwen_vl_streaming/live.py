@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError, run
+from .kept import Keeper
 from .live_figures import table
 from .live_intake import Intake
 from .live_options import (
@@ -46,7 +47,7 @@ from .passes import Passes
 from .pipeline import Pair, PerceptionLost
 from .prompts import clip_pixels, load_processor, make_template
 from .record import read_record, write_record
-from .replay import DTYPES, write_clips
+from .replay import DTYPES
 from .session import GREEDY, Session, open_session
 from .timeline import make_schedule
 from .video import FRAMES_PER_CLIP, PixelBudget
@@ -166,6 +167,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(own_file(path))
+        keeper = arguments.keep and Keeper(stack.enter_context(own_file(arguments.keep)))
         options = {
             "way": way,
             "schedule": schedule,
@@ -204,7 +206,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             source.seconds_per_clip,
             most,
             skip=skip,
-            keep=arguments.keep is not None,
+            keep=keeper and keeper.add,
         )
         about["clips"], stop.watched = watch.clips, watch
         fault = None
@@ -224,8 +226,6 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         found = watch.figures(written, arguments.deadline)
         about["completed"], about["figures"] = intake.completed, found
         write_record(own, replace(written, about=about))
-    if watch.frames:
-        write_clips(arguments.keep, watch.frames)
     ends = {
         "ended": "the answer has ended" + ("" if session.all_fed else ", before the source has"),
         "max_new_tokens": f"{options['max_new_tokens']} tokens are written, see --max-new-tokens",
@@ -234,7 +234,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     numbers = str(dtype).removeprefix("torch.")
     screen.show(f"\n{variant.name}, {way}, {schedule}, {numbers} on {device}: {ends.get(written.end, written.end)}")
     screen.show(f"{table(found)}\n{'record':<26}{path}")
-    if watch.frames:
+    if keeper and keeper.count:
         screen.show(f"{'frames kept':<26}{arguments.keep}")
     if fault is not None:
         raise fault

@@ -3,6 +3,8 @@
 Knows nothing of sources, arguments and files. What it needs of a session is its public side alone.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .live_figures import Course, figures
@@ -31,16 +33,14 @@ class Watch:
         seconds: float,
         most: int | None = None,
         skip: bool = False,
-        keep: bool = False,
+        keep: Callable[[Tensor], None] | None = None,
     ):
-        """`seconds` a clip; watch `most` clips. `skip`: when it cannot keep up, only the newest clip is fed. `keep` the
-        fed frames."""
+        """`seconds` a clip; watch `most` clips. `skip`: when it cannot keep up, only the newest clip is fed. `keep` is
+        given the frames of each clip before it is fed, (2, 3, H, W) uint8."""
         self.session, self.intake, self.screen, self.pieces = session, intake, screen, pieces
         self.seconds, self.most, self.skip, self.keep = seconds, most, skip, keep
         self.clips: list[int] = []
         """Of each clip that was fed, its index in the source; this list goes into the record."""
-        self.frames: list[Tensor] = []
-        """(2, 3, H, W) uint8 of each, where they are kept."""
         self.next = intake.before
         """The clip of the source after the newest that was fed."""
         self.stopped = self.behind = False
@@ -113,9 +113,9 @@ class Watch:
             clip, pixels = intake.take()
             skipped, self.next = clip.index - self.next, clip.index + 1
             full = len(self.clips) + 1 == self.most
-            self.clips.append(clip.index)
             if self.keep:
-                self.frames.append(clip.frames)
+                self.keep(clip.frames)
+            self.clips.append(clip.index)
             session.feed(pixels, clip.last or full)
             self.skipped += skipped
             self._tell_pace(skipped)

@@ -15,19 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache
 
 from .attention import dense_mask
 from .errors import InputError, OneLineParser, run
+from .kept import read_clips
 from .live_source import synthetic_clips
 from .modeling_qwen2_5_vl import load_model
 from .plan import Window
 from .positions import timeline_positions
 from .prompts import clip_pixels, load_processor
-from .record import Record, clip_hash, identity, read_record, whole
+from .record import Record, clip_hash, identity, read_record
 from .session import GREEDY
 from .streaming import Streams, caption
 from .timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Schedule, make_schedule, make_timeline
@@ -211,23 +210,6 @@ def video_clips(
     if max(fed, default=0) >= len(clips):
         raise InputError(f"the record is of clip {max(fed) + 1} of a video, and {len(clips)} were given")
     return [clips[index] for index in fed]
-
-
-def write_clips(path: str | Path, frames: Sequence[Tensor]) -> None:
-    """Keep the frames of clips, each (2, 3, H, W) uint8, for `read_clips`. Whole or not at all."""
-    with whole(path) as beside:
-        save_file({"frames": torch.cat([torch.empty(0, dtype=torch.uint8), *frames])}, beside)
-
-
-def read_clips(path: str | Path) -> Tensor:
-    """(2 N, 3, H, W) uint8. Raises InputError, naming the file, for what `write_clips` has not written."""
-    try:
-        frames = load_file(path).get("frames")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"clips {path} cannot be read ({error}): give a file that --keep has written") from error
-    if frames is None or frames.dtype != torch.uint8 or frames.dim() != 4:
-        raise InputError(f"clips {path} holds no frames: give a file that --keep has written")
-    return frames
 
 
 def main() -> None:
