@@ -76,7 +76,8 @@ class Engine:
         self._layer_of_step = self._layer_of_one = self.layer = run_layer
         self._aim, self._conclude = self._plain_aim, self._plain_conclude
         if self.fast:
-            torch._dynamo.config.recompile_limit = 64  # kinds of pass; the default of 8 is soon used up
+            # Kinds and shapes of passes: beyond the defaults of 8 and 256 they would run uncompiled, without a word.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
             self._layer_of_step = torch.compile(run_layer, dynamic=False)
             self._layer_of_one = compiled_for_one_row()
             self.layer = torch.compile(run_layer)
@@ -155,27 +156,11 @@ class Engine:
         if self.fast:  # few shapes, each of which is compiled
             n, rows = 1 << (n - 1).bit_length(), -(-rows // ROUND) * ROUND
         extension = self._extension(n, rows)
-        numbers = extension.blank(n, rows)
-        produces, next_row = torch.zeros(len(seats), dtype=torch.bool), torch.zeros(len(seats), dtype=torch.long)
-        for i, (stream, (text, visual), tokens) in enumerate(zip(streams, spans, visual_tokens, strict=True)):
-            begin = Pages.text_page_of(len(stream.plan.visual)) * PAGE
-            first = 0
-            for run, span, start in ((stream.plan.text, text, begin), (stream.plan.visual, visual, 0)):
-                own, mine = slice(span.start, span.stop), numbers[:, i, first : first + len(span)]
-                mine[:3], mine[3] = run.positions[:, own], torch.arange(span.start, span.stop) + start
-                mine[4], mine[5] = run.seen_visual[own], run.seen_text[own]
-                first += len(span)
-            numbers[7, i, : len(text)] = torch.arange(text.start, text.stop)
-            numbers[6, i, len(text) : first] = stream.visual_ids(visual)
-            clip, made = stream.clips_of(visual, tokens)
-            own = slice(len(text) + clip.start, len(text) + clip.stop)
-            numbers[8, i, own] = 1
-            extension.clips[i, own] = made
-            answer = int(stream.plan.visual.produces[visual.stop - 1])
-            produces[i], next_row[i] = answer != NOTHING, len(stream.template.header) + max(answer, 0)
-        extension.numbers.copy_(self._put(numbers), non_blocking=True)
-        extension.seats.copy_(self._put([*seats, *[seats[0]] * (n - len(seats))]), non_blocking=True)
+        extension.fill(seats, streams, spans, visual_tokens)
         hidden = extension.run()
+        answers = [int(s.plan.visual.produces[visual.stop - 1]) for s, (_, visual) in zip(streams, spans, strict=True)]
+        produces = torch.tensor([answer != NOTHING for answer in answers])
+        next_row = [len(s.template.header) + max(answer, 0) for s, answer in zip(streams, answers, strict=True)]
         where, last = self._put(seats), self._put([length - 1 for length in lengths])
         self._plain_choose(
             hidden[torch.arange(len(seats), device=self.device), last],

@@ -5,11 +5,14 @@ On a GPU a shape that comes again is recorded as a CUDA graph: for few seats the
     n seats in a pass   Q rows of each   C hidden size
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .mark import OTHERS_MAY_GO_ON
-from .pages import View, tuned
+from .mark import OTHERS_MAY_GO_ON, put
+from .pages import PAGE, Pages, View, tuned
+from .seated import Seated
 
 NUMBERS = 9  # of each row, see Extension.blank
 RECORD_AT = 3
@@ -50,6 +53,35 @@ class Extension:
         numbers = torch.zeros(NUMBERS, n, rows, dtype=torch.long)
         numbers[3], numbers[4], numbers[7] = -1, 1, -1
         return numbers
+
+    def fill(
+        self,
+        seats: Sequence[int],
+        streams: Sequence[Seated],
+        spans: Sequence[tuple[range, range]],
+        visual_tokens: Sequence[Tensor],
+    ) -> None:
+        """Have the next `run` feed up to n `seats` the `spans` of their text and then of their visual runs, which have
+        at most Q rows. `visual_tokens` holds, for each, a tensor of (N, tokens of a clip, C)."""
+        n, rows = self.clips.shape[:2]
+        numbers = self.blank(n, rows)
+        for i, (stream, (text, visual), tokens) in enumerate(zip(streams, spans, visual_tokens, strict=True)):
+            plan, first = stream.plan, 0
+            begin = Pages.text_page_of(len(plan.visual)) * PAGE
+            for run, span, start in ((plan.text, text, begin), (plan.visual, visual, 0)):
+                own, mine = slice(span.start, span.stop), numbers[:, i, first : first + len(span)]
+                mine[:3], mine[3] = run.positions[:, own], torch.arange(span.start, span.stop) + start
+                mine[4], mine[5] = run.seen_visual[own], run.seen_text[own]
+                first += len(span)
+            numbers[7, i, : len(text)] = torch.arange(text.start, text.stop)
+            numbers[6, i, len(text) : first] = stream.visual_ids(visual)
+            clip, made = stream.clips_of(visual, tokens)
+            own = slice(len(text) + clip.start, len(text) + clip.stop)
+            numbers[8, i, own] = 1
+            self.clips[i, own] = made
+        device = self.seats.device
+        self.numbers.copy_(put(numbers, device))
+        self.seats.copy_(put([*seats, *[seats[0]] * (n - len(seats))], device))
 
     @torch.no_grad()
     def run(self) -> Tensor:
