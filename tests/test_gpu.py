@@ -124,6 +124,7 @@ def test_compiled_captured_batches_write_what_plain_streams_write(variant, size)
 @pytest.mark.parametrize("name", ["group", "interleave"])
 def test_the_host_runs_ahead_of_a_batch(name):
     """What comes second to the same seats has been compiled."""
+    print("seed", SEED)
     torch.manual_seed(SEED)
     model, variant = tiny_model(**FLEX).cuda(), VARIANTS[name]
     jobs = random_jobs(random.Random(SEED), variant, 4)

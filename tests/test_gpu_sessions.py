@@ -114,6 +114,7 @@ def test_a_captured_window_over_pages_that_turn(models, way, tmp_path):
 @pytest.mark.parametrize("way", ["serial", "fused"])
 def test_the_host_waits_for_words_alone(models, way):
     """Over pages that turn."""
+    print("seed", SEED)
     made = Passes.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
     made.warm_up()
     case = fixed_case(random.Random(SEED), PARALLEL[0], clips=120)

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming.pages import PAGE, TEXT, Pages, View, _join_shares
+from qwen_vl_streaming.pages import PAGE, TEXT, Pages
 from qwen_vl_streaming.passes import Run
+from qwen_vl_streaming.views import View, _join_shares
 
 SEED = time.time_ns() % 100_000
 CONFIG = SimpleNamespace(num_key_value_heads=1, num_attention_heads=3, hidden_size=12, num_hidden_layers=1)

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from .extension import Extension
 from .layers import ONE_ROW, Joined, compiled_for_one_row, run_layer
 from .mark import OTHERS_MAY_GO_ON, put
-from .pages import PAGE, Fresh, Pages, View
+from .pages import PAGE, Pages
 from .plan import Plan
 from .prompts import Template
 from .seated import Seated
 from .streaming import PENALTY
 from .timeline import NOTHING
+from .views import Fresh, View
 
 ROUND = 16
 """Rows of a pass over clips are filled up to a multiple of so many: each number is a shape that is compiled."""

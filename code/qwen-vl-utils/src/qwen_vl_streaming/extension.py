@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .mark import OTHERS_MAY_GO_ON, put
-from .pages import PAGE, Pages, View, tuned
+from .pages import PAGE, Pages
 from .seated import Seated
+from .views import View, tuned
 
 NUMBERS = 9  # of each row, see Extension.blank
 RECORD_AT = 3

@@ -38,7 +38,10 @@ class Keeper:
                 file.write(len(text).to_bytes(8, "little") + text)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.truncate(self.path, HEADER + self.count * size) if self.count else self.path.unlink()
+                if self.count:
+                    os.truncate(self.path, HEADER + self.count * size)
+                else:
+                    self.path.unlink()
             raise InputError(f"{self.path} cannot be written ({error}): make room, or give another place") from error
         self.count += len(frames)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from .pages import Fresh, View
+from .views import Fresh, View
 
 ONE_ROW = {"coordinate_descent_tuning": True}
 """The compiler's options for products with one row."""

@@ -19,12 +19,13 @@ from .engine import Engine
 from .errors import InputError
 from .feed import Due
 from .mark import Mark
-from .pages import PAGE, TEXT, Both, Pages
+from .pages import PAGE, TEXT, Pages
 from .plan import Window
 from .prompts import Template
 from .streaming import PENALTY
 from .timeline import CLIP, Layout
 from .tower import Sight, Tower
+from .views import Both
 
 NUMBERS = 11  # of each row of a pass, see Passes._fill
 AHEAD = 2
