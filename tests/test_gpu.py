@@ -56,29 +56,32 @@ def test_streamed_equals_full_on_the_gpu(variant):
         assert (torch.stack(kept[: len(answer)]).cpu() - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["group", "interleave"])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
-def test_flex_attention_equals_dense_with_gradients(dtype, tolerance):
-    """A sample of ten clips: loss and every gradient, relative to its own size."""
+def test_flex_attention_equals_dense_with_gradients(dtype, tolerance, name):
+    """Two samples of ten clips, packed: loss and every gradient, relative to its own size."""
     print("seed", SEED)
     torch.manual_seed(SEED)
     torch.backends.cuda.matmul.allow_tf32 = False
     draw = random.Random(SEED)
     model = tiny_model(**FLEX).to("cuda", dtype)
-    variant, template = VARIANTS["group"], random_template(draw)
+    variant, template = VARIANTS[name], random_template(draw)
     layout = Layout(len(template.prompt), len(template.tail), len(template.header), (5, 7))
     timeline = make_timeline(variant, layout, (3,) * 9 + (12,))
-    rows, answer = timeline.rows, [draw.randrange(150) for _ in range(39)]
-    ids = timeline_ids(timeline, template, answer)
-    labels = torch.where(timeline.produces < 0, -100, torch.tensor(answer)[timeline.produces])
-    visual_tokens = torch.randn(350, 96)
+    rows, answers = timeline.rows, torch.randint(150, (2, 39))
+    ids = torch.cat([timeline_ids(timeline, template, answer.tolist()) for answer in answers])
+    labels = torch.cat([torch.where(timeline.produces < 0, -100, answer[timeline.produces]) for answer in answers])
+    flags = [flag.repeat(2)[None].cuda() for flag in (rows.visual, rows.text)]
+    sample = torch.arange(2).repeat_interleave(len(rows))[None].cuda()
+    visual_tokens = torch.randn(700, 96)
 
     def run(implementation):
         model.zero_grad()
         model.model.language_model.set_attn_implementation(implementation)
         loss = model(
             input_ids=ids[None].cuda(),
-            position_ids=timeline_positions(timeline)[:, None].cuda(),
-            attention_mask=make_mask(rows.visual[None].cuda(), rows.text[None].cuda(), True, implementation),
+            position_ids=timeline_positions(timeline).repeat(1, 2)[:, None].cuda(),
+            attention_mask=make_mask(*flags, variant.parallel, implementation, sample),
             visual_tokens=visual_tokens.to("cuda", dtype),
             labels=labels[None].cuda(),
         ).loss
@@ -89,9 +92,9 @@ def test_flex_attention_equals_dense_with_gradients(dtype, tolerance):
     loss, gradients = run("sdpa")
     flex_loss, flex_gradients = run("flex_attention")
     assert abs(loss - flex_loss) < tolerance * abs(loss)
-    for name, gradient in gradients.items():
+    for weight, gradient in gradients.items():
         scale = gradient.abs().max()
-        assert (gradient - flex_gradients[name]).abs().max() <= tolerance * scale + 1e-6, name
+        assert (gradient - flex_gradients[weight]).abs().max() <= tolerance * scale + 1e-6, weight
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])

@@ -74,6 +74,7 @@ def refusal(made, tmp_path, capsys, monkeypatch):
         ("--resume_from_checkpoint x", "the same command goes on"),
         ("--attention flex_attention", "does not train on a CPU"),
         ("--variant batch --attention flash_attention_2", "is not installed here"),
+        ("--variant batch --attention flash_attention_2 --pack_tokens 512", "cannot keep packed samples apart"),
         ("--model_max_length 0", "--model_max_length 0"),
         ("--model_max_length 30", "are 36 tokens, more than the model length 30"),
         ("--pack_tokens 30", "and --pack_tokens where it is given"),

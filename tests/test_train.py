@@ -10,7 +10,7 @@ from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.variants import VARIANTS
 from qwen_vl_streaming.video import PixelBudget
-from qwenvl.arguments import DataArguments
+from qwenvl.arguments import DataArguments, ModelArguments
 from qwenvl.data import IGNORED, StreamingDataset, collate, pack
 from qwenvl.rows import read_rows
 from training import refused
@@ -148,6 +148,20 @@ def test_wrong_set_ups_are_refused_in_one_line(made, tmp_path, capsys, monkeypat
     ):
         assert reason in refused(arguments, capsys, monkeypatch)
     assert not (tmp_path / "out/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "variant,cuda,packed,chosen",
+    [
+        ("group", True, False, "flex_attention"),
+        ("interleave", True, False, "sdpa"),
+        ("interleave", True, True, "flex_attention"),
+        ("group", False, True, "sdpa"),
+    ],
+)
+def test_a_gpu_holds_every_mask_in_flex_attention(made, variant, cuda, packed, chosen):
+    arguments = ModelArguments(model_name_or_path=str(made[0]), variant=variant)
+    assert arguments.implementation(cuda, packed) == chosen
 
 
 def test_data_arguments_know_the_budget(made):

@@ -101,11 +101,17 @@ class ModelArguments:
     def schedule(self) -> str:
         return f"wait-{self.wait_k}"
 
-    def implementation(self, cuda: bool) -> str:
-        """The attention that `auto` stands for: FlexAttention where a GPU must hold the streaming mask."""
+    def implementation(self, cuda: bool, packed: bool) -> str:
+        """The attention that `auto` stands for: FlexAttention where a GPU must hold a mask, the streaming one or that
+        which keeps packed samples apart. Raises InputError where the one that was asked for cannot."""
+        if packed and "flash" in self.attention:
+            raise InputError(
+                f"--attention {self.attention} cannot keep packed samples apart: "
+                "leave --pack_tokens out, or use auto, flex_attention or sdpa"
+            )
         if self.attention != "auto":
             return self.attention
-        return "flex_attention" if cuda and self.rules.parallel else "sdpa"
+        return "flex_attention" if cuda and (packed or self.rules.parallel) else "sdpa"
 
 
 @dataclass

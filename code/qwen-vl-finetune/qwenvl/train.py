@@ -181,7 +181,8 @@ def main() -> None:
 def train(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: SftArguments) -> None:
     output, variant, checkpoint = Path(arguments.output_dir), model_arguments.rules, model_arguments.model_name_or_path
     check_folder(output, variant.name, checkpoint)
-    implementation = model_arguments.implementation(arguments.device.type == "cuda")
+    packed = data_arguments.pack_tokens > 0
+    implementation = model_arguments.implementation(arguments.device.type == "cuda", packed)
     check_attention(implementation, arguments.device)
     config = load_config(checkpoint)
     trained = getattr(config, "streaming_variant", None)

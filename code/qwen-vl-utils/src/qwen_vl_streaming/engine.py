@@ -25,8 +25,9 @@ from .streaming import PENALTY
 from .timeline import NOTHING
 from .views import Fresh, View
 
-ROUND = 16
-"""Rows of a pass over clips are filled up to a multiple of so many: each number is a shape that is compiled."""
+ROUND = 4
+"""Rows of a pass over clips are filled up to a multiple of so many: each number is a shape that is compiled, and rows
+that fill up cost as much as others."""
 EXTENSIONS = 32
 """Shapes of such passes that are kept."""
 PARTS = 64
