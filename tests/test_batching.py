@@ -2,11 +2,13 @@
 
 import gc
 import random
+import time
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from qwen_vl_streaming import packed
 from qwen_vl_streaming.batching import Job, caption_all
 from qwen_vl_streaming.engine import Engine, first_greatest
 from qwen_vl_streaming.errors import InputError
@@ -15,9 +17,11 @@ from qwen_vl_streaming.pages import PAGE, Pages
 from qwen_vl_streaming.streaming import Streams, caption
 from qwen_vl_streaming.timeline import Schedule
 from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.views import flex_in_shares
 from tiny import random_template, tiny_model
 
 MOST = 12
+SEED = time.time_ns() % 100_000
 
 
 def random_jobs(draw: random.Random, variant, count: int) -> list[Job]:
@@ -54,6 +58,21 @@ def test_the_batch_changes_nothing(variant, seed):
     plain = plainly(model, variant, jobs)
     for size in (1, 3, 32):
         draw.shuffle(jobs)
+        assert batched(model, variant, jobs, batch_size=size) == plain
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize("name", ["group", "interleave"])
+def test_flex_attention_over_pages_changes_nothing(name, shares, monkeypatch):
+    """As on a GPU, where it is compiled: passes are filled up, and what a seat has lies in pages seen in shares."""
+    draw, model, variant = random.Random(f"{SEED} {name} {shares}"), tiny_model(SEED), VARIANTS[name]
+    print("seed", SEED)
+    jobs = random_jobs(draw, variant, 6)
+    plain = plainly(model, variant, jobs)
+    monkeypatch.setattr(packed, "_compiled", flex_in_shares)
+    monkeypatch.setattr(packed, "shares_of", lambda *_: shares)
+    monkeypatch.setattr(Engine, "flex", True)
+    for size in (1, 4):
         assert batched(model, variant, jobs, batch_size=size) == plain
 
 

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from qwen_vl_streaming import packed
+from qwen_vl_streaming.packed import Packed
 from qwen_vl_streaming.pages import PAGE, TEXT, Pages
 from qwen_vl_streaming.passes import Run
 from qwen_vl_streaming.views import View, _join_shares
@@ -14,23 +16,23 @@ SEED = time.time_ns() % 100_000
 CONFIG = SimpleNamespace(num_key_value_heads=1, num_attention_heads=3, hidden_size=12, num_hidden_layers=1)
 
 
-def by_lists(view: View) -> torch.Tensor:
-    """Which places of the pool each query sees, (n, Q, pool), by the pages that the block mask lists."""
-    mask, groups = view.mask, view.groups
-    (n, many), shares = view.seen_visual.shape, view.shares
-    seen = torch.zeros(n, many * groups, view.pages.store.shape[2], dtype=torch.bool)
+def by_lists(view: View | Packed, n: int, rows: int) -> torch.Tensor:
+    """Which places of the pool each of n x `rows` queries sees, (n, rows, pool), by the pages that the block mask
+    lists."""
+    mask, shares = view.mask, view.shares
+    seen = torch.zeros(n, rows, view.pages.store.shape[2], dtype=torch.bool)
     kinds = [(mask.kv_num_blocks, mask.kv_indices, False), (mask.full_kv_num_blocks, mask.full_kv_indices, True)]
     for counts, pages, whole in kinds:
         if counts is None:
             continue
         for b, block in torch.cartesian_prod(torch.arange(n * shares), torch.arange(counts.shape[2])).tolist():
-            rows = torch.arange(block * PAGE, min((block + 1) * PAGE, many * groups))
+            queries = torch.arange(block * PAGE, min((block + 1) * PAGE, rows))
             for page in pages[b, 0, block, : counts[b, 0, block]].tolist():
                 keys = torch.arange(page * PAGE, (page + 1) * PAGE)
-                some = True if whole else mask.mask_mod(torch.tensor(b), 0, rows[:, None], keys)
-                assert not seen[b // shares, rows[:, None], keys].any()  # in no other share
-                seen[b // shares, rows[:, None], keys] |= some
-    return seen.view(n, many, groups, -1)
+                some = True if whole else mask.mask_mod(torch.tensor(b), 0, queries[:, None], keys)
+                assert not seen[b // shares, queries[:, None], keys].any()  # in no other share
+                seen[b // shares, queries[:, None], keys] |= some
+    return seen
 
 
 def by_dense_mask(view: View) -> torch.Tensor:
@@ -84,7 +86,7 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
         options = {"since": since if windows else None}
         flex = View(pages, whose, None, *ends, groups=3, flex=True, shares=shares, **options)
         dense = View(pages, whose, None, *ends, groups=3, flex=False, **options)
-        listed = by_lists(flex)
+        listed = by_lists(flex, len(whose), many * 3).unflatten(1, (many, 3))
         assert all(torch.equal(listed[:, :, group], by_dense_mask(dense)) for group in range(3))
 
 
@@ -100,3 +102,35 @@ def test_shares_join_to_the_whole():
     lse = torch.stack([part.logsumexp(-1) for part in parts], 1).flatten(0, 1)
     assert torch.allclose(_join_shares(mixed, lse, 4), scores.softmax(-1) @ values, atol=1e-5)
     assert not _join_shares(mixed, torch.full_like(lse, float("-inf")), 4).any()
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+def test_the_pages_listed_for_packed_rows_hold_what_is_seen(shares, monkeypatch):
+    """Rows of several seats end to end, of which some share a block, against the rule for each."""
+    print("seed", SEED)
+    draw, groups = random.Random(f"{SEED} {shares}"), 3
+    monkeypatch.setattr(packed, "shares_of", lambda *_: shares)
+    for _ in range(4):
+        seats = draw.randint(1, 5)
+        sizes = [(draw.randint(1, 700), draw.randint(1, 500)) for _ in range(seats)]
+        needs = [Pages.need(*size) for size in sizes]
+        pages = Pages(CONFIG, seats, sum(needs) + 3, max(needs) + 1, torch.float32, "cpu")
+        for seat, size in enumerate(sizes):
+            pages.take(seat, *size)
+        counts = [43, *(draw.randint(1, 150) for _ in range(seats - 1))]  # of 43 rows the last lies in two blocks
+        whose = [
+            seat for seat, count in zip(draw.sample(range(seats), seats), counts, strict=True) for _ in range(count)
+        ]
+        upto = torch.tensor([[draw.randint(0, size) for size in sizes[seat]] for seat in whose])
+        numbers = torch.zeros(len(whose), dtype=torch.long), torch.tensor(whose), *upto.T
+        view = Packed(pages, len(whose), groups, flex=True)
+        expected = torch.zeros(len(whose), pages.store.shape[2], dtype=torch.bool)
+        for row, (seat, seen) in enumerate(zip(whose, upto.tolist(), strict=True)):
+            runs = [torch.arange(end) for end in seen]
+            runs[1] = runs[1] + Pages.text_page_of(sizes[seat][0]) * PAGE
+            expected[row, pages.places(torch.tensor([seat]), torch.cat(runs)[None])] = True
+        for rows in (len(whose), len(whose) // 2 + 1):
+            view.put(*(of_all[:rows] for of_all in numbers))
+            listed = by_lists(view, 1, view.blocks * PAGE)[0]
+            assert torch.equal(listed[: groups * rows], expected[:rows].repeat_interleave(groups, 0))
+            assert not listed[groups * rows :].any()

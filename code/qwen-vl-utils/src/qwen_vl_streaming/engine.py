@@ -5,7 +5,7 @@ All that a word depends on lies on the device, so that nothing waits for the hos
 and for each text row its position and what it may see, which the plan of a stream knows beforehand (`plan.py`). On a
 GPU a step is compiled and replayed as a CUDA graph; on a CPU the same lines run as they stand.
 
-    S seats   T text rows of a seat   n seats in a pass   Q rows of each   C hidden size   V vocabulary
+    S seats   T text rows of a seat   n x Q rows of a pass   C hidden size   V vocabulary
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .extension import Extension
 from .layers import ONE_ROW, Joined, compiled_for_one_row, run_layer
 from .mark import OTHERS_MAY_GO_ON, put
+from .packed import Packed, blocks_for
 from .pages import PAGE, Pages
 from .plan import Plan
 from .prompts import Template
@@ -25,11 +26,9 @@ from .streaming import PENALTY
 from .timeline import NOTHING
 from .views import Fresh, View
 
-ROUND = 4
-"""Rows of a pass over clips are filled up to a multiple of so many: each number is a shape that is compiled, and rows
-that fill up cost as much as others."""
-EXTENSIONS = 32
-"""Shapes of such passes that are kept."""
+ROUND = 16
+"""Rows of a pass over clips are filled up by at most a part of so many, for few rows to a multiple of so many: a number
+that comes again is recorded."""
 PARTS = 64
 """In which the greatest of all logits is looked for."""
 
@@ -72,8 +71,8 @@ class Engine:
             pages, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, self.flex, options=self.options
         )
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.extensions: dict[tuple[int, int], Extension] = {}
-        """By n and Q."""
+        self.extensions: dict[int, Extension] = {}
+        """By the blocks of rows for which they have room."""
         self.pool = torch.cuda.graph_pool_handle() if self.fast else None
         self._layer_of_step = self._layer_of_one = self.layer = run_layer
         self._aim, self._conclude = self._plain_aim, self._plain_conclude
@@ -153,35 +152,29 @@ class Engine:
         A last row that produces a word does."""
         streams = [self.seated[seat] for seat in seats]
         spans = [stream.next_span() for stream in streams]
-        lengths = [len(text) + len(visual) for text, visual in spans]
-        n, rows = len(seats), max(lengths)
-        if self.fast:  # few shapes, each of which is compiled
-            n, rows = 1 << (n - 1).bit_length(), -(-rows // ROUND) * ROUND
-        extension = self._extension(n, rows)
-        extension.fill(seats, streams, spans, visual_tokens)
-        hidden = extension.run()
+        lengths = torch.tensor([len(text) + len(visual) for text, visual in spans])
+        rows = int(lengths.sum())
+        if self.flex:
+            rows = filled_up(rows)
+        extension = self._extension(rows)
+        extension.fill(rows, seats, streams, spans, visual_tokens)
+        hidden = extension.run(rows)
         answers = [int(s.plan.visual.produces[visual.stop - 1]) for s, (_, visual) in zip(streams, spans, strict=True)]
         produces = torch.tensor([answer != NOTHING for answer in answers])
         next_row = [len(s.template.header) + max(answer, 0) for s, answer in zip(streams, answers, strict=True)]
-        where, last = self._put(seats), self._put([length - 1 for length in lengths])
-        self._plain_choose(
-            hidden[torch.arange(len(seats), device=self.device), last],
-            where,
-            self._put(next_row),
-            self._put(produces) & ~self.ended[where],
-        )
+        where, last = self._put(seats), self._put(lengths.cumsum(0) - 1)
+        self._plain_choose(hidden[last], where, self._put(next_row), self._put(produces) & ~self.ended[where])
         for stream, (text, visual) in zip(streams, spans, strict=True):
             stream.text_fed = text.stop
             stream.watched(visual.stop)
         self.fed[where] = self._put([stream.text_fed for stream in streams])
         self.due[where] = self._put([stream.text_due for stream in streams])
 
-    def _extension(self, n: int, rows: int) -> Extension:
-        if (known := self.extensions.get((n, rows))) is not None:
-            return known
-        if len(self.extensions) == EXTENSIONS:
-            self.extensions.pop(next(iter(self.extensions)))
-        return self.extensions.setdefault((n, rows), Extension(self, n, rows))
+    def _extension(self, rows: int) -> Extension:
+        blocks = blocks_for(rows * self.groups)
+        if blocks not in self.extensions:
+            self.extensions[blocks] = Extension(self, rows)
+        return self.extensions[blocks]
 
     def _put(self, numbers: Tensor | Sequence[int]) -> Tensor:
         return put(numbers, self.device)
@@ -255,7 +248,7 @@ class Engine:
         self.seen_ids[seats, token] = used.gather(1, token[:, None])[:, 0] | writes
         self.ended[seats] = self.ended[seats] | (writes & (token == self.end[seats]))
 
-    def forward(self, hidden: Tensor, positions: Tensor, view: View | Fresh, layer_of) -> Tensor:
+    def forward(self, hidden: Tensor, positions: Tensor, view: View | Packed | Fresh, layer_of) -> Tensor:
         """The layers over `hidden` (n, Q, C) at `positions` (3, n, Q), normed."""
         rotary = self.language.rotary_emb(hidden, positions)
         if layer_of is self._layer_of_step and hidden.shape[:2] == (1, 1):
@@ -263,6 +256,12 @@ class Engine:
         for layer, pool in zip(self.layers, self.pages.layers, strict=True):
             hidden = layer_of(layer, hidden, view, rotary, pool)
         return self.language.norm(hidden)
+
+
+def filled_up(rows: int) -> int:
+    """The next of the numbers of rows that are fed."""
+    part = max(ROUND, (1 << rows.bit_length()) // (2 * ROUND))
+    return -(-rows // part) * part
 
 
 def first_greatest(logits: Tensor) -> Tensor:

@@ -1,109 +1,101 @@
-"""A pass of one shape that feeds some seats text rows and the clips that come after them. Knows nothing of when.
+"""Passes that feed some seats text rows and the clips that come after them. Knows nothing of when.
 
-On a GPU a shape that comes again is recorded as a CUDA graph: for few seats the host is slower than the device.
+On a GPU a number of rows that comes again is recorded as a CUDA graph: for few of them the host is slower than the
+device.
 
-    n seats in a pass   Q rows of each   C hidden size
+    R rows of the pass   C hidden size
 """
 
+import collections
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .mark import OTHERS_MAY_GO_ON, put
+from .packed import Packed
 from .pages import PAGE, Pages
 from .seated import Seated
-from .views import View, tuned
 
-NUMBERS = 9  # of each row, see Extension.blank
+NUMBERS = 10  # of each row, see Extension.blank
 RECORD_AT = 3
-"""The time of asking at which a shape is recorded: before it is compiled, and may be rare."""
+"""The time of asking at which a number of rows is recorded: before it is compiled, and may be rare."""
+GRAPHS = 32
+"""Recorded passes that are kept."""
 
 
 class Extension:
-    """What such a pass reads lies in its own tensors, which are filled before it runs."""
+    """Passes of so many `rows` or fewer: what they read lies in tensors of their own, which are filled before."""
 
-    def __init__(self, engine, n: int, rows: int):
-        """`engine` is an `engine.Engine`, `rows` is Q."""
-        pages, device = engine.pages, engine.device
-        self.engine, self.times, self.graph = engine, 0, None
-        self.numbers = self.blank(n, rows).to(device)
-        self.seats = torch.zeros(n, dtype=torch.long, device=device)
-        self.clips = torch.zeros(n, rows, engine.language.config.hidden_size, dtype=engine.model.dtype, device=device)
+    def __init__(self, engine, rows: int):
+        """`engine` is an `engine.Engine`."""
+        device, width = engine.device, engine.language.config.hidden_size
+        self.engine, self.view = engine, Packed(engine.pages, rows, engine.groups, engine.flex)
+        self.numbers = self.blank(self.view.room).to(device)
+        self.clips = torch.zeros(self.view.room, width, dtype=engine.model.dtype, device=device)
         """The visual tokens, at the rows that are made of them."""
-        self.hidden: Tensor | None = None
-        """What came out of the recorded pass."""
-        empty = torch.zeros(n, rows, dtype=torch.long, device=device)
-        self.view = View(
-            pages,
-            self.seats,
-            empty,
-            empty + 1,
-            empty.clone(),
-            engine.groups,
-            engine.flex,
-            apart=engine.fast,
-            **tuned(pages, n, rows, engine.groups, engine.options),
-        )
+        self.times: collections.Counter[int] = collections.Counter()
+        self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        """By R: what is replayed, and what comes out of it."""
 
     @staticmethod
-    def blank(n: int, rows: int) -> Tensor:
-        """Numbers for rows that write to nobody's page and see the first token, (NUMBERS, n, Q): position (3), token of
-        the seat's pages (-1: none), how much of either run is seen (2), id, text row whose id is taken instead (-1:
-        none), whether `clips` is."""
-        numbers = torch.zeros(NUMBERS, n, rows, dtype=torch.long)
-        numbers[3], numbers[4], numbers[7] = -1, 1, -1
+    def blank(rows: int) -> Tensor:
+        """Numbers for rows that write to nobody's page and see nothing, (NUMBERS, R): position (3), token of the seat's
+        pages (-1: none), how much of either run is seen (2), id, text row whose id is taken instead (-1: none), whether
+        `clips` is, seat."""
+        numbers = torch.zeros(NUMBERS, rows, dtype=torch.long)
+        numbers[3] = numbers[7] = -1
         return numbers
 
     def fill(
         self,
+        rows: int,
         seats: Sequence[int],
         streams: Sequence[Seated],
         spans: Sequence[tuple[range, range]],
         visual_tokens: Sequence[Tensor],
     ) -> None:
-        """Have the next `run` feed up to n `seats` the `spans` of their text and then of their visual runs, which have
-        at most Q rows. `visual_tokens` holds, for each, a tensor of (N, tokens of a clip, C)."""
-        n, rows = self.clips.shape[:2]
-        numbers = self.blank(n, rows)
-        for i, (stream, (text, visual), tokens) in enumerate(zip(streams, spans, visual_tokens, strict=True)):
-            plan, first = stream.plan, 0
-            begin = Pages.text_page_of(len(plan.visual)) * PAGE
-            for run, span, start in ((plan.text, text, begin), (plan.visual, visual, 0)):
-                own, mine = slice(span.start, span.stop), numbers[:, i, first : first + len(span)]
-                mine[:3], mine[3] = run.positions[:, own], torch.arange(span.start, span.stop) + start
+        """Have the next `run` feed `seats` the `spans` of their text and then of their visual runs, at most `rows` in
+        all. `visual_tokens` holds, for each, a tensor of (N, tokens of a clip, C)."""
+        numbers, first = self.blank(rows), 0
+        for seat, stream, (text, visual), tokens in zip(seats, streams, spans, visual_tokens, strict=True):
+            plan, begin = stream.plan, first
+            for run, span, page in ((plan.text, text, Pages.text_page_of(len(plan.visual))), (plan.visual, visual, 0)):
+                own, mine = slice(span.start, span.stop), numbers[:, first : first + len(span)]
+                mine[:3], mine[3] = run.positions[:, own], torch.arange(span.start, span.stop) + page * PAGE
                 mine[4], mine[5] = run.seen_visual[own], run.seen_text[own]
                 first += len(span)
-            numbers[7, i, : len(text)] = torch.arange(text.start, text.stop)
-            numbers[6, i, len(text) : first] = stream.visual_ids(visual)
+            middle = begin + len(text)
+            numbers[6, middle:first] = stream.visual_ids(visual)
+            numbers[7, begin:middle] = torch.arange(text.start, text.stop)
             clip, made = stream.clips_of(visual, tokens)
-            own = slice(len(text) + clip.start, len(text) + clip.stop)
-            numbers[8, i, own] = 1
-            self.clips[i, own] = made
-        device = self.seats.device
-        self.numbers.copy_(put(numbers, device))
-        self.seats.copy_(put([*seats, *[seats[0]] * (n - len(seats))], device))
+            own = slice(middle + clip.start, middle + clip.stop)
+            numbers[8, own], numbers[9, begin:first] = 1, seat
+            self.clips[own] = made
+        self.numbers[:, :rows] = put(numbers, self.engine.device)
 
     @torch.no_grad()
-    def run(self) -> Tensor:
-        """(n, Q, C), to be read before another pass runs."""
-        self.times += 1
-        if self.engine.fast and self.times == RECORD_AT:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.engine.pool, capture_error_mode=OTHERS_MAY_GO_ON):
-                self.hidden = self._pass()
-        if self.graph is None:
-            return self._pass()
-        self.graph.replay()
-        return self.hidden
+    def run(self, rows: int) -> Tensor:
+        """What comes out of the `rows` that were filled in, (R, C), to be read before another pass runs."""
+        self.times[rows] += 1
+        if self.engine.fast and rows not in self.recorded and self.times[rows] >= RECORD_AT:
+            if len(self.recorded) == GRAPHS:
+                self.recorded.pop(next(iter(self.recorded)))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.engine.pool, capture_error_mode=OTHERS_MAY_GO_ON):
+                hidden = self._pass(rows)
+            self.recorded[rows] = graph, hidden
+        if rows not in self.recorded:
+            return self._pass(rows)
+        graph, hidden = self.recorded[rows]
+        graph.replay()
+        return hidden
 
-    def _pass(self) -> Tensor:
-        engine, view = self.engine, self.view
-        *positions, token, seen_visual, seen_text, ids, text, clip = self.numbers
-        view.places.copy_(engine.pages.places(self.seats, token.clamp(min=0)).where(token >= 0, 0))
-        view.seen_visual.copy_(seen_visual)
-        view.seen_text.copy_(seen_text)
-        view.refresh()
-        ids = engine.ids[self.seats[:, None], text.clamp(min=0)].where(text >= 0, ids)
-        hidden = self.clips.where((clip > 0)[..., None], engine.language.embed_tokens(ids))
-        return engine.forward(hidden, torch.stack(positions), view, engine.layer)
+    def _pass(self, rows: int) -> Tensor:
+        engine = self.engine
+        *positions, token, seen_visual, seen_text, ids, text, clip, seats = self.numbers[:, :rows]
+        places = engine.pages.places(seats, token.clamp(min=0)[:, None])[:, 0].where(token >= 0, 0)
+        self.view.put(places, seats, seen_visual, seen_text)
+        ids = engine.ids[seats, text.clamp(min=0)].where(text >= 0, ids)
+        hidden = self.clips[:rows].where((clip > 0)[:, None], engine.language.embed_tokens(ids))
+        return engine.forward(hidden[None], torch.stack(positions)[:, None], self.view, engine.layer)[0]

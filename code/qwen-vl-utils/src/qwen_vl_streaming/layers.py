@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+from .packed import Packed
 from .views import Fresh, View
 
 ONE_ROW = {"coordinate_descent_tuning": True}
@@ -82,13 +83,13 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 
 
-def run_layer(joined: Joined, hidden: Tensor, view: View | Fresh, rotary, pool: Tensor) -> Tensor:
+def run_layer(joined: Joined, hidden: Tensor, view: View | Packed | Fresh, rotary, pool: Tensor) -> Tensor:
     """One layer over `hidden` (n, Q, C), with cosine and sine `rotary` of its positions and its `pool` of keys and
     values; returns (n, Q, C)."""
     return _down(joined, *_up(joined, hidden, _mix(joined, hidden, view, rotary, pool)))
 
 
-def _mix(joined: Joined, hidden: Tensor, view: View | Fresh, rotary, pool: Tensor) -> Tensor:
+def _mix(joined: Joined, hidden: Tensor, view: View | Packed | Fresh, rotary, pool: Tensor) -> Tensor:
     """What attention makes of `hidden`, (n, Q, heads x D)."""
     heads, key_heads = joined.heads
     n, many, _ = hidden.shape

@@ -31,8 +31,6 @@ class View:
     """Query heads for each key head."""
     flex: bool
     """FlexAttention, else SDPA with a dense mask."""
-    apart: bool = False
-    """Compile FlexAttention by itself, where the shapes of the pass change."""
     options: dict | None = None
     """FlexAttention's kernel_options."""
     since: Tensor | None = None
@@ -128,14 +126,9 @@ class View:
         if not self.one:
             wholly = seen(True)
             which = torch.stack([partly & ~wholly, wholly])
-        # Not by sorting: of all that is compiled for a pass, sorts would take the longest.
-        shares, room = self.shares, self.listed.shape[-1] * self.shares
-        place = (which.cumsum(-1) - 1).where(which, room)
-        own = table.new_zeros(*which.shape[:-1], room + 1).scatter(-1, place, table.expand_as(which))[..., :room]
-        # (lists, n, blocks, pages of a share, shares) to (lists, n, shares, blocks, pages of a share)
-        self.listed.copy_(own.unflatten(-1, (-1, shares)).movedim(-1, 2).flatten(1, 2)[:, :, None])
-        share = torch.arange(shares, device=table.device)[:, None]
-        self.counts.copy_(((which.sum(-1)[:, :, None] - share + shares - 1) // shares).flatten(1, 2)[:, :, None])
+        listed, counts = list_pages(which, table, self.shares)
+        self.listed.copy_(listed)
+        self.counts.copy_(counts)
 
     def _of_block(self, numbers: Tensor, blocks: int, fewest: bool) -> Tensor:
         """The least or the greatest of the `numbers` (n, Q) of a block's queries, (n, blocks)."""
@@ -161,15 +154,31 @@ class View:
             )
         n, heads, many, size = query.shape
         folded = query.reshape(n, heads // self.groups, self.groups, many, size).transpose(2, 3).flatten(2, 3)
-        flex = _flex_apart if self.apart else flex_attention
         options = {"block_mask": self.mask, "scale": scale, "kernel_options": self.options}
-        if self.shares == 1:
-            mixed = flex(folded, *pool[:, None], **options)
-        else:
-            shared = folded.repeat_interleave(self.shares, 0)
-            mixed, aux = flex(shared, *pool[:, None], **options, return_aux=AuxRequest(lse=True))
-            mixed = _join_shares(mixed, aux.lse, self.shares)
+        mixed = flex_in_shares(folded, *pool[:, None], self.shares, **options)
         return mixed.view(n, heads // self.groups, many, self.groups, size).transpose(2, 3).reshape(query.shape)
+
+
+def list_pages(which: Tensor, pages: Tensor, shares: int) -> tuple[Tensor, Tensor]:
+    """Of `pages` (n, blocks, W) those that `which` (lists, n, blocks, W) flags, in so many shares, as a block mask has
+    them: (lists, n x shares, 1, blocks, pages of a share), and how many they are, without the last axis."""
+    # Not by sorting: of all that is compiled for a pass, sorts would take the longest.
+    room = -(-which.shape[-1] // shares) * shares
+    place = (which.cumsum(-1) - 1).where(which, room)
+    own = pages.new_zeros(*which.shape[:-1], room + 1).scatter(-1, place, pages.expand_as(which))[..., :room]
+    # (lists, n, blocks, pages of a share, shares) to (lists, n x shares, 1, blocks, pages of a share)
+    listed = own.unflatten(-1, (-1, shares)).movedim(-1, 2).flatten(1, 2)[:, :, None]
+    share = torch.arange(shares, device=pages.device)[:, None]
+    return listed, ((which.sum(-1)[:, :, None] - share + shares - 1) // shares).flatten(1, 2)[:, :, None]
+
+
+def flex_in_shares(query: Tensor, keys: Tensor, values: Tensor, shares: int, **options) -> Tensor:
+    """FlexAttention for `query` (n, heads, Q, D), whose block mask has n x `shares` lists of pages."""
+    if shares == 1:
+        return flex_attention(query, keys, values, **options)
+    shared = query.repeat_interleave(shares, 0)
+    mixed, aux = flex_attention(shared, keys, values, **options, return_aux=AuxRequest(lse=True))
+    return _join_shares(mixed, aux.lse, shares)
 
 
 def _join_shares(mixed: Tensor, lse: Tensor, shares: int) -> Tensor:
@@ -192,10 +201,15 @@ def tuned(pages: Pages, n: int, queries: int, groups: int, options: dict) -> dic
     heads of all keys."""
     if queries * groups < PAGE:
         return {"options": options, "shares": 1}
+    return {"options": PIECES, "shares": shares_of(pages, n * queries * groups)}
+
+
+def shares_of(pages: Pages, rows: int) -> int:
+    """In how many shares so many `rows` of queries for each key head see pages."""
     device = pages.store.device
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    blocks = -(-n * queries * groups * pages.store.shape[1] // PIECES["BLOCK_M"])
-    return {"options": PIECES, "shares": min(max(processors // blocks, 1), MOST_SHARES)}
+    blocks = -(-rows * pages.store.shape[1] // PIECES["BLOCK_M"])
+    return min(max(processors // blocks, 1), MOST_SHARES)
 
 
 class Both:
@@ -254,14 +268,6 @@ class Both:
             mixed.append(part.mix(own, pool, scale).transpose(0, 1).flatten(1, 2))
             first += n * many
         return torch.cat(mixed, 1)[None]
-
-
-_compiled = torch.compile(flex_attention, dynamic=False)
-
-
-@torch.compiler.disable
-def _flex_apart(*tensors: Tensor, **options) -> Tensor:
-    return _compiled(*tensors, **options)
 
 
 @dataclass
