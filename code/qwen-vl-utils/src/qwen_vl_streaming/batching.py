@@ -173,7 +173,8 @@ def caption_all(
         free, group, patches = len(batch.engine.pages.free), [], 0
         while pending and len(group) < len(batch.empty):
             count, size = pages_of(pending[0]), pending[0].pixels.shape[:2].numel()
-            if count > free or not _fits(batch, pending[0], count, most) or (group and patches + size > PACK):
+            full = patches + size > PACK or not batch.jobs  # the first alone: the device has nothing to do meanwhile
+            if count > free or not _fits(batch, pending[0], count, most) or (group and full):
                 break
             group.append(pending.popleft())
             free, patches = free - count, patches + size
