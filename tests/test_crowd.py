@@ -14,7 +14,7 @@ from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.timeline import Layout, Schedule
 from qwen_vl_streaming.variants import VARIANTS
 from sessions import PARALLEL, check, random_case
-from tiny import tiny_model
+from tiny import random_template, tiny_model
 
 SEED = time.time_ns() % 100_000
 LARGEST = Layout(40, 10, 10, (3, 3))
@@ -60,6 +60,20 @@ def test_each_writes_what_it_would_alone(model, part, pieces):
     crowd.step()
     assert crowd.idle and not crowd.sessions
     assert len(crowd.passes.empty) == 5 and not crowd.passes.pages.held
+
+
+def test_who_waits_for_a_clip_has_its_words_while_others_go_on(model):
+    """One session has all three words of its clip, though two passes may be under way and another never rests."""
+    template = replace(random_template(random.Random(3)), end=-1)
+    layout = template.layout((2, 3), 2.0)
+    with Crowd(model, 2, layout, max_clips=40, max_new_tokens=99) as crowd:
+        quiet, busy = (crowd.open(VARIANTS["group"], template, layout, schedule="wait-3", ahead=2) for _ in "12")
+        quiet.feed(torch.randn(24, 1176))
+        for _ in range(12):
+            busy.feed(torch.randn(24, 1176))
+            crowd.step()
+            assert not busy.idle
+        assert len(quiet.written) == 3
 
 
 def test_one_too_many_is_refused_and_harms_nobody(model):

@@ -116,7 +116,10 @@ class Crowd:
             written = self.passes.run([ask for _, ask in passing]) if passing else None
             for session, ask in passing:
                 session.asked_for(ask, written)
-            words = [(session, session.collect(not passing)) for session in running]
+            # Who asked for nothing may be late by a word that came long ago, while others go on.
+            words = [
+                (session, session.collect(not passing or (ask is None and session.word_there))) for session, ask in asks
+            ]
         except BaseException as error:
             for session in self.sessions:
                 session.fail(error)

@@ -277,6 +277,11 @@ class Session:
             self.text.stream.write(UNKNOWN)
             self.coming.append(written)
 
+    @property
+    def word_there(self) -> bool:
+        """The oldest word that was not seen yet can be had without waiting."""
+        return bool(self.coming) and self.coming[0].there.passed
+
     def collect(self, wait: bool) -> Word | None:
         """The oldest word that was not seen yet, where more than `ahead` are under way or nothing else can be done."""
         if not self.coming or not (wait or len(self.coming) > self.ahead):
