@@ -76,6 +76,25 @@ def test_who_waits_for_a_clip_has_its_words_while_others_go_on(model):
         assert len(quiet.written) == 3
 
 
+def test_who_has_gone_without_a_piece_for_longest_is_next(model):
+    """Two sessions that always have clips to take in do not keep a third waiting, whenever its clips come."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    template = replace(random_template(draw), end=-1)
+    layout = template.layout((2, 3), 2.0)
+    with Crowd(model, 5, layout, max_clips=120, max_new_tokens=999, pieces=(1,)) as crowd:
+        sessions = [crowd.open(VARIANTS["group"], template, layout, way="serial", schedule="wait-1") for _ in range(5)]
+        for part in range(20):
+            for _ in range(draw.randint(1, 5)):
+                for session in sessions[:2]:
+                    session.feed(torch.randn(24, 1176))
+                crowd.step()
+            sessions[4].feed(torch.randn(24, 1176))
+            for _ in range(3):
+                crowd.step()
+            assert len(sessions[4].written) == part + 1
+
+
 def test_one_too_many_is_refused_and_harms_nobody(model):
     case = random_case(random.Random(3), VARIANTS["group"], "wait-2")
     config = model.model.language_model.config

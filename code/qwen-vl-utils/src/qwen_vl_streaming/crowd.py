@@ -1,8 +1,9 @@
 """Many live sessions over one model, batched pass by pass, each at its own pace.
 
 A crowd has seats and memory for so many; who finds none is refused before anything runs. In each round every session
-that may speak has a row in the pass, and those with a clip to take in have a piece of it, turn by turn where there are
-more of them than a pass has pieces. Each session is the one of `session.py`: what it writes does not depend on others.
+that may speak has a row in the pass, and those with a clip to take in have a piece of it; where a pass has too few,
+those who have gone without for longest. Each session is the one of `session.py`: what it writes does not depend on
+others.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ class Crowd:
             raise InputError(f"a crowd of {seats} seats must have at least 1")
         self.limits = {"max_clips": max_clips, "max_new_tokens": max_new_tokens, "window": window}
         sight = None if window is None else Window(*window)
-        self.model, self.sessions, self.turn = model, [], 0
+        self.model, self.sessions = model, []
         config = model.model.language_model.config
         each = Pages.bytes_each(config, model.dtype)
         visual, text = Passes.room(layout, max_clips, max_new_tokens, sight)
@@ -105,13 +106,14 @@ class Crowd:
                 sights = self.passes.tower.look(clips, [session.layout for session in sessions])
                 for session, sight, is_last in zip(sessions, sights, last, strict=True):
                     session.have_looked([(sight, is_last)])
-            asks, room = [], self.passes.kinds[-1]
-            self.turn += 1
-            start = self.turn % max(1, len(running))
-            for session in running[start:] + running[:start]:
-                ask = session.plan(room > 0)
+            asks, fed, room = [], [], self.passes.kinds[-1]
+            for session in running:
+                ask = session.plan(room > len(fed))
                 asks.append((session, ask))
-                room -= ask is not None and len(ask.others) > 0
+                if ask is not None and len(ask.others):
+                    fed.append(session)
+            # Who had a piece is the last to have another.
+            self.sessions = [session for session in self.sessions if session not in fed] + fed
             passing = [(session, ask) for session, ask in asks if ask is not None]
             written = self.passes.run([ask for _, ask in passing]) if passing else None
             for session, ask in passing:
