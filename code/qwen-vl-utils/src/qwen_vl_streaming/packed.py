@@ -47,8 +47,8 @@ class Packed:
         """Set where the rows write, whose they are and what they see, each (R,)."""
         self.places, rows = places, len(places)
         for of_all, own in ((self.seats, seats), (self.seen_visual, seen_visual), (self.seen_text, seen_text)):
-            of_all[:rows] = own
-            of_all[rows:] = 0
+            of_all[:rows].copy_(own)
+            of_all[rows:].zero_()  # to assign a number would make the host wait
         if self.flex:
             self._list_pages()
         else:
