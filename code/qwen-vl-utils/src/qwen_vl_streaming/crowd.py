@@ -98,7 +98,7 @@ class Crowd:
         """One round for all: at most one pass, at most one word each. A session that is closed leaves. An error in a
         pass ends all of them, each with its record."""
         self.sessions = [session for session in self.sessions if not session.closed]
-        running = [session for session in self.sessions if not session.done]
+        running = [session for session in self.sessions if not session.idle]
         try:
             looks = [(session, *due) for session in running for due in session.looks_due()]
             if looks:
