@@ -61,19 +61,17 @@ def test_the_batch_changes_nothing(variant, seed):
         assert batched(model, variant, jobs, batch_size=size) == plain
 
 
-@pytest.mark.parametrize("shares", [1, 3])
-@pytest.mark.parametrize("name", ["group", "interleave"])
+@pytest.mark.parametrize("name,shares", [("group", 1), ("interleave", 1), ("interleave", 3)])
 def test_flex_attention_over_pages_changes_nothing(name, shares, monkeypatch):
     """As on a GPU, where it is compiled: passes are filled up, and what a seat has lies in pages seen in shares."""
     draw, model, variant = random.Random(f"{SEED} {name} {shares}"), tiny_model(SEED), VARIANTS[name]
     print("seed", SEED)
-    jobs = random_jobs(draw, variant, 6)
+    jobs = random_jobs(draw, variant, 5)
     plain = plainly(model, variant, jobs)
     monkeypatch.setattr(packed, "_compiled", flex_in_shares)
     monkeypatch.setattr(packed, "shares_of", lambda *_: shares)
     monkeypatch.setattr(Engine, "flex", True)
-    for size in (1, 4):
-        assert batched(model, variant, jobs, batch_size=size) == plain
+    assert batched(model, variant, jobs, batch_size=3) == plain
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
