@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from qwen_vl_streaming import packed
-from qwen_vl_streaming.packed import Packed
+from qwen_vl_streaming.packed import BLOCK, Packed, blocks_of
 from qwen_vl_streaming.pages import PAGE, TEXT, Pages
 from qwen_vl_streaming.passes import Run
 from qwen_vl_streaming.views import View, _join_shares
@@ -26,7 +26,8 @@ def by_lists(view: View | Packed, n: int, rows: int) -> torch.Tensor:
         if counts is None:
             continue
         for b, block in torch.cartesian_prod(torch.arange(n * shares), torch.arange(counts.shape[2])).tolist():
-            queries = torch.arange(block * PAGE, min((block + 1) * PAGE, rows))
+            size = mask.BLOCK_SIZE[0]
+            queries = torch.arange(block * size, min((block + 1) * size, rows))
             for page in pages[b, 0, block, : counts[b, 0, block]].tolist():
                 keys = torch.arange(page * PAGE, (page + 1) * PAGE)
                 some = True if whole else mask.mask_mod(torch.tensor(b), 0, queries[:, None], keys)
@@ -106,7 +107,7 @@ def test_shares_join_to_the_whole():
 
 @pytest.mark.parametrize("shares", [1, 3])
 def test_the_pages_listed_for_packed_rows_hold_what_is_seen(shares, monkeypatch):
-    """Rows of several seats end to end, of which some share a block, against the rule for each."""
+    """Rows of several seats end to end, each seat's queries from a block of their own, against the rule for each."""
     print("seed", SEED)
     draw, groups = random.Random(f"{SEED} {shares}"), 3
     monkeypatch.setattr(packed, "shares_of", lambda *_: shares)
@@ -117,20 +118,24 @@ def test_the_pages_listed_for_packed_rows_hold_what_is_seen(shares, monkeypatch)
         pages = Pages(CONFIG, seats, sum(needs) + 3, max(needs) + 1, torch.float32, "cpu")
         for seat, size in enumerate(sizes):
             pages.take(seat, *size)
-        counts = [43, *(draw.randint(1, 150) for _ in range(seats - 1))]  # of 43 rows the last lies in two blocks
-        whose = [
-            seat for seat, count in zip(draw.sample(range(seats), seats), counts, strict=True) for _ in range(count)
-        ]
-        upto = torch.tensor([[draw.randint(0, size) for size in sizes[seat]] for seat in whose])
-        numbers = torch.zeros(len(whose), dtype=torch.long), torch.tensor(whose), *upto.T
-        view = Packed(pages, len(whose), groups, flex=True)
-        expected = torch.zeros(len(whose), pages.store.shape[2], dtype=torch.bool)
-        for row, (seat, seen) in enumerate(zip(whose, upto.tolist(), strict=True)):
-            runs = [torch.arange(end) for end in seen]
-            runs[1] = runs[1] + Pages.text_page_of(sizes[seat][0]) * PAGE
-            expected[row, pages.places(torch.tensor([seat]), torch.cat(runs)[None])] = True
-        for rows in (len(whose), len(whose) // 2 + 1):
-            view.put(*(of_all[:rows] for of_all in numbers))
-            listed = by_lists(view, 1, view.blocks * PAGE)[0]
-            assert torch.equal(listed[: groups * rows], expected[:rows].repeat_interleave(groups, 0))
-            assert not listed[groups * rows :].any()
+        counts, order = [draw.randint(1, 150) for _ in range(seats)], draw.sample(range(seats), seats)
+        blocks = [blocks_of(count, groups) for count in counts]
+        view = Packed(pages, sum(blocks) + 2, groups, flex=True)
+        for fed in {seats, draw.randint(1, seats)}:
+            whose = [seat for seat, count in zip(order[:fed], counts, strict=False) for _ in range(count)]
+            upto = torch.tensor([[draw.randint(0, size) for size in sizes[seat]] for seat in whose])
+            expected = torch.zeros(len(whose), pages.store.shape[2], dtype=torch.bool)
+            for row, (seat, seen) in enumerate(zip(whose, upto.tolist(), strict=True)):
+                runs = [torch.arange(end) for end in seen]
+                runs[1] = runs[1] + Pages.text_page_of(sizes[seat][0]) * PAGE
+                expected[row, pages.places(torch.tensor([seat]), torch.cat(runs)[None])] = True
+            view.lay_out(order[:fed], counts[:fed])
+            filled = torch.cat([upto, upto[:5]])  # rows to no effect
+            view.put(torch.zeros(len(filled), dtype=torch.long), *filled.T)
+            listed = by_lists(view, 1, view.blocks * BLOCK)[0]
+            for head in range(groups):
+                queries = view.start[: len(whose)] + head
+                assert torch.equal(view.row[queries], torch.arange(len(whose)))
+                assert (view.head[queries] == head).all()
+                assert torch.equal(listed[queries], expected)
+            assert not listed[sum(blocks[:fed]) * BLOCK :].any()

@@ -61,18 +61,22 @@ class Batch:
         self.looks: collections.deque = collections.deque()
         self.steps = 0
 
-    def admit(self, jobs: list[Job]) -> None:
-        """Seat `jobs`, which must fit, and take in what can be taken in at once."""
+    @property
+    def finished(self) -> bool:
+        """All that these streams may write has been begun."""
+        return all(stream.done for stream in self.engine.seated.values())
+
+    def admit(self, jobs: list[Job], visual_tokens: list[Tensor]) -> None:
+        """Seat `jobs`, which must fit, and take in what can be taken in at once of their `visual_tokens`, each (N,
+        tokens of a clip, C)."""
         seats = [self.empty.pop() for _ in jobs]
         for seat, job in zip(seats, jobs, strict=True):
             self.jobs[seat] = job
             self.engine.admit(seat, make_plan(self.variant, job.layout, job.schedule, self.most), job.template)
-        with torch.no_grad():
-            tokens = self.model.perceive_all([job.pixels for job in jobs], [job.grid for job in jobs])
         if self.variant.parallel or not self.variant.streams:
-            self.engine.take_in(seats, tokens)
+            self.engine.take_in(seats, visual_tokens)
         else:
-            self.visual_tokens |= dict(zip(seats, tokens, strict=True))
+            self.visual_tokens |= dict(zip(seats, visual_tokens, strict=True))
 
     def step(self) -> None:
         """A word in each stream that has one due, or the next clips where streams wait for them."""
@@ -84,7 +88,7 @@ class Batch:
             return
         self.engine.write()
         self.steps += 1
-        if self.steps % POLL == 0 or all(stream.done for stream in seated.values()):
+        if self.steps % POLL == 0 or self.finished:
             self._look()
 
     def _look(self) -> None:
@@ -101,7 +105,7 @@ class Batch:
         while self.looks:
             there, ids, ended, done, jobs = self.looks[0]
             if not there.passed:
-                if len(self.looks) < 2 and not all(stream.done for stream in self.engine.seated.values()):
+                if len(self.looks) < 2 and not self.finished:
                     return
                 there.wait()
             self.looks.popleft()
@@ -156,8 +160,13 @@ def caption_all(
             )
         return count
 
+    @torch.no_grad()
+    def perceive(jobs: list[Job]) -> list[Tensor]:
+        return model.perceive_all([job.pixels for job in jobs], [job.grid for job in jobs]) if jobs else []
+
     jobs = iter(jobs)
     pending = collections.deque(itertools.islice(jobs, batch_size))
+    ahead: list[Tensor] = []  # visual tokens of the first that are pending
     batch = None
     while pending or (batch and batch.jobs):
         if batch is None or (not batch.jobs and not _fits(batch, pending[0], pages_of(pending[0]), most)):
@@ -170,20 +179,28 @@ def caption_all(
             batch = Batch(
                 model, variant, batch_size, pages, penalty, most, most + max(job.layout.header for job in pending)
             )
-        free, group, patches = len(batch.engine.pages.free), [], 0
-        while pending and len(group) < len(batch.empty):
-            count, size = pages_of(pending[0]), pending[0].pixels.shape[:2].numel()
-            full = patches + size > PACK or not batch.jobs  # the first alone: the device has nothing to do meanwhile
-            if count > free or not _fits(batch, pending[0], count, most) or (group and full):
+        free, group, together = len(batch.engine.pages.free), [], _together(pending)
+        while len(group) < min(together, len(batch.empty)):
+            count = pages_of(pending[0])
+            if count > free or not _fits(batch, pending[0], count, most):
                 break
             group.append(pending.popleft())
-            free, patches = free - count, patches + size
+            free -= count
             pending.extend(itertools.islice(jobs, 1))
         if group:
-            batch.admit(group)
+            seen, ahead = ahead[: len(group)], ahead[len(group) :]
+            batch.admit(group, seen + perceive(group[len(seen) :]))
             continue
         batch.step()
+        if batch.finished and not ahead:  # for the device to be at while captions are collected and others seated
+            ahead = perceive([pending[i] for i in range(_together(pending))])
         yield from batch.collect()
+
+
+def _together(pending: collections.deque[Job]) -> int:
+    """How many of the first that are `pending` the vision tower takes in at once."""
+    sizes = itertools.accumulate(job.pixels.shape[:2].numel() for job in pending)
+    return sum(size <= PACK or i == 0 for i, size in enumerate(sizes))
 
 
 def _fits(batch: Batch, job: Job, pages: int, most: int) -> bool:

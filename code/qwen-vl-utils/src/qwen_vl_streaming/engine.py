@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .extension import Extension
+from .extension import Extension, filled_up, room_for
 from .layers import ONE_ROW, Joined, compiled_for_one_row, run_layer
 from .mark import OTHERS_MAY_GO_ON, put
-from .packed import Packed, blocks_for
+from .packed import Packed, blocks_of
 from .pages import PAGE, Pages
 from .plan import Plan
 from .prompts import Template
@@ -26,9 +26,6 @@ from .streaming import PENALTY
 from .timeline import NOTHING
 from .views import Fresh, View
 
-ROUND = 16
-"""Rows of a pass over clips are filled up by at most a part of so many, for few rows to a multiple of so many: a number
-that comes again is recorded."""
 PARTS = 64
 """In which the greatest of all logits is looked for."""
 
@@ -72,7 +69,7 @@ class Engine:
         )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.extensions: dict[int, Extension] = {}
-        """By the blocks of rows for which they have room."""
+        """By the blocks for which they have room."""
         self.pool = torch.cuda.graph_pool_handle() if self.fast else None
         self._layer_of_step = self._layer_of_one = self.layer = run_layer
         self._aim, self._conclude = self._plain_aim, self._plain_conclude
@@ -153,10 +150,12 @@ class Engine:
         streams = [self.seated[seat] for seat in seats]
         spans = [stream.next_span() for stream in streams]
         lengths = torch.tensor([len(text) + len(visual) for text, visual in spans])
-        rows = int(lengths.sum())
+        rows, blocks = int(lengths.sum()), sum(blocks_of(count, self.groups) for count in lengths.tolist())
         if self.flex:
             rows = filled_up(rows)
-        extension = self._extension(rows)
+        extension = self.extensions.get(room := room_for(blocks))
+        if extension is None:
+            extension = self.extensions[room] = Extension(self, room)
         extension.fill(rows, seats, streams, spans, visual_tokens)
         hidden = extension.run(rows)
         answers = [int(s.plan.visual.produces[visual.stop - 1]) for s, (_, visual) in zip(streams, spans, strict=True)]
@@ -169,12 +168,6 @@ class Engine:
             stream.watched(visual.stop)
         self.fed[where] = self._put([stream.text_fed for stream in streams])
         self.due[where] = self._put([stream.text_due for stream in streams])
-
-    def _extension(self, rows: int) -> Extension:
-        blocks = blocks_for(rows * self.groups)
-        if blocks not in self.extensions:
-            self.extensions[blocks] = Extension(self, rows)
-        return self.extensions[blocks]
 
     def _put(self, numbers: Tensor | Sequence[int]) -> Tensor:
         return put(numbers, self.device)
@@ -256,12 +249,6 @@ class Engine:
         for layer, pool in zip(self.layers, self.pages.layers, strict=True):
             hidden = layer_of(layer, hidden, view, rotary, pool)
         return self.language.norm(hidden)
-
-
-def filled_up(rows: int) -> int:
-    """The next of the numbers of rows that are fed."""
-    part = max(ROUND, (1 << rows.bit_length()) // (2 * ROUND))
-    return -(-rows // part) * part
 
 
 def first_greatest(logits: Tensor) -> Tensor:

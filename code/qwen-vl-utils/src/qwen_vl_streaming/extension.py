@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .mark import OTHERS_MAY_GO_ON, put
-from .packed import Packed
+from .packed import BLOCK, Packed
 from .pages import PAGE, Pages
 from .seated import Seated
 
@@ -22,17 +22,34 @@ RECORD_AT = 3
 """The time of asking at which a number of rows is recorded: before it is compiled, and may be rare."""
 GRAPHS = 32
 """Recorded passes that are kept."""
+ROUND = 16
+"""Rows are filled up by at most a part of so many, and few rows to a multiple of so many: a number that comes again is
+recorded."""
+
+
+def filled_up(rows: int) -> int:
+    """The next of the numbers of rows that are fed."""
+    part = max(ROUND, (1 << rows.bit_length()) // (2 * ROUND))
+    return -(-rows // part) * part
+
+
+def room_for(blocks: int) -> int:
+    """The least of 2^k and three halves of it that is not less: FlexAttention is compiled for each number of blocks,
+    and a block of nothing costs it little."""
+    power = 1 << (blocks - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= blocks else power
 
 
 class Extension:
-    """Passes of so many `rows` or fewer: what they read lies in tensors of their own, which are filled before."""
+    """Passes of so many `blocks` or fewer: what they read lies in tensors of their own, which are filled before."""
 
-    def __init__(self, engine, rows: int):
-        """`engine` is an `engine.Engine`."""
+    def __init__(self, engine, blocks: int):
+        """`engine` is an `engine.Engine`; `blocks` as in `packed.py`."""
         device, width = engine.device, engine.language.config.hidden_size
-        self.engine, self.view = engine, Packed(engine.pages, rows, engine.groups, engine.flex)
-        self.numbers = self.blank(self.view.room).to(device)
-        self.clips = torch.zeros(self.view.room, width, dtype=engine.model.dtype, device=device)
+        self.engine, self.view = engine, Packed(engine.pages, blocks, engine.groups, engine.flex)
+        room = filled_up(blocks * BLOCK // engine.groups)
+        self.numbers = self.blank(room).to(device)
+        self.clips = torch.zeros(room, width, dtype=engine.model.dtype, device=device)
         """The visual tokens, at the rows that are made of them."""
         self.times: collections.Counter[int] = collections.Counter()
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -73,6 +90,7 @@ class Extension:
             numbers[8, own], numbers[9, begin:first] = 1, seat
             self.clips[own] = made
         self.numbers[:, :rows] = put(numbers, self.engine.device)
+        self.view.lay_out(seats, [len(text) + len(visual) for text, visual in spans])
 
     @torch.no_grad()
     def run(self, rows: int) -> Tensor:
@@ -95,7 +113,7 @@ class Extension:
         engine = self.engine
         *positions, token, seen_visual, seen_text, ids, text, clip, seats = self.numbers[:, :rows]
         places = engine.pages.places(seats, token.clamp(min=0)[:, None])[:, 0].where(token >= 0, 0)
-        self.view.put(places, seats, seen_visual, seen_text)
+        self.view.put(places, seen_visual, seen_text)
         ids = engine.ids[seats, text.clamp(min=0)].where(text >= 0, ids)
         hidden = self.clips[:rows].where((clip > 0)[:, None], engine.language.embed_tokens(ids))
         return engine.forward(hidden[None], torch.stack(positions)[:, None], self.view, engine.layer)[0]

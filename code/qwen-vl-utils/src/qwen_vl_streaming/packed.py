@@ -1,122 +1,138 @@
 """The view of a pass in which some seats feed rows, each as many as it has, end to end in one: no product computes rows
 that nobody asked for. Knows nothing of variants, positions or token ids.
 
-    R rows of the pass   W pages that a seat may have   P pages of the pool   D size of a head
+For FlexAttention the heads that share a key lie beside each other as queries, and those of a seat begin with a block of
+their own: so a block looks at the pages of one seat, and at most of them without asking for each key.
+
+    R rows of the pass   B blocks of queries   F queries = B x BLOCK   W pages that a seat may have   D size of a head
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from .mark import put
 from .pages import PAGE, TEXT, Pages
 from .views import PIECES, flex_in_shares, list_pages, shares_of
 
+BLOCK = 64
+"""Queries that look at the same pages."""
 
-def blocks_for(rows: int) -> int:
-    """Blocks of PAGE that hold so many rows and are a power of two, or three halves of one: FlexAttention is compiled
-    for each number, and a block of nothing costs it little."""
-    blocks = -(-rows // PAGE)
-    power = 1 << (blocks - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= blocks else power
+
+def blocks_of(rows: int, groups: int) -> int:
+    """Blocks of so many rows of a seat, with so many query heads for each key head."""
+    return -(-rows * groups // BLOCK)
 
 
 class Packed:
-    """What up to `room` rows may see: `seen_visual` tokens of their seat's visual run and `seen_text` of its text run.
-    For FlexAttention, the query heads that share a key lie beside each other as rows."""
+    """What rows may see: `seen_visual` tokens of their seat's visual run and `seen_text` of its text run."""
 
-    def __init__(self, pages: Pages, rows: int, groups: int, flex: bool):
-        """Room for so many `rows` at least; `groups` and `flex` as in `views.View`."""
-        self.pages, self.groups, self.flex = pages, groups, flex
-        self.blocks = blocks_for(rows * groups)
-        self.room = -(-self.blocks * PAGE // groups)
+    def __init__(self, pages: Pages, blocks: int, groups: int, flex: bool):
+        """Room for so many `blocks`; `groups` and `flex` as in `views.View`."""
+        self.pages, self.blocks, self.groups, self.flex = pages, blocks, groups, flex
         self.places: Tensor | None = None
         """Where in the pool the pass writes, (R,)."""
-        device = pages.table.device
-        self.seats, self.seen_visual, self.seen_text = torch.zeros(3, self.room, dtype=torch.long, device=device)
-        self.shares = shares_of(pages, self.blocks * PAGE)
+        self.spans: list[tuple[int, slice]] = []
+        """Seats and their rows."""
         self.each: list[tuple[slice, Tensor, Tensor]] = []
         """Without FlexAttention: the rows of each seat, the places of all that it holds, and what they see of it."""
+        self.shares = shares_of(pages, blocks * BLOCK)
         if flex:
-            row = torch.arange(self.room, device=device) * groups
-            self.first_block = row // PAGE
-            self.in_first = (PAGE - row % PAGE).clamp(max=groups)
-            self.all_pages = torch.arange(len(pages.owner), device=device)
+            zeros = torch.zeros(9, blocks * BLOCK, dtype=torch.long, device=pages.table.device)
+            self.seat, self.begin, self.count, self.before = zeros[:4, :blocks].unsqueeze(2)
+            """Of a block: whose it is, the seat's first row, how many rows it has, and its queries in blocks before,
+            each (B, 1)."""
+            self.row, self.head, self.seen_visual, self.seen_text, self.start = zeros[4:]
+            """Of a query: its row, its head of those that share a key, what it sees, each (F,); and of a row its first
+            query, (R or more,)."""
+            self.heads = torch.arange(groups, device=zeros.device)
+            self.within = torch.arange(BLOCK, device=zeros.device)
             self.mask = self._block_mask()
 
-    def put(self, places: Tensor, seats: Tensor, seen_visual: Tensor, seen_text: Tensor) -> None:
-        """Set where the rows write, whose they are and what they see, each (R,)."""
-        self.places, rows = places, len(places)
-        for of_all, own in ((self.seats, seats), (self.seen_visual, seen_visual), (self.seen_text, seen_text)):
-            of_all[:rows].copy_(own)
-            of_all[rows:].zero_()  # to assign a number would make the host wait
-        if self.flex:
-            self._list_pages()
-        else:
-            self._make_masks(rows)
+    def lay_out(self, seats: Sequence[int], counts: Sequence[int]) -> None:
+        """Whose the next rows are: of each of `seats` so many, end to end. The host does not wait."""
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        self.spans = [(seat, slice(end - count, end)) for seat, count, end in zip(seats, counts, ends, strict=True)]
+        if not self.flex:
+            return
+        of_blocks, start, block = torch.zeros(4, self.blocks, dtype=torch.long), [], 0
+        for seat, rows in self.spans:
+            count = rows.stop - rows.start
+            upto = block + blocks_of(count, self.groups)
+            of_blocks[:3, block:upto] = torch.tensor([[seat], [rows.start], [count]])
+            of_blocks[3, block:upto] = torch.arange(upto - block) * BLOCK
+            start.append(block * BLOCK + torch.arange(count) * self.groups)
+            block = upto
+        numbers = put(of_blocks, self.seat.device)
+        for of_all, own in zip((self.seat, self.begin, self.count, self.before), numbers, strict=True):
+            of_all[:, 0].copy_(own)
+        self.start[: ends[-1]].copy_(put(torch.cat(start), self.start.device))
+        self.start[ends[-1] :].zero_()
+
+    def put(self, places: Tensor, seen_visual: Tensor, seen_text: Tensor) -> None:
+        """Set where the rows that were laid out write, and others after them to no effect, and what they see, each
+        (R,)."""
+        self.places = places
+        if not self.flex:
+            self._make_masks(seen_visual, seen_text)
+            return
+        query = self.before + self.within
+        # Where a seat's queries end within a block, its last row goes on.
+        row = self.begin + torch.minimum(query // self.groups, self.count - 1).clamp(min=0)
+        self.row.copy_(row.flatten())
+        self.head.copy_((query % self.groups).flatten())
+        seen = [numbers[row].where(self.count > 0, 0) for numbers in (seen_visual, seen_text)]
+        self.seen_visual.copy_(seen[0].flatten())
+        self.seen_text.copy_(seen[1].flatten())
+        table = self.pages.table[self.seat[:, 0]]  # (B, W)
+        first = self.pages.first[table]
+        partly = self._sees(first, *(numbers.amax(1, keepdim=True) for numbers in seen))
+        wholly = self._sees(first + PAGE - 1, *(numbers.amin(1, keepdim=True) for numbers in seen))
+        listed, counts = list_pages(torch.stack([partly & ~wholly, wholly])[:, None], table[None], self.shares)
+        self.listed.copy_(listed)
+        self.counts.copy_(counts)
 
     @staticmethod
     def _sees(token: Tensor, visual: Tensor, text: Tensor) -> Tensor:
         """Whether one that sees so much of either run sees `token`, as `Pages.first` counts."""
         return ((token >= 0) & (token < visual)) | ((token >= TEXT) & (token - TEXT < text))
 
-    def _make_masks(self, rows: int) -> None:
-        within, begin, self.each = torch.arange(PAGE, device=self.seats.device), 0, []
-        seats, counts = self.seats[:rows].unique_consecutive(return_counts=True)
-        for seat, count in zip(seats.tolist(), counts.tolist(), strict=True):
-            own, table = slice(begin, begin + count), self.pages.table[seat, :, None]
+    def _make_masks(self, seen_visual: Tensor, seen_text: Tensor) -> None:
+        within, self.each = torch.arange(PAGE, device=self.places.device), []
+        for seat, own in self.spans:
+            table = self.pages.table[seat, :, None]
             token = (self.pages.first[table] + within).flatten()
-            sees = self._sees(token, self.seen_visual[own, None], self.seen_text[own, None])
+            sees = self._sees(token, seen_visual[own, None], seen_text[own, None])
             self.each.append((own, (table * PAGE + within).flatten(), sees))
-            begin += count
 
     def _block_mask(self) -> BlockMask:
         pages = self.pages
         shape = 2, self.shares, 1, self.blocks
-        self.counts = torch.zeros(shape, dtype=torch.int32, device=self.seats.device)
-        self.listed = self.counts.new_zeros(*shape, -(-len(pages.owner) // self.shares))
-        """How many pages the rows of a block see in part, and all see whole; and which."""
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=self.seat.device)
+        self.listed = self.counts.new_zeros(*shape, -(-pages.table.shape[1] // self.shares))
+        """How many pages the queries of a block see in part, and all see whole; and which."""
 
         def rule(b, h, query, key):
-            row, page = query // self.groups, key // PAGE
-            seen = self._sees(pages.first[page] + key % PAGE, self.seen_visual[row], self.seen_text[row])
-            return seen & (pages.owner[page] == self.seats[row])
+            page = key // PAGE
+            seen = self._sees(pages.first[page] + key % PAGE, self.seen_visual[query], self.seen_text[query])
+            return seen & (pages.owner[page] == self.seat[query // BLOCK, 0])
 
         return BlockMask.from_kv_blocks(
             self.counts[0],
             self.listed[0],
             self.counts[1],
             self.listed[1],
-            BLOCK_SIZE=PAGE,
+            BLOCK_SIZE=(BLOCK, PAGE),
             mask_mod=rule,
-            seq_lengths=(self.blocks * PAGE, pages.store.shape[2]),
+            seq_lengths=(self.blocks * BLOCK, pages.store.shape[2]),
             compute_q_blocks=False,
         )
-
-    def _list_pages(self) -> None:
-        table = self.pages.table[self.seats]  # (room, W)
-        first, visual, text = self.pages.first[table], self.seen_visual[:, None], self.seen_text[:, None]
-        kinds = self._sees(first, visual, text), self._sees(first + PAGE - 1, visual, text)
-        amounts = []
-        for kind in kinds:  # of a block's PAGE queries, how many see each page, in part and whole
-            amount = table.new_zeros((self.blocks + 1) * len(self.all_pages))
-            in_first = self.in_first[:, None]
-            for block, queries in ((self.first_block, in_first), (self.first_block + 1, self.groups - in_first)):
-                where = block.clamp(max=self.blocks)[:, None] * len(self.all_pages) + table
-                amount.scatter_add_(0, where.flatten(), (kind * queries).flatten())
-            amounts.append(amount.view(self.blocks + 1, -1)[:-1])
-        wholly = amounts[1] == PAGE
-        which = torch.stack([(amounts[0] > 0) & ~wholly, wholly])[:, None]
-        listed, counts = list_pages(which, self.all_pages.expand_as(which[0]), self.shares)
-        self.listed.copy_(listed)
-        self.counts.copy_(counts)
 
     def attend(self, query: Tensor, fresh: Tensor, pool: Tensor, scale: float) -> Tensor:
         """As `views.View.attend`, with n = 1."""
         pool[:, :, self.places] = fresh[0]
-        return self._mix(query, pool, scale)
-
-    @torch.compiler.disable  # what is around it is compiled once for any number of rows
-    def _mix(self, query: Tensor, pool: Tensor, scale: float) -> Tensor:
         if not self.flex:
             mixed = [
                 nn.functional.scaled_dot_product_attention(
@@ -125,18 +141,15 @@ class Packed:
                 for own, places, sees in self.each
             ]
             return torch.cat(mixed, 2)
-        _, heads, rows, size = query.shape
-        groups, key_heads = self.groups, heads // self.groups
-        asked = query.new_empty(1, key_heads, self.blocks * PAGE, size)
-        own = asked[:, :, : rows * groups].unflatten(2, (rows, groups))
-        own.copy_(query.unflatten(1, (key_heads, groups)).transpose(2, 3))
+        asked = query[0].unflatten(0, (-1, self.groups))[:, self.head, self.row]
+        mixed = self._mix(asked[None], pool, scale)[0]
+        own = mixed[:, self.start[: query.shape[2], None] + self.heads]  # (key heads, R, groups, D)
+        return own.transpose(1, 2).reshape(query.shape)
+
+    @torch.compiler.disable  # what is around it is compiled once for any number of rows
+    def _mix(self, asked: Tensor, pool: Tensor, scale: float) -> Tensor:
         options = {"block_mask": self.mask, "scale": scale, "kernel_options": PIECES}
-        mixed = _compiled(asked, *pool[:, None], self.shares, **options)
-        result = query.new_empty(1, rows, heads, size)  # as the next product wants it
-        result.unflatten(2, (key_heads, groups)).copy_(
-            mixed[:, :, : rows * groups].unflatten(2, (rows, groups)).transpose(1, 2)
-        )
-        return result.transpose(1, 2)
+        return _compiled(asked, *pool[:, None], self.shares, **options)
 
 
 _compiled = torch.compile(flex_in_shares, dynamic=False)
