@@ -1,7 +1,7 @@
 """Passes that feed some seats text rows and the clips that come after them. Knows nothing of when.
 
-On a GPU a number of rows that comes again is recorded as a CUDA graph: for few of them the host is slower than the
-device.
+On a GPU a number of rows that comes again is recorded as a CUDA graph where they are few: with those the host is slower
+than the device.
 
     R rows of the pass   C hidden size
 """
@@ -20,6 +20,8 @@ from .seated import Seated
 NUMBERS = 10  # of each row, see Extension.blank
 RECORD_AT = 3
 """The time of asking at which a number of rows is recorded: before it is compiled, and may be rare."""
+RECORD_TO = 1024
+"""Rows with which the device is slower than the host anyway, so that no more of them are recorded."""
 GRAPHS = 32
 """Recorded passes that are kept."""
 ROUND = 16
@@ -96,7 +98,8 @@ class Extension:
     def run(self, rows: int) -> Tensor:
         """What comes out of the `rows` that were filled in, (R, C), to be read before another pass runs."""
         self.times[rows] += 1
-        if self.engine.fast and rows not in self.recorded and self.times[rows] >= RECORD_AT:
+        worth = self.engine.fast and rows <= RECORD_TO and self.times[rows] >= RECORD_AT
+        if worth and rows not in self.recorded:
             if len(self.recorded) == GRAPHS:
                 self.recorded.pop(next(iter(self.recorded)))
             graph = torch.cuda.CUDAGraph()
