@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_vl_streaming import packed
+from qwen_vl_streaming import batching, packed
 from qwen_vl_streaming.batching import Job, caption_all
 from qwen_vl_streaming.engine import Engine, first_greatest
 from qwen_vl_streaming.errors import InputError
@@ -51,9 +51,10 @@ def batched(model, variant, jobs, **options) -> dict:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_the_batch_changes_nothing(variant, seed):
+def test_the_batch_changes_nothing(variant, seed, monkeypatch):
     print("seed", seed)
     draw, model = random.Random(f"{variant.name} {seed}"), tiny_model(seed)
+    monkeypatch.setattr(batching, "LEAST", (0, 20)[seed])  # clips are small, and must not all be taken in at once
     jobs = random_jobs(draw, variant, 6)
     plain = plainly(model, variant, jobs)
     for size in (1, 3, 32):
@@ -71,6 +72,7 @@ def test_flex_attention_over_pages_changes_nothing(name, shares, monkeypatch):
     monkeypatch.setattr(packed, "_compiled", flex_in_shares)
     monkeypatch.setattr(packed, "shares_of", lambda *_: shares)
     monkeypatch.setattr(Engine, "flex", True)
+    monkeypatch.setattr(batching, "LEAST", 0)
     assert batched(model, variant, jobs, batch_size=3) == plain
 
 
@@ -97,6 +99,28 @@ def test_text_that_produces_nothing_is_fed_with_the_next_clip(monkeypatch):
     (said,) = batched(model, VARIANTS["interleave"], [job], batch_size=2).values()
     assert len(said.tokens) == MOST
     assert len(passes) == len(template.header) + 4 * (1 + 2)
+
+
+def test_words_ride_with_the_clips_of_others(monkeypatch):
+    """With three words a slot a third of the streams takes clips in at a time, and the words of the others need no pass
+    of their own until the last clips."""
+    model, draw, passes = tiny_model(), random.Random(0), []
+    monkeypatch.setattr(batching, "LEAST", 0)
+    template = replace(random_template(draw), end=-1)
+    layout, schedule = template.layout((2, 2), 2.0), Schedule((3,) * 5)
+    jobs = [Job(f"{i}", torch.randn(6, 16, 1176), layout, template, schedule) for i in range(6)]
+    extend, write = Engine.extend, Engine.write
+
+    def extending(engine, seats, visual_tokens):
+        passes.append(sum(engine.seated[seat].waits for seat in seats))
+        extend(engine, seats, visual_tokens)
+
+    monkeypatch.setattr(Engine, "extend", extending)
+    monkeypatch.setattr(Engine, "write", lambda engine: (passes.append(0), write(engine)))
+    batched(model, VARIANTS["interleave"], jobs, batch_size=6, max_new_tokens=17)
+    assert passes[:4] == [2, 2, 2, 0]  # the first slot has a pass more, of the header
+    assert passes[4:19] == [2] * 15
+    assert not any(passes[19:])
 
 
 def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():

@@ -2,7 +2,8 @@
 files and metrics.
 
 A video whose visual side never sees text is taken in whole and revealed to its text slot by slot; `interleave` is fed
-clip by clip. What is written does not depend on the batch.
+clip by clip, and the words that other streams have due ride with those clips. What is written does not depend on the
+batch.
 """
 
 import collections
@@ -25,6 +26,7 @@ from .timeline import Layout, Schedule
 from .variants import Variant
 
 PACK = 32_768  # patches that the vision tower takes in at once; the language model sees a quarter as many tokens
+LEAST = 256  # rows of clips in a pass where so many wait: fewer take no less time, since weights must be read
 POLL = 4  # steps between two looks at which streams have ended
 RESERVE = 0.2  # share of the free memory that is left to activations
 
@@ -58,6 +60,8 @@ class Batch:
         self.empty = list(range(seats - 1, -1, -1))
         self.jobs: dict[int, Job] = {}
         self.visual_tokens: dict[int, Tensor] = {}
+        self.watched: dict[int, int] = {}
+        """The step at which a seat was last fed a clip."""
         self.looks: collections.deque = collections.deque()
         self.steps = 0
 
@@ -71,7 +75,7 @@ class Batch:
         tokens of a clip, C)."""
         seats = [self.empty.pop() for _ in jobs]
         for seat, job in zip(seats, jobs, strict=True):
-            self.jobs[seat] = job
+            self.jobs[seat], self.watched[seat] = job, self.steps
             self.engine.admit(seat, make_plan(self.variant, job.layout, job.schedule, self.most), job.template)
         if self.variant.parallel or not self.variant.streams:
             self.engine.take_in(seats, visual_tokens)
@@ -79,17 +83,32 @@ class Batch:
             self.visual_tokens |= dict(zip(seats, visual_tokens, strict=True))
 
     def step(self) -> None:
-        """A word in each stream that has one due, or the next clips where streams wait for them."""
-        seated = self.engine.seated
-        waiting = [seat for seat, stream in seated.items() if stream.waits]
-        speaking = any(stream.speaks for stream in seated.values())
-        if waiting and (not speaking or 2 * len(waiting) >= len(seated)):
-            self.engine.extend(waiting, [self.visual_tokens[seat] for seat in waiting])
-            return
-        self.engine.write()
+        """A word in each stream that has one due, and with them the next clips of some that wait for theirs."""
+        engine = self.engine
+        if feeding := self._next_to_watch():
+            self.watched |= dict.fromkeys(feeding, self.steps)
+            feeding += [seat for seat, stream in engine.seated.items() if stream.speaks]
+            engine.extend(feeding, [self.visual_tokens[seat] for seat in feeding])
+        else:
+            engine.write()
         self.steps += 1
         if self.steps % POLL == 0 or self.finished:
             self._look()
+
+    def _next_to_watch(self) -> list[int]:
+        """Some of the seats that wait, those that have gone without a clip for longest first: of all that are seated
+        one in as many as a slot has words, so that every pass has clips and the words of others to ride with them."""
+        seated = self.engine.seated
+        quotas = [stream.plan.schedule.quotas for stream in seated.values()]
+        slots, words = sum(map(len, quotas)), sum(map(sum, quotas))
+        share, rows, chosen = len(seated) / max(words / max(slots, 1), 1), 0, []
+        waiting = [seat for seat, stream in seated.items() if stream.waits]
+        for seat in sorted(waiting, key=self.watched.__getitem__):
+            if len(chosen) >= share and rows >= LEAST:
+                break
+            chosen.append(seat)
+            rows += len(seated[seat].next_span()[1])
+        return chosen
 
     def _look(self) -> None:
         """Have the device say what is written so far, without waiting for it."""

@@ -145,8 +145,8 @@ class Engine:
 
     @torch.no_grad()
     def extend(self, seats: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
-        """Feed `seats`, which wait, the text rows that are due, and their visual runs as far as the next text row asks.
-        A last row that produces a word does."""
+        """Feed `seats`, which are not done, what they feed next: those that speak a word, those that wait their clips
+        as far as the next text row asks. A last row that produces a word does. `visual_tokens` as in `take_in`."""
         streams = [self.seated[seat] for seat in seats]
         spans = [stream.next_span() for stream in streams]
         lengths = torch.tensor([len(text) + len(visual) for text, visual in spans])
@@ -158,14 +158,15 @@ class Engine:
             extension = self.extensions[room] = Extension(self, room)
         extension.fill(rows, seats, streams, spans, visual_tokens)
         hidden = extension.run(rows)
-        answers = [int(s.plan.visual.produces[visual.stop - 1]) for s, (_, visual) in zip(streams, spans, strict=True)]
+        answers = [stream.answer_of(*span) for stream, span in zip(streams, spans, strict=True)]
         produces = torch.tensor([answer != NOTHING for answer in answers])
         next_row = [len(s.template.header) + max(answer, 0) for s, answer in zip(streams, answers, strict=True)]
         where, last = self._put(seats), self._put(lengths.cumsum(0) - 1)
         self._plain_choose(hidden[last], where, self._put(next_row), self._put(produces) & ~self.ended[where])
         for stream, (text, visual) in zip(streams, spans, strict=True):
             stream.text_fed = text.stop
-            stream.watched(visual.stop)
+            if visual:
+                stream.watched(visual.stop)
         self.fed[where] = self._put([stream.text_fed for stream in streams])
         self.due[where] = self._put([stream.text_due for stream in streams])
 
@@ -178,7 +179,7 @@ class Engine:
     def _embed(self, stream: Seated, visual_tokens: Tensor) -> Tensor:
         """What enters the first layer for a stream's visual run, (rows, C)."""
         run = range(len(stream.plan.visual))
-        embeds = self.language.embed_tokens(self._put(stream.visual_ids(run)))
+        embeds = self.language.embed_tokens(self._put(stream.visual_ids))
         clip, made = stream.clips_of(run, visual_tokens)
         embeds[clip] = made
         return embeds

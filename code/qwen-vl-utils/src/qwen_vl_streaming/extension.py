@@ -1,4 +1,4 @@
-"""Passes that feed some seats text rows and the clips that come after them. Knows nothing of when.
+"""Passes that feed some seats text rows, and some the clips that come after them. Knows nothing of when.
 
 On a GPU a number of rows that comes again is recorded as a CUDA graph where they are few: with those the host is slower
 than the device.
@@ -14,13 +14,11 @@ from torch import Tensor
 
 from .mark import OTHERS_MAY_GO_ON, put
 from .packed import BLOCK, Packed
-from .pages import PAGE, Pages
-from .seated import Seated
+from .seated import NUMBERS, Seated
 
-NUMBERS = 10  # of each row, see Extension.blank
 RECORD_AT = 3
 """The time of asking at which a number of rows is recorded: before it is compiled, and may be rare."""
-RECORD_TO = 1024
+RECORD_TO = 2048
 """Rows with which the device is slower than the host anyway, so that no more of them are recorded."""
 GRAPHS = 32
 """Recorded passes that are kept."""
@@ -36,10 +34,9 @@ def filled_up(rows: int) -> int:
 
 
 def room_for(blocks: int) -> int:
-    """The least of 2^k and three halves of it that is not less: FlexAttention is compiled for each number of blocks,
-    and a block of nothing costs it little."""
-    power = 1 << (blocks - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= blocks else power
+    """The least power of two that is not less: FlexAttention is compiled for each number of blocks, and a block of
+    nothing costs it little."""
+    return 1 << (blocks - 1).bit_length()
 
 
 class Extension:
@@ -59,10 +56,8 @@ class Extension:
 
     @staticmethod
     def blank(rows: int) -> Tensor:
-        """Numbers for rows that write to nobody's page and see nothing, (NUMBERS, R): position (3), token of the seat's
-        pages (-1: none), how much of either run is seen (2), id, text row whose id is taken instead (-1: none), whether
-        `clips` is, seat."""
-        numbers = torch.zeros(NUMBERS, rows, dtype=torch.long)
+        """NUMBERS and the seat for rows that write to nobody's page and see nothing, (NUMBERS + 1, R)."""
+        numbers = torch.zeros(NUMBERS + 1, rows, dtype=torch.long)
         numbers[3] = numbers[7] = -1
         return numbers
 
@@ -76,23 +71,20 @@ class Extension:
     ) -> None:
         """Have the next `run` feed `seats` the `spans` of their text and then of their visual runs, at most `rows` in
         all. `visual_tokens` holds, for each, a tensor of (N, tokens of a clip, C)."""
-        numbers, first = self.blank(rows), 0
-        for seat, stream, (text, visual), tokens in zip(seats, streams, spans, visual_tokens, strict=True):
-            plan, begin = stream.plan, first
-            for run, span, page in ((plan.text, text, Pages.text_page_of(len(plan.visual))), (plan.visual, visual, 0)):
-                own, mine = slice(span.start, span.stop), numbers[:, first : first + len(span)]
-                mine[:3], mine[3] = run.positions[:, own], torch.arange(span.start, span.stop) + page * PAGE
-                mine[4], mine[5] = run.seen_visual[own], run.seen_text[own]
-                first += len(span)
-            middle = begin + len(text)
-            numbers[6, middle:first] = stream.visual_ids(visual)
-            numbers[7, begin:middle] = torch.arange(text.start, text.stop)
-            clip, made = stream.clips_of(visual, tokens)
-            own = slice(middle + clip.start, middle + clip.stop)
-            numbers[8, own], numbers[9, begin:first] = 1, seat
-            self.clips[own] = made
+        parts, counts, first = [], [], 0
+        for stream, (text, visual), tokens in zip(streams, spans, visual_tokens, strict=True):
+            parts.append(stream.text_numbers[:, text.start : text.stop])
+            if visual:
+                parts.append(stream.visual_numbers[:, visual.start : visual.stop])
+                own, made = stream.clips_of(visual, tokens)
+                self.clips[first + len(text) :][own] = made
+            counts.append(len(text) + len(visual))
+            first += counts[-1]
+        numbers = self.blank(rows)
+        numbers[:-1, :first] = torch.cat(parts, 1)
+        numbers[-1, :first] = torch.tensor(seats).repeat_interleave(torch.tensor(counts))
         self.numbers[:, :rows] = put(numbers, self.engine.device)
-        self.view.lay_out(seats, [len(text) + len(visual) for text, visual in spans])
+        self.view.lay_out(seats, counts)
 
     @torch.no_grad()
     def run(self, rows: int) -> Tensor:

@@ -43,7 +43,8 @@ class Packed:
         self.shares = shares_of(pages, blocks * BLOCK)
         if flex:
             zeros = torch.zeros(9, blocks * BLOCK, dtype=torch.long, device=pages.table.device)
-            self.seat, self.begin, self.count, self.before = zeros[:4, :blocks].unsqueeze(2)
+            self.of_blocks = zeros[:4, :blocks]
+            self.seat, self.begin, self.count, self.before = self.of_blocks[:, :, None]
             """Of a block: whose it is, the seat's first row, how many rows it has, and its queries in blocks before,
             each (B, 1)."""
             self.row, self.head, self.seen_visual, self.seen_text, self.start = zeros[4:]
@@ -55,23 +56,22 @@ class Packed:
 
     def lay_out(self, seats: Sequence[int], counts: Sequence[int]) -> None:
         """Whose the next rows are: of each of `seats` so many, end to end. The host does not wait."""
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        self.spans = [(seat, slice(end - count, end)) for seat, count, end in zip(seats, counts, ends, strict=True)]
+        whose, count = torch.tensor(seats), torch.tensor(counts)
+        begin = count.cumsum(0) - count
         if not self.flex:
+            each = zip(seats, begin.tolist(), counts, strict=True)
+            self.spans = [(seat, slice(row, row + many)) for seat, row, many in each]
             return
-        of_blocks, start, block = torch.zeros(4, self.blocks, dtype=torch.long), [], 0
-        for seat, rows in self.spans:
-            count = rows.stop - rows.start
-            upto = block + blocks_of(count, self.groups)
-            of_blocks[:3, block:upto] = torch.tensor([[seat], [rows.start], [count]])
-            of_blocks[3, block:upto] = torch.arange(upto - block) * BLOCK
-            start.append(block * BLOCK + torch.arange(count) * self.groups)
-            block = upto
-        numbers = put(of_blocks, self.seat.device)
-        for of_all, own in zip((self.seat, self.begin, self.count, self.before), numbers, strict=True):
-            of_all[:, 0].copy_(own)
-        self.start[: ends[-1]].copy_(put(torch.cat(start), self.start.device))
-        self.start[ends[-1] :].zero_()
+        blocks = -(-count * self.groups // BLOCK)
+        first = blocks.cumsum(0) - blocks
+        of_block = torch.arange(len(seats)).repeat_interleave(blocks)
+        of_row = torch.arange(len(seats)).repeat_interleave(count)
+        before = (torch.arange(len(of_block)) - first[of_block]) * BLOCK
+        start = first[of_row] * BLOCK + (torch.arange(len(of_row)) - begin[of_row]) * self.groups
+        known = torch.stack([whose[of_block], begin[of_block], count[of_block], before])
+        for of_all, own in ((self.of_blocks, known), (self.start, start)):
+            of_all[..., : own.shape[-1]].copy_(put(own, of_all.device))
+            of_all[..., own.shape[-1] :].zero_()
 
     def put(self, places: Tensor, seen_visual: Tensor, seen_text: Tensor) -> None:
         """Set where the rows that were laid out write, and others after them to no effect, and what they see, each

@@ -5,9 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from .pages import PAGE, Pages
+from .plan import Plan, Run
 from .prompts import Template
 from .timeline import CLIP, NOTHING, PROMPT, TAIL
+
+NUMBERS = 9
+"""What a pass has to know of a row: position (3), token of its seat's pages, how much of either run it sees (2), id,
+text row whose id is taken instead (-1: none), whether it is of a clip."""
 
 
 @dataclass
@@ -26,6 +31,26 @@ class Seated:
         self.visual_last = int(writes.max()) + 1 if len(writes) else 0
         """How far the visual run has to be fed for the words that its rows produce."""
         self.produces = (self.plan.text.produces != NOTHING).tolist()
+        visual, text, template = self.plan.visual, self.plan.text, self.template
+        part, index = visual.rows.part, visual.rows.index
+        clip = part == CLIP
+        first = int(clip.int().argmax())
+        self.clips = range(first, first + int(clip.sum()))
+        """The rows of the visual run that are of clips: in feed order they lie together."""
+        self.visual_ids = torch.full((len(visual),), template.video)
+        for kind, source in ((PROMPT, template.prompt), (TAIL, template.tail)):
+            self.visual_ids[part == kind] = torch.tensor(source)[index[part == kind]]
+        row, begin = torch.arange(max(len(visual), len(text))), Pages.text_page_of(len(visual)) * PAGE
+        none = torch.zeros_like(row)
+
+        def numbers(run: Run, token: Tensor, ids: Tensor, text_row: Tensor, clip: Tensor) -> Tensor:
+            rest = (each[: len(run)] for each in (token, run.seen_visual, run.seen_text, ids, text_row, clip))
+            return torch.stack([*run.positions, *rest])
+
+        self.visual_numbers = numbers(visual, row, self.visual_ids, none - 1, clip.long())
+        """NUMBERS of each row of the visual run, (NUMBERS, L)."""
+        self.text_numbers = numbers(text, row + begin, none, row, none)
+        """The same for the text run."""
 
     @property
     def last(self) -> int:
@@ -47,27 +72,27 @@ class Seated:
         return not (self.done or self.speaks)
 
     def next_span(self) -> tuple[range, range]:
-        """What a stream that waits feeds next: rows of the text run, and after them of the visual run."""
+        """What a stream that is not done feeds next: rows of the text run, up to one that produces a word where one is
+        due, else all that are due and after them rows of the visual run, up to what the next text row asks for."""
+        if self.speaks:
+            end = self.produces.index(True, self.text_fed) + 1
+            return range(self.text_fed, end), range(self.visual_fed, self.visual_fed)
         upto = int(self.plan.text.seen_visual[self.text_due])
         return range(self.text_fed, self.text_due), range(self.visual_fed, upto)
 
-    def visual_ids(self, span: range) -> Tensor:
-        """The ids of some rows of the visual run, (rows,)."""
-        rows = self.plan.visual.rows[span.start : span.stop]
-        ids = torch.full((len(span),), self.template.video)
-        for part, source in ((PROMPT, self.template.prompt), (TAIL, self.template.tail)):
-            ids[rows.part == part] = torch.tensor(source)[rows.index[rows.part == part]]
-        return ids
+    def answer_of(self, text: range, visual: range) -> int:
+        """The answer index that the last row of such spans produces, or timeline.NOTHING."""
+        run, last = (self.plan.visual, visual.stop) if visual else (self.plan.text, text.stop)
+        return int(run.produces[last - 1])
 
     def clips_of(self, span: range, visual_tokens: Tensor) -> tuple[slice, Tensor]:
-        """Which rows of `span` are of clips, and what of `visual_tokens` (N, tokens of a clip, C) they are."""
-        rows = self.plan.visual.rows[span.start : span.stop]
-        clip = (rows.part == CLIP).nonzero()[:, 0].tolist()
-        if not clip:
-            return slice(0, 0), visual_tokens[0, :0]
-        # In feed order a clip's tokens lie together, and so do clips that are fed together.
-        first = (int(rows.clip[clip[0]]) - 1) * visual_tokens.shape[1] + int(rows.index[clip[0]])
-        return slice(clip[0], clip[-1] + 1), visual_tokens.flatten(0, 1)[first : first + len(clip)]
+        """Which rows of a `span` of the visual run are of clips, and what of `visual_tokens` (N, tokens of a clip, C)
+        they are."""
+        first = self.clips.start
+        begin = max(span.start, first)
+        end = max(begin, min(span.stop, self.clips.stop))
+        own = visual_tokens.flatten(0, 1)[begin - first : end - first]
+        return slice(begin - span.start, end - span.start), own
 
     def watched(self, upto: int) -> None:
         self.visual_fed = upto
