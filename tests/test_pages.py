@@ -131,7 +131,7 @@ def test_the_pages_listed_for_packed_rows_hold_what_is_seen(shares, monkeypatch)
                 expected[row, pages.places(torch.tensor([seat]), torch.cat(runs)[None])] = True
             view.lay_out(order[:fed], counts[:fed])
             filled = torch.cat([upto, upto[:5]])  # rows to no effect
-            view.put(torch.zeros(len(filled), dtype=torch.long), *filled.T)
+            view.place(torch.zeros(len(filled), dtype=torch.long), *filled.T)
             listed = by_lists(view, 1, view.blocks * BLOCK)[0]
             for head in range(groups):
                 queries = view.start[: len(whose)] + head

@@ -108,7 +108,7 @@ class Extension:
         engine = self.engine
         *positions, token, seen_visual, seen_text, ids, text, clip, seats = self.numbers[:, :rows]
         places = engine.pages.places(seats, token.clamp(min=0)[:, None])[:, 0].where(token >= 0, 0)
-        self.view.put(places, seen_visual, seen_text)
+        self.view.place(places, seen_visual, seen_text)
         ids = engine.ids[seats, text.clamp(min=0)].where(text >= 0, ids)
         hidden = self.clips[:rows].where((clip > 0)[:, None], engine.language.embed_tokens(ids))
         return engine.forward(hidden[None], torch.stack(positions)[:, None], self.view, engine.layer)[0]

@@ -73,7 +73,7 @@ class Packed:
             of_all[..., : own.shape[-1]].copy_(put(own, of_all.device))
             of_all[..., own.shape[-1] :].zero_()
 
-    def put(self, places: Tensor, seen_visual: Tensor, seen_text: Tensor) -> None:
+    def place(self, places: Tensor, seen_visual: Tensor, seen_text: Tensor) -> None:
         """Set where the rows that were laid out write, and others after them to no effect, and what they see, each
         (R,)."""
         self.places = places
