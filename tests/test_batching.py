@@ -123,6 +123,18 @@ def test_words_ride_with_the_clips_of_others(monkeypatch):
     assert not any(passes[19:])
 
 
+def test_the_next_video_is_looked_at_before_captions_are_waited_for(monkeypatch):
+    """So that the device has something to do while they are collected; and none is looked at twice."""
+    variant, model, seen = VARIANTS["group"], tiny_model(), []
+    jobs = random_jobs(random.Random(0), variant, 4)
+    look = model.perceive_all
+    monkeypatch.setattr(model, "perceive_all", lambda videos, grids: (seen.extend(videos), look(videos, grids))[1])
+    captions = caption_all(model, variant, iter(jobs), batch_size=1, max_new_tokens=MOST)
+    for count, _ in enumerate(captions, 1):
+        assert len(seen) == min(count + 1, len(jobs))
+    assert all(video is job.pixels for video, job in zip(seen, jobs, strict=True))
+
+
 def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
     variant, model = VARIANTS["group"], tiny_model()
     jobs = random_jobs(random.Random(0), variant, 8)
