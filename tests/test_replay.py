@@ -20,6 +20,7 @@ from qwen_vl_streaming.record import read_record
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.session import open_session
 from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.versions import versions
 from qwen_vl_streaming.video import read_video
 from sessions import play, random_case
 from tiny import tiny_model
@@ -49,6 +50,12 @@ def test_a_replay_gives_every_token(model, variant, tmp_path):
             record = recorded(model, case, way, tmp_path / "r.json")
             assert record.end in ("ended", "max_new_tokens")
             assert replay(record, model, list(case.pixels)) == []
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    """As this one, read from its folder: the record of a session is not lost for that."""
+    assert versions(["torch", "no-such-package"]).items() >= {"no-such-package": None}.items()
+    assert torch.__version__.startswith(versions()["torch"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from identity import NOT_COMPARED, find_model, keep_arguments, of_checkpoint, of
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.variants import get_variant
+from qwen_vl_streaming.versions import versions
 from qwen_vl_streaming.video import PixelBudget, choose_reader
 from results import (
     CAPTION_FIELDS,
@@ -52,7 +52,6 @@ from watching import Work, watch
 logger = logging.getLogger(__name__)
 
 GO_ON = "the same command goes on from what is finished"
-PACKAGES = ("torch", "transformers", "qwen-vl-streaming")
 SHOWN = 10
 """Videos that were left out and whose reasons are told; the file has all."""
 
@@ -135,7 +134,7 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
         "schedule": schedules.name,
         **({"schedule_sha256": schedules.sha256} if schedules.sha256 else {}),
         "dtype": dtype,
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
     }
     return work, facts
 

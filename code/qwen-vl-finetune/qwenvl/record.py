@@ -15,12 +15,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import matplotlib
 import torch
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.versions import RUNNING, versions
 from torch import distributed
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -32,7 +32,7 @@ from matplotlib import pyplot
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "qwen-vl-streaming")
+PACKAGES = (*RUNNING, "accelerate", "deepspeed", "peft")
 SETTLED = {"variant": "variant", "schedule": "schedule", "world_size": "processes", "zero_stage": "ZeRO stage"}
 """Facts that a run keeps as long as it lasts, and what they are called."""
 LASTING = (
@@ -43,17 +43,6 @@ LASTING = (
     "weight_decay max_grad_norm neftune_noise_alpha bf16"
 )
 """Flags that it keeps, as --tune_* and --lora_*: those that settle the data, their order and what a step does."""
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that a result depends on; None for one that is not installed."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def commit(folder: Path) -> dict | None:
@@ -85,7 +74,7 @@ def describe_run(model, data, training, rows: int, held_out: int, left_out: list
         "zero_stage": zero and zero["zero_optimization"]["stage"],
         "data": describe_data(Path(data.train_data), rows, held_out, left_out),
         "commit": commit(Path(__file__).parent),
-        "versions": versions(),
+        "versions": {**versions(PACKAGES), "cuda": torch.version.cuda},
         "arguments": {**asdict(model), **asdict(data), **training.to_dict(), "deepspeed": zero},
     }
 

@@ -7,10 +7,8 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -23,14 +21,13 @@ from .timeline import Layout
 
 FORM = 1
 """Of the file; another form is refused."""
-PACKAGES = ("torch", "transformers", "qwen-vl-streaming")
 
 
 @dataclass(frozen=True)
 class Record:
     """All times are those of the session's clock, in seconds."""
 
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     model: dict[str, str]
     """See `identity`."""
     variant: str
@@ -144,10 +141,6 @@ def _fault(record: Record) -> str | None:
     if not (isinstance(record.about, dict) and isinstance(record.model, dict) and float(record.penalty) > 0):
         return "no model, penalty or source"
     return None
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
 @torch.no_grad()
