@@ -101,11 +101,11 @@ def test_text_that_produces_nothing_is_fed_with_the_next_clip(monkeypatch):
     assert len(passes) == len(template.header) + 4 * (1 + 2)
 
 
-def test_words_ride_with_the_clips_of_others(monkeypatch):
-    """With three words a slot a third of the streams takes clips in at a time, and the words of the others need no pass
-    of their own until the last clips."""
+def clips_of_passes(monkeypatch, **limits) -> list[int]:
+    """How many of six streams of interleave, of six clips and three words a slot, take a clip in, by pass."""
     model, draw, passes = tiny_model(), random.Random(0), []
-    monkeypatch.setattr(batching, "LEAST", 0)
+    for name, rows in limits.items():
+        monkeypatch.setattr(batching, name, rows)
     template = replace(random_template(draw), end=-1)
     layout, schedule = template.layout((2, 2), 2.0), Schedule((3,) * 5)
     jobs = [Job(f"{i}", torch.randn(6, 16, 1176), layout, template, schedule) for i in range(6)]
@@ -118,9 +118,21 @@ def test_words_ride_with_the_clips_of_others(monkeypatch):
     monkeypatch.setattr(Engine, "extend", extending)
     monkeypatch.setattr(Engine, "write", lambda engine: (passes.append(0), write(engine)))
     batched(model, VARIANTS["interleave"], jobs, batch_size=6, max_new_tokens=17)
+    return passes
+
+
+def test_words_ride_with_the_clips_of_others(monkeypatch):
+    """A third of the streams takes clips in at a time, and the words of the others need no pass of their own until the
+    last clips."""
+    passes = clips_of_passes(monkeypatch, LEAST=0)
     assert passes[:4] == [2, 2, 2, 0]  # the first slot has a pass more, of the header
     assert passes[4:19] == [2] * 15
     assert not any(passes[19:])
+
+
+def test_clips_that_fill_a_pass_are_taken_in_together(monkeypatch):
+    passes = clips_of_passes(monkeypatch, LEAST=0, FULL=6 * 4)  # rows of six clips of four visual tokens
+    assert [count for count in passes if count] == [6] * 6
 
 
 def test_the_next_video_is_looked_at_before_captions_are_waited_for(monkeypatch):

@@ -27,6 +27,7 @@ from .variants import Variant
 
 PACK = 32_768  # patches that the vision tower takes in at once; the language model sees a quarter as many tokens
 LEAST = 256  # rows of clips in a pass where so many wait: fewer take no less time, since weights must be read
+FULL = 4096  # rows of clips that are one pass where so many wait: parted they take longer than words by themselves
 POLL = 4  # steps between two looks at which streams have ended
 RESERVE = 0.2  # share of the free memory that is left to activations
 
@@ -97,17 +98,20 @@ class Batch:
 
     def _next_to_watch(self) -> list[int]:
         """Some of the seats that wait, those that have gone without a clip for longest first: of all that are seated
-        one in as many as a slot has words, so that every pass has clips and the words of others to ride with them."""
+        one in as many as a slot has words, so that every pass has clips and the words of others to ride with them. All
+        of them where their clips fill a pass."""
         seated = self.engine.seated
+        rows = {seat: len(stream.next_span()[1]) for seat, stream in seated.items() if stream.waits}
+        if sum(rows.values()) >= FULL:
+            return list(rows)
         quotas = [stream.plan.schedule.quotas for stream in seated.values()]
         slots, words = sum(map(len, quotas)), sum(map(sum, quotas))
-        share, rows, chosen = len(seated) / max(words / max(slots, 1), 1), 0, []
-        waiting = [seat for seat, stream in seated.items() if stream.waits]
-        for seat in sorted(waiting, key=self.watched.__getitem__):
-            if len(chosen) >= share and rows >= LEAST:
+        share, fed, chosen = len(seated) / max(words / max(slots, 1), 1), 0, []
+        for seat in sorted(rows, key=self.watched.__getitem__):
+            if len(chosen) >= share and fed >= LEAST:
                 break
             chosen.append(seat)
-            rows += len(seated[seat].next_span()[1])
+            fed += rows[seat]
         return chosen
 
     def _look(self) -> None:
