@@ -181,3 +181,16 @@ def test_mistakes_are_answered_in_one_line():
     assert done.returncode == 0, done.stderr
     for line, (_, named) in zip(done.stderr.splitlines(), mistakes, strict=True):
         assert line.startswith("error: ") and named in line
+
+
+def test_attention_is_timed_by_its_options():
+    command = [sys.executable, str(BENCHMARKS / "attention.py"), "--size", "tiny", "--options"]
+    done = subprocess.run([*command, "64x64x4x3", "8x2"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert [line.split()[0] for line in lines] == ["4x3", "8x2"] + 2 * ["64x64x4x2", "64x64x4x3"]
+    assert ["the engine's" in line for line in lines] == 3 * [True, False]
+    assert all(float(line.split()[1]) > 0 for line in lines)
+    done = subprocess.run([*command, "48x64x4x3"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --options 48x64x4x3: give BLOCK_M x BLOCK_N x num_warps")
