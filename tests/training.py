@@ -73,6 +73,9 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
                 # From outside, and to data workers too, as SLURM does.
                 ours = [str(process.pid) for process in (*psutil.Process().children(), psutil.Process())]
                 subprocess.run(["kill", f"-{act[3:]}", *ours])
+                until = time.monotonic() + 30
+                while act == "SIGTERM" and not self.asked and time.monotonic() < until:
+                    time.sleep(0.01)  # another thread than this one may have been given the signal
             ended(self, args, state, control, **kwargs)
 
         keeping.StopOnSigterm.on_step_end = on_step_end
