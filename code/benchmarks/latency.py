@@ -31,7 +31,7 @@ from latency_lanes import lanes
 from latency_many import long, many
 from latency_passes import passes
 from latency_runs import delay, live, rounds, video
-from latency_setup import SPREAD, WHOLE, Bench, write_json
+from latency_setup import GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
 from latency_sweep import parse_points, sweep
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.session import WAYS
@@ -71,6 +71,7 @@ class Settings:
     k: int
     clips: int
     words: int
+    tokens: int
     chunks: list[str]
     """How clips ride in fused passes, each of which is measured: whole, spread, or visual tokens a pass."""
     repeats: int
@@ -113,6 +114,13 @@ def parse() -> Settings:
     parser.add_argument("--clips", type=int, default=CLIPS, help="of rounds and video (default %(default)s)")
     parser.add_argument("--words", type=int, default=ANSWER, help="of video (default %(default)s)")
     parser.add_argument(
+        "--tokens",
+        type=int,
+        choices=GRIDS,
+        default=TOKENS,
+        help="a clip, of rounds, passes and lanes (default %(default)s)",
+    )
+    parser.add_argument(
         "--chunks", nargs="+", default=[WHOLE], metavar="HOW", help="how clips ride in fused passes: whole, spread, N"
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median (default %(default)s)")
@@ -143,21 +151,22 @@ def measure(settings: Settings, bench: Bench, command: str) -> None:
     """Run one command and write its file."""
     path = settings.output / f"{settings.size}-{command}.json"
     k, clips, repeats, chunks = settings.k, settings.clips, settings.repeats, settings.chunks
+    words, tokens = settings.words, settings.tokens
     if command == "sweep":
         sweep(bench, parse_points(settings.points), chunks, repeats, path, settings.minutes)
         return
     if command == "rounds":
-        result = rounds(bench, k, clips, settings.words, repeats, chunks)
+        result = rounds(bench, k, clips, words, tokens, repeats, chunks)
     elif command == "video":
-        result = video(bench, k, clips, settings.words, repeats, chunks)
+        result = video(bench, k, clips, words, repeats, chunks)
     elif command == "delay":
         result = delay(bench, k, settings.arrivals, chunks)
     elif command == "live":
         result = live(bench, k, 3 * settings.arrivals, settings.frames, chunks, tuple(settings.window))
     elif command == "passes":
-        result = passes(bench, k, clips, settings.words, chunks)
+        result = passes(bench, k, clips, words, tokens, chunks)
     elif command == "lanes":
-        result = lanes(bench, k, clips, settings.words, chunks)
+        result = lanes(bench, k, clips, words, tokens, chunks)
     elif command == "many":
         result = many(bench, k, settings.seats, settings.seconds, settings.age, tuple(settings.window))
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from latency_runs import runs
-from latency_setup import TOKENS, Bench, load
+from latency_setup import Bench, load
 from qwen_vl_streaming.passes import Ask, Passes
 from qwen_vl_streaming.tower import Tower
 
@@ -128,17 +128,17 @@ def own_pair(bench: Bench, file: Path, way: str):
         bench.loading = usual
 
 
-def lanes(bench: Bench, k: int, clips: int, words: int, chunks: list[str]) -> dict:
+def lanes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: list[str]) -> dict:
     """Intervals of ROUNDS rounds in each way, in seconds from the begin of slot FIRST, and when slots began. A clip
     arrives as the slot before it begins, so that there is always one to be taken in, and never two. Sessions have room
     for `clips` clips and `words` words, or ROUNDS rounds."""
     ways, room = [], (max(clips, ROUNDS), max(words, k * ROUNDS))
     for way, how in runs(bench, chunks):
-        chunk, theirs = bench.chunk(how, TOKENS, k), []
+        chunk, theirs = bench.chunk(how, tokens, k), []
         with tempfile.TemporaryDirectory() as folder, own_pair(bench, Path(folder) / "perception.json", way) as file:
             for _ in range(2):  # the first warms up
-                with bench.open(way, f"wait-{k}", *room, chunk=chunk) as session, traced(bench.device) as trace:
-                    feed_one_ahead(session, bench.clips(ROUNDS))
+                with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session, traced(bench.device) as trace:
+                    feed_one_ahead(session, bench.clips(ROUNDS, tokens))
                     bench.wait()
                 own, visible = trace.intervals(), list(session.visible)
             if way == "pipelined":
@@ -155,7 +155,7 @@ def lanes(bench: Bench, k: int, clips: int, words: int, chunks: list[str]) -> di
         name = f"{way} {how}" if way == "fused" else way
         ways.append({"way": way, "name": name, "slots": [at - start for at in visible], "intervals": shown})
         print(f"{name}: {len(shown)} intervals, {1e3 * each:.2f} ms a round", flush=True)
-    return {"k": k, "shown": SHOWN, "first": FIRST, "lanes": ways}
+    return {"k": k, "tokens": tokens, "shown": SHOWN, "first": FIRST, "lanes": ways}
 
 
 def feed_one_ahead(session, clips) -> None:

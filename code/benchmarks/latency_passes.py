@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from latency_setup import TOKENS, Bench, play
+from latency_setup import Bench, play
 from qwen_vl_streaming.passes import Ask, Passes
 
 REPEATS = 50
@@ -16,11 +16,11 @@ SHOWN = 14
 
 
 @contextlib.contextmanager
-def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, chunk: int | None):
+def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, tokens: int, chunk: int | None):
     """A whole video of `clips` clips, its session still open, and the last ask of each kind of pass (pieces, whether a
     word is written)."""
     kept: dict[tuple[int, bool], Ask] = {}
-    with bench.open(way, f"wait-{k}", clips, max(words, k * clips), chunk=chunk) as session:
+    with bench.open(way, f"wait-{k}", clips, max(words, k * clips), tokens, chunk=chunk) as session:
         run = session.passes.run
 
         def keep(asks):
@@ -29,7 +29,7 @@ def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, chunk: int
             return run(asks)
 
         session.passes.run = keep
-        play(bench, session, bench.clips(clips), ends=True)
+        play(bench, session, bench.clips(clips, tokens), ends=True)
         del session.passes.run
         yield session.passes, kept
 
@@ -49,17 +49,17 @@ def each(bench: Bench, work: Callable[[], object]) -> float:
     return median(taken)
 
 
-def passes(bench: Bench, k: int, clips: int, words: int, chunks: list[str]) -> dict:
+def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: list[str]) -> dict:
     """Milliseconds of each kind of pass at the end of a video of `clips` clips: replayed alone, and the whole of
     `Passes.run` with its numbers made by the host."""
-    floors, table, kernels = bench.floors(), [], {}
+    floors, table, kernels = bench.floors(tokens), [], {}
     print(
-        f"\npasses at the end of {clips} clips of {TOKENS} visual tokens\n{'a clip rides':<14}{'rows':>6}{'word':>6}",
+        f"\npasses at the end of {clips} clips of {tokens} visual tokens\n{'a clip rides':<14}{'rows':>6}{'word':>6}",
         end="",
     )
     print(f"{'ms alone':>10}{'run':>8}{'host':>8}{'floor':>8}{'times':>7}")
     for how in chunks:
-        with last_asks(bench, "fused", k, clips, words, bench.chunk(how, TOKENS, k)) as (made, kept):
+        with last_asks(bench, "fused", k, clips, words, tokens, bench.chunk(how, tokens, k)) as (made, kept):
             for (pieces, write), ask in sorted(kept.items()):
                 alone = each(bench, replay(made, pieces, write, ask))
                 whole = each(bench, lambda made=made, ask=ask: made.run([ask]))
@@ -69,7 +69,7 @@ def passes(bench: Bench, k: int, clips: int, words: int, chunks: list[str]) -> d
                 host = (time.perf_counter() - began) / REPEATS
                 work = floors.word(clips, words) if write else floors.clip(clips)
                 if write and pieces:
-                    share = len(ask.others) / TOKENS
+                    share = len(ask.others) / tokens
                     work = work + floors.clip(clips).part(share, bench.model.dtype.itemsize * floors.weights)
                 floor = floors.seconds(work)
                 row = {"how": how, "rows": len(ask.word) + len(ask.others), "write": write}
@@ -82,7 +82,7 @@ def passes(bench: Bench, k: int, clips: int, words: int, chunks: list[str]) -> d
             if how == chunks[0]:
                 for name, pieces in (("a word", 0), ("a clip and a word", 1)):
                     kernels[name] = profile(bench, name, replay(made, pieces, True, kept[pieces, True]))
-    return {"passes": table, "kernels": kernels}
+    return {"tokens": tokens, "passes": table, "kernels": kernels}
 
 
 def replay(made: Passes, pieces: int, write: bool, ask: Ask) -> Callable[[], object]:

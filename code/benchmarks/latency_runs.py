@@ -68,7 +68,7 @@ def alone(bench: Bench, tokens: int, clips: int, room: tuple[int, int], repeats:
     return {**parts, "tower": parts["perception"] - parts["language"]}
 
 
-def rounds(bench: Bench, k: int, clips: int, words: int, repeats: int, chunks: list[str], tokens: int = TOKENS) -> dict:
+def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: int, chunks: list[str]) -> dict:
     """Seconds a round: a clip taken in and `k` words written, in the mean over `clips` rounds, the first clip and the
     last words included. All clips are there, none is the last, and the clock runs from the first's feeding. Sessions
     have room for `words` words."""
