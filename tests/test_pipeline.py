@@ -104,7 +104,12 @@ def test_perception_places_clips_by_what_was_written(model, pair, schedule, monk
     """In overlap a clip's positions depend on what the slots before it wrote: they go with the clip."""
     print("seed", SEED)
     draw, orders, order = random.Random(SEED), [], Pair.order
-    monkeypatch.setattr(Pair, "order", lambda self, *message: (orders.append(message), order(self, *message))[1])
+
+    def kept(pair, *message, **options):
+        orders.append(message)
+        order(pair, *message, **options)
+
+    monkeypatch.setattr(Pair, "order", kept)
     case = random_case(draw, VARIANTS["overlap"], schedule)
     case.layout = case.template.layout((1, 2), 2.0)
     case.pixels, case.steps = torch.randn(5, 8, 1176), [draw.randint(0, 7) for _ in range(5)]

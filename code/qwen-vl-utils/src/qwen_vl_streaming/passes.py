@@ -152,7 +152,15 @@ class Passes(Engine):
 
     @classmethod
     def single(
-        cls, model, layout: Layout, clips: int, most: int, width: int | None, penalty: float, window: Window | None
+        cls,
+        model,
+        layout: Layout,
+        clips: int,
+        most: int,
+        width: int | None,
+        penalty: float,
+        window: Window | None,
+        pieces: Sequence[int] = (0, 1),
     ) -> "Passes":
         """Passes for one stream of at most `clips` clips and `most` words, or one without end that sees a `window`. By
         default a whole clip and the tail go in at once."""
@@ -166,6 +174,7 @@ class Passes(Engine):
             longest=text,
             clip=layout.tokens_per_clip,
             width=min(width or whole, whole),
+            pieces=pieces,
             windows=window is not None,
             penalty=penalty,
         )
@@ -308,15 +317,15 @@ class Passes(Engine):
             self._plain_choose(picked, self.everyone, next_row, writes > 0)
             self.newest.copy_(self.ids.gather(1, next_row[:, None])[:, 0])
 
-    def warm_up(self) -> None:
-        """Compile every kind of pass and record it as a CUDA graph, while nothing is due. Without a GPU there is
-        nothing to do."""
+    def warm_up(self, words: bool = True) -> None:
+        """Compile every kind of pass, those that write none alone where no `words` are to come, and record it as a CUDA
+        graph, while nothing is due. Without a GPU there is nothing to do."""
         if not self.fast:
             return
         # The words before the vision tower, which runs on a stream of no such priority.
         stream, pool = torch.cuda.Stream(self.device, priority=-1), torch.cuda.graph_pool_handle()
         for many in self.kinds:
-            for write in (False, True):
+            for write in (False, True) if words else (False,):
                 self.numbers[many].copy_(self._put(self._fill(many, [])))
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.no_grad(), torch.cuda.stream(stream):

@@ -4,6 +4,7 @@ It is told what to do, and tells when a clip has gone over, through a pipe: see 
 """
 
 import collections
+import inspect
 import os
 import queue
 import signal
@@ -35,8 +36,6 @@ def perceive(pipe: Connection, load: Callable) -> None:
                 order = pipe.recv()
             except (EOFError, OSError):
                 os._exit(1)
-            except RuntimeError as error:  # carriers that this device cannot open
-                order = "fault", None, error
             if order[0] == "close":
                 closed[0] = order[1]
             orders.put(order)
@@ -52,6 +51,7 @@ def perceive(pipe: Connection, load: Callable) -> None:
         return
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)
+        torch.set_num_threads(1)  # the CPU only keeps the books: many threads would be in each other's way
     pipe.send(("loaded",))
     try:
         Perception(model, orders, closed, pipe).serve()
@@ -71,6 +71,7 @@ class Perception:
         self.model, self.orders, self.closed, self.pipe = model, orders, closed, pipe
         self.sizes = self.passes = self.seat = self.staged = None
         self.carriers: list[Tensor] = []
+        self.trays: list[Tensor] = []
         self.empty: collections.deque[int] = collections.deque()
         self.clips: collections.deque[tuple] = collections.deque()
         """Those that have arrived and were not begun."""
@@ -84,10 +85,9 @@ class Perception:
             kind, session, *what = self.orders.get()
             if kind == "stop":
                 return
-            if kind == "fault":
-                raise what[0]
             if kind == "carriers":
-                (self.carriers,) = what
+                handles, self.trays = what
+                self.carriers = [self._opened(*handle) for handle in handles]
             elif kind == "close":
                 self.clips.clear()
                 self._tell(0)
@@ -102,14 +102,24 @@ class Perception:
             while self.clips and self.empty and self.clips[0][0] > self.closed[0]:
                 self._take_in(*self.clips.popleft())
 
+    def _opened(self, rebuild: Callable, arguments: tuple) -> Tensor:
+        """A carrier of the other process, from what `reduce_tensor` says of it. One that lies on another device is
+        opened from this one, where devices can reach each other: work given to the other, however little, would take
+        turns with what that is at."""
+        named, mine = inspect.signature(rebuild).bind(*arguments), self.model.device
+        home = named.arguments.get("storage_device", mine.index)
+        if home != mine.index and torch.cuda.can_device_access_peer(mine, home):
+            named.arguments |= {"storage_device": mine.index, "event_sync_required": False}
+        return rebuild(*named.args, **named.kwargs)
+
     def _open(self, name: str, template, layout, clips: int, chunk: int | None, window) -> None:
         variant = get_variant(name)
         visual, text = Passes.room(layout, clips, 1, window)
         sizes = layout.grid, layout.tail, Pages.need(visual, text), text, chunk, window is None
         if self.sizes != sizes:
             self.passes = self.seat = self.sizes = None  # their memory goes before that of others comes
-            self.passes = Passes.single(self.model, layout, clips, 1, chunk, 1.0, window)
-            self.passes.warm_up()
+            self.passes = Passes.single(self.model, layout, clips, 1, chunk, 1.0, window, pieces=[1])
+            self.passes.warm_up(words=False)
             self.passes.tower.record(layout.grid, [1])
             self.sizes = sizes
         if self.seat is not None:
@@ -120,11 +130,11 @@ class Perception:
         self.empty = collections.deque(range(len(self.carriers)))
         near = self.carriers[0].device == self.model.device
         self.staged = None if near else self.passes.carrier(layout)
-        """Where a clip's keys and values are put together before they go to another device at once."""
+        """Where a clip's keys and values are put together before they go at once to a device out of reach."""
 
-    def _take_in(self, session: int, raw, last: bool, counts: list[int]) -> None:
+    def _take_in(self, session: int, tray: int, shape, dtype: torch.dtype, last: bool, counts: list[int]) -> None:
         """Begin with a clip, and say so of those before it."""
-        clip = torch.from_numpy(raw).view(self.model.dtype)
+        clip = self.trays[tray][: shape.numel() * dtype.itemsize].view(dtype).view(shape)
         self.passes.show(self.seat, *self.passes.tower.look([clip], [self.sight.stream.layout]))
         self.sight.stream.counts[:] = counts
         due = self.sight.clip(last)

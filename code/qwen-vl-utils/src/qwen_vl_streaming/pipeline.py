@@ -1,13 +1,15 @@
 """Perception in a process of its own: it takes clips in and hands over their keys and values, each clip's in one
 transfer, while this process writes.
 
-Orders and news go through a pipe. Keys and values go into carriers that lie on this process's device and that both have
-open: on GPUs a peer copy, between two or within one, on CPUs shared memory. News of a clip comes when its carrier is
-full, so that nothing here ever waits for a transfer, and a process that has died is noticed at the pipe.
+Orders and news go through a pipe, pixels through trays of shared memory. Keys and values go into carriers that lie on
+this process's device and that both have open: on GPUs a peer copy, between two or within one, on CPUs shared memory.
+News of a clip comes when its carrier is full, so that nothing here ever waits for a transfer, and a process that has
+died is noticed at the pipe.
 """
 
 import collections
 import contextlib
+import functools
 import multiprocessing
 import queue
 import signal
@@ -16,8 +18,10 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 from .clock import now
 from .errors import InputError
@@ -31,6 +35,8 @@ LOADING = 900
 """Seconds that a model may take to load."""
 CARRIERS = 3
 """Clips that may have come over and not be laid into pages yet."""
+TRAYS = CARRIERS + 1
+"""Clips that may be on their way: one is being taken in for each carrier, and one waits."""
 GLANCE = 0.2
 """Seconds that a step waits for a clip, so that whoever calls it may stop meanwhile."""
 
@@ -49,6 +55,8 @@ class Pair:
         self.patience, self.sessions, self.current = patience, 0, None
         self.why_lost: str | None = None
         self.carriers: list[Tensor] = []
+        self.trays: list[Tensor] = []
+        """Bytes of clips, which take them in turn: one comes free when the clip in it has been taken in."""
         self.pipe, theirs = context.Pipe()
         self.closing: int | None = None
         """A session that is over, of which the other process has not said so yet."""
@@ -64,15 +72,18 @@ class Pair:
             self.process.join()
             raise InputError(said[1])
 
-    def order(self, *message) -> None:
+    def order(self, *message, before: Callable[[], object] = lambda: None) -> None:
+        """Send a message, once `before` has been called in the thread that sends."""
         if self.why_lost:
             raise PerceptionLost(self.why_lost)
-        self.orders.put(ForkingPickler.dumps(message))
+        self.orders.put((before, ForkingPickler.dumps(message)))
 
     def _send_orders(self) -> None:
-        # In a thread of its own: a process that does not read must not hold this one up.
+        # In a thread of its own: a process that does not read must not hold this one up, nor a large clip.
         with contextlib.suppress(OSError):  # gone: whoever listens for news hears of it
-            while (message := self.orders.get()) is not None:
+            while (order := self.orders.get()) is not None:
+                before, message = order
+                before()
                 self.pipe.send_bytes(message)
 
     def hear(self, seconds: float) -> tuple | None:
@@ -107,8 +118,8 @@ class Pair:
         """It lives, but says nothing for longer than it may."""
         return self._lost(f"has said nothing for {self.patience:g} s")
 
-    def open(self, carrier: Tensor, *what) -> int:
-        """Begin a session, whose clips come over in carriers like `carrier`."""
+    def open(self, carrier: Tensor, largest: int, *what) -> int:
+        """Begin a session, whose clips, of `largest` bytes at most, come over in carriers like `carrier`."""
         if self.why_lost or not self.process.is_alive():
             raise InputError(self.why_lost or str(self._lost()))
         if self.current is not None:
@@ -118,9 +129,10 @@ class Pair:
                 raise self.silent()
             if said == ("closed", self.closing):
                 self.closing = None
-        if not self.carriers or _kind(self.carriers[0]) != _kind(carrier):
+        if not self.carriers or _kind(self.carriers[0]) != _kind(carrier) or len(self.trays[0]) < largest:
             self.carriers = [torch.empty_like(carrier) for _ in range(CARRIERS)]
-            self.order("carriers", None, self.carriers)
+            self.trays = [torch.empty(largest, dtype=torch.uint8).share_memory_() for _ in range(TRAYS)]
+            self.order("carriers", None, [reduce_tensor(carrier) for carrier in self.carriers], self.trays)
         self.sessions += 1
         self.current = self.sessions
         self.order("open", self.current, *what)
@@ -169,6 +181,8 @@ class PipelinedSession(Session):
         super()._open()
         self.sight = Feed(self.variant, self.template, self.layout, self.window)
         """Where what comes over belongs."""
+        self.begun = 0
+        """How many clips were sent."""
         self.sent: collections.deque[bool] = collections.deque()
         """Of each clip that was sent and has not come over, whether it is the last."""
         self.whole: collections.deque[bool] = collections.deque()
@@ -179,6 +193,7 @@ class PipelinedSession(Session):
         """When a clip last came over, or was the first to be sent."""
         self.number = self.pair.open(
             self.passes.carrier(self.layout),
+            max(torch.float32.itemsize * rows * columns for rows, columns in self._shapes),
             self.variant.name,
             self.template,
             self.layout,
@@ -204,6 +219,12 @@ class PipelinedSession(Session):
     def looks_due(self) -> list:
         return []
 
+    def _waits_for_words(self) -> bool:
+        while self.sent and self.coming and not self.word_there:
+            if self._receive(0):
+                return False
+        return True
+
     def _clips_to_come(self) -> bool:
         return super()._clips_to_come() or bool(self.sent or self.whole)
 
@@ -212,7 +233,7 @@ class PipelinedSession(Session):
         agreed beforehand, only when the slot before it begins. No more than there are carriers for, and one that is
         under way; or than a window has room for."""
         held = self.greedy and self.variant.count == "rounds"
-        most = 1 if held else CARRIERS + 1 if self.window is None else AHEAD
+        most = 1 if held else TRAYS if self.window is None else AHEAD
         while self.waiting and not self.done and (ahead := len(self.sent) + len(self.whole)) < most:
             if held:
                 counts = [*self.counts]
@@ -223,8 +244,12 @@ class PipelinedSession(Session):
             if not self.sent:
                 self.heard = now()
             self.sent.append(last)
-            raw = clip.to(self.model.dtype).cpu().contiguous().view(torch.uint8).numpy()
-            self.pair.order("clip", self.number, raw, last, counts)
+            fed = (clip if clip.dtype == torch.float32 else clip.to(self.model.dtype)).cpu().contiguous()
+            raw, tray = fed.flatten().view(torch.uint8).numpy(), self.begun % TRAYS
+            room = self.pair.trays[tray].numpy()[: len(raw)]
+            put = functools.partial(np.copyto, room, raw)
+            self.pair.order("clip", self.number, tray, fed.shape, fed.dtype, last, counts, before=put)
+            self.begun += 1
 
     def _receive(self, seconds: float) -> bool:
         """Take what has come over, waiting for at most `seconds`. Returns whether anything has."""

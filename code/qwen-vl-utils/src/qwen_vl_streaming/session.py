@@ -223,7 +223,7 @@ class Session:
             ask = self.plan()
             if ask is not None:
                 self.asked_for(ask, self.passes.run([ask]))
-            return self.collect(ask is None)
+            return self.collect(ask is None and self._waits_for_words())
 
     def words(self) -> Iterator[Word]:
         """Write all that can be written until another clip is fed."""
@@ -311,6 +311,10 @@ class Session:
             del stream.counts[unseen[0] :], self.visible[unseen[0] :]
         del stream.written[len(self.written) :], stream.slots[len(self.written) :]
         self.coming.clear()
+
+    def _waits_for_words(self) -> bool:
+        """Until the next word is there nothing else can be done; or, where something can since, False."""
+        return True
 
     # When a slot begins, and whether it may speak: the same in all three ways
 
