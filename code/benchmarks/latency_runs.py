@@ -46,26 +46,28 @@ def percentile(values: list[float], percent: int) -> float:
 
 
 def alone(bench: Bench, tokens: int, clips: int, room: tuple[int, int], repeats: int = 3) -> dict:
-    """Seconds of perception and of generation, each alone, over `clips` clips of `tokens` visual tokens, in sessions
-    with `room` for so many clips and words. Of a clip, with its vision tower and without: the mean over all but two,
-    each of which is waited for, since the tower may run beside the clip before; of a word: the mean of up to SAID that
-    follow, in one slot. The median of `repeats`, after one to warm up."""
+    """Seconds of perception and of generation, each alone and at its rate, in sessions with `room` for so many clips and
+    words: of a clip of `tokens` visual tokens, the vision tower over clips in a row and the language model over all but
+    two of `clips` clips in a row that it has looked at, nothing being waited for between them, and the sum of the two;
+    of a word, the mean of up to SAID in one slot after these clips. The median of `repeats`, after one to warm up."""
     words = min(room[1], SAID)
     silent = Schedule((0,) * (clips - 2) + (words,))
-    pixels = bench.clips(clips - 1, tokens)
+    pixels, layout = bench.clips(clips - 1, tokens), bench.layout(tokens)
     with torch.no_grad():
-        ready = [bench.model.perceive(clip[None], bench.layout(tokens).grid)[0] for clip in pixels]
-    perception, language, word = [], [], []
+        ready = [bench.model.perceive(clip[None], layout.grid)[0] for clip in pixels]
+    taken = {"tower": [], "language": [], "word": []}
     for _ in range(1 + repeats):
         with bench.open("serial", silent, *room, tokens) as session:
-            perception.append(sum(play(bench, session, [clip]) for clip in pixels[:-1]) / (clips - 2))
-            play(bench, session, pixels[-1:])
-            word.append((session.written[-1].time - session.written[0].time) / (words - 1))
-        with bench.open("serial", silent, *room, tokens) as session:
-            language.append(sum(play(bench, session, [clip]) for clip in ready[:-1]) / (clips - 2))
-    seconds = {"perception": perception, "language": language, "word": word}
-    parts = {name: median(taken[1:]) for name, taken in seconds.items()}
-    return {**parts, "tower": parts["perception"] - parts["language"]}
+            began = time.perf_counter()
+            for clip in pixels:
+                session.passes.tower.look([clip], [layout])
+            bench.wait()
+            taken["tower"].append((time.perf_counter() - began) / len(pixels))
+            taken["language"].append(play(bench, session, ready[:-1]) / (clips - 2))
+            play(bench, session, ready[-1:])
+        taken["word"].append((session.written[-1].time - session.written[0].time) / (words - 1))
+    parts = {name: median(seconds[1:]) for name, seconds in taken.items()}
+    return {**parts, "perception": parts["tower"] + parts["language"]}
 
 
 def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: int, chunks: list[str]) -> dict:
@@ -76,7 +78,7 @@ def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: i
     floors, parts = bench.floors(tokens), alone(bench, tokens, clips, room)
     least = floors.parts(clips)
     least["language"] = least["clip"]
-    print(f"\nparts, each alone: {clips} clips of {tokens} visual tokens")
+    print(f"\nparts, each alone, one after the other: {clips} clips of {tokens} visual tokens")
     print(f"{'':<34}{'ms':>9}{'floor':>9}{'times':>8}")
     names = {"tower": "vision tower over a clip", "language": "language model over a clip", "word": "a word"}
     for part, name in names.items():

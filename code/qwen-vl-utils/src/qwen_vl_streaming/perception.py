@@ -72,6 +72,8 @@ class Perception:
         self.sizes = self.passes = self.seat = self.staged = None
         self.carriers: list[Tensor] = []
         self.trays: list[Tensor] = []
+        self.pinned: list[Tensor] = []
+        """On a GPU, a copy of each tray that it can read by itself."""
         self.empty: collections.deque[int] = collections.deque()
         self.clips: collections.deque[tuple] = collections.deque()
         """Those that have arrived and were not begun."""
@@ -88,6 +90,8 @@ class Perception:
             if kind == "carriers":
                 handles, self.trays = what
                 self.carriers = [self._opened(*handle) for handle in handles]
+                if self.model.device.type == "cuda":
+                    self.pinned = [torch.empty_like(tray, pin_memory=True) for tray in self.trays]
             elif kind == "close":
                 self.clips.clear()
                 self._tell(0)
@@ -134,7 +138,10 @@ class Perception:
 
     def _take_in(self, session: int, tray: int, shape, dtype: torch.dtype, last: bool, counts: list[int]) -> None:
         """Begin with a clip, and say so of those before it."""
-        clip = self.trays[tray][: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        raw = self.trays[tray][: shape.numel() * dtype.itemsize]
+        if self.pinned:
+            raw = self.pinned[tray][: len(raw)].copy_(raw)
+        clip = raw.view(dtype).view(shape)
         self.passes.show(self.seat, *self.passes.tower.look([clip], [self.sight.stream.layout]))
         self.sight.stream.counts[:] = counts
         due = self.sight.clip(last)
