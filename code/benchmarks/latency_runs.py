@@ -46,10 +46,11 @@ def percentile(values: list[float], percent: int) -> float:
 
 
 def alone(bench: Bench, tokens: int, clips: int, room: tuple[int, int], repeats: int = 3) -> dict:
-    """Seconds of perception and of generation, each alone and at its rate, in sessions with `room` for so many clips and
-    words: of a clip of `tokens` visual tokens, the vision tower over clips in a row and the language model over all but
-    two of `clips` clips in a row that it has looked at, nothing being waited for between them, and the sum of the two;
-    of a word, the mean of up to SAID in one slot after these clips. The median of `repeats`, after one to warm up."""
+    """Seconds of perception and of generation, each alone and at its rate, in sessions with `room` for so many clips
+    and words: of a clip of `tokens` visual tokens, the vision tower over clips in a row and the language model over all
+    but two of `clips` clips in a row that it has looked at, nothing being waited for between them, and the sum of the
+    two; of a word, the mean of up to SAID in one slot after these clips. The median of `repeats`, after one to warm
+    up."""
     words = min(room[1], SAID)
     silent = Schedule((0,) * (clips - 2) + (words,))
     pixels, layout = bench.clips(clips - 1, tokens), bench.layout(tokens)

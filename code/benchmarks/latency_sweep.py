@@ -1,9 +1,10 @@
 """The measured curve: speed-up over serial against the ratio r of perception to generation, beside S(r).
 
 Each point is a K and a number of visual tokens a clip. Perception of a clip, vision tower and language model, and
-generation of a word are measured alone on one device, each at its rate; r is the first over K times the second. A way's seconds a round are those
-between the ends of the second and the last slot, over the rounds between: in a stream that goes on, filling the
-pipeline is done once. Results are written after each point, and a run that was stopped goes on with what is missing.
+generation of a word are measured alone on one device, each at its rate; r is the first over K times the second. A way's
+seconds a round are those between the ends of the second and the last slot, over the rounds between: in a stream that
+goes on, filling the pipeline is done once. Results are written after each point, and a run that was stopped goes on
+with what is missing.
 """
 
 import time
