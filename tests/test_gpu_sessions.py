@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from qwen_vl_streaming.crowd import Crowd
+from qwen_vl_streaming.pair import Pair
 from qwen_vl_streaming.passes import Passes
-from qwen_vl_streaming.pipeline import Pair
 from qwen_vl_streaming.plan import Window
 from qwen_vl_streaming.record import read_record
 from qwen_vl_streaming.replay import replay

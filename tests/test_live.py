@@ -25,7 +25,7 @@ from qwen_vl_streaming.live_options import parse, record_place
 from qwen_vl_streaming.live_screen import UNFINISHED, Pieces, Screen
 from qwen_vl_streaming.live_source import Clip, synthetic_clips
 from qwen_vl_streaming.live_watch import Watch
-from qwen_vl_streaming.pipeline import Pair
+from qwen_vl_streaming.pair import Pair
 from qwen_vl_streaming.prompts import clip_pixels, load_processor, make_template
 from qwen_vl_streaming.record import read_record
 from qwen_vl_streaming.session import Session, open_session

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from qwen_vl_streaming import packed
+from qwen_vl_streaming.asks import Run
 from qwen_vl_streaming.packed import BLOCK, Packed, blocks_of
 from qwen_vl_streaming.pages import PAGE, TEXT, Pages
-from qwen_vl_streaming.passes import Run
 from qwen_vl_streaming.views import View, _join_shares
 
 SEED = time.time_ns() % 100_000

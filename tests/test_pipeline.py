@@ -9,8 +9,8 @@ import pytest
 import torch
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.feed import Feed
+from qwen_vl_streaming.pair import Pair, PerceptionLost
 from qwen_vl_streaming.passes import Passes
-from qwen_vl_streaming.pipeline import Pair, PerceptionLost
 from qwen_vl_streaming.plan import make_plan
 from qwen_vl_streaming.record import read_record
 from qwen_vl_streaming.replay import replay

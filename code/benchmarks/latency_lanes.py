@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from latency_runs import runs
 from latency_setup import Bench, load
-from qwen_vl_streaming.passes import Ask, Passes
+from qwen_vl_streaming.asks import Ask
+from qwen_vl_streaming.passes import Passes
 from qwen_vl_streaming.tower import Tower
 
 TOWER, CLIP, WORD, MOVE = "vision tower", "language model over a clip", "words", "keys and values move"

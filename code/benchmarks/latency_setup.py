@@ -17,8 +17,8 @@ from evaluation import rates
 from latency_floors import Floors
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from qwen_vl_streaming.pair import Pair
 from qwen_vl_streaming.passes import Passes
-from qwen_vl_streaming.pipeline import Pair
 from qwen_vl_streaming.prompts import Template
 from qwen_vl_streaming.record import whole
 from qwen_vl_streaming.session import Session, open_session

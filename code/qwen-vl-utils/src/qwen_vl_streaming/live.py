@@ -43,8 +43,8 @@ from .live_options import (
 from .live_screen import NoteHandler, Pieces, Screen
 from .live_watch import Watch
 from .modeling_qwen2_5_vl import load_config, load_model
+from .pair import Pair, PerceptionLost
 from .passes import Passes
-from .pipeline import Pair, PerceptionLost
 from .prompts import clip_pixels, load_processor, make_template
 from .record import read_record, write_record
 from .replay import DTYPES

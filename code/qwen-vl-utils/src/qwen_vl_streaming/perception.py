@@ -1,6 +1,6 @@
 """The process that perceives: it takes the clips of a pair's sessions in, and puts their keys and values into carriers.
 
-It is told what to do, and tells when a clip has gone over, through a pipe: see `pipeline.py`.
+It is told what to do, and tells when a clip has gone over, through a pipe: see `pair.py`.
 """
 
 import collections

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .asks import Ask, Written
 from .clock import now
 from .errors import InputError
 from .feed import Due, Feed
-from .passes import Ask, Passes, Written
+from .passes import Passes
 from .plan import Window
 from .prompts import Template
 from .record import Record, clip_hash, identity, write_record
@@ -436,7 +437,7 @@ class Session:
 
 
 def open_session(model, variant: Variant, template: Template, layout: Layout, *, way: str = "serial", **options):
-    """A Session that runs in `way`; `options` as its own. For "pipelined", `pair` is the pipeline.Pair to run on."""
+    """A Session that runs in `way`; `options` as its own. For "pipelined", `pair` is the pair.Pair to run on."""
     from .fused import FusedSession
     from .pipeline import PipelinedSession
 
