@@ -11,7 +11,7 @@ from qwen_vl_streaming.session import Session
 from qwen_vl_streaming.streaming import Streams, caption
 from qwen_vl_streaming.timeline import Layout, Schedule
 from qwen_vl_streaming.variants import VARIANTS, Variant
-from tiny import VOCABULARY, random_template
+from tiny import VOCABULARY, random_template, tiny_model
 
 PARALLEL = [variant for variant in VARIANTS.values() if variant.parallel]
 MANY = int(os.environ.get("SESSIONS", 100))
@@ -121,3 +121,14 @@ def no_memory():
 def no_model():
     """What a pair that finds no model is started with."""
     raise InputError("no Qwen2.5-VL could be loaded from 'nowhere'")
+
+
+def double_model():
+    return tiny_model().double()
+
+
+class Unopenable:
+    """A message that the process that perceives cannot read."""
+
+    def __reduce__(self):
+        return no_memory, ()

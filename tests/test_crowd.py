@@ -13,7 +13,7 @@ from qwen_vl_streaming.record import read_record
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.timeline import Layout, Schedule
 from qwen_vl_streaming.variants import VARIANTS
-from sessions import PARALLEL, check, random_case
+from sessions import PARALLEL, check, no_memory, random_case
 from tiny import random_template, tiny_model
 
 SEED = time.time_ns() % 100_000
@@ -186,3 +186,23 @@ def test_an_error_in_a_pass_ends_all_with_their_records(model, tmp_path, monkeyp
         record = read_record(tmp_path / f"{n}.json")
         assert session.closed and record.end == "failed: no memory left" and len(record.tokens) == 1
         assert replay(record, model, list(case.pixels)) == []
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["closed", "an error in a pass"])
+def test_a_record_that_cannot_be_written_harms_no_other(model, tmp_path, monkeypatch, fails):
+    case = random_case(random.Random(4), VARIANTS["gap"], "wait-1")
+    crowd = Crowd(model, 3, LARGEST, max_clips=6, max_new_tokens=20)
+    (tmp_path / "file").touch()
+    sessions = [
+        crowd.open(case.variant, case.template, case.layout, schedule="wait-1", record=path)
+        for path in (tmp_path / "file/r.json", tmp_path / "1.json", tmp_path / "2.json")
+    ]
+    for session in sessions:
+        session.feed(case.pixels[0])
+    if fails:
+        monkeypatch.setattr(crowd.passes, "run", lambda _: no_memory())
+    with pytest.raises(torch.OutOfMemoryError if fails else InputError, match=r"no memory|cannot be written"):
+        crowd.step() if fails else crowd.close()
+    assert all(session.closed for session in sessions) and len(crowd.passes.empty) == 3
+    ends = {read_record(tmp_path / f"{n}.json").end for n in (1, 2)}
+    assert ends == {"failed: no memory left" if fails else "cancelled"}

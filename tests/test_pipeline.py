@@ -1,8 +1,12 @@
 """Two processes write what one does; and when one of them goes, the other says so."""
 
+import gc
 import os
 import random
 import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -17,7 +21,18 @@ from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.session import open_session
 from qwen_vl_streaming.timeline import Schedule
 from qwen_vl_streaming.variants import VARIANTS
-from sessions import MANY, PARALLEL, SECONDS, check, no_memory, no_model, play, random_case
+from sessions import (
+    MANY,
+    PARALLEL,
+    SECONDS,
+    Unopenable,
+    check,
+    double_model,
+    no_memory,
+    no_model,
+    play,
+    random_case,
+)
 from tiny import tiny_model
 
 SEED = time.time_ns() % 100_000
@@ -187,7 +202,70 @@ def test_a_session_is_closed_though_perception_hangs(model, pair, tmp_path):
 
 
 def test_a_model_that_cannot_be_loaded_is_refused():
-    with pytest.raises(InputError, match="could be loaded from 'nowhere'"):
-        Pair(no_model)
-    with pytest.raises(PerceptionLost, match=r"could not load its model \(no memory left\)"):
-        Pair(no_memory)
+    """And nothing is left of the attempt."""
+    for load, error, match in (
+        (no_model, InputError, "could be loaded from 'nowhere'"),
+        (no_memory, PerceptionLost, r"could not load its model \(no memory left\)"),
+    ):
+        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        with pytest.raises(error, match=match):
+            Pair(load)
+        gc.collect()
+        until = time.monotonic() + 5
+        while (threading.active_count(), len(os.listdir("/proc/self/fd"))) > before and time.monotonic() < until:
+            time.sleep(0.01)
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_signals_to_the_whole_group_are_not_for_perception(model, pair):
+    case = random_case(random.Random(5), PARALLEL[0])
+    with open_case(model, case, pair) as session:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(pair.process.pid, number)
+        check(model, case, play(session, case))
+
+
+def test_a_program_that_forgets_its_pair_ends_all_the_same():
+    lines = (
+        "from qwen_vl_streaming.pair import Pair",
+        "from tiny import tiny_model",
+        "kept = Pair(tiny_model)",
+        "print(kept.process.pid)",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=SECONDS,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+def test_no_room_for_clips_in_shared_memory_is_one_line(model, monkeypatch):
+    """And harms no later session."""
+    case = random_case(random.Random(6), PARALLEL[0])
+
+    def full(_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    with Pair(tiny_model, patience=SECONDS) as own:
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=r"/dev/shm has no room for [\d.]+ MiB"):
+            patch.setattr(torch.Tensor, "share_memory_", full)
+            open_case(model, case, own)
+        with open_case(model, case, own) as session:
+            check(model, case, play(session, case))
+
+
+def test_what_perception_cannot_open_is_told_at_once(model, pair):
+    case = random_case(random.Random(6), PARALLEL[0])
+    pair.order(Unopenable())
+    with pytest.raises(PerceptionLost, match=r"failed \(no memory left\)"), open_case(model, case, pair) as session:
+        play(session, case)
+
+
+def test_clips_of_the_model_s_own_type(pairs):
+    wide = tiny_model().double()
+    case = random_case(random.Random(8), PARALLEL[0], "wait-1")
+    case.pixels = case.pixels.double()
+    with Pair(double_model, patience=SECONDS) as own, open_case(wide, case, own) as session:
+        check(wide, case, play(session, case))

@@ -171,7 +171,8 @@ def test_other_clips_and_other_models_are_refused(model, tmp_path):
 
 def test_a_broken_record_is_refused(model, tmp_path):
     path = tmp_path / "r.json"
-    recorded(model, random_case(random.Random(3), VARIANTS["group"], "wait-1"), "serial", path)
+    case = random_case(random.Random(3), VARIANTS["group"], "wait-1")
+    recorded(model, case, "serial", path)
     good = json.loads(path.read_text())
     for bad, match in (
         ("{", "cannot be read"),
@@ -193,7 +194,15 @@ def test_a_broken_record_is_refused(model, tmp_path):
                 ("end", lambda _: "ended", "its end is 'ended'"),
                 ("max_new_tokens", lambda most: most + 1, r"\d+ tokens of at most"),
                 ("window", lambda _: [3], "a window of"),
-                ("about", lambda _: None, "no model, penalty or source"),
+                ("about", lambda _: None, "no end, penalty or source"),
+                ("end", lambda _: 5, "no end, penalty or source|its end is 5"),
+                ("model", lambda _: {}, "a model of"),
+                ("template", lambda template: {**template, "prompt": "abc"}, "a template of other things"),
+                ("template", lambda template: {**template, "video": -1}, "a template of other things"),
+                ("layout", lambda layout: {**layout, "prompt": layout["prompt"] + 1}, "a template of"),
+                ("bare", lambda _: True, r"\d+ slots for \d+ clips and an empty one"),
+                ("schedule", lambda _: [-1] * 9, "a schedule of"),
+                ("schedule", lambda _: None, "values of other types"),
                 ("counts", lambda _: None, "values of other types"),
             )
         ),
@@ -202,6 +211,10 @@ def test_a_broken_record_is_refused(model, tmp_path):
         with pytest.raises(InputError, match=match) as error:
             read_record(path)
         assert str(path) in str(error.value)
+
+    path.write_text(json.dumps({**good, "template": {**good["template"], "video": 10**6}}))
+    with pytest.raises(InputError, match="token 1000000, which"):
+        replay(read_record(path), model, list(case.pixels))
 
 
 def test_frames_that_find_no_room_are_one_line_and_leave_those_before(tmp_path):

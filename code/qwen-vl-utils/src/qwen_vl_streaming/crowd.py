@@ -6,7 +6,9 @@ those who have gone without for longest. Each session is the one of `session.py`
 others.
 """
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,6 +21,8 @@ from .session import Session, Word, open_session
 from .streaming import PENALTY
 from .timeline import Layout
 from .variants import Variant
+
+logger = logging.getLogger(__name__)
 
 PIECES = (0, 1, 2, 4, 8)
 RESERVE = 0.15
@@ -123,15 +127,25 @@ class Crowd:
                 (session, session.collect(not passing or (ask is None and session.word_there))) for session, ask in asks
             ]
         except BaseException as error:
-            for session in self.sessions:
-                session.fail(error)
+            for mistake in self._end_all(functools.partial(Session.fail, error=error)):
+                logger.error("%s", mistake)
             raise
         return [(session, word) for session, word in words if word is not None]
 
     def close(self) -> None:
-        """Close all sessions, each with its record."""
+        """Close all sessions, each with its record. Where that fails for some, raises the first error, once all are."""
+        if errors := self._end_all(Session.close):
+            raise errors[0]
+
+    def _end_all(self, end: Callable[[Session], None]) -> list[Exception]:
+        """The errors with which sessions ended, none of which kept others from their end."""
+        errors = []
         for session in self.sessions:
-            session.close()
+            try:
+                end(session)
+            except Exception as error:
+                errors.append(error)
+        return errors
 
     def __enter__(self):
         return self

@@ -14,12 +14,16 @@ Exit status: 0 at the end of the answer, also where the source was lost before; 
 2 for what the user can mend, no memory among it; 1 where the process that perceives was lost.
 """
 
+import signal
+
+if __name__ == "__main__":  # what follows takes seconds: until there is something to end, Ctrl-C does so without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import functools
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace

@@ -15,13 +15,14 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from .errors import InputError
-from .perception import perceive
+from .perception import TO_ALL, perceive
 
 LOADING = 900
 """Seconds that a model may take to load."""
@@ -53,14 +54,19 @@ class Pair:
         self.process = context.Process(target=perceive, args=(theirs, load), daemon=True)
         with _deaf():
             self.process.start()
+        # Where nobody closes it: it is deaf to the signal with which Python would end it.
+        self.at_exit = Finalize(self, self.process.kill, exitpriority=0)
         theirs.close()
         self.orders: queue.Queue = queue.Queue()
         threading.Thread(target=self._send_orders, daemon=True).start()
-        if (said := self.hear(LOADING)) is None:
-            raise self._lost(f"has loaded no model for {LOADING} s")
-        if said[0] == "refused":
-            self.process.join()
-            raise InputError(said[1])
+        try:
+            if (said := self.hear(LOADING)) is None:
+                raise self._lost(f"has loaded no model for {LOADING} s")
+            if said[0] == "refused":
+                raise InputError(said[1])
+        except BaseException:
+            self._give_up()
+            raise
 
     def order(self, *message, before: Callable[[], object] = lambda: None) -> None:
         """Send a message, once `before` has been called in the thread that sends."""
@@ -70,11 +76,15 @@ class Pair:
 
     def _send_orders(self) -> None:
         # In a thread of its own: a process that does not read must not hold this one up, nor a large clip.
-        with contextlib.suppress(OSError):  # gone: whoever listens for news hears of it
+        try:
             while (order := self.orders.get()) is not None:
                 before, message = order
                 before()
                 self.pipe.send_bytes(message)
+        except OSError:
+            pass  # gone: whoever listens for news hears of it
+        except Exception as error:
+            self._lost(f"could not be sent a clip ({error})")
 
     def hear(self, seconds: float) -> tuple | None:
         """The next message, or None where there is none within `seconds`. Raises PerceptionLost."""
@@ -120,13 +130,27 @@ class Pair:
             if said == ("closed", self.closing):
                 self.closing = None
         if not self.carriers or _kind(self.carriers[0]) != _kind(carrier) or len(self.trays[0]) < largest:
-            self.carriers = [torch.empty_like(carrier) for _ in range(CARRIERS)]
-            self.trays = [torch.empty(largest, dtype=torch.uint8).share_memory_() for _ in range(TRAYS)]
-            self.order("carriers", None, [reduce_tensor(carrier) for carrier in self.carriers], self.trays)
+            self._lay_out(carrier, largest)
         self.sessions += 1
         self.current = self.sessions
         self.order("open", self.current, *what)
         return self.current
+
+    def _lay_out(self, carrier: Tensor, largest: int) -> None:
+        """Make carriers and trays, and let the other process open them."""
+        try:
+            carriers = [torch.empty_like(carrier) for _ in range(CARRIERS)]
+            trays = [torch.empty(largest, dtype=torch.uint8).share_memory_() for _ in range(TRAYS)]
+            self.order("carriers", None, [reduce_tensor(each) for each in carriers], trays)
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            near = 0 if carrier.is_cuda else CARRIERS * carrier.nbytes
+            raise InputError(
+                f"/dev/shm has no room for {(TRAYS * largest + near) / 2**20:.1f} MiB, in which clips go over to the "
+                "process that perceives: make it larger, or give clips fewer pixels"
+            ) from error
+        self.carriers, self.trays = carriers, trays
 
     def finish(self, session: int) -> None:
         """End `session`: what is still on its way is never seen. Says nothing where all is lost, and waits for
@@ -142,6 +166,9 @@ class Pair:
         if self.process.is_alive() and not self.why_lost:
             self.order("stop", None)
             self.process.join(5)
+        self._give_up()
+
+    def _give_up(self) -> None:
         self.process.kill()
         self.process.join()
         self.orders.put(None)
@@ -157,15 +184,17 @@ class Pair:
 
 @contextlib.contextmanager
 def _deaf():
-    """What is started meanwhile is deaf to Ctrl-C, which goes to a terminal's whole group, from its first moment."""
+    """What is started meanwhile is deaf, from its first moment, to signals that go to a whole group: whoever started it
+    will say when to stop."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in TO_ALL}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _kind(tensor: Tensor) -> tuple:

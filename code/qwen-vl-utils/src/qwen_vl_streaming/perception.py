@@ -22,10 +22,14 @@ from .pages import Pages
 from .passes import Passes
 from .variants import get_variant
 
+TO_ALL = (signal.SIGINT, signal.SIGTERM)
+"""Signals that may go to a whole group of processes, and are not for this one."""
+
 
 def perceive(pipe: Connection, load: Callable) -> None:
     """Serve a Pair until it says stop, or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it will say when to stop
+    for number in TO_ALL:
+        signal.signal(number, signal.SIG_IGN)
     orders: queue.Queue = queue.Queue()
     closed = [0]
 
@@ -36,6 +40,8 @@ def perceive(pipe: Connection, load: Callable) -> None:
                 order = pipe.recv()
             except (EOFError, OSError):
                 os._exit(1)
+            except Exception as error:  # memory that it cannot open
+                order = "fault", None, error
             if order[0] == "close":
                 closed[0] = order[1]
             orders.put(order)
@@ -87,6 +93,8 @@ class Perception:
             kind, session, *what = self.orders.get()
             if kind == "stop":
                 return
+            if kind == "fault":
+                raise what[0]
             if kind == "carriers":
                 handles, self.trays = what
                 self.carriers = [self._opened(*handle) for handle in handles]

@@ -46,9 +46,10 @@ class PipelinedSession(Session):
         """Carriers out of which keys and values are being laid into pages, and when that is done."""
         self.heard = 0.0
         """When a clip last came over, or was the first to be sent."""
+        itemsize = max(torch.float32.itemsize, self.model.dtype.itemsize)
         self.number = self.pair.open(
             self.passes.carrier(self.layout),
-            max(torch.float32.itemsize * rows * columns for rows, columns in self._shapes),
+            max(rows * columns for rows, columns in self._shapes) * itemsize,
             self.variant.name,
             self.template,
             self.layout,

@@ -108,7 +108,7 @@ def read_record(path: str | Path) -> Record:
     record = Record(template=template, layout=layout, **data)
     try:
         fault = _fault(record)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         fault = f"values of other types than a session's ({error})"
     if fault:
         raise InputError(f"record {path} contradicts itself: {fault}")
@@ -117,7 +117,12 @@ def read_record(path: str | Path) -> Record:
 
 def _fault(record: Record) -> str | None:
     """How a record contradicts itself. Raises TypeError or ValueError where its values are of other types."""
-    tokens, counts, times = record.tokens, record.counts, record.times
+    tokens, counts, times, template = record.tokens, record.counts, record.times, record.template
+    parts = template.prompt, template.tail, template.header
+    if any(type(number) is not int or number < 0 for part in parts for number in (*part, template.video)):
+        return "a template of other things than token ids"
+    if (record.layout.prompt, record.layout.tail, record.layout.header) != tuple(map(len, parts)):
+        return f"a template of {', '.join(str(len(part)) for part in parts)} tokens, and another layout of them"
     if any(type(number) is not int or number < 0 for number in (*tokens, *counts, *record.slots)):
         return "tokens, slots or counts that are no numbers from 0 on"
     if record.slots != [slot for slot, count in enumerate(counts, 1) for _ in range(count)]:
@@ -126,20 +131,27 @@ def _fault(record: Record) -> str | None:
         return f"{len(tokens)} tokens in slots of {counts}, at {len(times)} times"
     if not len(record.visible) == len(counts) <= len(record.arrived) + record.bare:
         return f"{len(counts)} slots, of which {len(record.visible)} began, for {len(record.arrived)} clips"
+    if record.bare and not (record.complete and len(counts) == len(record.arrived) + 1):
+        return f"{len(counts)} slots for {len(record.arrived)} clips and an empty one"
+    asked = record.schedule
+    if not isinstance(asked, str) and (len(asked) + 1 < len(counts) or any(type(k) is not int or k < 0 for k in asked)):
+        return f"a schedule of {asked} for {len(counts)} slots"
     if record.hashes and len(record.hashes) != len(record.arrived):
         return f"{len(record.hashes)} of {len(record.arrived)} clips"
     for name, order in (("clips", record.arrived), ("slots", record.visible), ("tokens", times)):
         if order != sorted(order) or (order and order[0] < record.opened):
             return f"{name} whose times run backwards"
-    if record.template.end in tokens[:-1] or (record.end == "ended" and tokens[-1:] != [record.template.end]):
+    if template.end in tokens[:-1] or (record.end == "ended" and tokens[-1:] != [template.end]):
         return f"its end is {record.end!r}, and its tokens end otherwise"
     if len(tokens) > record.max_new_tokens or (record.end == "max_new_tokens" and len(tokens) < record.max_new_tokens):
         return f"{len(tokens)} tokens of at most {record.max_new_tokens}, and its end is {record.end!r}"
     window = record.window
     if window is not None and (len(window) != 2 or any(type(size) is not int or size < 1 for size in window)):
         return f"a window of {window}"
-    if not (isinstance(record.about, dict) and isinstance(record.model, dict) and float(record.penalty) > 0):
-        return "no model, penalty or source"
+    if not (isinstance(record.about, dict) and isinstance(record.end, str) and float(record.penalty) > 0):
+        return "no end, penalty or source"
+    if any(not isinstance(record.model.get(name), str) for name in ("path", "dtype", "fingerprint")):
+        return f"a model of {record.model}"
     return None
 
 

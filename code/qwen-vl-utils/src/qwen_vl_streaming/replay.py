@@ -74,8 +74,10 @@ def replay(record: Record, model, clips: Sequence[Tensor]) -> list[Difference]:
     check_clips(record, clips)
     if not record.tokens:
         return []
-    if max(record.tokens) >= model.config.text_config.vocab_size:
-        raise InputError(f"the record has token {max(record.tokens)}, which {mine['path']!r} does not know")
+    template = record.template
+    newest = max(*record.tokens, *template.prompt, *template.tail, *template.header, template.video)
+    if newest >= model.config.text_config.vocab_size:
+        raise InputError(f"the record has token {newest}, which {mine['path']!r} does not know")
     check_schedule(record)
     seen = clips[: len(record.counts)]
     with torch.no_grad():
@@ -191,9 +193,20 @@ def video_clips(
 ) -> list[Tensor]:
     """The clips that the recorded session was fed: of the video in `path`, by default of what the record names, read as
     it says; or the frames in `kept`, which a live session kept."""
-    about = record.about
     if kept is not None:
         return list(clip_pixels(processor, read_clips(kept))[0])
+    try:
+        return _named_clips(record.about, processor, path)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"what the record says of its source is not what a session wrote ({error}): give --clips"
+        ) from error
+
+
+def _named_clips(about: dict, processor, path: str | Path | None) -> list[Tensor]:
+    """See `video_clips`."""
     video = dict(about.get("video") or {})
     named = video.pop("path", None)
     if path is None and named is None and "synthetic" in about:
@@ -207,7 +220,7 @@ def video_clips(
         frames = read_video(path or named, budget=budget, **video).frames
     clips = list(clip_pixels(processor, frames)[0])
     fed = about.get("clips", range(len(clips)))
-    if max(fed, default=0) >= len(clips):
+    if min(fed, default=0) < 0 or max(fed, default=0) >= len(clips):
         raise InputError(f"the record is of clip {max(fed) + 1} of a video, and {len(clips)} were given")
     return [clips[index] for index in fed]
 

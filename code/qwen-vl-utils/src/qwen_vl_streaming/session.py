@@ -170,7 +170,8 @@ class Session:
 
     def feed(self, clip: Tensor, last: bool = False) -> None:
         """A clip has arrived: (patches, pixels of a patch) as `prompts.clip_pixels` gives it, or (tokens of a clip, C)
-        visual tokens. Raises InputError where it cannot belong to this session, which goes on without it."""
+        visual tokens. Its memory is the session's from then on. Raises InputError where it cannot belong to this
+        session, which goes on without it."""
         number = len(self.arrived) + 1
         if self.closed:
             raise InputError("the session is closed: open another one")
