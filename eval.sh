@@ -16,6 +16,10 @@ if [ "${SLURM_LOCALID:-0}" -gt 0 ]; then
   exit 2
 fi
 nnodes=${NNODES:-${SLURM_NNODES:-1}}
+if ! [[ $nnodes =~ ^[1-9][0-9]{0,4}$ ]]; then
+  echo "error: NNODES=$nnodes: give a whole number from 1 on" >&2
+  exit 2
+fi
 master=${MASTER_ADDR:-127.0.0.1}
 if [ -z "${MASTER_ADDR:-}" ] && [ "$nnodes" -gt 1 ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
   if hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null); then

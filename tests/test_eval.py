@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import eval as evaluation
@@ -180,6 +181,7 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
     (gap / "config.json").write_text(json.dumps({**config, "streaming_variant": "gap", "wait_k": 3}))
     bare = tmp_path / "bare"
     bare.mkdir()
+    (tmp_path / "empty").mkdir()
     (bare / "config.json").write_text(json.dumps(config))
     (tmp_path / "wordless.jsonl").write_text(json.dumps({**rows[0], "human_caption": " ."}) + "\n")
     (tmp_path / "twice.jsonl").write_text(2 * (json.dumps(rows[0]) + "\n"))
@@ -199,8 +201,12 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         (["--data", str(tmp_path / "nameless.jsonl")], "'' as its video_id"),
         (["--data", str(tmp_path / "latin.jsonl")], "cannot be read"),
         (["--data", str(tmp_path)], "cannot be read"),
-        (["--batch-size", "0"], "above 0"),
-        (["--repetition-penalty", "nan"], "above 0"),
+        (["--batch-size", "0"], "--batch-size 0: give a number above 0"),
+        (["--repetition-penalty", "nan"], "--repetition-penalty nan"),
+        (["--memory", "1e308"], "--memory 1e+308"),
+        (["--output-file", "exp.v1"], "exp.v1: give a name that ends in .json"),
+        (["--data", str(tmp_path / ("x" * 300))], "is not there: check the path"),
+        (["--model", str(tmp_path / "empty")], "empty holds no config.json"),
         (["--limit", "0"], "--limit 0: give at least 1"),
         (["--limit", "-1"], "--limit -1"),
         (["--dtype", "int8"], "float32"),
@@ -271,12 +277,15 @@ def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeyp
     count = sum(len(row["tokens"]) for row in rows)
     assert f"{count} of {count} tokens of 2 videos" in capsys.readouterr().out
     tokens, slots, schedule = (rows[1][name] for name in ("tokens", "slots", "schedule"))
+    moved = [schedule[0] + 1, *schedule[1:-1], schedule[-1] - 1]
+    other = {"schedule": moved, "slots": [slot for slot, count in enumerate(moved, 1) for _ in range(count)]}
     cut = {"tokens": tokens[:-1], "slots": slots[:-1], "schedule": [*schedule[:-1], schedule[-1] - 1]}
     for change, status, says in (
         ({"tokens": [*tokens[:-1], tokens[-1] + 1]}, 1, f"{count - 1} of {count} tokens"),
         ({"result": "quite something else"}, 1, "its caption is not the text of its tokens"),
         (cut, 1, "it stops before its end"),
         ({"slots": [1] * len(slots)}, 2, "other slots than its schedule says"),
+        (other, 1, "random-2 gives"),
         ({"tokens": tokens[:-1]}, 2, "a slot for each token"),
         ({"tokens": [*tokens[:-1], 10**6]}, 2, "does not know"),
     ):
@@ -284,3 +293,14 @@ def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeyp
         with pytest.raises(SystemExit) as ended:
             run(verify.main)
         assert ended.value.code == status and says in "".join(capsys.readouterr()), change
+    arguments = path.with_suffix(".args.json")
+    told, broken = json.loads(arguments.read_text()), tmp_path / "broken.jsonl"
+    broken.write_text(Path(told["data"]).read_text() + "{broken\n")
+    for file, text, says in (
+        (arguments, json.dumps({**told, "data": str(broken)}), f"{broken} cannot be read"),
+        (path, "", "has no rows"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            run(verify.main)
+        assert ended.value.code == 2 and says in capsys.readouterr().err

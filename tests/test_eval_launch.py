@@ -57,6 +57,12 @@ def test_where_and_how_many(launch, environment, processes, nodes, rank, address
     assert tuple(flags.get(name) for name in names) == (processes, nodes, rank, address, port)
 
 
+@pytest.mark.parametrize("nodes", ["abc", "0", "-1", "1.5"])
+def test_a_number_of_machines_that_is_none(launch, nodes):
+    status, _, said = launch(NNODES=nodes)
+    assert (status, said) == (2, f"error: NNODES={nodes}: give a whole number from 1 on\n")
+
+
 def test_one_task_a_node(launch):
     status, _, said = launch(**SLURM, SLURM_LOCALID="1")
     assert status == 2 and said.count("\n") == 1 and "--ntasks-per-node=1" in said

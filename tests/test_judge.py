@@ -147,6 +147,11 @@ def test_an_endpoint_that_goes_away_is_not_asked_for_ever(endpoint, tmp_path):
     assert sum(request["key"] == "Bearer again" for request in endpoint.asked) == 70
 
 
+def test_answers_that_cannot_be_opened_are_one_line(endpoint, tmp_path):
+    with pytest.raises(InputError, match=r"cannot be opened \(Is a directory\): see to its rights"):
+        impatient(endpoint).judge(["a caption"], tmp_path)
+
+
 def test_a_killed_run_goes_on(endpoint, tmp_path):
     """Killed in the middle, its last line cut: only what was not on the disk is asked for again."""
     endpoint.pause = 0.05

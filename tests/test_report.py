@@ -61,6 +61,19 @@ def test_every_figure_is_where_it_belongs(world):
     assert rows[-1][2:] == ["paper: 3B", "*40.56*", "*50.71*", "*51.76*", "*51.56*"]
 
 
+def test_seeds_of_one_schedule_and_files_named_like_schedules_are_told_apart(world):
+    world.add("group")
+    for seed in (3, 4):
+        world.add("group", "random-3", name=f"seed{seed}", seed=seed)
+    world.add("gap", "random-3", name="mine")
+    path = world.folder / "mine_infer.args.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schedule": "random-mine.json"}))
+    _, text = world.report(*world.files, "--videos", "0")
+    heads = [line for line in text.splitlines() if line.startswith("| Metric") and "GDPE" in line and "seed" in line]
+    assert len(heads) == 1 and "seed 3" in heads[0] and "seed 4" in heads[0] and "gap" not in heads[0]
+    assert "random-mine.json" in text
+
+
 def test_what_is_missing_is_a_dash_with_its_reason(world):
     world.add("group", scores=False)
     world.add("gap", scores={"METEOR": None, "BLEURT": 0.0, "AL": 2.5, "not_computed": {"METEOR": "Java | failed"}})

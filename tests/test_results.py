@@ -231,9 +231,12 @@ def test_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\): make room"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
+    rows = path.with_name("rows.jsonl")
+    with pytest.raises(InputError, match="No space left"), Appender(rows, {"video_id": str}) as out:
+        out.append({"video_id": "1"})
     monkeypatch.undo()
     write_whole(path, b"new")
     assert path.read_bytes() == b"new" and not path.with_name(path.name + ".part").exists()

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -206,9 +205,9 @@ def _run(place: Place, parent: int, pipe: connection.Connection, listening, addr
         function(*arguments, place, claims, lambda: store.add("done", 1))
     except InputError as error:
         pipe.send(str(error))
-        sys.exit(2)
+        os._exit(2)  # at once: to wait for those that decode for it is not worth while, and may raise
     except (EOFError, DistError):  # whoever leads the run has ended, and says why
-        sys.exit(1)
+        os._exit(1)
 
 
 def _end_with(parent: int) -> None:

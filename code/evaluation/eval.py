@@ -73,8 +73,9 @@ def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
             row = {**read_row(data, task), "duration": float(data.get("video_duration_in_s") or 0)}
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}, line {number}: {error!r}: make the file again with mani_data.py") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            fault = f"has no {error}" if isinstance(error, KeyError) else f"is no row ({error})"
+            raise InputError(f"{path}, line {number}: {fault}: make the file again with mani_data.py") from error
         if row["video_id"] in seen:
             raise InputError(f"{path}, line {number}: video {row['video_id']} comes twice: mend or delete this line")
         seen.add(row["video_id"])

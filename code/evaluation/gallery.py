@@ -165,7 +165,7 @@ def find_row(result: Result, video_id: str) -> dict:
     """The data's row for a video. Raises InputError where the data is gone, is none, or has no such row."""
     path = find_path(result.args["data"], ROOT, "the evaluation data")
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         row = next((row for row in rows if str(row["video_id"]) == video_id), None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error!r})") from None

@@ -5,6 +5,7 @@ Knows nothing about rows and how they come to be.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def read_object(path: Path) -> dict:
 
 def find_model(model: str) -> str:
     """A checkpoint's folder, looked up here and in the project's root, or the hub id that it must else be."""
-    return next((str(path) for path in (Path(model), ROOT / model) if path.is_dir()), model)
+    return next((str(path) for path in (Path(model), ROOT / model) if os.path.isdir(path)), model)
 
 
 def keep_arguments(out: Path, mine: dict, begun: bool) -> None:
@@ -64,8 +65,8 @@ def keep_arguments(out: Path, mine: dict, begun: bool) -> None:
 def refuse_another(out: Path, path: Path, mine: dict) -> None:
     mend = "give another --output-dir, or delete it to start anew"
     try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        before = read_object(path)
+    except InputError as error:
         raise InputError(f"{out} has rows, but {path}, which says how it was made, cannot be read: {mend}") from error
     for key, value in mine.items():
         if before.get(key) == value or f"{key}_sha256" in mine or key in NOT_COMPARED:

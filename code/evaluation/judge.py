@@ -11,11 +11,12 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
+from typing import BinaryIO
 
 import requests
 from qwen_vl_streaming.errors import InputError
@@ -259,7 +260,17 @@ def open_cache(path: Path) -> Iterator[tuple[dict[str, Verdict], Callable[[dict]
 
     An incomplete last line, left by a killed run, is dropped. Raises InputError for any other line that is none.
     """
-    data = path.read_bytes() if path.exists() else b""
+    with ExitStack() as stack:
+        try:
+            data = path.read_bytes() if path.exists() else b""
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "ab"))
+        except OSError as error:
+            raise InputError(f"{path} cannot be opened ({error.strerror}): see to its rights, or delete it") from error
+        yield _known(path, data, file)
+
+
+def _known(path: Path, data: bytes, file: BinaryIO) -> tuple[dict[str, Verdict], Callable[[dict], None]]:
     whole = data[: data.rfind(b"\n") + 1]
     known: dict[str, Verdict] = {}
     for number, line in enumerate(whole.splitlines(), 1):
@@ -268,13 +279,11 @@ def open_cache(path: Path) -> Iterator[tuple[dict[str, Verdict], Callable[[dict]
             known[row["key"]] = Verdict(row["score"], row["why"])
         except (ValueError, LookupError, TypeError) as error:
             raise InputError(f"{path}, line {number}: not an answer of the judge: delete this line") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        file.truncate(len(whole))
+    file.truncate(len(whole))
 
-        def keep(row: dict) -> None:
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def keep(row: dict) -> None:
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
-        yield known, keep
+    return known, keep

@@ -78,7 +78,7 @@ def main_panels(results: Sequence[Result], task: str, size: str) -> list[Panel]:
 
 def schedule_panels(results: Sequence[Result]) -> list[Panel]:
     """A panel for each metric that we have under random schedules: fixed against random."""
-    both = [result for pair in schedule_pairs(results) for result in pair if result]
+    both = list({result.path: result for pair in schedule_pairs(results) for result in pair if result}.values())
     panels = []
     for metric in metrics_of(results):
         bars = our_bars(both, metric)
@@ -92,8 +92,9 @@ def our_bars(results: Sequence[Result], metric: str) -> list[Bar]:
     for result in results:
         value, _ = result.score(metric)
         alike = [other for other in results if (other.variant, other.kind) == (result.variant, result.kind)]
-        sizes, ks = {other.size for other in alike}, {other.schedule for other in alike}
-        mark = ", ".join([result.schedule] * (len(ks) > 1) + [result.size] * (len(sizes) > 1))
+        names = ("schedule", "size", "seed")
+        differ = [name for name in names if len({getattr(other, name) for other in alike}) > 1]
+        mark = ", ".join(f"seed {result.seed}" if name == "seed" else getattr(result, name) for name in differ)
         kind = result.kind if result.kind in ("fixed", "random") else "other"
         if value is not None:
             title = f"{result.variant.name}, {result.schedule}, {result.size}, {result.model}"

@@ -3,8 +3,7 @@ set-up. Knows nothing about tables, pictures and pages."""
 
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,8 @@ from tasks import TASKS
 
 HIDDEN = ("BLEU-2", "BLEU-3")  # the paper's tables have no columns for them
 UNKNOWN = "size unknown"
+NAMED = re.compile(r"(wait|random)-(\d+)")
+"""Schedules that are no file's."""
 NOT_METRICS = ("count", "skipped")
 
 
@@ -47,11 +48,18 @@ class Result:
     @property
     def kind(self) -> str:
         """Fixed or random, or the schedule itself where it is neither."""
-        return {"wait": "fixed", "random": "random"}.get(self.schedule.partition("-")[0], self.schedule)
+        named = NAMED.fullmatch(self.schedule)
+        return {"wait": "fixed", "random": "random"}[named[1]] if named else self.schedule
 
     @property
     def k(self) -> str:
-        return self.schedule.partition("-")[2]
+        named = NAMED.fullmatch(self.schedule)
+        return named[2] if named else ""
+
+    @property
+    def seed(self) -> str:
+        """Of a random schedule."""
+        return str(self.args.get("seed")) if self.kind == "random" else ""
 
     @property
     def model(self) -> str:
@@ -97,12 +105,13 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
     """The result files, in the order of the paper's tables; among those of one variant, in the given order.
 
     Raises InputError for a file that is missing, is no result file or lacks its arguments, and for two files of the
-    same task, variant, schedule and model.
+    same task, variant, schedule, seed, model and data.
     """
     results = [load_result(Path(path)) for path in paths]
     seen: dict[tuple, Path] = {}
     for result in results:
-        key = (result.task, result.variant.name, result.schedule, result.model)
+        contents = (result.args.get(name) for name in ("data_sha256", "schedule_sha256"))
+        key = (result.task, result.variant.name, result.schedule, result.seed, result.model, *contents)
         if key in seen:
             raise InputError(
                 f"{seen[key]} and {result.path} are both {result.variant.name}, {result.schedule}, of {result.model}: "
@@ -184,18 +193,27 @@ def metrics_of(results: Sequence[Result]) -> list[str]:
 
 
 def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
-    """What tells a result from the others of its task and variant: schedule and size and, where needed, the model.
-    `brief` leaves out a size that all have."""
+    """What tells a result from the others of its task and variant: schedule and size and, where needed, the model, a
+    random schedule's seed and the data. `brief` leaves out a size that all have."""
     same = brief and len({result.size for result in results}) == 1
     short = {}
     for result in results:
         # Offline, every fixed schedule is the same.
         parts = [result.schedule] if result.variant.streams or result.kind != "fixed" else []
         short[result.path] = ", ".join([*parts, *([] if same else [result.size])])
-    count = Counter((result.task, result.variant.name, short[result.path]) for result in results)
-    for result in results:
-        if count[result.task, result.variant.name, short[result.path]] > 1:
-            short[result.path] = f"{short[result.path]}, {result.model}".removeprefix(", ")
+    more: tuple[Callable[[Result], str], ...] = (
+        lambda result: result.model,
+        lambda result: f"seed {result.seed}",
+        lambda result: Path(result.args["data"]).name,
+    )
+    for what in more:
+        alike: dict[tuple, list[Result]] = {}
+        for result in results:
+            alike.setdefault((result.task, result.variant.name, short[result.path]), []).append(result)
+        for group in alike.values():
+            if len({what(result) for result in group}) > 1:
+                for result in group:
+                    short[result.path] = f"{short[result.path]}, {what(result)}".removeprefix(", ")
     return short
 
 

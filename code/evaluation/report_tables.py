@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import paper
 from qwen_vl_streaming.variants import VARIANTS
@@ -100,14 +101,17 @@ def subtask_table(results: Sequence[Result]) -> Table | None:
 
 
 def schedule_pairs(results: Sequence[Result]) -> list[tuple[Result | None, Result | None]]:
-    """(fixed, random) of one streaming variant, model and K; there is a random one somewhere, or there are no pairs."""
+    """(fixed, random) of one streaming variant, model and K, each with each; there is a random one somewhere, or there
+    are no pairs."""
     streaming = [result for result in results if result.variant.streams and result.kind in ("fixed", "random")]
     if not any(result.kind == "random" for result in streaming):
         return []
-    pairs: dict[tuple, dict[str, Result]] = {}
+    groups: dict[tuple, dict[str, list[Result]]] = {}
     for result in streaming:
-        pairs.setdefault((result.variant.name, result.model, result.k), {})[result.kind] = result
-    return [(pair.get("fixed"), pair.get("random")) for pair in pairs.values()]
+        groups.setdefault((result.variant.name, result.model, result.k), {}).setdefault(result.kind, []).append(result)
+    return [
+        pair for group in groups.values() for pair in product(group.get("fixed", [None]), group.get("random", [None]))
+    ]
 
 
 def schedule_table(results: Sequence[Result], task: str) -> Table | None:
@@ -119,8 +123,9 @@ def schedule_table(results: Sequence[Result], task: str) -> Table | None:
     ks = {(fixed or random).k for fixed, random in pairs}
     many = Counter((fixed or random).variant.name for fixed, random in pairs)
     columns = []
+    shared = Counter(fixed.path for fixed, _ in pairs if fixed)
     for fixed, random in pairs:
-        one = fixed or random
+        one = random if fixed and random and shared[fixed.path] > 1 else fixed or random
         extra = f", {label[one.path]}" if many[one.variant.name] > 1 or len(ks) > 1 else ""
         columns.append(f"{one.variant.paper.split(', ')[1]} ({one.variant.name}{extra})")
     table = Table("Fixed against random schedules", ["Metric", "Schedule", "", "Figures"], columns)

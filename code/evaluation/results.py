@@ -82,29 +82,37 @@ class Appender:
     def __enter__(self) -> "Appender":
         rows, whole = _read(self.path, self.fields)
         self._ids = set(rows)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
-        self._file.truncate(whole)
-        if whole:
-            self._file.seek(whole - 1)
-            if self._file.read(1) != b"\n":  # a whole row, but made by something that ends without a newline
-                self._file.write(b"\n")
+        with told(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")
+            self._file.truncate(whole)
+            if whole:
+                self._file.seek(whole - 1)
+                if self._file.read(1) != b"\n":  # a whole row, but made by something that ends without a newline
+                    self._file.write(b"\n")
         return self
 
     def append(self, row: Row) -> None:
-        """Write one row and wait until it is on the disk. Raises ValueError for a bad row or an id already there."""
+        """Write one row and wait until it is on the disk. Raises ValueError for a bad row or an id already there,
+        InputError where it cannot be written."""
         _check(row, self.fields)
         if row["video_id"] in self._ids:
             raise ValueError(f"video {row['video_id']!r} already has a row in {self.path}")
-        self._file.write(_line(row))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with told(self.path):
+            self._file.write(_line(row))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._ids.add(row["video_id"])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if kind is None:
+            with told(self.path):
+                self._file.close()
+        else:
+            with contextlib.suppress(OSError):  # a row that found no room is still waiting to be written
+                self._file.close()
 
 
 def rows_part(path: Path, process: str) -> Path:
@@ -214,16 +222,30 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path} cannot be written ({what}): move it away, or give another place")
 
 
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """An OSError on the way to writing `path` becomes an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): make room, or give another place; the same command goes on "
+            "from what is finished"
+        ) from error
+
+
 def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, bring it to the disk, then rename: a killed run leaves the old file or the new."""
+    """Write `data` beside `path`, bring it to the disk, then rename: a killed run leaves the old file or the new.
+    Raises InputError where that fails."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
 
 
 def _line(row: Row) -> bytes:
@@ -248,7 +270,7 @@ def _read(path: Path, fields: Mapping[str, type | tuple[type, ...]], whole: bool
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and not whole:
                 log.warning("%s, line %d: dropped, incomplete: the run that wrote it was killed", path, number)
                 return rows, len(data) - len(line)

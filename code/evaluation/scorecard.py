@@ -52,6 +52,8 @@ def prepare_scoring(settings: Settings) -> Scoring:
     if settings.judge_url:
         options = json.loads(settings.judge_options)
         key = os.environ.get(KEY, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(f"{KEY} holds a line break, or what no key has: set it to the key alone")
         judge = Judge(settings.judge_url, settings.judge_model, key, options, settings.judge_workers)
         judge.check()
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,6 +16,8 @@ from qwen_vl_streaming.variants import ENVIRONMENT_VARIABLE, VARIANTS, chosen_va
 from qwen_vl_streaming.video import PixelBudget
 from tasks import get_task
 
+MOST_GIB = 100_000
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     "model": "QWEN2_5_VL_EVAL_MODEL_PATH",
@@ -97,12 +99,18 @@ class Settings:
     """Further fields of each request to the judge, a JSON object."""
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.max_new_tokens < 1 or not 0 < self.repetition_penalty < math.inf:
-            raise InputError("--batch-size, --max-new-tokens and --repetition-penalty must be above 0")
+        for name in ("batch_size", "max_new_tokens", "repetition_penalty"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+        if self.output_file and not self.output_file.endswith(".json"):
+            raise InputError(
+                f"--output-file {self.output_file}: give a name that ends in .json, after which what lies beside it is "
+                "named"
+            )
         if self.limit is not None and self.limit < 1:
             raise InputError(f"--limit {self.limit}: give at least 1 video, or leave it out for all")
-        if self.memory is not None and not 0 < self.memory < math.inf:
-            raise InputError(f"--memory {self.memory}: give GiB above 0, or leave it out")
+        if self.memory is not None and not 0 < self.memory <= MOST_GIB:
+            raise InputError(f"--memory {self.memory}: give GiB above 0, at most {MOST_GIB}, or leave it out")
         if min(self.processes, self.workers or 0) < 0 or not 0 <= self.node_rank < self.nodes:
             raise InputError(
                 f"--processes {self.processes}, --workers {self.workers}, --nodes {self.nodes}, --node-rank "

@@ -11,15 +11,17 @@ on to its end. Exit status 1 where anything is not as it should be.
 import argparse
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 import torch
 from identity import ARGUMENTS, find_model, read_arguments
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.explain import as_dict
 from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
-from qwen_vl_streaming.timeline import Timeline, make_timeline
-from qwen_vl_streaming.variants import get_variant
+from qwen_vl_streaming.timeline import Timeline, make_schedule, make_timeline
+from qwen_vl_streaming.variants import Variant, get_variant
 from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
 from settings import ROOT
@@ -35,6 +37,7 @@ FIELDS = {
     "max_pixels_per_video": int,
     "repetition_penalty": (int, float),
     "max_new_tokens": int,
+    "seed": int,
 }
 """What has to be known of how a file was made."""
 
@@ -93,6 +96,25 @@ def faults_of(row: dict, tokenizer, end: int, clips: int, most: int) -> list[str
     return found
 
 
+def other_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
+    """What is wrong where `made` names a schedule, and the row's is another. What a file gave is not known here."""
+    if not re.fullmatch(r"(wait|random)-\d+", made["schedule"]):
+        return []
+    asked = make_schedule(made["schedule"], variant, row["clips"], f"{made['seed']} {row['video_id']}")
+    counts = list(asked.counts(len(row["tokens"])))
+    return [] if row["schedule"] == counts else [f"{made['schedule']} gives {counts}, and it has {row['schedule']}"]
+
+
+def read_asked(path: Path) -> dict[str, dict]:
+    """The data's rows by video id. Raises InputError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        asked = {str(row["video_id"]): row for row in map(json.loads, filter(str.strip, lines))}
+        return {video_id: {**row, "video_path": row["video_path"]} for video_id, row in asked.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}): it is not what eval.sh was given; mend it") from None
+
+
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="<variant>_infer.json")
@@ -104,10 +126,11 @@ def main() -> None:
         raise InputError(f"--limit {arguments.limit}: give at least 1 row, or leave it out for all")
     made = read_arguments(path, FIELDS)
     rows = list(load_finished(path, whole=True).values())[: arguments.limit]
+    if not rows:
+        raise InputError(f"{path} has no rows: give a result file that eval.sh has written")
     for row in rows:
         check_row(f"{path}, video {row['video_id']!r}", row, made["variant"])
-    data = find_path(made["data"], ROOT, "the evaluation data").read_text(encoding="utf-8-sig").split("\n")
-    asked = {str(row["video_id"]): row for row in map(json.loads, filter(str.strip, data))}
+    asked = read_asked(find_path(made["data"], ROOT, "the evaluation data"))
     if gone := [row["video_id"] for row in rows if row["video_id"] not in asked]:
         raise InputError(f"{made['data']} has no row for video {gone[0]}: it is not what {path.name} was made from")
     root = find_path(made["video_root"], ROOT, "the video root") if made["video_root"] else ROOT
@@ -127,6 +150,7 @@ def main() -> None:
         video = read_video(root / source["video_path"], budget=budget, reader=choose_reader(os.environ))
         pixels, grid = clip_pixels(processor, video.frames)
         faults = faults_of(row, processor.tokenizer, template.end, len(pixels), made["max_new_tokens"])
+        faults += other_schedule(row, made, variant)
         for fault in faults:
             print(f"video {row['video_id']}: {fault}")
         faulty += bool(faults)

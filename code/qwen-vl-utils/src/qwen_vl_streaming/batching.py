@@ -178,8 +178,8 @@ def caption_all(
         count = Pages.need(visual, layout.header + most)
         if limit is not None and count > limit:
             raise InputError(
-                f"video {job.key} needs {count * each / 2**30:.2f} GiB for its keys and values, and there are "
-                f"{memory / 2**30:.2f}: give it fewer pixels, or more memory"
+                f"video {job.key} needs {count * each / 2**30:.3g} GiB for its keys and values, and there are "
+                f"{memory / 2**30:.3g}: give it fewer pixels, or more memory (--memory)"
             )
         return count
 

@@ -1,6 +1,7 @@
 """What a user can get wrong, and how a program answers it. Knows nothing about any of the programs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ def find_path(path: str | Path, root: Path, what: str) -> Path:
     Raises InputError, naming `what` was looked for, where neither exists.
     """
     for candidate in (Path(path), root / path):
-        if candidate.exists():
+        if os.path.exists(candidate):  # also where a folder on the way may not be entered
             return candidate
     here = [str(folder) for folder in dict.fromkeys((Path.cwd(), root.absolute()))]
     where = "not there" if Path(path).is_absolute() else f"n{'either' if here[1:] else 'ot'} in {' nor in '.join(here)}"

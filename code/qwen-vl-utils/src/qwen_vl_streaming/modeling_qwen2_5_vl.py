@@ -6,6 +6,7 @@ byte that matters: stock transformers loads what this saves, and this loads what
     B samples   L tokens   T rows that are scored   C hidden size   V vocabulary
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -297,7 +298,10 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
 
 def _loaded(path: str | Path, load: Callable):
     folder = Path(path)
-    if (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors")):
+    adapter = os.path.isfile(folder / "adapter_config.json")
+    if os.path.isdir(folder) and not (adapter or os.path.isfile(folder / "config.json")):
+        raise InputError(f"{folder} holds no config.json, and so no checkpoint: check the path")
+    if adapter and not any(folder.glob("model*.safetensors")):
         raise InputError(
             f"{folder} holds an adapter, not a model: make one of it with "
             f"`python -m qwenvl.merge --adapter {folder} --output DIR`, run in code/qwen-vl-finetune"

@@ -41,13 +41,13 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
 
     Raises InputError if it is missing, empty, no video, without frames or timestamps, or cut short.
     """
-    if isinstance(source, str | Path):
-        name = str(source)
-        if not Path(source).is_file():
-            raise InputError(f"video {name} does not exist: check the path, or put the file there")
-        if Path(source).stat().st_size == 0:
-            raise InputError(f"video {name} is empty: fetch it again")
     try:
+        if isinstance(source, str | Path):
+            name = str(source)
+            if not Path(source).is_file():
+                raise InputError(f"video {name} does not exist: check the path, or put the file there")
+            if Path(source).stat().st_size == 0:
+                raise InputError(f"video {name} is empty: fetch it again")
         with _open(source) as container:
             if not container.streams.video:
                 raise InputError(f"video {name} has no video stream: fetch it again or leave it out")
