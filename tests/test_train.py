@@ -143,7 +143,7 @@ def test_wrong_set_ups_are_refused_in_one_line(made, tmp_path, capsys, monkeypat
         ([*common, *model, *group, "--train_data", str(tmp_path / "half.jsonl")], "half.jsonl, line 1"),
         ([*common, *model, *group, "--deepspeed", str(tmp_path / "zero.json")], "not valid JSON"),
         ([*common, *model, *group, "--output_dir", str(tmp_path / "other")], "trained as gap, not group"),
-        ([*common, *group, "--model_name_or_path", str(tmp_path)], "no processor"),
+        ([*common, *group, "--model_name_or_path", str(tmp_path)], "holds no config.json"),
         ([*common, *model, *group, "--no_such_flag", "1"], "no_such_flag"),
     ):
         assert reason in refused(arguments, capsys, monkeypatch)

@@ -206,7 +206,6 @@ def cut_in_half(tmp_path):
 
 BROKEN = {
     "missing": (lambda folder: folder / "none.mp4", "does not exist"),
-    "a name too long": (lambda folder: folder / ("x" * 300), "cannot be opened"),
     "a folder": (lambda folder: folder, "does not exist"),
     "empty": (lambda folder: write(folder / "v.mp4", b""), "is empty"),
     "no video": (lambda folder: write(folder / "v.mp4", b"no video at all" * 99), "cannot be opened"),

@@ -25,11 +25,6 @@ from torch.nn.utils.rnn import pad_sequence
 IGNORED = -100
 
 
-def unreadable(path: Path, error: OSError) -> InputError:
-    """What is said of a video that the file system does not give, such as one whose path is too long."""
-    return InputError(f"video {path!s:.200} cannot be read ({error.strerror}): check its path")
-
-
 @dataclass
 class Sample:
     input_ids: Tensor  # (L,)
@@ -138,10 +133,7 @@ class StreamingDataset(torch.utils.data.Dataset):
         if self.kept is not None and index in self.kept:
             return self.kept[index]
         path = self.root / self.rows[index]["video_path"]
-        try:
-            video = read_video(path, budget=self.budget, reader=self.reader)
-        except OSError as error:
-            raise unreadable(path, error) from error
+        video = read_video(path, budget=self.budget, reader=self.reader)
         if self.kept is not None:
             self.kept[index] = video
         return video

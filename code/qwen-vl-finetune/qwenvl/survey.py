@@ -17,7 +17,7 @@ from qwen_vl_streaming.video import FRAMES_PER_CLIP, SLACK, pick_frames, sampled
 from qwen_vl_streaming.video_readers import index_video
 from tqdm import tqdm
 
-from .data import StreamingDataset, unreadable
+from .data import StreamingDataset
 
 FPS = 2.0  # at which read_video samples by default
 THREADS = 16  # more than cores: on a file system over a network each header is waited for
@@ -97,8 +97,6 @@ def count_clips(path: Path) -> int | str:
         frames = pick_frames(index.times, index.duration, sampled_rate(index, FPS), None, None)
     except InputError as error:
         return str(error)
-    except OSError as error:
-        return str(unreadable(path, error))
     if frames is None:
         return f"video {path} lasts {index.duration:.2f} s, which is less than one clip: use a longer one"
     return math.ceil(len(frames) / FRAMES_PER_CLIP)

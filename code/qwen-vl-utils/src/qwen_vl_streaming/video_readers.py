@@ -41,13 +41,17 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
 
     Raises InputError if it is missing, empty, no video, without frames or timestamps, or cut short.
     """
+    if isinstance(source, str | Path):
+        name = str(source)
+        try:
+            size = Path(source).stat().st_size if Path(source).is_file() else None
+        except OSError as error:  # a path that is too long, or a folder on the way that may not be entered
+            raise InputError(f"video {name:.200} cannot be read ({error.strerror}): check its path") from error
+        if size is None:
+            raise InputError(f"video {name} does not exist: check the path, or put the file there")
+        if not size:
+            raise InputError(f"video {name} is empty: fetch it again")
     try:
-        if isinstance(source, str | Path):
-            name = str(source)
-            if not Path(source).is_file():
-                raise InputError(f"video {name} does not exist: check the path, or put the file there")
-            if Path(source).stat().st_size == 0:
-                raise InputError(f"video {name} is empty: fetch it again")
         with _open(source) as container:
             if not container.streams.video:
                 raise InputError(f"video {name} has no video stream: fetch it again or leave it out")
@@ -118,7 +122,7 @@ def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) ->
                 if frame.shape[2:] != (3,):  # seen in videos of 16, 24, 48 and 72 columns
                     raise ReaderError(f"decord gives frames of {frame.shape[2]} channels")
                 yield frame
-    except (decord.DECORDError, RuntimeError, AssertionError, StopIteration) as error:
+    except (decord.DECORDError, RuntimeError, AssertionError, StopIteration, OSError) as error:
         raise ReaderError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
@@ -134,7 +138,7 @@ def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> I
                     yield upright(frame)
                 if not wanted:
                     return
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:
         raise ReaderError(error.strerror) from error
     raise ReaderError(f"{len(wanted)} of its frames do not decode")
 
