@@ -117,6 +117,8 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
     third = let_in(crowd, case, "serial", **options)
     with pytest.raises(InputError, match="ask for fused or serial"):
         let_in(crowd, case, "pipelined", **options)
+    with pytest.raises(InputError, match="take no clip in"):
+        Crowd(model, 3, case.layout, pieces=(), **options)
     with pytest.raises(InputError, match=r"one session needs .* GiB"):
         Crowd(model, 3, case.layout, memory=each, **options)
     with pytest.raises(InputError, match=r"a penalty of 3\.0 in passes that were made with 1\.15"):

@@ -306,10 +306,10 @@ def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):  # 
 def test_clips_that_came_while_it_made_ready_do_not_put_it_behind(command, tmp_path, serve, monkeypatch):  # noqa: F811
     data = stream_bytes(tmp_path, [i / 10 for i in range(80)])
     size = len(data) // 16
-    url = serve([[(data[at : at + size], 0.1) for at in range(0, len(data), size)]])
+    url = serve([[(data[at : at + size], 0.2) for at in range(0, len(data), size)]])  # a machine may pause for a moment
 
     def ready_late(*what, **options):
-        time.sleep(0.6)
+        time.sleep(1.2)
         return open_session(*what, **options)
 
     monkeypatch.setattr(live, "open_session", ready_late)
@@ -320,7 +320,7 @@ def test_clips_that_came_while_it_made_ready_do_not_put_it_behind(command, tmp_p
     assert code == 0, err
     assert before > 1 and f"and {before} that came before the start" in out
     assert record.about["clips"] == list(range(before, found["source_clips"]))
-    assert record.visible[0] - record.about["completed"][before] < 0.5 and "behind" not in err
+    assert record.visible[0] - record.about["completed"][before] < 0.8 and "behind" not in err
     assert found["clips_skipped"] == 0 and replays(command, tmp_path, "--clips", kept)
 
 

@@ -52,6 +52,8 @@ class Crowd:
         """
         if seats < 1:
             raise InputError(f"a crowd of {seats} seats must have at least 1")
+        if max(pieces, default=0) < 1:
+            raise InputError(f"pieces {tuple(pieces)} take no clip in: give at least one number above 0")
         self.limits = {"max_clips": max_clips, "max_new_tokens": max_new_tokens, "window": window}
         sight = None if window is None else Window(*window)
         self.model, self.sessions = model, []
