@@ -271,6 +271,7 @@ def open_cache(path: Path) -> Iterator[tuple[dict[str, Verdict], Callable[[dict]
 
 
 def _known(path: Path, data: bytes, file: BinaryIO) -> tuple[dict[str, Verdict], Callable[[dict], None]]:
+    """What `open_cache` yields, of the `data` at `path`, which `file` adds to."""
     whole = data[: data.rfind(b"\n") + 1]
     known: dict[str, Verdict] = {}
     for number, line in enumerate(whole.splitlines(), 1):

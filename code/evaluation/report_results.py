@@ -15,13 +15,12 @@ from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.variants import VARIANTS, Variant, get_variant
 from results import Row, check_row, load_finished, sibling
 from safetensors import SafetensorError, safe_open
+from schedules import NAMED
 from settings import ROOT
 from tasks import TASKS
 
 HIDDEN = ("BLEU-2", "BLEU-3")  # the paper's tables have no columns for them
 UNKNOWN = "size unknown"
-NAMED = re.compile(r"(wait|random)-(\d+)")
-"""Schedules that are no file's."""
 NOT_METRICS = ("count", "skipped")
 
 

@@ -11,6 +11,8 @@ from qwen_vl_streaming.errors import InputError, find_path
 from qwen_vl_streaming.timeline import Schedule, make_schedule
 from qwen_vl_streaming.variants import Variant
 
+NAMED = re.compile(r"(wait|random)-([1-9]\d*)")
+"""Names of schedules; any other is a file's."""
 FORMS = "give wait-K, random, random-K with K at least 1, or a file of counts"
 
 
@@ -48,7 +50,7 @@ def choose_schedules(
     Raises InputError for anything else, and for a file without sound counts for each of `video_ids`.
     """
     text = {"": f"wait-{wait_k}", "random": f"random-{wait_k}"}.get(text, text)
-    if re.fullmatch(r"(wait|random)-[1-9]\d*", text):
+    if NAMED.fullmatch(text):
         return Schedules(text, variant, seed)
     try:
         path = find_path(text, root, "the schedule")

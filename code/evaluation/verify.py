@@ -4,14 +4,13 @@
 
 Settings come from the .args.json beside the file. Positions and mask come from `explain`, logits from transformers' own
 Qwen2.5-VL: nothing of the streaming code is used. A token counts as right where it is the arg-max after the repetition
-penalty; ties within 1e-4 count too. A caption has to be the text of its tokens, to be of its video's length, and to go
-on to its end. Exit status 1 where anything is not as it should be.
+penalty; ties within 1e-4 count too. A caption has to be the text of its tokens, to be of its video's length, to keep to
+the schedule that is named, and to go on to its end. Exit status 1 where anything is not as it should be.
 """
 
 import argparse
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from qwen_vl_streaming.timeline import Timeline, make_schedule, make_timeline
 from qwen_vl_streaming.variants import Variant, get_variant
 from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
+from schedules import NAMED
 from settings import ROOT
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
@@ -98,7 +98,7 @@ def faults_of(row: dict, tokenizer, end: int, clips: int, most: int) -> list[str
 
 def other_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
     """What is wrong where `made` names a schedule, and the row's is another. What a file gave is not known here."""
-    if not re.fullmatch(r"(wait|random)-\d+", made["schedule"]):
+    if not NAMED.fullmatch(made["schedule"]):
         return []
     asked = make_schedule(made["schedule"], variant, row["clips"], f"{made['seed']} {row['video_id']}")
     counts = list(asked.counts(len(row["tokens"])))

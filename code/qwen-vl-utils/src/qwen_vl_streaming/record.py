@@ -116,7 +116,8 @@ def read_record(path: str | Path) -> Record:
 
 
 def _fault(record: Record) -> str | None:
-    """How a record contradicts itself. Raises TypeError or ValueError where its values are of other types."""
+    """How a record contradicts itself. Raises TypeError, ValueError or AttributeError where its values are of other
+    types."""
     tokens, counts, times, template = record.tokens, record.counts, record.times, record.template
     parts = template.prompt, template.tail, template.header
     if any(type(number) is not int or number < 0 for part in parts for number in (*part, template.video)):
