@@ -8,13 +8,15 @@ import pytest
 import torch
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.feed import Feed
-from qwen_vl_streaming.passes import Passes
+from qwen_vl_streaming.pages import PAGE, Pages
+from qwen_vl_streaming.passes import NUMBERS, Passes
 from qwen_vl_streaming.plan import make_plan
 from qwen_vl_streaming.record import read_record
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.session import open_session
 from qwen_vl_streaming.timeline import Schedule
 from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.views import Both
 from sessions import MANY, PARALLEL, SECONDS, check, play, random_case
 from tiny import random_counts, random_template, tiny_model
 
@@ -183,6 +185,36 @@ def test_passes_serve_one_stream_after_another(model):
         open_case(model, case, "serial", passes=passes)
     with pytest.raises(InputError, match="were made for shorter ones"):
         open_case(model, case, "serial", passes=passes, max_clips=1000)
+
+
+@pytest.mark.parametrize("width", [None, 40])
+@pytest.mark.parametrize("seats", [1, 3])
+def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, seats, width, monkeypatch):
+    """All that lies before a clip is listed as seen whole, whatever rows of a pass are idle."""
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {seats} {width}")
+    template, many = random_template(draw), draw.randint(6, 8)
+    layout = template.layout((draw.randint(6, 9), 8), 2.0)
+    room = {"schedule": Schedule((0,) * many), "max_clips": many + 1, "max_new_tokens": 4}
+    visual, text = Passes.room(layout, many + 1, 4, None)
+    need, tokens = Pages.need(visual, text), layout.tokens_per_clip
+    sizes = {"columns": need, "longest": text, "clip": tokens, "width": width or tokens + layout.tail}
+    passes = Passes(model, seats, seats * need, **sizes)
+    with open_session(model, VARIANTS["group"], template, layout, passes=passes, **room) as session:
+        for _ in range(many):
+            session.feed(torch.randn(tokens, passes.clip.shape[2]))
+        made = []
+        monkeypatch.setattr(passes, "_fill", lambda *args, fill=passes._fill: made.append(fill(*args)) or made[-1])
+        assert not [*session.words()]
+        assert len(made) == many * -(-tokens // passes.width)
+        for numbers in made:
+            rows = passes._rows(1)
+            both = Both(passes.pages, (1, passes.width), passes.groups, True, {}, False)
+            table, whose = numbers[: NUMBERS * rows].view(NUMBERS, rows), numbers[NUMBERS * rows :][:1]
+            both.place(table[3], table[4:8], whose)
+            asked, whole = both.parts[-1].counts
+            before = int(table[4, table[3] > 0].min())
+            assert whole.min() >= before // PAGE and asked.max() <= 3
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)

@@ -32,7 +32,10 @@ from torch import Tensor
 from training import SHAPES, make_config, seconds
 
 NAMES = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
-TRIED = ("64x64x4x2", "64x64x4x3", "64x128x4x2", "128x64x4x2", "128x64x8x2", "128x64x8x3", "128x128x8x2")
+TRIED = (
+    *("64x64x4x2", "64x64x4x3", "64x128x4x2", "64x128x4x3"),
+    *("128x64x4x2", "128x64x4x3", "128x64x8x2", "128x64x8x3", "128x128x8x2", "128x128x8x3"),
+)
 TRIED_FOR_WORDS = ("4x3", "2x3", "4x2", "8x2")
 TEXT = 100
 """Words that a stream has room for."""
@@ -68,6 +71,7 @@ GPU_SHAPES = (
     Shape("words", 0, 0, 1, 5460),
     Shape("words", 0, 0, 64, 1365),
     Shape("clip", 1, 91, 1, 5460),
+    Shape("clip", 1, 256, 1, 3072),
     Shape("clip", 1, 1024, 1, 6144),
     Shape("clips", 11, 91, 21, 1365),
     Shape("clips", 64, 91, 0, 1365),

@@ -45,27 +45,31 @@ def percentile(values: list[float], percent: int) -> float:
     return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
-def alone(bench: Bench, tokens: int, clips: int, room: tuple[int, int], repeats: int = 3) -> dict:
-    """Seconds of perception and of generation, each alone and at its rate, in sessions with `room` for so many clips
-    and words: of a clip of `tokens` visual tokens, the vision tower over clips in a row and the language model over all
-    but two of `clips` clips in a row that it has looked at, nothing being waited for between them, and the sum of the
-    two; of a word, the mean of up to SAID in one slot after these clips. The median of `repeats`, after one to warm
-    up."""
+def alone(
+    bench: Bench, tokens: int, clips: int, room: tuple[int, int], repeats: int = 3, begun: int = 0
+) -> dict[str, float]:
+    """Seconds of perception and of generation, each alone and at its rate, in sessions with `room` for so many clips,
+    one more than `clips`, and words. Of a clip of `tokens` visual tokens: the vision tower over clips in a row, and the
+    language model over `clips` clips in a row that it has looked at, but for the first `begun` of them, nothing being
+    waited for in between; and the sum of the two. Of a word: the mean of up to SAID in the slot of the last clip. The
+    median of `repeats`, after one to warm up."""
     words = min(room[1], SAID)
-    silent = Schedule((0,) * (clips - 2) + (words,))
-    pixels, layout = bench.clips(clips - 1, tokens), bench.layout(tokens)
+    said_after = Schedule((0,) * clips), Schedule((0,) * (clips - 1) + (words,))
+    pixels, layout = bench.clips(clips, tokens), bench.layout(tokens)
     with torch.no_grad():
         ready = [bench.model.perceive(clip[None], layout.grid)[0] for clip in pixels]
     taken = {"tower": [], "language": [], "word": []}
     for _ in range(1 + repeats):
-        with bench.open("serial", silent, *room, tokens) as session:
+        with bench.open("serial", said_after[0], *room, tokens) as session:
             began = time.perf_counter()
             for clip in pixels:
                 session.passes.tower.look([clip], [layout])
             bench.wait()
-            taken["tower"].append((time.perf_counter() - began) / len(pixels))
-            taken["language"].append(play(bench, session, ready[:-1]) / (clips - 2))
-            play(bench, session, ready[-1:])
+            taken["tower"].append((time.perf_counter() - began) / clips)
+            play(bench, session, ready[:begun])
+            taken["language"].append(play(bench, session, ready[begun:]) / (clips - begun))
+        with bench.open("serial", said_after[1], *room, tokens) as session:
+            play(bench, session, ready)
         taken["word"].append((session.written[-1].time - session.written[0].time) / (words - 1))
     parts = {name: median(seconds[1:]) for name, seconds in taken.items()}
     return {**parts, "perception": parts["tower"] + parts["language"]}
@@ -75,7 +79,7 @@ def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: i
     """Seconds a round: a clip taken in and `k` words written, in the mean over `clips` rounds, the first clip and the
     last words included. All clips are there, none is the last, and the clock runs from the first's feeding. Sessions
     have room for `words` words."""
-    room = (clips, max(words, k * clips))
+    room = (clips + 1, max(words, k * clips))
     floors, parts = bench.floors(tokens), alone(bench, tokens, clips, room)
     least = floors.parts(clips)
     least["language"] = least["clip"]

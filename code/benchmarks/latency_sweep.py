@@ -1,10 +1,10 @@
 """The measured curve: speed-up over serial against the ratio r of perception to generation, beside S(r).
 
-Each point is a K and a number of visual tokens a clip. Perception of a clip, vision tower and language model, and
-generation of a word are measured alone on one device, each at its rate; r is the first over K times the second. A way's
-seconds a round are those between the ends of the second and the last slot, over the rounds between: in a stream that
-goes on, filling the pipeline is done once. Results are written after each point, and a run that was stopped goes on
-with what is missing.
+Each point is a K and a number of visual tokens a clip. A way's seconds a round are those between the ends of the
+second and the last slot, over the rounds between: in a stream that goes on, filling the pipeline is done once.
+Perception of the same clips, vision tower and language model, and generation of a word are measured alone on one
+device, each at its rate; r is the first over K times the second. Results are written after each point, and a run that
+was stopped goes on with what is missing.
 """
 
 import time
@@ -20,8 +20,10 @@ K = (1, 2, 4, 8, 16, 32, 64)
 CLIP_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
 CLIPS = 12
 """Of a session, and of one with many words a clip FEW."""
-ROOM = 12_288
+ROOM = (CLIPS + 1) * CLIP_TOKENS[-1]
 """Visual tokens that every session on a GPU has room for: nothing but the size of a pass differs between clip sizes."""
+BEGUN = 2
+"""Clips before those that are measured."""
 FEW, MANY_WORDS = 6, 16
 BETWEEN = (0.25, 4.0)
 """Where pipelined has to reach SHARE of S(r)."""
@@ -52,7 +54,7 @@ def period(bench: Bench, way: str, k: int, tokens: int, room: tuple[int, int], c
     with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session:
         play(bench, session, bench.clips(clips, tokens))
     ends = slot_ends(session)
-    return (ends[-1] - ends[1]) / (clips - 2), [word.token for word in session.written]
+    return (ends[-1] - ends[BEGUN - 1]) / (clips - BEGUN), [word.token for word in session.written]
 
 
 def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeats: int, path: Path, minutes: float):
@@ -70,7 +72,7 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
     )
     for k, tokens in points:
         floors, clips = bench.floors(tokens), clips_of(k)
-        room = CLIPS if bench.device == "cpu" else ROOM // tokens, most
+        room = CLIPS + 1 if bench.device == "cpu" else ROOM // tokens, most
         own = data["points"].setdefault(f"{k}x{tokens}", {"k": k, "tokens": tokens, "ways": {}})
         kinds = [("serial", "whole"), *(kind for kind in runs(bench, chunks) if kind[0] != "serial")]
         for way, how in kinds:
@@ -80,10 +82,10 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
             if time.perf_counter() - began > 60 * minutes:
                 print(f"{minutes:g} minutes are over: the same command goes on from here", flush=True)
                 return data
-            if str(tokens) not in data["alone"]:
-                data["alone"][str(tokens)] = alone(bench, tokens, CLIPS, room, repeats)
+            if (rounds := f"{clips}x{tokens}") not in data["alone"]:
+                data["alone"][rounds] = alone(bench, tokens, clips, room, repeats, BEGUN)
                 write_json(path, data)
-            parts, chunk = data["alone"][str(tokens)], bench.chunk(how, tokens, k)
+            parts, chunk = data["alone"][rounds], bench.chunk(how, tokens, k)
             if (way, tokens, chunk) not in warm:
                 period(bench, way, k, tokens, room, chunk)
                 warm.add((way, tokens, chunk))
@@ -95,7 +97,7 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
             own["ways"][name] = {
                 "seconds": each,
                 "all": [seconds for seconds, _ in taken],
-                "floor": (floors.session(way, [k] * clips) - floors.session(way, [k] * 2)) / (clips - 2),
+                "floor": (floors.session(way, [k] * clips) - floors.session(way, [k] * BEGUN)) / (clips - BEGUN),
                 "speed_up": gain,
                 "share": gain / speed_up(r),
                 "same_words": same(said, serial["tokens"] if serial else said) / len(said),

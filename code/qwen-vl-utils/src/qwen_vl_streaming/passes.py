@@ -199,7 +199,8 @@ class Passes(Engine):
     def _fill(self, many: int, asks: Sequence[Ask]) -> Tensor:
         """The numbers of a pass: for each row position (3), place in the pool (0: idle row), what it sees (4), id,
         index in the text run and in the clip (-1: neither); the seats of the pieces; then for each seat the row to
-        choose from (-1: the newest before), whether to, and where that word will be."""
+        choose from (-1: the newest before), whether to, and where that word will be. Idle rows see what those beside
+        them see, so that attention does not ask for each key whether their block sees it."""
         rows, seats = self._rows(many), len(self.everyone)
         numbers = torch.zeros(NUMBERS * rows + many + 3 * seats, dtype=torch.long)
         table = numbers[: NUMBERS * rows].view(NUMBERS, rows)
@@ -223,6 +224,11 @@ class Passes(Engine):
                 table[10, own] = due.rows.index.where(clip, -1)
                 choose[number] = first + len(due) - 1
             if len(ask.others):
+                begin, sees = seats + piece * self.width, table[4:8]
+                last = begin + len(ask.others) - 1
+                sees[:, last + 1 : begin + self.width] = sees[:, last, None]
+                if seats == 1 and not len(ask.word):
+                    sees[:, 0] = sees[:, begin]
                 whose[piece] = number
                 piece += 1
             write[number], next_row[number] = ask.write, ask.next_row % room
