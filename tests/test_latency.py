@@ -100,7 +100,7 @@ def test_rounds_are_timed_beside_their_floor_and_write_the_same(folder):
         assert 0 < row["floor"] < row["seconds"]
         assert row["same_words"] == row["words"] == 3 * 4
     parts = data["parts"]
-    assert data["r"] == pytest.approx(parts["perception"] / (3 * parts["word"]))
+    assert data["r"] == pytest.approx(data["rounds"][0]["seconds"] / (3 * parts["word"]) - 1)
     assert data["rounds"][0]["speed_up"] == 1
 
 
@@ -138,7 +138,9 @@ def test_a_sweep_goes_on_with_what_is_missing(folder, tmp_path):
     data = read(folder, "sweep")
     assert list(data["points"]) == ["1x16"]
     point = data["points"]["1x16"]
-    theory = (1 + point["r"]) / max(1, point["r"])
+    theory, parts = (1 + point["r"]) / max(1, point["r"]), data["alone"]["12x16"]
+    assert 1 + point["r"] == pytest.approx(point["ways"]["serial"]["seconds"] / parts["word"])
+    assert point["r_alone"] == pytest.approx(parts["perception"] / parts["word"])
     for mine in point["ways"].values():
         assert mine["share"] == pytest.approx(mine["speed_up"] / theory)
         assert mine["speed_up"] == pytest.approx(point["ways"]["serial"]["seconds"] / mine["seconds"])

@@ -39,8 +39,8 @@ def figure_of(high: float, columns: int = 1, rows: int = 1, **options):
 
 def plot_sweep(files: list[dict], path: Path) -> None:
     """The paper's figure 6, measured, a panel for each way: speed-up over serial against r, beside S(r), and below the
-    share of S(r)."""
-    points = [(data["about"]["size"], point) for data in files for point in data["points"].values() if "r" in point]
+    share of S(r). Where r is 0, which has no place on its axis, a point is left out."""
+    points = [(data["about"]["size"], point) for data in files for point in data["points"].values() if point.get("r")]
     ways = [way for way in ("pipelined", "fused") if any(best(point, way, "share") is not None for _, point in points)]
     if not ways:
         raise InputError("the sweep holds no point of fused or pipelined yet: run it first")

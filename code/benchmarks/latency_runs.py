@@ -75,6 +75,12 @@ def alone(
     return {**parts, "perception": parts["tower"] + parts["language"]}
 
 
+def workload(serial: float, words: float) -> float:
+    """The ratio r of a round: what a `serial` one takes beyond its `words`, which is perception, over those; not less
+    than 0."""
+    return max(serial / words - 1, 0.0)
+
+
 def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: int, chunks: list[str]) -> dict:
     """Seconds a round: a clip taken in and `k` words written, in the mean over `clips` rounds, the first clip and the
     last words included. All clips are there, none is the last, and the clock runs from the first's feeding. Sessions
@@ -88,13 +94,11 @@ def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: i
     names = {"tower": "vision tower over a clip", "language": "language model over a clip", "word": "a word"}
     for part, name in names.items():
         print(f"{name:<34}{1e3 * parts[part]:>9.3f}{1e3 * least[part]:>9.3f}{parts[part] / least[part]:>8.2f}")
-    r = parts["perception"] / (k * parts["word"])
-    print(f"r = {r:.3f}, S(r) = {speed_up(r):.3f}\n")
     print(
-        f"{'way':<11}{'a clip rides':<14}{'ms a round':>11}{'from':>8}{'to':>8}{'floor':>8}{'times':>7}{'asked':>7}"
+        f"\n{'way':<11}{'a clip rides':<14}{'ms a round':>11}{'from':>8}{'to':>8}{'floor':>8}{'times':>7}{'asked':>7}"
         f"{'speed-up':>10}{'same words':>13}"
     )
-    table, serial, answer = [], None, None
+    table, serial, answer, r = [], None, None, None
     for way, how in runs(bench, chunks):
         chunk, taken = bench.chunk(how, tokens, k), []
         for _ in range(1 + repeats):
@@ -124,6 +128,9 @@ def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: i
             f"{cell(row['speed_up'], 10, 2)}{row['same_words']:>7} of {len(said)}",
             flush=True,
         )
+    if serial:
+        r = workload(serial, k * parts["word"])
+        print(f"r = {r:.3f}: what a serial round takes beyond its words, over those; S(r) = {speed_up(r):.3f}")
     return {"k": k, "clips": clips, "tokens": tokens, "parts": parts, "floors": least, "r": r, "rounds": table}
 
 

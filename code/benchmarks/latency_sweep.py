@@ -1,10 +1,12 @@
 """The measured curve: speed-up over serial against the ratio r of perception to generation, beside S(r).
 
 Each point is a K and a number of visual tokens a clip. A way's seconds a round are those between the ends of the
-second and the last slot, over the rounds between: in a stream that goes on, filling the pipeline is done once.
-Perception of the same clips, vision tower and language model, and generation of a word are measured alone on one
-device, each at its rate; r is the first over K times the second. Results are written after each point, and a run that
-was stopped goes on with what is missing.
+second and the last slot, over the rounds between: in a stream that goes on, filling the pipeline is done once. A word
+is measured alone, at its rate; what a serial round takes beyond its K words is its perception, and r that over the
+words. Perception of the same clips is measured alone too, vision tower and language model each at its rate, and gives a
+second r, which is told of at the end: a serial session looks at a clip while the last word of the slot before it is
+under way, so that perception takes less of a round than it does alone. Results are written after each point, and a run
+that was stopped goes on with what is missing.
 """
 
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from latency_floors import speed_up
-from latency_runs import alone, runs, same
+from latency_runs import alone, runs, same, workload
 from latency_setup import GRIDS, Bench, play, read_json, slot_ends, write_json
 from qwen_vl_streaming.errors import InputError
 
@@ -91,16 +93,16 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
                 warm.add((way, tokens, chunk))
             taken = [period(bench, way, k, tokens, room, chunk) for _ in range(repeats)]
             each, said = median(seconds for seconds, _ in taken), taken[-1][1]
-            r = own["r"] = parts["perception"] / (k * parts["word"])
-            serial = own["ways"].get("serial")
-            gain = serial["seconds"] / each if serial else 1.0
+            serial = own["ways"].get("serial", {"seconds": each, "tokens": said})
+            gain, r = serial["seconds"] / each, workload(serial["seconds"], k * parts["word"])
+            own |= {"r": r, "r_alone": parts["perception"] / (k * parts["word"])}
             own["ways"][name] = {
                 "seconds": each,
                 "all": [seconds for seconds, _ in taken],
                 "floor": (floors.session(way, [k] * clips) - floors.session(way, [k] * BEGUN)) / (clips - BEGUN),
                 "speed_up": gain,
                 "share": gain / speed_up(r),
-                "same_words": same(said, serial["tokens"] if serial else said) / len(said),
+                "same_words": same(said, serial["tokens"]) / len(said),
                 "tokens": said,
             }
             mine = own["ways"][name]
@@ -116,16 +118,18 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
 
 
 def summarize(data: dict) -> None:
-    """Print how much of S(r) was reached where r lies between the bounds."""
-    within = [point for point in data["points"].values() if BETWEEN[0] <= point.get("r", 0) <= BETWEEN[1]]
+    """Print how much of S(r) was reached where r lies between the bounds, by either r."""
+    low, high = BETWEEN
     for way in ("fused", "pipelined"):
-        shares = [value for point in within if (value := best(point, way, "share")) is not None]
-        if shares:
-            enough = sum(value >= SHARE for value in shares)
-            print(
-                f"{way}: {len(shares)} points with r from {BETWEEN[0]:g} to {BETWEEN[1]:g}, at least {min(shares):.1%} "
-                f"of S(r), {sum(shares) / len(shares):.1%} in the mean; {enough} of them {SHARE:.0%} or more"
-            )
+        for name, what in (("r", "r"), ("r_alone", "r with perception alone")):
+            within = [point for point in data["points"].values() if low <= point.get(name, 0) <= high]
+            gains = [(best(point, way, "speed_up"), speed_up(point[name])) for point in within]
+            if shares := [gain / most for gain, most in gains if gain is not None]:
+                enough = sum(value >= SHARE for value in shares)
+                print(
+                    f"{way}: {len(shares)} points with {what} from {low:g} to {high:g}, at least {min(shares):.1%} of "
+                    f"S(r), {sum(shares) / len(shares):.1%} in the mean; {enough} of them {SHARE:.0%} or more"
+                )
 
 
 def best(point: dict, way: str, figure: str) -> float | None:
