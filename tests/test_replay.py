@@ -172,7 +172,7 @@ def test_other_clips_and_other_models_are_refused(model, tmp_path):
 def test_a_broken_record_is_refused(model, tmp_path):
     path = tmp_path / "r.json"
     case = random_case(random.Random(3), VARIANTS["group"], "wait-1")
-    recorded(model, case, "serial", path)
+    recorded(model, case, "fused", path)
     good = json.loads(path.read_text())
     for bad, match in (
         ("{", "cannot be read"),
@@ -184,6 +184,9 @@ def test_a_broken_record_is_refused(model, tmp_path):
         *(
             (json.dumps({**good, name: value(good[name])}), f"contradicts itself: {match}")
             for name, value, match in (
+                ("way", lambda _: "sideways", "a session of variant 'group' in the way 'sideways'"),
+                ("variant", lambda _: "origin", "a session of variant 'origin' in the way 'fused'"),
+                ("variant", lambda _: "other", "a session of variant 'other'"),
                 ("slots", lambda slots: slots[::-1], ".* other slots"),
                 ("times", lambda times: [0.0] * len(times), "tokens whose times run backwards"),
                 ("visible", lambda visible: visible[:-1], r"\d+ slots"),

@@ -34,7 +34,7 @@ from latency_runs import delay, live, rounds, video
 from latency_setup import GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
 from latency_sweep import parse_points, sweep
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.session import WAYS
+from qwen_vl_streaming.record import WAYS
 from qwen_vl_streaming.variants import VARIANTS
 from training import ANSWER, CLIPS, SHAPES
 

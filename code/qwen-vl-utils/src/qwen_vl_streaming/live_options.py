@@ -18,8 +18,9 @@ import torch
 from .errors import InputError, OneLineParser
 from .live_source import FRAMES_TO_BUDGET_FOR, Clip, paced_clips, stream_clips, synthetic_clips
 from .prompts import QUESTIONS
+from .record import WAYS
 from .replay import DTYPES
-from .session import GREEDY, WAYS
+from .session import GREEDY
 from .variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
 from .video import FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
 from .video_readers import index_video

@@ -18,9 +18,12 @@ from torch import Tensor
 from .errors import InputError
 from .prompts import Template
 from .timeline import Layout
+from .variants import VARIANTS
 
 FORM = 1
 """Of the file; another form is refused."""
+WAYS = ("serial", "fused", "pipelined")
+"""How a session may run; of a variant that is not parallel only the first."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ def _fault(record: Record) -> str | None:
     """How a record contradicts itself. Raises TypeError, ValueError or AttributeError where its values are of other
     types."""
     tokens, counts, times, template = record.tokens, record.counts, record.times, record.template
+    variant = VARIANTS.get(record.variant)
+    if variant is None or record.way not in (WAYS if variant.parallel else WAYS[:1]):
+        return f"a session of variant {record.variant!r} in the way {record.way!r}"
     parts = template.prompt, template.tail, template.header
     if any(type(number) is not int or number < 0 for part in parts for number in (*part, template.video)):
         return "a template of other things than token ids"

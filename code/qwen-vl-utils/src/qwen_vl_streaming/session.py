@@ -23,14 +23,13 @@ from .feed import Due, Feed
 from .passes import Passes
 from .plan import Window
 from .prompts import Template
-from .record import Record, clip_hash, identity, write_record
+from .record import WAYS, Record, clip_hash, identity, write_record
 from .streaming import PENALTY, Caption
 from .timeline import Layout, Schedule, make_schedule
 from .tower import Sight
 from .variants import Variant
 from .versions import versions
 
-WAYS = ("serial", "fused", "pipelined")
 GREEDY = "greedy"
 """A schedule: write until the next clip is there."""
 UNKNOWN = -1
