@@ -2,32 +2,44 @@
 # From nothing to a model that speaks while it watches, on any machine: makes small videos and a small Qwen2.5-VL,
 # then runs the project's own programs on them: mani_data.py, sft.sh, eval.sh. About 10 minutes on two CPU cores.
 #
-#   bash demo.sh                          one variant, group
-#   QWEN2_5_VL_VARIANT=all bash demo.sh   all six, one after the other
-#   bash demo.sh --steps 4000             longer training: motion is learnt last
+#   bash demo.sh                                          one variant, group
+#   QWEN2_5_VL_VARIANT=all bash demo.sh                   all six, one after the other
+#   bash demo.sh --steps 4000 --output demo_output/long   longer training: motion is learnt last
 #
-# Further flags: --output DIR (default demo_output), --train-videos N, --test-videos N, --steps N.
+# Further flags: --output DIR (default demo_output beside this script), --train-videos N, --test-videos N, --steps N.
 # Everything it makes lies in the output folder; started again, it goes on from what was finished.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
-output=demo_output train_videos=1200 test_videos=120 steps=1000
+output=$PWD/demo_output train_videos=1200 test_videos=120 steps=1000
 while [ $# -gt 0 ]; do
   case $1 in
-    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
     --output | --train-videos | --test-videos | --steps)
-      if [ $# -lt 2 ]; then echo "error: $1 needs a value (see --help)" >&2; exit 2; fi
+      if [ -z "${2:-}" ]; then echo "error: $1 needs a value (see --help)" >&2; exit 2; fi
       name=${1#--}
       printf -v "${name//-/_}" '%s' "$2"
       shift 2 ;;
     *) echo "error: unknown flag $1 (see --help)" >&2; exit 2 ;;
   esac
 done
+for name in train_videos test_videos steps; do
+  if ! [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]]; then
+    echo "error: --${name//_/-} ${!name}: give a whole number from 1 on" >&2
+    exit 2
+  fi
+done
+case $output in /*) ;; *) output=$caller/$output ;; esac
 variants=${QWEN2_5_VL_VARIANT:-group}
 [ "$variants" != all ] || variants="origin batch interleave overlap group gap"
 began=$SECONDS
 . code/setup.sh
 export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
-for variant in $variants; do "$python" code/demo/check_variant.py "$variant"; done
+"$python" code/demo/check_flags.py --output "$output" --steps "$steps" $variants
+if ! mkdir -p "$output" 2>/dev/null || [ ! -w "$output" ]; then
+  echo "error: --output $output is no folder that can be written: name another" >&2
+  exit 2
+fi
 data=$output/dataset model=$output/model
 
 step() { printf '\n== %s  (%d s since the start)\n' "$1" "$((SECONDS - began))"; }

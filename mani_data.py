@@ -14,13 +14,14 @@ A killed run goes on where it was.
 import argparse
 import logging
 import math
+import os
 from pathlib import Path
 
 import funqa.run
 import pe_video.run
 from funqa.run import prepare_funqa
 from pe_video.rules import Rules
-from pe_video.run import prepare_dataset
+from pe_video.run import STATE_FOLDER, prepare_dataset
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 
 ROOT = Path(__file__).resolve().parent
@@ -31,6 +32,7 @@ OUTPUT_NAMES = {"pe-video": "{}_3_5.jsonl", "funqa": "funqa_{}.jsonl"}
 RULES = {"pe-video": Rules(), "funqa": Rules(0.0, math.inf, 0.0, math.inf)}
 PE_VIDEO_ONLY = ("train_dir", "test_dir")
 FUNQA_ONLY = ("max_questions", "max_references")
+REPORTS = ("skipped.jsonl", "report.png", "report.json", "funqa_skipped.jsonl", "funqa_report.png", "funqa_report.json")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,6 +81,9 @@ def options_from(arguments: argparse.Namespace) -> pe_video.run.Options | funqa.
     for name in FUNQA_ONLY if dataset == "pe-video" else PE_VIDEO_ONLY:
         if getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} is no flag of --dataset {dataset}: leave it out")
+    for name in ("dataset_name", "train_output_name", "test_output_name"):
+        if getattr(arguments, name) == "":
+            raise InputError(f"--{name.replace('_', '-')} is empty: name one, or leave it out")
     for name in ("workers", "max_samples", *FUNQA_ONLY):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -92,13 +97,16 @@ def options_from(arguments: argparse.Namespace) -> pe_video.run.Options | funqa.
     base = arguments.source or raw
     splits = [arguments.split] if arguments.split else list(SPLITS)
     output_dir = arguments.output_dir or arguments.dataset_root
-    names = {split: getattr(arguments, f"{split}_output_name") for split in SPLITS}
+    names = {
+        split: getattr(arguments, f"{split}_output_name") or OUTPUT_NAMES[dataset].format(split) for split in SPLITS
+    }
+    check_names(names, output_dir, raw / "videos")
     bounds = {
         name: getattr(RULES[dataset], name) if (value := getattr(arguments, name)) is None else value
         for name in ("min_seconds", "max_seconds", "min_tokens_per_second", "max_tokens_per_second")
     }
     common = {
-        "outputs": {split: output_dir / (names[split] or OUTPUT_NAMES[dataset].format(split)) for split in SPLITS},
+        "outputs": {split: output_dir / names[split] for split in SPLITS},
         "root": ROOT,
         "videos": raw.absolute() / "videos",
         "output_dir": output_dir,
@@ -119,6 +127,24 @@ def options_from(arguments: argparse.Namespace) -> pe_video.run.Options | funqa.
         )
     folders = {"train": arguments.train_dir or base / "train", "test": arguments.test_dir or base / "test"}
     return pe_video.run.Options(splits={split: folders[split].absolute() for split in splits}, **common)
+
+
+def check_names(names: dict[str, str], output_dir: Path, videos: Path) -> None:
+    """Raises InputError where the rows of a split would take the place of something else that is written."""
+
+    def place(path: Path) -> Path:  # a link in a file's own place is replaced, those on the way are followed
+        return Path(os.path.realpath(path.parent), path.name)
+
+    taken = {place(output_dir / name): f"the program's own {name}" for name in (*REPORTS, STATE_FOLDER)}
+    taken[place(videos)] = "the videos"
+    for split, name in names.items():
+        flag, here = f"--{split}-output-name", place(output_dir / name)
+        if Path(name).name in ("", "..") or os.path.isdir(here):
+            raise InputError(f"{flag} {name} is a folder: name a file")
+        for other, what in taken.items():
+            if here == other or here in other.parents or other in here.parents:
+                raise InputError(f"{flag} {name} is in the way of {what}: give it another name")
+        taken[here] = flag
 
 
 def main() -> None:

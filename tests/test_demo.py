@@ -3,23 +3,29 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+
+import check_flags
+import pytest
+from qwen_vl_streaming.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*command, **environment):
+def run(*command, cwd=ROOT, **environment):
     clean = {key: value for key, value in os.environ.items() if not key.startswith("QWEN2_5_VL_")}
     return subprocess.run(
-        command, cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=600, check=False
     )
 
 
 def test_demo_in_short_form(tmp_path):
-    flags = ["--output", str(tmp_path / "demo"), "--train-videos", "24", "--test-videos", "6", "--steps", "10"]
-    ended = run("bash", "demo.sh", *flags)
+    flags = ["--output", "the demo", "--train-videos", "24", "--test-videos", "6", "--steps"]
+    demo = ["bash", os.path.relpath(ROOT / "demo.sh", tmp_path), *flags]
+    ended = run(*demo, "10", cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
-    output = tmp_path / "demo"
+    output = tmp_path / "the demo"
     for name in (
         "dataset/train_3_5.jsonl",
         "dataset/report.png",
@@ -38,20 +44,57 @@ def test_demo_in_short_form(tmp_path):
     assert len((output / "evaluation/group_infer.json").read_text().splitlines()) == 6
     assert "METEOR" in ended.stdout and "1s '" in ended.stdout
 
-    (line,) = [line for line in ended.stdout.splitlines() if "qwen_vl_streaming.live" in line]
-    live = run(str(ROOT / ".venv/bin/python"), *line.split()[1:], "--speed", "4", "--record", str(output / "live.json"))
-    assert live.returncode == 0 and json.loads((output / "live.json").read_text())["tokens"], live.stderr
+    check, live = (line for line in ended.stdout.splitlines() if "check.py" in line or "qwen_vl_streaming.live" in line)
+    ended = run("bash", "-c", f"{live} --speed 4 --record 'live session.json'", cwd=tmp_path)
+    assert ended.returncode == 0 and json.loads((tmp_path / "live session.json").read_text())["tokens"], ended.stderr
 
-    checked = run(str(ROOT / ".venv/bin/python"), "code/demo/check.py", "--output", str(output), "--videos", "1")
+    checked = run("bash", "-c", f"{check} --videos 1", cwd=tmp_path)
     assert checked.returncode == 0, checked.stderr
     assert "something written before slot j changed in 0;" in checked.stdout
 
+    longer = run(*demo, "11", cwd=tmp_path)
+    assert longer.returncode == 2 and "== 1." not in longer.stdout
+    (line,) = longer.stderr.splitlines()
+    assert f"{output / 'qwen2_5vl-pe-group'} was trained for 10 steps, not 11: name another --output, or" in line
 
-def test_an_unknown_variant_or_flag_is_refused_in_one_line(tmp_path):
-    for ended in (
-        run("bash", "demo.sh", "--output", str(tmp_path), QWEN2_5_VL_VARIANT="grup"),
-        run("bash", "demo.sh", "--outptu", str(tmp_path)),
-    ):
-        assert ended.returncode == 2
-        assert len(ended.stderr.splitlines()) == 1 and ended.stderr.startswith("error:")
+
+@pytest.mark.parametrize(
+    ("flags", "variant", "message"),
+    [
+        ([], "grup", "grup"),
+        (["--outptu", "x"], "group", "unknown flag --outptu"),
+        (["--steps"], "group", "--steps needs a value"),
+        (["--output", ""], "group", "--output needs a value"),
+        (["--steps", "ten"], "group", "--steps ten: give a whole number from 1 on"),
+        (["--steps", "0"], "group", "--steps 0: give a whole number from 1 on"),
+        (["--train-videos", "-1"], "group", "--train-videos -1: give a whole number from 1 on"),
+        (["--test-videos", "1.5"], "group", "--test-videos 1.5: give a whole number from 1 on"),
+        (["--output", "/dev/null"], "group", "--output /dev/null is no folder that can be written"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_made(tmp_path, flags, variant, message):
+    ended = run("bash", "demo.sh", "--output", str(tmp_path), *flags, QWEN2_5_VL_VARIANT=variant)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
     assert not any(tmp_path.iterdir())
+
+
+def test_a_finished_variant_is_refused_where_it_was_trained_for_other_steps(tmp_path, monkeypatch):
+    """Any of those asked for; one that is not finished goes on, where sft.sh finds nothing against it."""
+    trained = tmp_path / "qwen2_5vl-pe-gap"
+    trained.mkdir()
+    (trained / "run.json").write_text('{"arguments": {"max_steps": 1000}}')
+
+    def check(steps):
+        monkeypatch.setattr(sys, "argv", ["c", "--output", str(tmp_path), "--steps", str(steps), "origin", "gap"])
+        check_flags.main()
+
+    check(4000)
+    (trained / "config.json").write_text("{}")
+    check(1000)
+    with pytest.raises(InputError, match="qwen2_5vl-pe-gap was trained for 1000 steps, not 4000: name another"):
+        check(4000)
+    (trained / "run.json").unlink()
+    with pytest.raises(InputError, match=r"qwen2_5vl-pe-gap holds no run\.json"):
+        check(1000)

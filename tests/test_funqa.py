@@ -193,6 +193,15 @@ def test_bad_entries_are_counted_with_their_reasons(tmp_path):
     assert all(line["where"].startswith("FunQA_test.json, entry ") for line in skipped(tmp_path))
 
 
+def test_links_that_lead_nowhere_are_videos_that_are_missing(tmp_path):
+    folder = lay_out(tmp_path / "source", videos={kind: VIDEOS[kind] for kind in "HM"}) / "test"
+    (folder / VIDEOS["C"]).symlink_to("x" * 300)
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    prepare_funqa(make_options(tmp_path))
+    assert {row["task"] for row in rows(tmp_path)} == {"H2", "H3", "M2", "M3"}
+    assert {entry["reason"] for entry in skipped(tmp_path)} == {f"video is missing: {VIDEOS['C']}"}
+
+
 def test_ids_do_not_depend_on_what_is_left_out(tmp_path):
     make_tokenizer(tmp_path / "tokenizer")
     entries = [

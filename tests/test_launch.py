@@ -130,6 +130,15 @@ def test_sigterm_before_training_begins_is_a_stop(asleep):
     assert not process.is_running()
 
 
+def test_ctrl_c_is_told_of_in_one_line(asleep):
+    launcher, process = asleep
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(60) == 128 + signal.SIGINT
+    assert "stopped by SIGINT: the same command goes on" in (said := launcher.stderr.read())
+    assert "SignalException" not in said
+    assert not process.is_running()
+
+
 def test_a_process_that_is_ended_alone_is_an_error(asleep):
     launcher, process = asleep
     process.terminate()

@@ -204,6 +204,14 @@ def test_records_have_names_of_their_own(command, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
+def test_places_of_record_and_frames_are_tried_and_left_as_they_were(tmp_path):
+    (tmp_path / "record.json").write_text("an earlier one")
+    asked = SimpleNamespace(record=tmp_path / "record.json", keep=tmp_path / "new/folder/kept", source="synthetic")
+    assert record_place(asked, VARIANTS["group"]) == asked.record
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+    assert asked.record.read_text() == "an earlier one"
+
+
 def test_deadline_may_be_set(command, tmp_path, slow):
     flags = ("--max-clips", 5, "--speed", 20, "--max-new-tokens", 20)
     for deadline, missed in ((1e-6, 4), (1000, 0)):
@@ -363,6 +371,10 @@ def test_what_is_no_source(command, tmp_path, serve, film):  # noqa: F811
         (("--source", "synthetic", "--record", tmp_path), "cannot be written"),
         (("--source", "synthetic", "--record", "/dev/null"), "/dev/null cannot be written"),
         (("--source", "synthetic", "--keep", "/dev/null"), "/dev/null cannot be written"),
+        (("--source", "synthetic", "--record", "/proc/x/y.json"), "/proc/x/y.json cannot be written"),
+        (("--source", "synthetic", "--keep", "/proc/y.st"), "/proc/y.st cannot be written"),
+        (("--source", "synthetic", "--record", tmp_path / ("long" * 60)), "cannot be written (File name too long)"),
+        (("--source", "synthetic", "--record", tmp_path / "text.mp4/y.json"), "cannot be written (Not a directory)"),
         (("--source", film, "--record", film.parent / "." / film.name), "is the source"),
         (("--source", film, "--keep", film), "is the source"),
         (("--source", "synthetic", "--keep", tmp_path / "record.json"), "both name"),

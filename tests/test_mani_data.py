@@ -1,5 +1,6 @@
 """PE-Video's preparation: rules and rows, sources, and bad input."""
 
+import errno
 import json
 import os
 import tarfile
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from mani import KEPT, MP4, SECONDS, good, ids, make_options, rows, skipped
 from media import make_files, make_tar, sample_json, sound_bytes, video_bytes
+from pe_video import sources
 from pe_video.rules import MAX_JSON_BYTES, Rules
 from pe_video.run import prepare_dataset
 from qwen_vl_streaming.errors import InputError
@@ -124,6 +126,45 @@ def test_folder_with_videos_missing_videos_and_orphans(tmp_path):
     reasons = {entry["video_id"]: entry["reason"] for entry in skipped(options)}
     assert reasons["3"] == "video without its JSON"
     assert reasons["4"].startswith("video cannot be used: ")
+
+
+def test_a_caption_has_the_video_beside_it(tmp_path, monkeypatch):
+    """Else one that belongs to no other caption, whatever the order in which a disk lists its files."""
+    for folder, seconds in (("b", 7), ("a", 6), ("c", 8)):
+        files = {"0.json": b"{" if folder == "a" else good(), "0.mp4": video_bytes(seconds=seconds, size=(64, 48))}
+        make_files(tmp_path / "source/train" / folder, files)
+    make_files(tmp_path / "source/train/json", {"0.json": good(), "1.json": good()})
+    for folder in ("z", "y"):
+        make_files(tmp_path / "source/train" / folder, {"1.mp4": MP4})
+        make_files(tmp_path / "dataset/PE-Video/videos/train" / folder, {"0.json": good(), "0.mp4": MP4, "1.mp4": MP4})
+    options = make_options(tmp_path)
+    unpacked = options.videos / "train"
+    for order in (list, lambda found: reversed(list(found))):
+        with monkeypatch.context() as patch:
+            patch.setattr(sources, "_walk", lambda folder, order=order, real=sources._walk: order(real(folder)))
+            (unit,) = sources.find_units("train", options.splits["train"], unpacked)
+        own = {f"{folder}/0.json": f"{folder}/0.mp4" for folder in "abc"}
+        assert dict(unit.files) == {**own, "json/0.json": str(unpacked / "y/0.mp4"), "json/1.json": "y/1.mp4"}
+    prepare_dataset(options)
+    assert [row["video_path"] for row in rows(options)] == ["source/train/b/0.mp4", "source/train/y/1.mp4"]
+    reasons = {entry["where"]: entry["reason"] for entry in skipped(options)}
+    twice = "duplicate id: first in train/b/0.json"
+    assert reasons == {"train/a/0.json": "JSON is broken", "train/c/0.json": twice, "train/json/0.json": twice}
+
+
+def test_links_that_lead_nowhere_or_in_a_circle_are_counted(tmp_path):
+    folder = make_files(tmp_path / "source/train", {"1.json": good(), "1.mp4": MP4, "2.json": good(), "3.json": good()})
+    links = {"2.mp4": "2.mp4", "3.mp4": "gone", "4.json": "4.json", "5.json": "gone", "6.tar": "6.tar"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    options = make_options(tmp_path)
+    tally = prepare_dataset(options)["train"]
+    assert ids(options) == ["1"]
+    assert tally.reasons == {"video cannot be used": 2, "JSON cannot be read": 2, "shard cannot be read": 1}
+    reasons = {entry["where"]: entry["reason"] for entry in skipped(options)}
+    assert reasons["train/4.json"] == f"JSON cannot be read: {os.strerror(errno.ELOOP)}"
+    assert reasons["train/5.json"] == f"JSON cannot be read: {os.strerror(errno.ENOENT)}"
+    assert reasons["train/6.tar"] == f"shard cannot be read: {os.strerror(errno.ELOOP)}"
 
 
 def test_only_kept_videos_leave_a_shard(tmp_path):

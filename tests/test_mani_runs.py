@@ -1,5 +1,6 @@
 """PE-Video's preparation: draws, reports, workers, killed runs, full disks, and mistakes that end in one line."""
 
+import importlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from media import make_files, make_tar, sample_json
 from pe_video import files, run
 from pe_video.run import prepare_dataset
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.errors import run as run_main
 
 # --- draws, reports, workers ----------------------------------------------------------------------------------------
 
@@ -162,6 +164,42 @@ def test_mistakes_are_one_line(tmp_path, more, message):
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
     assert len(lines) == 1 and message in lines[0], result.stderr
+
+
+@pytest.mark.parametrize("dataset", ["pe-video", "funqa"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["rows.jsonl", "x/../rows.jsonl"], "--test-output-name x/../rows.jsonl is in the way of --train-output-name"),
+        (["a", "a/b"], "--test-output-name a/b is in the way of --train-output-name"),
+        (["skipped.jsonl", "b"], "--train-output-name skipped.jsonl is in the way of the program's own skipped.jsonl"),
+        (["a", "../dataset/report.json"], "../dataset/report.json is in the way of the program's own report.json"),
+        (["a", "funqa_report.png"], "funqa_report.png is in the way of the program's own"),
+        ([".mani_data/lock", "b"], "--train-output-name .mani_data/lock is in the way of the program's own .mani_data"),
+        (["a", "."], "--test-output-name . is a folder"),
+        (["../dataset", "b"], "--train-output-name ../dataset is in the way of the program's own skipped.jsonl"),
+        (["", "b"], "--train-output-name is empty"),
+    ],
+)
+def test_rows_take_nothing_elses_place(tmp_path, monkeypatch, capsys, dataset, names, message):
+    monkeypatch.syspath_prepend(ROOT)
+    flags = ["--dataset", dataset, "--dataset-root", str(tmp_path / "dataset")]
+    flags += ["--train-output-name", names[0], "--test-output-name", names[1]]
+    monkeypatch.setattr(sys, "argv", ["mani_data.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        run_main(importlib.import_module("mani_data").main)
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_broken_tokenizer_is_one_line_whatever_the_workers(tmp_path):
+    fill(tmp_path / "source")
+    make_files(tmp_path / "broken", {"tokenizer.json": b"{}"})
+    more = ["--tokenizer-model-id", str(tmp_path / "broken"), "--workers", "2"]
+    result = subprocess.run(command(tmp_path, tmp_path / "dataset", *more), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == f"error: tokenizer {tmp_path / 'broken/tokenizer.json'} cannot be loaded: fetch it again\n"
 
 
 def test_no_data_and_no_hub(tmp_path):

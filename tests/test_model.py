@@ -1,7 +1,9 @@
 """The patched model against stock transformers: positions, logits, vision tower, loss, saving and loading."""
 
 import copy
+import json
 import random
+import shutil
 import time
 
 import pytest
@@ -167,6 +169,32 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path):
     with pytest.raises(InputError, match="could be loaded from"):
         load_model(tmp_path / "nowhere", "sdpa", torch.float32)
     with pytest.raises(InputError, match="no processor"):
+        load_processor(tmp_path)
+    weights["lm_head.weight"] = torch.zeros(2, 2)
+    save_file({name: tensor[:1] for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="could be loaded from"):
+        load_model(tmp_path, "sdpa", torch.float32)
+    with pytest.raises(InputError, match=r"config.json is a file: give the folder"):
+        load_config(tmp_path / "config.json")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for broken, says in (
+        (config | {"model_type": "qwen2_vl"}, "of a model of type qwen2_vl"),
+        ([1], ""),
+        ({}, "type None"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(broken))
+        with pytest.raises(InputError, match=f"could be loaded from .*{says}"):
+            load_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_a_processor_that_is_not_whole_is_refused(checkpoint, tmp_path, name):
+    for path in checkpoint.glob("*.json*"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(checkpoint / "chat_template.jinja", tmp_path)
+    assert load_processor(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match="no processor could be loaded"):
         load_processor(tmp_path)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from make_model import TINY, make_config, make_model
 from peft import PeftModel
+from qwen_vl_streaming.checkpoint import of_checkpoint
 from qwen_vl_streaming.errors import InputError, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.prompts import load_processor
@@ -288,6 +289,21 @@ def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch)
         config = make_config(load_processor(made[0]).tokenizer, dataclasses.replace(TINY, **shape))
         make_model(config).save_pretrained(tmp_path / says)
         assert says in reason("--base", tmp_path / says)
+    config = adapter / "config.json"
+    said = json.loads(config.read_text())
+    for sha256, says in ((of_checkpoint(str(made[0])), "there already"), ("0" * 64, "on another model than")):
+        config.write_text(json.dumps({**said, "base_sha256": sha256}))
+        assert says in reason("--output", made[0] if says == "there already" else output)
+    config.write_text(json.dumps(said))
+    (adapter / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert "no processor could be loaded" in reason()
+    (tmp_path / "tokenizer.json").rename(adapter / "tokenizer.json")
+    for name in ("config.json", "adapter_config.json"):
+        sound = (adapter / name).read_text()
+        for broken in ("[1]", "{}"):
+            (adapter / name).write_text(broken)
+            assert "error: " in reason()
+        (adapter / name).write_text(sound)
     file = adapter / "adapter_model.safetensors"
     sound = load_file(file)
     for broken, says in (

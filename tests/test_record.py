@@ -62,7 +62,9 @@ def test_a_run_leaves_its_record(made, tmp_path):
     assert "--eval_samples 3" in record["starts"][0]["command"] and record["finished"]
 
     throughput = json.loads((out / "throughput.json").read_text())
-    assert (throughput["steps"], throughput["samples"]) == (6, 10)
+    left, _ = hold_out(read_rows(data), 0.0, 3, seed=42)
+    good = [row for row in left if "spoilt" not in row["video_path"]]
+    assert (throughput["steps"], throughput["samples"]) == (6, 2 * len(good))
     assert 0 < throughput["seconds_waiting_for_data"] < throughput["seconds"]
     assert throughput["tokens_per_second"] == pytest.approx(throughput["tokens"] / throughput["seconds"])
     assert throughput["peak_memory_bytes"] > 2**27
@@ -100,15 +102,19 @@ def test_tokens_are_counted_without_padding(made, pack_tokens):
     batch = collate(samples, pack_tokens)
     assert batch["input_ids"].numel() > sum(len(sample.input_ids) for sample in samples)
     throughput = Throughput(torch.device("cpu"))
-    throughput.count(5, batch["position_ids"])
+    tally = collate([*samples, dataset.blank(dataset.templates[0])], pack_tokens)["tally"]
+    throughput.count(tally["samples"], tally["tokens"])
+    assert throughput.work().samples == 5
     assert throughput.work().tokens == sum(len(sample.input_ids) for sample in samples)
     assert int((batch["labels"] != IGNORED).sum()) > 0
 
 
 def test_curves_need_only_what_is_there(tmp_path):
-    draw_curves([{"step": 1, "train_loss": 2.0}], tmp_path / "none.png", "nothing was logged")
+    assert not draw_curves([{"step": 1, "train_loss": 2.0}], tmp_path / "none.png", "nothing was logged")
     assert not (tmp_path / "none.png").exists()
-    draw_curves([{"step": s, "loss": math.exp(-s)} for s in range(5)], tmp_path / "some.png", "no gradient norms")
+    losses = [*(math.exp(-s) for s in range(5)), math.nan]
+    assert draw_curves([{"step": s, "loss": loss} for s, loss in enumerate(losses)], tmp_path / "some.png", "no norms")
+    assert draw_curves([{"step": 1, "loss": math.nan}], tmp_path / "nan.png", "nothing but NaN")
     assert image.imread(tmp_path / "some.png").std() > 0
 
 

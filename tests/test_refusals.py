@@ -1,6 +1,7 @@
 """What flags, ZeRO files and data may not be is refused in one line, before a model loads and anything is written."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 import torch
 from qwenvl import train
 from qwenvl.folder import only_one
-from training import finish, flags, refused, start_many
+from safetensors.torch import load_file
+from training import finish, flags, history, refused, spoil, start_many
 
 ZERO2 = Path(train.__file__).parents[1] / "zero2.json"
 
@@ -68,6 +70,9 @@ def refusal(made, tmp_path, capsys, monkeypatch):
         ("--tf32 True", "--tf32 requires"),
         ("--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1: it would take each label"),
         ("--auto_find_batch_size True", "--per_device_train_batch_size that fits"),
+        ("--do_eval True", "--do_eval True: say on how many samples with --eval_share"),
+        ("--do_predict True", "--do_predict True: captions are written by eval.sh"),
+        ("--logging_nan_inf_filter True", "unknown flags: --logging_nan_inf_filter"),
         ("--ignore_data_skip True", "must see the data that are left"),
         ("--fsdp full_shard", "--deepspeed zero3.json"),
         ("--torch_compile True", "--compile_layers True"),
@@ -145,6 +150,7 @@ def test_zero_file_against_the_flags(made, tmp_path):
         (rb'{"video_id": 1, "video_path": "a", "human_caption": "b", "question": "\ud801"}', "question holds half"),
         (b"[1]", "TypeError"),
         (b"", "JSONDecodeError"),
+        (b"[" * 200_000, "RecursionError"),
     ],
 )
 def test_lines_of_the_data(refusal, made, tmp_path, line, reason):
@@ -177,6 +183,57 @@ def test_folders_that_would_lose_something(made, tmp_path, capsys, monkeypatch):
     assert "is the model to begin with, which would be lost" in said
     (out / "checkpoint-500").mkdir(parents=True)
     assert f"{out / 'checkpoint-500'} has no progress.json" in refused(flags(made, out), capsys, monkeypatch)
+    before = (model / "model.safetensors").read_bytes()
+    said = refused(flags(made, model), capsys, monkeypatch)
+    assert f"{model}/" in said and "is not of a run, and would be lost" in said
+    assert (model / "model.safetensors").read_bytes() == before
+    for name, make in (("runs", Path.touch), ("being_saved", Path.touch), ("loss.png", Path.mkdir)):
+        (tmp_path / f"with {name}").mkdir()
+        make(tmp_path / f"with {name}" / name)
+        said = refused(flags(made, tmp_path / f"with {name}"), capsys, monkeypatch)
+        assert f"{name} is in the way of what a run writes there" in said
+    assert "cannot be written to" in refused(flags(made, tmp_path / ("x" * 300)), capsys, monkeypatch)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(made, tmp_path, capsys, monkeypatch):
+    """Nothing is saved of it; the curve shows where it happened."""
+    out = tmp_path / "out"
+    said = refused(flags(made, out, learning_rate=1e30, save_steps=1), capsys, monkeypatch)
+    assert re.search(r"(loss|grad_norm) is (nan|inf) at step \d", said) and "lower --learning_rate" in said
+    assert not (out / "config.json").exists() and (out / "loss.png").exists()
+    assert json.loads((out / "run.json").read_text())["starts"][-1]["how"] in said
+    for weights in out.glob("checkpoint-*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
+
+
+def test_a_full_disk_is_told_of_and_the_same_command_goes_on(made, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    arguments = flags(made, out, max_steps=4, save_steps=2)
+    saved = torch.save
+
+    def full(what, path, *rest, **options):
+        if "optimizer" in str(path) and "checkpoint-4" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598")
+        saved(what, path, *rest, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        assert f"{out} cannot be written (" in refused(arguments, capsys, monkeypatch)
+    assert "cannot be written" in json.loads((out / "run.json").read_text())["starts"][-1]["how"]
+    assert (out / "checkpoint-2/progress.json").exists() and not (out / "checkpoint-4").exists()
+    monkeypatch.setattr("sys.argv", ["sft.sh", *arguments])
+    train.main()
+    assert sorted(history(out)) == [1, 2, 3, 4]
+
+
+def test_samples_that_are_all_bad_are_no_run(made, tmp_path, capsys, monkeypatch):
+    rows = [json.loads(line) for line in made[1].read_text().splitlines()]
+    for row in rows:
+        row["video_path"] = str(spoil(Path(row["video_path"]), tmp_path / f"{row['video_id']}.mp4"))
+    data = tmp_path / "bad.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = refused(flags(made, tmp_path / "out", train_data=data, max_bad_share=1), capsys, monkeypatch)
+    assert "8 of 8 samples are bad" in said and said.endswith(": mend the data")
 
 
 def test_a_folder_of_another_run_that_is_at_work(made, tmp_path, capsys, monkeypatch):
@@ -200,3 +257,6 @@ def test_broken_files_in_the_output_folder(made, tmp_path, capsys, monkeypatch):
         out.mkdir()
         (out / name).write_text("{")
         assert f"{out / name} is broken" in refused(flags(made, out), capsys, monkeypatch)
+    for broken in ('{"arguments": null}', '{"starts": {}}'):
+        (out / "run.json").write_text(broken)
+        assert f"{out / 'run.json'} is broken" in refused(flags(made, out), capsys, monkeypatch)

@@ -13,7 +13,7 @@ import torch
 from matplotlib import image
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
 from qwenvl.stopping import STOPPED
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import finish, flags, free_port, history, refused, spoil, start, start_two
 
 
@@ -142,6 +142,14 @@ def test_another_run_is_not_taken_for_this_one(made, tmp_path, capsys, monkeypat
     ):
         assert reason in refused(flags(made, out, **changes), capsys, monkeypatch)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == written
+    weights = load_file(other / "model.safetensors")
+    first = next(iter(weights))
+    save_file({**weights, first: weights[first] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    record = json.loads((out / "run.json").read_text())
+    record["arguments"]["model_name_or_path"] = str(other)
+    (out / "run.json").write_text(json.dumps(record))
+    said = refused(flags(made, out, model_name_or_path=other), capsys, monkeypatch)
+    assert f"begun with other contents of the model {other}" in said
     (out / "run.json").rename(tmp_path / "run.json")
     assert "has checkpoints, but no run.json" in refused(flags(made, out), capsys, monkeypatch)
 
@@ -164,6 +172,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(made, tmp_path,
         (newest / name).write_bytes(content)
         said = refused(arguments, capsys, monkeypatch)
         assert f"{newest / name} " in said and f"remove {newest}, and the run goes on from the one before" in said
+        (newest / name).write_bytes(sound)
+    for name in ("optimizer.pt", "model.safetensors", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        sound = (newest / name).read_bytes()
+        (newest / name).write_bytes(bytes(len(sound)))
+        assert f"{newest} is damaged (" in refused(arguments, capsys, monkeypatch)
         (newest / name).write_bytes(sound)
     (newest / "scheduler.pt").unlink()
     assert f"{newest / 'scheduler.pt'} is missing" in refused(arguments, capsys, monkeypatch)

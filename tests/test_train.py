@@ -76,7 +76,7 @@ def test_a_batch_equals_its_samples(made, variant):
         model = load_model(made[0], "sdpa", torch.float32)
         loss = 0.0
         for batch in (collate(samples, pack_tokens) for samples in batches):
-            assert not batch.pop("bad")
+            assert not batch.pop("tally")["bad"]
             flags = batch.pop("visual"), batch.pop("text")
             mask = make_mask(*flags, parallel, "sdpa", batch.pop("sample", None))
             part = model(**batch, attention_mask=mask, num_items_in_batch=total).loss
@@ -119,7 +119,7 @@ def test_a_bad_sample_is_left_out_with_its_reason(made):
     short = dataset(made, "group", max_length=20)[0]
     assert "model length 20" in short.bad[1]
     batch = collate([samples[0], good])
-    assert [video_id for video_id, _ in batch["bad"]] == [samples.rows[0]["video_id"]]
+    assert [video_id for video_id, _ in batch["tally"]["bad"]] == [samples.rows[0]["video_id"]]
     assert int((batch["labels"] != IGNORED).sum()) == int((good.labels != IGNORED).sum())
 
 

@@ -1,6 +1,7 @@
 """Sampling real files: which frames come out, when they were shown, how large they are, and what is refused."""
 
 import logging
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -206,7 +207,8 @@ def cut_in_half(tmp_path):
 
 BROKEN = {
     "missing": (lambda folder: folder / "none.mp4", "does not exist"),
-    "a folder": (lambda folder: folder, "does not exist"),
+    "a folder": (lambda folder: folder, "is a folder: name a video file"),
+    "a pipe": (lambda folder: pipe(folder / "v.mp4"), "is a pipe, a socket or a device: write"),
     "empty": (lambda folder: write(folder / "v.mp4", b""), "is empty"),
     "no video": (lambda folder: write(folder / "v.mp4", b"no video at all" * 99), "cannot be opened"),
     "one frame": (lambda folder: make_video(folder / "v.mp4", [0.0]), "less than one clip"),
@@ -217,6 +219,11 @@ BROKEN = {
 
 def write(path, data):
     path.write_bytes(data)
+    return path
+
+
+def pipe(path):
+    os.mkfifo(path)
     return path
 
 

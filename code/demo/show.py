@@ -3,6 +3,8 @@ everything lies."""
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 from check import named
@@ -22,6 +24,11 @@ def told_by_second(row: dict, tokenizer) -> str:
     return "  ".join(
         f"{slot}s {tokenizer.decode(tokens, skip_special_tokens=True).strip()!r}" for slot, tokens in pieces.items()
     )
+
+
+def command(*arguments: str | Path) -> str:
+    """What a shell takes, from wherever it stands, to run this Python with `arguments`."""
+    return shlex.join(map(str, (sys.executable, *arguments)))
 
 
 def show(output: Path, variants: list[str], examples: int = 3) -> None:
@@ -59,12 +66,12 @@ def show(output: Path, variants: list[str], examples: int = 3) -> None:
         print(f"  {'':<11} captions   {evaluation / f'{variant}_infer.json'}")
         print(f"  {'':<11} scores     {evaluation / f'{variant}_scores.json'}")
     print("\nnext: does it look at the video? Ask it:")
-    print(f"  .venv/bin/python code/demo/check.py --output {output} --variant {variants[0]}")
+    check = [Path(__file__).resolve().with_name("check.py"), "--output", output, "--variant", variants[0]]
+    print(f"  {command(*check)}")
     film = output / f"dataset/PE-Video/videos/test/{rows[variants[0]][0]['video_id']}.mp4"
     print("and hear it speak while a video happens, or a webcam:")
-    print(
-        f"  .venv/bin/python -m qwen_vl_streaming.live --model {output / f'qwen2_5vl-pe-{variants[0]}'} --source {film}"
-    )
+    live = ["-m", "qwen_vl_streaming.live", "--model", output / f"qwen2_5vl-pe-{variants[0]}", "--source", film]
+    print(f"  {command(*live)}")
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 from crew import Crew, LostRun, Place
-from identity import NOT_COMPARED, find_model, keep_arguments, of_checkpoint, of_file
+from identity import NOT_COMPARED, find_model, keep_arguments
+from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.variants import get_variant

@@ -187,6 +187,7 @@ class SftArguments(TrainingArguments):
     report_to: str = field(default="tensorboard", metadata={"help": "wandb: that as well; none: not even TensorBoard."})
     remove_unused_columns: bool = field(default=False, init=False)
     load_best_model_at_end: bool = field(default=False, init=False)
+    logging_nan_inf_filter: bool = field(default=False, init=False)
     eval_share: float = field(default=0.0, metadata={"help": "Hold out this share of the videos for --eval_steps."})
     eval_samples: int = field(default=0, metadata={"help": "Hold out samples of videos until there are this many."})
     max_bad_share: float = field(default=0.05, metadata={"help": "Stop when a larger share of samples is bad."})

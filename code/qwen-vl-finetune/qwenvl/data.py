@@ -221,7 +221,8 @@ def collate(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
     """A batch of rows padded at their ends: a row a sample, or packed into rows of `pack_tokens`.
 
     No token before a row's end may attend to what is behind it, so padding needs no mask of its own; it has no
-    labels. `sample` numbers the samples of packed rows from 1, and the padding 0.
+    labels. `sample` numbers the samples of packed rows from 1, and the padding 0. `tally` is not the model's: it counts
+    the samples that are trained on, which blank ones are not, and their tokens, and lists the bad ones.
     """
     rows = pack(samples, pack_tokens) if pack_tokens else [[sample] for sample in samples]
 
@@ -240,5 +241,6 @@ def collate(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
     in_order = [sample for row in rows for sample in row]
     batch["pixel_values_videos"] = torch.cat([sample.pixel_values for sample in in_order])
     batch["video_grid_thw"] = torch.stack([sample.grid_thw for sample in in_order])
-    batch["bad"] = [sample.bad for sample in samples if sample.bad]
-    return batch
+    trained = [len(sample.input_ids) for sample in samples if (sample.labels != IGNORED).any()]
+    bad = [sample.bad for sample in samples if sample.bad]
+    return {**batch, "tally": {"samples": len(trained), "tokens": sum(trained), "bad": bad}}

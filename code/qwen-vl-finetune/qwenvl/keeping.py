@@ -4,21 +4,26 @@ A checkpoint is written into `being_saved` and renamed to `checkpoint-N` when ev
 one that is called `checkpoint-N` is whole. Knows nothing of samples, masks and what a loss is.
 """
 
+import contextlib
 import json
 import logging
+import math
 import os
+import pickle
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.errors import InputError
+from safetensors import SafetensorError
 from torch import distributed
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -26,6 +31,15 @@ logger = logging.getLogger(__name__)
 BEING_SAVED, BEING_REMOVED = "being_saved", "being_removed"
 PROGRESS = "progress.json"
 """Written last into a checkpoint. It tells what `kept` gave, and the bytes of each other file."""
+STATE = "trainer_state.json"
+FINITE = ("loss", "train_loss", "eval_loss", "grad_norm")
+"""What is logged, and stops a run where it is no number any more."""
+DAMAGED = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)
+"""What files raise that are not as they were written."""
+
+
+class CannotSave(InputError):
+    """Something that must be saved cannot be written. One process alone meets it, and others may wait for that."""
 
 
 def add_up(values: list[float], device: torch.device, take=distributed.ReduceOp.SUM) -> list[float]:
@@ -45,6 +59,37 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+@contextlib.contextmanager
+def saving(where: Path) -> Iterator[None]:
+    """Raises CannotSave for what goes wrong with the disk while something is written into `where`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        if type(error) is RuntimeError:
+            if "inline_container" not in reason and "unexpected pos" not in reason:
+                raise
+            reason = "the disk is full, or fails"  # of which torch.save tells only so
+        raise CannotSave(
+            f"{where} cannot be written ({reason}): make room, and the same command goes on from the newest whole "
+            "checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
+def loading(checkpoint: str | Path) -> Iterator[None]:
+    """Raises InputError for what cannot be read of a checkpoint that is to be gone on from."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except DAMAGED as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"{checkpoint} is damaged ({reason:.200}): remove it, and the run goes on from the one before, if any"
+        ) from error
 
 
 def read_json(path: Path) -> dict:
@@ -78,13 +123,14 @@ def sync(paths: Iterable[Path]) -> None:
 def save_whole(trainer: Trainer, folder: Path) -> None:
     """Save model and processor into `folder`, config.json last: without it the folder is no checkpoint."""
     beside = folder / BEING_SAVED
-    trainer.save_model(str(beside))
-    if trainer.is_world_process_zero():
-        if not any(beside.glob("*.safetensors")):
-            raise RuntimeError(f"no weights were saved into {beside}")
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, folder / path.name)
-        beside.rmdir()
+    with saving(folder):
+        trainer.save_model(str(beside))
+        if trainer.is_world_process_zero():
+            if not any(beside.glob("*.safetensors")):
+                raise RuntimeError(f"no weights were saved into {beside}")
+            for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, folder / path.name)
+            beside.rmdir()
     trainer.accelerator.wait_for_everyone()
 
 
@@ -117,6 +163,8 @@ def read_progress(checkpoint: Path) -> dict:
         if there.get(name) != size:
             was = "is missing" if name not in there else f"has {there[name]} bytes where {size} were saved"
             raise InputError(f"{checkpoint / name} {was}: {mend}")
+    with loading(checkpoint):
+        TrainerState.load_from_json(str(checkpoint / STATE))
     return progress
 
 
@@ -200,13 +248,32 @@ class KeepingTrainer(Trainer):
         return loader
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not isinstance(self.model, PreTrainedModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        # Checkpoints hold the names that Qwen2.5-VL was published with. Trainer does not convert them: it would find no
-        # weight that it knows, say so in a warning, and train on from where the run began.
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
+        with loading(resume_from_checkpoint):
+            if not isinstance(self.model, PreTrainedModel):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            # Checkpoints hold the names that Qwen2.5-VL was published with. Trainer does not convert them: it would
+            # find no weight that it knows, say so in a warning, and train on from where the run began.
+            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+            self.model.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def log(self, logs, *args, **kwargs):
+        """Raises InputError, on all processes at once, where a loss or the gradient is no number any more."""
+        super().log(logs, *args, **kwargs)
+        for name in FINITE:
+            if name in logs and not math.isfinite(logs[name]):
+                raise InputError(
+                    f"{name} is {float(logs[name])} at step {self.state.global_step}: lower --learning_rate, or look "
+                    "for weights that are no numbers in the model to begin with"
+                )
 
     def _run_epoch(self, *args, **kwargs):
         if self.progress:
@@ -236,10 +303,13 @@ class KeepingTrainer(Trainer):
         if (whole / PROGRESS).exists():  # at the end of an epoch its last step may have been saved
             return
         beside = output / BEING_SAVED / whole.name
-        self.saving = True
-        super()._save_checkpoint(model, trial)
-        self.saving = False
         (loss,) = add_up([self._tr_loss.item() / self.args.world_size], self.args.device)
+        if not math.isfinite(loss):
+            self.log({"loss": loss})
+        self.saving = True
+        with saving(output):
+            super()._save_checkpoint(model, trial)
+        self.saving = False
         progress = {
             "step": self.state.global_step,
             "last_logged": self._globalstep_last_logged,
@@ -248,12 +318,13 @@ class KeepingTrainer(Trainer):
         }
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            sync(beside.rglob("*"))
-            write_whole(beside / PROGRESS, json.dumps({**progress, "bytes": sizes(beside)}))
-            sync([beside])
-            beside.rename(whole)
-            beside.parent.rmdir()
-            sync([output])
-            for path in whole_checkpoints(output)[: -(self.args.save_total_limit or sys.maxsize)]:
-                remove(path)
+            with saving(output):
+                sync(beside.rglob("*"))
+                write_whole(beside / PROGRESS, json.dumps({**progress, "bytes": sizes(beside)}))
+                sync([beside])
+                beside.rename(whole)
+                beside.parent.rmdir()
+                sync([output])
+                for path in whole_checkpoints(output)[: -(self.args.save_total_limit or sys.maxsize)]:
+                    remove(path)
         self.accelerator.wait_for_everyone()

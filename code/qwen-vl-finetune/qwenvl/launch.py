@@ -14,6 +14,7 @@ import threading
 
 import psutil
 from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -56,6 +57,9 @@ if __name__ == "__main__":
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         print(f"error: no place to meet ({reason}): check MASTER_ADDR, or give another MASTER_PORT", file=sys.stderr)
         sys.exit(2)
+    except SignalException as error:
+        print(f"stopped by {error.sigval.name}: the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         rank, first = min(error.failures.items(), key=lambda failure: failure[1].timestamp)
         if asked_to_stop.is_set() and first.exitcode == -signal.SIGTERM:  # before training began, or after its end

@@ -41,6 +41,8 @@ REFUSED = {
     "accelerator_config": f"it could change the order of data, which a run that goes on relies on: {LEAVE}",
     "auto_find_batch_size": "the order of data hangs on the batch: name a --per_device_train_batch_size that fits",
     "average_tokens_across_devices": f"samples would weigh more on one process than on another: {LEAVE}",
+    "do_eval": "say on how many samples with --eval_share or --eval_samples",
+    "do_predict": "captions are written by eval.sh",
     "bf16_full_eval": f"held-out samples are measured in the numbers of training: {LEAVE}",
     "enable_jit_checkpoint": f"SIGTERM has every run save as it is: {LEAVE}",
     "fp16": "train in bfloat16 with --bf16 True, or in float32 with --bf16 False",

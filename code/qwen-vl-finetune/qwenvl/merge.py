@@ -8,11 +8,14 @@ It is computed in float32, on the CPU, and saved in the numbers of the base mode
 import argparse
 import json
 import logging
+import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from qwen_vl_streaming.checkpoint import of_checkpoint
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.prompts import load_processor
@@ -22,20 +25,36 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
+BASE = "base_sha256"
+"""In an adapter's config.json: see `of_checkpoint`."""
+
 
 def training_config(adapter: Path) -> dict:
-    """Variant, K and pixel budget of the training that left `adapter`. Raises InputError where there was none."""
+    """Variant, K, pixel budget and the base's hash of the training that left `adapter`. Raises InputError where there
+    was none."""
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(f"{adapter} holds no adapter: give a folder that `sft.sh --lora_enable True` has written")
     try:
         config = json.loads((adapter / "config.json").read_text())
         said = {key: config[key] for key in ("streaming_variant", "wait_k")}
-        return {**said, **{key: config[key] for key in ["pixel_budget"] if key in config}}
-    except (OSError, ValueError, KeyError) as error:
+        return {**said, **{key: config[key] for key in ("pixel_budget", BASE) if key in config}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{adapter / 'config.json'} does not say under which variant the adapter was trained ({error!r}): "
             "give the folder as `sft.sh --lora_enable True` has written it"
         ) from error
+
+
+def check_base(adapter: Path, base: str | None, sha256: str | None) -> None:
+    """Raises InputError where the folder `base`, or the one that `adapter` names, holds another model than the one of
+    that hash, which it was trained on. What comes from a hub is not compared."""
+    try:
+        base = base or json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # loading it will say why
+    hashed = re.compile("[0-9a-f]{64}")
+    if sha256 and hashed.fullmatch(sha256) and os.path.isdir(base) and of_checkpoint(base) != sha256:
+        raise InputError(f"{adapter} was trained on another model than {base} holds now: name its model with --base")
 
 
 def load_adapted(adapter: Path, base: str | None) -> PeftModel:
@@ -46,9 +65,10 @@ def load_adapted(adapter: Path, base: str | None) -> PeftModel:
     try:
         config = PeftConfig.from_pretrained(adapter)
         weights = load_file(adapter / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        if not (base := base or config.base_model_name_or_path):
+            raise ValueError("it names no model that it was trained on")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"the adapter in {adapter} cannot be read ({error}): take an earlier checkpoint") from error
-    base = base or config.base_model_name_or_path
     model = load_model(base, "sdpa", torch.float32)
     try:
         adapted = PeftModel(model, config)
@@ -77,6 +97,7 @@ def merge(adapter: Path, output: Path, base: str | None = None) -> None:
     if output.exists():
         raise InputError(f"{output} is there already: name another --output, or remove it")
     trained = training_config(adapter)
+    check_base(adapter, base, trained.pop(BASE, None))
     processor = load_processor(adapter)
     beside = output.with_name(f".{output.name}.part")
     shutil.rmtree(beside, ignore_errors=True)

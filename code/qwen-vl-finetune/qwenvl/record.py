@@ -3,7 +3,6 @@
 Knows nothing of models, samples and how a run is resumed.
 """
 
-import hashlib
 import json
 import logging
 import platform
@@ -19,13 +18,14 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.versions import RUNNING, versions
 from torch import distributed
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from .keeping import add_up, read_json, write_whole
+from .keeping import add_up, read_json, saving, write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -59,8 +59,13 @@ def commit(folder: Path) -> dict | None:
 
 def describe_data(path: Path, rows: int, held_out: int, left_out: list[int]) -> dict:
     """The data file, by its contents. Of its `rows`, `held_out` are not trained on, nor are the lines `left_out`."""
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"path": str(path.resolve()), "sha256": sha256, "rows": rows, "held_out": held_out, "left_out": left_out}
+    return {
+        "path": str(path.resolve()),
+        "sha256": of_file(path),
+        "rows": rows,
+        "held_out": held_out,
+        "left_out": left_out,
+    }
 
 
 def describe_run(model, data, training, rows: int, held_out: int, left_out: list[int]) -> dict:
@@ -73,6 +78,7 @@ def describe_run(model, data, training, rows: int, held_out: int, left_out: list
         "device": torch.cuda.get_device_name() if training.device.type == "cuda" else platform.processor() or "cpu",
         "zero_stage": zero and zero["zero_optimization"]["stage"],
         "data": describe_data(Path(data.train_data), rows, held_out, left_out),
+        "model_sha256": of_checkpoint(model.model_name_or_path),
         "commit": commit(Path(__file__).parent),
         "versions": {**versions(PACKAGES), "cuda": torch.version.cuda},
         "arguments": {**asdict(model), **asdict(data), **training.to_dict(), "deepspeed": zero},
@@ -90,6 +96,9 @@ class RunRecord:
         """Only the `first` process writes. Raises InputError where run.json is broken."""
         self.path, self.first = folder / "run.json", first
         self.before: dict = read_json(self.path) if self.path.exists() else {}
+        for name, kind in {"arguments": dict, "data": dict, "starts": list}.items():
+            if not isinstance(self.before.get(name, kind()), kind):
+                raise InputError(f"{self.path} is broken (its {name}): remove it, or give another --output_dir")
         self.record: dict | None = None
 
     @property
@@ -120,6 +129,8 @@ class RunRecord:
         data = self.before.get("data", {})
         if data.get("sha256") != facts["data"]["sha256"]:
             changes.append((f"other contents of {data.get('path')}", facts["data"]["path"]))
+        if self.before.get("model_sha256") not in (None, facts["model_sha256"]):
+            changes.append((f"other contents of the model {was.get('model_name_or_path')}", new["model_name_or_path"]))
         if changes:
             first, value = changes[0]
             raise InputError(
@@ -148,7 +159,8 @@ class RunRecord:
 
     def _write(self) -> None:
         if self.first:
-            write_whole(self.path, json.dumps(self.record, indent=1, default=str) + "\n")
+            with saving(self.path):
+                write_whole(self.path, json.dumps(self.record, indent=1, default=str) + "\n")
 
 
 @dataclass
@@ -185,12 +197,10 @@ class Throughput(TrainerCallback):
             self.here.seconds_waiting_for_data += time.perf_counter() - asked
             yield batch
 
-    def count(self, samples: int, position_ids: torch.Tensor) -> None:
-        """A batch of `samples`, with positions (3, B, L) that are zero from the end of each row on."""
-        there = position_ids.any(0).flip(-1).int()
-        lengths = there.shape[-1] - there.argmax(-1)
+    def count(self, samples: int, tokens: int) -> None:
+        """What is trained on in a batch."""
         self.here.samples += samples
-        self.here.tokens = self.here.tokens + lengths.sum()  # stays on the device: reading it would wait for it
+        self.here.tokens += tokens
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.device.type == "cuda":
@@ -243,12 +253,12 @@ def one_tensorboard(trainer: Trainer, step: int) -> None:
             callback.tb_writer = SummaryWriter(str(Path(trainer.args.output_dir) / "runs"), purge_step=step + 1)
 
 
-def draw_curves(history: Iterable[dict], path: Path, title: str) -> None:
-    """Loss, on held-out samples too where there are any, and gradient norm over optimizer steps, as a picture."""
+def draw_curves(history: Iterable[dict], path: Path, title: str) -> bool:
+    """Loss, on held-out samples too where there are any, and gradient norm over optimizer steps, as a picture. False
+    where no loss was logged to draw."""
     history = list(history)
     if not any("loss" in entry for entry in history):
-        logger.warning("no loss curve: the run was shorter than --logging_steps")
-        return
+        return False
     figure, (top, bottom) = pyplot.subplots(2, figsize=(7, 6), sharex=True, layout="constrained")
     for axes, name, label, style in (
         (top, "loss", "trained on", "-"),
@@ -267,3 +277,4 @@ def draw_curves(history: Iterable[dict], path: Path, title: str) -> None:
     figure.savefig(beside, dpi=120, format="png")
     beside.replace(path)
     pyplot.close(figure)
+    return True

@@ -26,7 +26,7 @@ def read_rows(path: Path) -> list[dict]:
                 if wrong := [key for key, value in fields.items() if SURROGATE.search(str(value))]:
                     raise ValueError(f"{wrong[0]} holds half of a surrogate pair, which is no character")
                 rows.append({"line": number, **fields})
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: {error!r}: make the file again with mani_data.py") from error
             video_id = str(fields["video_id"])
             if (other := lines_of.setdefault(video_id, number)) != number:

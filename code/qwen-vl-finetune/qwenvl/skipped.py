@@ -46,10 +46,12 @@ class Skipped:
             if len(new) > SAID:
                 logger.warning("and %d more: see %s", len(new) - SAID, self.path)
             self._write()
-        if len(self.reasons) > self.most * self.samples:
+        bad = len(self.reasons)
+        if bad == self.samples or bad > self.most * self.samples:
+            mend = "mend the data" if bad == self.samples else "mend the data, or raise --max_bad_share"
+            last = list(new.values())[-1]
             raise InputError(
-                f"{len(self.reasons)} of {self.samples} samples are bad, the last because {list(new.values())[-1]}; "
-                f"see {self.path} and mend the data, or raise --max_bad_share"
+                f"{bad} of {self.samples} samples are bad, the last because {last}; see {self.path}: {mend}"
             )
 
     def _write(self) -> None:

@@ -5,6 +5,7 @@ times of all frames read. What no header tells is checked when a sample is first
 """
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ def fault(samples: StreamingDataset, index: int, header: Header, clips: tuple[in
 
 
 def read_header(path: Path) -> Header:
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return Header()
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.attention import make_mask
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
-from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.video import choose_reader
 from torch import distributed
 from transformers import HfArgumentParser
@@ -25,7 +26,7 @@ from transformers.utils import is_flash_attn_2_available
 from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
 from .data import IGNORED, Evened, Order, StreamingDataset, collate
 from .folder import check_folder, make_folder, only_one
-from .keeping import KeepingTrainer, add_up, newest_checkpoint, save_whole
+from .keeping import CannotSave, KeepingTrainer, add_up, newest_checkpoint, save_whole, saving
 from .parts import check_parts, describe_parts, make_optimizer, make_trainable
 from .record import RunRecord, Throughput, Work, describe_run, draw_curves, one_tensorboard, write_throughput
 from .rows import hold_out, read_rows, without
@@ -72,17 +73,21 @@ class StreamingTrainer(KeepingTrainer):
         """Draw and write down what was done so far. Called by all processes at once."""
         work, output = self.throughput.work(), Path(self.args.output_dir)
         if self.is_world_process_zero():
-            draw_curves(self.state.log_history, output / "loss.png", f"Training, {self.facts['variant']}")
-            write_throughput(work, output / "throughput.json")
+            picture = output / "loss.png"
+            with saving(output):
+                drawn = draw_curves(self.state.log_history, picture, f"Training, {self.facts['variant']}")
+                write_throughput(work, output / "throughput.json")
+            logger.info("curves: %s", picture if drawn else "none, since no loss was logged: see --logging_steps")
 
     def kept(self):
         return {"bad": self.skipped.reasons, "work": asdict(self.throughput.work())}
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, targets = super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
-        self.skipped.add([bad for batch in batches for bad in batch.pop("bad")], device)
-        for batch in batches:
-            self.throughput.count(len(batch["video_grid_thw"]), batch["position_ids"])
+        tallies = [batch.pop("tally") for batch in batches]
+        self.skipped.add([bad for tally in tallies for bad in tally["bad"]], device)
+        for tally in tallies:
+            self.throughput.count(tally["samples"], tally["tokens"])
         # A step of nothing but bad samples has no targets to divide by.
         return batches, targets.clamp(min=1)
 
@@ -91,7 +96,7 @@ class StreamingTrainer(KeepingTrainer):
         self.model_wrapped.eval()
         loss, targets, bad = 0.0, 0, []
         for batch in self.get_eval_dataloader():
-            bad += batch.pop("bad")
+            bad += batch.pop("tally")["bad"]
             with torch.no_grad(), self.compute_loss_context_manager():
                 mean = self.compute_loss(self.model_wrapped, self._prepare_inputs(batch))
             if count := int((batch["labels"] != IGNORED).sum()):
@@ -158,10 +163,12 @@ def leave_out_bad(samples: StreamingDataset, skipped: Skipped, training: SftArgu
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Takes leave of the other processes: one that merely ended might be aborted by its own threads. Not after a crash,
-    when the others may wait for this one elsewhere."""
+    """Takes leave of the other processes: one that merely ended might be aborted by its own threads. Not after a crash
+    or CannotSave, when the others may wait for this one elsewhere."""
     try:
         yield
+    except CannotSave:
+        raise
     except (InputError, SystemExit):
         leave()
         raise
@@ -200,6 +207,11 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     every_row = read_rows(Path(data_arguments.train_data))
     rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed)
     processor = load_processor(checkpoint)
+    if (video := make_template(processor, QUESTIONS[-1]).video) != config.video_token_id:
+        raise InputError(
+            f"{checkpoint} has the video token {config.video_token_id} in config.json and {video} in its tokenizer: "
+            "copy the checkpoint again, with the processor that belongs to it"
+        )
     make_dataset = partial(
         StreamingDataset,
         root=ROOT,
@@ -239,6 +251,8 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
         model.config.streaming_variant, model.config.wait_k = variant.name, model_arguments.wait_k
         model.config.pixel_budget = asdict(data_arguments.budget)
+        if model_arguments.lora_enable:
+            model.config.base_sha256 = facts["model_sha256"]
         if model_arguments.compile_layers:
             model.compile_layers()
         model = make_trainable(model, model_arguments, arguments)
@@ -258,6 +272,10 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         logger.info("%s: %d samples; trains %s", variant.name, len(rows), describe_parts(model, arguments))
         try:
             done = trainer.train_on()
+        except CannotSave as error:
+            with contextlib.suppress(InputError):
+                record.end(trainer.state.global_step, str(error))
+            raise
         except InputError as error:
             if record.record:
                 trainer.report()
@@ -270,10 +288,13 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             sys.exit(STOPPED)
         save_whole(trainer, output)
         trainer.report()
-        logger.info("checkpoint: %s   curves: %s   left out: %d", output, output / "loss.png", len(skipped.reasons))
+        logger.info("checkpoint: %s   left out: %d", output, len(skipped.reasons))
         record.end(trainer.state.global_step, "finished", finished=True)
 
 
 if __name__ == "__main__":
     die_with_launcher()
-    run(main, speaks())
+    try:
+        run(main, speaks())
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)  # the launcher says so

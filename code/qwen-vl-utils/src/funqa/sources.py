@@ -117,5 +117,5 @@ def _walk(folder: Path) -> list[tuple[Path, os.stat_result]]:
             folders.clear()
             continue
         seen.add(real)
-        found += [(path, path.stat()) for path in (Path(directory, name) for name in names) if path.is_file()]
+        found += [(path, path.stat()) for path in (Path(directory, name) for name in names) if os.path.isfile(path)]
     return sorted(found)

@@ -29,7 +29,7 @@ from .stages import (
     prepare,
     read_unit,
 )
-from .tokens import find_tokenizer, fingerprint
+from .tokens import find_tokenizer, fingerprint, load_counter
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def prepare_dataset(options: Options) -> dict[str, Tally]:
     """
     units = find_all_units(options)
     tokenizer = find_tokenizer(options.tokenizer, options.root)
+    load_counter(tokenizer)  # a broken one is told of here, in one line, and not by each worker
     streaming = any(unit.kind == HUB for part in units.values() for unit in part)
     workers = options.workers or len(os.sched_getaffinity(0)) * (4 if streaming else 1)
     state_root = options.output_dir / STATE_FOLDER

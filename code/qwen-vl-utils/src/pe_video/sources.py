@@ -6,7 +6,8 @@ of a unit changes when what it names does. Knows nothing about rules or tokens.
 
 import hashlib
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -52,29 +53,31 @@ class Unit:
 def find_units(split: str, folder: Path, videos: Path) -> list[Unit]:
     """The units of a local split, by name: its tar shards, and its JSON files in groups. Empty where there is none.
 
-    The video of a JSON file is looked for in `folder`, then in `videos`.
+    The video of a JSON file is the one beside it; else the first by path in `folder` that has no JSON file of its own
+    beside it, else the first in `videos`.
     """
-    tars: list[tuple[str, os.stat_result]] = []
+    tars: list[tuple[str, str]] = []
     jsons: list[tuple[str, str, str]] = []
-    beside: dict[str, str] = {}
-    for name, status in _walk(folder):
+    beside: dict[str, str] = {}  # paths without their ending -> videos
+    for name, stamp in sorted(_walk(folder)):
         path, _, ending = name.rpartition(".")
-        stem, ending = path.rpartition(os.sep)[2], ending.lower()
+        ending = ending.lower()
         if ending == "json":
-            jsons.append((stem, name, f"{status.st_size}:{status.st_mtime_ns}"))
+            jsons.append((path, name, stamp))
         elif ending == "tar":
-            tars.append((name, status))
+            tars.append((name, stamp))
         elif ending == "mp4":
-            beside.setdefault(stem, name)
-    units = [
-        Unit(TAR, split, f"{split}/{_plain(name)}", str(folder / name), f"{s.st_size}:{s.st_mtime_ns}")
-        for name, s in tars
-    ]
+            beside.setdefault(path, name)
+    units = [Unit(TAR, split, f"{split}/{_plain(name)}", str(folder / name), stamp) for name, stamp in tars]
     if not tars or jsons:  # videos alone, beside shards, are those that were unpacked from them
-        elsewhere = {Path(name).stem: str((videos / name).absolute()) for name, _ in _walk(videos)}
-        entries = [(name, beside.get(stem) or elsewhere.get(stem, ""), stamp) for stem, name, stamp in jsons]
-        described = {stem for stem, _, _ in jsons}
-        entries += [("", name, "") for stem, name in beside.items() if stem not in described]
+        described = {path for path, _, _ in jsons}
+        apart = {path: name for path, name in beside.items() if path not in described}
+        unpacked = _by_stem(name for name, _ in sorted(_walk(videos)))
+        elsewhere = {stem: str((videos / name).absolute()) for stem, name in unpacked.items()}
+        elsewhere |= _by_stem(apart.values())
+        entries = [(name, beside.get(path) or elsewhere.get(_stem(path), ""), stamp) for path, name, stamp in jsons]
+        stems = {_stem(path) for path in described}
+        entries += [("", name, "") for path, name in apart.items() if _stem(path) not in stems]
         entries.sort()
         for start in range(0, len(entries), FILES_PER_UNIT):
             part = entries[start : start + FILES_PER_UNIT]
@@ -152,14 +155,36 @@ def relative(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Plain files below `folder`, as (path relative to it, status), without following links to other folders."""
+def _walk(folder: Path) -> Iterator[tuple[str, str]]:
+    """Plain files below `folder`, as (path relative to it, stamp), without following links to other folders.
+
+    A link that leads nowhere or in a circle has an empty stamp: whoever reads it says what is wrong.
+    """
     for directory, _, _ in os.walk(folder):
         prefix = "" if directory == str(folder) else os.path.relpath(directory, folder) + os.sep
         with os.scandir(directory) as entries:
             for entry in entries:
-                if entry.is_file():
-                    yield prefix + entry.name, entry.stat()
+                try:
+                    status = entry.stat()
+                except OSError:
+                    yield prefix + entry.name, ""
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    yield prefix + entry.name, f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def _stem(path: str) -> str:
+    return path.rpartition(os.sep)[2]
+
+
+def _by_stem(names: Iterable[str]) -> dict[str, str]:
+    """The first video of each stem among `names`."""
+    found: dict[str, str] = {}
+    for name in names:
+        path, _, ending = name.rpartition(".")
+        if ending.lower() == "mp4":
+            found.setdefault(_stem(path), name)
+    return found
 
 
 def _plain(name: str) -> str:

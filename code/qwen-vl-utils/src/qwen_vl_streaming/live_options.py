@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -205,9 +206,13 @@ def record_place(arguments: argparse.Namespace, variant: Variant) -> Path:
         folder = path.absolute().parent
         while not os.path.exists(folder):
             folder = folder.parent
-        regular = path.is_file() or not os.path.exists(path)
-        if not (regular and folder.is_dir() and os.access(folder, os.W_OK)):
-            raise InputError(f"{path} cannot be written: name another file")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"{path} cannot be written (it is no file): name another file")
+        try:  # a name as long as it is written under; permissions alone do not tell, root has them everywhere
+            with tempfile.NamedTemporaryFile(prefix=f"{path.name}.{os.getpid()}.live.", suffix=".part", dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): name another file") from error
         if _same(path, arguments.source):
             raise InputError(f"{path} is the source, which would be lost: name another file")
     if arguments.keep and _same(record, arguments.keep):

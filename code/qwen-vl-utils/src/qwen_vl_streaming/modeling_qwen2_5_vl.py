@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -272,6 +272,10 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
 
+UNLOADABLE = (OSError, ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError)
+"""What transformers raises for files that are not those of a checkpoint, or do not belong together."""
+
+
 def load_config(path: str | Path) -> Qwen2_5_VLConfig:
     """The config of a checkpoint, in a folder or on the hub. Raises InputError where there is none of a Qwen2.5-VL."""
     return _loaded(path, lambda: Qwen2_5_VLConfig.from_pretrained(path))
@@ -298,6 +302,8 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
 
 def _loaded(path: str | Path, load: Callable):
     folder = Path(path)
+    if os.path.isfile(folder):
+        raise InputError(f"{folder} is a file: give the folder of the checkpoint")
     adapter = os.path.isfile(folder / "adapter_config.json")
     if os.path.isdir(folder) and not (adapter or os.path.isfile(folder / "config.json")):
         raise InputError(f"{folder} holds no config.json, and so no checkpoint: check the path")
@@ -310,10 +316,15 @@ def _loaded(path: str | Path, load: Callable):
         if not folder.exists() and not isinstance(try_to_load_from_cache(str(path), "config.json"), str):
             # Without a network this says so at once; loading would try for minutes.
             HfApi().model_info(str(path), timeout=20)
+        kind = Qwen2_5_VLConfig.get_config_dict(path)[0].get("model_type")
+        if kind != Qwen2_5_VLConfig.model_type:  # transformers would take it with a warning
+            raise ValueError(f"its config.json is of a model of type {kind}")
         return load()
     except SafetensorError as error:
         raise InputError(f"the weights in {str(path)!r} are damaged ({error}): copy or download them again") from error
-    except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (*UNLOADABLE, *HfHubHTTPError.__bases__) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): check the path, or for a hub id the network"

@@ -6,6 +6,7 @@ Knows nothing of variants, positions, masks or training.
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoProcessor
 
@@ -40,10 +41,12 @@ class Template:
 
 
 def load_processor(path: str | Path):
-    """The processor beside a checkpoint, or on the hub. Raises InputError where there is none."""
+    """The processor beside a checkpoint, or on the hub. Raises InputError where there is none, or it is not whole."""
     try:
-        return AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        processor = AutoProcessor.from_pretrained(path)
+        make_template(processor, QUESTIONS[-1])  # fails without a chat template, or a tokenizer's vocabulary
+        return processor
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, TemplateError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"no processor could be loaded from {str(path)!r} ({first}): "

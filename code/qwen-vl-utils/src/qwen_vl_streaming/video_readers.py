@@ -39,7 +39,7 @@ class FrameIndex:
 def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
     """The frame times of a file, or of a readable object that is called `name` in messages.
 
-    Raises InputError if it is missing, empty, no video, without frames or timestamps, or cut short.
+    Raises InputError if it is missing, no file, empty, no video, without frames or timestamps, or cut short.
     """
     if isinstance(source, str | Path):
         name = str(source)
@@ -47,6 +47,10 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
             size = Path(source).stat().st_size if Path(source).is_file() else None
         except OSError as error:  # a path that is too long, or a folder on the way that may not be entered
             raise InputError(f"video {name:.200} cannot be read ({error.strerror}): check its path") from error
+        if size is None and Path(source).is_dir():
+            raise InputError(f"video {name} is a folder: name a video file in it")
+        if size is None and Path(source).exists():
+            raise InputError(f"video {name} is a pipe, a socket or a device: write the video to a file, and name that")
         if size is None:
             raise InputError(f"video {name} does not exist: check the path, or put the file there")
         if not size:

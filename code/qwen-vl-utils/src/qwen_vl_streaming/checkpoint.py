@@ -1,0 +1,60 @@
+"""What files and checkpoints are told by: their contents. Knows nothing of models."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from .errors import InputError
+
+WITH_THE_WEIGHTS = ("config.json", "*processor*.json", "tokenizer*.json", "vocab.json", "merges.txt", "chat_template.*")
+SAMPLE = 4096  # bytes of each tensor
+
+
+def of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def of_checkpoint(model: str) -> str:
+    """SHA-256 of a checkpoint in a folder, wherever it lies and whenever it was copied there: of its configuration,
+    tokenizer and processor, of the names and shapes of its weights, and of some bytes out of the middle of each
+    tensor, which any training of that tensor changes. Of a hub id, the commit that is used.
+
+    Raises InputError for weights that cannot be read.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(model, "config.json")
+        return f"{model} {Path(config).parent.name if isinstance(config, str) else ''}".rstrip()
+    digest = hashlib.sha256()
+    for pattern in WITH_THE_WEIGHTS:
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        for piece in _tensors(path):
+            digest.update(piece)
+    for path in sorted(folder.glob("*.bin")):
+        digest.update(path.name.encode() + of_file(path).encode())
+    return digest.hexdigest()
+
+
+def _tensors(path: Path) -> Iterator[bytes]:
+    """The header of a safetensors file, then up to SAMPLE bytes of each tensor."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            yield header
+            for name, tensor in json.loads(header).items():
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    file.seek(8 + len(header) + (begin + end) // 2)
+                    yield file.read(min(SAMPLE, end - begin))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise InputError(f"{path} holds no weights that can be read ({error}): copy the checkpoint again") from error
