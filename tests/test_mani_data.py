@@ -167,6 +167,21 @@ def test_links_that_lead_nowhere_or_in_a_circle_are_counted(tmp_path):
     assert reasons["train/6.tar"] == f"shard cannot be read: {os.strerror(errno.ELOOP)}"
 
 
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    make_files(tmp_path / "source/train/locked", {"1.json": good(), "1.mp4": MP4})
+    make_files(tmp_path / "source/train", {"2.json": good(), "2.mp4": MP4})
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(InputError, match=r"train/locked cannot be read \(Permission denied\): make it readable"):
+        prepare_dataset(make_options(tmp_path))
+
+
 def test_only_kept_videos_leave_a_shard(tmp_path):
     members = [("1.json", good()), ("1.mp4", MP4), ("2.mp4", MP4), ("2.json", sample_json(3, SECONDS))]
     make_tar(tmp_path / "source/train/a.tar", members)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pe_video.sources import HubFault
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.errors import InputError, cannot_list
 
 from .videos import Archive, Place, places_in, places_on_disk
 
@@ -109,9 +109,10 @@ def _only(split: str, paths: list) -> Path | str | None:
 
 
 def _walk(folder: Path) -> list[tuple[Path, os.stat_result]]:
-    """Plain files below `folder`, by path, with their status. Links are followed, each folder being read once."""
+    """Plain files below `folder`, by path, with their status. Links are followed, each folder being read once. Raises
+    InputError for one that cannot be read."""
     found, seen = [], set()
-    for directory, folders, names in os.walk(folder, followlinks=True):
+    for directory, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
         real = os.path.realpath(directory)
         if real in seen:
             folders.clear()

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.errors import InputError, cannot_list
 
 from .rules import MAX_JSON_BYTES, Sample
 from .tar import CUT_OFF, Member, TarFault, name_fault, printable, read_members
@@ -158,9 +158,10 @@ def relative(path: Path, root: Path) -> str:
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
     """Plain files below `folder`, as (path relative to it, stamp), without following links to other folders.
 
-    A link that leads nowhere or in a circle has an empty stamp: whoever reads it says what is wrong.
+    A link that leads nowhere or in a circle has an empty stamp: whoever reads it says what is wrong. Raises InputError
+    for a folder that cannot be read.
     """
-    for directory, _, _ in os.walk(folder):
+    for directory, _, _ in os.walk(folder, onerror=cannot_list):
         prefix = "" if directory == str(folder) else os.path.relpath(directory, folder) + os.sep
         with os.scandir(directory) as entries:
             for entry in entries:

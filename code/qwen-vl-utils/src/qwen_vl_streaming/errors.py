@@ -30,6 +30,14 @@ def run(main: Callable[[], None], speak: bool = True) -> None:
         sys.exit(2)
 
 
+def cannot_list(error: OSError) -> None:
+    """As os.walk's `onerror`: raises InputError for a folder that cannot be read. One that is not there holds nothing."""
+    if not isinstance(error, FileNotFoundError):
+        raise InputError(
+            f"folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it away"
+        ) from error
+
+
 def find_path(path: str | Path, root: Path, what: str) -> Path:
     """An existing `path`, looked up from where the user stands and then from the project's `root`.
 
