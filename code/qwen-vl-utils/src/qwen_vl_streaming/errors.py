@@ -31,7 +31,7 @@ def run(main: Callable[[], None], speak: bool = True) -> None:
 
 
 def cannot_list(error: OSError) -> None:
-    """As os.walk's `onerror`: raises InputError for a folder that cannot be read. One that is not there holds nothing."""
+    """As os.walk's `onerror`: raises InputError for a folder that cannot be read. One that is not there is empty."""
     if not isinstance(error, FileNotFoundError):
         raise InputError(
             f"folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it away"
