@@ -51,8 +51,8 @@ class Difference:
     recorded: int
     replayed: int
     margin: float
-    """By how much the full pass puts the other token's logit, after the penalty, above that of the recorded one. Near
-    0: a tie that the type's rounding decides."""
+    """By how much the full pass puts the other token's logit, after the penalty, above that of the recorded one; below
+    0 where only the serial run would have written it. Near 0: a tie that the type's rounding decides."""
 
     def __str__(self) -> str:
         return (
