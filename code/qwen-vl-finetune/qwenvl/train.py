@@ -167,7 +167,9 @@ def process_group() -> Iterator[None]:
     or CannotSave, when the others may wait for this one elsewhere."""
     try:
         yield
-    except CannotSave:
+    except CannotSave as error:
+        if not speaks():  # the one that speaks may not have met it
+            print(f"error: {error}", file=sys.stderr)
         raise
     except (InputError, SystemExit):
         leave()
