@@ -92,6 +92,30 @@ def test_packed_samples_never_see_each_other():
         assert torch.allclose(flex_attention(query, key, value, block_mask=blocks), dense, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_predicate_of_the_block_mask_is_the_dense_mask(packed):
+    """Element by element over a batch of two rows, and the blocks that it skips hold nothing allowed."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    for variant in VARIANTS.values():
+        timelines = [make_timeline(variant, Layout(9, 3, 3, (7, 8)), random_counts(draw, variant)) for _ in range(2)]
+        length = max(len(t.rows) for t in timelines)
+        visual, text = torch.zeros(2, 2, length, dtype=torch.bool)
+        for i, timeline in enumerate(timelines):
+            visual[i, : len(timeline.rows)], text[i, : len(timeline.rows)] = timeline.rows.visual, timeline.rows.text
+        sample = torch.arange(length).div(40, rounding_mode="floor").expand(2, length) if packed else None
+        blocks = block_mask(visual, text, variant.parallel, sample)
+        assert blocks.shape == (2, 1, length, length)
+        place = torch.arange(length)
+        rows = torch.arange(2)[:, None, None]
+        said = blocks.mask_mod(rows, 0, place[:, None], place).expand(2, length, length)
+        expected = dense_mask(visual, text, variant.parallel, sample=sample)[:, 0]
+        assert torch.equal(said, expected), variant.name
+        size = blocks.BLOCK_SIZE[0]
+        coarse = blocks.to_dense()[:, 0].bool().repeat_interleave(size, 1).repeat_interleave(size, 2)
+        assert not (expected & ~coarse[:, :length, :length]).any()
+
+
 def test_a_backend_that_would_lose_the_mask_is_refused():
     flags = torch.zeros(1, 4, dtype=torch.bool)
     with pytest.raises(InputError, match="cannot hold the mask"):

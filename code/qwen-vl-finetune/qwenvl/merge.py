@@ -41,6 +41,7 @@ def training_config(adapter: Path) -> dict:
     try:
         config = json.loads((adapter / "config.json").read_text())
         said = {key: config[key] for key in ("streaming_variant", "wait_k")}
+        said["position_rule"] = config.get("position_rule")  # also where there is none: the base may have one
         return {**said, **{key: config[key] for key in ("pixel_budget", BASE) if key in config}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

@@ -19,6 +19,7 @@ from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
+from qwen_vl_streaming.trained import check_trained, training_keys
 from qwen_vl_streaming.video import choose_reader
 from torch import distributed
 from transformers import HfArgumentParser
@@ -212,12 +213,6 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def training_keys(model: ModelArguments, data: DataArguments, facts: dict) -> dict:
-    """What the config.json of a trained model says beside what its base's does."""
-    keys = {"streaming_variant": model.rules.name, "wait_k": model.wait_k, "pixel_budget": asdict(data.budget)}
-    return {**keys, "base_sha256": facts["model_sha256"]} if model.lora_enable else keys
-
-
 def main() -> None:
     with process_group():
         train(*parse())
@@ -230,12 +225,8 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     implementation = model_arguments.implementation(arguments.device.type == "cuda", packed)
     check_attention(implementation, arguments.device)
     config = load_config(checkpoint)
-    trained = getattr(config, "streaming_variant", None)
-    if trained not in (None, variant.name) and not model_arguments.force:
-        raise InputError(
-            f"{checkpoint} was trained as {trained}, not {variant.name}: "
-            f"give --variant {trained}, another model, or --force True to train it on all the same"
-        )
+    if not model_arguments.force:
+        check_trained(config, checkpoint, variant, "--force True to continue from it all the same")
     base = BaseFiles.of(model_folder(checkpoint))
     check_parts(model_arguments, arguments)
     if model_arguments.compile_layers and is_deepspeed_zero3_enabled():
@@ -292,6 +283,9 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         if model_arguments.compile_layers:
             model.compile_layers()
         model = make_trainable(model, model_arguments, arguments)
+        more = {"pixel_budget": asdict(data_arguments.budget)}
+        if model_arguments.lora_enable:
+            more["base_sha256"] = facts["model_sha256"]
         trainer = StreamingTrainer(
             model=model,
             args=arguments,
@@ -299,7 +293,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             eval_dataset=Evened(make_dataset(held_out), eval_batch) if held_out else None,
             data_collator=partial(collate, pack_tokens=data_arguments.pack_tokens),
             base=base,
-            said=training_keys(model_arguments, data_arguments, facts),
+            said=training_keys(variant, model_arguments.wait_k, **more),
             parallel=variant.parallel,
             implementation=implementation,
             record=record,

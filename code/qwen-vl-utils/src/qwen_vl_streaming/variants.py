@@ -29,6 +29,11 @@ class Variant:
     text_start: int = 0
     """The header's first position, where text has its own count."""
 
+    @property
+    def after_video(self) -> bool:
+        """A position depends on where the video ended: that of the tail, or of all that counts on from it."""
+        return self.count in ("stock", "own")
+
 
 VARIANTS = {
     variant.name: variant
