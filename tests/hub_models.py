@@ -74,7 +74,7 @@ def put_into_cache(cache: Path, checkpoint: Path, name: str, markers: bool = Fal
     repository = cache / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / COMMIT
     for path in (snapshot, repository / "blobs", repository / "refs"):
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
     (repository / "refs/main").write_text(COMMIT)
     for number, path in enumerate(sorted(checkpoint.iterdir())):
         blob = repository / "blobs" / f"{number:040x}"

@@ -1,6 +1,6 @@
 """Whether a checkpoint loads under other versions of transformers, and says the same there.
 
-    python code/benchmarks/load_elsewhere.py CHECKPOINT --python /path/to/other/venv/bin/python [...]
+    python code/evaluation/load_elsewhere.py CHECKPOINT --python /path/to/other/venv/bin/python [...]
 
 In this environment and in each of the others, stock transformers alone loads model, processor and tokenizer and
 answers one question about a picture, given as an image and as a clip of video. Texts, token ids and settings must be
