@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import socket
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_a_cached_model_is_used_where_the_hub_cannot_be_reached(
 
 
 def test_what_the_cache_lacks_is_named(checkpoints, cache, monkeypatch):
-    with pytest.raises(InputError, match=rf"not in the cache, .*: run `hf download {NAME}`"):
+    with pytest.raises(InputError, match=rf"no such folder, nor is it in the cache .*: run `hf download {NAME}`"):
         load_config(NAME)
     folder = put_into_cache(cache, checkpoints["7B"], NAME)
     for name in ("model-00002-of-00003.safetensors", "preprocessor_config.json"):
@@ -160,7 +161,7 @@ def test_what_the_cache_lacks_is_named(checkpoints, cache, monkeypatch):
         (folder / name).symlink_to(there)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert load_config(NAME)
-    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set, and it is not in the cache"):
+    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set, and there is no such folder"):
         load_processor("nobody/Qwen2.5-VL-3B-Instruct")
     for path in ("/no/such/folder", "no/such/folder", "../folder"):
         with pytest.raises(InputError, match="it is not there, check the path"):
@@ -187,7 +188,7 @@ def test_a_model_is_fetched_once_and_then_asked_for_once(checkpoints, cache, mon
     ("refusal", "says"),
     [
         ((403, "GatedRepo"), "those only who have asked for access.*hf auth login"),
-        ((401, "RepoNotFound"), "no such model on .*, or you may not see it"),
+        ((401, "RepoNotFound"), "has no such model, or none that you may see.*no such folder"),
     ],
 )
 def test_a_hub_that_does_not_let_in_is_named(checkpoints, cache, monkeypatch, refusal, says):
@@ -254,14 +255,14 @@ def test_trained_evaluated_and_watched(checkpoints, made, tmp_path, cache, monke
     stock = StockModel.from_pretrained(out, dtype=torch.float32).state_dict()
     assert ours.keys() == stock.keys() and all(torch.equal(ours[name], stock[name]) for name in ours)
 
-    # The first step again, from its checkpoint.
-    halted = tmp_path / "halted"
-    shutil.copytree(out / "checkpoint-1", halted / "checkpoint-1")
-    (halted / "run.json").write_text(json.dumps({**record, "finished": None}))
-    sft(name, made, halted, monkeypatch, f"--bf16 {numbers == 'bfloat16'} --save_steps 1")
-    again = load_model(halted, "sdpa", torch.float32).state_dict()
-    assert all(torch.equal(ours[name], again[name]) for name in ours)
     if size == "7B":
+        # The first step again, from its checkpoint.
+        halted = tmp_path / "halted"
+        shutil.copytree(out / "checkpoint-1", halted / "checkpoint-1")
+        (halted / "run.json").write_text(json.dumps({**record, "finished": None}))
+        sft(name, made, halted, monkeypatch, f"--bf16 {numbers == 'bfloat16'} --save_steps 1")
+        again = load_model(halted, "sdpa", torch.float32).state_dict()
+        assert all(torch.equal(ours[name], again[name]) for name in ours)
         return
 
     log = tmp_path / "log"
@@ -311,6 +312,38 @@ def test_a_base_keeps_what_it_has_and_gets_no_more(checkpoints, tmp_path):
         (base / "config.json").write_text(broken)
         with pytest.raises(InputError, match=r"config.json"):
             BaseFiles.of(base)
+
+
+def test_a_base_that_transformers_5_has_saved_keeps_its_files(made, tmp_path):
+    base = tmp_path / "base"
+    StockModel.from_pretrained(made[0]).save_pretrained(base)
+    load_processor(made[0]).save_pretrained(base)
+    names = {path.name for path in base.iterdir() if path.suffix != ".safetensors"}
+    assert {"processor_config.json", "chat_template.jinja", "tokenizer.json"} < names
+    assert BaseFiles.of(base).files.keys() == names
+
+
+def test_other_environments_are_compared(made, checkpoints, capsys, monkeypatch):
+    arguments = ["load_elsewhere.py", str(made[0]), "--python", sys.executable, "/no/such/python"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert load_elsewhere.main() == 1
+    here, same, fails = capsys.readouterr().out.splitlines()
+    assert (
+        "the same, logits at most 0" in same
+        and fails == "/no/such/python: FAILS: it cannot be run (No such file or directory)"
+    )
+    tied, untied = (load_elsewhere.answers(str(checkpoints[size])) for size in ("3B", "7B"))
+    found = load_elsewhere.differences(tied, untied, 1e-3)
+    assert "tied: False, here True" in found and any(line.startswith("image logits: of shape") for line in found)
+    close = {**tied[1], "pixels": tied[1]["pixels"] + 0.01}
+    assert load_elsewhere.differences(tied, (tied[0], close), 1e-3) == ["pixels: 0.01 apart"]
+
+
+def test_machines_with_different_models_are_refused(monkeypatch):
+    train.check_same_model("m", "a", torch.device("cpu"))
+    monkeypatch.setattr(train, "broadcast_object_list", lambda _: ["b"])
+    with pytest.raises(InputError, match="not every machine has the same m: "):
+        train.check_same_model("m", "a", torch.device("cpu"))
 
 
 def test_a_sliding_window_is_answered_with_the_field_to_change(checkpoints, tmp_path):

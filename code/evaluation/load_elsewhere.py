@@ -1,11 +1,11 @@
-"""Whether a checkpoint loads under other versions of transformers, and says the same there.
+"""Check that a checkpoint loads under other versions of transformers, and gives the same answers there.
 
     python code/evaluation/load_elsewhere.py CHECKPOINT --python /path/to/other/venv/bin/python [...]
 
 In this environment and in each of the others, stock transformers alone loads model, processor and tokenizer and
-answers one question about a picture, given as an image and as a clip of video. Texts, token ids and settings must be
-equal; pixels and logits, in float32, to within --tolerance. Exit status 1 where they are not. An environment needs
-torch, transformers from 4.49 on, and pillow.
+computes the logits of one question about a picture, given as an image and as a clip of video. Texts, token ids and
+settings must be equal; pixels and logits, in float32, to within --tolerance. Exit status 1 where they are not. An
+environment needs torch, transformers from 4.49 on, and pillow.
 """
 
 import argparse
@@ -72,7 +72,10 @@ def elsewhere(checkpoint: str, python: str) -> tuple[dict, dict[str, numpy.ndarr
     """`answers` of another environment. Raises RuntimeError with the end of what it said, where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [python, __file__, checkpoint, "--answer", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise RuntimeError(f"it cannot be run ({error.strerror})") from error
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "it said nothing")
         told = json.loads((Path(folder) / "equal.json").read_text())

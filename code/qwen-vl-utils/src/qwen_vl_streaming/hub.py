@@ -113,7 +113,11 @@ def _cached(name: str, missing: Callable[[Path], str | None], error: Exception) 
         if not offline:
             logger.warning("%s: %s; going on from the cached %s", name, _reason(error), folder)
         return folder
-    have = f"{folder} lacks {lacks}" if folder else f"it is not in the cache, {constants.HF_HUB_CACHE}"
+    have = (
+        f"{folder} lacks {lacks}"
+        if folder
+        else f"there is no such folder, nor is it in the cache {constants.HF_HUB_CACHE}"
+    )
     if offline:
         fix = f"run `hf download {name}` where there is a network, without HF_HUB_OFFLINE"
     elif isinstance(error, GatedRepoError):
@@ -132,7 +136,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, GatedRepoError):
         return "the hub gives it to those only who have asked for access"
     if isinstance(error, RepositoryNotFoundError):
-        return f"there is no such folder here and no such model on {constants.ENDPOINT}, or you may not see it"
+        return f"{constants.ENDPOINT} has no such model, or none that you may see"
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     return f"{constants.ENDPOINT} cannot be reached: {said:.150}"
 
