@@ -123,7 +123,9 @@ def test_overlap_is_what_its_sentence_says():
         timeline = make_timeline(VARIANTS["overlap"], layout, random_counts(draw, VARIANTS["overlap"]))
         rows, expected = timeline.rows, overlap_told_slowly(timeline)
         keys = zip(rows.part.tolist(), rows.clip.tolist(), rows.index.tolist(), strict=True)
-        assert [tuple(p) for p in timeline_positions(timeline).T.tolist()] == [expected[key] for key in keys]
+        positions = timeline_positions(timeline)
+        assert [tuple(p) for p in positions.T.tolist()] == [expected[key] for key in keys]
+        assert positions.dtype == torch.int64
 
 
 def released(prompt: int, clips: int, grid: tuple[int, int], steps: float, text_tokens: int) -> list[list[int]]:
