@@ -84,6 +84,8 @@ class FakeHub:
                 if refusal:
                     return self.answer(refusal[0], b"{}", refusal[1])
                 file = folder / path.rpartition("/")[2]
+                if not file.is_file():  # the hub's client also asks for things of its own
+                    return self.answer(404, b"{}", "EntryNotFound")
                 self.answer(200, file.read_bytes(), tag=file.name)
 
             do_GET = do_HEAD
@@ -178,7 +180,7 @@ def test_a_model_is_fetched_once_and_then_asked_for_once(checkpoints, cache, mon
         there.asked.clear()
         hub.from_hub.cache_clear()
         load_all_but_weights()
-        assert there.asked == [f"/api/models/{NAME}"]
+        assert [path for path in there.asked if NAME in path] == [f"/api/models/{NAME}"]
     with FakeHub(checkpoints["3B"], commit="f" * 40) as newer:
         point_at(newer.endpoint, monkeypatch)
         assert hub.model_folder(NAME).name == "f" * 40 and of_checkpoint(NAME).endswith("f" * 40)
