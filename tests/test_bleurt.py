@@ -108,7 +108,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, monk
         (copy("bert", model_type="bert"), "config.json is not that of a BLEURT-20"),
         (copy("base", embedding_size=None), "config.json is not that of a BLEURT-20"),
         (copy("no words", leave="spm.model"), "lacks spm.model"),
-        (copy("no weights", leave="*.safetensors"), "or the weights"),
+        (copy("no weights", leave="*.safetensors"), "lacks the weights"),
     ):
         with pytest.raises(InputError, match=says) as error:
             find_checkpoint(name)

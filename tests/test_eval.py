@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import eval as evaluation
 import pytest
+import torch
 import verify
 import watching
 from make_data import DataConfig, make_dataset
 from make_model import tiny_checkpoint
 from qwen_vl_streaming.errors import InputError, run
+from qwen_vl_streaming.prompts import Template
 from qwen_vl_streaming.variants import VARIANTS
 from qwen_vl_streaming.video import PixelBudget, read_video
 from results import FIELDS
@@ -305,3 +307,37 @@ def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeyp
         with pytest.raises(SystemExit) as ended:
             run(verify.main)
         assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_what_was_made_in_bfloat16_is_rederived_in_it(evaluate, monkeypatch, capsys):
+    """In float32 many a token comes out otherwise; one that was changed by hand is wrong here too."""
+    monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
+    path = evaluate("--variant", "group", "--limit", "2", "--dtype", "bfloat16") / "group_infer.json"
+    monkeypatch.setattr("sys.argv", ["verify.py", str(path), "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        verify.main()
+    assert ended.value.code == 0 and "the arg-max of the stock model in bfloat16, group" in capsys.readouterr().out
+    first, row = (json.loads(line) for line in path.read_text().splitlines())
+    row["tokens"][-1] += 1
+    path.write_text("".join(json.dumps(one) + "\n" for one in (first, row)))
+    with pytest.raises(SystemExit) as ended:
+        verify.main()
+    assert ended.value.code == 1 and "\n1 are wrong\n" in capsys.readouterr().out
+    told = json.loads(path.with_suffix(".args.json").read_text())
+    path.with_suffix(".args.json").write_text(json.dumps({**told, "dtype": "int8"}))
+    with pytest.raises(SystemExit) as ended:
+        run(verify.main)
+    assert ended.value.code == 2 and "was made in 'int8', which is none of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tied"), [(torch.float32, 5e-5), (torch.bfloat16, 0.5), (torch.float16, 0.0625)], ids=str
+)
+def test_a_tie_is_what_the_number_type_rounds(dtype, tied):
+    """Four steps of the type at the largest score, 16; in float32 the margin that streaming keeps."""
+    logits = torch.zeros(3, 20)
+    logits[:, 7] = 16
+    logits[:, 8] = torch.tensor([16 - tied, 16 - 3 * tied, 17])
+    found = verify.other_tokens(logits, Template((0,), (1, 2), (3,), 4, 5), [8, 8, 8], 1.0, dtype)
+    assert [(other.index, other.tie) for other in found] == [(0, True), (1, False)]
+    assert [other.margin for other in found] == pytest.approx([tied, 3 * tied], rel=0.05)

@@ -188,13 +188,17 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path):
             load_config(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
-def test_a_processor_that_is_not_whole_is_refused(checkpoint, tmp_path, name):
-    for path in checkpoint.glob("*.json*"):
+@pytest.mark.parametrize("names", ["tokenizer.json vocab.json", "chat_template.json"])
+def test_a_processor_that_is_not_whole_is_refused(checkpoint, tmp_path, names):
+    for path in (*checkpoint.glob("*.json"), checkpoint / "merges.txt"):
         shutil.copy(path, tmp_path)
-    shutil.copy(checkpoint / "chat_template.jinja", tmp_path)
     assert load_processor(tmp_path)
-    (tmp_path / name).unlink()
+    for name in names.split():
+        (tmp_path / name).unlink()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    if "chat_template.json" in names:
+        settings.pop("chat_template")  # the hub's repositories have it twice
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="no processor could be loaded"):
         load_processor(tmp_path)
 

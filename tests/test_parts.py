@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_model import TINY, make_config, make_model
+from hub_layout import write_checkpoint
+from make_model import SPECIAL_TOKENS, TINY, make_config, make_model
 from peft import PeftModel
+from qwen_vl_streaming.base_files import BaseFiles
 from qwen_vl_streaming.checkpoint import of_checkpoint
 from qwen_vl_streaming.errors import InputError, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
@@ -40,12 +42,12 @@ ADAPTERS = "--lora_enable True --lora_r 4 --lora_alpha 8"
 def untied(made, tmp_path_factory):
     """The tiny checkpoint's like with an lm_head of its own, in bfloat16 as published ones are."""
     folder = tmp_path_factory.mktemp("untied")
-    processor = load_processor(made[0])
-    config = make_config(processor.tokenizer, TINY)
+    tokenizer = load_processor(made[0]).tokenizer
+    config = make_config(tokenizer, TINY)
     config.tie_word_embeddings = False
-    make_model(config, seed=1).to(torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    model = make_model(config, seed=1).to(torch.bfloat16)
+    write_checkpoint(folder / "model", model, tokenizer, SPECIAL_TOKENS[1:], 3136)
+    return folder / "model"
 
 
 def flags(made, output: Path, more: str = "") -> list[str]:
@@ -208,7 +210,6 @@ def test_merged_equals_unmerged(made, untied, training, tmp_path, given, adapted
     base = tmp_path / "base"
     shutil.copytree(untied if "lm_head" in given.get("lora_targets", "") else made[0], base)
     model = load_model(base, "sdpa", torch.float32)
-    model.config.streaming_variant, model.config.wait_k = "group", 3
     names = [name for name, _ in model.named_parameters()]
     model = make_trainable(
         model, tune(model_name_or_path=str(base), lora_enable=True, lora_r=4, lora_alpha=4, **given), training
@@ -221,7 +222,7 @@ def test_merged_equals_unmerged(made, untied, training, tmp_path, given, adapted
     in_full = {name[len("base_model.model.") :].replace("modules_to_save.default.", "") for name in trained}
     assert {name for name in in_full if "lora_" not in name} == {name for name in names if re.search(whole, name)}
     model.save_pretrained(tmp_path / "adapter")
-    load_processor(base).save_pretrained(tmp_path / "adapter")
+    BaseFiles.of(base).write(tmp_path / "adapter", {"streaming_variant": "group", "wait_k": 3})
     merge.merge(tmp_path / "adapter", tmp_path / "merged")
     merged = StockModel.from_pretrained(tmp_path / "merged")
     stock = StockModel.from_pretrained(base)
@@ -269,10 +270,9 @@ def test_wrong_set_ups_are_refused_before_a_model_loads(made, tmp_path, capsys, 
 def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch):
     adapter, output = tmp_path / "adapter", tmp_path / "merged"
     model = load_model(made[0], "sdpa", torch.float32)
-    model.config.streaming_variant, model.config.wait_k = "gap", 2
     arguments = tune(model_name_or_path=str(made[0]), lora_enable=True, lora_r=4)
     make_trainable(model, arguments, training).save_pretrained(adapter)
-    load_processor(made[0]).save_pretrained(adapter)
+    BaseFiles.of(made[0]).write(adapter, {"streaming_variant": "gap", "wait_k": 2})
 
     def reason(*more) -> str:
         return refused(merge.main, ["--adapter", adapter, "--output", output, *more], capsys, monkeypatch)
@@ -285,9 +285,10 @@ def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch)
     assert "holds no adapter" in reason("--adapter", made[0])
     assert "holds no config.json" in reason("--base", tmp_path)
     assert f"python -m qwenvl.merge --adapter {adapter}" in reason("--base", adapter)
+    tokenizer = load_processor(made[0]).tokenizer
     for shape, says in (({"layers": 1}, "weights are in one only"), ({"hidden": 64}, "does not fit")):
-        config = make_config(load_processor(made[0]).tokenizer, dataclasses.replace(TINY, **shape))
-        make_model(config).save_pretrained(tmp_path / says)
+        config = make_config(tokenizer, dataclasses.replace(TINY, **shape))
+        write_checkpoint(tmp_path / says, make_model(config), tokenizer, SPECIAL_TOKENS[1:], 3136)
         assert says in reason("--base", tmp_path / says)
     config = adapter / "config.json"
     said = json.loads(config.read_text())
@@ -295,9 +296,8 @@ def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch)
         config.write_text(json.dumps({**said, "base_sha256": sha256}))
         assert says in reason("--output", made[0] if says == "there already" else output)
     config.write_text(json.dumps(said))
-    (adapter / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    assert "no processor could be loaded" in reason()
-    (tmp_path / "tokenizer.json").rename(adapter / "tokenizer.json")
+    shutil.copytree(made[0], tmp_path / "base", ignore=shutil.ignore_patterns("*token*", "vocab*"))
+    assert "no processor could be loaded" in reason("--base", tmp_path / "base")
     for name in ("config.json", "adapter_config.json"):
         sound = (adapter / name).read_text()
         for broken in ("[1]", "{}"):

@@ -130,7 +130,7 @@ def test_ours_never_looks_like_the_papers_set_up(world):
     real = world.folder / "real"  # a checkpoint is known by its shape, not by its name
     real.mkdir()
     told = json.loads(config.read_text())
-    told["text_config"] |= {"hidden_size": 2048, "num_hidden_layers": 36}
+    told |= {"hidden_size": 2048, "num_hidden_layers": 36}
     (real / "config.json").write_text(json.dumps(told | {"streaming_variant": "gap"}))
     world.add("group", "wait-3", name="real", model=str(real))
     _, text = world.report(str(world.folder / "real_infer.json"), "--videos", "0")

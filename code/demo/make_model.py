@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from hub_layout import write_checkpoint
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.prompts import QUESTIONS
 from scenes import make_scene
@@ -23,10 +24,7 @@ from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
 )
 
 SPECIAL_TOKENS = (
@@ -47,31 +45,6 @@ SPECIAL_TOKENS = (
 )
 # What a prompt holds: the system text, the roles and the questions.
 PROMPT_TEXTS = ("You are a helpful assistant.", "system\nuser\nassistant\n", *QUESTIONS)
-CHAT_TEMPLATE = r"""
-{%- if messages and messages[0].role != 'system' %}
-    {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' ~ message.role ~ '\n' }}
-    {%- if message.content is string %}
-        {{- message.content }}
-    {%- else %}
-        {%- for part in message.content %}
-            {%- if part.type == 'image' or 'image' in part or 'image_url' in part %}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- elif part.type == 'video' or 'video' in part %}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-            {%- elif 'text' in part %}
-                {{- part.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
-"""
 
 
 @dataclass(frozen=True)
@@ -150,17 +123,6 @@ def make_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def make_processor(tokenizer: Qwen2Tokenizer, frame_side: int = 84) -> Qwen2_5_VLProcessor:
-    """Qwen2.5-VL's processor around `tokenizer`; pictures get at most frame_side² pixels."""
-    size = {"shortest_edge": 56 * 56, "longest_edge": frame_side**2}
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False),
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
 def make_config(tokenizer: Qwen2Tokenizer, shape: ModelShape = ModelShape()) -> Qwen2_5_VLConfig:
     """The model's config, with every token id taken from `tokenizer`."""
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
@@ -226,8 +188,7 @@ def make_checkpoint(folder: Path, captions: Iterable[str], shape: ModelShape, se
     model = make_model(make_config(tokenizer, shape), seed)
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    make_processor(tokenizer, shape.frame_side).save_pretrained(beside)
+    write_checkpoint(beside, model, tokenizer, SPECIAL_TOKENS[1:], shape.frame_side**2)
     (beside / "make_model.json").write_text(json.dumps({**asdict(shape), "seed": seed}, indent=1))
     beside.rename(folder)
     return model.num_parameters()

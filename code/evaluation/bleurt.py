@@ -15,9 +15,9 @@ from pickle import UnpicklingError
 
 import sentencepiece
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.hub import WEIGHTS, from_hub
 from safetensors import SafetensorError
 from scoring import NotComputed
 from settings import ROOT
@@ -28,7 +28,6 @@ from transformers import RemBertConfig, RemBertForSequenceClassification
 logger = logging.getLogger(__name__)
 
 VOCABULARY = "spm.model"
-WEIGHTS = ("*.safetensors", "*.bin")
 SAME_FIELDS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id"),
@@ -44,20 +43,24 @@ def find_checkpoint(name: str) -> Path:
     folder = next((folder for folder in (Path(name), ROOT / name) if folder.exists()), None)
     if folder is None:
         try:
-            for weights in WEIGHTS:  # some have both, which are the same 2 GB
-                folder = Path(snapshot_download(name, allow_patterns=["config.json", VOCABULARY, weights]))
-                if list(folder.glob(weights)):
-                    break
-        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            folder = from_hub(name, ("config.json", VOCABULARY), missing_file)
+        except (InputError, HFValidationError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise InputError(
                 f"--bleurt {name}: no such folder, and not to be had from the hub ({first}): "
                 "give a folder, or a hub id such as lucadiliello/BLEURT-20"
             ) from error
     read_config(folder)
-    if not (folder / VOCABULARY).exists() or not any(next(folder.glob(weights), None) for weights in WEIGHTS):
-        raise InputError(f"--bleurt {name}: {folder} lacks {VOCABULARY} or the weights: fetch the whole checkpoint")
+    if lacks := missing_file(folder):
+        raise InputError(f"--bleurt {name}: {folder} lacks {lacks}: fetch the whole checkpoint")
     return folder
+
+
+def missing_file(folder: Path) -> str | None:
+    """What `folder` lacks of a checkpoint, if anything."""
+    if not (folder / VOCABULARY).is_file():
+        return VOCABULARY
+    return None if any(next(folder.glob(weights), None) for weights in WEIGHTS) else "the weights"
 
 
 def read_config(folder: Path) -> RemBertConfig:

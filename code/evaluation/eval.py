@@ -25,6 +25,7 @@ from crew import Crew, LostRun, Place
 from identity import NOT_COMPARED, find_model, keep_arguments
 from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
+from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.positions import RULE
 from qwen_vl_streaming.trained import check_trained
@@ -109,7 +110,7 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
     work = Work(
         rows=rows,
         out=settings.output_dir / (settings.output_file or f"{variant.name}_infer.json"),
-        model=model,
+        model=str(model_folder(model)),  # so that no process asks the hub again
         device=device,
         dtype=dtype,
         root=find_path(settings.video_root, ROOT, "the video root") if settings.video_root else ROOT,

@@ -2,23 +2,27 @@
 
     python code/evaluation/verify.py code/evaluation/output/group_infer.json
 
-Settings come from the .args.json beside the file. Positions and mask come from `explain`, logits from transformers' own
-Qwen2.5-VL: nothing of the streaming code is used. A token counts as right where it is the arg-max after the repetition
-penalty; ties within 1e-4 count too. A caption has to be the text of its tokens, to be of its video's length, to keep to
-the schedule that is named, and to go on to its end. Exit status 1 where anything is not as it should be.
+Settings, the number type among them, come from the .args.json beside the file. Positions and mask come from `explain`,
+logits from transformers' own Qwen2.5-VL: nothing of the streaming code is used. A token counts as right where it is the
+arg-max after the repetition penalty. One that is below it by no more than the number type rounds, 1e-4 in float32, is a
+tie: shown with its margin, and not wrong. A caption has to be the text of its tokens, to be of its video's length, to
+keep to the schedule that is named, and to go on to its end. Exit status 1 where anything is not as it should be.
 """
 
 import argparse
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from identity import ARGUMENTS, find_model, read_arguments
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.explain import as_dict
+from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.ties import tie_margin
 from qwen_vl_streaming.timeline import Timeline, make_schedule, make_timeline
 from qwen_vl_streaming.variants import Variant, get_variant
 from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
@@ -28,9 +32,10 @@ from settings import ROOT
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
 
-TIE = 1e-4
+DTYPES = ("float32", "bfloat16", "float16")
 FIELDS = {
     **ARGUMENTS,
+    "dtype": str,
     "video_root": str,
     "min_pixels_per_frame": int,
     "max_pixels_per_frame": int,
@@ -67,18 +72,29 @@ def stock_logits(model, timeline: Timeline, template: Template, tokens: list[int
     return model.lm_head(hidden[[row_of[answer] for answer in range(len(tokens))]]).float().cpu()
 
 
-def wrong_tokens(
-    logits: torch.Tensor, template: Template, tokens: list[int], penalty: float
-) -> list[tuple[int, float]]:
-    """(answer index, how far below the arg-max) of each token that is not the arg-max after the penalty."""
+@dataclass(frozen=True)
+class Other:
+    """A token that is not the arg-max after the penalty."""
+
+    index: int
+    margin: float
+    """How far below the arg-max it is."""
+    tie: bool
+    """No further than rounding takes it."""
+
+
+def other_tokens(
+    logits: torch.Tensor, template: Template, tokens: list[int], penalty: float, dtype: torch.dtype
+) -> list[Other]:
+    """The tokens that are not the arg-max of their `logits` (A, V), which were computed in `dtype`."""
     punish = RepetitionPenaltyLogitsProcessor(penalty)
     used = [*template.prompt, template.video, *template.tail, *template.header]
-    wrong = []
+    others = []
     for j, token in enumerate(tokens):
         scores = punish(torch.tensor([used + tokens[:j]]), logits[j : j + 1].clone())[0]
-        if (margin := float(scores.max() - scores[token])) > TIE:
-            wrong.append((j, margin))
-    return wrong
+        if (margin := float(scores.max() - scores[token])) > 0:
+            others.append(Other(j, margin, margin <= tie_margin(scores, dtype)))
+    return others
 
 
 def faults_of(row: dict, tokenizer, end: int, clips: int, most: int) -> list[str]:
@@ -137,13 +153,16 @@ def main() -> None:
     budget = PixelBudget(made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"])
 
     checkpoint, variant = find_model(made["model"]), get_variant(made["variant"])
-    processor = load_processor(checkpoint)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    if (name := made["dtype"]) not in DTYPES:
+        raise InputError(f"{path} was made in {name!r}, which is none of {', '.join(DTYPES)}: evaluate again")
+    processor, dtype = load_processor(checkpoint), getattr(torch, name)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder(checkpoint), dtype=dtype)
     model.to(arguments.device).eval()
     vocabulary = model.config.text_config.vocab_size
     if alien := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
         raise InputError(f"{path}, video {alien[0]!r}: has a token that {checkpoint} does not know: evaluate again")
-    right = total = faulty = 0
+    total = faulty = 0
+    others: list[Other] = []
     for row in tqdm(rows, unit="video", desc="re-deriving"):
         source = asked[row["video_id"]]
         template = make_template(processor, source.get("question") or QUESTIONS[-1])
@@ -160,14 +179,21 @@ def main() -> None:
         timeline = make_timeline(variant, template.layout(grid, steps), row["schedule"])
         with torch.no_grad():
             logits = stock_logits(model, timeline, template, row["tokens"], pixels, grid)
-        wrong = wrong_tokens(logits, template, row["tokens"], made["repetition_penalty"])
-        for j, margin in wrong:
-            print(f"video {row['video_id']}, token {j}: {margin:.2g} below the arg-max")
-        right, total = right + len(row["tokens"]) - len(wrong), total + len(row["tokens"])
-    print(f"{right} of {total} tokens of {len(rows)} videos are the arg-max of the stock model, {variant.name}")
+        for other in (found := other_tokens(logits, template, row["tokens"], made["repetition_penalty"], dtype)):
+            how = f", a tie in {name}" if other.tie else ""
+            print(f"video {row['video_id']}, token {other.index}: {other.margin:.2g} below the arg-max{how}")
+        others, total = others + found, total + len(row["tokens"])
+    right, ties = total - len(others), [other.margin for other in others if other.tie]
+    wrong = len(others) - len(ties)
+    where = f"the arg-max of the stock model in {name}, {variant.name}"
+    print(f"{right} of {total} tokens of {len(rows)} videos are {where}")
+    if ties:
+        print(f"{len(ties)} more are ties in {name}, at most {max(ties):.2g} below it")
+    if wrong:
+        print(f"{wrong} are wrong")
     if faulty:
         print(f"{faulty} of {len(rows)} captions are not what their tokens and videos say")
-    sys.exit(0 if right == total and not faulty else 1)
+    sys.exit(1 if wrong or faulty else 0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m qwenvl.merge --adapter DIR --output DIR [--base MODEL]     (run in code/qwen-vl-finetune)
 
-It is computed in float32, on the CPU, and saved in the numbers of the base model.
+It is computed in float32, on the CPU, and saved in the numbers of the base model, beside that model's own files.
 """
 
 import argparse
@@ -15,13 +15,17 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from qwen_vl_streaming.base_files import BaseFiles
 from qwen_vl_streaming.checkpoint import of_checkpoint
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.prompts import load_processor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+
+from .parts import saves_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,8 @@ def training_config(adapter: Path) -> dict:
     try:
         config = json.loads((adapter / "config.json").read_text())
         said = {key: config[key] for key in ("streaming_variant", "wait_k")}
-        return {**said, **{key: config[key] for key in ("pixel_budget", "position_rule", BASE) if key in config}}
+        said["position_rule"] = config.get("position_rule")  # also where there is none: the base may have one
+        return {**said, **{key: config[key] for key in ("pixel_budget", BASE) if key in config}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{adapter / 'config.json'} does not say under which variant the adapter was trained ({error!r}): "
@@ -70,9 +75,10 @@ def load_adapted(adapter: Path, base: str | None) -> PeftModel:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"the adapter in {adapter} cannot be read ({error}): take an earlier checkpoint") from error
     model = load_model(base, "sdpa", torch.float32)
+    load_processor(base)  # whose files will lie beside the merged weights
     try:
-        adapted = PeftModel(model, config)
-        if odd := get_peft_model_state_dict(adapted).keys() ^ weights.keys():
+        adapted, embeddings = PeftModel(model, config), saves_embeddings(config)
+        if odd := get_peft_model_state_dict(adapted, save_embedding_layers=embeddings).keys() ^ weights.keys():
             raise ValueError(f"{len(odd)} weights are in one only, {min(odd)} among them")
         set_peft_model_state_dict(adapted, weights)
     except (RuntimeError, ValueError) as error:
@@ -98,16 +104,13 @@ def merge(adapter: Path, output: Path, base: str | None = None) -> None:
         raise InputError(f"{output} is there already: name another --output, or remove it")
     trained = training_config(adapter)
     check_base(adapter, base, trained.pop(BASE, None))
-    processor = load_processor(adapter)
     beside = output.with_name(f".{output.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         model = merged(adapter, base)
-        for key, value in trained.items():
-            setattr(model.config, key, value)
         model.save_pretrained(beside)
-        processor.save_pretrained(beside)
+        BaseFiles.of(model_folder(model.name_or_path)).write(beside, trained)
         beside.rename(output)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from torch import nn
@@ -136,13 +137,19 @@ def freeze(model: nn.Module, arguments: ModelArguments) -> None:
 
 
 class AdaptedModel(PeftModel):
-    """A model with adapters, called with the model's own arguments. What it saves is a stock peft folder, and beside
-    it the model's config.json, which says under which variant it was trained."""
+    """A model with adapters, called with the model's own arguments. What it saves is a stock peft folder."""
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            self.get_base_model().config.save_pretrained(save_directory)
+        embeddings = saves_embeddings(self.peft_config["default"])
+        super().save_pretrained(
+            save_directory, save_embedding_layers=embeddings, is_main_process=is_main_process, **kwargs
+        )
+
+
+def saves_embeddings(config: PeftConfig) -> bool:
+    """Whether peft saves the embeddings beside an adapter: where they have adapters themselves. Left to itself it also
+    compares their number with the base's config, for which it asks the hub, again and again where that is silent."""
+    return any(name in config.target_modules for name in EMBEDDING_LAYER_NAMES)
 
 
 def parameter_groups(model: nn.Module, training: SftArguments) -> list[dict]:

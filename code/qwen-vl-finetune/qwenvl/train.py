@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.attention import make_mask
+from qwen_vl_streaming.base_files import BaseFiles
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.trained import check_trained, training_keys
@@ -42,10 +44,20 @@ class StreamingTrainer(KeepingTrainer):
     """Trainer that builds the mask on the device and leaves bad samples out, counted and written down."""
 
     def __init__(
-        self, *args, parallel: bool, implementation: str, record: RunRecord, facts: dict, skipped: Skipped, **kwargs
+        self,
+        *args,
+        parallel: bool,
+        implementation: str,
+        record: RunRecord,
+        facts: dict,
+        skipped: Skipped,
+        base: BaseFiles,
+        said: dict,
+        **kwargs,
     ):
+        """`base` holds the files that are saved beside the weights, `said` what their config.json says of training."""
         super().__init__(*args, **kwargs)
-        self.parallel, self.implementation = parallel, implementation
+        self.parallel, self.implementation, self.base, self.said = parallel, implementation, base, said
         self.record, self.facts, self.skipped = record, facts, skipped
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -79,6 +91,11 @@ class StreamingTrainer(KeepingTrainer):
                 drawn = draw_curves(self.state.log_history, picture, f"Training, {self.facts['variant']}")
                 write_throughput(work, output / "throughput.json")
             logger.info("curves: %s", picture if drawn else "none, since no loss was logged: see --logging_steps")
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.base.write(Path(output_dir or self.args.output_dir), self.said)
 
     def kept(self):
         return {"bad": self.skipped.reasons, "work": asdict(self.throughput.work())}
@@ -118,6 +135,17 @@ def check_attention(implementation: str, device: torch.device) -> None:
         raise InputError(f"--attention {implementation} does not train on a CPU: use auto or sdpa")
 
 
+def check_same_model(model: str, sha256: str, device: torch.device) -> None:
+    """Called by all processes at once; raises InputError on all of them where they see other contents of `model`."""
+    (first,) = broadcast_object_list([sha256])
+    (others,) = add_up([float(sha256 != first)], device)
+    if others:
+        raise InputError(
+            f"not every machine has the same {model}: give one folder that all reach, or fetch it anew on each with "
+            "`hf download`"
+        )
+
+
 def speaks() -> bool:
     """Whether this is the process of its machine that says what all of them would."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -140,6 +168,8 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     arguments = groups[-1]
     arguments.output_dir = arguments.output_dir or str(OUTPUT / f"qwen2_5vl-pe-{groups[0].variant}")
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
+    if not speaks():
+        logging.getLogger(model_folder.__module__).setLevel(logging.ERROR)  # what the first says is enough
     if arguments.deepspeed:
         import deepspeed
 
@@ -197,6 +227,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     config = load_config(checkpoint)
     if not model_arguments.force:
         check_trained(config, checkpoint, variant, "--force True to continue from it all the same")
+    base = BaseFiles.of(model_folder(checkpoint))
     check_parts(model_arguments, arguments)
     if model_arguments.compile_layers and is_deepspeed_zero3_enabled():
         raise InputError(
@@ -239,6 +270,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         begun = finished or goes_on
         left_out = record.left_out if begun else leave_out_bad(everything, skipped, arguments)
         facts = describe_run(model_arguments, data_arguments, arguments, len(every_row), len(held_out), left_out)
+        check_same_model(checkpoint, facts["model_sha256"], arguments.device)
         if begun:
             record.refuse_another(facts)
         if finished:
@@ -248,19 +280,20 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         held_out = without(held_out, left_out, min(1, len(held_out)))
 
         model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
-        model.config.update(training_keys(variant, model_arguments.wait_k, pixel_budget=asdict(data_arguments.budget)))
-        if model_arguments.lora_enable:
-            model.config.base_sha256 = facts["model_sha256"]
         if model_arguments.compile_layers:
             model.compile_layers()
         model = make_trainable(model, model_arguments, arguments)
+        more = {"pixel_budget": asdict(data_arguments.budget)}
+        if model_arguments.lora_enable:
+            more["base_sha256"] = facts["model_sha256"]
         trainer = StreamingTrainer(
             model=model,
             args=arguments,
             train_dataset=Evened(make_dataset(rows), batch),
             eval_dataset=Evened(make_dataset(held_out), eval_batch) if held_out else None,
             data_collator=partial(collate, pack_tokens=data_arguments.pack_tokens),
-            processing_class=processor,
+            base=base,
+            said=training_keys(variant, model_arguments.wait_k, **more),
             parallel=variant.parallel,
             implementation=implementation,
             record=record,

@@ -61,7 +61,8 @@ def _find_on_hub(
     name: str, splits: list[str], folder: Path, videos: Path, on_disk: dict[str, list[Place]]
 ) -> dict[str, Source]:
     from huggingface_hub import HfApi
-    from pe_video.hub import HUB_ERRORS, RemoteFile
+    from pe_video.hub import RemoteFile
+    from qwen_vl_streaming.hub import HUB_ERRORS, ask
 
     mend = (
         f"where there is access (see hf auth login), run hf download {name} --repo-type dataset --local-dir {folder}, "
@@ -69,7 +70,7 @@ def _find_on_hub(
     )
     try:
         api = HfApi()
-        revision = api.dataset_info(name, timeout=20).sha
+        revision = ask(lambda: api.dataset_info(name).sha)
         entries = list(api.list_repo_tree(name, repo_type="dataset", revision=revision))
     except HUB_ERRORS as error:
         raise InputError(

@@ -6,16 +6,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, http_backoff
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.hub import HUB_ERRORS, ask
 
 from .sources import HUB, HubFault, Unit
 
 logger = logging.getLogger(__name__)
 
-HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
-"""What the hub's client raises: its own errors, and those of whichever HTTP library it is built on."""
 JUMP_BYTES = 1 << 16  # fetched where a read lands elsewhere: a header and its JSON
 READ_ON_BYTES = 1 << 23  # fetched at most where reads follow each other
 
@@ -28,7 +27,7 @@ def find_hub_units(name: str, splits: list[str], local: Path) -> dict[str, list[
     units: dict[str, list[Unit]] = {split: [] for split in splits}
     try:
         api = HfApi()
-        repository = f"{name}@{api.dataset_info(name, timeout=20).sha}"
+        repository = f"{name}@{ask(lambda: api.dataset_info(name).sha)}"
         for split in splits:
             try:
                 entries = list(api.list_repo_tree(name, split, repo_type="dataset", revision=repository.split("@")[1]))

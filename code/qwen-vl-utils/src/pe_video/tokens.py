@@ -32,14 +32,13 @@ def find_tokenizer(model_id: str, root: Path) -> Path:
                 return folder / "tokenizer.json"
             raise InputError(f"tokenizer folder {folder} has no tokenizer.json: save it with save_pretrained")
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-
-    from .hub import HUB_ERRORS
+    from qwen_vl_streaming.hub import HUB_ERRORS, ask
 
     try:
         cached = try_to_load_from_cache(model_id, "tokenizer.json")
         if isinstance(cached, str):
             return Path(cached)
-        HfApi().model_info(model_id, timeout=20)  # without a network this says so at once; the download waits
+        ask(lambda: HfApi().model_info(model_id))  # without a network this says so; the download waits long
         return Path(hf_hub_download(model_id, "tokenizer.json"))
     except HUB_ERRORS as error:
         reason = type(error).__name__

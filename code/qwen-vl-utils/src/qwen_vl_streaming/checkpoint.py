@@ -1,5 +1,6 @@
 """What files and checkpoints are told by: their contents. Knows nothing of models."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -45,16 +46,37 @@ def of_checkpoint(model: str) -> str:
     return digest.hexdigest()
 
 
-def _tensors(path: Path) -> Iterator[bytes]:
-    """The header of a safetensors file, then up to SAMPLE bytes of each tensor."""
+def like_other_files(path: Path) -> None:
+    """Give `path` the mode that a new file has here: what safetensors writes its owner alone may read."""
+    other = path.with_name(f".{path.name}.mode")
+    other.touch()
+    path.chmod(other.stat().st_mode)
+    other.unlink()
+
+
+def tensor_types(path: Path) -> set[str]:
+    """The types of the tensors in a safetensors file, by their names in there, such as BF16. Raises InputError."""
+    with safe_reading(path), path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
+
+
+@contextlib.contextmanager
+def safe_reading(path: Path) -> Iterator[None]:
+    """Raises InputError for what goes wrong while a safetensors file is read."""
     try:
-        with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-            yield header
-            for name, tensor in json.loads(header).items():
-                if name != "__metadata__":
-                    begin, end = tensor["data_offsets"]
-                    file.seek(8 + len(header) + (begin + end) // 2)
-                    yield file.read(min(SAMPLE, end - begin))
+        yield
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path} holds no weights that can be read ({error}): copy the checkpoint again") from error
+
+
+def _tensors(path: Path) -> Iterator[bytes]:
+    """The header of a safetensors file, then up to SAMPLE bytes of each tensor."""
+    with safe_reading(path), path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        yield header
+        for name, tensor in json.loads(header).items():
+            if name != "__metadata__":
+                begin, end = tensor["data_offsets"]
+                file.seek(8 + len(header) + (begin + end) // 2)
+                yield file.read(min(SAMPLE, end - begin))

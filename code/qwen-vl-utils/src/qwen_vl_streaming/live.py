@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError, run
+from .hub import model_folder
 from .kept import Keeper
 from .live_figures import table
 from .live_intake import Intake
@@ -182,7 +183,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             "chunk": arguments.chunk,
         }
         if way == "pipelined":
-            options["pair"] = stack.enter_context(start_pair(arguments.model, device, dtype))
+            options["pair"] = stack.enter_context(start_pair(str(model_folder(arguments.model)), device, dtype))
         model = load_on(arguments.model, str(device), dtype)
         skip = arguments.behind == "skip"
         intake = Intake(source.clips, processor, skip, source.pace, source.count)

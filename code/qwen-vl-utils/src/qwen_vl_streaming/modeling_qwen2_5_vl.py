@@ -9,10 +9,10 @@ byte that matters: stock transformers loads what this saves, and this loads what
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -23,6 +23,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from .errors import InputError
+from .hub import model_folder
 
 LAYOUTS = 256  # combinations of grids whose layout in the vision tower is kept
 
@@ -140,7 +141,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
     accepts_loss_kwargs = True  # tells transformers' Trainer that the loss is divided by `num_items_in_batch` here
 
     def __init__(self, config):
-        if set(config.text_config.layer_types) != {"full_attention"}:
+        if not all_full(config):
             raise ValueError("sliding-window attention cannot hold a streaming mask: set use_sliding_window to false")
         super().__init__(config)
         # It runs there; stock classes only do not declare it.
@@ -277,8 +278,15 @@ UNLOADABLE = (OSError, ValueError, TypeError, AttributeError, RuntimeError, Stri
 
 
 def load_config(path: str | Path) -> Qwen2_5_VLConfig:
-    """The config of a checkpoint, in a folder or on the hub. Raises InputError where there is none of a Qwen2.5-VL."""
-    return _loaded(path, lambda: Qwen2_5_VLConfig.from_pretrained(path))
+    """The config of a checkpoint, in a folder or on the hub. Raises InputError where there is none of a Qwen2.5-VL that
+    can hold a streaming mask."""
+    config = _loaded(path, Qwen2_5_VLConfig.from_pretrained)
+    if not all_full(config):
+        raise InputError(
+            f"{str(path)!r} has sliding-window attention, which cannot hold a streaming mask: set "
+            "use_sliding_window to false in its config.json"
+        )
+    return config
 
 
 def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
@@ -286,26 +294,33 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
 
     Raises InputError, with the reason in one line, where it cannot be loaded.
     """
+    load_config(path)
     model, report = _loaded(
         path,
-        lambda: Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        lambda folder: Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         ),
     )
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{str(path)!r} lacks {len(missing)} weights, {missing[0]} among them: save it again whole")
+    model.name_or_path = model.config._name_or_path = str(path)  # of a model on the hub its id, not the cache's folder
     # Under ZeRO-3 transformers also keeps renamings that did not apply, and would save weights under names of no one's.
     model._weight_conversions = [renaming for renaming in model._weight_conversions if renaming.was_used()]
     model.model.language_model.set_attn_implementation(implementation)
     return model
 
 
-def _loaded(path: str | Path, load: Callable):
-    folder = Path(path)
-    if os.path.isfile(folder):
-        raise InputError(f"{folder} is a file: give the folder of the checkpoint")
+def all_full(config: Qwen2_5_VLConfig) -> bool:
+    """Whether all layers attend to all tokens."""
+    return set(config.text_config.layer_types) == {"full_attention"}
+
+
+def _loaded(path: str | Path, load: Callable[[Path], Any]) -> Any:
+    if os.path.isfile(path):
+        raise InputError(f"{path} is a file: give the folder of the checkpoint")
+    folder = model_folder(path)
     adapter = os.path.isfile(folder / "adapter_config.json")
-    if os.path.isdir(folder) and not (adapter or os.path.isfile(folder / "config.json")):
+    if not (adapter or os.path.isfile(folder / "config.json")):
         raise InputError(f"{folder} holds no config.json, and so no checkpoint: check the path")
     if adapter and not any(folder.glob("model*.safetensors")):
         raise InputError(
@@ -313,19 +328,17 @@ def _loaded(path: str | Path, load: Callable):
             f"`python -m qwenvl.merge --adapter {folder} --output DIR`, run in code/qwen-vl-finetune"
         )
     try:
-        if not folder.exists() and not isinstance(try_to_load_from_cache(str(path), "config.json"), str):
-            # Without a network this says so at once; loading would try for minutes.
-            HfApi().model_info(str(path), timeout=20)
-        kind = Qwen2_5_VLConfig.get_config_dict(path)[0].get("model_type")
+        kind = Qwen2_5_VLConfig.get_config_dict(folder)[0].get("model_type")
         if kind != Qwen2_5_VLConfig.model_type:  # transformers would take it with a warning
             raise ValueError(f"its config.json is of a model of type {kind}")
-        return load()
+        return load(folder)
     except SafetensorError as error:
         raise InputError(f"the weights in {str(path)!r} are damaged ({error}): copy or download them again") from error
     except torch.OutOfMemoryError:
         raise
-    except (*UNLOADABLE, *HfHubHTTPError.__bases__) as error:
+    except UNLOADABLE as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): check the path, or for a hub id the network"
+            f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): "
+            "name a whole checkpoint of one, or copy it again"
         ) from error

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from .errors import InputError
+from .hub import model_folder
 from .timeline import Layout
 
 QUESTIONS = (
@@ -42,8 +43,9 @@ class Template:
 
 def load_processor(path: str | Path):
     """The processor beside a checkpoint, or on the hub. Raises InputError where there is none, or it is not whole."""
+    folder = model_folder(path)
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(folder)
         make_template(processor, QUESTIONS[-1])  # fails without a chat template, or a tokenizer's vocabulary
         return processor
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, TemplateError) as error:

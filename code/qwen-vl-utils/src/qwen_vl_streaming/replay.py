@@ -29,6 +29,7 @@ from .prompts import clip_pixels, load_processor
 from .record import Record, clip_hash, identity, read_record
 from .session import GREEDY
 from .streaming import Streams, caption
+from .ties import tie_margin
 from .timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Schedule, make_schedule, make_timeline
 from .variants import get_variant
 from .video import PixelBudget, read_video
@@ -52,17 +53,20 @@ class Difference:
     replayed: int
     margin: float
     """By how much the full pass puts the other token's logit, after the penalty, above that of the recorded one; below
-    0 where only the serial run would have written it. Near 0: a tie that the type's rounding decides."""
+    0 where only the serial run would have written it."""
+    allowed: float
+    """A margin up to this is a tie, which the number type's rounding decides: see `tie_margin`."""
 
     def __str__(self) -> str:
         return (
             f"{self.how}: token {self.index} (slot {self.slot}) was {self.recorded}, comes out as {self.replayed}, "
-            f"margin {self.margin:.3g}"
+            f"margin {self.margin:.3g}{', a tie' if abs(self.margin) <= self.allowed else ''}"
         )
 
 
-def replay(record: Record, model, clips: Sequence[Tensor]) -> list[Difference]:
+def replay(record: Record, model, clips: Sequence[Tensor], tie: float | None = None) -> list[Difference]:
     """Where the tokens of `record` come out otherwise; none where all are the same. `clips` are those that were fed.
+    `tie` is the margin up to which a difference is a tie, by default what the model's number type rounds.
 
     The serial run is free: after its first difference it says something else, and only that one is listed. The full
     pass is given the recorded tokens, and says of each what it would have written. Raises InputError where the model
@@ -99,10 +103,11 @@ def replay(record: Record, model, clips: Sequence[Tensor]) -> list[Difference]:
     found = []
     for index, logits in _full_pass(record, model, visual, counts):
         recorded, best = record.tokens[index], int(logits.argmax())
+        allowed = tie_margin(logits, model.dtype) if tie is None else tie
         for how, token in (("serial", serial[index] if index == apart else recorded), ("full pass", best)):
             if token != recorded:
                 margin = float(logits[token] - logits[recorded])
-                found.append(Difference(how, index, record.slots[index], recorded, token, margin))
+                found.append(Difference(how, index, record.slots[index], recorded, token, margin, allowed))
     return found
 
 
@@ -236,11 +241,11 @@ def main() -> None:
     parser.add_argument(
         "--tie",
         type=float,
-        default=0.0,
-        help="differences below this margin are ties: shown, and no failure (default: 0, none is)",
+        help="differences up to this margin are ties: shown, and no failure (default: what the number type rounds, "
+        "1e-4 in float32)",
     )
     arguments = parser.parse_args()
-    if not 0 <= arguments.tie < math.inf:
+    if arguments.tie is not None and not 0 <= arguments.tie < math.inf:
         raise InputError(f"--tie {arguments.tie}: give a margin of at least 0")
     sys.exit(_main(arguments))
 
@@ -253,10 +258,10 @@ def _main(arguments: argparse.Namespace) -> int:
     clips = video_clips(record, load_processor(arguments.model), arguments.video, arguments.clips)
     check_clips(record, clips)
     model = load_model(arguments.model, "sdpa", DTYPES[dtype]).to(arguments.device).eval()
-    differences = replay(record, model, clips)
+    differences = replay(record, model, clips, arguments.tie)
     for difference in differences:
         print(difference)
-    beyond = sum(abs(difference.margin) >= arguments.tie for difference in differences)
+    beyond = sum(abs(difference.margin) > difference.allowed for difference in differences)
     same = f"{len(differences)} differences, {beyond} of them no ties" if differences else "all the same"
     recorded = f"{record.variant}, {record.way}, recorded in {record.model['dtype']}"
     print(f"{len(record.tokens)} tokens, {recorded}, replayed in {dtype}: {same}")

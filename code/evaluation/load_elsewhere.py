@@ -1,0 +1,132 @@
+"""Check that a checkpoint loads under other versions of transformers, and gives the same answers there.
+
+    python code/evaluation/load_elsewhere.py CHECKPOINT --python /path/to/other/venv/bin/python [...]
+
+In this environment and in each of the others, stock transformers alone loads model, processor and tokenizer and
+computes the logits of one question about a picture, given as an image and as a clip of video. Texts, token ids and
+settings must be equal; pixels and logits, in float32, to within --tolerance. Exit status 1 where they are not. An
+environment needs torch, transformers from 4.49 on, and pillow.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+import torch
+import transformers
+
+QUESTION = "What actions can be observed in the video?"
+
+
+@torch.no_grad()
+def answers(checkpoint: str) -> tuple[dict, dict[str, numpy.ndarray]]:
+    """What this environment makes of `checkpoint`: values that must be equal, and arrays that must be close."""
+    from PIL import Image
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+    model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        checkpoint, output_loading_info=True
+    )
+    loaded_as, model = str(model.dtype), model.float().eval()
+    # Of the smallest size that is not resized: the slow and the fast image processor resize differently.
+    pixels = numpy.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=numpy.uint8)
+    content = [{"type": "text", "text": QUESTION}, {"type": "image"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=[text], images=[Image.fromarray(pixels)], return_tensors="pt")
+    ids, patches, grid = inputs["input_ids"], inputs["pixel_values"], inputs["image_grid_thw"]
+    image = model(**inputs)
+    # A clip of two equal frames has the patches of the picture. Its positions are given: transformers 5.3 to 5.23 count
+    # on after a video from elsewhere than the others.
+    clip = torch.where(ids == model.config.image_token_id, model.config.video_token_id, ids)
+    positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
+    video = model(
+        input_ids=clip,
+        pixel_values_videos=patches,
+        video_grid_thw=grid,
+        position_ids=positions,
+        attention_mask=torch.ones_like(ids),
+    )
+    equal = {
+        "missing weights": sorted(report["missing_keys"]),
+        "unexpected weights": sorted(report["unexpected_keys"]),
+        "chat text": text,
+        "token ids": ids.tolist(),
+        "tokenizer's ids": tokenizer(text + " Été 2024 🙂").input_ids,
+        "vocabulary": len(tokenizer),
+        "end of turn": [tokenizer.eos_token, tokenizer.pad_token],
+        "ends of generation": model.generation_config.eos_token_id,
+        "grid": grid.tolist(),
+        "tied": model.config.tie_word_embeddings,
+        "streaming_variant": getattr(model.config, "streaming_variant", None),
+    }
+    close = {"pixels": patches.numpy(), "image logits": image.logits.numpy(), "video logits": video.logits.numpy()}
+    return {"transformers": transformers.__version__, "dtype": loaded_as, "equal": equal}, close
+
+
+def elsewhere(checkpoint: str, python: str) -> tuple[dict, dict[str, numpy.ndarray]]:
+    """`answers` of another environment. Raises RuntimeError with the end of what it said, where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, __file__, checkpoint, "--answer", folder]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise RuntimeError(f"it cannot be run ({error.strerror})") from error
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "it said nothing")
+        told = json.loads((Path(folder) / "equal.json").read_text())
+        with numpy.load(Path(folder) / "close.npz") as arrays:
+            return told, dict(arrays)
+
+
+def differences(ours: tuple[dict, dict], theirs: tuple[dict, dict], tolerance: float) -> list[str]:
+    """A line for each thing in which two environments differ."""
+    found = [
+        f"{name}: {theirs[0]['equal'].get(name)!r:.80}, here {value!r:.80}"
+        for name, value in ours[0]["equal"].items()
+        if theirs[0]["equal"].get(name) != value
+    ]
+    for name, array in ours[1].items():
+        other = theirs[1][name]
+        if array.shape != other.shape:
+            found.append(f"{name}: of shape {other.shape}, here {array.shape}")
+        elif (apart := float(abs(array - other).max())) > tolerance:
+            found.append(f"{name}: {apart:.2g} apart")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder that sft.sh or qwenvl.merge has written")
+    parser.add_argument("--python", nargs="+", default=[], help="the Python of each other environment")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="(default 1e-3)")
+    parser.add_argument("--answer", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    told, arrays = answers(arguments.checkpoint)
+    if arguments.answer:
+        (Path(arguments.answer) / "equal.json").write_text(json.dumps(told))
+        numpy.savez(Path(arguments.answer) / "close.npz", **arrays)
+        return 0
+    print(f"here, transformers {told['transformers']}: {len(arrays['image logits'][0])} tokens")
+    failed = 0
+    for python in arguments.python:
+        try:
+            theirs = elsewhere(arguments.checkpoint, python)
+        except RuntimeError as error:
+            print(f"{python}: FAILS: {error}")
+            failed += 1
+            continue
+        wrong = differences((told, arrays), theirs, arguments.tolerance)
+        apart = max(float(abs(arrays[name] - theirs[1][name]).max()) for name in ("image logits", "video logits"))
+        result = f"DIFFERS: {'; '.join(wrong)}" if wrong else f"the same, logits at most {apart:.1e} apart"
+        print(f"transformers {theirs[0]['transformers']}: {result}")
+        failed += bool(wrong)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
