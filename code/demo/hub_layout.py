@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Qwen2.5-VL's own, letter by letter."""
+"""As in public copies of Qwen2.5-VL's files."""
 GENERATION = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-06, "transformers_version": "4.49.0"}
 PREPROCESSOR = {
     "patch_size": 14,
