@@ -380,7 +380,7 @@ def test_what_is_no_source(command, tmp_path, serve, film):  # noqa: F811
         (("--source", "synthetic", "--keep", tmp_path / "record.json"), "both name"),
         (("--source", "synthetic", "--device", "foo"), "foo is neither cpu nor cuda"),
         (("--source", "synthetic", "--device", "meta"), "meta is neither cpu nor cuda"),
-        (("--source", "synthetic", "--device", "cuda:99"), "cuda:99: PyTorch finds"),
+        (("--source", "synthetic", "--device", "cuda:99"), "--device cuda:99: "),
         (("--source", "synthetic", "--fps", "inf"), "--fps inf"),
         (("--source", "synthetic", "--fps", "1e-9"), "--fps 1e-09"),
         (("--source", "synthetic", "--max-clips", 10**9), "--max-clips 1000000000"),

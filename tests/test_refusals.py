@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwenvl import train
+from qwen_vl_streaming.devices import Devices
+from qwenvl import device, train
 from qwenvl.folder import only_one
 from safetensors.torch import load_file
 from training import finish, flags, history, refused, spoil, start_many
@@ -98,7 +99,7 @@ def test_flags(refusal, more, reason):
 
 
 def test_more_processes_than_gpus(refusal, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device, "look", lambda environment: Devices(1, bfloat16=True))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "2 processes on a machine whose GPUs number 1: lower NPROC_PER_NODE" in refusal("--use_cpu False")
 

@@ -20,10 +20,10 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
 from crew import Crew, LostRun, Place
 from identity import NOT_COMPARED, find_model, keep_arguments
 from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
+from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.variants import get_variant
@@ -255,15 +255,23 @@ def count_processes(settings: Settings) -> tuple[int, int]:
     """Processes to start on this machine, and GPUs to use there. Raises InputError where there are too few of those."""
     gpus = 0
     if settings.device != "cpu":
-        # Asking may start the CUDA runtime, and a process that has started it cannot be forked into others.
+        # Asking starts the CUDA runtime, and a process that has started it cannot be forked into others.
         with ProcessPoolExecutor(1, get_context("fork")) as apart:
-            gpus = apart.submit(torch.cuda.device_count).result()
-        if settings.device and not gpus:
-            raise InputError(f"--device {settings.device}, but no GPU is there: give --device cpu, or leave it out")
-    processes = settings.processes or (1 if ":" in settings.device else max(gpus, 1))
+            devices = apart.submit(look, dict(os.environ)).result()
+        device, line = choose_device(settings.device, devices)
+        if line:
+            logger.info("%s", line)
+        gpus = devices.usable if device != "cpu" else 0
+    processes = settings.processes or (1 if ":" in settings.device or not gpus else slurm_gpus() or gpus)
     if gpus and processes > (1 if ":" in settings.device else gpus):
         raise InputError(f"{processes} processes for {gpus} GPUs: give each its own, or --device cpu")
     return processes, gpus
+
+
+def slurm_gpus() -> int:
+    """GPUs that SLURM gave this job on this machine; 0 where it does not say."""
+    said = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return int(said) if said.isdecimal() else 0
 
 
 def count_loaders(processes: int, device: str) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from identity import ARGUMENTS, find_model, read_arguments
+from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.explain import as_dict
 from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
@@ -119,8 +120,11 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="<variant>_infer.json")
     parser.add_argument("--limit", type=int, help="only the first rows")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="", help=DEVICE_HELP)
     arguments = parser.parse_args()
+    device, line = choose_device(arguments.device, look(os.environ))
+    if line:
+        print(line, file=sys.stderr)
     path = find_path(arguments.file, ROOT, "the result file")
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: give at least 1 row, or leave it out for all")
@@ -139,7 +143,7 @@ def main() -> None:
     checkpoint, variant = find_model(made["model"]), get_variant(made["variant"])
     processor = load_processor(checkpoint)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-    model.to(arguments.device).eval()
+    model.to(device).eval()
     vocabulary = model.config.text_config.vocab_size
     if alien := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
         raise InputError(f"{path}, video {alien[0]!r}: has a token that {checkpoint} does not know: evaluate again")

@@ -12,6 +12,7 @@ from qwen_vl_streaming.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video import PixelBudget
 from transformers import TrainingArguments
 
+from .device import settle_device
 from .limits import MISTAKES, check_after, check_values, check_zero, one_line
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -194,6 +195,8 @@ class SftArguments(TrainingArguments):
 
     def __post_init__(self):
         check_values(self)
+        self.cpu_by_itself = not self.use_cpu  # then a model that is too large for it is refused
+        self.cpu_line = settle_device(self)
         if self.output_dir is not None and not self.output_dir.strip():
             raise InputError("--output_dir is empty: name a folder, or leave it out")
         no_folder = self.output_dir is None

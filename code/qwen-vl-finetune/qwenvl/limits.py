@@ -11,7 +11,6 @@ import torch
 from qwen_vl_streaming.errors import InputError
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.utils import is_torch_bf16_gpu_available
 
 BOUNDS = (
     (
@@ -90,13 +89,8 @@ def check_values(training: TrainingArguments) -> None:
         value = getattr(training, name)
         if value in refused:
             raise InputError(f"--{name} {getattr(value, 'value', value)} does not work here: choose another")
-    if training.bf16 and not training.use_cpu and not is_torch_bf16_gpu_available():
-        raise InputError("--bf16 True: no GPU here computes in bfloat16: give --bf16 False, or --use_cpu True as well")
     if training.dataloader_persistent_workers and not training.dataloader_num_workers:
         raise InputError("--dataloader_persistent_workers True: give --dataloader_num_workers above 0")
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if gpus and not training.use_cpu and here > gpus:
-        raise InputError(f"{here} processes on a machine whose GPUs number {gpus}: lower NPROC_PER_NODE")
 
 
 def check_after(training: TrainingArguments) -> None:

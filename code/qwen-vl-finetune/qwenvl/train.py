@@ -25,6 +25,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
 from .data import IGNORED, Evened, Order, StreamingDataset, collate
+from .device import check_size
 from .folder import check_folder, make_folder, only_one
 from .keeping import CannotSave, KeepingTrainer, add_up, newest_checkpoint, save_whole, saving
 from .parts import check_parts, describe_parts, make_optimizer, make_trainable
@@ -194,6 +195,10 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     implementation = model_arguments.implementation(arguments.device.type == "cuda", packed)
     check_attention(implementation, arguments.device)
     config = load_config(checkpoint)
+    if arguments.cpu_line:
+        if arguments.cpu_by_itself:
+            check_size(config, arguments.cpu_line)
+        logger.info(arguments.cpu_line)
     trained = getattr(config, "streaming_variant", None)
     if trained not in (None, variant.name) and not model_arguments.force:
         raise InputError(

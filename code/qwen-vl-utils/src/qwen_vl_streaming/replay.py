@@ -9,6 +9,7 @@ is not shown by this, only that it does not contradict itself.
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .attention import dense_mask
+from .devices import DEVICE_HELP, choose_device, look
 from .errors import InputError, OneLineParser, run
 from .kept import read_clips
 from .live_source import synthetic_clips
@@ -232,7 +234,7 @@ def main() -> None:
     parser.add_argument("--video", help="the video file (default: the one that the record names)")
     parser.add_argument("--clips", metavar="FILE", help="what a live session has kept with --keep, instead of a video")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as recorded")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="", help=DEVICE_HELP)
     parser.add_argument(
         "--tie",
         type=float,
@@ -242,17 +244,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 <= arguments.tie < math.inf:
         raise InputError(f"--tie {arguments.tie}: give a margin of at least 0")
-    sys.exit(_main(arguments))
+    device, line = choose_device(arguments.device, look(os.environ))
+    if line:
+        print(line, file=sys.stderr)
+    sys.exit(_main(arguments, device))
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def _main(arguments: argparse.Namespace, device: str) -> int:
     record = read_record(arguments.record)
     dtype = arguments.dtype or record.model["dtype"]
     if dtype not in DTYPES:
         raise InputError(f"record {arguments.record} is of type {dtype}: replay it with --dtype {' or '.join(DTYPES)}")
     clips = video_clips(record, load_processor(arguments.model), arguments.video, arguments.clips)
     check_clips(record, clips)
-    model = load_model(arguments.model, "sdpa", DTYPES[dtype]).to(arguments.device).eval()
+    model = load_model(arguments.model, "sdpa", DTYPES[dtype]).to(device).eval()
     differences = replay(record, model, clips)
     for difference in differences:
         print(difference)
