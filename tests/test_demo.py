@@ -8,7 +8,9 @@ from pathlib import Path
 
 import check_flags
 import pytest
+from qwen_vl_streaming import devices
 from qwen_vl_streaming.errors import InputError
+from show import made as made_by_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,3 +100,26 @@ def test_a_finished_variant_is_refused_where_it_was_trained_for_other_steps(tmp_
     (trained / "run.json").unlink()
     with pytest.raises(InputError, match=r"qwen2_5vl-pe-gap holds no run\.json"):
         check(1000)
+
+
+def test_the_demo_names_no_file_that_was_not_made(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    for name in ("dataset", "model", "qwen2_5vl-pe-gap"):
+        (tmp_path / name).mkdir()
+    for name in ("gap_infer.json", "gap_scores.json"):
+        (tmp_path / "evaluation" / name).touch()
+    names = [path.name for _, path in made_by_demo(tmp_path, ["gap"])]
+    assert names == ["dataset", "model", "qwen2_5vl-pe-gap", "gap_infer.json", "gap_scores.json"]
+    (tmp_path / "qwen2_5vl-pe-gap/loss.png").touch()
+    assert ("            loss curve", tmp_path / "qwen2_5vl-pe-gap/loss.png") in list(made_by_demo(tmp_path, ["gap"]))
+
+
+def test_the_demo_says_at_once_that_gpus_cannot_be_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "ask_driver", lambda: devices.Driver(("NVIDIA H100",), "535.129.03"))
+    monkeypatch.setattr(devices, "ask_torch", lambda: devices.Torch("2.14.1", "13.0", fault="CUDA does not start"))
+    command = ["check_flags.py", "--output", str(tmp_path), "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", [*command, "gap"])
+    with pytest.raises(InputError, match=r"needs driver 580 or newer: .*; or give --device cpu to use the CPU"):
+        check_flags.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu", "gap"])
+    check_flags.main()

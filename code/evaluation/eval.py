@@ -149,8 +149,9 @@ def take(work: Work, video_ids: Iterable[str], everyone: int) -> Work:
     return replace(work, rows=left, batch_size=max(1, min(work.batch_size, math.ceil(len(left) / everyone))))
 
 
-def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None) -> None:
-    """Machine 0: see what is left, have it captioned, bring the rows together and score them."""
+def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None, line: str) -> None:
+    """Machine 0: see what is left, have it captioned, bring the rows together and score them. `line` is what to say of
+    the device, if anything."""
     scoring = prepare_scoring(settings)
     work, facts = make_work(settings, processes, gpus)
     out, ids = work.out, [row["video_id"] for row in work.rows]
@@ -159,6 +160,8 @@ def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None) -> No
         left = [video_id for video_id in ids if video_id not in finished]
         if finished:
             logger.info("%d of %d videos were captioned before: going on", len(finished), len(ids))
+        if left and line:
+            logger.info(line)
         token = secrets.token_hex(8)
         if crew and settings.nodes > 1:
             write_whole(shared_mark(out, token), b"")
@@ -220,7 +223,7 @@ def caption_left(work: Work, crew: Crew | None, total: int) -> list[str]:
         return []
 
 
-def assist(settings: Settings, processes: int, gpus: int, crew: Crew) -> None:
+def assist(settings: Settings, processes: int, gpus: int, crew: Crew, line: str) -> None:
     """A machine other than 0: caption what machine 0 says is left."""
     work, facts = make_work(settings, processes, gpus)
     plan = crew.plan()
@@ -229,6 +232,8 @@ def assist(settings: Settings, processes: int, gpus: int, crew: Crew) -> None:
             raise InputError(f"{key} is {facts[key]!r} here and {plan['facts'].get(key)!r} on machine 0: give both one")
     wait_for_mark(shared_mark(work.out, plan["token"]))
     work = take(work, plan["left"], processes * settings.nodes)
+    if line:
+        logger.info(line)
     if lost := crew.work(watch, work, count=len(work.rows), moved=lambda done: None):
         raise LostRun("; ".join(lost))
     logger.info("machine %d has done its part; machine 0 brings the rows together", settings.node_rank)
@@ -251,21 +256,20 @@ def tell_left_out(skipped: Iterable[dict], where: Path) -> None:
         logger.warning("left out %s: %s", row["video_id"], row["reason"])
 
 
-def count_processes(settings: Settings) -> tuple[int, int]:
-    """Processes to start on this machine, and GPUs to use there. Raises InputError where there are too few of those."""
-    gpus = 0
+def count_processes(settings: Settings) -> tuple[int, int, str]:
+    """Processes to start on this machine, GPUs to use there, and a line that tells of the CPU where nobody asked for
+    it. Raises InputError where there are too few of those."""
+    gpus, line = 0, ""
     if settings.device != "cpu":
         # Asking starts the CUDA runtime, and a process that has started it cannot be forked into others.
         with ProcessPoolExecutor(1, get_context("fork")) as apart:
             devices = apart.submit(look, dict(os.environ)).result()
         device, line = choose_device(settings.device, devices)
-        if line:
-            logger.info("%s", line)
         gpus = devices.usable if device != "cpu" else 0
     processes = settings.processes or (1 if ":" in settings.device or not gpus else slurm_gpus() or gpus)
     if gpus and processes > (1 if ":" in settings.device else gpus):
         raise InputError(f"{processes} processes for {gpus} GPUs: give each its own, or --device cpu")
-    return processes, gpus
+    return processes, gpus, line
 
 
 def slurm_gpus() -> int:
@@ -295,13 +299,13 @@ def main() -> None:
         check_captions(path, rows, get_task(settings.task))
         score_rows(rows, path, sibling(path, "scores.json"), count_left_out(path), prepare_scoring(settings))
         return
-    processes, gpus = count_processes(settings)
+    processes, gpus, line = count_processes(settings)
     alone = processes == settings.nodes == 1
     where = (settings.nodes, settings.node_rank, settings.master_addr, settings.master_port)
     try:
         with contextlib.nullcontext() if alone else Crew(processes, *where) as crew:  # before all else: see there
             part = lead if settings.node_rank == 0 else assist
-            part(settings, processes, gpus, crew)
+            part(settings, processes, gpus, crew, line)
     except LostRun as error:
         print(f"error: {error}: {GO_ON}", file=sys.stderr)
         sys.exit(1)

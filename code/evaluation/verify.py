@@ -123,8 +123,6 @@ def main() -> None:
     parser.add_argument("--device", default="", help=DEVICE_HELP)
     arguments = parser.parse_args()
     device, line = choose_device(arguments.device, look(os.environ))
-    if line:
-        print(line, file=sys.stderr)
     path = find_path(arguments.file, ROOT, "the result file")
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: give at least 1 row, or leave it out for all")
@@ -142,6 +140,8 @@ def main() -> None:
 
     checkpoint, variant = find_model(made["model"]), get_variant(made["variant"])
     processor = load_processor(checkpoint)
+    if line:
+        print(line, file=sys.stderr)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     model.to(device).eval()
     vocabulary = model.config.text_config.vocab_size

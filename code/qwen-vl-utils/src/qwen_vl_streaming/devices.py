@@ -95,7 +95,7 @@ def choose_device(asked: str, devices: Devices, cpu: str = "--device cpu") -> tu
     the user where that is the CPU without having been asked for, else an empty one.
 
     Raises InputError for a device that is not there, and for nothing asked where GPUs cannot be used; its line says
-    that `cpu` asks for the CPU.
+    that `cpu` asks for the CPU, where something does.
     """
     kind, _, index = asked.partition(":")
     if asked not in ("", "cpu") and not (kind == "cuda" and (asked == kind or index.isdecimal())):
@@ -103,7 +103,7 @@ def choose_device(asked: str, devices: Devices, cpu: str = "--device cpu") -> tu
     if asked == "cpu":
         return "cpu", ""
     if not devices.usable and devices.why_not:
-        raise InputError(f"{devices.why_not}; or give {cpu} to use the CPU")
+        raise InputError(devices.why_not + (f"; or give {cpu} to use the CPU" if cpu else ""))
     if asked and int(index or 0) >= devices.usable:
         found = f"PyTorch can use {count_gpus(devices.usable)} here" if devices.usable else devices.none
         raise InputError(f"--device {asked}: {found}; give another, or {cpu}")

@@ -169,6 +169,8 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     processor = load_processor(arguments.model)
     template = make_template(processor, arguments.question)
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if arguments.device_line:
+        screen.note(arguments.device_line)
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(own_file(path))
         keeper = arguments.keep and Keeper(stack.enter_context(own_file(arguments.keep)))

@@ -122,9 +122,7 @@ def parse(description: str) -> argparse.Namespace:
     for value, of in zip(arguments.window or (), ("max_clips", "max_new_tokens"), strict=False):
         if not 1 <= value <= LIMITS[of][1]:
             parser.error(f"--window {value} must be from 1 to {LIMITS[of][1]}")
-    device, line = choose_device(arguments.device, look(os.environ))
-    if line:
-        print(line, file=sys.stderr)
+    device, arguments.device_line = choose_device(arguments.device, look(os.environ))
     arguments.device = torch.device(device)
     return arguments
 

@@ -245,18 +245,18 @@ def main() -> None:
     if not 0 <= arguments.tie < math.inf:
         raise InputError(f"--tie {arguments.tie}: give a margin of at least 0")
     device, line = choose_device(arguments.device, look(os.environ))
-    if line:
-        print(line, file=sys.stderr)
-    sys.exit(_main(arguments, device))
+    sys.exit(_main(arguments, device, line))
 
 
-def _main(arguments: argparse.Namespace, device: str) -> int:
+def _main(arguments: argparse.Namespace, device: str, line: str) -> int:
     record = read_record(arguments.record)
     dtype = arguments.dtype or record.model["dtype"]
     if dtype not in DTYPES:
         raise InputError(f"record {arguments.record} is of type {dtype}: replay it with --dtype {' or '.join(DTYPES)}")
     clips = video_clips(record, load_processor(arguments.model), arguments.video, arguments.clips)
     check_clips(record, clips)
+    if line:
+        print(line, file=sys.stderr)
     model = load_model(arguments.model, "sdpa", DTYPES[dtype]).to(device).eval()
     differences = replay(record, model, clips)
     for difference in differences:
