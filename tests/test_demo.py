@@ -45,6 +45,10 @@ def test_demo_in_short_form(tmp_path):
     assert len((output / "dataset/train_3_5.jsonl").read_text().splitlines()) == 24
     assert len((output / "evaluation/group_infer.json").read_text().splitlines()) == 6
     assert "METEOR" in ended.stdout and "1s '" in ended.stdout
+    # In a log no bar, but lines.
+    for line in ("draw: 54/54 videos in", "read: 2/2 shards in", "training: 10/10 steps in", "group: 6/6 videos in"):
+        assert line in ended.stderr
+    assert "\r" not in ended.stderr + ended.stdout and "%|" not in ended.stderr
 
     check, live = (line for line in ended.stdout.splitlines() if "check.py" in line or "qwen_vl_streaming.live" in line)
     ended = run("bash", "-c", f"{live} --speed 4 --record 'live session.json'", cwd=tmp_path)

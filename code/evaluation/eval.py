@@ -26,6 +26,7 @@ from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
+from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.variants import get_variant
 from qwen_vl_streaming.versions import versions
 from qwen_vl_streaming.video import PixelBudget, choose_reader
@@ -46,7 +47,6 @@ from schedules import choose_schedules
 from scorecard import prepare_scoring, score_rows
 from settings import ROOT, Settings, parse
 from tasks import Task, check_captions, get_task, read_row
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from watching import Work, watch
 
@@ -202,17 +202,14 @@ def begin(work: Work, facts: dict) -> set[str]:
 def caption_left(work: Work, crew: Crew | None, total: int) -> list[str]:
     """Caption `work.rows`, the last of `total`, here or by all machines; returns a line for each process lost."""
     before = total - len(work.rows)
-    tty = sys.stderr.isatty()
     with (
         logging_redirect_tqdm(),
-        tqdm(
+        Progress(
             desc=f"watching, {work.variant.name}",
             total=total,
             initial=before,
             unit=" videos",
             smoothing=0,
-            miniters=1,
-            mininterval=0.5 if tty else 30,
             disable=not work.rows,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
         ) as bar,
@@ -292,6 +289,7 @@ def stop(number: int, frame: object) -> None:
 def main() -> None:
     settings = parse(OneLineParser(prog="eval.sh", description=__doc__))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries()
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # that the judge is asked again is no news
     if settings.score_only:
         path = find_path(settings.score_only, ROOT, "the result file")

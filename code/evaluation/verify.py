@@ -19,6 +19,7 @@ from identity import ARGUMENTS, find_model, read_arguments
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.explain import as_dict
+from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.timeline import Timeline, make_schedule, make_timeline
 from qwen_vl_streaming.variants import Variant, get_variant
@@ -26,7 +27,6 @@ from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
 from schedules import NAMED
 from settings import ROOT
-from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
 
 TIE = 1e-4
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first rows")
     parser.add_argument("--device", default="", help=DEVICE_HELP)
     arguments = parser.parse_args()
+    quiet_libraries()
     device, line = choose_device(arguments.device, look(os.environ))
     path = find_path(arguments.file, ROOT, "the result file")
     if arguments.limit is not None and arguments.limit < 1:
@@ -148,7 +149,7 @@ def main() -> None:
     if alien := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
         raise InputError(f"{path}, video {alien[0]!r}: has a token that {checkpoint} does not know: evaluate again")
     right = total = faulty = 0
-    for row in tqdm(rows, unit="video", desc="re-deriving"):
+    for row in Progress(rows, unit="video", desc="re-deriving"):
         source = asked[row["video_id"]]
         template = make_template(processor, source.get("question") or QUESTIONS[-1])
         video = read_video(root / source["video_path"], budget=budget, reader=choose_reader(os.environ))

@@ -16,10 +16,11 @@ from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.attention import make_mask
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.video import choose_reader
 from torch import distributed
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
@@ -110,6 +111,16 @@ class StreamingTrainer(KeepingTrainer):
         return metrics
 
 
+class Steps(ProgressCallback):
+    """Trainer's own, with a bar that a log can hold."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+            self.training_bar = Progress(desc="training", dynamic_ncols=True, **steps)
+        self.current_step = state.global_step
+
+
 def check_attention(implementation: str, device: torch.device) -> None:
     """Raises InputError where the attention `implementation` cannot train on `device`."""
     if "flash" in implementation and not is_flash_attn_2_available():
@@ -139,6 +150,7 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     arguments = groups[-1]
     arguments.output_dir = arguments.output_dir or str(OUTPUT / f"qwen2_5vl-pe-{groups[0].variant}")
+    quiet_libraries(arguments.process_index == 0)
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
     if arguments.deepspeed:
         import deepspeed
@@ -277,6 +289,9 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             skipped=skipped,
         )
         logger.info("%s: %d samples; trains %s", variant.name, len(rows), describe_parts(model, arguments))
+        if not arguments.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(Steps)
         try:
             done = trainer.train_on()
         except CannotSave as error:

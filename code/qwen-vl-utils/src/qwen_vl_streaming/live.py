@@ -49,6 +49,7 @@ from .live_watch import Watch
 from .modeling_qwen2_5_vl import load_config, load_model
 from .pair import Pair, PerceptionLost
 from .passes import Passes
+from .progress import quiet_libraries
 from .prompts import clip_pixels, load_processor, make_template
 from .record import read_record, write_record
 from .replay import DTYPES
@@ -249,6 +250,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
 
 def main() -> None:
     arguments = parse(__doc__)
+    quiet_libraries()
     stop = Stop()
     screen = Screen(sys.stdout, sys.stderr, stop.gone)
     handler = NoteHandler(screen)

@@ -27,6 +27,7 @@ from .live_source import synthetic_clips
 from .modeling_qwen2_5_vl import load_model
 from .plan import Window
 from .positions import timeline_positions
+from .progress import quiet_libraries
 from .prompts import clip_pixels, load_processor
 from .record import Record, clip_hash, identity, read_record
 from .session import GREEDY
@@ -244,6 +245,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 <= arguments.tie < math.inf:
         raise InputError(f"--tie {arguments.tie}: give a margin of at least 0")
+    quiet_libraries()
     device, line = choose_device(arguments.device, look(os.environ))
     sys.exit(_main(arguments, device, line))
 
