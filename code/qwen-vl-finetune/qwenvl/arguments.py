@@ -177,8 +177,10 @@ class SftArguments(TrainingArguments):
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 16
-    bf16: bool = True
-    gradient_checkpointing: bool = True
+    bf16: bool = field(default=True, metadata={"help": "Train in bfloat16, else in float32, as sft.sh does on a CPU."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Compute activations again for the backward pass: less memory, slower."}
+    )
     logging_steps: float = 1
     save_steps: float = 500
     save_total_limit: int | None = field(

@@ -36,6 +36,8 @@ BOUNDS = (
     ("max_steps", lambda value: value == -1 or value > 0, "must be above 0; leave it out for --num_train_epochs"),
 )
 LEAVE = "leave it out"
+UPLOAD = "upload the finished checkpoint with `hf upload`"
+TRACKIO = "it is for Trackio: log with --report_to tensorboard or wandb"
 REFUSED = {
     "accelerator_config": f"it could change the order of data, which a run that goes on relies on: {LEAVE}",
     "auto_find_batch_size": "the order of data hangs on the batch: name a --per_device_train_batch_size that fits",
@@ -52,13 +54,26 @@ REFUSED = {
     "label_smoothing_factor": f"it would take each label for that of the row before: {LEAVE}",
     "metric_for_best_model": f"no checkpoint is chosen by a metric: {LEAVE}",
     "optim_target_modules": f"it is for optimizers that make their own parameter groups: {LEAVE}",
-    "push_to_hub": "upload the finished checkpoint with `hf upload`",
+    "greater_is_better": f"no checkpoint is chosen by a metric: {LEAVE}",
+    "hub_always_push": UPLOAD,
+    "hub_model_id": UPLOAD,
+    "hub_private_repo": UPLOAD,
+    "hub_revision": UPLOAD,
+    "hub_strategy": UPLOAD,
+    "hub_token": UPLOAD,
+    "length_column_name": f"samples are not grouped by length: {LEAVE}",
+    "liger_kernel_config": f"it would replace layers that hold the streaming mask: {LEAVE}",
+    "project": TRACKIO,
+    "push_to_hub": UPLOAD,
     "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint in --output_dir",
     "save_on_each_node": f"all machines write to one --output_dir: {LEAVE}",
     "save_only_model": f"no run could go on from such a checkpoint: {LEAVE}",
     "torch_compile": "compile with --compile_layers True",
     "torch_compile_backend": "compile with --compile_layers True",
     "torch_compile_mode": "compile with --compile_layers True",
+    "trackio_bucket_id": TRACKIO,
+    "trackio_space_id": TRACKIO,
+    "trackio_static_space_id": TRACKIO,
     "use_liger_kernel": f"it would replace layers that hold the streaming mask: {LEAVE}",
 }
 """Flags of transformers that this program cannot do right, and why."""

@@ -20,13 +20,14 @@ from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.video import choose_reader
 from torch import distributed
-from transformers import HfArgumentParser, ProgressCallback
+from transformers import ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
 from .data import IGNORED, Evened, Order, StreamingDataset, collate
 from .device import check_size
+from .flags_help import HelpfulParser
 from .folder import check_folder, make_folder, only_one
 from .keeping import CannotSave, KeepingTrainer, add_up, newest_checkpoint, save_whole, saving
 from .parts import check_parts, describe_parts, make_optimizer, make_trainable
@@ -134,7 +135,7 @@ def speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-class Parser(OneLineParser, HfArgumentParser):
+class Parser(OneLineParser, HelpfulParser):
     """Flags from the three dataclasses, errors in one line."""
 
     def _print_message(self, message, file=None):
