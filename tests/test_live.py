@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -480,6 +481,9 @@ def test_words_that_nobody_takes_any_more(made, tmp_path, lines):
     err = watching.stderr.read()
     assert watching.wait(60) == 141, err
     assert "Traceback" not in err and "Exception" not in err and err.count("Broken pipe") == 1
+    shown = err[err.index("Broken pipe") :]
+    assert "group, fused, wait-3" in shown and "stopped by SIGPIPE" in shown
+    assert re.search(rf"^missed deadlines .*\n(.*\n)*record +{re.escape(str(tmp_path / 'record.json'))}$", shown, re.M)
     record, found = read(tmp_path)
     assert record.end == "cancelled" and 0 < found["clips"] < 300 and found["tokens"] > 0
 
