@@ -6,18 +6,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import eval as evaluation
 import pytest
 import verify
+from evaluating import finish, start
 from qwen_vl_streaming import devices, live, replay
 from qwen_vl_streaming.devices import Devices, Driver, Torch, ask_driver, choose_device, has_kernels, judge
 from qwen_vl_streaming.errors import InputError, run
 from qwenvl import device as training_device
+from qwenvl.device import count_weights
 from scorecard import prepare_scoring
 from settings import Settings
+from tiny import tiny_config, tiny_model
 from training import flags, refused
 from transformers import Qwen2_5_VLConfig
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 H100 = "NVIDIA H100 80GB HBM3"
 EIGHT = Driver((H100,) * 8, "535.129.03")
@@ -312,6 +318,15 @@ def test_evaluation_says_that_it_uses_the_cpu_and_takes_one_process(no_gpu, monk
     assert evaluation.count_processes(Settings(device="cuda:3")) == (1, 4, "")
 
 
+@pytest.mark.skipif(bool(devices.ask_torch().count), reason="a GPU would be used")
+def test_a_run_of_the_evaluation_says_once_that_it_uses_the_cpu(made, tmp_path):
+    for device, times in (("", 1), ("cpu", 0)):
+        log = tmp_path / f"{device}.log"
+        said = finish(start(made, tmp_path / f"out{device}", log, device=device, limit=2, max_new_tokens=4), log)
+        assert said.count("using the CPU\n") == times
+        assert "watching, group: 2/2 videos in" in said and "\r" not in said
+
+
 def test_metrics_ask_for_a_device_only_where_they_need_one(too_old, monkeypatch):
     monkeypatch.setattr("scorecard.check_java", lambda: None)
     monkeypatch.setattr("scorecard.find_checkpoint", lambda name: name)
@@ -337,6 +352,17 @@ def test_training_of_a_large_model_on_a_cpu_has_to_be_asked_for(no_gpu, made, tm
     assert "too large" not in said
 
 
+def test_weights_are_counted_under_zero_3_too():
+    """Where transformers would make and split the weights of any model, and fail on the meta device."""
+    zero = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        count = count_weights(tiny_config(), SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=zero))
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()
+    assert count == tiny_model().num_parameters()
+
+
 def test_a_gpu_without_bfloat16_has_its_own_line(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training_device, "look", lambda environment: Devices(1, bfloat16=False))
     said = refused(flags(made, tmp_path / "out", use_cpu=False, bf16=True), capsys, monkeypatch)
@@ -348,6 +374,17 @@ from qwen_vl_streaming import devices
 devices.ask_driver = lambda: devices.Driver(("NVIDIA H100 80GB HBM3",) * 8, "535.129.03")
 devices.ask_torch = lambda: devices.Torch("2.14.1+cu130", "13.0", fault="the driver on your system is too old")
 """
+
+
+def test_without_a_gpu_the_launcher_hides_what_the_driver_counts(tmp_path):
+    """PyTorch's optimizers ask for the current GPU where NVML counts some, even if CUDA does not start on them."""
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'qwenvl.launch' in sys.orig_argv:\n    print(repr(")
+    with (tmp_path / "sitecustomize.py").open("a") as file:
+        file.write("os.environ['CUDA_VISIBLE_DEVICES']))\n    os._exit(0)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(devices.__file__).parents[1]}"}
+    script = Path(__file__).parents[1] / "code/qwen-vl-finetune/scripts/sft.sh"
+    done = subprocess.run(["bash", script, "--use_cpu", "True"], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["''"], done.stderr
 
 
 def test_the_launcher_refuses_gpus_that_cannot_be_used(tmp_path):

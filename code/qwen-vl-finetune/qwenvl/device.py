@@ -27,19 +27,30 @@ def settle_device(training) -> str:
     return line
 
 
-def check_size(config, line: str) -> None:
+def check_size(config, training, line: str) -> None:
     """Refuse to train a model of this `config` on the CPU without being asked for, after the `line` of
     `settle_device`: a large one would never be done. Raises InputError."""
-    import torch
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    with torch.device("meta"):
-        weights = sum(weight.numel() for weight in Qwen2_5_VLForConditionalGeneration(config).parameters())
+    weights = count_weights(config, training)
     if weights > MOST_ON_CPU:
         raise InputError(
             f"{line}, for which a model of {weights / 1e6:,.0f} million weights is too large: train where "
             f"PyTorch can use a GPU, or give {USE_CPU}"
         )
+
+
+def count_weights(config, training) -> int:
+    """The weights of a model of this `config`, of which none is made."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.integrations import deepspeed
+
+    deepspeed.unset_hf_deepspeed_config()  # under ZeRO-3 transformers would split, and so make them
+    try:
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in Qwen2_5_VLForConditionalGeneration(config).parameters())
+    finally:
+        if training.deepspeed:
+            deepspeed.set_hf_deepspeed_config(training.hf_deepspeed_config)
 
 
 def main() -> None:

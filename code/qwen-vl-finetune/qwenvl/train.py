@@ -210,7 +210,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     config = load_config(checkpoint)
     if arguments.cpu_line:
         if arguments.cpu_by_itself:
-            check_size(config, arguments.cpu_line)
+            check_size(config, arguments, arguments.cpu_line)
         logger.info(arguments.cpu_line)
     trained = getattr(config, "streaming_variant", None)
     if trained not in (None, variant.name) and not model_arguments.force:

@@ -23,6 +23,8 @@ fi
 gpus=$("$python" -m qwenvl.device "$@") || exit
 type=()
 if [ "$gpus" -eq 0 ]; then
+  # PyTorch's optimizers ask for the current GPU where the driver counts some, even if CUDA does not start on them.
+  export CUDA_VISIBLE_DEVICES=
   # Threads that spin while they wait would take the cores from the processes that decode videos.
   export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
   type=(--bf16 False)
