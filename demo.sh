@@ -6,16 +6,17 @@
 #   QWEN2_5_VL_VARIANT=all bash demo.sh                   all six, one after the other
 #   bash demo.sh --steps 4000 --output demo_output/long   longer training: motion is learnt last
 #
-# Further flags: --output DIR (default demo_output beside this script), --train-videos N, --test-videos N, --steps N.
+# Further flags: --output DIR (default demo_output beside this script), --train-videos N, --test-videos N, --steps N,
+# --device cpu (default: a GPU where there is one).
 # Everything it makes lies in the output folder; started again, it goes on from what was finished.
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
-output=$PWD/demo_output train_videos=1200 test_videos=120 steps=1000
+output=$PWD/demo_output train_videos=1200 test_videos=120 steps=1000 device=
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
-    --output | --train-videos | --test-videos | --steps)
+    --output | --train-videos | --test-videos | --steps | --device)
       if [ -z "${2:-}" ]; then echo "error: $1 needs a value (see --help)" >&2; exit 2; fi
       name=${1#--}
       printf -v "${name//-/_}" '%s' "$2"
@@ -29,13 +30,19 @@ for name in train_videos test_videos steps; do
     exit 2
   fi
 done
+on_cpu=() train_on_cpu=()
+case $device in
+  "") ;;
+  cpu) on_cpu=(--device cpu) train_on_cpu=(--use_cpu True) ;;
+  *) echo "error: --device $device: give cpu, or leave it out for a GPU where there is one" >&2; exit 2 ;;
+esac
 case $output in /*) ;; *) output=$caller/$output ;; esac
 variants=${QWEN2_5_VL_VARIANT:-group}
 [ "$variants" != all ] || variants="origin batch interleave overlap group gap"
 began=$SECONDS
 . code/setup.sh
 export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
-"$python" code/demo/check_flags.py --output "$output" --steps "$steps" $variants
+"$python" code/demo/check_flags.py --output "$output" --steps "$steps" "${on_cpu[@]}" $variants
 if ! mkdir -p "$output" 2>/dev/null || [ ! -w "$output" ]; then
   echo "error: --output $output is no folder that can be written: name another" >&2
   exit 2
@@ -64,12 +71,13 @@ for variant in $variants; do
       --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --weight_decay 0.01 \
       --adam_beta2 0.98 --tune_mm_vision True --gradient_checkpointing False --logging_steps 10 \
       --min_pixels_per_frame 3136 --max_pixels_per_frame 7056 \
-      --keep_frames True --dataloader_num_workers 2 --dataloader_persistent_workers True
+      --keep_frames True --dataloader_num_workers 2 --dataloader_persistent_workers True \
+      "${train_on_cpu[@]}"
   fi
   step "5. eval.sh: let $variant watch and speak"
   QWEN2_5_VL_EVAL_MODEL_PATH=$trained QWEN2_5_VL_EVAL_DATA_DIR=$data/test_3_5.jsonl \
     QWEN2_5_VL_EVAL_OUTPUT_DIR=$output/evaluation \
-    bash eval.sh --batch-size 8
+    bash eval.sh --batch-size 8 "${on_cpu[@]}"
 done
 
 step "6. What came out"

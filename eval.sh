@@ -3,7 +3,7 @@
 # nodes. Further flags go to code/evaluation/eval.py and override what is set here; `bash eval.sh --help` lists them all,
 # and the environment variables that they default to.
 #
-#   NPROC_PER_NODE (default: the GPUs that are there, else 1) NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+#   NPROC_PER_NODE (default: the GPUs that PyTorch can use, else 1) NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 #                          under `srun --ntasks-per-node=1` SLURM's own variables are their defaults
 #
 # On several nodes, run the same command on each; the output folder must lie where all of them reach it.
@@ -28,7 +28,7 @@ if [ -z "${MASTER_ADDR:-}" ] && [ "$nnodes" -gt 1 ] && [ -n "${SLURM_JOB_NODELIS
     master=$(sed -E 's/^([^[,]*)(\[([0-9]+)[^]]*\])?.*/\1\3/' <<<"$SLURM_JOB_NODELIST")
   fi
 fi
-command=("$python" "$root/code/evaluation/eval.py" --processes "${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}")
+command=("$python" "$root/code/evaluation/eval.py" --processes "${NPROC_PER_NODE:-0}")
 if [ "$nnodes" -gt 1 ]; then
   command+=(
     --nodes "$nnodes" --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}"

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import check_flags
 import pytest
+from qwen_vl_streaming import devices
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.positions import RULE
+from show import made as made_by_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +46,10 @@ def test_demo_in_short_form(tmp_path):
     assert len((output / "dataset/train_3_5.jsonl").read_text().splitlines()) == 24
     assert len((output / "evaluation/group_infer.json").read_text().splitlines()) == 6
     assert "METEOR" in ended.stdout and "1s '" in ended.stdout
+    # In a log no bar, but lines.
+    for line in ("draw: 54/54 videos in", "read: 2/2 shards in", "training: 10/10 steps in", "group: 6/6 videos in"):
+        assert line in ended.stderr
+    assert "\r" not in ended.stderr + ended.stdout and "%|" not in ended.stderr
 
     check, live = (line for line in ended.stdout.splitlines() if "check.py" in line or "qwen_vl_streaming.live" in line)
     ended = run("bash", "-c", f"{live} --speed 4 --record 'live session.json'", cwd=tmp_path)
@@ -99,3 +105,26 @@ def test_a_finished_variant_is_refused_where_it_was_trained_for_other_steps(tmp_
     (trained / "run.json").unlink()
     with pytest.raises(InputError, match=r"qwen2_5vl-pe-gap holds no run\.json"):
         check(1000)
+
+
+def test_the_demo_names_no_file_that_was_not_made(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    for name in ("dataset", "model", "qwen2_5vl-pe-gap"):
+        (tmp_path / name).mkdir()
+    for name in ("gap_infer.json", "gap_scores.json"):
+        (tmp_path / "evaluation" / name).touch()
+    names = [path.name for _, path in made_by_demo(tmp_path, ["gap"])]
+    assert names == ["dataset", "model", "qwen2_5vl-pe-gap", "gap_infer.json", "gap_scores.json"]
+    (tmp_path / "qwen2_5vl-pe-gap/loss.png").touch()
+    assert ("            loss curve", tmp_path / "qwen2_5vl-pe-gap/loss.png") in list(made_by_demo(tmp_path, ["gap"]))
+
+
+def test_the_demo_says_at_once_that_gpus_cannot_be_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "ask_driver", lambda: devices.Driver(("NVIDIA H100",), "535.129.03"))
+    monkeypatch.setattr(devices, "ask_torch", lambda: devices.Torch("2.14.1", "13.0", fault="CUDA does not start"))
+    command = ["check_flags.py", "--output", str(tmp_path), "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", [*command, "gap"])
+    with pytest.raises(InputError, match=r"needs driver 580 or newer: .*; or give --device cpu to use the CPU"):
+        check_flags.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu", "gap"])
+    check_flags.main()

@@ -216,7 +216,7 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         (["--schedule", "random-0"], "give wait-K, random, random-K"),
         (["--memory", "0"], "GiB above 0"),
         (["--nodes", "2", "--node-rank", "2"], "ranks run from 0"),
-        (["--device", "cuda:7", "--processes", "1"], "no GPU is there"),
+        (["--device", "cuda:7", "--processes", "1"], "no GPU is here"),
         (["--output-dir", str(tmp_path / "twice.jsonl")], "cannot be written"),
     ):
         assert reason in refused(evaluate, capsys, *flags), flags

@@ -43,11 +43,11 @@ def launch(tmp_path):
         ({}, "0", None, None, None, None),
         ({"NPROC_PER_NODE": "2", "MASTER_PORT": "1234"}, "2", None, None, None, None),
         ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}, "0", "2", "1", "10.0.0.1", "29500"),
-        (SLURM, "8", "3", "2", "gpu07", "29821"),
-        ({**SLURM, "SLURM_JOB_NODELIST": "a-1,b-2", "MASTER_PORT": "7"}, "8", "3", "2", "a-1", "7"),
-        ({**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "8", None, None, None, None),
+        (SLURM, "0", "3", "2", "gpu07", "29821"),
+        ({**SLURM, "SLURM_JOB_NODELIST": "a-1,b-2", "MASTER_PORT": "7"}, "0", "3", "2", "a-1", "7"),
+        ({**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "0", None, None, None, None),
         ({**SLURM, "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "x", "NPROC_PER_NODE": "1"}, *"121x", "29821"),
-        ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "8", "3", "2", "first.host", "29821"),
+        ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "0", "3", "2", "first.host", "29821"),
     ],
 )
 def test_where_and_how_many(launch, environment, processes, nodes, rank, address, port):

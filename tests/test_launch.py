@@ -26,20 +26,20 @@ SLURM = {
 }
 
 
-PYTHON = 'case "$1 $2" in -c*socket*) echo 40123 ;; -c*) echo 4 ;; esac'
+PYTHON = 'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device") echo {gpus} ;; esac'
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs sft.sh where `python` only says 4 GPUs and a free port. Returns status, the launcher's flags, and stderr."""
+    """Runs sft.sh where `python` only says `gpus` and a free port. Returns status, the launcher's flags, and stderr."""
     script = tmp_path / "code/qwen-vl-finetune/scripts/sft.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)
     programs = tmp_path / "bin"
     programs.mkdir()
 
-    def run(scontrol: str | None = None, **environment: str):
-        for name, says in (("python", PYTHON), ("scontrol", scontrol or "exit 1")):
+    def run(scontrol: str | None = None, gpus: int = 4, **environment: str):
+        for name, says in (("python", PYTHON.format(gpus=gpus)), ("scontrol", scontrol or "exit 1")):
             (programs / name).write_text(f"#!/bin/sh\n{says}\n")
             (programs / name).chmod(0o755)
         path = f"{programs}:{os.environ['PATH']}"
@@ -68,6 +68,12 @@ def test_where_and_how_many(launch, environment, nproc, nnodes, rank, address, p
     assert (status, said) == (0, "")
     names = ("--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port")
     assert tuple(flags[name] for name in names) == (nproc, nnodes, rank, address, port)
+
+
+def test_a_cpu_has_one_process_whatever_slurm_says(launch):
+    for environment, processes in (({}, "1"), ({"NPROC_PER_NODE": "2"}, "2")):
+        status, flags, _ = launch(gpus=0, **SLURM, **environment)
+        assert (status, flags["--nproc_per_node"], flags["--bf16"]) == (0, processes, "False")
 
 
 def test_one_task_a_node(launch):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -380,7 +381,7 @@ def test_what_is_no_source(command, tmp_path, serve, film):  # noqa: F811
         (("--source", "synthetic", "--keep", tmp_path / "record.json"), "both name"),
         (("--source", "synthetic", "--device", "foo"), "foo is neither cpu nor cuda"),
         (("--source", "synthetic", "--device", "meta"), "meta is neither cpu nor cuda"),
-        (("--source", "synthetic", "--device", "cuda:99"), "cuda:99: PyTorch finds"),
+        (("--source", "synthetic", "--device", "cuda:99"), "--device cuda:99: "),
         (("--source", "synthetic", "--fps", "inf"), "--fps inf"),
         (("--source", "synthetic", "--fps", "1e-9"), "--fps 1e-09"),
         (("--source", "synthetic", "--max-clips", 10**9), "--max-clips 1000000000"),
@@ -480,6 +481,9 @@ def test_words_that_nobody_takes_any_more(made, tmp_path, lines):
     err = watching.stderr.read()
     assert watching.wait(60) == 141, err
     assert "Traceback" not in err and "Exception" not in err and err.count("Broken pipe") == 1
+    shown = err[err.index("Broken pipe") :]
+    assert "group, fused, wait-3" in shown and "stopped by SIGPIPE" in shown
+    assert re.search(rf"^missed deadlines .*\n(.*\n)*record +{re.escape(str(tmp_path / 'record.json'))}$", shown, re.M)
     record, found = read(tmp_path)
     assert record.end == "cancelled" and 0 < found["clips"] < 300 and found["tokens"] > 0
 

@@ -5,12 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from qwenvl import train
+from qwen_vl_streaming.devices import Devices
+from qwenvl import device, train
+from qwenvl.arguments import DataArguments, ModelArguments, SftArguments
 from qwenvl.folder import only_one
+from qwenvl.limits import REFUSED
 from safetensors.torch import load_file
 from training import finish, flags, history, refused, spoil, start_many
 
@@ -97,8 +101,36 @@ def test_flags(refusal, more, reason):
     assert reason in refusal(more)
 
 
+def test_help_shows_what_works_by_groups_ours_first(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sft.sh", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        train.parse()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and max(map(len, said.splitlines())) <= 120
+    titles = re.findall(r"^(\S.*):$", said, re.MULTILINE)
+    assert titles == ["model", "data", "recipe and output", "run", "the other flags of transformers' TrainingArguments"]
+    shown = re.findall(r"^  --(\w+)", said, re.MULTILINE)
+    assert shown[0] == "model_name_or_path" and len(shown) == len(set(shown)) > 100
+    kinds = ModelArguments, DataArguments, SftArguments
+    every = {field.name for kind in kinds for field in fields(kind) if field.init}
+    assert set(shown) == every - REFUSED.keys() and REFUSED.keys() <= every
+    for name, text in (
+        ("bf16", "(default: True)"), ("tune_mm_llm", "(default: True)"), ("learning_rate", "(default: 2e-05)"),
+        ("lr_scheduler_type", "(default: cosine)"), ("output_dir", "qwen2_5vl-pe-<variant>"),
+    ):  # fmt: skip
+        assert text in re.search(rf"^  --{name} (.*\n(?:   .*\n)*)", said, re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_refused_flag_is_refused_with_what_to_do(refusal, name):
+    (field,) = (field for field in fields(SftArguments) if field.name == name)
+    others = {"label_smoothing_factor": "0.5", "hub_strategy": "end", "liger_kernel_config": ""}
+    value = str(not field.default) if "bool" in str(field.type) else "{}"
+    assert refusal(f"--{name}={others.get(name, value)}").endswith(f": {REFUSED[name]}")
+
+
 def test_more_processes_than_gpus(refusal, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device, "look", lambda environment: Devices(1, bfloat16=True))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "2 processes on a machine whose GPUs number 1: lower NPROC_PER_NODE" in refusal("--use_cpu False")
 

@@ -272,11 +272,13 @@ def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
         said = capsys.readouterr()
         return end.value.code, said.out, said.err
 
-    code, out, _ = command(path, "--model", folder)
+    code, out, err = command(path, "--model", folder)
     assert (code, out) == (
         0,
         f"{len(written)} tokens, gap, fused, recorded in float32, replayed in float32: all the same\n",
     )
+    assert torch.cuda.is_available() or err.endswith("using the CPU\n")
+    assert command(path, "--model", folder, "--device", "cpu")[2] == ""
     other = json.loads(data.read_text().splitlines()[1])["video_path"]
     for arguments, match in (
         ((path, "--model", folder, "--video", other), "clip"),

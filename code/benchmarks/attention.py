@@ -29,7 +29,7 @@ from qwen_vl_streaming.packed import Packed, blocks_of
 from qwen_vl_streaming.pages import Pages
 from qwen_vl_streaming.views import PIECES, View, flex_in_shares, shares_of
 from torch import Tensor
-from training import SHAPES, make_config, seconds
+from training import SHAPES, find_device, make_config, seconds
 
 NAMES = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
 TRIED = (
@@ -81,7 +81,7 @@ CPU_SHAPES = Shape("words", 0, 0, 2, 140), Shape("clip", 1, 9, 1, 140), Shape("c
 
 class Bench:
     def __init__(self, size: str):
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = find_device()
         self.config = (tiny_config() if size == "tiny" else make_config(size, None)).text_config
         self.layers, self.heads = self.config.num_hidden_layers, self.config.num_attention_heads
         self.groups = self.heads // self.config.num_key_value_heads

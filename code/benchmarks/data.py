@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 from pe_video.tokens import QWEN_SPLIT
 from qwen_vl_streaming.errors import OneLineParser, run
+from qwen_vl_streaming.progress import Progress
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def make_rows(folder: Path, count: int, seed: int) -> list[str]:
     weights = [1 / (rank + 10) for rank in range(len(words))]
     folder.mkdir(parents=True)
     captions = []
-    for number in tqdm(range(count), desc="make rows", unit="row"):
+    for number in Progress(range(count), desc="make rows", unit="row"):
         caption = "The video shows " + " ".join(draw.choices(words, weights, k=draw.randint(25, 90))) + "."
         data = {
             "category": "animals",

@@ -25,7 +25,7 @@ from qwen_vl_streaming.plan import make_plan
 from qwen_vl_streaming.prompts import Template
 from qwen_vl_streaming.timeline import NOTHING, make_schedule
 from qwen_vl_streaming.variants import VARIANTS, Variant
-from training import ANSWER, CLIPS, GRID, LAYOUT, SHAPES, make_config, seconds
+from training import ANSWER, CLIPS, GRID, LAYOUT, SHAPES, find_device, make_config, seconds
 
 PUBLISHED = {"group": 3.9, "interleave": 3.7}
 """Seconds a video of the published code on one H200, by an earlier measurement of ours on the same work."""
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="batches that are timed")
     parser.add_argument("--words", type=int, default=ANSWER, help="fewer words, to try the command out")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
     config = make_config(arguments.size, arguments.layers)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):

@@ -24,9 +24,9 @@ from pe_video import stages
 from pe_video.rules import KEPT, Rules
 from pe_video.sources import FOLDER, TAR, Unit
 from qwen_vl_streaming.errors import OneLineParser, run
+from qwen_vl_streaming.progress import Progress
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from tqdm import tqdm
 
 SECONDS_PER_INPUT = 10
 MEMORY_MIB = 256
@@ -173,7 +173,7 @@ def fuzz(folder: Path, shards: int, jsons: int, seed: int) -> int:
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     allowed = {folder / "tokenizer.json", source / "input"}
     signal.signal(signal.SIGALRM, too_long)
-    for number in tqdm(range(shards + jsons), desc="fuzz", unit="input"):
+    for number in Progress(range(shards + jsons), desc="fuzz", unit="input"):
         draw = random.Random(f"{seed}:{number}")
         if number < shards:
             whole = draw.choice(tars)

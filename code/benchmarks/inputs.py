@@ -20,7 +20,7 @@ import torch
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
 from qwen_vl_streaming.prompts import load_processor
-from training import ANSWER, make_config
+from training import ANSWER, find_device, make_config
 
 MAKE_MODEL = Path(__file__).resolve().parents[1] / "demo/make_model.py"
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ha", "jin", "kel", "lor", "man", "nes", "pol", "qui", "ras", "ten", "wan")
@@ -131,7 +131,7 @@ def make_checkpoint(size: str, layers: int | None, folder: Path) -> Path:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config.text_config, name, getattr(small.text_config, name))
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device(find_device()):
         model = Qwen2_5_VLForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     beside = folder / f".{checkpoint.name}.part"

@@ -25,7 +25,7 @@ from qwen_vl_streaming.session import Session, open_session
 from qwen_vl_streaming.timeline import Layout
 from qwen_vl_streaming.variants import Variant
 from torch import Tensor
-from training import GRID, PROMPT, make_config
+from training import GRID, PROMPT, find_device, make_config
 from transformers import Qwen2_5_VLConfig
 
 TEMPLATE = Template(tuple(range(PROMPT)), (1, 2, 3), (4, 5, 6), 7, -1)
@@ -90,9 +90,9 @@ class Bench:
     kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        self.other = "cuda:1" if torch.cuda.is_available() else "cpu"
-        if "pipelined" in self.ways and torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        on_gpu = find_device() == "cuda"
+        self.device, self.other = ("cuda:0", "cuda:1") if on_gpu else ("cpu", "cpu")
+        if "pipelined" in self.ways and on_gpu and torch.cuda.device_count() < 2:
             raise InputError("pipelined needs two GPUs, and there is one: leave it out with --ways serial fused")
         if self.size != "tiny" and self.device == "cpu":
             raise InputError(f"--size {self.size} needs a GPU: on a CPU give --size tiny")

@@ -39,7 +39,7 @@ from qwen_vl_streaming.prompts import QUESTIONS, answer_ids, load_processor, mak
 from qwen_vl_streaming.timeline import make_schedule, make_timeline
 from qwen_vl_streaming.variants import VARIANTS, get_variant
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import GRID, SHAPES, flops, seconds
+from training import GRID, SHAPES, find_device, flops, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 FINETUNE = ROOT / "code/qwen-vl-finetune"
@@ -86,7 +86,7 @@ def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Pa
         **BUDGET,
         "max_pixels_per_video": 2 * arguments.seconds * BUDGET["max_pixels_per_frame"],
     }
-    cpu = not torch.cuda.is_available()
+    cpu = arguments.device == "cpu"
     if cpu or arguments.float32:
         flags["bf16"] = False
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)] + further
@@ -201,6 +201,7 @@ def main() -> None:
             )
     if len({chosen.name for chosen in runs}) < len(runs):
         raise InputError(f"--runs {' '.join(arguments.runs)}: name each one once")
+    arguments.device = find_device()
     with tempfile.TemporaryDirectory() as name:
         arguments.folder = (arguments.folder or Path(name)).resolve()
         arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -214,7 +215,7 @@ def main() -> None:
 def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data: Path, caption: str) -> bool:
     """Train by all runs and print what they did; False where one of them failed."""
     peak, name = float("nan"), "CPU"
-    if torch.cuda.is_available():
+    if arguments.device == "cuda":
         name = torch.cuda.get_device_name()
         a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
         peak = 2 * 8192**3 / seconds(lambda: a @ b, 20, "cuda")

@@ -12,10 +12,13 @@ The embedding is a look-up and counts nothing; the output matrix counts for rows
 """
 
 import argparse
+import os
+import sys
 import time
 
 import torch
 from qwen_vl_streaming.attention import dense_mask, make_mask
+from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.errors import OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, VisionAttention
 from qwen_vl_streaming.positions import timeline_positions
@@ -131,6 +134,14 @@ def seconds(work, repeats: int, device: str) -> float:
     return (time.perf_counter() - began) / repeats
 
 
+def find_device() -> str:
+    """cuda, or cpu where there is no GPU, which is said. Raises InputError where there is one that cannot be used."""
+    device, line = choose_device("", look(os.environ), cpu="")
+    if line:
+        print(line, file=sys.stderr)
+    return device
+
+
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="3B")
@@ -146,7 +157,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, to try the command out")
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
     config = make_config(arguments.size, arguments.layers)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.progress import quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.streaming import Streams, caption
 from qwen_vl_streaming.timeline import make_schedule
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--variant", default="group")
     parser.add_argument("--videos", type=int, default=10, help="videos whose pixels are changed")
     arguments = parser.parse_args()
+    quiet_libraries()
     variant, output = get_variant(arguments.variant), arguments.output
     captions = output / f"evaluation/{variant.name}_infer.json"
     if not captions.exists():

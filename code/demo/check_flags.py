@@ -1,8 +1,11 @@
-"""Refuses in one line, before the demo makes anything, an unknown variant, and one that was trained for other steps."""
+"""Refuses in one line, before the demo makes anything, an unknown variant, one that was trained for other steps, and a
+GPU that is there and cannot be used."""
 
 import json
+import os
 from pathlib import Path
 
+from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.variants import get_variant
 
@@ -25,8 +28,10 @@ def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the demo")
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps that were asked for")
+    parser.add_argument("--device", default="", help=DEVICE_HELP)
     parser.add_argument("variants", nargs="+")
     arguments = parser.parse_args()
+    choose_device(arguments.device, look(os.environ))
     for variant in arguments.variants:
         check_steps(arguments.output, get_variant(variant).name, arguments.steps)
 

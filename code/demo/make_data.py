@@ -25,8 +25,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.progress import Progress
 from scenes import OPENING, OTHER_OPENING, Scene, count_words, draw, make_scene
-from tqdm import tqdm
 
 RATE = (3.1, 4.4)
 """Words a second of an ordinary caption; the filter keeps 3 to 5."""
@@ -199,12 +199,17 @@ def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -
                 shards[path] = samples[start : start + config.shard_videos]
 
     todo = [sample for samples in shards.values() for sample in samples]
-    with _mapper(workers if len(todo) > 1 else 1) as each:
-        done = iter(
-            tqdm(each(partial(render, size=config.size), todo), "videos", len(todo), disable=not (progress and todo))
-        )
+    bar = Progress(total=len(todo), desc="draw", unit="video", disable=not progress)
+    with bar, _mapper(workers if len(todo) > 1 else 1) as each:
+        rendered = iter(each(partial(render, size=config.size), todo))
+
+        def take() -> tuple[Sample, bytes, dict]:
+            one = next(rendered)
+            bar.update()
+            return one
+
         for path, samples in shards.items():
-            _write(path, _tar(next(done) for _ in samples))
+            _write(path, _tar(take() for _ in samples))
     rows = [json.dumps(truth(sample)) + "\n" for samples in splits.values() for sample in samples]
     _write(config.output / "truth.jsonl", "".join(rows).encode())
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from hub_layout import write_checkpoint
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.progress import quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS
 from scenes import make_scene
 from tokenizers import AddedToken, pre_tokenizers, trainers
@@ -223,6 +224,7 @@ def main() -> None:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(default), default=default, help=f"(default {default})")
     arguments = vars(parser.parse_args())
+    quiet_libraries()
     data, output, seed = (arguments.pop(name) for name in ("data", "output", "seed"))
     shape = ModelShape(**arguments)
     if output.exists():

@@ -5,6 +5,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from check import named
@@ -24,6 +25,24 @@ def told_by_second(row: dict, tokenizer) -> str:
     return "  ".join(
         f"{slot}s {tokenizer.decode(tokens, skip_special_tokens=True).strip()!r}" for slot, tokens in pieces.items()
     )
+
+
+def made(output: Path, variants: list[str]) -> Iterator[tuple[str, Path]]:
+    """What there is in `output`, each with its path. A run of few steps logs no loss, and so draws none."""
+    entries = [
+        ("videos and captions", output / "dataset"),
+        ("what was kept of them", output / "dataset/report.png"),
+        ("untrained model", output / "model"),
+    ]
+    for variant in variants:
+        trained, evaluation = output / f"qwen2_5vl-pe-{variant}", output / "evaluation"
+        entries += [
+            (f"{variant:<11} checkpoint", trained),
+            (f"{'':<11} loss curve", trained / "loss.png"),
+            (f"{'':<11} captions", evaluation / f"{variant}_infer.json"),
+            (f"{'':<11} scores", evaluation / f"{variant}_scores.json"),
+        ]
+    return ((what, path) for what, path in entries if path.exists())
 
 
 def command(*arguments: str | Path) -> str:
@@ -56,15 +75,8 @@ def show(output: Path, variants: list[str], examples: int = 3) -> None:
             print(f"    written    {told_by_second(row, tokenizer)}")
 
     print("\nwhat was made:")
-    print(f"  videos and captions   {output / 'dataset'}")
-    print(f"  what was kept of them {output / 'dataset/report.png'}")
-    print(f"  untrained model       {output / 'model'}")
-    for variant in variants:
-        trained = output / f"qwen2_5vl-pe-{variant}"
-        print(f"  {variant:<11} checkpoint {trained}")
-        print(f"  {'':<11} loss curve {trained / 'loss.png'}")
-        print(f"  {'':<11} captions   {evaluation / f'{variant}_infer.json'}")
-        print(f"  {'':<11} scores     {evaluation / f'{variant}_scores.json'}")
+    for what, path in made(output, variants):
+        print(f"  {what:<22} {path}")
     print("\nnext: does it look at the video? Ask it:")
     check = [Path(__file__).resolve().with_name("check.py"), "--output", output, "--variant", variants[0]]
     print(f"  {command(*check)}")

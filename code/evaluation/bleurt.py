@@ -18,11 +18,11 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.hub import WEIGHTS, from_hub
+from qwen_vl_streaming.progress import Progress
 from safetensors import SafetensorError
 from scoring import NotComputed
 from settings import ROOT
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import RemBertConfig, RemBertForSequenceClassification
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def bleurt(
         logger.warning("BLEURT reads at most %d tokens of a caption and its reference: %d reach that", longest, full)
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]), reverse=True)
     values = [0.0] * len(encoded)
-    with torch.no_grad(), tqdm(total=len(order), unit="caption", desc=f"BLEURT on {device}") as bar:
+    with torch.no_grad(), Progress(total=len(order), unit="caption", desc=f"BLEURT on {device}") as bar:
         for begin in range(0, len(order), batch_size):
             batch = order[begin : begin + batch_size]
             ids, segments = (

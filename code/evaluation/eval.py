@@ -20,14 +20,15 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
 from crew import Crew, LostRun, Place
 from identity import NOT_COMPARED, find_model, keep_arguments
 from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
+from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.positions import RULE
+from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.trained import check_trained
 from qwen_vl_streaming.variants import get_variant
 from qwen_vl_streaming.versions import versions
@@ -49,7 +50,6 @@ from schedules import choose_schedules
 from scorecard import prepare_scoring, score_rows
 from settings import ROOT, Settings, parse
 from tasks import Task, check_captions, get_task, read_row
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from watching import Work, watch
 
@@ -149,8 +149,9 @@ def take(work: Work, video_ids: Iterable[str], everyone: int) -> Work:
     return replace(work, rows=left, batch_size=max(1, min(work.batch_size, math.ceil(len(left) / everyone))))
 
 
-def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None) -> None:
-    """Machine 0: see what is left, have it captioned, bring the rows together and score them."""
+def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None, line: str) -> None:
+    """Machine 0: see what is left, have it captioned, bring the rows together and score them. `line` is what to say of
+    the device, if anything."""
     scoring = prepare_scoring(settings)
     work, facts = make_work(settings, processes, gpus)
     out, ids = work.out, [row["video_id"] for row in work.rows]
@@ -159,6 +160,8 @@ def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None) -> No
         left = [video_id for video_id in ids if video_id not in finished]
         if finished:
             logger.info("%d of %d videos were captioned before: going on", len(finished), len(ids))
+        if left and line:
+            logger.info(line)
         token = secrets.token_hex(8)
         if crew and settings.nodes > 1:
             write_whole(shared_mark(out, token), b"")
@@ -199,17 +202,14 @@ def begin(work: Work, facts: dict) -> set[str]:
 def caption_left(work: Work, crew: Crew | None, total: int) -> list[str]:
     """Caption `work.rows`, the last of `total`, here or by all machines; returns a line for each process lost."""
     before = total - len(work.rows)
-    tty = sys.stderr.isatty()
     with (
         logging_redirect_tqdm(),
-        tqdm(
+        Progress(
             desc=f"watching, {work.variant.name}",
             total=total,
             initial=before,
             unit=" videos",
             smoothing=0,
-            miniters=1,
-            mininterval=0.5 if tty else 30,
             disable=not work.rows,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
         ) as bar,
@@ -220,7 +220,7 @@ def caption_left(work: Work, crew: Crew | None, total: int) -> list[str]:
         return []
 
 
-def assist(settings: Settings, processes: int, gpus: int, crew: Crew) -> None:
+def assist(settings: Settings, processes: int, gpus: int, crew: Crew, line: str) -> None:
     """A machine other than 0: caption what machine 0 says is left."""
     work, facts = make_work(settings, processes, gpus)
     plan = crew.plan()
@@ -229,6 +229,8 @@ def assist(settings: Settings, processes: int, gpus: int, crew: Crew) -> None:
             raise InputError(f"{key} is {facts[key]!r} here and {plan['facts'].get(key)!r} on machine 0: give both one")
     wait_for_mark(shared_mark(work.out, plan["token"]))
     work = take(work, plan["left"], processes * settings.nodes)
+    if line:
+        logger.info(line)
     if lost := crew.work(watch, work, count=len(work.rows), moved=lambda done: None):
         raise LostRun("; ".join(lost))
     logger.info("machine %d has done its part; machine 0 brings the rows together", settings.node_rank)
@@ -251,19 +253,26 @@ def tell_left_out(skipped: Iterable[dict], where: Path) -> None:
         logger.warning("left out %s: %s", row["video_id"], row["reason"])
 
 
-def count_processes(settings: Settings) -> tuple[int, int]:
-    """Processes to start on this machine, and GPUs to use there. Raises InputError where there are too few of those."""
-    gpus = 0
+def count_processes(settings: Settings) -> tuple[int, int, str]:
+    """Processes to start on this machine, GPUs to use there, and a line that tells of the CPU where nobody asked for
+    it. Raises InputError where there are too few of those."""
+    gpus, line = 0, ""
     if settings.device != "cpu":
-        # Asking may start the CUDA runtime, and a process that has started it cannot be forked into others.
+        # Asking starts the CUDA runtime, and a process that has started it cannot be forked into others.
         with ProcessPoolExecutor(1, get_context("fork")) as apart:
-            gpus = apart.submit(torch.cuda.device_count).result()
-        if settings.device and not gpus:
-            raise InputError(f"--device {settings.device}, but no GPU is there: give --device cpu, or leave it out")
-    processes = settings.processes or (1 if ":" in settings.device else max(gpus, 1))
+            devices = apart.submit(look, dict(os.environ)).result()
+        device, line = choose_device(settings.device, devices)
+        gpus = devices.usable if device != "cpu" else 0
+    processes = settings.processes or (1 if ":" in settings.device or not gpus else slurm_gpus() or gpus)
     if gpus and processes > (1 if ":" in settings.device else gpus):
         raise InputError(f"{processes} processes for {gpus} GPUs: give each its own, or --device cpu")
-    return processes, gpus
+    return processes, gpus, line
+
+
+def slurm_gpus() -> int:
+    """GPUs that SLURM gave this job on this machine; 0 where it does not say."""
+    said = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return int(said) if said.isdecimal() else 0
 
 
 def count_loaders(processes: int, device: str) -> int:
@@ -280,6 +289,7 @@ def stop(number: int, frame: object) -> None:
 def main() -> None:
     settings = parse(OneLineParser(prog="eval.sh", description=__doc__))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries()
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # that the judge is asked again is no news
     if settings.score_only:
         path = find_path(settings.score_only, ROOT, "the result file")
@@ -287,13 +297,13 @@ def main() -> None:
         check_captions(path, rows, get_task(settings.task))
         score_rows(rows, path, sibling(path, "scores.json"), count_left_out(path), prepare_scoring(settings))
         return
-    processes, gpus = count_processes(settings)
+    processes, gpus, line = count_processes(settings)
     alone = processes == settings.nodes == 1
     where = (settings.nodes, settings.node_rank, settings.master_addr, settings.master_port)
     try:
         with contextlib.nullcontext() if alone else Crew(processes, *where) as crew:  # before all else: see there
             part = lead if settings.node_rank == 0 else assist
-            part(settings, processes, gpus, crew)
+            part(settings, processes, gpus, crew, line)
     except LostRun as error:
         print(f"error: {error}: {GO_ON}", file=sys.stderr)
         sys.exit(1)

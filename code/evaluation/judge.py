@@ -20,10 +20,10 @@ from typing import BinaryIO
 
 import requests
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.progress import Progress
 from requests.adapters import HTTPAdapter
 from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from scoring import NotComputed
-from tqdm import tqdm
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
 
@@ -127,7 +127,7 @@ class Judge:
                 logger.info("%d of %d captions were judged before: going on", len(verdicts), len(captions))
             silent = 0  # captions in a row
             with closing(self._ask_all(left)) as answers:
-                for text, answer in tqdm(answers, f"judging, {self.model}", len(left), unit="caption"):
+                for text, answer in Progress(answers, f"judging, {self.model}", len(left), unit="caption"):
                     verdicts[text] = Verdict(None, str(answer)) if isinstance(answer, NoAnswer) else answer
                     silent = silent + 1 if isinstance(answer, NoAnswer) else 0
                     if silent == GIVE_UP:

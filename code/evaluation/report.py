@@ -22,12 +22,12 @@ import paper
 from gallery import Tokenizers, choose_videos, tell
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
+from qwen_vl_streaming.progress import Progress
 from report_charts import main_panels, schedule_panels
 from report_results import Result, differences, labels, load_results, metrics_of
 from report_tables import main_table, markdown_table, plain, runs_table, schedule_table, subtask_table
 from results import write_whole
 from settings import ROOT
-from tqdm import tqdm
 
 PAGE = Path(__file__).with_name("report_page")
 ABOUT_RANDOM = (
@@ -153,7 +153,7 @@ def main() -> None:
     results = load_results([find_path(file, ROOT, "the result file") for file in arguments.files])
     ids = choose_videos(results, arguments.videos, arguments.video_ids)
     tokenizers = Tokenizers(arguments.tokenizer)
-    stories = [tell(results, video_id, tokenizers) for video_id in tqdm(ids, "gallery", unit="video", disable=not ids)]
+    stories = [tell(results, video_id, tokenizers) for video_id in Progress(ids, "gallery", unit="video")]
     made = sections(results, arguments.size)
     texts = {page: make_page(results, made, stories, bool(arguments.video_ids)), markdown: make_markdown(results, made)}
     try:

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import fmean
 
 import lag
-import torch
 from bleurt import bleurt, find_checkpoint
 from identity import arguments_path, find_model, read_arguments
 from judge import KEY, Judge
+from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.prompts import load_processor
 from results import Row, check_writable, sibling, write_whole
@@ -56,7 +56,7 @@ def prepare_scoring(settings: Settings) -> Scoring:
             raise InputError(f"{KEY} holds a line break, or what no key has: set it to the key alone")
         judge = Judge(settings.judge_url, settings.judge_model, key, options, settings.judge_workers)
         judge.check()
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(settings.device, look(os.environ))[0] if settings.bleurt else "cpu"
     return Scoring(checkpoint, judge, device, get_task(settings.task).subtasks)
 
 

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 from identity import ARGUMENTS, find_model, read_arguments
+from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
 from qwen_vl_streaming.explain import as_dict
 from qwen_vl_streaming.hub import model_folder
+from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.ties import tie_margin
 from qwen_vl_streaming.timeline import Timeline, make_schedule, make_timeline
@@ -29,7 +31,6 @@ from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
 from schedules import NAMED
 from settings import ROOT
-from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -135,8 +136,10 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="<variant>_infer.json")
     parser.add_argument("--limit", type=int, help="only the first rows")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="", help=DEVICE_HELP)
     arguments = parser.parse_args()
+    quiet_libraries()
+    device, line = choose_device(arguments.device, look(os.environ))
     path = find_path(arguments.file, ROOT, "the result file")
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: give at least 1 row, or leave it out for all")
@@ -156,14 +159,16 @@ def main() -> None:
     if (name := made["dtype"]) not in DTYPES:
         raise InputError(f"{path} was made in {name!r}, which is none of {', '.join(DTYPES)}: evaluate again")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
+    if line:
+        print(line, file=sys.stderr)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder(checkpoint), dtype=dtype)
-    model.to(arguments.device).eval()
+    model.to(device).eval()
     vocabulary = model.config.text_config.vocab_size
     if alien := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
         raise InputError(f"{path}, video {alien[0]!r}: has a token that {checkpoint} does not know: evaluate again")
     total = faulty = 0
     others: list[Other] = []
-    for row in tqdm(rows, unit="video", desc="re-deriving"):
+    for row in Progress(rows, unit="video", desc="re-deriving"):
         source = asked[row["video_id"]]
         template = make_template(processor, source.get("question") or QUESTIONS[-1])
         video = read_video(root / source["video_path"], budget=budget, reader=choose_reader(os.environ))

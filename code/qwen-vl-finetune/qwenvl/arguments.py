@@ -12,6 +12,7 @@ from qwen_vl_streaming.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video import PixelBudget
 from transformers import TrainingArguments
 
+from .device import settle_device
 from .limits import MISTAKES, check_after, check_values, check_zero, one_line
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -179,8 +180,10 @@ class SftArguments(TrainingArguments):
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 16
-    bf16: bool = True
-    gradient_checkpointing: bool = True
+    bf16: bool = field(default=True, metadata={"help": "Train in bfloat16, else in float32, as sft.sh does on a CPU."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Compute activations again for the backward pass: less memory, slower."}
+    )
     logging_steps: float = 1
     save_steps: float = 500
     save_total_limit: int | None = field(
@@ -197,6 +200,8 @@ class SftArguments(TrainingArguments):
 
     def __post_init__(self):
         check_values(self)
+        self.cpu_by_itself = not self.use_cpu  # then a model that is too large for it is refused
+        self.cpu_line = settle_device(self)
         if self.output_dir is not None and not self.output_dir.strip():
             raise InputError("--output_dir is empty: name a folder, or leave it out")
         no_folder = self.output_dir is None

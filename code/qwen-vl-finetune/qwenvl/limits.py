@@ -11,7 +11,6 @@ import torch
 from qwen_vl_streaming.errors import InputError
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.utils import is_torch_bf16_gpu_available
 
 BOUNDS = (
     (
@@ -37,6 +36,8 @@ BOUNDS = (
     ("max_steps", lambda value: value == -1 or value > 0, "must be above 0; leave it out for --num_train_epochs"),
 )
 LEAVE = "leave it out"
+UPLOAD = "upload the finished checkpoint with `hf upload`"
+TRACKIO = "it is for Trackio: log with --report_to tensorboard or wandb"
 REFUSED = {
     "accelerator_config": f"it could change the order of data, which a run that goes on relies on: {LEAVE}",
     "auto_find_batch_size": "the order of data hangs on the batch: name a --per_device_train_batch_size that fits",
@@ -53,13 +54,26 @@ REFUSED = {
     "label_smoothing_factor": f"it would take each label for that of the row before: {LEAVE}",
     "metric_for_best_model": f"no checkpoint is chosen by a metric: {LEAVE}",
     "optim_target_modules": f"it is for optimizers that make their own parameter groups: {LEAVE}",
-    "push_to_hub": "upload the finished checkpoint with `hf upload`",
+    "greater_is_better": f"no checkpoint is chosen by a metric: {LEAVE}",
+    "hub_always_push": UPLOAD,
+    "hub_model_id": UPLOAD,
+    "hub_private_repo": UPLOAD,
+    "hub_revision": UPLOAD,
+    "hub_strategy": UPLOAD,
+    "hub_token": UPLOAD,
+    "length_column_name": f"samples are not grouped by length: {LEAVE}",
+    "liger_kernel_config": f"it would replace layers that hold the streaming mask: {LEAVE}",
+    "project": TRACKIO,
+    "push_to_hub": UPLOAD,
     "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint in --output_dir",
     "save_on_each_node": f"all machines write to one --output_dir: {LEAVE}",
     "save_only_model": f"no run could go on from such a checkpoint: {LEAVE}",
     "torch_compile": "compile with --compile_layers True",
     "torch_compile_backend": "compile with --compile_layers True",
     "torch_compile_mode": "compile with --compile_layers True",
+    "trackio_bucket_id": TRACKIO,
+    "trackio_space_id": TRACKIO,
+    "trackio_static_space_id": TRACKIO,
     "use_liger_kernel": f"it would replace layers that hold the streaming mask: {LEAVE}",
 }
 """Flags of transformers that this program cannot do right, and why."""
@@ -90,13 +104,8 @@ def check_values(training: TrainingArguments) -> None:
         value = getattr(training, name)
         if value in refused:
             raise InputError(f"--{name} {getattr(value, 'value', value)} does not work here: choose another")
-    if training.bf16 and not training.use_cpu and not is_torch_bf16_gpu_available():
-        raise InputError("--bf16 True: no GPU here computes in bfloat16: give --bf16 False, or --use_cpu True as well")
     if training.dataloader_persistent_workers and not training.dataloader_num_workers:
         raise InputError("--dataloader_persistent_workers True: give --dataloader_num_workers above 0")
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if gpus and not training.use_cpu and here > gpus:
-        raise InputError(f"{here} processes on a machine whose GPUs number {gpus}: lower NPROC_PER_NODE")
 
 
 def check_after(training: TrainingArguments) -> None:

@@ -20,6 +20,7 @@ from qwen_vl_streaming.checkpoint import of_checkpoint
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.progress import quiet_libraries
 from qwen_vl_streaming.prompts import load_processor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; must not exist")
     parser.add_argument("--base", help="the model that was adapted; by default the one that the adapter names")
     arguments = parser.parse_args()
+    quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     merge(arguments.adapter, arguments.output, arguments.base)
 

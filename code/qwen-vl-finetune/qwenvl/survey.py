@@ -13,10 +13,10 @@ from pathlib import Path
 import av
 from accelerate.utils import gather_object
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.progress import Progress
 from qwen_vl_streaming.prompts import answer_ids
 from qwen_vl_streaming.video import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate
 from qwen_vl_streaming.video_readers import index_video
-from tqdm import tqdm
 
 from .data import StreamingDataset
 
@@ -50,11 +50,11 @@ def find_bad(
         headers = zip(share, paths, pool.map(read_header, paths), strict=True)
         doubtful = [
             (index, path, header)
-            for index, path, header in tqdm(headers, "looking at the data", len(share), **show)
+            for index, path, header in Progress(headers, "looking at the data", len(share), **show)
             if not header.clips or fault(samples, index, header, header.clips)
         ]
         counts = pool.map(lambda doubt: count_clips(doubt[1]), doubtful)
-        for (index, _, header), count in tqdm(zip(doubtful, counts, strict=True), "at some closer", **show):
+        for (index, _, header), count in Progress(zip(doubtful, counts, strict=True), "at some closer", **show):
             if reason := count if isinstance(count, str) else fault(samples, index, header, (count,)):
                 bad.append((index, reason))
             if len(bad) > enough:

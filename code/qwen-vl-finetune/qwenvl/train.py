@@ -18,16 +18,19 @@ from qwen_vl_streaming.base_files import BaseFiles
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.trained import check_trained, training_keys
 from qwen_vl_streaming.video import choose_reader
 from torch import distributed
-from transformers import HfArgumentParser
+from transformers import ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
 from .data import IGNORED, Evened, Order, StreamingDataset, collate
+from .device import check_size
+from .flags_help import HelpfulParser
 from .folder import check_folder, make_folder, only_one
 from .keeping import CannotSave, KeepingTrainer, add_up, newest_checkpoint, save_whole, saving
 from .parts import check_parts, describe_parts, make_optimizer, make_trainable
@@ -127,6 +130,16 @@ class StreamingTrainer(KeepingTrainer):
         return metrics
 
 
+class Steps(ProgressCallback):
+    """Trainer's own, with a bar that a log can hold."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+            self.training_bar = Progress(desc="training", dynamic_ncols=True, **steps)
+        self.current_step = state.global_step
+
+
 def check_attention(implementation: str, device: torch.device) -> None:
     """Raises InputError where the attention `implementation` cannot train on `device`."""
     if "flash" in implementation and not is_flash_attn_2_available():
@@ -151,7 +164,7 @@ def speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-class Parser(OneLineParser, HfArgumentParser):
+class Parser(OneLineParser, HelpfulParser):
     """Flags from the three dataclasses, errors in one line."""
 
     def _print_message(self, message, file=None):
@@ -167,6 +180,7 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     arguments = groups[-1]
     arguments.output_dir = arguments.output_dir or str(OUTPUT / f"qwen2_5vl-pe-{groups[0].variant}")
+    quiet_libraries(arguments.process_index == 0)
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
     if not speaks():
         logging.getLogger(model_folder.__module__).setLevel(logging.ERROR)  # what the first says is enough
@@ -227,6 +241,10 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     config = load_config(checkpoint)
     if not model_arguments.force:
         check_trained(config, checkpoint, variant, "--force True to continue from it all the same")
+    if arguments.cpu_line:
+        if arguments.cpu_by_itself:
+            check_size(config, arguments, arguments.cpu_line)
+        logger.info(arguments.cpu_line)
     base = BaseFiles.of(model_folder(checkpoint))
     check_parts(model_arguments, arguments)
     if model_arguments.compile_layers and is_deepspeed_zero3_enabled():
@@ -301,6 +319,9 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             skipped=skipped,
         )
         logger.info("%s: %d samples; trains %s", variant.name, len(rows), describe_parts(model, arguments))
+        if not arguments.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(Steps)
         try:
             done = trainer.train_on()
         except CannotSave as error:

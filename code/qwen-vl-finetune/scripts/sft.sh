@@ -5,7 +5,7 @@
 #   QWEN2_5_VL_VARIANT     one of origin, batch, group, gap, overlap, interleave (default group)
 #   QWEN2_5_VL_MODEL_PATH  a checkpoint folder or hub id (default Qwen/Qwen2.5-VL-3B-Instruct)
 #   QWEN2_5_VL_TRAIN_DATA  a JSONL made by mani_data.py (default dataset/train_3_5.jsonl)
-#   NPROC_PER_NODE (default: the GPUs that are there) NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+#   NPROC_PER_NODE (default: the GPUs that PyTorch can use, else 1) NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 #                          under `srun --ntasks-per-node=1` SLURM's own variables are their defaults
 #   DEEPSPEED_CONFIG       zero2.json, zero3.json or zero3_offload.json (default zero3.json)
 set -euo pipefail
@@ -14,18 +14,24 @@ root=$(cd "$here/../.." && pwd)
 python=python
 [ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python"
 
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-device=()
-if [ "$gpus" -eq 0 ]; then
-  # Threads that spin while they wait would take the cores from the processes that decode videos.
-  export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-  device=(--use_cpu True --bf16 False)
-fi
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+
 if [ "${SLURM_LOCALID:-0}" -gt 0 ]; then
   echo "error: srun has started several tasks on this node: give it --ntasks-per-node=1" >&2
   exit 2
 fi
-nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$((gpus > 0 ? gpus : 1))}}
+gpus=$("$python" -m qwenvl.device "$@") || exit
+type=()
+if [ "$gpus" -eq 0 ]; then
+  # PyTorch's optimizers ask for the current GPU where the driver counts some, even if CUDA does not start on them.
+  export CUDA_VISIBLE_DEVICES=
+  # Threads that spin while they wait would take the cores from the processes that decode videos.
+  export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+  type=(--bf16 False)
+  nproc=${NPROC_PER_NODE:-1}
+else
+  nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$gpus}}
+fi
 nnodes=${NNODES:-${SLURM_NNODES:-1}}
 master=${MASTER_ADDR:-127.0.0.1}
 if [ -z "${MASTER_ADDR:-}" ] && [ "$nnodes" != 1 ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
@@ -62,7 +68,7 @@ command=(
   --model_name_or_path "${QWEN2_5_VL_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}"
   --train_data "${QWEN2_5_VL_TRAIN_DATA:-dataset/train_3_5.jsonl}"
   --deepspeed "${DEEPSPEED_CONFIG:-zero3.json}"
-  "${device[@]}" "$@"
+  "${type[@]}" "$@"
 )
 echo "+ ${command[*]}"
-PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "${command[@]}"
+exec "${command[@]}"

@@ -17,7 +17,7 @@ from pe_video.files import whole_file
 from pe_video.parallel import run_tasks
 from pe_video.sources import HubFault, measure
 from qwen_vl_streaming.errors import InputError
-from tqdm import tqdm
+from qwen_vl_streaming.progress import Progress
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 VIDEOS_PER_TASK = 32
@@ -137,7 +137,7 @@ def look_at(places: list[Place], state: Path, workers: int, label: str) -> dict[
         return done
     with (
         open(state, "a", encoding="utf-8", newline="\n") as journal,
-        tqdm(total=len(todo), unit="video", desc=f"{label} videos") as bar,
+        Progress(total=len(todo), unit="video", desc=f"{label} videos") as bar,
         closing(run_tasks(look_at_some, tasks, min(workers, len(tasks)), _no_preparation)) as results,
     ):
         for result in results:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qwen_vl_streaming.errors import InputError
-from tqdm import tqdm
+from qwen_vl_streaming.progress import Progress
 
 from .files import only_one, remove_parts, whole_file
 from .merge import merge_lines, settle_duplicates
@@ -124,7 +124,7 @@ def _read_units(units: list[Unit], job: Job, workers: int) -> None:
     if len(todo) < len(units):
         samples = sum(finished.samples for finished in done if finished)
         logger.info("%d of %d shards (%d samples) were finished before", len(units) - len(todo), len(units), samples)
-    with tqdm(total=len(todo), unit="shard", desc="read", disable=not todo) as bar:
+    with Progress(total=len(todo), unit="shard", desc="read", disable=not todo) as bar:
         count = 0
         with closing(run_tasks(read_unit, todo, min(workers, max(len(todo), 1)), prepare, job)) as counts:
             for samples in counts:
@@ -217,7 +217,7 @@ def _check_videos(
     if not todo:
         return faults
     with (
-        tqdm(total=len(todo), unit=f"×{VIDEOS_PER_TASK} videos", desc=f"{split} videos") as bar,
+        Progress(total=len(todo), unit=f"×{VIDEOS_PER_TASK} videos", desc=f"{split} videos") as bar,
         closing(run_tasks(check_videos, todo, min(workers, len(todo)), prepare, job)) as results,
     ):
         for bad in results:

@@ -50,6 +50,7 @@ from .live_watch import Watch
 from .modeling_qwen2_5_vl import load_config, load_model
 from .pair import Pair, PerceptionLost
 from .passes import Passes
+from .progress import quiet_libraries
 from .prompts import clip_pixels, load_processor, make_template
 from .record import read_record, write_record
 from .replay import DTYPES
@@ -170,6 +171,8 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     processor = load_processor(arguments.model)
     template = make_template(processor, arguments.question)
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if arguments.device_line:
+        screen.note(arguments.device_line)
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(own_file(path))
         keeper = arguments.keep and Keeper(stack.enter_context(own_file(arguments.keep)))
@@ -248,6 +251,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
 
 def main() -> None:
     arguments = parse(__doc__)
+    quiet_libraries()
     stop = Stop()
     screen = Screen(sys.stdout, sys.stderr, stop.gone)
     handler = NoteHandler(screen)

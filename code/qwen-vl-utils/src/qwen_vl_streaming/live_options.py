@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from .devices import DEVICE_HELP, choose_device, look
 from .errors import InputError, OneLineParser
 from .live_source import FRAMES_TO_BUDGET_FOR, Clip, paced_clips, stream_clips, synthetic_clips
 from .prompts import QUESTIONS
@@ -117,8 +118,7 @@ def parse(description: str) -> argparse.Namespace:
         metavar="FILE",
         help=f"keep the frames that were fed, so that a stream can be replayed; {REPLACED}",
     )
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=_device, default=default, help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--device", default="", help=DEVICE_HELP)
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
     arguments = parser.parse_args()
     for name, (least, most) in LIMITS.items():
@@ -127,17 +127,9 @@ def parse(description: str) -> argparse.Namespace:
     for value, of in zip(arguments.window or (), ("max_clips", "max_new_tokens"), strict=False):
         if not 1 <= value <= LIMITS[of][1]:
             parser.error(f"--window {value} must be from 1 to {LIMITS[of][1]}")
+    device, arguments.device_line = choose_device(arguments.device, look(os.environ))
+    arguments.device = torch.device(device)
     return arguments
-
-
-def _device(name: str) -> torch.device:
-    found = torch.cuda.device_count()
-    kind, _, index = name.partition(":")
-    if name != "cpu" and not (kind == "cuda" and (name == kind or index.isdecimal())):
-        raise argparse.ArgumentTypeError(f"{name} is neither cpu nor cuda nor cuda:N")
-    if kind == "cuda" and int(index or 0) >= found:
-        raise argparse.ArgumentTypeError(f"{name}: PyTorch finds {found or 'no'} GPU{'s' * (found > 1)} here")
-    return torch.device(name)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class Pieces:
 
 class Screen:
     """Words go to `out`, a line for each second in which some were written; on a terminal each as it comes, else whole
-    lines. Notes go to `notes`, on lines of their own. Where nobody takes the words any more, `gone` is called."""
+    lines. Notes go to `notes`, on lines of their own. Where nobody takes the words any more, `gone` is called, and what
+    is no words, as the figures, goes to `notes` too."""
 
     def __init__(self, out: TextIO, notes: TextIO, gone: Callable[[], None] = lambda: None):
         self.out, self.notes, self.gone = out, notes, gone
@@ -45,6 +46,8 @@ class Screen:
         self.second: float | None = None
         """Of the line that is being written."""
         self.line = ""
+        self.lost = False
+        """Nobody reads `out` any more."""
         self.lock = threading.RLock()  # notes come from several threads
 
     def say(self, text: str, second: float) -> None:
@@ -70,7 +73,10 @@ class Screen:
         """Lines that are no words."""
         with self.lock:
             self.end_line()
-            self._print(text)
+            if not self.lost:
+                self._print(text)
+            if self.lost:  # also where this has just been seen
+                self.note(text)
 
     def note(self, text: str) -> None:
         with self.lock:
@@ -86,6 +92,7 @@ class Screen:
             print(text, end=end, file=self.out, flush=True)
         except OSError as error:
             _silence(self.out)
+            self.lost = True
             self.note(f"the words cannot be written any more ({error.strerror}): it stops here")
             self.gone()
 

@@ -9,6 +9,7 @@ is not shown by this, only that it does not contradict itself.
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .attention import dense_mask
+from .devices import DEVICE_HELP, choose_device, look
 from .errors import InputError, OneLineParser, run
 from .kept import read_clips
 from .live_source import synthetic_clips
 from .modeling_qwen2_5_vl import load_model
 from .plan import Window
 from .positions import timeline_positions
+from .progress import quiet_libraries
 from .prompts import clip_pixels, load_processor
 from .record import Record, clip_hash, identity, read_record
 from .session import GREEDY
@@ -237,7 +240,7 @@ def main() -> None:
     parser.add_argument("--video", help="the video file (default: the one that the record names)")
     parser.add_argument("--clips", metavar="FILE", help="what a live session has kept with --keep, instead of a video")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as recorded")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="", help=DEVICE_HELP)
     parser.add_argument(
         "--tie",
         type=float,
@@ -247,17 +250,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tie is not None and not 0 <= arguments.tie < math.inf:
         raise InputError(f"--tie {arguments.tie}: give a margin of at least 0")
-    sys.exit(_main(arguments))
+    quiet_libraries()
+    device, line = choose_device(arguments.device, look(os.environ))
+    sys.exit(_main(arguments, device, line))
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def _main(arguments: argparse.Namespace, device: str, line: str) -> int:
     record = read_record(arguments.record)
     dtype = arguments.dtype or record.model["dtype"]
     if dtype not in DTYPES:
         raise InputError(f"record {arguments.record} is of type {dtype}: replay it with --dtype {' or '.join(DTYPES)}")
     clips = video_clips(record, load_processor(arguments.model), arguments.video, arguments.clips)
     check_clips(record, clips)
-    model = load_model(arguments.model, "sdpa", DTYPES[dtype]).to(arguments.device).eval()
+    if line:
+        print(line, file=sys.stderr)
+    model = load_model(arguments.model, "sdpa", DTYPES[dtype]).to(device).eval()
     differences = replay(record, model, clips, arguments.tie)
     for difference in differences:
         print(difference)

@@ -1,0 +1,63 @@
+"""What `sft.sh --help` shows: every flag that does something, by groups, ours first, each in its shortest form. Knows
+nothing about what flags do."""
+
+import dataclasses
+import enum
+import textwrap
+from collections.abc import Iterable, Iterator
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from .limits import REFUSED
+
+FIRST = ("max_steps", "seed", "deepspeed", "use_cpu", "optim", "eval_steps", "per_device_eval_batch_size")
+"""Of transformers' flags those that are used most."""
+INDENT, COLUMN, WIDTH = 2, 34, 120
+"""Where flags and their texts begin, and how wide lines are, in characters."""
+HEAD = """\
+usage: bash scripts/sft.sh [--FLAG VALUE ...]
+
+{description}
+
+A flag that is true or false takes True or False. Environment variables are in the README. Flags of transformers that
+this program refuses are not shown.
+"""
+
+
+class HelpfulParser(HfArgumentParser):
+    """A parser of `dataclasses`, the last of which inherits transformers' TrainingArguments."""
+
+    def format_help(self) -> str:
+        # Of a flag with a --no_ form the first is the flag itself.
+        shown = {action.dest: action for action in reversed(self._actions) if action.dest not in REFUSED}
+        lines = [HEAD.format(description=self.description)]
+        for title, names in self.groups():
+            entries = [_entry(shown.pop(name)) for name in names if name in shown]
+            lines += [f"{title}:", *entries, ""]
+        return "\n".join(lines)
+
+    def groups(self) -> Iterator[tuple[str, Iterable[str]]]:
+        """Titles, and the names of the flags below each."""
+        model, data, training = self.dataclass_types
+        own = [field.name for field in dataclasses.fields(training) if field.name in training.__annotations__]
+        yield "model", [field.name for field in dataclasses.fields(model)]
+        yield "data", [field.name for field in dataclasses.fields(data)]
+        yield "recipe and output", own
+        yield "run", FIRST
+        yield "the other flags of transformers' TrainingArguments", [f.name for f in dataclasses.fields(training)]
+
+
+def _entry(action) -> str:
+    """A flag, and beside it what it does and its default."""
+    text, default = action.help, action.default
+    if text is None:  # a field that only has another default here
+        known = {field.name: field.metadata.get("help") for field in dataclasses.fields(TrainingArguments)}
+        text = known.get(action.dest) or ""
+    text = " ".join((text % {**vars(action), "prog": "sft.sh"}).split())
+    if isinstance(default, enum.Enum):
+        default = default.value
+    if default not in (None, "", []):
+        text += f" (default: {' '.join(default) if isinstance(default, list) else default})"
+    name = f"{' ' * INDENT}--{action.dest}"
+    first = f"{name:<{COLUMN - 1}} " if len(name) < COLUMN else f"{name}\n{' ' * COLUMN}"
+    return first + textwrap.fill(text, WIDTH - COLUMN).replace("\n", f"\n{' ' * COLUMN}")

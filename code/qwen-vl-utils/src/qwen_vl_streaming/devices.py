@@ -1,0 +1,298 @@
+"""Which GPUs this machine has, which of them PyTorch can use, why not the others, and what to do. Knows nothing about
+models.
+
+    python -m qwen_vl_streaming.devices
+
+`look` is the one check of all programs, `choose_device` their one rule: a GPU that is there and cannot be used is
+refused, with the reason, unless the CPU was asked for. Without a GPU the CPU is used, and the program says so.
+"""
+
+import ctypes
+import os
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import InputError, OneLineParser, run
+
+LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""By CUDA's major version, the oldest NVIDIA driver for Linux that runs programs built for it (NVIDIA, "CUDA
+Compatibility", minor version compatibility)."""
+OLDEST_CUDA = 12
+"""The oldest for which there are builds of a PyTorch that this project runs on."""
+ANOTHER_BUILD = "requirements.txt says how"
+NVML = "libnvidia-ml.so.1"
+CUDA = "libcuda.so.1"
+NVML_SUCCESS, NVML_NO_PERMISSION = 0, 4
+NAME_BYTES = 96
+"""From nvml.h: NVML_DEVICE_NAME_V2_BUFFER_SIZE, which is also enough for a driver version."""
+DEVICE_HELP = "cpu, cuda or cuda:N (default: a GPU where there is one)"
+"""What programs say of their flag --device."""
+GIVE_TO_CONTAINER = "start the container with its GPUs (docker --gpus all, apptainer --nv)"
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What NVIDIA's driver shows."""
+
+    gpus: tuple[str, ...] = ()
+    """Names of the GPUs that this process may use."""
+    version: str = ""
+    """Such as 535.129.03."""
+    elsewhere: int = 0
+    """GPUs of the machine that this process was not given, as in a container or a job without them."""
+    fault: str = ""
+    """Why the driver's library NVML does not answer."""
+    mig: bool = False
+    """GPUs are divided by MIG, and there is no part to use."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What PyTorch can use."""
+
+    build: str
+    """Its version, such as 2.14.1+cu130."""
+    cuda: str | None = None
+    """The CUDA version that it is built for."""
+    hip: str | None = None
+    """The ROCm version that it is built for."""
+    count: int = 0
+    """GPUs on which CUDA, or ROCm, starts."""
+    bfloat16: bool = False
+    """The current GPU computes in bfloat16, and does not only emulate it."""
+    alien: tuple[str, ...] = ()
+    """GPUs among them that it has no kernels for, each with its number, name and architecture."""
+    fault: str = ""
+    """What it says where CUDA does not start."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The GPUs of this machine, as programs need to know them."""
+
+    usable: int = 0
+    """GPUs that PyTorch can use: cuda:0 and so on."""
+    bfloat16: bool = False
+    """They compute in bfloat16."""
+    why_not: str = ""
+    """Where there are GPUs and none can be used: what is there, why not and what to do, without a full stop."""
+    none: str = "no GPU is here"
+    """Where there is none: that, and what else is known."""
+
+
+def look(environment: Mapping[str, str]) -> Devices:
+    """The one check. Starts the CUDA runtime: a process that has called this cannot be forked into others that use
+    CUDA."""
+    return judge(ask_driver(), ask_torch(), environment)
+
+
+def choose_device(asked: str, devices: Devices, cpu: str = "--device cpu") -> tuple[str, str]:
+    """The device to use for `asked` (cpu, cuda, cuda:N, or nothing for a GPU where there is one), and a line to tell
+    the user where that is the CPU without having been asked for, else an empty one.
+
+    Raises InputError for a device that is not there, and for nothing asked where GPUs cannot be used; its line says
+    that `cpu` asks for the CPU, where something does.
+    """
+    kind, _, index = asked.partition(":")
+    if asked not in ("", "cpu") and not (kind == "cuda" and (asked == kind or index.isdecimal())):
+        raise InputError(f"--device {asked} is neither cpu nor cuda nor cuda:N")
+    if asked == "cpu":
+        return "cpu", ""
+    if not devices.usable and devices.why_not:
+        raise InputError(devices.why_not + (f"; or give {cpu} to use the CPU" if cpu else ""))
+    if asked and int(index or 0) >= devices.usable:
+        found = f"PyTorch can use {count_gpus(devices.usable)} here" if devices.usable else devices.none
+        raise InputError(f"--device {asked}: {found}; give another, or {cpu}")
+    if asked or devices.usable:
+        return asked or "cuda", ""
+    return "cpu", f"{devices.none}: using the CPU"
+
+
+def judge(driver: Driver, torch: Torch, environment: Mapping[str, str]) -> Devices:
+    """What follows from what the driver shows and PyTorch can use."""
+    if torch.count and not torch.alien:
+        return Devices(torch.count, torch.bfloat16)
+    if torch.count:
+        hide = "HIP_VISIBLE_DEVICES" if torch.hip else "CUDA_VISIBLE_DEVICES"
+        also = "" if len(torch.alien) == torch.count else f", or name only the others in {hide}"
+        return Devices(
+            why_not=f"PyTorch {torch.build} has no kernels for {', '.join(torch.alien)}: install a build that has "
+            f"({ANOTHER_BUILD}){also}"
+        )
+    if driver.gpus:
+        return Devices(why_not=_why_not(driver, torch, environment))
+    if torch.hip and torch.fault:
+        return Devices(none=f"no GPU is here that PyTorch {torch.build}, built for ROCm {torch.hip}, can use")
+    promised = environment.get("SLURM_GPUS_ON_NODE", "")
+    if promised.isdecimal() and int(promised):
+        return Devices(
+            why_not=f"SLURM gave this job {count_gpus(int(promised))}, and none is visible here: "
+            f"{GIVE_TO_CONTAINER}, or ask SLURM for none"
+        )
+    if driver.elsewhere:
+        those = f"the machine has {count_gpus(driver.elsewhere)}, and this job or container was not given any"
+        return Devices(none=f"no GPU is visible here ({those})")
+    return Devices()
+
+
+def _why_not(driver: Driver, torch: Torch, environment: Mapping[str, str]) -> str:
+    version = f", driver {driver.version}" if driver.version else ""
+    names = " and ".join(dict.fromkeys(driver.gpus))
+    there = f"{count_gpus(len(driver.gpus))} here ({names}{version}) cannot be used"
+    if torch.hip:
+        return f"{there}: PyTorch {torch.build} is built for ROCm: install the build that requirements.txt names"
+    if torch.cuda is None:
+        return f"{there}: PyTorch {torch.build} is built without CUDA: install the build that requirements.txt names"
+    number = int(re.match(r"\d*", driver.version)[0] or 0)
+    least = LEAST_DRIVER.get(int(torch.cuda.split(".")[0]))
+    if "driver on your system is too old" in torch.fault or (number and least and number < least):
+        needs = f"which needs driver {least} or newer" if least else "which needs a newer driver"
+        do = f"update the driver to {least} or newer" if least else "update the driver"
+        fits = [major for major, oldest in LEAST_DRIVER.items() if oldest <= number and major >= OLDEST_CUDA]
+        if fits:
+            do += f", or install a build of PyTorch for CUDA {max(fits)} ({ANOTHER_BUILD})"
+        return f"{there}: PyTorch {torch.build} is built for CUDA {torch.cuda}, {needs}: {do}"
+    if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None and "No CUDA GPUs" in torch.fault:
+        return f"{there}: CUDA_VISIBLE_DEVICES={visible!r} hides them: unset it, or name GPUs as in 0,1"
+    if not _loads(CUDA):
+        return f"{there}: the driver's library {CUDA} is missing: {GIVE_TO_CONTAINER}, or install the driver whole"
+    if driver.fault:
+        return f"{there}: the driver does not answer ({driver.fault}): restart the machine, or install the driver again"
+    if driver.mig:
+        return f"{there}: MIG is on, and there is no MIG device: make one with `nvidia-smi mig`, or turn MIG off"
+    return (
+        f"{there}: CUDA does not start ({torch.fault}): see that `nvidia-smi` works and, on machines with NVSwitch, "
+        "that nvidia-fabricmanager runs, or restart the machine"
+    )
+
+
+def count_gpus(number: int) -> str:
+    return f"{number or 'no'} GPU{'s' * (number != 1)}"
+
+
+def ask_driver(root: Path = Path("/")) -> Driver:
+    """What NVIDIA's driver shows: through its library NVML, and where that does not answer by the files below `root`
+    that its kernel module makes."""
+    nodes = sum(path.name[len("nvidia") :].isdecimal() for path in (root / "dev").glob("nvidia*"))
+    module = root / "proc/driver/nvidia"
+    listed = [_field(path, r"Model:\s*(.+)") for path in sorted(module.glob("gpus/*/information"))]
+    try:
+        names, version, mig = _ask_nvml()
+    except (OSError, AttributeError) as error:
+        version = _field(module / "version", r"Kernel Module.*?\s(\d[\d.]+)\s")
+        if not nodes:  # those that the kernel lists are the host's: a container sees them too
+            return Driver(version=version, elsewhere=len(listed), fault=str(error))
+        return Driver(tuple(listed[:nodes]) or ("NVIDIA",) * nodes, version, fault=str(error))
+    return Driver(names, version, elsewhere=0 if names else max(nodes, len(listed)), mig=mig)
+
+
+def _field(path: Path, pattern: str) -> str:
+    """The first group of `pattern` in a file; an empty string where there is none."""
+    try:
+        found = re.search(pattern, path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return ""
+    return found[1].strip() if found else ""
+
+
+def _ask_nvml() -> tuple[tuple[str, ...], str, bool]:
+    """Names of GPUs, the driver's version, and whether MIG is on without a device. Raises OSError where NVML is not
+    there or does not answer."""
+    nvml = ctypes.CDLL(NVML)
+    nvml.nvmlErrorString.restype = ctypes.c_char_p
+
+    def call(name: str, *arguments) -> int:
+        status = getattr(nvml, name)(*arguments)
+        if status not in (NVML_SUCCESS, NVML_NO_PERMISSION):
+            raise OSError(nvml.nvmlErrorString(status).decode())
+        return status
+
+    call("nvmlInit_v2")
+    try:
+        text, count, names, mig = ctypes.create_string_buffer(NAME_BYTES), ctypes.c_uint(), [], []
+        call("nvmlSystemGetDriverVersion", text, ctypes.c_uint(NAME_BYTES))
+        version = text.value.decode()
+        call("nvmlDeviceGetCount_v2", ctypes.byref(count))
+        for index in range(count.value):
+            device = ctypes.c_void_p()
+            if call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(device)) == NVML_SUCCESS:
+                call("nvmlDeviceGetName", device, text, ctypes.c_uint(NAME_BYTES))
+                names.append(text.value.decode(errors="replace"))
+                mig.append(_without_mig_device(nvml, device))
+    finally:
+        nvml.nvmlShutdown()
+    return tuple(names), version, bool(mig) and all(mig)
+
+
+def _without_mig_device(nvml, device: ctypes.c_void_p) -> bool:
+    """MIG is on, and no device was made of it. GPUs without MIG do not know the question."""
+    on, pending, most, part = (ctypes.c_uint() for _ in range(4))
+    if nvml.nvmlDeviceGetMigMode(device, ctypes.byref(on), ctypes.byref(pending)) != NVML_SUCCESS or not on.value:
+        return False
+    nvml.nvmlDeviceGetMaxMigDeviceCount(device, ctypes.byref(most))
+    part = ctypes.c_void_p()
+    handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex
+    return all(handle(device, ctypes.c_uint(i), ctypes.byref(part)) != NVML_SUCCESS for i in range(most.value))
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def ask_torch() -> Torch:
+    """What PyTorch can use. Its `device_count` alone does not tell: it asks NVML, which counts GPUs on which CUDA does
+    not start."""
+    import torch
+
+    about = {"build": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of GPUs without kernels; see `alien`
+            torch.cuda.init()
+            count = torch.cuda.device_count()
+            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    except (RuntimeError, AssertionError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        return Torch(**about, fault=(re.search(r"Error \d+: .*", first) or [first])[0])
+    alien = []
+    for index in range(count if torch.version.cuda else 0):
+        capability = torch.cuda.get_device_capability(index)
+        if not has_kernels(torch.cuda.get_arch_list(), capability):
+            alien.append(f"GPU {index} ({torch.cuda.get_device_name(index)}, sm_{capability[0]}{capability[1]})")
+    return Torch(**about, count=count, bfloat16=bfloat16, alien=tuple(alien))
+
+
+def has_kernels(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code that was built for `architectures`, such as sm_80 and compute_90, runs on a GPU of `capability`:
+    sm_XY on those of the same X and at least that Y, compute_XY on all that are not older."""
+    for architecture in architectures:
+        if not (parts := re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", architecture)):
+            continue
+        kind, version, exact = parts[1], (int(parts[2]), int(parts[3])), parts[4] == "a"
+        if capability == version or (
+            not exact and version <= capability and (kind == "compute" or version[0] == capability[0])
+        ):
+            return True
+    return False
+
+
+def main() -> None:
+    OneLineParser(prog="python -m qwen_vl_streaming.devices", description=__doc__.split("\n\n")[0]).parse_args()
+    driver, torch = ask_driver(), ask_torch()
+    devices = judge(driver, torch, os.environ)
+    print(f"driver: {driver.version or 'none'}; {', '.join(driver.gpus) or 'no GPU'}")
+    print(f"PyTorch {torch.build}, CUDA {torch.cuda}, ROCm {torch.hip}")
+    print(f"PyTorch can use {count_gpus(devices.usable)}" if devices.usable else devices.why_not or devices.none)
+    sys.exit(1 if devices.why_not else 0)
+
+
+if __name__ == "__main__":
+    run(main)
