@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.paths import places
 from safetensors import SafetensorError
 from scoring import NotComputed
 from settings import ROOT
@@ -41,7 +42,7 @@ def find_checkpoint(name: str) -> Path:
 
     Raises InputError, in one line, for one that is not there or is no BLEURT-20.
     """
-    folder = next((folder for folder in (Path(name), ROOT / name) if folder.exists()), None)
+    folder = next((folder for folder in places(name, ROOT) if folder.exists()), None)
     if folder is None:
         try:
             for weights in WEIGHTS:  # some have both, which are the same 2 GB

@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from qwen_vl_streaming.checkpoint import of_checkpoint
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.paths import PROJECT, find_model, look_up
 from qwen_vl_streaming.prompts import load_processor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -126,7 +127,8 @@ def main() -> None:
     parser.add_argument("--base", help="the model that was adapted; by default the one that the adapter names")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    merge(arguments.adapter, arguments.output, arguments.base)
+    base = find_model(arguments.base, PROJECT) if arguments.base else None
+    merge(look_up(arguments.adapter, PROJECT), arguments.output, base)
 
 
 if __name__ == "__main__":

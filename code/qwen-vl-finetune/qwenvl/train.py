@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.attention import make_mask
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.paths import check_videos
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.video import choose_reader
 from torch import distributed
@@ -207,6 +208,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         )
 
     every_row = read_rows(Path(data_arguments.train_data))
+    check_videos((row["video_path"] for row in every_row), ROOT, data_arguments.video_folder)
     rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed)
     processor = load_processor(checkpoint)
     if (video := make_template(processor, QUESTIONS[-1]).video) != config.video_token_id:
@@ -217,6 +219,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     make_dataset = partial(
         StreamingDataset,
         root=ROOT,
+        video_root=data_arguments.video_folder,
         processor=processor,
         tokens_per_second=config.vision_config.tokens_per_second,
         variant=variant,

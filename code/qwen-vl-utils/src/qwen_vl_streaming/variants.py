@@ -29,6 +29,16 @@ class Variant:
     text_start: int = 0
     """The header's first position, where text has its own count."""
 
+    @property
+    def mode(self) -> str:
+        """Streaming or Offline, as the paper groups its tables."""
+        return "Streaming" if self.streams else "Offline"
+
+    @property
+    def method(self) -> str:
+        """The paper's name without the mode."""
+        return self.paper.removeprefix(f"{self.mode}, ")
+
 
 VARIANTS = {
     variant.name: variant
