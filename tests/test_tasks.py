@@ -160,7 +160,7 @@ def test_data_of_another_task_is_refused_in_one_line(made, evaluate, tmp_path, c
         (["--data", str(tmp_path / "title")], "funqa", "is of sub-task 'H4', none of"),
         (["--data", str(tmp_path / "unasked")], "funqa", "has no question"),
         (["--data", str(tmp_path / "wordless")], "funqa", "caption without a word"),
-        (["--data", str(tmp_path / "numbers")], "funqa", "references that are no list of texts"),
+        (["--data", str(tmp_path / "numbers")], "funqa", "references that are not a list of texts"),
         (["--data", str(tmp_path / "twice")], "funqa", "comes twice"),
         ([], "description", "funqa_test.jsonl, line 1: is of sub-task H2 of funqa: give --task funqa"),
         (["--score-only", str(tmp_path / "captions")], "funqa", "captions, video a: is of sub-task None"),

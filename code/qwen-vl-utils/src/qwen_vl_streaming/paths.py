@@ -61,9 +61,7 @@ def find_data(path: str, root: Path, what: str) -> Path:
     make = make_data(path)
     found = find_path(path, root, what, fix=make or "check the path, or make it with `python mani_data.py`")
     if not os.path.isfile(found):
-        raise InputError(
-            f"{what} {str(found)!r} cannot be read (it is not a file): give a JSONL with the rows of the videos"
-        )
+        raise InputError(f"{what} {str(found)!r} cannot be read (it is not a file): give a JSONL with rows")
     if not os.path.getsize(found):
         raise InputError(f"{what} {str(found)!r} is empty: {make or 'give one with rows'}")
     return found
@@ -112,8 +110,7 @@ def find_video(video_path: str | Path, root: Path, video_root: Path | None = Non
     if Path(video_path).is_absolute():
         looked = f" and is not in {video_root} either" if video_root else ""
     else:
-        others = [str(folder.absolute()) for folder in (root, video_root) if folder]
-        looked = f" in {Path.cwd()}, nor in {' nor in '.join(others)}"
+        looked = " in " + " or in ".join(str(folder.absolute()) for folder in (Path(), root, video_root) if folder)
     fix = "check the path, put the file there, or name the folder of the videos as the video root"
     raise InputError(f"video {video_path} does not exist{looked}: {fix}")
 
