@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
-from qwen_vl_streaming.paths import PROJECT, find_video
+from qwen_vl_streaming.paths import PROJECT, find_video, look_up
 from qwen_vl_streaming.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.streaming import Streams, caption
 from qwen_vl_streaming.timeline import make_schedule
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--variant", default="group")
     parser.add_argument("--videos", type=int, default=10, help="videos whose pixels are changed")
     arguments = parser.parse_args()
-    variant, output = get_variant(arguments.variant), arguments.output
+    variant, output = get_variant(arguments.variant), look_up(arguments.output, PROJECT)
     captions = output / f"evaluation/{variant.name}_infer.json"
     if not captions.exists():
         raise InputError(f"{captions} is missing: run QWEN2_5_VL_VARIANT={variant.name} bash demo.sh first")

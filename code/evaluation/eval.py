@@ -175,10 +175,10 @@ def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None) -> No
     scoring = prepare_scoring(settings)
     work, facts = make_work(settings, processes, gpus)
     out, ids = work.out, [row["video_id"] for row in work.rows]
-    logger.info("%s: checkpoint %s", work.variant.name, describe_model(work.model))
-    logger.info("data %s, %d videos", facts["data"], len(ids))
     with only_writer(out):
         finished = begin(work, facts)
+        logger.info("%s: checkpoint %s", work.variant.name, describe_model(work.model))
+        logger.info("data %s, %d videos", facts["data"], len(ids))
         left = [video_id for video_id in ids if video_id not in finished]
         if finished:
             logger.info("%d of %d videos were captioned before: going on", len(finished), len(ids))

@@ -110,8 +110,9 @@ def find_video(video_path: str | Path, root: Path, video_root: Path | None = Non
     if Path(video_path).is_absolute():
         looked = f" and is not in {video_root} either" if video_root else ""
     else:
-        looked = " in " + " or in ".join(str(folder.absolute()) for folder in (Path(), root, video_root) if folder)
-    fix = "check the path, put the file there, or name the folder of the videos as the video root"
+        folders = dict.fromkeys(str(folder.absolute()) for folder in (Path(), root, video_root) if folder)
+        looked = " in " + " or in ".join(folders)
+    fix = "check the path, put the file there, or give the folder of the videos as the video root (see --help)"
     raise InputError(f"video {video_path} does not exist{looked}: {fix}")
 
 
