@@ -92,10 +92,52 @@ def test_packed_samples_never_see_each_other():
         assert torch.allclose(flex_attention(query, key, value, block_mask=blocks), dense, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_predicate_of_the_block_mask_is_the_dense_mask(packed):
+    """Element by element over a batch of two rows, and the blocks that it skips hold nothing allowed."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    for variant in VARIANTS.values():
+        timelines = [make_timeline(variant, Layout(9, 3, 3, (7, 8)), random_counts(draw, variant)) for _ in range(2)]
+        length = max(len(t.rows) for t in timelines)
+        visual, text = torch.zeros(2, 2, length, dtype=torch.bool)
+        for i, timeline in enumerate(timelines):
+            visual[i, : len(timeline.rows)], text[i, : len(timeline.rows)] = timeline.rows.visual, timeline.rows.text
+        sample = torch.arange(length).div(40, rounding_mode="floor").expand(2, length) if packed else None
+        blocks = block_mask(visual, text, variant.parallel, sample)
+        assert blocks.shape == (2, 1, length, length)
+        place = torch.arange(length)
+        rows = torch.arange(2)[:, None, None]
+        said = blocks.mask_mod(rows, 0, place[:, None], place).expand(2, length, length)
+        expected = dense_mask(visual, text, variant.parallel, sample=sample)[:, 0]
+        assert torch.equal(said, expected), variant.name
+        size = blocks.BLOCK_SIZE[0]
+        coarse = blocks.to_dense()[:, 0].bool().repeat_interleave(size, 1).repeat_interleave(size, 2)
+        assert not (expected & ~coarse[:, :length, :length]).any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_backend_gets_the_mask_in_its_own_form(variant, packed):
+    timeline = make_timeline(variant, Layout(2, 1, 2, (2, 2)), (2, 1) if variant.streams else (0, 3))
+    visual, text = timeline.rows.visual[None], timeline.rows.text[None]
+    sample = (torch.arange(len(timeline.rows)) >= 6).long()[None] if packed else None
+    expected = dense_mask(visual, text, variant.parallel, sample=sample)
+    place = torch.arange(len(timeline.rows))
+    flex = make_mask(visual, text, variant.parallel, "flex_attention", sample)
+    assert torch.equal(flex.mask_mod(0, 0, place[:, None], place), expected[0, 0])
+    sdpa = make_mask(visual, text, variant.parallel, "sdpa", sample)
+    assert (sdpa is None) if not (variant.parallel or packed) else torch.equal(sdpa, expected)
+
+
 def test_a_backend_that_would_lose_the_mask_is_refused():
     flags = torch.zeros(1, 4, dtype=torch.bool)
-    with pytest.raises(InputError, match="cannot hold the mask"):
+    with pytest.raises(InputError) as refused:
         make_mask(flags, flags, True, "flash_attention_2")
+    assert str(refused.value) == (
+        "flash_attention_2 cannot hold the mask of a parallel variant (overlap, group, gap) or of packed samples: "
+        "use flex_attention on a GPU or sdpa on a CPU"
+    )
     with pytest.raises(InputError, match="packed samples"):
         make_mask(flags, flags, False, "flash_attention_2", sample=flags.long())
     with pytest.raises(InputError, match="eager"):

@@ -61,6 +61,7 @@ COMMANDS: dict[str, Run | str] = {
     "bash test.sh": CHECKS,
     "bash test.sh tests/test_streaming.py": CHECKS,
     "bash test.sh tests/test_model.py": CHECKS,
+    "bash test.sh tests/test_positions.py": CHECKS,
     "SESSIONS=1000 bash test.sh tests/test_session.py tests/test_pipeline.py tests/test_crowd.py": CHECKS,
     "python3 -m venv .venv && . .venv/bin/activate": INSTALLS,
     "pip install -r requirements.txt": INSTALLS,

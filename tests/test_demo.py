@@ -9,6 +9,7 @@ from pathlib import Path
 import check_flags
 import pytest
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.positions import RULE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +38,7 @@ def test_demo_in_short_form(tmp_path):
         assert (output / name).stat().st_size > 0
         assert str(output / name).removesuffix("/train_3_5.jsonl").removesuffix("/config.json") in ended.stdout
     config = json.loads((output / "qwen2_5vl-pe-group/config.json").read_text())
-    assert config["streaming_variant"] == "group" and config["wait_k"] == 3
+    assert config["streaming_variant"] == "group" and config["wait_k"] == 3 and config["position_rule"] == RULE
     evaluated = json.loads((output / "evaluation/group_infer.args.json").read_text())
     assert config["pixel_budget"]["max_pixels_per_frame"] == evaluated["max_pixels_per_frame"] == 7056
     assert len((output / "dataset/train_3_5.jsonl").read_text().splitlines()) == 24

@@ -192,6 +192,7 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         (["--variant", "grup"], "unknown variant 'grup'"),
         (["--schedule", "wait-x"], "unknown schedule 'wait-x'"),
         (["--model", str(gap)], "trained as gap, not group"),
+        (["--model", str(gap), "--variant", "gap"], "under another rule for the positions after a video"),
         (["--model", str(bare)], "no processor"),
         (["--model", str(tmp_path / "nowhere")], "nowhere"),
         (["--data", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl"),

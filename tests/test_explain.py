@@ -57,8 +57,8 @@ def small_by_hand(header, answer, clip_2, tail):
 @pytest.mark.parametrize(
     ("variant", "tokens"),
     [
-        ("group", small_by_hand((0, 1, 2), (3, 4, 5, 6), ((4, 2, 2), (4, 2, 3)), (4, 5, 6))),
-        ("gap", small_by_hand((10000, 10001, 10002), range(10003, 10007), ((4, 2, 2), (4, 2, 3)), (4, 5, 6))),
+        ("group", small_by_hand((0, 1, 2), (3, 4, 5, 6), ((4, 2, 2), (4, 2, 3)), (5, 6, 7))),
+        ("gap", small_by_hand((10000, 10001, 10002), range(10003, 10007), ((4, 2, 2), (4, 2, 3)), (5, 6, 7))),
         # Round 1 ends at 3. Text runs to 8, clip 2 and its tail too: round 2 ends at 8.
         ("overlap", small_by_hand((4, 5, 6), (7, 8, 9, 10), ((4, 4, 4), (4, 4, 5)), (6, 7, 8))),
     ],

@@ -50,14 +50,15 @@ def test_origin_equals_stock_logits():
         pixels = torch.randn(int(grid_thw.prod()), 1176)
         video = {"pixel_values_videos": pixels, "video_grid_thw": grid_thw}
         with torch.no_grad():
+            # The positions are passed: those that the pinned transformers computes are not the release's.
+            positions = timeline_positions(timeline)[:, None]
             expected = twin(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 mm_token_type_ids=(ids == VIDEO).int() * 2,
-                second_per_grid_ts=torch.tensor([seconds]),
+                position_ids=positions,
                 **video,
             ).logits
-            positions = timeline_positions(timeline)[:, None]
             dense = dense_mask(timeline.rows.visual[None], timeline.rows.text[None], parallel=False)
             for mask in (dense, None):
                 ours = model(input_ids=ids, position_ids=positions, attention_mask=mask, **video).logits

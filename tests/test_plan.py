@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 from qwen_vl_streaming.attention import dense_mask
-from qwen_vl_streaming.plan import make_plan
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.plan import Window, make_plan
 from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.timeline import ANSWER, Layout, Schedule, make_timeline
+from qwen_vl_streaming.timeline import ANSWER, HEADER, PROMPT, Layout, Schedule, make_timeline
 from qwen_vl_streaming.variants import VARIANTS
 from tiny import random_counts
 
@@ -31,6 +32,7 @@ def test_a_plan_sees_what_the_mask_allows(variant, seed):
             assert torch.equal(own[:, keys], beginning)
         assert torch.equal(run.positions, timeline_positions(timeline)[:, which])
         assert torch.equal(run.produces, timeline.produces[which])
+    assert plan.schedule is schedule and len(plan.visual) + len(plan.text) == len(rows)
     assert plan.slots(most) == rows.slot[rows.part == ANSWER].tolist()
 
 
@@ -47,3 +49,51 @@ def test_a_plan_does_not_depend_on_how_long_the_answer_becomes(variant, seed):
     fed = len(short.text) - 1
     for field in ("positions", "seen_visual", "seen_text"):
         assert torch.equal(getattr(short.text, field)[..., :fed], getattr(long.text, field)[..., :fed]), field
+
+
+def in_sight(window, rows, query, key) -> bool:
+    """As the docstring of Window says it, for one pair of tokens of which `query` is fed later. The tail is part of the
+    last clip."""
+    if rows.part[key] in (PROMPT, HEADER):
+        return True
+    before = rows[: query + 1]
+    if rows.part[key] == ANSWER:
+        return int((before.part[key + 1 :] == ANSWER).sum()) < window.words
+    return int(rows.clip[key]) > int(before.clip.max()) - window.clips
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_a_window_hides_old_clips_and_old_tokens(variant, seed):
+    print("seed", seed)
+    draw = random.Random(f"{variant.name} {seed}")
+    layout = Layout(draw.randint(1, 4), 2, 2, (draw.randint(1, 2), draw.randint(1, 3)))
+    counts = random_counts(draw, variant, most_clips=7)
+    window = Window(draw.randint(1, 3), draw.randint(1, 5))
+    rows = make_timeline(variant, layout, counts).rows
+    length = len(rows)
+    mask = window.mask(layout, rows.text, len(counts))
+    assert mask.shape == (length, length)
+    for query in range(length):
+        for key in range(query):
+            assert mask[query, key] == in_sight(window, rows, query, key), (query, key)
+    some = slice(draw.randrange(length), None)
+    assert torch.equal(window.mask(layout, rows.text, len(counts), some), mask[some])
+
+
+def test_the_first_in_sight_by_hand():
+    """Prompt 3, clips of 2 tokens, header 2; a window of 2 clips and 3 tokens."""
+    layout, window = Layout(3, 2, 2, (1, 2)), Window(2, 3)
+    seen_visual, seen_text = torch.tensor([1, 3, 4, 5, 7, 8, 9, 11]), torch.tensor([0, 0, 2, 3, 4, 5, 6, 9])
+    visual, text = window.since(layout, seen_visual, seen_text, None).tolist()
+    assert visual == [3, 3, 3, 3, 3, 5, 5, 7]  # clip 3 comes with token 8, clip 4 with token 10
+    assert text == [2, 2, 2, 2, 2, 2, 3, 6]
+    # With 3 clips in all, tokens 10 and 11 are the tail's.
+    assert window.since(layout, seen_visual, seen_text, 3)[0].tolist() == [3, 3, 3, 3, 3, 5, 5, 5]
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (1, 0)])
+def test_a_window_holds_something(sizes):
+    assert Window(1, 1) == Window(1, 1)
+    with pytest.raises(InputError, match=f"^a window holds at least 1 clip and 1 word, not {sizes[0]} and {sizes[1]}$"):
+        Window(*sizes)

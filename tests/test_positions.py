@@ -1,5 +1,6 @@
-"""Positions against cases worked out by hand, against stock transformers, and across variants."""
+"""Positions against cases worked out by hand, against those of the release, and across variants."""
 
+import json
 import random
 import time
 
@@ -8,7 +9,8 @@ import torch
 from qwen_vl_streaming.positions import row_positions, timeline_positions
 from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, make_timeline
 from qwen_vl_streaming.variants import VARIANTS
-from tiny import VIDEO, random_counts, random_template, timeline_ids, tiny_model
+from released_positions import FIXTURE
+from tiny import VIDEO, random_counts, tiny_model
 
 SEED = time.time_ns() % 100_000
 LAYOUT = Layout(prompt=5, tail=3, header=3, grid=(2, 3), steps_per_clip=2.0)
@@ -34,22 +36,27 @@ def clip_at(t, h, w):
 
 
 def test_offline_by_hand():
-    """Two clips two steps apart; as in stock transformers, what follows a video starts max(rows, columns) on."""
-    for name, header, answer in (("origin", (11, 12, 13), (14, 15)), ("batch", (0, 1, 2), (3, 4))):
-        timeline = make_timeline(VARIANTS[name], LAYOUT, (0, 2))
-        assert of(timeline, PROMPT) == text(0, 1, 2, 3, 4)
-        assert of(timeline, CLIP, clip=1) == clip_at(5, 5, 5)
-        assert of(timeline, CLIP, clip=2) == clip_at(7, 5, 5)
-        assert of(timeline, TAIL) == text(8, 9, 10)
-        assert of(timeline, HEADER) == text(*header)
-        assert of(timeline, ANSWER) == text(*answer)
+    """What follows a video starts one after its largest position: of one clip that is its last column, 7, and of four
+    clips two steps apart the time of the last, 11."""
+    for counts, tail, header, answer in (
+        ((2,), (8, 9, 10), (11, 12, 13), (14, 15)),
+        ((0, 0, 0, 2), (12, 13, 14), (15, 16, 17), (18, 19)),
+    ):
+        for name, text_at in (("origin", (header, answer)), ("batch", ((0, 1, 2), (3, 4)))):
+            timeline = make_timeline(VARIANTS[name], LAYOUT, counts)
+            assert of(timeline, PROMPT) == text(0, 1, 2, 3, 4)
+            for clip in range(1, len(counts) + 1):
+                assert of(timeline, CLIP, clip=clip) == clip_at(5 + 2 * (clip - 1), 5, 5)
+            assert of(timeline, TAIL) == text(*tail)
+            assert of(timeline, HEADER) == text(*text_at[0])
+            assert of(timeline, ANSWER) == text(*text_at[1])
 
 
 def test_group_and_gap_by_hand():
     for name, start in (("group", 0), ("gap", 10_000)):
         timeline = make_timeline(VARIANTS[name], LAYOUT, (2, 2, 1))
         assert of(timeline, CLIP, clip=3) == clip_at(9, 5, 5)
-        assert of(timeline, TAIL) == text(8, 9, 10)
+        assert of(timeline, TAIL) == text(10, 11, 12)
         assert of(timeline, HEADER) == text(*range(start, start + 3))
         assert of(timeline, ANSWER) == text(*range(start + 3, start + 8))
 
@@ -116,29 +123,86 @@ def test_overlap_is_what_its_sentence_says():
         timeline = make_timeline(VARIANTS["overlap"], layout, random_counts(draw, VARIANTS["overlap"]))
         rows, expected = timeline.rows, overlap_told_slowly(timeline)
         keys = zip(rows.part.tolist(), rows.clip.tolist(), rows.index.tolist(), strict=True)
-        assert [tuple(p) for p in timeline_positions(timeline).T.tolist()] == [expected[key] for key in keys]
+        positions = timeline_positions(timeline)
+        assert [tuple(p) for p in positions.T.tolist()] == [expected[key] for key in keys]
+        assert positions.dtype == torch.int64
 
 
-@pytest.mark.parametrize("seconds", [1.0, 0.5, 1.3333334, 2 / 1.87])
-def test_origin_equals_stock(seconds):
-    """The positions that transformers computes itself for the same ids, at any sampled rate."""
+def released(prompt: int, clips: int, grid: tuple[int, int], steps: float, text_tokens: int) -> list[list[int]]:
+    """Positions (L, 3) by the released rule, token by token: text counts on from one after the largest number so far,
+    and a clip's tokens stand at (time, row, column) past the first position of the video."""
+    positions = [[i] * 3 for i in range(prompt)]
+    for clip in range(clips):
+        for row in range(grid[0]):
+            for column in range(grid[1]):
+                positions.append([prompt + int(clip * steps), prompt + row, prompt + column])
+    for _ in range(text_tokens):
+        positions.append([max(map(max, positions)) + 1] * 3)
+    return positions
+
+
+def origin(prompt: int, clips: int, grid: tuple[int, int], seconds: float, text_tokens: int):
+    """The timeline of `origin` for that video, two position steps a second, and so many tokens after it."""
+    layout = Layout(prompt, 1, 1, grid, 2 * seconds)
+    return make_timeline(VARIANTS["origin"], layout, [0] * (clips - 1) + [text_tokens - 2])
+
+
+RELEASED = json.loads(FIXTURE.read_text())
+
+
+@pytest.mark.parametrize("case", RELEASED, ids=lambda c: f"{c['transformers']}-{c['clips']}x{c['seconds']:.2f}s")
+def test_origin_is_what_transformers_computed_at_the_release(case):
+    timeline = origin(case["prompt"], case["clips"], case["grid"], case["seconds"], case["text"])
+    assert timeline_positions(timeline).tolist() == case["positions"]
+
+
+def test_origin_is_what_the_released_rule_says():
+    """Also between the seconds of the fixture; vLLM and SGLang compute the same."""
     print("seed", SEED)
     draw = random.Random(SEED)
-    model = tiny_model()
-    for _ in range(10):
-        template = random_template(draw)
-        grid = (draw.randint(1, 5), draw.randint(1, 5))
-        clips = draw.randint(1, 30)
-        steps = model.config.vision_config.tokens_per_second * seconds
-        timeline = make_timeline(VARIANTS["origin"], template.layout(grid, steps), [0] * (clips - 1) + [7])
-        ids = timeline_ids(timeline, template, list(range(7)))[None]
-        stock, _ = model.model.get_rope_index(
-            ids,
-            mm_token_type_ids=(ids == VIDEO).int() * 2,
-            video_grid_thw=torch.tensor([[clips, grid[0] * 2, grid[1] * 2]]),
-            second_per_grid_ts=torch.tensor([seconds]),
-        )
-        assert torch.equal(timeline_positions(timeline), stock[:, 0])
+    for _ in range(100):
+        sizes = draw.randint(1, 9), draw.randint(1, 30), (draw.randint(1, 12), draw.randint(1, 12))
+        seconds, text_tokens = draw.randint(1, 24) / 8, draw.randint(3, 9)
+        expected = released(*sizes, 2 * seconds, text_tokens)
+        assert timeline_positions(origin(*sizes, seconds, text_tokens)).T.tolist() == expected
+
+
+@pytest.mark.parametrize("clips", [1, 30])
+def test_the_pinned_transformers_differs_only_after_a_video(clips):
+    """It starts what follows a video max(rows, columns) past the video's first position: in the midst of its times.
+
+    When this fails for 30 clips, transformers has returned to the rule of the release: take the second half out, and
+    the reference in `positions.RULE` to the versions that differ.
+    """
+    model, sizes = tiny_model(), (4, clips, (2, 3))
+    timeline = origin(*sizes, 1.0, 5)
+    prompt, layout = (0, 0, 0, 188), timeline.layout
+    ids = torch.tensor([[*prompt, *[VIDEO] * clips * layout.tokens_per_clip, *[1] * 5]])
+    stock, _ = model.model.get_rope_index(
+        ids,
+        mm_token_type_ids=(ids == VIDEO).int() * 2,
+        video_grid_thw=torch.tensor([[clips, 4, 6]]),
+        second_per_grid_ts=torch.tensor([1.0]),
+    )
+    ours, stock = timeline_positions(timeline), stock[:, 0]
+    assert torch.equal(ours[:, :-5], stock[:, :-5])
+    if clips == 1:
+        assert torch.equal(ours, stock)
+    else:
+        assert ours[0, -5:].tolist() == [63, 64, 65, 66, 67]
+        assert stock[0, -5:].tolist() == [7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
+def test_an_empty_last_clip_takes_no_position(variant):
+    """A live source that ends: the tail and what follows stand where they would after the clip before."""
+    whole = make_timeline(variant, LAYOUT, (2, 3, 4) if variant.streams else (0, 0, 9))
+    bare = make_timeline(variant, LAYOUT, (2, 3, 0, 4) if variant.streams else (0, 0, 0, 9), bare=True)
+    for part in (CLIP, TAIL, HEADER, ANSWER):
+        assert of(bare, part) == of(whole, part)
+    assert of(bare, TAIL) == {"interleave": text(22, 23, 24), "overlap": text(16, 17, 18)}.get(
+        variant.name, text(10, 11, 12)
+    )
 
 
 def test_other_variants_differ_from_origin_where_they_should():

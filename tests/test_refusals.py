@@ -171,8 +171,9 @@ def test_a_model_of_another_variant(refusal, made, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(made[0], model)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "streaming_variant": "gap"}))
-    assert f"{model} was trained as gap, not group" in refusal("", model_name_or_path=model)
+    for trained, said in (("gap", "trained as gap, not group"), ("group", "trained under another rule")):
+        (model / "config.json").write_text(json.dumps({**config, "streaming_variant": trained}))
+        assert f"{model} was {said}" in refusal("", model_name_or_path=model)
     assert "are 36 tokens" in refusal("--force True --model_max_length 30", model_name_or_path=model)
 
 

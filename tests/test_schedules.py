@@ -28,7 +28,7 @@ def test_a_disturbed_schedule_is_the_videos_own(tmp_path):
     assert all(set(quotas) == set(range(1, 8)) and 3.5 < sum(quotas) / 299 < 4.5 for quotas in drawn)
 
 
-@pytest.mark.parametrize("form", ["object", "lines", "rows"])
+@pytest.mark.parametrize("form", ["object", "lines", "rows", "schedule as an id"])
 def test_from_a_file(tmp_path, form):
     """Counts with or without the last slot's; rows of a result file are such a file."""
     counts = {"a": [0, 5, 2], "b": [3, 1], "not in the data": [1]}
@@ -36,10 +36,11 @@ def test_from_a_file(tmp_path, form):
         "object": [json.dumps(counts, indent=1)],
         "lines": [json.dumps({name: each}) for name, each in counts.items()],
         "rows": [json.dumps({"video_id": name, "schedule": each, "result": "x"}) for name, each in counts.items()],
+        "schedule as an id": [json.dumps({**counts, "schedule": [2]})],
     }[form]
     (tmp_path / "counts.json").write_text("\n".join(lines) + "\n")
     found = choose("counts.json", tmp_path)  # looked up in the project's root
-    assert found.name == "counts.json" and len(found.sha256) == 64
+    assert found.name == "counts.json" and len(found.sha256) == 64 and found.variant is GROUP
     assert found.of("a", 3).quotas == (0, 5) and found.of("b", 3).quotas == (3, 1)
     with pytest.raises(InputError, match="3 counts for video a, which has 5 clips: give 5, or 4"):
         found.of("a", 5)

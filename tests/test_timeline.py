@@ -14,6 +14,7 @@ from qwen_vl_streaming.timeline import (
     PARTS,
     TAIL,
     Layout,
+    Rows,
     Schedule,
     make_schedule,
     make_timeline,
@@ -81,6 +82,59 @@ def test_targets_name_the_right_next_token(variant):
                 assert (int(following.part), int(following.index)) == (ANSWER, answer)
 
 
+def test_the_last_token_of_an_answer_that_ends_early_is_fed_in_the_next_slot():
+    """It would produce that slot's first token; a0 waits for clip 2, and a2, the end, for clip 3 but not for clip 4."""
+    order = told(make_timeline(VARIANTS["gap"], LAYOUT, (1, 2, 0, 0)))
+    assert order == "p0 p1 v1 v1 h0 h1 v2 v2 a0 a1 v3 v3 a2 v4 v4 t0"
+    assert told(make_timeline(VARIANTS["gap"], LAYOUT, (3,))) == "p0 p1 v1 v1 t0 h0 h1 a0 a1 a2"
+
+
+def test_an_empty_last_clip():
+    """A live source that ends: no clip 3, and the tail and the rest belong to slot 3 all the same."""
+    expected = {
+        "interleave": "p0 p1 v1 v1 h0 h1 a0 v2 v2 a1 a2 t0 a3",
+        "overlap": "p0 p1 v1 v1 h0 h1 v2 v2 a0 a1 t0 a2 a3",
+        "batch": "p0 p1 v1 v1 v2 v2 t0 h0 h1 a0 a1 a2 a3",
+    }
+    for name, order in expected.items():
+        counts = (1, 2, 1) if VARIANTS[name].streams else (0, 0, 4)
+        timeline = make_timeline(VARIANTS[name], LAYOUT, counts, bare=True)
+        assert told(timeline) == order and timeline.bare and timeline.counts == counts and timeline.clips == 3
+        assert timeline.rows.clip[timeline.rows.part == TAIL].tolist() == [3]
+    with pytest.raises(InputError, match="at least one clip"):
+        make_timeline(VARIANTS["group"], LAYOUT, (1,), bare=True)
+
+
+def test_what_is_written_down_of_each_token():
+    rows = make_timeline(VARIANTS["interleave"], LAYOUT, (1, 1)).rows
+    assert [PARTS[part][0] for part in rows.part] == list("ppcchhaccta")
+    assert rows.clip.tolist() == [0, 0, 1, 1, 0, 0, 0, 2, 2, 2, 0]
+    assert rows.index.tolist() == [0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 1]
+    assert rows.slot.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 2]
+    assert rows.visual.tolist() == [name in "ct" for name in "ppcchhaccta"]
+    assert rows.text.tolist() == [name in "ha" for name in "ppcchhaccta"]
+    offline = make_timeline(VARIANTS["origin"], LAYOUT, (0, 2)).rows
+    assert offline.slot.tolist() == [0] * 7 + [2] * 4
+
+
+def test_rows_of_one_part():
+    rows = Rows.of(ANSWER, 3, clip=7, slot=5, first=4)
+    assert len(rows) == 3 and rows.part.tolist() == [ANSWER] * 3 and rows.index.tolist() == [4, 5, 6]
+    assert rows.clip.tolist() == [7] * 3 and rows.slot.tolist() == [5] * 3
+    plain = Rows.of(CLIP, 2)
+    assert [getattr(plain, name).tolist() for name in ("clip", "index", "slot")] == [[0, 0], [0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("size", [{"prompt": 0}, {"tail": 0}, {"header": -1}, {"grid": (0, 3)}, {"grid": (3, 0)}])
+def test_a_layout_has_sizes(size):
+    sizes = {"prompt": 1, "tail": 1, "header": 1, "grid": (1, 1), "steps_per_clip": 0.1}
+    assert Layout(**sizes).tokens_per_clip == 1 and Layout(**{**sizes, "grid": (2, 5)}).tokens_per_clip == 10
+    assert Layout(1, 1, 1, (1, 1)).steps_per_clip == 2
+    for wrong in (size, {"steps_per_clip": 0}):
+        with pytest.raises(ValueError, match=r"^every size of a layout is at least 1, and time advances: got Layout\("):
+            Layout(**{**sizes, **wrong})
+
+
 def test_schedules():
     streaming, offline = VARIANTS["group"], VARIANTS["batch"]
     assert make_schedule("wait-3", streaming, 4).counts(14) == (3, 3, 3, 5)
@@ -89,7 +143,23 @@ def test_schedules():
     assert make_schedule("random-3", streaming, 9, seed=1) == make_schedule("random-3", streaming, 9, seed=1)
     drawn = make_schedule("random-3", streaming, 500, seed=SEED).quotas
     assert set(drawn) == {1, 2, 3, 4, 5}
-    assert Schedule((2, 1)).quota(3) == float("inf")
+    schedule = Schedule((2, 0, 1))
+    assert schedule.clips == 4 and [schedule.quota(slot) for slot in (1, 2, 3, 4)] == [2, 0, 1, float("inf")]
+    assert schedule.counts(1) == (1, 0, 0, 0) and schedule.counts(3) == (2, 0, 1, 0) and schedule.counts(9)[-1] == 6
+    with pytest.raises(ValueError, match=r"^a slot writes at least 0 tokens, got \(1, -1\)$"):
+        Schedule((1, -1))
+
+
+def test_a_schedule_is_for_its_number_of_clips():
+    for text in ("wait-3", "random-3"):
+        for clips in (1, 2, 7):
+            for variant in VARIANTS.values():
+                schedule = make_schedule(text, variant, clips)
+                assert schedule.clips == clips and schedule == make_schedule(text, variant, clips, seed=0)
+                assert len(schedule.quotas) == clips - 1 and bool(sum(schedule.quotas)) == (
+                    variant.streams and clips > 1
+                )
+    assert make_schedule("random-9", VARIANTS["gap"], 9, 0) != make_schedule("random-9", VARIANTS["gap"], 9, 1)
 
 
 @pytest.mark.parametrize("text", ["wait", "wait-0", "wait-x", "sometimes-3", "wait-3 ", ""])
@@ -99,10 +169,12 @@ def test_an_unknown_schedule_is_refused(text):
 
 
 def test_no_caption_and_no_clip_are_refused():
-    with pytest.raises(InputError, match="at least one token"):
+    with pytest.raises(InputError, match=r"^a caption needs at least one token: leave the sample out$"):
         make_timeline(VARIANTS["group"], LAYOUT, (0, 0))
-    with pytest.raises(InputError, match="at least one clip"):
+    with pytest.raises(InputError, match=r"^a video needs at least one clip \(two frames\): leave it out$"):
         make_timeline(VARIANTS["group"], LAYOUT, ())
+    with pytest.raises(ValueError, match=r"^batch writes in the last slot only, got counts \(1, 2\)$"):
+        make_timeline(VARIANTS["batch"], LAYOUT, [1, 2])
 
 
 def test_building_is_fast_and_linear():

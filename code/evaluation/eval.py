@@ -27,6 +27,8 @@ from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.paths import check_videos, find_data, find_folder, find_model, find_path, make_data
+from qwen_vl_streaming.positions import RULE
+from qwen_vl_streaming.trained import check_trained
 from qwen_vl_streaming.variants import get_variant
 from qwen_vl_streaming.versions import versions
 from qwen_vl_streaming.video import PixelBudget, choose_reader
@@ -100,12 +102,8 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
     check_videos((row["video_path"] for row in rows), ROOT, video_root)
     model = find_checkpoint(settings)
     config = load_config(model)
-    trained = getattr(config, "streaming_variant", None)
-    if trained not in (None, variant.name) and not settings.force:
-        raise InputError(
-            f"{model} was trained as {trained}, not {variant.name}: "
-            f"set QWEN2_5_VL_VARIANT={trained}, or give --force to evaluate it all the same"
-        )
+    if not settings.force:
+        check_trained(config, model, variant, "--force to evaluate it all the same")
     ids, budget = [row["video_id"] for row in rows], PixelBudget.trained(config, settings)
     wait_k = getattr(config, "wait_k", 3)
     schedules = choose_schedules(settings.schedule, variant, wait_k, settings.seed, ids, ROOT)
@@ -132,6 +130,7 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
     )
     facts = {
         "variant": variant.name,
+        "position_rule": RULE if variant.after_video else None,
         "data": str(data),
         "data_sha256": of_file(data),
         "model": model,

@@ -29,7 +29,10 @@ class ModelArguments:
         metadata={"help": "One of the six variants; by default QWEN2_5_VL_VARIANT, else group."},
     )
     force: bool = field(
-        default=False, metadata={"help": "Train on from a checkpoint that was trained as another variant."}
+        default=False,
+        metadata={
+            "help": "Continue from a checkpoint that was trained as another variant or under another position rule."
+        },
     )
     wait_k: int = field(default=3, metadata={"help": "Answer tokens written after each clip while training."})
     attention: str = field(

@@ -38,7 +38,7 @@ def training_config(adapter: Path) -> dict:
     try:
         config = json.loads((adapter / "config.json").read_text())
         said = {key: config[key] for key in ("streaming_variant", "wait_k")}
-        return {**said, **{key: config[key] for key in ("pixel_budget", BASE) if key in config}}
+        return {**said, **{key: config[key] for key in ("pixel_budget", "position_rule", BASE) if key in config}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{adapter / 'config.json'} does not say under which variant the adapter was trained ({error!r}): "

@@ -20,6 +20,7 @@ import matplotlib
 import torch
 from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.positions import RULE
 from qwen_vl_streaming.versions import RUNNING, versions
 from torch import distributed
 from transformers import Trainer, TrainerCallback
@@ -33,7 +34,13 @@ from matplotlib import pyplot
 logger = logging.getLogger(__name__)
 
 PACKAGES = (*RUNNING, "accelerate", "deepspeed", "peft")
-SETTLED = {"variant": "variant", "schedule": "schedule", "world_size": "processes", "zero_stage": "ZeRO stage"}
+SETTLED = {
+    "variant": "variant",
+    "position_rule": "position rule",
+    "schedule": "schedule",
+    "world_size": "processes",
+    "zero_stage": "ZeRO stage",
+}
 """Facts that a run keeps as long as it lasts, and what they are called."""
 LASTING = (
     "model_name_or_path min_pixels_per_frame max_pixels_per_frame max_pixels_per_video model_max_length pack_tokens "
@@ -73,6 +80,7 @@ def describe_run(model, data, training, rows: int, held_out: int, left_out: list
     zero = training.hf_deepspeed_config.config if training.deepspeed else None
     return {
         "variant": model.variant,
+        "position_rule": RULE if model.rules.after_video else None,
         "schedule": model.schedule,
         "world_size": training.world_size,
         "device": torch.cuda.get_device_name() if training.device.type == "cuda" else platform.processor() or "cpu",

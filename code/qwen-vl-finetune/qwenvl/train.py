@@ -18,6 +18,7 @@ from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.paths import check_videos
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
+from qwen_vl_streaming.trained import check_trained, training_keys
 from qwen_vl_streaming.video import choose_reader
 from torch import distributed
 from transformers import HfArgumentParser
@@ -195,12 +196,8 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     implementation = model_arguments.implementation(arguments.device.type == "cuda", packed)
     check_attention(implementation, arguments.device)
     config = load_config(checkpoint)
-    trained = getattr(config, "streaming_variant", None)
-    if trained not in (None, variant.name) and not model_arguments.force:
-        raise InputError(
-            f"{checkpoint} was trained as {trained}, not {variant.name}: "
-            f"give --variant {trained}, another model, or --force True to train it on all the same"
-        )
+    if not model_arguments.force:
+        check_trained(config, checkpoint, variant, "--force True to continue from it all the same")
     check_parts(model_arguments, arguments)
     if model_arguments.compile_layers and is_deepspeed_zero3_enabled():
         raise InputError(
@@ -254,8 +251,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         held_out = without(held_out, left_out, min(1, len(held_out)))
 
         model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
-        model.config.streaming_variant, model.config.wait_k = variant.name, model_arguments.wait_k
-        model.config.pixel_budget = asdict(data_arguments.budget)
+        model.config.update(training_keys(variant, model_arguments.wait_k, pixel_budget=asdict(data_arguments.budget)))
         if model_arguments.lora_enable:
             model.config.base_sha256 = facts["model_sha256"]
         if model_arguments.compile_layers:

@@ -23,6 +23,7 @@ from .prompts import QUESTIONS
 from .record import WAYS
 from .replay import DTYPES
 from .session import GREEDY
+from .trained import check_trained
 from .variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
 from .video import FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
 from .video_readers import index_video
@@ -61,7 +62,11 @@ def parse(description: str) -> argparse.Namespace:
     add("--model", required=True, help="folder or hub id of a checkpoint")
     add("--source", required=True, help=f"a video file, /dev/videoN, rtsp://..., http://... or {SYNTHETIC}")
     add("--variant", choices=VARIANTS, help=f"default: {ENVIRONMENT_VARIABLE}, else what the checkpoint was trained as")
-    add("--force", action="store_true", help="watch with a checkpoint that was trained as another variant")
+    add(
+        "--force",
+        action="store_true",
+        help="use a checkpoint that was trained as another variant or under another position rule",
+    )
     add("--question", default=QUESTIONS[-1], help="default: %(default)s")
     add("--way", choices=WAYS, help="default: fused where the variant allows it, else serial")
     add("--schedule", help=f"wait-K, random-K or {GREEDY}, as fast as it can (default: wait-K with the checkpoint's K)")
@@ -191,14 +196,11 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
 
 
 def choose_variant(arguments: argparse.Namespace, config) -> Variant:
-    """Raises InputError where the checkpoint was trained for another one, unless that is forced."""
+    """Raises InputError where the checkpoint was trained otherwise, unless that is forced."""
     trained = getattr(config, "streaming_variant", None)
     variant = get_variant(arguments.variant or chosen_variant(trained or "group"))
-    if trained not in (None, variant.name) and not arguments.force:
-        raise InputError(
-            f"{arguments.model} was trained as {trained}, not {variant.name}: set {ENVIRONMENT_VARIABLE}={trained}, "
-            "or give --force to watch with it all the same"
-        )
+    if not arguments.force:
+        check_trained(config, arguments.model, variant, "--force to watch with it all the same")
     return variant
 
 

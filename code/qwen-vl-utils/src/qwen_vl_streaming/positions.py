@@ -12,6 +12,15 @@ from torch import Tensor
 from .timeline import CLIP, HEADER, PROMPT, TAIL, Layout, Rows, Timeline
 from .variants import Variant
 
+RULE = "largest+1"
+"""Name of the rule for what follows a video in `origin`, `batch`, `group` and `gap`; a trained checkpoint's config.json
+holds it as `position_rule`.
+
+The next token is one after the largest position that the video has in any of the three dimensions. Qwen2.5-VL was
+released and trained so; transformers up to 5.2, vLLM and SGLang serve it so. transformers 5.3 to 5.23 start at
+max(rows, columns) past the video's first position, which lies inside the times of a video of more than a few seconds.
+"""
+
 
 def timeline_positions(timeline: Timeline) -> Tensor:
     """Positions of a whole sample, int64 of shape (3, L)."""
@@ -29,26 +38,34 @@ def row_positions(
     `timeline.make_timeline`.
     """
     across = layout.grid[1]
-    span = max(layout.grid)  # positions that one clip takes up in height or width
     text_index = torch.where(rows.part == HEADER, rows.index, rows.index + layout.header)
 
-    if variant.count in ("stock", "own"):
-        base = torch.full_like(rows.index, layout.prompt)
-        time = ((rows.clip - 1) * layout.steps_per_clip).long()
-        text_base = layout.prompt + span + layout.tail if variant.count == "stock" else variant.text_start
-        text = text_base + text_index
+    if variant.after_video:
+        base, time = torch.full_like(rows.index, layout.prompt), _time(layout, rows.clip)
+        after = layout.prompt + _video_takes(layout, (clips or 1) - bare)
+        tail = after + rows.index
+        text = text_index + (after + layout.tail if variant.count == "stock" else variant.text_start)
     else:
         slots = torch.maximum(rows.clip, rows.slot)
         upto = max(1, int(slots.max()))
         base_of_clip, base_of_text, written_before = _rounds(variant, layout, counts, clips, bare, upto)
         base, time = base_of_clip[slots], torch.zeros_like(rows.index)
+        tail = base + (0 if bare else max(layout.grid)) + rows.index
         text = base_of_text[slots] + text_index - written_before[slots]
 
     in_clip = torch.stack([base + time, base + rows.index // across, base + rows.index % across])
-    after = 0 if bare and variant.count not in ("stock", "own") else span
-    tail = base + after + rows.index
     flat = torch.where(rows.part == PROMPT, rows.index, torch.where(rows.part == TAIL, tail, text))
     return torch.where(rows.part == CLIP, in_clip, flat)
+
+
+def _time(layout: Layout, clip: Tensor) -> Tensor:
+    """Position steps from the first clip to each `clip` (1…N) in time, int64."""
+    return ((clip - 1) * layout.steps_per_clip).long()
+
+
+def _video_takes(layout: Layout, clips: int) -> int:
+    """How far after the first position of a video of `clips` clips the next token is: see RULE."""
+    return max(int(_time(layout, torch.tensor(clips))), max(layout.grid) - 1) + 1
 
 
 def _rounds(variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, bare: bool, upto: int):

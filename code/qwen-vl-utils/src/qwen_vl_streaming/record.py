@@ -20,8 +20,8 @@ from .prompts import Template
 from .timeline import Layout
 from .variants import VARIANTS
 
-FORM = 1
-"""Of the file; another form is refused."""
+FORM = 2
+"""Of the file; another form is refused. Records of form 1 are of other positions after a video."""
 WAYS = ("serial", "fused", "pipelined")
 """How a session may run; of a variant that is not parallel only the first."""
 

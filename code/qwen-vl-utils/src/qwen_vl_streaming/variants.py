@@ -39,6 +39,11 @@ class Variant:
         """The paper's name without the mode."""
         return self.paper.removeprefix(f"{self.mode}, ")
 
+    @property
+    def after_video(self) -> bool:
+        """A position depends on where the video ended: that of the tail, or of all that counts on from it."""
+        return self.count in ("stock", "own")
+
 
 VARIANTS = {
     variant.name: variant
