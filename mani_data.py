@@ -23,6 +23,7 @@ from funqa.run import prepare_funqa
 from pe_video.rules import Rules
 from pe_video.run import STATE_FOLDER, prepare_dataset
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.paths import look_up
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "test")
@@ -89,9 +90,11 @@ def options_from(arguments: argparse.Namespace) -> pe_video.run.Options | funqa.
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if arguments.source and (arguments.train_dir or arguments.test_dir):
         raise InputError("--source names both splits: leave out --train-dir and --test-dir")
-    for folder in filter(None, (arguments.source, arguments.train_dir, arguments.test_dir)):
-        if not folder.is_dir():
-            raise InputError(f"folder {folder} does not exist: check the path")
+    for name in ("source", "train_dir", "test_dir"):
+        if folder := getattr(arguments, name):
+            setattr(arguments, name, look_up(folder, ROOT))
+            if not look_up(folder, ROOT).is_dir():
+                raise InputError(f"folder {folder} does not exist: check the path")
     hub_name = arguments.dataset_name or HUB_NAMES[dataset]
     raw = arguments.dataset_root / Path(hub_name).name
     base = arguments.source or raw

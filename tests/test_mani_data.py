@@ -35,6 +35,20 @@ def test_rows_keep_all_fields_and_add_four(tmp_path):
     assert tally.without_video == 1
 
 
+def test_a_video_path_of_its_own_stays_where_the_source_has_no_video(tmp_path):
+    """As the published script has it; where there is a video beside the JSON or in the usual folder, that is named."""
+    named = {f"{n}.json": good(video_path=path) for n, path in enumerate(("clips/a.mp4", "clips/b.mp4", "", None, 7))}
+    make_files(tmp_path / "source/train", named)
+    make_files(tmp_path / "clips", {"b.mp4": MP4})
+    make_files(tmp_path / "dataset/PE-Video/videos/train", {"4.mp4": MP4})
+    options = make_options(tmp_path)
+    tally = prepare_dataset(options)["train"]
+    usual = "dataset/PE-Video/videos/train"
+    paths = ["clips/a.mp4", "clips/b.mp4", *(f"{usual}/{n}.mp4" for n in (2, 3, 4))]
+    assert [row["video_path"] for row in rows(options)] == paths
+    assert tally.without_video == 3  # of 0, 2 and 3
+
+
 @pytest.mark.parametrize(
     ("words", "seconds", "outcome"),
     [

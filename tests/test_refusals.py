@@ -92,7 +92,7 @@ def refusal(made, tmp_path, capsys, monkeypatch):
         ("--lora_r 8", "--lora_r 8 is for adapters: give --lora_enable True"),
         ("--lora_targets q_proj", "--lora_targets ['q_proj'] is for adapters"),
         ("--output_dir /dev/null", "--output_dir /dev/null cannot be written to"),
-        ("--train_data .", "is no file"),
+        ("--train_data .", "is not a file"),
     ],
 )
 def test_flags(refusal, more, reason):

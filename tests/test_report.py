@@ -15,7 +15,7 @@ from make_model import SPECIAL_TOKENS
 from media import make_video, read_number
 from PIL import Image
 from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.variants import VARIANTS, Variant
 from result_files import METRICS, World
 
 
@@ -59,6 +59,40 @@ def test_every_figure_is_where_it_belongs(world):
     assert bleu[2][3:] == [f"{b - a:+.2f}" for a, b in zip(fixed, mixed, strict=True)]
     assert rows[-2][2:] == ["paper: 3B", "*44.11*", "*50.62*", "*51.53*", "*51.20*"]
     assert rows[-1][2:] == ["paper: 3B", "*40.56*", "*50.71*", "*51.76*", "*51.56*"]
+
+
+def test_only_scores_over_the_same_videos_are_subtracted(world):
+    def difference() -> tuple[str, str]:
+        _, text = world.report(*world.files, "--videos", "0")
+        return markdown_rows(text, "### Fixed against random")[2][3], text
+
+    values = [world.add("group", schedule)["CIDEr"] for schedule in ("wait-3", "random-3")]
+    assert difference()[0] == f"{values[1] - values[0]:+.2f}"
+    world.add("group", "random-3", scores={"count": 2})
+    cell, text = difference()
+    assert cell.startswith("-<sup>") and "are over 3 and 2 videos: score again with eval.sh" in text
+    path = world.folder / "group_random-3_infer.json"
+    lines = path.read_text().splitlines(keepends=True)
+    for other, says in (
+        ("".join(lines[:2]), "are not over the same videos (3 and 2, 2 in both)"),
+        ("".join([*lines[:2], lines[2].replace('"annotation": "', '"annotation": "Else. ')]), "reference captions"),
+    ):
+        path.write_text(other)
+        cell, text = difference()
+        assert cell.startswith("-<sup>") and says in text.replace("\\", "")
+        assert f"{values[1]:.2f}" in text  # each of the two is still shown
+
+
+def test_a_variant_with_any_name_in_the_paper_is_reported(world, monkeypatch):
+    mine = Variant("mine", "Ours", streams=True, parallel=True, count="own")
+    monkeypatch.setitem(VARIANTS, "mine", mine)
+    values = [world.add("mine", schedule)["CIDEr"] for schedule in ("wait-3", "random-3")]
+    page, text = world.report(*world.files, "--videos", "1")
+    assert "Ours <code>mine</code>" in page
+    row = next(row for row in markdown_rows(text, "## Video description") if row[2] == "mine")
+    assert row[:2] == ["Streaming", "Ours"] or row[:2] == ["", "Ours"]
+    assert [row[3] for row in markdown_rows(text, "### Fixed against random")[:2]] == [f"{v:.2f}" for v in values]
+    assert [(v.mode, v.method) for v in VARIANTS.values()][0::5] == [("Offline", "Origin"), ("Streaming", "GIPE")]
 
 
 def test_seeds_of_one_schedule_and_files_named_like_schedules_are_told_apart(world):

@@ -100,7 +100,8 @@ def test_training_and_evaluation_ask_a_row_its_own_question(made):
     )
     asked = evaluation.read_data(data, limit=None, task=tasks.TASKS["funqa"])
     schedules = Schedules("wait-3", VARIANTS["group"])
-    work = SimpleNamespace(rows=asked, root=folder, budget=budget, reader=None, schedules=schedules, dtype="float32")
+    where = {"root": folder, "video_root": None}
+    work = SimpleNamespace(rows=asked, **where, budget=budget, reader=None, schedules=schedules, dtype="float32")
     watched = Videos(work, processor, 2)
     for index in (0, 3, 11):
         sample, template = training[index], watched[index].job.template
@@ -159,7 +160,7 @@ def test_data_of_another_task_is_refused_in_one_line(made, evaluate, tmp_path, c
         (["--data", str(tmp_path / "title")], "funqa", "is of sub-task 'H4', none of"),
         (["--data", str(tmp_path / "unasked")], "funqa", "has no question"),
         (["--data", str(tmp_path / "wordless")], "funqa", "caption without a word"),
-        (["--data", str(tmp_path / "numbers")], "funqa", "references that are no list of texts"),
+        (["--data", str(tmp_path / "numbers")], "funqa", "references that are not a list of texts"),
         (["--data", str(tmp_path / "twice")], "funqa", "comes twice"),
         ([], "description", "funqa_test.jsonl, line 1: is of sub-task H2 of funqa: give --task funqa"),
         (["--score-only", str(tmp_path / "captions")], "funqa", "captions, video a: is of sub-task None"),

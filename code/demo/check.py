@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.paths import PROJECT, find_video, look_up
 from qwen_vl_streaming.progress import quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.streaming import Streams, caption
@@ -82,6 +83,14 @@ def check_pixels(model, processor, variant, schedule: str, paths: list[Path], bu
     return earlier, tried, later
 
 
+def find_videos(output: Path, video_ids: list[str]) -> list[Path]:
+    """The test videos of the demo in `output`, which may have been moved since. Raises InputError for one that is
+    gone."""
+    data = (output / "dataset/test_3_5.jsonl").read_text(encoding="utf-8").splitlines()
+    video_of = {row["video_id"]: row["video_path"] for row in map(json.loads, data)}
+    return [find_video(video_of[video_id], PROJECT, output / "dataset/PE-Video/videos/test") for video_id in video_ids]
+
+
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="what demo.sh was given")
@@ -89,7 +98,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=10, help="videos whose pixels are changed")
     arguments = parser.parse_args()
     quiet_libraries()
-    variant, output = get_variant(arguments.variant), arguments.output
+    variant, output = get_variant(arguments.variant), look_up(arguments.output, PROJECT)
     captions = output / f"evaluation/{variant.name}_infer.json"
     if not captions.exists():
         raise InputError(f"{captions} is missing: run QWEN2_5_VL_VARIANT={variant.name} bash demo.sh first")
@@ -102,7 +111,7 @@ def main() -> None:
 
     checkpoint = output / f"qwen2_5vl-pe-{variant.name}"
     model = load_model(checkpoint, "sdpa", torch.float32).eval()
-    paths = [output / f"dataset/PE-Video/videos/test/{row['video_id']}.mp4" for row in rows[: arguments.videos]]
+    paths = find_videos(output, [row["video_id"] for row in rows[: arguments.videos]])
     processor, schedule = load_processor(checkpoint), f"wait-{model.config.wait_k}"
     earlier, tried, later = check_pixels(model, processor, variant, schedule, paths, PixelBudget.trained(model.config))
     print(f"{variant.name}, clip j of a video replaced by noise, every j of {len(paths)} videos, {tried} times in all:")

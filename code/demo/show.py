@@ -3,12 +3,13 @@ everything lies."""
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from check import named
+from check import find_videos, named
 from qwen_vl_streaming.errors import OneLineParser, run
 from qwen_vl_streaming.prompts import load_processor
 
@@ -80,9 +81,10 @@ def show(output: Path, variants: list[str], examples: int = 3) -> None:
     print("\nnext: does it look at the video? Ask it:")
     check = [Path(__file__).resolve().with_name("check.py"), "--output", output, "--variant", variants[0]]
     print(f"  {command(*check)}")
-    film = output / f"dataset/PE-Video/videos/test/{rows[variants[0]][0]['video_id']}.mp4"
+    (film,) = find_videos(output, [rows[variants[0]][0]["video_id"]])
     print("and hear it speak while a video happens, or a webcam:")
-    live = ["-m", "qwen_vl_streaming.live", "--model", output / f"qwen2_5vl-pe-{variants[0]}", "--source", film]
+    trained, source = output / f"qwen2_5vl-pe-{variants[0]}", os.path.normpath(film)
+    live = ["-m", "qwen_vl_streaming.live", "--model", trained, "--source", source]
     print(f"  {command(*live)}")
 
 

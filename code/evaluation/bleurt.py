@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.hub import WEIGHTS, from_hub
+from qwen_vl_streaming.paths import places
 from qwen_vl_streaming.progress import Progress
 from safetensors import SafetensorError
 from scoring import NotComputed
@@ -40,7 +41,7 @@ def find_checkpoint(name: str) -> Path:
 
     Raises InputError, in one line, for one that is not there or is no BLEURT-20.
     """
-    folder = next((folder for folder in (Path(name), ROOT / name) if folder.exists()), None)
+    folder = next((folder for folder in places(name, ROOT) if folder.exists()), None)
     if folder is None:
         try:
             folder = from_hub(name, ("config.json", VOCABULARY), missing_file)

@@ -21,12 +21,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from crew import Crew, LostRun, Place
-from identity import NOT_COMPARED, find_model, keep_arguments
+from identity import NOT_COMPARED, describe_model, keep_arguments
 from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
+from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
+from qwen_vl_streaming.paths import check_videos, find_data, find_folder, find_model, find_path, make_data
 from qwen_vl_streaming.positions import RULE
 from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.trained import check_trained
@@ -66,7 +67,7 @@ def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give a JSONL that mani_data.py has made") from None
+        raise InputError(f"{path} cannot be read ({error}): give a JSONL with the rows of the videos") from None
     rows: list[dict] = []
     seen: set[str] = set()
     for number, line in enumerate(lines, 1):
@@ -79,13 +80,13 @@ def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
             raise InputError(f"{path}, line {number}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             fault = f"has no {error}" if isinstance(error, KeyError) else f"is no row ({error})"
-            raise InputError(f"{path}, line {number}: {fault}: make the file again with mani_data.py") from error
+            raise InputError(f"{path}, line {number}: {fault}: correct or delete this line") from error
         if row["video_id"] in seen:
             raise InputError(f"{path}, line {number}: video {row['video_id']} comes twice: mend or delete this line")
         seen.add(row["video_id"])
         rows.append(row)
     if not rows:
-        raise InputError(f"{path} is empty: make it with `python mani_data.py`")
+        raise InputError(f"{path} has no rows: {make_data(path) or 'give a file with rows'}")
     return rows[:limit]
 
 
@@ -96,9 +97,11 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
     All that is cheap to see is checked here, before a model loads: raises InputError.
     """
     variant, task = get_variant(settings.variant), get_task(settings.task)
-    data = find_path(settings.data, ROOT, "the evaluation data")
+    data = find_data(settings.data, ROOT, "the evaluation data").absolute()
     rows = read_data(data, settings.limit, task)
-    model = find_model(settings.model)
+    video_root = find_folder(settings.video_root, ROOT, "the video root")
+    check_videos((row["video_path"] for row in rows), ROOT, video_root)
+    model = find_checkpoint(settings)
     config = load_config(model)
     if not settings.force:
         check_trained(config, model, variant, "--force to evaluate it all the same")
@@ -113,7 +116,8 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
         model=str(model_folder(model)),  # so that no process asks the hub again
         device=device,
         dtype=dtype,
-        root=find_path(settings.video_root, ROOT, "the video root") if settings.video_root else ROOT,
+        root=ROOT,
+        video_root=video_root,
         variant=variant,
         schedules=schedules,
         budget=budget,
@@ -132,6 +136,7 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
         "data_sha256": of_file(data),
         "model": model,
         "model_sha256": of_checkpoint(model),
+        "video_root": str(video_root.absolute()) if video_root else "",
         **settings.identity(budget),
         "schedule": schedules.name,
         **({"schedule_sha256": schedules.sha256} if schedules.sha256 else {}),
@@ -139,6 +144,22 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
         "versions": versions(),
     }
     return work, facts
+
+
+def find_checkpoint(settings: Settings) -> str:
+    """The checkpoint's folder or hub id. Raises InputError, with how it is trained, where it is the default and not
+    there."""
+    if Path(settings.model) == settings.trained and not settings.trained.exists():
+        task = get_task(settings.task)
+        train = f"QWEN2_5_VL_VARIANT={settings.variant} bash scripts/sft.sh"
+        if task.subtasks:
+            flag = f"--output_dir output/{settings.trained.name}"
+            train = f"QWEN2_5_VL_TRAIN_DATA=dataset/{task.trained}_train.jsonl {train} {flag}"
+        raise InputError(
+            f"{settings.trained}, the default checkpoint of --task {task.name}, is not there: train it with "
+            f"`{train}` in code/qwen-vl-finetune, or name another with QWEN2_5_VL_EVAL_MODEL_PATH or --model"
+        )
+    return find_model(settings.model, ROOT)
 
 
 def take(work: Work, video_ids: Iterable[str], everyone: int) -> Work:
@@ -157,6 +178,8 @@ def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None, line:
     out, ids = work.out, [row["video_id"] for row in work.rows]
     with only_writer(out):
         finished = begin(work, facts)
+        logger.info("%s: checkpoint %s", work.variant.name, describe_model(work.model))
+        logger.info("data %s, %d videos", facts["data"], len(ids))
         left = [video_id for video_id in ids if video_id not in finished]
         if finished:
             logger.info("%d of %d videos were captioned before: going on", len(finished), len(ids))

@@ -17,7 +17,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from PIL import Image
-from qwen_vl_streaming.errors import InputError, find_path
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.paths import find_folder, find_path, find_video, places
 from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
 from report_results import Result, find_model
 from settings import ROOT
@@ -139,7 +140,7 @@ class Tokenizers:
         self.load = cache(self._load)
         self.instead = None
         if instead:
-            self.instead = Path(instead) if Path(instead).is_dir() else find_model(instead)
+            self.instead = next(filter(Path.is_dir, places(instead, ROOT)), None) or find_model(instead)
             if self.instead is None:
                 raise InputError(f"--tokenizer {instead} is not on this machine: give a folder with a tokenizer")
             self.load(self.instead)
@@ -176,8 +177,8 @@ def find_row(result: Result, video_id: str) -> dict:
 
 def show_video(result: Result, data: dict, clips: int) -> tuple[float, list[str]]:
     """Seconds a clip, and a JPEG of each clip's newest frame. Raises InputError where the video cannot be shown."""
-    folder = result.args.get("video_root")
-    path = (find_path(folder, ROOT, "the video root") if folder else ROOT) / str(data["video_path"])
+    folder = find_folder(str(result.args.get("video_root") or ""), ROOT, "the video root")
+    path = find_video(str(data["video_path"]), ROOT, folder)
     video = read_video(path, budget=PICTURE, reader=choose_reader(os.environ))
     if video.clips != clips:
         raise InputError(f"{path} has {video.clips} clips now, and had {clips} when it was watched")

@@ -4,13 +4,11 @@ Knows nothing about rows and how they come to be.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_vl_streaming.errors import InputError
 from results import write_whole
-from settings import ROOT
 
 ARGUMENTS = {name: str for name in ("model", "data", "schedule", "variant")}
 """What the arguments beside a result file name at least."""
@@ -44,9 +42,13 @@ def read_object(path: Path) -> dict:
     return found
 
 
-def find_model(model: str) -> str:
-    """A checkpoint's folder, looked up here and in the project's root, or the hub id that it must else be."""
-    return next((str(path) for path in (Path(model), ROOT / model) if os.path.isdir(path)), model)
+def describe_model(model: str) -> str:
+    """A checkpoint's name, and for a folder that sft.sh has left what it was trained on, as far as that is known."""
+    try:
+        made = json.loads((Path(model) / "run.json").read_text(encoding="utf-8"))
+        return f"{model}, trained as {made['variant']} on {made['data']['path']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return model
 
 
 def keep_arguments(out: Path, mine: dict, begun: bool) -> None:

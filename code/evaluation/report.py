@@ -21,7 +21,8 @@ from pathlib import Path
 import paper
 from gallery import Tokenizers, choose_videos, tell
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
+from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.paths import find_path
 from qwen_vl_streaming.progress import Progress
 from report_charts import main_panels, schedule_panels
 from report_results import Result, differences, labels, load_results, metrics_of

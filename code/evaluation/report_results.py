@@ -12,6 +12,7 @@ import paper
 from huggingface_hub import try_to_load_from_cache
 from identity import read_arguments, read_object
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.paths import places
 from qwen_vl_streaming.variants import VARIANTS, Variant, get_variant
 from results import Row, check_row, load_finished, sibling
 from safetensors import SafetensorError, safe_open
@@ -152,9 +153,9 @@ def task_of(row: Row) -> str:
 
 
 def find_model(model: str) -> Path | None:
-    """The checkpoint's folder on this machine, looked up from where the user stands, from the project's root and in
-    the hub's cache; None where it is gone. Nothing is fetched."""
-    for folder in (Path(model), ROOT / model):
+    """The checkpoint's folder on this machine, looked up as in `places` and in the hub's cache; None where it is gone.
+    Nothing is fetched."""
+    for folder in places(model, ROOT):
         if (folder / "config.json").exists():
             return folder
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model):

@@ -72,7 +72,7 @@ def main_table(results: Sequence[Result], task: str, size: str) -> Table:
     label = labels(results)
     known = any(key[0] == task for key in paper.FIGURES)
     for variant in VARIANTS.values():
-        group, method = variant.paper.split(", ")
+        group, method = variant.mode, variant.method
         mine = [result for result in results if result.variant is variant]
         for result in mine:
             cells = [table.cell(*result.score(metric)) for metric in metrics]
@@ -114,6 +114,22 @@ def schedule_pairs(results: Sequence[Result]) -> list[tuple[Result | None, Resul
     ]
 
 
+def not_comparable(one: Result | None, other: Result | None) -> str:
+    """Why the scores of two results cannot be subtracted; an empty string where they can."""
+    if not one or not other:
+        return ""
+    names = f"{one.path.name} and {other.path.name}"
+    if one.rows.keys() != other.rows.keys():
+        both = len(one.rows.keys() & other.rows.keys())
+        return f"{names} are not over the same videos ({len(one.rows)} and {len(other.rows)}, {both} in both)"
+    if any(row["annotation"] != other.rows[video_id]["annotation"] for video_id, row in one.rows.items()):
+        return f"{names} do not have the same reference captions"
+    if one.scores.get("count") != other.scores.get("count"):
+        counts = f"{one.scores.get('count')} and {other.scores.get('count')} videos"
+        return f"the scores of {names} are over {counts}: score again with eval.sh --score-only"
+    return ""
+
+
 def schedule_table(results: Sequence[Result], task: str) -> Table | None:
     """Fixed against random schedules: the paper's second table, for every metric that there is; None without any."""
     pairs = schedule_pairs(results)
@@ -127,7 +143,7 @@ def schedule_table(results: Sequence[Result], task: str) -> Table | None:
     for fixed, random in pairs:
         one = random if fixed and random and shared[fixed.path] > 1 else fixed or random
         extra = f", {label[one.path]}" if many[one.variant.name] > 1 or len(ks) > 1 else ""
-        columns.append(f"{one.variant.paper.split(', ')[1]} ({one.variant.name}{extra})")
+        columns.append(f"{one.variant.method} ({one.variant.name}{extra})")
     table = Table("Fixed against random schedules", ["Metric", "Schedule", "", "Figures"], columns)
     both = [result for pair in pairs for result in pair if result]
     for metric in metrics_of(results):
@@ -142,8 +158,10 @@ def schedule_table(results: Sequence[Result], task: str) -> Table | None:
                 )
                 values.append(value)
                 rows[kind].append(table.cell(value, reason))
-            there = None not in values
-            rows["difference"].append(Cell(values[1] - values[0] if there else None, signed=True))
+            reason = not_comparable(fixed, random)
+            there = None not in values and not reason
+            difference = values[1] - values[0] if there else None
+            rows["difference"].append(table.cell(difference, "" if None in values else reason, signed=True))
         for kind, cells in rows.items():
             name = f"{kind}, K = {min(ks)}" if kind != "difference" and len(ks) == 1 else kind
             table.lines.append(Line(metric, name, "", "ours", False, cells))
@@ -157,7 +175,7 @@ def schedule_table(results: Sequence[Result], task: str) -> Table | None:
 def add_paper(table: Table, pairs) -> None:
     """The paper's rows: BLEURT at 3B, the only ones that it gives."""
     for kind, values in paper.RANDOM.items():
-        cells = [table.cell(values[(fixed or random).variant.name]) for fixed, random in pairs]
+        cells = [table.cell(values.get((fixed or random).variant.name), NOT_IN_PAPER) for fixed, random in pairs]
         source = f"paper: {paper.RANDOM_SIZE}"
         table.lines.append(Line(paper.RANDOM_METRIC, f"{kind}, K = 3", "", source, True, cells))
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen_vl_streaming.errors import InputError, find_path
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.paths import find_path
 from qwen_vl_streaming.timeline import Schedule, make_schedule
 from qwen_vl_streaming.variants import Variant
 

@@ -15,14 +15,15 @@ from statistics import fmean
 
 import lag
 from bleurt import bleurt, find_checkpoint
-from identity import arguments_path, find_model, read_arguments
+from identity import arguments_path, read_arguments
 from judge import KEY, Judge
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.paths import find_model
 from qwen_vl_streaming.prompts import load_processor
 from results import Row, check_writable, sibling, write_whole
 from scoring import NotComputed, check_java, check_pairs, score, write_scores
-from settings import Settings
+from settings import ROOT, Settings
 from tasks import get_task, score_by_task, table
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def find_decoder(captions: Path) -> Callable[[list[int]], str]:
     """
     if not (beside := arguments_path(captions)).exists():
         raise ValueError(f"there is no {beside.name} to name the model that {captions.name} was written by")
-    tokenizer = load_processor(find_model(read_arguments(captions, {"model": str})["model"])).tokenizer
+    tokenizer = load_processor(find_model(read_arguments(captions, {"model": str})["model"], ROOT)).tokenizer
     return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
 
 

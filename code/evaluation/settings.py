@@ -33,13 +33,15 @@ class Settings:
     variant: str = "group"
     """One of origin, batch, interleave, overlap, group, gap."""
     model: str = ""
-    """A checkpoint folder or hub id; by default what sft.sh has trained for the variant."""
+    """A checkpoint folder or hub id; by default what sft.sh has trained for the variant, in
+    code/qwen-vl-finetune/output: qwen2_5vl-pe-<variant>, and for funqa qwen2_5vl-funqa-<variant>."""
     task: str = "description"
     """description, or funqa: six sub-tasks, each row with its own question."""
     data: str = ""
     """A JSONL that mani_data.py has made; by default dataset/test_3_5.jsonl or dataset/funqa_test.jsonl."""
     video_root: str = ""
-    """Folder that the rows' video_path starts from; by default the project's root."""
+    """Folder of the videos: a video_path that is neither there as it is nor under the project's root is looked up under
+    this, then its file name alone."""
     output_dir: Path = ROOT / "code/evaluation/output"
     """Folder for captions and scores; by default funqa has its own in there."""
     output_file: str = ""
@@ -131,13 +133,17 @@ class Settings:
         if task.subtasks and self.output_dir == Settings.output_dir:
             object.__setattr__(self, "output_dir", self.output_dir / task.name)
         if not self.model:
-            trained = ROOT / f"code/qwen-vl-finetune/output/qwen2_5vl-pe-{self.variant}"
-            object.__setattr__(self, "model", str(trained))
+            object.__setattr__(self, "model", str(self.trained))
+
+    @property
+    def trained(self) -> Path:
+        """Where sft.sh leaves the checkpoint of this task and variant."""
+        return ROOT / f"code/qwen-vl-finetune/output/qwen2_5vl-{get_task(self.task).trained}-{self.variant}"
 
     def identity(self, budget: PixelBudget) -> dict:
         """The values that decide the captions, which the batch and the machines do not; a result file is only gone on
         with under the same."""
-        deciding = ("task", "video_root", "seed", "max_new_tokens", "repetition_penalty")
+        deciding = ("task", "seed", "max_new_tokens", "repetition_penalty")
         return {**{name: getattr(self, name) for name in deciding}, **dataclasses.asdict(budget)}
 
 

@@ -21,6 +21,8 @@ class Task:
     name: str
     data: str
     """Where mani_data.py writes its test rows."""
+    trained: str
+    """In the name of the folder of a checkpoint for it: qwen2_5vl-<trained>-<variant>."""
     subtasks: tuple[str, ...] = ()
     """Empty where there are none."""
 
@@ -28,8 +30,8 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("description", "dataset/test_3_5.jsonl"),
-        Task("funqa", "dataset/funqa_test.jsonl", SUBTASKS),
+        Task("description", "dataset/test_3_5.jsonl", "pe"),
+        Task("funqa", "dataset/funqa_test.jsonl", "funqa", SUBTASKS),
     )
 }
 
@@ -57,12 +59,12 @@ def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
     check_subtask(data, task)
     question = data.get("question")
     if task.subtasks and not (isinstance(question, str) and question.strip()):
-        raise InputError("has no question: make the file again with mani_data.py --dataset funqa")
+        raise InputError("has no question: give it one, or leave out --task funqa")
     if question is not None and not task.subtasks:
         raise InputError("has a question of its own: give --task funqa, or data without questions")
     references = data.get("references") or [caption]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        raise InputError("has references that are no list of texts: make the file again with mani_data.py")
+        raise InputError("has references that are not a list of texts: correct or delete this line")
     if not all(any(map(str.isalnum, text)) for text in references):
         raise InputError("has a caption without a word: mend or delete this line")
     return {

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from identity import ARGUMENTS, find_model, read_arguments
+from identity import ARGUMENTS, read_arguments
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
-from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
+from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.explain import as_dict
 from qwen_vl_streaming.hub import model_folder
+from qwen_vl_streaming.paths import find_folder, find_model, find_path, find_video
 from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.ties import tie_margin
@@ -152,10 +153,10 @@ def main() -> None:
     asked = read_asked(find_path(made["data"], ROOT, "the evaluation data"))
     if gone := [row["video_id"] for row in rows if row["video_id"] not in asked]:
         raise InputError(f"{made['data']} has no row for video {gone[0]}: it is not what {path.name} was made from")
-    root = find_path(made["video_root"], ROOT, "the video root") if made["video_root"] else ROOT
+    video_root = find_folder(made["video_root"], ROOT, "the video root")
     budget = PixelBudget(made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"])
 
-    checkpoint, variant = find_model(made["model"]), get_variant(made["variant"])
+    checkpoint, variant = find_model(made["model"], ROOT), get_variant(made["variant"])
     if (name := made["dtype"]) not in DTYPES:
         raise InputError(f"{path} was made in {name!r}, which is none of {', '.join(DTYPES)}: evaluate again")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
@@ -171,7 +172,8 @@ def main() -> None:
     for row in Progress(rows, unit="video", desc="re-deriving"):
         source = asked[row["video_id"]]
         template = make_template(processor, source.get("question") or QUESTIONS[-1])
-        video = read_video(root / source["video_path"], budget=budget, reader=choose_reader(os.environ))
+        path_of_video = find_video(source["video_path"], ROOT, video_root)
+        video = read_video(path_of_video, budget=budget, reader=choose_reader(os.environ))
         pixels, grid = clip_pixels(processor, video.frames)
         faults = faults_of(row, processor.tokenizer, template.end, len(pixels), made["max_new_tokens"])
         faults += other_schedule(row, made, variant)

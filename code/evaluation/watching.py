@@ -16,6 +16,7 @@ from crew import Place
 from qwen_vl_streaming.batching import Job, caption_all
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.paths import find_video
 from qwen_vl_streaming.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.streaming import Caption
 from qwen_vl_streaming.variants import Variant
@@ -41,7 +42,9 @@ class Work:
     """cpu, cuda, which is the GPU of the process's number, or cuda:N."""
     dtype: str
     root: Path
-    """Where `video_path` starts."""
+    """The project's."""
+    video_root: Path | None
+    """Where else `video_path` is looked up."""
     variant: Variant
     schedules: Schedules
     budget: PixelBudget
@@ -85,7 +88,8 @@ class Videos(Dataset):
         row, work = self.work.rows[index], self.work
         video_id = row["video_id"]
         try:
-            video = read_video(work.root / row["video_path"], budget=work.budget, reader=work.reader)
+            path = find_video(row["video_path"], work.root, work.video_root)
+            video = read_video(path, budget=work.budget, reader=work.reader)
             schedule = work.schedules.of(video_id, video.clips)
         except InputError as error:
             return Watched(video_id, reason=str(error))

@@ -6,7 +6,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from qwen_vl_streaming.errors import InputError, find_path
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.paths import find_data, find_folder, find_model, find_path
 from qwen_vl_streaming.timeline import make_schedule
 from qwen_vl_streaming.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video import PixelBudget
@@ -66,8 +67,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if not Path(self.model_name_or_path).exists() and (ROOT / self.model_name_or_path).exists():
-            self.model_name_or_path = str(ROOT / self.model_name_or_path)
+        self.model_name_or_path = find_model(self.model_name_or_path, ROOT)
         if Path(self.model_name_or_path).is_dir():
             self.model_name_or_path = str(Path(self.model_name_or_path).resolve())
         self.rules  # noqa: B018  an unknown variant is refused here
@@ -123,6 +123,13 @@ class DataArguments:
     train_data: str = field(
         default="dataset/train_3_5.jsonl", metadata={"help": "JSON Lines that mani_data.py has made."}
     )
+    video_root: str = field(
+        default="",
+        metadata={
+            "help": "Folder of the videos: a video_path that is neither there as it is nor under the project's root is "
+            "looked up under this, then its file name alone."
+        },
+    )
     min_pixels_per_frame: int = field(default=PixelBudget.min_pixels_per_frame, metadata={"help": "At least this."})
     max_pixels_per_frame: int = field(default=PixelBudget.max_pixels_per_frame, metadata={"help": "At most this."})
     max_pixels_per_video: int = field(
@@ -137,17 +144,18 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        path = find_path(self.train_data, ROOT, "the training data")
-        if not path.is_file():
-            raise InputError(f"{path} is no file: give the JSONL that `python mani_data.py` has made")
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty: make it with `python mani_data.py`")
-        self.train_data = str(path)
+        self.train_data = str(find_data(self.train_data, ROOT, "the training data"))
+        folder = find_folder(self.video_root, ROOT, "the video root")
+        self.video_root = str(folder.absolute()) if folder else ""
         self.budget  # noqa: B018  a wrong one is refused here
         if self.model_max_length < 1:
             raise InputError(f"--model_max_length {self.model_max_length}: give the tokens that a sample may have")
         if self.pack_tokens < 0:
             raise InputError(f"--pack_tokens {self.pack_tokens}: give the tokens of a row, or 0 for a row a sample")
+
+    @property
+    def video_folder(self) -> Path | None:
+        return Path(self.video_root) if self.video_root else None
 
     @property
     def longest(self) -> int:
@@ -206,7 +214,7 @@ class SftArguments(TrainingArguments):
             raise InputError("--output_dir is empty: name a folder, or leave it out")
         no_folder = self.output_dir is None
         if isinstance(self.deepspeed, str):
-            path = find_path(self.deepspeed, Path(__file__).resolve().parents[1], "the DeepSpeed configuration")
+            path = find_path(self.deepspeed, ROOT, "the DeepSpeed configuration", Path(__file__).resolve().parents[1])
             check_zero(path)
             self.deepspeed = str(path)
         if self.eval_share or self.eval_samples:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.paths import find_video
 from qwen_vl_streaming.positions import timeline_positions
 from qwen_vl_streaming.prompts import QUESTIONS, Template, answer_ids, clip_pixels, make_template
 from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, make_schedule, make_timeline
@@ -66,10 +67,12 @@ class StreamingDataset(torch.utils.data.Dataset):
         seed: int = 0,
         reader: str | None = None,
         keep_frames: bool = False,
+        video_root: Path | None = None,
     ):
+        """`root` is the project's; `video_path` is looked up as in `find_video`."""
         self.rows, self.root, self.processor, self.tokens_per_second = rows, root, processor, tokens_per_second
         self.variant, self.schedule, self.budget, self.max_length = variant, schedule, budget, max_length
-        self.seed, self.reader = seed, reader
+        self.seed, self.reader, self.video_root = seed, reader, video_root
         self.templates = [make_template(processor, question) for question in QUESTIONS]
         self.asked: dict[str, Template] = {}
         self.kept: dict[int, Video] | None = {} if keep_frames else None
@@ -90,6 +93,10 @@ class StreamingDataset(torch.utils.data.Dataset):
         except InputError as error:
             return self.blank(template, (str(row["video_id"]), str(error)))
         return sample
+
+    def path(self, index: int) -> Path:
+        """Where the video of sample `index` is. Raises InputError where it is not there."""
+        return find_video(self.rows[index]["video_path"], self.root, self.video_root)
 
     def template(self, index: int) -> Template:
         """What stands around the video: the row's own question, or one of the paper's, drawn by the row's id."""
@@ -132,8 +139,7 @@ class StreamingDataset(torch.utils.data.Dataset):
     def _video(self, index: int) -> Video:
         if self.kept is not None and index in self.kept:
             return self.kept[index]
-        path = self.root / self.rows[index]["video_path"]
-        video = read_video(path, budget=self.budget, reader=self.reader)
+        video = read_video(self.path(index), budget=self.budget, reader=self.reader)
         if self.kept is not None:
             self.kept[index] = video
         return video

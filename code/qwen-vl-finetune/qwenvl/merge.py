@@ -20,6 +20,7 @@ from qwen_vl_streaming.checkpoint import of_checkpoint
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.paths import PROJECT, find_model, look_up
 from qwen_vl_streaming.progress import quiet_libraries
 from qwen_vl_streaming.prompts import load_processor
 from safetensors import SafetensorError
@@ -131,7 +132,8 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    merge(arguments.adapter, arguments.output, arguments.base)
+    base = find_model(arguments.base, PROJECT) if arguments.base else None
+    merge(look_up(arguments.adapter, PROJECT), arguments.output, base)
 
 
 if __name__ == "__main__":

@@ -141,9 +141,11 @@ class RunRecord:
             changes.append((f"other contents of the model {was.get('model_name_or_path')}", new["model_name_or_path"]))
         if changes:
             first, value = changes[0]
+            model = new["model_name_or_path"]
+            own = f"{self.path.parent}-{Path(model).name if was.get('model_name_or_path') != model else 2}"
             raise InputError(
-                f"{self.path.parent} was begun with {first}, now {value}: go on as it was begun, "
-                "or give another --output_dir"
+                f"{self.path.parent} was begun with {first}, now {value}: go on as it was begun, or give it another "
+                f"folder with --output_dir, such as --output_dir {own}"
             )
 
     def start(self, facts: dict, step: int) -> None:

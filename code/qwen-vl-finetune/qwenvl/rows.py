@@ -27,7 +27,7 @@ def read_rows(path: Path) -> list[dict]:
                     raise ValueError(f"{wrong[0]} holds half of a surrogate pair, which is no character")
                 rows.append({"line": number, **fields})
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: {error!r}: make the file again with mani_data.py") from error
+                raise InputError(f"{path}, line {number}: {error!r}: correct or delete this line") from error
             video_id = str(fields["video_id"])
             if (other := lines_of.setdefault(video_id, number)) != number:
                 raise InputError(f"{path}, lines {other} and {number} both have the video_id {video_id}: rename one")

@@ -8,7 +8,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import av
 from accelerate.utils import gather_object
@@ -43,18 +43,17 @@ def find_bad(
     The first shows how far it is unless `quiet`.
     """
     share = range(process, len(samples), processes)
-    paths = [samples.root / samples.rows[index]["video_path"] for index in share]
     show = {"delay": 2, "disable": quiet or process > 0}
     bad: list[tuple[int, str]] = []
     with ThreadPoolExecutor(THREADS) as pool:
-        headers = zip(share, paths, pool.map(read_header, paths), strict=True)
+        headers = zip(share, pool.map(partial(read_header, samples), share), strict=True)
         doubtful = [
-            (index, path, header)
-            for index, path, header in Progress(headers, "looking at the data", len(share), **show)
+            (index, header)
+            for index, header in Progress(headers, "looking at the data", len(share), **show)
             if not header.clips or fault(samples, index, header, header.clips)
         ]
-        counts = pool.map(lambda doubt: count_clips(doubt[1]), doubtful)
-        for (index, _, header), count in Progress(zip(doubtful, counts, strict=True), "at some closer", **show):
+        counts = pool.map(lambda doubt: count_clips(samples, doubt[0]), doubtful)
+        for (index, header), count in Progress(zip(doubtful, counts, strict=True), "at some closer", **show):
             if reason := count if isinstance(count, str) else fault(samples, index, header, (count,)):
                 bad.append((index, reason))
             if len(bad) > enough:
@@ -76,7 +75,11 @@ def fault(samples: StreamingDataset, index: int, header: Header, clips: tuple[in
     return ""
 
 
-def read_header(path: Path) -> Header:
+def read_header(samples: StreamingDataset, index: int) -> Header:
+    try:
+        path = samples.path(index)
+    except InputError:  # count_clips says why
+        return Header()
     if not os.path.isfile(path):  # a pipe would be waited for
         return Header()
     try:
@@ -93,13 +96,14 @@ def read_header(path: Path) -> Header:
     return Header((clips - 1, clips, clips + 1) if clips > 1 else (), size if min(size) > 0 else None)
 
 
-def count_clips(path: Path) -> int | str:
+def count_clips(samples: StreamingDataset, index: int) -> int | str:
     """Exactly how many clips a video has; the reason where it is missing, broken or shorter than one."""
     try:
-        index = index_video(path)
-        frames = pick_frames(index.times, index.duration, sampled_rate(index, FPS), None, None)
+        path = samples.path(index)
+        video = index_video(path)
+        frames = pick_frames(video.times, video.duration, sampled_rate(video, FPS), None, None)
     except InputError as error:
         return str(error)
     if frames is None:
-        return f"video {path} lasts {index.duration:.2f} s, which is less than one clip: use a longer one"
+        return f"video {path} lasts {video.duration:.2f} s, which is less than one clip: use a longer one"
     return math.ceil(len(frames) / FRAMES_PER_CLIP)

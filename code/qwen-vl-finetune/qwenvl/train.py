@@ -18,6 +18,7 @@ from qwen_vl_streaming.base_files import BaseFiles
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.paths import check_videos
 from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.trained import check_trained, training_keys
@@ -253,6 +254,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         )
 
     every_row = read_rows(Path(data_arguments.train_data))
+    check_videos((row["video_path"] for row in every_row), ROOT, data_arguments.video_folder)
     rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed)
     processor = load_processor(checkpoint)
     if (video := make_template(processor, QUESTIONS[-1]).video) != config.video_token_id:
@@ -263,6 +265,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     make_dataset = partial(
         StreamingDataset,
         root=ROOT,
+        video_root=data_arguments.video_folder,
         processor=processor,
         tokens_per_second=config.vision_config.tokens_per_second,
         variant=variant,

@@ -185,7 +185,11 @@ def read_seconds(data: dict[str, Any], sample: Sample) -> float:
 
 
 def write_row(data: dict[str, Any], sample: Sample, seconds: float) -> str:
-    """The finished JSON line: all of PE-Video's fields and the project's own four. Raises BadSample."""
+    """The finished JSON line: all of PE-Video's fields and the project's own four. Where the source has no video, the
+    JSON's own `video_path` stays, if it has one. Raises BadSample."""
+    named = data.get("video_path")
+    if not sample.video and isinstance(named, str) and named.strip():
+        sample.video_path = named
     own = {"video_id": sample.video_id, "video_path": sample.video_path, "video_duration_in_s": seconds}
     try:
         line = json.dumps({**data, **own}, ensure_ascii=False, allow_nan=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.paths import find_video
 from qwen_vl_streaming.progress import Progress
 
 from .files import only_one, remove_parts, whole_file
@@ -34,7 +35,7 @@ from .tokens import find_tokenizer, fingerprint, load_counter
 logger = logging.getLogger(__name__)
 
 STATE_FOLDER = ".mani_data"
-STATE_FORMAT = 1  # raised when what lies in a state folder changes its meaning
+STATE_FORMAT = 2  # raised when what lies in a state folder changes its meaning
 VIDEOS_PER_TASK = 32
 
 
@@ -165,12 +166,21 @@ def _finish_split(
             elif record.video_id in drawn:
                 rows.write(record.text + "\n")
                 tally.rows += 1
-                tally.without_video += not record.video
+                tally.without_video += not (record.video or is_there(json.loads(record.text), options.root))
             else:
                 tally.not_drawn += 1
         skipped.writelines([*bad_file, *late])
     kept.unlink()
     bad_lines.unlink()
+
+
+def is_there(row: dict[str, Any], root: Path) -> bool:
+    """Whether the video of a row is where training looks it up."""
+    try:
+        find_video(row["video_path"], root)
+    except InputError:
+        return False
+    return True
 
 
 def draw_rows(

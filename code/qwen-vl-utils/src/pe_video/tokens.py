@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.paths import places
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,11 +23,11 @@ QWEN_SPLIT = (
 
 
 def find_tokenizer(model_id: str, root: Path) -> Path:
-    """The tokenizer.json of a folder, looked up from here and then from `root`, or of a model on the hub.
+    """The tokenizer.json of a folder, looked up as in `places`, or of a model on the hub.
 
     Raises InputError where there is none.
     """
-    for folder in (Path(model_id), root / model_id):
+    for folder in places(model_id, root):
         if folder.is_dir():
             if (folder / "tokenizer.json").is_file():
                 return folder / "tokenizer.json"

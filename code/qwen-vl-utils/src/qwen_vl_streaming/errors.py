@@ -1,10 +1,8 @@
 """What a user can get wrong, and how a program answers it. Knows nothing about any of the programs."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 
@@ -36,16 +34,3 @@ def cannot_list(error: OSError) -> None:
         raise InputError(
             f"folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it away"
         ) from error
-
-
-def find_path(path: str | Path, root: Path, what: str) -> Path:
-    """An existing `path`, looked up from where the user stands and then from the project's `root`.
-
-    Raises InputError, naming `what` was looked for, where neither exists.
-    """
-    for candidate in (Path(path), root / path):
-        if os.path.exists(candidate):  # also where a folder on the way may not be entered
-            return candidate
-    here = [str(folder) for folder in dict.fromkeys((Path.cwd(), root.absolute()))]
-    where = "not there" if Path(path).is_absolute() else f"n{'either' if here[1:] else 'ot'} in {' nor in '.join(here)}"
-    raise InputError(f"{what} {str(path)!r} is {where}: check the path")

@@ -19,6 +19,7 @@ import torch
 from .devices import DEVICE_HELP, choose_device, look
 from .errors import InputError, OneLineParser
 from .live_source import FRAMES_TO_BUDGET_FOR, Clip, paced_clips, stream_clips, synthetic_clips
+from .paths import PROJECT, find_model, look_up
 from .prompts import QUESTIONS
 from .record import WAYS
 from .replay import DTYPES
@@ -124,6 +125,9 @@ def parse(description: str) -> argparse.Namespace:
     for name, (least, most) in LIMITS.items():
         if (value := getattr(arguments, name)) is not None and not least <= value <= most:
             parser.error(f"--{name.replace('_', '-')} {value:.10g} must be from {least:.10g} to {most:.10g}")
+    arguments.model = find_model(arguments.model, PROJECT)
+    if not (arguments.source == SYNTHETIC or arguments.source.startswith("/dev/") or "://" in arguments.source):
+        arguments.source = str(look_up(arguments.source, PROJECT))
     for value, of in zip(arguments.window or (), ("max_clips", "max_new_tokens"), strict=False):
         if not 1 <= value <= LIMITS[of][1]:
             parser.error(f"--window {value} must be from 1 to {LIMITS[of][1]}")

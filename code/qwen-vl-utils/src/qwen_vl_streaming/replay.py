@@ -25,6 +25,7 @@ from .errors import InputError, OneLineParser, run
 from .kept import read_clips
 from .live_source import synthetic_clips
 from .modeling_qwen2_5_vl import load_model
+from .paths import PROJECT, find_folder, find_model, find_video, look_up
 from .plan import Window
 from .positions import timeline_positions
 from .progress import quiet_libraries
@@ -197,14 +198,18 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
 
 
 def video_clips(
-    record: Record, processor, path: str | Path | None = None, kept: str | Path | None = None
+    record: Record,
+    processor,
+    path: str | Path | None = None,
+    kept: str | Path | None = None,
+    video_root: Path | None = None,
 ) -> list[Tensor]:
-    """The clips that the recorded session was fed: of the video in `path`, by default of what the record names, read as
-    it says; or the frames in `kept`, which a live session kept."""
+    """The clips that the recorded session was fed: of the video in `path`, by default of what the record names, looked
+    up as in `find_video` and read as it says; or the frames in `kept`, which a live session kept."""
     if kept is not None:
         return list(clip_pixels(processor, read_clips(kept))[0])
     try:
-        return _named_clips(record.about, processor, path)
+        return _named_clips(record.about, processor, path, video_root)
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -213,7 +218,7 @@ def video_clips(
         ) from error
 
 
-def _named_clips(about: dict, processor, path: str | Path | None) -> list[Tensor]:
+def _named_clips(about: dict, processor, path: str | Path | None, video_root: Path | None) -> list[Tensor]:
     """See `video_clips`."""
     video = dict(about.get("video") or {})
     named = video.pop("path", None)
@@ -225,7 +230,7 @@ def _named_clips(about: dict, processor, path: str | Path | None) -> list[Tensor
         raise InputError("the record names no video file: give one with --video, or with --clips what was kept of it")
     else:
         budget = PixelBudget(**video.pop("budget")) if "budget" in video else None
-        frames = read_video(path or named, budget=budget, **video).frames
+        frames = read_video(find_video(path or named, PROJECT, video_root), budget=budget, **video).frames
     clips = list(clip_pixels(processor, frames)[0])
     fed = about.get("clips", range(len(clips)))
     if min(fed, default=0) < 0 or max(fed, default=0) >= len(clips):
@@ -238,6 +243,7 @@ def main() -> None:
     parser.add_argument("record", type=Path, help="a session's record")
     parser.add_argument("--model", required=True, help="folder or hub id of the model that was recorded")
     parser.add_argument("--video", help="the video file (default: the one that the record names)")
+    parser.add_argument("--video-root", default="", metavar="DIR", help="where else that video is looked up")
     parser.add_argument("--clips", metavar="FILE", help="what a live session has kept with --keep, instead of a video")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as recorded")
     parser.add_argument("--device", default="", help=DEVICE_HELP)
@@ -256,15 +262,18 @@ def main() -> None:
 
 
 def _main(arguments: argparse.Namespace, device: str, line: str) -> int:
-    record = read_record(arguments.record)
+    record = read_record(look_up(arguments.record, PROJECT))
+    checkpoint = find_model(arguments.model, PROJECT)
+    video_root = find_folder(arguments.video_root, PROJECT, "the video root")
+    kept = arguments.clips and look_up(arguments.clips, PROJECT)
     dtype = arguments.dtype or record.model["dtype"]
     if dtype not in DTYPES:
         raise InputError(f"record {arguments.record} is of type {dtype}: replay it with --dtype {' or '.join(DTYPES)}")
-    clips = video_clips(record, load_processor(arguments.model), arguments.video, arguments.clips)
+    clips = video_clips(record, load_processor(checkpoint), arguments.video, kept, video_root)
     check_clips(record, clips)
     if line:
         print(line, file=sys.stderr)
-    model = load_model(arguments.model, "sdpa", DTYPES[dtype]).to(device).eval()
+    model = load_model(checkpoint, "sdpa", DTYPES[dtype]).to(device).eval()
     differences = replay(record, model, clips, arguments.tie)
     for difference in differences:
         print(difference)

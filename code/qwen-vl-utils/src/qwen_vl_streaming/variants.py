@@ -30,6 +30,16 @@ class Variant:
     """The header's first position, where text has its own count."""
 
     @property
+    def mode(self) -> str:
+        """Streaming or Offline, as the paper groups its tables."""
+        return "Streaming" if self.streams else "Offline"
+
+    @property
+    def method(self) -> str:
+        """The paper's name without the mode."""
+        return self.paper.removeprefix(f"{self.mode}, ")
+
+    @property
     def after_video(self) -> bool:
         """A position depends on where the video ended: that of the tail, or of all that counts on from it."""
         return self.count in ("stock", "own")

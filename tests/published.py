@@ -1,0 +1,55 @@
+"""A copy of the project whose folders are its own, with a small PE-Video in the published layout, and a small model
+under hub ids that READMEs name."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
+MADE_HERE = shutil.ignore_patterns("__pycache__", "*.egg-info", "output")
+COMMIT = "0" * 40
+
+
+class Copy:
+    def __init__(self, folder: Path, checkpoint: Path, videos: Path):
+        """`videos` is a folder of <id>.mp4 and <id>.json: the first six are trained on, the others tested on."""
+        self.root, self.cache = folder / "project", folder / "hub"
+        self.root.mkdir()
+        for name in ("README.md", "demo.sh", "eval.sh", "mani_data.py", "requirements.txt"):
+            shutil.copy(ROOT / name, self.root)
+        shutil.copytree(ROOT / "code", self.root / "code", ignore=MADE_HERE)
+        (self.root / ".venv").symlink_to(sys.prefix)
+        for name in MODELS:
+            there = self.cache / f"models--{name.replace('/', '--')}"
+            shutil.copytree(checkpoint, there / "snapshots" / COMMIT)
+            (there / "refs").mkdir()
+            (there / "refs/main").write_text(COMMIT)
+        data = self.root / "dataset/PE-Video"
+        for number, file in enumerate(sorted(videos.glob("*.json"))):
+            split = "train" if number < 6 else "test"
+            for source, folder in ((file, data / split), (file.with_suffix(".mp4"), data / "videos" / split)):
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, folder)
+
+    def run(self, script: str, folder: str = "", **environment: str) -> subprocess.CompletedProcess:
+        """What a user's shell does with `script`, standing in `folder` of the project, without a network."""
+        mine = {name: value for name, value in os.environ.items() if not name.startswith(("QWEN2_5_VL", "HF_"))}
+        mine |= {
+            "PATH": f"{self.root / '.venv/bin'}:{os.environ['PATH']}",
+            "PYTHONPATH": str(self.root / "code/qwen-vl-utils/src"),
+            "HF_HUB_CACHE": str(self.cache),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # small models gain nothing from more
+        }
+        return subprocess.run(
+            ["bash", "-euc", script],
+            cwd=self.root / folder,
+            env={**mine, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )

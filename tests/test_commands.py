@@ -1,0 +1,206 @@
+"""The commands that people copy: those of the published README, word for word, and those of this project's own README,
+each from the folder in which that shows it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+from published import ROOT, Copy
+
+PUBLISHED = {
+    "Prepare PE-Video Dataset": "python mani_data.py\n",
+    "Training": """\
+cd code/qwen-vl-finetune
+export QWEN2_5_VL_VARIANT=origin   # origin / batch / group / gap / overlap / interleave
+export QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-7B-Instruct
+export QWEN2_5_VL_TRAIN_DATA=../dataset/train_3_5.jsonl
+bash scripts/sft.sh
+""",
+    "Evaluation": """\
+export QWEN2_5_VL_VARIANT=origin
+export QWEN2_5_VL_EVAL_MODEL_PATH=code/qwen-vl-finetune/output/qwen2_5vl-pe-origin
+export QWEN2_5_VL_EVAL_DATA_DIR=dataset/test_3_5.jsonl
+export QWEN2_5_VL_EVAL_IMG_ROOT=dataset/PE-Video/videos/test
+bash eval.sh
+""",
+}
+"""By its headings; "From project root:", it says before each."""
+
+
+class Run(NamedTuple):
+    """A command that is run."""
+
+    says: str
+    """Something that it writes."""
+    more: str = ""
+    """Flags that make it short."""
+
+
+LAUNCHED = "with stand-ins for Python, srun and scontrol: it needs GPUs or machines, or is much like one that is run"
+HELP = "with --help"
+DEMO = "not: takes minutes, and tests/test_demo.py runs a short form"
+MINUTES = "not: takes minutes on a GPU, and is the program of another command that is shown"
+CHECKS = "not: runs the tests"
+INSTALLS = "not: installs gigabytes, as code/setup.sh does before the tests"
+SMALL = " --min_pixels_per_frame 3136 --max_pixels_per_frame 3136 --dataloader_num_workers 0 --report_to none"
+SHORT = " --max-new-tokens 12 --workers 0"
+SLURM = "#!/bin/bash # SLURM: sbatch this from code/qwen-vl-finetune."
+
+COMMANDS: dict[str, Run | str] = {
+    "bash demo.sh": DEMO,
+    "QWEN2_5_VL_VARIANT=all bash demo.sh": DEMO,
+    "bash demo.sh --steps 4000 --output demo_output/long": DEMO,
+    "QWEN2_5_VL_VARIANT=all bash demo.sh --steps 2200 --output demo_output/six": DEMO,
+    "bash demo.sh --help": Run("all six, one after the other"),
+    ".venv/bin/python code/demo/check.py --output demo_output": DEMO,
+    "bash test.sh": CHECKS,
+    "bash test.sh tests/test_streaming.py": CHECKS,
+    "bash test.sh tests/test_model.py": CHECKS,
+    "bash test.sh tests/test_positions.py": CHECKS,
+    "SESSIONS=1000 bash test.sh tests/test_session.py tests/test_pipeline.py tests/test_crowd.py": CHECKS,
+    "python3 -m venv .venv && . .venv/bin/activate": INSTALLS,
+    "pip install -r requirements.txt": INSTALLS,
+    "python mani_data.py": Run("test: 2 samples, 2 rows"),
+    "python mani_data.py --source /data/PE-Video --max-samples 20000": Run("train: 6 samples, 6 rows"),
+    "python mani_data.py --dataset funqa": HELP,
+    "(cd code/qwen-vl-finetune && QWEN2_5_VL_TRAIN_DATA=dataset/funqa_train.jsonl bash scripts/sft.sh "
+    "--output_dir output/qwen2_5vl-funqa-group)": LAUNCHED,
+    "cd code/qwen-vl-finetune": Run(""),
+    "QWEN2_5_VL_VARIANT=group QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-3B-Instruct bash scripts/sft.sh": Run(
+        "output/qwen2_5vl-pe-group   left out: 0", SMALL
+    ),
+    "bash scripts/sft.sh --help": LAUNCHED,
+    "python -m qwenvl.merge --adapter DIR --output DIR": HELP,
+    "bash scripts/sft.sh": LAUNCHED,
+    "CUDA_VISIBLE_DEVICES=0,1 bash scripts/sft.sh": LAUNCHED,
+    "NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash scripts/sft.sh": LAUNCHED,
+    SLURM: LAUNCHED,
+    "cd ../..": Run(""),
+    "QWEN2_5_VL_VARIANT=group bash eval.sh": Run("qwen2_5vl-pe-group, trained as group on ", SHORT),
+    "bash eval.sh": LAUNCHED,
+    "NPROC_PER_NODE=2 bash eval.sh": LAUNCHED,
+    "NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash eval.sh": LAUNCHED,
+    "srun --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 bash eval.sh": LAUNCHED,
+    "bash eval.sh --task funqa": LAUNCHED,
+    "QWEN2_5_VL_VARIANT=gap bash eval.sh --schedule random --output-file gap_random_infer.json": LAUNCHED,
+    "python code/evaluation/report.py code/evaluation/output/*_infer.json --output report": Run("page: report.html"),
+    "python code/evaluation/verify.py FILE": Run(" of 2 videos are the arg-max of the stock model, group"),
+    "python -m qwen_vl_streaming.live --model MODEL --source film.mp4": Run(
+        "live_output/", " --speed 100 --max-new-tokens 20 --device cpu"
+    ),
+    "python -m qwen_vl_streaming.replay live_output/….json --model MODEL": Run(
+        "replayed in float32: all the same", " --device cpu"
+    ),
+    "python -m qwen_vl_streaming.explain": Run("group"),
+    "code/benchmarks/latency.py long --size tiny --stream 10000 --window 20 100": HELP,
+    "code/benchmarks/latency.py lanes": MINUTES,
+    "code/benchmarks/latency.py sweep plot": MINUTES,
+}
+"""How each command of the README is run here, or why it is not. One that is missing here fails the test."""
+
+COMMAND = re.compile(r"(\w+=\S+ )*(\(?cd|bash|(\.venv/bin/)?python3?|pip|srun|code/\S+\.py) .+", re.DOTALL)
+
+
+def commands(text: str) -> Iterator[tuple[str, str, str]]:
+    """(folder, command, what a shell is given) of each command in `text`, a README: in its bash blocks, and in its
+    sentences. A block that begins with #! is one script; a cd lasts until the next."""
+    folder = ""
+    for language, block, span in re.findall(r"^```(\w*)\n(.*?)^```|`([^`]+)`", text, re.DOTALL | re.MULTILINE):
+        if block.startswith("#!"):
+            yield folder, " ".join(block.split())[: len(SLURM)], block
+            continue
+        for line in block.splitlines() if language == "bash" else [" ".join(span.split())]:
+            command = re.sub(r"(^|\s+)#.*", "", line)
+            if COMMAND.fullmatch(command):
+                yield folder, command, command
+            if command.startswith("cd "):
+                folder = os.path.normpath(os.path.join(folder, command.removeprefix("cd ")))
+
+
+SHOWN = list(commands((ROOT / "README.md").read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def copy(made, tmp_path_factory):
+    return Copy(tmp_path_factory.mktemp("copy"), made[0], made[1].parent / "videos")
+
+
+def test_the_published_commands_word_for_word(copy):
+    for script in PUBLISHED.values():
+        done = copy.run(script)
+        assert done.returncode == 0, done.stdout + done.stderr
+    trained = copy.root / "code/qwen-vl-finetune/output/qwen2_5vl-pe-origin"
+    rows = [json.loads(line) for line in (copy.root / "dataset/test_3_5.jsonl").read_text().splitlines()]
+    captions = copy.root / "code/evaluation/output/origin_infer.json"
+    said = [json.loads(line) for line in captions.read_text().splitlines()]
+    assert [row["video_id"] for row in said] == [row["video_id"] for row in rows] and len(rows) == 2
+    assert json.loads((captions.parent / "origin_scores.json").read_text())["skipped"] == 0
+    assert json.loads((trained / "run.json").read_text())["data"]["left_out"] == []
+    assert f"checkpoint {trained}, trained as origin on {copy.root / 'dataset/train_3_5.jsonl'}\n" in done.stderr
+
+
+def test_every_command_of_the_readme_is_known():
+    assert {command for _, command, _ in SHOWN} == COMMANDS.keys()
+
+
+def test_what_the_readme_shows_runs(copy):
+    """Those that are run, in the README's order; so each finds what those before it have left."""
+    trained = copy.root / "code/qwen-vl-finetune/output/qwen2_5vl-pe-group"
+    for folder, command, _ in SHOWN:
+        if not isinstance(way := COMMANDS[command], Run):
+            continue
+        film = next((copy.root / "dataset/PE-Video/videos/test").glob("*.mp4"))
+        placeholders = {
+            "/data/PE-Video": "dataset/PE-Video",
+            "FILE": "code/evaluation/output/group_infer.json",
+            "MODEL": str(trained),
+            "film.mp4": str(film),
+            "….json": "*.json",
+        }
+        for word, stands_for in placeholders.items():
+            command = re.sub(rf"(?<![\w]){re.escape(word)}(?!\w)", stands_for, command)
+        done = copy.run(command + way.more, folder)
+        assert done.returncode == 0, (folder, command, done.stdout + done.stderr)
+        assert way.says in done.stdout + done.stderr, (command, done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize("folder, command", [shown[:2] for shown in SHOWN if COMMANDS.get(shown[1]) == HELP])
+def test_what_takes_long_has_help(copy, folder, command):
+    done = copy.run(f"{'python ' if command.startswith('code/') else ''}{command} --help", folder)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("folder, script", [shown[::2] for shown in SHOWN if COMMANDS.get(shown[1]) == LAUNCHED])
+def test_what_needs_gpus_or_machines_is_launched(tmp_path, folder, script):
+    for name in ("eval.sh", "code/qwen-vl-finetune/scripts/sft.sh"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    says = 'case "$1 $2" in -c*socket*) echo 40123 ;; -c*) echo 8 ;; esac'
+    skips = 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"'
+    for name, does in (("python", says), ("srun", skips), ("scontrol", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=tmp_path / folder, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("+ python "), done.stdout + done.stderr
+
+
+def test_what_is_not_run_is_there():
+    named = {word for command, way in COMMANDS.items() if way == CHECKS for word in re.findall(r"tests/\S+", command)}
+    assert named and all((ROOT / name).is_file() for name in named)
+
+
+def test_commands_are_found_in_their_folders():
+    text = "`bash a.sh`, `a.py` and\n```bash\ncd code/b   # there\nX=1 bash c.sh --d\n\n# no\n```\nsay `python\ne.py`\n"
+    text += "```bash\n#!/bin/bash\nsrun x\n```\n```\nbash output\n```\n```bash\ncd ..\n(cd b && bash f.sh)\n```\n`pip`"
+    first, there, second, third, script, back, last = [(folder, command) for folder, command, _ in commands(text)]
+    assert (first, there, second) == (("", "bash a.sh"), ("", "cd code/b"), ("code/b", "X=1 bash c.sh --d"))
+    assert (third, script) == (("code/b", "python e.py"), ("code/b", "#!/bin/bash srun x"))
+    assert (back, last) == (("code/b", "cd .."), ("code", "(cd b && bash f.sh)"))
