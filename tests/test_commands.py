@@ -65,6 +65,7 @@ COMMANDS: dict[str, Run | str] = {
     "SESSIONS=1000 bash test.sh tests/test_session.py tests/test_pipeline.py tests/test_crowd.py": CHECKS,
     "python3 -m venv .venv && . .venv/bin/activate": INSTALLS,
     "pip install -r requirements.txt": INSTALLS,
+    "python -m qwen_vl_streaming.devices": Run(""),
     "python mani_data.py": Run("test: 2 samples, 2 rows"),
     "python mani_data.py --source /data/PE-Video --max-samples 20000": Run("train: 6 samples, 6 rows"),
     "python mani_data.py --dataset funqa": HELP,
@@ -74,6 +75,12 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_VARIANT=group QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-3B-Instruct bash scripts/sft.sh": Run(
         "output/qwen2_5vl-pe-group   left out: 0", SMALL
     ),
+    "QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-7B-Instruct bash scripts/sft.sh --output_dir output/qwen2_5vl-pe-group-7B": (
+        LAUNCHED
+    ),
+    "QWEN2_5_VL_EVAL_MODEL_PATH=code/qwen-vl-finetune/output/qwen2_5vl-pe-group-7B bash eval.sh --output-file "
+    "group_7B_infer.json": LAUNCHED,
+    "python code/evaluation/load_elsewhere.py CHECKPOINT --python OTHER/bin/python": HELP,
     "bash scripts/sft.sh --help": LAUNCHED,
     "python -m qwenvl.merge --adapter DIR --output DIR": HELP,
     "bash scripts/sft.sh": LAUNCHED,
@@ -180,7 +187,7 @@ def test_what_needs_gpus_or_machines_is_launched(tmp_path, folder, script):
     for name in ("eval.sh", "code/qwen-vl-finetune/scripts/sft.sh"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    says = 'case "$1 $2" in -c*socket*) echo 40123 ;; -c*) echo 8 ;; esac'
+    says = 'case "$1 $2" in -c*) echo 40123 ;; *qwenvl.device) echo 8 ;; esac'
     skips = 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"'
     for name, does in (("python", says), ("srun", skips), ("scontrol", "exit 1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
