@@ -9,7 +9,13 @@ STOPPED = 128 + signal.SIGTERM.value
 """Exit status of a run that SIGTERM has stopped: the same command goes on from what was saved."""
 LAUNCHER = "QWENVL_LAUNCHER"
 """Environment variable: the launcher's process id."""
+GO_ON = ": the same command goes on from the newest checkpoint"
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+def speaks() -> bool:
+    """Whether this is the process of its machine that says what all of them would."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def die_with_launcher() -> None:

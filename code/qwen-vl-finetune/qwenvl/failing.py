@@ -1,0 +1,99 @@
+"""How a process of a training run fails: it tells the launcher why, and ends without waiting for anyone.
+
+The launcher prints the cause of the process that failed first, since the others mostly fail because of it. A process
+without a launcher prints its own.
+"""
+
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from qwen_vl_streaming.ending import explain, kill_workers, leave, name, say, status_of
+from qwen_vl_streaming.errors import InputError
+from torch.distributed import DistError
+
+from .stopping import GO_ON, LAUNCHER, speaks
+
+LEAVING = 12
+"""Seconds that a process has to end once it has told why."""
+AFTER_PEER = 3
+"""Seconds that one which has lost the connection to another leaves to the launcher, to see that one's end first."""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable that torchrun sets: where a process writes why it failed."""
+GPU = (
+    "lower --per_device_train_batch_size or --max_pixels_per_video, use more GPUs, "
+    "or DEEPSPEED_CONFIG=zero3_offload.json, in another --output_dir where a checkpoint was saved"
+)
+HOST = "lower --dataloader_num_workers, or give the run more memory"
+PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "remote process exited", "NCCL error")
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether `error` may come from the end of another process."""
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_GONE)
+    )
+
+
+told = False
+
+
+def tell(error: BaseException) -> None:
+    """Tell the launcher, the first time, that `error` ends this process; returns at once where there is no launcher.
+
+    What is still to be done may wait for other processes: when it takes LEAVING seconds, SIGALRM ends this process.
+    """
+    global told
+    if told or LAUNCHER not in os.environ:
+        return
+    told = True
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(LEAVING)
+    line = explain(error, GPU, HOST)
+    unforeseen = line is None and isinstance(error, Exception)
+    message = {
+        "message": name(error) if line is None else line,
+        "errorCode": status_of(error),
+        "lost_peer": lost_peer(error),
+        "extraInfo": {
+            "py_callstack": "".join(traceback.format_exception(error)) if unforeseen else "",
+            "timestamp": str(int(time.time())),
+        },
+    }
+    try:
+        file = Path(os.environ[ERROR_FILE])
+        beside = file.with_suffix(".part")
+        beside.write_text(json.dumps({"message": message}))
+        beside.replace(file)
+    except OSError:  # the disk is full there too
+        if not isinstance(error, SystemExit | KeyboardInterrupt):
+            say(error, line)
+
+
+def run_rank(main: Callable[[], None]) -> None:
+    """Call `main`, and end this process as soon as it raises. What it has to clean up at the exit of Python is left out
+    then, but for SystemExit, with which a run ends that was stopped."""
+    try:
+        main()
+    except SystemExit as error:
+        tell(error)
+        kill_workers()
+        raise
+    except BaseException as error:
+        tell(error)
+        line = explain(error, GPU, HOST)
+        if LAUNCHER not in os.environ and not isinstance(error, KeyboardInterrupt) and _is_to_say(error):
+            say(error, line, GO_ON)
+        if LAUNCHER in os.environ and lost_peer(error):
+            time.sleep(AFTER_PEER)
+        leave(status_of(error))
+    kill_workers()
+
+
+def _is_to_say(error: BaseException) -> bool:
+    """Whether this process prints `error` itself: of those that meet the same mistake of the user only one does."""
+    return speaks() or not isinstance(error, InputError) or getattr(error, "of_one", False)
