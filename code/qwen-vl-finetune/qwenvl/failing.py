@@ -28,7 +28,7 @@ GPU = (
     "lower --per_device_train_batch_size or --max_pixels_per_video, use more GPUs, "
     "or DEEPSPEED_CONFIG=zero3_offload.json, in another --output_dir where a checkpoint was saved"
 )
-HOST = "lower --dataloader_num_workers, or give the run more memory"
+HOST = "lower --dataloader_num_workers or give the run more memory, and it goes on from the newest checkpoint"
 PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "remote process exited", "NCCL error")
 
 
@@ -56,7 +56,7 @@ def tell(error: BaseException) -> None:
     line = explain(error, GPU, HOST)
     unforeseen = line is None and isinstance(error, Exception)
     message = {
-        "message": name(error) if line is None else line,
+        "message": name(error) + GO_ON if line is None else line,
         "errorCode": status_of(error),
         "lost_peer": lost_peer(error),
         "extraInfo": {

@@ -29,7 +29,7 @@ from .stopping import GO_ON, LAUNCHER, STOPPED
 
 GRACE = 10
 """Seconds that the others have to end by themselves when one process has failed."""
-MEMORY = " (Linux does that when memory is short: lower --dataloader_num_workers, or give the run more memory)"
+MEMORY = " (Linux does that when memory is short)"
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Failure:
             return self.told["message"] if refused else f"process {self.rank}: {self.told['message']}"
         if self.exit_code < 0:
             killer = signal.Signals(-self.exit_code)
-            return f"process {self.rank} was killed by {killer.name}{MEMORY if killer == signal.SIGKILL else ''}"
-        return f"process {self.rank} ended with status {self.exit_code}" if self.status == 1 else ""
+            return f"process {self.rank} was killed by {killer.name}{MEMORY if killer == signal.SIGKILL else ''}{GO_ON}"
+        return f"process {self.rank} ended with status {self.exit_code}{GO_ON}" if self.status == 1 else ""
 
 
 class Launcher:
@@ -97,7 +97,7 @@ class Launcher:
 
     def another_failed(self, status: int, line: str) -> None:
         """A process of this machine may wait for ever for one of the machine that has failed."""
-        self.end(status, f"error: {line}{GO_ON if status == 1 else ''}")
+        self.end(status, f"error: {line}")
 
     def end(self, status: int, *lines: str) -> NoReturn:
         """End this process with `status`, those that it has started, and this machine's part in the run."""
@@ -114,7 +114,7 @@ class Launcher:
         if status in (0, STOPPED):
             self.nodes.end()
         else:
-            self.nodes.fail(1, f"machine {self.nodes.node} ended with status {status}")
+            self.nodes.fail(1, f"machine {self.nodes.node} ended with status {status}{GO_ON}")
         self.logs.cleanup()
         leave(status)
 
@@ -163,7 +163,7 @@ class Launcher:
             if first.told.get("lost_peer"):
                 self.nodes.ended.wait(GRACE)  # for what another machine says of it
             trace = first.told.get("extraInfo", {}).get("py_callstack", "").rstrip()
-            self.end(first.status, trace, first.line and f"error: {first.line}{GO_ON if first.status == 1 else ''}")
+            self.end(first.status, trace, first.line and f"error: {first.line}")
         except Exception as error:
             say(error, None)
             self.end(1)

@@ -12,11 +12,13 @@ from collections.abc import Callable
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
+from .stopping import GO_ON
+
 BEAT = 1.0
 """Seconds between two counts."""
 LOST = 15.0
 """A machine that has not counted for so many seconds is lost."""
-UNHEARD = f"was not heard of for {LOST:.0f} s"
+UNHEARD = f"was not heard of for {LOST:.0f} s{GO_ON}"
 LEAVING = 15.0
 """Seconds that machine 0, with its store, waits for the others to end in good order."""
 
@@ -66,7 +68,7 @@ class Nodes:
                 self.ending.wait(BEAT) if not self.ending.is_set() else time.sleep(BEAT / 4)
         except DistError:
             if self.heard is not None and not self.over:
-                self._failed(1, "machine 0 has ended")
+                self._failed(1, f"machine 0 has ended{GO_ON}")
 
     def _say_so(self, store: PrefixStore) -> None:
         if self.fault:

@@ -83,7 +83,7 @@ def explain(error: BaseException, gpu: str, host: str) -> str | None:
     if isinstance(error, RuntimeError) and "out of memory" in text and ("CUDA" in text or "NCCL" in text):
         return f"out of GPU memory ({first}): {gpu}"
     if isinstance(error, OSError) and error.errno in FULL:
-        return f"{FULL[error.errno]} ({first}): make room"
+        return f"{FULL[error.errno]} ({first}): make room, and give the same command again"
     return None
 
 
