@@ -4,7 +4,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -33,13 +32,10 @@ def _run(arguments: list[str], log: Path, lost: float) -> None:
     sys.argv = ["eval.sh", *arguments]
     import crew
     import eval as evaluation
-    from qwen_vl_streaming.errors import run
 
     crew.POLL, crew.LOST = 0.05, lost
     evaluation.prepare_scoring = evaluation.score_rows = lambda *_: None  # Java takes seconds, and is tested elsewhere
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, evaluation.stop)
-    run(evaluation.main)
+    evaluation.program()
 
 
 def start(made: tuple[Path, Path], output: Path, log: Path, lost: float = 60, **changes):

@@ -21,10 +21,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from crew import Crew, LostRun, Place
+from crew import GPU, HOST, Crew, LostRun, Place
 from identity import NOT_COMPARED, find_model, keep_arguments
 from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
-from qwen_vl_streaming.errors import InputError, OneLineParser, find_path, run
+from qwen_vl_streaming.ending import leave, run_to_end
+from qwen_vl_streaming.errors import InputError, OneLineParser, find_path
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.variants import get_variant
 from qwen_vl_streaming.versions import versions
@@ -272,9 +273,8 @@ def count_loaders(processes: int, device: str) -> int:
 
 
 def stop(number: int, frame: object) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader would raise for its processes, which end too
     print(f"\nstopped by {signal.Signals(number).name}: {GO_ON}", file=sys.stderr)
-    sys.exit(128 + number)
+    leave(128 + number)
 
 
 def main() -> None:
@@ -299,7 +299,12 @@ def main() -> None:
         sys.exit(1)
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """`main`, and the end of the process in one line, whatever happens."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    run(main)
+    run_to_end(main, GPU, HOST, f": {GO_ON}")
+
+
+if __name__ == "__main__":
+    program()

@@ -53,12 +53,15 @@ def tell(error: BaseException) -> None:
     told = True
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(LEAVING)
-    line = explain(error, GPU, HOST)
+    line, peer = explain(error, GPU, HOST), lost_peer(error)
+    message = name(error) if line is None else line
+    if peer and line is None:
+        message = f"the connection to another process was lost, or could not be made ({name(error)})"
     unforeseen = line is None and isinstance(error, Exception)
     message = {
-        "message": name(error) + GO_ON if line is None else line,
+        "message": message + GO_ON if line is None else message,
         "errorCode": status_of(error),
-        "lost_peer": lost_peer(error),
+        "lost_peer": peer,
         "extraInfo": {
             "py_callstack": "".join(traceback.format_exception(error)) if unforeseen else "",
             "timestamp": str(int(time.time())),

@@ -161,7 +161,7 @@ class Launcher:
                 self.end(STOPPED)
             first = self.first
             if first.told.get("lost_peer"):
-                self.nodes.ended.wait(GRACE)  # for what another machine says of it
+                self.nodes.wait_for_news()
             trace = first.told.get("extraInfo", {}).get("py_callstack", "").rstrip()
             self.end(first.status, trace, first.line and f"error: {first.line}")
         except Exception as error:

@@ -52,6 +52,11 @@ class Nodes:
         if self.heard is not None:
             self.ended.wait(LEAVING if self.node == 0 and not self.fault else 2 * BEAT)
 
+    def wait_for_news(self) -> None:
+        """Wait as long as it can take until `failed` is called, where another machine has failed or is lost."""
+        if self.heard is not None:
+            self.ended.wait(LOST + 2 * BEAT)
+
     def _count(self) -> None:
         try:
             store = PrefixStore("launchers", TCPStore(self.address, self.port, is_master=False, wait_for_workers=False))

@@ -65,4 +65,6 @@ command=(
   "${device[@]}" "$@"
 )
 echo "+ ${command[*]}"
+# PyTorch tells at length of every connection that ends with its process; what matters is said in one line.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "${command[@]}"

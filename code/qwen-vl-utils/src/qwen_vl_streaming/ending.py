@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -112,7 +113,8 @@ def status_of(error: BaseException) -> int:
 
 def kill_workers() -> None:
     """Kill the processes that this one has started through multiprocessing."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader would raise an error for its workers
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader would raise an error for its workers
     for child in multiprocessing.active_children():
         child.kill()
 

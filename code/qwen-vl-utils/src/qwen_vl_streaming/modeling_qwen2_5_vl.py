@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from .ending import lost_worker
 from .errors import InputError
 
 LAYOUTS = 256  # combinations of grids whose layout in the vision tower is kept
@@ -325,6 +326,8 @@ def _loaded(path: str | Path, load: Callable):
     except torch.OutOfMemoryError:
         raise
     except (*UNLOADABLE, *HfHubHTTPError.__bases__) as error:
+        if lost_worker(error):  # a DataLoader of the program says so wherever the program is
+            raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): check the path, or for a hub id the network"
