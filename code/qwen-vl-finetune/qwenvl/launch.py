@@ -29,6 +29,8 @@ from .stopping import GO_ON, LAUNCHER, STOPPED
 
 GRACE = 10
 """Seconds that the others have to end by themselves when one process has failed."""
+GRACE_AFTER_PEER = 3
+"""The same where that one has waited for them already."""
 MEMORY = " (Linux does that when memory is short)"
 
 
@@ -144,7 +146,8 @@ class Launcher:
 
         def close(context: SubprocessContext, death_sig: signal.Signals | None = None, timeout: int = GRACE) -> None:
             self.saw(context)
-            PContext.close(context, death_sig, min(timeout, GRACE))
+            others = GRACE_AFTER_PEER if self.first and self.first.told.get("lost_peer") else GRACE
+            PContext.close(context, death_sig, min(timeout, others))
 
         SubprocessContext.close = close  # torchrun gives no other way to set how long it waits
         try:

@@ -47,10 +47,10 @@ class Nodes:
             self.end()
 
     def end(self) -> None:
-        """Tell them that this machine ends: if nothing has failed, in good order. Then machine 0 waits for them."""
+        """Tell them that this machine ends: if nothing has failed, in good order. Machine 0 waits until they do too."""
         self.ending.set()
         if self.heard is not None:
-            self.ended.wait(LEAVING if self.node == 0 and not self.fault else 2 * BEAT)
+            self.ended.wait(4 * BEAT if self.fault or self.node else LEAVING)
 
     def wait_for_news(self) -> None:
         """Wait as long as it can take until `failed` is called, where another machine has failed or is lost."""
@@ -62,15 +62,15 @@ class Nodes:
             store = PrefixStore("launchers", TCPStore(self.address, self.port, is_master=False, wait_for_workers=False))
             counts = {node: (0, time.monotonic()) for node in range(1, self.nodes)} if self.node == 0 else {}
             while not self.ended.is_set():
-                self.heard = time.monotonic()
-                if self.ending.is_set():
+                self.heard, ending = time.monotonic(), self.ending.is_set()
+                if ending:
                     self._say_so(store)
                 else:
                     store.add(f"count {self.node}", 1)
                 self._look(store, counts)
-                if self.ending.is_set() and (self.fault or not counts):
+                if ending and not any(count for count, _ in counts.values()):
                     self.ended.set()
-                self.ending.wait(BEAT) if not self.ending.is_set() else time.sleep(BEAT / 4)
+                time.sleep(BEAT / 4) if ending else self.ending.wait(BEAT)
         except DistError:
             if self.heard is not None and not self.over:
                 self._failed(1, f"machine 0 has ended{GO_ON}")
@@ -91,7 +91,10 @@ class Nodes:
                 store.compare_set("fault", "", json.dumps([node, 1, f"machine {node} {UNHEARD}"]))
         if store.check(["fault"]):
             node, status, line = json.loads(store.get("fault"))
-            if node != self.node:
+            if node != self.node and not self.ending.is_set():
+                store.set(f"ended {self.node}", "yes")
+                if self.node == 0:
+                    time.sleep(2 * BEAT)  # until all the others have seen it, too
                 self._failed(status, line)
         self.over = self.over or store.check(["ended 0"])
 
