@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 
-from qwen_vl_streaming.ending import explain, kill_workers, leave, name, status_of
+from qwen_vl_streaming.ending import explain, kill_workers, leave, let_workers_end, name, status_of
 from qwen_vl_streaming.errors import InputError
 from torch.distributed import DistError, TCPStore
 
@@ -220,6 +220,7 @@ def _run(place: Place, parent: int, pipe: connection.Connection, listening, addr
     except DistError:  # here too
         leave(1)
     except Exception as error:
+        let_workers_end()
         line = explain(error, GPU, HOST)
         trace = "" if line else "".join(traceback.format_exception(error))[-LONGEST:]
         with contextlib.suppress(OSError):

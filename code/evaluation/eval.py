@@ -24,7 +24,7 @@ import torch
 from crew import GPU, HOST, Crew, LostRun, Place
 from identity import NOT_COMPARED, find_model, keep_arguments
 from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
-from qwen_vl_streaming.ending import leave, run_to_end
+from qwen_vl_streaming.ending import explain, leave, run_to_end, say
 from qwen_vl_streaming.errors import InputError, OneLineParser, find_path
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.variants import get_variant
@@ -303,7 +303,12 @@ def program() -> None:
     """`main`, and the end of the process in one line, whatever happens."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    run_to_end(main, GPU, HOST, f": {GO_ON}")
+    run_to_end(main, failed)
+
+
+def failed(error: BaseException) -> None:
+    if isinstance(error, Exception):
+        say(error, explain(error, GPU, HOST), f": {GO_ON}")
 
 
 if __name__ == "__main__":

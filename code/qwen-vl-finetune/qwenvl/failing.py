@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from qwen_vl_streaming.ending import explain, kill_workers, leave, name, say, status_of
+from qwen_vl_streaming.ending import explain, let_workers_end, name, run_to_end, say, status_of
 from qwen_vl_streaming.errors import InputError
 from torch.distributed import DistError
 
@@ -51,6 +51,7 @@ def tell(error: BaseException) -> None:
     if told or LAUNCHER not in os.environ:
         return
     told = True
+    let_workers_end()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(LEAVING)
     line, peer = explain(error, GPU, HOST), lost_peer(error)
@@ -78,23 +79,18 @@ def tell(error: BaseException) -> None:
 
 
 def run_rank(main: Callable[[], None]) -> None:
-    """Call `main`, and end this process as soon as it raises. What it has to clean up at the exit of Python is left out
-    then, but for SystemExit, with which a run ends that was stopped."""
-    try:
-        main()
-    except SystemExit as error:
-        tell(error)
-        kill_workers()
-        raise
-    except BaseException as error:
-        tell(error)
-        line = explain(error, GPU, HOST)
-        if LAUNCHER not in os.environ and not isinstance(error, KeyboardInterrupt) and _is_to_say(error):
-            say(error, line, GO_ON)
-        if LAUNCHER in os.environ and lost_peer(error):
+    """Call `main`, and end this process as soon as it raises. What Python would clean up at its exit is left out then,
+    but for SystemExit, with which a run ends that was stopped."""
+    run_to_end(main, failed)
+
+
+def failed(error: BaseException) -> None:
+    tell(error)
+    if LAUNCHER in os.environ:
+        if lost_peer(error):
             time.sleep(AFTER_PEER)
-        leave(status_of(error))
-    kill_workers()
+    elif not isinstance(error, SystemExit | KeyboardInterrupt) and _is_to_say(error):
+        say(error, explain(error, GPU, HOST), GO_ON)
 
 
 def _is_to_say(error: BaseException) -> bool:

@@ -55,7 +55,14 @@ class StreamingTrainer(KeepingTrainer):
     def _get_train_sampler(self, train_dataset=None):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffled = self.args.train_sampling_strategy == "random"
-        return Order(self.train_dataset, seed, shuffled, self.args.dataloader_drop_last)
+        self.order = Order(self.train_dataset, seed, shuffled, self.args.dataloader_drop_last)
+        return self.order
+
+    def _run_epoch(self, *args, **kwargs):
+        # In a run that goes on in the midst of an epoch, accelerate does not tell it to the order that several
+        # processes share: they would go on in the order of the first.
+        self.order.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         self.optimizer_cls_and_kwargs = make_optimizer(self.model if model is None else model, self.args)

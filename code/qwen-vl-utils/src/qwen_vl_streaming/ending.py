@@ -111,10 +111,19 @@ def status_of(error: BaseException) -> int:
     return 1
 
 
+def let_workers_end() -> None:
+    """From now on a worker that ends raises no error here, as a DataLoader would at any moment, again and again."""
+    while threading.current_thread() is threading.main_thread():
+        try:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return
+        except RuntimeError:
+            continue
+
+
 def kill_workers() -> None:
     """Kill the processes that this one has started through multiprocessing."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader would raise an error for its workers
+    let_workers_end()
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -130,21 +139,26 @@ def leave(status: int) -> NoReturn:
 
 def say(error: BaseException, line: str | None, then: str = "") -> None:
     """Print why the program ends: `line`, or a traceback and `error` in one line, with what to do `then`."""
-    if line is None:
-        traceback.print_exception(error)
-        line = name(error) + then
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        if line is None:
+            traceback.print_exception(error)
+            line = name(error) + then
+        print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def run_to_end(main: Callable[[], object], gpu: str, host: str, then: str = "") -> None:
-    """Call `main`. Whatever it raises ends the program at once: with exit status 2 for an InputError, 1 for any other
-    error, and one line as in `explain`, or else a traceback and a line that ends in `then`."""
+def run_to_end(main: Callable[[], object], failed: Callable[[BaseException], object]) -> None:
+    """Call `main`. Whatever it raises ends the program with `status_of` that, once `failed` has been called with it: at
+    once, but after SystemExit as Python does, which cleans up and waits for threads."""
     try:
         main()
-    except SystemExit as error:
-        leave(status_of(error))
     except BaseException as error:
-        if not isinstance(error, KeyboardInterrupt):
-            say(error, explain(error, gpu, host), then)
-        leave(status_of(error))
+        try:
+            let_workers_end()
+        except RuntimeError:  # one more has just ended
+            let_workers_end()
+        failed(error)
+        if not isinstance(error, SystemExit):
+            leave(status_of(error))
+        kill_workers()
+        raise
     kill_workers()
