@@ -20,6 +20,8 @@ from .stopping import GO_ON, LAUNCHER, speaks
 
 LEAVING = 12
 """Seconds that a process has to end once it has told why."""
+AT_EXIT = 120
+"""The same after a success, when a log may still have to be sent away."""
 AFTER_PEER = 3
 """Seconds that one which has lost the connection to another leaves to the launcher, to see that one's end first."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -82,6 +84,9 @@ def run_rank(main: Callable[[], None]) -> None:
     """Call `main`, and end this process as soon as it raises. What Python would clean up at its exit is left out then,
     but for SystemExit, with which a run ends that was stopped."""
     run_to_end(main, failed)
+    if LAUNCHER in os.environ:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(AT_EXIT)
 
 
 def failed(error: BaseException) -> None:

@@ -58,6 +58,8 @@ class Failure:
             return self.told["message"] if refused else f"process {self.rank}: {self.told['message']}"
         if self.exit_code < 0:
             killer = signal.Signals(-self.exit_code)
+            if killer == signal.SIGALRM:  # see `failing.AT_EXIT`
+                return f"process {self.rank} was done, but did not end: what it was to save is saved"
             return f"process {self.rank} was killed by {killer.name}{MEMORY if killer == signal.SIGKILL else ''}{GO_ON}"
         return f"process {self.rank} ended with status {self.exit_code}{GO_ON}" if self.status == 1 else ""
 
