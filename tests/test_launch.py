@@ -154,7 +154,8 @@ def test_processes_die_with_their_launcher(asleep):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_ends_a_node_that_waits_for_others(rank):
     command = launch_command(free_port(), "-m", "this", nodes=2, rank=rank)
-    with subprocess.Popen(command, cwd=SCRIPT.parents[1], stderr=subprocess.PIPE, text=True) as launcher:
+    quiet = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as sft.sh sets it
+    with subprocess.Popen(command, cwd=SCRIPT.parents[1], env=quiet, stderr=subprocess.PIPE, text=True) as launcher:
         status = Path(f"/proc/{launcher.pid}/status")
         until(lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> signal.SIGTERM - 1 & 1)
         time.sleep(1)  # now it waits

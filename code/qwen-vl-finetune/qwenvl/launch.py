@@ -179,6 +179,7 @@ if __name__ == "__main__":
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())
     given = parse_args(sys.argv[1:])
-    launcher = Launcher(given.node_rank, int(given.nnodes), given.master_addr, given.master_port)
+    nodes = int(given.nnodes.split(":")[-1])
+    launcher = Launcher(given.node_rank, nodes, given.master_addr, given.master_port)
     launcher.watch_for_sigterm()
     launcher.run(sys.argv[1:])
