@@ -138,9 +138,9 @@ class Ahead:
         except RuntimeError as error:
             if (how := lost_worker(error)) is None:
                 raise
-            videos = ", ".join(self.waiting) or "to come"
+            what = f"it was decoding one of the videos {', '.join(self.waiting)}: leave that out of the data"
             raise InputError(
-                f"a process that decodes {how}, at one of the videos {videos}: leave that out of the data, "
+                f"a process that decodes {how}: {what if self.waiting else 'give the same command again'}, "
                 "try FORCE_QWENVL_VIDEO_READER=pyav, or fewer --workers where memory is short"
             ) from error
 
