@@ -17,8 +17,6 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-
 from .errors import InputError
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
@@ -66,6 +64,8 @@ def _signal_named(text: str) -> signal.Signals | None:
 def explain(error: BaseException, gpu: str, host: str) -> str | None:
     """One line for an `error` that is not a mistake in the program: what ran out or was killed, and what to do, which
     is `gpu` where it is a GPU's memory, and `host` where it is this machine's. None for any other error."""
+    import torch  # here, since a process is to see the end of its parent before it imports what takes seconds
+
     first = next(iter(str(error).splitlines()), "").rstrip(".")
     if isinstance(error, InputError):
         return str(error)
