@@ -4,7 +4,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ FLAGS = {
 }
 
 
-def _run(arguments: list[str], log: Path, lost: float) -> None:
+def _run(arguments: list[str], log: Path, lost: float, act: str | None) -> None:
     with log.open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -33,17 +32,34 @@ def _run(arguments: list[str], log: Path, lost: float) -> None:
     sys.argv = ["eval.sh", *arguments]
     import crew
     import eval as evaluation
-    from qwen_vl_streaming.errors import run
 
     crew.POLL, crew.LOST = 0.05, lost
     evaluation.prepare_scoring = evaluation.score_rows = lambda *_: None  # Java takes seconds, and is tested elsewhere
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, evaluation.stop)
-    run(evaluation.main)
+    if act:
+        import watching
+
+        loaded, captioned = watching.load_model, watching.caption_all
+
+        def load_model(*given):
+            if act == "kill worker":
+                psutil.Process().children()[0].kill()
+                time.sleep(0.2)  # in which the signal comes
+            return loaded(*given)
+
+        def caption_all(*given, **options):
+            if act == "bug":
+                raise ZeroDivisionError("division by zero")
+            if act == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return captioned(*given, **options)
+
+        watching.load_model, watching.caption_all = load_model, caption_all
+    evaluation.program()
 
 
-def start(made: tuple[Path, Path], output: Path, log: Path, lost: float = 60, **changes):
-    """Start a run over the videos of `made`, with flags given as `batch_size=8`; it writes what it says to `log`."""
+def start(made: tuple[Path, Path], output: Path, log: Path, lost: float = 60, act: str | None = None, **changes):
+    """Start a run over the videos of `made`, with flags given as `batch_size=8`; it writes what it says to `log`. `act`
+    is what befalls each of its processes: "kill worker", one that decodes, while the model loads; "bug"; "memory"."""
     checkpoint, data = made
     given = {"model": checkpoint, "data": data, "output-dir": output, **FLAGS}
     given |= {name.replace("_", "-"): value for name, value in changes.items()}
@@ -56,7 +72,7 @@ def start(made: tuple[Path, Path], output: Path, log: Path, lost: float = 60, **
         stack.callback(lambda: os.environ.update(PYTHONPATH=before) if before else os.environ.pop("PYTHONPATH"))
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        process = context.Process(target=_run, args=(arguments, log, lost))
+        process = context.Process(target=_run, args=(arguments, log, lost, act))
         process.start()
     return process
 

@@ -1,5 +1,6 @@
 """Evaluation by one process, by several and on two machines, killed at any moment: the captions are the same."""
 
+import contextlib
 import json
 import os
 import random
@@ -178,6 +179,29 @@ def test_two_runs_do_not_write_one_file(many, tmp_path):
     assert said.startswith("error: another run is writing") and said.count("\n") == 1
     finish(first, log)
     assert len(rows(out)) == 11
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("act, status, line", [
+    ("kill worker", 2, "error: a process that decodes was killed by SIGKILL: "),
+    ("bug", 1, "ZeroDivisionError: division by zero"),
+    ("memory", 1, "out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB): lower --batch-size"),
+])  # fmt: skip
+def test_whatever_fails_ends_the_run_with_one_line(many, tmp_path, act, status, line, processes):
+    """With the data workers of each process, of which none is left; the same command goes on."""
+    log = tmp_path / "log"
+    run = start(many, tmp_path / "out", log, act=act, workers=4, processes=processes)
+    everyone = set()
+    while run.exitcode is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everyone |= set(psutil.Process(run.pid).children(recursive=True))
+        time.sleep(0.02)
+    said = finish(run, log, status)
+    assert len(everyone) >= 4 and gone(list(everyone))
+    last = said.splitlines()[-1]
+    assert said.count("error: ") == 1 and last.startswith("error: ") and line in last
+    assert said.count("Traceback") == (act == "bug") and "no Qwen2.5-VL" not in said
+    assert last.endswith("the same command goes on from what is finished") or act != "bug"
 
 
 def test_what_all_processes_refuse_is_said_once(many, tmp_path):

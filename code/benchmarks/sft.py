@@ -102,7 +102,7 @@ def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Pa
         environment["PYTHONPATH"] = os.pathsep.join([str(FINETUNE), os.environ.get("PYTHONPATH", "")])
         launcher = [sys.executable, "-m", "qwenvl.launch", "--standalone", "--nproc_per_node", processes]
         files = ["--model_name_or_path", str(checkpoint), "--train_data", str(data)]
-        command = [*launcher, "-m", "qwenvl.train", *files, *(["--use_cpu", "True"] if cpu else [])]
+        command = [*launcher, "-m", "qwenvl.rank", *files, *(["--use_cpu", "True"] if cpu else [])]
     else:
         command = ["bash", str(FINETUNE / "scripts/sft.sh")]
     log = output.with_suffix(".log")

@@ -10,13 +10,16 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 
+from qwen_vl_streaming.ending import explain, kill_workers, leave, let_workers_end, name, status_of
 from qwen_vl_streaming.errors import InputError
 from torch.distributed import DistError, TCPStore
 
@@ -24,6 +27,11 @@ POLL = 0.5
 """Seconds between two looks at the processes."""
 LOST = 60.0
 """A machine that was not heard of for so many seconds is lost."""
+GPU = "lower --batch-size, --memory or --max-pixels-per-video"
+HOST = "lower --workers or --batch-size, or give it more memory"
+"""What to do where memory runs out."""
+LONGEST = 20_000
+"""Characters of a traceback, which nobody reads from the pipe before its process has ended."""
 PATIENCE = 600.0
 """Seconds that machine 0 has to be there, and to say what is to be done."""
 
@@ -141,10 +149,13 @@ class Crew:
                 place, process, pipe = one
                 _end(process)
                 self.processes.remove(one)
-                said = _last_words(pipe)
-                refused = refused or said
-                if process.exitcode and not said:
-                    lost.append(_obituary(place, process.exitcode, self.nodes))
+                line, trace = _last_words(pipe)
+                if process.exitcode == 2:
+                    refused = refused or line
+                elif process.exitcode:
+                    if not lost and trace:  # that of one is enough: the others have mostly met the same
+                        print(trace, file=sys.stderr)
+                    lost.append(_obituary(place, process.exitcode, self.nodes) + (line and f" ({line})"))
             if self.node:
                 self.store.add(f"beat {self.node}", 1)
                 continue
@@ -200,14 +211,22 @@ def _run(place: Place, parent: int, pipe: connection.Connection, listening, addr
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         function, arguments = pipe.recv()
+    except EOFError:  # whoever leads the run has ended, and says why
+        leave(1)
+    try:
         store = TCPStore(address, port, is_master=False, wait_for_workers=False)
         claims = iter(lambda: store.add("claimed", 1) - 1, None)
         function(*arguments, place, claims, lambda: store.add("done", 1))
-    except InputError as error:
-        pipe.send(str(error))
-        os._exit(2)  # at once: to wait for those that decode for it is not worth while, and may raise
-    except (EOFError, DistError):  # whoever leads the run has ended, and says why
-        os._exit(1)
+    except DistError:  # here too
+        leave(1)
+    except Exception as error:
+        let_workers_end()
+        line = explain(error, GPU, HOST)
+        trace = "" if line else "".join(traceback.format_exception(error))[-LONGEST:]
+        with contextlib.suppress(OSError):
+            pipe.send((line or name(error), trace))
+        leave(status_of(error))
+    kill_workers()
 
 
 def _end_with(parent: int) -> None:
@@ -230,12 +249,12 @@ def _end(process: BaseProcess) -> None:
     process.join()
 
 
-def _last_words(pipe: connection.Connection) -> str:
-    """What an ended process has refused, if it has."""
+def _last_words(pipe: connection.Connection) -> tuple[str, str]:
+    """Why a process has ended, in a line, and its traceback where that is not known; empty where it has not said."""
     try:
-        return pipe.recv() if pipe.poll() else ""
+        return pipe.recv() if pipe.poll() else ("", "")
     except (EOFError, OSError):
-        return ""
+        return "", ""
 
 
 def _obituary(place: Place, code: int, nodes: int) -> str:

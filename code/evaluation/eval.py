@@ -20,11 +20,12 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from crew import Crew, LostRun, Place
+from crew import GPU, HOST, Crew, LostRun, Place
 from identity import NOT_COMPARED, describe_model, keep_arguments
 from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.ending import explain, leave, run_to_end, say
+from qwen_vl_streaming.errors import InputError, OneLineParser
 from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.paths import check_videos, find_data, find_folder, find_model, find_path, make_data
@@ -304,9 +305,8 @@ def count_loaders(processes: int, device: str) -> int:
 
 
 def stop(number: int, frame: object) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader would raise for its processes, which end too
     print(f"\nstopped by {signal.Signals(number).name}: {GO_ON}", file=sys.stderr)
-    sys.exit(128 + number)
+    leave(128 + number)
 
 
 def main() -> None:
@@ -332,7 +332,17 @@ def main() -> None:
         sys.exit(1)
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """`main`, and the end of the process in one line, whatever happens."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    run(main)
+    run_to_end(main, failed)
+
+
+def failed(error: BaseException) -> None:
+    if isinstance(error, Exception):
+        say(error, explain(error, GPU, HOST), f": {GO_ON}")
+
+
+if __name__ == "__main__":
+    program()

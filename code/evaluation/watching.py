@@ -2,7 +2,9 @@
 as soon as a caption is complete. Knows nothing about other processes and about metrics."""
 
 import contextlib
+import functools
 import logging
+import os
 import signal
 import time
 from collections import deque
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from crew import Place
 from qwen_vl_streaming.batching import Job, caption_all
+from qwen_vl_streaming.ending import lost_worker, start_worker
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.paths import find_video
@@ -117,7 +120,7 @@ class Ahead:
                 num_workers=loaders,
                 multiprocessing_context="fork" if loaders else None,
                 pin_memory=device.type == "cuda",
-                worker_init_fn=be_quiet,
+                worker_init_fn=functools.partial(begin_worker, parent=os.getpid()),
             )
         )
 
@@ -137,11 +140,11 @@ class Ahead:
         try:
             yield
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if (how := lost_worker(error)) is None:
                 raise
-            first = str(error).splitlines()[0].rstrip(".")
+            what = f"it was decoding one of the videos {', '.join(self.waiting)}: leave that out of the data"
             raise InputError(
-                f"{first}: it was decoding one of the videos {', '.join(self.waiting)}: leave that out of the data, "
+                f"a process that decodes {how}: {what if self.waiting else 'give the same command again'}, "
                 "try FORCE_QWENVL_VIDEO_READER=pyav, or fewer --workers where memory is short"
             ) from error
 
@@ -164,8 +167,9 @@ def watch(work: Work, place: Place, claims: Iterator[int], tell: Callable[[], ob
     processor = load_processor(work.model)
     videos = Videos(work, processor, load_config(work.model).vision_config.tokens_per_second)
     ahead = Ahead(videos, device, claims)  # from here on videos are decoded, beside the loading of the model
-    model = load_model(work.model, "sdpa", getattr(torch, work.dtype)).to(device).eval()
     rows = {row["video_id"]: row for row in work.rows}
+    with ahead.naming_the_fatal():
+        model = load_model(work.model, "sdpa", getattr(torch, work.dtype)).to(device).eval()
     with (
         ahead.naming_the_fatal(),
         Appender(rows_part(work.out, place.name)) as captioned,
@@ -197,10 +201,10 @@ def watch(work: Work, place: Place, claims: Iterator[int], tell: Callable[[], ob
             tell()
 
 
-def be_quiet(worker: int) -> None:
-    """A process that decodes leaves news, and ^C, to the one that it works for."""
+def begin_worker(worker: int, parent: int) -> None:
+    """A process that decodes leaves news, and signals, to the one that it works for, and ends with it."""
+    start_worker(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.getLogger().setLevel(logging.WARNING)
 
 

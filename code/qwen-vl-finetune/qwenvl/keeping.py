@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from qwen_vl_streaming.ending import start_worker
 from qwen_vl_streaming.errors import InputError
 from safetensors import SafetensorError
 from torch import distributed
@@ -40,6 +41,8 @@ DAMAGED = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeErr
 
 class CannotSave(InputError):
     """Something that must be saved cannot be written. One process alone meets it, and others may wait for that."""
+
+    of_one = True
 
 
 def add_up(values: list[float], device: torch.device, take=distributed.ReduceOp.SUM) -> list[float]:
@@ -68,7 +71,7 @@ def saving(where: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-        if type(error) is RuntimeError:
+        if isinstance(error, RuntimeError):
             if "inline_container" not in reason and "unexpected pos" not in reason:
                 raise
             reason = "the disk is full, or fails"  # of which torch.save tells only so
@@ -83,7 +86,7 @@ def loading(checkpoint: str | Path) -> Iterator[None]:
     """Raises InputError for what cannot be read of a checkpoint that is to be gone on from."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, distributed.DistError):
         raise
     except DAMAGED as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -168,9 +171,9 @@ def read_progress(checkpoint: Path) -> dict:
     return progress
 
 
-def ignore_sigterm(worker: int, then: Callable[[int], None] | None) -> None:
-    """Starts a data worker. SLURM signals every process of a job: a worker that died would take the run with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def begin_worker(worker: int, parent: int, then: Callable[[int], None] | None) -> None:
+    """Starts data worker `worker` of the process `parent`, with what was to be called `then`."""
+    start_worker(parent)
     if then:
         then(worker)
 
@@ -244,7 +247,8 @@ class KeepingTrainer(Trainer):
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
-        loader.base_dataloader.worker_init_fn = partial(ignore_sigterm, then=loader.worker_init_fn)
+        then = loader.worker_init_fn
+        loader.base_dataloader.worker_init_fn = partial(begin_worker, parent=os.getpid(), then=then)
         return loader
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

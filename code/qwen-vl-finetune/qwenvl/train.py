@@ -1,9 +1,8 @@
-"""Fine-tune a Qwen2.5-VL under one of the six variants. Launched by scripts/sft.sh, alone or by torchrun."""
+"""Fine-tune a Qwen2.5-VL under one of the six variants. Launched by scripts/sft.sh through launch.py and rank.py."""
 
 import contextlib
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.attention import make_mask
 from qwen_vl_streaming.base_files import BaseFiles
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.errors import InputError, OneLineParser
 from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.paths import check_videos
@@ -31,6 +30,7 @@ from transformers.utils import is_flash_attn_2_available
 from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
 from .data import IGNORED, Evened, Order, StreamingDataset, collate
 from .device import check_size
+from .failing import tell
 from .flags_help import HelpfulParser
 from .folder import check_folder, make_folder, only_one
 from .keeping import CannotSave, KeepingTrainer, add_up, newest_checkpoint, save_whole, saving
@@ -38,7 +38,7 @@ from .parts import check_parts, describe_parts, make_optimizer, make_trainable
 from .record import RunRecord, Throughput, Work, describe_run, draw_curves, one_tensorboard, write_throughput
 from .rows import hold_out, read_rows, without
 from .skipped import Skipped
-from .stopping import STOPPED, die_with_launcher
+from .stopping import STOPPED, speaks
 from .survey import find_bad
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,14 @@ class StreamingTrainer(KeepingTrainer):
     def _get_train_sampler(self, train_dataset=None):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffled = self.args.train_sampling_strategy == "random"
-        return Order(self.train_dataset, seed, shuffled, self.args.dataloader_drop_last)
+        self.order = Order(self.train_dataset, seed, shuffled, self.args.dataloader_drop_last)
+        return self.order
+
+    def _run_epoch(self, *args, **kwargs):
+        # In a run that goes on in the midst of an epoch, accelerate does not tell it to the order that several
+        # processes share: they would go on in the order of the first.
+        self.order.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         self.optimizer_cls_and_kwargs = make_optimizer(self.model if model is None else model, self.args)
@@ -160,13 +167,11 @@ def check_same_model(model: str, sha256: str, device: torch.device) -> None:
         )
 
 
-def speaks() -> bool:
-    """Whether this is the process of its machine that says what all of them would."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 class Parser(OneLineParser, HelpfulParser):
-    """Flags from the three dataclasses, errors in one line."""
+    """Flags from the three dataclasses. Raises InputError for what cannot be parsed."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
 
     def _print_message(self, message, file=None):
         if speaks():
@@ -209,15 +214,14 @@ def leave_out_bad(samples: StreamingDataset, skipped: Skipped, training: SftArgu
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Takes leave of the other processes: one that merely ended might be aborted by its own threads. Not after a crash
-    or CannotSave, when the others may wait for this one elsewhere."""
+    """Destroys the process group: exiting without this can abort in a background thread. Not after a crash or
+    CannotSave, when the others may wait for this process elsewhere."""
     try:
         yield
-    except CannotSave as error:
-        if not speaks():  # the one that speaks may not have met it
-            print(f"error: {error}", file=sys.stderr)
+    except CannotSave:
         raise
-    except (InputError, SystemExit):
+    except (InputError, SystemExit) as error:
+        tell(error)
         leave()
         raise
     leave()
@@ -328,10 +332,12 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         try:
             done = trainer.train_on()
         except CannotSave as error:
+            tell(error)
             with contextlib.suppress(InputError):
                 record.end(trainer.state.global_step, str(error))
             raise
         except InputError as error:
+            tell(error)  # of what one process alone has met, the others know nothing, and a report would wait for them
             if record.record:
                 trainer.report()
             record.end(trainer.state.global_step, str(error))
@@ -340,16 +346,9 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             trainer.report()
             record.end(trainer.state.global_step, "stopped by SIGTERM")
             logger.info("stopped by SIGTERM, and step %d is saved: the same command goes on", trainer.state.global_step)
+            trainer.accelerator.wait_for_everyone()  # the first that ends has the others ended
             sys.exit(STOPPED)
         save_whole(trainer, output)
         trainer.report()
         logger.info("checkpoint: %s   left out: %d", output, len(skipped.reasons))
         record.end(trainer.state.global_step, "finished", finished=True)
-
-
-if __name__ == "__main__":
-    die_with_launcher()
-    try:
-        run(main, speaks())
-    except KeyboardInterrupt:
-        os._exit(128 + signal.SIGINT)  # the launcher says so

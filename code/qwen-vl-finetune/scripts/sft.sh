@@ -64,11 +64,13 @@ command=(
   "$python" -m qwenvl.launch
   --nproc_per_node "$nproc" --nnodes "$nnodes" --node_rank "$rank"
   --master_addr "$master" --master_port "$port"
-  -m qwenvl.train
+  -m qwenvl.rank
   --model_name_or_path "${QWEN2_5_VL_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}"
   --train_data "${QWEN2_5_VL_TRAIN_DATA:-dataset/train_3_5.jsonl}"
   --deepspeed "${DEEPSPEED_CONFIG:-zero3.json}"
   "${type[@]}" "$@"
 )
 echo "+ ${command[*]}"
+# PyTorch tells at length of every connection that ends with its process; what matters is said in one line.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 exec "${command[@]}"

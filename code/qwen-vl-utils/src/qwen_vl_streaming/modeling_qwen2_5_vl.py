@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from .ending import lost_worker
 from .errors import InputError
 from .hub import model_folder
 
@@ -337,6 +338,8 @@ def _loaded(path: str | Path, load: Callable[[Path], Any]) -> Any:
     except torch.OutOfMemoryError:
         raise
     except UNLOADABLE as error:
+        if lost_worker(error):  # a DataLoader of the program says so wherever the program is
+            raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): "

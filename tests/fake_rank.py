@@ -1,0 +1,64 @@
+"""Two processes for qwenvl.launch, quicker than training: the second fails as the argument says, and the first waits
+for it without end, deaf to SIGTERM, as one that trains would."""
+
+import os
+import signal
+import sys
+import time
+
+
+def wait(*_) -> None:
+    while True:
+        time.sleep(1)
+
+
+def main(what: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.environ["RANK"] == "0" and what != "peer":
+        wait()
+    from functools import partial
+
+    import torch
+    from qwen_vl_streaming.ending import start_worker
+    from qwen_vl_streaming.errors import InputError
+    from qwenvl import failing
+
+    class Squares(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, index):
+            if what == "worker bug" and index == 9:
+                raise KeyError("human_caption")
+            if what == "worker killed" and index == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
+            return index**2
+
+    def begin(worker, parent):
+        start_worker(parent)
+
+    def train() -> None:
+        if what == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
+        if what == "peer" and os.environ["RANK"] == "0":
+            raise RuntimeError("[pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer")
+        if what == "peer":
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "refused":
+            failing.LEAVING = 2
+            try:
+                raise InputError("checkpoint-3 is damaged: remove it")
+            except InputError as error:
+                failing.tell(error)
+                wait()  # in a collective
+        init = partial(begin, parent=os.getpid())
+        for _ in torch.utils.data.DataLoader(Squares(), batch_size=None, num_workers=4, worker_init_fn=init):
+            pass
+
+    failing.run_rank(train)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,94 @@
+"""The training program with a fault: a process of it does at an optimizer step what FAULT says, in `-m faulty`, which
+stands in the place of `-m qwenvl.rank`. FAULT is `WHAT RANK STEP`."""
+
+import atexit
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import torch
+from qwen_vl_streaming.errors import InputError
+from qwenvl import rank
+from qwenvl.data import StreamingDataset
+from qwenvl.keeping import StopOnSigterm
+from torch.distributed import DistBackendError
+
+RAISED = {
+    "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "host": lambda: MemoryError(),
+    "nccl": lambda: DistBackendError("NCCL error in: ../x.cpp:1, remote process exited or there was a network error"),
+    "bug": lambda: ZeroDivisionError("division by zero"),
+    "refused": lambda: InputError("checkpoint-7 is damaged: remove it"),
+    "disk": lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+}
+
+
+def forever() -> None:
+    while True:
+        time.sleep(1)
+
+
+def act(what: str) -> None:
+    if what == "thread":  # at its exit Python would wait for it
+        threading.Thread(target=forever).start()
+        atexit.register(forever)
+        raise RAISED["bug"]()
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "kill worker":
+        psutil.Process().children()[0].kill()
+        time.sleep(60)
+    if what == "stop worker":
+        psutil.Process().children()[0].terminate()
+    if what == "stop all":  # as SLURM does
+        launcher = psutil.Process(os.getppid())
+        subprocess.run(["kill", *(str(each.pid) for each in (*launcher.children(recursive=True), launcher))])
+    if what == "gpu for real":
+        torch.empty(2**46, dtype=torch.uint8, device="cuda")
+    if what in RAISED:
+        raise RAISED[what]()
+
+
+def main() -> None:
+    what, of, step = os.environ["FAULT"].rsplit(maxsplit=2)
+    mine, step = of in ("all", os.environ["RANK"]), int(step)
+    if mine and what == "worker":
+        read, reader = StreamingDataset._video, os.getpid()
+
+        def _video(self, index):
+            if os.getpid() != reader and not index % 2:
+                raise KeyError("human_caption")
+            return read(self, index)
+
+        StreamingDataset._video = _video
+    elif mine and what.startswith("save "):
+        saved = torch.save
+
+        def save(what_, path, *rest, **options):
+            if f"checkpoint-{step}" in str(path):
+                act(what.removeprefix("save "))
+            saved(what_, path, *rest, **options)
+
+        torch.save = save
+    elif mine:
+        ended = StopOnSigterm.on_step_end
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                act(what)
+            ended(self, args, state, control, **kwargs)
+
+        StopOnSigterm.on_step_end = on_step_end
+    rank.main()
+
+
+if __name__ == "__main__":
+    if os.environ.get("FAULT"):
+        main()
+    else:
+        sys.exit("FAULT is not set")

@@ -1,0 +1,209 @@
+"""Whatever happens in a data worker or a process of a training run, all of it is gone within 30 seconds, the launcher's
+status is not 0, one line names the cause, and the same command goes on."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from qwen_vl_streaming import ending, modeling_qwen2_5_vl
+from qwen_vl_streaming.errors import InputError
+from qwenvl.keeping import CannotSave, loading, saving
+from qwenvl.stopping import STOPPED
+from training import finish, flags, free_port, history, start
+
+FINETUNE = Path(__file__).parents[1] / "code/qwen-vl-finetune"
+KILLED = "killed by SIGKILL (Linux does that when memory is short)"
+
+
+def launch(log: Path, *what: str, processes: int = 2, nodes: int = 1, rank: int = 0, port: int = 0, **environment):
+    """Start qwenvl.launch, whose processes run `python -m WHAT`; it writes what it says to `log`."""
+    paths = os.pathsep.join([str(FINETUNE), *filter(None, sys.path)])
+    given = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOG": str(log)}
+    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", str(processes), "--nnodes", str(nodes)]
+    command += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port or free_port())]
+    with log.open("a") as said:
+        return subprocess.Popen(
+            [*command, "-m", *what], env={**os.environ, **given, **environment}, stdout=said, stderr=said
+        )
+
+
+def left(log: Path) -> list[psutil.Process]:
+    """The processes of the run with this `log` that have not ended."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("LOG") == str(log) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def ends(launcher: subprocess.Popen, log: Path, status: int, seconds: float = 60) -> str:
+    """Wait for the end, which has to leave no process; returns the line that names the cause."""
+    assert launcher.wait(seconds) == status, log.read_text()[-3000:]
+    until = time.monotonic() + 3
+    while others := left(log):
+        assert time.monotonic() < until, others
+        time.sleep(0.1)
+    said = log.read_text()
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    if status == STOPPED:
+        assert not lines
+        return ""
+    assert len(lines) == 1 and said.splitlines()[-1] == lines[0], said[-3000:]
+    return lines[0]
+
+
+CAUSES = {
+    "gpu": (1, 0, "process 1: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB): lower --per_device"),
+    "worker killed": (1, 0, f"process 1: a data worker was {KILLED}: lower --dataloader_num_workers"),
+    "worker bug": (1, 2, "process 1: in a data worker: KeyError: 'human_caption': the same command goes on"),
+    "peer": (1, 0, f"process 1 was {KILLED}: the same command goes on"),
+    "refused": (2, 0, "checkpoint-3 is damaged: remove it"),
+}
+
+
+def test_a_process_that_fails_ends_those_that_wait_for_it(tmp_path):
+    """All kinds at once, since most of the time is waiting."""
+    logs = {what: tmp_path / what for what in CAUSES}
+    launchers = {what: launch(log, "fake_rank", what) for what, log in logs.items()}
+    for what, (status, tracebacks, line) in CAUSES.items():
+        assert ends(launchers[what], logs[what], status).startswith(f"error: {line}")
+        assert logs[what].read_text().count("Traceback") == tracebacks
+
+
+def test_a_machine_that_fails_ends_the_others(tmp_path):
+    """The process on the first waits in vain for that on the second."""
+    logs, port = [tmp_path / "first", tmp_path / "second"], free_port()
+    common = {"processes": 1, "nodes": 2, "port": port}
+    runs = [launch(log, "fake_rank", "gpu", rank=rank, **common) for rank, log in enumerate(logs)]
+    first, second = (run.wait(60) for run in runs)
+    assert (first, second) == (1, 1)
+    cause = "process 1: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB)"
+    for log, where in zip(logs, ("machine 1, ", ""), strict=True):
+        (line,) = log.read_text().splitlines()
+        assert line.startswith(f"error: {where}{cause}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made, tmp_path_factory):
+    """The losses of one process from start to end: 4 steps an epoch, 12 in all."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(start(flags(made, folder / "out"), folder / "log"))
+    return history(folder / "out")
+
+
+def test_a_run_goes_on_after_every_kind_of_end(undisturbed, made, tmp_path):
+    """Two processes with four data workers each; every start goes on from what the one before has saved."""
+    out = tmp_path / "out"
+    arguments = flags(made, out, gradient_accumulation_steps=1, dataloader_num_workers=4, save_steps=2)
+
+    def run(name: str, fault: str):
+        log = tmp_path / name
+        return launch(log, "faulty", *arguments, FAULT=fault), log
+
+    line = ends(*run("in mid-step", "kill worker 1 3"), 1)
+    assert line.startswith(f"error: process 1: a data worker was {KILLED}")
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+    line = ends(*run("while saving", "save kill 0 4"), 1)
+    assert line.startswith(f"error: process 0 was {KILLED}: the same command goes on")
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+    launcher, log = run("at start-up", "none 0 0")
+    while len(ranks := psutil.Process(launcher.pid).children()) < 2:
+        time.sleep(0.02)
+    ranks[1].kill()
+    assert ends(launcher, log, 1).startswith(f"error: process 1 was {KILLED}")
+
+    ends(*run("stopped", "stop all 1 5"), STOPPED)  # together with its data workers
+    assert (out / "checkpoint-5").exists()
+
+    launcher, log = run("to the end", "stop worker 1 10")  # of which nobody takes notice
+    assert launcher.wait(90) == 0, log.read_text()[-3000:]
+    found = history(out)
+    assert sorted(found) == list(range(1, 13))
+    for step, losses in undisturbed.items():
+        assert found[step] == pytest.approx(losses, abs=1e-4), step
+
+
+def lost(how: str) -> RuntimeError:
+    return RuntimeError(f"DataLoader worker (pid 7) {how}")
+
+
+@pytest.mark.parametrize("error, line", [
+    (lost("is killed by signal: Killed. "), f"a data worker was {KILLED}: HOST"),
+    (lost("is killed by signal: Segmentation fault. "), "a data worker was killed by SIGSEGV: HOST"),
+    (lost("is killed by signal: Bus error. It is possible"), "a data worker was killed by SIGBUS: the shared"),
+    (lost("exited unexpectedly with exit code 3. Details"), "a data worker ended with status 3: HOST"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "out of GPU memory (CUDA out of memory. Tried): GPU"),
+    (RuntimeError("CUDA error: out of memory\nmore"), "out of GPU memory (CUDA error: out of memory): GPU"),
+    (MemoryError(), "out of memory (MemoryError): HOST"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "out of memory (["),
+    (OSError(28, "No space left on device", "/x"), "the disk is full ([Errno 28] No space left on device: '/x'): make"),
+    (InputError("what and how"), "what and how"),
+    (RuntimeError("mat1 and mat2"), None),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal"), None),
+])  # fmt: skip
+def test_what_ran_out_is_said_with_what_to_do(error, line):
+    said = ending.explain(error, "GPU", "HOST")
+    assert said is None if line is None else said.startswith(line)
+
+
+def test_a_worker_is_lost_whatever_came_of_it():
+    try:
+        try:
+            raise lost("is killed by signal: Killed. ")
+        except RuntimeError as error:
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from error
+    except RuntimeError as error:
+        assert ending.lost_worker(error) == "was killed by SIGKILL"
+
+
+def test_an_error_of_another_kind_is_not_taken_for_the_disk_or_the_checkpoint(tmp_path, monkeypatch):
+    gone = [torch.OutOfMemoryError("CUDA out of memory"), torch.distributed.DistBackendError("NCCL error")]
+    for error in (*gone, lost("is killed by signal: Killed. ")):
+        with pytest.raises(type(error)) as raised, saving(tmp_path):
+            raise error
+        assert not isinstance(raised.value, CannotSave)
+    for error in gone:
+        with pytest.raises(type(error)), loading(tmp_path):
+            raise error
+
+    def load(*_, **__):
+        raise lost("is killed by signal: Killed. ")
+
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    monkeypatch.setattr(modeling_qwen2_5_vl.Qwen2_5_VLForConditionalGeneration, "from_pretrained", load)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        modeling_qwen2_5_vl.load_model(tmp_path, "sdpa", torch.float32)
+
+
+def test_workers_end_with_their_process(tmp_path):
+    """They would ignore SIGTERM for ever."""
+    (tmp_path / "parent.py").write_text(
+        "import os, time, torch\nfrom functools import partial\nfrom qwen_vl_streaming.ending import start_worker\n"
+        "def begin(worker, parent): start_worker(parent)\n"
+        "class Slow(torch.utils.data.Dataset):\n def __len__(self): return 99\n"
+        " def __getitem__(self, index): time.sleep(0.1); return index\n"
+        "init = partial(begin, parent=os.getpid())\n"
+        "for item in torch.utils.data.DataLoader(Slow(), num_workers=4, worker_init_fn=init):\n"
+        " print(item, flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, tmp_path / "parent.py"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as parent:
+        parent.stdout.readline()
+        workers = psutil.Process(parent.pid).children()
+        for worker in workers:
+            worker.terminate()
+        parent.stdout.readline()
+        assert len(workers) == 4 and all(worker.is_running() for worker in workers)
+        parent.send_signal(signal.SIGKILL)
+        assert not psutil.wait_procs(workers, timeout=10)[1]
