@@ -77,7 +77,8 @@ def explain(error: BaseException, gpu: str, host: str) -> str | None:
         why = " (Linux does that when memory is short)" if "SIGKILL" in how or "unexpectedly" in how else ""
         return f"a data worker {how}{why}: {host}"
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of GPU memory ({first}): {gpu}"
+        # PyTorch's line goes on with the allocator's figures and settings.
+        return f"out of GPU memory ({first.partition(' Including non-PyTorch memory')[0]}): {gpu}"
     text = str(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "Cannot allocate memory" in text:
         return f"out of memory ({_last_line(text) or 'MemoryError'}): {host}"
