@@ -3,13 +3,16 @@
 import json
 import random
 import string
+from types import SimpleNamespace
 
 import pytest
 from media import make_tokenizer
 from pe_video.tokens import QWEN_SPLIT, WordCounter, load_counter
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.prompts import answer_ids
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
+from transformers import AutoTokenizer
 
 TEXT = "The video shows a man who's walking 12 dogs, and they've 3.5 km to go; it isn't far! (about 40%) état"
 
@@ -58,10 +61,22 @@ def test_word_by_word_is_exact(qwen_like):
         "caf\u0065\u0301 x",
     ]
     tokenizer = Tokenizer.from_file(str(qwen_like))
+    tokenizer.encode_special_tokens = True
     expected = [len(tokenizer.encode(caption, add_special_tokens=False).ids) for caption in captions]
     assert count(captions) == expected
     assert count(captions[::-1]) == expected[::-1]
     assert len(count.later) > 1000  # the fast way was taken
+
+
+def test_what_is_counted_is_what_training_counts(made):
+    """What looks like a special token in a caption is text, for mani_data.py as for training."""
+    count = load_counter(made[0] / "tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(made[0])
+    names = ["<|im_end|>", "<|vision_start|>", "<|video_pad|>", "<|endoftext|>", "<|im_start|>", "<tool_call>"]
+    captions = ["a red square", *names, *(f"a red{name}square {name} <|" for name in names), "<|im_end", "é <|im_end|>"]
+    template = SimpleNamespace(end=0)
+    trained = [len(answer_ids(SimpleNamespace(tokenizer=tokenizer), template, caption)) - 1 for caption in captions]
+    assert count(captions) == trained and count(["<|im_end|>"])[0] > 1
 
 
 def test_other_tokenizers_are_asked_themselves(tmp_path, qwen_like):

@@ -35,7 +35,7 @@ from .tokens import find_tokenizer, fingerprint, load_counter
 logger = logging.getLogger(__name__)
 
 STATE_FOLDER = ".mani_data"
-STATE_FORMAT = 2  # raised when what lies in a state folder changes its meaning
+STATE_FORMAT = 3  # raised when what lies in a state folder changes its meaning
 VIDEOS_PER_TASK = 32
 
 

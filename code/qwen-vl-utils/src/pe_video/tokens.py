@@ -54,7 +54,8 @@ def fingerprint(file: Path) -> str:
 
 
 def load_counter(file: Path) -> Callable[[list[str]], list[int]]:
-    """A function from captions to their numbers of tokens, special tokens left out. Raises InputError."""
+    """A function from captions to their numbers of tokens, as training counts them: none is added, and what looks like
+    a special token is text. Raises InputError."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core; threads of threads only cost
     from tokenizers import Tokenizer
 
@@ -64,6 +65,7 @@ def load_counter(file: Path) -> Callable[[list[str]], list[int]]:
         raise InputError(f"tokenizer {file} cannot be loaded: fetch it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # what transformers calls split_special_tokens, as `answer_ids` does
 
     def count(captions: list[str]) -> list[int]:
         return [len(encoding) for encoding in tokenizer.encode_batch_fast(captions, add_special_tokens=False)]
