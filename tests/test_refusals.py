@@ -172,17 +172,20 @@ def test_zero_file_against_the_flags(made, tmp_path):
 @pytest.mark.parametrize(
     "line, reason",
     [
-        (b'{"video_id": "\xe9", "video_path": "a.mp4", "human_caption": "b"}', "UnicodeDecodeError"),
-        (b'{"video_id": 1, "video_path": "a.mp4", "human_caption": null}', "human_caption is no text"),
-        (b'{"video_id": 1, "video_path": 2, "human_caption": "b"}', "video_path is no text"),
-        (b'{"video_id": 1, "video_path": "a.mp4"}', "KeyError('human_caption')"),
+        (b'{"video_id": "\xe9", "video_path": "a.mp4", "human_caption": "b"}', "cannot be read as UTF-8"),
+        (b'{"video_id": 1, "video_path": "a.mp4", "human_caption": null}', "no text as its human_caption, but null"),
+        (b'{"video_id": 1, "video_path": 2, "human_caption": "b"}', "no text as its video_path, but 2"),
+        (b'{"video_id": true, "video_path": "a", "human_caption": "b"}', "true as its video_id"),
+        (b'{"video_id": 1, "video_path": "a.mp4"}', "has no human_caption"),
         (rb'{"video_id": 1, "video_path": "a.mp4", "human_caption": "\ud800"}', "human_caption holds half"),
         (rb'{"video_id": "\udfff", "video_path": "a.mp4", "human_caption": "b"}', "video_id holds half"),
         (rb'{"video_id": 1, "video_path": "\udc80.mp4", "human_caption": "b"}', "video_path holds half"),
         (rb'{"video_id": 1, "video_path": "a", "human_caption": "b", "question": "\ud801"}', "question holds half"),
-        (b"[1]", "TypeError"),
-        (b"", "JSONDecodeError"),
-        (b"[" * 200_000, "RecursionError"),
+        (b'{"video_id": 1, "video_path": "a", "human_caption": "b", "question": " "}', "has no question"),
+        (b"[1]", "is not a row"),
+        (b"{", "is not JSON"),
+        (b'{"video_id": ' + b"9" * 5000 + b"}", "a number that is too long"),
+        (b"[" * 200_000, "nested too deeply"),
     ],
 )
 def test_lines_of_the_data(refusal, made, tmp_path, line, reason):

@@ -23,6 +23,7 @@ from pathlib import Path
 from crew import GPU, HOST, Crew, LostRun, Place
 from identity import NOT_COMPARED, describe_model, keep_arguments
 from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
+from qwen_vl_streaming.data_rows import read_data_rows
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.ending import explain, leave, run_to_end, say
 from qwen_vl_streaming.errors import InputError, OneLineParser
@@ -65,30 +66,27 @@ SHOWN = 10
 def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
     """Rows of `task` to evaluate. Raises InputError, naming the line, for a bad one, one of another task, a wordless
     caption or a repeated id."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give a JSONL with the rows of the videos") from None
     rows: list[dict] = []
-    seen: set[str] = set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, data in read_data_rows(path):
         try:
-            data = json.loads(line)
-            row = {**read_row(data, task), "duration": float(data.get("video_duration_in_s") or 0)}
+            rows.append({**read_row(data, task), "duration": read_duration(data)})
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            fault = f"has no {error}" if isinstance(error, KeyError) else f"is no row ({error})"
-            raise InputError(f"{path}, line {number}: {fault}: correct or delete this line") from error
-        if row["video_id"] in seen:
-            raise InputError(f"{path}, line {number}: video {row['video_id']} comes twice: mend or delete this line")
-        seen.add(row["video_id"])
-        rows.append(row)
     if not rows:
         raise InputError(f"{path} has no rows: {make_data(path) or 'give a file with rows'}")
     return rows[:limit]
+
+
+def read_duration(data: dict) -> float:
+    """The seconds that a data row states, 0 where it states none. Raises InputError."""
+    value = data.get("video_duration_in_s") or 0
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"video_duration_in_s is not a duration: {str(value)[:40]!r}: correct or delete this line")
+    return seconds
 
 
 def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict]:

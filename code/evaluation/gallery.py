@@ -6,7 +6,6 @@ gone, the gallery says so in their place. Nothing is fetched. Knows nothing abou
 
 import base64
 import io
-import json
 import logging
 import os
 from collections import Counter
@@ -17,6 +16,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from PIL import Image
+from qwen_vl_streaming.data_rows import read_data_rows
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.paths import find_folder, find_path, find_video, places
 from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
@@ -165,12 +165,8 @@ class Tokenizers:
 def find_row(result: Result, video_id: str) -> dict:
     """The data's row for a video. Raises InputError where the data is gone, is none, or has no such row."""
     path = find_path(result.args["data"], ROOT, "the evaluation data")
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        row = next((row for row in rows if str(row["video_id"]) == video_id), None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error!r})") from None
-    if row is None or "video_path" not in row:
+    row = next((row for _, row in read_data_rows(path) if str(row["video_id"]) == video_id), None)
+    if row is None:
         raise InputError(f"{path} has no row for it any more")
     return row
 

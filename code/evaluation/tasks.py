@@ -44,32 +44,27 @@ def get_task(name: str) -> Task:
 
 
 def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """What evaluation needs of a data row: `video_id`, `video_path`, `question` (None: the one that is asked of all),
-    `task`, and `annotation`, which is the reference or, where there are several, their list.
+    """What evaluation needs of a data row, as `read_data_rows` yields it: `video_id`, `video_path`, `question` (None:
+    the one that is asked of all), `task`, and `annotation`, which is the reference or, where there are several, their
+    list.
 
-    Raises KeyError or TypeError where `data` is no data row, and InputError, with what is wrong and the mend but not
-    the row's place, where it is none of `task`, or a reference has no word.
+    Raises InputError, with what is wrong and the fix but not the row's place, where it is not of `task`, or a reference
+    has no word.
     """
-    video_id, video_path, caption = (data[key] for key in ("video_id", "video_path", "human_caption"))
-    if isinstance(video_id, bool) or not isinstance(video_id, str | int) or video_id == "":
-        raise InputError(f"has {video_id!r} as its video_id: mend or delete this line")
-    for name, text in (("video_path", video_path), ("human_caption", caption)):
-        if not isinstance(text, str):
-            raise InputError(f"has no text as its {name}, but {text!r:.60}: mend or delete this line")
     check_subtask(data, task)
     question = data.get("question")
-    if task.subtasks and not (isinstance(question, str) and question.strip()):
+    if task.subtasks and question is None:
         raise InputError("has no question: give it one, or leave out --task funqa")
     if question is not None and not task.subtasks:
         raise InputError("has a question of its own: give --task funqa, or data without questions")
-    references = data.get("references") or [caption]
+    references = data.get("references") or [data["human_caption"]]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise InputError("has references that are not a list of texts: correct or delete this line")
     if not all(any(map(str.isalnum, text)) for text in references):
         raise InputError("has a caption without a word: mend or delete this line")
     return {
-        "video_id": str(video_id),
-        "video_path": video_path,
+        "video_id": str(data["video_id"]),
+        "video_path": data["video_path"],
         "question": question,
         "task": data["task"] if task.subtasks else task.name,
         "annotation": references if len(references) > 1 else references[0],

@@ -10,7 +10,6 @@ keep to the schedule that is named, and to go on to its end. Exit status 1 where
 """
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from identity import ARGUMENTS, read_arguments
+from qwen_vl_streaming.data_rows import read_data_rows
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.explain import as_dict
@@ -125,12 +125,7 @@ def other_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
 
 def read_asked(path: Path) -> dict[str, dict]:
     """The data's rows by video id. Raises InputError."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        asked = {str(row["video_id"]): row for row in map(json.loads, filter(str.strip, lines))}
-        return {video_id: {**row, "video_path": row["video_path"]} for video_id, row in asked.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error!r}): it is not what eval.sh was given; mend it") from None
+    return {str(row["video_id"]): row for _, row in read_data_rows(path)}
 
 
 def main() -> None:

@@ -1,45 +1,27 @@
 """The rows of a JSONL: read and checked, held out, left out. Knows nothing of what a sample is made of."""
 
-import json
 import random
-import re
 from pathlib import Path
 
+from qwen_vl_streaming.data_rows import check_characters, read_data_rows
 from qwen_vl_streaming.errors import InputError
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-"""In a text from JSON: one half without the other."""
+from qwen_vl_streaming.paths import make_data
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL, each with the number of its line and its own question or None. Raises InputError, naming the
-    line, for one that is not JSON, lacks a field, has an empty question, half a character or the id of another."""
-    rows, lines_of = [], {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                fields = {key: row[key] for key in ("video_id", "video_path", "human_caption")}
-                if wrong := [key for key in ("video_path", "human_caption") if not isinstance(fields[key], str)]:
-                    raise TypeError(f"{wrong[0]} is no text")
-                fields["question"] = read_question(row)
-                if wrong := [key for key, value in fields.items() if SURROGATE.search(str(value))]:
-                    raise ValueError(f"{wrong[0]} holds half of a surrogate pair, which is no character")
-                rows.append({"line": number, **fields})
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: {error!r}: correct or delete this line") from error
-            video_id = str(fields["video_id"])
-            if (other := lines_of.setdefault(video_id, number)) != number:
-                raise InputError(f"{path}, lines {other} and {number} both have the video_id {video_id}: rename one")
+    """The rows of a JSONL, each with the number of its line and its own question or None. Raises InputError where
+    `read_data_rows` does, and for a caption that cannot be cut into tokens."""
+    rows = []
+    for number, row in read_data_rows(path):
+        try:
+            check_characters(row, "human_caption")
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
+        fields = {name: row.get(name) for name in ("video_id", "video_path", "human_caption", "question")}
+        rows.append({"line": number, **fields})
+    if not rows:
+        raise InputError(f"{path} has no rows: {make_data(path) or 'give one with rows'}")
     return rows
-
-
-def read_question(row: dict) -> str | None:
-    """The question of a row that has one. Raises ValueError where it is no text or empty."""
-    question = row.get("question")
-    if question is not None and not (isinstance(question, str) and question.strip()):
-        raise ValueError(f"question {question!r:.40}")
-    return question
 
 
 def hold_out(rows: list[dict], share: float, samples: int, seed: int) -> tuple[list[dict], list[dict]]:
