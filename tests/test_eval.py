@@ -300,7 +300,7 @@ def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeyp
     told, broken = json.loads(arguments.read_text()), tmp_path / "broken.jsonl"
     broken.write_text(Path(told["data"]).read_text() + "{broken\n")
     for file, text, says in (
-        (arguments, json.dumps({**told, "data": str(broken)}), f"{broken} cannot be read"),
+        (arguments, json.dumps({**told, "data": str(broken)}), f"{broken}, line "),
         (path, "", "has no rows"),
     ):
         file.write_text(text)

@@ -1,6 +1,8 @@
 """PE-Video's preparation: rules and rows, sources, and bad input."""
 
 import errno
+import gzip
+import io
 import json
 import os
 import tarfile
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from mani import KEPT, MP4, SECONDS, good, ids, make_options, rows, skipped
-from media import make_files, make_tar, sample_json, sound_bytes, video_bytes
+from media import make_files, make_tar, make_video, sample_json, sound_bytes, video_bytes
 from pe_video import sources
 from pe_video.rules import MAX_JSON_BYTES, Rules
 from pe_video.run import prepare_dataset
@@ -145,7 +147,8 @@ def test_folder_with_videos_missing_videos_and_orphans(tmp_path):
 def test_a_caption_has_the_video_beside_it(tmp_path, monkeypatch):
     """Else one that belongs to no other caption, whatever the order in which a disk lists its files."""
     for folder, seconds in (("b", 7), ("a", 6), ("c", 8)):
-        files = {"0.json": b"{" if folder == "a" else good(), "0.mp4": video_bytes(seconds=seconds, size=(64, 48))}
+        caption = b"{" if folder == "a" else good(video_duration_in_s=seconds)
+        files = {"0.json": caption, "0.mp4": video_bytes(seconds=seconds, size=(64, 48))}
         make_files(tmp_path / "source/train" / folder, files)
     make_files(tmp_path / "source/train/json", {"0.json": good(), "1.json": good()})
     for folder in ("z", "y"):
@@ -236,6 +239,7 @@ BAD_VIDEOS = {
     "undecodable": b"no video at all",
     "empty": b"",
     "short": video_bytes(seconds=3, fps=5, size=(64, 48)),
+    "long": video_bytes(seconds=8, fps=5, size=(64, 48)),
     "sound": sound_bytes(),
 }
 
@@ -251,6 +255,7 @@ def test_bad_videos_are_counted_and_not_written(tmp_path):
         "undecodable": "video cannot be used",
         "empty": "video is empty",
         "short": "video is shorter than it claims",
+        "long": "video is longer than it claims",
         "sound": "video cannot be used",
     }
     assert not list((tmp_path / "dataset").rglob("*.mp4"))
@@ -343,3 +348,100 @@ def test_names_and_sizes_that_no_writer_makes(tmp_path):
     assert not rows(options)
     once = ["member refused", "video without its JSON", "JSON without its video"]
     assert tally.reasons == {"shard damaged": 2, **dict.fromkeys(once, 1)}
+
+
+# --- containers and packings ----------------------------------------------------------------------------------------
+
+FORMATS = {"mov": "mov", "MKV": "matroska", "webm": "webm", "avi": "avi", "m4v": "mp4", "MP4": "mp4"}
+CODECS = {"webm": "libvpx"}
+
+
+def film(ending):
+    how = {"container": FORMATS[ending], "codec": CODECS.get(ending, "libx264")}
+    return make_video(io.BytesIO(), seconds=6, fps=5, size=(64, 48), **how).getvalue()
+
+
+FILMS = {ending: film(ending) for ending in FORMATS}
+
+
+@pytest.mark.parametrize("kind", ["files", "tar"])
+def test_videos_of_every_container(tmp_path, kind):
+    members = [(f"{e}.{part}", d) for e, data in FILMS.items() for part, d in (("json", good()), (e, data))]
+    source = tmp_path / "source/train"
+    make_files(source, dict(members)) if kind == "files" else make_tar(source / "a.tar", members)
+    options = make_options(tmp_path)
+    for _ in range(2):  # the second time, all is there already
+        tally = prepare_dataset(options)["train"]
+        found = {row["video_id"]: row["video_path"] for row in rows(options)}
+        folder, small = ("source/train", str) if kind == "files" else ("dataset/PE-Video/videos/train", str.lower)
+        assert found == {ending: f"{folder}/{ending}.{small(ending)}" for ending in FILMS}
+        assert not skipped(options) and tally.without_video == 0
+        assert all((tmp_path / path).read_bytes() == FILMS[name] for name, path in found.items())
+
+
+def test_json_alone_finds_what_was_unpacked_before(tmp_path):
+    make_files(tmp_path / "source/train", {f"{ending}.json": good() for ending in FILMS})
+    options = make_options(tmp_path)
+    make_files(options.videos / "train", {f"{ending}.{ending}": data for ending, data in FILMS.items()})
+    assert prepare_dataset(options)["train"].without_video == 0 and len(rows(options)) == len(FILMS)
+
+
+@pytest.mark.parametrize("kind", ["files", "tar"])
+def test_several_videos_of_one_json(tmp_path, kind):
+    """One is used, MP4 first where there is a choice, and the others are reported."""
+    members = [("a.mp4", MP4), ("a.json", good()), ("a.avi", FILMS["avi"]), ("b.json", good()), ("b.mkv", FILMS["MKV"])]
+    source = tmp_path / "source/train"
+    make_files(source, dict(members)) if kind == "files" else make_tar(source / "a.tar", members)
+    options = make_options(tmp_path)
+    prepare_dataset(options)
+    assert [Path(row["video_path"]).name for row in rows(options)] == ["a.mp4", "b.mkv"]
+    assert [(entry["video_id"], entry["reason"]) for entry in skipped(options)] == [("a", sources.OTHER_VIDEO)]
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.TGZ", "a.tar"])
+def test_shards_that_gzip_has_made(tmp_path, name):
+    members = [(f"{i}{e}", d) for i in range(3) for e, d in ((".json", good(video_duration_in_s=None)), (".mp4", MP4))]
+    whole = make_tar(tmp_path / "whole", members).read_bytes()
+    make_files(tmp_path / "source/train", {name: gzip.compress(whole)})
+    options = make_options(tmp_path)
+    prepare_dataset(options)
+    assert ids(options) == ["0", "1", "2"] and not skipped(options)
+    assert all((tmp_path / row["video_path"]).read_bytes() == MP4 for row in rows(options))
+    kept = {path.suffix for path in (tmp_path / "dataset/.mani_data").rglob("*") if path.is_file()}
+    assert kept <= {"", ".done", ".tsv", ".videos"}
+
+
+def test_damaged_gzip_shards(tmp_path):
+    noise = os.urandom(100_000)  # what does not shrink
+    members = [(f"{i}{e}", d) for i in range(3) for e, d in ((".json", good()), (".mp4", MP4))]
+    packed = gzip.compress(make_tar(tmp_path / "whole", [*members, ("x", noise)]).read_bytes())
+    flipped = bytearray(packed)
+    flipped[-50_000] ^= 0xFF
+    trap = gzip.compress(bytes(1 << 28))
+    shards = {
+        "a.tar.gz": packed[:-50_000],
+        "b.tar.gz": bytes(flipped),
+        "c.tar.gz": trap,
+        "d.tar.gz": b"",
+        "e.tgz": trap[:9],
+    }
+    make_files(tmp_path / "source/train", shards)
+    options = make_options(tmp_path)
+    prepare_dataset(options)
+    assert ids(options) == ["0", "1", "2"]
+    reasons = {entry["where"]: entry["reason"] for entry in skipped(options)}
+    for name, reason in (
+        ("a.tar.gz", "so it was cut short"),
+        ("b.tar.gz", "shard cannot be read: CRC check failed"),
+        ("c.tar.gz", "shard cannot be read: it grows to more than"),
+        ("d.tar.gz", "so it was cut short"),
+        ("e.tgz", "so it was cut short"),
+    ):
+        assert reason in reasons[f"train/{name}"], name
+
+
+@pytest.mark.parametrize("ending", ["tar.zst", "tar.bz2", "TAR.XZ", "txz", "tar.lz4"])
+def test_shards_in_another_packing_are_refused(tmp_path, ending):
+    make_files(tmp_path / "source/train", {"0.json": good(), "0.mp4": MP4, f"a.{ending}": b"whatever"})
+    with pytest.raises(InputError, match=rf"a\.{ending} is a shard that is packed in a way that is not read"):
+        prepare_dataset(make_options(tmp_path))

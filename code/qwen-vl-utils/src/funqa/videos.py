@@ -15,11 +15,10 @@ from pathlib import Path, PurePosixPath
 
 from pe_video.files import whole_file
 from pe_video.parallel import run_tasks
-from pe_video.sources import HubFault, measure
+from pe_video.sources import VIDEO_ENDINGS, HubFault, measure
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.progress import Progress
 
-VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 VIDEOS_PER_TASK = 32
 UNPACK_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
 """What zipfile raises for a damaged, an encrypted or an exotic member."""

@@ -11,7 +11,7 @@ from huggingface_hub.utils import build_hf_headers, http_backoff
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.hub import HUB_ERRORS, ask
 
-from .sources import HUB, HubFault, Unit
+from .sources import HUB, HubFault, Unit, is_shard
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def find_hub_units(name: str, splits: list[str], local: Path) -> dict[str, list[
                 entries = list(api.list_repo_tree(name, split, repo_type="dataset", revision=repository.split("@")[1]))
             except EntryNotFoundError:
                 continue
-            shards = sorted((e.path, e.size) for e in entries if e.path.endswith(".tar") and hasattr(e, "size"))
+            shards = sorted((e.path, e.size) for e in entries if hasattr(e, "size") and is_shard(e.path))
             units[split] = [
                 Unit(HUB, split, path, path, f"{repository}:{size}", size=size, repository=repository)
                 for path, size in shards

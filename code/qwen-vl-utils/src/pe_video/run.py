@@ -215,7 +215,9 @@ def _check_videos(
     tasks = []
     for unit, some in sorted(by_unit.items()):
         some.sort(key=lambda pick: pick.video_id)
-        tasks += [(units[unit], some[i : i + VIDEOS_PER_TASK]) for i in range(0, len(some), VIDEOS_PER_TASK)]
+        # What gzip has made is unpacked once for each task.
+        count = len(some) if units[unit].path.lower().endswith("gz") else VIDEOS_PER_TASK
+        tasks += [(units[unit], some[i : i + count]) for i in range(0, len(some), count)]
     faults: dict[str, str] = {}
     todo = []
     for task in tasks:

@@ -6,6 +6,7 @@ of a unit changes when what it names does. Knows nothing about rules or tokens.
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import BinaryIO
 
 from qwen_vl_streaming.errors import InputError, cannot_list
 
+from .gz import GZIP, unpack
 from .rules import MAX_JSON_BYTES, Sample
 from .tar import CUT_OFF, Member, TarFault, name_fault, printable, read_members
 
@@ -23,6 +25,12 @@ FILES_PER_UNIT = 2_000
 USUAL_JSON_BYTES = 1 << 14  # read at once; a buffer for the largest JSON allowed would cost more than the file
 MAX_ID_BYTES = 200  # what a file name can hold, less room for its ending
 FOLDER, TAR, HUB = "folder", "tar", "hub"
+JSON, VIDEO = "JSON", "video"
+OTHER_VIDEO = "another video of this name is used"
+VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+"""Of a video beside its JSON, in any case of letters; where there are several, the first of these is used."""
+SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
+OTHER_SHARDS = re.compile(r"\.(tar\.(bz2?|xz|zst|zstd|lz|lz4|lzma|br|z)|tbz2?|txz|tzst|tlz)$", re.IGNORECASE)
 
 
 class HubFault(Exception):
@@ -44,6 +52,8 @@ class Unit:
     """Changes when the content does."""
     files: tuple[tuple[str, str], ...] = ()
     """For a folder, pairs of (JSON, video), each relative to it or absolute, and empty where there is none."""
+    others: tuple[str, ...] = ()
+    """For a folder, videos beside one of the JSON files that has another video there."""
     size: int = 0
     """Bytes, for a shard on the hub."""
     repository: str = ""
@@ -54,41 +64,54 @@ def find_units(split: str, folder: Path, videos: Path) -> list[Unit]:
     """The units of a local split, by name: its tar shards, and its JSON files in groups. Empty where there is none.
 
     The video of a JSON file is the one beside it; else the first by path in `folder` that has no JSON file of its own
-    beside it, else the first in `videos`.
+    beside it, else the first in `videos`. Raises InputError for a shard that is packed in a way that is not read.
     """
     tars: list[tuple[str, str]] = []
     jsons: list[tuple[str, str, str]] = []
-    beside: dict[str, str] = {}  # paths without their ending -> videos
+    beside: dict[str, list[str]] = {}  # paths without their ending -> videos
     for name, stamp in sorted(_walk(folder)):
-        path, _, ending = name.rpartition(".")
+        path, ending = os.path.splitext(name)
         ending = ending.lower()
-        if ending == "json":
+        if ending == ".json":
             jsons.append((path, name, stamp))
-        elif ending == "tar":
+        elif ending in VIDEO_ENDINGS:
+            beside.setdefault(path, []).append(name)
+        elif is_shard(f"{folder}{os.sep}{name}"):
             tars.append((name, stamp))
-        elif ending == "mp4":
-            beside.setdefault(path, name)
+    for names in beside.values():
+        names.sort(key=lambda name: VIDEO_ENDINGS.index(os.path.splitext(name)[1].lower()))
     units = [Unit(TAR, split, f"{split}/{_plain(name)}", str(folder / name), stamp) for name, stamp in tars]
     if not tars or jsons:  # videos alone, beside shards, are those that were unpacked from them
         described = {path for path, _, _ in jsons}
-        apart = {path: name for path, name in beside.items() if path not in described}
+        apart = {path: names for path, names in beside.items() if path not in described}
         unpacked = _by_stem(name for name, _ in sorted(_walk(videos)))
         elsewhere = {stem: str((videos / name).absolute()) for stem, name in unpacked.items()}
-        elsewhere |= _by_stem(apart.values())
-        entries = [(name, beside.get(path) or elsewhere.get(_stem(path), ""), stamp) for path, name, stamp in jsons]
+        elsewhere |= _by_stem(name for names in apart.values() for name in names)
+        own = {name: beside.get(path, [""]) for path, name, _ in jsons}
+        entries = [(name, own[name][0] or elsewhere.get(_stem(path), ""), stamp) for path, name, stamp in jsons]
         stems = {_stem(path) for path in described}
-        entries += [("", name, "") for path, name in apart.items() if _stem(path) not in stems]
+        entries += [("", name, "") for path, names in apart.items() for name in names if _stem(path) not in stems]
         entries.sort()
         for start in range(0, len(entries), FILES_PER_UNIT):
             part = entries[start : start + FILES_PER_UNIT]
-            stamp = hashlib.sha256(repr(part).encode("utf-8", "surrogateescape")).hexdigest()
             files = tuple((json_name, video) for json_name, video, _ in part)
-            units.append(Unit(FOLDER, split, f"{split}/files {start:09d}", str(folder), stamp, files))
+            others = tuple(name for json_name, _ in files if json_name for name in own[json_name][1:])
+            stamp = hashlib.sha256(repr((part, others)).encode("utf-8", "surrogateescape")).hexdigest()
+            name = f"{split}/files {start:09d}"
+            units.append(Unit(FOLDER, split, name, str(folder), stamp, files, others))
     return sorted(units, key=lambda unit: unit.name)
 
 
-def read_samples(unit: Unit, videos: Path, root: Path) -> Iterator[Sample]:
-    """Yield the samples of `unit`. `videos` is where those from shards belong; paths are relative to `root`.
+def is_shard(path: str) -> bool:
+    """Whether `path` names a tar shard. Raises InputError for one that is packed in a way that is not read."""
+    if OTHER_SHARDS.search(path):
+        raise InputError(f"{path} is a shard that is packed in a way that is not read: make it a .tar or a .tar.gz")
+    return path.lower().endswith(SHARD_ENDINGS)
+
+
+def read_samples(unit: Unit, videos: Path, root: Path, scratch: Path) -> Iterator[Sample]:
+    """Yield the samples of `unit`. `videos` is where those from shards belong; paths are relative to `root`. A shard
+    that gzip has made is unpacked into `scratch` meanwhile.
 
     A fault of the unit itself is a Sample without an id.
     """
@@ -96,15 +119,18 @@ def read_samples(unit: Unit, videos: Path, root: Path) -> Iterator[Sample]:
         yield from _from_files(unit, relative(videos, root), relative(Path(unit.path), root), root)
         return
     try:
-        with open_shard(unit) as file:
+        with open_shard(unit, scratch) as file:
             yield from _from_tar(unit, file, relative(videos, root))
     except OSError as error:
         yield Sample("", unit.name, fault=f"shard cannot be read: {error.strerror or error}")
 
 
 @contextmanager
-def open_shard(unit: Unit) -> Iterator[BinaryIO]:
-    """Open the tar file of `unit`, wherever it is. Raises OSError, or InputError where the hub does not answer."""
+def open_shard(unit: Unit, scratch: Path) -> Iterator[BinaryIO]:
+    """Open the tar file of `unit`, wherever it is; one that gzip has made is unpacked into `scratch` meanwhile.
+
+    Raises OSError, or InputError where the hub does not answer or `scratch` has no room.
+    """
     if unit.kind == HUB:
         from .hub import RemoteFile
 
@@ -113,7 +139,13 @@ def open_shard(unit: Unit) -> Iterator[BinaryIO]:
         file = open(unit.path, "rb")  # noqa: SIM115 - closed below, as the remote one is
     try:
         with file:
-            yield file
+            packed = file.read(len(GZIP)) == GZIP
+            file.seek(0)
+            if packed:
+                with unpack(file, scratch) as unpacked:
+                    yield unpacked
+            else:
+                yield file
     except HubFault as error:
         raise InputError(str(error)) from error
 
@@ -182,8 +214,8 @@ def _by_stem(names: Iterable[str]) -> dict[str, str]:
     """The first video of each stem among `names`."""
     found: dict[str, str] = {}
     for name in names:
-        path, _, ending = name.rpartition(".")
-        if ending.lower() == "mp4":
+        path, ending = os.path.splitext(name)
+        if ending.lower() in VIDEO_ENDINGS:
             found.setdefault(_stem(path), name)
     return found
 
@@ -218,6 +250,9 @@ def _from_files(unit: Unit, videos: str, folder: str, root: Path) -> Iterator[Sa
             except OSError as error:
                 sample.fault = f"JSON cannot be read: {error.strerror}"
             yield sample
+    for video in unit.others:
+        name = os.path.splitext(os.path.basename(video))[0]
+        yield Sample("" if _id_fault(name) else name, f"{unit.split}/{_plain(video)}", fault=OTHER_VIDEO)
 
 
 def _read_file(path: str) -> bytes:
@@ -237,6 +272,7 @@ def _read_file(path: str) -> bytes:
 
 def _from_tar(unit: Unit, file: BinaryIO, videos: str) -> Iterator[Sample]:
     waiting: dict[PurePosixPath, dict[str, Member]] = {}  # members whose other half has not come yet
+    paired: set[PurePosixPath] = set()
     fault = ""
     try:
         for member in read_members(file):
@@ -245,16 +281,21 @@ def _from_tar(unit: Unit, file: BinaryIO, videos: str) -> Iterator[Sample]:
                 continue
             path = PurePosixPath(member.name)
             key, ending = path.with_suffix(""), path.suffix.lower()
-            if ending in (".json", ".mp4"):
-                if ending in waiting.get(key, {}):
+            half = JSON if ending == ".json" else VIDEO if ending in VIDEO_ENDINGS else ""
+            if half:
+                if half in waiting.get(key, {}):
                     yield _from_members(unit, file, key, waiting.pop(key), videos)
-                waiting.setdefault(key, {})[ending] = member
+                waiting.setdefault(key, {})[half] = member
                 if len(waiting[key]) == 2:
                     yield _from_members(unit, file, key, waiting.pop(key), videos)
+                    paired.add(key)
     except TarFault as error:
         fault = str(error)
     for key, members in waiting.items():
-        yield _from_members(unit, file, key, members, videos)
+        sample = _from_members(unit, file, key, members, videos)
+        if key in paired and JSON not in members and sample.video_id:
+            sample.fault = OTHER_VIDEO
+        yield sample
     if fault:
         yield Sample("", unit.name, fault=f"shard damaged: {fault}")
 
@@ -267,10 +308,11 @@ def _from_members(
     videos: str,
 ) -> Sample:
     where = f"{unit.name}:{key}"
-    json_member, video = members.get(".json"), members.get(".mp4")
+    json_member, video = members.get(JSON), members.get(VIDEO)
     if fault := _id_fault(key.name):
         return Sample("", where, fault=f"member refused: {fault}")
-    sample = Sample(key.name, where, video_path=f"{videos}/{key.name}.mp4")
+    ending = PurePosixPath(video.name).suffix.lower() if video else ".mp4"
+    sample = Sample(key.name, where, video_path=f"{videos}/{key.name}{ending}")
     if json_member is None:
         sample.fault = "video without its JSON"
     elif video is None:
@@ -284,7 +326,7 @@ def _from_members(
     else:
         file.seek(json_member.offset)
         sample.text = file.read(json_member.size)
-        sample.video = f"{video.offset}+{video.size}"
+        sample.video = f"{video.offset}+{video.size}+{ending}"
         sample.measure = partial(_measure_member, file, video, where)
     return sample
 

@@ -25,7 +25,7 @@ from .tokens import load_counter
 
 SAMPLES_PER_BATCH = 512
 BYTES_PER_PART = 16 << 20  # of records, which are sorted in memory
-CUT_SHORT = 1.0  # seconds that a video may lack of what its JSON claims
+TOLERANCE = 1.0  # seconds by which a video may be shorter or longer than its JSON claims
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,12 @@ class Pick:
     seconds: float
 
 
+def in_shard(pick: Pick, videos: Path) -> tuple[Path, int, int]:
+    """Where a video from a shard is written, and where it starts in the shard and how many bytes it has there."""
+    offset, size, ending = pick.video.split("+")
+    return videos / f"{pick.video_id}{ending}", int(offset), int(size)
+
+
 _job: Job
 _count_tokens: Callable[[list[str]], list[int]]
 
@@ -96,7 +102,7 @@ def prepare(job: Job) -> None:
 
 def read_unit(unit: Unit) -> int:
     """Stage 1 for one unit; returns the number of its samples."""
-    samples = read_samples(unit, _job.videos / unit.split, _job.root)
+    samples = read_samples(unit, _job.videos / unit.split, _job.root, _job.state)
     lines: list[str] = []
     tally = Tally()
     sizes: list[int] = []  # of the parts written
@@ -157,7 +163,7 @@ def check_videos(task: tuple[Unit, list[Pick]]) -> list[tuple[str, str]]:
         bad = [(pick.video_id, fault) for pick in picks if (fault := _video_fault(Path(pick.video), pick))]
     else:
         try:
-            with open_shard(unit) as file:
+            with open_shard(unit, _job.state) as file:
                 bad = [(pick.video_id, fault) for pick in picks if (fault := _unpack(unit, file, pick))]
         except OSError as error:
             bad = [(pick.video_id, f"shard cannot be read: {error.strerror or error}") for pick in picks]
@@ -177,8 +183,8 @@ def finished_videos(task: tuple[Unit, list[Pick]], job: Job) -> list[tuple[str, 
     faulty = {video_id for video_id, _ in bad}
     for pick in picks:
         if unit.kind != FOLDER and pick.video_id not in faulty:
-            place = job.videos / unit.split / f"{pick.video_id}.mp4"
-            if not place.is_file() or place.stat().st_size != int(pick.video.partition("+")[2]):
+            place, _, size = in_shard(pick, job.videos / unit.split)
+            if not place.is_file() or place.stat().st_size != size:
                 return None
     return bad
 
@@ -220,8 +226,7 @@ def _write_part(unit: Unit, part: int, lines: list[str]) -> int:
 
 def _unpack(unit: Unit, file: BinaryIO, pick: Pick) -> str:
     """Write one video out of a shard; returns why it cannot be used, in which case nothing is left of it."""
-    offset, size = map(int, pick.video.split("+"))
-    place = _job.videos / unit.split / f"{pick.video_id}.mp4"
+    place, offset, size = in_shard(pick, _job.videos / unit.split)
     if fault := _video_fault(Slice(file, offset, size), pick):
         place.unlink(missing_ok=True)
         return fault
@@ -243,7 +248,7 @@ def _there(place: Path, unit: Unit, file: BinaryIO, offset: int, size: int) -> b
 
 
 def _video_fault(source: Path | Slice, pick: Pick) -> str:
-    """Why a video cannot be used: it does not open or decode, or lasts less than its JSON claims."""
+    """Why a video cannot be used: it does not open or decode, or lasts less or longer than its JSON claims."""
     from qwen_vl_streaming.video_readers import check_first_frame
 
     try:
@@ -251,6 +256,8 @@ def _video_fault(source: Path | Slice, pick: Pick) -> str:
         check_first_frame(source, pick.where)
     except InputError as error:
         return "video cannot be used: " + " ".join(str(error).split())
-    if seconds < pick.seconds - CUT_SHORT:
+    if seconds < pick.seconds - TOLERANCE:
         return f"video is shorter than it claims: {seconds:.2f} s of {pick.seconds:.2f} s"
+    if seconds > pick.seconds + TOLERANCE:
+        return f"video is longer than it claims: {seconds:.2f} s, not {pick.seconds:.2f} s"
     return ""
