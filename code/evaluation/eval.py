@@ -78,14 +78,14 @@ def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
 
 
 def read_duration(data: dict) -> float:
-    """The seconds that a data row states, 0 where it states none. Raises InputError."""
-    value = data.get("video_duration_in_s") or 0
+    """Seconds that a row claims, 0 where it claims none. Raises InputError where they are none."""
+    claimed = data.get("video_duration_in_s") or 0
     try:
-        seconds = float(value)
-    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan if isinstance(claimed, bool) else float(claimed)
+    except (ValueError, TypeError, OverflowError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise InputError(f"video_duration_in_s is not a duration: {str(value)[:40]!r}: correct or delete this line")
+        raise InputError(f"video_duration_in_s is {str(claimed)[:40]!r}: give seconds, or delete this line")
     return seconds
 
 

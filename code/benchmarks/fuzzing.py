@@ -1,0 +1,283 @@
+"""What the fuzzers share: mutations, and a watched process that tries one input after the other.
+
+The process has its own home and temporary folder, no network, and bounds on memory and on the size of files. While it
+tries an input, it notes what is opened for writing, removed or started outside its folder. Knows nothing about what is
+tried.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import random
+import resource
+import select
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.progress import Progress
+
+CODE = Path(__file__).resolve().parents[1]
+SECONDS_PER_INPUT = 20
+SECONDS_TO_START = 300
+ADDRESS_SPACE, FILE_SIZE = 6 << 30, 1 << 28  # bytes that a process may take more than at its start, and write
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.link": 2, "os.symlink": 2, "os.chmod": 1}
+"""Audit events with the number of their arguments that are paths."""
+STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "socket.connect")
+Try = Callable[[random.Random], str]
+"""Tries one input, and returns what came of it in a few words; an exception is a finding."""
+
+JUNK = [b"\0", b"\xff", b'"', b"{", b"}", b"\\ud800", b"\\u0000", b"[" * 3000, b"\xef\xbb\xbf", b"\n", b"," * 9]
+VALUES = [
+    *(None, True, False, 0, -1, 1, 2, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**63, 2**64, -(2**70), 10**400),
+    *(float("nan"), float("inf"), -float("inf")),
+    *(
+        "",
+        " ",
+        "x",
+        "\0",
+        "\ud800",
+        "é\u2028",
+        "../../../up",
+        "/etc/passwd",
+        "." * 300,
+        "x" * 70_000,
+        "{0}",
+        "<script>",
+    ),
+    *([], {}, [[]], [None], [-1], {"": []}, [0] * 1000, "wait-3", "random-2", "group", "origin", "nan"),
+]
+
+
+def mutate_bytes(data: bytes, draw: random.Random, most: int = 4) -> bytes:
+    """Flip, cut, insert, repeat or take away, one to `most` times."""
+    mutant = bytearray(data)
+    for _ in range(draw.randint(1, most)):
+        at = draw.randrange(len(mutant) + 1)
+        length = draw.choice([1, 3, 17, 512])
+        action = draw.randrange(6)
+        if action == 0 and mutant:
+            mutant[at % len(mutant)] ^= 1 << draw.randrange(8)
+        elif action == 1:
+            del mutant[at : at + length]
+        elif action == 2:
+            mutant[at:at] = draw.choice(JUNK)
+        elif action == 3:
+            mutant[at:at] = mutant[at : at + length]
+        elif action == 4:
+            mutant[at : at + length] = draw.randbytes(length)
+        elif draw.random() < 0.3:
+            del mutant[at:]
+    return bytes(mutant)
+
+
+def mutate_tree(data: object, draw: random.Random) -> object:
+    """A copy of what JSON holds, in which one to three values were replaced, taken away, repeated or wrapped."""
+    tree = json.loads(json.dumps(data))
+    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        places = list(_places(tree))
+        if not places:
+            return draw.choice(VALUES)
+        container, key = draw.choice(places)
+        action = draw.randrange(8)
+        if action < 4:
+            container[key] = draw.choice(VALUES)
+        elif action == 4:
+            del container[key]
+        elif action == 5:
+            container[key] = [container[key]] * draw.randint(1, 3)
+        elif action == 6:
+            container[key] = draw.choice([container for container, _ in places])
+            tree = json.loads(json.dumps(tree)) if not _circular(tree) else json.loads(json.dumps(data))
+        elif isinstance(container[key], bool) or not isinstance(container[key], int | float):
+            container[key] = json.dumps(container[key])
+        else:
+            container[key] = draw.choice([-1, 10, 0.1]) * container[key] + draw.choice([0, 1, 0.5])
+    return tree
+
+
+def _places(tree: object) -> Iterable[tuple]:
+    """Each (container, key) of a tree; of a long list only some."""
+    if isinstance(tree, dict):
+        keys = list(tree)
+    elif isinstance(tree, list):
+        keys = list(range(len(tree)))[:8]
+    else:
+        return
+    for key in keys:
+        yield tree, key
+        yield from _places(tree[key])
+
+
+def _circular(tree: object) -> bool:
+    try:
+        json.dumps(tree)
+    except ValueError:
+        return True
+    return False
+
+
+def answer_of(program: Callable[[], object]) -> str:
+    """Run a program's function and say how it ended: its InputError or status. Raises what is neither."""
+    try:
+        program()
+    except InputError as error:
+        if "\n" in str(error) or len(str(error)) > 3000:
+            raise AssertionError(f"not one short line: {str(error)[:500]!r}") from error
+        return "refused"
+    except SystemExit as error:
+        return f"status {error.code}"
+    return "accepted"
+
+
+def fuzz(prepare: str, count: int, seed: int, folder: Path, what: str, only: int | None = None) -> int:
+    """Try `count` inputs, or `only` that one, by what the function named `prepare`, as module:function, returns for a
+    folder of its own. Prints what came of them and returns the number of findings."""
+    outcomes: Counter[str] = Counter()
+    findings, worker, peak = 0, None, 0
+    numbers = range(count) if only is None else [only]
+    for number in Progress(numbers, desc=what, unit="input"):
+        if worker is None:
+            worker = Worker(prepare, seed, folder / "work")
+        found = worker.ask(number)
+        if found is None:
+            told, found = f"no answer in {SECONDS_PER_INPUT} s, or a dead process", {}
+            worker.stop()
+            worker = None
+        else:
+            told = found["finding"]
+            outcomes[found["outcome"]] += 1
+            peak = max(peak, found["grown"])
+        if told:
+            findings += 1
+            print(f"{what} {number} of seed {seed}: {told}", flush=True)
+    if worker:
+        worker.stop()
+    print(f"{len(numbers)} {what} of seed {seed}: {findings} findings, memory grew by at most {peak >> 20} MiB")
+    for outcome, times in outcomes.most_common():
+        print(f"  {times:8d} {outcome}")
+    return findings
+
+
+class Worker:
+    """A process that tries the inputs that it is asked to."""
+
+    def __init__(self, prepare: str, seed: int, folder: Path):
+        for name in ("tmp", "home", "case"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        paths = [str(CODE / name) for name in ("benchmarks", "evaluation", "demo", "qwen-vl-finetune")]
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("QWEN2_5_VL", "HF_"))},
+            **{
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
+            **{"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "HF_HOME": str(folder / "home/hf")},
+            "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
+        }
+        (folder / "yes").write_text("y\n" * 100_000)  # to whatever asks
+        self.requests, theirs = os.pipe()[::-1], None
+        self.answers = os.pipe()
+        theirs = (self.requests[1], self.answers[1])
+        command = [sys.executable, __file__, prepare, str(seed), str(folder), *map(str, theirs)]
+        with open(folder / "yes") as yes, open(folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=yes, stdout=log, stderr=log, pass_fds=theirs, cwd=folder
+            )
+        for end in theirs:
+            os.close(end)
+        if self.hear(SECONDS_TO_START) is None:
+            raise RuntimeError(f"the process did not start: {(folder / 'log').read_text()[-3000:]}")
+
+    def ask(self, number: int) -> dict | None:
+        """What came of the input of that number; None where the process has died or takes too long."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.requests[0], f"{number}\n".encode())
+        return self.hear(SECONDS_PER_INPUT)
+
+    def hear(self, seconds: float) -> dict | None:
+        text = b""
+        while not text.endswith(b"\n"):
+            if not select.select([self.answers[0]], [], [], seconds)[0]:
+                return None
+            if not (more := os.read(self.answers[0], 1 << 16)):
+                return None
+            text += more
+        return json.loads(text)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for end in (self.requests[0], self.answers[0]):
+            os.close(end)
+
+
+class Watch:
+    """Notes what is written, removed or started outside `folder` while `on`."""
+
+    def __init__(self, folder: Path, may_start: tuple[str, ...] = ("java",)):
+        self.folder, self.may_start, self.on, self.seen = str(folder), may_start, False, []
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, arguments: tuple) -> None:
+        if not self.on:
+            return
+        if event == "open":
+            if isinstance(arguments[0], str | bytes) and arguments[2] is not None and arguments[2] & WRITES:
+                self.check(event, arguments[0])
+        elif event in CHANGES:
+            for path in arguments[: CHANGES[event]]:
+                self.check(event, path)
+        elif event in STARTS and not (
+            event == "subprocess.Popen" and os.path.basename(str(arguments[0])) in self.may_start
+        ):
+            self.seen.append(f"{event} {arguments!r:.200}")
+
+    def check(self, event: str, path: object) -> None:
+        if isinstance(path, str | bytes | os.PathLike):
+            place = os.path.abspath(os.fsdecode(path))
+            if not place.startswith((self.folder + os.sep, "/dev/null", "/proc/self/")):
+                self.seen.append(f"{event} {place:.200}")
+
+
+def serve(prepare: str, seed: str, folder: Path, requests: int, answers: int) -> None:
+    """The process of a Worker."""
+    module, _, name = prepare.partition(":")
+    try_one: Try = getattr(importlib.import_module(module), name)(folder)
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (pages + ADDRESS_SPACE,) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE,) * 2)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    watch = Watch(folder)
+    os.write(answers, b"{}\n")
+    for line in open(requests, encoding="ascii"):  # noqa: SIM115 - until this process ends
+        number, outcome, finding = int(line), "finding", ""
+        watch.on, watch.seen = True, []
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                outcome = try_one(random.Random(f"{seed}:{number}"))
+        except BaseException:  # whatever it is, it is what this program looks for
+            finding = traceback.format_exc()
+        watch.on = False
+        if watch.seen:
+            finding += f"outside its folder: {watch.seen[:3]}"
+        if marks := [path.name for path in folder.glob("marks/*")]:
+            finding += f"executed: {marks[:3]}"
+            for path in folder.glob("marks/*"):
+                path.unlink()
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024
+        told = {"outcome": outcome, "finding": finding, "grown": grown}
+        os.write(answers, json.dumps(told).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
