@@ -13,11 +13,13 @@ import os
 import random
 import resource
 import select
+import shutil
 import subprocess
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from pathlib import Path
 
 from qwen_vl_streaming.errors import InputError
@@ -31,6 +33,8 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.link": 2, "os.symlink": 2, "os.chmod": 1}
 """Audit events with the number of their arguments that are paths."""
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "socket.connect")
+STARTED = ([sys.executable, str(CODE / "evaluation/scoring.py")], [shutil.which("java"), "-version"])
+"""What may be started: the metrics, which run in a process of their own, and what they need is asked for its version."""
 Try = Callable[[random.Random], str]
 """Tries one input, and returns what came of it in a few words; an exception is a finding."""
 
@@ -84,18 +88,17 @@ def mutate_tree(data: object, draw: random.Random) -> object:
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         places = list(_places(tree))
         if not places:
-            return draw.choice(VALUES)
+            return deepcopy(draw.choice(VALUES))
         container, key = draw.choice(places)
         action = draw.randrange(8)
         if action < 4:
-            container[key] = draw.choice(VALUES)
+            container[key] = deepcopy(draw.choice(VALUES))
         elif action == 4:
             del container[key]
         elif action == 5:
-            container[key] = [container[key]] * draw.randint(1, 3)
+            container[key] = [deepcopy(container[key]) for _ in range(draw.randint(1, 3))]
         elif action == 6:
-            container[key] = draw.choice([container for container, _ in places])
-            tree = json.loads(json.dumps(tree)) if not _circular(tree) else json.loads(json.dumps(data))
+            container[key] = deepcopy(draw.choice([container for container, _ in places]))
         elif isinstance(container[key], bool) or not isinstance(container[key], int | float):
             container[key] = json.dumps(container[key])
         else:
@@ -114,14 +117,6 @@ def _places(tree: object) -> Iterable[tuple]:
     for key in keys:
         yield tree, key
         yield from _places(tree[key])
-
-
-def _circular(tree: object) -> bool:
-    try:
-        json.dumps(tree)
-    except ValueError:
-        return True
-    return False
 
 
 def answer_of(program: Callable[[], object]) -> str:
@@ -224,8 +219,8 @@ class Worker:
 class Watch:
     """Notes what is written, removed or started outside `folder` while `on`."""
 
-    def __init__(self, folder: Path, may_start: tuple[str, ...] = ("java",)):
-        self.folder, self.may_start, self.on, self.seen = str(folder), may_start, False, []
+    def __init__(self, folder: Path):
+        self.folder, self.on, self.seen = str(folder), False, []
         sys.addaudithook(self.hear)
 
     def hear(self, event: str, arguments: tuple) -> None:
@@ -237,9 +232,7 @@ class Watch:
         elif event in CHANGES:
             for path in arguments[: CHANGES[event]]:
                 self.check(event, path)
-        elif event in STARTS and not (
-            event == "subprocess.Popen" and os.path.basename(str(arguments[0])) in self.may_start
-        ):
+        elif event in STARTS and not (event == "subprocess.Popen" and list(arguments[1])[:2] in STARTED):
             self.seen.append(f"{event} {arguments!r:.200}")
 
     def check(self, event: str, path: object) -> None:
@@ -266,7 +259,7 @@ def serve(prepare: str, seed: str, folder: Path, requests: int, answers: int) ->
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 outcome = try_one(random.Random(f"{seed}:{number}"))
         except BaseException:  # whatever it is, it is what this program looks for
-            finding = traceback.format_exc()
+            finding = traceback.format_exc(limit=-4)[-3000:]
         watch.on = False
         if watch.seen:
             finding += f"outside its folder: {watch.seen[:3]}"

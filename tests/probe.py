@@ -1,0 +1,41 @@
+"""What a fuzzer's process tries in the tests: inputs that do each thing that is a finding, by their number."""
+
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+from qwen_vl_streaming.errors import InputError
+
+
+def refuse():
+    raise InputError("a line")
+
+
+def prepare(folder: Path):
+    import fuzzing
+
+    def wait():
+        time.sleep(60)
+
+    def swallow():
+        bytearray(1 << 40)
+
+    deeds = [
+        lambda: fuzzing.answer_of(lambda: None),
+        lambda: fuzzing.answer_of(refuse),
+        lambda: (folder / "case/inside").write_text("x") and "inside",
+        lambda: (folder.parent / "outside").write_text("x"),
+        lambda: subprocess.run(["true"]) and "started",
+        lambda: os.mkdir(folder / "marks") or (folder / "marks/mark").touch() or "marked",
+        lambda: {}["traceback"],
+        lambda: os._exit(1),
+        wait,
+        swallow,
+    ]
+
+    def try_one(draw: random.Random) -> str:
+        return str(deeds[int((folder / "case/deed").read_text())]())
+
+    return try_one

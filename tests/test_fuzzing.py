@@ -1,0 +1,62 @@
+"""The fuzzers' watched process finds what it is there to find, and the mutations follow from their seed."""
+
+import pickle
+import random
+import shutil
+
+import fuzz_programs
+import fuzzing
+import pytest
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.prompts import load_processor
+
+DEEDS = ["", "", "", "outside its folder", "outside its folder", "executed", "KeyError", None, None, "MemoryError"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def test_every_kind_of_finding_is_found(folder, monkeypatch, capsys):
+    monkeypatch.setattr(fuzzing, "SECONDS_PER_INPUT", 3)
+    monkeypatch.setenv("PYTHONPATH", str(fuzzing.CODE.parent / "tests"))
+    (folder / "work/case").mkdir(parents=True)
+    for number, finding in enumerate(DEEDS):
+        (folder / "work/case/deed").write_text(str(number))
+        count = fuzzing.fuzz("probe:prepare", 1, 0, folder, "deeds", only=number)
+        told = capsys.readouterr().out
+        assert count == (finding != ""), told
+        assert ("a dead process" if finding is None else finding) in told
+
+
+def test_mutations_follow_from_their_seed():
+    data = {"a": [1, 2.5, {"b": "text"}], "c": None}
+    trees = [fuzzing.mutate_tree(data, random.Random(seed)) for seed in range(300)]
+    assert repr(trees) == repr([fuzzing.mutate_tree(data, random.Random(seed)) for seed in range(300)])
+    assert len({repr(tree) for tree in trees}) > 150 and data == {"a": [1, 2.5, {"b": "text"}], "c": None}
+
+
+def test_the_payload_leaves_a_mark_where_it_is_unpickled(tmp_path):
+    mark = tmp_path / "marks/mark"
+    pickle.loads(pickle.dumps(fuzz_programs.Payload(mark)))
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("config.json", b'"num_key_value_heads": 2', b'"num_key_value_heads": "two"'),  # found by fuzzing, as the next
+        ("chat_template.json", b"", b'{"chat_template": "{{ 1 * 100000000000 * [0] }}"}'),
+        ("tokenizer.json", b'"type"', b'"kind"'),
+    ],
+)
+def test_processors_that_do_not_load_are_told_of_in_one_line(made, tmp_path, name, old, new):
+    folder = tmp_path / "model"
+    shutil.copytree(made[0], folder)
+    text = (folder / name).read_bytes()
+    assert old in text
+    (folder / name).write_bytes(text.replace(old, new) if old else new)
+    with pytest.raises(InputError, match="no processor could be loaded") as raised:
+        load_processor(folder)
+    assert "\n" not in str(raised.value)
