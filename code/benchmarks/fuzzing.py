@@ -34,7 +34,7 @@ CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.lin
 """Audit events with the number of their arguments that are paths."""
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "socket.connect")
 STARTED = ([sys.executable, str(CODE / "evaluation/scoring.py")], [shutil.which("java"), "-version"])
-"""What may be started: the metrics, which run in a process of their own, and what they need is asked for its version."""
+"""What may be started: the metrics, which run in a process of their own, and Java to say its version."""
 Try = Callable[[random.Random], str]
 """Tries one input, and returns what came of it in a few words; an exception is a finding."""
 
