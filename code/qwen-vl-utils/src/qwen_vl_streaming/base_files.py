@@ -44,7 +44,8 @@ class BaseFiles:
             files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
             config = json.loads(files[CONFIG])
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{folder / CONFIG}, or a file beside it, cannot be read ({error!r})") from error
+            told = f"{type(error).__name__}: {error!s:.200}"
+            raise InputError(f"{folder / CONFIG}, or a file beside it, cannot be read ({told})") from error
         if not isinstance(config, dict):
             raise InputError(f"{folder / CONFIG} holds no object: copy the checkpoint again")
         return cls(files)

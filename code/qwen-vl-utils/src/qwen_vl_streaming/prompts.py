@@ -66,7 +66,7 @@ def make_template(processor, question: str) -> Template:
     left, question_here, right = before.partition(QUESTION_HERE)
     end_of_tail = after.find("\n") + 1
     if not question_here or not video or end_of_tail == 0 or end_of_tail == len(after):
-        raise InputError(f"the processor's chat template does not hold a video as Qwen2.5-VL's does: {text!r}")
+        raise InputError(f"the processor's chat template does not hold a video as Qwen2.5-VL's does: {text!r:.500}")
     tokenizer = processor.tokenizer
 
     def ids(piece: str, **how) -> tuple[int, ...]:
