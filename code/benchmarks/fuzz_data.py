@@ -7,6 +7,7 @@ start's, or a file outside the folders where shards may write. Every input follo
 """
 
 import argparse
+import gzip
 import io
 import json
 import random
@@ -20,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import av
+from fuzzing import mutate_bytes
 from pe_video import stages
 from pe_video.rules import KEPT, Rules
 from pe_video.sources import FOLDER, TAR, Unit
@@ -42,7 +44,6 @@ NAMES = [
     b"\xff\xfe.json",
     b"x\ny.mp4",
 ]
-JUNK = [b"\0", b"\xff", b'"', b"{", b"}", b"\\ud800", b"\\u0000", b"[" * 3000, b"\xef\xbb\xbf", b"\n", b"," * 9]
 
 
 def sound_json(number: int) -> bytes:
@@ -77,28 +78,6 @@ def sound_tar(video: bytes, dialect: int) -> bytes:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return file.getvalue()
-
-
-def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
-    """Flip, cut, insert, repeat or take away, one to four times."""
-    mutant = bytearray(data)
-    for _ in range(draw.randint(1, 4)):
-        at = draw.randrange(len(mutant) + 1)
-        length = draw.choice([1, 3, 17, 512])
-        action = draw.randrange(6)
-        if action == 0 and mutant:
-            mutant[at % len(mutant)] ^= 1 << draw.randrange(8)
-        elif action == 1:
-            del mutant[at : at + length]
-        elif action == 2:
-            mutant[at:at] = draw.choice(JUNK)
-        elif action == 3:
-            mutant[at:at] = mutant[at : at + length]
-        elif action == 4:
-            mutant[at : at + length] = draw.randbytes(length)
-        elif draw.random() < 0.3:
-            del mutant[at:]
-    return bytes(mutant)
 
 
 def mutate_header(data: bytes, draw: random.Random) -> bytes:
@@ -177,7 +156,11 @@ def fuzz(folder: Path, shards: int, jsons: int, seed: int) -> int:
         draw = random.Random(f"{seed}:{number}")
         if number < shards:
             whole = draw.choice(tars)
-            data = mutate_header(whole, draw) if draw.random() < 0.6 else mutate_bytes(whole, draw)
+            if draw.random() < 0.1:  # packed by gzip, and damaged before or after
+                data = gzip.compress(mutate_header(whole, draw), 1)
+                data = mutate_bytes(data, draw) if draw.random() < 0.5 else data
+            else:
+                data = mutate_header(whole, draw) if draw.random() < 0.6 else mutate_bytes(whole, draw)
             unit = Unit(TAR, "train", "train/input", str(source / "input"), str(number))
         else:
             data = mutate_json(sound_json(number), draw)
