@@ -74,9 +74,6 @@ def film(container: str, codec: str, pixels: str, options: dict[str, str]) -> by
 
 
 def sound_films() -> dict[str, bytes]:
-    import av
-
-    av.logging.set_level(av.logging.PANIC)
     return {name: film(*how) for name, how in FILMS.items()}
 
 

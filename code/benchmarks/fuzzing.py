@@ -6,6 +6,7 @@ tried.
 """
 
 import contextlib
+import faulthandler
 import importlib
 import io
 import json
@@ -143,8 +144,7 @@ def fuzz(prepare: str, count: int, seed: int, folder: Path, what: str, only: int
             worker = Worker(prepare, seed, folder / "work")
         found = worker.ask(number)
         if found is None:
-            told, found = f"no answer in {SECONDS_PER_INPUT} s, or a dead process", {}
-            worker.stop()
+            told = worker.stop()
             worker = None
         else:
             told = found["finding"]
@@ -184,14 +184,15 @@ class Worker:
         self.answers = os.pipe()
         theirs = (self.requests[1], self.answers[1])
         command = [sys.executable, __file__, prepare, str(seed), str(folder), *map(str, theirs)]
-        with open(folder / "yes") as yes, open(folder / "log", "ab") as log:
+        self.log = folder / "log"
+        with open(folder / "yes") as yes, open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdin=yes, stdout=log, stderr=log, pass_fds=theirs, cwd=folder
             )
         for end in theirs:
             os.close(end)
         if self.hear(SECONDS_TO_START) is None:
-            raise RuntimeError(f"the process did not start: {(folder / 'log').read_text()[-3000:]}")
+            raise RuntimeError(f"the process did not start: {self.log.read_text()[-3000:]}")
 
     def ask(self, number: int) -> dict | None:
         """What came of the input of that number; None where the process has died or takes too long."""
@@ -209,11 +210,17 @@ class Worker:
             text += more
         return json.loads(text)
 
-    def stop(self) -> None:
+    def stop(self) -> str:
+        """End the process; returns how it ended, or where it was while it gave no answer."""
+        try:
+            told = f"the process has died with status {self.process.wait(1)}"
+        except subprocess.TimeoutExpired:
+            told = f"no answer in {SECONDS_PER_INPUT} s"
         self.process.kill()
         self.process.wait()
         for end in (self.requests[0], self.answers[0]):
             os.close(end)
+        return f"{told}\n{self.log.read_text(errors='replace')[-2000:]}"
 
 
 class Watch:
@@ -245,6 +252,7 @@ class Watch:
 def serve(prepare: str, seed: str, folder: Path, requests: int, answers: int) -> None:
     """The process of a Worker."""
     module, _, name = prepare.partition(":")
+    faulthandler.enable(sys.__stderr__)
     try_one: Try = getattr(importlib.import_module(module), name)(folder)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (pages + ADDRESS_SPACE,) * 2)
@@ -255,12 +263,14 @@ def serve(prepare: str, seed: str, folder: Path, requests: int, answers: int) ->
     for line in open(requests, encoding="ascii"):  # noqa: SIM115 - until this process ends
         number, outcome, finding = int(line), "finding", ""
         watch.on, watch.seen = True, []
+        faulthandler.dump_traceback_later(0.9 * SECONDS_PER_INPUT, file=sys.__stderr__)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 outcome = try_one(random.Random(f"{seed}:{number}"))
         except BaseException:  # whatever it is, it is what this program looks for
             finding = traceback.format_exc(limit=-4)[-3000:]
         watch.on = False
+        faulthandler.cancel_dump_traceback_later()
         if watch.seen:
             finding += f"outside its folder: {watch.seen[:3]}"
         if marks := [path.name for path in folder.glob("marks/*")]:
