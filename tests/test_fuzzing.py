@@ -7,6 +7,7 @@ import shutil
 import fuzz_programs
 import fuzzing
 import pytest
+import report_results
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.prompts import load_processor
 
@@ -70,3 +71,9 @@ def test_processors_that_do_not_load_are_told_of_in_one_line(made, tmp_path, nam
     with pytest.raises(InputError, match="no processor could be loaded") as raised:
         load_processor(folder)
     assert "\n" not in str(raised.value)
+
+
+def test_numbers_that_are_none():
+    """Found by fuzzing: more digits than a float holds."""
+    values = [1, 2.5, -3, True, "1", None, float("nan"), float("inf"), 10**400]
+    assert [report_results.is_number(value) for value in values] == [True] * 3 + [False] * 6

@@ -98,7 +98,12 @@ def score_in(scores: dict, metric: str) -> tuple[float | None, str]:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of more digits than a float holds
+        return False
 
 
 def load_results(paths: Sequence[Path]) -> list[Result]:
@@ -110,7 +115,7 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
     results = [load_result(Path(path)) for path in paths]
     seen: dict[tuple, Path] = {}
     for result in results:
-        contents = (result.args.get(name) for name in ("data_sha256", "schedule_sha256"))
+        contents = (str(result.args.get(name)) for name in ("data_sha256", "schedule_sha256"))
         key = (result.task, result.variant.name, result.schedule, result.seed, result.model, *contents)
         if key in seen:
             raise InputError(

@@ -149,6 +149,8 @@ def main() -> None:
     if gone := [row["video_id"] for row in rows if row["video_id"] not in asked]:
         raise InputError(f"{made['data']} has no row for video {gone[0]}: it is not what {path.name} was made from")
     video_root = find_folder(made["video_root"], ROOT, "the video root")
+    if not 0 < made["repetition_penalty"] <= sys.float_info.max:
+        raise InputError(f"{path} was made with a repetition penalty that is not above 0: evaluate again with eval.sh")
     budget = PixelBudget(made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"])
 
     checkpoint, variant = find_model(made["model"], ROOT), get_variant(made["variant"])
