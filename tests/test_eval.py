@@ -301,6 +301,7 @@ def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeyp
     broken.write_text(Path(told["data"]).read_text() + "{broken\n")
     for file, text, says in (
         (arguments, json.dumps({**told, "data": str(broken)}), f"{broken}, line "),
+        (arguments, json.dumps({**told, "repetition_penalty": -0.0}), "a repetition penalty that is not above 0"),
         (path, "", "has no rows"),
     ):
         file.write_text(text)
