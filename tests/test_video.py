@@ -185,6 +185,29 @@ def test_pixel_budget(height, ratio, frames):
     assert tall * wide <= min(budget.max_pixels_per_frame, share)
 
 
+@pytest.mark.parametrize("height, width", [(720, 1280), (1080, 1920), (480, 640), (1280, 720)])
+def test_a_stream_is_sized_as_the_longest_video(height, width):
+    """The published budget gives a short video larger frames, so that their size tells how long it will be."""
+    published, stream = PixelBudget(), PixelBudget(budget="stream")
+    longest = published.size(height, width, 60)
+    assert {stream.size(height, width, frames) for frames in (0, 2, 10, 60, 600)} == {longest}
+    assert published.size(height, width, 0) == longest != published.size(height, width, 10)
+    with pytest.raises(InputError, match="--budget film: choose video or stream"):
+        PixelBudget(budget="film")
+
+
+def test_frames_of_a_longer_video_begin_with_those_of_a_shorter_one(tmp_path):
+    """To the bit with `stream`, and not with the published budget."""
+    sizes = {"size": (320, 240), "options": {"bf": "0", "x264-params": "rc-lookahead=0:log-level=none", "qp": "20"}}
+    short, long = (make_video(tmp_path / f"{n}.mp4", seconds=n, **sizes) for n in (3, 6))
+    pixels = 28 * 28 * 4, 28 * 28 * 90, 28 * 28 * 200
+    for reader in ("decord", "pyav"):
+        for way, same in (("stream", True), ("video", False)):
+            frames = [read_video(p, budget=PixelBudget(*pixels, way), reader=reader).frames for p in (short, long)]
+            assert (frames[0].shape[1:] == frames[1].shape[1:]) == same
+            assert not same or torch.equal(frames[0], frames[1][: len(frames[0])])
+
+
 def test_a_narrow_picture_keeps_a_row_of_tokens():
     assert PixelBudget(3136, 3136).size(44, 210, 8) == (28, 112)
     assert PixelBudget(3136, 3136).size(210, 44, 8) == (112, 28)

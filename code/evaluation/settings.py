@@ -76,6 +76,9 @@ class Settings:
     """Largest frame after resizing."""
     max_pixels_per_video: int | None = None
     """Shared over the sampled frames of a video."""
+    budget: str | None = None
+    """Which frames share it: those that the video has (video), or always as many as the longest has (stream), so that
+    nothing depends on what is to come. By default as the checkpoint was trained."""
     limit: int | None = None
     """Only the first videos of the data."""
     workers: int | None = None

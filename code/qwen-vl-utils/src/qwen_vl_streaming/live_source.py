@@ -23,7 +23,6 @@ from .video_readers import upright
 
 logger = logging.getLogger(__name__)
 
-FRAMES_TO_BUDGET_FOR = 60  # a live source does not say how long it will be: shared as in 30 s at 2 fps
 CLIPS_WAITING = 256  # read ahead of a slow consumer before the source itself has to wait
 STALLED_SECONDS = 5.0  # without a byte before a connection counts as dropped
 PAUSES = 0.2, 5.0  # seconds before a stream that broke off is tried again: at first, doubled each time, and at most
@@ -167,7 +166,7 @@ class _Sampler:
     def _resized(self, frame: av.VideoFrame) -> torch.Tensor:
         image = upright(frame)
         if self.size is None:
-            self.size = self.budget.size(*image.shape[:2], FRAMES_TO_BUDGET_FOR)
+            self.size = self.budget.size(*image.shape[:2], frames=0)
         return resize_frame(image, self.size)
 
 

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 _announced: set[str] = set()  # readers that a log line has named: one line a file would drown the others
 
 FRAMES_PER_CLIP = 2
+LONGEST = 60  # frames of the longest videos of PE-Video that are kept: 30 s at 2 fps
+BUDGETS = ("video", "stream")
 SIDE_FACTOR = 28  # a merged visual token covers 28 × 28 pixels
 SLACK = 2e-3  # seconds by which containers round a timestamp or a duration
 
@@ -39,6 +41,9 @@ class PixelBudget:
     """No frame has more."""
     max_pixels_per_video: int = 2_408_448
     """Shared equally by all sampled frames of a video."""
+    budget: str = "video"
+    """Which frames share it. `video`: those that the video has, as in the paper, so that the size of the first frame
+    tells how long the video will be. `stream`: always LONGEST frames, so that nothing depends on what is to come."""
 
     def __post_init__(self):
         if not SIDE_FACTOR**2 <= self.min_pixels_per_frame <= self.max_pixels_per_frame:
@@ -46,6 +51,8 @@ class PixelBudget:
                 f"min_pixels_per_frame {self.min_pixels_per_frame} must lie between {SIDE_FACTOR**2} and "
                 f"max_pixels_per_frame {self.max_pixels_per_frame}"
             )
+        if self.budget not in BUDGETS:
+            raise InputError(f"--budget {self.budget}: choose {' or '.join(BUDGETS)}")
         if self.max_pixels_per_video < self.min_pixels_per_frame:
             raise InputError(
                 f"max_pixels_per_video {self.max_pixels_per_video} must be at least min_pixels_per_frame "
@@ -61,11 +68,12 @@ class PixelBudget:
         return cls(**{**getattr(config, "pixel_budget", {}), **given})
 
     def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """(height, width) to which each of `frames` frames is resized; both are divisible by 28.
+        """(height, width) to which each of `frames` frames is resized; both are divisible by 28. 0 `frames`: it is not
+        known yet how many there will be.
 
         Raises ValueError for a picture more than 200 times as long as wide.
         """
-        share = self.max_pixels_per_video // frames
+        share = self.max_pixels_per_video // (LONGEST if self.budget == "stream" or not frames else frames)
         most = max(self.min_pixels_per_frame, min(self.max_pixels_per_frame, share))
         height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, most)
         if height * width < self.min_pixels_per_frame:
