@@ -19,7 +19,7 @@ import time
 import torch
 from qwen_vl_streaming.attention import dense_mask, make_mask
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.errors import OneLineParser, run
+from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, VisionAttention
 from qwen_vl_streaming.positions import timeline_positions
 from qwen_vl_streaming.timeline import CLIP, NOTHING, Layout, Timeline, make_timeline
