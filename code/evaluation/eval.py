@@ -313,7 +313,6 @@ def main() -> None:
     settings = parse(OneLineParser(prog="eval.sh", description=__doc__))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_libraries()
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # that the judge is asked again is no news
     if settings.score_only:
         path = find_path(settings.score_only, ROOT, "the result file")
         rows = list(load_finished(path, CAPTION_FIELDS, whole=True).values())

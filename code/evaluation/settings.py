@@ -88,7 +88,7 @@ class Settings:
     dtype: str = ""
     """float32, bfloat16 or float16; by default bfloat16 on cuda, float32 on the CPU."""
     force: bool = False
-    """Evaluate a checkpoint under another variant than it was trained for."""
+    """Evaluate a checkpoint that was trained as another variant or under another position rule."""
     score_only: str = ""
     """Only score the captions in this file: JSON Lines with video_id, annotation and result."""
     bleurt: str = ""

@@ -250,7 +250,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         if arguments.cpu_by_itself:
             check_size(config, arguments, arguments.cpu_line)
         logger.info(arguments.cpu_line)
-    base = BaseFiles.of(model_folder(checkpoint))
+    base = BaseFiles.of(model_folder(checkpoint, weights=False))
     check_parts(model_arguments, arguments)
     if model_arguments.compile_layers and is_deepspeed_zero3_enabled():
         raise InputError(
