@@ -13,9 +13,9 @@ from pathlib import Path
 import av
 from accelerate.utils import gather_object
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.film_index import index_video
 from qwen_vl_streaming.prompts import answer_ids
 from qwen_vl_streaming.video import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate
-from qwen_vl_streaming.video_readers import index_video
 from tqdm import tqdm
 
 from .data import StreamingDataset

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError, OneLineParser
+from .film_index import index_video
 from .live_source import FRAMES_TO_BUDGET_FOR, Clip, paced_clips, stream_clips, synthetic_clips
 from .prompts import QUESTIONS
 from .record import WAYS
@@ -25,7 +26,6 @@ from .session import GREEDY
 from .trained import check_trained
 from .variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
 from .video import FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
-from .video_readers import index_video
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,86 @@
+"""Film time from the stamps of packets: one time line that goes on where stamps go back or leap ahead. The index of a
+file and the sampler of a stream both use it, so that they agree. Knows nothing about FFmpeg, pixels and clips.
+
+Stamps and film time are whole ticks of the track's time base; wall-clock times are seconds.
+"""
+
+import logging
+from fractions import Fraction
+
+logger = logging.getLogger(__name__)
+
+LEAP = 10.0  # seconds; FFmpeg's -dts_delta_threshold
+BACK = 0.1  # seconds by which the order of decoding may go back; FFmpeg's tolerance
+STUCK = 1.0  # seconds for which the stamps of a live source may stay as they are
+PERIOD = 0.04  # seconds of a frame, where nothing tells
+
+
+class FilmClock:
+    """Shifts the stamps of one track's packets, which are added in the order of decoding, onto one time line.
+
+    A stamp that goes back is a discontinuity: two recordings were joined, or an encoder was restarted. So is one that
+    leaps ahead by more than LEAP in a format whose stamps may do that (`leaps`; a screen recording in MP4 may show one
+    frame for minutes). The time line then goes on one frame after the newest one. Of a `live` source the arrivals
+    tell: a stamp that leaps ahead by LEAP more than the time that has passed, or that stays, is a discontinuity, and
+    the time line goes on by what has passed. Each is logged once, with the `name` of the source.
+    """
+
+    def __init__(self, time_base: Fraction, name: str, *, leaps: bool, reorder: int = 0, live: bool = False):
+        """`reorder` is the number of frames by which the order of decoding may differ from that of showing."""
+        self.time_base, self.name, self.leaps, self.reorder, self.live = time_base, name, leaps, reorder, live
+        self.shift = 0
+        """Ticks to add to a stamp."""
+        self.breaks = 0
+        """Discontinuities so far."""
+        self._first = self._newest = None  # decoding stamps, on the film's time line
+        self._last = 0  # the latest that is shown so far, likewise
+        self._came = 0.0
+        self._gap = self._longest = self._ticks(PERIOD)
+
+    def add(self, pts: int | None, dts: int | None, duration: int = 0, came: float = 0.0) -> tuple[int | None, bool]:
+        """A packet's time of showing in ticks of film time, and whether a discontinuity is before it.
+
+        None for a packet without a stamp. `came` is the wall-clock time of its arrival, for a live source.
+        """
+        broken = False
+        if dts is not None:
+            broken = self._newest is not None and self._step(pts, dts, duration, came)
+            at = dts + self.shift
+            if self._newest is None or at > self._newest or broken:
+                if self._newest is not None and not broken:
+                    self._gap = at - self._newest
+                    self._longest = max(self._longest, self._gap)
+                self._newest, self._came = at, came
+                self._first = at if self._first is None else self._first
+        if pts is None:
+            return None, broken
+        shown = pts + self.shift
+        self._last = shown if self._newest is None else max(self._last, shown)
+        return shown, broken
+
+    def _step(self, pts: int | None, dts: int, duration: int, came: float) -> bool:
+        """Shift what follows where this packet begins anew."""
+        step = float((dts + self.shift - self._newest) * self.time_base)
+        passed = came - self._came  # 0 for a file
+        back = BACK if self.leaps else max(BACK, float((self.reorder + 1) * self._longest * self.time_base))
+        if step < -back:
+            what = f"go back by {-step:.1f} s"
+        elif (self.live or self.leaps) and step - passed > LEAP:
+            what = f"leap ahead by {step:.1f} s"
+        elif self.live and step <= 0 and passed > STUCK:
+            what = f"have stayed for {passed:.1f} s"
+        else:
+            return False
+        period = duration if 0 < duration * self.time_base <= STUCK else min(self._gap, self._ticks(STUCK))
+        ahead = max(period, self._ticks(passed)) if self.live else period
+        shift = self._newest + ahead - dts
+        if pts is not None:
+            shift = max(shift, self._last + period - pts)
+        self.shift = shift
+        self.breaks += 1
+        at = float((self._newest - self._first) * self.time_base)
+        logger.warning("%s: its time stamps %s at %.1f s: film time goes on without that", self.name, what, at)
+        return True
+
+    def _ticks(self, seconds: float) -> int:
+        return max(1, round(seconds / self.time_base))
