@@ -4,6 +4,7 @@ file and the sampler of a stream both use it, so that they agree. Knows nothing 
 Stamps and film time are whole ticks of the track's time base; wall-clock times are seconds.
 """
 
+import collections
 import logging
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ logger = logging.getLogger(__name__)
 LEAP = 10.0  # seconds; FFmpeg's -dts_delta_threshold
 BACK = 0.1  # seconds by which the order of decoding may go back; FFmpeg's tolerance
 STUCK = 1.0  # seconds for which the stamps of a live source may stay as they are
+HELD = 3  # packets, one more than a demuxer holds back until it has seen what follows
 PERIOD = 0.04  # seconds of a frame, where nothing tells
 
 
@@ -34,7 +36,7 @@ class FilmClock:
         """Discontinuities so far."""
         self._first = self._newest = None  # decoding stamps, on the film's time line
         self._last = 0  # the latest that is shown so far, likewise
-        self._came = 0.0
+        self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=HELD)  # stamps and arrivals
         self._gap = self._longest = self._ticks(PERIOD)
 
     def add(self, pts: int | None, dts: int | None, duration: int = 0, came: float = 0.0) -> tuple[int | None, bool]:
@@ -50,7 +52,8 @@ class FilmClock:
                 if self._newest is not None and not broken:
                     self._gap = at - self._newest
                     self._longest = max(self._longest, self._gap)
-                self._newest, self._came = at, came
+                self._newest = at
+                self._recent.append((at, came))
                 self._first = at if self._first is None else self._first
         if pts is None:
             return None, broken
@@ -61,7 +64,8 @@ class FilmClock:
     def _step(self, pts: int | None, dts: int, duration: int, came: float) -> bool:
         """Shift what follows where this packet begins anew."""
         step = float((dts + self.shift - self._newest) * self.time_base)
-        passed = came - self._came  # 0 for a file
+        # The newest packets of MPEG-TS come only with what follows them: those before tell when they were due.
+        passed = came - min(then + float((self._newest - at) * self.time_base) for at, then in self._recent)
         back = BACK if self.leaps else max(BACK, float((self.reorder + 1) * self._longest * self.time_base))
         if step < -back:
             what = f"go back by {-step:.1f} s"
@@ -78,6 +82,7 @@ class FilmClock:
             shift = max(shift, self._last + period - pts)
         self.shift = shift
         self.breaks += 1
+        self._recent.clear()
         at = float((self._newest - self._first) * self.time_base)
         logger.warning("%s: its time stamps %s at %.1f s: film time goes on without that", self.name, what, at)
         return True

@@ -49,12 +49,17 @@ class FrameIndex:
     @property
     def even(self) -> bool:
         """Whether its frames come at a steady rate, but for one that is missing here and there."""
-        gaps = np.diff(self.times)
-        if not len(gaps):
-            return True
-        share, spread = EVEN
-        median = np.median(gaps)
-        return np.mean(np.abs(gaps - median) <= spread * median) >= share and gaps.max() <= BREAK * median
+        return steady(self.times)
+
+
+def steady(times: np.ndarray) -> bool:
+    """Whether frames at these (n,) times, ascending, come at a steady rate, see FrameIndex.even."""
+    gaps = np.diff(times)
+    if not len(gaps):
+        return True
+    share, spread = EVEN
+    median = np.median(gaps)
+    return bool(np.mean(np.abs(gaps - median) <= spread * median) >= share and gaps.max() <= BREAK * median)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,9 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
     times = (ticks - ticks[0]) * time_base.numerator / time_base.denominator
     claimed = float(max(packets, key=lambda p: p.decoded if numbers is None else p.shown).duration * time_base)
     newest = float(ticks[-1] * time_base)
-    duration = float(times[-1]) + _last_gap(times, claimed, others - newest)
+    gaps = np.diff(times)
+    mean = float(times[-1]) / len(gaps) if len(gaps) else 0.0
+    duration = float(times[-1]) + last_gap(claimed, mean, max(gaps.max(initial=0.0), others - newest))
     finish = newest + max(claimed, duration - float(times[-1]))
     _check_whole(name, claims, finish - float(begin * time_base), finish, float(end))
     odd = (
@@ -148,11 +155,13 @@ def open_film(source: str | Path | BinaryIO) -> av.container.InputContainer:
     return av.open(source, metadata_errors="replace")
 
 
-def film_track(container: av.container.InputContainer, name: str) -> av.VideoStream:
-    """The track that a viewer is shown: FFmpeg's choice, but no cover art. Raises InputError, calling it `name`."""
+def film_track(
+    container: av.container.InputContainer, name: str, fix: str = "download it again or leave it out"
+) -> av.VideoStream:
+    """The track that a viewer is shown: FFmpeg's choice, but not cover art. Raises InputError with `name` and `fix`."""
     track = container.streams.best("video")
     if track is None or track.disposition & av.stream.Disposition.attached_pic:
-        raise InputError(f"{name} has no video stream: download it again or leave it out")
+        raise InputError(f"{name} has no video stream: {fix}")
     if track.codec_context is None:
         raise InputError(f"{name} is coded in a way that FFmpeg has no decoder for: convert it to H.264")
     return track
@@ -264,16 +273,14 @@ def _first_decoded(source: str | Path | BinaryIO, name: str) -> int:
     raise InputError(f"video {name} has no frame that decodes: download it again or leave it out")
 
 
-def _last_gap(times: np.ndarray, claimed: float, others: float) -> float:
-    """Seconds for which the last frame stays, of those it claims.
+def last_gap(claimed: float, mean: float, known: float = 0.0) -> float:
+    """Seconds for which the last frame of a video stays, of those that it claims; the `mean` gap between frames where
+    it claims none, or what cannot be believed.
 
-    A claim is believed up to the longest time that a frame of the video stays, up to LEAP, and up to the end of the
-    other tracks, which is `others` seconds after it.
+    A claim is believed up to LEAP, and up to what is `known` to be possible: the longest gap between frames, or the
+    time until other tracks end.
     """
-    gaps = np.diff(times)
-    if claimed > max(LEAP, gaps.max(initial=0.0), others):
-        return float(np.median(gaps)) if len(gaps) else 0.0
-    return claimed or (float(times[-1]) / len(gaps) if len(gaps) else 0.0)
+    return claimed if 0 < claimed <= max(LEAP, known) else mean
 
 
 def _end(stream: av.stream.Stream) -> Fraction:

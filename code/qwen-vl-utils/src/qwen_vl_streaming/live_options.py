@@ -18,7 +18,8 @@ import torch
 
 from .errors import InputError, OneLineParser
 from .film_index import index_video
-from .live_source import FRAMES_TO_BUDGET_FOR, Clip, paced_clips, stream_clips, synthetic_clips
+from .live_source import FRAMES_TO_BUDGET_FOR, Clip, paced_clips, synthetic_clips
+from .live_stream import stream_clips
 from .prompts import QUESTIONS
 from .record import WAYS
 from .replay import DTYPES
