@@ -4,6 +4,7 @@ import struct
 from fractions import Fraction
 from itertools import pairwise
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -340,3 +341,16 @@ def test_other_codecs(tmp_path, name, keywords):
     path = make_video(tmp_path / name, seconds=4, **keywords)
     assert numbers(path) == [0, 5, 10, 15, 20, 25, 30, 35]
     assert picture(5).shape == (96, 160, 3)
+
+
+def test_vp8_pictures_that_are_not_shown(tmp_path):
+    """Others refer to them; the picture before stays on the screen."""
+    path = make_video(tmp_path / "v.webm", seconds=4, codec="libvpx", options={"cpu-used": "8"})
+    with av.open(str(path)) as film:
+        packets = [bytes(packet) for packet in film.demux(video=0) if packet.size]
+    data = path.read_bytes()
+    for number in (5, 20):
+        packet = packets[number]
+        path.write_bytes(data := data.replace(packet, bytes([packet[0] & ~0x10]) + packet[1:]))
+    assert numbers(path) == [0, 4, 10, 15, 19, 25, 30, 35]
+    assert len(index_video(path).times) == 38

@@ -46,6 +46,8 @@ class Work:
     schedules: Schedules
     budget: PixelBudget
     reader: str | None
+    max_clips: int
+    """Which the model's positions have room for: a longer video is skipped before it is decoded."""
     batch_size: int
     memory: int | None
     """Bytes for keys and values; None: most of what the GPU has free."""
@@ -85,7 +87,8 @@ class Videos(Dataset):
         row, work = self.work.rows[index], self.work
         video_id = row["video_id"]
         try:
-            video = read_video(work.root / row["video_path"], budget=work.budget, reader=work.reader)
+            path = work.root / row["video_path"]
+            video = read_video(path, budget=work.budget, reader=work.reader, max_clips=work.max_clips)
             schedule = work.schedules.of(video_id, video.clips)
         except InputError as error:
             return Watched(video_id, reason=str(error))

@@ -133,7 +133,8 @@ class StreamingDataset(torch.utils.data.Dataset):
         if self.kept is not None and index in self.kept:
             return self.kept[index]
         path = self.root / self.rows[index]["video_path"]
-        video = read_video(path, budget=self.budget, reader=self.reader)
+        most = self.max_length // math.ceil(self.budget.min_pixels_per_frame / self.side**2)
+        video = read_video(path, budget=self.budget, reader=self.reader, max_clips=most)
         if self.kept is not None:
             self.kept[index] = video
         return video

@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 from accelerate.utils import gather_object
 from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.film_index import index_video
+from qwen_vl_streaming.film_index import film_track, index_video, may_leap
 from qwen_vl_streaming.prompts import answer_ids
 from qwen_vl_streaming.video import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate
 from tqdm import tqdm
@@ -81,16 +81,18 @@ def read_header(path: Path) -> Header:
         return Header()
     try:
         with av.open(str(path), metadata_errors="replace") as container:
-            stream = container.streams.video[0]
+            stream = film_track(container, str(path))
             ends = [stream.duration * stream.time_base] if stream.duration else []
             ends += [container.duration / av.time_base] if container.duration else []
             size = stream.codec_context.height, stream.codec_context.width
-            rate = min(FPS, float(stream.average_rate or FPS))
-    except (av.FFmpegError, OSError, IndexError):
+            # Of a slow video only the times of all frames tell whether its rate is steady; where stamps may begin anew,
+            # only they tell how long it is.
+            known = float(stream.average_rate or FPS) >= FPS and not may_leap(container)
+    except (av.FFmpegError, OSError, InputError):
         return Header()
-    clips = math.ceil((float(min(ends, default=0)) - SLACK) * rate / FRAMES_PER_CLIP)
+    clips = math.ceil((float(min(ends, default=0)) - SLACK) * FPS / FRAMES_PER_CLIP)
     # A video of hardly a clip may be too short for one.
-    return Header((clips - 1, clips, clips + 1) if clips > 1 else (), size if min(size) > 0 else None)
+    return Header((clips - 1, clips, clips + 1) if known and clips > 1 else (), size if min(size) > 0 else None)
 
 
 def count_clips(path: Path) -> int | str:

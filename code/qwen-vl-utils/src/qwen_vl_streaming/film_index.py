@@ -14,6 +14,7 @@ from .film_clock import LEAP, FilmClock
 
 CUT_SHORT = 1.0  # seconds that may be missing of what a container claims: audio and video seldom end together
 DECODING_STAMPS = ("avi", "asf")  # formats that say when a packet is decoded, not when its frame is shown
+VP8_SHOWN = 0x10  # of a packet's first byte; else it is a picture that only others refer to
 HEADERS = ("mov", "avi")  # formats whose headers claim a length for each track
 EVEN = 0.9, 0.1  # share of the gaps between frames that differ from the median by less than this share of it
 BREAK = 2.5  # medians that no gap of an even rate exceeds
@@ -228,14 +229,14 @@ def _read(
     track ends last."""
     packets: list[_Packet] = []
     splices, skipped, starts = Splices(), set(), set()
-    end, number = Fraction(0), -1
+    end, number, vp8 = Fraction(0), -1, track.codec_context.name == "vp8"
     for packet in container.demux():
         if packet.pts is not None and packet.size:
             end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
         if packet.stream_index != track.index:
             continue
         number += 1
-        if not packet.size or packet.is_discard:
+        if not packet.size or packet.is_discard or (vp8 and not memoryview(packet)[0] & VP8_SHOWN):
             continue
         shown, broken = clock.add(packet.pts, packet.dts, packet.duration or 0)
         anew, visible = splices.add(number, packet, shown, broken)
