@@ -12,7 +12,7 @@ def times(stamps, came=None, **options):
     """The film times of packets with these stamps of showing and decoding."""
     clock = FilmClock(MILLISECOND, "film", **{"leaps": False, **options})
     came = came or [0.0] * len(stamps)
-    return [clock.add(stamp, stamp, 0, then)[0] for stamp, then in zip(stamps, came, strict=True)]
+    return [clock.add(stamp, stamp, then)[0] for stamp, then in zip(stamps, came, strict=True)]
 
 
 def test_a_stamp_that_goes_back_goes_on_one_frame_later(caplog):

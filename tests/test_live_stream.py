@@ -60,6 +60,15 @@ def spliced(folder, name):
     (folder / name).write_bytes(first.read_bytes() + second.read_bytes())
 
 
+def playlist(folder, name):
+    for number, seconds in enumerate((4, 3)):
+        make_video(folder / f"{number}.ts", seconds=seconds, options=REORDERED)
+    (folder / name).write_text(
+        "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:4\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:4.0,\n0.ts\n"
+        "#EXT-X-DISCONTINUITY\n#EXTINF:3.0,\n1.ts\n#EXT-X-ENDLIST\n"
+    )
+
+
 def leap(number, packet):
     if number >= 22:
         packet.pts += 250 * 90_000
@@ -76,6 +85,7 @@ ACTION = [0, 20, *(20 + i / 10 for i in range(1, 11)), 40]
 FILMS = {
     "joined.ts": joined,
     "spliced.ts": spliced,
+    "playlist.m3u8": playlist,
     "leaping.ts": lambda folder, name: copy(folder, name, leap),
     "guesses.avi": lambda folder, name: make_video(folder / name, seconds=4, options=REORDERED, time_base=TENTH),
     "guesses.wmv": lambda folder, name: make_video(folder / name, seconds=4, options=REORDERED, container="asf"),

@@ -39,14 +39,14 @@ class FilmClock:
         self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=HELD)  # stamps and arrivals
         self._gap = self._longest = self._ticks(PERIOD)
 
-    def add(self, pts: int | None, dts: int | None, duration: int = 0, came: float = 0.0) -> tuple[int | None, bool]:
+    def add(self, pts: int | None, dts: int | None, came: float = 0.0) -> tuple[int | None, bool]:
         """A packet's time of showing in ticks of film time, and whether a discontinuity is before it.
 
         None for a packet without a stamp. `came` is the wall-clock time of its arrival, for a live source.
         """
         broken = False
         if dts is not None:
-            broken = self._newest is not None and self._step(pts, dts, duration, came)
+            broken = self._newest is not None and self._step(pts, dts, came)
             at = dts + self.shift
             if self._newest is None or at > self._newest or broken:
                 if self._newest is not None and not broken:
@@ -61,7 +61,7 @@ class FilmClock:
         self._last = shown if self._newest is None else max(self._last, shown)
         return shown, broken
 
-    def _step(self, pts: int | None, dts: int, duration: int, came: float) -> bool:
+    def _step(self, pts: int | None, dts: int, came: float) -> bool:
         """Shift what follows where this packet begins anew."""
         step = float((dts + self.shift - self._newest) * self.time_base)
         # The newest packets of MPEG-TS come only with what follows them: those before tell when they were due.
@@ -75,7 +75,7 @@ class FilmClock:
             what = f"have stayed for {passed:.1f} s"
         else:
             return False
-        period = duration if 0 < duration * self.time_base <= STUCK else min(self._gap, self._ticks(STUCK))
+        period = min(self._gap, self._ticks(STUCK))
         ahead = max(period, self._ticks(passed)) if self.live else period
         shift = self._newest + ahead - dts
         if pts is not None:

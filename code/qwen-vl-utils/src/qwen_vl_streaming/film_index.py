@@ -238,13 +238,13 @@ def _read(
         number += 1
         if not packet.size or packet.is_discard or (vp8 and not memoryview(packet)[0] & VP8_SHOWN):
             continue
-        shown, broken = clock.add(packet.pts, packet.dts, packet.duration or 0)
+        shown, broken = clock.add(packet.pts, packet.dts)
         anew, visible = splices.add(number, packet, shown, broken)
         if anew:
             starts.add(number)
         if visible:
             decoded = None if packet.dts is None else packet.dts + clock.shift
-            packets.append(_Packet(number, shown, decoded, packet.duration or 0, packet.is_keyframe))
+            packets.append(_Packet(number, shown, decoded, claimed_ticks(packet), packet.is_keyframe))
         else:
             skipped.add(number)
     return packets, skipped, splices.corrupt, starts, end
@@ -272,6 +272,11 @@ def _first_decoded(source: str | Path | BinaryIO, name: str) -> int:
             f"video {name} is damaged at its beginning ({error.strerror}): download it again or leave it out"
         ) from error
     raise InputError(f"video {name} has no frame that decodes: download it again or leave it out")
+
+
+def claimed_ticks(packet: av.Packet) -> int:
+    """How long a packet's frame says that it stays; 0 where it does not say. FFmpeg writes 1 where it does not know."""
+    return packet.duration if packet.duration and packet.duration > 1 else 0
 
 
 def last_gap(claimed: float, mean: float, known: float = 0.0) -> float:

@@ -185,7 +185,7 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
         if index.duration > end:
             logger.warning("%s lasts %.1f s, of which %g are watched: see --max-clips", name, index.duration, end)
             cut = {"end": end}
-    video = read_video(name, fps=fps, budget=budget, **cut)
+    video = read_video(name, fps=fps, budget=budget, index=index, **cut)
     about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **cut}}
     height, width = video.frames.shape[2:]
     clips, seconds = functools.partial(paced_clips, video, speed), video.seconds_per_clip

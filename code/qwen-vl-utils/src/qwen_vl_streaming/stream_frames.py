@@ -9,7 +9,7 @@ import numpy as np
 
 from .clock import now
 from .film_clock import FilmClock
-from .film_index import HEADERS, Splices, has_stamps, may_leap, shown_by_order, steady
+from .film_index import HEADERS, Splices, claimed_ticks, has_stamps, may_leap, shown_by_order, steady
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +46,14 @@ class StreamFrames:
 
     def _take(self, number: int, packet: av.Packet, came: float) -> Iterator[tuple]:
         """Note when the frame of a packet is shown. Yields what is left in the decoder where it begins anew."""
-        shown, broken = self.clock.add(packet.pts, packet.dts, packet.duration or 0, came)
+        shown, broken = self.clock.add(packet.pts, packet.dts, came)
         anew, visible = self.splices.add(number, packet, shown, broken)
         if anew:
             yield from self._timed(self.track.codec_context.decode(None), came)
             self.track.codec_context.flush_buffers()
         self.key = self.key or packet.is_keyframe
         if visible:
-            self.known[number] = shown, packet.duration or 0
+            self.known[number] = shown, claimed_ticks(packet)
             if self.by_order and packet.dts is not None and self.key:
                 heapq.heappush(self.decoded, packet.dts + self.clock.shift)
         self.known.pop(number - REMEMBERED, None)

@@ -122,19 +122,21 @@ def read_video(
     budget: PixelBudget | None = None,
     reader: str | None = None,
     max_clips: int | None = None,
+    index: FrameIndex | None = None,
 ) -> Video:
     """Sample `path` at `fps` frames per second between `start` and `end` (seconds; default: all of it).
 
     A video of a steady rate below `fps` is sampled at its own rate. `reader` is "pyav", which is the default, or
     "decord". Only the picked frames are kept in memory, one at a time at full size. Raises InputError, naming the file
     and the fix, for a file that is missing, empty, cut short, damaged before its last picked frame, cannot be decoded,
-    is shorter than one clip or, before any frame is decoded, has more than `max_clips`.
+    is shorter than one clip or, before any frame is decoded, has more than `max_clips`. `index` is the file's, where it
+    is known already.
     """
     if reader is not None:
         check_reader(reader)
     if not fps > 0:
         raise InputError(f"fps {fps} must be above 0")
-    index = index_video(path)
+    index = index or index_video(path)
     rate = sampled_rate(index, fps)
     picked = pick_frames(index.times, index.duration, rate, start, end)
     if picked is None:
