@@ -100,7 +100,9 @@ def test_training_and_evaluation_ask_a_row_its_own_question(made):
     )
     asked = evaluation.read_data(data, limit=None, task=tasks.TASKS["funqa"])
     schedules = Schedules("wait-3", VARIANTS["group"])
-    work = SimpleNamespace(rows=asked, root=folder, budget=budget, reader=None, schedules=schedules, dtype="float32")
+    work = SimpleNamespace(
+        rows=asked, root=folder, budget=budget, reader=None, schedules=schedules, dtype="float32", max_clips=None
+    )
     watched = Videos(work, processor, 2)
     for index in (0, 3, 11):
         sample, template = training[index], watched[index].job.template

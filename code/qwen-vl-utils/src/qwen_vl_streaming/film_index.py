@@ -118,8 +118,8 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
     claimed = float(max(packets, key=lambda p: p.decoded if numbers is None else p.shown).duration * time_base)
     newest = float(ticks[-1] * time_base)
     gaps = np.diff(times)
-    mean = float(times[-1]) / len(gaps) if len(gaps) else 0.0
-    duration = float(times[-1]) + last_gap(claimed, mean, max(gaps.max(initial=0.0), others - newest))
+    usual = float(np.median(gaps)) if len(gaps) else 0.0
+    duration = float(times[-1]) + last_gap(claimed, usual, max(gaps.max(initial=0.0), others - newest))
     finish = newest + max(claimed, duration - float(times[-1]))
     _check_whole(name, claims, finish - float(begin * time_base), finish, float(end))
     odd = (
@@ -279,14 +279,14 @@ def claimed_ticks(packet: av.Packet) -> int:
     return packet.duration if packet.duration and packet.duration > 1 else 0
 
 
-def last_gap(claimed: float, mean: float, known: float = 0.0) -> float:
-    """Seconds for which the last frame of a video stays, of those that it claims; the `mean` gap between frames where
+def last_gap(claimed: float, usual: float, known: float = 0.0) -> float:
+    """Seconds for which the last frame of a video stays, of those that it claims; the `usual` gap between frames where
     it claims none, or what cannot be believed.
 
     A claim is believed up to LEAP, and up to what is `known` to be possible: the longest gap between frames, or the
     time until other tracks end.
     """
-    return claimed if 0 < claimed <= max(LEAP, known) else mean
+    return claimed if 0 < claimed <= max(LEAP, known) else usual
 
 
 def _end(stream: av.stream.Stream) -> Fraction:

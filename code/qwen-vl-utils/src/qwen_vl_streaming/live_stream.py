@@ -3,6 +3,7 @@
 The same clips as video.py's, by the same rule. Knows nothing about models or text.
 """
 
+import collections
 import itertools
 import logging
 import queue
@@ -28,6 +29,7 @@ CLIPS_WAITING = 256  # read ahead of a slow consumer before the source itself ha
 STALLED_SECONDS = 5.0  # without a byte before a connection counts as dropped
 PAUSES = 0.2, 5.0  # seconds before a stream that broke off is tried again: at first, doubled each time, and at most
 PLAYLISTS = ("hls", "dash")  # formats whose size is not that of the film
+GAPS = 10_000  # between frames that are remembered, to tell how long the last one stays
 LOOK_AHEAD = 32  # packets of a film from which its rate is told
 
 
@@ -70,7 +72,7 @@ class Sampler:
         self.seconds: float | None = None  # of a clip, where the source keeps its own rate
         self.moment: float | None = None  # of the newest frame
         self.claimed = self.longest = 0.0  # how long the newest frame says that it stays; how long one did at most
-        self.count = 0
+        self.gaps: collections.deque[float] = collections.deque(maxlen=GAPS)
         self.targets = 0  # met so far
         self.waiting: list[tuple[torch.Tensor, float]] = []
         self.broken = 0
@@ -85,15 +87,17 @@ class Sampler:
         if self.moment is not None and moment <= self.moment:
             return
         yield from self._meet(moment - SLACK)
-        self.longest = max(self.longest, moment - (moment if self.moment is None else self.moment))
-        self.shown, self.moment, self.claimed, self.count = frame, moment, claimed, self.count + 1
+        if self.moment is not None:
+            self.gaps.append(moment - self.moment)
+            self.longest = max(self.longest, self.gaps[-1])
+        self.shown, self.moment, self.claimed = frame, moment, claimed
 
     def finish(self) -> Iterator[Clip]:
         """Yield what is left: the last frame stays as in a file, and fills its clip."""
         if self.shown is None:
             return
-        mean = self.moment / (self.count - 1) if self.count > 1 else 0.0
-        yield from self._meet(self.moment + last_gap(self.claimed, mean, self.longest) - SLACK)
+        usual = float(np.median(self.gaps)) if self.gaps else 0.0
+        yield from self._meet(self.moment + last_gap(self.claimed, usual, self.longest) - SLACK)
         if self.waiting:
             yield from self._put(*self.waiting[-1])
 
