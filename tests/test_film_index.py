@@ -132,6 +132,14 @@ def test_frames_come_in_the_order_of_showing(tmp_path, name, keywords):
     np.testing.assert_allclose(video.timestamps, np.array(expected) / keywords["fps"], atol=2e-3)
 
 
+def test_guessed_stamps_at_a_slow_rate(tmp_path):
+    """FFmpeg's guesses are two frames late, here two seconds, which is no reason to call the file cut short."""
+    path = make_video(
+        tmp_path / "v.avi", [float(i) for i in range(12)], options=REORDERED, fps=1, time_base=Fraction(1)
+    )
+    assert numbers(path) == list(range(12))
+
+
 @pytest.mark.parametrize("ending", ["mkv", "webm", "flv", "wmv", "mp4", "avi", "ts"])
 @pytest.mark.parametrize("sound", [(0, 9), (0, 3)])
 def test_sound_that_is_longer_than_the_picture(tmp_path, ending, sound):
@@ -354,3 +362,10 @@ def test_vp8_pictures_that_are_not_shown(tmp_path):
         path.write_bytes(data := data.replace(packet, bytes([packet[0] & ~0x10]) + packet[1:]))
     assert numbers(path) == [0, 4, 10, 15, 19, 25, 30, 35]
     assert len(index_video(path).times) == 38
+
+
+def test_frames_without_number(tmp_path):
+    """Refused before there is room made for any of them."""
+    path = make_video(tmp_path / "v.mkv", [0, 1, 2, 40_000])
+    with pytest.raises(InputError, match=r"more than 10000000: give a smaller end, or rewrite the video"):
+        read_video(path, fps=1000)

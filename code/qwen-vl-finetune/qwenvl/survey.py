@@ -99,9 +99,12 @@ def count_clips(path: Path) -> int | str:
     """Exactly how many clips a video has; the reason where it is missing, broken or shorter than one."""
     try:
         index = index_video(path)
-        frames = pick_frames(index.times, index.duration, sampled_rate(index, FPS), None, None)
     except InputError as error:
         return str(error)
+    try:
+        frames = pick_frames(index.times, index.duration, sampled_rate(index, FPS), None, None)
+    except InputError as error:
+        return f"video {path}: {error}"
     if frames is None:
         return f"video {path} lasts {index.duration:.2f} s, which is less than one clip: use a longer one"
     return math.ceil(len(frames) / FRAMES_PER_CLIP)

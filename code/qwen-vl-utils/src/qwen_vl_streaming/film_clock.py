@@ -89,3 +89,30 @@ class FilmClock:
 
     def _ticks(self, seconds: float) -> int:
         return max(1, round(seconds / self.time_base))
+
+
+class Splices:
+    """Finds out where a decoder has to begin anew, since another recording was joined, and which frames it cannot
+    show then."""
+
+    def __init__(self):
+        self.corrupt: set[int] = set()
+        """Packets that FFmpeg flags, but for those that a join has torn."""
+        self._waits = False  # for a keyframe
+        self._floor: int | None = None
+
+    def add(self, number: int, key: bool, corrupt: bool, shown: int | None, broken: bool) -> tuple[bool, bool]:
+        """Whether the decoder begins anew with this packet, and whether its frame is shown.
+
+        `key` and `corrupt` are FFmpeg's flags of the packet, `shown` and `broken` what FilmClock says of it.
+        """
+        torn = self.corrupt & {number - 1, number - 2} if broken else set()
+        anew = broken and (key or bool(torn))  # else a camera has set its clock
+        self.corrupt -= torn
+        if corrupt:
+            self.corrupt.add(number)
+        self._waits = self._waits or anew
+        if self._waits and key:
+            self._waits, self._floor = False, shown
+        before = self._floor is not None and shown is not None and shown < self._floor
+        return anew, not (self._waits or before)

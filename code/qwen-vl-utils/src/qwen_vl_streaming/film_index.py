@@ -10,7 +10,7 @@ import av
 import numpy as np
 
 from .errors import InputError
-from .film_clock import LEAP, FilmClock
+from .film_clock import LEAP, FilmClock, Splices
 
 CUT_SHORT = 1.0  # seconds that may be missing of what a container claims: audio and video seldom end together
 DECODING_STAMPS = ("avi", "asf")  # formats that say when a packet is decoded, not when its frame is shown
@@ -97,7 +97,7 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
         raise InputError(f"video {name} cannot be opened ({error.strerror}): download it again") from error
     if not packets:
         raise InputError(f"video {name} has no frames: download it again or leave it out")
-    begin = min((p.shown for p in packets if p.shown is not None), default=0)
+    begin = min((p.decoded if by_order else p.shown) or 0 for p in packets)
     late = not packets[0].key or any(_before(packet.shown, packets[0].shown) for packet in packets)
     if late:
         number = _first_decoded(source, name)
@@ -106,6 +106,9 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
         skipped |= {packet.number for packet in gone}
         packets = [packet for packet in packets if packet.number not in skipped]
         late = bool(gone)
+    stamps = [stamp for packet in packets for stamp in (packet.shown, packet.decoded) if stamp is not None]
+    if stamps and max(map(abs, stamps)) >= 2**62:
+        raise InputError(f"video {name} has time stamps that are broken: rewrite it as MP4")
     if by_order and all(packet.decoded is not None for packet in packets):
         ticks, numbers = np.sort(np.array([packet.decoded for packet in packets], np.int64)), None
     elif any(packet.shown is None for packet in packets):
@@ -196,31 +199,6 @@ def _before(one: int | None, other: int | None) -> bool:
     return one is not None and other is not None and one < other
 
 
-class Splices:
-    """Finds out where a decoder has to begin anew, since another recording was joined, and which frames it cannot
-    show then."""
-
-    def __init__(self):
-        self.corrupt: set[int] = set()
-        """Packets that FFmpeg flags, but for those that a join has torn."""
-        self._waits = False  # for a keyframe
-        self._floor: int | None = None
-
-    def add(self, number: int, packet: av.Packet, shown: int | None, broken: bool) -> tuple[bool, bool]:
-        """Whether the decoder begins anew with this packet, and whether its frame is shown. `shown` and `broken` are
-        what FilmClock says of it."""
-        torn = self.corrupt & {number - 1, number - 2} if broken else set()
-        anew = broken and (packet.is_keyframe or bool(torn))  # else a camera has set its clock
-        self.corrupt -= torn
-        if packet.is_corrupt:
-            self.corrupt.add(number)
-        self._waits = self._waits or anew
-        if self._waits and packet.is_keyframe:
-            self._waits, self._floor = False, shown
-        before = self._floor is not None and shown is not None and shown < self._floor
-        return anew, not (self._waits or before)
-
-
 def _read(
     container: av.container.InputContainer, track: av.VideoStream, clock: FilmClock
 ) -> tuple[list[_Packet], set[int], set[int], set[int], Fraction]:
@@ -239,7 +217,7 @@ def _read(
         if not packet.size or packet.is_discard or (vp8 and not memoryview(packet)[0] & VP8_SHOWN):
             continue
         shown, broken = clock.add(packet.pts, packet.dts)
-        anew, visible = splices.add(number, packet, shown, broken)
+        anew, visible = splices.add(number, packet.is_keyframe, packet.is_corrupt, shown, broken)
         if anew:
             starts.add(number)
         if visible:

@@ -8,8 +8,8 @@ import av
 import numpy as np
 
 from .clock import now
-from .film_clock import FilmClock
-from .film_index import HEADERS, Splices, claimed_ticks, has_stamps, may_leap, shown_by_order, steady
+from .film_clock import FilmClock, Splices
+from .film_index import HEADERS, claimed_ticks, has_stamps, may_leap, shown_by_order, steady
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class StreamFrames:
                 yield from self._take(number, packet, came)
             try:
                 frames = packet.decode()
-            except av.InvalidDataError:
+            except av.FFmpegError:
                 if self.key:
                     logger.debug("%s: a frame that does not decode", self.name)
                     yield None, 0.0, came, None
@@ -47,7 +47,7 @@ class StreamFrames:
     def _take(self, number: int, packet: av.Packet, came: float) -> Iterator[tuple]:
         """Note when the frame of a packet is shown. Yields what is left in the decoder where it begins anew."""
         shown, broken = self.clock.add(packet.pts, packet.dts, came)
-        anew, visible = self.splices.add(number, packet, shown, broken)
+        anew, visible = self.splices.add(number, packet.is_keyframe, packet.is_corrupt, shown, broken)
         if anew:
             yield from self._timed(self.track.codec_context.decode(None), came)
             self.track.codec_context.flush_buffers()

@@ -27,6 +27,7 @@ _announced: set[str] = set()  # readers that a log line has named: one line a fi
 
 FRAMES_PER_CLIP = 2
 SIDE_FACTOR = 28  # a merged visual token covers 28 × 28 pixels
+MOST_FRAMES = 10**7  # 58 days at 2 fps: more is a time stamp that is broken
 SLACK = 2e-3  # seconds by which containers round a timestamp or a duration
 
 
@@ -138,7 +139,10 @@ def read_video(
         raise InputError(f"fps {fps} must be above 0")
     index = index or index_video(path)
     rate = sampled_rate(index, fps)
-    picked = pick_frames(index.times, index.duration, rate, start, end)
+    try:
+        picked = pick_frames(index.times, index.duration, rate, start, end)
+    except InputError as error:
+        raise InputError(f"video {path}: {error}") from error
     if picked is None:
         asked = "" if start is None and end is None else f" between {start or 0:g} s and {end or index.duration:g} s"
         raise InputError(
@@ -169,7 +173,8 @@ def pick_frames(
 ) -> np.ndarray | None:
     """Indices into `times` of the frame on screen at start, start + 1/rate, … before `end` and `duration`.
 
-    None where that is less than one clip. Raises InputError for a `start` or `end` that cannot be.
+    None where that is less than one clip. Raises InputError for a `start` or `end` that cannot be, and for more than
+    MOST_FRAMES.
     """
     start = 0.0 if start is None else start
     if not start >= 0:
@@ -179,6 +184,11 @@ def pick_frames(
     end = duration if end is None else min(end, duration)
     if end - start + SLACK < FRAMES_PER_CLIP / rate:
         return None
+    if (end - start) * rate > MOST_FRAMES:
+        raise InputError(
+            f"{(end - start) * rate:.3g} frames of {end - start:.3g} s are more than {MOST_FRAMES}: give a smaller "
+            "end, or rewrite the video, whose time stamps may be broken"
+        )
     targets = start + np.arange(int(np.ceil((end - start - SLACK) * rate))) / rate
     return np.maximum(np.searchsorted(times, targets + SLACK, side="right") - 1, 0)
 

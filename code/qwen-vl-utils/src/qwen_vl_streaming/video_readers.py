@@ -72,7 +72,7 @@ def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.Video
                     skipped = number
                 try:
                     frames = packet.decode()
-                except av.InvalidDataError as error:
+                except av.FFmpegError as error:
                     if number - skipped <= delay:
                         continue
                     raise InputError(
