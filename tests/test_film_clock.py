@@ -66,3 +66,13 @@ def test_packets_without_stamps_have_no_time():
     assert clock.add(None, None) == (None, False)
     assert clock.add(None, 0) == (None, False)
     assert clock.add(100, None) == (100, False)
+
+
+@pytest.mark.parametrize("options", [{"live": True}, {"leaps": True}])
+@pytest.mark.parametrize("broken", [(80_000, 300), (300, 80_000), (-80_000, 300)])
+def test_one_broken_stamp_moves_nothing_else(options, broken):
+    clock = FilmClock(MILLISECOND, "film", **{"leaps": False, **options})
+    stamps = [(0, 0), (100, 100), (200, 200), broken, (400, 400), (500, 500)]
+    came = [i / 10 for i in range(6)]
+    shown = [clock.add(pts, dts, then)[0] for (pts, dts), then in zip(stamps, came, strict=True)]
+    assert shown == [0, 100, 200, 300, 400, 500]

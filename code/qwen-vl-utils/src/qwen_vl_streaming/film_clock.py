@@ -45,6 +45,8 @@ class FilmClock:
         None for a packet without a stamp. `came` is the wall-clock time of its arrival, for a live source.
         """
         broken = False
+        if None not in (pts, dts) and (self.live or self.leaps) and abs(pts - dts) * self.time_base > LEAP:
+            pts = dts  # one of them is broken, and that of decoding is checked
         if dts is not None:
             broken = self._newest is not None and self._step(pts, dts, came)
             at = dts + self.shift

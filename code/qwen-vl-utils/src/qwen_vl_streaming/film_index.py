@@ -1,6 +1,8 @@
 """When each frame of a video file is shown, found without decoding more than its first frame. Knows nothing about
 sampling, clips or sizes."""
 
+import errno
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -159,6 +161,15 @@ def open_film(source: str | Path | BinaryIO) -> av.container.InputContainer:
     return av.open(source, metadata_errors="replace")
 
 
+def demux(container: av.container.InputContainer, *tracks: av.VideoStream) -> Iterator[av.Packet]:
+    """The packets of some tracks, or of all. Raises OSError where a track begins in the middle, which PyAV cannot
+    read."""
+    try:
+        yield from container.demux(*tracks)
+    except IndexError as error:
+        raise OSError(errno.EINVAL, "a track begins in its middle") from error
+
+
 def film_track(
     container: av.container.InputContainer, name: str, fix: str = "download it again or leave it out"
 ) -> av.VideoStream:
@@ -208,7 +219,7 @@ def _read(
     packets: list[_Packet] = []
     splices, skipped, starts = Splices(), set(), set()
     end, number, vp8 = Fraction(0), -1, track.codec_context.name == "vp8"
-    for packet in container.demux():
+    for packet in demux(container):
         if packet.pts is not None and packet.size:
             end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
         if packet.stream_index != track.index:
@@ -234,7 +245,7 @@ def _first_decoded(source: str | Path | BinaryIO, name: str) -> int:
     try:
         with open_film(source) as container:
             track = film_track(container, f"video {name}")
-            for number, packet in enumerate(container.demux(track)):
+            for number, packet in enumerate(demux(container, track)):
                 packet.pts = number  # handed on to its frame
                 key = key or packet.is_keyframe
                 try:

@@ -17,7 +17,7 @@ import torch
 
 from .clock import now
 from .errors import InputError
-from .film_index import check_stamps, film_track, last_gap
+from .film_index import check_stamps, demux, film_track, last_gap
 from .live_source import FRAMES_TO_BUDGET_FOR, Clip
 from .stream_frames import StreamFrames, slow_rate
 from .video import FRAMES_PER_CLIP, SLACK, PixelBudget, resize_frame
@@ -199,7 +199,7 @@ class _StreamReader:
             name = f"source {self.source}"
             track = film_track(container, name, "check its address")
             self.film = bool(container.duration or (container.size > 0 and container.format.name not in PLAYLISTS))
-            packets = container.demux(track)
+            packets = demux(container, track)
             if self.film:
                 check_stamps(container, name)
                 ahead = list(itertools.islice(packets, LOOK_AHEAD))

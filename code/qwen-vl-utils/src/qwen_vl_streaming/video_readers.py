@@ -13,7 +13,7 @@ import av
 import numpy as np
 
 from .errors import InputError
-from .film_index import FrameIndex, film_track, open_film
+from .film_index import FrameIndex, demux, film_track, open_film
 
 
 class ReaderError(Exception):
@@ -62,7 +62,7 @@ def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.Video
             track.thread_type = "AUTO"
             delay = track.codec_context.thread_count + 1  # packets after which an error is reported at most
             skipped = -delay
-            for number, packet in enumerate(container.demux(track)):
+            for number, packet in enumerate(demux(container, track)):
                 if number in index.anew:
                     for frame in track.codec_context.decode(None):
                         yield frame.pts, frame
