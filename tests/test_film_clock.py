@@ -32,6 +32,11 @@ def test_leaps_are_believed_but_where_stamps_may_begin_anew(leaps, last):
     assert times([0, 100, 60_000], leaps=leaps) == [0, 100, last]
 
 
+def test_a_leap_beyond_what_the_container_claims():
+    assert times([0, 100, 9_000_000, 300], length=0.4) == [0, 100, 200, 300]
+    assert times([0, 100, 60_000], length=61) == [0, 100, 60_000]
+
+
 def test_a_leap_up_to_ten_seconds_is_a_gap():
     assert times([0, 100, 10_000], leaps=True) == [0, 100, 10_000]
 

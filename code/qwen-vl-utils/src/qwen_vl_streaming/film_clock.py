@@ -6,6 +6,7 @@ Stamps and film time are whole ticks of the track's time base; wall-clock times 
 
 import collections
 import logging
+import math
 from fractions import Fraction
 
 logger = logging.getLogger(__name__)
@@ -21,15 +22,26 @@ class FilmClock:
     """Shifts the stamps of one track's packets, which are added in the order of decoding, onto one time line.
 
     A stamp that goes back is a discontinuity: two recordings were joined, or an encoder was restarted. So is one that
-    leaps ahead by more than LEAP in a format whose stamps may do that (`leaps`; a screen recording in MP4 may show one
-    frame for minutes). The time line then goes on one frame after the newest one. Of a `live` source the arrivals
-    tell: a stamp that leaps ahead by LEAP more than the time that has passed, or that stays, is a discontinuity, and
-    the time line goes on by what has passed. Each is logged once, with the `name` of the source.
+    leaps ahead by more than LEAP in a format whose stamps may do that (`leaps`), or beyond the `length` in seconds that
+    the container claims; a screen recording in MP4 may show one frame for minutes. The time line then goes on one
+    frame after the newest one. Of a `live` source the arrivals tell: a stamp that leaps ahead by LEAP more than the
+    time that has passed, or that stays, is a discontinuity, and the time line goes on by what has passed. Each is
+    logged once, with the `name` of the source.
     """
 
-    def __init__(self, time_base: Fraction, name: str, *, leaps: bool, reorder: int = 0, live: bool = False):
+    def __init__(
+        self,
+        time_base: Fraction,
+        name: str,
+        *,
+        leaps: bool,
+        reorder: int = 0,
+        live: bool = False,
+        length: float | None = None,
+    ):
         """`reorder` is the number of frames by which the order of decoding may differ from that of showing."""
         self.time_base, self.name, self.leaps, self.reorder, self.live = time_base, name, leaps, reorder, live
+        self.length = math.inf if length is None else length
         self.shift = 0
         """Ticks to add to a stamp."""
         self.breaks = 0
@@ -71,7 +83,7 @@ class FilmClock:
         back = BACK if self.leaps else max(BACK, float((self.reorder + 1) * self._longest * self.time_base))
         if step < -back:
             what = f"go back by {-step:.1f} s"
-        elif (self.live or self.leaps) and step - passed > LEAP:
+        elif step - passed > LEAP and (self.live or self.leaps or self._since() + step > self.length + LEAP):
             what = f"leap ahead by {step:.1f} s"
         elif self.live and step <= 0 and passed > STUCK:
             what = f"have stayed for {passed:.1f} s"
@@ -85,9 +97,13 @@ class FilmClock:
         self.shift = shift
         self.breaks += 1
         self._recent.clear()
-        at = float((self._newest - self._first) * self.time_base)
+        at = self._since()
         logger.warning("%s: its time stamps %s at %.1f s: film time goes on without that", self.name, what, at)
         return True
+
+    def _since(self) -> float:
+        """Seconds from the first packet to the newest."""
+        return float((self._newest - self._first) * self.time_base)
 
     def _ticks(self, seconds: float) -> int:
         return max(1, round(seconds / self.time_base))

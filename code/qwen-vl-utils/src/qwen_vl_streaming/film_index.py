@@ -88,8 +88,7 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
             track = film_track(container, f"video {name}")
             check_stamps(container, f"video {name}")
             time_base = track.time_base
-            reorder = track.codec_context.reorder_depth
-            clock = FilmClock(time_base, f"video {name}", leaps=may_leap(container), reorder=reorder)
+            clock = film_clock(container, track, f"video {name}")
             packets, skipped, damaged, anew, end = _read(container, track, clock)
             claims = {} if clock.breaks or may_leap(container) else _claims(container, track)
             others = float(max((_end(s) for s in container.streams if s.index != track.index), default=0.0))
@@ -195,6 +194,19 @@ def has_stamps(container: av.container.InputContainer) -> bool:
 def may_leap(container: av.container.InputContainer) -> bool:
     """Whether time stamps of this format may start anew. Such a format has no claims of its own about its length."""
     return bool(container.format.flags & av.format.Flags.ts_discont.value)
+
+
+def film_clock(
+    container: av.container.InputContainer, track: av.VideoStream, name: str, live: bool = False
+) -> FilmClock:
+    return FilmClock(
+        track.time_base,
+        name,
+        leaps=may_leap(container),
+        reorder=track.codec_context.reorder_depth,
+        live=live,
+        length=container.duration / av.time_base if container.duration else None,
+    )
 
 
 def shown_by_order(container: av.container.InputContainer, track: av.VideoStream) -> bool:

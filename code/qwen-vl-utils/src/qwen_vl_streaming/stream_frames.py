@@ -8,8 +8,8 @@ import av
 import numpy as np
 
 from .clock import now
-from .film_clock import FilmClock, Splices
-from .film_index import HEADERS, claimed_ticks, has_stamps, may_leap, shown_by_order, steady
+from .film_clock import Splices
+from .film_index import HEADERS, claimed_ticks, film_clock, has_stamps, shown_by_order, steady
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +19,7 @@ REMEMBERED = 256  # packets for whose frames a decoder may keep one waiting
 class StreamFrames:
     def __init__(self, container: av.container.InputContainer, track: av.VideoStream, name: str, film: bool):
         """`film`: the packets come as they are asked for, so that their arrivals tell nothing."""
-        reorder = track.codec_context.reorder_depth
-        self.clock = FilmClock(track.time_base, name, leaps=may_leap(container), reorder=reorder, live=not film)
+        self.clock = film_clock(container, track, name, live=not film)
         self.track, self.name = track, name
         self.stamped, self.by_order = has_stamps(container), shown_by_order(container, track)
         self.splices = Splices()

@@ -2,7 +2,7 @@
 
 One rule picks the frames, whatever decodes them: at each target time start, start + 1/fps, … the frame that a viewer
 would see at that moment, which is the newest one whose timestamp is not later. So variable frame rates come out right,
-no frame is taken from the future, and PyAV and decord give the same frames. live_source.py follows the same rule.
+no frame is taken from the future, and PyAV and decord give the same frames. live_stream.py follows the same rule.
 Times are in seconds from the video's first frame.
 """
 
