@@ -18,7 +18,9 @@ import torch
 
 from .devices import DEVICE_HELP, choose_device, look
 from .errors import InputError, OneLineParser
-from .live_source import Clip, paced_clips, stream_clips, synthetic_clips
+from .film_index import index_video
+from .live_source import Clip, paced_clips, synthetic_clips
+from .live_stream import stream_clips
 from .paths import PROJECT, find_model, look_up
 from .prompts import QUESTIONS
 from .record import WAYS
@@ -27,7 +29,6 @@ from .session import GREEDY
 from .trained import check_trained
 from .variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
 from .video import BUDGETS, FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
-from .video_readers import index_video
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
         if index.duration > end:
             logger.warning("%s lasts %.1f s, of which %g are watched: see --max-clips", name, index.duration, end)
             cut = {"end": end}
-    video = read_video(name, fps=fps, budget=budget, **cut)
+    video = read_video(name, fps=fps, budget=budget, index=index, **cut)
     logger.info("frames of %d x %d pixels: --budget %s", *reversed(video.frames.shape[2:]), budget.budget)
     about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **cut}}
     height, width = video.frames.shape[2:]
