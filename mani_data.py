@@ -24,6 +24,7 @@ from pe_video.rules import Rules
 from pe_video.run import STATE_FOLDER, prepare_dataset
 from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.paths import look_up
+from qwen_vl_streaming.progress import quiet_http
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "test")
@@ -153,6 +154,7 @@ def check_names(names: dict[str, str], output_dir: Path, videos: Path) -> None:
 def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(format="%(levelname)s %(message)s")
+    quiet_http()
     for name in ("pe_video", "funqa"):
         logging.getLogger(name).setLevel(logging.INFO)
     options = options_from(arguments)

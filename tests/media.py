@@ -9,7 +9,7 @@ import json
 import os
 import struct
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +20,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 BARS = 8
+QUIET = {
+    "libx264": {"preset": "ultrafast", "x264-params": "log-level=none"},
+    "libx265": {"preset": "ultrafast", "x265-params": "log-level=none"},
+}
 
 
 def make_video(
@@ -34,11 +38,11 @@ def make_video(
     container: str | None = None,
     keyframe_every: int = 12,
     options: dict[str, str] | None = None,
+    time_base: Fraction = Fraction(1, 90_000),
 ) -> Path | io.BytesIO:
     """Write a video whose frame i is shown from times[i] on (default: `seconds` at a steady `fps`)."""
     times = [i / fps for i in range(round(seconds * fps))] if times is None else times
-    time_base = Fraction(1, 90_000)
-    quiet = {"x264-params": "log-level=none"} if codec == "libx264" else {"x265-params": "log-level=none"}
+    quiet = QUIET.get(codec, {})
     file = str(path) if isinstance(path, Path) else path
     with av.open(file, "w", format=container) as out:
         stream = out.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
@@ -47,7 +51,7 @@ def make_video(
         stream.codec_context.time_base = time_base
         stream.codec_context.gop_size = keyframe_every
         stream.codec_context.thread_count = 1
-        stream.options = {"preset": "ultrafast", **quiet, **(options or {})}
+        stream.options = {**quiet, **(options or {})}
         for number, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(picture(number, size), format="rgb24")
             frame.pts, frame.time_base = round(time / time_base), time_base
@@ -75,13 +79,59 @@ def read_number(image: np.ndarray) -> int:
 
 def rotate(path: Path, degrees: int) -> Path:
     """Turn an MP4 clockwise by its header alone, as phones do."""
+    return set_matrix(path, *{90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees])
+
+
+def set_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
+    """Have the header of an MP4 say that a pixel at (x, y) is to be shown at (ax + cy, bx + dy)."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4
     start += 4 + (32 if data[start] else 20) + 16
-    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
     data[start : start + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     return path
+
+
+def remux(
+    source: Path,
+    target: Path,
+    change: Callable[[int, av.Packet], bool | None] = lambda number, packet: None,
+    *,
+    container: str | None = None,
+    sound: tuple[float, float] | None = None,
+    cover: bool = False,
+) -> Path:
+    """Copy the picture packets of a file into another format. `change` may set the stamps of each, by its number; a
+    packet for which it returns False is left out. `sound` adds a track of silence from one second to another; `cover`
+    puts the picture of another video, of one frame that shows 255, before it."""
+    with av.open(str(source)) as film, av.open(str(target), "w", format=container) as out:
+        if cover:
+            art = out.add_stream("mjpeg", rate=25)
+            art.width, art.height, art.pix_fmt, art.codec_context.time_base = 160, 96, "yuvj420p", Fraction(1, 25)
+            art.disposition = av.stream.Disposition.attached_pic
+        track = out.add_stream_from_template(film.streams.video[0])
+        audio = out.add_stream("libmp3lame", rate=44_100) if sound else None
+        packets = []
+        if cover:
+            frame = av.VideoFrame.from_ndarray(picture(255), format="rgb24")
+            frame.pts, frame.time_base = 0, Fraction(1, 25)
+            packets += art.encode(frame) + art.encode()
+        for number, packet in enumerate(film.demux(film.streams.video[0])):
+            if packet.size and change(number, packet) is not False:
+                packet.stream = track
+                packets.append(packet)
+        if audio:
+            frame_size = (
+                1152 if audio.codec_context.name.startswith("libmp3") or "mp3" in audio.codec_context.name else 1024
+            )
+            for start in range(int(sound[0] * 44_100), int(sound[1] * 44_100), frame_size):
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, frame_size), np.float32), format="fltp", layout="mono")
+                frame.sample_rate, frame.pts, frame.time_base = 44_100, start, Fraction(1, 44_100)
+                packets += audio.encode(frame)
+            packets += audio.encode()
+        for packet in sorted(packets, key=lambda packet: (packet.dts or 0) * packet.time_base):
+            out.mux(packet)
+    return target
 
 
 def video_bytes(**keywords) -> bytes:

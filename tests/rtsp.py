@@ -36,13 +36,14 @@ def payloads(picture: bytes) -> Iterator[bytes]:
 
 class Camera(socketserver.ThreadingTCPServer):
     """Plays `path` (MPEG-TS) to each connection from its beginning, `plays` of them; then it answers no more. `speed`
-    is how many times real time, and each connection is cut after `seconds` of video."""
+    is how many times real time, and each connection is cut after `seconds` of video. `clock` is what the camera takes
+    a moment of the video for."""
 
     daemon_threads = allow_reuse_address = True
 
-    def __init__(self, path: Path, plays: int = 1, speed: float = 1.0, seconds: float = float("inf")):
+    def __init__(self, path: Path, plays: int = 1, speed: float = 1.0, seconds: float = float("inf"), clock=float):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.plays, self.speed, self.seconds, self.asked = plays, speed, seconds, []
+        self.plays, self.speed, self.seconds, self.clock, self.asked = plays, speed, seconds, clock, []
         with av.open(str(path)) as container:
             packets = [packet for packet in container.demux(video=0) if packet.size]
             self.pictures = [(float(packet.pts * packet.time_base), bytes(packet)) for packet in packets]
@@ -98,6 +99,13 @@ class _Handler(socketserver.StreamRequestHandler):
             parts = list(payloads(picture))
             for part in parts:
                 marker = 0x80 if part is parts[-1] else 0
-                head = struct.pack(">BBHII", 0x80, marker | 96, number % 2**16, round(moment * CLOCK) % 2**32, source)
+                head = struct.pack(
+                    ">BBHII",
+                    0x80,
+                    marker | 96,
+                    number % 2**16,
+                    round(self.server.clock(moment) * CLOCK) % 2**32,
+                    source,
+                )
                 self.wfile.write(struct.pack(">cBH", b"$", 0, len(head) + len(part)) + head + part)
                 number += 1

@@ -81,7 +81,7 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_EVAL_MODEL_PATH=code/qwen-vl-finetune/output/qwen2_5vl-pe-group-7B bash eval.sh --output-file "
     "group_7B_infer.json": LAUNCHED,
     "python code/evaluation/load_elsewhere.py CHECKPOINT --python OTHER/bin/python": HELP,
-    "bash scripts/sft.sh --help": LAUNCHED,
+    "bash scripts/sft.sh --help": Run("usage: sft.sh"),
     "python -m qwenvl.merge --adapter DIR --output DIR": HELP,
     "bash scripts/sft.sh": LAUNCHED,
     "CUDA_VISIBLE_DEVICES=0,1 bash scripts/sft.sh": LAUNCHED,
@@ -96,7 +96,7 @@ COMMANDS: dict[str, Run | str] = {
     "bash eval.sh --task funqa": LAUNCHED,
     "QWEN2_5_VL_VARIANT=gap bash eval.sh --schedule random --output-file gap_random_infer.json": LAUNCHED,
     "python code/evaluation/report.py code/evaluation/output/*_infer.json --output report": Run("page: report.html"),
-    "python code/evaluation/verify.py FILE": Run(" of 2 videos are the arg-max of the stock model, group"),
+    "python code/evaluation/verify.py FILE": Run(" of 2 videos are the arg-max of the stock model in float32, group"),
     "python -m qwen_vl_streaming.live --model MODEL --source film.mp4": Run(
         "live_output/", " --speed 100 --max-new-tokens 20 --device cpu"
     ),

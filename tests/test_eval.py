@@ -15,6 +15,7 @@ import verify
 import watching
 from make_data import DataConfig, make_dataset
 from make_model import tiny_checkpoint
+from media import make_video
 from qwen_vl_streaming.errors import InputError, run
 from qwen_vl_streaming.prompts import Template
 from qwen_vl_streaming.variants import VARIANTS
@@ -228,8 +229,29 @@ def test_frames_are_sized_as_in_training_unless_asked_otherwise():
     assert PixelBudget.trained(trained, Settings()) == PixelBudget(3136, 7056)
     assert PixelBudget.trained(trained, Settings(max_pixels_per_frame=6272)) == PixelBudget(3136, 6272)
     assert PixelBudget.trained(SimpleNamespace(), Settings()) == PixelBudget()
+    stream = SimpleNamespace(pixel_budget={"budget": "stream"})
+    assert PixelBudget.trained(stream, Settings()) == PixelBudget(budget="stream")
+    assert PixelBudget.trained(stream, Settings(budget="video")) == PixelBudget()
     with pytest.raises(InputError, match="max_pixels_per_frame 100"):
         PixelBudget.trained(trained, Settings(max_pixels_per_frame=100))
+
+
+def test_early_words_do_not_know_how_long_the_video_will_be(made, evaluate, tmp_path, monkeypatch):
+    """With --budget stream, what is written before the last slot of a video is what is written for a longer one that
+    begins with it."""
+    monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
+    sizes = {"size": (320, 240), "options": {"bf": "0", "x264-params": "rc-lookahead=0:log-level=none", "qp": "20"}}
+    films = [make_video(tmp_path / f"{n}.mp4", seconds=n, **sizes) for n in (3, 6)]
+    rows = [{**json.loads(made[1].read_text().splitlines()[0]), "video_path": str(film)} for film in films]
+    data = tmp_path / "films.jsonl"
+    data.write_text("".join(json.dumps({**row, "video_id": str(i)}) + "\n" for i, row in enumerate(rows)))
+    flags = ["--data", str(data), "--max-pixels-per-frame", str(784 * 90), "--max-pixels-per-video", str(784 * 200)]
+    out = evaluate(*flags, "--budget", "stream")
+    assert json.loads((out / "group_infer.args.json").read_text())["budget"] == "stream"
+    lines = map(json.loads, (out / "group_infer.json").read_text().splitlines())
+    short, long = sorted(lines, key=lambda row: row["clips"])
+    early = [token for token, slot in zip(short["tokens"], short["slots"], strict=True) if slot < 3]
+    assert early and early == long["tokens"][: len(early)]
 
 
 def test_a_forced_variant_is_evaluated(made, evaluate, tmp_path, monkeypatch):

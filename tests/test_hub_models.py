@@ -46,15 +46,22 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, and a hub that refuses every connection."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     point_at("http://127.0.0.1:9", monkeypatch)
-    hub.from_hub.cache_clear()
+    forget()
     yield tmp_path / "cache"
+    forget()
+
+
+def forget() -> None:
+    """What a new process does not know."""
     hub.from_hub.cache_clear()
+    hub.commit_on_hub.cache_clear()
+    hub._warn.cache_clear()
 
 
 def point_at(endpoint: str, monkeypatch) -> None:
     for name, value in (("ENDPOINT", endpoint), ("HUGGINGFACE_CO_URL_TEMPLATE", endpoint + URL)):
         monkeypatch.setattr(constants, name, value)
-    hub.from_hub.cache_clear()
+    forget()
 
 
 URL = "/{repo_id}/resolve/{revision}/{filename}"
@@ -77,7 +84,7 @@ class FakeHub:
                     return self.answer(200, json.dumps({"id": NAME, "sha": commit}).encode())
                 if path.startswith(f"/api/models/{NAME}/tree/"):
                     files = [
-                        {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": f"{number:040x}"}
+                        {"type": "file", "path": file.name, "size": file.lstat().st_size, "oid": f"{number:040x}"}
                         for number, file in enumerate(sorted(folder.iterdir()))
                     ]
                     return self.answer(200, json.dumps(files).encode())
@@ -151,13 +158,13 @@ def test_a_cached_model_is_used_where_the_hub_cannot_be_reached(
 
 
 def test_what_the_cache_lacks_is_named(checkpoints, cache, monkeypatch):
-    with pytest.raises(InputError, match=rf"no such folder, nor is it in the cache .*: run `hf download {NAME}`"):
+    with pytest.raises(InputError, match=rf"no such folder, nor is it in the cache .*: check .* `hf download {NAME}`"):
         load_config(NAME)
     folder = put_into_cache(cache, checkpoints["7B"], NAME)
     for name in ("model-00002-of-00003.safetensors", "preprocessor_config.json"):
         there = (folder / name).readlink()
         (folder / name).unlink()
-        with pytest.raises(InputError, match=rf"lacks {name}\): run `hf download {NAME}`") as error:
+        with pytest.raises(InputError, match=rf"lacks {name}\): check the path, or run `hf download {NAME}`") as error:
             load_config(NAME)
         assert "\n" not in str(error.value)
         (folder / name).symlink_to(there)
@@ -178,7 +185,7 @@ def test_a_model_is_fetched_once_and_then_asked_for_once(checkpoints, cache, mon
         assert {path.name for path in folder.iterdir()} == {path.name for path in checkpoints["3B"].iterdir()}
         assert StockModel.from_pretrained(folder).config.text_config.vocab_size == 151936
         there.asked.clear()
-        hub.from_hub.cache_clear()
+        forget()
         load_all_but_weights()
         assert [path for path in there.asked if NAME in path] == [f"/api/models/{NAME}"]
     with FakeHub(checkpoints["3B"], commit="f" * 40) as newer:
@@ -186,10 +193,39 @@ def test_a_model_is_fetched_once_and_then_asked_for_once(checkpoints, cache, mon
         assert hub.model_folder(NAME).name == "f" * 40 and of_checkpoint(NAME).endswith("f" * 40)
 
 
+def test_weights_are_fetched_when_they_are_needed(checkpoints, cache, monkeypatch):
+    """What can be refused by config and processor is refused before gigabytes come."""
+    with FakeHub(checkpoints["3B"]) as there:
+        point_at(there.endpoint, monkeypatch)
+        load_all_but_weights()
+        assert of_checkpoint(NAME) == f"{NAME} {COMMIT}"
+        assert not [path for path in there.asked if path.endswith(".safetensors")]
+        hub.model_folder(NAME)
+        assert [path for path in there.asked if path.endswith(".safetensors")]
+
+
+def test_a_fetch_that_fails_leaves_the_commit_before(checkpoints, cache, monkeypatch, tmp_path):
+    """A newer commit of which a file cannot be had: one line now, and the model in the cache is whole as it was."""
+    before = put_into_cache(cache, checkpoints["3B"], NAME)
+    newer = tmp_path / "newer"
+    shutil.copytree(checkpoints["3B"], newer)
+    shards = sorted(newer.glob("*.safetensors"))
+    shards[-1].unlink()
+    shards[-1].symlink_to("nowhere")  # listed, and cannot be sent
+    with FakeHub(newer, commit="f" * 40) as broken:
+        point_at(broken.endpoint, monkeypatch)
+        with pytest.raises(
+            InputError, match=f"could not be fetched.*HF_HUB_OFFLINE=1 to use the cached commit {COMMIT}"
+        ):
+            hub.model_folder(NAME)
+    point_at("http://127.0.0.1:9", monkeypatch)
+    assert hub.model_folder(NAME) == before
+
+
 @pytest.mark.parametrize(
     ("refusal", "says"),
     [
-        ((403, "GatedRepo"), "those only who have asked for access.*hf auth login"),
+        ((403, "GatedRepo"), "access to it must be requested.*hf auth login"),
         ((401, "RepoNotFound"), "has no such model, or none that you may see.*no such folder"),
     ],
 )
@@ -328,7 +364,9 @@ def test_a_base_that_transformers_5_has_saved_keeps_its_files(made, tmp_path):
 def test_other_environments_are_compared(made, checkpoints, capsys, monkeypatch):
     arguments = ["load_elsewhere.py", str(made[0]), "--python", sys.executable, "/no/such/python"]
     monkeypatch.setattr("sys.argv", arguments)
-    assert load_elsewhere.main() == 1
+    with pytest.raises(SystemExit) as end:
+        load_elsewhere.main()
+    assert end.value.code == 1
     _, same, fails = capsys.readouterr().out.splitlines()
     assert "the same, logits at most 0" in same
     assert fails == "/no/such/python: FAILS: it cannot be run (No such file or directory)"

@@ -115,6 +115,8 @@ def test_frames_are_sized_as_in_training_unless_asked_otherwise(monkeypatch):
     for flags, budget in (((), PixelBudget(3136, 7056)), (("--max-pixels-per-frame", "6272"), PixelBudget(3136, 6272))):
         monkeypatch.setattr(sys, "argv", ["live", "--model", "m", "--source", "synthetic", *flags])
         assert PixelBudget.trained(trained, parse("")) == budget
+    monkeypatch.setattr(sys, "argv", ["live", "--model", "m", "--source", "synthetic", "--budget", "stream"])
+    assert PixelBudget.trained(trained, parse("")) == PixelBudget(3136, 7056, budget="stream")
 
 
 @pytest.mark.parametrize("way", ["serial", "fused"])

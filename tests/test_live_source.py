@@ -1,5 +1,6 @@
 """Clips as they happen: paced files, a synthetic scene, and HTTP and RTSP streams that drop in the middle."""
 
+import contextlib
 import threading
 import time
 from functools import partial
@@ -10,7 +11,8 @@ import pytest
 import torch
 from media import make_video, read_number
 from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.live_source import file_clips, stream_clips, synthetic_clips
+from qwen_vl_streaming.live_source import file_clips, synthetic_clips
+from qwen_vl_streaming.live_stream import stream_clips
 from qwen_vl_streaming.video import PixelBudget, read_video
 from rtsp import Camera
 
@@ -22,7 +24,7 @@ def serve():
     """Serve each connection the next of some streams, a list of (bytes, seconds to wait before them); then refuse."""
     servers = []
 
-    def start(connections):
+    def start(connections, kind="video/mp2t"):
         left = list(connections)
 
         class Handler(BaseHTTPRequestHandler):
@@ -31,11 +33,12 @@ def serve():
                     self.send_error(404)
                     return
                 self.send_response(200)
-                self.send_header("Content-Type", "video/mp2t")
+                self.send_header("Content-Type", kind)
                 self.end_headers()
                 for data, delay in left.pop(0):
                     time.sleep(delay)
-                    self.wfile.write(data)
+                    with contextlib.suppress(ConnectionError):  # who watches may leave
+                        self.wfile.write(data)
 
             def log_message(self, *_):
                 pass

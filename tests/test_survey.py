@@ -68,6 +68,8 @@ def test_what_is_bad(made, tmp_path):
         (tmp_path / f"{name}.mp4").write_bytes(content)
     make_video(tmp_path / "short.mp4", seconds=0.5)
     make_video(tmp_path / "ribbon.mp4", seconds=3, size=(2002, 8))
+    (tmp_path / "coded.mp4").write_bytes(data.replace(b"avc1", b"zzz1"))
+    make_video(tmp_path / "action.mp4", [0, 5, 5.1, 5.2, 29])
     spoil(whole, tmp_path / "spoilt.mp4")
     five = "A red ring turns blue"
     rows = [
@@ -83,6 +85,8 @@ def test_what_is_bad(made, tmp_path):
         {"video_path": "whole.mp4", "human_caption": five, "says": "its caption has 5 tokens for 6 clips"},
         {"video_path": "whole.mp4", "human_caption": f"{five} now", "says": None},
         {"video_path": "spoilt.mp4", "says": None},  # only decoding tells
+        {"video_path": "coded.mp4", "says": "no decoder"},
+        {"video_path": "action.mp4", "says": "tokens for 30 clips"},
     ]
     samples = dataset(made[0], rows, tmp_path)
     bad = survey.find_bad(samples)
@@ -90,11 +94,11 @@ def test_what_is_bad(made, tmp_path):
         assert (row["says"] in bad[index]) if row["says"] else (index not in bad), row
     assert len(survey.find_bad(samples, enough=2)) == 3
     # As training says it when it reads them, and where writing begins after the video no slot stays silent.
-    for index in (0, 1, 5, 8, 9):
+    for index in (0, 1, 5, 8, 9, 12, 13):
         assert samples[index].bad[1] == bad[index]
     assert samples[11].bad and not samples[10].bad
     offline = survey.find_bad(dataset(made[0], rows, tmp_path, "batch"))
-    assert offline.keys() == bad.keys() - {9}
+    assert offline.keys() == bad.keys() - {9, 13}
 
 
 def rows_of(made):

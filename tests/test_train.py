@@ -165,6 +165,6 @@ def test_a_gpu_holds_every_mask_in_flex_attention(made, variant, cuda, packed, c
 
 
 def test_data_arguments_know_the_budget(made):
-    assert DataArguments(train_data=str(made[1])).budget == PixelBudget()
+    assert DataArguments(train_data=str(made[1])).pixel_budget == PixelBudget()
     with pytest.raises(InputError, match="nowhere"):
         DataArguments(train_data="nowhere.jsonl")

@@ -134,15 +134,13 @@ def test_odd_sizes(tmp_path):
         assert all(side % 28 == 0 for side in video.frames.shape[2:])
 
 
-def test_mpegts_is_read_with_pyav(tmp_path, caplog):
+def test_mpegts_is_not_read_with_decord(tmp_path):
     """Decord loses the opening frames of a transport stream without a word."""
     times = [i / 10 for i in range(40)]
     path = make_video(tmp_path / "v.ts", times)
-    with caplog.at_level(logging.INFO):
-        video = read_video(path, budget=SMALL)
-    assert numbers(video) == on_screen(times, np.arange(8) / 2)
-    assert "decord cannot read it" in caplog.text
-    assert "read with pyav" in caplog.text
+    assert numbers(read_video(path, budget=SMALL)) == on_screen(times, np.arange(8) / 2)
+    with pytest.raises(InputError, match=r"decord cannot read a file with MPEG-TS.*FORCE_QWENVL_VIDEO_READER=pyav"):
+        read_video(path, budget=SMALL, reader="decord")
 
 
 def test_log_names_each_reader_once(tmp_path, caplog, monkeypatch):
@@ -151,14 +149,14 @@ def test_log_names_each_reader_once(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         for reader in (None, "decord", "pyav"):
             read_video(path, budget=SMALL, reader=reader)
-    assert [record.message for record in caplog.records] == [f"{path}: read with {name}" for name in ("decord", "pyav")]
+    assert [record.message for record in caplog.records] == [f"{path}: read with {name}" for name in ("pyav", "decord")]
 
 
 def test_choose_reader():
     assert choose_reader({}) is None
     assert choose_reader({"FORCE_QWENVL_VIDEO_READER": ""}) is None
     assert choose_reader({"FORCE_QWENVL_VIDEO_READER": "PyAV"}) == "pyav"
-    with pytest.raises(InputError, match=r"torchcodec.*decord or pyav"):
+    with pytest.raises(InputError, match=r"torchcodec.*pyav or decord"):
         choose_reader({"FORCE_QWENVL_VIDEO_READER": "torchcodec"})
 
 
@@ -183,6 +181,29 @@ def test_pixel_budget(height, ratio, frames):
     assert tall * wide >= budget.min_pixels_per_frame
     share = max(budget.max_pixels_per_video / frames, budget.min_pixels_per_frame * 1.25)  # rounded up to whole tokens
     assert tall * wide <= min(budget.max_pixels_per_frame, share)
+
+
+@pytest.mark.parametrize("height, width", [(720, 1280), (1080, 1920), (480, 640), (1280, 720)])
+def test_a_stream_is_sized_as_the_longest_video(height, width):
+    """The published budget gives a short video larger frames, so that their size tells how long it will be."""
+    published, stream = PixelBudget(), PixelBudget(budget="stream")
+    longest = published.size(height, width, 60)
+    assert {stream.size(height, width, frames) for frames in (0, 2, 10, 60, 600)} == {longest}
+    assert published.size(height, width, 0) == longest != published.size(height, width, 10)
+    with pytest.raises(InputError, match="--budget film: choose video or stream"):
+        PixelBudget(budget="film")
+
+
+def test_frames_of_a_longer_video_begin_with_those_of_a_shorter_one(tmp_path):
+    """To the bit with `stream`, and not with the published budget."""
+    sizes = {"size": (320, 240), "options": {"bf": "0", "x264-params": "rc-lookahead=0:log-level=none", "qp": "20"}}
+    short, long = (make_video(tmp_path / f"{n}.mp4", seconds=n, **sizes) for n in (3, 6))
+    pixels = 28 * 28 * 4, 28 * 28 * 90, 28 * 28 * 200
+    for reader in ("decord", "pyav"):
+        for way, same in (("stream", True), ("video", False)):
+            frames = [read_video(p, budget=PixelBudget(*pixels, way), reader=reader).frames for p in (short, long)]
+            assert (frames[0].shape[1:] == frames[1].shape[1:]) == same
+            assert not same or torch.equal(frames[0], frames[1][: len(frames[0])])
 
 
 def test_a_narrow_picture_keeps_a_row_of_tokens():

@@ -90,12 +90,10 @@ class Bench:
     kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self):
-        on_gpu = find_device() == "cuda"
+        on_gpu = find_device(self.size) == "cuda"
         self.device, self.other = ("cuda:0", "cuda:1") if on_gpu else ("cpu", "cpu")
         if "pipelined" in self.ways and on_gpu and torch.cuda.device_count() < 2:
             raise InputError("pipelined needs two GPUs, and there is one: leave it out with --ways serial fused")
-        if self.size != "tiny" and self.device == "cpu":
-            raise InputError(f"--size {self.size} needs a GPU: on a CPU give --size tiny")
         self.model = load(self.size, self.layers, self.device)
         self.flop_rate, self.byte_rate = rates(self.device.partition(":")[0])
 

@@ -19,7 +19,7 @@ import time
 import torch
 from qwen_vl_streaming.attention import dense_mask, make_mask
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.errors import OneLineParser, run
+from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, VisionAttention
 from qwen_vl_streaming.positions import timeline_positions
 from qwen_vl_streaming.timeline import CLIP, NOTHING, Layout, Timeline, make_timeline
@@ -134,9 +134,12 @@ def seconds(work, repeats: int, device: str) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def find_device() -> str:
-    """cuda, or cpu where there is no GPU, which is said. Raises InputError where there is one that cannot be used."""
+def find_device(size: str = "tiny") -> str:
+    """cuda, or cpu where there is no GPU, which is said. Raises InputError where there is one that cannot be used, and
+    for a model of another `size` than tiny on a CPU."""
     device, line = choose_device("", look(os.environ), cpu="")
+    if device == "cpu" and size != "tiny":
+        raise InputError(f"--size {size} needs a GPU: on a CPU give --size tiny")
     if line:
         print(line, file=sys.stderr)
     return device

@@ -25,7 +25,7 @@ from torch.distributed import DistError, TCPStore
 
 POLL = 0.5
 """Seconds between two looks at the processes."""
-LOST = 60.0
+LOST = 25.0
 """A machine that was not heard of for so many seconds is lost."""
 GPU = "lower --batch-size, --memory or --max-pixels-per-video"
 HOST = "lower --workers or --batch-size, or give it more memory"
@@ -93,7 +93,7 @@ class Crew:
             except OSError as error:
                 if time.monotonic() > end:
                     raise InputError(
-                        f"machine 0 is not to be reached at {self.address}, port {self.port} ({error.strerror}): "
+                        f"machine 0 cannot be reached at {self.address}, port {self.port} ({error.strerror}): "
                         "check MASTER_ADDR and MASTER_PORT, and start the same command there"
                     ) from None
                 time.sleep(POLL)
@@ -178,7 +178,7 @@ class Crew:
                 others[node] = heard, now
             elif now - when > LOST:
                 if beats or not complete:
-                    lost.append(f"machine {node} was not heard of for {LOST:.0f} s")
+                    lost.append(f"machine {node} did not answer for {LOST:.0f} s")
                 del others[node]
         return lost
 

@@ -35,7 +35,7 @@ from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.trained import check_trained
 from qwen_vl_streaming.variants import get_variant
 from qwen_vl_streaming.versions import versions
-from qwen_vl_streaming.video import PixelBudget, choose_reader
+from qwen_vl_streaming.video import SIDE_FACTOR, PixelBudget, choose_reader
 from results import (
     CAPTION_FIELDS,
     SKIPPED,
@@ -121,6 +121,7 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
         schedules=schedules,
         budget=budget,
         reader=choose_reader(os.environ),
+        max_clips=config.text_config.max_position_embeddings // math.ceil(budget.min_pixels_per_frame / SIDE_FACTOR**2),
         batch_size=settings.batch_size,
         memory=settings.memory and int(settings.memory * 2**30),
         penalty=settings.repetition_penalty,
@@ -311,7 +312,6 @@ def main() -> None:
     settings = parse(OneLineParser(prog="eval.sh", description=__doc__))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_libraries()
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # that the judge is asked again is no news
     if settings.score_only:
         path = find_path(settings.score_only, ROOT, "the result file")
         rows = list(load_finished(path, CAPTION_FIELDS, whole=True).values())

@@ -19,6 +19,7 @@ import numpy
 import torch
 import transformers
 
+ANSWER = "--answer"
 QUESTION = "What actions can be observed in the video?"
 
 
@@ -71,7 +72,7 @@ def answers(checkpoint: str) -> tuple[dict, dict[str, numpy.ndarray]]:
 def elsewhere(checkpoint: str, python: str) -> tuple[dict, dict[str, numpy.ndarray]]:
     """`answers` of another environment. Raises RuntimeError with the end of what it said, where it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, __file__, checkpoint, "--answer", folder]
+        command = [python, __file__, ANSWER, checkpoint, folder]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
@@ -99,23 +100,30 @@ def differences(ours: tuple[dict, dict], theirs: tuple[dict, dict], tolerance: f
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    """In this environment; the others lack the library, and are only asked for their `answers`."""
+    from qwen_vl_streaming.errors import InputError, OneLineParser
+    from qwen_vl_streaming.hub import model_folder
+    from qwen_vl_streaming.paths import PROJECT, find_model
+    from qwen_vl_streaming.progress import quiet_libraries
+
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder that sft.sh or qwenvl.merge has written")
     parser.add_argument("--python", nargs="+", default=[], help="the Python of each other environment")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="(default 1e-3)")
-    parser.add_argument("--answer", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    told, arrays = answers(arguments.checkpoint)
-    if arguments.answer:
-        (Path(arguments.answer) / "equal.json").write_text(json.dumps(told))
-        numpy.savez(Path(arguments.answer) / "close.npz", **arrays)
-        return 0
+    quiet_libraries()
+    checkpoint = str(model_folder(find_model(arguments.checkpoint, PROJECT)))
+    try:
+        told, arrays = answers(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{checkpoint} cannot be loaded here ({first}): give a whole checkpoint") from error
     print(f"here, transformers {told['transformers']}: {len(arrays['image logits'][0])} tokens")
     failed = 0
     for python in arguments.python:
         try:
-            theirs = elsewhere(arguments.checkpoint, python)
+            theirs = elsewhere(checkpoint, python)
         except RuntimeError as error:
             print(f"{python}: FAILS: {error}")
             failed += 1
@@ -125,8 +133,20 @@ def main() -> int:
         result = f"DIFFERS: {'; '.join(wrong)}" if wrong else f"the same, logits at most {apart:.1e} apart"
         print(f"transformers {theirs[0]['transformers']}: {result}")
         failed += bool(wrong)
-    return 1 if failed else 0
+    sys.exit(1 if failed else 0)
+
+
+def answer(checkpoint: str, folder: str) -> None:
+    """Write this environment's `answers` into `folder`."""
+    told, arrays = answers(checkpoint)
+    (Path(folder) / "equal.json").write_text(json.dumps(told))
+    numpy.savez(Path(folder) / "close.npz", **arrays)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == [ANSWER]:
+        answer(*sys.argv[2:])
+    else:
+        from qwen_vl_streaming.errors import run
+
+        run(main)

@@ -76,6 +76,9 @@ class Settings:
     """Largest frame after resizing."""
     max_pixels_per_video: int | None = None
     """Shared over the sampled frames of a video."""
+    budget: str | None = None
+    """Which frames share it: those that the video has (video), or always as many as the longest has (stream), so that
+    nothing depends on what is to come. By default as the checkpoint was trained."""
     limit: int | None = None
     """Only the first videos of the data."""
     workers: int | None = None
@@ -85,7 +88,7 @@ class Settings:
     dtype: str = ""
     """float32, bfloat16 or float16; by default bfloat16 on cuda, float32 on the CPU."""
     force: bool = False
-    """Evaluate a checkpoint under another variant than it was trained for."""
+    """Evaluate a checkpoint that was trained as another variant or under another position rule."""
     score_only: str = ""
     """Only score the captions in this file: JSON Lines with video_id, annotation and result."""
     bleurt: str = ""

@@ -23,6 +23,7 @@ from qwen_vl_streaming.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.explain import as_dict
 from qwen_vl_streaming.hub import model_folder
 from qwen_vl_streaming.paths import find_folder, find_model, find_path, find_video
+from qwen_vl_streaming.positions import RULE
 from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.ties import tie_margin
@@ -151,9 +152,12 @@ def main() -> None:
     video_root = find_folder(made["video_root"], ROOT, "the video root")
     if not 0 < made["repetition_penalty"] <= sys.float_info.max:
         raise InputError(f"{path} was made with a repetition penalty that is not above 0: evaluate again with eval.sh")
-    budget = PixelBudget(made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"])
+    pixels = made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"]
+    budget = PixelBudget(*pixels, made.get("budget", "video"))
 
     checkpoint, variant = find_model(made["model"], ROOT), get_variant(made["variant"])
+    if variant.after_video and made.get("position_rule") != RULE:
+        raise InputError(f"{path} was made under another rule for the positions after a video: evaluate again")
     if (name := made["dtype"]) not in DTYPES:
         raise InputError(f"{path} was made in {name!r}, which is none of {', '.join(DTYPES)}: evaluate again")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)

@@ -52,6 +52,8 @@ class Work:
     schedules: Schedules
     budget: PixelBudget
     reader: str | None
+    max_clips: int
+    """Which the model's positions have room for: a longer video is skipped before it is decoded."""
     batch_size: int
     memory: int | None
     """Bytes for keys and values; None: most of what the GPU has free."""
@@ -92,7 +94,7 @@ class Videos(Dataset):
         video_id = row["video_id"]
         try:
             path = find_video(row["video_path"], work.root, work.video_root)
-            video = read_video(path, budget=work.budget, reader=work.reader)
+            video = read_video(path, budget=work.budget, reader=work.reader, max_clips=work.max_clips)
             schedule = work.schedules.of(video_id, video.clips)
         except InputError as error:
             return Watched(video_id, reason=str(error))

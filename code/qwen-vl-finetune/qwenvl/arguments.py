@@ -135,6 +135,13 @@ class DataArguments:
     max_pixels_per_video: int = field(
         default=PixelBudget.max_pixels_per_video, metadata={"help": "At most this, shared over the sampled frames."}
     )
+    budget: str = field(
+        default=PixelBudget.budget,
+        metadata={
+            "help": "Which frames share --max_pixels_per_video. video: those that the video has, as in the paper. "
+            "stream: always as many as the longest video has, so that no frame tells how long the video will be."
+        },
+    )
     model_max_length: int = field(default=8192, metadata={"help": "A longer sample is left out, never cut."})
     pack_tokens: int = field(
         default=0, metadata={"help": "Lay a batch's samples end to end in rows of this many tokens; 0: a row each."}
@@ -147,7 +154,7 @@ class DataArguments:
         self.train_data = str(find_data(self.train_data, ROOT, "the training data"))
         folder = find_folder(self.video_root, ROOT, "the video root")
         self.video_root = str(folder.absolute()) if folder else ""
-        self.budget  # noqa: B018  a wrong one is refused here
+        self.pixel_budget  # noqa: B018  a wrong one is refused here
         if self.model_max_length < 1:
             raise InputError(f"--model_max_length {self.model_max_length}: give the tokens that a sample may have")
         if self.pack_tokens < 0:
@@ -163,8 +170,8 @@ class DataArguments:
         return min(self.model_max_length, self.pack_tokens or self.model_max_length)
 
     @property
-    def budget(self) -> PixelBudget:
-        return PixelBudget(self.min_pixels_per_frame, self.max_pixels_per_frame, self.max_pixels_per_video)
+    def pixel_budget(self) -> PixelBudget:
+        return PixelBudget(**{field.name: getattr(self, field.name) for field in fields(PixelBudget)})
 
 
 @dataclass

@@ -139,7 +139,8 @@ class StreamingDataset(torch.utils.data.Dataset):
     def _video(self, index: int) -> Video:
         if self.kept is not None and index in self.kept:
             return self.kept[index]
-        video = read_video(self.path(index), budget=self.budget, reader=self.reader)
+        most = self.max_length // math.ceil(self.budget.min_pixels_per_frame / self.side**2)
+        video = read_video(self.path(index), budget=self.budget, reader=self.reader, max_clips=most)
         if self.kept is not None:
             self.kept[index] = video
         return video

@@ -55,11 +55,10 @@ def count_weights(config, training) -> int:
 
 def main() -> None:
     parser = OneLineParser(prog="sft.sh", add_help=False)
-    parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--use_cpu", nargs="?", const="True", default="False")
     arguments, _ = parser.parse_known_args()
     on_cpu = arguments.use_cpu.lower() in ("true", "t", "yes", "y", "1")  # as transformers reads it
-    if arguments.help or on_cpu:
+    if on_cpu:
         print(0)
         return
     devices = look(os.environ)

@@ -34,7 +34,7 @@ PROGRESS = "progress.json"
 """Written last into a checkpoint. It tells what `kept` gave, and the bytes of each other file."""
 STATE = "trainer_state.json"
 FINITE = ("loss", "train_loss", "eval_loss", "grad_norm")
-"""What is logged, and stops a run where it is no number any more."""
+"""What is logged, and stops a run where it is NaN or infinite."""
 DAMAGED = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)
 """What files raise that are not as they were written."""
 
@@ -270,13 +270,13 @@ class KeepingTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def log(self, logs, *args, **kwargs):
-        """Raises InputError, on all processes at once, where a loss or the gradient is no number any more."""
+        """Raises InputError, on all processes at once, where a loss or the gradient is NaN or infinite."""
         super().log(logs, *args, **kwargs)
         for name in FINITE:
             if name in logs and not math.isfinite(logs[name]):
                 raise InputError(
                     f"{name} is {float(logs[name])} at step {self.state.global_step}: lower --learning_rate, or look "
-                    "for weights that are no numbers in the model to begin with"
+                    "for NaN or infinite weights in the model to begin with"
                 )
 
     def _run_epoch(self, *args, **kwargs):

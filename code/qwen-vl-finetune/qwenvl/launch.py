@@ -130,7 +130,8 @@ class Launcher:
             self.asked_to_stop.set()
             children = psutil.Process().children()
             if not children:
-                self.end(STOPPED, "stopped by SIGTERM while waiting for the other machines")
+                waiting = " while waiting for the other machines" if self.nodes.nodes > 1 else ""
+                self.end(STOPPED, f"stopped by SIGTERM{waiting}")
             for child in children:
                 with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
                     child.send_signal(signal.SIGTERM)
@@ -163,7 +164,7 @@ class Launcher:
             self.end(128 + signal.SIGINT, "stopped by SIGINT")
         except ChildFailedError:
             if self.stopped:
-                self.end(STOPPED)
+                self.end(STOPPED, "" if self.first.told else "stopped by SIGTERM before the first step")
             first = self.first
             if first.told.get("lost_peer"):
                 self.nodes.wait_for_news()

@@ -18,7 +18,7 @@ BEAT = 1.0
 """Seconds between two counts."""
 LOST = 15.0
 """A machine that has not counted for so many seconds is lost."""
-UNHEARD = f"was not heard of for {LOST:.0f} s{GO_ON}"
+UNHEARD = f"did not answer for {LOST:.0f} s{GO_ON}"
 LEAVING = 15.0
 """Seconds that machine 0, with its store, waits for the others to end in good order."""
 
@@ -70,7 +70,10 @@ class Nodes:
                 self._look(store, counts)
                 if ending and not any(count for count, _ in counts.values()):
                     self.ended.set()
-                time.sleep(BEAT / 4) if ending else self.ending.wait(BEAT)
+                if ending:
+                    time.sleep(BEAT / 4)
+                else:
+                    self.ending.wait(BEAT)
         except DistError:
             if self.heard is not None and not self.over:
                 self._failed(1, f"machine 0 has ended{GO_ON}")

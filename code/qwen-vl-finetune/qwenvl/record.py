@@ -43,8 +43,9 @@ SETTLED = {
 }
 """Facts that a run keeps as long as it lasts, and what they are called."""
 LASTING = (
-    "model_name_or_path min_pixels_per_frame max_pixels_per_frame max_pixels_per_video model_max_length pack_tokens "
-    "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps train_sampling_strategy "
+    "model_name_or_path min_pixels_per_frame max_pixels_per_frame max_pixels_per_video budget "
+    "model_max_length pack_tokens per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
+    "train_sampling_strategy "
     "dataloader_drop_last seed data_seed eval_share eval_samples learning_rate mm_projector_lr vision_tower_lr "
     "lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon "
     "weight_decay max_grad_norm neftune_noise_alpha bf16"

@@ -13,10 +13,10 @@ from functools import partial
 import av
 from accelerate.utils import gather_object
 from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.film_index import film_track, index_video, may_leap
 from qwen_vl_streaming.progress import Progress
 from qwen_vl_streaming.prompts import answer_ids
 from qwen_vl_streaming.video import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate
-from qwen_vl_streaming.video_readers import index_video
 
 from .data import StreamingDataset
 
@@ -84,16 +84,18 @@ def read_header(samples: StreamingDataset, index: int) -> Header:
         return Header()
     try:
         with av.open(str(path), metadata_errors="replace") as container:
-            stream = container.streams.video[0]
+            stream = film_track(container, str(path))
             ends = [stream.duration * stream.time_base] if stream.duration else []
             ends += [container.duration / av.time_base] if container.duration else []
             size = stream.codec_context.height, stream.codec_context.width
-            rate = min(FPS, float(stream.average_rate or FPS))
-    except (av.FFmpegError, OSError, IndexError):
+            # Of a slow video only the times of all frames tell whether its rate is steady; where stamps may begin anew,
+            # only they tell how long it is.
+            known = float(stream.average_rate or FPS) >= FPS and not may_leap(container)
+    except (av.FFmpegError, OSError, InputError):
         return Header()
-    clips = math.ceil((float(min(ends, default=0)) - SLACK) * rate / FRAMES_PER_CLIP)
+    clips = math.ceil((float(min(ends, default=0)) - SLACK) * FPS / FRAMES_PER_CLIP)
     # A video of hardly a clip may be too short for one.
-    return Header((clips - 1, clips, clips + 1) if clips > 1 else (), size if min(size) > 0 else None)
+    return Header((clips - 1, clips, clips + 1) if known and clips > 1 else (), size if min(size) > 0 else None)
 
 
 def count_clips(samples: StreamingDataset, index: int) -> int | str:
@@ -101,9 +103,12 @@ def count_clips(samples: StreamingDataset, index: int) -> int | str:
     try:
         path = samples.path(index)
         video = index_video(path)
-        frames = pick_frames(video.times, video.duration, sampled_rate(video, FPS), None, None)
     except InputError as error:
         return str(error)
+    try:
+        frames = pick_frames(video.times, video.duration, sampled_rate(video, FPS), None, None)
+    except InputError as error:
+        return f"video {path}: {error}"
     if frames is None:
         return f"video {path} lasts {video.duration:.2f} s, which is less than one clip: use a longer one"
     return math.ceil(len(frames) / FRAMES_PER_CLIP)

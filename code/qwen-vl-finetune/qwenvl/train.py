@@ -250,7 +250,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         if arguments.cpu_by_itself:
             check_size(config, arguments, arguments.cpu_line)
         logger.info(arguments.cpu_line)
-    base = BaseFiles.of(model_folder(checkpoint))
+    base = BaseFiles.of(model_folder(checkpoint, weights=False))
     check_parts(model_arguments, arguments)
     if model_arguments.compile_layers and is_deepspeed_zero3_enabled():
         raise InputError(
@@ -274,7 +274,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         tokens_per_second=config.vision_config.tokens_per_second,
         variant=variant,
         schedule=model_arguments.schedule,
-        budget=data_arguments.budget,
+        budget=data_arguments.pixel_budget,
         max_length=data_arguments.longest,
         seed=arguments.seed,
         reader=choose_reader(os.environ),
@@ -308,7 +308,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         if model_arguments.compile_layers:
             model.compile_layers()
         model = make_trainable(model, model_arguments, arguments)
-        more = {"pixel_budget": asdict(data_arguments.budget)}
+        more = {"pixel_budget": asdict(data_arguments.pixel_budget)}
         if model_arguments.lora_enable:
             more["base_sha256"] = facts["model_sha256"]
         trainer = StreamingTrainer(

@@ -20,6 +20,9 @@ if [ "${SLURM_LOCALID:-0}" -gt 0 ]; then
   echo "error: srun has started several tasks on this node: give it --ntasks-per-node=1" >&2
   exit 2
 fi
+for word in "$@"; do
+  case $word in -h | --help) exec "$python" -m qwenvl.rank --help ;; esac
+done
 gpus=$("$python" -m qwenvl.device "$@") || exit
 type=()
 if [ "$gpus" -eq 0 ]; then

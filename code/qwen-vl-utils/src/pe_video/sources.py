@@ -177,7 +177,7 @@ class Slice:
 
 def measure(source: str | Path | Slice, name: str) -> float:
     """The real duration in seconds of a video. Raises InputError."""
-    from qwen_vl_streaming.video_readers import index_video  # brings in PyAV, which most runs do without
+    from qwen_vl_streaming.film_index import index_video  # brings in PyAV, which most runs do without
 
     return index_video(source, name).duration
 

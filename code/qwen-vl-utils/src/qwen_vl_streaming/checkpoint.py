@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from .errors import InputError
+from .hub import model_folder
 
 WITH_THE_WEIGHTS = ("config.json", "*processor*.json", "tokenizer*.json", "vocab.json", "merges.txt", "chat_template.*")
 SAMPLE = 4096  # bytes of each tensor
@@ -32,8 +31,7 @@ def of_checkpoint(model: str) -> str:
     """
     folder = Path(model)
     if not folder.is_dir():
-        config = try_to_load_from_cache(model, "config.json")
-        return f"{model} {Path(config).parent.name if isinstance(config, str) else ''}".rstrip()
+        return f"{model} {model_folder(model, weights=False).name}"
     digest = hashlib.sha256()
     for pattern in WITH_THE_WEIGHTS:
         for path in sorted(folder.glob(pattern)):

@@ -62,9 +62,9 @@ def ask(question: Callable[[], Answer]) -> Answer:
     return found
 
 
-def model_folder(name: str | Path) -> Path:
+def model_folder(name: str | Path, weights: bool = True) -> Path:
     """The folder of the model `name`: that folder, or for a hub's id the one in the cache, fetched where the hub has
-    another commit than the cache.
+    another commit than the cache. Without `weights` those may be missing in it.
 
     Where the hub cannot be reached, or does not let this user in, a whole model in the cache will do; a warning says
     so, once. Raises InputError where there is none. The hub's client locks the files that several processes fetch.
@@ -75,33 +75,49 @@ def model_folder(name: str | Path) -> Path:
         validate_repo_id(str(name))
     except HFValidationError:
         raise InputError(f"no model could be loaded from {str(name)!r}: it is not there, check the path") from None
-    return from_hub(str(name), BESIDE, missing_file)
+    return from_hub(str(name), BESIDE, missing_file, weights)
 
 
 @functools.cache
-def from_hub(name: str, beside: tuple[str, ...], missing: Callable[[Path], str | None]) -> Path:
+def commit_on_hub(name: str) -> str | Exception:
+    """The newest commit of the model `name`, or what the hub's client raises; asked once."""
+    try:
+        return ask(lambda: HfApi().model_info(name, timeout=SECONDS).sha)
+    except HUB_ERRORS as error:
+        return error
+
+
+@functools.cache
+def from_hub(name: str, beside: tuple[str, ...], missing: Callable[[Path], str | None], weights: bool = True) -> Path:
     """As `model_folder`, for the id `name` of a model of any kind: of what is fetched `beside` the weights, and with
     what `missing` says of a folder. Raises InputError and, for what is no id, HFValidationError."""
+    before, commit = cached_folder(name), commit_on_hub(name)
+    if isinstance(commit, Exception):
+        return _cached(name, missing, commit)
+    if before and before.name == commit and not missing(before):
+        return before
     try:
-        commit = ask(lambda: HfApi().model_info(name, timeout=SECONDS).sha)
-    except HUB_ERRORS as error:
-        return _cached(name, missing, error)
-    folder = cached_folder(name)
-    if folder and folder.name == commit and not missing(folder):
-        return folder
-    try:
-        for weights in WEIGHTS:  # a repository may have both
-            folder = Path(snapshot_download(name, allow_patterns=[*beside, weights], ignore_patterns=BELOW))
-            if any(folder.glob(weights)):
+        # By its commit, so that the cache goes on naming the commit before until this one is whole.
+        fetch = functools.partial(snapshot_download, name, revision=commit, ignore_patterns=BELOW)
+        folder = Path(fetch(allow_patterns=list(beside)))
+        for pattern in WEIGHTS if weights and missing(folder) else ():  # a repository may have both kinds
+            logger.info("fetching the weights of %s from %s", name, constants.ENDPOINT)
+            fetch(allow_patterns=[pattern])
+            if any(folder.glob(pattern)):
                 break
+        if weights:
+            snapshot_download(name, allow_patterns=["config.json"])
         return folder
     except GatedRepoError as error:
         return _cached(name, missing, error)
     except HUB_ERRORS as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        use = ""
+        if before and not missing(before):
+            use = f", or with HF_HUB_OFFLINE=1 to use the cached commit {before.name}"
         raise InputError(
             f"{name} could not be fetched from {constants.ENDPOINT} ({reason:.150}): see to the network and to room in "
-            f"{constants.HF_HUB_CACHE}, and give the same command again"
+            f"{constants.HF_HUB_CACHE}, and give the same command again{use}"
         ) from error
 
 
@@ -111,7 +127,7 @@ def _cached(name: str, missing: Callable[[Path], str | None], error: Exception) 
     lacks = missing(folder) if folder else None
     if folder and not lacks:
         if not offline:
-            logger.warning("%s: %s; going on from the cached %s", name, _reason(error), folder)
+            _warn(f"{name}: {_reason(error)}; going on from the cached {folder}")
         return folder
     have = (
         f"{folder} lacks {lacks}"
@@ -119,14 +135,20 @@ def _cached(name: str, missing: Callable[[Path], str | None], error: Exception) 
         else f"there is no such folder, nor is it in the cache {constants.HF_HUB_CACHE}"
     )
     if offline:
-        fix = f"run `hf download {name}` where there is a network, without HF_HUB_OFFLINE"
+        fix = f"check the path, or run `hf download {name}` where there is a network, without HF_HUB_OFFLINE"
     elif isinstance(error, GatedRepoError):
         fix = f"ask for access at {constants.ENDPOINT}/{name} and log in with `hf auth login`"
     elif isinstance(error, RepositoryNotFoundError):
         fix = "check the path or id, and for a private one log in with `hf auth login`"
     else:
-        fix = f"run `hf download {name}` where there is a network, or give a folder"
+        fix = f"check the path, or run `hf download {name}` where there is a network"
     raise InputError(f"no model could be loaded from {name!r} ({_reason(error)}, and {have}): {fix}") from error
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """Once in a process."""
+    logger.warning(line)
 
 
 def _reason(error: Exception) -> str:
@@ -134,7 +156,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, GatedRepoError):
-        return "the hub gives it to those only who have asked for access"
+        return "access to it must be requested on the hub"
     if isinstance(error, RepositoryNotFoundError):
         return f"{constants.ENDPOINT} has no such model, or none that you may see"
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -154,7 +176,11 @@ def missing_file(folder: Path) -> str | None:
         if (folder / weights).is_file():
             break
         if (folder / index).is_file():
-            needed += sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                return f"a readable {index}"
+            needed += sorted(set(shards))
             break
     else:
         return next(iter(INDEX))

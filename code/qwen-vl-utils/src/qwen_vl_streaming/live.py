@@ -46,6 +46,7 @@ from .live_options import (
     record_place,
 )
 from .live_screen import NoteHandler, Pieces, Screen
+from .live_source import Clip
 from .live_watch import Watch
 from .modeling_qwen2_5_vl import load_config, load_model
 from .pair import Pair, PerceptionLost
@@ -104,13 +105,13 @@ def start_pair(path: str, device: torch.device, dtype: torch.dtype) -> Pair:
     return Pair(functools.partial(load_on, path, where, dtype))
 
 
-def first_frames(intake: Intake, name: str) -> torch.Tensor:
-    """(2, 3, H, W) uint8 of a clip of a source, which stays where it is. Raises InputError where none comes."""
+def first_clip(intake: Intake, name: str) -> Clip:
+    """A clip of a source, which stays where it is. Raises InputError where none comes."""
     while (clip := intake.peek()) is None and not intake.over:
         intake.wait()
     if clip is None and (clip := intake.peek()) is None:
         raise no_clip(intake, name)
-    return clip.frames
+    return clip
 
 
 def no_clip(intake: Intake, name: str) -> InputError:
@@ -191,13 +192,15 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         skip = arguments.behind == "skip"
         intake = Intake(source.clips, processor, skip, source.pace, source.count)
         stack.callback(intake.stop)
+        seconds = source.seconds_per_clip
         if source.size is None:
             intake.start(begun=False)
-            frames = first_frames(intake, arguments.source)
+            clip = first_clip(intake, arguments.source)
+            frames, seconds = clip.frames, clip.seconds or seconds
         else:
             frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
         pixels, grid = clip_pixels(processor, frames)
-        layout = template.layout(grid, config.vision_config.tokens_per_second * source.seconds_per_clip)
+        layout = template.layout(grid, config.vision_config.tokens_per_second * seconds)
         opened = functools.partial(open_session, model, variant, template, layout, **options)
         if device.type == "cuda":
             opened = functools.partial(opened, passes=rehearse(opened(), pixels[0]))
@@ -211,7 +214,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             intake,
             screen,
             Pieces(decode),
-            source.seconds_per_clip,
+            seconds,
             most,
             skip=skip,
             keep=keeper and keeper.add,

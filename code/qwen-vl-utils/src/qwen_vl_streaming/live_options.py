@@ -11,14 +11,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from .devices import DEVICE_HELP, choose_device, look
 from .errors import InputError, OneLineParser
-from .live_source import FRAMES_TO_BUDGET_FOR, Clip, paced_clips, stream_clips, synthetic_clips
+from .film_index import index_video
+from .live_source import Clip, paced_clips, synthetic_clips
+from .live_stream import stream_clips
 from .paths import PROJECT, find_model, look_up
 from .prompts import QUESTIONS
 from .record import WAYS
@@ -26,8 +28,7 @@ from .replay import DTYPES
 from .session import GREEDY
 from .trained import check_trained
 from .variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
-from .video import FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
-from .video_readers import index_video
+from .video import BUDGETS, FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,14 @@ def parse(description: str) -> argparse.Namespace:
     )
     add("--speed", type=float, default=1.0, help="times real time, for files and the synthetic scene (default: 1)")
     add("--fps", type=float, default=2.0, help="frames sampled a second of video (default: 2)")
-    for field in fields(PixelBudget):
-        add("--" + field.name.replace("_", "-"), type=int, metavar="N", help="default: as the checkpoint was trained")
+    for name in ("--min-pixels-per-frame", "--max-pixels-per-frame", "--max-pixels-per-video"):
+        add(name, type=int, metavar="N", help="default: as the checkpoint was trained")
+    add(
+        "--budget",
+        choices=BUDGETS,
+        help="which frames of a file share the pixels of a video: those that it has, or as many as the longest has "
+        "(default: as the checkpoint was trained; a camera or stream is always sized as the longest)",
+    )
     add(
         "--reconnect-seconds",
         type=float,
@@ -160,7 +167,7 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
     """What --source names. Raises InputError where it is not there, as far as that can be seen before it is opened."""
     name, fps, speed, most = arguments.source, arguments.fps, arguments.speed, most_clips(arguments)
     if name == SYNTHETIC:
-        size = budget.size(*SCENE, FRAMES_TO_BUDGET_FOR)
+        size = budget.size(*SCENE, frames=0)
         clips = functools.partial(synthetic_clips, most or sys.maxsize, speed=speed, fps=fps, size=size)
         about = {"synthetic": {"fps": fps, "size": list(size)}}
         seconds = FRAMES_PER_CLIP / fps
@@ -180,7 +187,8 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
         if index.duration > end:
             logger.warning("%s lasts %.1f s, of which %g are watched: see --max-clips", name, index.duration, end)
             cut = {"end": end}
-    video = read_video(name, fps=fps, budget=budget, **cut)
+    video = read_video(name, fps=fps, budget=budget, index=index, **cut)
+    logger.info("frames of %d x %d pixels: --budget %s", *reversed(video.frames.shape[2:]), budget.budget)
     about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **cut}}
     height, width = video.frames.shape[2:]
     clips, seconds = functools.partial(paced_clips, video, speed), video.seconds_per_clip

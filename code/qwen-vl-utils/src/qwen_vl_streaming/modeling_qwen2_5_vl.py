@@ -281,7 +281,7 @@ UNLOADABLE = (OSError, ValueError, TypeError, AttributeError, RuntimeError, Stri
 def load_config(path: str | Path) -> Qwen2_5_VLConfig:
     """The config of a checkpoint, in a folder or on the hub. Raises InputError where there is none of a Qwen2.5-VL that
     can hold a streaming mask."""
-    config = _loaded(path, Qwen2_5_VLConfig.from_pretrained)
+    config = _loaded(path, Qwen2_5_VLConfig.from_pretrained, weights=False)
     if not all_full(config):
         raise InputError(
             f"{str(path)!r} has sliding-window attention, which cannot hold a streaming mask: set "
@@ -316,10 +316,10 @@ def all_full(config: Qwen2_5_VLConfig) -> bool:
     return set(config.text_config.layer_types) == {"full_attention"}
 
 
-def _loaded(path: str | Path, load: Callable[[Path], Any]) -> Any:
+def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True) -> Any:
     if os.path.isfile(path):
         raise InputError(f"{path} is a file: give the folder of the checkpoint")
-    folder = model_folder(path)
+    folder = model_folder(path, weights)
     adapter = os.path.isfile(folder / "adapter_config.json")
     if not (adapter or os.path.isfile(folder / "config.json")):
         raise InputError(f"{folder} holds no config.json, and so no checkpoint: check the path")

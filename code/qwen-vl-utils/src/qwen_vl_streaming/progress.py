@@ -1,6 +1,7 @@
 """How far a program is, where it takes more than a few seconds, by one rule for all programs: a live bar on a terminal;
 in a log, a line now and then and one at the end. Knows nothing about what is done."""
 
+import logging
 import sys
 import time
 
@@ -66,9 +67,17 @@ def _unit(unit: str) -> str:
     return "" if unit == "it" else f" {unit.strip()}{'' if unit.endswith('s') else 's'}"
 
 
+def quiet_http() -> None:
+    """Keep each request of the HTTP clients out of the log."""
+    for name in ("httpx", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def quiet_libraries(first: bool = True) -> None:
-    """Keep transformers' own bars, as of loading weights, out of a log, and to the `first` of several processes."""
+    """Keep transformers' own bars, as of loading weights, out of a log, and to the `first` of several processes; and
+    the HTTP clients' requests."""
     from transformers.utils.logging import disable_progress_bar
 
+    quiet_http()
     if not (first and sys.stderr.isatty()):
         disable_progress_bar()

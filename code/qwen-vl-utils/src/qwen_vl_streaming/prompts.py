@@ -42,7 +42,7 @@ class Template:
 
 def load_processor(path: str | Path):
     """The processor beside a checkpoint, or on the hub. Raises InputError where there is none, or it is not whole."""
-    folder = model_folder(path)
+    folder = model_folder(path, weights=False)
     try:
         processor = AutoProcessor.from_pretrained(folder)
         make_template(processor, QUESTIONS[-1])  # fails without a chat template, or a tokenizer's vocabulary

@@ -2,7 +2,7 @@
 
 One rule picks the frames, whatever decodes them: at each target time start, start + 1/fps, … the frame that a viewer
 would see at that moment, which is the newest one whose timestamp is not later. So variable frame rates come out right,
-no frame is taken from the future, and decord and PyAV give the same frames. live_source.py follows the same rule.
+no frame is taken from the future, and PyAV and decord give the same frames. live_stream.py follows the same rule.
 Times are in seconds from the video's first frame.
 """
 
@@ -19,13 +19,17 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from .errors import InputError
-from .video_readers import READERS, FrameIndex, ReaderError, index_video
+from .film_index import FrameIndex, index_video
+from .video_readers import READERS, ReaderError
 
 logger = logging.getLogger(__name__)
 _announced: set[str] = set()  # readers that a log line has named: one line a file would drown the others
 
 FRAMES_PER_CLIP = 2
+LONGEST = 60  # frames of the longest videos of PE-Video that are kept: 30 s at 2 fps
+BUDGETS = ("video", "stream")
 SIDE_FACTOR = 28  # a merged visual token covers 28 × 28 pixels
+MOST_FRAMES = 10**7  # 58 days at 2 fps: more is a time stamp that is broken
 SLACK = 2e-3  # seconds by which containers round a timestamp or a duration
 
 
@@ -39,6 +43,9 @@ class PixelBudget:
     """No frame has more."""
     max_pixels_per_video: int = 2_408_448
     """Shared equally by all sampled frames of a video."""
+    budget: str = "video"
+    """Which frames share it. `video`: those that the video has, as in the paper, so that the size of the first frame
+    tells how long the video will be. `stream`: always LONGEST frames, so that nothing depends on what is to come."""
 
     def __post_init__(self):
         if not SIDE_FACTOR**2 <= self.min_pixels_per_frame <= self.max_pixels_per_frame:
@@ -46,6 +53,8 @@ class PixelBudget:
                 f"min_pixels_per_frame {self.min_pixels_per_frame} must lie between {SIDE_FACTOR**2} and "
                 f"max_pixels_per_frame {self.max_pixels_per_frame}"
             )
+        if self.budget not in BUDGETS:
+            raise InputError(f"--budget {self.budget}: choose {' or '.join(BUDGETS)}")
         if self.max_pixels_per_video < self.min_pixels_per_frame:
             raise InputError(
                 f"max_pixels_per_video {self.max_pixels_per_video} must be at least min_pixels_per_frame "
@@ -61,11 +70,12 @@ class PixelBudget:
         return cls(**{**getattr(config, "pixel_budget", {}), **given})
 
     def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """(height, width) to which each of `frames` frames is resized; both are divisible by 28.
+        """(height, width) to which each of `frames` frames is resized; both are divisible by 28. 0 `frames`: it is not
+        known yet how many there will be.
 
         Raises ValueError for a picture more than 200 times as long as wide.
         """
-        share = self.max_pixels_per_video // frames
+        share = self.max_pixels_per_video // (LONGEST if self.budget == "stream" or not frames else frames)
         most = max(self.min_pixels_per_frame, min(self.max_pixels_per_frame, share))
         height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, most)
         if height * width < self.min_pixels_per_frame:
@@ -120,21 +130,27 @@ def read_video(
     end: float | None = None,
     budget: PixelBudget | None = None,
     reader: str | None = None,
+    max_clips: int | None = None,
+    index: FrameIndex | None = None,
 ) -> Video:
     """Sample `path` at `fps` frames per second between `start` and `end` (seconds; default: all of it).
 
-    A video whose own rate is below `fps` is sampled at its own rate. `reader` is "decord", "pyav" or None, which
-    means decord and, where decord cannot read the file, PyAV. Only the picked frames are kept in memory, one at a
-    time at full size. Raises InputError, naming the file and the mend, for a file that is missing, empty, cut short,
-    cannot be decoded, or is shorter than one clip.
+    A video of a steady rate below `fps` is sampled at its own rate. `reader` is "pyav", which is the default, or
+    "decord". Only the picked frames are kept in memory, one at a time at full size. Raises InputError, naming the file
+    and the fix, for a file that is missing, empty, cut short, damaged before its last picked frame, cannot be decoded,
+    is shorter than one clip or, before any frame is decoded, has more than `max_clips`. `index` is the file's, where it
+    is known already.
     """
     if reader is not None:
         check_reader(reader)
     if not fps > 0:
         raise InputError(f"fps {fps} must be above 0")
-    index = index_video(path)
+    index = index or index_video(path)
     rate = sampled_rate(index, fps)
-    picked = pick_frames(index.times, index.duration, rate, start, end)
+    try:
+        picked = pick_frames(index.times, index.duration, rate, start, end)
+    except InputError as error:
+        raise InputError(f"video {path}: {error}") from error
     if picked is None:
         asked = "" if start is None and end is None else f" between {start or 0:g} s and {end or index.duration:g} s"
         raise InputError(
@@ -142,14 +158,20 @@ def read_video(
             f"{FRAMES_PER_CLIP / rate:.2f} s{asked}: use a longer one"
         )
     count = len(picked) + len(picked) % FRAMES_PER_CLIP
+    if max_clips is not None and count > max_clips * FRAMES_PER_CLIP:
+        raise InputError(
+            f"video {path} has {count // FRAMES_PER_CLIP} clips, more than the {max_clips} that the model has room "
+            "for: cut it, or leave it out"
+        )
     frames = _decode(path, index, picked, count, budget or PixelBudget(), reader)
     picked = np.append(picked, picked[-1:]) if count > len(picked) else picked
     return Video(frames=frames, timestamps=index.times[picked], fps=rate, path=str(path))
 
 
 def sampled_rate(index: FrameIndex, fps: float) -> float:
-    """Frames per second that sampling at `fps` really yields: never more than the video has itself."""
-    if index.fps == 0 or index.fps >= 0.99 * fps:  # within 1 %, only rounding separates the two
+    """Frames per second that sampling at `fps` really yields: no more than the video has itself, if these come at a
+    steady rate. A video whose rate varies is sampled at `fps`, by what is on the screen."""
+    if index.fps == 0 or index.fps >= 0.99 * fps or not index.even:  # within 1 %, only rounding separates the two
         return fps
     return float(index.fps)
 
@@ -159,7 +181,8 @@ def pick_frames(
 ) -> np.ndarray | None:
     """Indices into `times` of the frame on screen at start, start + 1/rate, … before `end` and `duration`.
 
-    None where that is less than one clip. Raises InputError for a `start` or `end` that cannot be.
+    None where that is less than one clip. Raises InputError for a `start` or `end` that cannot be, and for more than
+    MOST_FRAMES.
     """
     start = 0.0 if start is None else start
     if not start >= 0:
@@ -169,6 +192,11 @@ def pick_frames(
     end = duration if end is None else min(end, duration)
     if end - start + SLACK < FRAMES_PER_CLIP / rate:
         return None
+    if (end - start) * rate > MOST_FRAMES:
+        raise InputError(
+            f"{(end - start) * rate:.3g} frames of {end - start:.3g} s are more than {MOST_FRAMES}: give a smaller "
+            "end, or rewrite the video, whose time stamps may be broken"
+        )
     targets = start + np.arange(int(np.ceil((end - start - SLACK) * rate))) / rate
     return np.maximum(np.searchsorted(times, targets + SLACK, side="right") - 1, 0)
 
@@ -177,19 +205,17 @@ def _decode(
     path: str | Path, index: FrameIndex, picked: np.ndarray, count: int, budget: PixelBudget, reader: str | None
 ) -> torch.Tensor:
     """The `picked` frames, resized, and the last one repeated up to `count`: (count, 3, H, W) uint8."""
-    reason = None
-    for name in [reader] if reader else READERS:
-        try:
-            frames = _resized(READERS[name](path, index, picked), picked, count, budget)
-        except ReaderError as error:
-            reason = error
-            logger.warning("%s: %s cannot read it: %s", path, name, error)
-        else:
-            news = reason is not None or name not in _announced
-            logger.log(logging.INFO if news else logging.DEBUG, "%s: read with %s", path, name)
-            _announced.add(name)
-            return frames
-    raise InputError(f"video {path} cannot be decoded ({reason}): fetch it again or leave it out")
+    name = reader or "pyav"
+    try:
+        frames = _resized(READERS[name](path, index, picked), picked, count, budget)
+    except ReaderError as error:
+        other = "" if name == "pyav" else ", or read it with FORCE_QWENVL_VIDEO_READER=pyav"
+        raise InputError(
+            f"video {path} cannot be decoded ({error}): download it again or leave it out{other}"
+        ) from error
+    logger.log(logging.DEBUG if name in _announced else logging.INFO, "%s: read with %s", path, name)
+    _announced.add(name)
+    return frames
 
 
 def _resized(images: Iterator[np.ndarray], picked: np.ndarray, count: int, budget: PixelBudget) -> torch.Tensor:

@@ -1,0 +1,371 @@
+"""Films as cameras, recorders and the web make them: the frame that comes out is the one on the screen at its time."""
+
+import struct
+from fractions import Fraction
+from itertools import pairwise
+
+import av
+import numpy as np
+import pytest
+import torch
+from media import make_video, picture, read_number, remux, set_matrix
+from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.film_index import index_video
+from qwen_vl_streaming.video import PixelBudget, read_video
+
+SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
+REORDERED = {"preset": "medium", "bf": "3"}
+TENTH = Fraction(1, 10)
+
+
+def numbers(path, **options):
+    return [read_number(frame.numpy()) for frame in read_video(path, budget=SMALL, **options).frames]
+
+
+def concatenate(target, *parts):
+    target.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return target
+
+
+@pytest.mark.parametrize("ending", ["ts", "mkv"])
+@pytest.mark.parametrize("options", [{}, REORDERED])
+def test_stamps_that_go_back(tmp_path, caplog, ending, options):
+    """Two recordings joined: the second goes on one frame after the first."""
+    one = make_video(tmp_path / f"one.{ending}", seconds=4, options=options)
+    two = make_video(tmp_path / f"two.{ending}", seconds=3, options=options)
+    joined = concatenate(tmp_path / f"joined.{ending}", one, two)
+    video = read_video(joined, budget=SMALL)
+    assert [read_number(frame.numpy()) for frame in video.frames] == [
+        0,
+        5,
+        10,
+        15,
+        20,
+        25,
+        30,
+        35,
+        0,
+        5,
+        10,
+        15,
+        20,
+        25,
+    ]
+    np.testing.assert_allclose(video.timestamps, np.arange(14) / 2, atol=2e-3)
+    assert sum("go back" in record.message for record in caplog.records) == 1
+
+
+def test_a_source_that_loops(tmp_path, caplog):
+    part = make_video(tmp_path / "one.ts", seconds=2, options=REORDERED)
+    assert numbers(concatenate(tmp_path / "joined.ts", part, part, part, part)) == [0, 5, 10, 15] * 4
+    assert sum("go back" in record.message for record in caplog.records) == 3
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_a_splice_in_the_middle_of_a_group_of_pictures(tmp_path, codec):
+    """What refers to frames that the splice has cut off is not shown."""
+    whole = make_video(tmp_path / "whole.ts", seconds=4, options={"preset": "medium"}, codec=codec)
+    for cut in range(5, 12):
+        second = remux(whole, tmp_path / "second.ts", lambda number, packet, cut=cut: number >= cut)
+        first = remux(whole, tmp_path / "first.ts", lambda number, packet: number < 18)
+        shown = numbers(concatenate(tmp_path / "joined.ts", first, second))
+        after = shown[4:]
+        assert shown[:4] == [0, 5, 10, 15]
+        assert all(number >= cut for number in after[1:]) and after[-1] > 30, after
+        assert (np.diff(after[2:-2]) == 5).all()
+
+
+def test_a_stamp_that_leaps_ahead(tmp_path, caplog):
+    """A camera sets its clock in the middle of a recording."""
+
+    def change(number, packet):
+        if number >= 22:
+            packet.pts += 250 * 90_000
+            packet.dts += 250 * 90_000
+
+    whole = make_video(tmp_path / "whole.ts", seconds=4, options=REORDERED)
+    leaping = remux(whole, tmp_path / "leaping.ts", change)
+    assert numbers(leaping) == numbers(whole) == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert sum("leap ahead by 250.1 s" in record.message for record in caplog.records) == 1
+
+
+def test_a_stamp_that_wraps_around(tmp_path):
+    """MPEG-TS counts to 2^33, which is 26.5 hours."""
+
+    def change(number, packet):
+        packet.pts += 2**33 - 200_000
+        packet.dts += 2**33 - 200_000
+
+    whole = make_video(tmp_path / "whole.ts", seconds=4)
+    assert numbers(remux(whole, tmp_path / "wrapped.ts", change)) == [0, 5, 10, 15, 20, 25, 30, 35]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "webm", "flv"])
+def test_a_frame_that_stays_for_minutes(tmp_path, caplog, ending):
+    """A screen recording has a frame only where something changes: no discontinuity."""
+    times = [0, 1, 61, 61.1, 61.2, 61.3, 125]
+    codec = {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}} if ending == "webm" else {}
+    path = make_video(tmp_path / f"v.{ending}", times, **codec)
+    shown = numbers(path)
+    assert shown[:4] == [0, 0, 1, 1] and shown[120:126] == [1, 1, 2, 5, 5, 5] and shown[249:251] == [5, 6]
+    assert "stamps" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords"),
+    [
+        ("v.avi", {"options": REORDERED, "time_base": TENTH}),
+        ("v.avi", {"codec": "mpeg4", "options": {"bf": "2"}, "time_base": TENTH}),
+        ("v.avi", {"codec": "mpeg4", "time_base": TENTH}),
+        ("v.wmv", {"options": REORDERED, "container": "asf"}),
+        ("v.flv", {"options": REORDERED}),
+        ("v.mpg", {"codec": "mpeg2video", "options": {"bf": "2"}, "fps": 25, "time_base": Fraction(1, 25)}),
+    ],
+)
+def test_frames_come_in_the_order_of_showing(tmp_path, name, keywords):
+    keywords = {"fps": 10, **keywords}
+    path = make_video(tmp_path / name, seconds=4, **keywords)
+    step = keywords["fps"] / 2
+    expected = [int(step * k) for k in range(8)]
+    video = read_video(path, budget=SMALL)
+    assert [read_number(frame.numpy()) for frame in video.frames] == expected
+    np.testing.assert_allclose(video.timestamps, np.array(expected) / keywords["fps"], atol=2e-3)
+
+
+def test_guessed_stamps_at_a_slow_rate(tmp_path):
+    """FFmpeg's guesses are two frames late, here two seconds, which is no reason to call the file cut short."""
+    path = make_video(
+        tmp_path / "v.avi", [float(i) for i in range(12)], options=REORDERED, fps=1, time_base=Fraction(1)
+    )
+    assert numbers(path) == list(range(12))
+
+
+@pytest.mark.parametrize("ending", ["mkv", "webm", "flv", "wmv", "mp4", "avi", "ts"])
+@pytest.mark.parametrize("sound", [(0, 9), (0, 3)])
+def test_sound_that_is_longer_than_the_picture(tmp_path, ending, sound):
+    codec, source, container = {}, "mkv", None
+    if ending == "webm":
+        codec, container = {"codec": "libvpx", "options": {"cpu-used": "8", "deadline": "realtime"}}, "matroska"
+    elif ending == "wmv":
+        codec, source, container = {"codec": "wmv2", "time_base": Fraction(1, 1000), "container": "asf"}, "wmv", "asf"
+    elif ending == "avi":
+        codec, source = {"time_base": TENTH}, "avi"
+    plain = make_video(tmp_path / f"plain.{source}", seconds=4, **codec)
+    path = remux(plain, tmp_path / f"v.{ending}", sound=sound, container=container)
+    assert numbers(path) == [0, 5, 10, 15, 20, 25, 30, 35]
+
+
+@pytest.mark.parametrize("ending", ["mkv", "flv", "mp4", "ts"])
+def test_a_picture_that_begins_late(tmp_path, ending):
+    plain = make_video(tmp_path / "plain.mkv", [5 + i / 10 for i in range(40)])
+    assert numbers(plain) == [0, 5, 10, 15, 20, 25, 30, 35]
+    path = remux(plain, tmp_path / f"v.{ending}", sound=(0, 7))
+    assert numbers(path) == [0, 5, 10, 15, 20, 25, 30, 35]
+
+
+@pytest.mark.parametrize(
+    ("ending", "sound"), [*((e, s) for e in ("mkv", "flv", "mp4") for s in (None, (0, 12), (0, 9))), ("avi", None)]
+)
+def test_a_file_that_is_cut_short(tmp_path, ending, sound):
+    plain = tmp_path / f"plain.{'avi' if ending == 'avi' else 'mkv'}"
+    make_video(plain, seconds=12, size=(320, 192), options={"crf": "1"}, time_base=TENTH)
+    path = remux(plain, tmp_path / f"v.{ending}", sound=sound)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10])
+    with pytest.raises(InputError, match=r"is cut short, .*download it again|cannot be opened|damaged"):
+        read_video(path, budget=SMALL)
+
+
+def test_a_rate_that_varies_with_a_low_mean(tmp_path):
+    """A screen recording: one second of action in 40 s of stillness."""
+    times = [0, 20, *(20 + i / 10 for i in range(1, 11)), 40]
+    video = read_video(make_video(tmp_path / "v.mp4", times), budget=SMALL)
+    assert video.fps == 2.0
+    shown = [read_number(frame.numpy()) for frame in video.frames]
+    assert shown[:40] == [0] * 40 and shown[40:43] == [1, 6, 11] and shown[79:81] == [11, 12]
+
+
+def test_a_steady_slow_rate_with_a_frame_missing(tmp_path):
+    times = [float(i) for i in range(40) if i != 17]
+    assert read_video(make_video(tmp_path / "v.mp4", times, fps=1), budget=SMALL).fps == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("ending", ["ts", "mkv"])
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx264", REORDERED),
+        ("libx264", {"preset": "medium", "x264-params": "open-gop=1:log-level=none"}),
+        ("libx264", {"preset": "medium", "x264-params": "intra-refresh=1:log-level=none"}),
+        ("libx265", {"preset": "fast", "x265-params": "open-gop=1:bframes=4:log-level=none"}),
+        ("mpeg2video", {"bf": "2"}),
+    ],
+)
+def test_a_recording_that_begins_inside_a_group_of_pictures(tmp_path, ending, codec, options):
+    """Time begins with the first frame that can be decoded, and no frame is shown before."""
+    rate = {"fps": 25, "time_base": Fraction(1, 25)} if codec == "mpeg2video" else {"fps": 10}
+    whole = make_video(tmp_path / "whole.ts", seconds=8, codec=codec, options=options, **rate)
+    path = remux(whole, tmp_path / f"v.{ending}", lambda number, packet: number >= 5)
+    shown = numbers(path)
+    assert shown[0] > 5
+    assert len(shown) >= 6 and all(b - a in (rate["fps"] // 2, (rate["fps"] + 1) // 2) for a, b in pairwise(shown[:6]))
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+@pytest.mark.parametrize(
+    ("matrix", "turned"),
+    [
+        ((-1, 0, 0, 1), lambda frames: frames.flip(3)),
+        ((1, 0, 0, -1), lambda frames: frames.flip(2)),
+        ((0, 1, 1, 0), lambda frames: frames.transpose(2, 3)),
+        ((0, -1, -1, 0), lambda frames: frames.transpose(2, 3).flip(2, 3)),
+        ((0, 1, -1, 0), lambda frames: frames.rot90(-1, dims=(2, 3))),
+        ((-1, 0, 0, -1), lambda frames: frames.flip(2, 3)),
+    ],
+)
+def test_display_matrices(tmp_path, matrix, turned, reader):
+    """The picture stands as a viewer sees it, mirrored ones too; decord, which does not mirror, is refused for them."""
+    size = (224, 224)
+    budget = PixelBudget(224 * 224, 224 * 224)  # resized to itself: equal to the pixel
+    plain = read_video(make_video(tmp_path / "plain.mp4", size=size), budget=budget).frames
+    assert not torch.equal(plain, plain.flip(3))
+    path = set_matrix(make_video(tmp_path / "v.mp4", size=size), *matrix)
+    if reader == "decord" and matrix[0] * matrix[3] - matrix[1] * matrix[2] < 0:
+        with pytest.raises(InputError, match="decord does not mirror"):
+            read_video(path, budget=budget, reader=reader)
+        return
+    assert torch.equal(read_video(path, budget=budget, reader=reader).frames, turned(plain))
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_cover_art_is_not_the_film(tmp_path, ending):
+    path = remux(make_video(tmp_path / "plain.mp4", seconds=4), tmp_path / f"v.{ending}", cover=True)
+    assert numbers(path) == [0, 5, 10, 15, 20, 25, 30, 35]
+    with pytest.raises(InputError, match="2 video tracks"):
+        read_video(path, budget=SMALL, reader="decord")
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_damage_is_not_trained_on(tmp_path, reader):
+    """Bytes overwritten in the picture data: refused wherever a frame up to the last that is picked is harmed."""
+    refused = 0
+    for seed in range(8):
+        path = make_video(tmp_path / f"{seed}.mp4", seconds=4, size=(320, 192), options={"crf": "10"})
+        whole = read_video(path, budget=SMALL).frames
+        data = bytearray(path.read_bytes())
+        start, end = data.index(b"mdat"), data.index(b"moov")
+        generator = np.random.default_rng(seed)
+        for _ in range(12):
+            at = int(generator.integers(start + (end - start) // 4, start + (end - start) * 3 // 4))
+            data[at] = int(generator.integers(256))
+        path.write_bytes(data)
+        try:
+            frames = read_video(path, budget=SMALL, reader=reader).frames
+        except InputError as error:
+            assert "damaged" in str(error) and "download it again" in str(error)
+            refused += 1
+        else:  # bytes that FFmpeg takes for others
+            assert (frames.float() - whole.float()).abs().mean() < 8
+    assert refused >= 6
+
+
+def test_damage_behind_the_last_picked_frame(tmp_path):
+    path = make_video(tmp_path / "v.mp4", seconds=8, size=(320, 192), options={"crf": "10"}, keyframe_every=10)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"mdat") + (data.index(b"moov") - data.index(b"mdat")) * 8 // 10
+    data[place : place + 2000] = b"\xff" * 2000
+    path.write_bytes(data)
+    assert numbers(path, end=4) == [0, 5, 10, 15, 20, 25, 30, 35]
+    with pytest.raises(InputError, match=r"is damaged.*download it again"):
+        read_video(path, budget=SMALL)
+
+
+def test_packets_lost_from_a_transport_stream(tmp_path):
+    path = make_video(tmp_path / "v.ts", seconds=4, size=(320, 192), options={"crf": "10"}, keyframe_every=100)
+    data = path.read_bytes()
+    lost = len(data) // 188 // 2
+    path.write_bytes(data[: 188 * lost] + data[188 * (lost + 5) :])
+    with pytest.raises(InputError, match=r"is damaged.*download it again"):
+        read_video(path, budget=SMALL)
+
+
+@pytest.mark.parametrize("reader", [None, "decord"])
+def test_a_codec_without_a_decoder(tmp_path, reader):
+    path = make_video(tmp_path / "v.mp4")
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
+    with pytest.raises(InputError, match="no decoder"):
+        read_video(path, reader=reader)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_a_last_frame_that_claims_to_stay_for_months(tmp_path, ending):
+    plain = make_video(tmp_path / "plain.mkv", seconds=4, options={"bf": "0"})
+
+    def change(number, packet):
+        if number == 39:
+            packet.duration = 2_000_000_000 if ending == "mkv" else 5_000
+
+    path = remux(plain, tmp_path / f"v.{ending}", change)
+    if ending == "mp4":
+        data = bytearray(path.read_bytes())
+        at = data.index(b"stts") + 8
+        assert struct.unpack(">III", data[at : at + 12])[:2] == (2, 39)
+        data[at + 16 : at + 20] = b"\x70\0\0\0"
+        path.write_bytes(data)
+    assert numbers(path) == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert index_video(path).duration == pytest.approx(4, abs=0.01)
+
+
+def test_more_clips_than_there_is_room_for(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "v.mp4", seconds=8)
+    assert len(numbers(path, max_clips=8)) == 16
+    monkeypatch.setitem(__import__("qwen_vl_streaming.video").video.READERS, "pyav", None)  # nothing is decoded
+    with pytest.raises(InputError, match="has 8 clips, more than the 7"):
+        read_video(path, max_clips=7)
+
+
+@pytest.mark.parametrize("ending", ["h264", "mjpeg"])
+def test_formats_without_time_stamps(tmp_path, ending):
+    """FFmpeg would make up 25 frames a second."""
+    codec = {"codec": "mjpeg", "pixels": "yuvj420p", "time_base": TENTH} if ending == "mjpeg" else {}
+    path = make_video(tmp_path / f"v.{ending}", container=ending, **codec)
+    with pytest.raises(InputError, match=r"without timestamps.*rewrite it as MP4"):
+        read_video(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords"),
+    [
+        ("v.webm", {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}}),
+        ("v.webm", {"codec": "libvpx-vp9", "options": {"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "8"}}),
+        ("v.mp4", {"codec": "libsvtav1", "options": {"preset": "10"}}),
+        ("v.mkv", {"codec": "ffv1", "time_base": TENTH}),
+        ("v.mov", {"codec": "prores_ks", "pixels": "yuv422p10le", "time_base": TENTH}),
+        ("v.gif", {"codec": "gif", "pixels": "rgb8", "time_base": Fraction(1, 100)}),
+        ("v.avi", {"codec": "mjpeg", "pixels": "yuvj420p", "time_base": TENTH}),
+    ],
+)
+def test_other_codecs(tmp_path, name, keywords):
+    path = make_video(tmp_path / name, seconds=4, **keywords)
+    assert numbers(path) == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert picture(5).shape == (96, 160, 3)
+
+
+def test_vp8_pictures_that_are_not_shown(tmp_path):
+    """Others refer to them; the picture before stays on the screen."""
+    path = make_video(tmp_path / "v.webm", seconds=4, codec="libvpx", options={"cpu-used": "8"})
+    with av.open(str(path)) as film:
+        packets = [bytes(packet) for packet in film.demux(video=0) if packet.size]
+    data = path.read_bytes()
+    for number in (5, 20):
+        packet = packets[number]
+        path.write_bytes(data := data.replace(packet, bytes([packet[0] & ~0x10]) + packet[1:]))
+    assert numbers(path) == [0, 4, 10, 15, 19, 25, 30, 35]
+    assert len(index_video(path).times) == 38
+
+
+def test_frames_without_number(tmp_path):
+    """Refused before there is room made for any of them."""
+    path = make_video(tmp_path / "v.mkv", [0, 1, 2, 40_000])
+    with pytest.raises(InputError, match=r"more than 10000000: give a smaller end, or rewrite the video"):
+        read_video(path, fps=1000)
