@@ -2,7 +2,7 @@
 
     python code/benchmarks/fuzz_films.py                # 3,000 films and 1,000 streams, some minutes on a core
 
-Every frame of the films shows its own number. A finding is an exception that is not a plain line, no answer within 20
+Every frame of the films shows its own number. A finding is an exception that is not a plain line, no answer within 60
 seconds, a process that dies, as of memory, anything written or started, times that go back or lie outside the film,
 more clips than its length has room for, or two readers that give different frames. Where only pictures were damaged and
 not their times, frames that show another number than their time has are counted apart: a decoder that takes a damaged

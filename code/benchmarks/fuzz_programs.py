@@ -4,7 +4,7 @@ everything that loads one, and looks for anything but an answer or one plain lin
     python code/benchmarks/fuzz_programs.py             # 1,000 result files and 500 checkpoints, some minutes on a core
 
 The programs' own functions are called, in a process that is watched (see fuzzing.py). A finding is an exception that is
-not a plain line, no answer within 20 seconds, a process that dies, as of memory, code of a checkpoint that runs, or
+not a plain line, no answer within a minute, a process that dies, as of memory, code of a checkpoint that runs, or
 anything written, removed or started outside the process's folder. Every input follows from --seed and its number.
 """
 
