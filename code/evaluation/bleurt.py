@@ -90,7 +90,7 @@ def load(folder: Path, device: str = "cpu") -> RemBertForSequenceClassification:
     try:
         model, found = RemBertForSequenceClassification.from_pretrained(
             folder, config=read_config(folder), key_mapping=RENAMED_WEIGHTS, dtype=torch.float32,
-            output_loading_info=True,
+            output_loading_info=True, trust_remote_code=False, weights_only=True,
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)

@@ -162,7 +162,9 @@ def main() -> None:
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
     if line:
         print(line, file=sys.stderr)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder(checkpoint), dtype=dtype)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model_folder(checkpoint), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
     model.to(device).eval()
     vocabulary = model.config.text_config.vocab_size
     if alien := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:

@@ -258,7 +258,9 @@ class KeepingTrainer(Trainer):
                 return
             # Checkpoints hold the names that Qwen2.5-VL was published with. Trainer does not convert them: it would
             # find no weight that it knows, say so in a warning, and train on from where the run began.
-            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+            saved = type(self.model).from_pretrained(
+                resume_from_checkpoint, dtype=self.model.dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
             self.model.load_state_dict(saved.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint):

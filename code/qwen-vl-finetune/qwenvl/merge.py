@@ -72,6 +72,8 @@ def load_adapted(adapter: Path, base: str | None) -> PeftModel:
     try:
         config = PeftConfig.from_pretrained(adapter)
         weights = load_file(adapter / "adapter_model.safetensors")
+        if getattr(config, "megatron_config", None):  # peft imports whatever module is named there
+            raise ValueError("it is of Megatron")
         if not (base := base or config.base_model_name_or_path):
             raise ValueError("it names no model that it was trained on")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
