@@ -53,6 +53,7 @@ from .passes import Passes
 from .progress import quiet_libraries
 from .prompts import clip_pixels, load_processor, make_template
 from .record import read_record, write_record
+from .redact import redacted
 from .replay import DTYPES
 from .session import GREEDY, Session, open_session
 from .timeline import make_schedule
@@ -203,6 +204,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             opened = functools.partial(opened, passes=rehearse(opened(), pixels[0]))
         told = ("question", "source", "speed", "behind")
         about = {**{name: getattr(arguments, name) for name in told}, **source.about}
+        about["source"] = redacted(arguments.source)
         session = stack.enter_context(opened(record=own, about=about))
         if source.size is None:
             intake.begin()

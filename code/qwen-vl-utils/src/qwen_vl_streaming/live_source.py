@@ -18,10 +18,12 @@ import torch
 
 from .clock import now
 from .errors import InputError
+from .redact import Redacting, redacted
 from .video import FRAMES_PER_CLIP, SLACK, PixelBudget, Video, read_video, resize_frame
 from .video_readers import upright
 
 logger = logging.getLogger(__name__)
+logger.addFilter(Redacting())
 
 FRAMES_TO_BUDGET_FOR = 60  # a live source does not say how long it will be: shared as in 30 s at 2 fps
 CLIPS_WAITING = 256  # read ahead of a slow consumer before the source itself has to wait
@@ -108,7 +110,7 @@ def stream_clips(
     cannot be opened again.
     """
     reader = _StreamReader(source, _Sampler(fps, budget or PixelBudget()), reconnect_seconds, max_clips)
-    thread = threading.Thread(target=reader.run, name=f"frames of {source}", daemon=True)
+    thread = threading.Thread(target=reader.run, name=f"frames of {redacted(source)}", daemon=True)
     thread.start()
     try:
         while (clip := reader.clips.get()) is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .prompts import Template
+from .redact import redacted
 from .timeline import Layout
 from .variants import VARIANTS
 
@@ -88,7 +89,7 @@ def whole(path: str | Path) -> Iterator[Path]:
 def write_record(path: str | Path, record: Record) -> None:
     """Whole or not at all."""
     with whole(path) as beside:
-        beside.write_text(json.dumps({"form": FORM, **asdict(record)}, indent=1))
+        beside.write_text(json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1))
 
 
 def read_record(path: str | Path) -> Record:
