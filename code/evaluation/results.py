@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from qwen_vl_streaming.errors import InputError
 
@@ -184,22 +185,34 @@ def only_writer(path: Path) -> Iterator[None]:
     """Nobody else writes this result file meanwhile. Raises InputError where somebody does, and where the folder
     cannot be written to."""
     lock = path.with_suffix(".lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): give another --output-dir") from None
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"another run is writing {path}: wait for its end, or give another --output-dir") from None
-        except OSError as error:
-            log.warning("%s: no locks on this file system (%s): see that no other run writes there", path, error)
+    with contextlib.closing(_locked(lock, path)):
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)  # before it is released: see _locked
+
+
+def _locked(lock: Path, path: Path) -> BinaryIO:
+    """The file at `lock`, open and locked. Raises InputError where `only_writer` of `path` does."""
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("wb")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): give another --output-dir") from None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise InputError(f"another run is writing {path}: wait for its end, or give another --output-dir") from None
+        except OSError as error:
+            log.warning("%s: no locks on this file system (%s): see that no other run writes there", path, error)
+            return file
+        # Who held it may have removed the file since it was opened here: the next run would lock another of its name.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return file
+        file.close()
 
 
 def _parts(path: Path) -> Path:
