@@ -69,7 +69,7 @@ def read_config(folder: Path) -> RemBertConfig:
     try:
         fields = json.loads((folder / "config.json").read_text())
         known = fields["model_type"] == "bleurt" and fields["embedding_size"] and fields.keys() >= set(SAME_FIELDS)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         known = False
     if not known:
         raise InputError(

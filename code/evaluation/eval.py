@@ -39,6 +39,7 @@ from results import (
     CAPTION_FIELDS,
     SKIPPED,
     bring_together,
+    check_row,
     count_left_out,
     load_all,
     load_finished,
@@ -76,7 +77,7 @@ def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
             continue
         try:
             data = json.loads(line)
-            row = {**read_row(data, task), "duration": float(data.get("video_duration_in_s") or 0)}
+            row = {**read_row(data, task), "duration": read_duration(data)}
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -89,6 +90,18 @@ def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
     if not rows:
         raise InputError(f"{path} has no rows: {make_data(path) or 'give a file with rows'}")
     return rows[:limit]
+
+
+def read_duration(data: dict) -> float:
+    """Seconds that a row claims, 0 where it claims none. Raises InputError where they are none."""
+    claimed = data.get("video_duration_in_s") or 0
+    try:
+        seconds = math.nan if isinstance(claimed, bool) else float(claimed)
+    except (ValueError, TypeError, OverflowError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"video_duration_in_s is {str(claimed)[:40]!r}: give seconds, or delete this line")
+    return seconds
 
 
 def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict]:
@@ -216,9 +229,10 @@ def begin(work: Work, facts: dict) -> set[str]:
     for row in before:
         if row["variant"] != work.variant.name:
             raise InputError(
-                f"{out} has rows of {row['variant']}, not {work.variant.name}: "
+                f"{out} has rows of {row['variant']:.80}, not {work.variant.name}: "
                 "give another --output-file, or delete it to start anew"
             )
+        check_row(f"{out}, video {row['video_id']!r}", row, work.variant.name)
     bring_together(out, before)
     return {row["video_id"] for row in before}
 

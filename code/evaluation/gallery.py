@@ -168,7 +168,7 @@ def find_row(result: Result, video_id: str) -> dict:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         row = next((row for row in rows if str(row["video_id"]) == video_id), None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error!r})") from None
     if row is None or "video_path" not in row:
         raise InputError(f"{path} has no row for it any more")

@@ -34,6 +34,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "clips": int,  # N
     "seconds": (int, float),
 }
+MOST = 2**31 - 1
+"""Of a number in a row: token ids have to fit the tokenizer's."""
 CAPTION_FIELDS = {name: FIELDS[name] for name in ("video_id", "annotation", "result")}
 """What a file of captions made elsewhere must have to be scored."""
 SKIPPED = "skipped.jsonl"
@@ -57,15 +59,17 @@ def load_finished(
 def check_row(where: str, row: Row, variant: str) -> None:
     """Raise InputError, naming `where` the row is, where it contradicts its `variant` or itself."""
     tokens, slots, schedule = row["tokens"], row["slots"], row["schedule"]
-    numbers = all(isinstance(number, int) and number >= 0 for number in (*tokens, *slots, *schedule))
+    numbers = all(type(number) is int and 0 <= number <= MOST for number in (*tokens, *slots, *schedule))
     if row["variant"] != variant:
-        fault = f"is of {row['variant']}, but the arguments beside the file say {variant}"
+        fault = f"is of {row['variant']:.80}, but the arguments beside the file say {variant}"
     elif not numbers or len(schedule) != row["clips"] or not schedule:
-        fault = f"does not have a number of tokens for each of its {row['clips']} clips"
-    elif slots != [slot for slot, count in enumerate(schedule, 1) for _ in range(count)]:
+        fault = f"does not have a number of tokens for each of its {str(row['clips'])[:20]} clips"
+    elif sum(schedule) != len(slots) or slots != [slot for slot, count in enumerate(schedule, 1) for _ in range(count)]:
         fault = "has other slots than its schedule says"
     elif len(tokens) != len(slots):
         fault = "does not have a slot for each token"
+    elif isinstance(row["seconds"], bool) or not 0 <= row["seconds"] <= MOST:
+        fault = f"has taken {str(row['seconds'])[:20]} seconds"
     else:
         return
     raise InputError(f"{where}: {fault}: evaluate again with eval.sh")
@@ -309,5 +313,5 @@ def _check(row: object, fields: Mapping[str, type | tuple[type, ...]]) -> None:
     for name, kind in fields.items():
         if name not in row:
             raise ValueError(f"the row has no {name!r}")
-        if not isinstance(row[name], kind):
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise ValueError(f"{name!r} is {row[name]!r:.80}, a {type(row[name]).__name__}")

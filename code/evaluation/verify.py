@@ -26,11 +26,10 @@ from qwen_vl_streaming.paths import find_folder, find_model, find_path, find_vid
 from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.ties import tie_margin
-from qwen_vl_streaming.timeline import Timeline, make_schedule, make_timeline
+from qwen_vl_streaming.timeline import NAMED, Timeline, make_schedule, make_timeline
 from qwen_vl_streaming.variants import Variant, get_variant
 from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
-from schedules import NAMED
 from settings import ROOT
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
 
@@ -129,7 +128,7 @@ def read_asked(path: Path) -> dict[str, dict]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
         asked = {str(row["video_id"]): row for row in map(json.loads, filter(str.strip, lines))}
         return {video_id: {**row, "video_path": row["video_path"]} for video_id, row in asked.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error!r}): it is not what eval.sh was given; mend it") from None
 
 

@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict:
     """An object that a run has left. Raises InputError where it is broken."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is broken ({error}): remove it, or give another --output_dir") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is broken (it holds no object): remove it, or give another --output_dir")
@@ -159,7 +159,7 @@ def read_progress(checkpoint: Path) -> dict:
     try:
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
         wanted = progress.pop("bytes", {})  # an earlier version did not tell
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{checkpoint / PROGRESS} is broken ({error!r}): {mend}") from error
     there = sizes(checkpoint)
     for name, size in wanted.items():

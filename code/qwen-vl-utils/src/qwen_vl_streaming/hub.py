@@ -154,7 +154,10 @@ def missing_file(folder: Path) -> str | None:
         if (folder / weights).is_file():
             break
         if (folder / index).is_file():
-            needed += sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                needed += sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                return index  # broken: fetched again
             break
     else:
         return next(iter(INDEX))

@@ -9,6 +9,7 @@ byte that matters: stock transformers loads what this saves, and this loads what
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -274,7 +275,10 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
 
-UNLOADABLE = (OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, StrictDataclassError)
+UNLOADABLE = (
+    *(OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError, OverflowError),
+    *(EOFError, UnpicklingError, StrictDataclassError),
+)
 """What transformers raises for files that are not those of a checkpoint, or do not belong together."""
 
 

@@ -96,7 +96,7 @@ def read_record(path: str | Path) -> Record:
     """Raises InputError, naming the file, for what is no record."""
     try:
         data = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"record {path} cannot be read ({error}): give a file that a session wrote") from error
     if not isinstance(data, dict) or data.pop("form", None) != FORM:
         raise InputError(f"record {path} is not a session's record of form {FORM}: record the session again")
@@ -107,12 +107,12 @@ def read_record(path: str | Path) -> Record:
         template = Template(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.pop("template").items()})
         layout = data.pop("layout")
         layout = Layout(**{**layout, "grid": tuple(layout["grid"])})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise InputError(f"record {path} has no template and layout of a session ({error})") from error
     record = Record(template=template, layout=layout, **data)
     try:
         fault = _fault(record)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
         fault = f"values of other types than a session's ({error})"
     if fault:
         raise InputError(f"record {path} contradicts itself: {fault}")
