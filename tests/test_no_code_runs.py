@@ -12,6 +12,7 @@ import torch
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.prompts import load_processor
+from qwenvl.keeping import only_data
 
 FILES = "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"
 CLASSES = "AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoVideoProcessor"
@@ -85,3 +86,28 @@ def test_every_loader_says_that_no_code_is_trusted():
                 if owner.startswith("Auto") or ".Auto" in owner or owner.endswith(("Generation", "Classification")):
                     words = {word.arg: ast.unparse(word.value) for word in call.keywords}
                     assert words.get("trust_remote_code") == "False", f"{path}, line {call.lineno}"
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("open('ran', 'w')",)
+
+
+def test_states_of_deepspeed_are_data(tmp_path, monkeypatch):
+    """DeepSpeed loads them with weights_only=False."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    monkeypatch.chdir(tmp_path)
+    states = {"scaler": LossScaler(2.0), "stage": ZeroStageEnum.weights, "where": fragment_address(3, 4)}
+    torch.save({**states, "shape": torch.Size([3]), "state": torch.ones(3)}, "good.pt")
+    torch.save({**states, "state": Evil()}, "evil.pt")
+    with only_data("checkpoint-3"):
+        found = torch.load("good.pt", weights_only=False)
+    assert found["scaler"].cur_scale == 2.0 and found["where"] == states["where"]
+    with pytest.raises(InputError, match="checkpoint-3 holds code, which is not run"), only_data("checkpoint-3"):
+        torch.load("evil.pt", weights_only=False)
+    assert not Path("ran").exists()
+    torch.load("evil.pt", weights_only=False)  # the context has ended, and so the file could have done it
+    assert Path("ran").exists()
