@@ -6,14 +6,15 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-CUT, STALL = "cut", "stall"
+CUT, STALL, DRIP, FLOOD = "cut", "stall", "drip", "flood"
 GOOD = '{"score": 4, "why": "one slip"}'
 
 
 class Endpoint(ThreadingHTTPServer):
     """Answers what `plan` says for a caption: a list of (status, body, headers), the last of which it repeats; a body
     that is no JSON object is the content of a chat completion; status 0 hangs up and -1 does not answer; CUT hangs up
-    and STALL goes silent in the middle of an answer."""
+    and STALL goes silent in the middle of an answer; DRIP sends a byte at a time and FLOOD as much as it can, both
+    without an end: in the body of an answer of the status `body`, or in its head where that is 0."""
 
     daemon_threads = True
 
@@ -59,6 +60,9 @@ class Handler(BaseHTTPRequestHandler):
             server.closing.wait(10)
         with server.lock:
             server.at_once -= 1
+        if status in (DRIP, FLOOD):
+            self.close_connection = True
+            return self.endless(status, body)
         broken = status if status in (CUT, STALL) else None
         status = 200 if broken else status
         if status <= 0:
@@ -76,3 +80,13 @@ class Handler(BaseHTTPRequestHandler):
         if broken == STALL:
             server.closing.wait(10)
         self.close_connection |= broken is not None
+
+    def endless(self, how: str, status: int) -> None:
+        head = f"HTTP/1.1 {status or 200} OK\r\nContent-Type: application/json\r\nLocation: /v1/more\r\n"
+        pieces = head.encode() + (b"\r\n" if status else b"X-Long: ")
+        try:
+            while not self.server.closing.wait(0.02 if how == DRIP else 0):
+                self.wfile.write(pieces)
+                pieces = b" " if how == DRIP else b" " * 2**18
+        except OSError:
+            pass

@@ -1,8 +1,10 @@
 """The judge against a real HTTP server on the loopback that misbehaves in every way that endpoints do."""
 
+import gzip
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import judge as module
 import pytest
-from endpoint import CUT, GOOD, STALL, Endpoint
+from endpoint import CUT, DRIP, FLOOD, GOOD, STALL, Endpoint
 from judge import Judge, Verdict, read_verdict
 from qwen_vl_streaming.errors import InputError
 from scoring import NotComputed
@@ -55,7 +57,17 @@ def test_what_is_sent_and_what_is_read(endpoint, tmp_path):
         ('{"score": 0, "why": ""}', None),
         ('{"score": 3.5, "why": ""}', None),
         ('{"score": true, "why": ""}', None),
-        ('{"score": "4", "why": ""}', None),
+        ('{"score": "4", "why": ""}', 4),
+        ('{"score": "4.0", "why": ""}', 4),
+        ('{"score": "4 of 5", "why": ""}', None),
+        ('{"score": "6", "why": ""}', None),
+        ('{"score": 1' + "0" * 5000 + ', "why": ""}', None),
+        ('I weigh {grammar, flow} first. {"score": 3, "why": "fine"} So {that} is it.', 3),
+        ('{"score": 2, "why": "a draft"}\n\n{"score": 3, "why": "on reflection"}', 3),
+        ('{"score": 5, "why": "two\nlines\tand a tab"}', 5),
+        ('{"verdict": {"score": 5, "why": "inside"}}', None),
+        ("{" * 200_000 + '{"score": 5, "why": ""}', 5),
+        ('{"score": 5, "why": ""}' + "[" * 200_000, None),
         ('{"score": [4], "why": ""}', None),
         ('{"score": NaN, "why": ""}', None),
         ('{"score": 4}', None),
@@ -120,7 +132,12 @@ def test_a_caption_that_cannot_be_judged_is_no_score(endpoint, tmp_path):
     cache = tmp_path / "cache.jsonl"
     verdicts = impatient(endpoint).judge(captions, cache)
     assert {text for text in captions if verdicts[text].score is None} == {f"caption {i}" for i in (2, 5, 6, 7)}
-    for number, says in ((2, "400 (filtered for content)"), (5, "score of '7'"), (6, "500 (broken)"), (7, "timed out")):
+    for number, says in (
+        (2, "400 (filtered for content)"),
+        (5, "answers, but with a score of '7'"),
+        (6, "500 (broken)"),
+        (7, "timed out"),
+    ):
         assert says in verdicts[f"caption {number}"].why
     counts = endpoint.counts()
     assert [counts[f"caption {number}"] for number in (0, 2, 5, 6, 7)] == [1, 1, module.TRIES, 4, 3]
@@ -179,9 +196,15 @@ def test_a_killed_run_goes_on(endpoint, tmp_path):
     assert len(endpoint.asked) == 60 - done + 1
     lines = [json.loads(line) for line in cache.read_text().splitlines()]
     assert {line["caption"] for line in lines} == set(captions) and len(lines) == 60
-    cache.write_bytes(b"{}\n" + kept)
-    with pytest.raises(InputError, match="line 1: not an answer"):
-        impatient(endpoint).judge(captions, cache)
+    good = json.loads(kept.splitlines()[0])
+    for change in ({"score": 40}, {"score": "great"}, {"score": None}, {"score": True}, {"why": 3}, {"key": 4}):
+        cache.write_bytes(json.dumps({**good, **change}).encode() + b"\n" + kept)
+        with pytest.raises(InputError, match="line 1: not an answer"):
+            impatient(endpoint).judge(captions, cache)
+    for line in (b"{}", b"[" * 100_000, b"7"):
+        cache.write_bytes(line + b"\n" + kept)
+        with pytest.raises(InputError, match="line 1: not an answer"):
+            impatient(endpoint).judge(captions, cache)
 
 
 def test_what_can_never_work_is_one_line_at_once(endpoint):
@@ -192,8 +215,8 @@ def test_what_can_never_work_is_one_line_at_once(endpoint):
         ((404, b"<html>\n<b>Not Found</b></html>"), r"404 .*--judge-url, which usually ends in /v1"),
         ((400, {"error": {"message": "temperature must be 1"}}), r"temperature must be 1.*--judge-options"),
         ((429, {"error": {"message": "no credit"}}), "429 .*no credit"),
-        ((200, b"<html>welcome</html>"), "no chat completion but '<html>welcome"),
-        ((200, "Very fluent, 5 of 5."), "not the JSON that was asked for, but 'Very fluent"),
+        ((200, b"<html>welcome</html>"), "answers, but with no chat completion but '<html>welcome"),
+        ((200, "Very fluent, 5 of 5."), "answers, but not with the JSON that was asked for: 'Very fluent"),
         ((-1, b""), "timed out"),
     ):
         endpoint.plan = {"": [plan]}
@@ -209,3 +232,23 @@ def test_what_can_never_work_is_one_line_at_once(endpoint):
         with pytest.raises(InputError, match=says) as error:
             Judge(url, "grader", backoff=0.001).check()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", [DRIP, FLOOD])
+@pytest.mark.parametrize("status", [0, 200, 307, 400, 503])
+def test_an_answer_without_an_end_is_given_up(endpoint, how, status):
+    """Whatever part of it has no end, in bounded time and memory."""
+    endpoint.plan = {"": [(how, status)]}
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(InputError, match="does not answer") as error:
+        impatient(endpoint, retries=0, timeout=0.1).check()
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - began < 10
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 64  # MiB
+
+
+def test_compressed_answers_do_not_unpack(endpoint):
+    bomb = gzip.compress(json.dumps({"choices": [{"message": {"content": " " * 2**26 + GOOD}}]}).encode())
+    endpoint.plan = {"": [(200, bomb, {"Content-Encoding": "gzip"})]}
+    with pytest.raises(InputError, match="compressed"):
+        impatient(endpoint, retries=0).check()

@@ -700,3 +700,15 @@ def test_kept_clips_that_are_none(tmp_path):
     for name in ("none", "text", "other"):
         with pytest.raises(InputError, match=f"{name} .*--keep"):
             read_clips(tmp_path / name)
+
+
+def test_a_password_is_neither_shown_nor_kept(command, tmp_path, serve):  # noqa: F811
+    data = stream_bytes(tmp_path, [i / 10 for i in range(30)])
+    url = serve([[(data, 0)], [(data, 0.1)]]).replace("//", "//admin:hunter2@") + "?pwd=hunter2"
+    flags = ("--max-new-tokens", 10, "--keep", tmp_path / "kept.safetensors")
+    for code in (0, 2):  # the second time the server is gone
+        ended, out, err = command("--source", url, "--reconnect-seconds", 0.5, *flags)
+        assert ended == code and "admin:***@127.0.0.1" in err, err
+        assert "hunter2" not in out + err
+        assert not [path for path in tmp_path.iterdir() if b"hunter2" in path.read_bytes()]
+    assert read(tmp_path)[0].about["source"].startswith("http://admin:***@127.0.0.1:")

@@ -178,7 +178,7 @@ def test_a_broken_record_is_refused(model, tmp_path):
     for bad, match in (
         ("{", "cannot be read"),
         ("[]", "no session's record|not a session's record"),
-        (json.dumps({**good, "form": 0}), "form 2"),
+        (json.dumps({**good, "form": 0}), "form 3"),
         (json.dumps({k: v for k, v in good.items() if k != "counts"}), "counts"),
         (json.dumps({**good, "tokens": good["tokens"][:-1]}), "contradicts itself"),
         (json.dumps({**good, "layout": {}}), "no template and layout"),

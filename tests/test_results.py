@@ -1,5 +1,6 @@
 """Result files: a killed run loses nothing that was finished, and nothing bad passes unseen."""
 
+import fcntl
 import json
 import os
 import signal
@@ -216,6 +217,25 @@ def test_one_writer_at_a_time(path: Path) -> None:
     process.wait()
     with only_writer(path):
         assert [each.suffix for each in path.parent.iterdir()] == [".lock"]
+    assert not list(path.parent.iterdir())
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder ends between the opening of the file here and its locking: the next run is not let in too."""
+    ends, lock = [path.with_suffix(".lock")], fcntl.lockf
+
+    def late(file, how: int) -> None:
+        if ends:
+            ends.pop().unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    other = "import sys; from pathlib import Path; from results import only_writer\n"
+    other += f"with only_writer(Path({str(path)!r})): print('held too')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with only_writer(path):
+        ended = subprocess.run([sys.executable, "-c", other], capture_output=True, env=environment)
+        assert b"another run is writing" in ended.stderr and not ended.stdout
     assert not list(path.parent.iterdir())
 
 

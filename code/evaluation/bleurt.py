@@ -69,7 +69,7 @@ def read_config(folder: Path) -> RemBertConfig:
     try:
         fields = json.loads((folder / "config.json").read_text())
         known = fields["model_type"] == "bleurt" and fields["embedding_size"] and fields.keys() >= set(SAME_FIELDS)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         known = False
     if not known:
         raise InputError(
@@ -90,7 +90,7 @@ def load(folder: Path, device: str = "cpu") -> RemBertForSequenceClassification:
     try:
         model, found = RemBertForSequenceClassification.from_pretrained(
             folder, config=read_config(folder), key_mapping=RENAMED_WEIGHTS, dtype=torch.float32,
-            output_loading_info=True,
+            output_loading_info=True, trust_remote_code=False, weights_only=True,
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)

@@ -40,6 +40,7 @@ from results import (
     CAPTION_FIELDS,
     SKIPPED,
     bring_together,
+    check_row,
     count_left_out,
     load_all,
     load_finished,
@@ -215,9 +216,10 @@ def begin(work: Work, facts: dict) -> set[str]:
     for row in before:
         if row["variant"] != work.variant.name:
             raise InputError(
-                f"{out} has rows of {row['variant']}, not {work.variant.name}: "
+                f"{out} has rows of {row['variant']:.80}, not {work.variant.name}: "
                 "give another --output-file, or delete it to start anew"
             )
+        check_row(f"{out}, video {row['video_id']!r}", row, work.variant.name)
     bring_together(out, before)
     return {row["video_id"] for row in before}
 

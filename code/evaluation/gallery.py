@@ -156,7 +156,7 @@ class Tokenizers:
     @staticmethod
     def _load(folder: Path):
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the Rust tokenizers raise nothing narrower
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise InputError(f"no tokenizer could be loaded from {folder} ({first})") from None

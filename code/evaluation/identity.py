@@ -35,7 +35,7 @@ def read_object(path: Path) -> dict:
     """The JSON object in a file of eval.sh's. Raises InputError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}): evaluate again with eval.sh") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a {type(found).__name__}, not an object: evaluate again with eval.sh")
@@ -47,7 +47,7 @@ def describe_model(model: str) -> str:
     try:
         made = json.loads((Path(model) / "run.json").read_text(encoding="utf-8"))
         return f"{model}, trained as {made['variant']} on {made['data']['path']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return model
 
 

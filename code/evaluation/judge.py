@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +20,9 @@ from threading import Thread
 from typing import BinaryIO
 
 import requests
+from bounded_http import BoundedAdapter
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.progress import Progress
-from requests.adapters import HTTPAdapter
 from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from scoring import NotComputed
 from urllib3.exceptions import MaxRetryError
@@ -49,9 +50,18 @@ TRIES = 3
 """How often a caption is asked about when the answer is not what was asked for."""
 GIVE_UP = 10
 """Captions in a row without any answer from the endpoint, after which it is taken to be gone."""
+MOST_BYTES = 4 * 2**20
+"""Of an answer."""
+PATIENCE = 5
+"""Times `Judge.timeout`, which is for each piece of an answer: what a whole answer may take."""
+SEARCHED = 20_000
+"""Characters at the end of an answer in which a verdict is looked for."""
 KEY = "OPENAI_API_KEY"
 BROKEN_OFF = requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError
 """What happens to an answer after its head, where urllib3 does not try again."""
+
+
+OPENS = re.compile(r"[\[{]")
 
 
 class NoAnswer(Exception):
@@ -89,7 +99,7 @@ class Judge:
     workers: int = 8
     """Requests at a time."""
     timeout: float = 120.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for each piece of an answer."""
     retries: int = 7
     """Further tries when the endpoint is busy (429), has failed (5xx), is silent or away."""
     backoff: float = 1.0
@@ -104,7 +114,7 @@ class Judge:
             with self._session(min(self.retries, 2)) as session:
                 verdict = self._verdict(session, "A cat sits down on a chair.")
             if verdict.score is None:
-                raise ValueError(verdict.why)
+                raise ValueError(verdict.why.removeprefix("the judge "))
         except (NoAnswer, ValueError) as error:
             mend = {
                 401: f"set {KEY} to a key that it takes",
@@ -112,7 +122,8 @@ class Judge:
                 404: "check --judge-url, which usually ends in /v1, and --judge-model",
                 429: f"it is busy, or the account of {KEY} has no credit left: try again later",
             }.get(getattr(error, "status", None), "check --judge-url, --judge-model and --judge-options")
-            raise InputError(f"the judge {self.model} at {self.url} does not answer: {error}: {mend}") from error
+            said = f"does not answer: {error}" if isinstance(error, NoAnswer) else str(error)
+            raise InputError(f"the judge {self.model} at {self.url} {said}: {mend}") from error
 
     def judge(self, captions: Iterable[str], cache: Path) -> dict[str, Verdict]:
         """A verdict for each different caption. Answers that are in the file `cache` are not asked for again.
@@ -182,7 +193,7 @@ class Judge:
                 if number == TRIES:
                     raise
                 time.sleep(self.backoff * 2**number)
-        return Verdict(None, f"{TRIES} times {reason}")
+        return Verdict(None, f"the judge answers, but {reason}")
 
     def _session(self, retries: int) -> requests.Session:
         retry = Retry(
@@ -198,7 +209,8 @@ class Judge:
         )
         session = requests.Session()
         for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(max_retries=retry))
+            session.mount(scheme, BoundedAdapter(MOST_BYTES, PATIENCE * self.timeout, max_retries=retry))
+        session.headers["Accept-Encoding"] = "identity"
         if self.key:
             session.headers["Authorization"] = f"Bearer {self.key}"
         return session
@@ -219,23 +231,39 @@ class Judge:
         try:
             content = response.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f"it sent no chat completion but {response.text[:60]!r}") from error
+            raise ValueError(f"with no chat completion but {response.text[:60]!r}") from error
         return read_verdict(content)
 
 
 def read_verdict(content: object) -> Verdict:
-    """The verdict in an answer: the JSON object in it, whatever is thought aloud or fenced around it.
+    """The verdict in an answer: the last JSON object in it with a `score` and a `why`, whatever is thought aloud or
+    fenced around it.
 
     Raises ValueError where there is none with a whole `score` from 1 to 5 and a text `why`.
     """
-    text = str(content).rpartition("</think>")[2]
-    try:
-        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
-        score, why = found["score"], found["why"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"the answer is not the JSON that was asked for, but {str(content)[:60]!r}") from error
+    text = str(content).rpartition("</think>")[2][-SEARCHED:]
+    decoder, found, at = json.JSONDecoder(strict=False), None, 0
+    while begin := OPENS.search(text, at):
+        try:
+            value, at = decoder.raw_decode(text, begin.start())
+        except ValueError:
+            at = begin.end()  # a brace in a sentence
+        except RecursionError:
+            break
+        else:
+            found = value if isinstance(value, dict) and value.keys() >= {"score", "why"} else found
+    if found is None:
+        raise ValueError(f"not with the JSON that was asked for: {str(content)[:60]!r}")
+    score, why = found["score"], found["why"]
+    if isinstance(score, str) and re.fullmatch(r"\s*[1-5](\.0)?\s*", score):
+        score = float(score)
+    return checked(score, why)
+
+
+def checked(score: object, why: object) -> Verdict:
+    """A verdict of a whole `score` from 1 to 5 and a text `why`. Raises ValueError for anything else."""
     if isinstance(score, bool) or score not in (1, 2, 3, 4, 5) or not isinstance(why, str):
-        raise ValueError(f"the answer has a score of {str(score)[:20]!r}, not of 1 to 5, or no reason")
+        raise ValueError(f"with a score of {str(score)[:20]!r}, not of 1 to 5, or no reason")
     return Verdict(int(score), why)
 
 
@@ -277,8 +305,10 @@ def _known(path: Path, data: bytes, file: BinaryIO) -> tuple[dict[str, Verdict],
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             row = json.loads(line)
-            known[row["key"]] = Verdict(row["score"], row["why"])
-        except (ValueError, LookupError, TypeError) as error:
+            if not isinstance(row["key"], str):
+                raise TypeError
+            known[row["key"]] = checked(row["score"], row["why"])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not an answer of the judge: delete this line") from error
     file.truncate(len(whole))
 

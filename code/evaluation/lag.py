@@ -51,6 +51,10 @@ def check(row: Mapping) -> None:
     if missing := [name for name in FIELDS if name not in row]:
         raise ValueError(f"the row of video {row['video_id']} has no {', '.join(missing)}: it was not made by eval.sh")
     tokens, slots, clips = (row[name] for name in FIELDS)
+    if type(tokens) is not list or type(slots) is not list:
+        raise ValueError(f"the row of video {row['video_id']} has no lists of tokens and slots")
+    if any(type(number) is not int or not 0 <= number < 2**31 for number in (*tokens, *slots, clips)):
+        raise ValueError(f"the row of video {row['video_id']} has tokens, slots or clips that are not such numbers")
     if len(tokens) != len(slots) or not all(1 <= slot <= clips for slot in slots):
         raise ValueError(f"the row of video {row['video_id']} does not have one of its {clips} slots for each token")
 

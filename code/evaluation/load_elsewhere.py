@@ -28,10 +28,10 @@ def answers(checkpoint: str) -> tuple[dict, dict[str, numpy.ndarray]]:
     """What this environment makes of `checkpoint`: values that must be equal, and arrays that must be close."""
     from PIL import Image
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
     model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        checkpoint, output_loading_info=True
+        checkpoint, output_loading_info=True, trust_remote_code=False
     )
     loaded_as, model = str(model.dtype), model.float().eval()
     # Of the smallest size that is not resized: the slow and the fast image processor resize differently.

@@ -13,10 +13,10 @@ from huggingface_hub import try_to_load_from_cache
 from identity import read_arguments, read_object
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.paths import places
+from qwen_vl_streaming.timeline import NAMED
 from qwen_vl_streaming.variants import VARIANTS, Variant, get_variant
 from results import Row, check_row, load_finished, sibling
 from safetensors import SafetensorError, safe_open
-from schedules import NAMED
 from settings import ROOT
 from tasks import TASKS
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from qwen_vl_streaming.errors import InputError
 
@@ -33,6 +34,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "clips": int,  # N
     "seconds": (int, float),
 }
+MOST = 2**31 - 1
+"""Of a number in a row: token ids have to fit the tokenizer's."""
 CAPTION_FIELDS = {name: FIELDS[name] for name in ("video_id", "annotation", "result")}
 """What a file of captions made elsewhere must have to be scored."""
 SKIPPED = "skipped.jsonl"
@@ -56,15 +59,17 @@ def load_finished(
 def check_row(where: str, row: Row, variant: str) -> None:
     """Raise InputError, naming `where` the row is, where it contradicts its `variant` or itself."""
     tokens, slots, schedule = row["tokens"], row["slots"], row["schedule"]
-    numbers = all(isinstance(number, int) and number >= 0 for number in (*tokens, *slots, *schedule))
+    numbers = all(type(number) is int and 0 <= number <= MOST for number in (*tokens, *slots, *schedule))
     if row["variant"] != variant:
-        fault = f"is of {row['variant']}, but the arguments beside the file say {variant}"
+        fault = f"is of {row['variant']:.80}, but the arguments beside the file say {variant}"
     elif not numbers or len(schedule) != row["clips"] or not schedule:
-        fault = f"does not have a number of tokens for each of its {row['clips']} clips"
-    elif slots != [slot for slot, count in enumerate(schedule, 1) for _ in range(count)]:
+        fault = f"does not have a number of tokens for each of its {str(row['clips'])[:20]} clips"
+    elif sum(schedule) != len(slots) or slots != [slot for slot, count in enumerate(schedule, 1) for _ in range(count)]:
         fault = "has other slots than its schedule says"
     elif len(tokens) != len(slots):
         fault = "does not have a slot for each token"
+    elif isinstance(row["seconds"], bool) or not 0 <= row["seconds"] <= MOST:
+        fault = f"has taken {str(row['seconds'])[:20]} seconds"
     else:
         return
     raise InputError(f"{where}: {fault}: evaluate again with eval.sh")
@@ -184,22 +189,34 @@ def only_writer(path: Path) -> Iterator[None]:
     """Nobody else writes this result file meanwhile. Raises InputError where somebody does, and where the folder
     cannot be written to."""
     lock = path.with_suffix(".lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): give another --output-dir") from None
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"another run is writing {path}: wait for its end, or give another --output-dir") from None
-        except OSError as error:
-            log.warning("%s: no locks on this file system (%s): see that no other run writes there", path, error)
+    with contextlib.closing(_locked(lock, path)):
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)  # before it is released: see _locked
+
+
+def _locked(lock: Path, path: Path) -> BinaryIO:
+    """The file at `lock`, open and locked. Raises InputError where `only_writer` of `path` does."""
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("wb")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): give another --output-dir") from None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise InputError(f"another run is writing {path}: wait for its end, or give another --output-dir") from None
+        except OSError as error:
+            log.warning("%s: no locks on this file system (%s): see that no other run writes there", path, error)
+            return file
+        # Who held it may have removed the file since it was opened here: the next run would lock another of its name.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return file
+        file.close()
 
 
 def _parts(path: Path) -> Path:
@@ -296,5 +313,5 @@ def _check(row: object, fields: Mapping[str, type | tuple[type, ...]]) -> None:
     for name, kind in fields.items():
         if name not in row:
             raise ValueError(f"the row has no {name!r}")
-        if not isinstance(row[name], kind):
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise ValueError(f"{name!r} is {row[name]!r:.80}, a {type(row[name]).__name__}")

@@ -2,19 +2,16 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.paths import find_path
-from qwen_vl_streaming.timeline import Schedule, make_schedule
+from qwen_vl_streaming.timeline import MOST_PER_SLOT, NAMED, Schedule, make_schedule
 from qwen_vl_streaming.variants import Variant
 
-NAMED = re.compile(r"(wait|random)-([1-9]\d*)")
-"""Names of schedules; any other is a file's."""
-FORMS = "give wait-K, random, random-K with K at least 1, or a file of counts"
+FORMS = f"give wait-K, random, random-K with K from 1 to {MOST_PER_SLOT}, or a file of counts"
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def choose_schedules(
         path = find_path(text, root, "the schedule")
         data = path.read_bytes()
     except (InputError, OSError):
-        raise InputError(f"unknown schedule {text!r}, and no such file: {FORMS}") from None
+        raise InputError(f"unknown schedule {text[:80]!r}, and no such file: {FORMS}") from None
     if not variant.streams:
         raise InputError(f"--schedule {text}: {variant.name} writes when the whole video is there: leave it out")
     counts = _read(path, data)
@@ -76,7 +73,7 @@ def _read(path: Path, data: bytes) -> dict[str, list[int]]:
             objects = [json.loads(text)]
         except ValueError:
             objects = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON or JSON Lines ({error}): {FORMS}") from None
     found: dict[str, list[int]] = {}
     for number, one in enumerate(objects, 1):
@@ -85,9 +82,10 @@ def _read(path: Path, data: bytes) -> dict[str, list[int]]:
         if "video_id" in one and "schedule" in one:
             one = {str(one["video_id"]): one["schedule"]}
         for video_id, counts in one.items():
-            sound = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+            numbers = counts if isinstance(counts, list) else [None]
+            sound = all(type(count) is int and 0 <= count <= MOST_PER_SLOT for count in numbers)
             if not sound or video_id in found:
-                fault = f"{counts!r:.80} are no counts from 0 up" if not sound else "it comes twice"
+                fault = f"{counts!r:.80} are no counts from 0 up to {MOST_PER_SLOT}" if not sound else "it comes twice"
                 raise InputError(f"{path}, video {video_id}: {fault}: mend it")
             found[video_id] = counts
     return found

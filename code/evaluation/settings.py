@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import itertools
 import json
-import math
 import os
 from pathlib import Path
 
@@ -17,6 +16,19 @@ from qwen_vl_streaming.video import PixelBudget
 from tasks import get_task
 
 MOST_GIB = 100_000
+LIMITS = {
+    "batch_size": (1, 10**6),
+    "max_new_tokens": (1, 10**6),
+    "repetition_penalty": (1e-2, 1e2),
+    "limit": (1, 10**9),
+    "seed": (-(2**63), 2**63 - 1),
+    "nodes": (1, 10**5),
+    "processes": (0, 10**4),
+    "workers": (0, 10**4),
+    "judge_workers": (1, 10**3),
+    "master_port": (1, 65535),
+}
+"""The least and the most of what is a number."""
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -104,16 +116,16 @@ class Settings:
     """Further fields of each request to the judge, a JSON object."""
 
     def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens", "repetition_penalty"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+        for name, (least, most) in LIMITS.items():
+            if (value := getattr(self, name)) is not None and not least <= value <= most:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {str(value)[:20]}: give a number from {least:g} to {most:.10g}"
+                )
         if self.output_file and not self.output_file.endswith(".json"):
             raise InputError(
                 f"--output-file {self.output_file}: give a name that ends in .json, after which what lies beside it is "
                 "named"
             )
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"--limit {self.limit}: give at least 1 video, or leave it out for all")
         if self.memory is not None and not 0 < self.memory <= MOST_GIB:
             raise InputError(f"--memory {self.memory}: give GiB above 0, at most {MOST_GIB}, or leave it out")
         if min(self.processes, self.workers or 0) < 0 or not 0 <= self.node_rank < self.nodes:
@@ -125,7 +137,7 @@ class Settings:
             raise InputError("--judge-url and --judge-model go together, and --judge-workers must be above 0")
         try:
             options = json.loads(self.judge_options)
-        except ValueError:
+        except (ValueError, RecursionError):
             options = None
         if not isinstance(options, dict):
             raise InputError(f"--judge-options {self.judge_options!r}: give a JSON object")

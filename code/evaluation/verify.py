@@ -27,11 +27,10 @@ from qwen_vl_streaming.positions import RULE
 from qwen_vl_streaming.progress import Progress, quiet_libraries
 from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.ties import tie_margin
-from qwen_vl_streaming.timeline import Timeline, make_schedule, make_timeline
+from qwen_vl_streaming.timeline import NAMED, Timeline, make_schedule, make_timeline
 from qwen_vl_streaming.variants import Variant, get_variant
 from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
-from schedules import NAMED
 from settings import ROOT
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
 
@@ -163,7 +162,9 @@ def main() -> None:
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
     if line:
         print(line, file=sys.stderr)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder(checkpoint), dtype=dtype)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model_folder(checkpoint), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
     model.to(device).eval()
     vocabulary = model.config.text_config.vocab_size
     if alien := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:

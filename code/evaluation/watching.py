@@ -20,6 +20,7 @@ from qwen_vl_streaming.ending import lost_worker, start_worker
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.paths import find_video
+from qwen_vl_streaming.positions import check_clips
 from qwen_vl_streaming.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.streaming import Caption
 from qwen_vl_streaming.variants import Variant
@@ -101,6 +102,10 @@ class Videos(Dataset):
         pixels, grid = clip_pixels(self.processor, video.frames)
         template = self.templates[row["question"] or QUESTIONS[-1]]
         layout = template.layout(grid, self.tokens_per_second * video.seconds_per_clip)
+        try:
+            check_clips(work.variant, layout, video.clips)
+        except InputError as error:
+            return Watched(video_id, reason=f"video {path}: {error}")
         pixels = pixels.to(getattr(torch, work.dtype))  # as the model takes them: half as many bytes go to a GPU
         return Watched(video_id, Job(video_id, pixels, layout, template, schedule))
 

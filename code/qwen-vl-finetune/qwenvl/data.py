@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.paths import find_video
-from qwen_vl_streaming.positions import timeline_positions
+from qwen_vl_streaming.positions import check_clips, timeline_positions
 from qwen_vl_streaming.prompts import QUESTIONS, Template, answer_ids, clip_pixels, make_template
 from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, make_schedule, make_timeline
 from qwen_vl_streaming.variants import Variant
@@ -150,6 +150,7 @@ class StreamingDataset(torch.utils.data.Dataset):
         pixels, grid = clip_pixels(self.processor, video.frames)
         clips = len(pixels)
         layout = template.layout(grid, self.tokens_per_second * video.seconds_per_clip)
+        check_clips(self.variant, layout, clips)
         counts = make_schedule(self.schedule, self.variant, clips).counts(len(answer))
         timeline = make_timeline(self.variant, layout, counts)
         rows = timeline.rows

@@ -14,11 +14,13 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+from qwen_vl_streaming.checkpoint import of_file
 from qwen_vl_streaming.ending import start_worker
 from qwen_vl_streaming.errors import InputError
 from safetensors import SafetensorError
@@ -31,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 BEING_SAVED, BEING_REMOVED = "being_saved", "being_removed"
 PROGRESS = "progress.json"
-"""Written last into a checkpoint. It tells what `kept` gave, and the bytes of each other file."""
+"""Written last into a checkpoint. It holds what `kept` gave, and the size and SHA-256 of each other file."""
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 STATE = "trainer_state.json"
 FINITE = ("loss", "train_loss", "eval_loss", "grad_norm")
 """What is logged, and stops a run where it is NaN or infinite."""
@@ -99,7 +102,7 @@ def read_json(path: Path) -> dict:
     """An object that a run has left. Raises InputError where it is broken."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is broken ({error}): remove it, or give another --output_dir") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is broken (it holds no object): remove it, or give another --output_dir")
@@ -147,25 +150,64 @@ def newest_checkpoint(output: Path) -> str | None:
     return next((str(path) for path in reversed(whole_checkpoints(output))), None)
 
 
+@contextlib.contextmanager
+def only_data(checkpoint: str | None) -> Iterator[None]:
+    """What is unpickled of `checkpoint` meanwhile is data: DeepSpeed reads its states with a torch.load that may run
+    any code in them. Raises InputError where they hold more."""
+    if not checkpoint:
+        yield
+        return
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(known):
+            yield
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{checkpoint} holds code, which is not run: remove it, and the run goes on from the one before, if any"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
+
+
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file below `folder` but PROGRESS, by its path from there."""
+    """Bytes of each file below `folder` but PROGRESS and hidden ones, by its path from there."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / PROGRESS)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files if not path.name.startswith(".")}
+
+
+def hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of these files in `folder`, several at a time."""
+    names = list(names)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: of_file(folder / name), names), strict=True))
 
 
 def read_progress(checkpoint: Path) -> dict:
-    """What `kept` gave at a checkpoint. Raises InputError where that, or another file of it, is not all there."""
+    """What `kept` gave at a checkpoint. Raises InputError where that, or another file of it, is not all there, and for
+    a file that was not saved with it."""
     mend = f"remove {checkpoint}, and the run goes on from the one before, if there is one"
     try:
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
         wanted = progress.pop("bytes", {})  # an earlier version did not tell
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        progress.setdefault("sha256", {})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{checkpoint / PROGRESS} is broken ({error!r}): {mend}") from error
     there = sizes(checkpoint)
     for name, size in wanted.items():
         if there.get(name) != size:
             was = "is missing" if name not in there else f"has {there[name]} bytes where {size} were saved"
             raise InputError(f"{checkpoint / name} {was}: {mend}")
+    if wanted and (strange := sorted(there.keys() - wanted.keys())):
+        raise InputError(f"{checkpoint / strange[0]} was not saved with this checkpoint: move it away")
     with loading(checkpoint):
         TrainerState.load_from_json(str(checkpoint / STATE))
     return progress
@@ -216,10 +258,24 @@ class KeepingTrainer(Trainer):
         checkpoint = self._checkpoint()
         if checkpoint:
             self.progress = read_progress(Path(checkpoint))
+            self._check_hashes(Path(checkpoint), self.progress.pop("sha256"))
             logger.info("goes on from %s", checkpoint)
         self.begin(self.progress)
-        self.train(resume_from_checkpoint=checkpoint)
+        with only_data(checkpoint):
+            self.train(resume_from_checkpoint=checkpoint)
         return not self.stop.stopped
+
+    def _check_hashes(self, checkpoint: Path, wanted: dict[str, str]) -> None:
+        """Each process reads its share. On all of them raises InputError where a file is not as it was saved."""
+        names = sorted(wanted)[self.args.process_index :: self.args.world_size]
+        with loading(checkpoint):
+            found = hashes(checkpoint, names)
+        changed = gather_object([name for name in names if found[name] != wanted[name]])
+        if changed:
+            raise InputError(
+                f"{checkpoint} is damaged ({min(changed)} has other contents than were saved): remove it, and the run "
+                "goes on from the one before, if any"
+            )
 
     def begin(self, progress: dict | None) -> None:
         """Called before training with what `kept` gave at the checkpoint; None at the start of a run."""
@@ -258,7 +314,9 @@ class KeepingTrainer(Trainer):
                 return
             # Checkpoints hold the names that Qwen2.5-VL was published with. Trainer does not convert them: it would
             # find no weight that it knows, say so in a warning, and train on from where the run began.
-            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+            saved = type(self.model).from_pretrained(
+                resume_from_checkpoint, dtype=self.model.dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
             self.model.load_state_dict(saved.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -323,8 +381,11 @@ class KeepingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with saving(output):
+                bytes_of = sizes(beside)
                 sync(beside.rglob("*"))
-                write_whole(beside / PROGRESS, json.dumps({**progress, "bytes": sizes(beside)}))
+                write_whole(
+                    beside / PROGRESS, json.dumps({**progress, "bytes": bytes_of, "sha256": hashes(beside, bytes_of)})
+                )
                 sync([beside])
                 beside.rename(whole)
                 beside.parent.rmdir()

@@ -149,7 +149,7 @@ def check_zero(path: Path) -> None:
     """Refuse a DeepSpeed configuration that DeepSpeed or the training program cannot take. Raises InputError."""
     try:
         zero = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}): mend it or leave --deepspeed out") from error
     if not isinstance(zero, dict) or not isinstance(zero.get("zero_optimization"), dict):
         raise InputError(f"{path} has no zero_optimization: take zero2.json or zero3.json as a pattern")

@@ -45,7 +45,7 @@ def training_config(adapter: Path) -> dict:
         said = {key: config[key] for key in ("streaming_variant", "wait_k")}
         said["position_rule"] = config.get("position_rule")  # also where there is none: the base may have one
         return {**said, **{key: config[key] for key in ("pixel_budget", BASE) if key in config}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{adapter / 'config.json'} does not say under which variant the adapter was trained ({error!r}): "
             "give the folder as `sft.sh --lora_enable True` has written it"
@@ -57,7 +57,7 @@ def check_base(adapter: Path, base: str | None, sha256: str | None) -> None:
     that hash, which it was trained on. What comes from a hub is not compared."""
     try:
         base = base or json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # loading it will say why
     hashed = re.compile("[0-9a-f]{64}")
     if sha256 and hashed.fullmatch(sha256) and os.path.isdir(base) and of_checkpoint(base) != sha256:
@@ -72,6 +72,8 @@ def load_adapted(adapter: Path, base: str | None) -> PeftModel:
     try:
         config = PeftConfig.from_pretrained(adapter)
         weights = load_file(adapter / "adapter_model.safetensors")
+        if getattr(config, "megatron_config", None):  # peft imports whatever module is named there
+            raise ValueError("it is of Megatron")
         if not (base := base or config.base_model_name_or_path):
             raise ValueError("it names no model that it was trained on")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

@@ -21,6 +21,7 @@ import torch
 from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
 from qwen_vl_streaming.errors import InputError
 from qwen_vl_streaming.positions import RULE
+from qwen_vl_streaming.redact import redacted_command
 from qwen_vl_streaming.versions import RUNNING, versions
 from torch import distributed
 from transformers import Trainer, TrainerCallback
@@ -156,7 +157,10 @@ class RunRecord:
         self.record = {
             **facts,
             "finished": None,
-            "starts": [*starts, {**one, "host": socket.gethostname(), "command": shlex.join(sys.argv)}],
+            "starts": [
+                *starts,
+                {**one, "host": socket.gethostname(), "command": shlex.join(redacted_command(sys.argv))},
+            ],
         }
         self._write()
 

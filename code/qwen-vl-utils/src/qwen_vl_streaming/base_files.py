@@ -43,7 +43,7 @@ class BaseFiles:
             paths = sorted(path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file())
             files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
             config = json.loads(files[CONFIG])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RecursionError) as error:
             told = f"{type(error).__name__}: {error!s:.200}"
             raise InputError(f"{folder / CONFIG}, or a file beside it, cannot be read ({told})") from error
         if not isinstance(config, dict):

@@ -5,11 +5,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import InputError
 from .hub import model_folder
 
 WITH_THE_WEIGHTS = ("config.json", "*processor*.json", "tokenizer*.json", "vocab.json", "merges.txt", "chat_template.*")
+MOST_HEADER = 100_000_000  # bytes, as in safetensors itself
 SAMPLE = 4096  # bytes of each tensor
 
 
@@ -55,7 +57,7 @@ def like_other_files(path: Path) -> None:
 def tensor_types(path: Path) -> set[str]:
     """The types of the tensors in a safetensors file, by their names in there, such as BF16. Raises InputError."""
     with safe_reading(path), path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header = json.loads(_header(file))
         return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
 
 
@@ -64,17 +66,27 @@ def safe_reading(path: Path) -> Iterator[None]:
     """Raises InputError for what goes wrong while a safetensors file is read."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} holds no weights that can be read ({error}): copy the checkpoint again") from error
+
+
+def _header(file: BinaryIO) -> bytes:
+    """Raises ValueError where it is longer than safetensors allows, or than the file."""
+    size = int.from_bytes(file.read(8), "little")
+    if size > MOST_HEADER or len(header := file.read(size)) < size:
+        raise ValueError(f"a header of {size} bytes")
+    return header
 
 
 def _tensors(path: Path) -> Iterator[bytes]:
     """The header of a safetensors file, then up to SAMPLE bytes of each tensor."""
     with safe_reading(path), path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
+        header = _header(file)
         yield header
         for name, tensor in json.loads(header).items():
             if name != "__metadata__":
                 begin, end = tensor["data_offsets"]
+                if not 0 <= begin <= end:
+                    raise ValueError(f"{name!r:.80} from byte {begin} to {end}")
                 file.seek(8 + len(header) + (begin + end) // 2)
                 yield file.read(min(SAMPLE, end - begin))

@@ -5,16 +5,22 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from .redact import redacted
+
 
 class InputError(ValueError):
-    """A mistake that the user can mend: the message is one plain line naming the file or value and the mend."""
+    """A mistake that the user can mend: the message is one plain line naming the file or value and the mend.
+    Passwords in addresses are not shown."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(redacted(str(message)))
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with exit status 2 as everywhere in this project."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {redacted(message)} (see --help)\n")
 
 
 def run(main: Callable[[], None], speak: bool = True) -> None:

@@ -148,15 +148,15 @@ def _predicts(timeline: Timeline, each: Run) -> str:
 
 
 def at_least_one(text: str) -> int:
-    if not re.fullmatch(r"0*[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not re.fullmatch(r"0{0,9}[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number of at least 1, below a billion")
     return int(text)
 
 
 def grid(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not rows x columns, such as 2x3")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not rows x columns, such as 2x3")
     return int(match[1]), int(match[2])
 
 

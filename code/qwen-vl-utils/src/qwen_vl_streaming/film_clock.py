@@ -9,7 +9,10 @@ import logging
 import math
 from fractions import Fraction
 
+from .redact import Redacting
+
 logger = logging.getLogger(__name__)
+logger.addFilter(Redacting())
 
 LEAP = 10.0  # seconds; FFmpeg's -dts_delta_threshold
 BACK = 0.1  # seconds by which the order of decoding may go back; FFmpeg's tolerance

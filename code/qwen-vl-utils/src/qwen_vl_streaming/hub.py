@@ -178,7 +178,7 @@ def missing_file(folder: Path) -> str | None:
         if (folder / index).is_file():
             try:
                 shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 return f"a readable {index}"
             needed += sorted(set(shards))
             break

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # what follows takes seconds: until there is somethi
 
 import argparse
 import contextlib
+import datetime
 import functools
 import logging
 import os
@@ -51,9 +52,11 @@ from .live_watch import Watch
 from .modeling_qwen2_5_vl import load_config, load_model
 from .pair import Pair, PerceptionLost
 from .passes import Passes
+from .positions import check_clips, clips_before_text
 from .progress import quiet_libraries
 from .prompts import clip_pixels, load_processor, make_template
 from .record import read_record, write_record
+from .redact import redacted
 from .replay import DTYPES
 from .session import GREEDY, Session, open_session
 from .timeline import make_schedule
@@ -201,11 +204,22 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
         pixels, grid = clip_pixels(processor, frames)
         layout = template.layout(grid, config.vision_config.tokens_per_second * seconds)
+        room = clips_before_text(variant, layout)
+        if room is not None and room < min(most or sys.maxsize, source.count or sys.maxsize):
+            if source.count is not None:
+                check_clips(variant, layout, min(most or source.count, source.count))
+            length = datetime.timedelta(seconds=round(room * seconds))
+            screen.note(
+                f"{variant.name} can watch {room} clips ({length}), then their positions would reach those of its "
+                "text: the answer is written to its end there; group has no such limit"
+            )
+            most = room
         opened = functools.partial(open_session, model, variant, template, layout, **options)
         if device.type == "cuda":
             opened = functools.partial(opened, passes=rehearse(opened(), pixels[0]))
         told = ("question", "source", "speed", "behind")
         about = {**{name: getattr(arguments, name) for name in told}, **source.about}
+        about["source"] = redacted(arguments.source)
         session = stack.enter_context(opened(record=own, about=about))
         if source.size is None:
             intake.begin()

@@ -131,13 +131,13 @@ def parse(description: str) -> argparse.Namespace:
     arguments = parser.parse_args()
     for name, (least, most) in LIMITS.items():
         if (value := getattr(arguments, name)) is not None and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {value:.10g} must be from {least:.10g} to {most:.10g}")
+            parser.error(f"--{name.replace('_', '-')} {str(value)[:20]} must be from {least:.10g} to {most:.10g}")
     arguments.model = find_model(arguments.model, PROJECT)
     if not (arguments.source == SYNTHETIC or arguments.source.startswith("/dev/") or "://" in arguments.source):
         arguments.source = str(look_up(arguments.source, PROJECT))
     for value, of in zip(arguments.window or (), ("max_clips", "max_new_tokens"), strict=False):
         if not 1 <= value <= LIMITS[of][1]:
-            parser.error(f"--window {value} must be from 1 to {LIMITS[of][1]}")
+            parser.error(f"--window {str(value)[:20]} must be from 1 to {LIMITS[of][1]}")
     device, arguments.device_line = choose_device(arguments.device, look(os.environ))
     arguments.device = torch.device(device)
     return arguments

@@ -19,11 +19,13 @@ from .clock import now
 from .errors import InputError
 from .film_index import check_stamps, demux, film_track, last_gap
 from .live_source import Clip
+from .redact import Redacting, redacted
 from .stream_frames import StreamFrames, slow_rate
 from .video import FRAMES_PER_CLIP, SLACK, PixelBudget, resize_frame
 from .video_readers import upright
 
 logger = logging.getLogger(__name__)
+logger.addFilter(Redacting())
 
 CLIPS_WAITING = 256  # read ahead of a slow consumer before the source itself has to wait
 STALLED_SECONDS = 5.0  # without a byte before a connection counts as dropped
@@ -51,7 +53,7 @@ def stream_clips(
     InputError where the source cannot be opened at all; ends when it cannot be opened again.
     """
     reader = _StreamReader(source, Sampler(fps, budget or PixelBudget()), reconnect_seconds, max_clips)
-    thread = threading.Thread(target=reader.run, name=f"frames of {source}", daemon=True)
+    thread = threading.Thread(target=reader.run, name=f"frames of {redacted(source)}", daemon=True)
     thread.start()
     try:
         while (clip := reader.clips.get()) is not None:

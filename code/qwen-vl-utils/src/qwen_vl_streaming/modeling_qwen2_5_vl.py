@@ -9,6 +9,7 @@ byte that matters: stock transformers loads what this saves, and this loads what
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -274,7 +275,10 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
 
-UNLOADABLE = (OSError, ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError)
+UNLOADABLE = (
+    *(OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError, OverflowError),
+    *(EOFError, UnpicklingError, StrictDataclassError),
+)
 """What transformers raises for files that are not those of a checkpoint, or do not belong together."""
 
 
@@ -299,7 +303,7 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
     model, report = _loaded(
         path,
         lambda folder: Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
         ),
     )
     if missing := sorted(report["missing_keys"]):

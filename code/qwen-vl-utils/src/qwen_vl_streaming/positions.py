@@ -4,11 +4,13 @@ Every count below is in closed form, so that one function serves a whole sample 
 running stream alike: positions depend on what the slots before wrote, never on what is still to come.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .errors import InputError
 from .timeline import CLIP, HEADER, PROMPT, TAIL, Layout, Rows, Timeline
 from .variants import Variant
 
@@ -56,6 +58,25 @@ def row_positions(
     in_clip = torch.stack([base + time, base + rows.index // across, base + rows.index % across])
     flat = torch.where(rows.part == PROMPT, rows.index, torch.where(rows.part == TAIL, tail, text))
     return torch.where(rows.part == CLIP, in_clip, flat)
+
+
+def clips_before_text(variant: Variant, layout: Layout) -> int | None:
+    """How many clips, and the tail after them, have positions below those of the text; None where the two may share
+    positions, or the text comes after the video. Beyond that, what a variant keeps apart would meet."""
+    if not variant.text_start:
+        return None
+    left = variant.text_start - layout.prompt - layout.tail - 1  # for the newest clip's time, or its rows and columns
+    return max(0, math.ceil((left + 1) / layout.steps_per_clip)) if left >= max(layout.grid) - 1 else 0
+
+
+def check_clips(variant: Variant, layout: Layout, clips: int) -> None:
+    """Raises InputError where a video has more than `clips_before_text`."""
+    most = clips_before_text(variant, layout)
+    if most is not None and clips > most:
+        raise InputError(
+            f"{clips} clips are too many for {variant.name}: after {most} their positions reach {variant.text_start}, "
+            "where those of its text begin; give a shorter video, or use group"
+        )
 
 
 def _time(layout: Layout, clip: Tensor) -> Tensor:

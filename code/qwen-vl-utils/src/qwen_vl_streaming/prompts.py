@@ -44,11 +44,16 @@ def load_processor(path: str | Path):
     """The processor beside a checkpoint, or on the hub. Raises InputError where there is none, or it is not whole."""
     folder = model_folder(path, weights=False)
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         make_template(processor, QUESTIONS[-1])  # fails without a chat template, or a tokenizer's vocabulary
         return processor
     except Exception as error:  # transformers and Jinja raise many, and the Rust tokenizers nothing narrower
         first = next(iter(str(error).splitlines()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the processor in {str(path)!r} asks for code of its own (auto_map), and no code of a checkpoint is "
+                "run: copy the processor's files from the Qwen2.5-VL that it was made from"
+            ) from error
         raise InputError(
             f"no processor could be loaded from {str(path)!r} ({first}): "
             "save one there with processor.save_pretrained, or name a complete Qwen2.5-VL checkpoint"

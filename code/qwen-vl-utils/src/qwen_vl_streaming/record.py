@@ -17,11 +17,15 @@ from torch import Tensor
 
 from .errors import InputError
 from .prompts import Template
+from .redact import redacted
 from .timeline import Layout
 from .variants import VARIANTS
 
-FORM = 2
-"""Of the file; another form is refused. Records of form 1 are of other positions after a video."""
+FORM = 3
+"""Of the file; another form is refused. Records of form 1 are of other positions after a video, those of form 2 know a
+model by the first numbers of its weights only."""
+PIECE = 2**20
+"""Numbers of a weight that are summed up at once."""
 WAYS = ("serial", "fused", "pipelined")
 """How a session may run; of a variant that is not parallel only the first."""
 
@@ -88,14 +92,14 @@ def whole(path: str | Path) -> Iterator[Path]:
 def write_record(path: str | Path, record: Record) -> None:
     """Whole or not at all."""
     with whole(path) as beside:
-        beside.write_text(json.dumps({"form": FORM, **asdict(record)}, indent=1))
+        beside.write_text(json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1))
 
 
 def read_record(path: str | Path) -> Record:
     """Raises InputError, naming the file, for what is no record."""
     try:
         data = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"record {path} cannot be read ({error}): give a file that a session wrote") from error
     if not isinstance(data, dict) or data.pop("form", None) != FORM:
         raise InputError(f"record {path} is not a session's record of form {FORM}: record the session again")
@@ -106,12 +110,12 @@ def read_record(path: str | Path) -> Record:
         template = Template(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.pop("template").items()})
         layout = data.pop("layout")
         layout = Layout(**{**layout, "grid": tuple(layout["grid"])})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise InputError(f"record {path} has no template and layout of a session ({error})") from error
     record = Record(template=template, layout=layout, **data)
     try:
         fault = _fault(record)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
         fault = f"values of other types than a session's ({error})"
     if fault:
         raise InputError(f"record {path} contradicts itself: {fault}")
@@ -164,19 +168,37 @@ def _fault(record: Record) -> str | None:
 
 @torch.no_grad()
 def identity(model) -> dict[str, str]:
-    """What tells a model from others: where it came from, its type, and a hash over its config's sizes and the
-    beginning of each weight, rounded to bfloat16 so that it is the same in float32 and in bfloat16."""
+    """What tells a model from others: where it came from, its type, and a hash over the names, shapes and all numbers
+    of its weights, rounded to bfloat16 so that it is the same in float32 and in bfloat16.
+
+    Each weight is summed up on its own device, in whole numbers, so that the hash is the same on all devices; a GPU
+    takes less than a second for 7B, a CPU some seconds.
+    """
+    sums, factors = [], {}
+    for weight in model.parameters():
+        if weight.device not in factors:  # a linear congruential generator's: neighbours have little in common
+            count = torch.arange(PIECE // 4, device=weight.device)
+            factors[weight.device] = (count * 6364136223846793005 + 1442695040888963407) | 1
+        pieces = [checksum(piece, factors[weight.device]) for piece in weight.flatten().split(PIECE)]
+        sums.append(torch.stack(pieces) if pieces else torch.zeros(0, dtype=torch.int64))
     digest = hashlib.sha256()
-    beginnings = []
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        beginnings.append(weight.flatten()[:16].to(torch.bfloat16))
-    digest.update(torch.cat(beginnings).view(torch.int16).cpu().numpy().tobytes())
+    for (name, weight), found in zip(model.named_parameters(), sums, strict=True):  # asked for together: no waits
+        digest.update(f"{name} {tuple(weight.shape)} {found.tolist()}".encode())
     return {
         "path": model.config._name_or_path,
         "dtype": str(model.dtype).removeprefix("torch."),
         "fingerprint": digest.hexdigest(),
     }
+
+
+def checksum(numbers: Tensor, factors: Tensor) -> Tensor:
+    """() int64 of `numbers` (n,) in bfloat16: a sum modulo 2^64 with an odd factor for each four of them, so that it
+    changes where any one of them does, and where some change places."""
+    bits = numbers.to(torch.bfloat16)
+    if bits.data_ptr() % 8 or len(bits) % 4:
+        bits = torch.nn.functional.pad(bits, (0, -len(bits) % 4)).clone()
+    fours = bits.view(torch.int64)
+    return fours.mul(factors[: len(fours)]).sum()
 
 
 def clip_hash(clip: Tensor) -> str:

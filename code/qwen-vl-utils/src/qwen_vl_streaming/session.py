@@ -22,6 +22,7 @@ from .errors import InputError
 from .feed import Due, Feed
 from .passes import Passes
 from .plan import Window
+from .positions import check_clips
 from .prompts import Template
 from .record import WAYS, Record, clip_hash, identity, write_record
 from .streaming import PENALTY, Caption
@@ -187,6 +188,7 @@ class Session:
                 f"clip {number} is one more than max_clips {self.max_clips}: open the session with more, or with a "
                 "window, out of whose sight the oldest clips go"
             )
+        check_clips(self.variant, self.layout, number)
         if isinstance(self.asked, Schedule) and last != (number == self.asked.clips):
             raise InputError(f"clip {number} as the last one does not fit a schedule for {self.asked.clips} clips")
         self.arrived.append(self.clock())

@@ -19,6 +19,10 @@ from .variants import Variant
 
 PARTS = ("prompt", "clip", "tail", "header", "answer")
 PROMPT, CLIP, TAIL, HEADER, ANSWER = range(len(PARTS))
+NAMED = re.compile(r"(wait|random)-([1-9][0-9]{0,5})")
+"""Names of schedules."""
+MOST_PER_SLOT = 999_999
+"""Answer tokens that a schedule may give one slot."""
 NOTHING = -1
 """In `Timeline.produces`: this row predicts no answer token."""
 
@@ -118,9 +122,11 @@ def make_schedule(text: str, variant: Variant, clips: int, seed: int | str = 0) 
     evenly with `seed`, so K in the mean. Offline variants write everything in the last slot.
     Raises InputError for any other text.
     """
-    match = re.fullmatch(r"(wait|random)-([1-9]\d*)", text)
+    match = NAMED.fullmatch(text)
     if not match:
-        raise InputError(f"unknown schedule {text!r}: give wait-K or random-K with K at least 1, such as wait-3")
+        raise InputError(
+            f"unknown schedule {text[:80]!r}: give wait-K or random-K with K from 1 to {MOST_PER_SLOT}, such as wait-3"
+        )
     k = int(match[2])
     if not variant.streams:
         return Schedule((0,) * (clips - 1))
