@@ -341,7 +341,7 @@ def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True)
         raise InputError(f"the weights in {str(path)!r} are damaged ({error}): copy or download them again") from error
     except torch.OutOfMemoryError:
         raise
-    except UNLOADABLE as error:
+    except (*UNLOADABLE, LookupError) as error:  # the last by torch, for a damaged pickle
         if lost_worker(error):  # a DataLoader of the program says so wherever the program is
             raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
