@@ -182,7 +182,7 @@ def test_what_scoring_needs_is_checked_before_anything_long_runs(
         (judge[:2], "--judge-url and --judge-model go together"),
         ((*judge, "--judge-options", "[1]"), "--judge-options '[1]': give a JSON object"),
         ((*judge, "--judge-options", "{"), "give a JSON object"),
-        ((*judge, "--judge-workers", 0), "must be above 0"),
+        ((*judge, "--judge-workers", 0), "--judge-workers 0: give a number from 1"),
     ):
         with pytest.raises(SystemExit) as ended:
             score_only(tmp_path / "mine.json", *flags)

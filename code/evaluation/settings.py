@@ -133,8 +133,8 @@ class Settings:
                 f"--processes {self.processes}, --workers {self.workers}, --nodes {self.nodes}, --node-rank "
                 f"{self.node_rank}: processes and workers are not negative, and ranks run from 0 below --nodes"
             )
-        if bool(self.judge_url) != bool(self.judge_model) or self.judge_workers < 1:
-            raise InputError("--judge-url and --judge-model go together, and --judge-workers must be above 0")
+        if bool(self.judge_url) != bool(self.judge_model):
+            raise InputError("--judge-url and --judge-model go together: give both")
         try:
             options = json.loads(self.judge_options)
         except (ValueError, RecursionError):
