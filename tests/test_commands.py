@@ -129,7 +129,8 @@ def commands(text: str) -> Iterator[tuple[str, str, str]]:
                 folder = os.path.normpath(os.path.join(folder, command.removeprefix("cd ")))
 
 
-SHOWN = list(commands((ROOT / "README.md").read_text(encoding="utf-8")))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN = list(commands(README))
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +212,13 @@ def test_commands_are_found_in_their_folders():
     assert (first, there, second) == (("", "bash a.sh"), ("", "cd code/b"), ("code/b", "X=1 bash c.sh --d"))
     assert (third, script) == (("code/b", "python e.py"), ("code/b", "#!/bin/bash srun x"))
     assert (back, last) == (("code/b", "cd .."), ("code", "(cd b && bash f.sh)"))
+
+
+def test_every_file_stands_in_the_tree_of_the_readme():
+    tree = README[README.index("## What lies where") : README.index("## Differences from")]
+    named = set(re.findall(r"[\w.*]+", tree))
+    for folder in ("qwen-vl-utils/src/qwen_vl_streaming", "qwen-vl-finetune/qwenvl", "evaluation", "demo"):
+        for path in (ROOT / "code" / folder).glob("*.py"):
+            families = {"live_*", "live_*.py", "report_*"}
+            known = {path.name, path.stem} & named or any(path.match(f.removesuffix(".py") + ".py") for f in families)
+            assert known or path.name == "__init__.py", path
