@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.live_source import stream_clips
+from qwen_vl_streaming.live_stream import stream_clips
 from qwen_vl_streaming.redact import redacted, redacted_command
 
 
