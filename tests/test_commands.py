@@ -81,7 +81,7 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_EVAL_MODEL_PATH=code/qwen-vl-finetune/output/qwen2_5vl-pe-group-7B bash eval.sh --output-file "
     "group_7B_infer.json": LAUNCHED,
     "python code/evaluation/load_elsewhere.py CHECKPOINT --python OTHER/bin/python": HELP,
-    "bash scripts/sft.sh --help": Run("usage: sft.sh"),
+    "bash scripts/sft.sh --help": Run("usage: bash scripts/sft.sh"),
     "python -m qwenvl.merge --adapter DIR --output DIR": HELP,
     "bash scripts/sft.sh": LAUNCHED,
     "CUDA_VISIBLE_DEVICES=0,1 bash scripts/sft.sh": LAUNCHED,

@@ -399,7 +399,7 @@ def test_the_launcher_refuses_gpus_that_cannot_be_used(tmp_path):
 
 
 @pytest.mark.parametrize("words, count", [
-    ("--use_cpu True", "0"), ("--use_cpu", "0"), ("--max_steps 3 --use_cpu=yes", "0"), ("--help", "0"),
+    ("--use_cpu True", "0"), ("--use_cpu", "0"), ("--max_steps 3 --use_cpu=yes", "0"),
     ("--use_cpu False", "8"), ("--bf16 True -x", "8"),
 ])  # fmt: skip
 def test_how_many_gpus_the_launcher_takes(monkeypatch, capsys, words, count):
