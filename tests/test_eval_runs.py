@@ -149,7 +149,7 @@ def test_two_machines(many, expected, tmp_path):
     first.join(120)
     left = missing(out)
     how = f": {left} of 12 videos are not captioned" if left else ", when its videos were finished"
-    assert f"machine 1 was not heard of for 2 s{how}" in finish(first, logs[0], 1 if left else 0)
+    assert f"machine 1 did not answer for 2 s{how}" in finish(first, logs[0], 1 if left else 0)
 
     first, second = start_both()
     finish(first, logs[0])
