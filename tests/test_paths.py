@@ -185,7 +185,7 @@ def test_training_and_evaluation_find_a_video_by_its_name(made, tmp_path, monkey
     work = SimpleNamespace(
         rows=rows, root=tmp_path, budget=budget, reader=None, schedules=Schedules("wait-3", VARIANTS["group"])
     )
-    work.dtype, work.video_root, work.max_clips = "float32", None, None
+    work.dtype, work.video_root, work.max_clips, work.variant = "float32", None, None, VARIANTS["group"]
     assert "does not exist" in Videos(work, processor, 2)[0].reason
     work.video_root = videos
     assert Videos(work, processor, 2)[0].job

@@ -100,7 +100,7 @@ def test_training_and_evaluation_ask_a_row_its_own_question(made):
     )
     asked = evaluation.read_data(data, limit=None, task=tasks.TASKS["funqa"])
     schedules = Schedules("wait-3", VARIANTS["group"])
-    where = {"root": folder, "video_root": None, "max_clips": None}
+    where = {"root": folder, "video_root": None, "max_clips": None, "variant": VARIANTS["group"]}
     work = SimpleNamespace(rows=asked, **where, budget=budget, reader=None, schedules=schedules, dtype="float32")
     watched = Videos(work, processor, 2)
     for index in (0, 3, 11):
