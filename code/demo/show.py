@@ -83,7 +83,7 @@ def show(output: Path, variants: list[str], examples: int = 3) -> None:
     print(f"  {command(*check)}")
     (film,) = find_videos(output, [rows[variants[0]][0]["video_id"]])
     print("and hear it speak while a video happens, or a webcam:")
-    trained, source = output / f"qwen2_5vl-pe-{variants[0]}", os.path.normpath(film)
+    trained, source = output / f"qwen2_5vl-pe-{variants[0]}", os.path.abspath(film)
     live = ["-m", "qwen_vl_streaming.live", "--model", trained, "--source", source]
     print(f"  {command(*live)}")
 
