@@ -81,6 +81,8 @@ def main() -> None:
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
                 act(what)
+            while what == "stop all" and not self.asked and state.global_step == step:  # another thread may get it
+                time.sleep(0.01)
             ended(self, args, state, control, **kwargs)
 
         StopOnSigterm.on_step_end = on_step_end

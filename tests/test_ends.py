@@ -122,8 +122,9 @@ def test_a_run_goes_on_after_every_kind_of_end(undisturbed, made, tmp_path):
     ranks[1].kill()
     assert ends(launcher, log, 1).startswith(f"error: process 1 was {KILLED}")
 
-    ends(*run("stopped", "stop all 1 5"), STOPPED)  # together with its data workers
-    assert (out / "checkpoint-5").exists()
+    launcher, log = run("stopped", "stop all 1 5")  # together with its data workers
+    ends(launcher, log, STOPPED)
+    assert (out / "checkpoint-5").exists(), log.read_text()[-5000:]
 
     launcher, log = run("to the end", "stop worker 1 10")  # of which nobody takes notice
     assert launcher.wait(90) == 0, log.read_text()[-3000:]
