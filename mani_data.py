@@ -22,9 +22,9 @@ import pe_video.run
 from funqa.run import prepare_funqa
 from pe_video.rules import Rules
 from pe_video.run import STATE_FOLDER, prepare_dataset
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.paths import look_up
-from qwen_vl_streaming.progress import quiet_http
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.paths import look_up
+from qwen_vl_streaming.common.progress import quiet_http
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "test")

@@ -19,8 +19,8 @@ def main(what: str) -> None:
     from functools import partial
 
     import torch
-    from qwen_vl_streaming.ending import start_worker
-    from qwen_vl_streaming.errors import InputError
+    from qwen_vl_streaming.common.ending import start_worker
+    from qwen_vl_streaming.common.errors import InputError
     from qwenvl import failing
 
     class Squares(torch.utils.data.Dataset):

@@ -12,7 +12,7 @@ import time
 
 import psutil
 import torch
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 from qwenvl import rank
 from qwenvl.data import StreamingDataset
 from qwenvl.keeping import StopOnSigterm

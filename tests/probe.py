@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 
 def refuse():

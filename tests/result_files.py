@@ -6,9 +6,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import report
-from qwen_vl_streaming.errors import run
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import read_video
+from qwen_vl_streaming.common.errors import run
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import read_video
 from transformers import AutoTokenizer
 
 METRICS = ("CIDEr", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L")

@@ -5,12 +5,12 @@ import random
 from dataclasses import dataclass, replace
 
 import torch
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.prompts import Template
-from qwen_vl_streaming.session import Session
-from qwen_vl_streaming.streaming import Streams, caption
-from qwen_vl_streaming.timeline import Layout, Schedule
-from qwen_vl_streaming.variants import VARIANTS, Variant
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.prompts import Template
+from qwen_vl_streaming.reference import Streams, caption
+from qwen_vl_streaming.sessions.session import Session
+from qwen_vl_streaming.timeline.timeline import Layout, Schedule
+from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
 from tiny import VOCABULARY, random_template, tiny_model
 
 PARALLEL = [variant for variant in VARIANTS.values() if variant.parallel]

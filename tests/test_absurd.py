@@ -10,11 +10,11 @@ import lag
 import pytest
 import torch
 from eval import begin, read_data
-from qwen_vl_streaming.checkpoint import of_checkpoint, tensor_types
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
-from qwen_vl_streaming.timeline import make_schedule
-from qwen_vl_streaming.variants import get_variant
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.checkpoint import of_checkpoint, tensor_types
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.timeline.timeline import make_schedule
+from qwen_vl_streaming.timeline.variants import get_variant
 from results import check_row
 from schedules import choose_schedules
 from settings import Settings

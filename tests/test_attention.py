@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
-from qwen_vl_streaming.attention import block_mask, dense_mask, make_mask
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.timeline import Layout, make_timeline
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.timeline.attention import block_mask, dense_mask, make_mask
+from qwen_vl_streaming.timeline.positions import timeline_positions
+from qwen_vl_streaming.timeline.timeline import Layout, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from tiny import random_counts, tiny_model
 from torch.nn.attention.flex_attention import flex_attention
 

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_vl_streaming import batching, packed
-from qwen_vl_streaming.batching import Job, caption_all
-from qwen_vl_streaming.engine import Engine, first_greatest
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.layers import Joined
-from qwen_vl_streaming.pages import PAGE, Pages
-from qwen_vl_streaming.streaming import Streams, caption
-from qwen_vl_streaming.timeline import Schedule
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.views import flex_in_shares
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.engine import batch, ragged_attention
+from qwen_vl_streaming.engine.batch import Job, caption_all
+from qwen_vl_streaming.engine.decoder_layer import Joined
+from qwen_vl_streaming.engine.kv_cache import PAGE, Pages
+from qwen_vl_streaming.engine.paged_attention import flex_in_shares
+from qwen_vl_streaming.engine.runner import Engine, first_greatest
+from qwen_vl_streaming.reference import Streams, caption
+from qwen_vl_streaming.timeline.timeline import Schedule
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from tiny import random_template, tiny_model
 
 MOST = 12
@@ -54,7 +54,7 @@ def batched(model, variant, jobs, **options) -> dict:
 def test_the_batch_changes_nothing(variant, seed, monkeypatch):
     print("seed", seed)
     draw, model = random.Random(f"{variant.name} {seed}"), tiny_model(seed)
-    monkeypatch.setattr(batching, "LEAST", (0, 20)[seed])  # clips are small, and must not all be taken in at once
+    monkeypatch.setattr(batch, "LEAST", (0, 20)[seed])  # clips are small, and must not all be taken in at once
     jobs = random_jobs(draw, variant, 6)
     plain = plainly(model, variant, jobs)
     for size in (1, 3, 32):
@@ -69,10 +69,10 @@ def test_flex_attention_over_pages_changes_nothing(name, shares, monkeypatch):
     print("seed", SEED)
     jobs = random_jobs(draw, variant, 5)
     plain = plainly(model, variant, jobs)
-    monkeypatch.setattr(packed, "_compiled", flex_in_shares)
-    monkeypatch.setattr(packed, "shares_of", lambda *_: shares)
+    monkeypatch.setattr(ragged_attention, "_compiled", flex_in_shares)
+    monkeypatch.setattr(ragged_attention, "shares_of", lambda *_: shares)
     monkeypatch.setattr(Engine, "flex", True)
-    monkeypatch.setattr(batching, "LEAST", 0)
+    monkeypatch.setattr(batch, "LEAST", 0)
     assert batched(model, variant, jobs, batch_size=3) == plain
 
 
@@ -105,7 +105,7 @@ def clips_of_passes(monkeypatch, **limits) -> list[int]:
     """How many of six streams of interleave, of six clips and three words a slot, take a clip in, by pass."""
     model, draw, passes = tiny_model(), random.Random(0), []
     for name, rows in limits.items():
-        monkeypatch.setattr(batching, name, rows)
+        monkeypatch.setattr(batch, name, rows)
     template = replace(random_template(draw), end=-1)
     layout, schedule = template.layout((2, 2), 2.0), Schedule((3,) * 5)
     jobs = [Job(f"{i}", torch.randn(6, 16, 1176), layout, template, schedule) for i in range(6)]

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 import torch
 from bleurt import bleurt, encode, find_checkpoint
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 from safetensors.torch import load_file, save_file
 from tiny_bleurt import LONGEST, WORDS, tiny_bleurt
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_vl_streaming.crowd import Crowd
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.pages import Pages
-from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.engine.kv_cache import Pages
 from qwen_vl_streaming.replay import replay
-from qwen_vl_streaming.timeline import Layout, Schedule
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.sessions.record import read_record
+from qwen_vl_streaming.sessions.session_pool import Crowd
+from qwen_vl_streaming.timeline.timeline import Layout, Schedule
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import PARALLEL, check, no_memory, random_case
 from tiny import random_template, tiny_model
 

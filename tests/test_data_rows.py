@@ -5,8 +5,8 @@ import json
 import eval as evaluation
 import pytest
 import tasks
-from qwen_vl_streaming.data_rows import read_data_rows
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.data_rows import read_data_rows
+from qwen_vl_streaming.common.errors import InputError
 from qwenvl.rows import read_rows
 
 ROWS = [{"video_id": name, "video_path": f"{name}.mp4", "human_caption": "A red square."} for name in "ab"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import check_flags
 import pytest
 from qwen_vl_streaming import devices
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.positions import RULE
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.timeline.positions import RULE
 from show import made as made_by_demo
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from make_data import DROPPED, DataConfig, make_dataset, plan, preview
 from PIL import Image
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 from scenes import COLOURS, count_words, draw, make_scene
 
 PROGRAM = Path(__file__).parents[1] / "code" / "demo" / "make_data.py"

@@ -18,8 +18,8 @@ from make_model import (
     read_captions,
     tiny_checkpoint,
 )
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.prompts import QUESTIONS
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.prompts import QUESTIONS
 from scenes import count_words, make_scene
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 

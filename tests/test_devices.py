@@ -12,9 +12,10 @@ import eval as evaluation
 import pytest
 import verify
 from evaluating import finish, start
-from qwen_vl_streaming import devices, live, replay
+from qwen_vl_streaming import devices, replay
+from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.devices import Devices, Driver, Torch, ask_driver, choose_device, has_kernels, judge
-from qwen_vl_streaming.errors import InputError, run
+from qwen_vl_streaming.live import cli
 from qwenvl import device as training_device
 from qwenvl.device import count_weights
 from scorecard import prepare_scoring
@@ -283,7 +284,7 @@ def no_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("main, arguments", [
-    (live.main, "--model none --source synthetic"),
+    (cli.main, "--model none --source synthetic"),
     (replay.main, "none.json --model none"),
     (verify.main, "none.json"),
     (evaluation.main, "--model none"),

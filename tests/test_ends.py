@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from qwen_vl_streaming import ending, modeling_qwen2_5_vl
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common import ending
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model import modeling_qwen2_5_vl
 from qwenvl.keeping import CannotSave, loading, saving
 from qwenvl.stopping import STOPPED
 from training import finish, flags, free_port, history, start

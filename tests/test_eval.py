@@ -16,10 +16,10 @@ import watching
 from make_data import DataConfig, make_dataset
 from make_model import tiny_checkpoint
 from media import make_video
-from qwen_vl_streaming.errors import InputError, run
-from qwen_vl_streaming.prompts import Template
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import PixelBudget, read_video
+from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.model.prompts import Template
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from results import FIELDS
 from safetensors.torch import load, save
 from settings import Settings

@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from qwen_vl_streaming.attention import dense_mask
-from qwen_vl_streaming.errors import run
-from qwen_vl_streaming.explain import main, write_out
-from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.summary import find_runs, find_steps
-from qwen_vl_streaming.timeline import NOTHING, PARTS, Layout, make_schedule, make_timeline
-from qwen_vl_streaming.variants import ENVIRONMENT_VARIABLE, VARIANTS
+from qwen_vl_streaming.common.errors import run
+from qwen_vl_streaming.explain.cli import main, write_out
+from qwen_vl_streaming.explain.summary import find_runs, find_steps
+from qwen_vl_streaming.timeline.attention import dense_mask
+from qwen_vl_streaming.timeline.positions import timeline_positions
+from qwen_vl_streaming.timeline.timeline import NOTHING, PARTS, Layout, make_schedule, make_timeline
+from qwen_vl_streaming.timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS
 
 SMALL = "--prompt 2 --clips 2 --grid 1x2 --answer 4 --wait-k 2"
 

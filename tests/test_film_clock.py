@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from qwen_vl_streaming.film_clock import FilmClock
+from qwen_vl_streaming.video.timestamps import FilmClock
 
 MILLISECOND = Fraction(1, 1000)
 

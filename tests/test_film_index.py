@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from media import make_video, picture, read_number, remux, set_matrix
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.film_index import index_video
-from qwen_vl_streaming.video import PixelBudget, read_video
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.video import frames
+from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.index import index_video
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
 REORDERED = {"preset": "medium", "bf": "3"}
@@ -319,7 +320,7 @@ def test_a_last_frame_that_claims_to_stay_for_months(tmp_path, ending):
 def test_more_clips_than_there_is_room_for(tmp_path, monkeypatch):
     path = make_video(tmp_path / "v.mp4", seconds=8)
     assert len(numbers(path, max_clips=8)) == 16
-    monkeypatch.setitem(__import__("qwen_vl_streaming.video").video.READERS, "pyav", None)  # nothing is decoded
+    monkeypatch.setitem(frames.READERS, "pyav", None)  # nothing is decoded
     with pytest.raises(InputError, match="has 8 clips, more than the 7"):
         read_video(path, max_clips=7)
 

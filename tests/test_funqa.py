@@ -14,7 +14,7 @@ from funqa.annotations import SUBTASKS
 from funqa.run import Options, prepare_funqa
 from media import make_files, make_tokenizer, video_bytes
 from pe_video.rules import Rules
-from qwen_vl_streaming.errors import InputError, run
+from qwen_vl_streaming.common.errors import InputError, run
 from test_hub import COMMIT, FakeHub
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,8 +8,8 @@ import fuzz_programs
 import fuzzing
 import pytest
 import report_results
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.prompts import load_processor
 
 DEEDS = [
     "",

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_vl_streaming.attention import make_mask
-from qwen_vl_streaming.batching import Batch
-from qwen_vl_streaming.pages import Pages
-from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.streaming import caption
-from qwen_vl_streaming.timeline import Layout, Schedule, make_timeline
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.engine.batch import Batch
+from qwen_vl_streaming.engine.kv_cache import Pages
+from qwen_vl_streaming.reference import caption
+from qwen_vl_streaming.timeline.attention import make_mask
+from qwen_vl_streaming.timeline.positions import timeline_positions
+from qwen_vl_streaming.timeline.timeline import Layout, Schedule, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from test_batching import batched, plainly, random_jobs
 from test_streaming import Forced, full_pass, random_batch
 from tiny import random_template, timeline_ids, tiny_model

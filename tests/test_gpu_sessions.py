@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_vl_streaming.crowd import Crowd
-from qwen_vl_streaming.pair import Pair
-from qwen_vl_streaming.passes import Passes
-from qwen_vl_streaming.plan import Window
-from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.engine.step_runner import Passes
 from qwen_vl_streaming.replay import replay
-from qwen_vl_streaming.session import open_session
-from qwen_vl_streaming.timeline import Layout
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.sessions import open_session
+from qwen_vl_streaming.sessions.perception_client import Pair
+from qwen_vl_streaming.sessions.record import read_record
+from qwen_vl_streaming.sessions.session_pool import Crowd
+from qwen_vl_streaming.timeline.plan import Window
+from qwen_vl_streaming.timeline.timeline import Layout
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import PARALLEL, SECONDS, check, play, random_case
 from test_gpu import FLEX, no_waiting
 from tiny import tiny_model

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming.attention import make_mask
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
-from qwen_vl_streaming.prompts import load_processor
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import PixelBudget
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.timeline.attention import make_mask
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.arguments import ModelArguments
 from qwenvl.data import StreamingDataset, collate
 from qwenvl.parts import make_trainable

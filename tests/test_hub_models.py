@@ -17,12 +17,13 @@ import pytest
 import torch
 from hub_models import COMMIT, NAMES, hub_checkpoint, put_into_cache
 from huggingface_hub import constants
-from qwen_vl_streaming import hub, live
-from qwen_vl_streaming.base_files import BaseFiles
-from qwen_vl_streaming.checkpoint import of_checkpoint
-from qwen_vl_streaming.errors import InputError, run
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
-from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.live import cli
+from qwen_vl_streaming.model import hub
+from qwen_vl_streaming.model.base_files import BaseFiles
+from qwen_vl_streaming.model.checkpoint import of_checkpoint
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.prompts import load_processor
 from qwenvl import merge, train
 from safetensors import safe_open
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
@@ -311,7 +312,7 @@ def test_trained_evaluated_and_watched(checkpoints, made, tmp_path, cache, monke
     flags = f"--model {out} --device cpu --speed 50 --max-new-tokens 5 --record {session} --source {video}"
     monkeypatch.setattr("sys.argv", ["live", *flags.split()])
     with pytest.raises(SystemExit) as ended:
-        live.main()
+        cli.main()
     assert not ended.value.code and json.loads(session.read_text())["tokens"]
 
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from qwen_vl_streaming import record
-from qwen_vl_streaming.record import identity
+from qwen_vl_streaming.sessions import record
+from qwen_vl_streaming.sessions.record import identity
 from tiny import tiny_model
 
 

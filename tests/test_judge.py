@@ -15,7 +15,7 @@ import judge as module
 import pytest
 from endpoint import CUT, DRIP, FLOOD, GOOD, STALL, Endpoint
 from judge import Judge, Verdict, read_verdict
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 from scoring import NotComputed
 
 

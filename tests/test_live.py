@@ -17,21 +17,24 @@ import numpy as np
 import pytest
 import torch
 from media import make_video
-from qwen_vl_streaming import live, live_intake, live_options, replay
-from qwen_vl_streaming.errors import InputError, run
-from qwen_vl_streaming.kept import read_clips
-from qwen_vl_streaming.live_figures import Course, figures, table
-from qwen_vl_streaming.live_intake import Intake
-from qwen_vl_streaming.live_options import parse, record_place
-from qwen_vl_streaming.live_screen import UNFINISHED, Pieces, Screen
-from qwen_vl_streaming.live_source import Clip, synthetic_clips
-from qwen_vl_streaming.live_watch import Watch
-from qwen_vl_streaming.pair import Pair
-from qwen_vl_streaming.prompts import clip_pixels, load_processor, make_template
-from qwen_vl_streaming.record import read_record
-from qwen_vl_streaming.session import Session, open_session
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import PixelBudget
+from qwen_vl_streaming import replay
+from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.live import cli, options
+from qwen_vl_streaming.live import intake as intake_module
+from qwen_vl_streaming.live.figures import Course, figures, table
+from qwen_vl_streaming.live.intake import Intake
+from qwen_vl_streaming.live.options import parse, record_place
+from qwen_vl_streaming.live.screen import UNFINISHED, Pieces, Screen
+from qwen_vl_streaming.live.watch import Watch
+from qwen_vl_streaming.model.prompts import clip_pixels, load_processor, make_template
+from qwen_vl_streaming.sessions import open_session
+from qwen_vl_streaming.sessions.perception_client import Pair
+from qwen_vl_streaming.sessions.record import read_record
+from qwen_vl_streaming.sessions.session import Session
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.clip_recorder import read_clips
+from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.sources import Clip, synthetic_clips
 from safetensors.torch import save_file
 from test_live_source import serve, stream_bytes  # noqa: F401  a fixture
 from tiny import random_template, tiny_model
@@ -58,9 +61,9 @@ def one_core():
 def command(made, tmp_path, monkeypatch, capsys):
     """Run a program on the tiny checkpoint: exit status, words and table, notes."""
 
-    def call(*arguments, program=live):
+    def call(*arguments, program=cli):
         flags = ("--model", made[0], *map(str, arguments))
-        if program is live:
+        if program is cli:
             flags = ("--record", tmp_path / "record.json", *SMALL, *flags)
         monkeypatch.setattr(sys, "argv", ["program", *map(str, flags)])
         capsys.readouterr()
@@ -179,7 +182,7 @@ def test_greedy_that_keeps_up_misses_no_deadline(command, tmp_path, slow):
 
 
 def test_what_waits_is_counted_where_the_source_is_held_up(command, tmp_path, slow, monkeypatch):
-    monkeypatch.setattr(live_intake, "ROOM", 2)
+    monkeypatch.setattr(intake_module, "ROOM", 2)
     flags = ("--max-clips", 50, "--speed", 1000, "--schedule", "wait-1", "--max-new-tokens", 10)
     code, _, err = command("--source", "synthetic", *flags)
     found = read(tmp_path)[1]
@@ -200,7 +203,7 @@ def test_records_have_names_of_their_own(command, tmp_path, monkeypatch):
         (tmp_path / "record.json").write_text("another one's")
         return read_record(path)
 
-    monkeypatch.setattr(live, "read_record", meanwhile)
+    monkeypatch.setattr(cli, "read_record", meanwhile)
     code, _, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 2, "--max-new-tokens", 5)
     assert code == 0, err
     assert read(tmp_path)[1]["tokens"] == 5
@@ -246,7 +249,7 @@ def test_the_answer_may_end_before_the_source(command, film, tmp_path, monkeypat
     command("--source", film, "--speed", "50", "--max-new-tokens", 20)
     tokens = read(tmp_path)[0].tokens
     end = tokens[4]
-    monkeypatch.setattr(live, "make_template", lambda *what: replace(make_template(*what), end=end))
+    monkeypatch.setattr(cli, "make_template", lambda *what: replace(make_template(*what), end=end))
     code, out, err = command("--source", film, "--speed", "2")
     record, found = read(tmp_path)
     assert code == 0, err
@@ -323,7 +326,7 @@ def test_clips_that_came_while_it_made_ready_do_not_put_it_behind(command, tmp_p
         time.sleep(1.2)
         return open_session(*what, **options)
 
-    monkeypatch.setattr(live, "open_session", ready_late)
+    monkeypatch.setattr(cli, "open_session", ready_late)
     kept = tmp_path / "kept.safetensors"
     code, out, err = command("--source", url, "--reconnect-seconds", 0, "--max-new-tokens", 40, "--keep", kept)
     record, found = read(tmp_path)
@@ -342,7 +345,7 @@ def test_source_that_is_lost(command, tmp_path, monkeypatch, known):
             yield replace(clip, last=False)
         raise OSError("the cable was pulled")
 
-    monkeypatch.setattr(live_options, "synthetic_clips", lost)
+    monkeypatch.setattr(options, "synthetic_clips", lost)
     code, _, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 9, "--max-new-tokens", 20)
     record, found = read(tmp_path)
     if not known:
@@ -437,7 +440,7 @@ def test_sigterm_before_the_first_clip(command, tmp_path, monkeypatch):
         time.sleep(0.2)
         yield from ()
 
-    monkeypatch.setattr(live_options, "synthetic_clips", silent)
+    monkeypatch.setattr(options, "synthetic_clips", silent)
     assert command("--source", "synthetic")[0] == 143
     record, found = read(tmp_path)
     assert record.end == "cancelled" and found["clips"] == 0
@@ -445,7 +448,7 @@ def test_sigterm_before_the_first_clip(command, tmp_path, monkeypatch):
 
 
 def test_sigterm_while_the_model_loads(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(live, "load_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(cli, "load_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     code, out, _ = command("--source", "synthetic")
     assert code == 143 and not out
     assert not (tmp_path / "record.json").exists()
@@ -505,7 +508,7 @@ def test_no_memory_left(command, tmp_path, monkeypatch, number, kind, reason):
     if number:
         at_step(monkeypatch, number, lambda session: monkeypatch.setattr(session.passes, "run", exhaust))
     else:
-        monkeypatch.setattr(live, "open_session", exhaust)
+        monkeypatch.setattr(cli, "open_session", exhaust)
     code, out, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 6)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in err
@@ -521,7 +524,7 @@ def test_no_memory_left(command, tmp_path, monkeypatch, number, kind, reason):
 def test_two_processes_of_which_one_is_lost(command, tmp_path, monkeypatch):
     flags = ("--source", "synthetic", "--speed", 20, "--max-clips", 5, "--max-new-tokens", 20, "--way", "pipelined")
     pairs = []
-    monkeypatch.setattr(live, "Pair", lambda load: pairs.append(Pair(load)) or pairs[-1])
+    monkeypatch.setattr(cli, "Pair", lambda load: pairs.append(Pair(load)) or pairs[-1])
     code, _, err = command(*flags)
     record, found = read(tmp_path)
     assert code == 0, err
@@ -655,8 +658,8 @@ def test_intake_waits_for_no_one_and_wakes(made):
     intake.wait()
     clip, pixels = intake.take()
     assert clip.index == 0 and torch.equal(pixels, clip_pixels(processor, clip.frames)[0][0])
-    until(lambda: len(intake.waiting) == live_intake.ROOM)
-    assert len(intake.completed) == live_intake.ROOM + 1 and intake.due() == 2000
+    until(lambda: len(intake.waiting) == intake_module.ROOM)
+    assert len(intake.completed) == intake_module.ROOM + 1 and intake.due() == 2000
     intake.wake()
     intake.stop()
     intake.wait()
@@ -673,7 +676,7 @@ def until(happened, seconds=10):
 def test_intake_that_skips_holds_up_no_source(made, monkeypatch):
     """Only the newest clip waits, and only what is taken, or found nothing waiting, is made ready."""
     made_ready = []
-    monkeypatch.setattr(live_intake, "clip_pixels", lambda *what: made_ready.append(1) or clip_pixels(*what))
+    monkeypatch.setattr(intake_module, "clip_pixels", lambda *what: made_ready.append(1) or clip_pixels(*what))
     intake = Intake(lambda: synthetic_clips(500, speed=1e6, size=(28, 28)), load_processor(made[0]), skip=True)
     intake.start()
     until(lambda: intake.over)

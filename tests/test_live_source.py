@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from media import make_video, read_number
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.live_source import file_clips, synthetic_clips
-from qwen_vl_streaming.live_stream import stream_clips
-from qwen_vl_streaming.video import PixelBudget, read_video
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.sources import file_clips, synthetic_clips
+from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)

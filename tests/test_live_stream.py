@@ -13,10 +13,10 @@ import pytest
 import torch
 from media import make_video, picture, read_number, remux, set_matrix
 from PIL import Image
-from qwen_vl_streaming import live_stream
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.live_stream import stream_clips
-from qwen_vl_streaming.video import PixelBudget, read_video
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.video import streams
+from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
 from test_live_source import serve, stream_bytes  # noqa: F401  a fixture
 
@@ -195,7 +195,7 @@ def test_raw_h264(tmp_path, site, serve):  # noqa: F811
 
 
 def test_a_server_that_is_silent(monkeypatch):
-    monkeypatch.setattr(live_stream, "STALLED_SECONDS", 0.5)
+    monkeypatch.setattr(streams, "STALLED_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/live.ts"
         with pytest.raises(InputError, match=r"cannot be opened \(it did not answer for 0.5 s\)"):
@@ -203,7 +203,7 @@ def test_a_server_that_is_silent(monkeypatch):
 
 
 def test_a_stream_that_falls_silent(tmp_path, serve, monkeypatch, caplog):  # noqa: F811
-    monkeypatch.setattr(live_stream, "STALLED_SECONDS", 0.5)
+    monkeypatch.setattr(streams, "STALLED_SECONDS", 0.5)
     part = stream_bytes(tmp_path, [i / 10 for i in range(40)])
     clips = list(stream_clips(serve([[(part, 0), (b"", 3)]]), budget=SMALL, reconnect_seconds=0.3))
     assert len(clips) >= 4

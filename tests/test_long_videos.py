@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from qwen_vl_streaming import variants
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.positions import check_clips, clips_before_text, timeline_positions
-from qwen_vl_streaming.timeline import Layout, make_timeline
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.timeline import variants
+from qwen_vl_streaming.timeline.positions import check_clips, clips_before_text, timeline_positions
+from qwen_vl_streaming.timeline.timeline import Layout, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from test_live import command, read  # noqa: F401  a fixture
 
 

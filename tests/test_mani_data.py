@@ -14,7 +14,7 @@ from media import make_files, make_tar, make_video, sample_json, sound_bytes, vi
 from pe_video import sources
 from pe_video.rules import MAX_JSON_BYTES, Rules
 from pe_video.run import prepare_dataset
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 # --- rules and rows -------------------------------------------------------------------------------------------------
 

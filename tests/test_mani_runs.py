@@ -15,8 +15,8 @@ from mani import MP4, ROOT, command, everything, fill, good, ids, make_options, 
 from media import make_files, make_tar, sample_json
 from pe_video import files, run
 from pe_video.run import prepare_dataset
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.errors import run as run_main
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.errors import run as run_main
 
 # --- draws, reports, workers ----------------------------------------------------------------------------------------
 

@@ -9,13 +9,13 @@ import time
 import pytest
 import torch
 from make_model import tiny_checkpoint
-from qwen_vl_streaming.attention import dense_mask
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config, load_model
-from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.prompts import QUESTIONS, answer_ids, clip_pixels, load_processor, make_template
-from qwen_vl_streaming.timeline import make_timeline
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config, load_model
+from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.timeline.attention import dense_mask
+from qwen_vl_streaming.timeline.positions import timeline_positions
+from qwen_vl_streaming.timeline.timeline import make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from safetensors.torch import load_file, save_file
 from tiny import VIDEO, random_template, timeline_ids, tiny_config, tiny_model
 from transformers import Qwen2_5_VLForConditionalGeneration as Stock

@@ -9,9 +9,9 @@ from pathlib import Path
 import gallery
 import pytest
 import torch
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
-from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.prompts import load_processor
 from qwenvl.keeping import only_data
 
 FILES = "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"

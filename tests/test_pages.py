@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming import packed
-from qwen_vl_streaming.asks import Run
-from qwen_vl_streaming.packed import BLOCK, Packed, blocks_of
-from qwen_vl_streaming.pages import PAGE, TEXT, Pages
-from qwen_vl_streaming.views import View, _join_shares
+from qwen_vl_streaming.engine import ragged_attention
+from qwen_vl_streaming.engine.kv_cache import PAGE, TEXT, Pages
+from qwen_vl_streaming.engine.paged_attention import View, _join_shares
+from qwen_vl_streaming.engine.ragged_attention import BLOCK, Packed, blocks_of
+from qwen_vl_streaming.engine.step_request import Run
 
 SEED = time.time_ns() % 100_000
 CONFIG = SimpleNamespace(num_key_value_heads=1, num_attention_heads=3, hidden_size=12, num_hidden_layers=1)
@@ -110,7 +110,7 @@ def test_the_pages_listed_for_packed_rows_hold_what_is_seen(shares, monkeypatch)
     """Rows of several seats end to end, each seat's queries from a block of their own, against the rule for each."""
     print("seed", SEED)
     draw, groups = random.Random(f"{SEED} {shares}"), 3
-    monkeypatch.setattr(packed, "shares_of", lambda *_: shares)
+    monkeypatch.setattr(ragged_attention, "shares_of", lambda *_: shares)
     for _ in range(4):
         seats = draw.randint(1, 5)
         sizes = [(draw.randint(1, 700), draw.randint(1, 500)) for _ in range(seats)]

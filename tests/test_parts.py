@@ -14,13 +14,13 @@ import torch
 from hub_layout import write_checkpoint
 from make_model import SPECIAL_TOKENS, TINY, make_config, make_model
 from peft import PeftModel
-from qwen_vl_streaming.base_files import BaseFiles
-from qwen_vl_streaming.checkpoint import of_checkpoint
-from qwen_vl_streaming.errors import InputError, run
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
-from qwen_vl_streaming.prompts import load_processor
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import PixelBudget
+from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.model.base_files import BaseFiles
+from qwen_vl_streaming.model.checkpoint import of_checkpoint
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import merge, train
 from qwenvl.arguments import ModelArguments, SftArguments
 from qwenvl.data import StreamingDataset

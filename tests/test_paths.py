@@ -11,12 +11,20 @@ import eval as evaluation
 import pytest
 from gallery import show_video
 from identity import describe_model
-from qwen_vl_streaming.errors import InputError, run
-from qwen_vl_streaming.paths import check_videos, find_data, find_folder, find_model, find_path, find_video, look_up
-from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.common.paths import (
+    check_videos,
+    find_data,
+    find_folder,
+    find_model,
+    find_path,
+    find_video,
+    look_up,
+)
+from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.replay import _named_clips
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import PixelBudget, read_video
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwenvl import train
 from qwenvl.data import StreamingDataset
 from qwenvl.rows import read_rows

@@ -11,16 +11,16 @@ import time
 
 import pytest
 import torch
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.feed import Feed
-from qwen_vl_streaming.pair import Pair, PerceptionLost
-from qwen_vl_streaming.passes import Passes
-from qwen_vl_streaming.plan import make_plan
-from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.engine.step_runner import Passes
+from qwen_vl_streaming.engine.stream_state import Feed
 from qwen_vl_streaming.replay import replay
-from qwen_vl_streaming.session import open_session
-from qwen_vl_streaming.timeline import Schedule
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.sessions import open_session
+from qwen_vl_streaming.sessions.perception_client import Pair, PerceptionLost
+from qwen_vl_streaming.sessions.record import read_record
+from qwen_vl_streaming.timeline.plan import make_plan
+from qwen_vl_streaming.timeline.timeline import Schedule
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import (
     MANY,
     PARALLEL,

@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from qwen_vl_streaming.attention import dense_mask
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.plan import Window, make_plan
-from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.timeline import ANSWER, HEADER, PROMPT, Layout, Schedule, make_timeline
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.timeline.attention import dense_mask
+from qwen_vl_streaming.timeline.plan import Window, make_plan
+from qwen_vl_streaming.timeline.positions import timeline_positions
+from qwen_vl_streaming.timeline.timeline import ANSWER, HEADER, PROMPT, Layout, Schedule, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from tiny import random_counts
 
 

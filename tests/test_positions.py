@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
-from qwen_vl_streaming.positions import row_positions, timeline_positions
-from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, make_timeline
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.timeline.positions import row_positions, timeline_positions
+from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from released_positions import FIXTURE
 from tiny import VIDEO, random_counts, tiny_model
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from make_model import tiny_checkpoint
 from media import make_video, rotate
-from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.prompts import QUESTIONS, load_processor
-from qwen_vl_streaming.timeline import ANSWER, CLIP, make_timeline
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import PixelBudget, read_video
+from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor
+from qwen_vl_streaming.timeline.positions import timeline_positions
+from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwenvl.data import StreamingDataset
 from settings import Settings
 from watching import Videos

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from qwen_vl_streaming import progress
-from qwen_vl_streaming.progress import Progress
+from qwen_vl_streaming.common import progress
+from qwen_vl_streaming.common.progress import Progress
 
 CODE = Path(__file__).parents[1] / "code"
 

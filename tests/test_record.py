@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 from matplotlib import image
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.prompts import load_processor
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import PixelBudget
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.arguments import SftArguments
 from qwenvl.data import IGNORED, StreamingDataset, collate
 from qwenvl.record import Throughput, commit, draw_curves

@@ -3,9 +3,9 @@
 import logging
 
 import pytest
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.live_stream import stream_clips
-from qwen_vl_streaming.redact import redacted, redacted_command
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.redact import redacted, redacted_command
+from qwen_vl_streaming.video.streams import stream_clips
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_vl_streaming import batching
-from qwen_vl_streaming.batching import Job, caption_all
-from qwen_vl_streaming.streaming import Streams, caption
-from qwen_vl_streaming.timeline import Schedule
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.engine import batch
+from qwen_vl_streaming.engine.batch import Job, caption_all
+from qwen_vl_streaming.reference import Streams, caption
+from qwen_vl_streaming.timeline.timeline import Schedule
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from tiny import random_counts, random_template, tiny_model
 
 SEED = time.time_ns() % 100_000
@@ -25,7 +25,7 @@ def model():
 
 
 def plain(model, variant, job):
-    """The caption of one job, perceived alone, by streaming.py alone."""
+    """The caption of one job, perceived alone, by reference.py alone."""
     with torch.no_grad():
         clips = [model.perceive(job.pixels, job.grid)]
     return caption(Streams(model, variant, [job.template], [job.layout]), clips, [job.schedule], MOST)[0]
@@ -62,6 +62,6 @@ def test_a_refilled_batch_changes_nothing(model, variant, monkeypatch):
 
     assert written(jobs, 1) == written(jobs, 8) == expected
     assert written(draw.sample(jobs, len(jobs)), 32) == expected
-    monkeypatch.setattr(batching, "PACK", 1)
+    monkeypatch.setattr(batch, "PACK", 1)
     longest_first = sorted(jobs, key=lambda job: len(job.pixels) * job.layout.tokens_per_clip, reverse=True)
     assert written(longest_first, 8) == expected

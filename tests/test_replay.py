@@ -12,16 +12,16 @@ from dataclasses import replace
 import pytest
 import torch
 from qwen_vl_streaming import replay as program
-from qwen_vl_streaming.errors import InputError, run
-from qwen_vl_streaming.kept import Keeper, read_clips
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
-from qwen_vl_streaming.prompts import clip_pixels, load_processor, make_template
-from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.common.versions import versions
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.prompts import clip_pixels, load_processor, make_template
 from qwen_vl_streaming.replay import replay
-from qwen_vl_streaming.session import open_session
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.versions import versions
-from qwen_vl_streaming.video import read_video
+from qwen_vl_streaming.sessions import open_session
+from qwen_vl_streaming.sessions.record import read_record
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.clip_recorder import Keeper, read_clips
+from qwen_vl_streaming.video.frames import read_video
 from sessions import play, random_case
 from tiny import tiny_model
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 from browser import Browser
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from result_files import METRICS, World
 
 ODD = (

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 from results import (
     CAPTION_FIELDS,
     FIELDS,

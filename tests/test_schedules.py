@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from schedules import choose_schedules
 
 GROUP = VARIANTS["group"]

@@ -10,8 +10,8 @@ import pytest
 from bleurt import bleurt
 from endpoint import Endpoint
 from lag import measure
-from qwen_vl_streaming.errors import run
-from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.common.errors import run
+from qwen_vl_streaming.model.prompts import load_processor
 from results import FIELDS, sibling
 from scoring import METRICS, check_java, score
 from tiny_bleurt import tiny_bleurt

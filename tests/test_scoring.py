@@ -16,7 +16,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 from scoring import METRICS, check_java, score, write_scores
 
 WORDS = "the video shows a red blue green square circle that moves up, down; then it doesn't stop. It's (quite) 3.5 m"

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.feed import Feed
-from qwen_vl_streaming.pages import PAGE, Pages
-from qwen_vl_streaming.passes import NUMBERS, Passes
-from qwen_vl_streaming.plan import make_plan
-from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.engine.kv_cache import PAGE, Pages
+from qwen_vl_streaming.engine.paged_attention import Both
+from qwen_vl_streaming.engine.step_runner import NUMBERS, Passes
+from qwen_vl_streaming.engine.stream_state import Feed
 from qwen_vl_streaming.replay import replay
-from qwen_vl_streaming.session import open_session
-from qwen_vl_streaming.timeline import Schedule
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.views import Both
+from qwen_vl_streaming.sessions import open_session
+from qwen_vl_streaming.sessions.record import read_record
+from qwen_vl_streaming.timeline.plan import make_plan
+from qwen_vl_streaming.timeline.timeline import Schedule
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import MANY, PARALLEL, SECONDS, check, play, random_case
 from tiny import random_counts, random_template, tiny_model
 

@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
-from qwen_vl_streaming.attention import dense_mask
-from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.streaming import Streams, caption
-from qwen_vl_streaming.timeline import CLIP, NOTHING, Schedule, make_timeline
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.reference import Streams, caption
+from qwen_vl_streaming.timeline.attention import dense_mask
+from qwen_vl_streaming.timeline.positions import timeline_positions
+from qwen_vl_streaming.timeline.timeline import CLIP, NOTHING, Schedule, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from tiny import END, VIDEO, VOCABULARY, random_counts, random_template, timeline_ids, tiny_model
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 

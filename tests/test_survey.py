@@ -6,9 +6,9 @@ import time
 
 import pytest
 from media import make_video, rotate, sound_bytes
-from qwen_vl_streaming.prompts import load_processor
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import PixelBudget
+from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import survey
 from qwenvl.data import StreamingDataset
 from training import finish, flags, history, spoil, start, start_two

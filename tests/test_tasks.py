@@ -13,10 +13,10 @@ from funqa.annotations import SUBTASKS
 from funqa.run import prepare_funqa
 from make_model import tiny_checkpoint
 from media import video_bytes
-from qwen_vl_streaming.errors import InputError, run
-from qwen_vl_streaming.prompts import QUESTIONS, load_processor
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import PixelBudget
+from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.data import StreamingDataset
 from qwenvl.rows import read_rows
 from schedules import Schedules

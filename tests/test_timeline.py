@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.timeline import (
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.timeline.timeline import (
     ANSWER,
     CLIP,
     HEADER,
@@ -19,7 +19,7 @@ from qwen_vl_streaming.timeline import (
     make_schedule,
     make_timeline,
 )
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from tiny import random_counts
 
 SEED = time.time_ns() % 100_000

@@ -4,12 +4,12 @@ import time
 
 import pytest
 import torch
-from qwen_vl_streaming.attention import make_mask
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
-from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
-from qwen_vl_streaming.variants import VARIANTS
-from qwen_vl_streaming.video import PixelBudget
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
+from qwen_vl_streaming.timeline.attention import make_mask
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.arguments import DataArguments, ModelArguments
 from qwenvl.data import IGNORED, StreamingDataset, collate, pack
 from qwenvl.rows import read_rows

@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.positions import RULE
-from qwen_vl_streaming.trained import check_trained, training_keys
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.trained import check_trained, training_keys
+from qwen_vl_streaming.timeline.positions import RULE
+from qwen_vl_streaming.timeline.variants import VARIANTS
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)

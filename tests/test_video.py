@@ -9,8 +9,8 @@ import pytest
 import torch
 from media import make_video, read_number, rotate
 from PIL import Image
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
 VARIABLE = np.cumsum([0] + [1 / 30] * 40 + [1 / 10] * 10 + [0.9] + [1 / 60] * 30 + [1 / 15] * 20).tolist()
@@ -144,7 +144,7 @@ def test_mpegts_is_not_read_with_decord(tmp_path):
 
 
 def test_log_names_each_reader_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("qwen_vl_streaming.video._announced", set())
+    monkeypatch.setattr("qwen_vl_streaming.video.frames._announced", set())
     path = make_video(tmp_path / "v.mp4")
     with caplog.at_level(logging.INFO):
         for reader in (None, "decord", "pyav"):

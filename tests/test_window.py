@@ -5,16 +5,16 @@ import time
 
 import pytest
 import torch
-from qwen_vl_streaming import passes as passes_module
-from qwen_vl_streaming.crowd import Crowd
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.pages import PAGE
-from qwen_vl_streaming.plan import Window
-from qwen_vl_streaming.record import read_record
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.engine import step_runner as passes_module
+from qwen_vl_streaming.engine.kv_cache import PAGE
 from qwen_vl_streaming.replay import replay
-from qwen_vl_streaming.session import open_session
-from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, make_timeline
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.sessions import open_session
+from qwen_vl_streaming.sessions.record import read_record
+from qwen_vl_streaming.sessions.session_pool import Crowd
+from qwen_vl_streaming.timeline.plan import Window
+from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import PARALLEL, random_case
 from tiny import random_counts, random_template, tiny_model
 

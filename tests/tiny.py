@@ -3,9 +3,9 @@
 import random
 
 import torch
-from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from qwen_vl_streaming.prompts import Template
-from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, make_timeline
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from qwen_vl_streaming.model.prompts import Template
+from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, make_timeline
 from transformers import Qwen2_5_VLConfig
 
 VOCABULARY = 200

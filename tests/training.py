@@ -137,7 +137,7 @@ def finish(process, status: int = 0, seconds: float = 60) -> None:
 
 def refused(arguments: list[str], capsys, monkeypatch) -> str:
     """The one line with which the program, given `arguments`, ends; its exit status must be 2."""
-    from qwen_vl_streaming.errors import run
+    from qwen_vl_streaming.common.errors import run
     from qwenvl import train
 
     monkeypatch.setattr("sys.argv", ["sft.sh", *arguments])

@@ -1,5 +1,5 @@
-"""FlexAttention alone, in the passes of the engine and by its kernel_options: from what those of `engine.py`,
-`views.py` and `packed.py` are chosen.
+"""FlexAttention alone, in the passes of the engine and by its kernel_options: from what those of `runner.py`,
+`paged_attention.py` and `ragged_attention.py` are chosen.
 
     python code/benchmarks/attention.py --size 7B
     python code/benchmarks/attention.py --size 7B --passes clip --options 64x64x4x2 128x64x8x3
@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 from evaluation import rates
 from latency_setup import tiny_config
-from qwen_vl_streaming import packed
-from qwen_vl_streaming.engine import Engine
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.extension import room_for
-from qwen_vl_streaming.packed import Packed, blocks_of
-from qwen_vl_streaming.pages import Pages
-from qwen_vl_streaming.views import PIECES, View, flex_in_shares, shares_of
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.engine import ragged_attention
+from qwen_vl_streaming.engine.kv_cache import Pages
+from qwen_vl_streaming.engine.paged_attention import PIECES, View, flex_in_shares, shares_of
+from qwen_vl_streaming.engine.prefill import room_for
+from qwen_vl_streaming.engine.ragged_attention import Packed, blocks_of
+from qwen_vl_streaming.engine.runner import Engine
 from torch import Tensor
 from training import SHAPES, find_device, make_config, seconds
 
@@ -88,7 +88,7 @@ class Bench:
         self.size = self.config.hidden_size // self.heads
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         if self.device == "cpu":
-            packed._compiled = flex_in_shares
+            ragged_attention._compiled = flex_in_shares
         self.config.num_hidden_layers = 1  # of which every pass here has the keys and values
 
     def random(self, *shape: int) -> Tensor:
@@ -108,7 +108,7 @@ class Bench:
         pages, rows, scale = self.pages(shape), shape.seen_by_row(), self.size**-0.5
         pool, counts = pages.layers[0], [len(own) for own in rows]
         if shape.kind == "clips":
-            packed.OPTIONS, packed.BLOCK = options, options["BLOCK_M"]
+            ragged_attention.OPTIONS, ragged_attention.BLOCK = options, options["BLOCK_M"]
             blocks = sum(blocks_of(count, self.groups) for count in counts)
             view = Packed(pages, room_for(blocks), self.groups, True)
             view.lay_out(range(len(rows)), counts)
@@ -163,7 +163,7 @@ def parse_options(text: str, names: tuple[str, ...]) -> dict:
 def tried(kind: str, asked: list[str] | None) -> Iterator[dict]:
     """Kernel options for passes of `kind`: the engine's, then those that are `asked` for, or all."""
     words = kind == "words"
-    engines = {"words": Engine.options, "clip": PIECES, "clips": packed.OPTIONS}[kind]
+    engines = {"words": Engine.options, "clip": PIECES, "clips": ragged_attention.OPTIONS}[kind]
     yield engines
     own = [text for text in asked or () if words == (text.count("x") == 1)]
     for text in own if asked else TRIED_FOR_WORDS if words else TRIED:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 from pe_video.tokens import QWEN_SPLIT
-from qwen_vl_streaming.errors import OneLineParser, run
-from qwen_vl_streaming.progress import Progress
+from qwen_vl_streaming.common.errors import OneLineParser, run
+from qwen_vl_streaming.common.progress import Progress
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast

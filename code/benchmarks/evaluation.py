@@ -18,13 +18,13 @@ from itertools import pairwise
 from statistics import median
 
 import torch
-from qwen_vl_streaming.batching import Job, caption_all
-from qwen_vl_streaming.errors import OneLineParser, run
-from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from qwen_vl_streaming.plan import make_plan
-from qwen_vl_streaming.prompts import Template
-from qwen_vl_streaming.timeline import NOTHING, make_schedule
-from qwen_vl_streaming.variants import VARIANTS, Variant
+from qwen_vl_streaming.common.errors import OneLineParser, run
+from qwen_vl_streaming.engine.batch import Job, caption_all
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from qwen_vl_streaming.model.prompts import Template
+from qwen_vl_streaming.timeline.plan import make_plan
+from qwen_vl_streaming.timeline.timeline import NOTHING, make_schedule
+from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
 from training import ANSWER, CLIPS, GRID, LAYOUT, SHAPES, find_device, make_config, seconds
 
 PUBLISHED = {"group": 3.9, "interleave": 3.7}

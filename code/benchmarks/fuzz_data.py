@@ -25,8 +25,8 @@ from fuzzing import mutate_bytes
 from pe_video import stages
 from pe_video.rules import KEPT, Rules
 from pe_video.sources import FOLDER, TAR, Unit
-from qwen_vl_streaming.errors import OneLineParser, run
-from qwen_vl_streaming.progress import Progress
+from qwen_vl_streaming.common.errors import OneLineParser, run
+from qwen_vl_streaming.common.progress import Progress
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from fuzzing import Try, fuzz, mutate_bytes
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 
 FPS, SECONDS, SIZE, BARS = 5, 6, (96, 64), 8
 FILMS = {
@@ -99,7 +99,7 @@ def check_times(times: np.ndarray, most: float) -> None:
 
 def films(folder: Path) -> Try:
     """Tries mutated films by both readers."""
-    from qwen_vl_streaming.video import PixelBudget, index_video, read_video
+    from qwen_vl_streaming.video.frames import PixelBudget, index_video, read_video
 
     sound, path, budget = sound_films(), folder / "case/film", PixelBudget(28 * 28, 28 * 28 * 12)
     times = {}
@@ -140,13 +140,13 @@ def films(folder: Path) -> Try:
 
 def streams(folder: Path) -> Try:
     """Tries mutated films over HTTP on the loopback, with and without their length."""
-    from qwen_vl_streaming import live_source
-    from qwen_vl_streaming.video import PixelBudget
+    from qwen_vl_streaming.video import sources
+    from qwen_vl_streaming.video.frames import PixelBudget
 
     try:
-        from qwen_vl_streaming.live_stream import stream_clips
+        from qwen_vl_streaming.video.streams import stream_clips
     except ImportError:
-        stream_clips = live_source.stream_clips
+        stream_clips = sources.stream_clips
     sound, budget = sound_films(), PixelBudget(28 * 28, 28 * 28 * 12)
     served = {"data": b"", "length": True}
 

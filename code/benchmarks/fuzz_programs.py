@@ -21,7 +21,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from fuzzing import Try, answer_of, fuzz, mutate_bytes, mutate_tree
-from qwen_vl_streaming.errors import OneLineParser, run
+from qwen_vl_streaming.common.errors import OneLineParser, run
 
 REAL_SCORES = 0.03
 """Share of the inputs that are scored by the real metrics, which start Java; the others by a stand-in."""
@@ -152,10 +152,10 @@ def checkpoints(folder: Path) -> Try:
     import gallery
     import torch
     import verify  # noqa: F401 - what it brings in is loaded before memory is bounded
-    from qwen_vl_streaming.base_files import BaseFiles
-    from qwen_vl_streaming.checkpoint import of_checkpoint, tensor_types
-    from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
-    from qwen_vl_streaming.prompts import load_processor
+    from qwen_vl_streaming.model.base_files import BaseFiles
+    from qwen_vl_streaming.model.checkpoint import of_checkpoint, tensor_types
+    from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+    from qwen_vl_streaming.model.prompts import load_processor
 
     sound = tiny_world(folder)[0]
     case, mark = folder / "case/model", folder / "marks/mark"

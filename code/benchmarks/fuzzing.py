@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
 
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.progress import Progress
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.progress import Progress
 
 CODE = Path(__file__).resolve().parents[1]
 SECONDS_PER_INPUT = 60  # the metrics alone take 20 on a busy machine

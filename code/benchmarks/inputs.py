@@ -17,9 +17,9 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
-from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
+from qwen_vl_streaming.model.prompts import load_processor
 from training import ANSWER, find_device, make_config
 
 MAKE_MODEL = Path(__file__).resolve().parents[1] / "demo/make_model.py"

@@ -33,9 +33,9 @@ from latency_passes import passes
 from latency_runs import delay, live, rounds, video
 from latency_setup import GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
 from latency_sweep import parse_points, sweep
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.record import WAYS
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.sessions.record import WAYS
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from training import ANSWER, CLIPS, SHAPES
 
 COMMANDS = ("passes", "rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")

@@ -13,7 +13,7 @@ larger of the two times each; what may run at once, the larger of the two sums.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen_vl_streaming.timeline import Layout
+from qwen_vl_streaming.timeline.timeline import Layout
 
 
 @dataclass(frozen=True)

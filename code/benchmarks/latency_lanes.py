@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from latency_runs import runs
 from latency_setup import Bench, load
-from qwen_vl_streaming.asks import Ask
-from qwen_vl_streaming.passes import Passes
-from qwen_vl_streaming.tower import Tower
+from qwen_vl_streaming.engine.step_request import Ask
+from qwen_vl_streaming.engine.step_runner import Passes
+from qwen_vl_streaming.engine.vision_encoder import Tower
 
 TOWER, CLIP, WORD, MOVE = "vision tower", "language model over a clip", "words", "keys and values move"
 ROUNDS = 8

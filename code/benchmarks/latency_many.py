@@ -10,8 +10,8 @@ from statistics import median
 import torch
 from latency_runs import percentile, runs
 from latency_setup import TEMPLATE, TOKENS, Bench, slot_ends
-from qwen_vl_streaming.crowd import Crowd
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.sessions.session_pool import Crowd
 
 LATE = 1.0
 """Seconds after a clip is due within which its words have to be there: then the next clip comes."""

@@ -8,8 +8,8 @@ from statistics import median
 
 import torch
 from latency_setup import Bench, play
-from qwen_vl_streaming.asks import Ask
-from qwen_vl_streaming.passes import Passes
+from qwen_vl_streaming.engine.step_request import Ask
+from qwen_vl_streaming.engine.step_runner import Passes
 
 REPEATS = 50
 SHOWN = 14

@@ -14,7 +14,7 @@ from latency_sweep import BETWEEN, SHARE, best
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 # Okabe and Ito's palette, which the colour-blind tell apart too; shapes tell the sizes apart.
 WAYS = {"serial": "#8C8C8C", "fused": "#D55E00", "pipelined": "#0072B2"}

@@ -12,8 +12,8 @@ from statistics import median, quantiles
 import torch
 from latency_floors import speed_up
 from latency_setup import TOKENS, Bench, play, slot_ends
-from qwen_vl_streaming.session import GREEDY, Session
-from qwen_vl_streaming.timeline import Schedule
+from qwen_vl_streaming.sessions.session import GREEDY, Session
+from qwen_vl_streaming.timeline.timeline import Schedule
 
 PUBLISHED = 3.9
 """Seconds a video of the published code, 7B on one H200: see evaluation.py."""

@@ -15,15 +15,16 @@ import torch
 import transformers
 from evaluation import rates
 from latency_floors import Floors
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from qwen_vl_streaming.pair import Pair
-from qwen_vl_streaming.passes import Passes
-from qwen_vl_streaming.prompts import Template
-from qwen_vl_streaming.record import whole
-from qwen_vl_streaming.session import Session, open_session
-from qwen_vl_streaming.timeline import Layout
-from qwen_vl_streaming.variants import Variant
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.engine.step_runner import Passes
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from qwen_vl_streaming.model.prompts import Template
+from qwen_vl_streaming.sessions import open_session
+from qwen_vl_streaming.sessions.perception_client import Pair
+from qwen_vl_streaming.sessions.record import whole
+from qwen_vl_streaming.sessions.session import Session
+from qwen_vl_streaming.timeline.timeline import Layout
+from qwen_vl_streaming.timeline.variants import Variant
 from torch import Tensor
 from training import GRID, PROMPT, find_device, make_config
 from transformers import Qwen2_5_VLConfig

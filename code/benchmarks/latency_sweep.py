@@ -16,7 +16,7 @@ from statistics import median
 from latency_floors import speed_up
 from latency_runs import alone, runs, same, workload
 from latency_setup import GRIDS, Bench, play, read_json, slot_ends, write_json
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 K = (1, 2, 4, 8, 16, 32, 64)
 CLIP_TOKENS = (16, 32, 64, 128, 256, 512, 1024)

@@ -33,11 +33,11 @@ from pathlib import Path
 import psutil
 import torch
 from inputs import Film, make_captions, make_checkpoint, make_rows
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
-from qwen_vl_streaming.prompts import QUESTIONS, answer_ids, load_processor, make_template
-from qwen_vl_streaming.timeline import make_schedule, make_timeline
-from qwen_vl_streaming.variants import VARIANTS, get_variant
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
+from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, load_processor, make_template
+from qwen_vl_streaming.timeline.timeline import make_schedule, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS, get_variant
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import GRID, SHAPES, find_device, flops, seconds
 

@@ -7,10 +7,10 @@ import time
 from statistics import median
 
 import torch
-from qwen_vl_streaming.attention import dense_mask
-from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.timeline import Layout, make_timeline
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.timeline.attention import dense_mask
+from qwen_vl_streaming.timeline.positions import timeline_positions
+from qwen_vl_streaming.timeline.timeline import Layout, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
 
 CLIPS, GRID, ANSWER = 30, (7, 14), 117  # about the baseline's sample: 30 s, 98 visual tokens a clip
 REPEATS = 50

@@ -17,13 +17,13 @@ import sys
 import time
 
 import torch
-from qwen_vl_streaming.attention import dense_mask, make_mask
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, VisionAttention
-from qwen_vl_streaming.positions import timeline_positions
-from qwen_vl_streaming.timeline import CLIP, NOTHING, Layout, Timeline, make_timeline
-from qwen_vl_streaming.variants import VARIANTS, Variant
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, VisionAttention
+from qwen_vl_streaming.timeline.attention import dense_mask, make_mask
+from qwen_vl_streaming.timeline.positions import timeline_positions
+from qwen_vl_streaming.timeline.timeline import CLIP, NOTHING, Layout, Timeline, make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
 from transformers import Qwen2_5_VLConfig
 
 CLIPS, GRID, ANSWER, PROMPT = 30, (7, 13), 117, 40

@@ -14,15 +14,15 @@ import re
 from pathlib import Path
 
 import torch
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_model
-from qwen_vl_streaming.paths import PROJECT, find_video, look_up
-from qwen_vl_streaming.progress import quiet_libraries
-from qwen_vl_streaming.prompts import QUESTIONS, clip_pixels, load_processor, make_template
-from qwen_vl_streaming.streaming import Streams, caption
-from qwen_vl_streaming.timeline import make_schedule
-from qwen_vl_streaming.variants import get_variant
-from qwen_vl_streaming.video import PixelBudget, read_video
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.paths import PROJECT, find_video, look_up
+from qwen_vl_streaming.common.progress import quiet_libraries
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.reference import Streams, caption
+from qwen_vl_streaming.timeline.timeline import make_schedule
+from qwen_vl_streaming.timeline.variants import get_variant
+from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from scenes import COLOURS, SHAPES
 
 SHUFFLES = 1000

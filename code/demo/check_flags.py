@@ -5,9 +5,9 @@ import json
 import os
 from pathlib import Path
 
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.variants import get_variant
+from qwen_vl_streaming.timeline.variants import get_variant
 
 
 def check_steps(output: Path, variant: str, steps: int) -> None:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_vl_streaming.checkpoint import like_other_files
+from qwen_vl_streaming.model.checkpoint import like_other_files
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2Tokenizer
 
 CHAT_TEMPLATE = (

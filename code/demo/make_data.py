@@ -24,8 +24,8 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.progress import Progress
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.progress import Progress
 from scenes import OPENING, OTHER_OPENING, Scene, count_words, draw, make_scene
 
 RATE = (3.1, 4.4)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from hub_layout import write_checkpoint
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.progress import quiet_libraries
-from qwen_vl_streaming.prompts import QUESTIONS
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.progress import quiet_libraries
+from qwen_vl_streaming.model.prompts import QUESTIONS
 from scenes import make_scene
 from tokenizers import AddedToken, pre_tokenizers, trainers
 from transformers import (

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from check import find_videos, named
-from qwen_vl_streaming.errors import OneLineParser, run
-from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.common.errors import OneLineParser, run
+from qwen_vl_streaming.model.prompts import load_processor
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -16,10 +16,10 @@ from pickle import UnpicklingError
 import sentencepiece
 import torch
 from huggingface_hub.errors import HFValidationError
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.hub import WEIGHTS, from_hub
-from qwen_vl_streaming.paths import places
-from qwen_vl_streaming.progress import Progress
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import places
+from qwen_vl_streaming.common.progress import Progress
+from qwen_vl_streaming.model.hub import WEIGHTS, from_hub
 from safetensors import SafetensorError
 from scoring import NotComputed
 from settings import ROOT

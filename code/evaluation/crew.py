@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 
-from qwen_vl_streaming.ending import explain, kill_workers, leave, let_workers_end, name, status_of
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.ending import explain, kill_workers, leave, let_workers_end, name, status_of
+from qwen_vl_streaming.common.errors import InputError
 from torch.distributed import DistError, TCPStore
 
 POLL = 0.5

@@ -22,20 +22,20 @@ from pathlib import Path
 
 from crew import GPU, HOST, Crew, LostRun, Place
 from identity import NOT_COMPARED, describe_model, keep_arguments
-from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
-from qwen_vl_streaming.data_rows import read_data_rows
+from qwen_vl_streaming.common.data_rows import read_data_rows
+from qwen_vl_streaming.common.ending import explain, leave, run_to_end, say
+from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.common.paths import check_videos, find_data, find_folder, find_model, find_path, make_data
+from qwen_vl_streaming.common.progress import Progress, quiet_libraries
+from qwen_vl_streaming.common.versions import versions
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.ending import explain, leave, run_to_end, say
-from qwen_vl_streaming.errors import InputError, OneLineParser
-from qwen_vl_streaming.hub import model_folder
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
-from qwen_vl_streaming.paths import check_videos, find_data, find_folder, find_model, find_path, make_data
-from qwen_vl_streaming.positions import RULE
-from qwen_vl_streaming.progress import Progress, quiet_libraries
-from qwen_vl_streaming.trained import check_trained
-from qwen_vl_streaming.variants import get_variant
-from qwen_vl_streaming.versions import versions
-from qwen_vl_streaming.video import SIDE_FACTOR, PixelBudget, choose_reader
+from qwen_vl_streaming.model.checkpoint import of_checkpoint, of_file
+from qwen_vl_streaming.model.hub import model_folder
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
+from qwen_vl_streaming.model.trained import check_trained
+from qwen_vl_streaming.timeline.positions import RULE
+from qwen_vl_streaming.timeline.variants import get_variant
+from qwen_vl_streaming.video.frames import SIDE_FACTOR, PixelBudget, choose_reader
 from results import (
     CAPTION_FIELDS,
     SKIPPED,

@@ -16,10 +16,10 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from PIL import Image
-from qwen_vl_streaming.data_rows import read_data_rows
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.paths import find_folder, find_path, find_video, places
-from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
+from qwen_vl_streaming.common.data_rows import read_data_rows
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import find_folder, find_path, find_video, places
+from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from report_results import Result, find_model
 from settings import ROOT
 from transformers import AutoTokenizer

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 from results import write_whole
 
 ARGUMENTS = {name: str for name in ("model", "data", "schedule", "variant")}

@@ -21,8 +21,8 @@ from typing import BinaryIO
 
 import requests
 from bounded_http import BoundedAdapter
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.progress import Progress
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.progress import Progress
 from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from scoring import NotComputed
 from urllib3.exceptions import MaxRetryError

@@ -102,10 +102,10 @@ def differences(ours: tuple[dict, dict], theirs: tuple[dict, dict], tolerance: f
 
 def main() -> None:
     """In this environment; the others lack the library, and are only asked for their `answers`."""
-    from qwen_vl_streaming.errors import InputError, OneLineParser
-    from qwen_vl_streaming.hub import model_folder
-    from qwen_vl_streaming.paths import PROJECT, find_model
-    from qwen_vl_streaming.progress import quiet_libraries
+    from qwen_vl_streaming.common.errors import InputError, OneLineParser
+    from qwen_vl_streaming.common.paths import PROJECT, find_model
+    from qwen_vl_streaming.common.progress import quiet_libraries
+    from qwen_vl_streaming.model.hub import model_folder
 
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder that sft.sh or qwenvl.merge has written")
@@ -147,6 +147,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == [ANSWER]:
         answer(*sys.argv[2:])
     else:
-        from qwen_vl_streaming.errors import run
+        from qwen_vl_streaming.common.errors import run
 
         run(main)

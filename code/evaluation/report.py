@@ -21,9 +21,9 @@ from pathlib import Path
 import paper
 from gallery import Tokenizers, choose_videos, tell
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.paths import find_path
-from qwen_vl_streaming.progress import Progress
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.paths import find_path
+from qwen_vl_streaming.common.progress import Progress
 from report_charts import main_panels, schedule_panels
 from report_results import Result, differences, labels, load_results, metrics_of
 from report_tables import main_table, markdown_table, plain, runs_table, schedule_table, subtask_table

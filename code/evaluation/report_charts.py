@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import paper
 from matplotlib.ticker import MaxNLocator
-from qwen_vl_streaming.variants import VARIANTS, Variant
+from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
 from report_results import Result, metrics_of
 from report_tables import schedule_pairs
 

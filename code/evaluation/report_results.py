@@ -11,10 +11,10 @@ from pathlib import Path
 import paper
 from huggingface_hub import try_to_load_from_cache
 from identity import read_arguments, read_object
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.paths import places
-from qwen_vl_streaming.timeline import NAMED
-from qwen_vl_streaming.variants import VARIANTS, Variant, get_variant
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import places
+from qwen_vl_streaming.timeline.timeline import NAMED
+from qwen_vl_streaming.timeline.variants import VARIANTS, Variant, get_variant
 from results import Row, check_row, load_finished, sibling
 from safetensors import SafetensorError, safe_open
 from settings import ROOT

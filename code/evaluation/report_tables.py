@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import paper
-from qwen_vl_streaming.variants import VARIANTS
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from report_results import Result, labels, metrics_of, score_in
 
 NOT_GIVEN = "no result file of this variant was given"

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 log = logging.getLogger(__name__)
 

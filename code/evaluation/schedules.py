@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.paths import find_path
-from qwen_vl_streaming.timeline import MOST_PER_SLOT, NAMED, Schedule, make_schedule
-from qwen_vl_streaming.variants import Variant
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import find_path
+from qwen_vl_streaming.timeline.timeline import MOST_PER_SLOT, NAMED, Schedule, make_schedule
+from qwen_vl_streaming.timeline.variants import Variant
 
 FORMS = f"give wait-K, random, random-K with K from 1 to {MOST_PER_SLOT}, or a file of counts"
 

@@ -17,10 +17,10 @@ import lag
 from bleurt import bleurt, find_checkpoint
 from identity import arguments_path, read_arguments
 from judge import KEY, Judge
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import find_model
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.paths import find_model
-from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.model.prompts import load_processor
 from results import Row, check_writable, sibling, write_whole
 from scoring import NotComputed, check_java, check_pairs, score, write_scores
 from settings import ROOT, Settings

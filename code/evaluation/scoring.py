@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 from results import write_whole
 
 log = logging.getLogger(__name__)

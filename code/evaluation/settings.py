@@ -10,9 +10,9 @@ import json
 import os
 from pathlib import Path
 
-from qwen_vl_streaming.errors import InputError, OneLineParser
-from qwen_vl_streaming.variants import ENVIRONMENT_VARIABLE, VARIANTS, chosen_variant
-from qwen_vl_streaming.video import PixelBudget
+from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, chosen_variant
+from qwen_vl_streaming.video.frames import PixelBudget
 from tasks import get_task
 
 MOST_GIB = 100_000

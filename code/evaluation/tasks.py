@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from funqa.annotations import SUBTASKS
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 
 @dataclass(frozen=True)

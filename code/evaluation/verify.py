@@ -17,19 +17,19 @@ from pathlib import Path
 
 import torch
 from identity import ARGUMENTS, read_arguments
-from qwen_vl_streaming.data_rows import read_data_rows
+from qwen_vl_streaming.common.data_rows import read_data_rows
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.paths import find_folder, find_model, find_path, find_video
+from qwen_vl_streaming.common.progress import Progress, quiet_libraries
+from qwen_vl_streaming.common.ties import tie_margin
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.explain import as_dict
-from qwen_vl_streaming.hub import model_folder
-from qwen_vl_streaming.paths import find_folder, find_model, find_path, find_video
-from qwen_vl_streaming.positions import RULE
-from qwen_vl_streaming.progress import Progress, quiet_libraries
-from qwen_vl_streaming.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
-from qwen_vl_streaming.ties import tie_margin
-from qwen_vl_streaming.timeline import NAMED, Timeline, make_schedule, make_timeline
-from qwen_vl_streaming.variants import Variant, get_variant
-from qwen_vl_streaming.video import PixelBudget, choose_reader, read_video
+from qwen_vl_streaming.explain.cli import as_dict
+from qwen_vl_streaming.model.hub import model_folder
+from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.timeline.positions import RULE
+from qwen_vl_streaming.timeline.timeline import NAMED, Timeline, make_schedule, make_timeline
+from qwen_vl_streaming.timeline.variants import Variant, get_variant
+from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
 from settings import ROOT
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 from crew import Place
-from qwen_vl_streaming.batching import Job, caption_all
-from qwen_vl_streaming.ending import lost_worker, start_worker
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
-from qwen_vl_streaming.paths import find_video
-from qwen_vl_streaming.positions import check_clips
-from qwen_vl_streaming.prompts import QUESTIONS, clip_pixels, load_processor, make_template
-from qwen_vl_streaming.streaming import Caption
-from qwen_vl_streaming.variants import Variant
-from qwen_vl_streaming.video import PixelBudget, read_video
+from qwen_vl_streaming.common.ending import lost_worker, start_worker
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import find_video
+from qwen_vl_streaming.engine.batch import Job, caption_all
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.reference import Caption
+from qwen_vl_streaming.timeline.positions import check_clips
+from qwen_vl_streaming.timeline.variants import Variant
+from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from results import SKIPPED_FIELDS, Appender, Row, rows_part, skipped_part
 from schedules import Schedules
 from torch.utils.data import DataLoader, Dataset

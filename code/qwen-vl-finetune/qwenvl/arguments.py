@@ -6,11 +6,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.paths import find_data, find_folder, find_model, find_path
-from qwen_vl_streaming.timeline import make_schedule
-from qwen_vl_streaming.variants import Variant, chosen_variant, get_variant
-from qwen_vl_streaming.video import PixelBudget
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import find_data, find_folder, find_model, find_path
+from qwen_vl_streaming.timeline.timeline import make_schedule
+from qwen_vl_streaming.timeline.variants import Variant, chosen_variant, get_variant
+from qwen_vl_streaming.video.frames import PixelBudget
 from transformers import TrainingArguments
 
 from .device import settle_device

@@ -13,13 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.paths import find_video
-from qwen_vl_streaming.positions import check_clips, timeline_positions
-from qwen_vl_streaming.prompts import QUESTIONS, Template, answer_ids, clip_pixels, make_template
-from qwen_vl_streaming.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, make_schedule, make_timeline
-from qwen_vl_streaming.variants import Variant
-from qwen_vl_streaming.video import PixelBudget, Video, read_video
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import find_video
+from qwen_vl_streaming.model.prompts import QUESTIONS, Template, answer_ids, clip_pixels, make_template
+from qwen_vl_streaming.timeline.positions import check_clips, timeline_positions
+from qwen_vl_streaming.timeline.timeline import (
+    ANSWER,
+    CLIP,
+    HEADER,
+    NOTHING,
+    PROMPT,
+    TAIL,
+    make_schedule,
+    make_timeline,
+)
+from qwen_vl_streaming.timeline.variants import Variant
+from qwen_vl_streaming.video.frames import PixelBudget, Video, read_video
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 

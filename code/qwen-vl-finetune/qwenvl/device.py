@@ -3,8 +3,8 @@ sft.sh runs this to learn on how many GPUs it is to train; 0 stands for the CPU.
 
 import os
 
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
 
 USE_CPU = "--use_cpu True"
 MOST_ON_CPU = 500_000_000

@@ -12,8 +12,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from qwen_vl_streaming.ending import explain, let_workers_end, name, run_to_end, say, status_of
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.ending import explain, let_workers_end, name, run_to_end, say, status_of
+from qwen_vl_streaming.common.errors import InputError
 from torch.distributed import DistError
 
 from .stopping import GO_ON, LAUNCHER, speaks

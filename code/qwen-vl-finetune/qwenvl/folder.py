@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 from transformers.trainer_utils import sort_checkpoints
 
 from .keeping import BEING_REMOVED, BEING_SAVED, PROGRESS, read_json

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from qwen_vl_streaming.checkpoint import of_file
-from qwen_vl_streaming.ending import start_worker
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.ending import start_worker
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.checkpoint import of_file
 from safetensors import SafetensorError
 from torch import distributed
 from transformers import PreTrainedModel, Trainer, TrainerCallback

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import psutil
-from qwen_vl_streaming.ending import leave, say
+from qwen_vl_streaming.common.ending import leave, say
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

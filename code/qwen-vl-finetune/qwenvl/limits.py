@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import torch
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 

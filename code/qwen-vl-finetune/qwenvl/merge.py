@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from qwen_vl_streaming.base_files import BaseFiles
-from qwen_vl_streaming.checkpoint import of_checkpoint
-from qwen_vl_streaming.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.hub import model_folder
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
-from qwen_vl_streaming.paths import PROJECT, find_model, look_up
-from qwen_vl_streaming.progress import quiet_libraries
-from qwen_vl_streaming.prompts import load_processor
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.paths import PROJECT, find_model, look_up
+from qwen_vl_streaming.common.progress import quiet_libraries
+from qwen_vl_streaming.model.base_files import BaseFiles
+from qwen_vl_streaming.model.checkpoint import of_checkpoint
+from qwen_vl_streaming.model.hub import model_folder
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.prompts import load_processor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_config
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel

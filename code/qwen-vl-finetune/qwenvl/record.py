@@ -18,11 +18,11 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from qwen_vl_streaming.checkpoint import of_checkpoint, of_file
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.positions import RULE
-from qwen_vl_streaming.redact import redacted_command
-from qwen_vl_streaming.versions import RUNNING, versions
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.redact import redacted_command
+from qwen_vl_streaming.common.versions import RUNNING, versions
+from qwen_vl_streaming.model.checkpoint import of_checkpoint, of_file
+from qwen_vl_streaming.timeline.positions import RULE
 from torch import distributed
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback

@@ -3,9 +3,9 @@
 import random
 from pathlib import Path
 
-from qwen_vl_streaming.data_rows import check_characters, read_data_rows
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.paths import make_data
+from qwen_vl_streaming.common.data_rows import check_characters, read_data_rows
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import make_data
 
 
 def read_rows(path: Path) -> list[dict]:

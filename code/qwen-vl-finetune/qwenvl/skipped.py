@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 from .keeping import add_up, write_whole
 

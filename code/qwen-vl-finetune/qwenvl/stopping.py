@@ -3,7 +3,7 @@
 import os
 import signal
 
-from qwen_vl_streaming.ending import die_with_parent
+from qwen_vl_streaming.common.ending import die_with_parent
 
 STOPPED = 128 + signal.SIGTERM.value
 """Exit status of a run that SIGTERM has stopped: the same command goes on from what was saved."""

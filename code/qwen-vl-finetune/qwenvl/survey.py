@@ -12,11 +12,11 @@ from functools import partial
 
 import av
 from accelerate.utils import gather_object
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.film_index import film_track, index_video, may_leap
-from qwen_vl_streaming.progress import Progress
-from qwen_vl_streaming.prompts import answer_ids
-from qwen_vl_streaming.video import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.progress import Progress
+from qwen_vl_streaming.model.prompts import answer_ids
+from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate
+from qwen_vl_streaming.video.index import film_track, index_video, may_leap
 
 from .data import StreamingDataset
 

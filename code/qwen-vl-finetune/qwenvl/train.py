@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from qwen_vl_streaming.attention import make_mask
-from qwen_vl_streaming.base_files import BaseFiles
-from qwen_vl_streaming.errors import InputError, OneLineParser
-from qwen_vl_streaming.hub import model_folder
-from qwen_vl_streaming.modeling_qwen2_5_vl import load_config, load_model
-from qwen_vl_streaming.paths import check_videos
-from qwen_vl_streaming.progress import Progress, quiet_libraries
-from qwen_vl_streaming.prompts import QUESTIONS, load_processor, make_template
-from qwen_vl_streaming.trained import check_trained, training_keys
-from qwen_vl_streaming.video import choose_reader
+from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.common.paths import check_videos
+from qwen_vl_streaming.common.progress import Progress, quiet_libraries
+from qwen_vl_streaming.model.base_files import BaseFiles
+from qwen_vl_streaming.model.hub import model_folder
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
+from qwen_vl_streaming.model.trained import check_trained, training_keys
+from qwen_vl_streaming.timeline.attention import make_mask
+from qwen_vl_streaming.video.frames import choose_reader
 from torch import distributed
 from transformers import ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pe_video.rules import BadSample, read_text
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 SUBTASKS = ("H2", "H3", "C2", "C3", "M2", "M3")
 """Description (2) and reasoning (3) of humor, creative and magic videos."""

@@ -19,7 +19,7 @@ from pe_video.report import Tally, draw
 from pe_video.rules import BAD, KEPT, Rules, cheap_rules
 from pe_video.sources import relative
 from pe_video.tokens import find_tokenizer, load_counter
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 from .annotations import SUBTASKS, Entry, read_annotations, read_entries
 from .sources import Source, find_sources

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pe_video.sources import HubFault
-from qwen_vl_streaming.errors import InputError, cannot_list
+from qwen_vl_streaming.common.errors import InputError, cannot_list
 
 from .videos import Archive, Place, places_in, places_on_disk
 
@@ -62,7 +62,7 @@ def _find_on_hub(
 ) -> dict[str, Source]:
     from huggingface_hub import HfApi
     from pe_video.hub import RemoteFile
-    from qwen_vl_streaming.hub import HUB_ERRORS, ask
+    from qwen_vl_streaming.model.hub import HUB_ERRORS, ask
 
     mend = (
         f"where there is access (see hf auth login), run hf download {name} --repo-type dataset --local-dir {folder}, "

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from pe_video.files import whole_file
 from pe_video.parallel import run_tasks
 from pe_video.sources import VIDEO_ENDINGS, HubFault, measure
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.progress import Progress
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.progress import Progress
 
 VIDEOS_PER_TASK = 32
 UNPACK_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
@@ -173,7 +173,7 @@ def _unpack(opened: zipfile.ZipFile, place: Place) -> Measured:
 
 
 def _measure(place: Place) -> Measured:
-    from qwen_vl_streaming.video_readers import check_first_frame
+    from qwen_vl_streaming.video.readers import check_first_frame
 
     try:
         seconds = measure(place.file, str(place.file))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 PART_SUFFIX = ".mani_data.part"
 

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, http_backoff
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.hub import HUB_ERRORS, ask
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.hub import HUB_ERRORS, ask
 
 from .sources import HUB, HubFault, Unit, is_shard
 

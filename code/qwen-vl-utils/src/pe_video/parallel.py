@@ -9,7 +9,7 @@ from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 
 def run_tasks(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 MAX_JSON_BYTES = 1 << 20
 DURATION_FIELDS = ("video_duration_in_s", "video_duration", "duration_in_s", "duration")

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.paths import find_video
-from qwen_vl_streaming.progress import Progress
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import find_video
+from qwen_vl_streaming.common.progress import Progress
 
 from .files import only_one, remove_parts, whole_file
 from .merge import merge_lines, settle_duplicates

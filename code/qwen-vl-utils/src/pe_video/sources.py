@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from qwen_vl_streaming.errors import InputError, cannot_list
+from qwen_vl_streaming.common.errors import InputError, cannot_list
 
 from .gz import GZIP, unpack
 from .rules import MAX_JSON_BYTES, Sample
@@ -177,7 +177,7 @@ class Slice:
 
 def measure(source: str | Path | Slice, name: str) -> float:
     """The real duration in seconds of a video. Raises InputError."""
-    from qwen_vl_streaming.film_index import index_video  # brings in PyAV, which most runs do without
+    from qwen_vl_streaming.video.index import index_video  # brings in PyAV, which most runs do without
 
     return index_video(source, name).duration
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from qwen_vl_streaming.errors import InputError
+from qwen_vl_streaming.common.errors import InputError
 
 from .files import whole_file
 from .report import Tally
@@ -249,7 +249,7 @@ def _there(place: Path, unit: Unit, file: BinaryIO, offset: int, size: int) -> b
 
 def _video_fault(source: Path | Slice, pick: Pick) -> str:
     """Why a video cannot be used: it does not open or decode, or lasts less or longer than its JSON claims."""
-    from qwen_vl_streaming.video_readers import check_first_frame
+    from qwen_vl_streaming.video.readers import check_first_frame
 
     try:
         seconds = measure(source, pick.where)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_vl_streaming.errors import InputError
-from qwen_vl_streaming.paths import places
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import places
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +33,7 @@ def find_tokenizer(model_id: str, root: Path) -> Path:
                 return folder / "tokenizer.json"
             raise InputError(f"tokenizer folder {folder} has no tokenizer.json: save it with save_pretrained")
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-    from qwen_vl_streaming.hub import HUB_ERRORS, ask
+    from qwen_vl_streaming.model.hub import HUB_ERRORS, ask
 
     try:
         cached = try_to_load_from_cache(model_id, "tokenizer.json")

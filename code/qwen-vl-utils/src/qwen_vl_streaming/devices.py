@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import InputError, OneLineParser, run
+from .common.errors import InputError, OneLineParser, run
 
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
 """By CUDA's major version, the oldest NVIDIA driver for Linux that runs programs built for it (NVIDIA, "CUDA

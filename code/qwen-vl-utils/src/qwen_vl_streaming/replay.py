@@ -2,7 +2,7 @@
 
     python -m qwen_vl_streaming.replay RECORD --model MODEL [--video FILE | --clips FILE] [--dtype float32]
 
-Neither uses pages or passes: `streaming.py` and `model.forward`, over the stock layers, say what should have come out.
+Neither uses pages or passes: `reference.py` and `model.forward`, over the stock layers, say what should have come out.
 Exit status 1 where a token differs that is not a near tie of two words. That the times and figures of a record are true
 is not shown by this, only that it does not contradict itself.
 """
@@ -19,24 +19,24 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .attention import dense_mask
+from .common.errors import InputError, OneLineParser, run
+from .common.paths import PROJECT, find_folder, find_model, find_video, look_up
+from .common.progress import quiet_libraries
+from .common.ties import tie_margin
 from .devices import DEVICE_HELP, choose_device, look
-from .errors import InputError, OneLineParser, run
-from .kept import read_clips
-from .live_source import synthetic_clips
-from .modeling_qwen2_5_vl import load_model
-from .paths import PROJECT, find_folder, find_model, find_video, look_up
-from .plan import Window
-from .positions import timeline_positions
-from .progress import quiet_libraries
-from .prompts import clip_pixels, load_processor
-from .record import Record, clip_hash, identity, read_record
-from .session import GREEDY
-from .streaming import Streams, caption
-from .ties import tie_margin
-from .timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Schedule, make_schedule, make_timeline
-from .variants import get_variant
-from .video import PixelBudget, read_video
+from .model.modeling_qwen2_5_vl import load_model
+from .model.prompts import clip_pixels, load_processor
+from .reference import Streams, caption
+from .sessions.record import Record, clip_hash, identity, read_record
+from .sessions.session import GREEDY
+from .timeline.attention import dense_mask
+from .timeline.plan import Window
+from .timeline.positions import timeline_positions
+from .timeline.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Schedule, make_schedule, make_timeline
+from .timeline.variants import get_variant
+from .video.clip_recorder import read_clips
+from .video.frames import PixelBudget, read_video
+from .video.sources import synthetic_clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS = 2048

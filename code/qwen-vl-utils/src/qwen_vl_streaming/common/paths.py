@@ -1,0 +1,147 @@
+"""Where what a user names lies: files, folders, checkpoints, and the videos of a data set.
+
+The one place that looks a path up. Knows nothing about what is in them, nor about any of the programs.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from os.path import exists
+from pathlib import Path, PurePosixPath
+
+from .errors import InputError
+
+PROJECT = Path(__file__).resolve().parents[5]
+"""The root of the project that this library lies in, at code/qwen-vl-utils/src."""
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+DATA_FLAGS = {"train_3_5.jsonl": "", "test_3_5.jsonl": "", "funqa_train.jsonl": "funqa", "funqa_test.jsonl": "funqa"}
+"""The files that mani_data.py writes, and the --dataset that it needs for them."""
+
+
+def places(path: str | Path, root: Path) -> list[Path]:
+    """Where a `path` is looked up, in this order: from where the user stands, from the project's `root`, and from
+    code/ in that."""
+    return list(dict.fromkeys((Path(path), root / path, root / "code" / path)))
+
+
+def find_path(path: str | Path, root: Path, what: str, *more: Path, fix: str = "check the path") -> Path:
+    """The first that exists of the `places` of `path`, then of `path` in each of the folders `more`.
+
+    Raises InputError, with `what` was looked for and the `fix`, where none does.
+    """
+    for candidate in (*places(path, root), *(folder / path for folder in more)):
+        if exists(candidate):  # also where a folder on the way may not be entered
+            return candidate
+    if Path(path).is_absolute():
+        where = "not there"
+    else:
+        first, *others = dict.fromkeys(map(str, (Path.cwd(), root.absolute(), root.absolute() / "code", *more)))
+        where = f"neither in {first} nor in {' nor in '.join(others)}" if others else f"not in {first}"
+    raise InputError(f"{what} {str(path)!r} is {where}: {fix}")
+
+
+def look_up(path: str | Path, root: Path) -> Path:
+    """The first that exists of the `places` of `path`; else `path`, which whoever opens it refuses."""
+    return next(filter(exists, places(path, root)), Path(path))
+
+
+def find_folder(path: str, root: Path, what: str) -> Path | None:
+    """A folder as in `find_path`, or None where `path` is empty. Raises InputError where it is not a folder."""
+    if not path.strip():
+        return None
+    found = find_path(path, root, what)
+    if not os.path.isdir(found):
+        raise InputError(f"{what} {str(found)!r} is not a folder: give the folder")
+    return found
+
+
+def find_data(path: str, root: Path, what: str) -> Path:
+    """A data file as in `find_path`. Raises InputError, with the command that makes it, where there is none, and where
+    it is not a file or has nothing in it."""
+    make = make_data(path)
+    found = find_path(path, root, what, fix=make or "check the path, or make it with `python mani_data.py`")
+    if not os.path.isfile(found):
+        raise InputError(f"{what} {str(found)!r} cannot be read (it is not a file): give a JSONL with rows")
+    if not os.path.getsize(found):
+        raise InputError(f"{what} {str(found)!r} is empty: {make or 'give one with rows'}")
+    return found
+
+
+def make_data(path: str | Path) -> str:
+    """How the file that mani_data.py writes under the name of `path` is made; empty for a file of another name."""
+    if (name := Path(path).name) not in DATA_FLAGS:
+        return ""
+    dataset = DATA_FLAGS[name]
+    return f"make it with `python mani_data.py{f' --dataset {dataset}' if dataset else ''}`"
+
+
+def find_model(model: str, root: Path) -> str:
+    """A checkpoint's folder, looked up as in `places`, or else the hub id that `model` is.
+
+    Raises InputError for what is neither.
+    """
+    if not model.strip():
+        raise InputError("the model is an empty name: give a checkpoint's folder or a hub id")
+    for candidate in places(model, root):
+        if exists(candidate):
+            return str(candidate.absolute())
+    if not HUB_ID.fullmatch(model):
+        find_path(model, root, "the model", fix="check the path, or give a hub id such as Qwen/Qwen2.5-VL-3B-Instruct")
+    return model
+
+
+def find_video(video_path: str | Path, root: Path, video_root: Path | None = None) -> Path:
+    """The first that exists of: `video_path` as it is, under the project's `root`, under `video_root`, and
+    `video_root` with its file name alone. Without a `video_root`, only the first two.
+
+    Raises InputError, naming the video, where none does.
+    """
+    faults = []
+    for found in _video_places(video_path, root, video_root):
+        try:
+            os.stat(found)
+            return found
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # a name that is too long, or a folder that may not be entered
+            faults.append(getattr(error, "strerror", None) or str(error))
+    if faults:
+        raise InputError(f"video {video_path!s:.200} cannot be read ({faults[0]}): check its path")
+    if Path(video_path).is_absolute():
+        looked = f" and is not in {video_root} either" if video_root else ""
+    else:
+        folders = dict.fromkeys(str(folder.absolute()) for folder in (Path(), root, video_root) if folder)
+        looked = " in " + " or in ".join(folders)
+    fix = "check the path, put the file there, or give the folder of the videos as the video root (see --help)"
+    raise InputError(f"video {video_path} does not exist{looked}: {fix}")
+
+
+def check_videos(video_paths: Iterable[str], root: Path, video_root: Path | None) -> None:
+    """Raises InputError where `find_video` takes one file for two of `video_paths`, for one of them by its file name
+    alone: those are two videos, and one of them would silently be the other."""
+    if video_root is None:
+        return
+    of_name: dict[str, list[str]] = {}
+    for path in dict.fromkeys(map(os.path.normpath, video_paths)):
+        of_name.setdefault(PurePosixPath(path).name, []).append(path)
+    for alike in of_name.values():
+        taken: dict[str, str] = {}  # by file, the video_path that it was found for
+        alone: set[str] = set()
+        for path in alike if len(alike) > 1 else ():
+            there = [place for place in map(os.path.abspath, _video_places(path, root, video_root)) if exists(place)]
+            if not there:
+                continue
+            if there[0] == os.path.abspath(video_root / PurePosixPath(path).name) != os.path.abspath(video_root / path):
+                alone.add(there[0])
+            if (other := taken.setdefault(there[0], path)) != path and there[0] in alone:
+                raise InputError(
+                    f"{other} and {path} of the data are both found as {there[0]}, by the file name alone: "
+                    "give a video root in which each has its own path"
+                )
+
+
+def _video_places(video_path: str | Path, root: Path, video_root: Path | None) -> list[Path]:
+    candidates = [Path(video_path), root / video_path]
+    if video_root is not None:
+        candidates += [video_root / video_path, video_root / PurePosixPath(video_path).name]
+    return candidates

@@ -1,0 +1,1 @@
+"""How to watch a source on the terminal: options, the screen, statistics."""

@@ -1,0 +1,116 @@
+"""Chat template, questions and processor: text and frames to token ids and pixels.
+
+Knows nothing of variants, positions, masks or training.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import AutoProcessor
+
+from ..common.errors import InputError
+from ..timeline.timeline import Layout
+from .hub import model_folder
+
+QUESTIONS = (
+    "Summarize the actions and events in the video.",
+    "What actions can be observed in the video?",
+    "Describe the key objects and movements in this video.",
+    "What is the scene and activity shown in this video?",
+)
+"""Training draws one of these for each sample; evaluation always asks the last."""
+QUESTION_HERE = "\ue000"
+"""A character of no language, in whose place a question stands in the chat template."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """The token ids around a video, from the processor's own chat template. The question comes first."""
+
+    prompt: tuple[int, ...]
+    tail: tuple[int, ...]
+    header: tuple[int, ...]
+    video: int
+    """Stands in for every visual token."""
+    end: int
+    """Ends a turn, and so an answer: `<|im_end|>`."""
+
+    def layout(self, grid: tuple[int, int], steps_per_clip: float) -> Layout:
+        return Layout(len(self.prompt), len(self.tail), len(self.header), grid, steps_per_clip)
+
+
+def load_processor(path: str | Path):
+    """The processor beside a checkpoint, or on the hub. Raises InputError where there is none, or it is not whole."""
+    folder = model_folder(path, weights=False)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        make_template(processor, QUESTIONS[-1])  # fails without a chat template, or a tokenizer's vocabulary
+        return processor
+    except Exception as error:  # transformers and Jinja raise many, and the Rust tokenizers nothing narrower
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the processor in {str(path)!r} asks for code of its own (auto_map), and no code of a checkpoint is "
+                "run: copy the processor's files from the Qwen2.5-VL that it was made from"
+            ) from error
+        raise InputError(
+            f"no processor could be loaded from {str(path)!r} ({first}): "
+            "save one there with processor.save_pretrained, or name a complete Qwen2.5-VL checkpoint"
+        ) from error
+
+
+def make_template(processor, question: str) -> Template:
+    """The token ids around a video for `question`, in which what looks like a special token is text.
+
+    Raises InputError where the chat template has no question and video.
+    """
+    messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION_HERE}, {"type": "video"}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, video, after = text.partition(processor.video_token)
+    left, question_here, right = before.partition(QUESTION_HERE)
+    end_of_tail = after.find("\n") + 1
+    if not question_here or not video or end_of_tail == 0 or end_of_tail == len(after):
+        raise InputError(f"the processor's chat template does not hold a video as Qwen2.5-VL's does: {text!r:.500}")
+    tokenizer = processor.tokenizer
+
+    def ids(piece: str, **how) -> tuple[int, ...]:
+        return tuple(tokenizer(piece, add_special_tokens=False, **how).input_ids)
+
+    # The question and the plain text around it, up to the special tokens on both sides, are cut into tokens as one.
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    start = max((left.rfind(token) + len(token) for token in special if token in left), default=0)
+    stop = min((right.find(token) for token in special if token in right), default=len(right))
+    asked = ids(left[start:] + question + right[:stop], split_special_tokens=True)
+    tail = ids(after[:end_of_tail])
+    return Template(
+        prompt=(*ids(left[:start]), *asked, *ids(right[stop:])),
+        tail=tail,
+        header=ids(after[end_of_tail:]),
+        video=tokenizer.convert_tokens_to_ids(processor.video_token),
+        end=tail[1],  # the tail is <|vision_end|>, the end of the turn, and a newline
+    )
+
+
+def answer_ids(processor, template: Template, caption: str) -> list[int]:
+    """The answer for `caption`: its tokens and the end of the turn. Raises InputError for an empty caption."""
+    # What looks like a special token in a caption is text there.
+    tokens = processor.tokenizer(caption.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
+    if not tokens:
+        raise InputError("the caption has no tokens: leave the sample out")
+    return [*tokens, template.end]
+
+
+def clip_pixels(processor, frames: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Frames as the vision tower takes them.
+
+    `frames` (2 N, 3, height, width) uint8, already resized. Returns pixel values (N, patches, pixels of a
+    patch) in float32, and the grid of one clip after merging, rows × columns.
+    """
+    video_processor = processor.video_processor
+    inputs = video_processor(
+        videos=[frames], do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt"
+    )
+    clips, height, width = inputs["video_grid_thw"][0].tolist()
+    merge = video_processor.merge_size
+    return inputs["pixel_values_videos"].view(clips, height * width, -1), (height // merge, width // merge)

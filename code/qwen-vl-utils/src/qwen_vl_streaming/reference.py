@@ -1,0 +1,294 @@
+"""The state of running streams: watch a clip, speak a token, or both at once. Nothing is read twice.
+
+Every stream of a batch is at a stage of its own. What enters the model, where and seeing what is asked of
+timeline, positions and attention, the functions that training uses. Knows nothing of data sets and video files.
+
+    B streams   T tokens fed in one pass   N clips   C hidden size   V vocabulary
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .model.prompts import Template
+from .timeline.attention import dense_mask
+from .timeline.plan import Window
+from .timeline.positions import row_positions
+from .timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, Rows, Schedule
+from .timeline.variants import Variant
+
+CACHE_BLOCK = 256  # tokens by which the cache grows
+PENALTY = 1.15
+"""On repetition, where none is asked for."""
+
+
+class StreamCache:
+    """Keys and values of B streams in feed order, each stream filled to a length of its own.
+
+    `place` is called before a pass; the model then calls `update` once a layer. Lives as long as its streams.
+    """
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.index: Tensor | None = None
+        self.filled = 0
+
+    def place(self, index: Tensor) -> None:
+        """The next pass writes at `index` (B, T). What lies behind a stream's own end is overwritten later."""
+        self.index, self.filled = index, int(index.max()) + 1
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *unused, **unused_options) -> tuple[Tensor, Tensor]:
+        """Store (B, heads, T, size) of one layer; returns all that is filled, (B, heads, filled, size)."""
+        if self.index is None:
+            raise RuntimeError("say where the pass writes with StreamCache.place before running the model")
+        if layer == len(self.layers):
+            empty = keys.new_zeros(*keys.shape[:2], 0, keys.shape[3])
+            self.layers.append((empty, empty))
+        stored = []
+        for old, new in zip(self.layers[layer], (keys, values), strict=True):
+            if self.filled > old.shape[2]:
+                more = -(-self.filled // CACHE_BLOCK) * CACHE_BLOCK - old.shape[2]
+                old = nn.functional.pad(old, (0, 0, 0, more))
+            old[torch.arange(len(old))[:, None], :, self.index] = new.transpose(1, 2)
+            stored.append(old)
+        self.layers[layer] = tuple(stored)
+        return tuple(tensor[:, :, : self.filled] for tensor in stored)
+
+
+@dataclass
+class Stream:
+    """The book-keeping of one stream: what it has watched, written and fed. Holds no tensors of the model."""
+
+    variant: Variant
+    template: Template
+    layout: Layout
+    counts: list[int] = field(default_factory=list)
+    """Answer tokens written in each slot so far; its length is the number of clips watched."""
+    complete: bool = False
+    """The last clip has been watched."""
+    bare: bool = False
+    """That clip was empty: see `timeline.make_timeline`."""
+    written: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    fed: int = 0
+    text_fed: int = 0
+    header_slot: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.written) and self.written[-1] == self.template.end
+
+    @property
+    def clips(self) -> int | None:
+        """N, once it is known."""
+        return len(self.counts) if self.complete else None
+
+    def feed_clip(self, last: bool, empty: bool = False) -> list[tuple[Rows, list[int]]]:
+        """What enters the model with the next clip: pieces of rows and token ids. The last may be `empty`."""
+        if self.complete:
+            raise ValueError("the last clip of this stream has been watched: start a new stream for another video")
+        template, layout = self.template, self.layout
+        pieces = []
+        if not self.counts:
+            pieces.append((Rows.of(PROMPT, layout.prompt), list(template.prompt)))
+        if not self.variant.parallel:
+            pieces += self.feed_text(hold=0)
+        self.counts.append(0)
+        slot = len(self.counts)
+        if not empty:
+            count = layout.tokens_per_clip
+            pieces.append((Rows.of(CLIP, count, clip=slot), [template.video] * count))
+        if last:
+            self.complete, self.bare = True, empty
+            pieces.append((Rows.of(TAIL, layout.tail, clip=slot), list(template.tail)))
+        if slot == 1 if self.variant.streams else last:
+            self.header_slot = slot
+        # In a parallel variant the newest text waits: it produces the next word, which may see a later clip.
+        pieces += self.feed_text(hold=1 if self.variant.parallel else 0)
+        return pieces
+
+    def feed_text(self, hold: int = 0) -> list[tuple[Rows, list[int]]]:
+        """The text that was not fed yet, but for the newest `hold` tokens."""
+        if not self.header_slot:
+            return []
+        header = self.template.header
+        first, end = self.text_fed, len(header) + len(self.written) - hold
+        if end <= first:
+            return []
+        self.text_fed, pieces = end, []
+        if first < len(header):
+            mine = slice(first, min(end, len(header)))
+            pieces.append((Rows.of(HEADER, mine.stop - first, slot=self.header_slot, first=first), [*header[mine]]))
+        if end > len(header):
+            mine = slice(max(first - len(header), 0), end - len(header))
+            rows = Rows.of(ANSWER, mine.stop - mine.start, first=mine.start)
+            rows.slot[:] = torch.tensor(self.slots[mine])
+            pieces.append((rows, self.written[mine]))
+        return pieces
+
+    def write(self, token: int) -> None:
+        self.counts[-1] += 1
+        self.written.append(token)
+        self.slots.append(len(self.counts))
+
+
+class Streams:
+    """B running streams over one model: one cache, one pass for all in each step."""
+
+    def __init__(
+        self,
+        model,
+        variant: Variant,
+        templates: Sequence[Template],
+        layouts: Sequence[Layout],
+        penalty: float = PENALTY,
+        window: Window | None = None,
+        bare: bool = False,
+    ):
+        """`penalty` is the repetition penalty: as in transformers' `generate`, it weakens every id of the
+        template and every id written so far. 1.0 turns it off. What is out of the sight of a `window` is not seen, but
+        kept. `bare`: the last clip is empty, see `timeline.make_timeline`."""
+        self.model, self.variant, self.penalty, self.window, self.bare = model, variant, penalty, window, bare
+        self.streams = [Stream(variant, *pair) for pair in zip(templates, layouts, strict=True)]
+        self.cache = StreamCache()
+        size = len(self.streams), CACHE_BLOCK
+        self.visual, self.text = (torch.zeros(size, dtype=torch.bool, device=model.device) for _ in range(2))
+        self.logits = torch.zeros(len(self.streams), model.config.text_config.vocab_size, device=model.device)
+        """Raw logits of the row that each stream fed last, (B, V) float32."""
+        self.seen = torch.zeros_like(self.logits, dtype=torch.bool)
+        for seen, template in zip(self.seen, templates, strict=True):
+            seen[[*template.prompt, template.video, *template.tail, *template.header]] = True
+
+    def watch(self, clips: Sequence[Tensor | None], last: Sequence[bool]) -> None:
+        """Take in the next clips of each stream: (n, tokens of a clip, C) visual tokens, or None for no clip.
+        `last` says where a stream's clips end with its video."""
+        self.step(clips, last, [False] * len(self.streams))
+
+    def speak(self, which: Sequence[bool]) -> list[int | None]:
+        """Write one token in each stream flagged by `which`; returns their ids, None for the others."""
+        return self.step([None] * len(self.streams), [False] * len(self.streams), which)
+
+    @torch.no_grad()
+    def step(self, clips: Sequence[Tensor | None], last: Sequence[bool], speak: Sequence[bool]) -> list[int | None]:
+        """Watch, then speak, all in one pass: see `watch` and `speak`. Raises ValueError where a stream cannot."""
+        pieces = []
+        for stream, new, is_last, says in zip(self.streams, clips, last, speak, strict=True):
+            mine = []
+            for i in range(0 if new is None else len(new)):
+                mine += stream.feed_clip(is_last and not self.bare and i == len(new) - 1)
+            if is_last and self.bare:
+                mine += stream.feed_clip(True, empty=True)
+            if says and (stream.ended or not stream.header_slot):
+                raise ValueError("a stream speaks after its first clip (offline: after its last) and until its end")
+            if says:
+                mine += stream.feed_text()
+            pieces.append(mine)
+        if any(pieces):
+            visual_tokens = [new.flatten(0, 1) for new in clips if new is not None]
+            self._feed(pieces, torch.cat(visual_tokens) if visual_tokens else None)
+
+        chosen = self._choose() if any(speak) else []
+        tokens: list[int | None] = [None] * len(self.streams)
+        for i, stream in enumerate(self.streams):
+            if speak[i]:
+                tokens[i] = chosen[i]
+                stream.write(chosen[i])
+                self.seen[i, chosen[i]] = True
+        return tokens
+
+    def _choose(self) -> list[int]:
+        """Greedy choice in each stream after the repetition penalty."""
+        weaker = torch.where(self.logits < 0, self.logits * self.penalty, self.logits / self.penalty)
+        return torch.where(self.seen, weaker, self.logits).argmax(-1).tolist()
+
+    def _feed(self, pieces: list[list[tuple[Rows, list[int]]]], visual_tokens: Tensor | None) -> None:
+        """One pass over the newest tokens of all streams; keeps the logits of the last row of each."""
+        device, streams = self.model.device, self.streams
+        lengths = [sum(len(ids) for _, ids in mine) for mine in pieces]
+        width = max(lengths)
+        start = torch.tensor([stream.fed for stream in streams], device=device)
+        index = start[:, None] + torch.arange(width, device=device)
+        if (missing := int(index.max()) + 1 - self.visual.shape[1]) > 0:
+            self.visual, self.text = (
+                nn.functional.pad(flags, (0, max(missing, flags.shape[1]))) for flags in (self.visual, self.text)
+            )
+
+        # A shorter feed is filled up behind its end, where nothing real looks and the next feed overwrites.
+        ids = torch.full((len(streams), width), streams[0].template.header[0])
+        positions = torch.zeros(3, len(streams), width, dtype=torch.long)
+        clip_rows = torch.zeros(len(streams), width, dtype=torch.bool)
+        for i, (stream, mine, length) in enumerate(zip(streams, pieces, lengths, strict=True)):
+            if not length:
+                continue
+            rows = Rows.concatenate([rows for rows, _ in mine])
+            clip_rows[i, :length] = rows.part == CLIP
+            ids[i, :length] = torch.tensor([token for _, tokens in mine for token in tokens])
+            positions[:, i, :length] = row_positions(
+                rows, stream.variant, stream.layout, stream.counts, stream.clips, stream.bare
+            )
+            fresh = slice(stream.fed, stream.fed + length)
+            self.visual[i, fresh], self.text[i, fresh] = rows.visual.to(device), rows.text.to(device)
+            stream.fed += length
+
+        self.cache.place(index)
+        mask = dense_mask(
+            self.visual[:, : self.cache.filled], self.text[:, : self.cache.filled], self.variant.parallel, index
+        )
+        if self.window is not None:
+            for i, stream in enumerate(streams):
+                text = self.text[i, : self.cache.filled]
+                mask[i] &= self.window.mask(stream.layout, text, stream.clips)[index[i].clamp(max=len(text) - 1)]
+        score = torch.arange(width, device=device) == torch.tensor(lengths, device=device)[:, None] - 1
+        result = self.model(
+            input_ids=ids.to(device),
+            position_ids=positions.to(device),
+            attention_mask=mask,
+            visual_tokens=visual_tokens,
+            visual_rows=clip_rows.to(device),  # by part: a model may write the id that stands for visual tokens
+            past_key_values=self.cache,
+            score=score,
+        )
+        self.logits[score.any(1)] = result.logits.float()
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a stream wrote: token ids, the slot of each, and k_1 … k_N."""
+
+    tokens: list[int]
+    slots: list[int]
+    schedule: list[int]
+
+
+def caption(streams: Streams, clips: Sequence[Tensor], schedules: Sequence[Schedule], max_new_tokens=300):
+    """Run fresh `streams` to their ends by `schedules`. `clips` holds (N, tokens of a clip, C) for each stream, N-1
+    where clip N is bare.
+
+    Returns a Caption for each. Every pass serves all streams, whatever stage each is at.
+    """
+    running = streams.streams
+    for stream_clips, schedule in zip(clips, schedules, strict=True):
+        if len(stream_clips) + streams.bare != schedule.clips:
+            raise ValueError(f"a schedule for {schedule.clips} clips was given for a video of {len(stream_clips)}")
+    while True:
+        new: list[Tensor | None] = [None] * len(running)
+        last, speak = [False] * len(running), [False] * len(running)
+        for i, (stream, schedule) in enumerate(zip(running, schedules, strict=True)):
+            if stream.ended or len(stream.written) >= max_new_tokens:
+                continue
+            first = slot = len(stream.counts)
+            done = stream.counts[-1] if slot else 0
+            while slot == 0 or done >= schedule.quota(slot):
+                slot, done = slot + 1, 0
+            if slot > first:
+                new[i], last[i] = clips[i][first:slot], slot == schedule.clips
+            speak[i] = True
+        if not any(speak):
+            break
+        streams.step(new, last, speak)
+    return [
+        Caption(stream.written, stream.slots, stream.counts + [0] * (schedule.clips - len(stream.counts)))
+        for stream, schedule in zip(running, schedules, strict=True)
+    ]

@@ -1,0 +1,73 @@
+"""The attention rule, and the masks built from it. Knows nothing of positions, token ids or training.
+
+B streams   L keys   Q queries
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from ..common.errors import InputError
+
+
+def allowed(query, key, visual_query, text_key, parallel: bool):
+    """The whole rule: may the token at feed index `query` attend to that at `key`?
+
+    It may attend to itself and to what was fed before it, except that in a parallel variant the visual side
+    never attends to text. Works on numbers and on tensors that broadcast.
+    """
+    before = key <= query
+    return before & ~(visual_query & text_key) if parallel else before
+
+
+def dense_mask(
+    visual: Tensor, text: Tensor, parallel: bool, query: Tensor | None = None, sample: Tensor | None = None
+) -> Tensor:
+    """A boolean mask of shape (B, 1, Q, L), True where attention is allowed.
+
+    `visual` and `text` are (B, L) flags in feed order; `query` (B, Q) holds feed indices, by default all L.
+    `sample` (B, L) numbers the samples that are packed into a row; they never attend to each other.
+    Padding after the end of a stream needs no flag: nothing before it attends to it.
+    """
+    key = torch.arange(visual.shape[1], device=visual.device)
+    if query is None:
+        query = key.expand_as(visual)
+    visual_query = visual.gather(1, query)
+    mask = allowed(query[:, :, None], key, visual_query[:, :, None], text[:, None, :], parallel)
+    if sample is not None:
+        mask = mask & (sample.gather(1, query)[:, :, None] == sample[:, None, :])
+    return mask[:, None]
+
+
+def block_mask(visual: Tensor, text: Tensor, parallel: bool, sample: Tensor | None = None) -> BlockMask:
+    """The same rule for FlexAttention over whole rows: (B, L) flags to a block mask of (B, 1, L, L)."""
+    length = visual.shape[1]
+
+    def rule(b, h, q, kv):
+        return allowed(q, kv, visual[b, q], text[b, kv], parallel)
+
+    def rule_of_packed(b, h, q, kv):
+        return rule(b, h, q, kv) & (sample[b, q] == sample[b, kv])
+
+    chosen = rule if sample is None else rule_of_packed
+    return create_block_mask(chosen, len(visual), None, length, length, device=visual.device)
+
+
+def make_mask(
+    visual: Tensor, text: Tensor, parallel: bool, implementation: str, sample: Tensor | None = None
+) -> Tensor | BlockMask | None:
+    """The mask of whole rows, (B, L) flags, in the form that an attention `implementation` takes.
+
+    None means plainly causal, which only a row with one sample of a variant that is not parallel may be.
+    Raises InputError where the implementation would lose the mask.
+    """
+    if implementation == "flex_attention":
+        return block_mask(visual, text, parallel, sample)
+    if not parallel and sample is None and (implementation == "sdpa" or "flash" in implementation):
+        return None
+    if implementation == "sdpa":
+        return dense_mask(visual, text, parallel, sample=sample)
+    raise InputError(
+        f"{implementation} cannot hold the mask of a parallel variant (overlap, group, gap) or of packed samples: "
+        "use flex_attention on a GPU or sdpa on a CPU"
+    )

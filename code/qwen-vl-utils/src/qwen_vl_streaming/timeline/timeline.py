@@ -1,0 +1,204 @@
+"""Parts, clips, slots, feed order, schedules and targets. Knows nothing of token ids, models or files.
+
+A timeline writes down, for each token in the order in which it enters the model, which part it is, which
+clip or answer index it has, and in which slot it was written. Positions and attention follow from it.
+
+    L tokens   N clips   A answer tokens, the end-of-turn token included
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..common.errors import InputError
+from .variants import Variant
+
+PARTS = ("prompt", "clip", "tail", "header", "answer")
+PROMPT, CLIP, TAIL, HEADER, ANSWER = range(len(PARTS))
+NAMED = re.compile(r"(wait|random)-([1-9][0-9]{0,5})")
+"""Names of schedules."""
+MOST_PER_SLOT = 999_999
+"""Answer tokens that a schedule may give one slot."""
+NOTHING = -1
+"""In `Timeline.produces`: this row predicts no answer token."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes that a stream has from its start. All but `steps_per_clip` are counts of tokens."""
+
+    prompt: int
+    """System text and question, up to and including `<|vision_start|>`."""
+    tail: int
+    header: int
+    grid: tuple[int, int]
+    """Visual tokens of one clip after merging: rows × columns."""
+    steps_per_clip: float = 2.0
+    """Time between two clips in position steps: the model's `tokens_per_second` × seconds per clip."""
+
+    def __post_init__(self):
+        if min(self.prompt, self.tail, self.header, *self.grid) < 1 or self.steps_per_clip <= 0:
+            raise ValueError(f"every size of a layout is at least 1, and time advances: got {self}")
+
+    @property
+    def tokens_per_clip(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens as the rules see them. Each field is an int64 tensor of shape (L,)."""
+
+    part: Tensor
+    clip: Tensor
+    """1…N for a clip's tokens, N for the tail, else 0."""
+    index: Tensor
+    """Counts within the prompt, the clip, the tail, the header or the answer, from 0."""
+    slot: Tensor
+    """The slot that wrote the token, 1…N; 0 for the prompt and the visual side."""
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, key) -> "Rows":
+        return Rows(*(getattr(self, field.name)[key] for field in fields(self)))
+
+    @property
+    def visual(self) -> Tensor:
+        return (self.part == CLIP) | (self.part == TAIL)
+
+    @property
+    def text(self) -> Tensor:
+        return self.part >= HEADER
+
+    @staticmethod
+    def of(part: int, count: int, clip: int = 0, slot: int = 0, first: int = 0) -> "Rows":
+        """`count` tokens of one part, their index running from `first`."""
+        full = torch.full((3, count), 0)
+        full[0], full[1], full[2] = part, clip, slot
+        return Rows(full[0], full[1], torch.arange(first, first + count), full[2])
+
+    @staticmethod
+    def concatenate(pieces: Sequence["Rows"]) -> "Rows":
+        return Rows(*(torch.cat([getattr(piece, field.name) for piece in pieces]) for field in fields(Rows)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many answer tokens each slot may write. The last slot, which writes the rest, has no number."""
+
+    quotas: tuple[int, ...]
+    """Slots 1…N-1; each at least 0."""
+
+    def __post_init__(self):
+        if min(self.quotas, default=0) < 0:
+            raise ValueError(f"a slot writes at least 0 tokens, got {self.quotas}")
+
+    @property
+    def clips(self) -> int:
+        return len(self.quotas) + 1
+
+    def quota(self, slot: int) -> float:
+        """Tokens that `slot` (1…N) may write; unbounded in the last."""
+        return self.quotas[slot - 1] if slot < self.clips else float("inf")
+
+    def counts(self, answer: int) -> tuple[int, ...]:
+        """k_1 … k_N for an answer of `answer` tokens, which may end before the last slot."""
+        counts, left = [], answer
+        for quota in self.quotas:
+            counts.append(min(quota, left))
+            left -= counts[-1]
+        return (*counts, left)
+
+
+def make_schedule(text: str, variant: Variant, clips: int, seed: int | str = 0) -> Schedule:
+    """The schedule that `text` names, for a video of `clips` clips.
+
+    `wait-K` writes K tokens a slot. `random-K` perturbs that: each slot writes between 1 and 2K-1, drawn
+    evenly with `seed`, so K in the mean. Offline variants write everything in the last slot.
+    Raises InputError for any other text.
+    """
+    match = NAMED.fullmatch(text)
+    if not match:
+        raise InputError(
+            f"unknown schedule {text[:80]!r}: give wait-K or random-K with K from 1 to {MOST_PER_SLOT}, such as wait-3"
+        )
+    k = int(match[2])
+    if not variant.streams:
+        return Schedule((0,) * (clips - 1))
+    if match[1] == "wait":
+        return Schedule((k,) * (clips - 1))
+    draw = random.Random(f"{seed}")
+    return Schedule(tuple(draw.randint(1, 2 * k - 1) for _ in range(clips - 1)))
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All tokens of one sample in feed order."""
+
+    variant: Variant
+    layout: Layout
+    counts: tuple[int, ...]
+    """k_1 … k_N, the answer tokens written in each slot."""
+    bare: bool
+    """Clip N is empty: see `make_timeline`."""
+    rows: Rows
+    produces: Tensor
+    """(L,) int64: the answer index that each row predicts, or NOTHING."""
+
+    @property
+    def clips(self) -> int:
+        return len(self.counts)
+
+
+def make_timeline(variant: Variant, layout: Layout, counts: Sequence[int], bare: bool = False) -> Timeline:
+    """The timeline of a whole sample whose N = len(counts) slots wrote `counts` answer tokens.
+
+    `bare`: of a live source one learns that it is over when no further clip comes. The tail then enters by itself, as
+    if after an empty clip N. Raises InputError where there are no clips or no answer tokens, ValueError where an
+    offline variant would write before its last slot.
+    """
+    clips, answer = len(counts), sum(counts)
+    if clips < 1 + bare:
+        raise InputError("a video needs at least one clip (two frames): leave it out")
+    if answer < 1:
+        raise InputError("a caption needs at least one token: leave the sample out")
+    if not variant.streams and answer != counts[-1]:
+        raise ValueError(f"{variant.name} writes in the last slot only, got counts {tuple(counts)}")
+
+    header_slot = 1 if variant.streams else clips
+    rows = Rows.concatenate(
+        [
+            Rows.of(PROMPT, layout.prompt),
+            *(Rows.of(CLIP, layout.tokens_per_clip, clip=clip) for clip in range(1, clips + 1 - bare)),
+            Rows.of(TAIL, layout.tail, clip=clips),
+            Rows.of(HEADER, layout.header, slot=header_slot),
+            Rows.of(ANSWER, answer),
+        ]
+    )
+    text = len(rows) - answer - layout.header
+    rows.slot[text + layout.header :] = torch.repeat_interleave(torch.arange(1, clips + 1), torch.tensor(counts))
+
+    # A text token is fed to produce the next one: where clips come in between, after the clip in whose
+    # slot that next one is written.
+    feed_slot = torch.maximum(rows.clip, rows.slot)
+    if variant.parallel:
+        last = text + layout.header - 1
+        feed_slot[last:-1] = rows.slot[last + 1 :]
+        feed_slot[-1] = min(int(rows.slot[-1]) + 1, clips)
+    order = torch.argsort(feed_slot * len(PARTS) + rows.part, stable=True)
+
+    # Before reordering, text is contiguous: the row before an answer token is the text before it.
+    produces = torch.full((len(rows),), NOTHING)
+    if variant.parallel:
+        produces[text + layout.header - 1 : -1] = torch.arange(answer)
+        produces = produces[order]
+    rows = rows[order]
+    if not variant.parallel:
+        written = (rows.part == ANSWER).nonzero().squeeze(1)
+        produces[written - 1] = rows.index[written]
+    return Timeline(variant, layout, tuple(counts), bare, rows, produces)

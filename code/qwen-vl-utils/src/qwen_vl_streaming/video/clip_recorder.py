@@ -1,0 +1,57 @@
+"""Frames that a live session was fed, in a file that grows with them. Knows nothing of sessions."""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..common.errors import InputError
+
+HEADER = 512
+"""Bytes before the frames, in which it says how many there are."""
+
+
+class Keeper:
+    """The frames of clips, for `read_clips`: a safetensors file that is whole after each clip."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.count = Path(path), 0
+
+    def add(self, frames: Tensor) -> None:
+        """A clip's, (2, 3, H, W) uint8. Raises InputError where they cannot be written; those before are there."""
+        size, shape = frames[0].numel(), [self.count + len(frames), *frames.shape[1:]]
+        about = {"frames": {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}}
+        text = json.dumps(about).ljust(HEADER - 8).encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "r+b" if self.count else "wb") as file:
+                file.seek(HEADER + self.count * size)
+                file.write(frames.numpy().tobytes())
+                file.flush()
+                file.seek(0)
+                file.write(len(text).to_bytes(8, "little") + text)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                if self.count:
+                    os.truncate(self.path, HEADER + self.count * size)
+                else:
+                    self.path.unlink()
+            raise InputError(f"{self.path} cannot be written ({error}): make room, or give another place") from error
+        self.count += len(frames)
+
+
+def read_clips(path: str | Path) -> Tensor:
+    """(2 N, 3, H, W) uint8. Raises InputError, naming the file, for what no Keeper has written."""
+    try:
+        frames = load_file(path).get("frames")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"clips {path} cannot be read ({error}): give a file that --keep has written") from error
+    if frames is None or frames.dtype != torch.uint8 or frames.dim() != 4:
+        raise InputError(f"clips {path} holds no frames: give a file that --keep has written")
+    return frames

@@ -1,0 +1,330 @@
+"""When each frame of a video file is shown, found without decoding more than its first frame. Knows nothing about
+sampling, clips or sizes."""
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+
+from ..common.errors import InputError
+from .timestamps import LEAP, FilmClock, Splices
+
+CUT_SHORT = 1.0  # seconds that may be missing of what a container claims: audio and video seldom end together
+DECODING_STAMPS = ("avi", "asf")  # formats that say when a packet is decoded, not when its frame is shown
+VP8_SHOWN = 0x10  # of a packet's first byte; else it is a picture that only others refer to
+HEADERS = ("mov", "avi")  # formats whose headers claim a length for each track
+EVEN = 0.9, 0.1  # share of the gaps between frames that differ from the median by less than this share of it
+BREAK = 2.5  # medians that no gap of an even rate exceeds
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """The frames that a viewer sees, in the order of showing."""
+
+    times: np.ndarray
+    """(n,) float64 seconds from the first frame."""
+    duration: float
+    """Seconds from the first frame to the end of the last."""
+    numbers: np.ndarray | None
+    """(n,) int64: of each frame, which of its track's packets holds it, in the order of decoding. None where only the
+    order in which frames leave the decoder tells."""
+    container: str
+    """The container format's names, as FFmpeg writes them."""
+    skipped: frozenset[int] = field(default=frozenset(), repr=False)
+    """Packets of frames that are not shown: before the first that can be decoded, or after a splice."""
+    damaged: frozenset[int] = field(default=frozenset(), repr=False)
+    """Packets that FFmpeg flags as corrupt."""
+    anew: frozenset[int] = field(default=frozenset(), repr=False)
+    """Packets with which the decoder begins anew: another recording was joined to the one before."""
+    odd: str = ""
+    """What only PyAV reads rightly in this file; empty where there is nothing of the kind."""
+
+    @property
+    def fps(self) -> float:
+        """The video's own mean rate; 0 for a single frame."""
+        return (len(self.times) - 1) / self.times[-1] if len(self.times) > 1 else 0.0
+
+    @property
+    def even(self) -> bool:
+        """Whether its frames come at a steady rate, but for one that is missing here and there."""
+        return steady(self.times)
+
+
+def steady(times: np.ndarray) -> bool:
+    """Whether frames at these (n,) times, ascending, come at a steady rate, see FrameIndex.even."""
+    gaps = np.diff(times)
+    if not len(gaps):
+        return True
+    share, spread = EVEN
+    median = np.median(gaps)
+    return bool(np.mean(np.abs(gaps - median) <= spread * median) >= share and gaps.max() <= BREAK * median)
+
+
+@dataclass(frozen=True)
+class _Packet:
+    number: int
+    shown: int | None  # ticks of film time
+    decoded: int | None
+    duration: int
+    key: bool
+
+
+def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
+    """The frame times of a file, or of a readable object that is called `name` in messages.
+
+    Raises InputError if it is missing, not a file, empty, not a video, without frames, timestamps or a decoder, or cut
+    short.
+    """
+    if isinstance(source, str | Path):
+        name = str(source)
+        _check_file(source, name)
+    try:
+        with open_film(source) as container:
+            track = film_track(container, f"video {name}")
+            check_stamps(container, f"video {name}")
+            time_base = track.time_base
+            clock = film_clock(container, track, f"video {name}")
+            packets, skipped, damaged, anew, end = _read(container, track, clock)
+            claims = {} if clock.breaks or may_leap(container) else _claims(container, track)
+            others = float(max((_end(s) for s in container.streams if s.index != track.index), default=0.0))
+            by_order = shown_by_order(container, track)
+            tracks, container_name = len(container.streams.video), container.format.name
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"video {name} cannot be opened ({error.strerror}): download it again") from error
+    if not packets:
+        raise InputError(f"video {name} has no frames: download it again or leave it out")
+    begin = min((p.decoded if by_order else p.shown) or 0 for p in packets)
+    late = not packets[0].key or any(_before(packet.shown, packets[0].shown) for packet in packets)
+    if late:
+        number = _first_decoded(source, name)
+        first = next((packet for packet in packets if packet.number == number), packets[0])
+        gone = [p for p in packets if (p.number < number if by_order else _before(p.shown, first.shown))]
+        skipped |= {packet.number for packet in gone}
+        packets = [packet for packet in packets if packet.number not in skipped]
+        late = bool(gone)
+    stamps = [stamp for packet in packets for stamp in (packet.shown, packet.decoded) if stamp is not None]
+    if stamps and max(map(abs, stamps)) >= 2**62:
+        raise InputError(f"video {name} has time stamps that are broken: rewrite it as MP4")
+    if by_order and all(packet.decoded is not None for packet in packets):
+        ticks, numbers = np.sort(np.array([packet.decoded for packet in packets], np.int64)), None
+    elif any(packet.shown is None for packet in packets):
+        raise InputError(f"video {name} has frames without timestamps: rewrite it as MP4")
+    else:
+        shown = np.array([packet.shown for packet in packets], np.int64)
+        ticks, places = np.unique(shown, return_index=True)
+        numbers = np.array([packets[place].number for place in places], np.int64)
+    times = (ticks - ticks[0]) * time_base.numerator / time_base.denominator
+    claimed = float(max(packets, key=lambda p: p.decoded if numbers is None else p.shown).duration * time_base)
+    newest = float(ticks[-1] * time_base)
+    gaps = np.diff(times)
+    usual = float(np.median(gaps)) if len(gaps) else 0.0
+    duration = float(times[-1]) + last_gap(claimed, usual, max(gaps.max(initial=0.0), others - newest))
+    finish = newest + max(claimed, duration - float(times[-1]))
+    _check_whole(name, claims, finish - float(begin * time_base), finish, float(end))
+    odd = (
+        "stamps of decoding only" if numbers is None else
+        "time stamps that start anew" if clock.breaks else
+        "frames before the first that can be decoded" if late or skipped else
+        f"{tracks} video tracks" if tracks > 1 else
+        "MPEG-TS, of which it loses the first frames" if "mpegts" in container_name else ""
+    )  # fmt: skip
+    sets = (frozenset(skipped), frozenset(damaged), frozenset(anew))
+    return FrameIndex(times, duration, numbers, container_name, *sets, odd)
+
+
+def _check_file(path: str | Path, name: str) -> None:
+    try:
+        size = Path(path).stat().st_size if Path(path).is_file() else None
+    except OSError as error:  # a path that is too long, or a folder on the way that may not be entered
+        raise InputError(f"video {name:.200} cannot be read ({error.strerror}): check its path") from error
+    if size is None and Path(path).is_dir():
+        raise InputError(f"video {name} is a folder: name a video file in it")
+    if size is None and Path(path).exists():
+        raise InputError(f"video {name} is a pipe, a socket or a device: write the video to a file, and name that")
+    if size is None:
+        raise InputError(f"video {name} does not exist: check the path, or put the file there")
+    if not size:
+        raise InputError(f"video {name} is empty: download it again")
+
+
+def open_film(source: str | Path | BinaryIO) -> av.container.InputContainer:
+    """Titles and the like may be in any encoding; they do not matter here."""
+    if isinstance(source, str | Path):
+        return av.open(str(source), metadata_errors="replace")
+    source.seek(0)
+    return av.open(source, metadata_errors="replace")
+
+
+def demux(container: av.container.InputContainer, *tracks: av.VideoStream) -> Iterator[av.Packet]:
+    """The packets of some tracks, or of all. Raises OSError where a track begins in the middle, which PyAV cannot
+    read."""
+    try:
+        yield from container.demux(*tracks)
+    except IndexError as error:
+        raise OSError(errno.EINVAL, "a track begins in its middle") from error
+
+
+def film_track(
+    container: av.container.InputContainer, name: str, fix: str = "download it again or leave it out"
+) -> av.VideoStream:
+    """The track that a viewer is shown: FFmpeg's choice, but not cover art. Raises InputError with `name` and `fix`."""
+    track = container.streams.best("video")
+    if track is None or track.disposition & av.stream.Disposition.attached_pic:
+        raise InputError(f"{name} has no video stream: {fix}")
+    if track.codec_context is None:
+        raise InputError(f"{name} is coded in a way that FFmpeg has no decoder for: convert it to H.264")
+    return track
+
+
+def check_stamps(container: av.container.InputContainer, name: str) -> None:
+    """Raises InputError for a format without time stamps, for which FFmpeg makes some up."""
+    if not has_stamps(container):
+        raise InputError(f"{name} has frames without timestamps ({container.format.name}): rewrite it as MP4")
+
+
+def has_stamps(container: av.container.InputContainer) -> bool:
+    return not container.format.flags & av.format.Flags.no_timestamps.value
+
+
+def may_leap(container: av.container.InputContainer) -> bool:
+    """Whether time stamps of this format may start anew. Such a format has no claims of its own about its length."""
+    return bool(container.format.flags & av.format.Flags.ts_discont.value)
+
+
+def film_clock(
+    container: av.container.InputContainer, track: av.VideoStream, name: str, live: bool = False
+) -> FilmClock:
+    return FilmClock(
+        track.time_base,
+        name,
+        leaps=may_leap(container),
+        reorder=track.codec_context.reorder_depth,
+        live=live,
+        length=container.duration / av.time_base if container.duration else None,
+    )
+
+
+def shown_by_order(container: av.container.InputContainer, track: av.VideoStream) -> bool:
+    """Whether only the order in which frames leave the decoder tells when they are shown: the k-th at the k-th
+    smallest decoding stamp."""
+    if not track.codec_context.reorder_depth:
+        return False
+    video_for_windows = "matroska" in container.format.name and track.codec_tag.strip("\0")
+    return container.format.name in DECODING_STAMPS or bool(video_for_windows)
+
+
+def _before(one: int | None, other: int | None) -> bool:
+    return one is not None and other is not None and one < other
+
+
+def _read(
+    container: av.container.InputContainer, track: av.VideoStream, clock: FilmClock
+) -> tuple[list[_Packet], set[int], set[int], set[int], Fraction]:
+    """The packets of frames that are shown, in the order of decoding; the numbers of those that are not shown after a
+    join, of those that are corrupt and of those with which the decoder begins anew; and the end in seconds of whatever
+    track ends last."""
+    packets: list[_Packet] = []
+    splices, skipped, starts = Splices(), set(), set()
+    end, number, vp8 = Fraction(0), -1, track.codec_context.name == "vp8"
+    for packet in demux(container):
+        if packet.pts is not None and packet.size:
+            end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+        if packet.stream_index != track.index:
+            continue
+        number += 1
+        if not packet.size or packet.is_discard or (vp8 and not memoryview(packet)[0] & VP8_SHOWN):
+            continue
+        shown, broken = clock.add(packet.pts, packet.dts)
+        anew, visible = splices.add(number, packet.is_keyframe, packet.is_corrupt, shown, broken)
+        if anew:
+            starts.add(number)
+        if visible:
+            decoded = None if packet.dts is None else packet.dts + clock.shift
+            packets.append(_Packet(number, shown, decoded, claimed_ticks(packet), packet.is_keyframe))
+        else:
+            skipped.add(number)
+    return packets, skipped, splices.corrupt, starts, end
+
+
+def _first_decoded(source: str | Path | BinaryIO, name: str) -> int:
+    """The number of the packet that holds the first frame which can be decoded. Raises InputError."""
+    key = False
+    try:
+        with open_film(source) as container:
+            track = film_track(container, f"video {name}")
+            for number, packet in enumerate(demux(container, track)):
+                packet.pts = number  # handed on to its frame
+                key = key or packet.is_keyframe
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    if key:
+                        raise
+                    continue
+                if frames:
+                    return frames[0].pts
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(
+            f"video {name} is damaged at its beginning ({error.strerror}): download it again or leave it out"
+        ) from error
+    raise InputError(f"video {name} has no frame that decodes: download it again or leave it out")
+
+
+def claimed_ticks(packet: av.Packet) -> int:
+    """How long a packet's frame says that it stays; 0 where it does not say. FFmpeg writes 1 where it does not know."""
+    return packet.duration if packet.duration and packet.duration > 1 else 0
+
+
+def last_gap(claimed: float, usual: float, known: float = 0.0) -> float:
+    """Seconds for which the last frame of a video stays, of those that it claims; the `usual` gap between frames where
+    it claims none, or what cannot be believed.
+
+    A claim is believed up to LEAP, and up to what is `known` to be possible: the longest gap between frames, or the
+    time until other tracks end.
+    """
+    return claimed if 0 < claimed <= max(LEAP, known) else usual
+
+
+def _end(stream: av.stream.Stream) -> Fraction:
+    """Where a track claims to end, in seconds; 0 where it does not say."""
+    if stream.type not in ("video", "audio") or not stream.duration:
+        return Fraction(0)
+    return (stream.duration + (stream.start_time or 0)) * stream.time_base
+
+
+def _claims(container: av.container.InputContainer, track: av.VideoStream) -> dict[str, float]:
+    """Seconds that the container claims: of the track's "length", of where its "end" is on the time axis of stamps, and
+    of where "all" tracks end."""
+    found = {}
+    if track.duration and container.format.name.startswith(HEADERS):  # elsewhere it is FFmpeg's guess
+        found["length"] = float(track.duration * track.time_base)
+    elif (end := _clock_time(track.metadata.get("DURATION", ""))) is not None:  # as FFmpeg writes Matroska
+        found["end"] = end
+    elif container.duration:
+        found["all"] = container.duration / av.time_base
+    return found
+
+
+def _clock_time(text: str) -> float | None:
+    """Seconds of "HH:MM:SS.fraction"."""
+    try:
+        hours, minutes, seconds = (float(part) for part in text.split("\0")[0].split(":"))
+    except ValueError:
+        return None
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _check_whole(name: str, claims: dict[str, float], length: float, finish: float, end: float) -> None:
+    """Raises InputError for a file that ends more than CUT_SHORT before it claims to: its frames last for `length`
+    seconds and end at `finish`, all its tracks together at `end`."""
+    found = {"length": length, "end": finish, "all": max(end, finish, length)}
+    for claim, seconds in claims.items():
+        if found[claim] < seconds - CUT_SHORT:
+            raise InputError(
+                f"video {name} is cut short, {found[claim]:.2f} s of the {seconds:.2f} s it claims: download it again"
+            )
