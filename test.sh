@@ -7,4 +7,6 @@ if [ "${1:-}" = "--help" ]; then sed -n '2p' "$0" | cut -c3-; exit 0; fi
 "$python" -m ruff check .
 "$python" -m ruff format --check --quiet .
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
-exec "$python" -m pytest "$@"
+# Two processes share the tests; each computes on one core.
+export OMP_NUM_THREADS=1
+exec "$python" -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -14,8 +14,8 @@ import psutil
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwenvl import rank
+from qwenvl.checkpointing import StopOnSigterm
 from qwenvl.data import StreamingDataset
-from qwenvl.keeping import StopOnSigterm
 from torch.distributed import DistBackendError
 
 RAISED = {

@@ -5,10 +5,10 @@ import random
 from pathlib import Path
 from unittest.mock import patch
 
-import report
 from qwen_vl_streaming.common.errors import run
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import read_video
+from report import cli
 from transformers import AutoTokenizer
 
 METRICS = ("CIDEr", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L")
@@ -60,9 +60,9 @@ class World:
         return values
 
     def report(self, *arguments: str) -> tuple[str, str]:
-        """Run report.py's main; returns the page and the Markdown."""
+        """Run cli.py's main; returns the page and the Markdown."""
         with patch("sys.argv", ["report.py", *arguments, "--output", str(self.page.with_suffix(""))]):
-            run(report.main)
+            run(cli.main)
         return tuple(path.read_text(encoding="utf-8") for path in (self.page, self.page.with_suffix(".md")))
 
     @property

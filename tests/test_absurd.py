@@ -6,10 +6,10 @@ import shutil
 import struct
 from types import SimpleNamespace
 
-import lag
 import pytest
 import torch
 from eval import begin, read_data
+from metrics import lag
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.checkpoint import of_checkpoint, tensor_types
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import sentencepiece
 import torch
-from bleurt import bleurt, encode, find_checkpoint
+from metrics.bleurt import bleurt, encode, find_checkpoint
 from qwen_vl_streaming.common.errors import InputError
 from safetensors.torch import load_file, save_file
 from tiny_bleurt import LONGEST, WORDS, tiny_bleurt

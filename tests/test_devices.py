@@ -12,13 +12,13 @@ import eval as evaluation
 import pytest
 import verify
 from evaluating import finish, start
+from metrics.scorecard import prepare_scoring
 from qwen_vl_streaming import devices, replay
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.devices import Devices, Driver, Torch, ask_driver, choose_device, has_kernels, judge
 from qwen_vl_streaming.live import cli
 from qwenvl import device as training_device
 from qwenvl.device import count_weights
-from scorecard import prepare_scoring
 from settings import Settings
 from tiny import tiny_config, tiny_model
 from training import flags, refused
@@ -329,8 +329,8 @@ def test_a_run_of_the_evaluation_says_once_that_it_uses_the_cpu(made, tmp_path):
 
 
 def test_metrics_ask_for_a_device_only_where_they_need_one(too_old, monkeypatch):
-    monkeypatch.setattr("scorecard.check_java", lambda: None)
-    monkeypatch.setattr("scorecard.find_checkpoint", lambda name: name)
+    monkeypatch.setattr("metrics.scorecard.check_java", lambda: None)
+    monkeypatch.setattr("metrics.scorecard.find_checkpoint", lambda name: name)
     assert prepare_scoring(Settings()).device == "cpu"
     with pytest.raises(InputError, match="cannot be used"):
         prepare_scoring(Settings(bleurt="somewhere"))

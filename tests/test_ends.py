@@ -15,8 +15,8 @@ import torch
 from qwen_vl_streaming.common import ending
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model import modeling_qwen2_5_vl
-from qwenvl.keeping import CannotSave, loading, saving
-from qwenvl.stopping import STOPPED
+from qwenvl.checkpointing import CannotSave, loading, saving
+from qwenvl.signals import STOPPED
 from training import finish, flags, free_port, history, start
 
 FINETUNE = Path(__file__).parents[1] / "code/qwen-vl-finetune"

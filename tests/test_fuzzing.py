@@ -7,9 +7,9 @@ import shutil
 import fuzz_programs
 import fuzzing
 import pytest
-import report_results
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.prompts import load_processor
+from report import loading
 
 DEEDS = [
     "",
@@ -76,4 +76,4 @@ def test_processors_that_do_not_load_are_told_of_in_one_line(made, tmp_path, nam
 def test_numbers_that_are_none():
     """Found by fuzzing: more digits than a float holds."""
     values = [1, 2.5, -3, True, "1", None, float("nan"), float("inf"), 10**400]
-    assert [report_results.is_number(value) for value in values] == [True] * 3 + [False] * 6
+    assert [loading.is_number(value) for value in values] == [True] * 3 + [False] * 6

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from qwenvl.stopping import STOPPED
+from qwenvl.signals import STOPPED
 from test_ends import FINETUNE, ends, left
 from training import flags, free_port, history
 

@@ -108,7 +108,7 @@ def test_a_captured_window_over_pages_that_turn(models, way, tmp_path):
         with open_session(models[1], case.variant, case.template, case.layout, way=way, **options) as session:
             play(session, case)
         assert session.seat.visual.newest >= len(session.seat.visual.mine)
-        assert replay(read_record(path), models[0], list(case.pixels)) == []
+        assert all(difference.tie for difference in replay(read_record(path), models[0], list(case.pixels)))
 
 
 @pytest.mark.parametrize("way", ["serial", "fused"])

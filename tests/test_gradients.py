@@ -13,7 +13,7 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.arguments import ModelArguments
 from qwenvl.data import StreamingDataset, collate
-from qwenvl.parts import make_trainable
+from qwenvl.param_groups import make_trainable
 from qwenvl.rows import read_rows
 from safetensors.torch import load_file
 from training import finish, flags, history, start, start_many

@@ -11,12 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import judge as module
 import pytest
 from endpoint import CUT, DRIP, FLOOD, GOOD, STALL, Endpoint
-from judge import Judge, Verdict, read_verdict
+from metrics import judge as module
+from metrics.judge import Judge, Verdict, read_verdict
+from metrics.scoring import NotComputed
 from qwen_vl_streaming.common.errors import InputError
-from scoring import NotComputed
 
 
 @pytest.fixture
@@ -173,9 +173,9 @@ def test_a_killed_run_goes_on(endpoint, tmp_path):
     """Killed in the middle, its last line cut: only what was not on the disk is asked for again."""
     endpoint.pause = 0.05
     cache = tmp_path / "cache.jsonl"
-    code = "import sys; from pathlib import Path; from judge import Judge\n"
+    code = "import sys; from pathlib import Path; from metrics.judge import Judge\n"
     code += "Judge(sys.argv[1], 'grader', workers=2).judge([f'caption {i}' for i in range(60)], Path(sys.argv[2]))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[1])}
     run = subprocess.Popen([sys.executable, "-c", code, endpoint.url, str(cache)], env=environment, stderr=-3)
     for enough in (1, 10):
         while not cache.exists() or cache.read_bytes().count(b"\n") < enough:

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from lag import average_lagging, check, measure, word_slots
+from metrics.lag import average_lagging, check, measure, word_slots
 from qwen_vl_streaming.model.prompts import load_processor
 
 TEXT = "The video shows 2 été 日本語 🙂 squares, red-green (doesn't) antidisestablish"

@@ -1,6 +1,5 @@
 """The latency benchmark at its smallest: every command runs, what it writes adds up, pictures come out."""
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from latency import floors
 from tiny import random_template, tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "code/benchmarks"
@@ -44,27 +44,18 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def floors():
-    spec = importlib.util.spec_from_file_location("latency_floors", BENCHMARKS / "latency_floors.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def read(folder: Path, command: str) -> dict:
     data = json.loads((folder / f"tiny-{command}.json").read_text())
     assert data["about"]["size"] == "tiny" and data["about"]["byte_rate"] > 0
     return data
 
 
-def test_the_theory_is_the_papers(floors):
+def test_the_theory_is_the_papers():
     assert [floors.speed_up(r) for r in (0.25, 1, 4)] == [1.25, 2, 1.25]
     assert floors.speed_up(1e-6) == pytest.approx(1) == floors.speed_up(1e6)
 
 
-def test_floors_count_what_cannot_be_avoided(floors):
+def test_floors_count_what_cannot_be_avoided():
     model, layout = tiny_model(), random_template(random.Random(0)).layout((2, 3), 2.0)
     layers = model.model.language_model.layers
     weights = sum(weight.numel() for weight in layers.parameters() if weight.ndim > 1)
@@ -172,10 +163,12 @@ def test_mistakes_are_answered_in_one_line():
     if torch.cuda.is_available():
         del mistakes[3]
     program = (
-        "import sys, latency\n"
+        "import sys\n"
+        "from latency.cli import main\n"
+        "from qwen_vl_streaming.common.errors import run\n"
         f"for arguments in {[arguments for arguments, _ in mistakes]}:\n"
         "    sys.argv[1:] = arguments\n"
-        "    try: latency.run(latency.main)\n"
+        "    try: run(main)\n"
         "    except SystemExit as end: assert end.code == 2\n"
         "    else: raise AssertionError(arguments)\n"
     )

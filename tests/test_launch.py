@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from qwenvl.stopping import STOPPED
+from qwenvl.signals import STOPPED
 from qwenvl.train import parse
 from training import free_port
 

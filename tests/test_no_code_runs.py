@@ -6,13 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-import gallery
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
-from qwenvl.keeping import only_data
+from qwenvl.checkpointing import only_data
+from report import gallery
 
 FILES = "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"
 CLASSES = "AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoVideoProcessor"

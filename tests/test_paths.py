@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import eval as evaluation
 import pytest
-from gallery import show_video
 from identity import describe_model
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.common.paths import (
@@ -27,8 +26,9 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwenvl import train
 from qwenvl.data import StreamingDataset
+from qwenvl.prescan import find_bad
 from qwenvl.rows import read_rows
-from qwenvl.survey import find_bad
+from report.gallery import show_video
 from schedules import Schedules
 from watching import Videos
 

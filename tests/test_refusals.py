@@ -12,9 +12,9 @@ import pytest
 import torch
 from qwen_vl_streaming.devices import Devices
 from qwenvl import device, train
+from qwenvl.argument_checks import REFUSED
 from qwenvl.arguments import DataArguments, ModelArguments, SftArguments
 from qwenvl.folder import only_one
-from qwenvl.limits import REFUSED
 from safetensors.torch import load_file
 from training import finish, flags, history, refused, spoil, start_many
 

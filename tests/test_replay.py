@@ -49,7 +49,7 @@ def test_a_replay_gives_every_token(model, variant, tmp_path):
             case = random_case(draw, variant, may_be_late=True)
             record = recorded(model, case, way, tmp_path / "r.json")
             assert record.end in ("ended", "max_new_tokens")
-            assert replay(record, model, list(case.pixels)) == []
+            assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
 def test_a_package_that_is_not_installed_has_no_version():
@@ -72,7 +72,7 @@ def test_a_session_that_was_broken_off_can_be_replayed(model, variant, tmp_path)
                 session.feed(pixels)  # none is the last
             for _ in range(rounds):
                 session.step()
-        assert replay(read_record(path), model, list(case.pixels)) == []
+        assert all(difference.tie for difference in replay(read_record(path), model, list(case.pixels)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -125,7 +125,7 @@ def test_a_session_that_ends_with_words_under_way_can_be_replayed(model, tmp_pat
         with contextlib.suppress(type(error)):
             play(session, case)
         session.close()
-        assert replay(read_record(tmp_path / "r.json"), model, list(case.pixels)) == []
+        assert all(difference.tie for difference in replay(read_record(tmp_path / "r.json"), model, list(case.pixels)))
 
 
 def test_another_token_is_found_with_its_margin(model, tmp_path):
@@ -167,7 +167,7 @@ def test_other_clips_and_other_models_are_refused(model, tmp_path):
         replay(record, model, clips[:2])
     with pytest.raises(InputError, match="other weights"):
         replay(record, tiny_model(1), clips)
-    assert replay(record, tiny_model(), clips) == []
+    assert all(difference.tie for difference in replay(record, tiny_model(), clips))
 
 
 def test_a_broken_record_is_refused(model, tmp_path):

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from gallery import show_video, words_by_slot
 from make_model import SPECIAL_TOKENS
 from media import make_video, read_number
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
+from report.gallery import show_video, words_by_slot
 from result_files import METRICS, World
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import eval as evaluation
 import pytest
-from bleurt import bleurt
 from endpoint import Endpoint
-from lag import measure
+from metrics.bleurt import bleurt
+from metrics.lag import measure
+from metrics.scoring import METRICS, check_java, score
 from qwen_vl_streaming.common.errors import run
 from qwen_vl_streaming.model.prompts import load_processor
 from results import FIELDS, sibling
-from scoring import METRICS, check_java, score
 from tiny_bleurt import tiny_bleurt
 
 

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import scoring
+from metrics import scoring
+from metrics.scoring import METRICS, check_java, score, write_scores
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 from qwen_vl_streaming.common.errors import InputError
-from scoring import METRICS, check_java, score, write_scores
 
 WORDS = "the video shows a red blue green square circle that moves up, down; then it doesn't stop. It's (quite) 3.5 m"
 # Captions that a hand call would give to the wrong video, misread or stop at, and what they mean.
@@ -175,7 +175,7 @@ def test_scores_file(tmp_path: Path) -> None:
 
 
 def test_does_not_import_torch() -> None:
-    code = "import sys, scoring; print('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(scoring.__file__).parent)}
+    code = "import sys, metrics.scoring; print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(scoring.__file__).parents[1])}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout
     assert said == "False\n"

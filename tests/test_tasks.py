@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import eval as evaluation
 import pytest
-import scorecard
 import tasks
 import verify
 from funqa.annotations import SUBTASKS
 from funqa.run import prepare_funqa
 from make_model import tiny_checkpoint
 from media import video_bytes
+from metrics import scorecard
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS

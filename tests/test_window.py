@@ -1,5 +1,6 @@
 """Streams without end: what is out of sight is forgotten, exactly as the plain way of it says."""
 
+import dataclasses
 import random
 import time
 
@@ -80,7 +81,7 @@ def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, way, tmp
         assert len(session.seat.visual.mine) * PAGE < 70 * 9
         record = read_record(path)
         assert record.window == list(window)
-        assert replay(record, model, list(case.pixels)) == []
+        assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
 def test_the_rule_of_the_window():
@@ -110,7 +111,8 @@ def test_the_rule_of_the_window():
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
-def test_a_window_that_holds_everything_changes_nothing(model, variant):
+def test_a_window_that_holds_everything_changes_nothing(model, variant, tmp_path):
+    """The session with a window is what a full pass without one would write, but for ties."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name}")
     case = long_case(draw, variant, 5)
@@ -125,9 +127,12 @@ def test_a_window_that_holds_everything_changes_nothing(model, variant):
             schedule=case.schedule,
             window=window,
             max_new_tokens=40,
+            record=tmp_path / "record.json",
         ) as session:
             written.append(watch(session, case.pixels, random.Random(1)).caption())
-    assert written[0] == written[1]
+    if written[0] != written[1]:
+        record = dataclasses.replace(read_record(tmp_path / "record.json"), window=None)
+        assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
 def test_without_a_window_nothing_is_forgotten(model):

@@ -48,11 +48,11 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as where the program is started plainly
     torch.set_num_threads(1)
     sys.argv = ["sft.sh", *arguments]
-    from qwenvl import keeping, train
+    from qwenvl import checkpointing, train
     from qwenvl.failing import run_rank
 
     if act == "slow save":
-        keeping.write_whole(log.with_suffix(".pid"), str(os.getpid()))
+        checkpointing.write_whole(log.with_suffix(".pid"), str(os.getpid()))
         saved = torch.save
 
         def save(what, path, *rest, **options):
@@ -66,7 +66,7 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
     elif act == "kill at the end":
         train.save_whole = lambda trainer, folder: os.kill(os.getpid(), signal.SIGKILL)
     elif act:
-        ended = keeping.StopOnSigterm.on_step_end
+        ended = checkpointing.StopOnSigterm.on_step_end
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
@@ -78,7 +78,7 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
                     time.sleep(0.01)  # another thread than this one may have been given the signal
             ended(self, args, state, control, **kwargs)
 
-        keeping.StopOnSigterm.on_step_end = on_step_end
+        checkpointing.StopOnSigterm.on_step_end = on_step_end
     run_rank(train.main)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from evaluation import rates
-from latency_setup import tiny_config
+from latency.setup import tiny_config
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.engine import ragged_attention
 from qwen_vl_streaming.engine.kv_cache import Pages

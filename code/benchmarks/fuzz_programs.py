@@ -1,4 +1,4 @@
-"""Feeds mutated result files to report.py, verify.py and `eval.sh --score-only`, and mutated checkpoint folders to
+"""Feeds mutated result files to cli.py, verify.py and `eval.sh --score-only`, and mutated checkpoint folders to
 everything that loads one, and looks for anything but an answer or one plain line.
 
     python code/benchmarks/fuzz_programs.py             # 1,000 result files and 500 checkpoints, some minutes on a core
@@ -57,9 +57,9 @@ def call(main, *arguments: object) -> str:
 def results(folder: Path) -> Try:
     """Tries mutated result files: the rows, or what lies beside them."""
     import eval as evaluation
-    import report
-    import scorecard
     import verify
+    from metrics import scorecard
+    from report import cli
 
     model, data = tiny_world(folder)
     out = folder / "world/output"
@@ -80,7 +80,7 @@ def results(folder: Path) -> Try:
         for name, content in files.items():
             (case / f"group_{name}").write_bytes(content)
         file = case / "group_infer.json"
-        told = [call(report.main, file, "--output", case / "report", "--videos", "1"), call(verify.main, file)]
+        told = [call(cli.main, file, "--output", case / "report", "--videos", "1"), call(verify.main, file)]
         real = draw.random() < REAL_SCORES
         with patch.object(scorecard, "score", score if real else lambda references, captions: {"BLEU-1": 1.0}):
             told.append(call(evaluation.main, "--score-only", file))
@@ -149,13 +149,13 @@ TEMPLATES = (
 
 def checkpoints(folder: Path) -> Try:
     """Tries mutated checkpoints: JSON files, tokenizer, chat template, weights, pickles and code of their own."""
-    import gallery
     import torch
     import verify  # noqa: F401 - what it brings in is loaded before memory is bounded
     from qwen_vl_streaming.model.base_files import BaseFiles
     from qwen_vl_streaming.model.checkpoint import of_checkpoint, tensor_types
     from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
     from qwen_vl_streaming.model.prompts import load_processor
+    from report import gallery
 
     sound = tiny_world(folder)[0]
     case, mark = folder / "case/model", folder / "marks/mark"

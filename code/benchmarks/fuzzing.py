@@ -34,7 +34,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.link": 2, "os.symlink": 2, "os.chmod": 1}
 """Audit events with the number of their arguments that are paths."""
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "socket.connect")
-STARTED = ([sys.executable, str(CODE / "evaluation/scoring.py")], [shutil.which("java"), "-version"])
+STARTED = ([sys.executable, "-m", "metrics.scoring"], [shutil.which("java"), "-version"])
 """What may be started: the metrics, which run in a process of their own, and Java to say its version."""
 Try = Callable[[random.Random], str]
 """Tries one input, and returns what came of it in a few words; an exception is a finding."""
@@ -239,7 +239,9 @@ class Watch:
         elif event in CHANGES:
             for path in arguments[: CHANGES[event]]:
                 self.check(event, path)
-        elif event in STARTS and not (event == "subprocess.Popen" and list(arguments[1])[:2] in STARTED):
+        elif event in STARTS and not (
+            event == "subprocess.Popen" and any(list(arguments[1])[: len(known)] == known for known in STARTED)
+        ):
             self.seen.append(f"{event} {arguments!r:.200}")
 
     def check(self, event: str, path: object) -> None:

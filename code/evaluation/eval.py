@@ -22,6 +22,7 @@ from pathlib import Path
 
 from crew import GPU, HOST, Crew, LostRun, Place
 from identity import NOT_COMPARED, describe_model, keep_arguments
+from metrics.scorecard import prepare_scoring, score_rows
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.ending import explain, leave, run_to_end, say
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
@@ -51,7 +52,6 @@ from results import (
     write_whole,
 )
 from schedules import choose_schedules
-from scorecard import prepare_scoring, score_rows
 from settings import ROOT, Settings, parse
 from tasks import Task, check_captions, get_task, read_row
 from tqdm.contrib.logging import logging_redirect_tqdm

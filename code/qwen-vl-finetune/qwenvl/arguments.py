@@ -13,8 +13,8 @@ from qwen_vl_streaming.timeline.variants import Variant, chosen_variant, get_var
 from qwen_vl_streaming.video.frames import PixelBudget
 from transformers import TrainingArguments
 
+from .argument_checks import MISTAKES, check_after, check_values, check_zero, one_line
 from .device import settle_device
-from .limits import MISTAKES, check_after, check_values, check_zero, one_line
 
 ROOT = Path(__file__).resolve().parents[3]
 OUTPUT = Path(__file__).resolve().parents[1] / "output"

@@ -16,7 +16,7 @@ from qwen_vl_streaming.common.ending import explain, let_workers_end, name, run_
 from qwen_vl_streaming.common.errors import InputError
 from torch.distributed import DistError
 
-from .stopping import GO_ON, LAUNCHER, speaks
+from .signals import GO_ON, LAUNCHER, speaks
 
 LEAVING = 12
 """Seconds that a process has to end once it has told why."""

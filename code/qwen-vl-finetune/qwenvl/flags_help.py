@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from .limits import REFUSED
+from .argument_checks import REFUSED
 
 FIRST = ("max_steps", "seed", "deepspeed", "use_cpu", "optim", "eval_steps", "per_device_eval_batch_size")
 """Of transformers' flags those that are used most."""

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.common.errors import InputError
 from transformers.trainer_utils import sort_checkpoints
 
-from .keeping import BEING_REMOVED, BEING_SAVED, PROGRESS, read_json
+from .checkpointing import BEING_REMOVED, BEING_SAVED, PROGRESS, read_json
 
 logger = logging.getLogger(__name__)
 

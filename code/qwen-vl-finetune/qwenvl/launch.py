@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from .nodes import Nodes
-from .stopping import GO_ON, LAUNCHER, STOPPED
+from .signals import GO_ON, LAUNCHER, STOPPED
 
 GRACE = 10
 """Seconds that the others have to end by themselves when one process has failed."""

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from .parts import saves_embeddings
+from .param_groups import saves_embeddings
 
 logger = logging.getLogger(__name__)
 

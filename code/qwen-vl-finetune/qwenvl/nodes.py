@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from .stopping import GO_ON
+from .signals import GO_ON
 
 BEAT = 1.0
 """Seconds between two counts."""

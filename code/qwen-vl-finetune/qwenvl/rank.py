@@ -1,6 +1,6 @@
 """One process of a training run, as qwenvl.launch starts it: it ends with its launcher, also while it still imports."""
 
-from .stopping import die_with_launcher
+from .signals import die_with_launcher
 
 
 def main() -> None:

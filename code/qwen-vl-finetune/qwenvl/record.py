@@ -27,7 +27,7 @@ from torch import distributed
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from .keeping import add_up, read_json, saving, write_whole
+from .checkpointing import add_up, read_json, saving, write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

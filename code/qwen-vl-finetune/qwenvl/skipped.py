@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from qwen_vl_streaming.common.errors import InputError
 
-from .keeping import add_up, write_whole
+from .checkpointing import add_up, write_whole
 
 logger = logging.getLogger(__name__)
 

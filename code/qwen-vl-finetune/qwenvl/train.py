@@ -28,18 +28,18 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
+from .checkpointing import CannotSave, KeepingTrainer, add_up, newest_checkpoint, save_whole, saving
 from .data import IGNORED, Evened, Order, StreamingDataset, collate
 from .device import check_size
 from .failing import tell
 from .flags_help import HelpfulParser
 from .folder import check_folder, make_folder, only_one
-from .keeping import CannotSave, KeepingTrainer, add_up, newest_checkpoint, save_whole, saving
-from .parts import check_parts, describe_parts, make_optimizer, make_trainable
+from .param_groups import check_parts, describe_parts, make_optimizer, make_trainable
+from .prescan import find_bad
 from .record import RunRecord, Throughput, Work, describe_run, draw_curves, one_tensorboard, write_throughput
 from .rows import hold_out, read_rows, without
+from .signals import STOPPED, speaks
 from .skipped import Skipped
-from .stopping import STOPPED, speaks
-from .survey import find_bad
 
 logger = logging.getLogger(__name__)
 

@@ -61,10 +61,14 @@ class Difference:
     allowed: float
     """A margin up to this is a tie, which the number type's rounding decides: see `tie_margin`."""
 
+    @property
+    def tie(self) -> bool:
+        return abs(self.margin) <= self.allowed
+
     def __str__(self) -> str:
         return (
             f"{self.how}: token {self.index} (slot {self.slot}) was {self.recorded}, comes out as {self.replayed}, "
-            f"margin {self.margin:.3g}{', a tie' if abs(self.margin) <= self.allowed else ''}"
+            f"margin {self.margin:.3g}{', a tie' if self.tie else ''}"
         )
 
 
@@ -277,7 +281,7 @@ def _main(arguments: argparse.Namespace, device: str, line: str) -> int:
     differences = replay(record, model, clips, arguments.tie)
     for difference in differences:
         print(difference)
-    beyond = sum(abs(difference.margin) > difference.allowed for difference in differences)
+    beyond = sum(not difference.tie for difference in differences)
     same = f"{len(differences)} differences, {beyond} of them no ties" if differences else "all the same"
     recorded = f"{record.variant}, {record.way}, recorded in {record.model['dtype']}"
     print(f"{len(record.tokens)} tokens, {recorded}, replayed in {dtype}: {same}")

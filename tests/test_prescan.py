@@ -9,7 +9,7 @@ from media import make_video, rotate, sound_bytes
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
-from qwenvl import survey
+from qwenvl import prescan
 from qwenvl.data import StreamingDataset
 from training import finish, flags, history, spoil, start, start_two
 
@@ -39,12 +39,12 @@ def test_lengths_are_known_without_decoding(made, tmp_path, monkeypatch):
     lengths = [len(samples[index].input_ids) for index in range(len(rows))]
     assert not any(samples[index].bad for index in range(len(rows))) and len(set(lengths)) > 2
     monkeypatch.setattr(StreamingDataset, "_video", None)
-    assert survey.find_bad(samples) == {}
+    assert prescan.find_bad(samples) == {}
     for index, length in enumerate(lengths):
         for room in (0, 1):
             samples.max_length = length - 1 + room
             expected = [i for i, other in enumerate(lengths) if other > samples.max_length]
-            bad = survey.find_bad(samples)
+            bad = prescan.find_bad(samples)
             assert list(bad) == expected, (index, room)
             assert room or f"its {length} tokens are more than the model length {length - 1}" in bad[index]
 
@@ -52,8 +52,8 @@ def test_lengths_are_known_without_decoding(made, tmp_path, monkeypatch):
 def test_sound_videos_are_not_read(made, tmp_path, monkeypatch):
     make_video(tmp_path / "some.mp4", seconds=5)
     samples = dataset(made[0], [{"video_path": "some.mp4"}], tmp_path, max_length=300)
-    monkeypatch.setattr(survey, "index_video", None)
-    assert survey.find_bad(samples) == {}
+    monkeypatch.setattr(prescan, "index_video", None)
+    assert prescan.find_bad(samples) == {}
 
 
 def test_what_is_bad(made, tmp_path):
@@ -89,15 +89,15 @@ def test_what_is_bad(made, tmp_path):
         {"video_path": "action.mp4", "says": "tokens for 30 clips"},
     ]
     samples = dataset(made[0], rows, tmp_path)
-    bad = survey.find_bad(samples)
+    bad = prescan.find_bad(samples)
     for index, row in enumerate(rows):
         assert (row["says"] in bad[index]) if row["says"] else (index not in bad), row
-    assert len(survey.find_bad(samples, enough=2)) == 3
+    assert len(prescan.find_bad(samples, enough=2)) == 3
     # As training says it when it reads them, and where writing begins after the video no slot stays silent.
     for index in (0, 1, 5, 8, 9, 12, 13):
         assert samples[index].bad[1] == bad[index]
     assert samples[11].bad and not samples[10].bad
-    offline = survey.find_bad(dataset(made[0], rows, tmp_path, "batch"))
+    offline = prescan.find_bad(dataset(made[0], rows, tmp_path, "batch"))
     assert offline.keys() == bad.keys() - {9, 13}
 
 

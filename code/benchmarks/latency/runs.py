@@ -10,8 +10,8 @@ from itertools import pairwise
 from statistics import median, quantiles
 
 import torch
-from latency_floors import speed_up
-from latency_setup import TOKENS, Bench, play, slot_ends
+from latency.floors import speed_up
+from latency.setup import TOKENS, Bench, play, slot_ends
 from qwen_vl_streaming.sessions.session import GREEDY, Session
 from qwen_vl_streaming.timeline.timeline import Schedule
 

@@ -139,7 +139,7 @@ def test_a_crowd_s_penalty_is_its_sessions(model, tmp_path):
         while not crowd.idle:
             crowd.step()
     record = read_record(tmp_path / "r.json")
-    assert record.penalty == 3 and replay(record, model, list(case.pixels)) == []
+    assert record.penalty == 3 and all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
 def test_what_one_is_shown_reaches_no_other(model):
@@ -187,7 +187,7 @@ def test_an_error_in_a_pass_ends_all_with_their_records(model, tmp_path, monkeyp
     for n, session in enumerate(sessions):
         record = read_record(tmp_path / f"{n}.json")
         assert session.closed and record.end == "failed: no memory left" and len(record.tokens) == 1
-        assert replay(record, model, list(case.pixels)) == []
+        assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["closed", "an error in a pass"])

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from latency_floors import speed_up
-from latency_lanes import CLIP, MOVE, TOWER, WORD
-from latency_setup import read_json
-from latency_sweep import BETWEEN, SHARE, best
+from latency.floors import speed_up
+from latency.lanes import CLIP, MOVE, TOWER, WORD
+from latency.setup import read_json
+from latency.sweep import BETWEEN, SHARE, best
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch

@@ -20,13 +20,14 @@ from threading import Thread
 from typing import BinaryIO
 
 import requests
-from bounded_http import BoundedAdapter
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 from requests.exceptions import ChunkedEncodingError, ContentDecodingError
-from scoring import NotComputed
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
+
+from metrics.bounded_http import BoundedAdapter
+from metrics.scoring import NotComputed
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_folder, find_path, find_video, places
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
-from report_results import Result, find_model
 from settings import ROOT
 from transformers import AutoTokenizer
+
+from report.loading import Result, find_model
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from latency_runs import percentile, runs
-from latency_setup import TEMPLATE, TOKENS, Bench, slot_ends
+from latency.runs import percentile, runs
+from latency.setup import TEMPLATE, TOKENS, Bench, slot_ends
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.sessions.session_pool import Crowd
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import paper
 from matplotlib.ticker import MaxNLocator
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
-from report_results import Result, metrics_of
-from report_tables import schedule_pairs
+
+from report import paper
+from report.loading import Result, metrics_of
+from report.tables import schedule_pairs
 
 WIDTH, LEFT, BAR, GAP, BETWEEN, AXIS = 360, 96, 13, 3, 11, 38
 CHARACTER = 6.2  # about the width of one in a value's label

@@ -85,7 +85,8 @@ def score(references: dict[str, str | list[str]], candidates: dict[str, str]) ->
     java = check_java()
     log.info("scoring %d captions with pycocoevalcap; METEOR takes some seconds to load", len(candidates))
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, "-m", "metrics.scoring"],
+        cwd=Path(__file__).parents[1],
         input=json.dumps(job).encode(),
         capture_output=True,
         env=_environment(java),

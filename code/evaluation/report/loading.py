@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import paper
 from huggingface_hub import try_to_load_from_cache
 from identity import read_arguments, read_object
 from qwen_vl_streaming.common.errors import InputError
@@ -19,6 +18,8 @@ from results import Row, check_row, load_finished, sibling
 from safetensors import SafetensorError, safe_open
 from settings import ROOT
 from tasks import TASKS
+
+from report import paper
 
 HIDDEN = ("BLEU-2", "BLEU-3")  # the paper's tables have no columns for them
 UNKNOWN = "size unknown"

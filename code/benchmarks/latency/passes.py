@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from latency_setup import Bench, play
+from latency.setup import Bench, play
 from qwen_vl_streaming.engine.step_request import Ask
 from qwen_vl_streaming.engine.step_runner import Passes
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from evaluation import rates
-from latency_floors import Floors
+from latency.floors import Floors
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.step_runner import Passes
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration

@@ -23,9 +23,9 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import merge, train
 from qwenvl.arguments import ModelArguments, SftArguments
+from qwenvl.checkpointing import save_whole
 from qwenvl.data import StreamingDataset
-from qwenvl.keeping import save_whole
-from qwenvl.parts import freeze, make_trainable
+from qwenvl.param_groups import freeze, make_trainable
 from qwenvl.rows import read_rows
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel

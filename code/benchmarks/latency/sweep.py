@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from latency_floors import speed_up
-from latency_runs import alone, runs, same, workload
-from latency_setup import GRIDS, Bench, play, read_json, slot_ends, write_json
+from latency.floors import speed_up
+from latency.runs import alone, runs, same, workload
+from latency.setup import GRIDS, Bench, play, read_json, slot_ends, write_json
 from qwen_vl_streaming.common.errors import InputError
 
 K = (1, 2, 4, 8, 16, 32, 64)

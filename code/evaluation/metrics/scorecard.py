@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import lag
-from bleurt import bleurt, find_checkpoint
 from identity import arguments_path, read_arguments
-from judge import KEY, Judge
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_model
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.model.prompts import load_processor
 from results import Row, check_writable, sibling, write_whole
-from scoring import NotComputed, check_java, check_pairs, score, write_scores
 from settings import ROOT, Settings
 from tasks import get_task, score_by_task, table
+
+from metrics import lag
+from metrics.bleurt import bleurt, find_checkpoint
+from metrics.judge import KEY, Judge
+from metrics.scoring import NotComputed, check_java, check_pairs, score, write_scores
 
 logger = logging.getLogger(__name__)
 

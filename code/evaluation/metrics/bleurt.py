@@ -21,10 +21,11 @@ from qwen_vl_streaming.common.paths import places
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.model.hub import WEIGHTS, from_hub
 from safetensors import SafetensorError
-from scoring import NotComputed
 from settings import ROOT
 from torch.nn.utils.rnn import pad_sequence
 from transformers import RemBertConfig, RemBertForSequenceClassification
+
+from metrics.scoring import NotComputed
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
-from latency_runs import runs
-from latency_setup import Bench, load
+from latency.runs import runs
+from latency.setup import Bench, load
 from qwen_vl_streaming.engine.step_request import Ask
 from qwen_vl_streaming.engine.step_runner import Passes
 from qwen_vl_streaming.engine.vision_encoder import Tower
@@ -101,7 +101,7 @@ def traced(device: str):
 
 
 def load_traced(file: str, size: str, layers: int | None, device: str):
-    """As `latency_setup.load`, in the process that perceives: at its end it writes its intervals to `file`."""
+    """As `setup.load`, in the process that perceives: at its end it writes its intervals to `file`."""
     model = load(size, layers, device)
     tracing = traced(device)
     trace = tracing.__enter__()

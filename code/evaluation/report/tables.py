@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-import paper
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from report_results import Result, labels, metrics_of, score_in
+
+from report import paper
+from report.loading import Result, labels, metrics_of, score_in
 
 NOT_GIVEN = "no result file of this variant was given"
 NOT_IN_PAPER = "not in the paper"

@@ -1,0 +1,196 @@
+"""Sessions' speed on random weights of the true shapes: serial, fused and pipelined, beside the least the card needs.
+
+    python code/benchmarks/latency.py rounds video delay live lanes --size 7B --output results
+    python code/benchmarks/latency.py sweep --size 3B --minutes 8 --output results
+    python code/benchmarks/latency.py many long --size 7B --output results
+    python code/benchmarks/latency.py plot --output results
+
+    rounds  seconds a round: a clip taken in and K words written, vision tower and host included, all clips there
+    video   seconds of a whole video, from pixels to its last word
+    delay   by how much a clip that arrives delays the next word
+    live    frames a second that are taken in, with K words a clip
+    sweep   speed-up over K and visual tokens a clip, beside S(r) = (1 + r) / max(1, r)
+    many    how many sessions one model sustains, each with a clip a second
+    long    memory and speed over a stream of very many clips
+    passes  milliseconds of each kind of pass, and the kernels of one
+    lanes   when perception and generation were at work in a few rounds
+    plot    pictures of what the others have written; needs no GPU and no weights
+
+Several may be asked for at once: the model is made once. Each writes OUTPUT/SIZE-COMMAND.json beside the table that it
+prints. A clip is 2 frames, one second of video; by default 196 x 364 pixels, 91 visual tokens. No answer ends early.
+Each kind of session is run once, whole, before it is timed; what is timed ends when the device is done.
+`floors.py` says what the floors count. On a CPU --size tiny, which has smaller defaults, tries commands out.
+"""
+
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from latency.lanes import lanes
+from latency.many import long, many
+from latency.passes import passes
+from latency.runs import delay, live, rounds, video
+from latency.setup import GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
+from latency.sweep import parse_points, sweep
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.sessions.record import WAYS
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from training import ANSWER, CLIPS, SHAPES
+
+COMMANDS = ("passes", "rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")
+"""In the order in which they run: all but lanes share one pair."""
+ONE_WAY = {"passes", "many"}
+"""Those that run fused, whatever --ways says."""
+
+TINY = {
+    "clips": 8,
+    "words": 30,
+    "repeats": 2,
+    "arrivals": 10,
+    "frames": [40.0, 80.0],
+    "points": ["1x16", "2x32", "4x64"],
+    "seats": [2, 4],
+    "seconds": 3,
+    "age": 2,
+    "stream": 200,
+    "window": (10, 40),
+}
+"""Other defaults, with which a CPU runs each command of size tiny in less than a minute."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for on the command line."""
+
+    commands: list[str]
+    size: str
+    layers: int | None
+    variant: str
+    ways: list[str]
+    k: int
+    clips: int
+    words: int
+    tokens: int
+    chunks: list[str]
+    """How clips ride in fused passes, each of which is measured: whole, spread, or visual tokens a pass."""
+    repeats: int
+    pixels: str
+    arrivals: int
+    frames: list[float]
+    points: list[str] | None
+    minutes: float
+    seats: list[int]
+    seconds: float
+    age: int
+    stream: int
+    window: tuple[int, int]
+    output: Path
+
+    def __post_init__(self):
+        if "serial" not in self.ways and "sweep" in self.commands:
+            raise InputError("sweep compares with serial: name it among --ways")
+        if self.clips < 2:
+            raise InputError(f"--clips {self.clips}: give at least 2")
+        if min(self.k, self.repeats, self.arrivals) < 1 or self.words <= self.k * (self.clips - 1):
+            raise InputError(
+                f"--k {self.k}, --repeats {self.repeats} and --arrivals {self.arrivals} are at least 1, and --words "
+                f"{self.words} more than the {self.k * (self.clips - 1)} that come before the last slot"
+            )
+        for how in self.chunks:
+            if how not in (WHOLE, SPREAD) and not (how.isdigit() and int(how) > 0):
+                raise InputError(f"--chunks {how}: give {WHOLE}, {SPREAD} or visual tokens a pass")
+        parse_points(self.points)
+
+
+def parse() -> Settings:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="+", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("--size", choices=["tiny", *SHAPES], default="7B")
+    parser.add_argument("--layers", type=int, help="fewer layers, to try a command out")
+    parser.add_argument("--variant", choices=[v for v in VARIANTS if VARIANTS[v].parallel], default="group")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--k", type=int, default=3, help="words a slot (default %(default)s)")
+    parser.add_argument("--clips", type=int, default=CLIPS, help="of rounds and video (default %(default)s)")
+    parser.add_argument("--words", type=int, default=ANSWER, help="of video (default %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        choices=GRIDS,
+        default=TOKENS,
+        help="a clip, of rounds, passes and lanes (default %(default)s)",
+    )
+    parser.add_argument(
+        "--chunks", nargs="+", default=[WHOLE], metavar="HOW", help="how clips ride in fused passes: whole, spread, N"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median (default %(default)s)")
+    parser.add_argument("--pixels", choices=["float32", "bfloat16"], default="float32", help="what a clip is fed as")
+    parser.add_argument(
+        "--arrivals", type=int, default=100, help="clips of delay (default %(default)s); live has three times as many"
+    )
+    parser.add_argument(
+        "--frames", type=float, nargs="+", default=[60, 80, 100, 110, 120, 130, 140, 150, 160], help="a second, of live"
+    )
+    parser.add_argument("--points", nargs="+", metavar="KxTOKENS", help="of sweep (default: the whole grid)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="after which sweep stops, to be gone on with")
+    parser.add_argument("--seats", type=int, nargs="+", default=[32, 64, 96, 128, 160, 192], help="sessions, of many")
+    parser.add_argument("--seconds", type=float, default=20, help="of each number of sessions (default %(default)s)")
+    parser.add_argument("--age", type=int, default=15, help="clips that each of them has seen (default %(default)s)")
+    parser.add_argument("--stream", type=int, default=10_000, help="clips of long (default %(default)s)")
+    parser.add_argument(
+        "--window", type=int, nargs=2, default=(60, 400), help="clips and words that live, many and long keep in sight"
+    )
+    parser.add_argument("--output", type=Path, default=Path("latency"), help="folder (default %(default)s)")
+    if parser.parse_args().size == "tiny":
+        parser.set_defaults(**TINY)
+    values = vars(parser.parse_args())
+    return Settings(**{field.name: values[field.name] for field in fields(Settings)})
+
+
+def measure(settings: Settings, bench: Bench, command: str) -> None:
+    """Run one command and write its file."""
+    path = settings.output / f"{settings.size}-{command}.json"
+    k, clips, repeats, chunks = settings.k, settings.clips, settings.repeats, settings.chunks
+    words, tokens = settings.words, settings.tokens
+    if command == "sweep":
+        sweep(bench, parse_points(settings.points), chunks, repeats, path, settings.minutes)
+        return
+    if command == "rounds":
+        result = rounds(bench, k, clips, words, tokens, repeats, chunks)
+    elif command == "video":
+        result = video(bench, k, clips, words, repeats, chunks)
+    elif command == "delay":
+        result = delay(bench, k, settings.arrivals, chunks)
+    elif command == "live":
+        result = live(bench, k, 3 * settings.arrivals, settings.frames, chunks, tuple(settings.window))
+    elif command == "passes":
+        result = passes(bench, k, clips, words, tokens, chunks)
+    elif command == "lanes":
+        result = lanes(bench, k, clips, words, tokens, chunks)
+    elif command == "many":
+        result = many(bench, k, settings.seats, settings.seconds, settings.age, tuple(settings.window))
+    else:
+        result = long(bench, k, settings.stream, tuple(settings.window), chunks)
+    write_json(path, {"about": bench.about(), **result})
+
+
+def main() -> None:
+    settings = parse()
+    asked = [command for command in COMMANDS if command in settings.commands and command != "plot"]
+    if asked:
+        pixels = getattr(torch, settings.pixels)
+        ways = tuple(settings.ways) if {*asked} - ONE_WAY else ()
+        with Bench(settings.size, VARIANTS[settings.variant], ways, settings.layers, pixels) as bench:
+            about = bench.about()
+            print(
+                f"{about['device']}, torch {torch.__version__}, Qwen2.5-VL {settings.size}, random weights, "
+                f"{bench.model.dtype}, {settings.variant}\nmatrix product {bench.flop_rate / 1e12:.3g} TFLOP/s, "
+                f"reading memory {bench.byte_rate / 1e12:.3g} TB/s",
+                flush=True,
+            )
+            for command in asked:
+                measure(settings, bench, command)
+    if "plot" in settings.commands:
+        from latency.plots import plot_all  # here: a machine that measures may have no matplotlib
+
+        plot_all(settings.output)
