@@ -11,10 +11,10 @@ import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine import batch, ragged_attention
 from qwen_vl_streaming.engine.batch import Job, caption_all
-from qwen_vl_streaming.engine.decoder_layer import Joined
-from qwen_vl_streaming.engine.kv_cache import PAGE, Pages
+from qwen_vl_streaming.engine.decoder_layer import FusedProjections
+from qwen_vl_streaming.engine.kv_cache import PAGE, PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import flex_in_shares
-from qwen_vl_streaming.engine.runner import Engine, first_greatest
+from qwen_vl_streaming.engine.runner import Runner, first_greatest
 from qwen_vl_streaming.reference import Streams, caption
 from qwen_vl_streaming.timeline.timeline import Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -71,7 +71,7 @@ def test_flex_attention_over_pages_changes_nothing(name, shares, monkeypatch):
     plain = plainly(model, variant, jobs)
     monkeypatch.setattr(ragged_attention, "_compiled", flex_in_shares)
     monkeypatch.setattr(ragged_attention, "shares_of", lambda *_: shares)
-    monkeypatch.setattr(Engine, "flex", True)
+    monkeypatch.setattr(Runner, "flex", True)
     monkeypatch.setattr(batch, "LEAST", 0)
     assert batched(model, variant, jobs, batch_size=3) == plain
 
@@ -94,8 +94,8 @@ def test_text_that_produces_nothing_is_fed_with_the_next_clip(monkeypatch):
     template = replace(random_template(draw), end=-1)
     pixels = torch.randn(4, 16, 1176)
     job = Job("0", pixels, template.layout((2, 2), 2.0), template, Schedule((3, 3, 3)))
-    forward = Engine.forward
-    monkeypatch.setattr(Engine, "forward", lambda *arguments: (passes.append(1), forward(*arguments))[1])
+    forward = Runner.forward
+    monkeypatch.setattr(Runner, "forward", lambda *arguments: (passes.append(1), forward(*arguments))[1])
     (said,) = batched(model, VARIANTS["interleave"], [job], batch_size=2).values()
     assert len(said.tokens) == MOST
     assert len(passes) == len(template.header) + 4 * (1 + 2)
@@ -109,14 +109,14 @@ def clips_of_passes(monkeypatch, **limits) -> list[int]:
     template = replace(random_template(draw), end=-1)
     layout, schedule = template.layout((2, 2), 2.0), Schedule((3,) * 5)
     jobs = [Job(f"{i}", torch.randn(6, 16, 1176), layout, template, schedule) for i in range(6)]
-    extend, write = Engine.extend, Engine.write
+    extend, write = Runner.extend, Runner.write
 
-    def extending(engine, seats, visual_tokens):
-        passes.append(sum(engine.seated[seat].waits for seat in seats))
-        extend(engine, seats, visual_tokens)
+    def extending(engine, batch_slots, visual_tokens):
+        passes.append(sum(engine.seated[batch_slot].waits for batch_slot in batch_slots))
+        extend(engine, batch_slots, visual_tokens)
 
-    monkeypatch.setattr(Engine, "extend", extending)
-    monkeypatch.setattr(Engine, "write", lambda engine: (passes.append(0), write(engine)))
+    monkeypatch.setattr(Runner, "extend", extending)
+    monkeypatch.setattr(Runner, "write", lambda engine: (passes.append(0), write(engine)))
     batched(model, VARIANTS["interleave"], jobs, batch_size=6, max_new_tokens=17)
     return passes
 
@@ -152,7 +152,7 @@ def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
     jobs = random_jobs(random.Random(0), variant, 8)
     plain = plainly(model, variant, jobs)
     config = model.model.language_model.config
-    room = 1 + 2 * Pages.need(40, 20)  # for two streams at once, and page 0
+    room = 1 + 2 * PagedKVCache.need(40, 20)  # for two streams at once, and page 0
     drawn = []
 
     def source():
@@ -161,7 +161,12 @@ def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
             yield job
 
     stream = caption_all(
-        model, variant, source(), batch_size=4, memory=room * Pages.bytes_each(config, model.dtype), max_new_tokens=MOST
+        model,
+        variant,
+        source(),
+        batch_size=4,
+        memory=room * PagedKVCache.bytes_each(config, model.dtype),
+        max_new_tokens=MOST,
     )
     job, first = next(stream)
     assert len(drawn) < len(jobs)
@@ -182,14 +187,14 @@ def test_the_memory_of_a_batch_goes_before_the_next_one_s_comes(monkeypatch):
         )
         for clips, template in zip((1, 20), templates, strict=True)
     ]
-    begin = Pages.__init__
+    begin = PagedKVCache.__init__
 
     def watched(pages, *arguments, **options):
         assert not [store for store in stores if store() is not None]
         begin(pages, *arguments, **options)
         stores.append(weakref.ref(pages.store))
 
-    monkeypatch.setattr(Pages, "__init__", watched)
+    monkeypatch.setattr(PagedKVCache, "__init__", watched)
     gc.disable()
     try:
         batched(model, variant, jobs, batch_size=1)
@@ -209,7 +214,7 @@ def test_joined_weights_are_the_models_own():
     model = tiny_model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for _ in range(2):  # joined once, found joined the second time
-        layers = [Joined.of(layer) for layer in model.model.language_model.layers]
+        layers = [FusedProjections.of(layer) for layer in model.model.language_model.layers]
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     model.model.language_model.layers[0].self_attn.k_proj.weight.data.fill_(3)
     assert (layers[0].qkv == 3).sum() == model.model.language_model.layers[0].self_attn.k_proj.weight.numel()
@@ -217,7 +222,7 @@ def test_joined_weights_are_the_models_own():
 
 def test_pages_are_taken_once_and_come_back():
     config = tiny_model().model.language_model.config
-    pages = Pages(config, seats=3, pages=7, width=4, dtype=torch.float32, device="cpu")
+    pages = PagedKVCache(config, batch_slots=3, pages=7, width=4, dtype=torch.float32, device="cpu")
     pages.take(0, PAGE + 1, 5)
     pages.take(2, 3 * PAGE, PAGE)
     assert len(pages.free) == 0

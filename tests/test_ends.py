@@ -190,7 +190,8 @@ def test_an_error_of_another_kind_is_not_taken_for_the_disk_or_the_checkpoint(tm
 def test_workers_end_with_their_process(tmp_path):
     """They would ignore SIGTERM for ever."""
     (tmp_path / "parent.py").write_text(
-        "import os, time, torch\nfrom functools import partial\nfrom qwen_vl_streaming.ending import start_worker\n"
+        "import os, time, torch\nfrom functools import partial\n"
+        "from qwen_vl_streaming.common.ending import start_worker\n"
         "def begin(worker, parent): start_worker(parent)\n"
         "class Slow(torch.utils.data.Dataset):\n def __len__(self): return 99\n"
         " def __getitem__(self, index): time.sleep(0.1); return index\n"

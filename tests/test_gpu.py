@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from qwen_vl_streaming.engine.batch import Batch
-from qwen_vl_streaming.engine.kv_cache import Pages
+from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.reference import caption
 from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import Layout, Schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from test_batching import batched, plainly, random_jobs
-from test_streaming import Forced, full_pass, random_batch
+from test_batch import batched, plainly, random_jobs
+from test_reference import Forced, full_pass, random_batch
 from tiny import random_template, timeline_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -132,7 +132,9 @@ def test_the_host_runs_ahead_of_a_batch(name):
     model, variant = tiny_model(**FLEX).cuda(), VARIANTS[name]
     jobs = random_jobs(random.Random(SEED), variant, 4)
     jobs = [replace(job, pixels=job.pixels.pin_memory()) for job in jobs]
-    batch = Batch(model, variant, 4, Pages(model.config.text_config, 4, 16, 4, model.dtype, model.device), 1.15, 12, 40)
+    batch = Batch(
+        model, variant, 4, PagedKVCache(model.config.text_config, 4, 16, 4, model.dtype, model.device), 1.15, 12, 40
+    )
     captions = []
     for guard in (contextlib.nullcontext, no_waiting):
         done = []

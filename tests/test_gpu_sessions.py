@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_vl_streaming.engine.step_runner import Passes
+from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
-from qwen_vl_streaming.sessions.perception_client import Pair
+from qwen_vl_streaming.sessions.perception_client import PerceptionClient
 from qwen_vl_streaming.sessions.record import read_record
-from qwen_vl_streaming.sessions.session_pool import Crowd
+from qwen_vl_streaming.sessions.session_pool import SessionPool
 from qwen_vl_streaming.timeline.plan import Window
 from qwen_vl_streaming.timeline.timeline import Layout
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -43,9 +43,9 @@ def models():
 @pytest.fixture(scope="module")
 def passes(models):
     """Compiled and captured once for all tests of one session."""
-    made = Passes.single(models[1], Layout(9, 4, 3, GRID), CLIPS + 1, WORDS, None, 1.15, None)
+    made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), CLIPS + 1, WORDS, None, 1.15, None)
     made.warm_up()
-    made.tower.record(GRID)
+    made.vision_encoder.record(GRID)
     return made
 
 
@@ -73,7 +73,7 @@ def test_captured_sessions_write_what_plain_streams_write(models, passes, varian
 def test_a_captured_crowd(models):
     print("seed", SEED)
     draw = random.Random(SEED)
-    with Crowd(models[1], 4, Layout(9, 4, 3, GRID), max_clips=CLIPS + 1, max_new_tokens=WORDS) as crowd:
+    with SessionPool(models[1], 4, Layout(9, 4, 3, GRID), max_clips=CLIPS + 1, max_new_tokens=WORDS) as crowd:
         waiting = [fixed_case(draw, draw.choice([*VARIANTS.values(), *PARALLEL])) for _ in range(16)]
         running = []
         while waiting or running:
@@ -98,7 +98,7 @@ def test_a_captured_crowd(models):
 def test_a_captured_window_over_pages_that_turn(models, way, tmp_path):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {way}")
-    made = Passes.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
+    made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
     made.warm_up()
     for number in range(3):
         case = fixed_case(draw, draw.choice(PARALLEL), clips=120)
@@ -107,7 +107,7 @@ def test_a_captured_window_over_pages_that_turn(models, way, tmp_path):
         options = {"schedule": "wait-3", "max_new_tokens": 400, "window": (20, 40), "passes": made, "record": path}
         with open_session(models[1], case.variant, case.template, case.layout, way=way, **options) as session:
             play(session, case)
-        assert session.seat.visual.newest >= len(session.seat.visual.mine)
+        assert session.batch_slot.visual.newest >= len(session.batch_slot.visual.mine)
         assert all(difference.tie for difference in replay(read_record(path), models[0], list(case.pixels)))
 
 
@@ -115,7 +115,7 @@ def test_a_captured_window_over_pages_that_turn(models, way, tmp_path):
 def test_the_host_waits_for_words_alone(models, way):
     """Over pages that turn."""
     print("seed", SEED)
-    made = Passes.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
+    made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
     made.warm_up()
     case = fixed_case(random.Random(SEED), PARALLEL[0], clips=120)
     case.template = replace(case.template, end=10_000)
@@ -126,7 +126,7 @@ def test_the_host_waits_for_words_alone(models, way):
                 session.feed(clip)
                 while not session.idle:
                     session.step()
-        assert session.seat.visual.newest >= len(session.seat.visual.mine)
+        assert session.batch_slot.visual.newest >= len(session.batch_slot.visual.mine)
 
 
 @pytest.mark.parametrize("other", [0, 1], ids=["one GPU", "two GPUs"])
@@ -136,7 +136,7 @@ def test_two_processes_write_what_one_does(models, passes, other):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {other}")
     template = fixed_case(draw, PARALLEL[0]).template  # another's lengths would be compiled for anew
-    with Pair(functools.partial(on_gpu, other), patience=4 * SECONDS) as pair:
+    with PerceptionClient(functools.partial(on_gpu, other), patience=4 * SECONDS) as pair:
         for variant in PARALLEL * 8:
             case = fixed_case(draw, variant)
             case.template, case.layout = template, template.layout(GRID, 2.0)

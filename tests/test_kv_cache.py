@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from qwen_vl_streaming.engine import ragged_attention
-from qwen_vl_streaming.engine.kv_cache import PAGE, TEXT, Pages
-from qwen_vl_streaming.engine.paged_attention import View, _join_shares
-from qwen_vl_streaming.engine.ragged_attention import BLOCK, Packed, blocks_of
+from qwen_vl_streaming.engine.kv_cache import PAGE, TEXT, PagedKVCache
+from qwen_vl_streaming.engine.paged_attention import PagedAttention, _join_shares
+from qwen_vl_streaming.engine.ragged_attention import BLOCK, RaggedAttention, blocks_of
 from qwen_vl_streaming.engine.step_request import Run
 
 SEED = time.time_ns() % 100_000
 CONFIG = SimpleNamespace(num_key_value_heads=1, num_attention_heads=3, hidden_size=12, num_hidden_layers=1)
 
 
-def by_lists(view: View | Packed, n: int, rows: int) -> torch.Tensor:
+def by_lists(view: PagedAttention | RaggedAttention, n: int, rows: int) -> torch.Tensor:
     """Which places of the pool each of n x `rows` queries sees, (n, rows, pool), by the pages that the block mask
     lists."""
     mask, shares = view.mask, view.shares
@@ -36,7 +36,7 @@ def by_lists(view: View | Packed, n: int, rows: int) -> torch.Tensor:
     return seen
 
 
-def by_dense_mask(view: View) -> torch.Tensor:
+def by_dense_mask(view: PagedAttention) -> torch.Tensor:
     n, many = view.seen_visual.shape
     seen = torch.zeros(n, many, view.pages.store.shape[2], dtype=torch.bool)
     for b, q in torch.cartesian_prod(torch.arange(n), torch.arange(many)).tolist():
@@ -53,17 +53,17 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {many} {windows} {shares}")
     for _ in range(4):
-        seats = draw.randint(1, 4)
-        sizes = [(draw.randint(1, 700), draw.randint(1, 500)) for _ in range(seats)]
-        needs = [Pages.need(*size) for size in sizes]
-        pages = Pages(CONFIG, seats, sum(needs) + 3, max(needs) + 1, torch.float32, "cpu")
+        batch_slots = draw.randint(1, 4)
+        sizes = [(draw.randint(1, 700), draw.randint(1, 500)) for _ in range(batch_slots)]
+        needs = [PagedKVCache.need(*size) for size in sizes]
+        pages = PagedKVCache(CONFIG, batch_slots, sum(needs) + 3, max(needs) + 1, torch.float32, "cpu")
         upto = []
-        for seat, (visual, text) in enumerate(sizes):
-            pages.take(seat, visual, text)
+        for batch_slot, (visual, text) in enumerate(sizes):
+            pages.take(batch_slot, visual, text)
             kept = draw.randint(1, visual), draw.randint(1, min(text, 20))
-            pages.kept[:, seat] = torch.tensor(kept)
-            begin = Pages.text_page_of(visual)
-            mine, ends = pages.held[seat], []
+            pages.kept[:, batch_slot] = torch.tensor(kept)
+            begin = PagedKVCache.text_page_of(visual)
+            mine, ends = pages.held[batch_slot], []
             for of, start, keeps in ((mine[:begin], 0, kept[0]), (mine[begin:], TEXT, kept[1])):
                 run = Run(pages, of, start, keeps)
                 room = len(of) * PAGE
@@ -71,10 +71,10 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
                 run.places(torch.arange(end))
                 ends.append((end, max(0, end - (len(of) - run.kept) * PAGE + PAGE)))
             upto.append(ends)
-        whose = torch.tensor([draw.randrange(seats) for _ in range(draw.randint(1, 3))])
+        whose = torch.tensor([draw.randrange(batch_slots) for _ in range(draw.randint(1, 3))])
 
         def numbers(of, whose=whose, upto=upto):
-            return torch.tensor([[of(*upto[seat]) for _ in range(many)] for seat in whose.tolist()])
+            return torch.tensor([[of(*upto[batch_slot]) for _ in range(many)] for batch_slot in whose.tolist()])
 
         # What is written may be seen from 1 token to all; a window never reaches back to what was overwritten.
         ends = [
@@ -85,8 +85,8 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
             [numbers(lambda v, t, run=run: draw.randint((v, t)[run][1], (v, t)[run][0])) for run in range(2)]
         )
         options = {"since": since if windows else None}
-        flex = View(pages, whose, None, *ends, groups=3, flex=True, shares=shares, **options)
-        dense = View(pages, whose, None, *ends, groups=3, flex=False, **options)
+        flex = PagedAttention(pages, whose, None, *ends, groups=3, flex=True, shares=shares, **options)
+        dense = PagedAttention(pages, whose, None, *ends, groups=3, flex=False, **options)
         listed = by_lists(flex, len(whose), many * 3).unflatten(1, (many, 3))
         assert all(torch.equal(listed[:, :, group], by_dense_mask(dense)) for group in range(3))
 
@@ -112,23 +112,23 @@ def test_the_pages_listed_for_packed_rows_hold_what_is_seen(shares, monkeypatch)
     draw, groups = random.Random(f"{SEED} {shares}"), 3
     monkeypatch.setattr(ragged_attention, "shares_of", lambda *_: shares)
     for _ in range(4):
-        seats = draw.randint(1, 5)
-        sizes = [(draw.randint(1, 700), draw.randint(1, 500)) for _ in range(seats)]
-        needs = [Pages.need(*size) for size in sizes]
-        pages = Pages(CONFIG, seats, sum(needs) + 3, max(needs) + 1, torch.float32, "cpu")
-        for seat, size in enumerate(sizes):
-            pages.take(seat, *size)
-        counts, order = [draw.randint(1, 150) for _ in range(seats)], draw.sample(range(seats), seats)
+        batch_slots = draw.randint(1, 5)
+        sizes = [(draw.randint(1, 700), draw.randint(1, 500)) for _ in range(batch_slots)]
+        needs = [PagedKVCache.need(*size) for size in sizes]
+        pages = PagedKVCache(CONFIG, batch_slots, sum(needs) + 3, max(needs) + 1, torch.float32, "cpu")
+        for batch_slot, size in enumerate(sizes):
+            pages.take(batch_slot, *size)
+        counts, order = [draw.randint(1, 150) for _ in range(batch_slots)], draw.sample(range(batch_slots), batch_slots)
         blocks = [blocks_of(count, groups) for count in counts]
-        view = Packed(pages, sum(blocks) + 2, groups, flex=True)
-        for fed in {seats, draw.randint(1, seats)}:
-            whose = [seat for seat, count in zip(order[:fed], counts, strict=False) for _ in range(count)]
-            upto = torch.tensor([[draw.randint(0, size) for size in sizes[seat]] for seat in whose])
+        view = RaggedAttention(pages, sum(blocks) + 2, groups, flex=True)
+        for fed in {batch_slots, draw.randint(1, batch_slots)}:
+            whose = [batch_slot for batch_slot, count in zip(order[:fed], counts, strict=False) for _ in range(count)]
+            upto = torch.tensor([[draw.randint(0, size) for size in sizes[batch_slot]] for batch_slot in whose])
             expected = torch.zeros(len(whose), pages.store.shape[2], dtype=torch.bool)
-            for row, (seat, seen) in enumerate(zip(whose, upto.tolist(), strict=True)):
+            for row, (batch_slot, seen) in enumerate(zip(whose, upto.tolist(), strict=True)):
                 runs = [torch.arange(end) for end in seen]
-                runs[1] = runs[1] + Pages.text_page_of(sizes[seat][0]) * PAGE
-                expected[row, pages.places(torch.tensor([seat]), torch.cat(runs)[None])] = True
+                runs[1] = runs[1] + PagedKVCache.text_page_of(sizes[batch_slot][0]) * PAGE
+                expected[row, pages.places(torch.tensor([batch_slot]), torch.cat(runs)[None])] = True
             view.lay_out(order[:fed], counts[:fed])
             filled = torch.cat([upto, upto[:5]])  # rows to no effect
             view.place(torch.zeros(len(filled), dtype=torch.long), *filled.T)

@@ -28,7 +28,7 @@ from qwen_vl_streaming.live.screen import UNFINISHED, Pieces, Screen
 from qwen_vl_streaming.live.watch import Watch
 from qwen_vl_streaming.model.prompts import clip_pixels, load_processor, make_template
 from qwen_vl_streaming.sessions import open_session
-from qwen_vl_streaming.sessions.perception_client import Pair
+from qwen_vl_streaming.sessions.perception_client import PerceptionClient
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.session import Session
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -36,7 +36,7 @@ from qwen_vl_streaming.video.clip_recorder import read_clips
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwen_vl_streaming.video.sources import Clip, synthetic_clips
 from safetensors.torch import save_file
-from test_live_source import serve, stream_bytes  # noqa: F401  a fixture
+from test_sources import serve, stream_bytes  # noqa: F401  a fixture
 from tiny import random_template, tiny_model
 
 SMALL = ("--min-pixels-per-frame", "3136", "--max-pixels-per-frame", "3136")
@@ -524,7 +524,7 @@ def test_no_memory_left(command, tmp_path, monkeypatch, number, kind, reason):
 def test_two_processes_of_which_one_is_lost(command, tmp_path, monkeypatch):
     flags = ("--source", "synthetic", "--speed", 20, "--max-clips", 5, "--max-new-tokens", 20, "--way", "pipelined")
     pairs = []
-    monkeypatch.setattr(cli, "Pair", lambda load: pairs.append(Pair(load)) or pairs[-1])
+    monkeypatch.setattr(cli, "PerceptionClient", lambda load: pairs.append(PerceptionClient(load)) or pairs[-1])
     code, _, err = command(*flags)
     record, found = read(tmp_path)
     assert code == 0, err

@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.engine.step_runner import Passes
-from qwen_vl_streaming.engine.stream_state import Feed
+from qwen_vl_streaming.engine.step_runner import StepRunner
+from qwen_vl_streaming.engine.stream_state import StreamState
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
-from qwen_vl_streaming.sessions.perception_client import Pair, PerceptionLost
+from qwen_vl_streaming.sessions.perception_client import PerceptionClient, PerceptionLost
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.timeline.plan import make_plan
 from qwen_vl_streaming.timeline.timeline import Schedule
@@ -57,7 +57,7 @@ def pairs():
 def pair(pairs):
     """One for all tests, until it is lost."""
     if not pairs or pairs[-1].why_lost:
-        pairs.append(Pair(tiny_model, patience=SECONDS))
+        pairs.append(PerceptionClient(tiny_model, patience=SECONDS))
     return pairs[-1]
 
 
@@ -105,8 +105,8 @@ def test_a_fixed_schedule_gives_the_words_of_the_other_ways(model, pair, variant
 def test_a_clip_crosses_in_one_transfer_and_is_seen_whole_or_not(model, pair, monkeypatch):
     case = random_case(random.Random(4), PARALLEL[1], "wait-2")
     case.layout, case.pixels, case.steps = case.template.layout((3, 3), 2.0), torch.randn(4, 36, 1176), [0, 9, 0, 2]
-    came, copy_in = [], Passes.copy_in
-    monkeypatch.setattr(Passes, "copy_in", lambda self, *what: (came.append(1), copy_in(self, *what)))
+    came, copy_in = [], StepRunner.copy_in
+    monkeypatch.setattr(StepRunner, "copy_in", lambda self, *what: (came.append(1), copy_in(self, *what)))
     with open_case(model, case, pair, chunk=2, max_clips=4, max_new_tokens=20) as session:
         play(session, case)
         while len(came) < 4:  # the answer may be over before the last clips have come
@@ -118,13 +118,13 @@ def test_a_clip_crosses_in_one_transfer_and_is_seen_whole_or_not(model, pair, mo
 def test_perception_places_clips_by_what_was_written(model, pair, schedule, monkeypatch):
     """In overlap a clip's positions depend on what the slots before it wrote: they go with the clip."""
     print("seed", SEED)
-    draw, orders, order = random.Random(SEED), [], Pair.order
+    draw, orders, order = random.Random(SEED), [], PerceptionClient.order
 
     def kept(pair, *message, **options):
         orders.append(message)
         order(pair, *message, **options)
 
-    monkeypatch.setattr(Pair, "order", kept)
+    monkeypatch.setattr(PerceptionClient, "order", kept)
     case = random_case(draw, VARIANTS["overlap"], schedule)
     case.layout = case.template.layout((1, 2), 2.0)
     case.pixels, case.steps = torch.randn(5, 8, 1176), [draw.randint(0, 7) for _ in range(5)]
@@ -132,7 +132,7 @@ def test_perception_places_clips_by_what_was_written(model, pair, schedule, monk
         play(session, case)
     counts = session.counts + [0] * (5 - len(session.counts))
     plan = make_plan(case.variant, case.layout, Schedule(tuple(counts[:-1])), sum(counts))
-    sight = Feed(case.variant, case.template, case.layout)
+    sight = StreamState(case.variant, case.template, case.layout)
     for *_, last, known in (order for order in orders if order[0] == "clip" and len(order[-1]) < len(session.counts)):
         sight.stream.counts[:] = known
         due = sight.clip(last)
@@ -209,7 +209,7 @@ def test_a_model_that_cannot_be_loaded_is_refused():
     ):
         before = threading.active_count(), len(os.listdir("/proc/self/fd"))
         with pytest.raises(error, match=match):
-            Pair(load)
+            PerceptionClient(load)
         gc.collect()
         until = time.monotonic() + 5
         while (threading.active_count(), len(os.listdir("/proc/self/fd"))) > before and time.monotonic() < until:
@@ -227,9 +227,9 @@ def test_signals_to_the_whole_group_are_not_for_perception(model, pair):
 
 def test_a_program_that_forgets_its_pair_ends_all_the_same():
     lines = (
-        "from qwen_vl_streaming.pair import Pair",
+        "from qwen_vl_streaming.sessions.perception_client import PerceptionClient",
         "from tiny import tiny_model",
-        "kept = Pair(tiny_model)",
+        "kept = PerceptionClient(tiny_model)",
         "print(kept.process.pid)",
     )
     done = subprocess.run(
@@ -248,7 +248,7 @@ def test_no_room_for_clips_in_shared_memory_is_one_line(model, monkeypatch):
     def full(_):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
-    with Pair(tiny_model, patience=SECONDS) as own:
+    with PerceptionClient(tiny_model, patience=SECONDS) as own:
         with monkeypatch.context() as patch, pytest.raises(InputError, match=r"/dev/shm has no room for [\d.]+ MiB"):
             patch.setattr(torch.Tensor, "share_memory_", full)
             open_case(model, case, own)
@@ -267,5 +267,5 @@ def test_clips_of_the_model_s_own_type(pairs):
     wide = tiny_model().double()
     case = random_case(random.Random(8), PARALLEL[0], "wait-1")
     case.pixels = case.pixels.double()
-    with Pair(double_model, patience=SECONDS) as own, open_case(wide, case, own) as session:
+    with PerceptionClient(double_model, patience=SECONDS) as own, open_case(wide, case, own) as session:
         check(wide, case, play(session, case))

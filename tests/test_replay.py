@@ -20,7 +20,7 @@ from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.clip_recorder import Keeper, read_clips
+from qwen_vl_streaming.video.clip_recorder import ClipRecorder, read_clips
 from qwen_vl_streaming.video.frames import read_video
 from sessions import play, random_case
 from tiny import tiny_model
@@ -225,7 +225,7 @@ def test_frames_that_find_no_room_are_one_line_and_leave_those_before(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     clips = [torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8) for _ in range(3)]
-    keeper, none = Keeper(tmp_path / "k.st"), Keeper(tmp_path / "none.st")
+    keeper, none = ClipRecorder(tmp_path / "k.st"), ClipRecorder(tmp_path / "none.st")
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limit[1]))
     try:
         for clip in clips[:2]:

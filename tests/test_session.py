@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.engine.kv_cache import PAGE, Pages
-from qwen_vl_streaming.engine.paged_attention import Both
-from qwen_vl_streaming.engine.step_runner import NUMBERS, Passes
-from qwen_vl_streaming.engine.stream_state import Feed
+from qwen_vl_streaming.engine.kv_cache import PAGE, PagedKVCache
+from qwen_vl_streaming.engine.paged_attention import MixedAttention
+from qwen_vl_streaming.engine.step_runner import NUMBERS, StepRunner
+from qwen_vl_streaming.engine.stream_state import StreamState
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
 from qwen_vl_streaming.sessions.record import read_record
@@ -109,7 +109,7 @@ def test_rows_come_as_a_plan_has_them(variant, seed):
     layout = template.layout((draw.randint(1, 3), draw.randint(1, 3)), 2.0)
     counts = random_counts(draw, variant)
     plan = make_plan(variant, layout, Schedule(tuple(counts[:-1])), sum(counts))
-    feed, dues = Feed(variant, template, layout), [Feed.prompt(variant, template, layout)]
+    feed, dues = StreamState(variant, template, layout), [StreamState.prompt(variant, template, layout)]
     for number, count in enumerate(counts, 1):
         dues.append(feed.clip(number == len(counts)))
         for _ in range(count):
@@ -130,13 +130,13 @@ def test_rows_come_as_a_plan_has_them(variant, seed):
 def test_what_a_session_feeds_is_its_timeline(model, variant, way, monkeypatch):
     """Positions and sight of every row that enters, where slots write more than a clip takes up and less."""
     print("seed", SEED)
-    draw, passed, run_pass = random.Random(f"{SEED} {variant.name}"), [], Passes.run
+    draw, passed, run_pass = random.Random(f"{SEED} {variant.name}"), [], StepRunner.run
 
     def spy(self, asks):
         passed.extend(due for ask in asks for due in (ask.others, ask.word))
         return run_pass(self, asks)
 
-    monkeypatch.setattr(Passes, "run", spy)
+    monkeypatch.setattr(StepRunner, "run", spy)
     for schedule in ("greedy", Schedule((4, 0, 3, 1))):
         case = random_case(draw, variant, schedule)
         case.layout = case.template.layout((1, 2), 2.0)
@@ -188,18 +188,18 @@ def test_passes_serve_one_stream_after_another(model):
 
 
 @pytest.mark.parametrize("width", [None, 40])
-@pytest.mark.parametrize("seats", [1, 3])
-def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, seats, width, monkeypatch):
+@pytest.mark.parametrize("batch_slots", [1, 3])
+def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slots, width, monkeypatch):
     """All that lies before a clip is listed as seen whole, whatever rows of a pass are idle."""
     print("seed", SEED)
-    draw = random.Random(f"{SEED} {seats} {width}")
+    draw = random.Random(f"{SEED} {batch_slots} {width}")
     template, many = random_template(draw), draw.randint(6, 8)
     layout = template.layout((draw.randint(6, 9), 8), 2.0)
     room = {"schedule": Schedule((0,) * many), "max_clips": many + 1, "max_new_tokens": 4}
-    visual, text = Passes.room(layout, many + 1, 4, None)
-    need, tokens = Pages.need(visual, text), layout.tokens_per_clip
+    visual, text = StepRunner.room(layout, many + 1, 4, None)
+    need, tokens = PagedKVCache.need(visual, text), layout.tokens_per_clip
     sizes = {"columns": need, "longest": text, "clip": tokens, "width": width or tokens + layout.tail}
-    passes = Passes(model, seats, seats * need, **sizes)
+    passes = StepRunner(model, batch_slots, batch_slots * need, **sizes)
     with open_session(model, VARIANTS["group"], template, layout, passes=passes, **room) as session:
         for _ in range(many):
             session.feed(torch.randn(tokens, passes.clip.shape[2]))
@@ -209,7 +209,7 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, seats, wi
         assert len(made) == many * -(-tokens // passes.width)
         for numbers in made:
             rows = passes._rows(1)
-            both = Both(passes.pages, (1, passes.width), passes.groups, True, {}, False)
+            both = MixedAttention(passes.pages, (1, passes.width), passes.groups, True, {}, False)
             table, whose = numbers[: NUMBERS * rows].view(NUMBERS, rows), numbers[NUMBERS * rows :][:1]
             both.place(table[3], table[4:8], whose)
             asked, whole = both.parts[-1].counts

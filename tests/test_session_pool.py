@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.engine.kv_cache import Pages
+from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions.record import read_record
-from qwen_vl_streaming.sessions.session_pool import Crowd
+from qwen_vl_streaming.sessions.session_pool import SessionPool
 from qwen_vl_streaming.timeline.timeline import Layout, Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import PARALLEL, check, no_memory, random_case
@@ -35,7 +35,7 @@ def test_each_writes_what_it_would_alone(model, part, pieces):
     """Sessions of all variants, ways, schedules and sizes come and go; clips arrive when they do."""
     print("seed", SEED, part)
     draw = random.Random(f"{SEED} {part}")
-    crowd = Crowd(model, 5, LARGEST, max_clips=6, max_new_tokens=14, pieces=pieces)
+    crowd = SessionPool(model, 5, LARGEST, max_clips=6, max_new_tokens=14, pieces=pieces)
     waiting, running, over = [], [], 0
     for _ in range(25):
         variant = draw.choice([*VARIANTS.values(), *PARALLEL])
@@ -66,7 +66,7 @@ def test_who_waits_for_a_clip_has_its_words_while_others_go_on(model):
     """One session has all three words of its clip, though two passes may be under way and another never rests."""
     template = replace(random_template(random.Random(3)), end=-1)
     layout = template.layout((2, 3), 2.0)
-    with Crowd(model, 2, layout, max_clips=40, max_new_tokens=99) as crowd:
+    with SessionPool(model, 2, layout, max_clips=40, max_new_tokens=99) as crowd:
         quiet, busy = (crowd.open(VARIANTS["group"], template, layout, schedule="wait-3", ahead=2) for _ in "12")
         quiet.feed(torch.randn(24, 1176))
         for _ in range(12):
@@ -82,7 +82,7 @@ def test_who_has_gone_without_a_piece_for_longest_is_next(model):
     draw = random.Random(SEED)
     template = replace(random_template(draw), end=-1)
     layout = template.layout((2, 3), 2.0)
-    with Crowd(model, 5, layout, max_clips=120, max_new_tokens=999, pieces=(1,)) as crowd:
+    with SessionPool(model, 5, layout, max_clips=120, max_new_tokens=999, pieces=(1,)) as crowd:
         sessions = [crowd.open(VARIANTS["group"], template, layout, way="serial", schedule="wait-1") for _ in range(5)]
         for part in range(20):
             for _ in range(draw.randint(1, 5)):
@@ -101,8 +101,8 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
     case.pixels, case.layout = torch.randn(4, 24, 1176), case.template.layout((2, 3), 2.0)
     case.most = 12
     options = {"max_clips": 4, "max_new_tokens": 12}
-    each = Pages.bytes_each(config, model.dtype)
-    crowd = Crowd(model, 3, case.layout, memory=5 * each, **options)  # two of two pages, and one page of nobody's
+    each = PagedKVCache.bytes_each(config, model.dtype)
+    crowd = SessionPool(model, 3, case.layout, memory=5 * each, **options)  # two of two pages, and one page of nobody's
     first, second = (let_in(crowd, case, "fused", **options) for _ in range(2))
     with pytest.raises(InputError, match=r"one more session needs 0\.\d+ GiB .* 0\.000 are free beside the 2 that run"):
         let_in(crowd, case, "fused", **options)
@@ -118,9 +118,9 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
     with pytest.raises(InputError, match="ask for fused or serial"):
         let_in(crowd, case, "pipelined", **options)
     with pytest.raises(InputError, match="take no clip in"):
-        Crowd(model, 3, case.layout, pieces=(), **options)
+        SessionPool(model, 3, case.layout, pieces=(), **options)
     with pytest.raises(InputError, match=r"one session needs .* GiB"):
-        Crowd(model, 3, case.layout, memory=each, **options)
+        SessionPool(model, 3, case.layout, memory=each, **options)
     with pytest.raises(InputError, match=r"a penalty of 3\.0 in passes that were made with 1\.15"):
         let_in(crowd, case, "fused", **options, penalty=3.0)
     with pytest.raises(InputError, match="a clip of 25 visual tokens is more than the 6"):
@@ -132,7 +132,7 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
 def test_a_crowd_s_penalty_is_its_sessions(model, tmp_path):
     case = random_case(random.Random(3), VARIANTS["group"], "wait-2")
     options = {"max_clips": len(case.pixels), "max_new_tokens": case.most}
-    with Crowd(model, 2, case.layout, penalty=3.0, **options) as crowd:
+    with SessionPool(model, 2, case.layout, penalty=3.0, **options) as crowd:
         session = crowd.open(case.variant, case.template, case.layout, schedule="wait-2", record=tmp_path / "r.json")
         for number, clip in enumerate(case.pixels, 1):
             session.feed(clip, last=number == len(case.pixels))
@@ -150,7 +150,7 @@ def test_what_one_is_shown_reaches_no_other(model):
     cases = [replace(case, layout=case.template.layout((2, 2), 2.0), pixels=torch.randn(3, 16, 1176)) for case in cases]
     picked = []
     for other in range(2):
-        crowd = Crowd(model, 3, Layout(40, 10, 10, layout.grid), max_clips=3, max_new_tokens=9)
+        crowd = SessionPool(model, 3, Layout(40, 10, 10, layout.grid), max_clips=3, max_new_tokens=9)
         sessions = [let_in(crowd, replace(case, steps=[]), "fused", max_clips=3, max_new_tokens=9) for case in cases]
         for number in range(3):
             for session, case in zip(sessions, cases, strict=True):
@@ -159,7 +159,7 @@ def test_what_one_is_shown_reaches_no_other(model):
         mine = []
         for _ in range(4):
             crowd.step()
-            mine.append(crowd.passes.picked[sessions[1].seat.number].clone())
+            mine.append(crowd.passes.picked[sessions[1].batch_slot.number].clone())
         picked.append(torch.stack(mine))
         crowd.close()
     assert torch.equal(*picked)
@@ -168,7 +168,7 @@ def test_what_one_is_shown_reaches_no_other(model):
 def test_an_error_in_a_pass_ends_all_with_their_records(model, tmp_path, monkeypatch):
     case = random_case(random.Random(4), VARIANTS["overlap"], Schedule((1, 1)))
     case.pixels, case.layout = torch.randn(3, 24, 1176), case.template.layout((2, 3), 2.0)
-    crowd = Crowd(model, 2, LARGEST, max_clips=3, max_new_tokens=9)
+    crowd = SessionPool(model, 2, LARGEST, max_clips=3, max_new_tokens=9)
     sessions = [
         let_in(crowd, case, "fused", record=tmp_path / f"{n}.json", max_clips=3, max_new_tokens=9) for n in range(2)
     ]
@@ -193,7 +193,7 @@ def test_an_error_in_a_pass_ends_all_with_their_records(model, tmp_path, monkeyp
 @pytest.mark.parametrize("fails", [False, True], ids=["closed", "an error in a pass"])
 def test_a_record_that_cannot_be_written_harms_no_other(model, tmp_path, monkeypatch, fails):
     case = random_case(random.Random(4), VARIANTS["gap"], "wait-1")
-    crowd = Crowd(model, 3, LARGEST, max_clips=6, max_new_tokens=20)
+    crowd = SessionPool(model, 3, LARGEST, max_clips=6, max_new_tokens=20)
     (tmp_path / "file").touch()
     sessions = [
         crowd.open(case.variant, case.template, case.layout, schedule="wait-1", record=path)

@@ -18,7 +18,7 @@ from qwen_vl_streaming.video import streams
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
-from test_live_source import serve, stream_bytes  # noqa: F401  a fixture
+from test_sources import serve, stream_bytes  # noqa: F401  a fixture
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
 REORDERED = {"preset": "medium", "bf": "3"}

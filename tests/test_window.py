@@ -12,7 +12,7 @@ from qwen_vl_streaming.engine.kv_cache import PAGE
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
 from qwen_vl_streaming.sessions.record import read_record
-from qwen_vl_streaming.sessions.session_pool import Crowd
+from qwen_vl_streaming.sessions.session_pool import SessionPool
 from qwen_vl_streaming.timeline.plan import Window
 from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -77,8 +77,8 @@ def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, way, tmp
         with session:
             watch(session, case.pixels, draw)
         assert len(session.counts) == 70 or len(session.written) == most
-        assert session.seat.visual.newest >= len(session.seat.visual.mine)  # the pages have turned
-        assert len(session.seat.visual.mine) * PAGE < 70 * 9
+        assert session.batch_slot.visual.newest >= len(session.batch_slot.visual.mine)  # the pages have turned
+        assert len(session.batch_slot.visual.mine) * PAGE < 70 * 9
         record = read_record(path)
         assert record.window == list(window)
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
@@ -157,7 +157,7 @@ def test_a_crowd_of_streams_without_end(model):
         options = {"window": (4, 9), "schedule": "wait-2", "max_new_tokens": 100}
         with open_session(model, case.variant, case.template, case.layout, way="fused", **options) as session:
             alone.append(watch(session, case.pixels, draw).caption())
-    with Crowd(model, 3, cases[0].layout, window=(4, 40), max_new_tokens=100) as crowd:
+    with SessionPool(model, 3, cases[0].layout, window=(4, 40), max_new_tokens=100) as crowd:
         sessions = [
             crowd.open(case.variant, case.template, case.layout, schedule="wait-2", window=(4, 9)) for case in cases
         ]
@@ -182,7 +182,7 @@ def test_room_is_enough_for_what_is_in_sight(monkeypatch):
             (0, layout.prompt, layout.tokens_per_clip, window.clips + passes_module.AHEAD),
             (1, layout.header, 1, window.words + 1),
         ):
-            room = passes_module.Passes.room(layout, 1, 1, window)[run]
+            room = passes_module.StepRunner.room(layout, 1, 1, window)[run]
             pages = -(-room // PAGE)
             turning = pages - min(-(-kept // PAGE), pages - 1)
             for newest in (kept + step * draw.randint(1, 5000) for _ in range(5)):

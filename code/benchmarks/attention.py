@@ -23,11 +23,11 @@ from evaluation import rates
 from latency.setup import tiny_config
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.engine import ragged_attention
-from qwen_vl_streaming.engine.kv_cache import Pages
-from qwen_vl_streaming.engine.paged_attention import PIECES, View, flex_in_shares, shares_of
+from qwen_vl_streaming.engine.kv_cache import PagedKVCache
+from qwen_vl_streaming.engine.paged_attention import PIECES, PagedAttention, flex_in_shares, shares_of
 from qwen_vl_streaming.engine.prefill import room_for
-from qwen_vl_streaming.engine.ragged_attention import Packed, blocks_of
-from qwen_vl_streaming.engine.runner import Engine
+from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, blocks_of
+from qwen_vl_streaming.engine.runner import Runner
 from torch import Tensor
 from training import SHAPES, find_device, make_config, seconds
 
@@ -94,12 +94,12 @@ class Bench:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype)
 
-    def pages(self, shape: Shape) -> Pages:
-        seats = len(shape.seen_by_row())
-        each = Pages.need(shape.seen, TEXT)
-        pages = Pages(self.config, seats, seats * each, each, self.dtype, self.device)
-        for seat in range(seats):
-            pages.take(seat, shape.seen, TEXT)
+    def pages(self, shape: Shape) -> PagedKVCache:
+        batch_slots = len(shape.seen_by_row())
+        each = PagedKVCache.need(shape.seen, TEXT)
+        pages = PagedKVCache(self.config, batch_slots, batch_slots * each, each, self.dtype, self.device)
+        for batch_slot in range(batch_slots):
+            pages.take(batch_slot, shape.seen, TEXT)
         pages.store.normal_()
         return pages
 
@@ -110,7 +110,7 @@ class Bench:
         if shape.kind == "clips":
             ragged_attention.OPTIONS, ragged_attention.BLOCK = options, options["BLOCK_M"]
             blocks = sum(blocks_of(count, self.groups) for count in counts)
-            view = Packed(pages, room_for(blocks), self.groups, True)
+            view = RaggedAttention(pages, room_for(blocks), self.groups, True)
             view.lay_out(range(len(rows)), counts)
             seen = torch.cat(rows).to(self.device)
             view.place(torch.zeros_like(seen), seen, torch.ones_like(seen))
@@ -121,7 +121,9 @@ class Bench:
         if shape.kind == "clip":
             shares = shares_of(pages, seen.numel() * self.groups * PIECES["BLOCK_M"] // options["BLOCK_M"])
         whose = torch.arange(len(rows), device=self.device)
-        view = View(pages, whose, None, seen, torch.ones_like(seen), self.groups, True, options, shares=shares)
+        view = PagedAttention(
+            pages, whose, None, seen, torch.ones_like(seen), self.groups, True, options, shares=shares
+        )
         query = self.random(len(rows), self.heads, seen.shape[1], self.size)
         mix = torch.compile(view.mix, dynamic=False) if self.device == "cuda" else view.mix
         return lambda: mix(query, pool, scale)
@@ -163,7 +165,7 @@ def parse_options(text: str, names: tuple[str, ...]) -> dict:
 def tried(kind: str, asked: list[str] | None) -> Iterator[dict]:
     """Kernel options for passes of `kind`: the engine's, then those that are `asked` for, or all."""
     words = kind == "words"
-    engines = {"words": Engine.options, "clip": PIECES, "clips": ragged_attention.OPTIONS}[kind]
+    engines = {"words": Runner.options, "clip": PIECES, "clips": ragged_attention.OPTIONS}[kind]
     yield engines
     own = [text for text in asked or () if words == (text.count("x") == 1)]
     for text in own if asked else TRIED_FOR_WORDS if words else TRIED:

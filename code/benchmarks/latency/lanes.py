@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from latency.runs import runs
 from latency.setup import Bench, load
-from qwen_vl_streaming.engine.step_request import Ask
-from qwen_vl_streaming.engine.step_runner import Passes
-from qwen_vl_streaming.engine.vision_encoder import Tower
+from qwen_vl_streaming.engine.step_request import StepRequest
+from qwen_vl_streaming.engine.step_runner import StepRunner
+from qwen_vl_streaming.engine.vision_encoder import VisionEncoder
 
 TOWER, CLIP, WORD, MOVE = "vision tower", "language model over a clip", "words", "keys and values move"
 ROUNDS = 8
@@ -71,7 +71,7 @@ class Trace:
         return [{"kinds": kinds, "begin": at(begin), "end": at(end)} for kinds, begin, end in self.marks]
 
 
-def _kinds_of_pass(_, asks: Iterable[Ask]) -> list[str]:
+def _kinds_of_pass(_, asks: Iterable[StepRequest]) -> list[str]:
     """A pass takes a clip in where it has visual rows, and is generation where it writes or holds text alone."""
     sees = any(bool(ask.others.rows.visual.any()) for ask in asks)
     says = any(ask.write or bool(ask.others.rows.text.any() and not ask.others.rows.visual.any()) for ask in asks)
@@ -79,10 +79,10 @@ def _kinds_of_pass(_, asks: Iterable[Ask]) -> list[str]:
 
 
 WRAPPED = (
-    (Tower, "look", lambda *_: [TOWER]),
-    (Passes, "run", _kinds_of_pass),
-    (Passes, "copy_out", lambda *_: [MOVE]),
-    (Passes, "copy_in", lambda *_: [MOVE]),
+    (VisionEncoder, "look", lambda *_: [TOWER]),
+    (StepRunner, "run", _kinds_of_pass),
+    (StepRunner, "copy_out", lambda *_: [MOVE]),
+    (StepRunner, "copy_in", lambda *_: [MOVE]),
 )
 """Methods, and the kinds of what a call does."""
 

@@ -11,7 +11,7 @@ import torch
 from latency.runs import percentile, runs
 from latency.setup import TEMPLATE, TOKENS, Bench, slot_ends
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.sessions.session_pool import Crowd
+from qwen_vl_streaming.sessions.session_pool import SessionPool
 
 LATE = 1.0
 """Seconds after a clip is due within which its words have to be there: then the next clip comes."""
@@ -36,7 +36,7 @@ def many(bench: Bench, k: int, seats: list[int], seconds: float, age: int, windo
     options = {"max_clips": window[0], "max_new_tokens": k * (age + round(seconds) + 1), "window": window}
     table, enough, tries = [], 0, sorted(seats)
     bench.forget()
-    with Crowd(bench.model, tries[-1], bench.layout(), **options) as crowd:
+    with SessionPool(bench.model, tries[-1], bench.layout(), **options) as crowd:
         crowded(bench, crowd, k, min(tries[0], 2), 1, 1)  # warms up
         while tries:
             count = tries.pop(0)
@@ -65,7 +65,7 @@ def many(bench: Bench, k: int, seats: list[int], seconds: float, age: int, windo
     return {"k": k, "seconds": seconds, "age": age, "window": list(window), "sustained": enough, "many": table}
 
 
-def crowded(bench: Bench, crowd: Crowd, k: int, count: int, seconds: float, age: int, seed: int = 0) -> dict:
+def crowded(bench: Bench, crowd: SessionPool, k: int, count: int, seconds: float, age: int, seed: int = 0) -> dict:
     """`count` sessions for so many `seconds`. Raises InputError where not all of them are let in."""
     draw, clips = random.Random(seed), max(1, round(seconds))
     options = {"schedule": f"wait-{k}", "clock": time.perf_counter}

@@ -8,8 +8,8 @@ from statistics import median
 
 import torch
 from latency.setup import Bench, play
-from qwen_vl_streaming.engine.step_request import Ask
-from qwen_vl_streaming.engine.step_runner import Passes
+from qwen_vl_streaming.engine.step_request import StepRequest
+from qwen_vl_streaming.engine.step_runner import StepRunner
 
 REPEATS = 50
 SHOWN = 14
@@ -20,7 +20,7 @@ SHOWN = 14
 def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, tokens: int, chunk: int | None):
     """A whole video of `clips` clips, its session still open, and the last ask of each kind of pass (pieces, whether a
     word is written)."""
-    kept: dict[tuple[int, bool], Ask] = {}
+    kept: dict[tuple[int, bool], StepRequest] = {}
     with bench.open(way, f"wait-{k}", clips, max(words, k * clips), tokens, chunk=chunk) as session:
         run = session.passes.run
 
@@ -52,7 +52,7 @@ def each(bench: Bench, work: Callable[[], object]) -> float:
 
 def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: list[str]) -> dict:
     """Milliseconds of each kind of pass at the end of a video of `clips` clips: replayed alone, and the whole of
-    `Passes.run` with its numbers made by the host."""
+    `StepRunner.run` with its numbers made by the host."""
     floors, table, kernels = bench.floors(tokens), [], {}
     print(
         f"\npasses at the end of {clips} clips of {tokens} visual tokens\n{'a clip rides':<14}{'rows':>6}{'word':>6}",
@@ -86,7 +86,7 @@ def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: li
     return {"tokens": tokens, "passes": table, "kernels": kernels}
 
 
-def replay(made: Passes, pieces: int, write: bool, ask: Ask) -> Callable[[], object]:
+def replay(made: StepRunner, pieces: int, write: bool, ask: StepRequest) -> Callable[[], object]:
     """What the device does in a pass for `ask`, without the host's part."""
     made.run([ask])
     graph = made.graphs.get((pieces, write))

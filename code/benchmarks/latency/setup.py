@@ -16,11 +16,11 @@ import transformers
 from evaluation import rates
 from latency.floors import Floors
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.engine.step_runner import Passes
+from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
 from qwen_vl_streaming.sessions import open_session
-from qwen_vl_streaming.sessions.perception_client import Pair
+from qwen_vl_streaming.sessions.perception_client import PerceptionClient
 from qwen_vl_streaming.sessions.record import whole
 from qwen_vl_streaming.sessions.session import Session
 from qwen_vl_streaming.timeline.timeline import Layout
@@ -85,8 +85,8 @@ class Bench:
     """What a clip is fed as; `prompts.clip_pixels` gives float32."""
     loading: Callable = load
     """What the perceiving process of a pair makes its model with, given what `load` is given."""
-    pair: Pair | None = None
-    passes: dict[tuple, Passes] = field(default_factory=dict)
+    pair: PerceptionClient | None = None
+    passes: dict[tuple, StepRunner] = field(default_factory=dict)
     """Of sessions that are over, by their sizes."""
     kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
@@ -158,7 +158,7 @@ class Bench:
         by the first of them and handed on to the next."""
         if way == "pipelined":
             if self.pair is None:
-                self.pair = Pair(partial(self.loading, self.size, self.layers, self.other), PATIENCE)
+                self.pair = PerceptionClient(partial(self.loading, self.size, self.layers, self.other), PATIENCE)
             options["pair"] = self.pair
         sizes = (clips, words, tokens, options.get("chunk"), options.get("window"))
         options |= {"schedule": schedule, "max_clips": clips, "max_new_tokens": words, "clock": time.perf_counter}

@@ -21,9 +21,9 @@ from ..reference import PENALTY, Caption
 from ..timeline.plan import make_plan
 from ..timeline.timeline import Layout, Schedule
 from ..timeline.variants import Variant
-from .device_event import Mark
-from .kv_cache import Pages
-from .runner import Engine
+from .device_event import DeviceEvent
+from .kv_cache import PagedKVCache
+from .runner import Runner
 
 PACK = 32_768  # patches that the vision tower takes in at once; the language model sees a quarter as many tokens
 LEAST = 256  # rows of clips in a pass where so many wait: fewer take no less time, since weights must be read
@@ -52,13 +52,15 @@ class Job:
 class Batch:
     """Streams that share a model, their seats and pages, and a look now and then at which of them have ended."""
 
-    def __init__(self, model, variant: Variant, seats: int, pages: Pages, penalty: float, most: int, longest: int):
+    def __init__(
+        self, model, variant: Variant, batch_slots: int, pages: PagedKVCache, penalty: float, most: int, longest: int
+    ):
         self.model, self.variant, self.most = model, variant, most
-        self.engine = Engine(model, seats, pages, longest, penalty)
+        self.engine = Runner(model, batch_slots, pages, longest, penalty)
         if self.engine.fast:
             model.settle_tower()
             self.engine.capture()
-        self.empty = list(range(seats - 1, -1, -1))
+        self.empty = list(range(batch_slots - 1, -1, -1))
         self.jobs: dict[int, Job] = {}
         self.visual_tokens: dict[int, Tensor] = {}
         self.watched: dict[int, int] = {}
@@ -74,22 +76,22 @@ class Batch:
     def admit(self, jobs: list[Job], visual_tokens: list[Tensor]) -> None:
         """Seat `jobs`, which must fit, and take in what can be taken in at once of their `visual_tokens`, each (N,
         tokens of a clip, C)."""
-        seats = [self.empty.pop() for _ in jobs]
-        for seat, job in zip(seats, jobs, strict=True):
-            self.jobs[seat], self.watched[seat] = job, self.steps
-            self.engine.admit(seat, make_plan(self.variant, job.layout, job.schedule, self.most), job.template)
+        batch_slots = [self.empty.pop() for _ in jobs]
+        for batch_slot, job in zip(batch_slots, jobs, strict=True):
+            self.jobs[batch_slot], self.watched[batch_slot] = job, self.steps
+            self.engine.admit(batch_slot, make_plan(self.variant, job.layout, job.schedule, self.most), job.template)
         if self.variant.parallel or not self.variant.streams:
-            self.engine.take_in(seats, visual_tokens)
+            self.engine.take_in(batch_slots, visual_tokens)
         else:
-            self.visual_tokens |= dict(zip(seats, visual_tokens, strict=True))
+            self.visual_tokens |= dict(zip(batch_slots, visual_tokens, strict=True))
 
     def step(self) -> None:
         """A word in each stream that has one due, and with them the next clips of some that wait for theirs."""
         engine = self.engine
         if feeding := self._next_to_watch():
             self.watched |= dict.fromkeys(feeding, self.steps)
-            feeding += [seat for seat, stream in engine.seated.items() if stream.speaks]
-            engine.extend(feeding, [self.visual_tokens[seat] for seat in feeding])
+            feeding += [batch_slot for batch_slot, stream in engine.seated.items() if stream.speaks]
+            engine.extend(feeding, [self.visual_tokens[batch_slot] for batch_slot in feeding])
         else:
             engine.write()
         self.steps += 1
@@ -101,25 +103,25 @@ class Batch:
         one in as many as a slot has words, so that every pass has clips and the words of others to ride with them. All
         of them where their clips fill a pass."""
         seated = self.engine.seated
-        rows = {seat: len(stream.next_span()[1]) for seat, stream in seated.items() if stream.waits}
+        rows = {batch_slot: len(stream.next_span()[1]) for batch_slot, stream in seated.items() if stream.waits}
         if sum(rows.values()) >= FULL:
             return list(rows)
         quotas = [stream.plan.schedule.quotas for stream in seated.values()]
         slots, words = sum(map(len, quotas)), sum(map(sum, quotas))
         share, fed, chosen = len(seated) / max(words / max(slots, 1), 1), 0, []
-        for seat in sorted(rows, key=self.watched.__getitem__):
+        for batch_slot in sorted(rows, key=self.watched.__getitem__):
             if len(chosen) >= share and fed >= LEAST:
                 break
-            chosen.append(seat)
-            fed += rows[seat]
+            chosen.append(batch_slot)
+            fed += rows[batch_slot]
         return chosen
 
     def _look(self) -> None:
         """Have the device say what is written so far, without waiting for it."""
         engine = self.engine
         ids, ended = (tensor.to("cpu", non_blocking=True) for tensor in (engine.ids, engine.ended))
-        there = Mark(engine.device)
-        done = {seat for seat, stream in engine.seated.items() if stream.done}
+        there = DeviceEvent(engine.device)
+        done = {batch_slot for batch_slot, stream in engine.seated.items() if stream.done}
         self.looks.append((there, ids, ended, done, dict(self.jobs)))
 
     def collect(self) -> Iterator[tuple[Job, Caption]]:
@@ -132,20 +134,20 @@ class Batch:
                     return
                 there.wait()
             self.looks.popleft()
-            for seat, job in jobs.items():
-                if self.jobs.get(seat) is job and (seat in done or ended[seat]):
-                    yield job, self._leave(seat, job, ids[seat].tolist())
+            for batch_slot, job in jobs.items():
+                if self.jobs.get(batch_slot) is job and (batch_slot in done or ended[batch_slot]):
+                    yield job, self._leave(batch_slot, job, ids[batch_slot].tolist())
 
-    def _leave(self, seat: int, job: Job, ids: list[int]) -> Caption:
+    def _leave(self, batch_slot: int, job: Job, ids: list[int]) -> Caption:
         first = len(job.template.header)
         tokens = ids[first : first + self.most]
         if job.template.end in tokens:
             tokens = tokens[: tokens.index(job.template.end) + 1]
-        slots = self.engine.seated[seat].plan.slots(len(tokens))
-        self.engine.leave(seat)
-        del self.jobs[seat]
-        self.visual_tokens.pop(seat, None)
-        self.empty.append(seat)
+        slots = self.engine.seated[batch_slot].plan.slots(len(tokens))
+        self.engine.leave(batch_slot)
+        del self.jobs[batch_slot]
+        self.visual_tokens.pop(batch_slot, None)
+        self.empty.append(batch_slot)
         return Caption(tokens, slots, [slots.count(slot) for slot in range(1, job.schedule.clips + 1)])
 
 
@@ -167,7 +169,7 @@ def caption_all(
     `max_new_tokens` are written for a job. Raises InputError for a video that does not fit by itself.
     """
     config = model.model.language_model.config
-    each = Pages.bytes_each(config, model.dtype)
+    each = PagedKVCache.bytes_each(config, model.dtype)
     if memory is None and model.device.type == "cuda":
         memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
     most, limit = max_new_tokens, None if memory is None else memory // each - 1
@@ -175,7 +177,7 @@ def caption_all(
     def pages_of(job: Job) -> int:
         layout = job.layout
         visual = layout.prompt + len(job.pixels) * layout.tokens_per_clip + layout.tail
-        count = Pages.need(visual, layout.header + most)
+        count = PagedKVCache.need(visual, layout.header + most)
         if limit is not None and count > limit:
             raise InputError(
                 f"video {job.key} needs {count * each / 2**30:.3g} GiB for its keys and values, and there are "
@@ -196,7 +198,7 @@ def caption_all(
             batch = pages = None
             gc.collect()  # its memory goes before the next one's comes: its parts refer to each other
             needs = [pages_of(job) for job in pending]
-            pages = Pages(
+            pages = PagedKVCache(
                 config, batch_size, min(sum(needs), limit or sum(needs)), max(needs), model.dtype, model.device
             )
             batch = Batch(

@@ -2,7 +2,7 @@
 
 Writing is bound by how fast weights are read, and by how many kernels a layer takes. One product gives query, key and
 value, one gate and up; the stock layer's weights become views of the joined ones, so nothing is held twice and the
-model saves as before. `tests/test_batching.py` compares with the stock layers.
+model saves as before. `tests/test_batch.py` compares with the stock layers.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from .paged_attention import Fresh, View
-from .ragged_attention import Packed
+from .paged_attention import PagedAttention, PrefillAttention
+from .ragged_attention import RaggedAttention
 
 ONE_ROW = {"coordinate_descent_tuning": True}
 """The compiler's options for products with one row."""
 
 
 @dataclass
-class Joined:
+class FusedProjections:
     """The weights of one decoder layer."""
 
     norm_in: Tensor
@@ -37,7 +37,7 @@ class Joined:
     act: nn.Module
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "Joined":
+    def of(cls, layer: nn.Module) -> "FusedProjections":
         """Join the weights of a stock layer."""
         attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
         parts = attention.q_proj, attention.k_proj, attention.v_proj
@@ -83,13 +83,25 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 
 
-def run_layer(joined: Joined, hidden: Tensor, view: View | Packed | Fresh, rotary, pool: Tensor) -> Tensor:
+def run_layer(
+    joined: FusedProjections,
+    hidden: Tensor,
+    view: PagedAttention | RaggedAttention | PrefillAttention,
+    rotary,
+    pool: Tensor,
+) -> Tensor:
     """One layer over `hidden` (n, Q, C), with cosine and sine `rotary` of its positions and its `pool` of keys and
     values; returns (n, Q, C)."""
     return _down(joined, *_up(joined, hidden, _mix(joined, hidden, view, rotary, pool)))
 
 
-def _mix(joined: Joined, hidden: Tensor, view: View | Packed | Fresh, rotary, pool: Tensor) -> Tensor:
+def _mix(
+    joined: FusedProjections,
+    hidden: Tensor,
+    view: PagedAttention | RaggedAttention | PrefillAttention,
+    rotary,
+    pool: Tensor,
+) -> Tensor:
     """What attention makes of `hidden`, (n, Q, heads x D)."""
     heads, key_heads = joined.heads
     n, many, _ = hidden.shape
@@ -103,14 +115,14 @@ def _mix(joined: Joined, hidden: Tensor, view: View | Packed | Fresh, rotary, po
     return mixed.transpose(1, 2).reshape(n, many, -1)
 
 
-def _up(joined: Joined, hidden: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+def _up(joined: FusedProjections, hidden: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
     """The sum after attention, (n, Q, C), and what enters the last product, (n, Q, channels)."""
     hidden = hidden + nn.functional.linear(mixed, joined.out)
     gate, up = nn.functional.linear(rms_norm(hidden, joined.norm_mid, joined.eps), joined.gate_up).chunk(2, -1)
     return hidden, joined.act(gate) * up
 
 
-def _down(joined: Joined, hidden: Tensor, wide: Tensor) -> Tensor:
+def _down(joined: FusedProjections, hidden: Tensor, wide: Tensor) -> Tensor:
     return hidden + nn.functional.linear(wide, joined.down)
 
 
@@ -120,7 +132,7 @@ def compiled_for_one_row():
     attention and a long input are too much for."""
     mix, up, down = (torch.compile(part, dynamic=False, options=ONE_ROW) for part in (_mix, _up, _down))
 
-    def layer(joined: Joined, hidden: Tensor, *rest) -> Tensor:
+    def layer(joined: FusedProjections, hidden: Tensor, *rest) -> Tensor:
         return down(joined, *up(joined, hidden, mix(joined, hidden, *rest)))
 
     return layer

@@ -14,7 +14,7 @@ def put(numbers: torch.Tensor | Sequence[int], device: torch.device) -> torch.Te
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
-class Mark:
+class DeviceEvent:
     """Passed once the device has done all that its current stream was given before. On a CPU it has."""
 
     def __init__(self, device: torch.device):

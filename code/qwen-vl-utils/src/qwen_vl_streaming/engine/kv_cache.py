@@ -14,17 +14,17 @@ from .device_event import put
 PAGE = 128
 """Tokens in a page: a block of FlexAttention."""
 TEXT = 1 << 30
-"""Where the tokens of a text run begin to count, in `Pages.first`."""
+"""Where the tokens of a text run begin to count, in `PagedKVCache.first`."""
 NOWHERE = 1 << 40
 
 
-class Pages:
+class PagedKVCache:
     """A pool of pages and the table that says whose they are.
 
     Page 0 belongs to nobody: idle seats and padding write there.
     """
 
-    def __init__(self, config, seats: int, pages: int, width: int, dtype: torch.dtype, device):
+    def __init__(self, config, batch_slots: int, pages: int, width: int, dtype: torch.dtype, device):
         """`config` is the language model's; `pages` without page 0; `width` is W."""
         heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         shape = 2 * config.num_hidden_layers, heads, (pages + 1) * PAGE, size
@@ -32,15 +32,15 @@ class Pages:
         self.layers = [*self.store.unflatten(0, (-1, 2))]
         """Keys and values of each layer, (2, heads, pool, D). Not (…, 1, heads, …): the compiler then copies the whole
         pool to write one token."""
-        self.table = torch.zeros(seats, width, dtype=torch.long, device=device)
+        self.table = torch.zeros(batch_slots, width, dtype=torch.long, device=device)
         """The page of each logical page, (S, W)."""
         self.owner = torch.full((pages + 1,), -1, dtype=torch.long, device=device)
         """The seat that a page belongs to."""
         self.first = torch.full((pages + 1,), NOWHERE, dtype=torch.long, device=device)
         """The token of its seat's visual run with which a page begins, or TEXT + that of the text run."""
-        self.text_page = torch.zeros(seats, dtype=torch.long, device=device)
+        self.text_page = torch.zeros(batch_slots, dtype=torch.long, device=device)
         """The logical page at which a seat's text run begins."""
-        self.kept = torch.zeros(2, seats, dtype=torch.long, device=device)
+        self.kept = torch.zeros(2, batch_slots, dtype=torch.long, device=device)
         """How many tokens at the beginning of a seat's runs stay in sight of a sliding window, (2, S)."""
         self.free = list(range(pages, 0, -1))
         self.held: dict[int, list[int]] = {}
@@ -61,27 +61,27 @@ class Pages:
         size = config.hidden_size // config.num_attention_heads
         return 2 * config.num_hidden_layers * config.num_key_value_heads * PAGE * size * dtype.itemsize
 
-    def take(self, seat: int, visual: int, text: int) -> None:
-        """Give `seat` pages for its runs. Raises ValueError where there are too few, or the seat is taken."""
+    def take(self, batch_slot: int, visual: int, text: int) -> None:
+        """Give `batch_slot` pages for its runs. Raises ValueError where there are too few, or the seat is taken."""
         count = self.need(visual, text)
-        if seat in self.held or count > min(len(self.free), self.table.shape[1]):
-            raise ValueError(f"seat {seat} cannot have {count} pages: {len(self.free)} are free")
-        mine = self.held[seat] = [self.free.pop() for _ in range(count)]
+        if batch_slot in self.held or count > min(len(self.free), self.table.shape[1]):
+            raise ValueError(f"seat {batch_slot} cannot have {count} pages: {len(self.free)} are free")
+        mine = self.held[batch_slot] = [self.free.pop() for _ in range(count)]
         pages = put(mine, self.table.device)
-        self.table[seat, :count] = pages
-        self.owner.index_fill_(0, pages, seat)
+        self.table[batch_slot, :count] = pages
+        self.owner.index_fill_(0, pages, batch_slot)
         begin = self.text_page_of(visual)
         first = torch.arange(count, device=pages.device) * PAGE
         self.first[pages] = torch.where(first < begin * PAGE, first, first - begin * PAGE + TEXT)
-        self.text_page[seat].fill_(begin)
+        self.text_page[batch_slot].fill_(begin)
 
-    def give_back(self, seat: int) -> None:
-        mine = self.held.pop(seat)
+    def give_back(self, batch_slot: int) -> None:
+        mine = self.held.pop(batch_slot)
         self.free += reversed(mine)
         self.owner.index_fill_(0, put(mine, self.owner.device), -1)
-        self.table[seat].zero_()
-        self.text_page[seat].zero_()
+        self.table[batch_slot].zero_()
+        self.text_page[batch_slot].zero_()
 
-    def places(self, seats: Tensor, logical: Tensor) -> Tensor:
-        """Where in the pool the `logical` tokens (n, Q) of `seats` (n,) lie."""
-        return self.table[seats].gather(1, logical // PAGE) * PAGE + logical % PAGE
+    def places(self, batch_slots: Tensor, logical: Tensor) -> Tensor:
+        """Where in the pool the `logical` tokens (n, Q) of `batch_slots` (n,) lie."""
+        return self.table[batch_slots].gather(1, logical // PAGE) * PAGE + logical % PAGE

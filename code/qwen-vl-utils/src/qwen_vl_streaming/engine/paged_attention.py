@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .kv_cache import PAGE, TEXT, Pages
+from .kv_cache import PAGE, TEXT, PagedKVCache
 
 
 @dataclass
-class View:
+class PagedAttention:
     """What the queries of a pass may see: `seen_visual` tokens of their seat's visual run and `seen_text` of its text
     run; where `since` is given, of those only what the seat keeps and what lies behind the two numbers it says."""
 
-    pages: Pages
-    seats: Tensor
+    pages: PagedKVCache
+    batch_slots: Tensor
     """(n,)"""
     places: Tensor | None
     """Where in the pool the pass writes, (n, Q)."""
@@ -44,8 +44,8 @@ class View:
         self.refresh()
 
     def _sees(self, token: Tensor, pick) -> Tensor:
-        """Whether queries see `token`, as `Pages.first` counts. `pick` takes what belongs to them of a tensor (n, Q),
-        and what belongs to their seats of a tensor (S,)."""
+        """Whether queries see `token`, as `PagedKVCache.first` counts. `pick` takes what belongs to them of a tensor
+        (n, Q), and what belongs to their seats of a tensor (S,)."""
         seen = None
         for run, (begin, upto) in enumerate(((0, self.seen_visual), (TEXT, self.seen_text))):
             own = token - begin
@@ -57,11 +57,11 @@ class View:
 
     def _dense_mask(self) -> Tensor:
         """Mask (n, 1, Q, keys) over what the table of each seat lists; `gathered` says where that lies."""
-        table = self.pages.table[self.seats]
+        table = self.pages.table[self.batch_slots]
         within = torch.arange(table.shape[1] * PAGE, device=table.device) % PAGE
         self.gathered = table.repeat_interleave(PAGE, 1) * PAGE + within
         token = (self.pages.first[table].repeat_interleave(PAGE, 1) + within)[:, None]
-        mask = self._sees(token, lambda of: of[self.seats, None, None] if of.dim() == 1 else of[..., None])
+        mask = self._sees(token, lambda of: of[self.batch_slots, None, None] if of.dim() == 1 else of[..., None])
         return (mask | ~mask.any(-1, keepdim=True))[:, None]  # a query that sees nothing must come to no NaN
 
     def _block_mask(self) -> BlockMask:
@@ -70,11 +70,11 @@ class View:
         The heads that share a key lie beside each other as queries: (n, key heads, Q x groups, D). So few queries are
         one tile of one kernel, and a key is read once for all of them.
         """
-        pages, seats, groups = self.pages, self.seats, self.groups
+        pages, batch_slots, groups = self.pages, self.batch_slots, self.groups
         rows = self.seen_visual.shape[1] * groups
         self.one = self.seen_visual.shape[1] == 1
-        shape = 1 if self.one else 2, len(seats) * self.shares, 1, -(-rows // PAGE)
-        self.counts = torch.zeros(shape, dtype=torch.int32, device=seats.device)
+        shape = 1 if self.one else 2, len(batch_slots) * self.shares, 1, -(-rows // PAGE)
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=batch_slots.device)
         self.listed = self.counts.new_zeros(*shape, -(-pages.table.shape[1] // self.shares))
         """How many pages the queries of a block see in part, and all see whole; and which. With one query a seat all
         are looked at as partly seen: the kernel for few queries shares out only those among the GPU's processors."""
@@ -83,8 +83,10 @@ class View:
 
         def rule(b, h, row, key):
             b, q, page = b // shares, row // groups, key // PAGE
-            seen = self._sees(pages.first[page] + key % PAGE, lambda of: of[seats[b]] if of.dim() == 1 else of[b, q])
-            return seen & (pages.owner[page] == seats[b])
+            seen = self._sees(
+                pages.first[page] + key % PAGE, lambda of: of[batch_slots[b]] if of.dim() == 1 else of[b, q]
+            )
+            return seen & (pages.owner[page] == batch_slots[b])
 
         return BlockMask.from_kv_blocks(
             self.counts[0],
@@ -102,7 +104,7 @@ class View:
             self.mask = self._dense_mask()
             return
         blocks = self.counts.shape[-1]
-        table = self.pages.table[self.seats, None].expand(-1, blocks, -1)
+        table = self.pages.table[self.batch_slots, None].expand(-1, blocks, -1)
         first = self.pages.first[table]
 
         def seen(whole: bool) -> Tensor:
@@ -113,7 +115,7 @@ class View:
                 those = (own >= 0) & (own + (PAGE if whole else 1) <= self._of_block(upto, blocks, whole)[..., None])
                 if self.since is not None:
                     since = self._of_block(self.since[run], blocks, not whole)[..., None]
-                    kept = self.pages.kept[run][self.seats, None, None]
+                    kept = self.pages.kept[run][self.batch_slots, None, None]
                     if whole:
                         those = those & ((own >= since) | (own + PAGE <= kept))
                     else:
@@ -195,7 +197,7 @@ PIECES: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 MOST_SHARES = 8
 
 
-def tuned(pages: Pages, n: int, queries: int, groups: int, options: dict) -> dict:
+def tuned(pages: PagedKVCache, n: int, queries: int, groups: int, options: dict) -> dict:
     """`options` and `shares` of a view of n x `queries`: for few of them the `options` given, since FlexAttention then
     shares out by itself; else so many shares that each of a GPU's processors has a block of queries, counted with the
     heads of all keys."""
@@ -204,7 +206,7 @@ def tuned(pages: Pages, n: int, queries: int, groups: int, options: dict) -> dic
     return {"options": PIECES, "shares": shares_of(pages, n * queries * groups)}
 
 
-def shares_of(pages: Pages, rows: int) -> int:
+def shares_of(pages: PagedKVCache, rows: int) -> int:
     """In how many shares so many `rows` of queries for each key head see pages."""
     device = pages.store.device
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -212,23 +214,25 @@ def shares_of(pages: Pages, rows: int) -> int:
     return min(max(processors // blocks, 1), MOST_SHARES)
 
 
-class Both:
+class MixedAttention:
     """The view of a pass in which each of S seats has one row, and n pieces of Q rows each belong to some of them. All
     rows lie end to end in one: the seats' own, then piece by piece. With one seat and one piece, they are one part."""
 
-    def __init__(self, pages: Pages, pieces: tuple[int, int], groups: int, flex: bool, options: dict, windows: bool):
+    def __init__(
+        self, pages: PagedKVCache, pieces: tuple[int, int], groups: int, flex: bool, options: dict, windows: bool
+    ):
         """`pieces` are n and Q; `options` are FlexAttention's kernel_options for the seats' own rows."""
-        seats, device = len(pages.table), pages.table.device
-        self.places = torch.zeros(1, seats + pieces[0] * pieces[1], dtype=torch.long, device=device)
-        shapes = [(seats, 1), pieces] if pieces[0] else [(seats, 1)]
-        if seats == pieces[0] == 1:
+        batch_slots, device = len(pages.table), pages.table.device
+        self.places = torch.zeros(1, batch_slots + pieces[0] * pieces[1], dtype=torch.long, device=device)
+        shapes = [(batch_slots, 1), pieces] if pieces[0] else [(batch_slots, 1)]
+        if batch_slots == pieces[0] == 1:
             shapes = [(1, 1 + pieces[1])]
-        self.parts: list[View] = []
+        self.parts: list[PagedAttention] = []
         for n, many in shapes:
-            whose = torch.arange(seats, device=device) if not self.parts else torch.zeros_like(self.places[0, :n])
+            whose = torch.arange(batch_slots, device=device) if not self.parts else torch.zeros_like(self.places[0, :n])
             numbers = torch.ones(4, n, many, dtype=torch.long, device=device)
             self.parts.append(
-                View(
+                PagedAttention(
                     pages,
                     whose,
                     None,
@@ -241,7 +245,7 @@ class Both:
                 )
             )
 
-    def place(self, places: Tensor, seen: Tensor, seats: Tensor) -> None:
+    def place(self, places: Tensor, seen: Tensor, batch_slots: Tensor) -> None:
         """Set where the rows write, (rows,), what they see (`seen_visual`, `seen_text` and the two of `since`, (4,
         rows)), and the seats of the pieces, (n,)."""
         self.places.copy_(places[None])
@@ -254,12 +258,12 @@ class Both:
             if part.since is not None:
                 part.since.copy_(own[2:])
             if first:
-                part.seats.copy_(seats)
+                part.batch_slots.copy_(batch_slots)
             first += shape.numel()
             part.refresh()
 
     def attend(self, query: Tensor, fresh: Tensor, pool: Tensor, scale: float) -> Tensor:
-        """As `View.attend`, with one row of all."""
+        """As `PagedAttention.attend`, with one row of all."""
         pool[:, :, self.places.flatten()] = fresh[0]
         mixed, first = [], 0
         for part in self.parts:
@@ -271,7 +275,7 @@ class Both:
 
 
 @dataclass
-class Fresh:
+class PrefillAttention:
     """A pass over seats that have nothing in the pool yet, end to end in one row: for each the whole visual run, of
     which a row sees what came before it, and then the first rows of the text run, which see what `leads` says."""
 
@@ -283,7 +287,7 @@ class Fresh:
 
     @torch.compiler.disable  # its loop would be compiled anew for each number of seats
     def attend(self, query: Tensor, fresh: Tensor, pool: Tensor, scale: float) -> Tensor:
-        """As `View.attend`, with n = 1."""
+        """As `PagedAttention.attend`, with n = 1."""
         pool[:, :, self.places.flatten()] = fresh[0]
         lengths = [visual + len(mask) for visual, mask in self.leads]
         options = {"scale": scale, "enable_gqa": True}

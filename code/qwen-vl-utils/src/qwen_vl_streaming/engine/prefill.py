@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .device_event import OTHERS_MAY_GO_ON, put
-from .ragged_attention import BLOCK, Packed
-from .sequence import NUMBERS, Seated
+from .ragged_attention import BLOCK, RaggedAttention
+from .sequence import NUMBERS, PlannedSequence
 
 RECORD_AT = 3
 """The time of asking at which a number of rows is recorded: before it is compiled, and may be rare."""
@@ -39,13 +39,13 @@ def room_for(blocks: int) -> int:
     return 1 << (blocks - 1).bit_length()
 
 
-class Extension:
+class Prefill:
     """Passes of so many `blocks` or fewer: what they read lies in tensors of their own, which are filled before."""
 
     def __init__(self, engine, blocks: int):
-        """`engine` is an `runner.Engine`; `blocks` as in `ragged_attention.py`."""
+        """`engine` is an `runner.Runner`; `blocks` as in `ragged_attention.py`."""
         device, width = engine.device, engine.language.config.hidden_size
-        self.engine, self.view = engine, Packed(engine.pages, blocks, engine.groups, engine.flex)
+        self.engine, self.view = engine, RaggedAttention(engine.pages, blocks, engine.groups, engine.flex)
         room = filled_up(blocks * BLOCK // engine.groups)
         self.numbers = self.blank(room).to(device)
         self.clips = torch.zeros(room, width, dtype=engine.model.dtype, device=device)
@@ -64,13 +64,13 @@ class Extension:
     def fill(
         self,
         rows: int,
-        seats: Sequence[int],
-        streams: Sequence[Seated],
+        batch_slots: Sequence[int],
+        streams: Sequence[PlannedSequence],
         spans: Sequence[tuple[range, range]],
         visual_tokens: Sequence[Tensor],
     ) -> None:
-        """Have the next `run` feed `seats` the `spans` of their text and then of their visual runs, at most `rows` in
-        all. `visual_tokens` holds, for each, a tensor of (N, tokens of a clip, C)."""
+        """Have the next `run` feed `batch_slots` the `spans` of their text and then of their visual runs, at most
+        `rows` in all. `visual_tokens` holds, for each, a tensor of (N, tokens of a clip, C)."""
         parts, counts, first = [], [], 0
         for stream, (text, visual), tokens in zip(streams, spans, visual_tokens, strict=True):
             parts.append(stream.text_numbers[:, text.start : text.stop])
@@ -82,9 +82,9 @@ class Extension:
             first += counts[-1]
         numbers = self.blank(rows)
         numbers[:-1, :first] = torch.cat(parts, 1)
-        numbers[-1, :first] = torch.tensor(seats).repeat_interleave(torch.tensor(counts))
+        numbers[-1, :first] = torch.tensor(batch_slots).repeat_interleave(torch.tensor(counts))
         self.numbers[:, :rows] = put(numbers, self.engine.device)
-        self.view.lay_out(seats, counts)
+        self.view.lay_out(batch_slots, counts)
 
     @torch.no_grad()
     def run(self, rows: int) -> Tensor:
@@ -106,9 +106,9 @@ class Extension:
 
     def _pass(self, rows: int) -> Tensor:
         engine = self.engine
-        *positions, token, seen_visual, seen_text, ids, text, clip, seats = self.numbers[:, :rows]
-        places = engine.pages.places(seats, token.clamp(min=0)[:, None])[:, 0].where(token >= 0, 0)
+        *positions, token, seen_visual, seen_text, ids, text, clip, batch_slots = self.numbers[:, :rows]
+        places = engine.pages.places(batch_slots, token.clamp(min=0)[:, None])[:, 0].where(token >= 0, 0)
         self.view.place(places, seen_visual, seen_text)
-        ids = engine.ids[seats, text.clamp(min=0)].where(text >= 0, ids)
+        ids = engine.ids[batch_slots, text.clamp(min=0)].where(text >= 0, ids)
         hidden = self.clips[:rows].where((clip > 0)[:, None], engine.language.embed_tokens(ids))
         return engine.forward(hidden[None], torch.stack(positions)[:, None], self.view, engine.layer)[0]

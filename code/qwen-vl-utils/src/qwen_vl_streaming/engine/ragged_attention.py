@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from .device_event import put
-from .kv_cache import PAGE, TEXT, Pages
+from .kv_cache import PAGE, TEXT, PagedKVCache
 from .paged_attention import flex_in_shares, list_pages, shares_of
 
 BLOCK = 64
@@ -28,11 +28,11 @@ def blocks_of(rows: int, groups: int) -> int:
     return -(-rows * groups // BLOCK)
 
 
-class Packed:
+class RaggedAttention:
     """What rows may see: `seen_visual` tokens of their seat's visual run and `seen_text` of its text run."""
 
-    def __init__(self, pages: Pages, blocks: int, groups: int, flex: bool):
-        """Room for so many `blocks`; `groups` and `flex` as in `paged_attention.View`."""
+    def __init__(self, pages: PagedKVCache, blocks: int, groups: int, flex: bool):
+        """Room for so many `blocks`; `groups` and `flex` as in `paged_attention.PagedAttention`."""
         self.pages, self.blocks, self.groups, self.flex = pages, blocks, groups, flex
         self.places: Tensor | None = None
         """Where in the pool the pass writes, (R,)."""
@@ -44,7 +44,7 @@ class Packed:
         if flex:
             zeros = torch.zeros(9, blocks * BLOCK, dtype=torch.long, device=pages.table.device)
             self.of_blocks = zeros[:4, :blocks]
-            self.seat, self.begin, self.count, self.before = self.of_blocks[:, :, None]
+            self.batch_slot, self.begin, self.count, self.before = self.of_blocks[:, :, None]
             """Of a block: whose it is, the seat's first row, how many rows it has, and its queries in blocks before,
             each (B, 1)."""
             self.row, self.head, self.seen_visual, self.seen_text, self.start = zeros[4:]
@@ -54,18 +54,18 @@ class Packed:
             self.within = torch.arange(BLOCK, device=zeros.device)
             self.mask = self._block_mask()
 
-    def lay_out(self, seats: Sequence[int], counts: Sequence[int]) -> None:
-        """Whose the next rows are: of each of `seats` so many, end to end. The host does not wait."""
-        whose, count = torch.tensor(seats), torch.tensor(counts)
+    def lay_out(self, batch_slots: Sequence[int], counts: Sequence[int]) -> None:
+        """Whose the next rows are: of each of `batch_slots` so many, end to end. The host does not wait."""
+        whose, count = torch.tensor(batch_slots), torch.tensor(counts)
         begin = count.cumsum(0) - count
         if not self.flex:
-            each = zip(seats, begin.tolist(), counts, strict=True)
-            self.spans = [(seat, slice(row, row + many)) for seat, row, many in each]
+            each = zip(batch_slots, begin.tolist(), counts, strict=True)
+            self.spans = [(batch_slot, slice(row, row + many)) for batch_slot, row, many in each]
             return
         blocks = -(-count * self.groups // BLOCK)
         first = blocks.cumsum(0) - blocks
-        of_block = torch.arange(len(seats)).repeat_interleave(blocks)
-        of_row = torch.arange(len(seats)).repeat_interleave(count)
+        of_block = torch.arange(len(batch_slots)).repeat_interleave(blocks)
+        of_row = torch.arange(len(batch_slots)).repeat_interleave(count)
         before = (torch.arange(len(of_block)) - first[of_block]) * BLOCK
         start = first[of_row] * BLOCK + (torch.arange(len(of_row)) - begin[of_row]) * self.groups
         known = torch.stack([whose[of_block], begin[of_block], count[of_block], before])
@@ -88,7 +88,7 @@ class Packed:
         seen = [numbers[row].where(self.count > 0, 0) for numbers in (seen_visual, seen_text)]
         self.seen_visual.copy_(seen[0].flatten())
         self.seen_text.copy_(seen[1].flatten())
-        table = self.pages.table[self.seat[:, 0]]  # (B, W)
+        table = self.pages.table[self.batch_slot[:, 0]]  # (B, W)
         first = self.pages.first[table]
         partly = self._sees(first, *(numbers.amax(1, keepdim=True) for numbers in seen))
         wholly = self._sees(first + PAGE - 1, *(numbers.amin(1, keepdim=True) for numbers in seen))
@@ -98,13 +98,13 @@ class Packed:
 
     @staticmethod
     def _sees(token: Tensor, visual: Tensor, text: Tensor) -> Tensor:
-        """Whether one that sees so much of either run sees `token`, as `Pages.first` counts."""
+        """Whether one that sees so much of either run sees `token`, as `PagedKVCache.first` counts."""
         return ((token >= 0) & (token < visual)) | ((token >= TEXT) & (token - TEXT < text))
 
     def _make_masks(self, seen_visual: Tensor, seen_text: Tensor) -> None:
         within, self.each = torch.arange(PAGE, device=self.places.device), []
-        for seat, own in self.spans:
-            table = self.pages.table[seat, :, None]
+        for batch_slot, own in self.spans:
+            table = self.pages.table[batch_slot, :, None]
             token = (self.pages.first[table] + within).flatten()
             sees = self._sees(token, seen_visual[own, None], seen_text[own, None])
             self.each.append((own, (table * PAGE + within).flatten(), sees))
@@ -112,14 +112,14 @@ class Packed:
     def _block_mask(self) -> BlockMask:
         pages = self.pages
         shape = 2, self.shares, 1, self.blocks
-        self.counts = torch.zeros(shape, dtype=torch.int32, device=self.seat.device)
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=self.batch_slot.device)
         self.listed = self.counts.new_zeros(*shape, -(-pages.table.shape[1] // self.shares))
         """How many pages the queries of a block see in part, and all see whole; and which."""
 
         def rule(b, h, query, key):
             page = key // PAGE
             seen = self._sees(pages.first[page] + key % PAGE, self.seen_visual[query], self.seen_text[query])
-            return seen & (pages.owner[page] == self.seat[query // BLOCK, 0])
+            return seen & (pages.owner[page] == self.batch_slot[query // BLOCK, 0])
 
         return BlockMask.from_kv_blocks(
             self.counts[0],

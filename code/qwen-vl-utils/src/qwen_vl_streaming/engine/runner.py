@@ -18,19 +18,19 @@ from ..model.prompts import Template
 from ..reference import PENALTY
 from ..timeline.plan import Plan
 from ..timeline.timeline import NOTHING
-from .decoder_layer import ONE_ROW, Joined, compiled_for_one_row, run_layer
+from .decoder_layer import ONE_ROW, FusedProjections, compiled_for_one_row, run_layer
 from .device_event import OTHERS_MAY_GO_ON, put
-from .kv_cache import PAGE, Pages
-from .paged_attention import Fresh, View
-from .prefill import Extension, filled_up, room_for
-from .ragged_attention import Packed, blocks_of
-from .sequence import Seated
+from .kv_cache import PAGE, PagedKVCache
+from .paged_attention import PagedAttention, PrefillAttention
+from .prefill import Prefill, filled_up, room_for
+from .ragged_attention import RaggedAttention, blocks_of
+from .sequence import PlannedSequence
 
 PARTS = 64
 """In which the greatest of all logits is looked for."""
 
 
-class Engine:
+class Runner:
     """Up to S streams over one model."""
 
     flex: bool | None = None
@@ -38,7 +38,7 @@ class Engine:
     options: ClassVar[dict] = {"num_warps": 4, "num_stages": 3}
     """FlexAttention's kernel_options in a step, measured on an H200: by default its loads are not overlapped."""
 
-    def __init__(self, model, seats: int, pages: Pages, longest: int, penalty: float = PENALTY):
+    def __init__(self, model, batch_slots: int, pages: PagedKVCache, longest: int, penalty: float = PENALTY):
         """`longest` is T; `penalty` as in `reference.Streams`."""
         language = model.model.language_model
         self.model, self.language, self.pages, self.penalty = model, language, pages, penalty
@@ -47,11 +47,11 @@ class Engine:
         if self.flex is None:
             self.flex = self.fast
         self.groups = language.config.num_attention_heads // language.config.num_key_value_heads
-        self.layers = [Joined.of(layer) for layer in language.layers]
-        self.seated: dict[int, Seated] = {}
+        self.layers = [FusedProjections.of(layer) for layer in language.layers]
+        self.seated: dict[int, PlannedSequence] = {}
 
         def table(*shape, dtype=torch.long) -> Tensor:
-            return torch.zeros(seats, *shape, dtype=dtype, device=device)
+            return torch.zeros(batch_slots, *shape, dtype=dtype, device=device)
 
         self.ids = table(longest + 1)
         """Token ids of the text run: the header's, then what is written, (S, T + 1)."""
@@ -63,12 +63,12 @@ class Engine:
         self.seen_ids = table(language.config.vocab_size, dtype=torch.bool)
         """The ids that the repetition penalty weakens, (S, V)."""
 
-        everyone = torch.arange(seats, device=device)
-        self.view = View(
+        everyone = torch.arange(batch_slots, device=device)
+        self.view = PagedAttention(
             pages, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, self.flex, options=self.options
         )
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.extensions: dict[int, Extension] = {}
+        self.extensions: dict[int, Prefill] = {}
         """By the blocks for which they have room."""
         self.pool = torch.cuda.graph_pool_handle() if self.fast else None
         self._layer_of_step = self._layer_of_one = self.layer = run_layer
@@ -88,54 +88,58 @@ class Engine:
 
     # Streams come and go
 
-    def admit(self, seat: int, plan: Plan, template: Template) -> None:
-        """Give a stream the free `seat`. Raises ValueError where it or its pages are not to be had."""
+    def admit(self, batch_slot: int, plan: Plan, template: Template) -> None:
+        """Give a stream the free `batch_slot`. Raises ValueError where it or its pages are not to be had."""
         text, header = plan.text, template.header
-        self.pages.take(seat, len(plan.visual), len(text))
-        self.seated[seat] = Seated(plan, template)
+        self.pages.take(batch_slot, len(plan.visual), len(text))
+        self.seated[batch_slot] = PlannedSequence(plan, template)
         ids = torch.zeros(len(text) + 1, dtype=torch.long)
         ids[: len(header)] = torch.tensor(header)
         own = slice(0, len(text))
-        self.ids[seat, : len(ids)] = self._put(ids)
-        self.positions[seat, own] = self._put(text.positions[0])
-        self.seen_visual[seat, own] = self._put(text.seen_visual)
-        self.produces[seat, own] = self._put(text.produces != NOTHING)
+        self.ids[batch_slot, : len(ids)] = self._put(ids)
+        self.positions[batch_slot, own] = self._put(text.positions[0])
+        self.seen_visual[batch_slot, own] = self._put(text.seen_visual)
+        self.produces[batch_slot, own] = self._put(text.produces != NOTHING)
         # To fill makes nobody wait, where to assign a number does.
         for of_all, number in ((self.fed, 0), (self.due, 0), (self.end, template.end), (self.ended, False)):
-            of_all[seat].fill_(number)
+            of_all[batch_slot].fill_(number)
         used = self._put([*template.prompt, template.video, *template.tail, *header])
-        self.seen_ids[seat].fill_(False).index_fill_(0, used, True)
+        self.seen_ids[batch_slot].fill_(False).index_fill_(0, used, True)
 
-    def leave(self, seat: int) -> None:
-        """The stream in `seat` is over, and its pages are free."""
-        del self.seated[seat]
-        self.pages.give_back(seat)
-        self.due[seat].zero_()
-        self.fed[seat].zero_()
+    def leave(self, batch_slot: int) -> None:
+        """The stream in `batch_slot` is over, and its pages are free."""
+        del self.seated[batch_slot]
+        self.pages.give_back(batch_slot)
+        self.due[batch_slot].zero_()
+        self.fed[batch_slot].zero_()
 
     # Watching
 
     @torch.no_grad()
-    def take_in(self, seats: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
-        """Feed `seats`, which have been fed nothing, their whole visual runs and their headers, in one row, and write
-        their first words: for variants whose visual side never sees text. `visual_tokens` holds, for each, a tensor of
-        (N, tokens of a clip, C)."""
-        streams = [self.seated[seat] for seat in seats]
+    def take_in(self, batch_slots: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
+        """Feed `batch_slots`, which have been fed nothing, their whole visual runs and their headers, in one row, and
+        write their first words: for variants whose visual side never sees text. `visual_tokens` holds, for each, a
+        tensor of (N, tokens of a clip, C)."""
+        streams = [self.seated[batch_slot] for batch_slot in batch_slots]
         hidden, positions, places, leads = [], [], [], []
-        for seat, stream, visual in zip(seats, streams, visual_tokens, strict=True):
+        for batch_slot, stream, visual in zip(batch_slots, streams, visual_tokens, strict=True):
             run, header = stream.plan.visual, self._put(stream.template.header)
             hidden += [self._embed(stream, visual), self.language.embed_tokens(header)]
             positions += [run.positions, stream.plan.text.positions[:, : len(header)]]
             row, lead = (torch.arange(length, device=self.device) for length in (len(run), len(header)))
-            places.append(self._places([seat], torch.cat([row, Pages.text_page_of(len(run)) * PAGE + lead])[None]))
+            places.append(
+                self._places([batch_slot], torch.cat([row, PagedKVCache.text_page_of(len(run)) * PAGE + lead])[None])
+            )
             seen = stream.plan.text.seen_visual[: len(header)]
-            sight = row[: int(seen.max())] < self.seen_visual[seat, : len(header), None]
+            sight = row[: int(seen.max())] < self.seen_visual[batch_slot, : len(header), None]
             leads.append((len(run), torch.cat([sight, lead <= lead[:, None]], 1)))
         positions = self._put(torch.cat(positions, 1))[:, None]
-        result = self.forward(torch.cat(hidden)[None], positions, Fresh(torch.cat(places, 1), leads), self.layer)
+        result = self.forward(
+            torch.cat(hidden)[None], positions, PrefillAttention(torch.cat(places, 1), leads), self.layer
+        )
         headers = torch.tensor([len(mask) for _, mask in leads])
         ends = (torch.tensor([visual for visual, _ in leads]) + headers).cumsum(0) - 1
-        where, next_row = self._put(seats), self._put(headers)
+        where, next_row = self._put(batch_slots), self._put(headers)
         self._plain_choose(result[0, self._put(ends)], where, next_row, torch.ones_like(where, dtype=torch.bool))
         self.fed[where] = next_row
         for stream in streams:
@@ -144,10 +148,11 @@ class Engine:
         self.due[where] = self._put([stream.text_due for stream in streams])
 
     @torch.no_grad()
-    def extend(self, seats: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
-        """Feed `seats`, which are not done, what they feed next: those that speak a word, those that wait their clips
-        as far as the next text row asks. A last row that produces a word does. `visual_tokens` as in `take_in`."""
-        streams = [self.seated[seat] for seat in seats]
+    def extend(self, batch_slots: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
+        """Feed `batch_slots`, which are not done, what they feed next: those that speak a word, those that wait their
+        clips as far as the next text row asks. A last row that produces a word does. `visual_tokens` as
+        in `take_in`."""
+        streams = [self.seated[batch_slot] for batch_slot in batch_slots]
         spans = [stream.next_span() for stream in streams]
         lengths = torch.tensor([len(text) + len(visual) for text, visual in spans])
         rows, blocks = int(lengths.sum()), sum(blocks_of(count, self.groups) for count in lengths.tolist())
@@ -155,13 +160,13 @@ class Engine:
             rows = filled_up(rows)
         extension = self.extensions.get(room := room_for(blocks))
         if extension is None:
-            extension = self.extensions[room] = Extension(self, room)
-        extension.fill(rows, seats, streams, spans, visual_tokens)
+            extension = self.extensions[room] = Prefill(self, room)
+        extension.fill(rows, batch_slots, streams, spans, visual_tokens)
         hidden = extension.run(rows)
         answers = [stream.answer_of(*span) for stream, span in zip(streams, spans, strict=True)]
         produces = torch.tensor([answer != NOTHING for answer in answers])
         next_row = [len(s.template.header) + max(answer, 0) for s, answer in zip(streams, answers, strict=True)]
-        where, last = self._put(seats), self._put(lengths.cumsum(0) - 1)
+        where, last = self._put(batch_slots), self._put(lengths.cumsum(0) - 1)
         self._plain_choose(hidden[last], where, self._put(next_row), self._put(produces) & ~self.ended[where])
         for stream, (text, visual) in zip(streams, spans, strict=True):
             stream.text_fed = text.stop
@@ -173,10 +178,10 @@ class Engine:
     def _put(self, numbers: Tensor | Sequence[int]) -> Tensor:
         return put(numbers, self.device)
 
-    def _places(self, seats: Sequence[int], logical: Tensor) -> Tensor:
-        return self.pages.places(self._put(seats), logical)
+    def _places(self, batch_slots: Sequence[int], logical: Tensor) -> Tensor:
+        return self.pages.places(self._put(batch_slots), logical)
 
-    def _embed(self, stream: Seated, visual_tokens: Tensor) -> Tensor:
+    def _embed(self, stream: PlannedSequence, visual_tokens: Tensor) -> Tensor:
         """What enters the first layer for a stream's visual run, (rows, C)."""
         run = range(len(stream.plan.visual))
         embeds = self.language.embed_tokens(self._put(stream.visual_ids))
@@ -223,26 +228,28 @@ class Engine:
         view.seen_visual.copy_(self.seen_visual.gather(1, row))
         view.seen_text.copy_(row + 1)
         token = self.pages.text_page[:, None] * PAGE + row
-        view.places.copy_(self.pages.places(view.seats, token))
+        view.places.copy_(self.pages.places(view.batch_slots, token))
         view.refresh()
         return self.ids.gather(1, row), row, active, self.positions.gather(1, row).expand(3, -1, -1)
 
     def _plain_conclude(self, hidden: Tensor, row: Tensor, active: Tensor) -> None:
         writes = active & self.produces.gather(1, row)[:, 0]
-        self._plain_choose(hidden[:, 0], self.view.seats, row[:, 0] + 1, writes)
+        self._plain_choose(hidden[:, 0], self.view.batch_slots, row[:, 0] + 1, writes)
         self.fed += active
 
-    def _plain_choose(self, hidden: Tensor, seats: Tensor, next_row: Tensor, writes: Tensor) -> None:
+    def _plain_choose(self, hidden: Tensor, batch_slots: Tensor, next_row: Tensor, writes: Tensor) -> None:
         """Greedy choice after the repetition penalty for `hidden` (n, C), written down at `next_row` where `writes`."""
         logits = self.model.lm_head(hidden).float()
-        used = self.seen_ids[seats]
+        used = self.seen_ids[batch_slots]
         weaker = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
         token = first_greatest(torch.where(used, weaker, logits))
-        self.ids[seats, next_row] = torch.where(writes, token, self.ids[seats, next_row])
-        self.seen_ids[seats, token] = used.gather(1, token[:, None])[:, 0] | writes
-        self.ended[seats] = self.ended[seats] | (writes & (token == self.end[seats]))
+        self.ids[batch_slots, next_row] = torch.where(writes, token, self.ids[batch_slots, next_row])
+        self.seen_ids[batch_slots, token] = used.gather(1, token[:, None])[:, 0] | writes
+        self.ended[batch_slots] = self.ended[batch_slots] | (writes & (token == self.end[batch_slots]))
 
-    def forward(self, hidden: Tensor, positions: Tensor, view: View | Packed | Fresh, layer_of) -> Tensor:
+    def forward(
+        self, hidden: Tensor, positions: Tensor, view: PagedAttention | RaggedAttention | PrefillAttention, layer_of
+    ) -> Tensor:
         """The layers over `hidden` (n, Q, C) at `positions` (3, n, Q), normed."""
         rotary = self.language.rotary_emb(hidden, positions)
         if layer_of is self._layer_of_step and hidden.shape[:2] == (1, 1):

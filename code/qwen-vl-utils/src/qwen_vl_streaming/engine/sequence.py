@@ -8,7 +8,7 @@ from torch import Tensor
 from ..model.prompts import Template
 from ..timeline.plan import Plan, Run
 from ..timeline.timeline import CLIP, NOTHING, PROMPT, TAIL
-from .kv_cache import PAGE, Pages
+from .kv_cache import PAGE, PagedKVCache
 
 NUMBERS = 9
 """What a pass has to know of a row: position (3), token of its seat's pages, how much of either run it sees (2), id,
@@ -16,7 +16,7 @@ text row whose id is taken instead (-1: none), whether it is of a clip."""
 
 
 @dataclass
-class Seated:
+class PlannedSequence:
     """A stream and how far it is. That its words ended early is all that has to be read back from the device."""
 
     plan: Plan
@@ -40,7 +40,7 @@ class Seated:
         self.visual_ids = torch.full((len(visual),), template.video)
         for kind, source in ((PROMPT, template.prompt), (TAIL, template.tail)):
             self.visual_ids[part == kind] = torch.tensor(source)[index[part == kind]]
-        row, begin = torch.arange(max(len(visual), len(text))), Pages.text_page_of(len(visual)) * PAGE
+        row, begin = torch.arange(max(len(visual), len(text))), PagedKVCache.text_page_of(len(visual)) * PAGE
         none = torch.zeros_like(row)
 
         def numbers(run: Run, token: Tensor, ids: Tensor, text_row: Tensor, clip: Tensor) -> Tensor:

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from ..timeline.timeline import Layout
-from .device_event import Mark
-from .kv_cache import PAGE, Pages
-from .stream_state import Due
+from .device_event import DeviceEvent
+from .kv_cache import PAGE, PagedKVCache
+from .stream_state import DueRows
 
 
 class Run:
     """Where the tokens of one run of a stream lie. Past the end of its pages it turns back to the first that is not
     kept: what lay there must be out of sight by then."""
 
-    def __init__(self, pages: Pages, mine: list[int], begin: int, kept: int):
-        """`begin` as in `Pages.first`; `kept` counts the tokens at the beginning that stay."""
+    def __init__(self, pages: PagedKVCache, mine: list[int], begin: int, kept: int):
+        """`begin` as in `PagedKVCache.first`; `kept` counts the tokens at the beginning that stay."""
         self.pages, self.mine, self.begin = pages, torch.tensor(mine), begin
         self.kept = min(-(-kept // PAGE), len(mine) - 1)
         self.newest = len(mine) - 1
@@ -35,7 +35,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Seat:
+class BatchSlot:
     """A stream's place in the passes."""
 
     number: int
@@ -45,13 +45,13 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Ask:
+class StepRequest:
     """What a stream wants of a pass."""
 
-    seat: Seat
-    word: Due
+    batch_slot: BatchSlot
+    word: DueRows
     """One text row, or none."""
-    others: Due
+    others: DueRows
     """At most W rows of either run."""
     write: bool
     """Choose the next word: from what came out for `word` or, where that has no row, for the last of `others` or, where
@@ -61,14 +61,14 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Written:
+class PendingToken:
     """The words of a pass, on their way to the host."""
 
     ids: Tensor
     """(S,)"""
-    there: Mark
+    there: DeviceEvent
 
-    def of(self, seat: Seat) -> int:
-        """The id that was chosen in `seat`. Waits for it."""
+    def of(self, batch_slot: BatchSlot) -> int:
+        """The id that was chosen in `batch_slot`. Waits for it."""
         self.there.wait()
-        return int(self.ids[seat.number])
+        return int(self.ids[batch_slot.number])

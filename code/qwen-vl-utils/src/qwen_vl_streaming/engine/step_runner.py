@@ -19,26 +19,26 @@ from ..model.prompts import Template
 from ..reference import PENALTY
 from ..timeline.plan import Window
 from ..timeline.timeline import CLIP, Layout
-from .device_event import Mark
-from .kv_cache import PAGE, TEXT, Pages
-from .paged_attention import Both
-from .runner import Engine
-from .step_request import Ask, Run, Seat, Written
-from .stream_state import Due
-from .vision_encoder import Sight, Tower
+from .device_event import DeviceEvent
+from .kv_cache import PAGE, TEXT, PagedKVCache
+from .paged_attention import MixedAttention
+from .runner import Runner
+from .step_request import BatchSlot, PendingToken, Run, StepRequest
+from .stream_state import DueRows
+from .vision_encoder import ClipFeatures, VisionEncoder
 
 NUMBERS = 11  # of each row of a pass, see Passes._fill
 AHEAD = 2
 """Clips that may be taken in before the slots begin that see them."""
 
 
-class Passes(Engine):
+class StepRunner(Runner):
     """Passes over one model for up to S streams."""
 
     def __init__(
         self,
         model,
-        seats: int,
+        batch_slots: int,
         pages: int,
         *,
         columns: int,
@@ -56,24 +56,28 @@ class Passes(Engine):
         if model.device.type == "cuda":
             gc.collect()  # parts of earlier passes refer to each other, and would keep their memory
         super().__init__(
-            model, seats, Pages(config, seats, pages, columns, model.dtype, model.device), longest, penalty
+            model,
+            batch_slots,
+            PagedKVCache(config, batch_slots, pages, columns, model.dtype, model.device),
+            longest,
+            penalty,
         )
         self.width, self.windows, self.kinds = width, windows, sorted(pieces)
-        self.everyone = torch.arange(seats, device=self.device)
-        self.clip = torch.zeros(seats, clip, config.hidden_size, dtype=model.dtype, device=self.device)
+        self.everyone = torch.arange(batch_slots, device=self.device)
+        self.clip = torch.zeros(batch_slots, clip, config.hidden_size, dtype=model.dtype, device=self.device)
         """The visual tokens that the clip rows of each seat are made of."""
-        self.picked = torch.zeros(seats, config.hidden_size, dtype=model.dtype, device=self.device)
+        self.picked = torch.zeros(batch_slots, config.hidden_size, dtype=model.dtype, device=self.device)
         """What came out for the newest row of each seat that a word may be chosen from."""
-        self.newest = torch.zeros(seats, dtype=torch.long, device=self.device)
+        self.newest = torch.zeros(batch_slots, dtype=torch.long, device=self.device)
         self.numbers, self.views = {}, {}
         for many in self.kinds:
-            length = NUMBERS * self._rows(many) + many + 3 * seats
+            length = NUMBERS * self._rows(many) + many + 3 * batch_slots
             self.numbers[many] = torch.zeros(length, dtype=torch.long, device=self.device)
-            self.views[many] = Both(self.pages, (many, width), self.groups, self.flex, self.options, windows)
+            self.views[many] = MixedAttention(self.pages, (many, width), self.groups, self.flex, self.options, windows)
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self.empty = list(range(seats - 1, -1, -1))
+        self.empty = list(range(batch_slots - 1, -1, -1))
         self._enter, self._choose = self._plain_enter, self._plain_choose_all
-        self.tower = Tower(model)
+        self.vision_encoder = VisionEncoder(model)
         if self.fast:
             self._enter = torch.compile(self._plain_enter, dynamic=False)
             self._choose = torch.compile(self._plain_choose_all, dynamic=False, options=self._for_words())
@@ -98,11 +102,11 @@ class Passes(Engine):
         penalty: float,
         window: Window | None,
         pieces: Sequence[int] = (0, 1),
-    ) -> "Passes":
+    ) -> "StepRunner":
         """Passes for one stream of at most `clips` clips and `most` words, or one without end that sees a `window`. By
         default a whole clip and the tail go in at once."""
         visual, text = cls.room(layout, clips, most, window)
-        need, whole = Pages.need(visual, text), layout.tokens_per_clip + layout.tail
+        need, whole = PagedKVCache.need(visual, text), layout.tokens_per_clip + layout.tail
         return cls(
             model,
             1,
@@ -121,15 +125,17 @@ class Passes(Engine):
 
     # Streams come and go
 
-    def take(self, template: Template, layout: Layout, clips: int, most: int, window: Window | None = None) -> Seat:
+    def take(
+        self, template: Template, layout: Layout, clips: int, most: int, window: Window | None = None
+    ) -> BatchSlot:
         """A seat for a new stream: what an earlier one left is never seen. Raises InputError where there is none, or no
         memory for it."""
         visual, text = self.room(layout, clips, most, window)
-        need, free = Pages.need(visual, text), len(self.pages.free)
-        each = Pages.bytes_each(self.language.config, self.model.dtype) / 2**30
-        seats = len(self.everyone)
+        need, free = PagedKVCache.need(visual, text), len(self.pages.free)
+        each = PagedKVCache.bytes_each(self.language.config, self.model.dtype) / 2**30
+        batch_slots = len(self.everyone)
         if not self.empty:
-            raise InputError(f"all {seats} seats are taken: close a session first, or make room for more")
+            raise InputError(f"all {batch_slots} seats are taken: close a session first, or make room for more")
         if need > self.pages.table.shape[1] or text > self.positions.shape[1] or (window and not self.windows):
             raise InputError("a session of this length does not fit in passes that were made for shorter ones")
         if layout.tokens_per_clip > self.clip.shape[1]:
@@ -140,11 +146,12 @@ class Passes(Engine):
         if need > free:
             raise InputError(
                 f"one more session needs {need * each:.3f} GiB for its keys and values, and {free * each:.3f} are free "
-                f"beside the {seats - len(self.empty)} that run: close one, or give it fewer clips, words or pixels"
+                f"beside the {batch_slots - len(self.empty)} that run: close one, or give it fewer clips, "
+                "words or pixels"
             )
         number = self.empty.pop()
         self.pages.take(number, visual, text)
-        begin = Pages.text_page_of(visual)
+        begin = PagedKVCache.text_page_of(visual)
         self.pages.kept[0, number].fill_(layout.prompt)
         self.pages.kept[1, number].fill_(layout.header)
         for of_all in (self.ids, self.seen_ids, self.ended):
@@ -154,33 +161,33 @@ class Passes(Engine):
         self.seen_ids[number].index_fill_(0, self._put(used), True)
         self.end[number].fill_(template.end)
         mine = self.pages.held[number]
-        return Seat(
+        return BatchSlot(
             number,
             layout,
             Run(self.pages, mine[:begin], 0, layout.prompt),
             Run(self.pages, mine[begin:], TEXT, layout.header),
         )
 
-    def release(self, seat: Seat) -> None:
-        self.pages.give_back(seat.number)
-        self.empty.append(seat.number)
+    def release(self, batch_slot: BatchSlot) -> None:
+        self.pages.give_back(batch_slot.number)
+        self.empty.append(batch_slot.number)
 
     # Watching
 
-    def show(self, seat: Seat, sight: Sight) -> None:
-        """Make the clip rows that come next in `seat` of `sight`. Makes the device wait for it, not the host."""
+    def show(self, batch_slot: BatchSlot, sight: ClipFeatures) -> None:
+        """Make the clip rows that come next in `batch_slot` of `sight`. Makes the device wait for it, not the host."""
         sight.there.hold(sight.tokens)
-        self.clip[seat.number, : len(sight.tokens)] = sight.tokens
+        self.clip[batch_slot.number, : len(sight.tokens)] = sight.tokens
 
-    def feed(self, seat: Seat, due: Due) -> None:
+    def feed(self, batch_slot: BatchSlot, due: DueRows) -> None:
         """Feed rows in as many passes as they need."""
         for first in range(0, len(due), self.width):
-            self.run([Ask(seat, Due.nothing(), due[first : first + self.width], False)])
+            self.run([StepRequest(batch_slot, DueRows.nothing(), due[first : first + self.width], False)])
 
     # Passes
 
     @torch.no_grad()
-    def run(self, asks: Sequence[Ask]) -> Written | None:
+    def run(self, asks: Sequence[StepRequest]) -> PendingToken | None:
         """One pass for all `asks`, of which each is of a seat of its own. Returns the words, where any are written."""
         needed = sum(len(ask.others) > 0 for ask in asks)
         many = min(kind for kind in self.kinds if kind >= needed)
@@ -194,28 +201,28 @@ class Passes(Engine):
             return None
         ids = torch.empty(len(self.newest), dtype=torch.long, pin_memory=self.fast)
         ids.copy_(self.newest, non_blocking=True)
-        return Written(ids, Mark(self.device))
+        return PendingToken(ids, DeviceEvent(self.device))
 
-    def _fill(self, many: int, asks: Sequence[Ask]) -> Tensor:
+    def _fill(self, many: int, asks: Sequence[StepRequest]) -> Tensor:
         """The numbers of a pass: for each row position (3), place in the pool (0: idle row), what it sees (4), id,
         index in the text run and in the clip (-1: neither); the seats of the pieces; then for each seat the row to
         choose from (-1: the newest before), whether to, and where that word will be. Idle rows see what those beside
         them see, so that attention does not ask for each key whether their block sees it."""
-        rows, seats = self._rows(many), len(self.everyone)
-        numbers = torch.zeros(NUMBERS * rows + many + 3 * seats, dtype=torch.long)
+        rows, batch_slots = self._rows(many), len(self.everyone)
+        numbers = torch.zeros(NUMBERS * rows + many + 3 * batch_slots, dtype=torch.long)
         table = numbers[: NUMBERS * rows].view(NUMBERS, rows)
         whose = numbers[NUMBERS * rows : NUMBERS * rows + many]
-        choose, write, next_row = numbers[NUMBERS * rows + many :].view(3, seats)
+        choose, write, next_row = numbers[NUMBERS * rows + many :].view(3, batch_slots)
         table[4], table[9:], choose[:] = 1, -1, -1
         room, piece = self.ids.shape[1], 0
         for ask in asks:
-            seat, number = ask.seat, ask.seat.number
-            for due, first in ((ask.others, seats + piece * self.width), (ask.word, number)):
+            batch_slot, number = ask.batch_slot, ask.batch_slot.number
+            for due, first in ((ask.others, batch_slots + piece * self.width), (ask.word, number)):
                 if not len(due):
                     continue
                 own, text, clip = slice(first, first + len(due)), due.rows.text, due.rows.part == CLIP
                 table[:3, own] = due.positions
-                for run, flags in ((seat.visual, ~text), (seat.text, text)):
+                for run, flags in ((batch_slot.visual, ~text), (batch_slot.text, text)):
                     if flags.any():
                         table[3, own][flags] = run.places(due.place[flags])
                 table[4, own], table[5, own], table[6:8, own] = due.seen_visual, due.seen_text, due.since
@@ -224,10 +231,10 @@ class Passes(Engine):
                 table[10, own] = due.rows.index.where(clip, -1)
                 choose[number] = first + len(due) - 1
             if len(ask.others):
-                begin, sees = seats + piece * self.width, table[4:8]
+                begin, sees = batch_slots + piece * self.width, table[4:8]
                 last = begin + len(ask.others) - 1
                 sees[:, last + 1 : begin + self.width] = sees[:, last, None]
-                if seats == 1 and not len(ask.word):
+                if batch_slots == 1 and not len(ask.word):
                     sees[:, 0] = sees[:, begin]
                 whose[piece] = number
                 piece += 1
@@ -282,21 +289,21 @@ class Passes(Engine):
 
     # Keys and values of visual rows, as they go from one set of pages to another
 
-    def carrier(self, layout: Layout) -> Tensor:
+    def kv_buffer(self, layout: Layout) -> Tensor:
         """Room for what a clip and the tail leave behind: (2 layers, key heads, tokens of a clip + tail, D)."""
         store = self.pages.store
         return store.new_zeros(*store.shape[:2], layout.tokens_per_clip + layout.tail, store.shape[3])
 
-    def copy_out(self, seat: Seat, due: Due, carrier: Tensor) -> None:
-        """Put the keys and values of the visual rows of `due` into `carrier`."""
-        torch.index_select(self.pages.store, 2, self._where(seat, due, carrier), out=carrier)
+    def copy_out(self, batch_slot: BatchSlot, due: DueRows, kv_buffer: Tensor) -> None:
+        """Put the keys and values of the visual rows of `due` into `kv_buffer`."""
+        torch.index_select(self.pages.store, 2, self._where(batch_slot, due, kv_buffer), out=kv_buffer)
 
-    def copy_in(self, seat: Seat, due: Due, carrier: Tensor) -> None:
-        self.pages.store.index_copy_(2, self._where(seat, due, carrier), carrier)
+    def copy_in(self, batch_slot: BatchSlot, due: DueRows, kv_buffer: Tensor) -> None:
+        self.pages.store.index_copy_(2, self._where(batch_slot, due, kv_buffer), kv_buffer)
 
-    def _where(self, seat: Seat, due: Due, carrier: Tensor) -> Tensor:
+    def _where(self, batch_slot: BatchSlot, due: DueRows, kv_buffer: Tensor) -> Tensor:
         """Where the visual rows of `due` lie in the pool; rows that the carrier has beyond them go to page 0."""
-        places = seat.visual.places(due.place[due.rows.visual])
-        where = torch.zeros(carrier.shape[2], dtype=torch.long)
+        places = batch_slot.visual.places(due.place[due.rows.visual])
+        where = torch.zeros(kv_buffer.shape[2], dtype=torch.long)
         where[: len(places)] = places
         return self._put(where)

@@ -19,7 +19,7 @@ from ..timeline.variants import Variant
 
 
 @dataclass(frozen=True)
-class Due:
+class DueRows:
     """Rows that are to be fed, in feed order: each field's last axis has L entries."""
 
     rows: Rows
@@ -36,26 +36,26 @@ class Due:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key) -> "Due":
+    def __getitem__(self, key) -> "DueRows":
         """The rows that a slice or a mask picks."""
         if not len(self):
             return self
-        return Due(self.rows[key], *(getattr(self, field.name)[..., key] for field in fields(self)[1:]))
+        return DueRows(self.rows[key], *(getattr(self, field.name)[..., key] for field in fields(self)[1:]))
 
-    def __add__(self, other: "Due") -> "Due":
+    def __add__(self, other: "DueRows") -> "DueRows":
         if not (len(self) and len(other)):
             return self if len(self) else other
         pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self)[1:])
-        return Due(Rows.concatenate([self.rows, other.rows]), *(torch.cat(pair, -1) for pair in pairs))
+        return DueRows(Rows.concatenate([self.rows, other.rows]), *(torch.cat(pair, -1) for pair in pairs))
 
     @staticmethod
     @functools.cache
-    def nothing() -> "Due":
+    def nothing() -> "DueRows":
         none = torch.zeros(0, dtype=torch.long)
-        return Due(Rows.of(PROMPT, 0), none, none.expand(3, 0), none, none, none, none.expand(2, 0))
+        return DueRows(Rows.of(PROMPT, 0), none, none.expand(3, 0), none, none, none, none.expand(2, 0))
 
 
-class Feed:
+class StreamState:
     """The book-keeping of one side of a stream: what is due next, and how long the two runs have grown."""
 
     def __init__(self, variant: Variant, template: Template, layout: Layout, window: Window | None = None):
@@ -63,24 +63,24 @@ class Feed:
         self.visual = self.text = 0
 
     @staticmethod
-    def prompt(variant: Variant, template: Template, layout: Layout, window: Window | None = None) -> Due:
+    def prompt(variant: Variant, template: Template, layout: Layout, window: Window | None = None) -> DueRows:
         """The rows before the first clip. They can be fed at once, and `clip` leaves them out."""
-        due = Feed(variant, template, layout, window)._due(Stream(variant, template, layout).feed_clip(False))
+        due = StreamState(variant, template, layout, window)._due(Stream(variant, template, layout).feed_clip(False))
         return due[due.rows.part == PROMPT]
 
-    def clip(self, last: bool, empty: bool = False) -> Due:
+    def clip(self, last: bool, empty: bool = False) -> DueRows:
         due = self._due(self.stream.feed_clip(last, empty))
         return due[due.rows.part != PROMPT]
 
-    def word(self) -> Due:
+    def word(self) -> DueRows:
         """The text rows that have to be fed for the next word: one, or none where the row before it was a clip's."""
         return self._due(self.stream.feed_text())
 
-    def _due(self, pieces: list[tuple[Rows, list[int]]]) -> Due:
+    def _due(self, pieces: list[tuple[Rows, list[int]]]) -> DueRows:
         stream = self.stream
         rows = Rows.concatenate([Rows.of(PROMPT, 0), *(rows for rows, _ in pieces)])
         if not len(rows):
-            return Due.nothing()
+            return DueRows.nothing()
         ids = torch.tensor([token for _, tokens in pieces for token in tokens], dtype=torch.long)
         positions = row_positions(rows, stream.variant, stream.layout, stream.counts, stream.clips, stream.bare)
         text = rows.text
@@ -93,4 +93,4 @@ class Feed:
             since = self.window.since(stream.layout, seen_visual, seen_text, stream.clips)
         if stream.variant.parallel:
             seen_text = seen_text.masked_fill(rows.visual, 0)
-        return Due(rows, ids, positions, place, seen_visual, seen_text, since)
+        return DueRows(rows, ids, positions, place, seen_visual, seen_text, since)

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from ..timeline.timeline import Layout
-from .device_event import Mark
+from .device_event import DeviceEvent
 
 
 @dataclass(frozen=True)
-class Sight:
+class ClipFeatures:
     """A clip that the vision tower has looked at, or is looking at."""
 
     tokens: Tensor
     """(tokens of a clip, C)"""
-    there: Mark
+    there: DeviceEvent
 
 
-class Tower:
+class VisionEncoder:
     """The vision tower of `model`."""
 
     def __init__(self, model):
@@ -51,7 +51,7 @@ class Tower:
             self.recorded.setdefault(grid, {})[size] = graph, pixels, tokens
 
     @torch.no_grad()
-    def look(self, clips: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Sight]:
+    def look(self, clips: Sequence[Tensor], layouts: Sequence[Layout]) -> list[ClipFeatures]:
         """Look at `clips`, each (patches, pixels of a patch) or, ready, (tokens of a clip, C)."""
         tokens: dict[int, Tensor] = {}
         if near := [clip for clip in clips if clip.is_cuda]:  # made on another stream, which may also free them
@@ -72,8 +72,8 @@ class Tower:
                     some, waiting = waiting[:count], waiting[count:]
                     made = self._perceive(torch.stack([self._put(clips[i]) for i in some]), grid)
                     tokens |= dict(zip(some, made, strict=True))
-            there = Mark(self.model.device)
-        return [Sight(tokens[i], there) for i in range(len(clips))]
+            there = DeviceEvent(self.model.device)
+        return [ClipFeatures(tokens[i], there) for i in range(len(clips))]
 
     def _perceive(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         recorded = self.recorded.get(grid, {}).get(len(pixels))

@@ -31,18 +31,18 @@ import torch
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..common.redact import redacted
-from ..engine.step_runner import Passes
+from ..engine.step_runner import StepRunner
 from ..model.hub import model_folder
 from ..model.modeling_qwen2_5_vl import load_config, load_model
 from ..model.prompts import clip_pixels, load_processor, make_template
 from ..replay import DTYPES
 from ..sessions import open_session
-from ..sessions.perception_client import Pair, PerceptionLost
+from ..sessions.perception_client import PerceptionClient, PerceptionLost
 from ..sessions.record import read_record, write_record
 from ..sessions.session import GREEDY, Session
 from ..timeline.positions import check_clips, clips_before_text
 from ..timeline.timeline import make_schedule
-from ..video.clip_recorder import Keeper
+from ..video.clip_recorder import ClipRecorder
 from ..video.frames import FRAMES_PER_CLIP, PixelBudget
 from ..video.sources import Clip
 from .figures import table
@@ -95,14 +95,14 @@ def load_on(path: str, device: str, dtype: torch.dtype):
     return load_model(path, "sdpa", dtype).to(device).eval()
 
 
-def start_pair(path: str, device: torch.device, dtype: torch.dtype) -> Pair:
+def start_perception(path: str, device: torch.device, dtype: torch.dtype) -> PerceptionClient:
     """A second process, on a GPU of its own. Raises InputError where there is none."""
     where = "cpu"
     if device.type == "cuda":
         if torch.cuda.device_count() < 2:
             raise InputError("--way pipelined needs two GPUs: give --way fused, which needs one")
         where = f"cuda:{((device.index or 0) + 1) % torch.cuda.device_count()}"
-    return Pair(functools.partial(load_on, path, where, dtype))
+    return PerceptionClient(functools.partial(load_on, path, where, dtype))
 
 
 def first_clip(intake: Intake, name: str) -> Clip:
@@ -121,7 +121,7 @@ def no_clip(intake: Intake, name: str) -> InputError:
     return InputError(f"source {name} gave no clip{why}: check it, or name another one")
 
 
-def rehearse(session: Session, pixels: torch.Tensor) -> Passes:
+def rehearse(session: Session, pixels: torch.Tensor) -> StepRunner:
     """Have what takes long only the first time over before the source begins. Returns the passes, to go on with."""
     with session:
         session.feed(pixels)
@@ -176,7 +176,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         screen.note(arguments.device_line)
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(own_file(path))
-        keeper = arguments.keep and Keeper(stack.enter_context(own_file(arguments.keep)))
+        keeper = arguments.keep and ClipRecorder(stack.enter_context(own_file(arguments.keep)))
         options = {
             "way": way,
             "schedule": schedule,
@@ -187,7 +187,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             "chunk": arguments.chunk,
         }
         if way == "pipelined":
-            options["pair"] = stack.enter_context(start_pair(str(model_folder(arguments.model)), device, dtype))
+            options["pair"] = stack.enter_context(start_perception(str(model_folder(arguments.model)), device, dtype))
         model = load_on(arguments.model, str(device), dtype)
         skip = arguments.behind == "skip"
         intake = Intake(source.clips, processor, skip, source.pace, source.count)

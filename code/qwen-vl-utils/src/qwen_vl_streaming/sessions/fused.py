@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..engine.stream_state import Due, Feed
+from ..engine.stream_state import DueRows, StreamState
 from .session import Session
 
 LOOKS = 4
@@ -18,9 +18,9 @@ class FusedSession(Session):
 
     def _open(self) -> None:
         super()._open()
-        self.sight = Feed(self.variant, self.template, self.layout, self.window)
+        self.sight = StreamState(self.variant, self.template, self.layout, self.window)
         """What has been watched."""
-        self.riding: Due | None = None
+        self.riding: DueRows | None = None
         """What is left of the clip that is being taken in."""
         self.riding_last = False
 
@@ -50,13 +50,13 @@ class FusedSession(Session):
             return
         if self.looked[0][0].there.passed or not self._may_speak():
             sight, self.riding_last = self.looked.popleft()
-            self.passes.show(self.seat, sight)
+            self.passes.show(self.batch_slot, sight)
             self.sight.stream.counts[:] = self.counts
             riding = self.sight.clip(self.riding_last)
             self.riding = riding[riding.rows.visual]
 
-    def _ride(self, room: int) -> Due:
+    def _ride(self, room: int) -> DueRows:
         if self.riding is None or not len(self.riding):
-            return Due.nothing()
+            return DueRows.nothing()
         rides, self.riding = self.riding[:room], self.riding[room:]
         return rides

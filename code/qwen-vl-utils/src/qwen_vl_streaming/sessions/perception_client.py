@@ -28,7 +28,7 @@ LOADING = 900
 """Seconds that a model may take to load."""
 CARRIERS = 3
 """Clips that may have come over and not be laid into pages yet."""
-TRAYS = CARRIERS + 1
+PIXEL_BUFFERS = CARRIERS + 1
 """Clips that may be on their way: one is being taken in for each carrier, and one waits."""
 
 
@@ -36,7 +36,7 @@ class PerceptionLost(RuntimeError):
     """The process that perceives has gone, or has failed: the message is one plain line."""
 
 
-class Pair:
+class PerceptionClient:
     """This process and one that perceives. It serves one session after the other, and is closed at the end."""
 
     def __init__(self, load: Callable[[], torch.nn.Module], patience: float = 60.0):
@@ -45,8 +45,8 @@ class Pair:
         context = multiprocessing.get_context("spawn")
         self.patience, self.sessions, self.current = patience, 0, None
         self.why_lost: str | None = None
-        self.carriers: list[Tensor] = []
-        self.trays: list[Tensor] = []
+        self.kv_buffers: list[Tensor] = []
+        self.pixel_buffers: list[Tensor] = []
         """Bytes of clips, which take them in turn: one comes free when the clip in it has been taken in."""
         self.pipe, theirs = context.Pipe()
         self.closing: int | None = None
@@ -118,8 +118,8 @@ class Pair:
         """It lives, but says nothing for longer than it may."""
         return self._lost(f"has said nothing for {self.patience:g} s")
 
-    def open(self, carrier: Tensor, largest: int, *what) -> int:
-        """Begin a session, whose clips, of `largest` bytes at most, come over in carriers like `carrier`."""
+    def open(self, kv_buffer: Tensor, largest: int, *what) -> int:
+        """Begin a session, whose clips, of `largest` bytes at most, come over in carriers like `kv_buffer`."""
         if self.why_lost or not self.process.is_alive():
             raise InputError(self.why_lost or str(self._lost()))
         if self.current is not None:
@@ -129,28 +129,28 @@ class Pair:
                 raise self.silent()
             if said == ("closed", self.closing):
                 self.closing = None
-        if not self.carriers or _kind(self.carriers[0]) != _kind(carrier) or len(self.trays[0]) < largest:
-            self._lay_out(carrier, largest)
+        if not self.kv_buffers or _kind(self.kv_buffers[0]) != _kind(kv_buffer) or len(self.pixel_buffers[0]) < largest:
+            self._lay_out(kv_buffer, largest)
         self.sessions += 1
         self.current = self.sessions
         self.order("open", self.current, *what)
         return self.current
 
-    def _lay_out(self, carrier: Tensor, largest: int) -> None:
+    def _lay_out(self, kv_buffer: Tensor, largest: int) -> None:
         """Make carriers and trays, and let the other process open them."""
         try:
-            carriers = [torch.empty_like(carrier) for _ in range(CARRIERS)]
-            trays = [torch.empty(largest, dtype=torch.uint8).share_memory_() for _ in range(TRAYS)]
-            self.order("carriers", None, [reduce_tensor(each) for each in carriers], trays)
+            kv_buffers = [torch.empty_like(kv_buffer) for _ in range(CARRIERS)]
+            pixel_buffers = [torch.empty(largest, dtype=torch.uint8).share_memory_() for _ in range(PIXEL_BUFFERS)]
+            self.order("carriers", None, [reduce_tensor(each) for each in kv_buffers], pixel_buffers)
         except RuntimeError as error:
             if "shared memory" not in str(error):
                 raise
-            near = 0 if carrier.is_cuda else CARRIERS * carrier.nbytes
+            near = 0 if kv_buffer.is_cuda else CARRIERS * kv_buffer.nbytes
             raise InputError(
-                f"/dev/shm has no room for {(TRAYS * largest + near) / 2**20:.1f} MiB, in which clips go over to the "
-                "process that perceives: make it larger, or give clips fewer pixels"
+                f"/dev/shm has no room for {(PIXEL_BUFFERS * largest + near) / 2**20:.1f} MiB, in which clips go "
+                "over to the process that perceives: make it larger, or give clips fewer pixels"
             ) from error
-        self.carriers, self.trays = carriers, trays
+        self.kv_buffers, self.pixel_buffers = kv_buffers, pixel_buffers
 
     def finish(self, session: int) -> None:
         """End `session`: what is still on its way is never seen. Says nothing where all is lost, and waits for

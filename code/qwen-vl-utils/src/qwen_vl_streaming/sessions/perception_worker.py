@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..engine.device_event import Mark
-from ..engine.kv_cache import Pages
-from ..engine.step_runner import Passes
-from ..engine.stream_state import Feed
+from ..engine.device_event import DeviceEvent
+from ..engine.kv_cache import PagedKVCache
+from ..engine.step_runner import StepRunner
+from ..engine.stream_state import StreamState
 from ..timeline.variants import get_variant
 
 TO_ALL = (signal.SIGINT, signal.SIGTERM)
@@ -60,7 +60,7 @@ def perceive(pipe: Connection, load: Callable) -> None:
         torch.set_num_threads(1)  # the CPU only keeps the books: many threads would be in each other's way
     pipe.send(("loaded",))
     try:
-        Perception(model, orders, closed, pipe).serve()
+        PerceptionWorker(model, orders, closed, pipe).serve()
     except BaseException as error:
         pipe.send(("fault", f"failed ({_line(error)})"))
 
@@ -69,21 +69,21 @@ def _line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-class Perception:
+class PerceptionWorker:
     """This side of a pair's sessions, one after the other."""
 
     def __init__(self, model, orders: queue.Queue, closed: list[int], pipe: Connection):
         """`closed` holds the newest session that was closed, before its order's turn comes."""
         self.model, self.orders, self.closed, self.pipe = model, orders, closed, pipe
-        self.sizes = self.passes = self.seat = self.staged = None
-        self.carriers: list[Tensor] = []
-        self.trays: list[Tensor] = []
+        self.sizes = self.passes = self.batch_slot = self.staged = None
+        self.kv_buffers: list[Tensor] = []
+        self.pixel_buffers: list[Tensor] = []
         self.pinned: list[Tensor] = []
         """On a GPU, a copy of each tray that it can read by itself."""
         self.empty: collections.deque[int] = collections.deque()
         self.clips: collections.deque[tuple] = collections.deque()
         """Those that have arrived and were not begun."""
-        self.leaving: collections.deque[tuple[int, int, Mark]] = collections.deque()
+        self.leaving: collections.deque[tuple[int, int, DeviceEvent]] = collections.deque()
         """Those under way: session, carrier, and when it is full."""
 
     def serve(self) -> None:
@@ -96,10 +96,12 @@ class Perception:
             if kind == "fault":
                 raise what[0]
             if kind == "carriers":
-                handles, self.trays = what
-                self.carriers = [self._opened(*handle) for handle in handles]
+                handles, self.pixel_buffers = what
+                self.kv_buffers = [self._opened(*handle) for handle in handles]
                 if self.model.device.type == "cuda":
-                    self.pinned = [torch.empty_like(tray, pin_memory=True) for tray in self.trays]
+                    self.pinned = [
+                        torch.empty_like(pixel_buffer, pin_memory=True) for pixel_buffer in self.pixel_buffers
+                    ]
             elif kind == "close":
                 self.clips.clear()
                 self._tell(0)
@@ -126,45 +128,47 @@ class Perception:
 
     def _open(self, name: str, template, layout, clips: int, chunk: int | None, window) -> None:
         variant = get_variant(name)
-        visual, text = Passes.room(layout, clips, 1, window)
-        sizes = layout.grid, layout.tail, Pages.need(visual, text), text, chunk, window is None
+        visual, text = StepRunner.room(layout, clips, 1, window)
+        sizes = layout.grid, layout.tail, PagedKVCache.need(visual, text), text, chunk, window is None
         if self.sizes != sizes:
-            self.passes = self.seat = self.sizes = None  # their memory goes before that of others comes
-            self.passes = Passes.single(self.model, layout, clips, 1, chunk, 1.0, window, pieces=[1])
+            self.passes = self.batch_slot = self.sizes = None  # their memory goes before that of others comes
+            self.passes = StepRunner.single(self.model, layout, clips, 1, chunk, 1.0, window, pieces=[1])
             self.passes.warm_up(words=False)
-            self.passes.tower.record(layout.grid, [1])
+            self.passes.vision_encoder.record(layout.grid, [1])
             self.sizes = sizes
-        if self.seat is not None:
-            self.passes.release(self.seat)
-        self.seat = self.passes.take(template, layout, clips, 1, window)
-        self.passes.feed(self.seat, Feed.prompt(variant, template, layout, window))
-        self.sight = Feed(variant, template, layout, window)
-        self.empty = collections.deque(range(len(self.carriers)))
-        near = self.carriers[0].device == self.model.device
-        self.staged = None if near else self.passes.carrier(layout)
+        if self.batch_slot is not None:
+            self.passes.release(self.batch_slot)
+        self.batch_slot = self.passes.take(template, layout, clips, 1, window)
+        self.passes.feed(self.batch_slot, StreamState.prompt(variant, template, layout, window))
+        self.sight = StreamState(variant, template, layout, window)
+        self.empty = collections.deque(range(len(self.kv_buffers)))
+        near = self.kv_buffers[0].device == self.model.device
+        self.staged = None if near else self.passes.kv_buffer(layout)
         """Where a clip's keys and values are put together before they go at once to a device out of reach."""
 
-    def _take_in(self, session: int, tray: int, shape, dtype: torch.dtype, last: bool, counts: list[int]) -> None:
+    def _take_in(
+        self, session: int, pixel_buffer: int, shape, dtype: torch.dtype, last: bool, counts: list[int]
+    ) -> None:
         """Begin with a clip, and say so of those before it."""
-        raw = self.trays[tray][: shape.numel() * dtype.itemsize]
+        raw = self.pixel_buffers[pixel_buffer][: shape.numel() * dtype.itemsize]
         if self.pinned:
-            raw = self.pinned[tray][: len(raw)].copy_(raw)
+            raw = self.pinned[pixel_buffer][: len(raw)].copy_(raw)
         clip = raw.view(dtype).view(shape)
-        self.passes.show(self.seat, *self.passes.tower.look([clip], [self.sight.stream.layout]))
+        self.passes.show(self.batch_slot, *self.passes.vision_encoder.look([clip], [self.sight.stream.layout]))
         self.sight.stream.counts[:] = counts
         due = self.sight.clip(last)
         due = due[due.rows.visual]
-        self.passes.feed(self.seat, due)
-        carrier = self.empty.popleft()
-        self.passes.copy_out(self.seat, due, self.carriers[carrier] if self.staged is None else self.staged)
+        self.passes.feed(self.batch_slot, due)
+        kv_buffer = self.empty.popleft()
+        self.passes.copy_out(self.batch_slot, due, self.kv_buffers[kv_buffer] if self.staged is None else self.staged)
         if self.staged is not None:
-            self.carriers[carrier].copy_(self.staged, non_blocking=True)
-        self.leaving.append((session, carrier, Mark(self.model.device)))
+            self.kv_buffers[kv_buffer].copy_(self.staged, non_blocking=True)
+        self.leaving.append((session, kv_buffer, DeviceEvent(self.model.device)))
         self._tell(1)
 
     def _tell(self, still: int) -> None:
         """That clips have gone over, once they have, but for those last begun."""
         while len(self.leaving) > still:
-            session, carrier, there = self.leaving.popleft()
+            session, kv_buffer, there = self.leaving.popleft()
             there.wait()
-            self.pipe.send(("whole", session, carrier))
+            self.pipe.send(("whole", session, kv_buffer))

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..common.clock import now
 from ..common.errors import InputError
-from ..engine.device_event import Mark
+from ..engine.device_event import DeviceEvent
 from ..engine.step_runner import AHEAD
-from ..engine.stream_state import Feed
-from .perception_client import TRAYS, Pair
+from ..engine.stream_state import StreamState
+from .perception_client import PIXEL_BUFFERS, PerceptionClient
 from .session import Session, Word
 
 GLANCE = 0.2
@@ -26,7 +26,7 @@ class PipelinedSession(Session):
     way = "pipelined"
     joins = True
 
-    def __init__(self, *args, pair: Pair | None = None, **options):
+    def __init__(self, *args, pair: PerceptionClient | None = None, **options):
         if pair is None:
             raise InputError("a pipelined session needs a pair: start a pair.Pair and give it as `pair`")
         self.pair = pair
@@ -34,7 +34,7 @@ class PipelinedSession(Session):
 
     def _open(self) -> None:
         super()._open()
-        self.sight = Feed(self.variant, self.template, self.layout, self.window)
+        self.sight = StreamState(self.variant, self.template, self.layout, self.window)
         """Where what comes over belongs."""
         self.begun = 0
         """How many clips were sent."""
@@ -42,13 +42,13 @@ class PipelinedSession(Session):
         """Of each clip that was sent and has not come over, whether it is the last."""
         self.whole: collections.deque[bool] = collections.deque()
         """The same of each clip that has come over and that no slot has begun with."""
-        self.leaving: collections.deque[tuple[int, Mark]] = collections.deque()
+        self.leaving: collections.deque[tuple[int, DeviceEvent]] = collections.deque()
         """Carriers out of which keys and values are being laid into pages, and when that is done."""
         self.heard = 0.0
         """When a clip last came over, or was the first to be sent."""
         itemsize = max(torch.float32.itemsize, self.model.dtype.itemsize)
         self.number = self.pair.open(
-            self.passes.carrier(self.layout),
+            self.passes.kv_buffer(self.layout),
             max(rows * columns for rows, columns in self._shapes) * itemsize,
             self.variant.name,
             self.template,
@@ -89,7 +89,7 @@ class PipelinedSession(Session):
         agreed beforehand, only when the slot before it begins. No more than there are carriers for, and one that is
         under way; or than a window has room for."""
         held = self.greedy and self.variant.count == "rounds"
-        most = 1 if held else TRAYS if self.window is None else AHEAD
+        most = 1 if held else PIXEL_BUFFERS if self.window is None else AHEAD
         while self.waiting and not self.done and (ahead := len(self.sent) + len(self.whole)) < most:
             if held:
                 counts = [*self.counts]
@@ -101,10 +101,10 @@ class PipelinedSession(Session):
                 self.heard = now()
             self.sent.append(last)
             fed = (clip if clip.dtype == torch.float32 else clip.to(self.model.dtype)).cpu().contiguous()
-            raw, tray = fed.flatten().view(torch.uint8).numpy(), self.begun % TRAYS
-            room = self.pair.trays[tray].numpy()[: len(raw)]
+            raw, pixel_buffer = fed.flatten().view(torch.uint8).numpy(), self.begun % PIXEL_BUFFERS
+            room = self.pair.pixel_buffers[pixel_buffer].numpy()[: len(raw)]
             put = functools.partial(np.copyto, room, raw)
-            self.pair.order("clip", self.number, tray, fed.shape, fed.dtype, last, counts, before=put)
+            self.pair.order("clip", self.number, pixel_buffer, fed.shape, fed.dtype, last, counts, before=put)
             self.begun += 1
 
     def _receive(self, seconds: float) -> bool:
@@ -113,19 +113,19 @@ class PipelinedSession(Session):
         if (said := self.pair.hear(seconds)) is None:
             return False
         self.heard = now()
-        _, _, carrier = said
+        _, _, kv_buffer = said
         last = self.sent.popleft()
-        self.passes.copy_in(self.seat, self.sight.clip(last), self.pair.carriers[carrier])
-        self.leaving.append((carrier, Mark(self.model.device)))
+        self.passes.copy_in(self.batch_slot, self.sight.clip(last), self.pair.kv_buffers[kv_buffer])
+        self.leaving.append((kv_buffer, DeviceEvent(self.model.device)))
         self.whole.append(last)
         return True
 
     def _give_back(self, wait: bool) -> None:
         """Carriers that are empty again."""
         while self.leaving and (wait or self.leaving[0][1].passed):
-            carrier, there = self.leaving.popleft()
+            kv_buffer, there = self.leaving.popleft()
             there.wait()
-            self.pair.order("empty", self.number, carrier)
+            self.pair.order("empty", self.number, kv_buffer)
 
     def _advance(self) -> None:
         self._send()

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..common.clock import now
 from ..common.errors import InputError
 from ..common.versions import versions
-from ..engine.step_request import Ask, Written
-from ..engine.step_runner import Passes
-from ..engine.stream_state import Due, Feed
-from ..engine.vision_encoder import Sight
+from ..engine.step_request import PendingToken, StepRequest
+from ..engine.step_runner import StepRunner
+from ..engine.stream_state import DueRows, StreamState
+from ..engine.vision_encoder import ClipFeatures
 from ..model.prompts import Template
 from ..reference import PENALTY, Caption
 from ..timeline.plan import Window
@@ -72,7 +72,7 @@ class Session:
         window: tuple[int, int] | None = None,
         chunk: int | None = None,
         ahead: int | None = None,
-        passes: Passes | None = None,
+        passes: StepRunner | None = None,
         clock: Callable[[], float] = now,
         record: str | Path | None = None,
         about: dict | None = None,
@@ -108,24 +108,24 @@ class Session:
         self.ahead = ahead if ahead is not None else int(model.device.type == "cuda")
         if passes is None:
             given = PENALTY if penalty is None else penalty
-            passes = Passes.single(model, layout, max_clips, max_new_tokens, chunk, given, self.window)
+            passes = StepRunner.single(model, layout, max_clips, max_new_tokens, chunk, given, self.window)
             passes.warm_up()
             if self.way != "pipelined":
-                passes.tower.record(layout.grid)
+                passes.vision_encoder.record(layout.grid)
         if penalty not in (None, passes.penalty):
             raise InputError(f"a penalty of {penalty} in passes that were made with {passes.penalty}: leave it out")
         self.passes, self.penalty = passes, passes.penalty
         self.width = min(chunk or passes.width, passes.width)
-        self.seat = passes.take(template, layout, max_clips, max_new_tokens, self.window)
-        self.text = Feed(variant, template, layout, self.window)
+        self.batch_slot = passes.take(template, layout, max_clips, max_new_tokens, self.window)
+        self.text = StreamState(variant, template, layout, self.window)
         """What has been written, and seen by what was written."""
         self.waiting: collections.deque[tuple[Tensor, bool]] = collections.deque()
         """Clips that have arrived and were not looked at yet, and whether each is the last."""
-        self.looked: collections.deque[tuple[Sight, bool]] = collections.deque()
+        self.looked: collections.deque[tuple[ClipFeatures, bool]] = collections.deque()
         """Clips that the vision tower has, and that no slot has begun with."""
-        self.lead = Due.nothing()
+        self.lead = DueRows.nothing()
         """What must be fed before the next word."""
-        self.coming: collections.deque[Written] = collections.deque()
+        self.coming: collections.deque[PendingToken] = collections.deque()
         """Words that the device was asked for and the host has not seen."""
         self.arrived: list[float] = []
         self.visible: list[float] = []
@@ -140,11 +140,11 @@ class Session:
             (layout.tokens_per_clip * model.model.visual.spatial_merge_size**2, patch.proj.weight[0].numel()),
             (layout.tokens_per_clip, passes.clip.shape[2]),
         )
-        self.prompt = Feed.prompt(variant, template, layout, self.window)
+        self.prompt = StreamState.prompt(variant, template, layout, self.window)
         try:
             self._open()
         except BaseException:
-            passes.release(self.seat)
+            passes.release(self.batch_slot)
             raise
 
     # What a caller sees
@@ -221,7 +221,7 @@ class Session:
         with self.whatever_happens():
             if due := self.looks_due():
                 clips, last = zip(*due, strict=True)
-                sights = self.passes.tower.look(clips, [self.layout] * len(clips))
+                sights = self.passes.vision_encoder.look(clips, [self.layout] * len(clips))
                 self.have_looked(zip(sights, last, strict=True))
             ask = self.plan()
             if ask is not None:
@@ -255,13 +255,13 @@ class Session:
             return [self.waiting.popleft()]
         return []
 
-    def have_looked(self, sights: Iterable[tuple[Sight, bool]]) -> None:
+    def have_looked(self, sights: Iterable[tuple[ClipFeatures, bool]]) -> None:
         self.looked.extend(sights)
 
-    def plan(self, room: bool = True) -> Ask | None:
+    def plan(self, room: bool = True) -> StepRequest | None:
         """What to ask of the next pass, which has `room` for a piece or only for a word."""
         self._advance()
-        others = Due.nothing()
+        others = DueRows.nothing()
         if room:
             others, self.lead = self.lead[: self.width], self.lead[self.width :]
             if not len(self.lead):
@@ -271,11 +271,11 @@ class Session:
             speaks = False
         if not (speaks or len(others)):
             return None
-        word = self.text.word() if speaks else Due.nothing()
+        word = self.text.word() if speaks else DueRows.nothing()
         stream = self.text.stream
-        return Ask(self.seat, word, others, speaks, len(self.template.header) + len(stream.written))
+        return StepRequest(self.batch_slot, word, others, speaks, len(self.template.header) + len(stream.written))
 
-    def asked_for(self, ask: Ask, written: Written | None) -> None:
+    def asked_for(self, ask: StepRequest, written: PendingToken | None) -> None:
         """The pass is under way."""
         if ask.write:
             self.text.stream.write(UNKNOWN)
@@ -290,7 +290,7 @@ class Session:
         """The oldest word that was not seen yet, where more than `ahead` are under way or nothing else can be done."""
         if not self.coming or not (wait or len(self.coming) > self.ahead):
             return None
-        token, stream = self.coming.popleft().of(self.seat), self.text.stream
+        token, stream = self.coming.popleft().of(self.batch_slot), self.text.stream
         slot = stream.slots[len(self.written)]
         stream.written[len(self.written)] = token
         word = Word(token, slot, self.clock())
@@ -345,7 +345,7 @@ class Session:
             return False
         return stream.complete or stream.counts[-1] < self._quota(len(stream.counts))
 
-    def _begin_slot(self, last: bool) -> Due:
+    def _begin_slot(self, last: bool) -> DueRows:
         """The next clip is there whole. Returns the rows that enter with it, in feed order."""
         self.visible.append(self.clock())
         return self.text.clip(last)
@@ -353,7 +353,7 @@ class Session:
     # Serial
 
     def _open(self) -> None:
-        self.passes.feed(self.seat, self.prompt)
+        self.passes.feed(self.batch_slot, self.prompt)
 
     def _clips_to_come(self) -> bool:
         """Clips, or their end, have been fed that no slot has begun with."""
@@ -363,7 +363,7 @@ class Session:
         """Begin what can begin."""
         if self.looked and not len(self.lead):
             sight, last = self.looked.popleft()
-            self.passes.show(self.seat, sight)
+            self.passes.show(self.batch_slot, sight)
             self.lead = self._begin_slot(last)
         self._begin_tail()
 
@@ -373,9 +373,9 @@ class Session:
             self.visible.append(self.clock())
             self.lead = self.text.clip(True, empty=True)
 
-    def _ride(self, room: int) -> Due:
+    def _ride(self, room: int) -> DueRows:
         """What nobody waits for and may enter beside the words."""
-        return Due.nothing()
+        return DueRows.nothing()
 
     # The end
 
@@ -407,7 +407,7 @@ class Session:
     def _let_go(self) -> None:
         self.waiting.clear()
         self.looked.clear()
-        self.passes.release(self.seat)
+        self.passes.release(self.batch_slot)
 
     def _record(self, how: str) -> Record:
         asked = self.asked if isinstance(self.asked, str) else list(self.asked.quotas)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..common.errors import InputError
-from ..engine.kv_cache import Pages
-from ..engine.step_runner import Passes
+from ..engine.kv_cache import PagedKVCache
+from ..engine.step_runner import StepRunner
 from ..model.prompts import Template
 from ..reference import PENALTY
 from ..timeline.plan import Window
@@ -30,13 +30,13 @@ RESERVE = 0.15
 """Part of a GPU's free memory that is left to the vision tower and to what a pass needs in between."""
 
 
-class Crowd:
+class SessionPool:
     """Sessions that share one model. `open` lets one in; `step` does a round for all."""
 
     def __init__(
         self,
         model,
-        seats: int,
+        batch_slots: int,
         layout: Layout,
         *,
         memory: int | None = None,
@@ -46,44 +46,44 @@ class Crowd:
         pieces: Sequence[int] = PIECES,
         penalty: float = PENALTY,
     ):
-        """At most `seats` sessions at once, of which none has larger clips than `layout`, more of them than
+        """At most `batch_slots` sessions at once, of which none has larger clips than `layout`, more of them than
         `max_clips`, more words than `max_new_tokens` or a larger `window`. Their keys and values take at most `memory`
         bytes, by default most of what a GPU has free, or as much as all seats can need. Raises InputError where not
         even one session fits.
         """
-        if seats < 1:
-            raise InputError(f"a crowd of {seats} seats must have at least 1")
+        if batch_slots < 1:
+            raise InputError(f"a crowd of {batch_slots} seats must have at least 1")
         if max(pieces, default=0) < 1:
             raise InputError(f"pieces {tuple(pieces)} take no clip in: give at least one number above 0")
         self.limits = {"max_clips": max_clips, "max_new_tokens": max_new_tokens, "window": window}
         sight = None if window is None else Window(*window)
         self.model, self.sessions = model, []
         config = model.model.language_model.config
-        each = Pages.bytes_each(config, model.dtype)
-        visual, text = Passes.room(layout, max_clips, max_new_tokens, sight)
-        need = Pages.need(visual, text)
+        each = PagedKVCache.bytes_each(config, model.dtype)
+        visual, text = StepRunner.room(layout, max_clips, max_new_tokens, sight)
+        need = PagedKVCache.need(visual, text)
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
-        pages = need * seats if memory is None else min(need * seats, memory // each - 1)
+        pages = need * batch_slots if memory is None else min(need * batch_slots, memory // each - 1)
         if pages < need:
             raise InputError(
                 f"one session needs {need * each / 2**30:.3f} GiB for its keys and values, and there are "
                 f"{memory / 2**30:.3f}: give it fewer clips, words or pixels, or more memory"
             )
-        self.passes = Passes(
+        self.passes = StepRunner(
             model,
-            seats,
+            batch_slots,
             pages,
             columns=need,
             longest=text,
             clip=layout.tokens_per_clip,
             width=layout.tokens_per_clip + layout.tail,
-            pieces=[0, *(count for count in pieces if 0 < count < seats), min(seats, max(pieces))],
+            pieces=[0, *(count for count in pieces if 0 < count < batch_slots), min(batch_slots, max(pieces))],
             windows=window is not None,
             penalty=penalty,
         )
         self.passes.warm_up()
-        self.passes.tower.record(layout.grid, [size for size in pieces if size])
+        self.passes.vision_encoder.record(layout.grid, [size for size in pieces if size])
 
     def open(self, variant: Variant, template: Template, layout: Layout, *, way: str = "fused", **options) -> Session:
         """Let a session in, serial or fused; `options` as `open_session`'s. Raises InputError where no seat or memory
@@ -110,7 +110,7 @@ class Crowd:
             looks = [(session, *due) for session in running for due in session.looks_due()]
             if looks:
                 sessions, clips, last = zip(*looks, strict=True)
-                sights = self.passes.tower.look(clips, [session.layout for session in sessions])
+                sights = self.passes.vision_encoder.look(clips, [session.layout for session in sessions])
                 for session, sight, is_last in zip(sessions, sights, last, strict=True):
                     session.have_looked([(sight, is_last)])
             asks, fed, room = [], [], self.passes.kinds[-1]

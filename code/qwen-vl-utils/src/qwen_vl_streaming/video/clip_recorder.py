@@ -17,7 +17,7 @@ HEADER = 512
 """Bytes before the frames, in which it says how many there are."""
 
 
-class Keeper:
+class ClipRecorder:
     """The frames of clips, for `read_clips`: a safetensors file that is whole after each clip."""
 
     def __init__(self, path: str | Path):
