@@ -120,19 +120,19 @@ class Batch:
         """Have the device say what is written so far, without waiting for it."""
         engine = self.engine
         ids, ended = (tensor.to("cpu", non_blocking=True) for tensor in (engine.ids, engine.ended))
-        there = DeviceEvent(engine.device)
+        ready = DeviceEvent(engine.device)
         done = {batch_slot for batch_slot, stream in engine.seated.items() if stream.done}
-        self.looks.append((there, ids, ended, done, dict(self.jobs)))
+        self.looks.append((ready, ids, ended, done, dict(self.jobs)))
 
     def collect(self) -> Iterator[tuple[Job, Caption]]:
         """The captions that are known to be complete. Waits for the device where that is two looks behind, or where
         nothing is left to do."""
         while self.looks:
-            there, ids, ended, done, jobs = self.looks[0]
-            if not there.passed:
+            ready, ids, ended, done, jobs = self.looks[0]
+            if not ready.query():
                 if len(self.looks) < 2 and not self.finished:
                     return
-                there.wait()
+                ready.synchronize()
             self.looks.popleft()
             for batch_slot, job in jobs.items():
                 if self.jobs.get(batch_slot) is job and (batch_slot in done or ended[batch_slot]):

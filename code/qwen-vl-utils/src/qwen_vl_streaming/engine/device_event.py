@@ -23,16 +23,15 @@ class DeviceEvent:
             self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(device))
 
-    @property
-    def passed(self) -> bool:
+    def query(self) -> bool:
         return self.event is None or self.event.query()
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Have the host wait."""
         if self.event is not None:
             self.event.synchronize()
 
-    def hold(self, tensor: torch.Tensor) -> None:
+    def stream_wait(self, tensor: torch.Tensor) -> None:
         """Have the device's current stream wait, which may then read `tensor` of the marked one."""
         if self.event is not None:
             now = torch.cuda.current_stream(tensor.device)

@@ -66,9 +66,9 @@ class PendingToken:
 
     ids: Tensor
     """(S,)"""
-    there: DeviceEvent
+    ready: DeviceEvent
 
     def of(self, batch_slot: BatchSlot) -> int:
         """The id that was chosen in `batch_slot`. Waits for it."""
-        self.there.wait()
+        self.ready.synchronize()
         return int(self.ids[batch_slot.number])

@@ -176,7 +176,7 @@ class StepRunner(Runner):
 
     def show(self, batch_slot: BatchSlot, sight: ClipFeatures) -> None:
         """Make the clip rows that come next in `batch_slot` of `sight`. Makes the device wait for it, not the host."""
-        sight.there.hold(sight.tokens)
+        sight.ready.stream_wait(sight.tokens)
         self.clip[batch_slot.number, : len(sight.tokens)] = sight.tokens
 
     def feed(self, batch_slot: BatchSlot, due: DueRows) -> None:

@@ -18,7 +18,7 @@ class ClipFeatures:
 
     tokens: Tensor
     """(tokens of a clip, C)"""
-    there: DeviceEvent
+    ready: DeviceEvent
 
 
 class VisionEncoder:
@@ -72,8 +72,8 @@ class VisionEncoder:
                     some, waiting = waiting[:count], waiting[count:]
                     made = self._perceive(torch.stack([self._put(clips[i]) for i in some]), grid)
                     tokens |= dict(zip(some, made, strict=True))
-            there = DeviceEvent(self.model.device)
-        return [ClipFeatures(tokens[i], there) for i in range(len(clips))]
+            ready = DeviceEvent(self.model.device)
+        return [ClipFeatures(tokens[i], ready) for i in range(len(clips))]
 
     def _perceive(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         recorded = self.recorded.get(grid, {}).get(len(pixels))

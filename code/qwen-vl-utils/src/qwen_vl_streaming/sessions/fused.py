@@ -48,7 +48,7 @@ class FusedSession(Session):
         """The next clip rides, where all of the one before has entered. Words do not wait for the vision tower."""
         if self.riding is not None or not self.looked or self.lead.rows.visual.any():
             return
-        if self.looked[0][0].there.passed or not self._may_speak():
+        if self.looked[0][0].ready.query() or not self._may_speak():
             sight, self.riding_last = self.looked.popleft()
             self.passes.show(self.batch_slot, sight)
             self.sight.stream.counts[:] = self.counts

@@ -170,5 +170,5 @@ class PerceptionWorker:
         """That clips have gone over, once they have, but for those last begun."""
         while len(self.leaving) > still:
             session, kv_buffer, there = self.leaving.popleft()
-            there.wait()
+            there.synchronize()
             self.pipe.send(("whole", session, kv_buffer))

@@ -122,9 +122,9 @@ class PipelinedSession(Session):
 
     def _give_back(self, wait: bool) -> None:
         """Carriers that are empty again."""
-        while self.leaving and (wait or self.leaving[0][1].passed):
+        while self.leaving and (wait or self.leaving[0][1].query()):
             kv_buffer, there = self.leaving.popleft()
-            there.wait()
+            there.synchronize()
             self.pair.order("empty", self.number, kv_buffer)
 
     def _advance(self) -> None:
@@ -141,5 +141,5 @@ class PipelinedSession(Session):
     def _let_go(self) -> None:
         super()._let_go()
         for _, there in self.leaving:
-            there.wait()  # the next session's clips come over in the same
+            there.synchronize()  # the next session's clips come over in the same
         self.pair.finish(self.number)

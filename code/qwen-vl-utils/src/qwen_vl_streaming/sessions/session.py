@@ -284,7 +284,7 @@ class Session:
     @property
     def word_there(self) -> bool:
         """The oldest word that was not seen yet can be had without waiting."""
-        return bool(self.coming) and self.coming[0].there.passed
+        return bool(self.coming) and self.coming[0].ready.query()
 
     def collect(self, wait: bool) -> Word | None:
         """The oldest word that was not seen yet, where more than `ahead` are under way or nothing else can be done."""
