@@ -51,7 +51,7 @@ class Trace:
 
         def wrapped(of, *args):
             mine = kinds(of, *args)
-            stream = of.beside if TOWER in mine else None  # the tower runs on a stream of its own
+            stream = of.stream if TOWER in mine else None  # the tower runs on a stream of its own
             begin = self._now(stream)
             result = function(of, *args)
             if mine:
@@ -79,7 +79,7 @@ def _kinds_of_pass(_, asks: Iterable[StepRequest]) -> list[str]:
 
 
 WRAPPED = (
-    (VisionEncoder, "look", lambda *_: [TOWER]),
+    (VisionEncoder, "encode", lambda *_: [TOWER]),
     (StepRunner, "run", _kinds_of_pass),
     (StepRunner, "copy_out", lambda *_: [MOVE]),
     (StepRunner, "copy_in", lambda *_: [MOVE]),

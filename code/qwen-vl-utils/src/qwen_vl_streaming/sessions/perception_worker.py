@@ -134,7 +134,7 @@ class PerceptionWorker:
             self.passes = self.batch_slot = self.sizes = None  # their memory goes before that of others comes
             self.passes = StepRunner.single(self.model, layout, clips, 1, chunk, 1.0, window, pieces=[1])
             self.passes.warm_up(words=False)
-            self.passes.vision_encoder.record(layout.grid, [1])
+            self.passes.vision_encoder.capture(layout.grid, [1])
             self.sizes = sizes
         if self.batch_slot is not None:
             self.passes.release(self.batch_slot)
@@ -154,7 +154,7 @@ class PerceptionWorker:
         if self.pinned:
             raw = self.pinned[pixel_buffer][: len(raw)].copy_(raw)
         clip = raw.view(dtype).view(shape)
-        self.passes.show(self.batch_slot, *self.passes.vision_encoder.look([clip], [self.sight.stream.layout]))
+        self.passes.show(self.batch_slot, *self.passes.vision_encoder.encode([clip], [self.sight.stream.layout]))
         self.sight.stream.counts[:] = counts
         due = self.sight.clip(last)
         due = due[due.rows.visual]

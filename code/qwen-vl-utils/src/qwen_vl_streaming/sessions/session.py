@@ -111,7 +111,7 @@ class Session:
             passes = StepRunner.single(model, layout, max_clips, max_new_tokens, chunk, given, self.window)
             passes.warm_up()
             if self.way != "pipelined":
-                passes.vision_encoder.record(layout.grid)
+                passes.vision_encoder.capture(layout.grid)
         if penalty not in (None, passes.penalty):
             raise InputError(f"a penalty of {penalty} in passes that were made with {passes.penalty}: leave it out")
         self.passes, self.penalty = passes, passes.penalty
@@ -221,7 +221,7 @@ class Session:
         with self.whatever_happens():
             if due := self.looks_due():
                 clips, last = zip(*due, strict=True)
-                sights = self.passes.vision_encoder.look(clips, [self.layout] * len(clips))
+                sights = self.passes.vision_encoder.encode(clips, [self.layout] * len(clips))
                 self.have_looked(zip(sights, last, strict=True))
             ask = self.plan()
             if ask is not None:

@@ -83,7 +83,7 @@ class SessionPool:
             penalty=penalty,
         )
         self.passes.warm_up()
-        self.passes.vision_encoder.record(layout.grid, [size for size in pieces if size])
+        self.passes.vision_encoder.capture(layout.grid, [size for size in pieces if size])
 
     def open(self, variant: Variant, template: Template, layout: Layout, *, way: str = "fused", **options) -> Session:
         """Let a session in, serial or fused; `options` as `open_session`'s. Raises InputError where no seat or memory
@@ -110,7 +110,7 @@ class SessionPool:
             looks = [(session, *due) for session in running for due in session.looks_due()]
             if looks:
                 sessions, clips, last = zip(*looks, strict=True)
-                sights = self.passes.vision_encoder.look(clips, [session.layout for session in sessions])
+                sights = self.passes.vision_encoder.encode(clips, [session.layout for session in sessions])
                 for session, sight, is_last in zip(sessions, sights, last, strict=True):
                     session.have_looked([(sight, is_last)])
             asks, fed, room = [], [], self.passes.kinds[-1]
