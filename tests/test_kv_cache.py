@@ -10,7 +10,7 @@ from qwen_vl_streaming.engine import ragged_attention
 from qwen_vl_streaming.engine.kv_cache import PAGE, TEXT, PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import PagedAttention, _join_shares
 from qwen_vl_streaming.engine.ragged_attention import BLOCK, RaggedAttention, blocks_of
-from qwen_vl_streaming.engine.step_request import Run
+from qwen_vl_streaming.engine.step_request import BlockTable
 
 SEED = time.time_ns() % 100_000
 CONFIG = SimpleNamespace(num_key_value_heads=1, num_attention_heads=3, hidden_size=12, num_hidden_layers=1)
@@ -65,7 +65,7 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
             begin = PagedKVCache.text_page_of(visual)
             mine, ends = pages.held[batch_slot], []
             for of, start, keeps in ((mine[:begin], 0, kept[0]), (mine[begin:], TEXT, kept[1])):
-                run = Run(pages, of, start, keeps)
+                run = BlockTable(pages, of, start, keeps)
                 room = len(of) * PAGE
                 end = draw.randint(1, 3 * room if windows and len(of) > 1 else room)  # the pages may have turned
                 run.places(torch.arange(end))

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.engine import step_runner as passes_module
+from qwen_vl_streaming.engine import step_runner
 from qwen_vl_streaming.engine.kv_cache import PAGE
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
@@ -179,10 +179,10 @@ def test_room_is_enough_for_what_is_in_sight(monkeypatch):
         layout = random_template(draw).layout((draw.randint(1, 12), draw.randint(1, 12)), 2.0)
         window = Window(draw.randint(1, 20), draw.randint(1, 300))
         for run, kept, step, ahead in (
-            (0, layout.prompt, layout.tokens_per_clip, window.clips + passes_module.AHEAD),
+            (0, layout.prompt, layout.tokens_per_clip, window.clips + step_runner.AHEAD),
             (1, layout.header, 1, window.words + 1),
         ):
-            room = passes_module.StepRunner.room(layout, 1, 1, window)[run]
+            room = step_runner.StepRunner.token_capacity(layout, 1, 1, window)[run]
             pages = -(-room // PAGE)
             turning = pages - min(-(-kept // PAGE), pages - 1)
             for newest in (kept + step * draw.randint(1, 5000) for _ in range(5)):

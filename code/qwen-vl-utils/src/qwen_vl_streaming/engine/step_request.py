@@ -11,7 +11,7 @@ from .kv_cache import PAGE, PagedKVCache
 from .stream_state import DueRows
 
 
-class Run:
+class BlockTable:
     """Where the tokens of one run of a stream lie. Past the end of its pages it turns back to the first that is not
     kept: what lay there must be out of sight by then."""
 
@@ -38,10 +38,10 @@ class Run:
 class BatchSlot:
     """A stream's place in the passes."""
 
-    number: int
+    index: int
     layout: Layout
-    visual: Run
-    text: Run
+    visual: BlockTable
+    text: BlockTable
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class StepRequest:
     """What a stream wants of a pass."""
 
     batch_slot: BatchSlot
-    word: DueRows
+    decode: DueRows
     """One text row, or none."""
-    others: DueRows
+    prefill: DueRows
     """At most W rows of either run."""
-    write: bool
+    sample: bool
     """Choose the next word: from what came out for `word` or, where that has no row, for the last of `others` or, where
     there is none either, for the newest row before."""
     next_row: int = 0
@@ -68,7 +68,7 @@ class PendingToken:
     """(S,)"""
     ready: DeviceEvent
 
-    def of(self, batch_slot: BatchSlot) -> int:
+    def get(self, batch_slot: BatchSlot) -> int:
         """The id that was chosen in `batch_slot`. Waits for it."""
         self.ready.synchronize()
-        return int(self.ids[batch_slot.number])
+        return int(self.ids[batch_slot.index])

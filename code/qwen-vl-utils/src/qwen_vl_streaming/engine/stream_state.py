@@ -26,7 +26,7 @@ class DueRows:
     ids: Tensor
     positions: Tensor
     """(3, L)"""
-    place: Tensor
+    run_index: Tensor
     """Index in the row's own run, visual or text."""
     seen_visual: Tensor
     seen_text: Tensor
@@ -50,7 +50,7 @@ class DueRows:
 
     @staticmethod
     @functools.cache
-    def nothing() -> "DueRows":
+    def empty() -> "DueRows":
         none = torch.zeros(0, dtype=torch.long)
         return DueRows(Rows.of(PROMPT, 0), none, none.expand(3, 0), none, none, none, none.expand(2, 0))
 
@@ -68,11 +68,11 @@ class StreamState:
         due = StreamState(variant, template, layout, window)._due(Stream(variant, template, layout).feed_clip(False))
         return due[due.rows.part == PROMPT]
 
-    def clip(self, last: bool, empty: bool = False) -> DueRows:
+    def feed_clip(self, last: bool, empty: bool = False) -> DueRows:
         due = self._due(self.stream.feed_clip(last, empty))
         return due[due.rows.part != PROMPT]
 
-    def word(self) -> DueRows:
+    def feed_text(self) -> DueRows:
         """The text rows that have to be fed for the next word: one, or none where the row before it was a clip's."""
         return self._due(self.stream.feed_text())
 
@@ -80,17 +80,17 @@ class StreamState:
         stream = self.stream
         rows = Rows.concatenate([Rows.of(PROMPT, 0), *(rows for rows, _ in pieces)])
         if not len(rows):
-            return DueRows.nothing()
+            return DueRows.empty()
         ids = torch.tensor([token for _, tokens in pieces for token in tokens], dtype=torch.long)
         positions = row_positions(rows, stream.variant, stream.layout, stream.counts, stream.clips, stream.bare)
         text = rows.text
         seen_visual, seen_text = self.visual + (~text).cumsum(0), self.text + text.cumsum(0)
         self.visual, self.text = int(seen_visual[-1]), int(seen_text[-1])
-        place = torch.where(text, seen_text, seen_visual) - 1
+        run_index = torch.where(text, seen_text, seen_visual) - 1
         if self.window is None:
             since = torch.zeros(2, len(rows), dtype=torch.long)
         else:
             since = self.window.since(stream.layout, seen_visual, seen_text, stream.clips)
         if stream.variant.parallel:
             seen_text = seen_text.masked_fill(rows.visual, 0)
-        return DueRows(rows, ids, positions, place, seen_visual, seen_text, since)
+        return DueRows(rows, ids, positions, run_index, seen_visual, seen_text, since)

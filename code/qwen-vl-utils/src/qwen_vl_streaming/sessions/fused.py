@@ -50,13 +50,13 @@ class FusedSession(Session):
             return
         if self.looked[0][0].ready.query() or not self._may_speak():
             sight, self.riding_last = self.looked.popleft()
-            self.passes.show(self.batch_slot, sight)
+            self.passes.set_clip_features(self.batch_slot, sight)
             self.sight.stream.counts[:] = self.counts
-            riding = self.sight.clip(self.riding_last)
+            riding = self.sight.feed_clip(self.riding_last)
             self.riding = riding[riding.rows.visual]
 
     def _ride(self, room: int) -> DueRows:
         if self.riding is None or not len(self.riding):
-            return DueRows.nothing()
+            return DueRows.empty()
         rides, self.riding = self.riding[:room], self.riding[room:]
         return rides

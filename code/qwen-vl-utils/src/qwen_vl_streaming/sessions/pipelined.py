@@ -48,7 +48,7 @@ class PipelinedSession(Session):
         """When a clip last came over, or was the first to be sent."""
         itemsize = max(torch.float32.itemsize, self.model.dtype.itemsize)
         self.number = self.pair.open(
-            self.passes.kv_buffer(self.layout),
+            self.passes.new_kv_buffer(self.layout),
             max(rows * columns for rows, columns in self._shapes) * itemsize,
             self.variant.name,
             self.template,
@@ -115,7 +115,7 @@ class PipelinedSession(Session):
         self.heard = now()
         _, _, kv_buffer = said
         last = self.sent.popleft()
-        self.passes.copy_in(self.batch_slot, self.sight.clip(last), self.pair.kv_buffers[kv_buffer])
+        self.passes.copy_in(self.batch_slot, self.sight.feed_clip(last), self.pair.kv_buffers[kv_buffer])
         self.leaving.append((kv_buffer, DeviceEvent(self.model.device)))
         self.whole.append(last)
         return True

@@ -60,7 +60,7 @@ class SessionPool:
         self.model, self.sessions = model, []
         config = model.model.language_model.config
         each = PagedKVCache.bytes_each(config, model.dtype)
-        visual, text = StepRunner.room(layout, max_clips, max_new_tokens, sight)
+        visual, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, sight)
         need = PagedKVCache.need(visual, text)
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
@@ -74,12 +74,12 @@ class SessionPool:
             model,
             batch_slots,
             pages,
-            columns=need,
-            longest=text,
-            clip=layout.tokens_per_clip,
-            width=layout.tokens_per_clip + layout.tail,
-            pieces=[0, *(count for count in pieces if 0 < count < batch_slots), min(batch_slots, max(pieces))],
-            windows=window is not None,
+            blocks_per_slot=need,
+            text_capacity=text,
+            clip_tokens=layout.tokens_per_clip,
+            chunk_size=layout.tokens_per_clip + layout.tail,
+            chunk_counts=[0, *(count for count in pieces if 0 < count < batch_slots), min(batch_slots, max(pieces))],
+            windowed=window is not None,
             penalty=penalty,
         )
         self.passes.warm_up()
@@ -113,16 +113,16 @@ class SessionPool:
                 sights = self.passes.vision_encoder.encode(clips, [session.layout for session in sessions])
                 for session, sight, is_last in zip(sessions, sights, last, strict=True):
                     session.have_looked([(sight, is_last)])
-            asks, fed, room = [], [], self.passes.kinds[-1]
+            asks, fed, room = [], [], self.passes.chunk_counts[-1]
             for session in running:
                 ask = session.plan(room > len(fed))
                 asks.append((session, ask))
-                if ask is not None and len(ask.others):
+                if ask is not None and len(ask.prefill):
                     fed.append(session)
             # Who had a piece is the last to have another.
             self.sessions = [session for session in self.sessions if session not in fed] + fed
             passing = [(session, ask) for session, ask in asks if ask is not None]
-            written = self.passes.run([ask for _, ask in passing]) if passing else None
+            written = self.passes.step([ask for _, ask in passing]) if passing else None
             for session, ask in passing:
                 session.asked_for(ask, written)
             # Who asked for nothing may be late by a word that came long ago, while others go on.
