@@ -12,7 +12,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine import batch, ragged_attention
 from qwen_vl_streaming.engine.batch import Job, caption_all
 from qwen_vl_streaming.engine.decoder_layer import FusedProjections
-from qwen_vl_streaming.engine.kv_cache import PAGE, PagedKVCache
+from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import flex_in_shares
 from qwen_vl_streaming.engine.runner import Runner, first_greatest
 from qwen_vl_streaming.reference import Streams, caption
@@ -152,7 +152,7 @@ def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
     jobs = random_jobs(random.Random(0), variant, 8)
     plain = plainly(model, variant, jobs)
     config = model.model.language_model.config
-    room = 1 + 2 * PagedKVCache.need(40, 20)  # for two streams at once, and page 0
+    room = 1 + 2 * PagedKVCache.blocks_needed(40, 20)  # for two streams at once, and page 0
     drawn = []
 
     def source():
@@ -165,7 +165,7 @@ def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
         variant,
         source(),
         batch_size=4,
-        memory=room * PagedKVCache.bytes_each(config, model.dtype),
+        memory=room * PagedKVCache.block_bytes(config, model.dtype),
         max_new_tokens=MOST,
     )
     job, first = next(stream)
@@ -189,10 +189,10 @@ def test_the_memory_of_a_batch_goes_before_the_next_one_s_comes(monkeypatch):
     ]
     begin = PagedKVCache.__init__
 
-    def watched(pages, *arguments, **options):
+    def watched(cache, *arguments, **options):
         assert not [store for store in stores if store() is not None]
-        begin(pages, *arguments, **options)
-        stores.append(weakref.ref(pages.store))
+        begin(cache, *arguments, **options)
+        stores.append(weakref.ref(cache.store))
 
     monkeypatch.setattr(PagedKVCache, "__init__", watched)
     gc.disable()
@@ -222,16 +222,16 @@ def test_joined_weights_are_the_models_own():
 
 def test_pages_are_taken_once_and_come_back():
     config = tiny_model().model.language_model.config
-    pages = PagedKVCache(config, batch_slots=3, pages=7, width=4, dtype=torch.float32, device="cpu")
-    pages.take(0, PAGE + 1, 5)
-    pages.take(2, 3 * PAGE, PAGE)
-    assert len(pages.free) == 0
-    assert len({*pages.table[0, :3].tolist(), *pages.table[2].tolist()}) == 7
+    cache = PagedKVCache(config, batch_slots=3, num_blocks=7, blocks_per_slot=4, dtype=torch.float32, device="cpu")
+    cache.allocate(0, BLOCK_SIZE + 1, 5)
+    cache.allocate(2, 3 * BLOCK_SIZE, BLOCK_SIZE)
+    assert len(cache.free_blocks) == 0
+    assert len({*cache.block_tables[0, :3].tolist(), *cache.block_tables[2].tolist()}) == 7
     with pytest.raises(ValueError, match="0 are free"):
-        pages.take(1, 1, 1)
-    pages.give_back(0)
-    pages.take(1, 1, 1)
-    assert (pages.owner[1:] == 0).sum() == 0
+        cache.allocate(1, 1, 1)
+    cache.free(0)
+    cache.allocate(1, 1, 1)
+    assert (cache.block_owner[1:] == 0).sum() == 0
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 130, 1000])

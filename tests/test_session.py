@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.engine.kv_cache import PAGE, PagedKVCache
+from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import MixedAttention
-from qwen_vl_streaming.engine.step_runner import NUMBERS, StepRunner
+from qwen_vl_streaming.engine.step_runner import ROW_FIELDS, StepRunner
 from qwen_vl_streaming.engine.stream_state import StreamState
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
@@ -174,7 +174,7 @@ def test_passes_serve_one_stream_after_another(model):
     first = open_case(model, case, "fused")
     written, passes = [play(first, case).caption()], first.passes
     first.close()
-    for tensor in passes.pages.store:
+    for tensor in passes.cache.store:
         tensor.normal_()
     passes.ids.fill_(3), passes.ended.fill_(True), passes.seen_ids.fill_(True)
     for way in WAYS:
@@ -197,7 +197,7 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slo
     layout = template.layout((draw.randint(6, 9), 8), 2.0)
     room = {"schedule": Schedule((0,) * many), "max_clips": many + 1, "max_new_tokens": 4}
     visual, text = StepRunner.token_capacity(layout, many + 1, 4, None)
-    need, tokens = PagedKVCache.need(visual, text), layout.tokens_per_clip
+    need, tokens = PagedKVCache.blocks_needed(visual, text), layout.tokens_per_clip
     sizes = {
         "blocks_per_slot": need,
         "text_capacity": text,
@@ -214,12 +214,12 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slo
         assert len(made) == many * -(-tokens // passes.chunk_size)
         for numbers in made:
             rows = passes._rows(1)
-            both = MixedAttention(passes.pages, (1, passes.chunk_size), passes.groups, True, {}, False)
-            table, whose = numbers[: NUMBERS * rows].view(NUMBERS, rows), numbers[NUMBERS * rows :][:1]
+            both = MixedAttention(passes.cache, (1, passes.chunk_size), passes.groups, True, {}, False)
+            table, whose = numbers[: ROW_FIELDS * rows].view(ROW_FIELDS, rows), numbers[ROW_FIELDS * rows :][:1]
             both.place(table[3], table[4:8], whose)
             asked, whole = both.parts[-1].counts
             before = int(table[4, table[3] > 0].min())
-            assert whole.min() >= before // PAGE and asked.max() <= 3
+            assert whole.min() >= before // BLOCK_SIZE and asked.max() <= 3
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)

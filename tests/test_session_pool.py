@@ -59,7 +59,7 @@ def test_each_writes_what_it_would_alone(model, part, pieces):
     assert over == 25
     crowd.step()
     assert crowd.idle and not crowd.sessions
-    assert len(crowd.passes.free_slots) == 5 and not crowd.passes.pages.held
+    assert len(crowd.passes.free_slots) == 5 and not crowd.passes.cache.allocated
 
 
 def test_who_waits_for_a_clip_has_its_words_while_others_go_on(model):
@@ -101,7 +101,7 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
     case.pixels, case.layout = torch.randn(4, 24, 1176), case.template.layout((2, 3), 2.0)
     case.most = 12
     options = {"max_clips": 4, "max_new_tokens": 12}
-    each = PagedKVCache.bytes_each(config, model.dtype)
+    each = PagedKVCache.block_bytes(config, model.dtype)
     crowd = SessionPool(model, 3, case.layout, memory=5 * each, **options)  # two of two pages, and one page of nobody's
     first, second = (let_in(crowd, case, "fused", **options) for _ in range(2))
     with pytest.raises(InputError, match=r"one more session needs 0\.\d+ GiB .* 0\.000 are free beside the 2 that run"):

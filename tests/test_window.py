@@ -8,7 +8,7 @@ import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine import step_runner
-from qwen_vl_streaming.engine.kv_cache import PAGE
+from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
 from qwen_vl_streaming.sessions.record import read_record
@@ -77,8 +77,8 @@ def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, way, tmp
         with session:
             watch(session, case.pixels, draw)
         assert len(session.counts) == 70 or len(session.written) == most
-        assert session.batch_slot.visual.newest >= len(session.batch_slot.visual.mine)  # the pages have turned
-        assert len(session.batch_slot.visual.mine) * PAGE < 70 * 9
+        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)  # the pages have turned
+        assert len(session.batch_slot.visual.blocks) * BLOCK_SIZE < 70 * 9
         record = read_record(path)
         assert record.window == list(window)
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
@@ -179,12 +179,12 @@ def test_room_is_enough_for_what_is_in_sight(monkeypatch):
         layout = random_template(draw).layout((draw.randint(1, 12), draw.randint(1, 12)), 2.0)
         window = Window(draw.randint(1, 20), draw.randint(1, 300))
         for run, kept, step, ahead in (
-            (0, layout.prompt, layout.tokens_per_clip, window.clips + step_runner.AHEAD),
+            (0, layout.prompt, layout.tokens_per_clip, window.clips + step_runner.CLIPS_AHEAD),
             (1, layout.header, 1, window.words + 1),
         ):
             room = step_runner.StepRunner.token_capacity(layout, 1, 1, window)[run]
-            pages = -(-room // PAGE)
-            turning = pages - min(-(-kept // PAGE), pages - 1)
+            pages = -(-room // BLOCK_SIZE)
+            turning = pages - min(-(-kept // BLOCK_SIZE), pages - 1)
             for newest in (kept + step * draw.randint(1, 5000) for _ in range(5)):
                 oldest = max(newest - step * ahead - (layout.tail if run == 0 else 0), kept)
-                assert newest // PAGE - oldest // PAGE < turning
+                assert newest // BLOCK_SIZE - oldest // BLOCK_SIZE < turning

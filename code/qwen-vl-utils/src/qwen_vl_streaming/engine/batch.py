@@ -53,10 +53,10 @@ class Batch:
     """Streams that share a model, their seats and pages, and a look now and then at which of them have ended."""
 
     def __init__(
-        self, model, variant: Variant, batch_slots: int, pages: PagedKVCache, penalty: float, most: int, longest: int
+        self, model, variant: Variant, batch_slots: int, cache: PagedKVCache, penalty: float, most: int, longest: int
     ):
         self.model, self.variant, self.most = model, variant, most
-        self.engine = Runner(model, batch_slots, pages, longest, penalty)
+        self.engine = Runner(model, batch_slots, cache, longest, penalty)
         if self.engine.fast:
             model.settle_tower()
             self.engine.capture()
@@ -169,15 +169,15 @@ def caption_all(
     `max_new_tokens` are written for a job. Raises InputError for a video that does not fit by itself.
     """
     config = model.model.language_model.config
-    each = PagedKVCache.bytes_each(config, model.dtype)
+    each = PagedKVCache.block_bytes(config, model.dtype)
     if memory is None and model.device.type == "cuda":
         memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
     most, limit = max_new_tokens, None if memory is None else memory // each - 1
 
-    def pages_of(job: Job) -> int:
+    def blocks_of(job: Job) -> int:
         layout = job.layout
         visual = layout.prompt + len(job.pixels) * layout.tokens_per_clip + layout.tail
-        count = PagedKVCache.need(visual, layout.header + most)
+        count = PagedKVCache.blocks_needed(visual, layout.header + most)
         if limit is not None and count > limit:
             raise InputError(
                 f"video {job.key} needs {count * each / 2**30:.3g} GiB for its keys and values, and there are "
@@ -194,19 +194,19 @@ def caption_all(
     ahead: list[Tensor] = []  # visual tokens of the first that are pending
     batch = None
     while pending or (batch and batch.jobs):
-        if batch is None or (not batch.jobs and not _fits(batch, pending[0], pages_of(pending[0]), most)):
-            batch = pages = None
+        if batch is None or (not batch.jobs and not _fits(batch, pending[0], blocks_of(pending[0]), most)):
+            batch = cache = None
             gc.collect()  # its memory goes before the next one's comes: its parts refer to each other
-            needs = [pages_of(job) for job in pending]
-            pages = PagedKVCache(
+            needs = [blocks_of(job) for job in pending]
+            cache = PagedKVCache(
                 config, batch_size, min(sum(needs), limit or sum(needs)), max(needs), model.dtype, model.device
             )
             batch = Batch(
-                model, variant, batch_size, pages, penalty, most, most + max(job.layout.header for job in pending)
+                model, variant, batch_size, cache, penalty, most, most + max(job.layout.header for job in pending)
             )
-        free, group, together = len(batch.engine.pages.free), [], _together(pending)
+        free, group, together = len(batch.engine.cache.free_blocks), [], _together(pending)
         while len(group) < min(together, len(batch.empty)):
-            count = pages_of(pending[0])
+            count = blocks_of(pending[0])
             if count > free or not _fits(batch, pending[0], count, most):
                 break
             group.append(pending.popleft())
@@ -228,7 +228,7 @@ def _together(pending: collections.deque[Job]) -> int:
     return sum(size <= PACK or i == 0 for i, size in enumerate(sizes))
 
 
-def _fits(batch: Batch, job: Job, pages: int, most: int) -> bool:
+def _fits(batch: Batch, job: Job, blocks: int, most: int) -> bool:
     """Whether the tables of `batch` are wide enough for `job`."""
-    table, positions = batch.engine.pages.table, batch.engine.positions
-    return pages <= table.shape[1] and job.layout.header + most <= positions.shape[1]
+    table, positions = batch.engine.cache.block_tables, batch.engine.positions
+    return blocks <= table.shape[1] and job.layout.header + most <= positions.shape[1]

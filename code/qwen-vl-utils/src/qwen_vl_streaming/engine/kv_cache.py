@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .device_event import put
 
-PAGE = 128
+BLOCK_SIZE = 128
 """Tokens in a page: a block of FlexAttention."""
-TEXT = 1 << 30
-"""Where the tokens of a text run begin to count, in `PagedKVCache.first`."""
-NOWHERE = 1 << 40
+TEXT_OFFSET = 1 << 30
+"""Where the tokens of a text run begin to count, in `PagedKVCache.block_start`."""
+UNUSED = 1 << 40
 
 
 class PagedKVCache:
@@ -24,64 +24,66 @@ class PagedKVCache:
     Page 0 belongs to nobody: idle seats and padding write there.
     """
 
-    def __init__(self, config, batch_slots: int, pages: int, width: int, dtype: torch.dtype, device):
+    def __init__(self, config, batch_slots: int, num_blocks: int, blocks_per_slot: int, dtype: torch.dtype, device):
         """`config` is the language model's; `pages` without page 0; `width` is W."""
         heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        shape = 2 * config.num_hidden_layers, heads, (pages + 1) * PAGE, size
+        shape = 2 * config.num_hidden_layers, heads, (num_blocks + 1) * BLOCK_SIZE, size
         self.store = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = [*self.store.unflatten(0, (-1, 2))]
         """Keys and values of each layer, (2, heads, pool, D). Not (…, 1, heads, …): the compiler then copies the whole
         pool to write one token."""
-        self.table = torch.zeros(batch_slots, width, dtype=torch.long, device=device)
+        self.block_tables = torch.zeros(batch_slots, blocks_per_slot, dtype=torch.long, device=device)
         """The page of each logical page, (S, W)."""
-        self.owner = torch.full((pages + 1,), -1, dtype=torch.long, device=device)
+        self.block_owner = torch.full((num_blocks + 1,), -1, dtype=torch.long, device=device)
         """The seat that a page belongs to."""
-        self.first = torch.full((pages + 1,), NOWHERE, dtype=torch.long, device=device)
-        """The token of its seat's visual run with which a page begins, or TEXT + that of the text run."""
-        self.text_page = torch.zeros(batch_slots, dtype=torch.long, device=device)
+        self.block_start = torch.full((num_blocks + 1,), UNUSED, dtype=torch.long, device=device)
+        """The token of its seat's visual run with which a page begins, or TEXT_OFFSET + that of the text run."""
+        self.text_block = torch.zeros(batch_slots, dtype=torch.long, device=device)
         """The logical page at which a seat's text run begins."""
-        self.kept = torch.zeros(2, batch_slots, dtype=torch.long, device=device)
+        self.kept_tokens = torch.zeros(2, batch_slots, dtype=torch.long, device=device)
         """How many tokens at the beginning of a seat's runs stay in sight of a sliding window, (2, S)."""
-        self.free = list(range(pages, 0, -1))
-        self.held: dict[int, list[int]] = {}
+        self.free_blocks = list(range(num_blocks, 0, -1))
+        self.allocated: dict[int, list[int]] = {}
 
     @staticmethod
-    def text_page_of(visual: int) -> int:
+    def text_block_of(visual: int) -> int:
         """The logical page at which the text run of a stream with `visual` tokens begins."""
-        return -(-visual // PAGE)
+        return -(-visual // BLOCK_SIZE)
 
     @staticmethod
-    def need(visual: int, text: int) -> int:
+    def blocks_needed(visual: int, text: int) -> int:
         """Pages of a stream with runs of `visual` and `text` tokens."""
-        return -(-visual // PAGE) - (-text // PAGE)
+        return -(-visual // BLOCK_SIZE) - (-text // BLOCK_SIZE)
 
     @staticmethod
-    def bytes_each(config, dtype: torch.dtype) -> int:
+    def block_bytes(config, dtype: torch.dtype) -> int:
         """Bytes of one page over all layers."""
         size = config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * PAGE * size * dtype.itemsize
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * BLOCK_SIZE * size * dtype.itemsize
 
-    def take(self, batch_slot: int, visual: int, text: int) -> None:
+    def allocate(self, batch_slot: int, visual: int, text: int) -> None:
         """Give `batch_slot` pages for its runs. Raises ValueError where there are too few, or the seat is taken."""
-        count = self.need(visual, text)
-        if batch_slot in self.held or count > min(len(self.free), self.table.shape[1]):
-            raise ValueError(f"seat {batch_slot} cannot have {count} pages: {len(self.free)} are free")
-        mine = self.held[batch_slot] = [self.free.pop() for _ in range(count)]
-        pages = put(mine, self.table.device)
-        self.table[batch_slot, :count] = pages
-        self.owner.index_fill_(0, pages, batch_slot)
-        begin = self.text_page_of(visual)
-        first = torch.arange(count, device=pages.device) * PAGE
-        self.first[pages] = torch.where(first < begin * PAGE, first, first - begin * PAGE + TEXT)
-        self.text_page[batch_slot].fill_(begin)
+        count = self.blocks_needed(visual, text)
+        if batch_slot in self.allocated or count > min(len(self.free_blocks), self.block_tables.shape[1]):
+            raise ValueError(f"seat {batch_slot} cannot have {count} pages: {len(self.free_blocks)} are free")
+        mine = self.allocated[batch_slot] = [self.free_blocks.pop() for _ in range(count)]
+        blocks = put(mine, self.block_tables.device)
+        self.block_tables[batch_slot, :count] = blocks
+        self.block_owner.index_fill_(0, blocks, batch_slot)
+        begin = self.text_block_of(visual)
+        first = torch.arange(count, device=blocks.device) * BLOCK_SIZE
+        self.block_start[blocks] = torch.where(
+            first < begin * BLOCK_SIZE, first, first - begin * BLOCK_SIZE + TEXT_OFFSET
+        )
+        self.text_block[batch_slot].fill_(begin)
 
-    def give_back(self, batch_slot: int) -> None:
-        mine = self.held.pop(batch_slot)
-        self.free += reversed(mine)
-        self.owner.index_fill_(0, put(mine, self.owner.device), -1)
-        self.table[batch_slot].zero_()
-        self.text_page[batch_slot].zero_()
+    def free(self, batch_slot: int) -> None:
+        mine = self.allocated.pop(batch_slot)
+        self.free_blocks += reversed(mine)
+        self.block_owner.index_fill_(0, put(mine, self.block_owner.device), -1)
+        self.block_tables[batch_slot].zero_()
+        self.text_block[batch_slot].zero_()
 
-    def places(self, batch_slots: Tensor, logical: Tensor) -> Tensor:
+    def cache_index(self, batch_slots: Tensor, logical: Tensor) -> Tensor:
         """Where in the pool the `logical` tokens (n, Q) of `batch_slots` (n,) lie."""
-        return self.table[batch_slots].gather(1, logical // PAGE) * PAGE + logical % PAGE
+        return self.block_tables[batch_slots].gather(1, logical // BLOCK_SIZE) * BLOCK_SIZE + logical % BLOCK_SIZE

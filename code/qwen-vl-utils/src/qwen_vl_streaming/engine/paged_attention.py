@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .kv_cache import PAGE, TEXT, PagedKVCache
+from .kv_cache import BLOCK_SIZE, TEXT_OFFSET, PagedKVCache
 
 
 @dataclass
@@ -18,7 +18,7 @@ class PagedAttention:
     """What the queries of a pass may see: `seen_visual` tokens of their seat's visual run and `seen_text` of its text
     run; where `since` is given, of those only what the seat keeps and what lies behind the two numbers it says."""
 
-    pages: PagedKVCache
+    cache: PagedKVCache
     batch_slots: Tensor
     """(n,)"""
     places: Tensor | None
@@ -44,23 +44,23 @@ class PagedAttention:
         self.refresh()
 
     def _sees(self, token: Tensor, pick) -> Tensor:
-        """Whether queries see `token`, as `PagedKVCache.first` counts. `pick` takes what belongs to them of a tensor
-        (n, Q), and what belongs to their seats of a tensor (S,)."""
+        """Whether queries see `token`, counted as in `PagedKVCache.block_start`. `pick` takes what belongs to them of a
+        tensor (n, Q), and what belongs to their seats of a tensor (S,)."""
         seen = None
-        for run, (begin, upto) in enumerate(((0, self.seen_visual), (TEXT, self.seen_text))):
+        for run, (begin, upto) in enumerate(((0, self.seen_visual), (TEXT_OFFSET, self.seen_text))):
             own = token - begin
             those = (own >= 0) & (own < pick(upto))
             if self.since is not None:
-                those = those & ((own >= pick(self.since[run])) | (own < pick(self.pages.kept[run])))
+                those = those & ((own >= pick(self.since[run])) | (own < pick(self.cache.kept_tokens[run])))
             seen = those if seen is None else seen | those
         return seen
 
     def _dense_mask(self) -> Tensor:
         """Mask (n, 1, Q, keys) over what the table of each seat lists; `gathered` says where that lies."""
-        table = self.pages.table[self.batch_slots]
-        within = torch.arange(table.shape[1] * PAGE, device=table.device) % PAGE
-        self.gathered = table.repeat_interleave(PAGE, 1) * PAGE + within
-        token = (self.pages.first[table].repeat_interleave(PAGE, 1) + within)[:, None]
+        table = self.cache.block_tables[self.batch_slots]
+        within = torch.arange(table.shape[1] * BLOCK_SIZE, device=table.device) % BLOCK_SIZE
+        self.gathered = table.repeat_interleave(BLOCK_SIZE, 1) * BLOCK_SIZE + within
+        token = (self.cache.block_start[table].repeat_interleave(BLOCK_SIZE, 1) + within)[:, None]
         mask = self._sees(token, lambda of: of[self.batch_slots, None, None] if of.dim() == 1 else of[..., None])
         return (mask | ~mask.any(-1, keepdim=True))[:, None]  # a query that sees nothing must come to no NaN
 
@@ -70,31 +70,32 @@ class PagedAttention:
         The heads that share a key lie beside each other as queries: (n, key heads, Q x groups, D). So few queries are
         one tile of one kernel, and a key is read once for all of them.
         """
-        pages, batch_slots, groups = self.pages, self.batch_slots, self.groups
+        cache, batch_slots, groups = self.cache, self.batch_slots, self.groups
         rows = self.seen_visual.shape[1] * groups
         self.one = self.seen_visual.shape[1] == 1
-        shape = 1 if self.one else 2, len(batch_slots) * self.shares, 1, -(-rows // PAGE)
+        shape = 1 if self.one else 2, len(batch_slots) * self.shares, 1, -(-rows // BLOCK_SIZE)
         self.counts = torch.zeros(shape, dtype=torch.int32, device=batch_slots.device)
-        self.listed = self.counts.new_zeros(*shape, -(-pages.table.shape[1] // self.shares))
+        self.listed = self.counts.new_zeros(*shape, -(-cache.block_tables.shape[1] // self.shares))
         """How many pages the queries of a block see in part, and all see whole; and which. With one query a seat all
         are looked at as partly seen: the kernel for few queries shares out only those among the GPU's processors."""
 
         shares = self.shares
 
         def rule(b, h, row, key):
-            b, q, page = b // shares, row // groups, key // PAGE
+            b, q, block = b // shares, row // groups, key // BLOCK_SIZE
             seen = self._sees(
-                pages.first[page] + key % PAGE, lambda of: of[batch_slots[b]] if of.dim() == 1 else of[b, q]
+                cache.block_start[block] + key % BLOCK_SIZE,
+                lambda of: of[batch_slots[b]] if of.dim() == 1 else of[b, q],
             )
-            return seen & (pages.owner[page] == batch_slots[b])
+            return seen & (cache.block_owner[block] == batch_slots[b])
 
         return BlockMask.from_kv_blocks(
             self.counts[0],
             self.listed[0],
             *((None, None) if self.one else (self.counts[1], self.listed[1])),
-            BLOCK_SIZE=PAGE,
+            BLOCK_SIZE=BLOCK_SIZE,
             mask_mod=rule,
-            seq_lengths=(rows, pages.store.shape[2]),
+            seq_lengths=(rows, cache.store.shape[2]),
             compute_q_blocks=False,
         )
 
@@ -104,22 +105,24 @@ class PagedAttention:
             self.mask = self._dense_mask()
             return
         blocks = self.counts.shape[-1]
-        table = self.pages.table[self.batch_slots, None].expand(-1, blocks, -1)
-        first = self.pages.first[table]
+        table = self.cache.block_tables[self.batch_slots, None].expand(-1, blocks, -1)
+        first = self.cache.block_start[table]
 
         def seen(whole: bool) -> Tensor:
             """Whether a page is seen, by all queries of a block entirely or by any in part: (n, blocks, W)."""
             found = None
-            for run, (begin, upto) in enumerate(((0, self.seen_visual), (TEXT, self.seen_text))):
+            for run, (begin, upto) in enumerate(((0, self.seen_visual), (TEXT_OFFSET, self.seen_text))):
                 own = first - begin
-                those = (own >= 0) & (own + (PAGE if whole else 1) <= self._of_block(upto, blocks, whole)[..., None])
+                those = (own >= 0) & (
+                    own + (BLOCK_SIZE if whole else 1) <= self._of_block(upto, blocks, whole)[..., None]
+                )
                 if self.since is not None:
                     since = self._of_block(self.since[run], blocks, not whole)[..., None]
-                    kept = self.pages.kept[run][self.batch_slots, None, None]
+                    kept = self.cache.kept_tokens[run][self.batch_slots, None, None]
                     if whole:
-                        those = those & ((own >= since) | (own + PAGE <= kept))
+                        those = those & ((own >= since) | (own + BLOCK_SIZE <= kept))
                     else:
-                        those = those & ((own + PAGE > since) | (own < kept))
+                        those = those & ((own + BLOCK_SIZE > since) | (own < kept))
                 found = those if found is None else found | those
             return found
 
@@ -137,8 +140,8 @@ class PagedAttention:
         if self.one:
             return numbers
         rows = numbers.repeat_interleave(self.groups, 1)
-        last = rows[:, -1:].expand(-1, blocks * PAGE - rows.shape[1])
-        rows = torch.cat([rows, last], 1).view(len(rows), blocks, PAGE)
+        last = rows[:, -1:].expand(-1, blocks * BLOCK_SIZE - rows.shape[1])
+        rows = torch.cat([rows, last], 1).view(len(rows), blocks, BLOCK_SIZE)
         return rows.amin(-1) if fewest else rows.amax(-1)
 
     def attend(self, query: Tensor, fresh: Tensor, pool: Tensor, scale: float) -> Tensor:
@@ -197,20 +200,20 @@ PIECES: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 MOST_SHARES = 8
 
 
-def tuned(pages: PagedKVCache, n: int, queries: int, groups: int, options: dict) -> dict:
+def tuned(cache: PagedKVCache, n: int, queries: int, groups: int, options: dict) -> dict:
     """`options` and `shares` of a view of n x `queries`: for few of them the `options` given, since FlexAttention then
     shares out by itself; else so many shares that each of a GPU's processors has a block of queries, counted with the
     heads of all keys."""
-    if queries * groups < PAGE:
+    if queries * groups < BLOCK_SIZE:
         return {"options": options, "shares": 1}
-    return {"options": PIECES, "shares": shares_of(pages, n * queries * groups)}
+    return {"options": PIECES, "shares": shares_of(cache, n * queries * groups)}
 
 
-def shares_of(pages: PagedKVCache, rows: int) -> int:
+def shares_of(cache: PagedKVCache, rows: int) -> int:
     """In how many shares so many `rows` of queries for each key head see pages."""
-    device = pages.store.device
+    device = cache.store.device
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    blocks = -(-rows * pages.store.shape[1] // PIECES["BLOCK_M"])
+    blocks = -(-rows * cache.store.shape[1] // PIECES["BLOCK_M"])
     return min(max(processors // blocks, 1), MOST_SHARES)
 
 
@@ -219,10 +222,10 @@ class MixedAttention:
     rows lie end to end in one: the seats' own, then piece by piece. With one seat and one piece, they are one part."""
 
     def __init__(
-        self, pages: PagedKVCache, pieces: tuple[int, int], groups: int, flex: bool, options: dict, windows: bool
+        self, cache: PagedKVCache, pieces: tuple[int, int], groups: int, flex: bool, options: dict, windows: bool
     ):
         """`pieces` are n and Q; `options` are FlexAttention's kernel_options for the seats' own rows."""
-        batch_slots, device = len(pages.table), pages.table.device
+        batch_slots, device = len(cache.block_tables), cache.block_tables.device
         self.places = torch.zeros(1, batch_slots + pieces[0] * pieces[1], dtype=torch.long, device=device)
         shapes = [(batch_slots, 1), pieces] if pieces[0] else [(batch_slots, 1)]
         if batch_slots == pieces[0] == 1:
@@ -233,7 +236,7 @@ class MixedAttention:
             numbers = torch.ones(4, n, many, dtype=torch.long, device=device)
             self.parts.append(
                 PagedAttention(
-                    pages,
+                    cache,
                     whose,
                     None,
                     numbers[0],
@@ -241,7 +244,7 @@ class MixedAttention:
                     groups,
                     flex,
                     since=numbers[2:].zero_() if windows else None,
-                    **tuned(pages, n, many, groups, options),
+                    **tuned(cache, n, many, groups, options),
                 )
             )
 

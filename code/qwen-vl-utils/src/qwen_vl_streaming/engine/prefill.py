@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .device_event import OTHERS_MAY_GO_ON, put
-from .ragged_attention import BLOCK, RaggedAttention
-from .sequence import NUMBERS, PlannedSequence
+from .ragged_attention import QUERY_BLOCK, RaggedAttention
+from .sequence import ROW_FIELDS, PlannedSequence
 
 RECORD_AT = 3
 """The time of asking at which a number of rows is recorded: before it is compiled, and may be rare."""
@@ -45,8 +45,8 @@ class Prefill:
     def __init__(self, engine, blocks: int):
         """`engine` is an `runner.Runner`; `blocks` as in `ragged_attention.py`."""
         device, width = engine.device, engine.language.config.hidden_size
-        self.engine, self.view = engine, RaggedAttention(engine.pages, blocks, engine.groups, engine.flex)
-        room = filled_up(blocks * BLOCK // engine.groups)
+        self.engine, self.view = engine, RaggedAttention(engine.cache, blocks, engine.groups, engine.flex)
+        room = filled_up(blocks * QUERY_BLOCK // engine.groups)
         self.numbers = self.blank(room).to(device)
         self.clips = torch.zeros(room, width, dtype=engine.model.dtype, device=device)
         """The visual tokens, at the rows that are made of them."""
@@ -56,8 +56,8 @@ class Prefill:
 
     @staticmethod
     def blank(rows: int) -> Tensor:
-        """NUMBERS and the seat for rows that write to nobody's page and see nothing, (NUMBERS + 1, R)."""
-        numbers = torch.zeros(NUMBERS + 1, rows, dtype=torch.long)
+        """ROW_FIELDS and the seat for rows that write to nobody's page and see nothing, (ROW_FIELDS + 1, R)."""
+        numbers = torch.zeros(ROW_FIELDS + 1, rows, dtype=torch.long)
         numbers[3] = numbers[7] = -1
         return numbers
 
@@ -107,7 +107,7 @@ class Prefill:
     def _pass(self, rows: int) -> Tensor:
         engine = self.engine
         *positions, token, seen_visual, seen_text, ids, text, clip, batch_slots = self.numbers[:, :rows]
-        places = engine.pages.places(batch_slots, token.clamp(min=0)[:, None])[:, 0].where(token >= 0, 0)
+        places = engine.cache.cache_index(batch_slots, token.clamp(min=0)[:, None])[:, 0].where(token >= 0, 0)
         self.view.place(places, seen_visual, seen_text)
         ids = engine.ids[batch_slots, text.clamp(min=0)].where(text >= 0, ids)
         hidden = self.clips[:rows].where((clip > 0)[:, None], engine.language.embed_tokens(ids))

@@ -4,7 +4,7 @@ that nobody asked for. Knows nothing of variants, positions or token ids.
 For FlexAttention the heads that share a key lie beside each other as queries, and those of a seat begin with a block of
 their own: so a block looks at the pages of one seat, and at most of them without asking for each key.
 
-    R rows of the pass   B blocks of queries   F queries = B x BLOCK   W pages that a seat may have   D size of a head
+    R rows of the step   B blocks of queries   F queries = B x QUERY_BLOCK   W blocks of a batch slot   D size of a head
 """
 
 from collections.abc import Sequence
@@ -14,35 +14,35 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from .device_event import put
-from .kv_cache import PAGE, TEXT, PagedKVCache
+from .kv_cache import BLOCK_SIZE, TEXT_OFFSET, PagedKVCache
 from .paged_attention import flex_in_shares, list_pages, shares_of
 
-BLOCK = 64
+QUERY_BLOCK = 64
 """Queries that look at the same pages."""
-OPTIONS: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+KERNEL_OPTIONS: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 """FlexAttention's kernel_options, measured on an H200."""
 
 
 def blocks_of(rows: int, groups: int) -> int:
     """Blocks of so many rows of a seat, with so many query heads for each key head."""
-    return -(-rows * groups // BLOCK)
+    return -(-rows * groups // QUERY_BLOCK)
 
 
 class RaggedAttention:
     """What rows may see: `seen_visual` tokens of their seat's visual run and `seen_text` of its text run."""
 
-    def __init__(self, pages: PagedKVCache, blocks: int, groups: int, flex: bool):
+    def __init__(self, cache: PagedKVCache, blocks: int, groups: int, flex: bool):
         """Room for so many `blocks`; `groups` and `flex` as in `paged_attention.PagedAttention`."""
-        self.pages, self.blocks, self.groups, self.flex = pages, blocks, groups, flex
+        self.cache, self.blocks, self.groups, self.flex = cache, blocks, groups, flex
         self.places: Tensor | None = None
         """Where in the pool the pass writes, (R,)."""
         self.spans: list[tuple[int, slice]] = []
         """Seats and their rows."""
         self.each: list[tuple[slice, Tensor, Tensor]] = []
         """Without FlexAttention: the rows of each seat, the places of all that it holds, and what they see of it."""
-        self.shares = shares_of(pages, blocks * BLOCK)
+        self.shares = shares_of(cache, blocks * QUERY_BLOCK)
         if flex:
-            zeros = torch.zeros(9, blocks * BLOCK, dtype=torch.long, device=pages.table.device)
+            zeros = torch.zeros(9, blocks * QUERY_BLOCK, dtype=torch.long, device=cache.block_tables.device)
             self.of_blocks = zeros[:4, :blocks]
             self.batch_slot, self.begin, self.count, self.before = self.of_blocks[:, :, None]
             """Of a block: whose it is, the seat's first row, how many rows it has, and its queries in blocks before,
@@ -51,7 +51,7 @@ class RaggedAttention:
             """Of a query: its row, its head of those that share a key, what it sees, each (F,); and of a row its first
             query, (R or more,)."""
             self.heads = torch.arange(groups, device=zeros.device)
-            self.within = torch.arange(BLOCK, device=zeros.device)
+            self.within = torch.arange(QUERY_BLOCK, device=zeros.device)
             self.mask = self._block_mask()
 
     def lay_out(self, batch_slots: Sequence[int], counts: Sequence[int]) -> None:
@@ -62,12 +62,12 @@ class RaggedAttention:
             each = zip(batch_slots, begin.tolist(), counts, strict=True)
             self.spans = [(batch_slot, slice(row, row + many)) for batch_slot, row, many in each]
             return
-        blocks = -(-count * self.groups // BLOCK)
+        blocks = -(-count * self.groups // QUERY_BLOCK)
         first = blocks.cumsum(0) - blocks
         of_block = torch.arange(len(batch_slots)).repeat_interleave(blocks)
         of_row = torch.arange(len(batch_slots)).repeat_interleave(count)
-        before = (torch.arange(len(of_block)) - first[of_block]) * BLOCK
-        start = first[of_row] * BLOCK + (torch.arange(len(of_row)) - begin[of_row]) * self.groups
+        before = (torch.arange(len(of_block)) - first[of_block]) * QUERY_BLOCK
+        start = first[of_row] * QUERY_BLOCK + (torch.arange(len(of_row)) - begin[of_row]) * self.groups
         known = torch.stack([whose[of_block], begin[of_block], count[of_block], before])
         for of_all, own in ((self.of_blocks, known), (self.start, start)):
             of_all[..., : own.shape[-1]].copy_(put(own, of_all.device))
@@ -88,47 +88,49 @@ class RaggedAttention:
         seen = [numbers[row].where(self.count > 0, 0) for numbers in (seen_visual, seen_text)]
         self.seen_visual.copy_(seen[0].flatten())
         self.seen_text.copy_(seen[1].flatten())
-        table = self.pages.table[self.batch_slot[:, 0]]  # (B, W)
-        first = self.pages.first[table]
+        table = self.cache.block_tables[self.batch_slot[:, 0]]  # (B, W)
+        first = self.cache.block_start[table]
         partly = self._sees(first, *(numbers.amax(1, keepdim=True) for numbers in seen))
-        wholly = self._sees(first + PAGE - 1, *(numbers.amin(1, keepdim=True) for numbers in seen))
+        wholly = self._sees(first + BLOCK_SIZE - 1, *(numbers.amin(1, keepdim=True) for numbers in seen))
         listed, counts = list_pages(torch.stack([partly & ~wholly, wholly])[:, None], table[None], self.shares)
         self.listed.copy_(listed)
         self.counts.copy_(counts)
 
     @staticmethod
     def _sees(token: Tensor, visual: Tensor, text: Tensor) -> Tensor:
-        """Whether one that sees so much of either run sees `token`, as `PagedKVCache.first` counts."""
-        return ((token >= 0) & (token < visual)) | ((token >= TEXT) & (token - TEXT < text))
+        """Whether one that sees so much of either run sees `token`, as `PagedKVCache.block_start` counts."""
+        return ((token >= 0) & (token < visual)) | ((token >= TEXT_OFFSET) & (token - TEXT_OFFSET < text))
 
     def _make_masks(self, seen_visual: Tensor, seen_text: Tensor) -> None:
-        within, self.each = torch.arange(PAGE, device=self.places.device), []
+        within, self.each = torch.arange(BLOCK_SIZE, device=self.places.device), []
         for batch_slot, own in self.spans:
-            table = self.pages.table[batch_slot, :, None]
-            token = (self.pages.first[table] + within).flatten()
+            table = self.cache.block_tables[batch_slot, :, None]
+            token = (self.cache.block_start[table] + within).flatten()
             sees = self._sees(token, seen_visual[own, None], seen_text[own, None])
-            self.each.append((own, (table * PAGE + within).flatten(), sees))
+            self.each.append((own, (table * BLOCK_SIZE + within).flatten(), sees))
 
     def _block_mask(self) -> BlockMask:
-        pages = self.pages
+        cache = self.cache
         shape = 2, self.shares, 1, self.blocks
         self.counts = torch.zeros(shape, dtype=torch.int32, device=self.batch_slot.device)
-        self.listed = self.counts.new_zeros(*shape, -(-pages.table.shape[1] // self.shares))
+        self.listed = self.counts.new_zeros(*shape, -(-cache.block_tables.shape[1] // self.shares))
         """How many pages the queries of a block see in part, and all see whole; and which."""
 
         def rule(b, h, query, key):
-            page = key // PAGE
-            seen = self._sees(pages.first[page] + key % PAGE, self.seen_visual[query], self.seen_text[query])
-            return seen & (pages.owner[page] == self.batch_slot[query // BLOCK, 0])
+            block = key // BLOCK_SIZE
+            seen = self._sees(
+                cache.block_start[block] + key % BLOCK_SIZE, self.seen_visual[query], self.seen_text[query]
+            )
+            return seen & (cache.block_owner[block] == self.batch_slot[query // QUERY_BLOCK, 0])
 
         return BlockMask.from_kv_blocks(
             self.counts[0],
             self.listed[0],
             self.counts[1],
             self.listed[1],
-            BLOCK_SIZE=(BLOCK, PAGE),
+            BLOCK_SIZE=(QUERY_BLOCK, BLOCK_SIZE),
             mask_mod=rule,
-            seq_lengths=(self.blocks * BLOCK, pages.store.shape[2]),
+            seq_lengths=(self.blocks * QUERY_BLOCK, cache.store.shape[2]),
             compute_q_blocks=False,
         )
 
@@ -150,7 +152,7 @@ class RaggedAttention:
 
     @torch.compiler.disable  # what is around it is compiled once for any number of rows
     def _mix(self, asked: Tensor, pool: Tensor, scale: float) -> Tensor:
-        options = {"block_mask": self.mask, "scale": scale, "kernel_options": OPTIONS}
+        options = {"block_mask": self.mask, "scale": scale, "kernel_options": KERNEL_OPTIONS}
         return _compiled(asked, *pool[:, None], self.shares, **options)
 
 

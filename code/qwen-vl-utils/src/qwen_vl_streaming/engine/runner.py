@@ -20,7 +20,7 @@ from ..timeline.plan import Plan
 from ..timeline.timeline import NOTHING
 from .decoder_layer import ONE_ROW, FusedProjections, compiled_for_one_row, run_layer
 from .device_event import OTHERS_MAY_GO_ON, put
-from .kv_cache import PAGE, PagedKVCache
+from .kv_cache import BLOCK_SIZE, PagedKVCache
 from .paged_attention import PagedAttention, PrefillAttention
 from .prefill import Prefill, filled_up, room_for
 from .ragged_attention import RaggedAttention, blocks_of
@@ -38,10 +38,10 @@ class Runner:
     options: ClassVar[dict] = {"num_warps": 4, "num_stages": 3}
     """FlexAttention's kernel_options in a step, measured on an H200: by default its loads are not overlapped."""
 
-    def __init__(self, model, batch_slots: int, pages: PagedKVCache, longest: int, penalty: float = PENALTY):
+    def __init__(self, model, batch_slots: int, cache: PagedKVCache, longest: int, penalty: float = PENALTY):
         """`longest` is T; `penalty` as in `reference.Streams`."""
         language = model.model.language_model
-        self.model, self.language, self.pages, self.penalty = model, language, pages, penalty
+        self.model, self.language, self.cache, self.penalty = model, language, cache, penalty
         self.device = device = model.device
         self.fast = device.type == "cuda"
         if self.flex is None:
@@ -65,7 +65,7 @@ class Runner:
 
         everyone = torch.arange(batch_slots, device=device)
         self.view = PagedAttention(
-            pages, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, self.flex, options=self.options
+            cache, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, self.flex, options=self.options
         )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.extensions: dict[int, Prefill] = {}
@@ -91,7 +91,7 @@ class Runner:
     def admit(self, batch_slot: int, plan: Plan, template: Template) -> None:
         """Give a stream the free `batch_slot`. Raises ValueError where it or its pages are not to be had."""
         text, header = plan.text, template.header
-        self.pages.take(batch_slot, len(plan.visual), len(text))
+        self.cache.allocate(batch_slot, len(plan.visual), len(text))
         self.seated[batch_slot] = PlannedSequence(plan, template)
         ids = torch.zeros(len(text) + 1, dtype=torch.long)
         ids[: len(header)] = torch.tensor(header)
@@ -109,7 +109,7 @@ class Runner:
     def leave(self, batch_slot: int) -> None:
         """The stream in `batch_slot` is over, and its pages are free."""
         del self.seated[batch_slot]
-        self.pages.give_back(batch_slot)
+        self.cache.free(batch_slot)
         self.due[batch_slot].zero_()
         self.fed[batch_slot].zero_()
 
@@ -128,7 +128,9 @@ class Runner:
             positions += [run.positions, stream.plan.text.positions[:, : len(header)]]
             row, lead = (torch.arange(length, device=self.device) for length in (len(run), len(header)))
             places.append(
-                self._places([batch_slot], torch.cat([row, PagedKVCache.text_page_of(len(run)) * PAGE + lead])[None])
+                self._places(
+                    [batch_slot], torch.cat([row, PagedKVCache.text_block_of(len(run)) * BLOCK_SIZE + lead])[None]
+                )
             )
             seen = stream.plan.text.seen_visual[: len(header)]
             sight = row[: int(seen.max())] < self.seen_visual[batch_slot, : len(header), None]
@@ -179,7 +181,7 @@ class Runner:
         return put(numbers, self.device)
 
     def _places(self, batch_slots: Sequence[int], logical: Tensor) -> Tensor:
-        return self.pages.places(self._put(batch_slots), logical)
+        return self.cache.cache_index(self._put(batch_slots), logical)
 
     def _embed(self, stream: PlannedSequence, visual_tokens: Tensor) -> Tensor:
         """What enters the first layer for a stream's visual run, (rows, C)."""
@@ -227,8 +229,8 @@ class Runner:
         view = self.view
         view.seen_visual.copy_(self.seen_visual.gather(1, row))
         view.seen_text.copy_(row + 1)
-        token = self.pages.text_page[:, None] * PAGE + row
-        view.places.copy_(self.pages.places(view.batch_slots, token))
+        token = self.cache.text_block[:, None] * BLOCK_SIZE + row
+        view.places.copy_(self.cache.cache_index(view.batch_slots, token))
         view.refresh()
         return self.ids.gather(1, row), row, active, self.positions.gather(1, row).expand(3, -1, -1)
 
@@ -254,7 +256,7 @@ class Runner:
         rotary = self.language.rotary_emb(hidden, positions)
         if layer_of is self._layer_of_step and hidden.shape[:2] == (1, 1):
             layer_of = self._layer_of_one
-        for layer, pool in zip(self.layers, self.pages.layers, strict=True):
+        for layer, pool in zip(self.layers, self.cache.layers, strict=True):
             hidden = layer_of(layer, hidden, view, rotary, pool)
         return self.language.norm(hidden)
 

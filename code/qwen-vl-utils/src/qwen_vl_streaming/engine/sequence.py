@@ -8,9 +8,9 @@ from torch import Tensor
 from ..model.prompts import Template
 from ..timeline.plan import Plan, Run
 from ..timeline.timeline import CLIP, NOTHING, PROMPT, TAIL
-from .kv_cache import PAGE, PagedKVCache
+from .kv_cache import BLOCK_SIZE, PagedKVCache
 
-NUMBERS = 9
+ROW_FIELDS = 9
 """What a pass has to know of a row: position (3), token of its seat's pages, how much of either run it sees (2), id,
 text row whose id is taken instead (-1: none), whether it is of a clip."""
 
@@ -40,7 +40,7 @@ class PlannedSequence:
         self.visual_ids = torch.full((len(visual),), template.video)
         for kind, source in ((PROMPT, template.prompt), (TAIL, template.tail)):
             self.visual_ids[part == kind] = torch.tensor(source)[index[part == kind]]
-        row, begin = torch.arange(max(len(visual), len(text))), PagedKVCache.text_page_of(len(visual)) * PAGE
+        row, begin = torch.arange(max(len(visual), len(text))), PagedKVCache.text_block_of(len(visual)) * BLOCK_SIZE
         none = torch.zeros_like(row)
 
         def numbers(run: Run, token: Tensor, ids: Tensor, text_row: Tensor, clip: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class PlannedSequence:
             return torch.stack([*run.positions, *rest])
 
         self.visual_numbers = numbers(visual, row, self.visual_ids, none - 1, clip.long())
-        """NUMBERS of each row of the visual run, (NUMBERS, L)."""
+        """ROW_FIELDS of each row of the visual run, (ROW_FIELDS, L)."""
         self.text_numbers = numbers(text, row + begin, none, row, none)
         """The same for the text run."""
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..timeline.timeline import Layout
 from .device_event import DeviceEvent
-from .kv_cache import PAGE, PagedKVCache
+from .kv_cache import BLOCK_SIZE, PagedKVCache
 from .stream_state import DueRows
 
 
@@ -15,23 +15,23 @@ class BlockTable:
     """Where the tokens of one run of a stream lie. Past the end of its pages it turns back to the first that is not
     kept: what lay there must be out of sight by then."""
 
-    def __init__(self, pages: PagedKVCache, mine: list[int], begin: int, kept: int):
-        """`begin` as in `PagedKVCache.first`; `kept` counts the tokens at the beginning that stay."""
-        self.pages, self.mine, self.begin = pages, torch.tensor(mine), begin
-        self.kept = min(-(-kept // PAGE), len(mine) - 1)
-        self.newest = len(mine) - 1
+    def __init__(self, cache: PagedKVCache, blocks: list[int], offset: int, kept: int):
+        """`offset` as in `PagedKVCache.block_start`; `kept` counts the tokens at the beginning that stay."""
+        self.cache, self.blocks, self.offset = cache, torch.tensor(blocks), offset
+        self.kept = min(-(-kept // BLOCK_SIZE), len(blocks) - 1)
+        self.last_block = len(blocks) - 1
 
-    def places(self, index: Tensor) -> Tensor:
+    def cache_index(self, index: Tensor) -> Tensor:
         """Where in the pool the tokens `index` (L,) of the run lie."""
-        page = index // PAGE
-        for number in range(self.newest + 1, int(page.max()) + 1):
-            self.newest = number
-            self.pages.first[int(self.mine[self._turn(number)])].fill_(self.begin + number * PAGE)
-        return self.mine[self._turn(page)] * PAGE + index % PAGE
+        block = index // BLOCK_SIZE
+        for number in range(self.last_block + 1, int(block.max()) + 1):
+            self.last_block = number
+            self.cache.block_start[int(self.blocks[self._wrap(number)])].fill_(self.offset + number * BLOCK_SIZE)
+        return self.blocks[self._wrap(block)] * BLOCK_SIZE + index % BLOCK_SIZE
 
-    def _turn(self, page):
-        turned = self.kept + (page - self.kept) % (len(self.mine) - self.kept)
-        return torch.where(page < self.kept, page, turned) if isinstance(page, Tensor) else turned
+    def _wrap(self, block):
+        wrapped = self.kept + (block - self.kept) % (len(self.blocks) - self.kept)
+        return torch.where(block < self.kept, block, wrapped) if isinstance(block, Tensor) else wrapped
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from ..reference import PENALTY
 from ..timeline.plan import Window
 from ..timeline.timeline import CLIP, Layout
 from .device_event import DeviceEvent
-from .kv_cache import PAGE, TEXT, PagedKVCache
+from .kv_cache import BLOCK_SIZE, TEXT_OFFSET, PagedKVCache
 from .paged_attention import MixedAttention
 from .runner import Runner
 from .step_request import BatchSlot, BlockTable, PendingToken, StepRequest
 from .stream_state import DueRows
 from .vision_encoder import ClipFeatures, VisionEncoder
 
-NUMBERS = 11  # of each row of a pass, see Passes._fill
-AHEAD = 2
+ROW_FIELDS = 11  # of each row of a pass, see Passes._fill
+CLIPS_AHEAD = 2
 """Clips that may be taken in before the slots begin that see them."""
 
 
@@ -73,10 +73,10 @@ class StepRunner(Runner):
         self.new_tokens = torch.zeros(batch_slots, dtype=torch.long, device=self.device)
         self.inputs, self.attentions = {}, {}
         for many in self.chunk_counts:
-            length = NUMBERS * self._rows(many) + many + 3 * batch_slots
+            length = ROW_FIELDS * self._rows(many) + many + 3 * batch_slots
             self.inputs[many] = torch.zeros(length, dtype=torch.long, device=self.device)
             self.attentions[many] = MixedAttention(
-                self.pages, (many, chunk_size), self.groups, self.flex, self.options, windowed
+                self.cache, (many, chunk_size), self.groups, self.flex, self.options, windowed
             )
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self.free_slots = list(range(batch_slots - 1, -1, -1))
@@ -91,8 +91,8 @@ class StepRunner(Runner):
         """How many tokens of either run a stream has room for."""
         visual, text = clips * layout.tokens_per_clip, most
         if window is not None:  # and two pages more: one that is kept, and one that has just begun, are not full
-            visual = (window.clips + AHEAD) * layout.tokens_per_clip + 2 * PAGE
-            text = window.words + 1 + 2 * PAGE
+            visual = (window.clips + CLIPS_AHEAD) * layout.tokens_per_clip + 2 * BLOCK_SIZE
+            text = window.words + 1 + 2 * BLOCK_SIZE
         return layout.prompt + visual + layout.tail, layout.header + text
 
     @classmethod
@@ -110,7 +110,7 @@ class StepRunner(Runner):
         """Passes for one stream of at most `clips` clips and `most` words, or one without end that sees a `window`. By
         default a whole clip and the tail go in at once."""
         visual, text = cls.token_capacity(layout, clips, most, window)
-        need, whole = PagedKVCache.need(visual, text), layout.tokens_per_clip + layout.tail
+        need, whole = PagedKVCache.blocks_needed(visual, text), layout.tokens_per_clip + layout.tail
         return cls(
             model,
             1,
@@ -135,12 +135,12 @@ class StepRunner(Runner):
         """A seat for a new stream: what an earlier one left is never seen. Raises InputError where there is none, or no
         memory for it."""
         visual, text = self.token_capacity(layout, clips, most, window)
-        need, free = PagedKVCache.need(visual, text), len(self.pages.free)
-        each = PagedKVCache.bytes_each(self.language.config, self.model.dtype) / 2**30
+        need, free = PagedKVCache.blocks_needed(visual, text), len(self.cache.free_blocks)
+        each = PagedKVCache.block_bytes(self.language.config, self.model.dtype) / 2**30
         batch_slots = len(self.all_slots)
         if not self.free_slots:
             raise InputError(f"all {batch_slots} seats are taken: close a session first, or make room for more")
-        if need > self.pages.table.shape[1] or text > self.positions.shape[1] or (window and not self.windowed):
+        if need > self.cache.block_tables.shape[1] or text > self.positions.shape[1] or (window and not self.windowed):
             raise InputError("a session of this length does not fit in passes that were made for shorter ones")
         if layout.tokens_per_clip > self.clip_features.shape[1]:
             raise InputError(
@@ -154,26 +154,26 @@ class StepRunner(Runner):
                 "words or pixels"
             )
         number = self.free_slots.pop()
-        self.pages.take(number, visual, text)
-        begin = PagedKVCache.text_page_of(visual)
-        self.pages.kept[0, number].fill_(layout.prompt)
-        self.pages.kept[1, number].fill_(layout.header)
+        self.cache.allocate(number, visual, text)
+        begin = PagedKVCache.text_block_of(visual)
+        self.cache.kept_tokens[0, number].fill_(layout.prompt)
+        self.cache.kept_tokens[1, number].fill_(layout.header)
         for of_all in (self.ids, self.seen_ids, self.ended):
             of_all[number].zero_()
         self.ids[number, : len(template.header)] = self._put(template.header)
         used = [*template.prompt, template.video, *template.tail, *template.header]
         self.seen_ids[number].index_fill_(0, self._put(used), True)
         self.end[number].fill_(template.end)
-        mine = self.pages.held[number]
+        mine = self.cache.allocated[number]
         return BatchSlot(
             number,
             layout,
-            BlockTable(self.pages, mine[:begin], 0, layout.prompt),
-            BlockTable(self.pages, mine[begin:], TEXT, layout.header),
+            BlockTable(self.cache, mine[:begin], 0, layout.prompt),
+            BlockTable(self.cache, mine[begin:], TEXT_OFFSET, layout.header),
         )
 
     def release(self, batch_slot: BatchSlot) -> None:
-        self.pages.give_back(batch_slot.index)
+        self.cache.free(batch_slot.index)
         self.free_slots.append(batch_slot.index)
 
     # Watching
@@ -213,10 +213,10 @@ class StepRunner(Runner):
         choose from (-1: the newest before), whether to, and where that word will be. Idle rows see what those beside
         them see, so that attention does not ask for each key whether their block sees it."""
         rows, batch_slots = self._rows(many), len(self.all_slots)
-        numbers = torch.zeros(NUMBERS * rows + many + 3 * batch_slots, dtype=torch.long)
-        table = numbers[: NUMBERS * rows].view(NUMBERS, rows)
-        whose = numbers[NUMBERS * rows : NUMBERS * rows + many]
-        choose, sample, next_row = numbers[NUMBERS * rows + many :].view(3, batch_slots)
+        numbers = torch.zeros(ROW_FIELDS * rows + many + 3 * batch_slots, dtype=torch.long)
+        table = numbers[: ROW_FIELDS * rows].view(ROW_FIELDS, rows)
+        whose = numbers[ROW_FIELDS * rows : ROW_FIELDS * rows + many]
+        choose, sample, next_row = numbers[ROW_FIELDS * rows + many :].view(3, batch_slots)
         table[4], table[9:], choose[:] = 1, -1, -1
         room, piece = self.ids.shape[1], 0
         for request in requests:
@@ -228,7 +228,7 @@ class StepRunner(Runner):
                 table[:3, own] = due.positions
                 for run, flags in ((batch_slot.visual, ~text), (batch_slot.text, text)):
                     if flags.any():
-                        table[3, own][flags] = run.places(due.run_index[flags])
+                        table[3, own][flags] = run.cache_index(due.run_index[flags])
                 table[4, own], table[5, own], table[6:8, own] = due.seen_visual, due.seen_text, due.since
                 table[8, own] = due.ids
                 table[9, own] = (due.run_index % room).where(text, -1)
@@ -253,8 +253,8 @@ class StepRunner(Runner):
 
     def _plain_enter(self, many: int) -> tuple[Tensor, Tensor]:
         rows = self._rows(many)
-        table = self.inputs[many][: NUMBERS * rows].view(NUMBERS, rows)
-        whose = self.inputs[many][NUMBERS * rows : NUMBERS * rows + many]
+        table = self.inputs[many][: ROW_FIELDS * rows].view(ROW_FIELDS, rows)
+        whose = self.inputs[many][ROW_FIELDS * rows : ROW_FIELDS * rows + many]
         self.attentions[many].place(table[3], table[4:8], whose)
         of = torch.cat([self.all_slots, whose.repeat_interleave(self.chunk_size)])
         text, clip = table[9], table[10]
@@ -264,7 +264,7 @@ class StepRunner(Runner):
         return hidden[None], table[:3, None]
 
     def _plain_choose_all(self, hidden: Tensor, many: int, sample: bool) -> None:
-        choose, writes, next_row = self.inputs[many][NUMBERS * self._rows(many) + many :].view(3, -1)
+        choose, writes, next_row = self.inputs[many][ROW_FIELDS * self._rows(many) + many :].view(3, -1)
         picked = hidden[0, choose.clamp(min=0)].where((choose >= 0)[:, None], self.last_hidden)
         self.last_hidden.copy_(picked)
         if sample:
@@ -295,19 +295,19 @@ class StepRunner(Runner):
 
     def new_kv_buffer(self, layout: Layout) -> Tensor:
         """Room for what a clip and the tail leave behind: (2 layers, key heads, tokens of a clip + tail, D)."""
-        store = self.pages.store
+        store = self.cache.store
         return store.new_zeros(*store.shape[:2], layout.tokens_per_clip + layout.tail, store.shape[3])
 
     def copy_out(self, batch_slot: BatchSlot, due: DueRows, kv_buffer: Tensor) -> None:
         """Put the keys and values of the visual rows of `due` into `kv_buffer`."""
-        torch.index_select(self.pages.store, 2, self._where(batch_slot, due, kv_buffer), out=kv_buffer)
+        torch.index_select(self.cache.store, 2, self._where(batch_slot, due, kv_buffer), out=kv_buffer)
 
     def copy_in(self, batch_slot: BatchSlot, due: DueRows, kv_buffer: Tensor) -> None:
-        self.pages.store.index_copy_(2, self._where(batch_slot, due, kv_buffer), kv_buffer)
+        self.cache.store.index_copy_(2, self._where(batch_slot, due, kv_buffer), kv_buffer)
 
     def _where(self, batch_slot: BatchSlot, due: DueRows, kv_buffer: Tensor) -> Tensor:
         """Where the visual rows of `due` lie in the pool; rows that the carrier has beyond them go to page 0."""
-        places = batch_slot.visual.places(due.run_index[due.rows.visual])
+        places = batch_slot.visual.cache_index(due.run_index[due.rows.visual])
         where = torch.zeros(kv_buffer.shape[2], dtype=torch.long)
         where[: len(places)] = places
         return self._put(where)

@@ -129,7 +129,7 @@ class PerceptionWorker:
     def _open(self, name: str, template, layout, clips: int, chunk: int | None, window) -> None:
         variant = get_variant(name)
         visual, text = StepRunner.token_capacity(layout, clips, 1, window)
-        sizes = layout.grid, layout.tail, PagedKVCache.need(visual, text), text, chunk, window is None
+        sizes = layout.grid, layout.tail, PagedKVCache.blocks_needed(visual, text), text, chunk, window is None
         if self.sizes != sizes:
             self.passes = self.batch_slot = self.sizes = None  # their memory goes before that of others comes
             self.passes = StepRunner.single(self.model, layout, clips, 1, chunk, 1.0, window, chunk_counts=[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.clock import now
 from ..common.errors import InputError
 from ..engine.device_event import DeviceEvent
-from ..engine.step_runner import AHEAD
+from ..engine.step_runner import CLIPS_AHEAD
 from ..engine.stream_state import StreamState
 from .perception_client import PIXEL_BUFFERS, PerceptionClient
 from .session import Session, Word
@@ -89,7 +89,7 @@ class PipelinedSession(Session):
         agreed beforehand, only when the slot before it begins. No more than there are carriers for, and one that is
         under way; or than a window has room for."""
         held = self.greedy and self.variant.count == "rounds"
-        most = 1 if held else PIXEL_BUFFERS if self.window is None else AHEAD
+        most = 1 if held else PIXEL_BUFFERS if self.window is None else CLIPS_AHEAD
         while self.waiting and not self.done and (ahead := len(self.sent) + len(self.whole)) < most:
             if held:
                 counts = [*self.counts]

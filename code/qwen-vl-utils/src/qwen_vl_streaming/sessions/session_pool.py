@@ -59,9 +59,9 @@ class SessionPool:
         sight = None if window is None else Window(*window)
         self.model, self.sessions = model, []
         config = model.model.language_model.config
-        each = PagedKVCache.bytes_each(config, model.dtype)
+        each = PagedKVCache.block_bytes(config, model.dtype)
         visual, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, sight)
-        need = PagedKVCache.need(visual, text)
+        need = PagedKVCache.blocks_needed(visual, text)
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
         pages = need * batch_slots if memory is None else min(need * batch_slots, memory // each - 1)
