@@ -81,10 +81,10 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
             numbers(lambda v, t, run=run: draw.randint(min((v, t)[run][1] + 1, (v, t)[run][0]), (v, t)[run][0]))
             for run in range(2)
         ]
-        since = torch.stack(
+        window_start = torch.stack(
             [numbers(lambda v, t, run=run: draw.randint((v, t)[run][1], (v, t)[run][0])) for run in range(2)]
         )
-        options = {"since": since if windows else None}
+        options = {"window_start": window_start if windows else None}
         flex = PagedAttention(cache, whose, None, *ends, groups=3, flex=True, shares=shares, **options)
         dense = PagedAttention(cache, whose, None, *ends, groups=3, flex=False, **options)
         listed = by_lists(flex, len(whose), many * 3).unflatten(1, (many, 3))

@@ -138,7 +138,7 @@ def test_perception_places_clips_by_what_was_written(model, pair, schedule, monk
         due = sight.feed_clip(last)
         due = due[due.rows.visual]
         assert torch.equal(due.positions, plan.visual.positions[:, due.run_index])
-    assert sight.visual > len(case.template.prompt)
+    assert sight.visual_fed > len(case.template.prompt)
 
 
 def test_a_pair_serves_one_session_at_a_time(model, pair):

@@ -106,7 +106,7 @@ def test_the_rule_of_the_window():
                     expected = int(rows.clip[k]) > clip - window.clips
                 else:
                     assert part == ANSWER
-                    expected = k in words[-window.words :]
+                    expected = k in words[-window.tokens :]
                 assert bool(mask[q, k]) == expected, (variant.name, q, k)
 
 
@@ -143,7 +143,7 @@ def test_without_a_window_nothing_is_forgotten(model):
         with pytest.raises(InputError, match=r"one more than max_clips 2: .*with a window"):
             session.feed(case.pixels[2])
     for window in ((0, 3), (3, 0)):
-        with pytest.raises(InputError, match="at least 1 clip and 1 word"):
+        with pytest.raises(InputError, match="at least 1 clip and 1 token"):
             open_session(model, case.variant, case.template, case.layout, window=window)
 
 
@@ -180,7 +180,7 @@ def test_room_is_enough_for_what_is_in_sight(monkeypatch):
         window = Window(draw.randint(1, 20), draw.randint(1, 300))
         for run, kept, step, ahead in (
             (0, layout.prompt, layout.tokens_per_clip, window.clips + step_runner.CLIPS_AHEAD),
-            (1, layout.header, 1, window.words + 1),
+            (1, layout.header, 1, window.tokens + 1),
         ):
             room = step_runner.StepRunner.token_capacity(layout, 1, 1, window)[run]
             pages = -(-room // BLOCK_SIZE)

@@ -16,7 +16,7 @@ from .kv_cache import BLOCK_SIZE, TEXT_OFFSET, PagedKVCache
 @dataclass
 class PagedAttention:
     """What the queries of a pass may see: `seen_visual` tokens of their seat's visual run and `seen_text` of its text
-    run; where `since` is given, of those only what the seat keeps and what lies behind the two numbers it says."""
+    run; where `window_start` is given, only the kept tokens and what lies behind the two numbers it says."""
 
     cache: PagedKVCache
     batch_slots: Tensor
@@ -33,7 +33,7 @@ class PagedAttention:
     """FlexAttention, else SDPA with a dense mask."""
     options: dict | None = None
     """FlexAttention's kernel_options."""
-    since: Tensor | None = None
+    window_start: Tensor | None = None
     """(2, n, Q)"""
     shares: int = 1
     """FlexAttention takes the pages that a seat's queries see in so many shares at once, each of every so manieth page,
@@ -50,8 +50,8 @@ class PagedAttention:
         for run, (begin, upto) in enumerate(((0, self.seen_visual), (TEXT_OFFSET, self.seen_text))):
             own = token - begin
             those = (own >= 0) & (own < pick(upto))
-            if self.since is not None:
-                those = those & ((own >= pick(self.since[run])) | (own < pick(self.cache.kept_tokens[run])))
+            if self.window_start is not None:
+                those = those & ((own >= pick(self.window_start[run])) | (own < pick(self.cache.kept_tokens[run])))
             seen = those if seen is None else seen | those
         return seen
 
@@ -116,13 +116,13 @@ class PagedAttention:
                 those = (own >= 0) & (
                     own + (BLOCK_SIZE if whole else 1) <= self._of_block(upto, blocks, whole)[..., None]
                 )
-                if self.since is not None:
-                    since = self._of_block(self.since[run], blocks, not whole)[..., None]
+                if self.window_start is not None:
+                    window_start = self._of_block(self.window_start[run], blocks, not whole)[..., None]
                     kept = self.cache.kept_tokens[run][self.batch_slots, None, None]
                     if whole:
-                        those = those & ((own >= since) | (own + BLOCK_SIZE <= kept))
+                        those = those & ((own >= window_start) | (own + BLOCK_SIZE <= kept))
                     else:
-                        those = those & ((own + BLOCK_SIZE > since) | (own < kept))
+                        those = those & ((own + BLOCK_SIZE > window_start) | (own < kept))
                 found = those if found is None else found | those
             return found
 
@@ -243,13 +243,13 @@ class MixedAttention:
                     numbers[1],
                     groups,
                     flex,
-                    since=numbers[2:].zero_() if windows else None,
+                    window_start=numbers[2:].zero_() if windows else None,
                     **tuned(cache, n, many, groups, options),
                 )
             )
 
     def place(self, places: Tensor, seen: Tensor, batch_slots: Tensor) -> None:
-        """Set where the rows write, (rows,), what they see (`seen_visual`, `seen_text` and the two of `since`, (4,
+        """Set where the rows write, (rows,), what they see (`seen_visual`, `seen_text` and `window_start`, (4,
         rows)), and the seats of the pieces, (n,)."""
         self.places.copy_(places[None])
         first = 0
@@ -258,8 +258,8 @@ class MixedAttention:
             own = seen[:, first : first + shape.numel()].unflatten(1, shape)
             part.seen_visual.copy_(own[0])
             part.seen_text.copy_(own[1])
-            if part.since is not None:
-                part.since.copy_(own[2:])
+            if part.window_start is not None:
+                part.window_start.copy_(own[2:])
             if first:
                 part.batch_slots.copy_(batch_slots)
             first += shape.numel()

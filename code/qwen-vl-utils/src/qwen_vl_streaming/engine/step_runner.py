@@ -92,7 +92,7 @@ class StepRunner(Runner):
         visual, text = clips * layout.tokens_per_clip, most
         if window is not None:  # and two pages more: one that is kept, and one that has just begun, are not full
             visual = (window.clips + CLIPS_AHEAD) * layout.tokens_per_clip + 2 * BLOCK_SIZE
-            text = window.words + 1 + 2 * BLOCK_SIZE
+            text = window.tokens + 1 + 2 * BLOCK_SIZE
         return layout.prompt + visual + layout.tail, layout.header + text
 
     @classmethod

@@ -30,7 +30,7 @@ class DueRows:
     """Index in the row's own run, visual or text."""
     seen_visual: Tensor
     seen_text: Tensor
-    since: Tensor
+    window_start: Tensor
     """(2, L): see `plan.Window`; 0 without one."""
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class StreamState:
 
     def __init__(self, variant: Variant, template: Template, layout: Layout, window: Window | None = None):
         self.stream, self.window = Stream(variant, template, layout), window
-        self.visual = self.text = 0
+        self.visual_fed = self.text_fed = 0
 
     @staticmethod
     def prompt(variant: Variant, template: Template, layout: Layout, window: Window | None = None) -> DueRows:
@@ -84,13 +84,13 @@ class StreamState:
         ids = torch.tensor([token for _, tokens in pieces for token in tokens], dtype=torch.long)
         positions = row_positions(rows, stream.variant, stream.layout, stream.counts, stream.clips, stream.bare)
         text = rows.text
-        seen_visual, seen_text = self.visual + (~text).cumsum(0), self.text + text.cumsum(0)
-        self.visual, self.text = int(seen_visual[-1]), int(seen_text[-1])
+        seen_visual, seen_text = self.visual_fed + (~text).cumsum(0), self.text_fed + text.cumsum(0)
+        self.visual_fed, self.text_fed = int(seen_visual[-1]), int(seen_text[-1])
         run_index = torch.where(text, seen_text, seen_visual) - 1
         if self.window is None:
-            since = torch.zeros(2, len(rows), dtype=torch.long)
+            window_start = torch.zeros(2, len(rows), dtype=torch.long)
         else:
-            since = self.window.since(stream.layout, seen_visual, seen_text, stream.clips)
+            window_start = self.window.start(stream.layout, seen_visual, seen_text, stream.clips)
         if stream.variant.parallel:
             seen_text = seen_text.masked_fill(rows.visual, 0)
-        return DueRows(rows, ids, positions, run_index, seen_visual, seen_text, since)
+        return DueRows(rows, ids, positions, run_index, seen_visual, seen_text, window_start)

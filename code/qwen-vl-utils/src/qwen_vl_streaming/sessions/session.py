@@ -419,7 +419,7 @@ class Session:
             chunk=self.chunk,
             template=self.template,
             layout=self.layout,
-            window=self.window and [self.window.clips, self.window.words],
+            window=self.window and [self.window.clips, self.window.tokens],
             schedule=asked,
             penalty=self.penalty,
             max_new_tokens=self.most,
