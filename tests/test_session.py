@@ -9,7 +9,7 @@ import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import MixedAttention
-from qwen_vl_streaming.engine.step_runner import ROW_FIELDS, StepRunner
+from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.engine.stream_state import StreamState
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
@@ -176,14 +176,17 @@ def test_passes_serve_one_stream_after_another(model):
     first.close()
     for tensor in passes.cache.store:
         tensor.normal_()
-    passes.ids.fill_(3), passes.ended.fill_(True), passes.seen_ids.fill_(True)
+    passes.text_ids.fill_(3), passes.ended.fill_(True), passes.penalized_ids.fill_(True)
     for way in WAYS:
         with open_case(model, case, way, passes=passes) as session:
             written.append(play(session, case).caption())
     assert written[1:] == written[:1] * 2
-    with open_case(model, case, "serial", passes=passes), pytest.raises(InputError, match="all 1 seats are taken"):
+    with (
+        open_case(model, case, "serial", passes=passes),
+        pytest.raises(InputError, match="all 1 batch slots are in use"),
+    ):
         open_case(model, case, "serial", passes=passes)
-    with pytest.raises(InputError, match="were made for shorter ones"):
+    with pytest.raises(InputError, match="made for shorter ones"):
         open_case(model, case, "serial", passes=passes, max_clips=1000)
 
 
@@ -209,15 +212,16 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slo
         for _ in range(many):
             session.feed(torch.randn(tokens, passes.clip_features.shape[2]))
         made = []
-        monkeypatch.setattr(passes, "_fill", lambda *args, fill=passes._fill: made.append(fill(*args)) or made[-1])
+        monkeypatch.setattr(
+            passes, "_inputs", lambda *args, inputs=passes._inputs: made.append(inputs(*args)) or made[-1]
+        )
         assert not [*session.words()]
         assert len(made) == many * -(-tokens // passes.chunk_size)
         for numbers in made:
-            rows = passes._rows(1)
             both = MixedAttention(passes.cache, (1, passes.chunk_size), passes.groups, True, {}, False)
-            table, whose = numbers[: ROW_FIELDS * rows].view(ROW_FIELDS, rows), numbers[ROW_FIELDS * rows :][:1]
-            both.place(table[3], table[4:8], whose)
-            asked, whole = both.parts[-1].counts
+            table, chunk_slots, _ = passes.inputs[1].split(numbers)
+            both.update(table[3], table[4:8], chunk_slots)
+            asked, whole = both.parts[-1].num_kv_blocks
             before = int(table[4, table[3] > 0].min())
             assert whole.min() >= before // BLOCK_SIZE and asked.max() <= 3
 

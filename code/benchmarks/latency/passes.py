@@ -66,7 +66,7 @@ def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: li
                 whole = each(bench, lambda made=made, ask=ask: made.step([ask]))
                 began = time.perf_counter()
                 for _ in range(REPEATS):
-                    made._fill(pieces, [ask])
+                    made.inputs[pieces].pack([ask])
                 host = (time.perf_counter() - began) / REPEATS
                 work = floors.word(clips, words) if write else floors.clip(clips)
                 if write and pieces:
@@ -93,7 +93,7 @@ def replay(made: StepRunner, pieces: int, write: bool, ask: StepRequest) -> Call
 
     @torch.no_grad()
     def again():
-        made._pass(pieces, write)
+        made._step(pieces, write)
 
     return again if graph is None else graph.replay
 
