@@ -135,7 +135,7 @@ def test_a_backend_that_would_lose_the_mask_is_refused():
     with pytest.raises(InputError) as refused:
         make_mask(flags, flags, True, "flash_attention_2")
     assert str(refused.value) == (
-        "flash_attention_2 cannot hold the mask of a parallel variant (overlap, group, gap) or of packed samples: "
+        "flash_attention_2 cannot express the mask of a parallel variant (overlap, group, gap) or of packed samples: "
         "use flex_attention on a GPU or sdpa on a CPU"
     )
     with pytest.raises(InputError, match="packed samples"):

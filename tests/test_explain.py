@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from qwen_vl_streaming.common.errors import run
 from qwen_vl_streaming.explain.cli import main, write_out
-from qwen_vl_streaming.explain.summary import find_runs, find_steps
+from qwen_vl_streaming.explain.summary import find_spans, find_steps
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import NOTHING, PARTS, Layout, make_schedule, make_timeline
@@ -102,8 +102,8 @@ def test_runs_and_steps_leave_nothing_out(variant):
         counts = make_schedule("wait-3", VARIANTS[variant], 4).counts(answer)
         timeline = make_timeline(VARIANTS[variant], Layout(5, 3, 3, (2, 3), 2.0), counts)
         for by_slot in (False, True):
-            runs = find_runs(timeline, by_slot)
-            assert [i for each in runs for i in range(each.start, each.stop)] == list(range(len(timeline.rows)))
+            spans = find_spans(timeline, by_slot)
+            assert [i for each in spans for i in range(each.start, each.stop)] == list(range(len(timeline.rows)))
         steps = find_steps(timeline)
         assert [step.clip for step in steps if step.clip] == [1, 2, 3, 4]
         assert [a for step in steps for a in range(step.start, step.stop)] == list(range(answer))

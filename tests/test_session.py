@@ -9,6 +9,7 @@ import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import MixedAttention
+from qwen_vl_streaming.engine.step_inputs import StepInputs
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.engine.stream_state import StreamState
 from qwen_vl_streaming.replay import replay
@@ -213,7 +214,7 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slo
             session.feed(torch.randn(tokens, passes.clip_features.shape[2]))
         made = []
         monkeypatch.setattr(
-            passes, "_inputs", lambda *args, inputs=passes._inputs: made.append(inputs(*args)) or made[-1]
+            StepInputs, "pack", lambda *args, pack=StepInputs.pack: made.append(pack(*args)) or made[-1]
         )
         assert not [*session.words()]
         assert len(made) == many * -(-tokens // passes.chunk_size)

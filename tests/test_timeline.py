@@ -131,7 +131,9 @@ def test_a_layout_has_sizes(size):
     assert Layout(**sizes).tokens_per_clip == 1 and Layout(**{**sizes, "grid": (2, 5)}).tokens_per_clip == 10
     assert Layout(1, 1, 1, (1, 1)).steps_per_clip == 2
     for wrong in (size, {"steps_per_clip": 0}):
-        with pytest.raises(ValueError, match=r"^every size of a layout is at least 1, and time advances: got Layout\("):
+        with pytest.raises(
+            ValueError, match=r"^a layout's sizes must be at least 1, and its steps_per_clip above 0: got Layout\("
+        ):
             Layout(**{**sizes, **wrong})
 
 
@@ -169,9 +171,9 @@ def test_an_unknown_schedule_is_refused(text):
 
 
 def test_no_caption_and_no_clip_are_refused():
-    with pytest.raises(InputError, match=r"^a caption needs at least one token: leave the sample out$"):
+    with pytest.raises(InputError, match=r"^a caption needs at least one token: remove the sample from the data$"):
         make_timeline(VARIANTS["group"], LAYOUT, (0, 0))
-    with pytest.raises(InputError, match=r"^a video needs at least one clip \(two frames\): leave it out$"):
+    with pytest.raises(InputError, match=r"^a video needs at least one clip \(two frames\): remove it from the data$"):
         make_timeline(VARIANTS["group"], LAYOUT, ())
     with pytest.raises(ValueError, match=r"^batch writes in the last slot only, got counts \(1, 2\)$"):
         make_timeline(VARIANTS["batch"], LAYOUT, [1, 2])

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_path
-from qwen_vl_streaming.timeline.timeline import MOST_PER_SLOT, NAMED, Schedule, make_schedule
+from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT, SCHEDULE_NAME, Schedule, make_schedule
 from qwen_vl_streaming.timeline.variants import Variant
 
-FORMS = f"give wait-K, random, random-K with K from 1 to {MOST_PER_SLOT}, or a file of counts"
+FORMS = f"give wait-K, random, random-K with K from 1 to {MAX_PER_SLOT}, or a file of counts"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def choose_schedules(
     Raises InputError for anything else, and for a file without sound counts for each of `video_ids`.
     """
     text = {"": f"wait-{wait_k}", "random": f"random-{wait_k}"}.get(text, text)
-    if NAMED.fullmatch(text):
+    if SCHEDULE_NAME.fullmatch(text):
         return Schedules(text, variant, seed)
     try:
         path = find_path(text, root, "the schedule")
@@ -83,9 +83,9 @@ def _read(path: Path, data: bytes) -> dict[str, list[int]]:
             one = {str(one["video_id"]): one["schedule"]}
         for video_id, counts in one.items():
             numbers = counts if isinstance(counts, list) else [None]
-            sound = all(type(count) is int and 0 <= count <= MOST_PER_SLOT for count in numbers)
+            sound = all(type(count) is int and 0 <= count <= MAX_PER_SLOT for count in numbers)
             if not sound or video_id in found:
-                fault = f"{counts!r:.80} are no counts from 0 up to {MOST_PER_SLOT}" if not sound else "it comes twice"
+                fault = f"{counts!r:.80} are no counts from 0 up to {MAX_PER_SLOT}" if not sound else "it comes twice"
                 raise InputError(f"{path}, video {video_id}: {fault}: mend it")
             found[video_id] = counts
     return found

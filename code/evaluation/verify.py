@@ -27,7 +27,7 @@ from qwen_vl_streaming.explain.cli import as_dict
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.timeline.positions import RULE
-from qwen_vl_streaming.timeline.timeline import NAMED, Timeline, make_schedule, make_timeline
+from qwen_vl_streaming.timeline.timeline import SCHEDULE_NAME, Timeline, make_schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import Variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
@@ -116,7 +116,7 @@ def faults_of(row: dict, tokenizer, end: int, clips: int, most: int) -> list[str
 
 def other_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
     """What is wrong where `made` names a schedule, and the row's is another. What a file gave is not known here."""
-    if not NAMED.fullmatch(made["schedule"]):
+    if not SCHEDULE_NAME.fullmatch(made["schedule"]):
         return []
     asked = make_schedule(made["schedule"], variant, row["clips"], f"{made['seed']} {row['video_id']}")
     counts = list(asked.counts(len(row["tokens"])))

@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from identity import read_arguments, read_object
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import places
-from qwen_vl_streaming.timeline.timeline import NAMED
+from qwen_vl_streaming.timeline.timeline import SCHEDULE_NAME
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant, get_variant
 from results import Row, check_row, load_finished, sibling
 from safetensors import SafetensorError, safe_open
@@ -49,12 +49,12 @@ class Result:
     @property
     def kind(self) -> str:
         """Fixed or random, or the schedule itself where it is neither."""
-        named = NAMED.fullmatch(self.schedule)
+        named = SCHEDULE_NAME.fullmatch(self.schedule)
         return {"wait": "fixed", "random": "random"}[named[1]] if named else self.schedule
 
     @property
     def k(self) -> str:
-        named = NAMED.fullmatch(self.schedule)
+        named = SCHEDULE_NAME.fullmatch(self.schedule)
         return named[2] if named else ""
 
     @property
