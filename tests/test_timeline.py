@@ -148,7 +148,7 @@ def test_schedules():
     schedule = Schedule((2, 0, 1))
     assert schedule.clips == 4 and [schedule.quota(slot) for slot in (1, 2, 3, 4)] == [2, 0, 1, float("inf")]
     assert schedule.counts(1) == (1, 0, 0, 0) and schedule.counts(3) == (2, 0, 1, 0) and schedule.counts(9)[-1] == 6
-    with pytest.raises(ValueError, match=r"^a slot writes at least 0 tokens, got \(1, -1\)$"):
+    with pytest.raises(ValueError, match=r"^a slot must write at least 0 tokens, got \(1, -1\)$"):
         Schedule((1, -1))
 
 
