@@ -23,8 +23,8 @@ from pathlib import Path
 import av
 from fuzzing import mutate_bytes
 from pe_video import stages
-from pe_video.rules import KEPT, Rules
 from pe_video.sources import FOLDER, TAR, Unit
+from preparation.rules import KEPT, Rules
 from qwen_vl_streaming.common.errors import OneLineParser, run
 from qwen_vl_streaming.common.progress import Progress
 from tokenizers import Tokenizer, pre_tokenizers
