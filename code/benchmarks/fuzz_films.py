@@ -29,6 +29,7 @@ from qwen_vl_streaming.variants import VARIANTS
 
 FPS, SECONDS, SIZE, BARS = 5, 6, (96, 64), 8
 SECONDS_OF_LIVE = 15  # and as many of its replay
+SECONDS_AGAIN = 5  # of a stream that is opened again after its end
 MOST_CLIPS = 600
 FILMS = {
     "mp4, H.264": ("mp4", "libx264", "yuv420p", {}),
@@ -248,8 +249,8 @@ def check_output(ended: Ended, record: Path) -> None:
     assert "Traceback" not in ended.err + ended.out, ended.err[-3000:]
     assert ended.status in (0, 2), f"status {ended.status}: {ended.err[-2000:]}"
     assert all(len(line) < 2000 for line in lines), f"not short lines: {ended.err:.500}"
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert errors == (lines[-1:] if ended.status else []), f"status {ended.status}: {ended.err[-2000:]}"
+    errors = [number for number, line in enumerate(lines, 1) if line.startswith("error: ")]
+    assert errors == ([max(len(lines), 1)] if ended.status else []), f"status {ended.status}: {ended.err[-2000:]}"
     assert (str(record) in ended.out) == record.exists(), f"{record.exists()} record: {ended.out[-500:]}"
     seconds = [float(found) for found in re.findall(r"^ *([\d.e+]+) s  ", ended.out, re.MULTILINE)]
     assert seconds == sorted(set(seconds)), f"words at {seconds}"
@@ -257,8 +258,8 @@ def check_output(ended: Ended, record: Path) -> None:
 
 
 def check_shown(film: Path, shown: list[int | None], due: list[float], times: np.ndarray) -> Iterator[str]:
-    """What came of the frames that show the numbers `shown` and were `due` then, in seconds. Raises AssertionError for
-    a frame from the future of a film whose frames still have their `times`."""
+    """What came of the frames that show the numbers `shown` and were `due` then, in seconds. Raises AssertionError
+    where a film's frames still have their `times`, and some are shown before them or long after its end."""
     from qwen_vl_streaming.video import index_video
 
     try:
@@ -267,9 +268,28 @@ def check_shown(film: Path, shown: list[int | None], due: list[float], times: np
         return
     if len(index.times) != len(times) or not np.allclose(index.times, times):
         return
-    late = [(n, t) for n, t in zip(shown, due, strict=True) if n is not None and n / FPS > t + 0.1 and t < SECONDS]
-    if late:
-        yield "with another frame in a frame's place"
+    yield "times checked"
+    assert due[-1] < SECONDS + SECONDS_AGAIN, f"frames at {due[-1]} s of a film of {SECONDS} s"
+    if early := [(n, t) for n, t in zip(shown, due, strict=True) if n is not None and n / FPS > t + 0.1]:
+        decoded = decoded_numbers(film)
+        for n, t in early:
+            assert any(n == number and time < t + 0.1 for time, number in decoded), f"frame {n} is shown at {t} s"
+        yield "a damaged picture is decoded as another"
+
+
+def decoded_numbers(film: Path) -> list[tuple[float, int | None]]:
+    """The time of each frame that FFmpeg decodes, in seconds from the first one, and the number that it shows."""
+    import av
+
+    found = []
+    with av.open(str(film)) as container:
+        for packet in container.demux(video=0):
+            with contextlib.suppress(av.FFmpegError):
+                found += [
+                    (f.time, read_number(f.to_ndarray(format="rgb24").transpose(2, 0, 1))) for f in packet.decode()
+                ]
+    first = min((time for time, _ in found if time is not None), default=0)
+    return [(time - first, number) for time, number in found if time is not None]
 
 
 if __name__ == "__main__":
