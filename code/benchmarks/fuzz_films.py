@@ -175,6 +175,8 @@ def serve_forever(folder: Path) -> str:
     Server.folder = folder
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     if os.fork() == 0:
+        os.closerange(3, server.fileno())  # the pipes, whose end tells that the other process has died
+        os.closerange(server.fileno() + 1, 1 << 10)
         server.serve_forever()
     server.server_close()
     return f"http://127.0.0.1:{server.server_port}/film"
