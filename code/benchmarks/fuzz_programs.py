@@ -1,4 +1,4 @@
-"""Feeds mutated result files to cli.py, verify.py and `eval.sh --score-only`, and mutated checkpoint folders to
+"""Feeds mutated result files to report.py, verify.py and `eval.sh --score-only`, and mutated checkpoint folders to
 everything that loads one, and looks for anything but an answer or one plain line.
 
     python code/benchmarks/fuzz_programs.py             # 1,000 result files and 500 checkpoints, some minutes on a core
