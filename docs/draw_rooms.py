@@ -140,7 +140,7 @@ def box(axes, left: float, low: float, wide: float, high: float, title: str, say
     axes.text(left + 0.1, low + high - 0.17, title, fontsize=11, weight="bold", **text)
     for number, line in enumerate(textwrap.wrap(says, int(wide * 16.5), max_lines=2, placeholder=" …")):
         axes.text(left + 0.1, low + high - 0.38 - 0.15 * number, line, fontsize=7.5, **text)
-    for number, line in enumerate(reversed(textwrap.wrap(foot, int(wide * 20)))):
+    for number, line in enumerate(reversed(textwrap.wrap(foot, int(wide * 18.4)))):
         axes.text(left + 0.1, low + 0.11 + 0.13 * number, line, fontsize=7, **(text | {"color": GREY}))
 
 

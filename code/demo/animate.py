@@ -57,22 +57,23 @@ def read_frames(path: Path) -> list[tuple[float, Image.Image]]:
 
 
 class Animation:
-    """Draws a session at any time, in seconds from the video's first frame."""
+    """Draws a session at any time, in wall-clock seconds from the video's first frame."""
 
     def __init__(self, record: Record, frames: list[tuple[float, Image.Image]], tokenizer):
         about = record.about
-        if "video" not in about or about.get("speed") != 1:
-            raise InputError("the record is not of a file watched at --speed 1: record such a session")
-        self.frames = frames
-        self.fps = about["video"]["fps"]
-        start = about["completed"][0] - 1 / self.fps  # the second frame completes the first clip
+        if "video" not in about:
+            raise InputError("the record is not of a file: record a session that watches one")
+        self.frames, self.speed = frames, about["speed"]
+        self.between = 1 / about["video"]["fps"] / self.speed
+        """Seconds between the two frames of a clip."""
+        start = about["completed"][0] - self.between  # the second frame completes the first clip
         self.arrived = [time - start for time in about["completed"]]
         self.tokens = [(time - start, slot) for time, slot in zip(record.times, record.slots, strict=True)]
         said = [
             tokenizer.decode(record.tokens[:count], skip_special_tokens=True) for count in range(len(record.tokens) + 1)
         ]
         self.pieces = [after[len(before) :] for before, after in itertools.pairwise(said)]
-        self.end = max(frames[-1][0] + 1 / self.fps, self.tokens[-1][0])
+        self.end = max(frames[-1][0] / self.speed + self.between, self.tokens[-1][0])
         self.title = f"{record.variant}, {record.schedule}"
         self.small, self.plain, self.bold = font(11), font(15), font(15, weight="bold")
 
@@ -93,7 +94,7 @@ class Animation:
     def _draw_video(self, image: Image.Image, draw: ImageDraw.ImageDraw, now: float) -> None:
         left, top, side = PICTURE
         self._text(draw, left, top - 20, "the video, as it arrives", SEEN, self.bold)
-        frame = [each for time, each in self.frames if time <= max(now, 0)][-1]
+        frame = [each for time, each in self.frames if time <= max(now, 0) * self.speed][-1]
         across, down = (round((edge + side / 2) * SCALE) for edge in (left, top))
         image.paste(frame, (across - frame.width // 2, down - frame.height // 2))
         self._text(draw, left, top + side + 20, f"{max(now, 0):.1f} s")
@@ -121,7 +122,7 @@ class Animation:
             self._box(draw, left, y, right, y + 16, "#F6F6F6")
         for arrived in self.arrived:
             if arrived <= now:
-                begin = left + across * (arrived - 1 / self.fps)
+                begin = left + across * (arrived - self.between)
                 self._box(draw, begin, top, left + across * arrived, top + 16, SEEN)
         for time, _ in self.tokens:
             if time <= now:
@@ -151,7 +152,7 @@ def animate(animation: Animation, path: Path, fps: int) -> None:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path, help="a record that `live` wrote of a file, at --speed 1")
+    parser.add_argument("record", type=Path, help="a record that `live` wrote of a file")
     parser.add_argument("video", type=Path, help="the file that it watched")
     parser.add_argument("--output", type=Path, required=True, metavar="GIF")
     parser.add_argument("--model", help="folder with the tokenizer (default: the record's model)")
