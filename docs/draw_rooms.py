@@ -20,6 +20,7 @@ CODE = DOCS.parent / "code"
 LIBRARY = "qwen-vl-utils/src/qwen_vl_streaming"
 TITLES = {
     LIBRARY: "The library",
+    "data": "Data",
     "qwen-vl-finetune/qwenvl": "Training",
     "evaluation": "Evaluation",
     "demo": "The demo",
@@ -121,12 +122,13 @@ def places(rooms: dict[str, set[str]]) -> dict[str, tuple[int, int]]:
 
 def read_programs() -> dict[str, tuple[str, set[str]]]:
     """Of each program: where it is, and the rooms of the library that it imports."""
-    programs: dict[str, tuple[str, set[str]]] = {"Data": ("mani_data.py", set())}
+    programs: dict[str, tuple[str, set[str]]] = {}
     for path in [DOCS.parent / "mani_data.py", *sorted(CODE.rglob("*.py"))]:
         if (CODE / LIBRARY) in path.parents:
             continue
         folder = next((folder for folder in TITLES if CODE / folder in path.parents), None)
-        title, where = (TITLES[folder], f"code/{folder}") if folder else ("Data", "mani_data.py")
+        folder = "data" if path.name == "mani_data.py" else folder
+        title, where = (TITLES[folder], f"code/{folder}") if folder else (path.parent.name, f"code/{path.parent.name}")
         _, used = programs.setdefault(title, (where, set()))
         used |= {*re.findall(r"^\s*(?:from|import) qwen_vl_streaming\.(\w+)", path.read_text("utf-8"), re.MULTILINE)}
     return programs
@@ -163,9 +165,8 @@ def draw(rooms: dict[str, set[str]], programs: dict[str, tuple[str, set[str]]], 
         known = [name for name in sorted(names, key=lambda name: -place[name][0]) if name != BASE]
         return f"imports {', '.join(known)}" if known else ""
 
-    order = ["Data", *TITLES.values()]
-    for number, title in enumerate(sorted(programs, key=order.index)):
-        where, used = programs[title]
+    order = [*TITLES.values(), *programs]
+    for number, (title, (where, used)) in enumerate(sorted(programs.items(), key=lambda each: order.index(each[0]))):
         wide = (WIDE - 0.4 - 0.15 * (len(programs) - 1)) / len(programs)
         left = 0.2 + number * (wide + 0.15)
         box(axes, left, 0.3 + top * STEP, wide, BOX[1] + 0.1, title, where, foot(used & rooms.keys()), "#FDF1E7")

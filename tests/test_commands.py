@@ -175,9 +175,7 @@ def dead_links(page: str, text: str) -> list[str]:
             continue
         name, _, anchor = link.partition("#")
         target = (ROOT / page).parent / name
-        if not target.exists():
-            dead.append(link)
-        elif anchor and anchor not in anchors(target.read_text(encoding="utf-8") if name else text):
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text("utf-8") if name else text)):
             dead.append(link)
     return dead
 
@@ -325,6 +323,13 @@ def test_dead_links_and_missing_files_are_found():
     assert anchors(text) == {"a-b-c-d"} and dead_links("README.md", text) == ["#b", "no.md"]
     text = "`a/b.py`, `b.py --c d.md`, `code/a/`, `other/`, `<id>.md`, `*.png`, `x…py` and `loss.png`"
     assert missing_files(text, {"code/a/b.py"}) == {"d.md", "other/"}
+
+
+def test_the_table_of_rooms_has_every_room():
+    library = ROOT / "code/qwen-vl-utils/src/qwen_vl_streaming"
+    rooms = {f"{path.parent.name}/" for path in library.glob("*/*.py")}
+    listed = re.findall(r"^\| `([\w.]+/?)` \|", TEXTS["docs/architecture.md"].partition("## Rooms")[2], re.MULTILINE)
+    assert rooms | {path.name for path in library.glob("[!_]*.py")} <= {*listed}
 
 
 def test_the_pages_name_every_other_file():

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pe_video.files import only_one, remove_parts, whole_file
-from pe_video.report import Tally, draw
-from pe_video.rules import BAD, KEPT, Rules, cheap_rules
-from pe_video.sources import relative
-from pe_video.tokens import find_tokenizer, load_counter
+from preparation.files import only_one, remove_parts, whole_file
+from preparation.report import Tally, draw
+from preparation.rules import BAD, KEPT, Rules, cheap_rules
+from preparation.tokens import find_tokenizer, load_counter
+from preparation.videos import relative
 from qwen_vl_streaming.common.errors import InputError
 
 from .annotations import SUBTASKS, Entry, read_annotations, read_entries

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from pe_video.rules import BadSample, read_text
+from preparation.rules import BadSample, read_text
 from qwen_vl_streaming.common.errors import InputError
 
 SUBTASKS = ("H2", "H3", "C2", "C3", "M2", "M3")
@@ -56,7 +56,7 @@ def read_annotations(data: bytes, name: str) -> list[Any]:
     try:
         entries = json.loads(data.removeprefix(codecs.BOM_UTF8).decode())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON ({error}): fetch it again") from error
+        raise InputError(f"{name} is not JSON ({error}): download it again") from error
     if not isinstance(entries, list) or not entries:
         raise InputError(
             f"{name} is not a list of questions: give FunQA's own annotation file, such as FunQA_test.json"

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from preparation.files import whole_file
+from preparation.report import Tally
+from preparation.rules import BAD, KEPT, Rules, Sample, Verdict, judge
+from preparation.tokens import load_counter
+from preparation.videos import Slice, measure
 from qwen_vl_streaming.common.errors import InputError
 
-from .files import whole_file
-from .report import Tally
-from .rules import BAD, KEPT, Rules, Sample, Verdict, judge
-from .sources import FOLDER, HUB, Slice, Unit, measure, open_shard, read_samples
-from .tokens import load_counter
+from .sources import FOLDER, HUB, Unit, open_shard, read_samples
 
 SAMPLES_PER_BATCH = 512
 BYTES_PER_PART = 16 << 20  # of records, which are sorted in memory

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pe_video.sources import HubFault
+from preparation.remote_file import HubFault
 from qwen_vl_streaming.common.errors import InputError, cannot_list
 
 from .videos import Archive, Place, places_in, places_on_disk
@@ -61,7 +61,7 @@ def _find_on_hub(
     name: str, splits: list[str], folder: Path, videos: Path, on_disk: dict[str, list[Place]]
 ) -> dict[str, Source]:
     from huggingface_hub import HfApi
-    from pe_video.hub import RemoteFile
+    from preparation.remote_file import RemoteFile
     from qwen_vl_streaming.model.hub import HUB_ERRORS, ask
 
     mend = (

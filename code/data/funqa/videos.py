@@ -13,9 +13,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pe_video.files import whole_file
-from pe_video.parallel import run_tasks
-from pe_video.sources import VIDEO_ENDINGS, HubFault, measure
+from preparation.files import whole_file
+from preparation.parallel import run_tasks
+from preparation.remote_file import HubFault
+from preparation.videos import VIDEO_ENDINGS, measure
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 
@@ -68,7 +69,7 @@ def open_archive(archive: Archive) -> Iterator[zipfile.ZipFile]:
     """Open a zip file, wherever it is. Raises InputError where it is none, or the hub does not answer."""
     try:
         if archive.repository:
-            from pe_video.hub import RemoteFile
+            from preparation.remote_file import RemoteFile
 
             file = RemoteFile(archive.repository, archive.path, archive.size)
         else:
@@ -78,7 +79,7 @@ def open_archive(archive: Archive) -> Iterator[zipfile.ZipFile]:
     except HubFault as error:
         raise InputError(str(error)) from error
     except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{archive.path} cannot be read as a zip file ({error}): fetch it again") from error
+        raise InputError(f"{archive.path} cannot be read as a zip file ({error}): download it again") from error
 
 
 def places_on_disk(files: list[tuple[Path, os.stat_result]]) -> dict[str, list[Place]]:

@@ -62,7 +62,7 @@ def load_counter(file: Path) -> Callable[[list[str]], list[int]]:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise InputError(f"tokenizer {file} cannot be loaded: fetch it again") from error
+        raise InputError(f"tokenizer {file} cannot be loaded: download it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # what transformers calls split_special_tokens, as `answer_ids` does

@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from preparation.files import only_one, remove_parts, whole_file
+from preparation.parallel import run_tasks
+from preparation.report import Tally, draw
+from preparation.rules import BAD, KEPT, Rules
+from preparation.tokens import find_tokenizer, fingerprint, load_counter
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_video
 from qwen_vl_streaming.common.progress import Progress
 
-from .files import only_one, remove_parts, whole_file
 from .merge import merge_lines, settle_duplicates
-from .parallel import run_tasks
-from .report import Tally, draw
-from .rules import BAD, KEPT, Rules
 from .sources import HUB, Unit, find_units
 from .stages import (
     Job,
@@ -30,7 +31,6 @@ from .stages import (
     prepare,
     read_unit,
 )
-from .tokens import find_tokenizer, fingerprint, load_counter
 
 logger = logging.getLogger(__name__)
 

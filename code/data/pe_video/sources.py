@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from preparation.remote_file import HubFault, RemoteFile
+from preparation.rules import MAX_JSON_BYTES, Sample
+from preparation.videos import VIDEO_ENDINGS, Slice, measure, relative
 from qwen_vl_streaming.common.errors import InputError, cannot_list
 
 from .gz import GZIP, unpack
-from .rules import MAX_JSON_BYTES, Sample
 from .tar import CUT_OFF, Member, TarFault, name_fault, printable, read_members
 
 FILES_PER_UNIT = 2_000
@@ -27,14 +29,8 @@ MAX_ID_BYTES = 200  # what a file name can hold, less room for its ending
 FOLDER, TAR, HUB = "folder", "tar", "hub"
 JSON, VIDEO = "JSON", "video"
 OTHER_VIDEO = "another video of this name is used"
-VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-"""Of a video beside its JSON, in any case of letters; where there are several, the first of these is used."""
 SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
 OTHER_SHARDS = re.compile(r"\.(tar\.(bz2?|xz|zst|zstd|lz|lz4|lzma|br|z)|tbz2?|txz|tzst|tlz)$", re.IGNORECASE)
-
-
-class HubFault(Exception):
-    """The hub no longer answers: no fault of a sample, so it must not be taken for one."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +128,6 @@ def open_shard(unit: Unit, scratch: Path) -> Iterator[BinaryIO]:
     Raises OSError, or InputError where the hub does not answer or `scratch` has no room.
     """
     if unit.kind == HUB:
-        from .hub import RemoteFile
-
         file: BinaryIO = RemoteFile(unit.repository, unit.path, unit.size)
     else:
         file = open(unit.path, "rb")  # noqa: SIM115 - closed below, as the remote one is
@@ -148,43 +142,6 @@ def open_shard(unit: Unit, scratch: Path) -> Iterator[BinaryIO]:
                 yield file
     except HubFault as error:
         raise InputError(str(error)) from error
-
-
-class Slice:
-    """A read-only window on one member of an open tar file, for readers that want a file."""
-
-    def __init__(self, file: BinaryIO, offset: int, size: int):
-        self.file, self.offset, self.size, self.position = file, offset, size, 0
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(self.size - self.position, 0)
-        count = left if count < 0 else min(count, left)
-        self.file.seek(self.offset + self.position)
-        data = self.file.read(count)
-        self.position += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.position = max(0, offset + (0, self.position, self.size)[whence])
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def seekable(self) -> bool:
-        return True
-
-
-def measure(source: str | Path | Slice, name: str) -> float:
-    """The real duration in seconds of a video. Raises InputError."""
-    from qwen_vl_streaming.video.index import index_video  # brings in PyAV, which most runs do without
-
-    return index_video(source, name).duration
-
-
-def relative(path: Path, root: Path) -> str:
-    """`path` as seen from the project's `root`, with forward slashes."""
-    return Path(os.path.relpath(path, root)).as_posix()
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:

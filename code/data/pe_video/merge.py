@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 
-from .files import whole_file
-from .report import Tally
-from .rules import BAD, KEPT
+from preparation.files import whole_file
+from preparation.report import Tally
+from preparation.rules import BAD, KEPT
+
 from .stages import Record
 
 FAN_IN = 200  # files open at once; the usual limit is 1,024
