@@ -21,6 +21,8 @@ SLURM = {
 def launch(tmp_path):
     """Runs eval.sh where `python` does nothing. Returns status, the flags that it got, and stderr."""
     shutil.copy(SCRIPT, tmp_path / "eval.sh")
+    (tmp_path / "code").mkdir()
+    shutil.copy(SCRIPT.parent / "code/launch.sh", tmp_path / "code")
     programs = tmp_path / "bin"
     programs.mkdir()
 
@@ -57,10 +59,14 @@ def test_where_and_how_many(launch, environment, processes, nodes, rank, address
     assert tuple(flags.get(name) for name in names) == (processes, nodes, rank, address, port)
 
 
-@pytest.mark.parametrize("nodes", ["abc", "0", "-1", "1.5"])
-def test_a_number_of_machines_that_is_none(launch, nodes):
-    status, _, said = launch(NNODES=nodes)
-    assert (status, said) == (2, f"error: NNODES={nodes}: give a whole number from 1 on\n")
+@pytest.mark.parametrize(
+    "name, value",
+    [("NNODES", "abc"), ("NNODES", "0"), ("NNODES", "-1"), ("NNODES", "1.5"), ("NODE_RANK", "1"), ("MASTER_PORT", "x"),
+     ("MASTER_PORT", "70000"), ("NPROC_PER_NODE", "all")],
+)  # fmt: skip
+def test_invalid_numbers_are_refused(launch, name, value):
+    status, _, said = launch(**{name: value})
+    assert status == 2 and said.count("\n") == 1 and said.startswith(f"error: {name}={value}: give a whole number")
 
 
 def test_one_task_a_node(launch):

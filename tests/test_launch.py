@@ -35,6 +35,7 @@ def launch(tmp_path):
     script = tmp_path / "code/qwen-vl-finetune/scripts/sft.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)
+    shutil.copy(SCRIPT.parents[2] / "launch.sh", tmp_path / "code")
     programs = tmp_path / "bin"
     programs.mkdir()
 
@@ -118,7 +119,7 @@ def test_the_default_folder_is_that_of_the_variant(made, monkeypatch):
 def asleep(tmp_path):
     """Starts a launcher whose one process writes its id down and sleeps. Returns both, the latter by its id."""
     (tmp_path / "asleep.py").write_text(
-        "import os, time\nfrom pathlib import Path\nfrom qwenvl.stopping import die_with_launcher\n"
+        "import os, time\nfrom pathlib import Path\nfrom qwenvl.signals import die_with_launcher\n"
         "die_with_launcher()\nPath('part').write_text(str(os.getpid()))\nPath('part').rename('id')\ntime.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), *sys.path])}
