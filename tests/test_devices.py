@@ -379,7 +379,9 @@ devices.ask_torch = lambda: devices.Torch("2.14.1+cu130", "13.0", fault="the dri
 
 def test_without_a_gpu_the_launcher_hides_what_the_driver_counts(tmp_path):
     """PyTorch's optimizers ask for the current GPU where NVML counts some, even if CUDA does not start on them."""
-    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'qwenvl.launch' in sys.orig_argv:\n    print(repr(")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'qwen_vl_streaming.launch' in sys.orig_argv:\n    print(repr("
+    )
     with (tmp_path / "sitecustomize.py").open("a") as file:
         file.write("os.environ['CUDA_VISIBLE_DEVICES']))\n    os._exit(0)\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(devices.__file__).parents[1]}"}

@@ -36,7 +36,7 @@ if [ -z "${MASTER_PORT:-}" ] && ((10#$nnodes == 1)); then
 fi
 
 command=(
-  "$python" -m qwenvl.launch
+  "$python" -m qwen_vl_streaming.launch
   --nproc_per_node "$nproc" --nnodes "$nnodes" --node_rank "$node_rank"
   --master_addr "$master_addr" --master_port "$master_port"
   -m qwenvl.rank
