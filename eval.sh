@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Captions the test videos with a checkpoint, then scores the captions: on a CPU, one GPU, several GPUs or several
-# nodes. Further flags are passed to code/evaluation/eval.py and override those set here. `bash eval.sh --help` lists
-# all flags and the environment variables that set their defaults.
+# nodes. Further flags are passed to code/evaluation/eval.py. `bash eval.sh --help` lists all flags and the environment
+# variables that set their defaults.
 #
 #   NPROC_PER_NODE  processes on this node (default: one per GPU that PyTorch can use, else 1)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT
@@ -11,12 +11,26 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/code/launch.sh"
-require_number NPROC_PER_NODE "${NPROC_PER_NODE:-0}" 0 1024
+here=$root/code/evaluation
 
-command=("$python" "$root/code/evaluation/eval.py" --processes "${NPROC_PER_NODE:-0}")
-if ((10#$nnodes > 1)); then
-  command+=(--nodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port "$master_port")
+for word in "$@"; do
+  case $word in -h | --help) exec "$python" "$here/eval.py" --help ;; esac
+done
+require_number NPROC_PER_NODE "${NPROC_PER_NODE:-0}" 0 1024
+nproc=$("$python" "$here/processes.py" --processes "${NPROC_PER_NODE:-0}" "$@") || exit
+
+if ((nproc == 1 && 10#$nnodes == 1)); then
+  command=("$python" "$here/eval.py" "$@")
+else
+  [ -n "${MASTER_PORT:-}" ] || ((10#$nnodes > 1)) || master_port=$(free_port)
+  cores=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))} # torchrun would set 1
+  command=(
+    "$python" -m qwen_vl_streaming.launch --max_restarts 3
+    --nproc_per_node "$nproc" --nnodes "$nnodes" --node_rank "$node_rank"
+    --master_addr "$master_addr" --master_port "$master_port"
+    "$here/rank.py" "$@"
+  )
 fi
-command+=("$@")
 echo "+ ${command[*]}"
 exec "${command[@]}"

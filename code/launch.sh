@@ -10,6 +10,10 @@ require_number() { # NAME VALUE MIN MAX
   fi
 }
 
+free_port() { # a port of this node that no other run uses
+  "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
 python=python
 [ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python"
 

@@ -30,10 +30,8 @@ else
   nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$gpus}}
 fi
 require_number NPROC_PER_NODE "$nproc" 1 1024
-# Two runs on one node need different ports; several nodes have to know the port in advance.
-if [ -z "${MASTER_PORT:-}" ] && ((10#$nnodes == 1)); then
-  master_port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-fi
+# Several nodes have to know the port in advance.
+[ -n "${MASTER_PORT:-}" ] || ((10#$nnodes > 1)) || master_port=$(free_port)
 
 command=(
   "$python" -m qwen_vl_streaming.launch
