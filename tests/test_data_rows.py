@@ -2,9 +2,9 @@
 
 import json
 
-import eval as evaluation
 import pytest
 import tasks
+from planning import read_data
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
 from qwenvl.rows import read_rows
@@ -15,7 +15,7 @@ DESCRIPTION = tasks.TASKS["description"]
 
 
 def evaluated(data):
-    return evaluation.read_data(data, limit=None, task=DESCRIPTION)
+    return read_data(data, limit=None, task=DESCRIPTION)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as where the program is started plainly
     torch.set_num_threads(1)
     sys.argv = ["sft.sh", *arguments]
-    from qwenvl import checkpointing, train
-    from qwenvl.failing import run_rank
+    from qwen_vl_streaming.launch.failing import run_rank
+    from qwenvl import checkpointing, rank, train
 
     if act == "slow save":
         checkpointing.write_whole(log.with_suffix(".pid"), str(os.getpid()))
@@ -79,7 +79,7 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
             ended(self, args, state, control, **kwargs)
 
         checkpointing.StopOnSigterm.on_step_end = on_step_end
-    run_rank(train.main)
+    run_rank(train.main, rank.GPU, rank.HOST)
 
 
 def start(arguments: list[str], log: Path, act: str | None = None, step: int = 0, **environment: str):

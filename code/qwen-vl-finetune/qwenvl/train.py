@@ -15,6 +15,8 @@ from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.paths import check_videos
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
+from qwen_vl_streaming.launch.failing import tell
+from qwen_vl_streaming.launch.signals import STOPPED, speaks
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
@@ -31,14 +33,12 @@ from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
 from .checkpointing import CannotSave, KeepingTrainer, add_up, newest_checkpoint, save_whole, saving
 from .data import IGNORED, Evened, Order, StreamingDataset, collate
 from .device import check_size
-from .failing import tell
 from .flags_help import HelpfulParser
 from .folder import check_folder, make_folder, only_one
 from .param_groups import check_parts, describe_parts, make_optimizer, make_trainable
 from .prescan import find_bad
 from .record import RunRecord, Throughput, Work, describe_run, draw_curves, one_tensorboard, write_throughput
 from .rows import hold_out, read_rows, without
-from .signals import STOPPED, speaks
 from .skipped import Skipped
 
 logger = logging.getLogger(__name__)
