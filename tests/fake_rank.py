@@ -1,5 +1,5 @@
-"""Two processes for qwenvl.launch, quicker than training: the second fails as the argument says, and the first waits
-for it without end, deaf to SIGTERM, as one that trains would."""
+"""Two processes for qwenvl.launch, quicker than training: the second fails as the argument says, and the first blocks
+and ignores SIGTERM, as a training process in a collective does."""
 
 import os
 import signal
@@ -47,11 +47,11 @@ def main(what: str) -> None:
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "refused":
-            failing.LEAVING = 2
+            failing.EXIT_TIMEOUT = 2
             try:
                 raise InputError("checkpoint-3 is damaged: remove it")
             except InputError as error:
-                failing.tell(error)
+                failing.report_failure(error)
                 wait()  # in a collective
         init = partial(begin, parent=os.getpid())
         for _ in torch.utils.data.DataLoader(Squares(), batch_size=None, num_workers=4, worker_init_fn=init):

@@ -23,14 +23,14 @@ from pathlib import Path
 from crew import GPU, HOST, Crew, LostRun, Place
 from identity import NOT_COMPARED, describe_model, keep_arguments
 from metrics.scorecard import prepare_scoring, score_rows
-from qwen_vl_streaming.common.data_rows import read_data_rows
+from qwen_vl_streaming.common.data_rows import hash_data, read_data_rows, row_place
 from qwen_vl_streaming.common.ending import explain, leave, run_to_end, say
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.paths import check_videos, find_data, find_folder, find_model, find_path, make_data
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
 from qwen_vl_streaming.common.versions import versions
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.model.checkpoint import of_checkpoint, of_file
+from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.model.trained import check_trained
@@ -64,7 +64,7 @@ SHOWN = 10
 """Videos that were left out and whose reasons are told; the file has all."""
 
 
-def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
+def read_data(path: str | Path, limit: int | None, task: Task) -> list[dict]:
     """Rows of `task` to evaluate. Raises InputError, naming the line, for a bad one, one of another task, a wordless
     caption or a repeated id."""
     rows: list[dict] = []
@@ -72,7 +72,7 @@ def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
         try:
             rows.append({**read_row(data, task), "duration": read_duration(data)})
         except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
+            raise InputError(f"{row_place(path, number)}: {error}") from error
     if not rows:
         raise InputError(f"{path} has no rows: {make_data(path) or 'give a file with rows'}")
     return rows[:limit]
@@ -97,7 +97,7 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
     All that is cheap to see is checked here, before a model loads: raises InputError.
     """
     variant, task = get_variant(settings.variant), get_task(settings.task)
-    data = find_data(settings.data, ROOT, "the evaluation data").absolute()
+    data = find_data(settings.data, ROOT, "the evaluation data")
     rows = read_data(data, settings.limit, task)
     video_root = find_folder(settings.video_root, ROOT, "the video root")
     check_videos((row["video_path"] for row in rows), ROOT, video_root)
@@ -133,8 +133,8 @@ def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict
     facts = {
         "variant": variant.name,
         "position_rule": RULE if variant.after_video else None,
-        "data": str(data),
-        "data_sha256": of_file(data),
+        "data": data,
+        "data_sha256": hash_data(data),
         "model": model,
         "model_sha256": of_checkpoint(model),
         "video_root": str(video_root.absolute()) if video_root else "",

@@ -1,7 +1,7 @@
-"""How a process of a training run fails: it tells the launcher why, and ends without waiting for anyone.
+"""How a training process fails: it reports the cause to the launcher, and exits without waiting for other processes.
 
-The launcher prints the cause of the process that failed first, since the others mostly fail because of it. A process
-without a launcher prints its own.
+The launcher prints the cause of the process that failed first, since the others mostly fail as a consequence. Without
+a launcher, a process prints its own.
 """
 
 import json
@@ -14,90 +14,92 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.ending import explain, let_workers_end, name, run_to_end, say, status_of
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import atomic_write
 from torch.distributed import DistError
 
-from .signals import GO_ON, LAUNCHER, speaks
+from .signals import GO_ON, LAUNCHER, is_local_main
 
-LEAVING = 12
-"""Seconds that a process has to end once it has told why."""
-AT_EXIT = 120
-"""The same after a success, when a log may still have to be sent away."""
-AFTER_PEER = 3
-"""Seconds that one which has lost the connection to another leaves to the launcher, to see that one's end first."""
+EXIT_TIMEOUT = 12
+"""Seconds that a process has to exit after it has reported a failure."""
+EXIT_TIMEOUT_SUCCESS = 120
+"""The same after success, when a logger may still upload."""
+PEER_DELAY = 3
+"""Seconds that a process which has lost its connection waits, so that the launcher sees the other one's exit first."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable that torchrun sets: where a process writes why it failed."""
+"""Environment variable that torchrun sets: the file for the cause of a failure."""
 GPU = (
-    "lower --per_device_train_batch_size or --max_pixels_per_video, use more GPUs, "
-    "or DEEPSPEED_CONFIG=zero3_offload.json, in another --output_dir where a checkpoint was saved"
+    "lower --per_device_train_batch_size or --max_pixels_per_video, use more GPUs, or set "
+    "DEEPSPEED_CONFIG=zero3_offload.json, with another --output_dir if a checkpoint has been saved"
 )
-HOST = "lower --dataloader_num_workers or give the run more memory, and it goes on from the newest checkpoint"
+HOST = (
+    "lower --dataloader_num_workers or give the run more memory, then run the same command to resume from the newest "
+    "checkpoint"
+)
 PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "remote process exited", "NCCL error")
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether `error` may come from the end of another process."""
+    """Whether `error` may be a consequence of another process's exit."""
     return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_GONE)
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PEER_GONE)
     )
 
 
-told = False
+reported = False
 
 
-def tell(error: BaseException) -> None:
-    """Tell the launcher, the first time, that `error` ends this process; returns at once where there is no launcher.
+def report_failure(error: BaseException) -> None:
+    """Write why this process fails to the launcher's error file, the first time it is called. Does nothing without a
+    launcher.
 
-    What is still to be done may wait for other processes: when it takes LEAVING seconds, SIGALRM ends this process.
+    What the process does afterwards may block in a collective, so SIGALRM ends it after EXIT_TIMEOUT.
     """
-    global told
-    if told or LAUNCHER not in os.environ:
+    global reported
+    if reported or LAUNCHER not in os.environ:
         return
-    told = True
+    reported = True
     let_workers_end()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(LEAVING)
+    signal.alarm(EXIT_TIMEOUT)
     line, peer = explain(error, GPU, HOST), lost_peer(error)
     message = name(error) if line is None else line
     if peer and line is None:
-        message = f"the connection to another process was lost, or could not be made ({name(error)})"
-    unforeseen = line is None and isinstance(error, Exception)
-    message = {
+        message = f"the connection to another process was lost or could not be established ({name(error)})"
+    unexpected = line is None and isinstance(error, Exception)
+    content = {
         "message": message + GO_ON if line is None else message,
         "errorCode": status_of(error),
         "lost_peer": peer,
         "extraInfo": {
-            "py_callstack": "".join(traceback.format_exception(error)) if unforeseen else "",
+            "py_callstack": "".join(traceback.format_exception(error)) if unexpected else "",
             "timestamp": str(int(time.time())),
         },
     }
     try:
-        file = Path(os.environ[ERROR_FILE])
-        beside = file.with_suffix(".part")
-        beside.write_text(json.dumps({"message": message}))
-        beside.replace(file)
-    except OSError:  # the disk is full there too
+        atomic_write(Path(os.environ[ERROR_FILE]), json.dumps({"message": content}))
+    except OSError:  # that disk is full, too
         if not isinstance(error, SystemExit | KeyboardInterrupt):
             say(error, line)
 
 
 def run_rank(main: Callable[[], None]) -> None:
-    """Call `main`, and end this process as soon as it raises. What Python would clean up at its exit is left out then,
-    but for SystemExit, with which a run ends that was stopped."""
-    run_to_end(main, failed)
+    """Call `main`, and exit as soon as it raises, without Python's own cleanup. SystemExit, with which a stopped run
+    ends, exits normally."""
+    run_to_end(main, on_failure)
     if LAUNCHER in os.environ:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(AT_EXIT)
+        signal.alarm(EXIT_TIMEOUT_SUCCESS)
 
 
-def failed(error: BaseException) -> None:
-    tell(error)
+def on_failure(error: BaseException) -> None:
+    report_failure(error)
     if LAUNCHER in os.environ:
         if lost_peer(error):
-            time.sleep(AFTER_PEER)
-    elif not isinstance(error, SystemExit | KeyboardInterrupt) and _is_to_say(error):
+            time.sleep(PEER_DELAY)
+    elif not isinstance(error, SystemExit | KeyboardInterrupt) and _prints(error):
         say(error, explain(error, GPU, HOST), GO_ON)
 
 
-def _is_to_say(error: BaseException) -> bool:
-    """Whether this process prints `error` itself: of those that meet the same mistake of the user only one does."""
-    return speaks() or not isinstance(error, InputError) or getattr(error, "of_one", False)
+def _prints(error: BaseException) -> bool:
+    """Whether this process prints `error`: of a user error that all processes raise, only one does."""
+    return is_local_main() or not isinstance(error, InputError) or getattr(error, "one_process", False)
