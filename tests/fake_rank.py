@@ -1,4 +1,4 @@
-"""Two processes for qwenvl.launch, quicker than training: the second fails as the argument says, and the first blocks
+"""Two processes for the launcher, quicker than training: the second fails as the argument says, and the first blocks
 and ignores SIGTERM, as a training process in a collective does."""
 
 import os
@@ -21,7 +21,8 @@ def main(what: str) -> None:
     import torch
     from qwen_vl_streaming.common.ending import start_worker
     from qwen_vl_streaming.common.errors import InputError
-    from qwenvl import failing
+    from qwen_vl_streaming.launch import failing
+    from qwenvl import rank
 
     class Squares(torch.utils.data.Dataset):
         def __len__(self):
@@ -47,17 +48,17 @@ def main(what: str) -> None:
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "refused":
-            failing.EXIT_TIMEOUT = 2
+            failing.LEAVING = 2
             try:
                 raise InputError("checkpoint-3 is damaged: remove it")
             except InputError as error:
-                failing.report_failure(error)
+                failing.tell(error)
                 wait()  # in a collective
         init = partial(begin, parent=os.getpid())
         for _ in torch.utils.data.DataLoader(Squares(), batch_size=None, num_workers=4, worker_init_fn=init):
             pass
 
-    failing.run_rank(train)
+    failing.run_rank(train, rank.GPU, rank.HOST)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ import socket
 from pathlib import Path
 
 import datasets
-import eval as evaluation
 import pytest
 import tasks
+from planning import read_data
 from qwen_vl_streaming.common.data_rows import HUB, hash_data, read_data_rows
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_data
@@ -19,7 +19,7 @@ DESCRIPTION = tasks.TASKS["description"]
 
 
 def evaluated(data):
-    return evaluation.read_data(data, limit=None, task=DESCRIPTION)
+    return read_data(data, limit=None, task=DESCRIPTION)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 import torch
 from qwen_vl_streaming.common import ending
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.launch.signals import STOPPED
 from qwen_vl_streaming.model import modeling_qwen2_5_vl
 from qwenvl.checkpointing import SaveError, loading, saving
-from qwenvl.signals import STOPPED
 from training import finish, flags, free_port, history, start
 
 FINETUNE = Path(__file__).parents[1] / "code/qwen-vl-finetune"
@@ -24,10 +24,18 @@ KILLED = "killed by SIGKILL (Linux does that when memory is short)"
 
 
 def launch(log: Path, *what: str, processes: int = 2, nodes: int = 1, rank: int = 0, port: int = 0, **environment):
-    """Start qwenvl.launch with `python -m WHAT` as its processes, and their output in `log`."""
+    """Start the launcher with `python -m WHAT` as its processes, and their output in `log`."""
     paths = os.pathsep.join([str(FINETUNE), *filter(None, sys.path)])
     given = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOG": str(log)}
-    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", str(processes), "--nnodes", str(nodes)]
+    command = [
+        sys.executable,
+        "-m",
+        "qwen_vl_streaming.launch",
+        "--nproc_per_node",
+        str(processes),
+        "--nnodes",
+        str(nodes),
+    ]
     command += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port or free_port())]
     with log.open("a") as said:
         return subprocess.Popen(
@@ -64,8 +72,8 @@ def ends(launcher: subprocess.Popen, log: Path, status: int, seconds: float = 60
 CAUSES = {
     "gpu": (1, 0, "process 1: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB): lower --per_device"),
     "worker killed": (1, 0, f"process 1: a data worker was {KILLED}: lower --dataloader_num_workers"),
-    "worker bug": (1, 2, "process 1: in a data worker: KeyError: 'human_caption': run the same command to resume"),
-    "peer": (1, 0, f"process 1 was {KILLED}: run the same command to resume"),
+    "worker bug": (1, 2, "process 1: in a data worker: KeyError: 'human_caption': the same command resumes"),
+    "peer": (1, 0, f"process 1 was {KILLED}: the same command resumes"),
     "refused": (2, 0, "checkpoint-3 is damaged: remove it"),
 }
 
@@ -114,7 +122,7 @@ def test_a_run_resumes_after_every_kind_of_failure(undisturbed, made, tmp_path):
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
     line = ends(*run("while saving", "save kill 0 4"), 1)
-    assert line.startswith(f"error: process 0 was {KILLED}: run the same command to resume")
+    assert line.startswith(f"error: process 0 was {KILLED}: the same command resumes")
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
     launcher, log = run("at start-up", "none 0 0")

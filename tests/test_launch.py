@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from qwenvl.signals import STOPPED
+from qwen_vl_streaming.launch.signals import STOPPED
 from qwenvl.train import parse
 from training import free_port
 
@@ -35,6 +35,7 @@ def launch(tmp_path):
     script = tmp_path / "code/qwen-vl-finetune/scripts/sft.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)
+    shutil.copy(SCRIPT.parents[2] / "launch.sh", tmp_path / "code")
     programs = tmp_path / "bin"
     programs.mkdir()
 
@@ -95,7 +96,7 @@ def test_a_number_may_start_with_zero(launch):
 
 
 def launch_command(port: int, *what: str, nodes: int = 1, rank: int = 0) -> list[str]:
-    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", "1", "--nnodes", str(nodes)]
+    command = [sys.executable, "-m", "qwen_vl_streaming.launch", "--nproc_per_node", "1", "--nnodes", str(nodes)]
     return [*command, "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port), *what]
 
 
@@ -118,7 +119,7 @@ def test_the_default_output_folder_names_the_variant(made, monkeypatch):
 def asleep(tmp_path):
     """Starts a launcher with one process that writes its id to a file and sleeps. Returns both."""
     (tmp_path / "asleep.py").write_text(
-        "import os, time\nfrom pathlib import Path\nfrom qwenvl.signals import die_with_launcher\n"
+        "import os, time\nfrom pathlib import Path\nfrom qwen_vl_streaming.launch.signals import die_with_launcher\n"
         "die_with_launcher()\nPath('part').write_text(str(os.getpid()))\nPath('part').rename('id')\ntime.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), *sys.path])}
@@ -140,7 +141,7 @@ def test_ctrl_c_is_reported_in_one_line(asleep):
     launcher, process = asleep
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(60) == 128 + signal.SIGINT
-    assert "stopped by SIGINT: run the same command to resume" in (said := launcher.stderr.read())
+    assert "stopped by SIGINT: the same command resumes" in (said := launcher.stderr.read())
     assert "SignalException" not in said
     assert not process.is_running()
 
@@ -148,7 +149,7 @@ def test_ctrl_c_is_reported_in_one_line(asleep):
 def test_sigterm_to_one_process_is_an_error(asleep):
     launcher, process = asleep
     process.terminate()
-    assert launcher.wait(60) == 1 and "error: process 0 was killed by SIGTERM: run the same" in launcher.stderr.read()
+    assert launcher.wait(60) == 1 and "error: process 0 was killed by SIGTERM: the same" in launcher.stderr.read()
 
 
 def test_processes_end_with_their_launcher(asleep):

@@ -148,7 +148,7 @@ def launched(arguments: list[str]) -> None:
     """Train as sft.sh does on a CPU: with the launcher and DeepSpeed."""
     folder = Path(train.__file__).parents[1]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", "1", "--standalone"]
+    command = [sys.executable, "-m", "qwen_vl_streaming.launch", "--nproc_per_node", "1", "--standalone"]
     command += ["-m", "qwenvl.rank", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib import image
+from qwen_vl_streaming.launch.signals import STOPPED
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
-from qwenvl.signals import STOPPED
 from safetensors.torch import load_file, save_file
 from training import finish, flags, free_port, history, refused, spoil, start, start_two
 

@@ -48,12 +48,10 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a plain start of the program
     torch.set_num_threads(1)
     sys.argv = ["sft.sh", *arguments]
-    from qwen_vl_streaming.common.files import atomic_write
-    from qwenvl import resumable, train
-    from qwenvl.failing import run_rank
+    from qwen_vl_streaming.launch.failing import run_rank
+    from qwenvl import rank, resumable, train
 
     if act == "slow save":
-        atomic_write(log.with_suffix(".pid"), str(os.getpid()))
         saved = torch.save
 
         def save(what, path, *rest, **options):
@@ -80,7 +78,7 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
             original(self, args, state, control, **kwargs)
 
         resumable.StopOnSigterm.on_step_end = on_step_end
-    run_rank(train.main)
+    run_rank(train.main, rank.GPU, rank.HOST)
 
 
 def start(arguments: list[str], log: Path, act: str | None = None, step: int = 0, **environment: str):

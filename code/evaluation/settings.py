@@ -22,11 +22,9 @@ LIMITS = {
     "repetition_penalty": (1e-2, 1e2),
     "limit": (1, 10**9),
     "seed": (-(2**63), 2**63 - 1),
-    "nodes": (1, 10**5),
     "processes": (0, 10**4),
     "workers": (0, 10**4),
     "judge_workers": (1, 10**3),
-    "master_port": (1, 65535),
 }
 """The least and the most of what is a number."""
 
@@ -69,15 +67,7 @@ class Settings:
     memory: float | None = None
     """GiB for the keys and values of a process's videos; by default most of what its GPU has free."""
     processes: int = 0
-    """Processes on this machine; 0 means one a GPU, or one where there is none. eval.sh sets it from NPROC_PER_NODE."""
-    nodes: int = 1
-    """Machines of this run, from NNODES. The output folder must lie where all reach it."""
-    node_rank: int = 0
-    """Which of them this is, from NODE_RANK."""
-    master_addr: str = "127.0.0.1"
-    """Address of machine 0, from MASTER_ADDR."""
-    master_port: int = 29500
-    """A free port there, from MASTER_PORT; unused with one machine."""
+    """Processes on this node. 0: NPROC_PER_NODE, or else one per GPU, or 1 without a GPU."""
     max_new_tokens: int = 300
     """At most this many answer tokens a video."""
     repetition_penalty: float = 1.15
@@ -128,11 +118,6 @@ class Settings:
             )
         if self.memory is not None and not 0 < self.memory <= MOST_GIB:
             raise InputError(f"--memory {self.memory}: give GiB above 0, at most {MOST_GIB}, or leave it out")
-        if min(self.processes, self.workers or 0) < 0 or not 0 <= self.node_rank < self.nodes:
-            raise InputError(
-                f"--processes {self.processes}, --workers {self.workers}, --nodes {self.nodes}, --node-rank "
-                f"{self.node_rank}: processes and workers are not negative, and ranks run from 0 below --nodes"
-            )
         if bool(self.judge_url) != bool(self.judge_model):
             raise InputError("--judge-url and --judge-model go together: give both")
         try:

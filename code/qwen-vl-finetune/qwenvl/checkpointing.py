@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import atomic_write
+from qwen_vl_streaming.common.files import replace_file
 from qwen_vl_streaming.model.checkpoint import of_file
 from safetensors import SafetensorError
 from torch import distributed
@@ -36,7 +36,7 @@ REMOVE = "remove it to resume from the previous checkpoint, if there is one"
 class SaveError(InputError):
     """A file cannot be written. Raised on one process only, while others may wait for it."""
 
-    one_process = True
+    of_one = True
 
 
 @contextlib.contextmanager
@@ -143,7 +143,7 @@ def commit_checkpoint(partial: Path, final: Path, progress: dict) -> None:
     size_of = sizes(partial)
     sync(partial.rglob("*"))
     manifest = {**progress, "bytes": size_of, "sha256": hashes(partial, size_of)}
-    atomic_write(partial / PROGRESS, json.dumps(manifest))
+    replace_file(partial / PROGRESS, json.dumps(manifest))
     sync([partial])
     partial.rename(final)
     partial.parent.rmdir()

@@ -21,7 +21,7 @@ import matplotlib
 import torch
 from qwen_vl_streaming.common.data_rows import HUB, hash_data
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import atomic_write
+from qwen_vl_streaming.common.files import replace_file
 from qwen_vl_streaming.common.redact import redacted_command
 from qwen_vl_streaming.common.versions import RUNNING, versions
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
@@ -182,7 +182,7 @@ class RunRecord:
     def _write(self) -> None:
         if self.is_main:
             with saving(self.path):
-                atomic_write(self.path, json.dumps(self.record, indent=1, default=str) + "\n")
+                replace_file(self.path, json.dumps(self.record, indent=1, default=str) + "\n")
 
 
 @dataclass
@@ -260,7 +260,7 @@ def write_throughput(work: Work, path: Path) -> None:
         "seconds_per_step": work.seconds / (work.steps or float("nan")),
         **asdict(work),
     }
-    atomic_write(path, json.dumps(table, indent=1) + "\n")
+    replace_file(path, json.dumps(table, indent=1) + "\n")
     for name, value in table.items():
         if name == "peak_memory_bytes":
             name, value = "peak_memory_gib", value / 2**30
@@ -298,6 +298,6 @@ def draw_curves(history: Iterable[dict], path: Path, title: str) -> bool:
         axes.grid(alpha=0.3)
     png = io.BytesIO()
     figure.savefig(png, dpi=120, format="png")
-    atomic_write(path, png.getvalue())
+    replace_file(path, png.getvalue())
     pyplot.close(figure)
     return True

@@ -15,6 +15,8 @@ from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.paths import check_videos
 from qwen_vl_streaming.common.progress import quiet_libraries
+from qwen_vl_streaming.launch.failing import tell
+from qwen_vl_streaming.launch.signals import STOPPED, speaks
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
@@ -31,14 +33,12 @@ from .checkpointing import SaveError, newest_checkpoint, save_final_model
 from .collectives import any_process
 from .data import PaddedDataset, StreamingDataset, collate
 from .device import check_size
-from .failing import report_failure
 from .flags_help import HelpfulParser
 from .folder import check_folder, lock_folder, make_folder
 from .param_groups import check_parts, describe_parts, make_trainable
 from .prescan import find_bad
 from .record import RunRecord, describe_run
 from .rows import exclude, hold_out, read_rows
-from .signals import STOPPED, is_local_main
 from .skipped import Skipped
 from .trainer import StepProgress, StreamingTrainer
 
@@ -52,7 +52,7 @@ class Parser(OneLineParser, HelpfulParser):
         raise InputError(f"{message} (see --help)")
 
     def _print_message(self, message, file=None):
-        if is_local_main():
+        if speaks():
             super()._print_message(message, file)
 
 
@@ -66,7 +66,7 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     arguments.output_dir = arguments.output_dir or str(OUTPUT / f"qwen2_5vl-pe-{groups[0].variant}")
     quiet_libraries(arguments.process_index == 0)
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
-    if not is_local_main():
+    if not speaks():
         logging.getLogger(model_folder.__module__).setLevel(logging.ERROR)  # the first process logs the same
     if arguments.deepspeed:
         import deepspeed
@@ -146,7 +146,7 @@ def process_group() -> Iterator[None]:
     except SaveError:
         raise
     except (InputError, SystemExit) as error:
-        report_failure(error)
+        tell(error)
         destroy_process_group()
         raise
     destroy_process_group()
@@ -244,12 +244,12 @@ def run_trainer(trainer: StreamingTrainer) -> None:
     try:
         completed = trainer.train_or_resume()
     except SaveError as error:
-        report_failure(error)
+        tell(error)
         with contextlib.suppress(InputError):
             record.end(trainer.state.global_step, str(error))
         raise
     except InputError as error:
-        report_failure(error)  # the report below is collective, and waits if only this process has failed
+        tell(error)  # the report below is collective, and waits if only this process has failed
         if record.record:
             trainer.report()
         record.end(trainer.state.global_step, str(error))

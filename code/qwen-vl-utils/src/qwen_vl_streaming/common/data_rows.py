@@ -1,7 +1,7 @@
 """The rows of a data set, read and checked in one place, so that all programs accept the same data.
 
-JSON Lines are parsed here: `datasets` numbers no lines, turns texts that look like dates into dates and large ids into
-floats, and stops at a byte order mark. Parquet files, folders written by `save_to_disk` and data sets on the Hugging
+JSON Lines are parsed here: `datasets` does not keep line numbers, turns strings that look like dates into dates and
+large ids into floats, and stops at a byte order mark. Parquet files, folders written by `save_to_disk` and data sets on the Hugging
 Face hub are read through `datasets`. Does not know what a program needs of a row beyond its four fields.
 """
 
@@ -110,13 +110,21 @@ def _read_table(source: str) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="datasets_", ignore_cleanup_errors=True) as locks:
         try:
             table = _open_table(source, locks)
-            plain = datasets.Value, datasets.List, datasets.LargeList
-            yield from table.select_columns([name for name, kind in table.features.items() if isinstance(kind, plain)])
+            yield from table.select_columns([name for name, kind in table.features.items() if _is_plain(kind)])
         except (InputError, MemoryError):
             raise
         except Exception as error:  # Arrow, fsspec and the hub client raise many kinds
             cause = error.__cause__ or error
             raise _unreadable(source, next(iter(str(cause).splitlines()), type(cause).__name__)[:300]) from error
+
+
+def _is_plain(kind) -> bool:
+    """Whether a column has texts, numbers or lists of them, rather than media."""
+    import datasets
+
+    if isinstance(kind, datasets.Value):
+        return "binary" not in kind.dtype
+    return isinstance(kind, datasets.List | datasets.LargeList | datasets.Json)
 
 
 def _open_table(source: str, locks: str):
@@ -127,7 +135,7 @@ def _open_table(source: str, locks: str):
         return _only_split(source, datasets.load_dataset(name), split)
     if source.endswith(PARQUET):
         paths = [source] if os.path.exists(source) else [str(path) for path in matching_files(source)]
-        # Streamed: the rows are read once, and a copy in a cache serves no one.
+        # Streamed, since the rows are read once and need no copy in a cache.
         return datasets.IterableDataset.from_parquet(paths, cache_dir=locks)
     found = datasets.load_from_disk(source)
     if not isinstance(found, datasets.DatasetDict):
