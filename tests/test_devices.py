@@ -320,7 +320,7 @@ def test_evaluation_says_that_it_uses_the_cpu_and_takes_one_process(no_gpu, monk
         count_processes(0, "")
     with pytest.raises(InputError, match="8 processes for 4 GPUs"):
         evaluation.find_device(Settings(), Rank(local_world_size=8))
-    with pytest.raises(InputError, match="eval.py runs as one process"):
+    with pytest.raises(InputError, match="runs as one process"):
         evaluation.find_device(Settings(processes=4), Rank())
     monkeypatch.delenv("SLURM_GPUS_ON_NODE")
     assert count_processes(0, "") == 4

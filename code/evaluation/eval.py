@@ -22,6 +22,7 @@ from planning import describe, make_plan, select
 from processes import check_gpus
 from qwen_vl_streaming.common.ending import leave
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.common.files import write_atomic
 from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
 from qwen_vl_streaming.devices import choose_device, look
@@ -31,16 +32,15 @@ from ranks import Rank, VideoQueue
 from results import (
     CAPTION_FIELDS,
     SKIPPED,
-    bring_together,
     check_row,
-    count_left_out,
+    count_skipped,
+    exclusive_writer,
     load_all,
     load_finished,
     load_skipped,
-    only_writer,
-    shared_mark,
+    merge_parts,
+    shared_marker,
     sibling,
-    write_whole,
 )
 from settings import ROOT, Settings, parse
 from tasks import check_captions, get_task
@@ -62,7 +62,7 @@ def lead(settings: Settings, rank: Rank, device: str, queue: VideoQueue, note: s
     plan = make_plan(settings, rank, device)
     facts = describe(settings, plan)
     out, ids = plan.out, [row["video_id"] for row in plan.rows]
-    with only_writer(out):
+    with exclusive_writer(out):
         finished = resume(plan, facts)
         logger.info("%s: checkpoint %s", plan.variant.name, describe_model(plan.model))
         logger.info("data %s, %d videos", plan.data, len(ids))
@@ -73,20 +73,20 @@ def lead(settings: Settings, rank: Rank, device: str, queue: VideoQueue, note: s
             logger.info(note)
         token = secrets.token_hex(8)
         if rank.several_nodes:
-            write_whole(shared_mark(out, token), b"")
+            write_atomic(shared_marker(out, token), b"")
         queue.publish({"facts": facts, "left": left, "token": token})
         caption_left(select(plan, left, rank.world_size), rank, queue, len(ids))
         skipped = load_skipped(out)
-        left_out = [skipped[video_id] for video_id in ids if video_id in skipped]
-        write_whole(sibling(out, SKIPPED), "".join(json.dumps(row) + "\n" for row in left_out).encode())
+        skipped_rows = [skipped[video_id] for video_id in ids if video_id in skipped]
+        write_atomic(sibling(out, SKIPPED), "".join(json.dumps(row) + "\n" for row in skipped_rows).encode())
         rows = load_all(out, ids)
-        bring_together(out, rows)
-    log_skipped(left_out, sibling(out, SKIPPED))
-    if missing := len(ids) - len(rows) - len(left_out):  # a network file system may not show them yet
+        merge_parts(out, rows)
+    log_skipped(skipped_rows, sibling(out, SKIPPED))
+    if missing := len(ids) - len(rows) - len(skipped_rows):  # a network file system may not show them yet
         raise InputError(f"{out}: {missing} of {len(ids)} videos have no caption{RESUMES}")
     if rows:
         print(f"captions: {out}")
-    score_rows(rows, out, sibling(out, "scores.json"), len(left_out), scoring)
+    score_rows(rows, out, sibling(out, "scores.json"), len(skipped_rows), scoring)
 
 
 def resume(plan: Plan, facts: dict) -> set[str]:
@@ -102,7 +102,7 @@ def resume(plan: Plan, facts: dict) -> set[str]:
                 "give another --output-file, or delete it to start over"
             )
         check_row(f"{out}, video {row['video_id']!r}", row, plan.variant.name)
-    bring_together(out, before)
+    merge_parts(out, before)
     return {row["video_id"] for row in before}
 
 
@@ -135,7 +135,7 @@ def follow(settings: Settings, rank: Rank, device: str, queue: VideoQueue, note:
     plan = make_plan(settings, rank, device)
     if rank.node and rank.local_rank == 0:
         check_same(describe(settings, plan), published["facts"])
-        wait_for_marker(shared_mark(plan.out, published["token"]))
+        wait_for_marker(shared_marker(plan.out, published["token"]))
         if note:
             logger.info(note)
     plan = select(plan, published["left"], rank.world_size)
@@ -188,7 +188,7 @@ def score_file(settings: Settings) -> None:
     path = find_path(settings.score_only, ROOT, "the result file")
     rows = list(load_finished(path, CAPTION_FIELDS, whole=True).values())
     check_captions(path, rows, get_task(settings.task))
-    score_rows(rows, path, sibling(path, "scores.json"), count_left_out(path), prepare_scoring(settings))
+    score_rows(rows, path, sibling(path, "scores.json"), count_skipped(path), prepare_scoring(settings))
 
 
 def main() -> None:

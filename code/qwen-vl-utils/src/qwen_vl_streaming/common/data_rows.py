@@ -1,8 +1,8 @@
 """The rows of a data set, read and checked in one place, so that all programs accept the same data.
 
 JSON Lines are parsed here: `datasets` does not keep line numbers, turns strings that look like dates into dates and
-large ids into floats, and stops at a byte order mark. Parquet files, folders written by `save_to_disk` and data sets on the Hugging
-Face hub are read through `datasets`. Does not know what a program needs of a row beyond its four fields.
+large ids into floats, and stops at a byte order mark. Parquet files, folders written by `save_to_disk` and data sets of
+the Hugging Face hub are read through `datasets`. Does not know what a program needs of a row beyond its four fields.
 """
 
 import codecs
