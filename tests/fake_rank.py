@@ -1,5 +1,5 @@
-"""Two processes for the launcher, quicker than training: the second fails as the argument says, and the first waits for
-it without end, deaf to SIGTERM, as one that trains would."""
+"""Two processes for the launcher, quicker than training: the second fails as the argument says, and the first blocks
+and ignores SIGTERM, as a training process in a collective does."""
 
 import os
 import signal

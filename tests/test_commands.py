@@ -77,7 +77,7 @@ COMMANDS: dict[str, Run | str] = {
     "--output_dir output/qwen2_5vl-funqa-group)": LAUNCHED,
     "cd code/qwen-vl-finetune": Run(""),
     "QWEN2_5_VL_VARIANT=group QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-3B-Instruct bash scripts/sft.sh": Run(
-        "output/qwen2_5vl-pe-group   left out: 0", SMALL
+        "output/qwen2_5vl-pe-group   skipped samples: 0", SMALL
     ),
     "QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-7B-Instruct bash scripts/sft.sh --output_dir output/qwen2_5vl-pe-group-7B": (
         LAUNCHED

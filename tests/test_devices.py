@@ -19,7 +19,7 @@ from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.devices import Devices, Driver, Torch, ask_driver, choose_device, has_kernels, judge
 from qwen_vl_streaming.live import cli
 from qwenvl import device as training_device
-from qwenvl.device import count_weights
+from qwenvl.device import count_parameters
 from ranks import Rank
 from settings import Settings
 from tiny import tiny_config, tiny_model
@@ -367,7 +367,7 @@ def test_weights_are_counted_under_zero_3_too():
     """Where transformers would make and split the weights of any model, and fail on the meta device."""
     zero = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     try:
-        count = count_weights(tiny_config(), SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=zero))
+        count = count_parameters(tiny_config(), SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=zero))
         assert is_deepspeed_zero3_enabled()
     finally:
         unset_hf_deepspeed_config()
@@ -377,7 +377,7 @@ def test_weights_are_counted_under_zero_3_too():
 def test_a_gpu_without_bfloat16_has_its_own_line(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training_device, "look", lambda environment: Devices(1, bfloat16=False))
     said = refused(flags(made, tmp_path / "out", use_cpu=False, bf16=True), capsys, monkeypatch)
-    assert said.startswith("error: --bf16 True: no GPU here computes in bfloat16: give --bf16 False")
+    assert said.startswith("error: --bf16 True: no GPU of this machine supports bfloat16: give --bf16 False")
 
 
 STAND_IN = """

@@ -39,7 +39,7 @@ class Plan:
 
     rows: list[dict]
     """Rows of the data: the videos without a caption, the longest first."""
-    data: Path
+    data: str
     out: Path
     """The result file. Parts are written beside it."""
     model: str

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from captioning import Plan
-from qwen_vl_streaming.common.data_rows import read_data_rows
+from qwen_vl_streaming.common.data_rows import hash_data, read_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import check_videos, find_data, find_folder, find_model, make_data
 from qwen_vl_streaming.common.versions import versions
-from qwen_vl_streaming.model.checkpoint import of_checkpoint, of_file
+from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.model.trained import check_trained
@@ -25,7 +25,7 @@ from settings import ROOT, Settings
 from tasks import Task, get_task, read_row
 
 
-def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
+def read_data(path: str | Path, limit: int | None, task: Task) -> list[dict]:
     """The first `limit` rows of the data, which must be of `task`. Raises InputError, naming the line, for an invalid
     row, a row of another task, a caption without a word or a repeated id."""
     rows: list[dict] = []
@@ -33,7 +33,7 @@ def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
         try:
             rows.append({**read_row(data, task), "duration": read_duration(data)})
         except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
+            raise InputError(f"{row_place(path, number)}: {error}") from error
     if not rows:
         raise InputError(f"{path} has no rows: {make_data(path) or 'give a file with rows'}")
     return rows[:limit]
@@ -71,7 +71,7 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
     """The plan for all rows of the data. Whatever can be checked cheaply is checked here, before a model loads: raises
     InputError."""
     variant, task = get_variant(settings.variant), get_task(settings.task)
-    data = find_data(settings.data, ROOT, "the evaluation data").absolute()
+    data = find_data(settings.data, ROOT, "the evaluation data")
     rows = read_data(data, settings.limit, task)
     video_root = find_folder(settings.video_root, ROOT, "the video root")
     if rank.local_rank == 0:
@@ -110,8 +110,8 @@ def describe(settings: Settings, plan: Plan) -> dict:
     return {
         "variant": plan.variant.name,
         "position_rule": RULE if plan.variant.after_video else None,
-        "data": str(plan.data),
-        "data_sha256": of_file(plan.data),
+        "data": plan.data,
+        "data_sha256": hash_data(plan.data),
         "model": model,
         "model_sha256": of_checkpoint(model),
         "video_root": str(plan.video_root.absolute()) if plan.video_root else "",

@@ -13,13 +13,12 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from identity import ARGUMENTS, read_arguments
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.paths import find_folder, find_model, find_path, find_video
+from qwen_vl_streaming.common.paths import find_data, find_folder, find_model, find_path, find_video
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
 from qwen_vl_streaming.common.ties import tie_margin
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
@@ -123,7 +122,7 @@ def check_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
     return [] if row["schedule"] == counts else [f"{made['schedule']} gives {counts}, the row has {row['schedule']}"]
 
 
-def read_asked(path: Path) -> dict[str, dict]:
+def read_asked(path: str) -> dict[str, dict]:
     """The data's rows by video id. Raises InputError."""
     return {str(row["video_id"]): row for _, row in read_data_rows(path)}
 
@@ -145,7 +144,7 @@ def main() -> None:
         raise InputError(f"{path} has no rows: give a result file written by eval.sh")
     for row in rows:
         check_row(f"{path}, video {row['video_id']!r}", row, made["variant"])
-    asked = read_asked(find_path(made["data"], ROOT, "the evaluation data"))
+    asked = read_asked(find_data(made["data"], ROOT, "the evaluation data"))
     if gone := [row["video_id"] for row in rows if row["video_id"] not in asked]:
         raise InputError(f"{made['data']} has no row for video {gone[0]}: {path.name} was made from other data")
     video_root = find_folder(made["video_root"], ROOT, "the video root")

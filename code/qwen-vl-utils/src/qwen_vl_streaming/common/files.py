@@ -21,14 +21,25 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file next to `path`, flush it to the disk, and rename it to `path`: a process that is
-    killed leaves the old file or the new one. Raises InputError where that fails."""
+    """`replace_file`, with the folder of `path` created where it is missing. Raises InputError where that fails."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".part")
     with reporting_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data)
+
+
+def replace_file(path: Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) to a temporary file next to `path`, flush it to the disk, and rename it to `path`: a
+    process that is killed leaves the old file or the new one. Raises OSError where that fails, and then removes the
+    temporary file."""
+    temporary = path.with_name(path.name + ".part")
+    try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
