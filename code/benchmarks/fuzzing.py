@@ -36,6 +36,8 @@ CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.lin
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "socket.connect")
 STARTED = ([sys.executable, "-m", "metrics.scoring"], [shutil.which("java"), "-version"])
 """What may be started: the metrics, which run in a process of their own, and Java to say its version."""
+FORKS = "qwen_vl_streaming.common.bounded"
+"""What may fork: it renders chat templates."""
 Try = Callable[[random.Random], str]
 """Tries one input, and returns what came of it in a few words; an exception is a finding."""
 
@@ -240,7 +242,8 @@ class Watch:
             for path in arguments[: CHANGES[event]]:
                 self.check(event, path)
         elif event in STARTS and not (
-            event == "subprocess.Popen" and any(list(arguments[1])[: len(known)] == known for known in STARTED)
+            (event == "subprocess.Popen" and any(list(arguments[1])[: len(known)] == known for known in STARTED))
+            or (event == "os.fork" and sys._getframe(1).f_globals.get("__name__") == FORKS)
         ):
             self.seen.append(f"{event} {arguments!r:.200}")
 
