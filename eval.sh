@@ -36,6 +36,6 @@ if [ "$nnodes" -gt 1 ]; then
   )
 fi
 command+=("$@")
-echo "+ ${command[*]}"
+"$python" -m qwen_vl_streaming.common.redact "${command[@]}" # echoes it, without passwords
 # PyTorch tells at length of every connection that ends with its process; what matters is said in one line.
 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} exec "${command[@]}"

@@ -73,7 +73,7 @@ command=(
   --deepspeed "${DEEPSPEED_CONFIG:-zero3.json}"
   "${type[@]}" "$@"
 )
-echo "+ ${command[*]}"
+"$python" -m qwen_vl_streaming.common.redact "${command[@]}" # echoes it, without passwords
 # PyTorch tells at length of every connection that ends with its process; what matters is said in one line.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 exec "${command[@]}"
