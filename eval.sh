@@ -32,5 +32,5 @@ else
     "$here/rank.py" "$@"
   )
 fi
-echo "+ ${command[*]}"
+"$python" -m qwen_vl_streaming.common.redact "${command[@]}" # echoes it, without passwords
 exec "${command[@]}"

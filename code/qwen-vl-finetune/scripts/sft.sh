@@ -43,5 +43,5 @@ command=(
   --deepspeed "${DEEPSPEED_CONFIG:-zero3.json}"
   "${type[@]}" "$@"
 )
-echo "+ ${command[*]}"
+"$python" -m qwen_vl_streaming.common.redact "${command[@]}" # echoes it, without passwords
 exec "${command[@]}"
