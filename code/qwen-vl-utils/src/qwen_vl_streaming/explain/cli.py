@@ -27,8 +27,8 @@ TAIL_TOKENS = 3  # <|vision_end|><|im_end|>\n
 HEADER_TOKENS = 3  # <|im_start|>assistant\n
 MAX_TOKENS = 5_000  # the mask grows quadratically
 WIDTH = 100
-NOTE = """A token also attends to itself and to the tokens before it in its own line. fed: index in feed order.
-position: time t, height h, width w; if only one range is given, the three are equal.
+NOTE = """A token also attends to itself and to the tokens before it in its own line.
+fed: index in feed order. position: time t, height h, width w; if only one is given, all are equal.
 row predicts: 34 → a0 means that the model predicts a0 at row 34.
 """
 
