@@ -16,7 +16,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.model.prompts import answer_ids
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate
-from qwen_vl_streaming.video.index import film_track, index_video, may_leap
+from qwen_vl_streaming.video.index import film_track, index_video, may_leap, open_film
 
 from .data import StreamingDataset
 
@@ -83,7 +83,7 @@ def read_header(samples: StreamingDataset, index: int) -> Header:
     if not os.path.isfile(path):  # a pipe would be waited for
         return Header()
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_film(path) as container:
             stream = film_track(container, str(path))
             ends = [stream.duration * stream.time_base] if stream.duration else []
             ends += [container.duration / av.time_base] if container.duration else []
