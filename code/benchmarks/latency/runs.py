@@ -10,10 +10,11 @@ from itertools import pairwise
 from statistics import median, quantiles
 
 import torch
-from latency.floors import speed_up
-from latency.setup import TOKENS, Bench, play, slot_ends
 from qwen_vl_streaming.sessions.session import GREEDY, Session
 from qwen_vl_streaming.timeline.timeline import Schedule
+
+from latency.floors import speed_up
+from latency.setup import TOKENS, Bench, play, slot_ends
 
 PUBLISHED = 3.9
 """Seconds a video of the published code, 7B on one H200: see evaluation.py."""
@@ -63,7 +64,7 @@ def alone(
         with bench.open("serial", said_after[0], *room, tokens) as session:
             began = time.perf_counter()
             for clip in pixels:
-                session.passes.vision_encoder.look([clip], [layout])
+                session.passes.vision_encoder.encode([clip], [layout])
             bench.wait()
             taken["tower"].append((time.perf_counter() - began) / clips)
             play(bench, session, ready[:begun])

@@ -258,7 +258,12 @@ def _draw_mask(axes: Axes, timeline: Timeline) -> None:
     if len(runs) < 60:
         axes.hlines(starts[1:], 0, length, color="white", linewidth=0.9)
         axes.vlines(starts[1:], 0, length, color="white", linewidth=0.9)
-    axes.text(length * 0.97, length * 0.06, "fed later", fontsize=8, color="#777777", ha="right", va="center")
+    above = {"fontsize": 8, "color": "#777777", "ha": "right"}
+    axes.text(length * 0.97, length * 0.06, "fed later", va="center", **above)
+    if late := next((each for each in runs if each.part == ANSWER and 0 < each.written < each.fed), None):
+        # The lanes above show when a token is written; here is when it enters the model.
+        note = f"a{late.first} is written in slot {late.written}\nand fed after clip {late.fed}"
+        axes.text(length * 0.97, length * 0.12, note, va="top", **above)
     labelled = _spread(runs, length)
     middles = [(each.start + each.stop) / 2 for each in labelled]
     axes.set_yticks(middles, [each.name for each in labelled], fontsize=7.5)

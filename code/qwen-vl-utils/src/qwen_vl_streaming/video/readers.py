@@ -16,6 +16,10 @@ import numpy as np
 from ..common.errors import InputError
 from .index import FrameIndex, demux, film_track, open_film
 
+SLICE_THREADS = "vp7", "vp8"
+"""Decoders of FFmpeg that report damage only with slice threads: with frame threads, or none, they give a damaged
+picture as a sound one."""
+
 
 class ReaderError(Exception):
     """A reader cannot read a file."""
@@ -60,7 +64,7 @@ def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.Video
     try:
         with open_film(path) as container:
             track = film_track(container, f"video {path}")
-            track.thread_type = "AUTO"
+            track.thread_type = "SLICE" if track.codec_context.name in SLICE_THREADS else "AUTO"
             delay = track.codec_context.thread_count + 1  # packets after which an error is reported at most
             skipped = -delay
             for number, packet in enumerate(demux(container, track)):
