@@ -22,7 +22,7 @@ from typing import BinaryIO
 import requests
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
-from qwen_vl_streaming.common.redact import hide, redacted, secrets, shown
+from qwen_vl_streaming.common.redact import hide, hide_address, redacted, secrets, shown
 from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
@@ -111,7 +111,8 @@ class Judge:
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
-        hide(self.key, self.url, *secrets(self.options))  # an endpoint may send back what it was sent
+        hide(self.key, *secrets(self.options))  # an endpoint may send back what it was sent
+        hide_address(self.url)
 
     def check(self) -> None:
         """Have one caption judged. Raises InputError, in one line, where that does not work."""
