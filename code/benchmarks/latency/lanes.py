@@ -15,11 +15,12 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
-from latency.runs import runs
-from latency.setup import Bench, load
 from qwen_vl_streaming.engine.step_request import StepRequest
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.engine.vision_encoder import VisionEncoder
+
+from latency.runs import runs
+from latency.setup import Bench, load
 
 TOWER, CLIP, WORD, MOVE = "vision tower", "language model over a clip", "words", "keys and values move"
 ROUNDS = 8

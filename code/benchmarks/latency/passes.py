@@ -7,9 +7,10 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from latency.setup import Bench, play
 from qwen_vl_streaming.engine.step_request import StepRequest
 from qwen_vl_streaming.engine.step_runner import StepRunner
+
+from latency.setup import Bench, play
 
 REPEATS = 50
 SHOWN = 14

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from latency.floors import speed_up
-from latency.lanes import CLIP, MOVE, TOWER, WORD
-from latency.setup import read_json
-from latency.sweep import BETWEEN, SHARE, best
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from qwen_vl_streaming.common.errors import InputError
+
+from latency.floors import speed_up
+from latency.lanes import CLIP, MOVE, TOWER, WORD
+from latency.setup import read_json
+from latency.sweep import BETWEEN, SHARE, best
 
 # Okabe and Ito's palette, which the colour-blind tell apart too; shapes tell the sizes apart.
 WAYS = {"serial": "#8C8C8C", "fused": "#D55E00", "pipelined": "#0072B2"}

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import transformers
 from evaluation import rates
-from latency.floors import Floors
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
@@ -28,6 +27,8 @@ from qwen_vl_streaming.timeline.variants import Variant
 from torch import Tensor
 from training import GRID, PROMPT, find_device, make_config
 from transformers import Qwen2_5_VLConfig
+
+from latency.floors import Floors
 
 TEMPLATE = Template(tuple(range(PROMPT)), (1, 2, 3), (4, 5, 6), 7, -1)
 """No id ends an answer early."""
