@@ -45,7 +45,8 @@ def read_frames(path: Path) -> list[tuple[float, Image.Image]]:
     """Each frame of a video with its time in seconds from the first, in the size of the picture."""
     try:
         with av.open(str(path)) as container:
-            frames = [(float(frame.time), frame.to_image()) for frame in container.decode(video=0)]
+            decoded = (frame for frame in container.decode(video=0) if frame.time is not None)
+            frames = [(float(frame.time), frame.to_image()) for frame in decoded]
     except (OSError, av.FFmpegError) as error:
         raise InputError(f"video {path} cannot be read ({error}): give the file that the session watched") from error
     if not frames:

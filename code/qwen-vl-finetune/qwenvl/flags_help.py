@@ -19,8 +19,8 @@ usage: bash scripts/sft.sh [--FLAG VALUE ...]
 
 {description}
 
-A flag that is true or false takes True or False. Environment variables are in docs/training.md. Flags of transformers that
-this program refuses are not shown.
+A flag that is true or false takes True or False. Environment variables are in docs/training.md. Flags of transformers
+that this program refuses are not shown.
 """
 
 
