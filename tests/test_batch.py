@@ -12,9 +12,10 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine import batch, ragged_attention
 from qwen_vl_streaming.engine.batch import Job, caption_all
 from qwen_vl_streaming.engine.decoder_layer import FusedProjections
-from qwen_vl_streaming.engine.kv_cache import PAGE, PagedKVCache
-from qwen_vl_streaming.engine.paged_attention import flex_in_shares
-from qwen_vl_streaming.engine.runner import Runner, first_greatest
+from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, PagedKVCache
+from qwen_vl_streaming.engine.model_runner import first_argmax
+from qwen_vl_streaming.engine.runner import Runner
+from qwen_vl_streaming.engine.split_kv import flex_split_kv
 from qwen_vl_streaming.reference import Streams, caption
 from qwen_vl_streaming.timeline.timeline import Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -54,7 +55,7 @@ def batched(model, variant, jobs, **options) -> dict:
 def test_the_batch_changes_nothing(variant, seed, monkeypatch):
     print("seed", seed)
     draw, model = random.Random(f"{variant.name} {seed}"), tiny_model(seed)
-    monkeypatch.setattr(batch, "LEAST", (0, 20)[seed])  # clips are small, and must not all be taken in at once
+    monkeypatch.setattr(batch, "MIN_CLIP_ROWS", (0, 20)[seed])  # clips are small, and must not all be taken in at once
     jobs = random_jobs(draw, variant, 6)
     plain = plainly(model, variant, jobs)
     for size in (1, 3, 32):
@@ -69,10 +70,10 @@ def test_flex_attention_over_pages_changes_nothing(name, shares, monkeypatch):
     print("seed", SEED)
     jobs = random_jobs(draw, variant, 5)
     plain = plainly(model, variant, jobs)
-    monkeypatch.setattr(ragged_attention, "_compiled", flex_in_shares)
-    monkeypatch.setattr(ragged_attention, "shares_of", lambda *_: shares)
-    monkeypatch.setattr(Runner, "flex", True)
-    monkeypatch.setattr(batch, "LEAST", 0)
+    monkeypatch.setattr(ragged_attention, "compiled_flex", flex_split_kv)
+    monkeypatch.setattr(ragged_attention, "num_splits", lambda *_: shares)
+    monkeypatch.setattr(Runner, "use_flex", True)
+    monkeypatch.setattr(batch, "MIN_CLIP_ROWS", 0)
     assert batched(model, variant, jobs, batch_size=3) == plain
 
 
@@ -109,14 +110,14 @@ def clips_of_passes(monkeypatch, **limits) -> list[int]:
     template = replace(random_template(draw), end=-1)
     layout, schedule = template.layout((2, 2), 2.0), Schedule((3,) * 5)
     jobs = [Job(f"{i}", torch.randn(6, 16, 1176), layout, template, schedule) for i in range(6)]
-    extend, write = Runner.extend, Runner.write
+    mixed_step, decode = Runner.mixed_step, Runner.decode
 
-    def extending(engine, batch_slots, visual_tokens):
-        passes.append(sum(engine.seated[batch_slot].waits for batch_slot in batch_slots))
-        extend(engine, batch_slots, visual_tokens)
+    def recorded(runner, batch_slots, visual_tokens):
+        passes.append(sum(runner.sequences[batch_slot].needs_clips for batch_slot in batch_slots))
+        mixed_step(runner, batch_slots, visual_tokens)
 
-    monkeypatch.setattr(Runner, "extend", extending)
-    monkeypatch.setattr(Runner, "write", lambda engine: (passes.append(0), write(engine)))
+    monkeypatch.setattr(Runner, "mixed_step", recorded)
+    monkeypatch.setattr(Runner, "decode", lambda runner: (passes.append(0), decode(runner)))
     batched(model, VARIANTS["interleave"], jobs, batch_size=6, max_new_tokens=17)
     return passes
 
@@ -124,14 +125,16 @@ def clips_of_passes(monkeypatch, **limits) -> list[int]:
 def test_words_ride_with_the_clips_of_others(monkeypatch):
     """A third of the streams takes clips in at a time, and the words of the others need no pass of their own until the
     last clips."""
-    passes = clips_of_passes(monkeypatch, LEAST=0)
+    passes = clips_of_passes(monkeypatch, MIN_CLIP_ROWS=0)
     assert passes[:4] == [2, 2, 2, 0]  # the first slot has a pass more, of the header
     assert passes[4:19] == [2] * 15
     assert not any(passes[19:])
 
 
 def test_clips_that_fill_a_pass_are_taken_in_together(monkeypatch):
-    passes = clips_of_passes(monkeypatch, LEAST=0, FULL=6 * 4)  # rows of six clips of four visual tokens
+    passes = clips_of_passes(
+        monkeypatch, MIN_CLIP_ROWS=0, FULL_CLIP_ROWS=6 * 4
+    )  # rows of six clips of four visual tokens
     assert [count for count in passes if count] == [6] * 6
 
 
@@ -152,7 +155,7 @@ def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
     jobs = random_jobs(random.Random(0), variant, 8)
     plain = plainly(model, variant, jobs)
     config = model.model.language_model.config
-    room = 1 + 2 * PagedKVCache.need(40, 20)  # for two streams at once, and page 0
+    room = 1 + 2 * PagedKVCache.blocks_needed(40, 20)  # for two streams at once, and page 0
     drawn = []
 
     def source():
@@ -165,7 +168,7 @@ def test_a_batch_keeps_to_its_memory_and_draws_no_job_early():
         variant,
         source(),
         batch_size=4,
-        memory=room * PagedKVCache.bytes_each(config, model.dtype),
+        memory=room * PagedKVCache.block_bytes(config, model.dtype),
         max_new_tokens=MOST,
     )
     job, first = next(stream)
@@ -189,10 +192,10 @@ def test_the_memory_of_a_batch_goes_before_the_next_one_s_comes(monkeypatch):
     ]
     begin = PagedKVCache.__init__
 
-    def watched(pages, *arguments, **options):
+    def watched(cache, *arguments, **options):
         assert not [store for store in stores if store() is not None]
-        begin(pages, *arguments, **options)
-        stores.append(weakref.ref(pages.store))
+        begin(cache, *arguments, **options)
+        stores.append(weakref.ref(cache.store))
 
     monkeypatch.setattr(PagedKVCache, "__init__", watched)
     gc.disable()
@@ -214,7 +217,7 @@ def test_joined_weights_are_the_models_own():
     model = tiny_model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for _ in range(2):  # joined once, found joined the second time
-        layers = [FusedProjections.of(layer) for layer in model.model.language_model.layers]
+        layers = [FusedProjections.from_layer(layer) for layer in model.model.language_model.layers]
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     model.model.language_model.layers[0].self_attn.k_proj.weight.data.fill_(3)
     assert (layers[0].qkv == 3).sum() == model.model.language_model.layers[0].self_attn.k_proj.weight.numel()
@@ -222,16 +225,16 @@ def test_joined_weights_are_the_models_own():
 
 def test_pages_are_taken_once_and_come_back():
     config = tiny_model().model.language_model.config
-    pages = PagedKVCache(config, batch_slots=3, pages=7, width=4, dtype=torch.float32, device="cpu")
-    pages.take(0, PAGE + 1, 5)
-    pages.take(2, 3 * PAGE, PAGE)
-    assert len(pages.free) == 0
-    assert len({*pages.table[0, :3].tolist(), *pages.table[2].tolist()}) == 7
+    cache = PagedKVCache(config, batch_slots=3, num_blocks=7, blocks_per_slot=4, dtype=torch.float32, device="cpu")
+    cache.allocate(0, BLOCK_SIZE + 1, 5)
+    cache.allocate(2, 3 * BLOCK_SIZE, BLOCK_SIZE)
+    assert len(cache.free_blocks) == 0
+    assert len({*cache.block_tables[0, :3].tolist(), *cache.block_tables[2].tolist()}) == 7
     with pytest.raises(ValueError, match="0 are free"):
-        pages.take(1, 1, 1)
-    pages.give_back(0)
-    pages.take(1, 1, 1)
-    assert (pages.owner[1:] == 0).sum() == 0
+        cache.allocate(1, 1, 1)
+    cache.free(0)
+    cache.allocate(1, 1, 1)
+    assert (cache.block_owner[1:] == 0).sum() == 0
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 130, 1000])
@@ -239,4 +242,4 @@ def test_of_equal_logits_the_first_is_chosen(vocabulary):
     logits = torch.randint(-3, 3, (50, vocabulary)).float()
     logits[0] = -torch.inf
     expected = [row.index(max(row)) for row in logits.tolist()]
-    assert first_greatest(logits).tolist() == expected
+    assert first_argmax(logits).tolist() == expected

@@ -77,7 +77,7 @@ COMMANDS: dict[str, Run | str] = {
     "--output_dir output/qwen2_5vl-funqa-group)": LAUNCHED,
     "cd code/qwen-vl-finetune": Run(""),
     "QWEN2_5_VL_VARIANT=group QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-3B-Instruct bash scripts/sft.sh": Run(
-        "output/qwen2_5vl-pe-group   left out: 0", SMALL
+        "output/qwen2_5vl-pe-group   skipped samples: 0", SMALL
     ),
     "QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-7B-Instruct bash scripts/sft.sh --output_dir output/qwen2_5vl-pe-group-7B": (
         LAUNCHED
@@ -259,7 +259,7 @@ def test_what_needs_gpus_or_machines_is_launched(tmp_path, folder, script):
         there = tmp_path / path.relative_to(ROOT)
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, there)
-    says = 'case "$1 $2" in -c*) echo 40123 ;; *qwenvl.device) echo 8 ;; esac'
+    says = 'case "$1 $2" in -c*) echo 40123 ;; *qwenvl.device) echo 8 ;; *redact) shift 2; echo "+ $*" ;; esac'
     skips = 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"'
     for name, does in (("python", says), ("srun", skips), ("scontrol", "exit 1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")

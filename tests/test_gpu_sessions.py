@@ -45,7 +45,7 @@ def passes(models):
     """Compiled and captured once for all tests of one session."""
     made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), CLIPS + 1, WORDS, None, 1.15, None)
     made.warm_up()
-    made.vision_encoder.record(GRID)
+    made.vision_encoder.capture(GRID)
     return made
 
 

@@ -135,10 +135,10 @@ def test_perception_places_clips_by_what_was_written(model, pair, schedule, monk
     sight = StreamState(case.variant, case.template, case.layout)
     for *_, last, known in (order for order in orders if order[0] == "clip" and len(order[-1]) < len(session.counts)):
         sight.stream.counts[:] = known
-        due = sight.clip(last)
+        due = sight.feed_clip(last)
         due = due[due.rows.visual]
-        assert torch.equal(due.positions, plan.visual.positions[:, due.place])
-    assert sight.visual > len(case.template.prompt)
+        assert torch.equal(due.positions, plan.visual.positions[:, due.run_index])
+    assert sight.visual_fed > len(case.template.prompt)
 
 
 def test_a_pair_serves_one_session_at_a_time(model, pair):
@@ -147,7 +147,7 @@ def test_a_pair_serves_one_session_at_a_time(model, pair):
         passes = session.passes
     with open_case(model, case, pair), pytest.raises(InputError, match="another session"):
         open_case(model, case, pair, passes=passes)
-    assert passes.empty == [0]  # its seat is free again
+    assert passes.free_slots == [0]  # its seat is free again
     with open_case(model, case, pair) as session:
         check(model, case, play(session, case))
 

@@ -58,7 +58,7 @@ def in_sight(window, rows, query, key) -> bool:
         return True
     before = rows[: query + 1]
     if rows.part[key] == ANSWER:
-        return int((before.part[key + 1 :] == ANSWER).sum()) < window.words
+        return int((before.part[key + 1 :] == ANSWER).sum()) < window.tokens
     return int(rows.clip[key]) > int(before.clip.max()) - window.clips
 
 
@@ -85,15 +85,17 @@ def test_the_first_in_sight_by_hand():
     """Prompt 3, clips of 2 tokens, header 2; a window of 2 clips and 3 tokens."""
     layout, window = Layout(3, 2, 2, (1, 2)), Window(2, 3)
     seen_visual, seen_text = torch.tensor([1, 3, 4, 5, 7, 8, 9, 11]), torch.tensor([0, 0, 2, 3, 4, 5, 6, 9])
-    visual, text = window.since(layout, seen_visual, seen_text, None).tolist()
+    visual, text = window.start(layout, seen_visual, seen_text, None).tolist()
     assert visual == [3, 3, 3, 3, 3, 5, 5, 7]  # clip 3 comes with token 8, clip 4 with token 10
     assert text == [2, 2, 2, 2, 2, 2, 3, 6]
     # With 3 clips in all, tokens 10 and 11 are the tail's.
-    assert window.since(layout, seen_visual, seen_text, 3)[0].tolist() == [3, 3, 3, 3, 3, 5, 5, 5]
+    assert window.start(layout, seen_visual, seen_text, 3)[0].tolist() == [3, 3, 3, 3, 3, 5, 5, 5]
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (1, 0)])
 def test_a_window_holds_something(sizes):
     assert Window(1, 1) == Window(1, 1)
-    with pytest.raises(InputError, match=f"^a window holds at least 1 clip and 1 word, not {sizes[0]} and {sizes[1]}$"):
+    with pytest.raises(
+        InputError, match=f"^a window holds at least 1 clip and 1 token, not {sizes[0]} and {sizes[1]}$"
+    ):
         Window(*sizes)

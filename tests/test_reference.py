@@ -137,9 +137,9 @@ def test_watch_and_speak_apart_equal_both_at_once(model, variant):
     at_once = caption(Streams(model, variant, [template], [layout]), [visual], [Schedule(tuple(counts[:-1]))], 10)[0]
     streams = Streams(model, variant, [template], [layout])
     for slot, count in enumerate(at_once.schedule, 1):
-        streams.watch([visual[slot - 1 : slot]], [slot == len(counts)])
+        streams.feed([visual[slot - 1 : slot]], [slot == len(counts)])
         for _ in range(count):
-            streams.speak([True])
+            streams.decode([True])
     assert streams.streams[0].written == at_once.tokens
 
 
@@ -183,9 +183,9 @@ def test_misuse_is_refused(model):
     layout, clip = template.layout((1, 1), 2.0), torch.randn(1, 1, 32)
     streams = Streams(model, VARIANTS["group"], [template], [layout])
     with pytest.raises(ValueError, match="after its first clip"):
-        streams.speak([True])
-    streams.watch([clip], [True])
+        streams.decode([True])
+    streams.feed([clip], [True])
     with pytest.raises(ValueError, match="last clip"):
-        streams.watch([clip], [False])
+        streams.feed([clip], [False])
     with pytest.raises(ValueError, match="schedule for 3 clips"):
         caption(Streams(model, VARIANTS["group"], [template], [layout]), [clip], [Schedule((3, 3))])

@@ -62,6 +62,6 @@ def test_a_refilled_batch_changes_nothing(model, variant, monkeypatch):
 
     assert written(jobs, 1) == written(jobs, 8) == expected
     assert written(draw.sample(jobs, len(jobs)), 32) == expected
-    monkeypatch.setattr(batch, "PACK", 1)
+    monkeypatch.setattr(batch, "ENCODER_PATCHES", 1)
     longest_first = sorted(jobs, key=lambda job: len(job.pixels) * job.layout.tokens_per_clip, reverse=True)
     assert written(longest_first, 8) == expected

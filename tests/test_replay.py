@@ -114,14 +114,14 @@ def test_a_session_that_ends_with_words_under_way_can_be_replayed(model, tmp_pat
         options = {**case.options, "record": tmp_path / "r.json", "ahead": draw.choice([1, 2])}
         way, left = draw.choice(["serial", "fused"]), iter(range(number % 10))
         session = open_session(model, case.variant, case.template, case.layout, way=way, **options)
-        run = session.passes.run
+        run = session.passes.step
 
         def stop(asks, run=run, left=left):
             if next(left, None) is None:
                 raise error
             return run(asks)
 
-        monkeypatch.setattr(session.passes, "run", stop)
+        monkeypatch.setattr(session.passes, "step", stop)
         with contextlib.suppress(type(error)):
             play(session, case)
         session.close()

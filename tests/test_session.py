@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.engine.kv_cache import PAGE, PagedKVCache
+from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import MixedAttention
-from qwen_vl_streaming.engine.step_runner import NUMBERS, StepRunner
+from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.engine.stream_state import StreamState
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
@@ -91,8 +91,8 @@ def test_a_clip_that_came_late_enters_with_its_first_word(model, way, monkeypatc
     case = random_case(random.Random(3), VARIANTS["group"], "wait-3")
     passes = []
     with open_case(model, case, way, chunk=None, max_clips=6, max_new_tokens=40) as session:
-        run = session.passes.run
-        monkeypatch.setattr(session.passes, "run", lambda asks: passes.append(asks) or run(asks))
+        run = session.passes.step
+        monkeypatch.setattr(session.passes, "step", lambda asks: passes.append(asks) or run(asks))
         for clip in torch.randn(6, *case.pixels[0].shape):
             session.feed(clip)
             assert len(list(session.words())) == 3
@@ -111,9 +111,9 @@ def test_rows_come_as_a_plan_has_them(variant, seed):
     plan = make_plan(variant, layout, Schedule(tuple(counts[:-1])), sum(counts))
     feed, dues = StreamState(variant, template, layout), [StreamState.prompt(variant, template, layout)]
     for number, count in enumerate(counts, 1):
-        dues.append(feed.clip(number == len(counts)))
+        dues.append(feed.feed_clip(number == len(counts)))
         for _ in range(count):
-            dues.append(feed.word())
+            dues.append(feed.feed_text())
             feed.stream.write(7)
     for run, flag in ((plan.visual, False), (plan.text, True)):
         mine = [due[due.rows.text == flag] for due in dues]
@@ -122,7 +122,7 @@ def test_rows_come_as_a_plan_has_them(variant, seed):
         for field in ("positions", "seen_visual", "seen_text"):
             got = torch.cat([getattr(due, field) for due in mine], -1)
             assert torch.equal(got, getattr(run, field)[..., :fed]), field
-        assert torch.cat([due.place for due in mine]).tolist() == list(range(fed))
+        assert torch.cat([due.run_index for due in mine]).tolist() == list(range(fed))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -130,13 +130,13 @@ def test_rows_come_as_a_plan_has_them(variant, seed):
 def test_what_a_session_feeds_is_its_timeline(model, variant, way, monkeypatch):
     """Positions and sight of every row that enters, where slots write more than a clip takes up and less."""
     print("seed", SEED)
-    draw, passed, run_pass = random.Random(f"{SEED} {variant.name}"), [], StepRunner.run
+    draw, passed, run_pass = random.Random(f"{SEED} {variant.name}"), [], StepRunner.step
 
     def spy(self, asks):
-        passed.extend(due for ask in asks for due in (ask.others, ask.word))
+        passed.extend(due for ask in asks for due in (ask.prefill, ask.decode))
         return run_pass(self, asks)
 
-    monkeypatch.setattr(StepRunner, "run", spy)
+    monkeypatch.setattr(StepRunner, "step", spy)
     for schedule in ("greedy", Schedule((4, 0, 3, 1))):
         case = random_case(draw, variant, schedule)
         case.layout = case.template.layout((1, 2), 2.0)
@@ -174,16 +174,19 @@ def test_passes_serve_one_stream_after_another(model):
     first = open_case(model, case, "fused")
     written, passes = [play(first, case).caption()], first.passes
     first.close()
-    for tensor in passes.pages.store:
+    for tensor in passes.cache.store:
         tensor.normal_()
-    passes.ids.fill_(3), passes.ended.fill_(True), passes.seen_ids.fill_(True)
+    passes.text_ids.fill_(3), passes.ended.fill_(True), passes.penalized_ids.fill_(True)
     for way in WAYS:
         with open_case(model, case, way, passes=passes) as session:
             written.append(play(session, case).caption())
     assert written[1:] == written[:1] * 2
-    with open_case(model, case, "serial", passes=passes), pytest.raises(InputError, match="all 1 seats are taken"):
+    with (
+        open_case(model, case, "serial", passes=passes),
+        pytest.raises(InputError, match="all 1 batch slots are in use"),
+    ):
         open_case(model, case, "serial", passes=passes)
-    with pytest.raises(InputError, match="were made for shorter ones"):
+    with pytest.raises(InputError, match="made for shorter ones"):
         open_case(model, case, "serial", passes=passes, max_clips=1000)
 
 
@@ -196,25 +199,31 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slo
     template, many = random_template(draw), draw.randint(6, 8)
     layout = template.layout((draw.randint(6, 9), 8), 2.0)
     room = {"schedule": Schedule((0,) * many), "max_clips": many + 1, "max_new_tokens": 4}
-    visual, text = StepRunner.room(layout, many + 1, 4, None)
-    need, tokens = PagedKVCache.need(visual, text), layout.tokens_per_clip
-    sizes = {"columns": need, "longest": text, "clip": tokens, "width": width or tokens + layout.tail}
+    visual, text = StepRunner.token_capacity(layout, many + 1, 4, None)
+    need, tokens = PagedKVCache.blocks_needed(visual, text), layout.tokens_per_clip
+    sizes = {
+        "blocks_per_slot": need,
+        "text_capacity": text,
+        "clip_tokens": tokens,
+        "chunk_size": width or tokens + layout.tail,
+    }
     passes = StepRunner(model, batch_slots, batch_slots * need, **sizes)
     with open_session(model, VARIANTS["group"], template, layout, passes=passes, **room) as session:
         for _ in range(many):
-            session.feed(torch.randn(tokens, passes.clip.shape[2]))
+            session.feed(torch.randn(tokens, passes.clip_features.shape[2]))
         made = []
-        monkeypatch.setattr(passes, "_fill", lambda *args, fill=passes._fill: made.append(fill(*args)) or made[-1])
+        monkeypatch.setattr(
+            passes, "_inputs", lambda *args, inputs=passes._inputs: made.append(inputs(*args)) or made[-1]
+        )
         assert not [*session.words()]
-        assert len(made) == many * -(-tokens // passes.width)
+        assert len(made) == many * -(-tokens // passes.chunk_size)
         for numbers in made:
-            rows = passes._rows(1)
-            both = MixedAttention(passes.pages, (1, passes.width), passes.groups, True, {}, False)
-            table, whose = numbers[: NUMBERS * rows].view(NUMBERS, rows), numbers[NUMBERS * rows :][:1]
-            both.place(table[3], table[4:8], whose)
-            asked, whole = both.parts[-1].counts
+            both = MixedAttention(passes.cache, (1, passes.chunk_size), passes.groups, True, {}, False)
+            table, chunk_slots, _ = passes.inputs[1].split(numbers)
+            both.update(table[3], table[4:8], chunk_slots)
+            asked, whole = both.parts[-1].num_kv_blocks
             before = int(table[4, table[3] > 0].min())
-            assert whole.min() >= before // PAGE and asked.max() <= 3
+            assert whole.min() >= before // BLOCK_SIZE and asked.max() <= 3
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
@@ -276,7 +285,7 @@ def test_an_error_ends_it_with_its_record(model, tmp_path, monkeypatch):
     case = random_case(random.Random(1), VARIANTS["group"], "wait-3")
     session = open_case(model, case, "fused", record=tmp_path / "r.json")
     session.feed(case.pixels[0])
-    monkeypatch.setattr(session.passes, "run", lambda *_: 1 / 0)
+    monkeypatch.setattr(session.passes, "step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         session.step()
     assert read_record(tmp_path / "r.json").end == "failed: division by zero"

@@ -59,7 +59,7 @@ def test_each_writes_what_it_would_alone(model, part, pieces):
     assert over == 25
     crowd.step()
     assert crowd.idle and not crowd.sessions
-    assert len(crowd.passes.empty) == 5 and not crowd.passes.pages.held
+    assert len(crowd.passes.free_slots) == 5 and not crowd.passes.cache.allocated
 
 
 def test_who_waits_for_a_clip_has_its_words_while_others_go_on(model):
@@ -101,7 +101,7 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
     case.pixels, case.layout = torch.randn(4, 24, 1176), case.template.layout((2, 3), 2.0)
     case.most = 12
     options = {"max_clips": 4, "max_new_tokens": 12}
-    each = PagedKVCache.bytes_each(config, model.dtype)
+    each = PagedKVCache.block_bytes(config, model.dtype)
     crowd = SessionPool(model, 3, case.layout, memory=5 * each, **options)  # two of two pages, and one page of nobody's
     first, second = (let_in(crowd, case, "fused", **options) for _ in range(2))
     with pytest.raises(InputError, match=r"one more session needs 0\.\d+ GiB .* 0\.000 are free beside the 2 that run"):
@@ -159,7 +159,7 @@ def test_what_one_is_shown_reaches_no_other(model):
         mine = []
         for _ in range(4):
             crowd.step()
-            mine.append(crowd.passes.picked[sessions[1].batch_slot.number].clone())
+            mine.append(crowd.passes.last_hidden[sessions[1].batch_slot.index].clone())
         picked.append(torch.stack(mine))
         crowd.close()
     assert torch.equal(*picked)
@@ -181,7 +181,7 @@ def test_an_error_in_a_pass_ends_all_with_their_records(model, tmp_path, monkeyp
         raise torch.OutOfMemoryError("no memory left")
 
     sessions[0].feed(case.pixels[1])
-    monkeypatch.setattr(crowd.passes, "run", out_of_memory)
+    monkeypatch.setattr(crowd.passes, "step", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         crowd.step()
     for n, session in enumerate(sessions):
@@ -202,9 +202,9 @@ def test_a_record_that_cannot_be_written_harms_no_other(model, tmp_path, monkeyp
     for session in sessions:
         session.feed(case.pixels[0])
     if fails:
-        monkeypatch.setattr(crowd.passes, "run", lambda _: no_memory())
+        monkeypatch.setattr(crowd.passes, "step", lambda _: no_memory())
     with pytest.raises(torch.OutOfMemoryError if fails else InputError, match=r"no memory|cannot be written"):
         crowd.step() if fails else crowd.close()
-    assert all(session.closed for session in sessions) and len(crowd.passes.empty) == 3
+    assert all(session.closed for session in sessions) and len(crowd.passes.free_slots) == 3
     ends = {read_record(tmp_path / f"{n}.json").end for n in (1, 2)}
     assert ends == {"failed: no memory left" if fails else "cancelled"}

@@ -8,11 +8,13 @@ import eval as evaluation
 import pytest
 import tasks
 import verify
+from captioning import VideoDataset
 from funqa.annotations import SUBTASKS
 from funqa.run import prepare_funqa
 from make_model import tiny_checkpoint
 from media import video_bytes
 from metrics import scorecard
+from planning import read_data
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -21,7 +23,6 @@ from qwenvl.data import StreamingDataset
 from qwenvl.rows import read_rows
 from schedules import Schedules
 from test_funqa import full, lay_out, make_options
-from watching import Videos
 
 MP4 = video_bytes(seconds=3, fps=4, size=(56, 56))
 
@@ -98,11 +99,11 @@ def test_training_and_evaluation_ask_a_row_its_own_question(made):
         StreamingDataset(some, folder, processor, 2, VARIANTS["group"], "wait-3", budget, 4096)
         for some in (rows, without)
     )
-    asked = evaluation.read_data(data, limit=None, task=tasks.TASKS["funqa"])
+    asked = read_data(data, limit=None, task=tasks.TASKS["funqa"])
     schedules = Schedules("wait-3", VARIANTS["group"])
     where = {"root": folder, "video_root": None, "max_clips": None, "variant": VARIANTS["group"]}
     work = SimpleNamespace(rows=asked, **where, budget=budget, reader=None, schedules=schedules, dtype="float32")
-    watched = Videos(work, processor, 2)
+    watched = VideoDataset(work, processor, 2)
     for index in (0, 3, 11):
         sample, template = training[index], watched[index].job.template
         assert not sample.bad and tuple(sample.input_ids[: len(template.prompt)].tolist()) == template.prompt

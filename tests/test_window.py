@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.engine import step_runner as passes_module
-from qwen_vl_streaming.engine.kv_cache import PAGE
+from qwen_vl_streaming.engine import step_runner
+from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
 from qwen_vl_streaming.sessions.record import read_record
@@ -77,8 +77,8 @@ def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, way, tmp
         with session:
             watch(session, case.pixels, draw)
         assert len(session.counts) == 70 or len(session.written) == most
-        assert session.batch_slot.visual.newest >= len(session.batch_slot.visual.mine)  # the pages have turned
-        assert len(session.batch_slot.visual.mine) * PAGE < 70 * 9
+        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)  # the pages have turned
+        assert len(session.batch_slot.visual.blocks) * BLOCK_SIZE < 70 * 9
         record = read_record(path)
         assert record.window == list(window)
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
@@ -106,7 +106,7 @@ def test_the_rule_of_the_window():
                     expected = int(rows.clip[k]) > clip - window.clips
                 else:
                     assert part == ANSWER
-                    expected = k in words[-window.words :]
+                    expected = k in words[-window.tokens :]
                 assert bool(mask[q, k]) == expected, (variant.name, q, k)
 
 
@@ -143,7 +143,7 @@ def test_without_a_window_nothing_is_forgotten(model):
         with pytest.raises(InputError, match=r"one more than max_clips 2: .*with a window"):
             session.feed(case.pixels[2])
     for window in ((0, 3), (3, 0)):
-        with pytest.raises(InputError, match="at least 1 clip and 1 word"):
+        with pytest.raises(InputError, match="at least 1 clip and 1 token"):
             open_session(model, case.variant, case.template, case.layout, window=window)
 
 
@@ -179,12 +179,12 @@ def test_room_is_enough_for_what_is_in_sight(monkeypatch):
         layout = random_template(draw).layout((draw.randint(1, 12), draw.randint(1, 12)), 2.0)
         window = Window(draw.randint(1, 20), draw.randint(1, 300))
         for run, kept, step, ahead in (
-            (0, layout.prompt, layout.tokens_per_clip, window.clips + passes_module.AHEAD),
-            (1, layout.header, 1, window.words + 1),
+            (0, layout.prompt, layout.tokens_per_clip, window.clips + step_runner.CLIPS_AHEAD),
+            (1, layout.header, 1, window.tokens + 1),
         ):
-            room = passes_module.StepRunner.room(layout, 1, 1, window)[run]
-            pages = -(-room // PAGE)
-            turning = pages - min(-(-kept // PAGE), pages - 1)
+            room = step_runner.StepRunner.token_capacity(layout, 1, 1, window)[run]
+            pages = -(-room // BLOCK_SIZE)
+            turning = pages - min(-(-kept // BLOCK_SIZE), pages - 1)
             for newest in (kept + step * draw.randint(1, 5000) for _ in range(5)):
                 oldest = max(newest - step * ahead - (layout.tail if run == 0 else 0), kept)
-                assert newest // PAGE - oldest // PAGE < turning
+                assert newest // BLOCK_SIZE - oldest // BLOCK_SIZE < turning

@@ -94,23 +94,23 @@ class Bench:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype)
 
-    def pages(self, shape: Shape) -> PagedKVCache:
+    def cache(self, shape: Shape) -> PagedKVCache:
         batch_slots = len(shape.seen_by_row())
-        each = PagedKVCache.need(shape.seen, TEXT)
-        pages = PagedKVCache(self.config, batch_slots, batch_slots * each, each, self.dtype, self.device)
+        each = PagedKVCache.blocks_needed(shape.seen, TEXT)
+        cache = PagedKVCache(self.config, batch_slots, batch_slots * each, each, self.dtype, self.device)
         for batch_slot in range(batch_slots):
-            pages.take(batch_slot, shape.seen, TEXT)
-        pages.store.normal_()
-        return pages
+            cache.allocate(batch_slot, shape.seen, TEXT)
+        cache.store.normal_()
+        return cache
 
     def layer(self, shape: Shape, options: dict) -> Callable[[], Tensor]:
         """One layer's attention in a pass of `shape`."""
-        pages, rows, scale = self.pages(shape), shape.seen_by_row(), self.size**-0.5
-        pool, counts = pages.layers[0], [len(own) for own in rows]
+        cache, rows, scale = self.cache(shape), shape.seen_by_row(), self.size**-0.5
+        pool, counts = cache.layers[0], [len(own) for own in rows]
         if shape.kind == "clips":
-            ragged_attention.OPTIONS, ragged_attention.BLOCK = options, options["BLOCK_M"]
+            ragged_attention.KERNEL_OPTIONS, ragged_attention.QUERY_BLOCK = options, options["BLOCK_M"]
             blocks = sum(blocks_of(count, self.groups) for count in counts)
-            view = RaggedAttention(pages, room_for(blocks), self.groups, True)
+            view = RaggedAttention(cache, room_for(blocks), self.groups, True)
             view.lay_out(range(len(rows)), counts)
             seen = torch.cat(rows).to(self.device)
             view.place(torch.zeros_like(seen), seen, torch.ones_like(seen))
@@ -119,10 +119,10 @@ class Bench:
         seen = torch.stack(rows).to(self.device)
         shares = 1
         if shape.kind == "clip":
-            shares = shares_of(pages, seen.numel() * self.groups * PIECES["BLOCK_M"] // options["BLOCK_M"])
+            shares = shares_of(cache, seen.numel() * self.groups * PIECES["BLOCK_M"] // options["BLOCK_M"])
         whose = torch.arange(len(rows), device=self.device)
         view = PagedAttention(
-            pages, whose, None, seen, torch.ones_like(seen), self.groups, True, options, shares=shares
+            cache, whose, None, seen, torch.ones_like(seen), self.groups, True, options, shares=shares
         )
         query = self.random(len(rows), self.heads, seen.shape[1], self.size)
         mix = torch.compile(view.mix, dynamic=False) if self.device == "cuda" else view.mix
@@ -165,7 +165,7 @@ def parse_options(text: str, names: tuple[str, ...]) -> dict:
 def tried(kind: str, asked: list[str] | None) -> Iterator[dict]:
     """Kernel options for passes of `kind`: the engine's, then those that are `asked` for, or all."""
     words = kind == "words"
-    engines = {"words": Runner.options, "clip": PIECES, "clips": ragged_attention.OPTIONS}[kind]
+    engines = {"words": Runner.options, "clip": PIECES, "clips": ragged_attention.KERNEL_OPTIONS}[kind]
     yield engines
     own = [text for text in asked or () if words == (text.count("x") == 1)]
     for text in own if asked else TRIED_FOR_WORDS if words else TRIED:

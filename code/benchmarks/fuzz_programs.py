@@ -60,7 +60,7 @@ def results(folder: Path) -> Try:
 
     model, data = tiny_world(folder)
     out = folder / "world/output"
-    flags = ["--model", model, "--device", "cpu", "--processes", "1", "--workers", "0"]
+    flags = ["--model", model, "--device", "cpu", "--workers", "0"]
     call(evaluation.main, "--variant", "group", "--data", data, "--output-dir", out, *flags)
     names = ("infer.json", "infer.args.json", "scores.json")
     sound = {name: (out / f"group_{name}").read_bytes() for name in names} | {"rows.jsonl": data.read_bytes()}

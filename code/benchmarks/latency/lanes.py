@@ -52,7 +52,7 @@ class Trace:
 
         def wrapped(of, *args):
             mine = kinds(of, *args)
-            stream = of.beside if TOWER in mine else None  # the tower runs on a stream of its own
+            stream = of.stream if TOWER in mine else None  # the tower runs on a stream of its own
             begin = self._now(stream)
             result = function(of, *args)
             if mine:
@@ -74,14 +74,14 @@ class Trace:
 
 def _kinds_of_pass(_, asks: Iterable[StepRequest]) -> list[str]:
     """A pass takes a clip in where it has visual rows, and is generation where it writes or holds text alone."""
-    sees = any(bool(ask.others.rows.visual.any()) for ask in asks)
-    says = any(ask.write or bool(ask.others.rows.text.any() and not ask.others.rows.visual.any()) for ask in asks)
+    sees = any(bool(ask.prefill.rows.visual.any()) for ask in asks)
+    says = any(ask.sample or bool(ask.prefill.rows.text.any() and not ask.prefill.rows.visual.any()) for ask in asks)
     return [CLIP] * sees + [WORD] * says
 
 
 WRAPPED = (
-    (VisionEncoder, "look", lambda *_: [TOWER]),
-    (StepRunner, "run", _kinds_of_pass),
+    (VisionEncoder, "encode", lambda *_: [TOWER]),
+    (StepRunner, "step", _kinds_of_pass),
     (StepRunner, "copy_out", lambda *_: [MOVE]),
     (StepRunner, "copy_in", lambda *_: [MOVE]),
 )

@@ -23,16 +23,16 @@ def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, tokens: in
     word is written)."""
     kept: dict[tuple[int, bool], StepRequest] = {}
     with bench.open(way, f"wait-{k}", clips, max(words, k * clips), tokens, chunk=chunk) as session:
-        run = session.passes.run
+        run = session.passes.step
 
         def keep(asks):
             (ask,) = asks
-            kept[int(len(ask.others) > 0), ask.write] = ask
+            kept[int(len(ask.prefill) > 0), ask.sample] = ask
             return run(asks)
 
-        session.passes.run = keep
+        session.passes.step = keep
         play(bench, session, bench.clips(clips, tokens), ends=True)
-        del session.passes.run
+        del session.passes.step
         yield session.passes, kept
 
 
@@ -53,7 +53,7 @@ def each(bench: Bench, work: Callable[[], object]) -> float:
 
 def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: list[str]) -> dict:
     """Milliseconds of each kind of pass at the end of a video of `clips` clips: replayed alone, and the whole of
-    `StepRunner.run` with its numbers made by the host."""
+    `StepRunner.step` with its numbers made by the host."""
     floors, table, kernels = bench.floors(tokens), [], {}
     print(
         f"\npasses at the end of {clips} clips of {tokens} visual tokens\n{'a clip rides':<14}{'rows':>6}{'word':>6}",
@@ -64,17 +64,17 @@ def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: li
         with last_asks(bench, "fused", k, clips, words, tokens, bench.chunk(how, tokens, k)) as (made, kept):
             for (pieces, write), ask in sorted(kept.items()):
                 alone = each(bench, replay(made, pieces, write, ask))
-                whole = each(bench, lambda made=made, ask=ask: made.run([ask]))
+                whole = each(bench, lambda made=made, ask=ask: made.step([ask]))
                 began = time.perf_counter()
                 for _ in range(REPEATS):
-                    made._fill(pieces, [ask])
+                    made.inputs[pieces].pack([ask])
                 host = (time.perf_counter() - began) / REPEATS
                 work = floors.word(clips, words) if write else floors.clip(clips)
                 if write and pieces:
-                    share = len(ask.others) / tokens
+                    share = len(ask.prefill) / tokens
                     work = work + floors.clip(clips).part(share, bench.model.dtype.itemsize * floors.weights)
                 floor = floors.seconds(work)
-                row = {"how": how, "rows": len(ask.word) + len(ask.others), "write": write}
+                row = {"how": how, "rows": len(ask.decode) + len(ask.prefill), "write": write}
                 table.append({**row, "alone": alone, "run": whole, "host": host, "floor": floor})
                 print(
                     f"{how if pieces else '':<14}{row['rows']:>6}{'yes' if write else 'no':>6}{1e3 * alone:>10.3f}"
@@ -89,12 +89,12 @@ def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: li
 
 def replay(made: StepRunner, pieces: int, write: bool, ask: StepRequest) -> Callable[[], object]:
     """What the device does in a pass for `ask`, without the host's part."""
-    made.run([ask])
+    made.step([ask])
     graph = made.graphs.get((pieces, write))
 
     @torch.no_grad()
     def again():
-        made._pass(pieces, write)
+        made._step(pieces, write)
 
     return again if graph is None else graph.replay
 

@@ -64,7 +64,7 @@ def alone(
         with bench.open("serial", said_after[0], *room, tokens) as session:
             began = time.perf_counter()
             for clip in pixels:
-                session.passes.vision_encoder.look([clip], [layout])
+                session.passes.vision_encoder.encode([clip], [layout])
             bench.wait()
             taken["tower"].append((time.perf_counter() - began) / clips)
             play(bench, session, ready[:begun])

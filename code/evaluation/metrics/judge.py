@@ -22,6 +22,7 @@ from typing import BinaryIO
 import requests
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
+from qwen_vl_streaming.common.redact import hide, redacted, secrets, shown
 from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
@@ -57,6 +58,8 @@ PATIENCE = 5
 """Times `Judge.timeout`, which is for each piece of an answer: what a whole answer may take."""
 SEARCHED = 20_000
 """Characters at the end of an answer in which a verdict is looked for."""
+LONGEST_REASON = 2000
+"""Characters of a verdict's reason that are kept."""
 KEY = "OPENAI_API_KEY"
 BROKEN_OFF = requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError
 """What happens to an answer after its head, where urllib3 does not try again."""
@@ -108,6 +111,7 @@ class Judge:
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
+        hide(self.key, self.url, *secrets(self.options))  # an endpoint may send back what it was sent
 
     def check(self) -> None:
         """Have one caption judged. Raises InputError, in one line, where that does not work."""
@@ -232,7 +236,7 @@ class Judge:
         try:
             content = response.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f"with no chat completion but {response.text[:60]!r}") from error
+            raise ValueError(f"with no chat completion but {short(response.text)[:60]!r}") from error
         return read_verdict(content)
 
 
@@ -254,7 +258,7 @@ def read_verdict(content: object) -> Verdict:
         else:
             found = value if isinstance(value, dict) and value.keys() >= {"score", "why"} else found
     if found is None:
-        raise ValueError(f"not with the JSON that was asked for: {str(content)[:60]!r}")
+        raise ValueError(f"not with the JSON that was asked for: {short(content)[:60]!r}")
     score, why = found["score"], found["why"]
     if isinstance(score, str) and re.fullmatch(r"\s*[1-5](\.0)?\s*", score):
         score = float(score)
@@ -264,8 +268,8 @@ def read_verdict(content: object) -> Verdict:
 def checked(score: object, why: object) -> Verdict:
     """A verdict of a whole `score` from 1 to 5 and a text `why`. Raises ValueError for anything else."""
     if isinstance(score, bool) or score not in (1, 2, 3, 4, 5) or not isinstance(why, str):
-        raise ValueError(f"with a score of {str(score)[:20]!r}, not of 1 to 5, or no reason")
-    return Verdict(int(score), why)
+        raise ValueError(f"with a score of {short(score)[:20]!r}, not of 1 to 5, or no reason")
+    return Verdict(int(score), redacted(why[:LONGEST_REASON]))
 
 
 def said(response: requests.Response) -> str:
@@ -280,7 +284,8 @@ def said(response: requests.Response) -> str:
 
 
 def short(message: object) -> str:
-    return " ".join(str(message).split())[:200]
+    """The beginning of a `message` from elsewhere, as it may be printed."""
+    return shown(" ".join(str(message)[:SEARCHED].split())[:2000])[:200]
 
 
 @contextmanager

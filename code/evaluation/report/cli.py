@@ -20,9 +20,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.common.files import write_atomic
 from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.common.progress import Progress
-from results import write_whole
 from settings import ROOT
 
 from report import paper
@@ -160,7 +160,7 @@ def main() -> None:
     texts = {page: make_page(results, made, stories, bool(arguments.video_ids)), markdown: make_markdown(results, made)}
     try:
         for path, text in texts.items():
-            write_whole(path, text.encode(errors="replace"))
+            write_atomic(path, text.encode(errors="replace"))
     except OSError as error:
         raise InputError(f"--output {arguments.output} cannot be written ({error.strerror}): give another") from None
     print(f"page: {page}\ntable: {markdown}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import find_folder, find_path, find_video, places
+from qwen_vl_streaming.common.paths import find_data, find_folder, find_video, places
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from settings import ROOT
 from transformers import AutoTokenizer
@@ -165,7 +165,7 @@ class Tokenizers:
 
 def find_row(result: Result, video_id: str) -> dict:
     """The data's row for a video. Raises InputError where the data is gone, is none, or has no such row."""
-    path = find_path(result.args["data"], ROOT, "the evaluation data")
+    path = find_data(result.args["data"], ROOT, "the evaluation data")
     row = next((row for _, row in read_data_rows(path) if str(row["video_id"]) == video_id), None)
     if row is None:
         raise InputError(f"{path} has no row for it any more")

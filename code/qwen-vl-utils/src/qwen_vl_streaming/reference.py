@@ -35,14 +35,14 @@ class StreamCache:
         self.index: Tensor | None = None
         self.filled = 0
 
-    def place(self, index: Tensor) -> None:
+    def set_index(self, index: Tensor) -> None:
         """The next pass writes at `index` (B, T). What lies behind a stream's own end is overwritten later."""
         self.index, self.filled = index, int(index.max()) + 1
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *unused, **unused_options) -> tuple[Tensor, Tensor]:
         """Store (B, heads, T, size) of one layer; returns all that is filled, (B, heads, filled, size)."""
         if self.index is None:
-            raise RuntimeError("say where the pass writes with StreamCache.place before running the model")
+            raise RuntimeError("say where the pass writes with StreamCache.set_index before running the model")
         if layer == len(self.layers):
             empty = keys.new_zeros(*keys.shape[:2], 0, keys.shape[3])
             self.layers.append((empty, empty))
@@ -161,12 +161,12 @@ class Streams:
         for seen, template in zip(self.seen, templates, strict=True):
             seen[[*template.prompt, template.video, *template.tail, *template.header]] = True
 
-    def watch(self, clips: Sequence[Tensor | None], last: Sequence[bool]) -> None:
+    def feed(self, clips: Sequence[Tensor | None], last: Sequence[bool]) -> None:
         """Take in the next clips of each stream: (n, tokens of a clip, C) visual tokens, or None for no clip.
         `last` says where a stream's clips end with its video."""
         self.step(clips, last, [False] * len(self.streams))
 
-    def speak(self, which: Sequence[bool]) -> list[int | None]:
+    def decode(self, which: Sequence[bool]) -> list[int | None]:
         """Write one token in each stream flagged by `which`; returns their ids, None for the others."""
         return self.step([None] * len(self.streams), [False] * len(self.streams), which)
 
@@ -232,7 +232,7 @@ class Streams:
             self.visual[i, fresh], self.text[i, fresh] = rows.visual.to(device), rows.text.to(device)
             stream.fed += length
 
-        self.cache.place(index)
+        self.cache.set_index(index)
         mask = dense_mask(
             self.visual[:, : self.cache.filled], self.text[:, : self.cache.filled], self.variant.parallel, index
         )

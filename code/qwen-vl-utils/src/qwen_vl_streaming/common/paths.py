@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from os.path import exists
 from pathlib import Path, PurePosixPath
 
+from .data_rows import HUB, PARQUET, matching_files
 from .errors import InputError
 
 PROJECT = Path(__file__).resolve().parents[5]
@@ -55,16 +56,33 @@ def find_folder(path: str, root: Path, what: str) -> Path | None:
     return found
 
 
-def find_data(path: str, root: Path, what: str) -> Path:
-    """A data file as in `find_path`. Raises InputError, with the command that makes it, where there is none, and where
-    it is not a file or has nothing in it."""
+def find_data(path: str, root: Path, what: str) -> str:
+    """The absolute path of a data set, looked up as in `find_path`, or the hub name that `path` is: what
+    `read_data_rows` reads.
+
+    Raises InputError, with the command that makes the file, where there is none, and where it is an empty file or a
+    folder without a data set.
+    """
+    if path.startswith(HUB):
+        return path
+    if path.endswith(PARQUET) and "*" in path:
+        found = next((place for place in places(path, root) if matching_files(place)), None)
+        if found is None:
+            raise InputError(f"{what} {path!r} matches no file: check the pattern")
+        return os.path.abspath(found)
     make = make_data(path)
     found = find_path(path, root, what, fix=make or "check the path, or make it with `python mani_data.py`")
-    if not os.path.isfile(found):
-        raise InputError(f"{what} {str(found)!r} cannot be read (it is not a file): give a JSONL with rows")
-    if not os.path.getsize(found):
+    if os.path.isdir(found):
+        if not any(exists(found / name) for name in ("state.json", "dataset_dict.json")):
+            raise InputError(
+                f"{what} {str(found)!r} is a folder that `Dataset.save_to_disk` has not written: give a file, or a "
+                "pattern such as 'data/train-*.parquet'"
+            )
+    elif not os.path.isfile(found):
+        raise InputError(f"{what} {str(found)!r} cannot be read (it is not a file): give a JSON Lines file")
+    elif not os.path.getsize(found):
         raise InputError(f"{what} {str(found)!r} is empty: {make or 'give one with rows'}")
-    return found
+    return os.path.abspath(found)
 
 
 def make_data(path: str | Path) -> str:

@@ -1,74 +1,50 @@
-"""What streams ask of a pass, and what they get of it: see `step_runner.py`."""
+"""What a live stream asks of a step, and what it gets back: see `step_runner.py`."""
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..timeline.timeline import Layout
 from .device_event import DeviceEvent
-from .kv_cache import PAGE, PagedKVCache
+from .kv_cache import BlockTable
 from .stream_state import DueRows
-
-
-class Run:
-    """Where the tokens of one run of a stream lie. Past the end of its pages it turns back to the first that is not
-    kept: what lay there must be out of sight by then."""
-
-    def __init__(self, pages: PagedKVCache, mine: list[int], begin: int, kept: int):
-        """`begin` as in `PagedKVCache.first`; `kept` counts the tokens at the beginning that stay."""
-        self.pages, self.mine, self.begin = pages, torch.tensor(mine), begin
-        self.kept = min(-(-kept // PAGE), len(mine) - 1)
-        self.newest = len(mine) - 1
-
-    def places(self, index: Tensor) -> Tensor:
-        """Where in the pool the tokens `index` (L,) of the run lie."""
-        page = index // PAGE
-        for number in range(self.newest + 1, int(page.max()) + 1):
-            self.newest = number
-            self.pages.first[int(self.mine[self._turn(number)])].fill_(self.begin + number * PAGE)
-        return self.mine[self._turn(page)] * PAGE + index % PAGE
-
-    def _turn(self, page):
-        turned = self.kept + (page - self.kept) % (len(self.mine) - self.kept)
-        return torch.where(page < self.kept, page, turned) if isinstance(page, Tensor) else turned
 
 
 @dataclass(frozen=True)
 class BatchSlot:
-    """A stream's place in the passes."""
+    """A live stream's slot of the batch, with the blocks of its two runs."""
 
-    number: int
+    index: int
     layout: Layout
-    visual: Run
-    text: Run
+    visual: BlockTable
+    text: BlockTable
 
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What a stream wants of a pass."""
+    """What one stream feeds in a step, and whether it chooses a token."""
 
     batch_slot: BatchSlot
-    word: DueRows
+    decode: DueRows
     """One text row, or none."""
-    others: DueRows
-    """At most W rows of either run."""
-    write: bool
-    """Choose the next word: from what came out for `word` or, where that has no row, for the last of `others` or, where
-    there is none either, for the newest row before."""
+    prefill: DueRows
+    """At most `StepRunner.chunk_size` rows of either run."""
+    sample: bool
+    """Choose the next token from the hidden state of the row in `decode`; if there is none, of the last row in
+    `prefill`; if there is none either, of the last row that was fed before."""
     next_row: int = 0
-    """Where in the text run that word will be."""
+    """Index of that token in the text run."""
 
 
 @dataclass(frozen=True)
 class PendingToken:
-    """The words of a pass, on their way to the host."""
+    """The tokens that a step chose, while they are copied to the host."""
 
     ids: Tensor
     """(S,)"""
-    there: DeviceEvent
+    ready: DeviceEvent
 
-    def of(self, batch_slot: BatchSlot) -> int:
-        """The id that was chosen in `batch_slot`. Waits for it."""
-        self.there.wait()
-        return int(self.ids[batch_slot.number])
+    def get(self, batch_slot: BatchSlot) -> int:
+        """The token id of `batch_slot`. Blocks until the copy has completed."""
+        self.ready.synchronize()
+        return int(self.ids[batch_slot.index])

@@ -1,7 +1,8 @@
-"""What enters the model next in one live stream: rows with their ids, positions and sight, counted as things happen.
+"""What enters the model next in one live stream: rows with their ids, positions and what they may attend to.
 
-What enters is asked of `reference.Stream`, where of `positions`; what it may see are the numbers of `plan.py`, which
-knows beforehand what this learns as it goes. Knows nothing of pages, devices and of what decides when.
+`reference.Stream` decides which rows are due and `positions` where they lie. What they may attend to are the numbers of
+`plan.py`, which has them before the stream starts, while this module counts as the stream goes. Knows nothing about
+cache blocks, devices or when a clip is due.
 """
 
 import functools
@@ -20,24 +21,24 @@ from ..timeline.variants import Variant
 
 @dataclass(frozen=True)
 class DueRows:
-    """Rows that are to be fed, in feed order: each field's last axis has L entries."""
+    """Rows to feed, in feed order. The last dimension of each field has L entries."""
 
     rows: Rows
     ids: Tensor
     positions: Tensor
     """(3, L)"""
-    place: Tensor
-    """Index in the row's own run, visual or text."""
+    run_index: Tensor
+    """Index of each row in its own run, visual or text."""
     seen_visual: Tensor
     seen_text: Tensor
-    since: Tensor
-    """(2, L): see `plan.Window`; 0 without one."""
+    window_start: Tensor
+    """(2, L), see `plan.Window.start`; 0 without a window."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key) -> "DueRows":
-        """The rows that a slice or a mask picks."""
+        """The rows that a slice or a boolean mask selects."""
         if not len(self):
             return self
         return DueRows(self.rows[key], *(getattr(self, field.name)[..., key] for field in fields(self)[1:]))
@@ -50,47 +51,48 @@ class DueRows:
 
     @staticmethod
     @functools.cache
-    def nothing() -> "DueRows":
+    def empty() -> "DueRows":
         none = torch.zeros(0, dtype=torch.long)
         return DueRows(Rows.of(PROMPT, 0), none, none.expand(3, 0), none, none, none, none.expand(2, 0))
 
 
 class StreamState:
-    """The book-keeping of one side of a stream: what is due next, and how long the two runs have grown."""
+    """Counts what one side of a live stream has fed, and returns the rows that are due next."""
 
     def __init__(self, variant: Variant, template: Template, layout: Layout, window: Window | None = None):
         self.stream, self.window = Stream(variant, template, layout), window
-        self.visual = self.text = 0
+        self.visual_fed = self.text_fed = 0
 
     @staticmethod
     def prompt(variant: Variant, template: Template, layout: Layout, window: Window | None = None) -> DueRows:
-        """The rows before the first clip. They can be fed at once, and `clip` leaves them out."""
+        """The rows before the first clip. They can be fed when the stream starts, so `feed_clip` leaves them out."""
         due = StreamState(variant, template, layout, window)._due(Stream(variant, template, layout).feed_clip(False))
         return due[due.rows.part == PROMPT]
 
-    def clip(self, last: bool, empty: bool = False) -> DueRows:
+    def feed_clip(self, last: bool, empty: bool = False) -> DueRows:
+        """The rows that enter with the next clip. The `last` may be `empty`: see `timeline.make_timeline`."""
         due = self._due(self.stream.feed_clip(last, empty))
         return due[due.rows.part != PROMPT]
 
-    def word(self) -> DueRows:
-        """The text rows that have to be fed for the next word: one, or none where the row before it was a clip's."""
+    def feed_text(self) -> DueRows:
+        """The text row that produces the next token; empty if the last row of a clip produces it."""
         return self._due(self.stream.feed_text())
 
     def _due(self, pieces: list[tuple[Rows, list[int]]]) -> DueRows:
         stream = self.stream
         rows = Rows.concatenate([Rows.of(PROMPT, 0), *(rows for rows, _ in pieces)])
         if not len(rows):
-            return DueRows.nothing()
+            return DueRows.empty()
         ids = torch.tensor([token for _, tokens in pieces for token in tokens], dtype=torch.long)
         positions = row_positions(rows, stream.variant, stream.layout, stream.counts, stream.clips, stream.bare)
         text = rows.text
-        seen_visual, seen_text = self.visual + (~text).cumsum(0), self.text + text.cumsum(0)
-        self.visual, self.text = int(seen_visual[-1]), int(seen_text[-1])
-        place = torch.where(text, seen_text, seen_visual) - 1
+        seen_visual, seen_text = self.visual_fed + (~text).cumsum(0), self.text_fed + text.cumsum(0)
+        self.visual_fed, self.text_fed = int(seen_visual[-1]), int(seen_text[-1])
+        run_index = torch.where(text, seen_text, seen_visual) - 1
         if self.window is None:
-            since = torch.zeros(2, len(rows), dtype=torch.long)
+            window_start = torch.zeros(2, len(rows), dtype=torch.long)
         else:
-            since = self.window.since(stream.layout, seen_visual, seen_text, stream.clips)
+            window_start = self.window.start(stream.layout, seen_visual, seen_text, stream.clips)
         if stream.variant.parallel:
             seen_text = seen_text.masked_fill(rows.visual, 0)
-        return DueRows(rows, ids, positions, place, seen_visual, seen_text, since)
+        return DueRows(rows, ids, positions, run_index, seen_visual, seen_text, window_start)

@@ -4,7 +4,6 @@ Shows what timeline, positions and attention say and works out none of it again;
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InputError, OneLineParser
+from ..common.files import replace_file
 from ..timeline.attention import dense_mask
 from ..timeline.positions import timeline_positions
 from ..timeline.timeline import CLIP, HEADER, NOTHING, PARTS, Layout, Timeline, make_schedule, make_timeline
@@ -211,17 +211,10 @@ def render(args: argparse.Namespace) -> bytes:
     return (objects[0] if len(objects) == 1 else f"[{', '.join(objects)}]").encode() + b"\n"
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write beside `path`, then rename. Raises InputError where that cannot be done."""
+def write_file(path: Path, data: bytes) -> None:
+    """Raises InputError where `path` cannot be written."""
     try:
-        beside = path.with_name(f"{path.name}.part")
-        try:
-            beside.write_bytes(data)
-            os.replace(beside, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            raise
+        replace_file(path, data)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {str(path)!r} ({reason}): name a file that can be written") from error
@@ -246,4 +239,4 @@ def main() -> None:
     if args.output is None:
         write_out(data)
     else:
-        write_whole(args.output, data)
+        write_file(args.output, data)

@@ -18,6 +18,7 @@ import torch
 
 from ..common.errors import InputError, OneLineParser
 from ..common.paths import PROJECT, find_model, look_up
+from ..common.redact import hide
 from ..devices import DEVICE_HELP, choose_device, look
 from ..model.prompts import QUESTIONS
 from ..model.trained import check_trained
@@ -132,6 +133,7 @@ def parse(description: str) -> argparse.Namespace:
     for name, (least, most) in LIMITS.items():
         if (value := getattr(arguments, name)) is not None and not least <= value <= most:
             parser.error(f"--{name.replace('_', '-')} {str(value)[:20]} must be from {least:.10g} to {most:.10g}")
+    hide(arguments.source)
     arguments.model = find_model(arguments.model, PROJECT)
     if not (arguments.source == SYNTHETIC or arguments.source.startswith("/dev/") or "://" in arguments.source):
         arguments.source = str(look_up(arguments.source, PROJECT))

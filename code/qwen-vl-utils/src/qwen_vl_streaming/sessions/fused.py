@@ -48,15 +48,15 @@ class FusedSession(Session):
         """The next clip rides, where all of the one before has entered. Words do not wait for the vision tower."""
         if self.riding is not None or not self.looked or self.lead.rows.visual.any():
             return
-        if self.looked[0][0].there.passed or not self._may_speak():
+        if self.looked[0][0].ready.query() or not self._may_speak():
             sight, self.riding_last = self.looked.popleft()
-            self.passes.show(self.batch_slot, sight)
+            self.passes.set_clip_features(self.batch_slot, sight)
             self.sight.stream.counts[:] = self.counts
-            riding = self.sight.clip(self.riding_last)
+            riding = self.sight.feed_clip(self.riding_last)
             self.riding = riding[riding.rows.visual]
 
     def _ride(self, room: int) -> DueRows:
         if self.riding is None or not len(self.riding):
-            return DueRows.nothing()
+            return DueRows.empty()
         rides, self.riding = self.riding[:room], self.riding[room:]
         return rides

@@ -128,22 +128,22 @@ class PerceptionWorker:
 
     def _open(self, name: str, template, layout, clips: int, chunk: int | None, window) -> None:
         variant = get_variant(name)
-        visual, text = StepRunner.room(layout, clips, 1, window)
-        sizes = layout.grid, layout.tail, PagedKVCache.need(visual, text), text, chunk, window is None
+        visual, text = StepRunner.token_capacity(layout, clips, 1, window)
+        sizes = layout.grid, layout.tail, PagedKVCache.blocks_needed(visual, text), text, chunk, window is None
         if self.sizes != sizes:
             self.passes = self.batch_slot = self.sizes = None  # their memory goes before that of others comes
-            self.passes = StepRunner.single(self.model, layout, clips, 1, chunk, 1.0, window, pieces=[1])
-            self.passes.warm_up(words=False)
-            self.passes.vision_encoder.record(layout.grid, [1])
+            self.passes = StepRunner.single(self.model, layout, clips, 1, chunk, 1.0, window, chunk_counts=[1])
+            self.passes.warm_up(sample=False)
+            self.passes.vision_encoder.capture(layout.grid, [1])
             self.sizes = sizes
         if self.batch_slot is not None:
             self.passes.release(self.batch_slot)
-        self.batch_slot = self.passes.take(template, layout, clips, 1, window)
-        self.passes.feed(self.batch_slot, StreamState.prompt(variant, template, layout, window))
+        self.batch_slot = self.passes.acquire(template, layout, clips, 1, window)
+        self.passes.prefill(self.batch_slot, StreamState.prompt(variant, template, layout, window))
         self.sight = StreamState(variant, template, layout, window)
         self.empty = collections.deque(range(len(self.kv_buffers)))
         near = self.kv_buffers[0].device == self.model.device
-        self.staged = None if near else self.passes.kv_buffer(layout)
+        self.staged = None if near else self.passes.new_kv_buffer(layout)
         """Where a clip's keys and values are put together before they go at once to a device out of reach."""
 
     def _take_in(
@@ -154,11 +154,13 @@ class PerceptionWorker:
         if self.pinned:
             raw = self.pinned[pixel_buffer][: len(raw)].copy_(raw)
         clip = raw.view(dtype).view(shape)
-        self.passes.show(self.batch_slot, *self.passes.vision_encoder.look([clip], [self.sight.stream.layout]))
+        self.passes.set_clip_features(
+            self.batch_slot, *self.passes.vision_encoder.encode([clip], [self.sight.stream.layout])
+        )
         self.sight.stream.counts[:] = counts
-        due = self.sight.clip(last)
+        due = self.sight.feed_clip(last)
         due = due[due.rows.visual]
-        self.passes.feed(self.batch_slot, due)
+        self.passes.prefill(self.batch_slot, due)
         kv_buffer = self.empty.popleft()
         self.passes.copy_out(self.batch_slot, due, self.kv_buffers[kv_buffer] if self.staged is None else self.staged)
         if self.staged is not None:
@@ -170,5 +172,5 @@ class PerceptionWorker:
         """That clips have gone over, once they have, but for those last begun."""
         while len(self.leaving) > still:
             session, kv_buffer, there = self.leaving.popleft()
-            there.wait()
+            there.synchronize()
             self.pipe.send(("whole", session, kv_buffer))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.clock import now
 from ..common.errors import InputError
 from ..engine.device_event import DeviceEvent
-from ..engine.step_runner import AHEAD
+from ..engine.step_runner import CLIPS_AHEAD
 from ..engine.stream_state import StreamState
 from .perception_client import PIXEL_BUFFERS, PerceptionClient
 from .session import Session, Word
@@ -48,7 +48,7 @@ class PipelinedSession(Session):
         """When a clip last came over, or was the first to be sent."""
         itemsize = max(torch.float32.itemsize, self.model.dtype.itemsize)
         self.number = self.pair.open(
-            self.passes.kv_buffer(self.layout),
+            self.passes.new_kv_buffer(self.layout),
             max(rows * columns for rows, columns in self._shapes) * itemsize,
             self.variant.name,
             self.template,
@@ -89,7 +89,7 @@ class PipelinedSession(Session):
         agreed beforehand, only when the slot before it begins. No more than there are carriers for, and one that is
         under way; or than a window has room for."""
         held = self.greedy and self.variant.count == "rounds"
-        most = 1 if held else PIXEL_BUFFERS if self.window is None else AHEAD
+        most = 1 if held else PIXEL_BUFFERS if self.window is None else CLIPS_AHEAD
         while self.waiting and not self.done and (ahead := len(self.sent) + len(self.whole)) < most:
             if held:
                 counts = [*self.counts]
@@ -115,16 +115,16 @@ class PipelinedSession(Session):
         self.heard = now()
         _, _, kv_buffer = said
         last = self.sent.popleft()
-        self.passes.copy_in(self.batch_slot, self.sight.clip(last), self.pair.kv_buffers[kv_buffer])
+        self.passes.copy_in(self.batch_slot, self.sight.feed_clip(last), self.pair.kv_buffers[kv_buffer])
         self.leaving.append((kv_buffer, DeviceEvent(self.model.device)))
         self.whole.append(last)
         return True
 
     def _give_back(self, wait: bool) -> None:
         """Carriers that are empty again."""
-        while self.leaving and (wait or self.leaving[0][1].passed):
+        while self.leaving and (wait or self.leaving[0][1].query()):
             kv_buffer, there = self.leaving.popleft()
-            there.wait()
+            there.synchronize()
             self.pair.order("empty", self.number, kv_buffer)
 
     def _advance(self) -> None:
@@ -141,5 +141,5 @@ class PipelinedSession(Session):
     def _let_go(self) -> None:
         super()._let_go()
         for _, there in self.leaving:
-            there.wait()  # the next session's clips come over in the same
+            there.synchronize()  # the next session's clips come over in the same
         self.pair.finish(self.number)

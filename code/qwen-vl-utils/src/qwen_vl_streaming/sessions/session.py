@@ -111,19 +111,19 @@ class Session:
             passes = StepRunner.single(model, layout, max_clips, max_new_tokens, chunk, given, self.window)
             passes.warm_up()
             if self.way != "pipelined":
-                passes.vision_encoder.record(layout.grid)
+                passes.vision_encoder.capture(layout.grid)
         if penalty not in (None, passes.penalty):
             raise InputError(f"a penalty of {penalty} in passes that were made with {passes.penalty}: leave it out")
         self.passes, self.penalty = passes, passes.penalty
-        self.width = min(chunk or passes.width, passes.width)
-        self.batch_slot = passes.take(template, layout, max_clips, max_new_tokens, self.window)
+        self.width = min(chunk or passes.chunk_size, passes.chunk_size)
+        self.batch_slot = passes.acquire(template, layout, max_clips, max_new_tokens, self.window)
         self.text = StreamState(variant, template, layout, self.window)
         """What has been written, and seen by what was written."""
         self.waiting: collections.deque[tuple[Tensor, bool]] = collections.deque()
         """Clips that have arrived and were not looked at yet, and whether each is the last."""
         self.looked: collections.deque[tuple[ClipFeatures, bool]] = collections.deque()
         """Clips that the vision tower has, and that no slot has begun with."""
-        self.lead = DueRows.nothing()
+        self.lead = DueRows.empty()
         """What must be fed before the next word."""
         self.coming: collections.deque[PendingToken] = collections.deque()
         """Words that the device was asked for and the host has not seen."""
@@ -138,7 +138,7 @@ class Session:
         patch = model.model.visual.patch_embed
         self._shapes = (
             (layout.tokens_per_clip * model.model.visual.spatial_merge_size**2, patch.proj.weight[0].numel()),
-            (layout.tokens_per_clip, passes.clip.shape[2]),
+            (layout.tokens_per_clip, passes.clip_features.shape[2]),
         )
         self.prompt = StreamState.prompt(variant, template, layout, self.window)
         try:
@@ -221,11 +221,11 @@ class Session:
         with self.whatever_happens():
             if due := self.looks_due():
                 clips, last = zip(*due, strict=True)
-                sights = self.passes.vision_encoder.look(clips, [self.layout] * len(clips))
+                sights = self.passes.vision_encoder.encode(clips, [self.layout] * len(clips))
                 self.have_looked(zip(sights, last, strict=True))
             ask = self.plan()
             if ask is not None:
-                self.asked_for(ask, self.passes.run([ask]))
+                self.asked_for(ask, self.passes.step([ask]))
             return self.collect(ask is None and self._waits_for_words())
 
     def words(self) -> Iterator[Word]:
@@ -261,7 +261,7 @@ class Session:
     def plan(self, room: bool = True) -> StepRequest | None:
         """What to ask of the next pass, which has `room` for a piece or only for a word."""
         self._advance()
-        others = DueRows.nothing()
+        others = DueRows.empty()
         if room:
             others, self.lead = self.lead[: self.width], self.lead[self.width :]
             if not len(self.lead):
@@ -271,26 +271,26 @@ class Session:
             speaks = False
         if not (speaks or len(others)):
             return None
-        word = self.text.word() if speaks else DueRows.nothing()
+        word = self.text.feed_text() if speaks else DueRows.empty()
         stream = self.text.stream
         return StepRequest(self.batch_slot, word, others, speaks, len(self.template.header) + len(stream.written))
 
     def asked_for(self, ask: StepRequest, written: PendingToken | None) -> None:
         """The pass is under way."""
-        if ask.write:
+        if ask.sample:
             self.text.stream.write(UNKNOWN)
             self.coming.append(written)
 
     @property
     def word_there(self) -> bool:
         """The oldest word that was not seen yet can be had without waiting."""
-        return bool(self.coming) and self.coming[0].there.passed
+        return bool(self.coming) and self.coming[0].ready.query()
 
     def collect(self, wait: bool) -> Word | None:
         """The oldest word that was not seen yet, where more than `ahead` are under way or nothing else can be done."""
         if not self.coming or not (wait or len(self.coming) > self.ahead):
             return None
-        token, stream = self.coming.popleft().of(self.batch_slot), self.text.stream
+        token, stream = self.coming.popleft().get(self.batch_slot), self.text.stream
         slot = stream.slots[len(self.written)]
         stream.written[len(self.written)] = token
         word = Word(token, slot, self.clock())
@@ -348,12 +348,12 @@ class Session:
     def _begin_slot(self, last: bool) -> DueRows:
         """The next clip is there whole. Returns the rows that enter with it, in feed order."""
         self.visible.append(self.clock())
-        return self.text.clip(last)
+        return self.text.feed_clip(last)
 
     # Serial
 
     def _open(self) -> None:
-        self.passes.feed(self.batch_slot, self.prompt)
+        self.passes.prefill(self.batch_slot, self.prompt)
 
     def _clips_to_come(self) -> bool:
         """Clips, or their end, have been fed that no slot has begun with."""
@@ -363,7 +363,7 @@ class Session:
         """Begin what can begin."""
         if self.looked and not len(self.lead):
             sight, last = self.looked.popleft()
-            self.passes.show(self.batch_slot, sight)
+            self.passes.set_clip_features(self.batch_slot, sight)
             self.lead = self._begin_slot(last)
         self._begin_tail()
 
@@ -371,11 +371,11 @@ class Session:
         """The tail enters by itself, where nothing else is to enter before it."""
         if self.bare and not len(self.lead) and self._wants_clip():
             self.visible.append(self.clock())
-            self.lead = self.text.clip(True, empty=True)
+            self.lead = self.text.feed_clip(True, empty=True)
 
     def _ride(self, room: int) -> DueRows:
         """What nobody waits for and may enter beside the words."""
-        return DueRows.nothing()
+        return DueRows.empty()
 
     # The end
 
@@ -419,7 +419,7 @@ class Session:
             chunk=self.chunk,
             template=self.template,
             layout=self.layout,
-            window=self.window and [self.window.clips, self.window.words],
+            window=self.window and [self.window.clips, self.window.tokens],
             schedule=asked,
             penalty=self.penalty,
             max_new_tokens=self.most,

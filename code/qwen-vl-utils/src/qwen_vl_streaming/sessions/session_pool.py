@@ -59,9 +59,9 @@ class SessionPool:
         sight = None if window is None else Window(*window)
         self.model, self.sessions = model, []
         config = model.model.language_model.config
-        each = PagedKVCache.bytes_each(config, model.dtype)
-        visual, text = StepRunner.room(layout, max_clips, max_new_tokens, sight)
-        need = PagedKVCache.need(visual, text)
+        each = PagedKVCache.block_bytes(config, model.dtype)
+        visual, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, sight)
+        need = PagedKVCache.blocks_needed(visual, text)
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
         pages = need * batch_slots if memory is None else min(need * batch_slots, memory // each - 1)
@@ -74,16 +74,16 @@ class SessionPool:
             model,
             batch_slots,
             pages,
-            columns=need,
-            longest=text,
-            clip=layout.tokens_per_clip,
-            width=layout.tokens_per_clip + layout.tail,
-            pieces=[0, *(count for count in pieces if 0 < count < batch_slots), min(batch_slots, max(pieces))],
-            windows=window is not None,
+            blocks_per_slot=need,
+            text_capacity=text,
+            clip_tokens=layout.tokens_per_clip,
+            chunk_size=layout.tokens_per_clip + layout.tail,
+            chunk_counts=[0, *(count for count in pieces if 0 < count < batch_slots), min(batch_slots, max(pieces))],
+            windowed=window is not None,
             penalty=penalty,
         )
         self.passes.warm_up()
-        self.passes.vision_encoder.record(layout.grid, [size for size in pieces if size])
+        self.passes.vision_encoder.capture(layout.grid, [size for size in pieces if size])
 
     def open(self, variant: Variant, template: Template, layout: Layout, *, way: str = "fused", **options) -> Session:
         """Let a session in, serial or fused; `options` as `open_session`'s. Raises InputError where no seat or memory
@@ -110,19 +110,19 @@ class SessionPool:
             looks = [(session, *due) for session in running for due in session.looks_due()]
             if looks:
                 sessions, clips, last = zip(*looks, strict=True)
-                sights = self.passes.vision_encoder.look(clips, [session.layout for session in sessions])
+                sights = self.passes.vision_encoder.encode(clips, [session.layout for session in sessions])
                 for session, sight, is_last in zip(sessions, sights, last, strict=True):
                     session.have_looked([(sight, is_last)])
-            asks, fed, room = [], [], self.passes.kinds[-1]
+            asks, fed, room = [], [], self.passes.chunk_counts[-1]
             for session in running:
                 ask = session.plan(room > len(fed))
                 asks.append((session, ask))
-                if ask is not None and len(ask.others):
+                if ask is not None and len(ask.prefill):
                     fed.append(session)
             # Who had a piece is the last to have another.
             self.sessions = [session for session in self.sessions if session not in fed] + fed
             passing = [(session, ask) for session, ask in asks if ask is not None]
-            written = self.passes.run([ask for _, ask in passing]) if passing else None
+            written = self.passes.step([ask for _, ask in passing]) if passing else None
             for session, ask in passing:
                 session.asked_for(ask, written)
             # Who asked for nothing may be late by a word that came long ago, while others go on.

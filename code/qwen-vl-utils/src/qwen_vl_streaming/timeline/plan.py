@@ -75,26 +75,26 @@ class Window:
     stay as they were."""
 
     clips: int
-    words: int
+    tokens: int
 
     def __post_init__(self):
-        if min(self.clips, self.words) < 1:
-            raise InputError(f"a window holds at least 1 clip and 1 word, not {self.clips} and {self.words}")
+        if min(self.clips, self.tokens) < 1:
+            raise InputError(f"a window holds at least 1 clip and 1 token, not {self.clips} and {self.tokens}")
 
-    def since(self, layout: Layout, seen_visual: Tensor, seen_text: Tensor, clips: int | None) -> Tensor:
+    def start(self, layout: Layout, seen_visual: Tensor, seen_text: Tensor, clips: int | None) -> Tensor:
         """Of tokens that see so many of either run (both (L,)), the first of each run that is still in sight, besides
         prompt and header: (2, L). `clips` is N once it is known."""
         watched = (seen_visual - layout.prompt + layout.tokens_per_clip - 1) // layout.tokens_per_clip
         if clips is not None:
             watched = watched.clamp(max=clips)  # the tail comes with the last clip
         visual = layout.prompt + (watched - self.clips) * layout.tokens_per_clip
-        return torch.stack([visual.clamp(min=layout.prompt), (seen_text - self.words).clamp(min=layout.header)])
+        return torch.stack([visual.clamp(min=layout.prompt), (seen_text - self.tokens).clamp(min=layout.header)])
 
     def mask(self, layout: Layout, text: Tensor, clips: int | None, query: slice = slice(None)) -> Tensor:
         """Which of L tokens in feed order, of which `text` (L,) flags the text side, each of `query` has in sight:
         (Q, L). Says nothing of what is not allowed."""
         runs = (~text).cumsum(0), text.cumsum(0)
-        since_visual, since_text = self.since(layout, *runs, clips)
+        since_visual, since_text = self.start(layout, *runs, clips)
         visual, words = runs[0] - 1, runs[1] - 1
         near_visual = (visual >= since_visual[query, None]) | (visual < layout.prompt)
         near_text = (words >= since_text[query, None]) | (words < layout.header)

@@ -1,4 +1,4 @@
-"""How a process of a training run fails: it tells the launcher why, and ends without waiting for anyone.
+"""How a process of a run fails: it reports the cause to the launcher, and exits without waiting for the others.
 
 The launcher prints the cause of the process that failed first, since the others mostly fail because of it. A process
 without a launcher prints its own.
@@ -12,11 +12,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from qwen_vl_streaming.common.ending import explain, let_workers_end, name, run_to_end, say, status_of
-from qwen_vl_streaming.common.errors import InputError
 from torch.distributed import DistError
 
-from .signals import GO_ON, LAUNCHER, speaks
+from ..common.ending import explain, let_workers_end, name, run_to_end, say, status_of
+from ..common.errors import InputError
+from .signals import LAUNCHER, RESUMES, speaks
 
 LEAVING = 12
 """Seconds that a process has to end once it has told why."""
@@ -26,11 +26,6 @@ AFTER_PEER = 3
 """Seconds that one which has lost the connection to another leaves to the launcher, to see that one's end first."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable that torchrun sets: where a process writes why it failed."""
-GPU = (
-    "lower --per_device_train_batch_size or --max_pixels_per_video, use more GPUs, "
-    "or DEEPSPEED_CONFIG=zero3_offload.json, in another --output_dir where a checkpoint was saved"
-)
-HOST = "lower --dataloader_num_workers or give the run more memory, and it goes on from the newest checkpoint"
 PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "remote process exited", "NCCL error")
 
 
@@ -42,6 +37,8 @@ def lost_peer(error: BaseException) -> bool:
 
 
 told = False
+advice = ("", "")
+"""What to do where a GPU's memory runs out, and where the machine's does."""
 
 
 def tell(error: BaseException) -> None:
@@ -56,13 +53,13 @@ def tell(error: BaseException) -> None:
     let_workers_end()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(LEAVING)
-    line, peer = explain(error, GPU, HOST), lost_peer(error)
+    line, peer = explain(error, *advice), lost_peer(error)
     message = name(error) if line is None else line
     if peer and line is None:
         message = f"the connection to another process was lost, or could not be made ({name(error)})"
     unforeseen = line is None and isinstance(error, Exception)
     message = {
-        "message": message + GO_ON if line is None else message,
+        "message": message + RESUMES if line is None else message,
         "errorCode": status_of(error),
         "lost_peer": peer,
         "extraInfo": {
@@ -80,9 +77,12 @@ def tell(error: BaseException) -> None:
             say(error, line)
 
 
-def run_rank(main: Callable[[], None]) -> None:
-    """Call `main`, and end this process as soon as it raises. What Python would clean up at its exit is left out then,
+def run_rank(main: Callable[[], None], gpu: str, host: str) -> None:
+    """Call `main`, and end this process as soon as it raises. `gpu` and `host` say what to do where a GPU's memory runs
+    out, and where the machine's does. What Python would clean up at its exit is left out then,
     but for SystemExit, with which a run ends that was stopped."""
+    global advice
+    advice = gpu, host
     run_to_end(main, failed)
     if LAUNCHER in os.environ:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -95,7 +95,7 @@ def failed(error: BaseException) -> None:
         if lost_peer(error):
             time.sleep(AFTER_PEER)
     elif not isinstance(error, SystemExit | KeyboardInterrupt) and _is_to_say(error):
-        say(error, explain(error, GPU, HOST), GO_ON)
+        say(error, explain(error, *advice), RESUMES)
 
 
 def _is_to_say(error: BaseException) -> bool:

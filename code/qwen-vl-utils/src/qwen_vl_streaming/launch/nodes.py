@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from .signals import GO_ON
+from .signals import RESUMES
 
 BEAT = 1.0
 """Seconds between two counts."""
 LOST = 15.0
 """A machine that has not counted for so many seconds is lost."""
-UNHEARD = f"did not answer for {LOST:.0f} s{GO_ON}"
+UNHEARD = f"did not answer for {LOST:.0f} s{RESUMES}"
 LEAVING = 15.0
 """Seconds that machine 0, with its store, waits for the others to end in good order."""
 
@@ -76,7 +76,7 @@ class Nodes:
                     self.ending.wait(BEAT)
         except DistError:
             if self.heard is not None and not self.over:
-                self._failed(1, f"machine 0 has ended{GO_ON}")
+                self._failed(1, f"machine 0 has ended{RESUMES}")
 
     def _say_so(self, store: PrefixStore) -> None:
         if self.fault:

@@ -3,6 +3,9 @@ status is 2 where a process refused its input, 128 + N after signal N, and else 
 
 SIGTERM is handed on to the processes, which save and end, however long that takes: torchrun would give them 30 seconds.
 When the launcher is killed they are killed with it.
+
+With torchrun's `--max_restarts N` on a single node, a process that was killed, by Linux for memory or by a crash in C,
+does not end the run: all processes start again, at most N times. One that raised an error would raise it again.
 """
 
 import contextlib
@@ -18,15 +21,19 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import psutil
-from qwen_vl_streaming.common.ending import leave, say
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from ..common.ending import leave, say
 from .nodes import Nodes
-from .signals import GO_ON, LAUNCHER, STOPPED
+from .signals import LAUNCHER, RESUMES, STOPPED
 
+CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+"""Signals after which a process may start again."""
+RESTARTS = "QWENVL_RESTARTS"
+"""Environment variable: how often this launcher has started its processes again."""
 GRACE = 10
 """Seconds that the others have to end by themselves when one process has failed."""
 GRACE_AFTER_PEER = 3
@@ -45,10 +52,21 @@ class Failure:
     """What it has told, see `failing.tell`; empty where it had no time to."""
 
     @property
+    def killed(self) -> str:
+        """For a process that a signal has killed."""
+        killer = signal.Signals(-self.exit_code)
+        return f"process {self.rank} was killed by {killer.name}{MEMORY if killer == signal.SIGKILL else ''}"
+
+    @property
     def status(self) -> int:
         """For the launcher to end with."""
         status = self.told.get("errorCode", self.exit_code)
         return status if status in (2, STOPPED) else 1
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the process was killed from outside or by a fault in C, and not by an error that it reported."""
+        return not self.told and -self.exit_code in CRASHES
 
     @property
     def line(self) -> str:
@@ -60,8 +78,8 @@ class Failure:
             killer = signal.Signals(-self.exit_code)
             if killer == signal.SIGALRM:  # see `failing.AT_EXIT`
                 return f"process {self.rank} was done, but did not end: what it was to save is saved"
-            return f"process {self.rank} was killed by {killer.name}{MEMORY if killer == signal.SIGKILL else ''}{GO_ON}"
-        return f"process {self.rank} ended with status {self.exit_code}{GO_ON}" if self.status == 1 else ""
+            return f"{self.killed}{RESUMES}"
+        return f"process {self.rank} ended with status {self.exit_code}{RESUMES}" if self.status == 1 else ""
 
 
 class Launcher:
@@ -109,18 +127,30 @@ class Launcher:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_IGN)
+        self.kill(*lines)
+        if status in (0, STOPPED):
+            self.nodes.end()
+        else:
+            self.nodes.fail(1, f"machine {self.nodes.node} ended with status {status}{RESUMES}")
+        self.logs.cleanup()
+        leave(status)
+
+    def kill(self, *lines: str) -> None:
+        """Print `lines`, and kill the processes that are left."""
         with contextlib.suppress(OSError):  # nobody reads it any more
             for line in filter(None, lines):
                 print(line, file=sys.stderr, flush=True)
         for child in psutil.Process().children():
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
-        if status in (0, STOPPED):
-            self.nodes.end()
-        else:
-            self.nodes.fail(1, f"machine {self.nodes.node} ended with status {status}{GO_ON}")
+
+    def restart(self, restarts: int) -> NoReturn:
+        """Start the run again, in this process, after its first failure."""
+        self.lock.acquire()
+        self.kill(f"{self.first.killed}: starting again")
         self.logs.cleanup()
-        leave(status)
+        os.environ[RESTARTS] = str(restarts + 1)
+        os.execv(sys.executable, sys.orig_argv)
 
     def hand_on(self, signals: socket.socket) -> None:
         """Hand SIGTERM on for ever; end at once with STOPPED where there is no process yet, or none any more."""
@@ -153,19 +183,25 @@ class Launcher:
             PContext.close(context, death_sig, min(timeout, others))
 
         SubprocessContext.close = close  # torchrun gives no other way to set how long it waits
+        given = parse_args(["--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT", "--log_dir", self.logs.name, *arguments])
+        most, given.max_restarts = given.max_restarts, 0  # torchrun would restart after every kind of failure
+        restarts = int(os.environ.get(RESTARTS, 0))
         try:
-            run(parse_args(["--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT", "--log_dir", self.logs.name, *arguments]))
+            run(given)
         except DistError as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             self.end(2, f"error: no place to meet ({reason}): check MASTER_ADDR, or give another MASTER_PORT")
         except SignalException as error:
-            self.end(128 + error.sigval, f"stopped by {error.sigval.name}{GO_ON}")
+            self.end(128 + error.sigval, f"stopped by {error.sigval.name}{RESUMES}")
         except KeyboardInterrupt:  # before it has started processes
             self.end(128 + signal.SIGINT, "stopped by SIGINT")
         except ChildFailedError:
-            if self.stopped:
-                self.end(STOPPED, "" if self.first.told else "stopped by SIGTERM before the first step")
             first = self.first
+            if self.stopped:
+                early = first.exit_code == -signal.SIGTERM  # it had not begun
+                self.end(STOPPED, "" if first.told else f"stopped by SIGTERM{'' if early else RESUMES}")
+            if first.crashed and restarts < most and self.nodes.nodes == 1 and not self.asked_to_stop.is_set():
+                self.restart(restarts)
             if first.told.get("lost_peer"):
                 self.nodes.wait_for_news()
             trace = first.told.get("extraInfo", {}).get("py_callstack", "").rstrip()
