@@ -7,6 +7,7 @@ the tokenizer of the recorded model.
 """
 
 import argparse
+import io
 import itertools
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import av
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.files import write_atomic
 from qwen_vl_streaming.model.prompts import load_processor
-from qwen_vl_streaming.sessions.record import Record, read_record, whole
+from qwen_vl_streaming.sessions.record import Record, read_record
 
 WIDTH, HEIGHT = 760, 340
 PICTURE = (24, 44, 224)
@@ -147,8 +149,9 @@ def animate(animation: Animation, path: Path, fps: int) -> None:
     palette = sheet.quantize(COLOURS, Image.Quantize.MAXCOVERAGE)
     indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [round(1000 / fps)] * (len(times) - 1) + [round(1000 * HOLD)]
-    with whole(path) as beside:
-        indexed[0].save(beside, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
+    file = io.BytesIO()
+    indexed[0].save(file, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
+    write_atomic(path, file.getvalue())
 
 
 def main() -> None:
