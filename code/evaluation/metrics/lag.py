@@ -67,8 +67,8 @@ def measure(row: Mapping, decode: Callable[[list[int]], str]) -> dict[str, float
     """The metrics of one row of a result file. `decode` returns the text of token ids, without special tokens.
 
     `words` is the number of words and `early_words` the number written before the last clip arrived; `AL` and `LAAL`
-    are in clips (seconds) and absent for a caption without words. LAAL uses the longest reference. Raises ValueError, with
-    the reason, as `check` does and if `decode` does not return the row's text.
+    are in clips (seconds) and absent for a caption without words. LAAL uses the longest reference. Raises ValueError,
+    with the reason, as `check` does and if `decode` does not return the row's text.
     """
     check(row)
     tokens, slots, clips = (row[name] for name in FIELDS)
