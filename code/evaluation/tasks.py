@@ -1,4 +1,4 @@
-"""The evaluation's tasks: which rows each accepts, which question is asked, and how the scores of sub-tasks are averaged.
+"""The evaluation's tasks: which rows each accepts, which question is asked, and how scores of sub-tasks are averaged.
 
 `description` asks the same question about all videos and scores all captions together. `funqa` asks each row's own
 question and scores each of its six sub-tasks separately; the paper reports the mean of the six.
