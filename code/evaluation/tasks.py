@@ -1,4 +1,4 @@
-"""The evaluation's tasks: which rows each takes, which question is asked, and how scores of sub-tasks are averaged.
+"""The evaluation's tasks: which rows each accepts, which question is asked, and how scores of sub-tasks are averaged.
 
 `description` asks each row's own question, as training does, or the same one where a row has none, and scores all
 captions together. `funqa` asks each row's own question and scores each of its six sub-tasks separately; the paper
