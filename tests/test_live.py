@@ -506,7 +506,7 @@ def test_no_memory_left(command, tmp_path, monkeypatch, number, kind, reason):
         raise kind(f"{reason}\nSee the documentation")
 
     if number:
-        at_step(monkeypatch, number, lambda session: monkeypatch.setattr(session.passes, "step", exhaust))
+        at_step(monkeypatch, number, lambda session: monkeypatch.setattr(session.runner, "step", exhaust))
     else:
         monkeypatch.setattr(cli, "open_session", exhaust)
     code, out, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 6)

@@ -33,9 +33,9 @@ def model():
     return tiny_model()
 
 
-def recorded(model, case, way, path):
+def recorded(model, case, mode, path):
     options = {**case.options, "max_new_tokens": 12}
-    with open_session(model, case.variant, case.template, case.layout, way=way, record=path, **options) as session:
+    with open_session(model, case.variant, case.template, case.layout, mode=mode, record=path, **options) as session:
         play(session, case)
     return read_record(path)
 
@@ -44,10 +44,10 @@ def recorded(model, case, way, path):
 def test_a_replay_gives_every_token(model, variant, tmp_path):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name}")
-    for way in ("serial", "fused") if variant.parallel else ("serial",):
+    for mode in ("serial", "fused") if variant.parallel else ("serial",):
         for _ in range(3):
             case = random_case(draw, variant, may_be_late=True)
-            record = recorded(model, case, way, tmp_path / "r.json")
+            record = recorded(model, case, mode, tmp_path / "r.json")
             assert record.end in ("ended", "max_new_tokens")
             assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
@@ -112,16 +112,16 @@ def test_a_session_that_ends_with_words_under_way_can_be_replayed(model, tmp_pat
     for number in range(40):
         case = random_case(draw, draw.choice([variant for variant in VARIANTS.values() if variant.parallel]))
         options = {**case.options, "record": tmp_path / "r.json", "ahead": draw.choice([1, 2])}
-        way, left = draw.choice(["serial", "fused"]), iter(range(number % 10))
-        session = open_session(model, case.variant, case.template, case.layout, way=way, **options)
-        run = session.passes.step
+        mode, left = draw.choice(["serial", "fused"]), iter(range(number % 10))
+        session = open_session(model, case.variant, case.template, case.layout, mode=mode, **options)
+        run = session.runner.step
 
         def stop(asks, run=run, left=left):
             if next(left, None) is None:
                 raise error
             return run(asks)
 
-        monkeypatch.setattr(session.passes, "step", stop)
+        monkeypatch.setattr(session.runner, "step", stop)
         with contextlib.suppress(type(error)):
             play(session, case)
         session.close()
@@ -185,8 +185,8 @@ def test_a_broken_record_is_refused(model, tmp_path):
         *(
             (json.dumps({**good, name: value(good[name])}), f"contradicts itself: {match}")
             for name, value, match in (
-                ("way", lambda _: "sideways", "a session of variant 'group' in the way 'sideways'"),
-                ("variant", lambda _: "origin", "a session of variant 'origin' in the way 'fused'"),
+                ("way", lambda _: "sideways", "a session of variant 'group' in the mode 'sideways'"),
+                ("variant", lambda _: "origin", "a session of variant 'origin' in the mode 'fused'"),
                 ("variant", lambda _: "other", "a session of variant 'other'"),
                 ("slots", lambda slots: slots[::-1], ".* other slots"),
                 ("times", lambda times: [0.0] * len(times), "tokens whose times run backwards"),
@@ -255,7 +255,7 @@ def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
         VARIANTS["gap"],
         template,
         template.layout(grid, 2 * video.seconds_per_clip),
-        way="fused",
+        mode="fused",
         max_new_tokens=12,
         max_clips=len(pixels),
         record=path,
@@ -263,7 +263,7 @@ def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
     ) as session:
         for number, clip in enumerate(pixels, 1):
             session.feed(clip, last=number == len(pixels))
-        written = list(session.words())
+        written = list(session.tokens())
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["replay", *map(str, arguments)])

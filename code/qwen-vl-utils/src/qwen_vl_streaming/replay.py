@@ -27,8 +27,8 @@ from .devices import DEVICE_HELP, choose_device, look
 from .model.modeling_qwen2_5_vl import load_model
 from .model.prompts import clip_pixels, load_processor
 from .reference import Streams, caption
+from .sessions import GREEDY
 from .sessions.record import Record, clip_hash, identity, read_record
-from .sessions.session import GREEDY
 from .timeline.attention import dense_mask
 from .timeline.plan import Window
 from .timeline.positions import timeline_positions

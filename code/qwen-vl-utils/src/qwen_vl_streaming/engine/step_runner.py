@@ -229,7 +229,7 @@ class StepRunner(Runner):
                 for run, flags in ((batch_slot.visual, ~text), (batch_slot.text, text)):
                     if flags.any():
                         table[3, own][flags] = run.cache_index(due.run_index[flags])
-                table[4, own], table[5, own], table[6:8, own] = due.seen_visual, due.seen_text, due.since
+                table[4, own], table[5, own], table[6:8, own] = due.seen_visual, due.seen_text, due.window_start
                 table[8, own] = due.ids
                 table[9, own] = (due.run_index % room).where(text, -1)
                 table[10, own] = due.rows.index.where(clip, -1)

@@ -36,10 +36,8 @@ from ..model.hub import model_folder
 from ..model.modeling_qwen2_5_vl import load_config, load_model
 from ..model.prompts import clip_pixels, load_processor, make_template
 from ..replay import DTYPES
-from ..sessions import open_session
-from ..sessions.perception_client import PerceptionClient, PerceptionLost
+from ..sessions import GREEDY, PerceptionClient, PerceptionLost, Session, open_session
 from ..sessions.record import read_record, write_record
-from ..sessions.session import GREEDY, Session
 from ..timeline.positions import check_clips, clips_before_text
 from ..timeline.timeline import make_schedule
 from ..video.clip_recorder import ClipRecorder
@@ -129,7 +127,7 @@ def rehearse(session: Session, pixels: torch.Tensor) -> StepRunner:
         for _ in range(REHEARSED):
             if not session.idle:
                 session.step()
-    return session.passes
+    return session.runner
 
 
 def no_memory(error: Exception) -> InputError | None:
@@ -163,7 +161,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     config = load_config(arguments.model)
     variant = choose_variant(arguments, config)
-    way = arguments.way or ("fused" if variant.parallel else "serial")
+    mode = arguments.way or ("fused" if variant.parallel else "serial")
     schedule = arguments.schedule or f"wait-{getattr(config, 'wait_k', 3)}"
     if schedule != GREEDY:
         make_schedule(schedule, variant, 1)
@@ -178,7 +176,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         own = stack.enter_context(own_file(path))
         keeper = arguments.keep and ClipRecorder(stack.enter_context(own_file(arguments.keep)))
         options = {
-            "way": way,
+            "mode": mode,
             "schedule": schedule,
             "penalty": arguments.penalty,
             "max_clips": most or CLIPS,
@@ -186,8 +184,8 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             "window": arguments.window and tuple(arguments.window),
             "chunk": arguments.chunk,
         }
-        if way == "pipelined":
-            options["pair"] = stack.enter_context(start_perception(str(model_folder(arguments.model)), device, dtype))
+        if mode == "pipelined":
+            options["perception_client"] = stack.enter_context(start_perception(str(model_folder(arguments.model)), device, dtype))
         model = load_on(arguments.model, str(device), dtype)
         skip = arguments.behind == "skip"
         intake = Intake(source.clips, processor, skip, source.pace, source.count)
@@ -213,7 +211,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             most = room
         opened = functools.partial(open_session, model, variant, template, layout, **options)
         if device.type == "cuda":
-            opened = functools.partial(opened, passes=rehearse(opened(), pixels[0]))
+            opened = functools.partial(opened, runner=rehearse(opened(), pixels[0]))
         told = ("question", "source", "speed", "behind")
         about = {**{name: getattr(arguments, name) for name in told}, **source.about}
         about["source"] = redacted(arguments.source)
@@ -254,7 +252,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         "cancelled": f"stopped by {signal.Signals(stop.number).name}" if stop.number else "no clip came",
     }
     numbers = str(dtype).removeprefix("torch.")
-    screen.show(f"\n{variant.name}, {way}, {schedule}, {numbers} on {device}: {ends.get(written.end, written.end)}")
+    screen.show(f"\n{variant.name}, {mode}, {schedule}, {numbers} on {device}: {ends.get(written.end, written.end)}")
     screen.show(f"{table(found)}\n{'record':<26}{path}")
     if keeper and keeper.count:
         screen.show(f"{'frames kept':<26}{arguments.keep}")

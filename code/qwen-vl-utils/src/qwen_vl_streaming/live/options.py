@@ -22,8 +22,7 @@ from ..devices import DEVICE_HELP, choose_device, look
 from ..model.prompts import QUESTIONS
 from ..model.trained import check_trained
 from ..replay import DTYPES
-from ..sessions.record import WAYS
-from ..sessions.session import GREEDY
+from ..sessions import GREEDY, MODES
 from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
 from ..video.frames import BUDGETS, FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
 from ..video.index import index_video
@@ -70,7 +69,7 @@ def parse(description: str) -> argparse.Namespace:
         help="use a checkpoint that was trained as another variant or under another position rule",
     )
     add("--question", default=QUESTIONS[-1], help="default: %(default)s")
-    add("--way", choices=WAYS, help="default: fused where the variant allows it, else serial")
+    add("--way", choices=MODES, help="default: fused where the variant allows it, else serial")
     add("--schedule", help=f"wait-K, random-K or {GREEDY}, as fast as it can (default: wait-K with the checkpoint's K)")
     add(
         "--behind",

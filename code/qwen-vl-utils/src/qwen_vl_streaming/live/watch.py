@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..sessions import Session
 from ..sessions.record import Record
-from ..sessions.session import Session
 from .figures import Course, figures
 from .intake import Intake
 from .screen import Pieces, Screen
@@ -58,8 +58,8 @@ class Watch:
             while not (session.done or self.stopped):
                 self._feed()
                 if not session.idle:
-                    if (word := session.step()) is not None:
-                        self.screen.say(self.pieces.add(word.token), self._second(word.slot))
+                    if (token := session.step()) is not None:
+                        self.screen.say(self.pieces.add(token.token), self._second(token.slot))
                 elif intake.over and not intake.waiting:
                     break
                 else:
@@ -131,7 +131,7 @@ class Watch:
         if not self.skip:
             return ahead < AHEAD
         # What was fed will be seen. Where no clip is taken in beside the words, the next one is chosen after them.
-        return ahead == 0 and (session.idle or session.greedy or session.way != "serial")
+        return ahead == 0 and (session.idle or session.greedy or session.mode != "serial")
 
     def _tell_pace(self, skipped: int) -> None:
         """Say once that it falls behind, and once that it has caught up."""
