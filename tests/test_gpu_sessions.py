@@ -41,7 +41,7 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def passes(models):
+def runner(models):
     """Compiled and captured once for all tests of one session."""
     made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), CLIPS + 1, WORDS, None, 1.15, None)
     made.warm_up()
@@ -60,12 +60,12 @@ def fixed_case(draw, variant, clips=CLIPS):
 
 
 @pytest.mark.parametrize(("variant", "mode"), MODES, ids=[f"{variant.name} {mode}" for variant, mode in MODES])
-def test_captured_sessions_write_what_plain_streams_write(models, passes, variant, mode):
+def test_captured_sessions_write_what_plain_streams_write(models, runner, variant, mode):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name} {mode}")
     for _ in range(8):
         case = fixed_case(draw, variant)
-        options = {**case.options, "max_clips": CLIPS + 1, "runner": passes, "ahead": draw.choice([0, 1, 3])}
+        options = {**case.options, "max_clips": CLIPS + 1, "runner": runner, "ahead": draw.choice([0, 1, 3])}
         with open_session(models[1], variant, case.template, case.layout, mode=mode, **options) as session:
             check(models[0], case, play(session, case))
 
@@ -130,7 +130,7 @@ def test_the_host_waits_for_words_alone(models, mode):
 
 
 @pytest.mark.parametrize("other", [0, 1], ids=["one GPU", "two GPUs"])
-def test_two_processes_write_what_one_does(models, passes, other):
+def test_two_processes_write_what_one_does(models, runner, other):
     if other >= torch.cuda.device_count():
         pytest.skip("takes two GPUs")
     print("seed", SEED)
@@ -140,6 +140,12 @@ def test_two_processes_write_what_one_does(models, passes, other):
         for variant in PARALLEL * 8:
             case = fixed_case(draw, variant)
             case.template, case.layout = template, template.layout(GRID, 2.0)
-            options = {**case.options, "max_clips": CLIPS + 1, "runner": passes, "perception_client": client, "chunk": None}
+            options = {
+                **case.options,
+                "max_clips": CLIPS + 1,
+                "runner": runner,
+                "perception_client": client,
+                "chunk": None,
+            }
             with open_session(models[1], variant, case.template, case.layout, mode="pipelined", **options) as session:
                 check(models[0], case, play(session, case))

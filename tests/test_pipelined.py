@@ -63,7 +63,9 @@ def client(clients):
 
 def open_case(model, case, client, **options):
     options = {**case.options, **options}
-    return open_session(model, case.variant, case.template, case.layout, mode="pipelined", perception_client=client, **options)
+    return open_session(
+        model, case.variant, case.template, case.layout, mode="pipelined", perception_client=client, **options
+    )
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -172,14 +174,14 @@ def test_a_lost_process_ends_the_session_with_its_record(model, client, fate, tm
     assert time.monotonic() - begin < SECONDS
     line = str(lost.value)
     assert "\n" not in line
-    assert ("killed by SIGKILL" if fate == signal.SIGKILL else "nothing for 2 s") in line
+    assert ("killed by SIGKILL" if fate == signal.SIGKILL else "sent nothing for 2 s") in line
     record = read_record(path)
     assert record.end == f"failed: {line}"
     assert record.tokens == session.caption().tokens
     assert len(record.tokens) in (1, 2)
     assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
     session.close()
-    with pytest.raises(InputError, match="start a new client"):
+    with pytest.raises(InputError, match="start a new PerceptionClient"):
         open_case(model, case, client)
 
 

@@ -1,4 +1,4 @@
-"""A live session writes the same words in every mode, whatever arrives when."""
+"""A live session writes the same tokens in every execution mode, whatever arrives when."""
 
 import random
 import time
@@ -89,14 +89,14 @@ def test_a_clip_rides_along(model, variant):
 def test_a_clip_that_came_late_enters_with_its_first_word(model, mode, monkeypatch):
     """A clip that comes when all is said costs the fused mode no pass of its own."""
     case = random_case(random.Random(3), VARIANTS["group"], "wait-3")
-    passes = []
+    steps = []
     with open_case(model, case, mode, chunk=None, max_clips=6, max_new_tokens=40) as session:
         run = session.runner.step
-        monkeypatch.setattr(session.runner, "step", lambda asks: passes.append(asks) or run(asks))
+        monkeypatch.setattr(session.runner, "step", lambda asks: steps.append(asks) or run(asks))
         for clip in torch.randn(6, *case.pixels[0].shape):
             session.feed(clip)
             assert len(list(session.tokens())) == 3
-    assert len(passes) == 6 * (3 if mode == "fused" else 4)
+    assert len(steps) == 6 * (3 if mode == "fused" else 4)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -172,11 +172,11 @@ def test_passes_serve_one_stream_after_another(model):
     """What an earlier stream left in the pages is not seen: a session on used passes writes as one on new ones."""
     case = random_case(random.Random(6), VARIANTS["group"], "wait-2")
     first = open_case(model, case, "fused")
-    written, passes = [play(first, case).caption()], first.runner
+    written, runner = [play(first, case).caption()], first.runner
     first.close()
-    for tensor in passes.cache.store:
+    for tensor in runner.cache.store:
         tensor.normal_()
-    passes.ids.fill_(3), passes.ended.fill_(True), passes.seen_ids.fill_(True)
+    runner.ids.fill_(3), runner.ended.fill_(True), runner.seen_ids.fill_(True)
     for mode in MODES:
         with open_case(model, case, mode, runner=runner) as session:
             written.append(play(session, case).caption())
@@ -204,17 +204,17 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slo
         "clip_tokens": tokens,
         "chunk_size": width or tokens + layout.tail,
     }
-    passes = StepRunner(model, batch_slots, batch_slots * need, **sizes)
+    runner = StepRunner(model, batch_slots, batch_slots * need, **sizes)
     with open_session(model, VARIANTS["group"], template, layout, runner=runner, **room) as session:
         for _ in range(many):
-            session.feed(torch.randn(tokens, passes.clip_features.shape[2]))
+            session.feed(torch.randn(tokens, runner.clip_features.shape[2]))
         made = []
-        monkeypatch.setattr(passes, "_fill", lambda *args, fill=passes._fill: made.append(fill(*args)) or made[-1])
+        monkeypatch.setattr(runner, "_fill", lambda *args, fill=runner._fill: made.append(fill(*args)) or made[-1])
         assert not [*session.tokens()]
-        assert len(made) == many * -(-tokens // passes.chunk_size)
+        assert len(made) == many * -(-tokens // runner.chunk_size)
         for numbers in made:
-            rows = passes._rows(1)
-            both = MixedAttention(passes.cache, (1, passes.chunk_size), passes.groups, True, {}, False)
+            rows = runner._rows(1)
+            both = MixedAttention(runner.cache, (1, runner.chunk_size), runner.groups, True, {}, False)
             table, whose = numbers[: ROW_FIELDS * rows].view(ROW_FIELDS, rows), numbers[ROW_FIELDS * rows :][:1]
             both.place(table[3], table[4:8], whose)
             asked, whole = both.parts[-1].counts
@@ -299,7 +299,7 @@ def test_wrong_clips_are_refused_and_the_session_goes_on(model):
     session.feed(case.pixels[0])
     session.step()
     for wrong in (torch.randn(28, 1176), torch.randn(24, 1177), torch.randn(1, 24, 1176), torch.randn(6, 31)):
-        with pytest.raises(InputError, match=r"clip 2 is of shape .*2 x 3 visual tokens.*\(24, 1176\)"):
+        with pytest.raises(InputError, match=r"clip 2 has shape .*2 x 3 visual tokens.*\(24, 1176\)"):
             session.feed(wrong)
     session.feed(case.pixels[1])
     session.feed(case.pixels[2], last=True)
@@ -363,7 +363,7 @@ def test_a_source_may_end_without_a_warning(model, mode, tmp_path):
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
     session = open_case(model, case, mode, schedule=Schedule((1, 1)), max_clips=3)
     session.feed(case.pixels[0])
-    with pytest.raises(InputError, match="ended after 1 clips, and 3 were to come"):
+    with pytest.raises(InputError, match="ended after 1 clips, but 3 were expected"):
         session.end()
 
 

@@ -140,7 +140,7 @@ def test_without_a_window_nothing_is_forgotten(model):
     with open_session(model, case.variant, case.template, case.layout, max_clips=2) as session:
         session.feed(case.pixels[0])
         session.feed(case.pixels[1])
-        with pytest.raises(InputError, match=r"one more than max_clips 2: .*with a window"):
+        with pytest.raises(InputError, match=r"exceeds max_clips 2: .*with a window"):
             session.feed(case.pixels[2])
     for window in ((0, 3), (3, 0)):
         with pytest.raises(InputError, match="at least 1 clip and 1 token"):

@@ -79,9 +79,9 @@ class PipelinedSession(Session):
         while self.sent and self.pending and not self.token_ready:
             if self._receive(0):
                 return False
-        if self.sent and not (self.pending or self.received or self._receive(POLL_SECONDS)):
-            if now() - self.last_news > self.perception_client.patience:
-                raise self.perception_client.silent()
+        silent = self.sent and not (self.pending or self.received or self._receive(POLL_SECONDS))
+        if silent and now() - self.last_news > self.perception_client.patience:
+            raise self.perception_client.silent()
         return True
 
     def _send(self) -> None:

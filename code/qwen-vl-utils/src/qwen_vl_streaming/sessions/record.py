@@ -22,8 +22,8 @@ from ..timeline.timeline import Layout
 from ..timeline.variants import VARIANTS
 
 FORM = 3
-"""Version of the file format; others are refused. Form 1 used other positions after a video, form 2 identified a model by
-the first numbers of each weight only."""
+"""Version of the file format; others are refused. Form 1 had different positions after a video, form 2 hashed only
+the first numbers of each weight."""
 PIECE = 2**20
 """Numbers of a weight that are hashed at once."""
 MODES = ("serial", "fused", "pipelined")
@@ -124,8 +124,8 @@ def read_record(path: str | Path) -> Record:
 
 
 def _fault(record: Record) -> str | None:
-    """How a record contradicts itself, or None. Raises TypeError, ValueError, AttributeError, OverflowError or IndexError
-    for values of unexpected types."""
+    """How a record contradicts itself, or None. Raises TypeError, ValueError, AttributeError, OverflowError or
+    IndexError for values of unexpected types."""
     tokens, counts, times, template = record.tokens, record.counts, record.times, record.template
     variant = VARIANTS.get(record.variant)
     if variant is None or record.way not in (MODES if variant.parallel else MODES[:1]):

@@ -130,9 +130,7 @@ class SlotScheduler:
         cannot have it."""
         number = self.arrived + 1
         if self.all_arrived:
-            raise InputError(
-                f"clip {number} came after the last one, clip {self.arrived}: open another session for it"
-            )
+            raise InputError(f"clip {number} came after the last one, clip {self.arrived}: open another session for it")
         if self.max_clips is not None and number > self.max_clips:
             raise InputError(
                 f"clip {number} exceeds max_clips {self.max_clips}: open the session with a larger max_clips, or with "
@@ -156,7 +154,7 @@ class SlotScheduler:
         self.total = self.arrived + (self.committed == self.arrived)
 
     def commit(self) -> bool:
-        """The next clip starts to enter the model. Returns whether it is the last one, which is settled from here on."""
+        """The next clip starts to enter the model. Returns whether it is the last one, which is now settled."""
         self.committed += 1
         return self.committed == self.total
 
