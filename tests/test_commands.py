@@ -148,13 +148,14 @@ def commands(text: str) -> Iterator[tuple[str, str, str]]:
             if COMMAND.fullmatch(command):
                 yield folder, command, command
             if command.startswith("cd "):
-                folder = os.path.normpath(os.path.join(folder, command.removeprefix("cd ")))
+                folder = os.path.normpath(os.path.join(folder, command.removeprefix("cd "))).removeprefix(".")
 
 
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 MADE = "docs/files.md"
 """What docs/draw_rooms.py makes: the docstrings that it has are not commands to copy."""
 SHOWN = list(dict.fromkeys(shown for page, text in TEXTS.items() if page != MADE for shown in commands(text)))
+"""Each once, though several pages show it from the same folder."""
 
 
 def without_code(text: str) -> str:

@@ -7,6 +7,7 @@ the tokenizer of the recorded model.
 """
 
 import argparse
+import io
 import itertools
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import av
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.files import write_atomic
 from qwen_vl_streaming.model.prompts import load_processor
-from qwen_vl_streaming.sessions.record import Record, read_record, whole
+from qwen_vl_streaming.sessions.record import Record, read_record
 
 WIDTH, HEIGHT = 760, 340
 PICTURE = (24, 44, 224)
@@ -45,7 +47,8 @@ def read_frames(path: Path) -> list[tuple[float, Image.Image]]:
     """Each frame of a video with its time in seconds from the first, in the size of the picture."""
     try:
         with av.open(str(path)) as container:
-            frames = [(float(frame.time), frame.to_image()) for frame in container.decode(video=0)]
+            decoded = (frame for frame in container.decode(video=0) if frame.time is not None)
+            frames = [(float(frame.time), frame.to_image()) for frame in decoded]
     except (OSError, av.FFmpegError) as error:
         raise InputError(f"video {path} cannot be read ({error}): give the file that the session watched") from error
     if not frames:
@@ -146,8 +149,9 @@ def animate(animation: Animation, path: Path, fps: int) -> None:
     palette = sheet.quantize(COLOURS, Image.Quantize.MAXCOVERAGE)
     indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [round(1000 / fps)] * (len(times) - 1) + [round(1000 * HOLD)]
-    with whole(path) as beside:
-        indexed[0].save(beside, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
+    file = io.BytesIO()
+    indexed[0].save(file, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
+    write_atomic(path, file.getvalue())
 
 
 def main() -> None:

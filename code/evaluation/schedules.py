@@ -42,8 +42,8 @@ class Schedules:
 def choose_schedules(
     text: str, variant: Variant, wait_k: int, seed: int, video_ids: Iterable[str], root: Path
 ) -> Schedules:
-    """The schedules given by `text`: wait-K, random-K, random (with the checkpoint's `wait_k`), the path of a file, which
-    is looked up here and in `root`, or the empty string for the checkpoint's own wait-K.
+    """The schedules given by `text`: wait-K, random-K, random (with the checkpoint's `wait_k`), the path of a file
+    (looked up here and in `root`), or the empty string for the checkpoint's own wait-K.
 
     Raises InputError for anything else, and for a file without valid counts for each of `video_ids`.
     """

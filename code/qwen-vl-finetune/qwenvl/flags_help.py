@@ -18,8 +18,8 @@ usage: bash scripts/sft.sh [--FLAG VALUE ...]
 
 {description}
 
-Boolean flags take True or False. Environment variables are in the README. Flags of transformers that are not supported
-here are not shown.
+Boolean flags take True or False. Environment variables are in docs/training.md. Flags of transformers that are not
+supported here are not shown.
 """
 
 
