@@ -102,7 +102,7 @@ def drawn(rooms: dict[str, set[str]]) -> list[tuple[str, str]]:
     return [
         (room, other)
         for room, others in rooms.items()
-        for other in others
+        for other in sorted(others)
         if not any(other in reached(rooms, between) for between in others - {other})
     ]
 
