@@ -8,7 +8,7 @@ import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.prompts import Template
 from qwen_vl_streaming.reference import Streams, caption
-from qwen_vl_streaming.sessions.session import Session
+from qwen_vl_streaming.sessions import Session
 from qwen_vl_streaming.timeline.timeline import Layout, Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
 from tiny import VOCABULARY, random_template, tiny_model
@@ -82,7 +82,7 @@ def play(session: Session, case: Case) -> Session:
             session.step()
     if case.late is not None:
         session.end()
-    for _ in session.words():
+    for _ in session.tokens():
         pass
     assert session.done
     return session
@@ -101,16 +101,17 @@ def expected(model, case: Case, counts: list[int], complete: bool, bare: bool):
 
 def check(model, case: Case, session: Session) -> None:
     """The session wrote what plain streams write with the same counts, and its slots are those it was asked for."""
-    stream = session.text.stream
-    plain, mine = expected(model, case, session.counts, stream.complete, stream.bare), session.caption()
+    scheduler = session.scheduler
+    plain = expected(model, case, session.counts, scheduler.complete, scheduler.bare)
+    mine = session.caption()
     assert (mine.tokens, mine.slots) == (plain.tokens, plain.slots)
     assert session.counts == plain.schedule[: len(session.counts)]
     if session.greedy:
         return
     left = len(mine.tokens)
     for slot, count in enumerate(session.counts, 1):
-        last = stream.complete and slot == len(case.pixels) + stream.bare
-        assert count == (left if last else min(left, session._quota(slot)))
+        last = scheduler.complete and slot == scheduler.total
+        assert count == (left if last else min(left, scheduler.quota(slot)))
         left -= count
 
 
@@ -119,7 +120,7 @@ def no_memory():
 
 
 def no_model():
-    """What a pair that finds no model is started with."""
+    """The `load` of a PerceptionClient that finds no model."""
     raise InputError("no Qwen2.5-VL could be loaded from 'nowhere'")
 
 
@@ -128,7 +129,7 @@ def double_model():
 
 
 class Unopenable:
-    """A message that the process that perceives cannot read."""
+    """A message that the perception process cannot read."""
 
     def __reduce__(self):
         return no_memory, ()

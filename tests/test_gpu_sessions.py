@@ -24,7 +24,7 @@ from tiny import tiny_model
 pytestmark = pytest.mark.gpu
 SEED = time.time_ns() % 100_000
 GRID, CLIPS, WORDS = (2, 3), 5, 14
-WAYS = [(variant, "serial") for variant in VARIANTS.values()] + [(variant, "fused") for variant in PARALLEL]
+MODES = [(variant, "serial") for variant in VARIANTS.values()] + [(variant, "fused") for variant in PARALLEL]
 
 
 def on_gpu(device: int = 0):
@@ -41,7 +41,7 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def passes(models):
+def runner(models):
     """Compiled and captured once for all tests of one session."""
     made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), CLIPS + 1, WORDS, None, 1.15, None)
     made.warm_up()
@@ -59,34 +59,34 @@ def fixed_case(draw, variant, clips=CLIPS):
     return case
 
 
-@pytest.mark.parametrize(("variant", "way"), WAYS, ids=[f"{variant.name} {way}" for variant, way in WAYS])
-def test_captured_sessions_write_what_plain_streams_write(models, passes, variant, way):
+@pytest.mark.parametrize(("variant", "mode"), MODES, ids=[f"{variant.name} {mode}" for variant, mode in MODES])
+def test_captured_sessions_write_what_plain_streams_write(models, runner, variant, mode):
     print("seed", SEED)
-    draw = random.Random(f"{SEED} {variant.name} {way}")
+    draw = random.Random(f"{SEED} {variant.name} {mode}")
     for _ in range(8):
         case = fixed_case(draw, variant)
-        options = {**case.options, "max_clips": CLIPS + 1, "passes": passes, "ahead": draw.choice([0, 1, 3])}
-        with open_session(models[1], variant, case.template, case.layout, way=way, **options) as session:
+        options = {**case.options, "max_clips": CLIPS + 1, "runner": runner, "ahead": draw.choice([0, 1, 3])}
+        with open_session(models[1], variant, case.template, case.layout, mode=mode, **options) as session:
             check(models[0], case, play(session, case))
 
 
 def test_a_captured_crowd(models):
     print("seed", SEED)
     draw = random.Random(SEED)
-    with SessionPool(models[1], 4, Layout(9, 4, 3, GRID), max_clips=CLIPS + 1, max_new_tokens=WORDS) as crowd:
+    with SessionPool(models[1], 4, Layout(9, 4, 3, GRID), max_clips=CLIPS + 1, max_new_tokens=WORDS) as pool:
         waiting = [fixed_case(draw, draw.choice([*VARIANTS.values(), *PARALLEL])) for _ in range(16)]
         running = []
         while waiting or running:
             if waiting and len(running) < 4 and draw.random() < 0.4:
                 case = waiting.pop()
-                way = "fused" if case.variant.parallel else "serial"
+                mode = "fused" if case.variant.parallel else "serial"
                 options = {**case.options, "max_clips": CLIPS + 1, "chunk": None}
-                running.append((case, crowd.open(case.variant, case.template, case.layout, way=way, **options), []))
+                running.append((case, pool.open(case.variant, case.template, case.layout, mode=mode, **options), []))
             for case, session, fed in running:
                 if len(fed) < CLIPS and draw.random() < 0.5:
                     fed.append(1)
                     session.feed(case.pixels[len(fed) - 1], last=len(fed) == CLIPS)
-            crowd.step()
+            pool.step()
             for case, session, fed in [*running]:
                 if session.done:
                     running.remove((case, session, fed))
@@ -94,33 +94,33 @@ def test_a_captured_crowd(models):
                     check(models[0], case, session)
 
 
-@pytest.mark.parametrize("way", ["serial", "fused"])
-def test_a_captured_window_over_pages_that_turn(models, way, tmp_path):
+@pytest.mark.parametrize("mode", ["serial", "fused"])
+def test_a_captured_window_over_pages_that_turn(models, mode, tmp_path):
     print("seed", SEED)
-    draw = random.Random(f"{SEED} {way}")
+    draw = random.Random(f"{SEED} {mode}")
     made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
     made.warm_up()
     for number in range(3):
         case = fixed_case(draw, draw.choice(PARALLEL), clips=120)
         case.template = replace(case.template, end=10_000)
         path = tmp_path / f"{number}.json"
-        options = {"schedule": "wait-3", "max_new_tokens": 400, "window": (20, 40), "passes": made, "record": path}
-        with open_session(models[1], case.variant, case.template, case.layout, way=way, **options) as session:
+        options = {"schedule": "wait-3", "max_new_tokens": 400, "window": (20, 40), "runner": made, "record": path}
+        with open_session(models[1], case.variant, case.template, case.layout, mode=mode, **options) as session:
             play(session, case)
         assert session.batch_slot.visual.newest >= len(session.batch_slot.visual.mine)
         assert all(difference.tie for difference in replay(read_record(path), models[0], list(case.pixels)))
 
 
-@pytest.mark.parametrize("way", ["serial", "fused"])
-def test_the_host_waits_for_words_alone(models, way):
+@pytest.mark.parametrize("mode", ["serial", "fused"])
+def test_the_host_waits_for_words_alone(models, mode):
     """Over pages that turn."""
     print("seed", SEED)
     made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
     made.warm_up()
     case = fixed_case(random.Random(SEED), PARALLEL[0], clips=120)
     case.template = replace(case.template, end=10_000)
-    options = {"schedule": "wait-3", "max_new_tokens": 400, "window": (20, 40), "passes": made}
-    with open_session(models[1], case.variant, case.template, case.layout, way=way, **options) as session:
+    options = {"schedule": "wait-3", "max_new_tokens": 400, "window": (20, 40), "runner": made}
+    with open_session(models[1], case.variant, case.template, case.layout, mode=mode, **options) as session:
         for number, clip in enumerate(case.pixels):
             with no_waiting() if number > 2 else contextlib.nullcontext():
                 session.feed(clip)
@@ -130,16 +130,22 @@ def test_the_host_waits_for_words_alone(models, way):
 
 
 @pytest.mark.parametrize("other", [0, 1], ids=["one GPU", "two GPUs"])
-def test_two_processes_write_what_one_does(models, passes, other):
+def test_two_processes_write_what_one_does(models, runner, other):
     if other >= torch.cuda.device_count():
         pytest.skip("takes two GPUs")
     print("seed", SEED)
     draw = random.Random(f"{SEED} {other}")
     template = fixed_case(draw, PARALLEL[0]).template  # another's lengths would be compiled for anew
-    with PerceptionClient(functools.partial(on_gpu, other), patience=4 * SECONDS) as pair:
+    with PerceptionClient(functools.partial(on_gpu, other), patience=4 * SECONDS) as client:
         for variant in PARALLEL * 8:
             case = fixed_case(draw, variant)
             case.template, case.layout = template, template.layout(GRID, 2.0)
-            options = {**case.options, "max_clips": CLIPS + 1, "passes": passes, "pair": pair, "chunk": None}
-            with open_session(models[1], variant, case.template, case.layout, way="pipelined", **options) as session:
+            options = {
+                **case.options,
+                "max_clips": CLIPS + 1,
+                "runner": runner,
+                "perception_client": client,
+                "chunk": None,
+            }
+            with open_session(models[1], variant, case.template, case.layout, mode="pipelined", **options) as session:
                 check(models[0], case, play(session, case))

@@ -1,4 +1,4 @@
-"""What FlexAttention is told to look at is what the dense mask lets through."""
+"""The block masks select the same keys as the dense mask."""
 
 import random
 import time
@@ -17,22 +17,22 @@ CONFIG = SimpleNamespace(num_key_value_heads=1, num_attention_heads=3, hidden_si
 
 
 def by_lists(attention: PagedAttention | RaggedAttention, n: int, rows: int) -> torch.Tensor:
-    """Which places of the pool each of n x `rows` queries sees, (n, rows, pool), by the pages that the block mask
-    lists."""
+    """Which cache tokens each of n x `rows` queries attends to by the lists of the block mask, (n, rows, cache
+    tokens)."""
     mask, splits = attention.mask, attention.splits
     seen = torch.zeros(n, rows, attention.cache.store.shape[2], dtype=torch.bool)
     kinds = [(mask.kv_num_blocks, mask.kv_indices, False), (mask.full_kv_num_blocks, mask.full_kv_indices, True)]
-    for counts, pages, whole in kinds:
+    for counts, indices, full in kinds:
         if counts is None:
             continue
         for b, block in torch.cartesian_prod(torch.arange(n * splits), torch.arange(counts.shape[2])).tolist():
             size = mask.BLOCK_SIZE[0]
             queries = torch.arange(block * size, min((block + 1) * size, rows))
-            for page in pages[b, 0, block, : counts[b, 0, block]].tolist():
-                keys = torch.arange(page * BLOCK_SIZE, (page + 1) * BLOCK_SIZE)
-                some = True if whole else mask.mask_mod(torch.tensor(b), 0, queries[:, None], keys)
-                assert not seen[b // splits, queries[:, None], keys].any()  # in no other share
-                seen[b // splits, queries[:, None], keys] |= some
+            for kv_block in indices[b, 0, block, : counts[b, 0, block]].tolist():
+                keys = torch.arange(kv_block * BLOCK_SIZE, (kv_block + 1) * BLOCK_SIZE)
+                allowed = True if full else mask.mask_mod(torch.tensor(b), 0, queries[:, None], keys)
+                assert not seen[b // splits, queries[:, None], keys].any()  # in no other split
+                seen[b // splits, queries[:, None], keys] |= allowed
     return seen
 
 
@@ -40,16 +40,16 @@ def by_dense_mask(attention: PagedAttention) -> torch.Tensor:
     n, many = attention.seen_visual.shape
     seen = torch.zeros(n, many, attention.cache.store.shape[2], dtype=torch.bool)
     for b, q in torch.cartesian_prod(torch.arange(n), torch.arange(many)).tolist():
-        places = attention.key_index[b][attention.mask[b, 0, q]]
-        assert len(places.unique()) == len(places)
-        seen[b, q, places] = True
+        keys = attention.key_index[b][attention.mask[b, 0, q]]
+        assert len(keys.unique()) == len(keys)
+        seen[b, q, keys] = True
     return seen
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("windows", [False, True], ids=["all", "windows"])
 @pytest.mark.parametrize("many", [1, 7, 90])
-def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, splits):
+def test_the_listed_blocks_are_those_of_the_dense_mask(many, windows, splits):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {many} {windows} {splits}")
     for _ in range(4):
@@ -67,7 +67,7 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, splits):
             for of, start, keeps in ((mine[:begin], 0, kept[0]), (mine[begin:], TEXT_OFFSET, kept[1])):
                 run = BlockTable(cache, of, start, keeps)
                 room = len(of) * BLOCK_SIZE
-                end = draw.randint(1, 3 * room if windows and len(of) > 1 else room)  # the pages may have turned
+                end = draw.randint(1, 3 * room if windows and len(of) > 1 else room)  # blocks may have been reused
                 run.cache_index(torch.arange(end))
                 ends.append((end, max(0, end - (len(of) - run.kept) * BLOCK_SIZE + BLOCK_SIZE)))
             upto.append(ends)
@@ -76,7 +76,7 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, splits):
         def numbers(of, whose=whose, upto=upto):
             return torch.tensor([[of(*upto[batch_slot]) for _ in range(many)] for batch_slot in whose.tolist()])
 
-        # What is written may be seen from 1 token to all; a window never reaches back to what was overwritten.
+        # Queries attend to 1 token or more. A window never reaches back to what was overwritten.
         ends = [
             numbers(lambda v, t, run=run: draw.randint(min((v, t)[run][1] + 1, (v, t)[run][0]), (v, t)[run][0]))
             for run in range(2)
@@ -91,14 +91,14 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, splits):
         assert all(torch.equal(listed[:, :, group], by_dense_mask(dense)) for group in range(3))
 
 
-def test_shares_join_to_the_whole():
-    """Attention over each of several sets of keys, of which one is empty, against attention over all."""
+def test_splits_combine_to_the_whole():
+    """Attention over several sets of keys, one of them empty, against attention over all keys."""
     print("seed", SEED)
     torch.manual_seed(SEED)
     query, keys, values = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40, 8)
-    share = torch.randint(0, 3, (40,))
+    split = torch.randint(0, 3, (40,))
     scores = query @ keys.transpose(-1, -2)
-    parts = [scores.masked_fill(share != number, float("-inf")) for number in range(4)]  # no key is in the fourth
+    parts = [scores.masked_fill(split != number, float("-inf")) for number in range(4)]  # the fourth has no keys
     mixed = torch.stack([part.softmax(-1).nan_to_num() @ values for part in parts], 1).flatten(0, 1)
     lse = torch.stack([part.logsumexp(-1) for part in parts], 1).flatten(0, 1)
     assert torch.allclose(combine_splits(mixed, lse, 4), scores.softmax(-1) @ values, atol=1e-5)
@@ -106,8 +106,8 @@ def test_shares_join_to_the_whole():
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_the_pages_listed_for_packed_rows_hold_what_is_seen(splits, monkeypatch):
-    """Rows of several seats end to end, each seat's queries from a block of their own, against the rule for each."""
+def test_the_blocks_listed_for_ragged_rows_are_those_of_the_rule(splits, monkeypatch):
+    """Rows of several slots as one sequence, each slot's queries in query blocks of their own."""
     print("seed", SEED)
     draw, groups = random.Random(f"{SEED} {splits}"), 3
     monkeypatch.setattr(ragged_attention, "num_splits", lambda *_: splits)
@@ -130,7 +130,7 @@ def test_the_pages_listed_for_packed_rows_hold_what_is_seen(splits, monkeypatch)
                 runs[1] = runs[1] + PagedKVCache.text_block_of(sizes[batch_slot][0]) * BLOCK_SIZE
                 expected[row, cache.cache_index(torch.tensor([batch_slot]), torch.cat(runs)[None])] = True
             attention.set_rows(order[:fed], counts[:fed])
-            filled = torch.cat([upto, upto[:5]])  # rows to no effect
+            filled = torch.cat([upto, upto[:5]])  # padding rows
             attention.update(torch.zeros(len(filled), dtype=torch.long), *filled.T)
             listed = by_lists(attention, 1, attention.query_blocks * QUERY_BLOCK)[0]
             for head in range(groups):

@@ -44,38 +44,40 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def pairs():
+def clients():
     started = []
     yield started
-    for pair in started:
-        lost = pair.why_lost
-        pair.close()
-        assert lost or pair.process.exitcode == 0
+    for client in started:
+        lost = client.why_lost
+        client.close()
+        assert lost or client.process.exitcode == 0
 
 
 @pytest.fixture
-def pair(pairs):
+def client(clients):
     """One for all tests, until it is lost."""
-    if not pairs or pairs[-1].why_lost:
-        pairs.append(PerceptionClient(tiny_model, patience=SECONDS))
-    return pairs[-1]
+    if not clients or clients[-1].why_lost:
+        clients.append(PerceptionClient(tiny_model, patience=SECONDS))
+    return clients[-1]
 
 
-def open_case(model, case, pair, **options):
+def open_case(model, case, client, **options):
     options = {**case.options, **options}
-    return open_session(model, case.variant, case.template, case.layout, way="pipelined", pair=pair, **options)
+    return open_session(
+        model, case.variant, case.template, case.layout, mode="pipelined", perception_client=client, **options
+    )
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_words_are_those_of_plain_streams(model, pair, part):
-    """Many sessions on one pair, of which every fifth is broken off somewhere: the next one is none the worse."""
+def test_words_are_those_of_plain_streams(model, client, part):
+    """Many sessions on one client, of which every fifth is broken off somewhere: the next one is none the worse."""
     print("seed", SEED)
     for number in range(part, MANY, 4):
         draw = random.Random(f"{SEED} {number}")
         case = random_case(draw, draw.choice(PARALLEL), may_be_late=True)
         print(number, case.variant.name, case.schedule, case.steps)
         begin = time.monotonic()
-        with open_case(model, case, pair) as session:
+        with open_case(model, case, client) as session:
             if number % 5:
                 check(model, case, play(session, case))
             else:
@@ -88,26 +90,26 @@ def test_words_are_those_of_plain_streams(model, pair, part):
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
-def test_a_fixed_schedule_gives_the_words_of_the_other_ways(model, pair, variant, tmp_path):
+def test_a_fixed_schedule_gives_the_words_of_the_other_ways(model, client, variant, tmp_path):
     print("seed", SEED)
     case = random_case(random.Random(f"{SEED} {variant.name}"), variant, "wait-2")
     path = tmp_path / "record.json"
-    with open_case(model, case, pair, record=path) as session:
+    with open_case(model, case, client, record=path) as session:
         two = play(session, case).caption()
-    for way in ("serial", "fused"):
-        with open_session(model, variant, case.template, case.layout, way=way, **case.options) as session:
+    for mode in ("serial", "fused"):
+        with open_session(model, variant, case.template, case.layout, mode=mode, **case.options) as session:
             assert play(session, case).caption() == two
     record = read_record(path)
     assert (record.way, record.tokens, record.counts) == ("pipelined", two.tokens, two.schedule)
     assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
-def test_a_clip_crosses_in_one_transfer_and_is_seen_whole_or_not(model, pair, monkeypatch):
+def test_a_clip_crosses_in_one_transfer_and_is_seen_whole_or_not(model, client, monkeypatch):
     case = random_case(random.Random(4), PARALLEL[1], "wait-2")
     case.layout, case.pixels, case.steps = case.template.layout((3, 3), 2.0), torch.randn(4, 36, 1176), [0, 9, 0, 2]
     came, copy_in = [], StepRunner.copy_in
     monkeypatch.setattr(StepRunner, "copy_in", lambda self, *what: (came.append(1), copy_in(self, *what)))
-    with open_case(model, case, pair, chunk=2, max_clips=4, max_new_tokens=20) as session:
+    with open_case(model, case, client, chunk=2, max_clips=4, max_new_tokens=20) as session:
         play(session, case)
         while len(came) < 4:  # the answer may be over before the last clips have come
             session._receive(SECONDS)
@@ -115,20 +117,20 @@ def test_a_clip_crosses_in_one_transfer_and_is_seen_whole_or_not(model, pair, mo
 
 
 @pytest.mark.parametrize("schedule", ["greedy", Schedule((4, 0, 3, 1))], ids=["greedy", "fixed"])
-def test_perception_places_clips_by_what_was_written(model, pair, schedule, monkeypatch):
+def test_perception_places_clips_by_what_was_written(model, client, schedule, monkeypatch):
     """In overlap a clip's positions depend on what the slots before it wrote: they go with the clip."""
     print("seed", SEED)
-    draw, orders, order = random.Random(SEED), [], PerceptionClient.order
+    draw, orders, order = random.Random(SEED), [], PerceptionClient.send
 
-    def kept(pair, *message, **options):
+    def kept(client, *message, **options):
         orders.append(message)
-        order(pair, *message, **options)
+        order(client, *message, **options)
 
-    monkeypatch.setattr(PerceptionClient, "order", kept)
+    monkeypatch.setattr(PerceptionClient, "send", kept)
     case = random_case(draw, VARIANTS["overlap"], schedule)
     case.layout = case.template.layout((1, 2), 2.0)
     case.pixels, case.steps = torch.randn(5, 8, 1176), [draw.randint(0, 7) for _ in range(5)]
-    with open_case(model, case, pair, max_clips=5, max_new_tokens=30) as session:
+    with open_case(model, case, client, max_clips=5, max_new_tokens=30) as session:
         play(session, case)
     counts = session.counts + [0] * (5 - len(session.counts))
     plan = make_plan(case.variant, case.layout, Schedule(tuple(counts[:-1])), sum(counts))
@@ -141,63 +143,63 @@ def test_perception_places_clips_by_what_was_written(model, pair, schedule, monk
     assert sight.visual_fed > len(case.template.prompt)
 
 
-def test_a_pair_serves_one_session_at_a_time(model, pair):
+def test_a_pair_serves_one_session_at_a_time(model, client):
     case = random_case(random.Random(2), PARALLEL[0])
-    with open_case(model, case, pair) as session:
-        passes = session.passes
-    with open_case(model, case, pair), pytest.raises(InputError, match="another session"):
-        open_case(model, case, pair, passes=passes)
-    assert passes.free_slots == [0]  # its seat is free again
-    with open_case(model, case, pair) as session:
+    with open_case(model, case, client) as session:
+        runner = session.runner
+    with open_case(model, case, client), pytest.raises(InputError, match="another session"):
+        open_case(model, case, client, runner=runner)
+    assert runner.free_slots == [0]  # its seat is free again
+    with open_case(model, case, client) as session:
         check(model, case, play(session, case))
 
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_a_lost_process_ends_the_session_with_its_record(model, pair, fate, tmp_path, monkeypatch):
-    """It is killed, or answers no more, while clips are on their way to it and back."""
+def test_a_lost_process_ends_the_session_with_its_record(model, client, fate, tmp_path, monkeypatch):
+    """It is killed, or answers no more, while clips are on their mode to it and back."""
     case = random_case(random.Random(7), PARALLEL[0], "wait-2")
     case.layout, case.pixels = case.template.layout((3, 3), 2.0), torch.randn(5, 36, 1176)
     path = tmp_path / "record.json"
-    session = open_case(model, case, pair, max_clips=5, max_new_tokens=10, record=path)
+    session = open_case(model, case, client, max_clips=5, max_new_tokens=10, record=path)
     session.feed(case.pixels[0])
     while not session.written:
         session.step()
-    monkeypatch.setattr(pair, "patience", 2)
-    os.kill(pair.process.pid, fate)
+    monkeypatch.setattr(client, "patience", 2)
+    os.kill(client.process.pid, fate)
     begin = time.monotonic()
     with pytest.raises(PerceptionLost) as lost:
         for pixels in case.pixels[1:]:  # 840 kB: more than a pipe that no one reads takes
             session.feed(pixels)
-        list(session.words())
+        list(session.tokens())
     assert time.monotonic() - begin < SECONDS
     line = str(lost.value)
     assert "\n" not in line
-    assert ("killed by SIGKILL" if fate == signal.SIGKILL else "nothing for 2 s") in line
+    assert ("killed by SIGKILL" if fate == signal.SIGKILL else "sent nothing for 2 s") in line
     record = read_record(path)
     assert record.end == f"failed: {line}"
     assert record.tokens == session.caption().tokens
     assert len(record.tokens) in (1, 2)
     assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
     session.close()
-    with pytest.raises(InputError, match="start a new pair"):
-        open_case(model, case, pair)
+    with pytest.raises(InputError, match="start a new PerceptionClient"):
+        open_case(model, case, client)
 
 
-def test_a_session_is_closed_though_perception_hangs(model, pair, tmp_path):
+def test_a_session_is_closed_though_perception_hangs(model, client, tmp_path):
     """At once: who stops it waits for nothing."""
     case = random_case(random.Random(7), PARALLEL[0], "wait-2")
     case.layout, case.pixels, case.steps = case.template.layout((3, 3), 2.0), torch.randn(2, 36, 1176), [0, 0]
-    session = open_case(model, case, pair, max_clips=5, max_new_tokens=10, record=tmp_path / "r.json")
-    os.kill(pair.process.pid, signal.SIGSTOP)
+    session = open_case(model, case, client, max_clips=5, max_new_tokens=10, record=tmp_path / "r.json")
+    os.kill(client.process.pid, signal.SIGSTOP)
     begin = time.monotonic()
     session.feed(case.pixels[0])
     assert session.step() is None
-    with pytest.raises(KeyboardInterrupt), session.whatever_happens():
+    with pytest.raises(KeyboardInterrupt), session.fails_on_error():
         raise KeyboardInterrupt
-    assert time.monotonic() - begin < 5 < pair.patience
+    assert time.monotonic() - begin < 5 < client.patience
     assert read_record(tmp_path / "r.json").end == "cancelled"
-    os.kill(pair.process.pid, signal.SIGCONT)
-    with open_case(model, case, pair) as session:
+    os.kill(client.process.pid, signal.SIGCONT)
+    with open_case(model, case, client) as session:
         check(model, case, play(session, case))
 
 
@@ -217,11 +219,11 @@ def test_a_model_that_cannot_be_loaded_is_refused():
         assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
 
 
-def test_signals_to_the_whole_group_are_not_for_perception(model, pair):
+def test_signals_to_the_whole_group_are_not_for_perception(model, client):
     case = random_case(random.Random(5), PARALLEL[0])
-    with open_case(model, case, pair) as session:
+    with open_case(model, case, client) as session:
         for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(pair.process.pid, number)
+            os.kill(client.process.pid, number)
         check(model, case, play(session, case))
 
 
@@ -256,14 +258,14 @@ def test_no_room_for_clips_in_shared_memory_is_one_line(model, monkeypatch):
             check(model, case, play(session, case))
 
 
-def test_what_perception_cannot_open_is_told_at_once(model, pair):
+def test_what_perception_cannot_open_is_told_at_once(model, client):
     case = random_case(random.Random(6), PARALLEL[0])
-    pair.order(Unopenable())
-    with pytest.raises(PerceptionLost, match=r"failed \(no memory left\)"), open_case(model, case, pair) as session:
+    client.send(Unopenable())
+    with pytest.raises(PerceptionLost, match=r"failed \(no memory left\)"), open_case(model, case, client) as session:
         play(session, case)
 
 
-def test_clips_of_the_model_s_own_type(pairs):
+def test_clips_of_the_model_s_own_type(clients):
     wide = tiny_model().double()
     case = random_case(random.Random(8), PARALLEL[0], "wait-1")
     case.pixels = case.pixels.double()

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from media import make_video, rotate, sound_bytes
@@ -80,7 +81,7 @@ def test_kinds_of_bad_samples(made, tmp_path):
         {"video_path": "text.mp4", "says": "cannot be opened"},
         {"video_path": "sound.mp4", "says": "no video stream"},
         {"video_path": "short.mp4", "says": "less than one clip"},
-        {"video_path": "ribbon.mp4", "says": "aspect ratio"},
+        {"video_path": "ribbon.mp4", "says": "ribbon.mp4 has frames of 2002 x 8 pixels, more than 200 times as long"},
         {"video_path": "whole.mp4", "human_caption": " ", "says": "no tokens"},
         {"video_path": "whole.mp4", "human_caption": five, "says": "its caption has 5 tokens for 6 clips"},
         {"video_path": "whole.mp4", "human_caption": f"{five} now", "says": None},
@@ -94,11 +95,28 @@ def test_kinds_of_bad_samples(made, tmp_path):
         assert (row["says"] in bad[index]) if row["says"] else (index not in bad), row
     assert len(prescan.find_bad(samples, enough=2)) == 3
     # Training gives the same reasons when it reads them; offline variants have no slots that could be empty.
-    for index in (0, 1, 5, 8, 9, 12, 13):
+    for index in (0, 1, 5, 7, 8, 9, 12, 13):
         assert samples[index].bad[1] == bad[index]
     assert samples[11].bad and not samples[10].bad
     offline = prescan.find_bad(dataset(made[0], rows, tmp_path, "batch"))
     assert offline.keys() == bad.keys() - {9, 13}
+
+
+def test_clips_that_meet_the_text_of_gap(made, tmp_path):
+    """Known from headers alone, and for a slow video by its own rate, as training finds it."""
+    make_video(tmp_path / "long.mp4", seconds=20)
+    make_video(tmp_path / "slow.mp4", [float(i) for i in range(12)], fps=1)  # 6 clips of 2 s
+    rows = [{"video_path": name, "human_caption": 5 * CAPTION} for name in ("long.mp4", "slow.mp4")]
+    samples = dataset(made[0], rows, tmp_path, "gap")
+    around = max(len(t.prompt) + len(t.tail) for t in samples.templates)
+    for clips, bad in ((4, [0, 1]), (16, [0]), (23, [])):  # of a second each
+        samples.variant = replace(VARIANTS["gap"], text_start=around + 2 * clips)
+        found = prescan.find_bad(samples)
+        assert list(found) == bad, (clips, found)
+        for index in range(2):
+            said = (samples[index].bad or ("", ""))[1]
+            assert said == found.get(index, ""), (clips, index)
+            assert not said or "too many for gap" in said
 
 
 def rows_of(made):

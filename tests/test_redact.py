@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from qwen_vl_streaming.common import redact
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
-from qwen_vl_streaming.common.redact import hide, redacted, redacted_command
+from qwen_vl_streaming.common.redact import hide, hide_address, redacted, redacted_command
 from qwen_vl_streaming.video.streams import stream_clips
 
 
@@ -67,10 +67,12 @@ def test_addresses_that_are_hard_to_read(given):
 def test_known_secrets(monkeypatch):
     """As a client sends them, and wherever a server repeats them."""
     monkeypatch.setattr(redact, "_known", {})
-    hide("http://joe:s3%40cret@host/v1?api_key=tok123", "sk-KEY", None, "", "abc")
+    hide_address("http://joe:s3%40cret@host/v1?api_key=tok123")
+    hide_address("films/a.mp4")
+    hide("sk-KEY", "", "abc")
     basic = base64.b64encode(b"joe:s3@cret").decode()
-    said = f"bad key Basic {basic}, Bearer sk-KEY, s3@cret, s3%40cret and tok123 of joe; abc"
-    assert redacted(said) == "bad key Basic ***, Bearer ***, ***, *** and *** of joe; abc"
+    said = f"bad key Basic {basic}, Bearer sk-KEY, s3@cret, s3%40cret and tok123 of joe; abc, films/a.mp4"
+    assert redacted(said) == "bad key Basic ***, Bearer ***, ***, *** and *** of joe; abc, films/a.mp4"
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ def model():
     return tiny_model()
 
 
-def recorded(model, case, way, path):
+def recorded(model, case, mode, path):
     options = {**case.options, "max_new_tokens": 12}
-    with open_session(model, case.variant, case.template, case.layout, way=way, record=path, **options) as session:
+    with open_session(model, case.variant, case.template, case.layout, mode=mode, record=path, **options) as session:
         play(session, case)
     return read_record(path)
 
@@ -44,10 +44,10 @@ def recorded(model, case, way, path):
 def test_a_replay_gives_every_token(model, variant, tmp_path):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name}")
-    for way in ("serial", "fused") if variant.parallel else ("serial",):
+    for mode in ("serial", "fused") if variant.parallel else ("serial",):
         for _ in range(3):
             case = random_case(draw, variant, may_be_late=True)
-            record = recorded(model, case, way, tmp_path / "r.json")
+            record = recorded(model, case, mode, tmp_path / "r.json")
             assert record.end in ("ended", "max_new_tokens")
             assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
@@ -100,7 +100,7 @@ def test_slots_of_another_length_than_the_schedule_says_are_refused(model, tmp_p
     case.pixels, case.steps = torch.randn(3, *case.pixels.shape[1:]), [0, 0, 0]
     record = recorded(model, case, "serial", tmp_path / "r.json")
     moved = [record.counts[0] + 1, record.counts[1] - 1, *record.counts[2:]]
-    with pytest.raises(InputError, match="3 words in slot 1, of which wait-2 has 2"):
+    with pytest.raises(InputError, match="3 tokens in slot 1, for which wait-2 gives 2"):
         replay(replace(record, counts=moved), model, list(case.pixels))
 
 
@@ -112,16 +112,16 @@ def test_a_session_that_ends_with_words_under_way_can_be_replayed(model, tmp_pat
     for number in range(40):
         case = random_case(draw, draw.choice([variant for variant in VARIANTS.values() if variant.parallel]))
         options = {**case.options, "record": tmp_path / "r.json", "ahead": draw.choice([1, 2])}
-        way, left = draw.choice(["serial", "fused"]), iter(range(number % 10))
-        session = open_session(model, case.variant, case.template, case.layout, way=way, **options)
-        run = session.passes.step
+        mode, left = draw.choice(["serial", "fused"]), iter(range(number % 10))
+        session = open_session(model, case.variant, case.template, case.layout, mode=mode, **options)
+        run = session.runner.step
 
         def stop(asks, run=run, left=left):
             if next(left, None) is None:
                 raise error
             return run(asks)
 
-        monkeypatch.setattr(session.passes, "step", stop)
+        monkeypatch.setattr(session.runner, "step", stop)
         with contextlib.suppress(type(error)):
             play(session, case)
         session.close()
@@ -163,7 +163,7 @@ def test_other_clips_and_other_models_are_refused(model, tmp_path):
     record, clips = recorded(model, case, "serial", tmp_path / "r.json"), list(case.pixels)
     with pytest.raises(InputError, match="clip 2 is not the one"):
         replay(record, model, [clips[0], clips[1] + 1e-6, clips[2]])
-    with pytest.raises(InputError, match="of 3 clips, and 2"):
+    with pytest.raises(InputError, match="of 3 clips, but only 2"):
         replay(record, model, clips[:2])
     with pytest.raises(InputError, match="other weights"):
         replay(record, tiny_model(1), clips)
@@ -181,33 +181,33 @@ def test_a_broken_record_is_refused(model, tmp_path):
         (json.dumps({**good, "form": 0}), "form 3"),
         (json.dumps({k: v for k, v in good.items() if k != "counts"}), "counts"),
         (json.dumps({**good, "tokens": good["tokens"][:-1]}), "contradicts itself"),
-        (json.dumps({**good, "layout": {}}), "no template and layout"),
+        (json.dumps({**good, "layout": {}}), "no valid template and layout"),
         *(
             (json.dumps({**good, name: value(good[name])}), f"contradicts itself: {match}")
             for name, value, match in (
-                ("way", lambda _: "sideways", "a session of variant 'group' in the way 'sideways'"),
-                ("variant", lambda _: "origin", "a session of variant 'origin' in the way 'fused'"),
-                ("variant", lambda _: "other", "a session of variant 'other'"),
-                ("slots", lambda slots: slots[::-1], ".* other slots"),
-                ("times", lambda times: [0.0] * len(times), "tokens whose times run backwards"),
-                ("visible", lambda visible: visible[:-1], r"\d+ slots"),
-                ("hashes", lambda hashes: hashes[:-1], r"\d+ of \d+ clips"),
+                ("way", lambda _: "sideways", "variant 'group' cannot run in mode 'sideways'"),
+                ("variant", lambda _: "origin", "variant 'origin' cannot run in mode 'fused'"),
+                ("variant", lambda _: "other", "variant 'other' cannot run"),
+                ("slots", lambda slots: slots[::-1], "the slots of its"),
+                ("times", lambda times: [0.0] * len(times), "the times of its tokens run backwards"),
+                ("visible", lambda visible: visible[:-1], r"it has \d+ slots, but"),
+                ("hashes", lambda hashes: hashes[:-1], r"it has \d+ hashes for \d+ clips"),
                 ("tokens", lambda tokens: [-1, *tokens[1:]], "tokens, slots or counts"),
                 ("tokens", lambda tokens: ["a", *tokens[1:]], "tokens, slots or counts"),
                 ("tokens", lambda tokens: [good["template"]["end"], *tokens[1:]], "its end is 'max_new_tokens'"),
                 ("end", lambda _: "ended", "its end is 'ended'"),
-                ("max_new_tokens", lambda most: most + 1, r"\d+ tokens of at most"),
-                ("window", lambda _: [3], "a window of"),
-                ("about", lambda _: None, "no end, penalty or source"),
-                ("end", lambda _: 5, "no end, penalty or source|its end is 5"),
-                ("model", lambda _: {}, "a model of"),
-                ("template", lambda template: {**template, "prompt": "abc"}, "a template of other things"),
-                ("template", lambda template: {**template, "video": -1}, "a template of other things"),
-                ("layout", lambda layout: {**layout, "prompt": layout["prompt"] + 1}, "a template of"),
-                ("bare", lambda _: True, r"\d+ slots for \d+ clips and an empty one"),
-                ("schedule", lambda _: [-1] * 9, "a schedule of"),
-                ("schedule", lambda _: None, "values of other types"),
-                ("counts", lambda _: None, "values of other types"),
+                ("max_new_tokens", lambda most: most + 1, r"it has \d+ tokens of at most"),
+                ("window", lambda _: [3], "its window is"),
+                ("about", lambda _: None, "its end, penalty or about"),
+                ("end", lambda _: 5, "its end, penalty or about|its end is 5"),
+                ("model", lambda _: {}, "its model is"),
+                ("template", lambda template: {**template, "prompt": "abc"}, "the template has values"),
+                ("template", lambda template: {**template, "video": -1}, "the template has values"),
+                ("layout", lambda layout: {**layout, "prompt": layout["prompt"] + 1}, "the template's parts have"),
+                ("bare", lambda _: True, r"it has \d+ slots for \d+ clips and an empty one"),
+                ("schedule", lambda _: [-1] * 9, "its schedule"),
+                ("schedule", lambda _: None, "values of unexpected types"),
+                ("counts", lambda _: None, "values of unexpected types"),
             )
         ),
     ):
@@ -255,7 +255,7 @@ def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
         VARIANTS["gap"],
         template,
         template.layout(grid, 2 * video.seconds_per_clip),
-        way="fused",
+        mode="fused",
         max_new_tokens=12,
         max_clips=len(pixels),
         record=path,
@@ -263,7 +263,7 @@ def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
     ) as session:
         for number, clip in enumerate(pixels, 1):
             session.feed(clip, last=number == len(pixels))
-        written = list(session.words())
+        written = list(session.tokens())
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["replay", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""A live session writes the same words in every way, whatever arrives when."""
+"""A live session writes the same tokens in every execution mode, whatever arrives when."""
 
 import random
 import time
@@ -9,6 +9,7 @@ import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import MixedAttention
+from qwen_vl_streaming.engine.step_inputs import StepInputs
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.engine.stream_state import StreamState
 from qwen_vl_streaming.replay import replay
@@ -21,7 +22,7 @@ from sessions import MANY, PARALLEL, SECONDS, check, play, random_case
 from tiny import random_counts, random_template, tiny_model
 
 SEED = time.time_ns() % 100_000
-WAYS = ("serial", "fused")
+MODES = ("serial", "fused")
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +30,22 @@ def model():
     return tiny_model()
 
 
-def open_case(model, case, way, **options):
-    return open_session(model, case.variant, case.template, case.layout, way=way, **{**case.options, **options})
+def open_case(model, case, mode, **options):
+    return open_session(model, case.variant, case.template, case.layout, mode=mode, **{**case.options, **options})
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_words_are_those_of_plain_streams(model, part):
-    """Random variants, ways, schedules, chunks, arrivals; one session after the other, each within its time."""
+    """Random variants, modes, schedules, chunks, arrivals; one session after the other, each within its time."""
     print("seed", SEED)
     for number in range(part, MANY, 4):
         draw = random.Random(f"{SEED} {number}")
         variant = draw.choice([*VARIANTS.values(), *PARALLEL])
         case = random_case(draw, variant, may_be_late=True)
-        way = draw.choice(WAYS) if variant.parallel else "serial"
-        print(number, variant.name, way, case.schedule, case.steps)
+        mode = draw.choice(MODES) if variant.parallel else "serial"
+        print(number, variant.name, mode, case.schedule, case.steps)
         begin = time.monotonic()
-        with open_case(model, case, way) as session:
+        with open_case(model, case, mode) as session:
             check(model, case, play(session, case))
         assert time.monotonic() - begin < SECONDS
 
@@ -56,17 +57,17 @@ def test_a_fixed_schedule_gives_the_same_words_in_all_ways(model, variant):
     for schedule in ("wait-1", "wait-3", "random-3"):
         case = random_case(draw, variant, schedule)
         written = []
-        for way in WAYS:
+        for mode in MODES:
             for chunk in (None, 1, 3):
                 draw.shuffle(case.steps)
-                with open_case(model, case, way, chunk=chunk) as session:
+                with open_case(model, case, mode, chunk=chunk) as session:
                     written.append(play(session, case).caption())
         assert all(caption == written[0] for caption in written)
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
 def test_a_clip_rides_along(model, variant):
-    """In the fused way words come out between the arrival of a clip and its slot; a slot of `greedy` takes as many as
+    """In the fused mode words come out between the arrival of a clip and its slot; a slot of `greedy` takes as many as
     the clip has chunks."""
     case = random_case(random.Random(3), variant, "greedy")
     case.layout = case.template.layout((2, 3), 2.0)
@@ -85,18 +86,18 @@ def test_a_clip_rides_along(model, variant):
         assert session.counts[:2] == [0, 0]
 
 
-@pytest.mark.parametrize("way", ["serial", "fused"])
-def test_a_clip_that_came_late_enters_with_its_first_word(model, way, monkeypatch):
-    """A clip that comes when all is said costs the fused way no pass of its own."""
+@pytest.mark.parametrize("mode", ["serial", "fused"])
+def test_a_clip_that_came_late_enters_with_its_first_word(model, mode, monkeypatch):
+    """A clip that comes when all is said costs the fused mode no pass of its own."""
     case = random_case(random.Random(3), VARIANTS["group"], "wait-3")
-    passes = []
-    with open_case(model, case, way, chunk=None, max_clips=6, max_new_tokens=40) as session:
-        run = session.passes.step
-        monkeypatch.setattr(session.passes, "step", lambda asks: passes.append(asks) or run(asks))
+    steps = []
+    with open_case(model, case, mode, chunk=None, max_clips=6, max_new_tokens=40) as session:
+        run = session.runner.step
+        monkeypatch.setattr(session.runner, "step", lambda asks: steps.append(asks) or run(asks))
         for clip in torch.randn(6, *case.pixels[0].shape):
             session.feed(clip)
-            assert len(list(session.words())) == 3
-    assert len(passes) == 6 * (3 if way == "fused" else 4)
+            assert len(list(session.tokens())) == 3
+    assert len(steps) == 6 * (3 if mode == "fused" else 4)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -125,9 +126,9 @@ def test_rows_come_as_a_plan_has_them(variant, seed):
         assert torch.cat([due.run_index for due in mine]).tolist() == list(range(fed))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
-def test_what_a_session_feeds_is_its_timeline(model, variant, way, monkeypatch):
+def test_what_a_session_feeds_is_its_timeline(model, variant, mode, monkeypatch):
     """Positions and sight of every row that enters, where slots write more than a clip takes up and less."""
     print("seed", SEED)
     draw, passed, run_pass = random.Random(f"{SEED} {variant.name}"), [], StepRunner.step
@@ -142,7 +143,7 @@ def test_what_a_session_feeds_is_its_timeline(model, variant, way, monkeypatch):
         case.layout = case.template.layout((1, 2), 2.0)
         case.pixels, case.steps = torch.randn(5, 8, 1176), [draw.randint(0, 7) for _ in range(5)]
         passed.clear()
-        with open_case(model, case, way, max_clips=5, max_new_tokens=16) as session:
+        with open_case(model, case, mode, max_clips=5, max_new_tokens=16) as session:
             play(session, case)
         counts = session.counts + [0] * (5 - len(session.counts))
         plan = make_plan(variant, case.layout, Schedule(tuple(counts[:-1])), sum(counts))
@@ -156,15 +157,15 @@ def test_what_a_session_feeds_is_its_timeline(model, variant, way, monkeypatch):
                 assert torch.equal(got, getattr(run, field)[..., :upto]), field
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_visual_tokens_may_come_ready(model, way):
+@pytest.mark.parametrize("mode", MODES)
+def test_visual_tokens_may_come_ready(model, mode):
     case = random_case(random.Random(5), VARIANTS["overlap"], "wait-2")
     with torch.no_grad():
         tokens = model.perceive(case.pixels, case.layout.grid)
-    with open_case(model, case, way) as session:
+    with open_case(model, case, mode) as session:
         from_pixels = play(session, case).caption()
     case.pixels = tokens
-    with open_case(model, case, way) as session:
+    with open_case(model, case, mode) as session:
         assert play(session, case).caption() == from_pixels
 
 
@@ -172,22 +173,22 @@ def test_passes_serve_one_stream_after_another(model):
     """What an earlier stream left in the pages is not seen: a session on used passes writes as one on new ones."""
     case = random_case(random.Random(6), VARIANTS["group"], "wait-2")
     first = open_case(model, case, "fused")
-    written, passes = [play(first, case).caption()], first.passes
+    written, runner = [play(first, case).caption()], first.runner
     first.close()
-    for tensor in passes.cache.store:
+    for tensor in runner.cache.store:
         tensor.normal_()
-    passes.text_ids.fill_(3), passes.ended.fill_(True), passes.penalized_ids.fill_(True)
-    for way in WAYS:
-        with open_case(model, case, way, passes=passes) as session:
+    runner.text_ids.fill_(3), runner.ended.fill_(True), runner.penalized_ids.fill_(True)
+    for mode in MODES:
+        with open_case(model, case, mode, runner=runner) as session:
             written.append(play(session, case).caption())
     assert written[1:] == written[:1] * 2
     with (
-        open_case(model, case, "serial", passes=passes),
+        open_case(model, case, "serial", runner=runner),
         pytest.raises(InputError, match="all 1 batch slots are in use"),
     ):
-        open_case(model, case, "serial", passes=passes)
+        open_case(model, case, "serial", runner=runner)
     with pytest.raises(InputError, match="made for shorter ones"):
-        open_case(model, case, "serial", passes=passes, max_clips=1000)
+        open_case(model, case, "serial", runner=runner, max_clips=1000)
 
 
 @pytest.mark.parametrize("width", [None, 40])
@@ -207,19 +208,19 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slo
         "clip_tokens": tokens,
         "chunk_size": width or tokens + layout.tail,
     }
-    passes = StepRunner(model, batch_slots, batch_slots * need, **sizes)
-    with open_session(model, VARIANTS["group"], template, layout, passes=passes, **room) as session:
+    runner = StepRunner(model, batch_slots, batch_slots * need, **sizes)
+    with open_session(model, VARIANTS["group"], template, layout, runner=runner, **room) as session:
         for _ in range(many):
-            session.feed(torch.randn(tokens, passes.clip_features.shape[2]))
+            session.feed(torch.randn(tokens, runner.clip_features.shape[2]))
         made = []
         monkeypatch.setattr(
-            passes, "_inputs", lambda *args, inputs=passes._inputs: made.append(inputs(*args)) or made[-1]
+            StepInputs, "pack", lambda *args, pack=StepInputs.pack: made.append(pack(*args)) or made[-1]
         )
-        assert not [*session.words()]
-        assert len(made) == many * -(-tokens // passes.chunk_size)
+        assert not [*session.tokens()]
+        assert len(made) == many * -(-tokens // runner.chunk_size)
         for numbers in made:
-            both = MixedAttention(passes.cache, (1, passes.chunk_size), passes.groups, True, {}, False)
-            table, chunk_slots, _ = passes.inputs[1].split(numbers)
+            both = MixedAttention(runner.cache, (1, runner.chunk_size), runner.groups, True, {}, False)
+            table, chunk_slots, _ = runner.inputs[1].split(numbers)
             both.update(table[3], table[4:8], chunk_slots)
             asked, whole = both.parts[-1].num_kv_blocks
             before = int(table[4, table[3] > 0].min())
@@ -240,23 +241,23 @@ def test_words_may_be_read_late(model, variant):
             case.template = replace(case.template, end=plain.tokens[draw.randrange(1, len(plain.tokens))])
             with open_case(model, case, "serial", ahead=0) as session:
                 plain = play(session, case).caption()
-        for way in WAYS:
+        for mode in MODES:
             for ahead in (1, 2, 5):
-                with open_case(model, case, way, ahead=ahead) as session:
+                with open_case(model, case, mode, ahead=ahead) as session:
                     assert play(session, case).caption() == plain
                     assert len(session.visible) == len(session.counts)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_it_can_be_cancelled_at_any_stage(model, way, tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_it_can_be_cancelled_at_any_stage(model, mode, tmp_path):
     """Before the first clip, with a clip half taken in, within a slot, after the last clip, and at the end."""
     case = random_case(random.Random(1), VARIANTS["gap"], "wait-3")
     case.layout = case.template.layout((2, 3), 2.0)
     pixels, options = torch.randn(3, 24, 1176), {"chunk": 2, "max_clips": 3, "max_new_tokens": 12}
 
     def cancelled(clips: int, rounds: int, last: bool = False):
-        path = tmp_path / f"{way} {clips} {rounds} {last}.json"
-        session = open_case(model, case, way, record=path, **options)
+        path = tmp_path / f"{mode} {clips} {rounds} {last}.json"
+        session = open_case(model, case, mode, record=path, **options)
         for number, clip in enumerate(pixels[:clips], 1):
             session.feed(clip, last=last and number == clips)
         for _ in range(rounds):
@@ -285,7 +286,7 @@ def test_an_error_ends_it_with_its_record(model, tmp_path, monkeypatch):
     case = random_case(random.Random(1), VARIANTS["group"], "wait-3")
     session = open_case(model, case, "fused", record=tmp_path / "r.json")
     session.feed(case.pixels[0])
-    monkeypatch.setattr(session.passes, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(session.runner, "step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         session.step()
     assert read_record(tmp_path / "r.json").end == "failed: division by zero"
@@ -303,30 +304,30 @@ def test_wrong_clips_are_refused_and_the_session_goes_on(model):
     session.feed(case.pixels[0])
     session.step()
     for wrong in (torch.randn(28, 1176), torch.randn(24, 1177), torch.randn(1, 24, 1176), torch.randn(6, 31)):
-        with pytest.raises(InputError, match=r"clip 2 is of shape .*2 x 3 visual tokens.*\(24, 1176\)"):
+        with pytest.raises(InputError, match=r"clip 2 has shape .*2 x 3 visual tokens.*\(24, 1176\)"):
             session.feed(wrong)
     session.feed(case.pixels[1])
     session.feed(case.pixels[2], last=True)
     with pytest.raises(InputError, match="clip 4 came after the last one, clip 3"):
         session.feed(case.pixels[0])
-    list(session.words())
+    list(session.tokens())
     assert session.caption() == plain
 
 
 def test_what_cannot_be_is_refused(model):
     case = random_case(random.Random(2), VARIANTS["overlap"], "wait-1")
     for name in ("origin", "batch", "interleave"):
-        for way in ("fused", "pipelined"):
-            with pytest.raises(InputError, match=f"variant {name} cannot run {way}: .*serial"):
+        for mode in ("fused", "pipelined"):
+            with pytest.raises(InputError, match=f"variant {name} cannot run {mode}: .*serial"):
                 case.variant = VARIANTS[name]
-                open_case(model, case, way, **({"pair": object()} if way == "pipelined" else {}))
+                open_case(model, case, mode, **({"perception_client": object()} if mode == "pipelined" else {}))
     case.variant = VARIANTS["group"]
     for wrong, match in (
-        ({"way": "sideways"}, "sideways"),
-        ({"way": "serial", "schedule": "wait-0"}, "wait-0"),
-        ({"way": "serial", "chunk": 0}, "chunk 0"),
-        ({"way": "serial", "max_clips": 0}, "max_clips 0"),
-        ({"way": "pipelined"}, "pair"),
+        ({"mode": "sideways"}, "sideways"),
+        ({"mode": "serial", "schedule": "wait-0"}, "wait-0"),
+        ({"mode": "serial", "chunk": 0}, "chunk 0"),
+        ({"mode": "serial", "max_clips": 0}, "max_clips 0"),
+        ({"mode": "pipelined"}, "perception_client"),
     ):
         with pytest.raises(InputError, match=match):
             open_case(model, case, **wrong)
@@ -339,35 +340,35 @@ def test_what_cannot_be_is_refused(model):
         session.feed(case.pixels[0])
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_source_may_end_without_a_warning(model, way, tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_source_may_end_without_a_warning(model, mode, tmp_path):
     """The tail comes by itself, after what the last clip's slot may write; known in time, it comes with the clip."""
     case = random_case(random.Random(8), VARIANTS["overlap"], "wait-2")
     case.pixels, case.layout = torch.randn(2, 24, 1176), case.template.layout((2, 3), 2.0)
     path = tmp_path / "r.json"
     for taken_in in (True, False):
-        session = open_case(model, case, way, record=path, max_clips=2, max_new_tokens=9)
+        session = open_case(model, case, mode, record=path, max_clips=2, max_new_tokens=9)
         with pytest.raises(InputError, match="ended after 0 clips"):
             session.end()
         session.feed(case.pixels[0])
-        list(session.words())
+        list(session.tokens())
         session.feed(case.pixels[1])
         if taken_in:
-            list(session.words())
+            list(session.tokens())
             assert session.counts == [2, 2] and session.idle
         session.end()
         session.end()  # says nothing new
         with pytest.raises(InputError, match="clip 3 came after the last one"):
             session.feed(case.pixels[1])
-        list(session.words())
+        list(session.tokens())
         assert session.counts == ([2, 2, 5] if taken_in else [2, 7])
         session.close()
         record = read_record(path)
         assert record.bare == taken_in and record.complete
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
-    session = open_case(model, case, way, schedule=Schedule((1, 1)), max_clips=3)
+    session = open_case(model, case, mode, schedule=Schedule((1, 1)), max_clips=3)
     session.feed(case.pixels[0])
-    with pytest.raises(InputError, match="ended after 1 clips, and 3 were to come"):
+    with pytest.raises(InputError, match="ended after 1 clips, but 3 were expected"):
         session.end()
 
 
@@ -380,9 +381,9 @@ def test_a_clip_that_was_only_looked_at_may_still_be_the_last(model):
             session.feed(pixels)
         while session.waiting:
             session.step()
-        assert len(session.counts) < 4 and session.looked
+        assert len(session.counts) < 4 and session.encoded
         session.end()
-        list(session.words())
-        assert session.text.stream.complete and not session.text.stream.bare
+        list(session.tokens())
+        assert session.scheduler.complete and not session.scheduler.bare
         assert len(session.counts) == 4
         check(model, case, session)

@@ -25,30 +25,30 @@ def model():
     return tiny_model()
 
 
-def let_in(crowd, case, way, **options):
-    return crowd.open(case.variant, case.template, case.layout, way=way, **{**case.options, **options})
+def let_in(pool, case, mode, **options):
+    return pool.open(case.variant, case.template, case.layout, mode=mode, **{**case.options, **options})
 
 
-@pytest.mark.parametrize("pieces", [(1,), (0, 1, 2, 4)], ids=["one piece", "four pieces"])
+@pytest.mark.parametrize("chunk_counts", [(1,), (0, 1, 2, 4)], ids=["one piece", "four chunk_counts"])
 @pytest.mark.parametrize("part", range(3))
-def test_each_writes_what_it_would_alone(model, part, pieces):
+def test_each_writes_what_it_would_alone(model, part, chunk_counts):
     """Sessions of all variants, ways, schedules and sizes come and go; clips arrive when they do."""
     print("seed", SEED, part)
     draw = random.Random(f"{SEED} {part}")
-    crowd = SessionPool(model, 5, LARGEST, max_clips=6, max_new_tokens=14, pieces=pieces)
+    pool = SessionPool(model, 5, LARGEST, max_clips=6, max_new_tokens=14, chunk_counts=chunk_counts)
     waiting, running, over = [], [], 0
     for _ in range(25):
         variant = draw.choice([*VARIANTS.values(), *PARALLEL])
         waiting.append((random_case(draw, variant), draw.choice(["serial", "fused"]) if variant.parallel else "serial"))
     while waiting or running:
         if waiting and len(running) < 5 and draw.random() < 0.3:
-            case, way = waiting.pop()
-            running.append((case, let_in(crowd, case, way, ahead=draw.choice([0, 1, 3])), []))
+            case, mode = waiting.pop()
+            running.append((case, let_in(pool, case, mode, ahead=draw.choice([0, 1, 3])), []))
         for case, session, fed in running:
             if len(fed) < len(case.pixels) and draw.random() < draw.choice([0.1, 0.9]):
                 fed.append(1)
                 session.feed(case.pixels[len(fed) - 1], last=len(fed) == len(case.pixels))
-        crowd.step()
+        pool.step()
         for case, session, fed in [*running]:
             if session.done:
                 running.remove((case, session, fed))
@@ -57,21 +57,21 @@ def test_each_writes_what_it_would_alone(model, part, pieces):
                     check(model, case, session)
                     over += 1
     assert over == 25
-    crowd.step()
-    assert crowd.idle and not crowd.sessions
-    assert len(crowd.passes.free_slots) == 5 and not crowd.passes.cache.allocated
+    pool.step()
+    assert pool.idle and not pool.sessions
+    assert len(pool.runner.free_slots) == 5 and not pool.runner.cache.allocated
 
 
 def test_who_waits_for_a_clip_has_its_words_while_others_go_on(model):
-    """One session has all three words of its clip, though two passes may be under way and another never rests."""
+    """One session has all three words of its clip, though two passes may be under mode and another never rests."""
     template = replace(random_template(random.Random(3)), end=-1)
     layout = template.layout((2, 3), 2.0)
-    with SessionPool(model, 2, layout, max_clips=40, max_new_tokens=99) as crowd:
-        quiet, busy = (crowd.open(VARIANTS["group"], template, layout, schedule="wait-3", ahead=2) for _ in "12")
+    with SessionPool(model, 2, layout, max_clips=40, max_new_tokens=99) as pool:
+        quiet, busy = (pool.open(VARIANTS["group"], template, layout, schedule="wait-3", ahead=2) for _ in "12")
         quiet.feed(torch.randn(24, 1176))
         for _ in range(12):
             busy.feed(torch.randn(24, 1176))
-            crowd.step()
+            pool.step()
             assert not busy.idle
         assert len(quiet.written) == 3
 
@@ -82,16 +82,16 @@ def test_who_has_gone_without_a_piece_for_longest_is_next(model):
     draw = random.Random(SEED)
     template = replace(random_template(draw), end=-1)
     layout = template.layout((2, 3), 2.0)
-    with SessionPool(model, 5, layout, max_clips=120, max_new_tokens=999, pieces=(1,)) as crowd:
-        sessions = [crowd.open(VARIANTS["group"], template, layout, way="serial", schedule="wait-1") for _ in range(5)]
+    with SessionPool(model, 5, layout, max_clips=120, max_new_tokens=999, chunk_counts=(1,)) as pool:
+        sessions = [pool.open(VARIANTS["group"], template, layout, mode="serial", schedule="wait-1") for _ in range(5)]
         for part in range(20):
             for _ in range(draw.randint(1, 5)):
                 for session in sessions[:2]:
                     session.feed(torch.randn(24, 1176))
-                crowd.step()
+                pool.step()
             sessions[4].feed(torch.randn(24, 1176))
             for _ in range(3):
-                crowd.step()
+                pool.step()
             assert len(sessions[4].written) == part + 1
 
 
@@ -102,42 +102,42 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
     case.most = 12
     options = {"max_clips": 4, "max_new_tokens": 12}
     each = PagedKVCache.block_bytes(config, model.dtype)
-    crowd = SessionPool(model, 3, case.layout, memory=5 * each, **options)  # two of two pages, and one page of nobody's
-    first, second = (let_in(crowd, case, "fused", **options) for _ in range(2))
+    pool = SessionPool(model, 3, case.layout, memory=5 * each, **options)  # two of two pages, and one page of nobody's
+    first, second = (let_in(pool, case, "fused", **options) for _ in range(2))
     with pytest.raises(InputError, match=r"one more session needs 0\.\d+ GiB .* 0\.000 are free beside the 2 that run"):
-        let_in(crowd, case, "fused", **options)
+        let_in(pool, case, "fused", **options)
     for session in (first, second):
         for number, clip in enumerate(case.pixels, 1):
             session.feed(clip, last=number == 4)
-    while not crowd.idle:
-        crowd.step()
+    while not pool.idle:
+        pool.step()
     for session in (first, second):
         check(model, case, session)
     first.close()
-    third = let_in(crowd, case, "serial", **options)
+    third = let_in(pool, case, "serial", **options)
     with pytest.raises(InputError, match="ask for fused or serial"):
-        let_in(crowd, case, "pipelined", **options)
-    with pytest.raises(InputError, match="take no clip in"):
-        SessionPool(model, 3, case.layout, pieces=(), **options)
+        let_in(pool, case, "pipelined", **options)
+    with pytest.raises(InputError, match="let no clip enter"):
+        SessionPool(model, 3, case.layout, chunk_counts=(), **options)
     with pytest.raises(InputError, match=r"one session needs .* GiB"):
         SessionPool(model, 3, case.layout, memory=each, **options)
     with pytest.raises(InputError, match=r"a penalty of 3\.0 in passes that were made with 1\.15"):
-        let_in(crowd, case, "fused", **options, penalty=3.0)
+        let_in(pool, case, "fused", **options, penalty=3.0)
     with pytest.raises(InputError, match="a clip of 25 visual tokens is more than the 6"):
-        crowd.open(case.variant, case.template, case.template.layout((5, 5), 2.0), **options)
-    crowd.close()
+        pool.open(case.variant, case.template, case.template.layout((5, 5), 2.0), **options)
+    pool.close()
     assert third.closed and second.closed
 
 
 def test_a_crowd_s_penalty_is_its_sessions(model, tmp_path):
     case = random_case(random.Random(3), VARIANTS["group"], "wait-2")
     options = {"max_clips": len(case.pixels), "max_new_tokens": case.most}
-    with SessionPool(model, 2, case.layout, penalty=3.0, **options) as crowd:
-        session = crowd.open(case.variant, case.template, case.layout, schedule="wait-2", record=tmp_path / "r.json")
+    with SessionPool(model, 2, case.layout, penalty=3.0, **options) as pool:
+        session = pool.open(case.variant, case.template, case.layout, schedule="wait-2", record=tmp_path / "r.json")
         for number, clip in enumerate(case.pixels, 1):
             session.feed(clip, last=number == len(case.pixels))
-        while not crowd.idle:
-            crowd.step()
+        while not pool.idle:
+            pool.step()
     record = read_record(tmp_path / "r.json")
     assert record.penalty == 3 and all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
@@ -150,40 +150,40 @@ def test_what_one_is_shown_reaches_no_other(model):
     cases = [replace(case, layout=case.template.layout((2, 2), 2.0), pixels=torch.randn(3, 16, 1176)) for case in cases]
     picked = []
     for other in range(2):
-        crowd = SessionPool(model, 3, Layout(40, 10, 10, layout.grid), max_clips=3, max_new_tokens=9)
-        sessions = [let_in(crowd, replace(case, steps=[]), "fused", max_clips=3, max_new_tokens=9) for case in cases]
+        pool = SessionPool(model, 3, Layout(40, 10, 10, layout.grid), max_clips=3, max_new_tokens=9)
+        sessions = [let_in(pool, replace(case, steps=[]), "fused", max_clips=3, max_new_tokens=9) for case in cases]
         for number in range(3):
             for session, case in zip(sessions, cases, strict=True):
                 pixels = case.pixels[number]
                 session.feed(torch.randn_like(pixels) if other and case is not cases[1] else pixels, last=number == 2)
         mine = []
         for _ in range(4):
-            crowd.step()
-            mine.append(crowd.passes.last_hidden[sessions[1].batch_slot.index].clone())
+            pool.step()
+            mine.append(pool.runner.last_hidden[sessions[1].batch_slot.index].clone())
         picked.append(torch.stack(mine))
-        crowd.close()
+        pool.close()
     assert torch.equal(*picked)
 
 
 def test_an_error_in_a_pass_ends_all_with_their_records(model, tmp_path, monkeypatch):
     case = random_case(random.Random(4), VARIANTS["overlap"], Schedule((1, 1)))
     case.pixels, case.layout = torch.randn(3, 24, 1176), case.template.layout((2, 3), 2.0)
-    crowd = SessionPool(model, 2, LARGEST, max_clips=3, max_new_tokens=9)
+    pool = SessionPool(model, 2, LARGEST, max_clips=3, max_new_tokens=9)
     sessions = [
-        let_in(crowd, case, "fused", record=tmp_path / f"{n}.json", max_clips=3, max_new_tokens=9) for n in range(2)
+        let_in(pool, case, "fused", record=tmp_path / f"{n}.json", max_clips=3, max_new_tokens=9) for n in range(2)
     ]
     for session in sessions:
         session.feed(case.pixels[0])
-    while not crowd.idle:
-        crowd.step()
+    while not pool.idle:
+        pool.step()
 
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("no memory left")
 
     sessions[0].feed(case.pixels[1])
-    monkeypatch.setattr(crowd.passes, "step", out_of_memory)
+    monkeypatch.setattr(pool.runner, "step", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        crowd.step()
+        pool.step()
     for n, session in enumerate(sessions):
         record = read_record(tmp_path / f"{n}.json")
         assert session.closed and record.end == "failed: no memory left" and len(record.tokens) == 1
@@ -193,18 +193,18 @@ def test_an_error_in_a_pass_ends_all_with_their_records(model, tmp_path, monkeyp
 @pytest.mark.parametrize("fails", [False, True], ids=["closed", "an error in a pass"])
 def test_a_record_that_cannot_be_written_harms_no_other(model, tmp_path, monkeypatch, fails):
     case = random_case(random.Random(4), VARIANTS["gap"], "wait-1")
-    crowd = SessionPool(model, 3, LARGEST, max_clips=6, max_new_tokens=20)
+    pool = SessionPool(model, 3, LARGEST, max_clips=6, max_new_tokens=20)
     (tmp_path / "file").touch()
     sessions = [
-        crowd.open(case.variant, case.template, case.layout, schedule="wait-1", record=path)
+        pool.open(case.variant, case.template, case.layout, schedule="wait-1", record=path)
         for path in (tmp_path / "file/r.json", tmp_path / "1.json", tmp_path / "2.json")
     ]
     for session in sessions:
         session.feed(case.pixels[0])
     if fails:
-        monkeypatch.setattr(crowd.passes, "step", lambda _: no_memory())
+        monkeypatch.setattr(pool.runner, "step", lambda _: no_memory())
     with pytest.raises(torch.OutOfMemoryError if fails else InputError, match=r"no memory|cannot be written"):
-        crowd.step() if fails else crowd.close()
-    assert all(session.closed for session in sessions) and len(crowd.passes.free_slots) == 3
+        pool.step() if fails else pool.close()
+    assert all(session.closed for session in sessions) and len(pool.runner.free_slots) == 3
     ends = {read_record(tmp_path / f"{n}.json").end for n in (1, 2)}
     assert ends == {"failed: no memory left" if fails else "cancelled"}

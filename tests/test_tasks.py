@@ -16,7 +16,7 @@ from media import video_bytes
 from metrics import scorecard
 from planning import read_data
 from qwen_vl_streaming.common.errors import InputError, run
-from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor
+from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.data import StreamingDataset
@@ -110,6 +110,21 @@ def test_training_and_evaluation_ask_a_row_its_own_question(made):
         assert rows[index]["question"] in processor.tokenizer.decode(template.prompt)
         drawn = processor.tokenizer.decode(plain[index].input_ids)
         assert any(question in drawn for question in QUESTIONS) and rows[index]["question"] not in drawn
+
+
+def test_a_description_may_have_its_own_question(made, tmp_path):
+    """What training takes, evaluation takes: with the same prompt."""
+    checkpoint, data, folder = made
+    row = {**json.loads(data.read_text().splitlines()[0]), "question": "Who wins?"}
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(json.dumps({key: value for key, value in row.items() if key not in ("task", "references")}))
+    (asked,) = read_data(mine, limit=None, task=tasks.TASKS["description"])
+    processor = load_processor(checkpoint)
+    training = StreamingDataset(
+        read_rows(mine), folder, processor, 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096
+    )
+    assert asked["question"] == "Who wins?" and asked["task"] == "description"
+    assert make_template(processor, asked["question"]) == training.template(0)
 
 
 def test_captions_made_elsewhere_are_scored_by_task(tmp_path, monkeypatch, capsys):

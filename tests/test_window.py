@@ -1,4 +1,4 @@
-"""Streams without end: what is out of sight is forgotten, exactly as the plain way of it says."""
+"""Streams without end: what is out of sight is forgotten, exactly as the plain mode of it says."""
 
 import dataclasses
 import random
@@ -21,9 +21,9 @@ from tiny import random_counts, random_template, tiny_model
 
 SEED = time.time_ns() % 100_000
 ALL = [
-    (variant, way)
+    (variant, mode)
     for variant in VARIANTS.values()
-    for way in (("serial", "fused") if variant.parallel else ("serial",))
+    for mode in (("serial", "fused") if variant.parallel else ("serial",))
 ]
 
 
@@ -46,15 +46,15 @@ def watch(session, pixels, draw):
         for _ in range(draw.choice([0, 1, 3, 9])):
             if not session.idle:
                 session.step()
-    list(session.words())
+    list(session.tokens())
     return session
 
 
-@pytest.mark.parametrize(("variant", "way"), ALL, ids=[f"{variant.name} {way}" for variant, way in ALL])
-def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, way, tmp_path):
+@pytest.mark.parametrize(("variant", "mode"), ALL, ids=[f"{variant.name} {mode}" for variant, mode in ALL])
+def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, mode, tmp_path):
     """More clips and words than there are pages for; replayed serially without pages, and by one full pass."""
     print("seed", SEED)
-    draw = random.Random(f"{SEED} {variant.name} {way}")
+    draw = random.Random(f"{SEED} {variant.name} {mode}")
     for number in range(2):
         case = long_case(draw, variant, 70)
         window = draw.choice([(1, 1), (3, 5), (20, 40)])
@@ -65,7 +65,7 @@ def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, way, tmp
             variant,
             case.template,
             case.layout,
-            way=way,
+            mode=mode,
             schedule=case.schedule,
             window=window,
             max_clips=5,
@@ -123,7 +123,7 @@ def test_a_window_that_holds_everything_changes_nothing(model, variant, tmp_path
             variant,
             case.template,
             case.layout,
-            way="fused",
+            mode="fused",
             schedule=case.schedule,
             window=window,
             max_new_tokens=40,
@@ -140,7 +140,7 @@ def test_without_a_window_nothing_is_forgotten(model):
     with open_session(model, case.variant, case.template, case.layout, max_clips=2) as session:
         session.feed(case.pixels[0])
         session.feed(case.pixels[1])
-        with pytest.raises(InputError, match=r"one more than max_clips 2: .*with a window"):
+        with pytest.raises(InputError, match=r"exceeds max_clips 2: .*with a window"):
             session.feed(case.pixels[2])
     for window in ((0, 3), (3, 0)):
         with pytest.raises(InputError, match="at least 1 clip and 1 token"):
@@ -155,19 +155,19 @@ def test_a_crowd_of_streams_without_end(model):
     alone = []
     for case in cases:
         options = {"window": (4, 9), "schedule": "wait-2", "max_new_tokens": 100}
-        with open_session(model, case.variant, case.template, case.layout, way="fused", **options) as session:
+        with open_session(model, case.variant, case.template, case.layout, mode="fused", **options) as session:
             alone.append(watch(session, case.pixels, draw).caption())
-    with SessionPool(model, 3, cases[0].layout, window=(4, 40), max_new_tokens=100) as crowd:
+    with SessionPool(model, 3, cases[0].layout, window=(4, 40), max_new_tokens=100) as pool:
         sessions = [
-            crowd.open(case.variant, case.template, case.layout, schedule="wait-2", window=(4, 9)) for case in cases
+            pool.open(case.variant, case.template, case.layout, schedule="wait-2", window=(4, 9)) for case in cases
         ]
         for number in range(40):
             for session, case in zip(sessions, cases, strict=True):
                 session.feed(case.pixels[number], last=number == 39)
             for _ in range(draw.randint(0, 4)):
-                crowd.step()
-        while not crowd.idle:
-            crowd.step()
+                pool.step()
+        while not pool.idle:
+            pool.step()
         assert [session.caption() for session in sessions] == alone
 
 

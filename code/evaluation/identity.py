@@ -52,8 +52,8 @@ def describe_model(model: str) -> str:
 
 
 def keep_arguments(out: Path, facts: dict, begun: bool) -> None:
-    """Write the `facts` that `out` is made from beside it. If `out` was `begun` and so has rows, raises InputError where
-    they were made from something else. A fact with a hash, `<name>_sha256`, is compared by the hash: its path may
+    """Write the `facts` that `out` is made from beside it. If `out` was `begun` and so has rows, raises InputError
+    where they were made from something else. A fact with a hash, `<name>_sha256`, is compared by the hash: its path may
     change."""
     path = arguments_path(out)
     if begun:

@@ -110,9 +110,7 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint folder written by sft.sh or qwenvl.merge")
     parser.add_argument("--python", nargs="+", default=[], help="Python interpreters of the other environments")
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-3, help="largest difference of pixels and logits (default 1e-3)"
-    )
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference (default 1e-3)")
     arguments = parser.parse_args()
     quiet_libraries()
     checkpoint = str(model_folder(find_model(arguments.checkpoint, PROJECT)))

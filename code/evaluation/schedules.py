@@ -8,10 +8,10 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_path
-from qwen_vl_streaming.timeline.timeline import MOST_PER_SLOT, NAMED, Schedule, make_schedule
+from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT, SCHEDULE_NAME, Schedule, make_schedule
 from qwen_vl_streaming.timeline.variants import Variant
 
-FORMS = f"give wait-K, random, random-K with K from 1 to {MOST_PER_SLOT}, or a file of counts"
+FORMS = f"give wait-K, random, random-K with K from 1 to {MAX_PER_SLOT}, or a file of counts"
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Schedules:
 def choose_schedules(
     text: str, variant: Variant, wait_k: int, seed: int, video_ids: Iterable[str], root: Path
 ) -> Schedules:
-    """The schedules given by `text`: wait-K, random-K, random (with the checkpoint's `wait_k`), the path of a file, which
-    is looked up here and in `root`, or the empty string for the checkpoint's own wait-K.
+    """The schedules given by `text`: wait-K, random-K, random (with the checkpoint's `wait_k`), the path of a file
+    (looked up here and in `root`), or the empty string for the checkpoint's own wait-K.
 
     Raises InputError for anything else, and for a file without valid counts for each of `video_ids`.
     """
     text = {"": f"wait-{wait_k}", "random": f"random-{wait_k}"}.get(text, text)
-    if NAMED.fullmatch(text):
+    if SCHEDULE_NAME.fullmatch(text):
         return Schedules(text, variant, seed)
     try:
         path = find_path(text, root, "the schedule")
@@ -83,10 +83,10 @@ def _read(path: Path, data: bytes) -> dict[str, list[int]]:
             one = {str(one["video_id"]): one["schedule"]}
         for video_id, counts in one.items():
             numbers = counts if isinstance(counts, list) else [None]
-            valid = all(type(count) is int and 0 <= count <= MOST_PER_SLOT for count in numbers)
+            valid = all(type(count) is int and 0 <= count <= MAX_PER_SLOT for count in numbers)
             if not valid or video_id in found:
                 fault = (
-                    f"{counts!r:.80} is not a list of counts from 0 to {MOST_PER_SLOT}"
+                    f"{counts!r:.80} is not a list of counts from 0 to {MAX_PER_SLOT}"
                     if not valid
                     else "it occurs twice"
                 )

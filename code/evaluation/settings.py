@@ -141,8 +141,8 @@ class Settings:
         return ROOT / f"code/qwen-vl-finetune/output/qwen2_5vl-{get_task(self.task).trained}-{self.variant}"
 
     def identity(self, budget: PixelBudget) -> dict:
-        """The values that decide the captions. A result file is only resumed with the same ones. Batch size and number of
-        processes are not among them."""
+        """The values that decide the captions. A result file is only resumed with the same ones. Batch size and number
+        of processes are not among them."""
         deciding = ("task", "seed", "max_new_tokens", "repetition_penalty")
         return {**{name: getattr(self, name) for name in deciding}, **dataclasses.asdict(budget)}
 

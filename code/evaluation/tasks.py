@@ -1,7 +1,8 @@
-"""The evaluation's tasks: which rows each accepts, which question is asked, and how the scores of sub-tasks are averaged.
+"""The evaluation's tasks: which rows each accepts, which question is asked, and how scores of sub-tasks are averaged.
 
-`description` asks the same question about all videos and scores all captions together. `funqa` asks each row's own
-question and scores each of its six sub-tasks separately; the paper reports the mean of the six.
+`description` asks each row's own question, as training does, or the same one where a row has none, and scores all
+captions together. `funqa` asks each row's own question and scores each of its six sub-tasks separately; the paper
+reports the mean of the six.
 
 Knows nothing about models and about how metrics are computed.
 """
@@ -53,8 +54,6 @@ def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
     question = data.get("question")
     if task.subtasks and question is None:
         raise InputError("has no question: add one, or remove --task funqa")
-    if question is not None and not task.subtasks:
-        raise InputError("has its own question: give --task funqa, or use data without questions")
     references = data.get("references") or [data["human_caption"]]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise InputError("has references that are not a list of strings: fix or delete this line")

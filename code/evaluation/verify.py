@@ -26,7 +26,7 @@ from qwen_vl_streaming.explain.cli import as_dict
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.timeline.positions import RULE
-from qwen_vl_streaming.timeline.timeline import NAMED, Timeline, make_schedule, make_timeline
+from qwen_vl_streaming.timeline.timeline import SCHEDULE_NAME, Timeline, make_schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import Variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
@@ -49,7 +49,7 @@ FIELDS = {
 
 
 def stock_logits(model, timeline: Timeline, template: Template, tokens: list[int], pixels, grid) -> torch.Tensor:
-    """Logits (A, V) for each answer token, by one forward pass of the stock model with `explain`'s mask and positions."""
+    """Logits (A, V) for each answer token, by one pass of the stock model with `explain`'s mask and positions."""
     explained = as_dict(timeline)
     source = {"prompt": template.prompt, "tail": template.tail, "header": template.header, "answer": tokens}
     ids = [template.video if t["part"] == "clip" else source[t["part"]][t["index"]] for t in explained["tokens"]]
@@ -99,8 +99,8 @@ def find_mismatches(
 
 
 def check_caption(row: dict, tokenizer, end: int, clips: int, most: int) -> list[str]:
-    """What is wrong with a row, for a video of `clips` clips, an answer that ends with the id `end` and has at `most` so
-    many tokens."""
+    """What is wrong with a row, for a video of `clips` clips, an answer that ends with the id `end` and has at `most`
+    so many tokens."""
     tokens, found = row["tokens"], []
     if tokenizer.decode(tokens, skip_special_tokens=True).strip() != row["result"].strip():
         found.append("the caption is not the text of its tokens")
@@ -115,7 +115,7 @@ def check_caption(row: dict, tokenizer, end: int, clips: int, most: int) -> list
 
 def check_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
     """What is wrong if `made` names a schedule and the row's differs. Counts from a file are not known here."""
-    if not NAMED.fullmatch(made["schedule"]):
+    if not SCHEDULE_NAME.fullmatch(made["schedule"]):
         return []
     asked = make_schedule(made["schedule"], variant, row["clips"], f"{made['seed']} {row['video_id']}")
     counts = list(asked.counts(len(row["tokens"])))
@@ -168,7 +168,7 @@ def main() -> None:
     vocabulary = model.config.text_config.vocab_size
     if unknown := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
         raise InputError(
-            f"{path}, video {unknown[0]!r}: has a token that {checkpoint} does not have: run eval.sh again"
+            f"{path}, video {unknown[0]!r}: {checkpoint} does not have one of its tokens: run eval.sh again"
         )
     total = faulty = 0
     mismatches: list[Mismatch] = []

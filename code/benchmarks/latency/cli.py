@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
-from qwen_vl_streaming.sessions.record import WAYS
+from qwen_vl_streaming.sessions import MODES
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from training import ANSWER, CLIPS, SHAPES
 
@@ -40,7 +40,7 @@ from latency.setup import GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
 from latency.sweep import parse_points, sweep
 
 COMMANDS = ("passes", "rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")
-"""In the order in which they run: all but lanes share one pair."""
+"""In the order in which they run: all but lanes share one perception process."""
 ONE_WAY = {"passes", "many"}
 """Those that run fused, whatever --ways says."""
 
@@ -110,7 +110,7 @@ def parse() -> Settings:
     parser.add_argument("--size", choices=["tiny", *SHAPES], default="7B")
     parser.add_argument("--layers", type=int, help="fewer layers, to try a command out")
     parser.add_argument("--variant", choices=[v for v in VARIANTS if VARIANTS[v].parallel], default="group")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--k", type=int, default=3, help="words a slot (default %(default)s)")
     parser.add_argument("--clips", type=int, default=CLIPS, help="of rounds and video (default %(default)s)")
     parser.add_argument("--words", type=int, default=ANSWER, help="of video (default %(default)s)")

@@ -1,6 +1,6 @@
 """When perception and generation were at work in a few rounds: two lanes for each way.
 
-The passes of a session are wrapped from outside, in this process and, through what a pair loads its model with, in the
+The passes of a session are wrapped from outside, in this process and, through the function that loads its model, in the
 one that perceives. On a GPU an interval lies between two events of the stream, which the clock of this machine is laid
 beside once; on a CPU the clock itself is read. A pass that takes a clip's tokens in and writes a word is both.
 """
@@ -116,8 +116,8 @@ def load_traced(file: str, size: str, layers: int | None, device: str):
 
 
 @contextmanager
-def own_pair(bench: Bench, file: Path, way: str):
-    """Where `way` needs a pair: another in the meantime, whose perceiving process writes its intervals to `file`."""
+def traced_perception(bench: Bench, file: Path, way: str):
+    """If `way` is pipelined: inside, another perception process runs, which writes its intervals to `file`."""
     if way != "pipelined":
         yield file
         return
@@ -137,7 +137,10 @@ def lanes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: lis
     ways, room = [], (max(clips, ROUNDS), max(words, k * ROUNDS))
     for way, how in runs(bench, chunks):
         chunk, theirs = bench.chunk(how, tokens, k), []
-        with tempfile.TemporaryDirectory() as folder, own_pair(bench, Path(folder) / "perception.json", way) as file:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            traced_perception(bench, Path(folder) / "perception.json", way) as file,
+        ):
             for _ in range(2):  # the first warms up
                 with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session, traced(bench.device) as trace:
                     feed_one_ahead(session, bench.clips(ROUNDS, tokens))

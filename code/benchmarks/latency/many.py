@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.sessions.session_pool import SessionPool
+from qwen_vl_streaming.sessions import SessionPool
 
 from latency.runs import percentile, runs
 from latency.setup import TEMPLATE, TOKENS, Bench, slot_ends
@@ -25,7 +25,7 @@ def resident() -> int:
 
 
 def many(bench: Bench, k: int, seats: list[int], seconds: float, age: int, window: tuple[int, int]) -> dict:
-    """How many sessions one crowd sustains, each with a clip a second, which come at random moments of it, and `k`
+    """How many sessions one pool sustains, each with a clip a second, which come at random moments of it, and `k`
     words for each clip, a `window` of clips and words in sight: of every hundred clips, 95 have their words within LATE
     seconds, and no later at the end than in the beginning. `seats` are tried from the fewest on; after the first number
     that is not sustained, two between. The clock starts when each session has seen `age` clips."""
@@ -37,12 +37,12 @@ def many(bench: Bench, k: int, seats: list[int], seconds: float, age: int, windo
     options = {"max_clips": window[0], "max_new_tokens": k * (age + round(seconds) + 1), "window": window}
     table, enough, tries = [], 0, sorted(seats)
     bench.forget()
-    with SessionPool(bench.model, tries[-1], bench.layout(), **options) as crowd:
-        crowded(bench, crowd, k, min(tries[0], 2), 1, 1)  # warms up
+    with SessionPool(bench.model, tries[-1], bench.layout(), **options) as pool:
+        run_pool(bench, pool, k, min(tries[0], 2), 1, 1)  # warms up
         while tries:
             count = tries.pop(0)
             try:
-                row = crowded(bench, crowd, k, count, seconds, age)
+                row = run_pool(bench, pool, k, count, seconds, age)
             except InputError as error:
                 row = {"sessions": count, "sustained": False, "refused": str(error)}
                 print(f"{count:>8}  {error}", flush=True)
@@ -66,32 +66,32 @@ def many(bench: Bench, k: int, seats: list[int], seconds: float, age: int, windo
     return {"k": k, "seconds": seconds, "age": age, "window": list(window), "sustained": enough, "many": table}
 
 
-def crowded(bench: Bench, crowd: SessionPool, k: int, count: int, seconds: float, age: int, seed: int = 0) -> dict:
+def run_pool(bench: Bench, pool: SessionPool, k: int, count: int, seconds: float, age: int, seed: int = 0) -> dict:
     """`count` sessions for so many `seconds`. Raises InputError where not all of them are let in."""
     draw, clips = random.Random(seed), max(1, round(seconds))
     options = {"schedule": f"wait-{k}", "clock": time.perf_counter}
     sessions, pixels = [], bench.clips(age + clips)
     try:
         for _ in range(count):
-            sessions.append(crowd.open(bench.variant, TEMPLATE, bench.layout(), **options))
+            sessions.append(pool.open(bench.variant, TEMPLATE, bench.layout(), **options))
         for clip in pixels[:age]:
             for session in sessions:
                 session.feed(clip)
-            while not crowd.idle:
-                crowd.step()
+            while not pool.idle:
+                pool.step()
         bench.wait()
         began = time.perf_counter()
         phases = [draw.random() for _ in sessions]
         due = [(began + phase, number, 0) for number, phase in enumerate(phases)]
         heapq.heapify(due)
-        while due or not crowd.idle:
+        while due or not pool.idle:
             while due and time.perf_counter() >= due[0][0]:
                 at, number, clip = heapq.heappop(due)
                 sessions[number].feed(pixels[age + clip])
                 if clip + 1 < clips:
                     heapq.heappush(due, (at + 1, number, clip + 1))
-            if not crowd.idle:
-                crowd.step()
+            if not pool.idle:
+                pool.step()
             else:
                 time.sleep(max(0.0, min(1e-3, due[0][0] - time.perf_counter())))
         bench.wait()

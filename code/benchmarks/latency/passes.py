@@ -23,17 +23,17 @@ def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, tokens: in
     word is written)."""
     kept: dict[tuple[int, bool], StepRequest] = {}
     with bench.open(way, f"wait-{k}", clips, max(words, k * clips), tokens, chunk=chunk) as session:
-        run = session.passes.step
+        run = session.runner.step
 
         def keep(asks):
             (ask,) = asks
             kept[int(len(ask.prefill) > 0), ask.sample] = ask
             return run(asks)
 
-        session.passes.step = keep
+        session.runner.step = keep
         play(bench, session, bench.clips(clips, tokens), ends=True)
-        del session.passes.step
-        yield session.passes, kept
+        del session.runner.step
+        yield session.runner, kept
 
 
 def each(bench: Bench, work: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import median, quantiles
 
 import torch
-from qwen_vl_streaming.sessions.session import GREEDY, Session
+from qwen_vl_streaming.sessions import GREEDY, Session
 from qwen_vl_streaming.timeline.timeline import Schedule
 
 from latency.floors import speed_up
@@ -64,7 +64,7 @@ def alone(
         with bench.open("serial", said_after[0], *room, tokens) as session:
             began = time.perf_counter()
             for clip in pixels:
-                session.passes.vision_encoder.encode([clip], [layout])
+                session.runner.vision_encoder.encode([clip], [layout])
             bench.wait()
             taken["tower"].append((time.perf_counter() - began) / clips)
             play(bench, session, ready[:begun])
@@ -105,7 +105,7 @@ def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: i
         for _ in range(1 + repeats):
             with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session:
                 taken.append(play(bench, session, bench.clips(clips, tokens)) / clips)
-        said = [word.token for word in session.written]
+        said = [each.token for each in session.written]
         if len(said) != k * clips:
             raise RuntimeError(f"{way} wrote {len(said)} words instead of {k * clips}")
         answer = answer or said
@@ -171,7 +171,7 @@ def arrivals(session: Session) -> tuple[list[float], list[float], list[float]]:
     """Of a session that never paused, in seconds: the gaps between words that no clip touched; and for each clip after
     the first how much longer than their median was the gap it arrived in, and the longest of those from its arrival to
     the second word after it became visible."""
-    times = [word.time for word in session.written]
+    times = [each.time for each in session.written]
     gaps = [(begin, end) for begin, end in pairwise(times)]
     quiet, touched = [], [[] for _ in session.visible[1:]]
     # A word may be read a pass after it was chosen: the second word after is still the clip's.

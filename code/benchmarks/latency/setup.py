@@ -18,10 +18,8 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
-from qwen_vl_streaming.sessions import open_session
-from qwen_vl_streaming.sessions.perception_client import PerceptionClient
+from qwen_vl_streaming.sessions import PerceptionClient, Session, open_session
 from qwen_vl_streaming.sessions.record import whole
-from qwen_vl_streaming.sessions.session import Session
 from qwen_vl_streaming.timeline.timeline import Layout
 from qwen_vl_streaming.timeline.variants import Variant
 from torch import Tensor
@@ -85,8 +83,8 @@ class Bench:
     pixels: torch.dtype = torch.float32
     """What a clip is fed as; `prompts.clip_pixels` gives float32."""
     loading: Callable = load
-    """What the perceiving process of a pair makes its model with, given what `load` is given."""
-    pair: PerceptionClient | None = None
+    """What the perception process makes its model with, given what `load` is given."""
+    perception_client: PerceptionClient | None = None
     passes: dict[tuple, StepRunner] = field(default_factory=dict)
     """Of sessions that are over, by their sizes."""
     kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
@@ -112,10 +110,10 @@ class Bench:
         torch.cuda.empty_cache()
 
     def part(self) -> None:
-        """Close the pair; the next pipelined session starts another."""
-        if self.pair is not None:
-            self.pair.close()
-            self.pair = None
+        """Stop the perception process; the next pipelined session starts another."""
+        if self.perception_client is not None:
+            self.perception_client.close()
+            self.perception_client = None
 
     def about(self) -> dict:
         """What was run on what, for the JSON beside each table."""
@@ -158,14 +156,15 @@ class Bench:
         """A session with room for `clips` clips and `words` words. What is compiled and recorded for its sizes is made
         by the first of them and handed on to the next."""
         if way == "pipelined":
-            if self.pair is None:
-                self.pair = PerceptionClient(partial(self.loading, self.size, self.layers, self.other), PATIENCE)
-            options["pair"] = self.pair
+            if self.perception_client is None:
+                loading = partial(self.loading, self.size, self.layers, self.other)
+                self.perception_client = PerceptionClient(loading, PATIENCE)
+            options["perception_client"] = self.perception_client
         sizes = (clips, words, tokens, options.get("chunk"), options.get("window"))
         options |= {"schedule": schedule, "max_clips": clips, "max_new_tokens": words, "clock": time.perf_counter}
-        options["passes"] = self.passes.pop(sizes, None)
-        session = open_session(self.model, self.variant, TEMPLATE, self.layout(tokens), way=way, **options)
-        self.passes[sizes] = session.passes  # now the newest
+        options["runner"] = self.passes.pop(sizes, None)
+        session = open_session(self.model, self.variant, TEMPLATE, self.layout(tokens), mode=way, **options)
+        self.passes[sizes] = session.runner  # now the newest
         if len(self.passes) > HANDED_ON:
             self.passes.pop(next(iter(self.passes)))
         self.wait()
@@ -192,7 +191,7 @@ def play(bench: Bench, session: Session, clips: Sequence[Tensor], ends: bool = F
 
 def slot_ends(session: Session) -> list[float]:
     """When each slot wrote its last word, by the session's clock."""
-    return list({word.slot: word.time for word in session.written}.values())
+    return list({each.slot: each.time for each in session.written}.values())
 
 
 def write_json(path: Path, data: dict) -> None:

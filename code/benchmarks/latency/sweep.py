@@ -57,7 +57,7 @@ def period(bench: Bench, way: str, k: int, tokens: int, room: tuple[int, int], c
     with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session:
         play(bench, session, bench.clips(clips, tokens))
     ends = slot_ends(session)
-    return (ends[-1] - ends[BEGUN - 1]) / (clips - BEGUN), [word.token for word in session.written]
+    return (ends[-1] - ends[BEGUN - 1]) / (clips - BEGUN), [each.token for each in session.written]
 
 
 def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeats: int, path: Path, minutes: float):

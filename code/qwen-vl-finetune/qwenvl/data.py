@@ -97,10 +97,10 @@ class StreamingDataset(torch.utils.data.Dataset):
         row, template = self.rows[index], self.template(index)
         try:
             video = self._video(index)
+            answer = len(answer_ids(self.processor, template, row["human_caption"]))
+            grid = video.frames.shape[-2] // self.side, video.frames.shape[-1] // self.side
+            self.check(video.clips, grid, template, answer, video.seconds_per_clip)
             sample = self._sample(video, row["human_caption"], template)
-            answer = int((sample.labels != IGNORED).sum())
-            per_clip = video.frames.shape[-2] * video.frames.shape[-1] // self.pixels_per_token
-            self.check(video.clips, per_clip, template, answer)
         except InputError as error:
             return self.blank(template, (str(row["video_id"]), str(error)))
         return sample
@@ -118,14 +118,19 @@ class StreamingDataset(torch.utils.data.Dataset):
             self.own_templates[question] = make_template(self.processor, question)
         return self.own_templates[question]
 
-    def check(self, clips: int, tokens_per_clip: int, template: Template, answer: int) -> None:
-        """Raises InputError if a sample of these sizes cannot be trained on; `answer` includes `<|im_end|>`."""
+    def check(
+        self, clips: int, grid: tuple[int, int], template: Template, answer: int, seconds_per_clip: float
+    ) -> None:
+        """Raises InputError if a sample of these sizes cannot be trained on. `grid` is a clip's visual tokens, rows ×
+        columns; `answer` includes `<|im_end|>`."""
         if self.variant.streams and answer - 1 < clips:
             raise InputError(
                 f"its caption has {answer - 1} tokens for {clips} clips, so some slots would have no token: remove it, "
                 "or train an offline variant"
             )
-        length = len(template.prompt) + len(template.tail) + len(template.header) + clips * tokens_per_clip + answer
+        layout = template.layout(grid, self.tokens_per_second * seconds_per_clip)
+        check_clips(self.variant, layout, clips)
+        length = layout.prompt + layout.tail + layout.header + clips * layout.tokens_per_clip + answer
         if length > self.max_length:
             raise InputError(
                 f"its {length} tokens exceed the maximum length {self.max_length}: raise --model_max_length"
@@ -163,7 +168,6 @@ class StreamingDataset(torch.utils.data.Dataset):
         pixels, grid = clip_pixels(self.processor, video.frames)
         clips = len(pixels)
         layout = template.layout(grid, self.tokens_per_second * video.seconds_per_clip)
-        check_clips(self.variant, layout, clips)
         counts = make_schedule(self.schedule, self.variant, clips).counts(len(answer))
         timeline = make_timeline(self.variant, layout, counts)
         rows = timeline.rows

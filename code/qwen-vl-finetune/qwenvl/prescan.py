@@ -16,7 +16,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.model.prompts import answer_ids
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate
-from qwen_vl_streaming.video.index import film_track, index_video, may_leap
+from qwen_vl_streaming.video.index import film_track, index_video, may_leap, open_film
 
 from .data import StreamingDataset
 
@@ -54,7 +54,7 @@ def find_bad(
         ]
         counts = pool.map(lambda doubt: count_clips(samples, doubt[0]), doubtful)
         for (index, header), count in Progress(zip(doubtful, counts, strict=True), "checking timestamps", **show):
-            if reason := count if isinstance(count, str) else check_sample(samples, index, header, (count,)):
+            if reason := count if isinstance(count, str) else check_sample(samples, index, header, *count):
                 bad.append((index, reason))
             if len(bad) > enough:
                 break
@@ -62,15 +62,22 @@ def find_bad(
     return dict(sorted(gather_object(bad)))
 
 
-def check_sample(samples: StreamingDataset, index: int, header: Header, clips: tuple[int, ...]) -> str:
+def check_sample(
+    samples: StreamingDataset,
+    index: int,
+    header: Header,
+    clips: tuple[int, ...],
+    seconds_per_clip: float = FRAMES_PER_CLIP / FPS,
+) -> str:
     """Why sample `index` is bad with one of these numbers of `clips`; an empty string if it is not."""
     template = samples.template(index)
     try:
         answer = len(answer_ids(samples.processor, template, samples.rows[index]["human_caption"]))
         for count in clips if header.size else ():
-            height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * count)
-            samples.check(count, height * width // samples.pixels_per_token, template, answer)
-    except ValueError as error:  # an InputError, or an extreme aspect ratio
+            name = f"video {samples.path(index)}"
+            height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * count, name)
+            samples.check(count, (height // samples.side, width // samples.side), template, answer, seconds_per_clip)
+    except InputError as error:
         return str(error)
     return ""
 
@@ -83,7 +90,7 @@ def read_header(samples: StreamingDataset, index: int) -> Header:
     if not os.path.isfile(path):  # opening a pipe would block
         return Header()
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_film(path) as container:
             stream = film_track(container, str(path))
             ends = [stream.duration * stream.time_base] if stream.duration else []
             ends += [container.duration / av.time_base] if container.duration else []
@@ -98,17 +105,19 @@ def read_header(samples: StreamingDataset, index: int) -> Header:
     return Header((clips - 1, clips, clips + 1) if known and clips > 1 else (), size if min(size) > 0 else None)
 
 
-def count_clips(samples: StreamingDataset, index: int) -> int | str:
-    """The exact number of clips of a video, or the reason if it is missing, broken or shorter than one clip."""
+def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], float] | str:
+    """The exact number of clips of a video and the seconds of each, or the reason if it is missing, broken or shorter
+    than one clip."""
     try:
         path = samples.path(index)
         video = index_video(path)
     except InputError as error:
         return str(error)
     try:
-        frames = pick_frames(video.times, video.duration, sampled_rate(video, FPS), None, None)
+        rate = sampled_rate(video, FPS)
+        frames = pick_frames(video.times, video.duration, rate, None, None)
     except InputError as error:
         return f"video {path}: {error}"
     if frames is None:
         return f"video {path} lasts {video.duration:.2f} s, which is less than one clip: use a longer one"
-    return math.ceil(len(frames) / FRAMES_PER_CLIP)
+    return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate

@@ -1,23 +1,18 @@
-"""The record of a run, written beside its checkpoint: run.json, throughput.json and the loss curves.
+"""The record of a run, run.json: its data, model, arguments and versions, and each time that it was started.
 
-Does not depend on models, samples and how a run is resumed.
+A run resumes only with the same facts. Does not depend on models and samples.
 """
 
-import io
 import json
-import logging
 import platform
-import resource
 import shlex
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib
 import torch
 from qwen_vl_streaming.common.data_rows import HUB, hash_data
 from qwen_vl_streaming.common.errors import InputError
@@ -26,17 +21,8 @@ from qwen_vl_streaming.common.redact import redacted_command
 from qwen_vl_streaming.common.versions import RUNNING, versions
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.timeline.positions import RULE
-from torch import distributed
-from transformers import Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from .checkpointing import read_json, saving
-from .collectives import all_reduce
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-logger = logging.getLogger(__name__)
 
 PACKAGES = (*RUNNING, "accelerate", "deepspeed", "peft")
 FIXED_FACTS = {
@@ -183,121 +169,3 @@ class RunRecord:
         if self.is_main:
             with saving(self.path):
                 replace_file(self.path, json.dumps(self.record, indent=1, default=str) + "\n")
-
-
-@dataclass
-class Work:
-    """Totals over all processes. Seconds and bytes are those of the slowest and of the largest process."""
-
-    steps: float = 0
-    samples: float = 0
-    tokens: float = 0
-    seconds: float = 0
-    seconds_waiting_for_data: float = 0
-    peak_memory_bytes: float = 0
-
-
-@dataclass(eq=False)
-class Throughput(TrainerCallback):
-    """Measures optimizer steps, from requesting their data to their end, without saving and evaluation."""
-
-    device: torch.device
-    previous: Work = field(default_factory=Work)
-    """Totals before the run was resumed."""
-    current: Work = field(default_factory=Work)
-    """Totals of this process since."""
-    step_start: float | None = None
-
-    def timed(self, batches: Iterator) -> Iterator:
-        """Yield the same batches and count the seconds spent waiting for them. A step starts here."""
-        self.step_start = time.perf_counter()
-        while True:
-            requested = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.current.seconds_waiting_for_data += time.perf_counter() - requested
-            yield batch
-
-    def count(self, samples: int, tokens: int) -> None:
-        """Count the samples and tokens of a batch that are trained on."""
-        self.current.samples += samples
-        self.current.tokens += tokens
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.current.seconds += time.perf_counter() - self.step_start
-        self.current.steps += 1
-
-    def work(self) -> Work:
-        """Totals so far. Called by all processes at once."""
-        current, previous = self.current, self.previous
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        samples, tokens = all_reduce([float(current.samples), float(current.tokens)], self.device)
-        slowest = [current.seconds, current.seconds_waiting_for_data, float(memory)]
-        seconds, waiting, memory = all_reduce(slowest, self.device, distributed.ReduceOp.MAX)
-        return Work(
-            previous.steps + current.steps,
-            previous.samples + samples,
-            previous.tokens + tokens,
-            previous.seconds + seconds,
-            previous.seconds_waiting_for_data + waiting,
-            max(previous.peak_memory_bytes, memory),
-        )
-
-
-def write_throughput(work: Work, path: Path) -> None:
-    """Write throughput.json, and log the same as a table."""
-    seconds = work.seconds or float("nan")
-    table = {
-        "tokens_per_second": work.tokens / seconds,
-        "samples_per_second": work.samples / seconds,
-        "seconds_per_step": work.seconds / (work.steps or float("nan")),
-        **asdict(work),
-    }
-    replace_file(path, json.dumps(table, indent=1) + "\n")
-    for name, value in table.items():
-        if name == "peak_memory_bytes":
-            name, value = "peak_memory_gib", value / 2**30
-        logger.info("  %-26s %12.2f", name.replace("_", " "), value)
-
-
-def continue_tensorboard(trainer: Trainer, step: int) -> None:
-    """Make a run that resumes from `step` continue its TensorBoard curves, and purge the steps that are repeated."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and trainer.is_world_process_zero():
-            from torch.utils.tensorboard import SummaryWriter
-
-            callback.tb_writer = SummaryWriter(str(Path(trainer.args.output_dir) / "runs"), purge_step=step + 1)
-
-
-def draw_curves(history: Iterable[dict], path: Path, title: str) -> bool:
-    """Plot training loss, evaluation loss if there is one, and gradient norm over optimizer steps into a PNG. Returns
-    False where no loss was logged."""
-    history = list(history)
-    if not any("loss" in entry for entry in history):
-        return False
-    figure, (top, bottom) = pyplot.subplots(2, figsize=(7, 6), sharex=True, layout="constrained")
-    for axes, name, label, style in (
-        (top, "loss", "training", "-"),
-        (top, "eval_loss", "held out", "o-"),
-        (bottom, "grad_norm", None, "-"),
-    ):
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, linewidth=1, markersize=4, label=label)
-    top.set(ylabel="loss (nats per answer token)", title=title, ylim=(0, None))
-    bottom.set(xlabel="optimizer step", ylabel="gradient norm before clipping", ylim=(0, None))
-    top.legend()
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120, format="png")
-    replace_file(path, png.getvalue())
-    pyplot.close(figure)
-    return True

@@ -1,4 +1,4 @@
-"""The Trainer of the streaming variants: masks, skipped samples, evaluation, and what a run records."""
+"""The Trainer of the streaming variants: masks, skipped samples, evaluation, and the reports of a run."""
 
 import logging
 from dataclasses import asdict
@@ -12,11 +12,13 @@ from transformers import ProgressCallback
 
 from .checkpointing import saving
 from .collectives import all_reduce
+from .curves import continue_tensorboard, draw_curves
 from .data import IGNORED, EpochSampler
 from .param_groups import make_optimizer
-from .record import RunRecord, Throughput, Work, continue_tensorboard, draw_curves, write_throughput
+from .record import RunRecord
 from .resumable import ResumableTrainer
 from .skipped import Skipped
+from .throughput import Throughput, Work, write_throughput
 
 logger = logging.getLogger(__name__)
 

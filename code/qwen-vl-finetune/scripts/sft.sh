@@ -4,7 +4,8 @@
 #
 #   QWEN2_5_VL_VARIANT     one of origin, batch, group, gap, overlap, interleave (default group)
 #   QWEN2_5_VL_MODEL_PATH  a checkpoint folder or hub id (default Qwen/Qwen2.5-VL-3B-Instruct)
-#   QWEN2_5_VL_TRAIN_DATA  a JSONL made by mani_data.py (default dataset/train_3_5.jsonl)
+#   QWEN2_5_VL_TRAIN_DATA  a JSONL made by mani_data.py (default dataset/train_3_5.jsonl), or another data set that
+#                          --train_data accepts
 #   NPROC_PER_NODE (default: the GPUs that PyTorch can use, else 1) NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 #                          under `srun --ntasks-per-node=1` SLURM's own variables are their defaults
 #   DEEPSPEED_CONFIG       zero2.json, zero3.json or zero3_offload.json (default zero3.json)

@@ -1,10 +1,10 @@
-"""Run a recorded session again, serially and by one full pass over its timeline, and compare every token.
+"""Run a recorded session again, serially and in one full forward pass, and compare every token.
 
     python -m qwen_vl_streaming.replay RECORD --model MODEL [--video FILE | --clips FILE] [--dtype float32]
 
-Neither uses pages or passes: `reference.py` and `model.forward`, over the stock layers, say what should have come out.
-Exit status 1 where a token differs that is not a near tie of two words. That the times and figures of a record are true
-is not shown by this, only that it does not contradict itself.
+Neither uses the engine: `reference.py` and `model.forward`, with the stock layers, compute what should have been
+written. Exit status 1 if a token differs and is not a near tie of two tokens. A replay does not prove the times and
+statistics of a record, only that the record does not contradict itself.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from .devices import DEVICE_HELP, choose_device, look
 from .model.modeling_qwen2_5_vl import load_model
 from .model.prompts import clip_pixels, load_processor
 from .reference import Streams, caption
+from .sessions import GREEDY
 from .sessions.record import Record, clip_hash, identity, read_record
-from .sessions.session import GREEDY
 from .timeline.attention import dense_mask
 from .timeline.plan import Window
 from .timeline.positions import timeline_positions
@@ -40,14 +40,14 @@ from .video.sources import synthetic_clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS = 2048
-"""Of a full pass, at a time."""
+"""Rows of a full pass that are computed at a time."""
 MOST_ROWS = 200_000
-"""Of a full pass in all, whose keys and values are held."""
+"""Rows of a full pass at most: their keys and values are kept."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A token that a replay would have written otherwise."""
+    """A token for which the replay gives another one."""
 
     how: str
     """"serial" or "full pass"."""
@@ -56,10 +56,10 @@ class Difference:
     recorded: int
     replayed: int
     margin: float
-    """By how much the full pass puts the other token's logit, after the penalty, above that of the recorded one; below
-    0 where only the serial run would have written it."""
+    """The logit of the replayed token minus that of the recorded one, in the full pass, after the penalty. Negative if
+    only the serial run gives the replayed token."""
     allowed: float
-    """A margin up to this is a tie, which the number type's rounding decides: see `tie_margin`."""
+    """A margin up to this is a tie, decided by rounding: see `tie_margin`."""
 
     @property
     def tie(self) -> bool:
@@ -67,29 +67,35 @@ class Difference:
 
     def __str__(self) -> str:
         return (
-            f"{self.how}: token {self.index} (slot {self.slot}) was {self.recorded}, comes out as {self.replayed}, "
+            f"{self.how}: token {self.index} (slot {self.slot}) was {self.recorded}, is replayed as {self.replayed}, "
             f"margin {self.margin:.3g}{', a tie' if self.tie else ''}"
         )
 
 
 def replay(record: Record, model, clips: Sequence[Tensor], tie: float | None = None) -> list[Difference]:
-    """Where the tokens of `record` come out otherwise; none where all are the same. `clips` are those that were fed.
-    `tie` is the margin up to which a difference is a tie, by default what the model's number type rounds.
+    """The differences between the tokens of `record` and those of a replay; empty if all are the same.
 
-    The serial run is free: after its first difference it says something else, and only that one is listed. The full
-    pass is given the recorded tokens, and says of each what it would have written. Raises InputError where the model
-    or the clips are not the recorded ones, or there are no clips enough.
+    Args:
+        clips: The clips that were fed.
+        tie: Margin up to which a difference is a tie; default: the rounding error of the model's dtype.
+
+    The serial run is free-running: only its first difference is listed, because it continues differently from there.
+    The full pass is given the recorded tokens, and predicts each of them. Raises InputError if the model or the clips
+    are not the recorded ones.
     """
     mine, theirs = identity(model), record.model
     if mine["fingerprint"] != theirs["fingerprint"]:
-        raise InputError(f"the record is of the model {theirs['path']!r}, and {mine['path']!r} has other weights")
+        raise InputError(
+            f"the record is of the model {theirs['path']!r}, but {mine['path']!r} has other weights: give the recorded "
+            "model"
+        )
     check_clips(record, clips)
     if not record.tokens:
         return []
     template = record.template
     newest = max(*record.tokens, *template.prompt, *template.tail, *template.header, template.video)
     if newest >= model.config.text_config.vocab_size:
-        raise InputError(f"the record has token {newest}, which {mine['path']!r} does not know")
+        raise InputError(f"the record has token {newest}, which is not in the vocabulary of {mine['path']!r}")
     check_schedule(record)
     seen = clips[: len(record.counts)]
     with torch.no_grad():
@@ -99,7 +105,7 @@ def replay(record: Record, model, clips: Sequence[Tensor], tie: float | None = N
             else model.perceive(clip[None], record.layout.grid)[0]
             for clip in seen
         ]
-    # Of a session that was broken off, the last clip was not the video's last: one more, that nothing saw.
+    # If the session was cancelled, the last clip was not the last of the video: add one that no token attends to.
     counts = record.counts
     if not record.complete:
         tokens, counts = [*tokens, torch.zeros_like(tokens[0])], [*counts, 0]
@@ -107,7 +113,7 @@ def replay(record: Record, model, clips: Sequence[Tensor], tie: float | None = N
     serial = _serially(record, model, visual, counts)
     apart = next((i for i, token in enumerate(serial) if token != record.tokens[i]), None)
     if apart is None and len(serial) < len(record.tokens):
-        raise ValueError(f"the serial run ends after {len(serial)} tokens of {len(record.tokens)}")
+        raise ValueError(f"the serial run ends after {len(serial)} of {len(record.tokens)} tokens")
     found = []
     for index, logits in _full_pass(record, model, visual, counts):
         recorded, best = record.tokens[index], int(logits.argmax())
@@ -120,17 +126,19 @@ def replay(record: Record, model, clips: Sequence[Tensor], tie: float | None = N
 
 
 def check_clips(record: Record, clips: Sequence[Tensor]) -> None:
-    """Raises InputError where `clips` are not those that were fed."""
+    """Raises InputError if `clips` are not those that were fed."""
     if len(clips) < len(record.hashes):
-        raise InputError(f"the record is of {len(record.hashes)} clips, and {len(clips)} were given")
+        raise InputError(f"the record is of {len(record.hashes)} clips, but only {len(clips)} were given")
     for number, (clip, known) in enumerate(zip(clips, record.hashes, strict=False), 1):
         if clip_hash(clip) != known:
-            raise InputError(f"clip {number} is not the one that was recorded: give the same video, read the same way")
+            raise InputError(
+                f"clip {number} is not the one that was recorded: give the same video with the same sampling and sizes"
+            )
 
 
 def check_schedule(record: Record) -> None:
-    """Raises InputError where slots are not as long as the recorded schedule says. What the last one may write depends
-    on more than that, and `greedy` says nothing."""
+    """Raises InputError if slots have other lengths than the recorded schedule. The last slot and `greedy` are not
+    checked, because the schedule does not determine them."""
     variant, slots = get_variant(record.variant), len(record.counts)
     if record.schedule == GREEDY:
         return
@@ -140,7 +148,7 @@ def check_schedule(record: Record) -> None:
     for slot, (count, quota) in enumerate(zip(record.counts[:-1], quotas, strict=False), 1):
         if count != quota:
             raise InputError(
-                f"the record contradicts itself: {count} words in slot {slot}, of which {asked} has {quota}"
+                f"the record contradicts itself: {count} tokens in slot {slot}, for which {asked} gives {quota}"
             )
 
 
@@ -158,13 +166,15 @@ def _serially(record: Record, model, visual: Tensor, counts: Sequence[int]) -> l
 
 @torch.no_grad()
 def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """For each recorded token its index and the logits (V,), after the penalty, that one pass over all gives for it.
-    The pass goes ROWS rows at a time: its mask would else take memory by the square."""
+    """For each recorded token, its index and the logits (V,), after the penalty, of a forward pass over all tokens. The
+    pass is computed ROWS rows at a time, because its mask would take quadratic memory."""
     template = record.template
     timeline = make_timeline(get_variant(record.variant), record.layout, counts, record.bare)
     rows, window, cache, device = timeline.rows, _window(record), DynamicCache(), model.device
     if len(rows) > MOST_ROWS:
-        raise InputError(f"a full pass over {len(rows)} tokens is more than {MOST_ROWS}: replay a shorter session")
+        raise InputError(
+            f"a full pass over {len(rows)} tokens exceeds the maximum of {MOST_ROWS}: replay a shorter session"
+        )
     ids = torch.full((len(rows),), template.video)
     for part, source in (
         (PROMPT, template.prompt),
@@ -208,8 +218,14 @@ def video_clips(
     kept: str | Path | None = None,
     video_root: Path | None = None,
 ) -> list[Tensor]:
-    """The clips that the recorded session was fed: of the video in `path`, by default of what the record names, looked
-    up as in `find_video` and read as it says; or the frames in `kept`, which a live session kept."""
+    """The clips that the recorded session was fed.
+
+    Args:
+        path: A video file; default: the one that the record names, looked up by `find_video`.
+        kept: A file that `live --keep` has written, instead of a video.
+
+    Raises InputError if neither is available, or if the record does not describe its source.
+    """
     if kept is not None:
         return list(clip_pixels(processor, read_clips(kept))[0])
     try:
@@ -218,12 +234,12 @@ def video_clips(
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
-            f"what the record says of its source is not what a session wrote ({error}): give --clips"
+            f"the record does not describe its source as a session does ({error}): give --clips"
         ) from error
 
 
 def _named_clips(about: dict, processor, path: str | Path | None, video_root: Path | None) -> list[Tensor]:
-    """See `video_clips`."""
+    """The clips of the video in `path`, or of the source that the record names."""
     video = dict(about.get("video") or {})
     named = video.pop("path", None)
     if path is None and named is None and "synthetic" in about:
@@ -231,14 +247,16 @@ def _named_clips(about: dict, processor, path: str | Path | None, video_root: Pa
         clips = synthetic_clips(count, speed=float("inf"), fps=scene["fps"], size=tuple(scene["size"]))
         frames = torch.cat([clip.frames for clip in clips])
     elif path is None and named is None:
-        raise InputError("the record names no video file: give one with --video, or with --clips what was kept of it")
+        raise InputError(
+            "the record names no video file: give one with --video, or what live --keep has saved with --clips"
+        )
     else:
         budget = PixelBudget(**video.pop("budget")) if "budget" in video else None
         frames = read_video(find_video(path or named, PROJECT, video_root), budget=budget, **video).frames
     clips = list(clip_pixels(processor, frames)[0])
     fed = about.get("clips", range(len(clips)))
     if min(fed, default=0) < 0 or max(fed, default=0) >= len(clips):
-        raise InputError(f"the record is of clip {max(fed) + 1} of a video, and {len(clips)} were given")
+        raise InputError(f"the record is of clip {max(fed) + 1} of a video, but the video has {len(clips)} clips")
     return [clips[index] for index in fed]
 
 
@@ -247,19 +265,23 @@ def main() -> None:
     parser.add_argument("record", type=Path, help="a session's record")
     parser.add_argument("--model", required=True, help="folder or hub id of the model that was recorded")
     parser.add_argument("--video", help="the video file (default: the one that the record names)")
-    parser.add_argument("--video-root", default="", metavar="DIR", help="where else that video is looked up")
-    parser.add_argument("--clips", metavar="FILE", help="what a live session has kept with --keep, instead of a video")
+    parser.add_argument(
+        "--video-root", default="", metavar="DIR", help="another folder in which to look for that video"
+    )
+    parser.add_argument(
+        "--clips", metavar="FILE", help="the frames that live has saved with --keep, instead of a video"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: as recorded")
     parser.add_argument("--device", default="", help=DEVICE_HELP)
     parser.add_argument(
         "--tie",
         type=float,
-        help="differences up to this margin are ties: shown, and no failure (default: what the number type rounds, "
-        "1e-4 in float32)",
+        help="differences up to this margin are ties: they are listed, but do not fail (default: the rounding error of "
+        "the dtype, 1e-4 in float32)",
     )
     arguments = parser.parse_args()
     if arguments.tie is not None and not 0 <= arguments.tie < math.inf:
-        raise InputError(f"--tie {arguments.tie}: give a margin of at least 0")
+        raise InputError(f"--tie {arguments.tie} must be a number of at least 0")
     quiet_libraries()
     device, line = choose_device(arguments.device, look(os.environ))
     sys.exit(_main(arguments, device, line))
@@ -272,7 +294,7 @@ def _main(arguments: argparse.Namespace, device: str, line: str) -> int:
     kept = arguments.clips and look_up(arguments.clips, PROJECT)
     dtype = arguments.dtype or record.model["dtype"]
     if dtype not in DTYPES:
-        raise InputError(f"record {arguments.record} is of type {dtype}: replay it with --dtype {' or '.join(DTYPES)}")
+        raise InputError(f"record {arguments.record} has dtype {dtype}: replay it with --dtype {' or '.join(DTYPES)}")
     clips = video_clips(record, load_processor(checkpoint), arguments.video, kept, video_root)
     check_clips(record, clips)
     if line:
@@ -282,7 +304,7 @@ def _main(arguments: argparse.Namespace, device: str, line: str) -> int:
     for difference in differences:
         print(difference)
     beyond = sum(not difference.tie for difference in differences)
-    same = f"{len(differences)} differences, {beyond} of them no ties" if differences else "all the same"
+    same = f"{len(differences)} differences, {beyond} of them not ties" if differences else "all the same"
     recorded = f"{record.variant}, {record.way}, recorded in {record.model['dtype']}"
     print(f"{len(record.tokens)} tokens, {recorded}, replayed in {dtype}: {same}")
     return 1 if beyond else 0

@@ -44,31 +44,23 @@ FLAG = re.compile(r"(--[\w-]*(?:pass\w*|pwd?|psw|token|secret|key|auth|sig|crede
 _known: dict[str, str] = {}  # secrets of this process, and what is shown in their place
 
 
-def hide(*secrets: str | None) -> None:
-    """Have `redacted` hide these wherever they stand, and where one is an address, what is secret in it, as it is and
-    as a client sends it."""
-    for secret in filter(None, secrets):
-        if not ADDRESS.search(secret):
-            _hide(secret)
-            continue
-        if (shown := redacted(secret)) != secret:
-            _known[secret] = shown
-        user, at, _ = secret.partition("://")[2].rpartition("@")
-        name, colon, password = user.partition(":")
-        for one in (password, name) if colon else (name,):
-            if one is password or not colon:
-                _hide(one)
-                _hide(unquote(one))
-        if at:
-            _hide(base64.b64encode(unquote(user).encode()).decode())
-        for pair in PAIR.finditer(secret):
-            if SECRET.search(unquote(pair[1])):
-                _hide(pair[2].strip("'\""))
+def hide(*secrets: str) -> None:
+    """Have `redacted` hide these wherever they stand."""
+    for secret in secrets:
+        if len(secret) >= SHORTEST:
+            _known[secret] = HIDDEN
 
 
-def _hide(secret: str) -> None:
-    if len(secret) >= SHORTEST:
-        _known[secret] = HIDDEN
+def hide_address(address: str) -> None:
+    """Have `redacted` hide what is secret in an `address` wherever it stands, as it is and as a client sends it."""
+    if (public := redacted(address)) == address:
+        return
+    _known[address] = public
+    user, at, _ = address.partition("://")[2].rpartition("@")
+    name, colon, password = user.partition(":")
+    alone = password if colon else name  # a token may stand where a user does
+    hide(alone, unquote(alone), base64.b64encode(unquote(user).encode()).decode() if at else "")
+    hide(*(pair[2].strip("'\"") for pair in PAIR.finditer(address) if SECRET.search(unquote(pair[1]))))
 
 
 def secrets(fields: object, named: bool = False) -> Iterator[str]:

@@ -198,7 +198,8 @@ class StepRunner(ModelRunner):
         self._finish(hidden, chunks, sample)
 
     def _eager_prepare(self, chunks: int) -> tuple[Tensor, Tensor]:
-        table, chunk_slots, _ = self.inputs[chunks].split(self.inputs[chunks].values)
+        inputs = self.inputs[chunks]
+        table, chunk_slots, _ = inputs.split(inputs.values)
         self.attentions[chunks].update(table[3], table[4:8], chunk_slots)
         slots = torch.cat([self.all_slots, chunk_slots.repeat_interleave(self.chunk_size)])
         text, clip = table[9], table[10]
@@ -208,7 +209,8 @@ class StepRunner(ModelRunner):
         return hidden[None], table[:3, None]
 
     def _eager_finish(self, hidden: Tensor, chunks: int, sample: bool) -> None:
-        _, _, (choose, samples, next_row) = self.inputs[chunks].split(self.inputs[chunks].values)
+        inputs = self.inputs[chunks]
+        _, _, (choose, samples, next_row) = inputs.split(inputs.values)
         chosen = hidden[0, choose.clamp(min=0)].where((choose >= 0)[:, None], self.last_hidden)
         self.last_hidden.copy_(chosen)
         if sample:

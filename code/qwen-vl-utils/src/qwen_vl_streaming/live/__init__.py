@@ -1,1 +1,1 @@
-"""How to watch a source on the terminal: options, the screen, statistics."""
+"""The command that watches a source and prints the answer: options, output, statistics."""

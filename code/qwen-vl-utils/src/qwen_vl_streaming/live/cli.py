@@ -1,17 +1,17 @@
-"""Watch a source as it happens, and say on the terminal what is seen.
+"""Watch a source live, and print what the model says about it.
 
     python -m qwen_vl_streaming.live --model MODEL --source FILE|/dev/video0|rtsp://...|http://...|synthetic
 
-Words come line by line, each with the second of video after which it was written. At the end there are figures of how
-well it kept up, and a record of the session, which `python -m qwen_vl_streaming.replay` runs again.
+A clip is two frames, one second of video by default. Each line of the answer starts with the second of video after
+which it was written. At the end, live prints statistics of how well it kept up, and writes a record of the session,
+which `python -m qwen_vl_streaming.replay` runs again.
 
-No clip is held back until it is known whether it is the last: a stream that ends says so by itself, and the words that
-are left then follow. Clips that were skipped leave no gap in the positions: what was fed counts as if it had come one
-clip after the other.
+Clips are fed as they arrive, before it is known which one is the last; when the source ends, the rest of the answer
+follows. Skipped clips leave no gap in the positions.
 
-Exit status: 0 at the end of the answer, also where the source was lost before; 130 and 143 after Ctrl-C and SIGTERM,
-141 where nobody takes the words any more, with figures and record as far as it came (a second Ctrl-C ends it at once);
-2 for what the user can mend, no memory among it; 1 where the process that perceives was lost.
+On Ctrl-C, SIGTERM, a lost source or a closed pipe, it still prints statistics and writes the record. A second Ctrl-C
+stops at once. Exit status: 0 at the end of the answer, even if the source was lost; 130 after Ctrl-C, 143 after
+SIGTERM, 141 after a closed pipe; 2 for user errors, including out of memory; 1 if the perception process was lost.
 """
 
 import argparse
@@ -36,10 +36,8 @@ from ..model.hub import model_folder
 from ..model.modeling_qwen2_5_vl import load_config, load_model
 from ..model.prompts import clip_pixels, load_processor, make_template
 from ..replay import DTYPES
-from ..sessions import open_session
-from ..sessions.perception_client import PerceptionClient, PerceptionLost
+from ..sessions import GREEDY, PerceptionClient, PerceptionLost, Session, open_session
 from ..sessions.record import read_record, write_record
-from ..sessions.session import GREEDY, Session
 from ..timeline.positions import check_clips, clips_before_text
 from ..timeline.timeline import make_schedule
 from ..video.clip_recorder import ClipRecorder
@@ -59,12 +57,11 @@ from .options import (
 from .screen import NoteHandler, Pieces, Screen
 from .watch import Watch
 
-REHEARSED = 12
-"""Steps of a rehearsal."""
+WARM_UP_STEPS = 12
 
 
 class Stop:
-    """SIGINT and SIGTERM end the program; once something is `watched`, they have that come to an end first."""
+    """Handles SIGINT and SIGTERM: they stop `watched` first, if it is set, and end the program otherwise."""
 
     def __init__(self):
         self.number = 0
@@ -85,28 +82,28 @@ class Stop:
         self.watched.ask_to_stop()
 
     def gone(self) -> None:
-        """Nobody takes the words any more."""
+        """The output was closed."""
         if not self.number:
             self.ask(signal.SIGPIPE, None)
 
 
 def load_on(path: str, device: str, dtype: torch.dtype):
-    """A model to watch with. The process that perceives calls it too."""
+    """Load the model. The perception process calls this too."""
     return load_model(path, "sdpa", dtype).to(device).eval()
 
 
 def start_perception(path: str, device: torch.device, dtype: torch.dtype) -> PerceptionClient:
-    """A second process, on a GPU of its own. Raises InputError where there is none."""
+    """Start a perception process on another GPU. Raises InputError if there is only one."""
     where = "cpu"
     if device.type == "cuda":
         if torch.cuda.device_count() < 2:
-            raise InputError("--way pipelined needs two GPUs: give --way fused, which needs one")
+            raise InputError("--way pipelined needs two GPUs, but found one: use --way fused")
         where = f"cuda:{((device.index or 0) + 1) % torch.cuda.device_count()}"
     return PerceptionClient(functools.partial(load_on, path, where, dtype))
 
 
 def first_clip(intake: Intake, name: str) -> Clip:
-    """A clip of a source, which stays where it is. Raises InputError where none comes."""
+    """Wait for the first clip, and leave it in the intake. Raises InputError if none comes."""
     while (clip := intake.peek()) is None and not intake.over:
         intake.wait()
     if clip is None and (clip := intake.peek()) is None:
@@ -115,25 +112,26 @@ def first_clip(intake: Intake, name: str) -> Clip:
 
 
 def no_clip(intake: Intake, name: str) -> InputError:
+    """The error for a source that gave no clip."""
     if isinstance(intake.fault, InputError):
         return intake.fault
     why = f" ({intake.fault})" if intake.fault else ""
-    return InputError(f"source {name} gave no clip{why}: check it, or name another one")
+    return InputError(f"source {name} gave no clip{why}: check the source, or name another one")
 
 
-def rehearse(session: Session, pixels: torch.Tensor) -> StepRunner:
-    """Have what takes long only the first time over before the source begins. Returns the passes, to go on with."""
+def warm_up(session: Session, pixels: torch.Tensor) -> StepRunner:
+    """Run a short session, so that compilation is over before the source starts. Returns its runner, for reuse."""
     with session:
         session.feed(pixels)
         session.feed(pixels, last=True)
-        for _ in range(REHEARSED):
+        for _ in range(WARM_UP_STEPS):
             if not session.idle:
                 session.step()
-    return session.passes
+    return session.runner
 
 
 def no_memory(error: Exception) -> InputError | None:
-    """What to tell of an `error` that says that there is no memory left."""
+    """The user error for an `error` that means out of memory; None for others."""
     reason = next(iter(str(error).splitlines()), "")
     if isinstance(error, torch.OutOfMemoryError):
         what = "GPU memory"
@@ -141,13 +139,13 @@ def no_memory(error: Exception) -> InputError | None:
         what = "memory"
     else:
         return None
-    mend = "give a smaller --max-clips, --max-new-tokens, --window or --max-pixels-per-frame, or free some"
-    return InputError(f"no {what} left ({reason}): {mend}")
+    fix = "reduce --max-clips, --max-new-tokens, --window or --max-pixels-per-frame, or free memory"
+    return InputError(f"no {what} left ({reason}): {fix}")
 
 
 @contextlib.contextmanager
 def own_file(path: Path) -> Iterator[Path]:
-    """Another path, of this process alone; what is there at the end takes the place of `path`, whatever happens."""
+    """Yields a path of this process alone; what was written there replaces `path` at the end, even after errors."""
     own = path.with_name(f"{path.name}.{os.getpid()}.live")
     try:
         yield own
@@ -157,13 +155,13 @@ def own_file(path: Path) -> Iterator[Path]:
 
 
 def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
-    """Watch to the end; returns the exit status. Raises InputError, what `no_memory` knows, and PerceptionLost, the
-    latter two with the record written where a session had begun."""
+    """Watch to the end; returns the exit status. Raises InputError, out-of-memory errors (see `no_memory`) and
+    PerceptionLost; if a session had begun, its record is written first."""
     device = arguments.device
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     config = load_config(arguments.model)
     variant = choose_variant(arguments, config)
-    way = arguments.way or ("fused" if variant.parallel else "serial")
+    mode = arguments.way or ("fused" if variant.parallel else "serial")
     schedule = arguments.schedule or f"wait-{getattr(config, 'wait_k', 3)}"
     if schedule != GREEDY:
         make_schedule(schedule, variant, 1)
@@ -178,7 +176,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         own = stack.enter_context(own_file(path))
         keeper = arguments.keep and ClipRecorder(stack.enter_context(own_file(arguments.keep)))
         options = {
-            "way": way,
+            "mode": mode,
             "schedule": schedule,
             "penalty": arguments.penalty,
             "max_clips": most or CLIPS,
@@ -186,8 +184,10 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
             "window": arguments.window and tuple(arguments.window),
             "chunk": arguments.chunk,
         }
-        if way == "pipelined":
-            options["pair"] = stack.enter_context(start_perception(str(model_folder(arguments.model)), device, dtype))
+        if mode == "pipelined":
+            options["perception_client"] = stack.enter_context(
+                start_perception(str(model_folder(arguments.model)), device, dtype)
+            )
         model = load_on(arguments.model, str(device), dtype)
         skip = arguments.behind == "skip"
         intake = Intake(source.clips, processor, skip, source.pace, source.count)
@@ -207,15 +207,15 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
                 check_clips(variant, layout, min(most or source.count, source.count))
             length = datetime.timedelta(seconds=round(room * seconds))
             screen.note(
-                f"{variant.name} can watch {room} clips ({length}), then their positions would reach those of its "
-                "text: the answer is written to its end there; group has no such limit"
+                f"{variant.name} can watch {room} clips ({length}) before their positions reach those of the text: the "
+                "answer is finished there; use group, which has no such limit"
             )
             most = room
         opened = functools.partial(open_session, model, variant, template, layout, **options)
         if device.type == "cuda":
-            opened = functools.partial(opened, passes=rehearse(opened(), pixels[0]))
-        told = ("question", "source", "speed", "behind")
-        about = {**{name: getattr(arguments, name) for name in told}, **source.about}
+            opened = functools.partial(opened, runner=warm_up(opened(), pixels[0]))
+        recorded = ("question", "source", "speed", "behind")
+        about = {**{name: getattr(arguments, name) for name in recorded}, **source.about}
         about["source"] = redacted(arguments.source)
         session = stack.enter_context(opened(record=own, about=about))
         if source.size is None:
@@ -249,15 +249,15 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         about["completed"], about["figures"] = intake.completed, found
         write_record(own, replace(written, about=about))
     ends = {
-        "ended": "the answer has ended" + ("" if session.all_fed else ", before the source has"),
+        "ended": "the answer has ended" + ("" if session.all_fed else ", before the source ended"),
         "max_new_tokens": f"{options['max_new_tokens']} tokens are written, see --max-new-tokens",
         "cancelled": f"stopped by {signal.Signals(stop.number).name}" if stop.number else "no clip came",
     }
     numbers = str(dtype).removeprefix("torch.")
-    screen.show(f"\n{variant.name}, {way}, {schedule}, {numbers} on {device}: {ends.get(written.end, written.end)}")
+    screen.show(f"\n{variant.name}, {mode}, {schedule}, {numbers} on {device}: {ends.get(written.end, written.end)}")
     screen.show(f"{table(found)}\n{'record':<26}{path}")
     if keeper and keeper.count:
-        screen.show(f"{'frames kept':<26}{arguments.keep}")
+        screen.show(f"{'saved frames':<26}{arguments.keep}")
     if fault is not None:
         raise fault
     return 128 + stop.number if stop.number else 0

@@ -1,8 +1,8 @@
-"""How well a live session kept up, from what arrived when, was seen when and was written when. Knows nothing else.
+"""Statistics of how well a live session kept up, from when clips arrived, slots began and tokens were written.
 
-A slot is over when the next one begins. It has met its deadline if by then, which is when the next clip of the source
-was complete, or a set time after its own clip was, it had begun and all its words were written; a greedy one writes
-until the next one begins, and need only have begun. The newest slot is not judged: nothing came after it.
+A slot meets its deadline if, by then, it has begun and written all its tokens. The deadline is when the source's next
+clip is complete, or a set time after the slot's own clip is. A greedy slot writes until the next one begins, so that it
+only has to have begun. The newest slot has no deadline, because nothing came after it. Knows nothing else.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ class Course:
     """What happened. All times are wall-clock times in seconds."""
 
     completed: Sequence[float]
-    """Of each clip that the source gave: when its last frame was there."""
+    """When the last frame of each clip of the source was there."""
     fed: Sequence[int]
-    """Of each clip that was fed, which of these it was."""
+    """For each clip that was fed, its index in `completed`."""
     visible: Sequence[float]
-    """When each slot began. One more than clips were fed where the end of the source was a slot's only news."""
+    """When each slot began. One more than clips were fed if the last slot has no clip."""
     slots: Sequence[int]
-    """Of each token, the slot that wrote it, 1…"""
+    """The slot that wrote each token, 1…"""
     times: Sequence[float]
     """When each token was written."""
     closed: bool
-    """The last clip was seen, so that the newest slot writes the rest."""
+    """The last slot has begun: it writes the rest."""
     deadline: float | None = None
-    """Seconds after its clip that a slot has; None: until the source's next clip is there."""
+    """Seconds from a clip to its slot's deadline; None: until the source's next clip is complete."""
     greedy: bool = False
     """Slots write until the next one begins."""
 
 
 def figures(course: Course) -> dict:
-    """Ages and times in seconds, rates a second; None where there is nothing to say."""
+    """The statistics as they are recorded: ages and times in seconds, rates per second, None if undefined."""
     begun = len(course.visible)
     seen = [course.completed[clip] for clip in course.fed[:begun]]
     newest = seen + seen[-1:] * (begun - len(seen))
@@ -45,16 +45,23 @@ def figures(course: Course) -> dict:
     judged, missed = _deadlines(course)
     rate = _rate(course.visible[: len(seen)])
     return {
+        # How old the newest frame that a token could see was when the token was written.
         "age_of_newest_frame": _spread(ages),
+        # The same without the last slot, which writes the rest of the answer after the source has ended.
         "age_of_newest_frame_before_last_slot": _spread(live),
+        # From the moment the source's first clip was complete.
         "first_token_after_first_clip": course.times[0] - course.completed[0] if course.times else None,
         "tokens": len(course.times),
+        # Rates are measured from the first event to the last.
         "tokens_per_second": _rate(course.times),
+        # Clips whose slot began, and how fast.
         "clips": len(seen),
         "clips_per_second": rate,
         "frames_per_second": None if rate is None else rate * FRAMES_PER_CLIP,
+        # Clips that the source gave, and how fast.
         "source_clips": len(course.completed),
         "source_clips_per_second": _rate(course.completed),
+        # The --deadline in seconds, the slots that had one, and how many of these missed it.
         "deadline": course.deadline,
         "deadlines": judged,
         "missed_deadlines": missed,
@@ -62,6 +69,7 @@ def figures(course: Course) -> dict:
 
 
 def _deadlines(course: Course) -> tuple[int, int]:
+    """How many slots had a deadline, and how many missed it."""
     judged = missed = 0
     finished = list(course.visible)
     if not course.greedy:
@@ -79,7 +87,7 @@ def _deadlines(course: Course) -> tuple[int, int]:
 
 
 def _rate(times: Sequence[float]) -> float | None:
-    """Events a second from the first to the last."""
+    """Events per second, from the first to the last."""
     if len(times) < 2 or times[-1] <= times[0]:
         return None
     return (len(times) - 1) / (times[-1] - times[0])
@@ -93,31 +101,51 @@ def _spread(values: Sequence[float]) -> dict | None:
 
 
 def table(found: dict) -> str:
-    """`figures`, and what was counted beside them, for people."""
+    """The statistics of `Watch.figures` for a terminal, one per line. Counts that are 0 and figures that are undefined
+    are omitted."""
+    rows = {}
 
-    def number(value: float | None, unit: str, digits: int = 2) -> str:
-        return "-" if value is None else f"{value:.{digits}f}{unit}"
+    def add(name: str, *parts: str | None) -> None:
+        """A line of the `parts` that are not None, if there are any."""
+        if shown := [part for part in parts if part]:
+            rows[name] = ", ".join(shown)
 
-    def spread(ages: dict | None) -> str:
-        if ages is None:
-            return "-"
-        return "   ".join(f"{name} {number(ages[key], ' s', 3)}" for name, key in SPREAD)
+    def number(key: str, form: str) -> str | None:
+        """`form` with the value of `key`, unless that is 0 or undefined."""
+        return form.format(found[key]) if found[key] else None
 
-    deadline = "when the next clip came" if found["deadline"] is None else f"{found['deadline']:g} s after its clip"
-    rows = {
-        "age of the newest frame": spread(found["age_of_newest_frame"]),
-        "  before the last slot": spread(found["age_of_newest_frame_before_last_slot"]),
-        "first token": f"{number(found['first_token_after_first_clip'], ' s', 3)} after the first clip",
-        "tokens": f"{found['tokens']}, {number(found['tokens_per_second'], '/s')}",
-        "clips taken in": f"{found['clips']}, {number(found['clips_per_second'], '/s')} "
-        f"({number(found['frames_per_second'], ' frames/s', 1)}), "
-        f"of {found['source_clips']} that came at {number(found['source_clips_per_second'], '/s')}",
-        "missed deadlines": f"{found['missed_deadlines']} of {found['deadlines']} slots, which were due {deadline}",
-        "clips skipped": f"{found['clips_skipped']}, and {found['clips_before_start']} that came before the start",
-        "clips waiting": f"{found['most_clips_waiting']} at most, {found['clips_waiting_at_end']} at the end",
-        "broken frames": f"{found['broken_frames']}",
-    }
+    for name, key in (
+        # Age of the newest frame that a token could see when it was written: median, 95th percentile, maximum.
+        ("age of the newest frame", "age_of_newest_frame"),
+        # The same before the source's last clip: after it, the rest is written and ages grow.
+        ("  before the last slot", "age_of_newest_frame_before_last_slot"),
+    ):
+        if found[key]:
+            add(name, "   ".join(f"{title} {found[key][part]:.3f} s" for title, part in SPREAD))
+    # Seconds from the first complete clip to the first token.
+    add("first token", number("first_token_after_first_clip", "{:.3f} s after the first clip"))
+    # Tokens written, and how fast from the first to the last.
+    add("tokens", str(found["tokens"]), number("tokens_per_second", "{:.2f}/s"))
+    # Clips whose slot began and how fast, of the clips that the source gave.
+    add(
+        "clips",
+        str(found["clips"]),
+        number("clips_per_second", "{:.2f}/s"),
+        number("frames_per_second", "{:.1f} frames/s"),
+    )
+    add("clips of the source", str(found["source_clips"]), number("source_clips_per_second", "{:.2f}/s"))
+    # Slots that had not written all their tokens when the next clip came, or after --deadline seconds.
+    due = "when the next clip came" if found["deadline"] is None else f"{found['deadline']:g} s after its clip"
+    add("missed deadlines", number("missed_deadlines", f"{{}} of {found['deadlines']} slots, each due {due}"))
+    # Clips that were never fed because a newer one had come (--behind skip).
+    add("clips skipped", number("clips_skipped", "{}"))
+    # Clips of a camera or stream that came while the model was being prepared.
+    add("clips before the start", number("clips_before_start", "{}"))
+    # Clips that had come and whose slot had not begun: the most at once, and when the session ended.
+    add("clips waiting", number("most_clips_waiting", "{} at most"), number("clips_waiting_at_end", "{} at the end"))
+    # Frames of the source that could not be decoded.
+    add("broken frames", number("broken_frames", "{}"))
     return "\n".join(f"{name:<26}{value}" for name, value in rows.items())
 
 
-SPREAD = (("median", "median"), ("95th", "p95"), ("worst", "worst"))
+SPREAD = (("median", "median"), ("95th percentile", "p95"), ("maximum", "worst"))

@@ -1,4 +1,4 @@
-"""Clips of a source, read in a thread of their own and made ready for a model. Knows nothing of sessions and words."""
+"""Reads the clips of a source in a thread, and prepares them for a model. Knows nothing of sessions and tokens."""
 
 import collections
 import logging
@@ -15,11 +15,11 @@ from ..video.sources import Clip
 logger = logging.getLogger(__name__)
 
 ROOM = 256
-"""Clips that wait at most; then their source has to wait."""
+"""Clips that may wait; then the source is not read until one is taken."""
 
 
 class Intake:
-    """Reads a source from `start` to `stop`. What has come is in `waiting`, from which `take` takes."""
+    """Reads a source from `start` to `stop`. Clips that have come are in `waiting`, from which `take` takes."""
 
     def __init__(
         self,
@@ -29,39 +29,44 @@ class Intake:
         pace: float | None = None,
         count: int | None = None,
     ):
-        """`clips` opens the source. `skip`: only the newest clip waits. `pace`: wall-clock seconds between its clips,
-        and `count` of them, where that is known."""
+        """Args:
+        clips: Opens the source.
+        processor: Prepares the clips' pixels.
+        skip: Only the newest clip waits.
+        pace: Wall-clock seconds between the source's clips, if known.
+        count: How many clips the source has, if known.
+        """
         self.clips, self.processor, self.skip = clips, processor, skip
         self.pace, self.count = pace, count
         self.waiting: collections.deque[tuple[Clip, Tensor | None]] = collections.deque()
-        """With their pixels where these are made: those of a clip that finds others waiting may never be wanted."""
+        """Clips with their pixels, or None for a clip that came while others waited: it may be skipped."""
         self.completed: list[float] = []
-        """Of each clip of the source that has come, the wall-clock time at which it was complete."""
+        """When each clip of the source was complete, wall-clock time."""
         self.before = 0
-        """Clips that came before `begin`, and are left out."""
+        """Clips that came before `begin`, which are not counted as skipped."""
         self.broken = 0
         self.over = False
-        """The source has ended, and all of it has come."""
+        """The source has ended, and all its clips have come."""
         self.fault: Exception | None = None
-        """Why it ended, where that was no plain end."""
-        # Of all queues this one may be put into by a signal handler while its thread is in `get`.
+        """The error with which the source ended, if there was one."""
+        # A SimpleQueue, because a signal handler may put into it while its own thread is in `get`.
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._change, self._begun, self._stopped, self._full = threading.Condition(), True, False, False
         self._thread = threading.Thread(target=self._read, name="intake", daemon=True)
 
     def start(self, begun: bool = True) -> None:
-        """Until `begin`, where it has not `begun`, only the newest clip of what is no film waits."""
+        """Start reading. If not `begun`, only the newest clip of a camera or stream waits until `begin` is called."""
         self._begun = begun
         self._thread.start()
 
     def begin(self) -> None:
-        """From here on clips count."""
+        """Clips count from here on."""
         with self._change:
             self._begun = True
             self.before = self.waiting[0][0].index if self.waiting else len(self.completed)
 
     def stop(self) -> None:
-        """Read no more. A source that gives nothing is left to itself."""
+        """Stop reading. A source that is blocked in a read is left behind in its daemon thread."""
         with self._change:
             self._stopped = True
             self._change.notify()
@@ -69,11 +74,11 @@ class Intake:
             self._thread.join(2)
 
     def wake(self) -> None:
-        """End a `wait`. May be called from a signal handler."""
+        """End a `wait`. Can be called from a signal handler."""
         self._news.put(None)
 
     def wait(self) -> None:
-        """Until there is something new, or `wake` is called. May also return without."""
+        """Block until there is news or `wake` is called. May return early."""
         if not self.over:
             self._news.get()
 
@@ -90,7 +95,7 @@ class Intake:
         return clip, self._pixels(clip) if pixels is None else pixels
 
     def due(self) -> int:
-        """Clips that the source has completed, those that it could not be read for yet among them."""
+        """Clips that the source has completed, including those that were not read because too many wait."""
         come = len(self.completed)
         if self.over or not come or self.pace is None:
             return come
@@ -98,7 +103,7 @@ class Intake:
         return max(come, min(passed, self.count or passed))
 
     def add(self, clip: Clip) -> None:
-        """A clip has come. Waits for room, unless it is to stop."""
+        """Add a clip that has come. Blocks while ROOM clips wait, until `stop`."""
         pixels = None if self.waiting else self._pixels(clip)
         with self._change:
             newest_only = self.skip or not (self._begun or clip.film)
@@ -107,20 +112,20 @@ class Intake:
             while len(self.waiting) >= ROOM and not self._stopped:
                 if self._begun and self.pace is None and not (clip.film or self._full):
                     self._full = True
-                    logger.warning("%d clips wait, and there is room for no more: the source has to wait", ROOM)
+                    logger.warning("%d clips are waiting, the maximum: the source is not read until one is taken", ROOM)
                 self._change.wait()
             self.waiting.append((clip, pixels))
             self.completed.append(clip.completed)
             self.broken = clip.broken
-        self._tell()
+        self._notify()
 
     def end(self, fault: Exception | None = None) -> None:
         """No more clips come."""
         self.fault, self.over = fault, True
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
-        if self._news.empty():  # else whoever waits is told already, and has not looked yet
+    def _notify(self) -> None:
+        if self._news.empty():  # otherwise there is news already that nobody has looked at
             self.wake()
 
     def _pixels(self, clip: Clip) -> Tensor:
@@ -132,7 +137,7 @@ class Intake:
                 self.add(clip)
                 if self._stopped:
                     return
-        except Exception as error:  # told where the clips are taken, for no one looks at a thread
+        except Exception as error:  # reported to whoever takes the clips: nobody joins this thread
             self.end(error)
             return
         self.end()

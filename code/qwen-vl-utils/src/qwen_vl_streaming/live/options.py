@@ -1,4 +1,4 @@
-"""What `live` can be asked: its command line, and the source, variant and files that this names.
+"""The command line of `live`, and the source, variant and files that it names.
 
 Knows nothing of sessions.
 """
@@ -18,14 +18,14 @@ import torch
 
 from ..common.errors import InputError, OneLineParser
 from ..common.paths import PROJECT, find_model, look_up
-from ..common.redact import hide
+from ..common.redact import hide_address
 from ..devices import DEVICE_HELP, choose_device, look
 from ..model.prompts import QUESTIONS
 from ..model.trained import check_trained
 from ..replay import DTYPES
-from ..sessions.record import WAYS
-from ..sessions.session import GREEDY
+from ..sessions import GREEDY, MODES
 from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
+from ..video.formats import SCHEMES
 from ..video.frames import BUDGETS, FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
 from ..video.index import index_video
 from ..video.sources import Clip, paced_clips, synthetic_clips
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 SYNTHETIC = "synthetic"
 SCENE = (280, 504)
-"""Height and width of the synthetic scene, before it is resized as a stream's frames are."""
+"""Height and width of the synthetic scene, before it is resized like the frames of a stream."""
 RECORDS = Path("live_output")
-REPLACED = "an earlier file is replaced"
+REPLACED = "an existing file is replaced"
 CLIPS = 300
-"""Watched at most, where --max-clips does not say and there is no window."""
+"""Clips watched at most, by default and without a window."""
 TOKENS_PER_CLIP = 8
-"""Written at most, likewise, for each clip."""
+"""Tokens written at most per clip, by default and without a window."""
 LIMITS = {
     "deadline": (1e-6, 1e6),
     "speed": (1e-3, 1e6),
@@ -51,11 +51,11 @@ LIMITS = {
     "max_new_tokens": (1, 10**8),
     "penalty": (1e-2, 1e2),
 }
-"""The least and the most of what is a number."""
+"""The smallest and the largest value of numeric flags."""
 
 
 def parse(description: str) -> argparse.Namespace:
-    """The command line, on which all that is wrong by itself is refused."""
+    """Parse the command line. Values that are wrong by themselves end the program with an error line."""
     parser = OneLineParser(
         prog="python -m qwen_vl_streaming.live",
         description=description,
@@ -63,69 +63,88 @@ def parse(description: str) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a checkpoint")
-    add("--source", required=True, help=f"a video file, /dev/videoN, rtsp://..., http://... or {SYNTHETIC}")
-    add("--variant", choices=VARIANTS, help=f"default: {ENVIRONMENT_VARIABLE}, else what the checkpoint was trained as")
+    add(
+        "--source",
+        required=True,
+        help=f"a video file, /dev/videoN, rtsp://..., http://... or {SYNTHETIC} (a moving test picture)",
+    )
+    add("--variant", choices=VARIANTS, help=f"default: {ENVIRONMENT_VARIABLE}, else the checkpoint's variant")
     add(
         "--force",
         action="store_true",
-        help="use a checkpoint that was trained as another variant or under another position rule",
+        help="allow a checkpoint that was trained as another variant or with another position rule",
     )
     add("--question", default=QUESTIONS[-1], help="default: %(default)s")
-    add("--way", choices=WAYS, help="default: fused where the variant allows it, else serial")
-    add("--schedule", help=f"wait-K, random-K or {GREEDY}, as fast as it can (default: wait-K with the checkpoint's K)")
+    add(
+        "--way",
+        choices=MODES,
+        help="execution mode; all write the same tokens: serial alternates between clips and tokens; fused computes "
+        "both in one forward step (one GPU); pipelined computes clips in a second process (two GPUs) (default: fused "
+        "if the variant allows it, else serial)",
+    )
+    add(
+        "--schedule",
+        help=f"tokens per clip: wait-K writes K, random-K K on average, {GREEDY} as many as there is time for "
+        "(default: wait-K with the checkpoint's K)",
+    )
     add(
         "--behind",
         choices=("wait", "skip"),
         default="wait",
-        help="what clips do when it cannot keep up: wait until it gets to them, or be skipped for the newest (default: "
-        "%(default)s)",
+        help="what happens to clips when the model falls behind: they wait, or are skipped in favor of the newest one "
+        "(default: %(default)s)",
     )
     add(
         "--deadline",
         type=float,
         metavar="SECONDS",
-        help=f"what a slot has from its clip to its last word, or to its beginning where it is {GREEDY}; later is a "
-        "missed deadline (default: until the source's next clip is there)",
+        help=f"time from a clip to the last token of its slot (with {GREEDY}, to the first); later tokens count as a "
+        "missed deadline (default: until the source's next clip is complete)",
     )
-    add("--speed", type=float, default=1.0, help="times real time, for files and the synthetic scene (default: 1)")
-    add("--fps", type=float, default=2.0, help="frames sampled a second of video (default: 2)")
+    add("--speed", type=float, default=1.0, help="factor of real time, for files and the synthetic scene (default: 1)")
+    add("--fps", type=float, default=2.0, help="frames sampled per second of video (default: 2)")
     for name in ("--min-pixels-per-frame", "--max-pixels-per-frame", "--max-pixels-per-video"):
         add(name, type=int, metavar="N", help="default: as the checkpoint was trained")
     add(
         "--budget",
         choices=BUDGETS,
-        help="which frames of a file share the pixels of a video: those that it has, or as many as the longest has "
-        "(default: as the checkpoint was trained; a camera or stream is always sized as the longest)",
+        help="which number of frames --max-pixels-per-video is divided by, for a file: its own, or that of the longest "
+        "video (default: as the checkpoint was trained; cameras and streams always use the longest)",
     )
     add(
         "--reconnect-seconds",
         type=float,
         default=10.0,
         metavar="SECONDS",
-        help="how long a stream that broke off is tried again (default: 10)",
+        help="how long to try to reconnect to a stream (default: 10)",
     )
-    add("--max-clips", type=int, metavar="N", help=f"watch at most these (default: {CLIPS}; with --window, all)")
+    add("--max-clips", type=int, metavar="N", help=f"watch at most N clips (default: {CLIPS}; with --window, all)")
     add(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"write at most these (default: {TOKENS_PER_CLIP} for each of --max-clips; with --window, any number)",
+        help=f"write at most N tokens (default: {TOKENS_PER_CLIP} for each of --max-clips; with --window, any number)",
     )
     add(
         "--window",
         type=int,
         nargs=2,
         metavar=("CLIPS", "TOKENS"),
-        help="keep only the newest clips and tokens in sight, of a stream that may go on for ever",
+        help="limit attention to the prompt and the newest clips and tokens, for endless streams",
     )
     add("--penalty", type=float, default=1.15, help="repetition penalty; 1 turns it off (default: %(default)s)")
-    add("--chunk", type=int, metavar="N", help="visual tokens that ride in a pass, fused (default: a whole clip)")
-    add("--record", type=Path, metavar="FILE", help=f"{REPLACED} (default: {RECORDS}/<time>-<variant>-<pid>.json)")
+    add("--chunk", type=int, metavar="N", help="visual tokens per forward step (default: a whole clip)")
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help=f"where to write the record of the session; {REPLACED} (default: {RECORDS}/<time>-<variant>-<pid>.json)",
+    )
     add(
         "--keep",
         type=Path,
         metavar="FILE",
-        help=f"keep the frames that were fed, so that a stream can be replayed; {REPLACED}",
+        help=f"save the frames that were fed, so that a camera or stream can be replayed; {REPLACED}",
     )
     add("--device", default="", help=DEVICE_HELP)
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
@@ -133,7 +152,7 @@ def parse(description: str) -> argparse.Namespace:
     for name, (least, most) in LIMITS.items():
         if (value := getattr(arguments, name)) is not None and not least <= value <= most:
             parser.error(f"--{name.replace('_', '-')} {str(value)[:20]} must be from {least:.10g} to {most:.10g}")
-    hide(arguments.source)
+    hide_address(arguments.source)
     arguments.model = find_model(arguments.model, PROJECT)
     if not (arguments.source == SYNTHETIC or arguments.source.startswith("/dev/") or "://" in arguments.source):
         arguments.source = str(look_up(arguments.source, PROJECT))
@@ -147,26 +166,29 @@ def parse(description: str) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Source:
+    """What --source names."""
+
     clips: Callable[[], Iterator[Clip]]
-    """Opens it: its time begins then."""
+    """Opens the source, whose time starts then."""
     seconds_per_clip: float
     size: tuple[int, int] | None
-    """(height, width) of its frames, None where that is not known before the first."""
+    """(height, width) of its frames, or None if not known before the first frame."""
     about: dict
-    """What a replay reads the clips from."""
+    """Where a replay reads the clips from, for the record."""
     pace: float | None = None
-    """Wall-clock seconds between its clips, None where that is its own affair."""
+    """Wall-clock seconds between its clips, or None if not known."""
     count: int | None = None
-    """How many they are, where that is known."""
+    """The number of clips, or None if not known."""
 
 
 def most_clips(arguments: argparse.Namespace) -> int | None:
-    """How many clips are watched at most; None for any number of them."""
+    """How many clips to watch at most, or None for all."""
     return arguments.max_clips or (None if arguments.window else CLIPS)
 
 
 def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
-    """What --source names. Raises InputError where it is not there, as far as that can be seen before it is opened."""
+    """The source that --source names. Raises InputError if it does not exist, as far as this is known before opening
+    it."""
     name, fps, speed, most = arguments.source, arguments.fps, arguments.speed, most_clips(arguments)
     if name == SYNTHETIC:
         size = budget.size(*SCENE, frames=0)
@@ -175,8 +197,12 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
         seconds = FRAMES_PER_CLIP / fps
         return Source(clips, seconds, size, about, seconds / speed, most)
     if name.startswith("/dev/") or "://" in name:
+        if not name.startswith("/dev/") and name.partition("://")[0].lower() not in SCHEMES:
+            raise InputError(f"source {name} is not a stream: give {', '.join(SCHEMES)}, or the path of a file")
         if speed != 1:
-            raise InputError(f"--speed {speed:g}: only files and the synthetic scene can be hurried, not {name}")
+            raise InputError(
+                f"--speed {speed:g} has no effect on {name}: leave it out, it is for files and {SYNTHETIC}"
+            )
         if name.startswith("/dev/") and not Path(name).exists():
             raise InputError(f"source {name} does not exist: check that the camera is connected")
         patience = arguments.reconnect_seconds
@@ -187,7 +213,9 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
     if most and arguments.behind == "wait":
         end = most * FRAMES_PER_CLIP / sampled_rate(index, fps)
         if index.duration > end:
-            logger.warning("%s lasts %.1f s, of which %g are watched: see --max-clips", name, index.duration, end)
+            logger.warning(
+                "%s lasts %.1f s, of which the first %g s are watched: see --max-clips", name, index.duration, end
+            )
             cut = {"end": end}
     video = read_video(name, fps=fps, budget=budget, index=index, **cut)
     logger.info("frames of %d x %d pixels: --budget %s", *reversed(video.frames.shape[2:]), budget.budget)
@@ -198,31 +226,31 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
 
 
 def choose_variant(arguments: argparse.Namespace, config) -> Variant:
-    """Raises InputError where the checkpoint was trained otherwise, unless that is forced."""
+    """The variant to run. Raises InputError if the checkpoint was trained differently and --force is not given."""
     trained = getattr(config, "streaming_variant", None)
     variant = get_variant(arguments.variant or chosen_variant(trained or "group"))
     if not arguments.force:
-        check_trained(config, arguments.model, variant, "--force to watch with it all the same")
+        check_trained(config, arguments.model, variant, "--force to use it anyway")
     return variant
 
 
 def record_place(arguments: argparse.Namespace, variant: Variant) -> Path:
-    """Where the record goes. Raises InputError where it or --keep could not be written in the end, or would destroy
-    the source or one another."""
+    """Where the record is written. Raises InputError if it or --keep cannot be written, or would replace the source or
+    each other."""
     record = arguments.record or RECORDS / time.strftime(f"%Y%m%d-%H%M%S-{variant.name}-{os.getpid()}.json")
     for path in filter(None, (record, arguments.keep)):
         folder = path.absolute().parent
         while not os.path.exists(folder):
             folder = folder.parent
         if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path} cannot be written (it is no file): name another file")
-        try:  # a name as long as it is written under; permissions alone do not tell, root has them everywhere
+            raise InputError(f"{path} cannot be written (it is not a file): name another file")
+        try:  # with a name as long as the real one; permissions do not tell, root has them all
             with tempfile.NamedTemporaryFile(prefix=f"{path.name}.{os.getpid()}.live.", suffix=".part", dir=folder):
                 pass
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}): name another file") from error
         if _same(path, arguments.source):
-            raise InputError(f"{path} is the source, which would be lost: name another file")
+            raise InputError(f"{path} is the source, which would be overwritten: name another file")
     if arguments.keep and _same(record, arguments.keep):
         raise InputError(f"--record and --keep both name {record}: name two files")
     return record

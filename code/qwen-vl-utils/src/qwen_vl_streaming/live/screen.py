@@ -1,4 +1,4 @@
-"""Words on a terminal as they are written, by the second of video after which they were. Knows nothing of models."""
+"""Prints the text on a terminal as it is written, with the second of video that it follows. Knows nothing of models."""
 
 import logging
 import os
@@ -7,26 +7,27 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder gives for a character of which not all bytes are there."""
+"""A decoder returns this for a character whose bytes are incomplete."""
 
 
 class Pieces:
-    """Token ids in, text out. A character that several tokens make comes out whole, with the last of them."""
+    """Token ids in, text out. A character made of several tokens is returned whole, with the last of them."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
         self.decode = decode
         self.said: list[int] = []
-        """The ids of the newest piece: some tokenizers write a word by the one before it."""
+        """The ids of the newest piece: some tokenizers decode a token depending on the one before."""
         self.held: list[int] = []
+        """Ids whose text is not complete."""
 
     def add(self, token: int) -> str:
-        """The text that is certain now that `token` has come; may be empty."""
+        """The text that `token` completes; may be empty."""
         self.held.append(token)
         text = self.decode([*self.said, *self.held])
         return "" if text.endswith(UNFINISHED) else self._out(text)
 
     def rest(self) -> str:
-        """What is still held, whole or not."""
+        """The text of the ids still held, complete or not."""
         return self._out(self.decode([*self.said, *self.held])) if self.held else ""
 
     def _out(self, text: str) -> str:
@@ -36,22 +37,22 @@ class Pieces:
 
 
 class Screen:
-    """Words go to `out`, a line for each second in which some were written; on a terminal each as it comes, else whole
-    lines. Notes go to `notes`, on lines of their own. Where nobody takes the words any more, `gone` is called, and what
-    is no words, as the figures, goes to `notes` too."""
+    """Prints text to `out`, one line per second of video; to a terminal piece by piece, otherwise in whole lines. Notes
+    are printed to `notes`, on lines of their own. When `out` is closed, `gone` is called, and statistics are printed to
+    `notes` instead."""
 
     def __init__(self, out: TextIO, notes: TextIO, gone: Callable[[], None] = lambda: None):
         self.out, self.notes, self.gone = out, notes, gone
         self.terminal = out.isatty()
         self.second: float | None = None
-        """Of the line that is being written."""
+        """The second of the line that is being written."""
         self.line = ""
         self.lost = False
-        """Nobody reads `out` any more."""
-        self.lock = threading.RLock()  # notes come from several threads
+        """`out` is closed."""
+        self.lock = threading.RLock()  # several threads print notes
 
     def say(self, text: str, second: float) -> None:
-        """`text` was written when `second` seconds of video had been seen."""
+        """Print `text`, which was written after `second` seconds of video."""
         text = "".join(letter if letter.isprintable() else " " for letter in text)
         with self.lock:
             if self.second != second:
@@ -70,12 +71,12 @@ class Screen:
                 self._print(line)
 
     def show(self, text: str) -> None:
-        """Lines that are no words."""
+        """Print lines that are not part of the answer."""
         with self.lock:
             self.end_line()
             if not self.lost:
                 self._print(text)
-            if self.lost:  # also where this has just been seen
+            if self.lost:  # may have been noticed just now
                 self.note(text)
 
     def note(self, text: str) -> None:
@@ -93,19 +94,19 @@ class Screen:
         except OSError as error:
             _silence(self.out)
             self.lost = True
-            self.note(f"the words cannot be written any more ({error.strerror}): it stops here")
+            self.note(f"the output is closed ({error.strerror}): stopping")
             self.gone()
 
 
 def _silence(stream: TextIO) -> None:
-    """What goes to `stream` from now on is lost, and so is what is still in its buffer at the program's end."""
+    """Discard what is written to `stream` from now on, and what is left in its buffer."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 class NoteHandler(logging.Handler):
-    """Log messages as notes."""
+    """Prints log messages as notes."""
 
     def __init__(self, screen: Screen):
         super().__init__(logging.WARNING)

@@ -1,24 +1,24 @@
-"""A session that an intake feeds until the answer is written: what is fed when, what is skipped, what is said about it.
+"""Feeds a session from an intake until the answer is written: decides what is fed when, what is skipped and reported.
 
-Knows nothing of sources, arguments and files. What it needs of a session is its public side alone.
+Knows nothing of sources, arguments and files. Uses only the public methods of a session.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
+from ..sessions import Session
 from ..sessions.record import Record
-from ..sessions.session import Session
 from .figures import Course, figures
 from .intake import Intake
 from .screen import Pieces, Screen
 
 AHEAD = 4
-"""Clips that a session is given before their slots begin: what it may take in ahead. The others wait in the intake."""
+"""Clips that a session is given ahead of their slots; the others wait in the intake."""
 BEHIND = 2
-"""Clips that wait when it has fallen behind."""
+"""This many waiting clips count as having fallen behind."""
 CALM = 3
-"""Clips in a row that were fed without delay when it has caught up."""
+"""This many clips in a row that are fed without delay count as having caught up."""
 
 
 class Watch:
@@ -35,31 +35,37 @@ class Watch:
         skip: bool = False,
         keep: Callable[[Tensor], None] | None = None,
     ):
-        """`seconds` a clip; watch `most` clips. `skip`: when it cannot keep up, only the newest clip is fed. `keep` is
-        given the frames of each clip before it is fed, (2, 3, H, W) uint8."""
+        """Args:
+        session, intake, screen, pieces: What is fed, from where, and where and how its tokens are printed.
+        seconds: Of a clip.
+        most: Clips to watch, or None for all.
+        skip: When the session falls behind, feed only the newest clip.
+        keep: Called with the frames of each clip, (2, 3, H, W) uint8, before it is fed.
+        """
         self.session, self.intake, self.screen, self.pieces = session, intake, screen, pieces
         self.seconds, self.most, self.skip, self.keep = seconds, most, skip, keep
         self.clips: list[int] = []
-        """Of each clip that was fed, its index in the source; this list goes into the record."""
+        """The index in the source of each clip that was fed; this list goes into the record."""
         self.next = intake.before
-        """The clip of the source after the newest that was fed."""
+        """The index in the source after the newest clip that was fed."""
         self.stopped = self.behind = False
         self.skipped = self.most_waiting = self.waiting_at_end = self.calm = 0
 
     def ask_to_stop(self) -> None:
-        """End `run` after the step that it is in. May be called from a signal handler."""
+        """End `run` after its current step. Can be called from a signal handler."""
         self.stopped = True
         self.intake.wake()
 
     def run(self) -> None:
-        """Returns when the answer is written, or it was asked to stop. Raises what the session does."""
+        """Returns when the answer is written, the source is over, or `ask_to_stop` was called. Raises what the session
+        raises."""
         session, intake = self.session, self.intake
         try:
             while not (session.done or self.stopped):
                 self._feed()
                 if not session.idle:
-                    if (word := session.step()) is not None:
-                        self.screen.say(self.pieces.add(word.token), self._second(word.slot))
+                    if (token := session.step()) is not None:
+                        self.screen.say(self.pieces.add(token.token), self._second(token.slot))
                 elif intake.over and not intake.waiting:
                     break
                 else:
@@ -71,7 +77,8 @@ class Watch:
             self.screen.end_line()
 
     def figures(self, record: Record, deadline: float | None) -> dict:
-        """See live_figures; and what was counted here. `record` is the session's, which is over."""
+        """The statistics of `figures.figures`, and the clips and frames that were counted here. `record` is that of the
+        session, which must be closed."""
         intake = self.intake
         course = Course(
             completed=intake.completed,
@@ -85,28 +92,28 @@ class Watch:
         )
         return {
             **figures(course),
+            # Clips that came while the model was being prepared.
             "clips_before_start": intake.before,
+            # Clips that were never fed because a newer one had come.
             "clips_skipped": self.skipped,
+            # Clips that had come and whose slot had not begun.
             "most_clips_waiting": self.most_waiting,
             "clips_waiting_at_end": self.waiting_at_end,
+            # Frames that could not be decoded.
             "broken_frames": intake.broken,
         }
 
     def _waiting(self) -> int:
-        """Clips that are there, are to be seen or skipped, and were not yet."""
-        ahead = self._ahead()
+        """Clips that have come and were neither skipped nor seen."""
+        ahead = self.session.clips_waiting
         return ahead if self.session.all_fed else self.intake.due() - self.next + ahead
 
-    def _ahead(self) -> int:
-        """Those of them that were fed. The slot that a stream's end opens has no clip."""
-        return max(0, len(self.session.arrived) - len(self.session.counts))
-
     def _second(self, slot: int) -> float:
-        """How much of the source had passed when `slot` could begin, in seconds."""
+        """Seconds of the source up to the end of the clip of `slot`."""
         return round((self.clips[min(slot, len(self.clips)) - 1] + 1) * self.seconds, 3)
 
     def _feed(self) -> None:
-        """Hand over what has arrived, as far as there is room."""
+        """Feed what has arrived, as far as there is room."""
         session, intake = self.session, self.intake
         self.most_waiting = max(self.most_waiting, self._waiting())
         while intake.waiting and not session.all_fed and self._has_room():
@@ -118,29 +125,30 @@ class Watch:
             self.clips.append(clip.index)
             session.feed(pixels, clip.last or full)
             self.skipped += skipped
-            self._tell_pace(skipped)
+            self._report_pace(skipped)
             if full and not clip.last:
-                self.screen.note(f"clip {self.most} is the last one to be watched: see --max-clips")
+                self.screen.note(f"clip {self.most} is the last one that is watched: see --max-clips")
         if intake.over and self.clips and not (intake.waiting or session.all_fed):
             why = f" ({intake.fault})" if intake.fault else ""
-            self.screen.note(f"no more clips come{why}: the answer is written to its end")
+            self.screen.note(f"the source has ended{why}: finishing the answer")
             session.end()
 
     def _has_room(self) -> bool:
-        session, ahead = self.session, self._ahead()
+        session, ahead = self.session, self.session.clips_waiting
         if not self.skip:
             return ahead < AHEAD
-        # What was fed will be seen. Where no clip is taken in beside the words, the next one is chosen after them.
-        return ahead == 0 and (session.idle or session.greedy or session.way != "serial")
+        # A clip that was fed cannot be skipped. A serial session takes the next clip after its tokens, so that it is
+        # chosen only then.
+        return ahead == 0 and (session.idle or session.greedy or session.mode != "serial")
 
-    def _tell_pace(self, skipped: int) -> None:
-        """Say once that it falls behind, and once that it has caught up."""
+    def _report_pace(self, skipped: int) -> None:
+        """Report once that the session falls behind, and once that it has caught up."""
         waiting = self._waiting()
         late = skipped > 0 if self.skip else waiting >= BEHIND
         self.calm = 0 if late else self.calm + 1
         now = self._second(len(self.clips))
         if late and not self.behind:
-            what = "skipping to the newest clip" if self.skip else f"{waiting} clips wait, and none is left out"
+            what = "skipping to the newest clip" if self.skip else f"{waiting} clips are waiting, and none is skipped"
             self.screen.note(f"behind at {now:g} s: {what}")
             self.behind = True
         elif self.behind and self.calm == CALM:

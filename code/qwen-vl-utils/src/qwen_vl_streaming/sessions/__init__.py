@@ -1,21 +1,21 @@
-"""How one stream, or many, run in real time: when a slot begins, who perceives, what is recorded. Knows nothing of
-files, cameras and terminals."""
+"""Runs one stream, or many, in real time: when a slot begins, which device does what, what is recorded.
 
-from collections.abc import Callable
+Knows nothing of files, cameras and terminals."""
 
-from ..common.errors import InputError
-from ..model.prompts import Template
-from ..timeline.timeline import Layout
-from ..timeline.variants import Variant
-from .fused import FusedSession
-from .pipelined import PipelinedSession
-from .record import WAYS
-from .session import Session
+from .modes import open_session
+from .perception_client import PerceptionClient, PerceptionLost
+from .record import MODES
+from .session import Session, TimedToken
+from .session_pool import SessionPool
+from .slot_scheduler import GREEDY
 
-
-def open_session(model, variant: Variant, template: Template, layout: Layout, *, way: str = "serial", **options):
-    """A Session that runs in `way`; `options` as its own. For "pipelined", `pair` is the Pair to run on."""
-    kinds: dict[str, Callable[..., Session]] = {kind.way: kind for kind in (Session, FusedSession, PipelinedSession)}
-    if way not in kinds:
-        raise InputError(f"unknown way {way!r}: choose one of {', '.join(WAYS)}")
-    return kinds[way](model, variant, template, layout, **options)
+__all__ = [
+    "GREEDY",
+    "MODES",
+    "PerceptionClient",
+    "PerceptionLost",
+    "Session",
+    "SessionPool",
+    "TimedToken",
+    "open_session",
+]

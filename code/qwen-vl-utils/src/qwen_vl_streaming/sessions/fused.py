@@ -1,62 +1,59 @@
-"""A session on one device whose clips are taken in by passes that write words."""
+"""A session on one device whose clips enter in the forward steps that write tokens."""
+
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from ..engine.stream_state import DueRows, StreamState
 from .session import Session
 
-LOOKS = 4
-"""Clips that the vision tower looks at at once, where so many wait: one alone does not fill a GPU."""
+ENCODE_TOGETHER = 4
+"""Clips that the vision encoder encodes at once, if so many wait: one alone does not fill a GPU."""
 
 
 class FusedSession(Session):
-    """The next clip rides in the passes that write the words before it or, where it comes too late for that, in the one
-    that writes the first word that sees it. One clip ahead is as far as it pays."""
+    """The next clip's rows enter beside the tokens of the slot before it or, if it arrives too late for that, with the
+    first token that sees it. At most one clip enters ahead of its slot; more is not faster."""
 
-    way = "fused"
-    joins = True
+    mode = "fused"
 
     def _open(self) -> None:
-        super()._open()
-        self.sight = StreamState(self.variant, self.template, self.layout, self.window)
-        """What has been watched."""
-        self.riding: DueRows | None = None
-        """What is left of the clip that is being taken in."""
-        self.riding_last = False
+        self.visual = StreamState(self.variant, self.template, self.layout, self.window)
+        """The visual side, as far as clips have started to enter."""
+        self.entering: DueRows | None = None
+        """The rows left of the clip that is entering, ahead of its slot; may be empty. None: no clip is entering."""
 
-    def looks_due(self) -> list[tuple[Tensor, bool]]:
-        if len(self.looked) > 1:
+    def clips_to_encode(self) -> Iterable[Tensor]:
+        if len(self.encoded) > 1:
             return []
-        count = LOOKS if self.looked or self.riding is not None else 1  # the first is waited for
+        # The first clip is encoded alone: its slot waits for it.
+        count = ENCODE_TOGETHER if self.encoded or self.entering is not None else 1
         return [self.waiting.popleft() for _ in range(min(len(self.waiting), count))]
 
-    def _clips_to_come(self) -> bool:
-        return super()._clips_to_come() or self.riding is not None
+    def _begin_slots(self) -> None:
+        self._enter_ahead()
+        fits = self.entering is not None and len(self.lead) + len(self.entering) <= self.width
+        if fits and self.scheduler.may_begin_slot:
+            rows = self._begin_slot()
+            # The clip's rows that are left enter with the first token that sees them.
+            self.lead = self.lead + self.entering + rows[rows.rows.text]
+            self.entering = None
+            self._enter_ahead()
+        self._begin_tail()
 
-    def _advance(self) -> None:
-        self._board()
-        if self.riding is not None and len(self.lead) + len(self.riding) <= self.width and self._wants_clip():
-            lead = self._begin_slot(self.riding_last)
-            # What has not been taken in by now enters with the first word that sees it.
-            self.lead = self.lead + self.riding + lead[lead.rows.text]
-            self.riding = None
-            self._board()
-        if self.riding is None:
-            self._begin_tail()
-
-    def _board(self) -> None:
-        """The next clip rides, where all of the one before has entered. Words do not wait for the vision tower."""
-        if self.riding is not None or not self.looked or self.lead.rows.visual.any():
+    def _enter_ahead(self) -> None:
+        """The next clip starts to enter once all rows of the one before have entered. Tokens do not wait for the vision
+        encoder."""
+        if self.entering is not None or not self.encoded or self.lead.rows.visual.any():
             return
-        if self.looked[0][0].ready.query() or not self._may_speak():
-            sight, self.riding_last = self.looked.popleft()
-            self.passes.set_clip_features(self.batch_slot, sight)
-            self.sight.stream.counts[:] = self.counts
-            riding = self.sight.feed_clip(self.riding_last)
-            self.riding = riding[riding.rows.visual]
+        if self.encoded[0].ready.query() or not self.scheduler.may_write:
+            self.runner.set_clip_features(self.batch_slot, self.encoded.popleft())
+            self.visual.stream.counts[:] = self.counts
+            rows = self.visual.feed_clip(self.scheduler.commit())
+            self.entering = rows[rows.rows.visual]
 
-    def _ride(self, room: int) -> DueRows:
-        if self.riding is None or not len(self.riding):
+    def _rows_ahead(self, room: int) -> DueRows:
+        if self.entering is None or not len(self.entering):
             return DueRows.empty()
-        rides, self.riding = self.riding[:room], self.riding[room:]
-        return rides
+        rows, self.entering = self.entering[:room], self.entering[room:]
+        return rows

@@ -1,8 +1,9 @@
-"""A session whose clips another process takes in, and hands over their keys and values, each clip's in one transfer,
+"""A session whose clips enter the model in another process. Their keys and values come back in one transfer per clip,
 while this process writes."""
 
 import collections
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -14,41 +15,38 @@ from ..engine.device_event import DeviceEvent
 from ..engine.step_runner import CLIPS_AHEAD
 from ..engine.stream_state import StreamState
 from .perception_client import PIXEL_BUFFERS, PerceptionClient
-from .session import Session, Word
+from .session import Session
 
-GLANCE = 0.2
-"""Seconds that a step waits for a clip, so that whoever calls it may stop meanwhile."""
+POLL_SECONDS = 0.2
+"""How long a step waits for a clip, so that its caller can stop in between."""
 
 
 class PipelinedSession(Session):
-    """Generation's side of a session. A clip is seen once its slot begins, and it must have come over whole."""
+    """The text side of a session. A slot begins once its clip's keys and values have been received."""
 
-    way = "pipelined"
-    joins = True
+    mode = "pipelined"
 
-    def __init__(self, *args, pair: PerceptionClient | None = None, **options):
-        if pair is None:
-            raise InputError("a pipelined session needs a pair: start a pair.Pair and give it as `pair`")
-        self.pair = pair
+    def __init__(self, *args, perception_client: PerceptionClient | None = None, **options):
+        """`perception_client` is the connection to the other process; it serves one session at a time."""
+        if perception_client is None:
+            raise InputError("a pipelined session needs a second process: pass a PerceptionClient as perception_client")
+        self.perception_client = perception_client
         super().__init__(*args, **options)
 
     def _open(self) -> None:
-        super()._open()
-        self.sight = StreamState(self.variant, self.template, self.layout, self.window)
-        """Where what comes over belongs."""
-        self.begun = 0
-        """How many clips were sent."""
+        self.visual = StreamState(self.variant, self.template, self.layout, self.window)
+        """The visual side, as far as clips were received."""
         self.sent: collections.deque[bool] = collections.deque()
-        """Of each clip that was sent and has not come over, whether it is the last."""
-        self.whole: collections.deque[bool] = collections.deque()
-        """The same of each clip that has come over and that no slot has begun with."""
-        self.leaving: collections.deque[tuple[int, DeviceEvent]] = collections.deque()
-        """Carriers out of which keys and values are being laid into pages, and when that is done."""
-        self.heard = 0.0
-        """When a clip last came over, or was the first to be sent."""
+        """For each clip that was sent and not received, whether it is the last."""
+        self.received = 0
+        """Clips that were received and whose slot has not begun."""
+        self.copying: collections.deque[tuple[int, DeviceEvent]] = collections.deque()
+        """KV transfer buffers that are being copied into the cache, and the event after which they are free."""
+        self.last_news = 0.0
+        """When a clip was last received, or the first of those in `sent` was sent."""
         itemsize = max(torch.float32.itemsize, self.model.dtype.itemsize)
-        self.number = self.pair.open(
-            self.passes.new_kv_buffer(self.layout),
+        self.number = self.perception_client.open(
+            self.runner.new_kv_buffer(self.layout),
             max(rows * columns for rows, columns in self._shapes) * itemsize,
             self.variant.name,
             self.template,
@@ -60,86 +58,80 @@ class PipelinedSession(Session):
 
     def feed(self, clip: Tensor, last: bool = False) -> None:
         super().feed(clip, last)
-        with self.whatever_happens():
+        with self.fails_on_error():
             self._send()
 
-    def step(self) -> Word | None:
-        word = super().step()
-        if word is None and not self.closed and not self.coming and not self._may_speak() and self.sent:
-            with self.whatever_happens():
-                silent = not self.whole and not self._receive(GLANCE)
-                if silent and now() - self.heard > self.pair.patience:
-                    raise self.pair.silent()
-        return word
-
-    def looks_due(self) -> list:
+    def clips_to_encode(self) -> Iterable[Tensor]:
         return []
 
-    def _waits_for_words(self) -> bool:
-        while self.sent and self.coming and not self.word_there:
-            if self._receive(0):
-                return False
-        return True
-
-    def _clips_to_come(self) -> bool:
-        return super()._clips_to_come() or bool(self.sent or self.whole)
-
-    def _send(self) -> None:
-        """Let perception have what it can place: where a clip's positions depend on what slots write, and that is not
-        agreed beforehand, only when the slot before it begins. No more than there are carriers for, and one that is
-        under way; or than a window has room for."""
-        held = self.greedy and self.variant.count == "rounds"
-        most = 1 if held else PIXEL_BUFFERS if self.window is None else CLIPS_AHEAD
-        while self.waiting and not self.done and (ahead := len(self.sent) + len(self.whole)) < most:
-            if held:
-                counts = [*self.counts]
-            else:
-                slots = len(self.counts) + ahead
-                counts = [0 if self.greedy else self._quota(slot + 1) for slot in range(slots)]
-            clip, last = self.waiting.popleft()
-            if not self.sent:
-                self.heard = now()
-            self.sent.append(last)
-            fed = (clip if clip.dtype == torch.float32 else clip.to(self.model.dtype)).cpu().contiguous()
-            raw, pixel_buffer = fed.flatten().view(torch.uint8).numpy(), self.begun % PIXEL_BUFFERS
-            room = self.pair.pixel_buffers[pixel_buffer].numpy()[: len(raw)]
-            put = functools.partial(np.copyto, room, raw)
-            self.pair.order("clip", self.number, pixel_buffer, fed.shape, fed.dtype, last, counts, before=put)
-            self.begun += 1
-
-    def _receive(self, seconds: float) -> bool:
-        """Take what has come over, waiting for at most `seconds`. Returns whether anything has."""
-        self._give_back(wait=seconds > 0)
-        if (said := self.pair.hear(seconds)) is None:
-            return False
-        self.heard = now()
-        _, _, kv_buffer = said
-        last = self.sent.popleft()
-        self.passes.copy_in(self.batch_slot, self.sight.feed_clip(last), self.pair.kv_buffers[kv_buffer])
-        self.leaving.append((kv_buffer, DeviceEvent(self.model.device)))
-        self.whole.append(last)
-        return True
-
-    def _give_back(self, wait: bool) -> None:
-        """Carriers that are empty again."""
-        while self.leaving and (wait or self.leaving[0][1].query()):
-            kv_buffer, there = self.leaving.popleft()
-            there.synchronize()
-            self.pair.order("empty", self.number, kv_buffer)
-
-    def _advance(self) -> None:
+    def _begin_slots(self) -> None:
         self._send()
         while self.sent and self._receive(0):
             pass
-        if self.whole and not len(self.lead) and self._wants_clip():
-            lead = self._begin_slot(self.whole.popleft())
-            self.lead = lead[lead.rows.text]
+        if self.received and not len(self.lead) and self.scheduler.may_begin_slot:
+            self.received -= 1
+            rows = self._begin_slot()
+            self.lead = rows[rows.rows.text]
             self._send()
-        if not (self.waiting or self.sent or self.whole):
-            self._begin_tail()
+        self._begin_tail()
 
-    def _let_go(self) -> None:
-        super()._let_go()
-        for _, there in self.leaving:
-            there.synchronize()  # the next session's clips come over in the same
-        self.pair.finish(self.number)
+    def _wait(self) -> bool:
+        while self.sent and self.pending and not self.token_ready:
+            if self._receive(0):
+                return False
+        silent = self.sent and not (self.pending or self.received or self._receive(POLL_SECONDS))
+        if silent and now() - self.last_news > self.perception_client.patience:
+            raise self.perception_client.silent()
+        return True
+
+    def _send(self) -> None:
+        """Send clips, as far as their positions are known: if these depend on what slots write and the schedule does
+        not say it beforehand, a clip is sent only when the slot before it begins. At most as many clips are under way
+        as there are KV transfer buffers, and one more; or as a window has room for."""
+        held = self.greedy and self.variant.count == "rounds"
+        most = 1 if held else PIXEL_BUFFERS if self.window is None else CLIPS_AHEAD
+        while self.waiting and not self.done and len(self.sent) + self.received < most:
+            counts, pixel_buffer = self.scheduler.counts_before_next_clip(), self.scheduler.committed % PIXEL_BUFFERS
+            clip, last = self.waiting.popleft(), self.scheduler.commit()
+            if not self.sent:
+                self.last_news = now()
+            self.sent.append(last)
+            fed = (clip if clip.dtype == torch.float32 else clip.to(self.model.dtype)).cpu().contiguous()
+            raw = fed.flatten().view(torch.uint8).numpy()
+            room = self.perception_client.pixel_buffers[pixel_buffer].numpy()[: len(raw)]
+            self.perception_client.send(
+                "clip",
+                self.number,
+                pixel_buffer,
+                fed.shape,
+                fed.dtype,
+                last,
+                counts,
+                before=functools.partial(np.copyto, room, raw),
+            )
+
+    def _receive(self, seconds: float) -> bool:
+        """Receive a clip, waiting for at most `seconds`. Returns whether one came."""
+        self._free_buffers(wait=seconds > 0)
+        if (message := self.perception_client.receive(seconds)) is None:
+            return False
+        self.last_news = now()
+        _, _, kv_buffer = message
+        due = self.visual.feed_clip(self.sent.popleft())
+        self.runner.copy_in(self.batch_slot, due, self.perception_client.kv_buffers[kv_buffer])
+        self.copying.append((kv_buffer, DeviceEvent(self.model.device)))
+        self.received += 1
+        return True
+
+    def _free_buffers(self, wait: bool) -> None:
+        """Return the KV transfer buffers that have been copied."""
+        while self.copying and (wait or self.copying[0][1].query()):
+            kv_buffer, copied = self.copying.popleft()
+            copied.synchronize()
+            self.perception_client.send("empty", self.number, kv_buffer)
+
+    def _release(self) -> None:
+        super()._release()
+        for _, copied in self.copying:
+            copied.synchronize()  # the next session receives its clips in the same buffers
+        self.perception_client.finish(self.number)

@@ -1,4 +1,4 @@
-"""What a session was asked, what arrived when and what it wrote: one JSON file, enough to run it again.
+"""The record of a session: what was asked, what arrived when, what was written. One JSON file, enough to replay it.
 
 Knows nothing of how a session runs.
 """
@@ -22,58 +22,59 @@ from ..timeline.timeline import Layout
 from ..timeline.variants import VARIANTS
 
 FORM = 3
-"""Of the file; another form is refused. Records of form 1 are of other positions after a video, those of form 2 know a
-model by the first numbers of its weights only."""
+"""Version of the file format; others are refused. Form 1 had different positions after a video, form 2 hashed only
+the first numbers of each weight."""
 PIECE = 2**20
-"""Numbers of a weight that are summed up at once."""
-WAYS = ("serial", "fused", "pipelined")
-"""How a session may run; of a variant that is not parallel only the first."""
+"""Numbers of a weight that are hashed at once."""
+MODES = ("serial", "fused", "pipelined")
+"""Execution modes of a session; a variant that is not parallel has only the first."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """All times are those of the session's clock, in seconds."""
+    """One session. All times are in seconds of the session's clock."""
 
     versions: dict[str, str | None]
     model: dict[str, str]
     """See `identity`."""
     variant: str
     way: str
+    """The execution mode: one of MODES."""
     chunk: int | None
     template: Template
     layout: Layout
     window: list[int] | None
-    """Clips and words that stay in sight, where not all do."""
+    """[clips, tokens] that attention is limited to, or None."""
     schedule: str | list[int]
-    """As it was asked for: a name, or k_1 … k_{N-1}."""
+    """As requested: a name, or k_1 … k_{N-1}."""
     penalty: float
     max_new_tokens: int
     opened: float
     end: str
-    """"ended" by its end-of-turn token, "max_new_tokens", "cancelled" or "failed: why"."""
+    """"ended" with the end-of-turn token, "max_new_tokens", "cancelled" or "failed: why"."""
     complete: bool
-    """The last clip has become visible."""
+    """The last slot began."""
     bare: bool
-    """That clip was empty: the source said that it was over after its last one had been taken in."""
+    """The last slot had no clip: the source ended after its last clip had started to enter the model."""
     arrived: list[float]
     """When each clip arrived."""
     visible: list[float]
-    """When each slot began; may be shorter."""
+    """When each slot began; slots of the last clips may be missing."""
     hashes: list[str]
     """See `clip_hash`."""
     counts: list[int]
-    """k_1 … of the slots that began."""
+    """k_1 … of the slots that began: tokens written in each."""
     tokens: list[int]
     slots: list[int]
     times: list[float]
     about: dict
-    """What the caller adds: "question", and under "video" the file that the clips are of."""
+    """Added by the caller: "question", and under "video" the file that the clips come from."""
 
 
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """Another path to write to, which takes the place of `path` at the end; nothing is left of it after an error.
-    Raises InputError where it cannot be written, for want of space for instance."""
+    """Yields a temporary path, which replaces `path` at the end and is deleted after an error. Raises InputError if it
+    cannot be written, for example when the disk is full."""
     path = Path(path)
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -83,106 +84,106 @@ def whole(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be written ({error}): make room, or give another place") from error
+        raise InputError(f"{path} cannot be written ({error}): free some space, or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
 
 
 def write_record(path: str | Path, record: Record) -> None:
-    """Whole or not at all."""
+    """Write `record` to `path`, whole or not at all."""
     with whole(path) as beside:
         beside.write_text(json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1))
 
 
 def read_record(path: str | Path) -> Record:
-    """Raises InputError, naming the file, for what is no record."""
+    """Read a record. Raises InputError, which names the file, if it is not one or contradicts itself."""
     try:
         data = json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"record {path} cannot be read ({error}): give a file that a session wrote") from error
+        raise InputError(f"record {path} cannot be read ({error}): give the record of a session") from error
     if not isinstance(data, dict) or data.pop("form", None) != FORM:
         raise InputError(f"record {path} is not a session's record of form {FORM}: record the session again")
     names = {field.name for field in fields(Record)}
     if data.keys() != names:
-        raise InputError(f"record {path} lacks or has too much: {', '.join(sorted(data.keys() ^ names))}")
+        raise InputError(f"record {path} has missing or unknown fields: {', '.join(sorted(data.keys() ^ names))}")
     try:
         template = Template(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.pop("template").items()})
         layout = data.pop("layout")
         layout = Layout(**{**layout, "grid": tuple(layout["grid"])})
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-        raise InputError(f"record {path} has no template and layout of a session ({error})") from error
+        raise InputError(f"record {path} has no valid template and layout ({error})") from error
     record = Record(template=template, layout=layout, **data)
     try:
         fault = _fault(record)
     except (TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
-        fault = f"values of other types than a session's ({error})"
+        fault = f"values of unexpected types ({error})"
     if fault:
         raise InputError(f"record {path} contradicts itself: {fault}")
     return record
 
 
 def _fault(record: Record) -> str | None:
-    """How a record contradicts itself. Raises TypeError, ValueError or AttributeError where its values are of other
-    types."""
+    """How a record contradicts itself, or None. Raises TypeError, ValueError, AttributeError, OverflowError or
+    IndexError for values of unexpected types."""
     tokens, counts, times, template = record.tokens, record.counts, record.times, record.template
     variant = VARIANTS.get(record.variant)
-    if variant is None or record.way not in (WAYS if variant.parallel else WAYS[:1]):
-        return f"a session of variant {record.variant!r} in the way {record.way!r}"
+    if variant is None or record.way not in (MODES if variant.parallel else MODES[:1]):
+        return f"variant {record.variant!r} cannot run in mode {record.way!r}"
     parts = template.prompt, template.tail, template.header
     if any(type(number) is not int or number < 0 for part in parts for number in (*part, template.video)):
-        return "a template of other things than token ids"
+        return "the template has values that are not token ids"
     if (record.layout.prompt, record.layout.tail, record.layout.header) != tuple(map(len, parts)):
-        return f"a template of {', '.join(str(len(part)) for part in parts)} tokens, and another layout of them"
+        return f"the template's parts have {', '.join(str(len(part)) for part in parts)} tokens, but the layout differs"
     if any(type(number) is not int or number < 0 for number in (*tokens, *counts, *record.slots)):
-        return "tokens, slots or counts that are no numbers from 0 on"
+        return "tokens, slots or counts that are not integers of at least 0"
     if record.slots != [slot for slot, count in enumerate(counts, 1) for _ in range(count)]:
-        return f"{len(tokens)} tokens in slots of {counts}, but other slots for them"
+        return f"the slots of its {len(tokens)} tokens do not match its counts {counts}"
     if not len(tokens) == len(record.slots) == len(times):
-        return f"{len(tokens)} tokens in slots of {counts}, at {len(times)} times"
+        return f"it has {len(tokens)} tokens, but counts {counts} and {len(times)} times"
     if not len(record.visible) == len(counts) <= len(record.arrived) + record.bare:
-        return f"{len(counts)} slots, of which {len(record.visible)} began, for {len(record.arrived)} clips"
+        return f"it has {len(counts)} slots, but {len(record.visible)} start times and {len(record.arrived)} clips"
     if record.bare and not (record.complete and len(counts) == len(record.arrived) + 1):
-        return f"{len(counts)} slots for {len(record.arrived)} clips and an empty one"
+        return f"it has {len(counts)} slots for {len(record.arrived)} clips and an empty one"
     asked = record.schedule
     if not isinstance(asked, str) and (len(asked) + 1 < len(counts) or any(type(k) is not int or k < 0 for k in asked)):
-        return f"a schedule of {asked} for {len(counts)} slots"
+        return f"its schedule {asked} does not fit its {len(counts)} slots"
     if record.hashes and len(record.hashes) != len(record.arrived):
-        return f"{len(record.hashes)} of {len(record.arrived)} clips"
+        return f"it has {len(record.hashes)} hashes for {len(record.arrived)} clips"
     for name, order in (("clips", record.arrived), ("slots", record.visible), ("tokens", times)):
         if order != sorted(order) or (order and order[0] < record.opened):
-            return f"{name} whose times run backwards"
+            return f"the times of its {name} run backwards"
     if template.end in tokens[:-1] or (record.end == "ended" and tokens[-1:] != [template.end]):
-        return f"its end is {record.end!r}, and its tokens end otherwise"
+        return f"its end is {record.end!r}, but its tokens end differently"
     if len(tokens) > record.max_new_tokens or (record.end == "max_new_tokens" and len(tokens) < record.max_new_tokens):
-        return f"{len(tokens)} tokens of at most {record.max_new_tokens}, and its end is {record.end!r}"
+        return f"it has {len(tokens)} tokens of at most {record.max_new_tokens}, but its end is {record.end!r}"
     window = record.window
     if window is not None and (len(window) != 2 or any(type(size) is not int or size < 1 for size in window)):
-        return f"a window of {window}"
+        return f"its window is {window}, not two integers of at least 1"
     if not (isinstance(record.about, dict) and isinstance(record.end, str) and float(record.penalty) > 0):
-        return "no end, penalty or source"
+        return "its end, penalty or about is missing"
     if any(not isinstance(record.model.get(name), str) for name in ("path", "dtype", "fingerprint")):
-        return f"a model of {record.model}"
+        return f"its model is {record.model}"
     return None
 
 
 @torch.no_grad()
 def identity(model) -> dict[str, str]:
-    """What tells a model from others: where it came from, its type, and a hash over the names, shapes and all numbers
-    of its weights, rounded to bfloat16 so that it is the same in float32 and in bfloat16.
+    """Identifies a model: its path, its dtype, and a hash of the names, shapes and values of all weights, rounded to
+    bfloat16 so that float32 and bfloat16 give the same hash.
 
-    Each weight is summed up on its own device, in whole numbers, so that the hash is the same on all devices; a GPU
-    takes less than a second for 7B, a CPU some seconds.
+    Weights are summed on their device in integers, so that all devices give the same hash. For 7B this takes less than
+    a second on a GPU, some seconds on a CPU.
     """
     sums, factors = [], {}
     for weight in model.parameters():
-        if weight.device not in factors:  # a linear congruential generator's: neighbours have little in common
+        if weight.device not in factors:  # of a linear congruential generator, so that neighbours are unrelated
             count = torch.arange(PIECE // 4, device=weight.device)
             factors[weight.device] = (count * 6364136223846793005 + 1442695040888963407) | 1
         pieces = [checksum(piece, factors[weight.device]) for piece in weight.flatten().split(PIECE)]
         sums.append(torch.stack(pieces) if pieces else torch.zeros(0, dtype=torch.int64))
     digest = hashlib.sha256()
-    for (name, weight), found in zip(model.named_parameters(), sums, strict=True):  # asked for together: no waits
+    for (name, weight), found in zip(model.named_parameters(), sums, strict=True):  # read once all sums are launched
         digest.update(f"{name} {tuple(weight.shape)} {found.tolist()}".encode())
     return {
         "path": model.config._name_or_path,
@@ -192,8 +193,8 @@ def identity(model) -> dict[str, str]:
 
 
 def checksum(numbers: Tensor, factors: Tensor) -> Tensor:
-    """() int64 of `numbers` (n,) in bfloat16: a sum modulo 2^64 with an odd factor for each four of them, so that it
-    changes where any one of them does, and where some change places."""
+    """() int64 checksum of `numbers` (n,) in bfloat16: a sum modulo 2^64 with an odd factor for each four of them. It
+    changes if any of them changes, and if some are exchanged."""
     bits = numbers.to(torch.bfloat16)
     if bits.data_ptr() % 8 or len(bits) % 4:
         bits = torch.nn.functional.pad(bits, (0, -len(bits) % 4)).clone()
@@ -202,7 +203,7 @@ def checksum(numbers: Tensor, factors: Tensor) -> Tensor:
 
 
 def clip_hash(clip: Tensor) -> str:
-    """Of a clip as it was fed, with its shape and type."""
+    """SHA-256 of a clip as it was fed, with its shape and dtype."""
     raw = clip.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(raw.shape)} {raw.dtype}".encode())
     digest.update(raw.view(torch.uint8).numpy().tobytes())

@@ -1,11 +1,11 @@
-"""One live stream: clips are fed as they arrive, words come out as they are written, in any of three ways.
+"""One live stream: clips are fed as they arrive, tokens come out as they are written. Three execution modes:
 
-    serial      a clip is taken in, then its words are written
-    fused       a clip rides in passes that write words, before its own or with the first of them
-    pipelined   another process takes clips in (`pipelined.py`)
+    serial      a clip enters the model, then its slot's tokens are written
+    fused       a clip enters in the forward steps that write tokens (`fused.py`)
+    pipelined   another process computes the clips' keys and values (`pipelined.py`)
 
-The words are the same. When a slot begins is decided here, for all three; what enters the model, where and seeing what
-is decided in `step_runner.py`. Knows nothing of video files and processes.
+All modes write the same tokens. `slot_scheduler.py` decides when a slot begins and a token is written; a Session does
+it: it encodes clips, asks the runner for forward steps and reads tokens. Knows nothing of video files and processes.
 """
 
 import collections
@@ -27,36 +27,33 @@ from ..model.prompts import Template
 from ..reference import PENALTY, Caption
 from ..timeline.plan import Window
 from ..timeline.positions import check_clips
-from ..timeline.timeline import Layout, Schedule, make_schedule
+from ..timeline.timeline import Layout, Schedule
 from ..timeline.variants import Variant
 from .record import Record, clip_hash, identity, write_record
+from .slot_scheduler import SlotScheduler
 
-GREEDY = "greedy"
-"""A schedule: write until the next clip is there."""
 UNKNOWN = -1
-"""The id of a word, to the host, until it has come from the device."""
+"""Stands for a token's id until the host has read it."""
 
 
 @dataclass(frozen=True)
-class Word:
+class TimedToken:
     """A token that was written."""
 
     token: int
     slot: int
     time: float
-    """Of the session's clock, seconds."""
+    """When the host read it, in seconds of the session's clock."""
 
 
 class Session:
     """A stream that is watched and answered at once. `open_session` makes one.
 
-    `feed` hands in a clip; `step` does one round of work, and `words` does all that can be done now. A session is
+    `feed` hands in a clip; `step` does one round of work, and `tokens` does all that can be done now. A session is
     over when it is `done`, closed (also as a context manager) or has failed; then its record is written.
     """
 
-    way = "serial"
-    joins = False
-    """Whether a word may be asked of a pass that takes visual rows in: else it comes after them."""
+    mode = "serial"
 
     def __init__(
         self,
@@ -72,172 +69,175 @@ class Session:
         window: tuple[int, int] | None = None,
         chunk: int | None = None,
         ahead: int | None = None,
-        passes: StepRunner | None = None,
+        runner: StepRunner | None = None,
         clock: Callable[[], float] = now,
         record: str | Path | None = None,
         about: dict | None = None,
     ):
-        """`schedule` is wait-K, random-K, "greedy", or a Schedule for a known number of clips. `max_clips` and
-        `max_new_tokens` size the memory; a `window` (clips, words) instead keeps only the newest in sight, of a stream
-        that may have any number of clips. `chunk` visual tokens at most ride in a pass, by default a whole clip.
-        `ahead` passes may be under way when a word is waited for, by default 1 on a GPU. `passes` are those of a
-        session that is over, or of several, and it has their `penalty`, else by default PENALTY. `record` names a file
-        for the record, to which `about` (what was asked, where the clips come from) is added. Raises InputError for
-        what cannot be.
+        """Args:
+            schedule: wait-K, random-K, "greedy", or a Schedule for a known number of clips.
+            penalty: Repetition penalty; default: that of `runner`, else PENALTY.
+            max_new_tokens, max_clips: The size of the key-value cache, in tokens and clips.
+            window: (clips, tokens) that attention is limited to, besides prompt and header; the stream may then have
+                any number of clips.
+            chunk: Visual tokens that enter per forward step, at most; default: a whole clip.
+            ahead: Forward steps that may be in flight while a token is read; default: 1 on a GPU, 0 on a CPU.
+            runner: The runner of a closed session, or one that a pool shares; default: a new one.
+            clock: Returns the time in seconds.
+            record: The file that the record is written to.
+            about: Added to the record: what was asked, where the clips come from.
+
+        Raises InputError for arguments that do not fit each other or the variant.
         """
-        if self.way != "serial" and not variant.parallel:
+        if self.mode != "serial" and not variant.parallel:
             raise InputError(
-                f"variant {variant.name} cannot run {self.way}: its visual tokens attend to the text before them, or "
-                "it writes when all clips are in; ask for serial, or for overlap, group or gap"
+                f"variant {variant.name} cannot run {self.mode}: its visual tokens attend to earlier text, or it "
+                "writes after the last clip only; use serial, or one of overlap, group and gap"
             )
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk {chunk} must be at least 1 visual token")
         if min(max_new_tokens, max_clips) < 1:
             raise InputError(f"max_new_tokens {max_new_tokens} and max_clips {max_clips} must be at least 1")
         self.window = None if window is None else Window(*window)
-        if isinstance(schedule, Schedule) and schedule.clips > max_clips and window is None:
-            raise InputError(f"a schedule for {schedule.clips} clips does not fit into max_clips {max_clips}")
+        self.scheduler = SlotScheduler(variant, schedule, max_new_tokens, max_clips if window is None else None)
         self.model, self.variant, self.template, self.layout = model, variant, template, layout
-        self.asked, self.most, self.max_clips, self.clock = schedule, max_new_tokens, max_clips, clock
-        self.greedy = schedule == GREEDY
-        if isinstance(schedule, Schedule):
-            self.schedule = schedule
-        else:
-            self.schedule = make_schedule("wait-1" if self.greedy else schedule, variant, max_clips + 1)
-        self.chunk = chunk
+        self.max_clips, self.chunk, self.clock = max_clips, chunk, clock
         self.ahead = ahead if ahead is not None else int(model.device.type == "cuda")
-        if passes is None:
+        if runner is None:
             given = PENALTY if penalty is None else penalty
-            passes = StepRunner.single(model, layout, max_clips, max_new_tokens, chunk, given, self.window)
-            passes.warm_up()
-            if self.way != "pipelined":
-                passes.vision_encoder.capture(layout.grid)
-        if penalty not in (None, passes.penalty):
-            raise InputError(f"a penalty of {penalty} in passes that were made with {passes.penalty}: leave it out")
-        self.passes, self.penalty = passes, passes.penalty
-        self.width = min(chunk or passes.chunk_size, passes.chunk_size)
-        self.batch_slot = passes.acquire(template, layout, max_clips, max_new_tokens, self.window)
+            runner = StepRunner.single(model, layout, max_clips, max_new_tokens, chunk, given, self.window)
+            runner.warm_up()
+            if self.mode != "pipelined":
+                runner.vision_encoder.capture(layout.grid)
+        if penalty not in (None, runner.penalty):
+            raise InputError(
+                f"penalty {penalty} differs from {runner.penalty}, with which the runner was made: leave it out"
+            )
+        self.runner, self.penalty = runner, runner.penalty
+        self.width = min(chunk or runner.chunk_size, runner.chunk_size)
+        self.batch_slot = runner.acquire(template, layout, max_clips, max_new_tokens, self.window)
         self.text = StreamState(variant, template, layout, self.window)
-        """What has been written, and seen by what was written."""
-        self.waiting: collections.deque[tuple[Tensor, bool]] = collections.deque()
-        """Clips that have arrived and were not looked at yet, and whether each is the last."""
-        self.looked: collections.deque[tuple[ClipFeatures, bool]] = collections.deque()
-        """Clips that the vision tower has, and that no slot has begun with."""
+        """What the text side has written and may attend to."""
+        self.waiting: collections.deque[Tensor] = collections.deque()
+        """Clips that have arrived and that the vision encoder, or another process, has not been given."""
+        self.encoded: collections.deque[ClipFeatures] = collections.deque()
+        """Clips that the vision encoder has encoded and that have not started to enter the language model."""
         self.lead = DueRows.empty()
-        """What must be fed before the next word."""
-        self.coming: collections.deque[PendingToken] = collections.deque()
-        """Words that the device was asked for and the host has not seen."""
+        """Rows that must enter before the next token."""
+        self.pending: collections.deque[PendingToken] = collections.deque()
+        """Tokens that the device was asked for and the host has not read."""
         self.arrived: list[float] = []
+        """When each clip arrived."""
         self.visible: list[float] = []
         """When each slot began."""
         self.hashes: list[str] = []
-        self.written: list[Word] = []
-        self.all_fed = self.closed = self.ended = self.bare = False
+        self.written: list[TimedToken] = []
+        self.closed = False
         self.record, self.about, self.opened = record, about or {}, clock()
         self.identity = None if record is None else identity(model)
         patch = model.model.visual.patch_embed
         self._shapes = (
             (layout.tokens_per_clip * model.model.visual.spatial_merge_size**2, patch.proj.weight[0].numel()),
-            (layout.tokens_per_clip, passes.clip_features.shape[2]),
+            (layout.tokens_per_clip, runner.clip_features.shape[2]),
         )
-        self.prompt = StreamState.prompt(variant, template, layout, self.window)
         try:
+            runner.prefill(self.batch_slot, StreamState.prompt(variant, template, layout, self.window))
             self._open()
         except BaseException:
-            passes.release(self.batch_slot)
+            runner.release(self.batch_slot)
             raise
 
-    # What a caller sees
+    # Public
 
     @property
     def counts(self) -> list[int]:
         """k_1 … of the slots that have begun."""
-        return self.text.stream.counts
+        return self.scheduler.counts
+
+    @property
+    def greedy(self) -> bool:
+        return self.scheduler.greedy
+
+    @property
+    def ended(self) -> bool:
+        """The end-of-turn token was written."""
+        return self.scheduler.ended
 
     @property
     def done(self) -> bool:
-        """Nothing more is to be written: the answer has ended, or has as many tokens as it may."""
-        return self.ended or len(self.written) >= self.most
+        """No further token will be written: the answer has ended or is as long as it may be."""
+        return self.scheduler.done
 
     @property
     def idle(self) -> bool:
         """Nothing can be done until another clip is fed."""
-        return self.done or not (self.coming or self._may_speak() or self._clips_to_come())
+        schedule = self.scheduler
+        return self.done or not (self.pending or len(self.lead) or schedule.may_write or schedule.slots_waiting)
+
+    @property
+    def all_fed(self) -> bool:
+        """The last clip was fed, or the source's end reported."""
+        return self.scheduler.all_arrived
+
+    @property
+    def clips_waiting(self) -> int:
+        """Clips that were fed and whose slot has not begun."""
+        return self.scheduler.clips_waiting
 
     def caption(self) -> Caption:
         """What was written so far."""
-        return Caption([word.token for word in self.written], [word.slot for word in self.written], [*self.counts])
+        return Caption([each.token for each in self.written], [each.slot for each in self.written], [*self.counts])
 
     def feed(self, clip: Tensor, last: bool = False) -> None:
-        """A clip has arrived: (patches, pixels of a patch) as `prompts.clip_pixels` gives it, or (tokens of a clip, C)
-        visual tokens. Its memory is the session's from then on. Raises InputError where it cannot belong to this
-        session, which goes on without it."""
-        number = len(self.arrived) + 1
+        """Hand in a clip that has arrived: (patches, pixels of a patch) as `prompts.clip_pixels` gives it, or (tokens
+        of a clip, C) visual tokens. The session owns its memory from then on. Raises InputError for a clip that this
+        session cannot have; the session is not changed by it."""
         if self.closed:
             raise InputError("the session is closed: open another one")
-        if self.all_fed:
-            raise InputError(f"clip {number} came after the last one, clip {number - 1}: open another session for it")
+        number = len(self.arrived) + 1
         if tuple(clip.shape) not in self._shapes:
             rows, columns = self.layout.grid
             raise InputError(
-                f"clip {number} is of shape {tuple(clip.shape)}, but a clip of {rows} x {columns} visual tokens, for "
-                f"which this session was opened, is of {self._shapes[0]} or {self._shapes[1]}: resize it as the first"
-            )
-        if number > self.max_clips and self.window is None:
-            raise InputError(
-                f"clip {number} is one more than max_clips {self.max_clips}: open the session with more, or with a "
-                "window, out of whose sight the oldest clips go"
+                f"clip {number} has shape {tuple(clip.shape)}, but this session was opened for clips of {rows} x "
+                f"{columns} visual tokens, which have shape {self._shapes[0]} or {self._shapes[1]}: resize it like the "
+                "first clip"
             )
         check_clips(self.variant, self.layout, number)
-        if isinstance(self.asked, Schedule) and last != (number == self.asked.clips):
-            raise InputError(f"clip {number} as the last one does not fit a schedule for {self.asked.clips} clips")
+        self.scheduler.arrive(last)
         self.arrived.append(self.clock())
         if self.record is not None:
             self.hashes.append(clip_hash(clip))
-        self.all_fed = last
-        self.waiting.append((clip, last))
+        self.waiting.append(clip)
 
     def end(self) -> None:
-        """The source is over, as a live one is without a warning: what was fed last was its last clip. Where that has
-        begun to be taken in, the tail comes by itself, in a slot of its own. Raises InputError where nothing was fed.
-        """
-        if self.closed or self.all_fed:
-            return
-        if not self.arrived or isinstance(self.asked, Schedule):
-            wanted = self.asked.clips if isinstance(self.asked, Schedule) else "at least 1"
-            raise InputError(f"the source ended after {len(self.arrived)} clips, and {wanted} were to come")
-        self.all_fed = True
-        if newest := self.waiting or self.looked:
-            newest[-1] = (newest[-1][0], True)
-        else:
-            self.bare = True
+        """Report that the source has ended without announcing its last clip: see `SlotScheduler.end`."""
+        if not self.closed:
+            self.scheduler.end()
 
-    def step(self) -> Word | None:
-        """One round: at most one pass, at most one word. None where none was written; see `idle`."""
+    def step(self) -> TimedToken | None:
+        """One round: at most one forward step and one token. Returns None if no token was read; see `idle`."""
         if self.closed:
             raise InputError("the session is closed: open another one")
         if self.done:
             return None
-        with self.whatever_happens():
-            if due := self.looks_due():
-                clips, last = zip(*due, strict=True)
-                sights = self.passes.vision_encoder.encode(clips, [self.layout] * len(clips))
-                self.have_looked(zip(sights, last, strict=True))
-            ask = self.plan()
-            if ask is not None:
-                self.asked_for(ask, self.passes.step([ask]))
-            return self.collect(ask is None and self._waits_for_words())
+        with self.fails_on_error():
+            if clips := self.clips_to_encode():
+                self.encoded += self.runner.vision_encoder.encode(clips, [self.layout] * len(clips))
+            request = self.plan()
+            if request is not None:
+                self.requested(request, self.runner.step([request]))
+            return self.collect(request is None and self._wait())
 
-    def words(self) -> Iterator[Word]:
+    def tokens(self) -> Iterator[TimedToken]:
         """Write all that can be written until another clip is fed."""
         while not self.idle:
-            if (word := self.step()) is not None:
-                yield word
+            if (token := self.step()) is not None:
+                yield token
 
     def close(self) -> None:
-        """Give back what is held, and write the record. What was not written yet never is."""
+        """Release memory and write the record. Tokens that were not written by now never are."""
         if not self.closed:
-            while self.coming:
+            while self.pending:
                 self.collect(True)
             self._end("ended" if self.ended else "max_new_tokens" if self.done else "cancelled")
 
@@ -249,139 +249,96 @@ class Session:
 
     # A round in parts, which `session_pool.py` does for many sessions at once
 
-    def looks_due(self) -> list[tuple[Tensor, bool]]:
-        """The clips, and whether each is the last, that the vision tower should look at now."""
-        if self.waiting and not self.looked and not len(self.lead) and self._wants_clip():
-            return [self.waiting.popleft()]
-        return []
+    def clips_to_encode(self) -> Iterable[Tensor]:
+        """Takes the clips that the vision encoder should encode now out of `waiting`; they belong into `encoded`."""
+        ready = not self.encoded and not len(self.lead) and self.scheduler.may_begin_slot
+        return [self.waiting.popleft()] if self.waiting and ready else []
 
-    def have_looked(self, sights: Iterable[tuple[ClipFeatures, bool]]) -> None:
-        self.looked.extend(sights)
-
-    def plan(self, room: bool = True) -> StepRequest | None:
-        """What to ask of the next pass, which has `room` for a piece or only for a word."""
-        self._advance()
-        others = DueRows.empty()
-        if room:
-            others, self.lead = self.lead[: self.width], self.lead[self.width :]
+    def plan(self, prefill: bool = True) -> StepRequest | None:
+        """What to request of the next forward step; without `prefill` it has room for a token's row only."""
+        self._begin_slots()
+        rows = DueRows.empty()
+        if prefill:
+            rows, self.lead = self.lead[: self.width], self.lead[self.width :]
             if not len(self.lead):
-                others = others + self._ride(self.width - len(others))
-        speaks = not len(self.lead) and self._may_speak()
-        if len(others) and self.variant.parallel and not self.joins:
-            speaks = False
-        if not (speaks or len(others)):
+                rows = rows + self._rows_ahead(self.width - len(rows))
+        sample = not len(self.lead) and self.scheduler.may_write
+        if len(rows) and self.variant.parallel and self.mode == "serial":
+            sample = False
+        if not (sample or len(rows)):
             return None
-        word = self.text.feed_text() if speaks else DueRows.empty()
-        stream = self.text.stream
-        return StepRequest(self.batch_slot, word, others, speaks, len(self.template.header) + len(stream.written))
+        decode = self.text.feed_text() if sample else DueRows.empty()
+        next_row = len(self.template.header) + self.scheduler.requested_tokens
+        return StepRequest(self.batch_slot, decode, rows, sample, next_row)
 
-    def asked_for(self, ask: StepRequest, written: PendingToken | None) -> None:
-        """The pass is under way."""
-        if ask.sample:
+    def requested(self, request: StepRequest, pending: PendingToken | None) -> None:
+        """The forward step was launched."""
+        if request.sample:
+            self.scheduler.request()
             self.text.stream.write(UNKNOWN)
-            self.coming.append(written)
+            self.pending.append(pending)
 
     @property
-    def word_there(self) -> bool:
-        """The oldest word that was not seen yet can be had without waiting."""
-        return bool(self.coming) and self.coming[0].ready.query()
+    def token_ready(self) -> bool:
+        """The oldest pending token can be read without waiting."""
+        return bool(self.pending) and self.pending[0].ready.query()
 
-    def collect(self, wait: bool) -> Word | None:
-        """The oldest word that was not seen yet, where more than `ahead` are under way or nothing else can be done."""
-        if not self.coming or not (wait or len(self.coming) > self.ahead):
+    def collect(self, wait: bool) -> TimedToken | None:
+        """Read the oldest pending token, if more than `ahead` are pending or the caller wants to `wait` for it."""
+        if not self.pending or not (wait or len(self.pending) > self.ahead):
             return None
-        token, stream = self.coming.popleft().get(self.batch_slot), self.text.stream
-        slot = stream.slots[len(self.written)]
-        stream.written[len(self.written)] = token
-        word = Word(token, slot, self.clock())
-        self.written.append(word)
-        if token == self.template.end:
-            self.ended = True
-            self._forget()
-            if len(stream.counts) > slot:
-                stream.complete = stream.bare = False
-                del stream.counts[slot:], self.visible[slot:]
-        return word
+        token = self.pending.popleft().get(self.batch_slot)
+        self.text.stream.written[len(self.written)] = token
+        slot = self.scheduler.read(token == self.template.end)
+        self.written.append(TimedToken(token, slot, self.clock()))
+        if self.ended:
+            self.pending.clear()
+            del self.visible[len(self.counts) :]
+        return self.written[-1]
 
-    def _forget(self) -> None:
-        """Words that were asked for are not wanted, nor slots that began because of them."""
-        stream = self.text.stream
-        unseen = stream.slots[len(self.written) :]
-        for slot in unseen:
-            stream.counts[slot - 1] -= 1
-        if unseen and len(stream.counts) > unseen[0]:
-            stream.complete = stream.bare = False
-            del stream.counts[unseen[0] :], self.visible[unseen[0] :]
-        del stream.written[len(self.written) :], stream.slots[len(self.written) :]
-        self.coming.clear()
-
-    def _waits_for_words(self) -> bool:
-        """Until the next word is there nothing else can be done; or, where something can since, False."""
-        return True
-
-    # When a slot begins, and whether it may speak: the same in all three ways
-
-    def _quota(self, slot: int) -> float:
-        """Words that `slot` may write while it is not known to be the last."""
-        if not self.variant.streams:
-            return 0
-        if self.greedy:
-            return float("inf")
-        if slot > len(self.schedule.quotas) and not isinstance(self.asked, Schedule):
-            self.schedule = make_schedule(self.asked, self.variant, 2 * slot + 1)  # begins like the shorter one
-        return self.schedule.quotas[slot - 1]
-
-    def _wants_clip(self) -> bool:
-        stream = self.text.stream
-        if stream.complete or len(stream.written) >= self.most:
-            return False
-        if not stream.counts:
-            return True
-        return self.greedy or stream.counts[-1] >= self._quota(len(stream.counts))
-
-    def _may_speak(self) -> bool:
-        stream = self.text.stream
-        if self.ended or len(stream.written) >= self.most or not stream.counts:
-            return False
-        return stream.complete or stream.counts[-1] < self._quota(len(stream.counts))
-
-    def _begin_slot(self, last: bool) -> DueRows:
-        """The next clip is there whole. Returns the rows that enter with it, in feed order."""
-        self.visible.append(self.clock())
-        return self.text.feed_clip(last)
-
-    # Serial
+    # What the execution modes do differently
 
     def _open(self) -> None:
-        self.passes.prefill(self.batch_slot, self.prompt)
+        """Set up what the mode needs. The prompt is in the cache."""
 
-    def _clips_to_come(self) -> bool:
-        """Clips, or their end, have been fed that no slot has begun with."""
-        return bool(self.waiting or self.looked or len(self.lead) or (self.bare and not self.text.stream.complete))
-
-    def _advance(self) -> None:
-        """Begin what can begin."""
-        if self.looked and not len(self.lead):
-            sight, last = self.looked.popleft()
-            self.passes.set_clip_features(self.batch_slot, sight)
-            self.lead = self._begin_slot(last)
+    def _begin_slots(self) -> None:
+        """Move clips towards the model and begin the slots that may begin now."""
+        if self.encoded and not len(self.lead) and self.scheduler.may_begin_slot:
+            self.runner.set_clip_features(self.batch_slot, self.encoded.popleft())
+            self.scheduler.commit()
+            self.lead = self._begin_slot()
         self._begin_tail()
 
-    def _begin_tail(self) -> None:
-        """The tail enters by itself, where nothing else is to enter before it."""
-        if self.bare and not len(self.lead) and self._wants_clip():
-            self.visible.append(self.clock())
-            self.lead = self.text.feed_clip(True, empty=True)
-
-    def _ride(self, room: int) -> DueRows:
-        """What nobody waits for and may enter beside the words."""
+    def _rows_ahead(self, room: int) -> DueRows:
+        """At most `room` rows that no token waits for, to enter beside those that must."""
         return DueRows.empty()
 
-    # The end
+    def _wait(self) -> bool:
+        """Called when nothing could be requested. Returns whether to wait for the oldest pending token; else something
+        else has happened by which the session can go on."""
+        return True
+
+    def _release(self) -> None:
+        self.runner.release(self.batch_slot)
+
+    # For all modes
+
+    def _begin_slot(self) -> DueRows:
+        """Begin a slot with the next clip, whose rows are returned with the text rows that follow, in feed order."""
+        self.visible.append(self.clock())
+        self.scheduler.begin_slot()
+        return self.text.feed_clip(self.scheduler.complete)
+
+    def _begin_tail(self) -> None:
+        """Begin the slot without a clip, if that is due and nothing is to enter before the tail."""
+        if self.scheduler.tail_is_next and self.scheduler.may_begin_slot and not len(self.lead):
+            self.visible.append(self.clock())
+            self.scheduler.begin_slot()
+            self.lead = self.text.feed_clip(True, empty=True)
 
     @contextlib.contextmanager
-    def whatever_happens(self):
-        """An error ends the session, with its record."""
+    def fails_on_error(self):
+        """An error inside ends the session, with its record."""
         try:
             yield
         except BaseException as error:
@@ -389,9 +346,11 @@ class Session:
             raise
 
     def fail(self, error: BaseException) -> None:
-        """End with an `error`, as the record will say."""
+        """End with `error`, which the record names."""
         if not self.closed:
-            self._forget()
+            self.scheduler.drop_pending()
+            self.pending.clear()
+            del self.visible[len(self.counts) :]
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             why = next(iter(str(error).splitlines()), "") or type(error).__name__
             self._end("cancelled" if stopped else f"failed: {why}")
@@ -399,40 +358,40 @@ class Session:
     def _end(self, how: str) -> None:
         self.closed = True
         try:
-            self._let_go()
+            self.waiting.clear()
+            self.encoded.clear()
+            self._release()
         finally:
             if self.record is not None:
-                write_record(self.record, self._record(how))
+                write_record(self.record, make_record(self, how))
 
-    def _let_go(self) -> None:
-        self.waiting.clear()
-        self.looked.clear()
-        self.passes.release(self.batch_slot)
 
-    def _record(self, how: str) -> Record:
-        asked = self.asked if isinstance(self.asked, str) else list(self.asked.quotas)
-        return Record(
-            versions=versions(),
-            model=self.identity,
-            variant=self.variant.name,
-            way=self.way,
-            chunk=self.chunk,
-            template=self.template,
-            layout=self.layout,
-            window=self.window and [self.window.clips, self.window.tokens],
-            schedule=asked,
-            penalty=self.penalty,
-            max_new_tokens=self.most,
-            opened=self.opened,
-            end=how,
-            complete=self.text.stream.complete,
-            bare=self.text.stream.bare,
-            arrived=self.arrived,
-            visible=self.visible,
-            hashes=self.hashes,
-            counts=[*self.counts],
-            tokens=[word.token for word in self.written],
-            slots=[word.slot for word in self.written],
-            times=[word.time for word in self.written],
-            about=self.about,
-        )
+def make_record(session: Session, end: str) -> Record:
+    """The record of a session that is over; `end` as in `Record`."""
+    scheduler, window = session.scheduler, session.window
+    asked = scheduler.schedule
+    return Record(
+        versions=versions(),
+        model=session.identity,
+        variant=session.variant.name,
+        way=session.mode,
+        chunk=session.chunk,
+        template=session.template,
+        layout=session.layout,
+        window=window and [window.clips, window.tokens],
+        schedule=asked if isinstance(asked, str) else list(asked.quotas),
+        penalty=session.penalty,
+        max_new_tokens=scheduler.max_new_tokens,
+        opened=session.opened,
+        end=end,
+        complete=scheduler.complete,
+        bare=scheduler.bare,
+        arrived=session.arrived,
+        visible=session.visible,
+        hashes=session.hashes,
+        counts=[*scheduler.counts],
+        tokens=[each.token for each in session.written],
+        slots=[each.slot for each in session.written],
+        times=[each.time for each in session.written],
+        about=session.about,
+    )

@@ -1,9 +1,9 @@
-"""Many live sessions over one model, batched pass by pass, each at its own pace.
+"""Many live sessions over one model, batched in each forward step, each at its own pace.
 
-A crowd has seats and memory for so many; who finds none is refused before anything runs. In each round every session
-that may speak has a row in the pass, and those with a clip to take in have a piece of it; where a pass has too few,
-those who have gone without for longest. Each session is the one of `session.py`: what it writes does not depend on
-others.
+A pool has a fixed number of batch slots and a fixed memory; a session that does not fit is refused before anything
+runs. In each round, every session that may write has a row in the forward step, and those with a clip to enter have a
+chunk of rows. If there are more of these than chunks, the sessions that have waited longest for one come first. What a
+session writes does not depend on the others.
 """
 
 import functools
@@ -20,18 +20,18 @@ from ..reference import PENALTY
 from ..timeline.plan import Window
 from ..timeline.timeline import Layout
 from ..timeline.variants import Variant
-from . import open_session
-from .session import Session, Word
+from .modes import open_session
+from .session import Session, TimedToken
 
 logger = logging.getLogger(__name__)
 
-PIECES = (0, 1, 2, 4, 8)
+CHUNK_COUNTS = (0, 1, 2, 4, 8)
 RESERVE = 0.15
-"""Part of a GPU's free memory that is left to the vision tower and to what a pass needs in between."""
+"""Share of a GPU's free memory that is left for the vision encoder and for activations."""
 
 
 class SessionPool:
-    """Sessions that share one model. `open` lets one in; `step` does a round for all."""
+    """Sessions that share one model. `open` adds one; `step` does a round for all."""
 
     def __init__(
         self,
@@ -43,105 +43,116 @@ class SessionPool:
         max_clips: int = 60,
         max_new_tokens: int = 300,
         window: tuple[int, int] | None = None,
-        pieces: Sequence[int] = PIECES,
+        chunk_counts: Sequence[int] = CHUNK_COUNTS,
         penalty: float = PENALTY,
     ):
-        """At most `batch_slots` sessions at once, of which none has larger clips than `layout`, more of them than
-        `max_clips`, more words than `max_new_tokens` or a larger `window`. Their keys and values take at most `memory`
-        bytes, by default most of what a GPU has free, or as much as all seats can need. Raises InputError where not
-        even one session fits.
+        """Args:
+            batch_slots: Sessions at once, at most.
+            layout: Has the largest clips that a session may have.
+            memory: Bytes for keys and values; default: most of a GPU's free memory, on a CPU what all slots can need.
+            max_clips, max_new_tokens, window: The most that a session may have of each.
+            chunk_counts: How many clips may enter in one forward step; a step is padded to the next of these.
+            penalty: Repetition penalty of all sessions.
+
+        Raises InputError if not even one session fits.
         """
         if batch_slots < 1:
-            raise InputError(f"a crowd of {batch_slots} seats must have at least 1")
-        if max(pieces, default=0) < 1:
-            raise InputError(f"pieces {tuple(pieces)} take no clip in: give at least one number above 0")
+            raise InputError(f"a session pool of {batch_slots} batch slots must have at least 1")
+        if max(chunk_counts, default=0) < 1:
+            raise InputError(f"chunk_counts {tuple(chunk_counts)} let no clip enter: give at least one number above 0")
         self.limits = {"max_clips": max_clips, "max_new_tokens": max_new_tokens, "window": window}
-        sight = None if window is None else Window(*window)
         self.model, self.sessions = model, []
-        config = model.model.language_model.config
-        each = PagedKVCache.block_bytes(config, model.dtype)
-        visual, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, sight)
-        need = PagedKVCache.blocks_needed(visual, text)
+        block_bytes = PagedKVCache.block_bytes(model.model.language_model.config, model.dtype)
+        visual, text = StepRunner.token_capacity(
+            layout, max_clips, max_new_tokens, None if window is None else Window(*window)
+        )
+        needed = PagedKVCache.blocks_needed(visual, text)
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
-        pages = need * batch_slots if memory is None else min(need * batch_slots, memory // each - 1)
-        if pages < need:
+        blocks = needed * batch_slots if memory is None else min(needed * batch_slots, memory // block_bytes - 1)
+        if blocks < needed:
             raise InputError(
-                f"one session needs {need * each / 2**30:.3f} GiB for its keys and values, and there are "
-                f"{memory / 2**30:.3f}: give it fewer clips, words or pixels, or more memory"
+                f"one session needs {needed * block_bytes / 2**30:.3f} GiB for its keys and values, but only "
+                f"{memory / 2**30:.3f} GiB are available: use fewer clips, tokens or pixels, or more memory"
             )
-        self.passes = StepRunner(
+        fewer = [count for count in chunk_counts if 0 < count < batch_slots]
+        self.runner = StepRunner(
             model,
             batch_slots,
-            pages,
-            blocks_per_slot=need,
+            blocks,
+            blocks_per_slot=needed,
             text_capacity=text,
             clip_tokens=layout.tokens_per_clip,
             chunk_size=layout.tokens_per_clip + layout.tail,
-            chunk_counts=[0, *(count for count in pieces if 0 < count < batch_slots), min(batch_slots, max(pieces))],
+            chunk_counts=[0, *fewer, min(batch_slots, max(chunk_counts))],
             windowed=window is not None,
             penalty=penalty,
         )
-        self.passes.warm_up()
-        self.passes.vision_encoder.capture(layout.grid, [size for size in pieces if size])
+        self.runner.warm_up()
+        self.runner.vision_encoder.capture(layout.grid, [count for count in chunk_counts if count])
 
-    def open(self, variant: Variant, template: Template, layout: Layout, *, way: str = "fused", **options) -> Session:
-        """Let a session in, serial or fused; `options` as `open_session`'s. Raises InputError where no seat or memory
-        is left for it, which harms nobody."""
-        if way == "pipelined":
-            raise InputError("a crowd's sessions share one model on one device: ask for fused or serial")
-        session = open_session(
-            self.model, variant, template, layout, way=way, passes=self.passes, **{**self.limits, **options}
-        )
+    def open(self, variant: Variant, template: Template, layout: Layout, *, mode: str = "fused", **options) -> Session:
+        """Add a session, serial or fused, with `options` as in `open_session`. Raises InputError if no batch slot or
+        not enough memory is free; the other sessions go on."""
+        if mode == "pipelined":
+            raise InputError("sessions of a pool share one model on one device: use fused or serial")
+        options = {**self.limits, **options}
+        session = open_session(self.model, variant, template, layout, mode=mode, runner=self.runner, **options)
         self.sessions.append(session)
         return session
 
     @property
     def idle(self) -> bool:
-        """Nothing can be done until another clip is fed to someone."""
+        """Nothing can be done until another clip is fed to one of the sessions."""
         return all(session.closed or session.idle for session in self.sessions)
 
-    def step(self) -> list[tuple[Session, Word]]:
-        """One round for all: at most one pass, at most one word each. A session that is closed leaves. An error in a
-        pass ends all of them, each with its record."""
+    def step(self) -> list[tuple[Session, TimedToken]]:
+        """One round for all: at most one forward step, at most one token each. Closed sessions are removed. An error
+        ends all sessions, each with its record, and is raised."""
         self.sessions = [session for session in self.sessions if not session.closed]
         running = [session for session in self.sessions if not session.idle]
         try:
-            looks = [(session, *due) for session in running for due in session.looks_due()]
-            if looks:
-                sessions, clips, last = zip(*looks, strict=True)
-                sights = self.passes.vision_encoder.encode(clips, [session.layout for session in sessions])
-                for session, sight, is_last in zip(sessions, sights, last, strict=True):
-                    session.have_looked([(sight, is_last)])
-            asks, fed, room = [], [], self.passes.chunk_counts[-1]
+            self._encode(running)
+            requests, entering, most = [], [], self.runner.chunk_counts[-1]
             for session in running:
-                ask = session.plan(room > len(fed))
-                asks.append((session, ask))
-                if ask is not None and len(ask.prefill):
-                    fed.append(session)
-            # Who had a piece is the last to have another.
-            self.sessions = [session for session in self.sessions if session not in fed] + fed
-            passing = [(session, ask) for session, ask in asks if ask is not None]
-            written = self.passes.step([ask for _, ask in passing]) if passing else None
-            for session, ask in passing:
-                session.asked_for(ask, written)
-            # Who asked for nothing may be late by a word that came long ago, while others go on.
-            words = [
-                (session, session.collect(not passing or (ask is None and session.word_there))) for session, ask in asks
-            ]
+                request = session.plan(prefill=len(entering) < most)
+                requests.append((session, request))
+                if request is not None and len(request.prefill):
+                    entering.append(session)
+            # A session that had a chunk goes to the end of the queue for the next.
+            self.sessions = [session for session in self.sessions if session not in entering] + entering
+            launched = [(session, request) for session, request in requests if request is not None]
+            pending = self.runner.step([request for _, request in launched]) if launched else None
+            for session, request in launched:
+                session.requested(request, pending)
+            tokens = []
+            for session, request in requests:
+                # A session that requested nothing reads its pending token now: other sessions may go on for long.
+                wait = not launched or (request is None and session.token_ready)
+                if (token := session.collect(wait)) is not None:
+                    tokens.append((session, token))
         except BaseException as error:
-            for mistake in self._end_all(functools.partial(Session.fail, error=error)):
-                logger.error("%s", mistake)
+            for other in self._end_all(functools.partial(Session.fail, error=error)):
+                logger.error("%s", other)
             raise
-        return [(session, word) for session, word in words if word is not None]
+        return tokens
+
+    def _encode(self, running: Sequence[Session]) -> None:
+        """Encode the clips that are due in all sessions at once."""
+        due = [(session, clip) for session in running for clip in session.clips_to_encode()]
+        if due:
+            sessions, clips = zip(*due, strict=True)
+            encoded = self.runner.vision_encoder.encode(clips, [session.layout for session in sessions])
+            for session, features in zip(sessions, encoded, strict=True):
+                session.encoded.append(features)
 
     def close(self) -> None:
-        """Close all sessions, each with its record. Where that fails for some, raises the first error, once all are."""
+        """Close all sessions, each with its record, and then raise the first error, if there was one."""
         if errors := self._end_all(Session.close):
             raise errors[0]
 
     def _end_all(self, end: Callable[[Session], None]) -> list[Exception]:
-        """The errors with which sessions ended, none of which kept others from their end."""
+        """Call `end` for all sessions. Returns the errors that were raised."""
         errors = []
         for session in self.sessions:
             try:

@@ -5,6 +5,7 @@ is there for who asks for it.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -116,7 +117,7 @@ def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) ->
             raise ReaderError("decord does not mirror pictures")
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        video = decord.VideoReader(str(path))
+        video = decord.VideoReader(os.path.abspath(path))
         if len(video) != len(index.times):
             raise ReaderError(f"decord sees {len(video)} frames of {len(index.times)}")
         # decord's seeking and skipping land on wrong frames in open GOPs and some H.264; reading on never does
