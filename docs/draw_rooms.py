@@ -102,7 +102,7 @@ def drawn(rooms: dict[str, set[str]]) -> list[tuple[str, str]]:
     return [
         (room, other)
         for room, others in rooms.items()
-        for other in others
+        for other in sorted(others)
         if not any(other in reached(rooms, between) for between in others - {other})
     ]
 
@@ -162,7 +162,7 @@ def draw(rooms: dict[str, set[str]], programs: dict[str, tuple[str, set[str]]], 
         return 0.2 + column * (BOX[0] + 0.7), 0.3 + (floor - 1) * STEP
 
     def foot(names: set[str]) -> str:
-        known = [name for name in sorted(names, key=lambda name: -place[name][0]) if name != BASE]
+        known = [name for name in sorted(names, key=lambda name: (-place[name][0], name)) if name != BASE]
         return f"imports {', '.join(known)}" if known else ""
 
     order = [*TITLES.values(), *programs]

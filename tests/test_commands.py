@@ -259,7 +259,8 @@ def test_what_needs_gpus_or_machines_is_launched(tmp_path, folder, script):
         there = tmp_path / path.relative_to(ROOT)
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, there)
-    says = 'case "$1 $2" in -c*) echo 40123 ;; *qwenvl.device) echo 8 ;; *redact) shift 2; echo "+ $*" ;; esac'
+    asked = "*qwenvl.device | */processes.py*) echo 8"
+    says = f'case "$1 $2" in -c*) echo 40123 ;; {asked} ;; *redact) shift 2; echo "+ $*" ;; esac'
     skips = 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"'
     for name, does in (("python", says), ("srun", skips), ("scontrol", "exit 1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
