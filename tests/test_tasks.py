@@ -158,14 +158,14 @@ def test_data_of_another_task_is_refused_in_one_line(made, evaluate, tmp_path, c
     for flags, task, reason in (
         ([], "fun", "unknown task 'fun': choose one of description, funqa"),
         (["--data", str(tmp_path / "plain")], "funqa", "plain, line 1: has sub-task None, not one of H2, H3"),
-        (["--data", str(tmp_path / "title")], "funqa", "has sub-task 'H4', none of"),
+        (["--data", str(tmp_path / "title")], "funqa", "has sub-task 'H4', not one of"),
         (["--data", str(tmp_path / "unasked")], "funqa", "has no question"),
         (["--data", str(tmp_path / "wordless")], "funqa", "caption without a word"),
         (["--data", str(tmp_path / "numbers")], "funqa", "references that are not a list of texts"),
         (["--data", str(tmp_path / "twice")], "funqa", "comes twice"),
         ([], "description", "funqa_test.jsonl, line 1: has sub-task H2 of funqa: give --task funqa"),
-        (["--score-only", str(tmp_path / "captions")], "funqa", "captions, video a: is of sub-task None"),
-        (["--score-only", str(tmp_path / "mine")], "description", "mine, video a: is of sub-task C3 of funqa"),
+        (["--score-only", str(tmp_path / "captions")], "funqa", "captions, video a: has sub-task None"),
+        (["--score-only", str(tmp_path / "mine")], "description", "mine, video a: has sub-task C3 of funqa"),
     ):
         with pytest.raises(SystemExit) as ended:
             evaluate(*flags, task=task)
