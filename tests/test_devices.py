@@ -335,7 +335,7 @@ def test_a_run_of_the_evaluation_says_once_that_it_uses_the_cpu(made, tmp_path):
         log = tmp_path / f"{device}.log"
         said = finish(start(made, tmp_path / f"out{device}", log, device=device, limit=2, max_new_tokens=4), log)
         assert said.count("using the CPU\n") == times
-        assert "watching, group: 2/2 videos in" in said and "\r" not in said
+        assert "captioning, group: 2/2 videos in" in said and "\r" not in said
 
 
 def test_metrics_ask_for_a_device_only_where_they_need_one(too_old, monkeypatch):

@@ -307,12 +307,12 @@ def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeyp
     cut = {"tokens": tokens[:-1], "slots": slots[:-1], "schedule": [*schedule[:-1], schedule[-1] - 1]}
     for change, status, says in (
         ({"tokens": [*tokens[:-1], tokens[-1] + 1]}, 1, f"{count - 1} of {count} tokens"),
-        ({"result": "quite something else"}, 1, "its caption is not the text of its tokens"),
-        (cut, 1, "it stops before its end"),
-        ({"slots": [1] * len(slots)}, 2, "other slots than its schedule says"),
+        ({"result": "quite something else"}, 1, "the caption is not the text of its tokens"),
+        (cut, 1, "the tokens stop before the end of the answer"),
+        ({"slots": [1] * len(slots)}, 2, "the slots do not match the schedule"),
         (other, 1, "random-2 gives"),
-        ({"tokens": tokens[:-1]}, 2, "a slot for each token"),
-        ({"tokens": [*tokens[:-1], 10**6]}, 2, "does not know"),
+        ({"tokens": tokens[:-1]}, 2, "the number of slots differs"),
+        ({"tokens": [*tokens[:-1], 10**6]}, 2, "does not have one of its tokens"),
     ):
         path.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], {**rows[1], **change}]))
         with pytest.raises(SystemExit) as ended:
@@ -350,7 +350,7 @@ def test_what_was_made_in_bfloat16_is_rederived_in_it(evaluate, monkeypatch, cap
     path.with_suffix(".args.json").write_text(json.dumps({**told, "dtype": "int8"}))
     with pytest.raises(SystemExit) as ended:
         run(verify.main)
-    assert ended.value.code == 2 and "was made in 'int8', which is none of" in capsys.readouterr().err
+    assert ended.value.code == 2 and "was made in 'int8', not one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -361,6 +361,6 @@ def test_a_tie_is_what_the_number_type_rounds(dtype, tied):
     logits = torch.zeros(3, 20)
     logits[:, 7] = 16
     logits[:, 8] = torch.tensor([16 - tied, 16 - 3 * tied, 17])
-    found = verify.other_tokens(logits, Template((0,), (1, 2), (3,), 4, 5), [8, 8, 8], 1.0, dtype)
+    found = verify.find_mismatches(logits, Template((0,), (1, 2), (3,), 4, 5), [8, 8, 8], 1.0, dtype)
     assert [(other.index, other.tie) for other in found] == [(0, True), (1, False)]
     assert [other.margin for other in found] == pytest.approx([tied, 3 * tied], rel=0.05)

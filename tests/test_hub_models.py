@@ -369,13 +369,13 @@ def test_other_environments_are_compared(made, checkpoints, capsys, monkeypatch)
         load_elsewhere.main()
     assert end.value.code == 1
     _, same, fails = capsys.readouterr().out.splitlines()
-    assert "the same, logits at most 0" in same
-    assert fails == "/no/such/python: FAILS: it cannot be run (No such file or directory)"
+    assert "same results, logits differ by at most 0" in same
+    assert fails == "/no/such/python: FAILED: cannot be run (No such file or directory)"
     tied, untied = (load_elsewhere.answers(str(checkpoints[size])) for size in ("3B", "7B"))
     found = load_elsewhere.differences(tied, untied, 1e-3)
     assert "tied: False, here True" in found and any(line.startswith("image logits: of shape") for line in found)
     close = {**tied[1], "pixels": tied[1]["pixels"] + 0.01}
-    assert load_elsewhere.differences(tied, (tied[0], close), 1e-3) == ["pixels: 0.01 apart"]
+    assert load_elsewhere.differences(tied, (tied[0], close), 1e-3) == ["pixels: differ by 0.01"]
 
 
 def test_machines_with_different_models_are_refused(monkeypatch):

@@ -157,7 +157,7 @@ def test_a_caption_that_cannot_be_judged_is_no_score(endpoint, tmp_path):
 def test_an_endpoint_that_goes_away_is_not_asked_for_ever(endpoint, tmp_path):
     captions = [f"caption {number}" for number in range(100)]
     endpoint.plan = {"": [*[(200, GOOD)] * 30, (401, {"error": {"message": "key revoked"}})]}
-    with pytest.raises(NotComputed, match=r"stopped answering .*401 \(key revoked\)\) when 30 of 100") as error:
+    with pytest.raises(NotComputed, match=r"stopped answering .*401 \(key revoked\)\) after 30 of 100") as error:
         impatient(endpoint).judge(captions, tmp_path / "cache.jsonl")
     time.sleep(0.3)
     assert "\n" not in str(error.value) and len(endpoint.asked) < 60
@@ -167,7 +167,7 @@ def test_an_endpoint_that_goes_away_is_not_asked_for_ever(endpoint, tmp_path):
 
 
 def test_answers_that_cannot_be_opened_are_one_line(endpoint, tmp_path):
-    with pytest.raises(InputError, match=r"cannot be opened \(Is a directory\): see to its rights"):
+    with pytest.raises(InputError, match=r"cannot be opened \(Is a directory\): check its permissions"):
         impatient(endpoint).judge(["a caption"], tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_what_can_never_work_is_one_line_at_once(endpoint):
         ((400, {"error": {"message": "temperature must be 1"}}), r"temperature must be 1.*--judge-options"),
         ((429, {"error": {"message": "no credit"}}), "429 .*no credit"),
         ((200, b"<html>welcome</html>"), "answers, but with no chat completion but '<html>welcome"),
-        ((200, "Very fluent, 5 of 5."), "answers, but not with the JSON that was asked for: 'Very fluent"),
+        ((200, "Very fluent, 5 of 5."), "answers, but not with the requested JSON: 'Very fluent"),
         ((-1, b""), "timed out"),
     ):
         endpoint.plan = {"": [plan]}

@@ -80,10 +80,10 @@ def test_words_by_a_real_tokenizer(made):
     ("change", "says"),
     [
         ({"slots": None}, "v has no slots"),
-        ({"slots": [1]}, "one of its 2 slots"),
-        ({"slots": [0, 1]}, "one of its 2 slots"),
-        ({"slots": [1, 3]}, "one of its 2 slots"),
-        ({"result": "another"}, "v are not its text"),
+        ({"slots": [1]}, "a slot from 1 to 2"),
+        ({"slots": [0, 1]}, "a slot from 1 to 2"),
+        ({"slots": [1, 3]}, "a slot from 1 to 2"),
+        ({"result": "another"}, "v do not decode to its text"),
     ],
 )
 def test_what_does_not_say_when_it_was_written_is_refused(change, says):

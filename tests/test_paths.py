@@ -172,7 +172,7 @@ def test_the_default_checkpoint_is_that_of_the_task(made, tmp_path, monkeypatch,
     assert (
         f"{output / 'qwen2_5vl-funqa-group'}, the default checkpoint of --task funqa, does not exist: train it" in line
     )
-    assert "--output_dir output/qwen2_5vl-funqa-group` in code/qwen-vl-finetune, or name another with" in line
+    assert "--output_dir output/qwen2_5vl-funqa-group` in code/qwen-vl-finetune, or give another with" in line
     (output / "qwen2_5vl-pe-group").rmdir()
     line = line_of(evaluation.main, monkeypatch, capsys, "--data", str(made[1]), *given[2:])
     assert "qwen2_5vl-pe-group, the default checkpoint of --task description, does not exist: train it" in line

@@ -74,7 +74,7 @@ def test_only_scores_over_the_same_videos_are_subtracted(world):
     path = world.folder / "group_random-3_infer.json"
     lines = path.read_text().splitlines(keepends=True)
     for other, says in (
-        ("".join(lines[:2]), "are have different videos (3 and 2, 2 in both)"),
+        ("".join(lines[:2]), "have different videos (3 and 2, 2 in both)"),
         ("".join([*lines[:2], lines[2].replace('"annotation": "', '"annotation": "Else. ')]), "reference captions"),
     ):
         path.write_text(other)
@@ -217,7 +217,7 @@ def test_what_is_gone_is_said(world, tmp_path, capsys):
     world.add("gap", captions=[""])
     page, _ = world.report(*world.files)
     assert "gone is not on this machine; give a substitute with --tokenizer" in page and "<i>3 tokens</i>" in page
-    assert page.count("Words by the second are not known") == 3  # of group, whose captions are shown whole
+    assert page.count("The timing of words is unknown") == 3  # of group, whose captions are shown whole
     page, _ = world.report(*world.files, "--tokenizer", str(world.checkpoint), "--videos", "1")
     assert "The timing of words" not in page and f"Decoded with the tokenizer in {world.checkpoint.name}" in page
 
@@ -270,7 +270,7 @@ def test_bad_input_is_refused_in_one_line(world, capsys, tmp_path):
         ([str(tmp_path)], "does not exist"),
         ([str(tmp_path / "empty.json")], "has no rows"),
         ([str(world.folder / "gap_wait-3_scores.json")], "the row has no 'video_id'"),
-        ([str(bare)], "bare_infer.args.json is missing"),
+        ([str(bare)], "bare_infer.args.json, the arguments of bare_infer.json, is missing"),
         ([good, again], "are both group, wait-3"),
         ([good, good], "are both group, wait-3"),
         ([broken("a", variant="grup")], "unknown variant 'grup'"),

@@ -125,7 +125,7 @@ def test_a_killed_writer_leaves_whole_rows(path: Path) -> None:
     [
         (b'{"video_id": "b"', "not JSON"),
         (b"\xff\xfe\xff", "not JSON"),
-        (b"[1]", "a list where a row"),
+        (b"[1]", "found list"),
         (b'{"video_id": "b"}', "no 'annotation'"),
         (json.dumps(row("b", tokens="5 6")).encode(), "'tokens' is '5 6', a str"),
         (json.dumps(row("a")).encode(), "'a' is already in line 1"),

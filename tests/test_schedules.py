@@ -49,13 +49,13 @@ def test_from_a_file(tmp_path, form):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ('{"a": [1, -1], "b": []}', "video a: [1, -1] are no counts from 0 up"),
-        ('{"a": [1, true], "b": []}', "are no counts"),
-        ('{"a": [1.5], "b": []}', "are no counts"),
-        ('{"a": 3, "b": []}', "video a: 3 are no counts"),
+        ('{"a": [1, -1], "b": []}', "video a: [1, -1] is not a list of counts from 0"),
+        ('{"a": [1, true], "b": []}', "is not a list of counts"),
+        ('{"a": [1.5], "b": []}', "is not a list of counts"),
+        ('{"a": 3, "b": []}', "video a: 3 is not a list"),
         ('{"a": [1]}', "has no counts for video b"),
-        ('{"a": [1]}\n{"b": [1]}\n{"a": [2]}', "video a: it comes twice"),
-        ("[[1, 2]]", "object 1: no object"),
+        ('{"a": [1]}\n{"b": [1]}\n{"a": [2]}', "video a: it occurs twice"),
+        ("[[1, 2]]", "object 1: not an object"),
         ("wait 3", "is not JSON or JSON Lines"),
         ("", "has no counts for video a"),
     ],
@@ -70,7 +70,7 @@ def test_a_bad_file_is_refused(tmp_path, text, says):
 
 def test_what_cannot_be_asked_for(tmp_path):
     (tmp_path / "counts.json").write_text('{"a": [1], "b": [1]}')
-    with pytest.raises(InputError, match="batch writes when the whole video is there"):
+    with pytest.raises(InputError, match="batch writes only after the whole video"):
         choose("counts.json", tmp_path, VARIANTS["batch"])
     for text in ("wait", "wait-0", "random-x", "wait-3 ", "nowhere.json", "."):
         with pytest.raises(InputError, match="give wait-K, random, random-K"):

@@ -157,7 +157,7 @@ def test_what_cannot_be_computed_is_absent_with_its_reason(
     write_rows(tmp_path / "mine.json", rows)
     scores = score_only(tmp_path / "mine.json")
     assert list(scores["not_computed"]) == ["METEOR", "AL", "LAAL", "early_words"]
-    assert "no mine.args.json" in scores["not_computed"]["AL"]
+    assert "mine.args.json" in scores["not_computed"]["AL"]
     (tmp_path / "mine.args.json").write_text(json.dumps({"model": str(made[0])}))
     assert "are not its text" in score_only(tmp_path / "mine.json")["not_computed"]["AL"]
     (tmp_path / "mine.args.json").write_text(json.dumps({"model": str(tmp_path / "gone")}))

@@ -152,7 +152,7 @@ def test_a_missing_sub_task_is_never_zero():
     assert found["x"] == 5.0 and found["tasks"] == {"H2": {"x": 2.0, "count": 2}, "M3": {"x": 8.0, "count": 1}}
     assert set(found["missing_tasks"]) == set(SUBTASKS) - {"H2", "M3"}
     uneven = tasks.score_by_task(rows, lambda some: {"x": 1.0} if len(some) > 1 else {}, SUBTASKS)
-    assert "x" not in uneven and uneven["not_computed"] == {"x": "M3: no video has it"}
+    assert "x" not in uneven and uneven["not_computed"] == {"x": "M3: no video has this metric"}
 
 
 def test_data_of_another_task_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
@@ -172,15 +172,15 @@ def test_data_of_another_task_is_refused_in_one_line(made, evaluate, tmp_path, c
     (tmp_path / "twice").write_text(2 * (json.dumps(rows[0]) + "\n"))
     for flags, task, reason in (
         ([], "fun", "unknown task 'fun': choose one of description, funqa"),
-        (["--data", str(tmp_path / "plain")], "funqa", "plain, line 1: is of sub-task None, none of H2, H3"),
-        (["--data", str(tmp_path / "title")], "funqa", "is of sub-task 'H4', none of"),
+        (["--data", str(tmp_path / "plain")], "funqa", "plain, line 1: has sub-task None, not one of H2, H3"),
+        (["--data", str(tmp_path / "title")], "funqa", "has sub-task 'H4', not one of"),
         (["--data", str(tmp_path / "unasked")], "funqa", "has no question"),
         (["--data", str(tmp_path / "wordless")], "funqa", "caption without a word"),
         (["--data", str(tmp_path / "numbers")], "funqa", "references that are not a list of texts"),
         (["--data", str(tmp_path / "twice")], "funqa", "comes twice"),
-        ([], "description", "funqa_test.jsonl, line 1: is of sub-task H2 of funqa: give --task funqa"),
-        (["--score-only", str(tmp_path / "captions")], "funqa", "captions, video a: is of sub-task None"),
-        (["--score-only", str(tmp_path / "mine")], "description", "mine, video a: is of sub-task C3 of funqa"),
+        ([], "description", "funqa_test.jsonl, line 1: has sub-task H2 of funqa: give --task funqa"),
+        (["--score-only", str(tmp_path / "captions")], "funqa", "captions, video a: has sub-task None"),
+        (["--score-only", str(tmp_path / "mine")], "description", "mine, video a: has sub-task C3 of funqa"),
     ):
         with pytest.raises(SystemExit) as ended:
             evaluate(*flags, task=task)

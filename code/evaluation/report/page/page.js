@@ -13,16 +13,16 @@ for (const story of document.querySelectorAll(".story")) {
       big.src = head.querySelector("img").src;
       big.hidden = false;
     }
-    for (const told of story.querySelectorAll(".told")) {
+    for (const caption of story.querySelectorAll(".caption")) {
       let said = 0;
-      for (const word of told.querySelectorAll(".word")) {
+      for (const word of caption.querySelectorAll(".word")) {
         const when = Number(word.dataset.slot);
         word.classList.toggle("later", when > slot);
         word.classList.toggle("new", when === slot);
         said += when <= slot;
       }
-      told.classList.toggle("silent", said === 0);
-      told.classList.toggle("finished", Number(told.dataset.ended) <= slot);
+      caption.classList.toggle("silent", said === 0);
+      caption.classList.toggle("finished", Number(caption.dataset.ended) <= slot);
     }
     for (const cell of story.querySelectorAll("[data-column]")) {
       cell.classList.toggle("now", Number(cell.dataset.column) === slot);

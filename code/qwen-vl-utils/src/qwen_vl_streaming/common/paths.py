@@ -94,8 +94,7 @@ def make_data(path: str | Path) -> str:
 
 
 def find_model(model: str, root: Path) -> str:
-    """A checkpoint's folder, looked up as in `places`, or the hub id that `model` is. Raises InputError if it is
-    neither."""
+    """A checkpoint's folder, looked up as in `places`, or the hub id that `model` is. Raises InputError for neither."""
     if not model.strip():
         raise InputError("the model is empty: give a checkpoint's folder or a hub id")
     for candidate in places(model, root):
