@@ -1,41 +1,36 @@
 #!/usr/bin/env bash
-# Lets a checkpoint watch the test videos and speak, then scores what it said: on a CPU, one GPU, several, or several
-# nodes. Further flags go to code/evaluation/eval.py and override what is set here; `bash eval.sh --help` lists them all,
-# and the environment variables that they default to.
+# Captions the test videos with a checkpoint, then scores the captions: on a CPU, one GPU, several GPUs or several
+# nodes. Further flags are passed to code/evaluation/eval.py. `bash eval.sh --help` lists all flags and the environment
+# variables that set their defaults.
 #
-#   NPROC_PER_NODE (default: the GPUs that PyTorch can use, else 1) NNODES NODE_RANK MASTER_ADDR MASTER_PORT
-#                          under `srun --ntasks-per-node=1` SLURM's own variables are their defaults
+#   NPROC_PER_NODE  processes on this node (default: one per GPU that PyTorch can use, else 1)
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+#                   for several nodes; under `srun --ntasks-per-node=1` they default to SLURM's variables
 #
-# On several nodes, run the same command on each; the output folder must lie where all of them reach it.
+# On several nodes, run the same command on each. The output folder must be on a file system that all nodes share.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=python
-[ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python"
-if [ "${SLURM_LOCALID:-0}" -gt 0 ]; then
-  echo "error: srun has started several tasks on this node: give it --ntasks-per-node=1" >&2
-  exit 2
-fi
-nnodes=${NNODES:-${SLURM_NNODES:-1}}
-if ! [[ $nnodes =~ ^[1-9][0-9]{0,4}$ ]]; then
-  echo "error: NNODES=$nnodes: give a whole number from 1 on" >&2
-  exit 2
-fi
-master=${MASTER_ADDR:-127.0.0.1}
-if [ -z "${MASTER_ADDR:-}" ] && [ "$nnodes" -gt 1 ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-  if hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null); then
-    master=${hosts%%$'\n'*}
-  else # in a container without SLURM: node[03-05,7] begins with node03
-    master=$(sed -E 's/^([^[,]*)(\[([0-9]+)[^]]*\])?.*/\1\3/' <<<"$SLURM_JOB_NODELIST")
-  fi
-fi
-command=("$python" "$root/code/evaluation/eval.py" --processes "${NPROC_PER_NODE:-0}")
-if [ "$nnodes" -gt 1 ]; then
-  command+=(
-    --nodes "$nnodes" --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}"
-    --master-addr "$master" --master-port "${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}"
+source "$root/code/launch.sh"
+here=$root/code/evaluation
+
+for word in "$@"; do
+  case $word in -h | --help) exec "$python" "$here/eval.py" --help ;; esac
+done
+require_number NPROC_PER_NODE "${NPROC_PER_NODE:-0}" 0 1024
+nproc=$("$python" "$here/processes.py" --processes "${NPROC_PER_NODE:-0}" "$@") || exit
+
+if ((nproc == 1 && 10#$nnodes == 1)); then
+  command=("$python" "$here/eval.py" "$@")
+else
+  [ -n "${MASTER_PORT:-}" ] || ((10#$nnodes > 1)) || master_port=$(free_port)
+  cores=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))} # torchrun would set 1
+  command=(
+    "$python" -m qwen_vl_streaming.launch --max_restarts 3
+    --nproc_per_node "$nproc" --nnodes "$nnodes" --node_rank "$node_rank"
+    --master_addr "$master_addr" --master_port "$master_port"
+    "$here/rank.py" "$@"
   )
 fi
-command+=("$@")
-echo "+ ${command[*]}"
-# PyTorch tells at length of every connection that ends with its process; what matters is said in one line.
-TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} exec "${command[@]}"
+"$python" -m qwen_vl_streaming.common.redact "${command[@]}" # echoes it, without passwords
+exec "${command[@]}"

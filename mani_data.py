@@ -20,8 +20,8 @@ from pathlib import Path
 import funqa.run
 import pe_video.run
 from funqa.run import prepare_funqa
-from pe_video.rules import Rules
 from pe_video.run import STATE_FOLDER, prepare_dataset
+from preparation.rules import Rules
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.paths import look_up
 from qwen_vl_streaming.common.progress import quiet_http

@@ -19,7 +19,7 @@ patiently() {
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 stamp=$root/.venv/installed
-pins=$(cat "$root/requirements.txt" "$root/code/qwen-vl-utils/pyproject.toml")
+pins=$(cat "$root/requirements.txt" "$root/code/qwen-vl-utils/pyproject.toml" "$root/code/data/pyproject.toml")
 system=${PYTHON:-python3} asked=
 told='import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))'
 if [ -n "${PYTHON:-}" ] || [ ! -e "$root/.venv" ]; then

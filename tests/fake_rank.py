@@ -1,5 +1,5 @@
-"""Two processes for qwenvl.launch, quicker than training: the second fails as the argument says, and the first waits
-for it without end, deaf to SIGTERM, as one that trains would."""
+"""Two processes for the launcher, quicker than training: the second fails as the argument says, and the first blocks
+and ignores SIGTERM, as a training process in a collective does."""
 
 import os
 import signal
@@ -21,7 +21,8 @@ def main(what: str) -> None:
     import torch
     from qwen_vl_streaming.common.ending import start_worker
     from qwen_vl_streaming.common.errors import InputError
-    from qwenvl import failing
+    from qwen_vl_streaming.launch import failing
+    from qwenvl import rank
 
     class Squares(torch.utils.data.Dataset):
         def __len__(self):
@@ -57,7 +58,7 @@ def main(what: str) -> None:
         for _ in torch.utils.data.DataLoader(Squares(), batch_size=None, num_workers=4, worker_init_fn=init):
             pass
 
-    failing.run_rank(train)
+    failing.run_rank(train, rank.GPU, rank.HOST)
 
 
 if __name__ == "__main__":

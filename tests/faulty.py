@@ -1,5 +1,5 @@
-"""The training program with a fault: a process of it does at an optimizer step what FAULT says, in `-m faulty`, which
-stands in the place of `-m qwenvl.rank`. FAULT is `WHAT RANK STEP`."""
+"""The training program with an injected fault, started as `-m faulty` instead of `-m qwenvl.rank`. The environment
+variable FAULT is `WHAT RANK STEP`: what one process does at an optimizer step."""
 
 import atexit
 import errno
@@ -14,8 +14,8 @@ import psutil
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwenvl import rank
-from qwenvl.checkpointing import StopOnSigterm
 from qwenvl.data import StreamingDataset
+from qwenvl.resumable import StopOnSigterm
 from torch.distributed import DistBackendError
 
 RAISED = {
@@ -28,15 +28,15 @@ RAISED = {
 }
 
 
-def forever() -> None:
+def block() -> None:
     while True:
         time.sleep(1)
 
 
 def act(what: str) -> None:
-    if what == "thread":  # at its exit Python would wait for it
-        threading.Thread(target=forever).start()
-        atexit.register(forever)
+    if what == "thread":  # Python would wait for it at exit
+        threading.Thread(target=block).start()
+        atexit.register(block)
         raise RAISED["bug"]()
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -55,35 +55,37 @@ def act(what: str) -> None:
 
 
 def main() -> None:
-    what, of, step = os.environ["FAULT"].rsplit(maxsplit=2)
-    mine, step = of in ("all", os.environ["RANK"]), int(step)
+    what, target, step = os.environ["FAULT"].rsplit(maxsplit=2)
+    mine, step = target in ("all", os.environ["RANK"]), int(step)
     if mine and what == "worker":
-        read, reader = StreamingDataset._video, os.getpid()
+        read_video, main_process = StreamingDataset._video, os.getpid()
 
         def _video(self, index):
-            if os.getpid() != reader and not index % 2:
+            if os.getpid() != main_process and not index % 2:
                 raise KeyError("human_caption")
-            return read(self, index)
+            return read_video(self, index)
 
         StreamingDataset._video = _video
     elif mine and what.startswith("save "):
-        saved = torch.save
+        original = torch.save
 
         def save(what_, path, *rest, **options):
             if f"checkpoint-{step}" in str(path):
                 act(what.removeprefix("save "))
-            saved(what_, path, *rest, **options)
+            original(what_, path, *rest, **options)
 
         torch.save = save
     elif mine:
-        ended = StopOnSigterm.on_step_end
+        original = StopOnSigterm.on_step_end
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
                 act(what)
-            while what == "stop all" and not self.asked and state.global_step == step:  # another thread may get it
+            while (
+                what == "stop all" and not self.requested and state.global_step == step
+            ):  # another thread may receive it
                 time.sleep(0.01)
-            ended(self, args, state, control, **kwargs)
+            original(self, args, state, control, **kwargs)
 
         StopOnSigterm.on_step_end = on_step_end
     rank.main()

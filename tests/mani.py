@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from media import make_files, make_tar, make_tokenizer, sample_json, video_bytes
-from pe_video.rules import Rules
 from pe_video.run import Options
+from preparation.rules import Rules
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT, SECONDS = 24, 6.0  # words and seconds that give 4 tokens a second

@@ -3,6 +3,7 @@
 import os
 import random
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +23,19 @@ def prepare(folder: Path):
     def swallow():
         bytearray(1 << 40)
 
+    def end():
+        print(*sys.argv[1:])
+        raise InputError("a")
+
+    def leave():
+        (folder.parent / "outside").write_text("x")
+
+    def grow():
+        bytearray(b"x" * (200 << 20))
+
+    def fork(program, *arguments):
+        return fuzzing.run_forked(program, arguments, folder / "case", 1)
+
     deeds = [
         lambda: fuzzing.answer_of(lambda: None),
         lambda: fuzzing.answer_of(refuse),
@@ -33,6 +47,11 @@ def prepare(folder: Path):
         lambda: os._exit(1),
         wait,
         swallow,
+        lambda: fork(end, "as", "asked") == fuzzing.Ended(2, "as asked\n", "error: a\n") or 1 / 0,
+        lambda: fork(leave),
+        lambda: fork(wait),
+        lambda: fork(lambda: os.kill(os.getpid(), 9)),
+        lambda: fork(grow),
     ]
 
     def try_one(draw: random.Random) -> str:

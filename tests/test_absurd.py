@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from eval import begin, read_data
+from eval import resume
 from metrics import lag
+from planning import read_data
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.checkpoint import of_checkpoint, tensor_types
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
@@ -59,7 +60,7 @@ def test_schedules_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["max_new_tokens", "batch_size", "repetition_penalty", "limit", "seed", "nodes", "processes", "master_port"]
+    "name", ["max_new_tokens", "batch_size", "repetition_penalty", "limit", "seed", "processes", "workers"]
 )
 @pytest.mark.parametrize("value", [10**30, 10**400, -(10**30), float("nan"), float("inf")])
 def test_settings(name, value):
@@ -99,7 +100,7 @@ def test_rows(tmp_path, change):
     work.out.write_text(json.dumps(bad) + "\n")
     (tmp_path / "group_infer.args.json").write_text("{}")
     with pytest.raises(InputError) as error:
-        begin(work, {})
+        resume(work, {})
     one_line(error)
 
 

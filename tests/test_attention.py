@@ -1,4 +1,4 @@
-"""The rule, told by hand, in dense and in block form, and felt through the model."""
+"""The attention rule by hand, as dense and as block mask, and through the model."""
 
 import random
 import time
@@ -22,7 +22,7 @@ def mask_of(timeline):
 
 
 def test_by_hand():
-    """p v h a v t a a: in `group` neither clip 2 nor the tail sees the header or an answer token."""
+    """p v h a v t a a: in `group` neither clip 2 nor the tail attends to the header or an answer token."""
     layout = Layout(prompt=1, tail=1, header=1, grid=(1, 1))
     causal = torch.tril(torch.ones(8, 8, dtype=torch.bool))
     for name, variant in VARIANTS.items():
@@ -35,9 +35,9 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
-def test_the_model_feels_exactly_the_rule(variant):
-    """Perturb each token in turn: rows that may not attend to it, however far around, stay to the bit as they
-    were, and the rows that may attend to it change."""
+def test_the_model_follows_exactly_the_rule(variant):
+    """Perturbs each token in turn: the rows that may not attend to it stay bitwise equal, and the rows that may attend
+    to it change."""
     print("seed", SEED)
     draw = random.Random(SEED)
     torch.manual_seed(SEED)
@@ -94,7 +94,7 @@ def test_packed_samples_never_see_each_other():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_predicate_of_the_block_mask_is_the_dense_mask(packed):
-    """Element by element over a batch of two rows, and the blocks that it skips hold nothing allowed."""
+    """Element by element over a batch of two rows. The skipped blocks contain nothing that is allowed."""
     print("seed", SEED)
     draw = random.Random(SEED)
     for variant in VARIANTS.values():
@@ -135,7 +135,7 @@ def test_a_backend_that_would_lose_the_mask_is_refused():
     with pytest.raises(InputError) as refused:
         make_mask(flags, flags, True, "flash_attention_2")
     assert str(refused.value) == (
-        "flash_attention_2 cannot hold the mask of a parallel variant (overlap, group, gap) or of packed samples: "
+        "flash_attention_2 cannot express the mask of a parallel variant (overlap, group, gap) or of packed samples: "
         "use flex_attention on a GPU or sdpa on a CPU"
     )
     with pytest.raises(InputError, match="packed samples"):

@@ -1,12 +1,14 @@
-"""The commands that people copy: those of the published README, word for word, and those of this project's own README,
-each from the folder in which that shows it."""
+"""What the pages say: the commands that people copy, those of the published README word for word and those of this
+project's pages from the folders in which they show them; Python; links; and files that are named."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -46,7 +48,7 @@ HELP = "with --help"
 DEMO = "not: takes minutes, and tests/test_demo.py runs a short form"
 MINUTES = "not: takes minutes on a GPU, and is the program of another command that is shown"
 CHECKS = "not: runs the tests"
-INSTALLS = "not: installs gigabytes, as code/setup.sh does before the tests"
+INSTALLS = "not: installs packages, as code/setup.sh does before the tests"
 SMALL = " --min_pixels_per_frame 3136 --max_pixels_per_frame 3136 --dataloader_num_workers 0 --report_to none"
 SHORT = " --max-new-tokens 12 --workers 0"
 SLURM = "#!/bin/bash # SLURM: sbatch this from code/qwen-vl-finetune."
@@ -62,9 +64,11 @@ COMMANDS: dict[str, Run | str] = {
     "bash test.sh tests/test_reference.py": CHECKS,
     "bash test.sh tests/test_model.py": CHECKS,
     "bash test.sh tests/test_positions.py": CHECKS,
+    "bash test.sh tests/test_timeline.py": CHECKS,
     "SESSIONS=1000 bash test.sh tests/test_session.py tests/test_pipelined.py tests/test_session_pool.py": CHECKS,
     "python3 -m venv .venv && . .venv/bin/activate": INSTALLS,
     "pip install -r requirements.txt": INSTALLS,
+    "pip install -e code/qwen-vl-utils": INSTALLS,
     "python -m qwen_vl_streaming.devices": Run(""),
     "python mani_data.py": Run("test: 2 samples, 2 rows"),
     "python mani_data.py --source /data/PE-Video --max-samples 20000": Run("train: 6 samples, 6 rows"),
@@ -73,7 +77,7 @@ COMMANDS: dict[str, Run | str] = {
     "--output_dir output/qwen2_5vl-funqa-group)": LAUNCHED,
     "cd code/qwen-vl-finetune": Run(""),
     "QWEN2_5_VL_VARIANT=group QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-3B-Instruct bash scripts/sft.sh": Run(
-        "output/qwen2_5vl-pe-group   left out: 0", SMALL
+        "output/qwen2_5vl-pe-group   skipped samples: 0", SMALL
     ),
     "QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-7B-Instruct bash scripts/sft.sh --output_dir output/qwen2_5vl-pe-group-7B": (
         LAUNCHED
@@ -100,21 +104,39 @@ COMMANDS: dict[str, Run | str] = {
     "python -m qwen_vl_streaming.live --model MODEL --source film.mp4": Run(
         "live_output/", " --speed 100 --max-new-tokens 20 --device cpu"
     ),
+    "python -m qwen_vl_streaming.live --help": HELP,
     "python -m qwen_vl_streaming.replay live_output/….json --model MODEL": Run(
         "replayed in float32: all the same", " --device cpu"
     ),
+    "python code/demo/animate.py live_output/RECORD.json film.mp4 --output docs/speaking.gif": Run("speaking.gif: "),
     "python -m qwen_vl_streaming.explain": Run("group"),
+    "python -m qwen_vl_streaming.explain --format png --output docs/variants.png": Run(""),
+    "python docs/draw_rooms.py": Run("files.md"),
     "code/benchmarks/latency.py long --size tiny --stream 10000 --window 20 100": HELP,
     "code/benchmarks/latency.py lanes": MINUTES,
     "code/benchmarks/latency.py sweep plot": MINUTES,
 }
-"""How each command of the README is run here, or why it is not. One that is missing here fails the test."""
+"""How each command of the pages is run here, or why it is not. One that is missing here fails the test."""
+
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("data", "training", "evaluation", "live", "variants")),
+    *(f"docs/{name}.md" for name in ("architecture", "files", "troubleshooting")),
+    "CONTRIBUTING.md",
+    "dataset/README.md",
+)
+"""In the order in which their commands are run; each begins in the project's root."""
+WRITTEN = {
+    "loss.png", "report.png", "report.html", "report.md", "funqa_report.png", "train_3_5.jsonl", "report/", "runs/",
+    "PE-Video/", "FunQA/", "demo_output/", "output/", "live_output/", "OTHER/bin/python",
+}  # fmt: skip
+"""Named in the pages, but made by programs or brought by users."""
 
 COMMAND = re.compile(r"(\w+=\S+ )*(\(?cd|bash|(\.venv/bin/)?python3?|pip|srun|code/\S+\.py) .+", re.DOTALL)
 
 
 def commands(text: str) -> Iterator[tuple[str, str, str]]:
-    """(folder, command, what a shell is given) of each command in `text`, a README: in its bash blocks, and in its
+    """(folder, command, what a shell is given) of each command in `text`, a page: in its bash blocks, and in its
     sentences. A block that begins with #! is one script; a cd lasts until the next."""
     folder = ""
     for language, block, span in re.findall(r"^```(\w*)\n(.*?)^```|`([^`]+)`", text, re.DOTALL | re.MULTILINE):
@@ -126,16 +148,57 @@ def commands(text: str) -> Iterator[tuple[str, str, str]]:
             if COMMAND.fullmatch(command):
                 yield folder, command, command
             if command.startswith("cd "):
-                folder = os.path.normpath(os.path.join(folder, command.removeprefix("cd ")))
+                folder = os.path.normpath(os.path.join(folder, command.removeprefix("cd "))).removeprefix(".")
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHOWN = list(commands(README))
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+MADE = "docs/files.md"
+"""What docs/draw_rooms.py makes: the docstrings that it has are not commands to copy."""
+SHOWN = list(dict.fromkeys(shown for page, text in TEXTS.items() if page != MADE for shown in commands(text)))
+"""Each once, though several pages show it from the same folder."""
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text: str) -> set[str]:
+    """Those of a page's headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: str, text: str) -> list[str]:
+    """The links of `text` to files that are not there, or to headings that their page does not have."""
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text("utf-8") if name else text)):
+            dead.append(link)
+    return dead
+
+
+def missing_files(text: str, files: set[str]) -> set[str]:
+    """The names of files and folders, in code spans of `text`, that end no path of `files` and are not WRITTEN."""
+    ends = "py|sh|md|png|gif|toml|txt|css|html|js"
+    named = {
+        word
+        for span in re.findall(r"`([^`\n]+)`", without_code(text))
+        for word in re.findall(rf"(?<![\w./*<>…-])[\w.-][\w./-]*(?:\.(?:{ends})|/)(?![\w.*<…/-])", span)
+    }
+    folders = {f"{folder}/" for file in files for folder in map(str, Path(file).parents)}
+    paths = [f"/{path}" for path in files | folders]
+    return {word for word in named - WRITTEN if not any(path.endswith(f"/{word}") for path in paths)}
 
 
 @pytest.fixture(scope="module")
 def copy(made, tmp_path_factory):
-    return Copy(tmp_path_factory.mktemp("copy"), made[0], made[1].parent / "videos")
+    copy = Copy(tmp_path_factory.mktemp("copy"), made[0], made[1].parent / "videos")
+    shutil.copytree(ROOT / "docs", copy.root / "docs")
+    return copy
 
 
 def test_the_published_commands_word_for_word(copy):
@@ -152,12 +215,12 @@ def test_the_published_commands_word_for_word(copy):
     assert f"checkpoint {trained}, trained as origin on {copy.root / 'dataset/train_3_5.jsonl'}\n" in done.stderr
 
 
-def test_every_command_of_the_readme_is_known():
+def test_every_command_of_the_pages_is_known():
     assert {command for _, command, _ in SHOWN} == COMMANDS.keys()
 
 
-def test_what_the_readme_shows_runs(copy):
-    """Those that are run, in the README's order; so each finds what those before it have left."""
+def test_what_the_pages_show_runs(copy, capsys):
+    """Those that are run, in the pages' order; so each finds what those before it have left. Then the Python."""
     trained = copy.root / "code/qwen-vl-finetune/output/qwen2_5vl-pe-group"
     for folder, command, _ in SHOWN:
         if not isinstance(way := COMMANDS[command], Run):
@@ -169,12 +232,19 @@ def test_what_the_readme_shows_runs(copy):
             "MODEL": str(trained),
             "film.mp4": str(film),
             "….json": "*.json",
+            "RECORD.json": "*.json",
         }
         for word, stands_for in placeholders.items():
             command = re.sub(rf"(?<![\w]){re.escape(word)}(?!\w)", stands_for, command)
         done = copy.run(command + way.more, folder)
         assert done.returncode == 0, (folder, command, done.stdout + done.stderr)
         assert way.says in done.stdout + done.stderr, (command, done.stdout + done.stderr)
+    names: dict = {}
+    for block in python_blocks(TEXTS["README.md"]) + python_blocks(TEXTS["docs/variants.md"]):
+        exec(block.replace('"MODEL"', repr(str(trained))).replace("film.mp4", str(film)), names)
+    assert capsys.readouterr().out.startswith("1 s ")
+    session, answer = names["session"].caption(), names["answer"]
+    assert (session.tokens, session.slots) == (answer.tokens, answer.slots) and len(session.tokens) > 3
 
 
 @pytest.mark.parametrize("folder, command", [shown[:2] for shown in SHOWN if COMMANDS.get(shown[1]) == HELP])
@@ -185,10 +255,11 @@ def test_what_takes_long_has_help(copy, folder, command):
 
 @pytest.mark.parametrize("folder, script", [shown[::2] for shown in SHOWN if COMMANDS.get(shown[1]) == LAUNCHED])
 def test_what_needs_gpus_or_machines_is_launched(tmp_path, folder, script):
-    for name in ("eval.sh", "code/qwen-vl-finetune/scripts/sft.sh"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    says = 'case "$1 $2" in -c*) echo 40123 ;; *qwenvl.device) echo 8 ;; esac'
+    for path in [*ROOT.glob("*.sh"), *(ROOT / "code").rglob("*.sh")]:
+        there = tmp_path / path.relative_to(ROOT)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, there)
+    says = 'case "$1 $2" in -c*) echo 40123 ;; *qwenvl.device) echo 8 ;; *redact) shift 2; echo "+ $*" ;; esac'
     skips = 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"'
     for name, does in (("python", says), ("srun", skips), ("scontrol", "exit 1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
@@ -198,6 +269,10 @@ def test_what_needs_gpus_or_machines_is_launched(tmp_path, folder, script):
         ["bash", "-euc", script], cwd=tmp_path / folder, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("+ python "), done.stdout + done.stderr
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def test_what_is_not_run_is_there():
@@ -214,10 +289,59 @@ def test_commands_are_found_in_their_folders():
     assert (back, last) == (("code/b", "cd .."), ("code", "(cd b && bash f.sh)"))
 
 
-def test_every_file_stands_in_the_tree_of_the_readme():
-    tree = README[README.index("## What lies where") : README.index("## Differences from")]
-    named = set(re.findall(r"[\w.*]+", tree))
-    for folder in ("qwen-vl-utils/src/qwen_vl_streaming", "qwen-vl-finetune/qwenvl", "evaluation", "demo"):
-        for path in (ROOT / "code" / folder).rglob("*.py"):
-            known = {path.name, path.stem} & named
-            assert known or path.name in ("__init__.py", "__main__.py"), path
+def tracked() -> set[str]:
+    """The project's files, as git has them or would take them."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    return {name for name in files if name and (ROOT / name).exists()}
+
+
+def test_every_page_is_read():
+    assert {name for name in tracked() if re.fullmatch(r"docs/.*\.md|[^/]*\.md|dataset/.*\.md", name)} == {*PAGES}
+
+
+def test_the_readme_fits_and_links_every_page():
+    text = TEXTS["README.md"]
+    assert text.count("\n") <= 200
+    linked = set(re.findall(r"\]\(([\w/.]+)", text))
+    assert {*PAGES} - linked == {"README.md", "dataset/README.md"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "code/benchmarks/RESULTS.md"])
+def test_links_lead_somewhere(page):
+    assert dead_links(page, (ROOT / page).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_are_there(page):
+    assert missing_files(TEXTS[page], tracked()) == set()
+
+
+def test_dead_links_and_missing_files_are_found():
+    text = (
+        "# A *b* `c`, d\n[a](#a-b-c-d) [a](#b) [a](LICENSE) [a](no.md) [a](https://x.org/no)\n```\n# e\n[a](#f)\n```\n"
+    )
+    assert anchors(text) == {"a-b-c-d"} and dead_links("README.md", text) == ["#b", "no.md"]
+    text = "`a/b.py`, `b.py --c d.md`, `code/a/`, `other/`, `<id>.md`, `*.png`, `x…py` and `loss.png`"
+    assert missing_files(text, {"code/a/b.py"}) == {"d.md", "other/"}
+
+
+def test_the_table_of_rooms_has_every_room():
+    library = ROOT / "code/qwen-vl-utils/src/qwen_vl_streaming"
+    rooms = {f"{path.parent.name}/" for path in library.glob("*/*.py")}
+    listed = re.findall(r"^\| `([\w.]+/?)` \|", TEXTS["docs/architecture.md"].partition("## Rooms")[2], re.MULTILINE)
+    assert rooms | {path.name for path in library.glob("[!_]*.py")} <= {*listed}
+
+
+def test_the_pages_name_every_other_file():
+    """Those that files.md does not list, by their names."""
+    named = set(re.findall(r"[\w.*-]+", " ".join(TEXTS.values())))
+    skipped = re.compile(r"tests/.*|.*\.(py|sh)|.*\.gitignore|docs/.*\.(png|gif)")
+    assert {name for name in tracked() if not skipped.fullmatch(name) and Path(name).name not in named} == set()
+
+
+def test_the_list_of_files_is_up_to_date(tmp_path):
+    """The picture of the rooms is not compared: fonts and versions of matplotlib differ."""
+    done = subprocess.run([sys.executable, "docs/draw_rooms.py", "--output", str(tmp_path)], cwd=ROOT)
+    assert done.returncode == 0 and (tmp_path / "rooms.png").stat().st_size > 10_000
+    assert (tmp_path / "files.md").read_text() == TEXTS[MADE], "run python docs/draw_rooms.py"

@@ -1,12 +1,16 @@
-"""Training and evaluation read a data set's rows by one reader, with the same faults in the same lines."""
+"""Training and evaluation read the rows of a data set with one reader, which reports the same errors for both."""
 
 import json
+import socket
+from pathlib import Path
 
-import eval as evaluation
+import datasets
 import pytest
 import tasks
-from qwen_vl_streaming.common.data_rows import read_data_rows
+from planning import read_data
+from qwen_vl_streaming.common.data_rows import HUB, hash_data, read_data_rows
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import find_data
 from qwenvl.rows import read_rows
 
 ROWS = [{"video_id": name, "video_path": f"{name}.mp4", "human_caption": "A red square."} for name in "ab"]
@@ -15,7 +19,7 @@ DESCRIPTION = tasks.TASKS["description"]
 
 
 def evaluated(data):
-    return evaluation.read_data(data, limit=None, task=DESCRIPTION)
+    return read_data(data, limit=None, task=DESCRIPTION)
 
 
 @pytest.mark.parametrize(
@@ -26,21 +30,29 @@ def evaluated(data):
         b"\n \t\n" + b"\n\n".join(LINES) + b"\n  ",
         b"\r\n".join(LINES) + b"\r\n\r\n",
         b"\xef\xbb\xbf" + b"\n".join(LINES) + b"\n",
-        b"\xef\xbb\xbf" + b"\n\xef\xbb\xbf".join(LINES) + b"\n\xef\xbb\xbf\n",  # files put one after the other
+        b"\xef\xbb\xbf" + b"\n\xef\xbb\xbf".join(LINES) + b"\n\xef\xbb\xbf\n",  # concatenated files
     ],
     ids=["no end", "blank end", "blank lines", "CRLF", "BOM", "BOMs"],
 )
-def test_what_both_accept(tmp_path, text):
+def test_both_accept(tmp_path, text):
     data = tmp_path / "rows.jsonl"
     data.write_bytes(text)
     trained = [{name: row[name] for name in ROWS[0]} for row in read_rows(data)]
     assert trained == ROWS and [row["video_path"] for row in evaluated(data)] == ["a.mp4", "b.mp4"]
 
 
-def test_lines_are_counted_with_the_blank_ones(tmp_path):
+def test_line_numbers_count_blank_lines(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_bytes(b"\n" + LINES[0] + b"\n\n" + LINES[1])
     assert [number for number, _ in read_data_rows(data)] == [2, 4]
+
+
+def test_values_keep_their_type(tmp_path):
+    """`datasets` would make dates of texts that look like dates, and a float of a large integer."""
+    data = tmp_path / "rows.jsonl"
+    rows = [{**ROWS[0], "video_id": "2026-01-01", "human_caption": "2026-01-01"}, {**ROWS[1], "video_id": 10**30}]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    assert [row for _, row in read_data_rows(data)] == rows
 
 
 @pytest.mark.parametrize("read", [read_rows, evaluated])
@@ -48,22 +60,22 @@ def test_lines_are_counted_with_the_blank_ones(tmp_path):
     "line, reason",
     [
         (b"{", "line 3: is not JSON (Expecting property name"),
-        (b"[]", "line 3: is not a row"),
+        (b"[]", "line 3: is not a JSON object: correct or delete this row"),
         (b"\xff", "line 3: cannot be read as UTF-8 (byte 1)"),
         ('{"video_id": "ü"}'.encode("utf-16"), "line 3: cannot be read as UTF-8"),
         (LINES[0], "lines 1 and 3 both have the video_id a"),
-        (rb'{"video_id": "c", "video_path": "\udc80", "human_caption": "b"}', "line 3: video_path holds half"),
-        (b'{"video_id": "c", "video_path": 1, "human_caption": "b"}', "line 3: has no text as its video_path, but 1"),
-        (b'{"video_id": [], "video_path": "a", "human_caption": "b"}', "line 3: has [] as its video_id"),
+        (rb'{"video_id": "c", "video_path": "\udc80", "human_caption": "b"}', "line 3: video_path has an unpaired"),
+        (b'{"video_id": "c", "video_path": 1, "human_caption": "b"}', "line 3: has the video_path 1, which is not a"),
+        (b'{"video_id": [], "video_path": "a", "human_caption": "b"}', "line 3: has the video_id [], which is not a"),
     ],
 )
-def test_what_both_refuse_in_the_same_words(tmp_path, read, line, reason):
+def test_both_refuse_with_the_same_message(tmp_path, read, line, reason):
     data = tmp_path / "rows.jsonl"
     data.write_bytes(b"\n".join([*LINES, line]) + b"\n")
     with pytest.raises(InputError) as raised:
         read(data)
-    said = str(raised.value)
-    assert reason in said and "\n" not in said and "Error" not in said, said
+    message = str(raised.value)
+    assert reason in message and "\n" not in message and "Error" not in message, message
 
 
 @pytest.mark.parametrize("read", [read_rows, evaluated])
@@ -74,8 +86,100 @@ def test_a_file_of_blank_lines_has_no_rows(tmp_path, read):
 
 
 @pytest.mark.parametrize("seconds", ["1" + "0" * 400, "NaN", "Infinity", "-1", '"long"', "[1]"])
-def test_durations_that_are_none(tmp_path, seconds):
+def test_invalid_durations(tmp_path, seconds):
     data = tmp_path / "rows.jsonl"
     data.write_bytes(LINES[0][:-1] + b', "video_duration_in_s": ' + seconds.encode() + b"}\n")
     with pytest.raises(InputError, match="line 1: video_duration_in_s is '"):
         evaluated(data)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Fails where a host name is looked up."""
+
+    def look_up(host, *_, **__):
+        raise AssertionError(f"{host} was looked up")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+
+def save(rows: list[dict], folder: Path) -> list[str]:
+    """`rows` as a Parquet file, as two that a pattern names, and as a folder of `save_to_disk`."""
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(folder / "rows.parquet")
+    for number, part in enumerate((table.select([0]), table.select(range(1, len(rows))))):
+        part.to_parquet(folder / f"train-{number}.parquet")
+    datasets.DatasetDict({"train": table}).save_to_disk(folder / "disk")
+    return [str(folder / name) for name in ("rows.parquet", "train-*.parquet", "disk/train")]
+
+
+def test_tables_hold_the_same_rows(tmp_path, offline, monkeypatch):
+    """In the same order, with one hash, without a network, and without a file written beside them."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{**row, "references": ["A square.", "Red."], "question": None} for row in ROWS]
+    sources = save(rows, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for source in sources:
+        assert find_data(str(Path(source).relative_to(tmp_path)), tmp_path / "project", "the data") == source
+        assert list(read_data_rows(source)) == list(enumerate(rows, 1))
+        assert [row["video_id"] for row in read_rows(source)] == ["a", "b"]
+        assert [row["annotation"] for row in evaluated(source)] == [["A square.", "Red."]] * 2
+    assert len({hash_data(source) for source in sources}) == 1 and sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "other").mkdir()
+    assert hash_data(save(rows[::-1], tmp_path / "other")[0]) != hash_data(sources[0])
+
+
+@pytest.mark.parametrize("read", [read_rows, evaluated])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"video_id": "a"}, ", rows 1 and 2 both have the video_id a"),
+        ({"video_path": None}, ", row 2: has the video_path null, which is not a string"),
+        ({"video_id": None}, ", row 2: has the video_id null"),
+        ({"question": " "}, ', row 2: has the question " "'),
+    ],
+)
+def test_rows_of_tables_are_refused_with_their_number(tmp_path, read, change, reason):
+    for source in save([{**ROWS[0], "question": None}, {**ROWS[1], **change}], tmp_path):
+        with pytest.raises(InputError) as raised:
+            read(source)
+        assert str(raised.value).startswith(f"{source}{reason}")
+
+
+def test_tables_that_cannot_be_read(tmp_path, monkeypatch):
+    save(ROWS, tmp_path)
+    (tmp_path / "half.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:-9])
+    datasets.Dataset.from_list([{"video_id": "a", "text": "b"}]).to_parquet(tmp_path / "columns.parquet")
+    (tmp_path / "empty").mkdir()
+    for name, reason in (
+        ("half.parquet", "half.parquet cannot be read ("),
+        ("columns.parquet", "columns.parquet, row 1: has no video_path"),
+        ("disk", f"has several splits: give the folder of one, {tmp_path / 'disk/train'}"),
+    ):
+        with pytest.raises(InputError) as raised:
+            read_rows(str(tmp_path / name))
+        assert reason in str(raised.value) and "\n" not in str(raised.value)
+    for name, reason in (("none-*.parquet", "matches no file"), ("empty", "save_to_disk` has not written")):
+        with pytest.raises(InputError, match=reason):
+            find_data(str(tmp_path / name), tmp_path, "the data")
+
+
+def test_a_split_of_the_hub(monkeypatch, tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    splits = {"train": table, "test": table.select([1])}
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or splits)
+    assert find_data(f"{HUB}me/videos:test", tmp_path, "the data") == f"{HUB}me/videos:test"
+    assert [row["video_id"] for row in read_rows(f"{HUB}me/videos:test")] == ["b"] and asked == ["me/videos"]
+    for source, reason in ((f"{HUB}me/videos", "has several splits"), (f"{HUB}me/videos:dev", "has no split 'dev'")):
+        with pytest.raises(InputError, match=f"{reason}: name one of train, test, as in {HUB}OWNER/NAME:SPLIT"):
+            read_rows(source)
+    splits.pop("test")
+    assert read_rows(f"{HUB}me/videos") == read_rows(f"{HUB}me/videos:train")
+
+    def unreachable(name):
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(InputError, match=r"me/videos cannot be read \(Couldn't reach 'me/videos' on the Hub\): give"):
+        read_rows(f"{HUB}me/videos")

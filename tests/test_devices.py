@@ -13,12 +13,14 @@ import pytest
 import verify
 from evaluating import finish, start
 from metrics.scorecard import prepare_scoring
+from processes import count_processes
 from qwen_vl_streaming import devices, replay
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.devices import Devices, Driver, Torch, ask_driver, choose_device, has_kernels, judge
 from qwen_vl_streaming.live import cli
 from qwenvl import device as training_device
-from qwenvl.device import count_weights
+from qwenvl.device import count_parameters
+from ranks import Rank
 from settings import Settings
 from tiny import tiny_config, tiny_model
 from training import flags, refused
@@ -305,18 +307,26 @@ def test_every_program_refuses_gpus_that_cannot_be_used(too_old, monkeypatch, ca
 
 
 def test_evaluation_says_that_it_uses_the_cpu_and_takes_one_process(no_gpu, monkeypatch):
-    assert evaluation.count_processes(Settings()) == (1, 0, "no GPU is here: using the CPU")
-    assert evaluation.count_processes(Settings(processes=2))[:2] == (2, 0)
+    assert evaluation.find_device(Settings(), Rank()) == ("cpu", "no GPU is here: using the CPU")
+    assert evaluation.find_device(Settings(device="cpu"), Rank(local_world_size=8)) == ("cpu", "")
+    assert count_processes(0, "") == 1
+    assert count_processes(2, "") == 2
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     with pytest.raises(InputError, match="SLURM gave this job 8 GPUs, and none is visible here"):
-        evaluation.count_processes(Settings())
-    assert evaluation.count_processes(Settings(device="cpu")) == (1, 0, "")
+        count_processes(0, "")
+    assert count_processes(0, "cpu") == 1
     monkeypatch.setattr(devices, "ask_torch", lambda: Torch("2.14.1", "13.0", count=4, bfloat16=True))
     with pytest.raises(InputError, match="8 processes for 4 GPUs"):
-        evaluation.count_processes(Settings())
+        count_processes(0, "")
+    with pytest.raises(InputError, match="8 processes for 4 GPUs"):
+        evaluation.find_device(Settings(), Rank(local_world_size=8))
+    with pytest.raises(InputError, match="runs as one process"):
+        evaluation.find_device(Settings(processes=4), Rank())
     monkeypatch.delenv("SLURM_GPUS_ON_NODE")
-    assert evaluation.count_processes(Settings()) == (4, 4, "")
-    assert evaluation.count_processes(Settings(device="cuda:3")) == (1, 4, "")
+    assert count_processes(0, "") == 4
+    assert evaluation.find_device(Settings(), Rank(local_world_size=4)) == ("cuda", "")
+    assert count_processes(0, "cuda:3") == 1
+    assert evaluation.find_device(Settings(device="cuda:3"), Rank()) == ("cuda:3", "")
 
 
 @pytest.mark.skipif(bool(devices.ask_torch().count), reason="a GPU would be used")
@@ -357,7 +367,7 @@ def test_weights_are_counted_under_zero_3_too():
     """Where transformers would make and split the weights of any model, and fail on the meta device."""
     zero = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     try:
-        count = count_weights(tiny_config(), SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=zero))
+        count = count_parameters(tiny_config(), SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=zero))
         assert is_deepspeed_zero3_enabled()
     finally:
         unset_hf_deepspeed_config()
@@ -367,7 +377,7 @@ def test_weights_are_counted_under_zero_3_too():
 def test_a_gpu_without_bfloat16_has_its_own_line(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training_device, "look", lambda environment: Devices(1, bfloat16=False))
     said = refused(flags(made, tmp_path / "out", use_cpu=False, bf16=True), capsys, monkeypatch)
-    assert said.startswith("error: --bf16 True: no GPU here computes in bfloat16: give --bf16 False")
+    assert said.startswith("error: --bf16 True: no GPU of this machine supports bfloat16: give --bf16 False")
 
 
 STAND_IN = """
@@ -379,7 +389,9 @@ devices.ask_torch = lambda: devices.Torch("2.14.1+cu130", "13.0", fault="the dri
 
 def test_without_a_gpu_the_launcher_hides_what_the_driver_counts(tmp_path):
     """PyTorch's optimizers ask for the current GPU where NVML counts some, even if CUDA does not start on them."""
-    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'qwenvl.launch' in sys.orig_argv:\n    print(repr(")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'qwen_vl_streaming.launch' in sys.orig_argv:\n    print(repr("
+    )
     with (tmp_path / "sitecustomize.py").open("a") as file:
         file.write("os.environ['CUDA_VISIBLE_DEVICES']))\n    os._exit(0)\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(devices.__file__).parents[1]}"}

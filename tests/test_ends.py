@@ -1,5 +1,5 @@
-"""Whatever happens in a data worker or a process of a training run, all of it is gone within 30 seconds, the launcher's
-status is not 0, one line names the cause, and the same command goes on."""
+"""However a data worker or a process of a training run fails, the whole run exits within 30 seconds with a status other
+than 0 and one line that names the cause, and the same command resumes it."""
 
 import contextlib
 import os
@@ -14,9 +14,9 @@ import pytest
 import torch
 from qwen_vl_streaming.common import ending
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.launch.signals import STOPPED
 from qwen_vl_streaming.model import modeling_qwen2_5_vl
-from qwenvl.checkpointing import CannotSave, loading, saving
-from qwenvl.signals import STOPPED
+from qwenvl.checkpointing import SaveError, loading, saving
 from training import finish, flags, free_port, history, start
 
 FINETUNE = Path(__file__).parents[1] / "code/qwen-vl-finetune"
@@ -24,10 +24,18 @@ KILLED = "killed by SIGKILL (Linux does that when memory is short)"
 
 
 def launch(log: Path, *what: str, processes: int = 2, nodes: int = 1, rank: int = 0, port: int = 0, **environment):
-    """Start qwenvl.launch, whose processes run `python -m WHAT`; it writes what it says to `log`."""
+    """Start the launcher with `python -m WHAT` as its processes, and their output in `log`."""
     paths = os.pathsep.join([str(FINETUNE), *filter(None, sys.path)])
     given = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOG": str(log)}
-    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", str(processes), "--nnodes", str(nodes)]
+    command = [
+        sys.executable,
+        "-m",
+        "qwen_vl_streaming.launch",
+        "--nproc_per_node",
+        str(processes),
+        "--nnodes",
+        str(nodes),
+    ]
     command += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port or free_port())]
     with log.open("a") as said:
         return subprocess.Popen(
@@ -36,7 +44,7 @@ def launch(log: Path, *what: str, processes: int = 2, nodes: int = 1, rank: int 
 
 
 def left(log: Path) -> list[psutil.Process]:
-    """The processes of the run with this `log` that have not ended."""
+    """The processes of the run with this `log` that have not exited."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -46,7 +54,7 @@ def left(log: Path) -> list[psutil.Process]:
 
 
 def ends(launcher: subprocess.Popen, log: Path, status: int, seconds: float = 60) -> str:
-    """Wait for the end, which has to leave no process; returns the line that names the cause."""
+    """Wait until no process is left; returns the line that names the cause."""
     assert launcher.wait(seconds) == status, log.read_text()[-3000:]
     until = time.monotonic() + 3
     while others := left(log):
@@ -64,14 +72,14 @@ def ends(launcher: subprocess.Popen, log: Path, status: int, seconds: float = 60
 CAUSES = {
     "gpu": (1, 0, "process 1: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB): lower --per_device"),
     "worker killed": (1, 0, f"process 1: a data worker was {KILLED}: lower --dataloader_num_workers"),
-    "worker bug": (1, 2, "process 1: in a data worker: KeyError: 'human_caption': the same command goes on"),
-    "peer": (1, 0, f"process 1 was {KILLED}: the same command goes on"),
+    "worker bug": (1, 2, "process 1: in a data worker: KeyError: 'human_caption': the same command resumes"),
+    "peer": (1, 0, f"process 1 was {KILLED}: the same command resumes"),
     "refused": (2, 0, "checkpoint-3 is damaged: remove it"),
 }
 
 
-def test_a_process_that_fails_ends_those_that_wait_for_it(tmp_path):
-    """All kinds at once, since most of the time is waiting."""
+def test_a_failing_process_ends_those_that_wait_for_it(tmp_path):
+    """All cases run at once, since most of the time is waiting."""
     logs = {what: tmp_path / what for what in CAUSES}
     launchers = {what: launch(log, "fake_rank", what) for what, log in logs.items()}
     for what, (status, tracebacks, line) in CAUSES.items():
@@ -79,8 +87,8 @@ def test_a_process_that_fails_ends_those_that_wait_for_it(tmp_path):
         assert logs[what].read_text().count("Traceback") == tracebacks
 
 
-def test_a_machine_that_fails_ends_the_others(tmp_path):
-    """The process on the first waits in vain for that on the second."""
+def test_a_failing_node_ends_the_others(tmp_path):
+    """The process of the first node waits for that of the second."""
     logs, port = [tmp_path / "first", tmp_path / "second"], free_port()
     common = {"processes": 1, "nodes": 2, "port": port}
     runs = [launch(log, "fake_rank", "gpu", rank=rank, **common) for rank, log in enumerate(logs)]
@@ -94,14 +102,14 @@ def test_a_machine_that_fails_ends_the_others(tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(made, tmp_path_factory):
-    """The losses of one process from start to end: 4 steps an epoch, 12 in all."""
+    """The losses of one process from start to end: 4 steps per epoch, 12 in total."""
     folder = tmp_path_factory.mktemp("undisturbed")
     finish(start(flags(made, folder / "out"), folder / "log"))
     return history(folder / "out")
 
 
-def test_a_run_goes_on_after_every_kind_of_end(undisturbed, made, tmp_path):
-    """Two processes with four data workers each; every start goes on from what the one before has saved."""
+def test_a_run_resumes_after_every_kind_of_failure(undisturbed, made, tmp_path):
+    """Two processes with four data workers each; every start resumes from what the previous one has saved."""
     out = tmp_path / "out"
     arguments = flags(made, out, gradient_accumulation_steps=1, dataloader_num_workers=4, save_steps=2)
 
@@ -109,12 +117,12 @@ def test_a_run_goes_on_after_every_kind_of_end(undisturbed, made, tmp_path):
         log = tmp_path / name
         return launch(log, "faulty", *arguments, FAULT=fault), log
 
-    line = ends(*run("in mid-step", "kill worker 1 3"), 1)
+    line = ends(*run("within a step", "kill worker 1 3"), 1)
     assert line.startswith(f"error: process 1: a data worker was {KILLED}")
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
     line = ends(*run("while saving", "save kill 0 4"), 1)
-    assert line.startswith(f"error: process 0 was {KILLED}: the same command goes on")
+    assert line.startswith(f"error: process 0 was {KILLED}: the same command resumes")
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
     launcher, log = run("at start-up", "none 0 0")
@@ -127,7 +135,7 @@ def test_a_run_goes_on_after_every_kind_of_end(undisturbed, made, tmp_path):
     ends(launcher, log, STOPPED)
     assert (out / "checkpoint-5").exists(), log.read_text()[-5000:]
 
-    launcher, log = run("to the end", "stop worker 1 10")  # of which nobody takes notice
+    launcher, log = run("to the end", "stop worker 1 10")  # which is ignored
     assert launcher.wait(90) == 0, log.read_text()[-3000:]
     found = history(out)
     assert sorted(found) == list(range(1, 13))
@@ -153,12 +161,12 @@ def lost(how: str) -> RuntimeError:
     (RuntimeError("mat1 and mat2"), None),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal"), None),
 ])  # fmt: skip
-def test_what_ran_out_is_said_with_what_to_do(error, line):
+def test_resource_errors_are_explained(error, line):
     said = ending.explain(error, "GPU", "HOST")
     assert said is None if line is None else said.startswith(line)
 
 
-def test_a_worker_is_lost_whatever_came_of_it():
+def test_a_lost_worker_is_found_in_a_chain_of_errors():
     try:
         try:
             raise lost("is killed by signal: Killed. ")
@@ -168,12 +176,12 @@ def test_a_worker_is_lost_whatever_came_of_it():
         assert ending.lost_worker(error) == "was killed by SIGKILL"
 
 
-def test_an_error_of_another_kind_is_not_taken_for_the_disk_or_the_checkpoint(tmp_path, monkeypatch):
+def test_other_errors_are_not_blamed_on_the_disk_or_the_checkpoint(tmp_path, monkeypatch):
     gone = [torch.OutOfMemoryError("CUDA out of memory"), torch.distributed.DistBackendError("NCCL error")]
     for error in (*gone, lost("is killed by signal: Killed. ")):
         with pytest.raises(type(error)) as raised, saving(tmp_path):
             raise error
-        assert not isinstance(raised.value, CannotSave)
+        assert not isinstance(raised.value, SaveError)
     for error in gone:
         with pytest.raises(type(error)), loading(tmp_path):
             raise error
@@ -188,7 +196,7 @@ def test_an_error_of_another_kind_is_not_taken_for_the_disk_or_the_checkpoint(tm
 
 
 def test_workers_end_with_their_process(tmp_path):
-    """They would ignore SIGTERM for ever."""
+    """They ignore SIGTERM."""
     (tmp_path / "parent.py").write_text(
         "import os, time, torch\nfrom functools import partial\n"
         "from qwen_vl_streaming.common.ending import start_worker\n"

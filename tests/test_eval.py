@@ -8,11 +8,11 @@ import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import captioning
 import eval as evaluation
 import pytest
 import torch
 import verify
-import watching
 from make_data import DataConfig, make_dataset
 from make_model import tiny_checkpoint
 from media import make_video
@@ -147,17 +147,17 @@ def test_a_result_file_of_something_else_is_not_gone_on_with(made, evaluate, tmp
 
 def test_a_file_that_kills_its_decoder_is_named(made, evaluate, capsys, monkeypatch):
     """Decoders are C: a broken file may take the process along. Then the run says which ones it can have been."""
-    fatal, read = made[2][3]["video_path"], watching.read_video
+    fatal, read = made[2][3]["video_path"], captioning.read_video
 
     def read_or_die(path, **options):
         if str(path) == fatal:
             os.kill(os.getpid(), signal.SIGSEGV)
         return read(path, **options)
 
-    monkeypatch.setattr(watching, "read_video", read_or_die)
+    monkeypatch.setattr(captioning, "read_video", read_or_die)
     monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
     error = refused(evaluate, capsys, "--workers", "1", "--batch-size", "1")
-    assert "decoding one of the videos" in error and made[2][3]["video_id"] in error and "leave that out" in error
+    assert "decoding one of the videos" in error and made[2][3]["video_id"] in error and "remove that one" in error
 
 
 def one_tensor_changed(data: bytes) -> bytes:
@@ -201,8 +201,8 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         (["--data", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl"),
         (["--data", str(tmp_path / "wordless.jsonl")], "caption without a word"),
         (["--data", str(tmp_path / "twice.jsonl")], "comes twice"),
-        (["--data", str(tmp_path / "none.jsonl")], "no text as its human_caption, but null"),
-        (["--data", str(tmp_path / "nameless.jsonl")], '"" as its video_id'),
+        (["--data", str(tmp_path / "none.jsonl")], "has the human_caption null, which is not a string"),
+        (["--data", str(tmp_path / "nameless.jsonl")], 'the video_id "", which is not'),
         (["--data", str(tmp_path / "latin.jsonl")], "cannot be read"),
         (["--data", str(tmp_path)], "cannot be read"),
         (["--batch-size", "0"], "--batch-size 0: give a number from 1 to 1000000"),
@@ -216,8 +216,8 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         (["--dtype", "int8"], "float32"),
         (["--schedule", "random-0"], "give wait-K, random, random-K"),
         (["--memory", "0"], "GiB above 0"),
-        (["--nodes", "2", "--node-rank", "2"], "ranks run from 0"),
-        (["--device", "cuda:7", "--processes", "1"], "no GPU is here"),
+        (["--processes", "2"], "start it with eval.sh"),
+        (["--device", "cuda:7"], "no GPU is here"),
         (["--output-dir", str(tmp_path / "twice.jsonl")], "cannot be written"),
     ):
         assert reason in refused(evaluate, capsys, *flags), flags

@@ -17,15 +17,21 @@ SLURM = {
 }
 
 
+PYTHON = 'case "$1 $2" in -c*socket*) echo 40123 ;; *processes.py*) [ $3 = 0 ] && echo ${GPUS:-4} || echo $3 ;; esac'
+
+
 @pytest.fixture
 def launch(tmp_path):
-    """Runs eval.sh where `python` does nothing. Returns status, the flags that it got, and stderr."""
+    """Runs eval.sh where `python` only prints 4 processes and a free port. Returns status, the flags that the last
+    command got, and stderr."""
     shutil.copy(SCRIPT, tmp_path / "eval.sh")
+    (tmp_path / "code").mkdir()
+    shutil.copy(SCRIPT.parent / "code/launch.sh", tmp_path / "code")
     programs = tmp_path / "bin"
     programs.mkdir()
 
     def run(*flags: str, scontrol: str = "exit 1", **environment: str):
-        for name, says in (("python", "exit 0"), ("scontrol", scontrol)):
+        for name, says in (("python", PYTHON), ("scontrol", scontrol)):
             (programs / name).write_text(f"#!/bin/sh\n{says}\n")
             (programs / name).chmod(0o755)
         environment["PATH"] = f"{programs}:{os.environ['PATH']}"
@@ -40,27 +46,33 @@ def launch(tmp_path):
 @pytest.mark.parametrize(
     "environment, processes, nodes, rank, address, port",
     [
-        ({}, "0", None, None, None, None),
-        ({"NPROC_PER_NODE": "2", "MASTER_PORT": "1234"}, "2", None, None, None, None),
-        ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}, "0", "2", "1", "10.0.0.1", "29500"),
-        (SLURM, "0", "3", "2", "gpu07", "29821"),
-        ({**SLURM, "SLURM_JOB_NODELIST": "a-1,b-2", "MASTER_PORT": "7"}, "0", "3", "2", "a-1", "7"),
-        ({**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "0", None, None, None, None),
+        ({"GPUS": "1"}, None, None, None, None, None),
+        ({}, "4", "1", "0", "127.0.0.1", "40123"),
+        ({"NPROC_PER_NODE": "2", "MASTER_PORT": "1234"}, "2", "1", "0", "127.0.0.1", "1234"),
+        ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}, "4", "2", "1", "10.0.0.1", "29500"),
+        (SLURM, "4", "3", "2", "gpu07", "29821"),
+        ({**SLURM, "GPUS": "1"}, "1", "3", "2", "gpu07", "29821"),
+        ({**SLURM, "SLURM_JOB_NODELIST": "a-1,b-2", "MASTER_PORT": "7"}, "4", "3", "2", "a-1", "7"),
+        ({**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "4", "1", "0", "127.0.0.1", "40123"),
         ({**SLURM, "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "x", "NPROC_PER_NODE": "1"}, *"121x", "29821"),
-        ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "0", "3", "2", "first.host", "29821"),
+        ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "4", "3", "2", "first.host", "29821"),
     ],
 )
 def test_where_and_how_many(launch, environment, processes, nodes, rank, address, port):
     status, flags, said = launch("--limit", "3", **environment)
     assert (status, said, flags["--limit"]) == (0, "", "3")
-    names = ("--processes", "--nodes", "--node-rank", "--master-addr", "--master-port")
+    names = ("--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port")
     assert tuple(flags.get(name) for name in names) == (processes, nodes, rank, address, port)
 
 
-@pytest.mark.parametrize("nodes", ["abc", "0", "-1", "1.5"])
-def test_a_number_of_machines_that_is_none(launch, nodes):
-    status, _, said = launch(NNODES=nodes)
-    assert (status, said) == (2, f"error: NNODES={nodes}: give a whole number from 1 on\n")
+@pytest.mark.parametrize(
+    "name, value",
+    [("NNODES", "abc"), ("NNODES", "0"), ("NNODES", "-1"), ("NNODES", "1.5"), ("NODE_RANK", "1"), ("MASTER_PORT", "x"),
+     ("MASTER_PORT", "70000"), ("NPROC_PER_NODE", "all")],
+)  # fmt: skip
+def test_invalid_numbers_are_refused(launch, name, value):
+    status, _, said = launch(**{name: value})
+    assert status == 2 and said.count("\n") == 1 and said.startswith(f"error: {name}={value}: give a whole number")
 
 
 def test_one_task_a_node(launch):

@@ -1,4 +1,4 @@
-"""`explain` against cases worked out by hand, against the rule itself, and with everything a user can get wrong."""
+"""`explain` against cases worked out by hand, against the rule itself, and with user errors."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from qwen_vl_streaming.common.errors import run
 from qwen_vl_streaming.explain.cli import main, write_out
-from qwen_vl_streaming.explain.summary import find_runs, find_steps
+from qwen_vl_streaming.explain.summary import find_spans, find_steps
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import NOTHING, PARTS, Layout, make_schedule, make_timeline
@@ -38,7 +38,7 @@ def token(part, clip, index, slot, *position):
 
 
 def small_by_hand(header, answer, clip_2, tail):
-    """Two slots of two words: a1, written in slot 1, is fed after clip 2 and the tail."""
+    """Two slots of two tokens: a1, written in slot 1, is fed after clip 2 and the tail."""
     return [
         token("prompt", 0, 0, 0, 0),
         token("prompt", 0, 1, 0, 1),
@@ -79,7 +79,7 @@ def test_json_by_hand(explain, variant, tokens):
 
 
 def test_json_of_all_is_what_the_rules_say(explain):
-    """One object for each variant, in order; each as timeline, positions and the dense mask have it."""
+    """One object per variant, in order, equal to timeline, positions and the dense mask."""
     objects = json.loads(explain("--prompt 14 --clips 4 --grid 2x3 --answer 14 --wait-k 3 --format json --variant all"))
     assert [each["variant"] for each in objects] == list(VARIANTS)
     for each, variant in zip(objects, VARIANTS.values(), strict=True):
@@ -96,14 +96,14 @@ def test_json_of_all_is_what_the_rules_say(explain):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_runs_and_steps_leave_nothing_out(variant):
-    """For answers that end early and late: every token is in one run, every clip and word in one step."""
+def test_spans_and_steps_are_complete(variant):
+    """For answers that end early and late: each token is in one span, each clip and answer token in one step."""
     for answer in (1, 5, 14):
         counts = make_schedule("wait-3", VARIANTS[variant], 4).counts(answer)
         timeline = make_timeline(VARIANTS[variant], Layout(5, 3, 3, (2, 3), 2.0), counts)
         for by_slot in (False, True):
-            runs = find_runs(timeline, by_slot)
-            assert [i for each in runs for i in range(each.start, each.stop)] == list(range(len(timeline.rows)))
+            spans = find_spans(timeline, by_slot)
+            assert [i for each in spans for i in range(each.start, each.stop)] == list(range(len(timeline.rows)))
         steps = find_steps(timeline)
         assert [step.clip for step in steps if step.clip] == [1, 2, 3, 4]
         assert [a for step in steps for a in range(step.start, step.stop)] == list(range(answer))
@@ -144,7 +144,7 @@ def test_text_of_a_long_video(explain):
 
 @pytest.mark.parametrize("variant", ["gap", "all"])
 def test_png(explain, variant, tmp_path):
-    """A picture to a file and, the same, to a pipe; in it every part's colour and much white."""
+    """The same picture to a file and to a pipe. It has the colour of each part, and much white."""
     path = tmp_path / "picture.png"
     assert explain(f"--variant {variant} --format png --output {path}") == b""
     image = np.array(Image.open(path).convert("RGB"))
@@ -201,7 +201,7 @@ def test_bad_input_is_one_line(explain, capsysbinary, arguments, named):
     assert named in error
 
 
-def test_what_cannot_be_written_leaves_nothing_behind(explain, tmp_path):
+def test_a_failed_write_leaves_nothing_behind(explain, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(SystemExit):
@@ -217,8 +217,8 @@ def test_a_picture_is_not_written_to_a_terminal(explain, monkeypatch, capsysbina
     assert b"--output" in capsysbinary.readouterr().err
 
 
-def test_a_reader_that_has_left_is_no_mistake(monkeypatch):
-    """Such as `head`: no error, and none when the file is closed, which writes what is left."""
+def test_a_closed_pipe_is_not_an_error(monkeypatch):
+    """As with `head`: no error, and none when the file is closed, which flushes the rest."""
     left, pipe = os.pipe()
     os.close(left)
     with open(pipe, "w") as stdout:

@@ -13,7 +13,7 @@ import pytest
 from funqa.annotations import SUBTASKS
 from funqa.run import Options, prepare_funqa
 from media import make_files, make_tokenizer, video_bytes
-from pe_video.rules import Rules
+from preparation.rules import Rules
 from qwen_vl_streaming.common.errors import InputError, run
 from test_hub import COMMIT, FakeHub
 

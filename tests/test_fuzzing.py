@@ -1,9 +1,13 @@
 """The fuzzers' watched process finds what it is there to find, and the mutations follow from their seed."""
 
+import contextlib
+import os
 import pickle
 import random
 import shutil
+from pathlib import Path
 
+import fuzz_films
 import fuzz_programs
 import fuzzing
 import pytest
@@ -22,6 +26,11 @@ DEEDS = [
     "status 1",
     "no answer",
     "MemoryError",
+    "",
+    "outside its folder",
+    "not over in 1 s",
+    "killed by signal 9",
+    "memory grew by",
 ]
 
 
@@ -31,14 +40,36 @@ def folder(tmp_path_factory):
 
 
 def test_every_kind_of_finding_is_found(folder, monkeypatch, capsys):
-    monkeypatch.setattr(fuzzing, "SECONDS_PER_INPUT", 3)
-    monkeypatch.setenv("PYTHONPATH", str(fuzzing.CODE.parent / "tests"))
+    monkeypatch.setenv("PYTHONPATH", str(fuzzing.CODE.parent / "tests"), prepend=os.pathsep)
     (folder / "work/case").mkdir(parents=True)
     for number, finding in enumerate(DEEDS):
         (folder / "work/case/deed").write_text(str(number))
-        count = fuzzing.fuzz("probe:prepare", 1, 0, folder, "deeds", only=number)
+        count = fuzzing.fuzz("probe:prepare", 1, 0, folder, number, seconds=3, memory_mib=100)
         told = capsys.readouterr().out
         assert count == (finding != "") and finding in told, told
+
+
+SAID = f"      1 s  a\n\nfigures\nmissed deadlines  0\nrecord  {__file__}\n"
+
+
+@pytest.mark.parametrize(
+    "ended, finding",
+    [
+        (fuzzing.Ended(0, SAID, "a note\n"), None),
+        (fuzzing.Ended(2, "", "a note\nerror: no film\n"), "record"),
+        (fuzzing.Ended(2, SAID, "error: a line\n"), None),
+        (fuzzing.Ended(2, SAID, "error: a line\nof two\n"), "status 2"),
+        (fuzzing.Ended(2, SAID, ""), "status 2"),
+        (fuzzing.Ended(0, SAID, "error: a line\n"), "status 0"),
+        (fuzzing.Ended(1, SAID, "error: a line\n"), "status 1"),
+        (fuzzing.Ended(0, SAID, "Traceback (most recent call last):\n"), "Traceback"),
+        (fuzzing.Ended(0, f"      1 s  a\n      1 s  b{SAID}", ""), "words at"),
+        (fuzzing.Ended(0, "", ""), "record"),
+    ],
+)
+def test_how_the_live_command_may_end(ended, finding):
+    with pytest.raises(AssertionError, match=finding) if finding else contextlib.nullcontext():
+        fuzz_films.check_output(ended, Path(__file__))
 
 
 def test_mutations_follow_from_their_seed():

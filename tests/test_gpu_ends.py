@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from qwenvl.signals import STOPPED
+from qwen_vl_streaming.launch.signals import STOPPED
 from test_ends import FINETUNE, ends, left
 from training import flags, free_port, history
 
@@ -42,7 +42,7 @@ class Runs:
         log = self.folder / name
         command = ["bash", str(FINETUNE / "scripts/sft.sh"), *self.arguments]
         if fault:
-            command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", "2", "--nnodes", "1"]
+            command = [sys.executable, "-m", "qwen_vl_streaming.launch", "--nproc_per_node", "2", "--nnodes", "1"]
             command += ["--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
             command += ["-m", "faulty", *self.arguments, "--deepspeed", str(FINETUNE / "zero2.json")]
         environment = {**self.environment, "LOG": str(log), "FAULT": fault}

@@ -1,4 +1,5 @@
-"""One recipe gives the same losses, gradients and weights however its work is laid out: whole runs of the program."""
+"""A recipe gives the same losses, gradients and weights for every batch size, packing, number of processes and ZeRO
+stage: complete runs of the program."""
 
 import json
 from collections import Counter
@@ -23,19 +24,19 @@ RECIPE = {
     "gradient_accumulation_steps": 8,
     "num_train_epochs": 2,
     "warmup_steps": 0,
-    "adam_epsilon": 1e-4,  # so that AdamW does not make much of rounding in gradients near 0
+    "adam_epsilon": 1e-4,  # so that AdamW does not amplify rounding in gradients near 0
     "eval_samples": 3,
     "eval_steps": 1,
     "per_device_eval_batch_size": 3,
     "save_steps": 4,
 }
 TRAINED = (12, 4)
-"""Samples to train on and held out. An epoch is a step of 8 and one of 4, and two processes share neither evenly."""
+"""Training and held-out samples. An epoch has a step of 8 and one of 4; neither divides evenly over two processes."""
 
 
 @pytest.fixture(scope="module")
 def mixed(made, tmp_path_factory):
-    """The eight videos, each once with its caption and once with less of it: answers differ in length."""
+    """The eight videos, each with its caption and with a shortened one, so that answers differ in length."""
     rows = [json.loads(line) for line in made[1].read_text().splitlines()]
     short = [
         {**row, "video_id": f"{row['video_id']} again", "human_caption": " ".join(row["human_caption"].split()[:14])}
@@ -47,7 +48,7 @@ def mixed(made, tmp_path_factory):
 
 
 def run(mixed, out, processes: int = 0, **changes):
-    """Train; without DeepSpeed and the like where `processes` is 0."""
+    """Train; without a distributed launch if `processes` is 0."""
     arguments = flags(mixed, out, **RECIPE | changes)
     log = out.with_suffix(".log")
     for process in start_many(processes, arguments, log) if processes else [start(arguments, log)]:
@@ -63,14 +64,14 @@ def held_out(out) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def plain(mixed, tmp_path_factory):
-    """A sample at a time, in one process, without DeepSpeed, and nothing computed twice."""
+    """One sample at a time, in one process, without DeepSpeed and gradient checkpointing."""
     out = run(mixed, tmp_path_factory.mktemp("plain") / "out")
     data = json.loads((out / "run.json").read_text())["data"]
     assert (data["rows"] - data["held_out"], data["held_out"]) == TRAINED
     return out
 
 
-WAYS = {
+MODES = {
     "8 at a time": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
     "packed": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "pack_tokens": 420},
     "checkpointing": {"gradient_checkpointing": True},
@@ -81,9 +82,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_is_the_plain_one(plain, mixed, tmp_path, way):
-    out = run(mixed, tmp_path / "out", **WAYS[way])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_equals_the_plain_one(plain, mixed, tmp_path, mode):
+    out = run(mixed, tmp_path / "out", **MODES[mode])
     expected, got = history(plain), history(out)
     assert got.keys() == expected.keys() == {1, 2, 3, 4}
     for step in expected:
@@ -95,22 +96,22 @@ def test_every_way_to_train_is_the_plain_one(plain, mixed, tmp_path, way):
     assert max((after[name] - before[name]).abs().max() for name in before) > 1e-3
     for name in after:
         assert torch.allclose(reached[name], after[name], atol=2e-6), name
-    # Under the names that Qwen2.5-VL was published with, each once.
+    # Under the parameter names of the published Qwen2.5-VL.
     assert load_file(out / "model.safetensors").keys() == load_file(mixed[0] / "model.safetensors").keys()
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_checkpointing_computes_layers_again_and_changes_no_gradient(made, lora):
-    """In the language model and in the tower, of which each layer must run twice."""
+def test_gradient_checkpointing_recomputes_layers_and_keeps_gradients(made, lora):
+    """In the language model and in the vision tower, whose layers must run twice."""
     processor = load_processor(made[0])
     arguments = (processor, 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096)
     dataset = StreamingDataset(read_rows(made[1]), made[1].parent, *arguments)
 
-    def gradients(again: bool) -> tuple[Counter, dict[str, torch.Tensor]]:
+    def gradients(recompute: bool) -> tuple[Counter, dict[str, torch.Tensor]]:
         given = ModelArguments(variant="group", model_name_or_path=str(made[0]), lora_enable=lora, tune_mm_vision=True)
         model = load_model(made[0], "sdpa", torch.float32)
         model = make_trainable(model, given, SimpleNamespace(seed=1, deepspeed=None)).train()
-        if again:
+        if recompute:
             model.gradient_checkpointing_enable()
         runs = Counter()
         for name, layer in model.named_modules():

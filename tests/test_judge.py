@@ -1,5 +1,6 @@
 """The judge against a real HTTP server on the loopback that misbehaves in every way that endpoints do."""
 
+import base64
 import gzip
 import json
 import os
@@ -16,6 +17,7 @@ from endpoint import CUT, DRIP, FLOOD, GOOD, STALL, Endpoint
 from metrics import judge as module
 from metrics.judge import Judge, Verdict, read_verdict
 from metrics.scoring import NotComputed
+from qwen_vl_streaming.common import redact
 from qwen_vl_streaming.common.errors import InputError
 
 
@@ -252,3 +254,24 @@ def test_compressed_answers_do_not_unpack(endpoint):
     endpoint.plan = {"": [(200, bomb, {"Content-Encoding": "gzip"})]}
     with pytest.raises(InputError, match="compressed"):
         impatient(endpoint, retries=0).check()
+
+
+def test_an_endpoint_that_sends_back_what_it_was_sent(endpoint, tmp_path, monkeypatch):
+    """Neither the key nor the password of the address is shown or kept, and no terminal obeys what it says."""
+    monkeypatch.setattr(redact, "_known", {})
+    url = endpoint.url.replace("//", "//joe:s3cret@") + "?api_key=tok123"
+    judge = Judge(url, "grader", key="", options={"api_key": "opt123"}, retries=1, backoff=0.001)
+    basic = base64.b64encode(b"joe:s3cret").decode()
+    secrets = (basic, "s3cret", "tok123", "opt123")
+    said = f"\x1b]0;pwned\x07\x1b[2J no: Basic {basic} for {url} with opt123"
+    for plan in ((401, {"error": {"message": said}}), (400, said.encode()), (200, said), (200, said.encode())):
+        endpoint.plan = {"": [plan]}
+        with pytest.raises(InputError) as error:
+            judge.check()
+        assert not any(secret in str(error.value) for secret in secrets), error.value
+        assert str(error.value).isprintable()
+    endpoint.plan = {"": [(200, json.dumps({"score": 4, "why": said}))]}
+    verdicts = judge.judge(["a"], tmp_path / "cache.jsonl")
+    assert verdicts["a"].score == 4
+    for text in (verdicts["a"].why, (tmp_path / "cache.jsonl").read_text()):
+        assert "***" in text and not any(secret in text for secret in secrets), text

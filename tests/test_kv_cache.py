@@ -1,4 +1,4 @@
-"""What FlexAttention is told to look at is what the dense mask lets through."""
+"""The block masks select the same keys as the dense mask."""
 
 import random
 import time
@@ -7,51 +7,51 @@ from types import SimpleNamespace
 import pytest
 import torch
 from qwen_vl_streaming.engine import ragged_attention
-from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, TEXT_OFFSET, PagedKVCache
-from qwen_vl_streaming.engine.paged_attention import PagedAttention, _join_shares
-from qwen_vl_streaming.engine.ragged_attention import QUERY_BLOCK, RaggedAttention, blocks_of
-from qwen_vl_streaming.engine.step_request import BlockTable
+from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, TEXT_OFFSET, BlockTable, PagedKVCache
+from qwen_vl_streaming.engine.paged_attention import PagedAttention
+from qwen_vl_streaming.engine.ragged_attention import QUERY_BLOCK, RaggedAttention, query_blocks_of
+from qwen_vl_streaming.engine.split_kv import combine_splits
 
 SEED = time.time_ns() % 100_000
 CONFIG = SimpleNamespace(num_key_value_heads=1, num_attention_heads=3, hidden_size=12, num_hidden_layers=1)
 
 
-def by_lists(view: PagedAttention | RaggedAttention, n: int, rows: int) -> torch.Tensor:
-    """Which places of the pool each of n x `rows` queries sees, (n, rows, pool), by the pages that the block mask
-    lists."""
-    mask, shares = view.mask, view.shares
-    seen = torch.zeros(n, rows, view.cache.store.shape[2], dtype=torch.bool)
+def by_lists(attention: PagedAttention | RaggedAttention, n: int, rows: int) -> torch.Tensor:
+    """Which cache tokens each of n x `rows` queries attends to by the lists of the block mask, (n, rows, cache
+    tokens)."""
+    mask, splits = attention.mask, attention.splits
+    seen = torch.zeros(n, rows, attention.cache.store.shape[2], dtype=torch.bool)
     kinds = [(mask.kv_num_blocks, mask.kv_indices, False), (mask.full_kv_num_blocks, mask.full_kv_indices, True)]
-    for counts, pages, whole in kinds:
+    for counts, indices, full in kinds:
         if counts is None:
             continue
-        for b, block in torch.cartesian_prod(torch.arange(n * shares), torch.arange(counts.shape[2])).tolist():
+        for b, block in torch.cartesian_prod(torch.arange(n * splits), torch.arange(counts.shape[2])).tolist():
             size = mask.BLOCK_SIZE[0]
             queries = torch.arange(block * size, min((block + 1) * size, rows))
-            for page in pages[b, 0, block, : counts[b, 0, block]].tolist():
-                keys = torch.arange(page * BLOCK_SIZE, (page + 1) * BLOCK_SIZE)
-                some = True if whole else mask.mask_mod(torch.tensor(b), 0, queries[:, None], keys)
-                assert not seen[b // shares, queries[:, None], keys].any()  # in no other share
-                seen[b // shares, queries[:, None], keys] |= some
+            for kv_block in indices[b, 0, block, : counts[b, 0, block]].tolist():
+                keys = torch.arange(kv_block * BLOCK_SIZE, (kv_block + 1) * BLOCK_SIZE)
+                allowed = True if full else mask.mask_mod(torch.tensor(b), 0, queries[:, None], keys)
+                assert not seen[b // splits, queries[:, None], keys].any()  # in no other split
+                seen[b // splits, queries[:, None], keys] |= allowed
     return seen
 
 
-def by_dense_mask(view: PagedAttention) -> torch.Tensor:
-    n, many = view.seen_visual.shape
-    seen = torch.zeros(n, many, view.cache.store.shape[2], dtype=torch.bool)
+def by_dense_mask(attention: PagedAttention) -> torch.Tensor:
+    n, many = attention.seen_visual.shape
+    seen = torch.zeros(n, many, attention.cache.store.shape[2], dtype=torch.bool)
     for b, q in torch.cartesian_prod(torch.arange(n), torch.arange(many)).tolist():
-        places = view.gathered[b][view.mask[b, 0, q]]
-        assert len(places.unique()) == len(places)
-        seen[b, q, places] = True
+        keys = attention.key_index[b][attention.mask[b, 0, q]]
+        assert len(keys.unique()) == len(keys)
+        seen[b, q, keys] = True
     return seen
 
 
-@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("windows", [False, True], ids=["all", "windows"])
 @pytest.mark.parametrize("many", [1, 7, 90])
-def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
+def test_the_listed_blocks_are_those_of_the_dense_mask(many, windows, splits):
     print("seed", SEED)
-    draw = random.Random(f"{SEED} {many} {windows} {shares}")
+    draw = random.Random(f"{SEED} {many} {windows} {splits}")
     for _ in range(4):
         batch_slots = draw.randint(1, 4)
         sizes = [(draw.randint(1, 700), draw.randint(1, 500)) for _ in range(batch_slots)]
@@ -67,7 +67,7 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
             for of, start, keeps in ((mine[:begin], 0, kept[0]), (mine[begin:], TEXT_OFFSET, kept[1])):
                 run = BlockTable(cache, of, start, keeps)
                 room = len(of) * BLOCK_SIZE
-                end = draw.randint(1, 3 * room if windows and len(of) > 1 else room)  # the pages may have turned
+                end = draw.randint(1, 3 * room if windows and len(of) > 1 else room)  # blocks may have been reused
                 run.cache_index(torch.arange(end))
                 ends.append((end, max(0, end - (len(of) - run.kept) * BLOCK_SIZE + BLOCK_SIZE)))
             upto.append(ends)
@@ -76,7 +76,7 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
         def numbers(of, whose=whose, upto=upto):
             return torch.tensor([[of(*upto[batch_slot]) for _ in range(many)] for batch_slot in whose.tolist()])
 
-        # What is written may be seen from 1 token to all; a window never reaches back to what was overwritten.
+        # Queries attend to 1 token or more. A window never reaches back to what was overwritten.
         ends = [
             numbers(lambda v, t, run=run: draw.randint(min((v, t)[run][1] + 1, (v, t)[run][0]), (v, t)[run][0]))
             for run in range(2)
@@ -85,32 +85,32 @@ def test_the_pages_that_are_listed_hold_what_is_seen(many, windows, shares):
             [numbers(lambda v, t, run=run: draw.randint((v, t)[run][1], (v, t)[run][0])) for run in range(2)]
         )
         options = {"window_start": window_start if windows else None}
-        flex = PagedAttention(cache, whose, None, *ends, groups=3, flex=True, shares=shares, **options)
-        dense = PagedAttention(cache, whose, None, *ends, groups=3, flex=False, **options)
+        flex = PagedAttention(cache, whose, None, *ends, groups=3, use_flex=True, splits=splits, **options)
+        dense = PagedAttention(cache, whose, None, *ends, groups=3, use_flex=False, **options)
         listed = by_lists(flex, len(whose), many * 3).unflatten(1, (many, 3))
         assert all(torch.equal(listed[:, :, group], by_dense_mask(dense)) for group in range(3))
 
 
-def test_shares_join_to_the_whole():
-    """Attention over each of several sets of keys, of which one is empty, against attention over all."""
+def test_splits_combine_to_the_whole():
+    """Attention over several sets of keys, one of them empty, against attention over all keys."""
     print("seed", SEED)
     torch.manual_seed(SEED)
     query, keys, values = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40, 8)
-    share = torch.randint(0, 3, (40,))
+    split = torch.randint(0, 3, (40,))
     scores = query @ keys.transpose(-1, -2)
-    parts = [scores.masked_fill(share != number, float("-inf")) for number in range(4)]  # no key is in the fourth
+    parts = [scores.masked_fill(split != number, float("-inf")) for number in range(4)]  # the fourth has no keys
     mixed = torch.stack([part.softmax(-1).nan_to_num() @ values for part in parts], 1).flatten(0, 1)
     lse = torch.stack([part.logsumexp(-1) for part in parts], 1).flatten(0, 1)
-    assert torch.allclose(_join_shares(mixed, lse, 4), scores.softmax(-1) @ values, atol=1e-5)
-    assert not _join_shares(mixed, torch.full_like(lse, float("-inf")), 4).any()
+    assert torch.allclose(combine_splits(mixed, lse, 4), scores.softmax(-1) @ values, atol=1e-5)
+    assert not combine_splits(mixed, torch.full_like(lse, float("-inf")), 4).any()
 
 
-@pytest.mark.parametrize("shares", [1, 3])
-def test_the_pages_listed_for_packed_rows_hold_what_is_seen(shares, monkeypatch):
-    """Rows of several seats end to end, each seat's queries from a block of their own, against the rule for each."""
+@pytest.mark.parametrize("splits", [1, 3])
+def test_the_blocks_listed_for_ragged_rows_are_those_of_the_rule(splits, monkeypatch):
+    """Rows of several slots as one sequence, each slot's queries in query blocks of their own."""
     print("seed", SEED)
-    draw, groups = random.Random(f"{SEED} {shares}"), 3
-    monkeypatch.setattr(ragged_attention, "shares_of", lambda *_: shares)
+    draw, groups = random.Random(f"{SEED} {splits}"), 3
+    monkeypatch.setattr(ragged_attention, "num_splits", lambda *_: splits)
     for _ in range(4):
         batch_slots = draw.randint(1, 5)
         sizes = [(draw.randint(1, 700), draw.randint(1, 500)) for _ in range(batch_slots)]
@@ -119,8 +119,8 @@ def test_the_pages_listed_for_packed_rows_hold_what_is_seen(shares, monkeypatch)
         for batch_slot, size in enumerate(sizes):
             cache.allocate(batch_slot, *size)
         counts, order = [draw.randint(1, 150) for _ in range(batch_slots)], draw.sample(range(batch_slots), batch_slots)
-        blocks = [blocks_of(count, groups) for count in counts]
-        view = RaggedAttention(cache, sum(blocks) + 2, groups, flex=True)
+        blocks = [query_blocks_of(count, groups) for count in counts]
+        attention = RaggedAttention(cache, sum(blocks) + 2, groups, use_flex=True)
         for fed in {batch_slots, draw.randint(1, batch_slots)}:
             whose = [batch_slot for batch_slot, count in zip(order[:fed], counts, strict=False) for _ in range(count)]
             upto = torch.tensor([[draw.randint(0, size) for size in sizes[batch_slot]] for batch_slot in whose])
@@ -129,13 +129,13 @@ def test_the_pages_listed_for_packed_rows_hold_what_is_seen(shares, monkeypatch)
                 runs = [torch.arange(end) for end in seen]
                 runs[1] = runs[1] + PagedKVCache.text_block_of(sizes[batch_slot][0]) * BLOCK_SIZE
                 expected[row, cache.cache_index(torch.tensor([batch_slot]), torch.cat(runs)[None])] = True
-            view.lay_out(order[:fed], counts[:fed])
-            filled = torch.cat([upto, upto[:5]])  # rows to no effect
-            view.place(torch.zeros(len(filled), dtype=torch.long), *filled.T)
-            listed = by_lists(view, 1, view.blocks * QUERY_BLOCK)[0]
+            attention.set_rows(order[:fed], counts[:fed])
+            filled = torch.cat([upto, upto[:5]])  # padding rows
+            attention.update(torch.zeros(len(filled), dtype=torch.long), *filled.T)
+            listed = by_lists(attention, 1, attention.query_blocks * QUERY_BLOCK)[0]
             for head in range(groups):
-                queries = view.start[: len(whose)] + head
-                assert torch.equal(view.row[queries], torch.arange(len(whose)))
-                assert (view.head[queries] == head).all()
+                queries = attention.start[: len(whose)] + head
+                assert torch.equal(attention.row[queries], torch.arange(len(whose)))
+                assert (attention.head[queries] == head).all()
                 assert torch.equal(listed[queries], expected)
             assert not listed[sum(blocks[:fed]) * QUERY_BLOCK :].any()

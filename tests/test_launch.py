@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from qwenvl.signals import STOPPED
+from qwen_vl_streaming.launch.signals import STOPPED
 from qwenvl.train import parse
 from training import free_port
 
@@ -31,10 +31,11 @@ PYTHON = 'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device") echo {gp
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs sft.sh where `python` only says `gpus` and a free port. Returns status, the launcher's flags, and stderr."""
+    """Runs sft.sh with a `python` that prints `gpus` and a free port. Returns status, launcher flags and stderr."""
     script = tmp_path / "code/qwen-vl-finetune/scripts/sft.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)
+    shutil.copy(SCRIPT.parents[2] / "launch.sh", tmp_path / "code")
     programs = tmp_path / "bin"
     programs.mkdir()
 
@@ -63,20 +64,20 @@ def launch(tmp_path):
         ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "8", "3", "2", "first.host", "29821"),
     ],
 )  # fmt: skip
-def test_where_and_how_many(launch, environment, nproc, nnodes, rank, address, port):
+def test_processes_nodes_and_addresses(launch, environment, nproc, nnodes, rank, address, port):
     status, flags, said = launch(**environment)
     assert (status, said) == (0, "")
     names = ("--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port")
     assert tuple(flags[name] for name in names) == (nproc, nnodes, rank, address, port)
 
 
-def test_a_cpu_has_one_process_whatever_slurm_says(launch):
+def test_a_cpu_has_one_process_under_slurm(launch):
     for environment, processes in (({}, "1"), ({"NPROC_PER_NODE": "2"}, "2")):
         status, flags, _ = launch(gpus=0, **SLURM, **environment)
         assert (status, flags["--nproc_per_node"], flags["--bf16"]) == (0, processes, "False")
 
 
-def test_one_task_a_node(launch):
+def test_one_task_per_node(launch):
     status, _, said = launch(**SLURM, SLURM_LOCALID="1")
     assert status == 2 and said.count("\n") == 1 and "--ntasks-per-node=1" in said
 
@@ -85,17 +86,17 @@ def test_one_task_a_node(launch):
     ("NPROC_PER_NODE", "0"), ("NPROC_PER_NODE", "all"), ("NNODES", "two"), ("NNODES", "0"), ("NODE_RANK", "1"),
     ("NODE_RANK", "-1"), ("MASTER_PORT", "x"), ("MASTER_PORT", "70000"), ("MASTER_PORT", "0"),
 ])  # fmt: skip
-def test_numbers_are_numbers(launch, name, value):
+def test_invalid_numbers_are_refused(launch, name, value):
     status, _, said = launch(**{name: value})
     assert status == 2 and said.count("\n") == 1 and said.startswith(f"error: {name}={value}: give a whole number")
 
 
-def test_a_number_may_begin_with_naught(launch):
+def test_a_number_may_start_with_zero(launch):
     assert launch(NNODES="12", NODE_RANK="08", MASTER_ADDR="x")[0] == 0
 
 
 def launch_command(port: int, *what: str, nodes: int = 1, rank: int = 0) -> list[str]:
-    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", "1", "--nnodes", str(nodes)]
+    command = [sys.executable, "-m", "qwen_vl_streaming.launch", "--nproc_per_node", "1", "--nnodes", str(nodes)]
     return [*command, "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port), *what]
 
 
@@ -106,7 +107,7 @@ def until(true, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_the_default_folder_is_that_of_the_variant(made, monkeypatch):
+def test_the_default_output_folder_names_the_variant(made, monkeypatch):
     monkeypatch.setenv("QWEN2_5_VL_VARIANT", "overlap")
     for given, variant in (([], "overlap"), (["--variant=gap"], "gap")):
         words = ["--train_data", str(made[1]), "--use_cpu", "True", "--bf16", "False", *given]
@@ -116,9 +117,9 @@ def test_the_default_folder_is_that_of_the_variant(made, monkeypatch):
 
 @pytest.fixture
 def asleep(tmp_path):
-    """Starts a launcher whose one process writes its id down and sleeps. Returns both, the latter by its id."""
+    """Starts a launcher with one process that writes its id to a file and sleeps. Returns both."""
     (tmp_path / "asleep.py").write_text(
-        "import os, time\nfrom pathlib import Path\nfrom qwenvl.stopping import die_with_launcher\n"
+        "import os, time\nfrom pathlib import Path\nfrom qwen_vl_streaming.launch.signals import die_with_launcher\n"
         "die_with_launcher()\nPath('part').write_text(str(os.getpid()))\nPath('part').rename('id')\ntime.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), *sys.path])}
@@ -129,29 +130,29 @@ def asleep(tmp_path):
         launcher.kill()
 
 
-def test_sigterm_before_training_begins_is_a_stop(asleep):
+def test_sigterm_before_training_stops_the_run(asleep):
     launcher, process = asleep
     launcher.terminate()
     assert launcher.wait(60) == STOPPED and "error" not in launcher.stderr.read()
     assert not process.is_running()
 
 
-def test_ctrl_c_is_told_of_in_one_line(asleep):
+def test_ctrl_c_is_reported_in_one_line(asleep):
     launcher, process = asleep
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(60) == 128 + signal.SIGINT
-    assert "stopped by SIGINT: the same command goes on" in (said := launcher.stderr.read())
+    assert "stopped by SIGINT: the same command resumes" in (said := launcher.stderr.read())
     assert "SignalException" not in said
     assert not process.is_running()
 
 
-def test_a_process_that_is_ended_alone_is_an_error(asleep):
+def test_sigterm_to_one_process_is_an_error(asleep):
     launcher, process = asleep
     process.terminate()
     assert launcher.wait(60) == 1 and "error: process 0 was killed by SIGTERM: the same" in launcher.stderr.read()
 
 
-def test_processes_die_with_their_launcher(asleep):
+def test_processes_end_with_their_launcher(asleep):
     launcher, process = asleep
     launcher.kill()
     until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 10)
@@ -164,7 +165,7 @@ def test_sigterm_ends_a_node_that_waits_for_others(rank):
     with subprocess.Popen(command, cwd=SCRIPT.parents[1], env=quiet, stderr=subprocess.PIPE, text=True) as launcher:
         status = Path(f"/proc/{launcher.pid}/status")
         until(lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> signal.SIGTERM - 1 & 1)
-        time.sleep(1)  # now it waits
+        time.sleep(1)  # now it is waiting
         launcher.terminate()
         assert launcher.wait(10) == STOPPED and launcher.stderr.read().splitlines()[-1].startswith("stopped by SIGTERM")
 

@@ -732,3 +732,13 @@ def test_a_password_is_neither_shown_nor_kept(command, tmp_path, serve):  # noqa
         assert "hunter2" not in out + err
         assert not [path for path in tmp_path.iterdir() if b"hunter2" in path.read_bytes()]
     assert read(tmp_path)[0].about["source"].startswith("http://admin:***@127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    "source", ["file:///etc/passwd", "concat://a.mp4|b.mp4", "fd://0", "data://x", "foo://a:hunter2@b"]
+)
+def test_addresses_that_are_not_of_streams(source, made, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["live", "--model", str(made[0]), "--source", source, "--device", "cpu"])
+    with pytest.raises(InputError, match="is not a stream: give rtsp,") as error:
+        options.open_source(options.parse(""), PixelBudget())
+    assert "hunter2" not in str(error.value)

@@ -6,14 +6,15 @@ import io
 import json
 import os
 import tarfile
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from mani import KEPT, MP4, SECONDS, good, ids, make_options, rows, skipped
 from media import make_files, make_tar, make_video, sample_json, sound_bytes, video_bytes
 from pe_video import sources
-from pe_video.rules import MAX_JSON_BYTES, Rules
 from pe_video.run import prepare_dataset
+from preparation.rules import MAX_JSON_BYTES, Rules
 from qwen_vl_streaming.common.errors import InputError
 
 # --- rules and rows -------------------------------------------------------------------------------------------------
@@ -352,13 +353,18 @@ def test_names_and_sizes_that_no_writer_makes(tmp_path):
 
 # --- containers and packings ----------------------------------------------------------------------------------------
 
-FORMATS = {"mov": "mov", "MKV": "matroska", "webm": "webm", "avi": "avi", "m4v": "mp4", "MP4": "mp4"}
-CODECS = {"webm": "libvpx"}
+FORMATS = {
+    **{"mov": "mov", "MKV": "matroska", "webm": "webm", "avi": "avi", "m4v": "mp4", "MP4": "mp4", "ts": "mpegts"},
+    **{"M2TS": "mpegts", "flv": "flv", "wmv": "asf", "3gp": "3gp", "mpg": "mpeg", "gif": "gif"},
+}
+CODECS = {"webm": "libvpx", "wmv": "mpeg4", "mpg": "mpeg2video", "gif": "gif"}
+PIXELS = {"gif": "rgb8"}
 
 
 def film(ending):
     how = {"container": FORMATS[ending], "codec": CODECS.get(ending, "libx264")}
-    return make_video(io.BytesIO(), seconds=6, fps=5, size=(64, 48), **how).getvalue()
+    how |= {"fps": 25, "time_base": Fraction(1, 25)} if how["codec"].startswith("mpeg") else {"fps": 5}
+    return make_video(io.BytesIO(), seconds=6, size=(64, 48), pixels=PIXELS.get(ending, "yuv420p"), **how).getvalue()
 
 
 FILMS = {ending: film(ending) for ending in FORMATS}

@@ -13,8 +13,9 @@ from dataclasses import replace
 import pytest
 from mani import MP4, ROOT, command, everything, fill, good, ids, make_options, rows, skipped
 from media import make_files, make_tar, sample_json
-from pe_video import files, run
+from pe_video import run
 from pe_video.run import prepare_dataset
+from preparation import files
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.errors import run as run_main
 
@@ -199,7 +200,9 @@ def test_broken_tokenizer_is_one_line_whatever_the_workers(tmp_path):
     more = ["--tokenizer-model-id", str(tmp_path / "broken"), "--workers", "2"]
     result = subprocess.run(command(tmp_path, tmp_path / "dataset", *more), capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == f"error: tokenizer {tmp_path / 'broken/tokenizer.json'} cannot be loaded: fetch it again\n"
+    assert (
+        result.stderr == f"error: tokenizer {tmp_path / 'broken/tokenizer.json'} cannot be loaded: download it again\n"
+    )
 
 
 def test_no_data_and_no_hub(tmp_path):

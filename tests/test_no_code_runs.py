@@ -11,7 +11,7 @@ import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
-from qwenvl.checkpointing import only_data
+from qwenvl.checkpointing import weights_only
 from report import gallery
 
 FILES = "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"
@@ -103,10 +103,10 @@ def test_states_of_deepspeed_are_data(tmp_path, monkeypatch):
     states = {"scaler": LossScaler(2.0), "stage": ZeroStageEnum.weights, "where": fragment_address(3, 4)}
     torch.save({**states, "shape": torch.Size([3]), "state": torch.ones(3)}, "good.pt")
     torch.save({**states, "state": Evil()}, "evil.pt")
-    with only_data("checkpoint-3"):
+    with weights_only("checkpoint-3"):
         found = torch.load("good.pt", weights_only=False)
     assert found["scaler"].cur_scale == 2.0 and found["where"] == states["where"]
-    with pytest.raises(InputError, match="checkpoint-3 holds code, which is not run"), only_data("checkpoint-3"):
+    with pytest.raises(InputError, match="checkpoint-3 contains code, which is not run"), weights_only("checkpoint-3"):
         torch.load("evil.pt", weights_only=False)
     assert not Path("ran").exists()
     torch.load("evil.pt", weights_only=False)  # the context has ended, and so the file could have done it

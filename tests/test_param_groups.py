@@ -1,4 +1,4 @@
-"""Which parameters train and how fast: freezing, adapters, learning rates and decay by part, and merging."""
+"""Which parameters train: freezing, adapters, learning rates and weight decay by part, and merging."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import merge, train
 from qwenvl.arguments import ModelArguments, SftArguments
-from qwenvl.checkpointing import save_whole
+from qwenvl.checkpointing import save_final_model
 from qwenvl.data import StreamingDataset
 from qwenvl.param_groups import freeze, make_trainable
 from qwenvl.rows import read_rows
@@ -40,7 +40,7 @@ ADAPTERS = "--lora_enable True --lora_r 4 --lora_alpha 8"
 
 @pytest.fixture(scope="module")
 def untied(made, tmp_path_factory):
-    """The tiny checkpoint's like with an lm_head of its own, in bfloat16 as published ones are."""
+    """A tiny checkpoint with an untied lm_head, in bfloat16 like the published ones."""
     folder = tmp_path_factory.mktemp("untied")
     tokenizer = load_processor(made[0]).tokenizer
     config = make_config(tokenizer, TINY)
@@ -62,7 +62,7 @@ def call(main, arguments: list[str], monkeypatch) -> None:
 
 
 def refused(main, arguments: list[str], capsys, monkeypatch) -> str:
-    """The one line with which a program ends; its exit status must be 2."""
+    """The single error line of a program; its exit status must be 2."""
     with pytest.raises(SystemExit) as ended:
         call(main, arguments, monkeypatch)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
@@ -75,7 +75,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def logits(model, made) -> torch.Tensor:
-    """What a model makes of a whole sample, video included, by the stock code."""
+    """The logits of a complete sample, video included."""
     processor = load_processor(made[0])
     budget = PixelBudget(3136, 3136)
     data = StreamingDataset(
@@ -118,7 +118,7 @@ def test_freezing_freezes(made, untied, tied):
 
 
 def assert_one_step_at(rates: dict[str, float], decay: float, before: dict, after: dict) -> None:
-    """AdamW's first step moves each weight by its rate, after decay; so what was moved tells rate and decay."""
+    """AdamW's first step moves each weight by its learning rate, after decay, so the change shows both."""
     for part, rate in rates.items():
         moved = []
         for name, old in before.items():
@@ -145,17 +145,17 @@ def test_each_part_has_its_rate_and_norms_do_not_decay(made, tmp_path, monkeypat
 
 
 def launched(arguments: list[str]) -> None:
-    """Train as sft.sh does on a CPU: by the launcher, under DeepSpeed."""
+    """Train as sft.sh does on a CPU: with the launcher and DeepSpeed."""
     folder = Path(train.__file__).parents[1]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "qwenvl.launch", "--nproc_per_node", "1", "--standalone"]
+    command = [sys.executable, "-m", "qwen_vl_streaming.launch", "--nproc_per_node", "1", "--standalone"]
     command += ["-m", "qwenvl.rank", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_adapters_and_rates_under_zero3(made, tmp_path):
-    """Adapters on the language model, merger and tower in full, all of them split by ZeRO-3."""
+    """Adapters on the language model, merger and tower in full, all partitioned by ZeRO-3."""
     out = tmp_path / "out"
     launched(flags(made, out, f"{ONE_STEP} {ADAPTERS} --deepspeed zero3.json"))
     merge.merge(out, tmp_path / "merged")
@@ -164,12 +164,12 @@ def test_adapters_and_rates_under_zero3(made, tmp_path):
     rates = {part: RATES[part] for part in ("merger", "vision")}
     assert_one_step_at(rates, 100, {name: before[name] for name in visual}, after)
     adapter = load_file(out / "adapter_model.safetensors")
-    risen = [tensor.abs().max().item() for name, tensor in adapter.items() if "lora_B" in name]
-    assert len(risen) == 7 * 2 and all(abs(value - 1e-3) < 1e-5 for value in risen)
+    moved = [tensor.abs().max().item() for name, tensor in adapter.items() if "lora_B" in name]
+    assert len(moved) == 7 * 2 and all(abs(value - 1e-3) < 1e-5 for value in moved)
 
 
-def test_adapters_train_and_nothing_else_but_the_merger(made, tmp_path, monkeypatch):
-    """Trained, saved as peft does, merged by the command, loaded by stock transformers: the same logits."""
+def test_only_adapters_and_the_merger_train(made, tmp_path, monkeypatch):
+    """Trained, saved by peft, merged by the command and loaded by stock transformers: the same logits."""
     out, merged = tmp_path / "out", tmp_path / "merged"
     call(train.main, flags(made, out, f"--max_steps 3 --learning_rate 1e-2 {ADAPTERS}"), monkeypatch)
     assert not list(out.glob("model*.safetensors"))
@@ -232,7 +232,7 @@ def test_merged_equals_unmerged(made, untied, training, tmp_path, given, adapted
         assert (logits(merged, made) - logits(unmerged, made)).abs().max() < 1e-5
 
 
-def test_adapters_go_on_from_a_checkpoint(made, tmp_path, monkeypatch):
+def test_adapters_resume_from_a_checkpoint(made, tmp_path, monkeypatch):
     steps = f"--max_steps 4 --learning_rate 1e-2 {ADAPTERS} --save_strategy steps --save_steps 2"
     call(train.main, flags(made, tmp_path / "whole", steps), monkeypatch)
     shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "halted/checkpoint-2")
@@ -245,29 +245,32 @@ def test_adapters_go_on_from_a_checkpoint(made, tmp_path, monkeypatch):
     assert any((whole[name] - early[name]).abs().max() > 1e-3 for name in whole)
 
 
-def test_wrong_set_ups_are_refused_before_a_model_loads(made, tmp_path, capsys, monkeypatch):
+def test_invalid_arguments_are_refused_before_a_model_loads(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "load_model", None)
     (tmp_path / "zero.json").write_text('{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}')
     for more, reason in (
-        ("--lora_enable True --tune_mm_llm False", "names no linear layer of what trains (merger)"),
-        ("--lora_enable True --lora_targets q_proj w_proj", "--lora_targets w_proj names no linear layer"),
-        ("--lora_enable True --lora_targets qkv", "names no linear layer"),
-        ("--lora_enable True --lora_targets merger.mlp.0", "no layer of the language model"),
-        ("--lora_enable True --lora_targets q_proj lm_head", "whose weights are the embeddings"),
-        ("--lora_enable True --lora_targets q_(proj", "no regular expression"),
+        ("--lora_enable True --tune_mm_llm False", "matches no linear layer of the parts that train (merger)"),
+        ("--lora_enable True --lora_targets q_proj w_proj", "--lora_targets w_proj matches no linear layer"),
+        ("--lora_enable True --lora_targets qkv", "matches no linear layer"),
+        ("--lora_enable True --lora_targets merger.mlp.0", "match no layer of the language model"),
+        ("--lora_enable True --lora_targets q_proj lm_head", "which shares its weights with the embeddings"),
+        ("--lora_enable True --lora_targets q_(proj", "is not a regular expression"),
         ("--lora_enable True --lora_r 0", "--lora_r 0"),
         ("--lora_enable True --lora_dropout 1", "--lora_dropout 1"),
         (f"--lora_enable True --model_name_or_path {tmp_path}", "holds no config.json"),
-        ("--optim galore_adamw", "makes its own parameter groups"),
-        ("--mm_projector_lr 1e-4 --tune_mm_mlp False", "--mm_projector_lr is for the merger, which does not train"),
-        ("--vision_tower_lr 1e-4", "--vision_tower_lr is for the vision tower"),
-        ("--vision_tower_lr -1 --tune_mm_vision True", "cannot be below 0"),
-        (f"--deepspeed {tmp_path / 'zero.json'}", "names an optimizer"),
+        ("--optim galore_adamw", "creates its own parameter groups"),
+        (
+            "--mm_projector_lr 1e-4 --tune_mm_mlp False",
+            "--mm_projector_lr has no effect on the merger, which does not train",
+        ),
+        ("--vision_tower_lr 1e-4", "--vision_tower_lr has no effect on the vision tower"),
+        ("--vision_tower_lr -1 --tune_mm_vision True", "must be at least 0"),
+        (f"--deepspeed {tmp_path / 'zero.json'}", "sets an optimizer"),
     ):
         assert reason in refused(train.main, flags(made, tmp_path / "out", more), capsys, monkeypatch)
 
 
-def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch):
+def test_invalid_merges_are_refused(made, training, tmp_path, capsys, monkeypatch):
     adapter, output = tmp_path / "adapter", tmp_path / "merged"
     model = load_model(made[0], "sdpa", torch.float32)
     arguments = tune(model_name_or_path=str(made[0]), lora_enable=True, lora_r=4)
@@ -277,25 +280,25 @@ def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch)
     def reason(*more) -> str:
         return refused(merge.main, ["--adapter", adapter, "--output", output, *more], capsys, monkeypatch)
 
-    assert "there already" in reason("--output", made[0])
+    assert "already exists" in reason("--output", made[0])
     (tmp_path / "file").touch()
     with monkeypatch.context() as patched:
-        patched.setattr(merge, "load_model", None)  # it is told before anything is computed
+        patched.setattr(merge, "load_model", None)  # it is reported before anything is computed
         assert "cannot be written (Not a directory)" in reason("--output", tmp_path / "file/merged")
-    assert "holds no adapter" in reason("--adapter", made[0])
+    assert "has no adapter" in reason("--adapter", made[0])
     assert "holds no config.json" in reason("--base", tmp_path)
     assert f"python -m qwenvl.merge --adapter {adapter}" in reason("--base", adapter)
     tokenizer = load_processor(made[0]).tokenizer
-    for shape, says in (({"layers": 1}, "weights are in one only"), ({"hidden": 64}, "does not fit")):
+    for shape, says in (({"layers": 1}, "weights are in only one of them"), ({"hidden": 64}, "does not fit")):
         config = make_config(tokenizer, dataclasses.replace(TINY, **shape))
         write_checkpoint(tmp_path / says, make_model(config), tokenizer, SPECIAL_TOKENS[1:], 3136)
         assert says in reason("--base", tmp_path / says)
     config = adapter / "config.json"
-    said = json.loads(config.read_text())
-    for sha256, says in ((of_checkpoint(str(made[0])), "there already"), ("0" * 64, "on another model than")):
-        config.write_text(json.dumps({**said, "base_sha256": sha256}))
-        assert says in reason("--output", made[0] if says == "there already" else output)
-    config.write_text(json.dumps(said))
+    original = json.loads(config.read_text())
+    for sha256, says in ((of_checkpoint(str(made[0])), "already exists"), ("0" * 64, "on a model other than")):
+        config.write_text(json.dumps({**original, "base_sha256": sha256}))
+        assert says in reason("--output", made[0] if says == "already exists" else output)
+    config.write_text(json.dumps(original))
     shutil.copytree(made[0], tmp_path / "base", ignore=shutil.ignore_patterns("*token*", "vocab*"))
     assert "no processor could be loaded" in reason("--base", tmp_path / "base")
     for name in ("config.json", "adapter_config.json"):
@@ -307,15 +310,18 @@ def test_wrong_merges_are_refused(made, training, tmp_path, capsys, monkeypatch)
     file = adapter / "adapter_model.safetensors"
     sound = load_file(file)
     for broken, says in (
-        ({name: tensor for name, tensor in sound.items() if "merger.ln_q" not in name}, "1 weights are in one only"),
-        ({name: tensor / 0 for name, tensor in sound.items()}, "no numbers"),
+        (
+            {name: tensor for name, tensor in sound.items() if "merger.ln_q" not in name},
+            "1 weights are in only one of them",
+        ),
+        ({name: tensor / 0 for name, tensor in sound.items()}, "NaN or infinite weights"),
     ):
         save_file(broken, file)
         assert says in reason()
     file.write_bytes(b"half")
     assert "cannot be read" in reason()
     (adapter / "config.json").unlink()
-    assert "under which variant" in reason()
+    assert "does not name the variant" in reason()
     assert not output.exists() and not list(tmp_path.glob(".*"))
 
 
@@ -338,5 +344,5 @@ def test_a_model_without_weights_is_not_saved(tmp_path):
             return True
 
     with pytest.raises(RuntimeError, match="no weights were saved"):
-        save_whole(Saver(), tmp_path)
+        save_final_model(Saver(), tmp_path)
     assert not (tmp_path / "config.json").exists()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import eval as evaluation
 import pytest
+from captioning import VideoDataset
 from identity import describe_model
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.common.paths import (
@@ -30,7 +31,6 @@ from qwenvl.prescan import find_bad
 from qwenvl.rows import read_rows
 from report.gallery import show_video
 from schedules import Schedules
-from watching import Videos
 
 
 @pytest.fixture
@@ -169,11 +169,13 @@ def test_the_default_checkpoint_is_that_of_the_task(made, tmp_path, monkeypatch,
     (output / "qwen2_5vl-pe-group").mkdir(parents=True)
     given = ("--data", str(data), "--output-dir", str(tmp_path / "out"), "--device", "cpu")
     line = line_of(evaluation.main, monkeypatch, capsys, "--task", "funqa", *given)
-    assert f"{output / 'qwen2_5vl-funqa-group'}, the default checkpoint of --task funqa, is not there: train it" in line
+    assert (
+        f"{output / 'qwen2_5vl-funqa-group'}, the default checkpoint of --task funqa, does not exist: train it" in line
+    )
     assert "--output_dir output/qwen2_5vl-funqa-group` in code/qwen-vl-finetune, or name another with" in line
     (output / "qwen2_5vl-pe-group").rmdir()
     line = line_of(evaluation.main, monkeypatch, capsys, "--data", str(made[1]), *given[2:])
-    assert "qwen2_5vl-pe-group, the default checkpoint of --task description, is not there: train it" in line
+    assert "qwen2_5vl-pe-group, the default checkpoint of --task description, does not exist: train it" in line
 
 
 def test_the_checkpoint_that_is_evaluated_is_said(tmp_path):
@@ -194,9 +196,9 @@ def test_training_and_evaluation_find_a_video_by_its_name(made, tmp_path, monkey
         rows=rows, root=tmp_path, budget=budget, reader=None, schedules=Schedules("wait-3", VARIANTS["group"])
     )
     work.dtype, work.video_root, work.max_clips, work.variant = "float32", None, None, VARIANTS["group"]
-    assert "does not exist" in Videos(work, processor, 2)[0].reason
+    assert "does not exist" in VideoDataset(work, processor, 2)[0].reason
     work.video_root = videos
-    assert Videos(work, processor, 2)[0].job
+    assert VideoDataset(work, processor, 2)[0].job
     clips = read_video(videos / os.path.basename(rows[0]["video_path"])).clips
     args = {"video_root": str(videos)}
     assert len(show_video(SimpleNamespace(args=args), rows[0], clips)[1]) == clips

@@ -1,4 +1,4 @@
-"""Two numbers a token say what the mask says."""
+"""A plan's two numbers per token are equivalent to the mask."""
 
 import random
 
@@ -45,15 +45,15 @@ def test_a_plan_does_not_depend_on_how_long_the_answer_becomes(variant, seed):
     schedule = Schedule(tuple(draw.randint(0, 3) for _ in range(draw.randint(0, 4))))
     long = make_plan(variant, layout, schedule, 20)
     short = make_plan(variant, layout, schedule, draw.randint(1, 19))
-    # The row of the last token is fed to no end: where it would see more, nothing is made of it.
+    # The row of the last token produces nothing, so it does not matter if it would attend to more.
     fed = len(short.text) - 1
     for field in ("positions", "seen_visual", "seen_text"):
         assert torch.equal(getattr(short.text, field)[..., :fed], getattr(long.text, field)[..., :fed]), field
 
 
-def in_sight(window, rows, query, key) -> bool:
-    """As the docstring of Window says it, for one pair of tokens of which `query` is fed later. The tail is part of the
-    last clip."""
+def in_window(window, rows, query, key) -> bool:
+    """The docstring of Window for one pair of tokens, of which `query` is fed later. The tail belongs to the last
+    clip."""
     if rows.part[key] in (PROMPT, HEADER):
         return True
     before = rows[: query + 1]
@@ -76,24 +76,24 @@ def test_a_window_hides_old_clips_and_old_tokens(variant, seed):
     assert mask.shape == (length, length)
     for query in range(length):
         for key in range(query):
-            assert mask[query, key] == in_sight(window, rows, query, key), (query, key)
+            assert mask[query, key] == in_window(window, rows, query, key), (query, key)
     some = slice(draw.randrange(length), None)
     assert torch.equal(window.mask(layout, rows.text, len(counts), some), mask[some])
 
 
-def test_the_first_in_sight_by_hand():
+def test_the_start_of_a_window_by_hand():
     """Prompt 3, clips of 2 tokens, header 2; a window of 2 clips and 3 tokens."""
     layout, window = Layout(3, 2, 2, (1, 2)), Window(2, 3)
     seen_visual, seen_text = torch.tensor([1, 3, 4, 5, 7, 8, 9, 11]), torch.tensor([0, 0, 2, 3, 4, 5, 6, 9])
     visual, text = window.start(layout, seen_visual, seen_text, None).tolist()
-    assert visual == [3, 3, 3, 3, 3, 5, 5, 7]  # clip 3 comes with token 8, clip 4 with token 10
+    assert visual == [3, 3, 3, 3, 3, 5, 5, 7]  # clip 3 starts at token 8, clip 4 at token 10
     assert text == [2, 2, 2, 2, 2, 2, 3, 6]
-    # With 3 clips in all, tokens 10 and 11 are the tail's.
+    # With 3 clips in total, tokens 10 and 11 are the tail.
     assert window.start(layout, seen_visual, seen_text, 3)[0].tolist() == [3, 3, 3, 3, 3, 5, 5, 5]
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (1, 0)])
-def test_a_window_holds_something(sizes):
+def test_a_window_needs_a_clip_and_a_token(sizes):
     assert Window(1, 1) == Window(1, 1)
     with pytest.raises(
         InputError, match=f"^a window holds at least 1 clip and 1 token, not {sizes[0]} and {sizes[1]}$"

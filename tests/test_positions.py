@@ -36,8 +36,8 @@ def clip_at(t, h, w):
 
 
 def test_offline_by_hand():
-    """What follows a video starts one after its largest position: of one clip that is its last column, 7, and of four
-    clips two steps apart the time of the last, 11."""
+    """What follows a video starts one after its largest position. For one clip this is its last column, 7; for four
+    clips two steps apart it is the time of the last one, 11."""
     for counts, tail, header, answer in (
         ((2,), (8, 9, 10), (11, 12, 13), (14, 15)),
         ((0, 0, 0, 2), (12, 13, 14), (15, 16, 17), (18, 19)),
@@ -87,8 +87,8 @@ def test_overlap_by_hand():
     assert of(timeline, ANSWER, slot=3) == text(19)
 
 
-def overlap_told_slowly(timeline) -> dict:
-    """The rounds of `overlap` as DESIGN's sentence has them, one token after the other."""
+def overlap_token_by_token(timeline) -> dict:
+    """The rounds of `overlap` as DESIGN defines them, one token at a time."""
     layout, positions = timeline.layout, {}
     rows = timeline.rows
     clip_end, text_end, slot_start = {}, {}, {}
@@ -113,7 +113,7 @@ def overlap_told_slowly(timeline) -> dict:
     return positions
 
 
-def test_overlap_is_what_its_sentence_says():
+def test_overlap_is_what_its_definition_says():
     print("seed", SEED)
     draw = random.Random(SEED)
     for _ in range(50):
@@ -121,7 +121,7 @@ def test_overlap_is_what_its_sentence_says():
             draw.randint(1, 6), draw.randint(1, 4), draw.randint(1, 4), (draw.randint(1, 5), draw.randint(1, 5))
         )
         timeline = make_timeline(VARIANTS["overlap"], layout, random_counts(draw, VARIANTS["overlap"]))
-        rows, expected = timeline.rows, overlap_told_slowly(timeline)
+        rows, expected = timeline.rows, overlap_token_by_token(timeline)
         keys = zip(rows.part.tolist(), rows.clip.tolist(), rows.index.tolist(), strict=True)
         positions = timeline_positions(timeline)
         assert [tuple(p) for p in positions.T.tolist()] == [expected[key] for key in keys]
@@ -129,8 +129,8 @@ def test_overlap_is_what_its_sentence_says():
 
 
 def released(prompt: int, clips: int, grid: tuple[int, int], steps: float, text_tokens: int) -> list[list[int]]:
-    """Positions (L, 3) by the released rule, token by token: text counts on from one after the largest number so far,
-    and a clip's tokens stand at (time, row, column) past the first position of the video."""
+    """Positions (L, 3) by the released rule, token by token: text starts one after the largest number so far, and the
+    tokens of a clip are at (time, row, column) past the first position of the video."""
     positions = [[i] * 3 for i in range(prompt)]
     for clip in range(clips):
         for row in range(grid[0]):
@@ -142,7 +142,7 @@ def released(prompt: int, clips: int, grid: tuple[int, int], steps: float, text_
 
 
 def origin(prompt: int, clips: int, grid: tuple[int, int], seconds: float, text_tokens: int):
-    """The timeline of `origin` for that video, two position steps a second, and so many tokens after it."""
+    """The timeline of `origin` for that video, two position steps a second, and `text_tokens` tokens after it."""
     layout = Layout(prompt, 1, 1, grid, 2 * seconds)
     return make_timeline(VARIANTS["origin"], layout, [0] * (clips - 1) + [text_tokens - 2])
 
@@ -157,7 +157,7 @@ def test_origin_is_what_transformers_computed_at_the_release(case):
 
 
 def test_origin_is_what_the_released_rule_says():
-    """Also between the seconds of the fixture; vLLM and SGLang compute the same."""
+    """Also for values between those of the fixture. vLLM and SGLang compute the same."""
     print("seed", SEED)
     draw = random.Random(SEED)
     for _ in range(100):
@@ -169,10 +169,10 @@ def test_origin_is_what_the_released_rule_says():
 
 @pytest.mark.parametrize("clips", [1, 30])
 def test_the_pinned_transformers_differs_only_after_a_video(clips):
-    """It starts what follows a video max(rows, columns) past the video's first position: in the midst of its times.
+    """What follows a video starts max(rows, columns) past the video's first position, inside the video's range.
 
-    When this fails for 30 clips, transformers has returned to the rule of the release: take the second half out, and
-    the reference in `positions.RULE` to the versions that differ.
+    If this fails for 30 clips, transformers has returned to the rule of the release: remove the second half, and the
+    mention of the versions that differ from `positions.RULE`.
     """
     model, sizes = tiny_model(), (4, clips, (2, 3))
     timeline = origin(*sizes, 1.0, 5)
@@ -195,7 +195,7 @@ def test_the_pinned_transformers_differs_only_after_a_video(clips):
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
 def test_an_empty_last_clip_takes_no_position(variant):
-    """A live source that ends: the tail and what follows stand where they would after the clip before."""
+    """A live source ends: the tail and what follows have the positions that they would have after the clip before."""
     whole = make_timeline(variant, LAYOUT, (2, 3, 4) if variant.streams else (0, 0, 9))
     bare = make_timeline(variant, LAYOUT, (2, 3, 0, 4) if variant.streams else (0, 0, 0, 9), bare=True)
     for part in (CLIP, TAIL, HEADER, ANSWER):
@@ -206,7 +206,7 @@ def test_an_empty_last_clip_takes_no_position(variant):
 
 
 def test_other_variants_differ_from_origin_where_they_should():
-    """batch, group and gap keep the visual side and move the text; interleave and overlap move both."""
+    """batch, group and gap keep the visual side and move the text. interleave and overlap move both."""
     layout = Layout(6, 2, 3, (2, 2))
     by_token = {}
     for name, variant in VARIANTS.items():
@@ -225,7 +225,7 @@ def test_other_variants_differ_from_origin_where_they_should():
 
 
 def test_positions_of_a_running_stream_do_not_depend_on_the_future():
-    """What was known when a token was fed is enough to place it."""
+    """What is known when a token is fed determines its position."""
     print("seed", SEED)
     draw = random.Random(SEED)
     layout = Layout(4, 2, 2, (2, 3))

@@ -1,8 +1,9 @@
-"""Bad samples are found before a model loads, from captions and headers alone, and training never sees them."""
+"""Bad samples are found from captions and headers before a model loads, and excluded from training."""
 
 import json
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from media import make_video, rotate, sound_bytes
@@ -24,7 +25,7 @@ def dataset(checkpoint, rows, root, variant="group", **changes):
 
 
 def test_lengths_are_known_without_decoding(made, tmp_path, monkeypatch):
-    """Of random videos, each is bad for a model length one below its own, and for no other."""
+    """Each random video is bad for a maximum length one below its own, and only then."""
     draw = random.Random(SEED)
     print("seed", SEED)
     rows = [{"video_path": "variable.mp4"}, {"video_path": "turned.mp4"}]
@@ -46,17 +47,17 @@ def test_lengths_are_known_without_decoding(made, tmp_path, monkeypatch):
             expected = [i for i, other in enumerate(lengths) if other > samples.max_length]
             bad = prescan.find_bad(samples)
             assert list(bad) == expected, (index, room)
-            assert room or f"its {length} tokens are more than the model length {length - 1}" in bad[index]
+            assert room or f"its {length} tokens exceed the maximum length {length - 1}" in bad[index]
 
 
-def test_sound_videos_are_not_read(made, tmp_path, monkeypatch):
+def test_timestamps_of_good_videos_are_not_read(made, tmp_path, monkeypatch):
     make_video(tmp_path / "some.mp4", seconds=5)
     samples = dataset(made[0], [{"video_path": "some.mp4"}], tmp_path, max_length=300)
     monkeypatch.setattr(prescan, "index_video", None)
     assert prescan.find_bad(samples) == {}
 
 
-def test_what_is_bad(made, tmp_path):
+def test_kinds_of_bad_samples(made, tmp_path):
     whole = make_video(tmp_path / "whole.mp4", seconds=6)
     data = whole.read_bytes()
     for name, content in (
@@ -80,11 +81,11 @@ def test_what_is_bad(made, tmp_path):
         {"video_path": "text.mp4", "says": "cannot be opened"},
         {"video_path": "sound.mp4", "says": "no video stream"},
         {"video_path": "short.mp4", "says": "less than one clip"},
-        {"video_path": "ribbon.mp4", "says": "aspect ratio"},
+        {"video_path": "ribbon.mp4", "says": "ribbon.mp4 has frames of 2002 x 8 pixels, more than 200 times as long"},
         {"video_path": "whole.mp4", "human_caption": " ", "says": "no tokens"},
         {"video_path": "whole.mp4", "human_caption": five, "says": "its caption has 5 tokens for 6 clips"},
         {"video_path": "whole.mp4", "human_caption": f"{five} now", "says": None},
-        {"video_path": "spoilt.mp4", "says": None},  # only decoding tells
+        {"video_path": "spoilt.mp4", "says": None},  # found only by decoding
         {"video_path": "coded.mp4", "says": "no decoder"},
         {"video_path": "action.mp4", "says": "tokens for 30 clips"},
     ]
@@ -93,12 +94,29 @@ def test_what_is_bad(made, tmp_path):
     for index, row in enumerate(rows):
         assert (row["says"] in bad[index]) if row["says"] else (index not in bad), row
     assert len(prescan.find_bad(samples, enough=2)) == 3
-    # As training says it when it reads them, and where writing begins after the video no slot stays silent.
-    for index in (0, 1, 5, 8, 9, 12, 13):
+    # Training gives the same reasons when it reads them; offline variants have no slots that could be empty.
+    for index in (0, 1, 5, 7, 8, 9, 12, 13):
         assert samples[index].bad[1] == bad[index]
     assert samples[11].bad and not samples[10].bad
     offline = prescan.find_bad(dataset(made[0], rows, tmp_path, "batch"))
     assert offline.keys() == bad.keys() - {9, 13}
+
+
+def test_clips_that_meet_the_text_of_gap(made, tmp_path):
+    """Known from headers alone, and for a slow video by its own rate, as training finds it."""
+    make_video(tmp_path / "long.mp4", seconds=20)
+    make_video(tmp_path / "slow.mp4", [float(i) for i in range(12)], fps=1)  # 6 clips of 2 s
+    rows = [{"video_path": name, "human_caption": 5 * CAPTION} for name in ("long.mp4", "slow.mp4")]
+    samples = dataset(made[0], rows, tmp_path, "gap")
+    around = max(len(t.prompt) + len(t.tail) for t in samples.templates)
+    for clips, bad in ((4, [0, 1]), (16, [0]), (23, [])):  # of a second each
+        samples.variant = replace(VARIANTS["gap"], text_start=around + 2 * clips)
+        found = prescan.find_bad(samples)
+        assert list(found) == bad, (clips, found)
+        for index in range(2):
+            said = (samples[index].bad or ("", ""))[1]
+            assert said == found.get(index, ""), (clips, index)
+            assert not said or "too many for gap" in said
 
 
 def rows_of(made):
@@ -114,8 +132,8 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_training_goes_on_without_them_even_when_one_comes_back(made, tmp_path):
-    """One missing at the start and one that does not decode; halted, mended, and gone on with as it was begun."""
+def test_excluded_samples_stay_excluded_when_a_run_resumes(made, tmp_path):
+    """One video is missing and one does not decode; the missing one is restored before the run resumes."""
     rows = rows_of(made)
     returns = tmp_path / "returns.mp4"
     spoilt = spoil(made[1].parent / "videos" / f"{rows[5]['video_id']}.mp4", tmp_path / "spoilt.mp4")
@@ -131,9 +149,9 @@ def test_training_goes_on_without_them_even_when_one_comes_back(made, tmp_path):
         return out, log.read_text()
 
     undisturbed, said = run("undisturbed")
-    # 7 samples an epoch, of which one is blank; the missing one is known before anything trains.
+    # 7 samples per epoch, one of them blank; the missing one is found before training.
     assert len(history(undisturbed)) == 7
-    assert said.index("left out " + rows[2]["video_id"]) < said.index("7 samples; trains") < said.index(spoilt.name)
+    assert said.index("skipped " + rows[2]["video_id"]) < said.index("7 samples; training") < said.index(spoilt.name)
     assert [row["video_id"] for row in lines(undisturbed / "skipped.jsonl")] == [
         rows[2]["video_id"],
         rows[5]["video_id"],
@@ -150,8 +168,8 @@ def test_training_goes_on_without_them_even_when_one_comes_back(made, tmp_path):
     assert lines(halted / "skipped.jsonl") == lines(undisturbed / "skipped.jsonl")
 
 
-def test_too_many_end_the_run_before_a_model_loads(made, tmp_path):
-    """In two processes, each of which looks at half of the data, and one line that names the file with all reasons."""
+def test_too_many_bad_samples_end_the_run_before_a_model_loads(made, tmp_path):
+    """In two processes, each of which checks half of the data, with one line that names the file of all reasons."""
     broken = tmp_path / "model"
     broken.mkdir()
     for path in made[0].iterdir():

@@ -2,9 +2,10 @@
 
 import json
 
-import eval as evaluation
+import planning
 import pytest
 import torch
+from captioning import VideoDataset
 from make_model import tiny_checkpoint
 from media import make_video, rotate
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor
@@ -13,8 +14,8 @@ from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwenvl.data import StreamingDataset
+from ranks import Rank
 from settings import Settings
-from watching import Videos
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_training_and_evaluation_see_the_same(videos, tmp_path, variant):
         variant, str(checkpoint), data=str(data), video_root=str(videos), device="cpu",
         min_pixels_per_frame=budget.min_pixels_per_frame, max_pixels_per_frame=budget.max_pixels_per_frame,
     )  # fmt: skip
-    watched = Videos(evaluation.make_work(settings, 1, 0)[0], processor, 2)
+    watched = VideoDataset(planning.make_plan(settings, Rank(), "cpu"), processor, 2)
     for index, name in enumerate(names):
         sample, video = training[index], watched[index].job
         assert not sample.bad and not watched[index].reason

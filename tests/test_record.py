@@ -1,4 +1,4 @@
-"""A run knows what it did: run.json, throughput, curves, TensorBoard, and the loss on samples held out."""
+"""The record of a run: run.json, throughput, curves, TensorBoard, and the loss on held-out samples."""
 
 import hashlib
 import json
@@ -14,15 +14,17 @@ from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.arguments import SftArguments
+from qwenvl.curves import draw_curves
 from qwenvl.data import IGNORED, StreamingDataset, collate
-from qwenvl.record import Throughput, commit, draw_curves
+from qwenvl.record import commit
 from qwenvl.rows import hold_out, read_rows
+from qwenvl.throughput import Throughput
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import finish, flags, history, spoil, start
 
 
-def test_a_run_leaves_its_record(made, tmp_path):
-    """Stopped once, with three samples held out, one of them bad: the record covers both starts."""
+def test_the_record_of_a_run(made, tmp_path):
+    """A run that is stopped once, with three held-out samples, one of them bad: the record covers both starts."""
     rows = read_rows(made[1])
     _, held = hold_out(rows, 0.0, 3, seed=42)
     for row in rows:
@@ -42,7 +44,7 @@ def test_a_run_leaves_its_record(made, tmp_path):
         report_to="wandb",
     )
     finish(start(arguments, log), 2)
-    assert log.read_text().splitlines()[-1].startswith("error: --report_to wandb: it is not installed")
+    assert log.read_text().splitlines()[-1].startswith("error: --report_to wandb is not installed")
     assert not out.exists()
 
     arguments[arguments.index("wandb")] = "tensorboard"
@@ -73,7 +75,7 @@ def test_a_run_leaves_its_record(made, tmp_path):
     entries = json.loads((out / "checkpoint-6/trainer_state.json").read_text())["log_history"]
     measured = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
     assert [step for step, _ in measured] == [2, 4, 6] and all(3 < loss < 9 for _, loss in measured)
-    # The bad sample is left out of the loss and written down; both starts make one TensorBoard curve.
+    # The bad sample is skipped and reported; both starts continue one TensorBoard curve.
     (bad,) = (json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines())
     assert bad["video_id"] == held[0]["video_id"]
     curve = EventAccumulator(str(out / "runs")).Reload().Scalars("train/loss")
@@ -109,7 +111,7 @@ def test_tokens_are_counted_without_padding(made, pack_tokens):
     assert int((batch["labels"] != IGNORED).sum()) > 0
 
 
-def test_curves_need_only_what_is_there(tmp_path):
+def test_curves_of_incomplete_histories(tmp_path):
     assert not draw_curves([{"step": 1, "train_loss": 2.0}], tmp_path / "none.png", "nothing was logged")
     assert not (tmp_path / "none.png").exists()
     losses = [*(math.exp(-s) for s in range(5)), math.nan]
@@ -118,5 +120,5 @@ def test_curves_need_only_what_is_there(tmp_path):
     assert image.imread(tmp_path / "some.png").std() > 0
 
 
-def test_no_git_is_no_mistake(tmp_path):
+def test_git_is_optional(tmp_path):
     assert commit(tmp_path) is None

@@ -1,4 +1,4 @@
-"""Streamed equals full: the test above all tests."""
+"""Streamed equals full, the most important test."""
 
 import random
 import time
@@ -22,7 +22,7 @@ def model():
 
 
 def full_pass(model, timeline, template, answer, visual_tokens):
-    """Logits (A, V) that one pass over the whole timeline gives for each answer token."""
+    """Logits (A, V) for each answer token from one pass over the whole timeline."""
     rows = timeline.rows
     with torch.no_grad():
         logits = model(
@@ -39,7 +39,7 @@ def full_pass(model, timeline, template, answer, visual_tokens):
 
 
 class Forced(Streams):
-    """Streams that write given answers and keep the logits that each token would have been chosen from."""
+    """Streams that write given answers and keep the logits from which each token would have been chosen."""
 
     def __init__(self, *args, answers, **kwargs):
         super().__init__(*args, **kwargs)
@@ -89,8 +89,8 @@ def test_streamed_equals_full(model, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
 def test_every_token_is_fed_once_and_written_as_the_full_pass_would(model, variant):
-    """Greedy streaming with the repetition penalty: each token is the arg-max of one full pass over the result, and
-    no token entered the model twice."""
+    """Greedy streaming with the repetition penalty: each token is the argmax of one full pass over the result, and no
+    token is fed twice."""
     print("seed", SEED)
     draw = random.Random(SEED)
     torch.manual_seed(SEED)
@@ -114,7 +114,7 @@ def test_every_token_is_fed_once_and_written_as_the_full_pass_would(model, varia
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
 def test_a_batch_changes_nothing(model, variant):
-    """The same tokens alone, in a ragged batch and in another order."""
+    """The same tokens alone, in a ragged batch, and in another order."""
     print("seed", SEED)
     draw = random.Random(SEED)
     torch.manual_seed(SEED)
@@ -130,8 +130,8 @@ def test_a_batch_changes_nothing(model, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
-def test_watch_and_speak_apart_equal_both_at_once(model, variant):
-    """The two calls of the interface one after the other against one pass for both."""
+def test_feed_and_decode_equal_one_step_for_both(model, variant):
+    """`feed`, then `decode`, against one step that does both."""
     torch.manual_seed(SEED)
     counts, template, layout, _, visual = random_batch(random.Random(SEED), variant, 1)[0]
     at_once = caption(Streams(model, variant, [template], [layout]), [visual], [Schedule(tuple(counts[:-1]))], 10)[0]
@@ -167,7 +167,7 @@ def test_a_clip_changes_nothing_that_was_written_before_its_slot(model, variant)
 
 
 def test_a_model_may_write_the_id_that_stands_for_visual_tokens(model):
-    """It is text there, in the stream as in the full pass, where the places of visual tokens are told apart by part."""
+    """It is text, both in the stream and in the full pass, because visual rows are found by their part."""
     template = random_template(random.Random(0))
     layout, visual = template.layout((1, 2), 2.0), torch.randn(3, 2, 32)
     answer = [5, VIDEO, 7, VIDEO, 9, END]

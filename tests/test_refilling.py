@@ -1,5 +1,5 @@
-"""A batch that is refilled as captions end at their end-of-turn token changes nothing: each is what is written for the
-video alone, by the plain form."""
+"""A batch that is refilled as captions end changes nothing: each caption equals that of the reference for the video
+alone."""
 
 import random
 import time
@@ -25,14 +25,15 @@ def model():
 
 
 def plain(model, variant, job):
-    """The caption of one job, perceived alone, by reference.py alone."""
+    """The caption of one job by reference.py."""
     with torch.no_grad():
         clips = [model.perceive(job.pixels, job.grid)]
     return caption(Streams(model, variant, [job.template], [job.layout]), clips, [job.schedule], MOST)[0]
 
 
 def random_jobs(draw, model, variant, count):
-    """Videos of all lengths and grids with schedules of their own. In most, a word that the model likes ends a turn."""
+    """Videos of all lengths and grids, each with its own schedule. In most, a token that the model often writes ends
+    the answer."""
     jobs = []
     for number in range(count):
         counts, grid = random_counts(draw, variant, 7), (draw.randint(1, 3), draw.randint(1, 3))
@@ -47,7 +48,7 @@ def random_jobs(draw, model, variant, count):
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
 def test_a_refilled_batch_changes_nothing(model, variant, monkeypatch):
-    """At batch 1, 8 and 32, in any order, with packed and with separate perception."""
+    """With batches of 1, 8 and 32, in any order, with videos encoded together and separately."""
     print("seed", SEED)
     draw = random.Random(SEED)
     torch.manual_seed(SEED)
@@ -62,6 +63,6 @@ def test_a_refilled_batch_changes_nothing(model, variant, monkeypatch):
 
     assert written(jobs, 1) == written(jobs, 8) == expected
     assert written(draw.sample(jobs, len(jobs)), 32) == expected
-    monkeypatch.setattr(batch, "PACK", 1)
+    monkeypatch.setattr(batch, "ENCODER_PATCHES", 1)
     longest_first = sorted(jobs, key=lambda job: len(job.pixels) * job.layout.tokens_per_clip, reverse=True)
     assert written(longest_first, 8) == expected

@@ -84,6 +84,8 @@ def test_in_a_real_browser(world, tmp_path):
         files = [f"{variant}_{schedule}_infer.json" for variant, schedule in values]
         rows = [json.loads((world.folder / name).read_text().splitlines()[1]) for name in files]
         assert len(labels) == len(rows)
+        start = "[...document.querySelectorAll('.story')].map(each => each.querySelector('input').value)"
+        assert page.run(start) == ["1"] * 3  # each video starts at its beginning
         frames = set()
         for slot in range(1, rows[0]["clips"] + 1):
             shown = page.run(

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import write_atomic
 from results import (
     CAPTION_FIELDS,
     FIELDS,
     SKIPPED_FIELDS,
     Appender,
-    bring_together,
+    exclusive_writer,
     load_all,
     load_finished,
     load_skipped,
-    only_writer,
+    merge_parts,
     rows_part,
     sibling,
     skipped_part,
-    write_whole,
 )
 
 
@@ -181,7 +181,7 @@ def test_parts_come_together_in_the_datas_order(path: Path, caplog: pytest.LogCa
     rows = load_all(path, "abcdef")
     assert rows == [row("a"), row("c"), row("d"), row("f")] and caplog.text.count("dropped") == 1
     assert load_skipped(path) == {"b": {"video_id": "b", "reason": "gone"}}
-    bring_together(path, rows)
+    merge_parts(path, rows)
     assert list(load_finished(path)) == ["a", "c", "d", "f"] == [each["video_id"] for each in load_all(path, "abcdef")]
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
@@ -192,30 +192,30 @@ def test_what_is_not_in_the_data_is_refused(path: Path) -> None:
     whole = path.read_bytes()
     with pytest.raises(InputError, match="'d', which is not in the data"):
         load_all(path, ["a", "c"])
-    with pytest.raises(InputError, match="'c' comes twice in the data"):
+    with pytest.raises(InputError, match="'c' occurs twice in the data"):
         load_all(path, ["a", "c", "d", "c"])
     assert path.read_bytes() == whole and list(load_finished(rows_part(path, "0-0"))) == ["d"]
 
 
 def test_nothing_is_written_where_there_is_nothing(path: Path) -> None:
-    bring_together(path, load_all(path, "ab"))
+    merge_parts(path, load_all(path, "ab"))
     assert not path.exists()
 
 
 def test_one_writer_at_a_time(path: Path) -> None:
     """The lock goes with the process that holds it, however that ends."""
     holder = (
-        "import sys; from pathlib import Path; from results import only_writer\n"
-        f"with only_writer(Path({str(path)!r})):\n    print('held', flush=True); sys.stdin.read()\n"
+        "import sys; from pathlib import Path; from results import exclusive_writer\n"
+        f"with exclusive_writer(Path({str(path)!r})):\n    print('held', flush=True); sys.stdin.read()\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", holder], stdin=-1, stdout=-1, env=environment)
     assert process.stdout.readline() == b"held\n"
-    with pytest.raises(InputError, match="another run is writing"), only_writer(path):
+    with pytest.raises(InputError, match="another run is writing"), exclusive_writer(path):
         pass
     process.kill()
     process.wait()
-    with only_writer(path):
+    with exclusive_writer(path):
         assert [each.suffix for each in path.parent.iterdir()] == [".lock"]
     assert not list(path.parent.iterdir())
 
@@ -230,10 +230,10 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_none(path: Path, monkeypatc
         lock(file, how)
 
     monkeypatch.setattr(fcntl, "lockf", late)
-    other = "import sys; from pathlib import Path; from results import only_writer\n"
-    other += f"with only_writer(Path({str(path)!r})): print('held too')"
+    other = "import sys; from pathlib import Path; from results import exclusive_writer\n"
+    other += f"with exclusive_writer(Path({str(path)!r})): print('held too')"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with only_writer(path):
+    with exclusive_writer(path):
         ended = subprocess.run([sys.executable, "-c", other], capture_output=True, env=environment)
         assert b"another run is writing" in ended.stderr and not ended.stdout
     assert not list(path.parent.iterdir())
@@ -245,18 +245,18 @@ def test_siblings(tmp_path: Path) -> None:
 
 
 def test_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(path, b"old")
+    write_atomic(path, b"old")
 
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\): make room"):
-        write_whole(path, b"new")
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\): free some space"):
+        write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     rows = path.with_name("rows.jsonl")
     with pytest.raises(InputError, match="No space left"), Appender(rows, {"video_id": str}) as out:
         out.append({"video_id": "1"})
     monkeypatch.undo()
-    write_whole(path, b"new")
+    write_atomic(path, b"new")
     assert path.read_bytes() == b"new" and not path.with_name(path.name + ".part").exists()

@@ -1,4 +1,4 @@
-"""Training that is killed goes on from its last whole checkpoint as if it had never been away."""
+"""A run that is killed resumes from its newest complete checkpoint, with the same losses as an undisturbed run."""
 
 import json
 import os
@@ -11,23 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib import image
+from qwen_vl_streaming.launch.signals import STOPPED
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
-from qwenvl.signals import STOPPED
 from safetensors.torch import load_file, save_file
 from training import finish, flags, free_port, history, refused, spoil, start, start_two
 
 
 @pytest.fixture(scope="module")
 def undisturbed(made, tmp_path_factory):
-    """A run from start to end, 12 steps."""
+    """A run of 12 steps without interruption."""
     folder = tmp_path_factory.mktemp("undisturbed")
     finish(start(flags(made, folder / "out"), folder / "log"))
     assert sorted(history(folder / "out")) == list(range(1, 13))
     return folder / "out"
 
 
-def same(one, other) -> None:
-    """Losses and gradient norms of all steps, and the weights, are the same."""
+def assert_same(one, other) -> None:
+    """Losses and gradient norms of all steps, and the weights, are equal."""
     a, b = history(one), history(other)
     assert a.keys() == b.keys()
     for step in a:
@@ -40,13 +40,13 @@ def checkpoints(out) -> list[str]:
     return sorted(path.name for path in out.glob("checkpoint-*"))
 
 
-def test_killed_at_any_step_it_goes_on_as_if_undisturbed(undisturbed, made, tmp_path, capsys, monkeypatch):
+def test_a_run_killed_at_any_step_resumes_exactly(undisturbed, made, tmp_path, capsys, monkeypatch):
     out, log = tmp_path / "out", tmp_path / "log"
     arguments = flags(made, out, save_steps=3)
-    for step in (2, 5, 12):  # before the first checkpoint, in the midst of an epoch, before the last step is saved
+    for step in (2, 5, 12):  # before the first checkpoint, within an epoch, before the last step is saved
         finish(start(arguments, log, "SIGKILL", step), -signal.SIGKILL)
     finish(start(arguments, log))
-    same(undisturbed, out)
+    assert_same(undisturbed, out)
     assert checkpoints(out) == ["checkpoint-12", "checkpoint-9"]
     record = json.loads((out / "run.json").read_text())
     assert [(entry["from_step"], entry["how"]) for entry in record["starts"]] == [
@@ -55,16 +55,16 @@ def test_killed_at_any_step_it_goes_on_as_if_undisturbed(undisturbed, made, tmp_
         (9, "finished"),
     ]
 
-    # Started again, it says that it is finished and trains nothing.
+    # Started again, it reports that it has finished and does not train.
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     finish(start(arguments, tmp_path / "again"))
-    assert f"{out} was finished at {record['finished']}" in (tmp_path / "again").read_text()
+    assert f"{out}: training finished at {record['finished']}" in (tmp_path / "again").read_text()
     arguments += ["--learning_rate", "1e-4"]
     assert "--learning_rate 0.001, now 0.0001" in refused(arguments, capsys, monkeypatch)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == written
 
 
-def test_killed_while_saving_it_takes_no_half_checkpoint(undisturbed, made, tmp_path):
+def test_a_partial_checkpoint_is_not_used(undisturbed, made, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     arguments = flags(made, out, save_steps=4, logging_steps=3, num_train_epochs=3)
     process = start(arguments, log, "slow save", 8)
@@ -74,7 +74,7 @@ def test_killed_while_saving_it_takes_no_half_checkpoint(undisturbed, made, tmp_
     process.kill()
     finish(process, -signal.SIGKILL)
     assert (out / "being_saved/checkpoint-8").exists() and checkpoints(out) == ["checkpoint-4"]
-    # One that someone copied only in part is not taken for whole, nor is it saved over.
+    # A partial copy is not used either, nor overwritten.
     (out / "checkpoint-7").mkdir()
     (out / "checkpoint-7/trainer_state.json").write_text("{}")
     finish(start(arguments, log), 2)
@@ -82,26 +82,26 @@ def test_killed_while_saving_it_takes_no_half_checkpoint(undisturbed, made, tmp_
     shutil.rmtree(out / "checkpoint-7")
     finish(start(arguments, log))
     assert not (out / "being_saved").exists()
-    assert "goes on from " + str(out / "checkpoint-4") in log.read_text()
-    # The loss logged at step 6 is that of steps 4 to 6, though the run was resumed after step 4.
+    assert "resuming from " + str(out / "checkpoint-4") in log.read_text()
+    # The loss logged at step 6 is the mean of steps 4 to 6, though the run was resumed after step 4.
     losses = history(undisturbed)
     for step, (loss, _) in history(out).items():
         assert loss == pytest.approx(sum(losses[s][0] for s in range(step - 2, step + 1)) / 3, abs=1e-5)
 
 
-def test_sigterm_saves_and_ends_and_the_same_command_goes_on(undisturbed, made, tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(undisturbed, made, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     arguments = flags(made, out, dataloader_num_workers=1, dataloader_prefetch_factor=1)
     finish(start(arguments, log, "SIGTERM", 5), STOPPED)
     assert checkpoints(out) == ["checkpoint-5"] and not (out / "config.json").exists()
     assert json.loads((out / "run.json").read_text())["starts"][0]["how"] == "stopped by SIGTERM"
     finish(start(arguments, log))
-    same(undisturbed, out)
+    assert_same(undisturbed, out)
 
 
-def test_killed_after_its_last_step_it_only_saves_the_model(made, tmp_path):
+def test_a_run_killed_after_its_last_step_only_saves_the_model(made, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
-    arguments = flags(made, out, max_steps=6)  # in the midst of the second epoch
+    arguments = flags(made, out, max_steps=6)  # within the second epoch
     finish(start(arguments, log, "kill at the end"), -signal.SIGKILL)
     assert checkpoints(out) == ["checkpoint-6"] and not (out / "config.json").exists()
     finish(start(arguments, log))
@@ -112,7 +112,7 @@ def test_killed_after_its_last_step_it_only_saves_the_model(made, tmp_path):
     assert throughput["steps"] == 6
 
 
-def test_another_run_is_not_taken_for_this_one(made, tmp_path, capsys, monkeypatch):
+def test_a_different_run_is_refused(made, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     finish(start(flags(made, out), tmp_path / "log", "SIGTERM", 2), STOPPED)
     assert image.imread(out / "loss.png").any() and json.loads((out / "throughput.json").read_text())["steps"] == 2
@@ -125,7 +125,7 @@ def test_another_run_is_not_taken_for_this_one(made, tmp_path, capsys, monkeypat
     for changes, reason in (
         ({"gradient_accumulation_steps": 1}, "--gradient_accumulation_steps 2, now 1"),
         ({"wait_k": 4}, "schedule wait-3, now wait-4"),
-        ({"train_data": data}, "other contents of"),
+        ({"train_data": data}, "different contents of"),
         ({"variant": "gap"}, "variant group, now gap"),
         ({"model_name_or_path": other}, f"--model_name_or_path {made[0]}, now {other}"),
         ({"learning_rate": 1e-4}, "--learning_rate 0.001, now 0.0001"),
@@ -149,12 +149,12 @@ def test_another_run_is_not_taken_for_this_one(made, tmp_path, capsys, monkeypat
     record["arguments"]["model_name_or_path"] = str(other)
     (out / "run.json").write_text(json.dumps(record))
     said = refused(flags(made, out, model_name_or_path=other), capsys, monkeypatch)
-    assert f"begun with other contents of the model {other}" in said
+    assert f"started with different contents of the model {other}" in said
     (out / "run.json").rename(tmp_path / "run.json")
     assert "has checkpoints, but no run.json" in refused(flags(made, out), capsys, monkeypatch)
 
 
-def test_other_steps_between_saves_and_lines_hold_from_where_it_goes_on(made, tmp_path):
+def test_new_save_and_logging_steps_apply_after_resuming(made, tmp_path):
     out = tmp_path / "out"
     finish(start(flags(made, out, max_steps=6), tmp_path / "log", "SIGTERM", 1), STOPPED)
     finish(start(flags(made, out, max_steps=6, save_steps=2, logging_steps=3, save_total_limit=0), tmp_path / "log"))
@@ -162,7 +162,7 @@ def test_other_steps_between_saves_and_lines_hold_from_where_it_goes_on(made, tm
     assert sorted(history(out)) == [1, 3, 6]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(made, tmp_path, capsys, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(made, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     arguments = flags(made, out, max_steps=4, save_steps=1)
     finish(start(arguments, tmp_path / "log", "SIGTERM", 3), STOPPED)
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(made, tmp_path,
         sound = (newest / name).read_bytes()
         (newest / name).write_bytes(content)
         said = refused(arguments, capsys, monkeypatch)
-        assert f"{newest / name} " in said and f"remove {newest}, and the run goes on from the one before" in said
+        assert f"{newest / name} " in said and f"remove {newest} to resume from the previous checkpoint" in said
         (newest / name).write_bytes(sound)
     for name in ("optimizer.pt", "model.safetensors", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         sound = (newest / name).read_bytes()
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(made, tmp_path,
     sound = (newest / "optimizer.pt").read_bytes()
     (newest / "optimizer.pt").write_bytes(sound[:-40] + bytes([sound[-40] ^ 1]) + sound[-39:])
     said = refused(arguments, capsys, monkeypatch)
-    assert f"{newest} is damaged (optimizer.pt has other contents than were saved)" in said
+    assert f"{newest} is damaged (optimizer.pt has changed since it was saved)" in said
     (newest / "optimizer.pt").write_bytes(sound)
     (newest / "pytorch_model.bin").write_bytes(b"")
     assert f"{newest / 'pytorch_model.bin'} was not saved with" in refused(arguments, capsys, monkeypatch)
@@ -190,11 +190,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(made, tmp_path,
     assert f"{newest / 'scheduler.pt'} is missing" in refused(arguments, capsys, monkeypatch)
     shutil.rmtree(newest)
     finish(start(arguments, tmp_path / "log"))
-    assert "goes on from " + str(out / "checkpoint-2") in (tmp_path / "log").read_text()
+    assert "resuming from " + str(out / "checkpoint-2") in (tmp_path / "log").read_text()
 
 
 def test_two_processes_know_the_same_bad_samples_and_stop_together(made, tmp_path):
-    """Each leaves out what the other does, and one line says why they end. One is missing, two do not decode."""
+    """Both skip the same samples, and one line reports why they stop. One video is missing, two do not decode."""
     rows = [json.loads(line) for line in made[1].read_text().splitlines()]
     for row in rows[1:3]:
         row["video_path"] = str(spoil(Path(row["video_path"]), tmp_path / f"nowhere.mp4 in {row['video_id']}"))
@@ -212,13 +212,13 @@ def test_two_processes_know_the_same_bad_samples_and_stop_together(made, tmp_pat
 
     said, skipped = run("few", 0, max_bad_share=0.4)
     assert sorted(row["video_id"] for row in skipped) == sorted(row["video_id"] for row in rows[:3])
-    assert all("nowhere.mp4" in row["reason"] for row in skipped) and said.count("left out") == 3 + 1
+    assert all("nowhere.mp4" in row["reason"] for row in skipped) and said.count("skipped ") == 3 + 1
     said, skipped = run("many", 2, max_bad_share=0.2)
-    assert len(skipped) in (2, 3) and said.count("error:") == 1 and "mend the data" in said
+    assert len(skipped) in (2, 3) and said.count("error:") == 1 and "fix the data" in said
 
 
-def test_two_processes_under_zero3_equal_one_and_go_on_after_sigterm_and_kill(undisturbed, made, tmp_path):
-    """Through sft.sh, with half the accumulation: the losses of one process without DeepSpeed."""
+def test_two_processes_with_zero3_equal_one_and_resume_after_sigterm_and_kill(undisturbed, made, tmp_path):
+    """Through sft.sh, with half the gradient accumulation: the losses of one process without DeepSpeed."""
     out, log = tmp_path / "out", tmp_path / "log"
     arguments = flags(made, out, gradient_accumulation_steps=1, save_steps=2)
     script = Path(__file__).parents[1] / "code/qwen-vl-finetune/scripts/sft.sh"

@@ -170,7 +170,7 @@ def test_what_scoring_needs_is_checked_before_anything_long_runs(
     def never(*_):
         raise AssertionError("something long ran")
 
-    for name in ("make_work", "score_rows"):
+    for name in ("make_plan", "score_rows"):
         monkeypatch.setattr(evaluation, name, never)
     write_rows(tmp_path / "mine.json", captions(2))
     endpoint.plan = {"": [(401, {"error": {"message": "who are you"}})]}

@@ -9,7 +9,8 @@ import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import MixedAttention
-from qwen_vl_streaming.engine.step_runner import ROW_FIELDS, StepRunner
+from qwen_vl_streaming.engine.step_inputs import StepInputs
+from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.engine.stream_state import StreamState
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
@@ -176,14 +177,17 @@ def test_a_runner_serves_one_stream_after_another(model):
     first.close()
     for tensor in runner.cache.store:
         tensor.normal_()
-    runner.ids.fill_(3), runner.ended.fill_(True), runner.seen_ids.fill_(True)
+    runner.text_ids.fill_(3), runner.ended.fill_(True), runner.penalized_ids.fill_(True)
     for mode in MODES:
         with open_case(model, case, mode, runner=runner) as session:
             written.append(play(session, case).caption())
     assert written[1:] == written[:1] * 2
-    with open_case(model, case, "serial", runner=runner), pytest.raises(InputError, match="all 1 seats are taken"):
+    with (
+        open_case(model, case, "serial", runner=runner),
+        pytest.raises(InputError, match="all 1 batch slots are in use"),
+    ):
         open_case(model, case, "serial", runner=runner)
-    with pytest.raises(InputError, match="were made for shorter ones"):
+    with pytest.raises(InputError, match="made for shorter ones"):
         open_case(model, case, "serial", runner=runner, max_clips=1000)
 
 
@@ -209,15 +213,16 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slo
         for _ in range(many):
             session.feed(torch.randn(tokens, runner.clip_features.shape[2]))
         made = []
-        monkeypatch.setattr(runner, "_fill", lambda *args, fill=runner._fill: made.append(fill(*args)) or made[-1])
+        monkeypatch.setattr(
+            StepInputs, "pack", lambda *args, pack=StepInputs.pack: made.append(pack(*args)) or made[-1]
+        )
         assert not [*session.tokens()]
         assert len(made) == many * -(-tokens // runner.chunk_size)
         for numbers in made:
-            rows = runner._rows(1)
             both = MixedAttention(runner.cache, (1, runner.chunk_size), runner.groups, True, {}, False)
-            table, whose = numbers[: ROW_FIELDS * rows].view(ROW_FIELDS, rows), numbers[ROW_FIELDS * rows :][:1]
-            both.place(table[3], table[4:8], whose)
-            asked, whole = both.parts[-1].counts
+            table, chunk_slots, _ = runner.inputs[1].split(numbers)
+            both.update(table[3], table[4:8], chunk_slots)
+            asked, whole = both.parts[-1].num_kv_blocks
             before = int(table[4, table[3] > 0].min())
             assert whole.min() >= before // BLOCK_SIZE and asked.max() <= 3
 

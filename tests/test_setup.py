@@ -34,13 +34,13 @@ def stand_in(path, *version):
     ],
 )
 def test_what_will_not_do_is_refused_in_one_line(tmp_path, asked, made, says):
-    for name in ("requirements.txt", "code/qwen-vl-utils/pyproject.toml"):
+    for name in ("requirements.txt", "code/qwen-vl-utils/pyproject.toml", "code/data/pyproject.toml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("pins\n")
     setup = shutil.copy(SETUP, tmp_path / "code")
     if made is not None:
         stand_in(tmp_path / ".venv/bin/python", *made)
-        (tmp_path / ".venv/installed").write_text("pins\npins")
+        (tmp_path / ".venv/installed").write_text("pins\npins\npins")
     named = "" if asked is None else stand_in(tmp_path / "another/python", *asked)
     command = ["bash", "-euc", '. "$0"; echo "$python"', setup]
     ended = subprocess.run(command, env={**os.environ, "PYTHON": named}, capture_output=True, text=True, check=False)

@@ -67,6 +67,7 @@ def playlist(folder, name):
         "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:4\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:4.0,\n0.ts\n"
         "#EXT-X-DISCONTINUITY\n#EXTINF:3.0,\n1.ts\n#EXT-X-ENDLIST\n"
     )
+    (folder / "whole.ts").write_bytes((folder / "0.ts").read_bytes() + (folder / "1.ts").read_bytes())
 
 
 def leap(number, packet):
@@ -112,7 +113,8 @@ FILMS = {
 @pytest.mark.parametrize("name", FILMS)
 def test_a_film_gives_the_clips_of_its_file(tmp_path, site, name):
     FILMS[name](tmp_path, name)
-    video, clips = read_video(tmp_path / name, budget=SMALL), watch(f"{site}/{name}")
+    file = "whole.ts" if name == "playlist.m3u8" else name  # a playlist on this machine is not opened
+    video, clips = read_video(tmp_path / file, budget=SMALL), watch(f"{site}/{name}")
     assert all(clip.film for clip in clips)
     assert numbers(clips) == [read_number(frame.numpy()) for frame in video.frames]
     np.testing.assert_allclose(np.concatenate([clip.timestamps for clip in clips]), video.timestamps, atol=2e-3)

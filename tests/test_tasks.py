@@ -8,20 +8,21 @@ import eval as evaluation
 import pytest
 import tasks
 import verify
+from captioning import VideoDataset
 from funqa.annotations import SUBTASKS
 from funqa.run import prepare_funqa
 from make_model import tiny_checkpoint
 from media import video_bytes
 from metrics import scorecard
+from planning import read_data
 from qwen_vl_streaming.common.errors import InputError, run
-from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor
+from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.data import StreamingDataset
 from qwenvl.rows import read_rows
 from schedules import Schedules
 from test_funqa import full, lay_out, make_options
-from watching import Videos
 
 MP4 = video_bytes(seconds=3, fps=4, size=(56, 56))
 
@@ -98,17 +99,32 @@ def test_training_and_evaluation_ask_a_row_its_own_question(made):
         StreamingDataset(some, folder, processor, 2, VARIANTS["group"], "wait-3", budget, 4096)
         for some in (rows, without)
     )
-    asked = evaluation.read_data(data, limit=None, task=tasks.TASKS["funqa"])
+    asked = read_data(data, limit=None, task=tasks.TASKS["funqa"])
     schedules = Schedules("wait-3", VARIANTS["group"])
     where = {"root": folder, "video_root": None, "max_clips": None, "variant": VARIANTS["group"]}
     work = SimpleNamespace(rows=asked, **where, budget=budget, reader=None, schedules=schedules, dtype="float32")
-    watched = Videos(work, processor, 2)
+    watched = VideoDataset(work, processor, 2)
     for index in (0, 3, 11):
         sample, template = training[index], watched[index].job.template
         assert not sample.bad and tuple(sample.input_ids[: len(template.prompt)].tolist()) == template.prompt
         assert rows[index]["question"] in processor.tokenizer.decode(template.prompt)
         drawn = processor.tokenizer.decode(plain[index].input_ids)
         assert any(question in drawn for question in QUESTIONS) and rows[index]["question"] not in drawn
+
+
+def test_a_description_may_have_its_own_question(made, tmp_path):
+    """What training takes, evaluation takes: with the same prompt."""
+    checkpoint, data, folder = made
+    row = {**json.loads(data.read_text().splitlines()[0]), "question": "Who wins?"}
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(json.dumps({key: value for key, value in row.items() if key not in ("task", "references")}))
+    (asked,) = read_data(mine, limit=None, task=tasks.TASKS["description"])
+    processor = load_processor(checkpoint)
+    training = StreamingDataset(
+        read_rows(mine), folder, processor, 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096
+    )
+    assert asked["question"] == "Who wins?" and asked["task"] == "description"
+    assert make_template(processor, asked["question"]) == training.template(0)
 
 
 def test_captions_made_elsewhere_are_scored_by_task(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Feed order, targets and schedules, against cases worked out by hand and against the rules told another way."""
+"""Feed order, targets and schedules, against cases worked out by hand and against the rules stated differently."""
 
 import random
 import time
@@ -27,15 +27,15 @@ LAYOUT = Layout(prompt=2, tail=1, header=2, grid=(1, 2))
 SHORT = {"prompt": "p", "clip": "v", "tail": "t", "header": "h", "answer": "a"}
 
 
-def told(timeline) -> str:
-    """The feed order as a person would write it: v1 for clip 1's tokens, a0 for answer token 0."""
-    words = []
+def feed_order(timeline) -> str:
+    """The feed order in short: v1 for the tokens of clip 1, a0 for answer token 0."""
+    names = []
     for part, clip, index in zip(
         *(getattr(timeline.rows, name).tolist() for name in ("part", "clip", "index")), strict=True
     ):
         name = SHORT[PARTS[part]]
-        words.append(name + str(clip if part == CLIP else index))
-    return " ".join(words)
+        names.append(name + str(clip if part == CLIP else index))
+    return " ".join(names)
 
 
 def test_feed_order_by_hand():
@@ -47,18 +47,18 @@ def test_feed_order_by_hand():
     expected |= {"batch": expected["origin"], "overlap": expected["group"], "gap": expected["group"]}
     for name, variant in VARIANTS.items():
         counts = (2, 2, 2) if variant.streams else (0, 0, 6)
-        assert told(make_timeline(variant, LAYOUT, counts)) == expected[name], name
+        assert feed_order(make_timeline(variant, LAYOUT, counts)) == expected[name], name
 
 
 def test_an_empty_slot_keeps_the_waiting_token_waiting():
-    """Slots 1 and 3 write nothing: the header's last token and a1 wait until their next word is due."""
-    order = told(make_timeline(VARIANTS["group"], LAYOUT, (0, 2, 0, 1)))
+    """Slots 1 and 3 write nothing: the header's last token and a1 wait until the next token is due."""
+    order = feed_order(make_timeline(VARIANTS["group"], LAYOUT, (0, 2, 0, 1)))
     assert order == "p0 p1 v1 v1 h0 v2 v2 h1 a0 v3 v3 v4 v4 t0 a1 a2"
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
 def test_targets_name_the_right_next_token(variant):
-    """Every answer token is predicted exactly once, by the row that the rules name."""
+    """Each answer token is predicted exactly once, by the row that the rules name."""
     print("seed", SEED)
     draw = random.Random(SEED)
     for _ in range(50):
@@ -69,7 +69,7 @@ def test_targets_name_the_right_next_token(variant):
         for row in (produces != NOTHING).nonzero().squeeze(1).tolist():
             answer = int(produces[row])
             slot = int(rows.slot[(rows.part == ANSWER) & (rows.index == answer)])
-            # A row sees nothing from after the slot that it writes in, and all of that slot's clip.
+            # A row attends to nothing after the slot in which it writes, and to all of that slot's clip.
             seen = rows[: row + 1]
             assert int(seen.clip.max()) == slot
             assert int(((seen.part == CLIP) & (seen.clip == slot)).sum()) == LAYOUT.tokens_per_clip
@@ -83,14 +83,14 @@ def test_targets_name_the_right_next_token(variant):
 
 
 def test_the_last_token_of_an_answer_that_ends_early_is_fed_in_the_next_slot():
-    """It would produce that slot's first token; a0 waits for clip 2, and a2, the end, for clip 3 but not for clip 4."""
-    order = told(make_timeline(VARIANTS["gap"], LAYOUT, (1, 2, 0, 0)))
+    """It would produce that slot's first token. a0 waits for clip 2, and a2, the end, for clip 3 but not clip 4."""
+    order = feed_order(make_timeline(VARIANTS["gap"], LAYOUT, (1, 2, 0, 0)))
     assert order == "p0 p1 v1 v1 h0 h1 v2 v2 a0 a1 v3 v3 a2 v4 v4 t0"
-    assert told(make_timeline(VARIANTS["gap"], LAYOUT, (3,))) == "p0 p1 v1 v1 t0 h0 h1 a0 a1 a2"
+    assert feed_order(make_timeline(VARIANTS["gap"], LAYOUT, (3,))) == "p0 p1 v1 v1 t0 h0 h1 a0 a1 a2"
 
 
 def test_an_empty_last_clip():
-    """A live source that ends: no clip 3, and the tail and the rest belong to slot 3 all the same."""
+    """A live source ends: there is no clip 3, but the tail and the rest still belong to slot 3."""
     expected = {
         "interleave": "p0 p1 v1 v1 h0 h1 a0 v2 v2 a1 a2 t0 a3",
         "overlap": "p0 p1 v1 v1 h0 h1 v2 v2 a0 a1 t0 a2 a3",
@@ -99,13 +99,13 @@ def test_an_empty_last_clip():
     for name, order in expected.items():
         counts = (1, 2, 1) if VARIANTS[name].streams else (0, 0, 4)
         timeline = make_timeline(VARIANTS[name], LAYOUT, counts, bare=True)
-        assert told(timeline) == order and timeline.bare and timeline.counts == counts and timeline.clips == 3
+        assert feed_order(timeline) == order and timeline.bare and timeline.counts == counts and timeline.clips == 3
         assert timeline.rows.clip[timeline.rows.part == TAIL].tolist() == [3]
     with pytest.raises(InputError, match="at least one clip"):
         make_timeline(VARIANTS["group"], LAYOUT, (1,), bare=True)
 
 
-def test_what_is_written_down_of_each_token():
+def test_the_fields_of_each_token():
     rows = make_timeline(VARIANTS["interleave"], LAYOUT, (1, 1)).rows
     assert [PARTS[part][0] for part in rows.part] == list("ppcchhaccta")
     assert rows.clip.tolist() == [0, 0, 1, 1, 0, 0, 0, 2, 2, 2, 0]
@@ -126,12 +126,14 @@ def test_rows_of_one_part():
 
 
 @pytest.mark.parametrize("size", [{"prompt": 0}, {"tail": 0}, {"header": -1}, {"grid": (0, 3)}, {"grid": (3, 0)}])
-def test_a_layout_has_sizes(size):
+def test_a_layout_needs_positive_sizes(size):
     sizes = {"prompt": 1, "tail": 1, "header": 1, "grid": (1, 1), "steps_per_clip": 0.1}
     assert Layout(**sizes).tokens_per_clip == 1 and Layout(**{**sizes, "grid": (2, 5)}).tokens_per_clip == 10
     assert Layout(1, 1, 1, (1, 1)).steps_per_clip == 2
     for wrong in (size, {"steps_per_clip": 0}):
-        with pytest.raises(ValueError, match=r"^every size of a layout is at least 1, and time advances: got Layout\("):
+        with pytest.raises(
+            ValueError, match=r"^a layout's sizes must be at least 1, and its steps_per_clip above 0: got Layout\("
+        ):
             Layout(**{**sizes, **wrong})
 
 
@@ -146,7 +148,7 @@ def test_schedules():
     schedule = Schedule((2, 0, 1))
     assert schedule.clips == 4 and [schedule.quota(slot) for slot in (1, 2, 3, 4)] == [2, 0, 1, float("inf")]
     assert schedule.counts(1) == (1, 0, 0, 0) and schedule.counts(3) == (2, 0, 1, 0) and schedule.counts(9)[-1] == 6
-    with pytest.raises(ValueError, match=r"^a slot writes at least 0 tokens, got \(1, -1\)$"):
+    with pytest.raises(ValueError, match=r"^a slot must write at least 0 tokens, got \(1, -1\)$"):
         Schedule((1, -1))
 
 
@@ -169,16 +171,16 @@ def test_an_unknown_schedule_is_refused(text):
 
 
 def test_no_caption_and_no_clip_are_refused():
-    with pytest.raises(InputError, match=r"^a caption needs at least one token: leave the sample out$"):
+    with pytest.raises(InputError, match=r"^a caption needs at least one token: remove the sample from the data$"):
         make_timeline(VARIANTS["group"], LAYOUT, (0, 0))
-    with pytest.raises(InputError, match=r"^a video needs at least one clip \(two frames\): leave it out$"):
+    with pytest.raises(InputError, match=r"^a video needs at least one clip \(two frames\): remove it from the data$"):
         make_timeline(VARIANTS["group"], LAYOUT, ())
     with pytest.raises(ValueError, match=r"^batch writes in the last slot only, got counts \(1, 2\)$"):
         make_timeline(VARIANTS["batch"], LAYOUT, [1, 2])
 
 
 def test_building_is_fast_and_linear():
-    """A 30-clip, 3,000-token sample holds a handful of numbers a token: no (L, L) tensor is made."""
+    """A sample of 30 clips and 3,000 tokens stores a few integers per token, and no (L, L) tensor."""
     timeline = make_timeline(VARIANTS["overlap"], Layout(40, 3, 3, (9, 10)), (3,) * 29 + (30,))
     assert len(timeline.rows) > 2800
     numbers = sum(getattr(timeline.rows, name).numel() for name in ("part", "clip", "index", "slot"))

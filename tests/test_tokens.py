@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from media import make_tokenizer
-from pe_video.tokens import QWEN_SPLIT, WordCounter, load_counter
+from preparation.tokens import QWEN_SPLIT, WordCounter, load_counter
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.prompts import answer_ids
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, trainers

@@ -1,4 +1,4 @@
-"""Training: what a sample holds, what a batch costs, what is left out, and what is refused."""
+"""Training: the contents of samples and batches, bad samples, and arguments that are refused."""
 
 import time
 
@@ -27,7 +27,7 @@ def dataset(made, variant, **changes):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_labels_spell_the_caption(made, variant):
-    """Each row's label is the next word of the caption, at the row that produces it, and all words are there."""
+    """The labels are the tokens of the caption in order, at the rows that produce them."""
     samples = dataset(made, variant)
     for sample, row in zip((samples[i] for i in range(3)), samples.rows, strict=False):
         labels = sample.labels[sample.labels != IGNORED]
@@ -104,8 +104,8 @@ def test_packing_fills_rows_and_loses_nothing(made):
     assert int((batch["labels"] != IGNORED).sum()) == sum(int((s.labels != IGNORED).sum()) for s in samples)
 
 
-def test_a_bad_sample_is_left_out_with_its_reason(made):
-    """It has no labels, adds nothing to the loss, and is not replaced by another."""
+def test_a_bad_sample_is_skipped_with_its_reason(made):
+    """It has no labels, adds nothing to the loss, and is not replaced by another sample."""
     samples = dataset(made, "group")
     good = samples[1]
     samples.rows[0] = {**samples.rows[0], "video_path": "missing.mp4"}
@@ -116,14 +116,14 @@ def test_a_bad_sample_is_left_out_with_its_reason(made):
     for path in ("a" * 300, "a/" * 3000):  # longer than a name or a path may be
         samples.rows[3] = {**samples.rows[3], "video_path": path}
         assert "cannot be read (File name too long)" in samples[3].bad[1]
-    for length, reason in ((40, "model length 40"), (20, "more than the 5 that the model has room for")):
+    for length, reason in ((40, "maximum length 40"), (20, "more than the 5 that the model has room for")):
         assert reason in dataset(made, "group", max_length=length)[0].bad[1]
     batch = collate([samples[0], good])
     assert [video_id for video_id, _ in batch["tally"]["bad"]] == [samples.rows[0]["video_id"]]
     assert int((batch["labels"] != IGNORED).sum()) == int((good.labels != IGNORED).sum())
 
 
-def test_wrong_set_ups_are_refused_in_one_line(made, tmp_path, capsys, monkeypatch):
+def test_invalid_arguments_are_refused_in_one_line(made, tmp_path, capsys, monkeypatch):
     checkpoint, data = made
     common = ["--train_data", str(data), "--output_dir", str(tmp_path / "out"), "--use_cpu", "True", "--bf16", "False"]
     model = ["--model_name_or_path", str(checkpoint)]
@@ -136,8 +136,8 @@ def test_wrong_set_ups_are_refused_in_one_line(made, tmp_path, capsys, monkeypat
     for arguments, reason in (
         ([*common, *model, "--variant", "grup"], "unknown variant 'grup'"),
         ([*common, *model, *group, "--wait_k", "0"], "--wait_k 0"),
-        ([*common, *model, *group, "--attention", "flash_attention_2"], "cannot hold the streaming mask"),
-        ([*common, *model, *group, "--tune_mm_llm", "0", "--tune_mm_mlp", "0"], "nothing is left to train"),
+        ([*common, *model, *group, "--attention", "flash_attention_2"], "does not support the streaming mask"),
+        ([*common, *model, *group, "--tune_mm_llm", "0", "--tune_mm_mlp", "0"], "there is nothing to train"),
         ([*common, *model, *group, "--train_data", str(tmp_path / "none.jsonl")], "none.jsonl"),
         ([*common, *model, *group, "--train_data", str(tmp_path / "empty.jsonl")], "is empty"),
         ([*common, *model, *group, "--train_data", str(tmp_path / "half.jsonl")], "half.jsonl, line 1"),
@@ -159,12 +159,12 @@ def test_wrong_set_ups_are_refused_in_one_line(made, tmp_path, capsys, monkeypat
         ("group", False, True, "sdpa"),
     ],
 )
-def test_a_gpu_holds_every_mask_in_flex_attention(made, variant, cuda, packed, chosen):
+def test_a_gpu_uses_flex_attention_for_every_mask(made, variant, cuda, packed, chosen):
     arguments = ModelArguments(model_name_or_path=str(made[0]), variant=variant)
-    assert arguments.implementation(cuda, packed) == chosen
+    assert arguments.choose_attention(cuda, packed) == chosen
 
 
-def test_data_arguments_know_the_budget(made):
+def test_default_pixel_budget(made):
     assert DataArguments(train_data=str(made[1])).pixel_budget == PixelBudget()
     with pytest.raises(InputError, match="nowhere"):
         DataArguments(train_data="nowhere.jsonl")

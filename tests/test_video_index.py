@@ -270,6 +270,18 @@ def test_damage_is_not_trained_on(tmp_path, reader):
     assert refused >= 6
 
 
+def test_damaged_vp8_is_not_trained_on(tmp_path):
+    """Found by fuzzing: with frame threads, FFmpeg shows what is left of a damaged picture as a sound one."""
+    path = make_video(tmp_path / "v.webm", seconds=3, size=(320, 192), codec="libvpx")
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0)]
+    data, packet = path.read_bytes(), packets[12]  # a keyframe
+    assert data.count(packet) == 1
+    path.write_bytes(data.replace(packet, packet[:20] + bytes(len(packet) - 20)))
+    with pytest.raises(InputError, match=r"is damaged.*download it again"):
+        read_video(path, budget=SMALL)
+
+
 def test_damage_behind_the_last_picked_frame(tmp_path):
     path = make_video(tmp_path / "v.mp4", seconds=8, size=(320, 192), options={"crf": "10"}, keyframe_every=10)
     data = bytearray(path.read_bytes())

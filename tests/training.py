@@ -1,5 +1,5 @@
-"""Runs of the training program in processes of their own, which tests may kill. They start in a moment: a server that
-has imported everything forks them."""
+"""Runs of the training program in processes of their own, which tests may kill. They start quickly: a fork server has
+imported everything."""
 
 import contextlib
 import json
@@ -45,14 +45,13 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # for data workers, as where the program is started plainly
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a plain start of the program
     torch.set_num_threads(1)
     sys.argv = ["sft.sh", *arguments]
-    from qwenvl import checkpointing, train
-    from qwenvl.failing import run_rank
+    from qwen_vl_streaming.launch.failing import run_rank
+    from qwenvl import rank, resumable, train
 
     if act == "slow save":
-        checkpointing.write_whole(log.with_suffix(".pid"), str(os.getpid()))
         saved = torch.save
 
         def save(what, path, *rest, **options):
@@ -64,35 +63,34 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
 
         torch.save = save
     elif act == "kill at the end":
-        train.save_whole = lambda trainer, folder: os.kill(os.getpid(), signal.SIGKILL)
+        train.save_final_model = lambda trainer, folder: os.kill(os.getpid(), signal.SIGKILL)
     elif act:
-        ended = checkpointing.StopOnSigterm.on_step_end
+        original = resumable.StopOnSigterm.on_step_end
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
-                # From outside, and to data workers too, as SLURM does.
+                # From outside, and to data workers as well, as SLURM does.
                 ours = [str(process.pid) for process in (*psutil.Process().children(), psutil.Process())]
                 subprocess.run(["kill", f"-{act[3:]}", *ours])
                 until = time.monotonic() + 30
-                while act == "SIGTERM" and not self.asked and time.monotonic() < until:
-                    time.sleep(0.01)  # another thread than this one may have been given the signal
-            ended(self, args, state, control, **kwargs)
+                while act == "SIGTERM" and not self.requested and time.monotonic() < until:
+                    time.sleep(0.01)  # another thread may have received the signal
+            original(self, args, state, control, **kwargs)
 
-        checkpointing.StopOnSigterm.on_step_end = on_step_end
-    run_rank(train.main)
+        resumable.StopOnSigterm.on_step_end = on_step_end
+    run_rank(train.main, rank.GPU, rank.HOST)
 
 
 def start(arguments: list[str], log: Path, act: str | None = None, step: int = 0, **environment: str):
-    """Start a run that writes what it says to `log`. It sends itself the signal `act` after optimizer step `step`, or,
-    with `act` "slow save", stays for ever in the midst of saving after it. With "kill at the end" it dies before the
-    final model is saved."""
+    """Start a run with its output in `log`. It sends itself the signal `act` after optimizer step `step`; with "slow
+    save" it blocks while it saves that step, and with "kill at the end" it dies before it saves the final model."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qwenvl.train", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
     paths = os.pathsep.join(path for path in sys.path if path)
     with contextlib.ExitStack() as stack:
         before = os.environ.get("PYTHONPATH")
         stack.callback(lambda: os.environ.update(PYTHONPATH=before) if before else os.environ.pop("PYTHONPATH"))
-        os.environ["PYTHONPATH"] = paths  # the server imports before it is told where to look
+        os.environ["PYTHONPATH"] = paths  # the fork server imports before it gets sys.path
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         process = context.Process(target=_run, args=(arguments, log, environment, act, step))
         process.start()
@@ -106,7 +104,7 @@ def free_port() -> int:
 
 
 def start_many(processes: int, arguments: list[str], log: Path, **actions) -> list:
-    """Start a run of several processes. `actions` (act, step) are those of the last."""
+    """Start a run of several processes. `actions` (act, step) are for the last."""
     number, port = str(processes), str(free_port())
     common = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
@@ -120,7 +118,7 @@ def start_two(arguments: list[str], log: Path, **actions) -> list:
 
 
 def spoil(video: Path, copy: Path) -> Path:
-    """A copy of an MP4 whose header is sound, and whose pictures do not decode."""
+    """A copy of an MP4 with a valid header and frames that do not decode."""
     data = bytearray(video.read_bytes())
     start = data.index(b"mdat") + 4
     end = start - 8 + int.from_bytes(data[start - 8 : start - 4], "big")
@@ -130,13 +128,13 @@ def spoil(video: Path, copy: Path) -> Path:
 
 
 def finish(process, status: int = 0, seconds: float = 60) -> None:
-    """Wait for a run, which must end with `status`."""
+    """Wait for a run, which must exit with `status`."""
     process.join(seconds)
     assert process.exitcode == status
 
 
 def refused(arguments: list[str], capsys, monkeypatch) -> str:
-    """The one line with which the program, given `arguments`, ends; its exit status must be 2."""
+    """The single error line of the program with these `arguments`; its exit status must be 2."""
     from qwen_vl_streaming.common.errors import run
     from qwenvl import train
 
@@ -149,7 +147,7 @@ def refused(arguments: list[str], capsys, monkeypatch) -> str:
 
 
 def history(output: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm at each step of the run's newest checkpoint."""
+    """Loss and gradient norm by step, from the run's newest checkpoint."""
     newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     entries = json.loads((newest / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry}

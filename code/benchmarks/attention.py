@@ -1,17 +1,17 @@
-"""FlexAttention alone, in the passes of the engine and by its kernel_options: from what those of `runner.py`,
-`paged_attention.py` and `ragged_attention.py` are chosen.
+"""Measures FlexAttention alone in the engine's steps, for several kernel_options. The options in `model_runner.py`,
+`split_kv.py` and `ragged_attention.py` were chosen with it.
 
     python code/benchmarks/attention.py --size 7B
     python code/benchmarks/attention.py --size 7B --passes clip --options 64x64x4x2 128x64x8x3
 
-    words   a word in each of some seats
-    clip    a clip of one seat and its word, as live sessions are fed
-    clips   clips of some seats and words of others, as `interleave` is fed in batches
+    words   one decode row in each of several batch slots
+    clip    a clip and a decode row of one slot, as live sessions feed them
+    clips   clips of some slots and decode rows of others, as batches of `interleave` feed them
 
-What is measured is the attention of all layers, recorded as a CUDA graph. Options are BLOCK_M x BLOCK_N x warps x
-stages, for words warps x stages; the engine's come first. The floor is 4 x pairs x width at the measured rate of a bf16
-matrix product, or the bytes of the keys and values that are seen at the measured rate of reading memory, whichever
-takes longer. On a CPU --size tiny tries the command out, uncompiled.
+Measures the attention of all layers, captured as a CUDA graph. Options are BLOCK_M x BLOCK_N x warps x stages, for
+words warps x stages; the engine's own come first. The floor is the larger of two times: 4 x pairs x width at the
+measured rate of a bf16 matrix product, and the bytes of the visible keys and values at the measured memory bandwidth.
+On a CPU, --size tiny tries the command without compiling.
 """
 
 import argparse
@@ -24,42 +24,43 @@ from latency.setup import tiny_config
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.engine import ragged_attention
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
-from qwen_vl_streaming.engine.paged_attention import PIECES, PagedAttention, flex_in_shares, shares_of
-from qwen_vl_streaming.engine.prefill import room_for
-from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, blocks_of
-from qwen_vl_streaming.engine.runner import Runner
+from qwen_vl_streaming.engine.model_runner import ModelRunner
+from qwen_vl_streaming.engine.paged_attention import PagedAttention
+from qwen_vl_streaming.engine.prefill import padded_query_blocks
+from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, query_blocks_of
+from qwen_vl_streaming.engine.split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, num_splits
 from torch import Tensor
 from training import SHAPES, find_device, make_config, seconds
 
 NAMES = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
-TRIED = (
+CHUNK_OPTIONS = (
     *("64x64x4x2", "64x64x4x3", "64x128x4x2", "64x128x4x3"),
     *("128x64x4x2", "128x64x4x3", "128x64x8x2", "128x64x8x3", "128x128x8x2", "128x128x8x3"),
 )
-TRIED_FOR_WORDS = ("4x3", "2x3", "4x2", "8x2")
-TEXT = 100
-"""Words that a stream has room for."""
+DECODE_OPTIONS = ("4x3", "2x3", "4x2", "8x2")
+TEXT_TOKENS = 100
+"""Text tokens that a stream has room for."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of some seats in one pass."""
+    """The rows of a step."""
 
     kind: str
     clips: int
-    """Seats that are fed a clip, of `tokens` rows."""
+    """Slots that are fed a clip of `tokens` rows."""
     tokens: int
     words: int
-    """Seats that are fed a word; of kind clip the same."""
+    """Slots that are fed a decode row. In a step of kind clip it is the same slot."""
     seen: int
-    """Visual tokens that a word sees, and the last row of a clip."""
+    """Visual tokens that a decode row and the last row of a clip attend to."""
 
     def __str__(self) -> str:
         parts = [f"{self.clips} x {self.tokens} of clips"] if self.clips else []
         return ", ".join([*parts, f"{self.words} words", f"{self.seen} seen"])
 
     def seen_by_row(self) -> list[Tensor]:
-        """For each seat how many visual tokens its rows see."""
+        """For each slot, how many visual tokens its rows attend to."""
         clip = torch.arange(self.seen - self.tokens, self.seen) + 1
         word = torch.tensor([self.seen])
         if self.kind == "clip":
@@ -88,48 +89,50 @@ class Bench:
         self.size = self.config.hidden_size // self.heads
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         if self.device == "cpu":
-            ragged_attention._compiled = flex_in_shares
-        self.config.num_hidden_layers = 1  # of which every pass here has the keys and values
+            ragged_attention.compiled_flex = flex_split_kv
+        self.config.num_hidden_layers = 1  # all measurements use the cache of one layer
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype)
 
     def cache(self, shape: Shape) -> PagedKVCache:
         batch_slots = len(shape.seen_by_row())
-        each = PagedKVCache.blocks_needed(shape.seen, TEXT)
+        each = PagedKVCache.blocks_needed(shape.seen, TEXT_TOKENS)
         cache = PagedKVCache(self.config, batch_slots, batch_slots * each, each, self.dtype, self.device)
         for batch_slot in range(batch_slots):
-            cache.allocate(batch_slot, shape.seen, TEXT)
+            cache.allocate(batch_slot, shape.seen, TEXT_TOKENS)
         cache.store.normal_()
         return cache
 
     def layer(self, shape: Shape, options: dict) -> Callable[[], Tensor]:
-        """One layer's attention in a pass of `shape`."""
+        """One layer's attention in a step of `shape`."""
         cache, rows, scale = self.cache(shape), shape.seen_by_row(), self.size**-0.5
-        pool, counts = cache.layers[0], [len(own) for own in rows]
+        layer_cache, counts = cache.layers[0], [len(own) for own in rows]
         if shape.kind == "clips":
             ragged_attention.KERNEL_OPTIONS, ragged_attention.QUERY_BLOCK = options, options["BLOCK_M"]
-            blocks = sum(blocks_of(count, self.groups) for count in counts)
-            view = RaggedAttention(cache, room_for(blocks), self.groups, True)
-            view.lay_out(range(len(rows)), counts)
+            blocks = sum(query_blocks_of(count, self.groups) for count in counts)
+            attention = RaggedAttention(cache, padded_query_blocks(blocks), self.groups, True)
+            attention.set_rows(range(len(rows)), counts)
             seen = torch.cat(rows).to(self.device)
-            view.place(torch.zeros_like(seen), seen, torch.ones_like(seen))
-            asked = self.random(1, self.heads // self.groups, len(view.row), self.size)
-            return lambda: view._mix(asked, pool, scale)
+            attention.update(torch.zeros_like(seen), seen, torch.ones_like(seen))
+            query = self.random(1, self.heads // self.groups, len(attention.row), self.size)
+            return lambda: attention.attend(query, layer_cache, scale)
         seen = torch.stack(rows).to(self.device)
-        shares = 1
+        splits = 1
         if shape.kind == "clip":
-            shares = shares_of(cache, seen.numel() * self.groups * PIECES["BLOCK_M"] // options["BLOCK_M"])
-        whose = torch.arange(len(rows), device=self.device)
-        view = PagedAttention(
-            cache, whose, None, seen, torch.ones_like(seen), self.groups, True, options, shares=shares
+            splits = num_splits(
+                cache, seen.numel() * self.groups * CHUNK_KERNEL_OPTIONS["BLOCK_M"] // options["BLOCK_M"]
+            )
+        slots = torch.arange(len(rows), device=self.device)
+        attention = PagedAttention(
+            cache, slots, None, seen, torch.ones_like(seen), self.groups, True, options, splits=splits
         )
         query = self.random(len(rows), self.heads, seen.shape[1], self.size)
-        mix = torch.compile(view.mix, dynamic=False) if self.device == "cuda" else view.mix
-        return lambda: mix(query, pool, scale)
+        attend = torch.compile(attention.attend, dynamic=False) if self.device == "cuda" else attention.attend
+        return lambda: attend(query, layer_cache, scale)
 
     def measure(self, shape: Shape, options: dict) -> float:
-        """Seconds of all layers."""
+        """Seconds of the attention of all layers."""
         torch._dynamo.reset()
         layer = self.layer(shape, options)
         if self.device == "cpu":
@@ -146,7 +149,7 @@ class Bench:
         return seconds(graph.replay, 20, self.device)
 
     def floor(self, shape: Shape, flop_rate: float, byte_rate: float) -> float:
-        """Seconds, by the rule at the head of this file."""
+        """The floor in seconds, see the top of this file."""
         rows = shape.seen_by_row()
         pairs, keys = sum(int(own.sum()) for own in rows), sum(int(own.max()) for own in rows)
         width = self.heads * self.size
@@ -162,15 +165,19 @@ def parse_options(text: str, names: tuple[str, ...]) -> dict:
     return dict(zip(names, sizes, strict=True))
 
 
-def tried(kind: str, asked: list[str] | None) -> Iterator[dict]:
-    """Kernel options for passes of `kind`: the engine's, then those that are `asked` for, or all."""
+def options_to_try(kind: str, requested: list[str] | None) -> Iterator[dict]:
+    """Kernel options for steps of `kind`: the engine's own, then the `requested` ones or the default list."""
     words = kind == "words"
-    engines = {"words": Runner.options, "clip": PIECES, "clips": ragged_attention.KERNEL_OPTIONS}[kind]
-    yield engines
-    own = [text for text in asked or () if words == (text.count("x") == 1)]
-    for text in own if asked else TRIED_FOR_WORDS if words else TRIED:
+    used = {
+        "words": ModelRunner.kernel_options,
+        "clip": CHUNK_KERNEL_OPTIONS,
+        "clips": ragged_attention.KERNEL_OPTIONS,
+    }[kind]
+    yield used
+    own = [text for text in requested or () if words == (text.count("x") == 1)]
+    for text in own if requested else DECODE_OPTIONS if words else CHUNK_OPTIONS:
         options = parse_options(text, NAMES[2:] if words else NAMES)
-        if options != engines:
+        if options != used:
             yield options
 
 
@@ -178,13 +185,13 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", *SHAPES], default="7B")
     parser.add_argument("--passes", nargs="+", choices=["words", "clip", "clips"], default=["words", "clip", "clips"])
-    parser.add_argument("--options", nargs="+", metavar="MxNxWxS", help="beside the engine's (default: a list of them)")
+    parser.add_argument("--options", nargs="+", metavar="MxNxWxS", help="beside the engine's own (default: a list)")
     arguments = parser.parse_args()
     bench = Bench(arguments.size)
     wanted = [
         shape for shape in (GPU_SHAPES if bench.device == "cuda" else CPU_SHAPES) if shape.kind in arguments.passes
     ]
-    every = [(shape, [*tried(shape.kind, arguments.options)]) for shape in wanted]
+    every = [(shape, [*options_to_try(shape.kind, arguments.options)]) for shape in wanted]
 
     flop_rate, byte_rate = rates(bench.device)
     name = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU"

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import psutil
-from pe_video.tokens import QWEN_SPLIT
+from preparation.tokens import QWEN_SPLIT
 from qwen_vl_streaming.common.errors import OneLineParser, run
 from qwen_vl_streaming.common.progress import Progress
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers

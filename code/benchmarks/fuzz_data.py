@@ -6,32 +6,25 @@ A finding is an exception, an input that takes longer than ten seconds, more mem
 start's, or a file outside the folders where shards may write. Every input follows from --seed and its number.
 """
 
-import argparse
 import gzip
 import io
+import itertools
 import json
 import random
-import resource
-import signal
-import sys
 import tarfile
-import tempfile
-import traceback
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import av
-from fuzzing import mutate_bytes
+from fuzzing import Try, main, mutate_bytes
 from pe_video import stages
-from pe_video.rules import KEPT, Rules
 from pe_video.sources import FOLDER, TAR, Unit
-from qwen_vl_streaming.common.errors import OneLineParser, run
-from qwen_vl_streaming.common.progress import Progress
+from preparation.rules import KEPT, Rules
+from qwen_vl_streaming.common.errors import run
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-SECONDS_PER_INPUT = 10
-MEMORY_MIB = 256
 NUMBERS = [b"-1", b"NaN", b"1e999", b"Infinity", b"null", b"true", b'"6"', b"[]", b"{}", b"9" * 5000, b"0", b"6e0"]
 NAMES = [
     b"../../up.mp4",
@@ -132,76 +125,61 @@ def read(unit: Unit, job: stages.Job) -> Counter[str]:
     return Counter(record.outcome for record in records) + Counter({"bad video": len(bad)})
 
 
-def too_long(*_) -> None:
-    raise TimeoutError(f"took longer than {SECONDS_PER_INPUT} s")
-
-
-def fuzz(folder: Path, shards: int, jsons: int, seed: int) -> int:
-    """Feed both readers; prints what came out and returns the number of findings."""
+def reader(folder: Path) -> Callable[[Unit, bytes], Counter[str]]:
+    """What feeds both stages a unit whose one file, or shard, is `case/source/input`, and clears up behind them."""
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    dataset, source = folder / "dataset", folder / "source"
-    source.mkdir()
+    dataset, source = folder / "case/dataset", folder / "case/source"
+    source.mkdir(parents=True)
     job = stages.Job(Rules(), folder / "tokenizer.json", folder, dataset / "videos", dataset / "state")
     stages.prepare(job)
-    video = sound_video()
-    tars = [sound_tar(video, dialect) for dialect in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)]
-    outcomes: Counter[str] = Counter()
-    findings = 0
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    allowed = {folder / "tokenizer.json", source / "input"}
-    signal.signal(signal.SIGALRM, too_long)
-    for number in Progress(range(shards + jsons), desc="fuzz", unit="input"):
-        draw = random.Random(f"{seed}:{number}")
-        if number < shards:
-            whole = draw.choice(tars)
-            if draw.random() < 0.1:  # packed by gzip, and damaged before or after
-                data = gzip.compress(mutate_header(whole, draw), 1)
-                data = mutate_bytes(data, draw) if draw.random() < 0.5 else data
-            else:
-                data = mutate_header(whole, draw) if draw.random() < 0.6 else mutate_bytes(whole, draw)
-            unit = Unit(TAR, "train", "train/input", str(source / "input"), str(number))
-        else:
-            data = mutate_json(sound_json(number), draw)
-            unit = Unit(FOLDER, "train", "train/files", str(source), str(number), (("input", ""),))
+
+    def feed(unit: Unit, data: bytes) -> Counter[str]:
         (source / "input").write_bytes(data)
-        signal.alarm(SECONDS_PER_INPUT)
-        try:
-            outcomes += read(unit, job)
-        except Exception:  # whatever it is, it is what this program looks for
-            findings += 1
-            print(f"input {number} of seed {seed}:\n{traceback.format_exc()}")
-        signal.alarm(0)
-        for path in [*folder.rglob("*")]:
+        outcomes = read(unit, job)
+        for path in (folder / "case").rglob("*"):
             if path.is_file() or path.is_symlink():
                 inside = path.parent in (dataset / "videos" / "train", dataset / "state")
-                if path.is_symlink() or not (inside or path in allowed):
-                    findings += 1
-                    print(f"input {number} of seed {seed}: wrote {path}")
+                assert not path.is_symlink() and (inside or path == source / "input"), f"wrote {path}"
                 if inside:
                     path.unlink()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024
-    if grown > MEMORY_MIB:
-        findings += 1
-        print(f"memory grew by {grown:.0f} MiB")
-    print(f"{shards} shards and {jsons} JSON files of seed {seed}: {findings} findings, memory grew by {grown:.0f} MiB")
-    for outcome, count in outcomes.most_common():
-        print(f"  {count:8d} {outcome}")
-    return findings
+        return outcomes
+
+    return feed
 
 
-def main() -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=10_000, help="default: %(default)s")
-    parser.add_argument("--jsons", type=int, default=10_000, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    arguments = parser.parse_args()
-    in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # each input writes and syncs a few files
-    with tempfile.TemporaryDirectory(dir=in_memory) as name:
-        findings = fuzz(Path(name), arguments.shards, arguments.jsons, arguments.seed)
-    sys.exit(1 if findings else 0)
+def shards(folder: Path) -> Try:
+    """Tries mutated tar shards."""
+    feed, video, number = reader(folder), sound_video(), itertools.count()
+    tars = [sound_tar(video, dialect) for dialect in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)]
+
+    def try_one(draw: random.Random) -> Iterable[str]:
+        whole = draw.choice(tars)
+        if draw.random() < 0.1:  # packed by gzip, and damaged before or after
+            data = gzip.compress(mutate_header(whole, draw), 1)
+            data = mutate_bytes(data, draw) if draw.random() < 0.5 else data
+        else:
+            data = mutate_header(whole, draw) if draw.random() < 0.6 else mutate_bytes(whole, draw)
+        unit = Unit(TAR, "train", "train/input", str(folder / "case/source/input"), str(next(number)))
+        return feed(unit, data).elements()
+
+    return try_one
+
+
+def jsons(folder: Path) -> Try:
+    """Tries mutated JSON files."""
+    feed, number = reader(folder), itertools.count()
+
+    def try_one(draw: random.Random) -> Iterable[str]:
+        name, source = str(next(number)), str(folder / "case/source")
+        unit = Unit(FOLDER, "train", "train/files", source, name, (("input", ""),))
+        return feed(unit, mutate_json(sound_json(draw.randrange(1_000)), draw)).elements()
+
+    return try_one
 
 
 if __name__ == "__main__":
-    run(main)
+    in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # each input writes and syncs a few files
+    bounds = {"seconds": 10, "memory_mib": 256}
+    run(lambda: main(__doc__, "fuzz_data", {"shards": 10_000, "jsons": 10_000}, in_memory, **bounds))

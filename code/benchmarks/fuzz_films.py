@@ -1,30 +1,41 @@
-"""Feeds mutated films of ten containers and codecs to `read_video`, by both readers, and over HTTP to `stream_clips`.
+"""Feeds mutated films of ten containers and codecs to `read_video`, by both readers, and over HTTP to the live command.
 
-    python code/benchmarks/fuzz_films.py                # 3,000 films and 1,000 streams, some minutes on a core
+    python code/benchmarks/fuzz_films.py                # 3,000 films and 1,000 streams, half an hour on a core
 
 Every frame of the films shows its own number. A finding is an exception that is not a plain line, no answer within 60
-seconds, a process that dies, as of memory, anything written or started, times that go back or lie outside the film,
-more clips than its length has room for, or two readers that give different frames. Where only pictures were damaged and
-not their times, frames that show another number than their time has are counted apart: a decoder that takes a damaged
-picture for a sound one cannot be told. Every input follows from --seed and its number.
+seconds, a process that dies or grows by more than 1 GiB, anything written or started elsewhere, times that go back or
+lie outside the film, more clips than its length has room for, or two readers that give different frames. Where only
+pictures were damaged and not their times, frames that show another number than their time has are counted apart: a
+decoder that takes a damaged picture for a sound one cannot be told.
+
+For each stream, `live` runs from its command line to the end of its process, forked from one in which all is imported,
+and so does `replay` with its record. Other findings are: a status that is neither 0, nor 2 with one line, words whose
+seconds go back, a record that `replay` does not accept, a file that is left behind, and a frame that is shown before
+its time. Every input follows from --seed and its number; what servers and clocks do does not.
 """
 
-import argparse
+import contextlib
 import io
+import json
+import os
 import random
-import sys
-import tempfile
-import threading
-from contextlib import closing
+import re
+import shutil
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
-from fuzzing import Try, fuzz, mutate_bytes
-from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from fuzzing import Ended, Try, answer_of, main, mutate_bytes, run_forked
+from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.timeline.variants import VARIANTS
 
 FPS, SECONDS, SIZE, BARS = 5, 6, (96, 64), 8
+SECONDS_OF_LIVE = 15  # and as many of its replay
+SECONDS_AGAIN = 5  # of a stream that is opened again after its end
+MOST_CLIPS = 600
 FILMS = {
     "mp4, H.264": ("mp4", "libx264", "yuv420p", {}),
     "mov, H.264 with B-frames": ("mov", "libx264", "yuv420p", {"bf": "2", "g": "10"}),
@@ -138,68 +149,155 @@ def films(folder: Path) -> Try:
     return try_one
 
 
-def streams(folder: Path) -> Try:
-    """Tries mutated films over HTTP on the loopback, with and without their length."""
-    from qwen_vl_streaming.video import sources
-    from qwen_vl_streaming.video.frames import PixelBudget
+class Server(BaseHTTPRequestHandler):
+    """Answers with the bytes of the file `sent` in its folder, as `how` beside it says."""
 
-    try:
-        from qwen_vl_streaming.video.streams import stream_clips
-    except ImportError:
-        stream_clips = sources.stream_clips
-    sound, budget = sound_films(), PixelBudget(28 * 28, 28 * 28 * 12)
-    served = {"data": b"", "length": True}
+    folder: Path
 
-    class Server(BaseHTTPRequestHandler):
-        def do_GET(self):
+    def do_GET(self):
+        data, how = (self.folder / "sent").read_bytes(), json.loads((self.folder / "how").read_text())
+        first, asked = 0, self.headers.get("Range", "")
+        if how["ranges"] and (found := re.fullmatch(r"bytes=(\d+)-(\d*)", asked)) and int(found[1]) < len(data):
+            first = int(found[1])
+            end = min(int(found[2] or len(data)), len(data) - 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{end}/{len(data) + how['more']}")
+            data = data[first : end + 1]
+        else:
             self.send_response(200)
-            if served["length"]:
-                self.send_header("Content-Length", str(len(served["data"])))
-            self.end_headers()
-            try:
-                self.wfile.write(served["data"])
-            except OSError:
-                return
+        if how["length"]:
+            self.send_header("Content-Length", str(len(data) + how["more"]))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(data)
 
-        def log_message(self, *_):
-            pass
+    def log_message(self, *_):
+        pass
 
+
+def serve_forever(folder: Path) -> str:
+    """Start a Server in a process of its own, which ends with this one's group; returns its address."""
+    Server.folder = folder
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if os.fork() == 0:
+        os.closerange(3, server.fileno())  # the pipes, whose end tells that the other process has died
+        os.closerange(server.fileno() + 1, 1 << 10)
+        server.serve_forever()
+    server.server_close()
+    return f"http://127.0.0.1:{server.server_port}/film"
 
-    def try_one(draw: random.Random) -> str:
-        name = draw.choice([*sound])
-        served.update(data=mutate_film(sound[name], draw), length=draw.random() < 0.8)
-        address = f"http://127.0.0.1:{server.server_port}/film"
-        clips = []
-        try:
-            with closing(stream_clips(address, budget=budget, reconnect_seconds=0.2)) as source:
-                for clip in source:
-                    clips.append(clip)
-                    assert len(clips) <= 600, "more clips than the film has room for"
-        except InputError as error:
-            assert "\n" not in str(error) and len(str(error)) < 2000, f"not one short line: {error!s:.500}"
-            return "refused"
-        return "no clip" if not clips else "clips"
+
+def streams(folder: Path) -> Try:
+    """Tries mutated films over HTTP on the loopback, from servers that say how long they are, do not, or lie, through
+    the live command, and replays its record."""
+    from make_model import tiny_checkpoint
+    from qwen_vl_streaming import replay
+    from qwen_vl_streaming.live import cli
+    from qwen_vl_streaming.sessions.record import read_record
+    from qwen_vl_streaming.video.clip_recorder import read_clips
+    from qwen_vl_streaming.video.frames import PixelBudget, index_video, read_video
+
+    case, model, sound = folder / "case", folder / "model", sound_films()
+    address = serve_forever(case)
+    tiny_checkpoint(model)
+    film, record, kept = case / "sent", case / "record", case / "kept"
+    size = ["--min-pixels-per-frame", 28 * 28, "--max-pixels-per-frame", 28 * 28 * 12]
+    budget = PixelBudget(28 * 28, 28 * 28 * 12)
+    own = ["--model", model, "--record", record, "--keep", kept, "--reconnect-seconds", 0.2, *size]
+    again = [record, "--model", model, "--clips", kept]
+    times = {}
+    for name, data in sound.items():
+        film.write_bytes(data)
+        times[name] = index_video(film).times
+    # A sound one here: what is imported only when it is wanted is there from now on.
+    for program, flags in ((cli.main, ["--source", film, "--max-new-tokens", 4, *own]), (replay.main, again)):
+        with patch("sys.argv", ["program", *map(str, flags)]):
+            if answer_of(program) != "status 0":
+                raise AssertionError(f"{program.__module__} refuses a sound film")
+
+    def try_one(draw: random.Random) -> Iterable[str]:
+        shutil.rmtree(case)
+        case.mkdir()
+        name, variant = draw.choice([*sound]), draw.choice([*VARIANTS])
+        film.write_bytes(sound[name] if draw.random() < 0.05 else mutate_film(sound[name], draw))
+        how = {"length": draw.random() < 0.8, "ranges": draw.random() < 0.6, "more": draw.choice([0, 0, 0, 0, 1, 4096])}
+        (case / "how").write_text(json.dumps(how))
+        flags = ["--variant", variant, "--force", "--max-new-tokens", draw.choice([1, 8, 24])]
+        flags += draw.choice([[], [], ["--max-clips", 3], ["--window", 2, 5], ["--behind", "skip"], ["--fps", 4]])
+        flags += draw.choice([[], ["--way", "serial"], ["--schedule", "greedy"]])
+        fps = 4 if "--fps" in flags else 2
+        ended = run_forked(cli.main, ["--source", address, *own, *flags], case, SECONDS_OF_LIVE)
+        check_output(ended, record)
+        left = {path.name for path in case.iterdir()} - {"sent", "how"}
+        assert left in (set(), {"record"}, {"record", "kept"}), f"left behind: {left}"
+        told = [f"status {ended.status}", "a record" if left else "no record"]
+        if "kept" not in left:
+            return told
+        written, frames = read_record(record), read_clips(kept).numpy()
+        fed, figures = written.about["clips"], written.about["figures"]
+        assert (np.diff(fed) > 0).all() and 2 * len(fed) == len(frames) and fed[-1] < figures["source_clips"], fed
+        assert figures["source_clips"] <= MOST_CLIPS, "more clips than the film has room for"
+        replayed = run_forked(replay.main, again, case, SECONDS_OF_LIVE)
+        assert replayed.status == 0, f"status {replayed.status} of replay: {replayed.out[-500:]}{replayed.err[-2000:]}"
+        shown = [read_number(frame) for frame in frames]
+        due = [(2 * clip + second) / fps for clip in fed for second in range(2)]
+        told += check_shown(film, shown, due, times[name])
+        if how["length"] and not how["more"] and "--behind" not in flags:
+            with contextlib.suppress(InputError):
+                same = read_video(film, fps=fps, budget=budget, max_clips=MOST_CLIPS).frames.numpy()
+                told.append("as the file" if np.array_equal(frames, same[: len(frames)]) else "other than the file")
+        return told
 
     return try_one
 
 
-def main() -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--films", type=int, default=3_000, help="default: %(default)s")
-    parser.add_argument("--streams", type=int, default=1_000, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--only", type=int, help="try this one input of each kind that is asked for")
-    arguments = parser.parse_args()
-    findings = 0
-    with tempfile.TemporaryDirectory() as name:
-        for what, count in (("films", arguments.films), ("streams", arguments.streams)):
-            if count:
-                prepare = f"fuzz_films:{what}"
-                findings += fuzz(prepare, count, arguments.seed, Path(name) / what, what, arguments.only)
-    sys.exit(1 if findings else 0)
+def check_output(ended: Ended, record: Path) -> None:
+    """Raise AssertionError where the live command ended otherwise than it promises."""
+    lines = ended.err.splitlines()
+    assert "Traceback" not in ended.err + ended.out, ended.err[-3000:]
+    assert ended.status in (0, 2), f"status {ended.status}: {ended.err[-2000:]}"
+    assert all(len(line) < 2000 for line in lines), f"not short lines: {ended.err:.500}"
+    errors = [number for number, line in enumerate(lines, 1) if line.startswith("error: ")]
+    assert errors == ([max(len(lines), 1)] if ended.status else []), f"status {ended.status}: {ended.err[-2000:]}"
+    assert (str(record) in ended.out) == record.exists(), f"{record.exists()} record: {ended.out[-500:]}"
+    seconds = [float(found) for found in re.findall(r"^ *([\d.e+]+) s  ", ended.out, re.MULTILINE)]
+    assert seconds == sorted(set(seconds)), f"words at {seconds}"
+    assert ended.status or (record.exists() and "missed deadlines" in ended.out), ended.out[-500:]
+
+
+def check_shown(film: Path, shown: list[int | None], due: list[float], times: np.ndarray) -> Iterator[str]:
+    """What came of the frames that show the numbers `shown` and were `due` then, in seconds. Raises AssertionError
+    where a film's frames still have their `times`, and some are shown before them or long after its end."""
+    from qwen_vl_streaming.video.frames import index_video
+
+    try:
+        index = index_video(film)
+    except InputError:
+        return
+    if len(index.times) != len(times) or not np.allclose(index.times, times):
+        return
+    yield "times checked"
+    assert due[-1] < SECONDS + SECONDS_AGAIN, f"frames at {due[-1]} s of a film of {SECONDS} s"
+    if early := [(n, t) for n, t in zip(shown, due, strict=True) if n is not None and n / FPS > t + 0.1]:
+        decoded = decoded_numbers(film)
+        for n, t in early:
+            assert any(n == number and time < t + 0.1 for time, number in decoded), f"frame {n} is shown at {t} s"
+        yield "begins with a later frame, or a damaged picture is decoded as another"
+
+
+def decoded_numbers(film: Path) -> list[tuple[float, int | None]]:
+    """The time of each sound frame that FFmpeg decodes, in seconds from the first one, and the number that it shows."""
+    import av
+
+    found = []
+    with av.open(str(film), metadata_errors="replace") as container:
+        for packet in container.demux(video=0):
+            with contextlib.suppress(av.FFmpegError):
+                found += [frame for frame in packet.decode() if not (frame.is_corrupt or frame.time is None)]
+    pictures = [frame.to_ndarray(format="rgb24").transpose(2, 0, 1) for frame in found]
+    first = min((frame.time for frame in found), default=0)
+    return [(frame.time - first, read_number(picture)) for frame, picture in zip(found, pictures, strict=True)]
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(__doc__, "fuzz_films", {"films": 3_000, "streams": 1_000}))

@@ -1,4 +1,4 @@
-"""Feeds mutated result files to cli.py, verify.py and `eval.sh --score-only`, and mutated checkpoint folders to
+"""Feeds mutated result files to report.py, verify.py and `eval.sh --score-only`, and mutated checkpoint folders to
 everything that loads one, and looks for anything but an answer or one plain line.
 
     python code/benchmarks/fuzz_programs.py             # 1,000 result files and 500 checkpoints, some minutes on a core
@@ -8,20 +8,17 @@ not a plain line, no answer within a minute, a process that dies, as of memory, 
 anything written, removed or started outside the process's folder. Every input follows from --seed and its number.
 """
 
-import argparse
 import contextlib
 import json
 import pickle
 import random
 import shutil
-import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
-from fuzzing import Try, answer_of, fuzz, mutate_bytes, mutate_tree
-from qwen_vl_streaming.common.errors import OneLineParser, run
+from fuzzing import Try, answer_of, main, mutate_bytes, mutate_tree
+from qwen_vl_streaming.common.errors import run
 
 REAL_SCORES = 0.03
 """Share of the inputs that are scored by the real metrics, which start Java; the others by a stand-in."""
@@ -49,9 +46,9 @@ def tiny_world(folder: Path) -> tuple[Path, Path]:
     return model, data
 
 
-def call(main, *arguments: object) -> str:
+def call(program, *arguments: object) -> str:
     with patch("sys.argv", ["program", *map(str, arguments)]):
-        return answer_of(main)
+        return answer_of(program)
 
 
 def results(folder: Path) -> Try:
@@ -63,7 +60,7 @@ def results(folder: Path) -> Try:
 
     model, data = tiny_world(folder)
     out = folder / "world/output"
-    flags = ["--model", model, "--device", "cpu", "--processes", "1", "--workers", "0"]
+    flags = ["--model", model, "--device", "cpu", "--workers", "0"]
     call(evaluation.main, "--variant", "group", "--data", data, "--output-dir", out, *flags)
     names = ("infer.json", "infer.args.json", "scores.json")
     sound = {name: (out / f"group_{name}").read_bytes() for name in names} | {"rows.jsonl": data.read_bytes()}
@@ -264,22 +261,6 @@ def add_code(case: Path, draw: random.Random, mark: Path) -> None:
         path.write_text(json.dumps(found))
 
 
-def main() -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=int, default=1_000, help="default: %(default)s")
-    parser.add_argument("--checkpoints", type=int, default=500, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--only", type=int, help="try this one input of each kind that is asked for")
-    arguments = parser.parse_args()
-    findings = 0
-    with tempfile.TemporaryDirectory() as name:
-        for what, count in (("results", arguments.results), ("checkpoints", arguments.checkpoints)):
-            if count:
-                prepare = f"fuzz_programs:{what}"
-                findings += fuzz(prepare, count, arguments.seed, Path(name) / what, what, arguments.only)
-    sys.exit(1 if findings else 0)
-
-
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        run(main)
+        run(lambda: main(__doc__, "fuzz_programs", {"results": 1_000, "checkpoints": 500}))

@@ -1,12 +1,15 @@
-"""What the fuzzers share: mutations, and a watched process that tries one input after the other.
+"""What the fuzzers share: their command line, mutations, and a watched process that tries one input after the other.
 
 The process has its own home and temporary folder, no network, and bounds on memory and on the size of files. While it
 tries an input, it notes what is opened for writing, removed or started outside its folder. Knows nothing about what is
 tried.
 """
 
+import argparse
 import contextlib
+import ctypes
 import faulthandler
+import gc
 import importlib
 import io
 import json
@@ -15,20 +18,24 @@ import random
 import resource
 import select
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.progress import Progress
 
 CODE = Path(__file__).resolve().parents[1]
 SECONDS_PER_INPUT = 60  # the metrics alone take 20 on a busy machine
 SECONDS_TO_START = 300
+MEMORY_MIB = 1024  # by which a process may grow
 ADDRESS_SPACE, FILE_SIZE = 6 << 30, 1 << 28  # bytes that a process may take more than at its start, and write
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.link": 2, "os.symlink": 2, "os.chmod": 1}
@@ -36,8 +43,10 @@ CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.lin
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "socket.connect")
 STARTED = ([sys.executable, "-m", "metrics.scoring"], [shutil.which("java"), "-version"])
 """What may be started: the metrics, which run in a process of their own, and Java to say its version."""
-Try = Callable[[random.Random], str]
-"""Tries one input, and returns what came of it in a few words; an exception is a finding."""
+FORKS = "qwen_vl_streaming.common.bounded"
+"""What may fork: it renders chat templates."""
+Try = Callable[[random.Random], str | Iterable[str]]
+"""Tries one input, and returns what came of it in a few words, or in several to count; an exception is a finding."""
 
 JUNK = [b"\0", b"\xff", b'"', b"{", b"}", b"\\ud800", b"\\u0000", b"[" * 3000, b"\xef\xbb\xbf", b"\n", b"," * 9]
 VALUES = [
@@ -133,23 +142,55 @@ def answer_of(program: Callable[[], object]) -> str:
     return "accepted"
 
 
-def fuzz(prepare: str, count: int, seed: int, folder: Path, what: str, only: int | None = None) -> int:
+def main(description: str, program: str, counts: dict[str, int], folder: str | None = None, **bounds: int) -> None:
+    """The command line of a fuzzer: `counts` are how many inputs of each kind it tries by default, and the module
+    `program` has a function of each kind's name, which returns a Try for a folder of its own. That is made in `folder`.
+    `bounds` are those of `fuzz`. Ends with status 1 where there are findings."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for what, count in counts.items():
+        parser.add_argument(f"--{what}", type=int, default=count, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--only", type=int, help="try this one input of each kind that is asked for")
+    arguments = parser.parse_args()
+    findings = 0
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        for what in counts:
+            if count := getattr(arguments, what):
+                prepare = f"{program}:{what}"
+                findings += fuzz(prepare, count, arguments.seed, Path(name) / what, arguments.only, **bounds)
+    sys.exit(1 if findings else 0)
+
+
+def fuzz(
+    prepare: str,
+    count: int,
+    seed: int,
+    folder: Path,
+    only: int | None = None,
+    *,
+    seconds: int = SECONDS_PER_INPUT,
+    memory_mib: int = MEMORY_MIB,
+) -> int:
     """Try `count` inputs, or `only` that one, by what the function named `prepare`, as module:function, returns for a
-    folder of its own. Prints what came of them and returns the number of findings."""
+    folder of its own. An input may take `seconds`, and the process may grow by `memory_mib`. Prints what came of them
+    and returns the number of findings."""
+    what = prepare.partition(":")[2]
     outcomes: Counter[str] = Counter()
     findings, worker, peak = 0, None, 0
     numbers = range(count) if only is None else [only]
     for number in Progress(numbers, desc=what, unit="input"):
         if worker is None:
-            worker = Worker(prepare, seed, folder / "work")
+            worker = Worker(prepare, seed, folder / "work", seconds)
         found = worker.ask(number)
         if found is None:
             told = worker.stop()
             worker = None
         else:
             told = found["finding"]
-            outcomes[found["outcome"]] += 1
+            outcomes.update(found["outcomes"])
             peak = max(peak, found["grown"])
+            if found["grown"] > memory_mib << 20:
+                told += f"memory grew by {found['grown'] >> 20} MiB"
         if told:
             findings += 1
             print(f"{what} {number} of seed {seed}: {told}", flush=True)
@@ -164,7 +205,8 @@ def fuzz(prepare: str, count: int, seed: int, folder: Path, what: str, only: int
 class Worker:
     """A process that tries the inputs that it is asked to."""
 
-    def __init__(self, prepare: str, seed: int, folder: Path):
+    def __init__(self, prepare: str, seed: int, folder: Path, seconds: int):
+        self.seconds = seconds
         for name in ("tmp", "home", "case"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         paths = [str(CODE / name) for name in ("benchmarks", "evaluation", "demo", "qwen-vl-finetune")]
@@ -173,6 +215,7 @@ class Worker:
             **{
                 "HF_HUB_OFFLINE": "1",
                 "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
                 "CUDA_VISIBLE_DEVICES": "",
                 "PYTHONDONTWRITEBYTECODE": "1",
             },
@@ -183,11 +226,14 @@ class Worker:
         self.requests, theirs = os.pipe()[::-1], None
         self.answers = os.pipe()
         theirs = (self.requests[1], self.answers[1])
-        command = [sys.executable, __file__, prepare, str(seed), str(folder), *map(str, theirs)]
+        start = "import sys, fuzzing; fuzzing.serve(*sys.argv[1:])"
+        command = [sys.executable, "-c", start, prepare, *map(str, (seed, folder, seconds, *theirs))]
         self.log = folder / "log"
         with open(folder / "yes") as yes, open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                command, env=environment, stdin=yes, stdout=log, stderr=log, pass_fds=theirs, cwd=folder
+                *(command,),
+                **{"env": environment, "stdin": yes, "stdout": log, "stderr": log, "pass_fds": theirs, "cwd": folder},
+                start_new_session=True,
             )
         for end in theirs:
             os.close(end)
@@ -198,7 +244,7 @@ class Worker:
         """What came of the input of that number; None where the process has died or takes too long."""
         with contextlib.suppress(BrokenPipeError):
             os.write(self.requests[0], f"{number}\n".encode())
-        return self.hear(SECONDS_PER_INPUT)
+        return self.hear(self.seconds)
 
     def hear(self, seconds: float) -> dict | None:
         text = b""
@@ -215,12 +261,17 @@ class Worker:
         try:
             told = f"the process has died with status {self.process.wait(1)}"
         except subprocess.TimeoutExpired:
-            told = f"no answer in {SECONDS_PER_INPUT} s"
-        self.process.kill()
+            told = f"no answer in {self.seconds} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # and what it has started
         self.process.wait()
         for end in (self.requests[0], self.answers[0]):
             os.close(end)
         return f"{told}\n{self.log.read_text(errors='replace')[-2000:]}"
+
+
+def _known(command: list) -> bool:
+    return any(command[: len(known)] == known for known in STARTED)
 
 
 class Watch:
@@ -228,6 +279,7 @@ class Watch:
 
     def __init__(self, folder: Path):
         self.folder, self.on, self.seen = str(folder), False, []
+        self.grown = 0  # of what was forked, in bytes
         sys.addaudithook(self.hear)
 
     def hear(self, event: str, arguments: tuple) -> None:
@@ -240,7 +292,8 @@ class Watch:
             for path in arguments[: CHANGES[event]]:
                 self.check(event, path)
         elif event in STARTS and not (
-            event == "subprocess.Popen" and any(list(arguments[1])[: len(known)] == known for known in STARTED)
+            (event == "subprocess.Popen" and _known(list(arguments[1])))
+            or (event == "os.fork" and sys._getframe(1).f_globals.get("__name__") == FORKS)
         ):
             self.seen.append(f"{event} {arguments!r:.200}")
 
@@ -251,24 +304,100 @@ class Watch:
                 self.seen.append(f"{event} {place:.200}")
 
 
-def serve(prepare: str, seed: str, folder: Path, requests: int, answers: int) -> None:
+watch: Watch | None = None
+"""Of this process, where it is a Worker's."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_forked(program: Callable[[], None], arguments: Iterable[object], folder: Path, seconds: int) -> Ended:
+    """Run a program's main with `arguments` as its command line, as a process forked from this one, to the end of its
+    interpreter: as if it had been started, but for the time that its imports take. Its output goes through files in
+    `folder`. Raises AssertionError where it takes more than `seconds`, is killed, or does anything outside."""
+    files, seen = [folder / "out", folder / "err"], folder / "seen"
+    watch.on = False
+    # Of threads, as of a decoder that is left over, only this one is there in the child, which would wait for others.
+    faulthandler.cancel_dump_traceback_later()
+    gc.collect()
+    if (child := os.fork()) == 0:
+        _become(program, [program.__module__, *map(str, arguments)], files, seen)
+    watch.on = True
+    end = os.pidfd_open(child)
+    late = not select.select([end], [], [], seconds)[0]
+    if late:
+        os.kill(child, signal.SIGABRT)  # which has it say where it is
+        if not select.select([end], [], [], 5)[0]:
+            os.kill(child, signal.SIGKILL)
+    os.close(end)
+    _, code, usage = os.wait4(child, 0)
+    out, err = (file.read_text(errors="replace") for file in files)
+    status = os.waitstatus_to_exitcode(code)
+    assert not late, f"not over in {seconds} s: {err[:2000]}"
+    assert status >= 0, f"killed by signal {-status}: {err[-2000:]}"
+    told = json.loads(seen.read_text())
+    watch.seen += told["seen"]
+    watch.grown = max(watch.grown, usage.ru_maxrss * 1024 - told["rss"])
+    for file in (*files, seen):
+        file.unlink()
+    return Ended(status, out, err)
+
+
+def pages(column: int) -> int:
+    """That this process takes: of its address space, column 0, or of memory, column 1."""
+    return int(Path("/proc/self/statm").read_text().split()[column])
+
+
+def _become(program: Callable[[], None], command: list[str], files: Iterable[Path], seen: Path) -> None:
+    """See `run_forked`. Does not return."""
+    rss = pages(1) * resource.getpagesize()
+    for number, file in enumerate(files, 1):
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
+    faulthandler.enable(2)
+    sys.argv, status = command, 1
+    watch.on, watch.seen = True, []
+    try:
+        run(program)
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:  # as the interpreter does
+        traceback.print_exc()
+    watch.on = False
+    seen.write_text(json.dumps({"seen": watch.seen, "rss": rss}))
+    ctypes.pythonapi.Py_Exit(status)  # os._exit would leave out what happens to threads and objects at the end
+
+
+def serve(prepare: str, seed: str, place: str, seconds: str, requests: str, answers: str) -> None:
     """The process of a Worker."""
+    global watch
+    folder, told_to = Path(place), int(answers)
     module, _, name = prepare.partition(":")
     faulthandler.enable(sys.__stderr__)
     try_one: Try = getattr(importlib.import_module(module), name)(folder)
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (pages + ADDRESS_SPACE,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (pages(0) * resource.getpagesize() + ADDRESS_SPACE,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE,) * 2)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     watch = Watch(folder)
-    os.write(answers, b"{}\n")
-    for line in open(requests, encoding="ascii"):  # noqa: SIM115 - until this process ends
-        number, outcome, finding = int(line), "finding", ""
+    gc.collect()
+    gc.freeze()  # what is there by now stays: a process forked from this one ends faster
+    os.write(told_to, b"{}\n")
+    for line in open(int(requests), encoding="ascii"):  # noqa: SIM115 - until this process ends
+        number, outcomes, finding = int(line), "finding", ""
         watch.on, watch.seen = True, []
-        faulthandler.dump_traceback_later(0.9 * SECONDS_PER_INPUT, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(0.9 * float(seconds), file=sys.__stderr__)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                outcome = try_one(random.Random(f"{seed}:{number}"))
+                outcomes = try_one(random.Random(f"{seed}:{number}"))
         except BaseException:  # whatever it is, it is what this program looks for
             finding = traceback.format_exc(limit=-4)[-3000:]
         watch.on = False
@@ -279,10 +408,7 @@ def serve(prepare: str, seed: str, folder: Path, requests: int, answers: int) ->
             finding += f"executed: {marks[:3]}"
             for path in folder.glob("marks/*"):
                 path.unlink()
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024
-        told = {"outcome": outcome, "finding": finding, "grown": grown}
-        os.write(answers, json.dumps(told).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+        grown = max(watch.grown, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024)
+        outcomes = [outcomes] if isinstance(outcomes, str) else list(outcomes)
+        told = {"outcomes": outcomes, "finding": finding, "grown": grown}
+        os.write(told_to, json.dumps(told).encode() + b"\n")

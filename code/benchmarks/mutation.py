@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "code/qwen-vl-utils/src/qwen_vl_streaming"
-MUTATED = [*(PACKAGE / f"{name}.py" for name in ("timeline", "positions", "attention", "plan"))]
+MUTATED = [*(PACKAGE / "timeline" / f"{name}.py" for name in ("timeline", "positions", "attention", "plan"))]
 MUTATED.append(ROOT / "code/evaluation/schedules.py")
 TESTS = ["test_timeline.py", "test_positions.py", "test_attention.py", "test_plan.py", "test_schedules.py"]
 HELPERS = ["tiny.py", "released_positions.py", "released_positions.json"]
@@ -27,7 +27,7 @@ LEAST = 0.95
 SAME = {
     "key = torch.arange(visual.shape[1], device=None)": "on a CPU; tests/test_gpu.py runs it on a GPU",
     "key = torch.arange(visual.shape[1], )": "likewise",
-    "return rule(b, None, q, kv) & (sample[b, q] == sample[b, kv])": "all heads share one mask",
+    "return mask_mod(b, None, q, kv) & (sample[b, q] == sample[b, kv])": "all heads share one mask",
     "full = torch.full((4, count), 0)": "three rows are used",
     "full = torch.full((3, count), 1)": "each is filled",
     "if min(self.quotas, default=1) < 0:": "neither default is below 0",

@@ -100,7 +100,7 @@ def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Pa
     }
     if chosen.configuration == "none":
         environment["PYTHONPATH"] = os.pathsep.join([str(FINETUNE), os.environ.get("PYTHONPATH", "")])
-        launcher = [sys.executable, "-m", "qwenvl.launch", "--standalone", "--nproc_per_node", processes]
+        launcher = [sys.executable, "-m", "qwen_vl_streaming.launch", "--standalone", "--nproc_per_node", processes]
         files = ["--model_name_or_path", str(checkpoint), "--train_data", str(data)]
         command = [*launcher, "-m", "qwenvl.rank", *files, *(["--use_cpu", "True"] if cpu else [])]
     else:

@@ -1,347 +1,220 @@
-"""Let a checkpoint watch videos and speak, in batches, on one GPU or many, and score what it said. Launched by eval.sh.
+"""Caption videos with a checkpoint, in batches, on one GPU or many, and score the captions. Started by eval.sh.
 
-A run that was killed goes on where it was when the same command is given again, with any number of processes. In a row,
-`seconds` is the wall time of its process since the row before it: over the rows of a process it adds up to the time
-that the process took, so that the rows over the sum of their seconds are videos per second of one process.
+A run that was killed resumes when the same command is given again, with any number of processes. The `seconds` of a row
+are the time since the previous row of the same process; the number of rows divided by the sum of their `seconds` is the
+throughput of one process in videos per second.
 """
 
-import contextlib
 import json
 import logging
-import math
 import os
 import secrets
 import signal
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
-from crew import GPU, HOST, Crew, LostRun, Place
+from captioning import Plan, caption_videos
 from identity import NOT_COMPARED, describe_model, keep_arguments
 from metrics.scorecard import prepare_scoring, score_rows
-from qwen_vl_streaming.common.data_rows import read_data_rows
-from qwen_vl_streaming.common.ending import explain, leave, run_to_end, say
+from planning import describe, make_plan, select
+from processes import check_gpus
+from qwen_vl_streaming.common.ending import leave
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
-from qwen_vl_streaming.common.paths import check_videos, find_data, find_folder, find_model, find_path, make_data
+from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
-from qwen_vl_streaming.common.versions import versions
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.model.checkpoint import of_checkpoint, of_file
-from qwen_vl_streaming.model.hub import model_folder
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
-from qwen_vl_streaming.model.trained import check_trained
-from qwen_vl_streaming.timeline.positions import RULE
-from qwen_vl_streaming.timeline.variants import get_variant
-from qwen_vl_streaming.video.frames import SIDE_FACTOR, PixelBudget, choose_reader
+from qwen_vl_streaming.launch.failing import run_rank
+from qwen_vl_streaming.launch.signals import LAUNCHER, RESUMES
+from ranks import Rank, VideoQueue
 from results import (
     CAPTION_FIELDS,
     SKIPPED,
-    bring_together,
     check_row,
-    count_left_out,
+    count_skipped,
+    exclusive_writer,
     load_all,
     load_finished,
     load_skipped,
-    only_writer,
-    shared_mark,
+    merge_parts,
+    shared_marker,
     sibling,
-    write_whole,
 )
-from schedules import choose_schedules
 from settings import ROOT, Settings, parse
-from tasks import Task, check_captions, get_task, read_row
+from tasks import check_captions, get_task
 from tqdm.contrib.logging import logging_redirect_tqdm
-from watching import Work, watch
 
 logger = logging.getLogger(__name__)
 
-GO_ON = "the same command goes on from what is finished"
+GPU = "lower --batch-size, --memory or --max-pixels-per-video"
+HOST = "lower --workers or --batch-size, or provide more memory"
+"""What to do where memory runs out."""
 SHOWN = 10
-"""Videos that were left out and whose reasons are told; the file has all."""
+"""Skipped videos whose reasons are logged; the file has all of them."""
 
 
-def read_data(path: Path, limit: int | None, task: Task) -> list[dict]:
-    """Rows of `task` to evaluate. Raises InputError, naming the line, for a bad one, one of another task, a wordless
-    caption or a repeated id."""
-    rows: list[dict] = []
-    for number, data in read_data_rows(path):
-        try:
-            rows.append({**read_row(data, task), "duration": read_duration(data)})
-        except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
-    if not rows:
-        raise InputError(f"{path} has no rows: {make_data(path) or 'give a file with rows'}")
-    return rows[:limit]
-
-
-def read_duration(data: dict) -> float:
-    """Seconds that a row claims, 0 where it claims none. Raises InputError where they are none."""
-    claimed = data.get("video_duration_in_s") or 0
-    try:
-        seconds = math.nan if isinstance(claimed, bool) else float(claimed)
-    except (ValueError, TypeError, OverflowError):
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise InputError(f"video_duration_in_s is {str(claimed)[:40]!r}: give seconds, or delete this line")
-    return seconds
-
-
-def make_work(settings: Settings, processes: int, gpus: int) -> tuple[Work, dict]:
-    """What each of `processes` on this machine is to do, with all rows of the data, and what decides the captions: the
-    facts that go beside them.
-
-    All that is cheap to see is checked here, before a model loads: raises InputError.
-    """
-    variant, task = get_variant(settings.variant), get_task(settings.task)
-    data = find_data(settings.data, ROOT, "the evaluation data").absolute()
-    rows = read_data(data, settings.limit, task)
-    video_root = find_folder(settings.video_root, ROOT, "the video root")
-    check_videos((row["video_path"] for row in rows), ROOT, video_root)
-    model = find_checkpoint(settings)
-    config = load_config(model)
-    if not settings.force:
-        check_trained(config, model, variant, "--force to evaluate it all the same")
-    ids, budget = [row["video_id"] for row in rows], PixelBudget.trained(config, settings)
-    wait_k = getattr(config, "wait_k", 3)
-    schedules = choose_schedules(settings.schedule, variant, wait_k, settings.seed, ids, ROOT)
-    device = settings.device or ("cuda" if gpus else "cpu")
-    dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
-    work = Work(
-        rows=rows,
-        out=settings.output_dir / (settings.output_file or f"{variant.name}_infer.json"),
-        model=str(model_folder(model)),  # so that no process asks the hub again
-        device=device,
-        dtype=dtype,
-        root=ROOT,
-        video_root=video_root,
-        variant=variant,
-        schedules=schedules,
-        budget=budget,
-        reader=choose_reader(os.environ),
-        max_clips=config.text_config.max_position_embeddings // math.ceil(budget.min_pixels_per_frame / SIDE_FACTOR**2),
-        batch_size=settings.batch_size,
-        memory=settings.memory and int(settings.memory * 2**30),
-        penalty=settings.repetition_penalty,
-        max_new_tokens=settings.max_new_tokens,
-        loaders=count_loaders(processes, device) if settings.workers is None else settings.workers,
-        threads=None if processes == 1 or "OMP_NUM_THREADS" in os.environ else max(1, os.cpu_count() // processes),
-    )
-    facts = {
-        "variant": variant.name,
-        "position_rule": RULE if variant.after_video else None,
-        "data": str(data),
-        "data_sha256": of_file(data),
-        "model": model,
-        "model_sha256": of_checkpoint(model),
-        "video_root": str(video_root.absolute()) if video_root else "",
-        **settings.identity(budget),
-        "schedule": schedules.name,
-        **({"schedule_sha256": schedules.sha256} if schedules.sha256 else {}),
-        "dtype": dtype,
-        "versions": versions(),
-    }
-    return work, facts
-
-
-def find_checkpoint(settings: Settings) -> str:
-    """The checkpoint's folder or hub id. Raises InputError, with how it is trained, where it is the default and not
-    there."""
-    if Path(settings.model) == settings.trained and not settings.trained.exists():
-        task = get_task(settings.task)
-        train = f"QWEN2_5_VL_VARIANT={settings.variant} bash scripts/sft.sh"
-        if task.subtasks:
-            flag = f"--output_dir output/{settings.trained.name}"
-            train = f"QWEN2_5_VL_TRAIN_DATA=dataset/{task.trained}_train.jsonl {train} {flag}"
-        raise InputError(
-            f"{settings.trained}, the default checkpoint of --task {task.name}, is not there: train it with "
-            f"`{train}` in code/qwen-vl-finetune, or name another with QWEN2_5_VL_EVAL_MODEL_PATH or --model"
-        )
-    return find_model(settings.model, ROOT)
-
-
-def take(work: Work, video_ids: Iterable[str], everyone: int) -> Work:
-    """`work` for those videos, the longest first: they need the most memory. Where there are few, none of the
-    processes, `everyone` of them, seats more than its share."""
-    rows = {row["video_id"]: row for row in work.rows}
-    left = sorted((rows[video_id] for video_id in video_ids), key=lambda row: row["duration"], reverse=True)
-    return replace(work, rows=left, batch_size=max(1, min(work.batch_size, math.ceil(len(left) / everyone))))
-
-
-def lead(settings: Settings, processes: int, gpus: int, crew: Crew | None, line: str) -> None:
-    """Machine 0: see what is left, have it captioned, bring the rows together and score them. `line` is what to say of
-    the device, if anything."""
+def lead(settings: Settings, rank: Rank, device: str, queue: VideoQueue, note: str) -> None:
+    """Rank 0: find the videos without a caption, caption them together with the other ranks, merge the rows and score
+    them. `note` is logged if anything is left to do."""
     scoring = prepare_scoring(settings)
-    work, facts = make_work(settings, processes, gpus)
-    out, ids = work.out, [row["video_id"] for row in work.rows]
-    with only_writer(out):
-        finished = begin(work, facts)
-        logger.info("%s: checkpoint %s", work.variant.name, describe_model(work.model))
-        logger.info("data %s, %d videos", facts["data"], len(ids))
+    plan = make_plan(settings, rank, device)
+    facts = describe(settings, plan)
+    out, ids = plan.out, [row["video_id"] for row in plan.rows]
+    with exclusive_writer(out):
+        finished = resume(plan, facts)
+        logger.info("%s: checkpoint %s", plan.variant.name, describe_model(plan.model))
+        logger.info("data %s, %d videos", plan.data, len(ids))
         left = [video_id for video_id in ids if video_id not in finished]
         if finished:
-            logger.info("%d of %d videos were captioned before: going on", len(finished), len(ids))
-        if left and line:
-            logger.info(line)
+            logger.info("resuming: %d of %d videos already have a caption", len(finished), len(ids))
+        if left and note:
+            logger.info(note)
         token = secrets.token_hex(8)
-        if crew and settings.nodes > 1:
-            write_whole(shared_mark(out, token), b"")
-            crew.announce({"facts": facts, "left": left, "token": token})
-        lost = caption_left(take(work, left, processes * settings.nodes), crew, len(ids))
+        if rank.several_nodes:
+            write_atomic(shared_marker(out, token), b"")
+        queue.publish({"facts": facts, "left": left, "token": token})
+        caption_left(select(plan, left, rank.world_size), rank, queue, len(ids))
         skipped = load_skipped(out)
-        left_out = [skipped[video_id] for video_id in ids if video_id in skipped]
-        write_whole(sibling(out, SKIPPED), "".join(json.dumps(row) + "\n" for row in left_out).encode())
+        skipped_rows = [skipped[video_id] for video_id in ids if video_id in skipped]
+        write_atomic(sibling(out, SKIPPED), "".join(json.dumps(row) + "\n" for row in skipped_rows).encode())
         rows = load_all(out, ids)
-        bring_together(out, rows)
-    tell_left_out(left_out, sibling(out, SKIPPED))
-    missing = len(ids) - len(rows) - len(left_out)
-    if missing:
-        raise LostRun(f"{'; '.join(lost)}: {missing} of {len(ids)} videos are not captioned")
-    for line in lost:
-        logger.warning("%s, when its videos were finished", line)
+        merge_parts(out, rows)
+    log_skipped(skipped_rows, sibling(out, SKIPPED))
+    if missing := len(ids) - len(rows) - len(skipped_rows):  # a network file system may not show them yet
+        raise InputError(f"{out}: {missing} of {len(ids)} videos have no caption{RESUMES}")
     if rows:
         print(f"captions: {out}")
-    score_rows(rows, out, sibling(out, "scores.json"), len(left_out), scoring)
+    score_rows(rows, out, sibling(out, "scores.json"), len(skipped_rows), scoring)
 
 
-def begin(work: Work, facts: dict) -> set[str]:
-    """Bring together what earlier runs have finished; returns its video ids. Raises InputError where that was made from
-    something else."""
-    out, ids = work.out, [row["video_id"] for row in work.rows]
+def resume(plan: Plan, facts: dict) -> set[str]:
+    """Merge the parts of earlier runs; returns the ids of the videos that have a caption. Raises InputError where those
+    were made with other data, another checkpoint or other settings."""
+    out, ids = plan.out, [row["video_id"] for row in plan.rows]
     before = load_all(out, ids)
     keep_arguments(out, facts, begun=bool(before))
     for row in before:
-        if row["variant"] != work.variant.name:
+        if row["variant"] != plan.variant.name:
             raise InputError(
-                f"{out} has rows of {row['variant']:.80}, not {work.variant.name}: "
-                "give another --output-file, or delete it to start anew"
+                f"{out} has rows of {row['variant']:.80}, not {plan.variant.name}: "
+                "give another --output-file, or delete it to start over"
             )
-        check_row(f"{out}, video {row['video_id']!r}", row, work.variant.name)
-    bring_together(out, before)
+        check_row(f"{out}, video {row['video_id']!r}", row, plan.variant.name)
+    merge_parts(out, before)
     return {row["video_id"] for row in before}
 
 
-def caption_left(work: Work, crew: Crew | None, total: int) -> list[str]:
-    """Caption `work.rows`, the last of `total`, here or by all machines; returns a line for each process lost."""
-    before = total - len(work.rows)
+def caption_left(plan: Plan, rank: Rank, queue: VideoQueue, total: int) -> None:
+    """Rank 0: caption `plan.rows`, the last of `total`, together with the other ranks, under one progress bar."""
+    before = total - len(plan.rows)
     with (
         logging_redirect_tqdm(),
         Progress(
-            desc=f"watching, {work.variant.name}",
+            desc=f"captioning, {plan.variant.name}",
             total=total,
             initial=before,
             unit=" videos",
             smoothing=0,
-            disable=not work.rows,
+            disable=not plan.rows,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
         ) as bar,
     ):
-        if crew:
-            return crew.work(watch, work, count=len(work.rows), moved=lambda done: bar.update(before + done - bar.n))
-        watch(work, Place(), iter(range(len(work.rows))), bar.update)
-        return []
+
+        def show(done: int) -> None:
+            bar.update(before + done - bar.n)
+
+        caption_videos(plan, rank, queue.claims(), lambda: show(queue.finish_one()))
+        queue.wait_for_others(show)
 
 
-def assist(settings: Settings, processes: int, gpus: int, crew: Crew, line: str) -> None:
-    """A machine other than 0: caption what machine 0 says is left."""
-    work, facts = make_work(settings, processes, gpus)
-    plan = crew.plan()
-    for key in facts.keys() - NOT_COMPARED:
-        if f"{key}_sha256" not in facts and plan["facts"].get(key) != facts[key]:
-            raise InputError(f"{key} is {facts[key]!r} here and {plan['facts'].get(key)!r} on machine 0: give both one")
-    wait_for_mark(shared_mark(work.out, plan["token"]))
-    work = take(work, plan["left"], processes * settings.nodes)
-    if line:
-        logger.info(line)
-    if lost := crew.work(watch, work, count=len(work.rows), moved=lambda done: None):
-        raise LostRun("; ".join(lost))
-    logger.info("machine %d has done its part; machine 0 brings the rows together", settings.node_rank)
+def follow(settings: Settings, rank: Rank, device: str, queue: VideoQueue, note: str) -> None:
+    """The other ranks: caption what rank 0 has published."""
+    published = queue.receive()
+    plan = make_plan(settings, rank, device)
+    if rank.node and rank.local_rank == 0:
+        check_same(describe(settings, plan), published["facts"])
+        wait_for_marker(shared_marker(plan.out, published["token"]))
+        if note:
+            logger.info(note)
+    plan = select(plan, published["left"], rank.world_size)
+    caption_videos(plan, rank, queue.claims(), queue.finish_one)
+    queue.leave()
+    if rank.local_rank == 0:
+        logger.info("node %d has finished its part; node 0 merges the rows", rank.node)
 
 
-def wait_for_mark(mark: Path, patience: float = 60) -> None:
-    """Network file systems may take some seconds to show a new file."""
-    end = time.monotonic() + patience
-    while not mark.exists():
+def check_same(mine: dict, published: dict) -> None:
+    """Raise InputError where this node would caption with other data or settings than node 0 has `published`."""
+    for key in mine.keys() - NOT_COMPARED:
+        if f"{key}_sha256" not in mine and published.get(key) != mine[key]:
+            raise InputError(f"{key} is {mine[key]!r} here and {published.get(key)!r} on node 0: they must be equal")
+
+
+def wait_for_marker(path: Path, timeout: float = 60) -> None:
+    """Wait for a file that node 0 has written: a network file system may take some seconds to show it."""
+    end = time.monotonic() + timeout
+    while not path.exists():
         if time.monotonic() > end:
-            raise InputError(f"{mark}, which machine 0 has written, is not here: --output-dir must be shared by all")
+            raise InputError(f"{path}, written by node 0, is missing here: --output-dir must be shared by all nodes")
         time.sleep(0.5)
 
 
-def tell_left_out(skipped: Iterable[dict], where: Path) -> None:
+def log_skipped(skipped: Iterable[dict], where: Path) -> None:
+    """Log the first of the skipped videos, with the reasons."""
     for number, row in enumerate(skipped):
         if number == SHOWN:
             logger.warning("and more: see %s", where)
             break
-        logger.warning("left out %s: %s", row["video_id"], row["reason"])
+        logger.warning("skipped %s: %s", row["video_id"], row["reason"])
 
 
-def count_processes(settings: Settings) -> tuple[int, int, str]:
-    """Processes to start on this machine, GPUs to use there, and a line that tells of the CPU where nobody asked for
-    it. Raises InputError where there are too few of those."""
-    gpus, line = 0, ""
-    if settings.device != "cpu":
-        # Asking starts the CUDA runtime, and a process that has started it cannot be forked into others.
-        with ProcessPoolExecutor(1, get_context("fork")) as apart:
-            devices = apart.submit(look, dict(os.environ)).result()
-        device, line = choose_device(settings.device, devices)
-        gpus = devices.usable if device != "cpu" else 0
-    processes = settings.processes or (1 if ":" in settings.device or not gpus else slurm_gpus() or gpus)
-    if gpus and processes > (1 if ":" in settings.device else gpus):
-        raise InputError(f"{processes} processes for {gpus} GPUs: give each its own, or --device cpu")
-    return processes, gpus, line
+def find_device(settings: Settings, rank: Rank) -> tuple[str, str]:
+    """The device of this node's processes, and a line that says so where it is the CPU and was not asked for. Raises
+    InputError where there are too few GPUs."""
+    if settings.processes not in (0, rank.local_world_size):
+        raise InputError(f"--processes {settings.processes}: eval.py runs as one process, start it with eval.sh")
+    if settings.device == "cpu":
+        return "cpu", ""
+    devices = look(os.environ)
+    device, note = choose_device(settings.device, devices)
+    check_gpus(rank.local_world_size, settings.device, devices.usable if device != "cpu" else 0)
+    return device, note
 
 
-def slurm_gpus() -> int:
-    """GPUs that SLURM gave this job on this machine; 0 where it does not say."""
-    said = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    return int(said) if said.isdecimal() else 0
-
-
-def count_loaders(processes: int, device: str) -> int:
-    """A GPU is faster than a few cores can decode for it; on a CPU they are needed for the model."""
-    return 2 if device == "cpu" else max(2, min(8, len(os.sched_getaffinity(0)) // processes - 1))
-
-
-def stop(number: int, frame: object) -> None:
-    print(f"\nstopped by {signal.Signals(number).name}: {GO_ON}", file=sys.stderr)
-    leave(128 + number)
+def score_file(settings: Settings) -> None:
+    """--score-only: score the captions of a file."""
+    path = find_path(settings.score_only, ROOT, "the result file")
+    rows = list(load_finished(path, CAPTION_FIELDS, whole=True).values())
+    check_captions(path, rows, get_task(settings.task))
+    score_rows(rows, path, sibling(path, "scores.json"), count_skipped(path), prepare_scoring(settings))
 
 
 def main() -> None:
+    rank = Rank.from_environment()
     settings = parse(OneLineParser(prog="eval.sh", description=__doc__))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    quiet_libraries()
+    logging.basicConfig(level=logging.WARNING if rank.local_rank else logging.INFO, format="%(message)s")
+    quiet_libraries(first=rank.local_rank == 0)
     if settings.score_only:
-        path = find_path(settings.score_only, ROOT, "the result file")
-        rows = list(load_finished(path, CAPTION_FIELDS, whole=True).values())
-        check_captions(path, rows, get_task(settings.task))
-        score_rows(rows, path, sibling(path, "scores.json"), count_left_out(path), prepare_scoring(settings))
+        score_file(settings)
         return
-    processes, gpus, line = count_processes(settings)
-    alone = processes == settings.nodes == 1
-    where = (settings.nodes, settings.node_rank, settings.master_addr, settings.master_port)
-    try:
-        with contextlib.nullcontext() if alone else Crew(processes, *where) as crew:  # before all else: see there
-            part = lead if settings.node_rank == 0 else assist
-            part(settings, processes, gpus, crew, line)
-    except LostRun as error:
-        print(f"error: {error}: {GO_ON}", file=sys.stderr)
-        sys.exit(1)
+    device, note = find_device(settings, rank)
+    part = follow if rank.rank else lead
+    part(settings, rank, device, VideoQueue(rank), note)
+
+
+def stop(number: int, frame: object) -> None:
+    if LAUNCHER not in os.environ:  # else the launcher says so
+        print(f"\nstopped by {signal.Signals(number).name}{RESUMES}", file=sys.stderr)
+    leave(128 + number)
 
 
 def program() -> None:
-    """`main`, and the end of the process in one line, whatever happens."""
+    """`main`, which ends the process at once, with one line, whatever happens."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    run_to_end(main, failed)
-
-
-def failed(error: BaseException) -> None:
-    if isinstance(error, Exception):
-        say(error, explain(error, GPU, HOST), f": {GO_ON}")
+    run_rank(main, GPU, HOST)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a result file is made from: data, checkpoint and schedule by their contents, settings by their values.
+"""What a result file is made from: the contents of data, checkpoint and schedule, and the values of the settings.
 
-Knows nothing about rows and how they come to be.
+Knows nothing about rows and how they are made.
 """
 
 import json
@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from results import write_whole
+from qwen_vl_streaming.common.files import write_atomic
 
 ARGUMENTS = {name: str for name in ("model", "data", "schedule", "variant")}
-"""What the arguments beside a result file name at least."""
+"""Fields that the arguments beside a result file always have."""
 NOT_COMPARED = ("versions",)
 
 
@@ -20,30 +20,30 @@ def arguments_path(out: Path) -> Path:
 
 
 def read_arguments(out: Path, fields: Mapping[str, type | tuple[type, ...]] = ARGUMENTS) -> dict:
-    """What lies beside the result file `out` and says how it was made, with at least `fields`. Raises InputError."""
+    """The arguments beside the result file `out`, with at least `fields`. Raises InputError."""
     path = arguments_path(out)
     if not path.exists():
-        raise InputError(f"{path} is missing: it says how {out.name} was made; evaluate again with eval.sh")
+        raise InputError(f"{path}, the arguments of {out.name}, is missing: run eval.sh again")
     found = read_object(path)
     for name, kind in fields.items():
         if not isinstance(found.get(name), kind):
-            raise InputError(f"{path} does not name the {name}: evaluate again with eval.sh")
+            raise InputError(f"{path} has no valid {name!r}: run eval.sh again")
     return found
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object in a file of eval.sh's. Raises InputError."""
+    """The JSON object in a file written by eval.sh. Raises InputError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}): evaluate again with eval.sh") from None
+        raise InputError(f"{path} cannot be read ({error}): run eval.sh again") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__}, not an object: evaluate again with eval.sh")
+        raise InputError(f"{path} holds a {type(found).__name__}, not an object: run eval.sh again")
     return found
 
 
 def describe_model(model: str) -> str:
-    """A checkpoint's name, and for a folder that sft.sh has left what it was trained on, as far as that is known."""
+    """The checkpoint's name and, if sft.sh wrote it, what it was trained on."""
     try:
         made = json.loads((Path(model) / "run.json").read_text(encoding="utf-8"))
         return f"{model}, trained as {made['variant']} on {made['data']['path']}"
@@ -51,26 +51,28 @@ def describe_model(model: str) -> str:
         return model
 
 
-def keep_arguments(out: Path, mine: dict, begun: bool) -> None:
-    """Write beside `out` what it is made from. What has a hash beside it, `<name>_sha256`, is told by that: its path
-    may change. Raises InputError where `out` was `begun`, so has rows, and they were made from something else."""
+def keep_arguments(out: Path, facts: dict, begun: bool) -> None:
+    """Write the `facts` that `out` is made from beside it. If `out` was `begun` and so has rows, raises InputError
+    where they were made from something else. A fact with a hash, `<name>_sha256`, is compared by the hash: its path may
+    change."""
     path = arguments_path(out)
     if begun:
-        refuse_another(out, path, mine)
-    write_whole(path, json.dumps(mine, indent=2).encode() + b"\n")
+        check_unchanged(out, path, facts)
+    write_atomic(path, json.dumps(facts, indent=2).encode() + b"\n")
 
 
-def refuse_another(out: Path, path: Path, mine: dict) -> None:
-    mend = "give another --output-dir, or delete it to start anew"
+def check_unchanged(out: Path, path: Path, facts: dict) -> None:
+    """Raise InputError if the arguments at `path`, those of the result file `out`, differ from `facts`."""
+    fix = "give another --output-dir, or delete it to start over"
     try:
         before = read_object(path)
     except InputError as error:
-        raise InputError(f"{out} has rows, but {path}, which says how it was made, cannot be read: {mend}") from error
-    for key, value in mine.items():
-        if before.get(key) == value or f"{key}_sha256" in mine or key in NOT_COMPARED:
+        raise InputError(f"{out} has rows, but their arguments, {path}, cannot be read: {fix}") from error
+    for key, value in facts.items():
+        if before.get(key) == value or f"{key}_sha256" in facts or key in NOT_COMPARED:
             continue
         what = key.removesuffix("_sha256")
         was = before.get(what)
-        if what != key and was == mine[what]:
-            raise InputError(f"{out} was begun with other contents of the {what} {was!r}: {mend}")
-        raise InputError(f"{out} was begun with {what} {was!r}, not {mine[what]!r}: {mend}")
+        if what != key and was == facts[what]:
+            raise InputError(f"{out} was begun with other contents of the {what} {was!r}: {fix}")
+        raise InputError(f"{out} was begun with {what} {was!r}, not {facts[what]!r}: {fix}")

@@ -1,4 +1,4 @@
-"""See `report/cli.py`, or `--help`."""
+"""Writes a report on result files; see `report/cli.py`, or `--help`."""
 
 from qwen_vl_streaming.common.errors import run
 from report.cli import main

@@ -1,5 +1,5 @@
-"""Every setting of the evaluation, with the paper's values as defaults. Environment variables give the defaults of
-the flags that bear their names. Knows nothing about models and metrics."""
+"""The settings of the evaluation, with the paper's values as defaults. Environment variables set the defaults of some
+flags. Knows nothing about models and metrics."""
 
 import argparse
 import ast
@@ -15,20 +15,18 @@ from qwen_vl_streaming.timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, 
 from qwen_vl_streaming.video.frames import PixelBudget
 from tasks import get_task
 
-MOST_GIB = 100_000
+MAX_GIB = 100_000
 LIMITS = {
     "batch_size": (1, 10**6),
     "max_new_tokens": (1, 10**6),
     "repetition_penalty": (1e-2, 1e2),
     "limit": (1, 10**9),
     "seed": (-(2**63), 2**63 - 1),
-    "nodes": (1, 10**5),
     "processes": (0, 10**4),
     "workers": (0, 10**4),
     "judge_workers": (1, 10**3),
-    "master_port": (1, 65535),
 }
-"""The least and the most of what is a number."""
+"""Smallest and largest value of numeric settings."""
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -45,75 +43,68 @@ class Settings:
     variant: str = "group"
     """One of origin, batch, interleave, overlap, group, gap."""
     model: str = ""
-    """A checkpoint folder or hub id; by default what sft.sh has trained for the variant, in
-    code/qwen-vl-finetune/output: qwen2_5vl-pe-<variant>, and for funqa qwen2_5vl-funqa-<variant>."""
+    """Checkpoint folder or hub id. By default the checkpoint that sft.sh trained for the variant, in
+    code/qwen-vl-finetune/output: qwen2_5vl-pe-<variant>, or qwen2_5vl-funqa-<variant> for funqa."""
     task: str = "description"
-    """description, or funqa: six sub-tasks, each row with its own question."""
+    """description, or funqa, which has six sub-tasks and a question for each row."""
     data: str = ""
-    """A JSONL that mani_data.py has made; by default dataset/test_3_5.jsonl or dataset/funqa_test.jsonl."""
+    """JSONL file written by mani_data.py. By default dataset/test_3_5.jsonl or dataset/funqa_test.jsonl."""
     video_root: str = ""
-    """Folder of the videos: a video_path that is neither there as it is nor under the project's root is looked up under
-    this, then its file name alone."""
+    """Folder of the videos. A video_path that exists neither as given nor under the project's root is looked up in this
+    folder, first the path, then the file name alone."""
     output_dir: Path = ROOT / "code/evaluation/output"
-    """Folder for captions and scores; by default funqa has its own in there."""
+    """Folder for captions and scores. By default funqa uses a subfolder."""
     output_file: str = ""
-    """Name of the file of captions, by default <variant>_infer.json."""
+    """Name of the file of captions. By default <variant>_infer.json."""
     schedule: str = ""
-    """wait-K; random-K, between 1 and 2K-1 tokens a slot; random, around the checkpoint's K; or a file of counts, JSON
-    {video_id: [k_1, ..., k_N]} or JSON Lines such as a result file. By default wait-K with the checkpoint's K."""
+    """How many tokens are written per clip (about a second of video). wait-K: K. random-K: 1 to 2K-1, drawn at random.
+    random: random-K with the checkpoint's K. Or a file of counts: JSON {video_id: [k_1, ..., k_N]}, or JSON Lines such
+    as a result file. By default wait-K with the checkpoint's K."""
     seed: int = 0
-    """For random schedules."""
+    """Random seed of random schedules."""
     batch_size: int = 32
-    """Videos that a process watches at once, at most; fewer where the memory does not hold them. In float32 captions do
-    not depend on it."""
+    """Largest number of videos that a process captions at a time; fewer if they do not fit in memory. In float32 the
+    captions do not depend on it."""
     memory: float | None = None
-    """GiB for the keys and values of a process's videos; by default most of what its GPU has free."""
+    """GiB for the KV cache of a process. By default most of the free memory of its GPU."""
     processes: int = 0
-    """Processes on this machine; 0 means one a GPU, or one where there is none. eval.sh sets it from NPROC_PER_NODE."""
-    nodes: int = 1
-    """Machines of this run, from NNODES. The output folder must lie where all reach it."""
-    node_rank: int = 0
-    """Which of them this is, from NODE_RANK."""
-    master_addr: str = "127.0.0.1"
-    """Address of machine 0, from MASTER_ADDR."""
-    master_port: int = 29500
-    """A free port there, from MASTER_PORT; unused with one machine."""
+    """Processes on this node. 0: NPROC_PER_NODE, or else one per GPU, or 1 without a GPU."""
     max_new_tokens: int = 300
-    """At most this many answer tokens a video."""
+    """Largest number of tokens per caption."""
     repetition_penalty: float = 1.15
-    """1 turns it off."""
+    """Penalty on tokens that occurred before; 1 for none."""
     min_pixels_per_frame: int | None = None
-    """Smallest frame after resizing; by default this and the next two are as the checkpoint was trained."""
+    """Smallest frame after resizing. The defaults of this and the next two are the values used in training."""
     max_pixels_per_frame: int | None = None
     """Largest frame after resizing."""
     max_pixels_per_video: int | None = None
-    """Shared over the sampled frames of a video."""
+    """Pixels of all sampled frames of a video together."""
     budget: str | None = None
-    """Which frames share it: those that the video has (video), or always as many as the longest has (stream), so that
-    nothing depends on what is to come. By default as the checkpoint was trained."""
+    """How --max-pixels-per-video is divided: by the number of frames of the video (video), or by that of the longest
+    supported video (stream), so that frame sizes do not depend on future frames. By default as in training."""
     limit: int | None = None
-    """Only the first videos of the data."""
+    """Evaluate only the first N rows of the data."""
     workers: int | None = None
-    """Processes that decode videos ahead of each one that watches; by default 2, and with a GPU up to 8."""
+    """Processes per rank that decode videos in advance. By default 2, and up to 8 with a GPU."""
     device: str = ""
-    """cuda, cuda:N or cpu; by default cuda where there is one."""
+    """cuda, cuda:N or cpu. By default cuda if a GPU is available."""
     dtype: str = ""
-    """float32, bfloat16 or float16; by default bfloat16 on cuda, float32 on the CPU."""
+    """float32, bfloat16 or float16. By default bfloat16 on cuda and float32 on the CPU."""
     force: bool = False
-    """Evaluate a checkpoint that was trained as another variant or under another position rule."""
+    """Evaluate a checkpoint that was trained as another variant or with another position rule."""
     score_only: str = ""
-    """Only score the captions in this file: JSON Lines with video_id, annotation and result."""
+    """Only score the captions in this file, JSON Lines with video_id, annotation and result."""
     bleurt: str = ""
-    """Score with BLEURT too: a checkpoint for PyTorch, folder or hub id, such as lucadiliello/BLEURT-20."""
+    """Compute BLEURT with this PyTorch checkpoint, a folder or hub id such as lucadiliello/BLEURT-20."""
     judge_url: str = ""
-    """Have an LLM judge fluency: base address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1. Its
-    key, where it wants one, is read from OPENAI_API_KEY."""
+    """Compute Fluency with an LLM judge at this base URL of an OpenAI-compatible endpoint, such as
+    http://localhost:8000/v1. If it needs a key, set OPENAI_API_KEY."""
     judge_model: str = ""
-    """The judge's name at that endpoint."""
+    """Model name of the judge at that endpoint."""
     judge_workers: int = 8
-    """Captions that are judged at once."""
+    """Parallel requests to the judge."""
     judge_options: str = '{"temperature": 0}'
-    """Further fields of each request to the judge, a JSON object."""
+    """Additional fields of each request to the judge, as a JSON object."""
 
     def __post_init__(self):
         for name, (least, most) in LIMITS.items():
@@ -123,16 +114,10 @@ class Settings:
                 )
         if self.output_file and not self.output_file.endswith(".json"):
             raise InputError(
-                f"--output-file {self.output_file}: give a name that ends in .json, after which what lies beside it is "
-                "named"
+                f"--output-file {self.output_file}: give a name that ends in .json; the other files are named after it"
             )
-        if self.memory is not None and not 0 < self.memory <= MOST_GIB:
-            raise InputError(f"--memory {self.memory}: give GiB above 0, at most {MOST_GIB}, or leave it out")
-        if min(self.processes, self.workers or 0) < 0 or not 0 <= self.node_rank < self.nodes:
-            raise InputError(
-                f"--processes {self.processes}, --workers {self.workers}, --nodes {self.nodes}, --node-rank "
-                f"{self.node_rank}: processes and workers are not negative, and ranks run from 0 below --nodes"
-            )
+        if self.memory is not None and not 0 < self.memory <= MAX_GIB:
+            raise InputError(f"--memory {self.memory}: give a value in GiB above 0 and up to {MAX_GIB}")
         if bool(self.judge_url) != bool(self.judge_model):
             raise InputError("--judge-url and --judge-model go together: give both")
         try:
@@ -152,18 +137,18 @@ class Settings:
 
     @property
     def trained(self) -> Path:
-        """Where sft.sh leaves the checkpoint of this task and variant."""
+        """The folder in which sft.sh saves the checkpoint of this task and variant."""
         return ROOT / f"code/qwen-vl-finetune/output/qwen2_5vl-{get_task(self.task).trained}-{self.variant}"
 
     def identity(self, budget: PixelBudget) -> dict:
-        """The values that decide the captions, which the batch and the machines do not; a result file is only gone on
-        with under the same."""
+        """The values that decide the captions. A result file is only resumed with the same ones. Batch size and number
+        of processes are not among them."""
         deciding = ("task", "seed", "max_new_tokens", "repetition_penalty")
         return {**{name: getattr(self, name) for name in deciding}, **dataclasses.asdict(budget)}
 
 
 def parse(parser: OneLineParser) -> Settings:
-    """Settings from the command line, over those from the environment."""
+    """Settings from the command line; environment variables set the defaults."""
     lines = _docstrings()
     for field in dataclasses.fields(Settings):
         variable = ENVIRONMENT.get(field.name)
@@ -186,7 +171,7 @@ def parse(parser: OneLineParser) -> Settings:
 
 
 def _docstrings() -> dict[str, str]:
-    """The line under each field of Settings, which is its help."""
+    """The docstring of each field of Settings, which is the help of its flag."""
     body = ast.parse(inspect.getsource(Settings)).body[0].body
     return {
         field.target.id: text.value.value

@@ -1,9 +1,10 @@
-"""The evaluation's tasks: which rows each takes, what is asked, and how the scores of sub-tasks become one.
+"""The evaluation's tasks: which rows each accepts, which question is asked, and how scores of sub-tasks are averaged.
 
-`description` asks all videos the same question and scores all captions together. `funqa` asks each row's own question;
-each of its six sub-tasks is scored by itself, and the mean of the six is what the paper's table has.
+`description` asks each row's own question, as training does, or the same one where a row has none, and scores all
+captions together. `funqa` asks each row's own question and scores each of its six sub-tasks separately; the paper
+reports the mean of the six.
 
-Knows nothing about models, nor how any measure is computed.
+Knows nothing about models and about how metrics are computed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,11 +21,11 @@ from qwen_vl_streaming.common.errors import InputError
 class Task:
     name: str
     data: str
-    """Where mani_data.py writes its test rows."""
+    """The file of test rows that mani_data.py writes."""
     trained: str
-    """In the name of the folder of a checkpoint for it: qwen2_5vl-<trained>-<variant>."""
+    """Part of a checkpoint's folder name: qwen2_5vl-<trained>-<variant>."""
     subtasks: tuple[str, ...] = ()
-    """Empty where there are none."""
+    """Empty if the task has none."""
 
 
 TASKS = {
@@ -37,31 +38,27 @@ TASKS = {
 
 
 def get_task(name: str) -> Task:
-    """Raises InputError for an unknown one."""
+    """The task with this name. Raises InputError for an unknown name."""
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """What evaluation needs of a data row, as `read_data_rows` yields it: `video_id`, `video_path`, `question` (None:
-    the one that is asked of all), `task`, and `annotation`, which is the reference or, where there are several, their
-    list.
+    """The fields of a data row that evaluation needs: `video_id`, `video_path`, `question` (None for the default
+    question), `task`, and `annotation`, which is the reference or a list of several.
 
-    Raises InputError, with what is wrong and the fix but not the row's place, where it is not of `task`, or a reference
-    has no word.
+    Raises InputError, without the row's line number, if the row is of another task or a reference has no word.
     """
     check_subtask(data, task)
     question = data.get("question")
     if task.subtasks and question is None:
-        raise InputError("has no question: give it one, or leave out --task funqa")
-    if question is not None and not task.subtasks:
-        raise InputError("has a question of its own: give --task funqa, or data without questions")
+        raise InputError("has no question: add one, or remove --task funqa")
     references = data.get("references") or [data["human_caption"]]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        raise InputError("has references that are not a list of texts: correct or delete this line")
+        raise InputError("has references that are not a list of strings: fix or delete this line")
     if not all(any(map(str.isalnum, text)) for text in references):
-        raise InputError("has a caption without a word: mend or delete this line")
+        raise InputError("has a caption without a word: fix or delete this line")
     return {
         "video_id": str(data["video_id"]),
         "video_path": data["video_path"],
@@ -72,17 +69,17 @@ def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
 
 
 def check_subtask(row: Mapping[str, Any], task: Task) -> None:
-    """Raise InputError where a data row, or a row of captions, is of another task."""
+    """Raise InputError if a data row, or a row of captions, is of another task."""
     found = row.get("task")
     if task.subtasks and found not in task.subtasks:
         names = ", ".join(task.subtasks)
-        raise InputError(f"is of sub-task {found!r}, none of {names}: give data of {task.name}, or another --task")
+        raise InputError(f"has sub-task {found!r}, not one of {names}: use data of {task.name}, or another --task")
     if not task.subtasks and found in SUBTASKS:
-        raise InputError(f"is of sub-task {found} of funqa: give --task funqa")
+        raise InputError(f"has sub-task {found} of funqa: give --task funqa")
 
 
 def check_captions(path: Path, rows: Iterable[Mapping[str, Any]], task: Task) -> None:
-    """Raise InputError where a row of the file of captions at `path` is of another task."""
+    """Raise InputError if a row of the file of captions at `path` is of another task."""
     for row in rows:
         try:
             check_subtask(row, task)
@@ -93,12 +90,12 @@ def check_captions(path: Path, rows: Iterable[Mapping[str, Any]], task: Task) ->
 def score_by_task(
     rows: Sequence[Mapping[str, Any]], score: Callable[[list], Mapping[str, Any]], subtasks: Sequence[str]
 ) -> dict[str, Any]:
-    """The scores of each of `subtasks`, by `score(its rows)`, and their means.
+    """The scores of each of `subtasks`, computed by `score(rows)`, and their means.
 
-    `score` returns metrics by name, as floats, and in `not_computed` the reasons for those that it lacks. The result
-    has under each metric's name the mean over the sub-tasks that have rows, in `tasks` what `score` returned for each
-    with the `count` of its rows, in `mean_over` their names, and in `missing_tasks` those without a row, which are in
-    no mean. A metric that one of the sub-tasks lacks has no mean; the reason is in `not_computed`.
+    `score` returns metrics by name as floats, and in `not_computed` the reasons for missing metrics. The result has the
+    mean of each metric over the sub-tasks that have rows; in `tasks` what `score` returned for each sub-task, with the
+    `count` of its rows; in `mean_over` the names of the sub-tasks; and in `missing_tasks` those without rows, which are
+    excluded from the means. A metric that one of the sub-tasks lacks has no mean; the reason is in `not_computed`.
     """
     scores: dict[str, dict[str, Any]] = {}
     for subtask in subtasks:
@@ -113,7 +110,7 @@ def score_by_task(
     for metric in dict.fromkeys(metrics):
         lacking = [subtask for subtask, found in scores.items() if metric not in found]
         if lacking:
-            reasons.setdefault(metric, f"{', '.join(lacking)}: no video has it")
+            reasons.setdefault(metric, f"{', '.join(lacking)}: no video has this metric")
         else:
             means[metric] = fmean(found[metric] for found in scores.values())
     missing = [subtask for subtask in subtasks if subtask not in scores]
@@ -127,7 +124,7 @@ def score_by_task(
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """What `score_by_task` returned, a line a sub-task."""
+    """The scores of `score_by_task` as text, one line per sub-task."""
     tasks = scores["tasks"]
     metrics = [name for name, value in scores.items() if isinstance(value, float)]
     metrics += [name for name in scores.get("not_computed", {}) if any(name in found for found in tasks.values())]
@@ -141,5 +138,5 @@ def table(scores: Mapping[str, Any]) -> str:
     lines = [head, *(line(name, found, found["count"]) for name, found in tasks.items())]
     lines.append(line(f"mean of {len(tasks)}", scores, sum(found["count"] for found in tasks.values())))
     for name in scores.get("missing_tasks", []):
-        lines.append(f"{name} has no row: it is in no mean")
+        lines.append(f"{name} has no rows: it is excluded from the means")
     return "\n".join(lines)

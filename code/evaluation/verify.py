@@ -1,25 +1,24 @@
-"""Re-derive every token of a result file by one teacher-forced pass of the stock model.
+"""Verify every token of a result file with one teacher-forced forward pass of the stock model.
 
     python code/evaluation/verify.py code/evaluation/output/group_infer.json
 
-Settings, the number type among them, come from the .args.json beside the file. Positions and mask come from `explain`,
-logits from transformers' own Qwen2.5-VL: nothing of the streaming code is used. A token counts as right where it is the
-arg-max after the repetition penalty. One that is below it by no more than the number type rounds, 1e-4 in float32, is a
-tie: shown with its margin, and not wrong. A caption has to be the text of its tokens, to be of its video's length, to
-keep to the schedule that is named, and to go on to its end. Exit status 1 where anything is not as it should be.
+Settings and dtype are read from the .args.json beside the file. Positions and mask come from `explain` and logits from
+the Qwen2.5-VL in transformers, so none of the streaming code is used. A token is correct if it is the arg-max after the
+repetition penalty. A token whose score is lower by no more than the rounding error of the dtype (1e-4 in float32) is
+reported as a tie, with its margin, and not counted as an error. The caption must also match its tokens, the length of
+its video and the named schedule, and must be complete. The exit status is 1 if any check fails.
 """
 
 import argparse
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from identity import ARGUMENTS, read_arguments
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.paths import find_folder, find_model, find_path, find_video
+from qwen_vl_streaming.common.paths import find_data, find_folder, find_model, find_path, find_video
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
 from qwen_vl_streaming.common.ties import tie_margin
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
@@ -27,7 +26,7 @@ from qwen_vl_streaming.explain.cli import as_dict
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.timeline.positions import RULE
-from qwen_vl_streaming.timeline.timeline import NAMED, Timeline, make_schedule, make_timeline
+from qwen_vl_streaming.timeline.timeline import SCHEDULE_NAME, Timeline, make_schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import Variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
@@ -46,119 +45,119 @@ FIELDS = {
     "max_new_tokens": int,
     "seed": int,
 }
-"""What has to be known of how a file was made."""
+"""Arguments that verification needs."""
 
 
 def stock_logits(model, timeline: Timeline, template: Template, tokens: list[int], pixels, grid) -> torch.Tensor:
-    """Logits (A, V) for each answer token, by one pass of the stock model over what `explain` says."""
-    told = as_dict(timeline)
+    """Logits (A, V) for each answer token, by one pass of the stock model with `explain`'s mask and positions."""
+    explained = as_dict(timeline)
     source = {"prompt": template.prompt, "tail": template.tail, "header": template.header, "answer": tokens}
-    ids = [template.video if t["part"] == "clip" else source[t["part"]][t["index"]] for t in told["tokens"]]
+    ids = [template.video if t["part"] == "clip" else source[t["part"]][t["index"]] for t in explained["tokens"]]
     mask = torch.zeros(len(ids), len(ids), dtype=torch.bool)
-    for query, keys in enumerate(told["attends"]):
+    for query, keys in enumerate(explained["attends"]):
         mask[query, keys] = True
     merge = model.config.vision_config.spatial_merge_size
     ids = torch.tensor([ids], device=model.device)
     grid_thw = torch.tensor([[len(pixels), grid[0] * merge, grid[1] * merge]], device=model.device)
     visual_tokens = model.get_video_features(pixels.flatten(0, 1).to(model.device), grid_thw).pooler_output
     embeds = model.get_input_embeddings()(ids)
-    # By part, not by id: an untrained model may write the id that stands for visual tokens.
-    embeds[0, [t["part"] == "clip" for t in told["tokens"]]] = torch.cat(visual_tokens)
+    # Selected by part, not by id: an untrained model may generate the id of the visual placeholder.
+    embeds[0, [t["part"] == "clip" for t in explained["tokens"]]] = torch.cat(visual_tokens)
     hidden = model.model.language_model(
         inputs_embeds=embeds,
-        position_ids=torch.tensor([t["position"] for t in told["tokens"]], device=model.device).T[:, None],
+        position_ids=torch.tensor([t["position"] for t in explained["tokens"]], device=model.device).T[:, None],
         attention_mask={"full_attention": mask[None, None].to(model.device)},
         use_cache=False,
     ).last_hidden_state[0]
-    row_of = {answer: row for row, answer in enumerate(told["produces"]) if answer is not None}
+    row_of = {answer: row for row, answer in enumerate(explained["produces"]) if answer is not None}
     return model.lm_head(hidden[[row_of[answer] for answer in range(len(tokens))]]).float().cpu()
 
 
 @dataclass(frozen=True)
-class Other:
+class Mismatch:
     """A token that is not the arg-max after the penalty."""
 
     index: int
     margin: float
-    """How far below the arg-max it is."""
+    """The arg-max's score minus its own."""
     tie: bool
-    """No further than rounding takes it."""
+    """The margin is within the rounding error."""
 
 
-def other_tokens(
+def find_mismatches(
     logits: torch.Tensor, template: Template, tokens: list[int], penalty: float, dtype: torch.dtype
-) -> list[Other]:
+) -> list[Mismatch]:
     """The tokens that are not the arg-max of their `logits` (A, V), which were computed in `dtype`."""
     punish = RepetitionPenaltyLogitsProcessor(penalty)
     used = [*template.prompt, template.video, *template.tail, *template.header]
-    others = []
+    mismatches = []
     for j, token in enumerate(tokens):
         scores = punish(torch.tensor([used + tokens[:j]]), logits[j : j + 1].clone())[0]
         if (margin := float(scores.max() - scores[token])) > 0:
-            others.append(Other(j, margin, margin <= tie_margin(scores, dtype)))
-    return others
+            mismatches.append(Mismatch(j, margin, margin <= tie_margin(scores, dtype)))
+    return mismatches
 
 
-def faults_of(row: dict, tokenizer, end: int, clips: int, most: int) -> list[str]:
-    """What else of a row is not as it should be, for a video of `clips` clips, an answer that the id `end` ends and at
-    `most` so many tokens."""
+def check_caption(row: dict, tokenizer, end: int, clips: int, most: int) -> list[str]:
+    """What is wrong with a row, for a video of `clips` clips, an answer that ends with the id `end` and has at `most`
+    so many tokens."""
     tokens, found = row["tokens"], []
     if tokenizer.decode(tokens, skip_special_tokens=True).strip() != row["result"].strip():
-        found.append("its caption is not the text of its tokens")
+        found.append("the caption is not the text of its tokens")
     if row["clips"] != clips:
-        found.append(f"it is of {row['clips']} clips, but its video of {clips}")
+        found.append(f"the row has {row['clips']} clips, the video {clips}")
     if end in tokens[:-1] or len(tokens) > most:
-        found.append("it goes on after its end")
+        found.append("the tokens continue after the end of the answer")
     elif len(tokens) < most and tokens[-1:] != [end]:
-        found.append("it stops before its end")
+        found.append("the tokens stop before the end of the answer")
     return found
 
 
-def other_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
-    """What is wrong where `made` names a schedule, and the row's is another. What a file gave is not known here."""
-    if not NAMED.fullmatch(made["schedule"]):
+def check_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
+    """What is wrong if `made` names a schedule and the row's differs. Counts from a file are not known here."""
+    if not SCHEDULE_NAME.fullmatch(made["schedule"]):
         return []
     asked = make_schedule(made["schedule"], variant, row["clips"], f"{made['seed']} {row['video_id']}")
     counts = list(asked.counts(len(row["tokens"])))
-    return [] if row["schedule"] == counts else [f"{made['schedule']} gives {counts}, and it has {row['schedule']}"]
+    return [] if row["schedule"] == counts else [f"{made['schedule']} gives {counts}, the row has {row['schedule']}"]
 
 
-def read_asked(path: Path) -> dict[str, dict]:
+def read_asked(path: str) -> dict[str, dict]:
     """The data's rows by video id. Raises InputError."""
     return {str(row["video_id"]): row for _, row in read_data_rows(path)}
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="<variant>_infer.json")
-    parser.add_argument("--limit", type=int, help="only the first rows")
+    parser.add_argument("file", help="a result file, <variant>_infer.json")
+    parser.add_argument("--limit", type=int, help="verify only the first N rows")
     parser.add_argument("--device", default="", help=DEVICE_HELP)
     arguments = parser.parse_args()
     quiet_libraries()
     device, line = choose_device(arguments.device, look(os.environ))
     path = find_path(arguments.file, ROOT, "the result file")
     if arguments.limit is not None and arguments.limit < 1:
-        raise InputError(f"--limit {arguments.limit}: give at least 1 row, or leave it out for all")
+        raise InputError(f"--limit {arguments.limit}: give at least 1")
     made = read_arguments(path, FIELDS)
     rows = list(load_finished(path, whole=True).values())[: arguments.limit]
     if not rows:
-        raise InputError(f"{path} has no rows: give a result file that eval.sh has written")
+        raise InputError(f"{path} has no rows: give a result file written by eval.sh")
     for row in rows:
         check_row(f"{path}, video {row['video_id']!r}", row, made["variant"])
-    asked = read_asked(find_path(made["data"], ROOT, "the evaluation data"))
+    asked = read_asked(find_data(made["data"], ROOT, "the evaluation data"))
     if gone := [row["video_id"] for row in rows if row["video_id"] not in asked]:
-        raise InputError(f"{made['data']} has no row for video {gone[0]}: it is not what {path.name} was made from")
+        raise InputError(f"{made['data']} has no row for video {gone[0]}: {path.name} was made from other data")
     video_root = find_folder(made["video_root"], ROOT, "the video root")
     if not 0 < made["repetition_penalty"] <= sys.float_info.max:
-        raise InputError(f"{path} was made with a repetition penalty that is not above 0: evaluate again with eval.sh")
+        raise InputError(f"{path} was made with a repetition penalty that is not above 0: run eval.sh again")
     pixels = made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"]
     budget = PixelBudget(*pixels, made.get("budget", "video"))
 
     checkpoint, variant = find_model(made["model"], ROOT), get_variant(made["variant"])
     if variant.after_video and made.get("position_rule") != RULE:
-        raise InputError(f"{path} was made under another rule for the positions after a video: evaluate again")
+        raise InputError(f"{path} was made with another rule for the positions after a video: run eval.sh again")
     if (name := made["dtype"]) not in DTYPES:
-        raise InputError(f"{path} was made in {name!r}, which is none of {', '.join(DTYPES)}: evaluate again")
+        raise InputError(f"{path} was made in {name!r}, not one of {', '.join(DTYPES)}: run eval.sh again")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
     if line:
         print(line, file=sys.stderr)
@@ -167,18 +166,20 @@ def main() -> None:
     )
     model.to(device).eval()
     vocabulary = model.config.text_config.vocab_size
-    if alien := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
-        raise InputError(f"{path}, video {alien[0]!r}: has a token that {checkpoint} does not know: evaluate again")
+    if unknown := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
+        raise InputError(
+            f"{path}, video {unknown[0]!r}: {checkpoint} does not have one of its tokens: run eval.sh again"
+        )
     total = faulty = 0
-    others: list[Other] = []
-    for row in Progress(rows, unit="video", desc="re-deriving"):
+    mismatches: list[Mismatch] = []
+    for row in Progress(rows, unit="video", desc="verifying"):
         source = asked[row["video_id"]]
         template = make_template(processor, source.get("question") or QUESTIONS[-1])
         path_of_video = find_video(source["video_path"], ROOT, video_root)
         video = read_video(path_of_video, budget=budget, reader=choose_reader(os.environ))
         pixels, grid = clip_pixels(processor, video.frames)
-        faults = faults_of(row, processor.tokenizer, template.end, len(pixels), made["max_new_tokens"])
-        faults += other_schedule(row, made, variant)
+        faults = check_caption(row, processor.tokenizer, template.end, len(pixels), made["max_new_tokens"])
+        faults += check_schedule(row, made, variant)
         for fault in faults:
             print(f"video {row['video_id']}: {fault}")
         faulty += bool(faults)
@@ -188,20 +189,20 @@ def main() -> None:
         timeline = make_timeline(variant, template.layout(grid, steps), row["schedule"])
         with torch.no_grad():
             logits = stock_logits(model, timeline, template, row["tokens"], pixels, grid)
-        for other in (found := other_tokens(logits, template, row["tokens"], made["repetition_penalty"], dtype)):
-            how = f", a tie in {name}" if other.tie else ""
-            print(f"video {row['video_id']}, token {other.index}: {other.margin:.2g} below the arg-max{how}")
-        others, total = others + found, total + len(row["tokens"])
-    right, ties = total - len(others), [other.margin for other in others if other.tie]
-    wrong = len(others) - len(ties)
+        for each in (found := find_mismatches(logits, template, row["tokens"], made["repetition_penalty"], dtype)):
+            how = f", a tie in {name}" if each.tie else ""
+            print(f"video {row['video_id']}, token {each.index}: {each.margin:.2g} below the arg-max{how}")
+        mismatches, total = mismatches + found, total + len(row["tokens"])
+    right, ties = total - len(mismatches), [each.margin for each in mismatches if each.tie]
+    wrong = len(mismatches) - len(ties)
     where = f"the arg-max of the stock model in {name}, {variant.name}"
     print(f"{right} of {total} tokens of {len(rows)} videos are {where}")
     if ties:
-        print(f"{len(ties)} more are ties in {name}, at most {max(ties):.2g} below it")
+        print(f"{len(ties)} more are ties in {name}, at most {max(ties):.2g} below the arg-max")
     if wrong:
         print(f"{wrong} are wrong")
     if faulty:
-        print(f"{faulty} of {len(rows)} captions are not what their tokens and videos say")
+        print(f"{faulty} of {len(rows)} captions do not match their tokens, videos or schedules")
     sys.exit(1 if wrong or faulty else 0)
 
 

@@ -27,16 +27,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.sessions import MODES
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from training import ANSWER, CLIPS, SHAPES
+
 from latency.lanes import lanes
 from latency.many import long, many
 from latency.passes import passes
 from latency.runs import delay, live, rounds, video
 from latency.setup import GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
 from latency.sweep import parse_points, sweep
-from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.sessions import MODES
-from qwen_vl_streaming.timeline.variants import VARIANTS
-from training import ANSWER, CLIPS, SHAPES
 
 COMMANDS = ("passes", "rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")
 """In the order in which they run: all but lanes share one perception process."""

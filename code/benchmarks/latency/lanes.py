@@ -15,11 +15,12 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
-from latency.runs import runs
-from latency.setup import Bench, load
 from qwen_vl_streaming.engine.step_request import StepRequest
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.engine.vision_encoder import VisionEncoder
+
+from latency.runs import runs
+from latency.setup import Bench, load
 
 TOWER, CLIP, WORD, MOVE = "vision tower", "language model over a clip", "words", "keys and values move"
 ROUNDS = 8
@@ -136,7 +137,10 @@ def lanes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: lis
     ways, room = [], (max(clips, ROUNDS), max(words, k * ROUNDS))
     for way, how in runs(bench, chunks):
         chunk, theirs = bench.chunk(how, tokens, k), []
-        with tempfile.TemporaryDirectory() as folder, traced_perception(bench, Path(folder) / "perception.json", way) as file:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            traced_perception(bench, Path(folder) / "perception.json", way) as file,
+        ):
             for _ in range(2):  # the first warms up
                 with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session, traced(bench.device) as trace:
                     feed_one_ahead(session, bench.clips(ROUNDS, tokens))

@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from latency.runs import percentile, runs
-from latency.setup import TEMPLATE, TOKENS, Bench, slot_ends
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.sessions import SessionPool
+
+from latency.runs import percentile, runs
+from latency.setup import TEMPLATE, TOKENS, Bench, slot_ends
 
 LATE = 1.0
 """Seconds after a clip is due within which its words have to be there: then the next clip comes."""

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from latency.setup import Bench, play
 from qwen_vl_streaming.engine.step_request import StepRequest
 from qwen_vl_streaming.engine.step_runner import StepRunner
+
+from latency.setup import Bench, play
 
 REPEATS = 50
 SHOWN = 14
@@ -66,7 +67,7 @@ def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: li
                 whole = each(bench, lambda made=made, ask=ask: made.step([ask]))
                 began = time.perf_counter()
                 for _ in range(REPEATS):
-                    made._fill(pieces, [ask])
+                    made.inputs[pieces].pack([ask])
                 host = (time.perf_counter() - began) / REPEATS
                 work = floors.word(clips, words) if write else floors.clip(clips)
                 if write and pieces:
@@ -93,7 +94,7 @@ def replay(made: StepRunner, pieces: int, write: bool, ask: StepRequest) -> Call
 
     @torch.no_grad()
     def again():
-        made._pass(pieces, write)
+        made._step(pieces, write)
 
     return again if graph is None else graph.replay
 

@@ -7,20 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from latency.floors import speed_up
-from latency.lanes import CLIP, MOVE, TOWER, WORD
-from latency.setup import read_json
-from latency.sweep import BETWEEN, SHARE, best
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from qwen_vl_streaming.common.errors import InputError
+
+from latency.floors import speed_up
+from latency.lanes import CLIP, MOVE, TOWER, WORD
+from latency.setup import read_json
+from latency.sweep import BETWEEN, SHARE, best
 
 # Okabe and Ito's palette, which the colour-blind tell apart too; shapes tell the sizes apart.
 WAYS = {"serial": "#8C8C8C", "fused": "#D55E00", "pipelined": "#0072B2"}
 MARKERS = {"3B": "o", "7B": "s", "tiny": "^"}
 KINDS = {TOWER: "#56B4E9", CLIP: "#0072B2", MOVE: "#009E73", WORD: "#D55E00"}
 INK, FAINT = "#222222", "#D0D0D0"
+THIN = 0.005
+"""Share of the time shown, up to which a bar of a lane has no white edge."""
 DPI = 160
 WIDE = 9.0  # inches; a README shows them about as wide as this at its own text's size
 
@@ -92,6 +95,7 @@ def plot_lanes(data: dict, path: Path) -> None:
     figure, axes = figure_of(0.9 + 1.05 * len(ways))
     longest = max(mine["slots"][data["first"] - 1 + data["shown"]] for mine in ways) * 1e3
     ticks, labels = [], []
+    drawn: set[str] = set()
     for number, mine in enumerate(ways):
         top = -2.9 * number
         for lane, name in ((0, "perception"), (-1, "generation")):
@@ -105,8 +109,11 @@ def plot_lanes(data: dict, path: Path) -> None:
                 bars = [(max(begin, 0), min(end, longest) - max(begin, 0))]
                 if bars[0][1] <= 0:
                     continue
+                drawn.add(kind)
                 place = (top - (kind == WORD) - 0.36, 0.72)
-                axes.broken_barh(bars, place, facecolor=KINDS[kind], edgecolor="white", linewidth=0.5, zorder=2)
+                # A white edge would hide what takes less than a few thousandths of the time shown.
+                edge = "white" if bars[0][1] > THIN * longest else KINDS[kind]
+                axes.broken_barh(bars, place, facecolor=KINDS[kind], edgecolor=edge, linewidth=0.5, zorder=2)
                 if shared:
                     axes.broken_barh(
                         bars, place, facecolor="none", edgecolor="white", hatch="////", linewidth=0, zorder=3
@@ -128,8 +135,7 @@ def plot_lanes(data: dict, path: Path) -> None:
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("time from the begin of a slot, ms", fontsize=9.5, color=INK)
-    used = {kind for mine in ways for each in mine["intervals"] for kind in each["kinds"]}
-    handles = [Patch(facecolor=colour, label=kind) for kind, colour in KINDS.items() if kind in used]
+    handles = [Patch(facecolor=colour, label=kind) for kind, colour in KINDS.items() if kind in drawn]
     if any(len(each["kinds"]) > 1 for mine in ways for each in mine["intervals"]):
         handles.append(Patch(facecolor=FAINT, edgecolor="white", hatch="////", label="one pass, both lanes"))
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)

@@ -10,10 +10,11 @@ from itertools import pairwise
 from statistics import median, quantiles
 
 import torch
-from latency.floors import speed_up
-from latency.setup import TOKENS, Bench, play, slot_ends
 from qwen_vl_streaming.sessions import GREEDY, Session
 from qwen_vl_streaming.timeline.timeline import Schedule
+
+from latency.floors import speed_up
+from latency.setup import TOKENS, Bench, play, slot_ends
 
 PUBLISHED = 3.9
 """Seconds a video of the published code, 7B on one H200: see evaluation.py."""

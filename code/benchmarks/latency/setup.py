@@ -14,18 +14,19 @@ from pathlib import Path
 import torch
 import transformers
 from evaluation import rates
-from latency.floors import Floors
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import write_atomic
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
 from qwen_vl_streaming.sessions import PerceptionClient, Session, open_session
-from qwen_vl_streaming.sessions.record import whole
 from qwen_vl_streaming.timeline.timeline import Layout
 from qwen_vl_streaming.timeline.variants import Variant
 from torch import Tensor
 from training import GRID, PROMPT, find_device, make_config
 from transformers import Qwen2_5_VLConfig
+
+from latency.floors import Floors
 
 TEMPLATE = Template(tuple(range(PROMPT)), (1, 2, 3), (4, 5, 6), 7, -1)
 """No id ends an answer early."""
@@ -195,8 +196,7 @@ def slot_ends(session: Session) -> list[float]:
 
 def write_json(path: Path, data: dict) -> None:
     """Whole or not at all."""
-    with whole(path) as beside:
-        beside.write_text(json.dumps(data) + "\n")
+    write_atomic(path, json.dumps(data).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict:

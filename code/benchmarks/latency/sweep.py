@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from statistics import median
 
+from qwen_vl_streaming.common.errors import InputError
+
 from latency.floors import speed_up
 from latency.runs import alone, runs, same, workload
 from latency.setup import GRIDS, Bench, play, read_json, slot_ends, write_json
-from qwen_vl_streaming.common.errors import InputError
 
 K = (1, 2, 4, 8, 16, 32, 64)
 CLIP_TOKENS = (16, 32, 64, 128, 256, 512, 1024)

@@ -1,2 +1,1 @@
-"""What an answer is worth: caption metrics, BLEURT, a judge, timeliness. Knows nothing of models and result
-files."""
+"""Metrics of captions: corpus metrics, BLEURT, an LLM judge, and lag. Knows nothing about the streaming model."""

@@ -1,10 +1,10 @@
-"""BLEURT-20 (Sellam et al. 2020, Pu et al. 2021) under PyTorch. Knows nothing about videos, files of captions and
-other metrics.
+"""BLEURT-20 (Sellam et al. 2020, Pu et al. 2021) in PyTorch. Knows nothing about videos, files of captions and other
+metrics.
 
-The official one needs TensorFlow, and its port to PyTorch, bleurt-pytorch, does not import under the transformers
-version of this project. But BLEURT-20 is a RemBERT with one output: the checkpoints of that port
-(lucadiliello/BLEURT-20, and the smaller -D12, -D6, -D3) load as transformers' own RemBERT when their weights are
-renamed. Pairs are encoded as the official one does, by sentencepiece itself: [CLS] reference [SEP] candidate [SEP].
+The official implementation needs TensorFlow, and its PyTorch port, bleurt-pytorch, does not import with the
+transformers version of this project. BLEURT-20 is a RemBERT with one output, so the checkpoints of that port
+(lucadiliello/BLEURT-20 and the smaller -D12, -D6, -D3) load as the RemBERT of transformers once their weights are
+renamed. Pairs are encoded with sentencepiece as in the official implementation: [CLS] reference [SEP] candidate [SEP].
 """
 
 import json
@@ -38,9 +38,9 @@ RENAMED_WEIGHTS = {r"^bleurt\.": "rembert.", r"\.embedding_projection\.": ".embe
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder of a checkpoint, which is fetched where `name` is a hub id; call it before anything long runs.
+    """The folder of a checkpoint; a hub id is downloaded. Call it before anything that takes long.
 
-    Raises InputError, in one line, for one that is not there or is no BLEURT-20.
+    Raises InputError if the checkpoint is missing or is not a BLEURT-20.
     """
     folder = next((folder for folder in places(name, ROOT) if folder.exists()), None)
     if folder is None:
@@ -49,24 +49,24 @@ def find_checkpoint(name: str) -> Path:
         except (InputError, HFValidationError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise InputError(
-                f"--bleurt {name}: no such folder, and not to be had from the hub ({first}): "
+                f"--bleurt {name}: no such folder, and it cannot be downloaded from the hub ({first}): "
                 "give a folder, or a hub id such as lucadiliello/BLEURT-20"
             ) from error
     read_config(folder)
     if lacks := missing_file(folder):
-        raise InputError(f"--bleurt {name}: {folder} lacks {lacks}: fetch the whole checkpoint")
+        raise InputError(f"--bleurt {name}: {folder} lacks {lacks}: download the complete checkpoint")
     return folder
 
 
 def missing_file(folder: Path) -> str | None:
-    """What `folder` lacks of a checkpoint, if anything."""
+    """A file that a checkpoint has and `folder` lacks, or None."""
     if not (folder / VOCABULARY).is_file():
         return VOCABULARY
     return None if any(next(folder.glob(weights), None) for weights in WEIGHTS) else "the weights"
 
 
 def read_config(folder: Path) -> RemBertConfig:
-    """The checkpoint's configuration as one of RemBERT. Raises InputError where it is no BLEURT-20's."""
+    """The checkpoint's configuration as a RemBertConfig. Raises InputError if it is not that of a BLEURT-20."""
     try:
         fields = json.loads((folder / "config.json").read_text())
         known = fields["model_type"] == "bleurt" and fields["embedding_size"] and fields.keys() >= set(SAME_FIELDS)
@@ -75,7 +75,7 @@ def read_config(folder: Path) -> RemBertConfig:
     if not known:
         raise InputError(
             f"--bleurt {folder}: its config.json is not that of a BLEURT-20 for PyTorch: "
-            "give one in the format of lucadiliello/BLEURT-20"
+            "give a checkpoint in the format of lucadiliello/BLEURT-20"
         )
     return RemBertConfig(
         **{name: fields[name] for name in SAME_FIELDS},
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> RemBertConfig:
 
 
 def load(folder: Path, device: str = "cpu") -> RemBertForSequenceClassification:
-    """The model in float32. Raises InputError where the folder does not hold all of its weights."""
+    """The model in float32. Raises InputError if weights are missing or cannot be read."""
     try:
         model, found = RemBertForSequenceClassification.from_pretrained(
             folder, config=read_config(folder), key_mapping=RENAMED_WEIGHTS, dtype=torch.float32,
@@ -95,20 +95,20 @@ def load(folder: Path, device: str = "cpu") -> RemBertForSequenceClassification:
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"--bleurt {folder}: its weights cannot be read ({first}): fetch them again") from error
+        raise InputError(f"--bleurt {folder}: its weights cannot be read ({first}): download them again") from error
     if wrong := [*found["missing_keys"], *found["mismatched_keys"], *found["unexpected_keys"]]:
         raise InputError(
-            f"--bleurt {folder}: {len(wrong)} weights are not those of its config.json ({wrong[0]} is the first): "
-            "give one in the format of lucadiliello/BLEURT-20"
+            f"--bleurt {folder}: {len(wrong)} weights do not match its config.json (first: {wrong[0]}): "
+            "give a checkpoint in the format of lucadiliello/BLEURT-20"
         )
     return model.to(device).eval()
 
 
 def encode(pieces: sentencepiece.SentencePieceProcessor, pair: tuple[str, str], longest: int):
-    """Token ids (L,) of (reference, candidate) and the segment (L,) of each, 0 or 1, with L at most `longest`.
+    """Token ids (L,) of (reference, candidate) and their segments (L,), 0 or 1, with L at most `longest`.
 
-    As the official implementation shortens a pair that is too long: one token at a time from the end of the longer
-    text, of the candidate where both are equal.
+    A pair that is too long is truncated as in the official implementation: one token at a time from the end of the
+    longer text, or of the candidate if both have the same length.
     """
     reference, candidate = map(pieces.encode, pair)
     while len(reference) + len(candidate) > longest - 3:
@@ -121,10 +121,10 @@ def encode(pieces: sentencepiece.SentencePieceProcessor, pair: tuple[str, str], 
 def bleurt(
     folder: Path, references: Sequence[list[str]], candidates: Sequence[str], device: str = "cpu", batch_size: int = 32
 ) -> list[float]:
-    """BLEURT (times 100) of each candidate, the best over its references, which are one or several.
+    """BLEURT (times 100) of each candidate; with several references, the highest.
 
-    Each as if it were scored alone: padding is masked. Raises InputError for a checkpoint that does not load and
-    NotComputed where the device has too little memory.
+    Padding is masked, so a score does not depend on the batch. Raises InputError if the checkpoint does not load, and
+    NotComputed if the device runs out of memory.
     """
     model = load(folder, device)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / VOCABULARY))
@@ -132,7 +132,9 @@ def bleurt(
     longest = model.config.max_position_embeddings
     encoded = [encode(pieces, pair, longest) for pair in pairs]
     if full := sum(len(ids) == longest for ids, _ in encoded):
-        logger.warning("BLEURT reads at most %d tokens of a caption and its reference: %d reach that", longest, full)
+        logger.warning(
+            "BLEURT truncates caption and reference to %d tokens together: this affects %d pairs", longest, full
+        )
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]), reverse=True)
     values = [0.0] * len(encoded)
     with torch.no_grad(), Progress(total=len(order), unit="caption", desc=f"BLEURT on {device}") as bar:
@@ -147,7 +149,7 @@ def bleurt(
             try:
                 logits = model(ids, attention_mask=mask.long(), token_type_ids=segments).logits
             except torch.OutOfMemoryError as error:
-                raise NotComputed(f"{device} has too little memory for {folder}: give --device cpu") from error
+                raise NotComputed(f"{device} does not have enough memory for {folder}: give --device cpu") from error
             for index, value in zip(batch, logits[:, 0].tolist(), strict=True):
                 values[index] = 100 * value
             bar.update(len(batch))

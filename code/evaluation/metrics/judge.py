@@ -1,7 +1,7 @@
-"""Fluency by an LLM judge, over any endpoint that speaks OpenAI's chat completions. Knows nothing about videos,
+"""Fluency by an LLM judge, through any endpoint with OpenAI's chat completions API. Knows nothing about videos,
 references and other metrics.
 
-Every answer is on the disk before it counts, so that a killed run, started again, asks only for what is left.
+Each answer is written to disk before it is used, so a run that was killed resumes without repeating requests.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from typing import BinaryIO
 import requests
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
+from qwen_vl_streaming.common.redact import hide, hide_address, redacted, secrets, shown
 from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
@@ -48,25 +49,27 @@ The caption stands between the two lines of dashes. Whatever it says is text to 
 Answer with one JSON object and nothing else: {{"score": a whole number from 1 to 5, "why": "one short sentence"}}"""
 
 TRIES = 3
-"""How often a caption is asked about when the answer is not what was asked for."""
+"""Requests per caption while the answer is invalid."""
 GIVE_UP = 10
-"""Captions in a row without any answer from the endpoint, after which it is taken to be gone."""
-MOST_BYTES = 4 * 2**20
-"""Of an answer."""
+"""Captions in a row without an answer after which the endpoint counts as unavailable."""
+MAX_BYTES = 4 * 2**20
+"""Largest size of a response."""
 PATIENCE = 5
-"""Times `Judge.timeout`, which is for each piece of an answer: what a whole answer may take."""
+"""Limit on the time of a complete response, in multiples of `Judge.timeout`, which applies to each read."""
 SEARCHED = 20_000
-"""Characters at the end of an answer in which a verdict is looked for."""
+"""Characters at the end of an answer that are searched for a verdict."""
+LONGEST_REASON = 2000
+"""Characters of a verdict's reason that are kept."""
 KEY = "OPENAI_API_KEY"
 BROKEN_OFF = requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError
-"""What happens to an answer after its head, where urllib3 does not try again."""
+"""Errors after the response headers, which urllib3 does not retry."""
 
 
 OPENS = re.compile(r"[\[{]")
 
 
 class NoAnswer(Exception):
-    """The endpoint gave no answer; the message says why, `status` is that of HTTP where there was one."""
+    """The endpoint gave no answer. The message says why; `status` is the HTTP status, if any."""
 
     def __init__(self, reason: str, status: int | None = None):
         super().__init__(reason)
@@ -74,69 +77,71 @@ class NoAnswer(Exception):
 
 
 class BrokenOff(NoAnswer):
-    """An answer began and did not end."""
+    """The connection was lost during a response."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge said of one caption, or why there is nothing."""
+    """The judge's grade for one caption, or the reason why there is none."""
 
     score: int | None
-    """1 to 5; None where the caption could not be judged."""
+    """1 to 5, or None if the caption could not be judged."""
     why: str
 
 
 @dataclass
 class Judge:
-    """A model behind an endpoint. `check` it before anything long runs."""
+    """A model behind an endpoint. Call `check` before anything that takes long."""
 
     url: str
-    """Base address, as in https://api.openai.com/v1."""
+    """Base URL, such as https://api.openai.com/v1."""
     model: str
     key: str = ""
-    """Sent as a bearer token where there is one."""
+    """Sent as a bearer token, if not empty."""
     options: dict = field(default_factory=lambda: {"temperature": 0})
-    """Further fields of every request."""
+    """Additional fields of every request."""
     workers: int = 8
-    """Requests at a time."""
+    """Parallel requests."""
     timeout: float = 120.0
-    """Seconds to wait for each piece of an answer."""
+    """Seconds to wait for each read of a response."""
     retries: int = 7
-    """Further tries when the endpoint is busy (429), has failed (5xx), is silent or away."""
+    """Retries when the endpoint is busy (429), fails (5xx), does not respond or cannot be reached."""
     backoff: float = 1.0
-    """Seconds before the second of these; doubled each time, up to 60, unless the endpoint says how long to wait."""
+    """Seconds before the second retry, doubled each time up to 60, unless the endpoint says how long to wait."""
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
+        hide(self.key, *secrets(self.options))  # an endpoint may send back what it was sent
+        hide_address(self.url)
 
     def check(self) -> None:
-        """Have one caption judged. Raises InputError, in one line, where that does not work."""
+        """Judge one caption as a test. Raises InputError if that fails."""
         try:
             with self._session(min(self.retries, 2)) as session:
                 verdict = self._verdict(session, "A cat sits down on a chair.")
             if verdict.score is None:
                 raise ValueError(verdict.why.removeprefix("the judge "))
         except (NoAnswer, ValueError) as error:
-            mend = {
-                401: f"set {KEY} to a key that it takes",
-                403: f"set {KEY} to a key that it takes",
+            fix = {
+                401: f"set {KEY} to a valid key",
+                403: f"set {KEY} to a valid key",
                 404: "check --judge-url, which usually ends in /v1, and --judge-model",
-                429: f"it is busy, or the account of {KEY} has no credit left: try again later",
+                429: f"it is busy, or the account of {KEY} has no credit: try again later",
             }.get(getattr(error, "status", None), "check --judge-url, --judge-model and --judge-options")
             said = f"does not answer: {error}" if isinstance(error, NoAnswer) else str(error)
-            raise InputError(f"the judge {self.model} at {self.url} {said}: {mend}") from error
+            raise InputError(f"the judge {self.model} at {self.url} {said}: {fix}") from error
 
     def judge(self, captions: Iterable[str], cache: Path) -> dict[str, Verdict]:
-        """A verdict for each different caption. Answers that are in the file `cache` are not asked for again.
+        """A verdict for each distinct caption. Answers in the file `cache` are reused.
 
-        Raises NotComputed where the endpoint stops answering, InputError for a `cache` that was tampered with.
+        Raises NotComputed if the endpoint stops answering, InputError if `cache` is invalid.
         """
         captions = list(dict.fromkeys(captions))
         with open_cache(cache) as (known, keep):
             verdicts = {text: known[key] for text in captions if (key := self.identity(text)) in known}
             left = [text for text in captions if text not in verdicts]
             if verdicts:
-                logger.info("%d of %d captions were judged before: going on", len(verdicts), len(captions))
+                logger.info("resuming: %d of %d captions are already judged", len(verdicts), len(captions))
             silent = 0  # captions in a row
             with closing(self._ask_all(left)) as answers:
                 for text, answer in Progress(answers, f"judging, {self.model}", len(left), unit="caption"):
@@ -145,23 +150,23 @@ class Judge:
                     if silent == GIVE_UP:
                         judged = sum(verdict.score is not None for verdict in verdicts.values())
                         raise NotComputed(
-                            f"the judge stopped answering ({answer}) when {judged} of {len(captions)} captions were "
-                            "judged: the same command goes on there"
+                            f"the judge stopped answering ({answer}) after {judged} of {len(captions)} captions: "
+                            "the same command resumes there"
                         )
                     if verdicts[text].score is not None:
                         keep({"key": self.identity(text), "model": self.model, "caption": text, **vars(answer)})
         return verdicts
 
     def identity(self, caption: str) -> str:
-        """What decides an answer, as a hash: model, prompt, options and caption."""
+        """Hash of what decides an answer: model, prompt, options and caption."""
         return hashlib.sha256(json.dumps([self.model, PROMPT, self.options, caption]).encode()).hexdigest()
 
     def _ask_all(self, captions: list[str]) -> Iterator[tuple[str, Verdict | NoAnswer]]:
-        """Each caption with its answer, as they come. Closed early, it asks for no further ones."""
+        """Yields each caption with its answer, in the order of the answers. Closing it stops further requests."""
         waiting, answered = deque(captions), SimpleQueue()
 
         def work() -> None:
-            with self._session(self.retries) as session:  # which serves one thread
+            with self._session(self.retries) as session:  # a session is not thread-safe
                 while waiting:
                     try:
                         text = waiting.popleft()
@@ -173,7 +178,9 @@ class Judge:
                         answered.put((text, error))
 
         for _ in range(min(self.workers, len(captions))):
-            Thread(target=work, daemon=True).start()  # a program that ends does not wait for an endpoint that hangs
+            Thread(
+                target=work, daemon=True
+            ).start()  # a daemon: the program's exit does not wait for a hanging endpoint
         try:
             for _ in captions:
                 text, answer = answered.get()
@@ -210,14 +217,14 @@ class Judge:
         )
         session = requests.Session()
         for scheme in ("http://", "https://"):
-            session.mount(scheme, BoundedAdapter(MOST_BYTES, PATIENCE * self.timeout, max_retries=retry))
+            session.mount(scheme, BoundedAdapter(MAX_BYTES, PATIENCE * self.timeout, max_retries=retry))
         session.headers["Accept-Encoding"] = "identity"
         if self.key:
             session.headers["Authorization"] = f"Bearer {self.key}"
         return session
 
     def _ask(self, session: requests.Session, caption: str) -> Verdict:
-        """Raises NoAnswer, and ValueError for an answer that is not what was asked for."""
+        """One request. Raises NoAnswer, and ValueError for an invalid answer."""
         message = {"role": "user", "content": PROMPT.format(caption=caption)}
         request = {"model": self.model, "messages": [message], **self.options}
         try:
@@ -225,22 +232,22 @@ class Judge:
         except (requests.RequestException, UnicodeError) as error:
             inner = next(iter(error.args), None)
             tried = isinstance(inner, MaxRetryError) or not isinstance(error, BROKEN_OFF)
-            cause = getattr(inner, "reason", None)  # without urllib3's words around it
+            cause = getattr(inner, "reason", None)  # without the text that urllib3 adds
             raise (NoAnswer if tried else BrokenOff)(short(cause or error)) from error
         if response.status_code != 200:
             raise NoAnswer(f"HTTP status {response.status_code} ({said(response)})", response.status_code)
         try:
             content = response.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f"with no chat completion but {response.text[:60]!r}") from error
+            raise ValueError(f"with no chat completion but {short(response.text)[:60]!r}") from error
         return read_verdict(content)
 
 
 def read_verdict(content: object) -> Verdict:
-    """The verdict in an answer: the last JSON object in it with a `score` and a `why`, whatever is thought aloud or
-    fenced around it.
+    """The verdict in an answer: its last JSON object with `score` and `why`. Reasoning and code fences around it are
+    ignored.
 
-    Raises ValueError where there is none with a whole `score` from 1 to 5 and a text `why`.
+    Raises ValueError if there is none with an integer `score` from 1 to 5 and a string `why`.
     """
     text = str(content).rpartition("</think>")[2][-SEARCHED:]
     decoder, found, at = json.JSONDecoder(strict=False), None, 0
@@ -248,13 +255,13 @@ def read_verdict(content: object) -> Verdict:
         try:
             value, at = decoder.raw_decode(text, begin.start())
         except ValueError:
-            at = begin.end()  # a brace in a sentence
+            at = begin.end()  # a bracket in a sentence
         except RecursionError:
             break
         else:
             found = value if isinstance(value, dict) and value.keys() >= {"score", "why"} else found
     if found is None:
-        raise ValueError(f"not with the JSON that was asked for: {str(content)[:60]!r}")
+        raise ValueError(f"not with the requested JSON: {short(content)[:60]!r}")
     score, why = found["score"], found["why"]
     if isinstance(score, str) and re.fullmatch(r"\s*[1-5](\.0)?\s*", score):
         score = float(score)
@@ -262,14 +269,14 @@ def read_verdict(content: object) -> Verdict:
 
 
 def checked(score: object, why: object) -> Verdict:
-    """A verdict of a whole `score` from 1 to 5 and a text `why`. Raises ValueError for anything else."""
+    """A verdict with an integer `score` from 1 to 5 and a string `why`. Raises ValueError for anything else."""
     if isinstance(score, bool) or score not in (1, 2, 3, 4, 5) or not isinstance(why, str):
-        raise ValueError(f"with a score of {str(score)[:20]!r}, not of 1 to 5, or no reason")
-    return Verdict(int(score), why)
+        raise ValueError(f"with a score of {short(score)[:20]!r}, not 1 to 5, or without a reason")
+    return Verdict(int(score), redacted(why[:LONGEST_REASON]))
 
 
 def said(response: requests.Response) -> str:
-    """The error message of a response, in short."""
+    """The error message of a response, shortened."""
     try:
         body = response.json()
         found = body.get("error", body)
@@ -280,14 +287,15 @@ def said(response: requests.Response) -> str:
 
 
 def short(message: object) -> str:
-    return " ".join(str(message).split())[:200]
+    """The beginning of a `message` from elsewhere, as it may be printed."""
+    return shown(" ".join(str(message)[:SEARCHED].split())[:2000])[:200]
 
 
 @contextmanager
 def open_cache(path: Path) -> Iterator[tuple[dict[str, Verdict], Callable[[dict], None]]]:
-    """The verdicts in a file, JSON Lines, by key, and a function that adds one and waits until it is on the disk.
+    """The verdicts in a JSON Lines file by key, and a function that appends one and waits until it is on disk.
 
-    An incomplete last line, left by a killed run, is dropped. Raises InputError for any other line that is none.
+    An incomplete last line, left by a killed run, is dropped. Raises InputError for any other invalid line.
     """
     with ExitStack() as stack:
         try:
@@ -295,12 +303,14 @@ def open_cache(path: Path) -> Iterator[tuple[dict[str, Verdict], Callable[[dict]
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "ab"))
         except OSError as error:
-            raise InputError(f"{path} cannot be opened ({error.strerror}): see to its rights, or delete it") from error
+            raise InputError(
+                f"{path} cannot be opened ({error.strerror}): check its permissions, or delete it"
+            ) from error
         yield _known(path, data, file)
 
 
 def _known(path: Path, data: bytes, file: BinaryIO) -> tuple[dict[str, Verdict], Callable[[dict], None]]:
-    """What `open_cache` yields, of the `data` at `path`, which `file` adds to."""
+    """What `open_cache` yields, for the `data` at `path`, to which `file` appends."""
     whole = data[: data.rfind(b"\n") + 1]
     known: dict[str, Verdict] = {}
     for number, line in enumerate(whole.splitlines(), 1):

@@ -1,9 +1,9 @@
-"""Streaming's own measures: how long after a clip's arrival words are written. Knows nothing about models, files and
-other metrics.
+"""Lag metrics of streaming: how long after the arrival of a clip words are written. Knows nothing about models, files
+and other metrics.
 
-The source are the clips of a video, one a second; the target are the words of a caption, what whitespace separates. A
-word was written in the slot of its last token. In slot i, clips 1 … i have arrived; so g(t), the number of source units
-that were there when target unit t was written, is the slot of word t.
+The source is the sequence of clips of a video, one per second. The target is the sequence of words of a caption,
+separated by whitespace. A word is written in the slot of its last token. In slot i, clips 1 … i have arrived, so g(t),
+the number of source units available when target unit t is written, is the slot of word t.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +14,8 @@ FIELDS = ("tokens", "slots", "clips")
 def word_slots(pieces: Sequence[str], slots: Sequence[int]) -> list[int]:
     """g(1) … g(words): the slot of each word, which is that of its last token.
 
-    `pieces` (tokens) are the texts of the tokens, spaces included, and `slots` (tokens) their slots, from 1. Tokens
-    without text, such as the end of the answer, count nowhere.
+    `pieces` are the texts of the tokens with their spaces, and `slots` their slots from 1. Tokens without text, such as
+    the end of the answer, are ignored.
     """
     words: list[int] = []
     in_word = False
@@ -32,44 +32,50 @@ def word_slots(pieces: Sequence[str], slots: Sequence[int]) -> list[int]:
 
 
 def average_lagging(delays: Sequence[int], source: int, target: float) -> float:
-    """Average lagging in source units: how far, on average, a caption lags behind one that keeps pace with the video.
+    """Average lagging in source units: how far a caption lags on average behind one at an even pace with the video.
 
     AL = 1/τ Σ_{t=1…τ} (g(t) - (t-1) / γ), with γ = target / source and τ the first t with g(t) = source, or the number
-    of words where there is none: words that are written when all is seen do not lag any more (Ma et al. 2019, "STACL",
-    arXiv 1810.08398, section 4). `delays` are g(1) … g(words), at least one; `source` is the number of
-    clips. With `target` the number of words written this is AL as defined there. With the larger of that and the number
-    of words of the reference it is LAAL, which does not reward a caption for being too long (Papi et al. 2022, "Over-
-    Generation Cannot Be Rewarded", arXiv 2206.05807). A caption that is written after the last clip has `source`;
-    wait-k, with as many words as clips, has k; a negative value is ahead of an even pace.
+    of words if there is none: words after the end of the source are not counted (Ma et al. 2019, "STACL",
+    arXiv 1810.08398, section 4). `delays` are g(1) … g(words), at least one, and `source` is the number of clips. If
+    `target` is the number of written words, this is AL as defined there. If it is the larger of that and the number of
+    words in the reference, this is LAAL, which does not reward captions that are too long (Papi et al. 2022, "Over-
+    Generation Cannot Be Rewarded", arXiv 2206.05807). A caption that is written after the last clip has AL = `source`;
+    wait-k with as many words as clips has AL = k; a negative value is ahead of the even pace.
     """
     last = next((t for t, delay in enumerate(delays, 1) if delay >= source), len(delays))
     return sum(delay - t * source / target for t, delay in enumerate(delays[:last])) / last
 
 
 def check(row: Mapping) -> None:
-    """Raise ValueError, with the reason, where a row of captions does not say when its caption was written."""
+    """Raise ValueError, with the reason, if a row does not say when its tokens were written."""
     if missing := [name for name in FIELDS if name not in row]:
-        raise ValueError(f"the row of video {row['video_id']} has no {', '.join(missing)}: it was not made by eval.sh")
+        raise ValueError(
+            f"the row of video {row['video_id']} has no {', '.join(missing)}: it was not written by eval.sh"
+        )
     tokens, slots, clips = (row[name] for name in FIELDS)
     if type(tokens) is not list or type(slots) is not list:
-        raise ValueError(f"the row of video {row['video_id']} has no lists of tokens and slots")
+        raise ValueError(f"the row of video {row['video_id']} has tokens or slots that are not lists")
     if any(type(number) is not int or not 0 <= number < 2**31 for number in (*tokens, *slots, clips)):
-        raise ValueError(f"the row of video {row['video_id']} has tokens, slots or clips that are not such numbers")
+        raise ValueError(
+            f"the row of video {row['video_id']} has tokens, slots or clips that are not non-negative integers"
+        )
     if len(tokens) != len(slots) or not all(1 <= slot <= clips for slot in slots):
-        raise ValueError(f"the row of video {row['video_id']} does not have one of its {clips} slots for each token")
+        raise ValueError(f"the row of video {row['video_id']} does not have a slot from 1 to {clips} for each token")
 
 
 def measure(row: Mapping, decode: Callable[[list[int]], str]) -> dict[str, float]:
-    """The measures of one row of a result file, with `decode` the text of token ids (special tokens have none).
+    """The metrics of one row of a result file. `decode` returns the text of token ids, without special tokens.
 
-    `words`, how many were written, and `early_words`, how many of them before the last clip arrived; `AL` and `LAAL`
-    in clips, that is seconds, absent for a caption without a word. Of several references the longest counts. Raises
-    ValueError, with the reason, where `check` does and where `decode` does not give the row's text.
+    `words` is the number of words and `early_words` the number written before the last clip arrived; `AL` and `LAAL`
+    are in clips (seconds) and absent for a caption without words. LAAL uses the longest reference. Raises ValueError,
+    with the reason, as `check` does and if `decode` does not return the row's text.
     """
     check(row)
     tokens, slots, clips = (row[name] for name in FIELDS)
     if decode(tokens).strip() != row["result"].strip():
-        raise ValueError(f"the tokens of video {row['video_id']} are not its text: another tokenizer has written them")
+        raise ValueError(
+            f"the tokens of video {row['video_id']} do not decode to its text: another tokenizer wrote them"
+        )
     delays = word_slots([decode([token]) for token in tokens], slots)
     found = {"words": len(delays), "early_words": sum(delay < clips for delay in delays)}
     if delays:

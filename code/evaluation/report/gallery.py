@@ -1,7 +1,7 @@
-"""The report's gallery: frames of a video, one a clip, and the words that each result had written by then.
+"""The report's gallery: one frame per clip of a video, and the words that each result had written by then.
 
-Words come from token ids and slots through the tokenizer of the result's own model. Where a video or a tokenizer is
-gone, the gallery says so in their place. Nothing is fetched. Knows nothing about HTML.
+Words are decoded from token ids and slots with the tokenizer of the result's model. If a video or a tokenizer is
+missing, the gallery says so. Nothing is downloaded. Knows nothing about HTML.
 """
 
 import base64
@@ -18,93 +18,93 @@ from pathlib import Path
 from PIL import Image
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import find_folder, find_path, find_video, places
+from qwen_vl_streaming.common.paths import find_data, find_folder, find_video, places
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from settings import ROOT
 from transformers import AutoTokenizer
 
-from report.loading import Result, find_model
+from report.loading import Result, find_model, without_folders
 
 logger = logging.getLogger(__name__)
 
 PICTURE = PixelBudget(784, 76_800, 2**40)
-"""Frames on the page: about 320 × 240, whatever the model was shown."""
+"""Frames on the page: about 320 × 240, whatever the model's input size."""
 QUALITY = 80
 
 
 @dataclass(frozen=True)
-class Told:
-    """What one result says about one video."""
+class GalleryCaption:
+    """The caption of one result for one video."""
 
     result: Result
     caption: str
     pieces: list[str] | None
-    """N texts, what each slot added; None where the tokenizer is gone."""
+    """N texts, what each slot added; None if the tokenizer is missing."""
     counts: list[int]
     """Tokens that each slot wrote."""
     note: str = ""
 
     @property
     def words(self) -> list[tuple[int, str, str]]:
-        """(slot, white space, what it added after that), where it added something."""
-        told = [(slot, piece, piece.lstrip()) for slot, piece in enumerate(self.pieces or [], 1) if piece]
-        return [(slot, piece[: len(piece) - len(rest)], rest) for slot, piece, rest in told]
+        """(slot, leading whitespace, added text) for each slot that added text."""
+        added = [(slot, piece, piece.lstrip()) for slot, piece in enumerate(self.pieces or [], 1) if piece]
+        return [(slot, piece[: len(piece) - len(rest)], rest) for slot, piece, rest in added]
 
     @property
     def ended(self) -> int:
-        """The slot that wrote the last token; N where there is none."""
+        """The slot that wrote the last token; N if there are no tokens."""
         return max((slot for slot, count in enumerate(self.counts, 1) if count), default=len(self.counts))
 
 
 @dataclass(frozen=True)
-class Story:
-    """One video."""
+class GalleryVideo:
+    """One video with the captions of all results."""
 
     video_id: str
     references: list[str]
     question: str
     clips: int
     times: list[str]
-    """When each slot opens, such as `3 s`."""
+    """When each slot starts, such as `3 s`."""
     frames: list[str] = field(default_factory=list)
-    """N data URIs, the newest frame of each clip; none where the video cannot be shown."""
+    """N data URIs, the last frame of each clip; empty if the video cannot be shown."""
     note: str = ""
-    told: list[Told] = field(default_factory=list)
+    captions: list[GalleryCaption] = field(default_factory=list)
 
 
 def choose_videos(results: Sequence[Result], count: int, ids: Sequence[str]) -> list[str]:
-    """`ids`, or else the first `count` that most results have. Raises InputError for an id that no result has."""
+    """`ids`, or else the first `count` videos that most results have. Raises InputError for an unknown id."""
     having = Counter(video_id for result in results for video_id in result.rows)
     for video_id in ids:
         if video_id not in having:
-            raise InputError(f"--video-ids {video_id}: no result file has this video: give ids that one of them has")
+            raise InputError(f"--video-ids {video_id}: no result file has this video: give another id")
     return list(dict.fromkeys(ids)) or sorted(having, key=lambda video_id: -having[video_id])[:count]
 
 
-def tell(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers") -> Story:
-    """The story of one video, by every result that has it."""
+def make_video(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers") -> GalleryVideo:
+    """The gallery's view of one video, with every result that has it."""
     having = [result for result in results if video_id in result.rows]
     row = having[0].rows[video_id]
     references = row["annotation"] if isinstance(row["annotation"], list) else [row["annotation"]]
-    told = [tell_one(result, video_id, tokenizers) for result in having]
-    clips = max(len(each.counts) for each in told)
+    captions = [make_caption(result, video_id, tokenizers) for result in having]
+    clips = max(len(each.counts) for each in captions)
     times = [f"clip {clip}" for clip in range(1, clips + 1)]
     question, frames, note = row.get("question"), [], ""
     try:
-        if any(len(each.counts) != clips for each in told):
-            raise InputError("the results do not agree on how many clips it has")
+        if any(len(each.counts) != clips for each in captions):
+            raise InputError("the results have different numbers of clips for it")
         data = find_row(having[0], video_id)
         question = question or data.get("question")
         seconds, frames = show_video(having[0], data, clips)
         times = [f"{clip * seconds:.3g} s" for clip in range(1, clips + 1)]
     except InputError as error:
-        logger.warning("no frames of video %s: %s", video_id, error)
-        note = f"No frames: {error}"
+        logger.warning("no frames for video %s: %s", video_id, error)
+        note = f"No frames: {without_folders(str(error))}"
     references = [clean(str(each)) for each in references]
-    return Story(video_id, references, clean(str(question or "")), clips, times, frames, note, told)
+    return GalleryVideo(video_id, references, clean(str(question or "")), clips, times, frames, note, captions)
 
 
-def tell_one(result: Result, video_id: str, tokenizers: "Tokenizers") -> Told:
+def make_caption(result: Result, video_id: str, tokenizers: "Tokenizers") -> GalleryCaption:
     row = result.rows[video_id]
     counts = [0] * row["clips"]
     for slot in row["slots"]:
@@ -112,17 +112,19 @@ def tell_one(result: Result, video_id: str, tokenizers: "Tokenizers") -> Told:
     caption = clean(row["result"])
     try:
         tokenizer, note = tokenizers.of(result)
-        pieces = words_by_slot(tokenizer, row["tokens"], counts)
+        pieces = text_by_slot(tokenizer, row["tokens"], counts)
         if "".join(pieces) != row["result"]:
-            raise InputError(f"the tokenizer in {tokenizer.name_or_path} does not give this caption back")
+            raise InputError(f"the tokenizer in {tokenizer.name_or_path} does not reproduce this caption")
     except InputError as error:
-        return Told(result, caption, None, counts, f"Words by the second are not known: {error}")
-    return Told(result, caption, pieces, counts, note)
+        return GalleryCaption(
+            result, caption, None, counts, f"The timing of words is unknown: {without_folders(str(error))}"
+        )
+    return GalleryCaption(result, caption, pieces, counts, note)
 
 
-def words_by_slot(tokenizer, tokens: Sequence[int], counts: Sequence[int]) -> list[str]:
-    """What each slot added to the text; together they are the caption. A character that a slot has only begun comes
-    with the slot that ends it."""
+def text_by_slot(tokenizer, tokens: Sequence[int], counts: Sequence[int]) -> list[str]:
+    """What each slot added to the text; joined, they are the caption. A character whose tokens span slots is added by
+    the last of them."""
     caption = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     ends = [0]
     for end in accumulate(counts):
@@ -134,8 +136,8 @@ def words_by_slot(tokenizer, tokens: Sequence[int], counts: Sequence[int]) -> li
 
 
 class Tokenizers:
-    """Tokenizers by model. `instead`, a folder or a hub id in the cache, is for models that are not on this machine.
-    Raises InputError where it holds none."""
+    """Tokenizers by model. `instead`, a folder or a cached hub id, is used for models that are not on this machine.
+    Raises InputError if it has no tokenizer."""
 
     def __init__(self, instead: str | None):
         self.load = cache(self._load)
@@ -147,48 +149,50 @@ class Tokenizers:
             self.load(self.instead)
 
     def of(self, result: Result):
-        """(tokenizer, note). Raises InputError where the model is gone and there is nothing instead."""
+        """(tokenizer, note). Raises InputError if the model is missing and there is no substitute."""
         if result.model_folder:
             return self.load(result.model_folder), ""
         if self.instead:
-            return self.load(self.instead), f"Words by the tokenizer in {self.instead}: {result.model} is gone."
-        raise InputError(f"{result.model} is not on this machine; --tokenizer names a folder to take instead")
+            return self.load(
+                self.instead
+            ), f"Decoded with the tokenizer in {self.instead.name}: {result.model_name} is missing."
+        raise InputError(f"{result.model_name} is not on this machine; give a substitute with --tokenizer")
 
     @staticmethod
     def _load(folder: Path):
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the Rust tokenizers raise nothing narrower
+        except Exception as error:  # the Rust tokenizers raise no narrower type
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise InputError(f"no tokenizer could be loaded from {folder} ({first})") from None
 
 
 def find_row(result: Result, video_id: str) -> dict:
-    """The data's row for a video. Raises InputError where the data is gone, is none, or has no such row."""
-    path = find_path(result.args["data"], ROOT, "the evaluation data")
+    """The data's row for a video. Raises InputError if the data is missing or invalid, or has no such row."""
+    path = find_data(result.args["data"], ROOT, "the evaluation data")
     row = next((row for _, row in read_data_rows(path) if str(row["video_id"]) == video_id), None)
     if row is None:
-        raise InputError(f"{path} has no row for it any more")
+        raise InputError(f"{path} no longer has a row for it")
     return row
 
 
 def show_video(result: Result, data: dict, clips: int) -> tuple[float, list[str]]:
-    """Seconds a clip, and a JPEG of each clip's newest frame. Raises InputError where the video cannot be shown."""
+    """Seconds per clip, and each clip's last frame as JPEG. Raises InputError if the video cannot be shown."""
     folder = find_folder(str(result.args.get("video_root") or ""), ROOT, "the video root")
     path = find_video(str(data["video_path"]), ROOT, folder)
     video = read_video(path, budget=PICTURE, reader=choose_reader(os.environ))
     if video.clips != clips:
-        raise InputError(f"{path} has {video.clips} clips now, and had {clips} when it was watched")
+        raise InputError(f"{path} has {video.clips} clips, but had {clips} when it was captioned")
     return video.seconds_per_clip, [jpeg(frame) for frame in video.frames[1::2].permute(0, 2, 3, 1).numpy()]
 
 
 def jpeg(frame) -> str:
-    """(H, W, 3) uint8 to a data URI."""
+    """A frame (H, W, 3) uint8 as a data URI."""
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def clean(text: str) -> str:
-    """Without what has no UTF-8."""
+    """`text` without characters that UTF-8 cannot encode."""
     return text.encode(errors="replace").decode()

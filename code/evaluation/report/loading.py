@@ -1,5 +1,5 @@
-"""What a report is made from: result files, each with its arguments and scores, and how they differ from the paper's
-set-up. Knows nothing about tables, pictures and pages."""
+"""The input of a report: result files with their arguments and scores, and how they differ from the paper's setup.
+Knows nothing about tables, charts and pages."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from identity import read_arguments, read_object
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import places
-from qwen_vl_streaming.timeline.timeline import NAMED
+from qwen_vl_streaming.timeline.timeline import SCHEDULE_NAME
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant, get_variant
 from results import Row, check_row, load_finished, sibling
 from safetensors import SafetensorError, safe_open
@@ -38,9 +38,9 @@ class Result:
     task: str
     scores_path: Path
     scores: dict
-    """Empty where there are none."""
+    """Empty if there are none."""
     model_folder: Path | None
-    """On this machine; None where it is gone."""
+    """On this machine; None if it is missing."""
 
     @property
     def schedule(self) -> str:
@@ -48,54 +48,70 @@ class Result:
 
     @property
     def kind(self) -> str:
-        """Fixed or random, or the schedule itself where it is neither."""
-        named = NAMED.fullmatch(self.schedule)
+        """fixed or random, or the name of the schedule if it is neither."""
+        named = SCHEDULE_NAME.fullmatch(self.schedule)
         return {"wait": "fixed", "random": "random"}[named[1]] if named else self.schedule
 
     @property
     def k(self) -> str:
-        named = NAMED.fullmatch(self.schedule)
+        named = SCHEDULE_NAME.fullmatch(self.schedule)
         return named[2] if named else ""
 
     @property
     def seed(self) -> str:
-        """Of a random schedule."""
+        """The seed of a random schedule, else empty."""
         return str(self.args.get("seed")) if self.kind == "random" else ""
 
     @property
     def model(self) -> str:
         return self.args["model"]
 
+    @property
+    def model_name(self) -> str:
+        """The hub id, or the name of the folder: reports do not show local paths."""
+        return without_folders(self.model)
+
+    @property
+    def data_name(self) -> str:
+        return without_folders(self.args["data"])
+
     @cached_property
     def size(self) -> str:
-        """The checkpoint's size: 3B or 7B by its shape, else its number of parameters, such as 1.2M, or that
-        it is unknown."""
+        """The checkpoint's size: 3B or 7B by its shape, else its number of parameters, such as 1.2M, or UNKNOWN."""
         return model_size(self.model_folder)
 
     @cached_property
     def trained_as(self) -> str | None:
-        """The variant that the checkpoint was trained as; None where that is not known."""
+        """The variant that the checkpoint was trained as, or None if unknown."""
         return read_object(self.model_folder / "config.json").get("streaming_variant") if self.model_folder else None
 
     def score(self, metric: str) -> tuple[float | None, str]:
-        """The value of `metric` and no reason, or None and the reason why there is none."""
+        """The value of `metric` and an empty string, or None and the reason why it is missing."""
         if not self.scores:
-            return None, f"{self.path.name} has not been scored: there is no {self.scores_path.name}"
+            return None, f"{self.path.name} is not scored: {self.scores_path.name} does not exist"
         return score_in(self.scores, metric)
 
     @property
     def subtasks(self) -> dict[str, dict]:
-        """The scores of each sub-task, where the task has some."""
+        """The scores of each sub-task; empty if the task has none."""
         return {name: one for name, one in self.scores.get("tasks", {}).items() if isinstance(one, dict)}
 
 
+def without_folders(text: str) -> str:
+    """`text` with absolute paths shortened to their last part: a report is shared, and shows no local paths."""
+    return re.sub(r"(?<![\w./:-])/(?:[^\s/:,;()'\"]+/)+", "", text)
+
+
 def score_in(scores: dict, metric: str) -> tuple[float | None, str]:
-    """The value of `metric` and no reason, or None and the reason why there is none."""
+    """The value of `metric` and an empty string, or None and the reason why it is missing."""
     value = scores.get(metric)
     if is_number(value):
         return float(value), ""
     reasons = scores.get("not_computed", {})
-    return None, f"{metric} was not computed: {reasons[metric]}" if metric in reasons else "not asked for"
+    return (
+        None,
+        f"{metric} was not computed: {without_folders(reasons[metric])}" if metric in reasons else "not requested",
+    )
 
 
 def is_number(value: object) -> bool:
@@ -103,15 +119,15 @@ def is_number(value: object) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # of more digits than a float holds
+    except OverflowError:  # too large for a float
         return False
 
 
 def load_results(paths: Sequence[Path]) -> list[Result]:
-    """The result files, in the order of the paper's tables; among those of one variant, in the given order.
+    """The result files in the order of the paper's tables; those of one variant in the given order.
 
-    Raises InputError for a file that is missing, is no result file or lacks its arguments, and for two files of the
-    same task, variant, schedule, seed, model and data.
+    Raises InputError for a file that is missing, invalid or without arguments, and for two files of the same task,
+    variant, schedule, seed, model and data.
     """
     results = [load_result(Path(path)) for path in paths]
     seen: dict[tuple, Path] = {}
@@ -121,7 +137,7 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
         if key in seen:
             raise InputError(
                 f"{seen[key]} and {result.path} are both {result.variant.name}, {result.schedule}, of {result.model}: "
-                "leave one of them out"
+                "remove one of them"
             )
         seen[key] = result.path
     order = list(VARIANTS)
@@ -130,27 +146,27 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
 
 def load_result(path: Path) -> Result:
     if not path.is_file():
-        raise InputError(f"{path} is not there: give result files that eval.sh has written")
+        raise InputError(f"{path} does not exist: give result files written by eval.sh")
     rows = load_finished(path)
     if not rows:
-        raise InputError(f"{path} has no rows: give result files that eval.sh has written")
+        raise InputError(f"{path} has no rows: give result files written by eval.sh")
     args = read_arguments(path)
     variant = get_variant(args["variant"])
     for video_id, row in rows.items():
         check_row(f"{path}, video {video_id!r}", row, variant.name)
     tasks = {task_of(row) for row in rows.values()}
     if len(tasks) > 1:
-        raise InputError(f"{path} has rows of several tasks ({', '.join(sorted(tasks))}): give each its own file")
+        raise InputError(f"{path} has rows of several tasks ({', '.join(sorted(tasks))}): use one file per task")
     return Result(path, variant, args, rows, tasks.pop(), *load_scores(path), find_model(args["model"]))
 
 
 def load_scores(path: Path) -> tuple[Path, dict]:
-    """Where the scores of a result file lie, and what they are."""
+    """The path of the scores of a result file, and the scores."""
     found = sibling(path, "scores.json")
     scores = read_object(found) if found.exists() else {}
     for name in ("not_computed", "tasks", "judge", "lag"):
         if not isinstance(scores.get(name, {}), dict):
-            raise InputError(f"{found} holds no object as {name}: score again with eval.sh --score-only")
+            raise InputError(f"{found}: {name} is not an object: score again with eval.sh --score-only")
     return found, scores
 
 
@@ -159,8 +175,8 @@ def task_of(row: Row) -> str:
 
 
 def find_model(model: str) -> Path | None:
-    """The checkpoint's folder on this machine, looked up as in `places` and in the hub's cache; None where it is gone.
-    Nothing is fetched."""
+    """The checkpoint's folder on this machine, looked up as in `places` and in the hub's cache, or None. Nothing is
+    downloaded."""
     for folder in places(model, ROOT):
         if (folder / "config.json").exists():
             return folder
@@ -191,7 +207,7 @@ def model_size(folder: Path | None) -> str:
 
 
 def metrics_of(results: Sequence[Result]) -> list[str]:
-    """The paper's metrics, then what else the scores have."""
+    """The paper's metrics, then the other metrics in the scores."""
     found = [name for result in results for name, value in result.scores.items() if is_number(value)]
     found += [name for result in results for name in result.scores.get("not_computed", {})]
     more = [name for name in dict.fromkeys(found) if name not in (*paper.METRICS, *HIDDEN, *NOT_METRICS)]
@@ -199,18 +215,20 @@ def metrics_of(results: Sequence[Result]) -> list[str]:
 
 
 def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
-    """What tells a result from the others of its task and variant: schedule and size and, where needed, the model, a
-    random schedule's seed and the data. `brief` leaves out a size that all have."""
+    """A label that distinguishes a result from the others of its task and variant: schedule and size and, if needed,
+    the model, the seed of a random schedule and the data. `brief` omits a size that all results share."""
     same = brief and len({result.size for result in results}) == 1
     short = {}
     for result in results:
-        # Offline, every fixed schedule is the same.
+        # For offline variants, all fixed schedules are the same.
         parts = [result.schedule] if result.variant.streams or result.kind != "fixed" else []
         short[result.path] = ", ".join([*parts, *([] if same else [result.size])])
+    names = {result.model: result.model_name for result in results}
+    same_models = len(set(names.values())) == len(names)
     more: tuple[Callable[[Result], str], ...] = (
-        lambda result: result.model,
+        lambda result: result.model_name if same_models else "/".join(Path(result.model).parts[-2:]),
         lambda result: f"seed {result.seed}",
-        lambda result: Path(result.args["data"]).name,
+        lambda result: result.data_name,
     )
     for what in more:
         alike: dict[tuple, list[Result]] = {}
@@ -224,44 +242,46 @@ def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
 
 
 def differences(results: Sequence[Result], size: str) -> list[tuple[str, str]]:
-    """How the results are not what the paper's set-up would give, each with the variants that it holds for."""
+    """How the results differ from the paper's setup, each difference with the variants that it applies to."""
     found: dict[str, list[str]] = {}
     for result in results:
         for text in differences_of(result, size):
             found.setdefault(text, []).append(f"{result.variant.name} {result.schedule}")
-    told = [(text, "all" if len(who) == len(results) else ", ".join(who)) for text, who in found.items()]
+    notes = [(text, "all" if len(who) == len(results) else ", ".join(who)) for text, who in found.items()]
     if any(result.rows.keys() != results[0].rows.keys() for result in results):
         counts = ", ".join(f"{result.variant.name} {result.schedule} {len(result.rows)}" for result in results)
-        told.append(("the files are not over the same videos, so their rows do not compare", f"videos: {counts}"))
-    return told
+        notes.append(("the files have different videos, so their rows are not comparable", f"videos: {counts}"))
+    return notes
 
 
 def differences_of(result: Result, size: str) -> list[str]:
     found = []
     if result.size != size:
         if result.size == UNKNOWN:
-            told = "the model is not on this machine, so its size is not known"
+            what = "the model is not on this machine, so its size is unknown"
         elif result.size in paper.SIZES:
-            told = f"the model is Qwen2.5-VL-{result.size}"
+            what = f"the model is Qwen2.5-VL-{result.size}"
         else:
-            told = f"the model has {result.size} parameters"
-        found.append(f"{told}; the paper's is Qwen2.5-VL-{size}")
+            what = f"the model has {result.size} parameters"
+        found.append(f"{what}; the paper uses Qwen2.5-VL-{size}")
     if result.kind != "random" and result.schedule != paper.SCHEDULE and result.variant.streams:
-        found.append(f"the schedule is {result.schedule}, the paper's {paper.SCHEDULE}")
+        found.append(f"the schedule is {result.schedule}, {paper.SCHEDULE} in the paper")
     for name, value in paper.SETTINGS.items():
         if name in result.args and result.args[name] != value:
-            found.append(f"{name} is {result.args[name]}, the paper's {value}")
+            found.append(f"{name} is {result.args[name]}, {value} in the paper")
     if result.trained_as not in (None, result.variant.name):
-        found.append(f"the checkpoint was trained as {result.trained_as}, not as the variant it was evaluated under")
+        found.append(f"the checkpoint was trained as {result.trained_as}, not as the evaluated variant")
     scored = result.scores.get("count")
     if scored is not None and scored != len(result.rows):
-        found.append(f"{result.scores_path.name} is over {scored} videos, the file has {len(result.rows)}: score again")
+        found.append(
+            f"{result.scores_path.name} has the scores of {scored} videos, the file has {len(result.rows)}: score again"
+        )
     if missing := result.scores.get("missing_tasks"):
-        found.append(f"the mean is not over all sub-tasks: there are no rows of {', '.join(missing)}")
+        found.append(f"the mean is not over all sub-tasks: {', '.join(missing)} have no rows")
     if result.scores.get("skipped"):
-        found.append(f"{result.scores['skipped']} videos were left out, as they could not be used")
+        found.append(f"{result.scores['skipped']} videos were skipped because they could not be used")
     if unjudged := result.scores.get("judge", {}).get("not_judged"):
-        found.append(f"Fluency is without {unjudged} captions, which the judge gave no grade")
+        found.append(f"Fluency excludes {unjudged} captions that the judge did not grade")
     if wordless := result.scores.get("lag", {}).get("without_words"):
-        found.append(f"AL and LAAL are without {wordless} captions that have no word")
+        found.append(f"AL and LAAL exclude {wordless} captions without words")
     return found

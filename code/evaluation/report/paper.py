@@ -1,14 +1,14 @@
-"""The paper's figures, for a report to show beside ours: arXiv 2601.06843, January 2026.
+"""The paper's values (arXiv 2601.06843, January 2026), which a report shows beside ours.
 
 Knows nothing about our results.
 """
 
 METRICS = ("CIDEr", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "BLEURT", "Fluency")
-"""In the order of the paper's tables. All are times 100, but Fluency, which an LLM judges from 1 to 5."""
+"""In the order of the paper's tables. All are multiplied by 100, except Fluency, which an LLM judges from 1 to 5."""
 
 SIZES = ("3B", "7B")
 SHAPES = {(2048, 36): "3B", (3584, 28): "7B"}
-"""Width and layers of the language model in Qwen2.5-VL, by which a checkpoint's size is known."""
+"""Size by hidden size and number of layers of the language model in Qwen2.5-VL."""
 
 SETTINGS = {
     "repetition_penalty": 1.15,
@@ -18,14 +18,14 @@ SETTINGS = {
     "max_pixels_per_video": 2_408_448,
     "budget": "video",
 }
-"""How the paper and its published code decode. The names are eval.py's."""
+"""Settings of the paper and its published code, under the names of eval.py."""
 SCHEDULE = "wait-3"
 
 TASKS = {
     "description": ("Video description", "their test videos of PE-Video"),
     "funqa": ("Video question answering", "FunQA, as the mean of its six sub-tasks"),
 }
-"""Titles, and what the paper's figures were measured on."""
+"""Titles, and what the paper's values were measured on."""
 
 FIGURES = {
     ("description", "3B"): {
@@ -53,17 +53,17 @@ FIGURES = {
         "gap": (3.99, 30.95, 2.48, 17.58, 19.33, 37.25, 4.61),
     },
 }
-"""By task and size, then by variant; a row that ends early lacks its last metrics."""
+"""By task and size, then by variant. Shorter rows lack the last metrics."""
 
 RANDOM_METRIC, RANDOM_SIZE = "BLEURT", "3B"
 RANDOM = {
     "fixed": {"interleave": 44.11, "overlap": 50.62, "group": 51.53, "gap": 51.20},
     "random": {"interleave": 40.56, "overlap": 50.71, "group": 51.76, "gap": 51.56},
 }
-"""Trained with K = 3 and disturbed at test time: PE-Video, BLEURT only."""
+"""Trained with K = 3 and evaluated with other schedules: PE-Video, BLEURT only."""
 
 
 def figure(task: str, size: str, variant: str, metric: str) -> float | None:
-    """The paper's value, or None where it gives none."""
+    """The paper's value, or None if it gives none."""
     row = FIGURES.get((task, size), {}).get(variant, ())
     return dict(zip(METRICS, row, strict=False)).get(metric)

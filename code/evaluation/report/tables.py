@@ -1,6 +1,6 @@
-"""The report's tables, in the paper's layout and with the paper's figures as rows of their own; and as Markdown.
+"""The report's tables, in the paper's layout, with the paper's values in separate rows; and as Markdown.
 
-A value that is not there is a dash with a footnote that says why, never a zero. Knows nothing about HTML.
+A missing value is shown as a dash with a footnote that says why, never as zero. Knows nothing about HTML.
 """
 
 import re
@@ -22,7 +22,7 @@ NOT_IN_PAPER = "not in the paper"
 class Cell:
     value: float | None
     note: int = 0
-    """The footnote's number, from 1; 0 where there is none."""
+    """The footnote's number, from 1; 0 for none."""
     signed: bool = False
 
     @property
@@ -38,11 +38,11 @@ class Line:
     group: str
     """Offline or Streaming, or the metric."""
     name: str
-    """The paper's name of the method, or what the line holds."""
+    """The paper's name of the method, or what the line shows."""
     ours: str
-    """Our name of the variant."""
+    """The variant's name in this project."""
     source: str
-    """Whose the figures are, and how they were got."""
+    """Where the values come from."""
     paper: bool
     cells: list[Cell]
 
@@ -51,13 +51,13 @@ class Line:
 class Table:
     title: str
     heads: list[str]
-    """Of the columns before the values; the first is the group's."""
+    """Heads of the columns before the values; the first is that of the group."""
     columns: list[str]
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def cell(self, value: float | None, reason: str = "", signed: bool = False) -> Cell:
-        """A cell, and a footnote where it has no value."""
+        """A cell, with a footnote if it has no value."""
         if value is not None or not reason:
             return Cell(value, signed=signed)
         if reason not in self.notes:
@@ -66,10 +66,11 @@ class Table:
 
 
 def main_table(results: Sequence[Result], task: str, size: str) -> Table:
-    """Metrics by variant: the rows of the paper's first table, ours above the paper's. `results` are of one task."""
+    """Metrics by variant, with the rows of the paper's first table: our values above the paper's. `results` are of one
+    task."""
     title, _ = paper.TASKS.get(task, (task, ""))
     metrics = metrics_of(results)
-    table = Table(title, ["", "Method", "Variant", "Figures"], metrics)
+    table = Table(title, ["", "Method", "Variant", "Source"], metrics)
     label = labels(results)
     known = any(key[0] == task for key in paper.FIGURES)
     for variant in VARIANTS.values():
@@ -89,7 +90,7 @@ def main_table(results: Sequence[Result], task: str, size: str) -> Table:
 
 
 def subtask_table(results: Sequence[Result]) -> Table | None:
-    """The scores of each sub-task, which the main table has the mean of; None where there are none."""
+    """The scores of each sub-task, whose means are in the main table; None if there are none."""
     metrics = metrics_of(results)
     table = Table("By sub-task", ["Result", "Sub-task", "", "Videos"], metrics)
     label = labels(results)
@@ -102,8 +103,7 @@ def subtask_table(results: Sequence[Result]) -> Table | None:
 
 
 def schedule_pairs(results: Sequence[Result]) -> list[tuple[Result | None, Result | None]]:
-    """(fixed, random) of one streaming variant, model and K, each with each; there is a random one somewhere, or there
-    are no pairs."""
+    """All pairs (fixed, random) of results of the same streaming variant, model and K; empty without a random one."""
     streaming = [result for result in results if result.variant.streams and result.kind in ("fixed", "random")]
     if not any(result.kind == "random" for result in streaming):
         return []
@@ -116,23 +116,23 @@ def schedule_pairs(results: Sequence[Result]) -> list[tuple[Result | None, Resul
 
 
 def not_comparable(one: Result | None, other: Result | None) -> str:
-    """Why the scores of two results cannot be subtracted; an empty string where they can."""
+    """Why the scores of two results cannot be compared; empty if they can."""
     if not one or not other:
         return ""
     names = f"{one.path.name} and {other.path.name}"
     if one.rows.keys() != other.rows.keys():
         both = len(one.rows.keys() & other.rows.keys())
-        return f"{names} are not over the same videos ({len(one.rows)} and {len(other.rows)}, {both} in both)"
+        return f"{names} have different videos ({len(one.rows)} and {len(other.rows)}, {both} in both)"
     if any(row["annotation"] != other.rows[video_id]["annotation"] for video_id, row in one.rows.items()):
-        return f"{names} do not have the same reference captions"
+        return f"{names} have different reference captions"
     if one.scores.get("count") != other.scores.get("count"):
         counts = f"{one.scores.get('count')} and {other.scores.get('count')} videos"
-        return f"the scores of {names} are over {counts}: score again with eval.sh --score-only"
+        return f"the scores of {names} are of {counts}: score again with eval.sh --score-only"
     return ""
 
 
 def schedule_table(results: Sequence[Result], task: str) -> Table | None:
-    """Fixed against random schedules: the paper's second table, for every metric that there is; None without any."""
+    """Fixed and random schedules: the paper's second table, for all metrics; None without random schedules."""
     pairs = schedule_pairs(results)
     if not pairs:
         return None
@@ -145,7 +145,7 @@ def schedule_table(results: Sequence[Result], task: str) -> Table | None:
         one = random if fixed and random and shared[fixed.path] > 1 else fixed or random
         extra = f", {label[one.path]}" if many[one.variant.name] > 1 or len(ks) > 1 else ""
         columns.append(f"{one.variant.method} ({one.variant.name}{extra})")
-    table = Table("Fixed against random schedules", ["Metric", "Schedule", "", "Figures"], columns)
+    table = Table("Fixed and random schedules", ["Metric", "Schedule", "", "Source"], columns)
     both = [result for pair in pairs for result in pair if result]
     for metric in metrics_of(results):
         if all(result.score(metric)[0] is None for result in both):
@@ -174,7 +174,7 @@ def schedule_table(results: Sequence[Result], task: str) -> Table | None:
 
 
 def add_paper(table: Table, pairs) -> None:
-    """The paper's rows: BLEURT at 3B, the only ones that it gives."""
+    """The paper's rows, which are only given for BLEURT at 3B."""
     for kind, values in paper.RANDOM.items():
         cells = [table.cell(values.get((fixed or random).variant.name), NOT_IN_PAPER) for fixed, random in pairs]
         source = f"paper: {paper.RANDOM_SIZE}"
@@ -182,8 +182,8 @@ def add_paper(table: Table, pairs) -> None:
 
 
 def runs_table(results: Sequence[Result]) -> list[list[str]]:
-    """Heads, then a row for each file: what was run."""
-    heads = ["File", "Variant", "Schedule", "Model", "Size", "Data", "Videos", "Left out", "Seconds a video"]
+    """Heads, then a row for each result file."""
+    heads = ["File", "Variant", "Schedule", "Model", "Size", "Data", "Videos", "Skipped", "Seconds per video"]
     rows = [heads]
     for result in results:
         seconds = [row["seconds"] for row in result.rows.values()]
@@ -193,9 +193,9 @@ def runs_table(results: Sequence[Result]) -> list[list[str]]:
                 result.path.name,
                 result.variant.name,
                 result.schedule,
-                result.model,
+                result.model_name,
                 result.size,
-                result.args["data"],
+                result.data_name,
                 str(len(result.rows)),
                 str(skipped),
                 f"{sum(seconds) / len(seconds):.2f}",
@@ -222,5 +222,5 @@ def markdown_table(table: Table) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """`text` on one line, escaped for Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(text.split()))

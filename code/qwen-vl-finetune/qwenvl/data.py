@@ -1,7 +1,7 @@
-"""Rows to training batches: the timeline of each sample, its positions, labels and pixels.
+"""From rows to training batches: the timeline of each sample, its positions, labels and pixels.
 
-A bad sample is left out: in its place stands a blank one without labels, which adds nothing to the loss but
-keeps every process in step, and its id and reason travel with the batch. Knows nothing of models and masks.
+A bad sample is replaced by a blank one without labels, which adds nothing to the loss and keeps the processes in step;
+its id and the reason are part of the batch. Does not depend on models and masks.
 
     B samples   L tokens   N clips
 """
@@ -45,7 +45,7 @@ class Sample:
     pixel_values: Tensor  # (patches, pixels of a patch)
     grid_thw: Tensor  # (3,)
     bad: tuple[str, str] | None = None
-    """Video id and reason, where this is the blank in place of a bad sample."""
+    """Video id and reason, if this is the blank sample in place of a bad one."""
 
     @property
     def time(self) -> Tensor:
@@ -61,7 +61,7 @@ class Sample:
 
 
 class StreamingDataset(torch.utils.data.Dataset):
-    """Samples as one pass over the timeline of `variant` takes them."""
+    """Samples for one forward pass over the timeline of `variant`."""
 
     def __init__(
         self,
@@ -78,15 +78,17 @@ class StreamingDataset(torch.utils.data.Dataset):
         keep_frames: bool = False,
         video_root: Path | None = None,
     ):
-        """`root` is the project's; `video_path` is looked up as in `find_video`."""
+        """`root` is the project's root; a row's `video_path` is looked up as in `find_video`. `keep_frames` caches
+        decoded videos in memory."""
         self.rows, self.root, self.processor, self.tokens_per_second = rows, root, processor, tokens_per_second
         self.variant, self.schedule, self.budget, self.max_length = variant, schedule, budget, max_length
         self.seed, self.reader, self.video_root = seed, reader, video_root
         self.templates = [make_template(processor, question) for question in QUESTIONS]
-        self.asked: dict[str, Template] = {}
-        self.kept: dict[int, Video] | None = {} if keep_frames else None
+        self.own_templates: dict[str, Template] = {}
+        self.cache: dict[int, Video] | None = {} if keep_frames else None
         self.side = processor.video_processor.merge_size * processor.video_processor.patch_size
-        """Pixels that a visual token covers, in rows and in columns."""
+        """Height and width in pixels of the square that a visual token covers."""
+        self.pixels_per_token = self.side**2
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,46 +97,53 @@ class StreamingDataset(torch.utils.data.Dataset):
         row, template = self.rows[index], self.template(index)
         try:
             video = self._video(index)
+            answer = len(answer_ids(self.processor, template, row["human_caption"]))
+            grid = video.frames.shape[-2] // self.side, video.frames.shape[-1] // self.side
+            self.check(video.clips, grid, template, answer, video.seconds_per_clip)
             sample = self._sample(video, row["human_caption"], template)
-            answer = int((sample.labels != IGNORED).sum())
-            per_clip = video.frames.shape[-2] * video.frames.shape[-1] // self.side**2
-            self.check(video.clips, per_clip, template, answer)
         except InputError as error:
             return self.blank(template, (str(row["video_id"]), str(error)))
         return sample
 
     def path(self, index: int) -> Path:
-        """Where the video of sample `index` is. Raises InputError where it is not there."""
+        """The video file of sample `index`. Raises InputError where there is none."""
         return find_video(self.rows[index]["video_path"], self.root, self.video_root)
 
     def template(self, index: int) -> Template:
-        """What stands around the video: the row's own question, or one of the paper's, drawn by the row's id."""
+        """The tokens around the video, with the row's own question or a random one of the paper's, seeded by its id."""
         row = self.rows[index]
         if not (question := row.get("question")):
             return self.templates[random.Random(f"{self.seed} {row['video_id']}").randrange(len(self.templates))]
-        if question not in self.asked:
-            self.asked[question] = make_template(self.processor, question)
-        return self.asked[question]
+        if question not in self.own_templates:
+            self.own_templates[question] = make_template(self.processor, question)
+        return self.own_templates[question]
 
-    def check(self, clips: int, tokens_per_clip: int, template: Template, answer: int) -> None:
-        """Raises InputError for a sample of these sizes that cannot be trained on; `answer` counts `<|im_end|>`."""
+    def check(
+        self, clips: int, grid: tuple[int, int], template: Template, answer: int, seconds_per_clip: float
+    ) -> None:
+        """Raises InputError if a sample of these sizes cannot be trained on. `grid` is a clip's visual tokens, rows ×
+        columns; `answer` includes `<|im_end|>`."""
         if self.variant.streams and answer - 1 < clips:
             raise InputError(
-                f"its caption has {answer - 1} tokens for {clips} clips, so that some slots would stay silent: "
-                "leave it out, or train an offline variant"
+                f"its caption has {answer - 1} tokens for {clips} clips, so some slots would have no token: remove it, "
+                "or train an offline variant"
             )
-        length = len(template.prompt) + len(template.tail) + len(template.header) + clips * tokens_per_clip + answer
+        layout = template.layout(grid, self.tokens_per_second * seconds_per_clip)
+        check_clips(self.variant, layout, clips)
+        length = layout.prompt + layout.tail + layout.header + clips * layout.tokens_per_clip + answer
         if length > self.max_length:
-            raise InputError(f"its {length} tokens are more than the model length {self.max_length}: raise that")
-
-    def check_room(self) -> None:
-        """Raises InputError where a model length is too short for any sample."""
-        around = min(len(t.prompt) + len(t.tail) + len(t.header) for t in {*map(self.template, range(len(self)))})
-        least = around + math.ceil(self.budget.min_pixels_per_frame / self.side**2) + 2
-        if least > self.max_length:
             raise InputError(
-                f"a question, one clip and one word are {least} tokens, more than the model length {self.max_length}: "
-                "raise --model_max_length, and --pack_tokens where it is given"
+                f"its {length} tokens exceed the maximum length {self.max_length}: raise --model_max_length"
+            )
+
+    def check_max_length(self) -> None:
+        """Raises InputError where the maximum length is too small for every sample."""
+        template = min(len(t.prompt) + len(t.tail) + len(t.header) for t in {*map(self.template, range(len(self)))})
+        minimum = template + math.ceil(self.budget.min_pixels_per_frame / self.pixels_per_token) + 2
+        if minimum > self.max_length:
+            raise InputError(
+                f"a question, one clip and one token of caption are {minimum} tokens, and the maximum length is "
+                f"{self.max_length}: raise --model_max_length, and --pack_tokens if it is set"
             )
 
     def blank(self, template: Template, bad: tuple[str, str] | None = None) -> Sample:
@@ -146,12 +155,12 @@ class StreamingDataset(torch.utils.data.Dataset):
         return sample
 
     def _video(self, index: int) -> Video:
-        if self.kept is not None and index in self.kept:
-            return self.kept[index]
-        most = self.max_length // math.ceil(self.budget.min_pixels_per_frame / self.side**2)
-        video = read_video(self.path(index), budget=self.budget, reader=self.reader, max_clips=most)
-        if self.kept is not None:
-            self.kept[index] = video
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
+        max_clips = self.max_length // math.ceil(self.budget.min_pixels_per_frame / self.pixels_per_token)
+        video = read_video(self.path(index), budget=self.budget, reader=self.reader, max_clips=max_clips)
+        if self.cache is not None:
+            self.cache[index] = video
         return video
 
     def _sample(self, video: Video, caption: str, template) -> Sample:
@@ -159,7 +168,6 @@ class StreamingDataset(torch.utils.data.Dataset):
         pixels, grid = clip_pixels(self.processor, video.frames)
         clips = len(pixels)
         layout = template.layout(grid, self.tokens_per_second * video.seconds_per_clip)
-        check_clips(self.variant, layout, clips)
         counts = make_schedule(self.schedule, self.variant, clips).counts(len(answer))
         timeline = make_timeline(self.variant, layout, counts)
         rows = timeline.rows
@@ -167,8 +175,8 @@ class StreamingDataset(torch.utils.data.Dataset):
         ids = torch.full((len(rows),), template.video)
         for part, tokens in ((PROMPT, template.prompt), (TAIL, template.tail), (HEADER, template.header)):
             ids[rows.part == part] = torch.tensor(tokens)
-        written = torch.tensor(answer)
-        ids[rows.part == ANSWER] = written[rows.index[rows.part == ANSWER]]
+        answer_tokens = torch.tensor(answer)
+        ids[rows.part == ANSWER] = answer_tokens[rows.index[rows.part == ANSWER]]
         assert int((rows.part == CLIP).sum()) == clips * grid[0] * grid[1]
         merge = self.processor.video_processor.merge_size
         return Sample(
@@ -176,21 +184,21 @@ class StreamingDataset(torch.utils.data.Dataset):
             position_ids=timeline_positions(timeline),
             visual=rows.visual,
             text=rows.text,
-            labels=torch.where(timeline.produces == NOTHING, IGNORED, written[timeline.produces]),
+            labels=torch.where(timeline.produces == NOTHING, IGNORED, answer_tokens[timeline.produces]),
             pixel_values=pixels.flatten(0, 1),
             grid_thw=torch.tensor([clips, grid[0] * merge, grid[1] * merge]),
         )
 
 
-class Evened(torch.utils.data.Dataset):
-    """`samples`, and behind them blank ones up to a multiple of `of`: where that is what all processes take at once,
-    none of them is handed a sample that another one has had."""
+class PaddedDataset(torch.utils.data.Dataset):
+    """`samples`, padded with blank ones to a multiple of `multiple`. With the batch size of all processes together, no
+    sample is repeated to fill the last batch."""
 
-    def __init__(self, samples: StreamingDataset, of: int):
-        self.samples, self.of = samples, of
+    def __init__(self, samples: StreamingDataset, multiple: int):
+        self.samples, self.multiple = samples, multiple
 
     def __len__(self) -> int:
-        return math.ceil(len(self.samples) / self.of) * self.of
+        return math.ceil(len(self.samples) / self.multiple) * self.multiple
 
     def __getitem__(self, index: int) -> Sample:
         if index < len(self.samples):
@@ -198,59 +206,59 @@ class Evened(torch.utils.data.Dataset):
         return self.samples.blank(self.samples.templates[0])
 
 
-class Order(torch.utils.data.Sampler):
-    """The indices of `samples` for one epoch after the other: shuffled by `seed` and epoch, the blank ones last."""
+class EpochSampler(torch.utils.data.Sampler):
+    """Indices of `samples` for an epoch, shuffled by `seed` plus the epoch, with the blank samples last."""
 
-    def __init__(self, samples: Evened, seed: int, shuffled: bool = True, drop_last: bool = False):
-        """`drop_last` leaves out what is short of a multiple, in place of filling it up."""
-        self.real, self.all, self.of = len(samples.samples), len(samples), samples.of
-        self.seed, self.shuffled, self.drop_last, self.epoch = seed, shuffled, drop_last, 0
+    def __init__(self, samples: PaddedDataset, seed: int, shuffle: bool = True, drop_last: bool = False):
+        """`drop_last` drops an incomplete last batch instead of padding it."""
+        self.real, self.padded, self.multiple = len(samples.samples), len(samples), samples.multiple
+        self.seed, self.shuffle, self.drop_last, self.epoch = seed, shuffle, drop_last, 0
 
     def __len__(self) -> int:
-        return self.real // self.of * self.of if self.drop_last else self.all
+        return self.real // self.multiple * self.multiple if self.drop_last else self.padded
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         order = list(range(self.real))
-        if self.shuffled:
+        if self.shuffle:
             order = torch.randperm(self.real, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
-        return iter([*order, *range(self.real, self.all)][: len(self)])
+        return iter([*order, *range(self.real, self.padded)][: len(self)])
 
 
 def pack(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
-    """Rows of samples with at most `tokens` tokens each, every sample in the first row that has room for it."""
+    """First-fit packing of samples into rows of at most `tokens` tokens."""
     rows: list[list[Sample]] = []
-    left: list[int] = []
+    room: list[int] = []
     for sample in samples:
         length = len(sample.input_ids)
-        row = next((i for i, room in enumerate(left) if room >= length), len(rows))
+        row = next((i for i, free in enumerate(room) if free >= length), len(rows))
         if row == len(rows):
             rows.append([])
-            left.append(tokens)
+            room.append(tokens)
         rows[row].append(sample)
-        left[row] -= length
+        room[row] -= length
     return rows
 
 
 def collate(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
-    """A batch of rows padded at their ends: a row a sample, or packed into rows of `pack_tokens`.
+    """A batch of right-padded rows: one sample per row, or packed into rows of `pack_tokens`.
 
-    No token before a row's end may attend to what is behind it, so padding needs no mask of its own; it has no
-    labels. `sample` numbers the samples of packed rows from 1, and the padding 0. `tally` is not the model's: it counts
-    the samples that are trained on, which blank ones are not, and their tokens, and lists the bad ones.
+    Padding needs no mask, since no token attends to what follows it, and has no labels. `sample` (rows, tokens) numbers
+    the samples of packed rows from 1, and is 0 for padding. `tally` is not an input of the model: it has the number of
+    samples that are trained on, without blank ones, the number of their tokens, and the bad samples.
     """
     rows = pack(samples, pack_tokens) if pack_tokens else [[sample] for sample in samples]
 
-    def lay_out(name: str, value=0) -> Tensor:
+    def pad_rows(name: str, value=0) -> Tensor:
         pieces = [torch.cat([getattr(sample, name) for sample in row]) for row in rows]
         batch = pad_sequence(pieces, batch_first=True, padding_value=value)
         return nn.functional.pad(batch, (0, pack_tokens - batch.shape[1]), value=value) if pack_tokens else batch
 
-    batch = {name: lay_out(name) for name in ("input_ids", "visual", "text")}
-    batch["position_ids"] = torch.stack([lay_out(name) for name in ("time", "height", "width")])
-    batch["labels"] = lay_out("labels", IGNORED)
+    batch = {name: pad_rows(name) for name in ("input_ids", "visual", "text")}
+    batch["position_ids"] = torch.stack([pad_rows(name) for name in ("time", "height", "width")])
+    batch["labels"] = pad_rows("labels", IGNORED)
     if pack_tokens:
         numbers = [torch.cat([torch.full_like(s.input_ids, n) for n, s in enumerate(row, 1)]) for row in rows]
         padded = pad_sequence(numbers, batch_first=True)

@@ -1,5 +1,4 @@
-"""What `sft.sh --help` shows: every flag that does something, by groups, ours first, each in its shortest form. Knows
-nothing about what flags do."""
+"""The output of `sft.sh --help`: all supported flags in groups, this program's own first."""
 
 import dataclasses
 import enum
@@ -11,24 +10,24 @@ from transformers import HfArgumentParser, TrainingArguments
 from .argument_checks import REFUSED
 
 FIRST = ("max_steps", "seed", "deepspeed", "use_cpu", "optim", "eval_steps", "per_device_eval_batch_size")
-"""Of transformers' flags those that are used most."""
+"""The most used flags of transformers."""
 INDENT, COLUMN, WIDTH = 2, 34, 120
-"""Where flags and their texts begin, and how wide lines are, in characters."""
+"""Columns of flags and their help, and the width of a line, in characters."""
 HEAD = """\
 usage: bash scripts/sft.sh [--FLAG VALUE ...]
 
 {description}
 
-A flag that is true or false takes True or False. Environment variables are in the README. Flags of transformers that
-this program refuses are not shown.
+Boolean flags take True or False. Environment variables are in docs/training.md. Flags of transformers that are not
+supported here are not shown.
 """
 
 
 class HelpfulParser(HfArgumentParser):
-    """A parser of `dataclasses`, the last of which inherits transformers' TrainingArguments."""
+    """A parser of dataclasses, the last of which inherits from transformers' TrainingArguments."""
 
     def format_help(self) -> str:
-        # Of a flag with a --no_ form the first is the flag itself.
+        # A flag with a --no_ form has two actions; the first is the flag itself.
         shown = {action.dest: action for action in reversed(self._actions) if action.dest not in REFUSED}
         lines = [HEAD.format(description=self.description)]
         for title, names in self.groups():
@@ -37,7 +36,7 @@ class HelpfulParser(HfArgumentParser):
         return "\n".join(lines)
 
     def groups(self) -> Iterator[tuple[str, Iterable[str]]]:
-        """Titles, and the names of the flags below each."""
+        """Titles, each with the names of its flags."""
         model, data, training = self.dataclass_types
         own = [field.name for field in dataclasses.fields(training) if field.name in training.__annotations__]
         yield "model", [field.name for field in dataclasses.fields(model)]
@@ -48,9 +47,9 @@ class HelpfulParser(HfArgumentParser):
 
 
 def _entry(action) -> str:
-    """A flag, and beside it what it does and its default."""
+    """The lines of one flag: its name, its help and its default."""
     text, default = action.help, action.default
-    if text is None:  # a field that only has another default here
+    if text is None:  # a field that only overrides the default
         known = {field.name: field.metadata.get("help") for field in dataclasses.fields(TrainingArguments)}
         text = known.get(action.dest) or ""
     text = " ".join((text % {**vars(action), "prog": "sft.sh"}).split())

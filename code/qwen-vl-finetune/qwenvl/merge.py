@@ -1,8 +1,8 @@
-"""Merge an adapter into the model that it was trained on: a complete checkpoint, as full fine-tuning leaves one.
+"""Merge a LoRA adapter into its base model, into a complete checkpoint like that of full fine-tuning.
 
     python -m qwenvl.merge --adapter DIR --output DIR [--base MODEL]     (run in code/qwen-vl-finetune)
 
-It is computed in float32, on the CPU, and saved in the numbers of the base model, beside that model's own files.
+The merge runs on the CPU in float32. The result has the dtype and the other files of the base model.
 """
 
 import argparse
@@ -32,105 +32,105 @@ from .param_groups import saves_embeddings
 logger = logging.getLogger(__name__)
 
 BASE = "base_sha256"
-"""In an adapter's config.json: see `of_checkpoint`."""
+"""Key in an adapter's config.json: the base's hash by `of_checkpoint`."""
 
 
 def training_config(adapter: Path) -> dict:
-    """Variant, K, pixel budget and the base's hash of the training that left `adapter`. Raises InputError where there
-    was none."""
+    """Variant, K, pixel budget and the base's hash from the training of `adapter`. Raises InputError where they are not
+    recorded."""
     if not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"{adapter} holds no adapter: give a folder that `sft.sh --lora_enable True` has written")
+        raise InputError(f"{adapter} has no adapter: give a folder written by `sft.sh --lora_enable True`")
     try:
         config = json.loads((adapter / "config.json").read_text())
-        said = {key: config[key] for key in ("streaming_variant", "wait_k")}
-        said["position_rule"] = config.get("position_rule")  # also where there is none: the base may have one
-        return {**said, **{key: config[key] for key in ("pixel_budget", BASE) if key in config}}
+        required = {key: config[key] for key in ("streaming_variant", "wait_k")}
+        required["position_rule"] = config.get("position_rule")  # None overrides that of the base
+        return {**required, **{key: config[key] for key in ("pixel_budget", BASE) if key in config}}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{adapter / 'config.json'} does not say under which variant the adapter was trained ({error!r}): "
-            "give the folder as `sft.sh --lora_enable True` has written it"
+            f"{adapter / 'config.json'} does not name the variant of the adapter ({error!r}): give an unchanged folder "
+            "written by `sft.sh --lora_enable True`"
         ) from error
 
 
 def check_base(adapter: Path, base: str | None, sha256: str | None) -> None:
-    """Raises InputError where the folder `base`, or the one that `adapter` names, holds another model than the one of
-    that hash, which it was trained on. What comes from a hub is not compared."""
+    """Raises InputError where the folder `base`, or the one that `adapter` names, does not have the hash `sha256` of
+    the model that the adapter was trained on. Models from a hub are not compared."""
     try:
         base = base or json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return  # loading it will say why
+        return  # loading the adapter reports it
     hashed = re.compile("[0-9a-f]{64}")
     if sha256 and hashed.fullmatch(sha256) and os.path.isdir(base) and of_checkpoint(base) != sha256:
-        raise InputError(f"{adapter} was trained on another model than {base} holds now: name its model with --base")
+        raise InputError(f"{adapter} was trained on a model other than {base}: give its model with --base")
 
 
 def load_adapted(adapter: Path, base: str | None) -> PeftModel:
-    """`adapter` on `base`, by default the model that it was trained on, in float32.
+    """`adapter` on `base`, by default the model that it names, in float32.
 
-    Raises InputError where the two do not fit, weight by weight: peft alone goes on without those that are missing.
+    Raises InputError where their weights do not match: peft alone would ignore missing ones.
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
         weights = load_file(adapter / "adapter_model.safetensors")
-        if getattr(config, "megatron_config", None):  # peft imports whatever module is named there
-            raise ValueError("it is of Megatron")
+        if getattr(config, "megatron_config", None):  # peft would import the module that is named there
+            raise ValueError("Megatron adapters are not supported")
         if not (base := base or config.base_model_name_or_path):
-            raise ValueError("it names no model that it was trained on")
+            raise ValueError("it does not name its base model")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise InputError(f"the adapter in {adapter} cannot be read ({error}): take an earlier checkpoint") from error
+        raise InputError(f"the adapter in {adapter} cannot be read ({error}): use an earlier checkpoint") from error
     model = load_model(base, "sdpa", torch.float32)
-    load_processor(base)  # whose files will lie beside the merged weights
+    load_processor(base)  # its files are saved beside the merged weights
     try:
         adapted, embeddings = PeftModel(model, config), saves_embeddings(config)
-        if odd := get_peft_model_state_dict(adapted, save_embedding_layers=embeddings).keys() ^ weights.keys():
-            raise ValueError(f"{len(odd)} weights are in one only, {min(odd)} among them")
+        if different := get_peft_model_state_dict(adapted, save_embedding_layers=embeddings).keys() ^ weights.keys():
+            raise ValueError(f"{len(different)} weights are in only one of them, such as {min(different)}")
         set_peft_model_state_dict(adapted, weights)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{adapter} does not fit {base} ({reason}): name its model with --base") from error
+        raise InputError(f"{adapter} does not fit {base} ({reason}): give its model with --base") from error
     return adapted
 
 
 def merged(adapter: Path, base: str | None) -> PreTrainedModel:
-    """The model that `adapter` makes of `base`, in the numbers of that. Raises InputError where it is none."""
+    """`base` with `adapter` merged, in the dtype of `base`. Raises InputError where weights are NaN or infinite."""
     adapted = load_adapted(adapter, base)
     name = adapted.get_base_model().name_or_path
     try:
         model = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise InputError(f"{adapter} has weights that are no numbers ({error}): take an earlier checkpoint") from error
+        raise InputError(f"{adapter} has NaN or infinite weights ({error}): use an earlier checkpoint") from error
     return model.to(load_config(name).dtype or torch.float32)
 
 
 def merge(adapter: Path, output: Path, base: str | None = None) -> None:
-    """Write `adapter`, merged, to `output`, which appears when it is whole. Raises InputError where it cannot."""
+    """Write the merged checkpoint to `output`, which is created once it is complete. Raises InputError."""
     if output.exists():
-        raise InputError(f"{output} is there already: name another --output, or remove it")
+        raise InputError(f"{output} already exists: give another --output, or remove it")
     trained = training_config(adapter)
     check_base(adapter, base, trained.pop(BASE, None))
-    beside = output.with_name(f".{output.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    partial = output.with_name(f".{output.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
+        partial.mkdir(parents=True)
         model = merged(adapter, base)
-        model.save_pretrained(beside)
-        BaseFiles.of(model_folder(model.name_or_path)).write(beside, trained)
-        beside.rename(output)
+        model.save_pretrained(partial)
+        BaseFiles.of(model_folder(model.name_or_path)).write(partial, trained)
+        partial.rename(output)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--output {output} cannot be written ({reason}): name another, or make room") from error
+        raise InputError(f"--output {output} cannot be written ({reason}): give another, or free some space") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    logger.info("%s and %s: %s", model.name_or_path, adapter, output)
+        shutil.rmtree(partial, ignore_errors=True)
+    logger.info("merged %s into %s: %s", adapter, model.name_or_path, output)
 
 
 def main() -> None:
     parser = OneLineParser(
         prog="python -m qwenvl.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--adapter", type=Path, required=True, help="folder that sft.sh --lora_enable True has written")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder written by sft.sh --lora_enable True")
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; must not exist")
-    parser.add_argument("--base", help="the model that was adapted; by default the one that the adapter names")
+    parser.add_argument("--base", help="base model (default: the one that the adapter names)")
     arguments = parser.parse_args()
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,4 +1,5 @@
-"""Which parameters train, in full or through adapters, and how fast. Knows nothing of data and of how a step runs."""
+"""Which parameters train, in full or through LoRA adapters, and their learning rates. Does not depend on data and on
+how a step runs."""
 
 import re
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ LANGUAGE, MERGER, VISION = "language model", "merger", "vision tower"
 FLAGS = {LANGUAGE: "tune_mm_llm", MERGER: "tune_mm_mlp", VISION: "tune_mm_vision"}
 RATES = {LANGUAGE: "learning_rate", MERGER: "mm_projector_lr", VISION: "vision_tower_lr"}
 OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
-"""Beginnings of the names of optimizers that would not keep the parts' learning rates."""
+"""Prefixes of optimizers that would ignore the learning rates of the parts."""
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter or layer of a Qwen2.5-VL, bare or under peft, belongs to by its dotted name.
+    """The part of a Qwen2.5-VL, bare or wrapped by peft, that the parameter or layer of this dotted name belongs to.
 
-    Embeddings and `lm_head`, tied or not, go with the language model.
+    Embeddings and `lm_head`, tied or not, belong to the language model.
     """
     if ".visual.merger." in f".{name}.":
         return MERGER
@@ -39,36 +40,37 @@ def tuned_parts(arguments: ModelArguments) -> list[str]:
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """Where a model is adapted, by the dotted names of its layers."""
+    """Which layers get adapters, by their dotted names."""
 
     adapted: list[str]
     """Linear layers with an adapter."""
-    whole: list[str]
+    full: list[str]
     """Modules that train in full beside the adapters."""
 
 
 def plan_lora(model: nn.Module, arguments: ModelArguments) -> LoraPlan:
-    """Where `arguments` put adapters. Raises InputError where a target is missed or a part is left without any."""
+    """The adapters that `arguments` ask for. Raises InputError where a target matches no layer, or none of the language
+    model."""
     tuned = tuned_parts(arguments)
     linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and part_of(name) in tuned]
     adapted: set[str] = set()
     for target in arguments.lora_targets:
-        found = [name for name in linear if re.fullmatch(rf"(?:.*\.)?(?:{target})", name)]
-        if not found:
+        matches = [name for name in linear if re.fullmatch(rf"(?:.*\.)?(?:{target})", name)]
+        if not matches:
             raise InputError(
-                f"--lora_targets {target} names no linear layer of what trains ({', '.join(tuned)}): "
-                "name ends of layer names such as q_proj, and let their part train with its --tune flag"
+                f"--lora_targets {target} matches no linear layer of the parts that train ({', '.join(tuned)}): "
+                "give ends of layer names such as q_proj, and train their part with its --tune flag"
             )
-        adapted.update(found)
+        adapted.update(matches)
     if model.config.tie_word_embeddings and "lm_head" in adapted:
-        raise InputError("--lora_targets name lm_head, whose weights are the embeddings too: leave lm_head out")
+        raise InputError("--lora_targets match lm_head, which shares its weights with the embeddings: omit lm_head")
     parts = {part_of(name) for name in adapted}
     if LANGUAGE in tuned and LANGUAGE not in parts:
         raise InputError(
-            f"--lora_targets {' '.join(arguments.lora_targets)} name no layer of the language model: "
+            f"--lora_targets {' '.join(arguments.lora_targets)} match no layer of the language model: "
             "add one such as q_proj, or give --tune_mm_llm False"
         )
-    # peft cannot keep a list of modules, so the tower is named block by block.
+    # peft cannot save a ModuleList in full, so the blocks of the tower are named one by one.
     modules = {
         MERGER: ["model.visual.merger"],
         VISION: ["model.visual.patch_embed"]
@@ -78,22 +80,24 @@ def plan_lora(model: nn.Module, arguments: ModelArguments) -> LoraPlan:
 
 
 def check_parts(arguments: ModelArguments, training: SftArguments) -> None:
-    """Refuse, before any weight is loaded, what cannot train as asked. Raises InputError."""
+    """Raises InputError, before any weight is loaded, where the parts cannot train as asked."""
     for part, flag in RATES.items():
         rate = getattr(training, flag)
         if rate is not None and part != LANGUAGE and part not in tuned_parts(arguments):
-            raise InputError(f"--{flag} is for the {part}, which does not train: give --{FLAGS[part]} True or leave it")
+            raise InputError(
+                f"--{flag} has no effect on the {part}, which does not train: give --{FLAGS[part]} True, or omit it"
+            )
     if training.optim.startswith(OWN_GROUPS):
         raise InputError(
-            f"--optim {training.optim.value} makes its own parameter groups: choose one such as adamw_torch"
+            f"--optim {training.optim.value} creates its own parameter groups: choose another, such as adamw_torch"
         )
     check_optimizer(training)
     if arguments.lora_enable:
-        plan_lora(_without_weights(arguments.model_name_or_path, training), arguments)
+        plan_lora(_empty_model(arguments.model_name_or_path, training), arguments)
 
 
-def _without_weights(path: str, training: SftArguments) -> nn.Module:
-    """The layers of a checkpoint. DeepSpeed is out of the way meanwhile, for ZeRO-3 would fill and split them."""
+def _empty_model(path: str, training: SftArguments) -> nn.Module:
+    """A checkpoint's layers without weights. DeepSpeed is disabled, since ZeRO-3 would allocate and partition them."""
     config = load_config(path)
     unset_hf_deepspeed_config()
     try:
@@ -107,7 +111,7 @@ def _without_weights(path: str, training: SftArguments) -> nn.Module:
 def make_trainable(
     model: PreTrainedModel, arguments: ModelArguments, training: SftArguments
 ) -> PreTrainedModel | PeftModel:
-    """`model` with what the flags leave out frozen; with LoRA, inside a model with adapters drawn from the seed."""
+    """`model` with the other parameters frozen; with LoRA, wrapped with adapters that are initialized from the seed."""
     if not arguments.lora_enable:
         freeze(model, arguments)
         return model
@@ -122,22 +126,22 @@ def make_trainable(
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
             target_modules=plan.adapted,
-            modules_to_save=plan.whole or None,
+            modules_to_save=plan.full or None,
         ),
-        # DeepSpeed keeps float32 weights of its own, and ZeRO-3 wants what trains to be of one type.
+        # DeepSpeed has float32 master weights, and ZeRO-3 needs one dtype for all trained parameters.
         autocast_adapter_dtype=not training.deepspeed,
     )
 
 
 def freeze(model: nn.Module, arguments: ModelArguments) -> None:
-    """Freeze, parameter by parameter, what the --tune flags leave out. Tied embeddings go with the language model."""
+    """Freeze the parameters of the parts whose --tune flags are off. Tied embeddings belong to the language model."""
     tuned = tuned_parts(arguments)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in tuned)
 
 
 class AdaptedModel(PeftModel):
-    """A model with adapters, called with the model's own arguments. What it saves is a stock peft folder."""
+    """A model with adapters that is called with the model's own arguments, and saved as a stock peft folder."""
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         embeddings = saves_embeddings(self.peft_config["default"])
@@ -147,17 +151,18 @@ class AdaptedModel(PeftModel):
 
 
 def saves_embeddings(config: PeftConfig) -> bool:
-    """Whether peft saves the embeddings beside an adapter: where they have adapters themselves. Left to itself it also
-    compares their number with the base's config, for which it asks the hub, again and again where that is silent."""
+    """Whether the embeddings are saved beside an adapter, which is if they have adapters. By default peft also compares
+    their number with the base's config, and retries for a long time if the hub that it asks is unreachable."""
     return any(name in config.target_modules for name in EMBEDDING_LAYER_NAMES)
 
 
 def parameter_groups(model: nn.Module, training: SftArguments) -> list[dict]:
-    """The trained parameters by part, each with its learning rate; matrices decay, norms and biases do not."""
+    """The trained parameters by part, with its learning rate. Weight decay applies to matrices, not to norms and
+    biases."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {(part, flag): [] for part in FLAGS for flag in (True, False)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # Under ZeRO-3 a parameter's own shape is that of an empty vector.
+            # Under ZeRO-3 the shape of a partitioned parameter is that of an empty vector.
             shape = getattr(parameter, "ds_shape", parameter.shape)
             groups[part_of(name), len(shape) > 1].append(parameter)
     rates = {part: getattr(training, flag) for part, flag in RATES.items()}
@@ -169,20 +174,20 @@ def parameter_groups(model: nn.Module, training: SftArguments) -> list[dict]:
             "part": part,
         }
         for (part, decays), parameters in groups.items()
-        if parameters  # DeepSpeed cannot split an empty group
+        if parameters  # DeepSpeed cannot partition an empty group
     ]
 
 
 def make_optimizer(model: nn.Module, training: SftArguments) -> tuple[type, dict]:
-    """The optimizer's class and its arguments, groups included, as Trainer takes them in `optimizer_cls_and_kwargs`."""
-    kind, settings = Trainer.get_optimizer_cls_and_kwargs(training, model)
-    return kind, {**settings, "params": parameter_groups(model, training)}
+    """The optimizer's class and its arguments with parameter groups, for Trainer's `optimizer_cls_and_kwargs`."""
+    optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(training, model)
+    return optimizer, {**settings, "params": parameter_groups(model, training)}
 
 
 def describe_parts(model: nn.Module, training: SftArguments) -> str:
-    """What trains and how fast, in one line."""
+    """The parts that train, with their sizes and learning rates, in one line."""
     counts: dict[tuple[str, float], int] = {}
     for group in parameter_groups(model, training):
         size = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in group["params"])
         counts[group["part"], group["lr"]] = counts.get((group["part"], group["lr"]), 0) + size
-    return ", ".join(f"{part} {size / 1e6:.3g} M parameters at {rate:g}" for (part, rate), size in counts.items())
+    return ", ".join(f"{part} {size / 1e6:.3g}M parameters at lr {rate:g}" for (part, rate), size in counts.items())

@@ -1,7 +1,7 @@
-"""Bad samples found before training: what captions, and the headers of videos, tell without decoding anything.
+"""Finds bad samples before training, from captions and video headers, without decoding.
 
-A header says how many clips a video has to within one, and how large they are. Only where that leaves a doubt are the
-times of all frames read. What no header tells is checked when a sample is first read, by the same rules.
+A header gives the frame size, and the number of clips to within one. Only where that leaves a doubt are the timestamps
+of all frames read. What no header shows is checked, by the same rules, when a sample is first read.
 """
 
 import math
@@ -16,31 +16,31 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.model.prompts import answer_ids
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate
-from qwen_vl_streaming.video.index import film_track, index_video, may_leap
+from qwen_vl_streaming.video.index import film_track, index_video, may_leap, open_film
 
 from .data import StreamingDataset
 
-FPS = 2.0  # at which read_video samples by default
-THREADS = 16  # more than cores: on a file system over a network each header is waited for
+FPS = 2.0  # the default of read_video
+THREADS = 16  # more than cores: on network storage, reading a header is mostly waiting
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a video says; nothing, where it cannot be read."""
+    """What a video's header says; empty where it cannot be read."""
 
     clips: tuple[int, ...] = ()
-    """How many there may be."""
+    """The possible numbers of clips."""
     size: tuple[int, int] | None = None
-    """Height and width of the frames."""
+    """Height and width of the frames in pixels."""
 
 
 def find_bad(
     samples: StreamingDataset, enough: float = math.inf, process: int = 0, processes: int = 1, quiet: bool = True
 ) -> dict[int, str]:
-    """The bad ones among `samples`, by index, each with its reason. The same on every process.
+    """The bad samples by index, each with the reason. The same on every process.
 
-    Called by all `processes` at once, each of which looks at its share, and ends where that holds more than `enough`.
-    The first shows how far it is unless `quiet`.
+    Called by all `processes` at once. Each checks its share, and stops after more than `enough` bad samples. The first
+    shows progress unless `quiet`.
     """
     share = range(process, len(samples), processes)
     show = {"delay": 2, "disable": quiet or process > 0}
@@ -49,12 +49,12 @@ def find_bad(
         headers = zip(share, pool.map(partial(read_header, samples), share), strict=True)
         doubtful = [
             (index, header)
-            for index, header in Progress(headers, "looking at the data", len(share), **show)
-            if not header.clips or fault(samples, index, header, header.clips)
+            for index, header in Progress(headers, "checking headers", len(share), **show)
+            if not header.clips or check_sample(samples, index, header, header.clips)
         ]
         counts = pool.map(lambda doubt: count_clips(samples, doubt[0]), doubtful)
-        for (index, header), count in Progress(zip(doubtful, counts, strict=True), "at some closer", **show):
-            if reason := count if isinstance(count, str) else fault(samples, index, header, (count,)):
+        for (index, header), count in Progress(zip(doubtful, counts, strict=True), "checking timestamps", **show):
+            if reason := count if isinstance(count, str) else check_sample(samples, index, header, *count):
                 bad.append((index, reason))
             if len(bad) > enough:
                 break
@@ -62,15 +62,22 @@ def find_bad(
     return dict(sorted(gather_object(bad)))
 
 
-def fault(samples: StreamingDataset, index: int, header: Header, clips: tuple[int, ...]) -> str:
-    """Why sample `index` is bad, if it has one of these numbers of `clips`; an empty string where nothing is."""
+def check_sample(
+    samples: StreamingDataset,
+    index: int,
+    header: Header,
+    clips: tuple[int, ...],
+    seconds_per_clip: float = FRAMES_PER_CLIP / FPS,
+) -> str:
+    """Why sample `index` is bad with one of these numbers of `clips`; an empty string if it is not."""
     template = samples.template(index)
     try:
         answer = len(answer_ids(samples.processor, template, samples.rows[index]["human_caption"]))
         for count in clips if header.size else ():
-            height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * count)
-            samples.check(count, height * width // samples.side**2, template, answer)
-    except ValueError as error:  # an InputError, or a picture too long for its width
+            name = f"video {samples.path(index)}"
+            height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * count, name)
+            samples.check(count, (height // samples.side, width // samples.side), template, answer, seconds_per_clip)
+    except InputError as error:
         return str(error)
     return ""
 
@@ -78,37 +85,39 @@ def fault(samples: StreamingDataset, index: int, header: Header, clips: tuple[in
 def read_header(samples: StreamingDataset, index: int) -> Header:
     try:
         path = samples.path(index)
-    except InputError:  # count_clips says why
+    except InputError:  # count_clips reports it
         return Header()
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not os.path.isfile(path):  # opening a pipe would block
         return Header()
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_film(path) as container:
             stream = film_track(container, str(path))
             ends = [stream.duration * stream.time_base] if stream.duration else []
             ends += [container.duration / av.time_base] if container.duration else []
             size = stream.codec_context.height, stream.codec_context.width
-            # Of a slow video only the times of all frames tell whether its rate is steady; where stamps may begin anew,
-            # only they tell how long it is.
+            # At a low frame rate, only the timestamps show whether the rate is constant; where timestamps may restart,
+            # only they show the duration.
             known = float(stream.average_rate or FPS) >= FPS and not may_leap(container)
     except (av.FFmpegError, OSError, InputError):
         return Header()
     clips = math.ceil((float(min(ends, default=0)) - SLACK) * FPS / FRAMES_PER_CLIP)
-    # A video of hardly a clip may be too short for one.
+    # A video of about one clip may be shorter than that.
     return Header((clips - 1, clips, clips + 1) if known and clips > 1 else (), size if min(size) > 0 else None)
 
 
-def count_clips(samples: StreamingDataset, index: int) -> int | str:
-    """Exactly how many clips a video has; the reason where it is missing, broken or shorter than one."""
+def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], float] | str:
+    """The exact number of clips of a video and the seconds of each, or the reason if it is missing, broken or shorter
+    than one clip."""
     try:
         path = samples.path(index)
         video = index_video(path)
     except InputError as error:
         return str(error)
     try:
-        frames = pick_frames(video.times, video.duration, sampled_rate(video, FPS), None, None)
+        rate = sampled_rate(video, FPS)
+        frames = pick_frames(video.times, video.duration, rate, None, None)
     except InputError as error:
         return f"video {path}: {error}"
     if frames is None:
         return f"video {path} lasts {video.duration:.2f} s, which is less than one clip: use a longer one"
-    return math.ceil(len(frames) / FRAMES_PER_CLIP)
+    return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate

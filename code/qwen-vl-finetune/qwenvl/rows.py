@@ -1,58 +1,60 @@
-"""The rows of a JSONL: read and checked, held out, left out. Knows nothing of what a sample is made of."""
+"""The rows of the training data: reading, holding out, excluding. Does not know what a sample consists of."""
 
 import random
-from pathlib import Path
 
-from qwen_vl_streaming.common.data_rows import check_characters, read_data_rows
+from qwen_vl_streaming.common.data_rows import check_characters, read_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import make_data
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL, each with the number of its line and its own question or None. Raises InputError where
-    `read_data_rows` does, and for a caption that cannot be cut into tokens."""
+def read_rows(source: str) -> list[dict]:
+    """The rows of a data set, each with its number as `line` and its own question or None. Raises InputError where
+    `read_data_rows` does, and for a caption that cannot be tokenized."""
     rows = []
-    for number, row in read_data_rows(path):
+    for number, row in read_data_rows(source):
         try:
             check_characters(row, "human_caption")
         except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
+            raise InputError(f"{row_place(source, number)}: {error}") from error
         fields = {name: row.get(name) for name in ("video_id", "video_path", "human_caption", "question")}
         rows.append({"line": number, **fields})
     if not rows:
-        raise InputError(f"{path} has no rows: {make_data(path) or 'give one with rows'}")
+        raise InputError(f"{source} has no rows: {make_data(source) or 'give one with rows'}")
     return rows
 
 
 def hold_out(rows: list[dict], share: float, samples: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """`rows` without and with those to evaluate on: `samples`, or that `share`, of videos that `seed` draws.
+    """Split `rows` by video into a training and an evaluation set, which has `samples` rows or that `share` of them.
 
-    All rows of a video are on one side. Raises InputError where nothing would be left to train on.
+    All rows of a video are on one side; `seed` draws the videos. Raises InputError where either side would be empty.
     """
     wanted = samples or round(share * len(rows))
     videos: dict[str, list[dict]] = {}
     for row in rows:
         videos.setdefault(row["video_path"], []).append(row)
-    held, chosen = [], set()
+    held_out, chosen = [], set()
     for video in random.Random(seed).sample(sorted(videos), len(videos)):
-        if len(held) >= wanted:
+        if len(held_out) >= wanted:
             break
         chosen.add(video)
-        held += videos[video]
-    left = [row for row in rows if row["video_path"] not in chosen]
-    if not left:
-        raise InputError(f"{len(held)} of {len(rows)} samples would be held out: lower --eval_samples or --eval_share")
-    if share and not held:
-        raise InputError(f"--eval_share {share} of {len(rows)} samples is none: raise it, or give --eval_samples")
-    return left, held
-
-
-def without(rows: list[dict], lines: list[int], least: int) -> list[dict]:
-    """`rows` but those of `lines`. Raises InputError where fewer than `least` are left."""
-    lines = set(lines)
-    left = [row for row in rows if row["line"] not in lines]
-    if len(left) < least:
+        held_out += videos[video]
+    training = [row for row in rows if row["video_path"] not in chosen]
+    if not training:
         raise InputError(
-            f"{len(left)} of {len(rows)} samples are left where {least} are needed: mend the data, or take less at once"
+            f"{len(held_out)} of {len(rows)} samples would be held out: lower --eval_samples or --eval_share"
         )
-    return left
+    if share and not held_out:
+        raise InputError(f"--eval_share {share} of {len(rows)} samples is 0: raise it, or give --eval_samples")
+    return training, held_out
+
+
+def exclude(rows: list[dict], lines: list[int], minimum: int) -> list[dict]:
+    """`rows` without those whose `line` is in `lines`. Raises InputError where fewer than `minimum` remain."""
+    lines = set(lines)
+    remaining = [row for row in rows if row["line"] not in lines]
+    if len(remaining) < minimum:
+        raise InputError(
+            f"only {len(remaining)} of {len(rows)} samples remain, and at least {minimum} are needed: fix the data, or "
+            "lower the batch size"
+        )
+    return remaining

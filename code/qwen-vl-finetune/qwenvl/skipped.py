@@ -1,4 +1,4 @@
-"""Samples that are left out: every process knows of all of them, and all of them stop together where they are many."""
+"""Samples that are skipped: known to every process, written to skipped.jsonl, and the end of the run if too many."""
 
 import json
 import logging
@@ -7,51 +7,52 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import replace_file
 
-from .checkpointing import add_up, write_whole
+from .collectives import any_process
 
 logger = logging.getLogger(__name__)
 
-SAID = 10
-"""At most so many samples that are found at once are named in the log."""
+MAX_LOGGED = 10
+"""Samples that are logged by name when more are found at once; the file has all."""
 
 
 class Skipped:
-    """Bad samples with their reasons, written to skipped.jsonl. The same on every process."""
+    """Skipped samples by id, with their reasons. The same on every process."""
 
-    def __init__(self, folder: Path, samples: int, most: float, first: bool):
-        """`samples` in all, of which a share of at most `most` may be bad; the `first` process writes and speaks."""
-        self.path, self.samples, self.most, self.first = folder / "skipped.jsonl", samples, most, first
+    def __init__(self, folder: Path, samples: int, max_share: float, is_main: bool):
+        """At most the share `max_share` of all `samples` may be bad. The main process writes and logs."""
+        self.path, self.samples, self.max_share = folder / "skipped.jsonl", samples, max_share
+        self.is_main = is_main
         self.reasons: dict[str, str] = {}
 
-    def begin(self, known: dict[str, str]) -> None:
-        """Write down what is known as training begins, `known` from before included."""
+    def start(self, known: dict[str, str]) -> None:
+        """Write the file as training starts, with what is `known` from a checkpoint."""
         self.reasons |= known
-        if self.first:
+        if self.is_main:
             self._write()
 
     def add(self, bad: list[tuple[str, str]], device: torch.device) -> None:
-        """Learn of samples that any process had to leave out. Called by all processes at once.
+        """Add samples that any process has skipped, as (id, reason). Called by all processes at once.
 
-        Raises InputError, on all of them, when there are too many.
+        Raises InputError on all of them when there are too many.
         """
-        (news,) = add_up([float(any(video_id not in self.reasons for video_id, _ in bad))], device)
-        if not news:
+        if not any_process(any(video_id not in self.reasons for video_id, _ in bad), device):
             return
         new = {video_id: reason for video_id, reason in gather_object(list(bad)) if video_id not in self.reasons}
         self.reasons |= new
-        if self.first:
-            for video_id, reason in list(new.items())[:SAID]:
-                logger.warning("left out %s: %s", video_id, reason)
-            if len(new) > SAID:
-                logger.warning("and %d more: see %s", len(new) - SAID, self.path)
+        if self.is_main:
+            for video_id, reason in list(new.items())[:MAX_LOGGED]:
+                logger.warning("skipped %s: %s", video_id, reason)
+            if len(new) > MAX_LOGGED:
+                logger.warning("skipped %d more: see %s", len(new) - MAX_LOGGED, self.path)
             self._write()
-        bad = len(self.reasons)
-        if bad == self.samples or bad > self.most * self.samples:
-            mend = "mend the data" if bad == self.samples else "mend the data, or raise --max_bad_share"
-            last = list(new.values())[-1]
+        count = len(self.reasons)
+        if count == self.samples or count > self.max_share * self.samples:
+            fix = "fix the data" if count == self.samples else "fix the data, or raise --max_bad_share"
             raise InputError(
-                f"{bad} of {self.samples} samples are bad, the last because {last}; see {self.path}: {mend}"
+                f"{count} of {self.samples} samples are bad, the last because {list(new.values())[-1]}; "
+                f"see {self.path}: {fix}"
             )
 
     def _write(self) -> None:
@@ -60,4 +61,4 @@ class Skipped:
             return
         rows = ({"video_id": video_id, "reason": reason} for video_id, reason in self.reasons.items())
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        replace_file(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

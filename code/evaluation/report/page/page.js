@@ -1,4 +1,4 @@
-// Each story shows its video up to one slot: the newest frame, and what had been said by then, the newest words marked.
+// Shows each video up to one slot: the last frame that has arrived and the words written by then, the new ones highlighted.
 "use strict";
 for (const story of document.querySelectorAll(".story")) {
   const clips = Number(story.dataset.clips);

@@ -1,9 +1,10 @@
-"""The state of running streams: watch a clip, speak a token, or both at once. Nothing is read twice.
+"""Streaming in its plainest form, with which every faster implementation is compared. Knows nothing about data sets and
+video files.
 
-Every stream of a batch is at a stage of its own. What enters the model, where and seeing what is asked of
-timeline, positions and attention, the functions that training uses. Knows nothing of data sets and video files.
+Feeds clips, decodes tokens, or both in one step; each stream of a batch is at a stage of its own. What enters the
+model, at which positions and with which mask comes from the same functions that training uses.
 
-    B streams   T tokens fed in one pass   N clips   C hidden size   V vocabulary
+    B streams   T tokens fed in one step   N clips   C hidden size   V vocabulary
 """
 
 from collections.abc import Sequence
@@ -19,15 +20,16 @@ from .timeline.positions import row_positions
 from .timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, Rows, Schedule
 from .timeline.variants import Variant
 
-CACHE_BLOCK = 256  # tokens by which the cache grows
+CACHE_BLOCK = 256
+"""Tokens by which the cache grows."""
 PENALTY = 1.15
-"""On repetition, where none is asked for."""
+"""Default repetition penalty."""
 
 
 class StreamCache:
-    """Keys and values of B streams in feed order, each stream filled to a length of its own.
+    """Keys and values of B streams in feed order, each with a length of its own.
 
-    `place` is called before a pass; the model then calls `update` once a layer. Lives as long as its streams.
+    Call `set_index` before each step. The model then calls `update` once per layer.
     """
 
     def __init__(self):
@@ -36,13 +38,14 @@ class StreamCache:
         self.filled = 0
 
     def set_index(self, index: Tensor) -> None:
-        """The next pass writes at `index` (B, T). What lies behind a stream's own end is overwritten later."""
+        """Sets where the next step writes, (B, T). Padding after the end of a stream is overwritten later."""
         self.index, self.filled = index, int(index.max()) + 1
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *unused, **unused_options) -> tuple[Tensor, Tensor]:
-        """Store (B, heads, T, size) of one layer; returns all that is filled, (B, heads, filled, size)."""
+        """Stores the keys and values (B, heads, T, size) of one layer. Returns all that are filled, (B, heads, filled,
+        size)."""
         if self.index is None:
-            raise RuntimeError("say where the pass writes with StreamCache.set_index before running the model")
+            raise RuntimeError("call StreamCache.set_index before running the model")
         if layer == len(self.layers):
             empty = keys.new_zeros(*keys.shape[:2], 0, keys.shape[3])
             self.layers.append((empty, empty))
@@ -59,17 +62,17 @@ class StreamCache:
 
 @dataclass
 class Stream:
-    """The book-keeping of one stream: what it has watched, written and fed. Holds no tensors of the model."""
+    """The state of one stream: its clips, the tokens written, and what has been fed. Holds no tensors of the model."""
 
     variant: Variant
     template: Template
     layout: Layout
     counts: list[int] = field(default_factory=list)
-    """Answer tokens written in each slot so far; its length is the number of clips watched."""
+    """Answer tokens written in each slot so far. Its length is the number of clips that have been fed."""
     complete: bool = False
-    """The last clip has been watched."""
+    """The last clip has been fed."""
     bare: bool = False
-    """That clip was empty: see `timeline.make_timeline`."""
+    """The last clip was empty: see `timeline.make_timeline`."""
     written: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     fed: int = 0
@@ -86,9 +89,10 @@ class Stream:
         return len(self.counts) if self.complete else None
 
     def feed_clip(self, last: bool, empty: bool = False) -> list[tuple[Rows, list[int]]]:
-        """What enters the model with the next clip: pieces of rows and token ids. The last may be `empty`."""
+        """Rows and token ids that enter the model with the next clip, in pieces. The last clip may be `empty`. Raises
+        ValueError after the last clip."""
         if self.complete:
-            raise ValueError("the last clip of this stream has been watched: start a new stream for another video")
+            raise ValueError("the last clip of this stream has been fed: start a new stream for another video")
         template, layout = self.template, self.layout
         pieces = []
         if not self.counts:
@@ -105,12 +109,12 @@ class Stream:
             pieces.append((Rows.of(TAIL, layout.tail, clip=slot), list(template.tail)))
         if slot == 1 if self.variant.streams else last:
             self.header_slot = slot
-        # In a parallel variant the newest text waits: it produces the next word, which may see a later clip.
+        # In a parallel variant the newest text token waits: it produces the next one, which may attend to a later clip.
         pieces += self.feed_text(hold=1 if self.variant.parallel else 0)
         return pieces
 
     def feed_text(self, hold: int = 0) -> list[tuple[Rows, list[int]]]:
-        """The text that was not fed yet, but for the newest `hold` tokens."""
+        """The text that has not been fed yet, except the newest `hold` tokens."""
         if not self.header_slot:
             return []
         header = self.template.header
@@ -135,7 +139,7 @@ class Stream:
 
 
 class Streams:
-    """B running streams over one model: one cache, one pass for all in each step."""
+    """B streams over one model, with one cache and one forward pass per step."""
 
     def __init__(
         self,
@@ -147,64 +151,64 @@ class Streams:
         window: Window | None = None,
         bare: bool = False,
     ):
-        """`penalty` is the repetition penalty: as in transformers' `generate`, it weakens every id of the
-        template and every id written so far. 1.0 turns it off. What is out of the sight of a `window` is not seen, but
-        kept. `bare`: the last clip is empty, see `timeline.make_timeline`."""
+        """`penalty` is the repetition penalty: as in transformers' `generate`, it weakens all ids of the template and
+        all ids written so far. 1.0 turns it off. Tokens outside a `window` are masked, but stay in the cache. `bare`:
+        the last clip is empty, see `timeline.make_timeline`."""
         self.model, self.variant, self.penalty, self.window, self.bare = model, variant, penalty, window, bare
         self.streams = [Stream(variant, *pair) for pair in zip(templates, layouts, strict=True)]
         self.cache = StreamCache()
         size = len(self.streams), CACHE_BLOCK
         self.visual, self.text = (torch.zeros(size, dtype=torch.bool, device=model.device) for _ in range(2))
         self.logits = torch.zeros(len(self.streams), model.config.text_config.vocab_size, device=model.device)
-        """Raw logits of the row that each stream fed last, (B, V) float32."""
-        self.seen = torch.zeros_like(self.logits, dtype=torch.bool)
-        for seen, template in zip(self.seen, templates, strict=True):
-            seen[[*template.prompt, template.video, *template.tail, *template.header]] = True
+        """Logits of the row that each stream fed last, before the penalty, (B, V) float32."""
+        self.penalized = torch.zeros_like(self.logits, dtype=torch.bool)
+        for penalized, template in zip(self.penalized, templates, strict=True):
+            penalized[[*template.prompt, template.video, *template.tail, *template.header]] = True
 
     def feed(self, clips: Sequence[Tensor | None], last: Sequence[bool]) -> None:
-        """Take in the next clips of each stream: (n, tokens of a clip, C) visual tokens, or None for no clip.
-        `last` says where a stream's clips end with its video."""
+        """Feeds the next clips of each stream: (n, tokens of a clip, C) visual tokens, or None for no clip. `last`
+        flags the streams whose video ends with these clips."""
         self.step(clips, last, [False] * len(self.streams))
 
     def decode(self, which: Sequence[bool]) -> list[int | None]:
-        """Write one token in each stream flagged by `which`; returns their ids, None for the others."""
+        """Writes one token in each stream flagged by `which`. Returns their ids, None for the others."""
         return self.step([None] * len(self.streams), [False] * len(self.streams), which)
 
     @torch.no_grad()
-    def step(self, clips: Sequence[Tensor | None], last: Sequence[bool], speak: Sequence[bool]) -> list[int | None]:
-        """Watch, then speak, all in one pass: see `watch` and `speak`. Raises ValueError where a stream cannot."""
+    def step(self, clips: Sequence[Tensor | None], last: Sequence[bool], decode: Sequence[bool]) -> list[int | None]:
+        """`feed`, then `decode`, in one forward pass. Raises ValueError if a stream cannot."""
         pieces = []
-        for stream, new, is_last, says in zip(self.streams, clips, last, speak, strict=True):
+        for stream, new, is_last, decodes in zip(self.streams, clips, last, decode, strict=True):
             mine = []
             for i in range(0 if new is None else len(new)):
                 mine += stream.feed_clip(is_last and not self.bare and i == len(new) - 1)
             if is_last and self.bare:
                 mine += stream.feed_clip(True, empty=True)
-            if says and (stream.ended or not stream.header_slot):
-                raise ValueError("a stream speaks after its first clip (offline: after its last) and until its end")
-            if says:
+            if decodes and (stream.ended or not stream.header_slot):
+                raise ValueError("a stream can write after its first clip (offline: after its last) and until its end")
+            if decodes:
                 mine += stream.feed_text()
             pieces.append(mine)
         if any(pieces):
             visual_tokens = [new.flatten(0, 1) for new in clips if new is not None]
             self._feed(pieces, torch.cat(visual_tokens) if visual_tokens else None)
 
-        chosen = self._choose() if any(speak) else []
+        chosen = self._choose() if any(decode) else []
         tokens: list[int | None] = [None] * len(self.streams)
         for i, stream in enumerate(self.streams):
-            if speak[i]:
+            if decode[i]:
                 tokens[i] = chosen[i]
                 stream.write(chosen[i])
-                self.seen[i, chosen[i]] = True
+                self.penalized[i, chosen[i]] = True
         return tokens
 
     def _choose(self) -> list[int]:
-        """Greedy choice in each stream after the repetition penalty."""
+        """Greedy choice of each stream's next token, after the repetition penalty."""
         weaker = torch.where(self.logits < 0, self.logits * self.penalty, self.logits / self.penalty)
-        return torch.where(self.seen, weaker, self.logits).argmax(-1).tolist()
+        return torch.where(self.penalized, weaker, self.logits).argmax(-1).tolist()
 
     def _feed(self, pieces: list[list[tuple[Rows, list[int]]]], visual_tokens: Tensor | None) -> None:
-        """One pass over the newest tokens of all streams; keeps the logits of the last row of each."""
+        """Runs the model over the newest tokens of all streams and keeps the logits of the last row of each."""
         device, streams = self.model.device, self.streams
         lengths = [sum(len(ids) for _, ids in mine) for mine in pieces]
         width = max(lengths)
@@ -215,7 +219,7 @@ class Streams:
                 nn.functional.pad(flags, (0, max(missing, flags.shape[1]))) for flags in (self.visual, self.text)
             )
 
-        # A shorter feed is filled up behind its end, where nothing real looks and the next feed overwrites.
+        # Shorter feeds are padded at their end. No real token attends to the padding, and the next feed overwrites it.
         ids = torch.full((len(streams), width), streams[0].template.header[0])
         positions = torch.zeros(3, len(streams), width, dtype=torch.long)
         clip_rows = torch.zeros(len(streams), width, dtype=torch.bool)
@@ -246,7 +250,7 @@ class Streams:
             position_ids=positions.to(device),
             attention_mask=mask,
             visual_tokens=visual_tokens,
-            visual_rows=clip_rows.to(device),  # by part: a model may write the id that stands for visual tokens
+            visual_rows=clip_rows.to(device),  # by part, because a model may write the id that stands for visual tokens
             past_key_values=self.cache,
             score=score,
         )
@@ -255,7 +259,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Caption:
-    """What a stream wrote: token ids, the slot of each, and k_1 … k_N."""
+    """What a stream wrote: token ids, the slot of each, and k_1 … k_N (`schedule`)."""
 
     tokens: list[int]
     slots: list[int]
@@ -263,18 +267,16 @@ class Caption:
 
 
 def caption(streams: Streams, clips: Sequence[Tensor], schedules: Sequence[Schedule], max_new_tokens=300):
-    """Run fresh `streams` to their ends by `schedules`. `clips` holds (N, tokens of a clip, C) for each stream, N-1
-    where clip N is bare.
-
-    Returns a Caption for each. Every pass serves all streams, whatever stage each is at.
+    """Runs new `streams` to their ends by `schedules` and returns a Caption for each. `clips` holds (N, tokens of a
+    clip, C) for each stream, or N-1 clips if the last one is bare. Raises ValueError if their number does not match.
     """
     running = streams.streams
     for stream_clips, schedule in zip(clips, schedules, strict=True):
         if len(stream_clips) + streams.bare != schedule.clips:
-            raise ValueError(f"a schedule for {schedule.clips} clips was given for a video of {len(stream_clips)}")
+            raise ValueError(f"a schedule for {schedule.clips} clips does not fit a video of {len(stream_clips)}")
     while True:
         new: list[Tensor | None] = [None] * len(running)
-        last, speak = [False] * len(running), [False] * len(running)
+        last, decode = [False] * len(running), [False] * len(running)
         for i, (stream, schedule) in enumerate(zip(running, schedules, strict=True)):
             if stream.ended or len(stream.written) >= max_new_tokens:
                 continue
@@ -284,10 +286,10 @@ def caption(streams: Streams, clips: Sequence[Tensor], schedules: Sequence[Sched
                 slot, done = slot + 1, 0
             if slot > first:
                 new[i], last[i] = clips[i][first:slot], slot == schedule.clips
-            speak[i] = True
-        if not any(speak):
+            decode[i] = True
+        if not any(decode):
             break
-        streams.step(new, last, speak)
+        streams.step(new, last, decode)
     return [
         Caption(stream.written, stream.slots, stream.counts + [0] * (schedule.clips - len(stream.counts)))
         for stream, schedule in zip(running, schedules, strict=True)

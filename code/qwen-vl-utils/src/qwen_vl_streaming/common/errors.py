@@ -5,22 +5,23 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from .redact import redacted
+from .redact import redacted_command, shown
 
 
 class InputError(ValueError):
     """A mistake that the user can mend: the message is one plain line naming the file or value and the mend.
-    Passwords in addresses are not shown."""
+    Passwords in addresses are not shown, nor is a character that a terminal obeys."""
 
     def __init__(self, message: object = ""):
-        super().__init__(redacted(str(message)))
+        super().__init__(shown(str(message)))
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with exit status 2 as everywhere in this project."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {redacted(message)} (see --help)\n")
+        message = " ".join(redacted_command(message.split(" ")))  # it may repeat flags and their values
+        self.exit(2, f"error: {shown(message)} (see --help)\n")
 
 
 def run(main: Callable[[], None], speak: bool = True) -> None:

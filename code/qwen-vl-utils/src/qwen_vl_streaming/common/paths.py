@@ -1,6 +1,6 @@
-"""Where what a user names lies: files, folders, checkpoints, and the videos of a data set.
+"""Resolves the paths that a user gives: files, folders, checkpoints, and the videos of a data set.
 
-The one place that looks a path up. Knows nothing about what is in them, nor about any of the programs.
+The only place that does. Does not depend on their contents and on the programs.
 """
 
 import os
@@ -9,28 +9,29 @@ from collections.abc import Iterable
 from os.path import exists
 from pathlib import Path, PurePosixPath
 
+from .data_rows import HUB, PARQUET, matching_files
 from .errors import InputError
 
 PROJECT = Path(__file__).resolve().parents[5]
-"""The root of the project that this library lies in, at code/qwen-vl-utils/src."""
+"""The root of the project, which contains this library at code/qwen-vl-utils/src."""
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 DATA_FLAGS = {"train_3_5.jsonl": "", "test_3_5.jsonl": "", "funqa_train.jsonl": "funqa", "funqa_test.jsonl": "funqa"}
-"""The files that mani_data.py writes, and the --dataset that it needs for them."""
+"""The files that mani_data.py writes, each with its --dataset."""
 
 
 def places(path: str | Path, root: Path) -> list[Path]:
-    """Where a `path` is looked up, in this order: from where the user stands, from the project's `root`, and from
-    code/ in that."""
+    """Where a `path` is looked up, in this order: relative to the working directory, to the project's `root`, and to
+    code/ in it."""
     return list(dict.fromkeys((Path(path), root / path, root / "code" / path)))
 
 
 def find_path(path: str | Path, root: Path, what: str, *more: Path, fix: str = "check the path") -> Path:
-    """The first that exists of the `places` of `path`, then of `path` in each of the folders `more`.
+    """The first existing one of the `places` of `path`, then of `path` in each of the folders `more`.
 
-    Raises InputError, with `what` was looked for and the `fix`, where none does.
+    Raises InputError if there is none; `what` names what is missing, and `fix` says what to do.
     """
     for candidate in (*places(path, root), *(folder / path for folder in more)):
-        if exists(candidate):  # also where a folder on the way may not be entered
+        if exists(candidate):  # False, without an error, in a folder that may not be entered
             return candidate
     if Path(path).is_absolute():
         where = "not there"
@@ -41,7 +42,7 @@ def find_path(path: str | Path, root: Path, what: str, *more: Path, fix: str = "
 
 
 def look_up(path: str | Path, root: Path) -> Path:
-    """The first that exists of the `places` of `path`; else `path`, which whoever opens it refuses."""
+    """The first existing one of the `places` of `path`, else `path`, for a caller that reports missing files."""
     return next(filter(exists, places(path, root)), Path(path))
 
 
@@ -55,20 +56,37 @@ def find_folder(path: str, root: Path, what: str) -> Path | None:
     return found
 
 
-def find_data(path: str, root: Path, what: str) -> Path:
-    """A data file as in `find_path`. Raises InputError, with the command that makes it, where there is none, and where
-    it is not a file or has nothing in it."""
+def find_data(path: str, root: Path, what: str) -> str:
+    """The absolute path of a data set, looked up as in `find_path`, or the hub name that `path` is: what
+    `read_data_rows` reads.
+
+    Raises InputError, with the command that makes the file, where there is none, and where it is an empty file or a
+    folder without a data set.
+    """
+    if path.startswith(HUB):
+        return path
+    if path.endswith(PARQUET) and "*" in path:
+        found = next((place for place in places(path, root) if matching_files(place)), None)
+        if found is None:
+            raise InputError(f"{what} {path!r} matches no file: check the pattern")
+        return os.path.abspath(found)
     make = make_data(path)
     found = find_path(path, root, what, fix=make or "check the path, or make it with `python mani_data.py`")
-    if not os.path.isfile(found):
-        raise InputError(f"{what} {str(found)!r} cannot be read (it is not a file): give a JSONL with rows")
-    if not os.path.getsize(found):
+    if os.path.isdir(found):
+        if not any(exists(found / name) for name in ("state.json", "dataset_dict.json")):
+            raise InputError(
+                f"{what} {str(found)!r} is a folder that `Dataset.save_to_disk` has not written: give a file, or a "
+                "pattern such as 'data/train-*.parquet'"
+            )
+    elif not os.path.isfile(found):
+        raise InputError(f"{what} {str(found)!r} cannot be read (it is not a file): give a JSON Lines file")
+    elif not os.path.getsize(found):
         raise InputError(f"{what} {str(found)!r} is empty: {make or 'give one with rows'}")
-    return found
+    return os.path.abspath(found)
 
 
 def make_data(path: str | Path) -> str:
-    """How the file that mani_data.py writes under the name of `path` is made; empty for a file of another name."""
+    """How to make the file of mani_data.py that `path` names; empty for other files."""
     if (name := Path(path).name) not in DATA_FLAGS:
         return ""
     dataset = DATA_FLAGS[name]
@@ -76,12 +94,10 @@ def make_data(path: str | Path) -> str:
 
 
 def find_model(model: str, root: Path) -> str:
-    """A checkpoint's folder, looked up as in `places`, or else the hub id that `model` is.
-
-    Raises InputError for what is neither.
-    """
+    """A checkpoint's folder, looked up as in `places`, or the hub id that `model` is. Raises InputError if it is
+    neither."""
     if not model.strip():
-        raise InputError("the model is an empty name: give a checkpoint's folder or a hub id")
+        raise InputError("the model is empty: give a checkpoint's folder or a hub id")
     for candidate in places(model, root):
         if exists(candidate):
             return str(candidate.absolute())
@@ -91,10 +107,10 @@ def find_model(model: str, root: Path) -> str:
 
 
 def find_video(video_path: str | Path, root: Path, video_root: Path | None = None) -> Path:
-    """The first that exists of: `video_path` as it is, under the project's `root`, under `video_root`, and
+    """The first existing one of: `video_path` as it is, under the project's `root`, under `video_root`, and
     `video_root` with its file name alone. Without a `video_root`, only the first two.
 
-    Raises InputError, naming the video, where none does.
+    Raises InputError, which names the video, if there is none.
     """
     faults = []
     for found in _video_places(video_path, root, video_root):
@@ -103,7 +119,7 @@ def find_video(video_path: str | Path, root: Path, video_root: Path | None = Non
             return found
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, ValueError) as error:  # a name that is too long, or a folder that may not be entered
+        except (OSError, ValueError) as error:  # a name that is too long, or a folder without permission
             faults.append(getattr(error, "strerror", None) or str(error))
     if faults:
         raise InputError(f"video {video_path!s:.200} cannot be read ({faults[0]}): check its path")
@@ -117,25 +133,25 @@ def find_video(video_path: str | Path, root: Path, video_root: Path | None = Non
 
 
 def check_videos(video_paths: Iterable[str], root: Path, video_root: Path | None) -> None:
-    """Raises InputError where `find_video` takes one file for two of `video_paths`, for one of them by its file name
-    alone: those are two videos, and one of them would silently be the other."""
+    """Raises InputError where `find_video` finds one file for two different `video_paths`, one of them by its file name
+    alone: one video would silently replace the other."""
     if video_root is None:
         return
-    of_name: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     for path in dict.fromkeys(map(os.path.normpath, video_paths)):
-        of_name.setdefault(PurePosixPath(path).name, []).append(path)
-    for alike in of_name.values():
-        taken: dict[str, str] = {}  # by file, the video_path that it was found for
-        alone: set[str] = set()
-        for path in alike if len(alike) > 1 else ():
-            there = [place for place in map(os.path.abspath, _video_places(path, root, video_root)) if exists(place)]
-            if not there:
+        by_name.setdefault(PurePosixPath(path).name, []).append(path)
+    for same_name in by_name.values():
+        path_of: dict[str, str] = {}  # the video_path that each file was found for
+        by_name_alone: set[str] = set()
+        for path in same_name if len(same_name) > 1 else ():
+            found = [place for place in map(os.path.abspath, _video_places(path, root, video_root)) if exists(place)]
+            if not found:
                 continue
-            if there[0] == os.path.abspath(video_root / PurePosixPath(path).name) != os.path.abspath(video_root / path):
-                alone.add(there[0])
-            if (other := taken.setdefault(there[0], path)) != path and there[0] in alone:
+            if found[0] == os.path.abspath(video_root / PurePosixPath(path).name) != os.path.abspath(video_root / path):
+                by_name_alone.add(found[0])
+            if (other := path_of.setdefault(found[0], path)) != path and found[0] in by_name_alone:
                 raise InputError(
-                    f"{other} and {path} of the data are both found as {there[0]}, by the file name alone: "
+                    f"{other} and {path} of the data are both found as {found[0]}, by the file name alone: "
                     "give a video root in which each has its own path"
                 )
 

@@ -1,43 +1,122 @@
-"""Passwords in addresses and commands, which no message, log or file may show. Knows nothing of where they are used."""
+"""What no message, log or file may show: passwords in addresses and commands, and characters that a terminal obeys.
 
+`python -m qwen_vl_streaming.common.redact WORD ...` prints a command line for a launcher that echoes it. Knows nothing
+of where they are used.
+"""
+
+import base64
 import logging
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from urllib.parse import unquote
 
 HIDDEN = "***"
-SECRET = r"(?:pass|pw|token|secret|key|auth|sig|credential)"
-WITH_USER = re.compile(r"(://[^\s:@/?#]*:)[^\s'\"]*@")
-"""To the last @: a password may hold one, and a slash, though an address must not."""
+SHORTEST = 4
+"""Characters of a secret that is hidden wherever it stands: a shorter one is part of words."""
+SCHEME = r"\b(?:rtsps?|rtmp\w*|https?|ftps?|sftp|srt|udp|tcp|tls|rtp|mms\w*|wss?|hls|cache|async|crypto)"
+ADDRESS = re.compile(rf"://|{SCHEME}:", re.IGNORECASE)
+USER = rf"(?:://|{SCHEME}:(?!//))"
+WITH_USER = re.compile(
+    rf"({USER}[^\s:?#]{{0,300}}:)(?!//)(?:[^\s'\"]{{0,999}}|(?!\d{{1,5}}(?:[/?#\s,;'\"]|$))\S(?:(?!://).){{0,200}}?)@",
+    re.I | re.S,
+)
+"""To the last @, or where there is white space or a quote before it to the first: a password may hold one, and a slash,
+though an address must not. A number after the colon is a port."""
 USER_ALONE = re.compile(r"(://)[^\s:@/?#]+@")
 """A token may stand where a user does."""
-IN_QUERY = re.compile(rf"([?&;][\w.-]*{SECRET}[\w.-]*=)[^\s&;#'\")]+", re.IGNORECASE)
-FLAG = re.compile(rf"(--[\w-]*{SECRET})(=.*)?", re.IGNORECASE)
+PAIR = re.compile(
+    r"((?:(?<![\w.%+~-])|(?=_))[\w.%+~-]{1,100}(?:\[[\w%-]*\])?=)('[^'\s]*'|\"[^\"\s]*\"|(?:(?!_[a-z]+=)(?:[^\s&;#'\")]|['\")](?=\w)))+)",
+    re.IGNORECASE,
+)
+"""A name and its value in an address; after an underscore too, as in the paths of some cameras."""
+SECRET = re.compile(
+    r"pas|pw|psw|token|secret|key|auth|sig|cred|session|hdnt|access|code(?!c)|(?<![a-z])(?:sid|pin|p)(?![a-z])",
+    re.IGNORECASE,
+)
+"""In the name of such a pair."""
+IN_JSON = re.compile(
+    r"(?P<quote>[\"'])(?P<name>[\w.-]{0,50}(?:pass|pw|token|secret|key|auth|cred)[\w.-]{0,50})(?P=quote)(?P<colon>\s*:\s*)"
+    r"(?P<mark>[\"'])(?:\\.|(?!(?P=mark)).)*(?P=mark)",
+    re.IGNORECASE,
+)
+FLAG = re.compile(r"(--[\w-]*(?:pass\w*|pwd?|psw|token|secret|key|auth|sig|credentials?))(=.*)?", re.IGNORECASE | re.S)
+_known: dict[str, str] = {}  # secrets of this process, and what is shown in their place
+
+
+def hide(*secrets: str) -> None:
+    """Have `redacted` hide these wherever they stand."""
+    for secret in secrets:
+        if len(secret) >= SHORTEST:
+            _known[secret] = HIDDEN
+
+
+def hide_address(address: str) -> None:
+    """Have `redacted` hide what is secret in an `address` wherever it stands, as it is and as a client sends it."""
+    if (public := redacted(address)) == address:
+        return
+    _known[address] = public
+    user, at, _ = address.partition("://")[2].rpartition("@")
+    name, colon, password = user.partition(":")
+    alone = password if colon else name  # a token may stand where a user does
+    hide(alone, unquote(alone), base64.b64encode(unquote(user).encode()).decode() if at else "")
+    hide(*(pair[2].strip("'\"") for pair in PAIR.finditer(address) if SECRET.search(unquote(pair[1]))))
+
+
+def secrets(fields: object, named: bool = False) -> Iterator[str]:
+    """The texts in what JSON holds whose name, or that of what they lie in, is that of a secret."""
+    if isinstance(fields, dict):
+        for name, value in fields.items():
+            yield from secrets(value, named or bool(FLAG.fullmatch(f"--{name}")))
+    elif isinstance(fields, list):
+        for value in fields:
+            yield from secrets(value, named)
+    elif named and isinstance(fields, str):
+        yield fields
 
 
 def redacted(text: str) -> str:
     """`text` with `***` for each password: `rtsp://user:***@host`, `?token=***`."""
-    if "://" not in text:
+    for secret in sorted(_known, key=len, reverse=True):
+        text = text.replace(secret, _known[secret])
+    text = IN_JSON.sub(rf"\g<quote>\g<name>\g<quote>\g<colon>\g<mark>{HIDDEN}\g<mark>", text)
+    if not ADDRESS.search(text):
         return text
-    return IN_QUERY.sub(rf"\1{HIDDEN}", USER_ALONE.sub(rf"\1{HIDDEN}@", WITH_USER.sub(rf"\1{HIDDEN}@", text)))
+    text = USER_ALONE.sub(rf"\1{HIDDEN}@", WITH_USER.sub(rf"\1{HIDDEN}@", text))
+    return PAIR.sub(lambda pair: pair[1] + HIDDEN if SECRET.search(unquote(pair[1])) else pair[0], text)
+
+
+def shown(text: str) -> str:
+    """`text` on one line without passwords, and with `\\x1b` and the like for characters that are not printed."""
+    text = redacted(text)
+    return text if text.isprintable() else "".join(map(_printed, text))
+
+
+def _printed(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def redacted_command(words: Iterable[str]) -> list[str]:
     """A command line without the values of flags such as `--hub_token`, and without passwords in addresses."""
-    found, hide = [], False
+    found, hide_next = [], False
     for word in words:
         flag = FLAG.fullmatch(word)
-        if hide and not word.startswith("--"):
+        if hide_next and not word.startswith("--"):
             word = HIDDEN
         elif flag and flag[2]:
             word = f"{flag[1]}={HIDDEN}"
-        hide = bool(flag and not flag[2])
+        hide_next = bool(flag and not flag[2])
         found.append(redacted(word))
     return found
 
 
 class Redacting(logging.Filter):
-    """For a logger: its messages without passwords."""
+    """For a logger: its messages without passwords, each on one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redacted(record.getMessage()), ()
+        record.msg, record.args = shown(record.getMessage()), ()
         return True
+
+
+if __name__ == "__main__":
+    print("+", *redacted_command(sys.argv[1:]))

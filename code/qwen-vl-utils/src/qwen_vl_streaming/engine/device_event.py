@@ -1,21 +1,22 @@
-"""Points in what a device was given to do, and ways to give it more without waiting. Knows nothing of what that is."""
+"""CUDA events and asynchronous copies, each of which also works on the CPU."""
 
 from collections.abc import Sequence
 
 import torch
 
-OTHERS_MAY_GO_ON = "thread_local"
-"""For recording a CUDA graph while other threads use the GPU: one that pins memory would break it off."""
+CAPTURE_ERROR_MODE = "thread_local"
+"""For capturing a CUDA graph while other threads use the GPU. In the default mode, a thread that pins memory
+invalidates the capture."""
 
 
-def put(numbers: torch.Tensor | Sequence[int], device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU, or numbers, on `device`; the host does not wait for what that is at."""
-    numbers = torch.as_tensor(numbers)
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+def to_device(values: torch.Tensor | Sequence[int], device: torch.device) -> torch.Tensor:
+    """Copies a CPU tensor, or a list of integers, to `device` without blocking the host."""
+    values = torch.as_tensor(values)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class DeviceEvent:
-    """Passed once the device has done all that its current stream was given before. On a CPU it has."""
+    """A CUDA event recorded on the current stream, or a no-op on the CPU."""
 
     def __init__(self, device: torch.device):
         self.event = None
@@ -24,16 +25,18 @@ class DeviceEvent:
             self.event.record(torch.cuda.current_stream(device))
 
     def query(self) -> bool:
+        """Whether all work that was queued before the event has completed."""
         return self.event is None or self.event.query()
 
     def synchronize(self) -> None:
-        """Have the host wait."""
+        """Blocks the host until the event has completed."""
         if self.event is not None:
             self.event.synchronize()
 
     def stream_wait(self, tensor: torch.Tensor) -> None:
-        """Have the device's current stream wait, which may then read `tensor` of the marked one."""
+        """Makes the current stream wait for the event, so that it can read `tensor`, which the event's stream wrote.
+        The host does not block."""
         if self.event is not None:
-            now = torch.cuda.current_stream(tensor.device)
-            now.wait_event(self.event)
-            tensor.record_stream(now)
+            current = torch.cuda.current_stream(tensor.device)
+            current.wait_event(self.event)
+            tensor.record_stream(current)

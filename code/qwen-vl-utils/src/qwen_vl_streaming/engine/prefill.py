@@ -1,9 +1,9 @@
-"""Passes that feed some seats text rows, and some the clips that come after them. Knows nothing of when.
+"""Steps of the offline runner that feed text rows to some streams and chunks of clips to others. Knows nothing about
+when a clip is due.
 
-On a GPU a number of rows that comes again is recorded as a CUDA graph where they are few: with those the host is slower
-than the device.
+On a GPU, steps with few rows are bound by the host. Row counts that recur are therefore captured as CUDA graphs.
 
-    R rows of the pass   C hidden size
+    R rows of the step   C hidden size
 """
 
 import collections
@@ -12,103 +12,102 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .device_event import OTHERS_MAY_GO_ON, put
+from .device_event import CAPTURE_ERROR_MODE, to_device
 from .ragged_attention import QUERY_BLOCK, RaggedAttention
 from .sequence import ROW_FIELDS, PlannedSequence
 
-RECORD_AT = 3
-"""The time of asking at which a number of rows is recorded: before it is compiled, and may be rare."""
-RECORD_TO = 2048
-"""Rows with which the device is slower than the host anyway, so that no more of them are recorded."""
-GRAPHS = 32
-"""Recorded passes that are kept."""
-ROUND = 16
-"""Rows are filled up by at most a part of so many, and few rows to a multiple of so many: a number that comes again is
-recorded."""
+CAPTURE_AFTER = 3
+"""The use of a row count at which it is captured. Before that it is being compiled, and may be rare."""
+MAX_CAPTURE_ROWS = 2048
+"""Steps with more rows are bound by the device and are not captured."""
+MAX_GRAPHS = 32
+"""Captured graphs that are kept per Prefill."""
+ROW_MULTIPLE = 16
+"""Row counts are padded so that they recur: few rows to a multiple of this, many by at most a sixteenth."""
 
 
-def filled_up(rows: int) -> int:
-    """The next of the numbers of rows that are fed."""
-    part = max(ROUND, (1 << rows.bit_length()) // (2 * ROUND))
-    return -(-rows // part) * part
+def padded_rows(rows: int) -> int:
+    """The row count to which `rows` rows are padded."""
+    multiple = max(ROW_MULTIPLE, (1 << rows.bit_length()) // (2 * ROW_MULTIPLE))
+    return -(-rows // multiple) * multiple
 
 
-def room_for(blocks: int) -> int:
-    """The least power of two that is not less: FlexAttention is compiled for each number of blocks, and a block of
-    nothing costs it little."""
-    return 1 << (blocks - 1).bit_length()
+def padded_query_blocks(query_blocks: int) -> int:
+    """The next power of two. FlexAttention compiles for each number of query blocks, and an empty one costs little."""
+    return 1 << (query_blocks - 1).bit_length()
 
 
 class Prefill:
-    """Passes of so many `blocks` or fewer: what they read lies in tensors of their own, which are filled before."""
+    """Steps of up to `query_blocks` query blocks, whose inputs are tensors that `fill` overwrites."""
 
-    def __init__(self, engine, blocks: int):
-        """`engine` is an `runner.Runner`; `blocks` as in `ragged_attention.py`."""
-        device, width = engine.device, engine.language.config.hidden_size
-        self.engine, self.view = engine, RaggedAttention(engine.cache, blocks, engine.groups, engine.flex)
-        room = filled_up(blocks * QUERY_BLOCK // engine.groups)
-        self.numbers = self.blank(room).to(device)
-        self.clips = torch.zeros(room, width, dtype=engine.model.dtype, device=device)
-        """The visual tokens, at the rows that are made of them."""
-        self.times: collections.Counter[int] = collections.Counter()
-        self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        """By R: what is replayed, and what comes out of it."""
+    def __init__(self, runner, query_blocks: int):
+        """`runner` is a `runner.Runner`; `query_blocks` as in `ragged_attention.py`."""
+        device, width = runner.device, runner.language.config.hidden_size
+        self.runner = runner
+        self.attention = RaggedAttention(runner.cache, query_blocks, runner.groups, runner.use_flex)
+        capacity = padded_rows(query_blocks * QUERY_BLOCK // runner.groups)
+        self.inputs = self.padding(capacity).to(device)
+        self.clip_features = torch.zeros(capacity, width, dtype=runner.model.dtype, device=device)
+        """The features of the clip rows, at the rows' own indices."""
+        self.uses: collections.Counter[int] = collections.Counter()
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        """By R: the graph and its output."""
 
     @staticmethod
-    def blank(rows: int) -> Tensor:
-        """ROW_FIELDS and the seat for rows that write to nobody's page and see nothing, (ROW_FIELDS + 1, R)."""
-        numbers = torch.zeros(ROW_FIELDS + 1, rows, dtype=torch.long)
-        numbers[3] = numbers[7] = -1
-        return numbers
+    def padding(rows: int) -> Tensor:
+        """ROW_FIELDS and batch slot of rows that write to block 0 and attend to nothing, (ROW_FIELDS + 1, R)."""
+        inputs = torch.zeros(ROW_FIELDS + 1, rows, dtype=torch.long)
+        inputs[3] = inputs[7] = -1
+        return inputs
 
     def fill(
         self,
         rows: int,
         batch_slots: Sequence[int],
-        streams: Sequence[PlannedSequence],
+        sequences: Sequence[PlannedSequence],
         spans: Sequence[tuple[range, range]],
         visual_tokens: Sequence[Tensor],
     ) -> None:
-        """Have the next `run` feed `batch_slots` the `spans` of their text and then of their visual runs, at most
-        `rows` in all. `visual_tokens` holds, for each, a tensor of (N, tokens of a clip, C)."""
+        """Sets the inputs of the next `run`: for each of `batch_slots`, the `spans` of its text and then of its visual
+        run, at most `rows` rows in all. `visual_tokens` holds a tensor (N, tokens of a clip, C) for each."""
         parts, counts, first = [], [], 0
-        for stream, (text, visual), tokens in zip(streams, spans, visual_tokens, strict=True):
-            parts.append(stream.text_numbers[:, text.start : text.stop])
+        for sequence, (text, visual), tokens in zip(sequences, spans, visual_tokens, strict=True):
+            parts.append(sequence.text_inputs[:, text.start : text.stop])
             if visual:
-                parts.append(stream.visual_numbers[:, visual.start : visual.stop])
-                own, made = stream.clips_of(visual, tokens)
-                self.clips[first + len(text) :][own] = made
+                parts.append(sequence.visual_inputs[:, visual.start : visual.stop])
+                clip_rows, features = sequence.clip_rows(visual, tokens)
+                self.clip_features[first + len(text) :][clip_rows] = features
             counts.append(len(text) + len(visual))
             first += counts[-1]
-        numbers = self.blank(rows)
-        numbers[:-1, :first] = torch.cat(parts, 1)
-        numbers[-1, :first] = torch.tensor(batch_slots).repeat_interleave(torch.tensor(counts))
-        self.numbers[:, :rows] = put(numbers, self.engine.device)
-        self.view.lay_out(batch_slots, counts)
+        inputs = self.padding(rows)
+        inputs[:-1, :first] = torch.cat(parts, 1)
+        inputs[-1, :first] = torch.tensor(batch_slots).repeat_interleave(torch.tensor(counts))
+        self.inputs[:, :rows] = to_device(inputs, self.runner.device)
+        self.attention.set_rows(batch_slots, counts)
 
     @torch.no_grad()
     def run(self, rows: int) -> Tensor:
-        """What comes out of the `rows` that were filled in, (R, C), to be read before another pass runs."""
-        self.times[rows] += 1
-        worth = self.engine.fast and rows <= RECORD_TO and self.times[rows] >= RECORD_AT
-        if worth and rows not in self.recorded:
-            if len(self.recorded) == GRAPHS:
-                self.recorded.pop(next(iter(self.recorded)))
+        """Hidden states of the `rows` that were filled in, (R, C). The next step may overwrite them."""
+        self.uses[rows] += 1
+        capture = self.runner.on_cuda and rows <= MAX_CAPTURE_ROWS and self.uses[rows] >= CAPTURE_AFTER
+        if capture and rows not in self.graphs:
+            if len(self.graphs) == MAX_GRAPHS:
+                self.graphs.pop(next(iter(self.graphs)))
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.engine.pool, capture_error_mode=OTHERS_MAY_GO_ON):
-                hidden = self._pass(rows)
-            self.recorded[rows] = graph, hidden
-        if rows not in self.recorded:
-            return self._pass(rows)
-        graph, hidden = self.recorded[rows]
+            with torch.cuda.graph(graph, pool=self.runner.graph_pool, capture_error_mode=CAPTURE_ERROR_MODE):
+                hidden = self._forward(rows)
+            self.graphs[rows] = graph, hidden
+        if rows not in self.graphs:
+            return self._forward(rows)
+        graph, hidden = self.graphs[rows]
         graph.replay()
         return hidden
 
-    def _pass(self, rows: int) -> Tensor:
-        engine = self.engine
-        *positions, token, seen_visual, seen_text, ids, text, clip, batch_slots = self.numbers[:, :rows]
-        places = engine.cache.cache_index(batch_slots, token.clamp(min=0)[:, None])[:, 0].where(token >= 0, 0)
-        self.view.place(places, seen_visual, seen_text)
-        ids = engine.ids[batch_slots, text.clamp(min=0)].where(text >= 0, ids)
-        hidden = self.clips[:rows].where((clip > 0)[:, None], engine.language.embed_tokens(ids))
-        return engine.forward(hidden[None], torch.stack(positions)[:, None], self.view, engine.layer)[0]
+    def _forward(self, rows: int) -> Tensor:
+        runner = self.runner
+        *positions, token, seen_visual, seen_text, ids, text, clip, batch_slots = self.inputs[:, :rows]
+        cache_index = runner.cache.cache_index(batch_slots, token.clamp(min=0)[:, None])[:, 0].where(token >= 0, 0)
+        self.attention.update(cache_index, seen_visual, seen_text)
+        ids = runner.text_ids[batch_slots, text.clamp(min=0)].where(text >= 0, ids)
+        hidden = self.clip_features[:rows].where((clip > 0)[:, None], runner.language.embed_tokens(ids))
+        return runner.forward(hidden[None], torch.stack(positions)[:, None], self.attention, runner.layer)[0]

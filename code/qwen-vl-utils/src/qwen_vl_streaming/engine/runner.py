@@ -1,269 +1,193 @@
-"""Passes of fixed shape over one model for many streams: visual runs taken in, words written. Knows nothing of files
-and of what decides when a clip is due.
+"""Runs an offline batch of streams whose plans are known when they are admitted: see `plan.py`. Knows nothing about
+files and about which stream goes next.
 
-All that a word depends on lies on the device, so that nothing waits for the host between two words: the ids written,
-and for each text row its position and what it may see, which the plan of a stream knows beforehand (`plan.py`). On a
-GPU a step is compiled and replayed as a CUDA graph; on a CPU the same lines run as they stand.
+The plan has the position of each text row and what it may attend to. These tables are on the device, so that a decode
+step needs no input from the host: on a GPU it is one CUDA graph that is replayed.
 
-    S seats   T text rows of a seat   n x Q rows of a pass   C hidden size   V vocabulary
+    S batch slots   T text rows of a slot   C hidden size
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model.prompts import Template
 from ..reference import PENALTY
 from ..timeline.plan import Plan
 from ..timeline.timeline import NOTHING
-from .decoder_layer import ONE_ROW, FusedProjections, compiled_for_one_row, run_layer
-from .device_event import OTHERS_MAY_GO_ON, put
+from .decoder_layer import run_layer
+from .device_event import CAPTURE_ERROR_MODE
 from .kv_cache import BLOCK_SIZE, PagedKVCache
+from .model_runner import ModelRunner
 from .paged_attention import PagedAttention, PrefillAttention
-from .prefill import Prefill, filled_up, room_for
-from .ragged_attention import RaggedAttention, blocks_of
+from .prefill import Prefill, padded_query_blocks, padded_rows
+from .ragged_attention import query_blocks_of
 from .sequence import PlannedSequence
 
-PARTS = 64
-"""In which the greatest of all logits is looked for."""
 
+class Runner(ModelRunner):
+    """Up to S planned streams. `prefill` feeds whole videos, `mixed_step` chunks of clips beside text, and `decode` one
+    text row per stream."""
 
-class Runner:
-    """Up to S streams over one model."""
-
-    flex: bool | None = None
-    """FlexAttention or SDPA with a dense mask; None: FlexAttention on a GPU."""
-    options: ClassVar[dict] = {"num_warps": 4, "num_stages": 3}
-    """FlexAttention's kernel_options in a step, measured on an H200: by default its loads are not overlapped."""
-
-    def __init__(self, model, batch_slots: int, cache: PagedKVCache, longest: int, penalty: float = PENALTY):
-        """`longest` is T; `penalty` as in `reference.Streams`."""
-        language = model.model.language_model
-        self.model, self.language, self.cache, self.penalty = model, language, cache, penalty
-        self.device = device = model.device
-        self.fast = device.type == "cuda"
-        if self.flex is None:
-            self.flex = self.fast
-        self.groups = language.config.num_attention_heads // language.config.num_key_value_heads
-        self.layers = [FusedProjections.of(layer) for layer in language.layers]
-        self.seated: dict[int, PlannedSequence] = {}
-
-        def table(*shape, dtype=torch.long) -> Tensor:
-            return torch.zeros(batch_slots, *shape, dtype=dtype, device=device)
-
-        self.ids = table(longest + 1)
-        """Token ids of the text run: the header's, then what is written, (S, T + 1)."""
-        self.positions, self.seen_visual = table(longest), table(longest)
-        self.produces = table(longest, dtype=torch.bool)
+    def __init__(self, model, batch_slots: int, cache: PagedKVCache, text_capacity: int, penalty: float = PENALTY):
+        super().__init__(model, batch_slots, cache, text_capacity, penalty)
+        self.sequences: dict[int, PlannedSequence] = {}
+        self.positions, self.seen_visual = self._slot_tensor(text_capacity), self._slot_tensor(text_capacity)
+        self.produces = self._slot_tensor(text_capacity, dtype=torch.bool)
         """Whether a text row produces the id of the next row, (S, T)."""
-        self.fed, self.due, self.end = table(), table(), table()
-        self.ended = table(dtype=torch.bool)
-        self.seen_ids = table(language.config.vocab_size, dtype=torch.bool)
-        """The ids that the repetition penalty weakens, (S, V)."""
-
-        everyone = torch.arange(batch_slots, device=device)
-        self.view = PagedAttention(
-            cache, everyone, table(1), table(1), torch.ones_like(table(1)), self.groups, self.flex, options=self.options
+        self.text_fed, self.text_due = self._slot_tensor(), self._slot_tensor()
+        self.decode_attention = PagedAttention(
+            cache,
+            self.all_slots,
+            cache_index=self._slot_tensor(1),
+            seen_visual=self._slot_tensor(1),
+            seen_text=torch.ones_like(self._slot_tensor(1)),
+            groups=self.groups,
+            use_flex=self.use_flex,
+            kernel_options=self.kernel_options,
         )
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.extensions: dict[int, Prefill] = {}
-        """By the blocks for which they have room."""
-        self.pool = torch.cuda.graph_pool_handle() if self.fast else None
-        self._layer_of_step = self._layer_of_one = self.layer = run_layer
-        self._aim, self._conclude = self._plain_aim, self._plain_conclude
-        if self.fast:
-            # Kinds and shapes of passes: beyond the defaults of 8 and 256 they would run uncompiled, without a word.
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-            self._layer_of_step = torch.compile(run_layer, dynamic=False)
-            self._layer_of_one = compiled_for_one_row()
+        self.prefills: dict[int, Prefill] = {}
+        """By the number of query blocks that they have room for."""
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.on_cuda else None
+        self.layer = run_layer
+        self._prepare, self._finish = self._eager_prepare, self._eager_finish
+        if self.on_cuda:
             self.layer = torch.compile(run_layer)
-            self._aim = torch.compile(self._plain_aim, dynamic=False)
-            self._conclude = torch.compile(self._plain_conclude, dynamic=False, options=self._for_words())
-
-    def _for_words(self) -> dict | None:
-        """The compiler's options for the product that chooses a word in each seat."""
-        return ONE_ROW if len(self.seen_ids) == 1 else None
-
-    # Streams come and go
+            self._prepare = torch.compile(self._eager_prepare, dynamic=False)
+            self._finish = torch.compile(self._eager_finish, dynamic=False, options=self._sampler_options())
 
     def admit(self, batch_slot: int, plan: Plan, template: Template) -> None:
-        """Give a stream the free `batch_slot`. Raises ValueError where it or its pages are not to be had."""
-        text, header = plan.text, template.header
+        """Starts a stream in the free `batch_slot`. Raises ValueError if the slot is occupied or too few cache blocks
+        are free."""
+        text = plan.text
         self.cache.allocate(batch_slot, len(plan.visual), len(text))
-        self.seated[batch_slot] = PlannedSequence(plan, template)
-        ids = torch.zeros(len(text) + 1, dtype=torch.long)
-        ids[: len(header)] = torch.tensor(header)
-        own = slice(0, len(text))
-        self.ids[batch_slot, : len(ids)] = self._put(ids)
-        self.positions[batch_slot, own] = self._put(text.positions[0])
-        self.seen_visual[batch_slot, own] = self._put(text.seen_visual)
-        self.produces[batch_slot, own] = self._put(text.produces != NOTHING)
-        # To fill makes nobody wait, where to assign a number does.
-        for of_all, number in ((self.fed, 0), (self.due, 0), (self.end, template.end), (self.ended, False)):
-            of_all[batch_slot].fill_(number)
-        used = self._put([*template.prompt, template.video, *template.tail, *header])
-        self.seen_ids[batch_slot].fill_(False).index_fill_(0, used, True)
+        self.sequences[batch_slot] = PlannedSequence(plan, template)
+        self._reset_slot(batch_slot, template)
+        rows = slice(0, len(text))
+        self.positions[batch_slot, rows] = self._to_device(text.positions[0])
+        self.seen_visual[batch_slot, rows] = self._to_device(text.seen_visual)
+        self.produces[batch_slot, rows] = self._to_device(text.produces != NOTHING)
+        self.text_fed[batch_slot].zero_()
+        self.text_due[batch_slot].zero_()
 
-    def leave(self, batch_slot: int) -> None:
-        """The stream in `batch_slot` is over, and its pages are free."""
-        del self.seated[batch_slot]
+    def release(self, batch_slot: int) -> None:
+        """Ends the stream in `batch_slot` and frees its cache blocks."""
+        del self.sequences[batch_slot]
         self.cache.free(batch_slot)
-        self.due[batch_slot].zero_()
-        self.fed[batch_slot].zero_()
-
-    # Watching
+        self.text_due[batch_slot].zero_()
+        self.text_fed[batch_slot].zero_()
 
     @torch.no_grad()
-    def take_in(self, batch_slots: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
-        """Feed `batch_slots`, which have been fed nothing, their whole visual runs and their headers, in one row, and
-        write their first words: for variants whose visual side never sees text. `visual_tokens` holds, for each, a
-        tensor of (N, tokens of a clip, C)."""
-        streams = [self.seated[batch_slot] for batch_slot in batch_slots]
-        hidden, positions, places, leads = [], [], [], []
-        for batch_slot, stream, visual in zip(batch_slots, streams, visual_tokens, strict=True):
-            run, header = stream.plan.visual, self._put(stream.template.header)
-            hidden += [self._embed(stream, visual), self.language.embed_tokens(header)]
-            positions += [run.positions, stream.plan.text.positions[:, : len(header)]]
-            row, lead = (torch.arange(length, device=self.device) for length in (len(run), len(header)))
-            places.append(
-                self._places(
-                    [batch_slot], torch.cat([row, PagedKVCache.text_block_of(len(run)) * BLOCK_SIZE + lead])[None]
-                )
-            )
-            seen = stream.plan.text.seen_visual[: len(header)]
-            sight = row[: int(seen.max())] < self.seen_visual[batch_slot, : len(header), None]
-            leads.append((len(run), torch.cat([sight, lead <= lead[:, None]], 1)))
-        positions = self._put(torch.cat(positions, 1))[:, None]
-        result = self.forward(
-            torch.cat(hidden)[None], positions, PrefillAttention(torch.cat(places, 1), leads), self.layer
-        )
-        headers = torch.tensor([len(mask) for _, mask in leads])
-        ends = (torch.tensor([visual for visual, _ in leads]) + headers).cumsum(0) - 1
-        where, next_row = self._put(batch_slots), self._put(headers)
-        self._plain_choose(result[0, self._put(ends)], where, next_row, torch.ones_like(where, dtype=torch.bool))
-        self.fed[where] = next_row
-        for stream in streams:
-            stream.watched(len(stream.plan.visual))
-            stream.text_fed = len(stream.template.header)
-        self.due[where] = self._put([stream.text_due for stream in streams])
+    def prefill(self, batch_slots: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
+        """Feeds the whole visual run and the header of `batch_slots`, which have been fed nothing, and chooses their
+        first tokens. Only for variants whose visual side never attends to text. `visual_tokens` holds a tensor (N,
+        tokens of a clip, C) for each."""
+        sequences = [self.sequences[batch_slot] for batch_slot in batch_slots]
+        hidden, positions, cache_index, headers = [], [], [], []
+        for batch_slot, sequence, visual in zip(batch_slots, sequences, visual_tokens, strict=True):
+            run, header = sequence.plan.visual, self._to_device(sequence.template.header)
+            hidden += [self._embed(sequence, visual), self.language.embed_tokens(header)]
+            positions += [run.positions, sequence.plan.text.positions[:, : len(header)]]
+            visual_row, text_row = (torch.arange(length, device=self.device) for length in (len(run), len(header)))
+            logical = torch.cat([visual_row, PagedKVCache.text_block_of(len(run)) * BLOCK_SIZE + text_row])
+            cache_index.append(self.cache.cache_index(self._to_device([batch_slot]), logical[None]))
+            seen = int(sequence.plan.text.seen_visual[: len(header)].max())
+            sees_visual = visual_row[:seen] < self.seen_visual[batch_slot, : len(header), None]
+            headers.append((len(run), torch.cat([sees_visual, text_row <= text_row[:, None]], 1)))
+        positions = self._to_device(torch.cat(positions, 1))[:, None]
+        attention = PrefillAttention(torch.cat(cache_index, 1), headers)
+        output = self.forward(torch.cat(hidden)[None], positions, attention, self.layer)
+        lengths = torch.tensor([len(mask) for _, mask in headers])
+        last = (torch.tensor([visual for visual, _ in headers]) + lengths).cumsum(0) - 1
+        slots, next_row = self._to_device(batch_slots), self._to_device(lengths)
+        self._choose(output[0, self._to_device(last)], slots, next_row, torch.ones_like(slots, dtype=torch.bool))
+        self.text_fed[slots] = next_row
+        for sequence in sequences:
+            sequence.advance_visual(len(sequence.plan.visual))
+            sequence.text_fed = len(sequence.template.header)
+        self.text_due[slots] = self._to_device([sequence.text_due for sequence in sequences])
 
     @torch.no_grad()
-    def extend(self, batch_slots: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
-        """Feed `batch_slots`, which are not done, what they feed next: those that speak a word, those that wait their
-        clips as far as the next text row asks. A last row that produces a word does. `visual_tokens` as
-        in `take_in`."""
-        streams = [self.seated[batch_slot] for batch_slot in batch_slots]
-        spans = [stream.next_span() for stream in streams]
+    def mixed_step(self, batch_slots: Sequence[int], visual_tokens: Sequence[Tensor]) -> None:
+        """Feeds `batch_slots`, which are not done, their next spans: text up to the row that produces the next token,
+        or else the clips that the next text row requires. A last row that produces a token chooses it. `visual_tokens`
+        as in `prefill`."""
+        sequences = [self.sequences[batch_slot] for batch_slot in batch_slots]
+        spans = [sequence.next_spans() for sequence in sequences]
         lengths = torch.tensor([len(text) + len(visual) for text, visual in spans])
-        rows, blocks = int(lengths.sum()), sum(blocks_of(count, self.groups) for count in lengths.tolist())
-        if self.flex:
-            rows = filled_up(rows)
-        extension = self.extensions.get(room := room_for(blocks))
-        if extension is None:
-            extension = self.extensions[room] = Prefill(self, room)
-        extension.fill(rows, batch_slots, streams, spans, visual_tokens)
-        hidden = extension.run(rows)
-        answers = [stream.answer_of(*span) for stream, span in zip(streams, spans, strict=True)]
+        rows, blocks = int(lengths.sum()), sum(query_blocks_of(count, self.groups) for count in lengths.tolist())
+        if self.use_flex:
+            rows = padded_rows(rows)
+        prefill = self.prefills.get(capacity := padded_query_blocks(blocks))
+        if prefill is None:
+            prefill = self.prefills[capacity] = Prefill(self, capacity)
+        prefill.fill(rows, batch_slots, sequences, spans, visual_tokens)
+        hidden = prefill.run(rows)
+        answers = [sequence.answer_index(*span) for sequence, span in zip(sequences, spans, strict=True)]
         produces = torch.tensor([answer != NOTHING for answer in answers])
-        next_row = [len(s.template.header) + max(answer, 0) for s, answer in zip(streams, answers, strict=True)]
-        where, last = self._put(batch_slots), self._put(lengths.cumsum(0) - 1)
-        self._plain_choose(hidden[last], where, self._put(next_row), self._put(produces) & ~self.ended[where])
-        for stream, (text, visual) in zip(streams, spans, strict=True):
-            stream.text_fed = text.stop
+        next_row = [len(s.template.header) + max(answer, 0) for s, answer in zip(sequences, answers, strict=True)]
+        slots, last = self._to_device(batch_slots), self._to_device(lengths.cumsum(0) - 1)
+        writes = self._to_device(produces) & ~self.ended[slots]
+        self._choose(hidden[last], slots, self._to_device(next_row), writes)
+        for sequence, (text, visual) in zip(sequences, spans, strict=True):
+            sequence.text_fed = text.stop
             if visual:
-                stream.watched(visual.stop)
-        self.fed[where] = self._put([stream.text_fed for stream in streams])
-        self.due[where] = self._put([stream.text_due for stream in streams])
+                sequence.advance_visual(visual.stop)
+        self.text_fed[slots] = self._to_device([sequence.text_fed for sequence in sequences])
+        self.text_due[slots] = self._to_device([sequence.text_due for sequence in sequences])
 
-    def _put(self, numbers: Tensor | Sequence[int]) -> Tensor:
-        return put(numbers, self.device)
-
-    def _places(self, batch_slots: Sequence[int], logical: Tensor) -> Tensor:
-        return self.cache.cache_index(self._put(batch_slots), logical)
-
-    def _embed(self, stream: PlannedSequence, visual_tokens: Tensor) -> Tensor:
-        """What enters the first layer for a stream's visual run, (rows, C)."""
-        run = range(len(stream.plan.visual))
-        embeds = self.language.embed_tokens(self._put(stream.visual_ids))
-        clip, made = stream.clips_of(run, visual_tokens)
-        embeds[clip] = made
+    def _embed(self, sequence: PlannedSequence, visual_tokens: Tensor) -> Tensor:
+        """The input embeddings of a stream's visual run, (rows, C)."""
+        embeds = self.language.embed_tokens(self._to_device(sequence.visual_ids))
+        clip_rows, features = sequence.clip_rows(range(len(sequence.plan.visual)), visual_tokens)
+        embeds[clip_rows] = features
         return embeds
 
-    # Writing
-
     @torch.no_grad()
-    def write(self) -> None:
-        """Feed one text row in each seat that has one due. The row's word is the next row's id."""
+    def decode(self) -> None:
+        """Feeds one text row in each slot that has one due. Its token is the id of the next row."""
         if self.graph is not None:
             self.graph.replay()
         else:
-            self._step()
-        for stream in self.seated.values():
-            stream.text_fed = min(stream.text_fed + 1, stream.text_due)
+            self._decode()
+        for sequence in self.sequences.values():
+            sequence.text_fed = min(sequence.text_fed + 1, sequence.text_due)
 
     def capture(self) -> None:
-        """Compile the step and record it as a CUDA graph, while no seat has anything due."""
+        """Compiles the decode step and captures it as a CUDA graph. Call it while no slot has anything due."""
         with torch.no_grad():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    self._step()
+                    self._decode()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode=OTHERS_MAY_GO_ON):
-                self._step()
+            with torch.cuda.graph(graph, capture_error_mode=CAPTURE_ERROR_MODE):
+                self._decode()
             self.graph = graph
 
-    def _step(self) -> None:
-        ids, row, active, positions = self._aim()
-        hidden = self.forward(self.language.embed_tokens(ids), positions, self.view, self._layer_of_step)
-        self._conclude(hidden, row, active)
+    def _decode(self) -> None:
+        ids, row, active, positions = self._prepare()
+        hidden = self.forward(self.language.embed_tokens(ids), positions, self.decode_attention, self._step_layer)
+        self._finish(hidden, row, active)
 
-    def _plain_aim(self):
-        """Set the view to the row that each seat feeds; an idle seat feeds its last again, which changes nothing."""
-        active = (self.fed < self.due) & ~self.ended
-        row = (self.fed - active.logical_not().long()).clamp(min=0)[:, None]
-        view = self.view
-        view.seen_visual.copy_(self.seen_visual.gather(1, row))
-        view.seen_text.copy_(row + 1)
+    def _eager_prepare(self):
+        """Points the attention at the row that each slot feeds. An idle slot feeds its last row again, which changes
+        nothing."""
+        active = (self.text_fed < self.text_due) & ~self.ended
+        row = (self.text_fed - active.logical_not().long()).clamp(min=0)[:, None]
+        attention = self.decode_attention
+        attention.seen_visual.copy_(self.seen_visual.gather(1, row))
+        attention.seen_text.copy_(row + 1)
         token = self.cache.text_block[:, None] * BLOCK_SIZE + row
-        view.places.copy_(self.cache.cache_index(view.batch_slots, token))
-        view.refresh()
-        return self.ids.gather(1, row), row, active, self.positions.gather(1, row).expand(3, -1, -1)
+        attention.cache_index.copy_(self.cache.cache_index(attention.batch_slots, token))
+        attention.refresh()
+        return self.text_ids.gather(1, row), row, active, self.positions.gather(1, row).expand(3, -1, -1)
 
-    def _plain_conclude(self, hidden: Tensor, row: Tensor, active: Tensor) -> None:
+    def _eager_finish(self, hidden: Tensor, row: Tensor, active: Tensor) -> None:
         writes = active & self.produces.gather(1, row)[:, 0]
-        self._plain_choose(hidden[:, 0], self.view.batch_slots, row[:, 0] + 1, writes)
-        self.fed += active
-
-    def _plain_choose(self, hidden: Tensor, batch_slots: Tensor, next_row: Tensor, writes: Tensor) -> None:
-        """Greedy choice after the repetition penalty for `hidden` (n, C), written down at `next_row` where `writes`."""
-        logits = self.model.lm_head(hidden).float()
-        used = self.seen_ids[batch_slots]
-        weaker = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        token = first_greatest(torch.where(used, weaker, logits))
-        self.ids[batch_slots, next_row] = torch.where(writes, token, self.ids[batch_slots, next_row])
-        self.seen_ids[batch_slots, token] = used.gather(1, token[:, None])[:, 0] | writes
-        self.ended[batch_slots] = self.ended[batch_slots] | (writes & (token == self.end[batch_slots]))
-
-    def forward(
-        self, hidden: Tensor, positions: Tensor, view: PagedAttention | RaggedAttention | PrefillAttention, layer_of
-    ) -> Tensor:
-        """The layers over `hidden` (n, Q, C) at `positions` (3, n, Q), normed."""
-        rotary = self.language.rotary_emb(hidden, positions)
-        if layer_of is self._layer_of_step and hidden.shape[:2] == (1, 1):
-            layer_of = self._layer_of_one
-        for layer, pool in zip(self.layers, self.cache.layers, strict=True):
-            hidden = layer_of(layer, hidden, view, rotary, pool)
-        return self.language.norm(hidden)
-
-
-def first_greatest(logits: Tensor) -> Tensor:
-    """`logits.argmax(-1)` of (n, V), in parts: by itself it would be one block of a GPU's threads for each row."""
-    parts = nn.functional.pad(logits, (0, -logits.shape[1] % PARTS), value=-torch.inf).unflatten(1, (PARTS, -1))
-    greatest, index = parts.max(-1)
-    part = greatest.argmax(-1, keepdim=True)
-    return (part * parts.shape[2] + index.gather(1, part))[:, 0]
+        self._choose(hidden[:, 0], self.all_slots, row[:, 0] + 1, writes)
+        self.text_fed += active

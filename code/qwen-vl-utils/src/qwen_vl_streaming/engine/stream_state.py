@@ -1,7 +1,8 @@
-"""What enters the model next in one live stream: rows with their ids, positions and sight, counted as things happen.
+"""What enters the model next in one live stream: rows with their ids, positions and what they may attend to.
 
-What enters is asked of `reference.Stream`, where of `positions`; what it may see are the numbers of `plan.py`, which
-knows beforehand what this learns as it goes. Knows nothing of pages, devices and of what decides when.
+`reference.Stream` decides which rows are due and `positions` where they lie. What they may attend to are the numbers of
+`plan.py`, which has them before the stream starts, while this module counts as the stream goes. Knows nothing about
+cache blocks, devices or when a clip is due.
 """
 
 import functools
@@ -20,24 +21,24 @@ from ..timeline.variants import Variant
 
 @dataclass(frozen=True)
 class DueRows:
-    """Rows that are to be fed, in feed order: each field's last axis has L entries."""
+    """Rows to feed, in feed order. The last dimension of each field has L entries."""
 
     rows: Rows
     ids: Tensor
     positions: Tensor
     """(3, L)"""
     run_index: Tensor
-    """Index in the row's own run, visual or text."""
+    """Index of each row in its own run, visual or text."""
     seen_visual: Tensor
     seen_text: Tensor
     window_start: Tensor
-    """(2, L): see `plan.Window`; 0 without one."""
+    """(2, L), see `plan.Window.start`; 0 without a window."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key) -> "DueRows":
-        """The rows that a slice or a mask picks."""
+        """The rows that a slice or a boolean mask selects."""
         if not len(self):
             return self
         return DueRows(self.rows[key], *(getattr(self, field.name)[..., key] for field in fields(self)[1:]))
@@ -56,7 +57,7 @@ class DueRows:
 
 
 class StreamState:
-    """The book-keeping of one side of a stream: what is due next, and how long the two runs have grown."""
+    """Counts what one side of a live stream has fed, and returns the rows that are due next."""
 
     def __init__(self, variant: Variant, template: Template, layout: Layout, window: Window | None = None):
         self.stream, self.window = Stream(variant, template, layout), window
@@ -64,16 +65,17 @@ class StreamState:
 
     @staticmethod
     def prompt(variant: Variant, template: Template, layout: Layout, window: Window | None = None) -> DueRows:
-        """The rows before the first clip. They can be fed at once, and `clip` leaves them out."""
+        """The rows before the first clip. They can be fed when the stream starts, so `feed_clip` leaves them out."""
         due = StreamState(variant, template, layout, window)._due(Stream(variant, template, layout).feed_clip(False))
         return due[due.rows.part == PROMPT]
 
     def feed_clip(self, last: bool, empty: bool = False) -> DueRows:
+        """The rows that enter with the next clip. The `last` may be `empty`: see `timeline.make_timeline`."""
         due = self._due(self.stream.feed_clip(last, empty))
         return due[due.rows.part != PROMPT]
 
     def feed_text(self) -> DueRows:
-        """The text rows that have to be fed for the next word: one, or none where the row before it was a clip's."""
+        """The text row that produces the next token; empty if the last row of a clip produces it."""
         return self._due(self.stream.feed_text())
 
     def _due(self, pieces: list[tuple[Rows, list[int]]]) -> DueRows:

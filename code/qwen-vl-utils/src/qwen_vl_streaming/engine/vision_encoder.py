@@ -1,5 +1,5 @@
-"""The vision tower beside everything else: on a GPU on a stream of its own, graphs as CUDA graphs. Knows nothing of
-when a clip is looked at."""
+"""Runs the vision tower: on a GPU on a CUDA stream of its own, replaying CUDA graphs. Knows nothing about when a clip
+is due."""
 
 import collections
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from .device_event import DeviceEvent
 
 @dataclass(frozen=True)
 class ClipFeatures:
-    """A clip that the vision tower has looked at, or is looking at."""
+    """The visual tokens of a clip, which may still be being computed."""
 
     tokens: Tensor
-    """(tokens of a clip, C)"""
+    """(tokens of a clip, C). Call `ready.stream_wait(tokens)` before a stream reads them."""
     ready: DeviceEvent
 
 
@@ -28,18 +28,18 @@ class VisionEncoder:
         self.model, self.on_cuda = model, model.device.type == "cuda"
         self.stream = torch.cuda.Stream(model.device) if self.on_cuda else None
         self.graphs: dict[tuple[int, int], dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]]] = {}
-        """By grid and number of clips: what is replayed, where pixels go in and tokens come out."""
+        """By grid and number of clips: the graph, its input pixels and its output tokens."""
         if self.on_cuda:
             model.settle_tower()
 
     @torch.no_grad()
     def capture(self, grid: tuple[int, int], sizes: Sequence[int] = (1, 2, 4)) -> None:
-        """Record the tower over so many clips of `grid` at once. Without a GPU there is nothing to do."""
+        """Captures a CUDA graph for each number of clips of `grid` in `sizes`. Does nothing on the CPU."""
         visual = self.model.model.visual
         shape = grid[0] * grid[1] * visual.spatial_merge_size**2, visual.patch_embed.proj.weight[0].numel()
         for size in sizes if self.on_cuda else ():
             pixels = torch.zeros(size, *shape, dtype=self.model.dtype, device=self.model.device)
-            # Graphs that were captured on one stream share cuBLAS's workspace: beside others, this one needs its own.
+            # Graphs captured on one stream share cuBLAS's workspace. This one runs at the same time as others.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 for _ in range(3):
@@ -52,40 +52,41 @@ class VisionEncoder:
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Tensor], layouts: Sequence[Layout]) -> list[ClipFeatures]:
-        """Look at `clips`, each (patches, pixels of a patch) or, ready, (tokens of a clip, C)."""
+        """Encodes `clips`. Each is (patches, pixels of a patch) or already (tokens of a clip, C). Does not block the
+        host."""
         tokens: dict[int, Tensor] = {}
-        if near := [clip for clip in clips if clip.is_cuda]:  # made on another stream, which may also free them
+        if on_device := [clip for clip in clips if clip.is_cuda]:  # another stream made them, and may also free them
             self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
-            for clip in near:
+            for clip in on_device:
                 clip.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
-            raw = collections.defaultdict(list)
+            pixels = collections.defaultdict(list)
             for i, (clip, layout) in enumerate(zip(clips, layouts, strict=True)):
                 if len(clip) == layout.tokens_per_clip:
-                    tokens[i] = self._put(clip)
+                    tokens[i] = self._to_device(clip)
                 else:
-                    raw[layout.grid].append(i)
-            for grid, waiting in raw.items():
+                    pixels[layout.grid].append(i)
+            for grid, waiting in pixels.items():
                 while waiting:
                     sizes = [size for size in self.graphs.get(grid, ()) if size <= len(waiting)]
                     count = max(sizes, default=len(waiting))
-                    some, waiting = waiting[:count], waiting[count:]
-                    made = self._perceive(torch.stack([self._put(clips[i]) for i in some]), grid)
-                    tokens |= dict(zip(some, made, strict=True))
+                    batch, waiting = waiting[:count], waiting[count:]
+                    encoded = self._perceive(torch.stack([self._to_device(clips[i]) for i in batch]), grid)
+                    tokens |= dict(zip(batch, encoded, strict=True))
             ready = DeviceEvent(self.model.device)
         return [ClipFeatures(tokens[i], ready) for i in range(len(clips))]
 
     def _perceive(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        graphs = self.graphs.get(grid, {}).get(len(pixels))
-        if graphs is None:
+        captured = self.graphs.get(grid, {}).get(len(pixels))
+        if captured is None:
             return self.model.perceive(pixels, grid)
-        graph, goes_in, comes_out = graphs
-        goes_in.copy_(pixels)
+        graph, graph_pixels, graph_tokens = captured
+        graph_pixels.copy_(pixels)
         graph.replay()
-        return comes_out.clone()
+        return graph_tokens.clone()
 
-    def _put(self, clip: Tensor) -> Tensor:
-        """On the device and of the model's type, without waiting for what the device is at."""
+    def _to_device(self, clip: Tensor) -> Tensor:
+        """Moves a clip to the model's device and type without blocking the host."""
         if self.on_cuda and not (clip.is_cuda or clip.is_pinned()):
             clip = clip.to(self.model.dtype).pin_memory()
         return clip.to(self.model.device, non_blocking=True).to(self.model.dtype)

@@ -1,1 +1,1 @@
-"""What a variant looks like: its positions and its attention, as text, JSON and a picture. Needs no model."""
+"""Shows the order, positions and attention of a variant as text, JSON or a picture. Knows nothing about models."""

@@ -1,10 +1,9 @@
 """Shows a variant as text, JSON or a picture: `python -m qwen_vl_streaming.explain --help`.
 
-Shows what timeline, positions and attention say and works out none of it again; needs no model.
+Everything shown comes from timeline, positions and attention. Needs no model.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -17,19 +16,20 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InputError, OneLineParser
+from ..common.files import replace_file
 from ..timeline.attention import dense_mask
 from ..timeline.positions import timeline_positions
 from ..timeline.timeline import CLIP, HEADER, NOTHING, PARTS, Layout, Timeline, make_schedule, make_timeline
 from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, chosen_variant, get_variant
-from .summary import Run, describe, find_runs, find_steps, sizes, words
+from .summary import Span, describe, find_spans, find_steps, sizes, token_names
 
 TAIL_TOKENS = 3  # <|vision_end|><|im_end|>\n
 HEADER_TOKENS = 3  # <|im_start|>assistant\n
-MOST_TOKENS = 5_000  # what attends to what grows with the square
+MAX_TOKENS = 5_000  # the mask grows quadratically
 WIDTH = 100
-NOTE = """A token also attends to itself and to those before it in its own line. fed: place in feed order.
-position: time t, height h, width w; where one range is given, the three are equal.
-row predicts: 34 → a0 means that a0 is what the model gives at 34.
+NOTE = """A token also attends to itself and to the tokens before it in its own line. fed: index in feed order.
+position: time t, height h, width w; if only one range is given, the three are equal.
+row predicts: 34 → a0 means that the model predicts a0 at row 34.
 """
 
 
@@ -57,7 +57,7 @@ def as_dict(timeline: Timeline) -> dict:
 
 
 def as_text(timeline: Timeline) -> str:
-    """The timeline for a terminal: what is done at the same time, then every run of tokens in feed order."""
+    """The timeline for a terminal: what is done at the same time, then each span of tokens in feed order."""
     variant = timeline.variant
     when, count, sees = describe(variant)
     return "\n".join(
@@ -76,9 +76,9 @@ def as_text(timeline: Timeline) -> str:
 
 
 def _lanes(timeline: Timeline) -> list[str]:
-    """Two lines, watching and speaking, time from left to right; the middle of a long video is left out."""
+    """Two lines, watching and speaking, with time from left to right. The middle of a long video is omitted."""
     cells = [
-        (f"clip {step.clip}" if step.clip else "", words(step.start, step.stop) if step.stop > step.start else "")
+        (f"clip {step.clip}" if step.clip else "", token_names(step.start, step.stop) if step.stop > step.start else "")
         for step in find_steps(timeline)
     ]
     wide = max(len(cell) for pair in cells for cell in pair)
@@ -91,13 +91,13 @@ def _lanes(timeline: Timeline) -> list[str]:
 
 
 def _table(timeline: Timeline) -> list[str]:
-    """A line for each run of tokens, columns aligned."""
-    runs = find_runs(timeline, by_slot=True)
-    seen = attends(timeline, [each.stop - 1 for each in runs])
+    """One line per span of tokens, with aligned columns."""
+    spans = find_spans(timeline, by_slot=True)
+    seen = attends(timeline, [each.stop - 1 for each in spans])
     positions = timeline_positions(timeline)
     table = [("slot", "fed", "token", "n", "position", "attends to", "row predicts")]
     slot = 0
-    for at, each in enumerate(runs):
+    for at, each in enumerate(spans):
         table.append(
             (
                 str(each.fed) if each.fed > slot else "",
@@ -105,7 +105,7 @@ def _table(timeline: Timeline) -> list[str]:
                 each.name,
                 str(len(each)),
                 _position(each, positions[:, each.start : each.stop]),
-                _seen(runs[:at], set(seen[at])),
+                _seen(spans[:at], set(seen[at])),
                 _predicts(timeline, each),
             )
         )
@@ -118,15 +118,15 @@ def _range(low: int, high: int) -> str:
     return f"{low}–{high}" if high > low else f"{low}"
 
 
-def _position(each: Run, positions: Tensor) -> str:
+def _position(each: Span, positions: Tensor) -> str:
     low, high = positions.amin(1).tolist(), positions.amax(1).tolist()
     if each.part != CLIP:  # the three numbers of text are equal
         return _range(low[0], high[0])
     return "  ".join(f"{axis} {_range(*ends)}" for axis, *ends in zip("thw", low, high, strict=True))
 
 
-def _seen(before: list[Run], keys: set[int]) -> str:
-    """What the last token of a run attends to among the runs `before` it."""
+def _seen(before: list[Span], keys: set[int]) -> str:
+    """What the last token of a span attends to among the spans `before` it."""
     seen = [each for each in before if each.start in keys]
     if len(seen) == len(before):
         return "all before it" if before else ""
@@ -137,14 +137,16 @@ def _seen(before: list[Run], keys: set[int]) -> str:
     return ", ".join(names) + ("; no text" if all(each.part >= HEADER for each in before if each not in seen) else "")
 
 
-def _predicts(timeline: Timeline, each: Run) -> str:
-    """The rows of a run that predict an answer token, and which."""
+def _predicts(timeline: Timeline, each: Span) -> str:
+    """The rows of a span that predict answer tokens, and which tokens."""
     answers = timeline.produces[each.start : each.stop]
     rows = (answers != NOTHING).nonzero().squeeze(1)
     if not len(rows):
         return ""
     first, last = int(rows[0]), int(rows[-1])
-    return f"{_range(each.start + first, each.start + last)} → {words(int(answers[first]), int(answers[last]) + 1)}"
+    return (
+        f"{_range(each.start + first, each.start + last)} → {token_names(int(answers[first]), int(answers[last]) + 1)}"
+    )
 
 
 def at_least_one(text: str) -> int:
@@ -169,7 +171,7 @@ def make_parser() -> OneLineParser:
     parser.add_argument(
         "--variant",
         metavar="NAME",
-        help=f"{', '.join(VARIANTS)}, or all (default: {ENVIRONMENT_VARIABLE} where it is set, else all)",
+        help=f"{', '.join(VARIANTS)}, or all (default: {ENVIRONMENT_VARIABLE} if it is set, else all)",
     )
     for flag, kind, default, metavar, meaning in (
         ("--prompt", at_least_one, 5, "TOKENS", "tokens up to and including <|vision_start|>"),
@@ -185,13 +187,13 @@ def make_parser() -> OneLineParser:
 
 
 def make_timelines(args: argparse.Namespace) -> list[Timeline]:
-    """What is to be shown. Raises InputError for an unknown variant and for sizes too large to show."""
+    """The timelines to show. Raises InputError for an unknown variant and for sizes that are too large."""
     name = args.variant or chosen_variant("all")
     variants = list(VARIANTS.values()) if name == "all" else [get_variant(name)]
     layout = Layout(args.prompt, TAIL_TOKENS, HEADER_TOKENS, args.grid)
     length = layout.prompt + args.clips * layout.tokens_per_clip + layout.tail + layout.header + args.answer
-    if length > MOST_TOKENS:
-        raise InputError(f"{length} tokens are too many to show, the most is {MOST_TOKENS}: give smaller sizes")
+    if length > MAX_TOKENS:
+        raise InputError(f"{length} tokens are too many to show, the maximum is {MAX_TOKENS}: give smaller sizes")
     return [
         make_timeline(variant, layout, make_schedule(f"wait-{args.wait_k}", variant, args.clips).counts(args.answer))
         for variant in variants
@@ -199,10 +201,10 @@ def make_timelines(args: argparse.Namespace) -> list[Timeline]:
 
 
 def render(args: argparse.Namespace) -> bytes:
-    """What is asked for, as the bytes of a file."""
+    """The requested output, as the bytes of a file."""
     timelines = make_timelines(args)
     if args.format == "png":
-        from .picture import draw_png  # slow to import, and text and JSON need no plotting
+        from .picture import draw_png  # matplotlib is slow to import, and text and JSON do not need it
 
         return draw_png(timelines, args.wait_k)
     if args.format == "text":
@@ -211,29 +213,22 @@ def render(args: argparse.Namespace) -> bytes:
     return (objects[0] if len(objects) == 1 else f"[{', '.join(objects)}]").encode() + b"\n"
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write beside `path`, then rename. Raises InputError where that cannot be done."""
+def write_file(path: Path, data: bytes) -> None:
+    """Replaces `path` as a whole. Raises InputError if it cannot be written."""
     try:
-        beside = path.with_name(f"{path.name}.part")
-        try:
-            beside.write_bytes(data)
-            os.replace(beside, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            raise
+        replace_file(path, data)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {str(path)!r} ({reason}): name a file that can be written") from error
 
 
 def write_out(data: bytes) -> None:
-    """Write to standard output. Raises InputError where it takes nothing more, except from a reader that left."""
+    """Writes to standard output. Raises InputError if that fails, unless the reader has closed the pipe."""
     try:
         sys.stdout.buffer.write(data)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest at exit
         if not isinstance(error, BrokenPipeError):
             raise InputError(f"cannot write to standard output ({error.strerror}): give --output FILE") from error
 
@@ -241,9 +236,9 @@ def write_out(data: bytes) -> None:
 def main() -> None:
     args = make_parser().parse_args()
     if args.format == "png" and args.output is None and sys.stdout.isatty():
-        raise InputError("a picture is not for a terminal: give --output FILE")
+        raise InputError("a picture cannot be shown on a terminal: give --output FILE")
     data = render(args)
     if args.output is None:
         write_out(data)
     else:
-        write_whole(args.output, data)
+        write_file(args.output, data)

@@ -1,6 +1,6 @@
 """The picture that `explain` draws: what happens when, which positions, and what attends to what.
 
-Shows what timeline, positions and attention say and works out none of it again. Knows nothing of files.
+Everything shown comes from timeline, positions and attention. Knows nothing about files.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from matplotlib.patches import Patch, Rectangle
 from ..timeline.attention import dense_mask
 from ..timeline.positions import timeline_positions
 from ..timeline.timeline import ANSWER, CLIP, HEADER, PARTS, PROMPT, TAIL, Timeline
-from .summary import Run, describe, find_runs, find_steps, sizes, words
+from .summary import Span, describe, find_spans, find_steps, sizes, token_names
 
-# Okabe and Ito's palette, which the colour-blind tell apart too: cold colours are watched, warm ones spoken.
+# Okabe and Ito's palette, which is safe for colour blindness: cold colours for the visual side, warm ones for text.
 COLOURS = {PROMPT: "#8C8C8C", CLIP: "#0072B2", TAIL: "#56B4E9", HEADER: "#F0B400", ANSWER: "#D55E00"}
 INK, FAINT, FORBIDDEN = "#222222", "#BBBBBB", "#444444"
-PALE = 0.3  # how much of a colour is left where a clip's rows and columns are counted
+PALE = 0.3  # share of the colour that is left for a clip's height and width positions
 DPI = 120
 
 # Inches, from a panel's left and top edge.
@@ -33,7 +33,7 @@ ABOVE = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation
 
 
 def draw_png(timelines: Sequence[Timeline], wait_k: int) -> bytes:
-    """A PNG with one panel for each timeline, three a line; on the time axis `wait_k` words last as long as a clip."""
+    """A PNG with one panel per timeline, three per row. On the time axis `wait_k` tokens take as long as one clip."""
     columns = min(3, len(timelines))
     lines = -(-len(timelines) // columns)
     head = 1.12 if columns > 1 else 1.4
@@ -50,7 +50,7 @@ def draw_png(timelines: Sequence[Timeline], wait_k: int) -> bytes:
 
 
 def _head(figure: Figure, timelines: Sequence[Timeline]) -> None:
-    """Title, sizes and the one legend."""
+    """Title, sizes and legend."""
     wide, high = figure.get_size_inches()
     several = len(timelines) > 1
     title = (
@@ -89,12 +89,12 @@ def _boxes(left, right, low, high) -> np.ndarray:
 
 
 def _edge(count: int) -> dict:
-    """How `count` blocks side by side are set apart: many are too small for an edge."""
+    """The style of the edges of `count` adjacent blocks. If there are many, they are too small for an edge."""
     return {"edgecolor": "white", "linewidth": 1 if count < 40 else 0}
 
 
 def _times(timeline: Timeline, wait_k: int) -> list[tuple[float, float]]:
-    """Start and end of each step, a clip taking 1 and a word 1 / `wait_k`."""
+    """Start and end of each step. A clip takes 1, a token 1 / `wait_k`."""
     times, now = [], 0.0
     for step in find_steps(timeline):
         lasts = max(1.0 if step.clip else 0.0, (step.stop - step.start) / wait_k)
@@ -104,13 +104,13 @@ def _times(timeline: Timeline, wait_k: int) -> list[tuple[float, float]]:
 
 
 class _Panel:
-    """One variant: lanes on top, positions and mask below, the last two with feed order as their common x axis."""
+    """One variant: lanes at the top, positions and mask below. The last two share feed order as their x axis."""
 
     def __init__(self, figure: Figure, left: float, top: float):
         self.figure, self.left, self.top = figure, left, top
 
     def axes(self, top: float, high: float, left: float = LEFT, wide: float = WIDE) -> Axes:
-        """Axes whose place is given in inches from the panel's top left corner."""
+        """Axes at a position in inches from the top left corner of the panel."""
         width, height = self.figure.get_size_inches()
         bottom = height - self.top - top - high
         axes = self.figure.add_axes(((self.left + left) / width, bottom / height, wide / width, high / height))
@@ -134,7 +134,7 @@ class _Panel:
 
 
 def _draw_lanes(axes: Axes, timeline: Timeline, wait_k: int, longest: float) -> None:
-    """Two lanes over time, clips watched and words written, and above them the slots."""
+    """Two lanes over time, with the clips watched and the tokens written, and the slots above them."""
     inches = WIDE / longest
     arrived, times = [], _times(timeline, wait_k)
     edge = _edge(len(times))
@@ -144,7 +144,7 @@ def _draw_lanes(axes: Axes, timeline: Timeline, wait_k: int, longest: float) -> 
             arrived.append(start + 1)
         if step.stop > step.start:
             lasts = (step.stop - step.start) / wait_k
-            _block(axes, start, 0, lasts, COLOURS[ANSWER], words(step.start, step.stop), inches, edge)
+            _block(axes, start, 0, lasts, COLOURS[ANSWER], token_names(step.start, step.stop), inches, edge)
     if len(arrived) < 20:
         axes.vlines(arrived, -0.5, 2.4, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0.5)
     slots = zip(arrived, [*arrived[1:], times[-1][1]], strict=True)
@@ -165,13 +165,13 @@ def _block(axes: Axes, x: float, lane: int, wide: float, colour: str, label: str
 
 
 def _label(axes: Axes, x: float, y: float, label: str, room: float, **style) -> None:
-    """Centred text, left out where it needs more than `room` inches."""
+    """Centred text, omitted if it needs more than `room` inches."""
     if room > 0.06 * len(label) + 0.05:
         axes.text(x, y, label, fontsize=7.5, ha="center", va="center_baseline", **style)
 
 
 def _draw_positions(axes: Axes, beside: Axes, timeline: Timeline) -> None:
-    """Position of every token in feed order; beside them the ranges that the visual side and text take up."""
+    """The position of each token in feed order, and beside it the ranges of the visual side and of text."""
     positions = timeline_positions(timeline).numpy()
     part = timeline.rows.part.numpy()
     fold = _Fold(positions)
@@ -182,9 +182,9 @@ def _draw_positions(axes: Axes, beside: Axes, timeline: Timeline) -> None:
         y = fold(positions[axis])
         cells = _boxes(feed, feed + 1, y, y + 1)
         axes.add_collection(PolyCollection(cells, facecolors=colours[part], edgecolors=colours[part], linewidths=0.4))
-    runs = find_runs(timeline, by_slot=True)
-    edge = _edge(len(runs))
-    for each in runs:
+    spans = find_spans(timeline, by_slot=True)
+    edge = _edge(len(spans))
+    for each in spans:
         low, high = positions[:, each.start : each.stop].min(), positions[:, each.start : each.stop].max()
         column = int(each.part >= HEADER)
         place = (column + 0.08, fold(low)), 0.84, fold(high) + 1 - fold(low)
@@ -201,7 +201,7 @@ def _draw_positions(axes: Axes, beside: Axes, timeline: Timeline) -> None:
             each.axhspan(fold.low + 1 + fold.size * 0.2, fold.low + 1 + fold.size * 0.8, facecolor="#EEEEEE")
     axes.set_yticks(fold.ticks(positions.max()), [f"{label}" for label in fold.labels(positions.max())])
     if fold.hole:
-        axes.text(0.5, middle, f"{fold.hole} positions left out", fontsize=8, color=INK, va="center_baseline")
+        axes.text(0.5, middle, f"{fold.hole} positions omitted", fontsize=8, color=INK, va="center_baseline")
     axes.set_ylabel("position", fontsize=8.5, color=INK)
     axes.set_xticks([])
     beside.tick_params(labelleft=False)
@@ -209,7 +209,7 @@ def _draw_positions(axes: Axes, beside: Axes, timeline: Timeline) -> None:
 
 
 class _Fold:
-    """Draws a long run of positions that nobody has as a short one. Called with positions, gives heights."""
+    """Shortens the longest range of unused positions. Calling it with positions returns heights."""
 
     def __init__(self, positions: np.ndarray):
         used = np.unique(positions)
@@ -224,7 +224,7 @@ class _Fold:
         return positions - (positions > self.low) * (self.hole - self.size) if self.hole else positions
 
     def labels(self, top: int) -> list[int]:
-        """The positions that get a tick."""
+        """The positions that have a tick."""
         step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if self(top) / s <= 9)
         if not self.hole:
             return list(range(0, top + 1, step))
@@ -235,31 +235,36 @@ class _Fold:
 
 
 def _draw_mask(axes: Axes, timeline: Timeline) -> None:
-    """Who attends (down) to whom (across), in the colour of what is attended to."""
+    """Which token (down) attends to which (across), in the colour of the latter."""
     rows, length = timeline.rows, len(timeline.rows)
     mask = dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel)[0, 0]
     colours = torch.tensor([to_rgb(COLOURS[part]) for part in range(len(PARTS))]).mul(255).byte()
     image = torch.where(mask[:, :, None], colours[rows.part][None], 255).byte()
     axes.imshow(image.numpy(), extent=(0, length, length, 0), aspect="auto")
-    runs = find_runs(timeline, by_slot=False)
+    spans = find_spans(timeline, by_slot=False)
     strip = length * 0.018
-    # What was fed before and is not attended to is what the rule of the variant hides.
-    starts = [each.start for each in runs]
+    # Tokens that were fed earlier and are not attended to are hidden by the variant's rule.
+    starts = [each.start for each in spans]
     seen = mask[starts][:, starts].tolist()
-    pairs = [(q, k) for at, q in enumerate(runs) for k, sees in zip(runs[:at], seen[at], strict=False) if not sees]
+    pairs = [(q, k) for at, q in enumerate(spans) for k, sees in zip(spans[:at], seen[at], strict=False) if not sees]
     if pairs:
         hidden = _boxes(*np.array([(k.start, k.stop, q.start, q.stop) for q, k in pairs]).T)
         style = {"facecolors": "white", "edgecolors": FORBIDDEN, "hatch": "/////", "linewidths": 0}
         axes.add_collection(PolyCollection(hidden, **style))
-    for each in runs:
+    for each in spans:
         colour = COLOURS[each.part]
         axes.add_patch(Rectangle((-1.6 * strip, each.start), strip, len(each), facecolor=colour, clip_on=False))
         axes.add_patch(Rectangle((each.start, length + 0.6 * strip), len(each), strip, facecolor=colour, clip_on=False))
-    if len(runs) < 60:
+    if len(spans) < 60:
         axes.hlines(starts[1:], 0, length, color="white", linewidth=0.9)
         axes.vlines(starts[1:], 0, length, color="white", linewidth=0.9)
-    axes.text(length * 0.97, length * 0.06, "fed later", fontsize=8, color="#777777", ha="right", va="center")
-    labelled = _spread(runs, length)
+    above = {"fontsize": 8, "color": "#777777", "ha": "right"}
+    axes.text(length * 0.97, length * 0.06, "fed later", va="center", **above)
+    if late := next((each for each in spans if each.part == ANSWER and 0 < each.written < each.fed), None):
+        # The lanes above show when a token is written; here is when it enters the model.
+        note = f"a{late.first} is written in slot {late.written}\nand fed after clip {late.fed}"
+        axes.text(length * 0.97, length * 0.12, note, va="top", **above)
+    labelled = _spread(spans, length)
     middles = [(each.start + each.stop) / 2 for each in labelled]
     axes.set_yticks(middles, [each.name for each in labelled], fontsize=7.5)
     axes.set_xticks(middles, [each.name for each in labelled], fontsize=7.5, rotation=90)
@@ -270,10 +275,10 @@ def _draw_mask(axes: Axes, timeline: Timeline) -> None:
     axes.set_xlabel("… attends to (feed order)", fontsize=8.5, color=INK, labelpad=2)
 
 
-def _spread(runs: Sequence[Run], length: int) -> list[Run]:
-    """The runs that have room for a label, long ones first."""
-    chosen: list[Run] = []
-    for each in sorted(runs, key=len, reverse=True):
+def _spread(spans: Sequence[Span], length: int) -> list[Span]:
+    """The spans that have room for a label, longest first."""
+    chosen: list[Span] = []
+    for each in sorted(spans, key=len, reverse=True):
         if all(abs(each.start + each.stop - other.start - other.stop) > 0.08 * length for other in chosen):
             chosen.append(each)
     return chosen

@@ -1,7 +1,5 @@
-"""A timeline in few words: runs of like tokens, and what is done at the same time. What `explain` shows.
-
-Knows nothing of how it is shown.
-"""
+"""Summarizes a timeline: spans of tokens of one kind, and what is done at the same time. Knows nothing about how it is
+shown."""
 
 from dataclasses import dataclass
 
@@ -10,8 +8,8 @@ from ..timeline.variants import Variant
 
 
 @dataclass(frozen=True)
-class Run:
-    """Tokens that follow each other in feed order and are of one part, one clip and, if asked for, one slot."""
+class Span:
+    """Consecutive tokens in feed order of one part, one clip and, if requested, one slot."""
 
     part: int
     clip: int
@@ -20,11 +18,11 @@ class Run:
     stop: int
     """Feed indices, `stop` not included."""
     first: int
-    """The index, within its part, of the run's first token."""
+    """The index, within its part, of the first token."""
     written: int
     """The slot that wrote the first token; 0 for the prompt and the visual side."""
     fed: int
-    """The slot in which the run enters the model: the number of clips that have arrived by then."""
+    """The slot in which the span enters the model: the number of clips that have arrived by then."""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -32,17 +30,17 @@ class Run:
     @property
     def name(self) -> str:
         if self.part == ANSWER:
-            return words(self.first, self.first + len(self))
+            return token_names(self.first, self.first + len(self))
         return f"clip {self.clip}" if self.part == CLIP else PARTS[self.part]
 
 
-def words(start: int, stop: int) -> str:
-    """Answer tokens `start` to `stop` (not included): a3, or a3–5."""
+def token_names(start: int, stop: int) -> str:
+    """The name of answer tokens `start` to `stop`, `stop` not included: a3, or a3–5."""
     return f"a{start}" if stop - start == 1 else f"a{start}–{stop - 1}"
 
 
-def find_runs(timeline: Timeline, by_slot: bool) -> list[Run]:
-    """The runs of a timeline in feed order. With `by_slot`, words of two slots are two runs."""
+def find_spans(timeline: Timeline, by_slot: bool) -> list[Span]:
+    """The spans of a timeline in feed order. With `by_slot`, the tokens of two slots are two spans."""
     rows = timeline.rows
     changed = (rows.part[1:] != rows.part[:-1]) | (rows.clip[1:] != rows.clip[:-1])
     if by_slot:
@@ -50,27 +48,27 @@ def find_runs(timeline: Timeline, by_slot: bool) -> list[Run]:
     starts = [0, *(changed.nonzero().squeeze(1) + 1).tolist()]
     fed = rows.clip.cummax(0).values
     return [
-        Run(int(rows.part[a]), int(rows.clip[a]), a, b, int(rows.index[a]), int(rows.slot[a]), int(fed[a]))
+        Span(int(rows.part[a]), int(rows.clip[a]), a, b, int(rows.index[a]), int(rows.slot[a]), int(fed[a]))
         for a, b in zip(starts, [*starts[1:], len(rows)], strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is done at the same time: a clip watched, answer tokens written, or both."""
+    """What is done at the same time: a clip is watched, answer tokens are written, or both."""
 
     clip: int
-    """1…N, or 0 where nothing is watched."""
+    """1…N, or 0 if no clip is watched."""
     start: int
     stop: int
     """The answer tokens written, `stop` not included."""
 
 
 def find_steps(timeline: Timeline) -> list[Step]:
-    """The steps of a timeline, one after the other.
+    """The steps of a timeline, in order.
 
-    What slot i writes sees clips 1…i. So a variant that is parallel writes it while clip i+1 is watched, and any
-    other between the two.
+    The tokens of slot i attend to clips 1…i. A parallel variant therefore writes them while clip i+1 is watched, any
+    other variant between the two clips.
     """
     steps, stop = [], 0
     written = []
@@ -86,7 +84,7 @@ def find_steps(timeline: Timeline) -> list[Step]:
 
 
 def describe(variant: Variant) -> tuple[str, str, str]:
-    """In plain words: when a variant watches and speaks, how it counts positions, what clips may attend to."""
+    """Describes when a variant watches and speaks, how it counts positions, and what clips attend to."""
     if variant.parallel:
         when, sees = "watches and speaks at the same time", "clips and tail never attend to text"
     elif variant.streams:
@@ -103,7 +101,7 @@ def describe(variant: Variant) -> tuple[str, str, str]:
 
 
 def sizes(timeline: Timeline) -> str:
-    """How many tokens a timeline has of each part."""
+    """The number of tokens of each part."""
     layout, (rows, columns) = timeline.layout, timeline.layout.grid
     return (
         f"{len(timeline.rows)} tokens: prompt {layout.prompt}, clips {timeline.clips} × ({rows} × {columns}), "

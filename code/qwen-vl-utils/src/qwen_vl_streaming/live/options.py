@@ -18,12 +18,14 @@ import torch
 
 from ..common.errors import InputError, OneLineParser
 from ..common.paths import PROJECT, find_model, look_up
+from ..common.redact import hide_address
 from ..devices import DEVICE_HELP, choose_device, look
 from ..model.prompts import QUESTIONS
 from ..model.trained import check_trained
 from ..replay import DTYPES
 from ..sessions import GREEDY, MODES
 from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
+from ..video.formats import SCHEMES
 from ..video.frames import BUDGETS, FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
 from ..video.index import index_video
 from ..video.sources import Clip, paced_clips, synthetic_clips
@@ -150,6 +152,7 @@ def parse(description: str) -> argparse.Namespace:
     for name, (least, most) in LIMITS.items():
         if (value := getattr(arguments, name)) is not None and not least <= value <= most:
             parser.error(f"--{name.replace('_', '-')} {str(value)[:20]} must be from {least:.10g} to {most:.10g}")
+    hide_address(arguments.source)
     arguments.model = find_model(arguments.model, PROJECT)
     if not (arguments.source == SYNTHETIC or arguments.source.startswith("/dev/") or "://" in arguments.source):
         arguments.source = str(look_up(arguments.source, PROJECT))
@@ -194,6 +197,8 @@ def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
         seconds = FRAMES_PER_CLIP / fps
         return Source(clips, seconds, size, about, seconds / speed, most)
     if name.startswith("/dev/") or "://" in name:
+        if not name.startswith("/dev/") and name.partition("://")[0].lower() not in SCHEMES:
+            raise InputError(f"source {name} is not a stream: give {', '.join(SCHEMES)}, or the path of a file")
         if speed != 1:
             raise InputError(
                 f"--speed {speed:g} has no effect on {name}: leave it out, it is for files and {SYNTHETIC}"

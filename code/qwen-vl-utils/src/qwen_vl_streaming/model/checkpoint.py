@@ -61,6 +61,23 @@ def tensor_types(path: Path) -> set[str]:
         return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
 
 
+def tensor_names(folder: Path) -> set[str] | None:
+    """The names of all tensors in a checkpoint's safetensors files, or None where its weights are of another kind.
+    Raises InputError."""
+    paths, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if not paths[0].is_file():
+        if not index.is_file():
+            return None
+        with safe_reading(index):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            paths = sorted(folder / shard for shard in shards)
+    names: set[str] = set()
+    for path in paths:
+        with safe_reading(path), path.open("rb") as file:
+            names.update(json.loads(_header(file)))
+    return names
+
+
 @contextlib.contextmanager
 def safe_reading(path: Path) -> Iterator[None]:
     """Raises InputError for what goes wrong while a safetensors file is read."""

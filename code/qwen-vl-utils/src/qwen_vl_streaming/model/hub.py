@@ -24,8 +24,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..common.errors import InputError
+from ..common.redact import Redacting
 
 logger = logging.getLogger(__name__)
+logger.addFilter(Redacting())  # the hub's address may hold a password
 Answer = TypeVar("Answer")
 
 SECONDS = 20.0

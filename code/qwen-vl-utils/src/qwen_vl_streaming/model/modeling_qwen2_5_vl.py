@@ -25,6 +25,8 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from ..common.ending import lost_worker
 from ..common.errors import InputError
+from .checkpoint import tensor_names
+from .checks import check_config, check_layers
 from .hub import model_folder
 
 LAYOUTS = 256  # combinations of grids whose layout in the vision tower is kept
@@ -276,7 +278,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
 
 
 UNLOADABLE = (
-    *(OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError, OverflowError),
+    *(OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError, ArithmeticError),
     *(EOFError, UnpicklingError, StrictDataclassError),
 )
 """What transformers raises for files that are not those of a checkpoint, or do not belong together."""
@@ -299,7 +301,8 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
 
     Raises InputError, with the reason in one line, where it cannot be loaded.
     """
-    load_config(path)
+    config = load_config(path)
+    check_layers(config, tensor_names(model_folder(path)), str(path))
     model, report = _loaded(
         path,
         lambda folder: Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -333,10 +336,14 @@ def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True)
             f"`python -m qwenvl.merge --adapter {folder} --output DIR`, run in code/qwen-vl-finetune"
         )
     try:
-        kind = Qwen2_5_VLConfig.get_config_dict(folder)[0].get("model_type")
+        given = Qwen2_5_VLConfig.get_config_dict(folder)[0]
+        kind = given.get("model_type")
         if kind != Qwen2_5_VLConfig.model_type:  # transformers would take it with a warning
             raise ValueError(f"its config.json is of a model of type {kind}")
+        check_config(given, str(folder / "config.json"))
         return load(folder)
+    except InputError:
+        raise
     except SafetensorError as error:
         raise InputError(f"the weights in {str(path)!r} are damaged ({error}): copy or download them again") from error
     except torch.OutOfMemoryError:

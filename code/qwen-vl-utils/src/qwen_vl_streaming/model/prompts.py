@@ -11,6 +11,8 @@ from transformers import AutoProcessor
 
 from ..common.errors import InputError
 from ..timeline.timeline import Layout
+from .chat_template import render
+from .checks import check_processor
 from .hub import model_folder
 
 QUESTIONS = (
@@ -46,7 +48,6 @@ def load_processor(path: str | Path):
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         make_template(processor, QUESTIONS[-1])  # fails without a chat template, or a tokenizer's vocabulary
-        return processor
     except Exception as error:  # transformers and Jinja raise many, and the Rust tokenizers nothing narrower
         first = next(iter(str(error).splitlines()), type(error).__name__)
         if "trust_remote_code" in str(error):
@@ -58,6 +59,8 @@ def load_processor(path: str | Path):
             f"no processor could be loaded from {str(path)!r} ({first}): "
             "save one there with processor.save_pretrained, or name a complete Qwen2.5-VL checkpoint"
         ) from error
+    check_processor(processor, f"the processor in {str(path)!r}")
+    return processor
 
 
 def make_template(processor, question: str) -> Template:
@@ -66,7 +69,7 @@ def make_template(processor, question: str) -> Template:
     Raises InputError where the chat template has no question and video.
     """
     messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION_HERE}, {"type": "video"}]}]
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = render(processor, messages)
     before, video, after = text.partition(processor.video_token)
     left, question_here, right = before.partition(QUESTION_HERE)
     end_of_tail = after.find("\n") + 1

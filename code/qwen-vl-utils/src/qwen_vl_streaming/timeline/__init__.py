@@ -1,2 +1,2 @@
-"""The idea: the order in which video and text enter the model, their positions, who attends to whom, and what is
-learned. Knows nothing of files, devices and models."""
+"""The order in which video and text enter the model, their positions, attention and training targets, for each variant.
+Knows nothing about files, devices and models."""

@@ -1,4 +1,4 @@
-"""The attention rule, and the masks built from it. Knows nothing of positions, token ids or training.
+"""The attention rule, and the masks built from it. Knows nothing about positions, token ids or training.
 
 B streams   L keys   Q queries
 """
@@ -11,10 +11,10 @@ from ..common.errors import InputError
 
 
 def allowed(query, key, visual_query, text_key, parallel: bool):
-    """The whole rule: may the token at feed index `query` attend to that at `key`?
+    """The whole rule: whether the token at feed index `query` may attend to the token at `key`.
 
-    It may attend to itself and to what was fed before it, except that in a parallel variant the visual side
-    never attends to text. Works on numbers and on tensors that broadcast.
+    A token attends to itself and to what was fed before it, except that in a parallel variant the visual side never
+    attends to text. Works on numbers and on tensors that broadcast.
     """
     before = key <= query
     return before & ~(visual_query & text_key) if parallel else before
@@ -26,8 +26,8 @@ def dense_mask(
     """A boolean mask of shape (B, 1, Q, L), True where attention is allowed.
 
     `visual` and `text` are (B, L) flags in feed order; `query` (B, Q) holds feed indices, by default all L.
-    `sample` (B, L) numbers the samples that are packed into a row; they never attend to each other.
-    Padding after the end of a stream needs no flag: nothing before it attends to it.
+    `sample` (B, L) numbers the samples that are packed into a row. They never attend to each other.
+    Padding after the end of a stream needs no flag, because nothing before it attends to it.
     """
     key = torch.arange(visual.shape[1], device=visual.device)
     if query is None:
@@ -43,13 +43,13 @@ def block_mask(visual: Tensor, text: Tensor, parallel: bool, sample: Tensor | No
     """The same rule for FlexAttention over whole rows: (B, L) flags to a block mask of (B, 1, L, L)."""
     length = visual.shape[1]
 
-    def rule(b, h, q, kv):
+    def mask_mod(b, h, q, kv):
         return allowed(q, kv, visual[b, q], text[b, kv], parallel)
 
-    def rule_of_packed(b, h, q, kv):
-        return rule(b, h, q, kv) & (sample[b, q] == sample[b, kv])
+    def packed_mask_mod(b, h, q, kv):
+        return mask_mod(b, h, q, kv) & (sample[b, q] == sample[b, kv])
 
-    chosen = rule if sample is None else rule_of_packed
+    chosen = mask_mod if sample is None else packed_mask_mod
     return create_block_mask(chosen, len(visual), None, length, length, device=visual.device)
 
 
@@ -58,8 +58,8 @@ def make_mask(
 ) -> Tensor | BlockMask | None:
     """The mask of whole rows, (B, L) flags, in the form that an attention `implementation` takes.
 
-    None means plainly causal, which only a row with one sample of a variant that is not parallel may be.
-    Raises InputError where the implementation would lose the mask.
+    None means causal, which is only returned for rows with one sample of a variant that is not parallel. Raises
+    InputError if the implementation cannot express the mask.
     """
     if implementation == "flex_attention":
         return block_mask(visual, text, parallel, sample)
@@ -68,6 +68,6 @@ def make_mask(
     if implementation == "sdpa":
         return dense_mask(visual, text, parallel, sample=sample)
     raise InputError(
-        f"{implementation} cannot hold the mask of a parallel variant (overlap, group, gap) or of packed samples: "
+        f"{implementation} cannot express the mask of a parallel variant (overlap, group, gap) or of packed samples: "
         "use flex_attention on a GPU or sdpa on a CPU"
     )

@@ -1,8 +1,8 @@
-"""Feed order as two runs. A stream's tokens, laid out as the engine keeps them. Knows nothing of models and ids.
+"""Feed order as two runs, which is how the engine stores a stream's tokens. Knows nothing about models and token ids.
 
-Whatever the variant, a token may attend to a beginning of the *visual run* (prompt, clips, tail) and to a beginning of
-the *text run* (header, answer): each run is fed in its own order, and the rule of `attention.allowed` looks only
-backwards. Two numbers a token therefore say what a mask says, and a run never has to move.
+In every variant, a token attends to a prefix of the *visual run* (prompt, clips, tail) and to a prefix of the *text
+run* (header, answer), because each run is fed in order and `attention.allowed` only looks backwards. Two numbers per
+token therefore replace a mask, and the tokens of a run never move in the cache.
 """
 
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from .variants import Variant
 
 @dataclass(frozen=True)
 class Run:
-    """Some tokens of a stream in feed order: each field's last axis has L entries."""
+    """The visual or the text tokens of a stream, in feed order. The last dimension of each field has L entries."""
 
     rows: Rows
     positions: Tensor
     """(3, L)"""
     seen_visual: Tensor
-    """How many tokens of the visual run each may attend to, itself included where it is one of them."""
+    """How many tokens of the visual run each may attend to, itself included if it is one of them."""
     seen_text: Tensor
     """The same for the text run."""
     produces: Tensor
-    """The answer index that each predicts, or timeline.NOTHING."""
+    """The answer index that each predicts, or `timeline.NOTHING`."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,7 +36,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that enters the model for one stream, should it write as many tokens as it may."""
+    """Everything that enters the model for one stream that writes as many tokens as it may."""
 
     visual: Run
     text: Run
@@ -51,8 +51,8 @@ class Plan:
 def make_plan(variant: Variant, layout: Layout, schedule: Schedule, most: int) -> Plan:
     """The plan of a stream of `schedule.clips` clips that writes at most `most` answer tokens.
 
-    An answer that ends early leaves the rest of the plan unused, and what came before is as planned: position and
-    sight of a token depend only on the slots before it.
+    If the answer ends early, the rest of the plan is not used and what came before is as planned, because the position
+    and the attention of a token depend only on the slots before it.
     """
     timeline = make_timeline(variant, layout, schedule.counts(most))
     text, visual = timeline.rows.text, timeline.rows.visual
@@ -71,8 +71,8 @@ def make_plan(variant: Variant, layout: Layout, schedule: Schedule, most: int) -
 
 @dataclass(frozen=True)
 class Window:
-    """What stays in sight of a stream without end: prompt and header, the newest clips and the newest words. Positions
-    stay as they were."""
+    """A sliding window for endless streams: tokens attend to the prompt, the header and the newest clips and tokens.
+    Positions do not change."""
 
     clips: int
     tokens: int
@@ -82,20 +82,21 @@ class Window:
             raise InputError(f"a window holds at least 1 clip and 1 token, not {self.clips} and {self.tokens}")
 
     def start(self, layout: Layout, seen_visual: Tensor, seen_text: Tensor, clips: int | None) -> Tensor:
-        """Of tokens that see so many of either run (both (L,)), the first of each run that is still in sight, besides
-        prompt and header: (2, L). `clips` is N once it is known."""
+        """The index in each run of the first token that is still visible, besides the prompt and the header, to tokens
+        that attend to `seen_visual` and `seen_text` tokens without a window, both (L,). Returns (2, L). `clips` is N
+        once it is known."""
         watched = (seen_visual - layout.prompt + layout.tokens_per_clip - 1) // layout.tokens_per_clip
         if clips is not None:
-            watched = watched.clamp(max=clips)  # the tail comes with the last clip
+            watched = watched.clamp(max=clips)  # the tail belongs to the last clip
         visual = layout.prompt + (watched - self.clips) * layout.tokens_per_clip
         return torch.stack([visual.clamp(min=layout.prompt), (seen_text - self.tokens).clamp(min=layout.header)])
 
     def mask(self, layout: Layout, text: Tensor, clips: int | None, query: slice = slice(None)) -> Tensor:
-        """Which of L tokens in feed order, of which `text` (L,) flags the text side, each of `query` has in sight:
-        (Q, L). Says nothing of what is not allowed."""
+        """Which of L tokens in feed order are inside the window of each token of `query`: (Q, L). `text` (L,) flags the
+        text side. To be combined with the mask of `attention`."""
         runs = (~text).cumsum(0), text.cumsum(0)
-        since_visual, since_text = self.start(layout, *runs, clips)
-        visual, words = runs[0] - 1, runs[1] - 1
-        near_visual = (visual >= since_visual[query, None]) | (visual < layout.prompt)
-        near_text = (words >= since_text[query, None]) | (words < layout.header)
+        visual_start, text_start = self.start(layout, *runs, clips)
+        visual, tokens = runs[0] - 1, runs[1] - 1
+        near_visual = (visual >= visual_start[query, None]) | (visual < layout.prompt)
+        near_text = (tokens >= text_start[query, None]) | (tokens < layout.header)
         return near_text.where(text, near_visual)

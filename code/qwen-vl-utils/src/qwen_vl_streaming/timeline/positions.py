@@ -1,7 +1,7 @@
-"""Timeline rows to three-dimensional positions. Knows nothing of token ids, masks or training.
+"""Computes the three-dimensional positions of rows. Knows nothing about token ids, masks or training.
 
-Every count below is in closed form, so that one function serves a whole sample and the newest tokens of a
-running stream alike: positions depend on what the slots before wrote, never on what is still to come.
+All counts are in closed form, so that one function serves a whole sample and the newest tokens of a running stream.
+Positions depend on what earlier slots wrote, never on what is still to come.
 """
 
 import math
@@ -15,12 +15,12 @@ from .timeline import CLIP, HEADER, PROMPT, TAIL, Layout, Rows, Timeline
 from .variants import Variant
 
 RULE = "largest+1"
-"""Name of the rule for what follows a video in `origin`, `batch`, `group` and `gap`; a trained checkpoint's config.json
-holds it as `position_rule`.
+"""Name of the rule for what follows a video in `origin`, `batch`, `group` and `gap`. A trained checkpoint's config.json
+has it as `position_rule`.
 
 The next token is one after the largest position that the video has in any of the three dimensions. Qwen2.5-VL was
-released and trained so; transformers up to 5.2, vLLM and SGLang serve it so. transformers 5.3 to 5.23 start at
-max(rows, columns) past the video's first position, which lies inside the times of a video of more than a few seconds.
+trained with this rule; transformers up to 5.2, vLLM and SGLang use it. transformers 5.3 to 5.23 start at max(rows,
+columns) past the video's first position, which is inside the range of a video of more than a few seconds.
 """
 
 
@@ -35,8 +35,8 @@ def row_positions(
 ) -> Tensor:
     """Positions (time, height, width) of any rows of a stream, int64 of shape (3, L).
 
-    `counts` holds the answer tokens written so far, k_1, k_2, …; the slots before that of a row must be
-    complete. `clips` is N once the tail has been fed or is among the rows, None before, and `bare` as in
+    `counts` holds the answer tokens written in each slot so far, k_1, k_2, …; the slots before that of a row must be
+    complete. `clips` is N if the tail has been fed or is among the rows, else None. `bare` is as in
     `timeline.make_timeline`.
     """
     across = layout.grid[1]
@@ -61,8 +61,9 @@ def row_positions(
 
 
 def clips_before_text(variant: Variant, layout: Layout) -> int | None:
-    """How many clips, and the tail after them, have positions below those of the text; None where the two may share
-    positions, or the text comes after the video. Beyond that, what a variant keeps apart would meet."""
+    """The largest number of clips whose positions, with the tail's, stay below those of the text. None if the two may
+    share positions or the text comes after the video. With more clips, positions that a variant keeps apart would
+    overlap."""
     if not variant.text_start:
         return None
     left = variant.text_start - layout.prompt - layout.tail - 1  # for the newest clip's time, or its rows and columns
@@ -70,31 +71,31 @@ def clips_before_text(variant: Variant, layout: Layout) -> int | None:
 
 
 def check_clips(variant: Variant, layout: Layout, clips: int) -> None:
-    """Raises InputError where a video has more than `clips_before_text`."""
+    """Raises InputError if a video has more clips than `clips_before_text`."""
     most = clips_before_text(variant, layout)
     if most is not None and clips > most:
         raise InputError(
             f"{clips} clips are too many for {variant.name}: after {most} their positions reach {variant.text_start}, "
-            "where those of its text begin; give a shorter video, or use group"
+            "where those of its text start; give a shorter video, or use group"
         )
 
 
 def _time(layout: Layout, clip: Tensor) -> Tensor:
-    """Position steps from the first clip to each `clip` (1…N) in time, int64."""
+    """Position steps in time from the first clip to each `clip` (1…N), int64."""
     return ((clip - 1) * layout.steps_per_clip).long()
 
 
 def _video_takes(layout: Layout, clips: int) -> int:
-    """How far after the first position of a video of `clips` clips the next token is: see RULE."""
+    """How far the token after a video of `clips` clips is from the video's first position: see RULE."""
     return max(int(_time(layout, torch.tensor(clips))), max(layout.grid) - 1) + 1
 
 
 def _rounds(variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, bare: bool, upto: int):
-    """For slots 0…upto (0 unused): the base of the clip, that of the slot's text, and text written before.
+    """For slots 0…upto (0 is unused): the base of the clip, the base of the slot's text, and the text written before.
 
-    `feed`: a clip takes up `span` positions (the last one the tail's as well), a slot's text as many as it has
-    tokens, one after the other. `rounds`: a slot's text and the next clip run side by side from the end of the
-    round, and the longer of the two ends the next one.
+    `feed`: clips and text follow each other. A clip takes as many positions as its longer side has tokens (the last
+    one also those of the tail), a slot's text as many as it has tokens. `rounds`: a slot's text and the next clip both
+    start at the end of the round, and the longer of the two ends the next round.
     """
     clip_takes = torch.full((upto + 1,), max(layout.grid))
     if clips is not None and clips <= upto:

@@ -1,7 +1,7 @@
-"""Parts, clips, slots, feed order, schedules and targets. Knows nothing of token ids, models or files.
+"""Parts, clips, slots, feed order, schedules and targets. Knows nothing about token ids, models or files.
 
-A timeline writes down, for each token in the order in which it enters the model, which part it is, which
-clip or answer index it has, and in which slot it was written. Positions and attention follow from it.
+A timeline lists, for each token in the order in which it enters the model, its part, its clip or answer index, and the
+slot in which it was written. Positions and attention follow from it.
 
     L tokens   N clips   A answer tokens, the end-of-turn token included
 """
@@ -19,17 +19,16 @@ from .variants import Variant
 
 PARTS = ("prompt", "clip", "tail", "header", "answer")
 PROMPT, CLIP, TAIL, HEADER, ANSWER = range(len(PARTS))
-NAMED = re.compile(r"(wait|random)-([1-9][0-9]{0,5})")
-"""Names of schedules."""
-MOST_PER_SLOT = 999_999
-"""Answer tokens that a schedule may give one slot."""
+SCHEDULE_NAME = re.compile(r"(wait|random)-([1-9][0-9]{0,5})")
+MAX_PER_SLOT = 999_999
+"""Largest K of a named schedule."""
 NOTHING = -1
-"""In `Timeline.produces`: this row predicts no answer token."""
+"""In `Timeline.produces`: the row predicts no answer token."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes that a stream has from its start. All but `steps_per_clip` are counts of tokens."""
+    """The sizes of a stream, known from its start. All but `steps_per_clip` are token counts."""
 
     prompt: int
     """System text and question, up to and including `<|vision_start|>`."""
@@ -42,7 +41,7 @@ class Layout:
 
     def __post_init__(self):
         if min(self.prompt, self.tail, self.header, *self.grid) < 1 or self.steps_per_clip <= 0:
-            raise ValueError(f"every size of a layout is at least 1, and time advances: got {self}")
+            raise ValueError(f"a layout's sizes must be at least 1, and its steps_per_clip above 0: got {self}")
 
     @property
     def tokens_per_clip(self) -> int:
@@ -51,11 +50,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens as the rules see them. Each field is an int64 tensor of shape (L,)."""
+    """What the rules know of L tokens. Each field is an int64 tensor of shape (L,)."""
 
     part: Tensor
     clip: Tensor
-    """1…N for a clip's tokens, N for the tail, else 0."""
+    """1…N for the tokens of a clip, N for the tail, else 0."""
     index: Tensor
     """Counts within the prompt, the clip, the tail, the header or the answer, from 0."""
     slot: Tensor
@@ -77,7 +76,7 @@ class Rows:
 
     @staticmethod
     def of(part: int, count: int, clip: int = 0, slot: int = 0, first: int = 0) -> "Rows":
-        """`count` tokens of one part, their index running from `first`."""
+        """`count` tokens of one part, whose index starts at `first`."""
         full = torch.full((3, count), 0)
         full[0], full[1], full[2] = part, clip, slot
         return Rows(full[0], full[1], torch.arange(first, first + count), full[2])
@@ -89,25 +88,25 @@ class Rows:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many answer tokens each slot may write. The last slot, which writes the rest, has no number."""
+    """How many answer tokens each slot may write. The last slot writes the rest and has no quota."""
 
     quotas: tuple[int, ...]
     """Slots 1…N-1; each at least 0."""
 
     def __post_init__(self):
         if min(self.quotas, default=0) < 0:
-            raise ValueError(f"a slot writes at least 0 tokens, got {self.quotas}")
+            raise ValueError(f"a slot must write at least 0 tokens, got {self.quotas}")
 
     @property
     def clips(self) -> int:
         return len(self.quotas) + 1
 
     def quota(self, slot: int) -> float:
-        """Tokens that `slot` (1…N) may write; unbounded in the last."""
+        """Tokens that `slot` (1…N) may write. Infinite for the last."""
         return self.quotas[slot - 1] if slot < self.clips else float("inf")
 
     def counts(self, answer: int) -> tuple[int, ...]:
-        """k_1 … k_N for an answer of `answer` tokens, which may end before the last slot."""
+        """k_1 … k_N of an answer of `answer` tokens, which may end before the last slot."""
         counts, left = [], answer
         for quota in self.quotas:
             counts.append(min(quota, left))
@@ -118,14 +117,13 @@ class Schedule:
 def make_schedule(text: str, variant: Variant, clips: int, seed: int | str = 0) -> Schedule:
     """The schedule that `text` names, for a video of `clips` clips.
 
-    `wait-K` writes K tokens a slot. `random-K` perturbs that: each slot writes between 1 and 2K-1, drawn
-    evenly with `seed`, so K in the mean. Offline variants write everything in the last slot.
-    Raises InputError for any other text.
+    `wait-K` writes K tokens per slot. With `random-K` each slot writes between 1 and 2K-1 tokens, drawn uniformly with
+    `seed`, so K on average. Offline variants write everything in the last slot. Raises InputError for any other text.
     """
-    match = NAMED.fullmatch(text)
+    match = SCHEDULE_NAME.fullmatch(text)
     if not match:
         raise InputError(
-            f"unknown schedule {text[:80]!r}: give wait-K or random-K with K from 1 to {MOST_PER_SLOT}, such as wait-3"
+            f"unknown schedule {text[:80]!r}: give wait-K or random-K with K from 1 to {MAX_PER_SLOT}, such as wait-3"
         )
     k = int(match[2])
     if not variant.streams:
@@ -148,7 +146,7 @@ class Timeline:
     """Clip N is empty: see `make_timeline`."""
     rows: Rows
     produces: Tensor
-    """(L,) int64: the answer index that each row predicts, or NOTHING."""
+    """The answer index that each row predicts, or NOTHING, int64 (L,)."""
 
     @property
     def clips(self) -> int:
@@ -158,15 +156,15 @@ class Timeline:
 def make_timeline(variant: Variant, layout: Layout, counts: Sequence[int], bare: bool = False) -> Timeline:
     """The timeline of a whole sample whose N = len(counts) slots wrote `counts` answer tokens.
 
-    `bare`: of a live source one learns that it is over when no further clip comes. The tail then enters by itself, as
-    if after an empty clip N. Raises InputError where there are no clips or no answer tokens, ValueError where an
-    offline variant would write before its last slot.
+    `bare`: clip N is empty, so that the tail enters by itself. This is how a live source ends, because its end is only
+    known when no further clip arrives. Raises InputError if there are no clips or no answer tokens, and ValueError if
+    an offline variant would write before its last slot.
     """
     clips, answer = len(counts), sum(counts)
     if clips < 1 + bare:
-        raise InputError("a video needs at least one clip (two frames): leave it out")
+        raise InputError("a video needs at least one clip (two frames): remove it from the data")
     if answer < 1:
-        raise InputError("a caption needs at least one token: leave the sample out")
+        raise InputError("a caption needs at least one token: remove the sample from the data")
     if not variant.streams and answer != counts[-1]:
         raise ValueError(f"{variant.name} writes in the last slot only, got counts {tuple(counts)}")
 
@@ -183,8 +181,8 @@ def make_timeline(variant: Variant, layout: Layout, counts: Sequence[int], bare:
     text = len(rows) - answer - layout.header
     rows.slot[text + layout.header :] = torch.repeat_interleave(torch.arange(1, clips + 1), torch.tensor(counts))
 
-    # A text token is fed to produce the next one: where clips come in between, after the clip in whose
-    # slot that next one is written.
+    # A text token is fed to produce the next one. If the next one is written in a later slot, the token is therefore
+    # fed after that slot's clip.
     feed_slot = torch.maximum(rows.clip, rows.slot)
     if variant.parallel:
         last = text + layout.header - 1
@@ -192,7 +190,7 @@ def make_timeline(variant: Variant, layout: Layout, counts: Sequence[int], bare:
         feed_slot[-1] = min(int(rows.slot[-1]) + 1, clips)
     order = torch.argsort(feed_slot * len(PARTS) + rows.part, stable=True)
 
-    # Before reordering, text is contiguous: the row before an answer token is the text before it.
+    # Before reordering, text is contiguous: the row before an answer token is the text token before it.
     produces = torch.full((len(rows),), NOTHING)
     if variant.parallel:
         produces[text + layout.header - 1 : -1] = torch.arange(answer)

@@ -1,6 +1,6 @@
-"""The six variants as named, frozen rules. Knows nothing of tensors, token ids or files.
+"""The six variants, each a frozen set of rules. Knows nothing about tensors, token ids or files.
 
-This is the one place that reads `QWEN2_5_VL_VARIANT`.
+This is the only place that reads `QWEN2_5_VL_VARIANT`.
 """
 
 import os
@@ -14,20 +14,20 @@ ENVIRONMENT_VARIABLE = "QWEN2_5_VL_VARIANT"
 
 @dataclass(frozen=True)
 class Variant:
-    """How a variant feeds, attends and counts; DESIGN words are used throughout the package."""
+    """How a variant orders its tokens, attends and counts positions."""
 
     name: str
     paper: str
-    """The name that the paper gives it."""
+    """The name in the paper."""
     streams: bool
-    """Text is written while the video arrives; otherwise the whole video comes first."""
+    """Text is written while the video arrives. Otherwise the whole video comes first."""
     parallel: bool
-    """The visual side never attends to text, so that watching and speaking can run at once."""
+    """The visual side never attends to text, so that watching and speaking can run at the same time."""
     count: Literal["stock", "own", "feed", "rounds"]
-    """How positions are counted: as stock Qwen2.5-VL does; text on its own count; one count in feed
-    order; or rounds, in which a slot's text and the next clip start at the same position."""
+    """How positions are counted. "stock": as in Qwen2.5-VL. "own": text has its own count. "feed": one count in feed
+    order. "rounds": a slot's text and the next clip start at the same position."""
     text_start: int = 0
-    """The header's first position, where text has its own count."""
+    """The header's first position, if text has its own count."""
 
     @property
     def mode(self) -> str:
@@ -41,7 +41,7 @@ class Variant:
 
     @property
     def after_video(self) -> bool:
-        """A position depends on where the video ended: that of the tail, or of all that counts on from it."""
+        """Whether positions depend on where the video ends: those of the tail, and of text that counts on from it."""
         return self.count in ("stock", "own")
 
 
@@ -66,5 +66,5 @@ def get_variant(name: str) -> Variant:
 
 
 def chosen_variant(default: str) -> str:
-    """The name in `QWEN2_5_VL_VARIANT`, unchecked, or `default` where it is not set."""
+    """The name in `QWEN2_5_VL_VARIANT`, unchecked, or `default` if it is not set."""
     return os.environ.get(ENVIRONMENT_VARIABLE) or default

@@ -30,6 +30,7 @@ LONGEST = 60  # frames of the longest videos of PE-Video that are kept: 30 s at 
 BUDGETS = ("video", "stream")
 SIDE_FACTOR = 28  # a merged visual token covers 28 × 28 pixels
 MOST_FRAMES = 10**7  # 58 days at 2 fps: more is a time stamp that is broken
+MOST_RATIO = 200  # of a frame's sides, which Qwen2.5-VL takes
 SLACK = 2e-3  # seconds by which containers round a timestamp or a duration
 
 
@@ -69,12 +70,17 @@ class PixelBudget:
         given = {name: value for name, value in given.items() if value is not None}
         return cls(**{**getattr(config, "pixel_budget", {}), **given})
 
-    def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
+    def size(self, height: int, width: int, frames: int, name: str = "the source") -> tuple[int, int]:
         """(height, width) to which each of `frames` frames is resized; both are divisible by 28. 0 `frames`: it is not
         known yet how many there will be.
 
-        Raises ValueError for a picture more than 200 times as long as wide.
+        Raises InputError, with the `name` of the video, for a picture more than MOST_RATIO times as long as wide.
         """
+        if max(height, width) > MOST_RATIO * min(height, width):
+            raise InputError(
+                f"{name} has frames of {width} x {height} pixels, more than {MOST_RATIO} times as long as wide: crop "
+                "it, or leave it out"
+            )
         share = self.max_pixels_per_video // (LONGEST if self.budget == "stream" or not frames else frames)
         most = max(self.min_pixels_per_frame, min(self.max_pixels_per_frame, share))
         height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, most)
@@ -207,7 +213,7 @@ def _decode(
     """The `picked` frames, resized, and the last one repeated up to `count`: (count, 3, H, W) uint8."""
     name = reader or "pyav"
     try:
-        frames = _resized(READERS[name](path, index, picked), picked, count, budget)
+        frames = _resized(READERS[name](path, index, picked), picked, count, budget, f"video {path}")
     except ReaderError as error:
         other = "" if name == "pyav" else ", or read it with FORCE_QWENVL_VIDEO_READER=pyav"
         raise InputError(
@@ -218,17 +224,16 @@ def _decode(
     return frames
 
 
-def _resized(images: Iterator[np.ndarray], picked: np.ndarray, count: int, budget: PixelBudget) -> torch.Tensor:
+def _resized(
+    images: Iterator[np.ndarray], picked: np.ndarray, count: int, budget: PixelBudget, name: str
+) -> torch.Tensor:
     frames = None
     filled = 0
     with contextlib.closing(images):
         for image in images:
             if frames is None:
                 height, width = image.shape[:2]
-                try:
-                    size = budget.size(height, width, count)
-                except ValueError as error:
-                    raise ReaderError(str(error)) from error
+                size = budget.size(height, width, count, name)
                 frames = torch.empty(count, 3, *size, dtype=torch.uint8)
             repeats = int(np.count_nonzero(picked == picked[filled]))
             frames[filled : filled + repeats] = resize_frame(image, size)

@@ -2,6 +2,7 @@
 sampling, clips or sizes."""
 
 import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,6 +13,7 @@ import av
 import numpy as np
 
 from ..common.errors import InputError
+from .formats import FILE
 from .timestamps import LEAP, FilmClock, Splices
 
 CUT_SHORT = 1.0  # seconds that may be missing of what a container claims: audio and video seldom end together
@@ -153,11 +155,16 @@ def _check_file(path: str | Path, name: str) -> None:
 
 
 def open_film(source: str | Path | BinaryIO) -> av.container.InputContainer:
-    """Titles and the like may be in any encoding; they do not matter here."""
+    """Titles and the like may be in any encoding; they do not matter here. Raises OSError for a file that holds no
+    film, as a playlist does, and what PyAV raises."""
     if isinstance(source, str | Path):
-        return av.open(str(source), metadata_errors="replace")
-    source.seek(0)
-    return av.open(source, metadata_errors="replace")
+        source = os.path.abspath(source)  # a relative name may look like an address
+    else:
+        source.seek(0)
+    try:
+        return av.open(source, options=FILE, metadata_errors="replace")
+    except av.ArgumentError as error:
+        raise OSError(errno.EINVAL, "its format holds no film, as MP4 does") from error
 
 
 def demux(container: av.container.InputContainer, *tracks: av.VideoStream) -> Iterator[av.Packet]:

@@ -5,6 +5,7 @@ is there for who asks for it.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,10 @@ import numpy as np
 
 from ..common.errors import InputError
 from .index import FrameIndex, demux, film_track, open_film
+
+SLICE_THREADS = "vp7", "vp8"
+"""Decoders of FFmpeg that report damage only with slice threads: with frame threads, or none, they give a damaged
+picture as a sound one."""
 
 
 class ReaderError(Exception):
@@ -59,7 +64,7 @@ def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.Video
     try:
         with open_film(path) as container:
             track = film_track(container, f"video {path}")
-            track.thread_type = "AUTO"
+            track.thread_type = "SLICE" if track.codec_context.name in SLICE_THREADS else "AUTO"
             delay = track.codec_context.thread_count + 1  # packets after which an error is reported at most
             skipped = -delay
             for number, packet in enumerate(demux(container, track)):
@@ -112,7 +117,7 @@ def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) ->
             raise ReaderError("decord does not mirror pictures")
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        video = decord.VideoReader(str(path))
+        video = decord.VideoReader(os.path.abspath(path))
         if len(video) != len(index.times):
             raise ReaderError(f"decord sees {len(video)} frames of {len(index.times)}")
         # decord's seeking and skipping land on wrong frames in open GOPs and some H.264; reading on never does

@@ -18,6 +18,7 @@ import torch
 from ..common.clock import now
 from ..common.errors import InputError
 from ..common.redact import Redacting, redacted
+from .formats import STREAM
 from .frames import FRAMES_PER_CLIP, SLACK, PixelBudget, resize_frame
 from .index import check_stamps, demux, film_track, last_gap
 from .readers import upright
@@ -188,7 +189,8 @@ class _StreamReader:
     def _read_once(self) -> None:
         """Read one connection to its end. Its own clock starts where the wall clock stands at its first frame."""
         webcam = self.source.startswith("/dev/")
-        options = {"fpsprobesize": "0"}  # else it opens 20 frames late, to learn a frame rate that nobody asks for
+        options = {} if webcam else dict(STREAM)
+        options["fpsprobesize"] = "0"  # else it opens 20 frames late, to learn a frame rate that nobody asks for
         if self.source.startswith("rtsp"):
             options["rtsp_transport"] = "tcp"
         with av.open(

@@ -1,0 +1,1 @@
+"""What `latency.py` measures: rounds, delays, many sessions, and the plots of them."""

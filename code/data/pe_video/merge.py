@@ -1,0 +1,52 @@
+"""One sorted stream out of many sorted files, in bounded memory. Knows nothing about rules or videos."""
+
+import heapq
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import groupby
+from pathlib import Path
+
+from preparation.files import whole_file
+from preparation.report import Tally
+from preparation.rules import BAD, KEPT
+
+from .stages import Record
+
+FAN_IN = 200  # files open at once; the usual limit is 1,024
+
+
+def merge_lines(paths: list[Path], scratch: Path) -> Iterator[str]:
+    """The lines of sorted files in sorted order. `scratch` takes files in between, where there are many."""
+    level = 0
+    while len(paths) > FAN_IN:
+        merged = []
+        for start in range(0, len(paths), FAN_IN):
+            merged.append(scratch / f"merge-{level}-{start}.tsv")
+            with whole_file(merged[-1], sync=False) as file:
+                file.writelines(merge_lines(paths[start : start + FAN_IN], scratch))
+        paths, level = merged, level + 1
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, encoding="utf-8", newline="\n")) for path in paths]
+        yield from heapq.merge(*files)
+
+
+def settle_duplicates(lines: Iterable[str], tally: Tally) -> Iterator[Record]:
+    """The kept and the bad records among sorted `lines`. An id counts once: the first that is not bad keeps its
+    outcome, later ones become bad, in `tally` too.
+    """
+    for video_id, group in groupby(lines, key=_id_of):
+        first = None
+        for line in group:
+            outcome = line.split("\t", 4)[3]
+            if outcome == BAD or not video_id:
+                yield Record.parse(line)
+            elif first is None:
+                first = line
+                if outcome == KEPT:
+                    yield Record.parse(line)
+            else:
+                yield Record.parse(line).spoiled(f"duplicate id: first in {Record.parse(first).where}", tally)
+
+
+def _id_of(line: str) -> str:
+    return line[: line.index("\t")]

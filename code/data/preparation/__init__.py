@@ -1,0 +1,1 @@
+"""What the preparation of every data set shares: files, workers, rules, token counts, videos, the report."""

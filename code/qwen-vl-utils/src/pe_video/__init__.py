@@ -1,5 +1,0 @@
-"""PE-Video as the hub holds it, read, filtered and written as the rows that training and evaluation use.
-
-Everything but the command line, which is mani_data.py at the project's root. Rows flow one way:
-sources (with tar, hub) -> rules -> stages (with parallel, files) -> report. Knows nothing about the model.
-"""

@@ -1,0 +1,54 @@
+"""Split-KV attention, as in flash-decoding: FlexAttention attends to several splits of the keys at once, and the
+results are combined. A few queries alone do not fill a GPU.
+
+    n slots in a step   Q queries of each   W blocks per slot   D head size
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from .kv_cache import PagedKVCache
+
+CHUNK_KERNEL_OPTIONS: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+"""FlexAttention's kernel_options for prefill chunks, measured on an H200."""
+MAX_SPLITS = 8
+
+
+def list_blocks(flags: Tensor, blocks: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """The block mask's lists of those `blocks` (n, query blocks, W) that `flags` (lists, n, query blocks, W) selects,
+    divided among `splits`: (lists, n x splits, 1, query blocks, blocks of a split), and the length of each list."""
+    # Not by sorting, which would take the longest to compile of all that a step contains.
+    width = -(-flags.shape[-1] // splits) * splits
+    target = (flags.cumsum(-1) - 1).where(flags, width)
+    listed = blocks.new_zeros(*flags.shape[:-1], width + 1).scatter(-1, target, blocks.expand_as(flags))[..., :width]
+    # (lists, n, query blocks, blocks of a split, splits) to (lists, n x splits, 1, query blocks, blocks of a split)
+    listed = listed.unflatten(-1, (-1, splits)).movedim(-1, 2).flatten(1, 2)[:, :, None]
+    split = torch.arange(splits, device=blocks.device)[:, None]
+    return listed, ((flags.sum(-1)[:, :, None] - split + splits - 1) // splits).flatten(1, 2)[:, :, None]
+
+
+def flex_split_kv(query: Tensor, keys: Tensor, values: Tensor, splits: int, **options) -> Tensor:
+    """FlexAttention for `query` (n, heads, Q, D) with a block mask of n x `splits` lists of blocks."""
+    if splits == 1:
+        return flex_attention(query, keys, values, **options)
+    repeated = query.repeat_interleave(splits, 0)
+    output, aux = flex_attention(repeated, keys, values, **options, return_aux=AuxRequest(lse=True))
+    return combine_splits(output, aux.lse, splits)
+
+
+def combine_splits(output: Tensor, lse: Tensor, splits: int) -> Tensor:
+    """Attention over all keys, from the `output` (n x splits, …, D) over each split and its log-sum-exp (n x splits,
+    …), which is -inf for a split without keys."""
+    output, lse = output.unflatten(0, (-1, splits)), lse.unflatten(0, (-1, splits))
+    weight = (lse - lse.amax(1, keepdim=True).clamp(min=torch.finfo(lse.dtype).min)).exp()
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(lse.dtype).tiny)
+    return (output.float() * weight[..., None]).sum(1).to(output.dtype)
+
+
+def num_splits(cache: PagedKVCache, rows: int) -> int:
+    """How many splits give each processor of the GPU a block of queries, with `rows` queries per key head."""
+    device = cache.store.device
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    query_blocks = -(-rows * cache.store.shape[1] // CHUNK_KERNEL_OPTIONS["BLOCK_M"])
+    return min(max(processors // query_blocks, 1), MAX_SPLITS)
