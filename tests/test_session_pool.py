@@ -115,7 +115,7 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
         check(model, case, session)
     first.close()
     third = let_in(pool, case, "serial", **options)
-    with pytest.raises(InputError, match="ask for fused or serial"):
+    with pytest.raises(InputError, match="use fused or serial"):
         let_in(pool, case, "pipelined", **options)
     with pytest.raises(InputError, match="let no clip enter"):
         SessionPool(model, 3, case.layout, chunk_counts=(), **options)
@@ -123,7 +123,7 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
         SessionPool(model, 3, case.layout, memory=each, **options)
     with pytest.raises(InputError, match=r"penalty 3\.0 differs from 1\.15, with which the runner was made"):
         let_in(pool, case, "fused", **options, penalty=3.0)
-    with pytest.raises(InputError, match="a clip of 25 visual tokens is more than the 6"):
+    with pytest.raises(InputError, match="a clip of 25 visual tokens does not fit in a StepRunner made for at most 6"):
         pool.open(case.variant, case.template, case.template.layout((5, 5), 2.0), **options)
     pool.close()
     assert third.closed and second.closed
