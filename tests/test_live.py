@@ -649,7 +649,7 @@ def test_figures():
     for some in (found, nothing):
         assert json.dumps(some)
     assert table({**found, **counted}).splitlines() == [
-        "age of the newest frame   median 0.450 s   95th percentile 1.375 s   maximum 1.500 s",
+        "age of the newest frame   median 0.450 s   95th percentile 1.500 s   maximum 1.500 s",
         "  before the last slot    median 0.250 s   95th percentile 1.320 s   maximum 1.500 s",
         "first token               0.200 s after the first clip",
         "tokens                    6, 1.16/s",
