@@ -17,7 +17,7 @@ PARALLEL = [variant for variant in VARIANTS.values() if variant.parallel]
 MANY = int(os.environ.get("SESSIONS", 100))
 """How many random sessions are tried; set SESSIONS=1000 for a thorough run."""
 SECONDS = 60
-"""In which one short session must be over, however busy the machine is: what takes longer hangs."""
+"""In which one short session must be over, however busy the machine is; longer means that it hangs."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The live command on files, streams that misbehave, slow models and signals: what it says, its figures, its record."""
+"""The live command on files, faulty streams, slow models and signals: its output, statistics and record."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def one_core():
 
 @pytest.fixture
 def command(made, tmp_path, monkeypatch, capsys):
-    """Run a program on the tiny checkpoint: exit status, words and table, notes."""
+    """Run a program on the tiny checkpoint: exit status, answer and statistics, notes."""
 
     def call(*arguments, program=cli):
         flags = ("--model", made[0], *map(str, arguments))
@@ -474,7 +474,7 @@ def test_a_process_that_is_stopped(command, made, tmp_path):
 
 
 @pytest.mark.parametrize("lines", [0, 2])
-def test_words_that_nobody_takes_any_more(made, tmp_path, lines):
+def test_a_closed_output_ends_it(made, tmp_path, lines):
     flags = ("--source", "synthetic", "--speed", "10", "--record", tmp_path / "record.json", *SMALL)
     watching = subprocess.Popen(
         [sys.executable, "-m", "qwen_vl_streaming.live", "--model", made[0], *flags],
@@ -649,7 +649,7 @@ def test_figures():
     for some in (found, nothing):
         assert json.dumps(some)
     assert table({**found, **counted}).splitlines() == [
-        "age of the newest frame   median 0.450 s   95th percentile 1.375 s   maximum 1.500 s",
+        "age of the newest frame   median 0.450 s   95th percentile 1.500 s   maximum 1.500 s",
         "  before the last slot    median 0.250 s   95th percentile 1.320 s   maximum 1.500 s",
         "first token               0.200 s after the first clip",
         "tokens                    6, 1.16/s",

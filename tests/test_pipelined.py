@@ -69,8 +69,8 @@ def open_case(model, case, client, **options):
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_words_are_those_of_plain_streams(model, client, part):
-    """Many sessions on one client, of which every fifth is broken off somewhere: the next one is none the worse."""
+def test_tokens_are_those_of_plain_streams(model, client, part):
+    """Many sessions on one client, of which every fifth is cancelled somewhere, without effect on the next one."""
     print("seed", SEED)
     for number in range(part, MANY, 4):
         draw = random.Random(f"{SEED} {number}")
@@ -90,7 +90,7 @@ def test_words_are_those_of_plain_streams(model, client, part):
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
-def test_a_fixed_schedule_gives_the_words_of_the_other_ways(model, client, variant, tmp_path):
+def test_a_fixed_schedule_gives_the_tokens_of_the_other_modes(model, client, variant, tmp_path):
     print("seed", SEED)
     case = random_case(random.Random(f"{SEED} {variant.name}"), variant, "wait-2")
     path = tmp_path / "record.json"
@@ -143,13 +143,13 @@ def test_perception_places_clips_by_what_was_written(model, client, schedule, mo
     assert sight.visual_fed > len(case.template.prompt)
 
 
-def test_a_pair_serves_one_session_at_a_time(model, client):
+def test_a_client_serves_one_session_at_a_time(model, client):
     case = random_case(random.Random(2), PARALLEL[0])
     with open_case(model, case, client) as session:
         runner = session.runner
     with open_case(model, case, client), pytest.raises(InputError, match="another session"):
         open_case(model, case, client, runner=runner)
-    assert runner.free_slots == [0]  # its seat is free again
+    assert runner.free_slots == [0]  # its batch slot is free again
     with open_case(model, case, client) as session:
         check(model, case, play(session, case))
 

@@ -105,8 +105,8 @@ def test_slots_of_another_length_than_the_schedule_says_are_refused(model, tmp_p
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()], ids=["failed", "stopped"])
-def test_a_session_that_ends_with_words_under_way_can_be_replayed(model, tmp_path, monkeypatch, error):
-    """Slots that began on the strength of words that nobody saw are not in its record."""
+def test_a_session_that_ends_with_pending_tokens_can_be_replayed(model, tmp_path, monkeypatch, error):
+    """Slots that began because of tokens that nobody read are not in its record."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {error}")
     for number in range(40):
@@ -142,7 +142,7 @@ def test_another_token_is_found_with_its_margin(model, tmp_path):
 
 
 def test_in_bfloat16_a_difference_is_a_near_tie(tmp_path):
-    """Two roundings of one sum may part at two words that are nearly as likely; the margin says so."""
+    """Two roundings of one sum may differ at two tokens that are nearly as likely; the margin says so."""
     print("seed", SEED)
     model = tiny_model().to(torch.bfloat16)
     draw = random.Random(SEED)

@@ -35,7 +35,7 @@ def open_case(model, case, mode, **options):
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_words_are_those_of_plain_streams(model, part):
+def test_tokens_are_those_of_plain_streams(model, part):
     """Random variants, modes, schedules, chunks, arrivals; one session after the other, each within its time."""
     print("seed", SEED)
     for number in range(part, MANY, 4):
@@ -51,7 +51,7 @@ def test_words_are_those_of_plain_streams(model, part):
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
-def test_a_fixed_schedule_gives_the_same_words_in_all_ways(model, variant):
+def test_a_fixed_schedule_gives_the_same_tokens_in_all_modes(model, variant):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name}")
     for schedule in ("wait-1", "wait-3", "random-3"):
@@ -66,8 +66,8 @@ def test_a_fixed_schedule_gives_the_same_words_in_all_ways(model, variant):
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
-def test_a_clip_rides_along(model, variant):
-    """In the fused mode words come out between the arrival of a clip and its slot; a slot of `greedy` takes as many as
+def test_a_clip_enters_beside_tokens(model, variant):
+    """In fused mode tokens come out between the arrival of a clip and its slot; a slot of `greedy` takes as many as
     the clip has chunks."""
     case = random_case(random.Random(3), variant, "greedy")
     case.layout = case.template.layout((2, 3), 2.0)
@@ -87,8 +87,8 @@ def test_a_clip_rides_along(model, variant):
 
 
 @pytest.mark.parametrize("mode", ["serial", "fused"])
-def test_a_clip_that_came_late_enters_with_its_first_word(model, mode, monkeypatch):
-    """A clip that comes when all is said costs the fused mode no pass of its own."""
+def test_a_clip_that_came_late_enters_with_its_first_token(model, mode, monkeypatch):
+    """A clip that arrives after the slot before it is over needs no forward step of its own in fused mode."""
     case = random_case(random.Random(3), VARIANTS["group"], "wait-3")
     steps = []
     with open_case(model, case, mode, chunk=None, max_clips=6, max_new_tokens=40) as session:
@@ -169,8 +169,8 @@ def test_visual_tokens_may_come_ready(model, mode):
         assert play(session, case).caption() == from_pixels
 
 
-def test_passes_serve_one_stream_after_another(model):
-    """What an earlier stream left in the pages is not seen: a session on used passes writes as one on new ones."""
+def test_a_runner_serves_one_stream_after_another(model):
+    """What an earlier stream left in the cache is not seen: a session on a used runner writes as one on a new one."""
     case = random_case(random.Random(6), VARIANTS["group"], "wait-2")
     first = open_case(model, case, "fused")
     written, runner = [play(first, case).caption()], first.runner
@@ -194,7 +194,7 @@ def test_passes_serve_one_stream_after_another(model):
 @pytest.mark.parametrize("width", [None, 40])
 @pytest.mark.parametrize("batch_slots", [1, 3])
 def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slots, width, monkeypatch):
-    """All that lies before a clip is listed as seen whole, whatever rows of a pass are idle."""
+    """All blocks before a clip are listed as seen whole, whatever rows of a forward step are idle."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {batch_slots} {width}")
     template, many = random_template(draw), draw.randint(6, 8)
@@ -228,9 +228,9 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slo
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
-def test_words_may_be_read_late(model, variant):
-    """Where the host reads words some passes after they were asked for, the same are written, in the same slots: also
-    where the answer has ended in between."""
+def test_tokens_may_be_read_late(model, variant):
+    """If the host reads tokens some forward steps after they were requested, the same are written, in the same slots,
+    even if the answer has ended in between."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name}")
     for number in range(12):
@@ -372,8 +372,8 @@ def test_a_source_may_end_without_a_warning(model, mode, tmp_path):
         session.end()
 
 
-def test_a_clip_that_was_only_looked_at_may_still_be_the_last(model):
-    """In a burst the vision tower is ahead: the tail then comes with the last clip all the same."""
+def test_a_clip_that_was_only_encoded_may_still_be_the_last(model):
+    """In a burst the vision encoder is ahead; the tail still enters with the last clip."""
     case = random_case(random.Random(9), VARIANTS["group"], "wait-2")
     case.pixels, case.layout, case.most = torch.randn(4, 24, 1176), case.template.layout((2, 3), 2.0), 20
     with open_case(model, case, "fused") as session:

@@ -32,7 +32,7 @@ def let_in(pool, case, mode, **options):
 @pytest.mark.parametrize("chunk_counts", [(1,), (0, 1, 2, 4)], ids=["one piece", "four chunk_counts"])
 @pytest.mark.parametrize("part", range(3))
 def test_each_writes_what_it_would_alone(model, part, chunk_counts):
-    """Sessions of all variants, ways, schedules and sizes come and go; clips arrive when they do."""
+    """Sessions of all variants, modes, schedules and sizes come and go; clips arrive at random."""
     print("seed", SEED, part)
     draw = random.Random(f"{SEED} {part}")
     pool = SessionPool(model, 5, LARGEST, max_clips=6, max_new_tokens=14, chunk_counts=chunk_counts)
@@ -62,8 +62,8 @@ def test_each_writes_what_it_would_alone(model, part, chunk_counts):
     assert len(pool.runner.free_slots) == 5 and not pool.runner.cache.allocated
 
 
-def test_who_waits_for_a_clip_has_its_words_while_others_go_on(model):
-    """One session has all three words of its clip, though two passes may be under mode and another never rests."""
+def test_a_session_that_waits_for_a_clip_reads_its_tokens_while_others_go_on(model):
+    """One session has all three tokens of its clip, though two steps may be in flight and another never rests."""
     template = replace(random_template(random.Random(3)), end=-1)
     layout = template.layout((2, 3), 2.0)
     with SessionPool(model, 2, layout, max_clips=40, max_new_tokens=99) as pool:
@@ -76,8 +76,8 @@ def test_who_waits_for_a_clip_has_its_words_while_others_go_on(model):
         assert len(quiet.written) == 3
 
 
-def test_who_has_gone_without_a_piece_for_longest_is_next(model):
-    """Two sessions that always have clips to take in do not keep a third waiting, whenever its clips come."""
+def test_the_session_that_has_waited_longest_for_a_chunk_is_next(model):
+    """Two sessions that always have clips waiting do not hold up a third one, whenever its clips arrive."""
     print("seed", SEED)
     draw = random.Random(SEED)
     template = replace(random_template(draw), end=-1)
@@ -115,21 +115,21 @@ def test_one_too_many_is_refused_and_harms_nobody(model):
         check(model, case, session)
     first.close()
     third = let_in(pool, case, "serial", **options)
-    with pytest.raises(InputError, match="ask for fused or serial"):
+    with pytest.raises(InputError, match="use fused or serial"):
         let_in(pool, case, "pipelined", **options)
     with pytest.raises(InputError, match="let no clip enter"):
         SessionPool(model, 3, case.layout, chunk_counts=(), **options)
     with pytest.raises(InputError, match=r"one session needs .* GiB"):
         SessionPool(model, 3, case.layout, memory=each, **options)
-    with pytest.raises(InputError, match=r"a penalty of 3\.0 in passes that were made with 1\.15"):
+    with pytest.raises(InputError, match=r"penalty 3\.0 differs from 1\.15, with which the runner was made"):
         let_in(pool, case, "fused", **options, penalty=3.0)
-    with pytest.raises(InputError, match="a clip of 25 visual tokens is more than the 6"):
+    with pytest.raises(InputError, match="a clip of 25 visual tokens does not fit in a StepRunner made for at most 6"):
         pool.open(case.variant, case.template, case.template.layout((5, 5), 2.0), **options)
     pool.close()
     assert third.closed and second.closed
 
 
-def test_a_crowd_s_penalty_is_its_sessions(model, tmp_path):
+def test_the_penalty_of_a_pool_is_that_of_its_sessions(model, tmp_path):
     case = random_case(random.Random(3), VARIANTS["group"], "wait-2")
     options = {"max_clips": len(case.pixels), "max_new_tokens": case.most}
     with SessionPool(model, 2, case.layout, penalty=3.0, **options) as pool:
@@ -143,7 +143,7 @@ def test_a_crowd_s_penalty_is_its_sessions(model, tmp_path):
 
 
 def test_what_one_is_shown_reaches_no_other(model):
-    """Bit by bit: the same pass with other clips in the other seats."""
+    """Bit by bit: the same forward step with other clips in the other batch slots."""
     draw = random.Random(5)
     cases = [random_case(draw, VARIANTS["gap"], "wait-2") for _ in range(3)]
     layout = cases[0].template.layout((2, 2), 2.0)

@@ -1,4 +1,4 @@
-"""Streams without end: what is out of sight is forgotten, exactly as the plain mode of it says."""
+"""Endless streams: what is outside the window is forgotten, exactly as in the plain reference."""
 
 import dataclasses
 import random
@@ -52,7 +52,7 @@ def watch(session, pixels, draw):
 
 @pytest.mark.parametrize(("variant", "mode"), ALL, ids=[f"{variant.name} {mode}" for variant, mode in ALL])
 def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, mode, tmp_path):
-    """More clips and words than there are pages for; replayed serially without pages, and by one full pass."""
+    """More clips and tokens than there are blocks for; replayed serially without blocks, and in one full pass."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name} {mode}")
     for number in range(2):
@@ -85,7 +85,7 @@ def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, mode, tm
 
 
 def test_the_rule_of_the_window():
-    """Token by token: prompt and header always; the newest clips, of which the tail is part; the newest words."""
+    """Token by token: prompt and header always; the newest clips, of which the tail is part; the newest tokens."""
     print("seed", SEED)
     draw = random.Random(SEED)
     for variant in VARIANTS.values():
@@ -97,7 +97,7 @@ def test_the_rule_of_the_window():
         mask = window.mask(layout, rows.text, timeline.clips)
         for q in range(len(rows)):
             clip = max((int(rows.clip[k]) for k in range(q + 1)), default=0)
-            words = [k for k in range(q + 1) if rows.text[k]]
+            tokens = [k for k in range(q + 1) if rows.text[k]]
             for k in range(q + 1):
                 part = int(rows.part[k])
                 if part in (PROMPT, HEADER):
@@ -106,7 +106,7 @@ def test_the_rule_of_the_window():
                     expected = int(rows.clip[k]) > clip - window.clips
                 else:
                     assert part == ANSWER
-                    expected = k in words[-window.tokens :]
+                    expected = k in tokens[-window.tokens :]
                 assert bool(mask[q, k]) == expected, (variant.name, q, k)
 
 
@@ -147,8 +147,8 @@ def test_without_a_window_nothing_is_forgotten(model):
             open_session(model, case.variant, case.template, case.layout, window=window)
 
 
-def test_a_crowd_of_streams_without_end(model):
-    """Each of its own window and pace; memory is that of the windows."""
+def test_a_pool_of_endless_streams(model):
+    """Each with its own window and pace; memory is that of the windows."""
     print("seed", SEED)
     draw = random.Random(SEED)
     cases = [long_case(draw, variant, 40) for variant in PARALLEL]

@@ -15,11 +15,11 @@ import torch
 import transformers
 from evaluation import rates
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import write_atomic
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
 from qwen_vl_streaming.sessions import PerceptionClient, Session, open_session
-from qwen_vl_streaming.sessions.record import whole
 from qwen_vl_streaming.timeline.timeline import Layout
 from qwen_vl_streaming.timeline.variants import Variant
 from torch import Tensor
@@ -196,8 +196,7 @@ def slot_ends(session: Session) -> list[float]:
 
 def write_json(path: Path, data: dict) -> None:
     """Whole or not at all."""
-    with whole(path) as beside:
-        beside.write_text(json.dumps(data) + "\n")
+    write_atomic(path, json.dumps(data).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict:

@@ -3,19 +3,16 @@
 Knows nothing of how a session runs.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..common.errors import InputError
+from ..common.files import replace_file
 from ..common.redact import redacted
 from ..model.prompts import Template
 from ..timeline.timeline import Layout
@@ -71,29 +68,14 @@ class Record:
     """Added by the caller: "question", and under "video" the file that the clips come from."""
 
 
-@contextlib.contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path, which replaces `path` at the end and is deleted after an error. Raises InputError if it
-    cannot be written, for example when the disk is full."""
+def write_record(path: str | Path, record: Record) -> None:
+    """Write `record` to `path`, whole or not at all. Raises InputError if that fails."""
     path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
+        replace_file(path, json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1))
+    except OSError as error:
         raise InputError(f"{path} cannot be written ({error}): free some space, or choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def write_record(path: str | Path, record: Record) -> None:
-    """Write `record` to `path`, whole or not at all."""
-    with whole(path) as beside:
-        beside.write_text(json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1))
 
 
 def read_record(path: str | Path) -> Record:
