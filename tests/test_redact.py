@@ -10,6 +10,7 @@ import pytest
 from qwen_vl_streaming.common import redact
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.redact import hide, hide_address, redacted, redacted_command
+from qwen_vl_streaming.model import hub
 from qwen_vl_streaming.video.streams import stream_clips
 
 
@@ -51,6 +52,9 @@ from qwen_vl_streaming.video.streams import stream_clips
         ("http://cam/?sid=hunter2&side=left&codec=h264", "http://cam/?sid=***&side=left&codec=h264"),
         ("rtsp://cam:554/h264: ask bob@example.org", "rtsp://cam:554/h264: ask bob@example.org"),
         ('{"api_key":"hunter2", "max_tokens": 5}', '{"api_key":"***", "max_tokens": 5}'),
+        ("--hub_token hf_x: upload it", "--hub_token ***: upload it"),
+        ("--hub_token=hf_x --max-new-tokens 5", "--hub_token=*** --max-new-tokens 5"),
+        ("argument --hub_token: expected one argument", "argument --hub_token: expected one argument"),
         ("wait_k=3, token=5", "wait_k=3, token=5"),  # no address
     ],
 )
@@ -140,3 +144,9 @@ def test_a_stream_that_cannot_be_opened(caplog):
         list(stream_clips("http://admin:hunter2@127.0.0.1:1/x", reconnect_seconds=0))
     assert "admin:***@127.0.0.1" in str(error.value)
     assert "hunter2" not in caplog.text + str(error.value)
+
+
+def test_the_hubs_address(monkeypatch, caplog):
+    """HF_ENDPOINT may hold a password, which a warning would repeat."""
+    hub._warn("a/b: http://joe:s3cret@hub cannot be reached; going on from the cache\x1b[2J")
+    assert "joe:***@hub" in caplog.text and "s3cret" not in caplog.text and "\x1b" not in caplog.text

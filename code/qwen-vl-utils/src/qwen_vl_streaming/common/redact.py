@@ -41,6 +41,8 @@ IN_JSON = re.compile(
     re.IGNORECASE,
 )
 FLAG = re.compile(r"(--[\w-]*(?:pass\w*|pwd?|psw|token|secret|key|auth|sig|credentials?))(=.*)?", re.IGNORECASE | re.S)
+IN_TEXT = re.compile(rf"{FLAG.pattern.removesuffix('(=.*)?')}(\s+|=)(?!-)[^\s:]+", re.IGNORECASE)
+"""Such a flag and its value in a message."""
 _known: dict[str, str] = {}  # secrets of this process, and what is shown in their place
 
 
@@ -80,6 +82,7 @@ def redacted(text: str) -> str:
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, _known[secret])
     text = IN_JSON.sub(rf"\g<quote>\g<name>\g<quote>\g<colon>\g<mark>{HIDDEN}\g<mark>", text)
+    text = IN_TEXT.sub(rf"\1\2{HIDDEN}", text)
     if not ADDRESS.search(text):
         return text
     text = USER_ALONE.sub(rf"\1{HIDDEN}@", WITH_USER.sub(rf"\1{HIDDEN}@", text))
