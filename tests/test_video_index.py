@@ -1,5 +1,6 @@
 """Films as cameras, recorders and the web make them: the frame that comes out is the one on the screen at its time."""
 
+import io
 import struct
 from fractions import Fraction
 from itertools import pairwise
@@ -410,6 +411,8 @@ def test_a_recording_in_many_segments(tmp_path):
         packets = [bytes(padding) + data[at : at + 188] for at in range(0, len(data), 188)]
         (tmp_path / "joined.ts").write_bytes(b"".join(packets))
         assert numbers(tmp_path / "joined.ts") == numbers(whole)
+        index = index_video(io.BytesIO(b"".join(packets)), "in memory")
+        assert len(index.times) == 80 and not index.damaged
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])

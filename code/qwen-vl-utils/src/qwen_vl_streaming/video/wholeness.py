@@ -41,12 +41,14 @@ PARAMETERS = {
 
 @contextlib.contextmanager
 def raw(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
-    """The bytes of a file, or of a readable object."""
+    """The bytes of a file, or of a readable object, which is left where it was: FFmpeg may be reading it."""
     if isinstance(source, str | Path):
         with open(source, "rb") as file:
             yield file
     else:
+        place = source.tell()
         yield source
+        source.seek(place)
 
 
 def _is_fragmented(source: str | Path | BinaryIO, container: av.container.InputContainer) -> bool:
