@@ -223,9 +223,9 @@ def shown_by_order(container: av.container.InputContainer, track: av.VideoStream
 
 
 def shown_stamp(packet: av.Packet) -> int | None:
-    """When a packet says that its frame is shown. Where a format says only when it is decoded, FFmpeg guesses; which
-    is the same for what needs no reordering, and for the rest see `shown_by_order`."""
-    decoding = packet.stream.container.format.name in DECODING_STAMPS and packet.dts is not None
+    """When a packet says that its frame is shown. ASF says only when it is decoded; FFmpeg guesses, and the last
+    two come at once. Without reordering both are the same, and with it see `shown_by_order`."""
+    decoding = packet.stream.container.format.name == "asf" and packet.dts is not None
     return packet.dts if decoding else packet.pts
 
 
