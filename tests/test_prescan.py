@@ -57,6 +57,15 @@ def test_timestamps_of_good_videos_are_not_read(made, tmp_path, monkeypatch):
     assert prescan.find_bad(samples) == {}
 
 
+def test_a_video_that_begins_late(made, tmp_path):
+    """Its header gives its end for its length."""
+    late = make_video(tmp_path / "late.mkv", [20 + i / 10 for i in range(40)])
+    samples = dataset(made[0], [{"video_path": "late.mkv"}], tmp_path)
+    samples.max_length = len(samples[0].input_ids)
+    assert late.exists() and prescan.read_header(samples, 0).clips in ((), (3, 4, 5))
+    assert prescan.find_bad(samples) == {}
+
+
 def test_kinds_of_bad_samples(made, tmp_path):
     whole = make_video(tmp_path / "whole.mp4", seconds=6)
     data = whole.read_bytes()
@@ -80,7 +89,7 @@ def test_kinds_of_bad_samples(made, tmp_path):
         {"video_path": "half.mp4", "says": "half.mp4"},
         {"video_path": "text.mp4", "says": "cannot be opened"},
         {"video_path": "sound.mp4", "says": "no video stream"},
-        {"video_path": "short.mp4", "says": "less than one clip"},
+        {"video_path": "short.mp4", "says": "less than one clip of 1.00 s"},
         {"video_path": "ribbon.mp4", "says": "ribbon.mp4 has frames of 2002 x 8 pixels, more than 200 times as long"},
         {"video_path": "whole.mp4", "human_caption": " ", "says": "no tokens"},
         {"video_path": "whole.mp4", "human_caption": five, "says": "its caption has 5 tokens for 6 clips"},

@@ -1,5 +1,6 @@
 """Streams whose time stamps go back, leap or are missing; films over HTTP give the clips of their files."""
 
+import contextlib
 import io
 import re
 import socket
@@ -7,7 +8,10 @@ import threading
 from fractions import Fraction
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -50,6 +54,12 @@ def numbers(clips):
 def joined(folder, name):
     one = make_video(folder / "one.ts", seconds=4, options=REORDERED)
     two = make_video(folder / "two.ts", seconds=3, options=REORDERED)
+    (folder / name).write_bytes(one.read_bytes() + two.read_bytes())
+
+
+def segments(folder, name):
+    one = make_video(folder / "one.ts", seconds=4)
+    two = make_video(folder / "two.ts", [4 + i / 10 for i in range(30)])
     (folder / name).write_bytes(one.read_bytes() + two.read_bytes())
 
 
@@ -98,6 +108,8 @@ FILMS = {
     "slow.avi": lambda folder, name: make_video(folder / name, SLOW, fps=1, time_base=Fraction(1)),
     "action.mp4": lambda folder, name: make_video(folder / name, ACTION),
     "action.mkv": lambda folder, name: make_video(folder / name, ACTION),
+    "two.mp4": lambda folder, name: make_video(folder / name, [0, 5]),
+    "segments.ts": segments,
     "minutes.mp4": lambda folder, name: make_video(folder / name, [0, 1, 31, 31.1, 65]),
     "mirrored.mp4": lambda folder, name: set_matrix(make_video(folder / name), -1, 0, 0, 1),
     "cover.mkv": lambda folder, name: copy(folder, name, cover=True),
@@ -235,3 +247,89 @@ def test_a_film_without_a_decoder(tmp_path, site):
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
     with pytest.raises(InputError, match=r"source .*no decoder"):
         watch(f"{site}/v.mp4")
+
+
+class Breaking(Quiet):
+    """Breaks off the first transfer of each name at two thirds, or tells no size."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        data = (Path(self.directory) / self.path.split("?")[0].lstrip("/")).read_bytes()
+        self.asked.append(self.path)
+        self.send_response(200)
+        if "nosize" not in self.path:
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        breaks = "breaks" in self.path and self.asked.count(self.path) == 1
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(data[: len(data) * 2 // 3] if breaks else data)
+
+
+@pytest.mark.parametrize("ending", ["mkv", "flv", "mp4"])
+@pytest.mark.parametrize("how", ["breaks", "nosize"])
+def test_a_film_that_breaks_off_or_whose_size_is_not_told(tmp_path, ending, how, caplog):
+    """Each clip comes once, with the time that it has in the film; a film without a size is fetched once."""
+    whole = make_video(tmp_path / "whole.mkv", seconds=12, size=(320, 192))
+    flags = {"movflags": "faststart"} if ending == "mp4" else {}
+    with av.open(str(whole)) as film, av.open(str(tmp_path / f"v.{ending}"), "w", options=flags) as out:
+        track = out.add_stream_from_template(film.streams.video[0])
+        for packet in film.demux(video=0):
+            if packet.size:
+                packet.stream = track
+                out.mux(packet)
+    video = read_video(tmp_path / f"v.{ending}", budget=SMALL)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Breaking, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        name = f"/v.{ending}?{how}"
+        Breaking.asked.clear()
+        url = f"http://127.0.0.1:{server.server_port}{name}"
+        clips = list(stream_clips(url, budget=SMALL, reconnect_seconds=2))
+        server.shutdown()
+    assert numbers(clips) == [read_number(frame.numpy()) for frame in video.frames]
+    np.testing.assert_allclose(np.concatenate([clip.timestamps for clip in clips]), video.timestamps, atol=2e-3)
+    assert ("dropped" in caplog.text) == (how == "breaks")
+    assert Breaking.asked == [name] * (1 + (how == "breaks"))
+
+
+def without_stamps(folder, name):
+    """FFmpeg gives no stamps to Matroska's frames of before 0."""
+
+    def change(number, packet):
+        packet.pts -= 2000
+        packet.dts -= 2000
+
+    whole = make_video(folder / "whole.mkv", seconds=4)
+    with (
+        av.open(str(whole)) as film,
+        av.open(str(folder / name), "w", options={"avoid_negative_ts": "disabled"}) as out,
+    ):
+        track = out.add_stream_from_template(film.streams.video[0])
+        for number, packet in enumerate(film.demux(video=0)):
+            if packet.size:
+                change(number, packet)
+                packet.stream = track
+                out.mux(packet)
+
+
+def changing(folder, name):
+    one, two = make_video(folder / "one.ts"), make_video(folder / "two.ts", codec="libx265")
+    (folder / name).write_bytes(one.read_bytes() + two.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("v.mkv", without_stamps, "has frames without timestamps"),
+        ("v.mpg", lambda folder, name: make_video(folder / name, seconds=4), "has frames without timestamps"),
+        ("codecs.ts", changing, "changes from h264 to hevc"),
+        ("one.mkv", lambda folder, name: make_video(folder / name, [0.0]), "leaves less than one clip of 1.00 s"),
+        ("gap.ts", lambda folder, name: make_video(folder / name, [0, 0.1, 0.2, 60]), "leaves less than one clip of"),
+    ],
+)
+def test_a_film_is_refused_as_its_file_is(tmp_path, site, name, make, message):
+    make(tmp_path, name)
+    with pytest.raises(InputError, match=message):
+        read_video(tmp_path / name, budget=SMALL)
+    with pytest.raises(InputError, match=message):
+        watch(f"{site}/{name}")

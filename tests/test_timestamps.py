@@ -20,6 +20,26 @@ def test_a_stamp_that_goes_back_goes_on_one_frame_later(caplog):
     assert len(caplog.records) == 1
 
 
+def test_a_keyframe_that_overlaps_what_comes_before_goes_on_one_frame_later(caplog):
+    """By less than what reordering may go back: no frame comes before a keyframe that is shown after it."""
+    clock = FilmClock(MILLISECOND, "overlapping", leaps=True)
+    stamps = [(-900, True), (-860, False), (-820, False), (-840, True), (-800, False)]
+    shown = [clock.add(stamp, stamp, key=key) for stamp, key in stamps]
+    assert shown == [(-900, False), (-860, False), (-820, False), (-780, True), (-740, False)]
+    assert "go back by 0.0 s" in caplog.text
+
+
+def test_a_note_about_a_film_comes_once_and_about_a_live_source_each_time(caplog):
+    for _ in range(2):
+        clock = FilmClock(MILLISECOND, "read twice", leaps=False)
+        assert [clock.add(stamp, stamp)[0] for stamp in (0, 100, 200, 0)] == [0, 100, 200, 300]
+    assert caplog.text.count("read twice") == 1
+    for _ in range(2):
+        clock = FilmClock(MILLISECOND, "camera", leaps=True, live=True)
+        assert [clock.add(stamp, stamp, came)[0] for stamp, came in ((0, 0), (900, 0.9), (0, 1.0))] == [0, 900, 1800]
+    assert caplog.text.count("camera") == 2
+
+
 def test_what_is_reordered_does_not_go_back(caplog):
     clock = FilmClock(MILLISECOND, "film", leaps=False, reorder=2)
     decoded, shown = [0, 100, 200, 500, 300, 400], [0, 200, 100, 500, 300, 400]

@@ -1,5 +1,6 @@
 """Films as cameras, recorders and the web make them: the frame that comes out is the one on the screen at its time."""
 
+import io
 import struct
 from fractions import Fraction
 from itertools import pairwise
@@ -8,7 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import make_video, picture, read_number, remux, set_matrix
+from media import QUIET, make_video, picture, read_number, remux, set_matrix
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video import frames
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
@@ -382,3 +383,196 @@ def test_frames_without_number(tmp_path):
     path = make_video(tmp_path / "v.mkv", [0, 1, 2, 40_000])
     with pytest.raises(InputError, match=r"more than 10000000: give a smaller end, or rewrite the video"):
         read_video(path, fps=1000)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_recordings_joined_whose_stamps_go_on(tmp_path, codec):
+    """As `ffmpeg -f segment` cuts one: the packets' counter begins anew, and FFmpeg flags what comes before."""
+    one = make_video(tmp_path / "one.ts", seconds=2, codec=codec)
+    for ahead in (-0.15, -0.05, 0, 0.1, 1.0):
+
+        def change(number, packet, ahead=ahead):
+            packet.pts += round((2 + ahead) * 90_000)
+            packet.dts += round((2 + ahead) * 90_000)
+
+        path = concatenate(tmp_path / f"{ahead}.ts", one, remux(one, tmp_path / "two.ts", change))
+        times = index_video(path).times
+        assert len(times) == 40
+        targets = np.arange(int(np.ceil((times[-1] + 0.1 - 2e-3) * 2))) / 2
+        on_screen = np.searchsorted(times, targets + 2e-3, side="right") - 1
+        assert numbers(path)[: len(targets)] == (on_screen % 20).tolist()
+
+
+def test_a_recording_in_many_segments(tmp_path):
+    whole = make_video(tmp_path / "whole.mkv", seconds=8, options=REORDERED)
+    with (
+        av.open(str(whole)) as film,
+        av.open(
+            str(tmp_path / "%02d.ts"), "w", format="segment", options={"segment_time": "1", "segment_format": "mpegts"}
+        ) as out,
+    ):
+        track = out.add_stream_from_template(film.streams.video[0])
+        for packet in film.demux(video=0):
+            if packet.size:
+                packet.stream = track
+                out.mux(packet)
+    parts = sorted(tmp_path.glob("??.ts"))
+    assert len(parts) > 4
+    for padding in (0, 4):  # plain, and as M2TS
+        data = b"".join(part.read_bytes() for part in parts)
+        packets = [bytes(padding) + data[at : at + 188] for at in range(0, len(data), 188)]
+        (tmp_path / "joined.ts").write_bytes(b"".join(packets))
+        assert numbers(tmp_path / "joined.ts") == numbers(whole)
+        index = index_video(io.BytesIO(b"".join(packets)), "in memory")
+        assert len(index.times) == 80 and not index.damaged
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_packets_lost_right_before_a_join_or_a_keyframe(tmp_path, codec):
+    """What is left of the frame decodes, and H.265 does not say that it is only a part."""
+    noise = np.random.default_rng(0)
+
+    def film(path, begin):
+        with av.open(str(path), "w") as out:
+            track = out.add_stream(codec, rate=10)
+            track.width, track.height, track.codec_context.gop_size = 320, 192, 12
+            track.options = {**QUIET[codec], "crf": "10"}
+            track.codec_context.time_base = TENTH
+            for number in range(10):
+                frame = av.VideoFrame.from_ndarray(noise.integers(0, 255, (192, 320, 3), np.uint8), format="rgb24")
+                frame.pts = begin + number
+                out.mux(track.encode(frame))
+            out.mux(track.encode())
+        return path.read_bytes()
+
+    one, two = film(tmp_path / "one.ts", 0), film(tmp_path / "two.ts", 20)
+    path = tmp_path / "joined.ts"
+    path.write_bytes(one + two)
+    assert read_video(path, budget=SMALL).clips == 3
+    for first, behind in ((3, 0), (5, 3), (60, 55)):
+        path.write_bytes(one[: len(one) - 188 * first] + one[len(one) - 188 * behind :] + two)
+        with pytest.raises(InputError, match=r"is damaged.*download it again"):
+            read_video(path, budget=SMALL, fps=10)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_a_recording_that_was_cut_off_in_a_frame_before_another(tmp_path, codec):
+    """The part of a frame is not shown."""
+    part = make_video(tmp_path / "part.ts", seconds=2, codec=codec, size=(640, 480), options={"crf": "1"})
+    data = part.read_bytes()
+    frames = []
+    for lost in range(1, 6):
+        path = tmp_path / f"{lost}.ts"
+        path.write_bytes(data[: -188 * lost] + data)
+        frames.append(len(index_video(path).times))
+    assert sum(36 <= count < 40 for count in frames) >= 4  # one in 16 goes on with the counter by chance
+    path.write_bytes(data[: -188 * (1 + frames.index(min(frames)))] + data)
+    assert numbers(path)[:4] == [0, 5, 10, 15] and numbers(path)[-1] >= 15
+
+
+@pytest.mark.parametrize("second", ["libx265", "mpeg2video"])
+def test_a_transport_stream_that_changes_its_codec(tmp_path, second):
+    rate = {"fps": 25, "time_base": Fraction(1, 25)} if second == "mpeg2video" else {}
+    one, two = make_video(tmp_path / "one.ts"), make_video(tmp_path / "two.ts", codec=second, **rate)
+    for parts in ((one, two), (two, one)):
+        with pytest.raises(InputError, match=r"changes from \w+ to \w+, where recordings are joined"):
+            numbers(concatenate(tmp_path / "joined.ts", *parts))
+
+
+def fragmented(source, target, flags="dash+delay_moov+frag_keyframe"):
+    with av.open(str(source)) as film, av.open(str(target), "w", options={"movflags": flags}) as out:
+        track = out.add_stream_from_template(film.streams.video[0])
+        for packet in film.demux(video=0):
+            if packet.size:
+                packet.stream = track
+                out.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("flags", ["dash+delay_moov+frag_keyframe", "frag_keyframe+empty_moov"])
+def test_a_fragmented_mp4_that_begins_late(tmp_path, flags):
+    """As a recording of HLS or DASH does: its length is where it ends on the time axis."""
+    late = make_video(tmp_path / "late.mkv", [5 + i / 10 for i in range(40)], options=REORDERED)
+    assert numbers(fragmented(late, tmp_path / "v.mp4", flags)) == [0, 5, 10, 15, 20, 25, 30, 35]
+
+
+def test_a_fragmented_mp4_and_an_avi_that_are_cut_by_a_little(tmp_path):
+    """By less than a second: what says how large it is tells."""
+    plain = make_video(tmp_path / "plain.mkv", seconds=4)
+    avi = make_video(tmp_path / "v.avi", seconds=4, codec="mpeg4", time_base=TENTH)
+    for path in (fragmented(plain, tmp_path / "v.mp4", "empty_moov+frag_keyframe+skip_trailer"), avi):
+        data = path.read_bytes()
+        assert numbers(path) == [0, 5, 10, 15, 20, 25, 30, 35]
+        for cut in (3, 40, 200):
+            path.write_bytes(data[:-cut])
+            with pytest.raises(InputError, match=r"is cut short, \d+ of the \d+ bytes it claims"):
+                numbers(path)
+
+
+@pytest.mark.parametrize(
+    ("ending", "keywords"),
+    [
+        ("flv", {}),
+        ("nut", {}),
+        ("wmv", {"container": "asf"}),
+        ("mov", {}),
+        ("mp4", {}),
+        ("ivf", {"codec": "libvpx", "options": {"cpu-used": "8", "deadline": "realtime"}}),
+    ],
+)
+def test_files_joined_of_which_only_the_first_can_be_read(tmp_path, ending, keywords):
+    one = make_video(tmp_path / f"one.{ending}", seconds=3, **keywords)
+    assert numbers(one) == [0, 5, 10, 15, 20, 25]
+    with pytest.raises(
+        InputError, match=f"of several files that are joined, the second from byte {len(one.read_bytes())} on"
+    ):
+        numbers(concatenate(tmp_path / f"joined.{ending}", one, one))
+
+
+@pytest.mark.parametrize("ending", ["avi", "gif"])
+def test_files_joined_that_are_read(tmp_path, ending):
+    keywords = (
+        {"codec": "gif", "pixels": "rgb8", "time_base": Fraction(1, 100)}
+        if ending == "gif"
+        else {"time_base": TENTH, "codec": "mpeg4"}
+    )
+    one = make_video(tmp_path / f"one.{ending}", seconds=3, **keywords)
+    assert numbers(concatenate(tmp_path / f"joined.{ending}", one, one)) == [0, 5, 10, 15, 20, 25] * 2
+
+
+def test_stamps_that_are_the_time_of_day(tmp_path):
+    """decord would end the process."""
+
+    def change(number, packet):
+        packet.pts += 1_700_000_000_000
+        packet.dts += 1_700_000_000_000
+
+    path = remux(make_video(tmp_path / "plain.mkv", seconds=4), tmp_path / "v.mkv", change)
+    assert numbers(path) == [0, 5, 10, 15, 20, 25, 30, 35]
+    with pytest.raises(InputError, match=r"decord cannot read .* hours late.*FORCE_QWENVL_VIDEO_READER=pyav"):
+        numbers(path, reader="decord")
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
+def test_one_gap_is_not_a_rate(tmp_path, ending):
+    shown = numbers(make_video(tmp_path / f"v.{ending}", [0, 5]))
+    assert shown[:12] == [0] * 10 + [1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, REORDERED])
+def test_no_frame_of_an_asf_is_lost(tmp_path, options):
+    path = make_video(tmp_path / "v.asf", seconds=4, options=options)
+    assert numbers(path, fps=10) == list(range(40))
+
+
+def test_a_note_about_a_film_comes_once(tmp_path, caplog):
+    part = make_video(tmp_path / "one.ts", seconds=2)
+    path = concatenate(tmp_path / "joined.ts", part, part)
+    assert numbers(path) == numbers(path)
+    assert caplog.text.count("go back") == 1
+
+
+def test_a_name_that_cannot_be_printed():
+    with pytest.raises(InputError, match=r"^video 'a\\x00b\\n.mp4' ") as caught:
+        index_video("a\0b\n.mp4")
+    assert str(caught.value).isprintable()

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.model.prompts import answer_ids
-from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate
+from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate, too_short
 from qwen_vl_streaming.video.index import film_track, index_video, may_leap, open_film
 
 from .data import StreamingDataset
@@ -96,8 +96,9 @@ def read_header(samples: StreamingDataset, index: int) -> Header:
             ends += [container.duration / av.time_base] if container.duration else []
             size = stream.codec_context.height, stream.codec_context.width
             # At a low frame rate, only the timestamps show whether the rate is constant; where timestamps may restart,
-            # only they show the duration.
-            known = float(stream.average_rate or FPS) >= FPS and not may_leap(container)
+            # only they show the duration. If the first frame is late, some formats give the end as the duration.
+            late = (stream.start_time or 0) * stream.time_base >= FRAMES_PER_CLIP / FPS
+            known = float(stream.average_rate or FPS) >= FPS and not may_leap(container) and not late
     except (av.FFmpegError, OSError, InputError):
         return Header()
     clips = math.ceil((float(min(ends, default=0)) - SLACK) * FPS / FRAMES_PER_CLIP)
@@ -119,5 +120,5 @@ def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], floa
     except InputError as error:
         return f"video {path}: {error}"
     if frames is None:
-        return f"video {path} lasts {video.duration:.2f} s, which is less than one clip: use a longer one"
+        return too_short(f"video {path}", video.duration, rate)
     return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate

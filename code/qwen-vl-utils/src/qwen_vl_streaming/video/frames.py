@@ -159,10 +159,7 @@ def read_video(
         raise InputError(f"video {path}: {error}") from error
     if picked is None:
         asked = "" if start is None and end is None else f" between {start or 0:g} s and {end or index.duration:g} s"
-        raise InputError(
-            f"video {path} lasts {index.duration:.2f} s, which leaves less than one clip of "
-            f"{FRAMES_PER_CLIP / rate:.2f} s{asked}: use a longer one"
-        )
+        raise InputError(too_short(f"video {path}", index.duration, rate, asked))
     count = len(picked) + len(picked) % FRAMES_PER_CLIP
     if max_clips is not None and count > max_clips * FRAMES_PER_CLIP:
         raise InputError(
@@ -172,6 +169,12 @@ def read_video(
     frames = _decode(path, index, picked, count, budget or PixelBudget(), reader)
     picked = np.append(picked, picked[-1:]) if count > len(picked) else picked
     return Video(frames=frames, timestamps=index.times[picked], fps=rate, path=str(path))
+
+
+def too_short(name: str, duration: float, rate: float, asked: str = "") -> str:
+    """What is wrong with a video of `duration` seconds that has less than one clip at `rate` frames per second."""
+    length = f"{FRAMES_PER_CLIP / rate:.2f} s"
+    return f"{name} lasts {duration:.2f} s, which leaves less than one clip of {length}{asked}: use a longer one"
 
 
 def sampled_rate(index: FrameIndex, fps: float) -> float:

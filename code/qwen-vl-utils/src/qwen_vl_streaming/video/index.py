@@ -15,12 +15,12 @@ import numpy as np
 from ..common.errors import InputError
 from .formats import FILE
 from .timestamps import LEAP, FilmClock, Splices
+from .wholeness import check_codec, check_length, check_structure, claimed_end, claims, is_whole
 
-CUT_SHORT = 1.0  # seconds that may be missing of what a container claims: audio and video seldom end together
 DECODING_STAMPS = ("avi", "asf")  # formats that say when a packet is decoded, not when its frame is shown
 VP8_SHOWN = 0x10  # of a packet's first byte; else it is a picture that only others refer to
-HEADERS = ("mov", "avi")  # formats whose headers claim a length for each track
 EVEN = 0.9, 0.1  # share of the gaps between frames that differ from the median by less than this share of it
+LATE = 30_000.0  # seconds from which on the stamps of a film may begin for decord, which aborts the process at 35,792
 BREAK = 2.5  # medians that no gap of an even rate exceeds
 
 
@@ -60,8 +60,8 @@ class FrameIndex:
 def steady(times: np.ndarray) -> bool:
     """Whether frames at these (n,) times, ascending, come at a steady rate, see FrameIndex.even."""
     gaps = np.diff(times)
-    if not len(gaps):
-        return True
+    if len(gaps) < 2:  # one says nothing about a rate
+        return False
     share, spread = EVEN
     median = np.median(gaps)
     return bool(np.mean(np.abs(gaps - median) <= spread * median) >= share and gaps.max() <= BREAK * median)
@@ -82,8 +82,9 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
     Raises InputError if it is missing, not a file, empty, not a video, without frames, timestamps or a decoder, or cut
     short.
     """
+    name = str(source) if isinstance(source, str | Path) else name
+    name = name if name.isprintable() else repr(name)
     if isinstance(source, str | Path):
-        name = str(source)
         _check_file(source, name)
     try:
         with open_film(source) as container:
@@ -91,9 +92,10 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
             check_stamps(container, f"video {name}")
             time_base = track.time_base
             clock = film_clock(container, track, f"video {name}")
-            packets, skipped, damaged, anew, end = _read(container, track, clock)
-            claims = {} if clock.breaks or may_leap(container) else _claims(container, track)
-            others = float(max((_end(s) for s in container.streams if s.index != track.index), default=0.0))
+            packets, skipped, damaged, anew, end, furthest = _read(container, track, clock, source)
+            check_structure(source, f"video {name}", container.format.name, furthest)
+            claimed = {} if clock.breaks or may_leap(container) else claims(container, track, source)
+            others = float(max((claimed_end(s) for s in container.streams if s.index != track.index), default=0.0))
             by_order = shown_by_order(container, track)
             tracks, container_name = len(container.streams.video), container.format.name
     except (av.FFmpegError, OSError) as error:
@@ -121,16 +123,18 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
         ticks, places = np.unique(shown, return_index=True)
         numbers = np.array([packets[place].number for place in places], np.int64)
     times = (ticks - ticks[0]) * time_base.numerator / time_base.denominator
-    claimed = float(max(packets, key=lambda p: p.decoded if numbers is None else p.shown).duration * time_base)
+    last = float(max(packets, key=lambda p: p.decoded if numbers is None else p.shown).duration * time_base)
     newest = float(ticks[-1] * time_base)
+    first_shown = newest - float(times[-1])
     gaps = np.diff(times)
     usual = float(np.median(gaps)) if len(gaps) else 0.0
-    duration = float(times[-1]) + last_gap(claimed, usual, max(gaps.max(initial=0.0), others - newest))
-    finish = newest + max(claimed, duration - float(times[-1]))
-    _check_whole(name, claims, finish - float(begin * time_base), finish, float(end))
+    duration = float(times[-1]) + last_gap(last, usual, max(gaps.max(initial=0.0), others - newest))
+    finish = newest + max(last, duration - float(times[-1]))
+    check_length(f"video {name}", claimed, finish - float(begin * time_base), finish, float(end))
     odd = (
         "stamps of decoding only" if numbers is None else
         "time stamps that start anew" if clock.breaks else
+        "time stamps that begin hours late" if first_shown >= LATE else
         "frames before the first that can be decoded" if late or skipped else
         f"{tracks} video tracks" if tracks > 1 else
         "MPEG-TS, of which it loses the first frames" if "mpegts" in container_name else ""
@@ -225,20 +229,29 @@ def shown_by_order(container: av.container.InputContainer, track: av.VideoStream
     return container.format.name in DECODING_STAMPS or bool(video_for_windows)
 
 
+def shown_stamp(packet: av.Packet) -> int | None:
+    """When a packet says that its frame is shown. ASF says only when it is decoded; FFmpeg guesses, and the last
+    two come at once. Without reordering both are the same, and with it see `shown_by_order`."""
+    decoding = packet.stream.container.format.name == "asf" and packet.dts is not None
+    return packet.dts if decoding else packet.pts
+
+
 def _before(one: int | None, other: int | None) -> bool:
     return one is not None and other is not None and one < other
 
 
 def _read(
-    container: av.container.InputContainer, track: av.VideoStream, clock: FilmClock
-) -> tuple[list[_Packet], set[int], set[int], set[int], Fraction]:
+    container: av.container.InputContainer, track: av.VideoStream, clock: FilmClock, source: str | Path | BinaryIO
+) -> tuple[list[_Packet], set[int], set[int], set[int], Fraction, int]:
     """The packets of frames that are shown, in the order of decoding; the numbers of those that are not shown after a
-    join, of those that are corrupt and of those with which the decoder begins anew; and the end in seconds of whatever
-    track ends last."""
+    join, of those that are corrupt and of those with which the decoder begins anew; the end in seconds of whatever
+    track ends last; and where in the file the furthest packet is."""
     packets: list[_Packet] = []
     splices, skipped, starts = Splices(), set(), set()
-    end, number, vp8 = Fraction(0), -1, track.codec_context.name == "vp8"
+    end, furthest, number, vp8 = Fraction(0), 0, -1, track.codec_context.name == "vp8"
+    flagged: dict[int, int | None] = {}  # of corrupt packets, where in the file they are
     for packet in demux(container):
+        furthest = max(furthest, packet.pos or 0)
         if packet.pts is not None and packet.size:
             end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
         if packet.stream_index != track.index:
@@ -246,16 +259,26 @@ def _read(
         number += 1
         if not packet.size or packet.is_discard or (vp8 and not memoryview(packet)[0] & VP8_SHOWN):
             continue
-        shown, broken = clock.add(packet.pts, packet.dts)
+        check_codec(track, packet, clock.name)
+        shown, broken = clock.add(shown_stamp(packet), packet.dts, key=packet.is_keyframe)
+        if packet.is_corrupt:
+            flagged[number] = packet.pos
         anew, visible = splices.add(number, packet.is_keyframe, packet.is_corrupt, shown, broken)
         if anew:
             starts.add(number)
+        for before in flagged.keys() & {number - 1, number - 2} if packet.is_keyframe else ():
+            tells = track.codec_context.name != "hevc"  # its decoder says nothing of a frame that is cut off
+            if is_whole(source, flagged[before], packet.pos, fits=tells and not broken):
+                splices.corrupt.discard(before)  # FFmpeg flags it for the counter of what follows
+            elif broken and container.format.name == "mpegts":  # the first of two recordings was cut off in a frame
+                while packets and packets[-1].number >= before:
+                    skipped.add(packets.pop().number)
         if visible:
             decoded = None if packet.dts is None else packet.dts + clock.shift
             packets.append(_Packet(number, shown, decoded, claimed_ticks(packet), packet.is_keyframe))
         else:
             skipped.add(number)
-    return packets, skipped, splices.corrupt, starts, end
+    return packets, skipped, splices.corrupt, starts, end, furthest
 
 
 def _first_decoded(source: str | Path | BinaryIO, name: str) -> int:
@@ -295,43 +318,3 @@ def last_gap(claimed: float, usual: float, known: float = 0.0) -> float:
     time until other tracks end.
     """
     return claimed if 0 < claimed <= max(LEAP, known) else usual
-
-
-def _end(stream: av.stream.Stream) -> Fraction:
-    """Where a track claims to end, in seconds; 0 where it does not say."""
-    if stream.type not in ("video", "audio") or not stream.duration:
-        return Fraction(0)
-    return (stream.duration + (stream.start_time or 0)) * stream.time_base
-
-
-def _claims(container: av.container.InputContainer, track: av.VideoStream) -> dict[str, float]:
-    """Seconds that the container claims: of the track's "length", of where its "end" is on the time axis of stamps, and
-    of where "all" tracks end."""
-    found = {}
-    if track.duration and container.format.name.startswith(HEADERS):  # elsewhere it is FFmpeg's guess
-        found["length"] = float(track.duration * track.time_base)
-    elif (end := _clock_time(track.metadata.get("DURATION", ""))) is not None:  # as FFmpeg writes Matroska
-        found["end"] = end
-    elif container.duration:
-        found["all"] = container.duration / av.time_base
-    return found
-
-
-def _clock_time(text: str) -> float | None:
-    """Seconds of "HH:MM:SS.fraction"."""
-    try:
-        hours, minutes, seconds = (float(part) for part in text.split("\0")[0].split(":"))
-    except ValueError:
-        return None
-    return 3600 * hours + 60 * minutes + seconds
-
-
-def _check_whole(name: str, claims: dict[str, float], length: float, finish: float, end: float) -> None:
-    """Raises InputError for a file that ends more than CUT_SHORT before it claims to: its frames last for `length`
-    seconds and end at `finish`, all its tracks together at `end`."""
-    found = {"length": length, "end": finish, "all": max(end, finish, length)}
-    for claim, seconds in claims.items():
-        if found[claim] < seconds - CUT_SHORT:
-            raise InputError(
-                f"video {name} is cut short, {found[claim]:.2f} s of the {seconds:.2f} s it claims: download it again"
-            )

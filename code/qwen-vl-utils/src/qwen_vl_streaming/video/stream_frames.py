@@ -8,8 +8,9 @@ import av
 import numpy as np
 
 from ..common.clock import now
-from .index import HEADERS, claimed_ticks, film_clock, has_stamps, shown_by_order, steady
+from .index import claimed_ticks, film_clock, has_stamps, shown_by_order, shown_stamp, steady
 from .timestamps import Splices
+from .wholeness import HEADERS, check_codec
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class StreamFrames:
 
     def _take(self, number: int, packet: av.Packet, came: float) -> Iterator[tuple]:
         """Note when the frame of a packet is shown. Yields what is left in the decoder where it begins anew."""
-        shown, broken = self.clock.add(packet.pts, packet.dts, came)
+        check_codec(self.track, packet, self.name)
+        shown, broken = self.clock.add(shown_stamp(packet), packet.dts, came, packet.is_keyframe)
         anew, visible = self.splices.add(number, packet.is_keyframe, packet.is_corrupt, shown, broken)
         if anew:
             yield from self._timed(self.track.codec_context.decode(None), came)

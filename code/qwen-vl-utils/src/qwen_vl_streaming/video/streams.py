@@ -4,6 +4,7 @@ The same clips as frames.py's, by the same rule. Knows nothing about models or t
 """
 
 import collections
+import errno
 import itertools
 import logging
 import queue
@@ -19,11 +20,12 @@ from ..common.clock import now
 from ..common.errors import InputError
 from ..common.redact import Redacting, redacted
 from .formats import STREAM
-from .frames import FRAMES_PER_CLIP, SLACK, PixelBudget, resize_frame
+from .frames import FRAMES_PER_CLIP, SLACK, PixelBudget, resize_frame, too_short
 from .index import check_stamps, demux, film_track, last_gap
 from .readers import upright
 from .sources import Clip
 from .stream_frames import StreamFrames, slow_rate
+from .wholeness import claims, shortfall
 
 logger = logging.getLogger(__name__)
 logger.addFilter(Redacting())
@@ -49,9 +51,10 @@ def stream_clips(
     A stream that breaks off or ends is opened again for up to `reconnect_seconds`, which begin anew only after a
     connection that held for as long; in between, its last frame stays on screen, so that time goes on as it really did.
     So it does in place of a frame that cannot be decoded or is damaged. A film, whose size or length its server tells,
-    is over at its end, and gives the clips that it gives as a file. Where stamps go back or leap, see FilmClock; a
-    source without stamps, such as MJPEG, is shown as it arrives. Frames are sized once, by the first. Raises
-    InputError where the source cannot be opened at all; ends when it cannot be opened again.
+    is over at its end, and gives the clips that it gives as a file; where it breaks off, what was shown is skipped.
+    Where stamps go back or leap, see FilmClock; a source without stamps, such as MJPEG, is shown as it arrives. Frames
+    are sized once, by the first. Raises InputError where the source cannot be opened at all; ends when it cannot be
+    opened again.
     """
     reader = _StreamReader(source, Sampler(fps, budget or PixelBudget()), reconnect_seconds, max_clips)
     thread = threading.Thread(target=reader.run, name=f"frames of {redacted(source)}", daemon=True)
@@ -95,12 +98,16 @@ class Sampler:
             self.longest = max(self.longest, self.gaps[-1])
         self.shown, self.moment, self.claimed = frame, moment, claimed
 
+    def end(self) -> float:
+        """Seconds until the newest frame ends, if no other comes."""
+        usual = float(np.median(self.gaps)) if self.gaps else 0.0
+        return (self.moment or 0.0) + last_gap(self.claimed, usual, self.longest)
+
     def finish(self) -> Iterator[Clip]:
         """Yield what is left: the last frame stays as in a file, and fills its clip."""
         if self.shown is None:
             return
-        usual = float(np.median(self.gaps)) if self.gaps else 0.0
-        yield from self._meet(self.moment + last_gap(self.claimed, usual, self.longest) - SLACK)
+        yield from self._meet(self.end() - SLACK)
         if self.waiting:
             yield from self._put(*self.waiting[-1])
 
@@ -142,12 +149,19 @@ class _StreamReader:
         self.held: tuple[float, float] | None = None
         """When the first and the newest frame of the connection came."""
         self.film = False
+        self.offset: float | None = None
+        """Seconds from a film's stamps to its time, which is the same when it is opened again."""
+        self.claimed: dict[str, float] = {}
+        """What a film says of its length, where its server does not tell its size."""
         self.count = 0
 
     def run(self) -> None:
         try:
             self._read_until_gone()
             if not self.stop.is_set():
+                duration, rate = self.sampler.end(), self.sampler.fps
+                if self.film and duration + SLACK < FRAMES_PER_CLIP / rate:
+                    raise InputError(too_short(f"source {self.source}", duration, rate))
                 left = list(self.sampler.finish())
                 self._hand_over(replace(clip, last=clip is left[-1]) for clip in left)
         except Exception as error:  # raised again where the clips are taken, for no one looks at a thread
@@ -164,6 +178,8 @@ class _StreamReader:
                     break
                 reason = "it ended"
             except (av.FFmpegError, OSError) as error:
+                if error.errno == errno.EIO and self._is_complete():
+                    break
                 reason = error.strerror or type(error).__name__
                 if isinstance(error, av.ExitError):
                     reason = f"it did not answer for {STALLED_SECONDS:g} s"
@@ -186,8 +202,15 @@ class _StreamReader:
             pause = min(2 * pause, longest)
         logger.info("%s is over", self.source)
 
+    def _is_complete(self) -> bool:
+        """Whether a film was read to the end that it claims. Where its server does not tell its size, FFmpeg reports an
+        error there."""
+        length = self.sampler.end()
+        return bool(self.claimed) and not shortfall(self.claimed, length, length - (self.offset or 0.0), 0.0)
+
     def _read_once(self) -> None:
-        """Read one connection to its end. Its own clock starts where the wall clock stands at its first frame."""
+        """Read one connection to its end. Its own clock starts where the wall clock stands at its first frame; a film's
+        goes on, and what was shown of it is skipped."""
         webcam = self.source.startswith("/dev/")
         options = {} if webcam else dict(STREAM)
         options["fpsprobesize"] = "0"  # else it opens 20 frames late, to learn a frame rate that nobody asks for
@@ -206,21 +229,33 @@ class _StreamReader:
             packets = demux(container, track)
             if self.film:
                 check_stamps(container, name)
+                self.claimed = {} if container.size > 0 else claims(container, track)
                 ahead = list(itertools.islice(packets, LOOK_AHEAD))
                 packets = itertools.chain(ahead, packets)
                 if self.begin is None and (rate := slow_rate(ahead, track, self.sampler.fps)):
                     self.sampler.keep_rate(rate)
-            offset = None
+            offset = self.offset if self.film else None
+            broken, before = 0, 0 if self.film else self.sampler.broken
+            stampless = 0
             for moment, claimed, came, frame in StreamFrames(container, track, name, self.film).read(packets):
                 if self.stop.is_set():
                     return
-                self.sampler.broken += frame is None
-                if frame is None or moment is None:
+                broken += frame is None
+                self.sampler.broken = max(self.sampler.broken, before + broken)
+                if frame is None:
+                    continue
+                if moment is None:
+                    if self.film:
+                        raise InputError(f"{name} has frames without timestamps: rewrite it as MP4")
+                    stampless += 1
+                    if stampless == 2:  # of the first frame of an RTSP camera FFmpeg knows none
+                        logger.warning("%s: frames without time stamps are skipped", name)
                     continue
                 self.held = (self.held or (came,))[0], came
                 if offset is None:
                     self.begin = self.begin or came
                     offset = came - self.begin - moment
+                    self.offset = offset if self.film else None
                 self._hand_over(self.sampler.add(moment + offset, frame, claimed))
 
     def _hand_over(self, clips: Iterator[Clip]) -> None:

@@ -13,6 +13,7 @@ from ..common.redact import Redacting
 
 logger = logging.getLogger(__name__)
 logger.addFilter(Redacting())
+_noted: set[str] = set()  # what was said of films
 
 LEAP = 10.0  # seconds; FFmpeg's -dts_delta_threshold
 BACK = 0.1  # seconds by which the order of decoding may go back; FFmpeg's tolerance
@@ -50,20 +51,21 @@ class FilmClock:
         self.breaks = 0
         """Discontinuities so far."""
         self._first = self._newest = None  # decoding stamps, on the film's time line
-        self._last = 0  # the latest that is shown so far, likewise
+        self._last: int | None = None  # the latest that is shown so far, likewise
         self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=HELD)  # stamps and arrivals
         self._gap = self._longest = self._ticks(PERIOD)
 
-    def add(self, pts: int | None, dts: int | None, came: float = 0.0) -> tuple[int | None, bool]:
+    def add(self, pts: int | None, dts: int | None, came: float = 0.0, key: bool = False) -> tuple[int | None, bool]:
         """A packet's time of showing in ticks of film time, and whether a discontinuity is before it.
 
-        None for a packet without a stamp. `came` is the wall-clock time of its arrival, for a live source.
+        None for a packet without a stamp. `came` is the wall-clock time of its arrival, for a live source; `key` says
+        whether it holds a keyframe, which is shown after all that come before it.
         """
         broken = False
         if None not in (pts, dts) and (self.live or self.leaps) and abs(pts - dts) * self.time_base > LEAP:
             pts = dts  # one of them is broken, and that of decoding is checked
         if dts is not None:
-            broken = self._newest is not None and self._step(pts, dts, came)
+            broken = self._newest is not None and self._step(pts, dts, came, key)
             at = dts + self.shift
             if self._newest is None or at > self._newest or broken:
                 if self._newest is not None and not broken:
@@ -75,17 +77,20 @@ class FilmClock:
         if pts is None:
             return None, broken
         shown = pts + self.shift
-        self._last = shown if self._newest is None else max(self._last, shown)
+        self._last = shown if self._last is None else max(self._last, shown)
         return shown, broken
 
-    def _step(self, pts: int | None, dts: int, came: float) -> bool:
+    def _step(self, pts: int | None, dts: int, came: float, key: bool) -> bool:
         """Shift what follows where this packet begins anew."""
         step = float((dts + self.shift - self._newest) * self.time_base)
         # The newest packets of MPEG-TS come only with what follows them: those before tell when they were due.
         passed = came - min(then + float((self._newest - at) * self.time_base) for at, then in self._recent)
         back = BACK if self.leaps else max(BACK, float((self.reorder + 1) * self._longest * self.time_base))
-        if step < -back:
-            what = f"go back by {-step:.1f} s"
+        overlap = -1.0
+        if key and self.leaps and not self.live and None not in (pts, self._last):
+            overlap = float((self._last - pts - self.shift) * self.time_base)
+        if step < -back or overlap >= 0:
+            what = f"go back by {max(-step, overlap) or 0.0:.1f} s"
         elif step - passed > LEAP and (self.live or self.leaps or self._since() + step > self.length + LEAP):
             what = f"leap ahead by {step:.1f} s"
         elif self.live and step <= 0 and passed > STUCK:
@@ -95,13 +100,16 @@ class FilmClock:
         period = min(self._gap, self._ticks(STUCK))
         ahead = max(period, self._ticks(passed)) if self.live else period
         shift = self._newest + ahead - dts
-        if pts is not None:
+        if None not in (pts, self._last):
             shift = max(shift, self._last + period - pts)
         self.shift = shift
         self.breaks += 1
         self._recent.clear()
         at = self._since()
-        logger.warning("%s: its time stamps %s at %.1f s: film time goes on without that", self.name, what, at)
+        note = f"{self.name}: its time stamps {what} at {at:.1f} s: film time goes on without that"
+        if self.live or note not in _noted:  # a film is read again and again in training
+            logger.warning("%s", note)
+            _noted.add(note)
         return True
 
     def _since(self) -> float:

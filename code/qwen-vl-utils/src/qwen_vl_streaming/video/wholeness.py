@@ -1,0 +1,224 @@
+"""Whether a video file is all there: cut short, joined from several, or with packets lost. Knows nothing about frames'
+times but where they end."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+
+from ..common.errors import InputError
+
+CUT_SHORT = 1.0  # seconds that may be missing of what a container claims: audio and video seldom end together
+HEADERS = ("mov", "avi")  # formats whose headers claim a length for each track
+BLOCK = 2**20  # bytes read at a time
+MAGIC = {
+    "flv": rb"FLV\x01.\0\0\0\x09",
+    "nut": rb"nut/multimedia container\0",
+    "asf": rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c",
+    "mxf": rb"\x06\x0e\x2b\x34\x02\x05\x01\x01\x0d\x01\x02\x01\x01\x02",
+    "ivf": rb"DKIF\0\0\x20\0",
+    "apng": rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+}
+"""With what a file of a format begins, for formats of which FFmpeg reads the first only where two are joined."""
+LONGEST_MAGIC = 32
+TS_PACKETS = (188, 0), (192, 0), (192, 4), (204, 0)
+"""Bytes from one packet of MPEG-TS to the next, and before one: plain, M2TS, which has a time before each, and with a
+checksum behind each."""
+SYNC = 0x47
+PARAMETERS = {
+    "h264": rb"(?:\x09.\0{0,3}\0\0\x01)?[\x27\x47\x67]",
+    "hevc": rb"(?:\x46\x01.\0{0,3}\0\0\x01)?\x40\x01",
+    "mpeg2video": rb"\xb3",
+    "mpeg4": rb"\xb0",
+}
+"""With what a keyframe of a codec begins in MPEG-TS, behind its start code: its parameters. None could be another's."""
+
+
+@contextlib.contextmanager
+def raw(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
+    """The bytes of a file, or of a readable object, which is left where it was: FFmpeg may be reading it."""
+    if isinstance(source, str | Path):
+        with open(source, "rb") as file:
+            yield file
+    else:
+        place = source.tell()
+        yield source
+        source.seek(place)
+
+
+def _is_fragmented(source: str | Path | BinaryIO, container: av.container.InputContainer) -> bool:
+    """Whether this is an MP4 whose frames are in fragments, as recorders of HLS and DASH write it."""
+    if not container.format.name.startswith("mov"):
+        return False
+    with raw(source) as file:
+        return any(kind == b"moof" for kind, _, _ in _boxes(file))
+
+
+def check_structure(source: str | Path | BinaryIO, name: str, container: str, furthest: int) -> None:
+    """Raises InputError for a file of which the last part that says how large it is goes beyond the file's end, and
+    for two files that are joined where FFmpeg reads only the first. `container` is the format's name, `furthest` the
+    place in the file of the last packet that FFmpeg found."""
+    with raw(source) as file:
+        size = file.seek(0, 2)
+        if container.startswith("mov"):
+            boxes = list(_boxes(file))
+            kinds = [kind for kind, _, _ in boxes]
+            if b"moof" in kinds and kinds[-1] in (b"moof", b"mdat"):
+                _check_end(name, boxes[-1][2], size)
+            starts = [at for kind, at, _ in boxes if kind == b"ftyp"]
+            second = next((at for at in starts[1:] if at > furthest), None)
+        elif container == "avi":
+            file.seek(0)
+            head = file.read(8)
+            claimed = int.from_bytes(head[4:], "little")
+            if 0 < claimed < 2**32 - 1:  # else it was not known yet
+                _check_end(name, claimed + 8, size + 1)  # a byte of padding may be missing
+            second = None
+        else:
+            second = _second_header(file, container)
+    if second is not None:
+        raise InputError(
+            f"{name} is of several files that are joined, the second from byte {second} on, and only the first "
+            "can be read: give them one by one, or join them with FFmpeg"
+        )
+
+
+def _check_end(name: str, end: int, size: int) -> None:
+    if end > size:
+        raise InputError(f"{name} is cut short, {size} of the {end} bytes it claims: download it again")
+
+
+def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """The outermost boxes of an MP4: what each is, where it begins, and where it says that it ends."""
+    size, at = file.seek(0, 2), 0
+    while at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:], "big")
+        elif length == 0:
+            length = size - at
+        if length < 8:
+            return
+        yield head[4:8], at, at + length
+        at += length
+
+
+def _second_header(file: BinaryIO, container: str) -> int | None:
+    """Where in the file another of this format begins."""
+    if container not in MAGIC:
+        return None
+    magic, at, tail = re.compile(MAGIC[container], re.DOTALL), 0, b""
+    file.seek(0)
+    while block := file.read(BLOCK):
+        for match in magic.finditer(tail + block):
+            place = at - len(tail) + match.start()
+            if place > LONGEST_MAGIC:
+                return place
+        at += len(block)
+        tail = (tail + block)[-LONGEST_MAGIC:]
+    return None
+
+
+def is_whole(source: str | Path | BinaryIO, begin: int | None, end: int | None, fits: bool) -> bool:
+    """Whether nothing is lost of what a track of MPEG-TS has from one frame's first packet at byte `begin` up to a
+    keyframe's at `end`, although the packets' counter does not go on there: so it is where two recordings are joined.
+
+    The packet that ends a frame is filled up, unless the frame fits it. With `fits`, that is believed where the
+    counter begins at 0, as that of another recording does.
+    """
+    if begin is None or end is None or not 0 <= begin < end:
+        return False
+    with raw(source) as file:
+        file.seek(begin)
+        data = file.read(end - begin + 204)
+    for size, before in TS_PACKETS:
+        packets = [data[at : at + 188] for at in range(before, end - begin + before + 1, size)]
+        if len(packets) > 1 and not (end - begin) % size and all(p[:1] == bytes([SYNC]) for p in packets):
+            break
+    else:
+        return False
+    track = [packet for packet in packets if _pid(packet) == _pid(packets[0]) and packet[3] & 0x10]  # with a payload
+    counts = [packet[3] & 0xF for packet in track]
+    if not all((after - before) % 16 in (0, 1) for before, after in pairwise(counts[:-1])):
+        return False
+    return len(track) > 1 and (_is_filled(track[-2]) or (fits and counts[-1] == 0))
+
+
+def _is_filled(packet: bytes) -> bool:
+    """Whether a packet of MPEG-TS has bytes that are there only to fill it up."""
+    if not packet[3] & 0x20:  # no adaptation field
+        return False
+    length, flags = packet[4], packet[5]
+    used = 1 + 6 * bool(flags & 0x10) + 6 * bool(flags & 8) + bool(flags & 4)  # flags, two clocks, a countdown
+    return length == 0 or flags == 0 or length > used
+
+
+def _pid(packet: bytes) -> int:
+    return int.from_bytes(packet[1:3], "big") & 0x1FFF
+
+
+def check_codec(track: av.VideoStream, packet: av.Packet, name: str) -> None:
+    """Raises InputError where a keyframe of MPEG-TS is of another codec than its track, which FFmpeg does not see."""
+    if not packet.is_keyframe or not packet.size or track.container.format.name != "mpegts":
+        return
+    if track.codec_context.name not in PARAMETERS:
+        return
+    head = bytes(memoryview(packet)[:64])
+    for codec, parameters in PARAMETERS.items():
+        if codec != track.codec_context.name and re.match(rb"\0*\0\0\x01(?:" + parameters + rb")", head, re.DOTALL):
+            raise InputError(
+                f"{name} changes from {track.codec_context.name} to {codec}, where recordings are joined: give them "
+                "one by one, or convert them to one codec"
+            )
+
+
+def claimed_end(stream: av.stream.Stream) -> Fraction:
+    """Where a track claims to end, in seconds; 0 where it does not say."""
+    if stream.type not in ("video", "audio") or not stream.duration:
+        return Fraction(0)
+    return (stream.duration + (stream.start_time or 0)) * stream.time_base
+
+
+def claims(
+    container: av.container.InputContainer, track: av.VideoStream, source: str | Path | BinaryIO | None = None
+) -> dict[str, float]:
+    """Seconds that the container claims: of the track's "length", of where its "end" is on the time axis of stamps, and
+    of where "all" tracks end."""
+    found = {}
+    if track.duration and container.format.name.startswith(HEADERS):  # elsewhere it is FFmpeg's guess
+        fragmented = source is not None and _is_fragmented(source, container)
+        found["end" if fragmented else "length"] = float(track.duration * track.time_base)
+    elif (end := _clock_time(track.metadata.get("DURATION", ""))) is not None:  # as FFmpeg writes Matroska
+        found["end"] = end
+    elif container.duration:
+        found["all"] = container.duration / av.time_base
+    return found
+
+
+def _clock_time(text: str) -> float | None:
+    """Seconds of "HH:MM:SS.fraction"."""
+    try:
+        hours, minutes, seconds = (float(part) for part in text.split("\0")[0].split(":"))
+    except ValueError:
+        return None
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def check_length(name: str, claimed: dict[str, float], length: float, finish: float, end: float) -> None:
+    """Raises InputError for a file that ends more than CUT_SHORT before it claims to, see `shortfall`."""
+    if short := shortfall(claimed, length, finish, end):
+        raise InputError(f"{name} is cut short, {short[0]:.2f} s of the {short[1]:.2f} s it claims: download it again")
+
+
+def shortfall(claimed: dict[str, float], length: float, finish: float, end: float) -> tuple[float, float] | None:
+    """Seconds that are there, and that are claimed, where these are more by CUT_SHORT: a film's frames last for
+    `length` seconds and end at `finish`, all its tracks together at `end`."""
+    found = {"length": length, "end": finish, "all": max(end, finish, length)}
+    return next(((found[c], seconds) for c, seconds in claimed.items() if found[c] < seconds - CUT_SHORT), None)
