@@ -57,8 +57,8 @@ def make_video(film: Film, folder: Path, number: int) -> None:
     )
     field = blurred[0].clamp(0, 255).permute(1, 2, 0).byte().numpy()
     path = folder / f"{number}.mp4"
-    beside = path.with_suffix(".part")
-    with av.open(str(beside), "w", format="mp4") as out:
+    temporary = path.with_suffix(".part")
+    with av.open(str(temporary), "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=film.fps)
         stream.width, stream.height, stream.pix_fmt = film.width, film.height, "yuv420p"
         stream.codec_context.thread_count = 1
@@ -71,7 +71,7 @@ def make_video(film: Film, folder: Path, number: int) -> None:
             frame.pts, frame.time_base = index, Fraction(1, film.fps)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def make_captions(count: int, seed: int) -> list[str]:
@@ -137,11 +137,11 @@ def make_checkpoint(size: str, layers: int | None, folder: Path) -> Path:
     with torch.device(find_device()):
         model = Qwen2_5_VLForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
-    beside = folder / f".{checkpoint.name}.part"
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside, max_shard_size="4GB")
-    load_processor(tiny).save_pretrained(beside)
-    beside.rename(checkpoint)
+    temporary = folder / f".{checkpoint.name}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, max_shard_size="4GB")
+    load_processor(tiny).save_pretrained(temporary)
+    temporary.rename(checkpoint)
     elapsed = time.perf_counter() - began
     print(
         f"{checkpoint.name}: {model.num_parameters() / 1e9:.2f}e9 weights saved in {elapsed:.1f} s",
