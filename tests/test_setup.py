@@ -34,13 +34,13 @@ def fake_python(path, *version):
     ],
 )
 def test_unsuitable_pythons_are_refused_in_one_line(tmp_path, requested, existing, message):
-    for name in ("requirements.txt", "code/qwen-vl-utils/pyproject.toml"):
+    for name in ("requirements.txt", "code/qwen-vl-utils/pyproject.toml", "code/data/pyproject.toml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("pins\n")
     setup = shutil.copy(SETUP, tmp_path / "code")
     if existing is not None:
         fake_python(tmp_path / ".venv/bin/python", *existing)
-        (tmp_path / ".venv/installed").write_text("pins\npins")
+        (tmp_path / ".venv/installed").write_text("pins\npins\npins")
     named = "" if requested is None else fake_python(tmp_path / "another/python", *requested)
     command = ["bash", "-euc", '. "$0"; echo "$python"', setup]
     ended = subprocess.run(command, env={**os.environ, "PYTHON": named}, capture_output=True, text=True, check=False)
