@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# From nothing to a model that speaks while it watches, on any machine: makes small videos and a small Qwen2.5-VL,
-# then runs the project's own programs on them: mani_data.py, sft.sh, eval.sh. About 10 minutes on two CPU cores.
+# Trains and evaluates a small model that captions videos while they arrive, on any machine. Creates small videos and a
+# small Qwen2.5-VL, then runs mani_data.py, sft.sh and eval.sh on them. Takes about 10 minutes on two CPU cores.
 #
 #   bash demo.sh                                          one variant, group
 #   QWEN2_5_VL_VARIANT=all bash demo.sh                   all six, one after the other
-#   bash demo.sh --steps 4000 --output demo_output/long   longer training: motion is learnt last
+#   bash demo.sh --steps 4000 --output demo_output/long   longer training; motion is learned last
 #
-# Further flags: --output DIR (default demo_output beside this script), --train-videos N, --test-videos N, --steps N,
-# --device cpu (default: a GPU where there is one).
-# Everything it makes lies in the output folder; started again, it goes on from what was finished.
+# Other flags: --output DIR (default: demo_output beside this script), --train-videos N, --test-videos N, --steps N,
+# --device cpu (default: a GPU if there is one).
+# All output is in the output folder; the same command resumes an interrupted run.
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
 done
 for name in train_videos test_videos steps; do
   if ! [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]]; then
-    echo "error: --${name//_/-} ${!name}: give a whole number from 1 on" >&2
+    echo "error: --${name//_/-} ${!name}: give a positive integer" >&2
     exit 2
   fi
 done
@@ -34,7 +34,7 @@ on_cpu=() train_on_cpu=()
 case $device in
   "") ;;
   cpu) on_cpu=(--device cpu) train_on_cpu=(--use_cpu True) ;;
-  *) echo "error: --device $device: give cpu, or leave it out for a GPU where there is one" >&2; exit 2 ;;
+  *) echo "error: --device $device: give cpu, or remove the flag to use a GPU if there is one" >&2; exit 2 ;;
 esac
 case $output in /*) ;; *) output=$caller/$output ;; esac
 variants=${QWEN2_5_VL_VARIANT:-group}
@@ -44,18 +44,18 @@ began=$SECONDS
 export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 "$python" code/demo/check_flags.py --output "$output" --steps "$steps" "${on_cpu[@]}" $variants
 if ! mkdir -p "$output" 2>/dev/null || [ ! -w "$output" ]; then
-  echo "error: --output $output is no folder that can be written: name another" >&2
+  echo "error: --output $output is not a writable folder: give another" >&2
   exit 2
 fi
 data=$output/dataset model=$output/model
 
-step() { printf '\n== %s  (%d s since the start)\n' "$1" "$((SECONDS - began))"; }
+step() { printf '\n== %s  (%d s elapsed)\n' "$1" "$((SECONDS - began))"; }
 
-step "1. Videos and captions, in the shape that PE-Video has on the hub"
+step "1. Create videos and captions in the format of PE-Video on the hub"
 "$python" code/demo/make_data.py --output "$data/PE-Video" --train-videos "$train_videos" --test-videos "$test_videos"
-step "2. A small Qwen2.5-VL with random weights"
+step "2. Create a small Qwen2.5-VL with random weights"
 [ -d "$model" ] || "$python" code/demo/make_model.py --data "$data/PE-Video" --output "$model"
-step "3. mani_data.py: choose the samples whose captions a stream can follow"
+step "3. mani_data.py: select videos with 3 to 5 caption tokens per second"
 "$python" mani_data.py --dataset-root "$data" --tokenizer-model-id "$model"
 
 for variant in $variants; do
@@ -65,7 +65,7 @@ for variant in $variants; do
   if [ -f "$trained/config.json" ]; then
     echo "already trained: $trained"
   else
-    # Frames of 84 x 84 pixels: 9 visual tokens a clip.
+    # Frames of 84 x 84 pixels: 9 visual tokens per clip.
     QWEN2_5_VL_MODEL_PATH=$model QWEN2_5_VL_TRAIN_DATA=$data/train_3_5.jsonl DEEPSPEED_CONFIG=zero2.json \
       bash code/qwen-vl-finetune/scripts/sft.sh --output_dir "$trained" --max_steps "$steps" \
       --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --weight_decay 0.01 \
@@ -74,11 +74,11 @@ for variant in $variants; do
       --keep_frames True --dataloader_num_workers 2 --dataloader_persistent_workers True \
       "${train_on_cpu[@]}"
   fi
-  step "5. eval.sh: let $variant watch and speak"
+  step "5. eval.sh: caption the test videos with $variant"
   QWEN2_5_VL_EVAL_MODEL_PATH=$trained QWEN2_5_VL_EVAL_DATA_DIR=$data/test_3_5.jsonl \
     QWEN2_5_VL_EVAL_OUTPUT_DIR=$output/evaluation \
     bash eval.sh --batch-size 8 "${on_cpu[@]}"
 done
 
-step "6. What came out"
+step "6. Results"
 "$python" code/demo/show.py --output "$output" $variants

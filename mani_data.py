@@ -1,14 +1,14 @@
-"""A data set to the rows that training and evaluation use: --dataset pe-video (default) or funqa.
+"""Prepares the rows that training and evaluation use from a data set: --dataset pe-video (default) or funqa.
 
-pe-video: dataset/train_3_5.jsonl and test_3_5.jsonl. Reads folders of JSON and videos or tar shards under
-dataset/PE-Video, else streams the hub's shards, and keeps the samples whose captions have a speaking rate that a stream
-can follow.
+pe-video: writes dataset/train_3_5.jsonl and test_3_5.jsonl. Reads JSON files with videos, or tar shards, in
+dataset/PE-Video; if there are none, streams the shards from the hub. Keeps videos of 5 to 30 seconds with 3 to 5
+caption tokens per second.
 
-funqa: dataset/funqa_train.jsonl and funqa_test.jsonl, the description and reasoning questions (sub-tasks H2 H3 C2 C3 M2
-M3). Reads FunQA_train.json and FunQA_test.json with their videos, or train.zip and test.zip, under dataset/FunQA, else
-streams the hub's. All lengths are kept unless a bound is given.
+funqa: writes dataset/funqa_train.jsonl and funqa_test.jsonl with the description and reasoning questions (sub-tasks H2
+H3 C2 C3 M2 M3). Reads FunQA_train.json and FunQA_test.json with their videos, or train.zip and test.zip, in
+dataset/FunQA; if there are none, streams them from the hub. Keeps all lengths unless a bound is given.
 
-A killed run goes on where it was.
+If a run is killed, the same command resumes it.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from pathlib import Path
 import funqa.run
 import pe_video.run
 from funqa.run import prepare_funqa
-from pe_video.run import STATE_FOLDER, prepare_dataset
+from pe_video.run import prepare_dataset
 from preparation.rules import Rules
+from preparation.run import STATE_FOLDER
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.paths import look_up
 from qwen_vl_streaming.common.progress import quiet_http
@@ -40,57 +41,61 @@ REPORTS = ("skipped.jsonl", "report.png", "report.json", "funqa_skipped.jsonl", 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="pe-video", metavar="NAME", help="pe-video or funqa (default: pe-video)")
-    parser.add_argument("--split", choices=SPLITS, help="only this one (default: both)")
-    where = parser.add_argument_group("where things are")
-    where.add_argument("--source", type=Path, metavar="DIR", help="the folder that the data set lies in, see above")
-    where.add_argument("--dataset-root", type=Path, default=ROOT / "dataset", help="holds PE-Video (default: dataset)")
-    where.add_argument("--dataset-name", help=f"dataset on the hub (default: {' or '.join(HUB_NAMES.values())})")
-    where.add_argument("--train-dir", type=Path, help="pe-video's train (default: PE-Video/train in --dataset-root)")
-    where.add_argument("--test-dir", type=Path, help="pe-video's test (default: PE-Video/test in --dataset-root)")
-    where.add_argument("--output-dir", type=Path, help="rows and report go here (default: --dataset-root)")
+    parser.add_argument("--split", choices=SPLITS, help="prepare only this split (default: both)")
+    where = parser.add_argument_group("paths")
+    where.add_argument("--source", type=Path, metavar="DIR", help="folder of the data set, see above")
+    where.add_argument(
+        "--dataset-root", type=Path, default=ROOT / "dataset", help="parent of the data sets (default: dataset)"
+    )
+    where.add_argument("--dataset-name", help=f"data set on the hub (default: {' or '.join(HUB_NAMES.values())})")
+    where.add_argument("--train-dir", type=Path, help="pe-video: train split (default: <dataset-root>/PE-Video/train)")
+    where.add_argument("--test-dir", type=Path, help="pe-video: test split (default: <dataset-root>/PE-Video/test)")
+    where.add_argument("--output-dir", type=Path, help="folder for rows and report (default: --dataset-root)")
     where.add_argument("--train-output-name", help="default: train_3_5.jsonl or funqa_train.jsonl")
     where.add_argument("--test-output-name", help="default: test_3_5.jsonl or funqa_test.jsonl")
     where.add_argument(
         "--tokenizer-model-id", default="Qwen/Qwen2.5-VL-7B-Instruct", help="hub id or folder (default: %(default)s)"
     )
-    rules = parser.add_argument_group("what is kept; each bound is itself allowed")
+    rules = parser.add_argument_group("filtering; bounds are inclusive")
     for bound in ("min_seconds", "max_seconds", "min_tokens_per_second", "max_tokens_per_second"):
         flag = "--" + bound.replace("_", "-")
         default = getattr(RULES["pe-video"], bound)
         rules.add_argument(flag, type=float, help=f"default: {default:g}; none for funqa")
     rules.add_argument(
-        "--caption-prefix", default="", help='how a caption must begin; the published script had "the video shows"'
+        "--caption-prefix",
+        default="",
+        help='required start of a caption; the published script has "the video shows"',
     )
-    rules.add_argument("--max-samples", type=int, help="at most so many training rows (paper: 20000; default: all)")
-    rules.add_argument("--seed", type=int, default=0, help="for --max-samples: which rows are drawn (default: 0)")
+    rules.add_argument("--max-samples", type=int, help="maximum number of training rows (paper: 20000; default: all)")
+    rules.add_argument("--seed", type=int, default=0, help="random seed of --max-samples (default: 0)")
     rules.add_argument(
-        "--max-questions", type=int, help="funqa: at most so many wordings of each test question (default: all)"
+        "--max-questions", type=int, help="funqa: maximum number of wordings of each test question (default: all)"
     )
     rules.add_argument(
-        "--max-references", type=int, help="funqa: at most so many reference answers to each of them (default: all)"
+        "--max-references", type=int, help="funqa: maximum number of reference answers per test question (default: all)"
     )
     parser.add_argument(
-        "--workers", type=int, help="default: the cores; for the hub, which has to be waited for, four times"
+        "--workers", type=int, help="worker processes (default: one per core; four per core when reading from the hub)"
     )
     return parser.parse_args()
 
 
 def options_from(arguments: argparse.Namespace) -> pe_video.run.Options | funqa.run.Options:
-    """The options that the command line asks for. Raises InputError where they cannot be."""
+    """Validate the command line and convert it to options. Raises InputError."""
     dataset = arguments.dataset
     if dataset not in DATASETS:
         raise InputError(f"unknown --dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
     for name in FUNQA_ONLY if dataset == "pe-video" else PE_VIDEO_ONLY:
         if getattr(arguments, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} is no flag of --dataset {dataset}: leave it out")
+            raise InputError(f"--{name.replace('_', '-')} does not apply to --dataset {dataset}: remove it")
     for name in ("dataset_name", "train_output_name", "test_output_name"):
         if getattr(arguments, name) == "":
-            raise InputError(f"--{name.replace('_', '-')} is empty: name one, or leave it out")
+            raise InputError(f"--{name.replace('_', '-')} is empty: give a name, or remove the flag")
     for name in ("workers", "max_samples", *FUNQA_ONLY):
         if (value := getattr(arguments, name)) is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+            raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     if arguments.source and (arguments.train_dir or arguments.test_dir):
-        raise InputError("--source names both splits: leave out --train-dir and --test-dir")
+        raise InputError("--source gives both splits: remove it, or remove --train-dir and --test-dir")
     for name in ("source", "train_dir", "test_dir"):
         if folder := getattr(arguments, name):
             setattr(arguments, name, look_up(folder, ROOT))
@@ -134,21 +139,21 @@ def options_from(arguments: argparse.Namespace) -> pe_video.run.Options | funqa.
 
 
 def check_names(names: dict[str, str], output_dir: Path, videos: Path) -> None:
-    """Raises InputError where the rows of a split would take the place of something else that is written."""
+    """Raise InputError if the rows of a split would overwrite another file of the program."""
 
-    def place(path: Path) -> Path:  # a link in a file's own place is replaced, those on the way are followed
+    def resolve(path: Path) -> Path:  # writing replaces a link at the path itself, but follows links in its folders
         return Path(os.path.realpath(path.parent), path.name)
 
-    taken = {place(output_dir / name): f"the program's own {name}" for name in (*REPORTS, STATE_FOLDER)}
-    taken[place(videos)] = "the videos"
+    taken = {resolve(output_dir / name): f"the program's {name}" for name in (*REPORTS, STATE_FOLDER)}
+    taken[resolve(videos)] = "the videos"
     for split, name in names.items():
-        flag, here = f"--{split}-output-name", place(output_dir / name)
-        if Path(name).name in ("", "..") or os.path.isdir(here):
-            raise InputError(f"{flag} {name} is a folder: name a file")
-        for other, what in taken.items():
-            if here == other or here in other.parents or other in here.parents:
-                raise InputError(f"{flag} {name} is in the way of {what}: give it another name")
-        taken[here] = flag
+        flag, path = f"--{split}-output-name", resolve(output_dir / name)
+        if Path(name).name in ("", "..") or os.path.isdir(path):
+            raise InputError(f"{flag} {name} is a folder: give the name of a file")
+        for taken_path, what in taken.items():
+            if path == taken_path or path in taken_path.parents or taken_path in path.parents:
+                raise InputError(f"{flag} {name} conflicts with {what}: give it a different name")
+        taken[path] = flag
 
 
 def main() -> None:
@@ -159,20 +164,22 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     options = options_from(arguments)
     prefix = "" if arguments.dataset == "pe-video" else "funqa_"
-    for split, tally in (prepare_funqa if prefix else prepare_dataset)(options).items():
-        numbers = tally.numbers()
-        print(f"{split}: {numbers['samples']} samples, {tally.rows} rows in {options.outputs[split]}")
-        if tally.tasks:
-            print("  rows of each sub-task: " + ", ".join(f"{task} {count}" for task, count in tally.tasks.items()))
-        for rule, count in numbers["dropped"].items():
+    for split, statistics in (prepare_funqa if prefix else prepare_dataset)(options).items():
+        summary = statistics.summary()
+        print(f"{split}: {summary['samples']} samples, {statistics.rows} rows in {options.outputs[split]}")
+        if statistics.tasks:
+            print(
+                "  rows of each sub-task: " + ", ".join(f"{task} {count}" for task, count in statistics.tasks.items())
+            )
+        for rule, count in summary["dropped"].items():
             print(f"  {count:8d} dropped: {rule}")
-        print(f"  {numbers['bad']:8d} bad (see {options.output_dir / f'{prefix}skipped.jsonl'})")
-        for reason, count in numbers["bad_reasons"].items():
+        print(f"  {summary['bad']:8d} bad (see {options.output_dir / f'{prefix}skipped.jsonl'})")
+        for reason, count in summary["bad_reasons"].items():
             print(f"  {count:8d}   {reason}")
-        if tally.not_drawn:
-            print(f"  {tally.not_drawn:8d} left out by --max-samples")
-        if tally.without_video:
-            print(f"  {tally.without_video} rows have no video yet: put each where its video_path says")
+        if statistics.not_drawn:
+            print(f"  {statistics.not_drawn:8d} not sampled because of --max-samples")
+        if statistics.without_video:
+            print(f"  {statistics.without_video} rows have no video file yet: put the videos at their video_path")
     print(f"distributions: {options.output_dir / f'{prefix}report.png'}")
 
 

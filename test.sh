@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up in .venv and runs all checks on the CPU; arguments go to pytest, such as `tests/test_timeline.py`.
+# Sets up .venv and runs all checks on the CPU. Arguments go to pytest, for example `tests/test_timeline.py`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ "${1:-}" = "--help" ]; then sed -n '2p' "$0" | cut -c3-; exit 0; fi
@@ -7,6 +7,6 @@ if [ "${1:-}" = "--help" ]; then sed -n '2p' "$0" | cut -c3-; exit 0; fi
 "$python" -m ruff check .
 "$python" -m ruff format --check --quiet .
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
-# Two processes share the tests; each computes on one core.
+# Two processes run the tests, each on one core.
 export OMP_NUM_THREADS=1
 exec "$python" -m pytest --numprocesses 2 --dist worksteal "$@"

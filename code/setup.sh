@@ -1,8 +1,8 @@
-# Sourced by demo.sh and test.sh: makes .venv with what requirements.txt pins, once, and again when the pins change.
-# Needs Python 3.11 or newer with venv, and pip's access to a package index. Sets $python.
+# Sourced by demo.sh and test.sh. Creates .venv with the packages of requirements.txt, and updates it when the pinned
+# versions change. Needs Python 3.11 or newer with venv, and access to a package index. Sets $python.
 
-# Runs a command, and says every few seconds that it is still at work.
-patiently() {
+# Runs a command and prints every few seconds that it is still running.
+with_progress() {
   local what=$1 began=$SECONDS
   shift
   "$@" &
@@ -20,27 +20,27 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 stamp=$root/.venv/installed
 pins=$(cat "$root/requirements.txt" "$root/code/qwen-vl-utils/pyproject.toml" "$root/code/data/pyproject.toml")
-system=${PYTHON:-python3} asked=
-told='import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))'
+system=${PYTHON:-python3} requested=
+version_check='import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))'
 if [ -n "${PYTHON:-}" ] || [ ! -e "$root/.venv" ]; then
-  if ! asked=$("$system" -c "import ensurepip, venv; $told" 2>/dev/null); then
-    echo "error: $system is missing, older than 3.11 or lacks venv: install it, or name another with PYTHON=..." >&2
+  if ! requested=$("$system" -c "import ensurepip, venv; $version_check" 2>/dev/null); then
+    echo "error: $system is missing, older than 3.11 or lacks venv: install it, or give another with PYTHON=..." >&2
     exit 2
   fi
 fi
 if [ -e "$root/.venv" ]; then
-  if ! made=$("$python" -c "import pip; $told" 2>/dev/null); then
-    echo "error: $root/.venv is no whole environment of Python 3.11 or newer: delete it and start again" >&2
+  if ! existing=$("$python" -c "import pip; $version_check" 2>/dev/null); then
+    echo "error: $root/.venv is not a complete environment of Python 3.11 or newer: delete it and run the command again" >&2
     exit 2
   fi
-  if [ "$made" != "${asked:-$made}" ]; then
-    echo "error: $root/.venv is of Python $made, $PYTHON is $asked: delete .venv, or start without PYTHON=..." >&2
+  if [ "$existing" != "${requested:-$existing}" ]; then
+    echo "error: $root/.venv has Python $existing, $PYTHON is $requested: delete .venv, or run without PYTHON=..." >&2
     exit 2
   fi
 fi
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$pins" ]; then
-  echo "installing what requirements.txt names into .venv: a few minutes, once"
+  echo "installing the packages of requirements.txt in .venv: takes a few minutes, once"
   [ -e "$root/.venv" ] || "$system" -m venv "$root/.venv"
-  (cd "$root" && patiently "installing" "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt)
+  (cd "$root" && with_progress "installing" "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt)
   printf '%s' "$pins" >"$stamp"
 fi

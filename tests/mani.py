@@ -1,4 +1,4 @@
-"""What the tests of mani_data.py share: a small PE-Video, options for a run on it, and what came out."""
+"""Shared by the tests of mani_data.py: a small PE-Video, options for a run on it, and readers of its output."""
 
 import json
 import sys
@@ -10,12 +10,12 @@ from pe_video.run import Options
 from preparation.rules import Rules
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT, SECONDS = 24, 6.0  # words and seconds that give 4 tokens a second
+KEPT, SECONDS = 24, 6.0  # words and seconds: 4 tokens per second
 MP4 = video_bytes(seconds=6, fps=5, size=(64, 48))
 
 
 def make_options(tmp_path, **changes) -> Options:
-    """Options for the split train under tmp_path/source, with a tokenizer of words, in this process."""
+    """Options for the split train under tmp_path/source, with one token per word and one worker."""
     options = Options(
         splits={"train": tmp_path / "source" / "train"},
         outputs={"train": tmp_path / "dataset" / "train_3_5.jsonl"},
@@ -49,7 +49,7 @@ def ids(options):
 
 
 def everything(folder):
-    """All finished files below `folder` with their bytes, the state of the run left out."""
+    """All files below `folder` with their bytes, except the state of the run."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -58,7 +58,7 @@ def everything(folder):
 
 
 def fill(folder):
-    """Two splits in three shards and 60 JSON files, with a few of every fault."""
+    """Two splits, one of three shards and one of 60 JSON files, with bad and duplicate samples."""
     for k in range(3):
         members = [(f"{k}{i}{e}", d) for i in range(8) for e, d in ((".mp4", MP4), (".json", good()))]
         make_tar(folder / f"train/s{k}.tar", [*members, ("dup.json", good(n=k)), ("dup.mp4", MP4), ("bad.json", b"{")])

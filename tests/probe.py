@@ -1,4 +1,4 @@
-"""What a fuzzer's process tries in the tests: inputs that do each thing that is a finding, by their number."""
+"""Inputs for the tests of sandbox.py: by number, one for each kind of finding."""
 
 import os
 import random
@@ -16,6 +16,7 @@ def refuse():
 
 def prepare(folder: Path):
     import fuzzing
+    import sandbox
 
     def wait():
         time.sleep(60)
@@ -34,11 +35,11 @@ def prepare(folder: Path):
         bytearray(b"x" * (200 << 20))
 
     def fork(program, *arguments):
-        return fuzzing.run_forked(program, arguments, folder / "case", 1)
+        return sandbox.run_forked(program, arguments, folder / "case", 1)
 
-    deeds = [
-        lambda: fuzzing.answer_of(lambda: None),
-        lambda: fuzzing.answer_of(refuse),
+    actions = [
+        lambda: fuzzing.outcome_of(lambda: None),
+        lambda: fuzzing.outcome_of(refuse),
         lambda: (folder / "case/inside").write_text("x") and "inside",
         lambda: (folder.parent / "outside").write_text("x"),
         lambda: subprocess.run(["true"]) and "started",
@@ -47,7 +48,7 @@ def prepare(folder: Path):
         lambda: os._exit(1),
         wait,
         swallow,
-        lambda: fork(end, "as", "asked") == fuzzing.Ended(2, "as asked\n", "error: a\n") or 1 / 0,
+        lambda: fork(end, "as", "asked") == sandbox.Finished(2, "as asked\n", "error: a\n") or 1 / 0,
         lambda: fork(leave),
         lambda: fork(wait),
         lambda: fork(lambda: os.kill(os.getpid(), 9)),
@@ -55,6 +56,6 @@ def prepare(folder: Path):
     ]
 
     def try_one(draw: random.Random) -> str:
-        return str(deeds[int((folder / "case/deed").read_text())]())
+        return str(actions[int((folder / "case/action").read_text())]())
 
     return try_one

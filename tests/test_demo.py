@@ -1,4 +1,4 @@
-"""The demo end to end in a shortened form: the commands that a newcomer runs, on real files."""
+"""A short run of the demo from end to end, with real files, and its user errors."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from qwen_vl_streaming import devices
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.timeline.positions import RULE
-from show import made as made_by_demo
+from show import existing_outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +23,7 @@ def run(*command, cwd=ROOT, **environment):
     )
 
 
-def test_demo_in_short_form(tmp_path):
+def test_short_demo(tmp_path):
     flags = ["--output", "the demo", "--train-videos", "24", "--test-videos", "6", "--steps"]
     demo = ["bash", os.path.relpath(ROOT / "demo.sh", tmp_path), *flags]
     ended = run(*demo, "10", cwd=tmp_path)
@@ -46,7 +46,7 @@ def test_demo_in_short_form(tmp_path):
     assert len((output / "dataset/train_3_5.jsonl").read_text().splitlines()) == 24
     assert len((output / "evaluation/group_infer.json").read_text().splitlines()) == 6
     assert "METEOR" in ended.stdout and "1s '" in ended.stdout
-    # In a log no bar, but lines.
+    # Without a terminal, progress is printed as lines.
     for line in ("draw: 54/54 videos in", "read: 2/2 shards in", "training: 10/10 steps in", "group: 6/6 videos in"):
         assert line in ended.stderr
     assert "\r" not in ended.stderr + ended.stdout and "%|" not in ended.stderr
@@ -57,12 +57,12 @@ def test_demo_in_short_form(tmp_path):
 
     checked = run("bash", "-c", f"{check} --videos 1", cwd=tmp_path)
     assert checked.returncode == 0, checked.stderr
-    assert "something written before slot j changed in 0;" in checked.stdout
+    assert "tokens before slot j changed in 0;" in checked.stdout
 
     longer = run(*demo, "11", cwd=tmp_path)
     assert longer.returncode == 2 and "== 1." not in longer.stdout
     (line,) = longer.stderr.splitlines()
-    assert f"{output / 'qwen2_5vl-pe-group'} was trained for 10 steps, not 11: name another --output, or" in line
+    assert f"{output / 'qwen2_5vl-pe-group'} was trained for 10 steps, not 11: give another --output, or" in line
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_demo_in_short_form(tmp_path):
         (["--outptu", "x"], "group", "unknown flag --outptu"),
         (["--steps"], "group", "--steps needs a value"),
         (["--output", ""], "group", "--output needs a value"),
-        (["--steps", "ten"], "group", "--steps ten: give a whole number from 1 on"),
-        (["--steps", "0"], "group", "--steps 0: give a whole number from 1 on"),
-        (["--train-videos", "-1"], "group", "--train-videos -1: give a whole number from 1 on"),
-        (["--test-videos", "1.5"], "group", "--test-videos 1.5: give a whole number from 1 on"),
-        (["--output", "/dev/null"], "group", "--output /dev/null is no folder that can be written"),
+        (["--steps", "ten"], "group", "--steps ten: give a positive integer"),
+        (["--steps", "0"], "group", "--steps 0: give a positive integer"),
+        (["--train-videos", "-1"], "group", "--train-videos -1: give a positive integer"),
+        (["--test-videos", "1.5"], "group", "--test-videos 1.5: give a positive integer"),
+        (["--output", "/dev/null"], "group", "--output /dev/null is not a writable folder"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_made(tmp_path, flags, variant, message):
+def test_user_errors_are_one_line_and_create_nothing(tmp_path, flags, variant, message):
     ended = run("bash", "demo.sh", "--output", str(tmp_path), *flags, QWEN2_5_VL_VARIANT=variant)
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
@@ -87,8 +87,8 @@ def test_mistakes_are_one_line_before_anything_is_made(tmp_path, flags, variant,
     assert not any(tmp_path.iterdir())
 
 
-def test_a_finished_variant_is_refused_where_it_was_trained_for_other_steps(tmp_path, monkeypatch):
-    """Any of those asked for; one that is not finished goes on, where sft.sh finds nothing against it."""
+def test_a_variant_trained_for_other_steps_is_refused(tmp_path, monkeypatch):
+    """Any of the requested variants. An unfinished one is left to sft.sh, which resumes it or refuses."""
     trained = tmp_path / "qwen2_5vl-pe-gap"
     trained.mkdir()
     (trained / "run.json").write_text('{"arguments": {"max_steps": 1000}}')
@@ -100,26 +100,28 @@ def test_a_finished_variant_is_refused_where_it_was_trained_for_other_steps(tmp_
     check(4000)
     (trained / "config.json").write_text("{}")
     check(1000)
-    with pytest.raises(InputError, match="qwen2_5vl-pe-gap was trained for 1000 steps, not 4000: name another"):
+    with pytest.raises(InputError, match="qwen2_5vl-pe-gap was trained for 1000 steps, not 4000: give another"):
         check(4000)
     (trained / "run.json").unlink()
-    with pytest.raises(InputError, match=r"qwen2_5vl-pe-gap holds no run\.json"):
+    with pytest.raises(InputError, match=r"qwen2_5vl-pe-gap has no run\.json"):
         check(1000)
 
 
-def test_the_demo_names_no_file_that_was_not_made(tmp_path):
+def test_the_demo_lists_only_files_that_exist(tmp_path):
     (tmp_path / "evaluation").mkdir()
     for name in ("dataset", "model", "qwen2_5vl-pe-gap"):
         (tmp_path / name).mkdir()
     for name in ("gap_infer.json", "gap_scores.json"):
         (tmp_path / "evaluation" / name).touch()
-    names = [path.name for _, path in made_by_demo(tmp_path, ["gap"])]
+    names = [path.name for _, path in existing_outputs(tmp_path, ["gap"])]
     assert names == ["dataset", "model", "qwen2_5vl-pe-gap", "gap_infer.json", "gap_scores.json"]
     (tmp_path / "qwen2_5vl-pe-gap/loss.png").touch()
-    assert ("            loss curve", tmp_path / "qwen2_5vl-pe-gap/loss.png") in list(made_by_demo(tmp_path, ["gap"]))
+    assert ("            loss curve", tmp_path / "qwen2_5vl-pe-gap/loss.png") in list(
+        existing_outputs(tmp_path, ["gap"])
+    )
 
 
-def test_the_demo_says_at_once_that_gpus_cannot_be_used(tmp_path, monkeypatch):
+def test_the_demo_reports_unusable_gpus_first(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "ask_driver", lambda: devices.Driver(("NVIDIA H100",), "535.129.03"))
     monkeypatch.setattr(devices, "ask_torch", lambda: devices.Torch("2.14.1", "13.0", fault="CUDA does not start"))
     command = ["check_flags.py", "--output", str(tmp_path), "--steps", "3"]

@@ -1,4 +1,4 @@
-"""The demo's data set: PE-Video's shape, captions that keep to wait-3, faults where they belong."""
+"""The demo's data set: format, captions that respect wait-3, and the videos that must be dropped."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def small(folder: Path, **settings) -> DataConfig:
 
 
 def read(folder: Path) -> dict[str, tuple[bytes, dict]]:
-    """Every sample of a data set: id -> (MP4 file, row)."""
+    """All samples of a data set: id -> (MP4 file, row)."""
     files = {}
     for shard in sorted(folder.glob("*/*.tar")):
         with tarfile.open(shard) as archive:
@@ -42,13 +42,13 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
-def test_each_split_holds_good_videos_and_one_of_each_fault(dataset):
+def test_each_split_has_good_videos_and_one_of_each_kind_to_drop(dataset):
     samples = read(dataset)
     truths = [json.loads(line) for line in (dataset / "truth.jsonl").read_text().splitlines()]
     assert {row["video_id"] for row in truths} == set(samples)
     for split, ordinary in (("train", 3), ("test", 2)):
         dropped = [row["dropped"] for row in truths if row["split"] == split]
-        assert dropped.count(None) == ordinary + 1  # and one with another opening
+        assert dropped.count(None) == ordinary + 1  # and one with a different opening
         assert sorted(filter(None, dropped)) == sorted(DROPPED)
     assert len(list((dataset / "train").glob("*.tar"))) == 2
 
@@ -76,7 +76,7 @@ def decodes(video: bytes) -> bool:
         return False
 
 
-def test_a_video_is_h264_of_its_length_and_shows_its_first_shape(dataset):
+def test_a_video_is_h264_with_its_duration_and_shows_its_first_shape(dataset):
     for line in (dataset / "truth.jsonl").read_text().splitlines():
         row = json.loads(line)
         if row["dropped"]:
@@ -92,7 +92,7 @@ def test_a_video_is_h264_of_its_length_and_shows_its_first_shape(dataset):
         assert (distance < 40).mean() > 0.02
 
 
-def test_a_caption_tells_only_what_has_been_seen_for_a_whole_second():
+def test_captions_describe_events_a_full_second_after_they_happen():
     for number in range(300):
         rng = random.Random(number)
         scene = make_scene(rng, rng.uniform(5, 12), (3.1, 4.4))
@@ -103,11 +103,11 @@ def test_a_caption_tells_only_what_has_been_seen_for_a_whole_second():
         for event in scene.events:
             slot = min(event.word // 3 + 1, clips)
             assert event.second + 1 <= slot
-        # The first shape's words come before anything else happens.
+        # The sentence about the first shape is complete before anything else happens.
         assert all(event.second >= 3 for event in scene.events[1:])
 
 
-def test_the_picture_changes_exactly_when_an_event_begins():
+def test_frames_change_exactly_when_an_event_starts():
     for number in range(30):
         scene = make_scene(random.Random(number), 9.0, (3.1, 4.4))
         for event in scene.events[1:]:
@@ -117,7 +117,7 @@ def test_the_picture_changes_exactly_when_an_event_begins():
         assert all(draw(scene, second - 0.01, 84) == draw(scene, second, 84) for second in quiet)
 
 
-def test_the_same_settings_give_the_same_bytes_whatever_the_workers(dataset, tmp_path):
+def test_the_number_of_workers_does_not_change_the_bytes(dataset, tmp_path):
     make_dataset(small(tmp_path), workers=2)
     written = {path.relative_to(dataset): path.read_bytes() for path in dataset.rglob("*") if path.is_file()}
     again = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -125,7 +125,7 @@ def test_the_same_settings_give_the_same_bytes_whatever_the_workers(dataset, tmp
     assert plan(small(tmp_path, seed=1)) != plan(small(tmp_path))
 
 
-def test_starting_again_makes_only_what_is_missing(tmp_path, monkeypatch):
+def test_running_again_creates_only_missing_shards(tmp_path, monkeypatch):
     config = small(tmp_path, dropped=0, other_openings=0, shard_videos=2)
     make_dataset(config)
     first, second = sorted((tmp_path / "train").glob("*.tar"))
@@ -143,12 +143,12 @@ def test_starting_again_makes_only_what_is_missing(tmp_path, monkeypatch):
         make_dataset(small(tmp_path))
 
 
-def test_preview_is_one_picture(tmp_path):
+def test_preview_is_one_png(tmp_path):
     preview(small(tmp_path), tmp_path / "preview.png")
     assert Image.open(tmp_path / "preview.png").size == (12 * 90, 2 * 112)
     assert not (tmp_path / "test").exists()
 
 
-def test_bad_settings_are_one_line():
+def test_invalid_settings_are_one_line():
     done = subprocess.run([sys.executable, PROGRAM, "--output", "x", "--size", "33"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip() == "error: --size is 33: it must be even and 56 or more"

@@ -1,4 +1,4 @@
-"""The demo's model: a checkpoint like any Qwen2.5-VL's, which stock transformers loads and runs on a demo video."""
+"""The demo's model: a Qwen2.5-VL checkpoint that transformers loads and runs on a demo video."""
 
 import io
 import random
@@ -47,7 +47,7 @@ def test_every_word_is_one_token(captions):
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
 
 
-def test_the_chat_template_writes_what_qwens_does(checkpoint):
+def test_the_chat_template_equals_qwens(checkpoint):
     processor = AutoProcessor.from_pretrained(checkpoint)
     user = {"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "video", "video": "a.mp4"}]}
     asked = (
@@ -105,7 +105,7 @@ def test_token_ids_come_from_the_tokenizer_and_weights_from_the_seed(captions):
     assert torch.equal(one["lm_head.weight"], one["model.language_model.embed_tokens.weight"])
 
 
-def test_default_shape_is_small_and_its_heads_fit_the_positions(captions):
+def test_default_shape_is_small_and_matches_mrope(captions):
     config = make_config(make_tokenizer(captions))
     text = config.text_config
     head = text.hidden_size // text.num_attention_heads
@@ -113,10 +113,10 @@ def test_default_shape_is_small_and_its_heads_fit_the_positions(captions):
     assert make_model(config).num_parameters() < 3e6
 
 
-def test_mistakes_are_named(tmp_path):
+def test_user_errors_are_refused(tmp_path):
     with pytest.raises(InputError, match="--kv-heads 3"):
         ModelShape(kv_heads=3)
     with pytest.raises(InputError, match="a multiple of 28"):
         ModelShape(frame_side=80)
-    with pytest.raises(InputError, match="holds no shards"):
+    with pytest.raises(InputError, match="has no shards"):
         read_captions(tmp_path)

@@ -1,4 +1,4 @@
-"""FunQA: its own annotation files and real videos to rows, whatever is wrong with them."""
+"""FunQA's preparation: rows from annotation files and videos, bad input, archives and the hub."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ def entry(task="H2", question="What is funny?", answer="A cat falls.", **changes
 
 
 def full(questions=2, answers=3):
-    """Every sub-task of one video of each kind, and the tasks that are not used, as in the published files."""
+    """All sub-tasks of one video of each kind, and some unused ones, as in the published files."""
     entries = []
     for task in ("H1", *SUBTASKS, "H4", "C5"):
         for q in range(questions):
@@ -42,7 +42,7 @@ def full(questions=2, answers=3):
 
 
 def lay_out(folder, split="test", entries=None, videos=VIDEOS, data=MP4):
-    """A folder as the published zip files make it: <split>/<split>_humor/<video> and so on."""
+    """A folder as unpacked from the published zip files: <split>/<split>_humor/<video> and so on."""
     make_files(folder, {f"FunQA_{split}.json": json.dumps(full() if entries is None else entries).encode()})
     for kind, name in videos.items():
         make_files(folder / split / f"{split}_{KINDS[kind]}", {name: data})
@@ -88,10 +88,10 @@ def skipped(tmp_path):
     return [json.loads(line) for line in (tmp_path / "dataset/funqa_skipped.jsonl").read_text().splitlines()]
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
+# --- rows ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_test_row_is_a_question_with_all_its_answers_and_a_train_row_an_entry(tmp_path):
+def test_a_test_row_has_all_answers_and_a_train_row_has_one(tmp_path):
     lay_out(tmp_path / "source", "test")
     lay_out(tmp_path / "source", "train")
     tallies = prepare_funqa(make_options(tmp_path))
@@ -118,7 +118,7 @@ def test_a_test_row_is_a_question_with_all_its_answers_and_a_train_row_an_entry(
     assert (tmp_path / "dataset/funqa_report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_at_most_so_many_questions_and_references(tmp_path):
+def test_max_questions_and_max_references(tmp_path):
     lay_out(tmp_path / "source")
     tally = prepare_funqa(make_options(tmp_path, max_questions=1, max_references=2))["test"]
     assert [row["task"] for row in rows(tmp_path)] == list(SUBTASKS)
@@ -127,7 +127,7 @@ def test_at_most_so_many_questions_and_references(tmp_path):
     assert tally.outcomes["more questions than --max-questions"] == 18
 
 
-def test_bounds_are_by_the_real_length_and_each_answer(tmp_path):
+def test_bounds_apply_to_the_video_duration_and_to_each_answer(tmp_path):
     make_tokenizer(tmp_path / "tokenizer")
     entries = [entry(answer=" ".join(["word"] * count)) for count in (5, 6, 10, 11)]
     long = entry("C2", answer=" ".join(["word"] * 15), visual_input="long.mp4")
@@ -136,7 +136,7 @@ def test_bounds_are_by_the_real_length_and_each_answer(tmp_path):
     rules = Rules(0.0, 4.0, 3.0, 5.0)
     tally = prepare_funqa(make_options(tmp_path, rules=rules))["test"]
     (row,) = rows(tmp_path)
-    assert [len(text.split()) for text in row["references"]] == [6, 10]  # 3 and 5 tokens a second
+    assert [len(text.split()) for text in row["references"]] == [6, 10]  # 3 and 5 tokens per second
     assert tally.outcomes == {
         "kept": 2,
         "too few tokens per second": 1,
@@ -145,7 +145,7 @@ def test_bounds_are_by_the_real_length_and_each_answer(tmp_path):
     }
 
 
-def test_max_samples_draws_by_seed(tmp_path):
+def test_max_samples_samples_by_seed(tmp_path):
     lay_out(tmp_path / "source", "train")
     drawn = []
     for seed in (0, 0, 1):
@@ -155,7 +155,7 @@ def test_max_samples_draws_by_seed(tmp_path):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-# --- bad entries and videos -----------------------------------------------------------------------------------------
+# --- bad entries and videos ----------------------------------------------------------------------------------------
 
 
 def test_bad_entries_are_counted_with_their_reasons(tmp_path):
@@ -167,19 +167,19 @@ def test_bad_entries_are_counted_with_their_reasons(tmp_path):
         "no output": entry(answer=None),
         "output is empty": entry(answer=""),
         "output is not text": entry(answer=["a"]),
-        "output has no word": entry(answer="[ , ]"),
+        "output has no words": entry(answer="[ , ]"),
         "output is not valid Unicode": entry(answer="a \ud800"),
         "no visual_input": entry(visual_input=None),
         "unknown sub-task": entry(task="H9"),
         "duplicate ID": entry(answer="Another.", ID="fine_H2"),
         "video is missing": entry(visual_input="gone.mp4"),
         "video cannot be used": entry(visual_input="broken.mp4"),
-        "two videos of one name": entry(visual_input="twice.mp4"),
+        "two videos have the same name": entry(visual_input="twice.mp4"),
     }
     entries = [*bad.values(), *fine, {**fine[0], "ID": "again"}]
     print("seed 3")
     random.Random(3).shuffle(entries)
-    if entries.index(bad["duplicate ID"]) < entries.index(fine[0]):  # the first of an ID counts
+    if entries.index(bad["duplicate ID"]) < entries.index(fine[0]):  # the first entry with an ID is used
         entries.remove(bad["duplicate ID"])
         entries.append(bad["duplicate ID"])
     source = lay_out(tmp_path / "source", entries=entries)
@@ -193,7 +193,7 @@ def test_bad_entries_are_counted_with_their_reasons(tmp_path):
     assert all(line["where"].startswith("FunQA_test.json, entry ") for line in skipped(tmp_path))
 
 
-def test_links_that_lead_nowhere_are_videos_that_are_missing(tmp_path):
+def test_broken_links_are_missing_videos(tmp_path):
     folder = lay_out(tmp_path / "source", videos={kind: VIDEOS[kind] for kind in "HM"}) / "test"
     (folder / VIDEOS["C"]).symlink_to("x" * 300)
     (folder / "loop.mp4").symlink_to("loop.mp4")
@@ -202,7 +202,7 @@ def test_links_that_lead_nowhere_are_videos_that_are_missing(tmp_path):
     assert {entry["reason"] for entry in skipped(tmp_path)} == {f"video is missing: {VIDEOS['C']}"}
 
 
-def test_ids_do_not_depend_on_what_is_left_out(tmp_path):
+def test_ids_do_not_depend_on_skipped_entries(tmp_path):
     make_tokenizer(tmp_path / "tokenizer")
     entries = [
         entry(question=f"Q{q}?", answer=" ".join(["word"] * (3 + q)), visual_input=video)
@@ -220,11 +220,11 @@ def test_ids_do_not_depend_on_what_is_left_out(tmp_path):
     assert list(left) == ["a:H2:2", "a:H2:3"] and left.items() <= every.items()
 
 
-def test_a_missing_sub_task_is_said(tmp_path, caplog):
+def test_a_missing_sub_task_is_reported(tmp_path, caplog):
     lay_out(tmp_path / "source", entries=[one for one in full() if one["task"] != "M3"])
     tally = prepare_funqa(make_options(tmp_path))["test"]
-    assert tally.tasks["M3"] == 0 and "no row of sub-task M3" in caplog.text
-    assert "no train split" in caplog.text
+    assert tally.tasks["M3"] == 0 and "has no rows of sub-task M3" in caplog.text
+    assert "the train split is skipped" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -234,26 +234,26 @@ def test_a_missing_sub_task_is_said(tmp_path, caplog):
         (b"\xff", "FunQA_test.json is not JSON"),
         (b"{}", "is not a list of questions"),
         (b"[]", "is not a list of questions"),
-        (json.dumps([entry("H1"), entry("H4")]).encode(), r"no question of H2, H3, C2, C3, M2, M3, but H1 \(1\), H4"),
-        (json.dumps([{"question": "?"}]).encode(), "but None"),
+        (json.dumps([entry("H1"), entry("H4")]).encode(), r"no question of H2, H3, C2, C3, M2, M3, only H1 \(1\), H4"),
+        (json.dumps([{"question": "?"}]).encode(), "only None"),
         (json.dumps([entry(visual_input="x.mp4")]).encode(), "none of the 1 videos .* x.mp4: put test.zip"),
     ],
 )
-def test_annotation_files_that_are_none(tmp_path, content, message):
+def test_invalid_annotation_files(tmp_path, content, message):
     make_files(tmp_path / "source", {"FunQA_test.json": content})
     with pytest.raises(InputError, match=message):
         prepare_funqa(make_options(tmp_path))
     assert not (tmp_path / "dataset/funqa_test.jsonl").exists()
 
 
-def test_two_annotation_files_of_one_split(tmp_path):
+def test_two_annotation_files_for_one_split(tmp_path):
     lay_out(tmp_path / "source")
     make_files(tmp_path / "source/annotation_with_ID", {"funqa_test.json": b"[]"})
-    with pytest.raises(InputError, match="both annotations of test"):
+    with pytest.raises(InputError, match="both are annotation files of test"):
         prepare_funqa(make_options(tmp_path))
 
 
-# --- zip files, resumption, the hub ---------------------------------------------------------------------------------
+# --- zip files, resuming, the hub --------------------------------------------------------------------------------
 
 
 def test_videos_in_a_zip_file_are_unpacked_once(tmp_path, monkeypatch):
@@ -263,13 +263,13 @@ def test_videos_in_a_zip_file_are_unpacked_once(tmp_path, monkeypatch):
     first = rows(tmp_path)
     assert first[0]["video_path"] == "dataset/FunQA/videos/test/H_A_101_1433_1631.mp4"
     assert all((tmp_path / row["video_path"]).read_bytes() == MP4 for row in first)
-    monkeypatch.setattr("funqa.videos.look_at_some", None)  # a second run looks at none of them again …
+    monkeypatch.setattr("funqa.run.check_videos", None)  # a second run checks none of them again …
     prepare_funqa(make_options(tmp_path))
     assert rows(tmp_path) == first
     monkeypatch.undo()
-    (tmp_path / first[0]["video_path"]).unlink()  # … but for one that is gone
+    (tmp_path / first[0]["video_path"]).unlink()  # … except one that was deleted
     state = tmp_path / "dataset/.mani_data/funqa-test-videos.jsonl"
-    state.write_text(state.read_text() + '["half')  # as a killed run leaves it
+    state.write_text(state.read_text() + '["half')  # as after a killed run
     prepare_funqa(make_options(tmp_path))
     assert rows(tmp_path) == first and (tmp_path / first[0]["video_path"]).read_bytes() == MP4
 
@@ -292,7 +292,7 @@ def test_damaged_zip_files(tmp_path):
 
 
 class FunqaHub(FakeHub):
-    """The hub's answers for a data set whose files lie at its root."""
+    """The hub's responses for a data set with its files at the top level."""
 
     def answer(self, request, path):
         name = "fesvhtr/FunQA"
@@ -320,7 +320,7 @@ def test_the_hub_is_streamed(tmp_path):
         result = mani_data(tmp_path, **environ)
         assert result.returncode == 0, result.stderr
         assert len(rows(tmp_path)) == 12
-        assert hub.sent < (tmp_path / "hub/test.zip").stat().st_size / 2  # only what is used
+        assert hub.sent < (tmp_path / "hub/test.zip").stat().st_size / 2  # only what is used is read
         hub.broken_after = 0
         result = mani_data(tmp_path, **environ)
         assert result.returncode == 2
@@ -330,10 +330,10 @@ def test_the_hub_is_streamed(tmp_path):
         hub.server.server_close()
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_what_it_did(tmp_path):
+def test_the_command_prints_its_results(tmp_path):
     lay_out(tmp_path / "source")
     result = mani_data(tmp_path, "--source", str(tmp_path / "source"), "--split", "test")
     assert result.returncode == 0, result.stderr
@@ -353,14 +353,14 @@ def main(monkeypatch):
     [
         (["--dataset", "fun"], "unknown --dataset 'fun': choose one of pe-video, funqa"),
         (["--source", "/nowhere"], "folder /nowhere does not exist"),
-        (["--train-dir", "."], "--train-dir is no flag of --dataset funqa"),
-        (["--max-references", "0"], "--max-references 0 must be at least 1"),
-        (["--max-seconds", "1", "--min-seconds", "2"], "leave nothing between them"),
-        (["--source", "docs"], "docs holds no FunQA_train.json or FunQA_test.json"),
+        (["--train-dir", "."], "--train-dir does not apply to --dataset funqa"),
+        (["--max-references", "0"], "--max-references is 0: it must be at least 1"),
+        (["--max-seconds", "1", "--min-seconds", "2"], "are not a range"),
+        (["--source", "docs"], "docs has no FunQA_train.json or FunQA_test.json"),
         ([], "hf download fesvhtr/FunQA"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
+def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -376,4 +376,4 @@ def test_funqa_flags_are_refused_for_pe_video(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["mani_data.py", "--dataset-root", str(tmp_path), "--max-questions", "1"])
     with pytest.raises(SystemExit):
         main(monkeypatch)
-    assert "--max-questions is no flag of --dataset pe-video" in capsys.readouterr().err
+    assert "--max-questions does not apply to --dataset pe-video" in capsys.readouterr().err

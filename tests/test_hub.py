@@ -1,4 +1,4 @@
-"""Streaming shards from a hub on the loopback: only what is kept is fetched, and a hub that fails is no bad sample."""
+"""Streaming shards from a local hub: only kept videos are downloaded, and a failing hub is not a bad sample."""
 
 import json
 import os
@@ -18,7 +18,7 @@ NAME = "facebook/PE-Video"
 
 
 class FakeHub:
-    """The few answers of the hub's API that streaming needs, for the files of one folder."""
+    """Serves the endpoints of the hub's API that streaming needs, for the files of one folder."""
 
     def __init__(self, folder: Path):
         self.folder, self.sent, self.ranges, self.broken_after = folder, 0, 0, None
@@ -105,7 +105,7 @@ def ids(tmp_path):
     return [json.loads(line)["video_id"] for line in (tmp_path / "dataset/train_3_5.jsonl").read_text().splitlines()]
 
 
-def test_only_what_is_kept_is_fetched(tmp_path, hub):
+def test_only_kept_videos_are_downloaded(tmp_path, hub):
     result = mani_data(tmp_path, hub)
     assert result.returncode == 0, result.stderr
     assert ids(tmp_path) == ["00", "10"]
@@ -113,25 +113,25 @@ def test_only_what_is_kept_is_fetched(tmp_path, hub):
     assert sorted(path.name for path in videos.iterdir()) == ["00.mp4", "10.mp4"]
     assert (videos / "00.mp4").stat().st_size > 1 << 20
     total = sum(file.stat().st_size for file in (tmp_path / "hub").rglob("*.tar"))
-    assert hub.sent < total / 2  # two of twelve videos, headers, and what was read on past the end of each
+    assert hub.sent < total / 2  # two of twelve videos, headers, and some bytes past the end of each
     assert not list((tmp_path / "home").rglob("*.tar"))
 
 
-def test_hub_that_fails_ends_the_run_and_the_next_one_goes_on(tmp_path, hub):
+def test_a_failing_hub_ends_the_run_and_the_next_run_resumes(tmp_path, hub):
     hub.broken_after = 9
     result = mani_data(tmp_path, hub)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: http://127.0.0.1")
-    assert "what was finished is kept" in result.stderr
+    assert "run the same command again later to resume" in result.stderr
     hub.broken_after = None
     result = mani_data(tmp_path, hub)
     assert result.returncode == 0, result.stderr
-    assert "1 of 2 shards" in result.stderr
+    assert "resuming: 1 of 2 shards" in result.stderr
     assert ids(tmp_path) == ["00", "10"]
     assert (tmp_path / "dataset/skipped.jsonl").read_text() == ""
 
 
-def test_refused_access_says_what_to_download(tmp_path, hub):
+def test_missing_access_reports_what_to_download(tmp_path, hub):
     hub.folder = tmp_path / "nothing"
     result = mani_data(tmp_path, hub)
     assert result.returncode == 2

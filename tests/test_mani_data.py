@@ -1,4 +1,4 @@
-"""PE-Video's preparation: rules and rows, sources, and bad input."""
+"""PE-Video's preparation: filtering, rows, sources and bad input."""
 
 import errno
 import gzip
@@ -17,10 +17,10 @@ from pe_video.run import prepare_dataset
 from preparation.rules import MAX_JSON_BYTES, Rules
 from qwen_vl_streaming.common.errors import InputError
 
-# --- rules and rows -------------------------------------------------------------------------------------------------
+# --- rules and rows ------------------------------------------------------------------------------------------------
 
 
-def test_rows_keep_all_fields_and_add_four(tmp_path):
+def test_rows_keep_all_fields_and_add_ids_and_paths(tmp_path):
     make_files(tmp_path / "source/train", {"7.json": good(keywords=["a", "ü"], model_caption="m")})
     options = make_options(tmp_path)
     tally = prepare_dataset(options)["train"]
@@ -38,8 +38,8 @@ def test_rows_keep_all_fields_and_add_four(tmp_path):
     assert tally.without_video == 1
 
 
-def test_a_video_path_of_its_own_stays_where_the_source_has_no_video(tmp_path):
-    """As the published script has it; where there is a video beside the JSON or in the usual folder, that is named."""
+def test_the_jsons_video_path_is_kept_if_the_source_has_no_video(tmp_path):
+    """As in the published script. A video beside the JSON or in the default folder takes precedence."""
     named = {f"{n}.json": good(video_path=path) for n, path in enumerate(("clips/a.mp4", "clips/b.mp4", "", None, 7))}
     make_files(tmp_path / "source/train", named)
     make_files(tmp_path / "clips", {"b.mp4": MP4})
@@ -64,12 +64,12 @@ def test_a_video_path_of_its_own_stays_where_the_source_has_no_video(tmp_path):
         (100, 30.01, "too long"),
     ],
 )
-def test_bounds_are_themselves_allowed(tmp_path, words, seconds, outcome):
+def test_bounds_are_inclusive(tmp_path, words, seconds, outcome):
     make_files(tmp_path / "source/train", {"7.json": sample_json(words, seconds)})
     assert prepare_dataset(make_options(tmp_path))["train"].outcomes == {outcome: 1}
 
 
-def test_bounds_and_prefix_are_flags(tmp_path):
+def test_caption_prefix_and_invalid_bounds(tmp_path):
     caption = "The video shows " + " ".join(["word"] * 17)
     make_files(tmp_path / "source/train", {"1.json": good(human_caption=caption), "2.json": good()})
     options = make_options(tmp_path, rules=Rules(caption_prefix="the video shows"))
@@ -80,7 +80,7 @@ def test_bounds_and_prefix_are_flags(tmp_path):
 
 
 @pytest.mark.parametrize("field", ["video_duration_in_s", "video_duration", "duration"])
-def test_duration_by_any_of_its_names(tmp_path, field):
+def test_duration_field_names(tmp_path, field):
     data = json.loads(sample_json(KEPT, None)) | {field: "6"}
     make_files(tmp_path / "source/train", {"7.json": json.dumps(data).encode()})
     options = make_options(tmp_path)
@@ -88,7 +88,7 @@ def test_duration_by_any_of_its_names(tmp_path, field):
     assert rows(options)[0]["video_duration_in_s"] == 6.0
 
 
-def test_absent_duration_comes_from_the_video(tmp_path):
+def test_missing_duration_is_read_from_the_video(tmp_path):
     make_files(tmp_path / "source/train", {"1.json": sample_json(KEPT, None), "1.mp4": MP4})
     make_tar(tmp_path / "source/train/a.tar", [("2.mp4", MP4), ("2.json", sample_json(KEPT, None))])
     options = make_options(tmp_path)
@@ -113,7 +113,7 @@ BAD_JSON = {
     "emptycaption": (sample_json(0, 6), "human_caption is empty"),
     "numbercaption": (good(human_caption=7), "human_caption is not text"),
     "surrogate": (good(human_caption="\ud800 word"), "human_caption is not valid Unicode"),
-    "nanfield": (good(score=float("nan")), "JSON holds text or a number that cannot be written back"),
+    "nanfield": (good(score=float("nan")), "JSON contains text or a number that cannot be written back"),
 }
 
 
@@ -128,10 +128,10 @@ def test_bad_json_is_counted_with_its_reason(tmp_path):
     assert sum(tally.reasons.values()) == len(BAD_JSON)
 
 
-# --- sources --------------------------------------------------------------------------------------------------------
+# --- sources -------------------------------------------------------------------------------------------------------
 
 
-def test_folder_with_videos_missing_videos_and_orphans(tmp_path):
+def test_folder_with_missing_videos_and_orphans(tmp_path):
     source = {"1.json": good(), "1.mp4": MP4, "2.json": good(), "3.mp4": MP4, "4.json": good(), "4.mp4": b"no video"}
     make_files(tmp_path / "source/train", source)
     make_files(tmp_path / "dataset/PE-Video/videos/train", {"2.mp4": MP4})
@@ -145,8 +145,8 @@ def test_folder_with_videos_missing_videos_and_orphans(tmp_path):
     assert reasons["4"].startswith("video cannot be used: ")
 
 
-def test_a_caption_has_the_video_beside_it(tmp_path, monkeypatch):
-    """Else one that belongs to no other caption, whatever the order in which a disk lists its files."""
+def test_the_video_beside_the_json_is_used(tmp_path, monkeypatch):
+    """Otherwise one that has no JSON of its own. Independent of the order in which the disk lists files."""
     for folder, seconds in (("b", 7), ("a", 6), ("c", 8)):
         caption = b"{" if folder == "a" else good(video_duration_in_s=seconds)
         files = {"0.json": caption, "0.mp4": video_bytes(seconds=seconds, size=(64, 48))}
@@ -170,7 +170,7 @@ def test_a_caption_has_the_video_beside_it(tmp_path, monkeypatch):
     assert reasons == {"train/a/0.json": "JSON is broken", "train/c/0.json": twice, "train/json/0.json": twice}
 
 
-def test_links_that_lead_nowhere_or_in_a_circle_are_counted(tmp_path):
+def test_broken_and_circular_links_are_counted(tmp_path):
     folder = make_files(tmp_path / "source/train", {"1.json": good(), "1.mp4": MP4, "2.json": good(), "3.json": good()})
     links = {"2.mp4": "2.mp4", "3.mp4": "gone", "4.json": "4.json", "5.json": "gone", "6.tar": "6.tar"}
     for name, target in links.items():
@@ -185,7 +185,7 @@ def test_links_that_lead_nowhere_or_in_a_circle_are_counted(tmp_path):
     assert reasons["train/6.tar"] == f"shard cannot be read: {os.strerror(errno.ELOOP)}"
 
 
-def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
     make_files(tmp_path / "source/train/locked", {"1.json": good(), "1.mp4": MP4})
     make_files(tmp_path / "source/train", {"2.json": good(), "2.mp4": MP4})
     scandir = os.scandir
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
         prepare_dataset(make_options(tmp_path))
 
 
-def test_only_kept_videos_leave_a_shard(tmp_path):
+def test_only_kept_videos_are_unpacked(tmp_path):
     members = [("1.json", good()), ("1.mp4", MP4), ("2.mp4", MP4), ("2.json", sample_json(3, SECONDS))]
     make_tar(tmp_path / "source/train/a.tar", members)
     options = make_options(tmp_path)
@@ -255,14 +255,14 @@ def test_bad_videos_are_counted_and_not_written(tmp_path):
     assert reasons == {
         "undecodable": "video cannot be used",
         "empty": "video is empty",
-        "short": "video is shorter than it claims",
-        "long": "video is longer than it claims",
+        "short": "video is shorter than its JSON says",
+        "long": "video is longer than its JSON says",
         "sound": "video cannot be used",
     }
     assert not list((tmp_path / "dataset").rglob("*.mp4"))
 
 
-def test_damaged_shards_give_what_they_still_hold(tmp_path):
+def test_samples_before_damage_in_a_shard_are_used(tmp_path):
     members = [(f"{i}{e}", d) for i in range(6) for e, d in ((".json", good()), (".mp4", MP4))]
     whole = make_tar(tmp_path / "whole.tar", members).read_bytes()
     pair = len(whole[: whole.index(b"1.json\0")])  # bytes of the first sample
@@ -283,7 +283,7 @@ def test_damaged_shards_give_what_they_still_hold(tmp_path):
     assert tally.reasons["shard damaged"] == 4
 
 
-def climbing_members():
+def unsafe_members():
     link = tarfile.TarInfo("link.mp4")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     hard = tarfile.TarInfo("hard.json")
@@ -291,12 +291,12 @@ def climbing_members():
     device = tarfile.TarInfo("device.mp4")
     device.type, device.devmajor, device.devminor = tarfile.CHRTYPE, 1, 3
     names = ["../up", "a/../../up2", "/absolute", "..", "new\nline", "x" * 230]
-    climbing = [(f"{name}{e}", d) for name in names for e, d in ((".json", good()), (".mp4", MP4))]
-    return [(link, b""), (hard, b""), (device, b""), *climbing, ("1.json", good()), ("1.mp4", MP4)]
+    unsafe = [(f"{name}{e}", d) for name in names for e, d in ((".json", good()), (".mp4", MP4))]
+    return [(link, b""), (hard, b""), (device, b""), *unsafe, ("1.json", good()), ("1.mp4", MP4)]
 
 
-def test_nothing_climbs_out(tmp_path):
-    make_tar(tmp_path / "source/train/a.tar", climbing_members())
+def test_unsafe_members_write_nothing_outside(tmp_path):
+    make_tar(tmp_path / "source/train/a.tar", unsafe_members())
     options = make_options(tmp_path)
     before = {path for path in tmp_path.rglob("*") if "dataset" not in path.parts}
     tally = prepare_dataset(options)["train"]
@@ -307,7 +307,7 @@ def test_nothing_climbs_out(tmp_path):
     assert not Path("/absolute.mp4").exists()
 
 
-def test_video_place_that_is_a_link_is_replaced_not_followed(tmp_path):
+def test_a_link_in_place_of_a_video_is_replaced_and_not_followed(tmp_path):
     make_tar(tmp_path / "source/train/a.tar", [("1.json", good()), ("1.mp4", MP4)])
     videos = make_files(tmp_path / "dataset/PE-Video/videos/train", {})
     outside = make_files(tmp_path / "outside", {"mine": b"mine"}) / "mine"
@@ -317,7 +317,7 @@ def test_video_place_that_is_a_link_is_replaced_not_followed(tmp_path):
     assert not (videos / "1.mp4").is_symlink()
 
 
-def test_duplicates_the_first_good_one_counts(tmp_path):
+def test_the_first_good_duplicate_is_used(tmp_path):
     other = video_bytes(seconds=7, fps=5, size=(64, 48))
     make_tar(tmp_path / "source/train/a.tar", [("1.json", b"{"), ("1.mp4", MP4), ("2.json", good()), ("2.mp4", MP4)])
     make_tar(
@@ -331,8 +331,8 @@ def test_duplicates_the_first_good_one_counts(tmp_path):
     assert [entry["reason"] for entry in skipped(options)] == ["JSON is broken", "duplicate id: first in train/a.tar:2"]
 
 
-def test_names_and_sizes_that_no_writer_makes(tmp_path):
-    """Found by fuzzing: a member called ".", and a size beyond what a file can be."""
+def test_invalid_names_and_sizes_in_headers(tmp_path):
+    """Found by fuzzing: a member named ".", and a size larger than any file."""
     whole = make_tar(tmp_path / "whole.tar", [("0.json", good()), ("0.mp4", MP4)]).read_bytes()
     for name, start, field in (
         ("nameless", 0, b".".ljust(100, b"\0")),
@@ -351,7 +351,7 @@ def test_names_and_sizes_that_no_writer_makes(tmp_path):
     assert tally.reasons == {"shard damaged": 2, **dict.fromkeys(once, 1)}
 
 
-# --- containers and packings ----------------------------------------------------------------------------------------
+# --- containers and compression ---------------------------------------------------------------------------------------
 
 FORMATS = {
     **{"mov": "mov", "MKV": "matroska", "webm": "webm", "avi": "avi", "m4v": "mp4", "MP4": "mp4", "ts": "mpegts"},
@@ -376,7 +376,7 @@ def test_videos_of_every_container(tmp_path, kind):
     source = tmp_path / "source/train"
     make_files(source, dict(members)) if kind == "files" else make_tar(source / "a.tar", members)
     options = make_options(tmp_path)
-    for _ in range(2):  # the second time, all is there already
+    for _ in range(2):  # the second run finds everything unpacked
         tally = prepare_dataset(options)["train"]
         found = {row["video_id"]: row["video_path"] for row in rows(options)}
         folder, small = ("source/train", str) if kind == "files" else ("dataset/PE-Video/videos/train", str.lower)
@@ -385,7 +385,7 @@ def test_videos_of_every_container(tmp_path, kind):
         assert all((tmp_path / path).read_bytes() == FILMS[name] for name, path in found.items())
 
 
-def test_json_alone_finds_what_was_unpacked_before(tmp_path):
+def test_json_files_find_videos_that_were_unpacked_before(tmp_path):
     make_files(tmp_path / "source/train", {f"{ending}.json": good() for ending in FILMS})
     options = make_options(tmp_path)
     make_files(options.videos / "train", {f"{ending}.{ending}": data for ending, data in FILMS.items()})
@@ -393,8 +393,8 @@ def test_json_alone_finds_what_was_unpacked_before(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["files", "tar"])
-def test_several_videos_of_one_json(tmp_path, kind):
-    """One is used, MP4 first where there is a choice, and the others are reported."""
+def test_several_videos_with_one_json(tmp_path, kind):
+    """One is used, preferably MP4, and the others are reported."""
     members = [("a.mp4", MP4), ("a.json", good()), ("a.avi", FILMS["avi"]), ("b.json", good()), ("b.mkv", FILMS["MKV"])]
     source = tmp_path / "source/train"
     make_files(source, dict(members)) if kind == "files" else make_tar(source / "a.tar", members)
@@ -405,7 +405,7 @@ def test_several_videos_of_one_json(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.TGZ", "a.tar"])
-def test_shards_that_gzip_has_made(tmp_path, name):
+def test_gzip_shards(tmp_path, name):
     members = [(f"{i}{e}", d) for i in range(3) for e, d in ((".json", good(video_duration_in_s=None)), (".mp4", MP4))]
     whole = make_tar(tmp_path / "whole", members).read_bytes()
     make_files(tmp_path / "source/train", {name: gzip.compress(whole)})
@@ -414,22 +414,22 @@ def test_shards_that_gzip_has_made(tmp_path, name):
     assert ids(options) == ["0", "1", "2"] and not skipped(options)
     assert all((tmp_path / row["video_path"]).read_bytes() == MP4 for row in rows(options))
     kept = {path.suffix for path in (tmp_path / "dataset/.mani_data").rglob("*") if path.is_file()}
-    assert kept <= {"", ".done", ".tsv", ".videos"}
+    assert kept <= {"", ".done", ".tsv", ".jsonl"}
 
 
 def test_damaged_gzip_shards(tmp_path):
-    noise = os.urandom(100_000)  # what does not shrink
+    noise = os.urandom(100_000)  # does not compress
     members = [(f"{i}{e}", d) for i in range(3) for e, d in ((".json", good()), (".mp4", MP4))]
     packed = gzip.compress(make_tar(tmp_path / "whole", [*members, ("x", noise)]).read_bytes())
     flipped = bytearray(packed)
     flipped[-50_000] ^= 0xFF
-    trap = gzip.compress(bytes(1 << 28))
+    bomb = gzip.compress(bytes(1 << 28))
     shards = {
         "a.tar.gz": packed[:-50_000],
         "b.tar.gz": bytes(flipped),
-        "c.tar.gz": trap,
+        "c.tar.gz": bomb,
         "d.tar.gz": b"",
-        "e.tgz": trap[:9],
+        "e.tgz": bomb[:9],
     }
     make_files(tmp_path / "source/train", shards)
     options = make_options(tmp_path)
@@ -437,17 +437,17 @@ def test_damaged_gzip_shards(tmp_path):
     assert ids(options) == ["0", "1", "2"]
     reasons = {entry["where"]: entry["reason"] for entry in skipped(options)}
     for name, reason in (
-        ("a.tar.gz", "so it was cut short"),
+        ("a.tar.gz", "the file is truncated"),
         ("b.tar.gz", "shard cannot be read: CRC check failed"),
-        ("c.tar.gz", "shard cannot be read: it grows to more than"),
-        ("d.tar.gz", "so it was cut short"),
-        ("e.tgz", "so it was cut short"),
+        ("c.tar.gz", "shard cannot be read: it decompresses to more than"),
+        ("d.tar.gz", "the file is truncated"),
+        ("e.tgz", "the file is truncated"),
     ):
         assert reason in reasons[f"train/{name}"], name
 
 
 @pytest.mark.parametrize("ending", ["tar.zst", "tar.bz2", "TAR.XZ", "txz", "tar.lz4"])
-def test_shards_in_another_packing_are_refused(tmp_path, ending):
+def test_shards_with_other_compression_are_refused(tmp_path, ending):
     make_files(tmp_path / "source/train", {"0.json": good(), "0.mp4": MP4, f"a.{ending}": b"whatever"})
-    with pytest.raises(InputError, match=rf"a\.{ending} is a shard that is packed in a way that is not read"):
+    with pytest.raises(InputError, match=rf"a\.{ending} has an unsupported compression"):
         prepare_dataset(make_options(tmp_path))

@@ -1,4 +1,4 @@
-"""PE-Video's preparation: draws, reports, workers, killed runs, full disks, and mistakes that end in one line."""
+"""PE-Video's preparation: sampling, reports, workers, killed runs, full disks, and user errors."""
 
 import importlib
 import json
@@ -16,13 +16,14 @@ from media import make_files, make_tar, sample_json
 from pe_video import run
 from pe_video.run import prepare_dataset
 from preparation import files
+from preparation.run import STATE_FOLDER
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.errors import run as run_main
 
-# --- draws, reports, workers ----------------------------------------------------------------------------------------
+# --- sampling, reports, workers ---------------------------------------------------------------------------------------
 
 
-def test_max_samples_draws_by_seed_and_passes_over_bad_videos(tmp_path):
+def test_max_samples_samples_by_seed_and_replaces_bad_videos(tmp_path):
     bad = {3, 5, 8}
     members = [(f"{i}{e}", d) for i in range(12) for e, d in ((".json", good()), (".mp4", b"x" if i in bad else MP4))]
     make_tar(tmp_path / "source/train/a.tar", members)
@@ -48,7 +49,7 @@ def test_report(tmp_path):
     assert (options.output_dir / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_same_bytes_however_many_workers(tmp_path):
+def test_the_number_of_workers_does_not_change_the_files(tmp_path):
     fill(tmp_path / "source")
     results = []
     for workers in (1, 3):
@@ -60,21 +61,21 @@ def test_same_bytes_however_many_workers(tmp_path):
     assert {"train_3_5.jsonl", "test_3_5.jsonl", "skipped.jsonl", "report.json", "report.png"} < results[0].keys()
 
 
-def test_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
-    """Killed at moments spread over the whole run, then left to end: the files are those of an undisturbed run."""
+def test_a_run_killed_three_times_writes_the_same_files(tmp_path):
+    """Kills a run at several points, then lets it finish. The files equal those of an uninterrupted run."""
     fill(tmp_path / "source")
     dataset = tmp_path / "dataset"
     begin = time.monotonic()
     subprocess.run(command(tmp_path, dataset, "--workers", "2"), check=True, capture_output=True)
     whole = time.monotonic() - begin
     expected = everything(dataset)
-    dataset.rename(tmp_path / "undisturbed")
+    dataset.rename(tmp_path / "uninterrupted")
     for share in (0.4, 0.6, 0.8):
         process = subprocess.Popen(command(tmp_path, dataset, "--workers", "2"), stderr=subprocess.DEVNULL)
         time.sleep(share * whole)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    time.sleep(0.2)  # the workers notice
+    time.sleep(0.2)  # the workers exit with their parent
     subprocess.run(command(tmp_path, dataset, "--workers", "2"), check=True, capture_output=True)
     assert everything(dataset) == expected
 
@@ -84,22 +85,22 @@ def test_finished_shards_are_not_read_again(tmp_path, caplog, monkeypatch):
     options = make_options(tmp_path)
     real, calls = run.read_unit, []
 
-    def third_time_dies(unit):
+    def fail_third_call(unit):
         calls.append(unit.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(unit)
 
-    monkeypatch.setattr(run, "read_unit", third_time_dies)
+    monkeypatch.setattr(run, "read_unit", fail_third_call)
     with pytest.raises(KeyboardInterrupt):
         prepare_dataset(options)
     with caplog.at_level(logging.INFO):
         prepare_dataset(options)
     assert calls == ["train/s0.tar", "train/s1.tar", "train/s2.tar", "train/s2.tar"]
-    assert "2 of 3 shards" in caplog.text
+    assert "resuming: 2 of 3 shards" in caplog.text
     finished = everything(tmp_path / "dataset")
     for shard in (tmp_path / "source/train").iterdir():
-        shard.chmod(0)  # and the kept videos, once written, are not read from them again either
+        shard.chmod(0)  # unpacked videos are not read from them again either
     monkeypatch.setattr(run, "check_videos", None)
     prepare_dataset(options)
     assert everything(tmp_path / "dataset") == finished
@@ -115,7 +116,7 @@ def test_changed_shard_is_read_again(tmp_path):
     assert ids(options) == ["1"]
 
 
-def test_many_parts_merge_in_bounded_open_files(tmp_path, monkeypatch):
+def test_many_parts_are_merged_with_few_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr("pe_video.merge.FAN_IN", 3)
     monkeypatch.setattr("pe_video.stages.BYTES_PER_PART", 1000)
     monkeypatch.setattr("pe_video.stages.SAMPLES_PER_BATCH", 4)
@@ -125,11 +126,11 @@ def test_many_parts_merge_in_bounded_open_files(tmp_path, monkeypatch):
     assert ids(options) == [f"{i:03d}" for i in range(90)]
 
 
-# --- mistakes that end in one line ----------------------------------------------------------------------------------
+# --- user errors ----------------------------------------------------------------------------------
 
 
-def test_full_disk_ends_in_one_line_and_leaves_finished_files_whole(tmp_path):
-    """A limit on file size stands in for a full disk: the write fails half-way through a video."""
+def test_full_disk_is_a_user_error_and_finished_files_are_intact(tmp_path):
+    """Simulates a full disk by a limit on file size: writing a video fails half-way."""
     fill(tmp_path / "source")
     dataset = tmp_path / "dataset"
     big = MP4 + b"\0\0\x40\x00free" + bytes(0x4000 - 8)
@@ -139,9 +140,9 @@ def test_full_disk_ends_in_one_line_and_leaves_finished_files_whole(tmp_path):
     result = subprocess.run([*shell, *command(tmp_path, dataset, "--workers", "1")], capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: cannot write")
-    assert "make room" in result.stderr.splitlines()[-1]
+    assert "free some space" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
-    assert not list(dataset.rglob(f"*{files.PART_SUFFIX}"))
+    assert not list(dataset.rglob(f"*{files.PARTIAL_SUFFIX}"))
     videos = list(dataset.rglob("*.mp4"))
     assert videos and all(path.read_bytes() == MP4 for path in videos)
     subprocess.run(command(tmp_path, dataset), check=True, capture_output=True)
@@ -152,14 +153,14 @@ def test_full_disk_ends_in_one_line_and_leaves_finished_files_whole(tmp_path):
     ("more", "message"),
     [
         (["--source", "/nowhere"], "folder /nowhere does not exist"),
-        (["--min-seconds", "40"], "--min-seconds 40 and --max-seconds 30 leave nothing"),
-        (["--workers", "0"], "--workers 0 must be at least 1"),
-        (["--max-samples", "0"], "--max-samples 0 must be at least 1"),
+        (["--min-seconds", "40"], "--min-seconds 40 and --max-seconds 30 are not a range"),
+        (["--workers", "0"], "--workers is 0: it must be at least 1"),
+        (["--max-samples", "0"], "--max-samples is 0: it must be at least 1"),
         (["--tokenizer-model-id", "tests"], "tests has no tokenizer.json"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, more, message):
+def test_user_errors_are_one_line(tmp_path, more, message):
     make_files(tmp_path / "source/train", {"1.json": good()})
     result = subprocess.run(command(tmp_path, tmp_path / "dataset", *more), capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2
@@ -171,18 +172,18 @@ def test_mistakes_are_one_line(tmp_path, more, message):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["rows.jsonl", "x/../rows.jsonl"], "--test-output-name x/../rows.jsonl is in the way of --train-output-name"),
-        (["a", "a/b"], "--test-output-name a/b is in the way of --train-output-name"),
-        (["skipped.jsonl", "b"], "--train-output-name skipped.jsonl is in the way of the program's own skipped.jsonl"),
-        (["a", "../dataset/report.json"], "../dataset/report.json is in the way of the program's own report.json"),
-        (["a", "funqa_report.png"], "funqa_report.png is in the way of the program's own"),
-        ([".mani_data/lock", "b"], "--train-output-name .mani_data/lock is in the way of the program's own .mani_data"),
+        (["rows.jsonl", "x/../rows.jsonl"], "--test-output-name x/../rows.jsonl conflicts with --train-output-name"),
+        (["a", "a/b"], "--test-output-name a/b conflicts with --train-output-name"),
+        (["skipped.jsonl", "b"], "--train-output-name skipped.jsonl conflicts with the program's skipped.jsonl"),
+        (["a", "../dataset/report.json"], "../dataset/report.json conflicts with the program's report.json"),
+        (["a", "funqa_report.png"], "funqa_report.png conflicts with the program's"),
+        ([".mani_data/lock", "b"], "--train-output-name .mani_data/lock conflicts with the program's .mani_data"),
         (["a", "."], "--test-output-name . is a folder"),
-        (["../dataset", "b"], "--train-output-name ../dataset is in the way of the program's own skipped.jsonl"),
+        (["../dataset", "b"], "--train-output-name ../dataset conflicts with the program's skipped.jsonl"),
         (["", "b"], "--train-output-name is empty"),
     ],
 )
-def test_rows_take_nothing_elses_place(tmp_path, monkeypatch, capsys, dataset, names, message):
+def test_output_names_that_conflict_are_refused(tmp_path, monkeypatch, capsys, dataset, names, message):
     monkeypatch.syspath_prepend(ROOT)
     flags = ["--dataset", dataset, "--dataset-root", str(tmp_path / "dataset")]
     flags += ["--train-output-name", names[0], "--test-output-name", names[1]]
@@ -194,7 +195,7 @@ def test_rows_take_nothing_elses_place(tmp_path, monkeypatch, capsys, dataset, n
     assert message in line
 
 
-def test_broken_tokenizer_is_one_line_whatever_the_workers(tmp_path):
+def test_broken_tokenizer_is_reported_once_with_several_workers(tmp_path):
     fill(tmp_path / "source")
     make_files(tmp_path / "broken", {"tokenizer.json": b"{}"})
     more = ["--tokenizer-model-id", str(tmp_path / "broken"), "--workers", "2"]
@@ -206,7 +207,7 @@ def test_broken_tokenizer_is_one_line_whatever_the_workers(tmp_path):
 
 
 def test_no_data_and_no_hub(tmp_path):
-    """Without a network the mend is one line: what to fetch, how, and where to put it."""
+    """Without a network, one line says what to download, how, and to which folder."""
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
     arguments = [sys.executable, str(ROOT / "mani_data.py"), "--dataset-root", str(tmp_path)]
     result = subprocess.run(arguments, capture_output=True, text=True, env=environ)
@@ -215,18 +216,18 @@ def test_no_data_and_no_hub(tmp_path):
     assert "hf download facebook/PE-Video" in line and str(tmp_path / "PE-Video") in line
 
 
-def test_two_runs_at_once(tmp_path):
+def test_two_runs_in_one_folder(tmp_path):
     make_files(tmp_path / "source/train", {"1.json": good()})
     options = make_options(tmp_path)
     with (
-        files.only_one(options.output_dir / run.STATE_FOLDER),
+        files.exclusive_lock(options.output_dir / STATE_FOLDER),
         pytest.raises(InputError, match=r"another mani_data\.py"),
     ):
         prepare_dataset(options)
 
 
-def test_half_written_files_of_a_killed_run_are_removed(tmp_path):
+def test_partial_files_of_a_killed_run_are_removed(tmp_path):
     make_files(tmp_path / "source/train", {"1.json": good()})
-    left = make_files(tmp_path / "dataset/PE-Video/videos/train", {f".0.1{files.PART_SUFFIX}": b"half"})
+    left = make_files(tmp_path / "dataset/PE-Video/videos/train", {f".0.1{files.PARTIAL_SUFFIX}": b"half"})
     prepare_dataset(make_options(tmp_path))
     assert not list(left.iterdir())

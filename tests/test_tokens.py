@@ -1,4 +1,4 @@
-"""Counting tokens: the fast way and the tokenizer's own agree on every caption."""
+"""Token counts: the cached counter equals the tokenizer for every caption."""
 
 import json
 import random
@@ -19,7 +19,7 @@ TEXT = "The video shows a man who's walking 12 dogs, and they've 3.5 km to go; i
 
 @pytest.fixture(scope="module")
 def qwen_like(tmp_path_factory):
-    """A byte-level BPE that splits, normalizes and adds tokens as Qwen2.5's does; returns its tokenizer.json."""
+    """The tokenizer.json of a byte-level BPE with the pre-tokenizer, normalizer and kind of added tokens of Qwen2.5."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
@@ -47,7 +47,7 @@ def random_captions(count):
             yield "".join(draw.choices("ab 's1,.\n \t<|im_end|>éé\u3000\u180e\x1c", k=draw.randint(1, 40)))
 
 
-def test_word_by_word_is_exact(qwen_like):
+def test_counting_by_word_is_exact(qwen_like):
     count = load_counter(qwen_like)
     assert isinstance(count, WordCounter)
     captions = [
@@ -65,11 +65,11 @@ def test_word_by_word_is_exact(qwen_like):
     expected = [len(tokenizer.encode(caption, add_special_tokens=False).ids) for caption in captions]
     assert count(captions) == expected
     assert count(captions[::-1]) == expected[::-1]
-    assert len(count.later) > 1000  # the fast way was taken
+    assert len(count.later) > 1000  # the cache was used
 
 
-def test_what_is_counted_is_what_training_counts(made):
-    """What looks like a special token in a caption is text, for mani_data.py as for training."""
+def test_counts_equal_those_of_training(made):
+    """Both mani_data.py and training encode text that looks like a special token as plain text."""
     count = load_counter(made[0] / "tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(made[0])
     names = ["<|im_end|>", "<|vision_start|>", "<|video_pad|>", "<|endoftext|>", "<|im_start|>", "<tool_call>"]
@@ -79,7 +79,7 @@ def test_what_is_counted_is_what_training_counts(made):
     assert count(captions) == trained and count(["<|im_end|>"])[0] > 1
 
 
-def test_other_tokenizers_are_asked_themselves(tmp_path, qwen_like):
+def test_other_tokenizers_encode_whole_captions(tmp_path, qwen_like):
     assert not isinstance(load_counter(make_tokenizer(tmp_path) / "tokenizer.json"), WordCounter)
     changed = json.loads(qwen_like.read_text())
     changed["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\w+"}
@@ -87,7 +87,7 @@ def test_other_tokenizers_are_asked_themselves(tmp_path, qwen_like):
     assert not isinstance(load_counter(tmp_path / "tokenizer.json"), WordCounter)
 
 
-def test_padding_and_truncation_do_not_count(tmp_path, qwen_like):
+def test_padding_and_truncation_are_ignored(tmp_path, qwen_like):
     tokenizer = Tokenizer.from_file(str(qwen_like))
     tokenizer.enable_padding(length=64)
     tokenizer.enable_truncation(3)

@@ -1,8 +1,8 @@
-"""How fast mani_data.py filters, and in how much memory, beside a loop that reads and tokenizes one row at a time.
+"""Speed and memory of mani_data.py, compared with a loop that reads and tokenizes one row at a time.
 
     python code/benchmarks/data.py            # 120,000 rows, both on the same files, about two minutes
 
-Makes its rows and a byte-level BPE tokenizer with Qwen's splitting rule, unless --tokenizer names a folder.
+Generates the rows, and a byte-level BPE tokenizer with Qwen's pre-tokenizer unless --tokenizer gives a folder.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SYLLABLES = "ba ce di fo gu ha jin kel lor man nes pol qui ras ten ver wan xi yo
 
 
 def make_rows(folder: Path, count: int, seed: int) -> list[str]:
-    """Write `count` JSON files shaped like PE-Video's; returns the first thousand captions."""
+    """Write `count` JSON files with PE-Video's fields. Returns the first thousand captions."""
     draw = random.Random(seed)
     words = ["".join(draw.choices(SYLLABLES.split(), k=draw.randint(1, 3))) for _ in range(4000)]
     weights = [1 / (rank + 10) for rank in range(len(words))]
@@ -53,6 +53,7 @@ def make_rows(folder: Path, count: int, seed: int) -> list[str]:
 
 
 def make_tokenizer(folder: Path, captions: list[str]) -> None:
+    """Train a tokenizer of 1,500 tokens on `captions` and save it in `folder`."""
     tokenizer = Tokenizer(BPE())
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -62,10 +63,10 @@ def make_tokenizer(folder: Path, captions: list[str]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def one_at_a_time(folder: Path, tokenizer_folder: Path) -> tuple[float, float, int]:
-    """The published script's loop; returns (seconds, seconds of processor time, rows kept)."""
+def run_loop(folder: Path, tokenizer_folder: Path) -> tuple[float, float, int]:
+    """Run the loop of the published script. Returns (seconds, CPU seconds, rows kept)."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
-    begin, busy = time.perf_counter(), time.process_time()
+    begin, cpu = time.perf_counter(), time.process_time()
     kept = []
     for path in sorted(folder.glob("*.json")):
         with open(path, encoding="utf-8") as file:
@@ -75,44 +76,42 @@ def one_at_a_time(folder: Path, tokenizer_folder: Path) -> tuple[float, float, i
         if 5 <= seconds <= 30 and 3 <= tokens / seconds <= 5:
             kept.append(json.dumps(data, ensure_ascii=False) + "\n")
     (folder.parent / "loop.jsonl").write_text("".join(kept))
-    return time.perf_counter() - begin, time.process_time() - busy, len(kept)
+    return time.perf_counter() - begin, time.process_time() - cpu, len(kept)
 
 
-def prepared(source: Path, tokenizer: Path, output: Path, workers: int) -> tuple[float, float, int, float]:
-    """mani_data.py from its start to its last file.
-
-    Returns (seconds, seconds of processor time, rows kept, most MiB held by all its processes together).
-    """
+def run_mani_data(source: Path, tokenizer: Path, output: Path, workers: int) -> tuple[float, float, int, float]:
+    """Run mani_data.py. Returns (seconds, CPU seconds, rows kept, peak MiB of all its processes together)."""
     arguments = ["--source", source, "--dataset-root", output, "--tokenizer-model-id", tokenizer, "--workers", workers]
-    begin, busy = time.perf_counter(), busy_children()
+    begin, cpu = time.perf_counter(), children_cpu_seconds()
     process = subprocess.Popen([sys.executable, ROOT / "mani_data.py", *map(str, arguments)], stdout=subprocess.DEVNULL)
-    most = 0
+    peak = 0
     watched = psutil.Process(process.pid)
     while process.poll() is None:
-        most = max(most, sum(map(held, family(watched))))
+        peak = max(peak, sum(map(resident_bytes, process_tree(watched))))
         time.sleep(0.1)
     if process.returncode:
         sys.exit(f"error: mani_data.py ended with status {process.returncode}")
     seconds = time.perf_counter() - begin
     with open(output / "train_3_5.jsonl", encoding="utf-8") as file:
-        return seconds, busy_children() - busy, sum(1 for _ in file), most / 2**20
+        return seconds, children_cpu_seconds() - cpu, sum(1 for _ in file), peak / 2**20
 
 
-def busy_children() -> float:
-    """Seconds of processor time that all ended children have taken."""
+def children_cpu_seconds() -> float:
+    """CPU seconds of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
-def family(process: psutil.Process) -> list[psutil.Process]:
+def process_tree(process: psutil.Process) -> list[psutil.Process]:
+    """A process and its descendants; empty if it has ended."""
     try:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
 
 
-def held(process: psutil.Process) -> int:
-    """Bytes resident, shared libraries counted in each process anew."""
+def resident_bytes(process: psutil.Process) -> int:
+    """Resident memory in bytes; shared libraries are counted in each process."""
     try:
         return process.memory_info().rss
     except psutil.NoSuchProcess:
@@ -121,10 +120,10 @@ def held(process: psutil.Process) -> int:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=120_000, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="default: 1 2")
-    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer (default: one is made)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=120_000, help="JSON files to generate (default: %(default)s)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="worker counts to time (default: 1 2)")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer (default: train one)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -132,15 +131,15 @@ def main() -> None:
         tokenizer = arguments.tokenizer or folder / "tokenizer"
         if not arguments.tokenizer:
             make_tokenizer(tokenizer, captions)
-        seconds, busy, kept = one_at_a_time(folder / "source" / "train", tokenizer)
+        seconds, cpu, kept = run_loop(folder / "source" / "train", tokenizer)
         base = arguments.rows / seconds
-        print(f"{'':24}{'seconds':>9}{'CPU s':>7}{'rows/s':>10}{'times':>8}{'kept':>8}{'MiB':>7}")
-        print(f"{'one row at a time':24}{seconds:9.1f}{busy:7.1f}{base:10.0f}{1:8.2f}{kept:8d}{'':>7}")
+        print(f"{'':24}{'seconds':>9}{'CPU s':>7}{'rows/s':>10}{'speed-up':>9}{'kept':>8}{'MiB':>7}")
+        print(f"{'one row at a time':24}{seconds:9.1f}{cpu:7.1f}{base:10.0f}{1:9.2f}{kept:8d}{'':>7}")
         for workers in arguments.workers:
-            seconds, busy, rows, most = prepared(folder / "source", tokenizer, folder / f"out{workers}", workers)
+            seconds, cpu, rows, peak = run_mani_data(folder / "source", tokenizer, folder / f"out{workers}", workers)
             rate = arguments.rows / seconds
             label = f"mani_data.py, {workers} worker{'s' if workers > 1 else ''}"
-            print(f"{label:24}{seconds:9.1f}{busy:7.1f}{rate:10.0f}{rate / base:8.2f}{rows:8d}{most:7.0f}")
+            print(f"{label:24}{seconds:9.1f}{cpu:7.1f}{rate:10.0f}{rate / base:9.2f}{rows:8d}{peak:7.0f}")
 
 
 if __name__ == "__main__":

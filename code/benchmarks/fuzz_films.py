@@ -1,17 +1,17 @@
-"""Feeds mutated films of ten containers and codecs to `read_video`, by both readers, and over HTTP to the live command.
+"""Fuzzes `read_video` with mutated videos of twelve formats, by both readers, and `live` with such videos over HTTP.
 
-    python code/benchmarks/fuzz_films.py                # 3,000 films and 1,000 streams, half an hour on a core
+    python code/benchmarks/fuzz_films.py                # 3,000 videos and 1,000 streams, half an hour on one core
 
-Every frame of the films shows its own number. A finding is an exception that is not a plain line, no answer within 60
-seconds, a process that dies or grows by more than 1 GiB, anything written or started elsewhere, times that go back or
-lie outside the film, more clips than its length has room for, or two readers that give different frames. Where only
-pictures were damaged and not their times, frames that show another number than their time has are counted apart: a
-decoder that takes a damaged picture for a sound one cannot be told.
+Every frame of the videos shows its own number. A finding is an exception other than a one-line InputError, no answer
+within 60 seconds, a process that dies or grows by more than 1 GiB, files or processes outside the sandbox, timestamps
+that decrease or are outside the video, more clips than its duration allows, or different timestamps from the two
+readers. If a mutation changed the frames but not their timestamps, frames that show the wrong number are counted
+separately: decoders do not report every damaged frame.
 
-For each stream, `live` runs from its command line to the end of its process, forked from one in which all is imported,
-and so does `replay` with its record. Other findings are: a status that is neither 0, nor 2 with one line, words whose
-seconds go back, a record that `replay` does not accept, a file that is left behind, and a frame that is shown before
-its time. Every input follows from --seed and its number; what servers and clocks do does not.
+For each stream, `live` runs from its command line to the exit of its process, which is forked from one with everything
+imported, and so does `replay` with the record. Further findings are an exit status other than 0, or 2 with one line,
+text whose seconds decrease, a record that `replay` rejects, a temporary file left behind, and a frame shown before its
+time. Each input is determined by --seed and its number; the timing of servers and clocks is not.
 """
 
 import contextlib
@@ -28,14 +28,16 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from fuzzing import Ended, Try, answer_of, main, mutate_bytes, run_forked
+from fuzzing import main, outcome_of
+from mutators import mutate_bytes
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.timeline.variants import VARIANTS
+from sandbox import Finished, Try, run_forked
 
 FPS, SECONDS, SIZE, BARS = 5, 6, (96, 64), 8
-SECONDS_OF_LIVE = 15  # and as many of its replay
-SECONDS_AGAIN = 5  # of a stream that is opened again after its end
-MOST_CLIPS = 600
+LIVE_SECONDS = 15  # for live, and the same for replay
+REOPENED_SECONDS = 5  # by which a stream that is reopened after its end may exceed the video
+MAX_CLIPS = 600
 FILMS = {
     "mp4, H.264": ("mp4", "libx264", "yuv420p", {}),
     "mov, H.264 with B-frames": ("mov", "libx264", "yuv420p", {"bf": "2", "g": "10"}),
@@ -53,22 +55,23 @@ FILMS = {
 
 
 def picture(number: int) -> np.ndarray:
-    """(height, width, 3) uint8: `number` as bars, the lowest bit on the left."""
+    """Draw `number` as black and white bars, lowest bit on the left; (height, width, 3) uint8."""
     bits = (number >> np.arange(BARS)) & 1
     row = np.repeat(bits, SIZE[0] // BARS).astype(np.uint8) * 255
     return np.broadcast_to(row[None, :, None], (SIZE[1], SIZE[0], 3)).copy()
 
 
 def read_number(frame: np.ndarray) -> int | None:
-    """The number in a frame (3, H, W); None where it is not black and white bars."""
+    """Read the number of a frame (3, H, W); None if it does not show black and white bars."""
     columns = np.array_split(frame.astype(float).mean(axis=0), BARS, axis=1)
     means = np.array([column[:, column.shape[1] // 4 : -column.shape[1] // 4].mean(axis=1) for column in columns])
     light = means.mean(axis=1) > 127
-    sound = np.abs(means - 255 * light[:, None]).max() < 60
-    return int((light << np.arange(BARS)).sum()) if sound else None
+    clear = np.abs(means - 255 * light[:, None]).max() < 60
+    return int((light << np.arange(BARS)).sum()) if clear else None
 
 
-def film(container: str, codec: str, pixels: str, options: dict[str, str]) -> bytes:
+def make_film(container: str, codec: str, pixels: str, options: dict[str, str]) -> bytes:
+    """Encode a video of SECONDS seconds at FPS numbers per second."""
     import av
 
     file = io.BytesIO()
@@ -84,12 +87,13 @@ def film(container: str, codec: str, pixels: str, options: dict[str, str]) -> by
     return file.getvalue()
 
 
-def sound_films() -> dict[str, bytes]:
-    return {name: film(*how) for name, how in FILMS.items()}
+def valid_films() -> dict[str, bytes]:
+    """One video of each of FILMS."""
+    return {name: make_film(*settings) for name, settings in FILMS.items()}
 
 
 def mutate_film(data: bytes, draw: random.Random) -> bytes:
-    """The head, the tail, anywhere, or the film cut short."""
+    """Mutate the head, the tail or any bytes, or truncate the video."""
     how = draw.randrange(4)
     if how == 0:
         at = min(draw.choice([64, 512, 4096]), len(data))
@@ -99,22 +103,22 @@ def mutate_film(data: bytes, draw: random.Random) -> bytes:
         return data[:at] + mutate_bytes(data[at:], draw)
     if how == 2 and draw.random() < 0.3:
         return data[: draw.randrange(len(data))]
-    return mutate_bytes(data, draw, most=8)
+    return mutate_bytes(data, draw, max_changes=8)
 
 
-def check_times(times: np.ndarray, most: float) -> None:
-    """Raise AssertionError for times that go back, or lie outside 0 … `most` seconds."""
-    assert np.isfinite(times).all() and (np.diff(times) >= 0).all(), f"times go back: {times}"
-    assert len(times) == 0 or (times[0] >= 0 and times[-1] <= most + 1e-6), f"times outside 0 … {most}: {times}"
+def check_times(times: np.ndarray, duration: float) -> None:
+    """Raise AssertionError for times that decrease or are outside 0 … `duration` seconds."""
+    assert np.isfinite(times).all() and (np.diff(times) >= 0).all(), f"times decrease: {times}"
+    assert len(times) == 0 or (times[0] >= 0 and times[-1] <= duration + 1e-6), f"times outside 0 … {duration}: {times}"
 
 
 def films(folder: Path) -> Try:
-    """Tries mutated films by both readers."""
+    """Mutated videos, read by both readers."""
     from qwen_vl_streaming.video.frames import PixelBudget, index_video, read_video
 
-    sound, path, budget = sound_films(), folder / "case/film", PixelBudget(28 * 28, 28 * 28 * 12)
+    valid, path, budget = valid_films(), folder / "case/film", PixelBudget(28 * 28, 28 * 28 * 12)
     times = {}
-    for name, data in sound.items():
+    for name, data in valid.items():
         path.write_bytes(data)
         times[name] = index_video(path).times
         numbers = [read_number(frame) for frame in read_video(path, budget=budget, reader="pyav").frames.numpy()]
@@ -122,35 +126,36 @@ def films(folder: Path) -> Try:
             raise AssertionError(f"{name}: frames {numbers[:6]}")
 
     def try_one(draw: random.Random) -> str:
-        name = draw.choice([*sound])
-        path.write_bytes(mutate_film(sound[name], draw))
-        told, read = [], {}
+        name = draw.choice([*valid])
+        path.write_bytes(mutate_film(valid[name], draw))
+        outcome, read = [], {}
         for reader in ("pyav", "decord"):
             try:
                 index = index_video(path)
                 video = read[reader] = read_video(path, budget=budget, reader=reader, max_clips=600)
             except InputError as error:
                 assert "\n" not in str(error) and len(str(error)) < 2000, f"not one short line: {error!s:.500}"
-                told.append(f"{reader} refuses")
+                outcome.append(f"{reader} refuses")
                 continue
             check_times(video.timestamps, index.duration)
             assert video.clips <= index.duration / video.seconds_per_clip + 2, (video.clips, index.duration)
             same = len(index.times) == len(times[name]) and np.allclose(index.times, times[name])
             shown = [read_number(frame) for frame in video.frames.numpy()] if same else []
-            late = [
+            wrong = [
                 n for n, t in zip(shown, video.timestamps, strict=False) if n is not None and abs(n / FPS - t) > 0.1
             ]
-            told.append(f"{reader} reads" + (" with another frame in a frame's place" if late else ""))
+            outcome.append(f"{reader} reads" + (" with frames at a wrong time" if wrong else ""))
         if len(read) == 2:
             one, two = read.values()
             assert np.array_equal(one.timestamps, two.timestamps), "the readers' times differ"
-        return ", ".join(told)
+        return ", ".join(outcome)
 
     return try_one
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers with the bytes of the file `sent` in its folder, as `how` beside it says."""
+    """Serves the file `sent` of its folder as the JSON file `how` there says: whether ranges are supported, and whether
+    Content-Length is sent and by how much it is wrong."""
 
     folder: Path
 
@@ -176,11 +181,11 @@ class Server(BaseHTTPRequestHandler):
 
 
 def serve_forever(folder: Path) -> str:
-    """Start a Server in a process of its own, which ends with this one's group; returns its address."""
+    """Start a Server in a new process of this process group. Returns its address."""
     Server.folder = folder
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     if os.fork() == 0:
-        os.closerange(3, server.fileno())  # the pipes, whose end tells that the other process has died
+        os.closerange(3, server.fileno())  # the pipes: a copy held open here would hide that the other process died
         os.closerange(server.fileno() + 1, 1 << 10)
         server.serve_forever()
     server.server_close()
@@ -188,8 +193,8 @@ def serve_forever(folder: Path) -> str:
 
 
 def streams(folder: Path) -> Try:
-    """Tries mutated films over HTTP on the loopback, from servers that say how long they are, do not, or lie, through
-    the live command, and replays its record."""
+    """Mutated videos over local HTTP through the live command, and a replay of its record. Servers send the right
+    Content-Length, a wrong one, or none."""
     from make_model import tiny_checkpoint
     from qwen_vl_streaming import replay
     from qwen_vl_streaming.live import cli
@@ -197,7 +202,7 @@ def streams(folder: Path) -> Try:
     from qwen_vl_streaming.video.clip_recorder import read_clips
     from qwen_vl_streaming.video.frames import PixelBudget, index_video, read_video
 
-    case, model, sound = folder / "case", folder / "model", sound_films()
+    case, model, valid = folder / "case", folder / "model", valid_films()
     address = serve_forever(case)
     tiny_checkpoint(model)
     film, record, kept = case / "sent", case / "record", case / "kept"
@@ -206,53 +211,55 @@ def streams(folder: Path) -> Try:
     own = ["--model", model, "--record", record, "--keep", kept, "--reconnect-seconds", 0.2, *size]
     again = [record, "--model", model, "--clips", kept]
     times = {}
-    for name, data in sound.items():
+    for name, data in valid.items():
         film.write_bytes(data)
         times[name] = index_video(film).times
-    # A sound one here: what is imported only when it is wanted is there from now on.
+    # A run on a valid video imports the modules that are imported on demand.
     for program, flags in ((cli.main, ["--source", film, "--max-new-tokens", 4, *own]), (replay.main, again)):
         with patch("sys.argv", ["program", *map(str, flags)]):
-            if answer_of(program) != "status 0":
-                raise AssertionError(f"{program.__module__} refuses a sound film")
+            if outcome_of(program) != "status 0":
+                raise AssertionError(f"{program.__module__} refuses a valid video")
 
     def try_one(draw: random.Random) -> Iterable[str]:
         shutil.rmtree(case)
         case.mkdir()
-        name, variant = draw.choice([*sound]), draw.choice([*VARIANTS])
-        film.write_bytes(sound[name] if draw.random() < 0.05 else mutate_film(sound[name], draw))
+        name, variant = draw.choice([*valid]), draw.choice([*VARIANTS])
+        film.write_bytes(valid[name] if draw.random() < 0.05 else mutate_film(valid[name], draw))
         how = {"length": draw.random() < 0.8, "ranges": draw.random() < 0.6, "more": draw.choice([0, 0, 0, 0, 1, 4096])}
         (case / "how").write_text(json.dumps(how))
         flags = ["--variant", variant, "--force", "--max-new-tokens", draw.choice([1, 8, 24])]
         flags += draw.choice([[], [], ["--max-clips", 3], ["--window", 2, 5], ["--behind", "skip"], ["--fps", 4]])
         flags += draw.choice([[], ["--way", "serial"], ["--schedule", "greedy"]])
         fps = 4 if "--fps" in flags else 2
-        ended = run_forked(cli.main, ["--source", address, *own, *flags], case, SECONDS_OF_LIVE)
+        ended = run_forked(cli.main, ["--source", address, *own, *flags], case, LIVE_SECONDS)
         check_output(ended, record)
         left = {path.name for path in case.iterdir()} - {"sent", "how"}
         assert left in (set(), {"record"}, {"record", "kept"}), f"left behind: {left}"
-        told = [f"status {ended.status}", "a record" if left else "no record"]
+        outcomes = [f"status {ended.status}", "a record" if left else "no record"]
         if "kept" not in left:
-            return told
+            return outcomes
         written, frames = read_record(record), read_clips(kept).numpy()
         fed, figures = written.about["clips"], written.about["figures"]
         assert (np.diff(fed) > 0).all() and 2 * len(fed) == len(frames) and fed[-1] < figures["source_clips"], fed
-        assert figures["source_clips"] <= MOST_CLIPS, "more clips than the film has room for"
-        replayed = run_forked(replay.main, again, case, SECONDS_OF_LIVE)
+        assert figures["source_clips"] <= MAX_CLIPS, "more clips than the video's duration allows"
+        replayed = run_forked(replay.main, again, case, LIVE_SECONDS)
         assert replayed.status == 0, f"status {replayed.status} of replay: {replayed.out[-500:]}{replayed.err[-2000:]}"
         shown = [read_number(frame) for frame in frames]
         due = [(2 * clip + second) / fps for clip in fed for second in range(2)]
-        told += check_shown(film, shown, due, times[name])
+        outcomes += check_shown(film, shown, due, times[name])
         if how["length"] and not how["more"] and "--behind" not in flags:
             with contextlib.suppress(InputError):
-                same = read_video(film, fps=fps, budget=budget, max_clips=MOST_CLIPS).frames.numpy()
-                told.append("as the file" if np.array_equal(frames, same[: len(frames)]) else "other than the file")
-        return told
+                same = read_video(film, fps=fps, budget=budget, max_clips=MAX_CLIPS).frames.numpy()
+                outcomes.append(
+                    "same as the file" if np.array_equal(frames, same[: len(frames)]) else "different from the file"
+                )
+        return outcomes
 
     return try_one
 
 
-def check_output(ended: Ended, record: Path) -> None:
-    """Raise AssertionError where the live command ended otherwise than it promises."""
+def check_output(ended: Finished, record: Path) -> None:
+    """Raise AssertionError if the live command did not end as documented."""
     lines = ended.err.splitlines()
     assert "Traceback" not in ended.err + ended.out, ended.err[-3000:]
     assert ended.status in (0, 2), f"status {ended.status}: {ended.err[-2000:]}"
@@ -261,13 +268,16 @@ def check_output(ended: Ended, record: Path) -> None:
     assert errors == ([max(len(lines), 1)] if ended.status else []), f"status {ended.status}: {ended.err[-2000:]}"
     assert (str(record) in ended.out) == record.exists(), f"{record.exists()} record: {ended.out[-500:]}"
     seconds = [float(found) for found in re.findall(r"^ *([\d.e+]+) s  ", ended.out, re.MULTILINE)]
-    assert seconds == sorted(set(seconds)), f"words at {seconds}"
+    assert seconds == sorted(set(seconds)), f"text at {seconds}"
     assert ended.status or (record.exists() and "missed deadlines" in ended.out), ended.out[-500:]
 
 
 def check_shown(film: Path, shown: list[int | None], due: list[float], times: np.ndarray) -> Iterator[str]:
-    """What came of the frames that show the numbers `shown` and were `due` then, in seconds. Raises AssertionError
-    where a film's frames still have their `times`, and some are shown before them or long after its end."""
+    """Yield outcomes for frames that show the numbers `shown` and were due at `due` seconds.
+
+    Raises AssertionError if the video still has its original `times`, but a frame is shown before its time or long
+    after the end.
+    """
     from qwen_vl_streaming.video.frames import index_video
 
     try:
@@ -277,16 +287,16 @@ def check_shown(film: Path, shown: list[int | None], due: list[float], times: np
     if len(index.times) != len(times) or not np.allclose(index.times, times):
         return
     yield "times checked"
-    assert due[-1] < SECONDS + SECONDS_AGAIN, f"frames at {due[-1]} s of a film of {SECONDS} s"
+    assert due[-1] < SECONDS + REOPENED_SECONDS, f"frames at {due[-1]} s of a video of {SECONDS} s"
     if early := [(n, t) for n, t in zip(shown, due, strict=True) if n is not None and n / FPS > t + 0.1]:
         decoded = decoded_numbers(film)
         for n, t in early:
             assert any(n == number and time < t + 0.1 for time, number in decoded), f"frame {n} is shown at {t} s"
-        yield "begins with a later frame, or a damaged picture is decoded as another"
+        yield "starts with a later frame, or a damaged frame decodes as another"
 
 
 def decoded_numbers(film: Path) -> list[tuple[float, int | None]]:
-    """The time of each sound frame that FFmpeg decodes, in seconds from the first one, and the number that it shows."""
+    """The time in seconds, relative to the first, and the number of each frame that FFmpeg decodes without errors."""
     import av
 
     found = []

@@ -1,11 +1,11 @@
-"""Feeds mutated result files to report.py, verify.py and `eval.sh --score-only`, and mutated checkpoint folders to
-everything that loads one, and looks for anything but an answer or one plain line.
+"""Fuzzes report.py, verify.py and `eval.sh --score-only` with mutated result files, and everything that loads a
+checkpoint with mutated checkpoints. Each must succeed or report one line.
 
-    python code/benchmarks/fuzz_programs.py             # 1,000 result files and 500 checkpoints, some minutes on a core
+    python code/benchmarks/fuzz_programs.py             # 1,000 result files and 500 checkpoints, minutes on one core
 
-The programs' own functions are called, in a process that is watched (see fuzzing.py). A finding is an exception that is
-not a plain line, no answer within a minute, a process that dies, as of memory, code of a checkpoint that runs, or
-anything written, removed or started outside the process's folder. Every input follows from --seed and its number.
+The programs' functions are called in a sandbox (see sandbox.py). A finding is an exception other than a one-line
+InputError, no answer within a minute, a process that dies, for example of memory, code from a checkpoint that is
+executed, or files or processes outside the sandbox's folder. Each input is determined by --seed and its number.
 """
 
 import contextlib
@@ -17,89 +17,94 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
-from fuzzing import Try, answer_of, main, mutate_bytes, mutate_tree
+from fuzzing import main, outcome_of
+from mutators import mutate_bytes, mutate_json
 from qwen_vl_streaming.common.errors import run
+from sandbox import Try
 
-REAL_SCORES = 0.03
-"""Share of the inputs that are scored by the real metrics, which start Java; the others by a stand-in."""
+REAL_SCORES_SHARE = 0.03
+"""Share of the inputs that are scored by the real metrics, which start Java; the rest use a stub."""
 
 
-def tiny_world(folder: Path) -> tuple[Path, Path]:
-    """A tiny checkpoint, and three videos with their rows."""
+def make_inputs(folder: Path) -> tuple[Path, Path]:
+    """Create a tiny checkpoint and rows of three videos, unless they exist. Returns both paths."""
     import tarfile
 
     from make_data import DataConfig, make_dataset
     from make_model import tiny_checkpoint
 
-    data, model = folder / "world/rows.jsonl", folder / "world/model"
+    data, model = folder / "inputs/rows.jsonl", folder / "inputs/model"
     if data.exists():
         return model, data
-    make_dataset(DataConfig(folder / "world/data", train_videos=3, test_videos=0, dropped=0, size=56))
-    for shard in (folder / "world/data/train").glob("*.tar"):
+    make_dataset(DataConfig(folder / "inputs/data", train_videos=3, test_videos=0, dropped=0, size=56))
+    for shard in (folder / "inputs/data/train").glob("*.tar"):
         with tarfile.open(shard) as archive:
-            archive.extractall(folder / "world/videos", filter="data")
+            archive.extractall(folder / "inputs/videos", filter="data")
     tiny_checkpoint(model)
     rows = []
-    for path in sorted((folder / "world/videos").glob("*.json"))[:3]:
+    for path in sorted((folder / "inputs/videos").glob("*.json"))[:3]:
         rows.append({**json.loads(path.read_text()), "video_path": str(path.with_suffix(".mp4"))})
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return model, data
 
 
 def call(program, *arguments: object) -> str:
+    """The outcome of a program's main with `arguments` as its command line."""
     with patch("sys.argv", ["program", *map(str, arguments)]):
-        return answer_of(program)
+        return outcome_of(program)
 
 
 def results(folder: Path) -> Try:
-    """Tries mutated result files: the rows, or what lies beside them."""
+    """Mutated result files: the rows, or the files beside them."""
     import eval as evaluation
     import verify
     from metrics import scorecard
     from report import cli
 
-    model, data = tiny_world(folder)
-    out = folder / "world/output"
+    model, data = make_inputs(folder)
+    out = folder / "inputs/output"
     flags = ["--model", model, "--device", "cpu", "--workers", "0"]
     call(evaluation.main, "--variant", "group", "--data", data, "--output-dir", out, *flags)
     names = ("infer.json", "infer.args.json", "scores.json")
-    sound = {name: (out / f"group_{name}").read_bytes() for name in names} | {"rows.jsonl": data.read_bytes()}
+    valid = {name: (out / f"group_{name}").read_bytes() for name in names} | {"rows.jsonl": data.read_bytes()}
     verify.load_processor = scorecard.load_processor = cache(verify.load_processor)
     case, score = folder / "case", scorecard.score
 
     def try_one(draw: random.Random) -> str:
         shutil.rmtree(case)
         case.mkdir()
-        target = draw.choices([*sound], [6, 2, 1, 1])[0]
-        args = json.loads(sound["infer.args.json"]) | {"data": str(case / "group_rows.jsonl")}
-        files = sound | {"infer.args.json": json.dumps(args).encode()}
+        target = draw.choices([*valid], [6, 2, 1, 1])[0]
+        args = json.loads(valid["infer.args.json"]) | {"data": str(case / "group_rows.jsonl")}
+        files = valid | {"infer.args.json": json.dumps(args).encode()}
         files[target] = mutate_file(files[target], draw)
         for name, content in files.items():
             (case / f"group_{name}").write_bytes(content)
         file = case / "group_infer.json"
-        told = [call(cli.main, file, "--output", case / "report", "--videos", "1"), call(verify.main, file)]
-        real = draw.random() < REAL_SCORES
+        outcomes = [call(cli.main, file, "--output", case / "report", "--videos", "1"), call(verify.main, file)]
+        real = draw.random() < REAL_SCORES_SHARE
         with patch.object(scorecard, "score", score if real else lambda references, captions: {"BLEU-1": 1.0}):
-            told.append(call(evaluation.main, "--score-only", file))
-        return ", ".join(f"{name} {answer}" for name, answer in zip(("report", "verify", "score"), told, strict=True))
+            outcomes.append(call(evaluation.main, "--score-only", file))
+        return ", ".join(
+            f"{name} {outcome}" for name, outcome in zip(("report", "verify", "score"), outcomes, strict=True)
+        )
 
     return try_one
 
 
 def mutate_file(data: bytes, draw: random.Random) -> bytes:
-    """Of JSON or JSON Lines: the values, or the bytes."""
+    """Mutate the values or the bytes of a JSON or JSON Lines file."""
     if draw.random() < 0.3:
         return mutate_bytes(data, draw)
     try:
-        return json.dumps(mutate_tree(json.loads(data), draw)).encode()
+        return json.dumps(mutate_json(json.loads(data), draw)).encode()
     except ValueError:
-        rows = mutate_tree([json.loads(line) for line in data.splitlines()], draw)
+        rows = mutate_json([json.loads(line) for line in data.splitlines()], draw)
         rows = rows if isinstance(rows, list) else [rows]
         return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 class Payload:
-    """Leaves a mark where it is unpickled."""
+    """Creates the file `mark` when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -110,7 +115,7 @@ class Payload:
         )
 
 
-CODE_OF_ITS_OWN = """
+REMOTE_CODE = """
 import pathlib
 p = pathlib.Path({mark!r})
 p.parent.mkdir(exist_ok=True)
@@ -145,16 +150,16 @@ TEMPLATES = (
 
 
 def checkpoints(folder: Path) -> Try:
-    """Tries mutated checkpoints: JSON files, tokenizer, chat template, weights, pickles and code of their own."""
+    """Mutated checkpoints: JSON files, tokenizer, chat template, weights, pickles and remote code."""
     import torch
-    import verify  # noqa: F401 - what it brings in is loaded before memory is bounded
+    import verify  # noqa: F401 - imports its dependencies before memory is limited
     from qwen_vl_streaming.model.base_files import BaseFiles
     from qwen_vl_streaming.model.checkpoint import of_checkpoint, tensor_types
     from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
     from qwen_vl_streaming.model.prompts import load_processor
     from report import gallery
 
-    sound = tiny_world(folder)[0]
+    valid = make_inputs(folder)[0]
     case, mark = folder / "case/model", folder / "marks/mark"
     loaders = {
         "config": lambda: load_config(case),
@@ -165,30 +170,32 @@ def checkpoints(folder: Path) -> Try:
         "types": lambda: [tensor_types(path) for path in case.glob("*.safetensors")],
         "tokenizer": lambda: gallery.Tokenizers._load(case),
     }
-    for load in loaders.values():  # the sound one, before memory is bounded
-        shutil.copytree(sound, case, dirs_exist_ok=True)
+    for load in loaders.values():  # the valid one, before memory is limited
+        shutil.copytree(valid, case, dirs_exist_ok=True)
         load()
 
     def try_one(draw: random.Random) -> str:
         shutil.rmtree(case, ignore_errors=True)
-        shutil.copytree(sound, case)
+        shutil.copytree(valid, case)
         how = draw.choices(["json", "weights", "pickle", "code", "template"], [8, 5, 4, 4, 2])[0]
-        {"json": spoil_json, "weights": spoil_weights, "template": spoil_template}.get(
+        {"json": corrupt_json, "weights": corrupt_weights, "template": corrupt_template}.get(
             how, lambda *_: (add_pickles if how == "pickle" else add_code)(case, draw, mark)
         )(case, draw)
-        answers = {name: answer_of(load) for name, load in loaders.items()}
-        refused = [name for name, answer in answers.items() if answer == "refused"]
+        outcomes = {name: outcome_of(load) for name, load in loaders.items()}
+        refused = [name for name, outcome in outcomes.items() if outcome == "refused"]
         return f"{how}: " + (f"refused by {' '.join(refused)}" if refused else "accepted")
 
     return try_one
 
 
-def spoil_json(case: Path, draw: random.Random) -> None:
+def corrupt_json(case: Path, draw: random.Random) -> None:
+    """Mutate one or two of the JSON files."""
     for path in draw.sample(sorted(case.glob("*.json")), draw.choice([1, 1, 2])):
         path.write_bytes(mutate_file(path.read_bytes(), draw))
 
 
-def spoil_template(case: Path, draw: random.Random) -> None:
+def corrupt_template(case: Path, draw: random.Random) -> None:
+    """Replace the chat template wherever the checkpoint has one."""
     text = draw.choice(TEMPLATES)
     (case / "chat_template.jinja").write_text(text)
     for path in case.glob("*.json"):
@@ -197,8 +204,8 @@ def spoil_template(case: Path, draw: random.Random) -> None:
             path.write_text(json.dumps(found | {"chat_template": text}))
 
 
-def spoil_weights(case: Path, draw: random.Random) -> None:
-    """The header of a safetensors file, its length, or any of the bytes."""
+def corrupt_weights(case: Path, draw: random.Random) -> None:
+    """Mutate the header of a safetensors file, the length of its header, or its tensors."""
     path = draw.choice(sorted(case.glob("*.safetensors")))
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -207,7 +214,7 @@ def spoil_weights(case: Path, draw: random.Random) -> None:
     if action == 0:
         size = draw.choice([0, 1, size - 1, size + 1, len(data), 2**31, 2**45, 2**63, 2**64 - 1])
     elif action < 3:
-        header = json.dumps(mutate_tree(json.loads(header), draw)).encode()
+        header = json.dumps(mutate_json(json.loads(header), draw)).encode()
         size = len(header)
     elif action == 3:
         header = mutate_bytes(header, draw)
@@ -218,7 +225,7 @@ def spoil_weights(case: Path, draw: random.Random) -> None:
 
 
 def add_pickles(case: Path, draw: random.Random, mark: Path) -> None:
-    """Pickles that leave a mark, under the names that loaders look for, beside the weights or in their place."""
+    """Add pickles that create `mark`, under file names that loaders look for, beside the weights or instead of them."""
     import io
 
     import torch
@@ -246,9 +253,9 @@ def add_pickles(case: Path, draw: random.Random, mark: Path) -> None:
 
 
 def add_code(case: Path, draw: random.Random, mark: Path) -> None:
-    """A module of the checkpoint's own, named wherever transformers looks for one."""
-    (case / "evil.py").write_text(CODE_OF_ITS_OWN.format(mark=str(mark)))
-    (case / "__init__.py").write_text(CODE_OF_ITS_OWN.format(mark=str(mark)))
+    """Add a Python module to the checkpoint, and refer to it where transformers looks for remote code."""
+    (case / "evil.py").write_text(REMOTE_CODE.format(mark=str(mark)))
+    (case / "__init__.py").write_text(REMOTE_CODE.format(mark=str(mark)))
     paths = sorted(path for path in case.glob("*.json") if "config" in path.name)
     for path in draw.sample(paths, draw.randint(1, len(paths))):
         found = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What sft.py trains on: H.264 files, captions, and checkpoints of the true shapes with random weights."""
+"""Inputs of sft.py: H.264 files, captions, and checkpoints of the real shapes with random weights."""
 
 import json
 import os
@@ -25,12 +25,12 @@ from training import ANSWER, find_device, make_config
 MAKE_MODEL = Path(__file__).resolve().parents[1] / "demo/make_model.py"
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ha", "jin", "kel", "lor", "man", "nes", "pol", "qui", "ras", "ten", "wan")
 BLOCK, TRAVEL = 14, 240
-"""Pixels of a block of the filmed pattern, and how far the camera moves in either direction."""
+"""Pixels: side of a block of the pattern, and range of the camera's movement in both directions."""
 
 
 @dataclass(frozen=True)
 class Film:
-    """What kind of video files to make."""
+    """Format of the generated video files."""
 
     width: int
     height: int
@@ -39,7 +39,7 @@ class Film:
 
     @classmethod
     def parse(cls, text: str, seconds: int) -> "Film":
-        """From a text such as 364x196@8. Raises InputError for any other."""
+        """Parse a text such as 364x196@8. Raises InputError if it is malformed."""
         try:
             size, fps = text.split("@")
             width, height = map(int, size.split("x"))
@@ -49,7 +49,7 @@ class Film:
 
 
 def make_video(film: Film, folder: Path, number: int) -> None:
-    """A camera that pans over a blurred pattern, as H.264: every frame differs, and moves as a filmed one does."""
+    """Write an H.264 video of a camera that pans over a blurred pattern, so that every frame differs."""
     draw = np.random.default_rng(number)
     blocks = draw.integers(0, 256, (3, *((side + TRAVEL) // BLOCK + 2 for side in (film.height, film.width))))
     blurred = torch.nn.functional.interpolate(
@@ -57,8 +57,8 @@ def make_video(film: Film, folder: Path, number: int) -> None:
     )
     field = blurred[0].clamp(0, 255).permute(1, 2, 0).byte().numpy()
     path = folder / f"{number}.mp4"
-    beside = path.with_suffix(".part")
-    with av.open(str(beside), "w", format="mp4") as out:
+    temporary = path.with_suffix(".part")
+    with av.open(str(temporary), "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=film.fps)
         stream.width, stream.height, stream.pix_fmt = film.width, film.height, "yuv420p"
         stream.codec_context.thread_count = 1
@@ -71,11 +71,11 @@ def make_video(film: Film, folder: Path, number: int) -> None:
             frame.pts, frame.time_base = index, Fraction(1, film.fps)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def make_captions(count: int, seed: int) -> list[str]:
-    """Captions of made-up words, each word nearly always one token of `make_tiny`'s tokenizer."""
+    """Captions of invented words, nearly all of which are one token of `make_tiny`'s tokenizer."""
     draw = random.Random(0)
     words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 3))) for _ in range(400)]
     draw = random.Random(seed)
@@ -83,16 +83,16 @@ def make_captions(count: int, seed: int) -> list[str]:
 
 
 def make_rows(film: Film, videos: int, captions: list[str], folder: Path) -> Path:
-    """A JSONL of one row for each caption, over `videos` files in turn, which are made where they are missing."""
+    """Write a JSONL file with a row per caption, which use `videos` video files in turn. Creates missing videos."""
     name = f"{film.width}x{film.height}@{film.fps}-{film.seconds}s"
     films = folder / name
     films.mkdir(parents=True, exist_ok=True)
     missing = [number for number in range(videos) if not (films / f"{number}.mp4").exists()]
     if missing:
         began = time.perf_counter()
-        with ThreadPool(min(len(missing), os.cpu_count())) as pool:  # encoding holds no lock of Python's
+        with ThreadPool(min(len(missing), os.cpu_count())) as pool:  # encoding releases the GIL
             pool.map(partial(make_video, film, films), missing, chunksize=1)
-        print(f"{len(missing)} videos made in {time.perf_counter() - began:.1f} s", flush=True)
+        print(f"generated {len(missing)} videos in {time.perf_counter() - began:.1f} s", flush=True)
     path = folder / f"{name}-{len(captions)}.jsonl"
     with path.open("w") as file:
         for number, caption in enumerate(captions):
@@ -103,7 +103,7 @@ def make_rows(film: Film, videos: int, captions: list[str], folder: Path) -> Pat
 
 
 def make_tiny(folder: Path) -> Path:
-    """The demo's small checkpoint, whose tokenizer has learnt the words of `make_captions`."""
+    """Create the demo's small checkpoint, with a tokenizer trained on the words of `make_captions`."""
     checkpoint = folder / "tiny"
     if not checkpoint.exists():
         words = folder / "words"
@@ -117,8 +117,11 @@ def make_tiny(folder: Path) -> Path:
 
 
 def make_checkpoint(size: str, layers: int | None, folder: Path) -> Path:
-    """A checkpoint of the true shape with random bf16 weights, made on a GPU where there is one, and with the small
-    checkpoint's processor; that checkpoint itself for the size `tiny`. One that is there already is taken."""
+    """Create a checkpoint of the real shape with random bf16 weights and the processor of the small checkpoint.
+
+    Returns the existing checkpoint if there is one, and the small checkpoint for the size `tiny`. Uses a GPU if there
+    is one.
+    """
     tiny = make_tiny(folder)
     if size == "tiny":
         return tiny
@@ -134,13 +137,14 @@ def make_checkpoint(size: str, layers: int | None, folder: Path) -> Path:
     with torch.device(find_device()):
         model = Qwen2_5_VLForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
-    beside = folder / f".{checkpoint.name}.part"
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside, max_shard_size="4GB")
-    load_processor(tiny).save_pretrained(beside)
-    beside.rename(checkpoint)
-    taken = time.perf_counter() - began
+    temporary = folder / f".{checkpoint.name}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, max_shard_size="4GB")
+    load_processor(tiny).save_pretrained(temporary)
+    temporary.rename(checkpoint)
+    elapsed = time.perf_counter() - began
     print(
-        f"{checkpoint.name}: {model.num_parameters() / 1e9:.2f}e9 weights made and saved in {taken:.1f} s", flush=True
+        f"{checkpoint.name}: {model.num_parameters() / 1e9:.2f}e9 weights saved in {elapsed:.1f} s",
+        flush=True,
     )
     return checkpoint

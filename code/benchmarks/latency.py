@@ -1,4 +1,4 @@
-"""See `latency/cli.py`, or `--help`."""
+"""Command of the latency benchmark; see `latency/cli.py` or `--help`."""
 
 from latency.cli import main
 from qwen_vl_streaming.common.errors import run

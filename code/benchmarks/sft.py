@@ -1,19 +1,18 @@
-"""Training through sft.sh itself, on real videos and random weights of the true shapes: how fast, in how much memory,
-how long it waits for data, and whether one process and several, under every ZeRO stage, give the same losses.
+"""Training through sft.sh on real videos, with random weights of the real shapes: speed, memory and time spent waiting
+for data. Also compares the losses of different numbers of processes and ZeRO stages.
 
     python code/benchmarks/sft.py --size 7B --runs 2:zero3.json --gradient_checkpointing False
     python code/benchmarks/sft.py --size 3B --layers 2 --float32 --at-once \\
         --runs 1:none 1:zero2.json 2:zero2.json 2:zero3.json
 
 A run is PROCESSES:CONFIGURATION; `none` is Trainer without DeepSpeed. All runs train on the same samples in the same
-order, --batch to an optimizer step, shared among the processes. A sample is the published baseline's work: a video of
-30 seconds whose clips make 91 visual tokens each, in an H.264 file, and an answer of about 117 tokens. Flags not named
-below go to sft.sh as they are.
+order, with --batch samples per optimizer step over all processes. A sample is that of the published baseline: an H.264
+video of 30 seconds with 91 visual tokens per clip, and an answer of about 117 tokens. Other flags are passed to sft.sh.
 
-Seconds a step are those between the log lines of steps, the median without the first two, which compile and start the
-workers; tokens/s follow from them. Model FLOPs as in training.py, as a share of what a bf16 matrix product of 8192
-cubed reaches on each GPU. Memory is the largest that PyTorch gave out on any one GPU. Seconds waited for data are all
-of the run's, its start included.
+The time per step is the median of the times between the log lines of steps, without the first two steps, which compile
+and start the workers; tokens/s follow from it. Model FLOPs are those of training.py, and their share is relative to a
+bf16 matrix product of 8192 x 8192 on each GPU. Memory is the maximum that PyTorch allocated on any GPU. The time spent
+waiting for data is that of the whole run, including its start.
 """
 
 import argparse
@@ -44,22 +43,22 @@ from training import GRID, SHAPES, find_device, flops, seconds
 ROOT = Path(__file__).resolve().parents[2]
 FINETUNE = ROOT / "code/qwen-vl-finetune"
 BUDGET = {"min_pixels_per_frame": 50_176, "max_pixels_per_frame": 78_400}
-"""With these, 364 x 196 stays as it is and 1920 x 1080 becomes it."""
+"""364 x 196 is kept, and 1920 x 1080 is resized to it."""
 UNTIMED = 2
-"""First steps, which compile and start the data workers."""
+"""Steps at the start that are not timed: they compile and start the data workers."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One way to train."""
+    """One training run."""
 
     processes: int
     configuration: str
-    """A DeepSpeed configuration as sft.sh takes it, or `none`."""
+    """A DeepSpeed configuration as for sft.sh, or `none`."""
 
     @classmethod
     def parse(cls, text: str) -> "Run":
-        """From a text such as 2:zero3.json. Raises InputError for any other."""
+        """Parse a text such as 2:zero3.json. Raises InputError if it is malformed."""
         processes, _, configuration = text.partition(":")
         if not processes.isdigit() or int(processes) < 1 or not configuration:
             raise InputError(f"--runs {text}: give PROCESSES:CONFIGURATION, such as 2:zero3.json or 1:none")
@@ -67,11 +66,12 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Name of the output folder."""
         return f"{self.processes}-{Path(self.configuration).stem}"
 
 
 def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Path) -> tuple[subprocess.Popen, Path]:
-    """Begin a run: its process, and its output folder, beside which lies its log."""
+    """Start a run. Returns its process and its output folder; the log is beside the folder."""
     processes, output = str(chosen.processes), arguments.folder / "runs" / chosen.name
     shutil.rmtree(output, ignore_errors=True)
     output.parent.mkdir(exist_ok=True)
@@ -89,7 +89,7 @@ def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Pa
     cpu = arguments.device == "cpu"
     if cpu or arguments.float32:
         flags["bf16"] = False
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)] + further
+    options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)] + further
     environment = {
         **os.environ,
         "QWEN2_5_VL_VARIANT": arguments.variant,
@@ -107,25 +107,25 @@ def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Pa
         command = ["bash", str(FINETUNE / "scripts/sft.sh")]
     log = output.with_suffix(".log")
     with log.open("w") as file:
-        process = subprocess.Popen([*command, *words], env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, *options], env=environment, stdout=file, stderr=subprocess.STDOUT)
     return process, output
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a run, its workers too, where it has not ended."""
+    """Kill a run and its workers unless it has ended."""
     if process.poll() is None:
         for each in (*psutil.Process(process.pid).children(recursive=True), process):
-            with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
                 each.kill()
         process.wait()
 
 
 def finish(process: subprocess.Popen, output: Path, limit: float) -> bool:
-    """Wait for a run; False, with the end of its log printed, where it failed or was killed after `limit` seconds."""
+    """Wait for a run. If it fails or exceeds `limit` seconds, kill it, print the end of its log and return False."""
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
-        status = f"none within {limit:.0f} s"
+        status = f"none (killed after {limit:.0f} s)"
         end(process)
     if status != 0:
         lines = output.with_suffix(".log").read_text(errors="replace").splitlines()
@@ -134,7 +134,7 @@ def finish(process: subprocess.Popen, output: Path, limit: float) -> bool:
 
 
 def sample_flops(checkpoint: Path, variant: str, clips: int, caption: str) -> float:
-    """Model FLOPs of a sample with this caption, for a checkpoint of this shape."""
+    """Model FLOPs of a sample with `caption` for the shape of `checkpoint`."""
     processor, config = load_processor(checkpoint), load_config(checkpoint)
     template = make_template(processor, QUESTIONS[0])
     counts = make_schedule("wait-3", get_variant(variant), clips).counts(len(answer_ids(processor, template, caption)))
@@ -145,7 +145,7 @@ def sample_flops(checkpoint: Path, variant: str, clips: int, caption: str) -> fl
 
 
 def measure(output: Path, batch: int, per_sample: float, peak: float) -> tuple[str, list[float], list[float]]:
-    """A row of the table, and the losses and gradient norms of all steps."""
+    """Return a row of the table, and the losses and gradient norms of all steps."""
     events = EventAccumulator(str(output / "runs")).Reload()
     losses, norms = events.Scalars("train/loss"), events.Scalars("train/grad_norm")
     work = json.loads((output / "throughput.json").read_text())
@@ -157,20 +157,23 @@ def measure(output: Path, batch: int, per_sample: float, peak: float) -> tuple[s
     row = (
         f"{output.name:<24}{step:>10.3f}{work['tokens'] / work['samples'] * batch / step:>10.0f}{rate / 1e12:>9.0f}"
         f"{rate / peak:>9.1%}{work['peak_memory_bytes'] / 2**30:>9.1f}"
-        f"{work['seconds_waiting_for_data']:>10.2f}{work['seconds']:>9.1f}{saved / 2**30:>9.2f}"
+        f"{work['seconds_waiting_for_data']:>10.2f}{work['seconds']:>9.1f}{saved / 2**30:>10.2f}"
     )
     return row, [point.value for point in losses], [point.value for point in norms]
 
 
 def compare(curves: dict[str, list[float]], what: str) -> None:
-    """Print the values of every step side by side, and how far each run is from the first."""
+    """Print the values of all steps side by side, and the maximum difference of each run from the first."""
     print(f"\n{what}\n{'step':<24}" + "".join(f"{name:>22}" for name in curves))
     first = next(iter(curves.values()))
     for index in range(len(first)):
         print(f"{index + 1:<24}" + "".join(f"{values[index]:>22.6f}" for values in curves.values()))
     if len(curves) > 1:
-        furthest = (max(abs(a - b) for a, b in zip(first, values, strict=True)) for values in curves.values())
-        print(f"{'furthest from the first':<24}" + "".join(f"{distance:>22.1e}" for distance in furthest), flush=True)
+        differences = (max(abs(a - b) for a, b in zip(first, values, strict=True)) for values in curves.values())
+        print(
+            f"{'max diff from first run':<24}" + "".join(f"{difference:>22.1e}" for difference in differences),
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -178,29 +181,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--size", choices=["tiny", *SHAPES], default="tiny")
-    parser.add_argument("--layers", type=int, help="layers of language model and vision tower (default: all)")
-    parser.add_argument("--runs", nargs="*", default=[], metavar="N:CONFIG", help="none: make the files and end")
+    parser.add_argument("--layers", type=int, help="layers of language model and vision encoder (default: all)")
+    parser.add_argument("--runs", nargs="*", default=[], metavar="N:CONFIG", help="default: only create the inputs")
     parser.add_argument("--variant", choices=VARIANTS, default="group")
-    parser.add_argument("--batch", type=int, default=8, help="samples of an optimizer step (default %(default)s)")
-    parser.add_argument("--per-device", type=int, default=1, help="samples of a forward pass (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps (default %(default)s)")
-    parser.add_argument("--float32", action="store_true", help="train in float32; default: bf16 on a GPU")
-    parser.add_argument("--video", default="364x196@8", help="size and frames a second of files (default %(default)s)")
-    parser.add_argument("--seconds", type=int, default=30, help="of each video (default %(default)s)")
-    parser.add_argument("--videos", type=int, default=16, help="files, used in turn (default %(default)s)")
-    parser.add_argument("--at-once", action="store_true", help="all runs at once: to compare losses, not to time")
-    parser.add_argument("--limit", type=float, default=3600, help="seconds after which a run is killed")
-    parser.add_argument("--folder", type=Path, help="for all files, found again by the next call (default: a new one)")
+    parser.add_argument("--batch", type=int, default=8, help="samples per optimizer step (default: %(default)s)")
+    parser.add_argument("--per-device", type=int, default=1, help="samples per forward pass (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--float32", action="store_true", help="train in float32 (default: bf16 on a GPU)")
+    parser.add_argument("--video", default="364x196@8", help="frame size and frames per second (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=30, help="duration of each video (default: %(default)s)")
+    parser.add_argument("--videos", type=int, default=16, help="video files, used in turn (default: %(default)s)")
+    parser.add_argument("--at-once", action="store_true", help="start all runs at once, to compare losses only")
+    parser.add_argument(
+        "--limit", type=float, default=3600, help="seconds until a run is killed (default: %(default)s)"
+    )
+    parser.add_argument("--folder", type=Path, help="folder for all files, reused by later calls (default: temporary)")
     arguments, further = parser.parse_known_args()
     film, runs = Film.parse(arguments.video, arguments.seconds), [Run.parse(text) for text in arguments.runs]
     for chosen in runs:
         if arguments.batch % (arguments.per_device * chosen.processes):
             raise InputError(
-                f"--batch {arguments.batch} cannot be shared by {chosen.processes} processes that take "
-                f"{arguments.per_device} samples at a time: give a multiple"
+                f"--batch {arguments.batch} cannot be divided among {chosen.processes} processes with "
+                f"{arguments.per_device} samples per forward pass: give a multiple"
             )
     if len({chosen.name for chosen in runs}) < len(runs):
-        raise InputError(f"--runs {' '.join(arguments.runs)}: name each one once")
+        raise InputError(f"--runs {' '.join(arguments.runs)}: give each run once")
     arguments.device = find_device()
     with tempfile.TemporaryDirectory() as name:
         arguments.folder = (arguments.folder or Path(name)).resolve()
@@ -213,7 +218,7 @@ def main() -> None:
 
 
 def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data: Path, caption: str) -> bool:
-    """Train by all runs and print what they did; False where one of them failed."""
+    """Train all runs and print their results. Returns False if a run failed."""
     peak, name = float("nan"), "CPU"
     if arguments.device == "cuda":
         name = torch.cuda.get_device_name()
@@ -225,13 +230,13 @@ def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data
     kind = "float32" if arguments.float32 or name == "CPU" else "bf16"
     print(
         f"{name}, torch {torch.__version__}, {checkpoint.name}, {arguments.variant}, {kind}, {arguments.batch} samples "
-        f"a step, {arguments.per_device} at a time, videos {arguments.video}, {' '.join(further)}\n"
-        f"bf16 matrix product of 8192 cubed: {peak / 1e12:.0f} TFLOP/s; a sample: {per_sample / 1e12:.1f} TFLOP",
+        f"per step, {arguments.per_device} per forward pass, videos {arguments.video}, {' '.join(further)}\n"
+        f"bf16 matrix product of 8192 x 8192: {peak / 1e12:.0f} TFLOP/s; sample: {per_sample / 1e12:.1f} TFLOP",
         flush=True,
     )
     print(
-        f"{'processes-configuration':<24}{'s a step':>10}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>9}"
-        f"{'s waited':>10}{'of s':>9}{'GiB out':>9}",
+        f"{'processes-configuration':<24}{'s/step':>10}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>9}"
+        f"{'data wait':>10}{'total s':>9}{'saved GiB':>10}",
         flush=True,
     )
     losses, norms = {}, {}
@@ -246,7 +251,7 @@ def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data
                     row, losses[output.name], norms[output.name] = measure(output, arguments.batch, per_sample, peak)
                     print(row, flush=True)
                 for weights in output.glob("*.safetensors"):
-                    weights.unlink()  # of the true size they would soon fill a disk
+                    weights.unlink()  # at the real size they would soon fill the disk
     if losses:
         compare(losses, "loss")
         compare(norms, "gradient norm")

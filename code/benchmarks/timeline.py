@@ -1,4 +1,4 @@
-"""How long it takes to build everything that a sample needs, and how much memory: timeline, positions, dense mask.
+"""Time and memory to build timeline, positions and dense mask of a sample.
 
 python code/benchmarks/timeline.py
 """
@@ -12,23 +12,23 @@ from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import Layout, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
-CLIPS, GRID, ANSWER = 30, (7, 14), 117  # about the baseline's sample: 30 s, 98 visual tokens a clip
+CLIPS, GRID, ANSWER = 30, (7, 14), 117  # similar to the baseline: 30 s, 98 visual tokens per clip
 REPEATS = 50
 
 
 def milliseconds(work) -> float:
-    """The median of REPEATS runs, after one to warm up."""
+    """The median time of REPEATS calls, after one for warm-up."""
     work()
-    taken = []
+    times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
         work()
-        taken.append(1e3 * (time.perf_counter() - began))
-    return median(taken)
+        times.append(1e3 * (time.perf_counter() - began))
+    return median(times)
 
 
-def held(timeline) -> int:
-    """Bytes of the tensors that a timeline and its positions hold."""
+def tensor_bytes(timeline) -> int:
+    """Bytes of the tensors of a timeline and its positions."""
     rows = timeline.rows
     tensors = (rows.part, rows.clip, rows.index, rows.slot, timeline.produces, timeline_positions(timeline))
     return sum(tensor.element_size() * tensor.nelement() for tensor in tensors)
@@ -38,7 +38,7 @@ def main() -> None:
     torch.set_num_threads(1)
     layout = Layout(prompt=40, tail=3, header=3, grid=GRID)
     print(f"{CLIPS} clips of {GRID[0]} x {GRID[1]} tokens, {ANSWER} answer tokens; median of {REPEATS}, one CPU thread")
-    print(f"{'variant':<12}{'tokens':>8}{'timeline':>12}{'positions':>12}{'dense mask':>12}{'bytes a token':>15}")
+    print(f"{'variant':<12}{'tokens':>8}{'timeline':>12}{'positions':>12}{'dense mask':>12}{'bytes/token':>15}")
     for variant in VARIANTS.values():
         counts = (3,) * (CLIPS - 1) + (ANSWER - 3 * (CLIPS - 1),)
         counts = counts if variant.streams else (0,) * (CLIPS - 1) + (ANSWER,)
@@ -50,7 +50,7 @@ def main() -> None:
             milliseconds(lambda r=rows, v=variant: dense_mask(r.visual[None], r.text[None], v.parallel)),
         )
         cells = "".join(f"{value:>9.2f} ms" for value in timings)
-        print(f"{variant.name:<12}{len(rows):>8}{cells}{held(timeline) / len(rows):>15.0f}")
+        print(f"{variant.name:<12}{len(rows):>8}{cells}{tensor_bytes(timeline) / len(rows):>15.0f}")
 
 
 if __name__ == "__main__":

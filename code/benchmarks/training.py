@@ -1,14 +1,15 @@
-"""Training speed on random weights of the true shapes: tokens/s, model FLOP/s and peak memory, on one GPU.
+"""Training speed with random weights of the real shapes on one GPU: tokens/s, model FLOP/s and peak memory.
 
     python code/benchmarks/training.py --size 3B --variants group --compile
 
-A step is the published baseline's work: a video of 30 clips of 196 x 364 pixels (91 visual tokens a clip) and an answer
-of 117 tokens. Language model and merger are trained, the vision tower is frozen; weights and gradients are bf16, master
-weights and moments float32, one optimizer step for 16 samples, its share counted in. No activation is recomputed.
+The workload is that of the published baseline: a video of 30 clips of 196 x 364 pixels (91 visual tokens per clip) and
+an answer of 117 tokens. Language model and merger are trained, the vision encoder is frozen. Weights and gradients are
+bf16, master weights and moments float32. The time per sample includes a sixteenth of an optimizer step. Activations are
+not recomputed.
 
-Model FLOPs a sample: for each trained weight matrix 6 x its size x the rows it multiplies (2 forward, 4 backward), for
-each frozen one 2; for attention 4 x pairs x width forward where a pair is allowed by the rule, times 3 where trained.
-The embedding is a look-up and counts nothing; the output matrix counts for rows that have a label.
+Model FLOPs per sample: 6 x size x rows for each trained weight matrix (2 forward, 4 backward), 2 x size x rows for a
+frozen one; for attention 4 x pairs x width forward, where pairs are those that the mask allows, times 3 if trained. The
+embedding is a look-up and is not counted; the output matrix is counted for rows with a label.
 """
 
 import argparse
@@ -38,6 +39,7 @@ SHAPES = {
 
 
 def make_config(size: str, layers: int | None) -> Qwen2_5_VLConfig:
+    """The config of Qwen2.5-VL of `size` in SHAPES, optionally with fewer layers."""
     text = {
         **SHAPES[size],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
@@ -50,14 +52,16 @@ def make_config(size: str, layers: int | None) -> Qwen2_5_VLConfig:
 
 
 def answer_counts(variant: Variant) -> tuple[int, ...]:
-    """Answer tokens that each slot writes: three, and the rest in the last."""
+    """Answer tokens of each slot by wait-3; for offline variants all are in the last slot."""
     each = 3 if variant.streams else 0
     return (each,) * (CLIPS - 1) + (ANSWER - each * (CLIPS - 1),)
 
 
 def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device: str) -> tuple[dict, tuple]:
-    """`samples` samples end to end in one row, as `--pack_tokens` lays them, padded to a multiple of 128 tokens: the
-    model's inputs, and the flags that its mask is made of at every step."""
+    """Pack `samples` samples into one row, as `--pack_tokens` does, padded to a multiple of 128 tokens.
+
+    Returns the model's inputs, and the visual, text and sample flags from which each step builds the mask.
+    """
     timeline = make_timeline(variant, LAYOUT, answer_counts(variant))
     rows, length = timeline.rows, len(timeline.rows)
     padding = -(length * samples) % 128
@@ -82,7 +86,7 @@ def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device:
 
 
 def flops(timeline: Timeline, model) -> float:
-    """Model FLOPs of one sample by the formula at the head of this file; of `model`, the sizes alone count."""
+    """Model FLOPs of one sample, as described at the top of this file. Uses only the shapes of `model`."""
     config, rows, clips = model.config, timeline.rows, len(timeline.counts)
     pairs = int(dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel).sum())
     visual, tokens = clips * timeline.layout.tokens_per_clip, len(rows)
@@ -97,14 +101,14 @@ def flops(timeline: Timeline, model) -> float:
     total += 6.0 * sum(timeline.counts) * text.hidden_size * text.vocab_size
     total += 6.0 * visual * matrices(tower.merger)
     total += 2.0 * patches * (matrices(tower.blocks) + tower.patch_embed.proj.weight.numel())
-    whole = len(vision.fullatt_block_indexes)
+    full = len(vision.fullatt_block_indexes)
     window = (vision.window_size // vision.patch_size) ** 2
-    seen = whole * patches // clips + (vision.depth - whole) * min(window, patches // clips)
+    seen = full * patches // clips + (vision.depth - full) * min(window, patches // clips)
     return total + 4.0 * patches * seen * vision.hidden_size
 
 
 class MasterAdamW:
-    """AdamW over float32 copies of bf16 weights, as DeepSpeed's bf16 optimizer keeps them."""
+    """AdamW on float32 master copies of bf16 weights, like DeepSpeed's bf16 optimizer."""
 
     def __init__(self, parameters):
         self.parameters = list(parameters)
@@ -122,7 +126,7 @@ class MasterAdamW:
 
 
 def seconds(work, repeats: int, device: str) -> float:
-    """The mean of `repeats` runs after two to warm up."""
+    """The mean time of `repeats` calls, after two for warm-up."""
     for i in range(repeats + 2):
         if i == 2:
             if device == "cuda":
@@ -135,8 +139,10 @@ def seconds(work, repeats: int, device: str) -> float:
 
 
 def find_device(size: str = "tiny") -> str:
-    """cuda, or cpu where there is no GPU, which is said. Raises InputError where there is one that cannot be used, and
-    for a model of another `size` than tiny on a CPU."""
+    """Return "cuda", or "cpu" with a note on stderr if there is no GPU.
+
+    Raises InputError if there is a GPU that cannot be used, and for a `size` other than tiny on a CPU.
+    """
     device, line = choose_device("", look(os.environ), cpu="")
     if device == "cpu" and size != "tiny":
         raise InputError(f"--size {size} needs a GPU: on a CPU give --size tiny")
@@ -149,16 +155,16 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="3B")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["group"])
-    parser.add_argument("--samples", type=int, nargs="+", default=[1], help="samples packed into a row")
-    parser.add_argument("--compile", action="store_true", help="compile the layers, as --compile_layers of sft.sh does")
-    parser.add_argument("--stock-tower", action="store_true", help="time the stock vision tower too")
+    parser.add_argument("--samples", type=int, nargs="+", default=[1], help="samples per packed row (default: 1)")
+    parser.add_argument("--compile", action="store_true", help="compile the layers, like --compile_layers of sft.sh")
+    parser.add_argument("--stock-tower", action="store_true", help="also time the vision encoder of transformers")
     parser.add_argument(
         "--no-update",
         action="store_true",
-        help="forward and backward only: at 7B one GPU has no room for the optimizer",
+        help="forward and backward only: at 7B the optimizer does not fit on one GPU",
     )
-    parser.add_argument("--layers", type=int, help="fewer layers, to try the command out")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--layers", type=int, help="use fewer layers, for a quick test")
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps (default: %(default)s)")
     arguments = parser.parse_args()
     device = find_device()
     config = make_config(arguments.size, arguments.layers)
@@ -177,18 +183,18 @@ def main() -> None:
         rate = 2 * 8192**3 / seconds(lambda: a @ b, 20, device)
     else:
         rate = float("nan")
-    print(f"bf16 matrix product of 8192 cubed: {rate / 1e12:.0f} TFLOP/s", flush=True)
+    print(f"bf16 matrix product of 8192 x 8192: {rate / 1e12:.0f} TFLOP/s", flush=True)
 
     batch, _ = make_batch(VARIANTS["group"], 1, config, device)
     video = batch["pixel_values_videos"], batch["video_grid_thw"]
     with torch.no_grad():
-        print(f"vision tower, 30 clips: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
+        print(f"vision encoder, 30 clips: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
         if arguments.stock_tower:
             from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 
             for block in tower.blocks:
                 block.attn.__class__ = stock.Qwen2_5_VLVisionAttention
-            print(f"  the stock one: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
+            print(f"  of transformers: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
             for block in tower.blocks:
                 block.attn.__class__ = VisionAttention
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -196,9 +202,7 @@ def main() -> None:
     if arguments.compile:
         model.compile_layers()
     update = 0.0 if arguments.no_update else None
-    print(
-        f"{'variant':<12}{'samples a row':>14}{'ms a sample':>13}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}"
-    )
+    print(f"{'variant':<12}{'samples/row':>14}{'ms/sample':>13}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}")
     for variant in (VARIANTS[name] for name in arguments.variants):
         implementation = "flex_attention" if device == "cuda" else "sdpa"
         model.model.language_model.set_attn_implementation(implementation)
@@ -213,7 +217,7 @@ def main() -> None:
             each = seconds(step, arguments.repeats, device)
             if update is None:
                 update = seconds(lambda s=step: (s(), optimizer.step()), 3, device) - each
-                print(f"optimizer step: {1e3 * update:.1f} ms, for {ACCUMULATION} samples", flush=True)
+                print(f"optimizer step: {1e3 * update:.1f} ms per {ACCUMULATION} samples", flush=True)
             each = each / samples + update / ACCUMULATION
             tokens = len(batch["input_ids"][0]) // samples
             work = flops(make_timeline(variant, LAYOUT, answer_counts(variant)), model) / each

@@ -1,7 +1,8 @@
-"""Writes a checkpoint as the repositories of Qwen2.5-VL on the hub have it: a flat config.json, an image processor's
-preprocessor_config.json, chat_template.json, and weights under the published names. transformers loads it from 4.49 on.
+"""Writes a checkpoint in the layout of Qwen2.5-VL's repositories on the hub: a flat config.json, an image
+processor's preprocessor_config.json, chat_template.json, and weights under the published names. transformers loads it
+from 4.49 on.
 
-Knows nothing of how model and tokenizer are made.
+Does not depend on how model and tokenizer are created.
 """
 
 import json
@@ -27,7 +28,7 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""As in public copies of Qwen2.5-VL's files."""
+"""The chat template of Qwen2.5-VL."""
 GENERATION = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-06, "transformers_version": "4.49.0"}
 PREPROCESSOR = {
     "patch_size": 14,
@@ -41,7 +42,7 @@ PREPROCESSOR = {
 
 
 def flat_config(config: Qwen2_5_VLConfig, vision_token_id: int, dtype: str) -> dict:
-    """The hub's config.json for `config`: the language model's fields at the top, one sub-config for the tower."""
+    """Return the hub's config.json for `config`: the language model's fields at the top level, and a vision_config."""
     text, vision = config.text_config, config.vision_config
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -94,7 +95,7 @@ def flat_config(config: Qwen2_5_VLConfig, vision_token_id: int, dtype: str) -> d
 
 
 def write_tokenizer(folder: Path, tokenizer: Qwen2Tokenizer, special: Sequence[str]) -> None:
-    """tokenizer.json, vocab.json, merges.txt and tokenizer_config.json, with the `special` tokens among the added."""
+    """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json; `special` are its special tokens."""
     backend = json.loads(tokenizer._tokenizer.to_str())
     model = backend["model"]
     added = {
@@ -132,11 +133,11 @@ def write_checkpoint(
     max_pixels: int,
     max_shard_size: str = "4GB",
 ) -> None:
-    """The whole checkpoint, into a `folder` that is not there yet; pictures get at most `max_pixels`."""
+    """Write a checkpoint to the new folder `folder`; its processor resizes images to at most `max_pixels`."""
     folder.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        model.save_pretrained(beside, max_shard_size=max_shard_size)
-        for path in Path(beside).glob("model*"):
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        for path in Path(temporary).glob("model*"):
             like_other_files(path.rename(folder / path.name))
     text = model.config.text_config
     vision_token_id = tokenizer.convert_tokens_to_ids("<|vision_pad|>")
@@ -151,4 +152,5 @@ def write_checkpoint(
 
 
 def write_json(path: Path, content: object) -> None:
+    """Write `content` as indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

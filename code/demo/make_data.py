@@ -1,11 +1,11 @@
-"""Makes the demo's data set in the shape that PE-Video has on the hub, without any download.
+"""Creates the demo's data set in the format of PE-Video on the hub, without any download.
 
     python code/demo/make_data.py --output DIR
 
-writes `DIR/train/*.tar` and `DIR/test/*.tar`, WebDataset shards of `<id>.mp4` (H.264) beside `<id>.json`, and
-`DIR/truth.jsonl`, which says what is to be seen at which second; only the demo's check reads it. Each split also
-holds a few videos that the filter of the data set must drop, and two faults. What is drawn and told is in scenes.py.
-The same settings give the same bytes. Knows nothing about tokenizers and models.
+writes `DIR/train/*.tar` and `DIR/test/*.tar`, WebDataset shards of `<id>.mp4` (H.264) and `<id>.json`, and
+`DIR/truth.jsonl`, which lists what happens at which second and is used by check.py and show.py only. Each split also
+has some videos that mani_data.py must drop, and some with an empty caption or a broken video file. scenes.py creates
+the scenes. The same settings give the same bytes. Does not depend on tokenizers and models.
 """
 
 import io
@@ -29,12 +29,12 @@ from qwen_vl_streaming.common.progress import Progress
 from scenes import OPENING, OTHER_OPENING, Scene, count_words, draw, make_scene
 
 RATE = (3.1, 4.4)
-"""Words a second of an ordinary caption; the filter keeps 3 to 5."""
+"""Words per second of an ordinary caption; mani_data.py keeps 3 to 5."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of video: its length in seconds, its caption's words a second, and whether a filter keeps it."""
+    """A kind of video: ranges of duration in seconds and of words per second, and whether mani_data.py keeps it."""
 
     seconds: tuple[float, float] = (5.0, 12.0)
     rate: tuple[float, float] = RATE
@@ -57,24 +57,24 @@ LONG_SIZE = 56
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What make_dataset makes."""
+    """Settings of `make_dataset`."""
 
     output: Path
-    """Folder of the data set; started again on a folder of the same settings, only missing shards are made."""
+    """Folder of the data set. If it has a data set with the same settings, only missing shards are created."""
     train_videos: int = 1200
     """Ordinary videos in the split `train`."""
     test_videos: int = 120
     """Ordinary videos in the split `test`."""
     dropped: int = 2
-    """Further videos in each split of each kind that a filter must drop."""
+    """Additional videos per split of each kind that mani_data.py must drop."""
     other_openings: int = 0
-    """Further videos in each split whose captions do not begin "The video shows"."""
+    """Additional videos per split with captions that do not begin "The video shows"."""
     seed: int = 0
-    """Everything that is drawn by lot comes from this number."""
+    """Random seed."""
     size: int = 168
     """Side of a frame, in pixels."""
     shard_videos: int = 100
-    """Videos in a shard."""
+    """Videos per shard."""
 
     def __post_init__(self) -> None:
         for name in ("train_videos", "test_videos", "dropped", "other_openings", "seed"):
@@ -88,7 +88,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """One video to make: its id, split and kind, and the state from which everything else is drawn."""
+    """One video to create: its id, split and kind, and the random seed of everything else."""
 
     video_id: str
     split: str
@@ -96,7 +96,7 @@ class Sample:
     seed: str
 
     def scene(self) -> tuple[Scene, int]:
-        """The scene and its frames a second."""
+        """Create the scene. Returns it with its frames per second."""
         kind, rng = KINDS[self.kind], random.Random(self.seed)
         fps = rng.choice((24, 30))
         frames = round(rng.uniform(*kind.seconds) * fps)
@@ -110,7 +110,7 @@ class Sample:
 
 
 def plan(config: DataConfig) -> dict[str, list[Sample]]:
-    """Each split's samples in the order of its shards; ids are numbers as text, as in PE-Video."""
+    """The samples of each split in shard order. Ids are numbers as strings, as in PE-Video."""
     samples = {}
     rng = random.Random(f"{config.seed}/plan")
     extra = [kind for kind in DROPPED for _ in range(config.dropped)] + ["other_opening"] * config.other_openings
@@ -125,20 +125,20 @@ def plan(config: DataConfig) -> dict[str, list[Sample]]:
 
 
 def encode(scene: Scene, fps: int, size: int) -> bytes:
-    """The scene as an H.264 MP4 file of size × size pixels."""
+    """Encode the scene as an H.264 MP4 file of size × size pixels."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "20", "threads": "1"})
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
-        # One reformatter for all frames: setting one up costs more than its use.
+        # Reuse one reformatter: creating it costs more than using it.
         reformatter, drawn, frame = VideoReformatter(), None, None
         for index in range(round(scene.seconds * fps)):
-            look = scene.look(index / fps)
-            if look != drawn:
+            state = scene.visible(index / fps)
+            if state != drawn:
                 pixels = np.asarray(draw(scene, index / fps, size))
                 rgb = av.VideoFrame.from_ndarray(pixels, "rgb24")
-                drawn, frame = look, reformatter.reformat(rgb, format="yuv420p", threads=1)
+                drawn, frame = state, reformatter.reformat(rgb, format="yuv420p", threads=1)
             frame.pts, frame.time_base = index, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -146,7 +146,7 @@ def encode(scene: Scene, fps: int, size: int) -> bytes:
 
 
 def render(sample: Sample, size: int) -> tuple[Sample, bytes, dict]:
-    """The sample's MP4 file and its row of PE-Video's fields."""
+    """Create a sample's MP4 file and its JSON with PE-Video's fields."""
     scene, fps = sample.scene()
     size = LONG_SIZE if sample.kind == "long" else size
     video = encode(scene, fps, size)
@@ -168,7 +168,7 @@ def render(sample: Sample, size: int) -> tuple[Sample, bytes, dict]:
 
 
 def truth(sample: Sample) -> dict:
-    """What is to be seen and told in a sample, a row of truth.jsonl; `dropped` names its fault, or is null."""
+    """A sample's row of truth.jsonl: its caption and events; `dropped` is why mani_data.py drops it, or null."""
     scene, _ = sample.scene()
     return {
         "video_id": sample.video_id,
@@ -180,16 +180,16 @@ def truth(sample: Sample) -> dict:
 
 
 def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -> None:
-    """Write the data set that `config` describes, leaving finished shards as they are.
+    """Write the data set that `config` describes; existing shards are kept.
 
-    Raises InputError where the folder holds a data set of other settings.
+    Raises InputError if the folder has a data set with other settings.
     """
     settings = {**asdict(config), "output": None}
-    said = config.output / "make_data.json"
-    if said.exists() and json.loads(said.read_text()) != settings:
-        raise InputError(f"{config.output} holds a data set of other settings: name another --output, or remove it")
+    saved = config.output / "make_data.json"
+    if saved.exists() and json.loads(saved.read_text()) != settings:
+        raise InputError(f"{config.output} has a data set with other settings: give another --output, or delete it")
     config.output.mkdir(parents=True, exist_ok=True)
-    _write(said, json.dumps(settings, indent=1).encode())
+    _write(saved, json.dumps(settings, indent=1).encode())
 
     shards, splits = {}, plan(config)
     for split, samples in splits.items():
@@ -203,22 +203,22 @@ def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -
     with bar, _mapper(workers if len(todo) > 1 else 1) as each:
         rendered = iter(each(partial(render, size=config.size), todo))
 
-        def take() -> tuple[Sample, bytes, dict]:
+        def next_rendered() -> tuple[Sample, bytes, dict]:
             one = next(rendered)
             bar.update()
             return one
 
         for path, samples in shards.items():
-            _write(path, _tar(take() for _ in samples))
+            _write(path, _tar(next_rendered() for _ in samples))
     rows = [json.dumps(truth(sample)) + "\n" for samples in splits.values() for sample in samples]
     _write(config.output / "truth.jsonl", "".join(rows).encode())
 
 
 class _mapper:
-    """A context giving an ordered lazy map, in this process or over `workers` fresh ones."""
+    """A context manager that gives an ordered lazy map, in this process or in `workers` new ones."""
 
     def __init__(self, workers: int):
-        # Spawned, not forked: a fork inherits the locks of threads that a caller may have running.
+        # Spawn instead of fork: a forked process inherits locks held by other threads.
         self.pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else None
 
     def __enter__(self):
@@ -241,15 +241,15 @@ def _tar(rendered: Iterable[tuple[Sample, bytes, dict]]) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def preview(config: DataConfig, path: Path, videos: int = 8, model_size: int = 84) -> None:
-    """A picture of some test videos: a row each, one frame a second as the demo's model sees it, and the caption."""
+    """Write a picture of some test videos: one frame per second at the model's resolution, and the caption."""
     cell = model_size + 6
     samples = [sample for sample in plan(config)["test"] if sample.kind == "ordinary"][:videos]
     sheet = Image.new("RGB", (12 * cell, max(1, len(samples)) * (cell + 22)), "white")
@@ -265,7 +265,7 @@ def preview(config: DataConfig, path: Path, videos: int = 8, model_size: int = 8
 
 
 def _frame_each_second(video: bytes, fps: int) -> Iterator[tuple[int, Image.Image]]:
-    """(second, picture from the middle of that second) of an MP4 file."""
+    """Yield (second, frame at the middle of that second) of an MP4 file."""
     with av.open(io.BytesIO(video)) as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index % fps == fps // 2:
@@ -278,15 +278,15 @@ def main() -> None:
     for name, default, text in (
         ("train-videos", 1200, "ordinary videos in the split train"),
         ("test-videos", 120, "ordinary videos in the split test"),
-        ("dropped", 2, "videos in each split of each kind that a filter must drop"),
-        ("other-openings", 0, 'videos in each split whose captions do not begin "The video shows"'),
-        ("seed", 0, "what is drawn by lot depends on this number alone"),
+        ("dropped", 2, "videos per split of each kind that mani_data.py must drop"),
+        ("other-openings", 0, 'videos per split with captions that do not begin "The video shows"'),
+        ("seed", 0, "random seed"),
         ("size", 168, "side of a frame in pixels"),
-        ("shard-videos", 100, "videos in a shard"),
-        ("workers", os.cpu_count(), "processes that draw"),
+        ("shard-videos", 100, "videos per shard"),
+        ("workers", os.cpu_count(), "worker processes"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    parser.add_argument("--preview", type=Path, help="write only a picture of some test videos to this PNG file")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--preview", type=Path, help="only write a picture of some test videos to this PNG file")
     arguments = vars(parser.parse_args())
     picture, workers = arguments.pop("preview"), arguments.pop("workers")
     config = DataConfig(**arguments)

@@ -1,9 +1,9 @@
-"""Makes the demo's model: a small Qwen2.5-VL with random weights, saved like any checkpoint.
+"""Creates the demo's model: a checkpoint of a small Qwen2.5-VL with random weights.
 
     python code/demo/make_model.py --data DIR --output MODEL_DIR
 
-DIR is what make_data.py wrote. The tokenizer is a byte-level BPE with Qwen's pre-tokenizer and special tokens, trained
-on the captions in DIR/train, so that nearly every word is one token. Knows nothing about training and evaluation.
+DIR is the output of make_data.py. The tokenizer is a byte-level BPE with Qwen's pre-tokenizer and special tokens,
+trained on the captions in DIR/train, so that nearly every word is one token. Does not depend on training or evaluation.
 """
 
 import json
@@ -44,46 +44,46 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# What a prompt holds: the system text, the roles and the questions.
+# The parts of a prompt: the system text, the roles and the questions.
 PROMPT_TEXTS = ("You are a helpful assistant.", "system\nuser\nassistant\n", *QUESTIONS)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of the model; those that are not named here are Qwen2.5-VL's own."""
+    """Sizes of the model. All other settings are those of Qwen2.5-VL."""
 
     vision_depth: int = 2
-    """Layers of the vision tower."""
+    """Layers of the vision encoder."""
     vision_hidden: int = 96
-    """Width of the vision tower."""
+    """Hidden size of the vision encoder."""
     vision_heads: int = 4
-    """Attention heads of the vision tower."""
+    """Attention heads of the vision encoder."""
     vision_channels: int = 192
-    """Channels between the two products of the vision tower's MLPs."""
+    """Intermediate size of the vision encoder's MLPs."""
     layers: int = 3
     """Layers of the language model."""
     hidden: int = 128
-    """Width of the language model."""
+    """Hidden size of the language model."""
     heads: int = 4
     """Query heads of the language model."""
     kv_heads: int = 2
     """Key and value heads of the language model."""
     rope_theta: int = 100
-    """Base of the position frequencies: small, so that one row or column of a few is a visible turn."""
+    """Base of the rotary frequencies; small, because the grid has only a few rows and columns."""
     init_range: float = 0.08
-    """Standard deviation of the random weights: about one over the root of the width."""
+    """Standard deviation of the random weights: about one over the square root of the hidden size."""
     frame_side: int = 84
-    """Frames are shrunk to about this many pixels squared, a multiple of 28."""
+    """Side in pixels that frames are resized to; a multiple of 28."""
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.hidden // self.heads % 8:
-            raise InputError(f"--hidden {self.hidden} with --heads {self.heads}: a head must be a multiple of 8 wide")
+            raise InputError(f"--hidden {self.hidden} with --heads {self.heads}: head size must be a multiple of 8")
         if self.heads % self.kv_heads:
-            raise InputError(f"--heads {self.heads} is no multiple of --kv-heads {self.kv_heads}")
+            raise InputError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}: change one")
         if self.vision_hidden % self.vision_heads or self.vision_hidden // self.vision_heads % 4:
             raise InputError(
                 f"--vision-hidden {self.vision_hidden} with --vision-heads {self.vision_heads}: "
-                "a head must be a multiple of 4 wide"
+                "head size must be a multiple of 4"
             )
         if self.frame_side < 56 or self.frame_side % 28:
             raise InputError(f"--frame-side is {self.frame_side}: it must be a multiple of 28, and 56 or more")
@@ -93,7 +93,7 @@ TINY = ModelShape(
     vision_depth=2,
     vision_hidden=32,
     vision_heads=2,
-    vision_channels=62,  # like the real 3420 no multiple of 8
+    vision_channels=62,  # like the real 3420, not a multiple of 8
     layers=2,
     hidden=32,
     heads=4,
@@ -103,8 +103,8 @@ TINY = ModelShape(
 
 
 def make_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
-    """A tokenizer like Qwen's, whose words are those of `texts` and of the prompts; any other text is split finer."""
-    # The words in order: the trainer numbers words of equal count by when they came.
+    """Train a tokenizer like Qwen's to which each word of `texts` and of the prompts is one token."""
+    # Sorted, because the trainer numbers equally frequent words in order of appearance.
     words = sorted({*PROMPT_TEXTS, *texts})
     backend = Qwen2Tokenizer()._tokenizer
     trainer = trainers.BpeTrainer(
@@ -125,10 +125,10 @@ def make_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
 
 
 def make_config(tokenizer: Qwen2Tokenizer, shape: ModelShape = ModelShape()) -> Qwen2_5_VLConfig:
-    """The model's config, with every token id taken from `tokenizer`."""
+    """The model's config, with all token ids from `tokenizer`."""
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
     pairs = shape.hidden // shape.heads // 2
-    sides = 3 * pairs // 8  # Qwen2.5-VL's shares: 2, 3 and 3 of 8 for time, height and width
+    sides = 3 * pairs // 8  # as in Qwen2.5-VL: 2, 3 and 3 eighths for time, height and width
     return Qwen2_5_VLConfig(
         vision_config={
             "depth": shape.vision_depth,
@@ -172,7 +172,7 @@ def make_config(tokenizer: Qwen2Tokenizer, shape: ModelShape = ModelShape()) -> 
 
 
 def make_model(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """The model with random float32 weights that `seed` settles."""
+    """Create the model with random float32 weights from `seed`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
@@ -184,19 +184,19 @@ def make_model(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditio
 
 
 def make_checkpoint(folder: Path, captions: Iterable[str], shape: ModelShape, seed: int = 0) -> int:
-    """Write a whole checkpoint, processor included, to `folder`; returns the number of weights."""
+    """Write a checkpoint with its processor to `folder`. Returns the number of weights."""
     tokenizer = make_tokenizer(captions)
     model = make_model(make_config(tokenizer, shape), seed)
-    beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    write_checkpoint(beside, model, tokenizer, SPECIAL_TOKENS[1:], shape.frame_side**2)
-    (beside / "make_model.json").write_text(json.dumps({**asdict(shape), "seed": seed}, indent=1))
-    beside.rename(folder)
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_checkpoint(partial, model, tokenizer, SPECIAL_TOKENS[1:], shape.frame_side**2)
+    (partial / "make_model.json").write_text(json.dumps({**asdict(shape), "seed": seed}, indent=1))
+    partial.rename(folder)
     return model.num_parameters()
 
 
 def tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """A checkpoint of a few ten thousand weights for tests: 2 layers, frames of 56 × 56, so 4 tokens a clip."""
+    """Write a checkpoint for tests: 2 layers, frames of 56 × 56 pixels, 4 tokens per clip. Returns `folder`."""
     rng = random.Random(seed)
     captions = [make_scene(rng, 12.0, (3.1, 4.4)).caption for _ in range(200)]
     make_checkpoint(folder, captions, TINY, seed)
@@ -204,31 +204,31 @@ def tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
 
 
 def read_captions(data: Path) -> list[str]:
-    """The captions in the shards of `data`/train. Raises InputError where there are none."""
+    """The captions in the shards of `data`/train. Raises InputError if there are none."""
     captions = []
     for shard in sorted((data / "train").glob("*.tar")):
         with tarfile.open(shard) as archive:
             entries = (entry for entry in archive if entry.name.endswith(".json"))
             captions += [json.load(archive.extractfile(entry))["human_caption"] for entry in entries]
     if not captions:
-        raise InputError(f"{data / 'train'} holds no shards: make them with code/demo/make_data.py --output {data}")
+        raise InputError(f"{data / 'train'} has no shards: create them with code/demo/make_data.py --output {data}")
     return captions
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder that make_data.py wrote")
+    parser.add_argument("--data", type=Path, required=True, help="output of make_data.py")
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; must not exist")
-    parser.add_argument("--seed", type=int, default=0, help="settles the random weights (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the weights (default: 0)")
     for name, default in asdict(ModelShape()).items():
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, help=f"(default {default})")
+        parser.add_argument(flag, type=type(default), default=default, help=f"default: {default}")
     arguments = vars(parser.parse_args())
     quiet_libraries()
     data, output, seed = (arguments.pop(name) for name in ("data", "output", "seed"))
     shape = ModelShape(**arguments)
     if output.exists():
-        raise InputError(f"{output} is there already: name another --output, or remove it")
+        raise InputError(f"{output} already exists: give another --output, or delete it")
     output.parent.mkdir(parents=True, exist_ok=True)
     weights = make_checkpoint(output, read_captions(data), shape, seed)
     print(f"wrote {output}: {weights / 1e6:.2f} million weights")

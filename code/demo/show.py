@@ -1,5 +1,5 @@
-"""Ends the demo: the metrics of each variant, a few captions with the second at which each word was written, and where
-everything lies."""
+"""Prints the results of the demo: the metrics of each variant, some captions with the second at which each part was
+written, and the paths of all output."""
 
 import argparse
 import json
@@ -9,17 +9,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from check import find_videos, named
+from check import find_videos, first_shape_correct
 from qwen_vl_streaming.common.errors import OneLineParser, run
 from qwen_vl_streaming.model.prompts import load_processor
 
 
 def read_lines(path: Path) -> list[dict]:
+    """The rows of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def told_by_second(row: dict, tokenizer) -> str:
-    """The caption as `1s "The video shows"  2s " a red circle" …`: slot i opens when second i is over."""
+def caption_by_second(row: dict, tokenizer) -> str:
+    """The caption as `1s 'The video shows'  2s 'a red circle' …`; slot i starts at the end of second i."""
     pieces: dict[int, list[int]] = {}
     for token, slot in zip(row["tokens"], row["slots"], strict=True):
         pieces.setdefault(slot, []).append(token)
@@ -28,11 +29,11 @@ def told_by_second(row: dict, tokenizer) -> str:
     )
 
 
-def made(output: Path, variants: list[str]) -> Iterator[tuple[str, Path]]:
-    """What there is in `output`, each with its path. A run of few steps logs no loss, and so draws none."""
+def existing_outputs(output: Path, variants: list[str]) -> Iterator[tuple[str, Path]]:
+    """Yield description and path of each existing output. A run of few steps has no loss curve."""
     entries = [
         ("videos and captions", output / "dataset"),
-        ("what was kept of them", output / "dataset/report.png"),
+        ("their statistics", output / "dataset/report.png"),
         ("untrained model", output / "model"),
     ]
     for variant in variants:
@@ -47,11 +48,12 @@ def made(output: Path, variants: list[str]) -> Iterator[tuple[str, Path]]:
 
 
 def command(*arguments: str | Path) -> str:
-    """What a shell takes, from wherever it stands, to run this Python with `arguments`."""
+    """A shell command that runs this Python with `arguments` from any folder."""
     return shlex.join(map(str, (sys.executable, *arguments)))
 
 
 def show(output: Path, variants: list[str], examples: int = 3) -> None:
+    """Print the results of `variants` in the demo's folder `output`, with `examples` captions each."""
     evaluation = output / "evaluation"
     truth = {row["video_id"]: row for row in read_lines(output / "dataset/PE-Video/truth.jsonl")}
     scores = {variant: json.loads((evaluation / f"{variant}_scores.json").read_text()) for variant in variants}
@@ -60,38 +62,39 @@ def show(output: Path, variants: list[str], examples: int = 3) -> None:
     rows = {variant: read_lines(evaluation / f"{variant}_infer.json") for variant in variants}
     for variant, values in scores.items():
         cells = [f"{values[name]:>9.2f}" if name in values else f"{'-':>9}" for name in names]
-        share = [sum(hits) / len(hits) for hits in zip(*(named(row, truth) for row in rows[variant]), strict=True)]
+        share = [
+            sum(hits) / len(hits)
+            for hits in zip(*(first_shape_correct(row, truth) for row in rows[variant]), strict=True)
+        ]
         cells += [f"{100 * value:>8.0f}%" for value in share]
         print(f"{variant:<12}" + "".join(cells) + f"{values['count']:>9}")
-    print(
-        "(colour, shape: the first shape named right; by chance 1 in 7 and 1 in 5. Metrics as in the paper, times 100.)"
-    )
+    print("(colour, shape: accuracy for the first shape; chance: 1 in 7, 1 in 5. Metrics as in the paper, times 100.)")
 
     tokenizer = load_processor(output / "model").tokenizer
     for variant in variants:
-        print(f"\n{variant}, what was said and after which second:")
+        print(f"\n{variant}: captions, with the second after which each part was written:")
         for row in rows[variant][:examples]:
-            print(f"  video {row['video_id']}, {row['clips']} clips of a second")
+            print(f"  video {row['video_id']}, {row['clips']} clips of one second")
             print(f"    reference  {row['annotation']}")
-            print(f"    written    {told_by_second(row, tokenizer)}")
+            print(f"    written    {caption_by_second(row, tokenizer)}")
 
-    print("\nwhat was made:")
-    for what, path in made(output, variants):
+    print("\noutput:")
+    for what, path in existing_outputs(output, variants):
         print(f"  {what:<22} {path}")
-    print("\nnext: does it look at the video? Ask it:")
+    print("\nnext: check that the model uses the video:")
     check = [Path(__file__).resolve().with_name("check.py"), "--output", output, "--variant", variants[0]]
     print(f"  {command(*check)}")
-    (film,) = find_videos(output, [rows[variants[0]][0]["video_id"]])
-    print("and hear it speak while a video happens, or a webcam:")
-    trained, source = output / f"qwen2_5vl-pe-{variants[0]}", os.path.abspath(film)
+    (video,) = find_videos(output, [rows[variants[0]][0]["video_id"]])
+    print("caption a video (or a webcam) while it plays:")
+    trained, source = output / f"qwen2_5vl-pe-{variants[0]}", os.path.abspath(video)
     live = ["-m", "qwen_vl_streaming.live", "--model", trained, "--source", source]
     print(f"  {command(*live)}")
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="what demo.sh was given")
-    parser.add_argument("variants", nargs="+")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="default: %(default)s")
+    parser.add_argument("variants", nargs="+", help="variants to show")
     arguments = parser.parse_args()
     show(arguments.output, arguments.variants)
 

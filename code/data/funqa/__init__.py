@@ -1,5 +1,6 @@
-"""FunQA as its authors publish it (Xie et al., ECCV 2024), read, filtered and written as rows with a question each.
+"""Prepares FunQA (Xie et al., ECCV 2024): reads it as published, filters it, and writes one question per row.
 
-Everything but the command line, which is mani_data.py at the project's root. Rows flow one way:
-annotations, videos -> run. What it shares with PE-Video is in `preparation`. Does not depend on the model.
+Contains everything but the command line, which is mani_data.py at the project's root. `annotations` reads questions,
+`sources` and `videos` find the videos, and `run` writes the files. What PE-Video shares is in `preparation`. Does not
+depend on the model.
 """

@@ -1,8 +1,8 @@
-"""FunQA's annotation files to entries: a question about a video, and an answer. Knows nothing about files of videos.
+"""Reads FunQA's annotation files. Each entry is a question about a video and an answer. Does not depend on video files.
 
 An annotation file is one JSON list of objects with `instruction` (the question), `visual_input` (the video's file
 name), `output` (the answer), `task` and, in the published files, `ID`. The published files hold each question of a
-video in several phrasings, and each phrasing with several answers.
+video in several phrasings, and several answers to each phrasing.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from qwen_vl_streaming.common.errors import InputError
 SUBTASKS = ("H2", "H3", "C2", "C3", "M2", "M3")
 """Description (2) and reasoning (3) of humor, creative and magic videos."""
 OTHER_SUBTASKS = ("H1", "H4", "C1", "C4", "C5", "M1")
-"""When something happens (1), titles (4) and a score of creativity (5): not part of the paper's evaluation."""
+"""Time localization (1), titles (4) and a creativity score (5), which the paper does not evaluate."""
 
 OTHER_SUBTASK = "other sub-task"
 REPEATED = "repeated question and answer"
@@ -27,31 +27,32 @@ REPEATED = "repeated question and answer"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One question about one video, and one answer."""
+    """One question about one video, with one answer."""
 
     where: str
-    """The file and the entry's place in it, for messages."""
+    """The file and the number of the entry, for messages."""
     video: str = ""
     """The video's file name."""
     task: str = ""
     question: str = ""
     answer: str = ""
     identity: str = ""
-    """Its ID in the annotation file; empty where it has none."""
+    """Its ID in the annotation file; empty if it has none."""
     dropped: str = ""
-    """Why it is left out, though nothing is wrong with it."""
-    fault: str = ""
+    """Why it is skipped although it is valid."""
+    error: str = ""
     """Why it cannot be used."""
 
     @property
     def stem(self) -> str:
+        """The video's file name without its suffix."""
         return PurePosixPath(self.video).stem
 
 
 def read_annotations(data: bytes, name: str) -> list[Any]:
-    """The list in the annotation file called `name`.
+    """Parse the bytes of the annotation file `name` as a list of entries.
 
-    Raises InputError where it holds no list, or no question of SUBTASKS.
+    Raises InputError if it is not a list or has no question of SUBTASKS.
     """
     try:
         entries = json.loads(data.removeprefix(codecs.BOM_UTF8).decode())
@@ -63,15 +64,15 @@ def read_annotations(data: bytes, name: str) -> list[Any]:
         )
     tasks = Counter(str(entry.get("task"))[:9] for entry in entries if isinstance(entry, dict))
     if not tasks.keys() & set(SUBTASKS):
-        found = ", ".join(f"{task} ({count})" for task, count in tasks.most_common(5)) or "no task at all"
+        found = ", ".join(f"{task} ({count})" for task, count in tasks.most_common(5)) or "no tasks"
         raise InputError(
-            f"{name} has no question of {', '.join(SUBTASKS)}, but {found}: is it FunQA's annotation file?"
+            f"{name} has no question of {', '.join(SUBTASKS)}, only {found}: give FunQA's own annotation file"
         )
     return entries
 
 
 def read_entries(entries: list[Any], name: str) -> Iterator[Entry]:
-    """An Entry for each of `entries`, the items of the file called `name`, in their order."""
+    """Yield an Entry for each item of the annotation file `name`, in order."""
     identities: set[str] = set()
     seen: set[tuple[str, ...]] = set()
     for number, data in enumerate(entries, 1):
@@ -82,7 +83,7 @@ def read_entries(entries: list[Any], name: str) -> Iterator[Entry]:
                 raise BadSample(f"duplicate ID: {entry.identity}")
         except BadSample as error:
             video = str(data.get("visual_input")) if isinstance(data, dict) else ""
-            yield Entry(where, video=video.encode(errors="replace").decode(), fault=str(error))
+            yield Entry(where, video=video.encode(errors="replace").decode(), error=str(error))
             continue
         identities.add(entry.identity)
         key = (entry.video, entry.task, entry.question, entry.answer)
@@ -93,7 +94,7 @@ def read_entries(entries: list[Any], name: str) -> Iterator[Entry]:
 
 
 def _read_entry(data: Any, where: str) -> Entry:
-    """Raises BadSample."""
+    """Validate one item of an annotation file. Raises BadSample."""
     if not isinstance(data, dict):
         raise BadSample("entry is not an object")
     task, identity = data.get("task"), str(data.get("ID", "") or "")
@@ -104,5 +105,5 @@ def _read_entry(data: Any, where: str) -> Entry:
     video = PurePosixPath(read_text(data, "visual_input")).name
     question, answer = read_text(data, "instruction"), read_text(data, "output")
     if not any(map(str.isalnum, answer)):
-        raise BadSample("output has no word")
+        raise BadSample("output has no words")
     return Entry(where, video, task, question, answer, identity)

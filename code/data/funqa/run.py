@@ -1,106 +1,94 @@
-"""One run from FunQA's annotation files and videos to the finished rows. The command line is in mani_data.py.
+"""Runs FunQA's preparation from annotation files and videos to rows. The command line is in mani_data.py.
 
-Training rows are the entries of the annotation file: a question and one answer each. A test row is a question, with all
-its answers as references, so that nothing is generated twice.
+A training row is an entry of the annotation file: a question and one answer. A test row is a question with all its
+answers as references, so that evaluation generates one answer per question.
 """
 
-import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from preparation.files import only_one, remove_parts, whole_file
-from preparation.report import Tally, draw
-from preparation.rules import BAD, KEPT, Rules, cheap_rules
+from preparation.files import atomic_write
+from preparation.inspection import Inspection, inspect_videos
+from preparation.report import SplitStatistics
+from preparation.rules import BAD, KEPT, duration_and_prefix_rules, speaking_rate_rule
+from preparation.run import RunOptions, exclusive_run, sampling_key, skipped_line, write_report
 from preparation.tokens import find_tokenizer, load_counter
-from preparation.videos import relative
+from preparation.videos import relative_path
 from qwen_vl_streaming.common.errors import InputError
 
 from .annotations import SUBTASKS, Entry, read_annotations, read_entries
 from .sources import Source, find_sources
-from .videos import Measured, Place, choose, look_at
+from .videos import VideoFile, check_videos, find_video_file
 
 logger = logging.getLogger(__name__)
 
-STATE_FOLDER = ".mani_data"
 TOO_MANY_QUESTIONS = "more questions than --max-questions"
 TOO_MANY_REFERENCES = "more answers than --max-references"
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for."""
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Options of FunQA's preparation."""
 
     splits: list[str]
     """train, test or both."""
     source: Path
     """The folder with the annotation files and the videos, or zip files of them."""
-    outputs: dict[str, Path]
-    """Split -> the JSONL file to write."""
-    root: Path
-    """The project's root, to which the paths in rows are relative."""
-    videos: Path
-    """Where videos from zip files belong: a folder a split."""
-    output_dir: Path
-    """Where the report and the state of the run lie."""
-    hub_name: str
-    """The hub's dataset, used where `source` holds no annotation file; empty to insist on the disk."""
-    rules: Rules
-    tokenizer: str
-    """A model on the hub, or a folder with tokenizer.json; used only where a rule needs it."""
-    max_samples: int | None
-    """At most so many training rows, drawn by `seed`."""
-    seed: int
     max_questions: int | None
-    """At most so many questions about each video and sub-task in the test rows, in the file's order."""
+    """Maximum number of questions per video and sub-task in the test rows, in the order of the file."""
     max_references: int | None
-    """At most so many answers to each question in the test rows, in the file's order."""
-    workers: int | None
-    """Processes; None for one a core, and four where the hub has to be waited for."""
+    """Maximum number of answers per question in the test rows, in the order of the file."""
 
 
 @dataclass
 class Question:
-    """A row in the making."""
+    """A row that is being collected."""
 
     entry: Entry
-    """The first entry that it stands for."""
+    """The first entry of the row."""
     number: int
-    """Counts the rows of a video and sub-task."""
+    """Index of the row among those of its video and sub-task, from 1."""
     answers: list[str] = field(default_factory=list)
     identities: list[str] = field(default_factory=list)
 
     @property
     def video_id(self) -> str:
+        """The id of the row: video, sub-task and number."""
         return f"{self.entry.stem}:{self.entry.task}:{self.number}"
 
 
-def prepare_funqa(options: Options) -> dict[str, Tally]:
-    """Read, measure, filter, write. Returns what became of the entries of each split.
+def prepare_funqa(options: Options) -> dict[str, SplitStatistics]:
+    """Read, check, filter and write FunQA's rows. Returns the statistics of each split.
 
-    Raises InputError for whatever the user can mend; what was finished by then is kept and not done again.
+    Raises InputError for user errors. Running again resumes from what was finished.
     """
-    with only_one(options.output_dir / STATE_FOLDER):
-        remove_parts(options.output_dir)
-        remove_parts(options.videos)
+    with exclusive_run(options):
         sources = find_sources(options.splits, options.source, options.videos, options.hub_name)
         count_tokens = None
         if options.rules.counts_tokens:
             count_tokens = load_counter(find_tokenizer(options.tokenizer, options.root))
-        tallies = {split: Tally() for split in sources}
-        with whole_file(options.output_dir / "funqa_skipped.jsonl") as skipped:
+        statistics = {split: SplitStatistics() for split in sources}
+        with atomic_write(options.output_dir / "funqa_skipped.jsonl") as skipped:
             for split, source in sources.items():
-                _prepare_split(split, source, options, count_tokens, tallies[split], skipped)
-        draw(tallies, options.rules, options.output_dir / "funqa_report.png")
-        splits = {split: tally.numbers() for split, tally in tallies.items()}
-        with whole_file(options.output_dir / "funqa_report.json") as file:
-            file.write(json.dumps({"rules": options.rules.numbers(), "splits": splits}, indent=2) + "\n")
-    return tallies
+                _prepare_split(split, source, options, count_tokens, statistics[split], skipped)
+        write_report(statistics, options, "funqa_")
+    return statistics
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of an entry."""
+
+    outcome: str
+    """KEPT, BAD or the rule that drops it."""
+    seconds: float | None = None
+    reason: str = ""
+    """Why it is BAD."""
 
 
 def _prepare_split(
@@ -108,72 +96,74 @@ def _prepare_split(
     source: Source,
     options: Options,
     count_tokens: Callable[[list[str]], list[int]] | None,
-    tally: Tally,
+    statistics: SplitStatistics,
     skipped: IO[str],
 ) -> None:
     entries = list(read_entries(read_annotations(source.annotations, source.name), source.name))
-    places = {
-        video: choose(video, source.videos)
-        for video in sorted({entry.video for entry in entries if not entry.dropped and not entry.fault})
-    }
-    found = [place for place, _ in places.values() if place]
-    if places and not found:
-        raise InputError(
-            f"none of the {len(places)} videos that {source.name} names is in {options.source}, such as "
-            f"{next(iter(places))}: put {split}.zip or its videos there"
-        )
-    streaming = any(place.archive and place.archive.repository for place in found)
-    workers = options.workers or len(os.sched_getaffinity(0)) * (4 if streaming else 1)
-    measured = look_at(found, options.output_dir / STATE_FOLDER / f"funqa-{split}-videos.jsonl", workers, split)
+    videos = _check_videos(split, source, options, entries)
 
-    def fate(entry: Entry) -> tuple[str, float | None, str]:
-        """(outcome, seconds, reason) by all but the tokens."""
+    def apply_rules(entry: Entry) -> Outcome:
+        """All rules except those on tokens."""
         if entry.dropped:
-            return entry.dropped, None, ""
-        place, fault = places[entry.video] if not entry.fault else (None, entry.fault)
-        video = measured[place] if place else Measured(fault=fault)
-        if video.fault:
-            return BAD, None, video.fault
-        return cheap_rules(entry.answer, video.seconds, options.rules) or KEPT, video.seconds, ""
+            return Outcome(entry.dropped)
+        error = entry.error or videos[entry.video][1].error
+        if error:
+            return Outcome(BAD, reason=error)
+        seconds = videos[entry.video][1].seconds
+        return Outcome(duration_and_prefix_rules(entry.answer, seconds, options.rules) or KEPT, seconds)
 
-    fates = [fate(entry) for entry in entries]
+    outcomes = [apply_rules(entry) for entry in entries]
     tokens: dict[str, int] = {}
     if count_tokens:
-        answers = sorted({entry.answer for entry, (outcome, *_) in zip(entries, fates, strict=True) if outcome == KEPT})
+        answers = sorted({entry.answer for entry, o in zip(entries, outcomes, strict=True) if o.outcome == KEPT})
         tokens = dict(zip(answers, count_tokens(answers) if answers else [], strict=True))
     rows = Rows(split == "test", options)
-    for entry, (outcome, seconds, reason) in zip(entries, fates, strict=True):
+    for entry, decided in zip(entries, outcomes, strict=True):
+        outcome = decided.outcome
         count = tokens.get(entry.answer) if outcome == KEPT else None
-        if outcome == KEPT and count is not None:
-            outcome = token_rule(count, seconds, options.rules)
-        if not entry.dropped and not entry.fault:
+        if count is not None:
+            outcome = speaking_rate_rule(count, decided.seconds, options.rules) or KEPT
+        if not entry.dropped and not entry.error:
             outcome = rows.add(entry, outcome)
-        tally.add(outcome, seconds, count, reason)
+        statistics.add(outcome, decided.seconds, count, decided.reason)
         if outcome == BAD:
-            line = {"split": split, "video_id": entry.stem or None, "where": entry.where, "reason": reason}
-            skipped.write(json.dumps(line, ensure_ascii=False) + "\n")
-    drawn = rows.draw(options.max_samples if split == "train" else None, options.seed)
-    tally.not_drawn = len(rows.made) - len(drawn)
-    tally.tasks = Counter({task: sum(row.entry.task == task for row in drawn) for task in SUBTASKS})
-    with whole_file(options.outputs[split]) as file:
-        for row in drawn:
-            place = places[row.entry.video][0]
-            file.write(write_row(row, place, measured[place].seconds, split == "test", options.root))
-            tally.rows += 1
-    for task, count in tally.tasks.items():
+            skipped.write(skipped_line(split, entry.stem, entry.where, decided.reason))
+    sampled = rows.sample(options.max_samples if split == "train" else None, options.seed)
+    statistics.not_drawn = len(rows.complete) - len(sampled)
+    statistics.tasks = Counter({task: sum(row.entry.task == task for row in sampled) for task in SUBTASKS})
+    with atomic_write(options.outputs[split]) as file:
+        for row in sampled:
+            video, checked = videos[row.entry.video]
+            file.write(write_row(row, video, checked.seconds, split == "test", options.root))
+            statistics.rows += 1
+    for task, count in statistics.tasks.items():
         if not count:
-            logger.warning("%s: no row of sub-task %s", options.outputs[split].name, task)
+            logger.warning("%s has no rows of sub-task %s", options.outputs[split].name, task)
 
 
-def token_rule(tokens: int, seconds: float, rules: Rules) -> str:
-    """KEPT, or the rule by which an answer's tokens a second drop it."""
-    if tokens < rules.min_tokens_per_second * seconds:
-        return "too few tokens per second"
-    return "too many tokens per second" if tokens > rules.max_tokens_per_second * seconds else KEPT
+def _check_videos(
+    split: str, source: Source, options: Options, entries: list[Entry]
+) -> dict[str, tuple[VideoFile | None, Inspection]]:
+    """Find and check the videos of `entries`; by file name. Raises InputError if none is found."""
+    names = sorted({entry.video for entry in entries if not entry.dropped and not entry.error})
+    located = {name: find_video_file(name, source.videos) for name in names}
+    found = [video for video, _ in located.values() if video]
+    if names and not found:
+        raise InputError(
+            f"none of the {len(names)} videos of {source.name} is in {options.source}, for example {names[0]}: "
+            f"put {split}.zip or its videos there"
+        )
+    workers = options.worker_count(from_hub=any(video.archive and video.archive.repository for video in found))
+    journal = options.state_folder / f"funqa-{split}-videos.jsonl"
+    checked = inspect_videos(found, check_videos, journal, workers, split)
+    return {
+        name: (video, checked[video.key] if video else Inspection(error=error))
+        for name, (video, error) in located.items()
+    }
 
 
 class Rows:
-    """Collects entries into rows: one an entry, or with `by_question` one a question, with its answers."""
+    """Collects entries into rows: one per entry, or with `by_question` one per question with all its answers."""
 
     def __init__(self, by_question: bool, options: Options):
         self.by_question, self.options = by_question, options
@@ -181,15 +171,15 @@ class Rows:
         self.numbers: Counter[tuple[str, str]] = Counter()
 
     def add(self, entry: Entry, outcome: str) -> str:
-        """Take in an entry, which got `outcome` so far; returns what it has got in the end.
+        """Add an entry whose outcome so far is `outcome`. Returns its final outcome.
 
-        Those that are left out count too, so that ids do not depend on the rules.
+        Skipped entries are numbered too, so that ids do not depend on the rules.
         """
-        about = (entry.stem, entry.task)
+        video_task = (entry.stem, entry.task)
         key = (entry.video, entry.task, entry.question) if self.by_question else (entry.where,)
         if key not in self.questions:
-            self.numbers[about] += 1
-            self.questions[key] = Question(entry, self.numbers[about])
+            self.numbers[video_task] += 1
+            self.questions[key] = Question(entry, self.numbers[video_task])
         question = self.questions[key]
         if outcome != KEPT:
             return outcome
@@ -202,27 +192,22 @@ class Rows:
         return KEPT
 
     @property
-    def made(self) -> list[Question]:
-        """Those with an answer, in the file's order."""
+    def complete(self) -> list[Question]:
+        """The rows with an answer, in the order of the file."""
         return [question for question in self.questions.values() if question.answers]
 
-    def draw(self, limit: int | None, seed: int) -> list[Question]:
-        """Up to `limit` of `made`. The draw depends on the seed and the ids only."""
-        if limit is None:
-            return self.made
-
-        def draw_key(question: Question) -> bytes:
-            return hashlib.sha256(f"{seed}:{question.video_id}".encode()).digest()
-
-        drawn = {question.video_id for question in sorted(self.made, key=draw_key)[:limit]}
-        return [question for question in self.made if question.video_id in drawn]
+    def sample(self, limit: int | None, seed: int) -> list[Question]:
+        """Up to `limit` complete rows, in the order of the file. The sample depends on the seed and the ids only."""
+        ids = sorted((row.video_id for row in self.complete), key=lambda video_id: sampling_key(seed, video_id))
+        sampled = set(ids[:limit])
+        return [row for row in self.complete if row.video_id in sampled]
 
 
-def write_row(question: Question, place: Place, seconds: float, references: bool, root: Path) -> str:
-    """The finished JSON line. `references` adds all answers to the first."""
+def write_row(question: Question, video: VideoFile, seconds: float, references: bool, root: Path) -> str:
+    """Return a row as a JSON line. With `references`, it lists all answers, not only the first."""
     row: dict[str, Any] = {
         "video_id": question.video_id,
-        "video_path": relative(place.file, root),
+        "video_path": relative_path(video.file, root),
         "video_duration_in_s": seconds,
         "task": question.entry.task,
         "question": question.entry.question,

@@ -1,28 +1,22 @@
-"""Where FunQA's videos lie, as files or in zip files on disk or on the hub, and how long they last.
+"""FunQA's videos: files on disk, or members of zip files on disk or on the hub. Does not depend on questions."""
 
-Knows nothing about questions.
-"""
-
-import json
 import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from preparation.files import whole_file
-from preparation.parallel import run_tasks
-from preparation.remote_file import HubFault
-from preparation.videos import VIDEO_ENDINGS, measure
+from preparation.files import atomic_write
+from preparation.hub import HubError, RemoteFile
+from preparation.inspection import Inspection
+from preparation.videos import VIDEO_SUFFIXES, check_video
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.progress import Progress
 
-VIDEOS_PER_TASK = 32
 UNPACK_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
-"""What zipfile raises for a damaged, an encrypted or an exotic member."""
+"""What zipfile raises for a damaged, encrypted or unsupported member."""
 
 
 @dataclass(frozen=True)
@@ -30,184 +24,120 @@ class Archive:
     """A zip file."""
 
     path: str
-    """On disk; on the hub, its path in the repository."""
+    """The file; for the hub, its path in the repository."""
     stamp: str
     """Changes when its content does."""
     repository: str = ""
-    """On the hub: the dataset and its revision, as "owner/name@commit"."""
+    """For the hub: the data set and its revision, as "owner/name@commit"."""
     size: int = 0
-    """Bytes, on the hub."""
+    """For the hub: bytes."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one video lies."""
+class VideoFile:
+    """One video, on disk or in a zip file, for `inspect_videos`."""
 
     file: Path
-    """Where it is, or where it goes when it has been unpacked."""
+    """Where it is, or where it is unpacked to."""
     stamp: str
+    """Changes when its content does."""
     size: int
     archive: Archive | None = None
     member: str = ""
+    """Its name in `archive`."""
 
     @property
     def key(self) -> str:
         archive = self.archive
         return "\0".join([str(self.file), self.stamp, *((archive.repository, archive.path) if archive else ())])
 
+    @property
+    def container(self) -> str:
+        return self.archive.path if self.archive else ""
 
-@dataclass(frozen=True)
-class Measured:
-    """What is known of a video once it was looked at."""
+    @property
+    def one_task(self) -> bool:
+        return False
 
-    seconds: float = 0.0
-    fault: str = ""
+    @property
+    def target(self) -> Path | None:
+        return self.file if self.archive else None
 
 
 @contextmanager
 def open_archive(archive: Archive) -> Iterator[zipfile.ZipFile]:
-    """Open a zip file, wherever it is. Raises InputError where it is none, or the hub does not answer."""
+    """Open a zip file on disk or on the hub. Raises InputError if it is not a zip file or the hub does not answer."""
     try:
         if archive.repository:
-            from preparation.remote_file import RemoteFile
-
             file = RemoteFile(archive.repository, archive.path, archive.size)
         else:
-            file = open(archive.path, "rb")  # noqa: SIM115 - closed below, as the remote one is
+            file = open(archive.path, "rb")  # noqa: SIM115 - closed below, like the remote file
         with file, zipfile.ZipFile(file) as opened:
             yield opened
-    except HubFault as error:
+    except HubError as error:
         raise InputError(str(error)) from error
     except (zipfile.BadZipFile, OSError) as error:
         raise InputError(f"{archive.path} cannot be read as a zip file ({error}): download it again") from error
 
 
-def places_on_disk(files: list[tuple[Path, os.stat_result]]) -> dict[str, list[Place]]:
-    """The videos among `files`, by name in small letters."""
-    places: dict[str, list[Place]] = {}
+def find_on_disk(files: list[tuple[Path, os.stat_result]]) -> dict[str, list[VideoFile]]:
+    """The videos among `files` by lower-case file name."""
+    found: dict[str, list[VideoFile]] = {}
     for path, status in files:
-        if path.suffix.lower() in VIDEO_ENDINGS:
-            place = Place(path, f"{status.st_size}:{status.st_mtime_ns}", status.st_size)
-            places.setdefault(path.name.lower(), []).append(place)
-    return places
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            video = VideoFile(path, f"{status.st_size}:{status.st_mtime_ns}", status.st_size)
+            found.setdefault(path.name.lower(), []).append(video)
+    return found
 
 
-def places_in(archive: Archive, folder: Path) -> dict[str, list[Place]]:
-    """The videos in a zip file, by name in small letters; unpacked, they go into `folder`. Raises InputError."""
-    places: dict[str, list[Place]] = {}
+def find_in_archive(archive: Archive, folder: Path) -> dict[str, list[VideoFile]]:
+    """The videos of a zip file by lower-case file name, to be unpacked to `folder`. Raises InputError."""
+    found: dict[str, list[VideoFile]] = {}
     with open_archive(archive) as opened:
         for member in opened.infolist():
             name = PurePosixPath(member.filename).name
-            if PurePosixPath(name).suffix.lower() in VIDEO_ENDINGS and not name.startswith("._"):
-                place = Place(
-                    folder / name, f"{archive.stamp}:{member.CRC}", member.file_size, archive, member.filename
-                )
-                places.setdefault(name.lower(), []).append(place)
-    return places
+            if PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith("._"):
+                stamp = f"{archive.stamp}:{member.CRC}"
+                video = VideoFile(folder / name, stamp, member.file_size, archive, member.filename)
+                found.setdefault(name.lower(), []).append(video)
+    return found
 
 
-def choose(name: str, sources: list[dict[str, list[Place]]]) -> tuple[Place | None, str]:
-    """The place of the video called `name` in the first of `sources` that has it, or why there is none."""
-    for places in sources:
-        if found := places.get(name.lower()):
-            if len({place.size for place in found}) > 1:
-                both = " and ".join(place.member or str(place.file) for place in found[:2])
-                return None, f"two videos of one name: {both}"
+def find_video_file(name: str, sources: list[dict[str, list[VideoFile]]]) -> tuple[VideoFile | None, str]:
+    """Return (video, "") from the first of `sources` that has the file `name`, or (None, reason)."""
+    for videos in sources:
+        if found := videos.get(name.lower()):
+            if len({video.size for video in found}) > 1:
+                both = " and ".join(video.member or str(video.file) for video in found[:2])
+                return None, f"two videos have the same name: {both}"
             return found[0], ""
     return None, f"video is missing: {name}"
 
 
-def look_at(places: list[Place], state: Path, workers: int, label: str) -> dict[Place, Measured]:
-    """Unpack those of `places` that are in zip files, measure all and decode a frame of each.
-
-    What an earlier run has found is in the file `state`, and is not done again. Raises InputError where the hub does
-    not answer or the disk is full; what was finished by then is kept.
-    """
-    known = _load(state)
-    with whole_file(state, sync=False) as file:  # without a line that a killed run left half-written
-        file.writelines(_line(key, measured) for key, measured in known.items())
-    done = {place: known[place.key] for place in places if place.key in known and _still_there(place, known[place.key])}
-    todo = sorted((place for place in places if place not in done), key=_order)
-    tasks: list[list[Place]] = []
-    for place in todo:  # a task opens one zip file
-        if not tasks or len(tasks[-1]) == VIDEOS_PER_TASK or tasks[-1][0].archive != place.archive:
-            tasks.append([])
-        tasks[-1].append(place)
-    if not tasks:
-        return done
-    with (
-        open(state, "a", encoding="utf-8", newline="\n") as journal,
-        Progress(total=len(todo), unit="video", desc=f"{label} videos") as bar,
-        closing(run_tasks(look_at_some, tasks, min(workers, len(tasks)), _no_preparation)) as results,
-    ):
-        for result in results:
-            journal.writelines(_line(place.key, measured) for place, measured in result)
-            journal.flush()
-            done.update(result)
-            bar.update(len(result))
-    return done
+def check_videos(videos: Sequence[VideoFile]) -> list[tuple[str, Inspection]]:
+    """Check videos, which are all on disk or all in one zip file, and unpack the latter. Returns results by key."""
+    if videos[0].archive is None:
+        return [(video.key, _check(video)) for video in videos]
+    with open_archive(videos[0].archive) as opened:
+        return [(video.key, _unpack(opened, video)) for video in videos]
 
 
-def look_at_some(places: list[Place]) -> list[tuple[Place, Measured]]:
-    """Measure videos that are files, or all in one zip file."""
-    if places[0].archive is None:
-        return [(place, _measure(place)) for place in places]
-    with open_archive(places[0].archive) as opened:
-        return [(place, _unpack(opened, place)) for place in places]
-
-
-def _unpack(opened: zipfile.ZipFile, place: Place) -> Measured:
-    """Write one video out of a zip file and measure it; nothing is left of one that cannot be used."""
+def _unpack(opened: zipfile.ZipFile, video: VideoFile) -> Inspection:
+    """Write one video of a zip file to its target and check it; removes the target if the video cannot be used."""
     try:
-        member = opened.open(place.member)
+        member = opened.open(video.member)
     except UNPACK_ERRORS as error:
-        return Measured(fault=f"video cannot be unpacked: {place.member} ({error})")
+        return Inspection(error=f"video cannot be unpacked: {video.member} ({error})")
     try:
-        with member, whole_file(place.file, "wb", sync=False) as out:
+        with member, atomic_write(video.file, "wb", sync=False) as out:
             shutil.copyfileobj(member, out, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        return Measured(fault=f"video cannot be unpacked: {place.member} ({error})")
-    measured = _measure(place)
-    if measured.fault:
-        place.file.unlink(missing_ok=True)
-    return measured
+        return Inspection(error=f"video cannot be unpacked: {video.member} ({error})")
+    result = _check(video)
+    if result.error:
+        video.file.unlink(missing_ok=True)
+    return result
 
 
-def _measure(place: Place) -> Measured:
-    from qwen_vl_streaming.video.readers import check_first_frame
-
-    try:
-        seconds = measure(place.file, str(place.file))
-        check_first_frame(place.file, str(place.file))
-    except InputError as error:
-        return Measured(fault="video cannot be used: " + " ".join(str(error).split()))
-    return Measured(seconds)
-
-
-def _still_there(place: Place, measured: Measured) -> bool:
-    if measured.fault or place.archive is None:
-        return True
-    return place.file.is_file() and place.file.stat().st_size == place.size
-
-
-def _order(place: Place) -> tuple[str, str]:
-    return (place.archive.path if place.archive else "", str(place.file))
-
-
-def _load(state: Path) -> dict[str, Measured]:
-    known = {}
-    for line in state.read_text(encoding="utf-8").splitlines() if state.is_file() else ():
-        try:
-            key, seconds, fault = json.loads(line)
-        except ValueError:
-            continue
-        known[key] = Measured(seconds, fault)
-    return known
-
-
-def _line(key: str, measured: Measured) -> str:
-    return json.dumps([key, measured.seconds, measured.fault]) + "\n"
-
-
-def _no_preparation() -> None:
-    pass
+def _check(video: VideoFile) -> Inspection:
+    return Inspection(*check_video(video.file, str(video.file)))

@@ -1,6 +1,6 @@
-"""PE-Video as the hub holds it, read, filtered and written as the rows that training and evaluation use.
+"""Prepares PE-Video: reads it as published, filters it, and writes the rows that training and evaluation use.
 
-Everything but the command line, which is mani_data.py at the project's root. Rows flow one way:
-sources (with tar, gz, hub) -> rules -> stages (with merge) -> report; what FunQA shares is in `preparation`. Does not
-depend on the model.
+Contains everything but the command line, which is mani_data.py at the project's root. `sources` (with `tar`,
+`gzip_file` and `hub`) finds and reads samples, `stages` filters them and checks videos in worker processes, `merge`
+combines their results, and `run` writes the files. What FunQA shares is in `preparation`. Does not depend on the model.
 """

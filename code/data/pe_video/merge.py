@@ -1,4 +1,4 @@
-"""One sorted stream out of many sorted files, in bounded memory. Knows nothing about rules or videos."""
+"""Merges sorted files in bounded memory and resolves duplicate ids. Does not depend on rules or videos."""
 
 import heapq
 from collections.abc import Iterable, Iterator
@@ -6,23 +6,23 @@ from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 
-from preparation.files import whole_file
-from preparation.report import Tally
+from preparation.files import atomic_write
+from preparation.report import SplitStatistics
 from preparation.rules import BAD, KEPT
 
 from .stages import Record
 
-FAN_IN = 200  # files open at once; the usual limit is 1,024
+FAN_IN = 200  # files open at the same time; the usual limit of a process is 1,024
 
 
 def merge_lines(paths: list[Path], scratch: Path) -> Iterator[str]:
-    """The lines of sorted files in sorted order. `scratch` takes files in between, where there are many."""
+    """Yield the lines of sorted files in sorted order. Intermediate files go to `scratch` if there are many."""
     level = 0
     while len(paths) > FAN_IN:
         merged = []
         for start in range(0, len(paths), FAN_IN):
             merged.append(scratch / f"merge-{level}-{start}.tsv")
-            with whole_file(merged[-1], sync=False) as file:
+            with atomic_write(merged[-1], sync=False) as file:
                 file.writelines(merge_lines(paths[start : start + FAN_IN], scratch))
         paths, level = merged, level + 1
     with ExitStack() as stack:
@@ -30,9 +30,11 @@ def merge_lines(paths: list[Path], scratch: Path) -> Iterator[str]:
         yield from heapq.merge(*files)
 
 
-def settle_duplicates(lines: Iterable[str], tally: Tally) -> Iterator[Record]:
-    """The kept and the bad records among sorted `lines`. An id counts once: the first that is not bad keeps its
-    outcome, later ones become bad, in `tally` too.
+def resolve_duplicates(lines: Iterable[str], statistics: SplitStatistics) -> Iterator[Record]:
+    """Yield the kept and the bad records among sorted `lines`.
+
+    Of the records with the same id, the first that is not bad keeps its outcome; later ones become bad, also in
+    `statistics`.
     """
     for video_id, group in groupby(lines, key=_id_of):
         first = None
@@ -45,7 +47,7 @@ def settle_duplicates(lines: Iterable[str], tally: Tally) -> Iterator[Record]:
                 if outcome == KEPT:
                     yield Record.parse(line)
             else:
-                yield Record.parse(line).spoiled(f"duplicate id: first in {Record.parse(first).where}", tally)
+                yield Record.parse(line).as_bad(f"duplicate id: first in {Record.parse(first).where}", statistics)
 
 
 def _id_of(line: str) -> str:

@@ -1,7 +1,7 @@
-"""Where samples come from: folders of JSON and videos, tar shards on disk, tar shards on the hub.
+"""Finds and reads samples: folders of JSON files and videos, tar shards on disk, and tar shards on the hub.
 
-A source is cut into units, each of which is read on its own, in any order and by any worker, and read once: the stamp
-of a unit changes when what it names does. Knows nothing about rules or tokens.
+A source is divided into units. Workers read units independently and in any order, and each only once: the stamp of a
+unit changes when its content does. Does not depend on rules or tokens.
 """
 
 import hashlib
@@ -15,41 +15,41 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from preparation.remote_file import HubFault, RemoteFile
+from preparation.hub import HubError, RemoteFile
 from preparation.rules import MAX_JSON_BYTES, Sample
-from preparation.videos import VIDEO_ENDINGS, Slice, measure, relative
+from preparation.videos import VIDEO_SUFFIXES, FileSlice, relative_path, video_duration
 from qwen_vl_streaming.common.errors import InputError, cannot_list
 
-from .gz import GZIP, unpack
-from .tar import CUT_OFF, Member, TarFault, name_fault, printable, read_members
+from .gzip_file import GZIP_MAGIC, decompress
+from .tar import TRUNCATED, Member, TarError, name_error, printable, read_members
 
 FILES_PER_UNIT = 2_000
-USUAL_JSON_BYTES = 1 << 14  # read at once; a buffer for the largest JSON allowed would cost more than the file
-MAX_ID_BYTES = 200  # what a file name can hold, less room for its ending
+FIRST_READ_BYTES = 1 << 14  # enough for nearly every JSON file; a MAX_JSON_BYTES buffer would cost more than the read
+MAX_ID_BYTES = 200  # 255 is the limit on a file name; leaves room for the suffix
 FOLDER, TAR, HUB = "folder", "tar", "hub"
 JSON, VIDEO = "JSON", "video"
-OTHER_VIDEO = "another video of this name is used"
-SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
-OTHER_SHARDS = re.compile(r"\.(tar\.(bz2?|xz|zst|zstd|lz|lz4|lzma|br|z)|tbz2?|txz|tzst|tlz)$", re.IGNORECASE)
+OTHER_VIDEO = "another video with this name is used"
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+UNSUPPORTED_SHARDS = re.compile(r"\.(tar\.(bz2?|xz|zst|zstd|lz|lz4|lzma|br|z)|tbz2?|txz|tzst|tlz)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A tar shard, or some of the files of a folder."""
+    """A tar shard, or a group of files of a folder."""
 
     kind: str
     """FOLDER, TAR or HUB."""
     split: str
     name: str
-    """For messages, and the order in which units count: the first sample of an id is the one that is used."""
+    """For messages. Also the order of units: of samples with the same id, the first is used."""
     path: str
-    """The folder or the tar file, on disk; on the hub, its path in the repository."""
+    """The folder or tar file; for the hub, its path in the repository."""
     stamp: str
     """Changes when the content does."""
     files: tuple[tuple[str, str], ...] = ()
-    """For a folder, pairs of (JSON, video), each relative to it or absolute, and empty where there is none."""
+    """For a folder, pairs of (JSON, video) paths, relative to it or absolute; empty for one that does not exist."""
     others: tuple[str, ...] = ()
-    """For a folder, videos beside one of the JSON files that has another video there."""
+    """For a folder, further videos of JSON files that have several."""
     size: int = 0
     """Bytes, for a shard on the hub."""
     repository: str = ""
@@ -57,36 +57,36 @@ class Unit:
 
 
 def find_units(split: str, folder: Path, videos: Path) -> list[Unit]:
-    """The units of a local split, by name: its tar shards, and its JSON files in groups. Empty where there is none.
+    """Find the units of a split in `folder`, sorted by name: its tar shards, and its JSON files in groups.
 
-    The video of a JSON file is the one beside it; else the first by path in `folder` that has no JSON file of its own
-    beside it, else the first in `videos`. Raises InputError for a shard that is packed in a way that is not read.
+    The video of a JSON file is the one beside it, else the first by path in `folder` without a JSON file beside it,
+    else the first in `videos`. Raises InputError for a shard with unsupported compression.
     """
     tars: list[tuple[str, str]] = []
     jsons: list[tuple[str, str, str]] = []
-    beside: dict[str, list[str]] = {}  # paths without their ending -> videos
+    beside: dict[str, list[str]] = {}  # path without suffix -> videos
     for name, stamp in sorted(_walk(folder)):
         path, ending = os.path.splitext(name)
         ending = ending.lower()
         if ending == ".json":
             jsons.append((path, name, stamp))
-        elif ending in VIDEO_ENDINGS:
+        elif ending in VIDEO_SUFFIXES:
             beside.setdefault(path, []).append(name)
         elif is_shard(f"{folder}{os.sep}{name}"):
             tars.append((name, stamp))
     for names in beside.values():
-        names.sort(key=lambda name: VIDEO_ENDINGS.index(os.path.splitext(name)[1].lower()))
+        names.sort(key=lambda name: VIDEO_SUFFIXES.index(os.path.splitext(name)[1].lower()))
     units = [Unit(TAR, split, f"{split}/{_plain(name)}", str(folder / name), stamp) for name, stamp in tars]
-    if not tars or jsons:  # videos alone, beside shards, are those that were unpacked from them
-        described = {path for path, _, _ in jsons}
-        apart = {path: names for path, names in beside.items() if path not in described}
+    if not tars or jsons:  # beside shards, videos without JSON files are those unpacked from the shards
+        with_json = {path for path, _, _ in jsons}
+        orphans = {path: names for path, names in beside.items() if path not in with_json}
         unpacked = _by_stem(name for name, _ in sorted(_walk(videos)))
         elsewhere = {stem: str((videos / name).absolute()) for stem, name in unpacked.items()}
-        elsewhere |= _by_stem(name for names in apart.values() for name in names)
+        elsewhere |= _by_stem(name for names in orphans.values() for name in names)
         own = {name: beside.get(path, [""]) for path, name, _ in jsons}
         entries = [(name, own[name][0] or elsewhere.get(_stem(path), ""), stamp) for path, name, stamp in jsons]
-        stems = {_stem(path) for path in described}
-        entries += [("", name, "") for path, names in apart.items() for name in names if _stem(path) not in stems]
+        stems = {_stem(path) for path in with_json}
+        entries += [("", name, "") for path, names in orphans.items() for name in names if _stem(path) not in stems]
         entries.sort()
         for start in range(0, len(entries), FILES_PER_UNIT):
             part = entries[start : start + FILES_PER_UNIT]
@@ -99,56 +99,56 @@ def find_units(split: str, folder: Path, videos: Path) -> list[Unit]:
 
 
 def is_shard(path: str) -> bool:
-    """Whether `path` names a tar shard. Raises InputError for one that is packed in a way that is not read."""
-    if OTHER_SHARDS.search(path):
-        raise InputError(f"{path} is a shard that is packed in a way that is not read: make it a .tar or a .tar.gz")
-    return path.lower().endswith(SHARD_ENDINGS)
+    """Whether `path` names a tar shard. Raises InputError for one with unsupported compression."""
+    if UNSUPPORTED_SHARDS.search(path):
+        raise InputError(f"{path} has an unsupported compression: convert it to .tar or .tar.gz")
+    return path.lower().endswith(SHARD_SUFFIXES)
 
 
 def read_samples(unit: Unit, videos: Path, root: Path, scratch: Path) -> Iterator[Sample]:
-    """Yield the samples of `unit`. `videos` is where those from shards belong; paths are relative to `root`. A shard
-    that gzip has made is unpacked into `scratch` meanwhile.
+    """Yield the samples of `unit`.
 
-    A fault of the unit itself is a Sample without an id.
+    `videos` is the folder that videos from shards are unpacked to; the samples' paths are relative to `root`. A gzip
+    shard is decompressed to `scratch` while it is read. An error of the unit itself is a Sample without an id.
     """
     if unit.kind == FOLDER:
-        yield from _from_files(unit, relative(videos, root), relative(Path(unit.path), root), root)
+        yield from _from_files(unit, relative_path(videos, root), relative_path(Path(unit.path), root), root)
         return
     try:
         with open_shard(unit, scratch) as file:
-            yield from _from_tar(unit, file, relative(videos, root))
+            yield from _from_tar(unit, file, relative_path(videos, root))
     except OSError as error:
-        yield Sample("", unit.name, fault=f"shard cannot be read: {error.strerror or error}")
+        yield Sample("", unit.name, error=f"shard cannot be read: {error.strerror or error}")
 
 
 @contextmanager
 def open_shard(unit: Unit, scratch: Path) -> Iterator[BinaryIO]:
-    """Open the tar file of `unit`, wherever it is; one that gzip has made is unpacked into `scratch` meanwhile.
+    """Open the tar file of `unit` on disk or on the hub; a gzip file is decompressed to `scratch` while it is open.
 
-    Raises OSError, or InputError where the hub does not answer or `scratch` has no room.
+    Raises OSError if it cannot be read, and InputError if the hub does not answer or `scratch` is full.
     """
     if unit.kind == HUB:
         file: BinaryIO = RemoteFile(unit.repository, unit.path, unit.size)
     else:
-        file = open(unit.path, "rb")  # noqa: SIM115 - closed below, as the remote one is
+        file = open(unit.path, "rb")  # noqa: SIM115 - closed below, like the remote file
     try:
         with file:
-            packed = file.read(len(GZIP)) == GZIP
+            packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
             file.seek(0)
             if packed:
-                with unpack(file, scratch) as unpacked:
-                    yield unpacked
+                with decompress(file, scratch) as decompressed:
+                    yield decompressed
             else:
                 yield file
-    except HubFault as error:
+    except HubError as error:
         raise InputError(str(error)) from error
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Plain files below `folder`, as (path relative to it, stamp), without following links to other folders.
+    """Yield regular files below `folder` as (relative path, stamp). Links to folders are not followed.
 
-    A link that leads nowhere or in a circle has an empty stamp: whoever reads it says what is wrong. Raises InputError
-    for a folder that cannot be read.
+    A broken or circular link has an empty stamp and is reported when it is read. Raises InputError for a folder that
+    cannot be read.
     """
     for directory, _, _ in os.walk(folder, onerror=cannot_list):
         prefix = "" if directory == str(folder) else os.path.relpath(directory, folder) + os.sep
@@ -172,7 +172,7 @@ def _by_stem(names: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
         path, ending = os.path.splitext(name)
-        if ending.lower() in VIDEO_ENDINGS:
+        if ending.lower() in VIDEO_SUFFIXES:
             found.setdefault(_stem(path), name)
     return found
 
@@ -181,43 +181,43 @@ def _plain(name: str) -> str:
     return name if name.isprintable() else printable(os.fsencode(name))
 
 
-def _id_fault(video_id: str) -> str:
-    fault = name_fault(os.fsencode(video_id))
-    return fault or ("has a name that is too long" if len(os.fsencode(video_id)) > MAX_ID_BYTES else "")
+def _id_error(video_id: str) -> str:
+    error = name_error(os.fsencode(video_id))
+    return error or ("has a name that is too long" if len(os.fsencode(video_id)) > MAX_ID_BYTES else "")
 
 
 def _from_files(unit: Unit, videos: str, folder: str, root: Path) -> Iterator[Sample]:
-    """`videos` and `folder` are relative to `root`. Plain strings, for this loop is most of a run's Python."""
+    """`videos` and `folder` are relative to `root`. Uses strings instead of Path, which would dominate the run time."""
     for json_name, video in unit.files:
         name = os.path.basename(json_name or video)
         video_id = os.path.splitext(name)[0]
         where = f"{unit.split}/{_plain(json_name or video)}"
-        if fault := _id_fault(video_id):
-            yield Sample("", where, fault=f"file refused: {fault}")
+        if error := _id_error(video_id):
+            yield Sample("", where, error=f"file refused: {error}")
         elif not json_name:
-            yield Sample(video_id, where, fault="video without its JSON")
+            yield Sample(video_id, where, error="video without its JSON")
         else:
             sample = Sample(video_id, where, video_path=f"{videos}/{video_id}.mp4")
             if video:
                 sample.video = os.path.join(unit.path, video)
-                sample.video_path = relative(Path(video), root) if os.path.isabs(video) else f"{folder}/{video}"
-                sample.measure = partial(measure, sample.video, sample.video_path)
+                sample.video_path = relative_path(Path(video), root) if os.path.isabs(video) else f"{folder}/{video}"
+                sample.measure_duration = partial(video_duration, sample.video, sample.video_path)
             try:
                 sample.text = _read_file(os.path.join(unit.path, json_name))
             except OSError as error:
-                sample.fault = f"JSON cannot be read: {error.strerror}"
+                sample.error = f"JSON cannot be read: {error.strerror}"
             yield sample
     for video in unit.others:
         name = os.path.splitext(os.path.basename(video))[0]
-        yield Sample("" if _id_fault(name) else name, f"{unit.split}/{_plain(video)}", fault=OTHER_VIDEO)
+        yield Sample("" if _id_error(name) else name, f"{unit.split}/{_plain(video)}", error=OTHER_VIDEO)
 
 
 def _read_file(path: str) -> bytes:
-    """The bytes of a file, and one more than MAX_JSON_BYTES of a larger one."""
+    """Read a file, but at most one byte more than MAX_JSON_BYTES."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        data = os.read(descriptor, USUAL_JSON_BYTES)
-        while len(data) >= USUAL_JSON_BYTES and len(data) <= MAX_JSON_BYTES:
+        data = os.read(descriptor, FIRST_READ_BYTES)
+        while len(data) >= FIRST_READ_BYTES and len(data) <= MAX_JSON_BYTES:
             more = os.read(descriptor, MAX_JSON_BYTES + 1 - len(data))
             if not more:
                 break
@@ -228,33 +228,33 @@ def _read_file(path: str) -> bytes:
 
 
 def _from_tar(unit: Unit, file: BinaryIO, videos: str) -> Iterator[Sample]:
-    waiting: dict[PurePosixPath, dict[str, Member]] = {}  # members whose other half has not come yet
+    unpaired: dict[PurePosixPath, dict[str, Member]] = {}  # a JSON or a video whose counterpart has not been read yet
     paired: set[PurePosixPath] = set()
-    fault = ""
+    damage = ""
     try:
         for member in read_members(file):
-            if member.fault and member.fault != CUT_OFF:
-                yield Sample("", f"{unit.name}:{member.name}", fault=f"member refused: {member.fault}")
+            if member.error and member.error != TRUNCATED:
+                yield Sample("", f"{unit.name}:{member.name}", error=f"member refused: {member.error}")
                 continue
             path = PurePosixPath(member.name)
             key, ending = path.with_suffix(""), path.suffix.lower()
-            half = JSON if ending == ".json" else VIDEO if ending in VIDEO_ENDINGS else ""
-            if half:
-                if half in waiting.get(key, {}):
-                    yield _from_members(unit, file, key, waiting.pop(key), videos)
-                waiting.setdefault(key, {})[half] = member
-                if len(waiting[key]) == 2:
-                    yield _from_members(unit, file, key, waiting.pop(key), videos)
+            role = JSON if ending == ".json" else VIDEO if ending in VIDEO_SUFFIXES else ""
+            if role:
+                if role in unpaired.get(key, {}):
+                    yield _from_members(unit, file, key, unpaired.pop(key), videos)
+                unpaired.setdefault(key, {})[role] = member
+                if len(unpaired[key]) == 2:
+                    yield _from_members(unit, file, key, unpaired.pop(key), videos)
                     paired.add(key)
-    except TarFault as error:
-        fault = str(error)
-    for key, members in waiting.items():
+    except TarError as error:
+        damage = str(error)
+    for key, members in unpaired.items():
         sample = _from_members(unit, file, key, members, videos)
         if key in paired and JSON not in members and sample.video_id:
-            sample.fault = OTHER_VIDEO
+            sample.error = OTHER_VIDEO
         yield sample
-    if fault:
-        yield Sample("", unit.name, fault=f"shard damaged: {fault}")
+    if damage:
+        yield Sample("", unit.name, error=f"shard damaged: {damage}")
 
 
 def _from_members(
@@ -266,27 +266,27 @@ def _from_members(
 ) -> Sample:
     where = f"{unit.name}:{key}"
     json_member, video = members.get(JSON), members.get(VIDEO)
-    if fault := _id_fault(key.name):
-        return Sample("", where, fault=f"member refused: {fault}")
+    if error := _id_error(key.name):
+        return Sample("", where, error=f"member refused: {error}")
     ending = PurePosixPath(video.name).suffix.lower() if video else ".mp4"
     sample = Sample(key.name, where, video_path=f"{videos}/{key.name}{ending}")
     if json_member is None:
-        sample.fault = "video without its JSON"
+        sample.error = "video without its JSON"
     elif video is None:
-        sample.fault = "JSON without its video"
-    elif json_member.fault or video.fault:
-        sample.fault = f"{'JSON' if json_member.fault else 'video'} {json_member.fault or video.fault}"
+        sample.error = "JSON without its video"
+    elif json_member.error or video.error:
+        sample.error = f"{'JSON' if json_member.error else 'video'} {json_member.error or video.error}"
     elif video.size == 0:
-        sample.fault = "video is empty"
+        sample.error = "video is empty"
     elif json_member.size > MAX_JSON_BYTES:
-        sample.fault = "JSON is too large"
+        sample.error = "JSON is too large"
     else:
         file.seek(json_member.offset)
         sample.text = file.read(json_member.size)
         sample.video = f"{video.offset}+{video.size}+{ending}"
-        sample.measure = partial(_measure_member, file, video, where)
+        sample.measure_duration = partial(_member_duration, file, video, where)
     return sample
 
 
-def _measure_member(file: BinaryIO, video: Member, where: str) -> float:
-    return measure(Slice(file, video.offset, video.size), where)
+def _member_duration(file: BinaryIO, video: Member, where: str) -> float:
+    return video_duration(FileSlice(file, video.offset, video.size), where)

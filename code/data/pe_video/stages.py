@@ -1,8 +1,7 @@
-"""The two stages of a run, each a set of tasks that any worker does once, its result being a file.
+"""The two stages of a run, as tasks for worker processes.
 
-Stage 1 reads every unit and writes what became of its samples; stage 2 writes and checks the videos of the rows that
-were kept. A result that is there already is not made again, which is how a killed run goes on. Knows nothing about
-the final files.
+Stage 1 reads every unit and writes the outcomes of its samples to files. Stage 2 checks the videos of the kept rows and
+unpacks those in shards. Finished work is recorded, so a killed run resumes. Does not depend on the final files.
 """
 
 import hashlib
@@ -10,139 +9,182 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from preparation.files import whole_file
-from preparation.report import Tally
-from preparation.rules import BAD, KEPT, Rules, Sample, Verdict, judge
+from preparation.files import atomic_write
+from preparation.inspection import Inspection
+from preparation.report import SplitStatistics
+from preparation.rules import BAD, KEPT, Decision, Rules, Sample, apply_rules
 from preparation.tokens import load_counter
-from preparation.videos import Slice, measure
-from qwen_vl_streaming.common.errors import InputError
+from preparation.videos import FileSlice, check_video
 
 from .sources import FOLDER, HUB, Unit, open_shard, read_samples
 
 SAMPLES_PER_BATCH = 512
-BYTES_PER_PART = 16 << 20  # of records, which are sorted in memory
-TOLERANCE = 1.0  # seconds by which a video may be shorter or longer than its JSON claims
+BYTES_PER_PART = 16 << 20  # records are sorted in memory
+TOLERANCE = 1.0  # seconds by which a video may be shorter or longer than its JSON says
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs to know."""
+    """Settings of a worker process."""
 
     rules: Rules
     tokenizer: Path
     root: Path
     """The project's root, to which the paths in rows are relative."""
     videos: Path
-    """Where videos from shards belong: a folder a split."""
+    """Videos from shards are unpacked to <videos>/<split>."""
     state: Path
-    """Where results lie; another folder for every other set of rules."""
+    """Folder of the results; each set of rules has its own."""
 
 
 class Record(NamedTuple):
-    """What became of one sample, as one line of a result file. Lines sort by id, then by where the sample was."""
+    """The outcome of one sample, one line of a result file. Lines sort by id, then unit, then position."""
 
     video_id: str
     unit: str
     position: int
-    """Within its unit."""
+    """Index of the sample in its unit."""
     outcome: str
     seconds: str
-    """A number, or empty where it is not known; likewise tokens."""
+    """A number, or empty if unknown; the same for `tokens`."""
     tokens: str
     where: str
     video: str
+    """The video's path, or "offset+size+suffix" in a shard; empty if it has none."""
     text: str
     """The row of a kept sample, the reason of a bad one."""
 
     def line(self) -> str:
+        """The record as a line, as `parse` reads it."""
         fields = [self.video_id, self.unit, f"{self.position:09d}", self.outcome, self.seconds, self.tokens]
         return "\t".join([*fields, self.where, self.video, self.text]) + "\n"
 
-    def spoiled(self, reason: str, tally: Tally) -> "Record":
-        """The same sample, found to be bad and counted as such in `tally`."""
+    def as_bad(self, reason: str, statistics: SplitStatistics) -> "Record":
+        """The same sample as a bad one, which is recounted in `statistics`."""
         seconds, tokens = float(self.seconds), int(self.tokens) if self.tokens else None
-        tally.spoil(self.outcome, seconds, tokens, reason)
+        statistics.mark_bad(self.outcome, seconds, tokens, reason)
         return self._replace(outcome=BAD, text=" ".join(reason.split()))
 
     @staticmethod
     def parse(line: str) -> "Record":
+        """Parse a line of a result file."""
         video_id, unit, position, *rest = line.rstrip("\n").split("\t", 8)
         return Record(video_id, unit, int(position), *rest)
 
 
 @dataclass(frozen=True, slots=True)
-class Pick:
-    """A kept row whose video is to be written or checked."""
+class Candidate:
+    """A kept row whose video is yet to be checked."""
 
     video_id: str
     where: str
     video: str
+    """As in Record."""
     seconds: float
+    """Duration in the row."""
 
 
-def in_shard(pick: Pick, videos: Path) -> tuple[Path, int, int]:
-    """Where a video from a shard is written, and where it starts in the shard and how many bytes it has there."""
-    offset, size, ending = pick.video.split("+")
-    return videos / f"{pick.video_id}{ending}", int(offset), int(size)
+@dataclass(frozen=True)
+class UnitVideo:
+    """The video of a candidate in its unit, for `inspect_videos`."""
+
+    unit: Unit
+    candidate: Candidate
+    folder: Path
+    """Folder that videos of the split are unpacked to."""
+
+    @cached_property
+    def key(self) -> str:
+        unit, candidate = self.unit, self.candidate
+        parts = [unit.kind, unit.path, unit.stamp, candidate.video_id, candidate.video]
+        if unit.kind == FOLDER and os.path.exists(candidate.video):
+            status = os.stat(candidate.video)
+            parts.append(f"{status.st_size}:{status.st_mtime_ns}")
+        digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+        return f"{candidate.video_id}:{digest[:24]}"
+
+    @property
+    def container(self) -> str:
+        return self.unit.name
+
+    @property
+    def one_task(self) -> bool:
+        return self.unit.path.lower().endswith("gz")  # a gzip shard is decompressed once per task
+
+    @property
+    def target(self) -> Path | None:
+        if self.unit.kind == FOLDER:
+            return None
+        return self.folder / f"{self.candidate.video_id}{self.candidate.video.split('+')[2]}"
+
+    @property
+    def offset(self) -> int:
+        """Offset of the video in its shard, in bytes."""
+        return int(self.candidate.video.split("+")[0])
+
+    @property
+    def size(self) -> int:
+        return int(self.candidate.video.split("+")[1])
 
 
 _job: Job
 _count_tokens: Callable[[list[str]], list[int]]
 
 
-def prepare(job: Job) -> None:
-    """Make this process ready for `read_unit` and `check_videos`."""
+def initialize_worker(job: Job) -> None:
+    """Prepare this process for `read_unit` and `check_videos`."""
     global _job, _count_tokens
     _job, _count_tokens = job, load_counter(job.tokenizer)
 
 
 def read_unit(unit: Unit) -> int:
-    """Stage 1 for one unit; returns the number of its samples."""
+    """Stage 1 for one unit: write the outcomes of its samples. Returns their number."""
     samples = read_samples(unit, _job.videos / unit.split, _job.root, _job.state)
     lines: list[str] = []
-    tally = Tally()
-    sizes: list[int] = []  # of the parts written
+    statistics = SplitStatistics()
+    sizes: list[int] = []  # bytes of the parts written
     size = count = 0
-    while batch := judge(itertools.islice(samples, SAMPLES_PER_BATCH), _job.rules, _count_tokens):
-        for sample, verdict in batch:
-            lines.append(_record(unit, count, sample, verdict).line())
-            tally.add(verdict.outcome, verdict.seconds, verdict.tokens, verdict.reason)
+    while batch := apply_rules(itertools.islice(samples, SAMPLES_PER_BATCH), _job.rules, _count_tokens):
+        for sample, decision in batch:
+            lines.append(_record(unit, count, sample, decision).line())
+            statistics.add(decision.outcome, decision.seconds, decision.tokens, decision.reason)
             size += len(lines[-1])
             count += 1
         if size > BYTES_PER_PART:
             sizes.append(_write_part(unit, len(sizes), lines))
             lines, size = [], 0
     sizes.append(_write_part(unit, len(sizes), lines))
-    with whole_file(result_of(unit, _job.state), sync=False) as file:
-        file.write(json.dumps({"parts": sizes, "samples": count, "tally": tally.to_json()}) + "\n")
+    with atomic_write(result_file(unit, _job.state), sync=False) as file:
+        file.write(json.dumps({"parts": sizes, "samples": count, "tally": statistics.to_json()}) + "\n")
     return count
 
 
-def result_of(unit: Unit, state: Path) -> Path:
-    """The file that stage 1 writes when it has finished `unit`; its parts lie beside it."""
+def result_file(unit: Unit, state: Path) -> Path:
+    """The file that stage 1 writes when `unit` is finished. Its parts are beside it."""
     key = hashlib.sha256("\0".join((unit.kind, unit.name, unit.path, unit.stamp)).encode("utf-8", "surrogateescape"))
     return state / f"{unit.split}-{key.hexdigest()[:24]}.done"
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What stage 1 made of a unit."""
+class UnitResult:
+    """Result of stage 1 for a unit."""
 
     parts: list[Path]
     """Files of sorted records."""
     samples: int
-    tally: str
-    """As Tally.add_json takes it."""
+    statistics: str
+    """As `SplitStatistics.add_json` reads it."""
 
 
-def finished_unit(unit: Unit, state: Path) -> Finished | None:
-    """What stage 1 made of `unit`, or None where it has not finished it, or a power cut took part of that away."""
-    result = result_of(unit, state)
+def finished_unit(unit: Unit, state: Path) -> UnitResult | None:
+    """The result of stage 1 for `unit`, or None if it is not finished or a power failure has lost part of it."""
+    result = result_file(unit, state)
     try:
         found = json.loads(result.read_text())
         parts = [result.with_suffix(f".{number}.tsv") for number in range(len(found["parts"]))]
@@ -150,115 +192,75 @@ def finished_unit(unit: Unit, state: Path) -> Finished | None:
             return None
     except (FileNotFoundError, ValueError):
         return None
-    return Finished(parts, found["samples"], found["tally"])
+    return UnitResult(parts, found["samples"], found["tally"])
 
 
-def check_videos(task: tuple[Unit, list[Pick]]) -> list[tuple[str, str]]:
-    """Stage 2 for some rows of one unit: write videos that are in a shard, check all that are there.
-
-    Returns (id, reason) for each that cannot be used.
-    """
-    unit, picks = task
-    result = result_of_videos(task, _job.state)
+def check_videos(videos: Sequence[UnitVideo]) -> list[tuple[str, Inspection]]:
+    """Stage 2 for some videos of one unit: check each, and unpack it if it is in a shard. Returns results by key."""
+    unit = videos[0].unit
     if unit.kind == FOLDER:
-        bad = [(pick.video_id, fault) for pick in picks if (fault := _video_fault(Path(pick.video), pick))]
-    else:
-        try:
-            with open_shard(unit, _job.state) as file:
-                bad = [(pick.video_id, fault) for pick in picks if (fault := _unpack(unit, file, pick))]
-        except OSError as error:
-            bad = [(pick.video_id, f"shard cannot be read: {error.strerror or error}") for pick in picks]
-    with whole_file(result) as file:
-        file.writelines(f"{video_id}\t{fault}\n" for video_id, fault in bad)
-    return bad
-
-
-def finished_videos(task: tuple[Unit, list[Pick]], job: Job) -> list[tuple[str, str]] | None:
-    """What `check_videos` found, if it has finished `task` and the videos it wrote are still there."""
-    unit, picks = task
+        return [(video.key, _check(Path(video.candidate.video), video)) for video in videos]
     try:
-        lines = result_of_videos(task, job.state).read_text("utf-8").splitlines()
-    except FileNotFoundError:
-        return None
-    bad = [(video_id, fault) for video_id, _, fault in (line.partition("\t") for line in lines)]
-    faulty = {video_id for video_id, _ in bad}
-    for pick in picks:
-        if unit.kind != FOLDER and pick.video_id not in faulty:
-            place, _, size = in_shard(pick, job.videos / unit.split)
-            if not place.is_file() or place.stat().st_size != size:
-                return None
-    return bad
+        with open_shard(unit, _job.state) as file:
+            return [(video.key, _unpack(file, video)) for video in videos]
+    except OSError as error:
+        result = Inspection(error=f"shard cannot be read: {error.strerror or error}")
+        return [(video.key, result) for video in videos]
 
 
-def result_of_videos(task: tuple[Unit, list[Pick]], state: Path) -> Path:
-    """The file whose presence says that stage 2 has finished `task`."""
-    unit, picks = task
-    stamps = [unit.kind, unit.path, unit.stamp]
-    for pick in picks:
-        stamps += [pick.video_id, pick.video]
-        if unit.kind == FOLDER and os.path.exists(pick.video):
-            status = os.stat(pick.video)
-            stamps.append(f"{status.st_size}:{status.st_mtime_ns}")
-    key = hashlib.sha256("\0".join(stamps).encode("utf-8", "surrogateescape")).hexdigest()
-    return state / f"{unit.split}-{key[:24]}.videos"
-
-
-def _record(unit: Unit, position: int, sample: Sample, verdict: Verdict) -> Record:
+def _record(unit: Unit, position: int, sample: Sample, decision: Decision) -> Record:
     return Record(
         video_id=sample.video_id,
         unit=unit.name,
         position=position,
-        outcome=verdict.outcome,
-        seconds="" if verdict.seconds is None else repr(verdict.seconds),
-        tokens="" if verdict.tokens is None else str(verdict.tokens),
+        outcome=decision.outcome,
+        seconds="" if decision.seconds is None else repr(decision.seconds),
+        tokens="" if decision.tokens is None else str(decision.tokens),
         where=sample.where,
-        video=sample.video if verdict.outcome == KEPT else "",
-        text=verdict.row or " ".join(verdict.reason.split()),
+        video=sample.video if decision.outcome == KEPT else "",
+        text=decision.row or " ".join(decision.reason.split()),
     )
 
 
 def _write_part(unit: Unit, part: int, lines: list[str]) -> int:
-    """Write the sorted `lines`; returns their size in bytes."""
-    path = result_of(unit, _job.state).with_suffix(f".{part}.tsv")
-    with whole_file(path, sync=False) as file:
+    """Write `lines` sorted. Returns their size in bytes."""
+    path = result_file(unit, _job.state).with_suffix(f".{part}.tsv")
+    with atomic_write(path, sync=False) as file:
         file.writelines(sorted(lines))
     return path.stat().st_size
 
 
-def _unpack(unit: Unit, file: BinaryIO, pick: Pick) -> str:
-    """Write one video out of a shard; returns why it cannot be used, in which case nothing is left of it."""
-    place, offset, size = in_shard(pick, _job.videos / unit.split)
-    if fault := _video_fault(Slice(file, offset, size), pick):
-        place.unlink(missing_ok=True)
-        return fault
-    if not _there(place, unit, file, offset, size):
-        with whole_file(place, "wb", sync=False) as out:
-            shutil.copyfileobj(Slice(file, offset, size), out, 1 << 20)
-    return ""
+def _unpack(file: BinaryIO, video: UnitVideo) -> Inspection:
+    """Check one video of a shard and write it to its target; removes the target if the video cannot be used."""
+    part = FileSlice(file, video.offset, video.size)
+    result = _check(part, video)
+    if result.error:
+        video.target.unlink(missing_ok=True)
+    elif not _is_written(video, part):
+        part.seek(0)
+        with atomic_write(video.target, "wb", sync=False) as out:
+            shutil.copyfileobj(part, out, 1 << 20)
+    return result
 
 
-def _there(place: Path, unit: Unit, file: BinaryIO, offset: int, size: int) -> bool:
-    """Whether `place` already holds the video, as after a run that was killed or had other bounds."""
-    if place.is_symlink() or not place.is_file() or place.stat().st_size != size:
+def _is_written(video: UnitVideo, part: FileSlice) -> bool:
+    """Whether an earlier run, killed or with other rules, has already written the video to its target."""
+    target = video.target
+    if target.is_symlink() or not target.is_file() or target.stat().st_size != video.size:
         return False
-    if unit.kind == HUB:  # comparing would cost the download that this is to save
+    if video.unit.kind == HUB:  # comparing would need the download that this check saves
         return True
-    part = Slice(file, offset, size)
-    with open(place, "rb") as written:
+    part.seek(0)
+    with open(target, "rb") as written:
         return all(written.read(1 << 20) == block for block in iter(lambda: part.read(1 << 20), b""))
 
 
-def _video_fault(source: Path | Slice, pick: Pick) -> str:
-    """Why a video cannot be used: it does not open or decode, or lasts less or longer than its JSON claims."""
-    from qwen_vl_streaming.video.readers import check_first_frame
-
-    try:
-        seconds = measure(source, pick.where)
-        check_first_frame(source, pick.where)
-    except InputError as error:
-        return "video cannot be used: " + " ".join(str(error).split())
-    if seconds < pick.seconds - TOLERANCE:
-        return f"video is shorter than it claims: {seconds:.2f} s of {pick.seconds:.2f} s"
-    if seconds > pick.seconds + TOLERANCE:
-        return f"video is longer than it claims: {seconds:.2f} s, not {pick.seconds:.2f} s"
-    return ""
+def _check(source: Path | FileSlice, video: UnitVideo) -> Inspection:
+    """Whether a video opens, decodes, and is as long as its row says."""
+    seconds, error = check_video(source, video.candidate.where)
+    expected = video.candidate.seconds
+    if not error and seconds < expected - TOLERANCE:
+        error = f"video is shorter than its JSON says: {seconds:.2f} s instead of {expected:.2f} s"
+    elif not error and seconds > expected + TOLERANCE:
+        error = f"video is longer than its JSON says: {seconds:.2f} s instead of {expected:.2f} s"
+    return Inspection(seconds, error)

@@ -1,1 +1,7 @@
-"""What the preparation of every data set shares: files, workers, rules, token counts, videos, the report."""
+"""Shared by the preparation of every data set behind mani_data.py.
+
+A data set's own package (`pe_video`, `funqa`) finds its samples and writes its rows. This package holds what does not
+depend on the data set: run options and output files (`run`), filtering rules (`rules`), token counts (`tokens`), video
+checks that resume (`videos`, `inspection`), hub access (`hub`), worker processes (`parallel`), atomic files (`files`)
+and statistics (`report`). Does not depend on a data set or on the model.
+"""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all. Knows nothing about what is in them."""
+"""Atomic writes and the lock on a folder. Does not depend on what the files contain."""
 
 import fcntl
 import hashlib
@@ -10,53 +10,54 @@ from typing import IO, Any
 
 from qwen_vl_streaming.common.errors import InputError
 
-PART_SUFFIX = ".mani_data.part"
+PARTIAL_SUFFIX = ".mani_data.part"
 
 
 @contextmanager
-def whole_file(path: Path, mode: str = "w", *, sync: bool = True) -> Iterator[IO[Any]]:
-    """Open `path` for writing beside itself; it takes its place only when the block ends well.
+def atomic_write(path: Path, mode: str = "w", *, sync: bool = True) -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path` for writing and rename it to `path` when the block succeeds.
 
-    Text is UTF-8 with plain newlines. Without `sync` it may be lost when the power fails, though not when the process
-    is killed: for what a later run checks anyway. Raises InputError, in one line, where it cannot be written, as on a
-    full disk.
+    Text is UTF-8 with "\\n" line ends. Without `sync` the file survives a killed process but may be lost in a power
+    failure; use it for what a later run checks anyway. Raises InputError if the file cannot be written, for example
+    because the disk is full.
     """
-    digest = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # a name of full length leaves no room for a suffix
-    part = path.with_name(f".{digest}.{os.getpid()}{PART_SUFFIX}")
+    digest = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # a suffix could exceed the limit on a name's length
+    partial = path.with_name(f".{digest}.{os.getpid()}{PARTIAL_SUFFIX}")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, mode, **text) as file:
+        with open(partial, mode, **text) as file:
             yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(partial, path)
     except OSError as error:
         raise InputError(
-            f"cannot write {path} ({error.strerror}): make room and start again, what was finished is kept"
+            f"cannot write {path} ({error.strerror}): free some space or fix permissions, then run the same command "
+            "again to resume"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what a killed run left half-written anywhere below `folder`."""
-    for part in folder.rglob(f".*{PART_SUFFIX}") if folder.is_dir() else ():
-        part.unlink(missing_ok=True)
+def remove_partial_files(folder: Path) -> None:
+    """Remove the temporary files of a killed run from `folder` and everything below it."""
+    for partial in folder.rglob(f".*{PARTIAL_SUFFIX}") if folder.is_dir() else ():
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process. Raises InputError where another run holds it."""
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Lock `folder` for this process. Raises InputError if another run holds the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115 - held open as long as the lock
+        lock = open(folder / "lock", "w")  # noqa: SIM115 - stays open as long as the lock is held
     except OSError as error:
         raise InputError(f"cannot write {folder} ({error.strerror}): make it writable or use --output-dir") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another mani_data.py is at work in {folder.parent}: wait for it or stop it") from error
+            raise InputError(f"another mani_data.py is running in {folder.parent}: wait for it or stop it") from error
         yield

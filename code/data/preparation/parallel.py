@@ -1,4 +1,4 @@
-"""Tasks spread over worker processes. Knows nothing about what they do."""
+"""Runs tasks in worker processes. Does not depend on what the tasks do."""
 
 import os
 import threading
@@ -13,20 +13,25 @@ from qwen_vl_streaming.common.errors import InputError
 
 
 def run_tasks(
-    function: Callable[[Any], Any], tasks: Iterable[Any], workers: int, prepare: Callable[..., None], *arguments: Any
+    function: Callable[[Any], Any],
+    tasks: Iterable[Any],
+    workers: int,
+    initializer: Callable[..., None] | None = None,
+    *arguments: Any,
 ) -> Iterator[Any]:
-    """Yield function(task) for each of `tasks`, in the order in which they end, after prepare(*arguments) in each
-    worker. At most two tasks a worker are under way. With one worker everything runs in this process.
+    """Yield function(task) for each of `tasks`, in order of completion.
 
-    Raises what a task raises, and InputError where a worker is killed.
+    Each worker first calls initializer(*arguments). At most two tasks per worker are in flight. With one worker
+    everything runs in this process. Raises what a task raises, and InputError if a worker is killed.
     """
     if workers == 1:
-        prepare(*arguments)
+        if initializer:
+            initializer(*arguments)
         yield from map(function, tasks)
         return
     tasks = iter(tasks)
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start, initargs=(prepare, arguments)
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(initializer, arguments)
     )
     try:
         running = {pool.submit(function, task) for task in islice(tasks, 2 * workers)}
@@ -37,19 +42,21 @@ def run_tasks(
                 yield future.result()
     except BrokenProcessPool as error:
         raise InputError(
-            "a worker was killed, perhaps for memory: start again, what was finished is kept, or use fewer --workers"
+            "a worker process was killed, possibly because memory ran out: run the same command again to resume, or "
+            "use fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    prepare(*arguments)
+def _start_worker(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if initializer:
+        initializer(*arguments)
 
 
-def _end_with_parent() -> None:
-    """A killed parent cannot stop its workers, and they would wait for it for ever."""
+def _exit_with_parent() -> None:
+    """Exit when the parent dies. A killed parent cannot stop its workers, which would otherwise wait forever."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

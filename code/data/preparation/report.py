@@ -1,4 +1,4 @@
-"""What a run did, as numbers and one picture. Knows nothing about files of samples."""
+"""Statistics of a run, as numbers and as one figure. Does not depend on where samples come from."""
 
 import json
 import math
@@ -7,65 +7,66 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import whole_file
+from .files import atomic_write
 from .rules import BAD, DROPPED, KEPT, Rules
 
-AXES = {"seconds": (0.5, 60), "tokens": (5, 300), "tokens per second": (0.1, 10)}
-"""For each distribution the width of a bar and where the last one ends, which takes in all beyond."""
+HISTOGRAMS = {"seconds": (0.5, 60), "tokens": (5, 300), "tokens per second": (0.1, 10)}
+"""For each distribution, the width of a bin and the upper edge of the last bin, which also counts larger values."""
 
 
 @dataclass
-class Tally:
-    """What became of the samples of one split."""
+class SplitStatistics:
+    """Outcomes and distributions of the samples of one split."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    """Why samples were bad."""
-    bars: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in AXES})
+    """Why samples were bad, and how many."""
+    bins: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in HISTOGRAMS})
+    """For each distribution, bin index -> samples."""
     rows: int = 0
     """Rows written."""
     not_drawn: int = 0
-    """Kept, but left out by --max-samples."""
+    """Samples that passed the rules but were not drawn because of --max-samples."""
     without_video: int = 0
-    """Rows whose video is not there yet."""
+    """Rows whose video file does not exist yet."""
     tasks: Counter[str] = field(default_factory=Counter)
-    """Rows of each sub-task, where a data set has such."""
+    """Rows of each sub-task, for data sets that have sub-tasks."""
 
     def add(self, outcome: str, seconds: float | None, tokens: int | None, reason: str, by: int = 1) -> None:
-        """Count one sample; with `by` -1, take it back."""
+        """Count one sample; `by` -1 removes it again."""
         self.outcomes[outcome] += by
         if outcome == BAD:
             self.reasons[short_reason(reason)] += by
         elif seconds:
-            self._bar("seconds", seconds, by)
+            self._add_to_bin("seconds", seconds, by)
             if tokens is not None:
-                self._bar("tokens", tokens, by)
-                self._bar("tokens per second", tokens / seconds, by)
+                self._add_to_bin("tokens", tokens, by)
+                self._add_to_bin("tokens per second", tokens / seconds, by)
 
-    def spoil(self, outcome: str, seconds: float | None, tokens: int | None, reason: str) -> None:
-        """A sample that was counted as `outcome` turned out bad."""
+    def mark_bad(self, outcome: str, seconds: float | None, tokens: int | None, reason: str) -> None:
+        """Recount a sample as bad that was counted as `outcome`."""
         self.add(outcome, seconds, tokens, "", -1)
         self.add(BAD, None, None, reason)
 
-    def _bar(self, name: str, value: float, by: int) -> None:
-        width, end = AXES[name]
-        self.bars[name][math.floor(min(value, end - width / 2) / width + 1e-9)] += by
+    def _add_to_bin(self, name: str, value: float, by: int) -> None:
+        width, end = HISTOGRAMS[name]
+        self.bins[name][math.floor(min(value, end - width / 2) / width + 1e-9)] += by
 
     def to_json(self) -> str:
-        """The counts of samples, for `add_json`."""
-        return json.dumps([self.outcomes, self.reasons, self.bars])
+        """The counts of samples, as `add_json` reads them."""
+        return json.dumps([self.outcomes, self.reasons, self.bins])
 
     def add_json(self, text: str) -> None:
-        """Count in what another tally's `to_json` gave."""
-        outcomes, reasons, bars = json.loads(text)
+        """Add the counts that another object's `to_json` returned."""
+        outcomes, reasons, bins = json.loads(text)
         self.outcomes.update(outcomes)
         self.reasons.update(reasons)
-        for name, heights in bars.items():
-            self.bars[name].update({int(bar): height for bar, height in heights.items()})
+        for name, heights in bins.items():
+            self.bins[name].update({int(index): height for index, height in heights.items()})
 
-    def numbers(self) -> dict[str, Any]:
-        """For the report: counts by name, most frequent reasons first."""
-        others = sorted((+self.outcomes).keys() - {KEPT, BAD, *DROPPED})  # rules of one data set only
+    def summary(self) -> dict[str, Any]:
+        """The counts for report.json, most frequent reasons first."""
+        others = sorted((+self.outcomes).keys() - {KEPT, BAD, *DROPPED})  # rules that only one data set has
         return {
             "samples": sum(self.outcomes.values()),
             "kept": self.outcomes[KEPT],
@@ -80,12 +81,12 @@ class Tally:
 
 
 def short_reason(reason: str) -> str:
-    """What is wrong, without what is special to one sample, so that it can be counted."""
+    """The part of a reason before the colon, which is the same for all samples with this problem."""
     return reason.partition(": ")[0]
 
 
-def draw(tallies: dict[str, Tally], rules: Rules, path: Path) -> None:
-    """Write the distributions of seconds, tokens and their ratio to `path` as a PNG, the bounds drawn in."""
+def plot(statistics: dict[str, SplitStatistics], rules: Rules, path: Path) -> None:
+    """Plot the distributions of seconds, tokens and tokens per second, with the bounds of `rules`, as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -98,25 +99,25 @@ def draw(tallies: dict[str, Tally], rules: Rules, path: Path) -> None:
     }
     labels = {
         "seconds": "video duration (s), all readable samples",
-        "tokens": "caption length (tokens), samples that the cheap rules let through",
+        "tokens": "caption length (tokens), samples within the duration and prefix rules",
         "tokens per second": "tokens ÷ seconds (1/s), the same samples",
     }
-    # Tokens are not counted where no rule needs them.
-    shown = {name: axis for name, axis in AXES.items() if any(tally.bars[name] for tally in tallies.values())}
-    shown = shown or AXES
+    # Tokens are counted only if a rule needs them.
+    shown = {name: axis for name, axis in HISTOGRAMS.items() if any(split.bins[name] for split in statistics.values())}
+    shown = shown or HISTOGRAMS
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (name, (width, end)) in zip(panels, shown.items(), strict=True):
         base = Counter()
-        for split, tally in tallies.items():
-            bars = sorted(tally.bars[name])
-            heights = [tally.bars[name][bar] for bar in bars]
-            left, bottoms = [bar * width for bar in bars], [base[bar] for bar in bars]
+        for split, found in statistics.items():
+            indices = sorted(found.bins[name])
+            heights = [found.bins[name][index] for index in indices]
+            left, bottoms = [index * width for index in indices], [base[index] for index in indices]
             axes.bar(left, heights, width, bottoms, align="edge", label=split)
-            base.update(tally.bars[name])
+            base.update(found.bins[name])
         for bound in (bound for bound in bounds[name] if 0 < bound < math.inf):
             axes.axvline(bound, color="black", linestyle="--", label=f"bound {bound:g}")
         axes.set(xlabel=labels[name], ylabel="samples", xlim=(0, end))
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
-    with whole_file(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})

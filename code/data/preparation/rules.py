@@ -1,4 +1,4 @@
-"""From the JSON of one sample to a row or the reason why there is none. Knows nothing about where samples come from."""
+"""Turns the JSON of one sample into a row, or into the reason why it has none. Does not depend on the source."""
 
 import codecs
 import json
@@ -11,7 +11,7 @@ from qwen_vl_streaming.common.errors import InputError
 
 MAX_JSON_BYTES = 1 << 20
 DURATION_FIELDS = ("video_duration_in_s", "video_duration", "duration_in_s", "duration")
-"""PE-Video says "video_duration_in_s"; copies of it on the hub use the others. The first that is there counts."""
+"""PE-Video has "video_duration_in_s"; copies of it on the hub use the other names. The first one present is used."""
 CAPTION_FIELD = "human_caption"
 
 KEPT, BAD = "kept", "bad"
@@ -19,19 +19,19 @@ DROPPED = ("too short", "too long", "caption prefix", "too few tokens per second
 
 
 class BadSample(Exception):
-    """A sample that cannot be used; the message says why."""
+    """A sample cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Which samples are kept: every bound is itself allowed, and infinity is none."""
+    """Which samples are kept. Bounds are inclusive; infinity means no bound."""
 
     min_seconds: float = 5.0
     max_seconds: float = 30.0
     min_tokens_per_second: float = 3.0
     max_tokens_per_second: float = 5.0
     caption_prefix: str = ""
-    """How a caption must begin, in any case of letters; empty for no such rule."""
+    """Required beginning of a caption, case-insensitive; empty for any caption."""
 
     def __post_init__(self):
         for name, low, high in (
@@ -39,87 +39,86 @@ class Rules:
             ("tokens-per-second", self.min_tokens_per_second, self.max_tokens_per_second),
         ):
             if not 0 <= low <= high or low == math.inf:
-                raise InputError(f"--min-{name} {low:g} and --max-{name} {high:g} leave nothing between them")
+                raise InputError(
+                    f"--min-{name} {low:g} and --max-{name} {high:g} are not a range: give 0 <= minimum <= maximum"
+                )
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether a bound needs the tokens of a caption."""
+        """Whether a rule needs the number of tokens of a caption."""
         return self.min_tokens_per_second > 0 or self.max_tokens_per_second < math.inf
 
-    def numbers(self) -> dict[str, float | str | None]:
-        """For the report: each rule by name, None for a bound that is none."""
+    def as_json(self) -> dict[str, float | str | None]:
+        """The rules by name for report.json; None for no bound."""
         return {name: None if value == math.inf else value for name, value in asdict(self).items()}
 
 
 @dataclass
 class Sample:
-    """What a source knows of one sample."""
+    """One sample as its source provides it."""
 
     video_id: str
     where: str
-    """The file or member, for messages."""
+    """The file or tar member, for messages."""
     text: bytes = b""
     """Its JSON."""
     video: str = ""
-    """Where its video is, as the source itself reads it; empty where there is none."""
+    """Where the source reads its video; empty if it has none."""
     video_path: str = ""
-    """Where its video is or belongs, relative to the project's root."""
-    fault: str = ""
-    """Why it cannot be used, where the source knows already."""
-    measure: Callable[[], float] | None = None
-    """The video's real duration in seconds; raises InputError."""
+    """Where its video is or will be, relative to the project's root."""
+    error: str = ""
+    """Why it cannot be used, if the source has found a reason."""
+    measure_duration: Callable[[], float] | None = None
+    """Returns the video's duration in seconds; raises InputError."""
 
 
 @dataclass
-class Verdict:
-    """What became of a sample."""
+class Decision:
+    """The outcome of one sample."""
 
     outcome: str
     """KEPT, BAD or one of DROPPED."""
     reason: str = ""
-    """Why it is BAD: what is wrong, and after a colon what is special to this sample."""
+    """Why it is BAD: the problem, and after a colon the details of this sample."""
     seconds: float | None = None
     tokens: int | None = None
-    """Counted only where the cheaper rules let the sample through."""
+    """None if another rule has dropped the sample before its tokens were counted."""
     row: str = ""
-    """The finished JSON line of a kept sample."""
+    """The JSON line of a kept sample."""
 
 
-def judge(
+def apply_rules(
     samples: Iterable[Sample], rules: Rules, count_tokens: Callable[[list[str]], list[int]]
-) -> list[tuple[Sample, Verdict]]:
-    """A verdict for each of `samples`, the cheap rules first and all captions left over in one batch."""
-    verdicts: list[tuple[Sample, Verdict]] = []
-    still_open: list[tuple[Sample, Verdict, dict[str, Any], str, float]] = []
-    for sample in samples:  # a sample can be measured only until the next one is read
+) -> list[tuple[Sample, Decision]]:
+    """Return a decision for each of `samples`. Captions that pass the other rules are tokenized in one batch."""
+    decisions: list[tuple[Sample, Decision]] = []
+    remaining: list[tuple[Sample, Decision, dict[str, Any], str, float]] = []
+    for sample in samples:  # measure_duration works only until the next sample is read
         try:
             data = read_object(sample)
             caption = read_text(data, CAPTION_FIELD)
             seconds = read_seconds(data, sample)
         except BadSample as error:
-            verdicts.append((sample, Verdict(BAD, str(error))))
+            decisions.append((sample, Decision(BAD, str(error))))
             continue
-        dropped = cheap_rules(caption, seconds, rules)
-        verdicts.append((sample, Verdict(dropped or KEPT, seconds=seconds)))
+        dropped = duration_and_prefix_rules(caption, seconds, rules)
+        decisions.append((sample, Decision(dropped or KEPT, seconds=seconds)))
         if not dropped:
-            still_open.append((*verdicts[-1], data, caption, seconds))
-    counts = count_tokens([caption for *_, caption, _ in still_open]) if still_open else []
-    for (sample, verdict, data, _, seconds), tokens in zip(still_open, counts, strict=True):
-        verdict.tokens = tokens
-        if tokens < rules.min_tokens_per_second * seconds:
-            verdict.outcome = "too few tokens per second"
-        elif tokens > rules.max_tokens_per_second * seconds:
-            verdict.outcome = "too many tokens per second"
-        else:
+            remaining.append((*decisions[-1], data, caption, seconds))
+    counts = count_tokens([caption for *_, caption, _ in remaining]) if remaining else []
+    for (sample, decision, data, _, seconds), tokens in zip(remaining, counts, strict=True):
+        decision.tokens = tokens
+        decision.outcome = speaking_rate_rule(tokens, seconds, rules) or KEPT
+        if decision.outcome == KEPT:
             try:
-                verdict.row = write_row(data, sample, seconds)
+                decision.row = write_row(data, sample, seconds)
             except BadSample as error:
-                verdict.outcome, verdict.reason = BAD, str(error)
-    return verdicts
+                decision.outcome, decision.reason = BAD, str(error)
+    return decisions
 
 
-def cheap_rules(caption: str, seconds: float, rules: Rules) -> str:
-    """The rule that drops a sample without its tokens being counted, or an empty string."""
+def duration_and_prefix_rules(caption: str, seconds: float, rules: Rules) -> str:
+    """The rule that drops a sample before its tokens are counted, or an empty string."""
     if seconds < rules.min_seconds:
         return "too short"
     if seconds > rules.max_seconds:
@@ -129,10 +128,17 @@ def cheap_rules(caption: str, seconds: float, rules: Rules) -> str:
     return ""
 
 
+def speaking_rate_rule(tokens: int, seconds: float, rules: Rules) -> str:
+    """The rule by which the tokens per second drop a sample, or an empty string."""
+    if tokens < rules.min_tokens_per_second * seconds:
+        return "too few tokens per second"
+    return "too many tokens per second" if tokens > rules.max_tokens_per_second * seconds else ""
+
+
 def read_object(sample: Sample) -> dict[str, Any]:
-    """The JSON object of `sample`. Raises BadSample."""
-    if sample.fault:
-        raise BadSample(sample.fault)
+    """Parse the JSON object of `sample`. Raises BadSample."""
+    if sample.error:
+        raise BadSample(sample.error)
     if len(sample.text) > MAX_JSON_BYTES:
         raise BadSample("JSON is too large")
     try:
@@ -149,7 +155,7 @@ def read_object(sample: Sample) -> dict[str, Any]:
 
 
 def read_text(data: dict[str, Any], field: str) -> str:
-    """The text in `field` without blanks around it. Raises BadSample."""
+    """The text in `field`, stripped. Raises BadSample."""
     text = data.get(field)
     if text is None:
         raise BadSample(f"no {field}")
@@ -165,13 +171,13 @@ def read_text(data: dict[str, Any], field: str) -> str:
 
 
 def read_seconds(data: dict[str, Any], sample: Sample) -> float:
-    """The duration that the JSON states, else the video's own. Raises BadSample."""
+    """The duration in the JSON, else that of the video. Raises BadSample."""
     field = next((name for name in DURATION_FIELDS if data.get(name) is not None), None)
     if field is None:
-        if sample.measure is None:
-            raise BadSample("no duration in the JSON: there is no video to measure either")
+        if sample.measure_duration is None:
+            raise BadSample("no duration in the JSON: the sample has no video to read it from")
         try:
-            return sample.measure()
+            return sample.measure_duration()
         except InputError as error:
             raise BadSample(f"no duration in the JSON: {error}") from error
     value = data[field]
@@ -185,8 +191,8 @@ def read_seconds(data: dict[str, Any], sample: Sample) -> float:
 
 
 def write_row(data: dict[str, Any], sample: Sample, seconds: float) -> str:
-    """The finished JSON line: all of PE-Video's fields and the project's own four. Where the source has no video, the
-    JSON's own `video_path` stays, if it has one. Raises BadSample."""
+    """Return the JSON line of a kept sample: all fields of its JSON, with `video_id`, `video_path` and
+    `video_duration_in_s` set. If the source has no video, a `video_path` in the JSON is kept. Raises BadSample."""
     named = data.get("video_path")
     if not sample.video and isinstance(named, str) and named.strip():
         sample.video_path = named
@@ -195,5 +201,5 @@ def write_row(data: dict[str, Any], sample: Sample, seconds: float) -> str:
         line = json.dumps({**data, **own}, ensure_ascii=False, allow_nan=False)
         line.encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise BadSample("JSON holds text or a number that cannot be written back") from error
+        raise BadSample("JSON contains text or a number that cannot be written back") from error
     return line

@@ -1,18 +1,20 @@
-"""Video files of a data set: their endings, their real duration, their paths in a row."""
+"""Video files: their suffixes, their duration, whether they decode, and their paths in rows."""
 
 import os
 from pathlib import Path
 from typing import BinaryIO
 
-VIDEO_ENDINGS = (
+from qwen_vl_streaming.common.errors import InputError
+
+VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"),
     *(".ts", ".m2ts", ".mts", ".flv", ".wmv", ".3gp", ".mpg", ".mpeg", ".vob", ".ogv", ".gif"),
 )
-"""Of a video beside its JSON, in any case of letters; where there are several, the first of these is used."""
+"""In lower case; matched case-insensitively. Of several videos of one sample, the first in this order is used."""
 
 
-class Slice:
-    """A read-only window on one member of an open tar file, for readers that want a file."""
+class FileSlice:
+    """A read-only, seekable view of `size` bytes of an open file from `offset` on, such as a member of a tar file."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int):
         self.file, self.offset, self.size, self.position = file, offset, size, 0
@@ -36,13 +38,28 @@ class Slice:
         return True
 
 
-def measure(source: str | Path | Slice, name: str) -> float:
-    """The real duration in seconds of a video. Raises InputError."""
-    from qwen_vl_streaming.video.index import index_video  # brings in PyAV, which most runs do without
+def video_duration(source: str | Path | FileSlice, name: str) -> float:
+    """The duration of a video in seconds; `name` is used in messages. Raises InputError if it cannot be read."""
+    from qwen_vl_streaming.video.index import index_video  # imports PyAV, which most runs do not need
 
     return index_video(source, name).duration
 
 
-def relative(path: Path, root: Path) -> str:
-    """`path` as seen from the project's `root`, with forward slashes."""
+def check_video(source: str | Path | FileSlice, name: str) -> tuple[float, str]:
+    """Read a video's duration and decode its first frame.
+
+    Returns (seconds, ""), or (0.0, reason) if the video cannot be used.
+    """
+    from qwen_vl_streaming.video.readers import check_first_frame
+
+    try:
+        seconds = video_duration(source, name)
+        check_first_frame(source, name)
+    except InputError as error:
+        return 0.0, "video cannot be used: " + " ".join(str(error).split())
+    return seconds, ""
+
+
+def relative_path(path: Path, root: Path) -> str:
+    """`path` relative to the project's `root`, with forward slashes."""
     return Path(os.path.relpath(path, root)).as_posix()

@@ -1,4 +1,4 @@
-"""Files that gzip has made, unpacked so that they can be read at any place. Knows nothing about what is in them."""
+"""Decompresses gzip files to a temporary file, which is seekable. Does not depend on what they contain."""
 
 import gzip
 import tempfile
@@ -10,22 +10,22 @@ from typing import BinaryIO
 
 from qwen_vl_streaming.common.errors import InputError
 
-GZIP = b"\x1f\x8b"
+GZIP_MAGIC = b"\x1f\x8b"
 """The first bytes of a gzip file."""
-MOST_TIMES = 100
-"""How many times its own size a file may have unpacked: videos hardly shrink, and a trap grows a thousandfold."""
-ANYWAY = 1 << 26
-"""Bytes that it may have unpacked however small it is."""
+MAX_RATIO = 100
+"""Maximum decompressed size over compressed size. Videos hardly compress; a gzip bomb grows a thousandfold."""
+ALWAYS_ALLOWED = 1 << 26
+"""Decompressed bytes that are allowed at any ratio."""
 
 
 @contextmanager
-def unpack(packed: BinaryIO, scratch: Path) -> Iterator[BinaryIO]:
-    """What a seekable gzip file holds, as an open file in the folder `scratch` that no other process sees and that is
-    gone afterwards. One that is cut short gives what it still holds.
+def decompress(packed: BinaryIO, scratch: Path) -> Iterator[BinaryIO]:
+    """Decompress a seekable gzip file to an unnamed temporary file in the folder `scratch`, and open it.
 
-    Raises OSError for a damaged file and for one that grows too much, and InputError where `scratch` has no room.
+    A truncated file gives the part that is there. Raises OSError for a damaged file and for one that exceeds the limits
+    above, and InputError if `scratch` cannot be written or is full.
     """
-    most = max(ANYWAY, MOST_TIMES * packed.seek(0, 2))
+    limit = max(ALWAYS_ALLOWED, MAX_RATIO * packed.seek(0, 2))
     packed.seek(0)
     try:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -38,11 +38,11 @@ def unpack(packed: BinaryIO, scratch: Path) -> Iterator[BinaryIO]:
                 out.write(block)
             except OSError as error:
                 raise InputError(
-                    f"{scratch} cannot hold an unpacked shard ({error.strerror}): make room and start again, what was "
-                    "finished is kept"
+                    f"{scratch} cannot hold a decompressed shard ({error.strerror}): free some space, then run the "
+                    "same command again to resume"
                 ) from error
-            if out.tell() > most:
-                raise OSError(f"it grows to more than {most} bytes when it is unpacked")
+            if out.tell() > limit:
+                raise OSError(f"it decompresses to more than {limit} bytes")
         out.seek(0)
         yield out
 

@@ -1,0 +1,77 @@
+"""What every data set's run shares: its options, its lock, sampling by seed, and the files that it reports in."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .files import atomic_write, exclusive_lock, remove_partial_files
+from .report import SplitStatistics, plot
+from .rules import Rules
+
+STATE_FOLDER = ".mani_data"
+"""Below the output folder: what a killed run resumes from."""
+HUB_WORKERS_PER_CORE = 4  # workers that read from the hub mostly wait for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of every data set."""
+
+    outputs: dict[str, Path]
+    """Split -> the JSONL file to write."""
+    root: Path
+    """The project's root, to which the paths in rows are relative."""
+    videos: Path
+    """Videos from shards and archives are unpacked to <videos>/<split>."""
+    output_dir: Path
+    """Folder of the report and of the state that a killed run resumes from."""
+    hub_name: str
+    """The data set on the hub, used where nothing is found on disk; empty to never use the hub."""
+    rules: Rules
+    tokenizer: str
+    """A model on the hub, or a folder with tokenizer.json."""
+    max_samples: int | None
+    """Maximum number of training rows, sampled by `seed`; None for all."""
+    seed: int
+    workers: int | None
+    """Worker processes; None for one per core, or four per core when reading from the hub."""
+
+    @property
+    def state_folder(self) -> Path:
+        return self.output_dir / STATE_FOLDER
+
+    def worker_count(self, from_hub: bool) -> int:
+        """The number of worker processes."""
+        return self.workers or len(os.sched_getaffinity(0)) * (HUB_WORKERS_PER_CORE if from_hub else 1)
+
+
+@contextmanager
+def exclusive_run(options: RunOptions) -> Iterator[None]:
+    """Lock the output folder and remove what a killed run left half-written. Raises InputError if it is locked."""
+    with exclusive_lock(options.state_folder):
+        remove_partial_files(options.output_dir)
+        remove_partial_files(options.videos)
+        yield
+
+
+def sampling_key(seed: int, video_id: str) -> bytes:
+    """Sorting by this key shuffles rows. A row's place depends on the seed and the ids only, not on the input order."""
+    return hashlib.sha256(f"{seed}:{video_id}".encode()).digest()
+
+
+def skipped_line(split: str, video_id: str, where: str, reason: str) -> str:
+    """One line of skipped.jsonl: a sample that cannot be used."""
+    entry = {"split": split, "video_id": video_id or None, "where": where, "reason": reason}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def write_report(statistics: dict[str, SplitStatistics], options: RunOptions, prefix: str = "") -> None:
+    """Write <prefix>report.png and <prefix>report.json for the splits in `statistics`."""
+    plot(statistics, options.rules, options.output_dir / f"{prefix}report.png")
+    splits = {split: found.summary() for split, found in statistics.items()}
+    with atomic_write(options.output_dir / f"{prefix}report.json") as file:
+        file.write(json.dumps({"rules": options.rules.as_json(), "splits": splits}, indent=2) + "\n")
