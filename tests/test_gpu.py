@@ -14,7 +14,7 @@ from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import Layout, Schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from test_batch import batched, plainly, random_jobs
+from test_batch import batched, random_jobs, reference_captions
 from test_reference import Forced, full_pass, random_batch
 from tiny import random_template, timeline_ids, tiny_model
 
@@ -120,7 +120,7 @@ def test_compiled_captured_batches_write_what_plain_streams_write(variant, size)
     torch.manual_seed(SEED)
     torch.backends.cuda.matmul.allow_tf32 = False
     jobs = random_jobs(random.Random(SEED), variant, 9)
-    expected = plainly(tiny_model(**FLEX), variant, jobs)
+    expected = reference_captions(tiny_model(**FLEX), variant, jobs)
     assert batched(tiny_model(**FLEX).cuda(), variant, jobs, batch_size=size) == expected
 
 
