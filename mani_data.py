@@ -15,27 +15,70 @@ import argparse
 import logging
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import funqa.run
 import pe_video.run
 from funqa.run import prepare_funqa
 from pe_video.run import prepare_dataset
+from preparation.report import SplitStatistics
 from preparation.rules import Rules
-from preparation.run import STATE_FOLDER
+from preparation.run import STATE_FOLDER, RunOptions
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.paths import look_up
 from qwen_vl_streaming.common.progress import quiet_http
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "test")
-DATASETS = ("pe-video", "funqa")
-HUB_NAMES = {"pe-video": "facebook/PE-Video", "funqa": "fesvhtr/FunQA"}
-OUTPUT_NAMES = {"pe-video": "{}_3_5.jsonl", "funqa": "funqa_{}.jsonl"}
-RULES = {"pe-video": Rules(), "funqa": Rules(0.0, math.inf, 0.0, math.inf)}
-PE_VIDEO_ONLY = ("train_dir", "test_dir")
-FUNQA_ONLY = ("max_questions", "max_references")
-REPORTS = ("skipped.jsonl", "report.png", "report.json", "funqa_skipped.jsonl", "funqa_report.png", "funqa_report.json")
+REPORTS = ("skipped.jsonl", "report.png", "report.json")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that this program prepares."""
+
+    hub_name: str
+    output_name: str
+    """Of the file of rows of a split."""
+    rules: Rules
+    """The default bounds."""
+    prepare: Callable[[Any], dict[str, SplitStatistics]]
+    options: Callable[[argparse.Namespace, Path, list[str], dict], RunOptions]
+    """Its options, from the arguments, its folder, the splits, and the options that all data sets share."""
+    flags: tuple[str, ...] = ()
+    """Arguments that only it has."""
+    prefix: str = ""
+    """Of its reports' names."""
+
+
+def pe_video_options(arguments: argparse.Namespace, folder: Path, splits: list[str], common: dict) -> RunOptions:
+    folders = {"train": arguments.train_dir or folder / "train", "test": arguments.test_dir or folder / "test"}
+    return pe_video.run.Options(splits={split: folders[split].absolute() for split in splits}, **common)
+
+
+def funqa_options(arguments: argparse.Namespace, folder: Path, splits: list[str], common: dict) -> RunOptions:
+    limits = {name: getattr(arguments, name) for name in ("max_questions", "max_references")}
+    return funqa.run.Options(splits=splits, source=folder.absolute(), **limits, **common)
+
+
+DATASETS = {
+    "pe-video": DataSet(
+        "facebook/PE-Video", "{}_3_5.jsonl", Rules(), prepare_dataset, pe_video_options, ("train_dir", "test_dir")
+    ),
+    "funqa": DataSet(
+        "fesvhtr/FunQA",
+        "funqa_{}.jsonl",
+        Rules(0.0, math.inf, 0.0, math.inf),
+        prepare_funqa,
+        funqa_options,
+        ("max_questions", "max_references"),
+        "funqa_",
+    ),
+}
+"""Add a data set here."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +90,10 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument(
         "--dataset-root", type=Path, default=ROOT / "dataset", help="parent of the data sets (default: dataset)"
     )
-    where.add_argument("--dataset-name", help=f"data set on the hub (default: {' or '.join(HUB_NAMES.values())})")
+    where.add_argument(
+        "--dataset-name",
+        help=f"data set on the hub (default: {' or '.join(each.hub_name for each in DATASETS.values())})",
+    )
     where.add_argument("--train-dir", type=Path, help="pe-video: train split (default: <dataset-root>/PE-Video/train)")
     where.add_argument("--test-dir", type=Path, help="pe-video: test split (default: <dataset-root>/PE-Video/test)")
     where.add_argument("--output-dir", type=Path, help="folder for rows and report (default: --dataset-root)")
@@ -59,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     rules = parser.add_argument_group("filtering; bounds are inclusive")
     for bound in ("min_seconds", "max_seconds", "min_tokens_per_second", "max_tokens_per_second"):
         flag = "--" + bound.replace("_", "-")
-        default = getattr(RULES["pe-video"], bound)
+        default = getattr(DATASETS["pe-video"].rules, bound)
         rules.add_argument(flag, type=float, help=f"default: {default:g}; none for funqa")
     rules.add_argument(
         "--caption-prefix",
@@ -80,18 +126,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def options_from(arguments: argparse.Namespace) -> pe_video.run.Options | funqa.run.Options:
+def options_from(arguments: argparse.Namespace) -> RunOptions:
     """Validate the command line and convert it to options. Raises InputError."""
-    dataset = arguments.dataset
-    if dataset not in DATASETS:
-        raise InputError(f"unknown --dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
-    for name in FUNQA_ONLY if dataset == "pe-video" else PE_VIDEO_ONLY:
+    if arguments.dataset not in DATASETS:
+        raise InputError(f"unknown --dataset {arguments.dataset!r}: choose one of {', '.join(DATASETS)}")
+    data_set = DATASETS[arguments.dataset]
+    for name in (name for each in DATASETS.values() if each is not data_set for name in each.flags):
         if getattr(arguments, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} does not apply to --dataset {dataset}: remove it")
+            raise InputError(f"--{name.replace('_', '-')} does not apply to --dataset {arguments.dataset}: remove it")
     for name in ("dataset_name", "train_output_name", "test_output_name"):
         if getattr(arguments, name) == "":
             raise InputError(f"--{name.replace('_', '-')} is empty: give a name, or remove the flag")
-    for name in ("workers", "max_samples", *FUNQA_ONLY):
+    for name in ("workers", "max_samples", "max_questions", "max_references"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     if arguments.source and (arguments.train_dir or arguments.test_dir):
@@ -101,17 +147,17 @@ def options_from(arguments: argparse.Namespace) -> pe_video.run.Options | funqa.
             setattr(arguments, name, look_up(folder, ROOT))
             if not look_up(folder, ROOT).is_dir():
                 raise InputError(f"folder {folder} does not exist: check the path")
-    hub_name = arguments.dataset_name or HUB_NAMES[dataset]
+    hub_name = arguments.dataset_name or data_set.hub_name
     raw = arguments.dataset_root / Path(hub_name).name
     base = arguments.source or raw
     splits = [arguments.split] if arguments.split else list(SPLITS)
     output_dir = arguments.output_dir or arguments.dataset_root
     names = {
-        split: getattr(arguments, f"{split}_output_name") or OUTPUT_NAMES[dataset].format(split) for split in SPLITS
+        split: getattr(arguments, f"{split}_output_name") or data_set.output_name.format(split) for split in SPLITS
     }
     check_names(names, output_dir, raw / "videos")
     bounds = {
-        name: getattr(RULES[dataset], name) if (value := getattr(arguments, name)) is None else value
+        name: getattr(data_set.rules, name) if (value := getattr(arguments, name)) is None else value
         for name in ("min_seconds", "max_seconds", "min_tokens_per_second", "max_tokens_per_second")
     }
     common = {
@@ -126,16 +172,7 @@ def options_from(arguments: argparse.Namespace) -> pe_video.run.Options | funqa.
         "seed": arguments.seed,
         "workers": arguments.workers,
     }
-    if dataset == "funqa":
-        return funqa.run.Options(
-            splits=splits,
-            source=base.absolute(),
-            max_questions=arguments.max_questions,
-            max_references=arguments.max_references,
-            **common,
-        )
-    folders = {"train": arguments.train_dir or base / "train", "test": arguments.test_dir or base / "test"}
-    return pe_video.run.Options(splits={split: folders[split].absolute() for split in splits}, **common)
+    return data_set.options(arguments, base, splits, common)
 
 
 def check_names(names: dict[str, str], output_dir: Path, videos: Path) -> None:
@@ -144,7 +181,8 @@ def check_names(names: dict[str, str], output_dir: Path, videos: Path) -> None:
     def resolve(path: Path) -> Path:  # writing replaces a link at the path itself, but follows links in its folders
         return Path(os.path.realpath(path.parent), path.name)
 
-    taken = {resolve(output_dir / name): f"the program's {name}" for name in (*REPORTS, STATE_FOLDER)}
+    reports = [f"{each.prefix}{name}" for each in DATASETS.values() for name in REPORTS]
+    taken = {resolve(output_dir / name): f"the program's {name}" for name in (*reports, STATE_FOLDER)}
     taken[resolve(videos)] = "the videos"
     for split, name in names.items():
         flag, path = f"--{split}-output-name", resolve(output_dir / name)
@@ -160,11 +198,11 @@ def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(format="%(levelname)s %(message)s")
     quiet_http()
-    for name in ("pe_video", "funqa"):
+    for name in ("preparation", "pe_video", "funqa"):
         logging.getLogger(name).setLevel(logging.INFO)
     options = options_from(arguments)
-    prefix = "" if arguments.dataset == "pe-video" else "funqa_"
-    for split, statistics in (prepare_funqa if prefix else prepare_dataset)(options).items():
+    prefix = DATASETS[arguments.dataset].prefix
+    for split, statistics in DATASETS[arguments.dataset].prepare(options).items():
         summary = statistics.summary()
         print(f"{split}: {summary['samples']} samples, {statistics.rows} rows in {options.outputs[split]}")
         if statistics.tasks:

@@ -120,8 +120,8 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, monk
     cut = copy("cut")
     (tmp_path / "cut/model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     for name, says in (
-        (short, "2 weights are not"),
-        (copy("deep", num_hidden_layers=3), "16 weights are not"),
+        (short, "2 weights do not match"),
+        (copy("deep", num_hidden_layers=3), "16 weights do not match"),
         (copy("wide", hidden_size=32), "weights"),
         (cut, "cannot be read"),
     ):

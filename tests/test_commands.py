@@ -242,8 +242,8 @@ def test_what_the_pages_show_runs(copy, capsys):
     names: dict = {}
     for block in python_blocks(TEXTS["README.md"]) + python_blocks(TEXTS["docs/variants.md"]):
         exec(block.replace('"MODEL"', repr(str(trained))).replace("film.mp4", str(film)), names)
-    assert capsys.readouterr().out.startswith("1 s ")
-    session, answer = names["session"].caption(), names["answer"]
+    assert capsys.readouterr().out.startswith("  1.0 s ")
+    session, answer = names["captioner"].session.caption(), names["answer"]
     assert (session.tokens, session.slots) == (answer.tokens, answer.slots) and len(session.tokens) > 3
 
 

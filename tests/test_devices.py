@@ -356,7 +356,9 @@ def test_training_of_a_large_model_on_a_cpu_has_to_be_asked_for(no_gpu, made, tm
     large = tmp_path / "large"
     Qwen2_5_VLConfig().save_pretrained(large)  # of 76B; no weights are needed to count them
     said = refused(flags(made, tmp_path / "out", model_name_or_path=large, use_cpu=False), capsys, monkeypatch)
-    assert "no GPU is here: using the CPU, for which a model of 75," in said and "million weights is too large" in said
+    assert (
+        "no GPU is here: using the CPU, for which a model of 75," in said and "million parameters is too large" in said
+    )
     assert said.endswith("train where PyTorch can use a GPU, or give --use_cpu True")
     assert not (tmp_path / "out").exists()
     said = refused(flags(made, tmp_path / "out", model_name_or_path=large), capsys, monkeypatch)

@@ -26,7 +26,9 @@ SLURM = {
 }
 
 
-PYTHON = 'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device") echo {gpus} ;; esac'
+PYTHON = (
+    'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device") echo {gpus} ;; *redact) shift 2; echo "+ $*" ;; esac'
+)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import torch
 from media import make_video
 from qwen_vl_streaming import replay
 from qwen_vl_streaming.common.errors import InputError, run
-from qwen_vl_streaming.live import cli, options
+from qwen_vl_streaming.live import cli, options, setup
 from qwen_vl_streaming.live import intake as intake_module
 from qwen_vl_streaming.live.figures import Course, figures, table
 from qwen_vl_streaming.live.intake import Intake
@@ -32,8 +32,10 @@ from qwen_vl_streaming.sessions.perception_client import PerceptionClient
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.session import Session
 from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video import opening
 from qwen_vl_streaming.video.clip_recorder import read_clips
 from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.opening import open_source
 from qwen_vl_streaming.video.sources import Clip, synthetic_clips
 from safetensors.torch import save_file
 from test_sources import serve, stream_bytes  # noqa: F401  a fixture
@@ -345,7 +347,7 @@ def test_source_that_is_lost(command, tmp_path, monkeypatch, known):
             yield replace(clip, last=False)
         raise OSError("the cable was pulled")
 
-    monkeypatch.setattr(options, "synthetic_clips", lost)
+    monkeypatch.setattr(opening, "synthetic_clips", lost)
     code, _, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 9, "--max-new-tokens", 20)
     record, found = read(tmp_path)
     if not known:
@@ -440,7 +442,7 @@ def test_sigterm_before_the_first_clip(command, tmp_path, monkeypatch):
         time.sleep(0.2)
         yield from ()
 
-    monkeypatch.setattr(options, "synthetic_clips", silent)
+    monkeypatch.setattr(opening, "synthetic_clips", silent)
     assert command("--source", "synthetic")[0] == 143
     record, found = read(tmp_path)
     assert record.end == "cancelled" and found["clips"] == 0
@@ -448,7 +450,7 @@ def test_sigterm_before_the_first_clip(command, tmp_path, monkeypatch):
 
 
 def test_sigterm_while_the_model_loads(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "load_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(setup, "load_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     code, out, _ = command("--source", "synthetic")
     assert code == 143 and not out
     assert not (tmp_path / "record.json").exists()
@@ -524,7 +526,7 @@ def test_no_memory_left(command, tmp_path, monkeypatch, number, kind, reason):
 def test_two_processes_of_which_one_is_lost(command, tmp_path, monkeypatch):
     flags = ("--source", "synthetic", "--speed", 20, "--max-clips", 5, "--max-new-tokens", 20, "--way", "pipelined")
     clients = []
-    monkeypatch.setattr(cli, "PerceptionClient", lambda load: clients.append(PerceptionClient(load)) or clients[-1])
+    monkeypatch.setattr(setup, "PerceptionClient", lambda load: clients.append(PerceptionClient(load)) or clients[-1])
     code, _, err = command(*flags)
     record, found = read(tmp_path)
     assert code == 0, err
@@ -740,5 +742,5 @@ def test_a_password_is_neither_shown_nor_kept(command, tmp_path, serve):  # noqa
 def test_addresses_that_are_not_of_streams(source, made, monkeypatch):
     monkeypatch.setattr("sys.argv", ["live", "--model", str(made[0]), "--source", source, "--device", "cpu"])
     with pytest.raises(InputError, match="is not a stream: give rtsp,") as error:
-        options.open_source(options.parse(""), PixelBudget())
+        open_source(options.parse("").source, PixelBudget())
     assert "hunter2" not in str(error.value)

@@ -216,7 +216,8 @@ def test_a_model_that_cannot_be_loaded_is_refused():
         until = time.monotonic() + 5
         while (threading.active_count(), len(os.listdir("/proc/self/fd"))) > before and time.monotonic() < until:
             time.sleep(0.01)
-        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+        threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        assert threads <= before[0] and files <= before[1]  # another test's may have been closed meanwhile
 
 
 def test_signals_to_the_whole_group_are_not_for_perception(model, client):
@@ -251,7 +252,10 @@ def test_no_room_for_clips_in_shared_memory_is_one_line(model, monkeypatch):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     with PerceptionClient(tiny_model, patience=SECONDS) as own:
-        with monkeypatch.context() as patch, pytest.raises(InputError, match=r"/dev/shm has no room for [\d.]+ MiB"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(InputError, match=r"/dev/shm has no room for the [\d.]+ MiB"),
+        ):
             patch.setattr(torch.Tensor, "share_memory_", full)
             open_case(model, case, own)
         with open_case(model, case, own) as session:

@@ -144,7 +144,7 @@ def test_what_cannot_be_computed_is_absent_with_its_reason(
     flags = ("--bleurt", cut, "--judge-url", endpoint.url, "--judge-model", "grader")
     scores = score_only(tmp_path / "mine.json", *flags)
     reasons = scores["not_computed"]
-    assert list(reasons) == ["METEOR", "AL", "LAAL", "early_words", "BLEURT", "Fluency"]
+    assert list(reasons) == ["METEOR", "BLEURT", "Fluency", "AL", "LAAL", "early_words"]
     assert not scores.keys() & reasons.keys() and scores["BLEU-1"] > 0
     assert "v0 has no tokens, slots, clips" in reasons["LAAL"] and "cannot be read" in reasons["BLEURT"]
     assert "unloaded" in reasons["Fluency"] and "3 of 30" in reasons["Fluency"]
@@ -159,7 +159,7 @@ def test_what_cannot_be_computed_is_absent_with_its_reason(
     assert list(scores["not_computed"]) == ["METEOR", "AL", "LAAL", "early_words"]
     assert "mine.args.json" in scores["not_computed"]["AL"]
     (tmp_path / "mine.args.json").write_text(json.dumps({"model": str(made[0])}))
-    assert "are not its text" in score_only(tmp_path / "mine.json")["not_computed"]["AL"]
+    assert "do not decode to its text" in score_only(tmp_path / "mine.json")["not_computed"]["AL"]
     (tmp_path / "mine.args.json").write_text(json.dumps({"model": str(tmp_path / "gone")}))
     assert "gone" in score_only(tmp_path / "mine.json")["not_computed"]["AL"]
 

@@ -89,18 +89,15 @@ def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scori
 def measure_videos(rows: list[Row], videos: list[dict], captions: Path, scoring: Scoring) -> tuple[dict, dict]:
     """Add its metrics to each of `videos`. Returns details of how they were computed, and the reasons for metrics that
     could not be."""
-    measures = {STREAMING: lambda: score_lag(rows, videos, captions)}
-    if scoring.checkpoint:
-        measures["BLEURT",] = lambda: score_bleurt(rows, videos, scoring)
-    if scoring.judge:
-        measures["Fluency",] = lambda: score_fluency(rows, videos, scoring.judge, sibling(captions, ANSWERS))
     details, reasons = {}, {}
-    for names, measure in measures.items():
+    for metric in VIDEO_METRICS:
+        if not metric.wanted(scoring):
+            continue
         try:
-            details.update(measure())
+            details.update(metric.measure(rows, videos, captions, scoring))
         except (NotComputed, InputError) as error:
-            logger.warning("%s could not be computed: %s", ", ".join(names), error)
-            reasons.update(dict.fromkeys(names, str(error)))
+            logger.warning("%s could not be computed: %s", ", ".join(metric.names), error)
+            reasons.update(dict.fromkeys(metric.names, str(error)))
     return details, reasons
 
 
@@ -111,11 +108,12 @@ def pairs(rows: list[Row]) -> tuple[dict, dict]:
 
 def video_means(videos: list[dict]) -> dict[str, float]:
     """Mean of each per-video metric, over the videos that have it."""
-    values = {name: [video[name] for video in videos if name in video] for name in ("BLEURT", "Fluency", *STREAMING)}
+    names = [name for metric in VIDEO_METRICS for name in metric.names]
+    values = {name: [video[name] for video in videos if name in video] for name in names}
     return {name: fmean(found) for name, found in values.items() if found}
 
 
-def score_bleurt(rows: list[Row], videos: list[dict], scoring: Scoring) -> dict:
+def score_bleurt(rows: list[Row], videos: list[dict], captions: Path, scoring: Scoring) -> dict:
     references = [[row["annotation"]] if isinstance(row["annotation"], str) else row["annotation"] for row in rows]
     values = bleurt(scoring.checkpoint, references, [row["result"] for row in rows], scoring.device)
     for video, value in zip(videos, values, strict=True):
@@ -123,9 +121,10 @@ def score_bleurt(rows: list[Row], videos: list[dict], scoring: Scoring) -> dict:
     return {"bleurt": {"checkpoint": str(scoring.checkpoint)}}
 
 
-def score_fluency(rows: list[Row], videos: list[dict], judge: Judge, answers: Path) -> dict:
+def score_fluency(rows: list[Row], videos: list[dict], captions: Path, scoring: Scoring) -> dict:
     """Raises NotComputed if the endpoint stops answering, or no caption could be judged."""
-    verdicts = judge.judge([row["result"] for row in rows], answers)
+    judge = scoring.judge
+    verdicts = judge.judge([row["result"] for row in rows], sibling(captions, ANSWERS))
     for video, row in zip(videos, rows, strict=True):
         verdict = verdicts[row["result"]]
         if verdict.score is None:
@@ -139,7 +138,7 @@ def score_fluency(rows: list[Row], videos: list[dict], judge: Judge, answers: Pa
     return {"judge": {"model": judge.model, "judged": judged, "not_judged": len(rows) - judged}}
 
 
-def score_lag(rows: list[Row], videos: list[dict], captions: Path) -> dict:
+def score_lag(rows: list[Row], videos: list[dict], captions: Path, scoring: Scoring) -> dict:
     """Raises NotComputed for captions without the slots of their tokens."""
     try:
         for row in rows:
@@ -154,6 +153,26 @@ def score_lag(rows: list[Row], videos: list[dict], captions: Path) -> dict:
     for video, values in zip(videos, found, strict=True):
         video.update(values)
     return {"lag": {"videos": spoken, "without_words": len(rows) - spoken}}
+
+
+@dataclass(frozen=True)
+class VideoMetric:
+    """A metric of each video, whose mean is reported."""
+
+    names: tuple[str, ...]
+    """Keys that `measure` adds to a video."""
+    measure: Callable[[list[Row], list[dict], Path, Scoring], dict]
+    """Called with the rows, a dict for each of their videos to add the values to, the file of captions and the
+    settings. Returns details for `<variant>_scores.json`. Raises NotComputed, with the reason, if it cannot."""
+    wanted: Callable[[Scoring], bool] = lambda scoring: True
+
+
+VIDEO_METRICS = [
+    VideoMetric(("BLEURT",), score_bleurt, lambda scoring: scoring.checkpoint is not None),
+    VideoMetric(("Fluency",), score_fluency, lambda scoring: scoring.judge is not None),
+    VideoMetric(STREAMING, score_lag),
+]
+"""Add a metric of single videos here."""
 
 
 def find_decoder(captions: Path) -> Callable[[list[int]], str]:

@@ -31,18 +31,17 @@ import torch
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..common.redact import redacted
-from ..engine.step_runner import StepRunner
 from ..model.hub import model_folder
-from ..model.modeling_qwen2_5_vl import load_config, load_model
+from ..model.modeling_qwen2_5_vl import load_config
 from ..model.prompts import clip_pixels, load_processor, make_template
 from ..replay import DTYPES
-from ..sessions import GREEDY, PerceptionClient, PerceptionLost, Session, open_session
+from ..sessions import GREEDY, PerceptionLost, open_session
 from ..sessions.record import read_record, write_record
 from ..timeline.positions import check_clips, clips_before_text
 from ..timeline.timeline import make_schedule
 from ..video.clip_recorder import ClipRecorder
 from ..video.frames import FRAMES_PER_CLIP, PixelBudget
-from ..video.sources import Clip
+from ..video.opening import open_source
 from .figures import table
 from .intake import Intake
 from .options import (
@@ -50,14 +49,12 @@ from .options import (
     TOKENS_PER_CLIP,
     choose_variant,
     most_clips,
-    open_source,
     parse,
     record_place,
 )
 from .screen import NoteHandler, Pieces, Screen
+from .setup import first_clip, load_on, no_clip, start_perception, warm_up
 from .watch import Watch
-
-WARM_UP_STEPS = 12
 
 
 class Stop:
@@ -85,49 +82,6 @@ class Stop:
         """The output was closed."""
         if not self.number:
             self.ask(signal.SIGPIPE, None)
-
-
-def load_on(path: str, device: str, dtype: torch.dtype):
-    """Load the model. The perception process calls this too."""
-    return load_model(path, "sdpa", dtype).to(device).eval()
-
-
-def start_perception(path: str, device: torch.device, dtype: torch.dtype) -> PerceptionClient:
-    """Start a perception process on another GPU. Raises InputError if there is only one."""
-    where = "cpu"
-    if device.type == "cuda":
-        if torch.cuda.device_count() < 2:
-            raise InputError("--way pipelined needs two GPUs, but found one: use --way fused")
-        where = f"cuda:{((device.index or 0) + 1) % torch.cuda.device_count()}"
-    return PerceptionClient(functools.partial(load_on, path, where, dtype))
-
-
-def first_clip(intake: Intake, name: str) -> Clip:
-    """Wait for the first clip, and leave it in the intake. Raises InputError if none comes."""
-    while (clip := intake.peek()) is None and not intake.over:
-        intake.wait()
-    if clip is None and (clip := intake.peek()) is None:
-        raise no_clip(intake, name)
-    return clip
-
-
-def no_clip(intake: Intake, name: str) -> InputError:
-    """The error for a source that gave no clip."""
-    if isinstance(intake.fault, InputError):
-        return intake.fault
-    why = f" ({intake.fault})" if intake.fault else ""
-    return InputError(f"source {name} gave no clip{why}: check the source, or name another one")
-
-
-def warm_up(session: Session, pixels: torch.Tensor) -> StepRunner:
-    """Run a short session, so that compilation is over before the source starts. Returns its runner, for reuse."""
-    with session:
-        session.feed(pixels)
-        session.feed(pixels, last=True)
-        for _ in range(WARM_UP_STEPS):
-            if not session.idle:
-                session.step()
-    return session.runner
 
 
 def no_memory(error: Exception) -> InputError | None:
@@ -166,7 +120,16 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     if schedule != GREEDY:
         make_schedule(schedule, variant, 1)
     path = record_place(arguments, variant)
-    source, most = open_source(arguments, PixelBudget.trained(config, arguments)), most_clips(arguments)
+    most = most_clips(arguments)
+    source = open_source(
+        arguments.source,
+        PixelBudget.trained(config, arguments),
+        fps=arguments.fps,
+        speed=arguments.speed,
+        max_clips=most,
+        cut=arguments.behind == "wait",
+        reconnect_seconds=arguments.reconnect_seconds,
+    )
     processor = load_processor(arguments.model)
     template = make_template(processor, arguments.question)
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -4,14 +4,9 @@ Knows nothing of sessions.
 """
 
 import argparse
-import functools
-import logging
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,17 +20,9 @@ from ..model.trained import check_trained
 from ..replay import DTYPES
 from ..sessions import GREEDY, MODES
 from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
-from ..video.formats import SCHEMES
-from ..video.frames import BUDGETS, FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
-from ..video.index import index_video
-from ..video.sources import Clip, paced_clips, synthetic_clips
-from ..video.streams import stream_clips
+from ..video.frames import BUDGETS
+from ..video.opening import SYNTHETIC
 
-logger = logging.getLogger(__name__)
-
-SYNTHETIC = "synthetic"
-SCENE = (280, 504)
-"""Height and width of the synthetic scene, before it is resized like the frames of a stream."""
 RECORDS = Path("live_output")
 REPLACED = "an existing file is replaced"
 CLIPS = 300
@@ -164,65 +151,9 @@ def parse(description: str) -> argparse.Namespace:
     return arguments
 
 
-@dataclass(frozen=True)
-class Source:
-    """What --source names."""
-
-    clips: Callable[[], Iterator[Clip]]
-    """Opens the source, whose time starts then."""
-    seconds_per_clip: float
-    size: tuple[int, int] | None
-    """(height, width) of its frames, or None if not known before the first frame."""
-    about: dict
-    """Where a replay reads the clips from, for the record."""
-    pace: float | None = None
-    """Wall-clock seconds between its clips, or None if not known."""
-    count: int | None = None
-    """The number of clips, or None if not known."""
-
-
 def most_clips(arguments: argparse.Namespace) -> int | None:
     """How many clips to watch at most, or None for all."""
     return arguments.max_clips or (None if arguments.window else CLIPS)
-
-
-def open_source(arguments: argparse.Namespace, budget: PixelBudget) -> Source:
-    """The source that --source names. Raises InputError if it does not exist, as far as this is known before opening
-    it."""
-    name, fps, speed, most = arguments.source, arguments.fps, arguments.speed, most_clips(arguments)
-    if name == SYNTHETIC:
-        size = budget.size(*SCENE, frames=0)
-        clips = functools.partial(synthetic_clips, most or sys.maxsize, speed=speed, fps=fps, size=size)
-        about = {"synthetic": {"fps": fps, "size": list(size)}}
-        seconds = FRAMES_PER_CLIP / fps
-        return Source(clips, seconds, size, about, seconds / speed, most)
-    if name.startswith("/dev/") or "://" in name:
-        if not name.startswith("/dev/") and name.partition("://")[0].lower() not in SCHEMES:
-            raise InputError(f"source {name} is not a stream: give {', '.join(SCHEMES)}, or the path of a file")
-        if speed != 1:
-            raise InputError(
-                f"--speed {speed:g} has no effect on {name}: leave it out, it is for files and {SYNTHETIC}"
-            )
-        if name.startswith("/dev/") and not Path(name).exists():
-            raise InputError(f"source {name} does not exist: check that the camera is connected")
-        patience = arguments.reconnect_seconds
-        clips = functools.partial(stream_clips, name, fps=fps, budget=budget, reconnect_seconds=patience)
-        return Source(clips, FRAMES_PER_CLIP / fps, None, {})
-    index = index_video(name)
-    cut = {}
-    if most and arguments.behind == "wait":
-        end = most * FRAMES_PER_CLIP / sampled_rate(index, fps)
-        if index.duration > end:
-            logger.warning(
-                "%s lasts %.1f s, of which the first %g s are watched: see --max-clips", name, index.duration, end
-            )
-            cut = {"end": end}
-    video = read_video(name, fps=fps, budget=budget, index=index, **cut)
-    logger.info("frames of %d x %d pixels: --budget %s", *reversed(video.frames.shape[2:]), budget.budget)
-    about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **cut}}
-    height, width = video.frames.shape[2:]
-    clips, seconds = functools.partial(paced_clips, video, speed), video.seconds_per_clip
-    return Source(clips, seconds, (height, width), about, seconds / speed, video.clips)
 
 
 def choose_variant(arguments: argparse.Namespace, config) -> Variant:

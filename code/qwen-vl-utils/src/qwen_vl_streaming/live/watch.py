@@ -3,7 +3,7 @@
 Knows nothing of sources, arguments and files. Uses only the public methods of a session.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -57,24 +57,32 @@ class Watch:
         self.intake.wake()
 
     def run(self) -> None:
-        """Returns when the answer is written, the source is over, or `ask_to_stop` was called. Raises what the session
-        raises."""
+        """Print the answer. Returns when it is written, the source is over, or `ask_to_stop` was called. Raises what
+        the session raises."""
+        try:
+            for text, second in self.texts():
+                self.screen.say(text, second)
+        finally:
+            if self.session.written:
+                self.screen.say(self.pieces.rest(), self._second(self.session.written[-1].slot))
+            self.screen.end_line()
+
+    def texts(self) -> Iterator[tuple[str, float]]:
+        """As `run`, but yields each piece of text, and the seconds of the source that had passed when its slot could
+        begin."""
         session, intake = self.session, self.intake
         try:
             while not (session.done or self.stopped):
                 self._feed()
                 if not session.idle:
                     if (token := session.step()) is not None:
-                        self.screen.say(self.pieces.add(token.token), self._second(token.slot))
+                        yield self.pieces.add(token.token), self._second(token.slot)
                 elif intake.over and not intake.waiting:
                     break
                 else:
                     intake.wait()
         finally:
             self.waiting_at_end = self._waiting()
-            if session.written:
-                self.screen.say(self.pieces.rest(), self._second(session.written[-1].slot))
-            self.screen.end_line()
 
     def figures(self, record: Record, deadline: float | None) -> dict:
         """The statistics of `figures.figures`, and the clips and frames that were counted here. `record` is that of the

@@ -1,0 +1,94 @@
+"""Opens a source by its name: a file, a camera, a network stream or the synthetic scene."""
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..common.errors import InputError
+from .formats import SCHEMES
+from .frames import FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
+from .index import index_video
+from .sources import Clip, paced_clips, synthetic_clips
+from .streams import stream_clips
+
+logger = logging.getLogger(__name__)
+
+SYNTHETIC = "synthetic"
+SCENE = (280, 504)
+"""Height and width of the synthetic scene, before it is resized like the frames of a stream."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, camera or stream that clips come from."""
+
+    clips: Callable[[], Iterator[Clip]]
+    """Opens the source, whose time starts then."""
+    seconds_per_clip: float
+    size: tuple[int, int] | None = None
+    """(height, width) of its frames, or None if not known before the first frame."""
+    about: dict = field(default_factory=dict)
+    """Where a replay reads the clips from, for the record."""
+    pace: float | None = None
+    """Wall-clock seconds between its clips, or None if not known."""
+    count: int | None = None
+    """The number of clips, or None if not known."""
+
+
+def open_source(
+    name: str,
+    budget: PixelBudget,
+    *,
+    fps: float = 2.0,
+    speed: float = 1.0,
+    max_clips: int | None = None,
+    cut: bool = True,
+    reconnect_seconds: float = 10.0,
+) -> Source:
+    """The source `name`: a file, /dev/videoN, an address, or SYNTHETIC. Add a kind of source here.
+
+    Raises InputError if it does not exist, as far as this is known before opening it.
+
+    Args:
+        fps: Frames per second of the clips.
+        speed: Of a file or the synthetic scene, in multiples of real time.
+        max_clips: Clips that are watched at most, or None for all.
+        cut: Read only the part of a file that `max_clips` cover.
+        reconnect_seconds: How long to try to reconnect to a stream.
+    """
+    if name == SYNTHETIC:
+        size = budget.size(*SCENE, frames=0)
+        clips = functools.partial(synthetic_clips, max_clips or sys.maxsize, speed=speed, fps=fps, size=size)
+        about = {"synthetic": {"fps": fps, "size": list(size)}}
+        seconds = FRAMES_PER_CLIP / fps
+        return Source(clips, seconds, size, about, seconds / speed, max_clips)
+    if name.startswith("/dev/") or "://" in name:
+        if not name.startswith("/dev/") and name.partition("://")[0].lower() not in SCHEMES:
+            raise InputError(f"source {name} is not a stream: give {', '.join(SCHEMES)}, or the path of a file")
+        if speed != 1:
+            raise InputError(
+                f"--speed {speed:g} has no effect on {name}: leave it out, it is for files and {SYNTHETIC}"
+            )
+        if name.startswith("/dev/") and not Path(name).exists():
+            raise InputError(f"source {name} does not exist: check that the camera is connected")
+        clips = functools.partial(stream_clips, name, fps=fps, budget=budget, reconnect_seconds=reconnect_seconds)
+        return Source(clips, FRAMES_PER_CLIP / fps, None, {})
+    index = index_video(name)
+    cut = {}
+    if max_clips and cut:
+        end = max_clips * FRAMES_PER_CLIP / sampled_rate(index, fps)
+        if index.duration > end:
+            logger.warning(
+                "%s lasts %.1f s, of which the first %g s are watched: see --max-clips", name, index.duration, end
+            )
+            cut = {"end": end}
+    video = read_video(name, fps=fps, budget=budget, index=index, **cut)
+    logger.info("frames of %d x %d pixels: --budget %s", *reversed(video.frames.shape[2:]), budget.budget)
+    about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **cut}}
+    height, width = video.frames.shape[2:]
+    clips, seconds = functools.partial(paced_clips, video, speed), video.seconds_per_clip
+    return Source(clips, seconds, (height, width), about, seconds / speed, video.clips)

@@ -1,0 +1,137 @@
+"""The library from a notebook: `Captioner` writes what `live` writes, from files, streams and sources of one's own."""
+
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import qwen_vl_streaming
+from media import make_video
+from qwen_vl_streaming import Captioner, Clip, InputError, Source
+from qwen_vl_streaming.common.clock import now
+from qwen_vl_streaming.live import cli
+from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.sessions.record import read_record
+from qwen_vl_streaming.video.frames import PixelBudget, read_video
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "code/qwen-vl-utils"
+
+
+@pytest.fixture(scope="module")
+def captioner(made):
+    return Captioner(made[0], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    return make_video(tmp_path_factory.mktemp("film") / "film.mp4", seconds=4, size=(84, 56))
+
+
+def test_it_writes_what_live_writes(captioner, made, film, tmp_path, monkeypatch, capsys):
+    pieces = [*captioner.watch(film, speed=10, max_new_tokens=12)]
+    tokens = [token.token for token in captioner.session.written]
+    assert tokens and "".join(piece.text for piece in pieces) == captioner.processor.decode(
+        tokens, skip_special_tokens=True
+    )
+    flags = ["--model", made[0], "--source", film, "--speed", "10", "--max-new-tokens", "12", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["live", *map(str, flags), "--record", str(tmp_path / "record.json")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert read_record(tmp_path / "record.json").tokens == tokens
+
+
+def test_pieces_come_while_the_film_plays(captioner, film):
+    began = time.monotonic()
+    arrived = [(piece.second, time.monotonic() - began) for piece in captioner.watch(film, max_new_tokens=40)]
+    seconds = [second for second, _ in arrived]
+    assert seconds == sorted(seconds) and len(set(seconds)) > 2
+    # A clip of a second is there once its second frame is, half a second before its end.
+    assert all(when >= second - 0.6 for second, when in arrived)
+
+
+def test_a_frame_source_of_ones_own(captioner, film, tmp_path):
+    """What CONTRIBUTING shows: a function that yields clips. Its session is recorded and replayed like any other."""
+    video = read_video(film, budget=PixelBudget())
+
+    def clips():
+        for index in range(video.clips):
+            rows = slice(2 * index, 2 * index + 2)
+            yield Clip(index, video.frames[rows], video.timestamps[rows], now(), film=True)
+
+    own = [*captioner.watch(Source(clips, seconds_per_clip=1.0), record=tmp_path / "record.json", max_new_tokens=9)]
+    assert own == [*captioner.watch(film, speed=10, max_new_tokens=9)]
+    record = read_record(tmp_path / "record.json")
+    from qwen_vl_streaming.model.prompts import clip_pixels
+
+    seen = [clip_pixels(captioner.processor, clip.frames)[0][0] for clip in clips()]
+    assert all(difference.tie for difference in replay(record, captioner.model, seen))
+
+
+def test_a_watch_can_be_abandoned_and_another_begun(captioner, film):
+    for _ in range(2):
+        for piece in captioner.watch(film, speed=10):
+            assert piece.text
+            break
+    assert [*captioner.watch(film, speed=10, max_new_tokens=3)]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"source": "missing.mp4"}, "missing.mp4"),
+        ({"source": "foo://x"}, "is not a stream"),
+        ({"schedule": "wait-x"}, "wait-x"),
+        ({"mode": "parallel"}, "unknown execution mode 'parallel'"),
+        ({"max_clips": -1}, "-1"),
+        ({"window": (0, 5)}, "window"),
+    ],
+)
+def test_mistakes_are_input_errors(captioner, film, options, message):
+    with pytest.raises(InputError, match=message):
+        next(captioner.watch(**{"source": film, **options}))
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="missing"):
+        Captioner(tmp_path / "missing", device="cpu")
+
+
+def test_the_public_names():
+    for name in qwen_vl_streaming.__all__:
+        assert getattr(qwen_vl_streaming, name).__doc__ or name == "VARIANTS"
+    assert sorted(qwen_vl_streaming._HOMES) == sorted(qwen_vl_streaming.__all__)
+    with pytest.raises(AttributeError, match="Captoiner"):
+        qwen_vl_streaming.Captoiner  # noqa: B018
+    light = "import sys, qwen_vl_streaming; from qwen_vl_streaming import InputError; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", light], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_wheel_of_the_library_works_alone(made, film, tmp_path):
+    """Built without network, unpacked, and used from elsewhere."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    source = tmp_path / "source"
+    subprocess.run(["cp", "-r", LIBRARY, source], check=True)
+    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "qwen_vl_streaming/py.typed" in archive.namelist()
+        assert {name.split("/")[0].split("-")[0] for name in archive.namelist()} == {"qwen_vl_streaming"}
+        archive.extractall(tmp_path / "site")
+    program = (
+        "import sys, qwen_vl_streaming as q\n"
+        "assert q.__file__.startswith(sys.argv[1]), q.__file__\n"
+        "captioner = q.Captioner(sys.argv[2], device='cpu')\n"
+        "print(*(piece.text for piece in captioner.watch(sys.argv[3], speed=10, max_new_tokens=5)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "site"), str(made[0]), str(film)],
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
