@@ -330,7 +330,7 @@ def test_damaged_weights_are_named(made, tmp_path):
     weights = tmp_path / "model/model.safetensors"
     for content in (weights.read_bytes()[:-100], b"half", b""):
         weights.write_bytes(content)
-        with pytest.raises(InputError, match="weights in .*are damaged|holds no weights that can be read"):
+        with pytest.raises(InputError, match=r"weights in .*are damaged|holds no weights that can be read"):
             load_model(tmp_path / "model", "sdpa", torch.float32)
 
 

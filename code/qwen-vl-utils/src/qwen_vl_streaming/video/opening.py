@@ -78,17 +78,17 @@ def open_source(
         clips = functools.partial(stream_clips, name, fps=fps, budget=budget, reconnect_seconds=reconnect_seconds)
         return Source(clips, FRAMES_PER_CLIP / fps, None, {})
     index = index_video(name)
-    cut = {}
+    part = {}
     if max_clips and cut:
         end = max_clips * FRAMES_PER_CLIP / sampled_rate(index, fps)
         if index.duration > end:
             logger.warning(
                 "%s lasts %.1f s, of which the first %g s are watched: see --max-clips", name, index.duration, end
             )
-            cut = {"end": end}
-    video = read_video(name, fps=fps, budget=budget, index=index, **cut)
+            part = {"end": end}
+    video = read_video(name, fps=fps, budget=budget, index=index, **part)
     logger.info("frames of %d x %d pixels: --budget %s", *reversed(video.frames.shape[2:]), budget.budget)
-    about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **cut}}
+    about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **part}}
     height, width = video.frames.shape[2:]
     clips, seconds = functools.partial(paced_clips, video, speed), video.seconds_per_clip
     return Source(clips, seconds, (height, width), about, seconds / speed, video.clips)
