@@ -244,7 +244,8 @@ def test_what_the_pages_show_runs(copy, capsys):
         exec(block.replace('"MODEL"', repr(str(trained))).replace("film.mp4", str(film)), names)
     assert capsys.readouterr().out.startswith("  1.0 s ")
     session, answer = names["captioner"].session.caption(), names["answer"]
-    assert (session.tokens, session.slots) == (answer.tokens, answer.slots) and len(session.tokens) > 3
+    many = len(answer.tokens)  # at most 300, where a session may write more
+    assert many > 3 and (session.tokens[:many], session.slots[:many]) == (answer.tokens, answer.slots)
 
 
 @pytest.mark.parametrize("folder, command", [shown[:2] for shown in SHOWN if COMMANDS.get(shown[1]) == HELP])
