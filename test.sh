@@ -9,4 +9,5 @@ if [ "${1:-}" = "--help" ]; then sed -n '2p' "$0" | cut -c3-; exit 0; fi
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 # Two processes run the tests, each on one core.
 export OMP_NUM_THREADS=1
-exec "$python" -m pytest --numprocesses 2 --dist worksteal "$@"
+"$python" -m pytest --numprocesses 2 --dist worksteal "$@"
+if [ $# = 0 ] && command -v nvidia-smi >/dev/null; then exec "$python" -m pytest -m gpu; fi

@@ -1,6 +1,7 @@
 """Skips tests that need a GPU where there is none; what training is tested on."""
 
 import json
+import os
 import tarfile
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    reason = None if torch.cuda.is_available() else "no CUDA device"
+    if "PYTEST_XDIST_WORKER" in os.environ and not reason:
+        reason = "several processes share the tests, and a GPU is for one: run pytest -m gpu"
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import qwen_vl_streaming
+import torch
 from media import make_video
-from qwen_vl_streaming import Captioner, Clip, InputError, Source
+from qwen_vl_streaming import Captioner, Clip, InputError, Source, open_session
 from qwen_vl_streaming.common.clock import now
 from qwen_vl_streaming.live import cli
+from qwen_vl_streaming.live.setup import warm_up
+from qwen_vl_streaming.model.prompts import clip_pixels, make_template
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
@@ -65,8 +68,6 @@ def test_a_frame_source_of_ones_own(captioner, film, tmp_path):
     own = [*captioner.watch(Source(clips, seconds_per_clip=1.0), record=tmp_path / "record.json", max_new_tokens=9)]
     assert own == [*captioner.watch(film, speed=10, max_new_tokens=9)]
     record = read_record(tmp_path / "record.json")
-    from qwen_vl_streaming.model.prompts import clip_pixels
-
     seen = [clip_pixels(captioner.processor, clip.frames)[0][0] for clip in clips()]
     assert all(difference.tie for difference in replay(record, captioner.model, seen))
 
@@ -135,3 +136,14 @@ def test_a_wheel_of_the_library_works_alone(made, film, tmp_path):
         text=True,
     )
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize("max_clips", [1, 2])
+def test_a_runner_is_warmed_up_for_as_few_clips_as_are_watched(captioner, max_clips):
+    """Before a session on a GPU."""
+    pixels, grid = clip_pixels(captioner.processor, torch.zeros(2, 3, 56, 84, dtype=torch.uint8))
+    template = make_template(captioner.processor, "What?")
+    layout = template.layout(grid, 2.0)
+    session = open_session(captioner.model, captioner.variant, template, layout, mode="fused", max_clips=max_clips)
+    warm_up(session, pixels[0])
+    assert session.closed and len(session.arrived) == max_clips

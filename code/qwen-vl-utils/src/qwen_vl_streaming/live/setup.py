@@ -16,6 +16,8 @@ WARM_UP_STEPS = 12
 
 def load_on(path: str, device: str, dtype: torch.dtype):
     """Load the model. The perception process calls this too."""
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # streams are made on the current one
     return load_model(path, "sdpa", dtype).to(device).eval()
 
 
@@ -49,7 +51,8 @@ def no_clip(intake: Intake, name: str) -> InputError:
 def warm_up(session: Session, pixels: torch.Tensor) -> StepRunner:
     """Run a short session, so that compilation is over before the source starts. Returns its runner, for reuse."""
     with session:
-        session.feed(pixels)
+        if session.max_clips > 1:
+            session.feed(pixels)
         session.feed(pixels, last=True)
         for _ in range(WARM_UP_STEPS):
             if not session.idle:

@@ -47,7 +47,7 @@ class ClipRecorder:
 
 
 def read_clips(path: str | Path) -> Tensor:
-    """(2 N, 3, H, W) uint8. Raises InputError, naming the file, for what no Keeper has written."""
+    """(2 N, 3, H, W) uint8. Raises InputError, naming the file, for what no ClipRecorder has written."""
     try:
         frames = load_file(path).get("frames")
     except (OSError, SafetensorError) as error:
