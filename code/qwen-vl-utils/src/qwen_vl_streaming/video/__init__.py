@@ -1,2 +1,2 @@
-"""How a file, a camera or a network stream becomes clips: frames, their times, and how damage is noticed. Knows nothing
-of models and text."""
+"""Turns a file, a camera or a network stream into clips: reads frames and their timestamps, and detects damage. Does
+not depend on models or text."""

@@ -1,4 +1,4 @@
-"""Frames that a live session was fed, in a file that grows with them. Knows nothing of sessions."""
+"""Saves the input frames of a live session to a file that grows clip by clip. Does not depend on sessions."""
 
 import contextlib
 import json
@@ -14,17 +14,18 @@ from torch import Tensor
 from ..common.errors import InputError
 
 HEADER = 512
-"""Bytes before the frames, in which it says how many there are."""
+"""Bytes before the frames: the safetensors header with the frame count, padded so that it can be rewritten in place."""
 
 
 class ClipRecorder:
-    """The frames of clips, for `read_clips`: a safetensors file that is whole after each clip."""
+    """Writes frames to a safetensors file that is valid after each clip. `read_clips` reads it."""
 
     def __init__(self, path: str | Path):
         self.path, self.count = Path(path), 0
 
     def add(self, frames: Tensor) -> None:
-        """A clip's, (2, 3, H, W) uint8. Raises InputError where they cannot be written; those before are there."""
+        """Append the frames of one clip, (2, 3, H, W) uint8. Raises InputError if they cannot be written; earlier
+        frames are kept."""
         size, shape = frames[0].numel(), [self.count + len(frames), *frames.shape[1:]]
         about = {"frames": {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}}
         text = json.dumps(about).ljust(HEADER - 8).encode()
@@ -47,7 +48,8 @@ class ClipRecorder:
 
 
 def read_clips(path: str | Path) -> Tensor:
-    """(2 N, 3, H, W) uint8. Raises InputError, naming the file, for what no ClipRecorder has written."""
+    """The recorded frames, (2 N, 3, H, W) uint8. Raises InputError, naming the file, if it was not written by
+    ClipRecorder."""
     try:
         frames = load_file(path).get("frames")
     except (OSError, SafetensorError) as error:

@@ -1,5 +1,6 @@
-"""What FFmpeg may open: formats that hold a film, and protocols that bring one. It knows many more, and some of their
-files only name others, on this machine or elsewhere: playlists, lists of pictures, descriptions of a session."""
+"""Formats and protocols that FFmpeg may open. FFmpeg supports many more. Some of them, such as playlists, image lists
+and session descriptions, only refer to other files, on this machine or on the network, and are not allowed for
+files."""
 
 FILMS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,live_flv,kux,asf,ogg,gif,apng,mxf,gxf,lxf,nut,ivf,dv,rm,wtv,swf,dhav,"
@@ -7,15 +8,16 @@ FILMS = (
     "dirac,cavsvideo,mjpeg,mjpeg_2000"
 )
 SOUND = "mp3,wav,flac,aac,ac3,eac3"
-"""Without a picture, which is said better later on; and in the playlists of streams."""
+"""Audio formats. A file without video opens, so that a later check can report it clearly. Playlists of streams also use
+them."""
 FILE = {"format_whitelist": f"{FILMS},{SOUND}", "protocol_whitelist": "file"}
-"""Options with which a file is opened."""
+"""FFmpeg options for opening a file."""
 SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtmps", "rtmpt", "srt", "udp", "tcp", "rtp")
-"""Of addresses of streams."""
+"""URL schemes of streams."""
 STREAM = {
     "format_whitelist": f"{FILE['format_whitelist']},mpjpeg,hls,dash,rtsp,rtp,sdp,webvtt",
     "protocol_whitelist": ",".join(
         (*SCHEMES, "tls", "httpproxy", "crypto", "data", "hls", "rtmpe", "rtmpte", "rtmpts")
     ),
 }
-"""Options with which an address is opened: nothing in it leads to a file."""
+"""FFmpeg options for opening a URL. The `file` protocol is not allowed, so a playlist cannot open a local file."""

@@ -1,9 +1,10 @@
-"""A video file as frames at 2 fps with their real timestamps. Knows nothing about tokenizers, captions or variants.
+"""Samples a video file, at 2 fps by default, and keeps the timestamps of the frames. Does not depend on tokenizers,
+captions or variants.
 
-One rule picks the frames, whatever decodes them: at each target time start, start + 1/fps, … the frame that a viewer
-would see at that moment, which is the newest one whose timestamp is not later. So variable frame rates come out right,
-no frame is taken from the future, and PyAV and decord give the same frames. streams.py follows the same rule.
-Times are in seconds from the video's first frame.
+All readers use the same sampling rule. At each target time start, start + 1/fps, … it picks the frame on screen: the
+newest one whose timestamp is not later. The rule handles variable frame rates, never picks a future frame, and gives
+the same frames with PyAV and decord. streams.py follows the same rule. Times are in seconds from the video's first
+frame.
 """
 
 import contextlib
@@ -23,30 +24,31 @@ from .index import FrameIndex, index_video
 from .readers import READERS, ReaderError
 
 logger = logging.getLogger(__name__)
-_announced: set[str] = set()  # readers that a log line has named: one line a file would drown the others
+_announced: set[str] = set()  # readers already logged at INFO; one line per file would hide other messages
 
 FRAMES_PER_CLIP = 2
-LONGEST = 60  # frames of the longest videos of PE-Video that are kept: 30 s at 2 fps
+LONGEST = 60  # frames in the longest PE-Video videos that are kept: 30 s at 2 fps
 BUDGETS = ("video", "stream")
 SIDE_FACTOR = 28  # a merged visual token covers 28 × 28 pixels
-MOST_FRAMES = 10**7  # 58 days at 2 fps: more is a time stamp that is broken
-MOST_RATIO = 200  # of a frame's sides, which Qwen2.5-VL takes
-SLACK = 2e-3  # seconds by which containers round a timestamp or a duration
+MOST_FRAMES = 10**7  # 58 days at 2 fps; more means a broken timestamp
+MOST_RATIO = 200  # largest aspect ratio that Qwen2.5-VL accepts
+SLACK = 2e-3  # seconds of tolerance: containers round timestamps and durations
 
 
 @dataclass(frozen=True)
 class PixelBudget:
-    """How large frames may be; the defaults are the published ones."""
+    """Limits on the size of frames. The defaults are the published values."""
 
     min_pixels_per_frame: int = 78_400
-    """No frame has fewer, whatever the other two say."""
+    """Minimum for each frame. Takes precedence over the other two limits."""
     max_pixels_per_frame: int = 602_112
-    """No frame has more."""
+    """Maximum for each frame."""
     max_pixels_per_video: int = 2_408_448
-    """Shared equally by all sampled frames of a video."""
+    """Divided equally among the sampled frames of a video."""
     budget: str = "video"
-    """Which frames share it. `video`: those that the video has, as in the paper, so that the size of the first frame
-    tells how long the video will be. `stream`: always LONGEST frames, so that nothing depends on what is to come."""
+    """Number of frames that share `max_pixels_per_video`. `video`: the frames of the video, as in the paper; the size
+    of the first frame then reveals how long the video is. `stream`: always LONGEST frames, so that the size does not
+    depend on future frames."""
 
     def __post_init__(self):
         if not SIDE_FACTOR**2 <= self.min_pixels_per_frame <= self.max_pixels_per_frame:
@@ -64,17 +66,17 @@ class PixelBudget:
 
     @classmethod
     def trained(cls, config, asked=None) -> "PixelBudget":
-        """The one that a checkpoint was trained with, as its `config` says, or the published one; but what is not None
-        of the attributes of `asked` that bear the names of these fields. Raises InputError."""
+        """The budget in a checkpoint's `config`, or the published one. Attributes of `asked` that have the name of a
+        field and are not None override it. Raises InputError for invalid values."""
         given = {field.name: getattr(asked, field.name, None) for field in fields(cls)}
         given = {name: value for name, value in given.items() if value is not None}
         return cls(**{**getattr(config, "pixel_budget", {}), **given})
 
     def size(self, height: int, width: int, frames: int, name: str = "the source") -> tuple[int, int]:
-        """(height, width) to which each of `frames` frames is resized; both are divisible by 28. 0 `frames`: it is not
-        known yet how many there will be.
+        """(height, width) to resize each of `frames` frames to; both are divisible by 28. Pass 0 `frames` if the count
+        is not known yet.
 
-        Raises InputError, with the `name` of the video, for a picture more than MOST_RATIO times as long as wide.
+        Raises InputError, with the `name` of the video, if the aspect ratio exceeds MOST_RATIO.
         """
         if max(height, width) > MOST_RATIO * min(height, width):
             raise InputError(
@@ -85,7 +87,7 @@ class PixelBudget:
         most = max(self.min_pixels_per_frame, min(self.max_pixels_per_frame, share))
         height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, most)
         if height * width < self.min_pixels_per_frame:
-            # Once it has met the maximum, smart_resize rounds down, a narrow side even to 0.
+            # When it applies the maximum, smart_resize rounds both sides down, a narrow side even to 0.
             height, width = max(height, SIDE_FACTOR), max(width, SIDE_FACTOR)
             height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, 2 * most + 2**20)
         return height, width
@@ -93,14 +95,15 @@ class PixelBudget:
 
 @dataclass(frozen=True)
 class Video:
-    """Sampled frames of one video. F is even: where it came out odd, the last frame is repeated to fill its clip."""
+    """Sampled frames of one video. F is even: if an odd number is sampled, the last frame is repeated to fill its
+    clip."""
 
     frames: torch.Tensor
     """(F, 3, H, W) uint8, resized."""
     timestamps: np.ndarray
-    """(F,) float64 seconds: when each frame is first shown."""
+    """(F,) float64: presentation times in seconds from the video's first frame."""
     fps: float
-    """Frames sampled per second, as it really came out."""
+    """Effective sampling rate in frames per second; may be lower than requested."""
     path: str
 
     @property
@@ -113,16 +116,17 @@ class Video:
 
 
 def choose_reader(environ: Mapping[str, str]) -> str | None:
-    """The reader that FORCE_QWENVL_VIDEO_READER asks for in `environ`, or None for the default.
+    """The reader that FORCE_QWENVL_VIDEO_READER selects in `environ`, or None for the default.
 
-    For programs, which pass their environment in; the library reads none. Raises InputError for an unknown name.
+    Programs call this with their environment; `read_video` does not read environment variables. Raises InputError for
+    an unknown name.
     """
     name = environ.get("FORCE_QWENVL_VIDEO_READER", "").strip().lower()
     return check_reader(name) if name else None
 
 
 def check_reader(name: str) -> str:
-    """`name` if it is one of READERS; raises InputError if it is not."""
+    """Return `name` if it is in READERS. Raises InputError otherwise."""
     if name not in READERS:
         raise InputError(f"FORCE_QWENVL_VIDEO_READER {name!r} is not a video reader: use {' or '.join(READERS)}")
     return name
@@ -139,13 +143,14 @@ def read_video(
     max_clips: int | None = None,
     index: FrameIndex | None = None,
 ) -> Video:
-    """Sample `path` at `fps` frames per second between `start` and `end` (seconds; default: all of it).
+    """Sample `path` at `fps` frames per second between `start` and `end` (seconds; default: the whole video).
 
-    A video of a steady rate below `fps` is sampled at its own rate. `reader` is "pyav", which is the default, or
-    "decord". Only the picked frames are kept in memory, one at a time at full size. Raises InputError, naming the file
-    and the fix, for a file that is missing, empty, cut short, damaged before its last picked frame, cannot be decoded,
-    is shorter than one clip or, before any frame is decoded, has more than `max_clips`. `index` is the file's, where it
-    is known already.
+    A video with a steady rate below `fps` is sampled at its own rate. `reader` is "pyav" (default) or "decord". Memory
+    holds the resized sampled frames and one frame at full size. Pass `index` if the file is indexed already.
+
+    Raises InputError, naming the file and the fix, if the file is missing, empty, truncated, damaged before its last
+    sampled frame, cannot be decoded, or is shorter than one clip. Also raises InputError if it has more than
+    `max_clips` clips; this is checked before the sampled frames are decoded.
     """
     if reader is not None:
         check_reader(reader)
@@ -172,15 +177,15 @@ def read_video(
 
 
 def too_short(name: str, duration: float, rate: float, asked: str = "") -> str:
-    """What is wrong with a video of `duration` seconds that has less than one clip at `rate` frames per second."""
+    """Error message for a video of `duration` seconds that is shorter than one clip at `rate` frames per second."""
     length = f"{FRAMES_PER_CLIP / rate:.2f} s"
     return f"{name} lasts {duration:.2f} s, which leaves less than one clip of {length}{asked}: use a longer one"
 
 
 def sampled_rate(index: FrameIndex, fps: float) -> float:
-    """Frames per second that sampling at `fps` really yields: no more than the video has itself, if these come at a
-    steady rate. A video whose rate varies is sampled at `fps`, by what is on the screen."""
-    if index.fps == 0 or index.fps >= 0.99 * fps or not index.even:  # within 1 %, only rounding separates the two
+    """Effective rate when sampling at `fps`: the video's own rate if it is steady and below `fps`, otherwise `fps`. In
+    a video with a variable rate, the frame on screen is sampled at each target time."""
+    if index.fps == 0 or index.fps >= 0.99 * fps or not index.even:  # a difference within 1 % is rounding
         return fps
     return float(index.fps)
 
@@ -190,8 +195,8 @@ def pick_frames(
 ) -> np.ndarray | None:
     """Indices into `times` of the frame on screen at start, start + 1/rate, … before `end` and `duration`.
 
-    None where that is less than one clip. Raises InputError for a `start` or `end` that cannot be, and for more than
-    MOST_FRAMES.
+    Returns None if this range is shorter than one clip. Raises InputError for an invalid `start` or `end`, and for more
+    than MOST_FRAMES frames.
     """
     start = 0.0 if start is None else start
     if not start >= 0:
@@ -213,7 +218,7 @@ def pick_frames(
 def _decode(
     path: str | Path, index: FrameIndex, picked: np.ndarray, count: int, budget: PixelBudget, reader: str | None
 ) -> torch.Tensor:
-    """The `picked` frames, resized, and the last one repeated up to `count`: (count, 3, H, W) uint8."""
+    """Decode and resize the `picked` frames, and repeat the last one up to `count`: (count, 3, H, W) uint8."""
     name = reader or "pyav"
     try:
         frames = _resized(READERS[name](path, index, picked), picked, count, budget, f"video {path}")
@@ -246,6 +251,6 @@ def _resized(
 
 
 def resize_frame(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """(H, W, 3) uint8 to (3, *size) uint8, bicubic with antialiasing as Qwen's processor does it."""
+    """Resize (H, W, 3) uint8 to (3, *size) uint8, bicubic with antialiasing, as Qwen's processor does."""
     picture = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     return resize(picture, list(size), InterpolationMode.BICUBIC, antialias=True)

@@ -1,5 +1,5 @@
-"""When each frame of a video file is shown, found without decoding more than its first frame. Knows nothing about
-sampling, clips or sizes."""
+"""Finds the time at which each frame of a video file is shown. Decodes at most up to the first frame. Does not depend
+on sampling, clips or frame sizes."""
 
 import errno
 import os
@@ -17,50 +17,50 @@ from .formats import FILE
 from .timestamps import LEAP, FilmClock, Splices
 from .wholeness import check_codec, check_length, check_structure, claimed_end, claims, is_whole
 
-DECODING_STAMPS = ("avi", "asf")  # formats that say when a packet is decoded, not when its frame is shown
-VP8_SHOWN = 0x10  # of a packet's first byte; else it is a picture that only others refer to
-EVEN = 0.9, 0.1  # share of the gaps between frames that differ from the median by less than this share of it
-LATE = 30_000.0  # seconds from which on the stamps of a film may begin for decord, which aborts the process at 35,792
-BREAK = 2.5  # medians that no gap of an even rate exceeds
+DECODING_STAMPS = ("avi", "asf")  # formats with decoding timestamps but no presentation timestamps
+VP8_SHOWN = 0x10  # bit in a packet's first byte; not set for a frame that is used only as a reference
+EVEN = 0.9, 0.1  # steady rate: at least this share of the gaps differs from the median by at most this share of it
+LATE = 30_000.0  # seconds, with a margin: decord aborts the process if the first timestamp is 35,792 s or later
+BREAK = 2.5  # steady rate: no gap exceeds this multiple of the median
 
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """The frames that a viewer sees, in the order of showing."""
+    """The visible frames of a video, in presentation order."""
 
     times: np.ndarray
-    """(n,) float64 seconds from the first frame."""
+    """(n,) float64: presentation times in seconds from the first frame."""
     duration: float
     """Seconds from the first frame to the end of the last."""
     numbers: np.ndarray | None
-    """(n,) int64: of each frame, which of its track's packets holds it, in the order of decoding. None where only the
-    order in which frames leave the decoder tells."""
+    """(n,) int64: for each frame, the number of its packet in the track, in decoding order. None if frames can be
+    matched to times only by the order in which they leave the decoder."""
     container: str
-    """The container format's names, as FFmpeg writes them."""
+    """FFmpeg's names of the container format, separated by commas."""
     skipped: frozenset[int] = field(default=frozenset(), repr=False)
-    """Packets of frames that are not shown: before the first that can be decoded, or after a splice."""
+    """Packets whose frames are not shown: before the first frame that can be decoded, or at a splice."""
     damaged: frozenset[int] = field(default=frozenset(), repr=False)
-    """Packets that FFmpeg flags as corrupt."""
+    """Packets that FFmpeg flags as corrupt, except those explained by a splice."""
     anew: frozenset[int] = field(default=frozenset(), repr=False)
-    """Packets with which the decoder begins anew: another recording was joined to the one before."""
+    """Packets before which the decoder is flushed, because another recording was joined here."""
     odd: str = ""
-    """What only PyAV reads rightly in this file; empty where there is nothing of the kind."""
+    """A property of this file that only PyAV handles correctly, as text for messages; empty if there is none."""
 
     @property
     def fps(self) -> float:
-        """The video's own mean rate; 0 for a single frame."""
+        """Mean frame rate of the video; 0 for a single frame."""
         return (len(self.times) - 1) / self.times[-1] if len(self.times) > 1 else 0.0
 
     @property
     def even(self) -> bool:
-        """Whether its frames come at a steady rate, but for one that is missing here and there."""
+        """Whether the frame rate is steady. Occasional single missing frames are allowed."""
         return steady(self.times)
 
 
 def steady(times: np.ndarray) -> bool:
-    """Whether frames at these (n,) times, ascending, come at a steady rate, see FrameIndex.even."""
+    """Whether frames at these ascending (n,) times have a steady rate, see FrameIndex.even."""
     gaps = np.diff(times)
-    if len(gaps) < 2:  # one says nothing about a rate
+    if len(gaps) < 2:  # a single gap does not determine a rate
         return False
     share, spread = EVEN
     median = np.median(gaps)
@@ -70,17 +70,18 @@ def steady(times: np.ndarray) -> bool:
 @dataclass(frozen=True)
 class _Packet:
     number: int
-    shown: int | None  # ticks of film time
+    shown: int | None  # ticks on the continuous timeline of FilmClock
     decoded: int | None
     duration: int
     key: bool
 
 
 def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
-    """The frame times of a file, or of a readable object that is called `name` in messages.
+    """Index the frame times of a file, or of a readable object; messages call the object `name`.
 
-    Raises InputError if it is missing, not a file, empty, not a video, without frames, timestamps or a decoder, or cut
-    short.
+    Raises InputError if the source is missing, not a regular file, empty, not a video, truncated, or damaged at its
+    beginning; if it has no frames, no decoder, or missing or broken timestamps; or if it joins files that FFmpeg cannot
+    read as one.
     """
     name = str(source) if isinstance(source, str | Path) else name
     name = name if name.isprintable() else repr(name)
@@ -146,7 +147,7 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
 def _check_file(path: str | Path, name: str) -> None:
     try:
         size = Path(path).stat().st_size if Path(path).is_file() else None
-    except OSError as error:  # a path that is too long, or a folder on the way that may not be entered
+    except OSError as error:  # the path is too long, or a parent folder is not accessible
         raise InputError(f"video {name:.200} cannot be read ({error.strerror}): check its path") from error
     if size is None and Path(path).is_dir():
         raise InputError(f"video {name} is a folder: name a video file in it")
@@ -159,10 +160,11 @@ def _check_file(path: str | Path, name: str) -> None:
 
 
 def open_film(source: str | Path | BinaryIO) -> av.container.InputContainer:
-    """Titles and the like may be in any encoding; they do not matter here. Raises OSError for a file that holds no
-    film, as a playlist does, and what PyAV raises."""
+    """Open a file or a readable object with PyAV. Metadata such as titles may be in any encoding: it is not used here,
+    so bytes that do not decode are replaced. Raises OSError if the format holds no video, such as a playlist, and the
+    errors of PyAV."""
     if isinstance(source, str | Path):
-        source = os.path.abspath(source)  # a relative name may look like an address
+        source = os.path.abspath(source)  # a relative path may look like a URL
     else:
         source.seek(0)
     try:
@@ -172,8 +174,8 @@ def open_film(source: str | Path | BinaryIO) -> av.container.InputContainer:
 
 
 def demux(container: av.container.InputContainer, *tracks: av.VideoStream) -> Iterator[av.Packet]:
-    """The packets of some tracks, or of all. Raises OSError where a track begins in the middle, which PyAV cannot
-    read."""
+    """Yield the packets of the given `tracks`, or of all tracks. Raises OSError if a track first appears in the middle
+    of the source, which PyAV does not support."""
     try:
         yield from container.demux(*tracks)
     except IndexError as error:
@@ -183,7 +185,8 @@ def demux(container: av.container.InputContainer, *tracks: av.VideoStream) -> It
 def film_track(
     container: av.container.InputContainer, name: str, fix: str = "download it again or leave it out"
 ) -> av.VideoStream:
-    """The track that a viewer is shown: FFmpeg's choice, but not cover art. Raises InputError with `name` and `fix`."""
+    """The video track that FFmpeg selects. Raises InputError with `name` and `fix` if there is none or it is cover art,
+    and InputError with `name` if FFmpeg has no decoder for it."""
     track = container.streams.best("video")
     if track is None or track.disposition & av.stream.Disposition.attached_pic:
         raise InputError(f"{name} has no video stream: {fix}")
@@ -193,7 +196,7 @@ def film_track(
 
 
 def check_stamps(container: av.container.InputContainer, name: str) -> None:
-    """Raises InputError for a format without time stamps, for which FFmpeg makes some up."""
+    """Raise InputError for a format without timestamps. FFmpeg invents timestamps for such a format."""
     if not has_stamps(container):
         raise InputError(f"{name} has frames without timestamps ({container.format.name}): rewrite it as MP4")
 
@@ -203,7 +206,7 @@ def has_stamps(container: av.container.InputContainer) -> bool:
 
 
 def may_leap(container: av.container.InputContainer) -> bool:
-    """Whether time stamps of this format may start anew. Such a format has no claims of its own about its length."""
+    """Whether timestamps in this format may have discontinuities. Such a format does not state its own length."""
     return bool(container.format.flags & av.format.Flags.ts_discont.value)
 
 
@@ -221,8 +224,8 @@ def film_clock(
 
 
 def shown_by_order(container: av.container.InputContainer, track: av.VideoStream) -> bool:
-    """Whether only the order in which frames leave the decoder tells when they are shown: the k-th at the k-th
-    smallest decoding stamp."""
+    """Whether presentation times follow only from the order in which frames leave the decoder: frame k is shown at the
+    k-th smallest decoding timestamp."""
     if not track.codec_context.reorder_depth:
         return False
     video_for_windows = "matroska" in container.format.name and track.codec_tag.strip("\0")
@@ -230,8 +233,9 @@ def shown_by_order(container: av.container.InputContainer, track: av.VideoStream
 
 
 def shown_stamp(packet: av.Packet) -> int | None:
-    """When a packet says that its frame is shown. ASF says only when it is decoded; FFmpeg guesses, and the last
-    two come at once. Without reordering both are the same, and with it see `shown_by_order`."""
+    """The presentation timestamp of a packet. ASF stores only decoding timestamps, and FFmpeg's guess gives the last
+    two frames the same time, so the decoding timestamp is used. Without reordering the two are equal; with reordering,
+    see `shown_by_order`."""
     decoding = packet.stream.container.format.name == "asf" and packet.dts is not None
     return packet.dts if decoding else packet.pts
 
@@ -243,13 +247,13 @@ def _before(one: int | None, other: int | None) -> bool:
 def _read(
     container: av.container.InputContainer, track: av.VideoStream, clock: FilmClock, source: str | Path | BinaryIO
 ) -> tuple[list[_Packet], set[int], set[int], set[int], Fraction, int]:
-    """The packets of frames that are shown, in the order of decoding; the numbers of those that are not shown after a
-    join, of those that are corrupt and of those with which the decoder begins anew; the end in seconds of whatever
-    track ends last; and where in the file the furthest packet is."""
+    """Read all packets. Returns the packets of visible frames in decoding order; three sets of packet numbers: not
+    shown at a splice, corrupt, and preceded by a flush of the decoder; the end in seconds of the track that ends last;
+    and the largest byte position of a packet."""
     packets: list[_Packet] = []
     splices, skipped, starts = Splices(), set(), set()
     end, furthest, number, vp8 = Fraction(0), 0, -1, track.codec_context.name == "vp8"
-    flagged: dict[int, int | None] = {}  # of corrupt packets, where in the file they are
+    flagged: dict[int, int | None] = {}  # number of each corrupt packet, and its byte position
     for packet in demux(container):
         furthest = max(furthest, packet.pos or 0)
         if packet.pts is not None and packet.size:
@@ -267,10 +271,10 @@ def _read(
         if anew:
             starts.add(number)
         for before in flagged.keys() & {number - 1, number - 2} if packet.is_keyframe else ():
-            tells = track.codec_context.name != "hevc"  # its decoder says nothing of a frame that is cut off
+            tells = track.codec_context.name != "hevc"  # the HEVC decoder does not report a truncated frame
             if is_whole(source, flagged[before], packet.pos, fits=tells and not broken):
-                splices.corrupt.discard(before)  # FFmpeg flags it for the counter of what follows
-            elif broken and container.format.name == "mpegts":  # the first of two recordings was cut off in a frame
+                splices.corrupt.discard(before)  # flagged only for the continuity counter of what follows
+            elif broken and container.format.name == "mpegts":  # the earlier recording ends within a frame
                 while packets and packets[-1].number >= before:
                     skipped.add(packets.pop().number)
         if visible:
@@ -282,13 +286,14 @@ def _read(
 
 
 def _first_decoded(source: str | Path | BinaryIO, name: str) -> int:
-    """The number of the packet that holds the first frame which can be decoded. Raises InputError."""
+    """The number of the packet with the first frame that can be decoded. Raises InputError if no frame decodes, or if
+    decoding fails between the first keyframe and that frame."""
     key = False
     try:
         with open_film(source) as container:
             track = film_track(container, f"video {name}")
             for number, packet in enumerate(demux(container, track)):
-                packet.pts = number  # handed on to its frame
+                packet.pts = number  # the decoder copies it to the frame
                 key = key or packet.is_keyframe
                 try:
                     frames = packet.decode()
@@ -306,15 +311,15 @@ def _first_decoded(source: str | Path | BinaryIO, name: str) -> int:
 
 
 def claimed_ticks(packet: av.Packet) -> int:
-    """How long a packet's frame says that it stays; 0 where it does not say. FFmpeg writes 1 where it does not know."""
+    """The duration of a packet in ticks, as the container states it; 0 if not stated. FFmpeg writes 1 for unknown."""
     return packet.duration if packet.duration and packet.duration > 1 else 0
 
 
 def last_gap(claimed: float, usual: float, known: float = 0.0) -> float:
-    """Seconds for which the last frame of a video stays, of those that it claims; the `usual` gap between frames where
-    it claims none, or what cannot be believed.
+    """Seconds for which the last frame of a video is shown: the `claimed` duration if it is plausible, otherwise the
+    `usual` gap between frames.
 
-    A claim is believed up to LEAP, and up to what is `known` to be possible: the longest gap between frames, or the
-    time until other tracks end.
+    A claim is plausible if it is above 0 and at most LEAP, or at most a duration `known` to be possible: the longest
+    gap between frames, or the time until other tracks end.
     """
     return claimed if 0 < claimed <= max(LEAP, known) else usual

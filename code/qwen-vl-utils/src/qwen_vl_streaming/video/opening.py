@@ -1,4 +1,4 @@
-"""Opens a source by its name: a file, a camera, a network stream or the synthetic scene."""
+"""Opens a source by name: a file, a camera, a network stream or the synthetic scene."""
 
 import functools
 import logging
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 
 SYNTHETIC = "synthetic"
 SCENE = (280, 504)
-"""Height and width of the synthetic scene, before it is resized like the frames of a stream."""
+"""Height and width of the synthetic scene, before resizing it like the frames of a stream."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file, camera or stream that clips come from."""
+    """A source of clips: a file, a camera, a stream or the synthetic scene."""
 
     clips: Callable[[], Iterator[Clip]]
-    """Opens the source, whose time starts then."""
+    """Opens the source and yields its clips. The time of the source starts with the first call to `next`."""
     seconds_per_clip: float
     size: tuple[int, int] | None = None
     """(height, width) of its frames, or None if not known before the first frame."""
     about: dict = field(default_factory=dict)
-    """Where a replay reads the clips from, for the record."""
+    """What a replay needs to read the same clips again, for the record. Empty for a camera or stream."""
     pace: float | None = None
     """Wall-clock seconds between its clips, or None if not known."""
     count: int | None = None
@@ -49,16 +49,17 @@ def open_source(
     cut: bool = True,
     reconnect_seconds: float = 10.0,
 ) -> Source:
-    """The source `name`: a file, /dev/videoN, an address, or SYNTHETIC. Add a kind of source here.
+    """Prepare the source `name`: a file, /dev/videoN, a URL, or SYNTHETIC. Add new kinds of sources here.
 
-    Raises InputError if it does not exist, as far as this is known before opening it.
+    Raises InputError if a file or camera does not exist, for an unknown URL scheme, and the errors of `read_video` for
+    a file, which is read here. A camera or URL is opened only when its clips are read.
 
     Args:
-        fps: Frames per second of the clips.
-        speed: Of a file or the synthetic scene, in multiples of real time.
-        max_clips: Clips that are watched at most, or None for all.
-        cut: Read only the part of a file that `max_clips` cover.
-        reconnect_seconds: How long to try to reconnect to a stream.
+        fps: Sampling rate in frames per second.
+        speed: Playback speed of a file or the synthetic scene, in multiples of real time.
+        max_clips: Maximum number of clips, or None for all. Does not limit a camera or stream.
+        cut: Whether to read only the first `max_clips` clips of a file. If False, a file is read in full.
+        reconnect_seconds: How long to try to reconnect to a stream, see `stream_clips`.
     """
     if name == SYNTHETIC:
         size = budget.size(*SCENE, frames=0)

@@ -1,7 +1,7 @@
-"""Decoded frames of a video file, by PyAV or decord. Knows nothing about sampling, clips or sizes.
+"""Decodes the frames of a video file with PyAV or decord. Does not depend on sampling, clips or frame sizes.
 
-PyAV is the default. It takes no more processor time than decord and, unlike it, says which frames are damaged; decord
-is there for who asks for it.
+PyAV is the default: it takes no more processor time than decord and, unlike decord, reports which frames are damaged.
+decord is available on request.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from ..common.errors import InputError
 from .index import FrameIndex, demux, film_track, open_film
 
 SLICE_THREADS = "vp7", "vp8"
-"""Decoders of FFmpeg that report damage only with slice threads: with frame threads, or none, they give a damaged
-picture as a sound one."""
+"""FFmpeg decoders that report damage only with slice threads. With frame threads, or without threads, they return a
+damaged frame without an error."""
 
 
 class ReaderError(Exception):
-    """A reader cannot read a file."""
+    """Raised if a reader cannot read a file."""
 
 
 def check_first_frame(source: str | Path | BinaryIO, name: str) -> None:
-    """Decode one frame. Raises InputError, calling the video `name`, where that fails."""
+    """Decode one frame. Raises InputError with the `name` of the video if this fails."""
     try:
         with open_film(source) as container:
             if next(container.decode(film_track(container, f"video {name}")), None) is None:
@@ -38,8 +38,8 @@ def check_first_frame(source: str | Path | BinaryIO, name: str) -> None:
 
 
 def decoded(path: str | Path, index: FrameIndex, last: int) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The frames of a file up to the `last`, each with its position in `index`. Raises ReaderError, InputError for
-    damage."""
+    """Yield the frames of a file up to position `last`, each with its position in `index`. Raises ReaderError if the
+    file cannot be read, and InputError if it is damaged."""
     places = None if index.numbers is None else {number: place for place, number in enumerate(index.numbers.tolist())}
     place = -1
     for number, frame in _frames(path, index):
@@ -60,19 +60,19 @@ def decoded(path: str | Path, index: FrameIndex, last: int) -> Iterator[tuple[in
 
 
 def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.VideoFrame]]:
-    """All frames that the decoder gives, each with the number of its packet."""
+    """Yield all frames from the decoder, each with the number of its packet."""
     try:
         with open_film(path) as container:
             track = film_track(container, f"video {path}")
             track.thread_type = "SLICE" if track.codec_context.name in SLICE_THREADS else "AUTO"
-            delay = track.codec_context.thread_count + 1  # packets after which an error is reported at most
+            delay = track.codec_context.thread_count + 1  # the decoder reports an error at most this many packets late
             skipped = -delay
             for number, packet in enumerate(demux(container, track)):
                 if number in index.anew:
                     for frame in track.codec_context.decode(None):
                         yield frame.pts, frame
                     track.codec_context.flush_buffers()
-                packet.pts = number  # handed on to its frame; `opaque`, made for this, locks up decoders with threads
+                packet.pts = number  # copied to the frame; `opaque` is meant for this, but deadlocks threaded decoders
                 if number in index.skipped:
                     skipped = number
                 try:
@@ -90,7 +90,8 @@ def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.Video
 
 
 def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield each distinct picked frame once, in order: (H, W, 3) uint8. Raises ReaderError, InputError for damage."""
+    """Yield each distinct picked frame once, in order: (H, W, 3) uint8. Raises ReaderError if the file cannot be read,
+    and InputError if it is damaged."""
     wanted = sorted(set(picked.tolist()), reverse=True)
     for place, frame in decoded(path, index, wanted[0]):
         if place == wanted[-1]:
@@ -103,8 +104,9 @@ def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> I
 
 
 def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Iterator[np.ndarray]:
-    """As read_with_pyav. What decord does not say, which is whether frames are damaged or mirrored, PyAV is asked for
-    first. Raises ReaderError, also where decord would give other frames than a viewer sees; InputError for damage."""
+    """Like read_with_pyav, with decord. decord does not report damaged or mirrored frames, so PyAV first decodes the
+    file up to the last picked frame to check for them. Raises ReaderError also if decord would give other frames than a
+    viewer sees, and InputError if the file is damaged."""
     try:
         import decord
     except ImportError as error:
@@ -120,13 +122,13 @@ def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) ->
         video = decord.VideoReader(os.path.abspath(path))
         if len(video) != len(index.times):
             raise ReaderError(f"decord sees {len(video)} frames of {len(index.times)}")
-        # decord's seeking and skipping land on wrong frames in open GOPs and some H.264; reading on never does
+        # decord seeks and skips to wrong frames in open GOPs and some H.264; sequential reading is correct
         wanted = set(picked.tolist())
         for position in range(last + 1):
             image = video.next()
             if position in wanted:
                 frame = image.asnumpy()
-                if frame.shape[2:] != (3,):  # seen in videos of 16, 24, 48 and 72 columns
+                if frame.shape[2:] != (3,):  # seen in videos 16, 24, 48 and 72 pixels wide
                     raise ReaderError(f"decord gives frames of {frame.shape[2]} channels")
                 yield frame
     except (decord.DECORDError, RuntimeError, AssertionError, StopIteration, OSError) as error:
@@ -134,8 +136,8 @@ def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) ->
 
 
 def upright(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame as (H, W, 3) uint8 RGB, turned and mirrored the way its container says it is to be shown, to the
-    nearest right angle."""
+    """Convert a decoded frame to (H, W, 3) uint8 RGB. Rotates it to the nearest right angle, and mirrors it, as its
+    display matrix specifies."""
     image = frame.to_ndarray(format="rgb24")
     a, b, c, d = _matrix(frame)
     if abs(a) + abs(d) >= abs(b) + abs(c):
@@ -151,7 +153,8 @@ def mirrored(frame: av.VideoFrame) -> bool:
 
 
 def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """a, b, c, d of the display matrix: a pixel at (x, y) is shown at (ax + cy, bx + dy)."""
+    """a, b, c, d of the display matrix: the pixel (x, y) is shown at (ax + cy, bx + dy). The identity if there is
+    none."""
     with contextlib.suppress(KeyError):
         data = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)
         return tuple(data[[0, 1, 3, 4]].tolist())

@@ -1,7 +1,7 @@
-"""Clips as they happen: a file at real time, a webcam, or a synthetic scene; streams.py has RTSP and HTTP streams.
+"""Clips in real time from a file or a synthetic scene. streams.py reads webcams and network streams.
 
-The same clips as frames.py's, by the same rule, each with the wall-clock time at which it was complete. Knows nothing
-about models or text.
+The clips of a file are those of frames.py, each with the wall-clock time at which it was complete. Does not depend on
+models or text.
 """
 
 import time
@@ -19,37 +19,37 @@ from .frames import FRAMES_PER_CLIP, Video, read_video
 
 @dataclass(frozen=True)
 class Clip:
-    """Two sampled frames, which is one second at 2 fps."""
+    """Two sampled frames: one second at 2 fps."""
 
     index: int
-    """Counts from 0."""
+    """Position in the source, from 0."""
     frames: torch.Tensor
     """(2, 3, H, W) uint8, resized."""
     timestamps: np.ndarray
-    """(2,) float64 seconds from the source's first frame: when each frame is first shown."""
+    """(2,) float64: presentation times in seconds from the source's first frame."""
     completed: float
-    """Wall-clock time, as of `clock.now`, at which its last frame was there."""
+    """Wall-clock time from `clock.now` at which the clip was complete, or was due for a paced source."""
     last: bool = False
-    """No clip comes after it. A stream seldom knows that of a clip: it may end without having said so."""
+    """Whether this is known to be the last clip. A stream may end without a clip that has this set."""
     broken: int = 0
-    """Frames of the source so far that could not be decoded, or are damaged, and are skipped."""
+    """Number of frames of the source skipped so far because they are damaged or do not decode."""
     film: bool = False
-    """Of a stream that is a film, whose size or length is known: it comes as it is asked for, and can wait."""
+    """Whether the stream is a recording of known size or length. It is read on demand and can wait for the consumer."""
     seconds: float | None = None
-    """Of video that it holds, where that is not what was asked for: a film of a steady slow rate keeps its own."""
+    """Seconds of video in the clip, if the source keeps its own steady rate below the requested one; otherwise None."""
 
 
 def file_clips(path: str | Path, *, speed: float = 1.0, **options) -> Iterator[Clip]:
-    """The clips of `path`, each no earlier than a viewer at `speed` times real time would have seen it.
+    """Yield the clips of `path`, each no earlier than it is complete in playback at `speed` times real time.
 
-    `options` are those of read_video. A consumer that is late gets a clip at once, with the time at which it was due.
-    Raises InputError.
+    `options` are passed to read_video. A late consumer gets a clip immediately; its `completed` is still the time at
+    which it was due. Raises InputError if `speed` is not above 0, and the errors of read_video.
     """
     yield from paced_clips(read_video(path, **options), speed)
 
 
 def paced_clips(video: Video, speed: float = 1.0) -> Iterator[Clip]:
-    """As `file_clips`, of a video that was read before."""
+    """Like `file_clips`, for a video that is already read."""
     if not speed > 0:
         raise InputError(f"speed {speed} must be above 0")
     begin = now()
@@ -63,7 +63,8 @@ def paced_clips(video: Video, speed: float = 1.0) -> Iterator[Clip]:
 def synthetic_clips(
     clips: int, *, speed: float = 1.0, fps: float = 2.0, size: tuple[int, int] = (280, 504)
 ) -> Iterator[Clip]:
-    """A white square that crosses a dark ground once in ten seconds, without any file; `size` is (height, width)."""
+    """Yield clips of a white square that crosses a dark background once every ten seconds; `size` is (height, width).
+    Needs no file. Raises InputError if `speed` or `fps` is not above 0."""
     if not (speed > 0 and fps > 0):
         raise InputError(f"speed {speed} and fps {fps} must be above 0")
     height, width = size

@@ -1,4 +1,4 @@
-"""Decoded frames of a connection to a stream, each with its film time by FilmClock. Knows nothing about clips."""
+"""Decodes the frames of one connection to a stream and gives each its time from FilmClock. Does not depend on clips."""
 
 import heapq
 import logging
@@ -14,23 +14,29 @@ from .wholeness import HEADERS, check_codec
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED = 256  # packets for whose frames a decoder may keep one waiting
+REMEMBERED = 256  # packets whose times are kept while the decoder delays their frames
 
 
 class StreamFrames:
     def __init__(self, container: av.container.InputContainer, track: av.VideoStream, name: str, film: bool):
-        """`film`: the packets come as they are asked for, so that their arrivals tell nothing."""
+        """`film`: whether the stream is a recording. Its packets are read on demand, so arrival times carry no
+        timing."""
         self.clock = film_clock(container, track, name, live=not film)
         self.track, self.name = track, name
         self.stamped, self.by_order = has_stamps(container), shown_by_order(container, track)
         self.splices = Splices()
-        self.known: dict[int, tuple[int | None, int]] = {}  # of packets in the decoder, when they are shown, how long
-        self.decoded: list[int] = []  # their decoding stamps, a heap
-        self.key = False  # there was a keyframe, from which on all should decode
+        self.known: dict[int, tuple[int | None, int]] = {}  # packets in the decoder: (time, duration) in ticks
+        self.decoded: list[int] = []  # heap of their decoding timestamps
+        self.key = False  # a keyframe has arrived; every packet from it on should decode
 
     def read(self, packets: Iterable[av.Packet]) -> Iterator[tuple[float | None, float, float, av.VideoFrame | None]]:
-        """Yield of each frame its film time in seconds, None where it has none, the seconds for which it claims to
-        stay, and the wall-clock time at which its packet came; None in place of a frame that is damaged."""
+        """Decode `packets`. Yields, for each frame, (time, duration, arrival, frame), all times in seconds.
+
+        `time` is the time on the continuous timeline of FilmClock, or None if the frame has no timestamp. In a format
+        without timestamps, it is the arrival. `duration` is the one that the packet states, or 0. `arrival` is the
+        wall-clock time at which the packet arrived that made the decoder return the frame. `frame` is None if it is
+        damaged or does not decode.
+        """
         for number, packet in enumerate(packets):
             came = now()
             if packet.size:
@@ -45,7 +51,8 @@ class StreamFrames:
             yield from self._timed(frames, came)
 
     def _take(self, number: int, packet: av.Packet, came: float) -> Iterator[tuple]:
-        """Note when the frame of a packet is shown. Yields what is left in the decoder where it begins anew."""
+        """Record the presentation time of a packet's frame. At a splice, yields the frames left in the decoder and
+        flushes it."""
         check_codec(self.track, packet, self.name)
         shown, broken = self.clock.add(shown_stamp(packet), packet.dts, came, packet.is_keyframe)
         anew, visible = self.splices.add(number, packet.is_keyframe, packet.is_corrupt, shown, broken)
@@ -58,7 +65,7 @@ class StreamFrames:
             if self.by_order and packet.dts is not None and self.key:
                 heapq.heappush(self.decoded, packet.dts + self.clock.shift)
         self.known.pop(number - REMEMBERED, None)
-        packet.pts = number  # handed on to its frame
+        packet.pts = number  # the decoder copies it to the frame
 
     def _timed(self, frames: Sequence[av.VideoFrame], came: float) -> Iterator[tuple]:
         for frame in frames:
@@ -77,13 +84,13 @@ class StreamFrames:
 
 
 def slow_rate(ahead: Sequence[av.Packet], track: av.VideoStream, fps: float) -> float | None:
-    """The frames per second of a film whose first packets are `ahead`, where it comes at a steady rate below `fps`."""
+    """The frame rate of a recording whose first packets are `ahead`, or None unless it is steady and below `fps`."""
     stamps = np.unique([packet.pts for packet in ahead if packet.size and packet.pts is not None])
     if len(stamps) < 2 or not steady(stamps):
         return None
     rate = float((len(stamps) - 1) / ((stamps[-1] - stamps[0]) * track.time_base))
     whole = float(track.average_rate or 0)
-    if track.container.format.name.startswith(HEADERS) and abs(whole / rate - 1) > 0.1:  # it varies later
+    if track.container.format.name.startswith(HEADERS) and abs(whole / rate - 1) > 0.1:  # the rate varies later
         return None
     rate = whole if abs(whole / rate - 1) < 0.01 else rate
     return rate if rate < 0.99 * fps else None

@@ -1,6 +1,6 @@
-"""Clips of an RTSP or HTTP stream or a webcam, which may drop, stall, begin anew and have no clock of its own.
+"""Clips of a network stream or a webcam. Handles dropped connections, stalls, restarts and sources without timestamps.
 
-The same clips as frames.py's, by the same rule. Knows nothing about models or text.
+Frames are sampled by the same rule as in frames.py. Does not depend on models or text.
 """
 
 import collections
@@ -30,12 +30,12 @@ from .wholeness import claims, shortfall
 logger = logging.getLogger(__name__)
 logger.addFilter(Redacting())
 
-CLIPS_WAITING = 256  # read ahead of a slow consumer before the source itself has to wait
-STALLED_SECONDS = 5.0  # without a byte before a connection counts as dropped
-PAUSES = 0.2, 5.0  # seconds before a stream that broke off is tried again: at first, doubled each time, and at most
-PLAYLISTS = ("hls", "dash")  # formats whose size is not that of the film
-GAPS = 10_000  # between frames that are remembered, to tell how long the last one stays
-LOOK_AHEAD = 32  # packets of a film from which its rate is told
+CLIPS_WAITING = 256  # size of the queue for a slow consumer; when it is full, reading from the source stops
+STALLED_SECONDS = 5.0  # time without data after which a connection counts as dropped
+PAUSES = 0.2, 5.0  # seconds before reconnecting: initial, doubled after each attempt, and maximum
+PLAYLISTS = ("hls", "dash")  # formats whose size is that of the playlist, not of the video
+GAPS = 10_000  # number of gaps between frames kept to estimate the duration of the last frame
+LOOK_AHEAD = 32  # packets used to measure the frame rate of a recording
 
 
 def stream_clips(
@@ -46,15 +46,23 @@ def stream_clips(
     reconnect_seconds: float = 10.0,
     max_clips: int | None = None,
 ) -> Iterator[Clip]:
-    """The clips of an RTSP or HTTP stream, or of a webcam such as "/dev/video0", read in a thread of its own.
+    """Yield the clips of a network stream, such as RTSP or HTTP, or of a webcam such as "/dev/video0". A separate
+    thread reads the source.
 
-    A stream that breaks off or ends is opened again for up to `reconnect_seconds`, which begin anew only after a
-    connection that held for as long; in between, its last frame stays on screen, so that time goes on as it really did.
-    So it does in place of a frame that cannot be decoded or is damaged. A film, whose size or length its server tells,
-    is over at its end, and gives the clips that it gives as a file; where it breaks off, what was shown is skipped.
-    Where stamps go back or leap, see FilmClock; a source without stamps, such as MJPEG, is shown as it arrives. Frames
-    are sized once, by the first. Raises InputError where the source cannot be opened at all; ends when it cannot be
-    opened again.
+    A stream that drops, or a live stream that ends, is reopened for up to `reconnect_seconds` of total downtime. The
+    downtime is reset after a connection that lasted for `reconnect_seconds`. Until frames of a live stream arrive
+    again, its last frame stays on screen and its time follows the wall clock. The last frame also stays on screen in
+    place of a frame that is damaged or does not decode.
+
+    A recording, whose size or length is known, stops at its end and is sampled at the same times as a file. When it is
+    reopened, frames that were already read are skipped.
+
+    FilmClock handles discontinuities in timestamps. In a source whose format has no timestamps, such as MJPEG, a frame
+    is shown when it arrives. The first sampled frame determines the size of all frames. Yields at most `max_clips`
+    clips.
+
+    Raises InputError if the source cannot be opened, has no frames or cannot be read as one video, and if a recording
+    is shorter than one clip or has frames without timestamps. Stops when the source cannot be reopened.
     """
     reader = _StreamReader(source, Sampler(fps, budget or PixelBudget()), reconnect_seconds, max_clips)
     thread = threading.Thread(target=reader.run, name=f"frames of {redacted(source)}", daemon=True)
@@ -69,17 +77,17 @@ def stream_clips(
 
 
 class Sampler:
-    """Frames with their times in, clips out."""
+    """Samples frames at a fixed rate and groups them into clips."""
 
     def __init__(self, fps: float, budget: PixelBudget):
         self.fps, self.budget = fps, budget
         self.size: tuple[int, int] | None = None
         self.shown: av.VideoFrame | None = None
-        self.seconds: float | None = None  # of a clip, where the source keeps its own rate
-        self.moment: float | None = None  # of the newest frame
-        self.claimed = self.longest = 0.0  # how long the newest frame says that it stays; how long one did at most
+        self.seconds: float | None = None  # per clip, if the source's own rate is kept
+        self.moment: float | None = None  # time of the newest frame
+        self.claimed = self.longest = 0.0  # stated duration of the newest frame; longest gap so far
         self.gaps: collections.deque[float] = collections.deque(maxlen=GAPS)
-        self.targets = 0  # met so far
+        self.targets = 0  # sampling times reached so far
         self.waiting: list[tuple[torch.Tensor, float]] = []
         self.broken = 0
 
@@ -88,8 +96,8 @@ class Sampler:
         self.fps, self.seconds = fps, FRAMES_PER_CLIP / fps
 
     def add(self, moment: float, frame: av.VideoFrame, claimed: float = 0.0) -> Iterator[Clip]:
-        """Take the frame shown from `moment` on; yield the clips that are complete now that it is known. It claims to
-        stay for `claimed` seconds, where it says so."""
+        """Add the frame that is shown from `moment` on and yield the clips that this completes. `claimed` is the
+        duration in seconds that the source states, or 0. A frame that is not later than the newest one is dropped."""
         if self.moment is not None and moment <= self.moment:
             return
         yield from self._meet(moment - SLACK)
@@ -99,12 +107,13 @@ class Sampler:
         self.shown, self.moment, self.claimed = frame, moment, claimed
 
     def end(self) -> float:
-        """Seconds until the newest frame ends, if no other comes."""
+        """Time in seconds at which the newest frame ends if no other frame follows."""
         usual = float(np.median(self.gaps)) if self.gaps else 0.0
         return (self.moment or 0.0) + last_gap(self.claimed, usual, self.longest)
 
     def finish(self) -> Iterator[Clip]:
-        """Yield what is left: the last frame stays as in a file, and fills its clip."""
+        """Yield the remaining clips. As in a file, the last frame is shown for its duration and is repeated to fill its
+        clip."""
         if self.shown is None:
             return
         yield from self._meet(self.end() - SLACK)
@@ -112,7 +121,7 @@ class Sampler:
             yield from self._put(*self.waiting[-1])
 
     def _meet(self, until: float) -> Iterator[Clip]:
-        """Put the frame on screen at each target time before `until`."""
+        """Sample the frame on screen at each target time before `until`."""
         picture = None
         while self.shown is not None and self.targets / self.fps < until:
             if picture is None:
@@ -137,7 +146,7 @@ class Sampler:
 
 
 class _StreamReader:
-    """Reads a stream in its own thread, so that a slow consumer never holds up the source."""
+    """Reads a stream in its own thread, so that a slow consumer does not block the source while the queue has room."""
 
     def __init__(self, source: str, sampler: Sampler, reconnect_seconds: float, max_clips: int | None):
         self.source, self.sampler = source, sampler
@@ -147,12 +156,12 @@ class _StreamReader:
         self.fault: Exception | None = None
         self.begin: float | None = None  # wall-clock time of the first frame
         self.held: tuple[float, float] | None = None
-        """When the first and the newest frame of the connection came."""
+        """Wall-clock arrival times of the first and the newest frame of the current connection."""
         self.film = False
         self.offset: float | None = None
-        """Seconds from a film's stamps to its time, which is the same when it is opened again."""
+        """Seconds to add to the timestamps of a recording. Kept when the recording is reopened."""
         self.claimed: dict[str, float] = {}
-        """What a film says of its length, where its server does not tell its size."""
+        """Lengths that a recording states, see `claims`; empty if the server reports its size."""
         self.count = 0
 
     def run(self) -> None:
@@ -164,7 +173,7 @@ class _StreamReader:
                     raise InputError(too_short(f"source {self.source}", duration, rate))
                 left = list(self.sampler.finish())
                 self._hand_over(replace(clip, last=clip is left[-1]) for clip in left)
-        except Exception as error:  # raised again where the clips are taken, for no one looks at a thread
+        except Exception as error:  # raised again in stream_clips; an error in a thread would go unnoticed
             self.fault = error
         self._put(None)
 
@@ -203,17 +212,17 @@ class _StreamReader:
         logger.info("%s is over", self.source)
 
     def _is_complete(self) -> bool:
-        """Whether a film was read to the end that it claims. Where its server does not tell its size, FFmpeg reports an
-        error there."""
+        """Whether a recording was read to its stated end. If the server does not report its size, FFmpeg reports an
+        error at the end."""
         length = self.sampler.end()
         return bool(self.claimed) and not shortfall(self.claimed, length, length - (self.offset or 0.0), 0.0)
 
     def _read_once(self) -> None:
-        """Read one connection to its end. Its own clock starts where the wall clock stands at its first frame; a film's
-        goes on, and what was shown of it is skipped."""
+        """Read one connection to its end. The first frame of a live connection is placed at its wall-clock time. A
+        recording keeps its timeline across connections, and frames that were already read are skipped."""
         webcam = self.source.startswith("/dev/")
         options = {} if webcam else dict(STREAM)
-        options["fpsprobesize"] = "0"  # else it opens 20 frames late, to learn a frame rate that nobody asks for
+        options["fpsprobesize"] = "0"  # otherwise opening waits for 20 frames to measure a frame rate that is not used
         if self.source.startswith("rtsp"):
             options["rtsp_transport"] = "tcp"
         with av.open(
@@ -248,7 +257,7 @@ class _StreamReader:
                     if self.film:
                         raise InputError(f"{name} has frames without timestamps: rewrite it as MP4")
                     stampless += 1
-                    if stampless == 2:  # of the first frame of an RTSP camera FFmpeg knows none
+                    if stampless == 2:  # FFmpeg has no timestamp for the first frame of an RTSP camera
                         logger.warning("%s: frames without time stamps are skipped", name)
                     continue
                 self.held = (self.held or (came,))[0], came
@@ -267,7 +276,7 @@ class _StreamReader:
             self.count += 1
 
     def _put(self, clip: Clip | None) -> None:
-        """Queue a clip, waiting for room unless nobody is going to take it."""
+        """Queue a clip. Waits for room unless the consumer has stopped."""
         while True:
             try:
                 return self.clips.put(clip, timeout=0.2)

@@ -1,7 +1,7 @@
-"""Film time from the stamps of packets: one time line that goes on where stamps go back or leap ahead. The index of a
-file and the sampler of a stream both use it, so that they agree. Knows nothing about FFmpeg, pixels and clips.
+"""Maps packet timestamps to a continuous timeline, also across discontinuities. Files and streams share this code, so
+they agree. Does not depend on PyAV, pixels or clips.
 
-Stamps and film time are whole ticks of the track's time base; wall-clock times are seconds.
+Timestamps and times on the timeline are integer ticks of the track's time base. Wall-clock times are in seconds.
 """
 
 import collections
@@ -13,24 +13,27 @@ from ..common.redact import Redacting
 
 logger = logging.getLogger(__name__)
 logger.addFilter(Redacting())
-_noted: set[str] = set()  # what was said of films
+_noted: set[str] = set()  # messages already logged for recordings
 
-LEAP = 10.0  # seconds; FFmpeg's -dts_delta_threshold
-BACK = 0.1  # seconds by which the order of decoding may go back; FFmpeg's tolerance
-STUCK = 1.0  # seconds for which the stamps of a live source may stay as they are
-HELD = 3  # packets, one more than a demuxer holds back until it has seen what follows
-PERIOD = 0.04  # seconds of a frame, where nothing tells
+LEAP = 10.0  # seconds; the default of FFmpeg's -dts_delta_threshold
+BACK = 0.1  # seconds by which decoding timestamps may go back; FFmpeg's tolerance
+STUCK = 1.0  # seconds for which the timestamps of a live source may stand still
+HELD = 3  # packets; one more than a demuxer holds back until later data arrives
+PERIOD = 0.04  # seconds per frame until a gap is measured
 
 
 class FilmClock:
-    """Shifts the stamps of one track's packets, which are added in the order of decoding, onto one time line.
+    """Shifts the timestamps of one track's packets, added in decoding order, onto a continuous timeline.
 
-    A stamp that goes back is a discontinuity: two recordings were joined, or an encoder was restarted. So is one that
-    leaps ahead by more than LEAP in a format whose stamps may do that (`leaps`), or beyond the `length` in seconds that
-    the container claims; a screen recording in MP4 may show one frame for minutes. The time line then goes on one
-    frame after the newest one. Of a `live` source the arrivals tell: a stamp that leaps ahead by LEAP more than the
-    time that has passed, or that stays, is a discontinuity, and the time line goes on by what has passed. Each is
-    logged once, with the `name` of the source.
+    A timestamp that goes back by more than a tolerance is a discontinuity: two recordings were joined, or an encoder
+    was restarted. With `leaps`, so is a keyframe of a recording that would be shown no later than an earlier frame. A
+    jump ahead by more than LEAP is a discontinuity if the format may have discontinuities (`leaps`), or if it ends more
+    than LEAP after the `length` in seconds that the container states. Other jumps are kept: a screen recording in MP4
+    may show one frame for minutes. After a discontinuity, the timeline continues one frame after the newest one.
+
+    For a `live` source, arrival times are used as well. A jump that exceeds the elapsed time by more than LEAP is a
+    discontinuity, and so are timestamps that stand still for more than STUCK. The timeline then advances by the elapsed
+    time. Each discontinuity is logged with the `name` of the source; a message about a recording is logged once.
     """
 
     def __init__(
@@ -43,27 +46,28 @@ class FilmClock:
         live: bool = False,
         length: float | None = None,
     ):
-        """`reorder` is the number of frames by which the order of decoding may differ from that of showing."""
+        """`reorder` is the number of frames by which decoding order and presentation order may differ."""
         self.time_base, self.name, self.leaps, self.reorder, self.live = time_base, name, leaps, reorder, live
         self.length = math.inf if length is None else length
         self.shift = 0
-        """Ticks to add to a stamp."""
+        """Ticks to add to a timestamp."""
         self.breaks = 0
-        """Discontinuities so far."""
-        self._first = self._newest = None  # decoding stamps, on the film's time line
-        self._last: int | None = None  # the latest that is shown so far, likewise
-        self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=HELD)  # stamps and arrivals
+        """Number of discontinuities so far."""
+        self._first = self._newest = None  # decoding timestamps on the timeline
+        self._last: int | None = None  # latest presentation timestamp on the timeline
+        self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=HELD)  # timestamps and arrivals
         self._gap = self._longest = self._ticks(PERIOD)
 
     def add(self, pts: int | None, dts: int | None, came: float = 0.0, key: bool = False) -> tuple[int | None, bool]:
-        """A packet's time of showing in ticks of film time, and whether a discontinuity is before it.
+        """Add a packet. Returns its presentation time in ticks on the timeline, and whether a discontinuity precedes
+        it.
 
-        None for a packet without a stamp. `came` is the wall-clock time of its arrival, for a live source; `key` says
-        whether it holds a keyframe, which is shown after all that come before it.
+        The time is None if the packet has no presentation timestamp. `came` is the wall-clock arrival time, for a live
+        source. `key` is whether the packet holds a keyframe, which is shown after all earlier packets.
         """
         broken = False
         if None not in (pts, dts) and (self.live or self.leaps) and abs(pts - dts) * self.time_base > LEAP:
-            pts = dts  # one of them is broken, and that of decoding is checked
+            pts = dts  # one of them is wrong; only the decoding timestamp is checked for jumps
         if dts is not None:
             broken = self._newest is not None and self._step(pts, dts, came, key)
             at = dts + self.shift
@@ -81,9 +85,9 @@ class FilmClock:
         return shown, broken
 
     def _step(self, pts: int | None, dts: int, came: float, key: bool) -> bool:
-        """Shift what follows where this packet begins anew."""
+        """Update the shift if a discontinuity precedes this packet. Returns whether one does."""
         step = float((dts + self.shift - self._newest) * self.time_base)
-        # The newest packets of MPEG-TS come only with what follows them: those before tell when they were due.
+        # An MPEG-TS demuxer holds back the newest packets until later data arrives; older ones tell when they were due.
         passed = came - min(then + float((self._newest - at) * self.time_base) for at, then in self._recent)
         back = BACK if self.leaps else max(BACK, float((self.reorder + 1) * self._longest * self.time_base))
         overlap = -1.0
@@ -107,13 +111,13 @@ class FilmClock:
         self._recent.clear()
         at = self._since()
         note = f"{self.name}: its time stamps {what} at {at:.1f} s: film time goes on without that"
-        if self.live or note not in _noted:  # a film is read again and again in training
+        if self.live or note not in _noted:  # training reads a recording many times
             logger.warning("%s", note)
             _noted.add(note)
         return True
 
     def _since(self) -> float:
-        """Seconds from the first packet to the newest."""
+        """Seconds from the first packet to the newest on the timeline."""
         return float((self._newest - self._first) * self.time_base)
 
     def _ticks(self, seconds: float) -> int:
@@ -121,22 +125,22 @@ class FilmClock:
 
 
 class Splices:
-    """Finds out where a decoder has to begin anew, since another recording was joined, and which frames it cannot
-    show then."""
+    """Detects splices, where another recording was joined. The decoder must be flushed there, and some frames cannot be
+    shown."""
 
     def __init__(self):
         self.corrupt: set[int] = set()
-        """Packets that FFmpeg flags, but for those that a join has torn."""
-        self._waits = False  # for a keyframe
+        """Numbers of packets that FFmpeg flags as corrupt, except those truncated by a splice."""
+        self._waits = False  # whether frames are hidden until a keyframe
         self._floor: int | None = None
 
     def add(self, number: int, key: bool, corrupt: bool, shown: int | None, broken: bool) -> tuple[bool, bool]:
-        """Whether the decoder begins anew with this packet, and whether its frame is shown.
+        """Add a packet. Returns whether the decoder must be flushed before it, and whether its frame is shown.
 
-        `key` and `corrupt` are FFmpeg's flags of the packet, `shown` and `broken` what FilmClock says of it.
+        `key` and `corrupt` are FFmpeg's flags of the packet; `shown` and `broken` are what FilmClock.add returns.
         """
         torn = self.corrupt & {number - 1, number - 2} if broken else set()
-        anew = broken and (key or bool(torn))  # else a camera has set its clock
+        anew = broken and (key or bool(torn))  # otherwise a camera only set its clock
         self.corrupt -= torn
         if corrupt:
             self.corrupt.add(number)

@@ -1,5 +1,5 @@
-"""Whether a video file is all there: cut short, joined from several, or with packets lost. Knows nothing about frames'
-times but where they end."""
+"""Checks whether a video file is complete: not truncated, not several joined files, no packets lost. Of the frame
+times, uses only where they end."""
 
 import contextlib
 import re
@@ -13,8 +13,8 @@ import av
 
 from ..common.errors import InputError
 
-CUT_SHORT = 1.0  # seconds that may be missing of what a container claims: audio and video seldom end together
-HEADERS = ("mov", "avi")  # formats whose headers claim a length for each track
+CUT_SHORT = 1.0  # seconds that may be missing from the stated length: audio and video seldom end together
+HEADERS = ("mov", "avi")  # formats whose headers state a length for each track
 BLOCK = 2**20  # bytes read at a time
 MAGIC = {
     "flv": rb"FLV\x01.\0\0\0\x09",
@@ -24,11 +24,12 @@ MAGIC = {
     "ivf": rb"DKIF\0\0\x20\0",
     "apng": rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
 }
-"""With what a file of a format begins, for formats of which FFmpeg reads the first only where two are joined."""
+"""Regular expressions for the first bytes of a file, for formats where FFmpeg reads only the first of two joined
+files."""
 LONGEST_MAGIC = 32
 TS_PACKETS = (188, 0), (192, 0), (192, 4), (204, 0)
-"""Bytes from one packet of MPEG-TS to the next, and before one: plain, M2TS, which has a time before each, and with a
-checksum behind each."""
+"""Layouts of MPEG-TS: bytes from one packet to the next, and bytes before a packet. Plain; M2TS, with a time before
+each packet, where a position may be that of the packet or of the time; and with a checksum after each packet."""
 SYNC = 0x47
 PARAMETERS = {
     "h264": rb"(?:\x09.\0{0,3}\0\0\x01)?[\x27\x47\x67]",
@@ -36,12 +37,14 @@ PARAMETERS = {
     "mpeg2video": rb"\xb3",
     "mpeg4": rb"\xb0",
 }
-"""With what a keyframe of a codec begins in MPEG-TS, behind its start code: its parameters. None could be another's."""
+"""Regular expressions for the parameters that follow the start code of a keyframe in MPEG-TS. Each matches one codec
+only."""
 
 
 @contextlib.contextmanager
 def raw(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
-    """The bytes of a file, or of a readable object, which is left where it was: FFmpeg may be reading it."""
+    """Open the bytes of a file, or of a readable object. The position of an object is restored, since FFmpeg may be
+    reading it."""
     if isinstance(source, str | Path):
         with open(source, "rb") as file:
             yield file
@@ -52,7 +55,7 @@ def raw(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _is_fragmented(source: str | Path | BinaryIO, container: av.container.InputContainer) -> bool:
-    """Whether this is an MP4 whose frames are in fragments, as recorders of HLS and DASH write it."""
+    """Whether this is a fragmented MP4, as recorders of HLS and DASH write."""
     if not container.format.name.startswith("mov"):
         return False
     with raw(source) as file:
@@ -60,9 +63,9 @@ def _is_fragmented(source: str | Path | BinaryIO, container: av.container.InputC
 
 
 def check_structure(source: str | Path | BinaryIO, name: str, container: str, furthest: int) -> None:
-    """Raises InputError for a file of which the last part that says how large it is goes beyond the file's end, and
-    for two files that are joined where FFmpeg reads only the first. `container` is the format's name, `furthest` the
-    place in the file of the last packet that FFmpeg found."""
+    """Raise InputError if the last box of a fragmented MP4, or an AVI header, states more bytes than the file has, and
+    for joined files of which FFmpeg reads only the first. `container` is the name of the format. `furthest` is the
+    largest byte position of a packet that FFmpeg found."""
     with raw(source) as file:
         size = file.seek(0, 2)
         if container.startswith("mov"):
@@ -76,8 +79,8 @@ def check_structure(source: str | Path | BinaryIO, name: str, container: str, fu
             file.seek(0)
             head = file.read(8)
             claimed = int.from_bytes(head[4:], "little")
-            if 0 < claimed < 2**32 - 1:  # else it was not known yet
-                _check_end(name, claimed + 8, size + 1)  # a byte of padding may be missing
+            if 0 < claimed < 2**32 - 1:  # otherwise the writer did not know the size
+                _check_end(name, claimed + 8, size + 1)  # the padding byte may be missing
             second = None
         else:
             second = _second_header(file, container)
@@ -94,7 +97,7 @@ def _check_end(name: str, end: int, size: int) -> None:
 
 
 def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """The outermost boxes of an MP4: what each is, where it begins, and where it says that it ends."""
+    """Yield the top-level boxes of an MP4: (type, start, stated end), in bytes."""
     size, at = file.seek(0, 2), 0
     while at + 8 <= size:
         file.seek(at)
@@ -111,7 +114,7 @@ def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _second_header(file: BinaryIO, container: str) -> int | None:
-    """Where in the file another of this format begins."""
+    """The byte position at which another file of this format begins, or None."""
     if container not in MAGIC:
         return None
     magic, at, tail = re.compile(MAGIC[container], re.DOTALL), 0, b""
@@ -127,11 +130,12 @@ def _second_header(file: BinaryIO, container: str) -> int | None:
 
 
 def is_whole(source: str | Path | BinaryIO, begin: int | None, end: int | None, fits: bool) -> bool:
-    """Whether nothing is lost of what a track of MPEG-TS has from one frame's first packet at byte `begin` up to a
-    keyframe's at `end`, although the packets' counter does not go on there: so it is where two recordings are joined.
+    """Whether an MPEG-TS track is complete from a frame's first packet at byte `begin` to a keyframe's at byte `end`.
+    If so, a jump of the continuity counter at `end` means that two recordings were joined there, not that packets are
+    lost.
 
-    The packet that ends a frame is filled up, unless the frame fits it. With `fits`, that is believed where the
-    counter begins at 0, as that of another recording does.
+    The last packet of a frame has stuffing bytes unless the frame fills it exactly. With `fits`, a full packet is
+    accepted if the counter is 0 at `end`, where another recording starts.
     """
     if begin is None or end is None or not 0 <= begin < end:
         return False
@@ -152,11 +156,11 @@ def is_whole(source: str | Path | BinaryIO, begin: int | None, end: int | None, 
 
 
 def _is_filled(packet: bytes) -> bool:
-    """Whether a packet of MPEG-TS has bytes that are there only to fill it up."""
+    """Whether an MPEG-TS packet has stuffing bytes."""
     if not packet[3] & 0x20:  # no adaptation field
         return False
     length, flags = packet[4], packet[5]
-    used = 1 + 6 * bool(flags & 0x10) + 6 * bool(flags & 8) + bool(flags & 4)  # flags, two clocks, a countdown
+    used = 1 + 6 * bool(flags & 0x10) + 6 * bool(flags & 8) + bool(flags & 4)  # flags, two clocks, splice countdown
     return length == 0 or flags == 0 or length > used
 
 
@@ -165,7 +169,7 @@ def _pid(packet: bytes) -> int:
 
 
 def check_codec(track: av.VideoStream, packet: av.Packet, name: str) -> None:
-    """Raises InputError where a keyframe of MPEG-TS is of another codec than its track, which FFmpeg does not see."""
+    """Raise InputError if a keyframe in MPEG-TS has another codec than its track. FFmpeg does not detect this."""
     if not packet.is_keyframe or not packet.size or track.container.format.name != "mpegts":
         return
     if track.codec_context.name not in PARAMETERS:
@@ -180,7 +184,7 @@ def check_codec(track: av.VideoStream, packet: av.Packet, name: str) -> None:
 
 
 def claimed_end(stream: av.stream.Stream) -> Fraction:
-    """Where a track claims to end, in seconds; 0 where it does not say."""
+    """The end of a video or audio track in seconds, as the container states it; 0 if not stated."""
     if stream.type not in ("video", "audio") or not stream.duration:
         return Fraction(0)
     return (stream.duration + (stream.start_time or 0)) * stream.time_base
@@ -189,13 +193,13 @@ def claimed_end(stream: av.stream.Stream) -> Fraction:
 def claims(
     container: av.container.InputContainer, track: av.VideoStream, source: str | Path | BinaryIO | None = None
 ) -> dict[str, float]:
-    """Seconds that the container claims: of the track's "length", of where its "end" is on the time axis of stamps, and
-    of where "all" tracks end."""
+    """The length that the container states, in seconds, under one key: "length" is the duration of the track, "end" is
+    its end on the axis of timestamps, and "all" is the end of all tracks. Empty if nothing is stated."""
     found = {}
-    if track.duration and container.format.name.startswith(HEADERS):  # elsewhere it is FFmpeg's guess
+    if track.duration and container.format.name.startswith(HEADERS):  # in other formats, FFmpeg estimates it
         fragmented = source is not None and _is_fragmented(source, container)
         found["end" if fragmented else "length"] = float(track.duration * track.time_base)
-    elif (end := _clock_time(track.metadata.get("DURATION", ""))) is not None:  # as FFmpeg writes Matroska
+    elif (end := _clock_time(track.metadata.get("DURATION", ""))) is not None:  # the tag that FFmpeg writes to Matroska
         found["end"] = end
     elif container.duration:
         found["all"] = container.duration / av.time_base
@@ -203,7 +207,7 @@ def claims(
 
 
 def _clock_time(text: str) -> float | None:
-    """Seconds of "HH:MM:SS.fraction"."""
+    """Convert "HH:MM:SS.fraction" to seconds. Returns None for other text."""
     try:
         hours, minutes, seconds = (float(part) for part in text.split("\0")[0].split(":"))
     except ValueError:
@@ -212,13 +216,13 @@ def _clock_time(text: str) -> float | None:
 
 
 def check_length(name: str, claimed: dict[str, float], length: float, finish: float, end: float) -> None:
-    """Raises InputError for a file that ends more than CUT_SHORT before it claims to, see `shortfall`."""
+    """Raise InputError if a file ends more than CUT_SHORT before its stated end, see `shortfall`."""
     if short := shortfall(claimed, length, finish, end):
         raise InputError(f"{name} is cut short, {short[0]:.2f} s of the {short[1]:.2f} s it claims: download it again")
 
 
 def shortfall(claimed: dict[str, float], length: float, finish: float, end: float) -> tuple[float, float] | None:
-    """Seconds that are there, and that are claimed, where these are more by CUT_SHORT: a film's frames last for
-    `length` seconds and end at `finish`, all its tracks together at `end`."""
+    """Return (found, claimed) seconds if the claim exceeds what was found by more than CUT_SHORT, otherwise None. The
+    frames last for `length` seconds and end at `finish`; the last of all tracks ends at `end`."""
     found = {"length": length, "end": finish, "all": max(end, finish, length)}
     return next(((found[c], seconds) for c, seconds in claimed.items() if found[c] < seconds - CUT_SHORT), None)
