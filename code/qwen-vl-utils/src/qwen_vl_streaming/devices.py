@@ -1,10 +1,11 @@
-"""Which GPUs this machine has, which of them PyTorch can use, why not the others, and what to do. Knows nothing about
-models.
+"""Shows the GPUs of this machine and how many of them PyTorch can use. If there are GPUs that PyTorch cannot use,
+prints the reason and the fix, and exits with status 1.
 
     python -m qwen_vl_streaming.devices
 
-`look` is the one check of all programs, `choose_device` their one rule: a GPU that is there and cannot be used is
-refused, with the reason, unless the CPU was asked for. Without a GPU the CPU is used, and the program says so.
+All programs check the GPUs with `look` and select a device with `choose_device`. If the machine has GPUs that PyTorch
+cannot use, the programs stop with the reason, unless the user requested the CPU. If there is no GPU, they use the CPU
+and tell the user. Independent of models.
 """
 
 import ctypes
@@ -19,83 +20,83 @@ from pathlib import Path
 from .common.errors import InputError, OneLineParser, run
 
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
-"""By CUDA's major version, the oldest NVIDIA driver for Linux that runs programs built for it (NVIDIA, "CUDA
-Compatibility", minor version compatibility)."""
+"""The oldest NVIDIA driver for Linux that supports each major version of CUDA (NVIDIA, "CUDA Compatibility", minor
+version compatibility)."""
 OLDEST_CUDA = 12
-"""The oldest for which there are builds of a PyTorch that this project runs on."""
+"""The oldest major version of CUDA with builds of a PyTorch version that this project supports."""
 ANOTHER_BUILD = "requirements.txt says how"
 NVML = "libnvidia-ml.so.1"
 CUDA = "libcuda.so.1"
 NVML_SUCCESS, NVML_NO_PERMISSION = 0, 4
 NAME_BYTES = 96
-"""From nvml.h: NVML_DEVICE_NAME_V2_BUFFER_SIZE, which is also enough for a driver version."""
+"""NVML_DEVICE_NAME_V2_BUFFER_SIZE in nvml.h. Also large enough for a driver version."""
 DEVICE_HELP = "cpu, cuda or cuda:N (default: a GPU where there is one)"
-"""What programs say of their flag --device."""
+"""Help text of the flag --device."""
 GIVE_TO_CONTAINER = "start the container with its GPUs (docker --gpus all, apptainer --nv)"
 
 
 @dataclass(frozen=True)
 class Driver:
-    """What NVIDIA's driver shows."""
+    """What the NVIDIA driver reports."""
 
     gpus: tuple[str, ...] = ()
-    """Names of the GPUs that this process may use."""
+    """Names of the GPUs that are visible to this process."""
     version: str = ""
-    """Such as 535.129.03."""
+    """For example 535.129.03."""
     elsewhere: int = 0
-    """GPUs of the machine that this process was not given, as in a container or a job without them."""
+    """Number of GPUs of the machine that this process cannot access, for example in a container or job without GPUs."""
     fault: str = ""
-    """Why the driver's library NVML does not answer."""
+    """Why the NVML library of the driver failed."""
     mig: bool = False
-    """GPUs are divided by MIG, and there is no part to use."""
+    """All visible GPUs have MIG enabled, and none has a MIG device."""
 
 
 @dataclass(frozen=True)
 class Torch:
-    """What PyTorch can use."""
+    """What PyTorch reports."""
 
     build: str
-    """Its version, such as 2.14.1+cu130."""
+    """The PyTorch version, such as 2.14.1+cu130."""
     cuda: str | None = None
-    """The CUDA version that it is built for."""
+    """The CUDA version of the build."""
     hip: str | None = None
-    """The ROCm version that it is built for."""
+    """The ROCm version of the build."""
     count: int = 0
-    """GPUs on which CUDA, or ROCm, starts."""
+    """Number of GPUs, if CUDA or ROCm could be initialized."""
     bfloat16: bool = False
-    """The current GPU computes in bfloat16, and does not only emulate it."""
+    """The current GPU supports bfloat16 without emulation."""
     alien: tuple[str, ...] = ()
-    """GPUs among them that it has no kernels for, each with its number, name and architecture."""
+    """The GPUs that the build has no kernels for, each with its index, name and architecture."""
     fault: str = ""
-    """What it says where CUDA does not start."""
+    """The error message if CUDA could not be initialized."""
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The GPUs of this machine, as programs need to know them."""
+    """The result of checking the GPUs of this machine."""
 
     usable: int = 0
-    """GPUs that PyTorch can use: cuda:0 and so on."""
+    """Number of GPUs that PyTorch can use: cuda:0 and so on."""
     bfloat16: bool = False
-    """They compute in bfloat16."""
+    """The current GPU supports bfloat16 without emulation."""
     why_not: str = ""
-    """Where there are GPUs and none can be used: what is there, why not and what to do, without a full stop."""
+    """If there are GPUs that cannot be used: the GPUs, the reason and the fix, without a full stop."""
     none: str = "no GPU is here"
-    """Where there is none: that, and what else is known."""
+    """If there is no GPU: a message that says so, with details where known."""
 
 
 def look(environment: Mapping[str, str]) -> Devices:
-    """The one check. Starts the CUDA runtime: a process that has called this cannot be forked into others that use
-    CUDA."""
+    """Checks the GPUs of this machine. Initializes CUDA, so child processes that use CUDA must not be forked
+    afterwards."""
     return judge(ask_driver(), ask_torch(), environment)
 
 
 def choose_device(asked: str, devices: Devices, cpu: str = "--device cpu") -> tuple[str, str]:
-    """The device to use for `asked` (cpu, cuda, cuda:N, or nothing for a GPU where there is one), and a line to tell
-    the user where that is the CPU without having been asked for, else an empty one.
+    """Returns the device to use, and a message for the user if that is the CPU without a request, else an empty string.
 
-    Raises InputError for a device that is not there, and for nothing asked where GPUs cannot be used; its line says
-    that `cpu` asks for the CPU, where something does.
+    `asked` is cpu, cuda, cuda:N, or empty for a GPU if there is one and the CPU otherwise. Raises InputError if `asked`
+    is not valid, if it does not exist, or if the machine has GPUs that PyTorch cannot use and the CPU is not requested.
+    `cpu` is the option that selects the CPU, for these messages; it is empty if there is none.
     """
     kind, _, index = asked.partition(":")
     if asked not in ("", "cpu") and not (kind == "cuda" and (asked == kind or index.isdecimal())):
@@ -113,7 +114,7 @@ def choose_device(asked: str, devices: Devices, cpu: str = "--device cpu") -> tu
 
 
 def judge(driver: Driver, torch: Torch, environment: Mapping[str, str]) -> Devices:
-    """What follows from what the driver shows and PyTorch can use."""
+    """Combines the reports of the driver and of PyTorch into the usable devices, or the reason and the fix."""
     if torch.count and not torch.alien:
         return Devices(torch.count, torch.bfloat16)
     if torch.count:
@@ -175,8 +176,8 @@ def count_gpus(number: int) -> str:
 
 
 def ask_driver(root: Path = Path("/")) -> Driver:
-    """What NVIDIA's driver shows: through its library NVML, and where that does not answer by the files below `root`
-    that its kernel module makes."""
+    """Queries the NVIDIA driver through its NVML library. If NVML fails, reads the files below `root` that the kernel
+    module creates."""
     nodes = sum(path.name[len("nvidia") :].isdecimal() for path in (root / "dev").glob("nvidia*"))
     module = root / "proc/driver/nvidia"
     listed = [_field(path, r"Model:\s*(.+)") for path in sorted(module.glob("gpus/*/information"))]
@@ -184,14 +185,14 @@ def ask_driver(root: Path = Path("/")) -> Driver:
         names, version, mig = _ask_nvml()
     except (OSError, AttributeError) as error:
         version = _field(module / "version", r"Kernel Module.*?\s(\d[\d.]+)\s")
-        if not nodes:  # those that the kernel lists are the host's: a container sees them too
+        if not nodes:  # /proc lists the GPUs of the host, even in a container without GPUs
             return Driver(version=version, elsewhere=len(listed), fault=str(error))
         return Driver(tuple(listed[:nodes]) or ("NVIDIA",) * nodes, version, fault=str(error))
     return Driver(names, version, elsewhere=0 if names else max(nodes, len(listed)), mig=mig)
 
 
 def _field(path: Path, pattern: str) -> str:
-    """The first group of `pattern` in a file; an empty string where there is none."""
+    """Returns the first group of `pattern` in a file, or an empty string if there is no match or no readable file."""
     try:
         found = re.search(pattern, path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -200,8 +201,10 @@ def _field(path: Path, pattern: str) -> str:
 
 
 def _ask_nvml() -> tuple[tuple[str, ...], str, bool]:
-    """Names of GPUs, the driver's version, and whether MIG is on without a device. Raises OSError where NVML is not
-    there or does not answer."""
+    """Returns the names of the GPUs, the driver version, and whether all GPUs have MIG enabled but no MIG device.
+
+    Raises OSError if NVML is missing or fails, and AttributeError if it lacks a function.
+    """
     nvml = ctypes.CDLL(NVML)
     nvml.nvmlErrorString.restype = ctypes.c_char_p
 
@@ -229,7 +232,7 @@ def _ask_nvml() -> tuple[tuple[str, ...], str, bool]:
 
 
 def _without_mig_device(nvml, device: ctypes.c_void_p) -> bool:
-    """MIG is on, and no device was made of it. GPUs without MIG do not know the question."""
+    """Returns whether MIG is enabled but has no MIG device. On GPUs without MIG, the query fails: returns False."""
     on, pending, most, part = (ctypes.c_uint() for _ in range(4))
     if nvml.nvmlDeviceGetMigMode(device, ctypes.byref(on), ctypes.byref(pending)) != NVML_SUCCESS or not on.value:
         return False
@@ -248,14 +251,14 @@ def _loads(library: str) -> bool:
 
 
 def ask_torch() -> Torch:
-    """What PyTorch can use. Its `device_count` alone does not tell: it asks NVML, which counts GPUs on which CUDA does
-    not start."""
+    """Queries PyTorch. `device_count` alone is not sufficient: it uses NVML, which also counts GPUs on which CUDA
+    cannot be initialized."""
     import torch
 
     about = {"build": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of GPUs without kernels; see `alien`
+            warnings.simplefilter("ignore")  # PyTorch warns about GPUs without kernels, which `alien` reports
             torch.cuda.init()
             count = torch.cuda.device_count()
             bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -271,8 +274,11 @@ def ask_torch() -> Torch:
 
 
 def has_kernels(architectures: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code that was built for `architectures`, such as sm_80 and compute_90, runs on a GPU of `capability`:
-    sm_XY on those of the same X and at least that Y, compute_XY on all that are not older."""
+    """Returns whether code built for `architectures`, such as sm_80 and compute_90, runs on a GPU of `capability`.
+
+    sm_XY runs on GPUs with the same X and at least that Y. compute_XY runs on all GPUs of that capability or newer.
+    With the suffix `a`, both run only on GPUs of exactly that capability.
+    """
     for architecture in architectures:
         if not (parts := re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", architecture)):
             continue

@@ -1,1 +1,1 @@
-"""What every room needs and no model does: errors, paths, progress, the end of a process. Imports no other room."""
+"""Utilities shared by all packages: errors, paths, progress, process exit. Imports none of the other packages."""

@@ -1,4 +1,4 @@
-"""Runs a function of somebody else's making with bounds on its time and memory. Knows nothing about what it does."""
+"""Runs an untrusted function with limits on its time and memory. Independent of what the function does."""
 
 import contextlib
 import json
@@ -11,21 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 CPU_SECONDS = 5
-"""Of processor time, so that a busy machine does not count."""
+"""Limit on processor time. It does not depend on how busy the machine is."""
 WALL_SECONDS = 60.0
-MEMORY = 1 << 30  # bytes, beyond what this process has
-TEXT = 1 << 20  # characters of a result
+"""Limit on elapsed time."""
+MEMORY = 1 << 30  # bytes on top of what this process already uses
+TEXT = 1 << 20  # maximum length of a result, in characters
 
 
 class OutOfBounds(Exception):
-    """The function took more time or memory than it may, or wrote too long a text."""
+    """The function exceeded its limit on time, memory or length of the result."""
 
 
 def bounded_text(function: Callable[[], str]) -> str:
-    """The text that `function` returns, run in a forked process that is killed beyond CPU_SECONDS or MEMORY.
+    """Runs `function` in a forked process and returns its text.
 
-    The process may only compute: it has no other thread, and must not use a GPU, or leave anything behind. Raises
-    OutOfBounds, and ValueError with the first line of what the function raises.
+    The limits are CPU_SECONDS, WALL_SECONDS, MEMORY (where the system has /proc) and TEXT. The process has a single
+    thread. `function` must only compute: it must not use a GPU, and its side effects are not cleaned up. Raises
+    OutOfBounds if a limit is exceeded, and ValueError with the first line of any other error in `function`.
     """
     receiver, sender = os.pipe()
     child = os.fork()
@@ -34,7 +36,7 @@ def bounded_text(function: Callable[[], str]) -> str:
             os.close(receiver)
             _compute(function, sender)
         finally:
-            os._exit(1)  # nothing of the process that was forked is cleaned up here
+            os._exit(1)  # skip the cleanup handlers inherited from the parent process
     os.close(sender)
     try:
         data = _receive(receiver)
@@ -45,7 +47,7 @@ def bounded_text(function: Callable[[], str]) -> str:
         os.waitpid(child, 0)
     try:
         answer = json.loads(data)
-    except ValueError:  # it was killed, by RLIMIT_CPU or here
+    except ValueError:  # no complete answer: killed by RLIMIT_CPU or by the parent
         raise OutOfBounds(f"it takes more than {CPU_SECONDS} s, or a text of more than {TEXT} characters") from None
     if "text" in answer:
         return answer["text"]
@@ -64,7 +66,7 @@ def _compute(function: Callable[[], str], sender: int) -> None:
         answer = {"text": text} if len(text) <= TEXT else {"error": "its text is too long", "bounds": True}
     except MemoryError:
         answer = {"error": f"it takes more than {MEMORY >> 20} MiB", "bounds": True}
-    except Exception as error:  # handed on to who asked
+    except Exception as error:  # reported to the parent, which raises ValueError
         lines = str(error).splitlines()
         answer = {"error": (lines[0] if lines else type(error).__name__)[:500], "bounds": False}
     data = json.dumps(answer).encode()
@@ -73,7 +75,7 @@ def _compute(function: Callable[[], str], sender: int) -> None:
 
 
 def _receive(receiver: int) -> bytes:
-    """All that is sent, or what was until there is too much of it or it takes too long."""
+    """Returns all data up to the end of the stream, or no data if it is too long or takes more than WALL_SECONDS."""
     data, end = b"", time.monotonic() + WALL_SECONDS
     while len(data) <= 12 * TEXT and select.select([receiver], [], [], max(0.0, end - time.monotonic()))[0]:
         if not (piece := os.read(receiver, 1 << 16)):

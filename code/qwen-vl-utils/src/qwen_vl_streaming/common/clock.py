@@ -1,4 +1,4 @@
-"""The time of day, by a clock that is never set back while a program runs."""
+"""The time of day, from a clock that never goes backward while a program runs."""
 
 import time
 
@@ -6,5 +6,5 @@ _OFFSET = time.time() - time.monotonic()
 
 
 def now() -> float:
-    """Seconds since the epoch."""
+    """Returns the seconds since the epoch."""
     return _OFFSET + time.monotonic()

@@ -1,8 +1,9 @@
-"""The rows of a data set, read and checked in one place, so that all programs accept the same data.
+"""Reads and checks the rows of a data set. All programs use this module, so they accept the same data.
 
-JSON Lines are parsed here: `datasets` does not keep line numbers, turns strings that look like dates into dates and
-large ids into floats, and stops at a byte order mark. Parquet files, folders written by `save_to_disk` and data sets of
-the Hugging Face hub are read through `datasets`. Does not know what a program needs of a row beyond its four fields.
+JSON Lines are parsed here because `datasets` does not keep line numbers, converts strings that look like dates to dates
+and large ids to floats, and fails on a byte order mark. Parquet files, folders written by `save_to_disk` and data sets
+on the Hugging Face Hub are read with `datasets`. Checks only the four fields `video_id`, `video_path`, `human_caption`
+and `question`.
 """
 
 import codecs
@@ -18,32 +19,33 @@ from typing import Any
 from .errors import InputError
 
 HUB = "hf://datasets/"
-"""Prefix of a data set on the hub: hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME:SPLIT."""
+"""Prefix of a data set on the Hub: hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME:SPLIT."""
 PARQUET = ".parquet"
 SURROGATE = re.compile("[\ud800-\udfff]")
-"""An unpaired surrogate, which JSON can escape and UTF-8 cannot encode."""
+"""Matches an unpaired surrogate. JSON can escape it, but UTF-8 cannot encode it."""
 TEXTS = ("video_path", "human_caption")
 FIX = "correct or delete this row"
 
 
 def is_json_lines(source: str | Path) -> bool:
-    """Whether `source` is read as JSON Lines rather than through `datasets`."""
+    """Returns whether `source` is read as JSON Lines. Other sources are read with `datasets`."""
     return not (str(source).startswith(HUB) or str(source).endswith(PARQUET) or os.path.isdir(source))
 
 
 def read_data_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number of each row, from 1, and the row: a `video_id` that no other row has, a string as `video_path`
-    and `human_caption`, and a non-blank string as `question`, if it has one.
+    """Yields each row with its number, counted from 1.
 
-    `source` is one of
+    Each row has a unique `video_id` (a string or an integer), the strings `video_path` and `human_caption`, and
+    optionally a non-blank string `question`. `source` is one of:
 
-    - a JSON Lines file: UTF-8, with or without byte order marks, LF or CRLF. Blank lines are skipped; a row's number
-      is that of its line;
-    - a Parquet file, or a pattern such as `data/train-*.parquet`, read in the order of the names;
-    - a folder written by `Dataset.save_to_disk`;
+    - A JSON Lines file in UTF-8, with or without byte order marks, with LF or CRLF. Blank lines are skipped. The number
+      of a row is its line number.
+    - A Parquet file, or a pattern such as `data/train-*.parquet`. Matching files are read in the order of their names.
+    - A folder written by `Dataset.save_to_disk`.
     - `hf://datasets/OWNER/NAME[:SPLIT]`, which is downloaded to the cache of `datasets`.
 
-    Nothing is written beside the data. Raises InputError, with the number of the row, for anything else.
+    Writes no files next to the data. Raises InputError if `source` cannot be read, or, with the number of the row, if a
+    row does not have this format.
     """
     number_of: dict[str, int] = {}
     rows = _read_lines(Path(source)) if is_json_lines(source) else enumerate(_read_table(str(source)), 1)
@@ -61,14 +63,19 @@ def read_data_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def row_place(source: str | Path, *numbers: int) -> str:
-    """How messages name rows: `train.jsonl, line 3` or `train.parquet, rows 3 and 7`."""
+    """Formats the place of rows for messages: `train.jsonl, line 3` or `train.parquet, rows 3 and 7`."""
     unit = "line" if is_json_lines(source) else "row"
     return f"{source}, {unit}{'s' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))}"
 
 
 def hash_data(source: str | Path) -> str:
-    """SHA-256 of a data set's contents: the bytes of JSON Lines, else the rows in order, so that a Parquet file, a
-    folder and the hub give the same. Raises InputError where it cannot be read."""
+    """Returns the SHA-256 of a data set's contents.
+
+    Hashes the bytes of a JSON Lines file. For other sources, hashes the rows in order, without media, so that the
+    same rows in a Parquet file, in a folder and on the Hub have the same hash.
+
+    Raises InputError if the data cannot be read.
+    """
     if is_json_lines(source):
         try:
             with open(source, "rb") as file:
@@ -82,7 +89,7 @@ def hash_data(source: str | Path) -> str:
 
 
 def check_characters(row: dict[str, Any], *fields: str) -> None:
-    """Raise InputError where one of `fields` has an unpaired surrogate, which no file name or tokenizer accepts."""
+    """Raises InputError if one of `fields` has an unpaired surrogate. File names and tokenizers do not accept it."""
     for name in fields:
         if SURROGATE.search(str(row.get(name))):
             raise InputError(f"{name} has an unpaired surrogate, which is not a character: {FIX}")
@@ -103,8 +110,8 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_table(source: str) -> Iterator[dict[str, Any]]:
-    """Rows through `datasets`. Columns of media, which would be decoded, are dropped."""
-    import datasets  # takes a second to import, and most data is JSON Lines
+    """Yields rows read with `datasets`. Drops columns with media, because `datasets` would decode them."""
+    import datasets  # imported here: it takes a second, and most data is JSON Lines
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="datasets_", ignore_cleanup_errors=True) as locks:
@@ -113,13 +120,13 @@ def _read_table(source: str) -> Iterator[dict[str, Any]]:
             yield from table.select_columns([name for name, kind in table.features.items() if _is_plain(kind)])
         except (InputError, MemoryError):
             raise
-        except Exception as error:  # Arrow, fsspec and the hub client raise many kinds
+        except Exception as error:  # Arrow, fsspec and the Hub client raise many types
             cause = error.__cause__ or error
             raise _unreadable(source, next(iter(str(cause).splitlines()), type(cause).__name__)[:300]) from error
 
 
 def _is_plain(kind) -> bool:
-    """Whether a column has texts, numbers or lists of them, rather than media."""
+    """Returns whether a column has strings, numbers, lists or JSON, as opposed to media or binary data."""
     import datasets
 
     if isinstance(kind, datasets.Value):
@@ -135,7 +142,7 @@ def _open_table(source: str, locks: str):
         return _only_split(source, datasets.load_dataset(name), split)
     if source.endswith(PARQUET):
         paths = [source] if os.path.exists(source) else [str(path) for path in matching_files(source)]
-        # Streamed, since the rows are read once and need no copy in a cache.
+        # Stream the rows: they are read once, so a copy in the cache is not needed.
         return datasets.IterableDataset.from_parquet(paths, cache_dir=locks)
     found = datasets.load_from_disk(source)
     if not isinstance(found, datasets.DatasetDict):
@@ -155,7 +162,7 @@ def _only_split(source: str, splits: dict, split: str):
 
 
 def matching_files(pattern: str | Path) -> list[Path]:
-    """The files that a pattern such as `data/train-*.parquet` matches, sorted by name."""
+    """Returns the files that match a pattern such as `data/train-*.parquet`, sorted by name."""
     pattern = Path(pattern)
     return sorted(path for path in pattern.parent.glob(pattern.name) if path.is_file())
 
@@ -169,7 +176,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise InputError(f"is nested too deeply: {FIX}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"is not JSON ({error.msg} at character {error.pos + 1}): {FIX}") from error
-    except ValueError as error:  # a number of more digits than Python reads
+    except ValueError as error:  # a number with more digits than Python converts
         raise InputError(f"has a number that is too long: {FIX}") from error
     if not isinstance(row, dict):
         raise InputError(f"is not a JSON object: {FIX}")

@@ -1,7 +1,7 @@
-"""How a process ends when something goes wrong: at once, with one line that names the cause, and its children with it.
+"""Ends a process on an error: immediately, with its child processes, after one line that states the cause.
 
-Python's own exit waits for child processes and threads, and each of those may wait for something that never comes.
-Knows nothing about any of the programs.
+The normal exit of Python waits for child processes and threads, which can block forever. Independent of the programs
+that use it.
 """
 
 import contextlib
@@ -24,25 +24,25 @@ FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used 
 
 
 def die_with_parent(parent: int) -> None:
-    """Have Linux kill this process when `parent`, the process id of its parent, ends in whatever way."""
+    """Makes Linux kill this process when its parent process, with the process id `parent`, ends for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL.value)
-    if os.getppid() != parent:  # it ended before that
+    if os.getppid() != parent:  # the parent ended before prctl took effect
         os._exit(1)
 
 
 def start_worker(parent: int) -> None:
-    """Called first in a data worker, a process that a DataLoader of the process `parent` has started.
+    """Sets up a data worker, a process started by a DataLoader of the process `parent`. Call it first in the worker.
 
-    It ignores SIGTERM: SLURM signals every process of a job, and it is for `parent` to decide what that means. So it
-    does not end when multiprocessing terminates it either; it ends with `parent`.
+    The worker ignores SIGTERM, because SLURM signals every process of a job and only `parent` handles the signal. It
+    therefore also ignores `terminate` of multiprocessing. On Linux it is killed when `parent` ends.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent(parent)
 
 
 def lost_worker(error: BaseException | None) -> str | None:
-    """How a data worker ended, where that is what `error` says; None where it is another error."""
+    """Describes how a data worker ended, if `error` or one of its causes reports that. Returns None otherwise."""
     found = None
     while error is not None:
         text = str(error)
@@ -62,9 +62,13 @@ def _signal_named(text: str) -> signal.Signals | None:
 
 
 def explain(error: BaseException, gpu: str, host: str) -> str | None:
-    """One line for an `error` that is not a mistake in the program: what ran out or was killed, and what to do, which
-    is `gpu` where it is a GPU's memory, and `host` where it is this machine's. None for any other error."""
-    import torch  # here, since a process is to see the end of its parent before it imports what takes seconds
+    """Explains in one line an `error` that is not a bug: the message of an InputError, a lost data worker, or a lack of
+    memory or disk space, and what to do.
+
+    The advice is `gpu` if GPU memory ran out, and `host` if a data worker was lost or host memory ran out. Returns None
+    for any other error.
+    """
+    import torch  # imported here: it takes seconds, and `die_with_parent` must run first
 
     first = next(iter(str(error).splitlines()), "").rstrip(".")
     if isinstance(error, InputError):
@@ -77,7 +81,7 @@ def explain(error: BaseException, gpu: str, host: str) -> str | None:
         why = " (Linux does that when memory is short)" if "SIGKILL" in how or "unexpectedly" in how else ""
         return f"a data worker {how}{why}: {host}"
     if isinstance(error, torch.OutOfMemoryError):
-        # PyTorch's line goes on with the allocator's figures and settings.
+        # Cut off the allocator statistics and settings that PyTorch adds to the line.
         return f"out of GPU memory ({first.partition(' Including non-PyTorch memory')[0]}): {gpu}"
     text = str(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "Cannot allocate memory" in text:
@@ -90,7 +94,7 @@ def explain(error: BaseException, gpu: str, host: str) -> str | None:
 
 
 def name(error: BaseException) -> str:
-    """Any error in one line."""
+    """Describes any error in one line."""
     text = str(error)
     inside = re.match(r"Caught \w+ in DataLoader worker process", text)
     line = f"in a data worker: {_last_line(text)}" if inside else next(iter(text.splitlines()), "")
@@ -102,7 +106,7 @@ def _last_line(text: str) -> str:
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a program that `error` ends."""
+    """Returns the exit status of a program that ends with `error`."""
     if isinstance(error, InputError):
         return 2
     if isinstance(error, KeyboardInterrupt):
@@ -113,33 +117,36 @@ def status_of(error: BaseException) -> int:
 
 
 def let_workers_end() -> None:
-    """From now on a worker that ends raises no error here, as a DataLoader would at any moment, again and again."""
+    """Resets the SIGCHLD handler. The handler of a DataLoader raises an error whenever a worker ends unexpectedly.
+
+    Does nothing outside the main thread, which alone can set signal handlers.
+    """
     while threading.current_thread() is threading.main_thread():
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return
-        except RuntimeError:
+        except RuntimeError:  # raised by the old handler
             continue
 
 
 def kill_workers() -> None:
-    """Kill the processes that this one has started through multiprocessing."""
+    """Kills the processes that this process started with multiprocessing."""
     let_workers_end()
     for child in multiprocessing.active_children():
         child.kill()
 
 
 def leave(status: int) -> NoReturn:
-    """End this process now and its workers with it. Nothing is waited for: no thread, no other process."""
+    """Ends this process and its workers immediately, without waiting for threads or other processes."""
     kill_workers()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+        with contextlib.suppress(OSError, ValueError):  # the reader closed the stream
             stream.flush()
     os._exit(status)
 
 
 def say(error: BaseException, line: str | None, then: str = "") -> None:
-    """Print why the program ends: `line`, or a traceback and `error` in one line, with what to do `then`."""
+    """Prints why the program ends: `line` if given, else a traceback and `error` in one line with the advice `then`."""
     with contextlib.suppress(OSError, ValueError):
         if line is None:
             traceback.print_exception(error)
@@ -148,14 +155,16 @@ def say(error: BaseException, line: str | None, then: str = "") -> None:
 
 
 def run_to_end(main: Callable[[], object], failed: Callable[[BaseException], object]) -> None:
-    """Call `main`. Whatever it raises ends the program with `status_of` that, once `failed` has been called with it: at
-    once, but after SystemExit as Python does, which cleans up and waits for threads."""
+    """Calls `main`. If it raises an exception, calls `failed` with it and ends the program with its `status_of`.
+
+    Exits immediately, except after SystemExit, which is raised again: Python then cleans up and waits for threads.
+    """
     try:
         main()
     except BaseException as error:
         try:
             let_workers_end()
-        except RuntimeError:  # one more has just ended
+        except RuntimeError:  # the handler ran once more before it was reset
             let_workers_end()
         failed(error)
         if not isinstance(error, SystemExit):

@@ -1,4 +1,4 @@
-"""What a user can get wrong, and how a program answers it. Knows nothing about any of the programs."""
+"""User errors, reported in one line. Independent of the programs that raise them."""
 
 import argparse
 import sys
@@ -9,24 +9,28 @@ from .redact import redacted_command, shown
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend: the message is one plain line naming the file or value and the mend.
-    Passwords in addresses are not shown, nor is a character that a terminal obeys."""
+    """An error that the user can fix. The message is one line that names the file or value and the fix.
+
+    Passwords in addresses are hidden, and control characters are escaped.
+    """
 
     def __init__(self, message: object = ""):
         super().__init__(shown(str(message)))
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with exit status 2 as everywhere in this project."""
+    """An argument parser that reports errors in one line and exits with status 2, like all programs in this project."""
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(redacted_command(message.split(" ")))  # it may repeat flags and their values
+        message = " ".join(redacted_command(message.split(" ")))  # argparse repeats flags and their values
         self.exit(2, f"error: {shown(message)} (see --help)\n")
 
 
 def run(main: Callable[[], None], speak: bool = True) -> None:
-    """Call `main`; an InputError ends the program with exit status 2 and its one line on stderr, which one of
-    several processes that meet the same mistake should `speak`."""
+    """Calls `main`. On InputError, prints its message on stderr and exits with status 2.
+
+    If several processes raise the same error, set `speak` in only one of them, so that the message is printed once.
+    """
     try:
         main()
     except InputError as error:
@@ -36,7 +40,7 @@ def run(main: Callable[[], None], speak: bool = True) -> None:
 
 
 def cannot_list(error: OSError) -> None:
-    """As os.walk's `onerror`: raises InputError for a folder that cannot be read. One that is not there is empty."""
+    """For `onerror` of os.walk: raises InputError for an unreadable folder. A missing folder counts as empty."""
     if not isinstance(error, FileNotFoundError):
         raise InputError(
             f"folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it away"

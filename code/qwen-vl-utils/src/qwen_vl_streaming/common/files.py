@@ -1,4 +1,4 @@
-"""Files that are complete or absent, even after a crash. Knows nothing about their contents."""
+"""Writes files atomically: after a crash, a file is either complete or unchanged. Independent of their contents."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from .errors import InputError
 
 @contextlib.contextmanager
 def reporting_write_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError raised while `path` is written into an InputError."""
+    """Converts an OSError raised while `path` is written to an InputError."""
     try:
         yield
     except OSError as error:
@@ -21,7 +21,7 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """`replace_file`, with the folder of `path` created where it is missing. Raises InputError where that fails."""
+    """Like `replace_file`, but creates the folder of `path` if needed and raises InputError on failure."""
     path = Path(path)
     with reporting_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,9 +29,11 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) to a temporary file next to `path`, flush it to the disk, and rename it to `path`: a
-    process that is killed leaves the old file or the new one. Raises OSError where that fails, and then removes the
-    temporary file."""
+    """Writes `data` (text as UTF-8) to a temporary file next to `path`, flushes it to disk and renames it to `path`.
+
+    A process that is killed leaves either the old or the new file. On failure, removes the temporary file and raises
+    OSError.
+    """
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "wb") as file:

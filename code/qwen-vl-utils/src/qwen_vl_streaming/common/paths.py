@@ -1,6 +1,6 @@
-"""Resolves the paths that a user gives: files, folders, checkpoints, and the videos of a data set.
+"""Resolves paths given by the user: files, folders, checkpoints, and the videos of a data set.
 
-The only place that does. Does not depend on their contents and on the programs.
+All programs use these functions, so a path means the same everywhere. Independent of the programs.
 """
 
 import os
@@ -16,22 +16,22 @@ PROJECT = Path(__file__).resolve().parents[5]
 """The root of the project, which contains this library at code/qwen-vl-utils/src."""
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 DATA_FLAGS = {"train_3_5.jsonl": "", "test_3_5.jsonl": "", "funqa_train.jsonl": "funqa", "funqa_test.jsonl": "funqa"}
-"""The files that mani_data.py writes, each with its --dataset."""
+"""The files that mani_data.py writes, and the value of --dataset for each. Empty: no flag."""
 
 
 def places(path: str | Path, root: Path) -> list[Path]:
-    """Where a `path` is looked up, in this order: relative to the working directory, to the project's `root`, and to
-    code/ in it."""
+    """Returns where `path` is searched, in order: relative to the working directory, to the project's `root`, and to
+    code/ below `root`."""
     return list(dict.fromkeys((Path(path), root / path, root / "code" / path)))
 
 
 def find_path(path: str | Path, root: Path, what: str, *more: Path, fix: str = "check the path") -> Path:
-    """The first existing one of the `places` of `path`, then of `path` in each of the folders `more`.
+    """Returns the first path that exists among the `places` of `path` and `path` in each of the folders `more`.
 
-    Raises InputError if there is none; `what` names what is missing, and `fix` says what to do.
+    Raises InputError if none exists. Its message names the missing item with `what` and the solution with `fix`.
     """
     for candidate in (*places(path, root), *(folder / path for folder in more)):
-        if exists(candidate):  # False, without an error, in a folder that may not be entered
+        if exists(candidate):  # also False, without an error, if permission is denied
             return candidate
     if Path(path).is_absolute():
         where = "not there"
@@ -42,12 +42,12 @@ def find_path(path: str | Path, root: Path, what: str, *more: Path, fix: str = "
 
 
 def look_up(path: str | Path, root: Path) -> Path:
-    """The first existing one of the `places` of `path`, else `path`, for a caller that reports missing files."""
+    """Returns the first of the `places` of `path` that exists, else `path`. The caller must report a missing file."""
     return next(filter(exists, places(path, root)), Path(path))
 
 
 def find_folder(path: str, root: Path, what: str) -> Path | None:
-    """A folder as in `find_path`, or None where `path` is empty. Raises InputError where it is not a folder."""
+    """Finds a folder like `find_path`. Returns None if `path` is blank. Raises InputError if it is not a folder."""
     if not path.strip():
         return None
     found = find_path(path, root, what)
@@ -57,11 +57,11 @@ def find_folder(path: str, root: Path, what: str) -> Path | None:
 
 
 def find_data(path: str, root: Path, what: str) -> str:
-    """The absolute path of a data set, looked up as in `find_path`, or the hub name that `path` is: what
-    `read_data_rows` reads.
+    """Finds a data set for `read_data_rows`. Returns its absolute path, searched like in `find_path`, or the name of a
+    data set on the Hub unchanged.
 
-    Raises InputError, with the command that makes the file, where there is none, and where it is an empty file or a
-    folder without a data set.
+    Raises InputError if the file does not exist or is empty, or if the folder has no data set. For files of
+    mani_data.py, the message states the command that creates them.
     """
     if path.startswith(HUB):
         return path
@@ -86,7 +86,7 @@ def find_data(path: str, root: Path, what: str) -> str:
 
 
 def make_data(path: str | Path) -> str:
-    """How to make the file of mani_data.py that `path` names; empty for other files."""
+    """Returns advice on how to create `path` with mani_data.py, or an empty string for other files."""
     if (name := Path(path).name) not in DATA_FLAGS:
         return ""
     dataset = DATA_FLAGS[name]
@@ -94,7 +94,10 @@ def make_data(path: str | Path) -> str:
 
 
 def find_model(model: str, root: Path) -> str:
-    """A checkpoint's folder, looked up as in `places`, or the hub id that `model` is. Raises InputError for neither."""
+    """Returns the first of the `places` of `model` that exists, as an absolute path, else `model` as an id on the Hub.
+
+    Raises InputError if `model` is neither.
+    """
     if not model.strip():
         raise InputError("the model is empty: give a checkpoint's folder or a hub id")
     for candidate in places(model, root):
@@ -106,10 +109,10 @@ def find_model(model: str, root: Path) -> str:
 
 
 def find_video(video_path: str | Path, root: Path, video_root: Path | None = None) -> Path:
-    """The first existing one of: `video_path` as it is, under the project's `root`, under `video_root`, and
-    `video_root` with its file name alone. Without a `video_root`, only the first two.
+    """Returns the first path that exists: `video_path` as given, below the project's `root`, below `video_root`, or the
+    file name of `video_path` directly in `video_root`. Without `video_root`, only the first two are searched.
 
-    Raises InputError, which names the video, if there is none.
+    Raises InputError, with the name of the video, if none exists or one cannot be accessed.
     """
     faults = []
     for found in _video_places(video_path, root, video_root):
@@ -118,7 +121,7 @@ def find_video(video_path: str | Path, root: Path, video_root: Path | None = Non
             return found
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, ValueError) as error:  # a name that is too long, or a folder without permission
+        except (OSError, ValueError) as error:  # for example, a name that is too long or denied permission
             faults.append(getattr(error, "strerror", None) or str(error))
     if faults:
         raise InputError(f"video {video_path!s:.200} cannot be read ({faults[0]}): check its path")
@@ -132,15 +135,15 @@ def find_video(video_path: str | Path, root: Path, video_root: Path | None = Non
 
 
 def check_videos(video_paths: Iterable[str], root: Path, video_root: Path | None) -> None:
-    """Raises InputError where `find_video` finds one file for two different `video_paths`, one of them by its file name
-    alone: one video would silently replace the other."""
+    """Raises InputError if `find_video` finds the same file for two different `video_paths`, at least one of them by
+    its file name alone. One video would silently replace the other."""
     if video_root is None:
         return
     by_name: dict[str, list[str]] = {}
     for path in dict.fromkeys(map(os.path.normpath, video_paths)):
         by_name.setdefault(PurePosixPath(path).name, []).append(path)
     for same_name in by_name.values():
-        path_of: dict[str, str] = {}  # the video_path that each file was found for
+        path_of: dict[str, str] = {}  # maps each file to the video_path it was found for
         by_name_alone: set[str] = set()
         for path in same_name if len(same_name) > 1 else ():
             found = [place for place in map(os.path.abspath, _video_places(path, root, video_root)) if exists(place)]

@@ -1,5 +1,5 @@
-"""How far a program is, where it takes more than a few seconds, by one rule for all programs: a live bar on a terminal;
-in a log, a line now and then and one at the end. Knows nothing about what is done."""
+"""Progress of work that takes more than a few seconds, in the same format for all programs: a live bar on a terminal,
+or an occasional line in a log and one at the end. Independent of the work."""
 
 import logging
 import sys
@@ -8,16 +8,16 @@ import time
 from tqdm import tqdm
 
 SECONDS = 30.0
-"""Between two lines of a log."""
+"""Minimum time between two lines in a log, in seconds."""
 
 
 class Progress(tqdm):
-    """tqdm, with its arguments, that writes plain lines where its file is not a terminal."""
+    """A tqdm bar that writes plain lines if its output is not a terminal. Takes the arguments of tqdm."""
 
     def __init__(self, *arguments, **options):
         self.live = (options.get("file") or sys.stderr).isatty()
         if not self.live:
-            # With `delay` tqdm writes no line at the very start.
+            # `delay` keeps tqdm from writing a line at the start.
             options |= {"mininterval": SECONDS, "delay": SECONDS, "miniters": 1}
         super().__init__(*arguments, **options)
         self.last_line: tuple[float, str] = time.monotonic(), ""
@@ -39,13 +39,13 @@ class Progress(tqdm):
         if self.live:
             return super().display(msg, pos)
         line = self._line() if msg is None else msg
-        if line != self.last_line[1] and (self.n or self.total):  # there was something to do
+        if line != self.last_line[1] and (self.n or self.total):  # skip empty work
             self.last_line = time.monotonic(), line
             print(line, file=self.fp, flush=True)
         return True
 
     def refresh(self, *arguments, **options):
-        """In a log not more often than the rule says, whatever asks for it."""
+        """Refreshes the display; in a log, at most once every SECONDS."""
         return super().refresh(*arguments, **options) if self.live or self._due() else None
 
     def _due(self) -> bool:
@@ -58,24 +58,24 @@ class Progress(tqdm):
     def close(self):
         if not (self.live or self.disable):
             self.display()
-            self.last_print_t = self.start_t  # to tqdm nothing was displayed, which it would have to end
+            self.last_print_t = self.start_t  # tqdm then assumes that nothing was displayed, and writes no line break
         super().close()
 
 
 def _unit(unit: str) -> str:
-    """As a word after a number; tqdm's own default says nothing."""
+    """Returns the unit as a plural word to follow a number. The default unit of tqdm, `it`, is omitted."""
     return "" if unit == "it" else f" {unit.strip()}{'' if unit.endswith('s') else 's'}"
 
 
 def quiet_http() -> None:
-    """Keep each request of the HTTP clients out of the log."""
+    """Keeps the requests of HTTP clients out of the log."""
     for name in ("httpx", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quiet_libraries(first: bool = True) -> None:
-    """Keep transformers' own bars, as of loading weights, out of a log, and to the `first` of several processes; and
-    the HTTP clients' requests."""
+    """Disables the progress bars of transformers, except on the terminal of the `first` of several processes. Also
+    keeps the requests of HTTP clients out of the log."""
     from transformers.utils.logging import disable_progress_bar
 
     quiet_http()

@@ -1,7 +1,7 @@
-"""What no message, log or file may show: passwords in addresses and commands, and characters that a terminal obeys.
+"""Removes passwords in addresses and commands, and terminal control characters, from messages, logs and files.
 
-`python -m qwen_vl_streaming.common.redact WORD ...` prints a command line for a launcher that echoes it. Knows nothing
-of where they are used.
+`python -m qwen_vl_streaming.common.redact WORD ...` prints a command line, for launchers that echo their command.
+Independent of where the text is used.
 """
 
 import base64
@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 HIDDEN = "***"
 SHORTEST = 4
-"""Characters of a secret that is hidden wherever it stands: a shorter one is part of words."""
+"""Minimum length of a secret that is hidden everywhere. A shorter one would also match parts of words."""
 SCHEME = r"\b(?:rtsps?|rtmp\w*|https?|ftps?|sftp|srt|udp|tcp|tls|rtp|mms\w*|wss?|hls|cache|async|crypto)"
 ADDRESS = re.compile(rf"://|{SCHEME}:", re.IGNORECASE)
 USER = rf"(?:://|{SCHEME}:(?!//))"
@@ -21,20 +21,21 @@ WITH_USER = re.compile(
     rf"({USER}[^\s:?#]{{0,300}}:)(?!//)(?:[^\s'\"]{{0,999}}|(?!\d{{1,5}}(?:[/?#\s,;'\"]|$))\S(?:(?!://).){{0,200}}?)@",
     re.I | re.S,
 )
-"""To the last @, or where there is white space or a quote before it to the first: a password may hold one, and a slash,
-though an address must not. A number after the colon is a port."""
+"""Matches a password up to the last @ before any white space or quote, or up to the first @ if there is none before
+them. Passwords may contain @ and slashes, although addresses must not. In the second case, a number after the colon is
+a port and does not match."""
 USER_ALONE = re.compile(r"(://)[^\s:@/?#]+@")
-"""A token may stand where a user does."""
+"""Matches a user name without a password, because it may be a token."""
 PAIR = re.compile(
     r"((?:(?<![\w.%+~-])|(?=_))[\w.%+~-]{1,100}(?:\[[\w%-]*\])?=)('[^'\s]*'|\"[^\"\s]*\"|(?:(?!_[a-z]+=)(?:[^\s&;#'\")]|['\")](?=\w)))+)",
     re.IGNORECASE,
 )
-"""A name and its value in an address; after an underscore too, as in the paths of some cameras."""
+"""Matches a name and its value in an address. A pair may follow an underscore, as in the paths of some cameras."""
 SECRET = re.compile(
     r"pas|pw|psw|token|secret|key|auth|sig|cred|session|hdnt|access|code(?!c)|(?<![a-z])(?:sid|pin|p)(?![a-z])",
     re.IGNORECASE,
 )
-"""In the name of such a pair."""
+"""Matches in names of pairs whose value is a secret."""
 IN_JSON = re.compile(
     r"(?P<quote>[\"'])(?P<name>[\w.-]{0,50}(?:pass|pw|token|secret|key|auth|cred)[\w.-]{0,50})(?P=quote)(?P<colon>\s*:\s*)"
     r"(?P<mark>[\"'])(?:\\.|(?!(?P=mark)).)*(?P=mark)",
@@ -42,31 +43,31 @@ IN_JSON = re.compile(
 )
 FLAG = re.compile(r"(--[\w-]*(?:pass\w*|pwd?|psw|token|secret|key|auth|sig|credentials?))(=.*)?", re.IGNORECASE | re.S)
 IN_TEXT = re.compile(rf"{FLAG.pattern.removesuffix('(=.*)?')}(\s+|=)(?!-)[^\s:]+", re.IGNORECASE)
-"""Such a flag and its value in a message."""
-_known: dict[str, str] = {}  # secrets of this process, and what is shown in their place
+"""Matches a secret flag, as in FLAG, and its value in a message."""
+_known: dict[str, str] = {}  # maps the secrets of this process to their replacements
 
 
 def hide(*secrets: str) -> None:
-    """Have `redacted` hide these wherever they stand."""
+    """Makes `redacted` hide these strings everywhere. Ignores strings shorter than SHORTEST."""
     for secret in secrets:
         if len(secret) >= SHORTEST:
             _known[secret] = HIDDEN
 
 
 def hide_address(address: str) -> None:
-    """Have `redacted` hide what is secret in an `address` wherever it stands, as it is and as a client sends it."""
+    """Makes `redacted` hide the secrets in `address` everywhere, as written, URL-decoded and as in HTTP basic auth."""
     if (public := redacted(address)) == address:
         return
     _known[address] = public
     user, at, _ = address.partition("://")[2].rpartition("@")
     name, colon, password = user.partition(":")
-    alone = password if colon else name  # a token may stand where a user does
+    alone = password if colon else name  # a user name without a password may be a token
     hide(alone, unquote(alone), base64.b64encode(unquote(user).encode()).decode() if at else "")
     hide(*(pair[2].strip("'\"") for pair in PAIR.finditer(address) if SECRET.search(unquote(pair[1]))))
 
 
 def secrets(fields: object, named: bool = False) -> Iterator[str]:
-    """The texts in what JSON holds whose name, or that of what they lie in, is that of a secret."""
+    """Yields the strings in parsed JSON whose key, or the key of an enclosing value, names a secret."""
     if isinstance(fields, dict):
         for name, value in fields.items():
             yield from secrets(value, named or bool(FLAG.fullmatch(f"--{name}")))
@@ -78,7 +79,7 @@ def secrets(fields: object, named: bool = False) -> Iterator[str]:
 
 
 def redacted(text: str) -> str:
-    """`text` with `***` for each password: `rtsp://user:***@host`, `?token=***`."""
+    """Returns `text` with `***` in place of each password: `rtsp://user:***@host`, `?token=***`."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, _known[secret])
     text = IN_JSON.sub(rf"\g<quote>\g<name>\g<quote>\g<colon>\g<mark>{HIDDEN}\g<mark>", text)
@@ -90,7 +91,7 @@ def redacted(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """`text` on one line without passwords, and with `\\x1b` and the like for characters that are not printed."""
+    """Returns `text` on one line, without passwords, and with non-printable characters escaped, such as `\\x1b`."""
     text = redacted(text)
     return text if text.isprintable() else "".join(map(_printed, text))
 
@@ -100,7 +101,7 @@ def _printed(character: str) -> str:
 
 
 def redacted_command(words: Iterable[str]) -> list[str]:
-    """A command line without the values of flags such as `--hub_token`, and without passwords in addresses."""
+    """Returns a command line without the values of flags such as `--hub_token` and without passwords in addresses."""
     found, hide_next = [], False
     for word in words:
         flag = FLAG.fullmatch(word)
@@ -114,7 +115,7 @@ def redacted_command(words: Iterable[str]) -> list[str]:
 
 
 class Redacting(logging.Filter):
-    """For a logger: its messages without passwords, each on one line."""
+    """A logging filter that removes passwords from messages and puts each message on one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = shown(record.getMessage()), ()

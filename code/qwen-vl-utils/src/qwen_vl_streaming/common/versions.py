@@ -1,15 +1,16 @@
-"""Versions of Python and of installed packages, for what a result is recorded with."""
+"""Versions of Python and of installed packages, recorded with results."""
 
 import platform
 from collections.abc import Iterable
 from importlib import metadata
 
 RUNNING = ("torch", "transformers", "qwen-vl-streaming")
-"""What tokens are written by."""
+"""Packages that generate the tokens."""
 
 
 def versions(packages: Iterable[str] = RUNNING) -> dict[str, str | None]:
-    """Of Python and of `packages`; None for one that is not installed, such as a package that is read from a folder."""
+    """Returns the versions of Python and of `packages`. A package that is not installed, such as one imported from a
+    folder, has None."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in packages:
         try:

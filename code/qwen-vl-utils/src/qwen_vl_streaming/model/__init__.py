@@ -1,1 +1,1 @@
-"""What is patched in Qwen2.5-VL, its prompts and its checkpoints. Knows nothing of when clips arrive."""
+"""The Qwen2.5-VL model with its changes, its prompts and its checkpoints. Independent of when clips arrive."""

@@ -1,7 +1,8 @@
-"""The files beside a model's weights, carried over as its makers wrote them. Knows nothing of models.
+"""Copies the files next to a model's weights from the base checkpoint, unchanged except for config.json, which gets
+additional keys and the data type of the weights. Independent of the model code.
 
-What transformers would write anew depends on its version, and older versions, and what is built on them, cannot read
-it. The base's own files are read by all that read the base.
+transformers writes these files in a format that depends on its version, and older versions and tools built on them may
+not read it. Any program that loads the base checkpoint can read the copies.
 """
 
 import json
@@ -25,19 +26,21 @@ PATTERNS = (
     "merges.txt",
 )
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Names of the types of weights, in a safetensors file and in config.json."""
+"""Maps data type names in safetensors files to those in config.json."""
 
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """Config, generation config, processor and tokenizer of a checkpoint, by their names in its folder."""
+    """Config, generation config, processor and tokenizer files of a checkpoint, by their paths in its folder."""
 
     files: dict[str, bytes]
 
     @classmethod
     def of(cls, folder: str | Path) -> "BaseFiles":
-        """Reads them from `folder`, so that it may change or go afterwards. Raises InputError where it cannot be
-        read."""
+        """Reads the files in `folder` into memory, so that the folder may be changed or deleted afterwards.
+
+        Raises InputError if they cannot be read.
+        """
         folder = Path(folder)
         try:
             paths = sorted(path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file())
@@ -51,12 +54,13 @@ class BaseFiles:
         return cls(files)
 
     def write(self, folder: Path, added: dict) -> None:
-        """Writes them beside the weights in `folder`, in place of what is there, with `added` in config.json.
+        """Writes the files next to the weights in `folder`, over existing ones, and adds the keys `added` to
+        config.json.
 
-        Where the weights have another type than config.json says, it says theirs: it is what they are loaded in. The
-        weights get the mode of other new files.
+        If all weights have one data type, config.json is set to it, because it determines the data type they are loaded
+        in. The weight files get the permissions of newly created files.
         """
-        (folder / GENERATION).unlink(missing_ok=True)  # transformers makes one up where the base has none
+        (folder / GENERATION).unlink(missing_ok=True)  # transformers writes one even if the base has none
         for name, content in self.files.items():
             path = folder / name
             path.parent.mkdir(exist_ok=True)
@@ -72,7 +76,7 @@ class BaseFiles:
 
 
 def set_dtype(config: dict, dtype: str) -> None:
-    """Have a config.json, sub-configs included, name `dtype` wherever it names a type; at least at its top."""
+    """Sets the data type to `dtype` wherever a config.json or its sub-configs have one, and always at the top level."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     named = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
     for part, key in named:

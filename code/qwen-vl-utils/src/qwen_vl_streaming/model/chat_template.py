@@ -1,19 +1,25 @@
-"""A checkpoint's chat template, rendered. It is a program of the checkpoint: Jinja's sandbox keeps it from this
-machine's files, and bounds on time and memory from going on for ever. Knows nothing of tokens."""
+"""Renders the chat template of a checkpoint. Independent of tokens.
+
+A chat template is a program that comes with the checkpoint. Jinja's sandbox denies it access to files, and limits on
+time and memory stop it if it does not end.
+"""
 
 import json
 
 from ..common.bounded import OutOfBounds, bounded_text
 from ..common.errors import InputError
 
-LONGEST = 1 << 20  # characters
+LONGEST = 1 << 20  # maximum length of a template, in characters
 FIX = "copy the template from the Qwen2.5-VL that the checkpoint was made from"
-_rendered: dict[str, str] = {}  # by template and special tokens
+_rendered: dict[str, str] = {}  # by template, special tokens and messages
 
 
 def render(processor, messages: list[dict]) -> str:
-    """The text that the processor's chat template makes of `messages` and an answer to come, the same ones rendered
-    only once. Raises InputError for a template that takes too long or too much, and ValueError for what it raises."""
+    """Renders `messages` and the start of an answer with the processor's chat template, and caches the text.
+
+    Raises InputError if the template is too long or exceeds the limits on time, memory or text, and ValueError if
+    rendering fails.
+    """
     template = processor.chat_template
     if len(str(template)) > LONGEST:
         raise InputError(f"the chat template has more than {LONGEST} characters: {FIX}")

@@ -1,4 +1,4 @@
-"""What files and checkpoints are told by: their contents. Knows nothing of models."""
+"""Hashes files and checkpoints, and reads the headers of safetensors files. Independent of the model code."""
 
 import contextlib
 import hashlib
@@ -11,12 +11,12 @@ from ..common.errors import InputError
 from .hub import model_folder
 
 WITH_THE_WEIGHTS = ("config.json", "*processor*.json", "tokenizer*.json", "vocab.json", "merges.txt", "chat_template.*")
-MOST_HEADER = 100_000_000  # bytes, as in safetensors itself
-SAMPLE = 4096  # bytes of each tensor
+MOST_HEADER = 100_000_000  # maximum size of a header in bytes, the same as in safetensors
+SAMPLE = 4096  # bytes of each tensor that are hashed
 
 
 def of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Returns the SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
@@ -25,11 +25,14 @@ def of_file(path: Path) -> str:
 
 
 def of_checkpoint(model: str) -> str:
-    """SHA-256 of a checkpoint in a folder, wherever it lies and whenever it was copied there: of its configuration,
-    tokenizer and processor, of the names and shapes of its weights, and of some bytes out of the middle of each
-    tensor, which any training of that tensor changes. Of a hub id, the commit that is used.
+    """Returns an identifier of a checkpoint: a SHA-256 of its contents for a folder, or the id and commit for an id
+    on the Hub.
 
-    Raises InputError for weights that cannot be read.
+    The hash does not depend on where the folder is or when it was copied. It covers the config, tokenizer and processor
+    files and the headers of safetensors files, with the names and shapes of the weights. Of each tensor it covers up to
+    SAMPLE bytes from the middle, because training a tensor changes them. Files named *.bin are hashed whole.
+
+    Raises InputError if the weights cannot be read.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -47,7 +50,7 @@ def of_checkpoint(model: str) -> str:
 
 
 def like_other_files(path: Path) -> None:
-    """Give `path` the mode that a new file has here: what safetensors writes its owner alone may read."""
+    """Gives `path` the permissions of a new file in its folder. safetensors makes files readable only by the owner."""
     other = path.with_name(f".{path.name}.mode")
     other.touch()
     path.chmod(other.stat().st_mode)
@@ -55,15 +58,21 @@ def like_other_files(path: Path) -> None:
 
 
 def tensor_types(path: Path) -> set[str]:
-    """The types of the tensors in a safetensors file, by their names in there, such as BF16. Raises InputError."""
+    """Returns the data types of the tensors in a safetensors file, as named there, such as BF16.
+
+    Raises InputError if the file cannot be read.
+    """
     with safe_reading(path), path.open("rb") as file:
         header = json.loads(_header(file))
         return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
 
 
 def tensor_names(folder: Path) -> set[str] | None:
-    """The names of all tensors in a checkpoint's safetensors files, or None where its weights are of another kind.
-    Raises InputError."""
+    """Returns the names of all tensors in a checkpoint's safetensors files, or None if it has no such files. The
+    header key `__metadata__` may be among them.
+
+    Raises InputError if a file cannot be read.
+    """
     paths, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not paths[0].is_file():
         if not index.is_file():
@@ -80,7 +89,7 @@ def tensor_names(folder: Path) -> set[str] | None:
 
 @contextlib.contextmanager
 def safe_reading(path: Path) -> Iterator[None]:
-    """Raises InputError for what goes wrong while a safetensors file is read."""
+    """Converts errors while a safetensors file is read to InputError."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -88,7 +97,7 @@ def safe_reading(path: Path) -> Iterator[None]:
 
 
 def _header(file: BinaryIO) -> bytes:
-    """Raises ValueError where it is longer than safetensors allows, or than the file."""
+    """Reads the header. Raises ValueError if its size exceeds MOST_HEADER or the size of the file."""
     size = int.from_bytes(file.read(8), "little")
     if size > MOST_HEADER or len(header := file.read(size)) < size:
         raise ValueError(f"a header of {size} bytes")
@@ -96,7 +105,7 @@ def _header(file: BinaryIO) -> bytes:
 
 
 def _tensors(path: Path) -> Iterator[bytes]:
-    """The header of a safetensors file, then up to SAMPLE bytes of each tensor."""
+    """Yields the header of a safetensors file, then up to SAMPLE bytes from the middle of each tensor."""
     with safe_reading(path), path.open("rb") as file:
         header = _header(file)
         yield header

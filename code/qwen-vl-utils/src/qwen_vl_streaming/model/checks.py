@@ -1,5 +1,6 @@
-"""What the JSON files of a checkpoint may say of the numbers that a program computes with: types and bounds, for
-training, evaluation and `live` alike. Checked before anything is made of that size. Knows nothing of weights.
+"""Checks the types and ranges of numbers in the JSON files of a checkpoint, for training, evaluation and `live`.
+
+The checks run before anything of these sizes is allocated. Independent of the values of weights.
 """
 
 import re
@@ -8,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from ..common.errors import InputError
 
 SIDE_FACTOR, FRAMES_PER_CLIP = 28, 2
-"""Pixels of a frame's sides are a multiple of the one, and frames are fed by the other: those of video/frames.py, which
-this room does not import, for models also load where no video can be decoded."""
+"""The height and width of a frame in pixels are multiples of SIDE_FACTOR, and a clip has FRAMES_PER_CLIP frames. Both
+are copied from video/frames.py, because models must also load where videos cannot be decoded."""
 COUNT = (1, 2**20)
 LANGUAGE = {
     "hidden_size": COUNT,
@@ -40,15 +41,15 @@ PIXEL_BUDGET = {
     "max_pixels_per_video": (1, 10**10),
     "budget": None,
 }
-"""The fields of PixelBudget, which checks the rest of them."""
+"""Ranges of the fields of `PixelBudget`, in pixels. `budget` is a string. `PixelBudget` makes all other checks."""
 COPY = "copy it again from where the checkpoint was made"
 LAYERS = re.compile(r"(?:^|\.)(layers|blocks)\.(\d+)\.")
 
 
 def check_config(config: Mapping, name: str) -> None:
-    """Raises InputError where `config`, of a file called `name`, gives a size that no Qwen2.5-VL has, or where what
-    training adds to it is not as training writes it. What is not there has transformers' default."""
-    # Older files have the language model's fields at the top.
+    """Raises InputError if `config`, read from the file `name`, has a size out of range for Qwen2.5-VL, or invalid
+    values for the keys that training adds. Missing keys are accepted: transformers uses its defaults for them."""
+    # Older files have the fields of the language model at the top level.
     for part, which in ((config, ""), (_part(config, "text_config", name), "text_config.")):
         _check_counts(part, LANGUAGE, name, which)
         for token in TOKENS:
@@ -62,8 +63,8 @@ def check_config(config: Mapping, name: str) -> None:
 
 
 def check_processor(processor, name: str) -> None:
-    """Raises InputError where the processor called `name` does not cut frames into patches as this project does, or
-    makes something else than numbers of pixels."""
+    """Raises InputError if the processor `name` divides frames into patches of unsupported sizes, or if its parameters
+    for normalizing pixels are not numbers in range."""
     video = processor.video_processor
     for key in ("patch_size", "merge_size"):
         _check_count(getattr(video, key, None), (1, SIDE_FACTOR), key, name)
@@ -85,8 +86,8 @@ def check_processor(processor, name: str) -> None:
 
 
 def check_layers(config, tensors: Iterable[str] | None, name: str) -> None:
-    """Raises InputError where the loaded `config` has more or fewer layers than the names of `tensors` in the weights
-    say: more would be made up, at their full size. Without `tensors` there is nothing to compare with."""
+    """Raises InputError if the number of layers in the loaded `config` differs from that in the tensor names `tensors`
+    of the weights. transformers would allocate and initialize missing layers. Does nothing if `tensors` is None."""
     if tensors is None:
         return
     found = {"layers": 0, "blocks": 0}
@@ -105,7 +106,7 @@ def check_layers(config, tensors: Iterable[str] | None, name: str) -> None:
 
 
 def _check_trained(config: Mapping, name: str) -> None:
-    """The keys that training adds: see trained.py."""
+    """Checks the keys that training adds: see trained.py."""
     for key in ("streaming_variant", "position_rule"):
         if not isinstance(config.get(key), str | None):
             raise _wrong(name, key, config[key], "a text")
@@ -150,6 +151,6 @@ def _is_number(value: object, bounds: tuple[float, float]) -> bool:
 def _wrong(name: str, key: str, value: object, what: str, bounds: tuple = ()) -> InputError:
     try:
         shown = f"{value!r:.60}"
-    except ValueError:  # a number of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python converts to a string
         shown = "a number of thousands of digits"
     return InputError(f"{name}: {key} is {shown}, and must be {what.format(*bounds)}: {COPY}")

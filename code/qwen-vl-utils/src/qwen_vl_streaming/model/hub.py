@@ -1,7 +1,8 @@
-"""Models on the hub as folders of its cache: the hub is asked once in a process, and not waited for.
+"""Resolves models on the Hugging Face Hub to folders in the local cache, with one query per model and process.
 
-Libraries that are given a hub's id ask for each file that a model may have, several times where nothing answers. They
-are given the folder instead, and ask for nothing. Knows nothing of what the files hold.
+Given an id, transformers requests each file that a model may have, and retries if the Hub does not answer. This project
+passes it a local folder, which needs no requests. Independent of the contents of the files, except for the index of
+sharded weights.
 """
 
 import functools
@@ -27,25 +28,28 @@ from ..common.errors import InputError
 from ..common.redact import Redacting
 
 logger = logging.getLogger(__name__)
-logger.addFilter(Redacting())  # the hub's address may hold a password
+logger.addFilter(Redacting())  # the Hub's address may contain a password
 Answer = TypeVar("Answer")
 
 SECONDS = 20.0
-"""How long the hub has to answer."""
+"""Timeout of a query to the Hub, in seconds."""
 HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
-"""What the hub's client raises: its own errors, and those of whichever HTTP library it is built on."""
+"""Errors that the Hub client raises: its own, and those of the HTTP library it is built on."""
 WEIGHTS = ("*.safetensors", "*.bin")
 BESIDE = ("*.json", "*.txt", "*.jinja")
-"""What a model's folder holds beside its weights, of what is needed."""
+"""Files that are fetched along with a model's weights."""
 BELOW = [f"*/{pattern}" for pattern in (*WEIGHTS, "*.json", "*.txt")]
-"""In folders of a repository there may be the same again for other programs."""
+"""Files that are not fetched: subfolders of a repository may hold the same model in other formats."""
 INDEX = {"model.safetensors": "model.safetensors.index.json", "pytorch_model.bin": "pytorch_model.bin.index.json"}
 
 
 def ask(question: Callable[[], Answer]) -> Answer:
-    """The answer to a `question` to the hub, within SECONDS whatever the network does: a client's own limits are for
-    each address of a name and each piece of an answer, and none is for looking up the name. Raises what the question
-    raises, and TimeoutError."""
+    """Calls `question`, a query to the Hub, and returns its result within SECONDS.
+
+    The timeouts of HTTP clients apply to each address of a host and to each part of a response, and not at all to DNS
+    lookups. The query runs in a daemon thread to limit the total time. Raises the exceptions of `question`, and
+    TimeoutError.
+    """
     answers: queue.Queue = queue.Queue(1)
 
     def answer() -> None:
@@ -65,11 +69,12 @@ def ask(question: Callable[[], Answer]) -> Answer:
 
 
 def model_folder(name: str | Path, weights: bool = True) -> Path:
-    """The folder of the model `name`: that folder, or for a hub's id the one in the cache, fetched where the hub has
-    another commit than the cache. Without `weights` those may be missing in it.
+    """Returns the folder of the model `name`: the folder itself, or the folder in the cache for an id on the Hub.
 
-    Where the hub cannot be reached, or does not let this user in, a whole model in the cache will do; a warning says
-    so, once. Raises InputError where there is none. The hub's client locks the files that several processes fetch.
+    Fetches the model if the commit on the Hub is not the cached one or the cached model is incomplete. If `weights` is
+    False, the weights may be missing. If the Hub cannot be reached or denies access, uses a complete model in the cache
+    and logs one warning, or none in offline mode. Raises InputError if there is no such model. Several processes may
+    call this at the same time: the Hub client locks the files it fetches.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -82,7 +87,7 @@ def model_folder(name: str | Path, weights: bool = True) -> Path:
 
 @functools.cache
 def commit_on_hub(name: str) -> str | Exception:
-    """The newest commit of the model `name`, or what the hub's client raises; asked once."""
+    """Returns the latest commit of the model `name`, or the error that the Hub client raised. The result is cached."""
     try:
         return ask(lambda: HfApi().model_info(name, timeout=SECONDS).sha)
     except HUB_ERRORS as error:
@@ -91,23 +96,26 @@ def commit_on_hub(name: str) -> str | Exception:
 
 @functools.cache
 def from_hub(name: str, beside: tuple[str, ...], missing: Callable[[Path], str | None], weights: bool = True) -> Path:
-    """As `model_folder`, for the id `name` of a model of any kind: of what is fetched `beside` the weights, and with
-    what `missing` says of a folder. Raises InputError and, for what is no id, HFValidationError."""
+    """Like `model_folder`, for the id `name` of any type of model.
+
+    `beside` has the patterns of files to fetch along with the weights. `missing` returns the name of a file that a
+    folder lacks, or None if it is complete. Raises InputError, and HFValidationError if `name` is not a valid id.
+    """
     before, commit = cached_folder(name), commit_on_hub(name)
     if isinstance(commit, Exception):
         return _cached(name, missing, commit)
     if before and before.name == commit and not missing(before):
         return before
     try:
-        # By its commit, so that the cache goes on naming the commit before until this one is whole.
+        # Fetch by commit, so that `main` in the cache refers to the previous commit until this one is complete.
         fetch = functools.partial(snapshot_download, name, revision=commit, ignore_patterns=BELOW)
         folder = Path(fetch(allow_patterns=list(beside)))
-        for pattern in WEIGHTS if weights and missing(folder) else ():  # a repository may have both kinds
+        for pattern in WEIGHTS if weights and missing(folder) else ():  # fetch only the first format that exists
             logger.info("fetching the weights of %s from %s", name, constants.ENDPOINT)
             fetch(allow_patterns=[pattern])
             if any(folder.glob(pattern)):
                 break
-        if weights:
+        if weights:  # without a revision, this makes `main` in the cache refer to the new commit
             snapshot_download(name, allow_patterns=["config.json"])
         return folder
     except GatedRepoError as error:
@@ -124,7 +132,10 @@ def from_hub(name: str, beside: tuple[str, ...], missing: Callable[[Path], str |
 
 
 def _cached(name: str, missing: Callable[[Path], str | None], error: Exception) -> Path:
-    """What the cache has of `name` where the hub has answered with `error`. Raises InputError."""
+    """Returns the cached folder of `name` after the Hub query failed with `error`.
+
+    Raises InputError if it is missing or incomplete.
+    """
     folder, offline = cached_folder(name), isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE
     lacks = missing(folder) if folder else None
     if folder and not lacks:
@@ -149,12 +160,12 @@ def _cached(name: str, missing: Callable[[Path], str | None], error: Exception) 
 
 @functools.cache
 def _warn(line: str) -> None:
-    """Once in a process."""
+    """Logs each distinct warning once per process."""
     logger.warning(line)
 
 
 def _reason(error: Exception) -> str:
-    """Why the hub is of no use now."""
+    """Describes why the Hub query failed."""
     if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, GatedRepoError):
@@ -166,13 +177,14 @@ def _reason(error: Exception) -> str:
 
 
 def cached_folder(name: str) -> Path | None:
-    """The folder in the cache of the commit that was last seen of `name`, whole or not."""
+    """Returns the cached folder of the commit that `main` of `name` refers to, complete or not, or None if its
+    config.json is not cached."""
     config = try_to_load_from_cache(name, "config.json")
     return Path(config).parent if isinstance(config, str) else None
 
 
 def missing_file(folder: Path) -> str | None:
-    """A file of a model that `folder`, which has a config.json, lacks; None where it is whole."""
+    """Returns a file that a model in `folder` lacks, or None if it is complete. Does not check config.json."""
     needed: list[str] = []
     for weights, index in INDEX.items():
         if (folder / weights).is_file():

@@ -1,7 +1,7 @@
-"""Qwen2.5-VL with explicit positions and mask. Knows nothing of variants, prompts or the environment.
+"""Qwen2.5-VL with explicit positions and mask. Independent of variants, prompts and the environment.
 
-The classes bear the names of the stock ones, so that a checkpoint saved here is a stock checkpoint in every
-byte that matters: stock transformers loads what this saves, and this loads what stock transformers saved.
+The model class and its weights have the same names as in transformers, so checkpoints are interchangeable: transformers
+loads checkpoints that this class saved, and the other way around. "Stock" means the classes of transformers.
 
     B samples   L tokens   T rows that are scored   C hidden size   V vocabulary
 """
@@ -29,46 +29,50 @@ from .checkpoint import tensor_names
 from .checks import check_config, check_layers
 from .hub import model_folder
 
-LAYOUTS = 256  # combinations of grids whose layout in the vision tower is kept
+LAYOUTS = 256  # maximum number of cached vision tower layouts, one for each combination of grids
 
 
 class VisionPatchEmbed(stock.Qwen2_5_VisionPatchEmbed):
-    """The stock embedding as the matrix product that it is: its convolution's stride is its kernel, and kernels for
-    three-dimensional convolution are several times slower."""
+    """The stock patch embedding, computed as a matrix product. This is equivalent because the stride of the convolution
+    equals its kernel size, and 3D convolution kernels are several times slower."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(patches, pixels of a patch) to (patches, channels)."""
+        """Maps (patches, pixels of a patch) to (patches, channels)."""
         weight = self.proj.weight
         return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
 
 
 ALIGNED = 8
-"""Numbers of two bytes in the 16 that a GPU loads at once."""
+"""Half-precision numbers in a 16-byte load of a GPU."""
 
 
 class VisionMLP(stock.Qwen2_5_VLMLP):
-    """Stock, over a multiple of 8 channels: products with rows that do not begin at a multiple of 16 bytes, as the
-    tower's 3420 channels make them, take GPUs several times as long. What is added is zero, and adds zero."""
+    """The stock MLP, zero-padded to a multiple of ALIGNED channels.
+
+    The vision tower has 3420 channels, so in half precision rows do not start at multiples of 16 bytes. Matrix products
+    then take several times as long on a GPU. The padding contributes zero to the result.
+    """
 
     wide: tuple[Tensor, Tensor, Tensor] | None = None
-    """What `_widened` returns, kept."""
+    """Cached result of `_widened`."""
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        """(…, C) to (…, C)."""
+        """Maps (…, channels) to the same shape."""
         if not self._plain or self.intermediate_size % ALIGNED == 0:
             return super().forward(hidden_state)
-        wide = None if torch.is_grad_enabled() else self.wide  # through what was kept no gradient would flow
+        wide = None if torch.is_grad_enabled() else self.wide  # gradients cannot flow through the cache
         gate_up, bias, down = self._widened() if wide is None else wide
         gate, up = nn.functional.linear(hidden_state, gate_up, bias).chunk(2, -1)
         return nn.functional.linear(self.act_fn(gate) * up, down, self.down_proj.bias)
 
     @property
     def _plain(self) -> bool:
-        """No layer has been wrapped, by an adapter say."""
+        """Whether no layer has been replaced, for example by an adapter."""
         return all(type(layer) is nn.Linear for layer in (self.gate_proj, self.up_proj, self.down_proj))
 
     def _widened(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight and bias of gate and up, one below the other, and the weight of down."""
+        """Returns the padded tensors: the weight and the bias of gate and up, each concatenated along the first
+        dimension, and the weight of down."""
         more, pad = -self.intermediate_size % ALIGNED, nn.functional.pad
         parts = self.gate_proj, self.up_proj
         gate_up = torch.cat([pad(part.weight, (0, 0, 0, more)) for part in parts])
@@ -76,8 +80,8 @@ class VisionMLP(stock.Qwen2_5_VLMLP):
 
     @torch.no_grad()
     def widen(self) -> None:
-        """Once and for all, for a model that does not train. The weights become views, so that nothing is held twice;
-        until they move to another device or type."""
+        """Pads the weights once, for a model that is not trained. The parameters become views of the padded tensors, so
+        no weight is stored twice. Moving the module to another device or data type drops the padded tensors."""
         if self.wide is not None or not self._plain or self.intermediate_size % ALIGNED == 0:
             return
         gate_up, bias, down = self.wide = self._widened()
@@ -92,7 +96,7 @@ class VisionMLP(stock.Qwen2_5_VLMLP):
 
 
 class Segments:
-    """Where the segments lie that attend within themselves: windows, or whole clips."""
+    """The bounds of the segments that attention is restricted to: windows, or whole clips."""
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device):
         bounds = cu_seqlens.cpu()
@@ -101,27 +105,27 @@ class Segments:
         self.by_length = [
             (starts[lengths == length, None] + torch.arange(length)).to(device) for length in lengths.unique().tolist()
         ]
-        """For each length that occurs, the patches of its segments: (segments, length)."""
+        """For each distinct length, the patch indices of the segments with that length, (segments, length)."""
 
     @staticmethod
     @torch.compiler.disable
     def of(cu_seqlens: Tensor) -> "Segments":
-        # All layers get the same tensor, and reading it makes the host wait for the GPU: once is enough.
+        # Cached on the tensor, which layers share: reading its values makes the host wait for the GPU.
         if not hasattr(cu_seqlens, "segments"):
             cu_seqlens.segments = Segments(cu_seqlens, cu_seqlens.device)
         return cu_seqlens.segments
 
 
 class VisionAttention(stock.Qwen2_5_VLVisionAttention):
-    """Stock vision attention without its loop.
+    """Stock vision attention without a loop over segments.
 
-    Under SDPA the stock tower calls attention once for every window of every clip. Here a GPU in half precision
-    takes all segments in one call of variable length; elsewhere segments of one length are gathered into one call,
-    and there are only a handful of lengths. The numbers are the same.
+    With SDPA, the stock tower calls attention once for every window of every clip. On a GPU in half precision, this
+    class computes all segments in one variable-length call. Otherwise it makes one call for each distinct segment
+    length, of which there are few. The results are equal up to rounding.
     """
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings=None, max_seqlen=None, **kwargs):
-        """`hidden_states` (patches, channels), cut into segments at `cu_seqlens`; returns the same shape."""
+        """Maps `hidden_states` (patches, channels) to the same shape. `cu_seqlens` has the bounds of the segments."""
         patches = hidden_states.shape[0]
         query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
         query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
@@ -133,22 +137,22 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
         else:
             mixed = torch.empty_like(value)
             for index in segments.by_length:
-                # (segments, length, heads, head size) -> heads before length, as SDPA wants them
+                # (segments, length, heads, head size) -> (segments, heads, length, head size), as SDPA expects
                 parts = (tensor[index].transpose(1, 2) for tensor in (query, key, value))
                 mixed[index] = nn.functional.scaled_dot_product_attention(*parts, scale=self.scaling).transpose(1, 2)
         return self.proj(mixed.reshape(patches, -1))
 
 
 class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneration):
-    """Stock weights and layers; nothing is guessed from token ids: positions and mask are arguments."""
+    """Qwen2.5-VL with the stock weights. Positions and mask are arguments and are not derived from token ids."""
 
-    accepts_loss_kwargs = True  # tells transformers' Trainer that the loss is divided by `num_items_in_batch` here
+    accepts_loss_kwargs = True  # tells Trainer that `forward` divides the loss by `num_items_in_batch`
 
     def __init__(self, config):
         if not all_full(config):
             raise ValueError("sliding-window attention cannot hold a streaming mask: set use_sliding_window to false")
         super().__init__(config)
-        # It runs there; stock classes only do not declare it.
+        # The stock text model works with FlexAttention but does not declare it.
         self.model.language_model._supports_flex_attn = True
         self._tower_layouts: dict[tuple, dict[str, Tensor]] = {}
         self.model.visual.patch_embed.__class__ = VisionPatchEmbed
@@ -158,36 +162,37 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Stock weights under stock names: transformers converts older checkpoints as it does for its own class."""
+        """Makes transformers convert older checkpoints as for its own class, which has the same weight names."""
         return False
 
     def compile_layers(self) -> None:
-        """Compile each layer by itself: all are alike, so that little code is compiled, and much is fused."""
+        """Compiles each layer separately. The layers are alike, so little code is compiled, and much of it is fused."""
         for layer in self.model.language_model.layers:
             layer.compile()
         self.compile_tower()
 
     def compile_tower(self) -> None:
-        """The same for the vision tower alone."""
+        """Like `compile_layers`, for the vision tower only."""
         for block in self.model.visual.blocks:
             block.compile()
 
     def settle_tower(self) -> None:
-        """Lay the vision tower out for a GPU that only runs it, and compile it."""
+        """Prepares the vision tower for inference on a GPU: pads its weights and compiles it."""
         for block in self.model.visual.blocks:
             block.mlp.widen()
         self.compile_tower()
 
     def perceive(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Visual tokens of clips that share one grid.
+        """Computes the visual tokens of clips that share one grid.
 
-        `pixel_values` (clips, patches, pixels of a patch) as `prompts.clip_pixels` gives them, `grid` merged
-        rows × columns. Returns (clips, rows * columns, C). Clips do not see each other in the vision tower.
+        `pixel_values` (clips, patches, pixels of a patch) are those that `prompts.clip_pixels` returns. `grid` has rows
+        × columns after merging. Returns (clips, rows * columns, C). Clips do not attend to each other in the vision
+        tower.
         """
         return self.perceive_all([pixel_values], [grid])[0]
 
     def perceive_all(self, videos: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """As `perceive`, for several videos in one pass of the vision tower."""
+        """Like `perceive`, for several videos in one pass of the vision tower."""
         merge = self.model.visual.spatial_merge_size
         shapes = [(len(video), rows * columns) for video, (rows, columns) in zip(videos, grids, strict=True)]
         grid_thw = tuple(
@@ -201,8 +206,8 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
     def _tower_layout(self, grid_thw: tuple[tuple[int, int, int], ...]) -> dict[str, Tensor]:
-        """What the stock tower derives from its grids, made on the CPU and kept: there the host would wait for the GPU
-        at every call."""
+        """Returns the tensors that the stock tower derives from its grids. They are computed on the CPU and cached,
+        because the stock tower makes the host wait for the GPU at every call."""
         if (known := self._tower_layouts.get((self.device, grid_thw))) is not None:
             return known
         visual, grids = self.model.visual, torch.tensor(grid_thw)
@@ -237,18 +242,22 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         score: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
-        """One pass over `input_ids` (B, L).
+        """Runs the model once over `input_ids` (B, L).
 
-        `position_ids` (3, B, L). `attention_mask` is boolean (B, 1, L, keys), True where attention is allowed,
-        or a FlexAttention block mask (text config's attention set to `flex_attention`), or None for plainly
-        causal attention. The visual tokens, in feed order, come either ready as `visual_tokens` (all of them, C)
-        or as `pixel_values_videos` and `video_grid_thw`, as a stock processor gives them; `visual_rows` (B, L) flags
-        where they go, by default wherever `input_ids` is `config.video_token_id`.
+        `position_ids` has the shape (3, B, L). `attention_mask` is boolean (B, 1, L, keys) with True where attention is
+        allowed, or a FlexAttention block mask if the language model runs `flex_attention`, or None for causal
+        attention.
 
-        `labels` (B, L) holds the token that each row must predict, or -100: nothing is shifted here, and only
-        rows with a label are scored. Otherwise `score` (B, L) flags the rows to score, by default all.
-        Returns `loss` (mean over labels, or their sum over `num_items_in_batch`) and `logits`: (T, V) for
-        chosen rows, (B, L, V) for all.
+        Visual tokens are given in feed order, either as embeddings in `visual_tokens` (number of visual tokens, C) or
+        as `pixel_values_videos` and `video_grid_thw` from a stock processor. `visual_rows` (B, L) flags the rows that
+        they fill. By default these are the rows where `input_ids` is `config.video_token_id`.
+
+        `labels` (B, L) has the token that each row must predict, or -100. Labels are not shifted, and only rows with a
+        label are scored. Without `labels`, `score` (B, L) flags the rows to score; by default all rows are scored.
+
+        Returns `loss`, the sum of the cross-entropy over labels divided by `num_items_in_batch` or by the number of
+        labels, and `logits`: (T, V) for selected rows, (B, L, V) for all rows. Raises ValueError if the number of
+        visual tokens differs from the number of rows for them.
         """
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values_videos is not None:
@@ -281,12 +290,12 @@ UNLOADABLE = (
     *(OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError, ArithmeticError),
     *(EOFError, UnpicklingError, StrictDataclassError),
 )
-"""What transformers raises for files that are not those of a checkpoint, or do not belong together."""
+"""Errors that transformers raises for invalid or inconsistent checkpoint files."""
 
 
 def load_config(path: str | Path) -> Qwen2_5_VLConfig:
-    """The config of a checkpoint, in a folder or on the hub. Raises InputError where there is none of a Qwen2.5-VL that
-    can hold a streaming mask."""
+    """Loads the config of a checkpoint in a folder or on the Hub. Raises InputError if there is none, if it is not of a
+    Qwen2.5-VL, or if it has sliding-window attention, which does not support streaming masks."""
     config = _loaded(path, Qwen2_5_VLConfig.from_pretrained, weights=False)
     if not all_full(config):
         raise InputError(
@@ -297,9 +306,9 @@ def load_config(path: str | Path) -> Qwen2_5_VLConfig:
 
 
 def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
-    """A Qwen2.5-VL from a folder or the hub, whose language model runs the attention `implementation`.
+    """Loads a Qwen2.5-VL from a folder or the Hub. Its language model uses the attention `implementation`.
 
-    Raises InputError, with the reason in one line, where it cannot be loaded.
+    Raises InputError, with the reason in one line, if it cannot be loaded.
     """
     config = load_config(path)
     check_layers(config, tensor_names(model_folder(path)), str(path))
@@ -311,15 +320,15 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
     )
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{str(path)!r} lacks {len(missing)} weights, {missing[0]} among them: save it again whole")
-    model.name_or_path = model.config._name_or_path = str(path)  # of a model on the hub its id, not the cache's folder
-    # Under ZeRO-3 transformers also keeps renamings that did not apply, and would save weights under names of no one's.
+    model.name_or_path = model.config._name_or_path = str(path)  # for a Hub model the id, not the cache folder
+    # With ZeRO-3, transformers also keeps renamings that matched no weight, and would save weights under wrong names.
     model._weight_conversions = [renaming for renaming in model._weight_conversions if renaming.was_used()]
     model.model.language_model.set_attn_implementation(implementation)
     return model
 
 
 def all_full(config: Qwen2_5_VLConfig) -> bool:
-    """Whether all layers attend to all tokens."""
+    """Returns whether all layers use full attention."""
     return set(config.text_config.layer_types) == {"full_attention"}
 
 
@@ -338,7 +347,7 @@ def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True)
     try:
         given = Qwen2_5_VLConfig.get_config_dict(folder)[0]
         kind = given.get("model_type")
-        if kind != Qwen2_5_VLConfig.model_type:  # transformers would take it with a warning
+        if kind != Qwen2_5_VLConfig.model_type:  # transformers would only warn
             raise ValueError(f"its config.json is of a model of type {kind}")
         check_config(given, str(folder / "config.json"))
         return load(folder)
@@ -348,8 +357,8 @@ def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True)
         raise InputError(f"the weights in {str(path)!r} are damaged ({error}): copy or download them again") from error
     except torch.OutOfMemoryError:
         raise
-    except (*UNLOADABLE, LookupError) as error:  # the last by torch, for a damaged pickle
-        if lost_worker(error):  # a DataLoader of the program says so wherever the program is
+    except (*UNLOADABLE, LookupError) as error:  # torch raises LookupError for a damaged pickle
+        if lost_worker(error):  # raised by the SIGCHLD handler of a DataLoader, at any point of the program
             raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(

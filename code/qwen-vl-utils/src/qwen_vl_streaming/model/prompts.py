@@ -1,6 +1,6 @@
-"""Chat template, questions and processor: text and frames to token ids and pixels.
+"""Converts text and frames to token ids and pixel values, with the chat template, the questions and the processor.
 
-Knows nothing of variants, positions, masks or training.
+Independent of variants, positions, masks and training.
 """
 
 from dataclasses import dataclass
@@ -21,34 +21,38 @@ QUESTIONS = (
     "Describe the key objects and movements in this video.",
     "What is the scene and activity shown in this video?",
 )
-"""Training draws one of these for each sample; evaluation always asks the last."""
+"""Default questions. For a row without a question, training draws one of these at random; evaluation uses the last."""
 QUESTION_HERE = "\ue000"
-"""A character of no language, in whose place a question stands in the chat template."""
+"""A private-use character that marks the place of the question in the chat template."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """The token ids around a video, from the processor's own chat template. The question comes first."""
+    """The token ids around a video, from the processor's chat template. The question comes before the video."""
 
     prompt: tuple[int, ...]
+    """System text and question, up to and including `<|vision_start|>`."""
     tail: tuple[int, ...]
+    """`<|vision_end|>`, the end of the turn and a newline."""
     header: tuple[int, ...]
+    """The start of the answer's turn."""
     video: int
-    """Stands in for every visual token."""
+    """The placeholder id for every visual token."""
     end: int
-    """Ends a turn, and so an answer: `<|im_end|>`."""
+    """Ends a turn, and therefore an answer: `<|im_end|>`."""
 
     def layout(self, grid: tuple[int, int], steps_per_clip: float) -> Layout:
         return Layout(len(self.prompt), len(self.tail), len(self.header), grid, steps_per_clip)
 
 
 def load_processor(path: str | Path):
-    """The processor beside a checkpoint, or on the hub. Raises InputError where there is none, or it is not whole."""
+    """Loads the processor of a checkpoint in a folder or on the Hub. Raises InputError if it is missing, incomplete or
+    incompatible."""
     folder = model_folder(path, weights=False)
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        make_template(processor, QUESTIONS[-1])  # fails without a chat template, or a tokenizer's vocabulary
-    except Exception as error:  # transformers and Jinja raise many, and the Rust tokenizers nothing narrower
+        make_template(processor, QUESTIONS[-1])  # fails without a chat template or a vocabulary
+    except Exception as error:  # transformers and Jinja raise many types, and the Rust tokenizers raise Exception
         first = next(iter(str(error).splitlines()), type(error).__name__)
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -64,9 +68,9 @@ def load_processor(path: str | Path):
 
 
 def make_template(processor, question: str) -> Template:
-    """The token ids around a video for `question`, in which what looks like a special token is text.
+    """Returns the token ids around a video for `question`, in which text that looks like a special token stays text.
 
-    Raises InputError where the chat template has no question and video.
+    Raises InputError if the chat template does not contain a question followed by a video.
     """
     messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION_HERE}, {"type": "video"}]}]
     text = render(processor, messages)
@@ -80,7 +84,8 @@ def make_template(processor, question: str) -> Template:
     def ids(piece: str, **how) -> tuple[int, ...]:
         return tuple(tokenizer(piece, add_special_tokens=False, **how).input_ids)
 
-    # The question and the plain text around it, up to the special tokens on both sides, are cut into tokens as one.
+    # Tokenize the question together with the text around it, up to the special tokens on both sides: tokens may span
+    # the boundaries.
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     start = max((left.rfind(token) + len(token) for token in special if token in left), default=0)
     stop = min((right.find(token) for token in special if token in right), default=len(right))
@@ -91,13 +96,13 @@ def make_template(processor, question: str) -> Template:
         tail=tail,
         header=ids(after[end_of_tail:]),
         video=tokenizer.convert_tokens_to_ids(processor.video_token),
-        end=tail[1],  # the tail is <|vision_end|>, the end of the turn, and a newline
+        end=tail[1],  # after <|vision_end|>, the tail ends the turn
     )
 
 
 def answer_ids(processor, template: Template, caption: str) -> list[int]:
-    """The answer for `caption`: its tokens and the end of the turn. Raises InputError for an empty caption."""
-    # What looks like a special token in a caption is text there.
+    """Returns the tokens of `caption` and the end of the turn. Raises InputError if the caption is empty."""
+    # With `split_special_tokens`, text that looks like a special token stays text.
     tokens = processor.tokenizer(caption.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
     if not tokens:
         raise InputError("the caption has no tokens: leave the sample out")
@@ -105,10 +110,10 @@ def answer_ids(processor, template: Template, caption: str) -> list[int]:
 
 
 def clip_pixels(processor, frames: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Frames as the vision tower takes them.
+    """Converts frames to the input format of the vision tower.
 
-    `frames` (2 N, 3, height, width) uint8, already resized. Returns pixel values (N, patches, pixels of a
-    patch) in float32, and the grid of one clip after merging, rows × columns.
+    `frames` (2 N, 3, height, width) are uint8 and already resized. Returns pixel values (N, patches, pixels of a patch)
+    in float32, and the grid of one clip after merging, rows × columns.
     """
     video_processor = processor.video_processor
     inputs = video_processor(

@@ -1,6 +1,6 @@
-"""What the config.json of a checkpoint says about its training, beyond what stock Qwen2.5-VL has there.
+"""Keys about training that this project adds to the config.json of a checkpoint.
 
-Knows nothing of weights, nor of how positions are counted.
+Independent of weights and of how positions are computed.
 """
 
 from ..common.errors import InputError
@@ -9,15 +9,18 @@ from ..timeline.variants import ENVIRONMENT_VARIABLE, Variant
 
 
 def training_keys(variant: Variant, wait_k: int, **more) -> dict:
-    """The keys of config.json for a checkpoint trained as `variant`, with `more` of them."""
+    """Returns the keys to add to config.json for a checkpoint trained as `variant`, including the keys `more`."""
     return {"streaming_variant": variant.name, "wait_k": wait_k, "position_rule": RULE, **more}
 
 
 def check_trained(config, checkpoint: str, variant: Variant, force: str) -> None:
-    """Raises InputError where a checkpoint with this `config` was trained as another variant than `variant`, or under
-    another position rule. The message names the flag that allows it all the same: `force`."""
+    """Raises InputError if a checkpoint with this `config` was trained as a different variant than `variant`, or with a
+    different position rule that matters for `variant`.
+
+    The message names `force`, the flag that allows the mismatch. A checkpoint without training keys passes.
+    """
     trained = getattr(config, "streaming_variant", None)
-    if trained is None:  # the hub's own
+    if trained is None:  # not trained by this project
         return
     if trained != variant.name:
         raise InputError(
