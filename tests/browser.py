@@ -1,4 +1,5 @@
-"""A real browser for tests: Chromium, spoken to through a pipe in the DevTools protocol, without the network."""
+"""A real browser for tests: Chromium or Chrome, controlled through a pipe with the DevTools protocol. Requests to the
+network are recorded as errors."""
 
 import base64
 import fcntl
@@ -25,22 +26,23 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
 )
-WIRES = 100  # file descriptors from here on are nobody's
+WIRES = 100  # the lowest file descriptor of the pipes, above those in use
 
 
 def find_browser() -> str:
-    """The program; skips the test where there is none."""
+    """Path of the browser. Skips the test if there is none."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     return found or pytest.skip("no Chromium or Chrome on this machine")
 
 
 class Browser:
-    """`with Browser(folder) as page: page.open(path); page.run("1 + 1")`. `folder` is new and for its profile."""
+    """Usage: `with Browser(folder) as page: page.open(path); page.run("1 + 1")`. `folder` is a new folder for the
+    browser profile."""
 
     def __init__(self, folder: Path, seconds: float = 60):
         self.program, self.folder, self.seconds = find_browser(), folder, seconds
         self.errors: list[str] = []
-        """What the console said of errors and warnings, and exceptions."""
+        """Errors and warnings of the console, uncaught exceptions, and requests to any URL but file: and data:."""
 
     def __enter__(self) -> "Browser":
         pipes = [fcntl.fcntl(end, fcntl.F_DUPFD, WIRES) for pair in (os.pipe(), os.pipe()) for end in pair]
@@ -106,7 +108,7 @@ class Browser:
             self.errors.append(f"asked for {told['request']['url']}")
 
     def open(self, path: Path, width: int = 1200, height: int = 900) -> None:
-        """Show a file in a window of that size, in CSS pixels, and wait until it is loaded."""
+        """Open a file in a window of `width` x `height` CSS pixels, and wait until it is loaded."""
         mobile = width < 600
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -121,14 +123,14 @@ class Browser:
             self._next()
 
     def run(self, script: str):
-        """The value of a JavaScript expression, as JSON has it. Raises RuntimeError where it throws."""
+        """Evaluate a JavaScript expression and return its value as from JSON. Raises RuntimeError if it throws."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{script}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
     def picture(self, path: Path, whole: bool = False) -> Path:
-        """A PNG of the window, or of the whole page."""
+        """Save a PNG of the window, or of the whole page, to `path`."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
         return path

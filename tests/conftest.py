@@ -1,4 +1,4 @@
-"""Skips tests that need a GPU where there is none; what training is tested on."""
+"""Skips GPU tests if there is no GPU or tests run in several processes, and defines the `made` fixture."""
 
 import json
 import os
@@ -19,8 +19,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A tiny checkpoint and eight real videos as mani_data.py would leave them."""
-    # Imported here: the tests for a GPU also run where no video can be decoded.
+    """A tiny checkpoint, and a data file of eight real videos in the format of mani_data.py."""
+    # Imported here, because GPU tests also run on machines that cannot decode videos.
     from make_data import DataConfig, make_dataset, plan
     from make_model import tiny_checkpoint
 

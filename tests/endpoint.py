@@ -1,4 +1,4 @@
-"""An endpoint for the judge: a real HTTP server on the loopback that misbehaves as it is told to."""
+"""An endpoint for the judge: a real HTTP server on the loopback interface that can fail in specified ways."""
 
 import json
 import threading
@@ -11,10 +11,14 @@ GOOD = '{"score": 4, "why": "one slip"}'
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Answers what `plan` says for a caption: a list of (status, body, headers), the last of which it repeats; a body
-    that is no JSON object is the content of a chat completion; status 0 hangs up and -1 does not answer; CUT hangs up
-    and STALL goes silent in the middle of an answer; DRIP sends a byte at a time and FLOOD as much as it can, both
-    without an end: in the body of an answer of the status `body`, or in its head where that is 0."""
+    """Answers according to `plan`, which has a list of (status, body, headers) for each caption, and for all others
+    under "". The last entry of a list repeats.
+
+    A dict is sent as JSON, bytes as they are; any other body is the content of a chat completion. Status 0 closes the
+    connection and -1 sends no answer. CUT closes the connection and STALL stops sending in the middle of an answer.
+    DRIP sends one byte at a time and FLOOD large blocks, both without end, in the body of an answer with the status
+    `body`, or in its header if that is 0.
+    """
 
     daemon_threads = True
 
@@ -30,7 +34,7 @@ class Endpoint(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, request, client_address):
-        """A client that was killed is no error of the server."""
+        """Ignore the error: tests kill clients."""
 
     def counts(self) -> Counter:
         return Counter(each["caption"] for each in self.asked)

@@ -1,4 +1,4 @@
-"""Runs of the evaluation in processes of their own, which tests may kill. Single ones start in a moment, as in
+"""Runs of the evaluation in separate processes, which tests can kill. Runs with one process start quickly, as in
 training.py."""
 
 import contextlib
@@ -26,13 +26,13 @@ FLAGS = {
 
 
 def _prepare(act: str | None) -> None:
-    """Make this process a quick one, in which `act` happens."""
+    """Skip slow parts of the evaluation in this process, and inject the fault `act`."""
     torch.set_num_threads(1)
     import eval as evaluation
     import ranks
 
     ranks.POLL = 0.05
-    evaluation.prepare_scoring = evaluation.score_rows = lambda *_: None  # Java takes seconds, and is tested elsewhere
+    evaluation.prepare_scoring = evaluation.score_rows = lambda *_: None  # Java takes seconds and is tested separately
     if not act:
         return
     import captioning
@@ -42,7 +42,7 @@ def _prepare(act: str | None) -> None:
     def load_model(*given):
         if act == "kill worker":
             psutil.Process().children()[0].kill()
-            time.sleep(0.2)  # in which the signal comes
+            time.sleep(0.2)  # until the end of the worker is signalled
         return loaded(*given)
 
     def caption_all(*given, **options):
@@ -69,7 +69,7 @@ def _run(arguments: list[str], log: Path, act: str | None) -> None:
 
 
 class Launched:
-    """A launcher, with the names of multiprocessing's processes."""
+    """A launcher process with `pid`, `exitcode` and `join`, like a process of multiprocessing."""
 
     def __init__(self, run: subprocess.Popen):
         self.run, self.pid = run, run.pid
@@ -84,7 +84,7 @@ class Launched:
 
 
 def _launch(arguments: list[str], log: Path, act: str | None, processes: int, nodes: int, rank: int, port: int):
-    """Start the launcher as eval.sh does, with this file in the place of rank.py."""
+    """Start the launcher as eval.sh does, with this file instead of rank.py."""
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "ACT": act or ""}
     environment |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -113,9 +113,9 @@ def start(
     port: int = 0,
     **changes,
 ):
-    """Start a run over the videos of `made`, with flags given as `batch_size=8`; it writes what it says to `log`.
-    Several processes, or nodes, are started by the launcher. `act` is what befalls each process: "kill worker", one
-    that decodes, while the model loads; "bug"; "memory"."""
+    """Start a run on the videos of `made` and append its output to `log`. `changes` are flags, such as `batch_size=8`.
+    Several processes or nodes are started by the launcher. `act` is a fault in each process: "kill worker" kills a
+    decoding worker while the model loads, "bug" raises ZeroDivisionError, "memory" raises OutOfMemoryError."""
     checkpoint, data = made
     given = {"model": checkpoint, "data": data, "output-dir": output, **FLAGS}
     given |= {name.replace("_", "-"): value for name, value in changes.items()}
@@ -123,7 +123,7 @@ def start(
     if processes > 1 or nodes > 1:
         return _launch(arguments, log, act, processes, nodes, node_rank, port or free_port())
     context = multiprocessing.get_context("forkserver")
-    # Training's too: the server is the same for all tests, and what the first of them asks for is what it has.
+    # Includes the modules of training.py: all tests share one fork server, which keeps the modules it was started with.
     context.set_forkserver_preload(["qwenvl.train", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "captioning"])
     with contextlib.ExitStack() as stack:
         before = os.environ.get("PYTHONPATH")
@@ -136,43 +136,44 @@ def start(
 
 
 def finish(process, log: Path, status: int = 0) -> str:
-    """Wait for a run, which must end with `status`; returns what it and those before it have said."""
+    """Wait for a run and assert that it exits with `status`. Returns the log of this run and those before it."""
     process.join(120)
     assert process.exitcode == status, log.read_text()
     return log.read_text()
 
 
 def rank_of(launcher: Launched, rank: int) -> psutil.Process:
-    """A process that the launcher has started."""
+    """The process of `rank` that the launcher has started."""
     ranks = psutil.Process(launcher.pid).children()
     return next(process for process in ranks if process.environ().get("RANK") == str(rank))
 
 
 def finished(output: Path, pattern: str = "*") -> set[str]:
-    """Videos that an unfinished run has rows of, in its parts that fit `pattern` and, for all, in the file."""
+    """Ids of the videos for which a run has written rows: in its parts that match `pattern` and, if `pattern` is "*",
+    in its result file."""
     found = set()
     for path in [
         *output.glob(f"*.parts/{pattern}.rows.jsonl"),
         *(output.glob("*_infer.json") if pattern == "*" else []),
     ]:
-        with contextlib.suppress(FileNotFoundError):  # the parts have just been brought together
+        with contextlib.suppress(FileNotFoundError):  # the parts have just been merged
             found |= {json.loads(line)["video_id"] for line in path.read_bytes().split(b"\n")[:-1]}
     return found
 
 
 def wait_for_rows(output: Path, count: int, process, pattern: str = "*") -> None:
-    """Until `finished` are `count`, or the run has ended."""
+    """Wait until `count` videos are finished or the run has ended."""
     while process.exitcode is None and len(finished(output, pattern)) < count:
         time.sleep(0.01)
 
 
 def rows(output: Path, variant: str = "group") -> list[dict]:
-    """The rows of a result file, byte for byte what was written but for the time that each took."""
+    """The rows of a result file, with `seconds` set to 0, since it differs between runs."""
     lines = (output / f"{variant}_infer.json").read_text().splitlines()
     return [{**json.loads(line), "seconds": 0} for line in lines]
 
 
-if __name__ == "__main__":  # one process that the launcher has started
+if __name__ == "__main__":  # a process that the launcher has started
     from qwen_vl_streaming.launch.signals import die_with_launcher
 
     die_with_launcher()

@@ -1,5 +1,5 @@
-"""Two processes for the launcher, quicker than training: the second fails as the argument says, and the first blocks
-and ignores SIGTERM, as a training process in a collective does."""
+"""Two processes for the launcher that start faster than training. The second fails as the argument says. The first
+blocks and ignores SIGTERM, as a training process in a collective does; with "peer", it reports a lost connection."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def main(what: str) -> None:
                 raise InputError("checkpoint-3 is damaged: remove it")
             except InputError as error:
                 failing.tell(error)
-                wait()  # in a collective
+                wait()  # as in a collective
         init = partial(begin, parent=os.getpid())
         for _ in torch.utils.data.DataLoader(Squares(), batch_size=None, num_workers=4, worker_init_fn=init):
             pass

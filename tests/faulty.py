@@ -1,5 +1,5 @@
 """The training program with an injected fault, started as `-m faulty` instead of `-m qwenvl.rank`. The environment
-variable FAULT is `WHAT RANK STEP`: what one process does at an optimizer step."""
+variable FAULT is `WHAT RANK STEP`: the fault, the rank in which it occurs (or "all"), and the optimizer step."""
 
 import atexit
 import errno
@@ -34,7 +34,7 @@ def block() -> None:
 
 
 def act(what: str) -> None:
-    if what == "thread":  # Python would wait for it at exit
+    if what == "thread":  # Python would wait for the thread at exit
         threading.Thread(target=block).start()
         atexit.register(block)
         raise RAISED["bug"]()
@@ -45,7 +45,7 @@ def act(what: str) -> None:
         time.sleep(60)
     if what == "stop worker":
         psutil.Process().children()[0].terminate()
-    if what == "stop all":  # as SLURM does
+    if what == "stop all":  # SLURM signals all processes of a job, too
         launcher = psutil.Process(os.getppid())
         subprocess.run(["kill", *(str(each.pid) for each in (*launcher.children(recursive=True), launcher))])
     if what == "gpu for real":
@@ -83,7 +83,7 @@ def main() -> None:
                 act(what)
             while (
                 what == "stop all" and not self.requested and state.global_step == step
-            ):  # another thread may receive it
+            ):  # another thread may receive the signal
                 time.sleep(0.01)
             original(self, args, state, control, **kwargs)
 

@@ -1,5 +1,5 @@
-"""Tiny checkpoints in the layout of the hub's Qwen2.5-VL repositories, with their vocabulary size, special tokens and
-shards, and the hub's cache around them. A few million weights each, most of them embeddings."""
+"""Tiny checkpoints in the layout of the hub's Qwen2.5-VL repositories, with the same vocabulary size and special tokens
+and several shards, and a hub cache that contains them. Each has a few million weights, most of them embeddings."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from transformers import Qwen2Tokenizer
 COMMIT = "66285546d2b821cf421d4f5eb2576359d3770cd3"
 NAMES = {"3B": "Qwen/Qwen2.5-VL-3B-Instruct", "7B": "Qwen/Qwen2.5-VL-7B-Instruct"}
 FIRST = 151643
-"""The id of <|endoftext|>, after as many tokens of text."""
+"""Id of <|endoftext|>, which is also the number of text tokens before it."""
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
@@ -26,7 +26,7 @@ PLAIN = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>"),
 )
-"""Added tokens that are text."""
+"""Added tokens that are not special."""
 SIZES = {
     # tied, vocabulary, max_window_layers
     "3B": (True, 151936, 70),
@@ -35,7 +35,7 @@ SIZES = {
 
 
 def hub_tokenizer() -> Qwen2Tokenizer:
-    """The demo's words, then as many that no text has as bring the special tokens to their own ids."""
+    """The demo's vocabulary, padded with unused tokens so that the special tokens have their published ids."""
     rng = random.Random(0)
     words = make_tokenizer(make_scene(rng, 12.0, (3.1, 4.4)).caption for _ in range(100))
     model = json.loads(words._tokenizer.to_str())["model"]
@@ -44,7 +44,7 @@ def hub_tokenizer() -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
         merges=[tuple(pair) for pair in model["merges"]],
-        eos_token=SPECIAL[0],  # what is named here is added first
+        eos_token=SPECIAL[0],  # tokens that are passed here get the first added ids
         pad_token=SPECIAL[0],
         unk_token=None,
         model_max_length=131072,
@@ -57,7 +57,7 @@ def hub_tokenizer() -> Qwen2Tokenizer:
 
 
 def hub_checkpoint(folder: Path, size: str) -> Path:
-    """A checkpoint like that of `size`, 3B or 7B, in bfloat16 and in shards, in a `folder` that is not there yet."""
+    """Write a checkpoint in the format of `size`, 3B or 7B, in bfloat16 shards. `folder` must not exist yet."""
     tied, vocabulary, window_layers = SIZES[size]
     tokenizer = hub_tokenizer()
     config = make_config(tokenizer, replace(TINY, frame_side=3584))
@@ -69,8 +69,8 @@ def hub_checkpoint(folder: Path, size: str) -> Path:
 
 
 def put_into_cache(cache: Path, checkpoint: Path, name: str, markers: bool = False) -> Path:
-    """Lay `checkpoint` into the hub's cache as its client does; `markers` says also what the repository lacks. Returns
-    the snapshot's folder."""
+    """Add `checkpoint` to a hub cache in the layout of huggingface_hub, and return the folder of the snapshot.
+    `markers` adds the marker files for files that the repository does not have."""
     repository = cache / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / COMMIT
     for path in (snapshot, repository / "blobs", repository / "refs"):

@@ -1,4 +1,4 @@
-"""Shared by the tests of mani_data.py: a small PE-Video, options for a run on it, and readers of its output."""
+"""Helpers for the tests of mani_data.py: a small PE-Video, options for a run on it, and readers of its output."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ MP4 = video_bytes(seconds=6, fps=5, size=(64, 48))
 
 
 def make_options(tmp_path, **changes) -> Options:
-    """Options for the split train under tmp_path/source, with one token per word and one worker."""
+    """Options for the train split under tmp_path/source, with one token per word and one worker."""
     options = Options(
         splits={"train": tmp_path / "source" / "train"},
         outputs={"train": tmp_path / "dataset" / "train_3_5.jsonl"},
@@ -49,7 +49,7 @@ def ids(options):
 
 
 def everything(folder):
-    """All files below `folder` with their bytes, except the state of the run."""
+    """Content of all files below `folder` by relative path, except the state of the run."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -58,7 +58,7 @@ def everything(folder):
 
 
 def fill(folder):
-    """Two splits, one of three shards and one of 60 JSON files, with bad and duplicate samples."""
+    """Write two splits: train with three shards that contain invalid and duplicate samples, test with 60 JSON files."""
     for k in range(3):
         members = [(f"{k}{i}{e}", d) for i in range(8) for e, d in ((".mp4", MP4), (".json", good()))]
         make_tar(folder / f"train/s{k}.tar", [*members, ("dup.json", good(n=k)), ("dup.mp4", MP4), ("bad.json", b"{")])

@@ -1,7 +1,7 @@
-"""Makers of small real videos and tar shards, sound and broken, for tests.
+"""Creates small real videos and tar shards, valid and damaged, for tests.
 
-Each frame of a video carries its own number as eight black or white bars, which survive any codec and any resizing,
-so that a test can say which frame came out.
+Each frame of a video shows its own number as eight black or white bars. They survive encoding and resizing, so that a
+test can identify a frame.
 """
 
 import io
@@ -40,7 +40,7 @@ def make_video(
     options: dict[str, str] | None = None,
     time_base: Fraction = Fraction(1, 90_000),
 ) -> Path | io.BytesIO:
-    """Write a video whose frame i is shown from times[i] on (default: `seconds` at a steady `fps`)."""
+    """Write a video whose frame i is shown from times[i] seconds on (default: `seconds` at a constant `fps`)."""
     times = [i / fps for i in range(round(seconds * fps))] if times is None else times
     quiet = QUIET.get(codec, {})
     file = str(path) if isinstance(path, Path) else path
@@ -61,7 +61,7 @@ def make_video(
 
 
 def picture(number: int, size: tuple[int, int] = (160, 96)) -> np.ndarray:
-    """(height, width, 3) uint8: `number`, below 256, as bars, the lowest bit on the left."""
+    """An image (height, width, 3), uint8, that shows `number`, below 256, as bars. The lowest bit is on the left."""
     width, height = size
     bits = (number >> np.arange(BARS)) & 1
     row = np.repeat(bits, -(-width // BARS))[:width].astype(np.uint8) * 255
@@ -69,7 +69,7 @@ def picture(number: int, size: tuple[int, int] = (160, 96)) -> np.ndarray:
 
 
 def read_number(image: np.ndarray) -> int:
-    """The number of a frame, (H, W, 3) or (3, H, W), from the middles of its bars."""
+    """The number that a frame, (H, W, 3) or (3, H, W), shows, read at the centre of each bar."""
     image = np.asarray(image)
     image = image.transpose(1, 2, 0) if image.shape[0] == 3 else image
     middle = image[image.shape[0] // 2].mean(axis=-1)
@@ -78,12 +78,12 @@ def read_number(image: np.ndarray) -> int:
 
 
 def rotate(path: Path, degrees: int) -> Path:
-    """Turn an MP4 clockwise by its header alone, as phones do."""
+    """Rotate an MP4 clockwise by `degrees`, in its header only, as phones do."""
     return set_matrix(path, *{90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees])
 
 
 def set_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
-    """Have the header of an MP4 say that a pixel at (x, y) is to be shown at (ax + cy, bx + dy)."""
+    """Set the display matrix in the header of an MP4: a pixel at (x, y) is shown at (ax + cy, bx + dy)."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4
     start += 4 + (32 if data[start] else 20) + 16
@@ -101,9 +101,9 @@ def remux(
     sound: tuple[float, float] | None = None,
     cover: bool = False,
 ) -> Path:
-    """Copy the picture packets of a file into another format. `change` may set the stamps of each, by its number; a
-    packet for which it returns False is left out. `sound` adds a track of silence from one second to another; `cover`
-    puts the picture of another video, of one frame that shows 255, before it."""
+    """Copy the video packets of a file into another container. `change` may modify the timestamps of each packet, given
+    its number; a packet for which it returns False is dropped. `sound` adds a silent track between two times in
+    seconds. `cover` adds a cover image that shows 255, as the first stream."""
     with av.open(str(source)) as film, av.open(str(target), "w", format=container) as out:
         if cover:
             art = out.add_stream("mjpeg", rate=25)
@@ -140,7 +140,7 @@ def video_bytes(**keywords) -> bytes:
 
 
 def sound_bytes() -> bytes:
-    """An MP4 in memory that has a sound track and no pictures."""
+    """An MP4 in memory with an audio track and no video track."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as out:
         stream = out.add_stream("aac", rate=8000)
@@ -152,13 +152,14 @@ def sound_bytes() -> bytes:
 
 
 def sample_json(words: int, seconds: object = 10.0, **fields) -> bytes:
-    """A sample's JSON with a caption of `words` words, each one token to `make_tokenizer`."""
+    """JSON of a sample with a caption of `words` words, each of which is one token of `make_tokenizer`. A field that is
+    None is omitted."""
     data = {"category": "test", "video_duration_in_s": seconds, "human_caption": " ".join(["word"] * words), **fields}
     return json.dumps({key: value for key, value in data.items() if value is not None}).encode()
 
 
 def make_tar(path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]]) -> Path:
-    """Write a tar file of (name, data) in the given order; a TarInfo in place of a name is written as it is."""
+    """Write a tar file of (name, data) in the given order. A TarInfo in place of a name is used as the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in members:
@@ -170,7 +171,7 @@ def make_tar(path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]])
 
 
 def make_files(folder: Path, files: dict[str, bytes]) -> Path:
-    """Write files, by name, into `folder`."""
+    """Write `files`, which maps names to bytes, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         with open(os.path.join(os.fsencode(folder), os.fsencode(name)), "wb") as file:
@@ -179,7 +180,7 @@ def make_files(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def make_tokenizer(folder: Path) -> Path:
-    """A folder with a tokenizer to which every word is one token."""
+    """Write a tokenizer for which every word is one token to `folder`."""
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Split(Regex(r"\s+"), "removed")
     folder.mkdir(parents=True, exist_ok=True)

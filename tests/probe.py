@@ -1,4 +1,4 @@
-"""Inputs for the tests of sandbox.py: by number, one for each kind of finding."""
+"""Actions for the tests of sandbox.py, selected by number, with one for each kind of finding."""
 
 import os
 import random

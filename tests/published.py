@@ -1,5 +1,5 @@
-"""A copy of the project whose folders are its own, with a small PE-Video in the published layout, and a small model
-under hub ids that READMEs name."""
+"""A copy of the project with its own data and model cache: a small PE-Video in the published layout, and a small model
+under the hub ids that the READMEs name."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ COMMIT = "0" * 40
 
 class Copy:
     def __init__(self, folder: Path, checkpoint: Path, videos: Path):
-        """`videos` is a folder of <id>.mp4 and <id>.json: the first six are trained on, the others tested on."""
+        """`videos` is a folder with <id>.mp4 and <id>.json. The first six are for training, the others for testing."""
         self.root, self.cache = folder / "project", folder / "hub"
         self.root.mkdir()
         for name in ("README.md", "demo.sh", "eval.sh", "mani_data.py", "requirements.txt"):
@@ -35,14 +35,14 @@ class Copy:
                 shutil.copy(source, folder)
 
     def run(self, script: str, folder: str = "", **environment: str) -> subprocess.CompletedProcess:
-        """What a user's shell does with `script`, standing in `folder` of the project, without a network."""
+        """Run `script` in bash, in `folder` of the project and without access to the hub."""
         mine = {name: value for name, value in os.environ.items() if not name.startswith(("QWEN2_5_VL", "HF_"))}
         mine |= {
             "PATH": f"{self.root / '.venv/bin'}:{os.environ['PATH']}",
             "PYTHONPATH": str(self.root / "code/qwen-vl-utils/src"),
             "HF_HUB_CACHE": str(self.cache),
             "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",  # small models gain nothing from more
+            "OMP_NUM_THREADS": "1",  # more threads do not speed up small models
         }
         return subprocess.run(
             ["bash", "-euc", script],

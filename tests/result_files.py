@@ -1,4 +1,4 @@
-"""Result files over three real videos, made to order, and the report on them."""
+"""Generates result files for three real videos, and runs the report on them."""
 
 import json
 import random
@@ -15,7 +15,7 @@ METRICS = ("CIDEr", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L")
 
 
 class World:
-    """A folder of result files over three real videos, made to order."""
+    """A folder of generated result files for three real videos."""
 
     def __init__(self, folder: Path, checkpoint: Path, data: Path):
         self.folder, self.checkpoint, self.data = folder, checkpoint, data
@@ -38,7 +38,7 @@ class World:
         return slots + [clips] * (tokens - len(slots))
 
     def add(self, variant="group", schedule="wait-3", name=None, captions=(), scores=True, task="description", **args):
-        """Write a result file, its arguments and scores; returns the scores' values."""
+        """Write a result file with its arguments and, if `scores`, its scores. Returns the random metric values."""
         stem = name or f"{variant}_{schedule}"
         draw = random.Random(stem)
         rows = []
@@ -60,7 +60,7 @@ class World:
         return values
 
     def report(self, *arguments: str) -> tuple[str, str]:
-        """Run cli.py's main; returns the page and the Markdown."""
+        """Run the report; returns its HTML page and its Markdown."""
         with patch("sys.argv", ["report.py", *arguments, "--output", str(self.page.with_suffix(""))]):
             run(cli.main)
         return tuple(path.read_text(encoding="utf-8") for path in (self.page, self.page.with_suffix(".md")))

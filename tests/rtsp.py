@@ -1,4 +1,4 @@
-"""An RTSP camera on this machine: a real H.264 file, sent as RTP inside the RTSP connection, in real time."""
+"""A local RTSP camera that sends an H.264 file in real time, as RTP inside the RTSP connection."""
 
 import contextlib
 import random
@@ -14,7 +14,7 @@ import av
 
 CLOCK = 90_000
 LARGEST = 1200
-"""Bytes of an RTP payload: a picture of a camera takes several."""
+"""Largest H.264 unit in bytes that is sent in one RTP payload; larger ones are sent in fragments."""
 SDP = (
     "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=camera\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=video 0 RTP/AVP 96\r\n"
     f"a=rtpmap:96 H264/{CLOCK}\r\na=fmtp:96 packetization-mode=1\r\na=control:track\r\n"
@@ -22,7 +22,7 @@ SDP = (
 
 
 def payloads(picture: bytes) -> Iterator[bytes]:
-    """The RTP payloads of an H.264 picture in Annex B: each unit alone or, where it is too large, in fragments."""
+    """RTP payloads of an H.264 picture in Annex B format: one per unit, or several fragments of a large unit."""
     for unit in filter(None, re.split(b"\0?\0\0\1", picture)):
         if len(unit) <= LARGEST:
             yield unit
@@ -35,9 +35,9 @@ def payloads(picture: bytes) -> Iterator[bytes]:
 
 
 class Camera(socketserver.ThreadingTCPServer):
-    """Plays `path` (MPEG-TS) to each connection from its beginning, `plays` of them; then it answers no more. `speed`
-    is how many times real time, and each connection is cut after `seconds` of video. `clock` is what the camera takes
-    a moment of the video for."""
+    """Plays `path` (MPEG-TS) from the start to each of the first `plays` connections; then it answers 404. `speed` is a
+    factor of real time. Each connection is closed after `seconds` of video. `clock` maps a time of the video to the
+    time of the camera's clock, which sets the RTP timestamp, both in seconds."""
 
     daemon_threads = allow_reuse_address = True
 
@@ -79,7 +79,7 @@ class _Handler(socketserver.StreamRequestHandler):
             self.wfile.write(reply.encode())
             if method == "PLAY":
                 self.server.plays -= 1
-                with contextlib.suppress(ConnectionError):  # who watches may leave
+                with contextlib.suppress(ConnectionError):  # the client may disconnect
                     self._play()
                 return
 

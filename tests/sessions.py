@@ -1,4 +1,4 @@
-"""Random live sessions, and what should come out of them. Seeds are printed by the tests."""
+"""Random live sessions and their expected results. Tests print the seeds."""
 
 import os
 import random
@@ -15,14 +15,14 @@ from tiny import VOCABULARY, random_template, tiny_model
 
 PARALLEL = [variant for variant in VARIANTS.values() if variant.parallel]
 MANY = int(os.environ.get("SESSIONS", 100))
-"""How many random sessions are tried; set SESSIONS=1000 for a thorough run."""
+"""Number of random sessions; set SESSIONS=1000 for a thorough run."""
 SECONDS = 60
-"""In which one short session must be over, however busy the machine is; longer means that it hangs."""
+"""Timeout of a short session. It is long enough for a busy machine: a session that takes longer is blocked."""
 
 
 @dataclass
 class Case:
-    """A session to run: what is asked, and a script of what arrives when."""
+    """A session to run: its arguments, and a script of when clips arrive."""
 
     variant: Variant
     template: Template
@@ -32,9 +32,9 @@ class Case:
     most: int
     chunk: int | None
     steps: list[int]
-    """Rounds that are run before each clip arrives: none in a burst, many in a stall."""
+    """Most session steps before each clip arrives: none for a burst, many for a stall."""
     late: int | None = None
-    """Rounds after the last clip before it is known to be the last; None: it comes as the last."""
+    """Most session steps between the last clip and the end of the video. None: the last clip is fed as such."""
 
     @property
     def options(self) -> dict:
@@ -50,7 +50,8 @@ def random_case(
     draw: random.Random, variant: Variant, schedule: str | Schedule | None = None, may_be_late: bool = False
 ) -> Case:
     clips, grid = draw.randint(1, 5), (draw.randint(1, 3), draw.randint(1, 3))
-    # Hardly ever said, so that most answers are as long as they may be; else the tiny model soon ends its turn.
+    # A random end token is rarely generated, so that most answers reach their maximum length. With the default one, the
+    # tiny model ends answers early.
     template = replace(random_template(draw), end=draw.randrange(VOCABULARY))
     if schedule is None:
         quotas = tuple(draw.randint(0, 4) if variant.streams else 0 for _ in range(clips - 1))
@@ -70,7 +71,7 @@ def random_case(
 
 
 def play(session: Session, case: Case) -> Session:
-    """Feed the clips by the script of `case` and write to the end."""
+    """Feed the clips according to the script of `case` and generate until the session is done."""
     for number, (pixels, steps) in enumerate(zip(case.pixels, case.steps, strict=True), 1):
         for _ in range(steps):
             if session.idle:
@@ -89,10 +90,10 @@ def play(session: Session, case: Case) -> Session:
 
 
 def expected(model, case: Case, counts: list[int], complete: bool, bare: bool):
-    """What plain streams write for `case` where the slots are as long as `counts` says."""
+    """The caption of the reference implementation for `case`, with `counts` tokens per slot."""
     with torch.no_grad():
         tokens = model.perceive(case.pixels, case.layout.grid)
-    if not complete:  # over before it was known which clip was the last: one more, that nothing saw
+    if not complete:  # the session was done before the last clip was known: add one that no token attends to
         tokens = torch.cat([tokens, torch.zeros_like(tokens[:1])])
     quotas = (counts + [0] * len(tokens))[: len(tokens) - 1 + bare]
     streams = Streams(model, case.variant, [case.template], [case.layout], bare=bare)
@@ -100,7 +101,7 @@ def expected(model, case: Case, counts: list[int], complete: bool, bare: bool):
 
 
 def check(model, case: Case, session: Session) -> None:
-    """The session wrote what plain streams write with the same counts, and its slots are those it was asked for."""
+    """Assert that the session generated the reference tokens for its counts, and that its slots follow its schedule."""
     scheduler = session.scheduler
     plain = expected(model, case, session.counts, scheduler.complete, scheduler.bare)
     mine = session.caption()
@@ -120,7 +121,7 @@ def no_memory():
 
 
 def no_model():
-    """The `load` of a PerceptionClient that finds no model."""
+    """The `load` function of a PerceptionClient, which fails to find a model."""
     raise InputError("no Qwen2.5-VL could be loaded from 'nowhere'")
 
 
@@ -129,7 +130,7 @@ def double_model():
 
 
 class Unopenable:
-    """A message that the perception process cannot read."""
+    """A message that the perception process cannot unpickle."""
 
     def __reduce__(self):
         return no_memory, ()

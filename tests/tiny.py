@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL with random weights, made in memory, and random cases for it. Seeds are printed by the tests."""
+"""A tiny Qwen2.5-VL with random weights, created in memory, and random inputs for it. Tests print the seeds."""
 
 import random
 
@@ -46,7 +46,7 @@ def tiny_config(**text) -> Qwen2_5_VLConfig:
 def tiny_model(seed: int = 0, **text) -> Qwen2_5_VLForConditionalGeneration:
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(tiny_config(**text)).eval()
-    for parameter in model.parameters():  # the default scale leaves a model this small nearly constant
+    for parameter in model.parameters():  # at the default scale, the output of a model this small is nearly constant
         parameter.data.normal_(0, 0.2)
     return model
 
@@ -59,7 +59,7 @@ def random_template(draw: random.Random) -> Template:
 
 
 def random_counts(draw: random.Random, variant, most_clips: int = 5) -> list[int]:
-    """k_1 … k_N with at least one answer token, empty slots among them."""
+    """Random k_1 … k_N with at least one answer token in total. Slots may be empty."""
     clips = draw.randint(1, most_clips)
     if not variant.streams:
         return [0] * (clips - 1) + [draw.randint(1, 8)]
@@ -68,7 +68,7 @@ def random_counts(draw: random.Random, variant, most_clips: int = 5) -> list[int
 
 
 def timeline_ids(timeline, template: Template, answer: list[int]) -> torch.Tensor:
-    """Token ids (L,) of a timeline, for a full pass over it."""
+    """Token ids (L,) of a timeline, as input of one full forward step."""
     source = {PROMPT: template.prompt, TAIL: template.tail, HEADER: template.header, ANSWER: answer}
     return torch.tensor(
         [

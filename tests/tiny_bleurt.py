@@ -15,7 +15,7 @@ WORDS = TEXT.split()
 
 
 def tiny_bleurt(folder: Path) -> RemBertForSequenceClassification:
-    """Writes a checkpoint to `folder`; returns the model that it was made from."""
+    """Write a checkpoint to `folder` and return its model."""
     draw = random.Random(0)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(draw.choices(WORDS, k=8)) for _ in range(200)]),
@@ -32,7 +32,7 @@ def tiny_bleurt(folder: Path) -> RemBertForSequenceClassification:
     )  # fmt: skip
     model = RemBertForSequenceClassification(config).eval()
     for name, parameter in model.named_parameters():
-        if "LayerNorm" not in name:  # the default scale leaves a model this small nearly constant
+        if "LayerNorm" not in name:  # at the default scale, the output of a model this small is nearly constant
             parameter.data.normal_(0, 0.5)
     model.save_pretrained(folder)
     renamed = {

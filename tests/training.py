@@ -1,5 +1,5 @@
-"""Runs of the training program in processes of their own, which tests may kill. They start quickly: a fork server has
-imported everything."""
+"""Runs of the training program in separate processes, which tests can kill. They start quickly, because a fork server
+has imported everything."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ FLAGS = {
 
 
 def flags(made: tuple[Path, Path], output: Path, **changes) -> list[str]:
-    """The command line of a run over the eight videos of `made`: 4 steps an epoch, 12 in all."""
+    """Command line of a run on the eight videos of `made`: 4 steps per epoch and 12 in total, if run by one process."""
     checkpoint, data = made
     given = {"model_name_or_path": checkpoint, "train_data": data, "output_dir": output, **FLAGS, **changes}
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
@@ -45,7 +45,7 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a plain start of the program
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as when the program is started directly
     torch.set_num_threads(1)
     sys.argv = ["sft.sh", *arguments]
     from qwen_vl_streaming.launch.failing import run_rank
@@ -69,7 +69,7 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
-                # From outside, and to data workers as well, as SLURM does.
+                # Sent by another process, and to data workers too, as SLURM does.
                 ours = [str(process.pid) for process in (*psutil.Process().children(), psutil.Process())]
                 subprocess.run(["kill", f"-{act[3:]}", *ours])
                 until = time.monotonic() + 30
@@ -82,15 +82,15 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
 
 
 def start(arguments: list[str], log: Path, act: str | None = None, step: int = 0, **environment: str):
-    """Start a run with its output in `log`. It sends itself the signal `act` after optimizer step `step`; with "slow
-    save" it blocks while it saves that step, and with "kill at the end" it dies before it saves the final model."""
+    """Start a run and append its output to `log`. It receives the signal `act` after optimizer step `step`. With "slow
+    save", it blocks while it saves that step. With "kill at the end", it is killed before it saves the final model."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qwenvl.train", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
     paths = os.pathsep.join(path for path in sys.path if path)
     with contextlib.ExitStack() as stack:
         before = os.environ.get("PYTHONPATH")
         stack.callback(lambda: os.environ.update(PYTHONPATH=before) if before else os.environ.pop("PYTHONPATH"))
-        os.environ["PYTHONPATH"] = paths  # the fork server imports before it gets sys.path
+        os.environ["PYTHONPATH"] = paths  # the fork server imports modules before it receives sys.path
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         process = context.Process(target=_run, args=(arguments, log, environment, act, step))
         process.start()
@@ -104,7 +104,7 @@ def free_port() -> int:
 
 
 def start_many(processes: int, arguments: list[str], log: Path, **actions) -> list:
-    """Start a run of several processes. `actions` (act, step) are for the last."""
+    """Start a run with several processes. `actions` (act, step) apply to the last one."""
     number, port = str(processes), str(free_port())
     common = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
@@ -118,7 +118,7 @@ def start_two(arguments: list[str], log: Path, **actions) -> list:
 
 
 def spoil(video: Path, copy: Path) -> Path:
-    """A copy of an MP4 with a valid header and frames that do not decode."""
+    """Copy an MP4 and overwrite its frames with zeros: its header is valid, but its frames do not decode."""
     data = bytearray(video.read_bytes())
     start = data.index(b"mdat") + 4
     end = start - 8 + int.from_bytes(data[start - 8 : start - 4], "big")
@@ -128,13 +128,14 @@ def spoil(video: Path, copy: Path) -> Path:
 
 
 def finish(process, status: int = 0, seconds: float = 60) -> None:
-    """Wait for a run, which must exit with `status`."""
+    """Wait for a run and assert that it exits with `status`."""
     process.join(seconds)
     assert process.exitcode == status
 
 
 def refused(arguments: list[str], capsys, monkeypatch) -> str:
-    """The single error line of the program with these `arguments`; its exit status must be 2."""
+    """Run the program with `arguments` in this process. Asserts that it exits with status 2 and prints a single error
+    line, which is returned."""
     from qwen_vl_streaming.common.errors import run
     from qwenvl import train
 
@@ -147,7 +148,7 @@ def refused(arguments: list[str], capsys, monkeypatch) -> str:
 
 
 def history(output: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm by step, from the run's newest checkpoint."""
+    """Loss and gradient norm by step, from the newest checkpoint of a run."""
     newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     entries = json.loads((newest / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry}

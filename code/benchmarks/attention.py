@@ -1,17 +1,17 @@
-"""Measures FlexAttention alone in the engine's steps, for several kernel_options. The options in `model_runner.py`,
-`split_kv.py` and `ragged_attention.py` were chosen with it.
+"""Measures FlexAttention alone, with the shapes of the engine's steps, for several kernel_options. The options in
+`model_runner.py`, `split_kv.py` and `ragged_attention.py` were chosen with it.
 
     python code/benchmarks/attention.py --size 7B
     python code/benchmarks/attention.py --size 7B --passes clip --options 64x64x4x2 128x64x8x3
 
-    words   one decode row in each of several batch slots
-    clip    a clip and a decode row of one slot, as live sessions feed them
-    clips   clips of some slots and decode rows of others, as batches of `interleave` feed them
+    words   one decode row in each batch slot
+    clip    a clip and a decode row in one batch slot, as in live sessions
+    clips   clips in some batch slots and decode rows in others, as in batches of `interleave`
 
-Measures the attention of all layers, captured as a CUDA graph. Options are BLOCK_M x BLOCK_N x warps x stages, for
-words warps x stages; the engine's own come first. The floor is the larger of two times: 4 x pairs x width at the
-measured rate of a bf16 matrix product, and the bytes of the visible keys and values at the measured memory bandwidth.
-On a CPU, --size tiny tries the command without compiling.
+Measures the attention of all layers, captured as one CUDA graph. Options are BLOCK_M x BLOCK_N x warps x stages; for
+words, they are warps x stages. The engine's own options are measured first. The floor is the larger of two times:
+4 x pairs x width FLOPs at the measured rate of a bf16 matrix product, and the bytes of the visible keys and values at
+the measured memory bandwidth. --size tiny tries the command on a CPU, without compiling.
 """
 
 import argparse
@@ -39,19 +39,19 @@ CHUNK_OPTIONS = (
 )
 DECODE_OPTIONS = ("4x3", "2x3", "4x2", "8x2")
 TEXT_TOKENS = 100
-"""Text tokens that a stream has room for."""
+"""Text tokens that are allocated for each batch slot."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The rows of a step."""
+    """The rows of a forward step."""
 
     kind: str
     clips: int
-    """Slots that are fed a clip of `tokens` rows."""
+    """Batch slots with a clip of `tokens` rows."""
     tokens: int
     words: int
-    """Slots that are fed a decode row. In a step of kind clip it is the same slot."""
+    """Batch slots with a decode row. In a step of kind clip, it is the batch slot of the clip."""
     seen: int
     """Visual tokens that a decode row and the last row of a clip attend to."""
 
@@ -60,7 +60,7 @@ class Shape:
         return ", ".join([*parts, f"{self.words} words", f"{self.seen} seen"])
 
     def seen_by_row(self) -> list[Tensor]:
-        """For each slot, how many visual tokens its rows attend to."""
+        """For each batch slot, the number of visual tokens that each of its rows attends to."""
         clip = torch.arange(self.seen - self.tokens, self.seen) + 1
         word = torch.tensor([self.seen])
         if self.kind == "clip":
@@ -105,7 +105,7 @@ class Bench:
         return cache
 
     def layer(self, shape: Shape, options: dict) -> Callable[[], Tensor]:
-        """One layer's attention in a step of `shape`."""
+        """A function that runs one layer's attention in a step of `shape`."""
         cache, rows, scale = self.cache(shape), shape.seen_by_row(), self.size**-0.5
         layer_cache, counts = cache.layers[0], [len(own) for own in rows]
         if shape.kind == "clips":
@@ -132,7 +132,7 @@ class Bench:
         return lambda: attend(query, layer_cache, scale)
 
     def measure(self, shape: Shape, options: dict) -> float:
-        """Seconds of the attention of all layers."""
+        """Seconds that the attention of all layers takes."""
         torch._dynamo.reset()
         layer = self.layer(shape, options)
         if self.device == "cpu":
@@ -149,7 +149,7 @@ class Bench:
         return seconds(graph.replay, 20, self.device)
 
     def floor(self, shape: Shape, flop_rate: float, byte_rate: float) -> float:
-        """The floor in seconds, see the top of this file."""
+        """The floor in seconds; the module docstring defines it."""
         rows = shape.seen_by_row()
         pairs, keys = sum(int(own.sum()) for own in rows), sum(int(own.max()) for own in rows)
         width = self.heads * self.size
@@ -166,7 +166,7 @@ def parse_options(text: str, names: tuple[str, ...]) -> dict:
 
 
 def options_to_try(kind: str, requested: list[str] | None) -> Iterator[dict]:
-    """Kernel options for steps of `kind`: the engine's own, then the `requested` ones or the default list."""
+    """Kernel options for steps of `kind`: the engine's own, then the `requested` ones, or a default list if None."""
     words = kind == "words"
     used = {
         "words": ModelRunner.kernel_options,

@@ -1,1 +1,1 @@
-"""What `latency.py` measures: rounds, delays, many sessions, and the plots of them."""
+"""The measurements of `latency.py` and their plots."""

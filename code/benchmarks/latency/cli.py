@@ -1,25 +1,25 @@
-"""Sessions' speed on random weights of the true shapes: serial, fused and pipelined, beside the least the card needs.
+"""Speed of sessions in each mode (serial, fused, pipelined), compared with a lower bound for the GPU.
 
     python code/benchmarks/latency.py rounds video delay live lanes --size 7B --output results
     python code/benchmarks/latency.py sweep --size 3B --minutes 8 --output results
     python code/benchmarks/latency.py many long --size 7B --output results
     python code/benchmarks/latency.py plot --output results
 
-    rounds  seconds a round: a clip taken in and K words written, vision tower and host included, all clips there
-    video   seconds of a whole video, from pixels to its last word
-    delay   by how much a clip that arrives delays the next word
-    live    frames a second that are taken in, with K words a clip
-    sweep   speed-up over K and visual tokens a clip, beside S(r) = (1 + r) / max(1, r)
-    many    how many sessions one model sustains, each with a clip a second
-    long    memory and speed over a stream of very many clips
-    passes  milliseconds of each kind of pass, and the kernels of one
-    lanes   when perception and generation were at work in a few rounds
-    plot    pictures of what the others have written; needs no GPU and no weights
+    rounds  seconds per round: one clip and K tokens, including vision tower and host; all clips are available
+    video   seconds per video, from pixels to the last token
+    delay   latency that the arrival of a clip adds to the next token
+    live    sustained frames per second, with K tokens per clip
+    sweep   speed-up for K x visual tokens per clip, compared with S(r) = (1 + r) / max(1, r)
+    many    number of sessions that one model sustains, each with one clip per second
+    long    memory and speed over a stream of thousands of clips
+    passes  milliseconds of each kind of forward step, and the kernels of those that generate a token
+    lanes   timeline of perception and generation over a few rounds
+    plot    plots of the results of the other commands; needs no GPU and no weights
 
-Several may be asked for at once: the model is made once. Each writes OUTPUT/SIZE-COMMAND.json beside the table that it
-prints. A clip is 2 frames, one second of video; by default 196 x 364 pixels, 91 visual tokens. No answer ends early.
-Each kind of session is run once, whole, before it is timed; what is timed ends when the device is done.
-`floors.py` says what the floors count. On a CPU --size tiny, which has smaller defaults, tries commands out.
+Models have random weights and the shapes of the released ones. Several commands share one model. Each command prints a
+table and writes OUTPUT/SIZE-COMMAND.json. A clip is 2 frames, one second of video, by default 196 x 364 pixels and 91
+visual tokens. No answer ends early. Every measurement is preceded by a warm-up. Timed intervals end when the device has
+finished. `floors.py` defines the floors. --size tiny, which has smaller defaults, tries commands on a CPU.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from latency.setup import GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
 from latency.sweep import parse_points, sweep
 
 COMMANDS = ("passes", "rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")
-"""In the order in which they run: all but lanes share one perception process."""
+"""In the order of execution. Commands before lanes share one perception process, which lanes replaces."""
 ONE_WAY = {"passes", "many"}
-"""Those that run fused, whatever --ways says."""
+"""Commands that always run in fused mode, independent of --ways."""
 
 TINY = {
     "clips": 8,
@@ -57,12 +57,12 @@ TINY = {
     "stream": 200,
     "window": (10, 40),
 }
-"""Other defaults, with which a CPU runs each command of size tiny in less than a minute."""
+"""Defaults for --size tiny: each command takes less than a minute on a CPU."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for on the command line."""
+    """Command-line arguments."""
 
     commands: list[str]
     size: str
@@ -74,7 +74,7 @@ class Settings:
     words: int
     tokens: int
     chunks: list[str]
-    """How clips ride in fused passes, each of which is measured: whole, spread, or visual tokens a pass."""
+    """How fused steps prefill a clip; each is measured: whole, spread, or a number of visual tokens per step."""
     repeats: int
     pixels: str
     arrivals: int
@@ -149,7 +149,7 @@ def parse() -> Settings:
 
 
 def measure(settings: Settings, bench: Bench, command: str) -> None:
-    """Run one command and write its file."""
+    """Run one command and write its JSON file."""
     path = settings.output / f"{settings.size}-{command}.json"
     k, clips, repeats, chunks = settings.k, settings.clips, settings.repeats, settings.chunks
     words, tokens = settings.words, settings.tokens
@@ -192,6 +192,6 @@ def main() -> None:
             for command in asked:
                 measure(settings, bench, command)
     if "plot" in settings.commands:
-        from latency.plots import plot_all  # here: a machine that measures may have no matplotlib
+        from latency.plots import plot_all  # imported here: matplotlib is not needed to measure
 
         plot_all(settings.output)

@@ -1,8 +1,9 @@
-"""When perception and generation were at work in a few rounds: two lanes for each way.
+"""Timeline of perception and generation over a few rounds: two lanes for each mode.
 
-The passes of a session are wrapped from outside, in this process and, through the function that loads its model, in the
-one that perceives. On a GPU an interval lies between two events of the stream, which the clock of this machine is laid
-beside once; on a CPU the clock itself is read. A pass that takes a clip's tokens in and writes a word is both.
+Wraps the methods that run a session's steps, in this process and in the perception process, where the function that
+loads its model installs the wrappers. On a GPU, intervals lie between two CUDA events, which are aligned once with the
+host clock; on a CPU, they are read from the host clock. A step that prefills visual tokens and generates a token
+belongs to both lanes.
 """
 
 import json
@@ -24,12 +25,12 @@ from latency.setup import Bench, load
 
 TOWER, CLIP, WORD, MOVE = "vision tower", "language model over a clip", "words", "keys and values move"
 ROUNDS = 8
-"""Of which SHOWN are drawn, from the FIRST on."""
+"""Number of rounds. SHOWN of them are drawn, starting with slot FIRST."""
 FIRST, SHOWN = 4, 3
 
 
 class Trace:
-    """What passes did when, by this machine's monotonic clock, which all its processes share."""
+    """Intervals of work in seconds of the host's monotonic clock, which all processes share."""
 
     def __init__(self, device: str):
         self.cuda = device != "cpu"
@@ -48,11 +49,11 @@ class Trace:
         return event
 
     def wrap(self, function: Callable, kinds: Callable[..., list[str]]) -> Callable:
-        """A method, whose calls are marked with what `kinds` says of their arguments."""
+        """Wrap a method so that its calls are recorded with the kinds that `kinds` returns for their arguments."""
 
         def wrapped(of, *args):
             mine = kinds(of, *args)
-            stream = of.stream if TOWER in mine else None  # the tower runs on a stream of its own
+            stream = of.stream if TOWER in mine else None  # the tower has its own stream
             begin = self._now(stream)
             result = function(of, *args)
             if mine:
@@ -62,7 +63,7 @@ class Trace:
         return wrapped
 
     def intervals(self) -> list[dict]:
-        """Each with its kinds, and begin and end in seconds."""
+        """The recorded intervals: kinds, begin and end in seconds."""
         if self.cuda:
             torch.cuda.synchronize()
 
@@ -73,7 +74,7 @@ class Trace:
 
 
 def _kinds_of_pass(_, asks: Iterable[StepRequest]) -> list[str]:
-    """A pass takes a clip in where it has visual rows, and is generation where it writes or holds text alone."""
+    """Kinds of a step: CLIP if it has visual rows, WORD if it samples a token or a request has only text rows."""
     sees = any(bool(ask.prefill.rows.visual.any()) for ask in asks)
     says = any(ask.sample or bool(ask.prefill.rows.text.any() and not ask.prefill.rows.visual.any()) for ask in asks)
     return [CLIP] * sees + [WORD] * says
@@ -85,12 +86,12 @@ WRAPPED = (
     (StepRunner, "copy_out", lambda *_: [MOVE]),
     (StepRunner, "copy_in", lambda *_: [MOVE]),
 )
-"""Methods, and the kinds of what a call does."""
+"""Methods to wrap, and functions that return the kinds of a call."""
 
 
 @contextmanager
 def traced(device: str):
-    """A Trace of all passes of this process in the meantime."""
+    """A context that yields a Trace of the steps of this process."""
     trace, kept = Trace(device), [(of, name, getattr(of, name)) for of, name, _ in WRAPPED]
     for (of, name, function), (_, _, kinds) in zip(kept, WRAPPED, strict=True):
         setattr(of, name, trace.wrap(function, kinds))
@@ -102,7 +103,7 @@ def traced(device: str):
 
 
 def load_traced(file: str, size: str, layers: int | None, device: str):
-    """As `setup.load`, in the process that perceives: at its end it writes its intervals to `file`."""
+    """Like `setup.load`, for the perception process, which writes its intervals to `file` when it exits."""
     model = load(size, layers, device)
     tracing = traced(device)
     trace = tracing.__enter__()
@@ -117,7 +118,7 @@ def load_traced(file: str, size: str, layers: int | None, device: str):
 
 @contextmanager
 def traced_perception(bench: Bench, file: Path, way: str):
-    """If `way` is pipelined: inside, another perception process runs, which writes its intervals to `file`."""
+    """If `way` is pipelined, use a new perception process in this context, which writes its intervals to `file`."""
     if way != "pipelined":
         yield file
         return
@@ -131,9 +132,9 @@ def traced_perception(bench: Bench, file: Path, way: str):
 
 
 def lanes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: list[str]) -> dict:
-    """Intervals of ROUNDS rounds in each way, in seconds from the begin of slot FIRST, and when slots began. A clip
-    arrives as the slot before it begins, so that there is always one to be taken in, and never two. Sessions have room
-    for `clips` clips and `words` words, or ROUNDS rounds."""
+    """Intervals of ROUNDS rounds in each mode, in seconds from the start of slot FIRST, and the times at which slots
+    start. A clip is fed when the slot before it starts, so that one clip is always waiting, and never two. Sessions
+    have room for `clips` clips and `words` tokens, and at least for ROUNDS rounds."""
     ways, room = [], (max(clips, ROUNDS), max(words, k * ROUNDS))
     for way, how in runs(bench, chunks):
         chunk, theirs = bench.chunk(how, tokens, k), []
@@ -141,13 +142,13 @@ def lanes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: lis
             tempfile.TemporaryDirectory() as folder,
             traced_perception(bench, Path(folder) / "perception.json", way) as file,
         ):
-            for _ in range(2):  # the first warms up
+            for _ in range(2):  # the first one is a warm-up
                 with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session, traced(bench.device) as trace:
                     feed_one_ahead(session, bench.clips(ROUNDS, tokens))
                     bench.wait()
                 own, visible = trace.intervals(), list(session.visible)
             if way == "pipelined":
-                bench.part()  # it writes them at its end
+                bench.part()  # the perception process writes its intervals when it exits
                 theirs = json.loads(file.read_text())
         start = visible[FIRST - 1]
         shown = [
@@ -164,7 +165,7 @@ def lanes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: lis
 
 
 def feed_one_ahead(session, clips) -> None:
-    """Feed a clip as the slot before it begins."""
+    """Feed each clip when the slot before it starts."""
     waiting = list(clips)
     session.feed(waiting.pop())
     while waiting or not session.idle:

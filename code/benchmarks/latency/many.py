@@ -1,4 +1,4 @@
-"""Many sessions on one model in real time, and one session over a stream of very many clips."""
+"""Many sessions on one model in real time, and one session over a stream of thousands of clips."""
 
 import heapq
 import os
@@ -15,20 +15,25 @@ from latency.runs import percentile, runs
 from latency.setup import TEMPLATE, TOKENS, Bench, slot_ends
 
 LATE = 1.0
-"""Seconds after a clip is due within which its words have to be there: then the next clip comes."""
+"""Seconds from when a clip is due to the deadline of its tokens, which is when the next clip is due."""
 SAMPLES = 100
+"""Approximate number of samples of memory and time over a long stream."""
 
 
 def resident() -> int:
-    """Bytes of RAM that this process holds, as Linux counts them."""
+    """Resident memory of this process in bytes, as reported by Linux."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def many(bench: Bench, k: int, seats: list[int], seconds: float, age: int, window: tuple[int, int]) -> dict:
-    """How many sessions one pool sustains, each with a clip a second, which come at random moments of it, and `k`
-    words for each clip, a `window` of clips and words in sight: of every hundred clips, 95 have their words within LATE
-    seconds, and no later at the end than in the beginning. `seats` are tried from the fewest on; after the first number
-    that is not sustained, two between. The clock starts when each session has seen `age` clips."""
+    """How many sessions one pool sustains, each with one clip per second and `k` tokens per clip. Sessions keep a
+    `window` of (clips, tokens), and their clips arrive at different, random phases of the second.
+
+    A number of sessions is sustained if 95% of the clips have their tokens within LATE seconds, and the median lag of
+    the last quarter exceeds that of the first by at most LATE / 4. Tries the numbers in `seats` in ascending order.
+    After the first that is not sustained, tries up to two between it and the largest that is. Timing starts after each
+    session has processed `age` clips.
+    """
     print(
         f"\nsessions of a clip of {TOKENS} visual tokens and {k} words a second, {seconds:g} s each number, "
         f"after {age} clips each, a window of {window[0]} clips and {window[1]} words"
@@ -38,7 +43,7 @@ def many(bench: Bench, k: int, seats: list[int], seconds: float, age: int, windo
     table, enough, tries = [], 0, sorted(seats)
     bench.forget()
     with SessionPool(bench.model, tries[-1], bench.layout(), **options) as pool:
-        run_pool(bench, pool, k, min(tries[0], 2), 1, 1)  # warms up
+        run_pool(bench, pool, k, min(tries[0], 2), 1, 1)  # a warm-up
         while tries:
             count = tries.pop(0)
             try:
@@ -57,7 +62,7 @@ def many(bench: Bench, k: int, seats: list[int], seconds: float, age: int, windo
             table.append(row)
             if row["sustained"]:
                 enough = max(enough, count)
-            elif all(each["sustained"] for each in table[:-1]):  # the first that is too many
+            elif all(each["sustained"] for each in table[:-1]):  # the first number that is not sustained
                 between = {enough + (count - enough) * part // 3 for part in (1, 2)}
                 tries = sorted(number for number in between if enough < number < count)
             else:
@@ -67,7 +72,7 @@ def many(bench: Bench, k: int, seats: list[int], seconds: float, age: int, windo
 
 
 def run_pool(bench: Bench, pool: SessionPool, k: int, count: int, seconds: float, age: int, seed: int = 0) -> dict:
-    """`count` sessions for so many `seconds`. Raises InputError where not all of them are let in."""
+    """Run `count` sessions for `seconds`. Raises InputError if the pool cannot open all of them."""
     draw, clips = random.Random(seed), max(1, round(seconds))
     options = {"schedule": f"wait-{k}", "clock": time.perf_counter}
     sessions, pixels = [], bench.clips(age + clips)
@@ -112,9 +117,9 @@ def run_pool(bench: Bench, pool: SessionPool, k: int, count: int, seconds: float
 
 
 def long(bench: Bench, k: int, stream: int, window: tuple[int, int], chunks: list[str]) -> dict:
-    """Memory and seconds a round over `stream` clips, of which a session keeps a `window` of clips and words in sight.
-    A clip is fed as the slot before it begins. Device memory is what PyTorch gave out in this process, and beside it
-    what is in use of each card, host memory what this process holds in RAM."""
+    """Memory and seconds per round over `stream` clips, with a `window` of (clips, tokens). Each clip is fed when the
+    slot before it starts. Device memory is allocated by PyTorch in this process; `cards` is the memory in use on each
+    GPU; host memory is the resident memory of this process."""
     print(f"\na stream of {stream} clips, a window of {window[0]} clips and {window[1]} words")
     print(
         f"{'way':<11}{'a clip rides':<14}{'clips':>7}{'device MiB':>12}{'cards, MiB':>16}{'host MiB':>10}"
@@ -134,7 +139,7 @@ def long(bench: Bench, k: int, stream: int, window: tuple[int, int], chunks: lis
             samples.append({"clips": clips, "device": device, "cards": cards, "host": resident(), "seconds": seconds})
 
         options = {"chunk": bench.chunk(how, TOKENS, k), "window": window}
-        for count in (min(stream, 2 * window[0]), stream):  # the first warms up
+        for count in (min(stream, 2 * window[0]), stream):  # the first one is a warm-up
             samples.clear()
             with bench.open(way, f"wait-{k}", window[0], k * stream, **options) as session:
                 drink(bench, session, count, max(1, count // SAMPLES), sample)
@@ -150,7 +155,8 @@ def long(bench: Bench, k: int, stream: int, window: tuple[int, int], chunks: lis
 
 
 def drink(bench: Bench, session, count: int, every: int, sample) -> None:
-    """Feed `count` clips and write what they let be written; `sample` after each `every` slots that have begun."""
+    """Feed `count` clips, each when the slot before it starts. Calls `sample` after every `every` slots with the number
+    of slots and the seconds per slot."""
     pixels, taken, due = bench.clips(1)[0], 0, every
     bench.wait()
     began = time.perf_counter()

@@ -1,5 +1,4 @@
-"""What a pass takes, kind by kind, on the device and with the host, and the kernels that those with a word are made
-of."""
+"""Time of each kind of forward step, on the device and with the host, and kernels of steps that generate a token."""
 
 import contextlib
 import time
@@ -14,13 +13,13 @@ from latency.setup import Bench, play
 
 REPEATS = 50
 SHOWN = 14
-"""Kernels that are listed."""
+"""Number of kernels in the printed list."""
 
 
 @contextlib.contextmanager
 def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, tokens: int, chunk: int | None):
-    """A whole video of `clips` clips, its session still open, and the last ask of each kind of pass (pieces, whether a
-    word is written)."""
+    """Play a video of `clips` clips; yield the step runner, its session still open, and the last request of each kind
+    of step. The kind is (prefill pieces, whether a token is sampled)."""
     kept: dict[tuple[int, bool], StepRequest] = {}
     with bench.open(way, f"wait-{k}", clips, max(words, k * clips), tokens, chunk=chunk) as session:
         run = session.runner.step
@@ -37,7 +36,7 @@ def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, tokens: in
 
 
 def each(bench: Bench, work: Callable[[], object]) -> float:
-    """Seconds of `work`, many times in a row: what the device takes, where the host is faster."""
+    """Seconds per call of `work`, called many times in a row. This is device time if the host is faster."""
     for _ in range(3):
         work()
     bench.wait()
@@ -52,8 +51,8 @@ def each(bench: Bench, work: Callable[[], object]) -> float:
 
 
 def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: list[str]) -> dict:
-    """Milliseconds of each kind of pass at the end of a video of `clips` clips: replayed alone, and the whole of
-    `StepRunner.step` with its numbers made by the host."""
+    """Seconds of each kind of step at the end of a video of `clips` clips, printed in milliseconds: the step replayed
+    alone, the whole of `StepRunner.step`, and the host's share that packs the inputs."""
     floors, table, kernels = bench.floors(tokens), [], {}
     print(
         f"\npasses at the end of {clips} clips of {tokens} visual tokens\n{'a clip rides':<14}{'rows':>6}{'word':>6}",
@@ -88,7 +87,8 @@ def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: li
 
 
 def replay(made: StepRunner, pieces: int, write: bool, ask: StepRequest) -> Callable[[], object]:
-    """What the device does in a pass for `ask`, without the host's part."""
+    """A function that repeats the device's part of the step for `ask`: a CUDA graph, or the step itself if there is
+    none."""
     made.step([ask])
     graph = made.graphs.get((pieces, write))
 
@@ -100,7 +100,7 @@ def replay(made: StepRunner, pieces: int, write: bool, ask: StepRequest) -> Call
 
 
 def profile(bench: Bench, name: str, work: Callable[[], object]) -> list[dict]:
-    """The kernels of `work`, which is `name`, the longest in all first."""
+    """Kernels of `work` with their count and milliseconds per call, by descending time. `name` is for the heading."""
     gpu = bench.device != "cpu"
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if gpu else activity.CPU]) as found:

@@ -1,6 +1,6 @@
-"""Pictures of what latency.py has written: the measured curve, two lanes for each way, delays, a long stream.
+"""Plots of the results of latency.py: measured speed-up, two lanes for each mode, delays, a long stream.
 
-Knows nothing of models: it reads JSON files, on any machine.
+Reads only JSON files. Knows nothing about models and needs no GPU.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from latency.lanes import CLIP, MOVE, TOWER, WORD
 from latency.setup import read_json
 from latency.sweep import BETWEEN, SHARE, best
 
-# Okabe and Ito's palette, which the colour-blind tell apart too; shapes tell the sizes apart.
+# The palette of Okabe and Ito is safe for colour-blind readers. Marker shapes distinguish the sizes.
 WAYS = {"serial": "#8C8C8C", "fused": "#D55E00", "pipelined": "#0072B2"}
 MARKERS = {"3B": "o", "7B": "s", "tiny": "^"}
 KINDS = {TOWER: "#56B4E9", CLIP: "#0072B2", MOVE: "#009E73", WORD: "#D55E00"}
 INK, FAINT = "#222222", "#D0D0D0"
 THIN = 0.005
-"""Share of the time shown, up to which a bar of a lane has no white edge."""
+"""Bars of a lane have a white edge if they are longer than this share of the time axis."""
 DPI = 160
-WIDE = 9.0  # inches; a README shows them about as wide as this at its own text's size
+WIDE = 9.0  # inches; about the width at which a README shows images, so that font sizes match its text
 
 
 def figure_of(high: float, columns: int = 1, rows: int = 1, **options):
-    """A figure `high` inches high, and its axes, as matplotlib's `subplots` gives them."""
+    """A figure that is `high` inches high, and its axes, as matplotlib's `subplots` returns them."""
     figure = Figure(figsize=(WIDE, high), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, **options)
     for each in np.atleast_1d(axes).flat:
@@ -41,8 +41,9 @@ def figure_of(high: float, columns: int = 1, rows: int = 1, **options):
 
 
 def plot_sweep(files: list[dict], path: Path) -> None:
-    """The paper's figure 6, measured, a panel for each way: speed-up over serial against r, beside S(r), and below the
-    share of S(r). Where r is 0, which has no place on its axis, a point is left out."""
+    """Figure 6 of the paper with measured values, one column for each mode. The upper panel shows the speed-up over
+    serial against r, with S(r); the lower panel shows the share of S(r). Points with r = 0 are skipped, because the
+    axis of r is logarithmic."""
     points = [(data["about"]["size"], point) for data in files for point in data["points"].values() if point.get("r")]
     ways = [way for way in ("pipelined", "fused") if any(best(point, way, "share") is not None for _, point in points)]
     if not ways:
@@ -90,7 +91,7 @@ def plot_sweep(files: list[dict], path: Path) -> None:
 
 
 def plot_lanes(data: dict, path: Path) -> None:
-    """A few rounds of each way on one time axis: perception above, generation below."""
+    """A few rounds of each mode on one time axis: perception above, generation below."""
     ways = data["lanes"]
     figure, axes = figure_of(0.9 + 1.05 * len(ways))
     longest = max(mine["slots"][data["first"] - 1 + data["shown"]] for mine in ways) * 1e3
@@ -111,7 +112,7 @@ def plot_lanes(data: dict, path: Path) -> None:
                     continue
                 drawn.add(kind)
                 place = (top - (kind == WORD) - 0.36, 0.72)
-                # A white edge would hide what takes less than a few thousandths of the time shown.
+                # A white edge would hide very short bars.
                 edge = "white" if bars[0][1] > THIN * longest else KINDS[kind]
                 axes.broken_barh(bars, place, facecolor=KINDS[kind], edgecolor=edge, linewidth=0.5, zorder=2)
                 if shared:
@@ -143,7 +144,7 @@ def plot_lanes(data: dict, path: Path) -> None:
 
 
 def plot_delay(data: dict, path: Path) -> None:
-    """The share of arrivals that made no word, until the clip is seen, later by more than so much."""
+    """Cumulative distribution of the longest delay that each arriving clip causes to a token."""
     figure, axes = figure_of(3.4)
     dashes = ["-", (0, (5, 2)), (0, (1, 1.5))]
     times = {}
@@ -165,7 +166,7 @@ def plot_delay(data: dict, path: Path) -> None:
 
 
 def plot_long(data: dict, path: Path) -> None:
-    """Memory and milliseconds a round over the clips of a long stream."""
+    """Memory and milliseconds per round over the clips of a long stream."""
     figure, (left, right) = figure_of(3.2, 2)
     for mine in data["long"]:
         clips = [sample["clips"] for sample in mine["samples"]]
@@ -186,7 +187,7 @@ def plot_long(data: dict, path: Path) -> None:
 
 
 def plot_all(folder: Path) -> None:
-    """A picture of each file in `folder` that has one. Raises InputError where there is none."""
+    """Plot the result files in `folder`. All sweeps share one plot. Raises InputError if there is nothing to plot."""
     made = []
     if sweeps := [read_json(path) for path in sorted(folder.glob("*-sweep.json"))]:
         plot_sweep(sweeps, folder / "sweep.png")

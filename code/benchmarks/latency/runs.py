@@ -1,6 +1,6 @@
-"""One session at a time: seconds a round, seconds a video, what a clip's arrival costs the next word, frames a second.
+"""Measurements of one session: seconds per round and per video, delay by an arriving clip, frames per second.
 
-Each returns what goes into its JSON file, and prints its table as it goes.
+Each function prints its table row by row and returns the content of its JSON file.
 """
 
 import random
@@ -17,28 +17,29 @@ from latency.floors import speed_up
 from latency.setup import TOKENS, Bench, play, slot_ends
 
 PUBLISHED = 3.9
-"""Seconds a video of the published code, 7B on one H200: see evaluation.py."""
+"""Seconds per video of the published code, 7B on one H200; see evaluation.py."""
 TARGETS = {"serial": 24.0, "fused": 16.0, "pipelined": 14.0}
-"""Milliseconds a round at 7B on H200, K = 3, 91 tokens a clip, 30 clips."""
+"""Target milliseconds per round for 7B on H200, K = 3, 91 visual tokens per clip, 30 clips."""
 DELAYS = {"fused": 6.0, "pipelined": 3.0}
-"""Milliseconds by which an arrival may delay the next word, 95th percentile."""
+"""Target for the 95th percentile of the delay of the next token, in milliseconds."""
 SAID = 32
+"""Most tokens over which the time of one is averaged."""
 WITHIN = 20
-"""Words in whose time a clip arrives in `delay`, in the mean half of them."""
+"""In `delay`, clips arrive between 0.25 and 0.75 times this many token times apart."""
 
 
 def runs(bench: Bench, chunks: list[str]) -> list[tuple[str, str]]:
-    """Ways, and for the fused one each way that a clip may ride."""
+    """Pairs of a mode and how a clip is prefilled. Fused mode is paired with each of `chunks`."""
     return [(way, how) for way in bench.ways for how in (chunks if way == "fused" else ["whole"])]
 
 
 def cell(value: float | None, width: int, digits: int) -> str:
-    """A number of a table, or a dash for none."""
+    """A number in a table cell, or a dash for None."""
     return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
 
 def same(words: list[int], others: list[int]) -> int:
-    """How many words two answers have in common before they part."""
+    """Length of the common prefix of two answers, in tokens."""
     return next((i for i, (a, b) in enumerate(zip(words, others, strict=True)) if a != b), len(words))
 
 
@@ -49,11 +50,14 @@ def percentile(values: list[float], percent: int) -> float:
 def alone(
     bench: Bench, tokens: int, clips: int, room: tuple[int, int], repeats: int = 3, begun: int = 0
 ) -> dict[str, float]:
-    """Seconds of perception and of generation, each alone and at its rate, in sessions with `room` for so many clips,
-    one more than `clips`, and words. Of a clip of `tokens` visual tokens: the vision tower over clips in a row, and the
-    language model over `clips` clips in a row that it has looked at, but for the first `begun` of them, nothing being
-    waited for in between; and the sum of the two. Of a word: the mean of up to SAID in the slot of the last clip. The
-    median of `repeats`, after one to warm up."""
+    """Seconds of perception per clip and of generation per token, each measured alone and without pauses. Returns the
+    median of `repeats` runs after a warm-up.
+
+    `tower` is the vision tower, over `clips` clips of `tokens` visual tokens. `language` is the language model's
+    prefill of encoded clips, over all but the first `begun`. `perception` is the sum of both. `word` is the mean time
+    of a token, over up to SAID tokens in the slot of the last clip. `room` is the number of clips and of answer tokens
+    that the sessions have room for, with at least `clips` + 1 clips.
+    """
     words = min(room[1], SAID)
     said_after = Schedule((0,) * clips), Schedule((0,) * (clips - 1) + (words,))
     pixels, layout = bench.clips(clips, tokens), bench.layout(tokens)
@@ -77,15 +81,15 @@ def alone(
 
 
 def workload(serial: float, words: float) -> float:
-    """The ratio r of a round: what a `serial` one takes beyond its `words`, which is perception, over those; not less
-    than 0."""
+    """The ratio r of perception to generation in a round, at least 0. Perception is the time of a `serial` round minus
+    that of its `words`, all in seconds."""
     return max(serial / words - 1, 0.0)
 
 
 def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: int, chunks: list[str]) -> dict:
-    """Seconds a round: a clip taken in and `k` words written, in the mean over `clips` rounds, the first clip and the
-    last words included. All clips are there, none is the last, and the clock runs from the first's feeding. Sessions
-    have room for `words` words."""
+    """Seconds per round, in which one clip is encoded and prefilled and `k` tokens are generated. The mean over `clips`
+    rounds, from the first clip to the last token. All clips are fed at the start, and none of them ends the video.
+    Sessions have room for at least `words` tokens."""
     room = (clips + 1, max(words, k * clips))
     floors, parts = bench.floors(tokens), alone(bench, tokens, clips, room)
     least = floors.parts(clips)
@@ -136,8 +140,8 @@ def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: i
 
 
 def video(bench: Bench, k: int, clips: int, words: int, repeats: int, chunks: list[str]) -> dict:
-    """Seconds of a whole video, from the pixels of its first clip to the last of `words` words; and beside it those of
-    opening its session, which takes the prompt in, and may be done before the video begins."""
+    """Seconds of a video, from the pixels of its first clip to the last of `words` tokens. Also the seconds to open its
+    session, which prefills the prompt and can be done before the video starts."""
     floors = bench.floors()
     counts = [k] * (clips - 1) + [words - k * (clips - 1)]
     print(f"\na video of {clips} clips of {TOKENS} visual tokens, {words} words")
@@ -168,13 +172,16 @@ def video(bench: Bench, k: int, clips: int, words: int, repeats: int, chunks: li
 
 
 def arrivals(session: Session) -> tuple[list[float], list[float], list[float]]:
-    """Of a session that never paused, in seconds: the gaps between words that no clip touched; and for each clip after
-    the first how much longer than their median was the gap it arrived in, and the longest of those from its arrival to
-    the second word after it became visible."""
+    """Gaps between consecutive tokens of a session that generates without pause, in seconds.
+
+    Returns three lists: the gaps that no clip affects; for each clip after the first, the excess of the gap in which it
+    arrives over the median of those; and the excess of the longest gap from its arrival to the second token after it
+    becomes visible.
+    """
     times = [each.time for each in session.written]
     gaps = [(begin, end) for begin, end in pairwise(times)]
     quiet, touched = [], [[] for _ in session.visible[1:]]
-    # A word may be read a pass after it was chosen: the second word after is still the clip's.
+    # A token may be read one step after it was sampled: the clip may still affect the second token after it.
     until = [next(iter([t for t in times if t > seen][1:2]), seen) for seen in session.visible[1:]]
     for begin, end in gaps:
         mine = [i for i, came in enumerate(session.arrived[1 : 1 + len(until)]) if came < end and begin < until[i]]
@@ -187,7 +194,7 @@ def arrivals(session: Session) -> tuple[list[float], list[float], list[float]]:
 
 
 def speak_on(bench: Bench, session: Session, clips: int, apart: Callable[[], float]) -> None:
-    """Write without pause while `clips` clips arrive, each `apart()` seconds after the one before it."""
+    """Generate without pause while `clips` clips arrive, each `apart()` seconds after the previous one."""
     waiting, due, fed = bench.clips(clips), 0.0, 0
     while not session.done and (waiting or len(session.written) < fed + WITHIN):
         if waiting and time.perf_counter() >= due:
@@ -197,8 +204,9 @@ def speak_on(bench: Bench, session: Session, clips: int, apart: Callable[[], flo
 
 
 def delay(bench: Bench, k: int, clips: int, chunks: list[str], seed: int = 0) -> dict:
-    """Milliseconds by which a clip that arrives at a random moment delays the words, which are written without pause
-    ("greedy"): what the gap between two words is longer than the median of those that no clip touches."""
+    """Delay of tokens by clips that arrive at random times, while tokens are generated without pause ("greedy"). The
+    delay is the excess of a gap between two tokens over the median gap that no clip affects. Returns seconds and prints
+    milliseconds."""
     print(f"\nwords without pause, {clips} clips at random moments (seed {seed}); ms")
     print(
         f"{'way':<11}{'a clip rides':<14}{'a word':>8}{'95%':>7}   {'next word later by':<26}{'any word later by':<26}"
@@ -207,7 +215,7 @@ def delay(bench: Bench, k: int, clips: int, chunks: list[str], seed: int = 0) ->
     table, words = [], 2 * WITHIN * (clips + 2)
     for way, how in runs(bench, chunks):
         chunk, draw = bench.chunk(how, TOKENS, k), random.Random(seed)
-        with bench.open(way, GREEDY, clips, words, chunk=chunk) as session:  # warms up
+        with bench.open(way, GREEDY, clips, words, chunk=chunk) as session:  # a warm-up
             speak_on(bench, session, 3, lambda: 0.0)
         word = median(later.time - one.time for one, later in pairwise(session.written[-WITHIN // 2 :]))
         with bench.open(way, GREEDY, clips, words, chunk=chunk) as session:
@@ -229,10 +237,13 @@ def delay(bench: Bench, k: int, clips: int, chunks: list[str], seed: int = 0) ->
 
 
 def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str], window: tuple[int, int]) -> dict:
-    """Clips that arrive at so many `frames` a second (two make a clip), each when it is due, and `k` words for each; a
-    `window` of clips and words stays in sight, so that it could go on for ever. A rate is sustained where words do not
-    fall further behind: their lag, from a clip's due time to the last of its words, is in the last quarter at most one
-    clip's time longer than in the first. Stops at the first that is not."""
+    """Lag of a live session for each rate in `frames` per second, with two frames and `k` tokens per clip. The session
+    keeps a `window` of (clips, tokens), as a stream without an end does.
+
+    The lag of a clip is the time from when it is due to the last of its tokens. A rate is sustained if the median lag
+    of the last quarter exceeds that of the first by at most the duration of one clip. Stops at the first rate that is
+    not sustained.
+    """
     print(
         f"\nlive: {clips} clips of {TOKENS} visual tokens, {k} words for each, a window of {window[0]} clips and "
         f"{window[1]} words"
@@ -242,7 +253,7 @@ def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str
     for way, how in runs(bench, chunks):
         chunk = bench.chunk(how, TOKENS, k)
         for number, rate in enumerate(sorted(frames)):
-            for repeat in range(2 if number == 0 else 1):  # the first session of all warms up
+            for repeat in range(2 if number == 0 else 1):  # the first one is a warm-up
                 with bench.open(way, f"wait-{k}", clips, k * clips, chunk=chunk, window=window) as session:
                     lags = keep_pace(bench, session, clips, 2 / rate, hurry=repeat == 0 and number == 0)
             quarter = max(1, len(lags) // 4)
@@ -260,7 +271,7 @@ def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str
 
 
 def keep_pace(bench: Bench, session: Session, clips: int, period: float, hurry: bool = False) -> list[float]:
-    """Feed a clip every `period` seconds, in a `hurry` at once; the lag of each slot's last word."""
+    """Feed a clip every `period` seconds, or all at once if `hurry`. Returns the lag of each slot's last token."""
     waiting, began = bench.clips(clips)[::-1], time.perf_counter()
     due = [began + (0 if hurry else number * period) for number in range(clips)]
     while waiting or not session.idle:

@@ -1,6 +1,6 @@
-"""What latency.py measures on: a model of the true shape, the same weights in each process, clips, sessions.
+"""Models, clips and sessions for latency.py. Models have the released shapes and the same weights in each process.
 
-A session's inside is not looked at here: it is opened, fed, stepped and closed.
+Knows nothing about the internals of a session, apart from its step runner, which the next session reuses.
 """
 
 import gc
@@ -29,22 +29,22 @@ from transformers import Qwen2_5_VLConfig
 from latency.floors import Floors
 
 TEMPLATE = Template(tuple(range(PROMPT)), (1, 2, 3), (4, 5, 6), 7, -1)
-"""No id ends an answer early."""
+"""The end token is -1, which is never generated, so that no answer ends early."""
 TOKENS = GRID[0] * GRID[1]
 GRIDS = {16: (4, 4), 32: (4, 8), 64: (8, 8), TOKENS: GRID, 128: (8, 16), 256: (16, 16), 512: (16, 32), 1024: (32, 32)}
-"""Rows and columns after merging of a clip of so many visual tokens."""
+"""Rows and columns after merging, by the number of visual tokens of a clip."""
 KEPT = 8
-"""Clips that are made; longer videos show them again."""
+"""Number of distinct clips of each grid; longer videos repeat them."""
 HANDED_ON = 4
-"""Sizes of sessions whose passes are kept."""
+"""Number of session sizes whose step runners are kept."""
 PATIENCE = 600.0
-"""Seconds that the process that perceives may take for a clip: its first one compiles."""
+"""Timeout of the perception process for a clip, in seconds. Its first clip includes compilation."""
 WHOLE, SPREAD = "whole", "spread"
-"""How a clip rides in fused passes: in one of them, or in as many as write its slot's words."""
+"""How fused steps prefill a clip: in one step, or in K steps, one for each token of a slot."""
 
 
 def tiny_config() -> Qwen2_5_VLConfig:
-    """To try the commands out on a CPU."""
+    """A tiny configuration, to try the commands on a CPU."""
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
     text = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope}
@@ -55,10 +55,10 @@ def tiny_config() -> Qwen2_5_VLConfig:
 
 
 def load(size: str, layers: int | None, device: str) -> Qwen2_5_VLForConditionalGeneration:
-    """The model on `device`: bf16 on a GPU, float32 on a CPU with one thread. The same weights in each process, whose
-    words can then be compared."""
+    """The model on `device`: bf16 on a GPU, float32 with one thread on a CPU. All processes get the same weights, so
+    that the tokens of all modes can be compared."""
     if device == "cpu":
-        torch.set_num_threads(1)  # two processes then do not take each other's cores
+        torch.set_num_threads(1)  # so that two processes do not compete for cores
     else:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def load(size: str, layers: int | None, device: str) -> Qwen2_5_VLForConditional
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration(tiny_config() if size == "tiny" else make_config(size, layers))
     torch.set_default_dtype(torch.float32)
-    if size == "tiny":  # at the default scale a model this small is nearly constant
+    if size == "tiny":  # at the default scale, the output of a model this small is nearly constant
         for parameter in model.parameters():
             parameter.data.normal_(0, 0.2)
     return model.eval()
@@ -74,19 +74,19 @@ def load(size: str, layers: int | None, device: str) -> Qwen2_5_VLForConditional
 
 @dataclass
 class Bench:
-    """A model, and sessions on it. Closed at the end, as a context manager."""
+    """A model and its sessions. As a context manager, it stops the perception process at the end."""
 
     size: str
     variant: Variant
     ways: tuple[str, ...]
     layers: int | None = None
     pixels: torch.dtype = torch.float32
-    """What a clip is fed as; `prompts.clip_pixels` gives float32."""
+    """Data type of the clips; `prompts.clip_pixels` returns float32."""
     loading: Callable = load
-    """What the perception process makes its model with, given what `load` is given."""
+    """Loads the model of the perception process; takes the same arguments as `load`."""
     perception_client: PerceptionClient | None = None
     passes: dict[tuple, StepRunner] = field(default_factory=dict)
-    """Of sessions that are over, by their sizes."""
+    """Step runners of the latest sessions, by session sizes, the newest last. Sessions of the same sizes reuse them."""
     kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -104,19 +104,19 @@ class Bench:
         self.part()
 
     def forget(self) -> None:
-        """Give back what sessions of the same sizes would be handed."""
+        """Release the kept step runners and their memory."""
         self.passes.clear()
         gc.collect()
         torch.cuda.empty_cache()
 
     def part(self) -> None:
-        """Stop the perception process; the next pipelined session starts another."""
+        """Stop the perception process. The next pipelined session starts a new one."""
         if self.perception_client is not None:
             self.perception_client.close()
             self.perception_client = None
 
     def about(self) -> dict:
-        """What was run on what, for the JSON beside each table."""
+        """Model, device, versions and measured rates, for the JSON files."""
         name = torch.cuda.get_device_name() if self.device != "cpu" else "CPU"
         return {
             "size": self.size,
@@ -130,7 +130,7 @@ class Bench:
         }
 
     def clips(self, count: int, tokens: int = TOKENS) -> list[Tensor]:
-        """Pixels of `count` clips of `tokens` visual tokens, in pinned memory beside a GPU."""
+        """Pixels of `count` clips of `tokens` visual tokens each, in pinned memory if there is a GPU."""
         rows, columns = GRIDS[tokens]
         if (rows, columns) not in self.kept:
             merged = self.model.model.visual.spatial_merge_size**2
@@ -147,14 +147,14 @@ class Bench:
         return TEMPLATE.layout(GRIDS[tokens], 2.0)
 
     def chunk(self, how: str, tokens: int, k: int) -> int | None:
-        """Visual tokens a pass for `how` a clip rides: WHOLE, SPREAD over the K words of a slot, or a number."""
+        """Visual tokens per step: None for WHOLE, a K-th of a clip and its tail for SPREAD, else the number `how`."""
         if how == SPREAD:
             return -(-(tokens + len(TEMPLATE.tail)) // k)
         return None if how == WHOLE else int(how)
 
     def open(self, way: str, schedule, clips: int, words: int, tokens: int = TOKENS, **options) -> Session:
-        """A session with room for `clips` clips and `words` words. What is compiled and recorded for its sizes is made
-        by the first of them and handed on to the next."""
+        """A session with room for `clips` clips and `words` answer tokens. It reuses the step runner of the previous
+        session of the same sizes, with its compiled functions and CUDA graphs."""
         if way == "pipelined":
             if self.perception_client is None:
                 loading = partial(self.loading, self.size, self.layers, self.other)
@@ -171,14 +171,14 @@ class Bench:
         return session
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait until the device has finished."""
         if self.device != "cpu":
             torch.cuda.synchronize(self.device)
 
 
 def play(bench: Bench, session: Session, clips: Sequence[Tensor], ends: bool = False) -> float:
-    """Seconds to take in `clips`, which are all there, and to write what they let be written, to the last word and the
-    device's end. `ends`: the last of them ends the video."""
+    """Feed all `clips` at once and step the session until it is idle. Returns the seconds until the device has
+    finished. `ends`: the last clip ends the video."""
     bench.wait()
     began = time.perf_counter()
     for number, clip in enumerate(clips, 1):
@@ -190,17 +190,17 @@ def play(bench: Bench, session: Session, clips: Sequence[Tensor], ends: bool = F
 
 
 def slot_ends(session: Session) -> list[float]:
-    """When each slot wrote its last word, by the session's clock."""
+    """Time of the last token of each slot, by the session's clock."""
     return list({each.slot: each.time for each in session.written}.values())
 
 
 def write_json(path: Path, data: dict) -> None:
-    """Whole or not at all."""
+    """Write `data` to `path` atomically."""
     write_atomic(path, json.dumps(data).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict:
-    """Raises InputError where it is not there or not JSON."""
+    """Read a JSON file. Raises InputError if it is missing or not JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

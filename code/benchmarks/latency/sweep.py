@@ -1,12 +1,15 @@
-"""The measured curve: speed-up over serial against the ratio r of perception to generation, beside S(r).
+"""Measures the speed-up over serial against the ratio r of perception to generation, and compares it with S(r).
 
-Each point is a K and a number of visual tokens a clip. A way's seconds a round are those between the ends of the
-second and the last slot, over the rounds between: in a stream that goes on, filling the pipeline is done once. A word
-is measured alone, at its rate; what a serial round takes beyond its K words is its perception, and r that over the
-words. Perception of the same clips is measured alone too, vision tower and language model each at its rate, and gives a
-second r, which is told of at the end: a serial session looks at a clip while the last word of the slot before it is
-under way, so that perception takes less of a round than it does alone. Results are written after each point, and a run
-that was stopped goes on with what is missing.
+A point is a pair of K and visual tokens per clip. The seconds per round of a mode are the time from the end of the
+second slot to the end of the last, divided by the rounds between them. This excludes the time to fill the pipeline,
+which a long stream spends only once.
+
+A token is measured alone and without pauses. The perception of a serial round is its time minus that of its K tokens,
+and r is the ratio of the two. A second r, printed at the end, uses perception measured alone: vision tower and language
+model, each without pauses. It is usually larger, because a serial session encodes a clip while it generates the last
+token of the previous slot.
+
+Results are written after each measurement. A run that was stopped continues with the missing points.
 """
 
 import time
@@ -22,19 +25,21 @@ from latency.setup import GRIDS, Bench, play, read_json, slot_ends, write_json
 K = (1, 2, 4, 8, 16, 32, 64)
 CLIP_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
 CLIPS = 12
-"""Of a session, and of one with many words a clip FEW."""
+"""Number of clips in a session."""
 ROOM = (CLIPS + 1) * CLIP_TOKENS[-1]
-"""Visual tokens that every session on a GPU has room for: nothing but the size of a pass differs between clip sizes."""
+"""Visual tokens that every session on a GPU has room for, so that clip sizes differ only in the size of a step."""
 BEGUN = 2
-"""Clips before those that are measured."""
+"""Number of clips before the measured ones."""
 FEW, MANY_WORDS = 6, 16
+"""Number of clips in a session with many tokens per clip, and the smallest K to which it applies."""
 BETWEEN = (0.25, 4.0)
-"""Where pipelined has to reach SHARE of S(r)."""
+"""Range of r in which pipelined mode must reach SHARE of S(r)."""
 SHARE = 0.9
 
 
 def parse_points(texts: list[str] | None) -> list[tuple[int, int]]:
-    """(K, tokens a clip) of texts such as 3x91; all of the grid for none. Points of one clip size lie together."""
+    """(K, visual tokens per clip) for each text, such as 3x91, or the whole grid if None. Sorted by clip size, so that
+    points of one size follow each other. Raises InputError for any other text."""
     if texts is None:
         return [(k, tokens) for tokens in CLIP_TOKENS for k in K]
     points = []
@@ -52,7 +57,7 @@ def clips_of(k: int) -> int:
 
 
 def period(bench: Bench, way: str, k: int, tokens: int, room: tuple[int, int], chunk: int | None):
-    """Seconds a round, and the words that were written."""
+    """Seconds per round, and the generated tokens."""
     clips = clips_of(k)
     with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session:
         play(bench, session, bench.clips(clips, tokens))
@@ -61,8 +66,8 @@ def period(bench: Bench, way: str, k: int, tokens: int, room: tuple[int, int], c
 
 
 def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeats: int, path: Path, minutes: float):
-    """Measure what of `points` is not in the file at `path` yet, for as long as `minutes`. Returns what is in it then.
-    Raises InputError where the file is of something else."""
+    """Measure the `points` that are missing from the file at `path`, and start none after `minutes`. Returns the
+    content of the file. Raises InputError if it has results of another model size, device, variant or data type."""
     began, about = time.perf_counter(), bench.about()
     data = read_json(path) if path.exists() else {"about": about, "alone": {}, "points": {}}
     for key in ("size", "layers", "device", "variant", "pixels"):
@@ -119,7 +124,7 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
 
 
 def summarize(data: dict) -> None:
-    """Print how much of S(r) was reached where r lies between the bounds, by either r."""
+    """Print the share of S(r) that was reached for points within BETWEEN, for both definitions of r."""
     low, high = BETWEEN
     for way in ("fused", "pipelined"):
         for name, what in (("r", "r"), ("r_alone", "r with perception alone")):
@@ -134,5 +139,5 @@ def summarize(data: dict) -> None:
 
 
 def best(point: dict, way: str, figure: str) -> float | None:
-    """The largest `figure` of `way` at `point`, however clips rode."""
+    """The largest `figure` of the mode `way` at `point`, over all ways to prefill a clip; None if not measured."""
     return max((mine[figure] for name, mine in point["ways"].items() if name.split()[0] == way), default=None)

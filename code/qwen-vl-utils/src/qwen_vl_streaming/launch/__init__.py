@@ -1,6 +1,7 @@
-"""Runs a program in many processes, on one node or several, with torchrun: `python -m qwen_vl_streaming.launch` takes
-torchrun's arguments and ends as a whole, with one line that names the cause. Training and evaluation use it.
+"""Runs a program in several processes, on one or more nodes, with torchrun. Training and evaluation use it.
 
-A program's processes call `signals.die_with_launcher` before their heavy imports, and then `failing.run_rank`. The
-variables read here are those that torchrun and the launcher set. Knows nothing about models and videos.
+`python -m qwen_vl_streaming.launch` takes torchrun's arguments. When one process fails, all of them end, and one line
+names the cause. Each process of a program calls `signals.die_with_launcher` before its heavy imports, then
+`failing.run_rank`. The environment variables that are read here are set by torchrun and the launcher. Knows nothing
+about models and videos.
 """

@@ -1,11 +1,13 @@
-"""torchrun, which ends as a whole: whatever ends one process ends all within seconds, one line says why, and the exit
-status is 2 where a process refused its input, 128 + N after signal N, and else 1.
+"""Runs torchrun and ends all processes together: when one fails, all end within seconds, and one line names the cause.
 
-SIGTERM is handed on to the processes, which save and end, however long that takes: torchrun would give them 30 seconds.
-When the launcher is killed they are killed with it.
+Exit status: 0 on success, 2 if a process rejected its input, 128 + N if signal N stopped the run, 1 for other failures.
 
-With torchrun's `--max_restarts N` on a single node, a process that was killed, by Linux for memory or by a crash in C,
-does not end the run: all processes start again, at most N times. One that raised an error would raise it again.
+SIGTERM is forwarded to the processes. They save and exit without a time limit; torchrun would allow 30 seconds. If the
+launcher is killed, its processes are killed too.
+
+With torchrun's `--max_restarts N` on a single node, a process that is killed, for example by Linux when memory is short
+or by a crash in native code, does not end the run: all processes are restarted, at most N times. A process that raises
+an error is not restarted, because it would raise the same error again.
 """
 
 import contextlib
@@ -31,46 +33,46 @@ from .nodes import Nodes
 from .signals import LAUNCHER, RESUMES, STOPPED
 
 CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-"""Signals after which a process may start again."""
+"""Signals after which the processes can be restarted."""
 RESTARTS = "QWENVL_RESTARTS"
-"""Environment variable: how often this launcher has started its processes again."""
+"""Environment variable: how many times this launcher has restarted its processes."""
 GRACE = 10
-"""Seconds that the others have to end by themselves when one process has failed."""
+"""Seconds that the other processes have to exit by themselves after one has failed."""
 GRACE_AFTER_PEER = 3
-"""The same where that one has waited for them already."""
+"""Replaces GRACE if the failed process lost its connection to another one: it has then already waited."""
 MEMORY = " (Linux does that when memory is short)"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How a process ended that was the first to fail."""
+    """How the first process that failed has ended."""
 
     rank: int
     exit_code: int
-    """Of the process; -N where signal N has killed it."""
+    """Exit code of the process; -N if signal N killed it."""
     told: dict
-    """What it has told, see `failing.tell`; empty where it had no time to."""
+    """The report that the process wrote, see `failing.tell`; empty if it wrote none."""
 
     @property
     def killed(self) -> str:
-        """For a process that a signal has killed."""
+        """A message for a process that a signal has killed."""
         killer = signal.Signals(-self.exit_code)
         return f"process {self.rank} was killed by {killer.name}{MEMORY if killer == signal.SIGKILL else ''}"
 
     @property
     def status(self) -> int:
-        """For the launcher to end with."""
+        """Exit status of the launcher."""
         status = self.told.get("errorCode", self.exit_code)
         return status if status in (2, STOPPED) else 1
 
     @property
     def crashed(self) -> bool:
-        """Whether the process was killed from outside or by a fault in C, and not by an error that it reported."""
+        """Whether the process was killed from outside or crashed in native code, without reporting an error."""
         return not self.told and -self.exit_code in CRASHES
 
     @property
     def line(self) -> str:
-        """Empty where there is nothing to say: it was stopped, or has refused its input in words of its own."""
+        """The error in one line; empty if the process was stopped, or rejected its input and printed the reason."""
         if self.told:
             refused = self.status == 2
             return self.told["message"] if refused else f"process {self.rank}: {self.told['message']}"
@@ -83,19 +85,22 @@ class Failure:
 
 
 class Launcher:
-    """What this launcher knows of its run, and the one place where it ends."""
+    """State of a run. `end` is the only method that exits the launcher."""
 
     def __init__(self, node: int, nodes: int, address: str, port: int):
         self.asked_to_stop = threading.Event()
         self.first: Failure | None = None
         self.logs = tempfile.TemporaryDirectory(prefix="qwenvl_", ignore_cleanup_errors=True)
-        """Where processes tell why they fail."""
+        """Folder in which the processes report their errors."""
         self.lock = threading.Lock()
-        """Whoever holds it ends this process."""
+        """Acquired once, by the thread that ends or restarts this process, and never released."""
         self.nodes = Nodes(node, nodes, address, port, self.another_failed)
 
     def saw(self, context: SubprocessContext) -> None:
-        """Processes are about to be ended: if that is because some have failed, keep in mind which was the first."""
+        """Record the first failure, if there is one, before torchrun ends the remaining processes.
+
+        A process that only lost its connection to another one is recorded only if no other process has failed.
+        """
         failures = []
         for local, handler in context.subprocess_handlers.items():
             if handler.proc.returncode:
@@ -112,17 +117,17 @@ class Launcher:
 
     @property
     def stopped(self) -> bool:
-        """Whether the run has ended as SIGTERM has asked it to."""
+        """Whether the run has ended because of SIGTERM."""
         first = self.first
         early = self.asked_to_stop.is_set() and first and first.exit_code == -signal.SIGTERM  # or after its last step
         return bool(first and (early or first.told.get("errorCode", first.exit_code) == STOPPED))
 
     def another_failed(self, status: int, line: str) -> None:
-        """A process of this machine may wait for ever for one of the machine that has failed."""
+        """End the run on this machine: its processes could wait forever for those of the machine that has failed."""
         self.end(status, f"error: {line}")
 
     def end(self, status: int, *lines: str) -> NoReturn:
-        """End this process with `status`, those that it has started, and this machine's part in the run."""
+        """Kill the processes of this machine, notify the other machines, and exit with `status`."""
         self.lock.acquire()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
@@ -136,8 +141,8 @@ class Launcher:
         leave(status)
 
     def kill(self, *lines: str) -> None:
-        """Print `lines`, and kill the processes that are left."""
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        """Print `lines` and kill the remaining processes."""
+        with contextlib.suppress(OSError):  # stderr may be closed
             for line in filter(None, lines):
                 print(line, file=sys.stderr, flush=True)
         for child in psutil.Process().children():
@@ -145,7 +150,7 @@ class Launcher:
                 os.killpg(child.pid, signal.SIGKILL)
 
     def restart(self, restarts: int) -> NoReturn:
-        """Start the run again, in this process, after its first failure."""
+        """Restart the run after a failure. The new launcher replaces this process and keeps its process id."""
         self.lock.acquire()
         self.kill(f"{self.first.killed}: starting again")
         self.logs.cleanup()
@@ -153,7 +158,7 @@ class Launcher:
         os.execv(sys.executable, sys.orig_argv)
 
     def hand_on(self, signals: socket.socket) -> None:
-        """Hand SIGTERM on for ever; end at once with STOPPED where there is no process yet, or none any more."""
+        """Forward SIGTERM to the processes, in a loop. If none is running, exit immediately with STOPPED."""
         while number := signals.recv(1):
             if number[0] != signal.SIGTERM:
                 continue
@@ -163,11 +168,11 @@ class Launcher:
                 waiting = " while waiting for the other machines" if self.nodes.nodes > 1 else ""
                 self.end(STOPPED, f"stopped by SIGTERM{waiting}")
             for child in children:
-                with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may have just ended
                     child.send_signal(signal.SIGTERM)
 
     def watch_for_sigterm(self) -> None:
-        """Have a thread see SIGTERM: the main one may wait for other machines where Python runs no handler."""
+        """Receive SIGTERM in a thread: Python runs no handler while the main thread waits for other machines."""
         signals, ours = socket.socketpair()
         ours.setblocking(False)
         signal.set_wakeup_fd(ours.detach())
@@ -175,16 +180,16 @@ class Launcher:
         signal.signal(signal.SIGTERM, lambda number, frame: None)
 
     def run(self, arguments: list[str]) -> NoReturn:
-        """Launch the processes, and end with them."""
+        """Launch the processes and exit when they have ended."""
 
         def close(context: SubprocessContext, death_sig: signal.Signals | None = None, timeout: int = GRACE) -> None:
             self.saw(context)
             others = GRACE_AFTER_PEER if self.first and self.first.told.get("lost_peer") else GRACE
             PContext.close(context, death_sig, min(timeout, others))
 
-        SubprocessContext.close = close  # torchrun gives no other way to set how long it waits
+        SubprocessContext.close = close  # torchrun has no option for how long it waits
         given = parse_args(["--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT", "--log_dir", self.logs.name, *arguments])
-        most, given.max_restarts = given.max_restarts, 0  # torchrun would restart after every kind of failure
+        most, given.max_restarts = given.max_restarts, 0  # torchrun would restart after any failure
         restarts = int(os.environ.get(RESTARTS, 0))
         try:
             run(given)
@@ -193,12 +198,12 @@ class Launcher:
             self.end(2, f"error: no place to meet ({reason}): check MASTER_ADDR, or give another MASTER_PORT")
         except SignalException as error:
             self.end(128 + error.sigval, f"stopped by {error.sigval.name}{RESUMES}")
-        except KeyboardInterrupt:  # before it has started processes
+        except KeyboardInterrupt:  # no process has been started yet
             self.end(128 + signal.SIGINT, "stopped by SIGINT")
         except ChildFailedError:
             first = self.first
             if self.stopped:
-                early = first.exit_code == -signal.SIGTERM  # it had not begun
+                early = first.exit_code == -signal.SIGTERM  # it had not started the program yet
                 self.end(STOPPED, "" if first.told else f"stopped by SIGTERM{'' if early else RESUMES}")
             if first.crashed and restarts < most and self.nodes.nodes == 1 and not self.asked_to_stop.is_set():
                 self.restart(restarts)

@@ -1,7 +1,7 @@
-"""How a process of a run fails: it reports the cause to the launcher, and exits without waiting for the others.
+"""How a process of a run fails: it reports the error to the launcher and exits without waiting for other processes.
 
-The launcher prints the cause of the process that failed first, since the others mostly fail because of it. A process
-without a launcher prints its own.
+The launcher prints the error of the process that failed first, because the others usually fail as a consequence. A
+process without a launcher prints its own error.
 """
 
 import json
@@ -19,18 +19,18 @@ from ..common.errors import InputError
 from .signals import LAUNCHER, RESUMES, speaks
 
 LEAVING = 12
-"""Seconds that a process has to end once it has told why."""
+"""Seconds that a process has to exit after it has reported its error."""
 AT_EXIT = 120
-"""The same after a success, when a log may still have to be sent away."""
+"""Seconds that a process has to exit after success: logs may still have to be uploaded."""
 AFTER_PEER = 3
-"""Seconds that one which has lost the connection to another leaves to the launcher, to see that one's end first."""
+"""Seconds that a process waits after it lost its connection to another: the launcher should see the other end first."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable that torchrun sets: where a process writes why it failed."""
+"""Environment variable that torchrun sets: the file to which a process writes its error."""
 PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "remote process exited", "NCCL error")
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether `error` may come from the end of another process."""
+    """Whether `error` may have been caused by the end of another process."""
     return isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_GONE)
     )
@@ -38,13 +38,15 @@ def lost_peer(error: BaseException) -> bool:
 
 told = False
 advice = ("", "")
-"""What to do where a GPU's memory runs out, and where the machine's does."""
+"""What to do when GPU memory runs out, and when host memory does."""
 
 
 def tell(error: BaseException) -> None:
-    """Tell the launcher, the first time, that `error` ends this process; returns at once where there is no launcher.
+    """Report to the launcher that `error` ends this process. Only the first call has an effect, and only if there is a
+    launcher.
 
-    What is still to be done may wait for other processes: when it takes LEAVING seconds, SIGALRM ends this process.
+    Also sets an alarm: SIGALRM kills this process after LEAVING seconds, because its cleanup may wait for other
+    processes.
     """
     global told
     if told or LAUNCHER not in os.environ:
@@ -72,15 +74,18 @@ def tell(error: BaseException) -> None:
         beside = file.with_suffix(".part")
         beside.write_text(json.dumps({"message": message}))
         beside.replace(file)
-    except OSError:  # the disk is full there too
+    except OSError:  # for example a full disk
         if not isinstance(error, SystemExit | KeyboardInterrupt):
             say(error, line)
 
 
 def run_rank(main: Callable[[], None], gpu: str, host: str) -> None:
-    """Call `main`, and end this process as soon as it raises. `gpu` and `host` say what to do where a GPU's memory runs
-    out, and where the machine's does. What Python would clean up at its exit is left out then,
-    but for SystemExit, with which a run ends that was stopped."""
+    """Call `main`. If it raises, report the error and exit immediately, without Python's cleanup at exit.
+
+    SystemExit, which a stopped run raises, is an exception: it exits with Python's cleanup. After success, the process
+    has AT_EXIT seconds to exit if it has a launcher. `gpu` and `host` say what to do when GPU memory or host memory
+    runs out.
+    """
     global advice
     advice = gpu, host
     run_to_end(main, failed)
@@ -99,5 +104,5 @@ def failed(error: BaseException) -> None:
 
 
 def _is_to_say(error: BaseException) -> bool:
-    """Whether this process prints `error` itself: of those that meet the same mistake of the user only one does."""
+    """Whether this process prints `error` itself. A user error that all processes raise is printed by only one."""
     return speaks() or not isinstance(error, InputError) or getattr(error, "of_one", False)

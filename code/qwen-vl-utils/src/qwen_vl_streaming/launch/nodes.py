@@ -1,8 +1,8 @@
-"""The machines of one run: when one of them fails or is gone, the launchers of the others learn of it within seconds.
+"""The machines of one run: when one fails or stops responding, the launchers of the others detect it within seconds.
 
-torchrun leaves that to the processes, which may wait for each other in NCCL for ten minutes and more. Launchers meet
-in the store that torchrun has on machine 0. Each counts there every second; machine 0 looks at all the counts, and the
-others at what it has seen. Knows nothing of processes.
+torchrun leaves this to the processes, which may wait for each other in NCCL for ten minutes or longer. The launchers
+share the store that torchrun runs on machine 0. Each increments a counter there every second. Machine 0 checks all
+counters and stores a fault, which the others read. Knows nothing about processes.
 """
 
 import json
@@ -15,45 +15,48 @@ from torch.distributed import DistError, PrefixStore, TCPStore
 from .signals import RESUMES
 
 BEAT = 1.0
-"""Seconds between two counts."""
+"""Seconds between two increments of a counter."""
 LOST = 15.0
-"""A machine that has not counted for so many seconds is lost."""
+"""Seconds without an increment after which a machine is considered lost."""
 UNHEARD = f"did not answer for {LOST:.0f} s{RESUMES}"
 LEAVING = 15.0
-"""Seconds that machine 0, with its store, waits for the others to end in good order."""
+"""Seconds that machine 0, which hosts the store, waits for the others to end normally."""
 
 
 class Nodes:
-    """This machine, `node` of `nodes`, among the others. `failed` is called once, in a thread, where another one has
-    failed or is lost, with the exit status of the run and a line that says so."""
+    """Connects this machine, `node` of `nodes`, with the others.
+
+    If another machine fails or is lost, `failed` is called once, from a thread, with the exit status of the run and an
+    error line.
+    """
 
     def __init__(self, node: int, nodes: int, address: str, port: int, failed: Callable[[int, str], object]):
         self.node, self.nodes, self.address, self.port, self.failed = node, nodes, address, port, failed
         self.fault: tuple[int, str] | None = None
-        """What has failed here."""
+        """Exit status and error line of a failure on this machine."""
         self.ending, self.ended = threading.Event(), threading.Event()
-        """It is to be said that this machine ends; it is said."""
+        """`ending`: the end of this machine is to be announced. `ended`: it is announced, or another has failed."""
         self.heard: float | None = None
-        """When the store last answered; None until it does."""
+        """When the store last responded; None until its first response."""
         self.over = False
-        """Whether machine 0 has ended in good order."""
+        """Whether machine 0 has announced its end."""
         for loop in (self._count, self._listen) if nodes > 1 else ():
             threading.Thread(target=loop, daemon=True).start()
 
     def fail(self, status: int, line: str) -> None:
-        """Tell the other machines what has failed here."""
+        """Report a failure on this machine to the others. Only the first call has an effect."""
         if not self.fault:
             self.fault = status, line
             self.end()
 
     def end(self) -> None:
-        """Tell them that this machine ends: if nothing has failed, in good order. Machine 0 waits until they do too."""
+        """Announce the end of this machine to the others. Without a failure, machine 0 waits for the others to end."""
         self.ending.set()
         if self.heard is not None:
             self.ended.wait(4 * BEAT if self.fault or self.node else LEAVING)
 
     def wait_for_news(self) -> None:
-        """Wait as long as it can take until `failed` is called, where another machine has failed or is lost."""
+        """Wait until `failed` is called, at most as long as it takes to detect that another machine is lost."""
         if self.heard is not None:
             self.ended.wait(LOST + 2 * BEAT)
 
@@ -97,12 +100,12 @@ class Nodes:
             if node != self.node and not self.ending.is_set():
                 store.set(f"ended {self.node}", "yes")
                 if self.node == 0:
-                    time.sleep(2 * BEAT)  # until all the others have seen it, too
+                    time.sleep(2 * BEAT)  # until all other machines have read it
                 self._failed(status, line)
         self.over = self.over or store.check(["ended 0"])
 
     def _listen(self) -> None:
-        """A store whose machine is gone may not answer at all."""
+        """Detect the loss of machine 0: a call to its store may then block instead of raising an error."""
         while not self.ended.wait(BEAT):
             if self.heard is not None and time.monotonic() - self.heard > LOST and not self.over:
                 self._failed(1, f"machine 0 {UNHEARD}")
