@@ -88,6 +88,10 @@ def test_a_watch_can_be_abandoned_and_another_begun(captioner, film):
         ({"schedule": "wait-x"}, "wait-x"),
         ({"mode": "parallel"}, "unknown execution mode 'parallel'"),
         ({"max_clips": -1}, "-1"),
+        ({"max_clips": 0}, "max_clips 0 must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"mode": ""}, "unknown execution mode ''"),
+        ({"schedule": ""}, "schedule"),
         ({"window": (0, 5)}, "window"),
     ],
 )

@@ -134,13 +134,13 @@ def test_perception_places_clips_by_what_was_written(model, client, schedule, mo
         play(session, case)
     counts = session.counts + [0] * (5 - len(session.counts))
     plan = make_plan(case.variant, case.layout, Schedule(tuple(counts[:-1])), sum(counts))
-    sight = StreamState(case.variant, case.template, case.layout)
+    state = StreamState(case.variant, case.template, case.layout)
     for *_, last, known in (order for order in orders if order[0] == "clip" and len(order[-1]) < len(session.counts)):
-        sight.stream.counts[:] = known
-        due = sight.feed_clip(last)
+        state.stream.counts[:] = known
+        due = state.feed_clip(last)
         due = due[due.rows.visual]
         assert torch.equal(due.positions, plan.visual.positions[:, due.run_index])
-    assert sight.visual_fed > len(case.template.prompt)
+    assert state.visual_fed > len(case.template.prompt)
 
 
 def test_a_client_serves_one_session_at_a_time(model, client):

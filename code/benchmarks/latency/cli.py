@@ -139,7 +139,11 @@ def parse() -> Settings:
     parser.add_argument("--age", type=int, default=15, help="clips that each of them has seen (default %(default)s)")
     parser.add_argument("--stream", type=int, default=10_000, help="clips of long (default %(default)s)")
     parser.add_argument(
-        "--window", type=int, nargs=2, default=(60, 400), help="clips and words that live, many and long keep in sight"
+        "--window",
+        type=int,
+        nargs=2,
+        default=(60, 400),
+        help="attention window of live, many and long, in clips and tokens",
     )
     parser.add_argument("--output", type=Path, default=Path("latency"), help="folder (default %(default)s)")
     if parser.parse_args().size == "tiny":

@@ -14,6 +14,7 @@ import torch
 from .common.paths import find_model
 from .devices import choose_device, look
 from .live.intake import Intake
+from .live.options import CLIPS, TOKENS_PER_CLIP
 from .live.screen import Pieces
 from .live.setup import first_clip, load_on, no_clip, start_perception, warm_up
 from .live.watch import Watch
@@ -28,9 +29,6 @@ from .video.frames import FRAMES_PER_CLIP, PixelBudget
 from .video.opening import Source, open_source
 
 logger = logging.getLogger(__name__)
-
-MAX_CLIPS = 300
-TOKENS_PER_CLIP = 8
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,11 @@ class Captioner:
             skip: If the model cannot keep up, skip to the newest clip instead of letting clips wait.
             record: File for a record of the session, see `replay`.
         """
-        mode = mode or ("fused" if self.variant.parallel else "serial")
-        limit = max_clips or (None if window else MAX_CLIPS)
+        if mode is None:
+            mode = "fused" if self.variant.parallel else "serial"
+        limit = CLIPS if max_clips is None and window is None else max_clips
+        if max_new_tokens is None:
+            max_new_tokens = sys.maxsize if limit is None else TOKENS_PER_CLIP * limit
         if not isinstance(source, Source):
             budget = PixelBudget.trained(self.config)
             source = open_source(str(source), budget, fps=fps, speed=speed, max_clips=limit, cut=not skip)
@@ -127,9 +128,9 @@ class Captioner:
         with ExitStack() as stack:
             options = {
                 "mode": mode,
-                "schedule": schedule or f"wait-{getattr(self.config, 'wait_k', 3)}",
-                "max_clips": limit or MAX_CLIPS,
-                "max_new_tokens": max_new_tokens or (TOKENS_PER_CLIP * limit if limit else sys.maxsize),
+                "schedule": f"wait-{getattr(self.config, 'wait_k', 3)}" if schedule is None else schedule,
+                "max_clips": CLIPS if limit is None else limit,
+                "max_new_tokens": max_new_tokens,
                 "window": window,
             }
             if mode == "pipelined":
@@ -149,8 +150,9 @@ class Captioner:
             layout = template.layout(grid, self.config.vision_config.tokens_per_second * seconds)
             if source.count is not None:
                 check_clips(self.variant, layout, min(limit or source.count, source.count))
-            elif (room := clips_before_text(self.variant, layout)) is not None:
-                limit = min(limit or room, room)
+            elif (room := clips_before_text(self.variant, layout)) is not None and (limit is None or room < limit):
+                logger.warning("%s can watch %d clips: its answer is finished there", self.variant.name, room)
+                limit = room
             opened = functools.partial(open_session, self.model, self.variant, template, layout, **options)
             if self.device.type == "cuda":
                 opened = functools.partial(opened, runner=warm_up(opened(), pixels[0]))
@@ -178,4 +180,4 @@ class _Log:
     """Notes of a `Watch`, in the log."""
 
     def note(self, text: str) -> None:
-        logger.info(text)
+        logger.warning(text)

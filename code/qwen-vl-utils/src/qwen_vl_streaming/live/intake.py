@@ -137,7 +137,7 @@ class Intake:
                 self.add(clip)
                 if self._stopped:
                     return
-        except Exception as error:  # reported to whoever takes the clips: nobody joins this thread
+        except Exception as error:  # reported where the clips are taken: nobody joins this thread
             self.end(error)
             return
         self.end()
