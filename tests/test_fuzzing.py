@@ -51,7 +51,7 @@ def test_every_kind_of_finding_is_reported(folder, monkeypatch, capsys):
         assert count == (finding != "") and finding in told, told
 
 
-OUTPUT = f"      1 s  a\n\nfigures\nmissed deadlines  0\nrecord  {__file__}\n"
+OUTPUT = f"      1 s  a\n\nfigures\ntokens  3\nrecord  {__file__}\n"
 
 
 @pytest.mark.parametrize(
