@@ -40,7 +40,7 @@ class ModelArguments:
     )
     compile_layers: bool = field(
         default=False,
-        metadata={"help": "Compile each layer: 1.5 times as fast on a GPU, after about a minute. Not under ZeRO-3."},
+        metadata={"help": "Compile each layer: 1.5 times as fast on a GPU, after about a minute."},
     )
     tune_mm_llm: bool = field(default=True, metadata={"help": "Train the language model, embeddings included."})
     tune_mm_mlp: bool = field(default=True, metadata={"help": "Train the merger that follows the vision tower."})

@@ -41,6 +41,7 @@ from .record import RunRecord, describe_run
 from .rows import exclude, hold_out, read_rows
 from .skipped import Skipped
 from .trainer import StepProgress, StreamingTrainer
+from .zero3 import choose_linear, gather_whole_layers
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,6 @@ def check_arguments(model: ModelArguments, training: SftArguments, implementatio
             check_size(config, training, training.cpu_message)
         logger.info(training.cpu_message)
     check_parts(model, training)
-    if model.compile_layers and is_deepspeed_zero3_enabled():
-        raise InputError("--compile_layers does not work under ZeRO-3: set DEEPSPEED_CONFIG=zero2.json, or omit it")
     return config
 
 
@@ -210,10 +209,15 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         rows = exclude(rows, excluded, minimum)
         held_out = exclude(held_out, excluded, min(1, len(held_out)))
 
+        sharded = is_deepspeed_zero3_enabled()
+        if sharded:
+            choose_linear(arguments.hf_deepspeed_config.config["zero_optimization"], model_arguments.compile_layers)
         model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
         if model_arguments.compile_layers:
             model.compile_layers()
         model = make_trainable(model, model_arguments, arguments)
+        if sharded:
+            gather_whole_layers(model)
         more = {"pixel_budget": asdict(data_arguments.pixel_budget)}
         if model_arguments.lora_enable:
             more["base_sha256"] = facts["model_sha256"]

@@ -166,13 +166,16 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         return False
 
     def compile_layers(self) -> None:
-        """Compiles each layer separately. The layers are alike, so little code is compiled, and much of it is fused."""
-        for layer in self.model.language_model.layers:
-            layer.compile()
-        self.compile_tower()
+        """Compiles each layer separately. The layers are alike, so little code is compiled, and much of it is fused.
+
+        Only `forward` is compiled, since the hooks of ZeRO-3 gather the weights of a layer before it and release them
+        after it.
+        """
+        for layer in (*self.model.language_model.layers, *self.model.visual.blocks):
+            layer.forward = torch.compile(layer.forward)
 
     def compile_tower(self) -> None:
-        """Like `compile_layers`, for the vision tower only."""
+        """Compiles each block of the vision tower, for inference."""
         for block in self.model.visual.blocks:
             block.compile()
 
