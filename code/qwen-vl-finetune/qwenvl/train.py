@@ -98,6 +98,16 @@ def check_same_model(model: str, sha256: str, device: torch.device) -> None:
         )
 
 
+def check_checkpointing(layers: int | None, training: SftArguments, config: PretrainedConfig) -> None:
+    """Raises InputError where so many `layers` cannot be recomputed."""
+    if layers is None:
+        return
+    if not (training.gradient_checkpointing or training.activation_checkpointing):
+        raise InputError(f"--checkpoint_layers {layers} contradicts --gradient_checkpointing False: omit one of them")
+    if layers > (most := config.text_config.num_hidden_layers):
+        raise InputError(f"--checkpoint_layers {layers}: the model has {most} layers: give at most that, or omit it")
+
+
 def check_arguments(model: ModelArguments, training: SftArguments, implementation: str) -> PretrainedConfig:
     """The model's config, once the arguments are known to fit it. Raises InputError, before any weight is loaded."""
     checkpoint, variant = model.model_name_or_path, model.rules
@@ -111,6 +121,7 @@ def check_arguments(model: ModelArguments, training: SftArguments, implementatio
             check_size(config, training, training.cpu_message)
         logger.info(training.cpu_message)
     check_parts(model, training)
+    check_checkpointing(model.checkpoint_layers, training, config)
     if model.compile_layers and is_deepspeed_zero3_enabled():
         raise InputError("--compile_layers does not work under ZeRO-3: set DEEPSPEED_CONFIG=zero2.json, or omit it")
     return config
@@ -211,6 +222,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         held_out = exclude(held_out, excluded, min(1, len(held_out)))
 
         model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
+        model.checkpointed_layers = model_arguments.checkpoint_layers
         if model_arguments.compile_layers:
             model.compile_layers()
         model = make_trainable(model, model_arguments, arguments)
