@@ -124,7 +124,7 @@ def _rows(lengths: Lengths, given: Given, samples: int, compiled: bool) -> Itera
     row = lengths.row(samples) if given.can_pack else 0
     if row and (samples > 1 or compiled) and (samples == 1 or row <= c.MOST_ROW or given.samples is not None):
         yield row
-    if samples == 1 or not given.can_pack:
+    if not row or (samples == 1 and not (compiled and lengths.alike)):
         yield 0
 
 
@@ -202,8 +202,8 @@ def choose(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float
     least = min([least, *plans(shape, lengths, gpus, free)], key=lambda plan: plan.needed)
     raise InputError(
         f"{gpus.describe()}: too little to train this model of {shape.billions} parameters, which needs "
-        f"{least.needed / c.GIB:.1f} GiB a GPU with {least.settings.zero.title}: use {adapters}more GPUs, larger ones, or "
-        "a smaller --max_pixels_per_video"
+        f"{least.needed / c.GIB:.1f} GiB a GPU with {least.settings.zero.title}: use {adapters}more GPUs, "
+        "larger ones, or a smaller --max_pixels_per_video"
     )
 
 

@@ -9,6 +9,7 @@ from qwen_vl_streaming.common.errors import InputError
 FOLDER = Path(__file__).resolve().parents[2]
 CONFIGURATIONS = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
 """From the fastest to the one that needs the least memory."""
+OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,7 @@ class Zero:
                 bool(zero.get("overlap_comm", stage == 3)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{path} is no DeepSpeed configuration with a zero_optimization: see zero2.json"
-            ) from error
+            raise InputError(f"{path} has no valid zero_optimization: see zero2.json") from error
 
     @property
     def title(self) -> str:

@@ -29,15 +29,15 @@ def describe(plan: Plan, shape: Shape, lengths: Lengths, gpus: Gpus, steps: int,
         # Sending takes 10% of a step at this rate.
         needed = speed.sent / (0.1 * speed.step)
         lines.append(
-            f"  network: each GPU sends {speed.sent / 1e9:.1f} GB a step; below {8 * needed / 1e9:.0f} Gbit/s a GPU that "
-            "costs more than 10%"
+            f"  network: each GPU sends {speed.sent / 1e9:.1f} GB a step; below {8 * needed / 1e9:.0f} Gbit/s a GPU "
+            "that costs more than 10%"
         )
     if given:
         lines.append(f"  as given: {given}")
     if not plan.fits:
         lines.append(
-            f"  warning: with fragmentation this needs {plan.needed / c.GIB:.1f} GiB a GPU of {gpus.memory / c.GIB:.1f}, "
-            "and may not fit"
+            f"  warning: with fragmentation this needs {plan.needed / c.GIB:.1f} GiB a GPU of "
+            f"{gpus.memory / c.GIB:.1f}, and may not fit"
         )
     return "\n".join(lines)
 
