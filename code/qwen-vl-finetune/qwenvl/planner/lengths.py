@@ -103,7 +103,10 @@ def find_lengths(samples: StreamingDataset, seed: int = 0) -> tuple[Lengths, dic
         if min(rest + n * c + answer for n, c in possible) <= samples.max_length:
             found.append((min(length, samples.max_length), number * clip, clip, answer))
     if not found:
-        raise InputError(f"no video of the training data can be read (of {len(headers)} that were looked at)")
+        raise InputError(
+            f"none of {len(headers)} samples can be trained on: their videos cannot be read, or they are longer than "
+            f"{samples.max_length} tokens: see --video_root, --model_max_length and --pack_tokens"
+        )
 
     def mean(column: int) -> float:
         return sum(row[column] for row in found) / len(found)
