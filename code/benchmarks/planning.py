@@ -263,7 +263,8 @@ def main() -> None:
         data = make_rows(film, arguments.videos, captions, arguments.folder)
         card = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
         print(
-            f"{card}, torch {torch.__version__}, {arguments.variant}, videos {arguments.video} of {arguments.seconds} s\n"
+            f"{card}, torch {torch.__version__}, {arguments.variant}, "
+            f"videos {arguments.video} of {arguments.seconds} s\n"
             f"bf16 matrix product of 8192 x 8192: {peak / 1e12:.0f} TFLOP/s\n{HEADER}",
             flush=True,
         )

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.paths import check_videos
 from qwen_vl_streaming.common.progress import quiet_libraries
@@ -108,6 +108,28 @@ def check_checkpointing(layers: int | None, training: SftArguments, config: Pret
         raise InputError(f"--checkpoint_layers {layers}: the model has {most} layers: give at most that, or omit it")
 
 
+def check_same_machines(model: ModelArguments, data: DataArguments, training: SftArguments) -> None:
+    """Called by all processes at once; raises InputError on all of them where their GPUs or their plans differ."""
+    cuda = training.device.type == "cuda"
+    zero = training.hf_deepspeed_config.config["zero_optimization"]["stage"] if training.deepspeed else None
+    mine = {
+        "GPU": torch.cuda.get_device_name(training.device) if cuda else "none",
+        "ZeRO stage": zero,
+        "--per_device_train_batch_size": training.per_device_train_batch_size,
+        "--gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "--pack_tokens": data.pack_tokens,
+        "--gradient_checkpointing": bool(training.activation_checkpointing),
+        "--checkpoint_layers": model.checkpoint_layers,
+        "--compile_layers": model.compile_layers,
+    }
+    every = gather_object([mine])
+    for name, value in every[0].items():
+        others = [each[name] for each in every if each[name] != value]
+        if others:
+            fix = "use GPUs of one kind" if name == "GPU" else "give all nodes the flags that the first one printed"
+            raise InputError(f"the processes differ in {name}: {value} on the first, {others[0]} on another: {fix}")
+
+
 def check_arguments(model: ModelArguments, training: SftArguments, implementation: str) -> PretrainedConfig:
     """The model's config, once the arguments are known to fit it. Raises InputError, before any weight is loaded."""
     checkpoint, variant = model.model_name_or_path, model.rules
@@ -178,6 +200,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     output, variant, checkpoint = Path(arguments.output_dir), model_arguments.rules, model_arguments.model_name_or_path
     implementation = model_arguments.choose_attention(arguments.device.type == "cuda", data_arguments.pack_tokens > 0)
     config = check_arguments(model_arguments, arguments, implementation)
+    check_same_machines(model_arguments, data_arguments, arguments)
     base = BaseFiles.of(model_folder(checkpoint, weights=False))
 
     every_row = read_rows(data_arguments.train_data)

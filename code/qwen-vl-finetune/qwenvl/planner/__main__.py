@@ -31,7 +31,7 @@ def main() -> None:
         return
     from .gpus import gpus_here, parse_gpus
 
-    gpus = parse_gpus(options.gpus, int(nodes)) if options.gpus else gpus_here(int(processes), int(nodes))
+    gpus = parse_gpus(options.gpus, int(nodes)) if options.gpus is not None else gpus_here(int(processes), int(nodes))
     text, flags = request.plan(gpus)
     print(text, file=sys.stdout if only_show else sys.stderr)
     if only_show:

@@ -4,7 +4,7 @@ import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.prompts import answer_ids
@@ -50,12 +50,18 @@ class Lengths:
         """Whether samples differ so little in length that padding them to one costs little."""
         return self.longest <= MARGIN * self.mean
 
-    def row(self, samples: int, seed: int = 0) -> int:
+    def row(self, samples: int) -> int:
         """Tokens of a row that holds any `samples` samples of a batch, a multiple of ROW_MULTIPLE."""
-        draw = random.Random(seed)
-        most = max(sum(draw.choices(self.tokens, k=samples)) for _ in range(DRAWS))
+        most = largest_batch(self.tokens, samples)
         bound = samples * self.longest if samples == 1 else min(samples * self.longest, int(MARGIN * most))
         return math.ceil(max(bound, self.longest) / ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+@cache
+def largest_batch(tokens: tuple[int, ...], samples: int) -> int:
+    """Tokens of the largest of DRAWS random batches, the same at each call."""
+    draw = random.Random(0)
+    return max(sum(draw.choices(tokens, k=samples)) for _ in range(DRAWS))
 
 
 ASSUMED_CLIPS, ASSUMED_CLIP, ASSUMED_ANSWER, ASSUMED_REST = 30, 91, 117, 46

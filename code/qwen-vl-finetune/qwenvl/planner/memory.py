@@ -68,7 +68,7 @@ def estimate(shape: Shape, settings: Settings, lengths: Lengths, processes: int,
         pending = min(2.0 * wide * bucket, gradients) if shards > 1 else 0.0
         start, end = accumulated + pending, accumulated + reduced + pending
     else:
-        start = end = 0.0 if zero.offload and processes == 1 else reduced
+        start = end = 0.0 if zero.offload else reduced
     largest = 2.0 * wide * shape.largest
 
     activations, working = _activations(shape, settings, lengths, wide)
