@@ -1,6 +1,6 @@
 """Every number of the planner that only a GPU can confirm, each with the measurement that it comes from.
 
-`code/benchmarks/planning.py` compares predictions with measurements. Measured on H200s with random weights of the real
+`code/benchmarks/plans.py` compares predictions with measurements. Measured on H200s with random weights of the real
 shapes; see code/benchmarks/RESULTS.md.
 """
 

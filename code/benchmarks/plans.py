@@ -1,9 +1,9 @@
 """What the planner of sft.sh predicts against what is measured: peak memory and speed, of the bare command and of flags
 found by hand.
 
-    python code/benchmarks/planning.py --settings 3B:1 3B:4 3B:1:40 "7B:4 --deepspeed zero2.json" --steps 6
-    python code/benchmarks/planning.py --list caps --one-by-one
-    python code/benchmarks/planning.py --settings tiny:1 --steps 3
+    python code/benchmarks/plans.py --settings 3B:1 3B:4 3B:1:40 "7B:4 --deepspeed zero2.json" --steps 6
+    python code/benchmarks/plans.py --list caps --one-by-one
+    python code/benchmarks/plans.py --settings tiny:1 --steps 3
 
 A setting is SIZE:GPUS[:CAP] and further flags of sft.sh; without any it is the bare command. CAP is the memory of a GPU
 in GiB, set with torch.cuda.set_per_process_memory_fraction, and also what the planner sees as free. All settings share
@@ -38,7 +38,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import SHAPES, find_device, seconds
 
 HOOK = '''\
-"""Caps the memory of training processes, and shows the cap to the planner. Written by code/benchmarks/planning.py."""
+"""Caps the memory of training processes, and shows the cap to the planner. Written by code/benchmarks/plans.py."""
 import os, sys
 training, planning = "LOCAL_RANK" in os.environ and "qwenvl.rank" in sys.orig_argv, "qwenvl.planner" in sys.orig_argv
 if training or planning:
