@@ -82,7 +82,7 @@ def test_one_process_is_killed(many, expected, tmp_path):
     rank_of(run, number).send_signal(signal.SIGKILL)
     said = finish(run, log)
     (line,) = (line for line in said.splitlines() if "was killed" in line)
-    assert line.startswith(f"process {number} was killed by SIGKILL") and line.endswith(": starting again")
+    assert line.startswith(f"process {number} was killed by SIGKILL") and line.endswith(": restarting")
     (line,) = (line for line in said.splitlines() if "already have a caption" in line)
     assert int(re.match(r"resuming: (\d+) of 12", line)[1]) >= len(kept) >= 1
     assert rows(out) == expected
@@ -100,7 +100,7 @@ def test_killed_again_by_the_same_video(many, tmp_path):
             time.sleep(0.05)
         rank_of(run, 1).send_signal(signal.SIGKILL)
     said = finish(run, log, 1)
-    assert said.count("starting again") == 1
+    assert said.count("restarting") == 1
     assert said.splitlines()[-1].startswith("error: process 1 was killed by SIGKILL") and "resumes" in said
 
 
@@ -153,7 +153,7 @@ def test_two_nodes(many, expected, tmp_path):
     child = rank_of(second, 1)
     child.kill()
     said = finish(first, logs[0], 1)
-    assert "error: machine 1, process 1 was killed by SIGKILL" in said and "starting again" not in said
+    assert "error: node 1, process 1 was killed by SIGKILL" in said and "restarting" not in said
     assert gone([child]) and "error: process 1 was killed by SIGKILL" in finish(second, logs[1], 1)
 
     first, second = start_both()
@@ -172,7 +172,7 @@ def test_node_0_is_lost_or_busy(many, tmp_path):
     wait_for_rows(out, 1, first)
     psutil.Process(first.pid).kill()
     said = finish(second, logs[1], 1)
-    assert "error: machine 0 has ended" in said and "Traceback" not in said
+    assert "error: node 0 has ended" in said and "Traceback" not in said
 
 
 def test_two_runs_do_not_write_one_file(many, tmp_path):
