@@ -154,12 +154,12 @@ def test_tables_that_cannot_be_read(tmp_path, monkeypatch):
     for name, reason in (
         ("half.parquet", "half.parquet cannot be read ("),
         ("columns.parquet", "columns.parquet, row 1: has no video_path"),
-        ("disk", f"has several splits: give the folder of one, {tmp_path / 'disk/train'}"),
+        ("disk", f"has several splits: give the folder of one split, {tmp_path / 'disk/train'}"),
     ):
         with pytest.raises(InputError) as raised:
             read_rows(str(tmp_path / name))
         assert reason in str(raised.value) and "\n" not in str(raised.value)
-    for name, reason in (("none-*.parquet", "matches no file"), ("empty", "save_to_disk` has not written")):
+    for name, reason in (("none-*.parquet", "matches no file"), ("empty", "was not written by `Dataset.save_to_disk`")):
         with pytest.raises(InputError, match=reason):
             find_data(str(tmp_path / name), tmp_path, "the data")
 
@@ -172,7 +172,7 @@ def test_a_split_of_the_hub(monkeypatch, tmp_path):
     assert find_data(f"{HUB}me/videos:test", tmp_path, "the data") == f"{HUB}me/videos:test"
     assert [row["video_id"] for row in read_rows(f"{HUB}me/videos:test")] == ["b"] and asked == ["me/videos"]
     for source, reason in ((f"{HUB}me/videos", "has several splits"), (f"{HUB}me/videos:dev", "has no split 'dev'")):
-        with pytest.raises(InputError, match=f"{reason}: name one of train, test, as in {HUB}OWNER/NAME:SPLIT"):
+        with pytest.raises(InputError, match=f"{reason}: choose one of train, test, as in {HUB}OWNER/NAME:SPLIT"):
             read_rows(source)
     splits.pop("test")
     assert read_rows(f"{HUB}me/videos") == read_rows(f"{HUB}me/videos:train")

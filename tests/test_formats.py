@@ -60,7 +60,7 @@ def test_files_that_name_others(folder, site, name, text):
     path = folder / name
     path.write_text(text.format(folder=folder, url=site.url))
     for source in (path, io.BytesIO(path.read_bytes())):
-        with pytest.raises(InputError, match=r"cannot be opened \((its format holds no film|Invalid data)") as error:
+        with pytest.raises(InputError, match=r"cannot be opened \((its format has no video|Invalid data)") as error:
             index_video(source, name)
         assert name in str(error.value)
     assert not site.asked
@@ -69,7 +69,7 @@ def test_files_that_name_others(folder, site, name, text):
 def test_a_name_that_is_a_pattern(folder):
     for name in ("seq1.jpg", "seq2.jpg", "seq3.jpg", "seq%d.jpg"):
         PIL.Image.new("RGB", (160, 96)).save(folder / name)
-    with pytest.raises(InputError, match="its format holds no film"):
+    with pytest.raises(InputError, match="its format has no video"):
         read_video(folder / "seq%d.jpg")
 
 

@@ -128,7 +128,7 @@ def test_loss_is_over_the_labelled_rows_and_nothing_is_shifted():
 
 def test_a_wrong_number_of_visual_tokens_is_refused():
     ids = torch.tensor([[1, VIDEO, VIDEO, 2]])
-    with pytest.raises(ValueError, match="2 places for visual tokens, but 3 came"):
+    with pytest.raises(ValueError, match="2 rows for visual tokens, but 3 visual tokens"):
         tiny_model()(
             input_ids=ids,
             position_ids=torch.arange(4).expand(3, 1, 4),
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path):
         load_config(tmp_path / "config.json")
     config = json.loads((tmp_path / "config.json").read_text())
     for broken, says in (
-        (config | {"model_type": "qwen2_vl"}, "of a model of type qwen2_vl"),
+        (config | {"model_type": "qwen2_vl"}, "has the model type qwen2_vl"),
         ([1], ""),
         ({}, "type None"),
     ):

@@ -50,7 +50,7 @@ def put(path: Path) -> Path:
 
 def test_a_path_is_looked_up_here_then_in_the_project_then_in_its_code(tree):
     root = tree / "project"
-    with pytest.raises(InputError, match=r"neither in .*here nor in .*project nor in .*project/code: check"):
+    with pytest.raises(InputError, match=r"not in .*here or in .*project or in .*project/code: check"):
         find_path("x/y.jsonl", root, "the data")
     for place in (root / "code/x/y.jsonl", root / "x/y.jsonl", tree / "here/x/y.jsonl"):
         put(place)
@@ -59,7 +59,7 @@ def test_a_path_is_looked_up_here_then_in_the_project_then_in_its_code(tree):
     data = put(root / "dataset/train_3_5.jsonl")
     assert find_path("../dataset/train_3_5.jsonl", root, "the data").resolve() == data
     assert find_path(str(data), root, "the data") == data
-    with pytest.raises(InputError, match="'/nowhere' is not there"):
+    with pytest.raises(InputError, match="'/nowhere' is missing"):
         find_path("/nowhere", root, "the data")
 
 
@@ -86,7 +86,7 @@ def test_two_videos_are_never_one_file(tree):
     put(videos / "1.mp4")
     check_videos(["a/1.mp4", "a/1.mp4", "./a/1.mp4"], root, videos)  # one video, asked about more than once
     for others in (["a/1.mp4", "b/1.mp4"], ["1.mp4", "b/1.mp4"], ["b/1.mp4", str(videos / "1.mp4")]):
-        with pytest.raises(InputError, match=r"are both found as .*videos/1\.mp4, by the file name alone"):
+        with pytest.raises(InputError, match=r"both match .*videos/1\.mp4 by file name alone"):
             check_videos(others, root, videos)
     put(videos / "a/1.mp4")
     check_videos(["a/1.mp4", "b/1.mp4"], root, videos)
@@ -110,7 +110,7 @@ def test_a_video_root_is_a_folder_or_nothing(tree):
     root = tree / "project"
     assert find_folder("", root, "the video root") is find_folder(" ", root, "the video root") is None
     assert find_folder(str(tree / "videos"), root, "the video root") == tree / "videos"
-    for path, says in (("none", "neither in"), (str(put(tree / "file")), "is not a folder")):
+    for path, says in (("none", "is not in"), (str(put(tree / "file")), "is not a folder")):
         with pytest.raises(InputError, match=f"the video root .*{says}"):
             find_folder(path, root, "the video root")
 
@@ -118,10 +118,10 @@ def test_a_video_root_is_a_folder_or_nothing(tree):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("dataset/train_3_5.jsonl", ": make it with `python mani_data.py`"),
-        ("../dataset/test_3_5.jsonl", ": make it with `python mani_data.py`"),
-        ("dataset/funqa_test.jsonl", ": make it with `python mani_data.py --dataset funqa`"),
-        ("mine.jsonl", ": check the path, or make it with `python mani_data.py`"),
+        ("dataset/train_3_5.jsonl", ": create it with `python mani_data.py`"),
+        ("../dataset/test_3_5.jsonl", ": create it with `python mani_data.py`"),
+        ("dataset/funqa_test.jsonl", ": create it with `python mani_data.py --dataset funqa`"),
+        ("mine.jsonl", ": check the path, or create it with `python mani_data.py`"),
     ],
 )
 def test_data_that_is_missing_is_made_with_mani_data(tree, name, says):

@@ -148,5 +148,5 @@ def test_a_stream_that_cannot_be_opened(caplog):
 
 def test_the_hubs_address(monkeypatch, caplog):
     """HF_ENDPOINT may hold a password, which a warning would repeat."""
-    hub._warn("a/b: http://joe:s3cret@hub cannot be reached; going on from the cache\x1b[2J")
+    hub._warn("a/b: http://joe:s3cret@hub cannot be reached; using the cache\x1b[2J")
     assert "joe:***@hub" in caplog.text and "s3cret" not in caplog.text and "\x1b" not in caplog.text

@@ -174,7 +174,7 @@ def test_data_of_another_task_is_refused_in_one_line(made, evaluate, tmp_path, c
         ([], "fun", "unknown task 'fun': choose one of description, funqa"),
         (["--data", str(tmp_path / "plain")], "funqa", "plain, line 1: has sub-task None, not one of H2, H3"),
         (["--data", str(tmp_path / "title")], "funqa", "has sub-task 'H4', not one of"),
-        (["--data", str(tmp_path / "unasked")], "funqa", 'has the question " ", which is not a text'),
+        (["--data", str(tmp_path / "unasked")], "funqa", 'has the question " ", which is not a non-blank string'),
         (["--data", str(tmp_path / "wordless")], "funqa", "caption without a word"),
         (["--data", str(tmp_path / "numbers")], "funqa", "references that are not a list of strings"),
         (["--data", str(tmp_path / "twice")], "funqa", "both have the video_id"),

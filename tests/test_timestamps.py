@@ -26,7 +26,7 @@ def test_a_keyframe_that_overlaps_what_comes_before_goes_on_one_frame_later(capl
     stamps = [(-900, True), (-860, False), (-820, False), (-840, True), (-800, False)]
     shown = [clock.add(stamp, stamp, key=key) for stamp, key in stamps]
     assert shown == [(-900, False), (-860, False), (-820, False), (-780, True), (-740, False)]
-    assert "go back by 0.0 s" in caplog.text
+    assert "jump back by 0.0 s" in caplog.text
 
 
 def test_a_note_about_a_film_comes_once_and_about_a_live_source_each_time(caplog):

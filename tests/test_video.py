@@ -228,13 +228,13 @@ def cut_in_half(tmp_path):
 
 BROKEN = {
     "missing": (lambda folder: folder / "none.mp4", "does not exist"),
-    "a folder": (lambda folder: folder, "is a folder: name a video file"),
+    "a folder": (lambda folder: folder, "is a folder: give a video file"),
     "a pipe": (lambda folder: pipe(folder / "v.mp4"), "is a pipe, a socket or a device: write"),
     "empty": (lambda folder: write(folder / "v.mp4", b""), "is empty"),
     "no video": (lambda folder: write(folder / "v.mp4", b"no video at all" * 99), "cannot be opened"),
     "one frame": (lambda folder: make_video(folder / "v.mp4", [0.0]), "less than one clip"),
     "too short": (lambda folder: make_video(folder / "v.mp4", seconds=0.6), "less than one clip"),
-    "cut": (cut_in_half, "cannot be opened|cut short|cannot be decoded"),
+    "cut": (cut_in_half, "cannot be opened|truncated|cannot be decoded"),
 }
 
 

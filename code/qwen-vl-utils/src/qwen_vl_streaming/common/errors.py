@@ -43,5 +43,5 @@ def cannot_list(error: OSError) -> None:
     """For `onerror` of os.walk: raises InputError for an unreadable folder. A missing folder counts as empty."""
     if not isinstance(error, FileNotFoundError):
         raise InputError(
-            f"folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it away"
+            f"folder {error.filename} cannot be read ({error.strerror}): make it readable or move it"
         ) from error
