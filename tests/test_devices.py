@@ -72,15 +72,15 @@ HERE = "1 GPU here (NVIDIA H100 80GB HBM3, driver 580.65.06) cannot be used: "
         ),
         (
             NEW, HIDDEN, {"CUDA_VISIBLE_DEVICES": ""},
-            HERE + "CUDA_VISIBLE_DEVICES='' hides them: unset it, or name GPUs as in 0,1",
+            HERE + "CUDA_VISIBLE_DEVICES='' hides them: unset it, or list GPUs, such as 0,1",
         ),
         (
             NEW, HIDDEN, {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},
-            HERE + "CUDA_VISIBLE_DEVICES='NoDevFiles' hides them: unset it, or name GPUs as in 0,1",
+            HERE + "CUDA_VISIBLE_DEVICES='NoDevFiles' hides them: unset it, or list GPUs, such as 0,1",
         ),
         (
             Driver((H100,), "580.65.06", mig=True), HIDDEN, {},
-            HERE + "MIG is on, and there is no MIG device: make one with `nvidia-smi mig`, or turn MIG off",
+            HERE + "MIG is enabled, but there is no MIG device: create one with `nvidia-smi mig`, or disable MIG",
         ),
         (
             Driver((H100,), "580.65.06", fault="Driver/library version mismatch"), HIDDEN, {},
@@ -89,7 +89,7 @@ HERE = "1 GPU here (NVIDIA H100 80GB HBM3, driver 580.65.06) cannot be used: "
         ),
         (
             NEW, Torch("2.14.1+cu130", "13.0", fault="Error 802: system not yet initialized"), {},
-            HERE + "CUDA does not start (Error 802: system not yet initialized): see that `nvidia-smi` works and, on "
+            HERE + "CUDA does not start (Error 802: system not yet initialized): check that `nvidia-smi` works and, on "
             "machines with NVSwitch, that nvidia-fabricmanager runs, or restart the machine",
         ),
         (
@@ -100,7 +100,7 @@ HERE = "1 GPU here (NVIDIA H100 80GB HBM3, driver 580.65.06) cannot be used: "
         (
             NEW, Torch("2.14.1+cu130", "13.0", count=2, alien=("GPU 1 (Quadro P400, sm_61)",)), {},
             "PyTorch 2.14.1+cu130 has no kernels for GPU 1 (Quadro P400, sm_61): install a build that has "
-            "(requirements.txt says how), or name only the others in CUDA_VISIBLE_DEVICES",
+            "(requirements.txt says how), or list only the others in CUDA_VISIBLE_DEVICES",
         ),
         (
             Driver(), HIDDEN, {"SLURM_GPUS_ON_NODE": "8"},
@@ -129,19 +129,19 @@ def test_a_container_with_gpus_and_without_the_drivers_libraries(monkeypatch):
 
 
 @pytest.mark.parametrize("driver, torch, none", [
-    (Driver(), HIDDEN, "no GPU is here"),
-    (Driver(fault="Driver Not Loaded"), HIDDEN, "no GPU is here"),
-    (Driver(), Torch("2.14.1+cpu"), "no GPU is here"),
+    (Driver(), HIDDEN, "no GPU found"),
+    (Driver(fault="Driver Not Loaded"), HIDDEN, "no GPU found"),
+    (Driver(), Torch("2.14.1+cpu"), "no GPU found"),
     (Driver(elsewhere=8), HIDDEN,
-     "no GPU is visible here (the machine has 8 GPUs, and this job or container was not given any)"),
+     "no GPU is visible (the machine has 8 GPUs, and this job or container was not given any)"),
     (Driver(), Torch("2.14.1+rocm7.1", hip="7.1", fault="No HIP GPUs are available"),
-     "no GPU is here that PyTorch 2.14.1+rocm7.1, built for ROCm 7.1, can use"),
+     "no GPU found that PyTorch 2.14.1+rocm7.1, built for ROCm 7.1, can use"),
 ])  # fmt: skip
 def test_without_a_gpu_the_cpu_is_used_and_that_is_said(driver, torch, none):
     found = judge(driver, torch, {"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": ""})
     assert (found.usable, found.why_not) == (0, "")
     assert choose_device("", found) == ("cpu", f"{none}: using the CPU")
-    with pytest.raises(InputError, match="--device cuda: no GPU is"):
+    with pytest.raises(InputError, match="--device cuda: no GPU "):
         choose_device("cuda", found)
 
 
@@ -307,7 +307,7 @@ def test_every_program_refuses_gpus_that_cannot_be_used(too_old, monkeypatch, ca
 
 
 def test_evaluation_says_that_it_uses_the_cpu_and_takes_one_process(no_gpu, monkeypatch):
-    assert evaluation.find_device(Settings(), Rank()) == ("cpu", "no GPU is here: using the CPU")
+    assert evaluation.find_device(Settings(), Rank()) == ("cpu", "no GPU found: using the CPU")
     assert evaluation.find_device(Settings(device="cpu"), Rank(local_world_size=8)) == ("cpu", "")
     assert count_processes(0, "") == 1
     assert count_processes(2, "") == 2
@@ -356,9 +356,7 @@ def test_training_of_a_large_model_on_a_cpu_has_to_be_asked_for(no_gpu, made, tm
     large = tmp_path / "large"
     Qwen2_5_VLConfig().save_pretrained(large)  # of 76B; no weights are needed to count them
     said = refused(flags(made, tmp_path / "out", model_name_or_path=large, use_cpu=False), capsys, monkeypatch)
-    assert (
-        "no GPU is here: using the CPU, for which a model of 75," in said and "million parameters is too large" in said
-    )
+    assert "no GPU found: using the CPU, for which a model of 75," in said and "million parameters is too large" in said
     assert said.endswith("train where PyTorch can use a GPU, or give --use_cpu True")
     assert not (tmp_path / "out").exists()
     said = refused(flags(made, tmp_path / "out", model_name_or_path=large), capsys, monkeypatch)

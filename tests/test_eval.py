@@ -92,10 +92,10 @@ def test_rows_scores_and_resumption(made, evaluate, capsys, monkeypatch):
     without_time = [{**json.loads(line), "seconds": 0} for line in again]
     assert without_time == [{**row, "seconds": 0} for row in rows]
 
-    assert "begun with repetition_penalty" in refused(
+    assert "started with repetition_penalty" in refused(
         evaluate, capsys, "--variant", "group", "--repetition-penalty", "1.3"
     )
-    assert "begun with schedule" in refused(evaluate, capsys, "--variant", "group", "--schedule", "wait-2")
+    assert "started with schedule" in refused(evaluate, capsys, "--variant", "group", "--schedule", "wait-2")
 
 
 def test_a_result_file_of_something_else_is_not_gone_on_with(made, evaluate, tmp_path, capsys, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_result_file_of_something_else_is_not_gone_on_with(made, evaluate, tmp
     counts.write_text(json.dumps({row["video_id"]: [2] * 30 for row in made[2]}))
     changed = {"--model": model, "--data": data, "--schedule": counts}
     flags = [str(text) for pair in changed.items() for text in pair]
-    out = evaluate(*flags)  # nothing fits the counts, so there are no rows, and what it was begun with is free
+    out = evaluate(*flags)  # nothing fits the counts, so there are no rows, and its arguments may change
     lines = [json.loads(line) for line in (out / "group_skipped.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and sum("counts.json has 30 counts" in line["reason"] for line in lines) == 5
     assert not (out / "group_infer.json").exists()
@@ -217,7 +217,7 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         (["--schedule", "random-0"], "give wait-K, random, random-K"),
         (["--memory", "0"], "GiB above 0"),
         (["--processes", "2"], "start it with eval.sh"),
-        (["--device", "cuda:7"], "no GPU is here"),
+        (["--device", "cuda:7"], "no GPU found"),
         (["--output-dir", str(tmp_path / "twice.jsonl")], "cannot be written"),
     ):
         assert reason in refused(evaluate, capsys, *flags), flags

@@ -161,7 +161,7 @@ def test_other_clips_and_other_models_are_refused(model, tmp_path):
     case.pixels, case.layout = torch.randn(3, 24, 1176), case.template.layout((2, 3), 2.0)
     case.steps = [0, 0, 0]
     record, clips = recorded(model, case, "serial", tmp_path / "r.json"), list(case.pixels)
-    with pytest.raises(InputError, match="clip 2 is not the one"):
+    with pytest.raises(InputError, match="clip 2 differs from the recorded one"):
         replay(record, model, [clips[0], clips[1] + 1e-6, clips[2]])
     with pytest.raises(InputError, match="of 3 clips, but only 2"):
         replay(record, model, clips[:2])

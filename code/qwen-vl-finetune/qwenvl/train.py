@@ -105,7 +105,7 @@ def check_arguments(model: ModelArguments, training: SftArguments, implementatio
     check_attention(implementation, training.device)
     config = load_config(checkpoint)
     if not model.force:
-        check_trained(config, checkpoint, variant, "--force True to continue from it all the same")
+        check_trained(config, checkpoint, variant, "--force True to continue from it anyway")
     if training.cpu_message:
         if training.cpu_is_fallback:
             check_size(config, training, training.cpu_message)
