@@ -48,7 +48,7 @@ def test_line_numbers_count_blank_lines(tmp_path):
 
 
 def test_values_keep_their_type(tmp_path):
-    """`datasets` would make dates of texts that look like dates, and a float of a large integer."""
+    """`datasets` would convert strings that look like dates to dates, and a large integer to a float."""
     data = tmp_path / "rows.jsonl"
     rows = [{**ROWS[0], "video_id": "2026-01-01", "human_caption": "2026-01-01"}, {**ROWS[1], "video_id": 10**30}]
     data.write_text("\n".join(map(json.dumps, rows)))
@@ -95,7 +95,7 @@ def test_invalid_durations(tmp_path, seconds):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Fails where a host name is looked up."""
+    """Fails if a host name is looked up."""
 
     def look_up(host, *_, **__):
         raise AssertionError(f"{host} was looked up")
@@ -104,7 +104,7 @@ def offline(monkeypatch):
 
 
 def save(rows: list[dict], folder: Path) -> list[str]:
-    """`rows` as a Parquet file, as two that a pattern names, and as a folder of `save_to_disk`."""
+    """`rows` as a Parquet file, as two files that match a pattern, and as a folder of `save_to_disk`."""
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(folder / "rows.parquet")
     for number, part in enumerate((table.select([0]), table.select(range(1, len(rows))))):
@@ -113,8 +113,8 @@ def save(rows: list[dict], folder: Path) -> list[str]:
     return [str(folder / name) for name in ("rows.parquet", "train-*.parquet", "disk/train")]
 
 
-def test_tables_hold_the_same_rows(tmp_path, offline, monkeypatch):
-    """In the same order, with one hash, without a network, and without a file written beside them."""
+def test_tables_have_the_same_rows(tmp_path, offline, monkeypatch):
+    """In the same order, with the same hash, without a network, and without writing a file next to them."""
     monkeypatch.chdir(tmp_path)
     rows = [{**row, "references": ["A square.", "Red."], "question": None} for row in ROWS]
     sources = save(rows, tmp_path)

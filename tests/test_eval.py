@@ -69,7 +69,7 @@ def refused(evaluate, capsys, *flags) -> str:
 
 
 def test_rows_scores_and_resumption(made, evaluate, capsys, monkeypatch):
-    """The files of the contract; a run that is cut short and started again ends with the same bytes."""
+    """The output files. A run that is interrupted and restarted ends with the same bytes."""
     out = evaluate("--variant", "group", "--batch-size", "2")
     whole = (out / "group_infer.json").read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
@@ -98,8 +98,8 @@ def test_rows_scores_and_resumption(made, evaluate, capsys, monkeypatch):
     assert "started with schedule" in refused(evaluate, capsys, "--variant", "group", "--schedule", "wait-2")
 
 
-def test_a_result_file_of_something_else_is_not_gone_on_with(made, evaluate, tmp_path, capsys, monkeypatch):
-    """Data, weights and schedule are told by what is in them, not by where they lie."""
+def test_a_result_file_of_another_run_is_not_resumed(made, evaluate, tmp_path, capsys, monkeypatch):
+    """Data, weights and schedule are identified by their contents, not by their paths."""
     monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
     model, data, counts = tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "counts.json"
     shutil.copytree(made[0], model)
@@ -146,7 +146,7 @@ def test_a_result_file_of_something_else_is_not_gone_on_with(made, evaluate, tmp
 
 
 def test_a_file_that_kills_its_decoder_is_named(made, evaluate, capsys, monkeypatch):
-    """Decoders are C: a broken file may take the process along. Then the run says which ones it can have been."""
+    """Decoders are C code: a broken file may kill the process. The run then names the files that may be the cause."""
     fatal, read = made[2][3]["video_path"], captioning.read_video
 
     def read_or_die(path, **options):
@@ -161,7 +161,7 @@ def test_a_file_that_kills_its_decoder_is_named(made, evaluate, capsys, monkeypa
 
 
 def one_tensor_changed(data: bytes) -> bytes:
-    """A checkpoint's file whose last weight was trained a little."""
+    """A file of the checkpoint in which the last weight differs slightly."""
     tensors = {name: tensor + 1e-3 * (name == max(load(data))) for name, tensor in load(data).items()}
     return save(tensors, {"format": "pt"})
 
@@ -176,7 +176,7 @@ def test_every_variant_runs(evaluate, monkeypatch, variant):
             assert set(row["slots"]) == {row["clips"]}
 
 
-def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
+def test_invalid_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
     checkpoint, _, rows = made
     gap = tmp_path / "gap"
     shutil.copytree(checkpoint, gap)
@@ -224,7 +224,7 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         assert not (tmp_path / "out/group_infer.json").exists()
 
 
-def test_frames_are_sized_as_in_training_unless_asked_otherwise():
+def test_frames_are_resized_as_in_training_by_default():
     trained = SimpleNamespace(pixel_budget={"min_pixels_per_frame": 3136, "max_pixels_per_frame": 7056})
     assert PixelBudget.trained(trained, Settings()) == PixelBudget(3136, 7056)
     assert PixelBudget.trained(trained, Settings(max_pixels_per_frame=6272)) == PixelBudget(3136, 6272)
@@ -236,9 +236,9 @@ def test_frames_are_sized_as_in_training_unless_asked_otherwise():
         PixelBudget.trained(trained, Settings(max_pixels_per_frame=100))
 
 
-def test_early_words_do_not_know_how_long_the_video_will_be(made, evaluate, tmp_path, monkeypatch):
-    """With --budget stream, what is written before the last slot of a video is what is written for a longer one that
-    begins with it."""
+def test_early_tokens_do_not_depend_on_the_length_of_the_video(made, evaluate, tmp_path, monkeypatch):
+    """With --budget stream, the tokens before the last slot of a video equal those of a longer video that begins with
+    it."""
     monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
     sizes = {"size": (320, 240), "options": {"bf": "0", "x264-params": "rc-lookahead=0:log-level=none", "qp": "20"}}
     films = [make_video(tmp_path / f"{n}.mp4", seconds=n, **sizes) for n in (3, 6)]
@@ -279,8 +279,8 @@ def test_captions_made_elsewhere_are_scored(evaluate, tmp_path, capsys):
     assert "line 2: not JSON" in capsys.readouterr().err
 
 
-def test_scoring_again_is_what_the_report_reads(evaluate, tmp_path, monkeypatch):
-    """And it knows how many videos were left out."""
+def test_the_report_reads_new_scores(evaluate, tmp_path, monkeypatch):
+    """Also the number of skipped videos."""
     out = evaluate("--limit", "2")
     (out / "group_skipped.jsonl").write_text('{"video_id": "x", "reason": "gone"}\n')
     (out / "group_scores.json").unlink()
@@ -290,8 +290,8 @@ def test_scoring_again_is_what_the_report_reads(evaluate, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("variant", ["group", "overlap", "interleave"])
-def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeypatch, capsys, variant):
-    """And a token that was changed by hand is found."""
+def test_every_token_is_recomputed_by_the_stock_model(evaluate, tmp_path, monkeypatch, capsys, variant):
+    """A token that was changed by hand is found."""
     monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
     path = evaluate("--variant", variant, "--limit", "2", "--schedule", "random-2") / f"{variant}_infer.json"
     monkeypatch.setattr("sys.argv", ["verify.py", str(path), "--device", "cpu"])
@@ -332,8 +332,8 @@ def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeyp
         assert ended.value.code == 2 and says in capsys.readouterr().err
 
 
-def test_what_was_made_in_bfloat16_is_rederived_in_it(evaluate, monkeypatch, capsys):
-    """In float32 many a token comes out otherwise; one that was changed by hand is wrong here too."""
+def test_bfloat16_results_are_recomputed_in_bfloat16(evaluate, monkeypatch, capsys):
+    """In float32 many tokens differ. A token that was changed by hand is found here too."""
     monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
     path = evaluate("--variant", "group", "--limit", "2", "--dtype", "bfloat16") / "group_infer.json"
     monkeypatch.setattr("sys.argv", ["verify.py", str(path), "--device", "cpu"])
@@ -356,8 +356,8 @@ def test_what_was_made_in_bfloat16_is_rederived_in_it(evaluate, monkeypatch, cap
 @pytest.mark.parametrize(
     ("dtype", "tied"), [(torch.float32, 5e-5), (torch.bfloat16, 0.5), (torch.float16, 0.0625)], ids=str
 )
-def test_a_tie_is_what_the_number_type_rounds(dtype, tied):
-    """Four steps of the type at the largest score, 16; in float32 the margin that streaming keeps."""
+def test_a_tie_is_a_rounding_error_of_the_data_type(dtype, tied):
+    """Four rounding steps of the type at the largest score, 16; in float32 the margin of streaming."""
     logits = torch.zeros(3, 20)
     logits[:, 7] = 16
     logits[:, 8] = torch.tensor([16 - tied, 16 - 3 * tied, 17])

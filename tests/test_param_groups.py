@@ -139,7 +139,7 @@ ONE_STEP = (
 )
 
 
-def test_each_part_has_its_rate_and_norms_do_not_decay(made, tmp_path, monkeypatch):
+def test_each_part_has_its_learning_rate_and_norms_have_no_weight_decay(made, tmp_path, monkeypatch):
     call(train.main, flags(made, tmp_path / "out", ONE_STEP), monkeypatch)
     assert_one_step_at(RATES, 100, weights(made[0]), weights(tmp_path / "out"))
 

@@ -15,7 +15,7 @@ from tiny import random_counts
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_a_plan_sees_what_the_mask_allows(variant, seed):
+def test_a_plan_matches_the_mask(variant, seed):
     print("seed", seed)
     draw = random.Random(f"{variant.name} {seed}")
     layout = Layout(draw.randint(1, 5), 2, draw.randint(1, 3), (draw.randint(1, 3), draw.randint(1, 3)))
