@@ -73,7 +73,7 @@ def test_rows_scores_and_resumption(made, evaluate, capsys, monkeypatch):
     out = evaluate("--variant", "group", "--batch-size", "2")
     whole = (out / "group_infer.json").read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
-    assert [row["video_id"] for row in rows] == [row["video_id"] for row in made[2][:-1]]  # the missing one is left out
+    assert [row["video_id"] for row in rows] == [row["video_id"] for row in made[2][:-1]]  # the missing one is skipped
     for row in rows:
         assert set(row) == set(FIELDS)
         assert sum(row["schedule"]) == len(row["tokens"]) == len(row["slots"]) and len(row["schedule"]) == row["clips"]
@@ -319,11 +319,15 @@ def test_every_token_is_recomputed_by_the_stock_model(evaluate, tmp_path, monkey
             run(verify.main)
         assert ended.value.code == status and says in "".join(capsys.readouterr()), change
     arguments = path.with_suffix(".args.json")
-    told, broken = json.loads(arguments.read_text()), tmp_path / "broken.jsonl"
-    broken.write_text(Path(told["data"]).read_text() + "{broken\n")
+    saved_arguments, broken = json.loads(arguments.read_text()), tmp_path / "broken.jsonl"
+    broken.write_text(Path(saved_arguments["data"]).read_text() + "{broken\n")
     for file, text, says in (
-        (arguments, json.dumps({**told, "data": str(broken)}), f"{broken}, line "),
-        (arguments, json.dumps({**told, "repetition_penalty": -0.0}), "a repetition penalty that is not above 0"),
+        (arguments, json.dumps({**saved_arguments, "data": str(broken)}), f"{broken}, line "),
+        (
+            arguments,
+            json.dumps({**saved_arguments, "repetition_penalty": -0.0}),
+            "a repetition penalty that is not above 0",
+        ),
         (path, "", "has no rows"),
     ):
         file.write_text(text)
@@ -346,8 +350,8 @@ def test_bfloat16_results_are_recomputed_in_bfloat16(evaluate, monkeypatch, caps
     with pytest.raises(SystemExit) as ended:
         verify.main()
     assert ended.value.code == 1 and "\n1 are wrong\n" in capsys.readouterr().out
-    told = json.loads(path.with_suffix(".args.json").read_text())
-    path.with_suffix(".args.json").write_text(json.dumps({**told, "dtype": "int8"}))
+    saved_arguments = json.loads(path.with_suffix(".args.json").read_text())
+    path.with_suffix(".args.json").write_text(json.dumps({**saved_arguments, "dtype": "int8"}))
     with pytest.raises(SystemExit) as ended:
         run(verify.main)
     assert ended.value.code == 2 and "was made in 'int8', not one of" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def test_two_processes_write_the_same_tokens_as_one(models, runner, other):
         pytest.skip("takes two GPUs")
     print("seed", SEED)
     draw = random.Random(f"{SEED} {other}")
-    template = fixed_case(draw, PARALLEL[0]).template  # another's lengths would be compiled for anew
+    template = fixed_case(draw, PARALLEL[0]).template  # other lengths would be compiled again
     with PerceptionClient(functools.partial(on_gpu, other), patience=4 * SECONDS) as client:
         for variant in PARALLEL * 8:
             case = fixed_case(draw, variant)

@@ -93,7 +93,7 @@ class FakeHub:
                 if refusal:
                     return self.answer(refusal[0], b"{}", refusal[1])
                 file = folder / path.rpartition("/")[2]
-                if not file.is_file():  # the hub's client also asks for things of its own
+                if not file.is_file():  # the hub's client also requests other paths
                     return self.answer(404, b"{}", "EntryNotFound")
                 self.answer(200, file.read_bytes(), tag=file.name)
 
@@ -285,10 +285,10 @@ def test_trained_evaluated_and_watched(checkpoints, made, tmp_path, cache, monke
         assert names(folder) == names(base) and ("lm_head.weight" in names(folder)) is (size == "7B")
     record = json.loads((out / "run.json").read_text())
     assert record["arguments"]["model_name_or_path"] == name and record["model_sha256"] == f"{name} {COMMIT}"
-    told, arrays = load_elsewhere.answers(str(out))
+    answers, arrays = load_elsewhere.answers(str(out))
     before = load_elsewhere.answers(str(base))
-    assert told["dtype"] == f"torch.{numbers}" and not told["equal"]["missing weights"]
-    assert {**told["equal"], "streaming_variant": None} == before[0]["equal"]
+    assert answers["dtype"] == f"torch.{numbers}" and not answers["equal"]["missing weights"]
+    assert {**answers["equal"], "streaming_variant": None} == before[0]["equal"]
     assert (arrays["image logits"] != before[1]["image logits"]).any()
     ours = load_model(out, "sdpa", torch.float32).state_dict()
     stock = StockModel.from_pretrained(out, dtype=torch.float32).state_dict()

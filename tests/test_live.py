@@ -611,7 +611,7 @@ def test_screen():
         screen.say(" turns\x1b", 12)
         screen.end_line()
         assert notes.getvalue() == "behind\n"
-        # On a terminal the note would stand in the middle of a line, so that it goes on in a new one.
+        # On a terminal the message would be in the middle of a line, so the text continues on a new one.
         expected = lines or ["      1 s  The", "      1 s  ring", "     12 s  turns"]
         assert [line.rstrip() for line in out.getvalue().splitlines()] == expected
 

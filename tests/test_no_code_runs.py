@@ -109,5 +109,5 @@ def test_states_of_deepspeed_are_loaded_as_data(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="checkpoint-3 contains code, which is not run"), weights_only("checkpoint-3"):
         torch.load("evil.pt", weights_only=False)
     assert not Path("ran").exists()
-    torch.load("evil.pt", weights_only=False)  # the context has ended, and so the file could have done it
+    torch.load("evil.pt", weights_only=False)  # the block has ended, so code in the file could have run
     assert Path("ran").exists()

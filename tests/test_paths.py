@@ -84,7 +84,7 @@ def test_a_video_is_the_first_of_four(tree):
 def test_two_videos_never_match_one_file(tree):
     root, videos = tree / "project", tree / "videos"
     put(videos / "1.mp4")
-    check_videos(["a/1.mp4", "a/1.mp4", "./a/1.mp4"], root, videos)  # one video, asked about more than once
+    check_videos(["a/1.mp4", "a/1.mp4", "./a/1.mp4"], root, videos)  # one video, looked up more than once
     for others in (["a/1.mp4", "b/1.mp4"], ["1.mp4", "b/1.mp4"], ["b/1.mp4", str(videos / "1.mp4")]):
         with pytest.raises(InputError, match=r"both match .*videos/1\.mp4 by file name alone"):
             check_videos(others, root, videos)

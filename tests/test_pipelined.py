@@ -168,7 +168,7 @@ def test_a_lost_process_ends_the_session_with_its_record(model, client, fate, tm
     os.kill(client.process.pid, fate)
     begin = time.monotonic()
     with pytest.raises(PerceptionLost) as lost:
-        for pixels in case.pixels[1:]:  # 840 kB: more than a pipe that no one reads takes
+        for pixels in case.pixels[1:]:  # 840 kB: more than fits into a pipe that is not read
             session.feed(pixels)
         list(session.tokens())
     assert time.monotonic() - begin < SECONDS
@@ -217,7 +217,7 @@ def test_a_model_that_cannot_be_loaded_is_refused():
         while (threading.active_count(), len(os.listdir("/proc/self/fd"))) > before and time.monotonic() < until:
             time.sleep(0.01)
         threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-        assert threads <= before[0] and files <= before[1]  # another test's may have been closed meanwhile
+        assert threads <= before[0] and files <= before[1]  # that of another test may have been closed in the meantime
 
 
 def test_perception_ignores_signals_to_the_process_group(model, client):

@@ -82,7 +82,7 @@ def test_streamed_equals_full(model, variant):
             streamed = []
             for j in range(len(answer)):
                 streamed.append(streams.produced[i][j])
-            # A stream that waits or has ended sees the other streams' steps too: keep its own ones only.
+            # A stream that waits or has ended also gets the steps of other streams: keep only its own.
             difference = (torch.stack(streamed) - expected).abs().max()
             assert difference < 1e-4, (size, i, counts, float(difference))
 

@@ -164,9 +164,9 @@ def test_our_set_up_is_distinguished_from_the_papers(world):
 
     real = world.folder / "real"  # a checkpoint is known by its shape, not by its name
     real.mkdir()
-    told = json.loads(config.read_text())
-    told |= {"hidden_size": 2048, "num_hidden_layers": 36}
-    (real / "config.json").write_text(json.dumps(told | {"streaming_variant": "gap"}))
+    content = json.loads(config.read_text())
+    content |= {"hidden_size": 2048, "num_hidden_layers": 36}
+    (real / "config.json").write_text(json.dumps(content | {"streaming_variant": "gap"}))
     world.add("group", "wait-3", name="real", model=str(real))
     _, text = world.report(str(world.folder / "real_infer.json"), "--videos", "0")
     assert "ours: wait-3, 3B" in text and "the model" not in text and "was trained as gap, not as" in text
@@ -223,10 +223,10 @@ def test_missing_files_are_reported(world, tmp_path, capsys):
 
     other = tmp_path / "other"
     shutil.copytree(world.checkpoint, other)
-    told = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = told["model"]["vocab"]
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
     vocabulary["Ġred"], vocabulary["Ġblue"] = vocabulary["Ġblue"], vocabulary["Ġred"]
-    (other / "tokenizer.json").write_text(json.dumps(told))
+    (other / "tokenizer.json").write_text(json.dumps(content))
     world.add("group", model=str(tmp_path / "gone"), captions=["A red ring."])
     page, _ = world.report(*world.files, "--tokenizer", str(other), "--videos", "1")
     assert "does not reproduce this caption" in page

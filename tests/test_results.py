@@ -117,7 +117,7 @@ def test_a_killed_writer_leaves_complete_rows(path: Path) -> None:
     last = int(said[-1]) if said else last
     found = list(load_finished(path))
     assert found[: last + 1] == [str(number) for number in range(last + 1)]
-    assert len(found) - (last + 1) in (0, 1)  # the row that was written but not yet told
+    assert len(found) - (last + 1) in (0, 1)  # the row that was written but not reported yet
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_metrics_that_cannot_be_computed_are_omitted_with_the_reason(
     assert all(f"\n{metric} " in out for metric in reasons)
     assert len(lines(tmp_path / "mine.judge.jsonl")) == 3
 
-    # Without what nobody asked for; and a tokenizer that is not the one that wrote.
+    # Without metrics that were not requested, and with a tokenizer other than the one that wrote.
     rows = [{**row, "tokens": [5, 6], "slots": [1, 1], "clips": 2} for row in rows]
     write_rows(tmp_path / "mine.json", rows)
     scores = score_only(tmp_path / "mine.json")

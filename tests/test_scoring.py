@@ -20,7 +20,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from qwen_vl_streaming.common.errors import InputError
 
 WORDS = "the video shows a red blue green square circle that moves up, down; then it doesn't stop. It's (quite) 3.5 m"
-# Captions that a hand call would give to the wrong video, misread or stop at, and what they mean.
+# Captions that a direct call would assign to the wrong video, misread or stop at, and their meaning.
 ODD = {
     "lines": ("a red\u2028square\rmoves\x0b up\n", "a red square moves  up"),
     "bars": ("a red ||| square", "a red ||| square"),
@@ -95,7 +95,7 @@ def test_equals_pycocoevalcap_called_directly(
     left = [each for each in Path("/proc").glob("[0-9]*/environ") if mark.encode() in _read(each)]
     assert left == [], "a process was left running"
 
-    monkeypatch.undo()  # by hand with the system's Java where there is one
+    monkeypatch.undo()  # directly, with the system's Java if there is one
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=en -Duser.country=US")
     monkeypatch.setenv("PATH", f"{check_java().parent}{os.pathsep}{os.environ['PATH']}")
     assert list(scores) == list(METRICS)

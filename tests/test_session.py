@@ -77,7 +77,7 @@ def test_a_clip_is_fed_together_with_tokens(model, variant):
             session.feed(clip)
         while len(session.counts) < 3:
             session.step()
-        assert session.counts == [3, 3, 1]  # 6 visual tokens, two to a pass; the third slot has just begun
+        assert session.counts == [3, 3, 1]  # 6 visual tokens, two per step; the third slot has just begun
     with open_case(model, case, "serial", chunk=2, max_clips=4) as session:
         for clip in pixels[:3]:
             session.feed(clip)
@@ -119,7 +119,7 @@ def test_rows_follow_the_plan(variant, seed):
     for run, flag in ((plan.visual, False), (plan.text, True)):
         mine = [due[due.rows.text == flag] for due in dues]
         fed = sum(map(len, mine))
-        assert fed in (len(run) - flag, len(run))  # of the last word, at most a later clip makes use
+        assert fed in (len(run) - flag, len(run))  # only a later clip could use the last token
         for field in ("positions", "seen_visual", "seen_text"):
             got = torch.cat([getattr(due, field) for due in mine], -1)
             assert torch.equal(got, getattr(run, field)[..., :fed]), field
@@ -264,7 +264,7 @@ def test_it_can_be_cancelled_at_any_stage(model, mode, tmp_path):
         for _ in range(rounds):
             session.step()
         session.close()
-        session.close()  # a second time says nothing
+        session.close()  # a second call has no effect
         record = read_record(path)
         assert record.end == ("max_new_tokens" if session.done else "cancelled")
         assert len(record.arrived) == len(record.hashes) == clips
@@ -359,7 +359,7 @@ def test_a_source_may_end_without_a_warning(model, mode, tmp_path):
             list(session.tokens())
             assert session.counts == [2, 2] and session.idle
         session.end()
-        session.end()  # says nothing new
+        session.end()  # has no effect
         with pytest.raises(InputError, match="clip 3 came after the last one"):
             session.feed(case.pixels[1])
         list(session.tokens())

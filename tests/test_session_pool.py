@@ -103,7 +103,9 @@ def test_one_session_too_many_is_refused_without_affecting_others(model):
     case.most = 12
     options = {"max_clips": 4, "max_new_tokens": 12}
     each = PagedKVCache.block_bytes(config, model.dtype)
-    pool = SessionPool(model, 3, case.layout, memory=5 * each, **options)  # two of two pages, and one page of nobody's
+    pool = SessionPool(
+        model, 3, case.layout, memory=5 * each, **options
+    )  # two with two blocks each, and one unused block
     first, second = (let_in(pool, case, "fused", **options) for _ in range(2))
     with pytest.raises(InputError, match=r"one more session needs 0\.\d+ GiB .* 0\.000 are free beside the 2 that run"):
         let_in(pool, case, "fused", **options)
@@ -191,7 +193,7 @@ def test_an_error_in_a_step_ends_all_sessions_with_their_records(model, tmp_path
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["closed", "an error in a pass"])
+@pytest.mark.parametrize("fails", [False, True], ids=["closed", "an error in a step"])
 def test_a_record_that_cannot_be_written_does_not_affect_others(model, tmp_path, monkeypatch, fails):
     case = random_case(random.Random(4), VARIANTS["gap"], "wait-1")
     pool = SessionPool(model, 3, LARGEST, max_clips=6, max_new_tokens=20)

@@ -37,7 +37,7 @@ def serve():
                 self.end_headers()
                 for data, delay in left.pop(0):
                     time.sleep(delay)
-                    with contextlib.suppress(ConnectionError):  # who watches may leave
+                    with contextlib.suppress(ConnectionError):  # the consumer may leave
                         self.wfile.write(data)
 
             def log_message(self, *_):
@@ -165,7 +165,7 @@ def test_rtsp_camera_gives_its_clips_in_real_time(tmp_path):
     with Camera(path) as camera:
         clips = list(stream_clips(camera.url, budget=SMALL, reconnect_seconds=0))
     numbers = [read_number(frame.numpy()) for clip in clips for frame in clip.frames]
-    assert numbers[0] in (0, 1)  # FFmpeg knows no time for the first picture, which is then left out
+    assert numbers[0] in (0, 1)  # FFmpeg may have no time for the first frame, which is then skipped
     assert numbers[:6] == list(range(numbers[0], 30, 5))
     np.testing.assert_allclose(np.concatenate([clip.timestamps for clip in clips])[:6], np.arange(6) / 2, atol=0.02)
     assert (np.diff([clip.completed for clip in clips[:3]]) > 0.5).all()  # not all at once when it is over

@@ -169,7 +169,7 @@ def test_a_camera_that_sets_its_clock(tmp_path, caplog, clock, note):
     assert 5 <= len(clips) <= 7
     moments = np.concatenate([clip.timestamps for clip in clips])
     assert (np.diff(moments) >= 0).all() and moments[-1] < 7
-    assert numbers(clips)[-1] > 35  # where the stamps stay, a new frame is shown each second
+    assert numbers(clips)[-1] > 35  # if timestamps do not change, a new frame is shown each second
     assert re.search(note, caplog.text)
 
 

@@ -77,7 +77,7 @@ def test_a_window_that_reuses_blocks_equals_the_reference(model, variant, mode, 
         with session:
             watch(session, case.pixels, draw)
         assert len(session.counts) == 70 or len(session.written) == most
-        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)  # the pages have turned
+        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)  # blocks were reused
         assert len(session.batch_slot.visual.blocks) * BLOCK_SIZE < 70 * 9
         record = read_record(path)
         assert record.window == list(window)
@@ -183,8 +183,8 @@ def test_blocks_suffice_for_the_window(monkeypatch):
             (1, layout.header, 1, window.tokens + 1),
         ):
             room = step_runner.StepRunner.token_capacity(layout, 1, 1, window)[run]
-            pages = -(-room // BLOCK_SIZE)
-            turning = pages - min(-(-kept // BLOCK_SIZE), pages - 1)
+            blocks = -(-room // BLOCK_SIZE)
+            reused = blocks - min(-(-kept // BLOCK_SIZE), blocks - 1)
             for newest in (kept + step * draw.randint(1, 5000) for _ in range(5)):
                 oldest = max(newest - step * ahead - (layout.tail if run == 0 else 0), kept)
-                assert newest // BLOCK_SIZE - oldest // BLOCK_SIZE < turning
+                assert newest // BLOCK_SIZE - oldest // BLOCK_SIZE < reused
