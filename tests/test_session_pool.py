@@ -107,7 +107,9 @@ def test_one_session_too_many_is_refused_without_affecting_others(model):
         model, 3, case.layout, memory=5 * each, **options
     )  # two with two blocks each, and one unused block
     first, second = (let_in(pool, case, "fused", **options) for _ in range(2))
-    with pytest.raises(InputError, match=r"one more session needs 0\.\d+ GiB .* 0\.000 are free beside the 2 that run"):
+    with pytest.raises(
+        InputError, match=r"one more session needs 0\.\d+ GiB .* 0\.000 are free with 2 sessions running"
+    ):
         let_in(pool, case, "fused", **options)
     for session in (first, second):
         for number, clip in enumerate(case.pixels, 1):
