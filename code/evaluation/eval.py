@@ -20,7 +20,7 @@ from identity import NOT_COMPARED, describe_model, keep_arguments
 from metrics.scorecard import prepare_scoring, score_rows
 from planning import describe, make_plan, select
 from processes import check_gpus
-from qwen_vl_streaming.common.ending import exit_now
+from qwen_vl_streaming.common.ending import leave
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.files import write_atomic
 from qwen_vl_streaming.common.paths import find_path
@@ -207,7 +207,7 @@ def main() -> None:
 def stop(number: int, frame: object) -> None:
     if LAUNCHER not in os.environ:  # else the launcher says so
         print(f"\nstopped by {signal.Signals(number).name}{RESUMES}", file=sys.stderr)
-    exit_now(128 + number)
+    leave(128 + number)
 
 
 def program() -> None:

@@ -134,7 +134,7 @@ def kill_workers() -> None:
         child.kill()
 
 
-def exit_now(status: int) -> NoReturn:
+def leave(status: int) -> NoReturn:
     """Ends this process and its workers immediately, without waiting for threads or other processes."""
     kill_workers()
     for stream in (sys.stdout, sys.stderr):
@@ -166,7 +166,7 @@ def run_to_end(main: Callable[[], object], failed: Callable[[BaseException], obj
             reset_sigchld()
         failed(error)
         if not isinstance(error, SystemExit):
-            exit_now(status_of(error))
+            leave(status_of(error))
         kill_workers()
         raise
     kill_workers()

@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.api import PContext, SignalExcept
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from ..common.ending import exit_now, print_error
+from ..common.ending import leave, print_error
 from .nodes import Nodes
 from .signals import LAUNCHER, RESUMES, STOPPED
 
@@ -138,7 +138,7 @@ class Launcher:
         else:
             self.nodes.fail(1, f"node {self.nodes.node} ended with status {status}{RESUMES}")
         self.logs.cleanup()
-        exit_now(status)
+        leave(status)
 
     def kill(self, *lines: str) -> None:
         """Print `lines` and kill the remaining processes."""
