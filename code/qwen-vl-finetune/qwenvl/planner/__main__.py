@@ -20,7 +20,7 @@ def main() -> None:
     options, words = own.parse_known_args(words)
     only_show = options.plan or options.gpus is not None
     if options.gpus is None and not int(processes):
-        raise InputError("--plan: no GPU is here; give those to plan for, such as --gpus 8xH100-80GB")
+        raise InputError("--plan: no GPU found; give those to plan for, such as --gpus 8xH100-80GB")
 
     from .request import Request  # imports transformers
 
