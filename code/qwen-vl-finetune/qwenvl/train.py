@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.paths import check_videos
 from qwen_vl_streaming.common.progress import quiet_libraries
@@ -41,6 +41,7 @@ from .record import RunRecord, describe_run
 from .rows import exclude, hold_out, read_rows
 from .skipped import Skipped
 from .trainer import StepProgress, StreamingTrainer
+from .zero3 import choose_linear, gather_whole_layers
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,38 @@ def check_same_model(model: str, sha256: str, device: torch.device) -> None:
         )
 
 
+def check_checkpointing(layers: int | None, training: SftArguments, config: PretrainedConfig) -> None:
+    """Raises InputError where so many `layers` cannot be recomputed."""
+    if layers is None:
+        return
+    if not (training.gradient_checkpointing or training.activation_checkpointing):
+        raise InputError(f"--checkpoint_layers {layers} contradicts --gradient_checkpointing False: omit one of them")
+    if layers > (most := config.text_config.num_hidden_layers):
+        raise InputError(f"--checkpoint_layers {layers}: the model has {most} layers: give at most that, or omit it")
+
+
+def check_same_machines(model: ModelArguments, data: DataArguments, training: SftArguments) -> None:
+    """Called by all processes at once; raises InputError on all of them where their GPUs or their plans differ."""
+    cuda = training.device.type == "cuda"
+    zero = training.hf_deepspeed_config.config["zero_optimization"]["stage"] if training.deepspeed else None
+    mine = {
+        "GPU": torch.cuda.get_device_name(training.device) if cuda else "none",
+        "ZeRO stage": zero,
+        "--per_device_train_batch_size": training.per_device_train_batch_size,
+        "--gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "--pack_tokens": data.pack_tokens,
+        "--gradient_checkpointing": bool(training.activation_checkpointing),
+        "--checkpoint_layers": model.checkpoint_layers,
+        "--compile_layers": model.compile_layers,
+    }
+    every = gather_object([mine])
+    for name, value in every[0].items():
+        others = [each[name] for each in every if each[name] != value]
+        if others:
+            fix = "use GPUs of one kind" if name == "GPU" else "give all nodes the flags that the first one printed"
+            raise InputError(f"the processes differ in {name}: {value} on the first, {others[0]} on another: {fix}")
+
+
 def check_arguments(model: ModelArguments, training: SftArguments, implementation: str) -> PretrainedConfig:
     """The model's config, once the arguments are known to fit it. Raises InputError, before any weight is loaded."""
     checkpoint, variant = model.model_name_or_path, model.rules
@@ -111,8 +144,7 @@ def check_arguments(model: ModelArguments, training: SftArguments, implementatio
             check_size(config, training, training.cpu_message)
         logger.info(training.cpu_message)
     check_parts(model, training)
-    if model.compile_layers and is_deepspeed_zero3_enabled():
-        raise InputError("--compile_layers does not work under ZeRO-3: set DEEPSPEED_CONFIG=zero2.json, or omit it")
+    check_checkpointing(model.checkpoint_layers, training, config)
     return config
 
 
@@ -167,6 +199,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     output, variant, checkpoint = Path(arguments.output_dir), model_arguments.rules, model_arguments.model_name_or_path
     implementation = model_arguments.choose_attention(arguments.device.type == "cuda", data_arguments.pack_tokens > 0)
     config = check_arguments(model_arguments, arguments, implementation)
+    check_same_machines(model_arguments, data_arguments, arguments)
     base = BaseFiles.of(model_folder(checkpoint, weights=False))
 
     every_row = read_rows(data_arguments.train_data)
@@ -210,10 +243,16 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         rows = exclude(rows, excluded, minimum)
         held_out = exclude(held_out, excluded, min(1, len(held_out)))
 
+        sharded = is_deepspeed_zero3_enabled()
+        if sharded:
+            choose_linear(arguments.hf_deepspeed_config.config["zero_optimization"], model_arguments.compile_layers)
         model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
+        model.checkpointed_layers = model_arguments.checkpoint_layers
         if model_arguments.compile_layers:
             model.compile_layers()
         model = make_trainable(model, model_arguments, arguments)
+        if sharded:
+            gather_whole_layers(model)
         more = {"pixel_budget": asdict(data_arguments.pixel_budget)}
         if model_arguments.lora_enable:
             more["base_sha256"] = facts["model_sha256"]

@@ -151,6 +151,8 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
     """Qwen2.5-VL with the stock weights. Positions and mask are arguments and are not derived from token ids."""
 
     accepts_loss_kwargs = True  # tells Trainer that `forward` divides the loss by `num_items_in_batch`
+    checkpointed_layers: int | None = None
+    """How many layers of the language model recompute their activations if checkpointing is enabled; None for all."""
 
     def __init__(self, config):
         if not all_full(config):
@@ -177,15 +179,24 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         """Makes transformers convert older checkpoints as for its own class, which has the same weight names."""
         return False
 
+    def _set_gradient_checkpointing(self, *arguments, **options) -> None:
+        super()._set_gradient_checkpointing(*arguments, **options)
+        if self.checkpointed_layers is not None:
+            for layer in self.model.language_model.layers[self.checkpointed_layers :]:
+                layer.gradient_checkpointing = False
+
     def compile_layers(self) -> None:
-        """Compiles each layer separately. The layers are alike, so little code is compiled, and much of it is fused."""
-        for layer in self.model.language_model.layers:
-            layer.compile()
-        self.compile_tower()
+        """Compiles each layer separately. The layers are alike, so little code is compiled, and much of it is fused.
+
+        Only `forward` is compiled, since the hooks of ZeRO-3 gather the weights of a layer before it and release them
+        after it.
+        """
+        for layer in (*self.model.language_model.layers, *self.model.visual.blocks):
+            layer.forward = torch.compile(layer.forward)
 
     def compile_tower(self) -> None:
-        """Like `compile_layers`, for the vision tower only."""
-        for block in self._tower_blocks():
+        """Compiles each block of the vision tower, for inference."""
+        for block in self.model.visual.blocks:
             block.compile()
 
     def settle_tower(self) -> None:
