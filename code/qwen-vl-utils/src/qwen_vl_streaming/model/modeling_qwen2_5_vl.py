@@ -182,7 +182,8 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
     def _set_gradient_checkpointing(self, *arguments, **options) -> None:
         super()._set_gradient_checkpointing(*arguments, **options)
         if self.checkpointed_layers is not None:
-            for layer in self.model.language_model.layers[self.checkpointed_layers :]:
+            layers: Any = self.model.language_model.layers[self.checkpointed_layers :]
+            for layer in layers:
                 layer.gradient_checkpointing = False
 
     def compile_layers(self) -> None:
