@@ -84,7 +84,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_equals_the_plain_one(plain, mixed, tmp_path, mode):
+def test_every_mode_equals_plain_training(plain, mixed, tmp_path, mode):
     out = run(mixed, tmp_path / "out", **MODES[mode])
     expected, got = history(plain), history(out)
     assert got.keys() == expected.keys() == {1, 2, 3, 4}

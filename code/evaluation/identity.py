@@ -38,7 +38,7 @@ def read_object(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}): run eval.sh again") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__}, not an object: run eval.sh again")
+        raise InputError(f"{path} contains a {type(found).__name__}, not an object: run eval.sh again")
     return found
 
 
@@ -74,5 +74,5 @@ def check_unchanged(out: Path, path: Path, facts: dict) -> None:
         what = key.removesuffix("_sha256")
         was = before.get(what)
         if what != key and was == facts[what]:
-            raise InputError(f"{out} was begun with other contents of the {what} {was!r}: {fix}")
-        raise InputError(f"{out} was begun with {what} {was!r}, not {facts[what]!r}: {fix}")
+            raise InputError(f"{out} was started with other contents of the {what} {was!r}: {fix}")
+        raise InputError(f"{out} was started with {what} {was!r}, not {facts[what]!r}: {fix}")

@@ -15,8 +15,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.paths import check_videos
 from qwen_vl_streaming.common.progress import quiet_libraries
-from qwen_vl_streaming.launch.failing import tell
-from qwen_vl_streaming.launch.signals import STOPPED, speaks
+from qwen_vl_streaming.launch.failing import report
+from qwen_vl_streaming.launch.signals import STOPPED, is_local_main_process
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
@@ -53,7 +53,7 @@ class Parser(OneLineParser, HelpfulParser):
         raise InputError(f"{message} (see --help)")
 
     def _print_message(self, message, file=None):
-        if speaks():
+        if is_local_main_process():
             super()._print_message(message, file)
 
 
@@ -67,7 +67,7 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     arguments.output_dir = arguments.output_dir or str(OUTPUT / f"qwen2_5vl-pe-{groups[0].variant}")
     quiet_libraries(arguments.process_index == 0)
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
-    if not speaks():
+    if not is_local_main_process():
         logging.getLogger(model_folder.__module__).setLevel(logging.ERROR)  # the first process logs the same
     if arguments.deepspeed:
         import deepspeed
@@ -138,7 +138,7 @@ def check_arguments(model: ModelArguments, training: SftArguments, implementatio
     check_attention(implementation, training.device)
     config = load_config(checkpoint)
     if not model.force:
-        check_trained(config, checkpoint, variant, "--force True to continue from it all the same")
+        check_trained(config, checkpoint, variant, "--force True to continue from it anyway")
     if training.cpu_message:
         if training.cpu_is_fallback:
             check_size(config, training, training.cpu_message)
@@ -178,7 +178,7 @@ def process_group() -> Iterator[None]:
     except SaveError:
         raise
     except (InputError, SystemExit) as error:
-        tell(error)
+        report(error)
         destroy_process_group()
         raise
     destroy_process_group()
@@ -283,12 +283,12 @@ def run_trainer(trainer: StreamingTrainer) -> None:
     try:
         completed = trainer.train_or_resume()
     except SaveError as error:
-        tell(error)
+        report(error)
         with contextlib.suppress(InputError):
             record.end(trainer.state.global_step, str(error))
         raise
     except InputError as error:
-        tell(error)  # the report below is collective, and waits if only this process has failed
+        report(error)  # the report below is collective, and waits if only this process has failed
         if record.record:
             trainer.report()
         record.end(trainer.state.global_step, str(error))

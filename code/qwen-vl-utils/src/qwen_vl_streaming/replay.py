@@ -132,7 +132,7 @@ def check_clips(record: Record, clips: Sequence[Tensor]) -> None:
     for number, (clip, known) in enumerate(zip(clips, record.hashes, strict=False), 1):
         if clip_hash(clip) != known:
             raise InputError(
-                f"clip {number} is not the one that was recorded: give the same video with the same sampling and sizes"
+                f"clip {number} differs from the recorded one: give the same video with the same sampling and sizes"
             )
 
 
@@ -249,7 +249,7 @@ def _named_clips(about: dict, processor, path: str | Path | None, video_root: Pa
         frames = torch.cat([clip.frames for clip in clips])
     elif chosen is None:
         raise InputError(
-            "the record names no video file: give one with --video, or what live --keep has saved with --clips"
+            "the record does not name a video file: give --video, or --clips with a file written by live --keep"
         )
     else:
         budget = PixelBudget(**video.pop("budget")) if "budget" in video else None
@@ -265,13 +265,9 @@ def main() -> None:
     parser = OneLineParser(description="Run a recorded session again and compare every token.")
     parser.add_argument("record", type=Path, help="a session's record")
     parser.add_argument("--model", required=True, help="folder or hub id of the model that was recorded")
-    parser.add_argument("--video", help="the video file (default: the one that the record names)")
-    parser.add_argument(
-        "--video-root", default="", metavar="DIR", help="another folder in which to look for that video"
-    )
-    parser.add_argument(
-        "--clips", metavar="FILE", help="the frames that live has saved with --keep, instead of a video"
-    )
+    parser.add_argument("--video", help="the video file (default: the file named in the record)")
+    parser.add_argument("--video-root", default="", metavar="DIR", help="folder in which to look for that video")
+    parser.add_argument("--clips", metavar="FILE", help="frames saved by live --keep, instead of a video")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as recorded")
     parser.add_argument("--device", default="", help=DEVICE_HELP)
     parser.add_argument(

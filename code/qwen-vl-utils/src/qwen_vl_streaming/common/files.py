@@ -15,8 +15,8 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written ({error.strerror}): free some space or give another path; the same command "
-            "resumes from what is finished"
+            f"{path} cannot be written ({error.strerror}): free some space or give another path, and run the command "
+            "again to resume"
         ) from error
 
 

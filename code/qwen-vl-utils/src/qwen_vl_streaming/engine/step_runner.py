@@ -141,8 +141,8 @@ class StepRunner(ModelRunner):
             )
         if needed > free:
             raise InputError(
-                f"one more session needs {needed * gib:.3f} GiB for its keys and values, and {free * gib:.3f} are free "
-                f"beside the {batch_slots - len(self.free_slots)} that run: close one, or give it fewer clips, "
+                f"one more session needs {needed * gib:.3f} GiB for its keys and values, but {free * gib:.3f} are free "
+                f"with {batch_slots - len(self.free_slots)} sessions running: close one, or give it fewer clips, "
                 "tokens or pixels"
             )
         index = self.free_slots.pop()

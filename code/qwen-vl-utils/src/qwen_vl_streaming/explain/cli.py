@@ -219,7 +219,7 @@ def write_file(path: Path, data: bytes) -> None:
         replace_file(path, data)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {str(path)!r} ({reason}): name a file that can be written") from error
+        raise InputError(f"cannot write {str(path)!r} ({reason}): give a writable file") from error
 
 
 def write_out(data: bytes) -> None:

@@ -214,7 +214,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     ends = {
         "ended": "the answer has ended" + ("" if session.all_fed else ", before the source ended"),
         "max_new_tokens": f"{options['max_new_tokens']} tokens are written, see --max-new-tokens",
-        "cancelled": f"stopped by {signal.Signals(stop.number).name}" if stop.number else "no clip came",
+        "cancelled": f"stopped by {signal.Signals(stop.number).name}" if stop.number else "no clip arrived",
     }
     numbers = str(dtype).removeprefix("torch.")
     screen.show(f"\n{variant.name}, {mode}, {schedule}, {numbers} on {device}: {ends.get(written.end, written.end)}")

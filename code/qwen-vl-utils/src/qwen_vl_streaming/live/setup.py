@@ -45,7 +45,7 @@ def no_clip(intake: Intake, name: str) -> InputError:
     if isinstance(intake.fault, InputError):
         return intake.fault
     why = f" ({intake.fault})" if intake.fault else ""
-    return InputError(f"source {name} gave no clip{why}: check the source, or name another one")
+    return InputError(f"source {name} gave no clip{why}: check the source, or give another one")
 
 
 def warm_up(session: Session, pixels: torch.Tensor) -> StepRunner:

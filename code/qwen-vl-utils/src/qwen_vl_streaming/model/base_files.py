@@ -47,10 +47,12 @@ class BaseFiles:
             files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
             config = json.loads(files[CONFIG])
         except (OSError, ValueError, KeyError, RecursionError) as error:
-            told = f"{type(error).__name__}: {error!s:.200}"
-            raise InputError(f"{folder / CONFIG}, or a file beside it, cannot be read ({told})") from error
+            reason = f"{type(error).__name__}: {error!s:.200}"
+            raise InputError(
+                f"{folder / CONFIG}, or a file beside it, cannot be read ({reason}): copy the checkpoint again"
+            ) from error
         if not isinstance(config, dict):
-            raise InputError(f"{folder / CONFIG} holds no object: copy the checkpoint again")
+            raise InputError(f"{folder / CONFIG} is not a JSON object: copy the checkpoint again")
         return cls(files)
 
     def write(self, folder: Path, added: dict) -> None:

@@ -156,7 +156,9 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
 
     def __init__(self, config):
         if not all_full(config):
-            raise ValueError("sliding-window attention cannot hold a streaming mask: set use_sliding_window to false")
+            raise ValueError(
+                "sliding-window attention does not support streaming masks: set use_sliding_window to false"
+            )
         super().__init__(config)
         # The stock text model works with FlexAttention but does not declare it.
         self.model.language_model._supports_flex_attn = True
@@ -290,7 +292,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         if visual_tokens is not None:
             rows = input_ids == self.config.video_token_id if visual_rows is None else visual_rows
             if int(rows.sum()) != len(visual_tokens):
-                raise ValueError(f"{int(rows.sum())} places for visual tokens, but {len(visual_tokens)} came")
+                raise ValueError(f"{int(rows.sum())} rows for visual tokens, but {len(visual_tokens)} visual tokens")
             embeds = embeds.masked_scatter(rows[:, :, None], visual_tokens.to(embeds))
 
         hidden = self.model.language_model(
@@ -324,7 +326,7 @@ def load_config(path: str | Path) -> Qwen2_5_VLConfig:
     config = _loaded(path, Qwen2_5_VLConfig.from_pretrained, weights=False)
     if not all_full(config):
         raise InputError(
-            f"{str(path)!r} has sliding-window attention, which cannot hold a streaming mask: set "
+            f"{str(path)!r} has sliding-window attention, which does not support streaming masks: set "
             "use_sliding_window to false in its config.json"
         )
     return config
@@ -344,7 +346,7 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
         ),
     )
     if missing := sorted(report["missing_keys"]):
-        raise InputError(f"{str(path)!r} lacks {len(missing)} weights, {missing[0]} among them: save it again whole")
+        raise InputError(f"{str(path)!r} lacks {len(missing)} weights, such as {missing[0]}: save it again")
     model.name_or_path = model.config._name_or_path = str(path)  # for a Hub model the id, not the cache folder
     # With ZeRO-3, transformers also keeps renamings that matched no weight, and would save weights under wrong names.
     model._weight_conversions = [renaming for renaming in model._weight_conversions if renaming.was_used()]
@@ -370,17 +372,17 @@ def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True)
     folder = model_folder(path, weights)
     adapter = os.path.isfile(folder / "adapter_config.json")
     if not (adapter or os.path.isfile(folder / "config.json")):
-        raise InputError(f"{folder} holds no config.json, and so no checkpoint: check the path")
+        raise InputError(f"{folder} has no config.json and is not a checkpoint: check the path")
     if adapter and not any(folder.glob("model*.safetensors")):
         raise InputError(
-            f"{folder} holds an adapter, not a model: make one of it with "
+            f"{folder} has an adapter, not a model: merge it with "
             f"`python -m qwenvl.merge --adapter {folder} --output DIR`, run in code/qwen-vl-finetune"
         )
     try:
         given = Qwen2_5_VLConfig.get_config_dict(folder)[0]
         kind = given.get("model_type")
         if kind != Qwen2_5_VLConfig.model_type:  # transformers would only warn
-            raise ValueError(f"its config.json is of a model of type {kind}")
+            raise ValueError(f"its config.json has the model type {kind}")
         check_config(given, str(folder / "config.json"))
         return load(folder)
     except InputError:
@@ -394,6 +396,5 @@ def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True)
             raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): "
-            "name a whole checkpoint of one, or copy it again"
+            f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): give a complete checkpoint, or copy it again"
         ) from error

@@ -76,7 +76,7 @@ def write_record(path: str | Path, record: Record) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1))
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}): free some space, or choose another place") from error
+        raise InputError(f"{path} cannot be written ({error}): free some space, or give another path") from error
 
 
 def read_record(path: str | Path) -> Record:

@@ -106,7 +106,7 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
     except (FFmpegError, OSError) as error:
         raise InputError(f"video {name} cannot be opened ({error.strerror}): download it again") from error
     if not packets:
-        raise InputError(f"video {name} has no frames: download it again or leave it out")
+        raise InputError(f"video {name} has no frames: download it again or skip it")
     begin = min((p.decoded if by_order else p.shown) or 0 for p in packets)
     late = not packets[0].key or any(_before(packet.shown, packets[0].shown) for packet in packets)
     if late:
@@ -118,7 +118,7 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
         late = bool(gone)
     stamps = [stamp for packet in packets for stamp in (packet.shown, packet.decoded) if stamp is not None]
     if stamps and max(map(abs, stamps)) >= 2**62:
-        raise InputError(f"video {name} has time stamps that are broken: rewrite it as MP4")
+        raise InputError(f"video {name} has timestamps that are out of range: rewrite it as MP4")
     if by_order and all(packet.decoded is not None for packet in packets):
         ticks, numbers = np.sort(np.array([packet.decoded for packet in packets], np.int64)), None
     elif any(packet.shown is None for packet in packets):
@@ -137,12 +137,12 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
     finish = newest + max(last, duration - float(times[-1]))
     check_length(f"video {name}", claimed, finish - float(begin * tick), finish, float(end))
     odd = (
-        "stamps of decoding only" if numbers is None else
-        "time stamps that start anew" if clock.breaks else
-        "time stamps that begin hours late" if first_shown >= LATE else
-        "frames before the first that can be decoded" if late or skipped else
+        "decoding timestamps only" if numbers is None else
+        "timestamp discontinuities" if clock.breaks else
+        "timestamps that begin hours late" if first_shown >= LATE else
+        "frames before the first decodable frame" if late or skipped else
         f"{tracks} video tracks" if tracks > 1 else
-        "MPEG-TS, of which it loses the first frames" if "mpegts" in container_name else ""
+        "MPEG-TS, whose first frames it loses" if "mpegts" in container_name else ""
     )  # fmt: skip
     sets = (frozenset(skipped), frozenset(damaged), frozenset(anew))
     return FrameIndex(times, duration, numbers, container_name, *sets, odd)
@@ -154,11 +154,11 @@ def _check_file(path: str | Path, name: str) -> None:
     except OSError as error:  # the path is too long, or a parent folder is not accessible
         raise InputError(f"video {name:.200} cannot be read ({error.strerror}): check its path") from error
     if size is None and Path(path).is_dir():
-        raise InputError(f"video {name} is a folder: name a video file in it")
+        raise InputError(f"video {name} is a folder: give a video file in it")
     if size is None and Path(path).exists():
-        raise InputError(f"video {name} is a pipe, a socket or a device: write the video to a file, and name that")
+        raise InputError(f"video {name} is a pipe, a socket or a device: write the video to a file first")
     if size is None:
-        raise InputError(f"video {name} does not exist: check the path, or put the file there")
+        raise InputError(f"video {name} does not exist: check the path")
     if not size:
         raise InputError(f"video {name} is empty: download it again")
 
@@ -174,7 +174,7 @@ def open_film(source: str | Path | BinaryIO) -> InputContainer:
     try:
         return av.open(source, "r", options=FILE, metadata_errors="replace")
     except ArgumentError as error:
-        raise OSError(errno.EINVAL, "its format holds no film, as MP4 does") from error
+        raise OSError(errno.EINVAL, "its format has no video") from error
 
 
 def demux(container: InputContainer, *tracks: av.VideoStream) -> Iterator[av.Packet]:
@@ -183,17 +183,17 @@ def demux(container: InputContainer, *tracks: av.VideoStream) -> Iterator[av.Pac
     try:
         yield from container.demux(*tracks)
     except IndexError as error:
-        raise OSError(errno.EINVAL, "a track begins in its middle") from error
+        raise OSError(errno.EINVAL, "a track begins in the middle of the source") from error
 
 
-def film_track(container: InputContainer, name: str, fix: str = "download it again or leave it out") -> av.VideoStream:
+def film_track(container: InputContainer, name: str, fix: str = "download it again or skip it") -> av.VideoStream:
     """The video track that FFmpeg selects. Raises InputError with `name` and `fix` if there is none or it is cover art,
     and InputError with `name` if FFmpeg has no decoder for it."""
     track = container.streams.best("video")
     if not isinstance(track, av.VideoStream) or track.disposition & Disposition.attached_pic:
         raise InputError(f"{name} has no video stream: {fix}")
     if track.codec_context is None:
-        raise InputError(f"{name} is coded in a way that FFmpeg has no decoder for: convert it to H.264")
+        raise InputError(f"{name} has a codec that FFmpeg has no decoder for: convert it to H.264")
     return track
 
 
@@ -305,9 +305,9 @@ def _first_decoded(source: str | Path | BinaryIO, name: str) -> int:
                     return frames[0].pts
     except (FFmpegError, OSError) as error:
         raise InputError(
-            f"video {name} is damaged at its beginning ({error.strerror}): download it again or leave it out"
+            f"video {name} is damaged at the beginning ({error.strerror}): download it again or skip it"
         ) from error
-    raise InputError(f"video {name} has no frame that decodes: download it again or leave it out")
+    raise InputError(f"video {name} has no frame that can be decoded: download it again or skip it")
 
 
 def claimed_ticks(packet: av.Packet) -> int:

@@ -31,11 +31,9 @@ def check_first_frame(source: str | Path | BinaryIO, name: str) -> None:
     try:
         with open_film(source) as container:
             if next(container.decode(film_track(container, f"video {name}")), None) is None:
-                raise InputError(f"video {name} has no frame that decodes: download it again or leave it out")
+                raise InputError(f"video {name} has no frame that can be decoded: download it again or skip it")
     except (FFmpegError, OSError) as error:
-        raise InputError(
-            f"video {name} cannot be decoded ({error.strerror}): download it again or leave it out"
-        ) from error
+        raise InputError(f"video {name} cannot be decoded ({error.strerror}): download it again or skip it") from error
 
 
 def decoded(path: str | Path, index: FrameIndex, last: int) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -52,8 +50,8 @@ def decoded(path: str | Path, index: FrameIndex, last: int) -> Iterator[tuple[in
             continue
         if frame.is_corrupt or number in index.damaged:
             raise InputError(
-                f"video {path} is damaged: its frame at {index.times[place]:.2f} s is corrupt: "
-                "download it again or leave it out"
+                f"video {path} is damaged: the frame at {index.times[place]:.2f} s is corrupt: "
+                "download it again or skip it"
             )
         yield place, frame
         if place >= last:
@@ -82,7 +80,7 @@ def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int | None, a
                     if number - skipped <= delay:
                         continue
                     raise InputError(
-                        f"video {path} is damaged ({error.strerror}): download it again or leave it out"
+                        f"video {path} is damaged ({error.strerror}): download it again or skip it"
                     ) from error
                 for frame in frames:
                     yield frame.pts, frame
@@ -101,7 +99,7 @@ def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> G
         elif place > wanted[-1]:
             break
     if wanted:
-        raise ReaderError(f"its frame at {index.times[wanted[-1]]:.2f} s does not decode")
+        raise ReaderError(f"the frame at {index.times[wanted[-1]]:.2f} s cannot be decoded")
 
 
 def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Generator[np.ndarray, None, None]:
@@ -117,12 +115,12 @@ def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) ->
     last = int(picked[-1])
     for place, frame in decoded(path, index, last):
         if place == 0 and mirrored(frame):
-            raise ReaderError("decord does not mirror pictures")
+            raise ReaderError("decord does not mirror frames")
     decord.logging.set_level(decord.logging.QUIET)
     try:
         video = decord.VideoReader(os.path.abspath(path))
         if len(video) != len(index.times):
-            raise ReaderError(f"decord sees {len(video)} frames of {len(index.times)}")
+            raise ReaderError(f"decord finds {len(video)} of {len(index.times)} frames")
         # decord seeks and skips to wrong frames in open GOPs and some H.264; sequential reading is correct
         wanted = set(picked.tolist())
         for position in range(last + 1):
@@ -130,7 +128,7 @@ def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) ->
             if position in wanted:
                 frame = image.asnumpy()
                 if frame.shape[2:] != (3,):  # seen in videos 16, 24, 48 and 72 pixels wide
-                    raise ReaderError(f"decord gives frames of {frame.shape[2]} channels")
+                    raise ReaderError(f"decord returns frames with {frame.shape[2]} channels")
                 yield frame
     except (decord.DECORDError, RuntimeError, AssertionError, StopIteration, OSError) as error:
         raise ReaderError(" ".join(str(error).split())[:200] or type(error).__name__) from error

@@ -47,7 +47,7 @@ class StreamFrames:
                 frames = packet.decode()
             except FFmpegError:
                 if self.key:
-                    logger.debug("%s: a frame that does not decode", self.name)
+                    logger.debug("%s: skipping a frame that cannot be decoded", self.name)
                     yield None, 0.0, came, None
                 continue
             yield from self._timed(frames, came)

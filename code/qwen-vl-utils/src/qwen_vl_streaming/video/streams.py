@@ -185,17 +185,17 @@ class _StreamReader:
                 self._read_once()
                 if self.film:
                     break
-                reason = "it ended"
+                reason = "the stream ended"
             except (FFmpegError, OSError) as error:
                 if error.errno == errno.EIO and self._is_complete():
                     break
                 reason = error.strerror or type(error).__name__
                 if isinstance(error, ExitError):
-                    reason = f"it did not answer for {STALLED_SECONDS:g} s"
+                    reason = f"no data for {STALLED_SECONDS:g} s"
                 if self.begin is None:
                     raise InputError(f"source {self.source} cannot be opened ({reason}): check its address") from error
             if self.begin is None:
-                raise InputError(f"source {self.source} gives no frames: check its address")
+                raise InputError(f"source {self.source} has no frames: check its address")
             at = now()
             if self.held is not None:
                 first, newest = self.held
@@ -204,12 +204,14 @@ class _StreamReader:
                     lost, pause = 0.0, PAUSES[0]
                 since = at
                 if (left := self.reconnect_seconds - lost) > 0:
-                    logger.warning("%s dropped (%s); trying again for %.3g s", self.source, reason, left)
+                    logger.warning(
+                        "%s: connection dropped (%s); reconnecting for up to %.3g s", self.source, reason, left
+                    )
             if since is not None and lost + at - since >= self.reconnect_seconds:
                 break
             self.stop.wait(pause)
             pause = min(2 * pause, longest)
-        logger.info("%s is over", self.source)
+        logger.info("%s has ended", self.source)
 
     def _is_complete(self) -> bool:
         """Whether a recording was read to its stated end. If the server does not report its size, FFmpeg reports an
@@ -259,7 +261,7 @@ class _StreamReader:
                         raise InputError(f"{name} has frames without timestamps: rewrite it as MP4")
                     stampless += 1
                     if stampless == 2:  # FFmpeg has no timestamp for the first frame of an RTSP camera
-                        logger.warning("%s: frames without time stamps are skipped", name)
+                        logger.warning("%s: skipping frames without timestamps", name)
                     continue
                 self.held = (self.held or (came,))[0], came
                 if offset is None:

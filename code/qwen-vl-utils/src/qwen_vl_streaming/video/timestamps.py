@@ -97,11 +97,11 @@ class FilmClock:
         if key and self.leaps and not self.live and pts is not None and self._last is not None:
             overlap = float((self._last - pts - self.shift) * self.time_base)
         if step < -back or overlap >= 0:
-            what = f"go back by {max(-step, overlap) or 0.0:.1f} s"
+            what = f"jump back by {max(-step, overlap) or 0.0:.1f} s"
         elif step - passed > LEAP and (self.live or self.leaps or at + step > self.length + LEAP):
-            what = f"leap ahead by {step:.1f} s"
+            what = f"jump ahead by {step:.1f} s"
         elif self.live and step <= 0 and passed > STUCK:
-            what = f"have stayed for {passed:.1f} s"
+            what = f"have not changed for {passed:.1f} s"
         else:
             return False
         period = min(self._gap, self._ticks(STUCK))
@@ -112,7 +112,7 @@ class FilmClock:
         self.shift = shift
         self.breaks += 1
         self._recent.clear()
-        note = f"{self.name}: its time stamps {what} at {at:.1f} s: film time goes on without that"
+        note = f"{self.name}: timestamps {what} at {at:.1f} s; corrected"
         if self.live or note not in _noted:  # training reads a recording many times
             logger.warning("%s", note)
             _noted.add(note)

@@ -88,14 +88,14 @@ def check_structure(source: str | Path | BinaryIO, name: str, container: str, fu
             second = _second_header(file, container)
     if second is not None:
         raise InputError(
-            f"{name} is of several files that are joined, the second from byte {second} on, and only the first "
-            "can be read: give them one by one, or join them with FFmpeg"
+            f"{name} consists of several joined files (the second starts at byte {second}), and only the first can be "
+            "read: split it, or join the files with FFmpeg"
         )
 
 
 def _check_end(name: str, end: int, size: int) -> None:
     if end > size:
-        raise InputError(f"{name} is cut short, {size} of the {end} bytes it claims: download it again")
+        raise InputError(f"{name} is truncated ({size} of {end} bytes): download it again")
 
 
 def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
@@ -180,8 +180,8 @@ def check_codec(track: av.VideoStream, packet: av.Packet, name: str) -> None:
     for codec, parameters in PARAMETERS.items():
         if codec != track.codec_context.name and re.match(rb"\0*\0\0\x01(?:" + parameters + rb")", head, re.DOTALL):
             raise InputError(
-                f"{name} changes from {track.codec_context.name} to {codec}, where recordings are joined: give them "
-                "one by one, or convert them to one codec"
+                f"{name} changes from {track.codec_context.name} to {codec} where recordings were joined: split it, "
+                "or convert it to one codec"
             )
 
 
@@ -226,7 +226,7 @@ def _clock_time(text: str) -> float | None:
 def check_length(name: str, claimed: dict[str, float], length: float, finish: float, end: float) -> None:
     """Raise InputError if a file ends more than CUT_SHORT before its stated end, see `shortfall`."""
     if short := shortfall(claimed, length, finish, end):
-        raise InputError(f"{name} is cut short, {short[0]:.2f} s of the {short[1]:.2f} s it claims: download it again")
+        raise InputError(f"{name} is truncated ({short[0]:.2f} s of {short[1]:.2f} s): download it again")
 
 
 def shortfall(claimed: dict[str, float], length: float, finish: float, end: float) -> tuple[float, float] | None:
