@@ -112,6 +112,7 @@ COMMANDS: dict[str, Run | str] = {
     "python -m qwen_vl_streaming.explain": Run("group"),
     "python -m qwen_vl_streaming.explain --format png --output docs/variants.png": Run(""),
     "python docs/draw_rooms.py": Run("files.md"),
+    "python -m basedpyright": "not: tests/test_types.py runs it",
     "code/benchmarks/latency.py long --size tiny --stream 10000 --window 20 100": HELP,
     "code/benchmarks/latency.py lanes": MINUTES,
     "code/benchmarks/latency.py sweep plot": MINUTES,

@@ -40,7 +40,7 @@ def by_dense_mask(attention: PagedAttention) -> torch.Tensor:
     n, many = attention.seen_visual.shape
     seen = torch.zeros(n, many, attention.cache.store.shape[2], dtype=torch.bool)
     for b, q in torch.cartesian_prod(torch.arange(n), torch.arange(many)).tolist():
-        keys = attention.key_index[b][attention.mask[b, 0, q]]
+        keys = attention.key_index[b][attention.dense_mask[b, 0, q]]
         assert len(keys.unique()) == len(keys)
         seen[b, q, keys] = True
     return seen

@@ -282,6 +282,7 @@ def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
     other = json.loads(data.read_text().splitlines()[1])["video_path"]
     for arguments, match in (
         ((path, "--model", folder, "--video", other), "clip"),
+        ((path, "--model", folder, "--video", ""), "folder"),
         ((path, "--model", tmp_path / "none"), "none"),
         ((tmp_path / "none.json", "--model", folder), "none.json cannot be read"),
         ((path,), "--model"),

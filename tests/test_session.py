@@ -169,6 +169,21 @@ def test_visual_tokens_may_be_given(model, mode):
         assert play(session, case).caption() == from_pixels
 
 
+class OnGPU(torch.Tensor):
+    """Stands for a tensor on a GPU where there is none."""
+
+    is_cuda = True
+
+
+def test_clips_on_a_gpu_enter_a_model_on_the_cpu(model):
+    case = random_case(random.Random(7), VARIANTS["group"], "wait-2")
+    with open_case(model, case, "serial") as session:
+        expected = play(session, case).caption()
+    case.pixels = case.pixels.cuda() if torch.cuda.is_available() else case.pixels.as_subclass(OnGPU)
+    with open_case(model, case, "serial") as session:
+        assert play(session, case).caption() == expected
+
+
 def test_a_runner_serves_one_stream_after_another(model):
     """The cache contents of an earlier stream are not visible: a session on a used runner writes the same as on a new
     one."""

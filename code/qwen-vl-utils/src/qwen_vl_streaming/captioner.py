@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from .live.screen import Pieces
 from .live.setup import first_clip, load_on, no_clip, start_perception, warm_up
 from .live.watch import Watch
 from .model.hub import model_folder
-from .model.modeling_qwen2_5_vl import load_config
+from .model.modeling_qwen2_5_vl import load_config, tokens_per_second
 from .model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from .model.trained import check_trained
 from .sessions import Session, open_session
@@ -147,7 +148,7 @@ class Captioner:
             else:
                 frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
             pixels, grid = clip_pixels(self.processor, frames)
-            layout = template.layout(grid, self.config.vision_config.tokens_per_second * seconds)
+            layout = template.layout(grid, tokens_per_second(self.config) * seconds)
             if source.count is not None:
                 check_clips(self.variant, layout, min(limit or source.count, source.count))
             elif (room := clips_before_text(self.variant, layout)) is not None and (limit is None or room < limit):
@@ -165,7 +166,8 @@ class Captioner:
                 self.processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
             pieces = Pieces(decode)
-            watch = Watch(self.session, intake, _Log(), pieces, seconds, limit, skip)
+            screen: Any = _Log()  # `texts` only notes
+            watch = Watch(self.session, intake, screen, pieces, seconds, limit, skip)
             second = 0.0
             for text, second in watch.texts():
                 if text:

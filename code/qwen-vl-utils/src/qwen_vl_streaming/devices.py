@@ -148,7 +148,7 @@ def _why_not(driver: Driver, torch: Torch, environment: Mapping[str, str]) -> st
         return f"{there}: PyTorch {torch.build} is built for ROCm: install the build that requirements.txt names"
     if torch.cuda is None:
         return f"{there}: PyTorch {torch.build} is built without CUDA: install the build that requirements.txt names"
-    number = int(re.match(r"\d*", driver.version)[0] or 0)
+    number = int(major[0]) if (major := re.match(r"\d+", driver.version)) else 0
     least = LEAST_DRIVER.get(int(torch.cuda.split(".")[0]))
     if "driver on your system is too old" in torch.fault or (number and least and number < least):
         needs = f"which needs driver {least} or newer" if least else "which needs a newer driver"
@@ -291,7 +291,7 @@ def has_kernels(architectures: list[str], capability: tuple[int, int]) -> bool:
 
 
 def main() -> None:
-    OneLineParser(prog="python -m qwen_vl_streaming.devices", description=__doc__.split("\n\n")[0]).parse_args()
+    OneLineParser(prog="python -m qwen_vl_streaming.devices", description=(__doc__ or "").split("\n\n")[0]).parse_args()
     driver, torch = ask_driver(), ask_torch()
     devices = judge(driver, torch, os.environ)
     print(f"driver: {driver.version or 'none'}; {', '.join(driver.gpus) or 'no GPU'}")

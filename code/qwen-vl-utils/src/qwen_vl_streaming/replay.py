@@ -242,17 +242,18 @@ def _named_clips(about: dict, processor, path: str | Path | None, video_root: Pa
     """The clips of the video in `path`, or of the source that the record names."""
     video = dict(about.get("video") or {})
     named = video.pop("path", None)
-    if path is None and named is None and "synthetic" in about:
+    chosen = named if path is None else path
+    if chosen is None and "synthetic" in about:
         scene, count = about["synthetic"], max(about["clips"], default=0) + 1
         clips = synthetic_clips(count, speed=float("inf"), fps=scene["fps"], size=tuple(scene["size"]))
         frames = torch.cat([clip.frames for clip in clips])
-    elif path is None and named is None:
+    elif chosen is None:
         raise InputError(
             "the record does not name a video file: give --video, or --clips with a file written by live --keep"
         )
     else:
         budget = PixelBudget(**video.pop("budget")) if "budget" in video else None
-        frames = read_video(find_video(path or named, PROJECT, video_root), budget=budget, **video).frames
+        frames = read_video(find_video(chosen, PROJECT, video_root), budget=budget, **video).frames
     clips = list(clip_pixels(processor, frames)[0])
     fed = about.get("clips", range(len(clips)))
     if min(fed, default=0) < 0 or max(fed, default=0) >= len(clips):

@@ -134,20 +134,20 @@ def _is_plain(kind) -> bool:
     return isinstance(kind, datasets.List | datasets.LargeList | datasets.Json)
 
 
-def _open_table(source: str, locks: str):
+def _open_table(source: str, locks: str) -> Any:
     import datasets
 
     if source.startswith(HUB):
         name, _, split = source.removeprefix(HUB).partition(":")
         return _only_split(source, datasets.load_dataset(name), split)
     if source.endswith(PARQUET):
-        paths = [source] if os.path.exists(source) else [str(path) for path in matching_files(source)]
+        paths: Any = [source] if os.path.exists(source) else [str(path) for path in matching_files(source)]
         # Stream the rows: they are read once, so a copy in the cache is not needed.
         return datasets.IterableDataset.from_parquet(paths, cache_dir=locks)
     found = datasets.load_from_disk(source)
     if not isinstance(found, datasets.DatasetDict):
         return found
-    folders = " or ".join(os.path.join(source, split) for split in found)
+    folders = " or ".join(os.path.join(source, str(split)) for split in found)
     raise InputError(f"{source} has several splits: give the folder of one split, {folders}")
 
 

@@ -69,7 +69,7 @@ class StepRunner(ModelRunner):
         for chunks in self.chunk_counts:
             self.inputs[chunks] = StepInputs(batch_slots, chunks, chunk_size, text_capacity, self.device)
             self.attentions[chunks] = MixedAttention(
-                cache, (chunks, chunk_size), self.groups, self.use_flex, self.kernel_options, windowed
+                cache, (chunks, chunk_size), self.groups, self.flex, self.kernel_options, windowed
             )
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         """By the number of chunks and whether tokens are chosen."""

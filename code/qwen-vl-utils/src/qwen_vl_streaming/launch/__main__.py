@@ -110,10 +110,10 @@ class Launcher:
                 failures.append(Failure(int(context.envs[local]["RANK"]), handler.proc.returncode, report))
         if self.first or not failures:
             return
-        self.first = min(failures, key=lambda failure: failure.report.get("lost_peer", False))
-        if not self.stopped and not self.first.report.get("lost_peer"):
-            where = "" if self.first.status == 2 else f"node {self.nodes.node}, "
-            self.nodes.fail(self.first.status, f"{where}{self.first.line or 'another node rejected its input'}")
+        first = self.first = min(failures, key=lambda failure: failure.report.get("lost_peer", False))
+        if not self.stopped and not first.report.get("lost_peer"):
+            where = "" if first.status == 2 else f"node {self.nodes.node}, "
+            self.nodes.fail(first.status, f"{where}{first.line or 'another node rejected its input'}")
 
     @property
     def stopped(self) -> bool:
@@ -149,10 +149,10 @@ class Launcher:
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
 
-    def restart(self, restarts: int) -> NoReturn:
-        """Restart the run after a failure. The new launcher replaces this process and keeps its process id."""
+    def restart(self, first: Failure, restarts: int) -> NoReturn:
+        """Restart the run after failure `first`. The new launcher replaces this process and keeps its process id."""
         self.lock.acquire()
-        self.kill(f"{self.first.killed}: restarting")
+        self.kill(f"{first.killed}: restarting")
         self.logs.cleanup()
         os.environ[RESTARTS] = str(restarts + 1)
         os.execv(sys.executable, sys.orig_argv)
@@ -187,7 +187,8 @@ class Launcher:
             others = GRACE_AFTER_PEER if self.first and self.first.report.get("lost_peer") else GRACE
             PContext.close(context, death_sig, min(timeout, others))
 
-        SubprocessContext.close = close  # torchrun has no option for how long it waits
+        # torchrun has no option for how long it waits. Only the name of the first parameter differs.
+        SubprocessContext.close = close  # pyright: ignore[reportAttributeAccessIssue]
         given = parse_args(["--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT", "--log_dir", self.logs.name, *arguments])
         most, given.max_restarts = given.max_restarts, 0  # torchrun would restart after any failure
         restarts = int(os.environ.get(RESTARTS, 0))
@@ -202,11 +203,12 @@ class Launcher:
             self.end(128 + signal.SIGINT, "stopped by SIGINT")
         except ChildFailedError:
             first = self.first
+            assert first is not None  # torchrun has called `close`, and with it `record_failure`
             if self.stopped:
                 early = first.exit_code == -signal.SIGTERM  # it had not started the program yet
                 self.end(STOPPED, "" if first.report else f"stopped by SIGTERM{'' if early else RESUMES}")
             if first.crashed and restarts < most and self.nodes.nodes == 1 and not self.stop_requested.is_set():
-                self.restart(restarts)
+                self.restart(first, restarts)
             if first.report.get("lost_peer"):
                 self.nodes.wait_for_failure()
             trace = first.report.get("extraInfo", {}).get("py_callstack", "").rstrip()

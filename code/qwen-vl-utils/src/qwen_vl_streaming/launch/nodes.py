@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from torch.distributed import DistError, PrefixStore, TCPStore
+# torch.distributed documents the stores, but does not list them in `__all__`.
+from torch.distributed import DistError, PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from .signals import RESUMES
 

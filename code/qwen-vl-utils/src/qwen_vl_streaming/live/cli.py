@@ -32,7 +32,7 @@ from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..common.redact import redacted
 from ..model.hub import model_folder
-from ..model.modeling_qwen2_5_vl import load_config
+from ..model.modeling_qwen2_5_vl import load_config, tokens_per_second
 from ..model.prompts import clip_pixels, load_processor, make_template
 from ..replay import DTYPES
 from ..sessions import GREEDY, PerceptionLost, open_session
@@ -163,7 +163,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         else:
             frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
         pixels, grid = clip_pixels(processor, frames)
-        layout = template.layout(grid, config.vision_config.tokens_per_second * seconds)
+        layout = template.layout(grid, tokens_per_second(config) * seconds)
         room = clips_before_text(variant, layout)
         if room is not None and room < min(most or sys.maxsize, source.count or sys.maxsize):
             if source.count is not None:

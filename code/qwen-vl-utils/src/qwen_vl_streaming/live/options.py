@@ -41,7 +41,7 @@ LIMITS = {
 """The smallest and the largest value of numeric flags."""
 
 
-def parse(description: str) -> argparse.Namespace:
+def parse(description: str | None) -> argparse.Namespace:
     """Parse the command line. Values that are wrong by themselves end the program with an error line."""
     parser = OneLineParser(
         prog="python -m qwen_vl_streaming.live",

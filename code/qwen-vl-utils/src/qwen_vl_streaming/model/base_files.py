@@ -69,8 +69,9 @@ class BaseFiles:
             path.write_bytes(content)
         config = json.loads(self.files[CONFIG])
         types = {DTYPES.get(name) for path in folder.glob("model*.safetensors") for name in tensor_types(path)}
-        if len(types) == 1 and None not in types:
-            set_dtype(config, *types)
+        dtype = types.pop() if len(types) == 1 else None
+        if dtype is not None:
+            set_dtype(config, dtype)
         text = json.dumps({**config, **added}, indent=2, ensure_ascii=False)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         for path in folder.glob("*.safetensors"):

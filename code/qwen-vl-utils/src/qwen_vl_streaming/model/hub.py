@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -33,7 +33,8 @@ Answer = TypeVar("Answer")
 
 SECONDS = 20.0
 """Timeout of a query to the Hub, in seconds."""
-HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
+HTTP_ERRORS: Any = HfHubHTTPError.__bases__  # declared as types, which need not be exceptions
+HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HTTP_ERRORS)
 """Errors that the Hub client raises: its own, and those of the HTTP library it is built on."""
 WEIGHTS = ("*.safetensors", "*.bin")
 BESIDE = ("*.json", "*.txt", "*.jinja")
@@ -86,7 +87,7 @@ def model_folder(name: str | Path, weights: bool = True) -> Path:
 
 
 @functools.cache
-def commit_on_hub(name: str) -> str | Exception:
+def commit_on_hub(name: str) -> str | Exception | None:
     """Returns the latest commit of the model `name`, or the error that the Hub client raised. The result is cached."""
     try:
         return ask(lambda: HfApi().model_info(name, timeout=SECONDS).sha)

@@ -7,10 +7,10 @@ loads checkpoints that this class saved, and the other way around. "Stock" means
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from ..common.compiling import not_compiled
 from ..common.ending import lost_worker
 from ..common.errors import InputError
 from .checkpoint import tensor_names
@@ -108,8 +109,8 @@ class Segments:
         """For each distinct length, the patch indices of the segments with that length, (segments, length)."""
 
     @staticmethod
-    @torch.compiler.disable
-    def of(cu_seqlens: Tensor) -> "Segments":
+    @not_compiled
+    def of(cu_seqlens: Any) -> "Segments":
         # Cached on the tensor, which layers share: reading its values makes the host wait for the GPU.
         if not hasattr(cu_seqlens, "segments"):
             cu_seqlens.segments = Segments(cu_seqlens, cu_seqlens.device)
@@ -124,22 +125,25 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
     length, of which there are few. The results are equal up to rounding.
     """
 
-    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, max_seqlen=None, **kwargs):
+    def forward(self, hidden_states, cu_seqlens, position_embeddings: Any = None, max_seqlen=None, **kwargs):
         """Maps `hidden_states` (patches, channels) to the same shape. `cu_seqlens` has the bounds of the segments."""
         patches = hidden_states.shape[0]
         query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
         query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         segments = Segments.of(cu_seqlens)
+        mixed: Tensor
         if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
             longest = segments.longest
             bounds = (cu_seqlens, cu_seqlens, longest, longest)
-            mixed = varlen_attn(query, key, value.contiguous(), *bounds, scale=self.scaling)
+            mixed = varlen_attn(  # pyright: ignore[reportAssignmentType]  # a tuple only with `return_aux`
+                query, key, value.contiguous(), *bounds, scale=self.scaling
+            )
         else:
             mixed = torch.empty_like(value)
             for index in segments.by_length:
                 # (segments, length, heads, head size) -> (segments, heads, length, head size), as SDPA expects
-                parts = (tensor[index].transpose(1, 2) for tensor in (query, key, value))
-                mixed[index] = nn.functional.scaled_dot_product_attention(*parts, scale=self.scaling).transpose(1, 2)
+                q, k, v = (tensor[index].transpose(1, 2) for tensor in (query, key, value))
+                mixed[index] = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scaling).transpose(1, 2)
         return self.proj(mixed.reshape(patches, -1))
 
 
@@ -160,9 +164,17 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         self.model.language_model._supports_flex_attn = True
         self._tower_layouts: dict[tuple, dict[str, Tensor]] = {}
         self.model.visual.patch_embed.__class__ = VisionPatchEmbed
-        for block in self.model.visual.blocks:
+        for block in self._tower_blocks():
             block.attn.__class__ = VisionAttention
             block.mlp.__class__ = VisionMLP
+
+    if TYPE_CHECKING:  # transformers wraps it without its type
+
+        def to(self, *arguments, **options) -> Self: ...
+
+    def _tower_blocks(self) -> Iterable[Any]:
+        # A ModuleList types its items as modules without attributes.
+        return self.model.visual.blocks
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -172,7 +184,8 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
     def _set_gradient_checkpointing(self, *arguments, **options) -> None:
         super()._set_gradient_checkpointing(*arguments, **options)
         if self.checkpointed_layers is not None:
-            for layer in self.model.language_model.layers[self.checkpointed_layers :]:
+            layers: Any = self.model.language_model.layers[self.checkpointed_layers :]
+            for layer in layers:
                 layer.gradient_checkpointing = False
 
     def compile_layers(self) -> None:
@@ -191,7 +204,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
 
     def settle_tower(self) -> None:
         """Prepares the vision tower for inference on a GPU: pads its weights and compiles it."""
-        for block in self.model.visual.blocks:
+        for block in self._tower_blocks():
             block.mlp.widen()
         self.compile_tower()
 
@@ -224,16 +237,15 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         if (known := self._tower_layouts.get((self.device, grid_thw))) is not None:
             return known
         visual, grids = self.model.visual, torch.tensor(grid_thw)
-        windows, cu_windows = get_vision_window_index(
-            grids, visual.spatial_merge_size, visual.window_size, visual.patch_size
-        )
+        patch_size: Any = visual.patch_size  # one number, though its class also accepts several
+        windows, cu_windows = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, patch_size)
         layout = {
             "position_ids": get_vision_position_ids(grids, visual.spatial_merge_size),
             "cu_seqlens": get_vision_cu_seqlens(grids),
             "window_index": windows,
             "cu_window_seqlens": cu_windows,
         }
-        placed = {name: tensor.to(self.device) for name, tensor in layout.items()}
+        placed: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in layout.items()}
         for name in ("cu_seqlens", "cu_window_seqlens"):
             placed[name].segments = Segments(layout[name], self.device)
         if len(self._tower_layouts) == LAYOUTS:
@@ -274,7 +286,9 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         """
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values_videos is not None:
-            visual_tokens = torch.cat(self.get_video_features(pixel_values_videos, video_grid_thw).pooler_output)
+            grids: Any = video_grid_thw  # stock declares a LongTensor, which no tensor is for a type checker
+            features: Any = self.get_video_features(pixel_values_videos, grids)
+            visual_tokens = torch.cat(features.pooler_output)
         if visual_tokens is not None:
             rows = input_ids == self.config.video_token_id if visual_rows is None else visual_rows
             if int(rows.sum()) != len(visual_tokens):
@@ -342,7 +356,14 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
 
 def all_full(config: Qwen2_5_VLConfig) -> bool:
     """Returns whether all layers use full attention."""
-    return set(config.text_config.layer_types) == {"full_attention"}
+    text: Any = config.text_config  # optional, or a dict, only while a config is constructed
+    return set(text.layer_types) == {"full_attention"}
+
+
+def tokens_per_second(config: Qwen2_5_VLConfig) -> float:
+    """Returns how many position steps a second of video has."""
+    vision: Any = config.vision_config  # as in `all_full`
+    return vision.tokens_per_second
 
 
 def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True) -> Any:

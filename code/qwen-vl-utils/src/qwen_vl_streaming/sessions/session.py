@@ -10,7 +10,7 @@ it: it encodes clips, asks the runner for forward steps and reads tokens. Knows 
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +134,8 @@ class Session:
         self.written: list[TimedToken] = []
         self.closed = False
         self.record, self.about, self.opened = record, about or {}, clock()
-        self.identity = None if record is None else identity(model)
+        self.identity = {} if record is None else identity(model)
+        """Of the model, for the record; empty without one."""
         patch = model.model.visual.patch_embed
         self._shapes = (
             (layout.tokens_per_clip * model.model.visual.spatial_merge_size**2, patch.proj.weight[0].numel()),
@@ -249,7 +250,7 @@ class Session:
 
     # A round in parts, which `session_pool.py` does for many sessions at once
 
-    def clips_to_encode(self) -> Iterable[Tensor]:
+    def clips_to_encode(self) -> list[Tensor]:
         """Takes the clips that the vision encoder should encode now out of `waiting`; they belong into `encoded`."""
         ready = not self.encoded and not len(self.lead) and self.scheduler.may_begin_slot
         return [self.waiting.popleft()] if self.waiting and ready else []
@@ -276,6 +277,7 @@ class Session:
         if request.sample:
             self.scheduler.request()
             self.text.stream.write(UNKNOWN)
+            assert pending is not None  # a step in which a token is chosen returns it
             self.pending.append(pending)
 
     @property

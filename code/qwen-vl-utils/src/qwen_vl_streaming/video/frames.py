@@ -9,7 +9,7 @@ frame.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -231,7 +231,7 @@ def _decode(
 
 
 def _resized(
-    images: Iterator[np.ndarray], picked: np.ndarray, count: int, budget: PixelBudget, name: str
+    images: Generator[np.ndarray, None, None], picked: np.ndarray, count: int, budget: PixelBudget, name: str
 ) -> torch.Tensor:
     frames = None
     filled = 0
@@ -244,6 +244,7 @@ def _resized(
             repeats = int(np.count_nonzero(picked == picked[filled]))
             frames[filled : filled + repeats] = resize_frame(image, size)
             filled += repeats
+    assert frames is not None  # a reader yields every picked frame, or raises
     frames[filled:] = frames[filled - 1]
     return frames
 

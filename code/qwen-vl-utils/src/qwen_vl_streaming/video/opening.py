@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import InputError
 from .formats import SCHEMES
@@ -77,7 +78,7 @@ def open_source(
         clips = functools.partial(stream_clips, name, fps=fps, budget=budget, reconnect_seconds=reconnect_seconds)
         return Source(clips, FRAMES_PER_CLIP / fps, None, {})
     index = index_video(name)
-    part = {}
+    part: dict[str, Any] = {}
     if max_clips and cut:
         end = max_clips * FRAMES_PER_CLIP / sampled_rate(index, fps)
         if index.duration > end:

@@ -6,12 +6,13 @@ decord is available on request.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
+from av.error import FFmpegError
 
 from ..common.errors import InputError
 from .index import FrameIndex, demux, film_track, open_film
@@ -31,7 +32,7 @@ def check_first_frame(source: str | Path | BinaryIO, name: str) -> None:
         with open_film(source) as container:
             if next(container.decode(film_track(container, f"video {name}")), None) is None:
                 raise InputError(f"video {name} has no frame that can be decoded: download it again or skip it")
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise InputError(f"video {name} cannot be decoded ({error.strerror}): download it again or skip it") from error
 
 
@@ -57,7 +58,7 @@ def decoded(path: str | Path, index: FrameIndex, last: int) -> Iterator[tuple[in
             return
 
 
-def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.VideoFrame]]:
+def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int | None, av.VideoFrame]]:
     """Yield all frames from the decoder, each with the number of its packet."""
     try:
         with open_film(path) as container:
@@ -75,7 +76,7 @@ def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.Video
                     skipped = number
                 try:
                     frames = packet.decode()
-                except av.FFmpegError as error:
+                except FFmpegError as error:
                     if number - skipped <= delay:
                         continue
                     raise InputError(
@@ -83,11 +84,11 @@ def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.Video
                     ) from error
                 for frame in frames:
                     yield frame.pts, frame
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise ReaderError(error.strerror) from error
 
 
-def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Iterator[np.ndarray]:
+def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Generator[np.ndarray, None, None]:
     """Yield each distinct picked frame once, in order: (H, W, 3) uint8. Raises ReaderError if the file cannot be read,
     and InputError if it is damaged."""
     wanted = sorted(set(picked.tolist()), reverse=True)
@@ -101,7 +102,7 @@ def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> I
         raise ReaderError(f"the frame at {index.times[wanted[-1]]:.2f} s cannot be decoded")
 
 
-def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Iterator[np.ndarray]:
+def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Generator[np.ndarray, None, None]:
     """Like read_with_pyav, with decord. decord does not report damaged or mirrored frames, so PyAV first decodes the
     file up to the last picked frame to check for them. Raises ReaderError also if decord would give other frames than a
     viewer sees, and InputError if the file is damaged."""
@@ -154,8 +155,9 @@ def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """a, b, c, d of the display matrix: the pixel (x, y) is shown at (ax + cy, bx + dy). The identity if there is
     none."""
     with contextlib.suppress(KeyError):
-        data = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)
-        return tuple(data[[0, 1, 3, 4]].tolist())
+        side_data: Any = frame.side_data  # a mapping, of which PyAV declares one key
+        a, b, c, d = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), np.int32)[[0, 1, 3, 4]].tolist()
+        return a, b, c, d
     return 1, 0, 0, 1
 
 

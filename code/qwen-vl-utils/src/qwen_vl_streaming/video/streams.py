@@ -15,6 +15,7 @@ from dataclasses import replace
 import av
 import numpy as np
 import torch
+from av.error import ExitError, FFmpegError
 
 from ..common.clock import now
 from ..common.errors import InputError
@@ -122,12 +123,12 @@ class Sampler:
 
     def _meet(self, until: float) -> Iterator[Clip]:
         """Sample the frame on screen at each target time before `until`."""
-        picture = None
-        while self.shown is not None and self.targets / self.fps < until:
+        moment, picture = self.moment, None
+        while self.shown is not None and moment is not None and self.targets / self.fps < until:
             if picture is None:
                 picture = self._resized(self.shown)
             self.targets += 1
-            yield from self._put(picture, self.moment)
+            yield from self._put(picture, moment)
 
     def _put(self, picture: torch.Tensor, moment: float) -> Iterator[Clip]:
         self.waiting.append((picture, moment))
@@ -180,17 +181,16 @@ class _StreamReader:
     def _read_until_gone(self) -> None:
         lost, since, (pause, longest) = 0.0, None, PAUSES
         while not self.stop.is_set():
-            self.held = None
             try:
                 self._read_once()
                 if self.film:
                     break
                 reason = "the stream ended"
-            except (av.FFmpegError, OSError) as error:
+            except (FFmpegError, OSError) as error:
                 if error.errno == errno.EIO and self._is_complete():
                     break
                 reason = error.strerror or type(error).__name__
-                if isinstance(error, av.ExitError):
+                if isinstance(error, ExitError):
                     reason = f"no data for {STALLED_SECONDS:g} s"
                 if self.begin is None:
                     raise InputError(f"source {self.source} cannot be opened ({reason}): check its address") from error
@@ -207,7 +207,7 @@ class _StreamReader:
                     logger.warning(
                         "%s: connection dropped (%s); reconnecting for up to %.3g s", self.source, reason, left
                     )
-            if lost + at - since >= self.reconnect_seconds:
+            if since is not None and lost + at - since >= self.reconnect_seconds:
                 break
             self.stop.wait(pause)
             pause = min(2 * pause, longest)
@@ -222,6 +222,7 @@ class _StreamReader:
     def _read_once(self) -> None:
         """Read one connection to its end. The first frame of a live connection is placed at its wall-clock time. A
         recording keeps its timeline across connections, and frames that were already read are skipped."""
+        self.held = None
         webcam = self.source.startswith("/dev/")
         options = {} if webcam else dict(STREAM)
         options["fpsprobesize"] = "0"  # otherwise opening waits for 20 frames to measure a frame rate that is not used

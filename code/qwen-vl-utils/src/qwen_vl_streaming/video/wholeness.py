@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import av
+from av.container import InputContainer
+from av.stream import Stream
 
 from ..common.errors import InputError
 
@@ -54,7 +56,7 @@ def raw(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
         source.seek(place)
 
 
-def _is_fragmented(source: str | Path | BinaryIO, container: av.container.InputContainer) -> bool:
+def _is_fragmented(source: str | Path | BinaryIO, container: InputContainer) -> bool:
     """Whether this is a fragmented MP4, as recorders of HLS and DASH write."""
     if not container.format.name.startswith("mov"):
         return False
@@ -183,22 +185,28 @@ def check_codec(track: av.VideoStream, packet: av.Packet, name: str) -> None:
             )
 
 
-def claimed_end(stream: av.stream.Stream) -> Fraction:
+def time_base(stream: Stream) -> Fraction:
+    """The length of a tick of a track in seconds. PyAV declares it as optional, but FFmpeg sets it for every track."""
+    assert stream.time_base is not None
+    return stream.time_base
+
+
+def claimed_end(stream: Stream) -> Fraction:
     """The end of a video or audio track in seconds, as the container states it; 0 if not stated."""
     if stream.type not in ("video", "audio") or not stream.duration:
         return Fraction(0)
-    return (stream.duration + (stream.start_time or 0)) * stream.time_base
+    return (stream.duration + (stream.start_time or 0)) * time_base(stream)
 
 
 def claims(
-    container: av.container.InputContainer, track: av.VideoStream, source: str | Path | BinaryIO | None = None
+    container: InputContainer, track: av.VideoStream, source: str | Path | BinaryIO | None = None
 ) -> dict[str, float]:
     """The length that the container states, in seconds, under one key: "length" is the duration of the track, "end" is
     its end on the axis of timestamps, and "all" is the end of all tracks. Empty if nothing is stated."""
     found = {}
     if track.duration and container.format.name.startswith(HEADERS):  # in other formats, FFmpeg estimates it
         fragmented = source is not None and _is_fragmented(source, container)
-        found["end" if fragmented else "length"] = float(track.duration * track.time_base)
+        found["end" if fragmented else "length"] = float(track.duration * time_base(track))
     elif (end := _clock_time(track.metadata.get("DURATION", ""))) is not None:  # the tag that FFmpeg writes to Matroska
         found["end"] = end
     elif container.duration:
