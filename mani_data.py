@@ -1,4 +1,4 @@
-"""Prepares the rows that training and evaluation use from a data set: --dataset pe-video (default) or funqa.
+"""Prepares the rows that training and evaluation use from a data set: --dataset pe-video (default), funqa or jsonl.
 
 pe-video: writes dataset/train_3_5.jsonl and test_3_5.jsonl. Reads JSON files with videos, or tar shards, in
 dataset/PE-Video; if there are none, streams the shards from the hub. Keeps videos of 5 to 30 seconds with 3 to 5
@@ -7,6 +7,9 @@ caption tokens per second.
 funqa: writes dataset/funqa_train.jsonl and funqa_test.jsonl with the description and reasoning questions (sub-tasks H2
 H3 C2 C3 M2 M3). Reads FunQA_train.json and FunQA_test.json with their videos, or train.zip and test.zip, in
 dataset/FunQA; if there are none, streams them from the hub. Keeps all lengths unless a bound is given.
+
+jsonl: filters your own rows by the rules of pe-video. Reads --input, in any format that training reads, and writes the
+rows that it keeps to --output, and beside it a report and a line for each other row with the reason.
 
 If a run is killed, the same command resumes it.
 """
@@ -24,11 +27,13 @@ import funqa.run
 import pe_video.run
 from funqa.run import prepare_funqa
 from pe_video.run import prepare_dataset
+from preparation import own_rows
+from preparation.own_rows import prepare_own_rows
 from preparation.report import SplitStatistics
 from preparation.rules import Rules
 from preparation.run import STATE_FOLDER, RunOptions
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.paths import look_up
+from qwen_vl_streaming.common.paths import find_data, find_folder, look_up
 from qwen_vl_streaming.common.progress import quiet_http
 
 ROOT = Path(__file__).resolve().parent
@@ -42,7 +47,7 @@ class DataSet:
 
     hub_name: str
     output_name: str
-    """Of the file of rows of a split."""
+    """Of the file of rows of a split. Empty if --output names the file."""
     rules: Rules
     """The default bounds."""
     prepare: Callable[[Any], dict[str, SplitStatistics]]
@@ -50,6 +55,8 @@ class DataSet:
     """Its options, from the arguments, its folder, the splits, and the options that all data sets share."""
     flags: tuple[str, ...] = ()
     """Arguments that only it has."""
+    refused: tuple[str, ...] = ()
+    """General arguments that it does not have."""
     prefix: str = ""
     """Of its reports' names."""
 
@@ -64,6 +71,26 @@ def funqa_options(arguments: argparse.Namespace, folder: Path, splits: list[str]
     return funqa.run.Options(splits=splits, source=folder.absolute(), **limits, **common)
 
 
+def own_options(arguments: argparse.Namespace, folder: Path, splits: list[str], common: dict) -> RunOptions:
+    """--input and --output name the files, so `folder` and `splits` are not used. Raises InputError."""
+    for name in ("input", "output"):
+        if not (getattr(arguments, name) or "").strip():
+            raise InputError(
+                f"--dataset jsonl needs --{name}: give the file to {'read' if name == 'input' else 'write'}"
+            )
+    source, output = find_data(arguments.input, ROOT, "--input"), Path(arguments.output)
+    if output.suffix != ".jsonl" or output.is_dir():
+        raise InputError(f"--output {output}: give the name of a file that ends in .jsonl")
+    prefix = f"{output.stem}_"
+    written = (output, output.parent / f"{prefix}skipped.jsonl")
+    if os.path.realpath(source) in map(os.path.realpath, written):
+        raise InputError(f"--output {output} would overwrite --input: give another name")
+    files = {"outputs": {Path(source).name: output}, "output_dir": output.parent, "prefix": prefix}
+    video_root = find_folder(arguments.video_root or "", ROOT, "the video root")
+    return own_rows.Options(source=source, video_root=video_root, **{**common, **files})
+
+
+FOLDERS = ("split", "source", "dataset_root", "dataset_name", "output_dir", "train_output_name", "test_output_name")
 DATASETS = {
     "pe-video": DataSet(
         "facebook/PE-Video", "{}_3_5.jsonl", Rules(), prepare_dataset, pe_video_options, ("train_dir", "test_dir")
@@ -75,30 +102,34 @@ DATASETS = {
         prepare_funqa,
         funqa_options,
         ("max_questions", "max_references"),
-        "funqa_",
+        prefix="funqa_",
     ),
+    "jsonl": DataSet("", "", Rules(), prepare_own_rows, own_options, ("input", "output", "video_root"), FOLDERS),
 }
 """Add a data set here."""
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="pe-video", metavar="NAME", help="pe-video or funqa (default: pe-video)")
+    parser.add_argument(
+        "--dataset", default="pe-video", metavar="NAME", help="pe-video, funqa or jsonl (default: pe-video)"
+    )
     parser.add_argument("--split", choices=SPLITS, help="prepare only this split (default: both)")
     where = parser.add_argument_group("paths")
     where.add_argument("--source", type=Path, metavar="DIR", help="folder of the data set, see above")
-    where.add_argument(
-        "--dataset-root", type=Path, default=ROOT / "dataset", help="parent of the data sets (default: dataset)"
-    )
-    where.add_argument(
-        "--dataset-name",
-        help=f"data set on the hub (default: {' or '.join(each.hub_name for each in DATASETS.values())})",
-    )
+    where.add_argument("--dataset-root", type=Path, help="parent of the data sets (default: dataset)")
+    hub_names = " or ".join(each.hub_name for each in DATASETS.values() if each.hub_name)
+    where.add_argument("--dataset-name", help=f"data set on the hub (default: {hub_names})")
     where.add_argument("--train-dir", type=Path, help="pe-video: train split (default: <dataset-root>/PE-Video/train)")
     where.add_argument("--test-dir", type=Path, help="pe-video: test split (default: <dataset-root>/PE-Video/test)")
     where.add_argument("--output-dir", type=Path, help="folder for rows and report (default: --dataset-root)")
     where.add_argument("--train-output-name", help="default: train_3_5.jsonl or funqa_train.jsonl")
     where.add_argument("--test-output-name", help="default: test_3_5.jsonl or funqa_test.jsonl")
+    where.add_argument(
+        "--input", help="jsonl: JSON Lines, Parquet, a folder of save_to_disk, or hf://datasets/OWNER/NAME[:SPLIT]"
+    )
+    where.add_argument("--output", help="jsonl: file to write, such as my_3_5.jsonl; the reports are named after it")
+    where.add_argument("--video-root", help="jsonl: folder of the videos, as --video_root in training")
     where.add_argument(
         "--tokenizer-model-id", default="Qwen/Qwen2.5-VL-7B-Instruct", help="hub id or folder (default: %(default)s)"
     )
@@ -131,7 +162,8 @@ def options_from(arguments: argparse.Namespace) -> RunOptions:
     if arguments.dataset not in DATASETS:
         raise InputError(f"unknown --dataset {arguments.dataset!r}: choose one of {', '.join(DATASETS)}")
     data_set = DATASETS[arguments.dataset]
-    for name in (name for each in DATASETS.values() if each is not data_set for name in each.flags):
+    of_others = (name for each in DATASETS.values() if each is not data_set for name in each.flags)
+    for name in (*of_others, *data_set.refused):
         if getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} does not apply to --dataset {arguments.dataset}: remove it")
     for name in ("dataset_name", "train_output_name", "test_output_name"):
@@ -148,14 +180,16 @@ def options_from(arguments: argparse.Namespace) -> RunOptions:
             if not look_up(folder, ROOT).is_dir():
                 raise InputError(f"folder {folder} does not exist: check the path")
     hub_name = arguments.dataset_name or data_set.hub_name
-    raw = arguments.dataset_root / Path(hub_name).name
+    root = arguments.dataset_root or ROOT / "dataset"
+    raw = root / Path(hub_name).name
     base = arguments.source or raw
     splits = [arguments.split] if arguments.split else list(SPLITS)
-    output_dir = arguments.output_dir or arguments.dataset_root
+    output_dir = arguments.output_dir or root
     names = {
         split: getattr(arguments, f"{split}_output_name") or data_set.output_name.format(split) for split in SPLITS
     }
-    check_names(names, output_dir, raw / "videos")
+    if data_set.output_name:
+        check_names(names, output_dir, raw / "videos")
     bounds = {
         name: getattr(data_set.rules, name) if (value := getattr(arguments, name)) is None else value
         for name in ("min_seconds", "max_seconds", "min_tokens_per_second", "max_tokens_per_second")
@@ -171,6 +205,7 @@ def options_from(arguments: argparse.Namespace) -> RunOptions:
         "max_samples": arguments.max_samples,
         "seed": arguments.seed,
         "workers": arguments.workers,
+        "prefix": data_set.prefix,
     }
     return data_set.options(arguments, base, splits, common)
 
@@ -201,7 +236,6 @@ def main() -> None:
     for name in ("preparation", "pe_video", "funqa"):
         logging.getLogger(name).setLevel(logging.INFO)
     options = options_from(arguments)
-    prefix = DATASETS[arguments.dataset].prefix
     for split, statistics in DATASETS[arguments.dataset].prepare(options).items():
         summary = statistics.summary()
         print(f"{split}: {summary['samples']} samples, {statistics.rows} rows in {options.outputs[split]}")
@@ -211,14 +245,14 @@ def main() -> None:
             )
         for rule, count in summary["dropped"].items():
             print(f"  {count:8d} dropped: {rule}")
-        print(f"  {summary['bad']:8d} bad (see {options.output_dir / f'{prefix}skipped.jsonl'})")
+        print(f"  {summary['bad']:8d} bad (see {options.output_dir / f'{options.prefix}skipped.jsonl'})")
         for reason, count in summary["bad_reasons"].items():
             print(f"  {count:8d}   {reason}")
         if statistics.not_drawn:
             print(f"  {statistics.not_drawn:8d} not sampled because of --max-samples")
         if statistics.without_video:
             print(f"  {statistics.without_video} rows have no video file yet: put the videos at their video_path")
-    print(f"distributions: {options.output_dir / f'{prefix}report.png'}")
+    print(f"distributions: {options.output_dir / f'{options.prefix}report.png'}")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_a_custom_data_set_is_prepared(monkeypatch, tmp_path, capsys):
 
     def options(arguments, folder, splits, common):
         seen.update(common, folder=folder, splits=splits)
-        return replace(base, outputs=common["outputs"], output_dir=common["output_dir"])
+        return replace(base, **{name: common[name] for name in ("outputs", "output_dir", "prefix")})
 
     from preparation.run import RunOptions
 

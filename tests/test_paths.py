@@ -27,7 +27,7 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwenvl import train
 from qwenvl.data import StreamingDataset
-from qwenvl.prescan import find_bad
+from qwenvl.prescan import scan
 from qwenvl.rows import read_rows
 from report.gallery import show_video
 from schedules import Schedules
@@ -190,8 +190,8 @@ def test_training_and_evaluation_find_a_video_by_its_name(made, tmp_path, monkey
     rows = [{**row, "video_path": f"elsewhere/{Path(row['video_path']).name}"} for row in read_rows(made[1])][:2]
     videos, processor, budget = made[1].parent / "videos", load_processor(made[0]), PixelBudget(3136, 3136)
     make = partial(StreamingDataset, rows, tmp_path, processor, 2, VARIANTS["group"], "wait-3", budget, 4096)
-    assert len(find_bad(make())) == 2 and make()[0].bad
-    assert not find_bad(make(video_root=videos)) and not make(video_root=videos)[0].bad
+    assert len(scan(make()).bad) == 2 and make()[0].bad
+    assert not scan(make(video_root=videos)).bad and not make(video_root=videos)[0].bad
     work = SimpleNamespace(
         rows=rows, root=tmp_path, budget=budget, reader=None, schedules=Schedules("wait-3", VARIANTS["group"])
     )

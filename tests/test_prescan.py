@@ -40,12 +40,12 @@ def test_lengths_are_known_without_decoding(made, tmp_path, monkeypatch):
     lengths = [len(samples[index].input_ids) for index in range(len(rows))]
     assert not any(samples[index].bad for index in range(len(rows))) and len(set(lengths)) > 2
     monkeypatch.setattr(StreamingDataset, "_video", None)
-    assert prescan.find_bad(samples) == {}
+    assert prescan.scan(samples).bad == {}
     for index, length in enumerate(lengths):
         for room in (0, 1):
             samples.max_length = length - 1 + room
             expected = [i for i, other in enumerate(lengths) if other > samples.max_length]
-            bad = prescan.find_bad(samples)
+            bad = prescan.scan(samples).bad
             assert list(bad) == expected, (index, room)
             assert room or f"its {length} tokens exceed the maximum length {length - 1}" in bad[index]
 
@@ -54,7 +54,7 @@ def test_timestamps_of_good_videos_are_not_read(made, tmp_path, monkeypatch):
     make_video(tmp_path / "some.mp4", seconds=5)
     samples = dataset(made[0], [{"video_path": "some.mp4"}], tmp_path, max_length=300)
     monkeypatch.setattr(prescan, "index_video", None)
-    assert prescan.find_bad(samples) == {}
+    assert prescan.scan(samples).bad == {}
 
 
 def test_a_video_that_begins_late(made, tmp_path):
@@ -63,7 +63,7 @@ def test_a_video_that_begins_late(made, tmp_path):
     samples = dataset(made[0], [{"video_path": "late.mkv"}], tmp_path)
     samples.max_length = len(samples[0].input_ids)
     assert late.exists() and prescan.read_header(samples, 0).clips in ((), (3, 4, 5))
-    assert prescan.find_bad(samples) == {}
+    assert prescan.scan(samples).bad == {}
 
 
 def test_kinds_of_bad_samples(made, tmp_path):
@@ -99,15 +99,15 @@ def test_kinds_of_bad_samples(made, tmp_path):
         {"video_path": "action.mp4", "says": "tokens for 30 clips"},
     ]
     samples = dataset(made[0], rows, tmp_path)
-    bad = prescan.find_bad(samples)
+    bad = prescan.scan(samples).bad
     for index, row in enumerate(rows):
         assert (row["says"] in bad[index]) if row["says"] else (index not in bad), row
-    assert len(prescan.find_bad(samples, enough=2)) == 3
+    assert len(prescan.scan(samples, enough=2).bad) == 3
     # Training gives the same reasons when it reads them; offline variants have no slots that could be empty.
     for index in (0, 1, 5, 7, 8, 9, 12, 13):
         assert samples[index].bad[1] == bad[index]
     assert samples[11].bad and not samples[10].bad
-    offline = prescan.find_bad(dataset(made[0], rows, tmp_path, "batch"))
+    offline = prescan.scan(dataset(made[0], rows, tmp_path, "batch")).bad
     assert offline.keys() == bad.keys() - {9, 13}
 
 
@@ -120,7 +120,7 @@ def test_clips_that_reach_the_text_positions_of_gap(made, tmp_path):
     around = max(len(t.prompt) + len(t.tail) for t in samples.templates)
     for clips, bad in ((4, [0, 1]), (16, [0]), (23, [])):  # of a second each
         samples.variant = replace(VARIANTS["gap"], text_start=around + 2 * clips)
-        found = prescan.find_bad(samples)
+        found = prescan.scan(samples).bad
         assert list(found) == bad, (clips, found)
         for index in range(2):
             said = (samples[index].bad or ("", ""))[1]

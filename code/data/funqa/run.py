@@ -73,10 +73,10 @@ def prepare_funqa(options: Options) -> dict[str, SplitStatistics]:
         if options.rules.counts_tokens:
             count_tokens = load_counter(find_tokenizer(options.tokenizer, options.root))
         statistics = {split: SplitStatistics() for split in sources}
-        with atomic_write(options.output_dir / "funqa_skipped.jsonl") as skipped:
+        with atomic_write(options.output_dir / f"{options.prefix}skipped.jsonl") as skipped:
             for split, source in sources.items():
                 _prepare_split(split, source, options, count_tokens, statistics[split], skipped)
-        write_report(statistics, options, "funqa_")
+        write_report(statistics, options)
     return statistics
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from preparation.inspection import inspect_videos
 from preparation.parallel import run_tasks
 from preparation.report import SplitStatistics
 from preparation.rules import BAD, KEPT
-from preparation.run import RunOptions, exclusive_run, sampling_key, skipped_line, write_report
+from preparation.run import RunOptions, draw_rows, exclusive_run, skipped_line, write_report
 from preparation.tokens import find_tokenizer, fingerprint, load_counter
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_video
@@ -51,7 +51,7 @@ def prepare_dataset(options: Options) -> dict[str, SplitStatistics]:
         job = Job(options.rules, tokenizer, options.root, options.videos, state)
         _read_units([unit for part in units.values() for unit in part], job, workers)
         statistics = {split: SplitStatistics() for split in units}
-        with atomic_write(options.output_dir / "skipped.jsonl") as skipped:
+        with atomic_write(options.output_dir / f"{options.prefix}skipped.jsonl") as skipped:
             for split, part in units.items():
                 _finish_split(split, part, job, options, workers, statistics[split], skipped)
         write_report(statistics, options)
@@ -118,22 +118,22 @@ def _finish_split(
     for unit in finished:
         statistics.add_json(unit.statistics)
     kept, bad_lines = job.state / f"{split}.kept", job.state / f"{split}.bad"
-    candidates: list[tuple[str, Candidate]] = []
+    candidates: dict[str, tuple[str, Candidate]] = {}
     with atomic_write(kept, sync=False) as kept_file, atomic_write(bad_lines, sync=False) as bad_file:
         for record in resolve_duplicates(merge_lines(parts, job.state), statistics):
             if record.outcome == KEPT:
                 kept_file.write(record.line())
                 candidate = Candidate(record.video_id, record.where, record.video, float(record.seconds))
-                candidates.append((record.unit, candidate))
+                candidates[record.video_id] = record.unit, candidate
             elif record.outcome == BAD:
                 bad_file.write(skipped_line(split, record.video_id, record.where, record.text))
     limit = options.max_samples if split == "train" else None
     by_name = {unit.name: unit for unit in units}
 
-    def check(some: list[tuple[str, Candidate]]) -> dict[str, str]:
-        return _check_videos(split, some, by_name, job, workers)
+    def check(some: list[str]) -> dict[str, str]:
+        return _check_videos(split, [candidates[video_id] for video_id in some], by_name, job, workers)
 
-    drawn, errors = draw_rows(candidates, limit, options.seed, check)
+    drawn, errors = draw_rows(list(candidates), limit, options.seed, check)
     with atomic_write(options.outputs[split]) as rows, open(bad_lines, encoding="utf-8", newline="\n") as bad_file:
         late = []
         for record in _records(kept):
@@ -158,28 +158,6 @@ def video_exists(row: dict[str, Any], root: Path) -> bool:
     except InputError:
         return False
     return True
-
-
-def draw_rows(
-    candidates: list[tuple[str, Candidate]], limit: int | None, seed: int, check: Callable[[list], dict[str, str]]
-) -> tuple[set[str], dict[str, str]]:
-    """Sample up to `limit` candidates whose videos pass `check`, which returns errors by id.
-
-    Returns the ids drawn, and the errors of the candidates that were checked and failed. The order in which candidates
-    are drawn depends on the seed and the ids only.
-    """
-    if limit is not None:
-        candidates = sorted(candidates, key=lambda entry: sampling_key(seed, entry[1].video_id))
-    limit = len(candidates) if limit is None else limit
-    drawn: set[str] = set()
-    errors: dict[str, str] = {}
-    position = 0
-    while len(drawn) < limit and position < len(candidates):
-        some = candidates[position : position + limit - len(drawn)]
-        position += len(some)
-        errors |= check(some)
-        drawn |= {candidate.video_id for _, candidate in some} - errors.keys()
-    return drawn, errors
 
 
 def _check_videos(

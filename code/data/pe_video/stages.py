@@ -20,13 +20,12 @@ from preparation.inspection import Inspection
 from preparation.report import SplitStatistics
 from preparation.rules import BAD, KEPT, Decision, Rules, Sample, apply_rules
 from preparation.tokens import load_counter
-from preparation.videos import FileSlice, check_video
+from preparation.videos import FileSlice, check_video, compare_duration
 
 from .sources import FOLDER, HUB, Unit, open_shard, read_samples
 
 SAMPLES_PER_BATCH = 512
 BYTES_PER_PART = 16 << 20  # records are sorted in memory
-TOLERANCE = 1.0  # seconds by which a video may be shorter or longer than its JSON says
 
 
 @dataclass(frozen=True)
@@ -258,9 +257,4 @@ def _is_written(video: UnitVideo, part: FileSlice) -> bool:
 def _check(source: Path | FileSlice, video: UnitVideo) -> Inspection:
     """Whether a video opens, decodes, and is as long as its row says."""
     seconds, error = check_video(source, video.candidate.where)
-    expected = video.candidate.seconds
-    if not error and seconds < expected - TOLERANCE:
-        error = f"video is shorter than its JSON says: {seconds:.2f} s instead of {expected:.2f} s"
-    elif not error and seconds > expected + TOLERANCE:
-        error = f"video is longer than its JSON says: {seconds:.2f} s instead of {expected:.2f} s"
-    return Inspection(seconds, error)
+    return Inspection(seconds, error or compare_duration(seconds, video.candidate.seconds))

@@ -41,9 +41,10 @@ def atomic_write(path: Path, mode: str = "w", *, sync: bool = True) -> Iterator[
         partial.unlink(missing_ok=True)
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files of a killed run from `folder` and everything below it."""
-    for partial in folder.rglob(f".*{PARTIAL_SUFFIX}") if folder.is_dir() else ():
+def remove_partial_files(folder: Path, *, recursive: bool = True) -> None:
+    """Remove the temporary files of a killed run from `folder` and, if `recursive`, everything below it."""
+    pattern = f".*{PARTIAL_SUFFIX}"
+    for partial in (folder.rglob(pattern) if recursive else folder.glob(pattern)) if folder.is_dir() else ():
         partial.unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qwen_vl_streaming.common.data_rows import TOKENS_PER_SECOND
 from qwen_vl_streaming.common.errors import InputError
 
 MAX_JSON_BYTES = 1 << 20
@@ -28,8 +29,8 @@ class Rules:
 
     min_seconds: float = 5.0
     max_seconds: float = 30.0
-    min_tokens_per_second: float = 3.0
-    max_tokens_per_second: float = 5.0
+    min_tokens_per_second: float = TOKENS_PER_SECOND[0]
+    max_tokens_per_second: float = TOKENS_PER_SECOND[1]
     caption_prefix: str = ""
     """Required beginning of a caption, case-insensitive; empty for any caption."""
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ class RunOptions:
     seed: int
     workers: int | None
     """Worker processes; None for one per core, or four per core when reading from the hub."""
+    prefix: str = ""
+    """Of the names of the reports."""
 
     @property
     def state_folder(self) -> Path:
@@ -69,9 +71,31 @@ def skipped_line(split: str, video_id: str, where: str, reason: str) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def write_report(statistics: dict[str, SplitStatistics], options: RunOptions, prefix: str = "") -> None:
-    """Write <prefix>report.png and <prefix>report.json for the splits in `statistics`."""
-    plot(statistics, options.rules, options.output_dir / f"{prefix}report.png")
+def draw_rows(
+    ids: Sequence[str], limit: int | None, seed: int, check: Callable[[list[str]], dict[str, str]]
+) -> tuple[set[str], dict[str, str]]:
+    """Sample up to `limit` of the rows `ids` whose videos pass `check`, which returns errors by id.
+
+    Returns the ids drawn, and the errors of the rows that were checked and failed. The order in which rows are drawn
+    depends on the seed and the ids only.
+    """
+    if limit is not None:
+        ids = sorted(ids, key=lambda video_id: sampling_key(seed, video_id))
+    limit = len(ids) if limit is None else limit
+    drawn: set[str] = set()
+    errors: dict[str, str] = {}
+    position = 0
+    while len(drawn) < limit and position < len(ids):
+        some = list(ids[position : position + limit - len(drawn)])
+        position += len(some)
+        errors |= check(some)
+        drawn |= set(some) - errors.keys()
+    return drawn, errors
+
+
+def write_report(statistics: dict[str, SplitStatistics], options: RunOptions) -> None:
+    """Write report.png and report.json, with the prefix of `options`, for the splits in `statistics`."""
+    plot(statistics, options.rules, options.output_dir / f"{options.prefix}report.png")
     splits = {split: found.summary() for split, found in statistics.items()}
-    with atomic_write(options.output_dir / f"{prefix}report.json") as file:
+    with atomic_write(options.output_dir / f"{options.prefix}report.json") as file:
         file.write(json.dumps({"rules": options.rules.as_json(), "splits": splits}, indent=2) + "\n")

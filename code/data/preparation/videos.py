@@ -13,6 +13,9 @@ VIDEO_SUFFIXES = (
 """In lower case; matched case-insensitively. Of several videos of one sample, the first in this order is used."""
 
 
+TOLERANCE = 1.0  # seconds by which a video may be shorter or longer than its JSON says
+
+
 class FileSlice:
     """A read-only, seekable view of `size` bytes of an open file from `offset` on, such as a member of a tar file."""
 
@@ -58,6 +61,14 @@ def check_video(source: str | Path | FileSlice, name: str) -> tuple[float, str]:
     except InputError as error:
         return 0.0, "video cannot be used: " + " ".join(str(error).split())
     return seconds, ""
+
+
+def compare_duration(seconds: float, expected: float) -> str:
+    """Why a video of `seconds` is not the one whose JSON says `expected` seconds, or an empty string."""
+    if abs(seconds - expected) <= TOLERANCE:
+        return ""
+    how = "shorter" if seconds < expected else "longer"
+    return f"video is {how} than its JSON says: {seconds:.2f} s instead of {expected:.2f} s"
 
 
 def relative_path(path: Path, root: Path) -> str:

@@ -1,4 +1,5 @@
-"""Finds bad samples before training, from captions and video headers, without decoding.
+"""Finds bad samples before training, and captions that do not fit their video, from captions and video headers, without
+decoding.
 
 A header gives the frame size, and the number of clips to within one. Only where that leaves a doubt are the timestamps
 of all frames read. What no header shows is checked, by the same rules, when a sample is first read.
@@ -7,11 +8,12 @@ of all frames read. What no header shows is checked, by the same rules, when a s
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import av
 from accelerate.utils import gather_object
+from qwen_vl_streaming.common.data_rows import TOKENS_PER_SECOND
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.model.prompts import answer_ids
@@ -32,12 +34,56 @@ class Header:
     """The possible numbers of clips."""
     size: tuple[int, int] | None = None
     """Height and width of the frames in pixels."""
+    seconds: float = 0.0
+    """The duration."""
 
 
-def find_bad(
+@dataclass
+class CaptionRates:
+    """Numbers of captions by their tokens per second of video. Captions whose video cannot be read do not count."""
+
+    within: int = 0
+    """Within TOKENS_PER_SECOND."""
+    fewer: int = 0
+    more: int = 0
+    below_clips: int = 0
+    """Of `fewer`: those with fewer tokens than clips."""
+
+    def add(self, tokens: int, seconds: float, clips: int) -> None:
+        """Count a caption of `tokens` tokens, without `<|im_end|>`, for a video of `seconds` and at least `clips`."""
+        low, high = TOKENS_PER_SECOND
+        self.fewer += tokens < low * seconds
+        self.more += tokens > high * seconds
+        self.within += low * seconds <= tokens <= high * seconds
+        self.below_clips += tokens < min(clips, low * seconds)
+
+    def merge(self, other: "CaptionRates") -> None:
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+    def __str__(self) -> str:
+        low, high = TOKENS_PER_SECOND
+        total = self.within + self.fewer + self.more
+        text = f"captions: {self.within} of {total} have {low:g} to {high:g} tokens per second of video"
+        if self.within == total:
+            return text
+        clips = f" ({self.below_clips} of them fewer tokens than clips)" if self.below_clips else ""
+        return f'{text}, {self.fewer} have fewer{clips}, {self.more} have more: see "Caption lengths" in docs/data.md'
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What is known of the samples before training."""
+
+    bad: dict[int, str]
+    """The bad samples by index, each with the reason."""
+    captions: CaptionRates = field(default_factory=CaptionRates)
+
+
+def scan(
     samples: StreamingDataset, enough: float = math.inf, process: int = 0, processes: int = 1, quiet: bool = True
-) -> dict[int, str]:
-    """The bad samples by index, each with the reason. The same on every process.
+) -> Scan:
+    """Check `samples`. The result is the same on every process.
 
     Called by all `processes` at once. Each checks its share, and stops after more than `enough` bad samples. The first
     shows progress unless `quiet`.
@@ -45,38 +91,67 @@ def find_bad(
     share = range(process, len(samples), processes)
     show = {"delay": 2, "disable": quiet or process > 0}
     bad: list[tuple[int, str]] = []
+    captions = CaptionRates()
     with ThreadPoolExecutor(THREADS) as pool:
         headers = zip(share, pool.map(partial(read_header, samples), share), strict=True)
-        doubtful = [
-            (index, header)
-            for index, header in Progress(headers, "checking headers", len(share), **show)
-            if not header.clips or check_sample(samples, index, header, header.clips)
-        ]
+        doubtful = []
+        for index, header in Progress(headers, "checking headers", len(share), **show):
+            tokens = count_tokens(samples, index)
+            if not header.clips or check_sample(samples, index, header, tokens, header.clips):
+                doubtful.append((index, header, tokens))
+            else:
+                captions.add(tokens, header.seconds, min(header.clips))
         counts = pool.map(lambda doubt: count_clips(samples, doubt[0]), doubtful)
-        for (index, header), count in Progress(zip(doubtful, counts, strict=True), "checking timestamps", **show):
-            if reason := count if isinstance(count, str) else check_sample(samples, index, header, *count):
+        for (index, header, tokens), count in Progress(
+            zip(doubtful, counts, strict=True), "checking timestamps", **show
+        ):
+            if isinstance(count, str):
+                reason = count
+            else:
+                clips, seconds_per_clip, seconds = count
+                reason = check_sample(samples, index, header, tokens, clips, seconds_per_clip)
+                captions.add(tokens, seconds, *clips)
+            if reason:
                 bad.append((index, reason))
             if len(bad) > enough:
                 break
         pool.shutdown(cancel_futures=True)
-    return dict(sorted(gather_object(bad)))
+    found: dict[int, str] = {}
+    total = CaptionRates()
+    for some, rates in gather_object([(bad, captions)]):
+        found.update(some)
+        total.merge(rates)
+    return Scan(dict(sorted(found.items())), total)
+
+
+def count_tokens(samples: StreamingDataset, index: int) -> int:
+    """The tokens of a caption without `<|im_end|>`, 0 where it has none."""
+    try:
+        return len(answer_ids(samples.processor, samples.template(index), samples.rows[index]["human_caption"])) - 1
+    except InputError:
+        return 0
 
 
 def check_sample(
     samples: StreamingDataset,
     index: int,
     header: Header,
+    tokens: int,
     clips: tuple[int, ...],
     seconds_per_clip: float = FRAMES_PER_CLIP / FPS,
 ) -> str:
-    """Why sample `index` is bad with one of these numbers of `clips`; an empty string if it is not."""
+    """Why sample `index`, whose caption has `tokens` tokens, is bad with one of these numbers of `clips`; an empty string
+    if it is not."""
     template = samples.template(index)
     try:
-        answer = len(answer_ids(samples.processor, template, samples.rows[index]["human_caption"]))
+        if not tokens:
+            raise InputError("the caption has no tokens: remove the sample")
         for count in clips if header.size else ():
             name = f"video {samples.path(index)}"
             height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * count, name)
-            samples.check(count, (height // samples.side, width // samples.side), template, answer, seconds_per_clip)
+            samples.check(
+                count, (height // samples.side, width // samples.side), template, tokens + 1, seconds_per_clip
+            )
     except InputError as error:
         return str(error)
     return ""
@@ -101,14 +176,16 @@ def read_header(samples: StreamingDataset, index: int) -> Header:
             known = float(stream.average_rate or FPS) >= FPS and not may_leap(container) and not late
     except (av.FFmpegError, OSError, InputError):
         return Header()
-    clips = math.ceil((float(min(ends, default=0)) - SLACK) * FPS / FRAMES_PER_CLIP)
+    seconds = float(min(ends, default=0))
+    clips = math.ceil((seconds - SLACK) * FPS / FRAMES_PER_CLIP)
     # A video of about one clip may be shorter than that.
-    return Header((clips - 1, clips, clips + 1) if known and clips > 1 else (), size if min(size) > 0 else None)
+    possible = (clips - 1, clips, clips + 1) if known and clips > 1 else ()
+    return Header(possible, size if min(size) > 0 else None, seconds)
 
 
-def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], float] | str:
-    """The exact number of clips of a video and the seconds of each, or the reason if it is missing, broken or shorter
-    than one clip."""
+def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], float, float] | str:
+    """The exact number of clips of a video, the seconds of each and of the video, or the reason if it is missing, broken
+    or shorter than one clip."""
     try:
         path = samples.path(index)
         video = index_video(path)
@@ -121,4 +198,4 @@ def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], floa
         return f"video {path}: {error}"
     if frames is None:
         return too_short(f"video {path}", video.duration, rate)
-    return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate
+    return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate, video.duration

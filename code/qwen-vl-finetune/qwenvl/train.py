@@ -36,7 +36,7 @@ from .device import check_size
 from .flags_help import HelpfulParser
 from .folder import check_folder, lock_folder, make_folder
 from .param_groups import check_parts, describe_parts, make_trainable
-from .prescan import find_bad
+from .prescan import scan
 from .record import RunRecord, describe_run
 from .rows import exclude, hold_out, read_rows
 from .skipped import Skipped
@@ -162,7 +162,10 @@ def load_matching_processor(checkpoint: str, config: PretrainedConfig):
 def scan_data(samples: StreamingDataset, skipped: Skipped, training: SftArguments) -> list[int]:
     """The lines of the data that are known to be bad before training. Raises InputError for too many."""
     enough = max(1000, training.max_bad_share * len(samples))
-    bad = find_bad(samples, enough, training.process_index, training.world_size, training.disable_tqdm)
+    found = scan(samples, enough, training.process_index, training.world_size, training.disable_tqdm)
+    if training.process_index == 0:
+        logger.info(found.captions)
+    bad = found.bad
     rows = [samples.rows[index] for index in bad]
     reasons = [(str(row["video_id"]), reason) for row, reason in zip(rows, bad.values(), strict=True)]
     skipped.add(reasons, training.device)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ PARQUET = ".parquet"
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Matches an unpaired surrogate. JSON can escape it, but UTF-8 cannot encode it."""
 TEXTS = ("video_path", "human_caption")
+REQUIRED = ("video_id", *TEXTS)
+TOKENS_PER_SECOND = (3.0, 5.0)
+"""Caption tokens per second of video that a stream can follow: the default bounds of mani_data.py."""
 FIX = "correct or delete this row"
 
 
@@ -47,18 +50,27 @@ def read_data_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Writes no files next to the data. Raises InputError if `source` cannot be read, or, with the number of the row, if a
     row does not have this format.
     """
+    for number, row in check_data_rows(source):
+        if isinstance(row, InputError):
+            raise row
+        yield number, row
+
+
+def check_data_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
+    """Yields the same as `read_data_rows`, but in place of an invalid row the error that it would raise."""
     number_of: dict[str, int] = {}
     rows = _read_lines(Path(source)) if is_json_lines(source) else enumerate(_read_table(str(source)), 1)
     for number, content in rows:
         try:
             row = _check_row(_parse(content) if isinstance(content, bytes) else content)
         except InputError as error:
-            raise InputError(f"{row_place(source, number)}: {error}") from error
+            yield number, InputError(f"{row_place(source, number)}: {error}")
+            continue
         video_id = str(row["video_id"])
         if (other := number_of.setdefault(video_id, number)) != number:
-            raise InputError(
-                f"{row_place(source, other, number)} both have the video_id {video_id}: rename or delete one"
-            )
+            both = f"{row_place(source, other, number)} both have the video_id {video_id}"
+            yield number, InputError(f"{both}: rename or delete one")
+            continue
         yield number, row
 
 
@@ -117,12 +129,24 @@ def _read_table(source: str) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="datasets_", ignore_cleanup_errors=True) as locks:
         try:
             table = _open_table(source, locks)
+            _check_columns(source, table.features)
             yield from table.select_columns([name for name, kind in table.features.items() if _is_plain(kind)])
         except (InputError, MemoryError):
             raise
         except Exception as error:  # Arrow, fsspec and the Hub client raise many types
             cause = error.__cause__ or error
             raise _unreadable(source, next(iter(str(cause).splitlines()), type(cause).__name__)[:300]) from error
+
+
+def _check_columns(source: str, columns: dict) -> None:
+    """Raises InputError if a required column is missing, or has videos or images in place of text."""
+    for name in REQUIRED:
+        if name not in columns:
+            fix = "rename its columns with `datasets`, as docs/data.md shows"
+            raise InputError(f"{source} has no column {name} (its columns: {_list(columns)}): {fix}")
+        if not _is_plain(columns[name]):
+            kind = type(columns[name]).__name__
+            raise InputError(f"{source} has {kind} data in its column {name}: give text, as docs/data.md shows")
 
 
 def _is_plain(kind) -> bool:
@@ -184,9 +208,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _check_row(row: dict[str, Any]) -> dict[str, Any]:
-    for name in ("video_id", *TEXTS):
+    for name in REQUIRED:
         if name not in row:
-            raise InputError(f"has no {name}: {FIX}")
+            raise InputError(f"has no {name} (its fields: {_list(row)}): {FIX}")
     video_id, question = row["video_id"], row.get("question")
     if isinstance(video_id, bool) or not isinstance(video_id, str | int) or video_id == "":
         raise InputError(f"has the video_id {_show(video_id)}, which is not a string or an integer: {FIX}")
@@ -199,6 +223,11 @@ def _check_row(row: dict[str, Any]) -> dict[str, Any]:
         )
     check_characters(row, "video_id", "video_path", "question")
     return row
+
+
+def _list(names: Iterable[str]) -> str:
+    text = ", ".join(names) or "none"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _show(value: Any) -> str:
