@@ -39,7 +39,7 @@ class Copy:
         mine = {name: value for name, value in os.environ.items() if not name.startswith(("QWEN2_5_VL", "HF_"))}
         mine |= {
             "PATH": f"{self.root / '.venv/bin'}:{os.environ['PATH']}",
-            "PYTHONPATH": str(self.root / "code/qwen-vl-utils/src"),
+            "PYTHONPATH": os.pathsep.join(str(self.root / "code" / name) for name in ("qwen-vl-utils/src", "data")),
             "HF_HUB_CACHE": str(self.cache),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",  # more threads do not speed up small models

@@ -48,6 +48,7 @@ HELP = "with --help"
 DEMO = "not: takes minutes, and tests/test_demo.py runs a short form"
 MINUTES = "not: takes minutes on a GPU, and is the program of another command that is shown"
 CHECKS = "not: runs the tests"
+OWN = "by tests/test_own_data.py, on data of its own"
 INSTALLS = "not: installs packages, as code/setup.sh does before the tests"
 SMALL = " --min_pixels_per_frame 3136 --max_pixels_per_frame 3136 --dataloader_num_workers 0 --report_to none"
 SHORT = " --max-new-tokens 12 --workers 0"
@@ -73,6 +74,7 @@ COMMANDS: dict[str, Run | str] = {
     "python mani_data.py": Run("test: 2 samples, 2 rows"),
     "python mani_data.py --source /data/PE-Video --max-samples 20000": Run("train: 6 samples, 6 rows"),
     "python mani_data.py --dataset funqa": HELP,
+    "python mani_data.py --help": HELP,
     "(cd code/qwen-vl-finetune && QWEN2_5_VL_TRAIN_DATA=dataset/funqa_train.jsonl bash scripts/sft.sh "
     "--output_dir output/qwen2_5vl-funqa-group)": LAUNCHED,
     "cd code/qwen-vl-finetune": Run(""),
@@ -129,7 +131,7 @@ PAGES = (
 """In the order in which their commands are run; each begins in the project's root."""
 WRITTEN = {
     "loss.png", "report.png", "report.html", "report.md", "funqa_report.png", "train_3_5.jsonl", "report/", "runs/",
-    "PE-Video/", "FunQA/", "demo_output/", "output/", "live_output/", "OTHER/bin/python",
+    "train_3_5_report.png", "PE-Video/", "FunQA/", "demo_output/", "output/", "live_output/", "OTHER/bin/python",
 }  # fmt: skip
 """Named in the pages, but made by programs or brought by users."""
 
@@ -153,6 +155,10 @@ def commands(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+OWN_DATA = TEXTS["docs/data.md"].partition("### Captions of your own")[2].partition("### Caption lengths")[0]
+"""Its blocks are complete examples, all run by tests/test_own_data.py."""
+BLOCKS = "".join(re.findall(r"^```bash\n.*?^```$", OWN_DATA, re.DOTALL | re.MULTILINE))
+COMMANDS |= {command: OWN for _, command, _ in commands(BLOCKS) if not command.startswith("cd ")}
 MADE = "docs/files.md"
 """What docs/draw_rooms.py makes: the docstrings that it has are not commands to copy."""
 SHOWN = list(dict.fromkeys(shown for page, text in TEXTS.items() if page != MADE for shown in commands(text)))

@@ -153,7 +153,7 @@ def test_tables_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for name, reason in (
         ("half.parquet", "half.parquet cannot be read ("),
-        ("columns.parquet", "columns.parquet, row 1: has no video_path"),
+        ("columns.parquet", "columns.parquet has no column video_path (its columns: video_id, text): rename its"),
         ("disk", f"has several splits: give the folder of one split, {tmp_path / 'disk/train'}"),
     ):
         with pytest.raises(InputError) as raised:
@@ -177,9 +177,18 @@ def test_a_split_of_the_hub(monkeypatch, tmp_path):
     splits.pop("test")
     assert read_rows(f"{HUB}me/videos") == read_rows(f"{HUB}me/videos:train")
 
+    def configured(name):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")
+
+    monkeypatch.setattr(datasets, "load_dataset", configured)
+    with pytest.raises(InputError, match=r"me/videos has several configurations: save one with `load_dataset\("):
+        read_rows(f"{HUB}me/videos")
+
     def unreachable(name):
         raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(InputError, match=r"me/videos cannot be read \(Couldn't reach 'me/videos' on the Hub\): give"):
+    with pytest.raises(
+        InputError, match=r"me/videos cannot be read \(Couldn't reach 'me/videos' on the Hub\): check its"
+    ):
         read_rows(f"{HUB}me/videos")

@@ -18,7 +18,7 @@ from pathlib import Path
 from captioning import Plan, caption_videos
 from identity import NOT_COMPARED, describe_model, keep_arguments
 from metrics.scorecard import prepare_scoring, score_rows
-from planning import describe, make_plan, select
+from planning import check_any_video, describe, make_plan, select
 from processes import check_gpus
 from qwen_vl_streaming.common.ending import leave
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
@@ -91,9 +91,11 @@ def lead(settings: Settings, rank: Rank, device: str, queue: VideoQueue, note: s
 
 def resume(plan: Plan, facts: dict) -> set[str]:
     """Merge the parts of earlier runs; returns the ids of the videos that have a caption. Raises InputError where those
-    were made with other data, another checkpoint or other settings."""
+    were made with other data, another checkpoint or other settings, and where there are none and no video is found."""
     out, ids = plan.out, [row["video_id"] for row in plan.rows]
     before = load_all(out, ids)
+    if not before:
+        check_any_video(plan)
     keep_arguments(out, facts, begun=bool(before))
     for row in before:
         if row["variant"] != plan.variant.name:

@@ -10,7 +10,7 @@ from pathlib import Path
 from captioning import Plan
 from qwen_vl_streaming.common.data_rows import hash_data, read_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import check_videos, find_data, find_folder, find_model, make_data
+from qwen_vl_streaming.common.paths import check_videos, find_data, find_folder, find_model, find_video, make_data
 from qwen_vl_streaming.common.versions import versions
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
@@ -49,6 +49,18 @@ def read_duration(data: dict) -> float:
     if not 0 <= seconds < math.inf:
         raise InputError(f"video_duration_in_s is {str(value)[:40]!r}: give seconds, or delete this line")
     return seconds
+
+
+def check_any_video(plan: Plan) -> None:
+    """Raises InputError, with the reason of the first, where no video of the data is found."""
+    reason = ""
+    for row in plan.rows:
+        try:
+            find_video(row["video_path"], plan.root, plan.video_root)
+            return
+        except InputError as error:
+            reason = reason or str(error)
+    raise InputError(f"none of the {len(plan.rows)} videos of {plan.data} is found: {reason}")
 
 
 def find_checkpoint(settings: Settings) -> str:

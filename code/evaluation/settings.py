@@ -48,7 +48,9 @@ class Settings:
     task: str = "description"
     """description, or funqa, which has six sub-tasks and a question for each row."""
     data: str = ""
-    """JSONL file written by mani_data.py. By default dataset/test_3_5.jsonl or dataset/funqa_test.jsonl."""
+    """JSON Lines, as mani_data.py writes them or your own (docs/data.md), a Parquet file or pattern, a folder of
+    Dataset.save_to_disk, or hf://datasets/OWNER/NAME[:SPLIT]. By default dataset/test_3_5.jsonl or
+    dataset/funqa_test.jsonl."""
     video_root: str = ""
     """Folder of the videos. A video_path that exists neither as given nor under the project's root is looked up in this
     folder, first the path, then the file name alone."""

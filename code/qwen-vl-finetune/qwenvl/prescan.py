@@ -67,8 +67,8 @@ class CaptionRates:
         text = f"captions: {self.within} of {total} have {low:g} to {high:g} tokens per second of video"
         if self.within == total:
             return text
-        clips = f" ({self.below_clips} of them fewer tokens than clips)" if self.below_clips else ""
-        return f'{text}, {self.fewer} have fewer{clips}, {self.more} have more: see "Caption lengths" in docs/data.md'
+        clips = f" ({self.below_clips} of them less than one per clip)" if self.below_clips else ""
+        return f'{text}, {self.fewer} fewer{clips}, {self.more} more: see "Caption lengths" in docs/data.md'
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ def check_sample(
     clips: tuple[int, ...],
     seconds_per_clip: float = FRAMES_PER_CLIP / FPS,
 ) -> str:
-    """Why sample `index`, whose caption has `tokens` tokens, is bad with one of these numbers of `clips`; an empty string
-    if it is not."""
+    """Why sample `index`, with a caption of `tokens` tokens, is bad with one of these numbers of `clips`; an empty
+    string if it is not."""
     template = samples.template(index)
     try:
         if not tokens:
@@ -184,8 +184,8 @@ def read_header(samples: StreamingDataset, index: int) -> Header:
 
 
 def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], float, float] | str:
-    """The exact number of clips of a video, the seconds of each and of the video, or the reason if it is missing, broken
-    or shorter than one clip."""
+    """The exact number of clips of a video, and the seconds of each and of the video; or the reason if it is missing,
+    broken or shorter than one clip."""
     try:
         path = samples.path(index)
         video = index_video(path)

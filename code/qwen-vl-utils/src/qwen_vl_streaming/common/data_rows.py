@@ -108,7 +108,10 @@ def check_characters(row: dict[str, Any], *fields: str) -> None:
 
 
 def _unreadable(source: str | Path, reason: object) -> InputError:
-    return InputError(f"{source} cannot be read ({reason}): give a file or data set with one row per video")
+    fix = "give a file or data set with one row per video"
+    if str(source).startswith(HUB):
+        fix = "check its name, log in with `hf auth login` if it is private, or download it on a machine with a network"
+    return InputError(f"{source} cannot be read ({reason}): {fix}")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -134,7 +137,7 @@ def _read_table(source: str) -> Iterator[dict[str, Any]]:
         except (InputError, MemoryError):
             raise
         except Exception as error:  # Arrow, fsspec and the Hub client raise many types
-            cause = error.__cause__ or error
+            cause = error if isinstance(error, datasets.exceptions.DatasetNotFoundError) else error.__cause__ or error
             raise _unreadable(source, next(iter(str(cause).splitlines()), type(cause).__name__)[:300]) from error
 
 
@@ -163,7 +166,14 @@ def _open_table(source: str, locks: str) -> Any:
 
     if source.startswith(HUB):
         name, _, split = source.removeprefix(HUB).partition(":")
-        return _only_split(source, datasets.load_dataset(name), split)
+        try:
+            splits = datasets.load_dataset(name)
+        except ValueError as error:
+            if "Config name is missing" not in str(error):
+                raise
+            save = "`load_dataset(NAME, CONFIGURATION, split=SPLIT).save_to_disk(FOLDER)`"
+            raise InputError(f"{source} has several configurations: save one with {save}, and give FOLDER") from error
+        return _only_split(source, splits, split)
     if source.endswith(PARQUET):
         paths: Any = [source] if os.path.exists(source) else [str(path) for path in matching_files(source)]
         # Stream the rows: they are read once, so a copy in the cache is not needed.

@@ -68,7 +68,7 @@ def _unit(unit: str) -> str:
 
 def quiet_http() -> None:
     """Keeps the requests of HTTP clients out of the log."""
-    for name in ("httpx", "urllib3"):
+    for name in ("httpx", "httpx2", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
