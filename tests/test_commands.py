@@ -157,7 +157,7 @@ def commands(text: str) -> Iterator[tuple[str, str, str]]:
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 OWN_DATA = TEXTS["docs/data.md"].partition("### Captions of your own")[2].partition("### Caption lengths")[0]
 """Its blocks are complete examples, all run by tests/test_own_data.py."""
-BLOCKS = "".join(re.findall(r"^```bash\n.*?^```$", OWN_DATA, re.DOTALL | re.MULTILINE))
+BLOCKS = "\n".join(re.findall(r"^```bash\n.*?^```$", OWN_DATA, re.DOTALL | re.MULTILINE))
 COMMANDS |= {command: OWN for _, command, _ in commands(BLOCKS) if not command.startswith("cd ")}
 MADE = "docs/files.md"
 """What docs/draw_rooms.py makes: the docstrings that it has are not commands to copy."""
