@@ -75,6 +75,7 @@ def make_options(tmp_path, **changes):
             "max_questions": None,
             "max_references": None,
             "workers": 1,
+            "prefix": "funqa_",
             **changes,
         }
     )

@@ -9,11 +9,13 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import datasets
 import pytest
 from media import make_tokenizer, make_video
+from planning import check_any_video
 from published import ROOT, Copy
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, run
@@ -331,6 +333,15 @@ def test_other_columns_are_named(tmp_path):
         with pytest.raises(InputError) as raised:
             list(read_data_rows(tmp_path / name))
         assert message in str(raised.value)
+
+
+def test_evaluation_without_any_video_is_refused(tmp_path):
+    rows = [{"video_path": "a.mp4"}, {"video_path": "b.mp4"}]
+    plan = SimpleNamespace(rows=rows, data="my.jsonl", root=tmp_path, video_root=None)
+    with pytest.raises(InputError, match=r"none of the 2 videos of my.jsonl is found: video a\.mp4 does not exist in"):
+        check_any_video(plan)
+    (tmp_path / "b.mp4").touch()
+    check_any_video(plan)
 
 
 def test_caption_rates_are_counted():

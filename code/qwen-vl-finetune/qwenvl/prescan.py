@@ -1,5 +1,5 @@
-"""Finds bad samples before training, and captions that do not fit their video, from captions and video headers, without
-decoding.
+"""Finds bad samples, and counts captions that do not fit their video, before training: from captions and video headers,
+without decoding.
 
 A header gives the frame size, and the number of clips to within one. Only where that leaves a doubt are the timestamps
 of all frames read. What no header shows is checked, by the same rules, when a sample is first read.
@@ -8,7 +8,7 @@ of all frames read. What no header shows is checked, by the same rules, when a s
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import av
@@ -77,7 +77,7 @@ class Scan:
 
     bad: dict[int, str]
     """The bad samples by index, each with the reason."""
-    captions: CaptionRates = field(default_factory=CaptionRates)
+    captions: CaptionRates
 
 
 def scan(

@@ -127,6 +127,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _read_table(source: str) -> Iterator[dict[str, Any]]:
     """Yields rows read with `datasets`. Drops columns with media, because `datasets` would decode them."""
     import datasets  # imported here: it takes a second, and most data is JSON Lines
+    from datasets.exceptions import DatasetNotFoundError
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="datasets_", ignore_cleanup_errors=True) as locks:
@@ -137,7 +138,7 @@ def _read_table(source: str) -> Iterator[dict[str, Any]]:
         except (InputError, MemoryError):
             raise
         except Exception as error:  # Arrow, fsspec and the Hub client raise many types
-            cause = error if isinstance(error, datasets.exceptions.DatasetNotFoundError) else error.__cause__ or error
+            cause = error if isinstance(error, DatasetNotFoundError) else error.__cause__ or error
             raise _unreadable(source, next(iter(str(cause).splitlines()), type(cause).__name__)[:300]) from error
 
 
