@@ -18,7 +18,7 @@ LOGITS_BYTES = 14
 EMBEDDING_ROWS = 8.0
 """Hidden rows per token outside the layers: embeddings, their copy with visual tokens, the final norm."""
 PIXEL_BYTES = 4
-"""A pixel value on the GPU. Trainer loads all samples of an optimizer step at once."""
+"""A pixel value on the GPU, where one forward pass has its pixels."""
 TOWER_ROW_BYTES = 60_000
 """Working set of the frozen vision tower per patch."""
 TOWER_SAVED_HIDDEN, TOWER_SAVED_MLP = 16.0, 4.0
