@@ -241,6 +241,9 @@ def test_cards_by_the_drivers_name(name, card):
 def test_gpus_that_differ_are_refused(monkeypatch):
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA L4"]
     monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="3 processes on a machine with 2 GPUs"):
+        machine.gpus_here(3)
     with pytest.raises(InputError, match=r"differ .*CUDA_VISIBLE_DEVICES"):
         machine.gpus_here(2)
 
@@ -361,6 +364,7 @@ if "qwenvl.device" in sys.orig_argv or "qwenvl.planner" in sys.orig_argv:
     import torch
     from qwen_vl_streaming import devices
     devices.look = lambda environment: devices.Devices(2, bfloat16=True)
+    torch.cuda.device_count = lambda: 2
     torch.cuda.get_device_name = lambda index: "NVIDIA H100 80GB HBM3"
     torch.cuda.mem_get_info = lambda index: (70 * 2**30, 80 * 2**30)
 elif "qwen_vl_streaming.launch" in sys.orig_argv[:3]:
