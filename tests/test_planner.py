@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.errors import run as run_program
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
@@ -18,7 +19,7 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import train
 from qwenvl.arguments import ModelArguments
-from qwenvl.data import StreamingDataset, pack
+from qwenvl.data import StreamingDataset, collate, collate_for_trainer, pack
 from qwenvl.planner import __main__ as program
 from qwenvl.planner import gpus as machine
 from qwenvl.planner.constants import GIB
@@ -325,6 +326,33 @@ def test_some_layers_are_recomputed():
         found, same = gradients()
         assert found == calls
         assert all(torch.equal(a, b) for a, b in zip(same, expected, strict=True))
+
+
+def test_layers_that_cannot_be_recomputed_are_refused():
+    class Training:
+        gradient_checkpointing, activation_checkpointing = False, False
+
+    config = released_config("3B")
+    with pytest.raises(InputError, match="--checkpoint_layers 2 contradicts"):
+        train.check_checkpointing(2, Training, config)
+    Training.activation_checkpointing = True
+    with pytest.raises(InputError, match="--checkpoint_layers 37: the model has 36 layers"):
+        train.check_checkpointing(37, Training, config)
+    train.check_checkpointing(36, Training, config)
+    train.check_checkpointing(None, Training, config)
+    with pytest.raises(InputError, match="--checkpoint_layers 0: must be at least 1"):
+        ModelArguments(str(ROOT), checkpoint_layers=0)
+
+
+def test_pixels_stay_in_host_memory(made):
+    """Trainer and accelerate leave them where they are; the rest of a batch is unchanged."""
+    checkpoint, data = made
+    rows, processor = read_rows(data), load_processor(checkpoint)
+    samples = StreamingDataset(rows, ROOT, processor, 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096)
+    plain, held = (make([samples[0], samples[1]]) for make in (collate, collate_for_trainer))
+    pixels = held.pop("pixel_values_videos")
+    assert torch.equal(pixels.tensor, plain.pop("pixel_values_videos")) and plain.keys() == held.keys()
+    assert send_to_device({"pixels": pixels}, "meta")["pixels"] is pixels
 
 
 def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch):
