@@ -31,6 +31,7 @@ from qwenvl.planner.request import PLANNED, Request
 from qwenvl.planner.settings import Settings, Zero, configurations
 from qwenvl.planner.shape import find_shape, released_config
 from qwenvl.planner.speed import predict, sample_flops
+from qwenvl.planner.table import rows
 from qwenvl.rows import read_rows
 from tiny import tiny_model
 from training import finish, flags, history, start
@@ -384,6 +385,10 @@ def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch):
     again = given_by(f"--output_dir {tmp_path / 'packed'} --pack_tokens 1", monkeypatch, made[0]).resumed()
     assert "pack_tokens" not in again  # record.py compares what the user gives
     assert given_by(f"--output_dir {tmp_path / 'new'}", monkeypatch, made[0]).resumed() == {}
+
+
+def test_the_table_of_the_docs_is_the_planners():
+    assert "\n".join(rows()) in (ROOT / "docs/training.md").read_text(), "paste python -m qwenvl.planner.table"
 
 
 STAND_IN = """
