@@ -25,6 +25,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.progress import Progress
 from scenes import OPENING, OTHER_OPENING, Scene, count_words, draw, make_scene
 
@@ -189,7 +190,7 @@ def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -
     if saved.exists() and json.loads(saved.read_text()) != settings:
         raise InputError(f"{config.output} has a data set with other settings: give another --output, or delete it")
     config.output.mkdir(parents=True, exist_ok=True)
-    _write(saved, json.dumps(settings, indent=1).encode())
+    write_file(saved, json.dumps(settings, indent=1))
 
     shards, splits = {}, plan(config)
     for split, samples in splits.items():
@@ -209,9 +210,9 @@ def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -
             return one
 
         for path, samples in shards.items():
-            _write(path, _tar(next_rendered() for _ in samples))
+            write_file(path, _tar(next_rendered() for _ in samples))
     rows = [json.dumps(truth(sample)) + "\n" for samples in splits.values() for sample in samples]
-    _write(config.output / "truth.jsonl", "".join(rows).encode())
+    write_file(config.output / "truth.jsonl", "".join(rows))
 
 
 class _mapper:
@@ -238,14 +239,6 @@ def _tar(rendered: Iterable[tuple[Sample, bytes, dict]]) -> bytes:
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def preview(config: DataConfig, path: Path, videos: int = 8, model_size: int = 84) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 
 ARGUMENTS = {name: str for name in ("model", "data", "schedule", "variant")}
 """Fields that the arguments beside a result file always have."""
@@ -58,7 +58,7 @@ def keep_arguments(out: Path, facts: dict, begun: bool) -> None:
     path = arguments_path(out)
     if begun:
         check_unchanged(out, path, facts)
-    write_atomic(path, json.dumps(facts, indent=2).encode() + b"\n")
+    write_file(path, json.dumps(facts, indent=2) + "\n")
 
 
 def check_unchanged(out: Path, path: Path, facts: dict) -> None:

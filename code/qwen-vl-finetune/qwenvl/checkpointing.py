@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import replace_file
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.model.checkpoint import of_file
 from safetensors import SafetensorError
 from torch import distributed
@@ -143,7 +143,7 @@ def commit_checkpoint(partial: Path, final: Path, progress: dict) -> None:
     size_of = sizes(partial)
     sync(partial.rglob("*"))
     manifest = {**progress, "bytes": size_of, "sha256": hashes(partial, size_of)}
-    replace_file(partial / PROGRESS, json.dumps(manifest))
+    write_file(partial / PROGRESS, json.dumps(manifest), report=False)
     sync([partial])
     partial.rename(final)
     partial.parent.rmdir()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from qwen_vl_streaming.common.data_rows import HUB, hash_data
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import replace_file
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.redact import redacted_command
 from qwen_vl_streaming.common.versions import RUNNING, versions
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
@@ -168,4 +168,4 @@ class RunRecord:
     def _write(self) -> None:
         if self.is_main:
             with saving(self.path):
-                replace_file(self.path, json.dumps(self.record, indent=1, default=str) + "\n")
+                write_file(self.path, json.dumps(self.record, indent=1, default=str) + "\n", report=False)
