@@ -166,4 +166,4 @@ def test_a_runner_is_warmed_up_for_as_few_clips_as_are_watched(captioner, max_cl
     layout = template.layout(grid, 2.0)
     session = open_session(captioner.model, captioner.variant, template, layout, mode="fused", max_clips=max_clips)
     warm_up(session, pixels[0])
-    assert session.closed and len(session.arrived) == max_clips
+    assert session.closed and len(session.log.arrived) == max_clips

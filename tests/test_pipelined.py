@@ -112,7 +112,7 @@ def test_a_clip_crosses_in_one_transfer_and_is_seen_whole_or_not(model, client, 
     with open_case(model, case, client, chunk=2, max_clips=4, max_new_tokens=20) as session:
         play(session, case)
         while len(came) < 4:  # the answer may be over before the last clips have come
-            session._receive(SECONDS)
+            session.rounds._receive(SECONDS)
     assert len(came) == 4
 
 

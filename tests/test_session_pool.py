@@ -159,7 +159,7 @@ def test_what_one_is_shown_reaches_no_other(model):
         mine = []
         for _ in range(4):
             pool.step()
-            mine.append(pool.runner.last_hidden[sessions[1].batch_slot.index].clone())
+            mine.append(pool.runner.last_hidden[sessions[1].rounds.batch_slot.index].clone())
         picked.append(torch.stack(mine))
         pool.close()
     assert torch.equal(*picked)

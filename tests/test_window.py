@@ -77,8 +77,9 @@ def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, mode, tm
         with session:
             watch(session, case.pixels, draw)
         assert len(session.counts) == 70 or len(session.written) == most
-        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)  # the pages have turned
-        assert len(session.batch_slot.visual.blocks) * BLOCK_SIZE < 70 * 9
+        visual = session.rounds.batch_slot.visual
+        assert visual.last_block >= len(visual.blocks)  # the pages have turned
+        assert len(visual.blocks) * BLOCK_SIZE < 70 * 9
         record = read_record(path)
         assert record.window == list(window)
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))

@@ -146,7 +146,7 @@ def lanes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: lis
                 with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session, traced(bench.device) as trace:
                     feed_one_ahead(session, bench.clips(ROUNDS, tokens))
                     bench.wait()
-                own, visible = trace.intervals(), list(session.visible)
+                own, visible = trace.intervals(), list(session.log.visible)
             if way == "pipelined":
                 bench.part()  # the perception process writes its intervals when it exits
                 theirs = json.loads(file.read_text())
@@ -169,6 +169,6 @@ def feed_one_ahead(session, clips) -> None:
     waiting = list(clips)
     session.feed(waiting.pop())
     while waiting or not session.idle:
-        while waiting and len(session.arrived) <= len(session.visible):
+        while waiting and len(session.log.arrived) <= len(session.log.visible):
             session.feed(waiting.pop())
         session.step()
