@@ -21,16 +21,6 @@ from qwen_vl_streaming.common import redact
 from qwen_vl_streaming.common.errors import InputError
 
 
-@pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = Endpoint()
-    yield server
-    server.closing.set()
-    server.shutdown()
-    server.server_close()
-
-
 def impatient(endpoint: Endpoint, **changes) -> Judge:
     return Judge(endpoint.url, "grader", **{"backoff": 0.001, "retries": 3, "workers": 4, "timeout": 0.3, **changes})
 

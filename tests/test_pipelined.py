@@ -39,11 +39,6 @@ SEED = time.time_ns() % 100_000
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
 def clients():
     started = []
     yield started

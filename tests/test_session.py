@@ -19,15 +19,10 @@ from qwen_vl_streaming.timeline.plan import make_plan
 from qwen_vl_streaming.timeline.timeline import Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import MANY, PARALLEL, SECONDS, check, play, random_case
-from tiny import random_counts, random_template, tiny_model
+from tiny import random_counts, random_template
 
 SEED = time.time_ns() % 100_000
 MODES = ("serial", "fused")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def open_case(model, case, mode, **options):

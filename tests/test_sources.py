@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwen_vl_streaming.video.sources import file_clips, synthetic_clips
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
+from serving import Quiet, serving
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
 
@@ -22,12 +23,12 @@ SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 *
 @pytest.fixture
 def serve():
     """Serve each connection the next of some streams, a list of (bytes, seconds to wait before them); then refuse."""
-    servers = []
+    servers = contextlib.ExitStack()
 
     def start(connections, kind="video/mp2t"):
         left = list(connections)
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_GET(self):
                 if not left:
                     self.send_error(404)
@@ -40,18 +41,10 @@ def serve():
                     with contextlib.suppress(ConnectionError):  # who watches may leave
                         self.wfile.write(data)
 
-            def log_message(self, *_):
-                pass
+        return servers.enter_context(serving(Handler)).url + "/live.ts"
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/live.ts"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with servers:
+        yield start
 
 
 def stream_bytes(tmp_path, times):
@@ -115,12 +108,8 @@ def test_http_stream_dropped_and_taken_up_again(tmp_path, serve, caplog):
 
 def test_http_film_is_over_at_its_end(tmp_path, caplog):
     make_video(tmp_path / "film.mp4", seconds=4)
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/film.mp4"
-        clips = list(stream_clips(url, budget=SMALL, max_clips=9))
-        server.shutdown()
+    with serving(partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        clips = list(stream_clips(server.url + "/film.mp4", budget=SMALL, max_clips=9))
     assert len(clips) == 4 and all(clip.film for clip in clips)
     assert "dropped" not in caplog.text
 

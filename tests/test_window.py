@@ -17,7 +17,7 @@ from qwen_vl_streaming.timeline.plan import Window
 from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import PARALLEL, random_case
-from tiny import random_counts, random_template, tiny_model
+from tiny import random_counts, random_template
 
 SEED = time.time_ns() % 100_000
 ALL = [
@@ -25,11 +25,6 @@ ALL = [
     for variant in VARIANTS.values()
     for mode in (("serial", "fused") if variant.parallel else ("serial",))
 ]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def long_case(draw, variant, clips, grid=(3, 3)):
