@@ -12,7 +12,7 @@ import torch
 from media import make_video, read_number
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
-from qwen_vl_streaming.video.sources import file_clips, synthetic_clips
+from qwen_vl_streaming.video.sources import paced_clips, synthetic_clips
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
 from serving import Quiet, serving
@@ -54,8 +54,8 @@ def stream_bytes(tmp_path, times):
 def test_file_is_paced_and_equal_to_the_file(tmp_path):
     path = make_video(tmp_path / "v.mp4", seconds=3)
     begin = time.time()
-    clips = list(file_clips(path, speed=4, budget=SMALL))
     video = read_video(path, budget=SMALL)
+    clips = list(paced_clips(video, speed=4))
     assert torch.equal(torch.cat([clip.frames for clip in clips]), video.frames)
     np.testing.assert_array_equal(np.concatenate([clip.timestamps for clip in clips]), video.timestamps)
     assert [clip.index for clip in clips] == [0, 1, 2]
@@ -64,7 +64,7 @@ def test_file_is_paced_and_equal_to_the_file(tmp_path):
 
 
 def test_late_consumer_learns_when_a_clip_was_due(tmp_path):
-    clips = file_clips(make_video(tmp_path / "v.mp4", seconds=3), speed=10, budget=SMALL)
+    clips = paced_clips(read_video(make_video(tmp_path / "v.mp4", seconds=3), budget=SMALL), speed=10)
     first = next(clips)
     time.sleep(0.3)
     assert next(clips).completed == pytest.approx(first.completed + 0.1)

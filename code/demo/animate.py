@@ -38,8 +38,8 @@ HOLD = 3.0
 """Seconds for which the finished answer stays."""
 
 
-def font(size: int, name: str = "DejaVu Sans", weight: str = "normal") -> ImageFont.FreeTypeFont:
-    path = font_manager.findfont(font_manager.FontProperties(family=name, weight=weight))
+def font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
+    path = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight))
     return ImageFont.truetype(path, size * SCALE)
 
 

@@ -31,6 +31,8 @@ from scenes import OPENING, OTHER_OPENING, Scene, count_words, draw, make_scene
 
 RATE = (3.1, 4.4)
 """Words per second of an ordinary caption; mani_data.py keeps 3 to 5."""
+MODEL_SIZE = 84
+"""Side in pixels to which the model resizes frames."""
 
 
 @dataclass(frozen=True)
@@ -241,17 +243,17 @@ def _tar(rendered: Iterable[tuple[Sample, bytes, dict]]) -> bytes:
     return buffer.getvalue()
 
 
-def preview(config: DataConfig, path: Path, videos: int = 8, model_size: int = 84) -> None:
-    """Write a picture of some test videos: one frame per second at the model's resolution, and the caption."""
-    cell = model_size + 6
-    samples = [sample for sample in plan(config)["test"] if sample.kind == "ordinary"][:videos]
+def preview(config: DataConfig, path: Path) -> None:
+    """Write a picture of eight test videos: one frame per second at the model's resolution, and the caption."""
+    cell = MODEL_SIZE + 6
+    samples = [sample for sample in plan(config)["test"] if sample.kind == "ordinary"][:8]
     sheet = Image.new("RGB", (12 * cell, max(1, len(samples)) * (cell + 22)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, sample in enumerate(samples):
         top = number * (cell + 22)
         _, video, row = render(sample, config.size)
         for second, frame in _frame_each_second(video, row["fps"]):
-            sheet.paste(frame.resize((model_size, model_size), Image.Resampling.BICUBIC), (second * cell, top))
+            sheet.paste(frame.resize((MODEL_SIZE, MODEL_SIZE), Image.Resampling.BICUBIC), (second * cell, top))
         pen.text((2, top + cell), f"{row['video_duration_in_s']:.1f} s: {row['human_caption']}", "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, format="PNG")

@@ -152,9 +152,9 @@ def check_same(mine: dict, published: dict) -> None:
             raise InputError(f"{key} is {mine[key]!r} here and {published.get(key)!r} on node 0: they must be equal")
 
 
-def wait_for_marker(path: Path, timeout: float = 60) -> None:
+def wait_for_marker(path: Path) -> None:
     """Wait for a file that node 0 has written: a network file system may take some seconds to show it."""
-    end = time.monotonic() + timeout
+    end = time.monotonic() + 60
     while not path.exists():
         if time.monotonic() > end:
             raise InputError(f"{path}, written by node 0, is missing here: --output-dir must be shared by all nodes")

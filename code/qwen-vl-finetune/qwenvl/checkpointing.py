@@ -31,6 +31,7 @@ STATE = "trainer_state.json"
 DAMAGED = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)
 """What readers raise for files that are not as they were written."""
 REMOVE = "remove it to resume from the previous checkpoint, if there is one"
+OTHER_OUTPUT = "remove it, or give another --output_dir"
 
 
 class SaveError(InputError):
@@ -91,18 +92,6 @@ def weights_only(checkpoint: str | None) -> Iterator[None]:
             del os.environ[WEIGHTS_ONLY]
         else:
             os.environ[WEIGHTS_ONLY] = before
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object that a run has written. Raises InputError where it is invalid."""
-    fix = "remove it, or give another --output_dir"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}): {fix}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} cannot be read (it is not a JSON object): {fix}")
-    return found
 
 
 def remove(folder: Path) -> None:

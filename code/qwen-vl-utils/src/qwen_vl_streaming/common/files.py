@@ -1,7 +1,11 @@
-"""Writes files atomically: after a crash, a file is either complete or unchanged. Independent of their contents."""
+"""Writes files atomically: after a crash, a file is either complete or unchanged. Reads JSON objects.
+
+Independent of what the files are for.
+"""
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -71,3 +75,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_object(path: Path, fix: str) -> dict:
+    """Reads a JSON object. Raises InputError, with how to `fix` it, if the file does not have one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {fix}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} cannot be read (it is not a JSON object): {fix}")
+    return found
