@@ -108,11 +108,11 @@ def test_a_model_is_a_folder_or_a_hub_id(tree):
 
 def test_a_video_root_is_a_folder_or_nothing(tree):
     root = tree / "project"
-    assert find_video_root("", root, "the video root") is find_video_root(" ", root, "the video root") is None
-    assert find_video_root(str(tree / "videos"), root, "the video root") == tree / "videos"
+    assert find_video_root("", root) is find_video_root(" ", root, "the video root") is None
+    assert find_video_root(str(tree / "videos"), root) == tree / "videos"
     for path, says in (("none", "neither in"), (str(put(tree / "file")), "is not a folder")):
         with pytest.raises(InputError, match=f"the video root .*{says}"):
-            find_video_root(path, root, "the video root")
+            find_video_root(path, root)
 
 
 @pytest.mark.parametrize(
