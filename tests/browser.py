@@ -96,16 +96,16 @@ class Browser:
         self._note(message.get("method", ""), message.get("params", {}))
         return message
 
-    def _note(self, event: str, told: dict) -> None:
+    def _note(self, event: str, params: dict) -> None:
         self._events.append(event)
         if event == "Runtime.exceptionThrown":
-            self.errors.append(json.dumps(told["exceptionDetails"]))
-        elif event == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
-            self.errors.append(json.dumps(told["args"]))
-        elif event == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
-            self.errors.append(told["entry"]["text"])
-        elif event == "Network.requestWillBeSent" and not told["request"]["url"].startswith(("file:", "data:")):
-            self.errors.append(f"asked for {told['request']['url']}")
+            self.errors.append(json.dumps(params["exceptionDetails"]))
+        elif event == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+            self.errors.append(json.dumps(params["args"]))
+        elif event == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            self.errors.append(params["entry"]["text"])
+        elif event == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:")):
+            self.errors.append(f"requested {params['request']['url']}")
 
     def open(self, path: Path, width: int = 1200, height: int = 900) -> None:
         """Open a file in a window of `width` x `height` CSS pixels, and wait until it is loaded."""

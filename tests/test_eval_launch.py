@@ -1,4 +1,4 @@
-"""eval.sh on one node, on several, and under SLURM: what it would run."""
+"""eval.sh on one node, on several, and under SLURM: the command that it runs."""
 
 import shutil
 from pathlib import Path
@@ -15,8 +15,8 @@ PYTHON = (
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs eval.sh where `python` only prints 4 processes and a free port. Returns status, the flags that the last
-    command got, and stderr."""
+    """Runs eval.sh with a `python` that only prints 4 processes and a free port. Returns the status, the flags of the
+    last command, and stderr."""
     shutil.copy(SCRIPT, tmp_path / "eval.sh")
     (tmp_path / "code").mkdir()
     shutil.copy(SCRIPT.parent / "code/launch.sh", tmp_path / "code")
@@ -42,7 +42,7 @@ def launch(tmp_path):
         ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "4", "3", "2", "first.host", "29821"),
     ],
 )
-def test_where_and_how_many(launch, environment, processes, nodes, rank, address, port):
+def test_processes_nodes_and_addresses(launch, environment, processes, nodes, rank, address, port):
     status, flags, said = launch("--limit", "3", **environment)
     assert (status, said, flags["--limit"]) == (0, "", "3")
     names = ("--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port")
@@ -59,6 +59,6 @@ def test_invalid_numbers_are_refused(launch, name, value):
     assert status == 2 and said.count("\n") == 1 and said.startswith(f"error: {name}={value}: give a whole number")
 
 
-def test_one_task_a_node(launch):
+def test_one_task_per_node(launch):
     status, _, said = launch(**SLURM, SLURM_LOCALID="1")
     assert status == 2 and said.count("\n") == 1 and "--ntasks-per-node=1" in said

@@ -1,4 +1,4 @@
-"""A file of a data set is a film, or is refused: none leads to another file or address, whatever its name or text."""
+"""A file of a data set is a video, or is refused. None refers to another file or address, whatever its name or text."""
 
 import http.server
 import io
@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def site(folder):
-    """Serves a folder; the paths that were asked for are its `asked`."""
+    """Serves a folder; `asked` has the requested paths."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -50,11 +50,11 @@ def site(folder):
         ("a.srt", "1\n00:00:00,000 --> 00:00:10,000\nHello\n\n"),
     ],
 )
-def test_files_that_name_others(folder, site, name, text):
+def test_files_that_refer_to_others(folder, site, name, text):
     path = folder / name
     path.write_text(text.format(folder=folder, url=site.url))
     for source in (path, io.BytesIO(path.read_bytes())):
-        with pytest.raises(InputError, match=r"cannot be opened \((its format holds no film|Invalid data)") as error:
+        with pytest.raises(InputError, match=r"cannot be opened \((its format has no video|Invalid data)") as error:
             index_video(source, name)
         assert name in str(error.value)
     assert not site.asked
@@ -63,13 +63,13 @@ def test_files_that_name_others(folder, site, name, text):
 def test_a_name_that_is_a_pattern(folder):
     for name in ("seq1.jpg", "seq2.jpg", "seq3.jpg", "seq%d.jpg"):
         PIL.Image.new("RGB", (160, 96)).save(folder / name)
-    with pytest.raises(InputError, match="its format holds no film"):
+    with pytest.raises(InputError, match="its format has no video"):
         read_video(folder / "seq%d.jpg")
 
 
 @pytest.mark.parametrize("reader", ["pyav", "decord"])
 @pytest.mark.parametrize("name", ["concat:secret.mp4", "http:x.mp4", "cache:x.mp4", "file:secret.mp4", "pct%d.mp4"])
-def test_names_are_no_addresses(folder, monkeypatch, name, reader):
+def test_names_are_not_addresses(folder, monkeypatch, name, reader):
     if reader == "decord":
         pytest.importorskip("decord")
     make_video(folder / "own.mp4", [100 + i / 10 for i in range(20)]).rename(folder / name)
@@ -79,7 +79,7 @@ def test_names_are_no_addresses(folder, monkeypatch, name, reader):
 
 
 @pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile secret.mp4\n", HLS.format("file://{folder}/secret.ts")])
-def test_streams_that_name_files(folder, site, text):
+def test_streams_that_refer_to_files(folder, site, text):
     (folder / "live").write_text(text.format(folder=folder))
     (folder / "live.m3u8").write_text(text.format(folder=folder))
     for name in ("live", "live.m3u8"):

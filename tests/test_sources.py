@@ -1,4 +1,4 @@
-"""Clips as they happen: paced files, a synthetic scene, and HTTP and RTSP streams that drop in the middle."""
+"""Clips in real time: paced files, a synthetic scene, and HTTP and RTSP streams that are interrupted."""
 
 import contextlib
 import threading
@@ -22,7 +22,7 @@ SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 *
 
 @pytest.fixture
 def serve():
-    """Serve each connection the next of some streams, a list of (bytes, seconds to wait before them); then refuse."""
+    """Serves each connection the next of some streams, a list of (bytes, seconds to wait before them); then refuses."""
     servers = contextlib.ExitStack()
 
     def start(connections, kind="video/mp2t"):
@@ -38,7 +38,7 @@ def serve():
                 self.end_headers()
                 for data, delay in left.pop(0):
                     time.sleep(delay)
-                    with contextlib.suppress(ConnectionError):  # who watches may leave
+                    with contextlib.suppress(ConnectionError):  # the consumer may leave
                         self.wfile.write(data)
 
         return servers.enter_context(serving(Handler)).url + "/live.ts"
@@ -90,8 +90,8 @@ def test_http_stream_gives_the_clips_of_the_file(tmp_path, serve):
     assert all(before <= clip.completed <= time.time() for clip in clips)
 
 
-def test_http_stream_dropped_and_taken_up_again(tmp_path, serve, caplog):
-    """The server breaks off in mid-stream; the next connection goes on a second later, its clock starting anew."""
+def test_http_stream_is_dropped_and_reconnected(tmp_path, serve, caplog):
+    """The server disconnects in mid-stream; the next connection continues a second later, with a new clock."""
     first = stream_bytes(tmp_path, [i / 10 for i in range(20)])
     second = stream_bytes(tmp_path, [i / 10 for i in range(20)])
     url = serve([[(first[: len(first) * 3 // 4], 0)], [(second, 1.5)]])
@@ -106,7 +106,7 @@ def test_http_stream_dropped_and_taken_up_again(tmp_path, serve, caplog):
     assert "dropped" in caplog.text
 
 
-def test_http_film_is_over_at_its_end(tmp_path, caplog):
+def test_http_recording_ends_at_its_end(tmp_path, caplog):
     make_video(tmp_path / "film.mp4", seconds=4)
     with serving(partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
         clips = list(stream_clips(server.url + "/film.mp4", budget=SMALL, max_clips=9))
@@ -114,8 +114,8 @@ def test_http_film_is_over_at_its_end(tmp_path, caplog):
     assert "dropped" not in caplog.text
 
 
-def test_http_stream_that_begins_again_and_again_is_given_up(tmp_path, serve, caplog):
-    """Connections shorter than the patience do not renew it, and come ever more slowly."""
+def test_http_stream_that_keeps_restarting_is_abandoned(tmp_path, serve, caplog):
+    """Connections shorter than the timeout do not reset it, and are retried more and more slowly."""
     data = stream_bytes(tmp_path, [i / 10 for i in range(20)])
     url = serve([[(data, 0)]] * 50)
     begin = time.time()
@@ -125,14 +125,14 @@ def test_http_stream_that_begins_again_and_again_is_given_up(tmp_path, serve, ca
     assert 2 <= caplog.text.count("dropped") <= 4
 
 
-def test_source_that_is_not_there(serve):
+def test_missing_source(serve):
     with pytest.raises(InputError, match=r"127\.0\.0\.1.*cannot be opened"):
         list(stream_clips(serve([])))
     with pytest.raises(InputError, match="/dev/video99 cannot be opened"):
         list(stream_clips("/dev/video99"))
 
 
-def test_consumer_that_leaves_ends_the_reading(tmp_path, serve):
+def test_reading_ends_with_its_consumer(tmp_path, serve):
     url = serve([[(stream_bytes(tmp_path, [i / 10 for i in range(60)]), 0)]])
     clips = stream_clips(url, budget=SMALL)
     next(clips)
@@ -148,13 +148,13 @@ def test_max_clips(tmp_path, serve):
     assert len(list(stream_clips(url, budget=SMALL, max_clips=2))) == 2
 
 
-def test_rtsp_camera_gives_its_clips_as_they_happen(tmp_path):
-    """Over the one connection that gets through firewalls; the camera then hangs up for good."""
+def test_rtsp_camera_gives_its_clips_in_real_time(tmp_path):
+    """Over one TCP connection, which passes firewalls; the camera then disconnects for good."""
     path = make_video(tmp_path / "part.ts", [i / 10 for i in range(35)], container="mpegts")
     with Camera(path) as camera:
         clips = list(stream_clips(camera.url, budget=SMALL, reconnect_seconds=0))
     numbers = [read_number(frame.numpy()) for clip in clips for frame in clip.frames]
-    assert numbers[0] in (0, 1)  # FFmpeg knows no time for the first picture, which is then left out
+    assert numbers[0] in (0, 1)  # FFmpeg may have no time for the first frame, which is then skipped
     assert numbers[:6] == list(range(numbers[0], 30, 5))
     np.testing.assert_allclose(np.concatenate([clip.timestamps for clip in clips])[:6], np.arange(6) / 2, atol=0.02)
     assert (np.diff([clip.completed for clip in clips[:3]]) > 0.5).all()  # not all at once when it is over
@@ -162,7 +162,7 @@ def test_rtsp_camera_gives_its_clips_as_they_happen(tmp_path):
     assert "TCP" in transport
 
 
-def test_rtsp_camera_that_hangs_up_is_called_again(tmp_path, caplog):
+def test_rtsp_camera_that_disconnects_is_reconnected(tmp_path, caplog):
     path = make_video(tmp_path / "part.ts", [i / 10 for i in range(40)], container="mpegts")
     with Camera(path, plays=2, seconds=2) as camera:
         clips = list(stream_clips(camera.url, budget=SMALL, reconnect_seconds=0.5))

@@ -64,5 +64,5 @@ def check_unchanged(out: Path, path: Path, facts: dict) -> None:
         what = key.removesuffix("_sha256")
         was = before.get(what)
         if what != key and was == facts[what]:
-            raise InputError(f"{out} was begun with other contents of the {what} {was!r}: {fix}")
-        raise InputError(f"{out} was begun with {what} {was!r}, not {facts[what]!r}: {fix}")
+            raise InputError(f"{out} was started with other contents of the {what} {was!r}: {fix}")
+        raise InputError(f"{out} was started with {what} {was!r}, not {facts[what]!r}: {fix}")

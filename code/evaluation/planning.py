@@ -79,7 +79,7 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
     model = find_checkpoint(settings)
     config = load_config(model)
     if not settings.force:
-        check_trained(config, model, variant, "--force to evaluate it all the same")
+        check_trained(config, model, variant, "--force to evaluate it anyway")
     ids, budget = [row["video_id"] for row in rows], PixelBudget.trained(config, settings)
     wait_k = getattr(config, "wait_k", 3)
     return Plan(

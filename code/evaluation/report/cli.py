@@ -84,7 +84,7 @@ def summarize(results: Sequence[Result]) -> str:
     videos = {video_id for result in results for video_id in result.rows}
     counts = [(len(results), "result file"), (len(videos), "video")]
     text = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
-    return f"{text}, {len(variants)} of the six variants."
+    return f"{text}, {len(variants)} of 6 variants."
 
 
 def make_page(results: Sequence[Result], made: list[dict], videos: list, chosen: bool) -> str:

@@ -178,7 +178,7 @@ def read_progress(checkpoint: Path) -> dict:
             problem = "is missing" if name not in found else f"has {found[name]} bytes, and {size} were saved"
             raise InputError(f"{checkpoint / name} {problem}: {fix}")
     if expected and (unexpected := sorted(found.keys() - expected.keys())):
-        raise InputError(f"{checkpoint / unexpected[0]} was not saved with this checkpoint: move it away")
+        raise InputError(f"{checkpoint / unexpected[0]} was not saved with this checkpoint: move it")
     with loading(checkpoint):
         TrainerState.load_from_json(str(checkpoint / STATE))
     return progress

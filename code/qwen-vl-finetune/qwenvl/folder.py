@@ -50,7 +50,7 @@ def check_folder(folder: Path, variant: str, model: str) -> None:
     for path in map(Path, sort_checkpoints(str(folder))):
         if not (path / PROGRESS).exists():
             raise InputError(
-                f"{path} has no {PROGRESS}, so it is incomplete or was written by another program: move it away, or "
+                f"{path} has no {PROGRESS}, so it is incomplete or was written by another program: move it, or "
                 "give another --output_dir"
             )
 

@@ -26,7 +26,7 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(
             f"{path} cannot be written ({error.strerror}): free some space, make the folder writable or give another "
-            "path; the same command resumes from what is finished"
+            "path, and run the command again to resume"
         ) from error
 
 
@@ -41,7 +41,7 @@ def atomic_write(path: Path, mode: str = "w", *, sync: bool = True, report: bool
     # A hash, because a suffix could exceed the limit on a name's length.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     partial = path.with_name(f".{digest}.{os.getpid()}{PARTIAL_SUFFIX}")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     with reporting_write_errors(path) if report else contextlib.nullcontext():
         if report:
             path.parent.mkdir(parents=True, exist_ok=True)

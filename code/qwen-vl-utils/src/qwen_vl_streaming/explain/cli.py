@@ -219,7 +219,7 @@ def write_file(path: Path, data: bytes) -> None:
         files.write_file(path, data, report=False)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {str(path)!r} ({reason}): name a file that can be written") from error
+        raise InputError(f"cannot write {str(path)!r} ({reason}): give a writable file") from error
 
 
 def write_out(data: bytes) -> None:

@@ -158,7 +158,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     ends = {
         "ended": "the answer has ended" + ("" if session.all_fed else ", before the source ended"),
         "max_new_tokens": f"{written.max_new_tokens} tokens are written, see --max-new-tokens",
-        "cancelled": f"stopped by {signal.Signals(stop.number).name}" if stop.number else "no clip came",
+        "cancelled": f"stopped by {signal.Signals(stop.number).name}" if stop.number else "no clip arrived",
     }
     how = f"{written.variant}, {written.way}, {written.schedule}, {written.model['dtype']} on {device}"
     screen.show(f"\n{how}: {ends.get(written.end, written.end)}")

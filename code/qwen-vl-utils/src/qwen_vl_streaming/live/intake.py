@@ -101,7 +101,7 @@ class Intake:
         if isinstance(self.fault, InputError):
             return self.fault
         why = f" ({self.fault})" if self.fault else ""
-        return InputError(f"{self.name} gave no clip{why}: check the source, or name another one")
+        return InputError(f"{self.name} gave no clip{why}: check the source, or give another one")
 
     def take(self) -> tuple[Clip, Tensor]:
         """The clip that has waited longest, and its pixels (patches, pixels of a patch) float32."""

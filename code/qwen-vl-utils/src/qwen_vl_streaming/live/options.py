@@ -34,7 +34,7 @@ LIMITS = {
 """The smallest and the largest value of numeric flags."""
 
 
-def parse(description: str) -> argparse.Namespace:
+def parse(description: str | None) -> argparse.Namespace:
     """Parse the command line. Values that are wrong by themselves end the program with an error line."""
     parser = OneLineParser(
         prog="python -m qwen_vl_streaming.live",
@@ -151,16 +151,16 @@ def record_place(arguments: argparse.Namespace, variant: Variant) -> Path:
         while not os.path.exists(folder):
             folder = folder.parent
         if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path} cannot be written (it is not a file): name another file")
+            raise InputError(f"{path} cannot be written (it is not a file): give another file")
         try:  # with a name as long as the real one; permissions do not tell, root has them all
             with tempfile.NamedTemporaryFile(prefix=f"{path.name}.{os.getpid()}.live.", suffix=".part", dir=folder):
                 pass
         except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}): name another file") from error
+            raise InputError(f"{path} cannot be written ({error.strerror}): give another file") from error
         if _same(path, arguments.source):
-            raise InputError(f"{path} is the source, which would be overwritten: name another file")
+            raise InputError(f"{path} is the source, which would be overwritten: give another file")
     if arguments.keep and _same(record, arguments.keep):
-        raise InputError(f"--record and --keep both name {record}: name two files")
+        raise InputError(f"--record and --keep are both {record}: give two different files")
     return record
 
 

@@ -15,7 +15,7 @@ import torch
 from ..common.errors import InputError
 from ..engine.step_runner import StepRunner
 from ..model.hub import model_folder
-from ..model.modeling_qwen2_5_vl import load_config, load_model
+from ..model.modeling_qwen2_5_vl import load_config, load_model, tokens_per_second
 from ..model.prompts import clip_pixels, load_processor, make_template
 from ..model.trained import check_trained
 from ..sessions import PerceptionClient, Session, open_session
@@ -168,7 +168,7 @@ def open_watch(
         else:
             frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
         pixels, grid = clip_pixels(processor, frames)
-        layout = template.layout(grid, config.vision_config.tokens_per_second * seconds)
+        layout = template.layout(grid, tokens_per_second(config) * seconds)
         room = clips_before_text(variant, layout)
         if source.count is not None:
             check_clips(variant, layout, min(most or source.count, source.count))

@@ -1,7 +1,5 @@
 """Rounds on one device in which clips enter in the forward steps that write tokens."""
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from ..engine.stream_state import DueRows, StreamState
@@ -24,7 +22,7 @@ class FusedRounds(SerialRounds):
         self.entering: DueRows | None = None
         """The rows left of the clip that is entering, ahead of its slot; may be empty. None: no clip is entering."""
 
-    def clips_to_encode(self) -> Iterable[Tensor]:
+    def clips_to_encode(self) -> list[Tensor]:
         if len(self.encoded) > 1:
             return []
         # The first clip is encoded alone: its slot waits for it.
@@ -33,11 +31,12 @@ class FusedRounds(SerialRounds):
 
     def _begin_slots(self) -> None:
         self._enter_ahead()
-        fits = self.entering is not None and len(self.lead) + len(self.entering) <= self.width
-        if fits and self.scheduler.may_begin_slot:
+        entering = self.entering
+        fits = entering is not None and len(self.lead) + len(entering) <= self.width
+        if entering is not None and fits and self.scheduler.may_begin_slot:
             rows = self._begin_slot()
             # The clip's rows that are left enter with the first token that sees them.
-            self.lead = self.lead + self.entering + rows[rows.rows.text]
+            self.lead = self.lead + entering + rows[rows.rows.text]
             self.entering = None
             self._enter_ahead()
         self._begin_tail()

@@ -3,7 +3,6 @@ while this process writes."""
 
 import collections
 import functools
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ class PipelinedRounds(SerialRounds):
         super().arrive(clip)
         self._send()
 
-    def clips_to_encode(self) -> Iterable[Tensor]:
+    def clips_to_encode(self) -> list[Tensor]:
         return []
 
     def _begin_slots(self) -> None:

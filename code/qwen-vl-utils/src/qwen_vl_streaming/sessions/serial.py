@@ -6,7 +6,6 @@ clips, and of records.
 """
 
 import collections
-from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -91,7 +90,7 @@ class SerialRounds:
         """A clip has arrived."""
         self.waiting.append(clip)
 
-    def clips_to_encode(self) -> Iterable[Tensor]:
+    def clips_to_encode(self) -> list[Tensor]:
         """Takes the clips that the vision encoder should encode now out of `waiting`; they belong into `encoded`."""
         ready = not self.encoded and not len(self.lead) and self.scheduler.may_begin_slot
         return [self.waiting.popleft()] if self.waiting and ready else []
@@ -118,6 +117,7 @@ class SerialRounds:
         if request.sample:
             self.scheduler.request()
             self.text.stream.write(UNKNOWN)
+            assert pending is not None  # a step in which a token is chosen returns it
             self.pending.append(pending)
 
     @property

@@ -111,7 +111,7 @@ class Session:
             ahead=ahead if ahead is not None else int(model.device.type == "cuda"),
             **more,
         )
-        self.log.identity = None if record is None else identity(model)
+        self.log.identity = {} if record is None else identity(model)
         try:
             self.rounds.open()
         except BaseException:

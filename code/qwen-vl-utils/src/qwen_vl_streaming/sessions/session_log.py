@@ -25,7 +25,7 @@ class SessionLog:
     def __init__(self, path: str | Path | None, about: dict | None, clock: Callable[[], float]):
         """`path` is where the record is written, if it is; `about` is added to it."""
         self.path, self.about, self.clock, self.opened = path, about or {}, clock, clock()
-        self.identity: dict[str, str] | None = None
+        self.identity: dict[str, str] = {}
         """Of the model, if a record is written."""
         self.arrived: list[float] = []
         """When each clip arrived."""

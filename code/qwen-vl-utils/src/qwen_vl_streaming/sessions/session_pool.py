@@ -71,7 +71,7 @@ class SessionPool:
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
         blocks = needed * batch_slots if memory is None else min(needed * batch_slots, memory // block_bytes - 1)
-        if blocks < needed:
+        if memory is not None and blocks < needed:
             raise InputError(
                 f"one session needs {needed * block_bytes / 2**30:.3f} GiB for its keys and values, but only "
                 f"{memory / 2**30:.3f} GiB are available: use fewer clips, tokens or pixels, or more memory"
