@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from endpoint import CUT, DRIP, FLOOD, GOOD, STALL, Endpoint
 from metrics import judge as module
-from metrics.judge import Judge, Verdict, read_verdict
+from metrics.judge import Judge
 from metrics.scoring import NotComputed
+from metrics.verdicts import Verdict, read_verdict
 from qwen_vl_streaming.common import redact
 from qwen_vl_streaming.common.errors import InputError
 
