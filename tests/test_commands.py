@@ -88,6 +88,8 @@ COMMANDS: dict[str, Run | str] = {
     "bash scripts/sft.sh --help": Run("usage: bash scripts/sft.sh"),
     "python -m qwenvl.merge --adapter DIR --output DIR": HELP,
     "bash scripts/sft.sh": LAUNCHED,
+    "bash scripts/sft.sh --plan --gpus 8xH100-80GB": Run("plan for 8 x H100"),
+    "python -m qwenvl.planner.table": Run("| 8 x H100-80GB | 7B | full |"),
     "CUDA_VISIBLE_DEVICES=0,1 bash scripts/sft.sh": LAUNCHED,
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash scripts/sft.sh": LAUNCHED,
     SLURM: LAUNCHED,
