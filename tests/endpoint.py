@@ -7,6 +7,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from qwen_vl_streaming.common import redact
 from serving import Quiet
 
 CUT, STALL, DRIP, FLOOD = "cut", "stall", "drip", "flood"
@@ -99,6 +100,7 @@ class Handler(Quiet, BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(redact, "_known", {})  # keys such as "again" would be hidden in the messages of later tests
     server = Endpoint()
     yield server
     server.closing.set()
