@@ -21,7 +21,8 @@ from ..timeline.plan import Window
 from ..timeline.timeline import Layout
 from ..timeline.variants import Variant
 from .modes import open_session
-from .session import Session, TimedToken
+from .session import Session
+from .session_log import TimedToken
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class SessionPool:
             self._encode(running)
             requests, entering, most = [], [], self.runner.chunk_counts[-1]
             for session in running:
-                request = session.plan(prefill=len(entering) < most)
+                request = session.rounds.plan(prefill=len(entering) < most)
                 requests.append((session, request))
                 if request is not None and len(request.prefill):
                     entering.append(session)
@@ -124,12 +125,12 @@ class SessionPool:
             launched = [(session, request) for session, request in requests if request is not None]
             pending = self.runner.step([request for _, request in launched]) if launched else None
             for session, request in launched:
-                session.requested(request, pending)
+                session.rounds.requested(request, pending)
             tokens = []
             for session, request in requests:
                 # A session that requested nothing reads its pending token now: other sessions may go on for long.
-                wait = not launched or (request is None and session.token_ready)
-                if (token := session.collect(wait)) is not None:
+                wait = not launched or (request is None and session.rounds.token_ready)
+                if (token := session.rounds.collect(wait)) is not None:
                     tokens.append((session, token))
         except BaseException as error:
             for other in self._end_all(functools.partial(Session.fail, error=error)):
@@ -139,12 +140,12 @@ class SessionPool:
 
     def _encode(self, running: Sequence[Session]) -> None:
         """Encode the clips that are due in all sessions at once."""
-        due = [(session, clip) for session in running for clip in session.clips_to_encode()]
+        due = [(session, clip) for session in running for clip in session.rounds.clips_to_encode()]
         if due:
             sessions, clips = zip(*due, strict=True)
             encoded = self.runner.vision_encoder.encode(clips, [session.layout for session in sessions])
             for session, features in zip(sessions, encoded, strict=True):
-                session.encoded.append(features)
+                session.rounds.encoded.append(features)
 
     def close(self) -> None:
         """Close all sessions, each with its record, and then raise the first error, if there was one."""
