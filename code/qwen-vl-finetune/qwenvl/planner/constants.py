@@ -61,8 +61,8 @@ HOST_SECONDS = {
     (True, True, False): 0.012,
     (True, True, True): 0.012,
 }
-"""A pass takes at least this long. 3B on 4 GPUs: ZeRO-2 784 ms, ZeRO-3 2,683 ms a sample, both checkpointed, when ZeRO-3
-gathered each linear layer. Compiled layers under ZeRO-3: an upper bound."""
+"""A pass takes at least this long. 3B on 4 GPUs: ZeRO-2 784 ms, ZeRO-3 2,683 ms a sample, both checkpointed, when
+ZeRO-3 gathered each linear layer. Compiled layers under ZeRO-3: an upper bound."""
 SHARD_RATE = 240e9
 """Bytes/s of gathered weights and reduced gradients that a pass under ZeRO-3 takes longer for: copies, hooks, and
 communication beside the computation. 3B on two H200s: 2.93 s a step where one GPU without sharding takes 2.6."""
