@@ -1,8 +1,9 @@
 """Turns the pictures that a client sends into clips: checks, decodes, resizes and pairs them by the clip rule.
 
-A picture answers the sampling time k / fps that is nearest to its capture time, counted from the first picture. At a
-sampling time without a picture, the one before is still on screen and is repeated. For pictures captured at exact
-sampling times, this gives the clips of `video/frames.py`. Knows nothing about sockets and models.
+Sampling times are k / fps, counted from the first picture. The first picture that is captured from EARLY seconds before
+a sampling time on is the one for it; further ones up to the next are dropped. At a sampling time without a picture, the
+one before is still on screen and is repeated. For pictures captured at exact sampling times, this gives the clips of
+`video/frames.py`. Knows nothing about sockets and models.
 """
 
 import io
@@ -19,6 +20,8 @@ from ..sessions.record import clip_hash
 from ..video.frames import FRAMES_PER_CLIP, resize_frame
 
 FORMATS = ("jpeg", "png")
+EARLY = 0.1
+"""Seconds by which a timer may be early at 2 fps. It may be late by up to 0.4 s."""
 JUMP_SECONDS = 5.0
 """A capture time that is further from the expected one means that the client's clock has jumped."""
 MOST_SCANS = 20
@@ -37,6 +40,8 @@ def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, in
     """Decode a JPEG or PNG to (3, *size) uint8. Its header is checked before any pixel is decoded. Raises BadFrame."""
     try:
         picture = Image.open(io.BytesIO(data), formats=(form,))
+    except Image.DecompressionBombError as error:
+        raise BadFrame("frame_too_large", f"a frame of too many pixels: at most {most_pixels} are allowed") from error
     except Exception as error:  # Pillow raises many types for damaged files
         raise BadFrame("not_an_image", f"the frame is not a {form.upper()} picture") from error
     width, height = picture.size
@@ -104,7 +109,7 @@ class ClipBuilder:
             return None
         if self.shift is None:
             self.shift = -time
-        target = math.floor((time + self.shift) * self.fps + 0.5)
+        target = math.floor((time + self.shift + EARLY) * self.fps)
         if abs(target - self.next) > JUMP_SECONDS * self.fps:
             self.shift = self.next / self.fps - time
             target = self.next

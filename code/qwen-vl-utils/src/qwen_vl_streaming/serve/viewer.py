@@ -36,10 +36,12 @@ logger = logging.getLogger(__name__)
 
 BURST = 3
 """Seconds of messages_per_second that may come at once."""
-POLICY, GOING_AWAY = 1008, 1001
+POLICY, GOING_AWAY, INTERNAL_ERROR = 1008, 1001, 1011
 """WebSocket close codes."""
 SEND_SECONDS = 20.0
 """A client that takes longer to read a message is disconnected."""
+MOST_NESTED = 100
+"""Lists and objects in a message; deep nesting would exhaust the stack of the JSON parser."""
 MOST_FRAMES = 10**6
 """Frames of a recording."""
 
@@ -98,6 +100,9 @@ class Viewer:
             gone = True
         except Closing as closing:
             self.close_code = closing.code
+        except Exception:  # a bug: this viewer is disconnected, and others go on
+            logger.exception("a connection has failed")
+            self.close_code = INTERNAL_ERROR
         finally:
             self._leave("lost" if gone else "cancelled")
             await self.responses_over()
@@ -159,10 +164,9 @@ class Viewer:
 
     async def _receive_all(self) -> None:
         while True:
-            text = await self._receive("text")
             event: dict = {}
             try:
-                event = self._parse(text)
+                event = self._parse(await self._receive("text"))
                 await self._handle(event)
             except Refused as refused:
                 self._refuse(refused.code, str(refused), event.get("event_id"))
@@ -209,9 +213,11 @@ class Viewer:
     def _parse(self, text: str) -> dict:
         if len(text) > self.limits.message_bytes:
             raise Refused("invalid_event", f"a message of {len(text)} characters is too long")
+        if text.count("[") + text.count("{") > MOST_NESTED:
+            raise Refused("invalid_event", "the message has too many parts")
         try:
             event = json.loads(text)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise Refused("invalid_event", "the message is not JSON") from None
         if not isinstance(event, dict) or not isinstance(event.get("type"), str):
             raise Refused("invalid_event", "the message is not an object with a type")
