@@ -127,6 +127,22 @@ def test_a_camera_of_unknown_length(server, checkpoints):
     assert len(clips) == 3 and all(each.tie for each in replay(record, model, clips))
 
 
+@pytest.mark.parametrize("frames", [3, 4])
+def test_a_model_that_does_not_end_its_answer_is_ended(server, frames):
+    """After the end of a stream, whether its last clip was known as such or not."""
+
+    async def run():
+        async with Talk(server.connect()) as viewer:
+            await viewer.begin(models=["group"], schedule="greedy")
+            await viewer.until("session.updated")
+            for number in range(frames):
+                await viewer.frame(number / 2)
+            await viewer.say("input_video.end")
+            return (await viewer.until("response.done"))["response"]["status"]
+
+    assert drive(run) == "completed"
+
+
 def test_nothing_is_kept_unasked(server):
     viewer = drive(lambda: whole_session(server, clips=1, models=["group"]))
     key = gather(viewer.events)["response.done"][0]["response"]["record_id"]
