@@ -24,7 +24,8 @@ from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.timeline.timeline import make_schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
-from serving import SECONDS, Talk, drive, gather, picture_bytes, play, running, settled, token_ids, trained
+from served import SECONDS, drive, gather, play, running, settled, token_ids, trained
+from serving_clients import Talk, picture_bytes
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 NAMES = ("group", "interleave", "origin")
