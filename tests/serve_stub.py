@@ -10,8 +10,8 @@ import json
 import socket
 import threading
 import time
-from itertools import islice
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import qwen_vl_streaming
@@ -49,7 +49,7 @@ class Stub:
     """Close the connection after this many frames."""
     source: list[bytes] = field(default_factory=list)
     """JPEG frames of a source of the server's own, called "door"."""
-    size: tuple[int, int] = (308, 224)
+    size: tuple[int, int] = (364, 196)
     """Width and height of a frame that are asked for."""
     frames: list[tuple[float, bytes]] = field(default_factory=list)
     """Those that came: time and JPEG."""
@@ -63,7 +63,9 @@ class Stub:
         ]
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/"
-        config = uvicorn.Config(Starlette(routes=routes), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            Starlette(routes=routes), log_level="error", lifespan="off", timeout_graceful_shutdown=1
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
         self._thread.start()
@@ -88,7 +90,9 @@ class Client:
 
     async def run(self) -> None:
         await self.websocket.accept("qwen-vl-streaming")
-        models = [{"name": name, "variant": name, "mode": "serial", "schedules": SCHEDULES} for name in self.stub.models]
+        models = [
+            {"name": name, "variant": name, "mode": "serial", "schedules": SCHEDULES} for name in self.stub.models
+        ]
         session = {
             "id": "s1", "models": models, "questions": QUESTIONS, "sources": ["door"] if self.stub.source else [],
             "frames_per_second": 2, "limits": {"frame_bytes": 1 << 20, "question_characters": 500},

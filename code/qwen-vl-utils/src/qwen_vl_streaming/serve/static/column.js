@@ -77,16 +77,18 @@ export class Column {
       this._dial("waiting", found.clips_waiting ?? 0);
       this._dial("missed", found.deadline_misses ?? 0);
     }
-    this._pace(OUTCOMES[response.status] ?? response.status, response.status === "completed" ? "good" : "bad");
+    this._pace(OUTCOMES[response.status] ?? response.status, { completed: "good", cancelled: "" }[response.status] ?? "bad");
   }
 
   get behind() {
     return !this.done && this.family !== "offline" && this.gauges.behind;
   }
 
-  /** Show the gauges at `now`, in seconds of the stream. */
-  render(now, over) {
+  /** Show the gauges at `now`, in seconds of the stream. `end`: when it ended, or null. */
+  render(now, end) {
     if (this.done) return;
+    const over = end !== null;
+    if (over) this.timeline.end(end);
     this.timeline.advance(now);
     const { gauges } = this;
     const { median, p95 } = gauges.age;

@@ -22,8 +22,11 @@ function state(name, text) {
   document.body.dataset.state = name;
   if ($("status-text").textContent !== text) $("status-text").textContent = text;
   $("action").textContent = ACTIONS[name] ?? "Start";
-  $("action").disabled = name === "connecting" || name === "asking";
-  $("choices").disabled = ["asking", "queued", "running", "behind", "finishing"].includes(name);
+  // A button that is really disabled would lose the focus.
+  $("action").setAttribute("aria-disabled", name === "connecting" || name === "asking");
+  const fixed = ["asking", "queued", "running", "behind", "finishing"].includes(name);
+  if (fixed && $("choices").contains(document.activeElement)) $("action").focus();
+  $("choices").disabled = fixed;
 }
 
 const alertText = (text) => ($("alert").textContent = text);
@@ -50,7 +53,7 @@ function connect() {
       output_video_frame: ({ time }, jpeg) => run?.shown(time, jpeg),
       "response.output_text.delta": (message) => run?.token(message),
       "response.done": ({ response }) => run?.finished(response),
-      error: ({ error }) => alertText(error.message),
+      error: ({ error }) => (run || error.code !== "idle") && alertText(error.message),
       closed: async (opened) => {
         if (run) run.lost();
         else if (!opened) lost(await whyClosed());
@@ -131,7 +134,7 @@ function pace(schedule) {
 
 function showColumns(models) {
   const single = models.length === 1;
-  $("columns").dataset.count = models.length;
+  document.body.dataset.models = single ? "one" : "several";
   $("caption").replaceChildren();
   columns = models.map((model) => {
     const say = (sentence) => announce(single ? sentence : `${model.name}: ${sentence}`);
@@ -202,10 +205,12 @@ class Run {
 
   /** The source is over, or the viewer stops: answers are written to their end. A second time: stop now. */
   stop() {
-    if (this.end !== null || !this.source.started) return void server.connection.send("response.cancel");
+    if (!this.source.started) return this.leave();
+    if (this.end !== null) return void server.connection.send("response.cancel");
     this.end = this.source.now();
     this.sampler?.stop();
     server.connection.send("input_video.end");
+    this.render();
     state("finishing", "The video is over: finishing the answer");
   }
 
@@ -216,6 +221,14 @@ class Run {
     this.close();
     server.connection.close();
     state("ended", "Ended");
+  }
+
+  /** Leave the queue. */
+  leave() {
+    this.close();
+    server.connection.close();
+    show("empty");
+    state("ready", "Ready");
   }
 
   lost() {
@@ -237,7 +250,7 @@ class Run {
   render() {
     if (!this.source.started) return;
     const now = this.source.now();
-    for (const column of columns) column.render(now, this.end !== null);
+    for (const column of columns) column.render(now, this.end);
     const dropped = this.dropped + (this.sampler?.dropped ?? 0);
     $("clock").textContent = clock(this.end ?? now);
     $("dropped").textContent = dropped ? `${dropped} frame${dropped === 1 ? "" : "s"} dropped: network or server is too slow` : "";
@@ -261,6 +274,8 @@ async function start() {
     const question = $("question").value === OWN ? $("own-question").value.trim() : $("question").value;
     if (!question) throw new Trouble("Type a question first.");
     const source = makeSource();
+    $("asked").textContent = `“${question}”`;
+    $("sampling").textContent = $("dropped").textContent = $("clock").textContent = "";
     state("asking", "Opening the video");
     showColumns(models);
     if (previous) previous.close();
@@ -269,7 +284,7 @@ async function start() {
     server.used = true;
     run = new Run(source);
     const description = await source.open();
-    if (!run) return; // the connection was lost meanwhile
+    if (run?.source !== source) return source.close(); // the connection was lost meanwhile
     server.connection.send("session.update", {
       session: { models: models.map((model) => model.name), question, schedule: $("schedule").value, source: description },
     });
@@ -293,6 +308,7 @@ function show(what) {
 
 $("settings").addEventListener("submit", (event) => {
   event.preventDefault();
+  if ($("action").ariaDisabled === "true") return;
   if (run) run.stop();
   else start();
 });

@@ -26,8 +26,9 @@ export class Timeline {
     this.list = list;
     this.scroller = list.parentElement;
     this.limit = rows;
-    this.rows = new Map(); // second → {item, picture, text, lag}
+    this.rows = new Map(); // second → {item, picture, text, lag, raw}
     this.newest = 0;
+    this.over = false;
     this.folded = null;
     this.foldedText = "";
     list.replaceChildren();
@@ -63,9 +64,20 @@ export class Timeline {
     const row = this.rows.get(Math.floor(time) + 1);
     if (!row) return void this._keep(text);
     const follow = this._atEnd();
-    row.text.append(element("span", "token", text));
+    row.text.append(element("span", "token", row.raw ? text : text.trimStart()));
+    row.raw += text;
     row.lag.textContent = age > 1.5 ? `${age.toFixed(age < 10 ? 1 : 0)} s late` : "";
     if (follow) this._toEnd();
+  }
+
+  /** The video ends at `time`: what is written later is written after its end. */
+  end(time) {
+    this.advance(time);
+    const row = this.rows.get(Math.floor(time) + 1);
+    if (!row || this.over) return;
+    this.over = true;
+    row.item.classList.add("over");
+    row.item.append(element("span", "hidden", " (the video ends)"));
   }
 
   /** Nothing more will be written. */
@@ -74,12 +86,13 @@ export class Timeline {
   }
 
   _add(second) {
-    const item = element("li", "second");
+    const item = element("li", this.over ? "second after" : "second");
     const row = {
       item,
       picture: element("canvas", "thumbnail"),
       text: element("span", "tokens"),
       lag: element("span", "lag"),
+      raw: "",
     };
     row.picture.setAttribute("aria-hidden", "true");
     row.picture.width = row.picture.height = 0;
@@ -91,7 +104,7 @@ export class Timeline {
   _fold() {
     for (const [second, row] of this.rows) {
       if (second > this.newest - this.limit) break;
-      this._keep(row.text.textContent, second);
+      this._keep(row.raw, second);
       row.item.remove();
       this.rows.delete(second);
     }
