@@ -18,7 +18,7 @@ import qwen_vl_streaming
 import uvicorn
 from qwen_vl_streaming.model.prompts import QUESTIONS
 from starlette.applications import Starlette
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -59,6 +59,7 @@ class Stub:
         routes = [
             Route("/", lambda _: FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": POLICY})),
             Mount("/static", StaticFiles(directory=STATIC)),
+            Route("/v1/records/{key}", lambda request: JSONResponse({"record": request.path_params["key"]})),
             WebSocketRoute("/v1/realtime", lambda websocket: Client(self, websocket).run()),
         ]
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -153,7 +154,7 @@ class Client:
             self.give(header["time"])
         waiting = {name: max(0, queue.qsize() - 1) for name, queue in self.clips.items() if MODELS[name]}
         event = header["event_id"]
-        about = {"time": header["time"], "age_ms": 1.5, "dropped": 0, "waiting": waiting}
+        about = {"time": header["time"], "age_ms": 1.5, "dropped": 0, "waiting": waiting, "deadline_misses": waiting}
         await self.send("input_video_frame.acknowledged", event_id=event, **about)
 
     def give(self, captured: float | None) -> None:

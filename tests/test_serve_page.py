@@ -3,13 +3,14 @@
 import io
 import json
 import re
+import time
 
 import numpy as np
 import pytest
 from browser import Browser
 from media import make_video, picture, read_number
 from PIL import Image
-from qwen_vl_streaming.video.frames import pick_frames
+from qwen_vl_streaming.video.frames import pick_frames, sampled_rate
 from qwen_vl_streaming.video.index import index_video
 from serve_stub import QUESTIONS, TOKENS, Stub
 
@@ -85,6 +86,13 @@ def press_action(page) -> None:
     page.run("document.getElementById('action').click()")
 
 
+def wait_until(holds, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def look(page) -> None:
     """Nothing sticks out, and all text can be read, on phone and desktop, light and dark."""
     for width, height in SIZES:
@@ -95,7 +103,7 @@ def look(page) -> None:
             assert page.run(CONTRAST) == [], (width, dark)
 
 
-def test_it_speaks_while_the_camera_runs(page):
+def test_it_speaks_while_the_camera_runs(page, tmp_path):
     """With the keyboard alone, and without a request to any other host."""
     with Stub(["group"]) as server:
         open_page(page, server)
@@ -105,7 +113,9 @@ def test_it_speaks_while_the_camera_runs(page):
             focused.append(page.run("document.activeElement.id || document.activeElement.value"))
             if focused[-1] == "action":
                 break
-        assert focused == ["camera", "question", "group", "schedule", "action"]
+        assert focused == ["camera", "question", "group", "schedule", "keep", "action"]
+        page.run("document.getElementById('keep').focus()")
+        page.press("Space")
         page.run("document.getElementById('question').focus()")
         page.press("ArrowUp")
         page.run("document.getElementById('action').focus()")
@@ -120,15 +130,22 @@ def test_it_speaks_while_the_camera_runs(page):
         assert page.run("document.activeElement.id") == "action"
         page.press("Enter")  # Stop
         page.wait(f"{STATE} === 'ended'")
-        assert page.run("document.querySelector('.record').textContent") == "Record rec-group"
+        assert page.run("document.querySelector('.record span').textContent") == "Record rec-group"
+        buttons = page.run("[...document.querySelectorAll('.record button')].map(each => each.checkVisibility())")
+        assert buttons == [True, True]
+        page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        page.run("document.querySelector('.record button').click()")
+        wait_until((tmp_path / "rec-group.json").exists)
+        assert json.loads((tmp_path / "rec-group.json").read_text()) == {"record": "rec-group"}
         written = page.run("[...document.querySelectorAll('.tokens')].map(each => each.textContent)")
         assert " ".join(" ".join(written).split()) == " ".join("".join(TOKENS).split())
         assert "<b>It</b>" in " ".join(written) and page.run("document.querySelectorAll('article b').length") == 0
         assert page.run("document.getElementById('video').srcObject") is None  # the camera is off
         (update,) = server.updates
         assert update["question"] == QUESTIONS[2] and update["models"] == ["group"] and update["schedule"] == "wait-3"
-        assert update["source"] == {"kind": "client", "width": 320, "height": 192}
-        times = [time for time, _ in server.frames]
+        assert update["keep"] is True
+        assert update["source"] == {"kind": "client", "width": 320, "height": 192, "frames_per_second": 2}
+        times = [moment for moment, _ in server.frames]
         assert times == [number / 2 for number in range(len(times))]
         assert Image.open(io.BytesIO(server.frames[0][1])).size == server.size
     assert page.errors == []
@@ -158,11 +175,75 @@ def test_a_file_beside_three_models(page, tmp_path):
         assert paces[0] == "Silent until the end" and re.fullmatch(r"\d s behind", paces[1]) and paces[2] == "Keeps up"
         page.wait(f"{STATE} === 'ended'")
         look(page)
-        assert server.updates[0]["source"] == {"kind": "client", "width": 160, "height": 96, "frames": len(picked)}
-        assert [time for time, _ in server.frames] == [number / 2 for number in range(len(picked))]
+        size = {"width": 160, "height": 96, "frames": len(picked), "frames_per_second": 2}
+        assert server.updates[0]["source"] == {"kind": "client", **size}
+        assert [moment for moment, _ in server.frames] == [number / 2 for number in range(len(picked))]
         numbers = [read_number(np.asarray(Image.open(io.BytesIO(jpeg)))) for _, jpeg in server.frames]
         assert numbers == picked.tolist()
         assert page.run("document.querySelectorAll('[data-model=batch] .over, [data-model=batch] .after').length") >= 1
+    assert page.errors == []
+
+
+FILMS = {
+    "steady.mp4": {"seconds": 3.0, "fps": 25},
+    "reordered.mp4": {"seconds": 2.6, "fps": 30, "options": {"bf": "3", "b-pyramid": "normal"}, "keyframe_every": 90},
+    "slow.mp4": {"seconds": 6.0, "fps": 0.8},
+    "vp9.webm": {
+        "seconds": 2.5,
+        "fps": 12,
+        "codec": "libvpx-vp9",
+        "options": {"deadline": "realtime", "cpu-used": "8"},
+    },
+    "variable.mov": {"times": [number / 10 + (number % 3) / 60 for number in range(28)]},
+    "recorded.webm": {"seconds": 2.2, "fps": 10, "codec": "libvpx", "options": {"deadline": "realtime"}},
+}
+
+
+class Pipe:
+    """Where a recording is written that cannot be completed afterwards: its header lacks the length."""
+
+    def __init__(self):
+        self.data = b""
+
+    def write(self, data: bytes) -> int:
+        self.data += data
+        return len(data)
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_frames_of_a_file(page, tmp_path, name):
+    """The times, and the frames on screen at these times, are those that eval.sh samples."""
+    film = tmp_path / name
+    if name.startswith("recorded"):
+        film.write_bytes(make_video(Pipe(), container="webm", **FILMS[name]).data)
+    else:
+        make_video(film, **FILMS[name])
+    index = index_video(film)
+    rate = sampled_rate(index, 2.0)
+    picked = pick_frames(index.times, index.duration, rate, None, None)
+    with Stub(["group"]) as server:
+        open_page(page, server)
+        choose_file(page, film)
+        sampled = """
+            const film = new m.Film(document.getElementById("video"), 2, document.getElementById("file").files[0]);
+            const about = await film.open();
+            film.started = -1e6; // all frames are due
+            const canvas = new OffscreenCanvas(160, 96), rows = [];
+            const context = canvas.getContext("2d", { willReadFrequently: true });
+            for (let k = 0; ; k++) {
+                const shown = await film.frame(k / film.fps);
+                if (!shown) break;
+                context.drawImage(shown, 0, 0);
+                rows.push([...context.getImageData(0, 48, 160, 1).data]);
+            }
+            film.close();
+            return [about, rows]"""
+        about, rows = module(page, "sources.js", sampled)
+    rate_of_page = about.pop("frames_per_second")
+    assert about == {"kind": "client", "width": 160, "height": 96, "frames": len(picked)}
+    assert rate_of_page == pytest.approx(rate, rel=1e-5)
+    numbers = [read_number(np.array(row, dtype=np.uint8).reshape(1, 160, 4)[:, :, :3]) for row in rows]
+    assert numbers == picked.tolist()
     assert page.errors == []
 
 
@@ -251,8 +332,8 @@ def test_modules(page):
             const video = document.createElement("canvas");
             video.videoWidth = video.width = 64, video.videoHeight = video.height = 48;
             const sent = [], connection = { unsent: 0, sendFrame: (time) => sent.push(time) };
-            const source = { now: () => 0, frame: async (time) => time < 4 ? video : null };
-            const sampler = new m.Sampler(source, connection, 2, { width: 56, height: 28 },
+            const source = { fps: 2, now: () => 0, frame: async (time) => time < 4 ? video : null };
+            const sampler = new m.Sampler(source, connection, { width: 56, height: 28 },
                 (canvas, time) => (connection.unsent = time === 1 || time === 1.5 ? 1e7 : 0));
             await sampler.run();
             return [sent, sampler.dropped]"""

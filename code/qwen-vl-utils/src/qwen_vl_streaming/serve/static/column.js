@@ -26,9 +26,9 @@ const spread = (median, p95) => (median === null || median === undefined ? "–"
 
 export class Column {
   /** `model`: as in session.created. `caption`: where the newest sentence is shown, if not in the column.
-   * `announce`: called with each sentence that is complete. */
-  constructor(template, model, { caption, announce, secondsPerClip }) {
-    this.model = model;
+   * `announce`: called with each sentence that is complete. `download`: called with a path and a file name. */
+  constructor(template, model, { caption, announce, download, secondsPerClip, kept }) {
+    Object.assign(this, { model, announce, download, kept });
     this.family = familyOf(model.variant);
     this.element = template.content.firstElementChild.cloneNode(true);
     const find = (selector) => this.element.querySelector(selector);
@@ -46,16 +46,16 @@ export class Column {
     this.timeline = new Timeline(find(".timeline"));
     this.gauges = new Gauges(secondsPerClip);
     this.words = new Caption();
-    this.announce = announce;
     this.done = null; // the response of response.done
   }
 
-  /** A response.output_text.delta. `end`: seconds of the stream if it is over, else null. */
-  token({ delta, slot, capture_time, age_ms }, end) {
-    const age = age_ms / 1000;
+  /** A response.output_text.delta that came at `now`, in seconds of the stream. `end`: when it ended, or null. The
+   * age is counted from the capture here to the token here; what the server states lacks the way of the frame. */
+  token({ delta, token_ids, slot, capture_time, age_ms }, now, end) {
+    const age = Math.max(now - capture_time, age_ms / 1000);
     const time = capture_time + age;
     const last = end !== null && capture_time >= end - this.gauges.secondsPerClip;
-    this.gauges.add(time, age, slot, last);
+    if (token_ids.length) this.gauges.add(time, age, slot, last);
     if (!delta) return;
     this.timeline.write(delta, time, last ? 0 : age);
     this.words.add(delta).forEach(this.announce);
@@ -68,16 +68,25 @@ export class Column {
     this.done = response;
     this.timeline.finish();
     if (this.words.newest) this.announce(this.words.newest);
-    this.record.textContent = response.record_id ? `Record ${response.record_id}` : "";
+    if (response.record_id) this._offer(response.record_id);
     const found = response.figures;
     if (found) {
-      const { median, p95 } = found.age_ms ?? {};
-      this._dial("age", spread(median && median / 1000, p95 && p95 / 1000));
       this._dial("rate", number(found.tokens_per_second, 1));
       this._dial("waiting", found.clips_waiting ?? 0);
       this._dial("missed", found.deadline_misses ?? 0);
     }
     this._pace(OUTCOMES[response.status] ?? response.status, { completed: "good", cancelled: "" }[response.status] ?? "bad");
+  }
+
+  _offer(id) {
+    this.record.hidden = false;
+    this.record.firstElementChild.textContent = `Record ${id}`;
+    for (const button of this.record.querySelectorAll("button")) {
+      const clips = button.dataset.path !== "";
+      button.hidden = clips && !this.kept;
+      const name = clips ? `${id}.clips.safetensors` : `${id}.json`;
+      button.onclick = () => this.download(`v1/records/${encodeURIComponent(id)}${button.dataset.path}`, name);
+    }
   }
 
   get behind() {

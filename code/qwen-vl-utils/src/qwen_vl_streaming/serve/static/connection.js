@@ -59,15 +59,31 @@ export class Connection {
   }
 }
 
+/** Ask the server for `path`, with the token. */
+function ask(path) {
+  const headers = accessToken() ? { Authorization: `Bearer ${accessToken()}` } : {};
+  return fetch(path, { headers, cache: "no-store" });
+}
+
 /** Why no connection was possible, as one sentence. */
 export async function whyClosed() {
   try {
-    const headers = accessToken() ? { Authorization: `Bearer ${accessToken()}` } : {};
-    const { status } = await fetch("v1/models", { headers, cache: "no-store" });
+    const { status } = await ask("v1/models");
     if (status === 401 || status === 403)
       return "This server asks for a token: open the address that it printed, which ends in #token=…";
-    return "The server closed the connection.";
+    return "The server closed the connection. It may have too many viewers from this address.";
   } catch {
     return "The server does not answer.";
   }
+}
+
+/** Save what the server has at `path` as the file `name`. Throws an Error if it has nothing there. */
+export async function download(path, name) {
+  const answer = await ask(path);
+  if (!answer.ok) throw new Error(`The server did not give the file: ${(await answer.text()).trim()}`);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await answer.blob());
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }

@@ -1,7 +1,7 @@
 // The page: connects the settings, a source, the connection and a column for each model.
 
 import { Column, explain, familyOf } from "./column.js";
-import { Connection, whyClosed } from "./connection.js";
+import { Connection, download, whyClosed } from "./connection.js";
 import { Sampler } from "./sampler.js";
 import { Film, Live, Remote, Trouble } from "./sources.js";
 import { clock } from "./timeline.js";
@@ -132,15 +132,20 @@ function pace(schedule) {
   return schedule === "greedy" ? "greedy: as many tokens as it can" : schedule;
 }
 
-function showColumns(models) {
+async function save(path, name) {
+  alertText("");
+  await download(path, name).catch((error) => alertText(error.message));
+}
+
+function showColumns(models, fps = server.session.frames_per_second) {
   const single = models.length === 1;
   document.body.dataset.models = single ? "one" : "several";
   $("caption").replaceChildren();
   columns = models.map((model) => {
     const say = (sentence) => announce(single ? sentence : `${model.name}: ${sentence}`);
     const caption = single ? $("caption") : undefined;
-    const secondsPerClip = 2 / server.session.frames_per_second;
-    return new Column($("column"), model, { caption, announce: say, secondsPerClip });
+    const about = { caption, announce: say, download: save, secondsPerClip: 2 / fps, kept: $("keep").checked };
+    return new Column($("column"), model, about);
   });
   $("columns").replaceChildren(...columns.map((column) => column.element));
 }
@@ -149,10 +154,11 @@ const chosenSource = () => document.querySelector("[name=source]:checked").value
 
 function makeSource() {
   const kind = chosenSource();
-  if (kind === "camera" || kind === "screen") return new Live($("video"), kind === "screen");
-  if (kind.startsWith("server:")) return new Remote($("remote"), kind.slice("server:".length));
+  const fps = server.session.frames_per_second;
+  if (kind === "camera" || kind === "screen") return new Live($("video"), fps, kind === "screen");
+  if (kind.startsWith("server:")) return new Remote($("remote"), fps, kind.slice("server:".length));
   if (!film) throw new Trouble("Choose a video file first, or drop one on the page.");
-  return new Film($("video"), film, server.session.frames_per_second);
+  return new Film($("video"), fps, film);
 }
 
 // A run --------------------------------------------------------------------------------------------------------------
@@ -172,11 +178,11 @@ class Run {
     state("running", "Running");
     const { frame } = session;
     if (this.sampler) return void (this.sampler.size = frame);
-    const fps = server.session.frames_per_second;
+    const fps = Number(this.source.fps.toFixed(2));
     $("sampling").textContent = frame ? `${fps} frames a second, ${frame.width} × ${frame.height} pixels` : "";
     this.source.begin();
     if (this.remote) return;
-    this.sampler = new Sampler(this.source, server.connection, fps, frame, (canvas, time) => this.drawn(canvas, time));
+    this.sampler = new Sampler(this.source, server.connection, frame, (canvas, time) => this.drawn(canvas, time));
     try {
       await this.sampler.run();
     } catch (error) {
@@ -194,13 +200,16 @@ class Run {
     this.drawn(this.source.canvas, time);
   }
 
-  acknowledged({ dropped, waiting }) {
-    this.dropped = dropped ?? 0;
-    for (const column of columns) column.gauges.waiting = waiting?.[column.model.name] ?? 0;
+  acknowledged({ dropped, waiting, deadline_misses }) {
+    this.dropped = dropped;
+    for (const { gauges, model } of columns) {
+      gauges.waiting = waiting[model.name] ?? 0;
+      gauges.missed = deadline_misses[model.name] ?? 0;
+    }
   }
 
   token(message) {
-    columns.find((column) => column.model.name === message.model)?.token(message, this.end);
+    columns.find((column) => column.model.name === message.model)?.token(message, this.source.now(), this.end);
   }
 
   /** The source is over, or the viewer stops: answers are written to their end. A second time: stop now. */
@@ -277,7 +286,6 @@ async function start() {
     $("asked").textContent = `“${question}”`;
     $("sampling").textContent = $("dropped").textContent = $("clock").textContent = "";
     state("asking", "Opening the video");
-    showColumns(models);
     if (previous) previous.close();
     previous = null;
     show(source instanceof Remote ? "remote" : "video");
@@ -285,9 +293,10 @@ async function start() {
     run = new Run(source);
     const description = await source.open();
     if (run?.source !== source) return source.close(); // the connection was lost meanwhile
-    server.connection.send("session.update", {
-      session: { models: models.map((model) => model.name), question, schedule: $("schedule").value, source: description },
-    });
+    showColumns(models, source.fps);
+    const names = models.map((model) => model.name);
+    const rest = { question, schedule: $("schedule").value, keep: $("keep").checked, source: description };
+    server.connection.send("session.update", { session: { models: names, ...rest } });
     state("queued", "Waiting for the server");
   } catch (error) {
     if (!(error instanceof Trouble)) console.error(error);

@@ -6,8 +6,8 @@ const LATEST = 2; // seconds: frames that are later than this are skipped
 
 export class Sampler {
   /** `size`: {width, height} of a frame. `onframe` is called with the canvas and the time of each frame. */
-  constructor(source, connection, fps, size, onframe) {
-    Object.assign(this, { source, connection, fps, size, onframe });
+  constructor(source, connection, size, onframe) {
+    Object.assign(this, { source, connection, fps: source.fps, size, onframe });
     this.canvas = document.createElement("canvas");
     this.context = this.canvas.getContext("2d", { alpha: false });
     this.sent = this.dropped = this.largest = 0;

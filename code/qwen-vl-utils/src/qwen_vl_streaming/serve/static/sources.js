@@ -1,7 +1,8 @@
 // What can be watched: camera, screen, file, or a source of the server. Knows nothing of sockets and models.
 //
 // A source has
-//   open()   → {kind, width, height, frames?}: asks for permission, shows the picture. Throws Trouble.
+//   open()   → the source of session.update: asks for permission, shows the picture. Throws Trouble.
+//   fps      frames per second to sample
 //   begin()  starts its clock
 //   now()    → seconds since then
 //   frame(time) → waits until `time` is due, and returns what to draw, or null at the end. Not for the server's sources
@@ -42,8 +43,9 @@ function event(video, ...names) {
 }
 
 class Source {
-  constructor(video) {
+  constructor(video, fps) {
     this.video = video;
+    this.fps = fps;
     this.started = null;
   }
 
@@ -58,8 +60,8 @@ class Source {
 
 /** The camera, or a shared screen. */
 export class Live extends Source {
-  constructor(video, screen) {
-    super(video);
+  constructor(video, fps, screen) {
+    super(video, fps);
     this.screen = screen;
     this.over = false;
   }
@@ -88,7 +90,7 @@ export class Live extends Source {
     this.video.srcObject = this.stream;
     await this.video.play();
     if (!this.video.videoWidth) await event(this.video, "resize", "loadeddata");
-    return { kind: "client", width: this.video.videoWidth, height: this.video.videoHeight };
+    return { kind: "client", width: this.video.videoWidth, height: this.video.videoHeight, frames_per_second: this.fps };
   }
 
   async frame(time) {
@@ -102,12 +104,12 @@ export class Live extends Source {
   }
 }
 
-/** A video file. It plays for the viewer; a second, hidden player gives the frame on screen at exactly each time. */
+/** A video file. It plays for the viewer; a second, hidden player gives the frame on screen at exactly each time. (In
+ * WebM and MKV files of a variable rate that claim a wrong duration for a frame, it may be the frame before.) */
 export class Film extends Source {
-  constructor(video, file, fps) {
-    super(video);
+  constructor(video, fps, file) {
+    super(video, fps);
     this.file = file;
-    this.fps = fps;
   }
 
   async open() {
@@ -128,22 +130,29 @@ export class Film extends Source {
     }
     const { videoWidth: width, videoHeight: height } = this.video;
     if (!width) throw new Trouble(`${name} has no picture.`);
-    const shortest = 2 / this.fps;
+    const shortest = Number((2 / this.fps).toFixed(2));
     if (this.length < shortest - SLACK)
       throw new Trouble(`${name} lasts ${this.length.toFixed(2)} s: the model needs at least ${shortest} s.`);
     this.frames = Math.ceil((this.length - SLACK) * this.fps);
-    return { kind: "client", width, height, frames: this.frames };
+    return { kind: "client", width, height, frames: this.frames, frames_per_second: this.fps };
   }
 
-  /** Find `first`, the time of the first frame, and `length`, from there to the end of the last frame. */
+  /** Find `first`, the time of the first frame, `length`, from there to the end of the last frame, and the rate of
+   * a film with fewer frames than are sampled, as in video/frames.py. */
   async _measure() {
     if (!Number.isFinite(this.finder.duration)) await this._seek(1e9); // a recording whose header lacks its length
     const duration = this.finder.duration;
     this.first = (await this._seek(0)) ?? 0;
     const last = await this._seek(duration);
     const before = last > this.first ? await this._seek(last - SLACK) : null;
-    const end = before === null ? duration : last + (last - before);
-    this.length = end - this.first;
+    const gap = before === null ? null : last - before;
+    this.length = (gap === null ? duration : last + gap) - this.first;
+    if (gap > 1 / (0.99 * this.fps)) {
+      const second = await this._seek(this.first + gap + SLACK);
+      const count = (last - this.first) / gap;
+      const even = Math.abs(second - this.first - gap) < SLACK && Math.abs(count - Math.round(count)) < 0.01;
+      if (even) this.fps = 1 / gap;
+    }
     await this._seek(this.first);
   }
 
@@ -186,8 +195,8 @@ export class Film extends Source {
 
 /** A source of the server, by name. The server samples it and sends what it sampled, to be shown. */
 export class Remote extends Source {
-  constructor(canvas, name) {
-    super(null);
+  constructor(canvas, fps, name) {
+    super(null, fps);
     this.canvas = canvas;
     this.name = name;
     this.time = 0;
