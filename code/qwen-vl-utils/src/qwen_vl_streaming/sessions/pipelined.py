@@ -56,8 +56,8 @@ class PipelinedSession(Session):
             self.window,
         )
 
-    def feed(self, clip: Tensor, last: bool = False) -> None:
-        super().feed(clip, last)
+    def feed(self, clip: Tensor, last: bool = False, known_hash: str | None = None) -> None:
+        super().feed(clip, last, known_hash)
         with self.fails_on_error():
             self._send()
 

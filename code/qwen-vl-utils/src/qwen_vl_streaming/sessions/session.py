@@ -73,6 +73,7 @@ class Session:
         clock: Callable[[], float] = now,
         record: str | Path | None = None,
         about: dict | None = None,
+        model_identity: dict[str, str] | None = None,
     ):
         """Args:
             schedule: wait-K, random-K, "greedy", or a Schedule for a known number of clips.
@@ -86,6 +87,7 @@ class Session:
             clock: Returns the time in seconds.
             record: The file that the record is written to.
             about: Added to the record: what was asked, where the clips come from.
+            model_identity: `identity(model)` for the record, where the caller has computed it already.
 
         Raises InputError for arguments that do not fit each other or the variant.
         """
@@ -134,7 +136,7 @@ class Session:
         self.written: list[TimedToken] = []
         self.closed = False
         self.record, self.about, self.opened = record, about or {}, clock()
-        self.identity = None if record is None else identity(model)
+        self.identity = None if record is None else model_identity or identity(model)
         patch = model.model.visual.patch_embed
         self._shapes = (
             (layout.tokens_per_clip * model.model.visual.spatial_merge_size**2, patch.proj.weight[0].numel()),
@@ -188,10 +190,11 @@ class Session:
         """What was written so far."""
         return Caption([each.token for each in self.written], [each.slot for each in self.written], [*self.counts])
 
-    def feed(self, clip: Tensor, last: bool = False) -> None:
+    def feed(self, clip: Tensor, last: bool = False, known_hash: str | None = None) -> None:
         """Hand in a clip that has arrived: (patches, pixels of a patch) as `prompts.clip_pixels` gives it, or (tokens
-        of a clip, C) visual tokens. The session owns its memory from then on. Raises InputError for a clip that this
-        session cannot have; the session is not changed by it."""
+        of a clip, C) visual tokens. The session owns its memory from then on. `known_hash` is its `clip_hash`, where
+        the caller has computed it in another thread. Raises InputError for a clip that this session cannot have; the
+        session is not changed by it."""
         if self.closed:
             raise InputError("the session is closed: open another one")
         number = len(self.arrived) + 1
@@ -206,13 +209,17 @@ class Session:
         self.scheduler.arrive(last)
         self.arrived.append(self.clock())
         if self.record is not None:
-            self.hashes.append(clip_hash(clip))
+            self.hashes.append(known_hash or clip_hash(clip))
         self.waiting.append(clip)
 
     def end(self) -> None:
         """Report that the source has ended without announcing its last clip: see `SlotScheduler.end`."""
         if not self.closed:
             self.scheduler.end()
+
+    def limit(self, tokens: int) -> None:
+        """Write at most `tokens` more."""
+        self.scheduler.limit(tokens)
 
     def step(self) -> TimedToken | None:
         """One round: at most one forward step and one token. Returns None if no token was read; see `idle`."""
