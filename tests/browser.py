@@ -63,6 +63,7 @@ class Browser:
             pass_fds=(its_in, its_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": str(self.folder.parent)},
         )
         os.close(its_in)
         os.close(its_out)

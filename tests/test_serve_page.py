@@ -7,12 +7,19 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from browser import Browser
 from media import make_video, picture, read_number
 from PIL import Image
-from qwen_vl_streaming.video.frames import pick_frames, sampled_rate
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.replay import replay, video_clips
+from qwen_vl_streaming.sessions.record import read_record
+from qwen_vl_streaming.video.clip_recorder import read_clips
+from qwen_vl_streaming.video.frames import PixelBudget, pick_frames, read_video, sampled_rate
 from qwen_vl_streaming.video.index import index_video
 from serve_stub import QUESTIONS, TOKENS, Stub
+from serving import running, trained
 
 SIZES = ((375, 812), (1920, 1080))
 STATE = "document.body.dataset.state"
@@ -72,8 +79,8 @@ def page(browser):
     browser.call("Page.navigate", url="about:blank")
 
 
-def open_page(page, server: Stub, *size) -> None:
-    page.open(server.url, *size)
+def open_page(page, server, *size) -> None:
+    page.open(getattr(server, "url", None) or f"{server.http}/", *size)
     page.wait(f"{STATE} === 'ready'")
 
 
@@ -141,6 +148,7 @@ def test_it_speaks_while_the_camera_runs(page, tmp_path):
         assert " ".join(" ".join(written).split()) == " ".join("".join(TOKENS).split())
         assert "<b>It</b>" in " ".join(written) and page.run("document.querySelectorAll('article b').length") == 0
         assert page.run("document.getElementById('video').srcObject") is None  # the camera is off
+        look(page)
         (update,) = server.updates
         assert update["question"] == QUESTIONS[2] and update["models"] == ["group"] and update["schedule"] == "wait-3"
         assert update["keep"] is True
@@ -181,6 +189,41 @@ def test_a_file_beside_three_models(page, tmp_path):
         numbers = [read_number(np.asarray(Image.open(io.BytesIO(jpeg)))) for _, jpeg in server.frames]
         assert numbers == picked.tolist()
         assert page.run("document.querySelectorAll('[data-model=batch] .over, [data-model=batch] .after').length") >= 1
+    assert page.errors == []
+
+
+def test_with_a_real_server(page, made, tmp_path):
+    """A file gives clips of the times and sizes of eval.sh, and the page shows the tokens of a record that replays."""
+    names = ("group", "origin")
+    checkpoints = {name: trained(made[0], tmp_path / name, name) for name in names}
+    models = [flag for name in names for flag in ("--model", f"{name}={checkpoints[name]}")]
+    film = make_video(tmp_path / "film.mp4", seconds=3.4, size=(168, 112))
+    with running([*models, "--records", str(tmp_path / "records"), "--max-new-tokens", "12"]) as server:
+        open_page(page, server)
+        page.run("document.getElementById('keep').click()")
+        choose_file(page, film)
+        press_action(page)
+        page.wait(f"{STATE} === 'ended'", 60)
+        assert page.run("document.getElementById('alert').textContent") == ""
+        page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        for name in names:
+            article = f"document.querySelector('[data-model={name}]')"
+            (key,) = re.findall(r"Record (\S+)", page.run(f"{article}.querySelector('.record span').textContent"))
+            record = read_record(server.record(key))
+            processor = load_processor(checkpoints[name])
+            text = processor.tokenizer.decode(record.tokens, skip_special_tokens=True)
+            shown = page.run(f"[...{article}.querySelectorAll('.tokens')].map(each => each.textContent)")
+            assert "".join("".join(shown).split()) == "".join(text.split())
+
+            page.run(f"{article}.querySelectorAll('.record button')[1].click()")
+            kept = tmp_path / f"{key}.clips.safetensors"
+            wait_until(kept.exists)
+            video = read_video(film, budget=PixelBudget.trained(load_config(str(checkpoints[name]))))
+            frames = read_clips(kept)
+            assert frames.shape == video.frames.shape
+            assert (frames.float() - video.frames.float()).abs().mean() < 12  # as JPEG, and as browsers resize
+            model = load_model(str(checkpoints[name]), "sdpa", torch.float32).eval()
+            assert all(each.tie for each in replay(record, model, video_clips(record, processor, kept=kept)))
     assert page.errors == []
 
 

@@ -115,10 +115,11 @@ function chosenModels() {
   return (server.session?.models ?? []).filter((model) => names.includes(model.name));
 }
 
-/** The schedules that all chosen models have, and an empty column for each model. */
+/** The schedules that all chosen models have (an offline model has none), and an empty column for each model. */
 function showModels() {
   const models = chosenModels();
-  const [first, ...others] = models.map((model) => model.schedules);
+  const [first, ...others] = models.map((model) => model.schedules).filter((schedules) => schedules.length);
+  $("pace").hidden = first === undefined;
   const common = (first ?? []).filter((schedule) => others.every((each) => each.includes(schedule)));
   const chosen = $("schedule").value;
   $("schedule").replaceChildren(...common.map((schedule) => option(schedule, pace(schedule))));
@@ -251,9 +252,20 @@ class Run {
     clearInterval(this.timer);
     this.render();
     this.sampler?.stop();
-    if (!(this.source instanceof Film)) this.source.close();
-    else this.source.video.pause();
+    if (this.source instanceof Film) this.source.video.pause();
+    else if (this.source instanceof Live) this.freeze();
     previous = this.source;
+  }
+
+  /** Switch the camera off, and leave its last picture on the screen. */
+  freeze() {
+    const { video } = this.source;
+    if (video.videoWidth) {
+      Object.assign($("remote"), { width: video.videoWidth, height: video.videoHeight });
+      $("remote").getContext("2d").drawImage(video, 0, 0);
+      show("remote");
+    }
+    this.source.close();
   }
 
   render() {
@@ -279,14 +291,14 @@ async function start() {
     if (!ready && !(await connect())) return;
     const models = chosenModels();
     if (!models.length) throw new Trouble("Choose at least one model.");
-    if (!$("schedule").value) throw new Trouble("The chosen models have no pace in common: choose fewer.");
+    if (!$("pace").hidden && !$("schedule").value) throw new Trouble("The chosen models have no pace in common: choose fewer.");
     const question = $("question").value === OWN ? $("own-question").value.trim() : $("question").value;
     if (!question) throw new Trouble("Type a question first.");
     const source = makeSource();
     $("asked").textContent = `“${question}”`;
     $("sampling").textContent = $("dropped").textContent = $("clock").textContent = "";
     state("asking", "Opening the video");
-    if (previous) previous.close();
+    previous?.close();
     previous = null;
     show(source instanceof Remote ? "remote" : "video");
     server.used = true;
@@ -295,7 +307,7 @@ async function start() {
     if (run?.source !== source) return source.close(); // the connection was lost meanwhile
     showColumns(models, source.fps);
     const names = models.map((model) => model.name);
-    const rest = { question, schedule: $("schedule").value, keep: $("keep").checked, source: description };
+    const rest = { question, schedule: $("schedule").value || undefined, keep: $("keep").checked, source: description };
     server.connection.send("session.update", { session: { models: names, ...rest } });
     state("queued", "Waiting for the server");
   } catch (error) {
