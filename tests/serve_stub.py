@@ -45,6 +45,8 @@ class Stub:
     models: list[str]
     places: int = 0
     """Clients that are in the queue first; one leaves each 0.3 s."""
+    refusal: str = ""
+    """The message with which sessions are refused."""
     vanish_after: int | None = None
     """Close the connection after this many frames."""
     source: list[bytes] = field(default_factory=list)
@@ -122,6 +124,9 @@ class Client:
 
     async def update(self, session: dict) -> None:
         self.stub.updates.append(session)
+        if self.stub.refusal:
+            await self.send("error", error={"code": "queue_full", "message": self.stub.refusal, "event_id": None})
+            return
         for place in range(self.stub.places, 0, -1):
             await self.send("session.queued", place=place)
             await asyncio.sleep(0.3)
@@ -171,8 +176,8 @@ class Client:
             for token in islice(tokens, 3):
                 await asyncio.sleep(needed / 3)
                 await self.token(name, token, clips, captured, ages)
-        for token in tokens if clips < 12 else ():
-            await asyncio.sleep(0.01)
+        for token in tokens:
+            await asyncio.sleep(0.03)
             await self.token(name, token, clips, captured, ages)
         await self.done(name, "completed", ages, clips)
 

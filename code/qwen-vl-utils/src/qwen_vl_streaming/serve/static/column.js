@@ -100,12 +100,13 @@ export class Column {
     if (over) this.timeline.end(end);
     this.timeline.advance(now);
     const { gauges } = this;
+    gauges.judge(now);
     const { median, p95 } = gauges.age;
     this._dial("age", spread(median, p95));
     this._dial("rate", number(gauges.rate(now), 1));
     this._dial("waiting", gauges.waiting);
     this._dial("missed", gauges.missed);
-    if (this.behind) this._pace(`${Math.round(gauges.secondsBehind)} s behind`, "bad");
+    if (this.behind) this._pace(`${Math.max(1, Math.round(gauges.secondsBehind))} s behind`, "bad");
     else if (gauges.tokens) this._pace(over ? "Finishing" : "Keeps up", "good");
     else this._pace(this.family === "offline" && !over ? "Silent until the end" : "Starting", "");
   }

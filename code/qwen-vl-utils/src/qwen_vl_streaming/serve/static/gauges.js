@@ -3,6 +3,7 @@
 const REMEMBERED = 1000; // tokens in median and 95%
 const RECENT = 10; // seconds in the rate
 const BEHIND = 2; // clips waiting, or seconds of age, that count as having fallen behind, as in live/watch.py
+const CALM = 3; // seconds without that count as having caught up
 
 /** The value below which the share `part` of `values` lies, interpolated as NumPy does. */
 export function percentile(values, part) {
@@ -21,6 +22,8 @@ export class Gauges {
     this.times = [];
     this.tokens = this.waiting = this.missed = this.lag = 0;
     this.lastMissed = 0; // the slot that was counted last
+    this.behind = false;
+    this.late = -Infinity; // when it was late last
   }
 
   /** A token of `slot` was written at `time` (stream seconds), `age` seconds after the newest frame it had seen.
@@ -38,8 +41,10 @@ export class Gauges {
     }
   }
 
-  get behind() {
-    return this.waiting >= BEHIND || this.lag >= BEHIND;
+  /** Update `behind` at `now`, in seconds of the stream. */
+  judge(now) {
+    if (this.waiting >= BEHIND || this.lag >= BEHIND) this.late = now;
+    this.behind = now - this.late < CALM;
   }
 
   /** Seconds from the newest frame to what is being written. */

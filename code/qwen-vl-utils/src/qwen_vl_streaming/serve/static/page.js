@@ -13,6 +13,7 @@ const ACTIONS = { running: "Stop", behind: "Stop", queued: "Cancel", finishing: 
 
 const server = { session: null, connection: null, used: false };
 let run = null; // what belongs to one session: source, sampler, columns, …
+let previous = null; // the source of the last run: a film stays visible until the next
 let columns = [];
 let film = null; // the file that was chosen
 
@@ -53,7 +54,11 @@ function connect() {
       output_video_frame: ({ time }, jpeg) => run?.shown(time, jpeg),
       "response.output_text.delta": (message) => run?.token(message),
       "response.done": ({ response }) => run?.finished(response),
-      error: ({ error }) => (run || error.code !== "idle") && alertText(error.message),
+      error({ error }) {
+        if (!run && error.code === "idle") return; // start() connects again
+        alertText(error.message);
+        if (run && !run.source.started) run.leave();
+      },
       closed: async (opened) => {
         if (run) run.lost();
         else if (!opened) lost(await whyClosed());
@@ -189,7 +194,7 @@ class Run {
     } catch (error) {
       alertText(`The video stopped: ${error.message ?? "it cannot be read further"}`);
     }
-    if (run === this) this.stop();
+    if (run === this && this.end === null) this.stop();
   }
 
   drawn(canvas, time) {
@@ -281,8 +286,6 @@ class Run {
     else state("running", "Running");
   }
 }
-
-let previous = null; // the source of the last run: a film stays visible until the next
 
 async function start() {
   alertText("");
