@@ -2,24 +2,33 @@
 
 import asyncio
 import contextlib
+import io
 import json
+import random
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import numpy as np
+from PIL import Image
 from published import ROOT
 from qwen_vl_streaming.model.trained import training_keys
+from qwen_vl_streaming.serve import model_process
 from qwen_vl_streaming.serve.app import Server
 from qwen_vl_streaming.serve.catalog import load_catalog, place
 from qwen_vl_streaming.serve.cli import make_uvicorn
 from qwen_vl_streaming.serve.options import bind, parse
 from qwen_vl_streaming.serve.workers import start_workers
+from qwen_vl_streaming.sessions import SessionPool
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
 
 BUDGET = {"min_pixels_per_frame": 3136, "max_pixels_per_frame": 6272, "max_pixels_per_video": 31360, "budget": "video"}
 SECONDS = 60
@@ -46,8 +55,8 @@ def trained(checkpoint: Path, folder: Path, variant: str) -> Path:
 class Running:
     """A server that runs."""
 
-    def __init__(self, server: Server, port: int, loop: asyncio.AbstractEventLoop):
-        self.server, self.port, self.loop = server, port, loop
+    def __init__(self, server: Server, port: int, loop: asyncio.AbstractEventLoop, pools: list[SessionPool]):
+        self.server, self.port, self.loop, self.pools = server, port, loop, pools
         self.http, self.address = f"http://127.0.0.1:{port}", f"ws://127.0.0.1:{port}/v1/realtime"
 
     def connect(self, **options):
@@ -66,7 +75,10 @@ def running(flags: list[str], environment: dict | None = None, **limits) -> Iter
     settings = parse("", environment or {}, [*flags, "--port", "0", "--device", "cpu"])
     settings = replace(settings, limits=replace(settings.limits, **limits))
     listener, models = bind("127.0.0.1", 0), load_catalog(settings)
-    workers = start_workers(place(models, settings), threads=True)
+    pools: list[SessionPool] = []
+    make_pool = model_process.make_pool
+    with mock.patch.object(model_process, "make_pool", lambda *given: pools.append(make_pool(*given)) or pools[-1]):
+        workers = start_workers(place(models, settings), threads=True)
     server, started, loop = Server(settings, models, workers), threading.Event(), asyncio.new_event_loop()
     web = make_uvicorn(server)
 
@@ -79,7 +91,7 @@ def running(flags: list[str], environment: dict | None = None, **limits) -> Iter
     thread.start()
     started.wait(SECONDS)
     try:
-        yield Running(server, listener.getsockname()[1], loop)
+        yield Running(server, listener.getsockname()[1], loop, pools)
     finally:
         if not server.stopping:
             asyncio.run_coroutine_threadsafe(server.stop(), loop).result(SECONDS)
@@ -109,3 +121,108 @@ def play(address: str, film: Path, **asked) -> dict[str, list[dict]]:
 def token_ids(events: dict[str, list[dict]], model: str) -> list[int]:
     deltas = events.get("response.output_text.delta", [])
     return [token for delta in deltas if delta["model"] == model for token in delta["token_ids"]]
+
+
+class Talk:
+    """A connection that tests drive message by message."""
+
+    def __init__(self, connecting):
+        self.connecting, self.events = connecting, []
+
+    async def __aenter__(self):
+        self.socket = await self.connecting
+        return self
+
+    async def __aexit__(self, *_):
+        await self.socket.close()
+
+    async def say(self, kind: str, **fields) -> None:
+        await self.socket.send(json.dumps({"type": kind, **fields}))
+
+    async def begin(self, width=84, height=56, source=None, **asked) -> None:
+        source = source or {"kind": "client", "width": width, "height": height}
+        await self.say("session.update", session={"source": source, **asked})
+
+    async def frame(self, moment: float, data: bytes | None = None, form: str = "jpeg", **fields) -> None:
+        data = picture_bytes(form=form) if data is None else data
+        event = {"time": moment, "format": form, "bytes": len(data), **fields}
+        await self.say("input_video_frame.append", **event)
+        await self.socket.send(data)
+
+    async def until(self, kind: str, count: int = 1) -> dict:
+        """The `count`-th event of `kind` from now on."""
+        async with asyncio.timeout(SECONDS):
+            while True:
+                message = await self.socket.recv()
+                if isinstance(message, bytes):
+                    continue
+                self.events.append(event := json.loads(message))
+                count -= event["type"] == kind
+                if not count:
+                    return event
+
+    async def closed(self) -> int:
+        """The code with which the server closes."""
+        with contextlib.suppress(ConnectionClosed):
+            await self.until("never")
+        return self.socket.close_code
+
+
+def picture_bytes(size=(84, 56), form="jpeg", seed=0, white=False) -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise | 255 if white else noise // 2).save(file, form)
+    return file.getvalue()
+
+
+def drive(run) -> object:
+    async def limited():
+        async with asyncio.timeout(SECONDS):
+            return await run()
+
+    return asyncio.run(limited())
+
+
+def settled(server: Running) -> None:
+    """Wait until nothing runs, and check that nothing is left behind."""
+    end, inside = time.monotonic() + SECONDS, server.server
+    while inside.viewers or any(worker.listeners for worker in inside.workers):
+        assert time.monotonic() < end, (inside.viewers, [worker.listeners for worker in inside.workers])
+        time.sleep(0.02)
+    assert not inside.addresses and not inside.seats.queue
+    assert {worker.batch_slots for worker in inside.workers} == {inside.settings.sessions}
+    assert [len(pool.runner.free_slots) for pool in server.pools] == [inside.settings.sessions] * len(server.pools)
+    free = [len(pool.runner.cache.free_blocks) for pool in server.pools]
+    assert free == [worker.blocks for worker in inside.workers]
+
+
+def without_weights(checkpoint: Path, folder: Path) -> Path:
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+async def random_client(server: Running, draw: random.Random) -> str:
+    """A client that does something random for a while. Returns the status of its response, or how it left."""
+    await asyncio.sleep(draw.random())
+    rubbish = ("no JSON", b"unasked", "{}", json.dumps({"type": "response.cancel"}))
+    async with Talk(server.connect()) as viewer:
+        with contextlib.suppress(ConnectionClosed):
+            await viewer.begin(schedule=draw.choice(["wait-1", "wait-3", "greedy"]))
+            if draw.random() < 0.1:
+                return "impatient"
+            await viewer.until("session.updated")
+            for number in range(draw.randint(0, 10)):
+                what = draw.random()
+                if what < 0.05:
+                    await viewer.socket.send(draw.choice(rubbish))
+                elif what < 0.1:
+                    await viewer.frame(draw.choice([number, 1e9, -5, 0]), draw.randbytes(draw.randint(1, 900)))
+                elif what < 0.13:
+                    viewer.socket.transport.abort()
+                    return "vanished"
+                else:
+                    await viewer.frame(number / 2, picture_bytes(seed=number))
+                await asyncio.sleep(draw.choice([0, 0.01, 0.1]))
+            await viewer.say(draw.choice(["input_video.end", "input_video.end", "response.cancel"]))
+            return (await viewer.until("response.done"))["response"]["status"]
+    return "closed"

@@ -2,20 +2,16 @@
 
 import asyncio
 import contextlib
-import io
 import json
 import struct
-import time
 import urllib.error
 import urllib.request
 import zlib
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from media import make_video
-from PIL import Image
 from qwen_vl_streaming.engine.batch import Job, caption_all
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
@@ -28,7 +24,7 @@ from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.timeline.timeline import make_schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
-from serving import SECONDS, gather, play, running, token_ids, trained
+from serving import SECONDS, Talk, drive, gather, picture_bytes, play, running, settled, token_ids, trained
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 NAMES = ("group", "interleave", "origin")
@@ -100,73 +96,9 @@ def test_png_frames_give_the_tokens_of_the_evaluation_for_three_models_side_by_s
         assert all(each.tie for each in replay(record, model, list(clip_pixels(processor, video.frames)[0])))
 
 
-def open_viewer(server, **options):
-    return Talk(server.connect(**options))
-
-
-class Talk:
-    """A connection that tests drive message by message."""
-
-    def __init__(self, connecting):
-        self.connecting, self.events = connecting, []
-
-    async def __aenter__(self):
-        self.socket = await self.connecting
-        return self
-
-    async def __aexit__(self, *_):
-        await self.socket.close()
-
-    async def say(self, kind: str, **fields) -> None:
-        await self.socket.send(json.dumps({"type": kind, **fields}))
-
-    async def begin(self, width=84, height=56, source=None, **asked) -> None:
-        source = source or {"kind": "client", "width": width, "height": height}
-        await self.say("session.update", session={"source": source, **asked})
-
-    async def frame(self, moment: float, data: bytes | None = None, form: str = "jpeg", **fields) -> None:
-        data = picture_bytes(form=form) if data is None else data
-        event = {"time": moment, "format": form, "bytes": len(data), **fields}
-        await self.say("input_video_frame.append", **event)
-        await self.socket.send(data)
-
-    async def until(self, kind: str, count: int = 1) -> dict:
-        """The `count`-th event of `kind` from now on."""
-        async with asyncio.timeout(SECONDS):
-            while True:
-                message = await self.socket.recv()
-                if isinstance(message, bytes):
-                    continue
-                self.events.append(event := json.loads(message))
-                count -= event["type"] == kind
-                if not count:
-                    return event
-
-    async def closed(self) -> int:
-        """The code with which the server closes."""
-        with contextlib.suppress(ConnectionClosed):
-            await self.until("never")
-        return self.socket.close_code
-
-
-def picture_bytes(size=(84, 56), form="jpeg", seed=0) -> bytes:
-    file = io.BytesIO()
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(noise).save(file, form)
-    return file.getvalue()
-
-
-def drive(run) -> object:
-    async def limited():
-        async with asyncio.timeout(SECONDS):
-            return await run()
-
-    return asyncio.run(limited())
-
-
 async def whole_session(server, clips=3, **asked) -> Talk:
     """A viewer with a camera that shows `clips` clips of noise."""
-    async with open_viewer(server) as viewer:
+    async with Talk(server.connect()) as viewer:
         await viewer.begin(**asked)
         await viewer.until("session.updated")
         for number in range(2 * clips):
@@ -206,7 +138,7 @@ def test_nothing_is_kept_unasked(server):
 
 def test_a_source_of_the_servers_own(server):
     async def run():
-        async with open_viewer(server) as viewer:
+        async with Talk(server.connect()) as viewer:
             await viewer.begin(source={"kind": "server", "name": "film"}, models=["group", "origin"])
             await viewer.until("response.done", 2)
             return viewer
@@ -226,7 +158,7 @@ def httpx_get(address: str):
 def test_one_too_many_waits_for_its_turn(server):
     async def run():
         async with contextlib.AsyncExitStack() as stack:
-            viewers = [await stack.enter_async_context(open_viewer(server)) for _ in range(5)]
+            viewers = [await stack.enter_async_context(Talk(server.connect())) for _ in range(5)]
             for viewer in viewers[:3]:
                 await viewer.begin(models=["group"])
                 await viewer.until("session.updated")
@@ -242,19 +174,7 @@ def test_one_too_many_waits_for_its_turn(server):
             await viewers[4].until("input_video_frame.acknowledged")
 
     drive(run)
-    settle(server)
-
-
-def settle(server) -> None:
-    """Wait until nothing runs, and check that nothing is left behind."""
-    end = time.monotonic() + SECONDS
-    while (server.server.viewers or any(worker.listeners for worker in server.server.workers)) and (
-        time.monotonic() < end
-    ):
-        time.sleep(0.02)
-    assert not server.server.viewers and not server.server.addresses and not server.server.seats.queue
-    assert [worker.batch_slots for worker in server.server.workers] == [3, 3, 3]
-    assert len({worker.blocks for worker in server.server.workers}) == 1
+    settled(server)
 
 
 def test_a_full_queue_refuses(server, monkeypatch):
@@ -262,7 +182,7 @@ def test_a_full_queue_refuses(server, monkeypatch):
 
     async def run():
         async with contextlib.AsyncExitStack() as stack:
-            viewers = [await stack.enter_async_context(open_viewer(server)) for _ in range(4)]
+            viewers = [await stack.enter_async_context(Talk(server.connect())) for _ in range(4)]
             for viewer in viewers[:3]:
                 await viewer.begin(models=["group"])
                 await viewer.until("session.updated")
@@ -272,7 +192,7 @@ def test_a_full_queue_refuses(server, monkeypatch):
             await viewers[3].until("session.updated")
 
     drive(run)
-    settle(server)
+    settled(server)
 
 
 def bomb() -> bytes:
@@ -302,7 +222,7 @@ def test_bad_frames_are_refused_and_the_session_goes_on(strict, name):
     code, what = REFUSED[name]
 
     async def run():
-        async with open_viewer(strict) as viewer:
+        async with Talk(strict.connect()) as viewer:
             await viewer.begin(source={"kind": "client", "width": 84, "height": 56, "frames": 2}, models=["group"])
             await viewer.until("session.updated")
             await viewer.frame(0)
@@ -322,7 +242,7 @@ def test_a_client_that_keeps_sending_rubbish_is_disconnected(strict):
     rubbish += [json.dumps({"type": "session.update", "session": session}) for session in more]
 
     async def run():
-        async with open_viewer(strict) as viewer:
+        async with Talk(strict.connect()) as viewer:
             for message in rubbish[:10]:
                 await viewer.socket.send(message)
             assert await viewer.closed() == 1008
@@ -330,7 +250,7 @@ def test_a_client_that_keeps_sending_rubbish_is_disconnected(strict):
 
     events = gather(drive(run))
     assert {event["error"]["code"] for event in events["error"]} == {"invalid_event"} and len(events["error"]) == 10
-    settle_down(strict)
+    settled(strict)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +268,7 @@ def test_a_client_that_keeps_sending_rubbish_is_disconnected(strict):
 )
 def test_sessions_that_cannot_be(strict, session, message):
     async def run():
-        async with open_viewer(strict) as viewer:
+        async with Talk(strict.connect()) as viewer:
             await viewer.begin(**session)
             assert message in (await viewer.until("error"))["error"]["message"]
 
@@ -357,7 +277,7 @@ def test_sessions_that_cannot_be(strict, session, message):
 
 def test_a_flood_is_disconnected_and_others_go_on(strict):
     async def run():
-        async with open_viewer(strict) as good, open_viewer(strict) as flood:
+        async with Talk(strict.connect()) as good, Talk(strict.connect()) as flood:
             for viewer in (good, flood):
                 await viewer.begin(models=["group"])
                 await viewer.until("session.updated")
@@ -373,12 +293,12 @@ def test_a_flood_is_disconnected_and_others_go_on(strict):
             assert (await good.until("response.done"))["response"]["status"] == "completed"
 
     drive(run)
-    settle_down(strict)
+    settled(strict)
 
 
 def test_ten_times_too_many_frames_are_dropped(strict):
     async def run():
-        async with open_viewer(strict) as viewer:
+        async with Talk(strict.connect()) as viewer:
             await viewer.begin(models=["group"])
             await viewer.until("session.updated")
             for number in range(38):
@@ -388,19 +308,12 @@ def test_ten_times_too_many_frames_are_dropped(strict):
             return newest["dropped"], (await viewer.until("response.done"))["response"]["figures"]["clips"]
 
     assert drive(run) == (34, 2)
-    settle_down(strict)
-
-
-def settle_down(server) -> None:
-    end = time.monotonic() + SECONDS
-    while server.server.viewers or server.server.workers[0].listeners:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    settled(strict)
 
 
 def test_a_client_that_vanishes_leaves_a_record(strict):
     async def run():
-        viewer = await open_viewer(strict).__aenter__()
+        viewer = await Talk(strict.connect()).__aenter__()
         await viewer.begin(models=["group"])
         key = (await viewer.until("response.created"))["response"]["id"]
         for number in range(3):
@@ -411,21 +324,21 @@ def test_a_client_that_vanishes_leaves_a_record(strict):
         return key
 
     key = drive(run)
-    settle_down(strict)
+    settled(strict)
     record = read_record(strict.record(key))
     assert record.end == "cancelled" and record.about["end"] == "lost" and len(record.tokens) == 3
 
 
 def test_a_client_that_stalls_is_disconnected(strict):
     async def run():
-        async with open_viewer(strict) as viewer:
+        async with Talk(strict.connect()) as viewer:
             await viewer.begin(models=["group"])
             assert (await viewer.until("error"))["error"]["code"] == "idle"
             assert (await viewer.until("response.done"))["response"]["status"] == "cancelled"
             assert await viewer.closed() == 1008
 
     drive(run)
-    settle_down(strict)
+    settled(strict)
 
 
 def test_a_client_that_does_not_read_is_disconnected(strict, monkeypatch):
@@ -535,7 +448,7 @@ async def status(server, **options) -> int:
 )
 def test_who_may_connect(secret, options, expected):
     assert drive(lambda: status(secret, **options)) == expected
-    settle_down(secret)
+    settled(secret)
 
 
 def test_another_host_name_may_not_connect(secret):
@@ -555,7 +468,7 @@ def test_too_many_connections_of_one_address(secret):
             return await status(secret, **options)
 
     assert drive(run) == 429
-    settle_down(secret)
+    settled(secret)
 
 
 def test_what_needs_a_token(secret):

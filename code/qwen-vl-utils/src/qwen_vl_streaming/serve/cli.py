@@ -7,6 +7,7 @@ Ctrl-C or SIGTERM, every session ends with its record. Exit status: 0 then; 2 fo
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 
 import uvicorn
 
+from ..common.ending import leave
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..common.redact import Redacting
@@ -32,12 +34,7 @@ HANDSHAKE_MARGIN = 1024
 class Uvicorn(uvicorn.Server):
     """Leaves signals to `serve`, which ends sessions before connections."""
 
-    def install_signal_handlers(self) -> None:
-        pass
-
     def capture_signals(self):
-        import contextlib
-
         return contextlib.nullcontext()
 
 
@@ -107,4 +104,4 @@ def main() -> None:
     status = asyncio.run(serve(server, listener))
     for worker in workers:
         worker.join()
-    sys.exit(status)
+    leave(status)  # at once: Python's own end takes seconds

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from ..common.clock import now
-from ..common.ending import die_with_parent, explain
+from ..common.ending import die_with_parent, explain, leave, run_to_end
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..live.figures import Course, figures
@@ -272,11 +272,8 @@ class ModelLoop:
             self.connection.send(("done", key, ended, found))
 
 
-def start_logging() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-
-
 def run_process(connection: Connection, spec: ModelSpec, parent: int) -> None:
-    """The main function of a process."""
-    start_logging()
-    run_model(connection, spec, parent)
+    """The main function of a process. Ends it at once: Python's own end takes seconds."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    run_to_end(lambda: run_model(connection, spec, parent), lambda error: logger.exception("model %s", spec.name))
+    leave(0)

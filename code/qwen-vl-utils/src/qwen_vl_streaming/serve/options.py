@@ -27,6 +27,7 @@ TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,200}")
 """What browsers can send as a WebSocket subprotocol, and long enough not to be guessed."""
 NAME = re.compile(r"[\w.-]{1,40}")
 RECORDS = Path("serve_output")
+BACKLOG = 2048
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)  # two that start at once are not both given the port
     except OSError as error:
         raise InputError(
             f"--host {host} --port {port} cannot be opened ({error.strerror}): give another port or address"

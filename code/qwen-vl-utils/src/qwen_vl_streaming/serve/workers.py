@@ -33,7 +33,7 @@ class Worker:
 
     def __init__(self, spec: ModelSpec, threads: bool = False):
         """`threads`: run the model in a thread of this process, for tests."""
-        self.spec, self.lost = spec, False
+        self.spec, self.lost, self.closing = spec, False, False
         self.batch_slots = self.blocks = 0
         """How many sessions, and how many blocks of their keys and values, still have room."""
         self.listeners: dict[str, tuple[Listener, int]] = {}
@@ -89,6 +89,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process. Its sessions end with their records."""
+        self.closing = True
         self.outbox.put(None)
 
     def join(self) -> None:
@@ -130,6 +131,8 @@ class Worker:
             listener.done(*how)
             self.free(blocks)
         else:
+            if not self.closing:
+                logger.error("model %s is lost", self.spec.name)
             self.lost = True
             for key in [*self.listeners]:
                 self._handle(("done", key, "failed", None))
