@@ -141,7 +141,8 @@ class Client:
     async def play(self) -> None:
         """The server's own source."""
         for number, jpeg in enumerate(self.stub.source):
-            await asyncio.sleep(max(0, self.start + number / 2 - time.monotonic()))
+            if number % 2 == 0:  # the frames of a clip come together
+                await asyncio.sleep(max(0, self.start + number / 2 + 0.5 - time.monotonic()))
             await self.send("output_video_frame", time=number / 2, bytes=len(jpeg))
             await self.websocket.send_bytes(jpeg)
             if number % 2:

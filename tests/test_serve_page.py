@@ -348,7 +348,7 @@ def test_a_session_that_is_refused(page):
 
 def test_a_source_of_the_server(page):
     frames = []
-    for number in range(5):
+    for number in range(1, 7):
         buffer = io.BytesIO()
         Image.fromarray(picture(number)).save(buffer, "jpeg", quality=95)
         frames.append(buffer.getvalue())
@@ -360,6 +360,9 @@ def test_a_source_of_the_server(page):
         assert page.run("[remote.width, remote.height, remote.hidden, video.hidden]") == [160, 96, False, True]
         page.wait(f"{STATE} === 'ended'")
         assert server.updates[0]["source"] == {"kind": "server", "name": "door"} and server.frames == []
+        seconds = """[...document.querySelectorAll(".thumbnail")].map((each) =>
+            each.width && [...each.getContext("2d").getImageData(90, 20, 1, 1).data])"""
+        assert page.run(seconds)[:3] == [[0, 0, 0, 255]] * 3  # drawn, and opaque
     assert page.errors == []
 
 

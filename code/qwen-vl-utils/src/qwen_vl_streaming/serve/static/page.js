@@ -202,8 +202,7 @@ class Run {
   }
 
   async shown(time, jpeg) {
-    await this.source.show(time, jpeg);
-    this.drawn(this.source.canvas, time);
+    if (await this.source.show(time, jpeg)) this.drawn(this.source.canvas, time);
   }
 
   acknowledged({ dropped, waiting, deadline_misses }) {

@@ -206,16 +206,17 @@ export class Remote extends Source {
     return { kind: "server", name: this.name };
   }
 
-  /** Show the frame `jpeg`, a Blob, of `time` seconds. */
+  /** Show the frame `jpeg`, a Blob, of `time` seconds, unless a newer one is there already; returns whether it did. */
   async show(time, jpeg) {
     this.started = seconds() - time;
     this.time = time;
     const picture = await createImageBitmap(jpeg);
-    if (time < this.time) return; // a newer one came first
+    if (time < this.time) return false;
     this.canvas.width = picture.width;
     this.canvas.height = picture.height;
     this.canvas.getContext("2d").drawImage(picture, 0, 0);
     picture.close();
+    return true;
   }
 
   close() {}
