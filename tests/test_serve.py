@@ -16,7 +16,7 @@ from qwen_vl_streaming.engine.batch import Job, caption_all
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.replay import replay, video_clips
-from qwen_vl_streaming.serve import viewer as viewer_module
+from qwen_vl_streaming.serve import connection
 from qwen_vl_streaming.serve.frames import ClipBuilder
 from qwen_vl_streaming.serve.options import TOKEN_VARIABLE
 from qwen_vl_streaming.serve.viewer import Viewer
@@ -92,9 +92,8 @@ def test_png_frames_give_the_tokens_of_the_evaluation_for_three_models_side_by_s
         text = "".join(e["delta"] for e in events["response.output_text.delta"] if e["model"] == name)
         assert done[name]["text"] == text
         processor = load_processor(checkpoints[name])
-        video = read_video(film, budget=PixelBudget.trained(load_config(str(checkpoints[name]))))
         model = load_model(str(checkpoints[name]), "sdpa", torch.float32).eval()
-        assert all(each.tie for each in replay(record, model, list(clip_pixels(processor, video.frames)[0])))
+        assert all(each.tie for each in replay(record, model, video_clips(record, processor, film)))
 
 
 async def whole_session(server, clips=3, **asked) -> Talk:
@@ -358,6 +357,22 @@ def test_a_client_that_stalls_is_disconnected(strict):
     settled(strict)
 
 
+def test_a_client_that_only_seems_to_be_alive_is_disconnected(strict):
+    async def run():
+        async with Talk(strict.connect()) as viewer:
+            await viewer.begin(models=["group"])
+            await viewer.until("session.updated")
+            with contextlib.suppress(ConnectionClosed):
+                for _ in range(6):
+                    await asyncio.sleep(0.4)
+                    await viewer.frame(0)
+            assert await viewer.closed() == 1008
+            return [event["error"]["code"] for event in gather(viewer.events)["error"]]
+
+    assert drive(run) == ["idle"]
+    settled(strict)
+
+
 def test_a_client_that_does_not_read_is_disconnected(strict, monkeypatch):
     """What waits for it is bounded."""
     limits = replace(strict.server.settings.limits, messages_waiting=4)
@@ -369,9 +384,9 @@ def test_a_client_that_does_not_read_is_disconnected(strict, monkeypatch):
         task = asyncio.create_task(viewer.run())
         await asyncio.sleep(0)
         for _ in range(20):
-            viewer._send("response.output_text.delta")
-        assert viewer.outbox.qsize() <= 2 * limits.messages_waiting
-        monkeypatch.setattr(viewer_module, "SEND_SECONDS", 0.1)
+            viewer.send("response.output_text.delta")
+        assert viewer.connection.outbox.qsize() <= 2 * limits.messages_waiting
+        monkeypatch.setattr(connection, "SEND_SECONDS", 0.1)
         await task
 
     asyncio.run_coroutine_threadsafe(run(), strict.loop).result(SECONDS)
@@ -424,6 +439,16 @@ def test_the_last_clip_of_a_recording_is_known(frames):
             built += builder.add(torch.zeros(3, 2, 2, dtype=torch.uint8), missed)
     assert [last for _, last in built] == [False] * (len(built) - 1) + [True] and len(built) == -(-frames // 2)
     assert builder.finish() == []
+
+
+def test_without_a_window_a_session_ends_after_max_clips(checkpoints, tmp_path):
+    flags = ["--model", str(checkpoints["group"]), "--records", str(tmp_path), "--window", "0", "0"]
+    with running([*flags, "--max-clips", "2", "--max-new-tokens", "9"]) as server:
+        viewer = drive(lambda: whole_session(server, clips=4))
+        done = gather(viewer.events)["response.done"][0]["response"]
+        assert (done["status"], done["figures"]["clips"]) == ("completed", 2)
+        record = read_record(server.record(done["record_id"]))
+        assert record.window is None and record.complete and len(record.arrived) == 2
 
 
 # Who may connect

@@ -9,10 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.serve import cli
 from qwen_vl_streaming.serve.catalog import load_catalog
 from qwen_vl_streaming.serve.options import TOKEN_VARIABLE, bind, parse
 from qwen_vl_streaming.sessions.record import read_record
@@ -40,9 +43,9 @@ def flags(checkpoint, tmp_path):
     return ["--model", str(checkpoint), "--records", str(tmp_path / "records"), "--sessions-per-client", "99"]
 
 
-async def begun(viewer: Talk, frames: int = 3) -> str:
+async def begun(viewer: Talk, model: str = "group", frames: int = 3) -> str:
     """Begin a session that goes on; returns the id of its response."""
-    await viewer.begin()
+    await viewer.begin(models=[model])
     key = (await viewer.until("response.created"))["response"]["id"]
     for number in range(frames):
         await viewer.frame(number / 2)
@@ -54,9 +57,10 @@ async def begun(viewer: Talk, frames: int = 3) -> str:
 
 
 @pytest.fixture
-def command(flags, tmp_path):
-    """A server as users start it: processes, and the address that it prints."""
-    program = [sys.executable, "-m", "qwen_vl_streaming.serve", *flags, "--port", "0", "--device", "cpu"]
+def command(flags, checkpoint, tmp_path):
+    """A server as users start it, with two models: processes, and the address that it prints."""
+    flags = [*flags, "--model", f"second={checkpoint}", "--port", "0", "--device", "cpu"]
+    program = [sys.executable, "-m", "qwen_vl_streaming.serve", *flags]
     with open(tmp_path / "stderr", "w") as errors:
         process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
@@ -71,46 +75,44 @@ def command(flags, tmp_path):
         process.stdout.close()
 
 
-def test_sigterm_ends_each_session_with_its_record(command):
+def test_a_killed_model_and_then_sigterm(command):
+    """The viewers of the killed model learn it, others go on; SIGTERM ends each session with its record."""
     process, address, folder = command
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+    _, second = map(int, children.stdout.split())
+    health = address.replace("ws://", "http://").replace("v1/realtime", "health")
 
     async def run():
         async with Talk(connect(address)) as one, Talk(connect(address)) as other, Talk(connect(address)) as idle:
-            keys = [await begun(viewer) for viewer in (one, other)]
+            keys = {name: await begun(viewer, name) for viewer, name in ((one, "group"), (other, "second"))}
+            os.kill(second, signal.SIGKILL)
+            done = (await other.until("response.done"))["response"]
+            assert (done["id"], done["status"], done["record_id"]) == (keys["second"], "failed", None)
+            with pytest.raises(urllib.error.HTTPError, match="503"):
+                urllib.request.urlopen(health)
+            await other.begin(models=["second"])
+            assert (await other.until("error"))["error"]["code"] == "failed"
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
             for viewer in (one, other, idle):
                 assert await viewer.closed() == 1001
-            done = [gather(viewer.events)["response.done"][0]["response"] for viewer in (one, other)]
-            assert [response["id"] for response in done] == keys
-            assert {gather(viewer.events)["error"][0]["error"]["code"] for viewer in (one, idle)} == {"server_stopping"}
+                assert gather(viewer.events)["error"][-1]["error"]["code"] == "server_stopping"
+            assert gather(one.events)["response.done"][0]["response"]["status"] == "cancelled"
             status = await asyncio.to_thread(process.wait, SECONDS)
-            return keys, status, time.monotonic() - began
+            return keys["group"], status, time.monotonic() - began
 
-    keys, status, seconds = drive(run)
-    assert (status, (folder / "stderr").read_text()) == (0, "") and seconds < 8
-    for key in keys:
-        (path,) = (folder / "records").glob(f"*-{key}.json")
-        record = read_record(path)
-        assert record.end == "cancelled" and len(record.tokens) >= 2
+    key, status, seconds = drive(run)
+    assert (status, (folder / "stderr").read_text()) == (0, "model second is lost\n") and seconds < 8
+    (path,) = (folder / "records").glob(f"*-{key}.json")
+    record = read_record(path)
+    assert record.end == "cancelled" and len(record.tokens) >= 2
 
 
-def test_a_model_process_that_is_killed(command):
-    """Its viewers learn it, and a server without models ends."""
-    process, address, folder = command
-    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
-
-    async def run():
-        async with Talk(connect(address)) as viewer:
-            await begun(viewer)
-            for child in children.stdout.split():
-                os.kill(int(child), signal.SIGKILL)
-            done = (await viewer.until("response.done"))["response"]
-            assert done["status"] == "failed" and done["record_id"] is None
-
-    drive(run)
-    assert process.wait(SECONDS) == 1
-    assert (folder / "stderr").read_text() == "model group is lost\nall models are lost: the server ends\n"
+def test_a_server_without_models_ends(flags, caplog):
+    with running(flags) as server:
+        server.server.workers[0].lost = True
+        assert asyncio.run(cli.serve(server.server, bind("127.0.0.1", 0))) == 1
+    assert "all models are lost: the server ends" in caplog.text
 
 
 # What goes wrong inside
@@ -235,6 +237,15 @@ def test_mistakes_in_the_command(checkpoint, made, arguments, message, capsys):
         load_catalog(parse("", {}, arguments))
     said = str(ended.value) if isinstance(ended.value, InputError) else capsys.readouterr().err
     assert message in said and "me:secret" not in said and said.strip().count("\n") == 0
+
+
+def test_without_the_servers_packages_it_says_which(tmp_path):
+    blocked = "import sys, runpy; sys.modules['uvicorn'] = None\nimport importlib.util as u; find = u.find_spec\n"
+    blocked += "u.find_spec = lambda name, *more: None if name == 'uvicorn' else find(name, *more)\n"
+    blocked += "runpy.run_module('qwen_vl_streaming.serve', run_name='__main__', alter_sys=True)"
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "needs uvicorn: pip install 'qwen-vl-streaming[serve]'" in done.stderr
 
 
 @pytest.mark.parametrize("token", ["short", "with a space in it", "ümlaut-ümlaut-ümlaut"])

@@ -22,14 +22,14 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
-from ..live.options import CLIPS
 from ..model.prompts import QUESTIONS
-from ..timeline.timeline import Layout
 from .catalog import FPS, ServedModel
+from .connection import Refused
 from .metrics import Metrics
 from .model_process import ModelSpec
 from .options import Settings, is_loopback
-from .own_source import OwnSource
+from .own_source import Opened, OwnSource
+from .request import Plan
 from .seats import Seats
 from .viewer import Viewer, kept_clips
 from .workers import Worker
@@ -114,18 +114,28 @@ class Server:
     def spec(self, name: str) -> ModelSpec:
         return next(worker.spec for worker in self.workers if worker.spec.name == name)
 
-    def session_limits(self, model: ServedModel, layout: Layout, count: int | None) -> dict:
-        """The limits of a session: those of a stream or, for a recording of `count` clips that fits into the window,
-        its own, as in eval.sh."""
-        spec, most = self.spec(model.name), self.settings.max_new_tokens
-        clips, tokens = self.settings.window or (self.settings.pool_clips, self.settings.pool_tokens)
-        if count is not None and count <= clips and most <= tokens:
-            return {"max_clips": count, "max_new_tokens": most, "window": None}
-        return {**spec.limits, "max_clips": model.most_clips(layout, spec.max_clips) or spec.max_clips}
+    def plan(self, model: ServedModel, question: str, opened: Opened) -> Plan:
+        """A session of `model` for a source. Raises Refused if it does not fit."""
+        spec, settings = self.spec(model.name), self.settings
+        template = model.template(question)
+        layout = model.layout(template, opened.size, opened.seconds)
+        most = model.most_clips(layout, settings.most_clips)
+        clips, tokens = settings.window or (settings.pool_clips, settings.pool_tokens)
+        limits = {**spec.limits, "max_clips": min(most or spec.max_clips, spec.max_clips)}
+        if opened.count is not None and opened.count <= clips and settings.max_new_tokens <= tokens:
+            # A recording that fits into the window has its own limits, as in eval.sh.
+            limits = {"max_clips": opened.count, "max_new_tokens": settings.max_new_tokens, "window": None}
+        blocks = spec.blocks(layout, limits)
+        if layout.prompt > spec.largest.prompt:
+            raise Refused("invalid_event", f"question has more than {settings.limits.question_tokens} tokens")
+        if layout.tokens_per_clip > spec.clip_tokens or blocks > spec.blocks(spec.largest, spec.limits):
+            height, width = opened.size
+            raise Refused("frame_too_large", f"frames of {width} x {height} pixels do not fit: use another source")
+        return Plan(template, layout, limits, most, blocks)
 
     def own_source(self, name: str, model: ServedModel, tell: Callable) -> OwnSource:
-        most = self.settings.max_clips or CLIPS
-        return OwnSource(name, self.settings.sources[name], model, self.settings.dtype, most, tell)
+        settings = self.settings
+        return OwnSource(name, settings.sources[name], model, settings.dtype, settings.pool_clips, tell)
 
     def record_path(self, key: str, variant: str) -> Path:
         return self.settings.records / f"{time.strftime('%Y%m%d-%H%M%S')}-{variant}-{key}.json"
@@ -228,7 +238,7 @@ class Server:
                 return PlainTextResponse("the clips were not kept\n", 404)
             return FileResponse(clips, filename=f"{key}.clips.safetensors")
         data["model"]["path"] = Path(data["model"]["path"]).name
-        if "video" in data["about"]:
+        if "path" in data["about"].get("video", {}):
             data["about"]["video"]["path"] = Path(data["about"]["video"]["path"]).name
         headers = {"Content-Disposition": f'attachment; filename="{key}.json"'}
         return Response(json.dumps(data, indent=1), media_type="application/json", headers=headers)

@@ -83,6 +83,11 @@ class Settings:
         return is_loopback(self.host)
 
     @property
+    def most_clips(self) -> int | None:
+        """Clips of a session at most, or None for any number."""
+        return self.max_clips or (None if self.window else CLIPS)
+
+    @property
     def pool_clips(self) -> int:
         return self.max_clips or CLIPS
 

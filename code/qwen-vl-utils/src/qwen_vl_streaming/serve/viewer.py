@@ -1,30 +1,29 @@
-"""One connection: reads a client's messages, checks them, and answers in the protocol of docs/serving.md.
+"""One viewer's sessions, in the protocol of docs/serving.md: what is asked, the frames that come, the responses.
 
 Runs in the event loop and never blocks it: pictures are decoded in threads, models run elsewhere. A client's frames are
-handled one after the other, so that a flood fills only its own socket. What a client does not read is limited.
+handled one after the other, so that a flood fills only its own socket.
 """
 
 import asyncio
-import json
 import logging
-import math
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket
 from torch import Tensor
 
 from ..common.clock import now
 from ..common.errors import InputError
-from ..model.prompts import QUESTIONS
 from ..video.clip_recorder import ClipRecorder
 from ..video.frames import FRAMES_PER_CLIP
-from .catalog import FPS, ServedModel
+from .connection import GOING_AWAY, Connection, Refused
 from .frames import FORMATS, BadFrame, ClipBuilder, PreparedClip, decode_picture, prepare_clip
 from .own_source import Opened, OwnSource, ShownClip
+from .request import Plan, Request, integer, is_number, read_request
 from .response import Response
 from .seats import Ticket
 from .workers import Worker
@@ -34,42 +33,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BURST = 3
-"""Seconds of messages_per_second that may come at once."""
-POLICY, GOING_AWAY, INTERNAL_ERROR = 1008, 1001, 1011
-"""WebSocket close codes."""
-SEND_SECONDS = 20.0
-"""A client that takes longer to read a message is disconnected."""
-MOST_NESTED = 100
-"""Lists and objects in a message; deep nesting would exhaust the stack of the JSON parser."""
-MOST_FRAMES = 10**6
-"""Frames of a recording."""
-
-
-class Refused(Exception):
-    """A message that is refused: `code` and text of the protocol's error."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code = code
-
-
-class Closing(Exception):
-    """The connection is to be closed with this WebSocket code."""
-
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
-
 
 class Viewer:
     def __init__(self, socket: WebSocket, server: "Server"):
-        self.socket, self.server, self.limits = socket, server, server.settings.limits
-        self.id = secrets.token_urlsafe(9)
-        self.outbox: asyncio.Queue[tuple[dict, bytes | None] | None] = asyncio.Queue()
-        self.receiver: asyncio.Task | None = None
-        self.close_code = 1000
-        self.allowance, self.refilled, self.mistakes, self.dropped = BURST * self.limits.messages_per_second, 0.0, 0, 0
+        self.server, self.limits = server, server.settings.limits
+        self.connection = Connection(socket, self.limits)
+        self.send, self.error = self.connection.send, self.connection.error
+        self.dropped, self.progress = 0, 0.0
         self._forget()
 
     def _forget(self) -> None:
@@ -83,45 +53,32 @@ class Viewer:
         self.clips: list[tuple[float, float | None]] = []
         """Of each clip, when it was complete, and the capture time of its newest frame."""
 
-    # The connection
-
     async def run(self) -> None:
         """Serve the connection until it ends, whoever ends it."""
-        self._send("session.created", session=self.server.about(self.id))
-        sender = asyncio.create_task(self._send_all())
-        self.receiver = asyncio.create_task(self._receive_all())
-        sender.add_done_callback(lambda _: self.receiver.cancel())
-        gone = False
-        try:
-            await self.receiver
-        except asyncio.CancelledError:
-            gone = sender.done()
-        except WebSocketDisconnect:
-            gone = True
-        except Closing as closing:
-            self.close_code = closing.code
-        except Exception:  # a bug: this viewer is disconnected, and others go on
-            logger.exception("a connection has failed")
-            self.close_code = INTERNAL_ERROR
-        finally:
-            self._leave("lost" if gone else "cancelled")
-            await self.responses_over()
-            self.outbox.put_nowait(None)
-            await asyncio.wait([sender], timeout=SEND_SECONDS)
-            sender.cancel()
+        self.send("session.created", session=self.server.about(secrets.token_urlsafe(9)))
+        await self.connection.run(self._handle, self._busy)
+        self._leave("lost" if self.connection.gone else "cancelled")
+        await self._responses_over()
+        await self.connection.close()
 
     async def stop(self) -> None:
         """The server stops: end the session with its records, tell the client, and close."""
-        self._error("server_stopping", "the server stops: connect again later")
+        self.error("server_stopping", "the server stops: connect again later")
         self._leave("cancelled")
-        await self.responses_over()
-        self.close_code = GOING_AWAY
-        self.receiver.cancel()
+        await self._responses_over()
+        self.connection.stop(GOING_AWAY)
 
-    async def responses_over(self, seconds: float = 5.0) -> None:
+    async def _responses_over(self, seconds: float = 5.0) -> None:
         end = time.monotonic() + seconds
-        while any(not response.over for response in self.responses.values()) and time.monotonic() < end:
+        while not self._all_over() and time.monotonic() < end:
             await asyncio.sleep(0.01)
+
+    def _all_over(self) -> bool:
+        return all(response.over for response in self.responses.values())
+
+    def _busy(self) -> bool:
+        """The client need not send anything now."""
+        return self.ticket is not None or bool(self.own and not self.ended) or (self.ended and not self._all_over())
 
     def _leave(self, why: str) -> None:
         """Give up what this viewer has or waits for."""
@@ -133,106 +90,19 @@ class Viewer:
         for response in self.responses.values():
             response.cancel(why)
 
-    def _send(self, kind: str, droppable: bool = False, binary: bytes | None = None, **fields) -> None:
-        waiting = self.outbox.qsize()
-        if waiting >= self.limits.messages_waiting // (2 if droppable else 1):
-            if not droppable and self.receiver is not None:
-                logger.info("a client does not read: disconnected")
-                self.close_code = POLICY
-                self.receiver.cancel()
-            if droppable or waiting >= 2 * self.limits.messages_waiting:
-                return
-        self.outbox.put_nowait(({"type": kind, **fields}, binary))
-
-    def _error(self, code: str, message: str, event_id: str | None = None) -> None:
-        self._send("error", error={"code": code, "message": message, "event_id": event_id})
-
-    async def _send_all(self) -> None:
-        try:
-            async with asyncio.timeout(None) as limit:
-                while (entry := await self.outbox.get()) is not None:
-                    limit.reschedule(asyncio.get_running_loop().time() + SEND_SECONDS)
-                    message, binary = entry
-                    await self.socket.send_text(json.dumps(message, allow_nan=False))
-                    if binary is not None:
-                        await self.socket.send_bytes(binary)
-                    limit.reschedule(None)
-            if self.socket.application_state == WebSocketState.CONNECTED:
-                await asyncio.wait_for(self.socket.close(self.close_code), SEND_SECONDS)
-        except (WebSocketDisconnect, RuntimeError, OSError, TimeoutError):
-            pass  # the client has gone, or does not read
-
-    async def _receive_all(self) -> None:
-        while True:
-            event: dict = {}
-            try:
-                event = self._parse(await self._receive("text"))
-                await self._handle(event)
-            except Refused as refused:
-                self._refuse(refused.code, str(refused), event.get("event_id"))
-            except BadFrame as bad:
-                self.server.metrics.frames.labels("refused").inc()
-                self._refuse(bad.code, str(bad), event.get("event_id"))
-            except InputError as error:
-                self._refuse("invalid_event", str(error), event.get("event_id"))
-
-    def _refuse(self, code: str, message: str, event_id) -> None:
-        self._error(code, message, event_id)
-        self.mistakes += 1
-        if self.mistakes >= self.limits.mistakes:
-            raise Closing(POLICY)
-
-    async def _receive(self, kind: str) -> str | bytes:
-        """The next message. Raises Refused if it is not of `kind`, "text" or "bytes"."""
-        while True:
-            try:
-                message = await asyncio.wait_for(self.socket.receive(), self.limits.seconds_idle)
-                break
-            except TimeoutError:
-                busy = self.ticket or self.own or (self.ended and not self._all_over())
-                if not busy or kind == "bytes":
-                    self._error("idle", f"nothing came for {self.limits.seconds_idle:g} s: connect again")
-                    raise Closing(POLICY) from None
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1006))
-        self._count_message()
-        if message.get(kind) is None:
-            raise Refused("invalid_event", f"a {'text' if kind == 'text' else 'binary'} message was expected here")
-        return message[kind]
-
-    def _count_message(self) -> None:
-        """Closes the connection of a client that keeps sending more than it may."""
-        at, rate = time.monotonic(), self.limits.messages_per_second
-        self.allowance = min(BURST * rate, self.allowance + rate * (at - self.refilled))
-        self.refilled = at
-        self.allowance -= 1
-        if self.allowance < 0:
-            self._error("rate_limited", f"more than {rate} messages a second: send 2 frames a second")
-            raise Closing(POLICY)
-
-    def _parse(self, text: str) -> dict:
-        if len(text) > self.limits.message_bytes:
-            raise Refused("invalid_event", f"a message of {len(text)} characters is too long")
-        if text.count("[") + text.count("{") > MOST_NESTED:
-            raise Refused("invalid_event", "the message has too many parts")
-        try:
-            event = json.loads(text)
-        except ValueError:
-            raise Refused("invalid_event", "the message is not JSON") from None
-        if not isinstance(event, dict) or not isinstance(event.get("type"), str):
-            raise Refused("invalid_event", "the message is not an object with a type")
-        event_id = event.get("event_id")
-        if event_id is not None and not (isinstance(event_id, str) and len(event_id) <= 100):
-            event["event_id"] = None
-            raise Refused("invalid_event", "event_id must be a string of at most 100 characters")
-        return event
-
     async def _handle(self, event: dict) -> None:
+        stalls = time.monotonic() - self.progress > self.limits.seconds_idle
+        if stalls and not (self._all_over() or self._busy()):
+            self.connection.idle()
         match event["type"]:
             case "session.update":
                 self._update(event.get("session"))
             case "input_video_frame.append":
-                await self._append(event)
+                try:
+                    await self._append(event)
+                except BadFrame as bad:
+                    self.server.metrics.frames.labels("refused").inc()
+                    raise Refused(bad.code, str(bad)) from bad
             case "input_video.end":
                 await self._end_input()
             case "response.cancel":
@@ -243,176 +113,105 @@ class Viewer:
 
     # session.update
 
-    def _all_over(self) -> bool:
-        return all(response.over for response in self.responses.values())
-
     def _update(self, asked) -> None:
-        if not isinstance(asked, dict):
-            raise Refused("invalid_event", "session.update has no session")
         if self.ticket or (self.own and not self.ended) or not self._all_over():
             raise Refused("invalid_event", "a session runs or waits already: send response.cancel first")
-        names = asked.get("models") or [*self.server.models][:1]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise Refused("invalid_event", "models must be a list of names")
-        if unknown := [name for name in names if name not in self.server.models]:
-            raise Refused("invalid_event", f"unknown model {unknown[0][:50]!r}: one of {', '.join(self.server.models)}")
-        models = [self.server.models[name] for name in dict.fromkeys(names)]
-        question = asked.get("question") or QUESTIONS[-1]
-        if not isinstance(question, str) or len(question) > self.limits.question_characters:
-            most = self.limits.question_characters
-            raise Refused("invalid_event", f"question must be a text of at most {most} characters")
-        schedule = asked.get("schedule")
-        if not isinstance(schedule, str | None) or len(schedule or "") > 20:
-            raise Refused("invalid_event", "schedule must be a name such as wait-3")
-        schedules = {model.name: model.check_schedule(schedule) for model in models}
-        source = asked.get("source") or {}
-        if not isinstance(source, dict) or source.get("kind") not in ("client", "server"):
-            raise Refused("invalid_event", 'source must have the kind "client" or "server"')
+        request = read_request(asked, self.server.models, self.server.settings)
         self._forget()
-        keep = asked.get("keep") is True
-        if source["kind"] == "client":
-            self._client_source(models, question, schedules, source, keep)
-        else:
-            self._server_source(models, question, schedules, source, keep)
-
-    def _client_source(self, models, question: str, schedules: dict, source: dict, keep: bool) -> None:
-        width, height = (_integer(source, name, 1, 100_000) for name in ("width", "height"))
-        frames = None if source.get("frames") is None else _integer(source, "frames", FRAMES_PER_CLIP, MOST_FRAMES)
-        fps = source.get("frames_per_second", FPS)
-        if not isinstance(fps, int | float) or not 0.1 <= fps <= FPS:
-            raise Refused("invalid_event", f"frames_per_second must be from 0.1 to {FPS:g}")
-        count = None if frames is None else -(-frames // FRAMES_PER_CLIP)
-        size = models[0].budget.size(height, width, frames=0 if count is None else FRAMES_PER_CLIP * count)
+        if request.own_source is not None:
+            self.own = self.server.own_source(request.own_source, request.models[0], self._tell_own(request))
+            return
+        source, (height, width) = request.source, request.picture
+        clips = None if request.frames is None else -(-request.frames // FRAMES_PER_CLIP)
+        budget = request.models[0].budget
+        size = budget.size(height, width, frames=FRAMES_PER_CLIP * (clips or 0))
 
         def begin() -> None:
-            self.builder, self.size = ClipBuilder(fps, frames), size
+            self.builder, self.size = ClipBuilder(request.fps, request.frames), size
 
-        about = {"source": "client"}
-        self._request(models, question, schedules, size, FRAMES_PER_CLIP / fps, count, about, source, keep, begin)
+        about: dict = {"source": "client"}
+        if clips is not None:  # by which `replay --video` finds the same clips
+            about["video"] = {"fps": request.fps, "budget": asdict(budget)}
+        self._ask_for_room(request, Opened(size, FRAMES_PER_CLIP / request.fps, clips, about), source, begin)
 
-    def _server_source(self, models, question: str, schedules: dict, source: dict, keep: bool) -> None:
-        name = source.get("name")
-        if not isinstance(name, str) or name not in self.server.settings.sources:
-            raise Refused("invalid_event", "source must have the name of one of the server's own: see session.created")
+    def _tell_own(self, request: Request) -> Callable[[Opened | ShownClip | Exception | None], None]:
+        """What to do with what a source of the server's own says."""
 
         def tell(what: Opened | ShownClip | Exception | None) -> None:
-            if own is not self.own:  # cancelled meanwhile
+            own = self.own
+            if own is None or own.stopped:
                 return
             if isinstance(what, Opened):
-                self._open_own(models, question, schedules, name, what, keep)
+                source = {**request.source, "width": what.size[1], "height": what.size[0]}
+                try:
+                    self._ask_for_room(request, what, source, own.begin)
+                except Refused as refused:
+                    own.stop()
+                    self.ended = True
+                    self.error(refused.code, str(refused))
             elif isinstance(what, ShownClip):
                 for picture, moment in zip(what.pictures, what.times, strict=True):
-                    fields = {"time": moment, "bytes": len(picture)}
-                    self._send("output_video_frame", droppable=True, binary=picture, **fields)
+                    shown = {"time": moment, "bytes": len(picture)}
+                    self.send("output_video_frame", droppable=True, binary=picture, **shown)
                 if self.recorder is not None:
                     self.server.executor.submit(self._keep, what.frames)
                 self._feed(what.clip, what.completed, what.times[-1], what.last)
             else:
                 if what is not None:
-                    self._error("source_failed", str(what))
+                    self.error("source_failed", str(what))
                 self._end_responses()
 
-        own = self.server.own_source(name, models[0], tell)
-        self.own = own
+        return tell
 
-    def _open_own(self, models, question: str, schedules: dict, name: str, opened: Opened, keep: bool) -> None:
-        height, width = opened.size
-        source = {"kind": "server", "name": name, "width": width, "height": height}
-        about = {"source": name, **opened.about}
-        try:
-            self._request(
-                models,
-                question,
-                schedules,
-                opened.size,
-                opened.seconds,
-                opened.count,
-                about,
-                source,
-                keep,
-                self.own.begin,
-            )
-        except (InputError, Refused) as error:
-            self.own.stop()
-            self.ended = True
-            self._error(getattr(error, "code", "invalid_event"), str(error))
-
-    def _request(
-        self,
-        models: list[ServedModel],
-        question: str,
-        schedules: dict[str, str],
-        size: tuple[int, int],
-        seconds: float,
-        count: int | None,
-        about: dict,
-        source: dict,
-        keep: bool,
-        begin: Callable[[], None],
-    ) -> None:
-        """Ask for room for one session of each model; when there is some, open them and call `begin`."""
-        plans = {}
-        for model in models:
-            template = model.template(question)
-            layout = model.layout(template, size, seconds)
-            limits = self.server.session_limits(model, layout, count)
-            spec = self.server.spec(model.name)
-            needed = spec.blocks(layout, limits)
-            base = spec.largest.prompt - self.limits.question_tokens
-            if layout.prompt > base + self.limits.question_tokens:
-                raise Refused("invalid_event", f"question has more than {self.limits.question_tokens} tokens")
-            if layout.tokens_per_clip > spec.clip_tokens or needed > spec.blocks(spec.largest, spec.limits):
-                raise Refused("frame_too_large", f"{size[1]} x {size[0]} frames do not fit: use another source")
-            plans[model.name] = template, layout, limits, needed
+    def _ask_for_room(self, request: Request, opened: Opened, source: dict, begin: Callable[[], None]) -> None:
+        """Ask for a session in each model; as soon as there is room, open them and call `begin`. Raises Refused."""
+        plans = {model.name: self.server.plan(model, request.question, opened) for model in request.models}
 
         def granted(workers: dict[str, Worker] | None) -> None:
             self.ticket = None
             if workers is None:
-                return self._error("failed", "the model is not available any more")
-            self._open(workers, plans, schedules, {**about, "question": question}, keep)
-            height, width = size
-            window = self.server.settings.window
-            self._send(
-                "session.updated",
-                session={
-                    "models": [*workers],
-                    "question": question,
-                    "schedule": schedules[models[0].name],
-                    "source": {name: source.get(name) for name in ("kind", "name", "width", "height", "frames")},
-                    "frame": {"width": width, "height": height},
-                    "window": window and list(window),
-                },
-            )
+                return self.error("failed", "the model is not available any more")
+            about = {**opened.about, "source": source.get("name", "client"), "question": request.question}
+            self._open(workers, plans, request, about)
+            (height, width), window = opened.size, self.server.settings.window
+            session = {
+                "models": [*workers],
+                "question": request.question,
+                "schedule": request.schedules[request.models[0].name],
+                "source": source,
+                "frame": {"width": width, "height": height},
+                "window": window and list(window),
+            }
+            self.send("session.updated", session=session)
             for response in self.responses.values():
-                self._send("response.created", response={"id": response.id, "model": response.model.name})
+                self.send("response.created", response={"id": response.id, "model": response.model.name})
+            self.progress = time.monotonic()
             begin()
 
         self.ticket = Ticket(
-            {name: plan[3] for name, plan in plans.items()},
+            {name: plan.blocks for name, plan in plans.items()},
             granted,
-            lambda place: self._send("session.queued", place=place),
+            lambda place: self.send("session.queued", place=place),
         )
         if not self.server.seats.request(self.ticket):
             self.ticket = None
             raise Refused("queue_full", "all sessions are taken and too many viewers wait: try again later")
 
-    def _open(self, workers: dict[str, Worker], plans: dict, schedules: dict, about: dict, keep: bool) -> None:
+    def _open(self, workers: dict[str, Worker], plans: dict[str, Plan], request: Request, about: dict) -> None:
         def send(message: dict) -> None:
-            self._send(message.pop("type"), **message)
+            self.send(message.pop("type"), **message)
 
         for name, worker in workers.items():
-            template, layout, limits, needed = plans[name]
-            model = self.server.models[name]
-            most = model.most_clips(layout, self.server.settings.max_clips)
-            response = Response(model, worker, self._captured, send, self.server.metrics, most)
+            plan, model = plans[name], self.server.models[name]
+            response = Response(model, worker, self._captured, send, self.server.metrics, plan.most)
             response.dropped = lambda: self.dropped
             self.responses[name] = response
             record = self.server.record_path(response.id, model.variant.name)
-            if keep and self.recorder is None:
-                self.recorder = ClipRecorder(record.with_suffix(".clips.safetensors"))
-            kept = {"kept": self.recorder.path.name} if self.recorder else {}
-            options = {**limits, "schedule": schedules[name], "record": record, "about": {**about, **kept}}
-            worker.open(response.id, response, needed, template, layout, options)
+            if request.keep:
+                self.recorder = self.recorder or ClipRecorder(record.with_suffix(".clips.safetensors"))
+                about["kept"] = self.recorder.path.name
+            options = {**plan.limits, "schedule": request.schedules[name], "record": record, "about": dict(about)}
+            worker.open(response.id, response, plan.blocks, plan.template, plan.layout, options)
 
     # Frames
 
@@ -420,9 +219,9 @@ class Viewer:
         return self.clips[clip - 1] if 1 <= clip <= len(self.clips) else None
 
     async def _append(self, event: dict) -> None:
-        size = _integer(event, "bytes", 1, 2**31)
+        size = integer(event, "bytes", 1, 2**31)
         form, moment = event.get("format"), event.get("time")
-        data = await self._receive("bytes")
+        data = await self.connection.receive("bytes")
         arrived = now()
         if size != len(data):
             raise Refused("invalid_event", f"{size} bytes were announced, but {len(data)} came")
@@ -430,7 +229,7 @@ class Viewer:
             raise BadFrame("frame_too_large", f"{len(data)} bytes: at most {self.limits.frame_bytes} are allowed")
         if form not in FORMATS:
             raise Refused("invalid_event", f"format must be one of {', '.join(FORMATS)}")
-        if not _is_number(moment) or not abs(moment) < 1e9:
+        if not is_number(moment) or not abs(moment) < 1e9:
             raise Refused("invalid_event", "time must be the capture time in seconds")
         if self.builder is None or self.ended:
             raise Refused("invalid_event", "no session takes frames now: send session.update, wait for session.updated")
@@ -444,7 +243,7 @@ class Viewer:
             for prepared, last in used:
                 self._feed(prepared, arrived, moment, last)
                 self.server.share(self.responses, now() - arrived)
-        self._send(
+        self.send(
             "input_video_frame.acknowledged",
             droppable=True,
             event_id=event.get("event_id"),
@@ -475,6 +274,7 @@ class Viewer:
 
     def _feed(self, clip: PreparedClip, completed: float, moment: float | None, last: bool) -> None:
         self.clips.append((completed, moment))
+        self.progress = time.monotonic()
         self.ended = self.ended or last
         for response in self.responses.values():
             response.feed(clip, completed, last)
@@ -495,21 +295,10 @@ class Viewer:
             return
         self.ended = True
         if not self.clips:
-            self._error("invalid_event", "the source has ended before one clip was complete")
+            self.error("invalid_event", "the source has ended before one clip was complete")
             return self._leave("cancelled")
         for response in self.responses.values():
             response.end()
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _integer(fields: dict, name: str, least: int, most: int) -> int:
-    value = fields.get(name)
-    if type(value) is not int or not least <= value <= most:
-        raise Refused("invalid_event", f"{name} must be an integer from {least} to {most}")
-    return value
 
 
 def kept_clips(record: Path, about: dict) -> Path | None:
