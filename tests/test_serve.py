@@ -24,7 +24,8 @@ from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.timeline.timeline import make_schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
-from serving import SECONDS, Talk, drive, gather, picture_bytes, play, running, settled, token_ids, trained
+from served import SECONDS, drive, gather, play, running, settled, token_ids, trained
+from serving_clients import Talk, picture_bytes
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 NAMES = ("group", "interleave", "origin")
@@ -125,6 +126,22 @@ def test_a_camera_of_unknown_length(server, checkpoints):
     clips = video_clips(record, processor, kept=path)
     model = load_model(str(checkpoints["group"]), "sdpa", torch.float32).eval()
     assert len(clips) == 3 and all(each.tie for each in replay(record, model, clips))
+
+
+@pytest.mark.parametrize("frames", [3, 4])
+def test_a_model_that_does_not_end_its_answer_is_ended(server, frames):
+    """After the end of a stream, whether its last clip was known as such or not."""
+
+    async def run():
+        async with Talk(server.connect()) as viewer:
+            await viewer.begin(models=["group"], schedule="greedy")
+            await viewer.until("session.updated")
+            for number in range(frames):
+                await viewer.frame(number / 2)
+            await viewer.say("input_video.end")
+            return (await viewer.until("response.done"))["response"]["status"]
+
+    assert drive(run) == "completed"
 
 
 def test_nothing_is_kept_unasked(server):

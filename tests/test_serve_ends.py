@@ -17,18 +17,16 @@ from qwen_vl_streaming.serve.catalog import load_catalog
 from qwen_vl_streaming.serve.options import TOKEN_VARIABLE, bind, parse
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.session_pool import SessionPool
-from serving import (
+from served import (
     SECONDS,
-    Talk,
     drive,
     gather,
-    picture_bytes,
-    random_client,
     running,
     settled,
     trained,
     without_weights,
 )
+from serving_clients import Talk, picture_bytes, random_client
 from websockets.asyncio.client import connect
 
 
@@ -275,7 +273,7 @@ def test_random_clients_leave_nothing_behind(flags):
     with running([*flags, "--sessions", "4"], messages_per_second=500) as server:
 
         async def run():
-            clients = [random_client(server, random.Random(f"{seed} {number}")) for number in range(12)]
+            clients = [random_client(server.connect(), random.Random(f"{seed} {number}")) for number in range(12)]
             return await asyncio.gather(*clients)
 
         ends = drive(run)

@@ -88,6 +88,7 @@ class ServedModel:
             window=settings.window,
             max_clips=settings.pool_clips,
             max_new_tokens=settings.pool_tokens,
+            tokens_after_end=settings.max_new_tokens,
             template=template,
             largest=replace(widest, prompt=widest.prompt + settings.limits.question_tokens),
             clip_tokens=max(widest.tokens_per_clip, share // SIDE_FACTOR**2),

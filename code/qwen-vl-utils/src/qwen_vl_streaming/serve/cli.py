@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 
+import torch
 import uvicorn
 
 from ..common.ending import leave
@@ -88,6 +89,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for handler in logging.getLogger().handlers:
         handler.addFilter(Redacting())
+    torch.set_num_threads(1)  # pictures are prepared in threads, each of which is one
     listener = bind(settings.host, settings.port)
     try:
         settings.records.mkdir(parents=True, exist_ok=True)

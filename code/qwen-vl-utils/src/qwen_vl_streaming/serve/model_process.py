@@ -46,6 +46,8 @@ class ModelSpec:
     window: tuple[int, int] | None
     max_clips: int
     max_new_tokens: int
+    tokens_after_end: int
+    """Tokens written at most once the last clip has come."""
     template: Template
     largest: Layout
     """The layout with the longest prompt and the largest clips of a stream."""
@@ -193,11 +195,13 @@ class ModelLoop:
     def _clip(self, stream: Stream, clip: PreparedClip, completed: float, last: bool) -> None:
         pixels = torch.frombuffer(bytearray(clip.raw), dtype=self.spec.dtype).view(clip.shape)
         stream.session.feed(pixels, last, clip.hash)
+        if last:
+            stream.session.limit(self.spec.tokens_after_end)
         stream.completed.append(completed)
 
-    def _end(self, stream: Stream, most: int) -> None:
+    def _end(self, stream: Stream) -> None:
         stream.session.end()
-        stream.session.limit(most)
+        stream.session.limit(self.spec.tokens_after_end)
 
     def _cancel(self, stream: Stream, why: str) -> None:
         stream.session.about["end"] = why

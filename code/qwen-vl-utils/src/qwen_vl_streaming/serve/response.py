@@ -61,10 +61,10 @@ class Response:
         last = last or self.sent_clips == self.most
         self.worker.send("clip", self.id, clip, completed, last)
 
-    def end(self, most_tokens: int) -> None:
+    def end(self) -> None:
         """The source has ended without a clip that was announced as the last."""
         if not self.over and self.sent_clips != self.most:
-            self.worker.send("end", self.id, most_tokens)
+            self.worker.send("end", self.id)
 
     def cancel(self, why: str) -> None:
         """Stop now; `why` is the status to report."""

@@ -498,7 +498,7 @@ class Viewer:
             self._error("invalid_event", "the source has ended before one clip was complete")
             return self._leave("cancelled")
         for response in self.responses.values():
-            response.end(self.server.settings.max_new_tokens)
+            response.end()
 
 
 def _is_number(value) -> bool:

@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import io
 import json
-import random
 import re
 import shutil
 import threading
@@ -15,8 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
-from PIL import Image
 from published import ROOT
 from qwen_vl_streaming.model.trained import training_keys
 from qwen_vl_streaming.serve import model_process
@@ -28,7 +24,6 @@ from qwen_vl_streaming.serve.workers import start_workers
 from qwen_vl_streaming.sessions import SessionPool
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
 
 BUDGET = {"min_pixels_per_frame": 3136, "max_pixels_per_frame": 6272, "max_pixels_per_video": 31360, "budget": "video"}
 SECONDS = 60
@@ -123,58 +118,6 @@ def token_ids(events: dict[str, list[dict]], model: str) -> list[int]:
     return [token for delta in deltas if delta["model"] == model for token in delta["token_ids"]]
 
 
-class Talk:
-    """A connection that tests drive message by message."""
-
-    def __init__(self, connecting):
-        self.connecting, self.events = connecting, []
-
-    async def __aenter__(self):
-        self.socket = await self.connecting
-        return self
-
-    async def __aexit__(self, *_):
-        await self.socket.close()
-
-    async def say(self, kind: str, **fields) -> None:
-        await self.socket.send(json.dumps({"type": kind, **fields}))
-
-    async def begin(self, width=84, height=56, source=None, **asked) -> None:
-        source = source or {"kind": "client", "width": width, "height": height}
-        await self.say("session.update", session={"source": source, **asked})
-
-    async def frame(self, moment: float, data: bytes | None = None, form: str = "jpeg", **fields) -> None:
-        data = picture_bytes(form=form) if data is None else data
-        event = {"time": moment, "format": form, "bytes": len(data), **fields}
-        await self.say("input_video_frame.append", **event)
-        await self.socket.send(data)
-
-    async def until(self, kind: str, count: int = 1) -> dict:
-        """The `count`-th event of `kind` from now on."""
-        async with asyncio.timeout(SECONDS):
-            while True:
-                message = await self.socket.recv()
-                if isinstance(message, bytes):
-                    continue
-                self.events.append(event := json.loads(message))
-                count -= event["type"] == kind
-                if not count:
-                    return event
-
-    async def closed(self) -> int:
-        """The code with which the server closes."""
-        with contextlib.suppress(ConnectionClosed):
-            await self.until("never")
-        return self.socket.close_code
-
-
-def picture_bytes(size=(84, 56), form="jpeg", seed=0, white=False) -> bytes:
-    file = io.BytesIO()
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(noise | 255 if white else noise // 2).save(file, form)
-    return file.getvalue()
-
-
 def drive(run) -> object:
     async def limited():
         async with asyncio.timeout(SECONDS):
@@ -199,30 +142,3 @@ def settled(server: Running) -> None:
 def without_weights(checkpoint: Path, folder: Path) -> Path:
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
-
-
-async def random_client(server: Running, draw: random.Random) -> str:
-    """A client that does something random for a while. Returns the status of its response, or how it left."""
-    await asyncio.sleep(draw.random())
-    rubbish = ("no JSON", b"unasked", "{}", json.dumps({"type": "response.cancel"}))
-    async with Talk(server.connect()) as viewer:
-        with contextlib.suppress(ConnectionClosed):
-            await viewer.begin(schedule=draw.choice(["wait-1", "wait-3", "greedy"]))
-            if draw.random() < 0.1:
-                return "impatient"
-            await viewer.until("session.updated")
-            for number in range(draw.randint(0, 10)):
-                what = draw.random()
-                if what < 0.05:
-                    await viewer.socket.send(draw.choice(rubbish))
-                elif what < 0.1:
-                    await viewer.frame(draw.choice([number, 1e9, -5, 0]), draw.randbytes(draw.randint(1, 900)))
-                elif what < 0.13:
-                    viewer.socket.transport.abort()
-                    return "vanished"
-                else:
-                    await viewer.frame(number / 2, picture_bytes(seed=number))
-                await asyncio.sleep(draw.choice([0, 0.01, 0.1]))
-            await viewer.say(draw.choice(["input_video.end", "input_video.end", "response.cancel"]))
-            return (await viewer.until("response.done"))["response"]["status"]
-    return "closed"
