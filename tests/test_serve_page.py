@@ -346,6 +346,17 @@ def test_stop_and_stop_now(page):
     assert page.errors == []
 
 
+def test_a_page_that_waits_connects_again(page):
+    """The server closes connections on which nothing comes; the page says nothing, and start makes a new one."""
+    with Stub(["group"], idle=0.7) as server:
+        open_page(page, server)
+        time.sleep(1)
+        assert page.run(f"[{STATE}, document.getElementById('alert').textContent]") == ["ready", ""]
+        press_action(page)
+        page.wait("document.querySelectorAll('.token').length >= 1")
+    assert sum(request.startswith("ws:") for request in page.requests) == 2
+
+
 def test_a_session_that_is_refused(page):
     with Stub(["group"], refusal="32 viewers wait already: come back later") as server:
         open_page(page, server)

@@ -221,28 +221,30 @@ class Run {
 }
 
 async function start() {
+  const lostBefore = document.body.dataset.state === "lost";
+  let source;
   alertText("");
   try {
-    const ready = server.connection?.open && !server.used;
-    if (!ready && !(await connect())) return;
+    if ((lostBefore || !server.session) && !(await connect())) return;
     const wishes = chosen(server.session);
-    const source = makeSource(server.session.frames_per_second);
+    source = makeSource(server.session.frames_per_second);
     $("asked").textContent = `“${wishes.question}”`;
     $("sampling").textContent = $("dropped").textContent = $("clock").textContent = "";
     state("asking", "Opening the video");
     previous?.close();
     previous = null;
     show(source instanceof Remote ? "remote" : "video");
+    const description = await source.open(); // may take long: the viewer is asked for permission
+    const ready = server.connection.open && !server.used;
+    if (!ready && !(await connect())) return source.close();
     server.used = true;
     run = new Run(source);
-    const description = await source.open();
-    if (run?.source !== source) return source.close(); // the connection was lost meanwhile
     showColumns(chosenModels(server.session.models), source.fps);
     server.connection.send("session.update", { session: { ...wishes, source: description } });
     state("queued", "Waiting for the server");
   } catch (error) {
     if (!(error instanceof Trouble)) console.error(error);
-    run?.close();
+    source?.close();
     show("empty");
     alertText(error.message);
     state("ready", "Ready");
@@ -257,9 +259,11 @@ function show(what) {
 
 // What the viewer does -----------------------------------------------------------------------------------------------
 
+const busy = () => $("action").ariaDisabled === "true";
+
 $("settings").addEventListener("submit", (event) => {
   event.preventDefault();
-  if ($("action").ariaDisabled === "true") return;
+  if (busy()) return;
   if (run) run.stop();
   else start();
 });
@@ -275,7 +279,7 @@ addEventListener("dragleave", (event) => {
 addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  if (!event.dataTransfer.files.length || run) return;
+  if (!event.dataTransfer.files.length || run || busy()) return;
   chooseFile(event.dataTransfer.files);
   start();
 });
