@@ -47,6 +47,8 @@ class Stub:
     """Clients that are in the queue first; one leaves each 0.3 s."""
     refusal: str = ""
     """The message with which sessions are refused."""
+    idle: float | None = None
+    """Close connections after this many seconds without a message."""
     vanish_after: int | None = None
     """Close the connection after this many frames."""
     source: list[bytes] = field(default_factory=list)
@@ -103,7 +105,11 @@ class Client:
         await self.send("session.created", session=session)
         try:
             while True:
-                await self.receive(json.loads(await self.websocket.receive_text()))
+                message = await asyncio.wait_for(self.websocket.receive_text(), self.stub.idle)
+                await self.receive(json.loads(message))
+        except TimeoutError:
+            await self.send("error", error={"code": "idle", "message": "nothing came", "event_id": None})
+            await self.websocket.close()
         except (WebSocketDisconnect, RuntimeError, KeyError):
             for task in self.answers:
                 task.cancel()

@@ -19,7 +19,7 @@ from qwen_vl_streaming.video.clip_recorder import read_clips
 from qwen_vl_streaming.video.frames import PixelBudget, pick_frames, read_video, sampled_rate
 from qwen_vl_streaming.video.index import index_video
 from serve_stub import QUESTIONS, TOKENS, Stub
-from serving import running, trained
+from served import running, trained
 
 SIZES = ((375, 812), (1920, 1080))
 STATE = "document.body.dataset.state"
@@ -87,6 +87,16 @@ def open_page(page, server, *size) -> None:
 def choose_file(page, path) -> None:
     page.run("document.querySelector('[name=source][value=file]').click()")
     page.choose("#file", path)
+
+
+def drop_file(page, path) -> None:
+    choose_file(page, path)
+    page.run("document.querySelector('[name=source][value=camera]').click()")
+    page.run("""(() => {
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(document.getElementById("file").files[0]);
+        dispatchEvent(new DragEvent("drop", { dataTransfer, cancelable: true }));
+    })()""")
 
 
 def press_action(page) -> None:
@@ -172,8 +182,7 @@ def test_a_file_beside_three_models(page, tmp_path):
         open_page(page, server, 1920, 1080)
         look(page)
         page.resize(1920, 1080)
-        choose_file(page, film)
-        press_action(page)
+        drop_file(page, film)
         page.wait(f"{STATE} === 'behind'")
         assert page.run("document.getElementById('status-text').textContent") == "Cannot keep up: interleave"
         page.wait("document.querySelectorAll('[data-model=group] .token').length >= 12")
@@ -337,6 +346,17 @@ def test_stop_and_stop_now(page):
     assert page.errors == []
 
 
+def test_a_page_that_waits_connects_again(page):
+    """The server closes connections on which nothing comes; the page says nothing, and start makes a new one."""
+    with Stub(["group"], idle=0.7) as server:
+        open_page(page, server)
+        time.sleep(1)
+        assert page.run(f"[{STATE}, document.getElementById('alert').textContent]") == ["ready", ""]
+        press_action(page)
+        page.wait("document.querySelectorAll('.token').length >= 1")
+    assert sum(request.startswith("ws:") for request in page.requests) == 2
+
+
 def test_a_session_that_is_refused(page):
     with Stub(["group"], refusal="32 viewers wait already: come back later") as server:
         open_page(page, server)
@@ -360,6 +380,13 @@ def test_a_source_of_the_server(page):
         assert page.run("[remote.width, remote.height, remote.hidden, video.hidden]") == [160, 96, False, True]
         page.wait(f"{STATE} === 'ended'")
         assert server.updates[0]["source"] == {"kind": "server", "name": "door"} and server.frames == []
+        page.run("document.getElementById('question').value = 'own'")
+        page.run("document.getElementById('question').dispatchEvent(new Event('change'))")
+        page.run("document.getElementById('own-question').value = ' Who is there? '")
+        press_action(page)
+        page.wait(f"{STATE} === 'running'")
+        assert server.updates[1] == {**server.updates[0], "question": "Who is there?"}
+        page.wait(f"{STATE} === 'ended'")
         seconds = """[...document.querySelectorAll(".thumbnail")].map((each) =>
             each.width && [...each.getContext("2d").getImageData(90, 20, 1, 1).data])"""
         assert page.run(seconds)[:3] == [[0, 0, 0, 255]] * 3  # drawn, and opaque

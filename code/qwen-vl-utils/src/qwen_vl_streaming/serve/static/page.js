@@ -1,13 +1,13 @@
 // The page: connects the settings, a source, the connection and a column for each model.
 
-import { Column, explain, familyOf } from "./column.js";
+import { Column } from "./column.js";
 import { Connection, download, whyClosed } from "./connection.js";
 import { Sampler } from "./sampler.js";
+import { chooseFile, chosen, chosenModels, makeSource, offer, offerPaces } from "./settings.js";
 import { Film, Live, Remote, Trouble } from "./sources.js";
 import { clock } from "./timeline.js";
 
 const $ = (id) => document.getElementById(id);
-const OWN = "own"; // the question that is typed
 const PERIOD = 250; // milliseconds between two looks at the gauges
 const ACTIONS = { running: "Stop", behind: "Stop", queued: "Cancel", finishing: "Stop now", lost: "Reconnect", ended: "Start again" };
 
@@ -15,7 +15,6 @@ const server = { session: null, connection: null, used: false };
 let run = null; // what belongs to one session: source, sampler, columns, …
 let previous = null; // the source of the last run: a film stays visible until the next
 let columns = [];
-let film = null; // the file that was chosen
 
 // States -------------------------------------------------------------------------------------------------------------
 
@@ -44,7 +43,8 @@ function connect() {
     server.connection = new Connection({
       "session.created": ({ session }) => {
         server.session = session;
-        showSession();
+        offer(session);
+        showModels();
         state("ready", "Ready");
         resolve(true);
       },
@@ -74,68 +74,13 @@ function lost(why) {
   if (why && !$("alert").textContent) alertText(why);
 }
 
-// Settings -----------------------------------------------------------------------------------------------------------
+// Columns -------------------------------------------------------------------------------------------------------------
 
-function option(value, text) {
-  return new Option(text, value);
-}
-
-/** Fill the settings with what the server offers; keep what was chosen. */
-function showSession() {
-  const { models, questions, sources = [], limits = {} } = server.session;
-  const chosen = $("question").value;
-  $("question").replaceChildren(...questions.map((text) => option(text, text)), option(OWN, "Type a question …"));
-  $("question").value = chosen || questions.at(-1);
-  $("own-question").maxLength = limits.question_characters ?? 500;
-
-  for (const old of document.querySelectorAll("#sources .named")) old.remove();
-  for (const name of sources) {
-    const label = document.createElement("label");
-    label.className = "named";
-    const input = Object.assign(document.createElement("input"), { type: "radio", name: "source", value: `server:${name}` });
-    label.append(input, Object.assign(document.createElement("span"), { textContent: name }));
-    $("sources").append(label);
-  }
-
-  if ($("models").childElementCount === models.length && chosen) return;
-  $("models").replaceChildren(
-    ...models.map((model) => {
-      const label = document.createElement("label");
-      label.className = "model";
-      const box = Object.assign(document.createElement("input"), { type: "checkbox", name: "model", value: model.name, checked: true });
-      const text = document.createElement("span");
-      const name = Object.assign(document.createElement("b"), { textContent: model.name });
-      const family = model.name === model.variant ? familyOf(model.variant) : model.variant;
-      const kind = family === model.name ? "" : ` (${family})`;
-      text.append(name, `${kind} `, Object.assign(document.createElement("small"), { textContent: explain(model.variant) }));
-      label.append(box, text);
-      return label;
-    }),
-  );
-  showModels();
-}
-
-function chosenModels() {
-  const names = [...document.querySelectorAll("[name=model]:checked")].map((box) => box.value);
-  return (server.session?.models ?? []).filter((model) => names.includes(model.name));
-}
-
-/** The schedules that all chosen models have (an offline model has none), and an empty column for each model. */
+/** A column, empty yet, for each model that is chosen. */
 function showModels() {
-  const models = chosenModels();
-  const [first, ...others] = models.map((model) => model.schedules).filter((schedules) => schedules.length);
-  $("pace").hidden = first === undefined;
-  const common = (first ?? []).filter((schedule) => others.every((each) => each.includes(schedule)));
-  const chosen = $("schedule").value;
-  $("schedule").replaceChildren(...common.map((schedule) => option(schedule, pace(schedule))));
-  if (common.includes(chosen)) $("schedule").value = chosen;
+  const models = chosenModels(server.session.models);
+  offerPaces(models);
   showColumns(models);
-}
-
-function pace(schedule) {
-  const count = /^wait-(\d+)$/.exec(schedule)?.[1];
-  if (count) return `${schedule}: ${count} token${count === "1" ? "" : "s"} a second`;
-  return schedule === "greedy" ? "greedy: as many tokens as it can" : schedule;
 }
 
 async function save(path, name) {
@@ -154,17 +99,6 @@ function showColumns(models, fps = server.session.frames_per_second) {
     return new Column($("column"), model, about);
   });
   $("columns").replaceChildren(...columns.map((column) => column.element));
-}
-
-const chosenSource = () => document.querySelector("[name=source]:checked").value;
-
-function makeSource() {
-  const kind = chosenSource();
-  const fps = server.session.frames_per_second;
-  if (kind === "camera" || kind === "screen") return new Live($("video"), fps, kind === "screen");
-  if (kind.startsWith("server:")) return new Remote($("remote"), fps, kind.slice("server:".length));
-  if (!film) throw new Trouble("Choose a video file first, or drop one on the page.");
-  return new Film($("video"), fps, film);
 }
 
 // A run --------------------------------------------------------------------------------------------------------------
@@ -287,34 +221,30 @@ class Run {
 }
 
 async function start() {
+  const lostBefore = document.body.dataset.state === "lost";
+  let source;
   alertText("");
   try {
-    const ready = server.connection?.open && !server.used;
-    if (!ready && !(await connect())) return;
-    const models = chosenModels();
-    if (!models.length) throw new Trouble("Choose at least one model.");
-    if (!$("pace").hidden && !$("schedule").value) throw new Trouble("The chosen models have no pace in common: choose fewer.");
-    const question = $("question").value === OWN ? $("own-question").value.trim() : $("question").value;
-    if (!question) throw new Trouble("Type a question first.");
-    const source = makeSource();
-    $("asked").textContent = `“${question}”`;
+    if ((lostBefore || !server.session) && !(await connect())) return;
+    const wishes = chosen(server.session);
+    source = makeSource(server.session.frames_per_second);
+    $("asked").textContent = `“${wishes.question}”`;
     $("sampling").textContent = $("dropped").textContent = $("clock").textContent = "";
     state("asking", "Opening the video");
     previous?.close();
     previous = null;
     show(source instanceof Remote ? "remote" : "video");
+    const description = await source.open(); // may take long: the viewer is asked for permission
+    const ready = server.connection.open && !server.used;
+    if (!ready && !(await connect())) return source.close();
     server.used = true;
     run = new Run(source);
-    const description = await source.open();
-    if (run?.source !== source) return source.close(); // the connection was lost meanwhile
-    showColumns(models, source.fps);
-    const names = models.map((model) => model.name);
-    const rest = { question, schedule: $("schedule").value || undefined, keep: $("keep").checked, source: description };
-    server.connection.send("session.update", { session: { models: names, ...rest } });
+    showColumns(chosenModels(server.session.models), source.fps);
+    server.connection.send("session.update", { session: { ...wishes, source: description } });
     state("queued", "Waiting for the server");
   } catch (error) {
     if (!(error instanceof Trouble)) console.error(error);
-    run?.close();
+    source?.close();
     show("empty");
     alertText(error.message);
     state("ready", "Ready");
@@ -329,19 +259,15 @@ function show(what) {
 
 // What the viewer does -----------------------------------------------------------------------------------------------
 
+const busy = () => $("action").ariaDisabled === "true";
+
 $("settings").addEventListener("submit", (event) => {
   event.preventDefault();
-  if ($("action").ariaDisabled === "true") return;
+  if (busy()) return;
   if (run) run.stop();
   else start();
 });
 $("models").addEventListener("change", showModels);
-$("question").addEventListener("change", () => {
-  $("own-question").hidden = $("question").value !== OWN;
-  if (!$("own-question").hidden) $("own-question").focus();
-});
-$("sources").addEventListener("change", () => ($("file-field").hidden = chosenSource() !== "file"));
-$("file").addEventListener("change", () => (film = $("file").files[0] ?? null));
 
 addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -353,12 +279,8 @@ addEventListener("dragleave", (event) => {
 addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  const [dropped] = event.dataTransfer.files;
-  if (!dropped || run) return;
-  film = dropped;
-  $("file").files = event.dataTransfer.files;
-  document.querySelector("[name=source][value=file]").checked = true;
-  $("file-field").hidden = false;
+  if (!event.dataTransfer.files.length || run || busy()) return;
+  chooseFile(event.dataTransfer.files);
   start();
 });
 addEventListener("pagehide", () => server.connection?.close());
