@@ -59,6 +59,8 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_VARIANT=all bash demo.sh": DEMO,
     "bash demo.sh --steps 4000 --output demo_output/long": DEMO,
     "QWEN2_5_VL_VARIANT=all bash demo.sh --steps 2200 --output demo_output/six": DEMO,
+    "bash demo.sh --serve": DEMO,
+    "QWEN2_5_VL_VARIANT=all bash demo.sh --serve": DEMO,
     "bash demo.sh --help": Run("all six, one after the other"),
     ".venv/bin/python code/demo/check.py --output demo_output": DEMO,
     "bash test.sh": CHECKS,
