@@ -303,8 +303,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as records:
         flags = ["--model", str(checkpoint), "--port", "0", "--records", records, "--sessions-per-client", "9999"]
         flags += ["--window", *map(str, arguments.window), "--sessions"]
-        most = max(arguments.sessions) if arguments.command == "load" else 8
-        {"load": load, "fuzz": fuzz}[arguments.command](arguments, [*flags, str(most)])
+        if arguments.command == "load":
+            load(arguments, [*flags, str(max(arguments.sessions))])
+        else:
+            fuzz(arguments, [*flags, "8", "--max-new-tokens", "20", "--window", "8", "40"])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from ..common.progress import quiet_libraries
 from ..common.redact import Redacting
 from .app import Server
 from .catalog import load_catalog, place
+from .model_process import SWITCH_SECONDS
 from .options import Settings, bind, parse
 from .workers import start_workers
 
@@ -90,6 +91,7 @@ def main() -> None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(Redacting())
     torch.set_num_threads(1)  # pictures are prepared in threads, each of which is one
+    sys.setswitchinterval(SWITCH_SECONDS)
     listener = bind(settings.host, settings.port)
     try:
         settings.records.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ for a client: tokens go out in one message a step. Knows nothing about sockets a
 import logging
 import queue
 import signal
+import sys
 import threading
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -21,7 +22,7 @@ from ..live.figures import Course, figures
 from ..live.setup import WARM_UP_STEPS, load_on
 from ..model.prompts import Template
 from ..sessions import Session, SessionPool
-from ..sessions.session_pool import RESERVE, blocks_needed
+from ..sessions.session_pool import CHUNK_COUNTS, RESERVE, blocks_needed
 from ..timeline.timeline import Layout
 from ..timeline.variants import VARIANTS
 from .frames import PreparedClip
@@ -29,6 +30,8 @@ from .frames import PreparedClip
 logger = logging.getLogger(__name__)
 
 ADVICE = "use fewer --sessions, a smaller --window or fewer --max-clips, or free memory"
+SWITCH_SECONDS = 1e-3
+"""How long a thread may keep Python's lock from others: each part of a clip that is read needs it."""
 FAILURES = 3
 """Steps in a row that may fail; then the process ends."""
 
@@ -128,8 +131,8 @@ def make_pool(model, spec: ModelSpec, sharing: int) -> SessionPool:
         chunk=typical.tokens_per_clip + typical.tail,
         clip_tokens=spec.clip_tokens,
     )
-    for grid in dict.fromkeys(layout.grid for layout in spec.common):
-        pool.runner.vision_encoder.capture(grid, [1, 2, 4, 8])
+    for grid in {layout.grid for layout in spec.common} - {spec.largest.grid}:
+        pool.runner.vision_encoder.capture(grid, [count for count in CHUNK_COUNTS if count])
     patches = typical.tokens_per_clip * model.model.visual.spatial_merge_size**2
     clip = torch.zeros(patches, model.model.visual.patch_embed.proj.weight[0].numel())
     options = {"mode": spec.mode, "max_clips": 2, "max_new_tokens": 9, "window": None}
@@ -279,5 +282,6 @@ class ModelLoop:
 def run_process(connection: Connection, spec: ModelSpec, parent: int) -> None:
     """The main function of a process. Ends it at once: Python's own end takes seconds."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    sys.setswitchinterval(SWITCH_SECONDS)
     run_to_end(lambda: run_model(connection, spec, parent), lambda error: logger.exception("model %s", spec.name))
     leave(0)
