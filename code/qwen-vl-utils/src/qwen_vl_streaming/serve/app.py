@@ -243,7 +243,7 @@ class Server:
         headers = {"Content-Disposition": f'attachment; filename="{key}.json"'}
         return Response(json.dumps(data, indent=1), media_type="application/json", headers=headers)
 
-    def app(self) -> Starlette:
+    def app(self, lifespan: Callable | None = None) -> Starlette:
         class Static(StaticFiles):
             def file_response(self, *arguments, **options):
                 response = super().file_response(*arguments, **options)
@@ -261,5 +261,6 @@ class Server:
                 WebSocketRoute("/v1/realtime", self.realtime),
                 Mount("/static", Static(directory=STATIC)),
             ],
+            lifespan=lifespan,
             exception_handlers={404: lambda *_: PlainTextResponse("not found\n", 404, HEADERS)},
         )
