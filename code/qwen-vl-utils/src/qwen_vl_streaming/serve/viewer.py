@@ -7,6 +7,7 @@ handled one after the other, so that a flood fills only its own socket.
 import asyncio
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SOURCES_CLOSING = 2
+"""Sources of the server's own that one viewer may have open, those that are closing included."""
+
 
 class Viewer:
     def __init__(self, socket: WebSocket, server: "Server"):
@@ -40,6 +44,8 @@ class Viewer:
         self.connection = Connection(socket, self.limits)
         self.send, self.error = self.connection.send, self.connection.error
         self.dropped, self.progress = 0, 0.0
+        self.threads: list[threading.Thread] = []
+        """Those that read sources of the server's own; one may outlive its session."""
         self._forget()
 
     def _forget(self) -> None:
@@ -119,7 +125,12 @@ class Viewer:
         request = read_request(asked, self.server.models, self.server.settings)
         self._forget()
         if request.own_source is not None:
+            self.threads = [thread for thread in self.threads if thread.is_alive()]
+            if len(self.threads) == SOURCES_CLOSING:
+                raise Refused("invalid_event", "the sources before have not ended yet: try again in a second")
             self.own = self.server.own_source(request.own_source, request.models[0], self._tell_own(request))
+            self.own.keep = self._keep
+            self.threads.append(self.own.thread)
             return
         source, (height, width) = request.source, request.picture
         clips = None if request.frames is None else -(-request.frames // FRAMES_PER_CLIP)
@@ -153,8 +164,6 @@ class Viewer:
                 for picture, moment in zip(what.pictures, what.times, strict=True):
                     shown = {"time": moment, "bytes": len(picture)}
                     self.send("output_video_frame", droppable=True, binary=picture, **shown)
-                if self.recorder is not None:
-                    self.server.executor.submit(self._keep, what.frames)
                 self._feed(what.clip, what.completed, what.times[-1], what.last)
             else:
                 if what is not None:
