@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import struct
+import threading
 import urllib.error
 import urllib.request
 import zlib
