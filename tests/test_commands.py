@@ -48,6 +48,7 @@ HELP = "with --help"
 DEMO = "not: takes minutes, and tests/test_demo.py runs a short form"
 MINUTES = "not: takes minutes on a GPU, and is the program of another command that is shown"
 CHECKS = "not: runs the tests"
+SERVES = "not: serves until it is stopped, as tests/test_serve_ends.py does"
 INSTALLS = "not: installs packages, as code/setup.sh does before the tests"
 SMALL = " --min_pixels_per_frame 3136 --max_pixels_per_frame 3136 --dataloader_num_workers 0 --report_to none"
 SHORT = " --max-new-tokens 12 --workers 0"
@@ -58,6 +59,8 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_VARIANT=all bash demo.sh": DEMO,
     "bash demo.sh --steps 4000 --output demo_output/long": DEMO,
     "QWEN2_5_VL_VARIANT=all bash demo.sh --steps 2200 --output demo_output/six": DEMO,
+    "bash demo.sh --serve": DEMO,
+    "QWEN2_5_VL_VARIANT=all bash demo.sh --serve": DEMO,
     "bash demo.sh --help": Run("all six, one after the other"),
     ".venv/bin/python code/demo/check.py --output demo_output": DEMO,
     "bash test.sh": CHECKS,
@@ -107,6 +110,13 @@ COMMANDS: dict[str, Run | str] = {
         "live_output/", " --speed 100 --max-new-tokens 20 --device cpu"
     ),
     "python -m qwen_vl_streaming.live --help": HELP,
+    "python -m qwen_vl_streaming.serve --model MODEL": SERVES,
+    "python -m qwen_vl_streaming.serve --model MODEL --source hall=rtsp://user:password@camera/1 --source "
+    "film=film.mp4": SERVES,
+    'pip install -e "code/qwen-vl-utils[serve]"': INSTALLS,
+    'pip install -e "code/qwen-vl-utils[serve,ray]"': INSTALLS,
+    "code/benchmarks/serving.py load": HELP,
+    "code/benchmarks/serving.py fuzz": HELP,
     "python -m qwen_vl_streaming.replay live_output/….json --model MODEL": Run(
         "replayed in float32: all the same", " --device cpu"
     ),
@@ -123,7 +133,7 @@ COMMANDS: dict[str, Run | str] = {
 
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("data", "training", "evaluation", "live", "variants")),
+    *(f"docs/{name}.md" for name in ("data", "training", "evaluation", "live", "serving", "variants")),
     *(f"docs/{name}.md" for name in ("architecture", "files", "troubleshooting")),
     "CONTRIBUTING.md",
     "dataset/README.md",
@@ -131,7 +141,7 @@ PAGES = (
 """In the order in which their commands are run; each begins in the project's root."""
 WRITTEN = {
     "loss.png", "report.png", "report.html", "report.md", "funqa_report.png", "train_3_5.jsonl", "report/", "runs/",
-    "PE-Video/", "FunQA/", "demo_output/", "output/", "live_output/", "OTHER/bin/python",
+    "PE-Video/", "FunQA/", "demo_output/", "output/", "live_output/", "serve_output/", "OTHER/bin/python", "records/",
 }  # fmt: skip
 """Named in the pages, but made by programs or brought by users."""
 

@@ -54,6 +54,7 @@ class Session:
         clock: Callable[[], float] = now,
         record: str | Path | None = None,
         about: dict | None = None,
+        model_identity: dict[str, str] | None = None,
         rounds: type[SerialRounds] = SerialRounds,
         **more,
     ):
@@ -69,6 +70,7 @@ class Session:
             clock: Returns the time in seconds.
             record: The file that the record is written to.
             about: Added to the record: what was asked, where the clips come from.
+            model_identity: `identity(model)` for the record, where the caller has computed it already.
             rounds, more: The execution mode, and what else it needs.
 
         Raises InputError for arguments that do not fit each other or the variant.
@@ -111,7 +113,7 @@ class Session:
             ahead=ahead if ahead is not None else int(model.device.type == "cuda"),
             **more,
         )
-        self.log.identity = {} if record is None else identity(model)
+        self.log.identity = {} if record is None else model_identity or identity(model)
         try:
             self.rounds.open()
         except BaseException:
@@ -158,10 +160,11 @@ class Session:
         """What was written so far."""
         return Caption([each.token for each in self.written], [each.slot for each in self.written], [*self.counts])
 
-    def feed(self, clip: Tensor, last: bool = False) -> None:
+    def feed(self, clip: Tensor, last: bool = False, known_hash: str | None = None) -> None:
         """Hand in a clip that has arrived: (patches, pixels of a patch) as `prompts.clip_pixels` gives it, or (tokens
-        of a clip, C) visual tokens. The session owns its memory from then on. Raises InputError for a clip that this
-        session cannot have; the session is not changed by it."""
+        of a clip, C) visual tokens. The session owns its memory from then on. `known_hash` is its `clip_hash`, where
+        the caller has computed it in another thread. Raises InputError for a clip that this session cannot have; the
+        session is not changed by it."""
         if self.closed:
             raise InputError("the session is closed: open another one")
         number, shapes = len(self.log.arrived) + 1, self.rounds.clip_shapes
@@ -174,7 +177,7 @@ class Session:
             )
         check_clips(self.variant, self.layout, number)
         self.scheduler.arrive(last)
-        self.log.arrive(clip)
+        self.log.arrive(clip, known_hash)
         with self.fails_on_error():
             self.rounds.arrive(clip)
 
@@ -182,6 +185,10 @@ class Session:
         """Report that the source has ended without announcing its last clip: see `SlotScheduler.end`."""
         if not self.closed:
             self.scheduler.end()
+
+    def limit(self, tokens: int) -> None:
+        """Write at most `tokens` more."""
+        self.scheduler.limit(tokens)
 
     def step(self) -> TimedToken | None:
         """One round: at most one forward step and one token. Returns None if no token was read; see `idle`."""

@@ -35,10 +35,10 @@ class SessionLog:
         """When each slot began."""
         self.written: list[TimedToken] = []
 
-    def arrive(self, clip: Tensor) -> None:
+    def arrive(self, clip: Tensor, known_hash: str | None = None) -> None:
         self.arrived.append(self.clock())
         if self.path is not None:
-            self.hashes.append(clip_hash(clip))
+            self.hashes.append(known_hash or clip_hash(clip))
 
     def begin_slot(self) -> None:
         self.visible.append(self.clock())
