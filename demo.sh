@@ -5,6 +5,7 @@
 #   bash demo.sh                                          one variant, group
 #   QWEN2_5_VL_VARIANT=all bash demo.sh                   all six, one after the other
 #   bash demo.sh --steps 4000 --output demo_output/long   longer training; motion is learned last
+#   bash demo.sh --serve                                  trains what is not trained yet, then serves the page
 #
 # Other flags: --output DIR (default: demo_output beside this script), --train-videos N, --test-videos N, --steps N,
 # --device cpu (default: a GPU if there is one).
@@ -12,10 +13,11 @@
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
-output=$PWD/demo_output train_videos=1200 test_videos=120 steps=1000 device=
+output=$PWD/demo_output train_videos=1200 test_videos=120 steps=1000 device= serve=
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
+    --serve) serve=yes; shift ;;
     --output | --train-videos | --test-videos | --steps | --device)
       if [ -z "${2:-}" ]; then echo "error: $1 needs a value (see --help)" >&2; exit 2; fi
       name=${1#--}
@@ -58,6 +60,7 @@ step "2. Create a small Qwen2.5-VL with random weights"
 step "3. mani_data.py: select videos with 3 to 5 caption tokens per second"
 "$python" mani_data.py --dataset-root "$data" --tokenizer-model-id "$model"
 
+served=()
 for variant in $variants; do
   export QWEN2_5_VL_VARIANT=$variant
   trained=$output/qwen2_5vl-pe-$variant
@@ -69,16 +72,25 @@ for variant in $variants; do
     QWEN2_5_VL_MODEL_PATH=$model QWEN2_5_VL_TRAIN_DATA=$data/train_3_5.jsonl DEEPSPEED_CONFIG=zero2.json \
       bash code/qwen-vl-finetune/scripts/sft.sh --output_dir "$trained" --max_steps "$steps" \
       --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --weight_decay 0.01 \
-      --adam_beta2 0.98 --tune_mm_vision True --gradient_checkpointing False --logging_steps 10 \
+      --adam_beta2 0.98 --tune_mm_vision True --gradient_checkpointing False --pack_tokens 0 --compile_layers False \
+      --logging_steps 10 \
       --min_pixels_per_frame 3136 --max_pixels_per_frame 7056 \
       --keep_frames True --dataloader_num_workers 2 --dataloader_persistent_workers True \
       "${train_on_cpu[@]}"
   fi
+  served+=(--model "$variant=$trained")
+  [ -z "$serve" ] || continue
   step "5. eval.sh: caption the test videos with $variant"
   QWEN2_5_VL_EVAL_MODEL_PATH=$trained QWEN2_5_VL_EVAL_DATA_DIR=$data/test_3_5.jsonl \
     QWEN2_5_VL_EVAL_OUTPUT_DIR=$output/evaluation \
     bash eval.sh --batch-size 8 "${on_cpu[@]}"
 done
 
+if [ -n "$serve" ]; then
+  step "5. Serve the page"
+  film=$(find "$data/PE-Video/videos/test" -name '*.mp4' | sort | head -n 1)
+  unset QWEN2_5_VL_VARIANT
+  exec "$python" -m qwen_vl_streaming.serve "${served[@]}" --source "demo=$film" --records "$output/serve" "${on_cpu[@]}"
+fi
 step "6. Results"
 "$python" code/demo/show.py --output "$output" $variants

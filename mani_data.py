@@ -33,7 +33,7 @@ from preparation.report import SplitStatistics
 from preparation.rules import Rules
 from preparation.run import STATE_FOLDER, RunOptions
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.paths import find_data, find_folder, look_up
+from qwen_vl_streaming.common.paths import find_data, find_video_root, look_up
 from qwen_vl_streaming.common.progress import quiet_http
 
 ROOT = Path(__file__).resolve().parent
@@ -86,7 +86,7 @@ def own_options(arguments: argparse.Namespace, folder: Path, splits: list[str], 
     if os.path.realpath(source) in map(os.path.realpath, written):
         raise InputError(f"--output {output} would overwrite --input: give another name")
     files = {"outputs": {Path(source).name: output}, "output_dir": output.parent, "prefix": prefix}
-    video_root = find_folder(arguments.video_root or "", ROOT, "the video root")
+    video_root = find_video_root(arguments.video_root or "", ROOT)
     return own_rows.Options(source=source, video_root=video_root, **{**common, **files})
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.data_rows import check_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import atomic_write
 from qwen_vl_streaming.common.paths import check_videos, find_video
 
-from .files import atomic_write, exclusive_lock, remove_partial_files
+from .files import exclusive_lock, remove_partial_files
 from .inspection import Inspection, inspect_videos
 from .report import SplitStatistics
 from .rules import BAD, DURATION_FIELDS, KEPT, Decision, Rules, Sample, apply_rules
