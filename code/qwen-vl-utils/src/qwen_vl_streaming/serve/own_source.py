@@ -63,7 +63,13 @@ class OwnSource:
         self.tell, self.loop = tell, asyncio.get_running_loop()
         self.go, self.stopped = threading.Event(), False
         self.intake: Intake | None = None
-        threading.Thread(target=self._run, name=f"source {name}", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name=f"source {name}", daemon=True)
+        self.thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """It is read, or still being opened or closed."""
+        return self.thread.is_alive()
 
     def begin(self) -> None:
         self.go.set()

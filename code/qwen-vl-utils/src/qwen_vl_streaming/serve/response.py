@@ -123,7 +123,7 @@ class Response:
             self.missed_slot = slot
             self.misses += 1
 
-    def done(self, how: str, figures: dict | None) -> None:
+    def done(self, how: str, figures: dict | None, recorded: bool) -> None:
         self.over = True
         if rest := self.pieces.rest():
             slot, time, _ = self.newest
@@ -158,7 +158,7 @@ class Response:
                     "model": name,
                     "status": status,
                     "text": self.text,
-                    "record_id": self.id if figures else None,
+                    "record_id": self.id if recorded else None,
                     "figures": report,
                 },
             }

@@ -5,8 +5,10 @@ handled one after the other, so that a flood fills only its own socket.
 """
 
 import asyncio
+import collections
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -49,6 +51,8 @@ class Viewer:
         self.builder: ClipBuilder | None = None
         self.own: OwnSource | None = None
         self.recorder: ClipRecorder | None = None
+        self.to_keep: collections.deque[Tensor] = collections.deque()
+        self.keeping = threading.Lock()
         self.ended = False
         self.clips: list[tuple[float, float | None]] = []
         """Of each clip, when it was complete, and the capture time of its newest frame."""
@@ -96,6 +100,8 @@ class Viewer:
             self.connection.idle()
         match event["type"]:
             case "session.update":
+                while self.own is not None and self.own.stopped and self.own.alive:
+                    await asyncio.sleep(0.05)  # a viewer has one of the server's own sources at a time
                 self._update(event.get("session"))
             case "input_video_frame.append":
                 try:
@@ -116,6 +122,8 @@ class Viewer:
     def _update(self, asked) -> None:
         if self.ticket or (self.own and not self.ended) or not self._all_over():
             raise Refused("invalid_event", "a session runs or waits already: send response.cancel first")
+        if self.server.stopping:
+            raise Refused("server_stopping", "the server stops: connect again later")
         request = read_request(asked, self.server.models, self.server.settings)
         self._forget()
         if request.own_source is not None:
@@ -145,21 +153,22 @@ class Viewer:
                 source = {**request.source, "width": what.size[1], "height": what.size[0]}
                 try:
                     self._ask_for_room(request, what, source, own.begin)
-                except Refused as refused:
+                except (Refused, InputError) as refused:
                     own.stop()
                     self.ended = True
-                    self.error(refused.code, str(refused))
+                    self.error(refused.code if isinstance(refused, Refused) else "invalid_event", str(refused))
             elif isinstance(what, ShownClip):
                 for picture, moment in zip(what.pictures, what.times, strict=True):
                     shown = {"time": moment, "bytes": len(picture)}
                     self.send("output_video_frame", droppable=True, binary=picture, **shown)
                 if self.recorder is not None:
-                    self.server.executor.submit(self._keep, what.frames)
+                    self.to_keep.append(what.frames)
+                    self.server.executor.submit(self._keep_waiting)
                 self._feed(what.clip, what.completed, what.times[-1], what.last)
             else:
                 if what is not None:
                     self.error("source_failed", str(what))
-                self._end_responses()
+                self._end_responses(explain=what is None)
 
         return tell
 
@@ -170,6 +179,8 @@ class Viewer:
         def granted(workers: dict[str, Worker] | None) -> None:
             self.ticket = None
             if workers is None:
+                self._leave("cancelled")
+                self.ended = True
                 return self.error("failed", "the model is not available any more")
             about = {**opened.about, "source": source.get("name", "client"), "question": request.question}
             self._open(workers, plans, request, about)
@@ -219,10 +230,9 @@ class Viewer:
         return self.clips[clip - 1] if 1 <= clip <= len(self.clips) else None
 
     async def _append(self, event: dict) -> None:
-        size = integer(event, "bytes", 1, 2**31)
-        form, moment = event.get("format"), event.get("time")
         data = await self.connection.receive("bytes")
         arrived = now()
+        size, form, moment = integer(event, "bytes", 1, 2**31), event.get("format"), event.get("time")
         if size != len(data):
             raise Refused("invalid_event", f"{size} bytes were announced, but {len(data)} came")
         if len(data) > self.limits.frame_bytes:
@@ -272,6 +282,12 @@ class Viewer:
                 logger.error("%s", error)
                 self.recorder = None
 
+    def _keep_waiting(self) -> None:
+        """In a thread: one after the other, in order."""
+        with self.keeping:
+            while self.to_keep:
+                self._keep(self.to_keep.popleft())
+
     def _feed(self, clip: PreparedClip, completed: float, moment: float | None, last: bool) -> None:
         self.clips.append((completed, moment))
         self.progress = time.monotonic()
@@ -282,6 +298,9 @@ class Viewer:
                 response.cancel("too_slow")
 
     async def _end_input(self) -> None:
+        if self.own is not None and not self.ended:
+            self.own.stop()
+            return self._end_responses()
         if self.builder is None:
             raise Refused("invalid_event", "no session takes frames now")
         if not self.ended:
@@ -290,12 +309,13 @@ class Viewer:
                 self._feed(prepared, at, self.clips[-1][1] if self.clips else 0.0, last)
         self._end_responses()
 
-    def _end_responses(self) -> None:
+    def _end_responses(self, explain: bool = True) -> None:
         if self.ended:
             return
         self.ended = True
         if not self.clips:
-            self.error("invalid_event", "the source has ended before one clip was complete")
+            if explain:
+                self.error("invalid_event", "the source has ended before one clip was complete")
             return self._leave("cancelled")
         for response in self.responses.values():
             response.end()

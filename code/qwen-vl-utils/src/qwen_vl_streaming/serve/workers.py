@@ -25,7 +25,7 @@ class Listener(Protocol):
 
     def begun(self, slots: int) -> None: ...
 
-    def done(self, how: str, figures: dict | None) -> None: ...
+    def done(self, how: str, figures: dict | None, recorded: bool) -> None: ...
 
 
 class Worker:
@@ -80,7 +80,7 @@ class Worker:
         """Open a session, for which `reserve` was called."""
         self.listeners[key] = listener, blocks
         if self.lost:
-            self._handle(("done", key, "failed", None))
+            self._handle(("done", key, "failed", None, False))
         self.send("open", key, *what)
 
     def send(self, *message) -> None:
@@ -135,7 +135,7 @@ class Worker:
                 logger.error("model %s is lost", self.spec.name)
             self.lost = True
             for key in [*self.listeners]:
-                self._handle(("done", key, "failed", None))
+                self._handle(("done", key, "failed", None, False))
             self.on_change()
 
 
