@@ -112,6 +112,7 @@ COMMANDS: dict[str, Run | str] = {
     "python -m qwen_vl_streaming.serve --model MODEL --source hall=rtsp://user:password@camera/1 --source "
     "film=film.mp4": SERVES,
     'pip install -e "code/qwen-vl-utils[serve]"': INSTALLS,
+    'pip install -e "code/qwen-vl-utils[serve,ray]"': INSTALLS,
     "code/benchmarks/serving.py load": HELP,
     "code/benchmarks/serving.py fuzz": HELP,
     "python -m qwen_vl_streaming.replay live_output/….json --model MODEL": Run(
@@ -137,7 +138,7 @@ PAGES = (
 """In the order in which their commands are run; each begins in the project's root."""
 WRITTEN = {
     "loss.png", "report.png", "report.html", "report.md", "funqa_report.png", "train_3_5.jsonl", "report/", "runs/",
-    "PE-Video/", "FunQA/", "demo_output/", "output/", "live_output/", "serve_output/", "OTHER/bin/python",
+    "PE-Video/", "FunQA/", "demo_output/", "output/", "live_output/", "serve_output/", "OTHER/bin/python", "records/",
 }  # fmt: skip
 """Named in the pages, but made by programs or brought by users."""
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import struct
+import threading
 import urllib.error
 import urllib.request
 import zlib
@@ -16,13 +17,14 @@ from qwen_vl_streaming.engine.batch import Job, caption_all
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.replay import replay, video_clips
-from qwen_vl_streaming.serve import connection
+from qwen_vl_streaming.serve import connection, own_source
 from qwen_vl_streaming.serve.frames import ClipBuilder
 from qwen_vl_streaming.serve.options import TOKEN_VARIABLE
 from qwen_vl_streaming.serve.viewer import Viewer
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.timeline.timeline import make_schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.clip_recorder import read_clips
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from served import SECONDS, drive, gather, play, running, settled, token_ids, trained
 from serving_clients import Talk, picture_bytes
@@ -115,7 +117,7 @@ def test_a_camera_of_unknown_length(server, checkpoints):
     done = events["response.done"][0]["response"]
     assert done["status"] == "completed" and done["figures"]["tokens"] == len(token_ids(events, "group")) > 6
     key = done["record_id"]
-    data = httpx_get(f"{server.http}/v1/records/{key}")
+    data = read_json(f"{server.http}/v1/records/{key}")
     assert data["about"]["question"] == "What moves?" and data["model"]["path"] == "group"
     assert str(server.server.settings.records) not in json.dumps(data)
     kept = urllib.request.urlopen(f"{server.http}/v1/records/{key}/clips").read()
@@ -155,7 +157,7 @@ def test_nothing_is_kept_unasked(server):
 def test_a_source_of_the_servers_own(server):
     async def run():
         async with Talk(server.connect()) as viewer:
-            await viewer.begin(source={"kind": "server", "name": "film"}, models=["group", "origin"])
+            await viewer.begin(source={"kind": "server", "name": "film"}, models=["group", "origin"], keep=True)
             await viewer.until("response.done", 2)
             return viewer
 
@@ -164,10 +166,31 @@ def test_a_source_of_the_servers_own(server):
     assert {event["response"]["status"] for event in events["response.done"]} == {"completed"}
     assert "own.mp4" not in json.dumps(events)
     key = events["response.done"][0]["response"]["record_id"]
-    assert httpx_get(f"{server.http}/v1/records/{key}")["about"]["video"]["path"] == "own.mp4"
+    assert read_json(f"{server.http}/v1/records/{key}")["about"]["video"]["path"] == "own.mp4"
+    kept = read_clips(server.record(key).parent / read_json(f"{server.http}/v1/records/{key}")["about"]["kept"])
+    assert len(kept) == 6
 
 
-def httpx_get(address: str):
+def test_a_viewer_cannot_open_many_sources_of_the_server(server, monkeypatch):
+    """However fast it begins and cancels."""
+    go = threading.Event()
+    monkeypatch.setattr(own_source, "open_source", lambda *_, **__: go.wait(SECONDS))
+
+    async def run():
+        async with Talk(server.connect()) as viewer:
+            for _ in range(4):
+                await viewer.begin(source={"kind": "server", "name": "film"}, models=["group"])
+                await viewer.say("response.cancel")
+            await viewer.until("error", 2)
+            open_threads = [thread for thread in threading.enumerate() if thread.name == "source film"]
+            go.set()
+            return len(open_threads)
+
+    assert drive(run) == 2
+    settled(server)
+
+
+def read_json(address: str):
     return json.load(urllib.request.urlopen(address))
 
 

@@ -155,7 +155,7 @@ class Server:
 
     def own_source(self, name: str, model: ServedModel, tell: Callable) -> OwnSource:
         settings = self.settings
-        self.reading = [source for source in self.reading if source.alive]
+        self.reading = [source for source in self.reading if source.thread.is_alive()]
         if len(self.reading) >= settings.sessions * len(self.workers) + settings.queue:
             raise Refused("queue_full", "too many viewers watch sources of the server: try again later")
         source = OwnSource(name, settings.sources[name], model, settings.dtype, settings.pool_clips, tell)
@@ -265,7 +265,7 @@ class Server:
         headers = {"Content-Disposition": f'attachment; filename="{key}.json"'}
         return Response(json.dumps(data, indent=1), media_type="application/json", headers=headers)
 
-    def app(self) -> Starlette:
+    def app(self, lifespan: Callable | None = None) -> Starlette:
         return Starlette(
             routes=[
                 Route("/", self.answer(self.page, needs_token=False)),
@@ -277,6 +277,7 @@ class Server:
                 WebSocketRoute("/v1/realtime", self.realtime),
                 Mount("/static", StaticFiles(directory=STATIC)),
             ],
+            lifespan=lifespan,
             middleware=[Middleware(WithHeaders)],
             exception_handlers={404: lambda *_: PlainTextResponse("not found\n", 404)},
         )

@@ -177,9 +177,9 @@ def parse(description: str, environment: Mapping[str, str], arguments: Sequence[
     if values.window != [0, 0] and min(values.window) < 1:
         parser.error(f"--window {values.window[0]} {values.window[1]} must be two numbers of at least 1, or 0 0")
     token = environment.get(TOKEN_VARIABLE, "")
-    hide(token)
     if token and not TOKEN.fullmatch(token):
         raise InputError(f"{TOKEN_VARIABLE} must be 16 to 200 letters, digits or . _ ~ -: set another one")
+    hide(token)
     if not token and not is_loopback(values.host):
         raise InputError(
             f"--host {values.host} can be reached from other machines: set {TOKEN_VARIABLE} to a secret that viewers "

@@ -36,8 +36,6 @@ class Opened:
 
 @dataclass(frozen=True)
 class ShownClip:
-    frames: Tensor
-    """(2, 3, H, W) uint8."""
     clip: PreparedClip
     pictures: list[bytes]
     """The frames as JPEG."""
@@ -63,13 +61,10 @@ class OwnSource:
         self.tell, self.loop = tell, asyncio.get_running_loop()
         self.go, self.stopped = threading.Event(), False
         self.intake: Intake | None = None
+        self.keep: Callable[[Tensor], None] | None = None
+        """Called in the thread with the frames of each clip, if set."""
         self.thread = threading.Thread(target=self._run, name=f"source {name}", daemon=True)
         self.thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """It is read, or still being opened or closed."""
-        return self.thread.is_alive()
 
     def begin(self) -> None:
         self.go.set()
@@ -122,8 +117,10 @@ class OwnSource:
 
     def _show(self, intake: Intake) -> None:
         clip, pixels = intake.take()
+        if self.keep is not None:
+            self.keep(clip.frames)
         raw = pixels.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
         prepared = PreparedClip(raw, tuple(pixels.shape), clip_hash(pixels))
         pictures = [encode_picture(frame) for frame in clip.frames]
         times = [round(float(time), 3) for time in clip.timestamps]
-        self._tell(ShownClip(clip.frames, prepared, pictures, times, clip.completed, clip.last))
+        self._tell(ShownClip(prepared, pictures, times, clip.completed, clip.last))

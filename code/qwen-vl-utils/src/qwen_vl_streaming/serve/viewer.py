@@ -5,7 +5,6 @@ handled one after the other, so that a flood fills only its own socket.
 """
 
 import asyncio
-import collections
 import logging
 import secrets
 import threading
@@ -35,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SOURCES_CLOSING = 2
+"""Sources of the server's own that one viewer may have open, those that are closing included."""
+
 
 class Viewer:
     def __init__(self, socket: WebSocket, server: "Server"):
@@ -42,6 +44,8 @@ class Viewer:
         self.connection = Connection(socket, self.limits)
         self.send, self.error = self.connection.send, self.connection.error
         self.dropped, self.progress = 0, 0.0
+        self.threads: list[threading.Thread] = []
+        """Those that read sources of the server's own; one may outlive its session."""
         self._forget()
 
     def _forget(self) -> None:
@@ -51,8 +55,6 @@ class Viewer:
         self.builder: ClipBuilder | None = None
         self.own: OwnSource | None = None
         self.recorder: ClipRecorder | None = None
-        self.to_keep: collections.deque[Tensor] = collections.deque()
-        self.keeping = threading.Lock()
         self.ended = False
         self.clips: list[tuple[float, float | None]] = []
         """Of each clip, when it was complete, and the capture time of its newest frame."""
@@ -100,8 +102,6 @@ class Viewer:
             self.connection.idle()
         match event["type"]:
             case "session.update":
-                while self.own is not None and self.own.stopped and self.own.alive:
-                    await asyncio.sleep(0.05)  # a viewer has one of the server's own sources at a time
                 self._update(event.get("session"))
             case "input_video_frame.append":
                 try:
@@ -127,7 +127,12 @@ class Viewer:
         request = read_request(asked, self.server.models, self.server.settings)
         self._forget()
         if request.own_source is not None:
+            self.threads = [thread for thread in self.threads if thread.is_alive()]
+            if len(self.threads) == SOURCES_CLOSING:
+                raise Refused("invalid_event", "the sources before have not ended yet: try again in a second")
             self.own = self.server.own_source(request.own_source, request.models[0], self._tell_own(request))
+            self.own.keep = self._keep
+            self.threads.append(self.own.thread)
             return
         source, (height, width) = request.source, request.picture
         clips = None if request.frames is None else -(-request.frames // FRAMES_PER_CLIP)
@@ -161,9 +166,6 @@ class Viewer:
                 for picture, moment in zip(what.pictures, what.times, strict=True):
                     shown = {"time": moment, "bytes": len(picture)}
                     self.send("output_video_frame", droppable=True, binary=picture, **shown)
-                if self.recorder is not None:
-                    self.to_keep.append(what.frames)
-                    self.server.executor.submit(self._keep_waiting)
                 self._feed(what.clip, what.completed, what.times[-1], what.last)
             else:
                 if what is not None:
@@ -281,12 +283,6 @@ class Viewer:
             except InputError as error:
                 logger.error("%s", error)
                 self.recorder = None
-
-    def _keep_waiting(self) -> None:
-        """In a thread: one after the other, in order."""
-        with self.keeping:
-            while self.to_keep:
-                self._keep(self.to_keep.popleft())
 
     def _feed(self, clip: PreparedClip, completed: float, moment: float | None, last: bool) -> None:
         self.clips.append((completed, moment))
