@@ -72,7 +72,8 @@ for variant in $variants; do
     QWEN2_5_VL_MODEL_PATH=$model QWEN2_5_VL_TRAIN_DATA=$data/train_3_5.jsonl DEEPSPEED_CONFIG=zero2.json \
       bash code/qwen-vl-finetune/scripts/sft.sh --output_dir "$trained" --max_steps "$steps" \
       --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --weight_decay 0.01 \
-      --adam_beta2 0.98 --tune_mm_vision True --gradient_checkpointing False --logging_steps 10 \
+      --adam_beta2 0.98 --tune_mm_vision True --gradient_checkpointing False --pack_tokens 0 --compile_layers False \
+      --logging_steps 10 \
       --min_pixels_per_frame 3136 --max_pixels_per_frame 7056 \
       --keep_frames True --dataloader_num_workers 2 --dataloader_persistent_workers True \
       "${train_on_cpu[@]}"

@@ -107,18 +107,18 @@ class Browser:
         self._note(message.get("method", ""), message.get("params", {}))
         return message
 
-    def _note(self, event: str, told: dict) -> None:
+    def _note(self, event: str, params: dict) -> None:
         self._events.append(event)
         if event == "Runtime.exceptionThrown":
-            self.errors.append(json.dumps(told["exceptionDetails"]))
-        elif event == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
-            self.errors.append(json.dumps(told["args"]))
-        elif event == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
-            self.errors.append(told["entry"]["text"])
+            self.errors.append(json.dumps(params["exceptionDetails"]))
+        elif event == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+            self.errors.append(json.dumps(params["args"]))
+        elif event == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            self.errors.append(params["entry"]["text"])
         elif event == "Network.requestWillBeSent":
-            self._note_request(told["request"]["url"])
+            self._note_request(params["request"]["url"])
         elif event == "Network.webSocketCreated":
-            self._note_request(told["url"])
+            self._note_request(params["url"])
 
     def _note_request(self, url: str) -> None:
         if url.startswith(("file:", "data:", "blob:")):

@@ -48,11 +48,11 @@ def main(what: str) -> None:
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "refused":
-            failing.LEAVING = 2
+            failing.EXIT_TIMEOUT = 2
             try:
                 raise InputError("checkpoint-3 is damaged: remove it")
             except InputError as error:
-                failing.tell(error)
+                failing.report(error)
                 wait()  # as in a collective
         init = partial(begin, parent=os.getpid())
         for _ in torch.utils.data.DataLoader(Squares(), batch_size=None, num_workers=4, worker_init_fn=init):

@@ -1,4 +1,4 @@
-"""Absurd values in flags and files: one line each, at once, and in little memory."""
+"""Absurd values in flags and files: each is reported in one line, quickly and with little memory."""
 
 import json
 import pickle
@@ -90,7 +90,7 @@ def test_settings(name, value):
     ],
 )
 def test_rows(tmp_path, change):
-    """Of a file, and of a run that is gone on with."""
+    """Of a result file, and of a run that is resumed."""
     bad = row("a", **change)
     with pytest.raises(InputError) as error:
         check_row("x.json, video 'a'", bad, "group")
@@ -105,7 +105,7 @@ def test_rows(tmp_path, change):
 
 
 def test_rows_of_another_program():
-    """Scored without their arguments; what they say of time is not believed."""
+    """Scored without their arguments; their durations are not trusted."""
     good = row("a")
     lag.check(good)
     for change in (

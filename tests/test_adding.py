@@ -1,5 +1,5 @@
-"""What CONTRIBUTING says of adding things: each is added in one place, and every program takes it from there. A frame
-source of one's own is in test_captioner.py."""
+"""What CONTRIBUTING says about adding things: each is added in one place, and every program supports it. A custom frame
+source is tested in test_captioner.py."""
 
 import contextlib
 import json
@@ -74,7 +74,7 @@ print("captioner:", captioner.variant.name, len([*captioner.watch("synthetic", s
 """
 
 
-def test_a_seventh_variant_is_trained_evaluated_and_watches(made, tmp_path):
+def test_a_seventh_variant_is_trained_evaluated_and_used_live(made, tmp_path):
     train = flags(made, tmp_path / "model", max_steps=1, variant="late")
     evaluate = [
         *("--model", tmp_path / "model", "--data", made[1], "--output-dir", tmp_path / "out", "--variant", "late"),
@@ -108,7 +108,7 @@ def test_a_metric_of_videos_is_scored_and_averaged(monkeypatch, tmp_path):
     assert scores["words"] == 2.0 and scores["length"] == {"unit": "words"}
 
 
-def test_a_data_set_of_ones_own_is_prepared(monkeypatch, tmp_path, capsys):
+def test_a_custom_data_set_is_prepared(monkeypatch, tmp_path, capsys):
     seen = {}
 
     def options(arguments, folder, splits, common):

@@ -35,7 +35,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
-def test_the_model_follows_exactly_the_rule(variant):
+def test_the_model_follows_the_rule_exactly(variant):
     """Perturbs each token in turn: the rows that may not attend to it stay bitwise equal, and the rows that may attend
     to it change."""
     print("seed", SEED)

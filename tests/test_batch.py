@@ -1,4 +1,4 @@
-"""Captions from a refilled batch over the paged cache equal those of the reference, whatever the batch."""
+"""Captions from a refilled batch over the paged cache equal those of the reference, for any batch."""
 
 import gc
 import random
@@ -123,8 +123,8 @@ def clips_by_step(monkeypatch, **limits) -> list[int]:
 
 
 def test_text_is_fed_with_the_clips_of_others(monkeypatch):
-    """A third of the streams is fed clips at a time, and the text of the others needs no steps of its own until the
-    last clips."""
+    """A third of the streams is fed clips at a time, and the text of the others needs no separate steps until the last
+    clips."""
     steps = clips_by_step(monkeypatch, MIN_CLIP_ROWS=0)
     assert steps[:4] == [2, 2, 2, 0]  # the first slot has one more step, for the header
     assert steps[4:19] == [2] * 15
@@ -150,7 +150,7 @@ def test_the_next_video_is_encoded_before_waiting_for_captions(monkeypatch):
     assert all(video is job.pixels for video, job in zip(seen, jobs, strict=True))
 
 
-def test_a_batch_keeps_to_its_memory_and_takes_no_job_early():
+def test_a_batch_respects_its_memory_and_takes_no_job_early():
     variant, model = VARIANTS["group"], tiny_model()
     jobs = random_jobs(random.Random(0), variant, 8)
     plain = reference_captions(model, variant, jobs)
@@ -213,7 +213,7 @@ def test_a_video_that_does_not_fit_is_refused_by_name():
         batched(model, variant, [job], batch_size=1, memory=1000)
 
 
-def test_fused_weights_are_the_models_own():
+def test_fused_weights_share_memory_with_the_model():
     model = tiny_model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for _ in range(2):  # fused once, found fused the second time
@@ -238,7 +238,7 @@ def test_blocks_are_allocated_once_and_freed():
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 130, 1000])
-def test_of_equal_logits_the_first_is_chosen(vocabulary):
+def test_the_first_of_equal_logits_is_chosen(vocabulary):
     logits = torch.randint(-3, 3, (50, vocabulary)).float()
     logits[0] = -torch.inf
     expected = [row.index(max(row)) for row in logits.tolist()]

@@ -1,4 +1,4 @@
-"""BLEURT with a tiny checkpoint of random weights in the real format: values equal RemBERT fed by hand."""
+"""BLEURT with a tiny checkpoint of random weights in the real format: scores equal those of RemBERT called directly."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from tiny_bleurt import LONGEST, WORDS, tiny_bleurt
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder as lucadiliello/BLEURT-20 is, and the model that it was made from."""
+    """A folder in the format of lucadiliello/BLEURT-20, and the model that it was saved from."""
     folder = tmp_path_factory.mktemp("bleurt")
     return folder, tiny_bleurt(folder)
 
@@ -35,7 +35,7 @@ def by_hand(checkpoint, reference: str, candidate: str) -> float:
         return 100 * float(model(ids, token_type_ids=torch.tensor([segments])).logits)
 
 
-def test_equals_rembert_by_hand(checkpoint, tmp_path, caplog):
+def test_equals_rembert_called_directly(checkpoint, tmp_path, caplog):
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -68,7 +68,7 @@ def test_equals_rembert_by_hand(checkpoint, tmp_path, caplog):
 
 
 def test_published_values():
-    """Those of the model card of lucadiliello/BLEURT-20, where it has been fetched before; nothing is fetched here."""
+    """The values in the model card of lucadiliello/BLEURT-20, if it is in the cache; nothing is downloaded."""
     if not isinstance(huggingface_hub.try_to_load_from_cache("lucadiliello/BLEURT-20", "spm.model"), str):
         pytest.skip("lucadiliello/BLEURT-20 is not in the hub's cache")
     references = [["a bird chirps by the window"], ["this is a random sentence"]]
@@ -84,7 +84,7 @@ def test_special_tokens_in_a_caption_are_text(checkpoint):
     assert len(ids) == len(segments) and segments == sorted(segments)
 
 
-def test_too_long_a_pair_is_cut_from_the_longer_and_then_from_the_candidate(checkpoint):
+def test_a_pair_that_is_too_long_is_truncated_at_the_longer_text_then_at_the_candidate(checkpoint):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint[0] / "spm.model"))
     for lengths, longest, left in (((6, 2), 9, (4, 2)), ((2, 6), 9, (2, 4)), ((4, 4), 10, (4, 3)), ((4, 4), 9, (3, 3))):
         reference, candidate = (" ".join(["red"] * length) for length in lengths)
@@ -92,7 +92,7 @@ def test_too_long_a_pair_is_cut_from_the_longer_and_then_from_the_candidate(chec
         assert (segments.count(0) - 2, segments.count(1) - 1) == left and len(ids) <= longest
 
 
-def test_what_is_no_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, monkeypatch):
+def test_an_invalid_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     folder = checkpoint[0]
 

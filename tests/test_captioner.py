@@ -1,4 +1,4 @@
-"""The library from a notebook: `Captioner` writes what `live` writes, from files, streams and sources of one's own."""
+"""The library from a notebook: `Captioner` writes what `live` writes, from files, streams and custom sources."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from qwen_vl_streaming.common.clock import now
 from qwen_vl_streaming.live import cli
 from qwen_vl_streaming.live.setup import warm_up
 from qwen_vl_streaming.model.prompts import clip_pixels, make_template
-from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.replay import check_clips, replay, video_clips
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 
@@ -47,7 +47,7 @@ def test_it_writes_what_live_writes(captioner, made, film, tmp_path, monkeypatch
     assert read_record(tmp_path / "record.json").tokens == tokens
 
 
-def test_pieces_come_while_the_film_plays(captioner, film):
+def test_text_arrives_while_the_video_plays(captioner, film):
     began = time.monotonic()
     arrived = [(piece.second, time.monotonic() - began) for piece in captioner.watch(film, max_new_tokens=40)]
     seconds = [second for second, _ in arrived]
@@ -56,8 +56,8 @@ def test_pieces_come_while_the_film_plays(captioner, film):
     assert all(when >= second - 0.6 for second, when in arrived)
 
 
-def test_a_frame_source_of_ones_own(captioner, film, tmp_path):
-    """What CONTRIBUTING shows: a function that yields clips. Its session is recorded and replayed like any other."""
+def test_a_custom_frame_source(captioner, film, tmp_path):
+    """As CONTRIBUTING shows: a function that yields clips. Its session is recorded and replayed like any other."""
     video = read_video(film, budget=PixelBudget())
 
     def clips():
@@ -72,7 +72,23 @@ def test_a_frame_source_of_ones_own(captioner, film, tmp_path):
     assert all(difference.tie for difference in replay(record, captioner.model, seen))
 
 
-def test_a_watch_can_be_abandoned_and_another_begun(captioner, film):
+@pytest.mark.parametrize("source", ["film", "synthetic"])
+def test_a_record_names_the_clips_that_were_fed(captioner, film, tmp_path, source):
+    options = {"speed": 1000, "skip": True, "max_clips": 40 if source == "synthetic" else None, "max_new_tokens": 9}
+    path = tmp_path / "record.json"
+    assert [*captioner.watch(film if source == "film" else source, record=path, **options)]
+    record = read_record(path)
+    assert len(record.about["clips"]) == len(record.arrived)
+    check_clips(record, video_clips(record, captioner.processor))
+
+
+def test_a_password_is_not_shown(captioner):
+    with pytest.raises(InputError, match=r"admin:\*\*\*@127.0.0.1") as error:
+        next(captioner.watch("http://admin:hunter2@127.0.0.1:1/hunter2"))
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_watch_can_be_abandoned_and_another_started(captioner, film):
     for _ in range(2):
         for piece in captioner.watch(film, speed=10):
             assert piece.text
@@ -95,12 +111,12 @@ def test_a_watch_can_be_abandoned_and_another_begun(captioner, film):
         ({"window": (0, 5)}, "window"),
     ],
 )
-def test_mistakes_are_input_errors(captioner, film, options, message):
+def test_user_errors_are_input_errors(captioner, film, options, message):
     with pytest.raises(InputError, match=message):
         next(captioner.watch(**{"source": film, **options}))
 
 
-def test_a_model_that_is_not_there(tmp_path):
+def test_a_missing_model(tmp_path):
     with pytest.raises(InputError, match="missing"):
         Captioner(tmp_path / "missing", device="cpu")
 
@@ -116,7 +132,7 @@ def test_the_public_names():
 
 
 def test_a_wheel_of_the_library_works_alone(made, film, tmp_path):
-    """Built without network, unpacked, and used from elsewhere."""
+    """Built without a network, unpacked, and used from another folder."""
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     source = tmp_path / "source"
     subprocess.run(["cp", "-r", LIBRARY, source], check=True)
@@ -143,11 +159,11 @@ def test_a_wheel_of_the_library_works_alone(made, film, tmp_path):
 
 
 @pytest.mark.parametrize("max_clips", [1, 2])
-def test_a_runner_is_warmed_up_for_as_few_clips_as_are_watched(captioner, max_clips):
+def test_the_runner_warm_up_respects_max_clips(captioner, max_clips):
     """Before a session on a GPU."""
     pixels, grid = clip_pixels(captioner.processor, torch.zeros(2, 3, 56, 84, dtype=torch.uint8))
     template = make_template(captioner.processor, "What?")
     layout = template.layout(grid, 2.0)
     session = open_session(captioner.model, captioner.variant, template, layout, mode="fused", max_clips=max_clips)
     warm_up(session, pixels[0])
-    assert session.closed and len(session.arrived) == max_clips
+    assert session.closed and len(session.log.arrived) == max_clips

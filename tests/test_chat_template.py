@@ -1,4 +1,4 @@
-"""A chat template is a program of the checkpoint: it is rendered with bounds, and in a process that is thrown away."""
+"""A chat template is a program in the checkpoint: it is rendered with limits, in a temporary process."""
 
 import os
 import time
@@ -38,7 +38,7 @@ def test_templates_that_take_too_much(processor, monkeypatch, template, why):
     assert time.monotonic() - began < 30
 
 
-def test_what_a_template_raises(processor, monkeypatch):
+def test_errors_of_a_template(processor, monkeypatch):
     monkeypatch.setattr(processor, "chat_template", "{{ raise_exception('no\nvideo') }}")
     with pytest.raises(ValueError, match="no"):
         make_template(processor, QUESTIONS[-1])

@@ -1,4 +1,5 @@
-"""What the JSON files of a checkpoint may say: each wrong value is one line that names it, before anything is made."""
+"""The JSON files of a checkpoint: each invalid value is reported in one line that names it, before anything is
+loaded."""
 
 import json
 import shutil
@@ -60,7 +61,7 @@ def folder(made, tmp_path_factory):
 
 
 def spoil(path: Path, key: str, value: object) -> bytes:
-    """Writes `value` at `key`, with dots, into a JSON file; returns what it held before."""
+    """Write `value` at `key`, with dots, into a JSON file; returns the old value."""
     before = path.read_bytes()
     data = json.loads(before)
     *parts, last = key.split(".")
@@ -93,7 +94,7 @@ def test_config(folder, key, value):
 
 
 def test_a_newer_config(folder):
-    """The language model's fields lie in a part of their own."""
+    """The fields of the language model are in their own part."""
     before = spoil(folder / "config.json", "text_config.num_hidden_layers", HUGE)
     try:
         refused(lambda: load_config(folder), "text_config.num_hidden_layers")
@@ -115,7 +116,7 @@ def test_preprocessor(folder, key, value):
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "vision_config.depth"])
 @pytest.mark.parametrize("layers", [1, 3, 999])
-def test_layers_that_the_weights_do_not_hold(folder, key, layers):
+def test_layers_that_are_missing_in_the_weights(folder, key, layers):
     before = spoil(folder / "config.json", key, layers)
     try:
         refused(lambda: load_model(folder, "sdpa", torch.float32), key)

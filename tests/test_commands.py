@@ -1,5 +1,5 @@
-"""What the pages say: the commands that people copy, those of the published README word for word and those of this
-project's pages from the folders in which they show them; Python; links; and files that are named."""
+"""The pages: commands, those of the published README verbatim and those of this project's pages in the folders in which
+they are shown; Python; links; and file names."""
 
 import json
 import os
@@ -91,6 +91,8 @@ COMMANDS: dict[str, Run | str] = {
     "bash scripts/sft.sh --help": Run("usage: bash scripts/sft.sh"),
     "python -m qwenvl.merge --adapter DIR --output DIR": HELP,
     "bash scripts/sft.sh": LAUNCHED,
+    "bash scripts/sft.sh --plan --gpus 8xH100-80GB": Run("plan for 8 x H100"),
+    "python -m qwenvl.planner.table": Run("| 8 x H100-80GB | 7B | full |"),
     "CUDA_VISIBLE_DEVICES=0,1 bash scripts/sft.sh": LAUNCHED,
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash scripts/sft.sh": LAUNCHED,
     SLURM: LAUNCHED,
@@ -122,6 +124,7 @@ COMMANDS: dict[str, Run | str] = {
     "python -m qwen_vl_streaming.explain": Run("group"),
     "python -m qwen_vl_streaming.explain --format png --output docs/variants.png": Run(""),
     "python docs/draw_rooms.py": Run("files.md"),
+    "python -m basedpyright": "not: tests/test_types.py runs it",
     "code/benchmarks/latency.py long --size tiny --stream 10000 --window 20 100": HELP,
     "code/benchmarks/latency.py lanes": MINUTES,
     "code/benchmarks/latency.py sweep plot": MINUTES,
@@ -146,8 +149,8 @@ COMMAND = re.compile(r"(\w+=\S+ )*(\(?cd|bash|(\.venv/bin/)?python3?|pip|srun|co
 
 
 def commands(text: str) -> Iterator[tuple[str, str, str]]:
-    """(folder, command, what a shell is given) of each command in `text`, a page: in its bash blocks, and in its
-    sentences. A block that begins with #! is one script; a cd lasts until the next."""
+    """(folder, command, input of a shell) for each command in `text`, a page: in its bash blocks and in its sentences.
+    A block that begins with #! is one script; a cd applies until the next."""
     folder = ""
     for language, block, span in re.findall(r"^```(\w*)\n(.*?)^```|`([^`]+)`", text, re.DOTALL | re.MULTILINE):
         if block.startswith("#!"):
@@ -173,13 +176,13 @@ def without_code(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """Those of a page's headings, as GitHub names them."""
+    """The anchors that GitHub creates for the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", without_code(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def dead_links(page: str, text: str) -> list[str]:
-    """The links of `text` to files that are not there, or to headings that their page does not have."""
+    """The links of `text` to missing files or headings."""
     dead = []
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
         if "://" in link:
@@ -192,7 +195,8 @@ def dead_links(page: str, text: str) -> list[str]:
 
 
 def missing_files(text: str, files: set[str]) -> set[str]:
-    """The names of files and folders, in code spans of `text`, that end no path of `files` and are not WRITTEN."""
+    """The names of files and folders in code spans of `text` that match the end of no path in `files` and are not in
+    WRITTEN."""
     ends = "py|sh|md|png|gif|toml|txt|css|html|js"
     named = {
         word
@@ -211,7 +215,7 @@ def copy(made, tmp_path_factory):
     return copy
 
 
-def test_the_published_commands_word_for_word(copy):
+def test_the_published_commands_verbatim(copy):
     for script in PUBLISHED.values():
         done = copy.run(script)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -229,8 +233,8 @@ def test_every_command_of_the_pages_is_known():
     assert {command for _, command, _ in SHOWN} == COMMANDS.keys()
 
 
-def test_what_the_pages_show_runs(copy, capsys):
-    """Those that are run, in the pages' order; so each finds what those before it have left. Then the Python."""
+def test_commands_of_the_pages_run(copy, capsys):
+    """In the order of the pages, so each command finds the files of those before it. Then the Python code."""
     trained = copy.root / "code/qwen-vl-finetune/output/qwen2_5vl-pe-group"
     for folder, command, _ in SHOWN:
         if not isinstance(way := COMMANDS[command], Run):
@@ -259,13 +263,13 @@ def test_what_the_pages_show_runs(copy, capsys):
 
 
 @pytest.mark.parametrize("folder, command", [shown[:2] for shown in SHOWN if COMMANDS.get(shown[1]) == HELP])
-def test_what_takes_long_has_help(copy, folder, command):
+def test_slow_commands_have_help(copy, folder, command):
     done = copy.run(f"{'python ' if command.startswith('code/') else ''}{command} --help", folder)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("folder, script", [shown[::2] for shown in SHOWN if COMMANDS.get(shown[1]) == LAUNCHED])
-def test_what_needs_gpus_or_machines_is_launched(tmp_path, folder, script):
+def test_commands_that_need_gpus_or_nodes_are_launched(tmp_path, folder, script):
     for path in [*ROOT.glob("*.sh"), *(ROOT / "code").rglob("*.sh")]:
         there = tmp_path / path.relative_to(ROOT)
         there.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +291,7 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_what_is_not_run_is_there():
+def test_scripts_that_are_not_run_exist():
     named = {word for command, way in COMMANDS.items() if way == CHECKS for word in re.findall(r"tests/\S+", command)}
     assert named and all((ROOT / name).is_file() for name in named)
 
@@ -302,7 +306,7 @@ def test_commands_are_found_in_their_folders():
 
 
 def tracked() -> set[str]:
-    """The project's files, as git has them or would take them."""
+    """The project's files, as git tracks or would track them."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     return {name for name in files if name and (ROOT / name).exists()}
@@ -320,12 +324,12 @@ def test_the_readme_fits_and_links_every_page():
 
 
 @pytest.mark.parametrize("page", [*PAGES, "code/benchmarks/RESULTS.md"])
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     assert dead_links(page, (ROOT / page).read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_files_that_are_named_are_there(page):
+def test_named_files_exist(page):
     assert missing_files(TEXTS[page], tracked()) == set()
 
 
@@ -346,14 +350,14 @@ def test_the_table_of_rooms_has_every_room():
 
 
 def test_the_pages_name_every_other_file():
-    """Those that files.md does not list, by their names."""
+    """Those that files.md does not list."""
     named = set(re.findall(r"[\w.*-]+", " ".join(TEXTS.values())))
     skipped = re.compile(r"tests/.*|.*\.(py|sh)|.*\.gitignore|docs/.*\.(png|gif)")
     assert {name for name in tracked() if not skipped.fullmatch(name) and Path(name).name not in named} == set()
 
 
 def test_the_list_of_files_is_up_to_date(tmp_path):
-    """The picture of the rooms is not compared: fonts and versions of matplotlib differ."""
+    """The figure of the rooms is not compared: fonts and versions of matplotlib differ."""
     done = subprocess.run([sys.executable, "docs/draw_rooms.py", "--output", str(tmp_path)], cwd=ROOT)
     assert done.returncode == 0 and (tmp_path / "rooms.png").stat().st_size > 10_000
     assert (tmp_path / "files.md").read_text() == TEXTS[MADE], "run python docs/draw_rooms.py"

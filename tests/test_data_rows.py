@@ -48,7 +48,7 @@ def test_line_numbers_count_blank_lines(tmp_path):
 
 
 def test_values_keep_their_type(tmp_path):
-    """`datasets` would make dates of texts that look like dates, and a float of a large integer."""
+    """`datasets` would convert strings that look like dates to dates, and a large integer to a float."""
     data = tmp_path / "rows.jsonl"
     rows = [{**ROWS[0], "video_id": "2026-01-01", "human_caption": "2026-01-01"}, {**ROWS[1], "video_id": 10**30}]
     data.write_text("\n".join(map(json.dumps, rows)))
@@ -95,7 +95,7 @@ def test_invalid_durations(tmp_path, seconds):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Fails where a host name is looked up."""
+    """Fails if a host name is looked up."""
 
     def look_up(host, *_, **__):
         raise AssertionError(f"{host} was looked up")
@@ -104,7 +104,7 @@ def offline(monkeypatch):
 
 
 def save(rows: list[dict], folder: Path) -> list[str]:
-    """`rows` as a Parquet file, as two that a pattern names, and as a folder of `save_to_disk`."""
+    """`rows` as a Parquet file, as two files that match a pattern, and as a folder of `save_to_disk`."""
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(folder / "rows.parquet")
     for number, part in enumerate((table.select([0]), table.select(range(1, len(rows))))):
@@ -113,8 +113,8 @@ def save(rows: list[dict], folder: Path) -> list[str]:
     return [str(folder / name) for name in ("rows.parquet", "train-*.parquet", "disk/train")]
 
 
-def test_tables_hold_the_same_rows(tmp_path, offline, monkeypatch):
-    """In the same order, with one hash, without a network, and without a file written beside them."""
+def test_tables_have_the_same_rows(tmp_path, offline, monkeypatch):
+    """In the same order, with the same hash, without a network, and without writing a file next to them."""
     monkeypatch.chdir(tmp_path)
     rows = [{**row, "references": ["A square.", "Red."], "question": None} for row in ROWS]
     sources = save(rows, tmp_path)
@@ -154,12 +154,12 @@ def test_tables_that_cannot_be_read(tmp_path, monkeypatch):
     for name, reason in (
         ("half.parquet", "half.parquet cannot be read ("),
         ("columns.parquet", "columns.parquet, row 1: has no video_path"),
-        ("disk", f"has several splits: give the folder of one, {tmp_path / 'disk/train'}"),
+        ("disk", f"has several splits: give the folder of one split, {tmp_path / 'disk/train'}"),
     ):
         with pytest.raises(InputError) as raised:
             read_rows(str(tmp_path / name))
         assert reason in str(raised.value) and "\n" not in str(raised.value)
-    for name, reason in (("none-*.parquet", "matches no file"), ("empty", "save_to_disk` has not written")):
+    for name, reason in (("none-*.parquet", "matches no file"), ("empty", "was not written by `Dataset.save_to_disk`")):
         with pytest.raises(InputError, match=reason):
             find_data(str(tmp_path / name), tmp_path, "the data")
 
@@ -172,7 +172,7 @@ def test_a_split_of_the_hub(monkeypatch, tmp_path):
     assert find_data(f"{HUB}me/videos:test", tmp_path, "the data") == f"{HUB}me/videos:test"
     assert [row["video_id"] for row in read_rows(f"{HUB}me/videos:test")] == ["b"] and asked == ["me/videos"]
     for source, reason in ((f"{HUB}me/videos", "has several splits"), (f"{HUB}me/videos:dev", "has no split 'dev'")):
-        with pytest.raises(InputError, match=f"{reason}: name one of train, test, as in {HUB}OWNER/NAME:SPLIT"):
+        with pytest.raises(InputError, match=f"{reason}: choose one of train, test, as in {HUB}OWNER/NAME:SPLIT"):
             read_rows(source)
     splits.pop("test")
     assert read_rows(f"{HUB}me/videos") == read_rows(f"{HUB}me/videos:train")

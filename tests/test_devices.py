@@ -1,5 +1,5 @@
-"""Which GPUs there are and PyTorch can use: one line that is the same in all programs, whatever the driver and PyTorch
-say, for both of which there are stand-ins."""
+"""Which GPUs there are and PyTorch can use: one line that is the same in all programs, for any answer of the driver and
+PyTorch. Both are replaced by stand-ins."""
 
 import ctypes
 import os
@@ -72,15 +72,15 @@ HERE = "1 GPU here (NVIDIA H100 80GB HBM3, driver 580.65.06) cannot be used: "
         ),
         (
             NEW, HIDDEN, {"CUDA_VISIBLE_DEVICES": ""},
-            HERE + "CUDA_VISIBLE_DEVICES='' hides them: unset it, or name GPUs as in 0,1",
+            HERE + "CUDA_VISIBLE_DEVICES='' hides them: unset it, or list GPUs, such as 0,1",
         ),
         (
             NEW, HIDDEN, {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},
-            HERE + "CUDA_VISIBLE_DEVICES='NoDevFiles' hides them: unset it, or name GPUs as in 0,1",
+            HERE + "CUDA_VISIBLE_DEVICES='NoDevFiles' hides them: unset it, or list GPUs, such as 0,1",
         ),
         (
             Driver((H100,), "580.65.06", mig=True), HIDDEN, {},
-            HERE + "MIG is on, and there is no MIG device: make one with `nvidia-smi mig`, or turn MIG off",
+            HERE + "MIG is enabled, but there is no MIG device: create one with `nvidia-smi mig`, or disable MIG",
         ),
         (
             Driver((H100,), "580.65.06", fault="Driver/library version mismatch"), HIDDEN, {},
@@ -89,7 +89,7 @@ HERE = "1 GPU here (NVIDIA H100 80GB HBM3, driver 580.65.06) cannot be used: "
         ),
         (
             NEW, Torch("2.14.1+cu130", "13.0", fault="Error 802: system not yet initialized"), {},
-            HERE + "CUDA does not start (Error 802: system not yet initialized): see that `nvidia-smi` works and, on "
+            HERE + "CUDA does not start (Error 802: system not yet initialized): check that `nvidia-smi` works and, on "
             "machines with NVSwitch, that nvidia-fabricmanager runs, or restart the machine",
         ),
         (
@@ -100,7 +100,7 @@ HERE = "1 GPU here (NVIDIA H100 80GB HBM3, driver 580.65.06) cannot be used: "
         (
             NEW, Torch("2.14.1+cu130", "13.0", count=2, alien=("GPU 1 (Quadro P400, sm_61)",)), {},
             "PyTorch 2.14.1+cu130 has no kernels for GPU 1 (Quadro P400, sm_61): install a build that has "
-            "(requirements.txt says how), or name only the others in CUDA_VISIBLE_DEVICES",
+            "(requirements.txt says how), or list only the others in CUDA_VISIBLE_DEVICES",
         ),
         (
             Driver(), HIDDEN, {"SLURM_GPUS_ON_NODE": "8"},
@@ -121,7 +121,7 @@ def test_why_gpus_cannot_be_used(driver, torch, environment, line, monkeypatch):
     assert choose_device("cpu", found) == ("cpu", "")
 
 
-def test_a_container_with_gpus_and_without_the_drivers_libraries(monkeypatch):
+def test_a_container_with_gpus_and_without_driver_libraries(monkeypatch):
     monkeypatch.setattr(devices, "_loads", lambda library: False)
     driver = Driver((H100,), "580.65.06", fault="libnvidia-ml.so.1: cannot open shared object file")
     said = judge(driver, HIDDEN, {}).why_not
@@ -129,19 +129,19 @@ def test_a_container_with_gpus_and_without_the_drivers_libraries(monkeypatch):
 
 
 @pytest.mark.parametrize("driver, torch, none", [
-    (Driver(), HIDDEN, "no GPU is here"),
-    (Driver(fault="Driver Not Loaded"), HIDDEN, "no GPU is here"),
-    (Driver(), Torch("2.14.1+cpu"), "no GPU is here"),
+    (Driver(), HIDDEN, "no GPU found"),
+    (Driver(fault="Driver Not Loaded"), HIDDEN, "no GPU found"),
+    (Driver(), Torch("2.14.1+cpu"), "no GPU found"),
     (Driver(elsewhere=8), HIDDEN,
-     "no GPU is visible here (the machine has 8 GPUs, and this job or container was not given any)"),
+     "no GPU is visible (the machine has 8 GPUs, and this job or container was not given any)"),
     (Driver(), Torch("2.14.1+rocm7.1", hip="7.1", fault="No HIP GPUs are available"),
-     "no GPU is here that PyTorch 2.14.1+rocm7.1, built for ROCm 7.1, can use"),
+     "no GPU found that PyTorch 2.14.1+rocm7.1, built for ROCm 7.1, can use"),
 ])  # fmt: skip
-def test_without_a_gpu_the_cpu_is_used_and_that_is_said(driver, torch, none):
+def test_without_a_gpu_the_cpu_is_used_and_reported(driver, torch, none):
     found = judge(driver, torch, {"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": ""})
     assert (found.usable, found.why_not) == (0, "")
     assert choose_device("", found) == ("cpu", f"{none}: using the CPU")
-    with pytest.raises(InputError, match="--device cuda: no GPU is"):
+    with pytest.raises(InputError, match="--device cuda: no GPU "):
         choose_device("cuda", found)
 
 
@@ -173,7 +173,7 @@ def test_which_kernels_run_where(architectures, capability, runs):
 
 
 class Nvml:
-    """A stand-in for NVIDIA's library, with three GPUs of which the second was not given to this process."""
+    """A stand-in for NVIDIA's library, with three GPUs. This process may not use the second."""
 
     def __init__(self, fault: int = 0, mig: bool = False):
         self.fault, self.mig, self.begun = fault, mig, 0
@@ -216,7 +216,7 @@ class Nvml:
 
 
 def machine(root: Path, nodes: int, listed: int) -> Path:
-    """The files of a driver: device nodes, and what its kernel module tells."""
+    """The files of a driver: device nodes, and the data of its kernel module."""
     (root / "dev").mkdir(parents=True)
     for name in ["nvidiactl", "nvidia-uvm", *(f"nvidia{index}" for index in range(nodes))]:
         (root / "dev" / name).touch()
@@ -231,7 +231,7 @@ def machine(root: Path, nodes: int, listed: int) -> Path:
     return root
 
 
-def test_what_the_drivers_library_says(tmp_path, monkeypatch):
+def test_the_driver_library_is_read(tmp_path, monkeypatch):
     for mig in (False, True):
         nvml = Nvml(mig=mig)
         monkeypatch.setattr(ctypes, "CDLL", lambda name, nvml=nvml: nvml)
@@ -247,7 +247,7 @@ def test_what_the_drivers_library_says(tmp_path, monkeypatch):
     (2, 0, ("NVIDIA",) * 2, 0, ""),
     (0, 8, (), 8, "535.129.03"),  # a container sees what the kernel lists, and was given none of it
 ])  # fmt: skip
-def test_what_the_drivers_files_say(tmp_path, monkeypatch, nodes, listed, gpus, elsewhere, version):
+def test_the_driver_files_are_read(tmp_path, monkeypatch, nodes, listed, gpus, elsewhere, version):
     root = machine(tmp_path, nodes, listed)
     for nvml, fault in ((Nvml(fault=18), "Driver/library version mismatch"), (OSError("no such library"),) * 2):
 
@@ -274,7 +274,7 @@ CANNOT = "8 GPUs here (NVIDIA H100 80GB HBM3, driver 535.129.03) cannot be used:
 
 @pytest.fixture
 def too_old(monkeypatch):
-    """A machine of eight GPUs whose driver is too old."""
+    """A machine with eight GPUs whose driver is too old."""
     monkeypatch.setattr(devices, "ask_driver", lambda: EIGHT)
     monkeypatch.setattr(devices, "ask_torch", lambda: CUDA_13)
 
@@ -306,8 +306,8 @@ def test_every_program_refuses_gpus_that_cannot_be_used(too_old, monkeypatch, ca
         assert (CANNOT in said) == (more in ([], ["--device", "cuda:1"]))
 
 
-def test_evaluation_says_that_it_uses_the_cpu_and_takes_one_process(no_gpu, monkeypatch):
-    assert evaluation.find_device(Settings(), Rank()) == ("cpu", "no GPU is here: using the CPU")
+def test_evaluation_reports_that_it_uses_the_cpu_with_one_process(no_gpu, monkeypatch):
+    assert evaluation.find_device(Settings(), Rank()) == ("cpu", "no GPU found: using the CPU")
     assert evaluation.find_device(Settings(device="cpu"), Rank(local_world_size=8)) == ("cpu", "")
     assert count_processes(0, "") == 1
     assert count_processes(2, "") == 2
@@ -330,7 +330,7 @@ def test_evaluation_says_that_it_uses_the_cpu_and_takes_one_process(no_gpu, monk
 
 
 @pytest.mark.skipif(bool(devices.ask_torch().count), reason="a GPU would be used")
-def test_a_run_of_the_evaluation_says_once_that_it_uses_the_cpu(made, tmp_path):
+def test_an_evaluation_run_reports_the_cpu_once(made, tmp_path):
     for device, times in (("", 1), ("cpu", 0)):
         log = tmp_path / f"{device}.log"
         said = finish(start(made, tmp_path / f"out{device}", log, device=device, limit=2, max_new_tokens=4), log)
@@ -338,7 +338,7 @@ def test_a_run_of_the_evaluation_says_once_that_it_uses_the_cpu(made, tmp_path):
         assert "captioning, group: 2/2 videos in" in said and "\r" not in said
 
 
-def test_metrics_ask_for_a_device_only_where_they_need_one(too_old, monkeypatch):
+def test_metrics_choose_a_device_only_if_they_need_one(too_old, monkeypatch):
     monkeypatch.setattr("metrics.scorecard.check_java", lambda: None)
     monkeypatch.setattr("metrics.scorecard.find_checkpoint", lambda name: name)
     assert prepare_scoring(Settings()).device == "cpu"
@@ -352,21 +352,19 @@ def test_training_refuses_gpus_that_cannot_be_used(too_old, made, tmp_path, caps
     assert CANNOT in said and said.endswith("; or give --use_cpu True to use the CPU")
 
 
-def test_training_of_a_large_model_on_a_cpu_has_to_be_asked_for(no_gpu, made, tmp_path, capsys, monkeypatch):
+def test_training_a_large_model_on_a_cpu_requires_a_flag(no_gpu, made, tmp_path, capsys, monkeypatch):
     large = tmp_path / "large"
     Qwen2_5_VLConfig().save_pretrained(large)  # of 76B; no weights are needed to count them
     said = refused(flags(made, tmp_path / "out", model_name_or_path=large, use_cpu=False), capsys, monkeypatch)
-    assert (
-        "no GPU is here: using the CPU, for which a model of 75," in said and "million parameters is too large" in said
-    )
+    assert "no GPU found: using the CPU, for which a model of 75," in said and "million parameters is too large" in said
     assert said.endswith("train where PyTorch can use a GPU, or give --use_cpu True")
     assert not (tmp_path / "out").exists()
     said = refused(flags(made, tmp_path / "out", model_name_or_path=large), capsys, monkeypatch)
     assert "too large" not in said
 
 
-def test_weights_are_counted_under_zero_3_too():
-    """Where transformers would make and split the weights of any model, and fail on the meta device."""
+def test_weights_are_also_counted_with_zero_3():
+    """transformers would create and partition the weights of any model, and fail on the meta device."""
     zero = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     try:
         count = count_parameters(tiny_config(), SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=zero))
@@ -376,7 +374,7 @@ def test_weights_are_counted_under_zero_3_too():
     assert count == tiny_model().num_parameters()
 
 
-def test_a_gpu_without_bfloat16_has_its_own_line(made, tmp_path, capsys, monkeypatch):
+def test_a_gpu_without_bfloat16_is_reported(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training_device, "look", lambda environment: Devices(1, bfloat16=False))
     said = refused(flags(made, tmp_path / "out", use_cpu=False, bf16=True), capsys, monkeypatch)
     assert said.startswith("error: --bf16 True: no GPU of this machine supports bfloat16: give --bf16 False")
@@ -389,8 +387,8 @@ devices.ask_torch = lambda: devices.Torch("2.14.1+cu130", "13.0", fault="the dri
 """
 
 
-def test_without_a_gpu_the_launcher_hides_what_the_driver_counts(tmp_path):
-    """PyTorch's optimizers ask for the current GPU where NVML counts some, even if CUDA does not start on them."""
+def test_without_a_usable_gpu_the_launcher_hides_the_gpus_of_the_driver(tmp_path):
+    """PyTorch's optimizers query the current GPU if NVML counts some, even if CUDA does not start on them."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\nif 'qwen_vl_streaming.launch' in sys.orig_argv:\n    print(repr("
     )
@@ -403,7 +401,7 @@ def test_without_a_gpu_the_launcher_hides_what_the_driver_counts(tmp_path):
 
 
 def test_the_launcher_refuses_gpus_that_cannot_be_used(tmp_path):
-    """sft.sh itself, whose Python begins with a stand-in for the machine."""
+    """sft.sh itself, whose Python starts with a stand-in for the machine."""
     (tmp_path / "sitecustomize.py").write_text(STAND_IN)
     library = Path(devices.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{library}", "SLURM_GPUS_ON_NODE": "8"}
@@ -417,7 +415,7 @@ def test_the_launcher_refuses_gpus_that_cannot_be_used(tmp_path):
     ("--use_cpu True", "0"), ("--use_cpu", "0"), ("--max_steps 3 --use_cpu=yes", "0"),
     ("--use_cpu False", "8"), ("--bf16 True -x", "8"),
 ])  # fmt: skip
-def test_how_many_gpus_the_launcher_takes(monkeypatch, capsys, words, count):
+def test_how_many_gpus_the_launcher_uses(monkeypatch, capsys, words, count):
     monkeypatch.setattr(training_device, "look", lambda environment: Devices(8, bfloat16=True))
     monkeypatch.setattr(sys, "argv", ["sft.sh", *words.split()])
     training_device.main()

@@ -20,7 +20,7 @@ from qwenvl.checkpointing import SaveError, loading, saving
 from training import finish, flags, free_port, history, start
 
 FINETUNE = Path(__file__).parents[1] / "code/qwen-vl-finetune"
-KILLED = "killed by SIGKILL (Linux does that when memory is short)"
+KILLED = "killed by SIGKILL (Linux does this when it runs out of memory)"
 
 
 def launch(log: Path, *what: str, processes: int = 2, nodes: int = 1, rank: int = 0, port: int = 0, **environment):
@@ -95,7 +95,7 @@ def test_a_failing_node_ends_the_others(tmp_path):
     first, second = (run.wait(60) for run in runs)
     assert (first, second) == (1, 1)
     cause = "process 1: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB)"
-    for log, where in zip(logs, ("machine 1, ", ""), strict=True):
+    for log, where in zip(logs, ("node 1, ", ""), strict=True):
         (line,) = log.read_text().splitlines()
         assert line.startswith(f"error: {where}{cause}")
 
@@ -150,13 +150,13 @@ def lost(how: str) -> RuntimeError:
 @pytest.mark.parametrize("error, line", [
     (lost("is killed by signal: Killed. "), f"a data worker was {KILLED}: HOST"),
     (lost("is killed by signal: Segmentation fault. "), "a data worker was killed by SIGSEGV: HOST"),
-    (lost("is killed by signal: Bus error. It is possible"), "a data worker was killed by SIGBUS: the shared"),
+    (lost("is killed by signal: Bus error. It is possible"), "a data worker was killed by SIGBUS: shared"),
     (lost("exited unexpectedly with exit code 3. Details"), "a data worker ended with status 3: HOST"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "out of GPU memory (CUDA out of memory. Tried): GPU"),
     (RuntimeError("CUDA error: out of memory\nmore"), "out of GPU memory (CUDA error: out of memory): GPU"),
     (MemoryError(), "out of memory (MemoryError): HOST"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "out of memory (["),
-    (OSError(28, "No space left on device", "/x"), "the disk is full ([Errno 28] No space left on device: '/x'): make"),
+    (OSError(28, "No space left on device", "/x"), "the disk is full ([Errno 28] No space left on device: '/x'): free"),
     (InputError("what and how"), "what and how"),
     (RuntimeError("mat1 and mat2"), None),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal"), None),

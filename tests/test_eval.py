@@ -69,11 +69,11 @@ def refused(evaluate, capsys, *flags) -> str:
 
 
 def test_rows_scores_and_resumption(made, evaluate, capsys, monkeypatch):
-    """The files of the contract; a run that is cut short and started again ends with the same bytes."""
+    """The output files. A run that is interrupted and restarted ends with the same bytes."""
     out = evaluate("--variant", "group", "--batch-size", "2")
     whole = (out / "group_infer.json").read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
-    assert [row["video_id"] for row in rows] == [row["video_id"] for row in made[2][:-1]]  # the missing one is left out
+    assert [row["video_id"] for row in rows] == [row["video_id"] for row in made[2][:-1]]  # the missing one is skipped
     for row in rows:
         assert set(row) == set(FIELDS)
         assert sum(row["schedule"]) == len(row["tokens"]) == len(row["slots"]) and len(row["schedule"]) == row["clips"]
@@ -92,14 +92,14 @@ def test_rows_scores_and_resumption(made, evaluate, capsys, monkeypatch):
     without_time = [{**json.loads(line), "seconds": 0} for line in again]
     assert without_time == [{**row, "seconds": 0} for row in rows]
 
-    assert "begun with repetition_penalty" in refused(
+    assert "started with repetition_penalty" in refused(
         evaluate, capsys, "--variant", "group", "--repetition-penalty", "1.3"
     )
-    assert "begun with schedule" in refused(evaluate, capsys, "--variant", "group", "--schedule", "wait-2")
+    assert "started with schedule" in refused(evaluate, capsys, "--variant", "group", "--schedule", "wait-2")
 
 
-def test_a_result_file_of_something_else_is_not_gone_on_with(made, evaluate, tmp_path, capsys, monkeypatch):
-    """Data, weights and schedule are told by what is in them, not by where they lie."""
+def test_a_result_file_of_another_run_is_not_resumed(made, evaluate, tmp_path, capsys, monkeypatch):
+    """Data, weights and schedule are identified by their contents, not by their paths."""
     monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
     model, data, counts = tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "counts.json"
     shutil.copytree(made[0], model)
@@ -107,7 +107,7 @@ def test_a_result_file_of_something_else_is_not_gone_on_with(made, evaluate, tmp
     counts.write_text(json.dumps({row["video_id"]: [2] * 30 for row in made[2]}))
     changed = {"--model": model, "--data": data, "--schedule": counts}
     flags = [str(text) for pair in changed.items() for text in pair]
-    out = evaluate(*flags)  # nothing fits the counts, so there are no rows, and what it was begun with is free
+    out = evaluate(*flags)  # nothing fits the counts, so there are no rows, and its arguments may change
     lines = [json.loads(line) for line in (out / "group_skipped.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and sum("counts.json has 30 counts" in line["reason"] for line in lines) == 5
     assert not (out / "group_infer.json").exists()
@@ -146,7 +146,7 @@ def test_a_result_file_of_something_else_is_not_gone_on_with(made, evaluate, tmp
 
 
 def test_a_file_that_kills_its_decoder_is_named(made, evaluate, capsys, monkeypatch):
-    """Decoders are C: a broken file may take the process along. Then the run says which ones it can have been."""
+    """Decoders are C code: a broken file may kill the process. The run then names the files that may be the cause."""
     fatal, read = made[2][3]["video_path"], captioning.read_video
 
     def read_or_die(path, **options):
@@ -161,7 +161,7 @@ def test_a_file_that_kills_its_decoder_is_named(made, evaluate, capsys, monkeypa
 
 
 def one_tensor_changed(data: bytes) -> bytes:
-    """A checkpoint's file whose last weight was trained a little."""
+    """A file of the checkpoint in which the last weight differs slightly."""
     tensors = {name: tensor + 1e-3 * (name == max(load(data))) for name, tensor in load(data).items()}
     return save(tensors, {"format": "pt"})
 
@@ -176,7 +176,7 @@ def test_every_variant_runs(evaluate, monkeypatch, variant):
             assert set(row["slots"]) == {row["clips"]}
 
 
-def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
+def test_invalid_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
     checkpoint, _, rows = made
     gap = tmp_path / "gap"
     shutil.copytree(checkpoint, gap)
@@ -195,7 +195,7 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         (["--variant", "grup"], "unknown variant 'grup'"),
         (["--schedule", "wait-x"], "unknown schedule 'wait-x'"),
         (["--model", str(gap)], "trained as gap, not group"),
-        (["--model", str(gap), "--variant", "gap"], "under another rule for the positions after a video"),
+        (["--model", str(gap), "--variant", "gap"], "with another rule for the positions after a video"),
         (["--model", str(bare)], "no processor"),
         (["--model", str(tmp_path / "nowhere")], "nowhere"),
         (["--data", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl"),
@@ -204,27 +204,27 @@ def test_bad_input_is_refused_in_one_line(made, evaluate, tmp_path, capsys):
         (["--data", str(tmp_path / "none.jsonl")], "has the human_caption null, which is not a string"),
         (["--data", str(tmp_path / "nameless.jsonl")], 'the video_id "", which is not'),
         (["--data", str(tmp_path / "latin.jsonl")], "cannot be read"),
-        (["--data", str(tmp_path)], "a folder that `Dataset.save_to_disk` has not written"),
+        (["--data", str(tmp_path)], "a folder that was not written by `Dataset.save_to_disk`"),
         (["--batch-size", "0"], "--batch-size 0: give a number from 1 to 1000000"),
         (["--repetition-penalty", "nan"], "--repetition-penalty nan"),
         (["--memory", "1e308"], "--memory 1e+308"),
         (["--output-file", "exp.v1"], "exp.v1: give a name that ends in .json"),
-        (["--data", str(tmp_path / ("x" * 300))], "is not there: check the path"),
-        (["--model", str(tmp_path / "empty")], "empty holds no config.json"),
+        (["--data", str(tmp_path / ("x" * 300))], "is missing: check the path"),
+        (["--model", str(tmp_path / "empty")], "empty has no config.json"),
         (["--limit", "0"], "--limit 0: give a number from 1"),
         (["--limit", "-1"], "--limit -1"),
         (["--dtype", "int8"], "float32"),
         (["--schedule", "random-0"], "give wait-K, random, random-K"),
         (["--memory", "0"], "GiB above 0"),
         (["--processes", "2"], "start it with eval.sh"),
-        (["--device", "cuda:7"], "no GPU is here"),
+        (["--device", "cuda:7"], "no GPU found"),
         (["--output-dir", str(tmp_path / "twice.jsonl")], "cannot be written"),
     ):
         assert reason in refused(evaluate, capsys, *flags), flags
         assert not (tmp_path / "out/group_infer.json").exists()
 
 
-def test_frames_are_sized_as_in_training_unless_asked_otherwise():
+def test_frames_are_resized_as_in_training_by_default():
     trained = SimpleNamespace(pixel_budget={"min_pixels_per_frame": 3136, "max_pixels_per_frame": 7056})
     assert PixelBudget.trained(trained, Settings()) == PixelBudget(3136, 7056)
     assert PixelBudget.trained(trained, Settings(max_pixels_per_frame=6272)) == PixelBudget(3136, 6272)
@@ -236,9 +236,9 @@ def test_frames_are_sized_as_in_training_unless_asked_otherwise():
         PixelBudget.trained(trained, Settings(max_pixels_per_frame=100))
 
 
-def test_early_words_do_not_know_how_long_the_video_will_be(made, evaluate, tmp_path, monkeypatch):
-    """With --budget stream, what is written before the last slot of a video is what is written for a longer one that
-    begins with it."""
+def test_early_tokens_do_not_depend_on_the_length_of_the_video(made, evaluate, tmp_path, monkeypatch):
+    """With --budget stream, the tokens before the last slot of a video equal those of a longer video that begins with
+    it."""
     monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
     sizes = {"size": (320, 240), "options": {"bf": "0", "x264-params": "rc-lookahead=0:log-level=none", "qp": "20"}}
     films = [make_video(tmp_path / f"{n}.mp4", seconds=n, **sizes) for n in (3, 6)]
@@ -279,8 +279,8 @@ def test_captions_made_elsewhere_are_scored(evaluate, tmp_path, capsys):
     assert "line 2: not JSON" in capsys.readouterr().err
 
 
-def test_scoring_again_is_what_the_report_reads(evaluate, tmp_path, monkeypatch):
-    """And it knows how many videos were left out."""
+def test_the_report_reads_new_scores(evaluate, tmp_path, monkeypatch):
+    """Also the number of skipped videos."""
     out = evaluate("--limit", "2")
     (out / "group_skipped.jsonl").write_text('{"video_id": "x", "reason": "gone"}\n')
     (out / "group_scores.json").unlink()
@@ -290,8 +290,8 @@ def test_scoring_again_is_what_the_report_reads(evaluate, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("variant", ["group", "overlap", "interleave"])
-def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeypatch, capsys, variant):
-    """And a token that was changed by hand is found."""
+def test_every_token_is_recomputed_by_the_stock_model(evaluate, tmp_path, monkeypatch, capsys, variant):
+    """A token that was changed by hand is found."""
     monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
     path = evaluate("--variant", variant, "--limit", "2", "--schedule", "random-2") / f"{variant}_infer.json"
     monkeypatch.setattr("sys.argv", ["verify.py", str(path), "--device", "cpu"])
@@ -319,11 +319,15 @@ def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeyp
             run(verify.main)
         assert ended.value.code == status and says in "".join(capsys.readouterr()), change
     arguments = path.with_suffix(".args.json")
-    told, broken = json.loads(arguments.read_text()), tmp_path / "broken.jsonl"
-    broken.write_text(Path(told["data"]).read_text() + "{broken\n")
+    saved_arguments, broken = json.loads(arguments.read_text()), tmp_path / "broken.jsonl"
+    broken.write_text(Path(saved_arguments["data"]).read_text() + "{broken\n")
     for file, text, says in (
-        (arguments, json.dumps({**told, "data": str(broken)}), f"{broken}, line "),
-        (arguments, json.dumps({**told, "repetition_penalty": -0.0}), "a repetition penalty that is not above 0"),
+        (arguments, json.dumps({**saved_arguments, "data": str(broken)}), f"{broken}, line "),
+        (
+            arguments,
+            json.dumps({**saved_arguments, "repetition_penalty": -0.0}),
+            "a repetition penalty that is not above 0",
+        ),
         (path, "", "has no rows"),
     ):
         file.write_text(text)
@@ -332,8 +336,8 @@ def test_every_token_is_rederived_by_the_stock_model(evaluate, tmp_path, monkeyp
         assert ended.value.code == 2 and says in capsys.readouterr().err
 
 
-def test_what_was_made_in_bfloat16_is_rederived_in_it(evaluate, monkeypatch, capsys):
-    """In float32 many a token comes out otherwise; one that was changed by hand is wrong here too."""
+def test_bfloat16_results_are_recomputed_in_bfloat16(evaluate, monkeypatch, capsys):
+    """In float32 many tokens differ. A token that was changed by hand is found here too."""
     monkeypatch.setattr(evaluation, "score_rows", lambda *_: None)
     path = evaluate("--variant", "group", "--limit", "2", "--dtype", "bfloat16") / "group_infer.json"
     monkeypatch.setattr("sys.argv", ["verify.py", str(path), "--device", "cpu"])
@@ -346,8 +350,8 @@ def test_what_was_made_in_bfloat16_is_rederived_in_it(evaluate, monkeypatch, cap
     with pytest.raises(SystemExit) as ended:
         verify.main()
     assert ended.value.code == 1 and "\n1 are wrong\n" in capsys.readouterr().out
-    told = json.loads(path.with_suffix(".args.json").read_text())
-    path.with_suffix(".args.json").write_text(json.dumps({**told, "dtype": "int8"}))
+    saved_arguments = json.loads(path.with_suffix(".args.json").read_text())
+    path.with_suffix(".args.json").write_text(json.dumps({**saved_arguments, "dtype": "int8"}))
     with pytest.raises(SystemExit) as ended:
         run(verify.main)
     assert ended.value.code == 2 and "was made in 'int8', not one of" in capsys.readouterr().err
@@ -356,8 +360,8 @@ def test_what_was_made_in_bfloat16_is_rederived_in_it(evaluate, monkeypatch, cap
 @pytest.mark.parametrize(
     ("dtype", "tied"), [(torch.float32, 5e-5), (torch.bfloat16, 0.5), (torch.float16, 0.0625)], ids=str
 )
-def test_a_tie_is_what_the_number_type_rounds(dtype, tied):
-    """Four steps of the type at the largest score, 16; in float32 the margin that streaming keeps."""
+def test_a_tie_is_a_rounding_error_of_the_data_type(dtype, tied):
+    """Four rounding steps of the type at the largest score, 16; in float32 the margin of streaming."""
     logits = torch.zeros(3, 20)
     logits[:, 7] = 16
     logits[:, 8] = torch.tensor([16 - tied, 16 - 3 * tied, 17])

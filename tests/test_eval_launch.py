@@ -1,22 +1,12 @@
-"""eval.sh on one node, on several, and under SLURM: what it would run."""
+"""eval.sh on one node, on several, and under SLURM: the command that it runs."""
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from launchers import SLURM, launched
 
 SCRIPT = Path(__file__).parents[1] / "eval.sh"
-SLURM = {
-    "SLURM_NNODES": "3",
-    "SLURM_NODEID": "2",
-    "SLURM_JOB_NODELIST": "gpu[07-08,11]",
-    "SLURM_GPUS_ON_NODE": "8",
-    "SLURM_JOB_ID": "4321",
-}
-
-
 PYTHON = (
     'case "$1 $2" in -c*socket*) echo 40123 ;; *processes.py*) [ $3 = 0 ] && echo ${GPUS:-4} || echo $3 ;; '
     '*redact) shift 2; echo "+ $*" ;; esac'
@@ -25,23 +15,14 @@ PYTHON = (
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs eval.sh where `python` only prints 4 processes and a free port. Returns status, the flags that the last
-    command got, and stderr."""
+    """Runs eval.sh with a `python` that only prints 4 processes and a free port. Returns the status, the flags of the
+    last command, and stderr."""
     shutil.copy(SCRIPT, tmp_path / "eval.sh")
     (tmp_path / "code").mkdir()
     shutil.copy(SCRIPT.parent / "code/launch.sh", tmp_path / "code")
-    programs = tmp_path / "bin"
-    programs.mkdir()
 
     def run(*flags: str, scontrol: str = "exit 1", **environment: str):
-        for name, says in (("python", PYTHON), ("scontrol", scontrol)):
-            (programs / name).write_text(f"#!/bin/sh\n{says}\n")
-            (programs / name).chmod(0o755)
-        environment["PATH"] = f"{programs}:{os.environ['PATH']}"
-        command = ["bash", tmp_path / "eval.sh", *flags]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        words = done.stdout.split()
-        return done.returncode, {words[i]: words[i + 1] for i in range(len(words) - 1)}, done.stderr
+        return launched(["bash", tmp_path / "eval.sh", *flags], tmp_path / "bin", PYTHON, scontrol, environment)
 
     return run
 
@@ -61,7 +42,7 @@ def launch(tmp_path):
         ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "4", "3", "2", "first.host", "29821"),
     ],
 )
-def test_where_and_how_many(launch, environment, processes, nodes, rank, address, port):
+def test_processes_nodes_and_addresses(launch, environment, processes, nodes, rank, address, port):
     status, flags, said = launch("--limit", "3", **environment)
     assert (status, said, flags["--limit"]) == (0, "", "3")
     names = ("--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port")
@@ -78,6 +59,6 @@ def test_invalid_numbers_are_refused(launch, name, value):
     assert status == 2 and said.count("\n") == 1 and said.startswith(f"error: {name}={value}: give a whole number")
 
 
-def test_one_task_a_node(launch):
+def test_one_task_per_node(launch):
     status, _, said = launch(**SLURM, SLURM_LOCALID="1")
     assert status == 2 and said.count("\n") == 1 and "--ntasks-per-node=1" in said

@@ -1,4 +1,4 @@
-"""Evaluation by one process, by several and on two nodes, killed at any moment: the captions are the same."""
+"""Evaluation by one process, by several and on two nodes, killed at any time: the captions are the same."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def many(made, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(many, tmp_path_factory):
-    """The rows that one process writes that takes one video at a time."""
+    """The rows written by one process with a batch size of one."""
     folder = tmp_path_factory.mktemp("expected")
     finish(start(many, folder, folder / "log", batch_size=1), folder / "log")
     found = rows(folder)
@@ -52,7 +52,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 @pytest.mark.parametrize("variant", ["group", "interleave"])
 def test_batch_order_and_processes_change_nothing(many, tmp_path, variant):
-    """Nor do wider frames in the batch; the file has the order of the data."""
+    """Wider frames in the batch do not either. The file has the order of the data."""
     data, log = many[1], tmp_path / "log"
     lines = data.read_text().splitlines(keepends=True)
     (tmp_path / "shuffled.jsonl").write_text("".join(random.Random(SEED).sample(lines, len(lines))))
@@ -73,7 +73,7 @@ def test_batch_order_and_processes_change_nothing(many, tmp_path, variant):
 
 
 def test_one_process_is_killed(many, expected, tmp_path):
-    """All start again by themselves, and nothing that was finished is lost: the run ends with the same file."""
+    """All processes restart automatically, and no finished row is lost: the run ends with the same file."""
     print("seed", SEED)
     draw, out, log = random.Random(SEED), tmp_path / "out", tmp_path / "log"
     run, number = start(many, out, log, batch_size=1, processes=2), draw.randrange(2)
@@ -82,7 +82,7 @@ def test_one_process_is_killed(many, expected, tmp_path):
     rank_of(run, number).send_signal(signal.SIGKILL)
     said = finish(run, log)
     (line,) = (line for line in said.splitlines() if "was killed" in line)
-    assert line.startswith(f"process {number} was killed by SIGKILL") and line.endswith(": starting again")
+    assert line.startswith(f"process {number} was killed by SIGKILL") and line.endswith(": restarting")
     (line,) = (line for line in said.splitlines() if "already have a caption" in line)
     assert int(re.match(r"resuming: (\d+) of 12", line)[1]) >= len(kept) >= 1
     assert rows(out) == expected
@@ -92,7 +92,7 @@ def test_one_process_is_killed(many, expected, tmp_path):
 
 
 def test_killed_again_by_the_same_video(many, tmp_path):
-    """What is killed each time is not started without end; the same command resumes."""
+    """A process that is killed every time is not restarted forever; the same command resumes."""
     out, log = tmp_path / "out", tmp_path / "log"
     run = start(many, out, log, batch_size=1, processes=2)
     for starts in (1, 2):
@@ -100,12 +100,13 @@ def test_killed_again_by_the_same_video(many, tmp_path):
             time.sleep(0.05)
         rank_of(run, 1).send_signal(signal.SIGKILL)
     said = finish(run, log, 1)
-    assert said.count("starting again") == 1
+    assert said.count("restarting") == 1
     assert said.splitlines()[-1].startswith("error: process 1 was killed by SIGKILL") and "resumes" in said
 
 
 def test_killed_again_and_again(many, expected, tmp_path):
-    """Whoever is killed at whatever moment: nobody is left behind, nothing finished is lost, the end is the same."""
+    """Random processes are killed at random times: no process and no finished row is lost, and the result is the
+    same."""
     print("seed", SEED)
     draw, out, log, kept = random.Random(SEED), tmp_path / "out", tmp_path / "log", set()
     for processes in (2, 1, 3):
@@ -141,7 +142,7 @@ def test_stopped_by_a_signal(many, expected, tmp_path, number, processes):
 
 
 def test_two_nodes(many, expected, tmp_path):
-    """They share the videos; when one is lost the other ends within seconds, and the same commands resume."""
+    """They share the videos. If one is lost, the other ends within seconds, and the same commands resume."""
     out, logs = tmp_path / "out", [tmp_path / "first", tmp_path / "second"]
 
     def start_both():
@@ -153,7 +154,7 @@ def test_two_nodes(many, expected, tmp_path):
     child = rank_of(second, 1)
     child.kill()
     said = finish(first, logs[0], 1)
-    assert "error: machine 1, process 1 was killed by SIGKILL" in said and "starting again" not in said
+    assert "error: node 1, process 1 was killed by SIGKILL" in said and "restarting" not in said
     assert gone([child]) and "error: process 1 was killed by SIGKILL" in finish(second, logs[1], 1)
 
     first, second = start_both()
@@ -172,7 +173,7 @@ def test_node_0_is_lost_or_busy(many, tmp_path):
     wait_for_rows(out, 1, first)
     psutil.Process(first.pid).kill()
     said = finish(second, logs[1], 1)
-    assert "error: machine 0 has ended" in said and "Traceback" not in said
+    assert "error: node 0 has ended" in said and "Traceback" not in said
 
 
 def test_two_runs_do_not_write_one_file(many, tmp_path):
@@ -191,8 +192,8 @@ def test_two_runs_do_not_write_one_file(many, tmp_path):
     ("bug", 1, "ZeroDivisionError: division by zero"),
     ("memory", 1, "out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB): lower --batch-size"),
 ])  # fmt: skip
-def test_whatever_fails_ends_the_run_with_one_line(many, tmp_path, act, status, line, processes):
-    """With the data workers of each process, of which none is left; the same command goes on."""
+def test_every_failure_ends_the_run_with_one_line(many, tmp_path, act, status, line, processes):
+    """The data workers of all processes end too; the same command resumes."""
     log = tmp_path / "log"
     run = start(many, tmp_path / "out", log, act=act, workers=4, processes=processes)
     everyone = set()
@@ -208,8 +209,8 @@ def test_whatever_fails_ends_the_run_with_one_line(many, tmp_path, act, status, 
     assert last.endswith("the same command resumes from what was saved") or act != "bug"
 
 
-def test_what_all_processes_refuse_is_said_once(many, tmp_path):
-    """A checkpoint without one of its shards is seen when it is loaded."""
+def test_an_error_of_all_processes_is_reported_once(many, tmp_path):
+    """A missing shard of the checkpoint is found when it is loaded."""
     checkpoint, _ = many
     broken = tmp_path / "broken"
     broken.mkdir()

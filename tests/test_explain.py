@@ -78,7 +78,7 @@ def test_json_by_hand(explain, variant, tokens):
     ]
 
 
-def test_json_of_all_is_what_the_rules_say(explain):
+def test_json_of_all_follows_the_rules(explain):
     """One object per variant, in order, equal to timeline, positions and the dense mask."""
     objects = json.loads(explain("--prompt 14 --clips 4 --grid 2x3 --answer 14 --wait-k 3 --format json --variant all"))
     assert [each["variant"] for each in objects] == list(VARIANTS)
@@ -144,7 +144,7 @@ def test_text_of_a_long_video(explain):
 
 @pytest.mark.parametrize("variant", ["gap", "all"])
 def test_png(explain, variant, tmp_path):
-    """The same picture to a file and to a pipe. It has the colour of each part, and much white."""
+    """The same image in a file and through a pipe. It has the colour of each part, and is mostly white."""
     path = tmp_path / "picture.png"
     assert explain(f"--variant {variant} --format png --output {path}") == b""
     image = np.array(Image.open(path).convert("RGB"))
@@ -188,7 +188,7 @@ def test_variant_from_the_environment(explain, monkeypatch):
         ("--output /", "'/'"),
     ],
 )
-def test_bad_input_is_one_line(explain, capsysbinary, arguments, named):
+def test_invalid_input_is_one_line(explain, capsysbinary, arguments, named):
     with pytest.raises(SystemExit) as end:
         explain(arguments)
     written = capsysbinary.readouterr()

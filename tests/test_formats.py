@@ -1,8 +1,8 @@
-"""A file of a data set is a film, or is refused: none leads to another file or address, whatever its name or text."""
+"""A file of a data set is a video, or is refused. None refers to another file or address, whatever its name or text."""
 
 import http.server
 import io
-import threading
+from functools import partial
 
 import PIL.Image
 import pytest
@@ -11,6 +11,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwen_vl_streaming.video.index import index_video
 from qwen_vl_streaming.video.streams import stream_clips
+from serving import serving
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 96)
 HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{}\n#EXT-X-ENDLIST\n"
@@ -25,22 +26,15 @@ def folder(tmp_path):
 
 @pytest.fixture
 def site(folder):
-    """Serves a folder; the paths that were asked for are its `asked`."""
+    """Serves a folder; `asked` has the requested paths."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=folder)
-
         def log_message(self, *_):
             server.asked.append(self.path)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked = []
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(partial(Handler, directory=folder)) as server:
+        server.asked = []
+        yield server
 
 
 @pytest.mark.parametrize(
@@ -56,11 +50,11 @@ def site(folder):
         ("a.srt", "1\n00:00:00,000 --> 00:00:10,000\nHello\n\n"),
     ],
 )
-def test_files_that_name_others(folder, site, name, text):
+def test_files_that_refer_to_others(folder, site, name, text):
     path = folder / name
     path.write_text(text.format(folder=folder, url=site.url))
     for source in (path, io.BytesIO(path.read_bytes())):
-        with pytest.raises(InputError, match=r"cannot be opened \((its format holds no film|Invalid data)") as error:
+        with pytest.raises(InputError, match=r"cannot be opened \((its format has no video|Invalid data)") as error:
             index_video(source, name)
         assert name in str(error.value)
     assert not site.asked
@@ -69,13 +63,13 @@ def test_files_that_name_others(folder, site, name, text):
 def test_a_name_that_is_a_pattern(folder):
     for name in ("seq1.jpg", "seq2.jpg", "seq3.jpg", "seq%d.jpg"):
         PIL.Image.new("RGB", (160, 96)).save(folder / name)
-    with pytest.raises(InputError, match="its format holds no film"):
+    with pytest.raises(InputError, match="its format has no video"):
         read_video(folder / "seq%d.jpg")
 
 
 @pytest.mark.parametrize("reader", ["pyav", "decord"])
 @pytest.mark.parametrize("name", ["concat:secret.mp4", "http:x.mp4", "cache:x.mp4", "file:secret.mp4", "pct%d.mp4"])
-def test_names_are_no_addresses(folder, monkeypatch, name, reader):
+def test_names_are_not_addresses(folder, monkeypatch, name, reader):
     if reader == "decord":
         pytest.importorskip("decord")
     make_video(folder / "own.mp4", [100 + i / 10 for i in range(20)]).rename(folder / name)
@@ -85,7 +79,7 @@ def test_names_are_no_addresses(folder, monkeypatch, name, reader):
 
 
 @pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile secret.mp4\n", HLS.format("file://{folder}/secret.ts")])
-def test_streams_that_name_files(folder, site, text):
+def test_streams_that_refer_to_files(folder, site, text):
     (folder / "live").write_text(text.format(folder=folder))
     (folder / "live.m3u8").write_text(text.format(folder=folder))
     for name in ("live", "live.m3u8"):

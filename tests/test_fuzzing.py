@@ -47,8 +47,8 @@ def test_every_kind_of_finding_is_reported(folder, monkeypatch, capsys):
     for number, finding in enumerate(FINDINGS):
         (folder / "work/case/action").write_text(str(number))
         count = fuzzing.fuzz("probe:prepare", 1, 0, folder, number, seconds=3, memory_mib=100)
-        told = capsys.readouterr().out
-        assert count == (finding != "") and finding in told, told
+        found = capsys.readouterr().out
+        assert count == (finding != "") and finding in found, found
 
 
 OUTPUT = f"      1 s  a\n\nfigures\ntokens  3\nrecord  {__file__}\n"

@@ -32,7 +32,7 @@ FLEX = {
 
 @contextlib.contextmanager
 def no_waiting():
-    """Whatever makes the host wait for the GPU fails, but to wait for an event."""
+    """Fails if the host waits for the GPU, except for an event."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -99,7 +99,7 @@ def test_flex_attention_equals_dense_with_gradients(dtype, tolerance, name):
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_vision_tower_equals_the_one_on_the_cpu(dtype, tolerance):
-    """Windows of every size; in bfloat16 one call of variable length does them all. Error relative to the norm."""
+    """Windows of every size; in bfloat16 one variable-length call computes them all. Error relative to the norm."""
     print("seed", SEED)
     torch.manual_seed(SEED)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -115,7 +115,7 @@ def test_vision_tower_equals_the_one_on_the_cpu(dtype, tolerance):
 
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
-def test_compiled_captured_batches_write_what_plain_streams_write(variant, size):
+def test_compiled_and_captured_batches_equal_the_reference(variant, size):
     print("seed", SEED)
     torch.manual_seed(SEED)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -126,7 +126,7 @@ def test_compiled_captured_batches_write_what_plain_streams_write(variant, size)
 
 @pytest.mark.parametrize("name", ["group", "interleave"])
 def test_the_host_runs_ahead_of_a_batch(name):
-    """What comes second to the same seats has been compiled."""
+    """The second stream in the same batch slots runs compiled code."""
     print("seed", SEED)
     torch.manual_seed(SEED)
     model, variant = tiny_model(**FLEX).cuda(), VARIANTS[name]

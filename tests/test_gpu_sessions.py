@@ -1,4 +1,4 @@
-"""Live sessions on a GPU, recorded as CUDA graphs, write what plain streams write on the CPU, in float32."""
+"""Live sessions on a GPU, captured as CUDA graphs, write the same tokens as the reference on the CPU, in float32."""
 
 import contextlib
 import functools
@@ -60,7 +60,7 @@ def fixed_case(draw, variant, clips=CLIPS):
 
 
 @pytest.mark.parametrize(("variant", "mode"), MODES, ids=[f"{variant.name} {mode}" for variant, mode in MODES])
-def test_captured_sessions_write_what_plain_streams_write(models, runner, variant, mode):
+def test_captured_sessions_equal_the_reference(models, runner, variant, mode):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name} {mode}")
     for _ in range(8):
@@ -70,7 +70,7 @@ def test_captured_sessions_write_what_plain_streams_write(models, runner, varian
             check(models[0], case, play(session, case))
 
 
-def test_a_captured_crowd(models):
+def test_a_captured_session_pool(models):
     print("seed", SEED)
     draw = random.Random(SEED)
     with SessionPool(models[1], 4, Layout(9, 4, 3, GRID), max_clips=CLIPS + 1, max_new_tokens=WORDS) as pool:
@@ -95,7 +95,7 @@ def test_a_captured_crowd(models):
 
 
 @pytest.mark.parametrize("mode", ["serial", "fused"])
-def test_a_captured_window_over_pages_that_turn(models, mode, tmp_path):
+def test_a_captured_window_that_reuses_blocks(models, mode, tmp_path):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {mode}")
     made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
@@ -107,13 +107,13 @@ def test_a_captured_window_over_pages_that_turn(models, mode, tmp_path):
         options = {"schedule": "wait-3", "max_new_tokens": 400, "window": (20, 40), "runner": made, "record": path}
         with open_session(models[1], case.variant, case.template, case.layout, mode=mode, **options) as session:
             play(session, case)
-        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)
+        assert session.rounds.batch_slot.visual.last_block >= len(session.rounds.batch_slot.visual.blocks)
         assert all(difference.tie for difference in replay(read_record(path), models[0], list(case.pixels)))
 
 
 @pytest.mark.parametrize("mode", ["serial", "fused"])
-def test_the_host_waits_for_words_alone(models, mode):
-    """Over pages that turn."""
+def test_the_host_waits_only_for_tokens(models, mode):
+    """With a window that reuses blocks."""
     print("seed", SEED)
     made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), 1, 1, None, 1.15, Window(20, 40))
     made.warm_up()
@@ -126,16 +126,16 @@ def test_the_host_waits_for_words_alone(models, mode):
                 session.feed(clip)
                 while not session.idle:
                     session.step()
-        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)
+        assert session.rounds.batch_slot.visual.last_block >= len(session.rounds.batch_slot.visual.blocks)
 
 
 @pytest.mark.parametrize("other", [0, 1], ids=["one GPU", "two GPUs"])
-def test_two_processes_write_what_one_does(models, runner, other):
+def test_two_processes_write_the_same_tokens_as_one(models, runner, other):
     if other >= torch.cuda.device_count():
         pytest.skip("takes two GPUs")
     print("seed", SEED)
     draw = random.Random(f"{SEED} {other}")
-    template = fixed_case(draw, PARALLEL[0]).template  # another's lengths would be compiled for anew
+    template = fixed_case(draw, PARALLEL[0]).template  # other lengths would be compiled again
     with PerceptionClient(functools.partial(on_gpu, other), patience=4 * SECONDS) as client:
         for variant in PARALLEL * 8:
             case = fixed_case(draw, variant)

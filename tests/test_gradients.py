@@ -78,12 +78,13 @@ MODES = {
     "two processes": {"processes": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
     "ZeRO-2": {"processes": 1, "deepspeed": "zero2.json"},
     "ZeRO-3": {"processes": 1, "deepspeed": "zero3.json"},
+    "ZeRO-3, compiled": {"processes": 1, "deepspeed": "zero3.json", "compile_layers": True},
     "ZeRO-3, offloaded": {"processes": 1, "deepspeed": "zero3_offload.json"},
 }
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_equals_the_plain_one(plain, mixed, tmp_path, mode):
+def test_every_mode_equals_plain_training(plain, mixed, tmp_path, mode):
     out = run(mixed, tmp_path / "out", **MODES[mode])
     expected, got = history(plain), history(out)
     assert got.keys() == expected.keys() == {1, 2, 3, 4}
@@ -98,6 +99,17 @@ def test_every_mode_equals_the_plain_one(plain, mixed, tmp_path, mode):
         assert torch.allclose(reached[name], after[name], atol=2e-6), name
     # Under the parameter names of the published Qwen2.5-VL.
     assert load_file(out / "model.safetensors").keys() == load_file(mixed[0] / "model.safetensors").keys()
+
+
+def test_adapters_alone_have_the_same_gradients_under_zero3(mixed, tmp_path):
+    """The inputs of the first layer require no gradient then."""
+    adapters = {"lora_enable": True, "tune_mm_mlp": False, "tune_mm_vision": False, "eval_samples": 0}
+    adapters |= {"eval_share": 0, "num_train_epochs": 1, "save_steps": 2}
+    plain = history(run(mixed, tmp_path / "plain", **adapters))
+    sharded = history(run(mixed, tmp_path / "out", **adapters, processes=1, deepspeed="zero3.json"))
+    assert plain.keys() == sharded.keys() == {1, 2} and plain[1][1] > 0.01
+    for step in plain:
+        assert sharded[step] == pytest.approx(plain[step], rel=1e-5), step
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,13 +1,12 @@
-"""Checkpoints as the hub has them: found without a network, and trained, merged, evaluated and watched into checkpoints
-that whatever loads the base loads."""
+"""Checkpoints in the hub's format: found without a network, and trained, merged, evaluated and watched. The results
+load wherever the base loads."""
 
 import json
 import logging
 import shutil
 import socket
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -26,6 +25,7 @@ from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwenvl import merge, train
 from safetensors import safe_open
+from serving import Quiet, serving
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 
 NAME = NAMES["3B"]
@@ -53,7 +53,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def forget() -> None:
-    """What a new process does not know."""
+    """Clears the caches, as in a new process."""
     hub.from_hub.cache_clear()
     hub.commit_on_hub.cache_clear()
     hub._warn.cache_clear()
@@ -69,13 +69,14 @@ URL = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 class FakeHub:
-    """The answers of the hub's API that fetching a model needs, for the files of one folder, or one refusal to all."""
+    """The responses of the hub's API that are needed to download a model, for the files of one folder, or one refusal
+    for all requests."""
 
     def __init__(self, folder: Path, refusal: tuple[int, str] | None = None, commit: str = COMMIT):
         self.asked: list[str] = []
         hub = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_HEAD(self):
                 path = unquote(self.path.partition("?")[0])
                 hub.asked.append(path)
@@ -92,7 +93,7 @@ class FakeHub:
                 if refusal:
                     return self.answer(refusal[0], b"{}", refusal[1])
                 file = folder / path.rpartition("/")[2]
-                if not file.is_file():  # the hub's client also asks for things of its own
+                if not file.is_file():  # the hub's client also requests other paths
                     return self.answer(404, b"{}", "EntryNotFound")
                 self.answer(200, file.read_bytes(), tag=file.name)
 
@@ -110,19 +111,14 @@ class FakeHub:
                 if self.command != "HEAD":
                     self.wfile.write(data)
 
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.serving = serving(Handler)
 
     def __enter__(self):
+        self.endpoint = self.serving.__enter__().url
         return self
 
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    def __exit__(self, *error):
+        self.serving.__exit__(*error)
 
 
 def load_all_but_weights() -> None:
@@ -133,10 +129,8 @@ def load_all_but_weights() -> None:
 
 @pytest.mark.parametrize("markers", [True, False])
 @pytest.mark.parametrize("network", ["refuses", "is silent", "is off", "is down"])
-def test_a_cached_model_is_used_where_the_hub_cannot_be_reached(
-    checkpoints, cache, monkeypatch, caplog, network, markers
-):
-    """Asked once for all files, waited for no longer than allowed, and said in one line."""
+def test_a_cached_model_is_used_if_the_hub_is_unreachable(checkpoints, cache, monkeypatch, caplog, network, markers):
+    """With one query for all files, within the timeout, and one line in the log."""
     folder = put_into_cache(cache, checkpoints["3B"], NAME, markers)
     monkeypatch.setattr(hub, "SECONDS", 0.5)
     questions = []
@@ -154,12 +148,12 @@ def test_a_cached_model_is_used_where_the_hub_cannot_be_reached(
             assert hub.model_folder(NAME) == folder
     said = [record.getMessage() for record in caplog.records if record.name.startswith("qwen_vl_streaming")]
     assert len(said) == (network != "is off") and len(questions) == 1
-    assert all("cannot be reached: " in line and f"going on from the cached {folder}" in line for line in said)
+    assert all("cannot be reached: " in line and f"using the cached {folder}" in line for line in said)
     assert of_checkpoint(NAME) == f"{NAME} {COMMIT}"
 
 
-def test_what_the_cache_lacks_is_named(checkpoints, cache, monkeypatch):
-    with pytest.raises(InputError, match=rf"no such folder, nor is it in the cache .*: check .* `hf download {NAME}`"):
+def test_a_file_missing_in_the_cache_is_named(checkpoints, cache, monkeypatch):
+    with pytest.raises(InputError, match=rf"neither a folder nor in the cache .*: check .* `hf download {NAME}`"):
         load_config(NAME)
     folder = put_into_cache(cache, checkpoints["7B"], NAME)
     for name in ("model-00002-of-00003.safetensors", "preprocessor_config.json"):
@@ -171,14 +165,14 @@ def test_what_the_cache_lacks_is_named(checkpoints, cache, monkeypatch):
         (folder / name).symlink_to(there)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert load_config(NAME)
-    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set, and there is no such folder"):
+    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set, and it is neither a folder nor"):
         load_processor("nobody/Qwen2.5-VL-3B-Instruct")
     for path in ("/no/such/folder", "no/such/folder", "../folder"):
-        with pytest.raises(InputError, match="it is not there, check the path"):
+        with pytest.raises(InputError, match="the path does not exist: check it"):
             load_config(path)
 
 
-def test_a_model_is_fetched_once_and_then_asked_for_once(checkpoints, cache, monkeypatch):
+def test_a_model_is_downloaded_once_and_then_queried_once(checkpoints, cache, monkeypatch):
     with FakeHub(checkpoints["3B"]) as there:
         point_at(there.endpoint, monkeypatch)
         load_all_but_weights()
@@ -194,8 +188,8 @@ def test_a_model_is_fetched_once_and_then_asked_for_once(checkpoints, cache, mon
         assert hub.model_folder(NAME).name == "f" * 40 and of_checkpoint(NAME).endswith("f" * 40)
 
 
-def test_weights_are_fetched_when_they_are_needed(checkpoints, cache, monkeypatch):
-    """What can be refused by config and processor is refused before gigabytes come."""
+def test_weights_are_downloaded_when_they_are_needed(checkpoints, cache, monkeypatch):
+    """Errors in config and processor are found before gigabytes are downloaded."""
     with FakeHub(checkpoints["3B"]) as there:
         point_at(there.endpoint, monkeypatch)
         load_all_but_weights()
@@ -205,8 +199,9 @@ def test_weights_are_fetched_when_they_are_needed(checkpoints, cache, monkeypatc
         assert [path for path in there.asked if path.endswith(".safetensors")]
 
 
-def test_a_fetch_that_fails_leaves_the_commit_before(checkpoints, cache, monkeypatch, tmp_path):
-    """A newer commit of which a file cannot be had: one line now, and the model in the cache is whole as it was."""
+def test_a_failed_download_leaves_the_previous_commit(checkpoints, cache, monkeypatch, tmp_path):
+    """A newer commit has a file that cannot be downloaded: one line is reported, and the cached model stays
+    complete."""
     before = put_into_cache(cache, checkpoints["3B"], NAME)
     newer = tmp_path / "newer"
     shutil.copytree(checkpoints["3B"], newer)
@@ -216,7 +211,7 @@ def test_a_fetch_that_fails_leaves_the_commit_before(checkpoints, cache, monkeyp
     with FakeHub(newer, commit="f" * 40) as broken:
         point_at(broken.endpoint, monkeypatch)
         with pytest.raises(
-            InputError, match=f"could not be fetched.*HF_HUB_OFFLINE=1 to use the cached commit {COMMIT}"
+            InputError, match=f"cannot be downloaded.*HF_HUB_OFFLINE=1 to use the cached commit {COMMIT}"
         ):
             hub.model_folder(NAME)
     point_at("http://127.0.0.1:9", monkeypatch)
@@ -226,11 +221,11 @@ def test_a_fetch_that_fails_leaves_the_commit_before(checkpoints, cache, monkeyp
 @pytest.mark.parametrize(
     ("refusal", "says"),
     [
-        ((403, "GatedRepo"), "access to it must be requested.*hf auth login"),
-        ((401, "RepoNotFound"), "has no such model, or none that you may see.*no such folder"),
+        ((403, "GatedRepo"), "the model is gated.*hf auth login"),
+        ((401, "RepoNotFound"), "has no such model, or you cannot access it.*neither a folder"),
     ],
 )
-def test_a_hub_that_does_not_let_in_is_named(checkpoints, cache, monkeypatch, refusal, says):
+def test_denied_access_to_the_hub_is_reported(checkpoints, cache, monkeypatch, refusal, says):
     with FakeHub(checkpoints["3B"], refusal) as closed:
         point_at(closed.endpoint, monkeypatch)
         with pytest.raises(InputError, match=says) as error:
@@ -251,7 +246,7 @@ def sft(model, made, out: Path, monkeypatch, more: str = "") -> None:
 
 
 def assert_own_files(folder: Path, base: Path, dtype: str) -> None:
-    """Every file beside the weights is the base's, byte by byte; config.json with our keys, and all may be read."""
+    """Every file next to the weights equals that of the base; config.json also has our keys. All are readable."""
     for path in base.iterdir():
         if path.name not in OWN and not path.name.startswith("model-"):
             assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
@@ -276,7 +271,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(("size", "numbers"), [("3B", "float32"), ("7B", "bfloat16")])
 def test_trained_evaluated_and_watched(checkpoints, made, tmp_path, cache, monkeypatch, size, numbers):
-    """From an id that is in the cache alone, through checkpoint-1, to what stock transformers loads."""
+    """From an id that is only in the cache, through checkpoint-1, to a checkpoint that stock transformers loads."""
     base, out, name = checkpoints[size], tmp_path / "out", NAMES[size]
     put_into_cache(cache, base, name)
     sft(name, made, out, monkeypatch, f"--bf16 {numbers == 'bfloat16'} --save_steps 1")
@@ -285,10 +280,10 @@ def test_trained_evaluated_and_watched(checkpoints, made, tmp_path, cache, monke
         assert names(folder) == names(base) and ("lm_head.weight" in names(folder)) is (size == "7B")
     record = json.loads((out / "run.json").read_text())
     assert record["arguments"]["model_name_or_path"] == name and record["model_sha256"] == f"{name} {COMMIT}"
-    told, arrays = load_elsewhere.answers(str(out))
+    answers, arrays = load_elsewhere.answers(str(out))
     before = load_elsewhere.answers(str(base))
-    assert told["dtype"] == f"torch.{numbers}" and not told["equal"]["missing weights"]
-    assert {**told["equal"], "streaming_variant": None} == before[0]["equal"]
+    assert answers["dtype"] == f"torch.{numbers}" and not answers["equal"]["missing weights"]
+    assert {**answers["equal"], "streaming_variant": None} == before[0]["equal"]
     assert (arrays["image logits"] != before[1]["image logits"]).any()
     ours = load_model(out, "sdpa", torch.float32).state_dict()
     stock = StockModel.from_pretrained(out, dtype=torch.float32).state_dict()
@@ -316,7 +311,7 @@ def test_trained_evaluated_and_watched(checkpoints, made, tmp_path, cache, monke
     assert not ended.value.code and json.loads(session.read_text())["tokens"]
 
 
-def test_adapters_name_the_id_and_merge_beside_its_files(checkpoints, made, tmp_path, cache, monkeypatch):
+def test_adapters_record_the_id_and_merge_with_its_files(checkpoints, made, tmp_path, cache, monkeypatch):
     base, out = checkpoints["7B"], tmp_path / "out"
     put_into_cache(cache, base, NAMES["7B"])
     sft(NAMES["7B"], made, out, monkeypatch, "--bf16 False --lora_enable True --lora_r 4 --learning_rate 1e-2")
@@ -328,9 +323,9 @@ def test_adapters_name_the_id_and_merge_beside_its_files(checkpoints, made, tmp_
     assert StockModel.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
 
 
-def test_a_base_keeps_what_it_has_and_gets_no_more(checkpoints, tmp_path):
-    """No generation config is made up, sub-configs say the type that the weights have, and what changes after it was
-    read changes nothing."""
+def test_the_files_of_a_base_are_kept_without_additions(checkpoints, tmp_path):
+    """No generation config is added, sub-configs get the data type of the weights, and later changes of the base have
+    no effect."""
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(checkpoints["3B"], base)
     (base / "generation_config.json").unlink()
@@ -378,14 +373,14 @@ def test_other_environments_are_compared(made, checkpoints, capsys, monkeypatch)
     assert load_elsewhere.differences(tied, (tied[0], close), 1e-3) == ["pixels: differ by 0.01"]
 
 
-def test_machines_with_different_models_are_refused(monkeypatch):
+def test_nodes_with_different_models_are_refused(monkeypatch):
     train.check_same_model("m", "a", torch.device("cpu"))
     monkeypatch.setattr(train, "broadcast_object_list", lambda _: ["b"])
     with pytest.raises(InputError, match="m is not the same on every node: "):
         train.check_same_model("m", "a", torch.device("cpu"))
 
 
-def test_a_sliding_window_is_answered_with_the_field_to_change(checkpoints, tmp_path):
+def test_a_sliding_window_is_refused_with_the_field_to_change(checkpoints, tmp_path):
     shutil.copytree(checkpoints["3B"], tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     config |= {"use_sliding_window": True, "max_window_layers": 1}

@@ -1,4 +1,4 @@
-"""A record knows its model by all of its weights."""
+"""A record identifies its model by all of its weights."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The judge against a real HTTP server on the loopback that misbehaves in every way that endpoints do."""
+"""The judge against a real HTTP server on the loopback interface that fails in many ways."""
 
 import base64
 import gzip
@@ -15,27 +15,17 @@ from pathlib import Path
 import pytest
 from endpoint import CUT, DRIP, FLOOD, GOOD, STALL, Endpoint
 from metrics import judge as module
-from metrics.judge import Judge, Verdict, read_verdict
+from metrics.judge import Judge
 from metrics.scoring import NotComputed
-from qwen_vl_streaming.common import redact
+from metrics.verdicts import Verdict, read_verdict
 from qwen_vl_streaming.common.errors import InputError
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = Endpoint()
-    yield server
-    server.closing.set()
-    server.shutdown()
-    server.server_close()
 
 
 def impatient(endpoint: Endpoint, **changes) -> Judge:
     return Judge(endpoint.url, "grader", **{"backoff": 0.001, "retries": 3, "workers": 4, "timeout": 0.3, **changes})
 
 
-def test_what_is_sent_and_what_is_read(endpoint, tmp_path):
+def test_requests_and_responses(endpoint, tmp_path):
     captions = ["A red square\nmoves.", "", "{braces} \ud83d", "A red square\nmoves."]
     judge = Judge(endpoint.url + "/chat/completions/", "grader", key="secret", options={"seed": 3})
     assert judge.judge(captions, tmp_path / "new/cache.jsonl") == dict.fromkeys(captions, Verdict(4, "one slip"))
@@ -92,8 +82,8 @@ def test_answers_are_checked(content, score):
         assert len(str(error.value)) < 150 and "\n" not in str(error.value)
 
 
-def test_trouble_that_passes_is_waited_out(endpoint, tmp_path):
-    """Each caption meets another trouble first, and is judged all the same."""
+def test_temporary_errors_are_retried(endpoint, tmp_path):
+    """Each caption first meets a different error, and is still judged."""
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -119,13 +109,13 @@ def test_trouble_that_passes_is_waited_out(endpoint, tmp_path):
     assert set(endpoint.counts().values()) == {2}
 
 
-def test_as_many_at_once_as_allowed(endpoint, tmp_path):
+def test_parallel_requests_are_limited(endpoint, tmp_path):
     endpoint.pause = 0.02
     impatient(endpoint, workers=5).judge([f"caption {number}" for number in range(30)], tmp_path / "cache.jsonl")
     assert 1 < endpoint.most_at_once <= 5
 
 
-def test_a_caption_that_cannot_be_judged_is_no_score(endpoint, tmp_path):
+def test_a_caption_that_cannot_be_judged_has_no_score(endpoint, tmp_path):
     captions = [f"caption {number}" for number in range(8)]
     endpoint.plan["caption 2"] = [(400, {"error": {"message": "filtered\nfor content"}})]
     endpoint.plan["caption 5"] = [(200, '{"score": 7, "why": "superb"}')]
@@ -154,7 +144,7 @@ def test_a_caption_that_cannot_be_judged_is_no_score(endpoint, tmp_path):
     assert len(endpoint.asked) == 2, "another model's answers were taken"
 
 
-def test_an_endpoint_that_goes_away_is_not_asked_for_ever(endpoint, tmp_path):
+def test_a_lost_endpoint_is_not_retried_forever(endpoint, tmp_path):
     captions = [f"caption {number}" for number in range(100)]
     endpoint.plan = {"": [*[(200, GOOD)] * 30, (401, {"error": {"message": "key revoked"}})]}
     with pytest.raises(NotComputed, match=r"stopped answering .*401 \(key revoked\)\) after 30 of 100") as error:
@@ -171,8 +161,8 @@ def test_answers_that_cannot_be_opened_are_one_line(endpoint, tmp_path):
         impatient(endpoint).judge(["a caption"], tmp_path)
 
 
-def test_a_killed_run_goes_on(endpoint, tmp_path):
-    """Killed in the middle, its last line cut: only what was not on the disk is asked for again."""
+def test_a_killed_run_resumes(endpoint, tmp_path):
+    """Killed in the middle, with an incomplete last line: only answers that were not on disk are requested again."""
     endpoint.pause = 0.05
     cache = tmp_path / "cache.jsonl"
     code = "import sys; from pathlib import Path; from metrics.judge import Judge\n"
@@ -209,7 +199,7 @@ def test_a_killed_run_goes_on(endpoint, tmp_path):
             impatient(endpoint).judge(captions, cache)
 
 
-def test_what_can_never_work_is_one_line_at_once(endpoint):
+def test_permanent_errors_are_one_line_at_once(endpoint):
     impatient(endpoint).check()
     for plan, says in (
         ((401, {"error": {"message": "no key"}}), r"401 \(no key\): set OPENAI_API_KEY"),
@@ -238,8 +228,8 @@ def test_what_can_never_work_is_one_line_at_once(endpoint):
 
 @pytest.mark.parametrize("how", [DRIP, FLOOD])
 @pytest.mark.parametrize("status", [0, 200, 307, 400, 503])
-def test_an_answer_without_an_end_is_given_up(endpoint, how, status):
-    """Whatever part of it has no end, in bounded time and memory."""
+def test_an_endless_answer_is_abandoned(endpoint, how, status):
+    """In bounded time and memory, whichever part of it does not end."""
     endpoint.plan = {"": [(how, status)]}
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with pytest.raises(InputError, match="does not answer") as error:
@@ -249,16 +239,15 @@ def test_an_answer_without_an_end_is_given_up(endpoint, how, status):
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 64  # MiB
 
 
-def test_compressed_answers_do_not_unpack(endpoint):
+def test_compressed_answers_are_not_decompressed(endpoint):
     bomb = gzip.compress(json.dumps({"choices": [{"message": {"content": " " * 2**26 + GOOD}}]}).encode())
     endpoint.plan = {"": [(200, bomb, {"Content-Encoding": "gzip"})]}
     with pytest.raises(InputError, match="compressed"):
         impatient(endpoint, retries=0).check()
 
 
-def test_an_endpoint_that_sends_back_what_it_was_sent(endpoint, tmp_path, monkeypatch):
-    """Neither the key nor the password of the address is shown or kept, and no terminal obeys what it says."""
-    monkeypatch.setattr(redact, "_known", {})
+def test_an_endpoint_that_echoes_requests(endpoint, tmp_path):
+    """Neither the key nor the password in the address is shown or saved, and control characters are escaped."""
     url = endpoint.url.replace("//", "//joe:s3cret@") + "?api_key=tok123"
     judge = Judge(url, "grader", key="", options={"api_key": "opt123"}, retries=1, backoff=0.001)
     basic = base64.b64encode(b"joe:s3cret").decode()

@@ -40,7 +40,7 @@ def by_dense_mask(attention: PagedAttention) -> torch.Tensor:
     n, many = attention.seen_visual.shape
     seen = torch.zeros(n, many, attention.cache.store.shape[2], dtype=torch.bool)
     for b, q in torch.cartesian_prod(torch.arange(n), torch.arange(many)).tolist():
-        keys = attention.key_index[b][attention.mask[b, 0, q]]
+        keys = attention.key_index[b][attention.dense_mask[b, 0, q]]
         assert len(keys.unique()) == len(keys)
         seen[b, q, keys] = True
     return seen
@@ -49,7 +49,7 @@ def by_dense_mask(attention: PagedAttention) -> torch.Tensor:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("windows", [False, True], ids=["all", "windows"])
 @pytest.mark.parametrize("many", [1, 7, 90])
-def test_the_listed_blocks_are_those_of_the_dense_mask(many, windows, splits):
+def test_the_listed_blocks_match_the_dense_mask(many, windows, splits):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {many} {windows} {splits}")
     for _ in range(4):
@@ -106,8 +106,8 @@ def test_splits_combine_to_the_whole():
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_the_blocks_listed_for_ragged_rows_are_those_of_the_rule(splits, monkeypatch):
-    """Rows of several slots as one sequence, each slot's queries in query blocks of their own."""
+def test_the_blocks_listed_for_ragged_rows_match_the_rule(splits, monkeypatch):
+    """Rows of several slots in one sequence, with separate query blocks for each slot."""
     print("seed", SEED)
     draw, groups = random.Random(f"{SEED} {splits}"), 3
     monkeypatch.setattr(ragged_attention, "num_splits", lambda *_: splits)

@@ -1,4 +1,4 @@
-"""Lags of streaming: what the formulas give by hand, and words told from tokens by a real tokenizer."""
+"""Lags of streaming: values of the formulas computed by hand, and words found in tokens with a real tokenizer."""
 
 import random
 
@@ -9,7 +9,7 @@ from qwen_vl_streaming.model.prompts import load_processor
 TEXT = "The video shows 2 été 日本語 🙂 squares, red-green (doesn't) antidisestablish"
 
 
-def test_worked_out_by_hand():
+def test_values_computed_by_hand():
     # 3 clips, 4 words: the third is the first that all clips were there for. 1 - 0, 2 - 3/4 and 3 - 6/4, a third each.
     assert average_lagging([1, 2, 3, 3], 3, 4) == pytest.approx(1.25)
     # For a reference of 6 words: 1 - 0, 2 - 3/6 and 3 - 6/6.
@@ -35,14 +35,14 @@ def test_known_policies():
         assert average_lagging(early, clips, words) == pytest.approx((sum(early) - sum(even)) / words)
 
 
-def test_words_are_written_when_their_last_token_is():
+def test_a_word_is_written_with_its_last_token():
     pieces = ["The", " vid", "eo", " shows", " a", " red", ",", "", " \n", "ri", "ng.", "", "(x)"]
     assert word_slots(pieces, [1, 1, 2, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]) == [1, 2, 2, 3, 4, 8]
     assert word_slots(["", " ", "\n"], [1, 2, 3]) == []
 
 
-def test_words_by_a_real_tokenizer(made):
-    """Against the text of every beginning of the tokens, which shows when a word has become what it stays."""
+def test_words_with_a_real_tokenizer(made):
+    """Compared with the text of every prefix of the tokens, which shows when a word is final."""
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -86,7 +86,7 @@ def test_words_by_a_real_tokenizer(made):
         ({"result": "another"}, "v do not decode to its text"),
     ],
 )
-def test_what_does_not_say_when_it_was_written_is_refused(change, says):
+def test_rows_without_slots_are_refused(change, says):
     row = {"video_id": "v", "result": "a b", "annotation": "x", "tokens": [7, 8], "slots": [1, 2], "clips": 2, **change}
     row = {name: value for name, value in row.items() if value is not None}
     with pytest.raises(ValueError, match=says):

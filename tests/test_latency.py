@@ -1,4 +1,4 @@
-"""The latency benchmark at its smallest: every command runs, what it writes adds up, pictures come out."""
+"""The latency benchmark on a tiny model: every command runs, its results are consistent, and plots are written."""
 
 import json
 import random
@@ -15,11 +15,11 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "code/benchmarks"
 SMALL = {
     "--size": "tiny",
     "--clips": "4",
-    "--words": "12",
+    "--answer-tokens": "12",
     "--repeats": "1",
     "--arrivals": "3",
     "--frames": "300",
-    "--seats": "2",
+    "--sessions": "2",
     "--seconds": "1",
     "--age": "1",
     "--stream": "12",
@@ -28,17 +28,17 @@ SMALL = {
 
 
 def latency(*arguments: str, **options: str) -> subprocess.CompletedProcess:
-    words = [word for pair in {**SMALL, **options}.items() for part in pair for word in part.split()]
-    # In a process of its own: its modules and those of the tests bear the same names.
-    command = [sys.executable, str(BENCHMARKS / "latency.py"), *arguments, *words]
+    flags = [flag for pair in {**SMALL, **options}.items() for part in pair for flag in part.split()]
+    # In a separate process: its modules and those of the tests have the same names.
+    command = [sys.executable, str(BENCHMARKS / "latency.py"), *arguments, *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What all commands have written."""
+    """The results of all commands."""
     folder = tmp_path_factory.mktemp("latency")
-    commands = ("passes", "rounds", "video", "delay", "live", "lanes", "sweep", "many", "long", "plot")
+    commands = ("steps", "rounds", "video", "delay", "live", "lanes", "sweep", "many", "long", "plot")
     done = latency(*commands, **{"--output": str(folder), "--points": "1x16"})
     assert done.returncode == 0, done.stderr
     return folder
@@ -63,28 +63,28 @@ def test_floors_count_what_cannot_be_avoided():
     reading = floors.Floors(model, layout, 1e30, 1.0)  # FLOPs for nothing: seconds are bytes
     seen = layout.prompt + 6 + layout.header
     heads = model.config.text_config.num_key_value_heads * 8
-    assert reading.seconds(reading.word(1, 0)) == 4 * (weights + head) + 4 * 2 * len(layers) * heads * seen
+    assert reading.seconds(reading.decode(1, 0)) == 4 * (weights + head) + 4 * 2 * len(layers) * heads * seen
     counting = floors.Floors(model, layout, 1.0, 1e30)
-    assert counting.seconds(counting.word(1, 0)) > 2 * (weights + head)
+    assert counting.seconds(counting.decode(1, 0)) > 2 * (weights + head)
     for rates in ((1e30, 1.0), (1.0, 1e30), (1e9, 1e9)):
         some = floors.Floors(model, layout, *rates)
-        serial, fused, pipelined = (some.session(way, [3] * 5) for way in ("serial", "fused", "pipelined"))
+        serial, fused, pipelined = (some.session(mode, [3] * 5) for mode in ("serial", "fused", "pipelined"))
         assert 0 < fused <= serial and pipelined > 0
         assert some.session("serial", [4] * 5) > serial and some.session("fused", [4] * 5) > fused
-    # Where FLOPs decide, nothing is saved by sharing passes on one device.
+    # If FLOPs are the limit, sharing steps on one device saves no time.
     assert counting.session("fused", [3] * 5) == pytest.approx(counting.session("serial", [3] * 5))
 
 
-def test_each_kind_of_pass_is_timed(folder):
-    data = read(folder, "passes")
-    kinds = {(row["rows"] > 1, row["write"]) for row in data["passes"]}
+def test_each_kind_of_step_is_timed(folder):
+    data = read(folder, "steps")
+    kinds = {(row["rows"] > 1, row["write"]) for row in data["steps"]}
     assert kinds >= {(False, True), (True, True)}
-    assert all(row["run"] > 0 and row["alone"] > row["floor"] > 0 for row in data["passes"])
-    for kernels in (data["kernels"]["a word"], data["kernels"]["a clip and a word"]):
+    assert all(row["run"] > 0 and row["alone"] > row["floor"] > 0 for row in data["steps"])
+    for kernels in (data["kernels"]["decode"], data["kernels"]["prefill and decode"]):
         assert kernels[0]["ms"] >= kernels[-1]["ms"] > 0
 
 
-def test_rounds_are_timed_beside_their_floor_and_write_the_same(folder):
+def test_rounds_take_longer_than_their_floor_and_give_the_same_tokens(folder):
     data = read(folder, "rounds")
     assert [row["way"] for row in data["rounds"]] == ["serial", "fused", "pipelined"]
     for row in data["rounds"]:
@@ -98,7 +98,7 @@ def test_rounds_are_timed_beside_their_floor_and_write_the_same(folder):
 def test_videos_delays_and_rates(folder):
     assert all(0 < row["floor"] < row["seconds"] for row in read(folder, "video")["videos"])
     for row in read(folder, "delay")["delays"]:
-        assert len(row["next"]) == len(row["any"]) == 2  # all but the first, which nothing is written before
+        assert len(row["next"]) == len(row["any"]) == 2  # all but the first, before which nothing is generated
         assert all(worst >= following for following, worst in zip(row["next"], row["any"], strict=True))
     for row in read(folder, "live")["live"]:
         assert len(row["lags"]) == 9 and min(row["lags"]) > 0
@@ -107,16 +107,16 @@ def test_videos_delays_and_rates(folder):
 
 
 def test_lanes_hold_every_round(folder):
-    ways = {mine["way"]: mine for mine in read(folder, "lanes")["lanes"]}
-    for way, mine in ways.items():
+    modes = {mine["way"]: mine for mine in read(folder, "lanes")["lanes"]}
+    for mode, mine in modes.items():
         assert len(mine["slots"]) == 8 and mine["slots"] == sorted(mine["slots"])
         kinds = [tuple(each["kinds"]) for each in mine["intervals"]]
         assert all(each["begin"] <= each["end"] for each in mine["intervals"])
-        perceivers = {each["who"] for each in mine["intervals"] if "vision tower" in each["kinds"]}
-        assert perceivers == ({"other"} if way == "pipelined" else {"own"})
-        both = ("language model over a clip", "words")
-        assert (both in kinds) == (way == "fused")
-        assert sum("words" in kind for kind in kinds) >= 3 * 7
+        perceivers = {each["who"] for each in mine["intervals"] if "vision encoder" in each["kinds"]}
+        assert perceivers == ({"other"} if mode == "pipelined" else {"own"})
+        both = ("prefill of a clip", "token generation")
+        assert (both in kinds) == (mode == "fused")
+        assert sum("token generation" in kind for kind in kinds) >= 3 * 7
 
 
 def test_a_long_stream_is_sampled_to_its_end(folder):
@@ -125,7 +125,7 @@ def test_a_long_stream_is_sampled_to_its_end(folder):
         assert all(sample["host"] > 0 for sample in row["samples"])
 
 
-def test_a_sweep_goes_on_with_what_is_missing(folder, tmp_path):
+def test_a_sweep_resumes_with_the_missing_points(folder, tmp_path):
     data = read(folder, "sweep")
     assert list(data["points"]) == ["1x16"]
     point = data["points"]["1x16"]
@@ -137,7 +137,7 @@ def test_a_sweep_goes_on_with_what_is_missing(folder, tmp_path):
         assert mine["speed_up"] == pytest.approx(point["ways"]["serial"]["seconds"] / mine["seconds"])
         assert mine["floor"] > 0
     (tmp_path / "tiny-sweep.json").write_text(json.dumps(data))
-    more = {"--points": "1x16 2x16", "--ways": "serial fused", "--output": str(tmp_path)}
+    more = {"--points": "1x16 2x16", "--modes": "serial fused", "--output": str(tmp_path)}
     done = latency("sweep", **more)
     assert done.returncode == 0, done.stderr
     after = read(tmp_path, "sweep")
@@ -146,17 +146,17 @@ def test_a_sweep_goes_on_with_what_is_missing(folder, tmp_path):
     assert len([line for line in done.stdout.splitlines() if line.split()[1:2] == ["16"]]) == 2
 
 
-def test_pictures_are_there(folder):
+def test_plots_are_written(folder):
     for name in ("sweep", "tiny-lanes", "tiny-delay", "tiny-long"):
-        picture = (folder / f"{name}.png").read_bytes()
-        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+        plot = (folder / f"{name}.png").read_bytes()
+        assert plot.startswith(b"\x89PNG") and len(plot) > 10_000
 
 
-def test_mistakes_are_answered_in_one_line():
+def test_errors_are_one_line():
     mistakes = [
         (["sweep", "--points", "3x90"], "3x90"),
         (["rounds", "--chunks", "some"], "some"),
-        (["rounds", "--words", "5"], "--words 5"),
+        (["rounds", "--answer-tokens", "5"], "--answer-tokens 5"),
         (["rounds", "--size", "7B"], "GPU"),
         (["plot", "--output", "nowhere"], "nowhere"),
     ]
@@ -178,7 +178,7 @@ def test_mistakes_are_answered_in_one_line():
         assert line.startswith("error: ") and named in line
 
 
-def test_attention_is_timed_by_its_options():
+def test_attention_is_timed_for_each_option():
     command = [sys.executable, str(BENCHMARKS / "attention.py"), "--size", "tiny", "--options"]
     done = subprocess.run([*command, "64x64x4x3", "8x2"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ SLOW = 0.03
 
 @pytest.fixture(scope="module", autouse=True)
 def one_core():
-    """A model this small is slow on several threads where the source's thread wants the cores too."""
+    """A model this small is slow with several threads, because the thread of the source needs the cores too."""
     threads, others = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -61,7 +61,7 @@ def one_core():
 
 @pytest.fixture
 def command(made, tmp_path, monkeypatch, capsys):
-    """Run a program on the tiny checkpoint: exit status, answer and statistics, notes."""
+    """Run a program on the tiny checkpoint: exit status, answer and statistics, messages."""
 
     def call(*arguments, program=cli):
         flags = ("--model", made[0], *map(str, arguments))
@@ -88,7 +88,7 @@ def read(tmp_path):
 
 
 def replays(command, tmp_path, *arguments):
-    """All tokens of the record come out again."""
+    """Assert that a replay gives all tokens of the record."""
     code, out, err = command(tmp_path / "record.json", *arguments, program=replay)
     assert code == 0 and "all the same" in out, out + err
     return True
@@ -115,7 +115,7 @@ def test_a_file_is_watched_and_replayed(command, film, tmp_path):
     assert replays(command, tmp_path)
 
 
-def test_frames_are_sized_as_in_training_unless_asked_otherwise(monkeypatch):
+def test_frames_are_resized_as_in_training_by_default(monkeypatch):
     trained = SimpleNamespace(pixel_budget={"min_pixels_per_frame": 3136, "max_pixels_per_frame": 7056})
     for flags, budget in (((), PixelBudget(3136, 7056)), (("--max-pixels-per-frame", "6272"), PixelBudget(3136, 6272))):
         monkeypatch.setattr(sys, "argv", ["live", "--model", "m", "--source", "synthetic", *flags])
@@ -183,7 +183,7 @@ def test_greedy_that_keeps_up_misses_no_deadline(command, tmp_path, slow):
         assert (found["deadlines"], found["missed_deadlines"]) == (5, 0)
 
 
-def test_what_waits_is_counted_where_the_source_is_held_up(command, tmp_path, slow, monkeypatch):
+def test_waiting_clips_are_counted_if_the_source_is_blocked(command, tmp_path, slow, monkeypatch):
     monkeypatch.setattr(intake_module, "ROOM", 2)
     flags = ("--max-clips", 50, "--speed", 1000, "--schedule", "wait-1", "--max-new-tokens", 10)
     code, _, err = command("--source", "synthetic", *flags)
@@ -193,7 +193,7 @@ def test_what_waits_is_counted_where_the_source_is_held_up(command, tmp_path, sl
     assert found["source_clips"] < 20
 
 
-def test_records_have_names_of_their_own(command, tmp_path, monkeypatch):
+def test_records_have_unique_names(command, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["live", "--model", "m", "--source", "synthetic"])
     asked = parse("")
     first = record_place(asked, VARIANTS["group"])
@@ -212,7 +212,7 @@ def test_records_have_names_of_their_own(command, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
-def test_places_of_record_and_frames_are_tried_and_left_as_they_were(tmp_path):
+def test_output_paths_are_checked_without_changing_them(tmp_path):
     (tmp_path / "record.json").write_text("an earlier one")
     asked = SimpleNamespace(record=tmp_path / "record.json", keep=tmp_path / "new/folder/kept", source="synthetic")
     assert record_place(asked, VARIANTS["group"]) == asked.record
@@ -237,8 +237,8 @@ def test_max_clips_end_a_file(command, film, tmp_path):
         assert replays(command, tmp_path)
 
 
-def test_a_stream_without_end_in_a_window(command, tmp_path):
-    """It goes on past what would be the most clips and tokens, until it is told to stop."""
+def test_an_endless_stream_with_a_window(command, tmp_path):
+    """It continues past the default limits of clips and tokens, until it is stopped."""
     flags = ("--window", 3, 8, "--speed", 200, "--schedule", "wait-2", "--max-new-tokens", 70)
     code, _, err = command("--source", "synthetic", *flags)
     record, found = read(tmp_path)
@@ -251,7 +251,7 @@ def test_the_answer_may_end_before_the_source(command, film, tmp_path, monkeypat
     command("--source", film, "--speed", "50", "--max-new-tokens", 20)
     tokens = read(tmp_path)[0].tokens
     end = tokens[4]
-    monkeypatch.setattr(cli, "make_template", lambda *what: replace(make_template(*what), end=end))
+    monkeypatch.setattr(setup, "make_template", lambda *what: replace(make_template(*what), end=end))
     code, out, err = command("--source", film, "--speed", "2")
     record, found = read(tmp_path)
     assert code == 0, err
@@ -263,7 +263,7 @@ def test_the_answer_may_end_before_the_source(command, film, tmp_path, monkeypat
 
 
 def broken_stream(path, broken=(), other_size_from=None):
-    """Matroska whose frames `broken` hold no picture, and whose pictures grow from a frame on."""
+    """Matroska in which the frames `broken` have no picture, and frames are larger from one frame on."""
     make_video(path, seconds=6, codec="mjpeg", pixels="yuvj420p", container="matroska", size=(112, 112))
     if other_size_from is not None:
         larger = make_video(path.with_name("l.mkv"), seconds=6, codec="mjpeg", pixels="yuvj420p", size=(168, 140))
@@ -301,7 +301,7 @@ def test_stream_with_a_fault_in_the_middle(command, tmp_path, serve, fault):  # 
 
 
 def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):  # noqa: F811
-    """All at once, then nothing for a while, then all at once from a new connection; then it is gone."""
+    """All data at once, then nothing for a while, then all at once from a new connection; then the stream ends."""
     data = stream_bytes(tmp_path, [i / 10 for i in range(30)])
     kept = tmp_path / "kept.safetensors"
     for behind in ("wait", "skip"):
@@ -319,7 +319,7 @@ def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):  # 
         assert replays(command, tmp_path, "--clips", kept)
 
 
-def test_clips_that_came_while_it_made_ready_do_not_put_it_behind(command, tmp_path, serve, monkeypatch):  # noqa: F811
+def test_clips_from_before_the_start_do_not_count_as_falling_behind(command, tmp_path, serve, monkeypatch):  # noqa: F811
     data = stream_bytes(tmp_path, [i / 10 for i in range(80)])
     size = len(data) // 16
     url = serve([[(data[at : at + size], 0.2) for at in range(0, len(data), size)]])  # a machine may pause for a moment
@@ -328,7 +328,7 @@ def test_clips_that_came_while_it_made_ready_do_not_put_it_behind(command, tmp_p
         time.sleep(1.2)
         return open_session(*what, **options)
 
-    monkeypatch.setattr(cli, "open_session", ready_late)
+    monkeypatch.setattr(setup, "open_session", ready_late)
     kept = tmp_path / "kept.safetensors"
     code, out, err = command("--source", url, "--reconnect-seconds", 0, "--max-new-tokens", 40, "--keep", kept)
     record, found = read(tmp_path)
@@ -362,7 +362,7 @@ def test_source_that_is_lost(command, tmp_path, monkeypatch, known):
     assert replays(command, tmp_path)
 
 
-def test_what_is_no_source(command, tmp_path, serve, film):  # noqa: F811
+def test_invalid_sources(command, tmp_path, serve, film):  # noqa: F811
     before = film.read_bytes()
     (tmp_path / "text.mp4").write_text("no video")
     for arguments, match in (
@@ -385,7 +385,7 @@ def test_what_is_no_source(command, tmp_path, serve, film):  # noqa: F811
         (("--source", "synthetic", "--record", tmp_path / "text.mp4/y.json"), "cannot be written (Not a directory)"),
         (("--source", film, "--record", film.parent / "." / film.name), "is the source"),
         (("--source", film, "--keep", film), "is the source"),
-        (("--source", "synthetic", "--keep", tmp_path / "record.json"), "both name"),
+        (("--source", "synthetic", "--keep", tmp_path / "record.json"), "are both"),
         (("--source", "synthetic", "--device", "foo"), "foo is neither cpu nor cuda"),
         (("--source", "synthetic", "--device", "meta"), "meta is neither cpu nor cuda"),
         (("--source", "synthetic", "--device", "cuda:99"), "--device cuda:99: "),
@@ -411,7 +411,7 @@ def test_what_is_no_source(command, tmp_path, serve, film):  # noqa: F811
 
 
 def at_step(monkeypatch, number, act):
-    """`act` is called in the step of this number of a session."""
+    """Calls `act` in the step of this number of a session."""
     step, steps = Session.step, []
 
     def spy(session):
@@ -510,7 +510,7 @@ def test_no_memory_left(command, tmp_path, monkeypatch, number, kind, reason):
     if number:
         at_step(monkeypatch, number, lambda session: monkeypatch.setattr(session.runner, "step", exhaust))
     else:
-        monkeypatch.setattr(cli, "open_session", exhaust)
+        monkeypatch.setattr(setup, "open_session", exhaust)
     code, out, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 6)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in err
@@ -523,7 +523,7 @@ def test_no_memory_left(command, tmp_path, monkeypatch, number, kind, reason):
         assert replays(command, tmp_path)
 
 
-def test_two_processes_of_which_one_is_lost(command, tmp_path, monkeypatch):
+def test_the_loss_of_one_of_two_processes(command, tmp_path, monkeypatch):
     flags = ("--source", "synthetic", "--speed", 20, "--max-clips", 5, "--max-new-tokens", 20, "--way", "pipelined")
     clients = []
     monkeypatch.setattr(setup, "PerceptionClient", lambda load: clients.append(PerceptionClient(load)) or clients[-1])
@@ -544,11 +544,14 @@ def test_two_processes_of_which_one_is_lost(command, tmp_path, monkeypatch):
 
 
 class Script(Intake):
-    """Clips that come when they are waited for, some each time."""
+    """Clips that arrive when the program waits for them, a given number each time."""
 
     def __init__(self, clips, batches, processor, skip):
         super().__init__(lambda: iter(()), processor, skip)
         self.left, self.batches = list(clips), list(batches)
+
+    def begin(self):
+        pass
 
     def wait(self):
         for _ in range(self.batches.pop(0) if self.batches else 1):
@@ -559,28 +562,28 @@ class Script(Intake):
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_it_says_once_that_it_is_behind_and_once_that_it_has_caught_up(skip, made):
+def test_falling_behind_and_catching_up_are_reported_once(skip, made, caplog):
     model, variant = tiny_model(), VARIANTS["group"]
     template = replace(random_template(random.Random(0)), end=199)
     frames = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
     clips = [Clip(i, frames, np.zeros(2), time.time(), last=i == 19) for i in range(20)]
     intake = Script(clips, [1, 8], load_processor(made[0]), skip)
-    notes, kept = io.StringIO(), []
+    kept = []
     session = open_session(
         model, variant, template, template.layout((1, 1), 2.0), schedule="wait-1", max_clips=20, max_new_tokens=25,
         about={"a": 1},
     )  # fmt: skip
-    watch = Watch(session, intake, Screen(io.StringIO(), notes), Pieces(str), 1.0, None, skip, kept.append)
+    watch = Watch(session, intake, Pieces(str), 1.0, None, skip, kept.append)
     with session:
-        watch.run()
-    said = notes.getvalue().splitlines()
+        assert [*watch.texts()]
+    said = caplog.messages
     assert len(said) == 2 and said[0].startswith("behind at") and said[1].startswith("caught up at"), said
     assert watch.clips == ([*range(20)] if not skip else [0, 8, *range(9, 20)])
     assert watch.skipped == (7 if skip else 0)
     assert len(kept) == len(watch.clips)
 
 
-def test_characters_come_whole(made):
+def test_characters_are_printed_whole(made):
     tokenizer = load_processor(made[0]).tokenizer
     text = "The naïve 漢字 🙂👩‍👩‍👧 ring, Ελληνικά"
     tokens = tokenizer(text).input_ids
@@ -611,7 +614,7 @@ def test_screen():
         screen.say(" turns\x1b", 12)
         screen.end_line()
         assert notes.getvalue() == "behind\n"
-        # On a terminal the note would stand in the middle of a line, so that it goes on in a new one.
+        # On a terminal the message would be in the middle of a line, so the text continues on a new one.
         expected = lines or ["      1 s  The", "      1 s  ring", "     12 s  turns"]
         assert [line.rstrip() for line in out.getvalue().splitlines()] == expected
 
@@ -657,7 +660,7 @@ def test_figures():
         "tokens                    6, 1.16/s",
         "clips                     3, 0.59/s, 1.2 frames/s",
         "clips of the source       4, 1.00/s",
-        "missed deadlines          1 of 2 slots, each due when the next clip came",
+        "missed deadlines          1 of 2 slots, each due when the next clip arrived",
         "clips skipped             1",
         "clips before the start    4",
         "clips waiting             2 at most",
@@ -669,11 +672,11 @@ def test_figures():
     ]
 
 
-def test_intake_waits_for_no_one_and_wakes(made):
-    """A source that gives nothing does not hold up its end; a full intake holds up the source, and nothing else."""
+def test_intake_does_not_block_and_wakes_up(made):
+    """A source without data does not delay the end; a full intake blocks only the source."""
     processor = load_processor(made[0])
     intake = Intake(lambda: synthetic_clips(2000, speed=1e6, size=(28, 28)), processor, pace=1e-6, count=2000)
-    intake.start()
+    intake.begin()
     intake.wait()
     clip, pixels = intake.take()
     assert clip.index == 0 and torch.equal(pixels, clip_pixels(processor, clip.frames)[0][0])
@@ -692,12 +695,12 @@ def until(happened, seconds=10):
         time.sleep(0.01)
 
 
-def test_intake_that_skips_holds_up_no_source(made, monkeypatch):
-    """Only the newest clip waits, and only what is taken, or found nothing waiting, is made ready."""
+def test_intake_that_skips_does_not_block_the_source(made, monkeypatch):
+    """Only the newest clip waits, and only clips that are taken, or arrive when none waits, are converted to pixels."""
     made_ready = []
     monkeypatch.setattr(intake_module, "clip_pixels", lambda *what: made_ready.append(1) or clip_pixels(*what))
     intake = Intake(lambda: synthetic_clips(500, speed=1e6, size=(28, 28)), load_processor(made[0]), skip=True)
-    intake.start()
+    intake.begin()
     until(lambda: intake.over)
     assert len(intake.waiting) == 1 and intake.due() == len(intake.completed) == 500
     assert intake.take()[0].index == 499
@@ -705,18 +708,18 @@ def test_intake_that_skips_holds_up_no_source(made, monkeypatch):
 
 
 @pytest.mark.parametrize("film", [False, True])
-def test_clips_that_come_before_the_start(made, film):
-    """The newest is left of them; a film can wait."""
+def test_clips_that_arrive_before_the_start(made, film):
+    """Only the newest is kept; a recording can wait."""
     clips = [replace(clip, film=film) for clip in synthetic_clips(9, speed=1e6, size=(28, 28))]
     intake = Intake(lambda: iter(clips), load_processor(made[0]))
-    intake.start(begun=False)
+    intake.start()
     until(lambda: intake.over)
     intake.begin()
     assert intake.before == (0 if film else 8)
     assert [clip.index for clip, _ in intake.waiting] == [*range(intake.before, 9)]
 
 
-def test_kept_clips_that_are_none(tmp_path):
+def test_invalid_files_of_kept_clips(tmp_path):
     (tmp_path / "text").write_bytes(b"text")
     save_file({"frames": torch.zeros(3)}, tmp_path / "other")
     for name in ("none", "text", "other"):
@@ -724,7 +727,7 @@ def test_kept_clips_that_are_none(tmp_path):
             read_clips(tmp_path / name)
 
 
-def test_a_password_is_neither_shown_nor_kept(command, tmp_path, serve):  # noqa: F811
+def test_a_password_is_neither_shown_nor_saved(command, tmp_path, serve):  # noqa: F811
     data = stream_bytes(tmp_path, [i / 10 for i in range(30)])
     url = serve([[(data, 0)], [(data, 0.1)]]).replace("//", "//admin:hunter2@") + "?pwd=hunter2"
     flags = ("--max-new-tokens", 10, "--keep", tmp_path / "kept.safetensors")
@@ -739,7 +742,7 @@ def test_a_password_is_neither_shown_nor_kept(command, tmp_path, serve):  # noqa
 @pytest.mark.parametrize(
     "source", ["file:///etc/passwd", "concat://a.mp4|b.mp4", "fd://0", "data://x", "foo://a:hunter2@b"]
 )
-def test_addresses_that_are_not_of_streams(source, made, monkeypatch):
+def test_addresses_that_are_not_streams(source, made, monkeypatch):
     monkeypatch.setattr("sys.argv", ["live", "--model", str(made[0]), "--source", source, "--device", "cpu"])
     with pytest.raises(InputError, match="is not a stream: give rtsp,") as error:
         open_source(options.parse("").source, PixelBudget())

@@ -1,4 +1,4 @@
-"""Where the positions of a long video would reach those of its text."""
+"""Long videos, whose positions would reach those of the text."""
 
 from dataclasses import replace
 
@@ -36,8 +36,8 @@ def test_of_the_paper():
     assert all(clips_before_text(variant, layout) is None for name, variant in VARIANTS.items() if name != "gap")
 
 
-def test_live_ends_there(command, tmp_path, monkeypatch):  # noqa: F811
-    """A stream without an end: told at once, and the answer is written to its end."""
+def test_live_ends_at_the_limit(command, tmp_path, monkeypatch):  # noqa: F811
+    """An endless stream: the limit is reported at the start, and the answer is finished there."""
     near = replace(VARIANTS["gap"], text_start=60)
     monkeypatch.setitem(variants.VARIANTS, "gap", near)
     flags = ("--source", "synthetic", "--speed", 50, "--variant", "gap", "--max-new-tokens", 60)

@@ -146,7 +146,7 @@ def test_folder_with_missing_videos_and_orphans(tmp_path):
 
 
 def test_the_video_beside_the_json_is_used(tmp_path, monkeypatch):
-    """Otherwise one that has no JSON of its own. Independent of the order in which the disk lists files."""
+    """Otherwise a video without its own JSON. Independent of the order in which the disk lists files."""
     for folder, seconds in (("b", 7), ("a", 6), ("c", 8)):
         caption = b"{" if folder == "a" else good(video_duration_in_s=seconds)
         files = {"0.json": caption, "0.mp4": video_bytes(seconds=seconds, size=(64, 48))}

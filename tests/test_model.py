@@ -34,13 +34,17 @@ def stock_twin(model):
     return twin
 
 
-def test_origin_equals_stock_logits():
-    """The stock model, given ids and pixels and left to itself, against ours with explicit positions and mask."""
+def drawn_twins():
+    """A random generator, a model of ours, and the stock one with its weights."""
     print("seed", SEED)
-    draw = random.Random(SEED)
     torch.manual_seed(SEED)
     model = tiny_model(SEED)
-    twin = stock_twin(model)
+    return random.Random(SEED), model, stock_twin(model)
+
+
+def test_origin_equals_stock_logits():
+    """The stock model, given only ids and pixels, against ours with explicit positions and mask."""
+    draw, model, twin = drawn_twins()
     for seconds in (1.0, 0.75):
         template, grid, clips = random_template(draw), (draw.randint(1, 6), draw.randint(1, 6)), draw.randint(1, 5)
         answer = [draw.randrange(100) for _ in range(6)]
@@ -66,12 +70,8 @@ def test_origin_equals_stock_logits():
 
 
 def test_vision_tower_equals_stock_and_clips_are_independent():
-    """Windows of every size that an odd grid leaves at its borders; clip by clip, all at once, and stock."""
-    print("seed", SEED)
-    draw = random.Random(SEED)
-    torch.manual_seed(SEED)
-    model = tiny_model(SEED)
-    twin = stock_twin(model)
+    """Windows of every size at the borders of an odd grid; clip by clip, all at once, and stock."""
+    draw, model, twin = drawn_twins()
     for _ in range(6):
         clips, grid = draw.randint(1, 4), (draw.randint(1, 11), draw.randint(1, 11))
         pixels = torch.randn(clips, 4 * grid[0] * grid[1], 1176)
@@ -89,8 +89,8 @@ def test_vision_tower_equals_stock_and_clips_are_independent():
         assert (together - one_by_one).abs().max() < 1e-4 * stock.abs().max()
 
 
-def test_a_settled_tower_moves_and_is_saved_as_any_other(tmp_path):
-    """Its weights lie in wider ones, and are the same weights."""
+def test_a_widened_tower_is_moved_and_saved_like_any_other(tmp_path):
+    """Its weights are views of wider weights, with the same values."""
     model = tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for block in model.model.visual.blocks:
@@ -113,7 +113,7 @@ def test_a_settled_tower_moves_and_is_saved_as_any_other(tmp_path):
         assert mlp.wide is None and (moved - twice).abs().max() < 1e-4 * moved.abs().max()
 
 
-def test_loss_is_over_the_labelled_rows_and_nothing_is_shifted():
+def test_loss_is_over_labelled_rows_without_a_shift():
     model = tiny_model()
     ids, labels = torch.arange(12)[None] % 7, torch.full((1, 12), -100)
     labels[0, 3], labels[0, 8] = 5, 9
@@ -128,7 +128,7 @@ def test_loss_is_over_the_labelled_rows_and_nothing_is_shifted():
 
 def test_a_wrong_number_of_visual_tokens_is_refused():
     ids = torch.tensor([[1, VIDEO, VIDEO, 2]])
-    with pytest.raises(ValueError, match="2 places for visual tokens, but 3 came"):
+    with pytest.raises(ValueError, match="2 rows for visual tokens, but 3 visual tokens"):
         tiny_model()(
             input_ids=ids,
             position_ids=torch.arange(4).expand(3, 1, 4),
@@ -144,7 +144,7 @@ def test_sliding_windows_are_refused():
 
 
 def test_save_and_reload(checkpoint, tmp_path):
-    """Ours loads what stock saved, stock loads what ours saves; weights and their names stay."""
+    """Ours loads what stock saved, and stock loads what ours saved; weights and their names stay the same."""
     model = load_model(checkpoint, "sdpa", torch.float32)
     model.config.streaming_variant, model.config.wait_k = "group", 3
     model.save_pretrained(tmp_path)
@@ -160,7 +160,7 @@ def test_save_and_reload(checkpoint, tmp_path):
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path):
-    """Random numbers never stand in silently for weights that are not there."""
+    """Missing weights are never silently replaced by random numbers."""
     weights = load_file(checkpoint / "model.safetensors")
     weights.pop(next(name for name in weights if "down_proj" in name))
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path):
         load_config(tmp_path / "config.json")
     config = json.loads((tmp_path / "config.json").read_text())
     for broken, says in (
-        (config | {"model_type": "qwen2_vl"}, "of a model of type qwen2_vl"),
+        (config | {"model_type": "qwen2_vl"}, "has the model type qwen2_vl"),
         ([1], ""),
         ({}, "type None"),
     ):
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("names", ["tokenizer.json vocab.json", "chat_template.json"])
-def test_a_processor_that_is_not_whole_is_refused(checkpoint, tmp_path, names):
+def test_an_incomplete_processor_is_refused(checkpoint, tmp_path, names):
     for path in (*checkpoint.glob("*.json"), checkpoint / "merges.txt"):
         shutil.copy(path, tmp_path)
     assert load_processor(tmp_path)
@@ -204,7 +204,7 @@ def test_a_processor_that_is_not_whole_is_refused(checkpoint, tmp_path, names):
 
 
 def test_template_and_pixels_of_a_real_processor(checkpoint):
-    """Prompt, tail and header put together are what the chat template gives; pixels are the processor's own."""
+    """Prompt, tail and header together equal the chat template; pixels equal the processor's."""
     processor = load_processor(checkpoint)
     template = make_template(processor, QUESTIONS[-1])
     text = (

@@ -1,4 +1,4 @@
-"""A checkpoint's folder is data: no code in it runs, whatever its files ask for and whatever stands on stdin."""
+"""A checkpoint's folder is data: no code in it runs, whatever its files request and whatever is on stdin."""
 
 import ast
 import builtins
@@ -20,7 +20,7 @@ CLASSES = "AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer", "AutoImag
 
 @pytest.fixture
 def copy(made, tmp_path, monkeypatch):
-    """A checkpoint with code beside it, which leaves a mark where it runs; whoever is asked says yes."""
+    """A checkpoint with code next to it, which creates a file when it runs; every prompt is answered with yes."""
     folder = Path(shutil.copytree(made[0], tmp_path / "copy"))
     mark = tmp_path / "ran"
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n" + "class Evil: pass\n")
@@ -66,14 +66,14 @@ def test_code_beside_a_checkpoint_does_not_run(copy, name, renamed):
         {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": {"_type": "x", "_data": {}}}}},
     ],
 )
-def test_packages_that_a_config_asks_for_are_not_fetched(copy, more):
+def test_packages_that_a_config_requires_are_not_downloaded(copy, more):
     path = copy / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
     load_all(copy)
 
 
-def test_every_loader_says_that_no_code_is_trusted():
-    """A call without the argument asks on the terminal, and a "y" there runs the code."""
+def test_every_loader_disables_trust_remote_code():
+    """A call without the argument asks on the terminal, and answering y runs the code."""
     root = Path(__file__).parents[1]
     for path in [*root.glob("code/**/*.py"), root / "mani_data.py"]:
         for call in ast.walk(ast.parse(path.read_text())):
@@ -93,8 +93,8 @@ class Evil:
         return exec, ("open('ran', 'w')",)
 
 
-def test_states_of_deepspeed_are_data(tmp_path, monkeypatch):
-    """DeepSpeed loads them with weights_only=False."""
+def test_states_of_deepspeed_are_loaded_as_data(tmp_path, monkeypatch):
+    """DeepSpeed itself loads them with weights_only=False."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -109,5 +109,5 @@ def test_states_of_deepspeed_are_data(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="checkpoint-3 contains code, which is not run"), weights_only("checkpoint-3"):
         torch.load("evil.pt", weights_only=False)
     assert not Path("ran").exists()
-    torch.load("evil.pt", weights_only=False)  # the context has ended, and so the file could have done it
+    torch.load("evil.pt", weights_only=False)  # the block has ended, so code in the file could have run
     assert Path("ran").exists()

@@ -139,7 +139,7 @@ ONE_STEP = (
 )
 
 
-def test_each_part_has_its_rate_and_norms_do_not_decay(made, tmp_path, monkeypatch):
+def test_each_part_has_its_learning_rate_and_norms_have_no_weight_decay(made, tmp_path, monkeypatch):
     call(train.main, flags(made, tmp_path / "out", ONE_STEP), monkeypatch)
     assert_one_step_at(RATES, 100, weights(made[0]), weights(tmp_path / "out"))
 
@@ -257,7 +257,7 @@ def test_invalid_arguments_are_refused_before_a_model_loads(made, tmp_path, caps
         ("--lora_enable True --lora_targets q_(proj", "is not a regular expression"),
         ("--lora_enable True --lora_r 0", "--lora_r 0"),
         ("--lora_enable True --lora_dropout 1", "--lora_dropout 1"),
-        (f"--lora_enable True --model_name_or_path {tmp_path}", "holds no config.json"),
+        (f"--lora_enable True --model_name_or_path {tmp_path}", "has no config.json"),
         ("--optim galore_adamw", "creates its own parameter groups"),
         (
             "--mm_projector_lr 1e-4 --tune_mm_mlp False",
@@ -286,7 +286,7 @@ def test_invalid_merges_are_refused(made, training, tmp_path, capsys, monkeypatc
         patched.setattr(merge, "load_model", None)  # it is reported before anything is computed
         assert "cannot be written (Not a directory)" in reason("--output", tmp_path / "file/merged")
     assert "has no adapter" in reason("--adapter", made[0])
-    assert "holds no config.json" in reason("--base", tmp_path)
+    assert "has no config.json" in reason("--base", tmp_path)
     assert f"python -m qwenvl.merge --adapter {adapter}" in reason("--base", adapter)
     tokenizer = load_processor(made[0]).tokenizer
     for shape, says in (({"layers": 1}, "weights are in only one of them"), ({"hidden": 64}, "does not fit")):
@@ -330,7 +330,7 @@ def test_damaged_weights_are_named(made, tmp_path):
     weights = tmp_path / "model/model.safetensors"
     for content in (weights.read_bytes()[:-100], b"half", b""):
         weights.write_bytes(content)
-        with pytest.raises(InputError, match=r"weights in .*are damaged|holds no weights that can be read"):
+        with pytest.raises(InputError, match=r"weights in .*(are damaged|cannot be read)"):
             load_model(tmp_path / "model", "sdpa", torch.float32)
 
 

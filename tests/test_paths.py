@@ -1,4 +1,4 @@
-"""Where paths and videos are looked up, in the library and by the programs."""
+"""Where paths and videos are searched, in the library and by the programs."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.common.paths import (
     check_videos,
     find_data,
-    find_folder,
     find_model,
     find_path,
     find_video,
+    find_video_root,
     look_up,
 )
 from qwen_vl_streaming.model.prompts import load_processor
@@ -35,7 +35,7 @@ from schedules import Schedules
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A project with a user who stands elsewhere."""
+    """A project whose user is in another folder."""
     for folder in ("here", "project/code", "videos/a"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
@@ -50,7 +50,7 @@ def put(path: Path) -> Path:
 
 def test_a_path_is_looked_up_here_then_in_the_project_then_in_its_code(tree):
     root = tree / "project"
-    with pytest.raises(InputError, match=r"neither in .*here nor in .*project nor in .*project/code: check"):
+    with pytest.raises(InputError, match=r"not in .*here or in .*project or in .*project/code: check"):
         find_path("x/y.jsonl", root, "the data")
     for place in (root / "code/x/y.jsonl", root / "x/y.jsonl", tree / "here/x/y.jsonl"):
         put(place)
@@ -59,7 +59,7 @@ def test_a_path_is_looked_up_here_then_in_the_project_then_in_its_code(tree):
     data = put(root / "dataset/train_3_5.jsonl")
     assert find_path("../dataset/train_3_5.jsonl", root, "the data").resolve() == data
     assert find_path(str(data), root, "the data") == data
-    with pytest.raises(InputError, match="'/nowhere' is not there"):
+    with pytest.raises(InputError, match="'/nowhere' is missing"):
         find_path("/nowhere", root, "the data")
 
 
@@ -81,12 +81,12 @@ def test_a_video_is_the_first_of_four(tree):
         find_video("long" * 100, root, videos)
 
 
-def test_two_videos_are_never_one_file(tree):
+def test_two_videos_never_match_one_file(tree):
     root, videos = tree / "project", tree / "videos"
     put(videos / "1.mp4")
-    check_videos(["a/1.mp4", "a/1.mp4", "./a/1.mp4"], root, videos)  # one video, asked about more than once
+    check_videos(["a/1.mp4", "a/1.mp4", "./a/1.mp4"], root, videos)  # one video, looked up more than once
     for others in (["a/1.mp4", "b/1.mp4"], ["1.mp4", "b/1.mp4"], ["b/1.mp4", str(videos / "1.mp4")]):
-        with pytest.raises(InputError, match=r"are both found as .*videos/1\.mp4, by the file name alone"):
+        with pytest.raises(InputError, match=r"both match .*videos/1\.mp4 by file name alone"):
             check_videos(others, root, videos)
     put(videos / "a/1.mp4")
     check_videos(["a/1.mp4", "b/1.mp4"], root, videos)
@@ -108,23 +108,23 @@ def test_a_model_is_a_folder_or_a_hub_id(tree):
 
 def test_a_video_root_is_a_folder_or_nothing(tree):
     root = tree / "project"
-    assert find_folder("", root, "the video root") is find_folder(" ", root, "the video root") is None
-    assert find_folder(str(tree / "videos"), root, "the video root") == tree / "videos"
-    for path, says in (("none", "neither in"), (str(put(tree / "file")), "is not a folder")):
+    assert find_video_root("", root) is find_video_root(" ", root) is None
+    assert find_video_root(str(tree / "videos"), root) == tree / "videos"
+    for path, says in (("none", "is not in"), (str(put(tree / "file")), "is not a folder")):
         with pytest.raises(InputError, match=f"the video root .*{says}"):
-            find_folder(path, root, "the video root")
+            find_video_root(path, root)
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("dataset/train_3_5.jsonl", ": make it with `python mani_data.py`"),
-        ("../dataset/test_3_5.jsonl", ": make it with `python mani_data.py`"),
-        ("dataset/funqa_test.jsonl", ": make it with `python mani_data.py --dataset funqa`"),
-        ("mine.jsonl", ": check the path, or make it with `python mani_data.py`"),
+        ("dataset/train_3_5.jsonl", ": create it with `python mani_data.py`"),
+        ("../dataset/test_3_5.jsonl", ": create it with `python mani_data.py`"),
+        ("dataset/funqa_test.jsonl", ": create it with `python mani_data.py --dataset funqa`"),
+        ("mine.jsonl", ": check the path, or create it with `python mani_data.py`"),
     ],
 )
-def test_data_that_is_missing_is_made_with_mani_data(tree, name, says):
+def test_the_message_for_missing_data_names_mani_data(tree, name, says):
     with pytest.raises(InputError) as refused:
         find_data(name, tree / "project", "the training data")
     assert str(refused.value).endswith(says)
@@ -143,7 +143,7 @@ def line_of(main, monkeypatch, capsys, *arguments: str) -> str:
     return line
 
 
-def test_a_file_of_ones_own_is_not_made_again_with_mani_data(made, tmp_path, monkeypatch, capsys):
+def test_the_message_for_a_custom_file_does_not_name_mani_data(made, tmp_path, monkeypatch, capsys):
     mine = tmp_path / "mine.jsonl"
     row = {"video_id": "1", "video_path": "1.mp4", "human_caption": "A red ring."}
     model = ["--model", str(made[0]), "--output-dir", str(tmp_path)]
@@ -178,7 +178,7 @@ def test_the_default_checkpoint_is_that_of_the_task(made, tmp_path, monkeypatch,
     assert "qwen2_5vl-pe-group, the default checkpoint of --task description, does not exist: train it" in line
 
 
-def test_the_checkpoint_that_is_evaluated_is_said(tmp_path):
+def test_the_evaluated_checkpoint_is_logged(tmp_path):
     assert describe_model("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
     assert describe_model(str(tmp_path)) == str(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"variant": "gap", "data": {"path": "/d/funqa_train.jsonl"}}))
@@ -186,7 +186,7 @@ def test_the_checkpoint_that_is_evaluated_is_said(tmp_path):
 
 
 def test_training_and_evaluation_find_a_video_by_its_name(made, tmp_path, monkeypatch):
-    """And so do verify.py's, the gallery's and a replay's reading: they all call `find_video`."""
+    """So do verify.py, the gallery and a replay: they all call `find_video`."""
     rows = [{**row, "video_path": f"elsewhere/{Path(row['video_path']).name}"} for row in read_rows(made[1])][:2]
     videos, processor, budget = made[1].parent / "videos", load_processor(made[0]), PixelBudget(3136, 3136)
     make = partial(StreamingDataset, rows, tmp_path, processor, 2, VARIANTS["group"], "wait-3", budget, 4096)

@@ -1,4 +1,4 @@
-"""Two processes write what one does; and when one of them goes, the other says so."""
+"""Two processes write the same tokens as one; if one of them ends, the other reports it."""
 
 import gc
 import os
@@ -39,11 +39,6 @@ SEED = time.time_ns() % 100_000
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
 def clients():
     started = []
     yield started
@@ -69,8 +64,8 @@ def open_case(model, case, client, **options):
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_tokens_are_those_of_plain_streams(model, client, part):
-    """Many sessions on one client, of which every fifth is cancelled somewhere, without effect on the next one."""
+def test_tokens_equal_the_reference(model, client, part):
+    """Many sessions on one client. Every fifth is cancelled at some point, without effect on the next one."""
     print("seed", SEED)
     for number in range(part, MANY, 4):
         draw = random.Random(f"{SEED} {number}")
@@ -90,7 +85,7 @@ def test_tokens_are_those_of_plain_streams(model, client, part):
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
-def test_a_fixed_schedule_gives_the_tokens_of_the_other_modes(model, client, variant, tmp_path):
+def test_a_fixed_schedule_gives_the_same_tokens_as_in_other_modes(model, client, variant, tmp_path):
     print("seed", SEED)
     case = random_case(random.Random(f"{SEED} {variant.name}"), variant, "wait-2")
     path = tmp_path / "record.json"
@@ -104,7 +99,7 @@ def test_a_fixed_schedule_gives_the_tokens_of_the_other_modes(model, client, var
     assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
-def test_a_clip_crosses_in_one_transfer_and_is_seen_whole_or_not(model, client, monkeypatch):
+def test_a_clip_is_sent_in_one_transfer_and_is_visible_as_a_whole(model, client, monkeypatch):
     case = random_case(random.Random(4), PARALLEL[1], "wait-2")
     case.layout, case.pixels, case.steps = case.template.layout((3, 3), 2.0), torch.randn(4, 36, 1176), [0, 9, 0, 2]
     came, copy_in = [], StepRunner.copy_in
@@ -112,13 +107,13 @@ def test_a_clip_crosses_in_one_transfer_and_is_seen_whole_or_not(model, client, 
     with open_case(model, case, client, chunk=2, max_clips=4, max_new_tokens=20) as session:
         play(session, case)
         while len(came) < 4:  # the answer may be over before the last clips have come
-            session._receive(SECONDS)
+            session.rounds._receive(SECONDS)
     assert len(came) == 4
 
 
 @pytest.mark.parametrize("schedule", ["greedy", Schedule((4, 0, 3, 1))], ids=["greedy", "fixed"])
-def test_perception_places_clips_by_what_was_written(model, client, schedule, monkeypatch):
-    """In overlap a clip's positions depend on what the slots before it wrote: they go with the clip."""
+def test_perception_computes_positions_from_the_written_tokens(model, client, schedule, monkeypatch):
+    """In overlap the positions of a clip depend on the tokens of the slots before it; they are sent with the clip."""
     print("seed", SEED)
     draw, orders, order = random.Random(SEED), [], PerceptionClient.send
 
@@ -156,7 +151,7 @@ def test_a_client_serves_one_session_at_a_time(model, client):
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_lost_process_ends_the_session_with_its_record(model, client, fate, tmp_path, monkeypatch):
-    """It is killed, or answers no more, while clips are on their mode to it and back."""
+    """It is killed, or stops responding, while clips are in transfer."""
     case = random_case(random.Random(7), PARALLEL[0], "wait-2")
     case.layout, case.pixels = case.template.layout((3, 3), 2.0), torch.randn(5, 36, 1176)
     path = tmp_path / "record.json"
@@ -168,7 +163,7 @@ def test_a_lost_process_ends_the_session_with_its_record(model, client, fate, tm
     os.kill(client.process.pid, fate)
     begin = time.monotonic()
     with pytest.raises(PerceptionLost) as lost:
-        for pixels in case.pixels[1:]:  # 840 kB: more than a pipe that no one reads takes
+        for pixels in case.pixels[1:]:  # 840 kB: more than fits into a pipe that is not read
             session.feed(pixels)
         list(session.tokens())
     assert time.monotonic() - begin < SECONDS
@@ -185,8 +180,8 @@ def test_a_lost_process_ends_the_session_with_its_record(model, client, fate, tm
         open_case(model, case, client)
 
 
-def test_a_session_is_closed_though_perception_hangs(model, client, tmp_path):
-    """At once: who stops it waits for nothing."""
+def test_a_session_closes_at_once_even_if_perception_hangs(model, client, tmp_path):
+    """Stopping it does not wait for anything."""
     case = random_case(random.Random(7), PARALLEL[0], "wait-2")
     case.layout, case.pixels, case.steps = case.template.layout((3, 3), 2.0), torch.randn(2, 36, 1176), [0, 0]
     session = open_case(model, case, client, max_clips=5, max_new_tokens=10, record=tmp_path / "r.json")
@@ -204,7 +199,7 @@ def test_a_session_is_closed_though_perception_hangs(model, client, tmp_path):
 
 
 def test_a_model_that_cannot_be_loaded_is_refused():
-    """And nothing is left of the attempt."""
+    """The attempt leaves nothing behind."""
     for load, error, match in (
         (no_model, InputError, "could be loaded from 'nowhere'"),
         (no_memory, PerceptionLost, r"could not load its model \(no memory left\)"),
@@ -217,10 +212,10 @@ def test_a_model_that_cannot_be_loaded_is_refused():
         while (threading.active_count(), len(os.listdir("/proc/self/fd"))) > before and time.monotonic() < until:
             time.sleep(0.01)
         threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-        assert threads <= before[0] and files <= before[1]  # another test's may have been closed meanwhile
+        assert threads <= before[0] and files <= before[1]  # that of another test may have been closed in the meantime
 
 
-def test_signals_to_the_whole_group_are_not_for_perception(model, client):
+def test_perception_ignores_signals_to_the_process_group(model, client):
     case = random_case(random.Random(5), PARALLEL[0])
     with open_case(model, case, client) as session:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -228,7 +223,7 @@ def test_signals_to_the_whole_group_are_not_for_perception(model, client):
         check(model, case, play(session, case))
 
 
-def test_a_program_that_forgets_its_pair_ends_all_the_same():
+def test_a_program_that_does_not_close_its_client_still_ends():
     lines = (
         "from qwen_vl_streaming.sessions.perception_client import PerceptionClient",
         "from tiny import tiny_model",
@@ -244,8 +239,8 @@ def test_a_program_that_forgets_its_pair_ends_all_the_same():
         os.kill(int(done.stdout), 0)
 
 
-def test_no_room_for_clips_in_shared_memory_is_one_line(model, monkeypatch):
-    """And harms no later session."""
+def test_insufficient_shared_memory_is_one_line(model, monkeypatch):
+    """Later sessions are not affected."""
     case = random_case(random.Random(6), PARALLEL[0])
 
     def full(_):
@@ -254,7 +249,7 @@ def test_no_room_for_clips_in_shared_memory_is_one_line(model, monkeypatch):
     with PerceptionClient(tiny_model, patience=SECONDS) as own:
         with (
             monkeypatch.context() as patch,
-            pytest.raises(InputError, match=r"/dev/shm has no room for the [\d.]+ MiB"),
+            pytest.raises(InputError, match=r"/dev/shm has less than [\d.]+ MiB"),
         ):
             patch.setattr(torch.Tensor, "share_memory_", full)
             open_case(model, case, own)
@@ -262,14 +257,14 @@ def test_no_room_for_clips_in_shared_memory_is_one_line(model, monkeypatch):
             check(model, case, play(session, case))
 
 
-def test_what_perception_cannot_open_is_told_at_once(model, client):
+def test_a_message_that_perception_cannot_read_is_reported_at_once(model, client):
     case = random_case(random.Random(6), PARALLEL[0])
     client.send(Unopenable())
     with pytest.raises(PerceptionLost, match=r"failed \(no memory left\)"), open_case(model, case, client) as session:
         play(session, case)
 
 
-def test_clips_of_the_model_s_own_type(clients):
+def test_clips_in_the_data_type_of_the_model(clients):
     wide = tiny_model().double()
     case = random_case(random.Random(8), PARALLEL[0], "wait-1")
     case.pixels = case.pixels.double()

@@ -15,7 +15,7 @@ from tiny import random_counts
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_a_plan_sees_what_the_mask_allows(variant, seed):
+def test_a_plan_matches_the_mask(variant, seed):
     print("seed", seed)
     draw = random.Random(f"{variant.name} {seed}")
     layout = Layout(draw.randint(1, 5), 2, draw.randint(1, 3), (draw.randint(1, 3), draw.randint(1, 3)))
@@ -96,6 +96,6 @@ def test_the_start_of_a_window_by_hand():
 def test_a_window_needs_a_clip_and_a_token(sizes):
     assert Window(1, 1) == Window(1, 1)
     with pytest.raises(
-        InputError, match=f"^a window holds at least 1 clip and 1 token, not {sizes[0]} and {sizes[1]}$"
+        InputError, match=f"^a window must have at least 1 clip and 1 token, not {sizes[0]} and {sizes[1]}$"
     ):
         Window(*sizes)

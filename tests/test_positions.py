@@ -113,7 +113,7 @@ def overlap_token_by_token(timeline) -> dict:
     return positions
 
 
-def test_overlap_is_what_its_definition_says():
+def test_overlap_follows_its_definition():
     print("seed", SEED)
     draw = random.Random(SEED)
     for _ in range(50):
@@ -151,12 +151,12 @@ RELEASED = json.loads(FIXTURE.read_text())
 
 
 @pytest.mark.parametrize("case", RELEASED, ids=lambda c: f"{c['transformers']}-{c['clips']}x{c['seconds']:.2f}s")
-def test_origin_is_what_transformers_computed_at_the_release(case):
+def test_origin_equals_transformers_at_the_release(case):
     timeline = origin(case["prompt"], case["clips"], case["grid"], case["seconds"], case["text"])
     assert timeline_positions(timeline).tolist() == case["positions"]
 
 
-def test_origin_is_what_the_released_rule_says():
+def test_origin_follows_the_released_rule():
     """Also for values between those of the fixture. vLLM and SGLang compute the same."""
     print("seed", SEED)
     draw = random.Random(SEED)
@@ -195,7 +195,7 @@ def test_the_pinned_transformers_differs_only_after_a_video(clips):
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
 def test_an_empty_last_clip_takes_no_position(variant):
-    """A live source ends: the tail and what follows have the positions that they would have after the clip before."""
+    """When a live source ends, the tail and what follows have the same positions as after the clip before."""
     whole = make_timeline(variant, LAYOUT, (2, 3, 4) if variant.streams else (0, 0, 9))
     bare = make_timeline(variant, LAYOUT, (2, 3, 0, 4) if variant.streams else (0, 0, 0, 9), bare=True)
     for part in (CLIP, TAIL, HEADER, ANSWER):

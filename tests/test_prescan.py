@@ -58,7 +58,7 @@ def test_timestamps_of_good_videos_are_not_read(made, tmp_path, monkeypatch):
 
 
 def test_a_video_that_begins_late(made, tmp_path):
-    """Its header gives its end for its length."""
+    """Its header states its end as its length."""
     late = make_video(tmp_path / "late.mkv", [20 + i / 10 for i in range(40)])
     samples = dataset(made[0], [{"video_path": "late.mkv"}], tmp_path)
     samples.max_length = len(samples[0].input_ids)
@@ -111,8 +111,8 @@ def test_kinds_of_bad_samples(made, tmp_path):
     assert offline.keys() == bad.keys() - {9, 13}
 
 
-def test_clips_that_meet_the_text_of_gap(made, tmp_path):
-    """Known from headers alone, and for a slow video by its own rate, as training finds it."""
+def test_clips_that_reach_the_text_positions_of_gap(made, tmp_path):
+    """Known from headers alone, and for a slow video from its own rate, as in training."""
     make_video(tmp_path / "long.mp4", seconds=20)
     make_video(tmp_path / "slow.mp4", [float(i) for i in range(12)], fps=1)  # 6 clips of 2 s
     rows = [{"video_path": name, "human_caption": 5 * CAPTION} for name in ("long.mp4", "slow.mp4")]
@@ -142,7 +142,7 @@ def lines(path):
 
 
 def test_excluded_samples_stay_excluded_when_a_run_resumes(made, tmp_path):
-    """One video is missing and one does not decode; the missing one is restored before the run resumes."""
+    """One video is missing and one cannot be decoded; the missing one is restored before the run resumes."""
     rows = rows_of(made)
     returns = tmp_path / "returns.mp4"
     spoilt = spoil(made[1].parent / "videos" / f"{rows[5]['video_id']}.mp4", tmp_path / "spoilt.mp4")

@@ -1,4 +1,4 @@
-"""Training and evaluation see one video alike: the same frames, tensors, timing and positions, on odd real files."""
+"""Training and evaluation read a video alike: the same frames, tensors, timing and positions, on unusual real files."""
 
 import json
 
@@ -30,7 +30,7 @@ def videos(tmp_path_factory):
 
 
 @pytest.mark.parametrize("variant", ["origin", "group", "overlap"])
-def test_training_and_evaluation_see_the_same(videos, tmp_path, variant):
+def test_training_and_evaluation_read_the_same(videos, tmp_path, variant):
     checkpoint = tiny_checkpoint(tmp_path / "model")
     processor = load_processor(checkpoint)
     names = ["plain.mp4", "slow.mp4", "variable.mp4", "odd.mp4", "turned.mp4"]

@@ -1,4 +1,4 @@
-"""Progress: a live bar on a terminal, a line now and then in a log, by the same class in every program."""
+"""Progress: a live bar on a terminal and an occasional line in a log, with the same class in every program."""
 
 import io
 import re
@@ -32,14 +32,14 @@ def test_a_log_has_a_line_at_the_end():
     assert re.fullmatch(r"watching: 8/8 videos in 00:00\n", count(io.StringIO()))
 
 
-def test_a_log_has_a_line_now_and_then(monkeypatch):
+def test_a_log_has_an_occasional_line(monkeypatch):
     monkeypatch.setattr(progress, "SECONDS", 0.1)
     *some, last = count(io.StringIO(), 0.03).splitlines()
     assert 1 <= len(some) <= 3 and last == "watching: 8/8 videos in 00:00"
     assert all(re.fullmatch(r"watching: [3-7]/8 videos in 00:00, 00:00 left", line) for line in some)
 
 
-def test_what_asks_to_be_shown_is_not_shown_more_often():
+def test_refresh_does_not_add_lines_to_a_log():
     log = io.StringIO()
     with Progress(total=4, initial=1, unit="shards", file=log) as bar:
         for number in range(3):
@@ -50,13 +50,13 @@ def test_what_asks_to_be_shown_is_not_shown_more_often():
 
 
 @pytest.mark.parametrize("options", [{"total": 0}, {"total": 5, "disable": True}])
-def test_nothing_to_do_is_nothing_to_tell(options):
+def test_empty_work_is_not_reported(options):
     log = io.StringIO()
     Progress(file=log, **options).close()
     assert log.getvalue() == ""
 
 
-def test_an_unknown_number_is_counted_and_an_error_leaves_what_was_done():
+def test_an_unknown_total_is_counted_and_an_error_keeps_the_count():
     log = io.StringIO()
     with pytest.raises(ZeroDivisionError):
         for number in Progress(iter((1, 1, 0)), "read", file=log):
@@ -64,6 +64,6 @@ def test_an_unknown_number_is_counted_and_an_error_leaves_what_was_done():
     assert log.getvalue() == "read: 2 in 00:00\n"
 
 
-def test_every_program_has_this_rule():
+def test_every_program_uses_this_class():
     own = {path.name for path in CODE.rglob("*.py") if re.search(r"from tqdm(\.auto)? import", path.read_text())}
     assert own == {"progress.py"}

@@ -10,15 +10,10 @@ from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import CLIP, NOTHING, Schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from tiny import END, VIDEO, VOCABULARY, random_counts, random_template, timeline_ids, tiny_model
+from tiny import END, VIDEO, VOCABULARY, random_counts, random_template, timeline_ids
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 SEED = time.time_ns() % 100_000
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def full_pass(model, timeline, template, answer, visual_tokens):
@@ -39,7 +34,7 @@ def full_pass(model, timeline, template, answer, visual_tokens):
 
 
 class Forced(Streams):
-    """Streams that write given answers and keep the logits from which each token would have been chosen."""
+    """Streams that write given answers and keep the logits for each token."""
 
     def __init__(self, *args, answers, **kwargs):
         super().__init__(*args, **kwargs)
@@ -82,13 +77,13 @@ def test_streamed_equals_full(model, variant):
             streamed = []
             for j in range(len(answer)):
                 streamed.append(streams.produced[i][j])
-            # A stream that waits or has ended sees the other streams' steps too: keep its own ones only.
+            # A stream that waits or has ended also gets the steps of other streams: keep only its own.
             difference = (torch.stack(streamed) - expected).abs().max()
             assert difference < 1e-4, (size, i, counts, float(difference))
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda v: v.name)
-def test_every_token_is_fed_once_and_written_as_the_full_pass_would(model, variant):
+def test_every_token_is_fed_once_and_equals_the_full_pass(model, variant):
     """Greedy streaming with the repetition penalty: each token is the argmax of one full pass over the result, and no
     token is fed twice."""
     print("seed", SEED)
@@ -166,7 +161,7 @@ def test_a_clip_changes_nothing_that_was_written_before_its_slot(model, variant)
         assert (logits[3 * j :] - plain[3 * j :]).abs().max() > 1e-3
 
 
-def test_a_model_may_write_the_id_that_stands_for_visual_tokens(model):
+def test_a_model_may_write_the_placeholder_id_of_visual_tokens(model):
     """It is text, both in the stream and in the full pass, because visual rows are found by their part."""
     template = random_template(random.Random(0))
     layout, visual = template.layout((1, 2), 2.0), torch.randn(3, 2, 32)

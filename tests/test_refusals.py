@@ -90,12 +90,12 @@ def refusal(made, tmp_path, capsys, monkeypatch):
         ("--model_max_length 0", "--model_max_length 0"),
         ("--model_max_length 30", "are 36 tokens, and the maximum length is 30"),
         ("--pack_tokens 30", "and --pack_tokens if it is set"),
-        ("--min_pixels_per_frame 5", "min_pixels_per_frame 5 must lie between"),
+        ("--min_pixels_per_frame 5", "min_pixels_per_frame 5 must be between"),
         ("--output_dir=", "--output_dir is empty"),
         ("--lora_r 8", "--lora_r 8 has no effect without adapters: give --lora_enable True"),
         ("--lora_targets q_proj", "--lora_targets ['q_proj'] has no effect without adapters"),
         ("--output_dir /dev/null", "--output_dir /dev/null cannot be written to"),
-        ("--train_data .", "is a folder that `Dataset.save_to_disk` has not written"),
+        ("--train_data .", "is a folder that was not written by `Dataset.save_to_disk`"),
     ],
 )
 def test_flags(refusal, more, reason):
@@ -215,7 +215,7 @@ def test_a_model_of_another_variant(refusal, made, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(made[0], model)
     config = json.loads((model / "config.json").read_text())
-    for trained, said in (("gap", "trained as gap, not group"), ("group", "trained under another rule")):
+    for trained, said in (("gap", "trained as gap, not group"), ("group", "trained with another rule")):
         (model / "config.json").write_text(json.dumps({**config, "streaming_variant": trained}))
         assert f"{model} was {said}" in refusal("", model_name_or_path=model)
     assert "are 36 tokens" in refusal("--force True --model_max_length 30", model_name_or_path=model)

@@ -1,4 +1,4 @@
-"""A recorded session can be run again, and what differs is shown."""
+"""A recorded session can be replayed, and differences are reported."""
 
 import contextlib
 import json
@@ -28,11 +28,6 @@ from tiny import tiny_model
 SEED = time.time_ns() % 100_000
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
 def recorded(model, case, mode, path):
     options = {**case.options, "max_new_tokens": 12}
     with open_session(model, case.variant, case.template, case.layout, mode=mode, record=path, **options) as session:
@@ -53,13 +48,13 @@ def test_a_replay_gives_every_token(model, variant, tmp_path):
 
 
 def test_a_package_that_is_not_installed_has_no_version():
-    """As this one, read from its folder: the record of a session is not lost for that."""
+    """This package, for example, when it is read from its folder: the record of a session is still written."""
     assert versions(["torch", "no-such-package"]).items() >= {"no-such-package": None}.items()
     assert torch.__version__.startswith(versions()["torch"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_a_session_that_was_broken_off_can_be_replayed(model, variant, tmp_path):
+def test_an_interrupted_session_can_be_replayed(model, variant, tmp_path):
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name}")
     path = tmp_path / "r.json"
@@ -76,8 +71,8 @@ def test_a_session_that_was_broken_off_can_be_replayed(model, variant, tmp_path)
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_the_full_pass_goes_in_pieces(model, variant, tmp_path, monkeypatch):
-    """And gives the logits of one that does not."""
+def test_the_full_pass_in_pieces(model, variant, tmp_path, monkeypatch):
+    """Gives the same logits as one in a single piece."""
     print("seed", SEED)
     case = random_case(random.Random(f"{SEED} {variant.name}"), variant)
     for window in (None, (1, 3)):
@@ -95,7 +90,7 @@ def test_the_full_pass_goes_in_pieces(model, variant, tmp_path, monkeypatch):
             assert torch.allclose(one, other, atol=1e-4)
 
 
-def test_slots_of_another_length_than_the_schedule_says_are_refused(model, tmp_path):
+def test_slots_that_do_not_match_the_schedule_are_refused(model, tmp_path):
     case = random_case(random.Random(3), VARIANTS["group"], "wait-2")
     case.pixels, case.steps = torch.randn(3, *case.pixels.shape[1:]), [0, 0, 0]
     record = recorded(model, case, "serial", tmp_path / "r.json")
@@ -106,7 +101,7 @@ def test_slots_of_another_length_than_the_schedule_says_are_refused(model, tmp_p
 
 @pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()], ids=["failed", "stopped"])
 def test_a_session_that_ends_with_pending_tokens_can_be_replayed(model, tmp_path, monkeypatch, error):
-    """Slots that began because of tokens that nobody read are not in its record."""
+    """Slots that started because of tokens that were never read are not in its record."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {error}")
     for number in range(40):
@@ -128,7 +123,7 @@ def test_a_session_that_ends_with_pending_tokens_can_be_replayed(model, tmp_path
         assert all(difference.tie for difference in replay(read_record(tmp_path / "r.json"), model, list(case.pixels)))
 
 
-def test_another_token_is_found_with_its_margin(model, tmp_path):
+def test_a_different_token_is_found_with_its_margin(model, tmp_path):
     case = random_case(random.Random(3), VARIANTS["group"], "wait-1")
     record = recorded(model, case, "fused", tmp_path / "r.json")
     where = len(record.tokens) // 2
@@ -142,7 +137,7 @@ def test_another_token_is_found_with_its_margin(model, tmp_path):
 
 
 def test_in_bfloat16_a_difference_is_a_near_tie(tmp_path):
-    """Two roundings of one sum may differ at two tokens that are nearly as likely; the margin says so."""
+    """Two ways of rounding a sum may give different tokens that are almost equally likely; the margin shows this."""
     print("seed", SEED)
     model = tiny_model().to(torch.bfloat16)
     draw = random.Random(SEED)
@@ -161,7 +156,7 @@ def test_other_clips_and_other_models_are_refused(model, tmp_path):
     case.pixels, case.layout = torch.randn(3, 24, 1176), case.template.layout((2, 3), 2.0)
     case.steps = [0, 0, 0]
     record, clips = recorded(model, case, "serial", tmp_path / "r.json"), list(case.pixels)
-    with pytest.raises(InputError, match="clip 2 is not the one"):
+    with pytest.raises(InputError, match="clip 2 differs from the recorded one"):
         replay(record, model, [clips[0], clips[1] + 1e-6, clips[2]])
     with pytest.raises(InputError, match="of 3 clips, but only 2"):
         replay(record, model, clips[:2])
@@ -170,7 +165,7 @@ def test_other_clips_and_other_models_are_refused(model, tmp_path):
     assert all(difference.tie for difference in replay(record, tiny_model(), clips))
 
 
-def test_a_broken_record_is_refused(model, tmp_path):
+def test_an_invalid_record_is_refused(model, tmp_path):
     path = tmp_path / "r.json"
     case = random_case(random.Random(3), VARIANTS["group"], "wait-1")
     recorded(model, case, "fused", path)
@@ -221,7 +216,7 @@ def test_a_broken_record_is_refused(model, tmp_path):
         replay(read_record(path), model, list(case.pixels))
 
 
-def test_frames_that_find_no_room_are_one_line_and_leave_those_before(tmp_path):
+def test_a_full_disk_is_one_line_and_keeps_the_frames_before(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     clips = [torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8) for _ in range(3)]
@@ -282,6 +277,7 @@ def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
     other = json.loads(data.read_text().splitlines()[1])["video_path"]
     for arguments, match in (
         ((path, "--model", folder, "--video", other), "clip"),
+        ((path, "--model", folder, "--video", ""), "folder"),
         ((path, "--model", tmp_path / "none"), "none"),
         ((tmp_path / "none.json", "--model", folder), "none.json cannot be read"),
         ((path,), "--model"),

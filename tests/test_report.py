@@ -1,4 +1,4 @@
-"""The report on real files: its figures, and what it says where something is missing or wrong."""
+"""The report on real files: its numbers, and its messages for missing or invalid data."""
 
 import base64
 import io
@@ -25,13 +25,13 @@ def world(made, tmp_path):
 
 
 def markdown_rows(text: str, title: str = "") -> list[list[str]]:
-    """The cells of the first table after `title`, without its head."""
+    """The cells of the first table after `title`, without its header."""
     table = text[text.index(title) :].split("\n\n|", 1)[1].split("\n\n")[0]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.split("\n")[2:]]
 
 
-def test_every_figure_is_where_it_belongs(world):
-    """Six variants and two schedules: ours beside the paper's, and the difference between the schedules."""
+def test_every_number_is_in_its_cell(world):
+    """Six variants and two schedules: ours next to the paper's, and the difference between the schedules."""
     values = {}
     for variant, rule in VARIANTS.items():
         for schedule in ("wait-3", "random-3")[: 1 + rule.streams]:
@@ -95,7 +95,7 @@ def test_a_variant_with_any_name_in_the_paper_is_reported(world, monkeypatch):
     assert [(v.mode, v.method) for v in VARIANTS.values()][0::5] == [("Offline", "Origin"), ("Streaming", "GIPE")]
 
 
-def test_seeds_of_one_schedule_and_files_named_like_schedules_are_told_apart(world):
+def test_seeds_and_schedule_files_are_distinguished(world):
     world.add("group")
     for seed in (3, 4):
         world.add("group", "random-3", name=f"seed{seed}", seed=seed)
@@ -108,7 +108,7 @@ def test_seeds_of_one_schedule_and_files_named_like_schedules_are_told_apart(wor
     assert "random-mine.json" in text
 
 
-def test_what_is_missing_is_a_dash_with_its_reason(world):
+def test_a_missing_value_is_a_dash_with_its_reason(world):
     world.add("group", scores=False)
     world.add("gap", scores={"METEOR": None, "BLEURT": 0.0, "AL": 2.5, "not_computed": {"METEOR": "Java | failed"}})
     page, text = world.report(*world.files, "--videos", "1", "--size", "7B")
@@ -144,7 +144,7 @@ def test_funqa_has_the_papers_other_table(world):
     assert text.index("## Video description") < text.index("## Video question")
 
 
-def test_ours_never_looks_like_the_papers_set_up(world):
+def test_our_set_up_is_distinguished_from_the_papers(world):
     world.add("group", "wait-5", repetition_penalty=1.0, max_new_tokens=300)
     config = world.checkpoint / "config.json"
     page, text = world.report(*world.files, "--videos", "0")
@@ -164,17 +164,17 @@ def test_ours_never_looks_like_the_papers_set_up(world):
 
     real = world.folder / "real"  # a checkpoint is known by its shape, not by its name
     real.mkdir()
-    told = json.loads(config.read_text())
-    told |= {"hidden_size": 2048, "num_hidden_layers": 36}
-    (real / "config.json").write_text(json.dumps(told | {"streaming_variant": "gap"}))
+    content = json.loads(config.read_text())
+    content |= {"hidden_size": 2048, "num_hidden_layers": 36}
+    (real / "config.json").write_text(json.dumps(content | {"streaming_variant": "gap"}))
     world.add("group", "wait-3", name="real", model=str(real))
     _, text = world.report(str(world.folder / "real_infer.json"), "--videos", "0")
     assert "ours: wait-3, 3B" in text and "the model" not in text and "was trained as gap, not as" in text
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_words_come_with_the_slot_that_completes_them(world, seed):
-    """Random texts cut at random tokens, so within characters too, against a count of bytes."""
+def test_text_appears_in_the_slot_that_completes_it(world, seed):
+    """Random texts split at random tokens, also within characters, compared with a count of bytes."""
     print("seed", seed)
     draw = random.Random(seed)
     letters = ["a red", " ring", " ", "\n", ".", "é", "שלום", "🙂", "👩‍👩‍👧", "視", "\u200d"]
@@ -196,7 +196,7 @@ def test_words_come_with_the_slot_that_completes_them(world, seed):
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: printable ones stand for themselves, others run from U+0100."""
+    """GPT-2's letter for each byte: printable bytes map to themselves, the others from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = map(chr, range(256, 512))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
@@ -212,7 +212,7 @@ def test_a_frame_is_the_newest_of_its_clip(tmp_path):
         show_video(result, {"video_path": "a.mp4"}, clips=4)
 
 
-def test_what_is_gone_is_said(world, tmp_path, capsys):
+def test_missing_files_are_reported(world, tmp_path, capsys):
     world.add("group", model=str(tmp_path / "gone"))
     world.add("gap", captions=[""])
     page, _ = world.report(*world.files)
@@ -223,10 +223,10 @@ def test_what_is_gone_is_said(world, tmp_path, capsys):
 
     other = tmp_path / "other"
     shutil.copytree(world.checkpoint, other)
-    told = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = told["model"]["vocab"]
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
     vocabulary["Ġred"], vocabulary["Ġblue"] = vocabulary["Ġblue"], vocabulary["Ġred"]
-    (other / "tokenizer.json").write_text(json.dumps(told))
+    (other / "tokenizer.json").write_text(json.dumps(content))
     world.add("group", model=str(tmp_path / "gone"), captions=["A red ring."])
     page, _ = world.report(*world.files, "--tokenizer", str(other), "--videos", "1")
     assert "does not reproduce this caption" in page
@@ -247,7 +247,7 @@ def refused(world, capsys, *arguments) -> str:
     return errors[0]
 
 
-def test_bad_input_is_refused_in_one_line(world, capsys, tmp_path):
+def test_invalid_input_is_refused_in_one_line(world, capsys, tmp_path):
     world.add("group")
     world.add("group", name="again")
     world.add("gap")
@@ -279,7 +279,7 @@ def test_bad_input_is_refused_in_one_line(world, capsys, tmp_path):
         ([broken("d", {"tokens": [1]})], "the number of slots differs from the number of tokens"),
         ([broken("e", {"slots": [9999] * len(rows[0]["tokens"])})], "the slots do not match the schedule"),
         ([broken("f", scores="{")], "f_scores.json cannot be read"),
-        ([broken("g", scores="[]")], "holds a list"),
+        ([broken("g", scores="[]")], "g_scores.json cannot be read (it is not a JSON object)"),
         ([broken("h", scores='{"not_computed": []}')], "not_computed is not an object"),
         ([broken("i", {"clips": 0, "tokens": [], "slots": []})], "for each of the 0 clips"),
         ([gap, "--video-ids", "nowhere"], "--video-ids nowhere"),

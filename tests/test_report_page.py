@@ -1,4 +1,4 @@
-"""The report's page: nothing of what it shows can break it, and in a real browser it does what it should."""
+"""The page of the report: its content cannot break it, and it works in a real browser."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_the_page_is_one_file_that_escapes_what_it_shows(world):
 
 
 def spoken(world, row: dict, slot: int) -> str:
-    """What a row had said by the end of a slot, white space aside."""
+    """The text that a row had written by the end of a slot, without white space."""
     written = [token for token, when in zip(row["tokens"], row["slots"], strict=True) if when <= slot]
     text = world.tokenizer.decode(written, skip_special_tokens=True).rstrip("\ufffd")
     return " ".join(text.split())

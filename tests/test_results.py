@@ -1,4 +1,4 @@
-"""Result files: a killed run loses nothing that was finished, and nothing bad passes unseen."""
+"""Result files: a killed run loses no finished row, and invalid rows are reported."""
 
 import fcntl
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 from results import (
     CAPTION_FIELDS,
     FIELDS,
@@ -54,7 +54,7 @@ def fill(path: Path, *ids: str) -> None:
             out.append(row(video_id))
 
 
-def test_rows_come_back_as_they_were(path: Path) -> None:
+def test_rows_are_read_as_written(path: Path) -> None:
     assert load_finished(path) == {}
     fill(path, "b", "a")
     fill(path, "c")
@@ -75,7 +75,7 @@ def test_a_row_is_on_the_disk_when_append_returns(path: Path, monkeypatch: pytes
             assert video_id in load_finished(path)
 
 
-def test_every_cut_of_the_last_line_is_mended(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_incomplete_last_line_is_repaired(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(path, "a", "b")
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
@@ -99,7 +99,7 @@ def test_every_cut_of_the_last_line_is_mended(path: Path, caplog: pytest.LogCapt
     assert path.read_bytes() == whole
 
 
-def test_a_killed_writer_leaves_whole_rows(path: Path) -> None:
+def test_a_killed_writer_leaves_complete_rows(path: Path) -> None:
     writer = (
         "from pathlib import Path; from itertools import count; from test_results import Appender, row\n"
         f"with Appender(Path({str(path)!r})) as out:\n"
@@ -117,7 +117,7 @@ def test_a_killed_writer_leaves_whole_rows(path: Path) -> None:
     last = int(said[-1]) if said else last
     found = list(load_finished(path))
     assert found[: last + 1] == [str(number) for number in range(last + 1)]
-    assert len(found) - (last + 1) in (0, 1)  # the row that was written but not yet told
+    assert len(found) - (last + 1) in (0, 1)  # the row that was written but not reported yet
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_killed_writer_leaves_whole_rows(path: Path) -> None:
         (json.dumps(row("a")).encode(), "'a' is already in line 1"),
     ],
 )
-def test_a_bad_line_is_named(path: Path, line: bytes, says: str) -> None:
+def test_an_invalid_line_is_named(path: Path, line: bytes, says: str) -> None:
     fill(path, "a", "c")
     first, third = path.read_bytes().splitlines(keepends=True)
     before = first + line + b"\n" + third
@@ -144,7 +144,7 @@ def test_a_bad_line_is_named(path: Path, line: bytes, says: str) -> None:
         assert path.read_bytes() == before
 
 
-def test_a_file_made_elsewhere(path: Path) -> None:
+def test_a_file_of_another_program(path: Path) -> None:
     path.parent.mkdir()
     path.write_text('\ufeff{"video_id": "a", "annotation": ["x", "y"], "result": "x", "mine": 1}\r\n\r\n')
     assert load_finished(path, CAPTION_FIELDS) == {
@@ -156,7 +156,7 @@ def test_a_file_made_elsewhere(path: Path) -> None:
         load_finished(path.parent)
 
 
-def test_append_refuses_what_would_spoil_the_file(path: Path) -> None:
+def test_append_refuses_invalid_rows(path: Path) -> None:
     fill(path, "a")
     whole = path.read_bytes()
     with Appender(path) as out:
@@ -169,8 +169,8 @@ def test_append_refuses_what_would_spoil_the_file(path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_parts_come_together_in_the_datas_order(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever number of processes wrote them: what is in the file already stays, and a cut row is no row."""
+def test_parts_are_merged_in_the_order_of_the_data(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """For any number of processes: rows in the file stay, and an incomplete row is ignored."""
     fill(path, "d")
     for process, ids in {"0-0": "ca", "0-1": "ad", "1-0": "f"}.items():
         fill(rows_part(path, process), *ids)
@@ -186,7 +186,7 @@ def test_parts_come_together_in_the_datas_order(path: Path, caplog: pytest.LogCa
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-def test_what_is_not_in_the_data_is_refused(path: Path) -> None:
+def test_rows_that_are_not_in_the_data_are_refused(path: Path) -> None:
     fill(path, "c", "a")
     fill(rows_part(path, "0-0"), "d")
     whole = path.read_bytes()
@@ -197,13 +197,13 @@ def test_what_is_not_in_the_data_is_refused(path: Path) -> None:
     assert path.read_bytes() == whole and list(load_finished(rows_part(path, "0-0"))) == ["d"]
 
 
-def test_nothing_is_written_where_there_is_nothing(path: Path) -> None:
+def test_no_rows_no_file(path: Path) -> None:
     merge_parts(path, load_all(path, "ab"))
     assert not path.exists()
 
 
 def test_one_writer_at_a_time(path: Path) -> None:
-    """The lock goes with the process that holds it, however that ends."""
+    """The lock is released when its process ends, in any way."""
     holder = (
         "import sys; from pathlib import Path; from results import exclusive_writer\n"
         f"with exclusive_writer(Path({str(path)!r})):\n    print('held', flush=True); sys.stdin.read()\n"
@@ -220,8 +220,8 @@ def test_one_writer_at_a_time(path: Path) -> None:
     assert not list(path.parent.iterdir())
 
 
-def test_a_lock_that_its_holder_removed_meanwhile_is_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holder ends between the opening of the file here and its locking: the next run is not let in too."""
+def test_a_lock_file_removed_by_its_owner_is_not_a_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner ends between the opening of the file and its locking here: the next run is not admitted either."""
     ends, lock = [path.with_suffix(".lock")], fcntl.lockf
 
     def late(file, how: int) -> None:
@@ -244,19 +244,19 @@ def test_siblings(tmp_path: Path) -> None:
     assert sibling(tmp_path / "mine.json", "scores.json") == tmp_path / "mine.scores.json"
 
 
-def test_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_atomic(path, b"old")
+def test_a_file_is_written_completely_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(path, b"old")
 
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"cannot be written \(No space left on device\): free some space"):
-        write_atomic(path, b"new")
+        write_file(path, b"new")
     assert path.read_bytes() == b"old"
     rows = path.with_name("rows.jsonl")
     with pytest.raises(InputError, match="No space left"), Appender(rows, {"video_id": str}) as out:
         out.append({"video_id": "1"})
     monkeypatch.undo()
-    write_atomic(path, b"new")
-    assert path.read_bytes() == b"new" and not path.with_name(path.name + ".part").exists()
+    write_file(path, b"new")
+    assert path.read_bytes() == b"new" and sorted(path.parent.iterdir()) == sorted([path, rows])

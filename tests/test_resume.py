@@ -1,4 +1,4 @@
-"""A run that is killed resumes from its newest complete checkpoint, with the same losses as an undisturbed run."""
+"""A run that is killed resumes from its newest complete checkpoint, with the same losses as an uninterrupted run."""
 
 import json
 import os
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(made, tmp_path,
 
 
 def test_two_processes_know_the_same_bad_samples_and_stop_together(made, tmp_path):
-    """Both skip the same samples, and one line reports why they stop. One video is missing, two do not decode."""
+    """Both skip the same samples, and one line reports why they stop. One video is missing, two cannot be decoded."""
     rows = [json.loads(line) for line in made[1].read_text().splitlines()]
     for row in rows[1:3]:
         row["video_path"] = str(spoil(Path(row["video_path"]), tmp_path / f"nowhere.mp4 in {row['video_id']}"))

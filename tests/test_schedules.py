@@ -1,4 +1,4 @@
-"""Schedules that a user asks for: by name, disturbed at random, or from a file, and every mistake in one line."""
+"""Schedules that a user selects: by name, random, or from a file, with every error in one line."""
 
 import json
 
@@ -21,8 +21,8 @@ def test_by_name(tmp_path):
     assert choose("random", tmp_path, VARIANTS["batch"]).of("a", 4).quotas == (0, 0, 0)
 
 
-def test_a_disturbed_schedule_is_the_videos_own(tmp_path):
-    """It is settled by seed and video, not by order or process, and keeps to K in the mean."""
+def test_a_random_schedule_depends_on_seed_and_video(tmp_path):
+    """Not on order or process. Its mean is K."""
     drawn = [choose("random", tmp_path, seed=seed).of(video, 300).quotas for seed in (0, 1) for video in "ab"]
     assert len(set(drawn)) == 4 and choose("random-4", tmp_path).of("a", 300).quotas == drawn[0]
     assert all(set(quotas) == set(range(1, 8)) and 3.5 < sum(quotas) / 299 < 4.5 for quotas in drawn)
@@ -30,7 +30,7 @@ def test_a_disturbed_schedule_is_the_videos_own(tmp_path):
 
 @pytest.mark.parametrize("form", ["object", "lines", "rows", "schedule as an id"])
 def test_from_a_file(tmp_path, form):
-    """Counts with or without the last slot's; rows of a result file are such a file."""
+    """Counts with or without those of the last slot; the rows of a result file work too."""
     counts = {"a": [0, 5, 2], "b": [3, 1], "not in the data": [1]}
     lines = {
         "object": [json.dumps(counts, indent=1)],
@@ -60,7 +60,7 @@ def test_from_a_file(tmp_path, form):
         ("", "has no counts for video a"),
     ],
 )
-def test_a_bad_file_is_refused(tmp_path, text, says):
+def test_an_invalid_file_is_refused(tmp_path, text, says):
     path = tmp_path / "counts.json"
     path.write_text(text)
     with pytest.raises(InputError) as error:
@@ -68,7 +68,7 @@ def test_a_bad_file_is_refused(tmp_path, text, says):
     assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_cannot_be_asked_for(tmp_path):
+def test_invalid_schedules(tmp_path):
     (tmp_path / "counts.json").write_text('{"a": [1], "b": [1]}')
     with pytest.raises(InputError, match="batch writes only after the whole video"):
         choose("counts.json", tmp_path, VARIANTS["batch"])

@@ -1,4 +1,4 @@
-"""All measures of a file of captions, by `eval.py --score-only`, as a user calls it."""
+"""All metrics of a file of captions, with `eval.py --score-only`, as a user calls it."""
 
 import json
 import random
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import eval as evaluation
 import pytest
-from endpoint import Endpoint
 from metrics.bleurt import bleurt
 from metrics.lag import measure
 from metrics.scoring import METRICS, check_java, score
@@ -25,19 +24,14 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def endpoint(endpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", " secret\n")
-    server = Endpoint()
-    yield server
-    server.closing.set()
-    server.shutdown()
-    server.server_close()
+    return endpoint
 
 
 @pytest.fixture
 def quick_java(monkeypatch, tmp_path):
-    """A java that has no memory for METEOR, which loads for seconds."""
+    """A java without memory for METEOR, which takes seconds to load."""
     fake = tmp_path / "java"
     fake.write_text(f'#!/bin/sh\nif [ "$1" = -jar ]; then echo no memory >&2; exit 1; fi\nexec {check_java()} "$@"\n')
     fake.chmod(0o755)
@@ -78,7 +72,7 @@ def captions(count: int) -> list[dict]:
     return [{"video_id": f"v{n}", "annotation": caption(), "result": f"{caption()} {n}"} for n in range(count)]
 
 
-def test_every_measure_of_captions_with_slots(made, checkpoint, endpoint, score_only, quick_java, tmp_path, capsys):
+def test_every_metric_of_captions_with_slots(made, checkpoint, endpoint, score_only, quick_java, tmp_path, capsys):
     tokenizer = load_processor(made[0]).tokenizer
 
     def decode(tokens):
@@ -133,7 +127,7 @@ def test_every_measure_of_captions_with_slots(made, checkpoint, endpoint, score_
     assert len(endpoint.asked) == 2, "more than the check and the caption that was left"
 
 
-def test_what_cannot_be_computed_is_absent_with_its_reason(
+def test_metrics_that_cannot_be_computed_are_omitted_with_the_reason(
     made, checkpoint, endpoint, score_only, quick_java, tmp_path, capsys
 ):
     rows = write_rows(tmp_path / "mine.json", captions(30))
@@ -152,7 +146,7 @@ def test_what_cannot_be_computed_is_absent_with_its_reason(
     assert all(f"\n{metric} " in out for metric in reasons)
     assert len(lines(tmp_path / "mine.judge.jsonl")) == 3
 
-    # Without what nobody asked for; and a tokenizer that is not the one that wrote.
+    # Without metrics that were not requested, and with a tokenizer other than the one that wrote.
     rows = [{**row, "tokens": [5, 6], "slots": [1, 1], "clips": 2} for row in rows]
     write_rows(tmp_path / "mine.json", rows)
     scores = score_only(tmp_path / "mine.json")
@@ -164,9 +158,7 @@ def test_what_cannot_be_computed_is_absent_with_its_reason(
     assert "gone" in score_only(tmp_path / "mine.json")["not_computed"]["AL"]
 
 
-def test_what_scoring_needs_is_checked_before_anything_long_runs(
-    checkpoint, endpoint, score_only, tmp_path, monkeypatch, capsys
-):
+def test_requirements_of_scoring_are_checked_first(checkpoint, endpoint, score_only, tmp_path, monkeypatch, capsys):
     def never(*_):
         raise AssertionError("something long ran")
 
@@ -198,7 +190,7 @@ def test_what_scoring_needs_is_checked_before_anything_long_runs(
         ({"video_id": "a", "annotation": ["x", 3], "result": "x"}, "'a' has a reference without a word"),
     ],
 )
-def test_a_bad_row_of_captions_is_one_line(score_only, tmp_path, capsys, row, says):
+def test_an_invalid_row_of_captions_is_one_line(score_only, tmp_path, capsys, row, says):
     write_rows(tmp_path / "mine.json", [row])
     with pytest.raises(SystemExit):
         score_only(tmp_path / "mine.json")

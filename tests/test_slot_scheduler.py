@@ -1,4 +1,4 @@
-"""The slot scheduler by itself: random schedules and events against a plain statement of the rule. No model."""
+"""The slot scheduler alone: random schedules and events compared with a simple statement of the rule. No model."""
 
 import itertools
 import random
@@ -15,8 +15,8 @@ GROUP = VARIANTS["group"]
 
 
 def drive(draw: random.Random, scheduler: SlotScheduler, clips: int, late: bool, answer: int, ahead: int):
-    """Random events until nothing can happen any more: a clip arrives or is committed, a slot begins, a token is
-    requested, a token is read, which ends the turn if it is number `answer`. Returns them in order."""
+    """Random events until nothing more can happen: a clip arrives or is committed, a slot begins, a token is requested,
+    a token is read, which ends the turn if it is number `answer`. Returns them in order."""
     events = []
     while True:
         may = []
@@ -54,8 +54,8 @@ def drive(draw: random.Random, scheduler: SlotScheduler, clips: int, late: bool,
 
 
 def expected_counts(quotas, slots: int, written: int) -> list[int]:
-    """The rule: each slot writes its quota, and the last one the rest. Slots in which nothing was written by the end of
-    the answer are left out."""
+    """The rule: each slot writes its quota, and the last one the rest. Slots without tokens at the end of the answer
+    are omitted."""
     counts = []
     for slot in range(1, slots + 1):
         left = written - sum(counts)
@@ -159,7 +159,7 @@ def test_a_source_that_ends_too_late_adds_a_slot_without_a_clip():
 
 
 @pytest.mark.parametrize("how", ["the turn ends", "an error"])
-def test_what_was_requested_on_unread_tokens_is_dropped(how):
+def test_requests_that_depend_on_unread_tokens_are_dropped(how):
     scheduler = SlotScheduler(GROUP, "wait-2", 99, 9)
     for number in range(1, 4):
         scheduler.arrive(last=number == 3)
@@ -179,7 +179,7 @@ def test_what_was_requested_on_unread_tokens_is_dropped(how):
     assert not scheduler.pending and not scheduler.complete and not scheduler.bare
 
 
-def test_counts_that_a_clip_s_positions_are_computed_by():
+def test_counts_for_the_positions_of_a_clip():
     fixed = SlotScheduler(GROUP, Schedule((2, 0, 3)), 99, 4)
     greedy = SlotScheduler(GROUP, GREEDY, 99, 4)
     for number in range(1, 5):
@@ -200,7 +200,7 @@ def test_counts_that_a_clip_s_positions_are_computed_by():
 
 
 def test_random_quotas_do_not_change_as_the_stream_grows():
-    """Whatever order they are asked in, and however long the stream becomes."""
+    """In any order of requests, and for any length of the stream."""
     asked = list(range(1, 400))
     random.Random(SEED).shuffle(asked)
     scheduler = SlotScheduler(GROUP, "random-3", 10**9, None)
@@ -208,8 +208,8 @@ def test_random_quotas_do_not_change_as_the_stream_grows():
     assert [scheduler.quota(slot) for slot in asked] == [quotas[slot - 1] for slot in asked]
 
 
-def test_clips_that_a_stream_cannot_have_are_refused():
-    """And change nothing."""
+def test_invalid_clips_are_refused():
+    """Without changing the state."""
 
     def state(scheduler):
         return scheduler.arrived, scheduler.total, scheduler.counts
@@ -241,7 +241,7 @@ def test_clips_that_a_stream_cannot_have_are_refused():
         SlotScheduler(GROUP, "wait-0", 9, 2)
 
 
-def test_a_stream_without_a_window_of_clips_may_go_on():
+def test_a_stream_without_a_window_of_clips_may_continue():
     scheduler = SlotScheduler(GROUP, "wait-1", 10**9, None)
     for _ in itertools.repeat(None, 1000):
         scheduler.arrive(last=False)

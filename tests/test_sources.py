@@ -1,10 +1,10 @@
-"""Clips as they happen: paced files, a synthetic scene, and HTTP and RTSP streams that drop in the middle."""
+"""Clips in real time: paced files, a synthetic scene, and HTTP and RTSP streams that are interrupted."""
 
 import contextlib
 import threading
 import time
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
@@ -12,22 +12,23 @@ import torch
 from media import make_video, read_number
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
-from qwen_vl_streaming.video.sources import file_clips, synthetic_clips
+from qwen_vl_streaming.video.sources import paced_clips, synthetic_clips
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
+from serving import Quiet, serving
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
 
 
 @pytest.fixture
 def serve():
-    """Serve each connection the next of some streams, a list of (bytes, seconds to wait before them); then refuse."""
-    servers = []
+    """Serves each connection the next of some streams, a list of (bytes, seconds to wait before them); then refuses."""
+    servers = contextlib.ExitStack()
 
     def start(connections, kind="video/mp2t"):
         left = list(connections)
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_GET(self):
                 if not left:
                     self.send_error(404)
@@ -37,21 +38,13 @@ def serve():
                 self.end_headers()
                 for data, delay in left.pop(0):
                     time.sleep(delay)
-                    with contextlib.suppress(ConnectionError):  # who watches may leave
+                    with contextlib.suppress(ConnectionError):  # the consumer may leave
                         self.wfile.write(data)
 
-            def log_message(self, *_):
-                pass
+        return servers.enter_context(serving(Handler)).url + "/live.ts"
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/live.ts"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with servers:
+        yield start
 
 
 def stream_bytes(tmp_path, times):
@@ -61,8 +54,8 @@ def stream_bytes(tmp_path, times):
 def test_file_is_paced_and_equal_to_the_file(tmp_path):
     path = make_video(tmp_path / "v.mp4", seconds=3)
     begin = time.time()
-    clips = list(file_clips(path, speed=4, budget=SMALL))
     video = read_video(path, budget=SMALL)
+    clips = list(paced_clips(video, speed=4))
     assert torch.equal(torch.cat([clip.frames for clip in clips]), video.frames)
     np.testing.assert_array_equal(np.concatenate([clip.timestamps for clip in clips]), video.timestamps)
     assert [clip.index for clip in clips] == [0, 1, 2]
@@ -71,7 +64,7 @@ def test_file_is_paced_and_equal_to_the_file(tmp_path):
 
 
 def test_late_consumer_learns_when_a_clip_was_due(tmp_path):
-    clips = file_clips(make_video(tmp_path / "v.mp4", seconds=3), speed=10, budget=SMALL)
+    clips = paced_clips(read_video(make_video(tmp_path / "v.mp4", seconds=3), budget=SMALL), speed=10)
     first = next(clips)
     time.sleep(0.3)
     assert next(clips).completed == pytest.approx(first.completed + 0.1)
@@ -97,8 +90,8 @@ def test_http_stream_gives_the_clips_of_the_file(tmp_path, serve):
     assert all(before <= clip.completed <= time.time() for clip in clips)
 
 
-def test_http_stream_dropped_and_taken_up_again(tmp_path, serve, caplog):
-    """The server breaks off in mid-stream; the next connection goes on a second later, its clock starting anew."""
+def test_http_stream_is_dropped_and_reconnected(tmp_path, serve, caplog):
+    """The server disconnects in mid-stream; the next connection continues a second later, with a new clock."""
     first = stream_bytes(tmp_path, [i / 10 for i in range(20)])
     second = stream_bytes(tmp_path, [i / 10 for i in range(20)])
     url = serve([[(first[: len(first) * 3 // 4], 0)], [(second, 1.5)]])
@@ -113,20 +106,16 @@ def test_http_stream_dropped_and_taken_up_again(tmp_path, serve, caplog):
     assert "dropped" in caplog.text
 
 
-def test_http_film_is_over_at_its_end(tmp_path, caplog):
+def test_http_recording_ends_at_its_end(tmp_path, caplog):
     make_video(tmp_path / "film.mp4", seconds=4)
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/film.mp4"
-        clips = list(stream_clips(url, budget=SMALL, max_clips=9))
-        server.shutdown()
+    with serving(partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        clips = list(stream_clips(server.url + "/film.mp4", budget=SMALL, max_clips=9))
     assert len(clips) == 4 and all(clip.film for clip in clips)
     assert "dropped" not in caplog.text
 
 
-def test_http_stream_that_begins_again_and_again_is_given_up(tmp_path, serve, caplog):
-    """Connections shorter than the patience do not renew it, and come ever more slowly."""
+def test_http_stream_that_keeps_restarting_is_abandoned(tmp_path, serve, caplog):
+    """Connections shorter than the timeout do not reset it, and are retried more and more slowly."""
     data = stream_bytes(tmp_path, [i / 10 for i in range(20)])
     url = serve([[(data, 0)]] * 50)
     begin = time.time()
@@ -136,14 +125,14 @@ def test_http_stream_that_begins_again_and_again_is_given_up(tmp_path, serve, ca
     assert 2 <= caplog.text.count("dropped") <= 4
 
 
-def test_source_that_is_not_there(serve):
+def test_missing_source(serve):
     with pytest.raises(InputError, match=r"127\.0\.0\.1.*cannot be opened"):
         list(stream_clips(serve([])))
     with pytest.raises(InputError, match="/dev/video99 cannot be opened"):
         list(stream_clips("/dev/video99"))
 
 
-def test_consumer_that_leaves_ends_the_reading(tmp_path, serve):
+def test_reading_ends_with_its_consumer(tmp_path, serve):
     url = serve([[(stream_bytes(tmp_path, [i / 10 for i in range(60)]), 0)]])
     clips = stream_clips(url, budget=SMALL)
     next(clips)
@@ -159,13 +148,13 @@ def test_max_clips(tmp_path, serve):
     assert len(list(stream_clips(url, budget=SMALL, max_clips=2))) == 2
 
 
-def test_rtsp_camera_gives_its_clips_as_they_happen(tmp_path):
-    """Over the one connection that gets through firewalls; the camera then hangs up for good."""
+def test_rtsp_camera_gives_its_clips_in_real_time(tmp_path):
+    """Over one TCP connection, which passes firewalls; the camera then disconnects for good."""
     path = make_video(tmp_path / "part.ts", [i / 10 for i in range(35)], container="mpegts")
     with Camera(path) as camera:
         clips = list(stream_clips(camera.url, budget=SMALL, reconnect_seconds=0))
     numbers = [read_number(frame.numpy()) for clip in clips for frame in clip.frames]
-    assert numbers[0] in (0, 1)  # FFmpeg knows no time for the first picture, which is then left out
+    assert numbers[0] in (0, 1)  # FFmpeg may have no time for the first frame, which is then skipped
     assert numbers[:6] == list(range(numbers[0], 30, 5))
     np.testing.assert_allclose(np.concatenate([clip.timestamps for clip in clips])[:6], np.arange(6) / 2, atol=0.02)
     assert (np.diff([clip.completed for clip in clips[:3]]) > 0.5).all()  # not all at once when it is over
@@ -173,7 +162,7 @@ def test_rtsp_camera_gives_its_clips_as_they_happen(tmp_path):
     assert "TCP" in transport
 
 
-def test_rtsp_camera_that_hangs_up_is_called_again(tmp_path, caplog):
+def test_rtsp_camera_that_disconnects_is_reconnected(tmp_path, caplog):
     path = make_video(tmp_path / "part.ts", [i / 10 for i in range(40)], container="mpegts")
     with Camera(path, plays=2, seconds=2) as camera:
         clips = list(stream_clips(camera.url, budget=SMALL, reconnect_seconds=0.5))

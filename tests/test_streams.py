@@ -1,13 +1,12 @@
-"""Streams whose time stamps go back, leap or are missing; films over HTTP give the clips of their files."""
+"""Streams whose timestamps jump back or ahead or are missing; recordings over HTTP give the clips of their files."""
 
 import contextlib
 import io
 import re
 import socket
-import threading
 from fractions import Fraction
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +21,7 @@ from qwen_vl_streaming.video import streams
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
+from serving import Quiet, serving
 from test_sources import serve, stream_bytes  # noqa: F401  a fixture
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
@@ -29,18 +29,15 @@ REORDERED = {"preset": "medium", "bf": "3"}
 TENTH = Fraction(1, 10)
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
+class Files(Quiet, SimpleHTTPRequestHandler):
+    pass
 
 
 @pytest.fixture
 def site(tmp_path):
     """The address at which the files of tmp_path are served."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(partial(Files, directory=tmp_path)) as server:
+        yield server.url
 
 
 def watch(url, **options):
@@ -123,7 +120,7 @@ FILMS = {
 
 
 @pytest.mark.parametrize("name", FILMS)
-def test_a_film_gives_the_clips_of_its_file(tmp_path, site, name):
+def test_a_recording_gives_the_clips_of_its_file(tmp_path, site, name):
     FILMS[name](tmp_path, name)
     file = "whole.ts" if name == "playlist.m3u8" else name  # a playlist on this machine is not opened
     video, clips = read_video(tmp_path / file, budget=SMALL), watch(f"{site}/{name}")
@@ -138,28 +135,28 @@ def test_a_film_gives_the_clips_of_its_file(tmp_path, site, name):
 
 
 def test_an_encoder_that_is_restarted(tmp_path, serve, caplog):  # noqa: F811
-    """Its stamps begin anew; film time goes on by what has really passed."""
+    """Its timestamps start again; the timeline continues with the elapsed time."""
     part = stream_bytes(tmp_path, [i / 10 for i in range(40)])
     clips = watch(serve([[(part, 0), (part, 3)]]))
     shown, moments = numbers(clips), np.concatenate([clip.timestamps for clip in clips])
     assert shown[:8] == list(range(0, 40, 5)) and shown[-1] >= 35
     assert len(clips) >= 9 and np.diff(moments).max() > 1.2  # the picture stood still for nearly three seconds
-    assert sum("go back" in record.message for record in caplog.records) == 1
+    assert sum("jump back" in record.message for record in caplog.records) == 1
 
 
-def test_a_stream_whose_stamps_leap_ahead(tmp_path, serve, caplog):  # noqa: F811
+def test_a_stream_whose_timestamps_jump_ahead(tmp_path, serve, caplog):  # noqa: F811
     copy(tmp_path, "leaping.ts", leap)
     clips = watch(serve([[((tmp_path / "leaping.ts").read_bytes(), 0)]]))
     assert numbers(clips) == [0, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55]
-    assert sum("leap ahead" in record.message for record in caplog.records) == 1
+    assert sum("jump ahead" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize(
     ("clock", "note"),
     [
-        (lambda moment: moment + 100 * (moment > 3), "leap ahead"),
-        (lambda moment: 1000 + moment - 5 * (moment > 3), "have stayed|go back"),
-        (lambda moment: min(moment, 3.0), "have stayed"),
+        (lambda moment: moment + 100 * (moment > 3), "jump ahead"),
+        (lambda moment: 1000 + moment - 5 * (moment > 3), "have not changed|jump back"),
+        (lambda moment: min(moment, 3.0), "have not changed"),
     ],
 )
 def test_a_camera_that_sets_its_clock(tmp_path, caplog, clock, note):
@@ -169,12 +166,12 @@ def test_a_camera_that_sets_its_clock(tmp_path, caplog, clock, note):
     assert 5 <= len(clips) <= 7
     moments = np.concatenate([clip.timestamps for clip in clips])
     assert (np.diff(moments) >= 0).all() and moments[-1] < 7
-    assert numbers(clips)[-1] > 35  # where the stamps stay, a new frame is shown each second
+    assert numbers(clips)[-1] > 35  # if timestamps do not change, a new frame is shown each second
     assert re.search(note, caplog.text)
 
 
 def mjpeg(count, fps):
-    """A camera's MJPEG over HTTP: pictures as they happen, no time stamps."""
+    """A camera's MJPEG over HTTP: pictures in real time, without timestamps."""
     parts = []
     for number in range(count):
         file = io.BytesIO()
@@ -195,7 +192,7 @@ def test_mjpeg_is_shown_as_it_arrives(serve):  # noqa: F811
 
 
 def test_raw_h264(tmp_path, site, serve):  # noqa: F811
-    """As a film it has no time at all; live, it is shown as it arrives."""
+    """Refused as a recording, because it has no timestamps; live, it is shown as it arrives."""
     data = make_video(tmp_path / "v.h264", seconds=4, container="h264").read_bytes()
     with pytest.raises(InputError, match=r"without timestamps \(h264\): rewrite it as MP4"):
         watch(f"{site}/v.h264")
@@ -212,7 +209,7 @@ def test_a_server_that_is_silent(monkeypatch):
     monkeypatch.setattr(streams, "STALLED_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/live.ts"
-        with pytest.raises(InputError, match=r"cannot be opened \(it did not answer for 0.5 s\)"):
+        with pytest.raises(InputError, match=r"cannot be opened \(no data for 0.5 s\)"):
             watch(url)
 
 
@@ -221,7 +218,7 @@ def test_a_stream_that_falls_silent(tmp_path, serve, monkeypatch, caplog):  # no
     part = stream_bytes(tmp_path, [i / 10 for i in range(40)])
     clips = list(stream_clips(serve([[(part, 0), (b"", 3)]]), budget=SMALL, reconnect_seconds=0.3))
     assert len(clips) >= 4
-    assert "it did not answer for 0.5 s" in caplog.text
+    assert "no data for 0.5 s" in caplog.text
 
 
 def test_damaged_frames_are_skipped_and_counted(tmp_path, site):
@@ -242,15 +239,15 @@ def test_what_comes_before_the_first_keyframe_is_not_counted_as_broken(tmp_path,
     assert watch(serve([[((tmp_path / "late.ts").read_bytes(), 0)]]))[-1].broken == 0
 
 
-def test_a_film_without_a_decoder(tmp_path, site):
+def test_a_recording_without_a_decoder(tmp_path, site):
     path = make_video(tmp_path / "v.mp4")
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
     with pytest.raises(InputError, match=r"source .*no decoder"):
         watch(f"{site}/v.mp4")
 
 
-class Breaking(Quiet):
-    """Breaks off the first transfer of each name at two thirds, or tells no size."""
+class Breaking(Files):
+    """Interrupts the first transfer of each file at two thirds, or does not report a size."""
 
     asked: ClassVar[list[str]] = []
 
@@ -268,8 +265,8 @@ class Breaking(Quiet):
 
 @pytest.mark.parametrize("ending", ["mkv", "flv", "mp4"])
 @pytest.mark.parametrize("how", ["breaks", "nosize"])
-def test_a_film_that_breaks_off_or_whose_size_is_not_told(tmp_path, ending, how, caplog):
-    """Each clip comes once, with the time that it has in the film; a film without a size is fetched once."""
+def test_a_recording_that_is_interrupted_or_has_no_size(tmp_path, ending, how, caplog):
+    """Each clip comes once, with its time in the video; a recording without a size is downloaded once."""
     whole = make_video(tmp_path / "whole.mkv", seconds=12, size=(320, 192))
     flags = {"movflags": "faststart"} if ending == "mp4" else {}
     with av.open(str(whole)) as film, av.open(str(tmp_path / f"v.{ending}"), "w", options=flags) as out:
@@ -279,13 +276,10 @@ def test_a_film_that_breaks_off_or_whose_size_is_not_told(tmp_path, ending, how,
                 packet.stream = track
                 out.mux(packet)
     video = read_video(tmp_path / f"v.{ending}", budget=SMALL)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Breaking, directory=tmp_path)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(partial(Breaking, directory=tmp_path)) as server:
         name = f"/v.{ending}?{how}"
         Breaking.asked.clear()
-        url = f"http://127.0.0.1:{server.server_port}{name}"
-        clips = list(stream_clips(url, budget=SMALL, reconnect_seconds=2))
-        server.shutdown()
+        clips = list(stream_clips(server.url + name, budget=SMALL, reconnect_seconds=2))
     assert numbers(clips) == [read_number(frame.numpy()) for frame in video.frames]
     np.testing.assert_allclose(np.concatenate([clip.timestamps for clip in clips]), video.timestamps, atol=2e-3)
     assert ("dropped" in caplog.text) == (how == "breaks")
@@ -293,7 +287,7 @@ def test_a_film_that_breaks_off_or_whose_size_is_not_told(tmp_path, ending, how,
 
 
 def without_stamps(folder, name):
-    """FFmpeg gives no stamps to Matroska's frames of before 0."""
+    """FFmpeg gives no timestamps to frames of Matroska before 0."""
 
     def change(number, packet):
         packet.pts -= 2000
@@ -323,11 +317,11 @@ def changing(folder, name):
         ("v.mkv", without_stamps, "has frames without timestamps"),
         ("v.mpg", lambda folder, name: make_video(folder / name, seconds=4), "has frames without timestamps"),
         ("codecs.ts", changing, "changes from h264 to hevc"),
-        ("one.mkv", lambda folder, name: make_video(folder / name, [0.0]), "leaves less than one clip of 1.00 s"),
-        ("gap.ts", lambda folder, name: make_video(folder / name, [0, 0.1, 0.2, 60]), "leaves less than one clip of"),
+        ("one.mkv", lambda folder, name: make_video(folder / name, [0.0]), "less than one clip of 1.00 s"),
+        ("gap.ts", lambda folder, name: make_video(folder / name, [0, 0.1, 0.2, 60]), "less than one clip of"),
     ],
 )
-def test_a_film_is_refused_as_its_file_is(tmp_path, site, name, make, message):
+def test_a_recording_is_refused_like_its_file(tmp_path, site, name, make, message):
     make(tmp_path, name)
     with pytest.raises(InputError, match=message):
         read_video(tmp_path / name, budget=SMALL)

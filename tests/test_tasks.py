@@ -1,4 +1,4 @@
-"""FunQA from its annotation file to scores, with a real tiny checkpoint: own questions, sub-tasks and their mean."""
+"""FunQA from its annotation file to scores, with a real tiny checkpoint: questions, sub-tasks and their mean."""
 
 import json
 from statistics import fmean
@@ -29,7 +29,7 @@ MP4 = video_bytes(seconds=3, fps=4, size=(56, 56))
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkpoint, FunQA's test rows (two questions of each sub-task, three answers each), and where they start."""
+    """A checkpoint, FunQA's test rows (two questions of each sub-task, three answers each), and a folder."""
     folder = tmp_path_factory.mktemp("funqa")
     for split in ("test", "train"):
         lay_out(folder / "source", split, full(), data=MP4)
@@ -54,7 +54,7 @@ def evaluate(made, tmp_path, monkeypatch):
 
 
 def stand_in(references, candidates):
-    """Stands in for the metrics: the mean length of the captions, and something that the sub-tasks of magic lack."""
+    """Replaces the metrics by the mean length of the captions, and a metric that the sub-tasks of magic do not have."""
     mean = {"BLEU-1": fmean(float(len(text)) for text in candidates.values())}
     magic = any(name.startswith("M_") for name in candidates)
     return {**mean, "not_computed": {"CIDEr": "no magic"}} if magic else {**mean, "CIDEr": 1.0}
@@ -88,8 +88,8 @@ def test_every_sub_task_is_captioned_scored_and_verified(made, evaluate, monkeyp
     assert ended.value.code == 0 and f"{count} of {count} tokens of 12 videos" in capsys.readouterr().out
 
 
-def test_training_and_evaluation_ask_a_row_its_own_question(made):
-    """The same prompt, and another one than a row without a question gets."""
+def test_training_and_evaluation_use_the_question_of_a_row(made):
+    """With the same prompt, which differs from that of a row without a question."""
     checkpoint, data, folder = made
     processor = load_processor(checkpoint)
     budget = PixelBudget(3136, 3136)
@@ -113,7 +113,7 @@ def test_training_and_evaluation_ask_a_row_its_own_question(made):
 
 
 def test_a_description_may_have_its_own_question(made, tmp_path):
-    """What training takes, evaluation takes: with the same prompt."""
+    """Training and evaluation accept it, with the same prompt."""
     checkpoint, data, folder = made
     row = {**json.loads(data.read_text().splitlines()[0]), "question": "Who wins?"}
     mine = tmp_path / "mine.jsonl"
@@ -174,7 +174,7 @@ def test_data_of_another_task_is_refused_in_one_line(made, evaluate, tmp_path, c
         ([], "fun", "unknown task 'fun': choose one of description, funqa"),
         (["--data", str(tmp_path / "plain")], "funqa", "plain, line 1: has sub-task None, not one of H2, H3"),
         (["--data", str(tmp_path / "title")], "funqa", "has sub-task 'H4', not one of"),
-        (["--data", str(tmp_path / "unasked")], "funqa", 'has the question " ", which is not a text'),
+        (["--data", str(tmp_path / "unasked")], "funqa", 'has the question " ", which is not a non-blank string'),
         (["--data", str(tmp_path / "wordless")], "funqa", "caption without a word"),
         (["--data", str(tmp_path / "numbers")], "funqa", "references that are not a list of strings"),
         (["--data", str(tmp_path / "twice")], "funqa", "both have the video_id"),
@@ -189,7 +189,7 @@ def test_data_of_another_task_is_refused_in_one_line(made, evaluate, tmp_path, c
 
 
 def test_defaults_of_funqa(monkeypatch):
-    """Its own data and its own folder, so that both tasks have their files; what the user gives is left alone."""
+    """Its own data and folder, so that both tasks have separate files; values from the user are kept."""
     for name in ("DATA_DIR", "OUTPUT_DIR"):
         monkeypatch.delenv(f"QWEN2_5_VL_EVAL_{name}", raising=False)
     plain, funqa = evaluation.Settings(), evaluation.Settings(task="funqa")

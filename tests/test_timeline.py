@@ -50,7 +50,7 @@ def test_feed_order_by_hand():
         assert feed_order(make_timeline(variant, LAYOUT, counts)) == expected[name], name
 
 
-def test_an_empty_slot_keeps_the_waiting_token_waiting():
+def test_an_empty_slot_delays_the_waiting_token():
     """Slots 1 and 3 write nothing: the header's last token and a1 wait until the next token is due."""
     order = feed_order(make_timeline(VARIANTS["group"], LAYOUT, (0, 2, 0, 1)))
     assert order == "p0 p1 v1 v1 h0 v2 v2 h1 a0 v3 v3 v4 v4 t0 a1 a2"
@@ -90,7 +90,7 @@ def test_the_last_token_of_an_answer_that_ends_early_is_fed_in_the_next_slot():
 
 
 def test_an_empty_last_clip():
-    """A live source ends: there is no clip 3, but the tail and the rest still belong to slot 3."""
+    """When a live source ends there is no clip 3, but the tail and the rest still belong to slot 3."""
     expected = {
         "interleave": "p0 p1 v1 v1 h0 h1 a0 v2 v2 a1 a2 t0 a3",
         "overlap": "p0 p1 v1 v1 h0 h1 v2 v2 a0 a1 t0 a2 a3",

@@ -116,7 +116,7 @@ def test_a_bad_sample_is_skipped_with_its_reason(made):
     for path in ("a" * 300, "a/" * 3000):  # longer than a name or a path may be
         samples.rows[3] = {**samples.rows[3], "video_path": path}
         assert "cannot be read (File name too long)" in samples[3].bad[1]
-    for length, reason in ((40, "maximum length 40"), (20, "more than the 5 that the model has room for")):
+    for length, reason in ((40, "maximum length 40"), (20, "more than the 5 that the model supports")):
         assert reason in dataset(made, "group", max_length=length)[0].bad[1]
     batch = collate([samples[0], good])
     assert [video_id for video_id, _ in batch["tally"]["bad"]] == [samples.rows[0]["video_id"]]
@@ -143,7 +143,7 @@ def test_invalid_arguments_are_refused_in_one_line(made, tmp_path, capsys, monke
         ([*common, *model, *group, "--train_data", str(tmp_path / "half.jsonl")], "half.jsonl, line 1"),
         ([*common, *model, *group, "--deepspeed", str(tmp_path / "zero.json")], "not valid JSON"),
         ([*common, *model, *group, "--output_dir", str(tmp_path / "other")], "trained as gap, not group"),
-        ([*common, *group, "--model_name_or_path", str(tmp_path)], "holds no config.json"),
+        ([*common, *group, "--model_name_or_path", str(tmp_path)], "has no config.json"),
         ([*common, *model, *group, "--no_such_flag", "1"], "no_such_flag"),
     ):
         assert reason in refused(arguments, capsys, monkeypatch)

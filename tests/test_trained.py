@@ -1,4 +1,4 @@
-"""A checkpoint is used as it was trained, or not at all."""
+"""A checkpoint is used as it was trained, or refused."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_a_checkpoint_is_for_its_variant_and_its_rule(variant):
-    """The hub's own is for all. One from before the rule was written down is refused where the rule matters."""
+    """A checkpoint of the hub works for all variants. One without a recorded rule is refused if the rule matters."""
     keys = training_keys(variant, 5, pixel_budget={})
     assert keys == {"streaming_variant": variant.name, "wait_k": 5, "position_rule": RULE, "pixel_budget": {}}
     for other in VARIANTS.values():

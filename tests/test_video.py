@@ -1,4 +1,4 @@
-"""Sampling real files: which frames come out, when they were shown, how large they are, and what is refused."""
+"""Sampling real files: which frames are returned, when they were shown, their sizes, and what is refused."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ def numbers(video):
 
 
 def on_screen(times, targets):
-    """By the plain rule: the number of the newest frame that is not later than each target."""
+    """The simple rule: the number of the newest frame that is not later than each target."""
     return [max(i for i, time in enumerate(times) if time <= target + 1e-3) for target in targets]
 
 
@@ -114,7 +114,7 @@ def test_start_and_end(tmp_path):
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotated(tmp_path, degrees):
-    """A phone's video is turned by its header; the picture must stand as a viewer sees it."""
+    """A phone's video is rotated by its header; frames must be upright, as a viewer sees them."""
     plain = read_video(make_video(tmp_path / "plain.mp4"), budget=SMALL, reader="pyav")
     turned = rotate(make_video(tmp_path / "turned.mp4"), degrees)
     for reader in ("decord", "pyav"):
@@ -135,7 +135,7 @@ def test_odd_sizes(tmp_path):
 
 
 def test_mpegts_is_not_read_with_decord(tmp_path):
-    """Decord loses the opening frames of a transport stream without a word."""
+    """decord silently loses the first frames of a transport stream."""
     times = [i / 10 for i in range(40)]
     path = make_video(tmp_path / "v.ts", times)
     assert numbers(read_video(path, budget=SMALL)) == on_screen(times, np.arange(8) / 2)
@@ -185,7 +185,7 @@ def test_pixel_budget(height, ratio, frames):
 
 @pytest.mark.parametrize("height, width", [(720, 1280), (1080, 1920), (480, 640), (1280, 720)])
 def test_a_stream_is_sized_as_the_longest_video(height, width):
-    """The published budget gives a short video larger frames, so that their size tells how long it will be."""
+    """The published budget gives a short video larger frames, so their size reveals its length."""
     published, stream = PixelBudget(), PixelBudget(budget="stream")
     longest = published.size(height, width, 60)
     assert {stream.size(height, width, frames) for frames in (0, 2, 10, 60, 600)} == {longest}
@@ -195,7 +195,7 @@ def test_a_stream_is_sized_as_the_longest_video(height, width):
 
 
 def test_frames_of_a_longer_video_begin_with_those_of_a_shorter_one(tmp_path):
-    """To the bit with `stream`, and not with the published budget."""
+    """Bitwise with `stream`, but not with the published budget."""
     sizes = {"size": (320, 240), "options": {"bf": "0", "x264-params": "rc-lookahead=0:log-level=none", "qp": "20"}}
     short, long = (make_video(tmp_path / f"{n}.mp4", seconds=n, **sizes) for n in (3, 6))
     pixels = 28 * 28 * 4, 28 * 28 * 90, 28 * 28 * 200
@@ -206,12 +206,12 @@ def test_frames_of_a_longer_video_begin_with_those_of_a_shorter_one(tmp_path):
             assert not same or torch.equal(frames[0], frames[1][: len(frames[0])])
 
 
-def test_a_narrow_picture_keeps_a_row_of_tokens():
+def test_a_narrow_frame_keeps_a_row_of_tokens():
     assert PixelBudget(3136, 3136).size(44, 210, 8) == (28, 112)
     assert PixelBudget(3136, 3136).size(210, 44, 8) == (112, 28)
 
 
-def test_pixel_budget_refuses_what_cannot_be():
+def test_pixel_budget_refuses_invalid_values():
     with pytest.raises(InputError, match="max_pixels_per_frame 5000"):
         PixelBudget(max_pixels_per_frame=5000)
     with pytest.raises(InputError, match="max_pixels_per_video 1000"):
@@ -219,7 +219,7 @@ def test_pixel_budget_refuses_what_cannot_be():
 
 
 def cut_in_half(tmp_path):
-    """The file's index is whole and promises 6 s; the second half of the data is gone."""
+    """The index of the file is complete and states 6 s; the second half of the data is missing."""
     path = make_video(tmp_path / "v.mp4", seconds=6, size=(320, 240), options={"movflags": "+faststart"})
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
@@ -228,13 +228,13 @@ def cut_in_half(tmp_path):
 
 BROKEN = {
     "missing": (lambda folder: folder / "none.mp4", "does not exist"),
-    "a folder": (lambda folder: folder, "is a folder: name a video file"),
+    "a folder": (lambda folder: folder, "is a folder: give a video file"),
     "a pipe": (lambda folder: pipe(folder / "v.mp4"), "is a pipe, a socket or a device: write"),
     "empty": (lambda folder: write(folder / "v.mp4", b""), "is empty"),
     "no video": (lambda folder: write(folder / "v.mp4", b"no video at all" * 99), "cannot be opened"),
     "one frame": (lambda folder: make_video(folder / "v.mp4", [0.0]), "less than one clip"),
     "too short": (lambda folder: make_video(folder / "v.mp4", seconds=0.6), "less than one clip"),
-    "cut": (cut_in_half, "cannot be opened|cut short|cannot be decoded"),
+    "cut": (cut_in_half, "cannot be opened|truncated|cannot be decoded"),
 }
 
 
@@ -260,7 +260,7 @@ def test_refused_with_one_line_that_names_the_file(tmp_path, kind, reader):
 
 
 def test_same_tensors_again(tmp_path):
-    """Training and evaluation call the same function: nothing in it may depend on the process or on earlier calls."""
+    """Training and evaluation call the same function: its result must not depend on the process or on earlier calls."""
     path = make_video(tmp_path / "v.mp4", VARIABLE, fps=30)
     first, second = read_video(path), read_video(path)
     assert torch.equal(first.frames, second.frames)

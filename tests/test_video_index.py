@@ -1,4 +1,4 @@
-"""Films as cameras, recorders and the web make them: the frame that comes out is the one on the screen at its time."""
+"""Videos as cameras, recorders and the web produce them: each frame is the one on screen at its time."""
 
 import io
 import struct
@@ -31,8 +31,8 @@ def concatenate(target, *parts):
 
 @pytest.mark.parametrize("ending", ["ts", "mkv"])
 @pytest.mark.parametrize("options", [{}, REORDERED])
-def test_stamps_that_go_back(tmp_path, caplog, ending, options):
-    """Two recordings joined: the second goes on one frame after the first."""
+def test_timestamps_that_jump_back(tmp_path, caplog, ending, options):
+    """Two recordings joined: the second continues one frame after the first."""
     one = make_video(tmp_path / f"one.{ending}", seconds=4, options=options)
     two = make_video(tmp_path / f"two.{ending}", seconds=3, options=options)
     joined = concatenate(tmp_path / f"joined.{ending}", one, two)
@@ -54,18 +54,18 @@ def test_stamps_that_go_back(tmp_path, caplog, ending, options):
         25,
     ]
     np.testing.assert_allclose(video.timestamps, np.arange(14) / 2, atol=2e-3)
-    assert sum("go back" in record.message for record in caplog.records) == 1
+    assert sum("jump back" in record.message for record in caplog.records) == 1
 
 
 def test_a_source_that_loops(tmp_path, caplog):
     part = make_video(tmp_path / "one.ts", seconds=2, options=REORDERED)
     assert numbers(concatenate(tmp_path / "joined.ts", part, part, part, part)) == [0, 5, 10, 15] * 4
-    assert sum("go back" in record.message for record in caplog.records) == 3
+    assert sum("jump back" in record.message for record in caplog.records) == 3
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 def test_a_splice_in_the_middle_of_a_group_of_pictures(tmp_path, codec):
-    """What refers to frames that the splice has cut off is not shown."""
+    """Frames that refer to missing frames are not shown."""
     whole = make_video(tmp_path / "whole.ts", seconds=4, options={"preset": "medium"}, codec=codec)
     for cut in range(5, 12):
         second = remux(whole, tmp_path / "second.ts", lambda number, packet, cut=cut: number >= cut)
@@ -77,7 +77,7 @@ def test_a_splice_in_the_middle_of_a_group_of_pictures(tmp_path, codec):
         assert (np.diff(after[2:-2]) == 5).all()
 
 
-def test_a_stamp_that_leaps_ahead(tmp_path, caplog):
+def test_a_timestamp_that_jumps_ahead(tmp_path, caplog):
     """A camera sets its clock in the middle of a recording."""
 
     def change(number, packet):
@@ -88,10 +88,10 @@ def test_a_stamp_that_leaps_ahead(tmp_path, caplog):
     whole = make_video(tmp_path / "whole.ts", seconds=4, options=REORDERED)
     leaping = remux(whole, tmp_path / "leaping.ts", change)
     assert numbers(leaping) == numbers(whole) == [0, 5, 10, 15, 20, 25, 30, 35]
-    assert sum("leap ahead by 250.1 s" in record.message for record in caplog.records) == 1
+    assert sum("jump ahead by 250.1 s" in record.message for record in caplog.records) == 1
 
 
-def test_a_stamp_that_wraps_around(tmp_path):
+def test_a_timestamp_that_wraps_around(tmp_path):
     """MPEG-TS counts to 2^33, which is 26.5 hours."""
 
     def change(number, packet):
@@ -103,8 +103,8 @@ def test_a_stamp_that_wraps_around(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "webm", "flv"])
-def test_a_frame_that_stays_for_minutes(tmp_path, caplog, ending):
-    """A screen recording has a frame only where something changes: no discontinuity."""
+def test_a_frame_shown_for_minutes(tmp_path, caplog, ending):
+    """A screen recording has a frame only when something changes; this is not a discontinuity."""
     times = [0, 1, 61, 61.1, 61.2, 61.3, 125]
     codec = {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}} if ending == "webm" else {}
     path = make_video(tmp_path / f"v.{ending}", times, **codec)
@@ -124,7 +124,7 @@ def test_a_frame_that_stays_for_minutes(tmp_path, caplog, ending):
         ("v.mpg", {"codec": "mpeg2video", "options": {"bf": "2"}, "fps": 25, "time_base": Fraction(1, 25)}),
     ],
 )
-def test_frames_come_in_the_order_of_showing(tmp_path, name, keywords):
+def test_frames_are_in_presentation_order(tmp_path, name, keywords):
     keywords = {"fps": 10, **keywords}
     path = make_video(tmp_path / name, seconds=4, **keywords)
     step = keywords["fps"] / 2
@@ -134,8 +134,8 @@ def test_frames_come_in_the_order_of_showing(tmp_path, name, keywords):
     np.testing.assert_allclose(video.timestamps, np.array(expected) / keywords["fps"], atol=2e-3)
 
 
-def test_guessed_stamps_at_a_slow_rate(tmp_path):
-    """FFmpeg's guesses are two frames late, here two seconds, which is no reason to call the file cut short."""
+def test_guessed_timestamps_at_a_slow_rate(tmp_path):
+    """FFmpeg's guesses are two frames late, here two seconds, which does not make the file truncated."""
     path = make_video(
         tmp_path / "v.avi", [float(i) for i in range(12)], options=REORDERED, fps=1, time_base=Fraction(1)
     )
@@ -144,7 +144,7 @@ def test_guessed_stamps_at_a_slow_rate(tmp_path):
 
 @pytest.mark.parametrize("ending", ["mkv", "webm", "flv", "wmv", "mp4", "avi", "ts"])
 @pytest.mark.parametrize("sound", [(0, 9), (0, 3)])
-def test_sound_that_is_longer_than_the_picture(tmp_path, ending, sound):
+def test_sound_that_is_longer_than_the_video(tmp_path, ending, sound):
     codec, source, container = {}, "mkv", None
     if ending == "webm":
         codec, container = {"codec": "libvpx", "options": {"cpu-used": "8", "deadline": "realtime"}}, "matroska"
@@ -158,7 +158,7 @@ def test_sound_that_is_longer_than_the_picture(tmp_path, ending, sound):
 
 
 @pytest.mark.parametrize("ending", ["mkv", "flv", "mp4", "ts"])
-def test_a_picture_that_begins_late(tmp_path, ending):
+def test_a_video_track_that_begins_late(tmp_path, ending):
     plain = make_video(tmp_path / "plain.mkv", [5 + i / 10 for i in range(40)])
     assert numbers(plain) == [0, 5, 10, 15, 20, 25, 30, 35]
     path = remux(plain, tmp_path / f"v.{ending}", sound=(0, 7))
@@ -168,18 +168,18 @@ def test_a_picture_that_begins_late(tmp_path, ending):
 @pytest.mark.parametrize(
     ("ending", "sound"), [*((e, s) for e in ("mkv", "flv", "mp4") for s in (None, (0, 12), (0, 9))), ("avi", None)]
 )
-def test_a_file_that_is_cut_short(tmp_path, ending, sound):
+def test_a_truncated_file(tmp_path, ending, sound):
     plain = tmp_path / f"plain.{'avi' if ending == 'avi' else 'mkv'}"
     make_video(plain, seconds=12, size=(320, 192), options={"crf": "1"}, time_base=TENTH)
     path = remux(plain, tmp_path / f"v.{ending}", sound=sound)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
-    with pytest.raises(InputError, match=r"is cut short, .*download it again|cannot be opened|damaged"):
+    with pytest.raises(InputError, match=r"is truncated .*download it again|cannot be opened|damaged"):
         read_video(path, budget=SMALL)
 
 
 def test_a_rate_that_varies_with_a_low_mean(tmp_path):
-    """A screen recording: one second of action in 40 s of stillness."""
+    """A screen recording: one second of motion in 40 s without."""
     times = [0, 20, *(20 + i / 10 for i in range(1, 11)), 40]
     video = read_video(make_video(tmp_path / "v.mp4", times), budget=SMALL)
     assert video.fps == 2.0
@@ -204,7 +204,7 @@ def test_a_steady_slow_rate_with_a_frame_missing(tmp_path):
     ],
 )
 def test_a_recording_that_begins_inside_a_group_of_pictures(tmp_path, ending, codec, options):
-    """Time begins with the first frame that can be decoded, and no frame is shown before."""
+    """Time starts with the first decodable frame, and no frame is shown before."""
     rate = {"fps": 25, "time_base": Fraction(1, 25)} if codec == "mpeg2video" else {"fps": 10}
     whole = make_video(tmp_path / "whole.ts", seconds=8, codec=codec, options=options, **rate)
     path = remux(whole, tmp_path / f"v.{ending}", lambda number, packet: number >= 5)
@@ -226,7 +226,8 @@ def test_a_recording_that_begins_inside_a_group_of_pictures(tmp_path, ending, co
     ],
 )
 def test_display_matrices(tmp_path, matrix, turned, reader):
-    """The picture stands as a viewer sees it, mirrored ones too; decord, which does not mirror, is refused for them."""
+    """Frames are upright, as a viewer sees them, also if mirrored; decord, which does not mirror, is refused for
+    mirrored ones."""
     size = (224, 224)
     budget = PixelBudget(224 * 224, 224 * 224)  # resized to itself: equal to the pixel
     plain = read_video(make_video(tmp_path / "plain.mp4", size=size), budget=budget).frames
@@ -240,7 +241,7 @@ def test_display_matrices(tmp_path, matrix, turned, reader):
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])
-def test_cover_art_is_not_the_film(tmp_path, ending):
+def test_cover_art_is_not_the_video(tmp_path, ending):
     path = remux(make_video(tmp_path / "plain.mp4", seconds=4), tmp_path / f"v.{ending}", cover=True)
     assert numbers(path) == [0, 5, 10, 15, 20, 25, 30, 35]
     with pytest.raises(InputError, match="2 video tracks"):
@@ -248,8 +249,8 @@ def test_cover_art_is_not_the_film(tmp_path, ending):
 
 
 @pytest.mark.parametrize("reader", ["pyav", "decord"])
-def test_damage_is_not_trained_on(tmp_path, reader):
-    """Bytes overwritten in the picture data: refused wherever a frame up to the last that is picked is harmed."""
+def test_damaged_files_are_refused(tmp_path, reader):
+    """Bytes overwritten in the picture data: refused if any frame up to the last picked one is damaged."""
     refused = 0
     for seed in range(8):
         path = make_video(tmp_path / f"{seed}.mp4", seconds=4, size=(320, 192), options={"crf": "10"})
@@ -271,8 +272,8 @@ def test_damage_is_not_trained_on(tmp_path, reader):
     assert refused >= 6
 
 
-def test_damaged_vp8_is_not_trained_on(tmp_path):
-    """Found by fuzzing: with frame threads, FFmpeg shows what is left of a damaged picture as a sound one."""
+def test_damaged_vp8_is_refused(tmp_path):
+    """Found by fuzzing: with frame threads, FFmpeg returns damaged frames without an error."""
     path = make_video(tmp_path / "v.webm", seconds=3, size=(320, 192), codec="libvpx")
     with av.open(str(path)) as container:
         packets = [bytes(packet) for packet in container.demux(video=0)]
@@ -283,7 +284,7 @@ def test_damaged_vp8_is_not_trained_on(tmp_path):
         read_video(path, budget=SMALL)
 
 
-def test_damage_behind_the_last_picked_frame(tmp_path):
+def test_damage_after_the_last_picked_frame(tmp_path):
     path = make_video(tmp_path / "v.mp4", seconds=8, size=(320, 192), options={"crf": "10"}, keyframe_every=10)
     data = bytearray(path.read_bytes())
     place = data.index(b"mdat") + (data.index(b"moov") - data.index(b"mdat")) * 8 // 10
@@ -312,7 +313,7 @@ def test_a_codec_without_a_decoder(tmp_path, reader):
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])
-def test_a_last_frame_that_claims_to_stay_for_months(tmp_path, ending):
+def test_a_last_frame_with_a_duration_of_months(tmp_path, ending):
     plain = make_video(tmp_path / "plain.mkv", seconds=4, options={"bf": "0"})
 
     def change(number, packet):
@@ -330,7 +331,7 @@ def test_a_last_frame_that_claims_to_stay_for_months(tmp_path, ending):
     assert index_video(path).duration == pytest.approx(4, abs=0.01)
 
 
-def test_more_clips_than_there_is_room_for(tmp_path, monkeypatch):
+def test_more_clips_than_supported(tmp_path, monkeypatch):
     path = make_video(tmp_path / "v.mp4", seconds=8)
     assert len(numbers(path, max_clips=8)) == 16
     monkeypatch.setitem(frames.READERS, "pyav", None)  # nothing is decoded
@@ -339,8 +340,8 @@ def test_more_clips_than_there_is_room_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ["h264", "mjpeg"])
-def test_formats_without_time_stamps(tmp_path, ending):
-    """FFmpeg would make up 25 frames a second."""
+def test_formats_without_timestamps(tmp_path, ending):
+    """FFmpeg would invent 25 frames per second."""
     codec = {"codec": "mjpeg", "pixels": "yuvj420p", "time_base": TENTH} if ending == "mjpeg" else {}
     path = make_video(tmp_path / f"v.{ending}", container=ending, **codec)
     with pytest.raises(InputError, match=r"without timestamps.*rewrite it as MP4"):
@@ -365,8 +366,8 @@ def test_other_codecs(tmp_path, name, keywords):
     assert picture(5).shape == (96, 160, 3)
 
 
-def test_vp8_pictures_that_are_not_shown(tmp_path):
-    """Others refer to them; the picture before stays on the screen."""
+def test_vp8_frames_that_are_not_shown(tmp_path):
+    """Others refer to them; the previous frame stays on screen."""
     path = make_video(tmp_path / "v.webm", seconds=4, codec="libvpx", options={"cpu-used": "8"})
     with av.open(str(path)) as film:
         packets = [bytes(packet) for packet in film.demux(video=0) if packet.size]
@@ -378,16 +379,16 @@ def test_vp8_pictures_that_are_not_shown(tmp_path):
     assert len(index_video(path).times) == 38
 
 
-def test_frames_without_number(tmp_path):
-    """Refused before there is room made for any of them."""
+def test_an_absurd_number_of_frames(tmp_path):
+    """Refused before memory is allocated for any of them."""
     path = make_video(tmp_path / "v.mkv", [0, 1, 2, 40_000])
     with pytest.raises(InputError, match=r"more than 10000000: give a smaller end, or rewrite the video"):
         read_video(path, fps=1000)
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
-def test_recordings_joined_whose_stamps_go_on(tmp_path, codec):
-    """As `ffmpeg -f segment` cuts one: the packets' counter begins anew, and FFmpeg flags what comes before."""
+def test_joined_recordings_with_continuous_timestamps(tmp_path, codec):
+    """As `ffmpeg -f segment` splits them: the continuity counter restarts, and FFmpeg flags the packets before."""
     one = make_video(tmp_path / "one.ts", seconds=2, codec=codec)
     for ahead in (-0.15, -0.05, 0, 0.1, 1.0):
 
@@ -429,7 +430,7 @@ def test_a_recording_in_many_segments(tmp_path):
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 def test_packets_lost_right_before_a_join_or_a_keyframe(tmp_path, codec):
-    """What is left of the frame decodes, and H.265 does not say that it is only a part."""
+    """The rest of the frame decodes, and H.265 does not report that it is only a part."""
     noise = np.random.default_rng(0)
 
     def film(path, begin):
@@ -456,8 +457,8 @@ def test_packets_lost_right_before_a_join_or_a_keyframe(tmp_path, codec):
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
-def test_a_recording_that_was_cut_off_in_a_frame_before_another(tmp_path, codec):
-    """The part of a frame is not shown."""
+def test_a_recording_that_ends_within_a_frame_before_another(tmp_path, codec):
+    """The partial frame is not shown."""
     part = make_video(tmp_path / "part.ts", seconds=2, codec=codec, size=(640, 480), options={"crf": "1"})
     data = part.read_bytes()
     frames = []
@@ -465,7 +466,7 @@ def test_a_recording_that_was_cut_off_in_a_frame_before_another(tmp_path, codec)
         path = tmp_path / f"{lost}.ts"
         path.write_bytes(data[: -188 * lost] + data)
         frames.append(len(index_video(path).times))
-    assert sum(36 <= count < 40 for count in frames) >= 4  # one in 16 goes on with the counter by chance
+    assert sum(36 <= count < 40 for count in frames) >= 4  # in one of 16 cases the counter continues by chance
     path.write_bytes(data[: -188 * (1 + frames.index(min(frames)))] + data)
     assert numbers(path)[:4] == [0, 5, 10, 15] and numbers(path)[-1] >= 15
 
@@ -475,7 +476,7 @@ def test_a_transport_stream_that_changes_its_codec(tmp_path, second):
     rate = {"fps": 25, "time_base": Fraction(1, 25)} if second == "mpeg2video" else {}
     one, two = make_video(tmp_path / "one.ts"), make_video(tmp_path / "two.ts", codec=second, **rate)
     for parts in ((one, two), (two, one)):
-        with pytest.raises(InputError, match=r"changes from \w+ to \w+, where recordings are joined"):
+        with pytest.raises(InputError, match=r"changes from \w+ to \w+ where recordings were joined"):
             numbers(concatenate(tmp_path / "joined.ts", *parts))
 
 
@@ -491,13 +492,13 @@ def fragmented(source, target, flags="dash+delay_moov+frag_keyframe"):
 
 @pytest.mark.parametrize("flags", ["dash+delay_moov+frag_keyframe", "frag_keyframe+empty_moov"])
 def test_a_fragmented_mp4_that_begins_late(tmp_path, flags):
-    """As a recording of HLS or DASH does: its length is where it ends on the time axis."""
+    """As in a recording of HLS or DASH: its length is its end on the time axis."""
     late = make_video(tmp_path / "late.mkv", [5 + i / 10 for i in range(40)], options=REORDERED)
     assert numbers(fragmented(late, tmp_path / "v.mp4", flags)) == [0, 5, 10, 15, 20, 25, 30, 35]
 
 
-def test_a_fragmented_mp4_and_an_avi_that_are_cut_by_a_little(tmp_path):
-    """By less than a second: what says how large it is tells."""
+def test_a_fragmented_mp4_and_an_avi_that_are_slightly_truncated(tmp_path):
+    """By less than a second: the stated size reveals it."""
     plain = make_video(tmp_path / "plain.mkv", seconds=4)
     avi = make_video(tmp_path / "v.avi", seconds=4, codec="mpeg4", time_base=TENTH)
     for path in (fragmented(plain, tmp_path / "v.mp4", "empty_moov+frag_keyframe+skip_trailer"), avi):
@@ -505,7 +506,7 @@ def test_a_fragmented_mp4_and_an_avi_that_are_cut_by_a_little(tmp_path):
         assert numbers(path) == [0, 5, 10, 15, 20, 25, 30, 35]
         for cut in (3, 40, 200):
             path.write_bytes(data[:-cut])
-            with pytest.raises(InputError, match=r"is cut short, \d+ of the \d+ bytes it claims"):
+            with pytest.raises(InputError, match=r"is truncated \(\d+ of \d+ bytes\)"):
                 numbers(path)
 
 
@@ -520,17 +521,17 @@ def test_a_fragmented_mp4_and_an_avi_that_are_cut_by_a_little(tmp_path):
         ("ivf", {"codec": "libvpx", "options": {"cpu-used": "8", "deadline": "realtime"}}),
     ],
 )
-def test_files_joined_of_which_only_the_first_can_be_read(tmp_path, ending, keywords):
+def test_joined_files_of_which_only_the_first_can_be_read(tmp_path, ending, keywords):
     one = make_video(tmp_path / f"one.{ending}", seconds=3, **keywords)
     assert numbers(one) == [0, 5, 10, 15, 20, 25]
     with pytest.raises(
-        InputError, match=f"of several files that are joined, the second from byte {len(one.read_bytes())} on"
+        InputError, match=rf"of several joined files \(the second starts at byte {len(one.read_bytes())}\)"
     ):
         numbers(concatenate(tmp_path / f"joined.{ending}", one, one))
 
 
 @pytest.mark.parametrize("ending", ["avi", "gif"])
-def test_files_joined_that_are_read(tmp_path, ending):
+def test_joined_files_that_can_be_read(tmp_path, ending):
     keywords = (
         {"codec": "gif", "pixels": "rgb8", "time_base": Fraction(1, 100)}
         if ending == "gif"
@@ -540,8 +541,8 @@ def test_files_joined_that_are_read(tmp_path, ending):
     assert numbers(concatenate(tmp_path / f"joined.{ending}", one, one)) == [0, 5, 10, 15, 20, 25] * 2
 
 
-def test_stamps_that_are_the_time_of_day(tmp_path):
-    """decord would end the process."""
+def test_timestamps_that_are_the_time_of_day(tmp_path):
+    """decord would crash the process."""
 
     def change(number, packet):
         packet.pts += 1_700_000_000_000
@@ -565,11 +566,11 @@ def test_no_frame_of_an_asf_is_lost(tmp_path, options):
     assert numbers(path, fps=10) == list(range(40))
 
 
-def test_a_note_about_a_film_comes_once(tmp_path, caplog):
+def test_a_warning_about_a_file_appears_once(tmp_path, caplog):
     part = make_video(tmp_path / "one.ts", seconds=2)
     path = concatenate(tmp_path / "joined.ts", part, part)
     assert numbers(path) == numbers(path)
-    assert caplog.text.count("go back") == 1
+    assert caplog.text.count("jump back") == 1
 
 
 def test_a_name_that_cannot_be_printed():

@@ -1,4 +1,4 @@
-"""Endless streams: what is outside the window is forgotten, exactly as in the plain reference."""
+"""Endless streams: tokens outside the window are not visible, exactly as in the reference."""
 
 import dataclasses
 import random
@@ -17,7 +17,7 @@ from qwen_vl_streaming.timeline.plan import Window
 from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import PARALLEL, random_case
-from tiny import random_counts, random_template, tiny_model
+from tiny import random_counts, random_template
 
 SEED = time.time_ns() % 100_000
 ALL = [
@@ -25,11 +25,6 @@ ALL = [
     for variant in VARIANTS.values()
     for mode in (("serial", "fused") if variant.parallel else ("serial",))
 ]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def long_case(draw, variant, clips, grid=(3, 3)):
@@ -51,8 +46,8 @@ def watch(session, pixels, draw):
 
 
 @pytest.mark.parametrize(("variant", "mode"), ALL, ids=[f"{variant.name} {mode}" for variant, mode in ALL])
-def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, mode, tmp_path):
-    """More clips and tokens than there are blocks for; replayed serially without blocks, and in one full pass."""
+def test_a_window_that_reuses_blocks_equals_the_reference(model, variant, mode, tmp_path):
+    """More clips and tokens than blocks; replayed in serial mode without blocks, and in one full pass."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name} {mode}")
     for number in range(2):
@@ -77,8 +72,9 @@ def test_a_window_over_pages_that_turn_is_the_plain_one(model, variant, mode, tm
         with session:
             watch(session, case.pixels, draw)
         assert len(session.counts) == 70 or len(session.written) == most
-        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)  # the pages have turned
-        assert len(session.batch_slot.visual.blocks) * BLOCK_SIZE < 70 * 9
+        visual = session.rounds.batch_slot.visual
+        assert visual.last_block >= len(visual.blocks)  # blocks were reused
+        assert len(visual.blocks) * BLOCK_SIZE < 70 * 9
         record = read_record(path)
         assert record.window == list(window)
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
@@ -112,7 +108,7 @@ def test_the_rule_of_the_window():
 
 @pytest.mark.parametrize("variant", PARALLEL, ids=lambda v: v.name)
 def test_a_window_that_holds_everything_changes_nothing(model, variant, tmp_path):
-    """The session with a window is what a full pass without one would write, but for ties."""
+    """A session with a large enough window writes what a full pass without a window gives, except for ties."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name}")
     case = long_case(draw, variant, 5)
@@ -135,7 +131,7 @@ def test_a_window_that_holds_everything_changes_nothing(model, variant, tmp_path
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
-def test_without_a_window_nothing_is_forgotten(model):
+def test_without_a_window_everything_stays_visible(model):
     case = long_case(random.Random(1), VARIANTS["group"], 3)
     with open_session(model, case.variant, case.template, case.layout, max_clips=2) as session:
         session.feed(case.pixels[0])
@@ -148,7 +144,7 @@ def test_without_a_window_nothing_is_forgotten(model):
 
 
 def test_a_pool_of_endless_streams(model):
-    """Each with its own window and pace; memory is that of the windows."""
+    """Each has its own window and pace; memory is that of the windows."""
     print("seed", SEED)
     draw = random.Random(SEED)
     cases = [long_case(draw, variant, 40) for variant in PARALLEL]
@@ -171,8 +167,8 @@ def test_a_pool_of_endless_streams(model):
         assert [session.caption() for session in sessions] == alone
 
 
-def test_room_is_enough_for_what_is_in_sight(monkeypatch):
-    """However the sizes fall on pages: the oldest token in sight is never overwritten."""
+def test_blocks_suffice_for_the_window(monkeypatch):
+    """For any alignment of sizes and blocks: the oldest visible token is never overwritten."""
     print("seed", SEED)
     draw = random.Random(SEED)
     for _ in range(300):
@@ -183,8 +179,8 @@ def test_room_is_enough_for_what_is_in_sight(monkeypatch):
             (1, layout.header, 1, window.tokens + 1),
         ):
             room = step_runner.StepRunner.token_capacity(layout, 1, 1, window)[run]
-            pages = -(-room // BLOCK_SIZE)
-            turning = pages - min(-(-kept // BLOCK_SIZE), pages - 1)
+            blocks = -(-room // BLOCK_SIZE)
+            reused = blocks - min(-(-kept // BLOCK_SIZE), blocks - 1)
             for newest in (kept + step * draw.randint(1, 5000) for _ in range(5)):
                 oldest = max(newest - step * ahead - (layout.tail if run == 0 else 0), kept)
-                assert newest // BLOCK_SIZE - oldest // BLOCK_SIZE < turning
+                assert newest // BLOCK_SIZE - oldest // BLOCK_SIZE < reused

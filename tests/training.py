@@ -47,6 +47,7 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as when the program is started directly
     torch.set_num_threads(1)
+    torch.compiler.set_default_backend("aot_eager")  # the default one takes minutes, and needs a C++ compiler
     sys.argv = ["sft.sh", *arguments]
     from qwen_vl_streaming.launch.failing import run_rank
     from qwenvl import rank, resumable, train

@@ -2,14 +2,14 @@
 `model_runner.py`, `split_kv.py` and `ragged_attention.py` were chosen with it.
 
     python code/benchmarks/attention.py --size 7B
-    python code/benchmarks/attention.py --size 7B --passes clip --options 64x64x4x2 128x64x8x3
+    python code/benchmarks/attention.py --size 7B --steps clip --options 64x64x4x2 128x64x8x3
 
-    words   one decode row in each batch slot
+    decode  one decode row in each batch slot
     clip    a clip and a decode row in one batch slot, as in live sessions
     clips   clips in some batch slots and decode rows in others, as in batches of `interleave`
 
 Measures the attention of all layers, captured as one CUDA graph. Options are BLOCK_M x BLOCK_N x warps x stages; for
-words, they are warps x stages. The engine's own options are measured first. The floor is the larger of two times:
+decode, they are warps x stages. The engine's own options are measured first. The floor is the larger of two times:
 4 x pairs x width FLOPs at the measured rate of a bf16 matrix product, and the bytes of the visible keys and values at
 the measured memory bandwidth. --size tiny tries the command on a CPU, without compiling.
 """
@@ -50,34 +50,34 @@ class Shape:
     clips: int
     """Batch slots with a clip of `tokens` rows."""
     tokens: int
-    words: int
+    decoding: int
     """Batch slots with a decode row. In a step of kind clip, it is the batch slot of the clip."""
     seen: int
     """Visual tokens that a decode row and the last row of a clip attend to."""
 
     def __str__(self) -> str:
         parts = [f"{self.clips} x {self.tokens} of clips"] if self.clips else []
-        return ", ".join([*parts, f"{self.words} words", f"{self.seen} seen"])
+        return ", ".join([*parts, f"{self.decoding} decode rows", f"{self.seen} visual tokens"])
 
     def seen_by_row(self) -> list[Tensor]:
         """For each batch slot, the number of visual tokens that each of its rows attends to."""
         clip = torch.arange(self.seen - self.tokens, self.seen) + 1
-        word = torch.tensor([self.seen])
+        decode = torch.tensor([self.seen])
         if self.kind == "clip":
-            return [torch.cat([word - self.tokens, clip])]
-        return [clip] * self.clips + [word] * self.words
+            return [torch.cat([decode - self.tokens, clip])]
+        return [clip] * self.clips + [decode] * self.decoding
 
 
 GPU_SHAPES = (
-    Shape("words", 0, 0, 1, 5460),
-    Shape("words", 0, 0, 64, 1365),
+    Shape("decode", 0, 0, 1, 5460),
+    Shape("decode", 0, 0, 64, 1365),
     Shape("clip", 1, 91, 1, 5460),
     Shape("clip", 1, 256, 1, 3072),
     Shape("clip", 1, 1024, 1, 6144),
     Shape("clips", 11, 91, 21, 1365),
     Shape("clips", 64, 91, 0, 1365),
 )
-CPU_SHAPES = Shape("words", 0, 0, 2, 140), Shape("clip", 1, 9, 1, 140), Shape("clips", 2, 9, 1, 140)
+CPU_SHAPES = Shape("decode", 0, 0, 2, 140), Shape("clip", 1, 9, 1, 140), Shape("clips", 2, 9, 1, 140)
 
 
 class Bench:
@@ -161,22 +161,22 @@ def parse_options(text: str, names: tuple[str, ...]) -> dict:
     numbers = text.split("x")
     sizes = [int(number) if number.isdigit() else 0 for number in numbers]
     if len(sizes) != len(names) or min(sizes) < 1 or any(size & (size - 1) for size in sizes[:-1]):
-        raise InputError(f"--options {text}: give {' x '.join(names)}, such as 64x64x4x2, or for words 4x3")
+        raise InputError(f"--options {text}: give {' x '.join(names)}, such as 64x64x4x2, or 4x3 for decode")
     return dict(zip(names, sizes, strict=True))
 
 
 def options_to_try(kind: str, requested: list[str] | None) -> Iterator[dict]:
     """Kernel options for steps of `kind`: the engine's own, then the `requested` ones, or a default list if None."""
-    words = kind == "words"
+    decode = kind == "decode"
     used = {
-        "words": ModelRunner.kernel_options,
+        "decode": ModelRunner.kernel_options,
         "clip": CHUNK_KERNEL_OPTIONS,
         "clips": ragged_attention.KERNEL_OPTIONS,
     }[kind]
     yield used
-    own = [text for text in requested or () if words == (text.count("x") == 1)]
-    for text in own if requested else DECODE_OPTIONS if words else CHUNK_OPTIONS:
-        options = parse_options(text, NAMES[2:] if words else NAMES)
+    own = [text for text in requested or () if decode == (text.count("x") == 1)]
+    for text in own if requested else DECODE_OPTIONS if decode else CHUNK_OPTIONS:
+        options = parse_options(text, NAMES[2:] if decode else NAMES)
         if options != used:
             yield options
 
@@ -184,22 +184,26 @@ def options_to_try(kind: str, requested: list[str] | None) -> Iterator[dict]:
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", *SHAPES], default="7B")
-    parser.add_argument("--passes", nargs="+", choices=["words", "clip", "clips"], default=["words", "clip", "clips"])
-    parser.add_argument("--options", nargs="+", metavar="MxNxWxS", help="beside the engine's own (default: a list)")
+    parser.add_argument("--steps", nargs="+", choices=["decode", "clip", "clips"], default=["decode", "clip", "clips"])
+    parser.add_argument(
+        "--options", nargs="+", metavar="MxNxWxS", help="options to try beside the engine's (default: a list)"
+    )
     arguments = parser.parse_args()
     bench = Bench(arguments.size)
     wanted = [
-        shape for shape in (GPU_SHAPES if bench.device == "cuda" else CPU_SHAPES) if shape.kind in arguments.passes
+        shape for shape in (GPU_SHAPES if bench.device == "cuda" else CPU_SHAPES) if shape.kind in arguments.steps
     ]
     every = [(shape, [*options_to_try(shape.kind, arguments.options)]) for shape in wanted]
 
     flop_rate, byte_rate = rates(bench.device)
     name = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, attention of Qwen2.5-VL {arguments.size}, {bench.layers} layers")
-    print(f"matrix product {flop_rate / 1e12:.1f} TFLOP/s, reading memory {byte_rate / 1e12:.2f} TB/s")
+    print(f"matrix product {flop_rate / 1e12:.1f} TFLOP/s, memory bandwidth {byte_rate / 1e12:.2f} TB/s")
     for shape, choices in every:
         floor = bench.floor(shape, flop_rate, byte_rate)
-        print(f"\n{shape.kind}: {shape}; floor {1e3 * floor:.3f} ms\n{'options':<16}{'ms':>9} {'times':>9}", flush=True)
+        print(
+            f"\n{shape.kind}: {shape}; floor {1e3 * floor:.3f} ms\n{'options':<16}{'ms':>9} {'x floor':>9}", flush=True
+        )
         for number, options in enumerate(choices):
             took = bench.measure(shape, options)
             mine = "  the engine's" if number == 0 else ""

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[32], help="batch sizes (default: 32)")
     parser.add_argument("--layers", type=int, help="use fewer layers, for a quick test")
     parser.add_argument("--repeats", type=int, default=3, help="timed batches (default: %(default)s)")
-    parser.add_argument("--words", type=int, default=ANSWER, help="generate fewer tokens, for a quick test")
+    parser.add_argument("--answer-tokens", type=int, default=ANSWER, help="generate fewer tokens, for a quick test")
     arguments = parser.parse_args()
     device = find_device()
     config = make_config(arguments.size, arguments.layers)
@@ -103,18 +103,18 @@ def main() -> None:
 
     print(
         f"{'variant':<12}{'batch':>6}{'s/video':>11}{'min':>8}{'max':>8}{'bound':>8}{'ratio':>7}{'published':>11}"
-        f"{'speedup':>9}{'GiB':>7}"
+        f"{'speed-up':>9}{'GiB':>7}"
     )
     for variant in (VARIANTS[name] for name in arguments.variants):
         for batch in arguments.batch:
-            options = {"batch_size": batch, "max_new_tokens": arguments.words}
+            options = {"batch_size": batch, "max_new_tokens": arguments.answer_tokens}
             # The first call compiles. In the second, the first batch includes the set-up.
             for count in (batch, batch * (1 + arguments.repeats)):
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 began, ends = time.perf_counter(), []
                 for _, caption in caption_all(model, variant, make_jobs(variant, count), **options):
-                    assert len(caption.tokens) == arguments.words
+                    assert len(caption.tokens) == arguments.answer_tokens
                     ends.append(time.perf_counter() - began)
                 print(f"  {count} videos including set-up: {ends[-1]:.2f} s", flush=True)
             each = [(end - before) / batch for before, end in pairwise(ends[batch - 1 :: batch])]

@@ -12,7 +12,7 @@
     sweep   speed-up for K x visual tokens per clip, compared with S(r) = (1 + r) / max(1, r)
     many    number of sessions that one model sustains, each with one clip per second
     long    memory and speed over a stream of thousands of clips
-    passes  milliseconds of each kind of forward step, and the kernels of those that generate a token
+    steps   milliseconds of each kind of forward step, and the kernels of those that generate a token
     lanes   timeline of perception and generation over a few rounds
     plot    plots of the results of the other commands; needs no GPU and no weights
 
@@ -34,24 +34,24 @@ from training import ANSWER, CLIPS, SHAPES
 
 from latency.lanes import lanes
 from latency.many import long, many
-from latency.passes import passes
 from latency.runs import delay, live, rounds, video
 from latency.setup import GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
+from latency.steps import steps
 from latency.sweep import parse_points, sweep
 
-COMMANDS = ("passes", "rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")
+COMMANDS = ("steps", "rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")
 """In the order of execution. Commands before lanes share one perception process, which lanes replaces."""
-ONE_WAY = {"passes", "many"}
-"""Commands that always run in fused mode, independent of --ways."""
+FUSED_ONLY = {"steps", "many"}
+"""Commands that always run in fused mode, independent of --modes."""
 
 TINY = {
     "clips": 8,
-    "words": 30,
+    "answer_tokens": 30,
     "repeats": 2,
     "arrivals": 10,
     "frames": [40.0, 80.0],
     "points": ["1x16", "2x32", "4x64"],
-    "seats": [2, 4],
+    "sessions": [2, 4],
     "seconds": 3,
     "age": 2,
     "stream": 200,
@@ -68,10 +68,10 @@ class Settings:
     size: str
     layers: int | None
     variant: str
-    ways: list[str]
+    modes: list[str]
     k: int
     clips: int
-    words: int
+    answer_tokens: int
     tokens: int
     chunks: list[str]
     """How fused steps prefill a clip; each is measured: whole, spread, or a number of visual tokens per step."""
@@ -81,7 +81,7 @@ class Settings:
     frames: list[float]
     points: list[str] | None
     minutes: float
-    seats: list[int]
+    sessions: list[int]
     seconds: float
     age: int
     stream: int
@@ -89,18 +89,19 @@ class Settings:
     output: Path
 
     def __post_init__(self):
-        if "serial" not in self.ways and "sweep" in self.commands:
-            raise InputError("sweep compares with serial: name it among --ways")
+        if "serial" not in self.modes and "sweep" in self.commands:
+            raise InputError("sweep compares with serial: add serial to --modes")
         if self.clips < 2:
             raise InputError(f"--clips {self.clips}: give at least 2")
-        if min(self.k, self.repeats, self.arrivals) < 1 or self.words <= self.k * (self.clips - 1):
+        if min(self.k, self.repeats, self.arrivals) < 1 or self.answer_tokens <= self.k * (self.clips - 1):
             raise InputError(
-                f"--k {self.k}, --repeats {self.repeats} and --arrivals {self.arrivals} are at least 1, and --words "
-                f"{self.words} more than the {self.k * (self.clips - 1)} that come before the last slot"
+                f"--k {self.k}, --repeats {self.repeats} and --arrivals {self.arrivals} must be at least 1, and "
+                f"--answer-tokens {self.answer_tokens} must exceed the {self.k * (self.clips - 1)} tokens of the slots "
+                "before the last"
             )
         for how in self.chunks:
             if how not in (WHOLE, SPREAD) and not (how.isdigit() and int(how) > 0):
-                raise InputError(f"--chunks {how}: give {WHOLE}, {SPREAD} or visual tokens a pass")
+                raise InputError(f"--chunks {how}: give {WHOLE}, {SPREAD} or a number of visual tokens per step")
         parse_points(self.points)
 
 
@@ -108,36 +109,44 @@ def parse() -> Settings:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="+", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("--size", choices=["tiny", *SHAPES], default="7B")
-    parser.add_argument("--layers", type=int, help="fewer layers, to try a command out")
+    parser.add_argument("--layers", type=int, help="use fewer layers, for a quick test")
     parser.add_argument("--variant", choices=[v for v in VARIANTS if VARIANTS[v].parallel], default="group")
-    parser.add_argument("--ways", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--k", type=int, default=3, help="words a slot (default %(default)s)")
-    parser.add_argument("--clips", type=int, default=CLIPS, help="of rounds and video (default %(default)s)")
-    parser.add_argument("--words", type=int, default=ANSWER, help="of video (default %(default)s)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
+    parser.add_argument("--k", type=int, default=3, help="tokens per slot (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=CLIPS, help="clips of rounds and video (default: %(default)s)")
+    parser.add_argument(
+        "--answer-tokens", type=int, default=ANSWER, help="length of the answer, of video (default: %(default)s)"
+    )
     parser.add_argument(
         "--tokens",
         type=int,
         choices=GRIDS,
         default=TOKENS,
-        help="a clip, of rounds, passes and lanes (default %(default)s)",
+        help="visual tokens per clip, of rounds, steps and lanes (default: %(default)s)",
     )
     parser.add_argument(
-        "--chunks", nargs="+", default=[WHOLE], metavar="HOW", help="how clips ride in fused passes: whole, spread, N"
+        "--chunks", nargs="+", default=[WHOLE], metavar="HOW", help="how fused steps prefill a clip: whole, spread, N"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median (default %(default)s)")
-    parser.add_argument("--pixels", choices=["float32", "bfloat16"], default="float32", help="what a clip is fed as")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts (default: %(default)s)")
+    parser.add_argument("--pixels", choices=["float32", "bfloat16"], default="float32", help="data type of a clip")
     parser.add_argument(
-        "--arrivals", type=int, default=100, help="clips of delay (default %(default)s); live has three times as many"
+        "--arrivals", type=int, default=100, help="clips of delay (default: %(default)s); live has three times as many"
     )
     parser.add_argument(
-        "--frames", type=float, nargs="+", default=[60, 80, 100, 110, 120, 130, 140, 150, 160], help="a second, of live"
+        "--frames",
+        type=float,
+        nargs="+",
+        default=[60, 80, 100, 110, 120, 130, 140, 150, 160],
+        help="of live",
     )
-    parser.add_argument("--points", nargs="+", metavar="KxTOKENS", help="of sweep (default: the whole grid)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="after which sweep stops, to be gone on with")
-    parser.add_argument("--seats", type=int, nargs="+", default=[32, 64, 96, 128, 160, 192], help="sessions, of many")
-    parser.add_argument("--seconds", type=float, default=20, help="of each number of sessions (default %(default)s)")
-    parser.add_argument("--age", type=int, default=15, help="clips that each of them has seen (default %(default)s)")
-    parser.add_argument("--stream", type=int, default=10_000, help="clips of long (default %(default)s)")
+    parser.add_argument("--points", nargs="+", metavar="KxTOKENS", help="points of sweep (default: the whole grid)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop sweep after this; it can be resumed")
+    parser.add_argument(
+        "--sessions", type=int, nargs="+", default=[32, 64, 96, 128, 160, 192], help="numbers of sessions, of many"
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="for each number of sessions (default: %(default)s)")
+    parser.add_argument("--age", type=int, default=15, help="clips before timing, of many (default: %(default)s)")
+    parser.add_argument("--stream", type=int, default=10_000, help="clips of long (default: %(default)s)")
     parser.add_argument(
         "--window",
         type=int,
@@ -145,7 +154,7 @@ def parse() -> Settings:
         default=(60, 400),
         help="attention window of live, many and long, in clips and tokens",
     )
-    parser.add_argument("--output", type=Path, default=Path("latency"), help="folder (default %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("latency"), help="folder (default: %(default)s)")
     if parser.parse_args().size == "tiny":
         parser.set_defaults(**TINY)
     values = vars(parser.parse_args())
@@ -156,24 +165,24 @@ def measure(settings: Settings, bench: Bench, command: str) -> None:
     """Run one command and write its JSON file."""
     path = settings.output / f"{settings.size}-{command}.json"
     k, clips, repeats, chunks = settings.k, settings.clips, settings.repeats, settings.chunks
-    words, tokens = settings.words, settings.tokens
+    answer_tokens, tokens = settings.answer_tokens, settings.tokens
     if command == "sweep":
         sweep(bench, parse_points(settings.points), chunks, repeats, path, settings.minutes)
         return
     if command == "rounds":
-        result = rounds(bench, k, clips, words, tokens, repeats, chunks)
+        result = rounds(bench, k, clips, answer_tokens, tokens, repeats, chunks)
     elif command == "video":
-        result = video(bench, k, clips, words, repeats, chunks)
+        result = video(bench, k, clips, answer_tokens, repeats, chunks)
     elif command == "delay":
         result = delay(bench, k, settings.arrivals, chunks)
     elif command == "live":
         result = live(bench, k, 3 * settings.arrivals, settings.frames, chunks, tuple(settings.window))
-    elif command == "passes":
-        result = passes(bench, k, clips, words, tokens, chunks)
+    elif command == "steps":
+        result = steps(bench, k, clips, answer_tokens, tokens, chunks)
     elif command == "lanes":
-        result = lanes(bench, k, clips, words, tokens, chunks)
+        result = lanes(bench, k, clips, answer_tokens, tokens, chunks)
     elif command == "many":
-        result = many(bench, k, settings.seats, settings.seconds, settings.age, tuple(settings.window))
+        result = many(bench, k, settings.sessions, settings.seconds, settings.age, tuple(settings.window))
     else:
         result = long(bench, k, settings.stream, tuple(settings.window), chunks)
     write_json(path, {"about": bench.about(), **result})
@@ -181,19 +190,19 @@ def measure(settings: Settings, bench: Bench, command: str) -> None:
 
 def main() -> None:
     settings = parse()
-    asked = [command for command in COMMANDS if command in settings.commands and command != "plot"]
-    if asked:
+    measured = [command for command in COMMANDS if command in settings.commands and command != "plot"]
+    if measured:
         pixels = getattr(torch, settings.pixels)
-        ways = tuple(settings.ways) if {*asked} - ONE_WAY else ()
-        with Bench(settings.size, VARIANTS[settings.variant], ways, settings.layers, pixels) as bench:
+        modes = tuple(settings.modes) if {*measured} - FUSED_ONLY else ()
+        with Bench(settings.size, VARIANTS[settings.variant], modes, settings.layers, pixels) as bench:
             about = bench.about()
             print(
                 f"{about['device']}, torch {torch.__version__}, Qwen2.5-VL {settings.size}, random weights, "
                 f"{bench.model.dtype}, {settings.variant}\nmatrix product {bench.flop_rate / 1e12:.3g} TFLOP/s, "
-                f"reading memory {bench.byte_rate / 1e12:.3g} TB/s",
+                f"memory bandwidth {bench.byte_rate / 1e12:.3g} TB/s",
                 flush=True,
             )
-            for command in asked:
+            for command in measured:
                 measure(settings, bench, command)
     if "plot" in settings.commands:
         from latency.plots import plot_all  # imported here: matplotlib is not needed to measure

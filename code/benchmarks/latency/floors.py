@@ -66,45 +66,46 @@ class Floors:
     def seconds(self, work: Work) -> float:
         return max(work.bytes / self.byte_rate, work.flops / self.flop_rate)
 
-    def clip(self, number: int) -> Work:
+    def prefill(self, number: int) -> Work:
         """Work of the language model's prefill of clip `number`, counted from 1."""
         tokens = self.layout.tokens_per_clip
         held = self.layout.prompt + (number - 1) * tokens
         pairs = tokens * held + tokens * (tokens + 1) // 2
         return Work(self.item * self.weights + self.each * held, 2 * self.weights * tokens + 4 * pairs * self.width)
 
-    def word(self, slot: int, before: int) -> Work:
+    def decode(self, slot: int, before: int) -> Work:
         """Work of the step that generates a token in `slot`, counted from 1, after `before` others."""
         seen = self.layout.prompt + slot * self.layout.tokens_per_clip + self.layout.header + before
         weights = self.weights + self.head
         return Work(self.item * weights + self.each * seen, 2 * weights + 4 * seen * self.width)
 
-    def session(self, way: str, counts: Sequence[int]) -> float:
+    def session(self, mode: str, counts: Sequence[int]) -> float:
         """Seconds of a session whose slots generate `counts` tokens, if all clips are available at the start. The first
         and the last slot must generate at least one token."""
-        clips = [self.clip(i) for i in range(1, len(counts) + 1)]
+        clips = [self.prefill(i) for i in range(1, len(counts) + 1)]
         perceive = [self.seconds(self.tower) + self.seconds(clip) for clip in clips]
-        words = [
-            [self.word(slot, sum(counts[: slot - 1]) + i) for i in range(count)] for slot, count in enumerate(counts, 1)
+        steps = [
+            [self.decode(slot, sum(counts[: slot - 1]) + i) for i in range(count)]
+            for slot, count in enumerate(counts, 1)
         ]
-        write = [sum(map(self.seconds, mine)) for mine in words]
-        if way == "serial":
-            return sum(perceive) + sum(write)
-        if way == "pipelined":
-            return max(perceive[0] + sum(write), sum(perceive) + write[-1])
+        generate = [sum(map(self.seconds, mine)) for mine in steps]
+        if mode == "serial":
+            return sum(perceive) + sum(generate)
+        if mode == "pipelined":
+            return max(perceive[0] + sum(generate), sum(perceive) + generate[-1])
         weights = Work(self.item * self.weights)
         # The rows of a clip share a step with a token and read no weights of their own. Steps after the first token of
         # the last slot have no clip to share.
-        *shared, rest = *words[:-1], words[-1][:1], words[-1][1:]
-        riding = sum((clip - weights + self.tower for clip in clips), Work())
-        return self.seconds(sum((word for mine in shared for word in mine), riding)) + sum(map(self.seconds, rest))
+        *shared, rest = *steps[:-1], steps[-1][:1], steps[-1][1:]
+        overlapped = sum((clip - weights + self.tower for clip in clips), Work())
+        return self.seconds(sum((step for mine in shared for step in mine), overlapped)) + sum(map(self.seconds, rest))
 
     def parts(self, clips: int) -> dict[str, float]:
         """Seconds of each part alone. `clip` is the mean over `clips` clips; `word` is a token after half of them."""
-        clip = sum(self.seconds(self.clip(i)) for i in range(1, clips + 1)) / clips
+        clip = sum(self.seconds(self.prefill(i)) for i in range(1, clips + 1)) / clips
         tower = self.seconds(self.tower)
-        word = self.seconds(self.word(max(clips // 2, 1), 0))
-        return {"tower": tower, "clip": clip, "perception": tower + clip, "word": word}
+        token = self.seconds(self.decode(max(clips // 2, 1), 0))
+        return {"tower": tower, "clip": clip, "perception": tower + clip, "word": token}
 
 
 def speed_up(r: float) -> float:

@@ -23,7 +23,8 @@ from qwen_vl_streaming.engine.vision_encoder import VisionEncoder
 from latency.runs import runs
 from latency.setup import Bench, load
 
-TOWER, CLIP, WORD, MOVE = "vision tower", "language model over a clip", "words", "keys and values move"
+TOWER, CLIP, TOKEN, MOVE = "vision encoder", "prefill of a clip", "token generation", "KV transfer"
+"""Kinds of work, as named in the JSON file and the plot."""
 ROUNDS = 8
 """Number of rounds. SHOWN of them are drawn, starting with slot FIRST."""
 FIRST, SHOWN = 4, 3
@@ -34,7 +35,7 @@ class Trace:
 
     def __init__(self, device: str):
         self.cuda = device != "cpu"
-        self.marks: list[tuple[list[str], object, object]] = []
+        self.recorded: list[tuple[list[str], object, object]] = []
         if self.cuda:
             torch.cuda.synchronize(device)
             self.start = self._now()
@@ -57,7 +58,7 @@ class Trace:
             begin = self._now(stream)
             result = function(of, *args)
             if mine:
-                self.marks.append((mine, begin, self._now(stream)))
+                self.recorded.append((mine, begin, self._now(stream)))
             return result
 
         return wrapped
@@ -67,22 +68,25 @@ class Trace:
         if self.cuda:
             torch.cuda.synchronize()
 
-        def at(mark) -> float:
-            return self.began + self.start.elapsed_time(mark) / 1e3 if self.cuda else mark
+        def at(event) -> float:
+            return self.began + self.start.elapsed_time(event) / 1e3 if self.cuda else event
 
-        return [{"kinds": kinds, "begin": at(begin), "end": at(end)} for kinds, begin, end in self.marks]
+        return [{"kinds": kinds, "begin": at(begin), "end": at(end)} for kinds, begin, end in self.recorded]
 
 
-def _kinds_of_pass(_, asks: Iterable[StepRequest]) -> list[str]:
-    """Kinds of a step: CLIP if it has visual rows, WORD if it samples a token or a request has only text rows."""
-    sees = any(bool(ask.prefill.rows.visual.any()) for ask in asks)
-    says = any(ask.sample or bool(ask.prefill.rows.text.any() and not ask.prefill.rows.visual.any()) for ask in asks)
-    return [CLIP] * sees + [WORD] * says
+def _kinds_of_step(_, requests: Iterable[StepRequest]) -> list[str]:
+    """Kinds of a step: CLIP if it has visual rows, TOKEN if it samples a token or a request has only text rows."""
+    prefills = any(bool(request.prefill.rows.visual.any()) for request in requests)
+    generates = any(
+        request.sample or bool(request.prefill.rows.text.any() and not request.prefill.rows.visual.any())
+        for request in requests
+    )
+    return [CLIP] * prefills + [TOKEN] * generates
 
 
 WRAPPED = (
     (VisionEncoder, "encode", lambda *_: [TOWER]),
-    (StepRunner, "step", _kinds_of_pass),
+    (StepRunner, "step", _kinds_of_step),
     (StepRunner, "copy_out", lambda *_: [MOVE]),
     (StepRunner, "copy_in", lambda *_: [MOVE]),
 )
@@ -117,38 +121,41 @@ def load_traced(file: str, size: str, layers: int | None, device: str):
 
 
 @contextmanager
-def traced_perception(bench: Bench, file: Path, way: str):
-    """If `way` is pipelined, use a new perception process in this context, which writes its intervals to `file`."""
-    if way != "pipelined":
+def traced_perception(bench: Bench, file: Path, mode: str):
+    """If `mode` is pipelined, use a new perception process in this context, which writes its intervals to `file`."""
+    if mode != "pipelined":
         yield file
         return
-    bench.part()
+    bench.stop_perception()
     usual, bench.loading = bench.loading, partial(load_traced, str(file))
     try:
         yield file
     finally:
-        bench.part()
+        bench.stop_perception()
         bench.loading = usual
 
 
-def lanes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: list[str]) -> dict:
+def lanes(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chunks: list[str]) -> dict:
     """Intervals of ROUNDS rounds in each mode, in seconds from the start of slot FIRST, and the times at which slots
     start. A clip is fed when the slot before it starts, so that one clip is always waiting, and never two. Sessions
-    have room for `clips` clips and `words` tokens, and at least for ROUNDS rounds."""
-    ways, room = [], (max(clips, ROUNDS), max(words, k * ROUNDS))
-    for way, how in runs(bench, chunks):
+    have room for `clips` clips and `answer_tokens` tokens, and at least for ROUNDS rounds."""
+    modes, room = [], (max(clips, ROUNDS), max(answer_tokens, k * ROUNDS))
+    for mode, how in runs(bench, chunks):
         chunk, theirs = bench.chunk(how, tokens, k), []
         with (
             tempfile.TemporaryDirectory() as folder,
-            traced_perception(bench, Path(folder) / "perception.json", way) as file,
+            traced_perception(bench, Path(folder) / "perception.json", mode) as file,
         ):
             for _ in range(2):  # the first one is a warm-up
-                with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session, traced(bench.device) as trace:
+                with (
+                    bench.open(mode, f"wait-{k}", *room, tokens, chunk=chunk) as session,
+                    traced(bench.device) as trace,
+                ):
                     feed_one_ahead(session, bench.clips(ROUNDS, tokens))
                     bench.wait()
-                own, visible = trace.intervals(), list(session.visible)
-            if way == "pipelined":
-                bench.part()  # the perception process writes its intervals when it exits
+                own, visible = trace.intervals(), list(session.log.visible)
+            if mode == "pipelined":
+                bench.stop_perception()  # the perception process writes its intervals when it exits
                 theirs = json.loads(file.read_text())
         start = visible[FIRST - 1]
         shown = [
@@ -158,10 +165,10 @@ def lanes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: lis
             if each["end"] > visible[0]
         ]
         each = (visible[FIRST - 1 + SHOWN] - start) / SHOWN
-        name = f"{way} {how}" if way == "fused" else way
-        ways.append({"way": way, "name": name, "slots": [at - start for at in visible], "intervals": shown})
-        print(f"{name}: {len(shown)} intervals, {1e3 * each:.2f} ms a round", flush=True)
-    return {"k": k, "tokens": tokens, "shown": SHOWN, "first": FIRST, "lanes": ways}
+        name = f"{mode} {how}" if mode == "fused" else mode
+        modes.append({"way": mode, "name": name, "slots": [at - start for at in visible], "intervals": shown})
+        print(f"{name}: {len(shown)} intervals, {1e3 * each:.2f} ms/round", flush=True)
+    return {"k": k, "tokens": tokens, "shown": SHOWN, "first": FIRST, "lanes": modes}
 
 
 def feed_one_ahead(session, clips) -> None:
@@ -169,6 +176,6 @@ def feed_one_ahead(session, clips) -> None:
     waiting = list(clips)
     session.feed(waiting.pop())
     while waiting or not session.idle:
-        while waiting and len(session.arrived) <= len(session.visible):
+        while waiting and len(session.log.arrived) <= len(session.log.visible):
             session.feed(waiting.pop())
         session.step()

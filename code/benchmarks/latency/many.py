@@ -25,23 +25,23 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def many(bench: Bench, k: int, seats: list[int], seconds: float, age: int, window: tuple[int, int]) -> dict:
+def many(bench: Bench, k: int, numbers: list[int], seconds: float, age: int, window: tuple[int, int]) -> dict:
     """How many sessions one pool sustains, each with one clip per second and `k` tokens per clip. Sessions keep a
     `window` of (clips, tokens), and their clips arrive at different, random phases of the second.
 
     A number of sessions is sustained if 95% of the clips have their tokens within LATE seconds, and the median lag of
-    the last quarter exceeds that of the first by at most LATE / 4. Tries the numbers in `seats` in ascending order.
+    the last quarter exceeds that of the first by at most LATE / 4. Tries `numbers` in ascending order.
     After the first that is not sustained, tries up to two between it and the largest that is. Timing starts after each
     session has processed `age` clips.
     """
     print(
-        f"\nsessions of a clip of {TOKENS} visual tokens and {k} words a second, {seconds:g} s each number, "
-        f"after {age} clips each, a window of {window[0]} clips and {window[1]} words"
+        f"\nsessions with a clip of {TOKENS} visual tokens and {k} tokens per second; {seconds:g} s for each number of "
+        f"sessions, after {age} clips each; window: {window[0]} clips and {window[1]} tokens"
     )
-    print(f"{'sessions':>8}{'GiB':>8}{'lag, ms: 50%':>14}{'95%':>8}{'most':>8}{'later by':>10}  sustained")
+    print(f"{'sessions':>8}{'GiB':>8}{'lag, ms: 50%':>14}{'95%':>8}{'max':>8}{'growth':>10}  sustained")
     options = {"max_clips": window[0], "max_new_tokens": k * (age + round(seconds) + 1), "window": window}
-    table, enough, tries = [], 0, sorted(seats)
-    bench.forget()
+    table, enough, tries = [], 0, sorted(numbers)
+    bench.release()
     with SessionPool(bench.model, tries[-1], bench.layout(), **options) as pool:
         run_pool(bench, pool, k, min(tries[0], 2), 1, 1)  # a warm-up
         while tries:
@@ -100,8 +100,8 @@ def run_pool(bench: Bench, pool: SessionPool, k: int, count: int, seconds: float
             else:
                 time.sleep(max(0.0, min(1e-3, due[0][0] - time.perf_counter())))
         bench.wait()
-        on_card = bench.device != "cpu"
-        used = torch.cuda.memory_allocated(bench.device) if on_card else resident()
+        on_gpu = bench.device != "cpu"
+        used = torch.cuda.memory_allocated(bench.device) if on_gpu else resident()
     finally:
         for session in sessions:
             session.close()
@@ -120,13 +120,10 @@ def long(bench: Bench, k: int, stream: int, window: tuple[int, int], chunks: lis
     """Memory and seconds per round over `stream` clips, with a `window` of (clips, tokens). Each clip is fed when the
     slot before it starts. Device memory is allocated by PyTorch in this process; `cards` is the memory in use on each
     GPU; host memory is the resident memory of this process."""
-    print(f"\na stream of {stream} clips, a window of {window[0]} clips and {window[1]} words")
-    print(
-        f"{'way':<11}{'a clip rides':<14}{'clips':>7}{'device MiB':>12}{'cards, MiB':>16}{'host MiB':>10}"
-        f"{'ms a round':>12}"
-    )
+    print(f"\na stream of {stream} clips; window: {window[0]} clips and {window[1]} tokens")
+    print(f"{'mode':<11}{'prefill':<14}{'clips':>7}{'device MiB':>12}{'GPUs, MiB':>16}{'host MiB':>10}{'ms/round':>12}")
     table = []
-    for way, how in runs(bench, chunks):
+    for mode, how in runs(bench, chunks):
         samples = []
 
         def sample(clips: int, seconds: float, samples=samples):
@@ -141,30 +138,30 @@ def long(bench: Bench, k: int, stream: int, window: tuple[int, int], chunks: lis
         options = {"chunk": bench.chunk(how, TOKENS, k), "window": window}
         for count in (min(stream, 2 * window[0]), stream):  # the first one is a warm-up
             samples.clear()
-            with bench.open(way, f"wait-{k}", window[0], k * stream, **options) as session:
-                drink(bench, session, count, max(1, count // SAMPLES), sample)
-        table.append({"way": way, "chunk": options["chunk"], "samples": samples})
+            with bench.open(mode, f"wait-{k}", window[0], k * stream, **options) as session:
+                feed_on_time(bench, session, count, max(1, count // SAMPLES), sample)
+        table.append({"way": mode, "chunk": options["chunk"], "samples": samples})
         for each in samples[:: max(1, len(samples) // 5)] + samples[-1:]:
             cards = " ".join(f"{card / 2**20:.0f}" for card in each["cards"])
             print(
-                f"{way:<11}{how if way == 'fused' else '':<14}{each['clips']:>7}{each['device'] / 2**20:>12.1f}"
+                f"{mode:<11}{how if mode == 'fused' else '':<14}{each['clips']:>7}{each['device'] / 2**20:>12.1f}"
                 f"{cards:>16}{each['host'] / 2**20:>10.1f}{1e3 * each['seconds']:>12.2f}",
                 flush=True,
             )
     return {"k": k, "stream": stream, "window": list(window), "long": table}
 
 
-def drink(bench: Bench, session, count: int, every: int, sample) -> None:
+def feed_on_time(bench: Bench, session, count: int, every: int, sample) -> None:
     """Feed `count` clips, each when the slot before it starts. Calls `sample` after every `every` slots with the number
     of slots and the seconds per slot."""
     pixels, taken, due = bench.clips(1)[0], 0, every
     bench.wait()
     began = time.perf_counter()
     while taken < count or not session.idle:
-        if len(session.arrived) < count and len(session.arrived) <= len(session.visible):
+        if len(session.log.arrived) < count and len(session.log.arrived) <= len(session.log.visible):
             session.feed(pixels)
         session.step()
-        taken = len(session.visible)
+        taken = len(session.log.visible)
         if taken >= due:
             now = time.perf_counter()
             sample(taken, (now - began) / every)

@@ -22,7 +22,7 @@ TARGETS = {"serial": 24.0, "fused": 16.0, "pipelined": 14.0}
 """Target milliseconds per round for 7B on H200, K = 3, 91 visual tokens per clip, 30 clips."""
 DELAYS = {"fused": 6.0, "pipelined": 3.0}
 """Target for the 95th percentile of the delay of the next token, in milliseconds."""
-SAID = 32
+MOST_TOKENS = 32
 """Most tokens over which the time of one is averaged."""
 WITHIN = 20
 """In `delay`, clips arrive between 0.25 and 0.75 times this many token times apart."""
@@ -30,7 +30,7 @@ WITHIN = 20
 
 def runs(bench: Bench, chunks: list[str]) -> list[tuple[str, str]]:
     """Pairs of a mode and how a clip is prefilled. Fused mode is paired with each of `chunks`."""
-    return [(way, how) for way in bench.ways for how in (chunks if way == "fused" else ["whole"])]
+    return [(mode, how) for mode in bench.modes for how in (chunks if mode == "fused" else ["whole"])]
 
 
 def cell(value: float | None, width: int, digits: int) -> str:
@@ -38,9 +38,9 @@ def cell(value: float | None, width: int, digits: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
 
-def same(words: list[int], others: list[int]) -> int:
+def same(tokens: list[int], others: list[int]) -> int:
     """Length of the common prefix of two answers, in tokens."""
-    return next((i for i, (a, b) in enumerate(zip(words, others, strict=True)) if a != b), len(words))
+    return next((i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -55,17 +55,17 @@ def alone(
 
     `tower` is the vision tower, over `clips` clips of `tokens` visual tokens. `language` is the language model's
     prefill of encoded clips, over all but the first `begun`. `perception` is the sum of both. `word` is the mean time
-    of a token, over up to SAID tokens in the slot of the last clip. `room` is the number of clips and of answer tokens
-    that the sessions have room for, with at least `clips` + 1 clips.
+    of a token, over up to MOST_TOKENS tokens in the slot of the last clip. `room` is the number of clips and of answer
+    tokens that the sessions have room for, with at least `clips` + 1 clips.
     """
-    words = min(room[1], SAID)
-    said_after = Schedule((0,) * clips), Schedule((0,) * (clips - 1) + (words,))
+    count = min(room[1], MOST_TOKENS)
+    schedules = Schedule((0,) * clips), Schedule((0,) * (clips - 1) + (count,))
     pixels, layout = bench.clips(clips, tokens), bench.layout(tokens)
     with torch.no_grad():
         ready = [bench.model.perceive(clip[None], layout.grid)[0] for clip in pixels]
     taken = {"tower": [], "language": [], "word": []}
     for _ in range(1 + repeats):
-        with bench.open("serial", said_after[0], *room, tokens) as session:
+        with bench.open("serial", schedules[0], *room, tokens) as session:
             began = time.perf_counter()
             for clip in pixels:
                 session.runner.vision_encoder.encode([clip], [layout])
@@ -73,102 +73,102 @@ def alone(
             taken["tower"].append((time.perf_counter() - began) / clips)
             play(bench, session, ready[:begun])
             taken["language"].append(play(bench, session, ready[begun:]) / (clips - begun))
-        with bench.open("serial", said_after[1], *room, tokens) as session:
+        with bench.open("serial", schedules[1], *room, tokens) as session:
             play(bench, session, ready)
-        taken["word"].append((session.written[-1].time - session.written[0].time) / (words - 1))
+        taken["word"].append((session.written[-1].time - session.written[0].time) / (count - 1))
     parts = {name: median(seconds[1:]) for name, seconds in taken.items()}
     return {**parts, "perception": parts["tower"] + parts["language"]}
 
 
-def workload(serial: float, words: float) -> float:
+def workload(serial: float, generation: float) -> float:
     """The ratio r of perception to generation in a round, at least 0. Perception is the time of a `serial` round minus
-    that of its `words`, all in seconds."""
-    return max(serial / words - 1, 0.0)
+    that of the `generation` of its tokens, all in seconds."""
+    return max(serial / generation - 1, 0.0)
 
 
-def rounds(bench: Bench, k: int, clips: int, words: int, tokens: int, repeats: int, chunks: list[str]) -> dict:
+def rounds(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, repeats: int, chunks: list[str]) -> dict:
     """Seconds per round, in which one clip is encoded and prefilled and `k` tokens are generated. The mean over `clips`
     rounds, from the first clip to the last token. All clips are fed at the start, and none of them ends the video.
-    Sessions have room for at least `words` tokens."""
-    room = (clips + 1, max(words, k * clips))
+    Sessions have room for at least `answer_tokens` tokens."""
+    room = (clips + 1, max(answer_tokens, k * clips))
     floors, parts = bench.floors(tokens), alone(bench, tokens, clips, room)
     least = floors.parts(clips)
     least["language"] = least["clip"]
-    print(f"\nparts, each alone, one after the other: {clips} clips of {tokens} visual tokens")
-    print(f"{'':<34}{'ms':>9}{'floor':>9}{'times':>8}")
-    names = {"tower": "vision tower over a clip", "language": "language model over a clip", "word": "a word"}
+    print(f"\nparts, each measured alone: {clips} clips of {tokens} visual tokens")
+    print(f"{'':<34}{'ms':>9}{'floor':>9}{'x floor':>9}")
+    names = {"tower": "vision encoder, per clip", "language": "prefill, per clip", "word": "generation, per token"}
     for part, name in names.items():
-        print(f"{name:<34}{1e3 * parts[part]:>9.3f}{1e3 * least[part]:>9.3f}{parts[part] / least[part]:>8.2f}")
+        print(f"{name:<34}{1e3 * parts[part]:>9.3f}{1e3 * least[part]:>9.3f}{parts[part] / least[part]:>9.2f}")
     print(
-        f"\n{'way':<11}{'a clip rides':<14}{'ms a round':>11}{'from':>8}{'to':>8}{'floor':>8}{'times':>7}{'asked':>7}"
-        f"{'speed-up':>10}{'same words':>13}"
+        f"\n{'mode':<11}{'prefill':<14}{'ms/round':>11}{'min':>8}{'max':>8}{'floor':>8}{'x floor':>9}{'target':>8}"
+        f"{'speed-up':>10}{'same tokens':>13}"
     )
     table, serial, answer, r = [], None, None, None
-    for way, how in runs(bench, chunks):
+    for mode, how in runs(bench, chunks):
         chunk, taken = bench.chunk(how, tokens, k), []
         for _ in range(1 + repeats):
-            with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session:
+            with bench.open(mode, f"wait-{k}", *room, tokens, chunk=chunk) as session:
                 taken.append(play(bench, session, bench.clips(clips, tokens)) / clips)
-        said = [each.token for each in session.written]
-        if len(said) != k * clips:
-            raise RuntimeError(f"{way} wrote {len(said)} words instead of {k * clips}")
-        answer = answer or said
-        each, floor = median(taken[1:]), floors.session(way, [k] * clips) / clips
-        serial = each if way == "serial" else serial
+        written = [each.token for each in session.written]
+        if len(written) != k * clips:
+            raise RuntimeError(f"{mode} generated {len(written)} tokens instead of {k * clips}")
+        answer = answer or written
+        each, floor = median(taken[1:]), floors.session(mode, [k] * clips) / clips
+        serial = each if mode == "serial" else serial
         row = {
-            "way": way,
+            "way": mode,
             "chunk": chunk,
             "seconds": each,
             "all": taken[1:],
             "floor": floor,
             "speed_up": serial / each if serial else None,
-            "same_words": same(said, answer),
-            "words": len(said),
+            "same_words": same(written, answer),
+            "words": len(written),
         }
         table.append(row)
-        asked = TARGETS[way] if (k, tokens) == (3, TOKENS) and bench.size == "7B" else None
+        target = TARGETS[mode] if (k, tokens) == (3, TOKENS) and bench.size == "7B" else None
         print(
-            f"{way:<11}{how if way == 'fused' else '':<14}{1e3 * each:>11.2f}{1e3 * min(taken[1:]):>8.2f}"
-            f"{1e3 * max(taken[1:]):>8.2f}{1e3 * floor:>8.2f}{each / floor:>7.2f}{cell(asked, 7, 0)}"
-            f"{cell(row['speed_up'], 10, 2)}{row['same_words']:>7} of {len(said)}",
+            f"{mode:<11}{how if mode == 'fused' else '':<14}{1e3 * each:>11.2f}{1e3 * min(taken[1:]):>8.2f}"
+            f"{1e3 * max(taken[1:]):>8.2f}{1e3 * floor:>8.2f}{each / floor:>9.2f}{cell(target, 8, 0)}"
+            f"{cell(row['speed_up'], 10, 2)}{row['same_words']:>7} of {len(written)}",
             flush=True,
         )
     if serial:
         r = workload(serial, k * parts["word"])
-        print(f"r = {r:.3f}: what a serial round takes beyond its words, over those; S(r) = {speed_up(r):.3f}")
+        print(f"r = {r:.3f}: perception time of a serial round, divided by generation time; S(r) = {speed_up(r):.3f}")
     return {"k": k, "clips": clips, "tokens": tokens, "parts": parts, "floors": least, "r": r, "rounds": table}
 
 
-def video(bench: Bench, k: int, clips: int, words: int, repeats: int, chunks: list[str]) -> dict:
-    """Seconds of a video, from the pixels of its first clip to the last of `words` tokens. Also the seconds to open its
-    session, which prefills the prompt and can be done before the video starts."""
+def video(bench: Bench, k: int, clips: int, answer_tokens: int, repeats: int, chunks: list[str]) -> dict:
+    """Seconds of a video, from the pixels of its first clip to the last of `answer_tokens` tokens. Also the seconds to
+    open its session, which prefills the prompt and can be done before the video starts."""
     floors = bench.floors()
-    counts = [k] * (clips - 1) + [words - k * (clips - 1)]
-    print(f"\na video of {clips} clips of {TOKENS} visual tokens, {words} words")
+    counts = [k] * (clips - 1) + [answer_tokens - k * (clips - 1)]
+    print(f"\na video of {clips} clips of {TOKENS} visual tokens, {answer_tokens} answer tokens")
     print(
-        f"{'way':<11}{'a clip rides':<14}{'s a video':>10}{'from':>8}{'to':>8}{'floor':>8}{'times':>7}{'opening':>9}"
+        f"{'mode':<11}{'prefill':<14}{'s/video':>10}{'min':>8}{'max':>8}{'floor':>8}{'x floor':>9}{'opening':>9}"
         f"{'published':>11}"
     )
     table = []
-    for way, how in runs(bench, chunks):
+    for mode, how in runs(bench, chunks):
         chunk, taken, opening = bench.chunk(how, TOKENS, k), [], []
         for _ in range(1 + repeats):
             bench.wait()
             began = time.perf_counter()
-            with bench.open(way, Schedule((k,) * (clips - 1)), clips, words, chunk=chunk) as session:
+            with bench.open(mode, Schedule((k,) * (clips - 1)), clips, answer_tokens, chunk=chunk) as session:
                 opening.append(time.perf_counter() - began)
                 taken.append(play(bench, session, bench.clips(clips), ends=True))
             if session.counts != counts:
-                raise RuntimeError(f"{way} wrote {session.counts} instead of {counts}")
-        each, open_, floor = median(taken[1:]), median(opening[1:]), floors.session(way, counts)
-        table.append({"way": way, "chunk": chunk, "seconds": each, "all": taken[1:], "opening": open_, "floor": floor})
+                raise RuntimeError(f"{mode} generated {session.counts} tokens instead of {counts}")
+        each, open_, floor = median(taken[1:]), median(opening[1:]), floors.session(mode, counts)
+        table.append({"way": mode, "chunk": chunk, "seconds": each, "all": taken[1:], "opening": open_, "floor": floor})
         published = PUBLISHED if bench.size == "7B" else None
         print(
-            f"{way:<11}{how if way == 'fused' else '':<14}{each:>10.4f}{min(taken[1:]):>8.4f}{max(taken[1:]):>8.4f}"
-            f"{floor:>8.4f}{each / floor:>7.2f}{open_:>9.4f}{cell(published, 11, 1)}",
+            f"{mode:<11}{how if mode == 'fused' else '':<14}{each:>10.4f}{min(taken[1:]):>8.4f}{max(taken[1:]):>8.4f}"
+            f"{floor:>8.4f}{each / floor:>9.2f}{open_:>9.4f}{cell(published, 11, 1)}",
             flush=True,
         )
-    return {"k": k, "clips": clips, "words": words, "videos": table}
+    return {"k": k, "clips": clips, "words": answer_tokens, "videos": table}
 
 
 def arrivals(session: Session) -> tuple[list[float], list[float], list[float]]:
@@ -180,11 +180,11 @@ def arrivals(session: Session) -> tuple[list[float], list[float], list[float]]:
     """
     times = [each.time for each in session.written]
     gaps = [(begin, end) for begin, end in pairwise(times)]
-    quiet, touched = [], [[] for _ in session.visible[1:]]
+    quiet, touched = [], [[] for _ in session.log.visible[1:]]
     # A token may be read one step after it was sampled: the clip may still affect the second token after it.
-    until = [next(iter([t for t in times if t > seen][1:2]), seen) for seen in session.visible[1:]]
+    until = [next(iter([t for t in times if t > seen][1:2]), seen) for seen in session.log.visible[1:]]
     for begin, end in gaps:
-        mine = [i for i, came in enumerate(session.arrived[1 : 1 + len(until)]) if came < end and begin < until[i]]
+        mine = [i for i, came in enumerate(session.log.arrived[1 : 1 + len(until)]) if came < end and begin < until[i]]
         for i in mine:
             touched[i].append(end - begin)
         if not mine:
@@ -193,7 +193,7 @@ def arrivals(session: Session) -> tuple[list[float], list[float], list[float]]:
     return quiet, [gaps[0] - usual for gaps in touched if gaps], [max(gaps) - usual for gaps in touched if gaps]
 
 
-def speak_on(bench: Bench, session: Session, clips: int, apart: Callable[[], float]) -> None:
+def generate_greedily(bench: Bench, session: Session, clips: int, apart: Callable[[], float]) -> None:
     """Generate without pause while `clips` clips arrive, each `apart()` seconds after the previous one."""
     waiting, due, fed = bench.clips(clips), 0.0, 0
     while not session.done and (waiting or len(session.written) < fed + WITHIN):
@@ -207,30 +207,30 @@ def delay(bench: Bench, k: int, clips: int, chunks: list[str], seed: int = 0) ->
     """Delay of tokens by clips that arrive at random times, while tokens are generated without pause ("greedy"). The
     delay is the excess of a gap between two tokens over the median gap that no clip affects. Returns seconds and prints
     milliseconds."""
-    print(f"\nwords without pause, {clips} clips at random moments (seed {seed}); ms")
+    print(f"\ngeneration without pause while {clips} clips arrive at random times (seed {seed}); ms")
     print(
-        f"{'way':<11}{'a clip rides':<14}{'a word':>8}{'95%':>7}   {'next word later by':<26}{'any word later by':<26}"
-        f"{'asked':>6}\n{'':<43}{'50%':>8}{'95%':>8}{'most':>8}  {'50%':>8}{'95%':>8}{'most':>8}"
+        f"{'mode':<11}{'prefill':<14}{'token':>8}{'95%':>7}   {'delay of next token':<26}{'longest delay':<26}"
+        f"{'target':>6}\n{'':<43}{'50%':>8}{'95%':>8}{'max':>8}  {'50%':>8}{'95%':>8}{'max':>8}"
     )
-    table, words = [], 2 * WITHIN * (clips + 2)
-    for way, how in runs(bench, chunks):
+    table, room = [], 2 * WITHIN * (clips + 2)
+    for mode, how in runs(bench, chunks):
         chunk, draw = bench.chunk(how, TOKENS, k), random.Random(seed)
-        with bench.open(way, GREEDY, clips, words, chunk=chunk) as session:  # a warm-up
-            speak_on(bench, session, 3, lambda: 0.0)
-        word = median(later.time - one.time for one, later in pairwise(session.written[-WITHIN // 2 :]))
-        with bench.open(way, GREEDY, clips, words, chunk=chunk) as session:
-            speak_on(bench, session, clips, lambda d=draw, w=word: w * WITHIN * d.uniform(0.25, 0.75))
+        with bench.open(mode, GREEDY, clips, room, chunk=chunk) as session:  # a warm-up
+            generate_greedily(bench, session, 3, lambda: 0.0)
+        period = median(later.time - one.time for one, later in pairwise(session.written[-WITHIN // 2 :]))
+        with bench.open(mode, GREEDY, clips, room, chunk=chunk) as session:
+            generate_greedily(bench, session, clips, lambda d=draw, p=period: p * WITHIN * d.uniform(0.25, 0.75))
         quiet, following, worst = arrivals(session)
         gap = {"median": median(quiet), "p95": percentile(quiet, 95)}
-        row = {"way": way, "chunk": chunk, "quiet": gap, "next": following, "any": worst}
+        row = {"way": mode, "chunk": chunk, "quiet": gap, "next": following, "any": worst}
         for name in ("next", "any"):
             row[f"{name}_percentiles"] = [percentile(row[name], 50), percentile(row[name], 95), max(row[name])]
         table.append(row)
         cells = ["".join(f"{1e3 * value:>8.2f}" for value in row[f"{name}_percentiles"]) for name in ("next", "any")]
-        asked = DELAYS.get(way) if bench.size == "7B" else None
+        target = DELAYS.get(mode) if bench.size == "7B" else None
         print(
-            f"{way:<11}{how if way == 'fused' else '':<14}{1e3 * gap['median']:>8.2f}{1e3 * gap['p95']:>7.2f}   "
-            f"{cells[0]}  {cells[1]}{cell(asked, 6, 0)}",
+            f"{mode:<11}{how if mode == 'fused' else '':<14}{1e3 * gap['median']:>8.2f}{1e3 * gap['p95']:>7.2f}   "
+            f"{cells[0]}  {cells[1]}{cell(target, 6, 0)}",
             flush=True,
         )
     return {"clips": clips, "seed": seed, "delays": table}
@@ -245,23 +245,23 @@ def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str
     not sustained.
     """
     print(
-        f"\nlive: {clips} clips of {TOKENS} visual tokens, {k} words for each, a window of {window[0]} clips and "
-        f"{window[1]} words"
+        f"\nlive: {clips} clips of {TOKENS} visual tokens, {k} tokens for each; window: {window[0]} clips and "
+        f"{window[1]} tokens"
     )
-    print(f"{'way':<11}{'a clip rides':<14}{'frames/s':>9}{'lag, ms: 50%':>14}{'95%':>8}{'most':>8}  sustained")
+    print(f"{'mode':<11}{'prefill':<14}{'frames/s':>9}{'lag, ms: 50%':>14}{'95%':>8}{'max':>8}  sustained")
     table = []
-    for way, how in runs(bench, chunks):
+    for mode, how in runs(bench, chunks):
         chunk = bench.chunk(how, TOKENS, k)
         for number, rate in enumerate(sorted(frames)):
             for repeat in range(2 if number == 0 else 1):  # the first one is a warm-up
-                with bench.open(way, f"wait-{k}", clips, k * clips, chunk=chunk, window=window) as session:
+                with bench.open(mode, f"wait-{k}", clips, k * clips, chunk=chunk, window=window) as session:
                     lags = keep_pace(bench, session, clips, 2 / rate, hurry=repeat == 0 and number == 0)
             quarter = max(1, len(lags) // 4)
             grown = median(lags[-quarter:]) - median(lags[:quarter])
-            row = {"way": way, "chunk": chunk, "frames": rate, "lags": lags, "sustained": grown <= 2 / rate}
+            row = {"way": mode, "chunk": chunk, "frames": rate, "lags": lags, "sustained": grown <= 2 / rate}
             table.append(row)
             print(
-                f"{way:<11}{how if way == 'fused' else '':<14}{rate:>9.1f}{1e3 * median(lags):>14.1f}"
+                f"{mode:<11}{how if mode == 'fused' else '':<14}{rate:>9.1f}{1e3 * median(lags):>14.1f}"
                 f"{1e3 * percentile(lags, 95):>8.1f}{1e3 * max(lags):>8.1f}  {'yes' if row['sustained'] else 'no'}",
                 flush=True,
             )

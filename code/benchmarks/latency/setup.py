@@ -15,7 +15,7 @@ import torch
 import transformers
 from evaluation import rates
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
@@ -33,11 +33,11 @@ TEMPLATE = Template(tuple(range(PROMPT)), (1, 2, 3), (4, 5, 6), 7, -1)
 TOKENS = GRID[0] * GRID[1]
 GRIDS = {16: (4, 4), 32: (4, 8), 64: (8, 8), TOKENS: GRID, 128: (8, 16), 256: (16, 16), 512: (16, 32), 1024: (32, 32)}
 """Rows and columns after merging, by the number of visual tokens of a clip."""
-KEPT = 8
+DISTINCT = 8
 """Number of distinct clips of each grid; longer videos repeat them."""
-HANDED_ON = 4
+KEPT_RUNNERS = 4
 """Number of session sizes whose step runners are kept."""
-PATIENCE = 600.0
+TIMEOUT = 600.0
 """Timeout of the perception process for a clip, in seconds. Its first clip includes compilation."""
 WHOLE, SPREAD = "whole", "spread"
 """How fused steps prefill a clip: in one step, or in K steps, one for each token of a slot."""
@@ -78,22 +78,22 @@ class Bench:
 
     size: str
     variant: Variant
-    ways: tuple[str, ...]
+    modes: tuple[str, ...]
     layers: int | None = None
     pixels: torch.dtype = torch.float32
     """Data type of the clips; `prompts.clip_pixels` returns float32."""
     loading: Callable = load
     """Loads the model of the perception process; takes the same arguments as `load`."""
     perception_client: PerceptionClient | None = None
-    passes: dict[tuple, StepRunner] = field(default_factory=dict)
+    runners: dict[tuple, StepRunner] = field(default_factory=dict)
     """Step runners of the latest sessions, by session sizes, the newest last. Sessions of the same sizes reuse them."""
     kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self):
         on_gpu = find_device(self.size) == "cuda"
         self.device, self.other = ("cuda:0", "cuda:1") if on_gpu else ("cpu", "cpu")
-        if "pipelined" in self.ways and on_gpu and torch.cuda.device_count() < 2:
-            raise InputError("pipelined needs two GPUs, and there is one: leave it out with --ways serial fused")
+        if "pipelined" in self.modes and on_gpu and torch.cuda.device_count() < 2:
+            raise InputError("pipelined needs two GPUs, and there is one: use --modes serial fused")
         self.model = load(self.size, self.layers, self.device)
         self.flop_rate, self.byte_rate = rates(self.device.partition(":")[0])
 
@@ -101,15 +101,15 @@ class Bench:
         return self
 
     def __exit__(self, *_):
-        self.part()
+        self.stop_perception()
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Release the kept step runners and their memory."""
-        self.passes.clear()
+        self.runners.clear()
         gc.collect()
         torch.cuda.empty_cache()
 
-    def part(self) -> None:
+    def stop_perception(self) -> None:
         """Stop the perception process. The next pipelined session starts a new one."""
         if self.perception_client is not None:
             self.perception_client.close()
@@ -136,9 +136,9 @@ class Bench:
             merged = self.model.model.visual.spatial_merge_size**2
             width = self.model.model.visual.patch_embed.proj.weight[0].numel()
             generator = torch.Generator().manual_seed(1)
-            made = torch.randn(KEPT, rows * columns * merged, width, generator=generator).to(self.pixels)
+            made = torch.randn(DISTINCT, rows * columns * merged, width, generator=generator).to(self.pixels)
             self.kept[rows, columns] = list(made if self.device == "cpu" else made.pin_memory())
-        return [self.kept[rows, columns][i % KEPT] for i in range(count)]
+        return [self.kept[rows, columns][i % DISTINCT] for i in range(count)]
 
     def floors(self, tokens: int = TOKENS) -> Floors:
         return Floors(self.model, self.layout(tokens), self.flop_rate, self.byte_rate)
@@ -152,21 +152,26 @@ class Bench:
             return -(-(tokens + len(TEMPLATE.tail)) // k)
         return None if how == WHOLE else int(how)
 
-    def open(self, way: str, schedule, clips: int, words: int, tokens: int = TOKENS, **options) -> Session:
-        """A session with room for `clips` clips and `words` answer tokens. It reuses the step runner of the previous
+    def open(self, mode: str, schedule, clips: int, answer_tokens: int, tokens: int = TOKENS, **options) -> Session:
+        """A session with room for `clips` clips and `answer_tokens` tokens. It reuses the step runner of the previous
         session of the same sizes, with its compiled functions and CUDA graphs."""
-        if way == "pipelined":
+        if mode == "pipelined":
             if self.perception_client is None:
                 loading = partial(self.loading, self.size, self.layers, self.other)
-                self.perception_client = PerceptionClient(loading, PATIENCE)
+                self.perception_client = PerceptionClient(loading, TIMEOUT)
             options["perception_client"] = self.perception_client
-        sizes = (clips, words, tokens, options.get("chunk"), options.get("window"))
-        options |= {"schedule": schedule, "max_clips": clips, "max_new_tokens": words, "clock": time.perf_counter}
-        options["runner"] = self.passes.pop(sizes, None)
-        session = open_session(self.model, self.variant, TEMPLATE, self.layout(tokens), mode=way, **options)
-        self.passes[sizes] = session.runner  # now the newest
-        if len(self.passes) > HANDED_ON:
-            self.passes.pop(next(iter(self.passes)))
+        sizes = (clips, answer_tokens, tokens, options.get("chunk"), options.get("window"))
+        options |= {
+            "schedule": schedule,
+            "max_clips": clips,
+            "max_new_tokens": answer_tokens,
+            "clock": time.perf_counter,
+        }
+        options["runner"] = self.runners.pop(sizes, None)
+        session = open_session(self.model, self.variant, TEMPLATE, self.layout(tokens), mode=mode, **options)
+        self.runners[sizes] = session.runner  # now the newest
+        if len(self.runners) > KEPT_RUNNERS:
+            self.runners.pop(next(iter(self.runners)))
         self.wait()
         return session
 
@@ -196,7 +201,7 @@ def slot_ends(session: Session) -> list[float]:
 
 def write_json(path: Path, data: dict) -> None:
     """Write `data` to `path` atomically."""
-    write_atomic(path, json.dumps(data).encode() + b"\n")
+    write_file(path, json.dumps(data) + "\n")
 
 
 def read_json(path: Path) -> dict:

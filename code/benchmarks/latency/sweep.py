@@ -30,7 +30,7 @@ ROOM = (CLIPS + 1) * CLIP_TOKENS[-1]
 """Visual tokens that every session on a GPU has room for, so that clip sizes differ only in the size of a step."""
 BEGUN = 2
 """Number of clips before the measured ones."""
-FEW, MANY_WORDS = 6, 16
+FEW, MANY_TOKENS = 6, 16
 """Number of clips in a session with many tokens per clip, and the smallest K to which it applies."""
 BETWEEN = (0.25, 4.0)
 """Range of r in which pipelined mode must reach SHARE of S(r)."""
@@ -47,19 +47,19 @@ def parse_points(texts: list[str] | None) -> list[tuple[int, int]]:
         k, _, tokens = text.partition("x")
         if not (k.isdigit() and tokens.isdigit() and int(k) > 0 and int(tokens) in GRIDS):
             sizes = ", ".join(map(str, GRIDS))
-            raise InputError(f"--points {text}: give K x tokens a clip, such as 3x91, with tokens among {sizes}")
+            raise InputError(f"--points {text}: give K x tokens per clip, such as 3x91, with tokens from {sizes}")
         points.append((int(k), int(tokens)))
     return sorted(points, key=lambda point: (point[1], point[0]))
 
 
 def clips_of(k: int) -> int:
-    return CLIPS if k < MANY_WORDS else FEW
+    return CLIPS if k < MANY_TOKENS else FEW
 
 
-def period(bench: Bench, way: str, k: int, tokens: int, room: tuple[int, int], chunk: int | None):
+def period(bench: Bench, mode: str, k: int, tokens: int, room: tuple[int, int], chunk: int | None):
     """Seconds per round, and the generated tokens."""
     clips = clips_of(k)
-    with bench.open(way, f"wait-{k}", *room, tokens, chunk=chunk) as session:
+    with bench.open(mode, f"wait-{k}", *room, tokens, chunk=chunk) as session:
         play(bench, session, bench.clips(clips, tokens))
     ends = slot_ends(session)
     return (ends[-1] - ends[BEGUN - 1]) / (clips - BEGUN), [each.token for each in session.written]
@@ -75,48 +75,48 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
             raise InputError(f"{path} is of {key} {data['about'][key]}, not {about[key]}: give another --output")
     most, warm = max(CLIPS, *(k * clips_of(k) for k, _ in points)), set()
     print(
-        f"\n{'K':>3}{'tokens':>8}{'r':>8}{'S(r)':>7}  {'way':<11}{'a clip rides':<13}{'ms a round':>11}{'floor':>8}"
-        f"{'times':>7}{'speed-up':>10}{'of S(r)':>9}{'same words':>12}{'s':>6}"
+        f"\n{'K':>3}{'tokens':>8}{'r':>8}{'S(r)':>7}  {'mode':<11}{'prefill':<13}{'ms/round':>11}{'floor':>8}"
+        f"{'x floor':>9}{'speed-up':>10}{'of S(r)':>9}{'same tokens':>13}{'s':>6}"
     )
     for k, tokens in points:
         floors, clips = bench.floors(tokens), clips_of(k)
         room = CLIPS + 1 if bench.device == "cpu" else ROOM // tokens, most
         own = data["points"].setdefault(f"{k}x{tokens}", {"k": k, "tokens": tokens, "ways": {}})
         kinds = [("serial", "whole"), *(kind for kind in runs(bench, chunks) if kind[0] != "serial")]
-        for way, how in kinds:
-            name = f"{way} {how}" if way == "fused" else way
+        for mode, how in kinds:
+            name = f"{mode} {how}" if mode == "fused" else mode
             if name in own["ways"]:
                 continue
             if time.perf_counter() - began > 60 * minutes:
-                print(f"{minutes:g} minutes are over: the same command goes on from here", flush=True)
+                print(f"{minutes:g} minutes are over: run the same command again to resume", flush=True)
                 return data
             if (rounds := f"{clips}x{tokens}") not in data["alone"]:
                 data["alone"][rounds] = alone(bench, tokens, clips, room, repeats, BEGUN)
                 write_json(path, data)
             parts, chunk = data["alone"][rounds], bench.chunk(how, tokens, k)
-            if (way, tokens, chunk) not in warm:
-                period(bench, way, k, tokens, room, chunk)
-                warm.add((way, tokens, chunk))
-            taken = [period(bench, way, k, tokens, room, chunk) for _ in range(repeats)]
-            each, said = median(seconds for seconds, _ in taken), taken[-1][1]
-            serial = own["ways"].get("serial", {"seconds": each, "tokens": said})
+            if (mode, tokens, chunk) not in warm:
+                period(bench, mode, k, tokens, room, chunk)
+                warm.add((mode, tokens, chunk))
+            taken = [period(bench, mode, k, tokens, room, chunk) for _ in range(repeats)]
+            each, written = median(seconds for seconds, _ in taken), taken[-1][1]
+            serial = own["ways"].get("serial", {"seconds": each, "tokens": written})
             gain, r = serial["seconds"] / each, workload(serial["seconds"], k * parts["word"])
             own |= {"r": r, "r_alone": parts["perception"] / (k * parts["word"])}
             own["ways"][name] = {
                 "seconds": each,
                 "all": [seconds for seconds, _ in taken],
-                "floor": (floors.session(way, [k] * clips) - floors.session(way, [k] * BEGUN)) / (clips - BEGUN),
+                "floor": (floors.session(mode, [k] * clips) - floors.session(mode, [k] * BEGUN)) / (clips - BEGUN),
                 "speed_up": gain,
                 "share": gain / speed_up(r),
-                "same_words": same(said, serial["tokens"]) / len(said),
-                "tokens": said,
+                "same_words": same(written, serial["tokens"]) / len(written),
+                "tokens": written,
             }
             mine = own["ways"][name]
             write_json(path, data)
             print(
-                f"{k:>3}{tokens:>8}{r:>8.3f}{speed_up(r):>7.3f}  {way:<11}{how if way == 'fused' else '':<13}"
-                f"{1e3 * each:>11.3f}{1e3 * mine['floor']:>8.3f}{each / mine['floor']:>7.2f}{gain:>10.3f}"
-                f"{mine['share']:>9.1%}{mine['same_words']:>12.0%}{time.perf_counter() - began:>6.0f}",
+                f"{k:>3}{tokens:>8}{r:>8.3f}{speed_up(r):>7.3f}  {mode:<11}{how if mode == 'fused' else '':<13}"
+                f"{1e3 * each:>11.3f}{1e3 * mine['floor']:>8.3f}{each / mine['floor']:>9.2f}{gain:>10.3f}"
+                f"{mine['share']:>9.1%}{mine['same_words']:>13.0%}{time.perf_counter() - began:>6.0f}",
                 flush=True,
             )
     summarize(data)
@@ -126,18 +126,18 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
 def summarize(data: dict) -> None:
     """Print the share of S(r) that was reached for points within BETWEEN, for both definitions of r."""
     low, high = BETWEEN
-    for way in ("fused", "pipelined"):
+    for mode in ("fused", "pipelined"):
         for name, what in (("r", "r"), ("r_alone", "r with perception alone")):
             within = [point for point in data["points"].values() if low <= point.get(name, 0) <= high]
-            gains = [(best(point, way, "speed_up"), speed_up(point[name])) for point in within]
+            gains = [(best(point, mode, "speed_up"), speed_up(point[name])) for point in within]
             if shares := [gain / most for gain, most in gains if gain is not None]:
                 enough = sum(value >= SHARE for value in shares)
                 print(
-                    f"{way}: {len(shares)} points with {what} from {low:g} to {high:g}, at least {min(shares):.1%} of "
-                    f"S(r), {sum(shares) / len(shares):.1%} in the mean; {enough} of them {SHARE:.0%} or more"
+                    f"{mode}: {len(shares)} points with {what} from {low:g} to {high:g}, at least {min(shares):.1%} of "
+                    f"S(r), mean {sum(shares) / len(shares):.1%}; {SHARE:.0%} or more at {enough} of them"
                 )
 
 
-def best(point: dict, way: str, figure: str) -> float | None:
-    """The largest `figure` of the mode `way` at `point`, over all ways to prefill a clip; None if not measured."""
-    return max((mine[figure] for name, mine in point["ways"].items() if name.split()[0] == way), default=None)
+def best(point: dict, mode: str, figure: str) -> float | None:
+    """The largest `figure` of `mode` at `point`, over all ways to prefill a clip; None if not measured."""
+    return max((mine[figure] for name, mine in point["ways"].items() if name.split()[0] == mode), default=None)

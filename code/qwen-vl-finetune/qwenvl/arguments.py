@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import find_data, find_folder, find_model, find_path
+from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video_root
 from qwen_vl_streaming.timeline.timeline import make_schedule
 from qwen_vl_streaming.timeline.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget
@@ -40,7 +40,11 @@ class ModelArguments:
     )
     compile_layers: bool = field(
         default=False,
-        metadata={"help": "Compile each layer: 1.5 times as fast on a GPU, after about a minute. Not under ZeRO-3."},
+        metadata={"help": "Compile each layer: 1.5 times as fast on a GPU, after about a minute."},
+    )
+    checkpoint_layers: int | None = field(
+        default=None,
+        metadata={"help": "Layers of the language model that --gradient_checkpointing recomputes. Default: all."},
     )
     tune_mm_llm: bool = field(default=True, metadata={"help": "Train the language model, embeddings included."})
     tune_mm_mlp: bool = field(default=True, metadata={"help": "Train the merger that follows the vision tower."})
@@ -71,6 +75,11 @@ class ModelArguments:
         self.rules  # noqa: B018  raises for an unknown variant
         if self.wait_k < 1:
             raise InputError(f"--wait_k {self.wait_k}: must be at least 1")
+        if self.checkpoint_layers is not None and self.checkpoint_layers < 1:
+            raise InputError(
+                f"--checkpoint_layers {self.checkpoint_layers}: must be at least 1; to recompute nothing give "
+                "--gradient_checkpointing False"
+            )
         if not (self.tune_mm_llm or self.tune_mm_mlp or self.tune_mm_vision):
             raise InputError("there is nothing to train: set one of --tune_mm_llm, --tune_mm_mlp, --tune_mm_vision")
         if self.attention not in ("auto", "sdpa", "flex_attention", "flash_attention_2"):
@@ -163,7 +172,7 @@ class DataArguments:
 
     def __post_init__(self):
         self.train_data = find_data(self.train_data, ROOT, "the training data")
-        folder = find_folder(self.video_root, ROOT, "the video root")
+        folder = find_video_root(self.video_root, ROOT)
         self.video_root = str(folder.absolute()) if folder else ""
         self.pixel_budget  # noqa: B018  raises for an invalid one
         if self.model_max_length < 1:

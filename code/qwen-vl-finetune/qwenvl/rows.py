@@ -19,7 +19,7 @@ def read_rows(source: str) -> list[dict]:
         fields = {name: row.get(name) for name in ("video_id", "video_path", "human_caption", "question")}
         rows.append({"line": number, **fields})
     if not rows:
-        raise InputError(f"{source} has no rows: {make_data(source) or 'give one with rows'}")
+        raise InputError(f"{source} has no rows: {make_data(source) or 'give a file with rows'}")
     return rows
 
 

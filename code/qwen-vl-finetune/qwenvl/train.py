@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.paths import check_videos
 from qwen_vl_streaming.common.progress import quiet_libraries
-from qwen_vl_streaming.launch.failing import tell
-from qwen_vl_streaming.launch.signals import STOPPED, speaks
+from qwen_vl_streaming.launch.failing import report
+from qwen_vl_streaming.launch.signals import STOPPED, is_local_main_process
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
@@ -31,7 +31,7 @@ from transformers.utils import is_flash_attn_2_available
 from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
 from .checkpointing import SaveError, newest_checkpoint, save_final_model
 from .collectives import any_process
-from .data import PaddedDataset, StreamingDataset, collate
+from .data import PaddedDataset, StreamingDataset, collate_for_trainer
 from .device import check_size
 from .flags_help import HelpfulParser
 from .folder import check_folder, lock_folder, make_folder
@@ -41,6 +41,7 @@ from .record import RunRecord, describe_run
 from .rows import exclude, hold_out, read_rows
 from .skipped import Skipped
 from .trainer import StepProgress, StreamingTrainer
+from .zero3 import choose_linear, gather_whole_layers
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Parser(OneLineParser, HelpfulParser):
         raise InputError(f"{message} (see --help)")
 
     def _print_message(self, message, file=None):
-        if speaks():
+        if is_local_main_process():
             super()._print_message(message, file)
 
 
@@ -66,7 +67,7 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     arguments.output_dir = arguments.output_dir or str(OUTPUT / f"qwen2_5vl-pe-{groups[0].variant}")
     quiet_libraries(arguments.process_index == 0)
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
-    if not speaks():
+    if not is_local_main_process():
         logging.getLogger(model_folder.__module__).setLevel(logging.ERROR)  # the first process logs the same
     if arguments.deepspeed:
         import deepspeed
@@ -98,6 +99,38 @@ def check_same_model(model: str, sha256: str, device: torch.device) -> None:
         )
 
 
+def check_checkpointing(layers: int | None, training: SftArguments, config: PretrainedConfig) -> None:
+    """Raises InputError where so many `layers` cannot be recomputed."""
+    if layers is None:
+        return
+    if not (training.gradient_checkpointing or training.activation_checkpointing):
+        raise InputError(f"--checkpoint_layers {layers} contradicts --gradient_checkpointing False: omit one of them")
+    if layers > (most := config.text_config.num_hidden_layers):
+        raise InputError(f"--checkpoint_layers {layers}: the model has {most} layers: give at most that, or omit it")
+
+
+def check_same_machines(model: ModelArguments, data: DataArguments, training: SftArguments) -> None:
+    """Called by all processes at once; raises InputError on all of them where their GPUs or their plans differ."""
+    cuda = training.device.type == "cuda"
+    zero = training.hf_deepspeed_config.config["zero_optimization"]["stage"] if training.deepspeed else None
+    mine = {
+        "GPU": torch.cuda.get_device_name(training.device) if cuda else "none",
+        "ZeRO stage": zero,
+        "--per_device_train_batch_size": training.per_device_train_batch_size,
+        "--gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "--pack_tokens": data.pack_tokens,
+        "--gradient_checkpointing": bool(training.activation_checkpointing),
+        "--checkpoint_layers": model.checkpoint_layers,
+        "--compile_layers": model.compile_layers,
+    }
+    every = gather_object([mine])
+    for name, value in every[0].items():
+        others = [each[name] for each in every if each[name] != value]
+        if others:
+            fix = "use GPUs of one kind" if name == "GPU" else "give all nodes the flags that the first one printed"
+            raise InputError(f"the processes differ in {name}: {value} on the first, {others[0]} on another: {fix}")
+
+
 def check_arguments(model: ModelArguments, training: SftArguments, implementation: str) -> PretrainedConfig:
     """The model's config, once the arguments are known to fit it. Raises InputError, before any weight is loaded."""
     checkpoint, variant = model.model_name_or_path, model.rules
@@ -105,14 +138,13 @@ def check_arguments(model: ModelArguments, training: SftArguments, implementatio
     check_attention(implementation, training.device)
     config = load_config(checkpoint)
     if not model.force:
-        check_trained(config, checkpoint, variant, "--force True to continue from it all the same")
+        check_trained(config, checkpoint, variant, "--force True to continue from it anyway")
     if training.cpu_message:
         if training.cpu_is_fallback:
             check_size(config, training, training.cpu_message)
         logger.info(training.cpu_message)
     check_parts(model, training)
-    if model.compile_layers and is_deepspeed_zero3_enabled():
-        raise InputError("--compile_layers does not work under ZeRO-3: set DEEPSPEED_CONFIG=zero2.json, or omit it")
+    check_checkpointing(model.checkpoint_layers, training, config)
     return config
 
 
@@ -146,7 +178,7 @@ def process_group() -> Iterator[None]:
     except SaveError:
         raise
     except (InputError, SystemExit) as error:
-        tell(error)
+        report(error)
         destroy_process_group()
         raise
     destroy_process_group()
@@ -167,6 +199,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     output, variant, checkpoint = Path(arguments.output_dir), model_arguments.rules, model_arguments.model_name_or_path
     implementation = model_arguments.choose_attention(arguments.device.type == "cuda", data_arguments.pack_tokens > 0)
     config = check_arguments(model_arguments, arguments, implementation)
+    check_same_machines(model_arguments, data_arguments, arguments)
     base = BaseFiles.of(model_folder(checkpoint, weights=False))
 
     every_row = read_rows(data_arguments.train_data)
@@ -210,10 +243,16 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         rows = exclude(rows, excluded, minimum)
         held_out = exclude(held_out, excluded, min(1, len(held_out)))
 
+        sharded = is_deepspeed_zero3_enabled()
+        if sharded:
+            choose_linear(arguments.hf_deepspeed_config.config["zero_optimization"], model_arguments.compile_layers)
         model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
+        model.checkpointed_layers = model_arguments.checkpoint_layers
         if model_arguments.compile_layers:
             model.compile_layers()
         model = make_trainable(model, model_arguments, arguments)
+        if sharded:
+            gather_whole_layers(model)
         more = {"pixel_budget": asdict(data_arguments.pixel_budget)}
         if model_arguments.lora_enable:
             more["base_sha256"] = facts["model_sha256"]
@@ -222,7 +261,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             args=arguments,
             train_dataset=PaddedDataset(make_dataset(rows), batch),
             eval_dataset=PaddedDataset(make_dataset(held_out), eval_batch) if held_out else None,
-            data_collator=partial(collate, pack_tokens=data_arguments.pack_tokens),
+            data_collator=partial(collate_for_trainer, pack_tokens=data_arguments.pack_tokens),
             base=base,
             added_config=training_keys(variant, model_arguments.wait_k, **more),
             parallel=variant.parallel,
@@ -244,12 +283,12 @@ def run_trainer(trainer: StreamingTrainer) -> None:
     try:
         completed = trainer.train_or_resume()
     except SaveError as error:
-        tell(error)
+        report(error)
         with contextlib.suppress(InputError):
             record.end(trainer.state.global_step, str(error))
         raise
     except InputError as error:
-        tell(error)  # the report below is collective, and waits if only this process has failed
+        report(error)  # the report below is collective, and waits if only this process has failed
         if record.record:
             trainer.report()
         record.end(trainer.state.global_step, str(error))

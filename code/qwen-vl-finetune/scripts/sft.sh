@@ -8,7 +8,11 @@
 #                          --train_data accepts
 #   NPROC_PER_NODE (default: the GPUs that PyTorch can use, else 1) NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 #                          under `srun --ntasks-per-node=1` SLURM's own variables are their defaults
-#   DEEPSPEED_CONFIG       zero2.json, zero3.json or zero3_offload.json (default zero3.json)
+#   DEEPSPEED_CONFIG       zero1.json, zero2.json, zero3.json or zero3_offload.json (default: as planned; zero3.json on a CPU)
+#
+# On GPUs, qwenvl/planner chooses the flags that are not given here so that training is as fast as the GPUs allow.
+#   --plan                 print the plan and end
+#   --gpus 8xH100-80GB     the same for GPUs that are not here
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -17,6 +21,17 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 for word in "$@"; do
   case $word in -h | --help) exec "$python" -m qwenvl.rank --help ;; esac
+done
+inputs=(
+  --model_name_or_path "${QWEN2_5_VL_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}"
+  --train_data "${QWEN2_5_VL_TRAIN_DATA:-dataset/train_3_5.jsonl}"
+)
+plan=
+for word in "$@"; do
+  case $word in
+    --gpus | --gpus=*) exec "$python" -m qwenvl.planner 0 "$nnodes" "${inputs[@]}" "$@" ;;
+    --plan) plan=only ;;
+  esac
 done
 gpus=$("$python" -m qwenvl.device "$@") || exit
 type=()
@@ -31,18 +46,27 @@ else
   nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$gpus}}
 fi
 require_number NPROC_PER_NODE "$nproc" 1 1024
+[ -z "$plan" ] || exec "$python" -m qwenvl.planner "$((gpus > 0 ? 10#$nproc : 0))" "$nnodes" "${inputs[@]}" "$@"
 # Several nodes have to know the port in advance.
 [ -n "${MASTER_PORT:-}" ] || ((10#$nnodes > 1)) || master_port=$(free_port)
+
+if [ "$gpus" -eq 0 ]; then
+  planned=(--deepspeed "${DEEPSPEED_CONFIG:-zero3.json}")
+else
+  words=$("$python" -m qwenvl.planner "$nproc" "$nnodes" "${inputs[@]}" "$@") || exit
+  planned=()
+  [ -z "$words" ] || mapfile -t planned <<<"$words"
+  [ -z "${DEEPSPEED_CONFIG:-}" ] || planned+=(--deepspeed "$DEEPSPEED_CONFIG")
+  # Segments that grow leave less memory in pieces that nothing fits into.
+  [ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+fi
 
 command=(
   "$python" -m qwen_vl_streaming.launch
   --nproc_per_node "$nproc" --nnodes "$nnodes" --node_rank "$node_rank"
   --master_addr "$master_addr" --master_port "$master_port"
   -m qwenvl.rank
-  --model_name_or_path "${QWEN2_5_VL_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}"
-  --train_data "${QWEN2_5_VL_TRAIN_DATA:-dataset/train_3_5.jsonl}"
-  --deepspeed "${DEEPSPEED_CONFIG:-zero3.json}"
-  "${type[@]}" "$@"
+  "${inputs[@]}" "${planned[@]}" "${type[@]}" "$@"
 )
 "$python" -m qwen_vl_streaming.common.redact "${command[@]}" # echoes it, without passwords
 exec "${command[@]}"

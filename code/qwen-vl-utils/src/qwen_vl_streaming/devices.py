@@ -30,7 +30,7 @@ CUDA = "libcuda.so.1"
 NVML_SUCCESS, NVML_NO_PERMISSION = 0, 4
 NAME_BYTES = 96
 """NVML_DEVICE_NAME_V2_BUFFER_SIZE in nvml.h. Also large enough for a driver version."""
-DEVICE_HELP = "cpu, cuda or cuda:N (default: a GPU where there is one)"
+DEVICE_HELP = "cpu, cuda or cuda:N (default: a GPU if available)"
 """Help text of the flag --device."""
 GIVE_TO_CONTAINER = "start the container with its GPUs (docker --gpus all, apptainer --nv)"
 
@@ -81,7 +81,7 @@ class Devices:
     """The current GPU supports bfloat16 without emulation."""
     why_not: str = ""
     """If there are GPUs that cannot be used: the GPUs, the reason and the fix, without a full stop."""
-    none: str = "no GPU is here"
+    none: str = "no GPU found"
     """If there is no GPU: a message that says so, with details where known."""
 
 
@@ -119,7 +119,7 @@ def judge(driver: Driver, torch: Torch, environment: Mapping[str, str]) -> Devic
         return Devices(torch.count, torch.bfloat16)
     if torch.count:
         hide = "HIP_VISIBLE_DEVICES" if torch.hip else "CUDA_VISIBLE_DEVICES"
-        also = "" if len(torch.alien) == torch.count else f", or name only the others in {hide}"
+        also = "" if len(torch.alien) == torch.count else f", or list only the others in {hide}"
         return Devices(
             why_not=f"PyTorch {torch.build} has no kernels for {', '.join(torch.alien)}: install a build that has "
             f"({ANOTHER_BUILD}){also}"
@@ -127,7 +127,7 @@ def judge(driver: Driver, torch: Torch, environment: Mapping[str, str]) -> Devic
     if driver.gpus:
         return Devices(why_not=_why_not(driver, torch, environment))
     if torch.hip and torch.fault:
-        return Devices(none=f"no GPU is here that PyTorch {torch.build}, built for ROCm {torch.hip}, can use")
+        return Devices(none=f"no GPU found that PyTorch {torch.build}, built for ROCm {torch.hip}, can use")
     promised = environment.get("SLURM_GPUS_ON_NODE", "")
     if promised.isdecimal() and int(promised):
         return Devices(
@@ -136,7 +136,7 @@ def judge(driver: Driver, torch: Torch, environment: Mapping[str, str]) -> Devic
         )
     if driver.elsewhere:
         those = f"the machine has {count_gpus(driver.elsewhere)}, and this job or container was not given any"
-        return Devices(none=f"no GPU is visible here ({those})")
+        return Devices(none=f"no GPU is visible ({those})")
     return Devices()
 
 
@@ -148,7 +148,7 @@ def _why_not(driver: Driver, torch: Torch, environment: Mapping[str, str]) -> st
         return f"{there}: PyTorch {torch.build} is built for ROCm: install the build that requirements.txt names"
     if torch.cuda is None:
         return f"{there}: PyTorch {torch.build} is built without CUDA: install the build that requirements.txt names"
-    number = int(re.match(r"\d*", driver.version)[0] or 0)
+    number = int(major[0]) if (major := re.match(r"\d+", driver.version)) else 0
     least = LEAST_DRIVER.get(int(torch.cuda.split(".")[0]))
     if "driver on your system is too old" in torch.fault or (number and least and number < least):
         needs = f"which needs driver {least} or newer" if least else "which needs a newer driver"
@@ -158,15 +158,15 @@ def _why_not(driver: Driver, torch: Torch, environment: Mapping[str, str]) -> st
             do += f", or install a build of PyTorch for CUDA {max(fits)} ({ANOTHER_BUILD})"
         return f"{there}: PyTorch {torch.build} is built for CUDA {torch.cuda}, {needs}: {do}"
     if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None and "No CUDA GPUs" in torch.fault:
-        return f"{there}: CUDA_VISIBLE_DEVICES={visible!r} hides them: unset it, or name GPUs as in 0,1"
+        return f"{there}: CUDA_VISIBLE_DEVICES={visible!r} hides them: unset it, or list GPUs, such as 0,1"
     if not _loads(CUDA):
-        return f"{there}: the driver's library {CUDA} is missing: {GIVE_TO_CONTAINER}, or install the driver whole"
+        return f"{there}: the driver's library {CUDA} is missing: {GIVE_TO_CONTAINER}, or reinstall the driver"
     if driver.fault:
         return f"{there}: the driver does not answer ({driver.fault}): restart the machine, or install the driver again"
     if driver.mig:
-        return f"{there}: MIG is on, and there is no MIG device: make one with `nvidia-smi mig`, or turn MIG off"
+        return f"{there}: MIG is enabled, but there is no MIG device: create one with `nvidia-smi mig`, or disable MIG"
     return (
-        f"{there}: CUDA does not start ({torch.fault}): see that `nvidia-smi` works and, on machines with NVSwitch, "
+        f"{there}: CUDA does not start ({torch.fault}): check that `nvidia-smi` works and, on machines with NVSwitch, "
         "that nvidia-fabricmanager runs, or restart the machine"
     )
 
@@ -291,7 +291,7 @@ def has_kernels(architectures: list[str], capability: tuple[int, int]) -> bool:
 
 
 def main() -> None:
-    OneLineParser(prog="python -m qwen_vl_streaming.devices", description=__doc__.split("\n\n")[0]).parse_args()
+    OneLineParser(prog="python -m qwen_vl_streaming.devices", description=(__doc__ or "").split("\n\n")[0]).parse_args()
     driver, torch = ask_driver(), ask_torch()
     devices = judge(driver, torch, os.environ)
     print(f"driver: {driver.version or 'none'}; {', '.join(driver.gpus) or 'no GPU'}")

@@ -180,8 +180,9 @@ class Streams:
         pieces = []
         for stream, new, is_last, decodes in zip(self.streams, clips, last, decode, strict=True):
             mine = []
-            for i in range(0 if new is None else len(new)):
-                mine += stream.feed_clip(is_last and not self.bare and i == len(new) - 1)
+            count = 0 if new is None else len(new)
+            for i in range(count):
+                mine += stream.feed_clip(is_last and not self.bare and i == count - 1)
             if is_last and self.bare:
                 mine += stream.feed_clip(True, empty=True)
             if decodes and (stream.ended or not stream.header_slot):

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .common.errors import InputError, OneLineParser, run
-from .common.paths import PROJECT, find_folder, find_model, find_video, look_up
+from .common.paths import PROJECT, find_model, find_video, find_video_root, look_up
 from .common.progress import quiet_libraries
 from .common.ties import tie_margin
 from .devices import DEVICE_HELP, choose_device, look
@@ -132,7 +132,7 @@ def check_clips(record: Record, clips: Sequence[Tensor]) -> None:
     for number, (clip, known) in enumerate(zip(clips, record.hashes, strict=False), 1):
         if clip_hash(clip) != known:
             raise InputError(
-                f"clip {number} is not the one that was recorded: give the same video with the same sampling and sizes"
+                f"clip {number} differs from the recorded one: give the same video with the same sampling and sizes"
             )
 
 
@@ -242,17 +242,18 @@ def _named_clips(about: dict, processor, path: str | Path | None, video_root: Pa
     """The clips of the video in `path`, or of the source that the record names."""
     video = dict(about.get("video") or {})
     named = video.pop("path", None)
-    if path is None and named is None and "synthetic" in about:
+    chosen = named if path is None else path
+    if chosen is None and "synthetic" in about:
         scene, count = about["synthetic"], max(about["clips"], default=0) + 1
         clips = synthetic_clips(count, speed=float("inf"), fps=scene["fps"], size=tuple(scene["size"]))
         frames = torch.cat([clip.frames for clip in clips])
-    elif path is None and named is None:
+    elif chosen is None:
         raise InputError(
-            "the record names no video file: give one with --video, or what live --keep has saved with --clips"
+            "the record does not name a video file: give --video, or --clips with a file written by live --keep"
         )
     else:
         budget = PixelBudget(**video.pop("budget")) if "budget" in video else None
-        frames = read_video(find_video(path or named, PROJECT, video_root), budget=budget, **video).frames
+        frames = read_video(find_video(chosen, PROJECT, video_root), budget=budget, **video).frames
     clips = list(clip_pixels(processor, frames)[0])
     fed = about.get("clips", range(len(clips)))
     if min(fed, default=0) < 0 or max(fed, default=0) >= len(clips):
@@ -264,13 +265,9 @@ def main() -> None:
     parser = OneLineParser(description="Run a recorded session again and compare every token.")
     parser.add_argument("record", type=Path, help="a session's record")
     parser.add_argument("--model", required=True, help="folder or hub id of the model that was recorded")
-    parser.add_argument("--video", help="the video file (default: the one that the record names)")
-    parser.add_argument(
-        "--video-root", default="", metavar="DIR", help="another folder in which to look for that video"
-    )
-    parser.add_argument(
-        "--clips", metavar="FILE", help="the frames that live has saved with --keep, instead of a video"
-    )
+    parser.add_argument("--video", help="the video file (default: the file named in the record)")
+    parser.add_argument("--video-root", default="", metavar="DIR", help="folder in which to look for that video")
+    parser.add_argument("--clips", metavar="FILE", help="frames saved by live --keep, instead of a video")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as recorded")
     parser.add_argument("--device", default="", help=DEVICE_HELP)
     parser.add_argument(
@@ -290,7 +287,7 @@ def main() -> None:
 def _main(arguments: argparse.Namespace, device: str, line: str) -> int:
     record = read_record(look_up(arguments.record, PROJECT))
     checkpoint = find_model(arguments.model, PROJECT)
-    video_root = find_folder(arguments.video_root, PROJECT, "the video root")
+    video_root = find_video_root(arguments.video_root, PROJECT)
     kept = arguments.clips and look_up(arguments.clips, PROJECT)
     dtype = arguments.dtype or record.model["dtype"]
     if dtype not in DTYPES:

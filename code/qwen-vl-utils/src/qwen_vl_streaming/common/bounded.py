@@ -48,7 +48,7 @@ def bounded_text(function: Callable[[], str]) -> str:
     try:
         answer = json.loads(data)
     except ValueError:  # no complete answer: killed by RLIMIT_CPU or by the parent
-        raise OutOfBounds(f"it takes more than {CPU_SECONDS} s, or a text of more than {TEXT} characters") from None
+        raise OutOfBounds(f"rendering takes more than {CPU_SECONDS} s or returns more than {TEXT} characters") from None
     if "text" in answer:
         return answer["text"]
     raise (OutOfBounds if answer["bounds"] else ValueError)(answer["error"])
@@ -63,9 +63,9 @@ def _compute(function: Callable[[], str], sender: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     try:
         text = function()
-        answer = {"text": text} if len(text) <= TEXT else {"error": "its text is too long", "bounds": True}
+        answer = {"text": text} if len(text) <= TEXT else {"error": "the text is too long", "bounds": True}
     except MemoryError:
-        answer = {"error": f"it takes more than {MEMORY >> 20} MiB", "bounds": True}
+        answer = {"error": f"rendering takes more than {MEMORY >> 20} MiB", "bounds": True}
     except Exception as error:  # reported to the parent, which raises ValueError
         lines = str(error).splitlines()
         answer = {"error": (lines[0] if lines else type(error).__name__)[:500], "bounds": False}

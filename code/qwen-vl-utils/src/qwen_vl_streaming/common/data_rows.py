@@ -92,7 +92,7 @@ def check_characters(row: dict[str, Any], *fields: str) -> None:
     """Raises InputError if one of `fields` has an unpaired surrogate. File names and tokenizers do not accept it."""
     for name in fields:
         if SURROGATE.search(str(row.get(name))):
-            raise InputError(f"{name} has an unpaired surrogate, which is not a character: {FIX}")
+            raise InputError(f"{name} has an unpaired surrogate, which is not a valid character: {FIX}")
 
 
 def _unreadable(source: str | Path, reason: object) -> InputError:
@@ -134,21 +134,21 @@ def _is_plain(kind) -> bool:
     return isinstance(kind, datasets.List | datasets.LargeList | datasets.Json)
 
 
-def _open_table(source: str, locks: str):
+def _open_table(source: str, locks: str) -> Any:
     import datasets
 
     if source.startswith(HUB):
         name, _, split = source.removeprefix(HUB).partition(":")
         return _only_split(source, datasets.load_dataset(name), split)
     if source.endswith(PARQUET):
-        paths = [source] if os.path.exists(source) else [str(path) for path in matching_files(source)]
+        paths: Any = [source] if os.path.exists(source) else [str(path) for path in matching_files(source)]
         # Stream the rows: they are read once, so a copy in the cache is not needed.
         return datasets.IterableDataset.from_parquet(paths, cache_dir=locks)
     found = datasets.load_from_disk(source)
     if not isinstance(found, datasets.DatasetDict):
         return found
-    folders = " or ".join(os.path.join(source, split) for split in found)
-    raise InputError(f"{source} has several splits: give the folder of one, {folders}")
+    folders = " or ".join(os.path.join(source, str(split)) for split in found)
+    raise InputError(f"{source} has several splits: give the folder of one split, {folders}")
 
 
 def _only_split(source: str, splits: dict, split: str):
@@ -157,7 +157,7 @@ def _only_split(source: str, splits: dict, split: str):
     if split not in splits:
         names = ", ".join(splits)
         what = f"has no split {split!r}" if split else "has several splits"
-        raise InputError(f"{source} {what}: name one of {names}, as in {HUB}OWNER/NAME:SPLIT")
+        raise InputError(f"{source} {what}: choose one of {names}, as in {HUB}OWNER/NAME:SPLIT")
     return splits[split]
 
 
@@ -194,7 +194,9 @@ def _check_row(row: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(row[name], str):
             raise InputError(f"has the {name} {_show(row[name])}, which is not a string: {FIX}")
     if question is not None and not (isinstance(question, str) and question.strip()):
-        raise InputError(f"has the question {_show(question)}, which is not a text: correct it or delete the field")
+        raise InputError(
+            f"has the question {_show(question)}, which is not a non-blank string: correct it or delete the field"
+        )
     check_characters(row, "video_id", "video_path", "question")
     return row
 

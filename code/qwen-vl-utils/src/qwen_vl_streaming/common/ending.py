@@ -75,10 +75,8 @@ def explain(error: BaseException, gpu: str, host: str) -> str | None:
         return str(error)
     if how := lost_worker(error):
         if "SIGBUS" in how:
-            return (
-                f"a data worker {how}: the shared memory (/dev/shm) is full: {host}, or give the container more of it"
-            )
-        why = " (Linux does that when memory is short)" if "SIGKILL" in how or "unexpectedly" in how else ""
+            return f"a data worker {how}: shared memory (/dev/shm) is full: {host}, or give the container more of it"
+        why = " (Linux does this when it runs out of memory)" if "SIGKILL" in how or "unexpectedly" in how else ""
         return f"a data worker {how}{why}: {host}"
     if isinstance(error, torch.OutOfMemoryError):
         # Cut off the allocator statistics and settings that PyTorch adds to the line.
@@ -89,7 +87,7 @@ def explain(error: BaseException, gpu: str, host: str) -> str | None:
     if isinstance(error, RuntimeError) and "out of memory" in text and ("CUDA" in text or "NCCL" in text):
         return f"out of GPU memory ({first}): {gpu}"
     if isinstance(error, OSError) and error.errno in FULL:
-        return f"{FULL[error.errno]} ({first}): make room, and give the same command again"
+        return f"{FULL[error.errno]} ({first}): free some space and run the same command again"
     return None
 
 
@@ -116,7 +114,7 @@ def status_of(error: BaseException) -> int:
     return 1
 
 
-def let_workers_end() -> None:
+def reset_sigchld() -> None:
     """Resets the SIGCHLD handler. The handler of a DataLoader raises an error whenever a worker ends unexpectedly.
 
     Does nothing outside the main thread, which alone can set signal handlers.
@@ -131,7 +129,7 @@ def let_workers_end() -> None:
 
 def kill_workers() -> None:
     """Kills the processes that this process started with multiprocessing."""
-    let_workers_end()
+    reset_sigchld()
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -145,7 +143,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def say(error: BaseException, line: str | None, then: str = "") -> None:
+def print_error(error: BaseException, line: str | None, then: str = "") -> None:
     """Prints why the program ends: `line` if given, else a traceback and `error` in one line with the advice `then`."""
     with contextlib.suppress(OSError, ValueError):
         if line is None:
@@ -163,9 +161,9 @@ def run_to_end(main: Callable[[], object], failed: Callable[[BaseException], obj
         main()
     except BaseException as error:
         try:
-            let_workers_end()
+            reset_sigchld()
         except RuntimeError:  # the handler ran once more before it was reset
-            let_workers_end()
+            reset_sigchld()
         failed(error)
         if not isinstance(error, SystemExit):
             leave(status_of(error))

@@ -26,16 +26,12 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {shown(message)} (see --help)\n")
 
 
-def run(main: Callable[[], None], speak: bool = True) -> None:
-    """Calls `main`. On InputError, prints its message on stderr and exits with status 2.
-
-    If several processes raise the same error, set `speak` in only one of them, so that the message is printed once.
-    """
+def run(main: Callable[[], None]) -> None:
+    """Calls `main`. On InputError, prints its message on stderr and exits with status 2."""
     try:
         main()
     except InputError as error:
-        if speak:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -43,5 +39,5 @@ def cannot_list(error: OSError) -> None:
     """For `onerror` of os.walk: raises InputError for an unreadable folder. A missing folder counts as empty."""
     if not isinstance(error, FileNotFoundError):
         raise InputError(
-            f"folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it away"
+            f"folder {error.filename} cannot be read ({error.strerror}): make it readable or move it"
         ) from error

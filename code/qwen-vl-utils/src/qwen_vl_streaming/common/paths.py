@@ -34,10 +34,10 @@ def find_path(path: str | Path, root: Path, what: str, *more: Path, fix: str = "
         if exists(candidate):  # also False, without an error, if permission is denied
             return candidate
     if Path(path).is_absolute():
-        where = "not there"
+        where = "missing"
     else:
         first, *others = dict.fromkeys(map(str, (Path.cwd(), root.absolute(), root.absolute() / "code", *more)))
-        where = f"neither in {first} nor in {' nor in '.join(others)}" if others else f"not in {first}"
+        where = f"not in {first} or in {' or in '.join(others)}" if others else f"not in {first}"
     raise InputError(f"{what} {str(path)!r} is {where}: {fix}")
 
 
@@ -46,13 +46,13 @@ def look_up(path: str | Path, root: Path) -> Path:
     return next(filter(exists, places(path, root)), Path(path))
 
 
-def find_folder(path: str, root: Path, what: str) -> Path | None:
+def find_video_root(path: str, root: Path) -> Path | None:
     """Finds a folder like `find_path`. Returns None if `path` is blank. Raises InputError if it is not a folder."""
     if not path.strip():
         return None
-    found = find_path(path, root, what)
+    found = find_path(path, root, "the video root")
     if not os.path.isdir(found):
-        raise InputError(f"{what} {str(found)!r} is not a folder: give the folder")
+        raise InputError(f"the video root {str(found)!r} is not a folder: give a folder")
     return found
 
 
@@ -71,17 +71,17 @@ def find_data(path: str, root: Path, what: str) -> str:
             raise InputError(f"{what} {path!r} matches no file: check the pattern")
         return os.path.abspath(found)
     make = make_data(path)
-    found = find_path(path, root, what, fix=make or "check the path, or make it with `python mani_data.py`")
+    found = find_path(path, root, what, fix=make or "check the path, or create it with `python mani_data.py`")
     if os.path.isdir(found):
         if not any(exists(found / name) for name in ("state.json", "dataset_dict.json")):
             raise InputError(
-                f"{what} {str(found)!r} is a folder that `Dataset.save_to_disk` has not written: give a file, or a "
-                "pattern such as 'data/train-*.parquet'"
+                f"{what} {str(found)!r} is a folder that was not written by `Dataset.save_to_disk`: give a file, or "
+                "a pattern such as 'data/train-*.parquet'"
             )
     elif not os.path.isfile(found):
         raise InputError(f"{what} {str(found)!r} cannot be read (it is not a file): give a JSON Lines file")
     elif not os.path.getsize(found):
-        raise InputError(f"{what} {str(found)!r} is empty: {make or 'give one with rows'}")
+        raise InputError(f"{what} {str(found)!r} is empty: {make or 'give a file with rows'}")
     return os.path.abspath(found)
 
 
@@ -90,7 +90,7 @@ def make_data(path: str | Path) -> str:
     if (name := Path(path).name) not in DATA_FLAGS:
         return ""
     dataset = DATA_FLAGS[name]
-    return f"make it with `python mani_data.py{f' --dataset {dataset}' if dataset else ''}`"
+    return f"create it with `python mani_data.py{f' --dataset {dataset}' if dataset else ''}`"
 
 
 def find_model(model: str, root: Path) -> str:
@@ -153,8 +153,8 @@ def check_videos(video_paths: Iterable[str], root: Path, video_root: Path | None
                 by_name_alone.add(found[0])
             if (other := path_of.setdefault(found[0], path)) != path and found[0] in by_name_alone:
                 raise InputError(
-                    f"{other} and {path} of the data are both found as {found[0]}, by the file name alone: "
-                    "give a video root in which each has its own path"
+                    f"{other} and {path} in the data both match {found[0]} by file name alone: "
+                    "give a video root that has a separate path for each"
                 )
 
 

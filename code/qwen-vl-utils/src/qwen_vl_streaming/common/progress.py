@@ -26,8 +26,7 @@ class Progress(tqdm):
         return super().__str__() if self.live else self._line()
 
     def _line(self) -> str:
-        told = self.format_dict
-        seconds = told["elapsed"]
+        seconds = self.format_dict["elapsed"]
         done = self.n if self.total is None else f"{self.n}/{self.total}"
         text = f"{f'{self.desc}: ' if self.desc else ''}{done}{_unit(self.unit)} in {self.format_interval(seconds)}"
         here = self.n - self.initial

@@ -193,7 +193,7 @@ def caption_all(
         layout = job.layout
         visual = layout.prompt + len(job.pixels) * layout.tokens_per_clip + layout.tail
         count = PagedKVCache.blocks_needed(visual, layout.header + max_new_tokens)
-        if limit is not None and count > limit:
+        if memory is not None and limit is not None and count > limit:
             raise InputError(
                 f"video {job.key} needs {count * block_bytes / 2**30:.3g} GiB for its keys and values, and "
                 f"{memory / 2**30:.3g} are available: give it fewer pixels, or more memory (--memory)"

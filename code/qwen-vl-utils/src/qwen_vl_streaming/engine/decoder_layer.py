@@ -5,16 +5,18 @@ and value, and one computes gate and up. The stock layer's weights become views 
 stored twice and the model saves as before. `tests/test_batch.py` compares the result with the stock layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, apply_rotary_pos_emb
 
+from ..common.compiling import CompileOptions
 from .paged_attention import MixedAttention, PagedAttention, PrefillAttention
 from .ragged_attention import RaggedAttention
 
-SINGLE_ROW_OPTIONS = {"coordinate_descent_tuning": True}
+SINGLE_ROW_OPTIONS: CompileOptions = {"coordinate_descent_tuning": True}
 """torch.compile's options for products with one row."""
 
 Attention = PagedAttention | MixedAttention | RaggedAttention | PrefillAttention
@@ -39,7 +41,7 @@ class FusedProjections:
     act: nn.Module
 
     @classmethod
-    def from_layer(cls, layer: nn.Module) -> "FusedProjections":
+    def from_layer(cls, layer: Qwen2_5_VLDecoderLayer) -> "FusedProjections":
         """Fuses the weights of a stock layer."""
         attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
         parts = attention.q_proj, attention.k_proj, attention.v_proj
@@ -59,7 +61,7 @@ class FusedProjections:
         )
 
 
-def _fuse(parts: list[nn.Parameter]) -> Tensor:
+def _fuse(parts: Sequence[Tensor]) -> Tensor:
     """Concatenates `parts` along their first dimension and makes them views of the result. A second call returns the
     storage that the first one made."""
     first, length = parts[0].data, sum(len(part) for part in parts)
@@ -71,7 +73,7 @@ def _fuse(parts: list[nn.Parameter]) -> Tensor:
     return fused
 
 
-def _is_fused(parts: list[nn.Parameter]) -> bool:
+def _is_fused(parts: Sequence[Tensor]) -> bool:
     storage, end = parts[0].untyped_storage().data_ptr(), parts[0].storage_offset()
     for part in parts:
         if part.untyped_storage().data_ptr() != storage or part.storage_offset() != end:
@@ -123,9 +125,9 @@ def compile_single_row_layer():
     """`run_layer` for one row, compiled in three parts. With one row the compiler's own product reads weights faster
     than cuBLAS does, once tuned. It recomputes a product's input for each output, though, and attention and the long
     input of the down projection are too expensive for that: so each product starts a part of its own."""
-    attend, mlp_up, mlp_down = (
-        torch.compile(part, dynamic=False, options=SINGLE_ROW_OPTIONS) for part in (_attend, _mlp_up, _mlp_down)
-    )
+    attend = torch.compile(_attend, dynamic=False, options=SINGLE_ROW_OPTIONS)
+    mlp_up = torch.compile(_mlp_up, dynamic=False, options=SINGLE_ROW_OPTIONS)
+    mlp_down = torch.compile(_mlp_down, dynamic=False, options=SINGLE_ROW_OPTIONS)
 
     def layer(weights: FusedProjections, hidden: Tensor, *rest) -> Tensor:
         return mlp_down(weights, *mlp_up(weights, hidden, attend(weights, hidden, *rest)))

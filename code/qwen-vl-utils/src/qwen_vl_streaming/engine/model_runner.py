@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..common.compiling import CompileOptions
 from ..model.prompts import Template
 from ..reference import PENALTY
 from .decoder_layer import SINGLE_ROW_OPTIONS, Attention, FusedProjections, compile_single_row_layer, run_layer
@@ -37,8 +38,7 @@ class ModelRunner:
         self.model, self.language, self.cache, self.penalty = model, language, cache, penalty
         self.device, self.text_capacity = model.device, text_capacity
         self.on_cuda = self.device.type == "cuda"
-        if self.use_flex is None:
-            self.use_flex = self.on_cuda
+        self.flex = self.on_cuda if self.use_flex is None else self.use_flex
         self.groups = language.config.num_attention_heads // language.config.num_key_value_heads
         self.layers = [FusedProjections.from_layer(layer) for layer in language.layers]
         self.all_slots = torch.arange(batch_slots, device=self.device)
@@ -69,7 +69,7 @@ class ModelRunner:
         self.penalized_ids[batch_slot].index_fill_(0, self._to_device(penalized), True)
         self.end_id[batch_slot].fill_(template.end)
 
-    def _sampler_options(self) -> dict | None:
+    def _sampler_options(self) -> CompileOptions | None:
         """torch.compile's options for the function that chooses a token in each slot."""
         return SINGLE_ROW_OPTIONS if len(self.all_slots) == 1 else None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from ..common.compiling import not_compiled
 from .kv_cache import BLOCK_SIZE, TEXT_OFFSET, PagedKVCache
 from .split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, list_blocks, num_splits
 
@@ -22,7 +23,7 @@ class PagedAttention:
     cache: PagedKVCache
     batch_slots: Tensor
     """(n,)"""
-    cache_index: Tensor | None
+    cache_index: Tensor
     """Where the step writes its keys and values in the cache, (n, Q)."""
     seen_visual: Tensor
     """(n, Q)"""
@@ -40,13 +41,14 @@ class PagedAttention:
     """Splits of each slot's keys, see `split_kv.py`. Split i holds blocks i, i + splits, …"""
 
     def __post_init__(self):
-        self.mask = self._block_mask() if self.use_flex else None
+        if self.use_flex:
+            self.mask = self._block_mask()
         self.refresh()
 
     def _visible(self, token: Tensor, pick) -> Tensor:
         """Whether queries may attend to `token`, counted as in `PagedKVCache.block_start`. `pick` selects the entries
         of these queries from a tensor (n, Q), and of their slots from a tensor (S,)."""
-        visible = None
+        in_runs = []
         for run, (offset, seen) in enumerate(((0, self.seen_visual), (TEXT_OFFSET, self.seen_text))):
             index = token - offset
             in_run = (index >= 0) & (index < pick(seen))
@@ -54,8 +56,8 @@ class PagedAttention:
                 in_run = in_run & (
                     (index >= pick(self.window_start[run])) | (index < pick(self.cache.kept_tokens[run]))
                 )
-            visible = in_run if visible is None else visible | in_run
-        return visible
+            in_runs.append(in_run)
+        return in_runs[0] | in_runs[1]
 
     def _dense_mask(self) -> Tensor:
         """Mask (n, 1, Q, keys) over all blocks of each slot. Sets `key_index`, where these keys are in the cache."""
@@ -102,7 +104,7 @@ class PagedAttention:
     def refresh(self) -> None:
         """Recomputes the mask after the tensors above were changed in place."""
         if not self.use_flex:
-            self.mask = self._dense_mask()
+            self.dense_mask = self._dense_mask()
             return
         query_blocks = self.num_kv_blocks.shape[-1]
         table = self.cache.block_tables[self.batch_slots, None].expand(-1, query_blocks, -1)
@@ -111,7 +113,7 @@ class PagedAttention:
         def visible(full: bool) -> Tensor:
             """Whether all queries of a query block may attend to all of a block, or any to any of it: (n, query blocks,
             W)."""
-            found = None
+            in_runs = []
             for run, (offset, seen) in enumerate(((0, self.seen_visual), (TEXT_OFFSET, self.seen_text))):
                 index = start - offset
                 in_run = (index >= 0) & (
@@ -124,8 +126,8 @@ class PagedAttention:
                         in_run = in_run & ((index >= window_start) | (index + BLOCK_SIZE <= kept))
                     else:
                         in_run = in_run & ((index + BLOCK_SIZE > window_start) | (index < kept))
-                found = in_run if found is None else found | in_run
-            return found
+                in_runs.append(in_run)
+            return in_runs[0] | in_runs[1]
 
         partial = visible(False)
         flags = partial[None]
@@ -156,12 +158,13 @@ class PagedAttention:
         if not self.use_flex:
             keys_values = layer_cache[:, :, self.key_index].transpose(1, 2)
             return nn.functional.scaled_dot_product_attention(
-                query, *keys_values, attn_mask=self.mask, scale=scale, enable_gqa=True
+                query, *keys_values, attn_mask=self.dense_mask, scale=scale, enable_gqa=True
             )
         n, heads, queries, size = query.shape
         folded = query.reshape(n, heads // self.groups, self.groups, queries, size).transpose(2, 3).flatten(2, 3)
         options = {"block_mask": self.mask, "scale": scale, "kernel_options": self.kernel_options}
-        output = flex_split_kv(folded, *layer_cache[:, None], self.splits, **options)
+        keys, values = layer_cache[:, None]
+        output = flex_split_kv(folded, keys, values, self.splits, **options)
         return output.view(n, heads // self.groups, queries, self.groups, size).transpose(2, 3).reshape(query.shape)
 
 
@@ -195,7 +198,8 @@ class MixedAttention:
         if batch_slots == chunks[0] == 1:
             shapes = [(1, 1 + chunks[1])]
         self.parts: list[PagedAttention] = []
-        for n, queries in shapes:
+        indices = self.cache_index[0].split([n * queries for n, queries in shapes])
+        for (n, queries), index in zip(shapes, indices, strict=True):
             first = not self.parts
             slots = torch.arange(batch_slots, device=device) if first else torch.zeros_like(self.cache_index[0, :n])
             numbers = torch.ones(4, n, queries, dtype=torch.long, device=device)
@@ -203,7 +207,7 @@ class MixedAttention:
                 PagedAttention(
                     cache,
                     slots,
-                    None,
+                    index.view(n, queries),
                     numbers[0],
                     numbers[1],
                     groups,
@@ -253,7 +257,7 @@ class PrefillAttention:
     """For each slot the length of its visual run, and the mask of its header rows over the visual rows that any of them
     may attend to, followed by the header rows: (header rows, visual rows + header rows)."""
 
-    @torch.compiler.disable  # the loop would be compiled again for each number of slots
+    @not_compiled  # the loop would be compiled again for each number of slots
     def forward(self, query: Tensor, new_kv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
         """As `PagedAttention.forward`, with n = 1."""
         layer_cache[:, :, self.cache_index.flatten()] = new_kv[0]

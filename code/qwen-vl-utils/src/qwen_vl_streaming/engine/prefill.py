@@ -44,7 +44,7 @@ class Prefill:
         """`runner` is a `runner.Runner`; `query_blocks` as in `ragged_attention.py`."""
         device, width = runner.device, runner.language.config.hidden_size
         self.runner = runner
-        self.attention = RaggedAttention(runner.cache, query_blocks, runner.groups, runner.use_flex)
+        self.attention = RaggedAttention(runner.cache, query_blocks, runner.groups, runner.flex)
         capacity = padded_rows(query_blocks * QUERY_BLOCK // runner.groups)
         self.inputs = self.padding(capacity).to(device)
         self.clip_features = torch.zeros(capacity, width, dtype=runner.model.dtype, device=device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from ..common.compiling import not_compiled
 from .device_event import to_device
 from .kv_cache import BLOCK_SIZE, TEXT_OFFSET, PagedKVCache
 from .split_kv import flex_split_kv, list_blocks, num_splits
@@ -35,7 +36,7 @@ class RaggedAttention:
     def __init__(self, cache: PagedKVCache, query_blocks: int, groups: int, use_flex: bool):
         """For at most `query_blocks`; `groups` and `use_flex` as in `paged_attention.PagedAttention`."""
         self.cache, self.query_blocks, self.groups, self.use_flex = cache, query_blocks, groups, use_flex
-        self.cache_index: Tensor | None = None
+        self.cache_index: Tensor
         """Where the step writes its keys and values in the cache, (R,)."""
         self.spans: list[tuple[int, slice]] = []
         """Without FlexAttention: each slot and its rows."""
@@ -152,11 +153,12 @@ class RaggedAttention:
         output = output[:, self.start[: query.shape[2], None] + self.heads]  # (key heads, R, groups, D)
         return output.transpose(1, 2).reshape(query.shape)
 
-    @torch.compiler.disable  # the code around it is compiled once for any number of rows
+    @not_compiled  # the code around it is compiled once for any number of rows
     def attend(self, query: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
         """FlexAttention of `query` (1, key heads, F, D) over `layer_cache`; returns the same shape."""
         options = {"block_mask": self.mask, "scale": scale, "kernel_options": KERNEL_OPTIONS}
-        return compiled_flex(query, *layer_cache[:, None], self.splits, **options)
+        keys, values = layer_cache[:, None]
+        return compiled_flex(query, keys, values, self.splits, **options)
 
 
 compiled_flex = torch.compile(flex_split_kv, dynamic=False)

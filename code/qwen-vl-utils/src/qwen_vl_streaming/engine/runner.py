@@ -44,7 +44,7 @@ class Runner(ModelRunner):
             seen_visual=self._slot_tensor(1),
             seen_text=torch.ones_like(self._slot_tensor(1)),
             groups=self.groups,
-            use_flex=self.use_flex,
+            use_flex=self.flex,
             kernel_options=self.kernel_options,
         )
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -118,7 +118,7 @@ class Runner(ModelRunner):
         spans = [sequence.next_spans() for sequence in sequences]
         lengths = torch.tensor([len(text) + len(visual) for text, visual in spans])
         rows, blocks = int(lengths.sum()), sum(query_blocks_of(count, self.groups) for count in lengths.tolist())
-        if self.use_flex:
+        if self.flex:
             rows = padded_rows(rows)
         prefill = self.prefills.get(capacity := padded_query_blocks(blocks))
         if prefill is None:

@@ -34,7 +34,8 @@ def flex_split_kv(query: Tensor, keys: Tensor, values: Tensor, splits: int, **op
         return flex_attention(query, keys, values, **options)
     repeated = query.repeat_interleave(splits, 0)
     output, aux = flex_attention(repeated, keys, values, **options, return_aux=AuxRequest(lse=True))
-    return combine_splits(output, aux.lse, splits)
+    lse: Tensor = aux.lse  # pyright: ignore[reportAssignmentType]  # requested, so not None
+    return combine_splits(output, lse, splits)
 
 
 def combine_splits(output: Tensor, lse: Tensor, splits: int) -> Tensor:

@@ -69,7 +69,7 @@ class StepRunner(ModelRunner):
         for chunks in self.chunk_counts:
             self.inputs[chunks] = StepInputs(batch_slots, chunks, chunk_size, text_capacity, self.device)
             self.attentions[chunks] = MixedAttention(
-                cache, (chunks, chunk_size), self.groups, self.use_flex, self.kernel_options, windowed
+                cache, (chunks, chunk_size), self.groups, self.flex, self.kernel_options, windowed
             )
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         """By the number of chunks and whether tokens are chosen."""
@@ -141,8 +141,8 @@ class StepRunner(ModelRunner):
             )
         if needed > free:
             raise InputError(
-                f"one more session needs {needed * gib:.3f} GiB for its keys and values, and {free * gib:.3f} are free "
-                f"beside the {batch_slots - len(self.free_slots)} that run: close one, or give it fewer clips, "
+                f"one more session needs {needed * gib:.3f} GiB for its keys and values, but {free * gib:.3f} are free "
+                f"with {batch_slots - len(self.free_slots)} sessions running: close one, or give it fewer clips, "
                 "tokens or pixels"
             )
         index = self.free_slots.pop()

@@ -35,9 +35,11 @@ class VisionEncoder:
     @torch.no_grad()
     def capture(self, grid: tuple[int, int], sizes: Sequence[int] = (1, 2, 4)) -> None:
         """Captures a CUDA graph for each number of clips of `grid` in `sizes`. Does nothing on the CPU."""
+        if self.stream is None:
+            return
         visual = self.model.model.visual
         shape = grid[0] * grid[1] * visual.spatial_merge_size**2, visual.patch_embed.proj.weight[0].numel()
-        for size in sizes if self.on_cuda else ():
+        for size in sizes:
             pixels = torch.zeros(size, *shape, dtype=self.model.dtype, device=self.model.device)
             # Graphs captured on one stream share cuBLAS's workspace. This one runs at the same time as others.
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -55,7 +57,8 @@ class VisionEncoder:
         """Encodes `clips`. Each is (patches, pixels of a patch) or already (tokens of a clip, C). Does not block the
         host."""
         tokens: dict[int, Tensor] = {}
-        if on_device := [clip for clip in clips if clip.is_cuda]:  # another stream made them, and may also free them
+        on_device = [clip for clip in clips if clip.is_cuda]
+        if self.stream is not None and on_device:  # another stream made them, and may also free them
             self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
             for clip in on_device:
                 clip.record_stream(self.stream)
@@ -89,4 +92,4 @@ class VisionEncoder:
         """Moves a clip to the model's device and type without blocking the host."""
         if self.on_cuda and not (clip.is_cuda or clip.is_pinned()):
             clip = clip.to(self.model.dtype).pin_memory()
-        return clip.to(self.model.device, non_blocking=True).to(self.model.dtype)
+        return clip.to(self.model.device, non_blocking=self.on_cuda).to(self.model.dtype)

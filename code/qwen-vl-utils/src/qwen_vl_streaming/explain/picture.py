@@ -5,6 +5,7 @@ Everything shown comes from timeline, positions and attention. Knows nothing abo
 
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ DPI = 120
 PANEL = (3.95, 7.35)
 LEFT, WIDE = 0.78, 2.72
 MARGIN = 0.12
-ABOVE = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+ABOVE: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
 
 
 def draw_png(timelines: Sequence[Timeline], wait_k: int) -> bytes:
@@ -79,12 +80,13 @@ def _head(figure: Figure, timelines: Sequence[Timeline]) -> None:
     )
 
 
-def _pale(colour: str) -> tuple[float, ...]:
-    return tuple(1 - PALE * (1 - np.array(to_rgb(colour))))
+def _pale(colour: str) -> tuple[float, float, float]:
+    red, green, blue = 1 - PALE * (1 - np.array(to_rgb(colour)))
+    return red, green, blue
 
 
-def _boxes(left, right, low, high) -> np.ndarray:
-    """Corners of n rectangles, (n, 4, 2)."""
+def _boxes(left, right, low, high) -> Any:
+    """Corners of n rectangles: an array (n, 4, 2), which PolyCollection takes, but does not declare."""
     return np.stack([np.stack([left, right, right, left], 1), np.stack([low, low, high, high], 1)], 2)
 
 
@@ -122,7 +124,8 @@ class _Panel:
         when, count, sees = describe(timeline.variant)
         lanes = self.axes(0.6, 0.85)
         title = lanes.annotate(timeline.variant.name, (0, 1), (0, 24), fontsize=15, weight="bold", **ABOVE)
-        lanes.annotate(f"paper: {timeline.variant.paper}", (1, 0), (9, 2), fontsize=9, **ABOVE | {"xycoords": title})
+        after: dict[str, Any] = ABOVE | {"xycoords": title}
+        lanes.annotate(f"paper: {timeline.variant.paper}", (1, 0), (9, 2), fontsize=9, **after)
         _draw_lanes(lanes, timeline, wait_k, longest)
         positions = self.axes(2.12, 1.5)
         beside = self.axes(2.12, 1.5, left=LEFT + WIDE + 0.08, wide=0.3)

@@ -92,9 +92,9 @@ def describe(variant: Variant) -> tuple[str, str, str]:
     else:
         when, sees = "watches the whole video, then speaks", "all text comes after the video"
     counts = {
-        "stock": "text counts on after the video",
+        "stock": "text continues after the video",
         "own": f"text has its own count, from {variant.text_start}",
-        "feed": "one count runs through clips and text",
+        "feed": "one count for clips and text",
         "rounds": "text and the next clip start together",
     }
     return when, counts[variant.count], sees

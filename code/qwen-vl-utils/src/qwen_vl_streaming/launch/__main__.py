@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.api import PContext, SignalExcept
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from ..common.ending import leave, say
+from ..common.ending import leave, print_error
 from .nodes import Nodes
 from .signals import LAUNCHER, RESUMES, STOPPED
 
@@ -40,7 +40,7 @@ GRACE = 10
 """Seconds that the other processes have to exit by themselves after one has failed."""
 GRACE_AFTER_PEER = 3
 """Replaces GRACE if the failed process lost its connection to another one: it has then already waited."""
-MEMORY = " (Linux does that when memory is short)"
+MEMORY = " (Linux does this when it runs out of memory)"
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Failure:
     rank: int
     exit_code: int
     """Exit code of the process; -N if signal N killed it."""
-    told: dict
-    """The report that the process wrote, see `failing.tell`; empty if it wrote none."""
+    report: dict
+    """The report that the process wrote, see `failing.report`; empty if it wrote none."""
 
     @property
     def killed(self) -> str:
@@ -62,24 +62,24 @@ class Failure:
     @property
     def status(self) -> int:
         """Exit status of the launcher."""
-        status = self.told.get("errorCode", self.exit_code)
+        status = self.report.get("errorCode", self.exit_code)
         return status if status in (2, STOPPED) else 1
 
     @property
     def crashed(self) -> bool:
         """Whether the process was killed from outside or crashed in native code, without reporting an error."""
-        return not self.told and -self.exit_code in CRASHES
+        return not self.report and -self.exit_code in CRASHES
 
     @property
     def line(self) -> str:
         """The error in one line; empty if the process was stopped, or rejected its input and printed the reason."""
-        if self.told:
+        if self.report:
             refused = self.status == 2
-            return self.told["message"] if refused else f"process {self.rank}: {self.told['message']}"
+            return self.report["message"] if refused else f"process {self.rank}: {self.report['message']}"
         if self.exit_code < 0:
             killer = signal.Signals(-self.exit_code)
-            if killer == signal.SIGALRM:  # see `failing.AT_EXIT`
-                return f"process {self.rank} was done, but did not end: what it was to save is saved"
+            if killer == signal.SIGALRM:  # see `failing.CLEANUP_TIMEOUT`
+                return f"process {self.rank} finished but did not exit; its results are saved"
             return f"{self.killed}{RESUMES}"
         return f"process {self.rank} ended with status {self.exit_code}{RESUMES}" if self.status == 1 else ""
 
@@ -88,15 +88,15 @@ class Launcher:
     """State of a run. `end` is the only method that exits the launcher."""
 
     def __init__(self, node: int, nodes: int, address: str, port: int):
-        self.asked_to_stop = threading.Event()
+        self.stop_requested = threading.Event()
         self.first: Failure | None = None
         self.logs = tempfile.TemporaryDirectory(prefix="qwenvl_", ignore_cleanup_errors=True)
         """Folder in which the processes report their errors."""
         self.lock = threading.Lock()
         """Acquired once, by the thread that ends or restarts this process, and never released."""
-        self.nodes = Nodes(node, nodes, address, port, self.another_failed)
+        self.nodes = Nodes(node, nodes, address, port, self.end_after_other_node)
 
-    def saw(self, context: SubprocessContext) -> None:
+    def record_failure(self, context: SubprocessContext) -> None:
         """Record the first failure, if there is one, before torchrun ends the remaining processes.
 
         A process that only lost its connection to another one is recorded only if no other process has failed.
@@ -104,30 +104,30 @@ class Launcher:
         failures = []
         for local, handler in context.subprocess_handlers.items():
             if handler.proc.returncode:
-                told = {}
+                report = {}
                 with contextlib.suppress(OSError, ValueError), open(context.error_files[local]) as file:
-                    told = json.load(file)["message"]
-                failures.append(Failure(int(context.envs[local]["RANK"]), handler.proc.returncode, told))
+                    report = json.load(file)["message"]
+                failures.append(Failure(int(context.envs[local]["RANK"]), handler.proc.returncode, report))
         if self.first or not failures:
             return
-        self.first = min(failures, key=lambda failure: failure.told.get("lost_peer", False))
-        if not self.stopped and not self.first.told.get("lost_peer"):
-            where = "" if self.first.status == 2 else f"machine {self.nodes.node}, "
-            self.nodes.fail(self.first.status, f"{where}{self.first.line or 'another machine has refused its input'}")
+        first = self.first = min(failures, key=lambda failure: failure.report.get("lost_peer", False))
+        if not self.stopped and not first.report.get("lost_peer"):
+            where = "" if first.status == 2 else f"node {self.nodes.node}, "
+            self.nodes.fail(first.status, f"{where}{first.line or 'another node rejected its input'}")
 
     @property
     def stopped(self) -> bool:
         """Whether the run has ended because of SIGTERM."""
         first = self.first
-        early = self.asked_to_stop.is_set() and first and first.exit_code == -signal.SIGTERM  # or after its last step
-        return bool(first and (early or first.told.get("errorCode", first.exit_code) == STOPPED))
+        early = self.stop_requested.is_set() and first and first.exit_code == -signal.SIGTERM  # or after its last step
+        return bool(first and (early or first.report.get("errorCode", first.exit_code) == STOPPED))
 
-    def another_failed(self, status: int, line: str) -> None:
-        """End the run on this machine: its processes could wait forever for those of the machine that has failed."""
+    def end_after_other_node(self, status: int, line: str) -> None:
+        """End the run on this node: its processes could wait forever for those of the node that has failed."""
         self.end(status, f"error: {line}")
 
     def end(self, status: int, *lines: str) -> NoReturn:
-        """Kill the processes of this machine, notify the other machines, and exit with `status`."""
+        """Kill the processes of this node, notify the other nodes, and exit with `status`."""
         self.lock.acquire()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
@@ -136,7 +136,7 @@ class Launcher:
         if status in (0, STOPPED):
             self.nodes.end()
         else:
-            self.nodes.fail(1, f"machine {self.nodes.node} ended with status {status}{RESUMES}")
+            self.nodes.fail(1, f"node {self.nodes.node} ended with status {status}{RESUMES}")
         self.logs.cleanup()
         leave(status)
 
@@ -149,45 +149,46 @@ class Launcher:
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
 
-    def restart(self, restarts: int) -> NoReturn:
-        """Restart the run after a failure. The new launcher replaces this process and keeps its process id."""
+    def restart(self, first: Failure, restarts: int) -> NoReturn:
+        """Restart the run after failure `first`. The new launcher replaces this process and keeps its process id."""
         self.lock.acquire()
-        self.kill(f"{self.first.killed}: starting again")
+        self.kill(f"{first.killed}: restarting")
         self.logs.cleanup()
         os.environ[RESTARTS] = str(restarts + 1)
         os.execv(sys.executable, sys.orig_argv)
 
-    def hand_on(self, signals: socket.socket) -> None:
+    def forward_signals(self, signals: socket.socket) -> None:
         """Forward SIGTERM to the processes, in a loop. If none is running, exit immediately with STOPPED."""
         while number := signals.recv(1):
             if number[0] != signal.SIGTERM:
                 continue
-            self.asked_to_stop.set()
+            self.stop_requested.set()
             children = psutil.Process().children()
             if not children:
-                waiting = " while waiting for the other machines" if self.nodes.nodes > 1 else ""
+                waiting = " while waiting for the other nodes" if self.nodes.nodes > 1 else ""
                 self.end(STOPPED, f"stopped by SIGTERM{waiting}")
             for child in children:
                 with contextlib.suppress(psutil.NoSuchProcess):  # it may have just ended
                     child.send_signal(signal.SIGTERM)
 
     def watch_for_sigterm(self) -> None:
-        """Receive SIGTERM in a thread: Python runs no handler while the main thread waits for other machines."""
+        """Receive SIGTERM in a thread: Python runs no handler while the main thread waits for other nodes."""
         signals, ours = socket.socketpair()
         ours.setblocking(False)
         signal.set_wakeup_fd(ours.detach())
-        threading.Thread(target=self.hand_on, args=(signals,), daemon=True).start()
+        threading.Thread(target=self.forward_signals, args=(signals,), daemon=True).start()
         signal.signal(signal.SIGTERM, lambda number, frame: None)
 
     def run(self, arguments: list[str]) -> NoReturn:
         """Launch the processes and exit when they have ended."""
 
         def close(context: SubprocessContext, death_sig: signal.Signals | None = None, timeout: int = GRACE) -> None:
-            self.saw(context)
-            others = GRACE_AFTER_PEER if self.first and self.first.told.get("lost_peer") else GRACE
+            self.record_failure(context)
+            others = GRACE_AFTER_PEER if self.first and self.first.report.get("lost_peer") else GRACE
             PContext.close(context, death_sig, min(timeout, others))
 
-        SubprocessContext.close = close  # torchrun has no option for how long it waits
+        # torchrun has no option for how long it waits. Only the name of the first parameter differs.
+        SubprocessContext.close = close  # pyright: ignore[reportAttributeAccessIssue]
         given = parse_args(["--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT", "--log_dir", self.logs.name, *arguments])
         most, given.max_restarts = given.max_restarts, 0  # torchrun would restart after any failure
         restarts = int(os.environ.get(RESTARTS, 0))
@@ -195,24 +196,25 @@ class Launcher:
             run(given)
         except DistError as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            self.end(2, f"error: no place to meet ({reason}): check MASTER_ADDR, or give another MASTER_PORT")
+            self.end(2, f"error: cannot connect the processes ({reason}): check MASTER_ADDR, or change MASTER_PORT")
         except SignalException as error:
             self.end(128 + error.sigval, f"stopped by {error.sigval.name}{RESUMES}")
         except KeyboardInterrupt:  # no process has been started yet
             self.end(128 + signal.SIGINT, "stopped by SIGINT")
         except ChildFailedError:
             first = self.first
+            assert first is not None  # torchrun has called `close`, and with it `record_failure`
             if self.stopped:
                 early = first.exit_code == -signal.SIGTERM  # it had not started the program yet
-                self.end(STOPPED, "" if first.told else f"stopped by SIGTERM{'' if early else RESUMES}")
-            if first.crashed and restarts < most and self.nodes.nodes == 1 and not self.asked_to_stop.is_set():
-                self.restart(restarts)
-            if first.told.get("lost_peer"):
-                self.nodes.wait_for_news()
-            trace = first.told.get("extraInfo", {}).get("py_callstack", "").rstrip()
+                self.end(STOPPED, "" if first.report else f"stopped by SIGTERM{'' if early else RESUMES}")
+            if first.crashed and restarts < most and self.nodes.nodes == 1 and not self.stop_requested.is_set():
+                self.restart(first, restarts)
+            if first.report.get("lost_peer"):
+                self.nodes.wait_for_failure()
+            trace = first.report.get("extraInfo", {}).get("py_callstack", "").rstrip()
             self.end(first.status, trace, first.line and f"error: {first.line}")
         except Exception as error:
-            say(error, None)
+            print_error(error, None)
             self.end(1)
         self.end(0)
 

@@ -12,7 +12,7 @@ LAUNCHER = "QWENVL_LAUNCHER"
 RESUMES = ": the same command resumes from what was saved"
 
 
-def speaks() -> bool:
+def is_local_main_process() -> bool:
     """Whether this process prints messages that are the same in all processes of its node."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 

@@ -135,7 +135,7 @@ def table(found: dict) -> str:
     )
     add("clips of the source", str(found["source_clips"]), number("source_clips_per_second", "{:.2f}/s"))
     # Slots that had not written all their tokens when the next clip came, or after --deadline seconds.
-    due = "when the next clip came" if found["deadline"] is None else f"{found['deadline']:g} s after its clip"
+    due = "when the next clip arrived" if found["deadline"] is None else f"{found['deadline']:g} s after its clip"
     add("missed deadlines", number("missed_deadlines", f"{{}} of {found['deadlines']} slots, each due {due}"))
     # Clips that were never fed because a newer one had come (--behind skip).
     add("clips skipped", number("clips_skipped", "{}"))

@@ -47,10 +47,12 @@ class BaseFiles:
             files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
             config = json.loads(files[CONFIG])
         except (OSError, ValueError, KeyError, RecursionError) as error:
-            told = f"{type(error).__name__}: {error!s:.200}"
-            raise InputError(f"{folder / CONFIG}, or a file beside it, cannot be read ({told})") from error
+            reason = f"{type(error).__name__}: {error!s:.200}"
+            raise InputError(
+                f"{folder / CONFIG}, or a file beside it, cannot be read ({reason}): copy the checkpoint again"
+            ) from error
         if not isinstance(config, dict):
-            raise InputError(f"{folder / CONFIG} holds no object: copy the checkpoint again")
+            raise InputError(f"{folder / CONFIG} is not a JSON object: copy the checkpoint again")
         return cls(files)
 
     def write(self, folder: Path, added: dict) -> None:
@@ -67,8 +69,9 @@ class BaseFiles:
             path.write_bytes(content)
         config = json.loads(self.files[CONFIG])
         types = {DTYPES.get(name) for path in folder.glob("model*.safetensors") for name in tensor_types(path)}
-        if len(types) == 1 and None not in types:
-            set_dtype(config, *types)
+        dtype = types.pop() if len(types) == 1 else None
+        if dtype is not None:
+            set_dtype(config, dtype)
         text = json.dumps({**config, **added}, indent=2, ensure_ascii=False)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         for path in folder.glob("*.safetensors"):

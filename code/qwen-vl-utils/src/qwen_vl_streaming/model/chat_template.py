@@ -10,7 +10,7 @@ from ..common.bounded import OutOfBounds, bounded_text
 from ..common.errors import InputError
 
 LONGEST = 1 << 20  # maximum length of a template, in characters
-FIX = "copy the template from the Qwen2.5-VL that the checkpoint was made from"
+FIX = "copy the template from the original Qwen2.5-VL checkpoint"
 _rendered: dict[str, str] = {}  # by template, special tokens and messages
 
 
@@ -30,5 +30,5 @@ def render(processor, messages: list[dict]) -> str:
                 lambda: processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             )
         except OutOfBounds as error:
-            raise InputError(f"the chat template is not rendered, for {error}: {FIX}") from error
+            raise InputError(f"the chat template cannot be rendered: {error}; {FIX}") from error
     return _rendered[key]

@@ -93,7 +93,7 @@ def safe_reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path} holds no weights that can be read ({error}): copy the checkpoint again") from error
+        raise InputError(f"the weights in {path} cannot be read ({error}): copy the checkpoint again") from error
 
 
 def _header(file: BinaryIO) -> bytes:

@@ -42,7 +42,7 @@ PIXEL_BUDGET = {
     "budget": None,
 }
 """Ranges of the fields of `PixelBudget`, in pixels. `budget` is a string. `PixelBudget` makes all other checks."""
-COPY = "copy it again from where the checkpoint was made"
+COPY = "copy it again from the original checkpoint"
 LAYERS = re.compile(r"(?:^|\.)(layers|blocks)\.(\d+)\.")
 
 
@@ -72,7 +72,7 @@ def check_processor(processor, name: str) -> None:
     if SIDE_FACTOR % side:
         raise InputError(
             f"{name}: patch_size {video.patch_size} and merge_size {video.merge_size} make tokens of {side} pixels, "
-            f"which do not divide the {SIDE_FACTOR} of a frame's sides: {COPY}"
+            f"which do not divide {SIDE_FACTOR}, the unit of a frame's sides: {COPY}"
         )
     _check_count(
         getattr(video, "temporal_patch_size", None), (FRAMES_PER_CLIP, FRAMES_PER_CLIP), "temporal_patch_size", name
@@ -100,7 +100,7 @@ def check_layers(config, tensors: Iterable[str] | None, name: str) -> None:
     ):
         if asked != found[kind]:
             raise InputError(
-                f"{name}: {key} is {asked} in config.json, and the weights hold {found[kind]}: copy both again from "
+                f"{name}: {key} is {asked} in config.json, but the weights have {found[kind]}: copy both again from "
                 "one checkpoint"
             )
 
@@ -109,7 +109,7 @@ def _check_trained(config: Mapping, name: str) -> None:
     """Checks the keys that training adds: see trained.py."""
     for key in ("streaming_variant", "position_rule"):
         if not isinstance(config.get(key), str | None):
-            raise _wrong(name, key, config[key], "a text")
+            raise _wrong(name, key, config[key], "a string")
     if "wait_k" in config:
         _check_count(config["wait_k"], WAIT_K, "wait_k", name)
     if "pixel_budget" not in config:
@@ -121,7 +121,7 @@ def _check_trained(config: Mapping, name: str) -> None:
         if bounds := PIXEL_BUDGET[key]:
             _check_count(value, bounds, f"pixel_budget.{key}", name)
         elif not isinstance(value, str):
-            raise _wrong(name, f"pixel_budget.{key}", value, "a text")
+            raise _wrong(name, f"pixel_budget.{key}", value, "a string")
 
 
 def _part(config: Mapping, key: str, name: str) -> Mapping:
@@ -152,5 +152,5 @@ def _wrong(name: str, key: str, value: object, what: str, bounds: tuple = ()) ->
     try:
         shown = f"{value!r:.60}"
     except ValueError:  # an integer with more digits than Python converts to a string
-        shown = "a number of thousands of digits"
-    return InputError(f"{name}: {key} is {shown}, and must be {what.format(*bounds)}: {COPY}")
+        shown = "a number with thousands of digits"
+    return InputError(f"{name}: {key} is {shown}, but must be {what.format(*bounds)}: {COPY}")

@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -33,7 +33,8 @@ Answer = TypeVar("Answer")
 
 SECONDS = 20.0
 """Timeout of a query to the Hub, in seconds."""
-HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
+HTTP_ERRORS: Any = HfHubHTTPError.__bases__  # declared as types, which need not be exceptions
+HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HTTP_ERRORS)
 """Errors that the Hub client raises: its own, and those of the HTTP library it is built on."""
 WEIGHTS = ("*.safetensors", "*.bin")
 BESIDE = ("*.json", "*.txt", "*.jinja")
@@ -81,12 +82,12 @@ def model_folder(name: str | Path, weights: bool = True) -> Path:
     try:
         validate_repo_id(str(name))
     except HFValidationError:
-        raise InputError(f"no model could be loaded from {str(name)!r}: it is not there, check the path") from None
+        raise InputError(f"no model could be loaded from {str(name)!r}: the path does not exist: check it") from None
     return from_hub(str(name), BESIDE, missing_file, weights)
 
 
 @functools.cache
-def commit_on_hub(name: str) -> str | Exception:
+def commit_on_hub(name: str) -> str | Exception | None:
     """Returns the latest commit of the model `name`, or the error that the Hub client raised. The result is cached."""
     try:
         return ask(lambda: HfApi().model_info(name, timeout=SECONDS).sha)
@@ -111,7 +112,7 @@ def from_hub(name: str, beside: tuple[str, ...], missing: Callable[[Path], str |
         fetch = functools.partial(snapshot_download, name, revision=commit, ignore_patterns=BELOW)
         folder = Path(fetch(allow_patterns=list(beside)))
         for pattern in WEIGHTS if weights and missing(folder) else ():  # fetch only the first format that exists
-            logger.info("fetching the weights of %s from %s", name, constants.ENDPOINT)
+            logger.info("downloading the weights of %s from %s", name, constants.ENDPOINT)
             fetch(allow_patterns=[pattern])
             if any(folder.glob(pattern)):
                 break
@@ -124,10 +125,10 @@ def from_hub(name: str, beside: tuple[str, ...], missing: Callable[[Path], str |
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         use = ""
         if before and not missing(before):
-            use = f", or with HF_HUB_OFFLINE=1 to use the cached commit {before.name}"
+            use = f", with HF_HUB_OFFLINE=1 to use the cached commit {before.name}"
         raise InputError(
-            f"{name} could not be fetched from {constants.ENDPOINT} ({reason:.150}): see to the network and to room in "
-            f"{constants.HF_HUB_CACHE}, and give the same command again{use}"
+            f"{name} cannot be downloaded from {constants.ENDPOINT} ({reason:.150}): check the network and the space "
+            f"in {constants.HF_HUB_CACHE}, and run the same command again{use}"
         ) from error
 
 
@@ -140,21 +141,17 @@ def _cached(name: str, missing: Callable[[Path], str | None], error: Exception) 
     lacks = missing(folder) if folder else None
     if folder and not lacks:
         if not offline:
-            _warn(f"{name}: {_reason(error)}; going on from the cached {folder}")
+            _warn(f"{name}: {_reason(error)}; using the cached {folder}")
         return folder
-    have = (
-        f"{folder} lacks {lacks}"
-        if folder
-        else f"there is no such folder, nor is it in the cache {constants.HF_HUB_CACHE}"
-    )
+    have = f"{folder} lacks {lacks}" if folder else f"it is neither a folder nor in the cache {constants.HF_HUB_CACHE}"
     if offline:
-        fix = f"check the path, or run `hf download {name}` where there is a network, without HF_HUB_OFFLINE"
+        fix = f"check the path, or run `hf download {name}` on a machine with network access, without HF_HUB_OFFLINE"
     elif isinstance(error, GatedRepoError):
-        fix = f"ask for access at {constants.ENDPOINT}/{name} and log in with `hf auth login`"
+        fix = f"request access at {constants.ENDPOINT}/{name} and log in with `hf auth login`"
     elif isinstance(error, RepositoryNotFoundError):
-        fix = "check the path or id, and for a private one log in with `hf auth login`"
+        fix = "check the path or id; if the model is private, log in with `hf auth login`"
     else:
-        fix = f"check the path, or run `hf download {name}` where there is a network"
+        fix = f"check the path, or run `hf download {name}` on a machine with network access"
     raise InputError(f"no model could be loaded from {name!r} ({_reason(error)}, and {have}): {fix}") from error
 
 
@@ -169,11 +166,11 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, GatedRepoError):
-        return "access to it must be requested on the hub"
+        return "the model is gated"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{constants.ENDPOINT} has no such model, or none that you may see"
-    said = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return f"{constants.ENDPOINT} cannot be reached: {said:.150}"
+        return f"{constants.ENDPOINT} has no such model, or you cannot access it"
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return f"{constants.ENDPOINT} cannot be reached: {reason:.150}"
 
 
 def cached_folder(name: str) -> Path | None:

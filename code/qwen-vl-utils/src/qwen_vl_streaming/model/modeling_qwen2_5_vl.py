@@ -7,17 +7,16 @@ loads checkpoints that this class saved, and the other way around. "Stock" means
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.attention.varlen import varlen_attn
 from transformers import Qwen2_5_VLConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
@@ -28,157 +27,69 @@ from ..common.errors import InputError
 from .checkpoint import tensor_names
 from .checks import check_config, check_layers
 from .hub import model_folder
+from .vision_tower import Segments, VisionAttention, VisionMLP, VisionPatchEmbed
 
 LAYOUTS = 256  # maximum number of cached vision tower layouts, one for each combination of grids
-
-
-class VisionPatchEmbed(stock.Qwen2_5_VisionPatchEmbed):
-    """The stock patch embedding, computed as a matrix product. This is equivalent because the stride of the convolution
-    equals its kernel size, and 3D convolution kernels are several times slower."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Maps (patches, pixels of a patch) to (patches, channels)."""
-        weight = self.proj.weight
-        return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
-
-
-ALIGNED = 8
-"""Half-precision numbers in a 16-byte load of a GPU."""
-
-
-class VisionMLP(stock.Qwen2_5_VLMLP):
-    """The stock MLP, zero-padded to a multiple of ALIGNED channels.
-
-    The vision tower has 3420 channels, so in half precision rows do not start at multiples of 16 bytes. Matrix products
-    then take several times as long on a GPU. The padding contributes zero to the result.
-    """
-
-    wide: tuple[Tensor, Tensor, Tensor] | None = None
-    """Cached result of `_widened`."""
-
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        """Maps (…, channels) to the same shape."""
-        if not self._plain or self.intermediate_size % ALIGNED == 0:
-            return super().forward(hidden_state)
-        wide = None if torch.is_grad_enabled() else self.wide  # gradients cannot flow through the cache
-        gate_up, bias, down = self._widened() if wide is None else wide
-        gate, up = nn.functional.linear(hidden_state, gate_up, bias).chunk(2, -1)
-        return nn.functional.linear(self.act_fn(gate) * up, down, self.down_proj.bias)
-
-    @property
-    def _plain(self) -> bool:
-        """Whether no layer has been replaced, for example by an adapter."""
-        return all(type(layer) is nn.Linear for layer in (self.gate_proj, self.up_proj, self.down_proj))
-
-    def _widened(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the padded tensors: the weight and the bias of gate and up, each concatenated along the first
-        dimension, and the weight of down."""
-        more, pad = -self.intermediate_size % ALIGNED, nn.functional.pad
-        parts = self.gate_proj, self.up_proj
-        gate_up = torch.cat([pad(part.weight, (0, 0, 0, more)) for part in parts])
-        return gate_up, torch.cat([pad(part.bias, (0, more)) for part in parts]), pad(self.down_proj.weight, (0, more))
-
-    @torch.no_grad()
-    def widen(self) -> None:
-        """Pads the weights once, for a model that is not trained. The parameters become views of the padded tensors, so
-        no weight is stored twice. Moving the module to another device or data type drops the padded tensors."""
-        if self.wide is not None or not self._plain or self.intermediate_size % ALIGNED == 0:
-            return
-        gate_up, bias, down = self.wide = self._widened()
-        size = self.intermediate_size
-        for part, weight, offset in zip((self.gate_proj, self.up_proj), gate_up.chunk(2), bias.chunk(2), strict=True):
-            part.weight.data, part.bias.data = weight[:size], offset[:size]
-        self.down_proj.weight.data = down[:, :size]
-
-    def _apply(self, *arguments, **options):
-        self.wide = None
-        return super()._apply(*arguments, **options)
-
-
-class Segments:
-    """The bounds of the segments that attention is restricted to: windows, or whole clips."""
-
-    def __init__(self, cu_seqlens: Tensor, device: torch.device):
-        bounds = cu_seqlens.cpu()
-        starts, lengths = bounds[:-1], bounds.diff()
-        self.longest = int(lengths.max())
-        self.by_length = [
-            (starts[lengths == length, None] + torch.arange(length)).to(device) for length in lengths.unique().tolist()
-        ]
-        """For each distinct length, the patch indices of the segments with that length, (segments, length)."""
-
-    @staticmethod
-    @torch.compiler.disable
-    def of(cu_seqlens: Tensor) -> "Segments":
-        # Cached on the tensor, which layers share: reading its values makes the host wait for the GPU.
-        if not hasattr(cu_seqlens, "segments"):
-            cu_seqlens.segments = Segments(cu_seqlens, cu_seqlens.device)
-        return cu_seqlens.segments
-
-
-class VisionAttention(stock.Qwen2_5_VLVisionAttention):
-    """Stock vision attention without a loop over segments.
-
-    With SDPA, the stock tower calls attention once for every window of every clip. On a GPU in half precision, this
-    class computes all segments in one variable-length call. Otherwise it makes one call for each distinct segment
-    length, of which there are few. The results are equal up to rounding.
-    """
-
-    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, max_seqlen=None, **kwargs):
-        """Maps `hidden_states` (patches, channels) to the same shape. `cu_seqlens` has the bounds of the segments."""
-        patches = hidden_states.shape[0]
-        query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
-        query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-        segments = Segments.of(cu_seqlens)
-        if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
-            longest = segments.longest
-            bounds = (cu_seqlens, cu_seqlens, longest, longest)
-            mixed = varlen_attn(query, key, value.contiguous(), *bounds, scale=self.scaling)
-        else:
-            mixed = torch.empty_like(value)
-            for index in segments.by_length:
-                # (segments, length, heads, head size) -> (segments, heads, length, head size), as SDPA expects
-                parts = (tensor[index].transpose(1, 2) for tensor in (query, key, value))
-                mixed[index] = nn.functional.scaled_dot_product_attention(*parts, scale=self.scaling).transpose(1, 2)
-        return self.proj(mixed.reshape(patches, -1))
 
 
 class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL with the stock weights. Positions and mask are arguments and are not derived from token ids."""
 
     accepts_loss_kwargs = True  # tells Trainer that `forward` divides the loss by `num_items_in_batch`
+    checkpointed_layers: int | None = None
+    """How many layers of the language model recompute their activations if checkpointing is enabled; None for all."""
 
     def __init__(self, config):
         if not all_full(config):
-            raise ValueError("sliding-window attention cannot hold a streaming mask: set use_sliding_window to false")
+            raise ValueError(
+                "sliding-window attention does not support streaming masks: set use_sliding_window to false"
+            )
         super().__init__(config)
         # The stock text model works with FlexAttention but does not declare it.
         self.model.language_model._supports_flex_attn = True
         self._tower_layouts: dict[tuple, dict[str, Tensor]] = {}
         self.model.visual.patch_embed.__class__ = VisionPatchEmbed
-        for block in self.model.visual.blocks:
+        for block in self._tower_blocks():
             block.attn.__class__ = VisionAttention
             block.mlp.__class__ = VisionMLP
+
+    if TYPE_CHECKING:  # transformers wraps it without its type
+
+        def to(self, *arguments, **options) -> Self: ...
+
+    def _tower_blocks(self) -> Iterable[Any]:
+        # A ModuleList types its items as modules without attributes.
+        return self.model.visual.blocks
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """Makes transformers convert older checkpoints as for its own class, which has the same weight names."""
         return False
 
+    def _set_gradient_checkpointing(self, *arguments, **options) -> None:
+        super()._set_gradient_checkpointing(*arguments, **options)
+        if self.checkpointed_layers is not None:
+            layers: Any = self.model.language_model.layers[self.checkpointed_layers :]
+            for layer in layers:
+                layer.gradient_checkpointing = False
+
     def compile_layers(self) -> None:
-        """Compiles each layer separately. The layers are alike, so little code is compiled, and much of it is fused."""
-        for layer in self.model.language_model.layers:
-            layer.compile()
-        self.compile_tower()
+        """Compiles each layer separately. The layers are alike, so little code is compiled, and much of it is fused.
+
+        Only `forward` is compiled, since the hooks of ZeRO-3 gather the weights of a layer before it and release them
+        after it.
+        """
+        for layer in (*self.model.language_model.layers, *self.model.visual.blocks):
+            layer.forward = torch.compile(layer.forward)
 
     def compile_tower(self) -> None:
-        """Like `compile_layers`, for the vision tower only."""
+        """Compiles each block of the vision tower, for inference."""
         for block in self.model.visual.blocks:
             block.compile()
 
     def settle_tower(self) -> None:
         """Prepares the vision tower for inference on a GPU: pads its weights and compiles it."""
-        for block in self.model.visual.blocks:
+        for block in self._tower_blocks():
             block.mlp.widen()
         self.compile_tower()
 
@@ -211,16 +122,15 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         if (known := self._tower_layouts.get((self.device, grid_thw))) is not None:
             return known
         visual, grids = self.model.visual, torch.tensor(grid_thw)
-        windows, cu_windows = get_vision_window_index(
-            grids, visual.spatial_merge_size, visual.window_size, visual.patch_size
-        )
+        patch_size: Any = visual.patch_size  # one number, though its class also accepts several
+        windows, cu_windows = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, patch_size)
         layout = {
             "position_ids": get_vision_position_ids(grids, visual.spatial_merge_size),
             "cu_seqlens": get_vision_cu_seqlens(grids),
             "window_index": windows,
             "cu_window_seqlens": cu_windows,
         }
-        placed = {name: tensor.to(self.device) for name, tensor in layout.items()}
+        placed: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in layout.items()}
         for name in ("cu_seqlens", "cu_window_seqlens"):
             placed[name].segments = Segments(layout[name], self.device)
         if len(self._tower_layouts) == LAYOUTS:
@@ -261,11 +171,13 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         """
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values_videos is not None:
-            visual_tokens = torch.cat(self.get_video_features(pixel_values_videos, video_grid_thw).pooler_output)
+            grids: Any = video_grid_thw  # stock declares a LongTensor, which no tensor is for a type checker
+            features: Any = self.get_video_features(pixel_values_videos, grids)
+            visual_tokens = torch.cat(features.pooler_output)
         if visual_tokens is not None:
             rows = input_ids == self.config.video_token_id if visual_rows is None else visual_rows
             if int(rows.sum()) != len(visual_tokens):
-                raise ValueError(f"{int(rows.sum())} places for visual tokens, but {len(visual_tokens)} came")
+                raise ValueError(f"{int(rows.sum())} rows for visual tokens, but {len(visual_tokens)} visual tokens")
             embeds = embeds.masked_scatter(rows[:, :, None], visual_tokens.to(embeds))
 
         hidden = self.model.language_model(
@@ -299,7 +211,7 @@ def load_config(path: str | Path) -> Qwen2_5_VLConfig:
     config = _loaded(path, Qwen2_5_VLConfig.from_pretrained, weights=False)
     if not all_full(config):
         raise InputError(
-            f"{str(path)!r} has sliding-window attention, which cannot hold a streaming mask: set "
+            f"{str(path)!r} has sliding-window attention, which does not support streaming masks: set "
             "use_sliding_window to false in its config.json"
         )
     return config
@@ -319,7 +231,7 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
         ),
     )
     if missing := sorted(report["missing_keys"]):
-        raise InputError(f"{str(path)!r} lacks {len(missing)} weights, {missing[0]} among them: save it again whole")
+        raise InputError(f"{str(path)!r} lacks {len(missing)} weights, such as {missing[0]}: save it again")
     model.name_or_path = model.config._name_or_path = str(path)  # for a Hub model the id, not the cache folder
     # With ZeRO-3, transformers also keeps renamings that matched no weight, and would save weights under wrong names.
     model._weight_conversions = [renaming for renaming in model._weight_conversions if renaming.was_used()]
@@ -329,7 +241,14 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
 
 def all_full(config: Qwen2_5_VLConfig) -> bool:
     """Returns whether all layers use full attention."""
-    return set(config.text_config.layer_types) == {"full_attention"}
+    text: Any = config.text_config  # optional, or a dict, only while a config is constructed
+    return set(text.layer_types) == {"full_attention"}
+
+
+def tokens_per_second(config: Qwen2_5_VLConfig) -> float:
+    """Returns how many position steps a second of video has."""
+    vision: Any = config.vision_config  # as in `all_full`
+    return vision.tokens_per_second
 
 
 def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True) -> Any:
@@ -338,17 +257,17 @@ def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True)
     folder = model_folder(path, weights)
     adapter = os.path.isfile(folder / "adapter_config.json")
     if not (adapter or os.path.isfile(folder / "config.json")):
-        raise InputError(f"{folder} holds no config.json, and so no checkpoint: check the path")
+        raise InputError(f"{folder} has no config.json and is not a checkpoint: check the path")
     if adapter and not any(folder.glob("model*.safetensors")):
         raise InputError(
-            f"{folder} holds an adapter, not a model: make one of it with "
+            f"{folder} has an adapter, not a model: merge it with "
             f"`python -m qwenvl.merge --adapter {folder} --output DIR`, run in code/qwen-vl-finetune"
         )
     try:
         given = Qwen2_5_VLConfig.get_config_dict(folder)[0]
         kind = given.get("model_type")
         if kind != Qwen2_5_VLConfig.model_type:  # transformers would only warn
-            raise ValueError(f"its config.json is of a model of type {kind}")
+            raise ValueError(f"its config.json has the model type {kind}")
         check_config(given, str(folder / "config.json"))
         return load(folder)
     except InputError:
@@ -362,6 +281,5 @@ def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True)
             raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): "
-            "name a whole checkpoint of one, or copy it again"
+            f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): give a complete checkpoint, or copy it again"
         ) from error

@@ -56,12 +56,12 @@ def load_processor(path: str | Path):
         first = next(iter(str(error).splitlines()), type(error).__name__)
         if "trust_remote_code" in str(error):
             raise InputError(
-                f"the processor in {str(path)!r} asks for code of its own (auto_map), and no code of a checkpoint is "
-                "run: copy the processor's files from the Qwen2.5-VL that it was made from"
+                f"the processor in {str(path)!r} requires its own code (auto_map), but code from checkpoints is not "
+                "run: copy the processor's files from the original Qwen2.5-VL checkpoint"
             ) from error
         raise InputError(
             f"no processor could be loaded from {str(path)!r} ({first}): "
-            "save one there with processor.save_pretrained, or name a complete Qwen2.5-VL checkpoint"
+            "save one there with processor.save_pretrained, or give a complete Qwen2.5-VL checkpoint"
         ) from error
     check_processor(processor, f"the processor in {str(path)!r}")
     return processor
@@ -78,7 +78,10 @@ def make_template(processor, question: str) -> Template:
     left, question_here, right = before.partition(QUESTION_HERE)
     end_of_tail = after.find("\n") + 1
     if not question_here or not video or end_of_tail == 0 or end_of_tail == len(after):
-        raise InputError(f"the processor's chat template does not hold a video as Qwen2.5-VL's does: {text!r:.500}")
+        raise InputError(
+            f"the processor's chat template does not place a video as that of Qwen2.5-VL does: {text!r:.500}; "
+            "copy the template from the original Qwen2.5-VL checkpoint"
+        )
     tokenizer = processor.tokenizer
 
     def ids(piece: str, **how) -> tuple[int, ...]:
@@ -105,7 +108,7 @@ def answer_ids(processor, template: Template, caption: str) -> list[int]:
     # With `split_special_tokens`, text that looks like a special token stays text.
     tokens = processor.tokenizer(caption.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
     if not tokens:
-        raise InputError("the caption has no tokens: leave the sample out")
+        raise InputError("the caption has no tokens: remove the sample")
     return [*tokens, template.end]
 
 

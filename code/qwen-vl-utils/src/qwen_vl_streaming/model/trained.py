@@ -25,11 +25,11 @@ def check_trained(config, checkpoint: str, variant: Variant, force: str) -> None
     if trained != variant.name:
         raise InputError(
             f"{checkpoint} was trained as {trained}, not {variant.name}: "
-            f"set {ENVIRONMENT_VARIABLE}={trained}, name another checkpoint, or give {force}"
+            f"set {ENVIRONMENT_VARIABLE}={trained}, choose another checkpoint, or add {force}"
         )
     rule = getattr(config, "position_rule", None)
     if variant.after_video and rule != RULE:
         raise InputError(
-            f"{checkpoint} was trained under another rule for the positions after a video (position_rule {rule!r} in "
-            f"its config.json, here {RULE!r}): train it again from its base model, or give {force}"
+            f"{checkpoint} was trained with another rule for the positions after a video (position_rule {rule!r} in "
+            f"its config.json, here {RULE!r}): train it again from its base model, or add {force}"
         )

@@ -111,7 +111,7 @@ def prepare_clip(processor, frames: Tensor, dtype: torch.dtype) -> PreparedClip:
     """Prepare the frames of one clip, (2, 3, H, W) uint8."""
     pixels = clip_pixels(processor, frames)[0][0]
     raw = pixels.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
-    return PreparedClip(raw, tuple(pixels.shape), clip_hash(pixels))
+    return PreparedClip(raw, (pixels.shape[0], pixels.shape[1]), clip_hash(pixels))
 
 
 class ClipBuilder:
@@ -156,7 +156,7 @@ class ClipBuilder:
     def finish(self) -> list[tuple[Tensor, bool]]:
         """The source has ended. As in a file, the last picture is repeated to fill its clip, which is the last one."""
         self.frames = self.next
-        return self._extend([self.newest]) if self.waiting else []
+        return self._extend(self.waiting[-1:])
 
     def _extend(self, pictures: list[Tensor]) -> list[tuple[Tensor, bool]]:
         done = []

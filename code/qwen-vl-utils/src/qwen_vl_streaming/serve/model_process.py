@@ -208,7 +208,7 @@ class ModelLoop:
         stream.session.limit(self.spec.tokens_after_end)
 
     def _cancel(self, stream: Stream, why: str) -> None:
-        stream.session.about["end"] = why
+        stream.session.log.about["end"] = why
         stream.cancelled = True
 
     def _step(self) -> None:
@@ -251,7 +251,8 @@ class ModelLoop:
         reason = explain(error, ADVICE, ADVICE)
         logger.error("model %s: a session has failed: %s", self.spec.name, reason or f"{type(error).__name__}: {error}")
         code = "out_of_memory" if reason and not isinstance(error, InputError) else "failed"
-        recorded = stream is not None and Path(stream.session.record).exists()
+        path = None if stream is None else stream.session.log.path
+        recorded = path is not None and Path(path).exists()
         self.connection.send(("done", key, code, None, recorded))
 
     def _finish(self, key: str, tell: bool = True) -> None:
@@ -259,20 +260,20 @@ class ModelLoop:
         stream = self.streams.pop(key)
         session, ended = stream.session, "cancelled" if not stream.session.done else "completed"
         try:
-            while session.pending:
-                session.collect(True)
+            while session.rounds.pending:
+                session.rounds.collect(True)
             begun = len(session.counts)
             course = Course(
                 completed=stream.completed,
                 fed=range(len(stream.completed)),
-                visible=session.visible[:begun],
+                visible=session.log.visible[:begun],
                 slots=[token.slot for token in session.written],
                 times=[token.time for token in session.written],
                 closed=session.scheduler.complete,
                 greedy=session.greedy,
             )
             found = figures(course)
-            session.about.update(figures=found, completed=stream.completed, closed=now())
+            session.log.about.update(figures=found, completed=stream.completed, closed=now())
             session.close()
         except Exception as error:
             logger.error("model %s: a session's record: %s", self.spec.name, error)

@@ -106,7 +106,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def parse(description: str, environment: Mapping[str, str], arguments: Sequence[str] | None = None) -> Settings:
+def parse(description: str | None, environment: Mapping[str, str], arguments: Sequence[str] | None = None) -> Settings:
     """Parse and check the command line. Raises InputError, or ends the program with one line."""
     parser = OneLineParser(
         prog="python -m qwen_vl_streaming.serve",

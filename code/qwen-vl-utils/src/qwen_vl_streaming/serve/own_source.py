@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from ..live.intake import Intake
-from ..live.setup import first_clip
 from ..sessions.record import clip_hash
 from ..video.opening import open_source
 from .catalog import FPS, ServedModel
@@ -94,17 +93,19 @@ class OwnSource:
 
     def _read(self) -> None:
         source = open_source(self.address, self.model.budget, fps=FPS, max_clips=self.most)
-        self.intake = intake = Intake(source.clips, self.model.processor, pace=source.pace, count=source.count)
+        self.intake = intake = Intake(
+            source.clips, self.model.processor, pace=source.pace, count=source.count, name=self.name
+        )
         size, seconds = source.size, source.seconds_per_clip
         if size is None:
-            intake.start(begun=False)
-            clip = first_clip(intake, self.name)
-            size, seconds = tuple(clip.frames.shape[-2:]), clip.seconds or seconds
+            intake.start()
+            clip = intake.first()
+            size, seconds = (clip.frames.shape[-2], clip.frames.shape[-1]), clip.seconds or seconds
         self._tell(Opened(size, seconds, source.count, source.about))
         self.go.wait()
         if self.stopped:
             return
-        intake.begin() if source.size is None else intake.start()
+        intake.begin()
         while not self.stopped:
             if intake.waiting:
                 self._show(intake)
@@ -120,7 +121,7 @@ class OwnSource:
         if self.keep is not None:
             self.keep(clip.frames)
         raw = pixels.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
-        prepared = PreparedClip(raw, tuple(pixels.shape), clip_hash(pixels))
+        prepared = PreparedClip(raw, (pixels.shape[0], pixels.shape[1]), clip_hash(pixels))
         pictures = [encode_picture(frame) for frame in clip.frames]
         times = [round(float(time), 3) for time in clip.timestamps]
         self._tell(ShownClip(prepared, pictures, times, clip.completed, clip.last))

@@ -73,7 +73,8 @@ def read_request(asked, models: Mapping[str, ServedModel], settings: Settings) -
     if not isinstance(schedule, str | None) or len(schedule or "") > 20:
         raise Refused("invalid_event", "schedule must be a name such as wait-3")
     source = asked.get("source")
-    kind = source.get("kind") if isinstance(source, dict) else None
+    source = source if isinstance(source, dict) else {}
+    kind = source.get("kind")
     own_source, picture, frames, fps = None, (0, 0), None, FPS
     if kind == "server":
         own_source = source.get("name")

@@ -53,6 +53,8 @@ class Viewer:
         self.ticket: Ticket | None = None
         self.responses: dict[str, Response] = {}
         self.builder: ClipBuilder | None = None
+        self.size = 0, 0
+        """(height, width) of the frames that the client should send."""
         self.own: OwnSource | None = None
         self.recorder: ClipRecorder | None = None
         self.ended = False
@@ -241,7 +243,7 @@ class Viewer:
             raise BadFrame("frame_too_large", f"{len(data)} bytes: at most {self.limits.frame_bytes} are allowed")
         if form not in FORMATS:
             raise Refused("invalid_event", f"format must be one of {', '.join(FORMATS)}")
-        if not is_number(moment) or not abs(moment) < 1e9:
+        if moment is None or not is_number(moment) or not abs(moment) < 1e9:
             raise Refused("invalid_event", "time must be the capture time in seconds")
         if self.builder is None or self.ended:
             raise Refused("invalid_event", "no session takes frames now: send session.update, wait for session.updated")
@@ -297,11 +299,11 @@ class Viewer:
         if self.own is not None and not self.ended:
             self.own.stop()
             return self._end_responses()
-        if self.builder is None:
+        if (builder := self.builder) is None:
             raise Refused("invalid_event", "no session takes frames now")
         if not self.ended:
             at = now()
-            for prepared, last in await self.server.in_thread(lambda: self._prepare(self.builder.finish())):
+            for prepared, last in await self.server.in_thread(lambda: self._prepare(builder.finish())):
                 self._feed(prepared, at, self.clips[-1][1] if self.clips else 0.0, last)
         self._end_responses()
 

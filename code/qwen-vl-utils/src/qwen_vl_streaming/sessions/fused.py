@@ -1,29 +1,28 @@
-"""A session on one device whose clips enter in the forward steps that write tokens."""
-
-from collections.abc import Iterable
+"""Rounds on one device in which clips enter in the forward steps that write tokens."""
 
 from torch import Tensor
 
 from ..engine.stream_state import DueRows, StreamState
-from .session import Session
+from .serial import SerialRounds
 
 ENCODE_TOGETHER = 4
 """Clips that the vision encoder encodes at once, if so many wait: one alone does not fill a GPU."""
 
 
-class FusedSession(Session):
+class FusedRounds(SerialRounds):
     """The next clip's rows enter beside the tokens of the slot before it or, if it arrives too late for that, with the
     first token that sees it. At most one clip enters ahead of its slot; more is not faster."""
 
     mode = "fused"
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        super().open()
         self.visual = StreamState(self.variant, self.template, self.layout, self.window)
         """The visual side, as far as clips have started to enter."""
         self.entering: DueRows | None = None
         """The rows left of the clip that is entering, ahead of its slot; may be empty. None: no clip is entering."""
 
-    def clips_to_encode(self) -> Iterable[Tensor]:
+    def clips_to_encode(self) -> list[Tensor]:
         if len(self.encoded) > 1:
             return []
         # The first clip is encoded alone: its slot waits for it.
@@ -32,11 +31,12 @@ class FusedSession(Session):
 
     def _begin_slots(self) -> None:
         self._enter_ahead()
-        fits = self.entering is not None and len(self.lead) + len(self.entering) <= self.width
-        if fits and self.scheduler.may_begin_slot:
+        entering = self.entering
+        fits = entering is not None and len(self.lead) + len(entering) <= self.width
+        if entering is not None and fits and self.scheduler.may_begin_slot:
             rows = self._begin_slot()
             # The clip's rows that are left enter with the first token that sees them.
-            self.lead = self.lead + self.entering + rows[rows.rows.text]
+            self.lead = self.lead + entering + rows[rows.rows.text]
             self.entering = None
             self._enter_ahead()
         self._begin_tail()
@@ -48,7 +48,7 @@ class FusedSession(Session):
             return
         if self.encoded[0].ready.query() or not self.scheduler.may_write:
             self.runner.set_clip_features(self.batch_slot, self.encoded.popleft())
-            self.visual.stream.counts[:] = self.counts
+            self.visual.stream.counts[:] = self.scheduler.counts
             rows = self.visual.feed_clip(self.scheduler.commit())
             self.entering = rows[rows.rows.visual]
 

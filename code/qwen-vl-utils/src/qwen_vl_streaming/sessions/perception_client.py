@@ -153,8 +153,8 @@ class PerceptionClient:
                 raise
             for_kv = 0 if kv_buffer.is_cuda else KV_BUFFERS * kv_buffer.nbytes
             raise InputError(
-                f"/dev/shm has no room for the {(PIXEL_BUFFERS * clip_bytes + for_kv) / 2**20:.1f} MiB in which clips "
-                "are sent to the perception process: make it larger, or use fewer pixels per clip"
+                f"/dev/shm has less than {(PIXEL_BUFFERS * clip_bytes + for_kv) / 2**20:.1f} MiB free, needed "
+                "to send clips to the perception process: enlarge it, or use fewer pixels per clip"
             ) from error
         self.kv_buffers, self.pixel_buffers = kv_buffers, pixel_buffers
 

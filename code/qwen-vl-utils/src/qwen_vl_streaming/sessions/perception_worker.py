@@ -19,6 +19,7 @@ from torch import Tensor
 from ..common.errors import InputError
 from ..engine.device_event import DeviceEvent
 from ..engine.kv_cache import PagedKVCache
+from ..engine.step_request import BatchSlot
 from ..engine.step_runner import StepRunner
 from ..engine.stream_state import StreamState
 from ..timeline.variants import get_variant
@@ -42,7 +43,7 @@ def perceive(pipe: Connection, load: Callable) -> None:
             except (EOFError, OSError):
                 os._exit(1)
             except Exception as error:  # shared memory that cannot be opened
-                message = "fault", None, error
+                message = "fault", 0, error
             if message[0] == "close":
                 closed[0] = message[1]
             inbox.put(message)
@@ -76,7 +77,10 @@ class PerceptionWorker:
     def __init__(self, model, inbox: queue.Queue, closed: list[int], pipe: Connection):
         """`closed` holds the newest session that was closed, ahead of its "close" message in `inbox`."""
         self.model, self.inbox, self.closed, self.pipe = model, inbox, closed, pipe
-        self.sizes = self.runner = self.batch_slot = self.staging = None
+        self.sizes: tuple | None = None
+        self.runner: StepRunner | None = None
+        self.batch_slot: BatchSlot | None = None
+        self.staging: Tensor | None = None
         self.kv_buffers: list[Tensor] = []
         self.pixel_buffers: list[Tensor] = []
         self.pinned: list[Tensor] = []
@@ -130,20 +134,21 @@ class PerceptionWorker:
         variant = get_variant(name)
         visual, text = StepRunner.token_capacity(layout, clips, 1, window)
         sizes = layout.grid, layout.tail, PagedKVCache.blocks_needed(visual, text), text, chunk, window is None
-        if self.sizes != sizes:
-            self.runner = self.batch_slot = self.sizes = None  # frees their memory before new memory is taken
-            self.runner = StepRunner.single(self.model, layout, clips, 1, chunk, 1.0, window, chunk_counts=[1])
-            self.runner.warm_up(sample=False)
-            self.runner.vision_encoder.capture(layout.grid, [1])
+        runner = self.runner
+        if runner is None or self.sizes != sizes:
+            runner = self.runner = self.batch_slot = self.sizes = None  # frees memory before new memory is taken
+            runner = self.runner = StepRunner.single(self.model, layout, clips, 1, chunk, 1.0, window, chunk_counts=[1])
+            runner.warm_up(sample=False)
+            runner.vision_encoder.capture(layout.grid, [1])
             self.sizes = sizes
         if self.batch_slot is not None:
-            self.runner.release(self.batch_slot)
-        self.batch_slot = self.runner.acquire(template, layout, clips, 1, window)
-        self.runner.prefill(self.batch_slot, StreamState.prompt(variant, template, layout, window))
+            runner.release(self.batch_slot)
+        self.batch_slot = runner.acquire(template, layout, clips, 1, window)
+        runner.prefill(self.batch_slot, StreamState.prompt(variant, template, layout, window))
         self.visual = StreamState(variant, template, layout, window)
         self.free = collections.deque(range(len(self.kv_buffers)))
         near = self.kv_buffers[0].device == self.model.device
-        self.staging = None if near else self.runner.new_kv_buffer(layout)
+        self.staging = None if near else runner.new_kv_buffer(layout)
         """Where a clip's keys and values are gathered before one copy to another device."""
 
     def _compute(
@@ -154,14 +159,16 @@ class PerceptionWorker:
         if self.pinned:
             raw = self.pinned[pixel_buffer][: len(raw)].copy_(raw)
         clip = raw.view(dtype).view(shape)
-        (features,) = self.runner.vision_encoder.encode([clip], [self.visual.stream.layout])
-        self.runner.set_clip_features(self.batch_slot, features)
+        runner, batch_slot = self.runner, self.batch_slot
+        assert runner is not None and batch_slot is not None  # "open" comes before the first clip
+        (features,) = runner.vision_encoder.encode([clip], [self.visual.stream.layout])
+        runner.set_clip_features(batch_slot, features)
         self.visual.stream.counts[:] = counts
         due = self.visual.feed_clip(last)
         due = due[due.rows.visual]
-        self.runner.prefill(self.batch_slot, due)
+        runner.prefill(batch_slot, due)
         kv_buffer = self.free.popleft()
-        self.runner.copy_out(self.batch_slot, due, self.kv_buffers[kv_buffer] if self.staging is None else self.staging)
+        runner.copy_out(batch_slot, due, self.kv_buffers[kv_buffer] if self.staging is None else self.staging)
         if self.staging is not None:
             self.kv_buffers[kv_buffer].copy_(self.staging, non_blocking=True)
         self.transfers.append((session, kv_buffer, DeviceEvent(self.model.device)))

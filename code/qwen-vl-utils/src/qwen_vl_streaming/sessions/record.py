@@ -7,12 +7,13 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..common.files import replace_file
+from ..common.files import write_file
 from ..common.redact import redacted
 from ..model.prompts import Template
 from ..timeline.timeline import Layout
@@ -73,9 +74,10 @@ def write_record(path: str | Path, record: Record) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1))
+        text = json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1)
+        write_file(path, text, report=False)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}): free some space, or choose another place") from error
+        raise InputError(f"{path} cannot be written ({error}): free some space, or give another path") from error
 
 
 def read_record(path: str | Path) -> Record:
@@ -90,7 +92,8 @@ def read_record(path: str | Path) -> Record:
     if data.keys() != names:
         raise InputError(f"record {path} has missing or unknown fields: {', '.join(sorted(data.keys() ^ names))}")
     try:
-        template = Template(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.pop("template").items()})
+        ids: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.pop("template").items()}
+        template = Template(**ids)
         layout = data.pop("layout")
         layout = Layout(**{**layout, "grid": tuple(layout["grid"])})
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:

@@ -23,7 +23,8 @@ from ..timeline.timeline import Layout
 from ..timeline.variants import Variant
 from .modes import open_session
 from .record import identity
-from .session import Session, TimedToken
+from .session import Session
+from .session_log import TimedToken
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ RESERVE = 0.15
 
 def blocks_needed(layout: Layout, max_clips: int, max_new_tokens: int, window: tuple[int, int] | None) -> int:
     """Blocks of the key-value cache that a session with these limits takes, as `SessionPool.open` counts them."""
-    window = None if window is None else Window(*window)
-    return PagedKVCache.blocks_needed(*StepRunner.token_capacity(layout, max_clips, max_new_tokens, window))
+    limit = None if window is None else Window(*window)
+    return PagedKVCache.blocks_needed(*StepRunner.token_capacity(layout, max_clips, max_new_tokens, limit))
 
 
 class SessionPool:
@@ -81,7 +82,7 @@ class SessionPool:
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
         blocks = needed * batch_slots if memory is None else min(needed * batch_slots, memory // block_bytes - 1)
-        if blocks < needed:
+        if memory is not None and blocks < needed:
             raise InputError(
                 f"one session needs {needed * block_bytes / 2**30:.3f} GiB for its keys and values, but only "
                 f"{memory / 2**30:.3f} GiB are available: use fewer clips, tokens or pixels, or more memory"
@@ -131,7 +132,7 @@ class SessionPool:
             running = [session for session in running if not session.closed]
             requests, entering, most = [], [], self.runner.chunk_counts[-1]
             for session in running:
-                request = session.plan(prefill=len(entering) < most)
+                request = session.rounds.plan(prefill=len(entering) < most)
                 requests.append((session, request))
                 if request is not None and len(request.prefill):
                     entering.append(session)
@@ -140,12 +141,12 @@ class SessionPool:
             launched = [(session, request) for session, request in requests if request is not None]
             pending = self.runner.step([request for _, request in launched]) if launched else None
             for session, request in launched:
-                session.requested(request, pending)
+                session.rounds.requested(request, pending)
             tokens = []
             for session, request in requests:
                 # A session that requested nothing reads its pending token now: other sessions may go on for long.
-                wait = not launched or (request is None and session.token_ready)
-                if (token := session.collect(wait)) is not None:
+                wait = not launched or (request is None and session.rounds.token_ready)
+                if (token := session.rounds.collect(wait)) is not None:
                     tokens.append((session, token))
         except BaseException as error:
             for other in self._end_all(functools.partial(Session.fail, error=error)):
@@ -155,7 +156,7 @@ class SessionPool:
 
     def _encode(self, running: Sequence[Session]) -> None:
         """Encode the clips that are due in all sessions at once."""
-        due = [(session, clip) for session in running for clip in session.clips_to_encode()]
+        due = [(session, clip) for session in running for clip in session.rounds.clips_to_encode()]
         if not due:
             return
         sessions, clips = zip(*due, strict=True)
@@ -164,7 +165,7 @@ class SessionPool:
         except (torch.OutOfMemoryError, MemoryError):
             return self._encode_one_by_one(due)
         for session, features in zip(sessions, encoded, strict=True):
-            session.encoded.append(features)
+            session.rounds.encoded.append(features)
 
     def _encode_one_by_one(self, due: Sequence[tuple[Session, Tensor]]) -> None:
         """After out of memory: only sessions whose clips do not fit even alone fail; the others go on."""
@@ -172,7 +173,7 @@ class SessionPool:
             if session.closed:
                 continue
             try:
-                session.encoded += self.runner.vision_encoder.encode([clip], [session.layout])
+                session.rounds.encoded += self.runner.vision_encoder.encode([clip], [session.layout])
             except (torch.OutOfMemoryError, MemoryError) as error:
                 try:
                     session.fail(error)

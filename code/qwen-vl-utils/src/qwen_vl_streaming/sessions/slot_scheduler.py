@@ -63,7 +63,7 @@ class SlotScheduler:
     @property
     def bare(self) -> bool:
         """The last slot has begun without a clip: see `end`."""
-        return self.complete and self.total > self.arrived
+        return self.total is not None and self.complete and self.total > self.arrived
 
     @property
     def clips_waiting(self) -> int:

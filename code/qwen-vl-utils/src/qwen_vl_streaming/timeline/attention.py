@@ -46,10 +46,13 @@ def block_mask(visual: Tensor, text: Tensor, parallel: bool, sample: Tensor | No
     def mask_mod(b, h, q, kv):
         return allowed(q, kv, visual[b, q], text[b, kv], parallel)
 
-    def packed_mask_mod(b, h, q, kv):
-        return mask_mod(b, h, q, kv) & (sample[b, q] == sample[b, kv])
+    chosen = mask_mod
+    if sample is not None:
 
-    chosen = mask_mod if sample is None else packed_mask_mod
+        def packed_mask_mod(b, h, q, kv):
+            return mask_mod(b, h, q, kv) & (sample[b, q] == sample[b, kv])
+
+        chosen = packed_mask_mod
     return create_block_mask(chosen, len(visual), None, length, length, device=visual.device)
 
 

@@ -79,7 +79,7 @@ class Window:
 
     def __post_init__(self):
         if min(self.clips, self.tokens) < 1:
-            raise InputError(f"a window holds at least 1 clip and 1 token, not {self.clips} and {self.tokens}")
+            raise InputError(f"a window must have at least 1 clip and 1 token, not {self.clips} and {self.tokens}")
 
     def start(self, layout: Layout, seen_visual: Tensor, seen_text: Tensor, clips: int | None) -> Tensor:
         """The index in each run of the first token that is still visible, besides the prompt and the header, to tokens

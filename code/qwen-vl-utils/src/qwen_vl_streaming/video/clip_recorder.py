@@ -43,7 +43,9 @@ class ClipRecorder:
                     os.truncate(self.path, HEADER + self.count * size)
                 else:
                     self.path.unlink()
-            raise InputError(f"{self.path} cannot be written ({error}): make room, or give another place") from error
+            raise InputError(
+                f"{self.path} cannot be written ({error}): free some space or give another path"
+            ) from error
         self.count += len(frames)
 
 
@@ -53,7 +55,7 @@ def read_clips(path: str | Path) -> Tensor:
     try:
         frames = load_file(path).get("frames")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"clips {path} cannot be read ({error}): give a file that --keep has written") from error
+        raise InputError(f"clips {path} cannot be read ({error}): give a file written by --keep") from error
     if frames is None or frames.dtype != torch.uint8 or frames.dim() != 4:
-        raise InputError(f"clips {path} holds no frames: give a file that --keep has written")
+        raise InputError(f"clips {path} has no frames: give a file written by --keep")
     return frames

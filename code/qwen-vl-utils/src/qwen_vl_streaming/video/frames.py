@@ -9,7 +9,7 @@ frame.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class PixelBudget:
     def __post_init__(self):
         if not SIDE_FACTOR**2 <= self.min_pixels_per_frame <= self.max_pixels_per_frame:
             raise InputError(
-                f"min_pixels_per_frame {self.min_pixels_per_frame} must lie between {SIDE_FACTOR**2} and "
+                f"min_pixels_per_frame {self.min_pixels_per_frame} must be between {SIDE_FACTOR**2} and "
                 f"max_pixels_per_frame {self.max_pixels_per_frame}"
             )
         if self.budget not in BUDGETS:
@@ -81,7 +81,7 @@ class PixelBudget:
         if max(height, width) > MOST_RATIO * min(height, width):
             raise InputError(
                 f"{name} has frames of {width} x {height} pixels, more than {MOST_RATIO} times as long as wide: crop "
-                "it, or leave it out"
+                "or skip it"
             )
         share = self.max_pixels_per_video // (LONGEST if self.budget == "stream" or not frames else frames)
         most = max(self.min_pixels_per_frame, min(self.max_pixels_per_frame, share))
@@ -168,8 +168,8 @@ def read_video(
     count = len(picked) + len(picked) % FRAMES_PER_CLIP
     if max_clips is not None and count > max_clips * FRAMES_PER_CLIP:
         raise InputError(
-            f"video {path} has {count // FRAMES_PER_CLIP} clips, more than the {max_clips} that the model has room "
-            "for: cut it, or leave it out"
+            f"video {path} has {count // FRAMES_PER_CLIP} clips, more than the {max_clips} that the model "
+            "supports: cut or skip it"
         )
     frames = _decode(path, index, picked, count, budget or PixelBudget(), reader)
     picked = np.append(picked, picked[-1:]) if count > len(picked) else picked
@@ -179,7 +179,7 @@ def read_video(
 def too_short(name: str, duration: float, rate: float, asked: str = "") -> str:
     """Error message for a video of `duration` seconds that is shorter than one clip at `rate` frames per second."""
     length = f"{FRAMES_PER_CLIP / rate:.2f} s"
-    return f"{name} lasts {duration:.2f} s, which leaves less than one clip of {length}{asked}: use a longer one"
+    return f"{name} lasts {duration:.2f} s, less than one clip of {length}{asked}: use a longer video"
 
 
 def sampled_rate(index: FrameIndex, fps: float) -> float:
@@ -208,8 +208,8 @@ def pick_frames(
         return None
     if (end - start) * rate > MOST_FRAMES:
         raise InputError(
-            f"{(end - start) * rate:.3g} frames of {end - start:.3g} s are more than {MOST_FRAMES}: give a smaller "
-            "end, or rewrite the video, whose time stamps may be broken"
+            f"{end - start:.3g} s have {(end - start) * rate:.3g} frames, more than {MOST_FRAMES}: give a smaller end, "
+            "or rewrite the video, because its timestamps may be wrong"
         )
     targets = start + np.arange(int(np.ceil((end - start - SLACK) * rate))) / rate
     return np.maximum(np.searchsorted(times, targets + SLACK, side="right") - 1, 0)
@@ -223,17 +223,15 @@ def _decode(
     try:
         frames = _resized(READERS[name](path, index, picked), picked, count, budget, f"video {path}")
     except ReaderError as error:
-        other = "" if name == "pyav" else ", or read it with FORCE_QWENVL_VIDEO_READER=pyav"
-        raise InputError(
-            f"video {path} cannot be decoded ({error}): download it again or leave it out{other}"
-        ) from error
+        other = "" if name == "pyav" else ", or set FORCE_QWENVL_VIDEO_READER=pyav"
+        raise InputError(f"video {path} cannot be decoded ({error}): download it again or skip it{other}") from error
     logger.log(logging.DEBUG if name in _announced else logging.INFO, "%s: read with %s", path, name)
     _announced.add(name)
     return frames
 
 
 def _resized(
-    images: Iterator[np.ndarray], picked: np.ndarray, count: int, budget: PixelBudget, name: str
+    images: Generator[np.ndarray, None, None], picked: np.ndarray, count: int, budget: PixelBudget, name: str
 ) -> torch.Tensor:
     frames = None
     filled = 0
@@ -246,6 +244,7 @@ def _resized(
             repeats = int(np.count_nonzero(picked == picked[filled]))
             frames[filled : filled + repeats] = resize_frame(image, size)
             filled += repeats
+    assert frames is not None  # a reader yields every picked frame, or raises
     frames[filled:] = frames[filled - 1]
     return frames
 

@@ -1,9 +1,6 @@
 """Finds the time at which each frame of a video file is shown. Decodes at most up to the first frame. Does not depend
 on sampling, clips or frame sizes."""
 
-import errno
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -11,13 +8,25 @@ from typing import BinaryIO
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
 
 from ..common.errors import InputError
-from .formats import FILE
-from .timestamps import LEAP, FilmClock, Splices
-from .wholeness import check_codec, check_length, check_structure, claimed_end, claims, is_whole
+from .container import (
+    check_stamps,
+    claimed_ticks,
+    demux,
+    film_clock,
+    film_track,
+    last_gap,
+    may_leap,
+    open_film,
+    shown_by_order,
+    shown_stamp,
+)
+from .timestamps import FilmClock, Splices
+from .wholeness import check_codec, check_length, check_structure, claimed_end, claims, is_whole, time_base
 
-DECODING_STAMPS = ("avi", "asf")  # formats with decoding timestamps but no presentation timestamps
 VP8_SHOWN = 0x10  # bit in a packet's first byte; not set for a frame that is used only as a reference
 EVEN = 0.9, 0.1  # steady rate: at least this share of the gaps differs from the median by at most this share of it
 LATE = 30_000.0  # seconds, with a margin: decord aborts the process if the first timestamp is 35,792 s or later
@@ -91,7 +100,7 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
         with open_film(source) as container:
             track = film_track(container, f"video {name}")
             check_stamps(container, f"video {name}")
-            time_base = track.time_base
+            tick = time_base(track)
             clock = film_clock(container, track, f"video {name}")
             packets, skipped, damaged, anew, end, furthest = _read(container, track, clock, source)
             check_structure(source, f"video {name}", container.format.name, furthest)
@@ -99,10 +108,10 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
             others = float(max((claimed_end(s) for s in container.streams if s.index != track.index), default=0.0))
             by_order = shown_by_order(container, track)
             tracks, container_name = len(container.streams.video), container.format.name
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise InputError(f"video {name} cannot be opened ({error.strerror}): download it again") from error
     if not packets:
-        raise InputError(f"video {name} has no frames: download it again or leave it out")
+        raise InputError(f"video {name} has no frames: download it again or skip it")
     begin = min((p.decoded if by_order else p.shown) or 0 for p in packets)
     late = not packets[0].key or any(_before(packet.shown, packets[0].shown) for packet in packets)
     if late:
@@ -114,7 +123,7 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
         late = bool(gone)
     stamps = [stamp for packet in packets for stamp in (packet.shown, packet.decoded) if stamp is not None]
     if stamps and max(map(abs, stamps)) >= 2**62:
-        raise InputError(f"video {name} has time stamps that are broken: rewrite it as MP4")
+        raise InputError(f"video {name} has timestamps that are out of range: rewrite it as MP4")
     if by_order and all(packet.decoded is not None for packet in packets):
         ticks, numbers = np.sort(np.array([packet.decoded for packet in packets], np.int64)), None
     elif any(packet.shown is None for packet in packets):
@@ -123,22 +132,22 @@ def index_video(source: str | Path | BinaryIO, name: str = "") -> FrameIndex:
         shown = np.array([packet.shown for packet in packets], np.int64)
         ticks, places = np.unique(shown, return_index=True)
         numbers = np.array([packets[place].number for place in places], np.int64)
-    times = (ticks - ticks[0]) * time_base.numerator / time_base.denominator
-    last = float(max(packets, key=lambda p: p.decoded if numbers is None else p.shown).duration * time_base)
-    newest = float(ticks[-1] * time_base)
+    times = (ticks - ticks[0]) * tick.numerator / tick.denominator
+    last = float(max(packets, key=lambda p: (p.decoded if numbers is None else p.shown) or 0).duration * tick)
+    newest = float(ticks[-1] * tick)
     first_shown = newest - float(times[-1])
     gaps = np.diff(times)
     usual = float(np.median(gaps)) if len(gaps) else 0.0
     duration = float(times[-1]) + last_gap(last, usual, max(gaps.max(initial=0.0), others - newest))
     finish = newest + max(last, duration - float(times[-1]))
-    check_length(f"video {name}", claimed, finish - float(begin * time_base), finish, float(end))
+    check_length(f"video {name}", claimed, finish - float(begin * tick), finish, float(end))
     odd = (
-        "stamps of decoding only" if numbers is None else
-        "time stamps that start anew" if clock.breaks else
-        "time stamps that begin hours late" if first_shown >= LATE else
-        "frames before the first that can be decoded" if late or skipped else
+        "decoding timestamps only" if numbers is None else
+        "timestamp discontinuities" if clock.breaks else
+        "timestamps that begin hours late" if first_shown >= LATE else
+        "frames before the first decodable frame" if late or skipped else
         f"{tracks} video tracks" if tracks > 1 else
-        "MPEG-TS, of which it loses the first frames" if "mpegts" in container_name else ""
+        "MPEG-TS, whose first frames it loses" if "mpegts" in container_name else ""
     )  # fmt: skip
     sets = (frozenset(skipped), frozenset(damaged), frozenset(anew))
     return FrameIndex(times, duration, numbers, container_name, *sets, odd)
@@ -150,94 +159,13 @@ def _check_file(path: str | Path, name: str) -> None:
     except OSError as error:  # the path is too long, or a parent folder is not accessible
         raise InputError(f"video {name:.200} cannot be read ({error.strerror}): check its path") from error
     if size is None and Path(path).is_dir():
-        raise InputError(f"video {name} is a folder: name a video file in it")
+        raise InputError(f"video {name} is a folder: give a video file in it")
     if size is None and Path(path).exists():
-        raise InputError(f"video {name} is a pipe, a socket or a device: write the video to a file, and name that")
+        raise InputError(f"video {name} is a pipe, a socket or a device: write the video to a file first")
     if size is None:
-        raise InputError(f"video {name} does not exist: check the path, or put the file there")
+        raise InputError(f"video {name} does not exist: check the path")
     if not size:
         raise InputError(f"video {name} is empty: download it again")
-
-
-def open_film(source: str | Path | BinaryIO) -> av.container.InputContainer:
-    """Open a file or a readable object with PyAV. Metadata such as titles may be in any encoding: it is not used here,
-    so bytes that do not decode are replaced. Raises OSError if the format holds no video, such as a playlist, and the
-    errors of PyAV."""
-    if isinstance(source, str | Path):
-        source = os.path.abspath(source)  # a relative path may look like a URL
-    else:
-        source.seek(0)
-    try:
-        return av.open(source, options=FILE, metadata_errors="replace")
-    except av.ArgumentError as error:
-        raise OSError(errno.EINVAL, "its format holds no film, as MP4 does") from error
-
-
-def demux(container: av.container.InputContainer, *tracks: av.VideoStream) -> Iterator[av.Packet]:
-    """Yield the packets of the given `tracks`, or of all tracks. Raises OSError if a track first appears in the middle
-    of the source, which PyAV does not support."""
-    try:
-        yield from container.demux(*tracks)
-    except IndexError as error:
-        raise OSError(errno.EINVAL, "a track begins in its middle") from error
-
-
-def film_track(
-    container: av.container.InputContainer, name: str, fix: str = "download it again or leave it out"
-) -> av.VideoStream:
-    """The video track that FFmpeg selects. Raises InputError with `name` and `fix` if there is none or it is cover art,
-    and InputError with `name` if FFmpeg has no decoder for it."""
-    track = container.streams.best("video")
-    if track is None or track.disposition & av.stream.Disposition.attached_pic:
-        raise InputError(f"{name} has no video stream: {fix}")
-    if track.codec_context is None:
-        raise InputError(f"{name} is coded in a way that FFmpeg has no decoder for: convert it to H.264")
-    return track
-
-
-def check_stamps(container: av.container.InputContainer, name: str) -> None:
-    """Raise InputError for a format without timestamps. FFmpeg invents timestamps for such a format."""
-    if not has_stamps(container):
-        raise InputError(f"{name} has frames without timestamps ({container.format.name}): rewrite it as MP4")
-
-
-def has_stamps(container: av.container.InputContainer) -> bool:
-    return not container.format.flags & av.format.Flags.no_timestamps.value
-
-
-def may_leap(container: av.container.InputContainer) -> bool:
-    """Whether timestamps in this format may have discontinuities. Such a format does not state its own length."""
-    return bool(container.format.flags & av.format.Flags.ts_discont.value)
-
-
-def film_clock(
-    container: av.container.InputContainer, track: av.VideoStream, name: str, live: bool = False
-) -> FilmClock:
-    return FilmClock(
-        track.time_base,
-        name,
-        leaps=may_leap(container),
-        reorder=track.codec_context.reorder_depth,
-        live=live,
-        length=container.duration / av.time_base if container.duration else None,
-    )
-
-
-def shown_by_order(container: av.container.InputContainer, track: av.VideoStream) -> bool:
-    """Whether presentation times follow only from the order in which frames leave the decoder: frame k is shown at the
-    k-th smallest decoding timestamp."""
-    if not track.codec_context.reorder_depth:
-        return False
-    video_for_windows = "matroska" in container.format.name and track.codec_tag.strip("\0")
-    return container.format.name in DECODING_STAMPS or bool(video_for_windows)
-
-
-def shown_stamp(packet: av.Packet) -> int | None:
-    """The presentation timestamp of a packet. ASF stores only decoding timestamps, and FFmpeg's guess gives the last
-    two frames the same time, so the decoding timestamp is used. Without reordering the two are equal; with reordering,
-    see `shown_by_order`."""
-    decoding = packet.stream.container.format.name == "asf" and packet.dts is not None
-    return packet.dts if decoding else packet.pts
 
 
 def _before(one: int | None, other: int | None) -> bool:
@@ -245,7 +173,7 @@ def _before(one: int | None, other: int | None) -> bool:
 
 
 def _read(
-    container: av.container.InputContainer, track: av.VideoStream, clock: FilmClock, source: str | Path | BinaryIO
+    container: InputContainer, track: av.VideoStream, clock: FilmClock, source: str | Path | BinaryIO
 ) -> tuple[list[_Packet], set[int], set[int], set[int], Fraction, int]:
     """Read all packets. Returns the packets of visible frames in decoding order; three sets of packet numbers: not
     shown at a splice, corrupt, and preceded by a flush of the decoder; the end in seconds of the track that ends last;
@@ -297,29 +225,14 @@ def _first_decoded(source: str | Path | BinaryIO, name: str) -> int:
                 key = key or packet.is_keyframe
                 try:
                     frames = packet.decode()
-                except av.FFmpegError:
+                except FFmpegError:
                     if key:
                         raise
                     continue
                 if frames:
                     return frames[0].pts
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise InputError(
-            f"video {name} is damaged at its beginning ({error.strerror}): download it again or leave it out"
+            f"video {name} is damaged at the beginning ({error.strerror}): download it again or skip it"
         ) from error
-    raise InputError(f"video {name} has no frame that decodes: download it again or leave it out")
-
-
-def claimed_ticks(packet: av.Packet) -> int:
-    """The duration of a packet in ticks, as the container states it; 0 if not stated. FFmpeg writes 1 for unknown."""
-    return packet.duration if packet.duration and packet.duration > 1 else 0
-
-
-def last_gap(claimed: float, usual: float, known: float = 0.0) -> float:
-    """Seconds for which the last frame of a video is shown: the `claimed` duration if it is plausible, otherwise the
-    `usual` gap between frames.
-
-    A claim is plausible if it is above 0 and at most LEAP, or at most a duration `known` to be possible: the longest
-    gap between frames, or the time until other tracks end.
-    """
-    return claimed if 0 < claimed <= max(LEAP, known) else usual
+    raise InputError(f"video {name} has no frame that can be decoded: download it again or skip it")

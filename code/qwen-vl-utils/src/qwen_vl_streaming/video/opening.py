@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import InputError
+from ..common.redact import hide_address
 from .formats import SCHEMES
 from .frames import FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
 from .index import index_video
@@ -51,6 +53,8 @@ def open_source(
 ) -> Source:
     """Prepare the source `name`: a file, /dev/videoN, a URL, or SYNTHETIC. Add new kinds of sources here.
 
+    From then on, messages show no password of its address.
+
     Raises InputError if a file or camera does not exist, for an unknown URL scheme, and the errors of `read_video` for
     a file, which is read here. A camera or URL is opened only when its clips are read.
 
@@ -61,6 +65,7 @@ def open_source(
         cut: Whether to read only the first `max_clips` clips of a file. If False, a file is read in full.
         reconnect_seconds: How long to try to reconnect to a stream, see `stream_clips`.
     """
+    hide_address(name)
     if name == SYNTHETIC:
         size = budget.size(*SCENE, frames=0)
         clips = functools.partial(synthetic_clips, max_clips or sys.maxsize, speed=speed, fps=fps, size=size)
@@ -71,20 +76,18 @@ def open_source(
         if not name.startswith("/dev/") and name.partition("://")[0].lower() not in SCHEMES:
             raise InputError(f"source {name} is not a stream: give {', '.join(SCHEMES)}, or the path of a file")
         if speed != 1:
-            raise InputError(
-                f"--speed {speed:g} has no effect on {name}: leave it out, it is for files and {SYNTHETIC}"
-            )
+            raise InputError(f"--speed {speed:g} has no effect on {name}: remove it, it is for files and {SYNTHETIC}")
         if name.startswith("/dev/") and not Path(name).exists():
             raise InputError(f"source {name} does not exist: check that the camera is connected")
         clips = functools.partial(stream_clips, name, fps=fps, budget=budget, reconnect_seconds=reconnect_seconds)
         return Source(clips, FRAMES_PER_CLIP / fps, None, {})
     index = index_video(name)
-    part = {}
+    part: dict[str, Any] = {}
     if max_clips and cut:
         end = max_clips * FRAMES_PER_CLIP / sampled_rate(index, fps)
         if index.duration > end:
             logger.warning(
-                "%s lasts %.1f s, of which the first %g s are watched: see --max-clips", name, index.duration, end
+                "%s lasts %.1f s, but only the first %g s are watched: see --max-clips", name, index.duration, end
             )
             part = {"end": end}
     video = read_video(name, fps=fps, budget=budget, index=index, **part)

@@ -6,15 +6,17 @@ decord is available on request.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
+from av.error import FFmpegError
 
 from ..common.errors import InputError
-from .index import FrameIndex, demux, film_track, open_film
+from .container import demux, film_track, open_film
+from .index import FrameIndex
 
 SLICE_THREADS = "vp7", "vp8"
 """FFmpeg decoders that report damage only with slice threads. With frame threads, or without threads, they return a
@@ -30,11 +32,9 @@ def check_first_frame(source: str | Path | BinaryIO, name: str) -> None:
     try:
         with open_film(source) as container:
             if next(container.decode(film_track(container, f"video {name}")), None) is None:
-                raise InputError(f"video {name} has no frame that decodes: download it again or leave it out")
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(
-            f"video {name} cannot be decoded ({error.strerror}): download it again or leave it out"
-        ) from error
+                raise InputError(f"video {name} has no frame that can be decoded: download it again or skip it")
+    except (FFmpegError, OSError) as error:
+        raise InputError(f"video {name} cannot be decoded ({error.strerror}): download it again or skip it") from error
 
 
 def decoded(path: str | Path, index: FrameIndex, last: int) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -51,15 +51,15 @@ def decoded(path: str | Path, index: FrameIndex, last: int) -> Iterator[tuple[in
             continue
         if frame.is_corrupt or number in index.damaged:
             raise InputError(
-                f"video {path} is damaged: its frame at {index.times[place]:.2f} s is corrupt: "
-                "download it again or leave it out"
+                f"video {path} is damaged: the frame at {index.times[place]:.2f} s is corrupt: "
+                "download it again or skip it"
             )
         yield place, frame
         if place >= last:
             return
 
 
-def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.VideoFrame]]:
+def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int | None, av.VideoFrame]]:
     """Yield all frames from the decoder, each with the number of its packet."""
     try:
         with open_film(path) as container:
@@ -77,19 +77,19 @@ def _frames(path: str | Path, index: FrameIndex) -> Iterator[tuple[int, av.Video
                     skipped = number
                 try:
                     frames = packet.decode()
-                except av.FFmpegError as error:
+                except FFmpegError as error:
                     if number - skipped <= delay:
                         continue
                     raise InputError(
-                        f"video {path} is damaged ({error.strerror}): download it again or leave it out"
+                        f"video {path} is damaged ({error.strerror}): download it again or skip it"
                     ) from error
                 for frame in frames:
                     yield frame.pts, frame
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise ReaderError(error.strerror) from error
 
 
-def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Iterator[np.ndarray]:
+def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Generator[np.ndarray, None, None]:
     """Yield each distinct picked frame once, in order: (H, W, 3) uint8. Raises ReaderError if the file cannot be read,
     and InputError if it is damaged."""
     wanted = sorted(set(picked.tolist()), reverse=True)
@@ -100,10 +100,10 @@ def read_with_pyav(path: str | Path, index: FrameIndex, picked: np.ndarray) -> I
         elif place > wanted[-1]:
             break
     if wanted:
-        raise ReaderError(f"its frame at {index.times[wanted[-1]]:.2f} s does not decode")
+        raise ReaderError(f"the frame at {index.times[wanted[-1]]:.2f} s cannot be decoded")
 
 
-def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Iterator[np.ndarray]:
+def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) -> Generator[np.ndarray, None, None]:
     """Like read_with_pyav, with decord. decord does not report damaged or mirrored frames, so PyAV first decodes the
     file up to the last picked frame to check for them. Raises ReaderError also if decord would give other frames than a
     viewer sees, and InputError if the file is damaged."""
@@ -116,12 +116,12 @@ def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) ->
     last = int(picked[-1])
     for place, frame in decoded(path, index, last):
         if place == 0 and mirrored(frame):
-            raise ReaderError("decord does not mirror pictures")
+            raise ReaderError("decord does not mirror frames")
     decord.logging.set_level(decord.logging.QUIET)
     try:
         video = decord.VideoReader(os.path.abspath(path))
         if len(video) != len(index.times):
-            raise ReaderError(f"decord sees {len(video)} frames of {len(index.times)}")
+            raise ReaderError(f"decord finds {len(video)} of {len(index.times)} frames")
         # decord seeks and skips to wrong frames in open GOPs and some H.264; sequential reading is correct
         wanted = set(picked.tolist())
         for position in range(last + 1):
@@ -129,7 +129,7 @@ def read_with_decord(path: str | Path, index: FrameIndex, picked: np.ndarray) ->
             if position in wanted:
                 frame = image.asnumpy()
                 if frame.shape[2:] != (3,):  # seen in videos 16, 24, 48 and 72 pixels wide
-                    raise ReaderError(f"decord gives frames of {frame.shape[2]} channels")
+                    raise ReaderError(f"decord returns frames with {frame.shape[2]} channels")
                 yield frame
     except (decord.DECORDError, RuntimeError, AssertionError, StopIteration, OSError) as error:
         raise ReaderError(" ".join(str(error).split())[:200] or type(error).__name__) from error
@@ -156,8 +156,9 @@ def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """a, b, c, d of the display matrix: the pixel (x, y) is shown at (ax + cy, bx + dy). The identity if there is
     none."""
     with contextlib.suppress(KeyError):
-        data = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)
-        return tuple(data[[0, 1, 3, 4]].tolist())
+        side_data: Any = frame.side_data  # a mapping, of which PyAV declares one key
+        a, b, c, d = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), np.int32)[[0, 1, 3, 4]].tolist()
+        return a, b, c, d
     return 1, 0, 0, 1
 
 

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
 
 from ..common.clock import now
-from .index import claimed_ticks, film_clock, has_stamps, shown_by_order, shown_stamp, steady
+from .container import claimed_ticks, film_clock, has_stamps, shown_by_order, shown_stamp
+from .index import steady
 from .timestamps import Splices
-from .wholeness import HEADERS, check_codec
+from .wholeness import HEADERS, check_codec, time_base
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +21,7 @@ REMEMBERED = 256  # packets whose times are kept while the decoder delays their 
 
 
 class StreamFrames:
-    def __init__(self, container: av.container.InputContainer, track: av.VideoStream, name: str, film: bool):
+    def __init__(self, container: InputContainer, track: av.VideoStream, name: str, film: bool):
         """`film`: whether the stream is a recording. Its packets are read on demand, so arrival times carry no
         timing."""
         self.clock = film_clock(container, track, name, live=not film)
@@ -43,9 +46,9 @@ class StreamFrames:
                 yield from self._take(number, packet, came)
             try:
                 frames = packet.decode()
-            except av.FFmpegError:
+            except FFmpegError:
                 if self.key:
-                    logger.debug("%s: a frame that does not decode", self.name)
+                    logger.debug("%s: skipping a frame that cannot be decoded", self.name)
                     yield None, 0.0, came, None
                 continue
             yield from self._timed(frames, came)
@@ -79,8 +82,8 @@ class StreamFrames:
             elif not self.stamped:
                 yield came, 0.0, came, frame
             else:
-                time_base = self.track.time_base
-                yield None if shown is None else float(shown * time_base), float(duration * time_base), came, frame
+                tick = time_base(self.track)
+                yield None if shown is None else float(shown * tick), float(duration * tick), came, frame
 
 
 def slow_rate(ahead: Sequence[av.Packet], track: av.VideoStream, fps: float) -> float | None:
@@ -88,7 +91,7 @@ def slow_rate(ahead: Sequence[av.Packet], track: av.VideoStream, fps: float) -> 
     stamps = np.unique([packet.pts for packet in ahead if packet.size and packet.pts is not None])
     if len(stamps) < 2 or not steady(stamps):
         return None
-    rate = float((len(stamps) - 1) / ((stamps[-1] - stamps[0]) * track.time_base))
+    rate = float((len(stamps) - 1) / ((stamps[-1] - stamps[0]) * time_base(track)))
     whole = float(track.average_rate or 0)
     if track.container.format.name.startswith(HEADERS) and abs(whole / rate - 1) > 0.1:  # the rate varies later
         return None

@@ -15,13 +15,14 @@ from dataclasses import replace
 import av
 import numpy as np
 import torch
+from av.error import ExitError, FFmpegError
 
 from ..common.clock import now
 from ..common.errors import InputError
 from ..common.redact import Redacting, redacted
+from .container import check_stamps, demux, film_track, last_gap
 from .formats import STREAM
 from .frames import FRAMES_PER_CLIP, SLACK, PixelBudget, resize_frame, too_short
-from .index import check_stamps, demux, film_track, last_gap
 from .readers import upright
 from .sources import Clip
 from .stream_frames import StreamFrames, slow_rate
@@ -122,12 +123,12 @@ class Sampler:
 
     def _meet(self, until: float) -> Iterator[Clip]:
         """Sample the frame on screen at each target time before `until`."""
-        picture = None
-        while self.shown is not None and self.targets / self.fps < until:
+        moment, picture = self.moment, None
+        while self.shown is not None and moment is not None and self.targets / self.fps < until:
             if picture is None:
                 picture = self._resized(self.shown)
             self.targets += 1
-            yield from self._put(picture, self.moment)
+            yield from self._put(picture, moment)
 
     def _put(self, picture: torch.Tensor, moment: float) -> Iterator[Clip]:
         self.waiting.append((picture, moment))
@@ -180,22 +181,21 @@ class _StreamReader:
     def _read_until_gone(self) -> None:
         lost, since, (pause, longest) = 0.0, None, PAUSES
         while not self.stop.is_set():
-            self.held = None
             try:
                 self._read_once()
                 if self.film:
                     break
-                reason = "it ended"
-            except (av.FFmpegError, OSError) as error:
+                reason = "the stream ended"
+            except (FFmpegError, OSError) as error:
                 if error.errno == errno.EIO and self._is_complete():
                     break
                 reason = error.strerror or type(error).__name__
-                if isinstance(error, av.ExitError):
-                    reason = f"it did not answer for {STALLED_SECONDS:g} s"
+                if isinstance(error, ExitError):
+                    reason = f"no data for {STALLED_SECONDS:g} s"
                 if self.begin is None:
                     raise InputError(f"source {self.source} cannot be opened ({reason}): check its address") from error
             if self.begin is None:
-                raise InputError(f"source {self.source} gives no frames: check its address")
+                raise InputError(f"source {self.source} has no frames: check its address")
             at = now()
             if self.held is not None:
                 first, newest = self.held
@@ -204,12 +204,14 @@ class _StreamReader:
                     lost, pause = 0.0, PAUSES[0]
                 since = at
                 if (left := self.reconnect_seconds - lost) > 0:
-                    logger.warning("%s dropped (%s); trying again for %.3g s", self.source, reason, left)
-            if lost + at - since >= self.reconnect_seconds:
+                    logger.warning(
+                        "%s: connection dropped (%s); reconnecting for up to %.3g s", self.source, reason, left
+                    )
+            if since is not None and lost + at - since >= self.reconnect_seconds:
                 break
             self.stop.wait(pause)
             pause = min(2 * pause, longest)
-        logger.info("%s is over", self.source)
+        logger.info("%s has ended", self.source)
 
     def _is_complete(self) -> bool:
         """Whether a recording was read to its stated end. If the server does not report its size, FFmpeg reports an
@@ -220,6 +222,7 @@ class _StreamReader:
     def _read_once(self) -> None:
         """Read one connection to its end. The first frame of a live connection is placed at its wall-clock time. A
         recording keeps its timeline across connections, and frames that were already read are skipped."""
+        self.held = None
         webcam = self.source.startswith("/dev/")
         options = {} if webcam else dict(STREAM)
         options["fpsprobesize"] = "0"  # otherwise opening waits for 20 frames to measure a frame rate that is not used
@@ -258,7 +261,7 @@ class _StreamReader:
                         raise InputError(f"{name} has frames without timestamps: rewrite it as MP4")
                     stampless += 1
                     if stampless == 2:  # FFmpeg has no timestamp for the first frame of an RTSP camera
-                        logger.warning("%s: frames without time stamps are skipped", name)
+                        logger.warning("%s: skipping frames without timestamps", name)
                     continue
                 self.held = (self.held or (came,))[0], came
                 if offset is None:

@@ -53,7 +53,8 @@ class FilmClock:
         """Ticks to add to a timestamp."""
         self.breaks = 0
         """Number of discontinuities so far."""
-        self._first = self._newest = None  # decoding timestamps on the timeline
+        self._first = 0  # decoding timestamps on the timeline
+        self._newest: int | None = None
         self._last: int | None = None  # latest presentation timestamp on the timeline
         self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=HELD)  # timestamps and arrivals
         self._gap = self._longest = self._ticks(PERIOD)
@@ -66,59 +67,56 @@ class FilmClock:
         source. `key` is whether the packet holds a keyframe, which is shown after all earlier packets.
         """
         broken = False
-        if None not in (pts, dts) and (self.live or self.leaps) and abs(pts - dts) * self.time_base > LEAP:
+        if pts is not None and dts is not None and (self.live or self.leaps) and abs(pts - dts) * self.time_base > LEAP:
             pts = dts  # one of them is wrong; only the decoding timestamp is checked for jumps
         if dts is not None:
-            broken = self._newest is not None and self._step(pts, dts, came, key)
+            newest = self._newest
+            broken = newest is not None and self._step(newest, pts, dts, came, key)
             at = dts + self.shift
-            if self._newest is None or at > self._newest or broken:
-                if self._newest is not None and not broken:
-                    self._gap = at - self._newest
+            if newest is None or at > newest or broken:
+                if newest is None:
+                    self._first = at
+                elif not broken:
+                    self._gap = at - newest
                     self._longest = max(self._longest, self._gap)
                 self._newest = at
                 self._recent.append((at, came))
-                self._first = at if self._first is None else self._first
         if pts is None:
             return None, broken
         shown = pts + self.shift
         self._last = shown if self._last is None else max(self._last, shown)
         return shown, broken
 
-    def _step(self, pts: int | None, dts: int, came: float, key: bool) -> bool:
+    def _step(self, newest: int, pts: int | None, dts: int, came: float, key: bool) -> bool:
         """Update the shift if a discontinuity precedes this packet. Returns whether one does."""
-        step = float((dts + self.shift - self._newest) * self.time_base)
+        step = float((dts + self.shift - newest) * self.time_base)
         # An MPEG-TS demuxer holds back the newest packets until later data arrives; older ones tell when they were due.
-        passed = came - min(then + float((self._newest - at) * self.time_base) for at, then in self._recent)
+        passed = came - min(then + float((newest - at) * self.time_base) for at, then in self._recent)
         back = BACK if self.leaps else max(BACK, float((self.reorder + 1) * self._longest * self.time_base))
-        overlap = -1.0
-        if key and self.leaps and not self.live and None not in (pts, self._last):
+        overlap, at = -1.0, float((newest - self._first) * self.time_base)
+        if key and self.leaps and not self.live and pts is not None and self._last is not None:
             overlap = float((self._last - pts - self.shift) * self.time_base)
         if step < -back or overlap >= 0:
-            what = f"go back by {max(-step, overlap) or 0.0:.1f} s"
-        elif step - passed > LEAP and (self.live or self.leaps or self._since() + step > self.length + LEAP):
-            what = f"leap ahead by {step:.1f} s"
+            what = f"jump back by {max(-step, overlap) or 0.0:.1f} s"
+        elif step - passed > LEAP and (self.live or self.leaps or at + step > self.length + LEAP):
+            what = f"jump ahead by {step:.1f} s"
         elif self.live and step <= 0 and passed > STUCK:
-            what = f"have stayed for {passed:.1f} s"
+            what = f"have not changed for {passed:.1f} s"
         else:
             return False
         period = min(self._gap, self._ticks(STUCK))
         ahead = max(period, self._ticks(passed)) if self.live else period
-        shift = self._newest + ahead - dts
-        if None not in (pts, self._last):
+        shift = newest + ahead - dts
+        if pts is not None and self._last is not None:
             shift = max(shift, self._last + period - pts)
         self.shift = shift
         self.breaks += 1
         self._recent.clear()
-        at = self._since()
-        note = f"{self.name}: its time stamps {what} at {at:.1f} s: film time goes on without that"
+        note = f"{self.name}: timestamps {what} at {at:.1f} s; corrected"
         if self.live or note not in _noted:  # training reads a recording many times
             logger.warning("%s", note)
             _noted.add(note)
         return True
-
-    def _since(self) -> float:
-        """Seconds from the first packet to the newest on the timeline."""
-        return float((self._newest - self._first) * self.time_base)
 
     def _ticks(self, seconds: float) -> int:
         return max(1, round(seconds / self.time_base))

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import av
+from av.container import InputContainer
+from av.stream import Stream
 
 from ..common.errors import InputError
 
@@ -54,7 +56,7 @@ def raw(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
         source.seek(place)
 
 
-def _is_fragmented(source: str | Path | BinaryIO, container: av.container.InputContainer) -> bool:
+def _is_fragmented(source: str | Path | BinaryIO, container: InputContainer) -> bool:
     """Whether this is a fragmented MP4, as recorders of HLS and DASH write."""
     if not container.format.name.startswith("mov"):
         return False
@@ -86,14 +88,14 @@ def check_structure(source: str | Path | BinaryIO, name: str, container: str, fu
             second = _second_header(file, container)
     if second is not None:
         raise InputError(
-            f"{name} is of several files that are joined, the second from byte {second} on, and only the first "
-            "can be read: give them one by one, or join them with FFmpeg"
+            f"{name} consists of several joined files (the second starts at byte {second}), and only the first can be "
+            "read: split it, or join the files with FFmpeg"
         )
 
 
 def _check_end(name: str, end: int, size: int) -> None:
     if end > size:
-        raise InputError(f"{name} is cut short, {size} of the {end} bytes it claims: download it again")
+        raise InputError(f"{name} is truncated ({size} of {end} bytes): download it again")
 
 
 def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
@@ -178,27 +180,33 @@ def check_codec(track: av.VideoStream, packet: av.Packet, name: str) -> None:
     for codec, parameters in PARAMETERS.items():
         if codec != track.codec_context.name and re.match(rb"\0*\0\0\x01(?:" + parameters + rb")", head, re.DOTALL):
             raise InputError(
-                f"{name} changes from {track.codec_context.name} to {codec}, where recordings are joined: give them "
-                "one by one, or convert them to one codec"
+                f"{name} changes from {track.codec_context.name} to {codec} where recordings were joined: split it, "
+                "or convert it to one codec"
             )
 
 
-def claimed_end(stream: av.stream.Stream) -> Fraction:
+def time_base(stream: Stream) -> Fraction:
+    """The length of a tick of a track in seconds. PyAV declares it as optional, but FFmpeg sets it for every track."""
+    assert stream.time_base is not None
+    return stream.time_base
+
+
+def claimed_end(stream: Stream) -> Fraction:
     """The end of a video or audio track in seconds, as the container states it; 0 if not stated."""
     if stream.type not in ("video", "audio") or not stream.duration:
         return Fraction(0)
-    return (stream.duration + (stream.start_time or 0)) * stream.time_base
+    return (stream.duration + (stream.start_time or 0)) * time_base(stream)
 
 
 def claims(
-    container: av.container.InputContainer, track: av.VideoStream, source: str | Path | BinaryIO | None = None
+    container: InputContainer, track: av.VideoStream, source: str | Path | BinaryIO | None = None
 ) -> dict[str, float]:
     """The length that the container states, in seconds, under one key: "length" is the duration of the track, "end" is
     its end on the axis of timestamps, and "all" is the end of all tracks. Empty if nothing is stated."""
     found = {}
     if track.duration and container.format.name.startswith(HEADERS):  # in other formats, FFmpeg estimates it
         fragmented = source is not None and _is_fragmented(source, container)
-        found["end" if fragmented else "length"] = float(track.duration * track.time_base)
+        found["end" if fragmented else "length"] = float(track.duration * time_base(track))
     elif (end := _clock_time(track.metadata.get("DURATION", ""))) is not None:  # the tag that FFmpeg writes to Matroska
         found["end"] = end
     elif container.duration:
@@ -218,7 +226,7 @@ def _clock_time(text: str) -> float | None:
 def check_length(name: str, claimed: dict[str, float], length: float, finish: float, end: float) -> None:
     """Raise InputError if a file ends more than CUT_SHORT before its stated end, see `shortfall`."""
     if short := shortfall(claimed, length, finish, end):
-        raise InputError(f"{name} is cut short, {short[0]:.2f} s of the {short[1]:.2f} s it claims: download it again")
+        raise InputError(f"{name} is truncated ({short[0]:.2f} s of {short[1]:.2f} s): download it again")
 
 
 def shortfall(claimed: dict[str, float], length: float, finish: float, end: float) -> tuple[float, float] | None:

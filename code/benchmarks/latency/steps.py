@@ -17,17 +17,17 @@ SHOWN = 14
 
 
 @contextlib.contextmanager
-def last_asks(bench: Bench, way: str, k: int, clips: int, words: int, tokens: int, chunk: int | None):
+def last_requests(bench: Bench, mode: str, k: int, clips: int, answer_tokens: int, tokens: int, chunk: int | None):
     """Play a video of `clips` clips; yield the step runner, its session still open, and the last request of each kind
     of step. The kind is (prefill pieces, whether a token is sampled)."""
     kept: dict[tuple[int, bool], StepRequest] = {}
-    with bench.open(way, f"wait-{k}", clips, max(words, k * clips), tokens, chunk=chunk) as session:
+    with bench.open(mode, f"wait-{k}", clips, max(answer_tokens, k * clips), tokens, chunk=chunk) as session:
         run = session.runner.step
 
-        def keep(asks):
-            (ask,) = asks
-            kept[int(len(ask.prefill) > 0), ask.sample] = ask
-            return run(asks)
+        def keep(requests):
+            (request,) = requests
+            kept[int(len(request.prefill) > 0), request.sample] = request
+            return run(requests)
 
         session.runner.step = keep
         play(bench, session, bench.clips(clips, tokens), ends=True)
@@ -50,51 +50,53 @@ def each(bench: Bench, work: Callable[[], object]) -> float:
     return median(taken)
 
 
-def passes(bench: Bench, k: int, clips: int, words: int, tokens: int, chunks: list[str]) -> dict:
+def steps(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chunks: list[str]) -> dict:
     """Seconds of each kind of step at the end of a video of `clips` clips, printed in milliseconds: the step replayed
     alone, the whole of `StepRunner.step`, and the host's share that packs the inputs."""
     floors, table, kernels = bench.floors(tokens), [], {}
     print(
-        f"\npasses at the end of {clips} clips of {tokens} visual tokens\n{'a clip rides':<14}{'rows':>6}{'word':>6}",
-        end="",
+        f"\nsteps at the end of {clips} clips of {tokens} visual tokens\n{'prefill':<14}{'rows':>6}{'token':>6}"
+        f"{'ms alone':>10}{'run':>8}{'host':>8}{'floor':>8}{'x floor':>9}"
     )
-    print(f"{'ms alone':>10}{'run':>8}{'host':>8}{'floor':>8}{'times':>7}")
     for how in chunks:
-        with last_asks(bench, "fused", k, clips, words, tokens, bench.chunk(how, tokens, k)) as (made, kept):
-            for (pieces, write), ask in sorted(kept.items()):
-                alone = each(bench, replay(made, pieces, write, ask))
-                whole = each(bench, lambda made=made, ask=ask: made.step([ask]))
+        with last_requests(bench, "fused", k, clips, answer_tokens, tokens, bench.chunk(how, tokens, k)) as (
+            made,
+            kept,
+        ):
+            for (pieces, sample), request in sorted(kept.items()):
+                alone = each(bench, replay(made, pieces, sample, request))
+                whole = each(bench, lambda made=made, request=request: made.step([request]))
                 began = time.perf_counter()
                 for _ in range(REPEATS):
-                    made.inputs[pieces].pack([ask])
+                    made.inputs[pieces].pack([request])
                 host = (time.perf_counter() - began) / REPEATS
-                work = floors.word(clips, words) if write else floors.clip(clips)
-                if write and pieces:
-                    share = len(ask.prefill) / tokens
-                    work = work + floors.clip(clips).part(share, bench.model.dtype.itemsize * floors.weights)
+                work = floors.decode(clips, answer_tokens) if sample else floors.prefill(clips)
+                if sample and pieces:
+                    share = len(request.prefill) / tokens
+                    work = work + floors.prefill(clips).part(share, bench.model.dtype.itemsize * floors.weights)
                 floor = floors.seconds(work)
-                row = {"how": how, "rows": len(ask.decode) + len(ask.prefill), "write": write}
+                row = {"how": how, "rows": len(request.decode) + len(request.prefill), "write": sample}
                 table.append({**row, "alone": alone, "run": whole, "host": host, "floor": floor})
                 print(
-                    f"{how if pieces else '':<14}{row['rows']:>6}{'yes' if write else 'no':>6}{1e3 * alone:>10.3f}"
-                    f"{1e3 * whole:>8.3f}{1e3 * host:>8.3f}{1e3 * floor:>8.3f}{alone / floor:>7.2f}",
+                    f"{how if pieces else '':<14}{row['rows']:>6}{'yes' if sample else 'no':>6}{1e3 * alone:>10.3f}"
+                    f"{1e3 * whole:>8.3f}{1e3 * host:>8.3f}{1e3 * floor:>8.3f}{alone / floor:>9.2f}",
                     flush=True,
                 )
             if how == chunks[0]:
-                for name, pieces in (("a word", 0), ("a clip and a word", 1)):
+                for name, pieces in (("decode", 0), ("prefill and decode", 1)):
                     kernels[name] = profile(bench, name, replay(made, pieces, True, kept[pieces, True]))
-    return {"tokens": tokens, "passes": table, "kernels": kernels}
+    return {"tokens": tokens, "steps": table, "kernels": kernels}
 
 
-def replay(made: StepRunner, pieces: int, write: bool, ask: StepRequest) -> Callable[[], object]:
-    """A function that repeats the device's part of the step for `ask`: a CUDA graph, or the step itself if there is
+def replay(made: StepRunner, pieces: int, sample: bool, request: StepRequest) -> Callable[[], object]:
+    """A function that repeats the device's part of the step for `request`: a CUDA graph, or the step itself if there is
     none."""
-    made.step([ask])
-    graph = made.graphs.get((pieces, write))
+    made.step([request])
+    graph = made.graphs.get((pieces, sample))
 
     @torch.no_grad()
     def again():
-        made._step(pieces, write)
+        made._step(pieces, sample)
 
     return again if graph is None else graph.replay
 
@@ -113,7 +115,8 @@ def profile(bench: Bench, name: str, work: Callable[[], object]) -> list[dict]:
         if spent:
             rows.append({"name": event.key, "count": event.count / 10, "ms": spent / 1e4})
     rows.sort(key=lambda row: -row["ms"])
-    print(f"\n{name} alone: {sum(row['ms'] for row in rows):.3f} ms in {sum(row['count'] for row in rows):.0f} kernels")
+    spent, count = sum(row["ms"] for row in rows), sum(row["count"] for row in rows)
+    print(f"\n{name} step alone: {spent:.3f} ms in {count:.0f} kernels")
     print(f"{'ms':>8}{'count':>7}  kernel")
     for row in rows[:SHOWN]:
         print(f"{row['ms']:>8.3f}{row['count']:>7.0f}  {row['name'][:100]}", flush=True)

@@ -1,0 +1,1 @@
+"""Chooses how to train on given GPUs: ZeRO stage, packing, activation checkpointing, compilation, accumulation."""

@@ -1,0 +1,76 @@
+"""Every number of the planner that only a GPU can confirm, each with the measurement that it comes from.
+
+`code/benchmarks/plans.py` compares predictions with measurements. Measured on H200s with random weights of the real
+shapes; see code/benchmarks/RESULTS.md.
+"""
+
+GIB = 2**30
+
+# Memory: bytes saved per token and layer for the backward pass, in units of 2-byte rows.
+COMPILED_HIDDEN, COMPILED_MLP = 7.5, 3.0
+"""Rows of the hidden size and of the MLP's size that a compiled layer saves. 3B: 92.5 KB, 7B: 172 KB per token."""
+EAGER_HIDDEN, EAGER_MLP = 12.0, 4.0
+"""The same without compilation: RMSNorm saves float32. 7B under ZeRO-3: 227 KB per token."""
+BACKWARD_MLP = 3.0
+"""Rows of the MLP's size that the backward pass of one layer holds besides."""
+LOGITS_BYTES = 14
+"""Per target and word of the vocabulary: logits in bf16 and float32, log-softmax, gradient."""
+EMBEDDING_ROWS = 8.0
+"""Hidden rows per token outside the layers: embeddings, their copy with visual tokens, the final norm."""
+PIXEL_BYTES = 4
+"""A pixel value on the GPU, where one forward pass has its pixels."""
+TOWER_ROW_BYTES = 60_000
+"""Working set of the frozen vision tower per patch."""
+TOWER_SAVED_HIDDEN, TOWER_SAVED_MLP = 16.0, 4.0
+"""Rows per patch and block that a trained vision tower saves."""
+MASK_BYTES = 6
+"""Bytes for each pair of tokens while FlexAttention's block mask is created."""
+LIVE_PARAMETERS = 1_000_000_000
+"""Gathered parameters that ZeRO-3 keeps (stage3_max_live_parameters, stage3_max_reuse_distance)."""
+CONTEXT = int(0.6 * GIB)
+"""CUDA context, cuBLAS workspaces and kernels of a process, outside PyTorch's allocator."""
+NCCL = int(1.0 * GIB)
+"""NCCL's buffers with several GPUs, outside PyTorch's allocator."""
+SLACK = 0.05
+"""Share of the memory that fragmentation and errors of the prediction may cost."""
+
+# Speed.
+MATRIX_SHARE = 0.80
+"""Measured rate of a bf16 matrix product of 8192 x 8192, relative to the nominal rate (H200: 790 of 989 TFLOP/s)."""
+WIDE, NARROW = 0.65, 0.55
+"""Share of the matrix rate that compiled layers reach in long rows, for a hidden size of 3584 (7B) and 2048 (3B)."""
+WIDE_HIDDEN, NARROW_HIDDEN = 3584, 2048
+WIDE_OVERHEAD, NARROW_OVERHEAD = 50.0, 600.0
+"""Tokens' worth of time that each row costs on top, for the same two sizes."""
+MOST_ROW = 16_384
+"""Tokens of the longest row that is planned; measured are rows up to 12,288."""
+EAGER_TIME = 1.5
+"""GPU time of layers that are not compiled, relative to compiled ones (3B: 281 ms a sample instead of 187)."""
+VARYING_TIME = 1.1
+"""Time of compiled layers with rows of different lengths, relative to rows of one length. Not measured."""
+PASS_SECONDS = 0.012
+"""Of each forward and backward pass: reading the batch, the mask, and the gaps around it."""
+HOST_SECONDS = {
+    # (ZeRO-3, compiled, checkpointed): host seconds per layer of the language model and forward and backward pass.
+    (False, True, False): 0.003,
+    (False, True, True): 0.004,
+    (False, False, False): 0.007,
+    (False, False, True): 0.0215,
+    (True, False, False): 0.036,
+    (True, False, True): 0.073,
+    (True, True, False): 0.012,
+    (True, True, True): 0.012,
+}
+"""A pass takes at least this long. 3B on 4 GPUs: ZeRO-2 784 ms, ZeRO-3 2,683 ms a sample, both checkpointed, when
+ZeRO-3 gathered each linear layer. Compiled layers under ZeRO-3: an upper bound."""
+SHARD_RATE = 240e9
+"""Bytes/s of gathered weights and reduced gradients that a pass under ZeRO-3 takes longer for: copies, hooks, and
+communication beside the computation. 3B on two H200s: 2.93 s a step where one GPU without sharding takes 2.6."""
+OPTIMIZER_BYTES = 30
+"""Bytes that an optimizer step reads and writes per parameter."""
+HOST_LINK = 20e9
+"""Bytes/s between host and GPU, for offload."""
+HOST_ADAM = 1.5e9
+"""Parameters per second and machine that Adam updates on the host. Not measured."""
+NETWORK = 20e9
+"""Bytes/s of each GPU between nodes that the plan assumes (200 Gbit/s)."""

@@ -1,0 +1,148 @@
+"""GPUs: a table of well-known cards, and the cards of this machine. Does not depend on models."""
+
+import re
+from dataclasses import dataclass
+
+from qwen_vl_streaming.common.errors import InputError
+
+from .constants import GIB, MATRIX_SHARE
+
+
+@dataclass(frozen=True)
+class Card:
+    """A kind of GPU."""
+
+    name: str
+    gigabytes: tuple[int, ...]
+    """Memory sizes that it is sold with; the first is the default."""
+    tflops: float
+    """Nominal dense bf16 matrix rate in TFLOP/s."""
+    memory_rate: float
+    """Bytes/s of its memory."""
+    link: float
+    """Bytes/s that reducing gradients among the GPUs of a machine reaches, as seen by a training step."""
+
+
+USABLE = 0.991
+"""GiB that PyTorch sees per nominal GB: 79.2 of an H100 with 80, 139.8 of an H200 with 141."""
+NVLINK, PCIE = 195e9, 10e9
+CARDS = (
+    Card("B200", (180, 192), 2250, 8.0e12, 2 * NVLINK),
+    Card("GB200", (186, 192), 2450, 8.0e12, 2 * NVLINK),
+    Card("H200", (141,), 989, 4.8e12, NVLINK),
+    Card("GH200", (96, 144), 989, 4.0e12, NVLINK),
+    Card("H100", (80, 94, 96), 989, 3.35e12, NVLINK),
+    Card("H800", (80,), 989, 3.35e12, NVLINK / 2),
+    Card("H20", (96, 141), 148, 4.0e12, NVLINK),
+    Card("A100", (80, 40), 312, 2.0e12, NVLINK / 2),
+    Card("A800", (80, 40), 312, 2.0e12, NVLINK / 3),
+    Card("L40S", (48,), 362, 0.86e12, PCIE),
+    Card("L40", (48,), 181, 0.86e12, PCIE),
+    Card("L4", (24,), 121, 0.3e12, PCIE),
+    Card("A40", (48,), 150, 0.7e12, PCIE),
+    Card("A10", (24,), 125, 0.6e12, PCIE),
+    Card("A6000", (48,), 155, 0.77e12, PCIE),
+    Card("6000Ada", (48,), 364, 0.96e12, PCIE),
+    Card("RTX5090", (32,), 210, 1.8e12, PCIE),
+    Card("RTX4090", (24,), 165, 1.0e12, PCIE),
+    Card("RTX4080", (16,), 97, 0.72e12, PCIE),
+    Card("RTX3090", (24,), 71, 0.94e12, PCIE),
+)
+SPACE_AND_MARKS = re.compile(r"[\s_-]+|NVIDIA|GeForce|Tesla|Generation", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of a run. All are alike."""
+
+    count: int
+    """On all nodes together."""
+    name: str
+    memory: int
+    """Bytes that a training process may use: those that are free, or all of a card that is not here."""
+    rate: float
+    """Measured or expected rate of a bf16 matrix product of 8192 x 8192, FLOP/s."""
+    memory_rate: float
+    link: float
+    """Bytes/s, see Card."""
+    nodes: int = 1
+    here: bool = False
+
+    def describe(self) -> str:
+        """Such as 8 x H100 (79.2 GiB)."""
+        nodes = f" on {self.nodes} nodes" if self.nodes > 1 else ""
+        return f"{self.count} x {self.name}{nodes}, {self.memory / GIB:.1f} GiB {'free' if self.here else 'each'}"
+
+
+def find_card(name: str) -> Card | None:
+    """The card of this name, as users or the driver write it, else None. The longest name that it contains counts."""
+    plain = SPACE_AND_MARKS.sub("", name).upper()
+    found = [card for card in CARDS if card.name.upper() in plain]
+    return max(found, key=lambda card: len(card.name), default=None)
+
+
+def parse_gpus(text: str, nodes: int = 1) -> Gpus:
+    """GPUs that are not here, such as 8xH100-80GB, H200 or 2xA100-40GB. Raises InputError for unknown ones."""
+    given = re.fullmatch(r"(?:(\d+)\s*x\s*)?([A-Za-z][\w .]*?)(?:-(\d+)(?:GB|GiB)?)?", text.strip(), re.IGNORECASE)
+    example = "give COUNTxNAME-MEMORY, such as 8xH100-80GB"
+    if not given:
+        raise InputError(f"--gpus {text}: {example}")
+    count, name, gigabytes = int(given[1] or 1), given[2], int(given[3] or 0)
+    if not 1 <= count <= 1024:
+        raise InputError(f"--gpus {text}: the number of GPUs must be between 1 and 1024")
+    card = next((card for card in CARDS if card.name.upper() == SPACE_AND_MARKS.sub("", name).upper()), None)
+    if card is None:
+        known = ", ".join(card.name for card in CARDS)
+        raise InputError(f"--gpus {text}: {name!r} is not known; known are {known}")
+    if gigabytes and gigabytes not in card.gigabytes:
+        sizes = " or ".join(f"{size}GB" for size in card.gigabytes)
+        raise InputError(f"--gpus {text}: {card.name} has {sizes}")
+    gib = (gigabytes or card.gigabytes[0]) * USABLE
+    rate = MATRIX_SHARE * card.tflops * 1e12
+    return Gpus(count * nodes, card.name, int(gib * GIB), rate, card.memory_rate, card.link, nodes)
+
+
+def gpus_here(per_node: int, nodes: int = 1) -> Gpus:
+    """The first `per_node` GPUs of this machine, with the smallest free memory of them. Raises InputError where they
+    differ."""
+    import torch
+
+    if per_node > (count := torch.cuda.device_count()):
+        raise InputError(f"{per_node} processes on a machine with {count} GPUs: lower NPROC_PER_NODE")
+    names = [torch.cuda.get_device_name(index) for index in range(per_node)]
+    if len(set(names)) > 1:
+        raise InputError(
+            f"the GPUs of this machine differ ({', '.join(dict.fromkeys(names))}), and the slowest would hold up the "
+            "others: name GPUs of one kind in CUDA_VISIBLE_DEVICES"
+        )
+    memory = min(torch.cuda.mem_get_info(index)[0] for index in range(per_node))
+    card = find_card(names[0])
+    if card:
+        return Gpus(
+            per_node * nodes,
+            card.name,
+            memory,
+            MATRIX_SHARE * card.tflops * 1e12,
+            card.memory_rate,
+            card.link,
+            nodes,
+            here=True,
+        )
+    rate = measured_rate()
+    return Gpus(per_node * nodes, names[0], memory, rate, rate / 400, PCIE, nodes, here=True)
+
+
+def measured_rate() -> float:
+    """FLOP/s of a bf16 matrix product on the first GPU, for cards that the table lacks."""
+    import torch
+
+    side, repeats = 4096, 10
+    a, b = torch.randn(2, side, side, device="cuda", dtype=torch.bfloat16)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for index in range(repeats + 2):
+        if index == 2:
+            start.record()
+        a @ b
+    stop.record()
+    torch.cuda.synchronize()
+    return 2 * side**3 * repeats / (start.elapsed_time(stop) / 1e3)

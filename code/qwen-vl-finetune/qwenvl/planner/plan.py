@@ -1,0 +1,214 @@
+"""The choice: of all settings that the user's flags allow and that fit, the fastest by prediction."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from qwen_vl_streaming.common.errors import InputError
+
+from . import constants as c
+from .gpus import Gpus
+from .lengths import Lengths
+from .memory import Memory, estimate, host_bytes
+from .settings import Settings, Zero, configurations
+from .shape import Shape
+from .speed import Speed, predict
+
+PAPER_SAMPLES = 16
+"""Samples of a GPU in an optimizer step, as in the paper."""
+EQUAL = 0.985
+"""Predicted speeds this close count as equal; the one with less memory is taken."""
+ERROR = 0.10
+"""A prediction may be off by this much: settings given by the user are refused only beyond it."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user decided; None or absent where the planner is free."""
+
+    zero: Zero | None = None
+    samples: int | None = None
+    pack_tokens: int | None = None
+    accumulation: int | None = None
+    checkpointing: bool | None = None
+    checkpointed: int | None = None
+    """Layers, from --checkpoint_layers."""
+    compiled: bool | None = None
+    can_pack: bool = True
+    """Whether the attention that was asked for supports packed rows."""
+    bf16: bool = True
+    flags: dict[str, str] = field(default_factory=dict)
+    """How to name each of these fields that was given, such as --pack_tokens 6144."""
+
+    def describe(self) -> str:
+        return " ".join(self.flags.values())
+
+    def without(self, name: str) -> "Given":
+        """The same with one field free."""
+        flags = {key: text for key, text in self.flags.items() if key != name}
+        return replace(self, **{name: None}, flags=flags)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings with what is predicted for them."""
+
+    settings: Settings
+    memory: Memory
+    speed: Speed
+    needed: float
+    """Bytes of a GPU, with CUDA, NCCL and slack."""
+    fits: bool = True
+
+
+def step_samples(given: Given) -> int:
+    """Samples of each GPU in an optimizer step: the paper's, unless asked.
+
+    Raises InputError where the flags contradict each other.
+    """
+    if given.accumulation is not None:
+        return given.accumulation * (given.samples or 1)
+    if given.samples is not None and PAPER_SAMPLES % given.samples:
+        raise InputError(
+            f"--per_device_train_batch_size {given.samples} does not divide the {PAPER_SAMPLES} samples of a step: "
+            "give --gradient_accumulation_steps too, or another"
+        )
+    return PAPER_SAMPLES
+
+
+def check_given(given: Given, shape: Shape) -> None:
+    """Raises InputError for flags that contradict each other."""
+    if given.checkpointed is not None and not 0 <= given.checkpointed <= shape.layers:
+        raise InputError(f"--checkpoint_layers {given.checkpointed}: the model has {shape.layers} layers")
+    if given.checkpointed and given.checkpointing is False:
+        raise InputError(
+            f"--checkpoint_layers {given.checkpointed} contradicts --gradient_checkpointing False: omit one"
+        )
+    if given.pack_tokens and not given.can_pack:
+        raise InputError(f"--pack_tokens {given.pack_tokens}: the attention does not support packed samples: omit it")
+
+
+def candidates(shape: Shape, lengths: Lengths, given: Given) -> Iterator[Settings]:
+    """All settings that the flags allow, but for the number of recomputed layers, which is 0 or all."""
+    total = step_samples(given)
+    if given.samples is not None:
+        batches = [given.samples]
+    elif given.accumulation is not None:
+        batches = [1]
+    else:
+        batches = [size for size in range(1, total + 1) if total % size == 0]
+    for zero in [given.zero] if given.zero else configurations():
+        for compiled in (True, False) if given.compiled is None else (given.compiled,):
+            for samples in batches:
+                for pack in _rows(lengths, given, samples, compiled):
+                    yield Settings(zero, samples, pack, total // samples, 0, compiled)
+
+
+def _rows(lengths: Lengths, given: Given, samples: int, compiled: bool) -> Iterator[int]:
+    """Lengths of the packed row that are worth a try; 0 for a row for each sample."""
+    if given.pack_tokens is not None:
+        if (
+            samples == 1
+            or given.samples is not None
+            or not given.pack_tokens
+            or lengths.row(samples) <= given.pack_tokens
+        ):
+            yield given.pack_tokens
+        return
+    row = lengths.row(samples) if given.can_pack else 0
+    if row and (samples > 1 or compiled) and (samples == 1 or row <= c.MOST_ROW or given.samples is not None):
+        yield row
+    if not row or (samples == 1 and not (compiled and lengths.alike)):
+        yield 0
+
+
+def _checkpointed(shape: Shape, given: Given) -> list[int]:
+    """Numbers of recomputed layers to choose from, in ascending order."""
+    if given.checkpointed is not None:
+        return [given.checkpointed]
+    if given.checkpointing is None:
+        return list(range(shape.layers + 1))
+    return [shape.layers if given.checkpointing else 0]
+
+
+def evaluate(settings: Settings, shape: Shape, lengths: Lengths, gpus: Gpus, bf16: bool = True) -> Plan:
+    """What is predicted for `settings`."""
+    memory = estimate(shape, settings, lengths, gpus.count, bf16)
+    outside = (0 if gpus.here else c.CONTEXT) + (c.NCCL if gpus.count > 1 else 0)
+    needed = memory.peak * (1 + c.SLACK) + outside
+    return Plan(settings, memory, predict(shape, settings, lengths, gpus, bf16), needed, needed <= gpus.memory)
+
+
+def plans(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float = math.inf) -> Iterator[Plan]:
+    """A plan for each candidate: the one with the fewest recomputed layers that fits, else the smallest."""
+    layers = _checkpointed(shape, given)
+    for settings in candidates(shape, lengths, given):
+        if settings.zero.offload and host_bytes(shape) > host and given.zero is None:
+            continue
+        low, high = 0, len(layers) - 1  # the first that fits, by bisection: memory falls with each layer
+        while low < high:
+            middle = (low + high) // 2
+            if evaluate(replace(settings, checkpointed=layers[middle]), shape, lengths, gpus, given.bf16).fits:
+                high = middle
+            else:
+                low = middle + 1
+        yield evaluate(replace(settings, checkpointed=layers[low]), shape, lengths, gpus, given.bf16)
+
+
+def fastest(found: list[Plan]) -> Plan | None:
+    """The fastest plan that fits; among those of about the same speed the one that needs the least memory."""
+    fitting = [plan for plan in found if plan.fits]
+    if not fitting:
+        return None
+    best = max(plan.speed.tokens for plan in fitting)
+    return min((plan for plan in fitting if plan.speed.tokens >= EQUAL * best), key=lambda plan: plan.needed)
+
+
+def choose(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float = math.inf) -> Plan:
+    """The plan for `gpus` within what the user has `given`; `host` is the free host memory of a machine in bytes.
+
+    Raises InputError where nothing fits, with the nearest that does.
+    """
+    check_given(given, shape)
+    found = list(plans(shape, lengths, gpus, given, host))
+    if not found:
+        raise InputError(f"{given.describe()}: no settings agree with these flags: omit --pack_tokens, or raise it")
+    if best := fastest(found):
+        return best
+    least = min(found, key=lambda plan: plan.needed)
+    if given.flags and least.needed * (1 - ERROR) <= gpus.memory:
+        return least  # it may work, and the printed plan says so
+    need = f"needs {least.needed / c.GIB:.1f} GiB a GPU, and there are {gpus.memory / c.GIB:.1f}"
+    near = [
+        (name, plan)
+        for name in given.flags
+        if (plan := fastest(list(plans(shape, lengths, gpus, _freed(given, name), host))))
+    ]
+    if near:
+        name, plan = max(near, key=lambda pair: pair[1].speed.tokens)
+        changed = command_line(plan.settings.flags(shape.layers))
+        raise InputError(f"{given.describe()} {need}: omit {given.flags[name]}; the nearest that fits is {changed}")
+    free = Given(can_pack=given.can_pack, bf16=given.bf16)
+    if given.flags and (plan := fastest(list(plans(shape, lengths, gpus, free, host)))):
+        changed = command_line(plan.settings.flags(shape.layers))
+        raise InputError(f"{given.describe()} {need}: the nearest that fits is {changed}")
+    adapters = "" if shape.lora else "--lora_enable True, "
+    least = min([least, *plans(shape, lengths, gpus, free)], key=lambda plan: plan.needed)
+    raise InputError(
+        f"{gpus.describe()}: too little to train this model of {shape.billions} parameters, which needs "
+        f"{least.needed / c.GIB:.1f} GiB a GPU with {least.settings.zero.title}: use {adapters}more GPUs, "
+        "larger ones, or a smaller --max_pixels_per_video"
+    )
+
+
+def _freed(given: Given, name: str) -> Given:
+    """`given` with one field free, and with it what contradicts a new value."""
+    freed = given.without(name)
+    if name in ("checkpointing", "checkpointed"):
+        freed = freed.without("checkpointing").without("checkpointed")
+    return freed
+
+
+def command_line(flags: dict[str, object]) -> str:
+    """Flags as one would type them."""
+    return " ".join(f"--{name} {value}" for name, value in flags.items())

@@ -1,0 +1,199 @@
+"""What a command line asks for: its flags, the run that it would resume, and the inputs of a plan."""
+
+import argparse
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import read_object
+from qwen_vl_streaming.common.paths import find_path
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
+from qwen_vl_streaming.model.prompts import load_processor
+from transformers.hf_argparser import string_to_bool
+
+from ..arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
+from ..checkpointing import OTHER_OUTPUT, newest_checkpoint
+from ..data import StreamingDataset
+from ..flags_help import HelpfulParser
+from ..rows import read_rows
+from .gpus import Gpus
+from .lengths import Lengths, assumed_lengths, find_lengths
+from .plan import Given, choose
+from .settings import FOLDER, Zero, configurations
+from .shape import KNOWN, find_shape, released_config
+from .text import count_steps, describe
+
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""Two names of one flag of transformers."""
+PLANNED = (
+    "deepspeed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "pack_tokens",
+    "gradient_checkpointing",
+    "checkpoint_layers",
+    "compile_layers",
+)
+"""Flags that the planner sets."""
+
+
+class QuietParser(HelpfulParser):
+    """A parser that raises InputError."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The flags of one command."""
+
+    given: dict[str, Any]
+    """Those that the user gave, by name."""
+    model: ModelArguments
+    data: DataArguments | None
+    """None where the training data are not here."""
+    no_data: str = ""
+    """Why they are not."""
+
+    @classmethod
+    def parse(cls, words: list[str]) -> "Request":
+        """Parses flags of train.py. Unknown ones are left for train.py to refuse. Raises InputError."""
+        parser = QuietParser((ModelArguments, DataArguments, SftArguments), prog="sft.sh", allow_abbrev=False)
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+        given = vars(parser.parse_known_args(words)[0])
+        if config := os.environ.get("DEEPSPEED_CONFIG"):
+            given.setdefault("deepspeed", config)
+
+        def group(kind):
+            names = {name for name, field in kind.__dataclass_fields__.items() if field.init}
+            return kind(**{name: value for name, value in given.items() if name in names})
+
+        try:
+            data, reason = group(DataArguments), ""
+        except InputError as error:
+            data, reason = None, str(error)
+        return cls(given, group(ModelArguments), data, reason)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.given.get("output_dir") or OUTPUT / f"qwen2_5vl-pe-{self.model.variant}")
+
+    def resumed(self) -> dict[str, object]:
+        """The planned flags of the run in the output folder, if it has a checkpoint or is finished; else nothing."""
+        path = self.output / "run.json"
+        if not path.exists():
+            return {}
+        record = read_object(path, OTHER_OUTPUT)
+        arguments = record.get("arguments")
+        if not isinstance(arguments, dict) or not (record.get("finished") or newest_checkpoint(self.output)):
+            return {}
+        flags = {
+            name: arguments[name]
+            for name in PLANNED
+            if name != "deepspeed" and arguments.get(name) is not None and name not in self.given
+        }
+        for name in CHECKPOINTING:
+            if name in self.given:
+                flags.pop("gradient_checkpointing", None)
+        zero = (arguments.get("deepspeed") or {}).get("zero_optimization")
+        if zero and "deepspeed" not in self.given:
+            offload = "offload_param" in zero or "offload_optimizer" in zero
+            same = [c.file for c in configurations() if (c.stage, c.offload) == (zero.get("stage"), offload)]
+            if same:
+                flags = {"deepspeed": same[0], **flags}
+        return flags
+
+    def choices(self) -> Given:
+        """What the flags leave the planner to choose. Raises InputError for invalid values."""
+        values, names = {}, {}
+
+        def take(field: str, flag: str, value) -> None:
+            values[field], names[field] = value, f"--{flag} {self.given[flag]}"
+
+        if "deepspeed" in self.given:
+            text = self.given["deepspeed"]
+            path = find_path(text, ROOT, "the DeepSpeed configuration", FOLDER)
+            take("zero", "deepspeed", Zero.read(path, Path(text).name if path.parent == FOLDER else text))
+        for field, flag in (
+            ("samples", "per_device_train_batch_size"),
+            ("accumulation", "gradient_accumulation_steps"),
+            ("pack_tokens", "pack_tokens"),
+            ("checkpointed", "checkpoint_layers"),
+            ("compiled", "compile_layers"),
+        ):
+            if flag in self.given:
+                take(field, flag, self.given[flag])
+        for flag in CHECKPOINTING:
+            if flag in self.given:
+                take("checkpointing", flag, string_to_bool(str(self.given[flag])))
+        for field in ("samples", "accumulation"):
+            if field in values and values[field] < 1:
+                raise InputError(f"{names[field]}: must be above 0")
+        return Given(
+            **values, can_pack="flash" not in self.model.attention, bf16=self.given.get("bf16", True), flags=names
+        )
+
+    def plan(self, gpus: Gpus) -> tuple[str, dict[str, object]]:
+        """The plan for `gpus` as text, and the flags that give it, without those that the user gave.
+
+        Raises InputError where nothing fits or the inputs cannot be read.
+        """
+        given = self.choices()
+        config = self._config(gpus)
+        shape = find_shape(config, self.model)
+        lengths = self._lengths(config, gpus)
+        host = psutil.virtual_memory().available if gpus.here else math.inf
+        plan = choose(shape, lengths, gpus, given, host)
+        settings = plan.settings
+        samples = settings.samples * settings.accumulation * gpus.count
+        steps = count_steps(
+            lengths.rows, samples, self.given.get("num_train_epochs", 1.0), self.given.get("max_steps", -1)
+        )
+        text = describe(plan, shape, lengths, gpus, steps, given.describe())
+        flags = settings.flags(shape.layers)
+        if any(name in self.given for name in CHECKPOINTING):
+            flags.pop("gradient_checkpointing")
+        return text, {name: value for name, value in flags.items() if name not in self.given}
+
+    def _config(self, gpus: Gpus):
+        """The model's config; for GPUs that are not here, that of a released size if the model cannot be reached."""
+        try:
+            return load_config(self.model.model_name_or_path)
+        except InputError:
+            size = next((s for s in KNOWN if f"VL-{s}-" in self.model.model_name_or_path), None)
+            if gpus.here or size is None:
+                raise
+            return released_config(size)
+
+    def _lengths(self, config, gpus: Gpus) -> Lengths:
+        if self.data is None:
+            if gpus.here:
+                raise InputError(self.no_data)
+            return assumed_lengths(self.given.get("model_max_length", 8192))
+        data = self.data
+        try:
+            processor = load_processor(self.model.model_name_or_path)
+        except InputError:
+            if gpus.here:
+                raise
+            return assumed_lengths(data.max_length)
+        rows = read_rows(data.train_data)
+        samples = StreamingDataset(
+            rows,
+            root=ROOT,
+            video_root=data.video_folder,
+            processor=processor,
+            tokens_per_second=config.vision_config.tokens_per_second,
+            variant=self.model.rules,
+            schedule=self.model.schedule,
+            budget=data.pixel_budget,
+            max_length=data.max_length,
+            seed=self.given.get("seed", 42),
+        )
+        return find_lengths(samples)[0]

@@ -1,0 +1,81 @@
+"""What a plan decides: the DeepSpeed configuration and how the samples of an optimizer step are run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_vl_streaming.common.errors import InputError
+
+FOLDER = Path(__file__).resolve().parents[2]
+CONFIGURATIONS = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
+"""From the fastest to the one that needs the least memory."""
+OFFLOADS = ("offload_optimizer", "offload_param")
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What matters of a DeepSpeed configuration."""
+
+    file: str
+    stage: int
+    offload: bool = False
+    """Parameters and optimizer states are in host memory."""
+    bucket: int | None = None
+    """Parameters of a reduction bucket; None for the square of the hidden size."""
+    overlap: bool = True
+    """Reduction runs beside the backward pass, with two buckets."""
+
+    @classmethod
+    def read(cls, path: Path, name: str = "") -> "Zero":
+        """Reads a configuration. Raises InputError where it is invalid."""
+        try:
+            zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+            stage, bucket = int(zero["stage"]), zero.get("reduce_bucket_size", 500_000_000)
+            return cls(
+                name or str(path),
+                stage,
+                any(
+                    zero.get(key, {}).get("device") in ("cpu", "nvme") for key in ("offload_optimizer", "offload_param")
+                ),
+                None if bucket == "auto" else int(bucket),
+                bool(zero.get("overlap_comm", stage == 3)),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} has no valid zero_optimization: see zero2.json") from error
+
+    @property
+    def title(self) -> str:
+        return f"ZeRO-{self.stage}{' with offload to the host' if self.offload else ''}"
+
+
+def configurations() -> list[Zero]:
+    """The configurations of this project, from the fastest to the one that needs the least memory."""
+    return [Zero.read(FOLDER / name, name) for name in CONFIGURATIONS]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How each process runs the samples of an optimizer step."""
+
+    zero: Zero
+    samples: int
+    """Samples of a forward pass."""
+    pack_tokens: int
+    """Tokens of the row that they are packed into; 0: a row each."""
+    accumulation: int
+    checkpointed: int
+    """Layers of the language model whose activations are recomputed."""
+    compiled: bool
+
+    def flags(self, layers: int) -> dict[str, object]:
+        """The flags of train.py that give these settings, for a model with this number of `layers`."""
+        flags: dict[str, object] = {
+            "deepspeed": self.zero.file,
+            "per_device_train_batch_size": self.samples,
+            "gradient_accumulation_steps": self.accumulation,
+            "pack_tokens": self.pack_tokens,
+            "gradient_checkpointing": self.checkpointed > 0,
+        }
+        if 0 < self.checkpointed < layers:
+            flags["checkpoint_layers"] = self.checkpointed
+        return {**flags, "compile_layers": self.compiled}

@@ -1,0 +1,118 @@
+"""The sizes of a model that memory and speed depend on, from its config alone."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from transformers import Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
+
+from ..arguments import ModelArguments
+from ..param_groups import LANGUAGE, VISION, part_of, plan_lora, tuned_parts
+
+KNOWN = {
+    "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+           "num_key_value_heads": 2, "vocab_size": 151936},
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "vocab_size": 152064},
+}  # fmt: skip
+"""Text configs of the released sizes, for plans where the model is not here."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen2.5-VL and of the part of it that trains. Numbers of parameters unless said otherwise."""
+
+    hidden: int
+    mlp: int
+    kv: int
+    """Columns of all key heads."""
+    layers: int
+    vocabulary: int
+    layer: int
+    """Matrices of one layer of the language model."""
+    total: int
+    trained: int
+    largest: int
+    """The largest trained parameter, or 0."""
+    tower: int
+    """Matrices of the vision tower without its merger."""
+    merger: int
+    tower_hidden: int
+    tower_mlp: int
+    tower_blocks: int
+    tower_full: int
+    """Blocks with attention over whole clips."""
+    window: int
+    """Patches of an attention window."""
+    patch_values: int
+    """Values of a patch of pixels."""
+    lora: bool
+    tunes_language: bool
+    tunes_tower: bool
+
+    @property
+    def billions(self) -> str:
+        return f"{self.total / 1e9:.1f}B"
+
+
+def released_config(size: str) -> Qwen2_5_VLConfig:
+    """The config of a released size in KNOWN."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "tokens_per_second": 2}
+    vision["out_hidden_size"] = KNOWN[size]["hidden_size"]
+    return Qwen2_5_VLConfig(
+        text_config={**KNOWN[size], "rope_parameters": rope}, vision_config=vision, tie_word_embeddings=size == "3B"
+    )
+
+
+def find_shape(config: Qwen2_5_VLConfig, arguments: ModelArguments) -> Shape:
+    """The sizes of a model of `config` that trains as `arguments` say. Allocates nothing.
+
+    Raises InputError for LoRA targets that match no layer.
+    """
+    with torch.device("meta"):
+        model = StockModel(config)
+    text, vision = config.text_config, config.vision_config
+    parameters = dict(model.named_parameters())
+    sizes: Counter[str] = Counter()
+    for name, parameter in parameters.items():
+        sizes[part_of(name)] += parameter.numel()
+    tuned = tuned_parts(arguments)
+    total, trained = sum(sizes.values()), {part: sizes[part] for part in tuned}
+    largest = max(p.numel() for name, p in parameters.items() if part_of(name) in tuned)
+    if arguments.lora_enable:
+        plan, modules = plan_lora(model, arguments), dict(model.named_modules())
+        adapters = sum(
+            arguments.lora_r * (modules[name].in_features + modules[name].out_features) for name in plan.adapted
+        )
+        full = [parameter.numel() for name in plan.full for parameter in modules[name].parameters()]
+        trained, largest = {"adapters": adapters, "full": sum(full)}, max([0, *full])
+        total += adapters + sum(full)  # peft keeps the base's own copy beside the one that trains
+
+    def matrices(module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+
+    tower, layers = model.model.visual, model.model.language_model.layers
+    return Shape(
+        hidden=text.hidden_size,
+        mlp=text.intermediate_size,
+        kv=text.hidden_size // text.num_attention_heads * text.num_key_value_heads,
+        layers=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
+        layer=matrices(layers[0]),
+        total=total,
+        trained=sum(trained.values()),
+        largest=largest,
+        tower=matrices(tower) - matrices(tower.merger),
+        merger=matrices(tower.merger),
+        tower_hidden=vision.hidden_size,
+        tower_mlp=vision.intermediate_size,
+        tower_blocks=vision.depth,
+        tower_full=len(vision.fullatt_block_indexes),
+        window=(vision.window_size // vision.patch_size) ** 2,
+        patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        lora=arguments.lora_enable,
+        tunes_language=LANGUAGE in tuned,
+        tunes_tower=VISION in tuned,
+    )

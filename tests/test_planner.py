@@ -1,0 +1,446 @@
+"""The planner of sft.sh: what it chooses for which GPUs, what it predicts and refuses, and that its flags train the
+same steps."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import send_to_device
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.errors import run as run_program
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from qwen_vl_streaming.video.frames import PixelBudget
+from qwenvl import train
+from qwenvl.arguments import ModelArguments
+from qwenvl.data import StreamingDataset, collate, collate_for_trainer, pack
+from qwenvl.planner import __main__ as program
+from qwenvl.planner import gpus as machine
+from qwenvl.planner.constants import GIB
+from qwenvl.planner.gpus import find_card, parse_gpus
+from qwenvl.planner.lengths import assumed_lengths, find_lengths
+from qwenvl.planner.memory import estimate
+from qwenvl.planner.plan import EQUAL, PAPER_SAMPLES, Given, choose, evaluate, plans
+from qwenvl.planner.request import PLANNED, Request
+from qwenvl.planner.settings import Settings, Zero, configurations
+from qwenvl.planner.shape import find_shape, released_config
+from qwenvl.planner.speed import predict, sample_flops
+from qwenvl.planner.table import rows
+from qwenvl.rows import read_rows
+from tiny import tiny_model
+from training import finish, flags, history, start
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "code/qwen-vl-finetune/scripts/sft.sh"
+ZERO = {zero.file: zero for zero in configurations()}
+LENGTHS = assumed_lengths(8192)
+MIXED = replace(LENGTHS, tokens=tuple(range(1_700, 3_400, 17)), longest=8_192, note="a sample")
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    arguments = {
+        "full": ModelArguments(model_name_or_path=str(ROOT)),
+        "LoRA": ModelArguments(str(ROOT), lora_enable=True),
+    }
+    return {
+        (size, how): find_shape(released_config(size), arguments[how]) for size in ("3B", "7B") for how in arguments
+    }
+
+
+def old(name: str) -> Zero:
+    """The configuration as it was when it was measured."""
+    return replace(ZERO[name], bucket=500_000_000) if name == "zero2.json" else ZERO[name]
+
+
+@pytest.mark.parametrize("size, count, zero, samples, row, recomputed, compiled, gib, tokens", [
+    ("3B", 4, "zero3.json", 1, 0, 36, False, 16.7, 4_314),
+    ("3B", 4, "zero2.json", 1, 0, 36, False, 24.1, 14_756),
+    ("3B", 4, "zero2.json", 2, 6144, 0, True, 40.0, 57_993),
+    ("3B", 1, "zero2.json", 2, 6144, 0, True, 72.5, 15_438),
+    ("3B", 1, "zero2.json", 4, 12288, 0, True, 89.8, 17_478),
+    ("7B", 4, "zero2.json", 2, 6144, 0, True, 75.1, 37_290),
+    ("7B", 2, "zero3.json", 1, 0, 0, False, 79.0, 5_037),
+    ("3B", 2, "zero3.json", 4, 11904, 0, True, 65.2, 31_406),
+    ("3B", 1, "zero1.json", 4, 11904, 0, True, 90.3, 16_470),
+])  # fmt: skip
+def test_predictions_are_what_was_measured(shapes, size, count, zero, samples, row, recomputed, compiled, gib, tokens):
+    settings = Settings(old(zero), samples, row, PAPER_SAMPLES // samples, recomputed, compiled)
+    memory = estimate(shapes[size, "full"], settings, LENGTHS, count)
+    assert memory.peak / GIB == pytest.approx(gib, rel=0.10)
+    assert predict(shapes[size, "full"], settings, LENGTHS, parse_gpus(f"{count}xH200")).tokens == pytest.approx(
+        tokens, rel=0.15
+    )
+
+
+@pytest.mark.parametrize("size", ["3B", "7B"])
+def test_flops_are_those_of_the_benchmark(shapes, size, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "code/benchmarks")
+    from training import __file__ as tests_own
+
+    monkeypatch.delitem(sys.modules, "training")
+    try:
+        import training as benchmark
+
+        assert benchmark.__file__ != tests_own
+        with torch.device("meta"):
+            model = Qwen2_5_VLForConditionalGeneration(benchmark.make_config(size, None))
+        timeline = benchmark.make_timeline(
+            VARIANTS["batch"], benchmark.LAYOUT, benchmark.answer_counts(VARIANTS["batch"])
+        )
+        expected = benchmark.flops(timeline, model)
+    finally:
+        sys.modules.pop("training")
+    tokens = len(timeline.rows)
+    assert sample_flops(shapes[size, "full"], tokens, 30 * 91, 117, 91)[0] == pytest.approx(expected, rel=1e-3)
+
+
+MACHINES = [
+    *(f"{count}x{card}" for count in (1, 2, 4, 8) for card in ("L4", "A100-40GB", "L40S-48GB", "H100-80GB", "H200")),
+    "RTX4080",
+    "4xRTX3090",
+    "8xB200",
+]
+
+
+@pytest.mark.parametrize("how", ["full", "LoRA"])
+@pytest.mark.parametrize("size", ["3B", "7B"])
+def test_every_machine_has_a_plan_that_fits(shapes, size, how):
+    """The optimizer's step stays the paper's, and nothing slower is planned than what also fits."""
+    for machine_name in MACHINES:
+        gpus, shape = parse_gpus(machine_name), shapes[size, how]
+        for lengths in (LENGTHS, MIXED):
+            plan = choose(shape, lengths, gpus, Given())
+            settings = plan.settings
+            assert plan.fits and plan.needed <= gpus.memory, machine_name
+            assert settings.samples * settings.accumulation == PAPER_SAMPLES
+            assert not settings.pack_tokens or settings.pack_tokens >= lengths.longest
+            assert all(other.speed.tokens * EQUAL <= plan.speed.tokens for other in plans(
+                shape, lengths, gpus, Given()) if other.fits)  # fmt: skip
+
+
+@pytest.mark.parametrize("size, how, machine_name, stages, offload, recomputes", [
+    ("3B", "full", "H200", (1, 2), False, False),
+    ("3B", "full", "H100-80GB", (1, 2), False, False),
+    ("3B", "full", "L4", (3,), True, None),
+    ("3B", "full", "8xH100-80GB", (1, 2), False, False),
+    ("7B", "full", "4xH200", (1, 2), False, False),
+    ("7B", "full", "H100-80GB", (3,), True, None),
+    ("3B", "LoRA", "RTX4080", (1, 2), False, None),
+    ("7B", "LoRA", "L4", (1, 2), False, True),
+    ("7B", "LoRA", "H100-80GB", (1, 2), False, False),
+])  # fmt: skip
+def test_what_is_chosen(shapes, size, how, machine_name, stages, offload, recomputes):
+    settings = choose(shapes[size, how], LENGTHS, parse_gpus(machine_name), Given()).settings
+    assert settings.zero.stage in stages and settings.zero.offload == offload
+    assert recomputes is None or (settings.checkpointed > 0) == recomputes
+    assert settings.compiled
+
+
+@pytest.mark.parametrize("size, how", [("3B", "full"), ("7B", "full"), ("7B", "LoRA")])
+def test_more_memory_is_never_slower(shapes, size, how):
+    for count in (1, 2, 8):
+        gpus, before = parse_gpus(f"{count}xH100"), 0.0
+        for gib in range(16, 192, 8):
+            try:
+                plan = choose(shapes[size, how], LENGTHS, replace(gpus, memory=gib * GIB), Given())
+            except InputError:
+                assert not before, "more memory is refused where less was not"
+                continue
+            assert plan.speed.tokens >= EQUAL * before
+            before = max(before, plan.speed.tokens)
+
+
+def test_memory_falls_with_recomputation_and_processes(shapes):
+    shape, gpus = shapes["3B", "full"], parse_gpus("4xH200")
+    for zero in ZERO.values():
+        for compiled in (True, False):
+            needed = [
+                evaluate(Settings(zero, 4, 12288, 4, layers, compiled), shape, LENGTHS, gpus).needed
+                for layers in range(1, shape.layers + 1)
+            ]
+            assert needed == sorted(needed, reverse=True)
+        each = [estimate(shape, Settings(zero, 1, 0, 16, 0, False), LENGTHS, count).peak for count in (1, 2, 4, 8)]
+        assert each == sorted(each, reverse=True)
+
+
+@pytest.mark.parametrize("field, flag, value", [
+    ("zero", "deepspeed", ZERO["zero2.json"]), ("zero", "deepspeed", ZERO["zero3.json"]),
+    ("samples", "per_device_train_batch_size", 1), ("samples", "per_device_train_batch_size", 8),
+    ("accumulation", "gradient_accumulation_steps", 3), ("pack_tokens", "pack_tokens", 0),
+    ("pack_tokens", "pack_tokens", 8192), ("checkpointing", "gradient_checkpointing", True),
+    ("checkpointing", "gradient_checkpointing", False), ("checkpointed", "checkpoint_layers", 5),
+    ("compiled", "compile_layers", False),
+])  # fmt: skip
+def test_a_given_flag_wins(shapes, field, flag, value):
+    given = Given(**{field: value}, flags={field: f"--{flag} {value}"})
+    settings = choose(shapes["3B", "full"], LENGTHS, parse_gpus("4xH200"), given).settings
+    found = settings.flags(36)[flag]
+    assert found == (value.file if field == "zero" else value)
+    samples = settings.samples * settings.accumulation
+    assert samples == (3 if field == "accumulation" else PAPER_SAMPLES)
+    if field == "pack_tokens" and value:
+        assert settings.samples * LENGTHS.longest <= value
+
+
+def given_by(words: str, monkeypatch, checkpoint="none") -> Request:
+    monkeypatch.delenv("DEEPSPEED_CONFIG", raising=False)
+    return Request.parse([f"--model_name_or_path={checkpoint}", *words.split()])
+
+
+@pytest.mark.parametrize("gpus, words, reasons", [
+    ("2xFoo", "", ["'Foo' is not known", "H100"]),
+    ("8xH100-81GB", "", ["H100 has 80GB or 94GB or 96GB"]),
+    ("0xH100", "", ["between 1 and 1024"]),
+    ("8x", "", ["COUNTxNAME-MEMORY"]),
+    ("", "", ["COUNTxNAME-MEMORY"]),
+    ("L4", "--deepspeed zero1.json", ["zero1.json needs", "the nearest that fits is", "zero3_offload.json"]),
+    ("L4", "--deepspeed zero1.json --gradient_checkpointing True", ["needs", "nearest that fits"]),
+    ("4xH200", "--per_device_train_batch_size 5", ["does not divide the 16 samples"]),
+    ("4xH200", "--per_device_train_batch_size 0", ["must be above 0"]),
+    ("4xH200", "--checkpoint_layers 3 --gradient_checkpointing False", ["contradicts"]),
+    ("4xH200", "--checkpoint_layers 99", ["the model has 36 layers"]),
+    ("4xH200", "--deepspeed nothing.json", ["nothing.json"]),
+    ("4xH200", "--pack_tokens many", ["invalid int value: 'many'"]),
+    ("4xH200", "--variant batch --attention flash_attention_2 --pack_tokens 6144", ["packed"]),
+    ("RTX4080", "--model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --max_steps 1 --gradient_accumulation_steps 1 "
+     "--deepspeed zero2.json --lora_enable True --lora_r 512", ["needs", "the nearest that fits"]),
+])  # fmt: skip
+def test_refusals(gpus, words, reasons, monkeypatch, capsys):
+    """In one line, with status 2, before a model loads."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("DEEPSPEED_CONFIG", raising=False)
+    first = ["--model_name_or_path", "Qwen/Qwen2.5-VL-3B-Instruct", "--train_data", "nowhere.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["planner", "0", "1", *first, *words.split(), "--gpus", gpus])
+    with pytest.raises(SystemExit) as ended:
+        run_program(program.main)
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out, said.err.count("\n")) == (2, "", 1), said
+    assert all(reason in said.err for reason in reasons), said.err
+
+
+def test_memory_too_small_for_anything(shapes):
+    with pytest.raises(
+        InputError, match=r"too little .* 8\.3B parameters, which needs [\d.]+ GiB .* --lora_enable True"
+    ):
+        choose(shapes["7B", "full"], LENGTHS, replace(parse_gpus("L4"), memory=2 * GIB), Given())
+
+
+@pytest.mark.parametrize("name, card", [
+    ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA GeForce RTX 4090", "RTX4090"),
+    ("NVIDIA L40S", "L40S"), ("NVIDIA L4", "L4"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A10G", "A10"),
+    ("NVIDIA RTX 6000 Ada Generation", "6000Ada"), ("Tesla V100-SXM2-32GB", None),
+])  # fmt: skip
+def test_cards_by_the_drivers_name(name, card):
+    assert getattr(find_card(name), "name", None) == card
+
+
+def test_gpus_that_differ_are_refused(monkeypatch):
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA L4"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="3 processes on a machine with 2 GPUs"):
+        machine.gpus_here(3)
+    with pytest.raises(InputError, match=r"differ .*CUDA_VISIBLE_DEVICES"):
+        machine.gpus_here(2)
+
+
+def test_processes_that_differ_are_refused(monkeypatch):
+    """Those of other nodes: the same check on all processes."""
+
+    class Training:
+        device, deepspeed, activation_checkpointing = torch.device("cpu"), None, False
+        per_device_train_batch_size, gradient_accumulation_steps = 4, 4
+
+    class Data:
+        pack_tokens = 12288
+
+    for change, said in (
+        (None, ""),
+        (("GPU", "L4"), "differ in GPU"),
+        (("--pack_tokens", 8192), "12288 on the first, 8192"),
+    ):
+        monkeypatch.setattr(
+            train, "gather_object", lambda mine, change=change: [*mine, mine[0] | dict([change] if change else [])]
+        )
+        if not said:
+            train.check_same_machines(ModelArguments(str(ROOT)), Data, Training)
+            continue
+        with pytest.raises(InputError, match=said):
+            train.check_same_machines(ModelArguments(str(ROOT)), Data, Training)
+
+
+def test_lengths_come_from_headers(made):
+    """They are upper bounds, close to the real ones, and any batch fits into the row."""
+    checkpoint, data = made
+    budget = PixelBudget(3136, 3136)
+    samples = StreamingDataset(
+        read_rows(data), ROOT, load_processor(checkpoint), 2, VARIANTS["group"], "wait-3", budget, 4096
+    )
+    lengths, headers = find_lengths(samples)
+    real = [len(samples[index].input_ids) for index in range(len(samples))]
+    assert len(lengths.tokens) == len(headers) == len(real) == lengths.rows
+    assert all(a <= b <= a + 8 for a, b in zip(real, lengths.tokens, strict=True))  # within one clip of 4 tokens
+    for count in (1, 2, 4, 8):
+        assert lengths.row(count) % 128 == 0
+        assert len(pack([samples[index] for index in range(count)], lengths.row(count))) == 1
+
+
+def test_of_many_rows_a_sample_is_read(made, monkeypatch):
+    checkpoint, data = made
+    rows = read_rows(data)
+    monkeypatch.setattr("qwenvl.planner.lengths.MOST_SCANNED", 3)
+    samples = StreamingDataset(
+        rows, ROOT, load_processor(checkpoint), 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096
+    )
+    lengths, headers = find_lengths(samples)
+    assert len(headers) == 3 and lengths.rows == len(rows) and lengths.longest == 4096
+    assert find_lengths(samples)[0] == lengths  # the same on every node
+
+
+def test_some_layers_are_recomputed():
+    """With the gradients of none."""
+    model, ids = tiny_model(), torch.arange(12)[None]
+    model.train()
+    inputs = {"input_ids": ids, "position_ids": ids.expand(3, 1, -1), "attention_mask": None, "labels": ids + 1}
+
+    def gradients():
+        model.zero_grad()
+        calls = []
+        layers = model.model.language_model.layers
+        hooks = [layer.mlp.register_forward_pre_hook(lambda *_, i=i: calls.append(i)) for i, layer in enumerate(layers)]
+        model(**inputs).loss.backward()
+        for hook in hooks:
+            hook.remove()
+        return sorted(calls), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    calls, expected = gradients()
+    assert calls == [0, 1]
+    for layers, calls in ((1, [0, 0, 1]), (None, [0, 0, 1, 1]), (2, [0, 0, 1, 1])):
+        model.checkpointed_layers = layers
+        model.activation_checkpointing_enable()
+        found, same = gradients()
+        assert found == calls
+        assert all(torch.equal(a, b) for a, b in zip(same, expected, strict=True))
+
+
+def test_layers_that_cannot_be_recomputed_are_refused():
+    class Training:
+        gradient_checkpointing, activation_checkpointing = False, False
+
+    config = released_config("3B")
+    with pytest.raises(InputError, match="--checkpoint_layers 2 contradicts"):
+        train.check_checkpointing(2, Training, config)
+    Training.activation_checkpointing = True
+    with pytest.raises(InputError, match="--checkpoint_layers 37: the model has 36 layers"):
+        train.check_checkpointing(37, Training, config)
+    train.check_checkpointing(36, Training, config)
+    train.check_checkpointing(None, Training, config)
+    with pytest.raises(InputError, match="--checkpoint_layers 0: must be at least 1"):
+        ModelArguments(str(ROOT), checkpoint_layers=0)
+
+
+def test_pixels_stay_in_host_memory(made):
+    """Trainer and accelerate leave them where they are; the rest of a batch is unchanged."""
+    checkpoint, data = made
+    rows, processor = read_rows(data), load_processor(checkpoint)
+    samples = StreamingDataset(rows, ROOT, processor, 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096)
+    plain, held = (make([samples[0], samples[1]]) for make in (collate, collate_for_trainer))
+    pixels = held.pop("pixel_values_videos")
+    assert torch.equal(pixels.tensor, plain.pop("pixel_values_videos")) and plain.keys() == held.keys()
+    assert send_to_device({"pixels": pixels}, "meta")["pixels"] is pixels
+
+
+def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch):
+    """Losses and gradient norms in float32 equal those of one sample at a time, and a resumed run keeps its plan."""
+    common = {"min_pixels_per_frame": 3136, "max_pixels_per_frame": 3136}
+    words = " ".join(f"--{name} {value}" for name, value in common.items())
+    request = given_by(
+        f"--train_data {made[1]} {words} --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
+        "--compile_layers False --checkpoint_layers 1",
+        monkeypatch,
+        made[0],
+    )
+    text, planned = request.plan(parse_gpus("H200"))
+    assert planned["pack_tokens"] > 0 and planned["gradient_checkpointing"] is True and "4 samples in a row" in text
+    chosen = {**{name: value for name, value in planned.items() if name != "deepspeed"}, "checkpoint_layers": 1}
+    alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    packed = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **chosen}
+    for name, changes in (("alone", alone), ("packed", packed)):
+        finish(start(flags(made, tmp_path / name, save_steps=2, **changes), tmp_path / f"{name}.log"))
+    a, b = history(tmp_path / "alone"), history(tmp_path / "packed")
+    assert sorted(a) == sorted(b) == list(range(1, 7))
+    for step in a:
+        assert a[step] == pytest.approx(b[step], abs=1e-4), step
+
+    resumed = given_by(f"--output_dir {tmp_path / 'packed'}", monkeypatch, made[0]).resumed()
+    record = json.loads((tmp_path / "packed/run.json").read_text())["arguments"]
+    assert resumed == {name: record[name] for name in PLANNED if name != "deepspeed"}
+    assert resumed["pack_tokens"] == planned["pack_tokens"] and resumed["checkpoint_layers"] == 1
+    again = given_by(f"--output_dir {tmp_path / 'packed'} --pack_tokens 1", monkeypatch, made[0]).resumed()
+    assert "pack_tokens" not in again  # record.py compares what the user gives
+    assert given_by(f"--output_dir {tmp_path / 'new'}", monkeypatch, made[0]).resumed() == {}
+
+
+def test_the_table_of_the_docs_is_the_planners():
+    assert "\n".join(rows()) in (ROOT / "docs/training.md").read_text(), "paste python -m qwenvl.planner.table"
+
+
+STAND_IN = """
+import os, sys
+if "qwenvl.device" in sys.orig_argv or "qwenvl.planner" in sys.orig_argv:
+    import torch
+    from qwen_vl_streaming import devices
+    devices.look = lambda environment: devices.Devices(2, bfloat16=True)
+    torch.cuda.device_count = lambda: 2
+    torch.cuda.get_device_name = lambda index: "NVIDIA H100 80GB HBM3"
+    torch.cuda.mem_get_info = lambda index: (70 * 2**30, 80 * 2**30)
+elif "qwen_vl_streaming.launch" in sys.orig_argv[:3]:
+    os._exit(0)
+"""
+
+
+def test_the_bare_command_is_planned(made, tmp_path):
+    """sft.sh on two GPUs: the plan is printed, its flags are part of the echoed command, and given ones come last."""
+    (tmp_path / "sitecustomize.py").write_text(STAND_IN)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        "QWEN2_5_VL_MODEL_PATH": str(made[0]),
+        "QWEN2_5_VL_TRAIN_DATA": str(made[1]),
+        "DEEPSPEED_CONFIG": "zero2.json",
+    }
+    words = ["--pack_tokens", "4096", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(["bash", SCRIPT, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "plan for 2 x H100, 70.0 GiB free" in done.stderr and "predicted:" in done.stderr
+    (echo,) = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
+    assert echo.count("--pack_tokens") == 1 and "--pack_tokens 4096" in echo
+    assert "--deepspeed zero2.json" in echo and echo.count("--deepspeed") == 1
+    assert "--compile_layers True" in echo and "--nproc_per_node 2" in echo and "--gradient_accumulation_steps" in echo
+
+
+def test_a_plan_for_a_machine_that_is_not_here(made):
+    environment = {**os.environ, "QWEN2_5_VL_MODEL_PATH": str(made[0]), "QWEN2_5_VL_TRAIN_DATA": str(made[1])}
+    done = subprocess.run(
+        ["bash", SCRIPT, "--plan", "--gpus", "8xH100-80GB"],
+        env={**environment, "NNODES": "2", "MASTER_ADDR": "x"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("plan for 16 x H100 on 2 nodes") and "network: each GPU sends" in done.stdout
+    assert "flags: --deepspeed zero1.json" in done.stdout
+
+
+def test_a_plan_without_gpus_asks_for_them(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["planner", "0", "1", "--plan"])
+    with pytest.raises(SystemExit) as ended:
+        run_program(program.main)
+    assert ended.value.code == 2 and "--gpus 8xH100-80GB" in capsys.readouterr().err
