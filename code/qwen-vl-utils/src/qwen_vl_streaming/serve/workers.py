@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..common.errors import InputError
+from ..sessions.perception_client import group_signals_ignored
 from .model_process import ModelSpec, run_model, run_process
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class Worker:
             threading.Thread(target=run_model, args=(theirs, spec), daemon=True).start()
         else:
             self.process = context.Process(target=run_process, args=(theirs, spec, os.getpid()), daemon=True)
-            self.process.start()
+            with group_signals_ignored():
+                self.process.start()
             theirs.close()
         self.outbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
 
