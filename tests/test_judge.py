@@ -167,7 +167,7 @@ def test_a_killed_run_resumes(endpoint, tmp_path):
     cache = tmp_path / "cache.jsonl"
     code = "import sys; from pathlib import Path; from metrics.judge import Judge\n"
     code += "Judge(sys.argv[1], 'grader', workers=2).judge([f'caption {i}' for i in range(60)], Path(sys.argv[2]))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(module.__file__).parents[1]), *sys.path])}
     run = subprocess.Popen([sys.executable, "-c", code, endpoint.url, str(cache)], env=environment, stderr=-3)
     for enough in (1, 10):
         while not cache.exists() or cache.read_bytes().count(b"\n") < enough:
