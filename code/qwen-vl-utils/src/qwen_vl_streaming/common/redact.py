@@ -115,10 +115,12 @@ def redacted_command(words: Iterable[str]) -> list[str]:
 
 
 class Redacting(logging.Filter):
-    """A logging filter that removes passwords from messages and puts each message on one line."""
+    """A logging filter that removes passwords from messages and tracebacks, and puts each message on one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = shown(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
         return True
 
 

@@ -16,10 +16,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from ..model.prompts import QUESTIONS
@@ -53,6 +56,21 @@ HEADERS = {
 }
 
 
+class WithHeaders:
+    """Adds HEADERS to every answer."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
 class Server:
     """What all connections share."""
 
@@ -63,6 +81,8 @@ class Server:
         self.executor = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "frames")
         self.viewers: set[Viewer] = set()
         self.addresses: collections.Counter[str] = collections.Counter()
+        self.reading: list[OwnSource] = []
+        """Sources of the server's own that are open, for one viewer each."""
         self.stopping = False
         self.metrics.queue.set_function(lambda: len(self.seats.queue))
         self.metrics.viewers.set_function(lambda: len(self.viewers))
@@ -135,7 +155,12 @@ class Server:
 
     def own_source(self, name: str, model: ServedModel, tell: Callable) -> OwnSource:
         settings = self.settings
-        return OwnSource(name, settings.sources[name], model, settings.dtype, settings.pool_clips, tell)
+        self.reading = [source for source in self.reading if source.thread.is_alive()]
+        if len(self.reading) >= settings.sessions * len(self.workers) + settings.queue:
+            raise Refused("queue_full", "too many viewers watch sources of the server: try again later")
+        source = OwnSource(name, settings.sources[name], model, settings.dtype, settings.pool_clips, tell)
+        self.reading.append(source)
+        return source
 
     def record_path(self, key: str, variant: str) -> Path:
         return self.settings.records / f"{time.strftime('%Y%m%d-%H%M%S')}-{variant}-{key}.json"
@@ -152,17 +177,17 @@ class Server:
 
     def refusal(self, connection: HTTPConnection, needs_token: bool = True) -> tuple[int, str] | None:
         """Why a request is refused, with its HTTP status, or None."""
-        host = urlsplit(f"//{connection.headers.get('host', '')}")
-        try:
-            name = host.hostname or ""
-        except ValueError:
-            name = ""
         origin = connection.headers.get("origin")
+        try:
+            host = urlsplit(f"//{connection.headers.get('host', '')}")
+            name, asking = host.hostname or "", urlsplit(origin or "").netloc
+        except ValueError:
+            return 400, "Host or Origin is not an address"
         public = {urlsplit(each).netloc for each in self.settings.origins}
         # Without this, a page elsewhere could reach a server on the loopback through a host name of its own.
         if self.settings.loopback and not (is_loopback(name) or host.netloc in public):
             return 403, "this host name is not served: see --origin"
-        if origin and urlsplit(origin).netloc != host.netloc and origin not in self.settings.origins:
+        if origin and asking != host.netloc and origin not in self.settings.origins:
             return 403, "this origin may not connect: see --origin"
         if needs_token and self.settings.token and not self._has_token(connection):
             return 401, "a token is needed"
@@ -182,12 +207,11 @@ class Server:
         address = socket.client.host if socket.client else ""
         if refusal := self.refusal(socket):
             status, reason = refusal
-            response = PlainTextResponse(f"{reason}\n", status, HEADERS)
-            return await socket.send_denial_response(response)
+            return await socket.send_denial_response(PlainTextResponse(f"{reason}\n", status))
         if self.stopping or self.addresses[address] >= self.settings.per_client:
             reason = "the server stops" if self.stopping else f"more than {self.settings.per_client} connections"
             status = 503 if self.stopping else 429
-            return await socket.send_denial_response(PlainTextResponse(f"{reason}\n", status, HEADERS))
+            return await socket.send_denial_response(PlainTextResponse(f"{reason}\n", status))
         await socket.accept(PROTOCOL if PROTOCOL in socket.scope.get("subprotocols", []) else None)
         viewer = Viewer(socket, self)
         self.viewers.add(viewer)
@@ -205,10 +229,8 @@ class Server:
 
         async def route(request: Request) -> Response:
             if refusal := self.refusal(request, needs_token):
-                return PlainTextResponse(f"{refusal[1]}\n", refusal[0], HEADERS)
-            response = await asyncio.to_thread(make, request)
-            response.headers.update(HEADERS)
-            return response
+                return PlainTextResponse(f"{refusal[1]}\n", refusal[0])
+            return await asyncio.to_thread(make, request)
 
         return route
 
@@ -244,12 +266,6 @@ class Server:
         return Response(json.dumps(data, indent=1), media_type="application/json", headers=headers)
 
     def app(self, lifespan: Callable | None = None) -> Starlette:
-        class Static(StaticFiles):
-            def file_response(self, *arguments, **options):
-                response = super().file_response(*arguments, **options)
-                response.headers.update(HEADERS)
-                return response
-
         return Starlette(
             routes=[
                 Route("/", self.answer(self.page, needs_token=False)),
@@ -259,8 +275,9 @@ class Server:
                 Route("/v1/records/{key}", self.answer(self.record)),
                 Route("/v1/records/{key}/clips", self.answer(self.record)),
                 WebSocketRoute("/v1/realtime", self.realtime),
-                Mount("/static", Static(directory=STATIC)),
+                Mount("/static", StaticFiles(directory=STATIC)),
             ],
             lifespan=lifespan,
-            exception_handlers={404: lambda *_: PlainTextResponse("not found\n", 404, HEADERS)},
+            middleware=[Middleware(WithHeaders)],
+            exception_handlers={404: lambda *_: PlainTextResponse("not found\n", 404)},
         )

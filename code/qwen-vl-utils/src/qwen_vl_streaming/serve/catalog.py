@@ -5,9 +5,10 @@ Reads configs and processors, no weights.
 
 import functools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..common.errors import InputError
-from ..model.modeling_qwen2_5_vl import load_config
+from ..model.modeling_qwen2_5_vl import load_config, tokens_per_second
 from ..model.prompts import QUESTIONS, Template, load_processor, make_template
 from ..model.trained import check_trained
 from ..sessions import GREEDY
@@ -33,7 +34,7 @@ class ServedModel:
     steps_per_second: float
     """Position steps of a second of video."""
     budget: PixelBudget
-    processor: object = field(repr=False)
+    processor: Any = field(repr=False)
 
     @property
     def mode(self) -> str:
@@ -115,7 +116,7 @@ def load_catalog(settings: Settings) -> dict[str, ServedModel]:
             path=path,
             variant=variant,
             wait_k=getattr(config, "wait_k", 3),
-            steps_per_second=config.vision_config.tokens_per_second,
+            steps_per_second=tokens_per_second(config),
             budget=budget_of(config, settings),
             processor=processor,
         )

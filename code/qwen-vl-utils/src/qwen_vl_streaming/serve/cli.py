@@ -23,6 +23,7 @@ from ..common.progress import quiet_libraries
 from ..common.redact import Redacting
 from .app import Server
 from .catalog import load_catalog, place
+from .guards import GuardedHTTP, GuardedWebSocket
 from .model_process import SWITCH_SECONDS
 from .options import Settings, bind, parse
 from .workers import start_workers
@@ -48,7 +49,10 @@ def make_uvicorn(server: Server) -> Uvicorn:
         access_log=False,
         server_header=False,
         lifespan="off",
-        ws="websockets-sansio",
+        log_config=None,  # its messages go where ours go, without secrets
+        proxy_headers=False,  # any client of a proxy can write them
+        http=GuardedHTTP,
+        ws=GuardedWebSocket,
         ws_max_size=settings.limits.frame_bytes + 2**16,
         ws_per_message_deflate=False,
         limit_concurrency=settings.sessions * len(server.workers) + settings.queue + HANDSHAKE_MARGIN,
@@ -80,7 +84,8 @@ async def serve(server: Server, listener: socket.socket) -> int:
 
 
 def address(listener: socket.socket, settings: Settings) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host.strip("[]") else settings.host
+    host = settings.host.strip("[]")
+    host = f"[{host}]" if ":" in host else host
     return f"http://{host}:{listener.getsockname()[1]}"
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
@@ -50,13 +51,13 @@ class Connection:
     async def run(self, handle: Callable[[dict], Awaitable[None]], busy: Callable[[], bool]) -> None:
         """Pass events to `handle`, one after the other, until the client goes, breaks the rules or `stop` is called.
         `handle` may raise Refused or InputError. Silence is allowed while `busy`. Then call `close`."""
-        self.sender = asyncio.create_task(self._send_all())
-        self.receiver = asyncio.create_task(self._receive_all(handle, busy))
-        self.sender.add_done_callback(lambda _: self.receiver.cancel())
+        self.sender = sender = asyncio.create_task(self._send_all())
+        self.receiver = receiver = asyncio.create_task(self._receive_all(handle, busy))
+        sender.add_done_callback(lambda _: receiver.cancel())
         try:
-            await self.receiver
+            await receiver
         except asyncio.CancelledError:
-            self.gone = self.sender.done()
+            self.gone = sender.done()
         except WebSocketDisconnect:
             self.gone = True
         except Closing:
@@ -74,8 +75,9 @@ class Connection:
     async def close(self) -> None:
         """Send what waits, and close."""
         self.outbox.put_nowait(None)
-        await asyncio.wait([self.sender], timeout=SEND_SECONDS)
-        self.sender.cancel()
+        if self.sender is not None:
+            await asyncio.wait([self.sender], timeout=SEND_SECONDS)
+            self.sender.cancel()
 
     def send(self, kind: str, droppable: bool = False, binary: bytes | None = None, **fields) -> None:
         """Queue a message and the `binary` one after it. A `droppable` one is left out if the client reads slowly."""
@@ -88,7 +90,7 @@ class Connection:
     def error(self, code: str, message: str, event_id: str | None = None) -> None:
         self.send("error", error={"code": code, "message": message, "event_id": event_id})
 
-    async def receive(self, kind: str, busy: Callable[[], bool] = lambda: False) -> str | bytes:
+    async def receive(self, kind: str, busy: Callable[[], bool] = lambda: False) -> Any:
         """The next message. Raises Refused if it is not of `kind`, "text" or "bytes"."""
         while True:
             try:

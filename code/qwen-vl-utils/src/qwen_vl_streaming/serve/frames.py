@@ -26,6 +26,10 @@ JUMP_SECONDS = 5.0
 """A capture time that is further from the expected one means that the client's clock has jumped."""
 MOST_SCANS = 20
 """Scans of a JPEG. Cameras and browsers write 1, progressive files about 10; each takes time to decode."""
+MOST_PARTS = 50
+"""Segments before a JPEG's first scan, and chunks of a PNG beside its pixels: Pillow reads them all, in Python."""
+MOST_PIXEL_CHUNKS = 10_000
+Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning; `decode_picture` has a limit of its own
 
 
 class BadFrame(ValueError):
@@ -38,10 +42,10 @@ class BadFrame(ValueError):
 
 def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, int]) -> Tensor:
     """Decode a JPEG or PNG to (3, *size) uint8. Its header is checked before any pixel is decoded. Raises BadFrame."""
+    if not (jpeg_has_few_parts(data) if form == "jpeg" else png_has_few_parts(data)):
+        raise BadFrame("not_an_image", f"the frame is not a {form.upper()} picture, or has too many parts")
     try:
         picture = Image.open(io.BytesIO(data), formats=(form,))
-    except Image.DecompressionBombError as error:
-        raise BadFrame("frame_too_large", f"a frame of too many pixels: at most {most_pixels} are allowed") from error
     except Exception as error:  # Pillow raises many types for damaged files
         raise BadFrame("not_an_image", f"the frame is not a {form.upper()} picture") from error
     width, height = picture.size
@@ -49,6 +53,8 @@ def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, in
         raise BadFrame("frame_too_large", f"a frame of {width} x {height} pixels: at most {most_pixels} are allowed")
     if form == "jpeg" and data.count(b"\xff\xda") > MOST_SCANS:
         raise BadFrame("not_an_image", f"a JPEG of more than {MOST_SCANS} scans is not decoded")
+    if picture.mode.startswith("I"):  # Pillow would show all bright parts as white
+        raise BadFrame("not_an_image", "a PNG of 16 bits without colour is not decoded: send 8 bits")
     try:
         image = np.array(picture.convert("RGB"))
     except Exception as error:
@@ -56,6 +62,31 @@ def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, in
     if image.shape[:2] == size:
         return torch.from_numpy(image).permute(2, 0, 1).contiguous()
     return resize_frame(image, size)
+
+
+def jpeg_has_few_parts(data: bytes) -> bool:
+    """`data` is a JPEG whose first scan follows after at most MOST_PARTS segments."""
+    position = 2
+    for _ in range(MOST_PARTS):
+        marker, size = data[position : position + 2], int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker == b"\xff\xda":
+            return data.startswith(b"\xff\xd8")
+        if marker[:1] != b"\xff" or (size < 2 and marker != b"\xff\xff"):
+            return False
+        position += 1 if marker == b"\xff\xff" else 2 + size  # a byte of padding, or a segment
+    return False
+
+
+def png_has_few_parts(data: bytes) -> bool:
+    """`data` is a PNG of at most MOST_PIXEL_CHUNKS chunks of pixels and MOST_PARTS others. Its end may be missing."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return False
+    position, pixels, others = 8, 0, 0
+    while position < len(data) and pixels <= MOST_PIXEL_CHUNKS and others <= MOST_PARTS:
+        is_pixels = data[position + 4 : position + 8] == b"IDAT"
+        pixels, others = pixels + is_pixels, others + (not is_pixels)
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return pixels <= MOST_PIXEL_CHUNKS and others <= MOST_PARTS
 
 
 def encode_picture(frame: Tensor) -> bytes:
@@ -80,7 +111,7 @@ def prepare_clip(processor, frames: Tensor, dtype: torch.dtype) -> PreparedClip:
     """Prepare the frames of one clip, (2, 3, H, W) uint8."""
     pixels = clip_pixels(processor, frames)[0][0]
     raw = pixels.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
-    return PreparedClip(raw, tuple(pixels.shape), clip_hash(pixels))
+    return PreparedClip(raw, (pixels.shape[0], pixels.shape[1]), clip_hash(pixels))
 
 
 class ClipBuilder:
@@ -125,7 +156,7 @@ class ClipBuilder:
     def finish(self) -> list[tuple[Tensor, bool]]:
         """The source has ended. As in a file, the last picture is repeated to fill its clip, which is the last one."""
         self.frames = self.next
-        return self._extend([self.newest]) if self.waiting else []
+        return self._extend(self.waiting[-1:])
 
     def _extend(self, pictures: list[Tensor]) -> list[tuple[Tensor, bool]]:
         done = []

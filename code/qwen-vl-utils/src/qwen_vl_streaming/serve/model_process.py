@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
@@ -250,7 +251,9 @@ class ModelLoop:
         reason = explain(error, ADVICE, ADVICE)
         logger.error("model %s: a session has failed: %s", self.spec.name, reason or f"{type(error).__name__}: {error}")
         code = "out_of_memory" if reason and not isinstance(error, InputError) else "failed"
-        self.connection.send(("done", key, code, None))
+        path = None if stream is None else stream.session.log.path
+        recorded = path is not None and Path(path).exists()
+        self.connection.send(("done", key, code, None, recorded))
 
     def _finish(self, key: str, tell: bool = True) -> None:
         """Close a session with its figures and its record."""
@@ -276,7 +279,7 @@ class ModelLoop:
             logger.error("model %s: a session's record: %s", self.spec.name, error)
             ended, found = "failed", None
         if tell:
-            self.connection.send(("done", key, ended, found))
+            self.connection.send(("done", key, ended, found, found is not None))
 
 
 def run_process(connection: Connection, spec: ModelSpec, parent: int) -> None:

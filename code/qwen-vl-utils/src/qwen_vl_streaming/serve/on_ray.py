@@ -11,7 +11,7 @@ import os
 import shlex
 from collections.abc import AsyncIterator
 
-from ray import serve
+from ray import serve  # pyright: ignore[reportMissingImports] - an optional extra
 from starlette.applications import Starlette
 
 from ..common.progress import quiet_libraries
@@ -41,14 +41,13 @@ def build(arguments: dict[str, str]) -> serve.Application:
 
         return server.app(lifespan)
 
-    @serve.deployment(
+    class Replica:
+        pass
+
+    deployment = serve.deployment(
         name="qwen-vl-streaming",
         num_replicas=int(arguments.get("replicas", 1)),
         ray_actor_options={"num_cpus": 1, "num_gpus": float(arguments.get("gpus", 1))},
         max_ongoing_requests=2 * sessions + 100,
     )
-    @serve.ingress(make_app)
-    class Replica:
-        pass
-
-    return Replica.bind()
+    return deployment(serve.ingress(make_app)(Replica)).bind()

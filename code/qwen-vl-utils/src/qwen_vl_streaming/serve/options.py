@@ -106,7 +106,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def parse(description: str, environment: Mapping[str, str], arguments: Sequence[str] | None = None) -> Settings:
+def parse(description: str | None, environment: Mapping[str, str], arguments: Sequence[str] | None = None) -> Settings:
     """Parse and check the command line. Raises InputError, or ends the program with one line."""
     parser = OneLineParser(
         prog="python -m qwen_vl_streaming.serve",
@@ -186,7 +186,7 @@ def parse(description: str, environment: Mapping[str, str], arguments: Sequence[
             "need, or leave --host out and use an SSH tunnel"
         )
     for origin in values.origin:
-        if not re.fullmatch(r"https?://[^/\s]+", origin):
+        if not re.fullmatch(r"https?://[^/\s\[\]?#@]+", origin, re.IGNORECASE):
             raise InputError(f"--origin {origin} is not an origin: give scheme, host and port, without a path")
     devices = choose_devices(values.device, environment)
     cuda = devices[0].startswith("cuda")
@@ -196,7 +196,7 @@ def parse(description: str, environment: Mapping[str, str], arguments: Sequence[
         port=values.port,
         token=token,
         sources=named_sources(values.source),
-        origins=tuple(values.origin),
+        origins=tuple(origin.lower() for origin in values.origin),
         sessions=values.sessions or (64 if cuda else 4),
         per_client=values.sessions_per_client,
         queue=values.queue,
@@ -242,9 +242,10 @@ def named_sources(given: Sequence[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for text in given:
         name, value = split_name(text)
-        if not name or not value:
-            raise InputError(f"--source {text} has no name: give NAME=SOURCE, the name without / and spaces")
         hide_address(value)
+        if not name or not value:
+            lacks = "name" if value else "source"
+            raise InputError(f"--source {text} has no {lacks}: give NAME=SOURCE, the name without / and spaces")
         if name in sources:
             raise InputError(f"--source {name}=… is given twice: choose another name")
         if "://" in value:
@@ -254,6 +255,8 @@ def named_sources(given: Sequence[str]) -> dict[str, str]:
             value = str(look_up(value, PROJECT))
             if not os.path.exists(value):
                 raise InputError(f"--source {name}: {value} does not exist: check the path")
+            if os.path.isdir(value):
+                raise InputError(f"--source {name}: {value} is a folder: give a file")
         sources[name] = value
     return sources
 

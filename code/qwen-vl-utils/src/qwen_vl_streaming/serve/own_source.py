@@ -100,7 +100,7 @@ class OwnSource:
         if size is None:
             intake.start()
             clip = intake.first()
-            size, seconds = tuple(clip.frames.shape[-2:]), clip.seconds or seconds
+            size, seconds = (clip.frames.shape[-2], clip.frames.shape[-1]), clip.seconds or seconds
         self._tell(Opened(size, seconds, source.count, source.about))
         self.go.wait()
         if self.stopped:
@@ -121,7 +121,7 @@ class OwnSource:
         if self.keep is not None:
             self.keep(clip.frames)
         raw = pixels.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
-        prepared = PreparedClip(raw, tuple(pixels.shape), clip_hash(pixels))
+        prepared = PreparedClip(raw, (pixels.shape[0], pixels.shape[1]), clip_hash(pixels))
         pictures = [encode_picture(frame) for frame in clip.frames]
         times = [round(float(time), 3) for time in clip.timestamps]
         self._tell(ShownClip(prepared, pictures, times, clip.completed, clip.last))

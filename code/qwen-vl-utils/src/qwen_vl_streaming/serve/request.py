@@ -1,6 +1,7 @@
 """What session.update asks for, checked, and what that means for a model. Knows nothing about connections."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from .options import Settings
 
 MOST_FRAMES = 10**6
 """Frames of a recording."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character: JSON can hold it, but no text can."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,25 @@ def read_request(asked, models: Mapping[str, ServedModel], settings: Settings) -
     """The request in a client's `asked`, which may be anything. Raises Refused or InputError."""
     if not isinstance(asked, dict):
         raise Refused("invalid_event", "session.update has no session")
-    names = asked.get("models") or [*models][:1]
+    names = [*models][:1] if asked.get("models") in (None, []) else asked["models"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise Refused("invalid_event", "models must be a list of names")
     if unknown := [name for name in names if name not in models]:
         raise Refused("invalid_event", f"unknown model {unknown[0][:50]!r}: one of {', '.join(models)}")
     chosen = [models[name] for name in dict.fromkeys(names)]
-    question, most = asked.get("question") or QUESTIONS[-1], settings.limits.question_characters
-    if not isinstance(question, str) or len(question) > most:
+    question, most = asked.get("question"), settings.limits.question_characters
+    question = QUESTIONS[-1] if question in (None, "") else question
+    if not isinstance(question, str) or len(question) > most or SURROGATE.search(question):
         raise Refused("invalid_event", f"question must be a text of at most {most} characters")
+    keep = asked.get("keep")
+    if not isinstance(keep, bool | None):
+        raise Refused("invalid_event", "keep must be true or false")
     schedule = asked.get("schedule")
     if not isinstance(schedule, str | None) or len(schedule or "") > 20:
         raise Refused("invalid_event", "schedule must be a name such as wait-3")
     source = asked.get("source")
-    kind = source.get("kind") if isinstance(source, dict) else None
+    source = source if isinstance(source, dict) else {}
+    kind = source.get("kind")
     own_source, picture, frames, fps = None, (0, 0), None, FPS
     if kind == "server":
         own_source = source.get("name")
@@ -85,11 +93,14 @@ def read_request(asked, models: Mapping[str, ServedModel], settings: Settings) -
     else:
         raise Refused("invalid_event", 'source must have the kind "client" or "server"')
     schedules = {model.name: model.check_schedule(schedule) for model in chosen}
-    return Request(chosen, question, schedules, source, own_source, picture, frames, fps, asked.get("keep") is True)
+    return Request(chosen, question, schedules, source, own_source, picture, frames, fps, keep is True)
 
 
 def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer of some hundred digits
+        return False
 
 
 def integer(fields: dict, name: str, least: int, most: int) -> int:

@@ -23,7 +23,7 @@ class Response:
         self,
         model: ServedModel,
         worker: Worker,
-        captured: Callable[[int], tuple[float, float] | None],
+        captured: Callable[[int], tuple[float, float | None] | None],
         send: Callable[[dict], None],
         metrics: Metrics,
         most: int | None,
@@ -123,9 +123,9 @@ class Response:
             self.missed_slot = slot
             self.misses += 1
 
-    def done(self, how: str, figures: dict | None) -> None:
+    def done(self, how: str, figures: dict | None, recorded: bool) -> None:
         self.over = True
-        if rest := self.pieces.rest():
+        if self.newest is not None and (rest := self.pieces.rest()):
             slot, time, _ = self.newest
             self._say(rest, [], slot, time, None, time - (self.captured(min(slot, self.sent_clips)) or (time,))[0])
         status = (self.why or "cancelled") if how == "cancelled" else "completed" if how == "completed" else "failed"
@@ -158,7 +158,7 @@ class Response:
                     "model": name,
                     "status": status,
                     "text": self.text,
-                    "record_id": self.id if figures else None,
+                    "record_id": self.id if recorded else None,
                     "figures": report,
                 },
             }

@@ -53,6 +53,8 @@ class Viewer:
         self.ticket: Ticket | None = None
         self.responses: dict[str, Response] = {}
         self.builder: ClipBuilder | None = None
+        self.size = 0, 0
+        """(height, width) of the frames that the client should send."""
         self.own: OwnSource | None = None
         self.recorder: ClipRecorder | None = None
         self.ended = False
@@ -122,6 +124,8 @@ class Viewer:
     def _update(self, asked) -> None:
         if self.ticket or (self.own and not self.ended) or not self._all_over():
             raise Refused("invalid_event", "a session runs or waits already: send response.cancel first")
+        if self.server.stopping:
+            raise Refused("server_stopping", "the server stops: connect again later")
         request = read_request(asked, self.server.models, self.server.settings)
         self._forget()
         if request.own_source is not None:
@@ -156,10 +160,10 @@ class Viewer:
                 source = {**request.source, "width": what.size[1], "height": what.size[0]}
                 try:
                     self._ask_for_room(request, what, source, own.begin)
-                except Refused as refused:
+                except (Refused, InputError) as refused:
                     own.stop()
                     self.ended = True
-                    self.error(refused.code, str(refused))
+                    self.error(refused.code if isinstance(refused, Refused) else "invalid_event", str(refused))
             elif isinstance(what, ShownClip):
                 for picture, moment in zip(what.pictures, what.times, strict=True):
                     shown = {"time": moment, "bytes": len(picture)}
@@ -168,7 +172,7 @@ class Viewer:
             else:
                 if what is not None:
                     self.error("source_failed", str(what))
-                self._end_responses()
+                self._end_responses(explain=what is None)
 
         return tell
 
@@ -179,6 +183,8 @@ class Viewer:
         def granted(workers: dict[str, Worker] | None) -> None:
             self.ticket = None
             if workers is None:
+                self._leave("cancelled")
+                self.ended = True
                 return self.error("failed", "the model is not available any more")
             about = {**opened.about, "source": source.get("name", "client"), "question": request.question}
             self._open(workers, plans, request, about)
@@ -228,17 +234,16 @@ class Viewer:
         return self.clips[clip - 1] if 1 <= clip <= len(self.clips) else None
 
     async def _append(self, event: dict) -> None:
-        size = integer(event, "bytes", 1, 2**31)
-        form, moment = event.get("format"), event.get("time")
         data = await self.connection.receive("bytes")
         arrived = now()
+        size, form, moment = integer(event, "bytes", 1, 2**31), event.get("format"), event.get("time")
         if size != len(data):
             raise Refused("invalid_event", f"{size} bytes were announced, but {len(data)} came")
         if len(data) > self.limits.frame_bytes:
             raise BadFrame("frame_too_large", f"{len(data)} bytes: at most {self.limits.frame_bytes} are allowed")
         if form not in FORMATS:
             raise Refused("invalid_event", f"format must be one of {', '.join(FORMATS)}")
-        if not is_number(moment) or not abs(moment) < 1e9:
+        if moment is None or not is_number(moment) or not abs(moment) < 1e9:
             raise Refused("invalid_event", "time must be the capture time in seconds")
         if self.builder is None or self.ended:
             raise Refused("invalid_event", "no session takes frames now: send session.update, wait for session.updated")
@@ -291,20 +296,24 @@ class Viewer:
                 response.cancel("too_slow")
 
     async def _end_input(self) -> None:
-        if self.builder is None:
+        if self.own is not None and not self.ended:
+            self.own.stop()
+            return self._end_responses()
+        if (builder := self.builder) is None:
             raise Refused("invalid_event", "no session takes frames now")
         if not self.ended:
             at = now()
-            for prepared, last in await self.server.in_thread(lambda: self._prepare(self.builder.finish())):
+            for prepared, last in await self.server.in_thread(lambda: self._prepare(builder.finish())):
                 self._feed(prepared, at, self.clips[-1][1] if self.clips else 0.0, last)
         self._end_responses()
 
-    def _end_responses(self) -> None:
+    def _end_responses(self, explain: bool = True) -> None:
         if self.ended:
             return
         self.ended = True
         if not self.clips:
-            self.error("invalid_event", "the source has ended before one clip was complete")
+            if explain:
+                self.error("invalid_event", "the source has ended before one clip was complete")
             return self._leave("cancelled")
         for response in self.responses.values():
             response.end()

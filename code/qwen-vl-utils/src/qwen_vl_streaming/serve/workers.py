@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..common.errors import InputError
+from ..sessions.perception_client import group_signals_ignored
 from .model_process import ModelSpec, run_model, run_process
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class Listener(Protocol):
 
     def begun(self, slots: int) -> None: ...
 
-    def done(self, how: str, figures: dict | None) -> None: ...
+    def done(self, how: str, figures: dict | None, recorded: bool) -> None: ...
 
 
 class Worker:
@@ -47,7 +48,8 @@ class Worker:
             threading.Thread(target=run_model, args=(theirs, spec), daemon=True).start()
         else:
             self.process = context.Process(target=run_process, args=(theirs, spec, os.getpid()), daemon=True)
-            self.process.start()
+            with group_signals_ignored():
+                self.process.start()
             theirs.close()
         self.outbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
 
@@ -80,7 +82,7 @@ class Worker:
         """Open a session, for which `reserve` was called."""
         self.listeners[key] = listener, blocks
         if self.lost:
-            self._handle(("done", key, "failed", None))
+            self._handle(("done", key, "failed", None, False))
         self.send("open", key, *what)
 
     def send(self, *message) -> None:
@@ -135,7 +137,7 @@ class Worker:
                 logger.error("model %s is lost", self.spec.name)
             self.lost = True
             for key in [*self.listeners]:
-                self._handle(("done", key, "failed", None))
+                self._handle(("done", key, "failed", None, False))
             self.on_change()
 
 

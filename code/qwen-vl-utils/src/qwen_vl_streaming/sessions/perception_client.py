@@ -56,7 +56,7 @@ class PerceptionClient:
         self.closing: int | None = None
         """A session that is over and that the other process has not confirmed as closed."""
         self.process = context.Process(target=perceive, args=(theirs, load), daemon=True)
-        with _group_signals_ignored():
+        with group_signals_ignored():
             self.process.start()
         # If nobody closes it: the process ignores SIGTERM, by which Python would stop a daemon.
         self.at_exit = Finalize(self, self.process.kill, exitpriority=0)
@@ -189,7 +189,7 @@ class PerceptionClient:
 
 
 @contextlib.contextmanager
-def _group_signals_ignored():
+def group_signals_ignored():
     """A process started inside ignores signals to the whole process group from its first moment: this process decides
     when it stops."""
     if threading.current_thread() is not threading.main_thread():

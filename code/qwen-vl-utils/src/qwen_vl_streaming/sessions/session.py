@@ -187,7 +187,7 @@ class Session:
             self.scheduler.end()
 
     def limit(self, tokens: int) -> None:
-        """Write at most `tokens` more."""
+        """Write at most `tokens` more, besides those due in slots before the last one."""
         self.scheduler.limit(tokens)
 
     def step(self) -> TimedToken | None:

@@ -36,6 +36,7 @@ class SessionLog:
         self.written: list[TimedToken] = []
 
     def arrive(self, clip: Tensor, known_hash: str | None = None) -> None:
+        """`known_hash` is its `clip_hash`, where it has been computed already."""
         self.arrived.append(self.clock())
         if self.path is not None:
             self.hashes.append(known_hash or clip_hash(clip))

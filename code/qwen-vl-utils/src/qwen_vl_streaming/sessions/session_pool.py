@@ -35,8 +35,8 @@ RESERVE = 0.15
 
 def blocks_needed(layout: Layout, max_clips: int, max_new_tokens: int, window: tuple[int, int] | None) -> int:
     """Blocks of the key-value cache that a session with these limits takes, as `SessionPool.open` counts them."""
-    window = None if window is None else Window(*window)
-    return PagedKVCache.blocks_needed(*StepRunner.token_capacity(layout, max_clips, max_new_tokens, window))
+    limit = None if window is None else Window(*window)
+    return PagedKVCache.blocks_needed(*StepRunner.token_capacity(layout, max_clips, max_new_tokens, limit))
 
 
 class SessionPool:

@@ -154,8 +154,10 @@ class SlotScheduler:
         self.total = self.arrived + (self.committed == self.arrived)
 
     def limit(self, tokens: int) -> None:
-        """Lowers `max_new_tokens` so that at most `tokens` more are written."""
-        self.max_new_tokens = max(1, min(self.max_new_tokens, self.requested_tokens + tokens))
+        """Lowers `max_new_tokens` so that at most `tokens` more are written, besides those due in slots before the last
+        one: how far a session is behind does not shorten its answer."""
+        before = 0 if self.total is None or self.greedy else sum(int(self.quota(slot)) for slot in range(1, self.total))
+        self.max_new_tokens = max(1, min(self.max_new_tokens, max(self.requested_tokens, before) + tokens))
 
     def commit(self) -> bool:
         """The next clip starts to enter the model. Returns whether it is the last one, which is now settled."""
