@@ -74,4 +74,5 @@ def write_report(statistics: dict[str, SplitStatistics], options: RunOptions, pr
     plot(statistics, options.rules, options.output_dir / f"{prefix}report.png")
     splits = {split: found.summary() for split, found in statistics.items()}
     with atomic_write(options.output_dir / f"{prefix}report.json") as file:
-        file.write(json.dumps({"rules": options.rules.as_json(), "splits": splits}, indent=2) + "\n")
+        sampled = {"max_samples": options.max_samples, "seed": options.seed}
+        file.write(json.dumps({"rules": options.rules.as_json(), **sampled, "splits": splits}, indent=2) + "\n")
