@@ -1,5 +1,5 @@
-"""Creates questions about the demo's videos in the layout of FunQA on the hub: FunQA_train.json, FunQA_test.json and the
-videos in train.zip and test.zip.
+"""Creates questions about the demo's videos in the layout of FunQA on the hub: FunQA_train.json, FunQA_test.json, and
+the videos in train.zip and test.zip.
 
     python code/demo/make_questions.py --data DIR --output FUNQA_DIR
 

@@ -107,8 +107,8 @@ def trained(folder: Path, data: Path, model: str, variant: str, flags: dict[str,
 
 
 def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: str, metrics: list[str]) -> State:
-    """A result file with its arguments and scores. Raises InputError where they are of other data, another checkpoint or
-    another schedule than the plan's."""
+    """A result file with its arguments and scores. Raises InputError where they are of other data, of another
+    checkpoint or of another schedule than the plan's."""
     if not arguments_path(out).exists():
         return State(where=out)
     made = read_arguments(out)

@@ -14,17 +14,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from tasks import TASKS
 
 from . import slurm
-from .checks import State
+from .checks import STARTED, State
 from .forecast import Forecast, forecast
-from .runner import Runner, Stopped
+from .runner import Runner, Stopped, clean_environment
 from .settings import EVERYWHERE, PAPER, ROOT, Settings, Table, demo
 from .status import RUNNING, Progress, duration, write_page
-from .steps import REPORT, Chosen, Folders, Step, find_states, make_steps
+from .steps import EVALUATE, REPORT, Chosen, Folders, Step, find_states, make_steps
 
 DEMO_FLAGS = ("steps", "train_videos", "test_videos")
 
@@ -44,10 +45,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--plan", action="store_true", help="show what is done and what would run, with hours and disk")
     what.add_argument("--slurm", type=Path, metavar="DIR", help="write sbatch files into this folder and submit them")
     what.add_argument("--status", action="store_true", help="rewrite the status page from the outputs and the queue")
+    what.add_argument("--report", metavar="SIZE", help="write the report of a size over what is complete")
     where = parser.add_argument_group("where and how")
-    where.add_argument(
-        "--output", type=Path, help="folder for everything (default: paper_output, or demo_output/paper)"
-    )
+    where.add_argument("--output", type=Path, help="folder of all output (default: paper_output or demo_output/paper)")
     where.add_argument("--gpus", default="", help="GPUs to predict for, such as 8xH100-80GB (default: those here)")
     where.add_argument("--device", choices=("cpu",), help="cpu: train and evaluate on the CPU; for the demo")
     where.add_argument("--judge-url", default="", help="compute Fluency with a judge, as in eval.sh")
@@ -81,8 +81,8 @@ def read_request(arguments: argparse.Namespace, caller: Path) -> Request:
         raise InputError("--device cpu is for the demo: the paper's models need GPUs")
     if arguments.everywhere and arguments.demo:
         raise InputError("--everywhere contradicts --demo, which has one size: remove one")
-    if sum((arguments.plan, arguments.status, arguments.slurm is not None)) > 1:
-        raise InputError("--plan, --slurm and --status exclude each other: give one")
+    if sum(bool(getattr(arguments, name)) for name in ("plan", "slurm", "status", "report")) > 1:
+        raise InputError("--plan, --slurm, --status and --report exclude each other: give one")
     if bool(arguments.judge_url) != bool(arguments.judge_model):
         raise InputError("--judge-url and --judge-model go together: give both")
     output = arguments.output or ROOT / ("demo_output/paper" if arguments.demo else "paper_output")
@@ -95,8 +95,24 @@ def read_request(arguments: argparse.Namespace, caller: Path) -> Request:
         settings = replace(PAPER, tables=EVERYWHERE)
     variants = choose("--variants", arguments.variants, settings.tables[0].variants)
     judge = ("--judge-url", arguments.judge_url, "--judge-model", arguments.judge_model) if arguments.judge_url else ()
-    chosen = Chosen(choose_tables(settings, arguments), tuple(variants), judge)
+    tables = choose_tables(settings, arguments)
+    lacking = [name for name in variants if not any(name in table.variants for table in tables)]
+    if arguments.variants and lacking:
+        raise InputError(f"--variants {lacking[0]} writes after the video and has no random schedule: remove one")
+    chosen = Chosen(tables, tuple(variants), judge, same_flags(arguments, folders.output))
     return Request(settings, folders, make_steps(settings, folders, chosen))
+
+
+def same_flags(arguments: argparse.Namespace, output: Path) -> tuple[str, ...]:
+    """The flags that ask for the same steps in `output`."""
+    words = ["--output", str(output)]
+    for name in ("sizes", "variants", "tasks", "schedules"):
+        words += [f"--{name}", *value] if (value := getattr(arguments, name)) else []
+    for name in ("everywhere", "demo"):
+        words += [f"--{name}"] if getattr(arguments, name) else []
+    for name in ("device", "judge_url", "judge_model", *DEMO_FLAGS):
+        words += [f"--{name.replace('_', '-')}", str(value)] if (value := getattr(arguments, name)) else []
+    return tuple(words)
 
 
 def choose(flag: str, asked: list[str] | None, known: Sequence[str]) -> list[str]:
@@ -153,8 +169,8 @@ def show_plan(request: Request, states: dict[str, State], forecasts: dict[str, F
         folder = next(path for path in (request.folders.output, *request.folders.output.parents) if path.exists())
         free = shutil.disk_usage(folder).free
         print(
-            f"training: {duration(seconds)} one after the other, and {disk / 1e9:,.0f} GB of checkpoints; {free / 1e9:,.0f} "
-            "GB are free. Evaluation and data come on top and are not predicted."
+            f"training: {duration(seconds)} one after the other, and {disk / 1e9:,.0f} GB of checkpoints; "
+            f"{free / 1e9:,.0f} GB are free. Evaluation and data come on top and are not predicted."
         )
         if disk > free:
             print("warning: the checkpoints do not fit: give --output on a larger disk")
@@ -162,18 +178,20 @@ def show_plan(request: Request, states: dict[str, State], forecasts: dict[str, F
         print(f"training is not predicted: {reason}")
 
 
-def same_command(arguments: argparse.Namespace, folders: Folders) -> list[str]:
-    """The command of `arguments` that rewrites the status page."""
-    words = ["bash", str(ROOT / "paper.sh"), "--status", "--output", str(folders.output)]
-    for name in ("sizes", "variants", "tasks", "schedules"):
-        if value := getattr(arguments, name):
-            words += [f"--{name}", *value]
-    for name in ("everywhere", "demo"):
-        words += [f"--{name}"] if getattr(arguments, name) else []
-    for name in ("device", "judge_url", "judge_model", *DEMO_FLAGS):
-        if value := getattr(arguments, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
+def write_report(request: Request, states: dict[str, State], size: str) -> NoReturn:
+    """Become report.py, over the evaluations of a size that are complete. Raises InputError where there are none."""
+    evaluations = [step for step in request.steps if step.kind == EVALUATE and step.size == size]
+    complete = [str(states[step.name].where) for step in evaluations if states[step.name].done]
+    if not complete:
+        raise InputError(f"--report {size}: none of its {len(evaluations)} evaluations is complete: run them first")
+    for step in evaluations:
+        if not states[step.name].done:
+            print(f"not in the report: {step.name} ({states[step.name].detail or states[step.name].word})")
+    name = request.folders.output / f"report-{size}"
+    like = () if request.settings.demo else ("--size", size)
+    command = [sys.executable, str(ROOT / "code/evaluation/report.py"), *complete, "--output", str(name), *like]
+    sys.stdout.flush()
+    os.execve(command[0], command, clean_environment())
 
 
 def main() -> None:
@@ -183,10 +201,13 @@ def main() -> None:
     folders, steps = request.folders, request.steps
     states = find_states(steps)
     if arguments.slurm:
-        jobs = slurm.make_jobs(steps, {name for name, state in states.items() if state.done})
-        lines = slurm.submit(jobs, caller / arguments.slurm, folders.output, same_command(arguments, folders))
+        jobs = slurm.make_jobs([step for step in steps if not states[step.name].done])
+        again = ["bash", str(ROOT / "paper.sh"), "--status", *same_flags(arguments, folders.output)]
+        lines = slurm.submit(jobs, caller / arguments.slurm, folders.output, again)
         print("\n".join(lines) or "everything is done")
         return
+    if arguments.report:
+        write_report(request, states, arguments.report)
     todo = [step for step in steps if not states[step.name].done]
     predict = arguments.gpus or not (arguments.device or arguments.status)
     forecasts = forecast(todo, arguments.gpus) if predict else {}
@@ -198,10 +219,9 @@ def main() -> None:
         progress[name].predicted = found.seconds
     if arguments.status:
         queue = slurm.queued_jobs()
-        for job in slurm.make_jobs(steps, {name for name, state in states.items() if state.done}):
-            if slurm.job_name(job, folders.output) in queue:
-                for step in job.todo:
-                    progress[step.name].word = RUNNING if states[step.name].word == "started" else "queued"
+        for step in todo:
+            if slurm.entry(step, folders.output) in queue:
+                progress[step.name].word = RUNNING if states[step.name].word == STARTED else "queued"
         write_page(folders, list(progress.values()))
         print(f"status: {folders.page}")
         return

@@ -1,7 +1,7 @@
 """Hours and disk of the trainings that are still to run, by the planner of sft.sh.
 
-Runs as a process of its own, `python -m paper.forecast GPUS`, because the planner imports transformers and looks at GPUs:
-reads {name: flags of train.py} as JSON from stdin, and prints {name: {"seconds", "bytes"} or {"why"}}.
+Runs as a process of its own, `python -m paper.forecast GPUS`, because the planner imports transformers and looks at
+GPUs: reads {name: flags of train.py} as JSON from stdin, and prints {name: {"seconds", "bytes"} or {"why"}}.
 """
 
 import contextlib

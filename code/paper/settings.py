@@ -1,7 +1,7 @@
 """The paper's settings: what it trains and evaluates, and what it adds to the defaults of the programs.
 
-This is the one file to read or change. Recipe, decoding, schedule, questions and data bounds are the defaults of sft.sh,
-eval.sh and mani_data.py, and are not repeated here. The paper's figures are in code/evaluation/report/paper.py.
+This is the one file to read or change. Recipe, decoding, schedule, questions and data bounds are the defaults of
+sft.sh, eval.sh and mani_data.py, and are not repeated here. The paper's figures are in code/evaluation/report/paper.py.
 """
 
 from dataclasses import dataclass

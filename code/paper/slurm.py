@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import reporting_write_errors, write_atomic
+from qwen_vl_streaming.timeline.variants import VARIANTS
 
+from .runner import clean_environment
 from .settings import ROOT, SBATCH, SBATCH_CPU
-from .steps import EVALUATE, REPORT, TRAIN, Step
+from .steps import EVALUATE, PREPARE, REPORT, TRAIN, Step
 
 VARIANT = "@variant@"
 """Stands for the variant in the commands of an array."""
@@ -25,34 +27,33 @@ REQUEUE = 'if [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi  
 
 @dataclass(frozen=True)
 class Job:
-    """A group of steps: a job, or an array with an index for each variant."""
+    """Steps of a group: a job, or elements of an array with an index for each variant."""
 
     group: str
     steps: tuple[Step, ...]
-    """All of the group, in the order of the array's indices."""
-    todo: tuple[Step, ...]
-    """Those to submit."""
+    """Those that still have to run."""
 
     @property
     def is_array(self) -> bool:
         return bool(self.steps[0].variant)
 
-    @property
-    def indices(self) -> list[int]:
-        return [number for number, step in enumerate(self.steps) if step in self.todo]
 
-
-def make_jobs(steps: Sequence[Step], done: set[str]) -> list[Job]:
-    """The groups with steps that are not `done`, in order."""
+def make_jobs(left: Sequence[Step]) -> list[Job]:
+    """The steps that are `left`, by group. The steps come variant by variant; of the groups, each follows those that it
+    needs."""
     groups: dict[str, list[Step]] = {}
-    for step in steps:
+    for step in left:
         groups.setdefault(step.group, []).append(step)
-    jobs = [Job(name, tuple(some), tuple(s for s in some if s.name not in done)) for name, some in groups.items()]
-    order = {job.group: number for number, job in enumerate(jobs)}
-    # Reports last, and an array after the array that it needs: the steps come variant by variant.
-    ranks = {TRAIN: 1, EVALUATE: 2, REPORT: 3}
-    jobs.sort(key=lambda job: (ranks.get(job.steps[0].kind, 0), order[job.group]))
-    return [job for job in jobs if job.todo]
+    rank = (PREPARE, TRAIN, EVALUATE, REPORT)
+    jobs = [Job(group, tuple(steps)) for group, steps in groups.items()]
+    return sorted(jobs, key=lambda job: rank.index(job.steps[0].kind))
+
+
+def entry(step: Step, output: Path) -> tuple[str, str]:
+    """(job name, array index) of a step in the queue. The name differs between output folders; the index does not
+    depend on which variants were asked for."""
+    name = f"{step.group}-{hashlib.sha256(str(output).encode()).hexdigest()[:6]}"
+    return name, str(list(VARIANTS).index(step.variant)) if step.variant else "N/A"
 
 
 def quote(word: str) -> str:
@@ -72,7 +73,7 @@ def script(job: Job, after_each: Sequence[str]) -> str:
     lines += [f"cd {quote(str(ROOT))}", "unset ${!QWEN2_5_VL_@}"]
     environment, command = step.environment, step.command
     if job.is_array:
-        lines += [f"variants=({' '.join(s.variant for s in job.steps)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
+        lines += [f"variants=({' '.join(VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
         command = tuple(_generic(word, step.variant) for word in command)
         environment = {name: _generic(value, step.variant) for name, value in environment.items()}
     lines += [f"export {name}={quote(value)}" for name, value in environment.items()]
@@ -92,17 +93,12 @@ def _generic(word: str, variant: str) -> str:
     return f"{word.removesuffix(variant)}{VARIANT}" if name.endswith(f"-{variant}") else word
 
 
-def job_name(job: Job, output: Path) -> str:
-    """The name in the queue, which differs between output folders."""
-    return f"{job.group}-{hashlib.sha256(str(output).encode()).hexdigest()[:6]}"
-
-
-def queued_jobs() -> dict[str, str]:
-    """The ids of the user's jobs in the queue, by name; none where squeue cannot be run. Of an array, its first id."""
+def queued_jobs() -> dict[tuple[str, str], str]:
+    """The ids of the user's jobs in the queue, by name and array index; none where there is no squeue."""
     if not shutil.which("squeue"):
         return {}
-    found = _run(["squeue", "--me", "--noheader", "--format=%j %F"], "squeue")
-    return dict(line.split()[:2] for line in found.splitlines() if len(line.split()) >= 2)
+    lines = _run(["squeue", "--me", "--noheader", "--array", "--format=%j %K %F"], "squeue").splitlines()
+    return {(words[0], words[1]): words[2] for line in lines if len(words := line.split()) == 3}
 
 
 def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence[str]) -> list[str]:
@@ -110,67 +106,62 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
 
     Raises InputError where sbatch is missing or refuses a file, naming it and what is queued already.
     """
+    lines: list[str] = []
     for job in jobs:
         path = folder / f"{job.group}.sbatch"
+        text = script(job, after_each)
         if not path.exists():
-            write_atomic(path, script(job, after_each).encode())
+            write_atomic(path, text.encode())
+        elif path.read_text(encoding="utf-8", errors="replace") != text:
+            lines.append(f"{path} is kept as it is, and differs from what would be written now")
     if not shutil.which("sbatch"):
         raise InputError(
-            f"sbatch is not on this machine, so nothing was submitted; the files are in {folder}: give the same command "
-            "where SLURM is, or omit --slurm to run here"
+            f"sbatch is not on this machine, so nothing was submitted; the files are in {folder}: give the same "
+            "command where SLURM is, or omit --slurm to run here"
         )
-    queue, ids, lines = queued_jobs(), {}, []
+    with reporting_write_errors(output / "logs"):
+        (output / "logs").mkdir(parents=True, exist_ok=True)  # without it, SLURM drops the logs
+    queue = queued_jobs()
+    ids = {step.name: queue[entry(step, output)] for job in jobs for step in job.steps if entry(step, output) in queue}
+    lines += [f"{name}: already in the queue as job {number}" for name, number in ids.items()]
     for job in jobs:
-        path, name = folder / f"{job.group}.sbatch", job_name(job, output)
-        if name in queue:
-            ids[job.group] = queue[name]
-            lines.append(f"{job.group}: already in the queue as job {queue[name]}")
-            continue
-        parts = split_by_need(job, ids)
-        for dependency, indices in parts:
-            command = ["sbatch", "--parsable", f"--job-name={name}", f"--output={output}/logs/{job.group}-%j.log"]
-            command += [f"--array={','.join(map(str, indices))}"] if job.is_array else []
-            command += [f"--dependency={dependency}"] if dependency else []
+        parts: dict[str, list[Step]] = {}
+        for step in job.steps:
+            if step.name not in ids:
+                parts.setdefault(dependency(step, ids), []).append(step)
+        for needs, steps in parts.items():
+            entries = [entry(step, output) for step in steps]
+            indices = ",".join(index for _, index in entries)
+            command = ["sbatch", "--parsable", f"--job-name={entries[0][0]}", "--kill-on-invalid-dep=yes"]
+            command += [f"--output={output}/logs/{job.group}-{'%A_%a' if job.is_array else '%j'}.log"]
+            command += [f"--array={indices}"] if job.is_array else []
+            command += [f"--dependency={needs}"] if needs else []
+            path = folder / f"{job.group}.sbatch"
             try:
-                answer = _run([*command, str(path)], f"sbatch {path}")
+                number = _run([*command, str(path)], f"sbatch {path}").strip().split(";")[0]
             except InputError as error:
-                queued = ", ".join(f"{group} ({number})" for group, number in ids.items()) or "nothing"
-                raise InputError(f"{error}; in the queue: {queued}, which is not submitted again") from error
-            number = answer.strip().split(";")[0]
-            ids[job.group] = f"{ids[job.group]}:{number}" if job.group in ids else number
-            array = f", array {','.join(map(str, indices))}" if job.is_array else ""
-            lines.append(f"{job.group}: job {number}{array}{f', {dependency}' if dependency else ''}")
+                there = ", ".join(dict.fromkeys(ids.values())) or "none"
+                raise InputError(f"{error}; jobs in the queue, which are not submitted again: {there}") from error
+            ids |= {step.name: number for step in steps}
+            more = [f"array {indices}"] * job.is_array + [needs] * bool(needs)
+            lines.append(", ".join([f"{job.group}: job {number}", *more]))
     return lines
 
 
-def split_by_need(job: Job, ids: dict[str, str]) -> list[tuple[str, list[int]]]:
-    """(dependency, indices) for each call of sbatch. `ids` are the jobs of the groups that are in the queue.
+def dependency(step: Step, ids: dict[str, str]) -> str:
+    """What a step waits for: the jobs, of `ids` by step name, of the steps that it needs; empty for nothing.
 
-    An index of an array waits for the same index of the array of its training, where that still has to run.
+    An element of an array of evaluations waits for the same element of its training (aftercorr). The report waits for
+    all evaluations to end, in whatever way (afterany).
     """
-    if job.steps[0].kind == REPORT:
-        groups = dict.fromkeys(
-            name for name, number in ids.items() if name.startswith(f"evaluate-{job.steps[0].size}-")
-        )
-        return [(f"afterany:{':'.join(ids[name] for name in groups)}" if groups else "", [])]
-    parts: dict[str, list[int]] = {}
-    for index, step in enumerate(job.steps):
-        if step not in job.todo:
-            continue
-        needs = dict.fromkeys(_group_of(name, step.variant) for name in step.after)
-        kind = "aftercorr" if step.kind == EVALUATE else "afterok"
-        waits = [f"{kind}:{ids[group]}" for group in needs if group in ids]
-        parts.setdefault(",".join(waits), []).append(index)
-    return list(parts.items())
-
-
-def _group_of(name: str, variant: str) -> str:
-    return name.removesuffix(f"-{variant}") if variant else name
+    kind = {EVALUATE: "aftercorr", REPORT: "afterany"}.get(step.kind, "afterok")
+    jobs = dict.fromkeys(ids[name] for name in step.after if name in ids)
+    return f"{kind}:{':'.join(jobs)}" if jobs else ""
 
 
 def _run(command: list[str], what: str) -> str:
     """The output of `command`. Raises InputError with its last line of stderr where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise InputError(f"{what} failed ({reason}): fix that and give the same command")

@@ -97,6 +97,8 @@ class Chosen:
     variants: tuple[str, ...]
     judge: tuple[str, ...] = ()
     """Flags of eval.sh that name the judge; empty for no Fluency."""
+    again: tuple[str, ...] = ()
+    """Flags of paper.sh that ask for the same steps."""
 
 
 def make_steps(settings: Settings, folders: Folders, chosen: Chosen) -> list[Step]:
@@ -126,7 +128,7 @@ def make_steps(settings: Settings, folders: Folders, chosen: Chosen) -> list[Ste
                 if schedules:
                     steps += variant_steps(settings, folders, chosen, size, task, variant, schedules)
         evaluations = [step for step in steps if step.kind == EVALUATE and step.size == size]
-        steps.append(report_step(settings, folders, evaluations, size))
+        steps.append(report_step(folders, chosen, evaluations, size))
     return steps
 
 
@@ -192,19 +194,13 @@ def variant_steps(
     return steps
 
 
-def report_step(settings: Settings, folders: Folders, evaluations: list[Step], size: str) -> Step:
-    """The report over the evaluations that are there when it runs."""
-    files = [str(folders.captions(size, step.task, step.variant, step.schedule)) for step in evaluations]
-    paper_size = () if settings.demo else ("--size", size)
-    name = folders.output / f"report-{size}"
-    return Step(
-        f"report-{size}",
-        REPORT,
-        (sys.executable, str(ROOT / "code/evaluation/report.py"), *files, "--output", str(name), *paper_size),
-        partial(checks.reported, Path(f"{name}.html"), [Path(file) for file in files]),
-        after=tuple(step.name for step in evaluations),
-        size=size,
-    )
+def report_step(folders: Folders, chosen: Chosen, evaluations: list[Step], size: str) -> Step:
+    """The report over the evaluations that are complete when it runs."""
+    files = [folders.captions(size, step.task, step.variant, step.schedule) for step in evaluations]
+    page = folders.output / f"report-{size}.html"
+    again = ("bash", str(ROOT / "paper.sh"), "--report", size, *chosen.again)
+    after = tuple(step.name for step in evaluations)
+    return Step(page.stem, REPORT, again, partial(checks.reported, page, files), after=after, size=size)
 
 
 def flag_values(words: tuple[str, ...]) -> dict[str, str]:

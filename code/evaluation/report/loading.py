@@ -24,6 +24,8 @@ from report import paper
 HIDDEN = ("BLEU-2", "BLEU-3")  # the paper's tables have no columns for them
 UNKNOWN = "size unknown"
 NOT_METRICS = ("count", "skipped")
+SHORT = 8
+"""Characters of a hash that a report shows."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,33 @@ class Result:
     def size(self) -> str:
         """The checkpoint's size: 3B or 7B by its shape, else its number of parameters, such as 1.2M, or UNKNOWN."""
         return model_size(self.model_folder)
+
+    @cached_property
+    def run(self) -> dict:
+        """What sft.sh recorded of the training; empty where it did not write the checkpoint."""
+        path = self.model_folder / "run.json" if self.model_folder else None
+        return read_object(path) if path and path.exists() else {}
+
+    @property
+    def commit(self) -> str:
+        """The commit that trained the checkpoint, with a + if its files had changed; - where that is not known."""
+        found = self.run.get("commit")
+        if not isinstance(found, dict):
+            return "-"
+        return str(found.get("hash"))[:SHORT] + "+" * bool(found.get("changed"))
+
+    @property
+    def training_data(self) -> str:
+        """The file that the checkpoint was trained on and the start of its hash; - where that is not known."""
+        found = self.run.get("data")
+        if not isinstance(found, dict):
+            return "-"
+        return f"{without_folders(str(found.get('path')))} {str(found.get('sha256'))[:SHORT]}"
+
+    @property
+    def data(self) -> str:
+        """The file that was evaluated on and the start of its hash."""
+        return f"{self.data_name} {str(self.args.get('data_sha256', '-'))[:SHORT]}"
 
     @cached_property
     def trained_as(self) -> str | None:
