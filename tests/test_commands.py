@@ -47,6 +47,7 @@ LAUNCHED = "with stand-ins for Python, srun and scontrol: it needs GPUs or machi
 HELP = "with --help"
 DEMO = "not: takes minutes, and tests/test_demo.py runs a short form"
 MINUTES = "not: takes minutes on a GPU, and is the program of another command that is shown"
+PAPER = "not: takes hours on GPUs; tests/test_paper.py runs a short form, and submits to a stand-in for SLURM"
 CHECKS = "not: runs the tests"
 INSTALLS = "not: installs packages, as code/setup.sh does before the tests"
 SMALL = " --min_pixels_per_frame 3136 --max_pixels_per_frame 3136 --dataloader_num_workers 0 --report_to none"
@@ -60,6 +61,12 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_VARIANT=all bash demo.sh --steps 2200 --output demo_output/six": DEMO,
     "bash demo.sh --help": Run("all six, one after the other"),
     ".venv/bin/python code/demo/check.py --output demo_output": DEMO,
+    "bash paper.sh": PAPER,
+    "bash paper.sh --sizes 3B --tasks description --variants group gap": PAPER,
+    "bash paper.sh --slurm jobs": PAPER,
+    "bash paper.sh --demo": PAPER,
+    "bash paper.sh --plan --gpus 8xH100-80GB": Run("0 of 44 steps are done"),
+    "bash paper.sh --status": Run("status: "),
     "bash test.sh": CHECKS,
     "bash test.sh tests/test_reference.py": CHECKS,
     "bash test.sh tests/test_model.py": CHECKS,
@@ -121,15 +128,16 @@ COMMANDS: dict[str, Run | str] = {
 
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("data", "training", "evaluation", "live", "variants")),
+    *(f"docs/{name}.md" for name in ("data", "training", "evaluation", "paper", "live", "variants")),
     *(f"docs/{name}.md" for name in ("architecture", "files", "troubleshooting")),
     "CONTRIBUTING.md",
     "dataset/README.md",
 )
 """In the order in which their commands are run; each begins in the project's root."""
 WRITTEN = {
-    "loss.png", "report.png", "report.html", "report.md", "funqa_report.png", "train_3_5.jsonl", "report/", "runs/",
-    "PE-Video/", "FunQA/", "demo_output/", "output/", "live_output/", "OTHER/bin/python",
+    "loss.png", "report.png", "report.html", "report.md", "report-3B.html", "report-7B.html", "funqa_report.png",
+    "train_3_5.jsonl", "report/", "runs/", "PE-Video/", "FunQA/", "demo_output/", "paper_output/", "logs/", "dataset/",
+    "3B/", "7B/", "output/", "live_output/", "OTHER/bin/python",
 }  # fmt: skip
 """Named in the pages, but made by programs or brought by users."""
 

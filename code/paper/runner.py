@@ -43,6 +43,8 @@ class Runner:
     folders: Folders
     states: dict[str, State]
     progress: dict[str, Progress]
+    _log_start: int = 0
+    """Where the running step begins in its log, which earlier runs may have written to."""
 
     def run(self) -> int:
         """Run what is not done. Returns the exit status: 0, or 1 if a step failed. Raises Stopped."""
@@ -84,9 +86,10 @@ class Runner:
 
     def _execute(self, step: Step) -> int:
         """Run the command to its end. Raises Stopped once it has ended after a signal."""
-        log = self.folders.log(step.name)
+        log, one = self.folders.log(step.name), self.progress[step.name]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
+            self._log_start = file.tell()
             file.write(f"+ {shlex.join(redacted_command(list(step.command)))}\n".encode())
             file.flush()
             process = subprocess.Popen(
@@ -100,6 +103,7 @@ class Runner:
             )
             try:
                 while True:
+                    one.detail = last_line(log, self._log_start)
                     self._write_page()
                     try:
                         return process.wait(PERIOD)
@@ -108,14 +112,14 @@ class Runner:
             except Stopped:
                 process.terminate()
                 process.wait()
-                self.progress[step.name].word, self.progress[step.name].detail = TO_DO, "stopped"
+                one.word, one.detail = TO_DO, "stopped"
                 self._write_page(finished=True)
                 raise
 
     def _outcome(self, step: Step, code: int) -> tuple[str, str]:
         """The state of a step that has ended with exit status `code`, and a line about it."""
         if code:
-            return FAILED, last_line(self.folders.log(step.name)) or f"exit status {code}"
+            return FAILED, last_line(self.folders.log(step.name), self._log_start) or f"exit status {code}"
         try:
             first = {s.table: s.name for s in reversed(self.steps) if self.states[s.name].facts}
             state = check_step(step, self.states, first)
@@ -136,10 +140,11 @@ def clean_environment() -> dict[str, str]:
     return {**kept, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
 
 
-def last_line(log: Path, most: int = 8192) -> str:
-    """The last line of a log that begins with `error:`, else its last line; progress bars end with \\r."""
+def last_line(log: Path, start: int = 0, most: int = 8192) -> str:
+    """Of a log from byte `start`, the last line that begins with `error:`, else the last line. Progress bars end lines
+    with a carriage return."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - most))
+        file.seek(max(start, log.stat().st_size - most))
         lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").split("\n")]
     lines = [line for line in lines if line]
     errors = [line for line in lines if line.startswith("error:")]

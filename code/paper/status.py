@@ -4,6 +4,7 @@ Does not know how steps run.
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from statistics import fmean
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from qwen_vl_streaming.common.files import write_atomic
 
-from .checks import DONE, STARTED
+from .checks import DONE
 from .steps import Folders, Step
 
 RUNNING, FAILED, BLOCKED = "running", "failed", "not run"
+ENDED = (DONE, FAILED, BLOCKED)
 FOLDER = Path(__file__).parent
 REFRESH = 10
 """Seconds after which a browser loads the page again."""
@@ -48,7 +50,7 @@ def seconds_left(progress: Sequence[Progress], now: float) -> tuple[float, int]:
     """Seconds that the steps which can still run take, and the number of those for which that is not known."""
     total, unknown = 0.0, 0
     for one in progress:
-        if one.word in (DONE, FAILED, BLOCKED):
+        if one.word in ENDED:
             continue
         expected = one.expected(progress)
         if expected is None:
@@ -60,7 +62,7 @@ def seconds_left(progress: Sequence[Progress], now: float) -> tuple[float, int]:
 
 def left_text(progress: Sequence[Progress], now: float) -> str:
     """How long still, such as: about 3.4 h, and 2 steps of unknown length."""
-    if not any(one.word not in (DONE, FAILED, BLOCKED) for one in progress):
+    if not any(one.word not in ENDED for one in progress):
         return "nothing left to run"
     total, unknown = seconds_left(progress, now)
     about = f"about {duration(total)} left" if total else ""
@@ -88,16 +90,16 @@ def write_page(folders: Folders, progress: Sequence[Progress], finished: bool = 
                 "word": one.word,
                 "detail": one.detail.replace(f"{folders.output}/", ""),
                 "spent": duration(spent) if spent else "",
-                "expected": f"about {duration(expected)}" if expected and one.word != DONE else "",
+                "expected": f"about {duration(expected)}" if expected and one.word not in ENDED else "",
                 "log": f"logs/{log.name}" if log.exists() else "",
             }
         )
-    counts = {word: sum(one.word == word for one in progress) for word in (DONE, RUNNING, FAILED, BLOCKED, STARTED)}
+    counts = Counter(one.word for one in progress)
     reports = [path.name for path in sorted(folders.output.glob("report-*.html"))]
     text = environment.get_template("status.html").render(
         rows=rows,
         total=len(rows),
-        counts={word: count for word, count in counts.items() if count},
+        counts={word: counts[word] for word in (DONE, RUNNING, "queued", FAILED, BLOCKED) if counts[word]},
         left=left_text(progress, now),
         share=100 * counts[DONE] / max(1, len(rows)),
         reports=reports,

@@ -71,11 +71,11 @@ class Result:
     @property
     def model_name(self) -> str:
         """The hub id, or the name of the folder: reports do not show local paths."""
-        return without_folders(self.model)
+        return last_part(self.model)
 
     @property
     def data_name(self) -> str:
-        return without_folders(self.args["data"])
+        return last_part(self.args["data"])
 
     @cached_property
     def size(self) -> str:
@@ -102,7 +102,7 @@ class Result:
         found = self.run.get("data")
         if not isinstance(found, dict):
             return "-"
-        return f"{without_folders(str(found.get('path')))} {str(found.get('sha256'))[:SHORT]}"
+        return f"{last_part(str(found.get('path')))} {str(found.get('sha256'))[:SHORT]}"
 
     @property
     def data(self) -> str:
@@ -124,6 +124,12 @@ class Result:
     def subtasks(self) -> dict[str, dict]:
         """The scores of each sub-task; empty if the task has none."""
         return {name: one for name, one in self.scores.get("tasks", {}).items() if isinstance(one, dict)}
+
+
+def last_part(path: str) -> str:
+    """The name of a file or folder without the folders that it is in, if `path` is absolute: as `without_folders`, but
+    for a path alone, which may have spaces."""
+    return Path(path).name if path.startswith("/") else path
 
 
 def without_folders(text: str) -> str:
