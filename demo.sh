@@ -5,6 +5,7 @@
 #   bash demo.sh                                          one variant, group
 #   QWEN2_5_VL_VARIANT=all bash demo.sh                   all six, one after the other
 #   bash demo.sh --steps 4000 --output demo_output/long   longer training; motion is learned last
+#   bash demo.sh --serve                                  trains what is not trained yet, then serves the page
 #
 # Other flags: --output DIR (default: demo_output beside this script), --train-videos N, --test-videos N, --steps N,
 # --device cpu (default: a GPU if there is one).
@@ -13,10 +14,11 @@ set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 read -r -d "" -a recipe < <(grep -v "^#" code/demo/recipe.txt) || true
-output=$PWD/demo_output train_videos=1200 test_videos=120 steps=${recipe[-1]} device=
+output=$PWD/demo_output train_videos=1200 test_videos=120 steps=${recipe[-1]} device= serve=
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
+    --serve) serve=yes; shift ;;
     --output | --train-videos | --test-videos | --steps | --device)
       if [ -z "${2:-}" ]; then echo "error: $1 needs a value (see --help)" >&2; exit 2; fi
       name=${1#--}
@@ -59,6 +61,7 @@ step "2. Create a small Qwen2.5-VL with random weights"
 step "3. mani_data.py: select videos with 3 to 5 caption tokens per second"
 "$python" mani_data.py --dataset-root "$data" --tokenizer-model-id "$model"
 
+served=()
 for variant in $variants; do
   export QWEN2_5_VL_VARIANT=$variant
   trained=$output/qwen2_5vl-pe-$variant
@@ -70,11 +73,19 @@ for variant in $variants; do
       bash code/qwen-vl-finetune/scripts/sft.sh --output_dir "$trained" "${recipe[@]}" --max_steps "$steps" \
       "${train_on_cpu[@]}"
   fi
+  served+=(--model "$variant=$trained")
+  [ -z "$serve" ] || continue
   step "5. eval.sh: caption the test videos with $variant"
   QWEN2_5_VL_EVAL_MODEL_PATH=$trained QWEN2_5_VL_EVAL_DATA_DIR=$data/test_3_5.jsonl \
     QWEN2_5_VL_EVAL_OUTPUT_DIR=$output/evaluation \
     bash eval.sh --batch-size 8 "${on_cpu[@]}"
 done
 
+if [ -n "$serve" ]; then
+  step "5. Serve the page"
+  film=$(find "$data/PE-Video/videos/test" -name '*.mp4' | sort | head -n 1)
+  unset QWEN2_5_VL_VARIANT
+  exec "$python" -m qwen_vl_streaming.serve "${served[@]}" --source "demo=$film" --records "$output/serve" "${on_cpu[@]}"
+fi
 step "6. Results"
 "$python" code/demo/show.py --output "$output" $variants

@@ -1,4 +1,4 @@
-"""Skips GPU tests if there is no GPU or tests run in several processes, and defines the `made` fixture."""
+"""Skips GPU tests if there is no GPU or tests run in several processes, and defines fixtures of several files."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import tarfile
 
 import pytest
 import torch
+from endpoint import endpoint  # noqa: F401  a fixture
 
 
 def pytest_collection_modifyitems(items):
@@ -36,3 +37,10 @@ def made(tmp_path_factory):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(rows) == len(plan(DataConfig(folder, train_videos=8, test_videos=0, dropped=0))["train"])
     return tiny_checkpoint(folder / "model"), data
+
+
+@pytest.fixture(scope="module")
+def model():
+    from tiny import tiny_model
+
+    return tiny_model()

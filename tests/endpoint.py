@@ -6,6 +6,10 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+from qwen_vl_streaming.common import redact
+from serving import Quiet
+
 CUT, STALL, DRIP, FLOOD = "cut", "stall", "drip", "flood"
 GOOD = '{"score": 4, "why": "one slip"}'
 
@@ -40,11 +44,8 @@ class Endpoint(ThreadingHTTPServer):
         return Counter(each["caption"] for each in self.asked)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -94,3 +95,14 @@ class Handler(BaseHTTPRequestHandler):
                 pieces = b" " if how == DRIP else b" " * 2**18
         except OSError:
             pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(redact, "_known", {})  # keys such as "again" would be hidden in the messages of later tests
+    server = Endpoint()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()

@@ -15,7 +15,7 @@ from qwen_vl_streaming.common.clock import now
 from qwen_vl_streaming.live import cli
 from qwen_vl_streaming.live.setup import warm_up
 from qwen_vl_streaming.model.prompts import clip_pixels, make_template
-from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.replay import check_clips, replay, video_clips
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 
@@ -70,6 +70,22 @@ def test_a_custom_frame_source(captioner, film, tmp_path):
     record = read_record(tmp_path / "record.json")
     seen = [clip_pixels(captioner.processor, clip.frames)[0][0] for clip in clips()]
     assert all(difference.tie for difference in replay(record, captioner.model, seen))
+
+
+@pytest.mark.parametrize("source", ["film", "synthetic"])
+def test_a_record_names_the_clips_that_were_fed(captioner, film, tmp_path, source):
+    options = {"speed": 1000, "skip": True, "max_clips": 40 if source == "synthetic" else None, "max_new_tokens": 9}
+    path = tmp_path / "record.json"
+    assert [*captioner.watch(film if source == "film" else source, record=path, **options)]
+    record = read_record(path)
+    assert len(record.about["clips"]) == len(record.arrived)
+    check_clips(record, video_clips(record, captioner.processor))
+
+
+def test_a_password_is_not_shown(captioner):
+    with pytest.raises(InputError, match=r"admin:\*\*\*@127.0.0.1") as error:
+        next(captioner.watch("http://admin:hunter2@127.0.0.1:1/hunter2"))
+    assert "hunter2" not in str(error.value)
 
 
 def test_a_watch_can_be_abandoned_and_another_started(captioner, film):
@@ -150,4 +166,4 @@ def test_the_runner_warm_up_respects_max_clips(captioner, max_clips):
     layout = template.layout(grid, 2.0)
     session = open_session(captioner.model, captioner.variant, template, layout, mode="fused", max_clips=max_clips)
     warm_up(session, pixels[0])
-    assert session.closed and len(session.arrived) == max_clips
+    assert session.closed and len(session.log.arrived) == max_clips

@@ -49,6 +49,7 @@ DEMO = "not: takes minutes, and tests/test_demo.py runs a short form"
 MINUTES = "not: takes minutes on a GPU, and is the program of another command that is shown"
 PAPER = "not: takes hours on GPUs; tests/test_paper.py runs a short form, and submits to a stand-in for SLURM"
 CHECKS = "not: runs the tests"
+SERVES = "not: serves until it is stopped, as tests/test_serve_ends.py does"
 INSTALLS = "not: installs packages, as code/setup.sh does before the tests"
 SMALL = " --min_pixels_per_frame 3136 --max_pixels_per_frame 3136 --dataloader_num_workers 0 --report_to none"
 SHORT = " --max-new-tokens 12 --workers 0"
@@ -59,6 +60,8 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_VARIANT=all bash demo.sh": DEMO,
     "bash demo.sh --steps 4000 --output demo_output/long": DEMO,
     "QWEN2_5_VL_VARIANT=all bash demo.sh --steps 2200 --output demo_output/six": DEMO,
+    "bash demo.sh --serve": DEMO,
+    "QWEN2_5_VL_VARIANT=all bash demo.sh --serve": DEMO,
     "bash demo.sh --help": Run("all six, one after the other"),
     ".venv/bin/python code/demo/check.py --output demo_output": DEMO,
     "bash paper.sh": PAPER,
@@ -95,6 +98,8 @@ COMMANDS: dict[str, Run | str] = {
     "bash scripts/sft.sh --help": Run("usage: bash scripts/sft.sh"),
     "python -m qwenvl.merge --adapter DIR --output DIR": HELP,
     "bash scripts/sft.sh": LAUNCHED,
+    "bash scripts/sft.sh --plan --gpus 8xH100-80GB": Run("plan for 8 x H100"),
+    "python -m qwenvl.planner.table": Run("| 8 x H100-80GB | 7B | full |"),
     "CUDA_VISIBLE_DEVICES=0,1 bash scripts/sft.sh": LAUNCHED,
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash scripts/sft.sh": LAUNCHED,
     SLURM: LAUNCHED,
@@ -112,6 +117,13 @@ COMMANDS: dict[str, Run | str] = {
         "live_output/", " --speed 100 --max-new-tokens 20 --device cpu"
     ),
     "python -m qwen_vl_streaming.live --help": HELP,
+    "python -m qwen_vl_streaming.serve --model MODEL": SERVES,
+    "python -m qwen_vl_streaming.serve --model MODEL --source hall=rtsp://user:password@camera/1 --source "
+    "film=film.mp4": SERVES,
+    'pip install -e "code/qwen-vl-utils[serve]"': INSTALLS,
+    'pip install -e "code/qwen-vl-utils[serve,ray]"': INSTALLS,
+    "code/benchmarks/serving.py load": HELP,
+    "code/benchmarks/serving.py fuzz": HELP,
     "python -m qwen_vl_streaming.replay live_output/….json --model MODEL": Run(
         "replayed in float32: all the same", " --device cpu"
     ),
@@ -128,7 +140,7 @@ COMMANDS: dict[str, Run | str] = {
 
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("data", "training", "evaluation", "paper", "live", "variants")),
+    *(f"docs/{name}.md" for name in ("data", "training", "evaluation", "paper", "live", "serving", "variants")),
     *(f"docs/{name}.md" for name in ("architecture", "files", "troubleshooting")),
     "CONTRIBUTING.md",
     "dataset/README.md",
@@ -137,7 +149,7 @@ PAGES = (
 WRITTEN = {
     "loss.png", "report.png", "report.html", "report.md", "report-3B.html", "report-7B.html", "funqa_report.png",
     "train_3_5.jsonl", "report/", "runs/", "PE-Video/", "FunQA/", "demo_output/", "paper_output/", "logs/", "dataset/",
-    "3B/", "7B/", "output/", "live_output/", "OTHER/bin/python",
+    "3B/", "7B/", "output/", "live_output/", "serve_output/", "OTHER/bin/python", "records/",
 }  # fmt: skip
 """Named in the pages, but made by programs or brought by users."""
 

@@ -1,22 +1,12 @@
 """eval.sh on one node, on several, and under SLURM: the command that it runs."""
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from launchers import SLURM, launched
 
 SCRIPT = Path(__file__).parents[1] / "eval.sh"
-SLURM = {
-    "SLURM_NNODES": "3",
-    "SLURM_NODEID": "2",
-    "SLURM_JOB_NODELIST": "gpu[07-08,11]",
-    "SLURM_GPUS_ON_NODE": "8",
-    "SLURM_JOB_ID": "4321",
-}
-
-
 PYTHON = (
     'case "$1 $2" in -c*socket*) echo 40123 ;; *processes.py*) [ $3 = 0 ] && echo ${GPUS:-4} || echo $3 ;; '
     '*redact) shift 2; echo "+ $*" ;; esac'
@@ -30,18 +20,9 @@ def launch(tmp_path):
     shutil.copy(SCRIPT, tmp_path / "eval.sh")
     (tmp_path / "code").mkdir()
     shutil.copy(SCRIPT.parent / "code/launch.sh", tmp_path / "code")
-    programs = tmp_path / "bin"
-    programs.mkdir()
 
     def run(*flags: str, scontrol: str = "exit 1", **environment: str):
-        for name, says in (("python", PYTHON), ("scontrol", scontrol)):
-            (programs / name).write_text(f"#!/bin/sh\n{says}\n")
-            (programs / name).chmod(0o755)
-        environment["PATH"] = f"{programs}:{os.environ['PATH']}"
-        command = ["bash", tmp_path / "eval.sh", *flags]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        words = done.stdout.split()
-        return done.returncode, {words[i]: words[i + 1] for i in range(len(words) - 1)}, done.stderr
+        return launched(["bash", tmp_path / "eval.sh", *flags], tmp_path / "bin", PYTHON, scontrol, environment)
 
     return run
 

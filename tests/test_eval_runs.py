@@ -180,7 +180,12 @@ def test_two_runs_do_not_write_one_file(many, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     first = start(many, out, log, batch_size=1)
     wait_for_rows(out, 1, first)
-    said = finish(start(many, out, tmp_path / "second"), tmp_path / "second", 2)
+    running = psutil.Process(first.pid)
+    running.suspend()  # else it could end before the second has started
+    try:
+        said = finish(start(many, out, tmp_path / "second"), tmp_path / "second", 2)
+    finally:
+        running.resume()
     assert said.startswith("error: another run is writing") and said.count("\n") == 1
     finish(first, log)
     assert len(rows(out)) == 11

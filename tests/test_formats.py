@@ -2,7 +2,7 @@
 
 import http.server
 import io
-import threading
+from functools import partial
 
 import PIL.Image
 import pytest
@@ -11,6 +11,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwen_vl_streaming.video.index import index_video
 from qwen_vl_streaming.video.streams import stream_clips
+from serving import serving
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 96)
 HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{}\n#EXT-X-ENDLIST\n"
@@ -28,19 +29,12 @@ def site(folder):
     """Serves a folder; `asked` has the requested paths."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=folder)
-
         def log_message(self, *_):
             server.asked.append(self.path)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked = []
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(partial(Handler, directory=folder)) as server:
+        server.asked = []
+        yield server
 
 
 @pytest.mark.parametrize(

@@ -314,8 +314,7 @@ def test_the_hub_is_streamed(tmp_path):
     pack(tmp_path / "hub", videos={**VIDEOS}, data=MP4)
     with zipfile.ZipFile(tmp_path / "hub/test.zip", "a") as archive:
         archive.writestr("test/unused.mp4", random.Random(0).randbytes(1 << 20))
-    hub = FunqaHub(tmp_path / "hub")
-    try:
+    with FunqaHub(tmp_path / "hub") as hub:
         environ = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
         result = mani_data(tmp_path, **environ)
         assert result.returncode == 0, result.stderr
@@ -325,9 +324,6 @@ def test_the_hub_is_streamed(tmp_path):
         result = mani_data(tmp_path, **environ)
         assert result.returncode == 2
         assert result.stderr.splitlines()[-1].startswith("error: http://127.0.0.1")
-    finally:
-        hub.server.shutdown()
-        hub.server.server_close()
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

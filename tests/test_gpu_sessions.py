@@ -107,7 +107,7 @@ def test_a_captured_window_that_reuses_blocks(models, mode, tmp_path):
         options = {"schedule": "wait-3", "max_new_tokens": 400, "window": (20, 40), "runner": made, "record": path}
         with open_session(models[1], case.variant, case.template, case.layout, mode=mode, **options) as session:
             play(session, case)
-        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)
+        assert session.rounds.batch_slot.visual.last_block >= len(session.rounds.batch_slot.visual.blocks)
         assert all(difference.tie for difference in replay(read_record(path), models[0], list(case.pixels)))
 
 
@@ -126,7 +126,7 @@ def test_the_host_waits_only_for_tokens(models, mode):
                 session.feed(clip)
                 while not session.idle:
                     session.step()
-        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)
+        assert session.rounds.batch_slot.visual.last_block >= len(session.rounds.batch_slot.visual.blocks)
 
 
 @pytest.mark.parametrize("other", [0, 1], ids=["one GPU", "two GPUs"])

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 from media import make_tar, make_tokenizer, sample_json, video_bytes
+from serving import Quiet, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -24,19 +24,21 @@ class FakeHub:
         self.folder, self.sent, self.ranges, self.broken_after = folder, 0, 0, None
         hub = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_HEAD(self):
                 self.do_GET()
 
             def do_GET(self):
                 hub.answer(self, unquote(self.path.partition("?")[0]))
 
-            def log_message(self, *_):
-                pass
+        self.serving = serving(Handler)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+    def __enter__(self):
+        self.endpoint = self.serving.__enter__().url
+        return self
+
+    def __exit__(self, *error):
+        self.serving.__exit__(*error)
 
     def answer(self, request, path):
         if path.startswith(f"/api/datasets/{NAME}/tree/{COMMIT}/"):
@@ -87,10 +89,8 @@ def hub(tmp_path):
             words = 24 if i == 0 else 3
             members += [(f"{k}{i}.mp4", kept), (f"{k}{i}.json", sample_json(words, 6.0))]
         make_tar(tmp_path / f"hub/train/{k:06d}.tar", members)
-    hub = FakeHub(tmp_path / "hub")
-    yield hub
-    hub.server.shutdown()
-    hub.server.server_close()
+    with FakeHub(tmp_path / "hub") as hub:
+        yield hub
 
 
 def mani_data(tmp_path, hub):

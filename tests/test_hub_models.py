@@ -6,8 +6,7 @@ import logging
 import shutil
 import socket
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -26,6 +25,7 @@ from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwenvl import merge, train
 from safetensors import safe_open
+from serving import Quiet, serving
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 
 NAME = NAMES["3B"]
@@ -76,7 +76,7 @@ class FakeHub:
         self.asked: list[str] = []
         hub = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_HEAD(self):
                 path = unquote(self.path.partition("?")[0])
                 hub.asked.append(path)
@@ -111,19 +111,14 @@ class FakeHub:
                 if self.command != "HEAD":
                     self.wfile.write(data)
 
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.serving = serving(Handler)
 
     def __enter__(self):
+        self.endpoint = self.serving.__enter__().url
         return self
 
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    def __exit__(self, *error):
+        self.serving.__exit__(*error)
 
 
 def load_all_but_weights() -> None:

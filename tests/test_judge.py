@@ -15,20 +15,10 @@ from pathlib import Path
 import pytest
 from endpoint import CUT, DRIP, FLOOD, GOOD, STALL, Endpoint
 from metrics import judge as module
-from metrics.judge import Judge, Verdict, read_verdict
+from metrics.judge import Judge
 from metrics.scoring import NotComputed
-from qwen_vl_streaming.common import redact
+from metrics.verdicts import Verdict, read_verdict
 from qwen_vl_streaming.common.errors import InputError
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = Endpoint()
-    yield server
-    server.closing.set()
-    server.shutdown()
-    server.server_close()
 
 
 def impatient(endpoint: Endpoint, **changes) -> Judge:
@@ -177,7 +167,7 @@ def test_a_killed_run_resumes(endpoint, tmp_path):
     cache = tmp_path / "cache.jsonl"
     code = "import sys; from pathlib import Path; from metrics.judge import Judge\n"
     code += "Judge(sys.argv[1], 'grader', workers=2).judge([f'caption {i}' for i in range(60)], Path(sys.argv[2]))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(module.__file__).parents[1]), *sys.path])}
     run = subprocess.Popen([sys.executable, "-c", code, endpoint.url, str(cache)], env=environment, stderr=-3)
     for enough in (1, 10):
         while not cache.exists() or cache.read_bytes().count(b"\n") < enough:
@@ -256,9 +246,8 @@ def test_compressed_answers_are_not_decompressed(endpoint):
         impatient(endpoint, retries=0).check()
 
 
-def test_an_endpoint_that_echoes_requests(endpoint, tmp_path, monkeypatch):
+def test_an_endpoint_that_echoes_requests(endpoint, tmp_path):
     """Neither the key nor the password in the address is shown or saved, and control characters are escaped."""
-    monkeypatch.setattr(redact, "_known", {})
     url = endpoint.url.replace("//", "//joe:s3cret@") + "?api_key=tok123"
     judge = Judge(url, "grader", key="", options={"api_key": "opt123"}, retries=1, backoff=0.001)
     basic = base64.b64encode(b"joe:s3cret").decode()

@@ -12,20 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from launchers import SLURM, launched
 from qwen_vl_streaming.launch.signals import STOPPED
 from qwenvl.train import parse
 from training import free_port
 
 SCRIPT = Path(__file__).parents[1] / "code/qwen-vl-finetune/scripts/sft.sh"
-SLURM = {
-    "SLURM_NNODES": "3",
-    "SLURM_NODEID": "2",
-    "SLURM_JOB_NODELIST": "gpu[07-08,11]",
-    "SLURM_GPUS_ON_NODE": "8",
-    "SLURM_JOB_ID": "4321",
-}
-
-
 PYTHON = (
     'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device") echo {gpus} ;; *redact) shift 2; echo "+ $*" ;; esac'
 )
@@ -38,17 +30,9 @@ def launch(tmp_path):
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)
     shutil.copy(SCRIPT.parents[2] / "launch.sh", tmp_path / "code")
-    programs = tmp_path / "bin"
-    programs.mkdir()
 
-    def run(scontrol: str | None = None, gpus: int = 4, **environment: str):
-        for name, says in (("python", PYTHON.format(gpus=gpus)), ("scontrol", scontrol or "exit 1")):
-            (programs / name).write_text(f"#!/bin/sh\n{says}\n")
-            (programs / name).chmod(0o755)
-        path = f"{programs}:{os.environ['PATH']}"
-        done = subprocess.run(["bash", script], env={"PATH": path, **environment}, capture_output=True, text=True)
-        words = done.stdout.split()
-        return done.returncode, {words[i]: words[i + 1] for i in range(len(words) - 1)}, done.stderr
+    def run(scontrol: str = "exit 1", gpus: int = 4, **environment: str):
+        return launched(["bash", script], tmp_path / "bin", PYTHON.format(gpus=gpus), scontrol, environment)
 
     return run
 

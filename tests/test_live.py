@@ -251,7 +251,7 @@ def test_the_answer_may_end_before_the_source(command, film, tmp_path, monkeypat
     command("--source", film, "--speed", "50", "--max-new-tokens", 20)
     tokens = read(tmp_path)[0].tokens
     end = tokens[4]
-    monkeypatch.setattr(cli, "make_template", lambda *what: replace(make_template(*what), end=end))
+    monkeypatch.setattr(setup, "make_template", lambda *what: replace(make_template(*what), end=end))
     code, out, err = command("--source", film, "--speed", "2")
     record, found = read(tmp_path)
     assert code == 0, err
@@ -328,7 +328,7 @@ def test_clips_from_before_the_start_do_not_count_as_falling_behind(command, tmp
         time.sleep(1.2)
         return open_session(*what, **options)
 
-    monkeypatch.setattr(cli, "open_session", ready_late)
+    monkeypatch.setattr(setup, "open_session", ready_late)
     kept = tmp_path / "kept.safetensors"
     code, out, err = command("--source", url, "--reconnect-seconds", 0, "--max-new-tokens", 40, "--keep", kept)
     record, found = read(tmp_path)
@@ -510,7 +510,7 @@ def test_no_memory_left(command, tmp_path, monkeypatch, number, kind, reason):
     if number:
         at_step(monkeypatch, number, lambda session: monkeypatch.setattr(session.runner, "step", exhaust))
     else:
-        monkeypatch.setattr(cli, "open_session", exhaust)
+        monkeypatch.setattr(setup, "open_session", exhaust)
     code, out, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 6)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in err
@@ -550,6 +550,9 @@ class Script(Intake):
         super().__init__(lambda: iter(()), processor, skip)
         self.left, self.batches = list(clips), list(batches)
 
+    def begin(self):
+        pass
+
     def wait(self):
         for _ in range(self.batches.pop(0) if self.batches else 1):
             if self.left:
@@ -559,21 +562,21 @@ class Script(Intake):
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_falling_behind_and_catching_up_are_reported_once(skip, made):
+def test_falling_behind_and_catching_up_are_reported_once(skip, made, caplog):
     model, variant = tiny_model(), VARIANTS["group"]
     template = replace(random_template(random.Random(0)), end=199)
     frames = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
     clips = [Clip(i, frames, np.zeros(2), time.time(), last=i == 19) for i in range(20)]
     intake = Script(clips, [1, 8], load_processor(made[0]), skip)
-    notes, kept = io.StringIO(), []
+    kept = []
     session = open_session(
         model, variant, template, template.layout((1, 1), 2.0), schedule="wait-1", max_clips=20, max_new_tokens=25,
         about={"a": 1},
     )  # fmt: skip
-    watch = Watch(session, intake, Screen(io.StringIO(), notes), Pieces(str), 1.0, None, skip, kept.append)
+    watch = Watch(session, intake, Pieces(str), 1.0, None, skip, kept.append)
     with session:
-        watch.run()
-    said = notes.getvalue().splitlines()
+        assert [*watch.texts()]
+    said = caplog.messages
     assert len(said) == 2 and said[0].startswith("behind at") and said[1].startswith("caught up at"), said
     assert watch.clips == ([*range(20)] if not skip else [0, 8, *range(9, 20)])
     assert watch.skipped == (7 if skip else 0)
@@ -673,7 +676,7 @@ def test_intake_does_not_block_and_wakes_up(made):
     """A source without data does not delay the end; a full intake blocks only the source."""
     processor = load_processor(made[0])
     intake = Intake(lambda: synthetic_clips(2000, speed=1e6, size=(28, 28)), processor, pace=1e-6, count=2000)
-    intake.start()
+    intake.begin()
     intake.wait()
     clip, pixels = intake.take()
     assert clip.index == 0 and torch.equal(pixels, clip_pixels(processor, clip.frames)[0][0])
@@ -697,7 +700,7 @@ def test_intake_that_skips_does_not_block_the_source(made, monkeypatch):
     made_ready = []
     monkeypatch.setattr(intake_module, "clip_pixels", lambda *what: made_ready.append(1) or clip_pixels(*what))
     intake = Intake(lambda: synthetic_clips(500, speed=1e6, size=(28, 28)), load_processor(made[0]), skip=True)
-    intake.start()
+    intake.begin()
     until(lambda: intake.over)
     assert len(intake.waiting) == 1 and intake.due() == len(intake.completed) == 500
     assert intake.take()[0].index == 499
@@ -709,7 +712,7 @@ def test_clips_that_arrive_before_the_start(made, film):
     """Only the newest is kept; a recording can wait."""
     clips = [replace(clip, film=film) for clip in synthetic_clips(9, speed=1e6, size=(28, 28))]
     intake = Intake(lambda: iter(clips), load_processor(made[0]))
-    intake.start(begun=False)
+    intake.start()
     until(lambda: intake.over)
     intake.begin()
     assert intake.before == (0 if film else 8)

@@ -139,8 +139,8 @@ def test_full_disk_is_a_user_error_and_finished_files_are_intact(tmp_path):
     shell = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "-"]
     result = subprocess.run([*shell, *command(tmp_path, dataset, "--workers", "1")], capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: cannot write")
-    assert "free some space" in result.stderr.splitlines()[-1]
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "cannot be written (File too large): free some space" in last
     assert "Traceback" not in result.stderr
     assert not list(dataset.rglob(f"*{files.PARTIAL_SUFFIX}"))
     videos = list(dataset.rglob("*.mp4"))

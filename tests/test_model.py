@@ -34,13 +34,17 @@ def stock_twin(model):
     return twin
 
 
-def test_origin_equals_stock_logits():
-    """The stock model, given only ids and pixels, against ours with explicit positions and mask."""
+def drawn_twins():
+    """A random generator, a model of ours, and the stock one with its weights."""
     print("seed", SEED)
-    draw = random.Random(SEED)
     torch.manual_seed(SEED)
     model = tiny_model(SEED)
-    twin = stock_twin(model)
+    return random.Random(SEED), model, stock_twin(model)
+
+
+def test_origin_equals_stock_logits():
+    """The stock model, given only ids and pixels, against ours with explicit positions and mask."""
+    draw, model, twin = drawn_twins()
     for seconds in (1.0, 0.75):
         template, grid, clips = random_template(draw), (draw.randint(1, 6), draw.randint(1, 6)), draw.randint(1, 5)
         answer = [draw.randrange(100) for _ in range(6)]
@@ -67,11 +71,7 @@ def test_origin_equals_stock_logits():
 
 def test_vision_tower_equals_stock_and_clips_are_independent():
     """Windows of every size at the borders of an odd grid; clip by clip, all at once, and stock."""
-    print("seed", SEED)
-    draw = random.Random(SEED)
-    torch.manual_seed(SEED)
-    model = tiny_model(SEED)
-    twin = stock_twin(model)
+    draw, model, twin = drawn_twins()
     for _ in range(6):
         clips, grid = draw.randint(1, 4), (draw.randint(1, 11), draw.randint(1, 11))
         pixels = torch.randn(clips, 4 * grid[0] * grid[1], 1176)

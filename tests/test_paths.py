@@ -15,10 +15,10 @@ from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.common.paths import (
     check_videos,
     find_data,
-    find_folder,
     find_model,
     find_path,
     find_video,
+    find_video_root,
     look_up,
 )
 from qwen_vl_streaming.model.prompts import load_processor
@@ -108,11 +108,11 @@ def test_a_model_is_a_folder_or_a_hub_id(tree):
 
 def test_a_video_root_is_a_folder_or_nothing(tree):
     root = tree / "project"
-    assert find_folder("", root, "the video root") is find_folder(" ", root, "the video root") is None
-    assert find_folder(str(tree / "videos"), root, "the video root") == tree / "videos"
+    assert find_video_root("", root) is find_video_root(" ", root) is None
+    assert find_video_root(str(tree / "videos"), root) == tree / "videos"
     for path, says in (("none", "is not in"), (str(put(tree / "file")), "is not a folder")):
         with pytest.raises(InputError, match=f"the video root .*{says}"):
-            find_folder(path, root, "the video root")
+            find_video_root(path, root)
 
 
 @pytest.mark.parametrize(

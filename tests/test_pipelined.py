@@ -39,11 +39,6 @@ SEED = time.time_ns() % 100_000
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
 def clients():
     started = []
     yield started
@@ -112,7 +107,7 @@ def test_a_clip_is_sent_in_one_transfer_and_is_visible_as_a_whole(model, client,
     with open_case(model, case, client, chunk=2, max_clips=4, max_new_tokens=20) as session:
         play(session, case)
         while len(came) < 4:  # the answer may be over before the last clips have come
-            session._receive(SECONDS)
+            session.rounds._receive(SECONDS)
     assert len(came) == 4
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.errors import run as run_program
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
@@ -18,7 +19,7 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import train
 from qwenvl.arguments import ModelArguments
-from qwenvl.data import StreamingDataset, pack
+from qwenvl.data import StreamingDataset, collate, collate_for_trainer, pack
 from qwenvl.planner import __main__ as program
 from qwenvl.planner import gpus as machine
 from qwenvl.planner.constants import GIB
@@ -30,6 +31,7 @@ from qwenvl.planner.request import PLANNED, Request
 from qwenvl.planner.settings import Settings, Zero, configurations
 from qwenvl.planner.shape import find_shape, released_config
 from qwenvl.planner.speed import predict, sample_flops
+from qwenvl.planner.table import rows
 from qwenvl.rows import read_rows
 from tiny import tiny_model
 from training import finish, flags, history, start
@@ -65,6 +67,8 @@ def old(name: str) -> Zero:
     ("3B", 1, "zero2.json", 4, 12288, 0, True, 89.8, 17_478),
     ("7B", 4, "zero2.json", 2, 6144, 0, True, 75.1, 37_290),
     ("7B", 2, "zero3.json", 1, 0, 0, False, 79.0, 5_037),
+    ("3B", 2, "zero3.json", 4, 11904, 0, True, 65.2, 31_406),
+    ("3B", 1, "zero1.json", 4, 11904, 0, True, 90.3, 16_470),
 ])  # fmt: skip
 def test_predictions_are_what_was_measured(shapes, size, count, zero, samples, row, recomputed, compiled, gib, tokens):
     settings = Settings(old(zero), samples, row, PAPER_SAMPLES // samples, recomputed, compiled)
@@ -136,7 +140,7 @@ def test_what_is_chosen(shapes, size, how, machine_name, stages, offload, recomp
     settings = choose(shapes[size, how], LENGTHS, parse_gpus(machine_name), Given()).settings
     assert settings.zero.stage in stages and settings.zero.offload == offload
     assert recomputes is None or (settings.checkpointed > 0) == recomputes
-    assert settings.compiled == (settings.zero.stage < 3)
+    assert settings.compiled
 
 
 @pytest.mark.parametrize("size, how", [("3B", "full"), ("7B", "full"), ("7B", "LoRA")])
@@ -198,7 +202,6 @@ def given_by(words: str, monkeypatch, checkpoint="none") -> Request:
     ("", "", ["COUNTxNAME-MEMORY"]),
     ("L4", "--deepspeed zero1.json", ["zero1.json needs", "the nearest that fits is", "zero3_offload.json"]),
     ("L4", "--deepspeed zero1.json --gradient_checkpointing True", ["needs", "nearest that fits"]),
-    ("4xH200", "--deepspeed zero3.json --compile_layers True", ["--compile_layers True does not work under ZeRO-3"]),
     ("4xH200", "--per_device_train_batch_size 5", ["does not divide the 16 samples"]),
     ("4xH200", "--per_device_train_batch_size 0", ["must be above 0"]),
     ("4xH200", "--checkpoint_layers 3 --gradient_checkpointing False", ["contradicts"]),
@@ -241,6 +244,9 @@ def test_cards_by_the_drivers_name(name, card):
 def test_gpus_that_differ_are_refused(monkeypatch):
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA L4"]
     monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="3 processes on a machine with 2 GPUs"):
+        machine.gpus_here(3)
     with pytest.raises(InputError, match=r"differ .*CUDA_VISIBLE_DEVICES"):
         machine.gpus_here(2)
 
@@ -324,6 +330,33 @@ def test_some_layers_are_recomputed():
         assert all(torch.equal(a, b) for a, b in zip(same, expected, strict=True))
 
 
+def test_layers_that_cannot_be_recomputed_are_refused():
+    class Training:
+        gradient_checkpointing, activation_checkpointing = False, False
+
+    config = released_config("3B")
+    with pytest.raises(InputError, match="--checkpoint_layers 2 contradicts"):
+        train.check_checkpointing(2, Training, config)
+    Training.activation_checkpointing = True
+    with pytest.raises(InputError, match="--checkpoint_layers 37: the model has 36 layers"):
+        train.check_checkpointing(37, Training, config)
+    train.check_checkpointing(36, Training, config)
+    train.check_checkpointing(None, Training, config)
+    with pytest.raises(InputError, match="--checkpoint_layers 0: must be at least 1"):
+        ModelArguments(str(ROOT), checkpoint_layers=0)
+
+
+def test_pixels_stay_in_host_memory(made):
+    """Trainer and accelerate leave them where they are; the rest of a batch is unchanged."""
+    checkpoint, data = made
+    rows, processor = read_rows(data), load_processor(checkpoint)
+    samples = StreamingDataset(rows, ROOT, processor, 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096)
+    plain, held = (make([samples[0], samples[1]]) for make in (collate, collate_for_trainer))
+    pixels = held.pop("pixel_values_videos")
+    assert torch.equal(pixels.tensor, plain.pop("pixel_values_videos")) and plain.keys() == held.keys()
+    assert send_to_device({"pixels": pixels}, "meta")["pixels"] is pixels
+
+
 def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch):
     """Losses and gradient norms in float32 equal those of one sample at a time, and a resumed run keeps its plan."""
     common = {"min_pixels_per_frame": 3136, "max_pixels_per_frame": 3136}
@@ -355,12 +388,17 @@ def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch):
     assert given_by(f"--output_dir {tmp_path / 'new'}", monkeypatch, made[0]).resumed() == {}
 
 
+def test_the_table_of_the_docs_is_the_planners():
+    assert "\n".join(rows()) in (ROOT / "docs/training.md").read_text(), "paste python -m qwenvl.planner.table"
+
+
 STAND_IN = """
 import os, sys
 if "qwenvl.device" in sys.orig_argv or "qwenvl.planner" in sys.orig_argv:
     import torch
     from qwen_vl_streaming import devices
     devices.look = lambda environment: devices.Devices(2, bfloat16=True)
+    torch.cuda.device_count = lambda: 2
     torch.cuda.get_device_name = lambda index: "NVIDIA H100 80GB HBM3"
     torch.cuda.mem_get_info = lambda index: (70 * 2**30, 80 * 2**30)
 elif "qwen_vl_streaming.launch" in sys.orig_argv[:3]:

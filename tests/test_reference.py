@@ -10,15 +10,10 @@ from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import CLIP, NOTHING, Schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from tiny import END, VIDEO, VOCABULARY, random_counts, random_template, timeline_ids, tiny_model
+from tiny import END, VIDEO, VOCABULARY, random_counts, random_template, timeline_ids
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 SEED = time.time_ns() % 100_000
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def full_pass(model, timeline, template, answer, visual_tokens):

@@ -13,15 +13,10 @@ from qwen_vl_streaming.engine.batch import Job, caption_all
 from qwen_vl_streaming.reference import Streams, caption
 from qwen_vl_streaming.timeline.timeline import Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from tiny import random_counts, random_template, tiny_model
+from tiny import random_counts, random_template
 
 SEED = time.time_ns() % 100_000
 MOST = 14
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def plain(model, variant, job):

@@ -28,11 +28,6 @@ from tiny import tiny_model
 SEED = time.time_ns() % 100_000
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
 def recorded(model, case, mode, path):
     options = {**case.options, "max_new_tokens": 12}
     with open_session(model, case.variant, case.template, case.layout, mode=mode, record=path, **options) as session:

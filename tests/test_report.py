@@ -279,7 +279,7 @@ def test_invalid_input_is_refused_in_one_line(world, capsys, tmp_path):
         ([broken("d", {"tokens": [1]})], "the number of slots differs from the number of tokens"),
         ([broken("e", {"slots": [9999] * len(rows[0]["tokens"])})], "the slots do not match the schedule"),
         ([broken("f", scores="{")], "f_scores.json cannot be read"),
-        ([broken("g", scores="[]")], "contains a list"),
+        ([broken("g", scores="[]")], "g_scores.json cannot be read (it is not a JSON object)"),
         ([broken("h", scores='{"not_computed": []}')], "not_computed is not an object"),
         ([broken("i", {"clips": 0, "tokens": [], "slots": []})], "for each of the 0 clips"),
         ([gap, "--video-ids", "nowhere"], "--video-ids nowhere"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 from results import (
     CAPTION_FIELDS,
     FIELDS,
@@ -245,18 +245,18 @@ def test_siblings(tmp_path: Path) -> None:
 
 
 def test_a_file_is_written_completely_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_atomic(path, b"old")
+    write_file(path, b"old")
 
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"cannot be written \(No space left on device\): free some space"):
-        write_atomic(path, b"new")
+        write_file(path, b"new")
     assert path.read_bytes() == b"old"
     rows = path.with_name("rows.jsonl")
     with pytest.raises(InputError, match="No space left"), Appender(rows, {"video_id": str}) as out:
         out.append({"video_id": "1"})
     monkeypatch.undo()
-    write_atomic(path, b"new")
-    assert path.read_bytes() == b"new" and not path.with_name(path.name + ".part").exists()
+    write_file(path, b"new")
+    assert path.read_bytes() == b"new" and sorted(path.parent.iterdir()) == sorted([path, rows])

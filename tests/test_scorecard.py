@@ -7,7 +7,6 @@ from pathlib import Path
 
 import eval as evaluation
 import pytest
-from endpoint import Endpoint
 from metrics.bleurt import bleurt
 from metrics.lag import measure
 from metrics.scoring import METRICS, check_java, score
@@ -25,14 +24,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def endpoint(endpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", " secret\n")
-    server = Endpoint()
-    yield server
-    server.closing.set()
-    server.shutdown()
-    server.server_close()
+    return endpoint
 
 
 @pytest.fixture

@@ -19,15 +19,10 @@ from qwen_vl_streaming.timeline.plan import make_plan
 from qwen_vl_streaming.timeline.timeline import Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import MANY, PARALLEL, SECONDS, check, play, random_case
-from tiny import random_counts, random_template, tiny_model
+from tiny import random_counts, random_template
 
 SEED = time.time_ns() % 100_000
 MODES = ("serial", "fused")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def open_case(model, case, mode, **options):
@@ -261,7 +256,7 @@ def test_tokens_may_be_read_late(model, variant):
             for ahead in (1, 2, 5):
                 with open_case(model, case, mode, ahead=ahead) as session:
                     assert play(session, case).caption() == plain
-                    assert len(session.visible) == len(session.counts)
+                    assert len(session.log.visible) == len(session.counts)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -396,9 +391,9 @@ def test_a_clip_that_was_only_encoded_may_still_be_the_last(model):
     with open_case(model, case, "fused") as session:
         for pixels in case.pixels:
             session.feed(pixels)
-        while session.waiting:
+        while session.rounds.waiting:
             session.step()
-        assert len(session.counts) < 4 and session.encoded
+        assert len(session.counts) < 4 and session.rounds.encoded
         session.end()
         list(session.tokens())
         assert session.scheduler.complete and not session.scheduler.bare

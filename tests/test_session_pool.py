@@ -14,15 +14,10 @@ from qwen_vl_streaming.sessions.session_pool import SessionPool
 from qwen_vl_streaming.timeline.timeline import Layout, Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import PARALLEL, check, no_memory, random_case
-from tiny import random_template, tiny_model
+from tiny import random_template
 
 SEED = time.time_ns() % 100_000
 LARGEST = Layout(40, 10, 10, (3, 3))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def let_in(pool, case, mode, **options):
@@ -164,7 +159,7 @@ def test_the_clips_of_one_session_do_not_affect_others(model):
         mine = []
         for _ in range(4):
             pool.step()
-            mine.append(pool.runner.last_hidden[sessions[1].batch_slot.index].clone())
+            mine.append(pool.runner.last_hidden[sessions[1].rounds.batch_slot.index].clone())
         picked.append(torch.stack(mine))
         pool.close()
     assert torch.equal(*picked)

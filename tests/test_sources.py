@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
@@ -12,9 +12,10 @@ import torch
 from media import make_video, read_number
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
-from qwen_vl_streaming.video.sources import file_clips, synthetic_clips
+from qwen_vl_streaming.video.sources import paced_clips, synthetic_clips
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
+from serving import Quiet, serving
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
 
@@ -22,12 +23,12 @@ SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 *
 @pytest.fixture
 def serve():
     """Serves each connection the next of some streams, a list of (bytes, seconds to wait before them); then refuses."""
-    servers = []
+    servers = contextlib.ExitStack()
 
     def start(connections, kind="video/mp2t"):
         left = list(connections)
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_GET(self):
                 if not left:
                     self.send_error(404)
@@ -40,18 +41,10 @@ def serve():
                     with contextlib.suppress(ConnectionError):  # the consumer may leave
                         self.wfile.write(data)
 
-            def log_message(self, *_):
-                pass
+        return servers.enter_context(serving(Handler)).url + "/live.ts"
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/live.ts"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with servers:
+        yield start
 
 
 def stream_bytes(tmp_path, times):
@@ -61,8 +54,8 @@ def stream_bytes(tmp_path, times):
 def test_file_is_paced_and_equal_to_the_file(tmp_path):
     path = make_video(tmp_path / "v.mp4", seconds=3)
     begin = time.time()
-    clips = list(file_clips(path, speed=4, budget=SMALL))
     video = read_video(path, budget=SMALL)
+    clips = list(paced_clips(video, speed=4))
     assert torch.equal(torch.cat([clip.frames for clip in clips]), video.frames)
     np.testing.assert_array_equal(np.concatenate([clip.timestamps for clip in clips]), video.timestamps)
     assert [clip.index for clip in clips] == [0, 1, 2]
@@ -71,7 +64,7 @@ def test_file_is_paced_and_equal_to_the_file(tmp_path):
 
 
 def test_late_consumer_learns_when_a_clip_was_due(tmp_path):
-    clips = file_clips(make_video(tmp_path / "v.mp4", seconds=3), speed=10, budget=SMALL)
+    clips = paced_clips(read_video(make_video(tmp_path / "v.mp4", seconds=3), budget=SMALL), speed=10)
     first = next(clips)
     time.sleep(0.3)
     assert next(clips).completed == pytest.approx(first.completed + 0.1)
@@ -115,12 +108,8 @@ def test_http_stream_is_dropped_and_reconnected(tmp_path, serve, caplog):
 
 def test_http_recording_ends_at_its_end(tmp_path, caplog):
     make_video(tmp_path / "film.mp4", seconds=4)
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/film.mp4"
-        clips = list(stream_clips(url, budget=SMALL, max_clips=9))
-        server.shutdown()
+    with serving(partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        clips = list(stream_clips(server.url + "/film.mp4", budget=SMALL, max_clips=9))
     assert len(clips) == 4 and all(clip.film for clip in clips)
     assert "dropped" not in caplog.text
 

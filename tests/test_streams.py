@@ -4,10 +4,9 @@ import contextlib
 import io
 import re
 import socket
-import threading
 from fractions import Fraction
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +21,7 @@ from qwen_vl_streaming.video import streams
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
+from serving import Quiet, serving
 from test_sources import serve, stream_bytes  # noqa: F401  a fixture
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
@@ -29,18 +29,15 @@ REORDERED = {"preset": "medium", "bf": "3"}
 TENTH = Fraction(1, 10)
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
+class Files(Quiet, SimpleHTTPRequestHandler):
+    pass
 
 
 @pytest.fixture
 def site(tmp_path):
     """The address at which the files of tmp_path are served."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(partial(Files, directory=tmp_path)) as server:
+        yield server.url
 
 
 def watch(url, **options):
@@ -249,7 +246,7 @@ def test_a_recording_without_a_decoder(tmp_path, site):
         watch(f"{site}/v.mp4")
 
 
-class Breaking(Quiet):
+class Breaking(Files):
     """Interrupts the first transfer of each file at two thirds, or does not report a size."""
 
     asked: ClassVar[list[str]] = []
@@ -279,13 +276,10 @@ def test_a_recording_that_is_interrupted_or_has_no_size(tmp_path, ending, how, c
                 packet.stream = track
                 out.mux(packet)
     video = read_video(tmp_path / f"v.{ending}", budget=SMALL)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Breaking, directory=tmp_path)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(partial(Breaking, directory=tmp_path)) as server:
         name = f"/v.{ending}?{how}"
         Breaking.asked.clear()
-        url = f"http://127.0.0.1:{server.server_port}{name}"
-        clips = list(stream_clips(url, budget=SMALL, reconnect_seconds=2))
-        server.shutdown()
+        clips = list(stream_clips(server.url + name, budget=SMALL, reconnect_seconds=2))
     assert numbers(clips) == [read_number(frame.numpy()) for frame in video.frames]
     np.testing.assert_allclose(np.concatenate([clip.timestamps for clip in clips]), video.timestamps, atol=2e-3)
     assert ("dropped" in caplog.text) == (how == "breaks")

@@ -17,7 +17,7 @@ from qwen_vl_streaming.timeline.plan import Window
 from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import PARALLEL, random_case
-from tiny import random_counts, random_template, tiny_model
+from tiny import random_counts, random_template
 
 SEED = time.time_ns() % 100_000
 ALL = [
@@ -25,11 +25,6 @@ ALL = [
     for variant in VARIANTS.values()
     for mode in (("serial", "fused") if variant.parallel else ("serial",))
 ]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def long_case(draw, variant, clips, grid=(3, 3)):
@@ -77,8 +72,9 @@ def test_a_window_that_reuses_blocks_equals_the_reference(model, variant, mode, 
         with session:
             watch(session, case.pixels, draw)
         assert len(session.counts) == 70 or len(session.written) == most
-        assert session.batch_slot.visual.last_block >= len(session.batch_slot.visual.blocks)  # blocks were reused
-        assert len(session.batch_slot.visual.blocks) * BLOCK_SIZE < 70 * 9
+        visual = session.rounds.batch_slot.visual
+        assert visual.last_block >= len(visual.blocks)  # blocks were reused
+        assert len(visual.blocks) * BLOCK_SIZE < 70 * 9
         record = read_record(path)
         assert record.window == list(window)
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,6 +17,7 @@ import av
 import numpy as np
 import torch
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import atomic_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
 from qwen_vl_streaming.model.prompts import load_processor
 from training import ANSWER, find_device, make_config
@@ -137,11 +137,9 @@ def make_checkpoint(size: str, layers: int | None, folder: Path) -> Path:
     with torch.device(find_device()):
         model = Qwen2_5_VLForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
-    temporary = folder / f".{checkpoint.name}.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, max_shard_size="4GB")
-    load_processor(tiny).save_pretrained(temporary)
-    temporary.rename(checkpoint)
+    with atomic_folder(checkpoint) as temporary:
+        model.save_pretrained(temporary, max_shard_size="4GB")
+        load_processor(tiny).save_pretrained(temporary)
     elapsed = time.perf_counter() - began
     print(
         f"{checkpoint.name}: {model.num_parameters() / 1e9:.2f}e9 weights saved in {elapsed:.1f} s",

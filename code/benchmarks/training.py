@@ -20,7 +20,8 @@ import time
 import torch
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, VisionAttention
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from qwen_vl_streaming.model.vision_tower import VisionAttention
 from qwen_vl_streaming.timeline.attention import dense_mask, make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import CLIP, NOTHING, Layout, Timeline, make_timeline

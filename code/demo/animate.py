@@ -15,7 +15,7 @@ import av
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.sessions.record import Record, read_record
 
@@ -38,8 +38,8 @@ HOLD = 3.0
 """Seconds for which the finished answer stays."""
 
 
-def font(size: int, name: str = "DejaVu Sans", weight: str = "normal") -> ImageFont.FreeTypeFont:
-    path = font_manager.findfont(font_manager.FontProperties(family=name, weight=weight))
+def font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
+    path = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight))
     return ImageFont.truetype(path, size * SCALE)
 
 
@@ -151,7 +151,7 @@ def animate(animation: Animation, path: Path, fps: int) -> None:
     durations = [round(1000 / fps)] * (len(times) - 1) + [round(1000 * HOLD)]
     file = io.BytesIO()
     indexed[0].save(file, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
-    write_atomic(path, file.getvalue())
+    write_file(path, file.getvalue())
 
 
 def main() -> None:

@@ -39,9 +39,9 @@ def first_named(text: str, words) -> str | None:
     return next((word for word in re.findall(r"\w+", text) if word in words), None)
 
 
-def check_captions(rows: list[dict], truth: dict[str, dict], seed: int = 0) -> list[str]:
+def check_captions(rows: list[dict], truth: dict[str, dict]) -> list[str]:
     """Lines with the accuracy of the first colour and shape, also with captions shuffled among the videos."""
-    draw, lines = random.Random(seed), []
+    draw, lines = random.Random(0), []
     for name, words in (("colour", COLOURS), ("shape", SHAPES)):
         predicted = [first_named(row["result"], words) for row in rows]
         expected = [truth[row["video_id"]]["events"][0][name] for row in rows]
@@ -57,14 +57,14 @@ def check_captions(rows: list[dict], truth: dict[str, dict], seed: int = 0) -> l
     return lines
 
 
-def check_pixels(model, processor, variant, schedule: str, paths: list[Path], budget: PixelBudget, seed: int = 0):
+def check_pixels(model, processor, variant, schedule: str, paths: list[Path], budget: PixelBudget):
     """For each video and each clip j, caption the video with clip j replaced by noise.
 
     Returns (number of captions in which a token before slot j changed, number of captions, number of captions that
     changed at all).
     """
     template = make_template(processor, QUESTIONS[-1])
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     earlier = tried = changed = 0
     for path in paths:
         video = read_video(path, budget=budget)

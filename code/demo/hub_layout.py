@@ -133,8 +133,8 @@ def write_checkpoint(
     max_pixels: int,
     max_shard_size: str = "4GB",
 ) -> None:
-    """Write a checkpoint to the new folder `folder`; its processor resizes images to at most `max_pixels`."""
-    folder.mkdir(parents=True)
+    """Write a checkpoint to `folder`; its processor resizes images to at most `max_pixels`."""
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
         for path in Path(temporary).glob("model*"):

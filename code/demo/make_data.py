@@ -25,11 +25,14 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.progress import Progress
 from scenes import OPENING, OTHER_OPENING, Scene, count_words, draw, make_scene
 
 RATE = (3.1, 4.4)
 """Words per second of an ordinary caption; mani_data.py keeps 3 to 5."""
+MODEL_SIZE = 84
+"""Side in pixels to which the model resizes frames."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -
     if saved.exists() and json.loads(saved.read_text()) != settings:
         raise InputError(f"{config.output} has a data set with other settings: give another --output, or delete it")
     config.output.mkdir(parents=True, exist_ok=True)
-    _write(saved, json.dumps(settings, indent=1).encode())
+    write_file(saved, json.dumps(settings, indent=1))
 
     shards, splits = {}, plan(config)
     for split, samples in splits.items():
@@ -209,9 +212,9 @@ def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -
             return one
 
         for path, samples in shards.items():
-            _write(path, _tar(next_rendered() for _ in samples))
+            write_file(path, _tar(next_rendered() for _ in samples))
     rows = [json.dumps(truth(sample)) + "\n" for samples in splits.values() for sample in samples]
-    _write(config.output / "truth.jsonl", "".join(rows).encode())
+    write_file(config.output / "truth.jsonl", "".join(rows))
 
 
 class _mapper:
@@ -240,25 +243,17 @@ def _tar(rendered: Iterable[tuple[Sample, bytes, dict]]) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def preview(config: DataConfig, path: Path, videos: int = 8, model_size: int = 84) -> None:
-    """Write a picture of some test videos: one frame per second at the model's resolution, and the caption."""
-    cell = model_size + 6
-    samples = [sample for sample in plan(config)["test"] if sample.kind == "ordinary"][:videos]
+def preview(config: DataConfig, path: Path) -> None:
+    """Write a picture of eight test videos: one frame per second at the model's resolution, and the caption."""
+    cell = MODEL_SIZE + 6
+    samples = [sample for sample in plan(config)["test"] if sample.kind == "ordinary"][:8]
     sheet = Image.new("RGB", (12 * cell, max(1, len(samples)) * (cell + 22)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, sample in enumerate(samples):
         top = number * (cell + 22)
         _, video, row = render(sample, config.size)
         for second, frame in _frame_each_second(video, row["fps"]):
-            sheet.paste(frame.resize((model_size, model_size), Image.Resampling.BICUBIC), (second * cell, top))
+            sheet.paste(frame.resize((MODEL_SIZE, MODEL_SIZE), Image.Resampling.BICUBIC), (second * cell, top))
         pen.text((2, top + cell), f"{row['video_duration_in_s']:.1f} s: {row['human_caption']}", "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, format="PNG")

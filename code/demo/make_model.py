@@ -8,7 +8,6 @@ trained on the captions in DIR/train, so that nearly every word is one token. Do
 
 import json
 import random
-import shutil
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from hub_layout import write_checkpoint
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.files import atomic_folder
 from qwen_vl_streaming.common.progress import quiet_libraries
 from qwen_vl_streaming.model.prompts import QUESTIONS
 from scenes import make_scene
@@ -187,11 +187,9 @@ def make_checkpoint(folder: Path, captions: Iterable[str], shape: ModelShape, se
     """Write a checkpoint with its processor to `folder`. Returns the number of weights."""
     tokenizer = make_tokenizer(captions)
     model = make_model(make_config(tokenizer, shape), seed)
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_checkpoint(partial, model, tokenizer, SPECIAL_TOKENS[1:], shape.frame_side**2)
-    (partial / "make_model.json").write_text(json.dumps({**asdict(shape), "seed": seed}, indent=1))
-    partial.rename(folder)
+    with atomic_folder(folder) as partial:
+        write_checkpoint(partial, model, tokenizer, SPECIAL_TOKENS[1:], shape.frame_side**2)
+        (partial / "make_model.json").write_text(json.dumps({**asdict(shape), "seed": seed}, indent=1))
     return model.num_parameters()
 
 
@@ -229,7 +227,6 @@ def main() -> None:
     shape = ModelShape(**arguments)
     if output.exists():
         raise InputError(f"{output} already exists: give another --output, or delete it")
-    output.parent.mkdir(parents=True, exist_ok=True)
     weights = make_checkpoint(output, read_captions(data), shape, seed)
     print(f"wrote {output}: {weights / 1e6:.2f} million weights")
 

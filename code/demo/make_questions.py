@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 
 KINDS = "HCM"
 """FunQA's three kinds of videos, humor, creative and magic, which the videos here take turns to be."""
@@ -79,8 +79,8 @@ def make_questions(data: Path, output: Path) -> int:
     for split in ("train", "test"):
         entries = make_entries([row for row in rows if row["split"] == split and row["dropped"] is None])
         names = {entry["visual_input"] for entry in entries}
-        write_atomic(output / f"{split}.zip", zipped(read_videos(data / split, names)))
-        write_atomic(output / f"FunQA_{split}.json", json.dumps(entries, indent=1).encode())
+        write_file(output / f"{split}.zip", zipped(read_videos(data / split, names)))
+        write_file(output / f"FunQA_{split}.json", json.dumps(entries, indent=1).encode())
         count += len(entries)
     return count
 

@@ -22,7 +22,7 @@ from planning import describe, make_plan, select
 from processes import check_gpus
 from qwen_vl_streaming.common.ending import leave
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
 from qwen_vl_streaming.devices import choose_device, look
@@ -73,12 +73,12 @@ def lead(settings: Settings, rank: Rank, device: str, queue: VideoQueue, note: s
             logger.info(note)
         token = secrets.token_hex(8)
         if rank.several_nodes:
-            write_atomic(shared_marker(out, token), b"")
+            write_file(shared_marker(out, token), "")
         queue.publish({"facts": facts, "left": left, "token": token})
         caption_left(select(plan, left, rank.world_size), rank, queue, len(ids))
         skipped = load_skipped(out)
         skipped_rows = [skipped[video_id] for video_id in ids if video_id in skipped]
-        write_atomic(sibling(out, SKIPPED), "".join(json.dumps(row) + "\n" for row in skipped_rows).encode())
+        write_file(sibling(out, SKIPPED), "".join(json.dumps(row) + "\n" for row in skipped_rows))
         rows = load_all(out, ids)
         merge_parts(out, rows)
     log_skipped(skipped_rows, sibling(out, SKIPPED))
@@ -152,9 +152,9 @@ def check_same(mine: dict, published: dict) -> None:
             raise InputError(f"{key} is {mine[key]!r} here and {published.get(key)!r} on node 0: they must be equal")
 
 
-def wait_for_marker(path: Path, timeout: float = 60) -> None:
+def wait_for_marker(path: Path) -> None:
     """Wait for a file that node 0 has written: a network file system may take some seconds to show it."""
-    end = time.monotonic() + timeout
+    end = time.monotonic() + 60
     while not path.exists():
         if time.monotonic() > end:
             raise InputError(f"{path}, written by node 0, is missing here: --output-dir must be shared by all nodes")

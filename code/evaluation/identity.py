@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import read_object, write_file
 
 ARGUMENTS = {name: str for name in ("model", "data", "schedule", "variant")}
 """Fields that the arguments beside a result file always have."""
 NOT_COMPARED = ("versions",)
+AGAIN = "run eval.sh again"
 
 
 def arguments_path(out: Path) -> Path:
@@ -23,22 +24,11 @@ def read_arguments(out: Path, fields: Mapping[str, type | tuple[type, ...]] = AR
     """The arguments beside the result file `out`, with at least `fields`. Raises InputError."""
     path = arguments_path(out)
     if not path.exists():
-        raise InputError(f"{path}, the arguments of {out.name}, is missing: run eval.sh again")
-    found = read_object(path)
+        raise InputError(f"{path}, the arguments of {out.name}, is missing: {AGAIN}")
+    found = read_object(path, AGAIN)
     for name, kind in fields.items():
         if not isinstance(found.get(name), kind):
-            raise InputError(f"{path} has no valid {name!r}: run eval.sh again")
-    return found
-
-
-def read_object(path: Path) -> dict:
-    """The JSON object in a file written by eval.sh. Raises InputError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run eval.sh again") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} contains a {type(found).__name__}, not an object: run eval.sh again")
+            raise InputError(f"{path} has no valid {name!r}: {AGAIN}")
     return found
 
 
@@ -58,14 +48,14 @@ def keep_arguments(out: Path, facts: dict, begun: bool) -> None:
     path = arguments_path(out)
     if begun:
         check_unchanged(out, path, facts)
-    write_atomic(path, json.dumps(facts, indent=2).encode() + b"\n")
+    write_file(path, json.dumps(facts, indent=2) + "\n")
 
 
 def check_unchanged(out: Path, path: Path, facts: dict) -> None:
     """Raise InputError if the arguments at `path`, those of the result file `out`, differ from `facts`."""
     fix = "give another --output-dir, or delete it to start over"
     try:
-        before = read_object(path)
+        before = read_object(path, AGAIN)
     except InputError as error:
         raise InputError(f"{out} has rows, but their arguments, {path}, cannot be read: {fix}") from error
     for key, value in facts.items():

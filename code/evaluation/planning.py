@@ -10,7 +10,7 @@ from pathlib import Path
 from captioning import Plan
 from qwen_vl_streaming.common.data_rows import hash_data, read_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import check_videos, find_data, find_folder, find_model, make_data
+from qwen_vl_streaming.common.paths import check_videos, find_data, find_model, find_video_root, make_data
 from qwen_vl_streaming.common.versions import versions
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
@@ -73,7 +73,7 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
     variant, task = get_variant(settings.variant), get_task(settings.task)
     data = find_data(settings.data, ROOT, "the evaluation data")
     rows = read_data(data, settings.limit, task)
-    video_root = find_folder(settings.video_root, ROOT, "the video root")
+    video_root = find_video_root(settings.video_root, ROOT)
     if rank.local_rank == 0:
         check_videos((row["video_path"] for row in rows), ROOT, video_root)
     model = find_checkpoint(settings)

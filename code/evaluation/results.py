@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import reporting_write_errors, write_atomic
+from qwen_vl_streaming.common.files import reporting_write_errors, write_file
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def merge_parts(path: Path, rows: Iterable[Row]) -> None:
     """Replace the file by `rows`, as returned by `load_all`, in one step; then remove the parts."""
     lines = b"".join(map(_line, rows))
     if lines or path.exists():
-        write_atomic(path, lines)
+        write_file(path, lines)
     shutil.rmtree(_parts(path), ignore_errors=True)
 
 
@@ -238,7 +238,7 @@ def _load(paths: Iterable[Path], fields: Mapping[str, type | tuple[type, ...]]) 
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError if `write_atomic` could not write this file."""
+    """Raise InputError if `write_file` could not write this file."""
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         what = "it is a folder" if path.is_dir() else f"{folder} is not writable"

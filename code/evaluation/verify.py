@@ -18,7 +18,7 @@ import torch
 from identity import ARGUMENTS, read_arguments
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.paths import find_data, find_folder, find_model, find_path, find_video
+from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video, find_video_root
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
 from qwen_vl_streaming.common.ties import tie_margin
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
@@ -147,7 +147,7 @@ def main() -> None:
     asked = read_asked(find_data(made["data"], ROOT, "the evaluation data"))
     if gone := [row["video_id"] for row in rows if row["video_id"] not in asked]:
         raise InputError(f"{made['data']} has no row for video {gone[0]}: {path.name} was made from other data")
-    video_root = find_folder(made["video_root"], ROOT, "the video root")
+    video_root = find_video_root(made["video_root"], ROOT)
     if not 0 < made["repetition_penalty"] <= sys.float_info.max:
         raise InputError(f"{path} was made with a repetition penalty that is not above 0: run eval.sh again")
     pixels = made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"]

@@ -1,14 +1,14 @@
 """Whether a step is done, as its output says: run.json of training, result files and their arguments, reports of the
 data. Nothing else keeps a state. Knows nothing about how steps run."""
 
-import json
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from identity import arguments_path, read_arguments, read_object
+from identity import arguments_path, read_arguments
 from qwen_vl_streaming.common.data_rows import hash_data
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwenvl.fixed import FIXED_FLAGS
 from results import count_skipped, load_finished, sibling
@@ -16,6 +16,7 @@ from results import count_skipped, load_finished, sibling
 DONE, STARTED, TO_DO = "done", "started", "to do"
 FREE = ("model_name_or_path", "pack_tokens", "per_device_train_batch_size", "gradient_accumulation_steps")
 """Of the flags that a run keeps, those that may differ between variants: only the samples of a step count."""
+FIX = "remove it, or give another --output"
 OF_A_ROW = ("variant", "position_rule", "data", "model", "model_sha256", "video_root", "schedule", "versions")
 """Arguments of a result file that differ from row to row of a table, or do not matter."""
 
@@ -45,7 +46,7 @@ def demo_videos(folder: Path, given: dict[str, str]) -> State:
     """The demo's data set. Raises InputError if it was made with other settings than `given`."""
     settings = folder / "make_data.json"
     if settings.exists():
-        made = read_json(settings)
+        made = read_object(settings, FIX)
         for name, value in given.items():
             if str(made.get(name)) != value:
                 raise InputError(
@@ -60,7 +61,7 @@ def prepared(rows: list[Path], report: Path, flags: dict[str, str]) -> State:
     say."""
     if not report.exists() or not all(path.exists() for path in rows):
         return State(where=report)
-    made = read_json(report)
+    made = read_object(report, FIX)
     limit = int(flags["max-samples"]) if "max-samples" in flags else None
     if made.get("max_samples") != limit:
         raise InputError(
@@ -76,7 +77,7 @@ def trained(folder: Path, data: Path, model: str, variant: str, flags: dict[str,
     path = folder / "run.json"
     if not path.exists():
         return State(where=folder)
-    made = read_json(path)
+    made = read_object(path, FIX)
     arguments, used = made.get("arguments"), made.get("data")
     if not isinstance(arguments, dict) or not isinstance(used, dict):
         raise InputError(f"{path} has no arguments and data: remove {folder.name}, or give another --output")
@@ -133,7 +134,7 @@ def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: s
     skipped, total = count_skipped(out), count_rows(data) if data.exists() else rows
     if rows + skipped < total or out.with_suffix(".parts").exists():
         return State(STARTED, f"{rows:,} of {total:,} captions", facts, out)
-    scores = read_object(path) if (path := sibling(out, "scores.json")).exists() else {}
+    scores = read_object(path, FIX) if (path := sibling(out, "scores.json")).exists() else {}
     reasons = scores.get("not_computed", {})
     missing = [f"{name} ({reasons.get(name, 'not scored')})" for name in metrics if name not in scores]
     if scores.get("count") != rows or missing:
@@ -161,19 +162,6 @@ def same(found: object, planned: str | None) -> bool:
 def whole_path(model: object) -> str:
     """A folder as an absolute path without links; a hub id as it is."""
     return str(Path(str(model)).resolve()) if Path(str(model)).is_dir() else str(model)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object that a program has written. Raises InputError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}): remove it, or give another --output") from None
-    if not isinstance(found, dict):
-        raise InputError(
-            f"{path} contains a {type(found).__name__}, not an object: remove it, or give another --output"
-        )
-    return found
 
 
 def data_hash(path: Path) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import reporting_write_errors, write_atomic
+from qwen_vl_streaming.common.files import reporting_write_errors, write_file
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
 from .runner import clean_environment
@@ -111,7 +111,7 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
         path = folder / f"{job.group}.sbatch"
         text = script(job, after_each)
         if not path.exists():
-            write_atomic(path, text.encode())
+            write_file(path, text)
         elif path.read_text(encoding="utf-8", errors="replace") != text:
             lines.append(f"{path} is kept as it is, and differs from what would be written now")
     if not shutil.which("sbatch"):

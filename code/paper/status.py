@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 
 from .checks import DONE
 from .steps import Folders, Step
@@ -106,7 +106,7 @@ def write_page(folders: Folders, progress: Sequence[Progress], finished: bool = 
         now=time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(now)),
         refresh=0 if finished else REFRESH,
     )
-    write_atomic(folders.page, text.encode())
+    write_file(folders.page, text)
 
 
 def duration(seconds: float) -> str:

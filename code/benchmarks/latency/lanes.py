@@ -153,7 +153,7 @@ def lanes(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chu
                 ):
                     feed_one_ahead(session, bench.clips(ROUNDS, tokens))
                     bench.wait()
-                own, visible = trace.intervals(), list(session.visible)
+                own, visible = trace.intervals(), list(session.log.visible)
             if mode == "pipelined":
                 bench.stop_perception()  # the perception process writes its intervals when it exits
                 theirs = json.loads(file.read_text())
@@ -176,6 +176,6 @@ def feed_one_ahead(session, clips) -> None:
     waiting = list(clips)
     session.feed(waiting.pop())
     while waiting or not session.idle:
-        while waiting and len(session.arrived) <= len(session.visible):
+        while waiting and len(session.log.arrived) <= len(session.log.visible):
             session.feed(waiting.pop())
         session.step()

@@ -158,10 +158,10 @@ def feed_on_time(bench: Bench, session, count: int, every: int, sample) -> None:
     bench.wait()
     began = time.perf_counter()
     while taken < count or not session.idle:
-        if len(session.arrived) < count and len(session.arrived) <= len(session.visible):
+        if len(session.log.arrived) < count and len(session.log.arrived) <= len(session.log.visible):
             session.feed(pixels)
         session.step()
-        taken = len(session.visible)
+        taken = len(session.log.visible)
         if taken >= due:
             now = time.perf_counter()
             sample(taken, (now - began) / every)

@@ -180,11 +180,11 @@ def arrivals(session: Session) -> tuple[list[float], list[float], list[float]]:
     """
     times = [each.time for each in session.written]
     gaps = [(begin, end) for begin, end in pairwise(times)]
-    quiet, touched = [], [[] for _ in session.visible[1:]]
+    quiet, touched = [], [[] for _ in session.log.visible[1:]]
     # A token may be read one step after it was sampled: the clip may still affect the second token after it.
-    until = [next(iter([t for t in times if t > seen][1:2]), seen) for seen in session.visible[1:]]
+    until = [next(iter([t for t in times if t > seen][1:2]), seen) for seen in session.log.visible[1:]]
     for begin, end in gaps:
-        mine = [i for i, came in enumerate(session.arrived[1 : 1 + len(until)]) if came < end and begin < until[i]]
+        mine = [i for i, came in enumerate(session.log.arrived[1 : 1 + len(until)]) if came < end and begin < until[i]]
         for i in mine:
             touched[i].append(end - begin)
         if not mine:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from evaluation import rates
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
@@ -201,7 +201,7 @@ def slot_ends(session: Session) -> list[float]:
 
 def write_json(path: Path, data: dict) -> None:
     """Write `data` to `path` atomically."""
-    write_atomic(path, json.dumps(data).encode() + b"\n")
+    write_file(path, json.dumps(data) + "\n")
 
 
 def read_json(path: Path) -> dict:

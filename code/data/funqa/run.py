@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from preparation.files import atomic_write
 from preparation.inspection import Inspection, inspect_videos
 from preparation.report import SplitStatistics
 from preparation.rules import BAD, KEPT, duration_and_prefix_rules, speaking_rate_rule
@@ -20,6 +19,7 @@ from preparation.run import RunOptions, exclusive_run, sampling_key, skipped_lin
 from preparation.tokens import find_tokenizer, load_counter
 from preparation.videos import relative_path
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import atomic_write
 
 from .annotations import SUBTASKS, Entry, read_annotations, read_entries
 from .sources import Source, find_sources

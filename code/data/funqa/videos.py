@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from preparation.files import atomic_write
 from preparation.hub import HubError, RemoteFile
 from preparation.inspection import Inspection
 from preparation.videos import VIDEO_SUFFIXES, check_video
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import atomic_write
 
 UNPACK_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
 """What zipfile raises for a damaged, encrypted or unsupported member."""

@@ -6,9 +6,9 @@ from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 
-from preparation.files import atomic_write
 from preparation.report import SplitStatistics
 from preparation.rules import BAD, KEPT
+from qwen_vl_streaming.common.files import atomic_write
 
 from .stages import Record
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from preparation.files import atomic_write
 from preparation.inspection import inspect_videos
 from preparation.parallel import run_tasks
 from preparation.report import SplitStatistics
@@ -17,6 +16,7 @@ from preparation.rules import BAD, KEPT
 from preparation.run import RunOptions, exclusive_run, sampling_key, skipped_line, write_report
 from preparation.tokens import find_tokenizer, fingerprint, load_counter
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import atomic_write
 from qwen_vl_streaming.common.paths import find_video
 from qwen_vl_streaming.common.progress import Progress
 

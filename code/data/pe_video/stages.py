@@ -15,12 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from preparation.files import atomic_write
 from preparation.inspection import Inspection
 from preparation.report import SplitStatistics
 from preparation.rules import BAD, KEPT, Decision, Rules, Sample, apply_rules
 from preparation.tokens import load_counter
 from preparation.videos import FileSlice, check_video
+from qwen_vl_streaming.common.files import atomic_write
 
 from .sources import FOLDER, HUB, Unit, open_shard, read_samples
 

@@ -1,44 +1,12 @@
-"""Atomic writes and the lock on a folder. Does not depend on what the files contain."""
+"""Cleaning up after killed runs, and the lock on a folder. Does not depend on what the files contain."""
 
 import fcntl
-import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 from qwen_vl_streaming.common.errors import InputError
-
-PARTIAL_SUFFIX = ".mani_data.part"
-
-
-@contextmanager
-def atomic_write(path: Path, mode: str = "w", *, sync: bool = True) -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path` for writing and rename it to `path` when the block succeeds.
-
-    Text is UTF-8 with "\\n" line ends. Without `sync` the file survives a killed process but may be lost in a power
-    failure; use it for what a later run checks anyway. Raises InputError if the file cannot be written, for example
-    because the disk is full.
-    """
-    digest = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # a suffix could exceed the limit on a name's length
-    partial = path.with_name(f".{digest}.{os.getpid()}{PARTIAL_SUFFIX}")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, mode, **text) as file:
-            yield file
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path} ({error.strerror}): free some space or fix permissions, then run the same command "
-            "again to resume"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+from qwen_vl_streaming.common.files import PARTIAL_SUFFIX
 
 
 def remove_partial_files(folder: Path) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import atomic_write
+from qwen_vl_streaming.common.files import atomic_write
+
 from .rules import BAD, DROPPED, KEPT, Rules
 
 HISTOGRAMS = {"seconds": (0.5, 60), "tokens": (5, 300), "tokens per second": (0.1, 10)}

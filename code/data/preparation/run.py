@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import atomic_write, exclusive_lock, remove_partial_files
+from qwen_vl_streaming.common.files import atomic_write
+
+from .files import exclusive_lock, remove_partial_files
 from .report import SplitStatistics, plot
 from .rules import Rules
 

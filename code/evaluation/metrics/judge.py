@@ -7,28 +7,26 @@ Each answer is written to disk before it is used, so a run that was killed resum
 import hashlib
 import json
 import logging
-import os
-import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import BinaryIO
 
 import requests
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
-from qwen_vl_streaming.common.redact import hide, hide_address, redacted, secrets, shown
+from qwen_vl_streaming.common.redact import hide, hide_address, secrets
 from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
 
 from metrics.bounded_http import BoundedAdapter
 from metrics.scoring import NotComputed
+from metrics.verdicts import Verdict, open_cache, read_verdict, short
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +54,9 @@ MAX_BYTES = 4 * 2**20
 """Largest size of a response."""
 PATIENCE = 5
 """Limit on the time of a complete response, in multiples of `Judge.timeout`, which applies to each read."""
-SEARCHED = 20_000
-"""Characters at the end of an answer that are searched for a verdict."""
-LONGEST_REASON = 2000
-"""Characters of a verdict's reason that are kept."""
 KEY = "OPENAI_API_KEY"
 BROKEN_OFF = requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError
 """Errors after the response headers, which urllib3 does not retry."""
-
-
-OPENS = re.compile(r"[\[{]")
 
 
 class NoAnswer(Exception):
@@ -78,15 +69,6 @@ class NoAnswer(Exception):
 
 class BrokenOff(NoAnswer):
     """The connection was lost during a response."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The judge's grade for one caption, or the reason why there is none."""
-
-    score: int | None
-    """1 to 5, or None if the caption could not be judged."""
-    why: str
 
 
 @dataclass
@@ -243,38 +225,6 @@ class Judge:
         return read_verdict(content)
 
 
-def read_verdict(content: object) -> Verdict:
-    """The verdict in an answer: its last JSON object with `score` and `why`. Reasoning and code fences around it are
-    ignored.
-
-    Raises ValueError if there is none with an integer `score` from 1 to 5 and a string `why`.
-    """
-    text = str(content).rpartition("</think>")[2][-SEARCHED:]
-    decoder, found, at = json.JSONDecoder(strict=False), None, 0
-    while begin := OPENS.search(text, at):
-        try:
-            value, at = decoder.raw_decode(text, begin.start())
-        except ValueError:
-            at = begin.end()  # a bracket in a sentence
-        except RecursionError:
-            break
-        else:
-            found = value if isinstance(value, dict) and value.keys() >= {"score", "why"} else found
-    if found is None:
-        raise ValueError(f"not with the requested JSON: {short(content)[:60]!r}")
-    score, why = found["score"], found["why"]
-    if isinstance(score, str) and re.fullmatch(r"\s*[1-5](\.0)?\s*", score):
-        score = float(score)
-    return checked(score, why)
-
-
-def checked(score: object, why: object) -> Verdict:
-    """A verdict with an integer `score` from 1 to 5 and a string `why`. Raises ValueError for anything else."""
-    if isinstance(score, bool) or score not in (1, 2, 3, 4, 5) or not isinstance(why, str):
-        raise ValueError(f"with a score of {short(score)[:20]!r}, not 1 to 5, or without a reason")
-    return Verdict(int(score), redacted(why[:LONGEST_REASON]))
-
-
 def said(response: requests.Response) -> str:
     """The error message of a response, shortened."""
     try:
@@ -284,48 +234,3 @@ def said(response: requests.Response) -> str:
     except (ValueError, LookupError, AttributeError, RecursionError):
         message = response.text
     return short(message)
-
-
-def short(message: object) -> str:
-    """The beginning of a `message` from elsewhere, as it may be printed."""
-    return shown(" ".join(str(message)[:SEARCHED].split())[:2000])[:200]
-
-
-@contextmanager
-def open_cache(path: Path) -> Iterator[tuple[dict[str, Verdict], Callable[[dict], None]]]:
-    """The verdicts in a JSON Lines file by key, and a function that appends one and waits until it is on disk.
-
-    An incomplete last line, left by a killed run, is dropped. Raises InputError for any other invalid line.
-    """
-    with ExitStack() as stack:
-        try:
-            data = path.read_bytes() if path.exists() else b""
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path, "ab"))
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be opened ({error.strerror}): check its permissions, or delete it"
-            ) from error
-        yield _known(path, data, file)
-
-
-def _known(path: Path, data: bytes, file: BinaryIO) -> tuple[dict[str, Verdict], Callable[[dict], None]]:
-    """What `open_cache` yields, for the `data` at `path`, to which `file` appends."""
-    whole = data[: data.rfind(b"\n") + 1]
-    known: dict[str, Verdict] = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row["key"], str):
-                raise TypeError
-            known[row["key"]] = checked(row["score"], row["why"])
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not an answer of the judge: delete this line") from error
-    file.truncate(len(whole))
-
-    def keep(row: dict) -> None:
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-    return known, keep

@@ -15,7 +15,7 @@ from statistics import fmean
 
 from identity import arguments_path, read_arguments
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_model
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.model.prompts import load_processor
@@ -74,7 +74,7 @@ def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scori
         check_writable(path)
     videos = {row["video_id"]: {"video_id": row["video_id"]} for row in rows}
     details, reasons = measure_videos(rows, list(videos.values()), captions, scoring)
-    write_atomic(sibling(captions, PER_VIDEO), "".join(json.dumps(video) + "\n" for video in videos.values()).encode())
+    write_file(sibling(captions, PER_VIDEO), "".join(json.dumps(video) + "\n" for video in videos.values()))
 
     def figures(some: list[Row]) -> dict:
         return {**score(*pairs(some)), **video_means([videos[row["video_id"]] for row in some])}

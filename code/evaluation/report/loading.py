@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from identity import read_arguments, read_object
+from identity import AGAIN, read_arguments
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import places
 from qwen_vl_streaming.timeline.timeline import SCHEDULE_NAME
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant, get_variant
@@ -86,7 +87,7 @@ class Result:
     def run(self) -> dict:
         """What sft.sh recorded of the training; empty where it did not write the checkpoint."""
         path = self.model_folder / "run.json" if self.model_folder else None
-        return read_object(path) if path and path.exists() else {}
+        return read_object(path, "remove it") if path and path.exists() else {}
 
     @property
     def commit(self) -> str:
@@ -112,7 +113,11 @@ class Result:
     @cached_property
     def trained_as(self) -> str | None:
         """The variant that the checkpoint was trained as, or None if unknown."""
-        return read_object(self.model_folder / "config.json").get("streaming_variant") if self.model_folder else None
+        return (
+            read_object(self.model_folder / "config.json", AGAIN).get("streaming_variant")
+            if self.model_folder
+            else None
+        )
 
     def score(self, metric: str) -> tuple[float | None, str]:
         """The value of `metric` and an empty string, or None and the reason why it is missing."""
@@ -198,7 +203,7 @@ def load_result(path: Path) -> Result:
 def load_scores(path: Path) -> tuple[Path, dict]:
     """The path of the scores of a result file, and the scores."""
     found = sibling(path, "scores.json")
-    scores = read_object(found) if found.exists() else {}
+    scores = read_object(found, AGAIN) if found.exists() else {}
     for name in ("not_computed", "tasks", "judge", "lag"):
         if not isinstance(scores.get(name, {}), dict):
             raise InputError(f"{found}: {name} is not an object: score again with eval.sh --score-only")
@@ -224,7 +229,7 @@ def find_model(model: str) -> Path | None:
 def model_size(folder: Path | None) -> str:
     if folder is None:
         return UNKNOWN
-    config = read_object(folder / "config.json")
+    config = read_object(folder / "config.json", AGAIN)
     text = config.get("text_config", config)
     shape = (text.get("hidden_size"), text.get("num_hidden_layers"))
     if shape in paper.SHAPES:

@@ -171,7 +171,7 @@ def check_zero(path: Path) -> None:
         raise InputError("--deepspeed needs a distributed launch: start training with scripts/sft.sh")
 
 
-def one_line(error: Exception, most: int = 300) -> str:
-    """The message of an error, without line breaks."""
+def one_line(error: Exception) -> str:
+    """The message of an error, without line breaks, shortened."""
     message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= most else f"{message[:most]} ..."
+    return message if len(message) <= 300 else f"{message[:300]} ..."

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import find_data, find_folder, find_model, find_path
+from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video_root
 from qwen_vl_streaming.timeline.timeline import make_schedule
 from qwen_vl_streaming.timeline.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget
@@ -172,7 +172,7 @@ class DataArguments:
 
     def __post_init__(self):
         self.train_data = find_data(self.train_data, ROOT, "the training data")
-        folder = find_folder(self.video_root, ROOT, "the video root")
+        folder = find_video_root(self.video_root, ROOT)
         self.video_root = str(folder.absolute()) if folder else ""
         self.pixel_budget  # noqa: B018  raises for an invalid one
         if self.model_max_length < 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import replace_file
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.model.checkpoint import of_file
 from safetensors import SafetensorError
 from torch import distributed
@@ -31,6 +31,7 @@ STATE = "trainer_state.json"
 DAMAGED = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)
 """What readers raise for files that are not as they were written."""
 REMOVE = "remove it to resume from the previous checkpoint, if there is one"
+OTHER_OUTPUT = "remove it, or give another --output_dir"
 
 
 class SaveError(InputError):
@@ -93,18 +94,6 @@ def weights_only(checkpoint: str | None) -> Iterator[None]:
             os.environ[WEIGHTS_ONLY] = before
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object that a run has written. Raises InputError where it is invalid."""
-    fix = "remove it, or give another --output_dir"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}): {fix}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} cannot be read (it is not a JSON object): {fix}")
-    return found
-
-
 def remove(folder: Path) -> None:
     """Remove a checkpoint. It is renamed first, so that a partly removed one is not taken for complete."""
     renamed = folder.with_name(BEING_REMOVED)
@@ -143,7 +132,7 @@ def commit_checkpoint(partial: Path, final: Path, progress: dict) -> None:
     size_of = sizes(partial)
     sync(partial.rglob("*"))
     manifest = {**progress, "bytes": size_of, "sha256": hashes(partial, size_of)}
-    replace_file(partial / PROGRESS, json.dumps(manifest))
+    write_file(partial / PROGRESS, json.dumps(manifest), report=False)
     sync([partial])
     partial.rename(final)
     partial.parent.rmdir()

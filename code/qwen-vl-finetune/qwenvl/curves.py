@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
-from qwen_vl_streaming.common.files import replace_file
+from qwen_vl_streaming.common.files import write_file
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
@@ -44,6 +44,6 @@ def draw_curves(history: Iterable[dict], path: Path, title: str) -> bool:
         axes.grid(alpha=0.3)
     png = io.BytesIO()
     figure.savefig(png, dpi=120, format="png")
-    replace_file(path, png.getvalue())
+    write_file(path, png.getvalue(), report=False)
     pyplot.close(figure)
     return True

@@ -242,6 +242,24 @@ def pack(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
     return rows
 
 
+@dataclass
+class HostTensor:
+    """A tensor that stays in host memory, pinned, until it is used: Trainer puts all batches of an optimizer step on
+    the GPU at once, and their pixels would take gigabytes there."""
+
+    tensor: Tensor
+
+    def pin_memory(self, *_) -> "HostTensor":
+        """Called by DataLoader."""
+        return HostTensor(self.tensor.pin_memory())
+
+
+def collate_for_trainer(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
+    """`collate`, with the pixels as a HostTensor."""
+    batch = collate(samples, pack_tokens)
+    return {**batch, "pixel_values_videos": HostTensor(batch["pixel_values_videos"])}
+
+
 def collate(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
     """A batch of right-padded rows: one sample per row, or packed into rows of `pack_tokens`.
 

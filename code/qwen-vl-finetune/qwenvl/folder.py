@@ -13,9 +13,10 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import read_object
 from transformers.trainer_utils import sort_checkpoints
 
-from .checkpointing import BEING_REMOVED, BEING_SAVED, PROGRESS, read_json
+from .checkpointing import BEING_REMOVED, BEING_SAVED, OTHER_OUTPUT, PROGRESS
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def check_folder(folder: Path, variant: str, model: str) -> None:
     if not os.path.isdir(folder):
         return
     config = folder / "config.json"
-    if config.exists() and (other := read_json(config).get("streaming_variant")) not in (None, variant):
+    if config.exists() and (other := read_object(config, OTHER_OUTPUT).get("streaming_variant")) not in (None, variant):
         raise InputError(f"{folder} has a model trained as {other}, not {variant}: give another --output_dir")
     model_file = next((path for pattern in MODEL_FILES for path in folder.glob(pattern)), None)
     if model_file and not (folder / "run.json").exists():

@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.common.files import atomic_folder
 from qwen_vl_streaming.common.paths import PROJECT, find_model, look_up
 from qwen_vl_streaming.common.progress import quiet_libraries
 from qwen_vl_streaming.model.base_files import BaseFiles
@@ -108,19 +108,14 @@ def merge(adapter: Path, output: Path, base: str | None = None) -> None:
         raise InputError(f"{output} already exists: give another --output, or remove it")
     trained = training_config(adapter)
     check_base(adapter, base, trained.pop(BASE, None))
-    partial = output.with_name(f".{output.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        model = merged(adapter, base)
-        model.save_pretrained(partial)
-        BaseFiles.of(model_folder(model.name_or_path)).write(partial, trained)
-        partial.rename(output)
+        with atomic_folder(output) as partial:
+            model = merged(adapter, base)
+            model.save_pretrained(partial)
+            BaseFiles.of(model_folder(model.name_or_path)).write(partial, trained)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"--output {output} cannot be written ({reason}): give another, or free some space") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     logger.info("merged %s into %s: %s", adapter, model.name_or_path, output)
 
 

@@ -15,8 +15,9 @@ from accelerate.utils import gather_object
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.model.prompts import answer_ids
+from qwen_vl_streaming.video.container import film_track, may_leap, open_film
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate, too_short
-from qwen_vl_streaming.video.index import film_track, index_video, may_leap, open_film
+from qwen_vl_streaming.video.index import index_video
 
 from .data import StreamingDataset
 

@@ -3,7 +3,7 @@
 from qwen_vl_streaming.launch.signals import die_with_launcher
 
 GPU = (
-    "lower --per_device_train_batch_size or --max_pixels_per_video, use more GPUs, or set "
+    "omit the flags that the planner would choose, lower --max_pixels_per_video, use more GPUs, or set "
     "DEEPSPEED_CONFIG=zero3_offload.json, with another --output_dir if a checkpoint has been saved"
 )
 HOST = "lower --dataloader_num_workers or give the run more memory; the same command resumes from the newest checkpoint"

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from qwen_vl_streaming.common.data_rows import HUB, hash_data
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import replace_file
+from qwen_vl_streaming.common.files import read_object, write_file
 from qwen_vl_streaming.common.redact import redacted_command
 from qwen_vl_streaming.common.versions import RUNNING, versions
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.timeline.positions import RULE
 
-from .checkpointing import read_json, saving
+from .checkpointing import OTHER_OUTPUT, saving
 from .fixed import FIXED_FLAGS
 
 PACKAGES = (*RUNNING, "accelerate", "deepspeed", "peft")
@@ -88,7 +88,7 @@ class RunRecord:
     def __init__(self, folder: Path, is_main: bool):
         """Only the main process writes. Raises InputError where run.json is invalid."""
         self.path, self.is_main = folder / "run.json", is_main
-        self.previous: dict = read_json(self.path) if self.path.exists() else {}
+        self.previous: dict = read_object(self.path, OTHER_OUTPUT) if self.path.exists() else {}
         for name, kind in {"arguments": dict, "data": dict, "starts": list}.items():
             if not isinstance(self.previous.get(name, kind()), kind):
                 raise InputError(f"{self.path} has invalid {name}: remove it, or give another --output_dir")
@@ -160,4 +160,4 @@ class RunRecord:
     def _write(self) -> None:
         if self.is_main:
             with saving(self.path):
-                replace_file(self.path, json.dumps(self.record, indent=1, default=str) + "\n")
+                write_file(self.path, json.dumps(self.record, indent=1, default=str) + "\n", report=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import replace_file
+from qwen_vl_streaming.common.files import write_file
 
 from .collectives import any_process
 
@@ -61,4 +61,4 @@ class Skipped:
             return
         rows = ({"video_id": video_id, "reason": reason} for video_id, reason in self.reasons.items())
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_file(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), report=False)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from qwen_vl_streaming.common.files import replace_file
+from qwen_vl_streaming.common.files import write_file
 from torch import distributed
 from transformers import TrainerCallback
 
@@ -93,7 +93,7 @@ def write_throughput(work: Work, path: Path) -> None:
         "seconds_per_step": work.seconds / (work.steps or float("nan")),
         **asdict(work),
     }
-    replace_file(path, json.dumps(table, indent=1) + "\n")
+    write_file(path, json.dumps(table, indent=1) + "\n", report=False)
     for name, value in table.items():
         if name == "peak_memory_bytes":
             name, value = "peak_memory_gib", value / 2**30

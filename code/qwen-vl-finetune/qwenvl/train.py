@@ -31,7 +31,7 @@ from transformers.utils import is_flash_attn_2_available
 from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
 from .checkpointing import SaveError, newest_checkpoint, save_final_model
 from .collectives import any_process
-from .data import PaddedDataset, StreamingDataset, collate
+from .data import PaddedDataset, StreamingDataset, collate_for_trainer
 from .device import check_size
 from .flags_help import HelpfulParser
 from .folder import check_folder, lock_folder, make_folder
@@ -261,7 +261,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             args=arguments,
             train_dataset=PaddedDataset(make_dataset(rows), batch),
             eval_dataset=PaddedDataset(make_dataset(held_out), eval_batch) if held_out else None,
-            data_collator=partial(collate, pack_tokens=data_arguments.pack_tokens),
+            data_collator=partial(collate_for_trainer, pack_tokens=data_arguments.pack_tokens),
             base=base,
             added_config=training_keys(variant, model_arguments.wait_k, **more),
             parallel=variant.parallel,

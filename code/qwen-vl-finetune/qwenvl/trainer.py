@@ -47,7 +47,9 @@ class StreamingTrainer(ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         visual, text = inputs.pop("visual"), inputs.pop("text")
         mask = make_mask(visual, text, self.parallel, self.implementation, inputs.pop("sample", None))
-        return super().compute_loss(model, {**inputs, "attention_mask": mask}, return_outputs, num_items_in_batch)
+        pixels = inputs["pixel_values_videos"].tensor.to(self.args.device, non_blocking=True)
+        inputs = {**inputs, "pixel_values_videos": pixels, "attention_mask": mask}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset=None):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

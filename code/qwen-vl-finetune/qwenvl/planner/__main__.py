@@ -7,12 +7,23 @@ stdout alone. A flag that the user gives, or DEEPSPEED_CONFIG, is never changed.
 """
 
 import argparse
+import contextlib
 import sys
 
 from qwen_vl_streaming.common.errors import InputError, run
 
 
 def main() -> None:
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print there
+        shown, flags = plan()
+    if shown:
+        print(shown)
+    for name, value in flags.items():
+        print(f"--{name}\n{value}")
+
+
+def plan() -> tuple[str, dict[str, object]]:
+    """What goes to stdout: the plan, if only that is asked for, else the flags."""
     processes, nodes, *words = sys.argv[1:]
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--plan", action="store_true")
@@ -27,23 +38,16 @@ def main() -> None:
     request = Request.parse(words)
     if not only_show and (flags := request.resumed()):
         print(f"plan: the settings that {request.output} was started with", file=sys.stderr)
-        _write(flags)
-        return
+        return "", flags
     from .gpus import gpus_here, parse_gpus
+    from .plan import command_line
 
     gpus = parse_gpus(options.gpus, int(nodes)) if options.gpus is not None else gpus_here(int(processes), int(nodes))
     text, flags = request.plan(gpus)
-    print(text, file=sys.stdout if only_show else sys.stderr)
     if only_show:
-        given = {word.split("=")[0].lstrip("-") for word in words if word.startswith("--")}
-        print("  flags: " + " ".join(f"--{name} {value}" for name, value in flags.items() if name not in given))
-    else:
-        _write(flags)
-
-
-def _write(flags: dict[str, object]) -> None:
-    for name, value in flags.items():
-        print(f"--{name}\n{value}")
+        return f"{text}\n  flags: {command_line(flags)}", {}
+    print(text, file=sys.stderr)
+    return "", flags
 
 
 if __name__ == "__main__":

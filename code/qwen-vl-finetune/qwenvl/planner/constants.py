@@ -18,7 +18,7 @@ LOGITS_BYTES = 14
 EMBEDDING_ROWS = 8.0
 """Hidden rows per token outside the layers: embeddings, their copy with visual tokens, the final norm."""
 PIXEL_BYTES = 4
-"""A pixel value on the GPU. Trainer loads all samples of an optimizer step at once."""
+"""A pixel value on the GPU, where one forward pass has its pixels."""
 TOWER_ROW_BYTES = 60_000
 """Working set of the frozen vision tower per patch."""
 TOWER_SAVED_HIDDEN, TOWER_SAVED_MLP = 16.0, 4.0
@@ -37,7 +37,7 @@ SLACK = 0.05
 # Speed.
 MATRIX_SHARE = 0.80
 """Measured rate of a bf16 matrix product of 8192 x 8192, relative to the nominal rate (H200: 790 of 989 TFLOP/s)."""
-WIDE, NARROW = 0.635, 0.55
+WIDE, NARROW = 0.65, 0.55
 """Share of the matrix rate that compiled layers reach in long rows, for a hidden size of 3584 (7B) and 2048 (3B)."""
 WIDE_HIDDEN, NARROW_HIDDEN = 3584, 2048
 WIDE_OVERHEAD, NARROW_OVERHEAD = 50.0, 600.0
@@ -48,6 +48,8 @@ EAGER_TIME = 1.5
 """GPU time of layers that are not compiled, relative to compiled ones (3B: 281 ms a sample instead of 187)."""
 VARYING_TIME = 1.1
 """Time of compiled layers with rows of different lengths, relative to rows of one length. Not measured."""
+PASS_SECONDS = 0.012
+"""Of each forward and backward pass: reading the batch, the mask, and the gaps around it."""
 HOST_SECONDS = {
     # (ZeRO-3, compiled, checkpointed): host seconds per layer of the language model and forward and backward pass.
     (False, True, False): 0.003,
@@ -59,7 +61,11 @@ HOST_SECONDS = {
     (True, True, False): 0.012,
     (True, True, True): 0.012,
 }
-"""A pass takes at least this long. 3B on 4 GPUs: ZeRO-2 784 ms, ZeRO-3 2,683 ms a sample, both checkpointed."""
+"""A pass takes at least this long. 3B on 4 GPUs: ZeRO-2 784 ms, ZeRO-3 2,683 ms a sample, both checkpointed, when
+ZeRO-3 gathered each linear layer. Compiled layers under ZeRO-3: an upper bound."""
+SHARD_RATE = 240e9
+"""Bytes/s of gathered weights and reduced gradients that a pass under ZeRO-3 takes longer for: copies, hooks, and
+communication beside the computation. 3B on two H200s: 2.93 s a step where one GPU without sharding takes 2.6."""
 OPTIMIZER_BYTES = 30
 """Bytes that an optimizer step reads and writes per parameter."""
 HOST_LINK = 20e9

@@ -107,6 +107,8 @@ def gpus_here(per_node: int, nodes: int = 1) -> Gpus:
     differ."""
     import torch
 
+    if per_node > (count := torch.cuda.device_count()):
+        raise InputError(f"{per_node} processes on a machine with {count} GPUs: lower NPROC_PER_NODE")
     names = [torch.cuda.get_device_name(index) for index in range(per_node)]
     if len(set(names)) > 1:
         raise InputError(

@@ -51,7 +51,7 @@ def estimate(shape: Shape, settings: Settings, lengths: Lengths, processes: int,
     common: dict[str, float] = {
         "weights": weights,
         "master weights and moments": states,
-        "pixels": settings.samples * settings.accumulation * 4 * lengths.visual * shape.patch_values * c.PIXEL_BYTES,
+        "pixels": settings.samples * 4 * lengths.visual * shape.patch_values * c.PIXEL_BYTES,
     }
     if zero.stage == 3:
         common["weights"] = 0.0 if zero.offload else weights / shards

@@ -9,13 +9,14 @@ from typing import Any
 
 import psutil
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.model.prompts import load_processor
 from transformers.hf_argparser import string_to_bool
 
 from ..arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
-from ..checkpointing import newest_checkpoint, read_json
+from ..checkpointing import OTHER_OUTPUT, newest_checkpoint
 from ..data import StreamingDataset
 from ..flags_help import HelpfulParser
 from ..rows import read_rows
@@ -88,7 +89,7 @@ class Request:
         path = self.output / "run.json"
         if not path.exists():
             return {}
-        record = read_json(path)
+        record = read_object(path, OTHER_OUTPUT)
         arguments = record.get("arguments")
         if not isinstance(arguments, dict) or not (record.get("finished") or newest_checkpoint(self.output)):
             return {}

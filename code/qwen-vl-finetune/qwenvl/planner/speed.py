@@ -60,6 +60,7 @@ def predict(shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus, bf16
     flops, forward = sample_flops(shape, lengths.mean, lengths.visual, lengths.answer, lengths.clip)
     real = settings.samples * lengths.mean
     row = settings.pack_tokens or settings.samples * (lengths.mean if settings.samples == 1 else lengths.longest)
+    # The padding of a row costs like tokens.
     work = settings.samples * (flops + forward * settings.checkpointed / shape.layers) * row / real
     gpu = work / (rate * efficiency(shape.hidden, row))
     if not settings.compiled:
@@ -69,6 +70,7 @@ def predict(shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus, bf16
     three, share = zero.stage == 3, settings.checkpointed / shape.layers
     eager, saving = (c.HOST_SECONDS[three, settings.compiled, flag] for flag in (False, True))
     host = shape.layers * (eager + (saving - eager) * share)
+    gpu, host = gpu + c.PASS_SECONDS, host + c.PASS_SECONDS
 
     others = (processes - 1) / processes
     link = min(gpus.link, c.NETWORK) if gpus.nodes > 1 else gpus.link
@@ -77,6 +79,7 @@ def predict(shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus, bf16
         passes = 2 + (settings.checkpointed > 0)
         sent = settings.accumulation * (passes * weights + gradients)
         each = max(gpu, host, (passes * weights + gradients) / link)
+        each += (passes * 2.0 * shape.total + 2.0 * n) / c.SHARD_RATE
         if zero.offload:
             each += (passes * 2.0 * shape.total + 2.0 * n) / processes / c.HOST_LINK
         end = 0.0

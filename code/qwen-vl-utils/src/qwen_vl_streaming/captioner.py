@@ -1,32 +1,19 @@
 """Captions a file, a camera or a stream from Python while it arrives: `live` without the terminal."""
 
-import functools
 import logging
 import os
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .common.paths import find_model
 from .devices import choose_device, look
-from .live.intake import Intake
-from .live.options import CLIPS, TOKENS_PER_CLIP
-from .live.screen import Pieces
-from .live.setup import first_clip, load_on, no_clip, start_perception, warm_up
-from .live.watch import Watch
-from .model.hub import model_folder
-from .model.modeling_qwen2_5_vl import load_config, tokens_per_second
-from .model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
-from .model.trained import check_trained
-from .sessions import Session, open_session
-from .timeline.positions import check_clips, clips_before_text
-from .timeline.variants import chosen_variant, get_variant
-from .video.frames import FRAMES_PER_CLIP, PixelBudget
+from .live.setup import load_on, most_clips, open_watch, read_checkpoint
+from .model.prompts import QUESTIONS
+from .sessions import Session
+from .video.frames import PixelBudget
 from .video.opening import Source, open_source
 
 logger = logging.getLogger(__name__)
@@ -70,19 +57,13 @@ class Captioner:
             dtype: Default: bfloat16 on a GPU, float32 on the CPU.
             force: Use a checkpoint even if it was trained with another variant.
         """
-        self.name = find_model(str(model), Path.cwd())
-        self.config = load_config(self.name)
-        trained = getattr(self.config, "streaming_variant", None)
-        self.variant = get_variant(variant or chosen_variant(trained or "group"))
-        if not force:
-            check_trained(self.config, self.name, self.variant, "force=True to use it anyway")
         where, message = choose_device(device, look(os.environ), 'device="cpu"')
         if message:
             logger.warning(message)
-        self.device = torch.device(where)
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.processor = load_processor(self.name)
-        self.model = load_on(self.name, where, self.dtype)
+        path = find_model(str(model), Path.cwd())
+        self.checkpoint = read_checkpoint(path, variant, where, dtype, force, "force=True")
+        self.config, self.variant = self.checkpoint.config, self.checkpoint.variant
+        self.processor, self.model = self.checkpoint.processor, load_on(path, where, self.checkpoint.dtype)
         self.session: Session | None = None
         """The session of the newest `watch`: its tokens with their slots and times."""
 
@@ -117,69 +98,26 @@ class Captioner:
             skip: If the model cannot keep up, skip to the newest clip instead of letting clips wait.
             record: File for a record of the session, see `replay`.
         """
-        if mode is None:
-            mode = "fused" if self.variant.parallel else "serial"
-        limit = CLIPS if max_clips is None and window is None else max_clips
-        if max_new_tokens is None:
-            max_new_tokens = sys.maxsize if limit is None else TOKENS_PER_CLIP * limit
+        name = "the source"
         if not isinstance(source, Source):
+            most, name = most_clips(max_clips, window), f"source {source}"
             budget = PixelBudget.trained(self.config)
-            source = open_source(str(source), budget, fps=fps, speed=speed, max_clips=limit, cut=not skip)
-        template = make_template(self.processor, question)
-        with ExitStack() as stack:
-            options = {
-                "mode": mode,
-                "schedule": f"wait-{getattr(self.config, 'wait_k', 3)}" if schedule is None else schedule,
-                "max_clips": CLIPS if limit is None else limit,
-                "max_new_tokens": max_new_tokens,
-                "window": window,
-            }
-            if mode == "pipelined":
-                options["perception_client"] = stack.enter_context(
-                    start_perception(str(model_folder(self.name)), self.device, self.dtype)
-                )
-            intake = Intake(source.clips, self.processor, skip, source.pace, source.count)
-            stack.callback(intake.stop)
-            seconds = source.seconds_per_clip
-            if source.size is None:
-                intake.start(begun=False)
-                clip = first_clip(intake, "the source")
-                frames, seconds = clip.frames, clip.seconds or seconds
-            else:
-                frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
-            pixels, grid = clip_pixels(self.processor, frames)
-            layout = template.layout(grid, tokens_per_second(self.config) * seconds)
-            if source.count is not None:
-                check_clips(self.variant, layout, min(limit or source.count, source.count))
-            elif (room := clips_before_text(self.variant, layout)) is not None and (limit is None or room < limit):
-                logger.warning("%s can watch %d clips: its answer is finished there", self.variant.name, room)
-                limit = room
-            opened = functools.partial(open_session, self.model, self.variant, template, layout, **options)
-            if self.device.type == "cuda":
-                opened = functools.partial(opened, runner=warm_up(opened(), pixels[0]))
-            self.session = stack.enter_context(opened(record=record, about={"question": question, **source.about}))
-            if source.size is None:
-                intake.begin()
-            else:
-                intake.start()
-            decode = functools.partial(
-                self.processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            pieces = Pieces(decode)
-            screen: Any = _Log()  # `texts` only notes
-            watch = Watch(self.session, intake, screen, pieces, seconds, limit, skip)
-            second = 0.0
+            source = open_source(str(source), budget, fps=fps, speed=speed, max_clips=most, cut=not skip)
+        with open_watch(
+            self.checkpoint,
+            lambda: self.model,
+            source,
+            question,
+            mode=mode,
+            schedule=schedule,
+            max_clips=max_clips,
+            max_new_tokens=max_new_tokens,
+            window=window,
+            skip=skip,
+            record=record,
+            name=name,
+        ) as watch:
+            self.session = watch.session
             for text, second in watch.texts():
                 if text:
                     yield Piece(text, second)
-            if text := pieces.rest():
-                yield Piece(text, second)
-            if not self.session.done:
-                raise no_clip(intake, "the source")
-
-
-class _Log:
-    """Notes of a `Watch`, in the log."""
-
-    def note(self, text: str) -> None:
-        logger.warning(text)

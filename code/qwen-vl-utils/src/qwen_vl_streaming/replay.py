@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .common.errors import InputError, OneLineParser, run
-from .common.paths import PROJECT, find_folder, find_model, find_video, look_up
+from .common.paths import PROJECT, find_model, find_video, find_video_root, look_up
 from .common.progress import quiet_libraries
 from .common.ties import tie_margin
 from .devices import DEVICE_HELP, choose_device, look
@@ -287,7 +287,7 @@ def main() -> None:
 def _main(arguments: argparse.Namespace, device: str, line: str) -> int:
     record = read_record(look_up(arguments.record, PROJECT))
     checkpoint = find_model(arguments.model, PROJECT)
-    video_root = find_folder(arguments.video_root, PROJECT, "the video root")
+    video_root = find_video_root(arguments.video_root, PROJECT)
     kept = arguments.clips and look_up(arguments.clips, PROJECT)
     dtype = arguments.dtype or record.model["dtype"]
     if dtype not in DTYPES:

@@ -46,13 +46,13 @@ def look_up(path: str | Path, root: Path) -> Path:
     return next(filter(exists, places(path, root)), Path(path))
 
 
-def find_folder(path: str, root: Path, what: str) -> Path | None:
+def find_video_root(path: str, root: Path) -> Path | None:
     """Finds a folder like `find_path`. Returns None if `path` is blank. Raises InputError if it is not a folder."""
     if not path.strip():
         return None
-    found = find_path(path, root, what)
+    found = find_path(path, root, "the video root")
     if not os.path.isdir(found):
-        raise InputError(f"{what} {str(found)!r} is not a folder: give a folder")
+        raise InputError(f"the video root {str(found)!r} is not a folder: give a folder")
     return found
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common import files
 from ..common.errors import InputError, OneLineParser
-from ..common.files import replace_file
 from ..timeline.attention import dense_mask
 from ..timeline.positions import timeline_positions
 from ..timeline.timeline import CLIP, HEADER, NOTHING, PARTS, Layout, Timeline, make_schedule, make_timeline
@@ -216,7 +216,7 @@ def render(args: argparse.Namespace) -> bytes:
 def write_file(path: Path, data: bytes) -> None:
     """Replaces `path` as a whole. Raises InputError if it cannot be written."""
     try:
-        replace_file(path, data)
+        files.write_file(path, data, report=False)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {str(path)!r} ({reason}): give a writable file") from error

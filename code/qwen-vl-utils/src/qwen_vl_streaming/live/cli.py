@@ -16,8 +16,6 @@ SIGTERM, 141 after a closed pipe; 2 for user errors, including out of memory; 1 
 
 import argparse
 import contextlib
-import datetime
-import functools
 import logging
 import os
 import signal
@@ -31,29 +29,17 @@ import torch
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..common.redact import redacted
-from ..model.hub import model_folder
-from ..model.modeling_qwen2_5_vl import load_config, tokens_per_second
-from ..model.prompts import clip_pixels, load_processor, make_template
 from ..replay import DTYPES
-from ..sessions import GREEDY, PerceptionLost, open_session
+from ..sessions import GREEDY, PerceptionLost
 from ..sessions.record import read_record, write_record
-from ..timeline.positions import check_clips, clips_before_text
 from ..timeline.timeline import make_schedule
 from ..video.clip_recorder import ClipRecorder
-from ..video.frames import FRAMES_PER_CLIP, PixelBudget
+from ..video.frames import PixelBudget
 from ..video.opening import open_source
 from .figures import table
-from .intake import Intake
-from .options import (
-    CLIPS,
-    TOKENS_PER_CLIP,
-    choose_variant,
-    most_clips,
-    parse,
-    record_place,
-)
-from .screen import NoteHandler, Pieces, Screen
-from .setup import first_clip, load_on, no_clip, start_perception, warm_up
+from .options import parse, record_place
+from .screen import NoteHandler, Screen
+from .setup import load_on, most_clips, open_watch, read_checkpoint
 from .watch import Watch
 
 
@@ -111,113 +97,71 @@ def own_file(path: Path) -> Iterator[Path]:
 def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     """Watch to the end; returns the exit status. Raises InputError, out-of-memory errors (see `no_memory`) and
     PerceptionLost; if a session had begun, its record is written first."""
-    device = arguments.device
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    config = load_config(arguments.model)
-    variant = choose_variant(arguments, config)
-    mode = arguments.way or ("fused" if variant.parallel else "serial")
-    schedule = arguments.schedule or f"wait-{getattr(config, 'wait_k', 3)}"
-    if schedule != GREEDY:
-        make_schedule(schedule, variant, 1)
-    path = record_place(arguments, variant)
-    most = most_clips(arguments)
+    device, dtype = arguments.device, arguments.dtype and DTYPES[arguments.dtype]
+    checkpoint = read_checkpoint(arguments.model, arguments.variant, device, dtype, arguments.force, "--force")
+    if arguments.schedule not in (None, GREEDY):
+        make_schedule(arguments.schedule, checkpoint.variant, 1)
+    path = record_place(arguments, checkpoint.variant)
+    skip = arguments.behind == "skip"
     source = open_source(
         arguments.source,
-        PixelBudget.trained(config, arguments),
+        PixelBudget.trained(checkpoint.config, arguments),
         fps=arguments.fps,
         speed=arguments.speed,
-        max_clips=most,
-        cut=arguments.behind == "wait",
+        max_clips=most_clips(arguments.max_clips, arguments.window),
+        cut=not skip,
         reconnect_seconds=arguments.reconnect_seconds,
     )
-    processor = load_processor(arguments.model)
-    template = make_template(processor, arguments.question)
-    decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if arguments.device_line:
         screen.note(arguments.device_line)
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(own_file(path))
         keeper = arguments.keep and ClipRecorder(stack.enter_context(own_file(arguments.keep)))
-        options = {
-            "mode": mode,
-            "schedule": schedule,
-            "penalty": arguments.penalty,
-            "max_clips": most or CLIPS,
-            "max_new_tokens": arguments.max_new_tokens or (TOKENS_PER_CLIP * most if most else sys.maxsize),
-            "window": arguments.window and tuple(arguments.window),
-            "chunk": arguments.chunk,
-        }
-        if mode == "pipelined":
-            options["perception_client"] = stack.enter_context(
-                start_perception(str(model_folder(arguments.model)), device, dtype)
+        watch = stack.enter_context(
+            open_watch(
+                checkpoint,
+                lambda: load_on(checkpoint.path, device, checkpoint.dtype),
+                source,
+                arguments.question,
+                mode=arguments.way,
+                schedule=arguments.schedule,
+                penalty=arguments.penalty,
+                max_clips=arguments.max_clips,
+                max_new_tokens=arguments.max_new_tokens,
+                window=arguments.window and tuple(arguments.window),
+                chunk=arguments.chunk,
+                skip=skip,
+                record=own,
+                about={
+                    "source": redacted(arguments.source),
+                    "speed": arguments.speed,
+                    "behind": arguments.behind,
+                },
+                keep=keeper and keeper.add,
+                name=f"source {arguments.source}",
             )
-        model = load_on(arguments.model, str(device), dtype)
-        skip = arguments.behind == "skip"
-        intake = Intake(source.clips, processor, skip, source.pace, source.count)
-        stack.callback(intake.stop)
-        seconds = source.seconds_per_clip
-        if source.size is None:
-            intake.start(begun=False)
-            clip = first_clip(intake, arguments.source)
-            frames, seconds = clip.frames, clip.seconds or seconds
-        else:
-            frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
-        pixels, grid = clip_pixels(processor, frames)
-        layout = template.layout(grid, tokens_per_second(config) * seconds)
-        room = clips_before_text(variant, layout)
-        if room is not None and room < min(most or sys.maxsize, source.count or sys.maxsize):
-            if source.count is not None:
-                check_clips(variant, layout, min(most or source.count, source.count))
-            length = datetime.timedelta(seconds=round(room * seconds))
-            screen.note(
-                f"{variant.name} can watch {room} clips ({length}) before their positions reach those of the text: the "
-                "answer is finished there; use group, which has no such limit"
-            )
-            most = room
-        opened = functools.partial(open_session, model, variant, template, layout, **options)
-        if device.type == "cuda":
-            opened = functools.partial(opened, runner=warm_up(opened(), pixels[0]))
-        recorded = ("question", "source", "speed", "behind")
-        about = {**{name: getattr(arguments, name) for name in recorded}, **source.about}
-        about["source"] = redacted(arguments.source)
-        session = stack.enter_context(opened(record=own, about=about))
-        if source.size is None:
-            intake.begin()
-        watch = Watch(
-            session,
-            intake,
-            screen,
-            Pieces(decode),
-            seconds,
-            most,
-            skip=skip,
-            keep=keeper and keeper.add,
         )
-        about["clips"], stop.watched = watch.clips, watch
+        session, stop.watched = watch.session, watch
         fault = None
         try:
-            if source.size is not None:
-                intake.start()
-            watch.run()
-            if not (session.done or watch.stopped):
-                fault = no_clip(intake, arguments.source)
+            watch.run(screen)
         except (InputError, RuntimeError, MemoryError) as error:
             if not (isinstance(error, InputError | PerceptionLost) or no_memory(error)):
                 raise
             fault = error
         session.close()
-        intake.stop()
+        watch.intake.stop()
         written = read_record(own)
         found = watch.figures(written, arguments.deadline)
-        about["completed"], about["figures"] = intake.completed, found
+        about = {**written.about, "completed": watch.intake.completed, "figures": found}
         write_record(own, replace(written, about=about))
     ends = {
         "ended": "the answer has ended" + ("" if session.all_fed else ", before the source ended"),
-        "max_new_tokens": f"{options['max_new_tokens']} tokens are written, see --max-new-tokens",
+        "max_new_tokens": f"{written.max_new_tokens} tokens are written, see --max-new-tokens",
         "cancelled": f"stopped by {signal.Signals(stop.number).name}" if stop.number else "no clip arrived",
     }
-    numbers = str(dtype).removeprefix("torch.")
-    screen.show(f"\n{variant.name}, {mode}, {schedule}, {numbers} on {device}: {ends.get(written.end, written.end)}")
+    how = f"{written.variant}, {written.way}, {written.schedule}, {written.model['dtype']} on {device}"
+    screen.show(f"\n{how}: {ends.get(written.end, written.end)}")
     screen.show(f"{table(found)}\n{'record':<26}{path}")
     if keeper and keeper.count:
         screen.show(f"{'saved frames':<26}{arguments.keep}")

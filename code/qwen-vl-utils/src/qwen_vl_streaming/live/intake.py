@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from ..common.clock import now
+from ..common.errors import InputError
 from ..model.prompts import clip_pixels
 from ..video.sources import Clip
 
@@ -28,6 +29,7 @@ class Intake:
         skip: bool = False,
         pace: float | None = None,
         count: int | None = None,
+        name: str = "the source",
     ):
         """Args:
         clips: Opens the source.
@@ -35,9 +37,10 @@ class Intake:
         skip: Only the newest clip waits.
         pace: Wall-clock seconds between the source's clips, if known.
         count: How many clips the source has, if known.
+        name: Of the source, in messages.
         """
         self.clips, self.processor, self.skip = clips, processor, skip
-        self.pace, self.count = pace, count
+        self.pace, self.count, self.name = pace, count, name
         self.waiting: collections.deque[tuple[Clip, Tensor | None]] = collections.deque()
         """Clips with their pixels, or None for a clip that came while others waited: it may be skipped."""
         self.completed: list[float] = []
@@ -54,16 +57,18 @@ class Intake:
         self._change, self._begun, self._stopped, self._full = threading.Condition(), True, False, False
         self._thread = threading.Thread(target=self._read, name="intake", daemon=True)
 
-    def start(self, begun: bool = True) -> None:
-        """Start reading. If not `begun`, only the newest clip of a camera or stream waits until `begin` is called."""
-        self._begun = begun
+    def start(self) -> None:
+        """Start reading. Only the newest clip of a camera or stream waits until `begin` is called."""
+        self._begun = False
         self._thread.start()
 
     def begin(self) -> None:
-        """Clips count from here on."""
+        """Clips count from here on. Starts reading, unless `start` was called."""
         with self._change:
             self._begun = True
             self.before = self.waiting[0][0].index if self.waiting else len(self.completed)
+        if self._thread.ident is None:
+            self._thread.start()
 
     def stop(self) -> None:
         """Stop reading. A source that is blocked in a read is left behind in its daemon thread."""
@@ -82,10 +87,21 @@ class Intake:
         if not self.over:
             self._news.get()
 
-    def peek(self) -> Clip | None:
-        """The clip that `take` would take."""
+    def first(self) -> Clip:
+        """Wait for the first clip. It stays here. Raises InputError if none comes."""
+        while not (self.waiting or self.over):
+            self.wait()
         with self._change:
-            return self.waiting[0][0] if self.waiting else None
+            if not self.waiting:
+                raise self.no_clip()
+            return self.waiting[0][0]
+
+    def no_clip(self) -> InputError:
+        """The error for a source that has ended without a clip."""
+        if isinstance(self.fault, InputError):
+            return self.fault
+        why = f" ({self.fault})" if self.fault else ""
+        return InputError(f"{self.name} gave no clip{why}: check the source, or give another one")
 
     def take(self) -> tuple[Clip, Tensor]:
         """The clip that has waited longest, and its pixels (patches, pixels of a patch) float32."""

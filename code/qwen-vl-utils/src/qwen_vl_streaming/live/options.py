@@ -9,26 +9,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from ..common.errors import InputError, OneLineParser
 from ..common.paths import PROJECT, find_model, look_up
-from ..common.redact import hide_address
 from ..devices import DEVICE_HELP, choose_device, look
 from ..model.prompts import QUESTIONS
-from ..model.trained import check_trained
 from ..replay import DTYPES
 from ..sessions import GREEDY, MODES
-from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
+from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant
 from ..video.frames import BUDGETS
 from ..video.opening import SYNTHETIC
+from .setup import CLIPS, TOKENS_PER_CLIP
 
 RECORDS = Path("live_output")
 REPLACED = "an existing file is replaced"
-CLIPS = 300
-"""Clips watched at most, by default and without a window."""
-TOKENS_PER_CLIP = 8
-"""Tokens written at most per clip, by default and without a window."""
 LIMITS = {
     "deadline": (1e-6, 1e6),
     "speed": (1e-3, 1e6),
@@ -139,30 +132,14 @@ def parse(description: str | None) -> argparse.Namespace:
     for name, (least, most) in LIMITS.items():
         if (value := getattr(arguments, name)) is not None and not least <= value <= most:
             parser.error(f"--{name.replace('_', '-')} {str(value)[:20]} must be from {least:.10g} to {most:.10g}")
-    hide_address(arguments.source)
     arguments.model = find_model(arguments.model, PROJECT)
     if not (arguments.source == SYNTHETIC or arguments.source.startswith("/dev/") or "://" in arguments.source):
         arguments.source = str(look_up(arguments.source, PROJECT))
     for value, of in zip(arguments.window or (), ("max_clips", "max_new_tokens"), strict=False):
         if not 1 <= value <= LIMITS[of][1]:
             parser.error(f"--window {str(value)[:20]} must be from 1 to {LIMITS[of][1]}")
-    device, arguments.device_line = choose_device(arguments.device, look(os.environ))
-    arguments.device = torch.device(device)
+    arguments.device, arguments.device_line = choose_device(arguments.device, look(os.environ))
     return arguments
-
-
-def most_clips(arguments: argparse.Namespace) -> int | None:
-    """How many clips to watch at most, or None for all."""
-    return arguments.max_clips or (None if arguments.window else CLIPS)
-
-
-def choose_variant(arguments: argparse.Namespace, config) -> Variant:
-    """The variant to run. Raises InputError if the checkpoint was trained differently and --force is not given."""
-    trained = getattr(config, "streaming_variant", None)
-    variant = get_variant(arguments.variant or chosen_variant(trained or "group"))
-    if not arguments.force:
-        check_trained(config, arguments.model, variant, "--force to use it anyway")
-    return variant
 
 
 def record_place(arguments: argparse.Namespace, variant: Variant) -> Path:

@@ -1,17 +1,73 @@
-"""What happens before the first clip is fed: the model, the perception process, the source, compilation."""
+"""Opens a session on a source: the model, the perception process, the first clip's size, compilation, the session."""
 
+import contextlib
+import datetime
 import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..common.errors import InputError
 from ..engine.step_runner import StepRunner
-from ..model.modeling_qwen2_5_vl import load_model
-from ..sessions import PerceptionClient, Session
-from ..video.sources import Clip
+from ..model.hub import model_folder
+from ..model.modeling_qwen2_5_vl import load_config, load_model, tokens_per_second
+from ..model.prompts import clip_pixels, load_processor, make_template
+from ..model.trained import check_trained
+from ..sessions import PerceptionClient, Session, open_session
+from ..timeline.positions import check_clips, clips_before_text
+from ..timeline.variants import Variant, chosen_variant, get_variant
+from ..video.frames import FRAMES_PER_CLIP
+from ..video.opening import Source
 from .intake import Intake
+from .screen import Pieces
+from .watch import Watch
 
+logger = logging.getLogger(__name__)
+
+CLIPS = 300
+"""Clips watched at most, by default and without a window."""
+TOKENS_PER_CLIP = 8
+"""Tokens written at most per clip, by default and without a window."""
 WARM_UP_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, and how its model runs. The weights are not loaded."""
+
+    path: str
+    """A folder or a hub id."""
+    config: Any
+    processor: Any
+    variant: Variant
+    device: torch.device
+    dtype: torch.dtype
+
+
+def read_checkpoint(
+    path: str, variant: str | None, device: str, dtype: torch.dtype | None, force: bool, flag: str
+) -> Checkpoint:
+    """Read all of a checkpoint but its weights.
+
+    Args:
+        variant: A name. Default: QWEN2_5_VL_VARIANT, else the variant that the checkpoint was trained with.
+        dtype: Default: bfloat16 on a GPU, float32 on the CPU.
+        force: Allow a checkpoint that was trained differently; else the error names `flag`, with which it is allowed.
+
+    Raises InputError.
+    """
+    config = load_config(path)
+    chosen = get_variant(variant or chosen_variant(getattr(config, "streaming_variant", None) or "group"))
+    if not force:
+        check_trained(config, path, chosen, f"{flag} to use it anyway")
+    where = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+    return Checkpoint(path, config, load_processor(path), chosen, where, dtype)
 
 
 def load_on(path: str, device: str, dtype: torch.dtype):
@@ -31,23 +87,6 @@ def start_perception(path: str, device: torch.device, dtype: torch.dtype) -> Per
     return PerceptionClient(functools.partial(load_on, path, where, dtype))
 
 
-def first_clip(intake: Intake, name: str) -> Clip:
-    """Wait for the first clip, and leave it in the intake. Raises InputError if none comes."""
-    while (clip := intake.peek()) is None and not intake.over:
-        intake.wait()
-    if clip is None and (clip := intake.peek()) is None:
-        raise no_clip(intake, name)
-    return clip
-
-
-def no_clip(intake: Intake, name: str) -> InputError:
-    """The error for a source that gave no clip."""
-    if isinstance(intake.fault, InputError):
-        return intake.fault
-    why = f" ({intake.fault})" if intake.fault else ""
-    return InputError(f"source {name} gave no clip{why}: check the source, or give another one")
-
-
 def warm_up(session: Session, pixels: torch.Tensor) -> StepRunner:
     """Run a short session, so that compilation is over before the source starts. Returns its runner, for reuse."""
     with session:
@@ -58,3 +97,96 @@ def warm_up(session: Session, pixels: torch.Tensor) -> StepRunner:
             if not session.idle:
                 session.step()
     return session.runner
+
+
+def most_clips(max_clips: int | None, window: tuple[int, int] | None) -> int | None:
+    """How many clips to watch at most, or None for all."""
+    return CLIPS if max_clips is None and window is None else max_clips
+
+
+@contextlib.contextmanager
+def open_watch(
+    checkpoint: Checkpoint,
+    load: Callable[[], torch.nn.Module],
+    source: Source,
+    question: str,
+    *,
+    mode: str | None = None,
+    schedule: str | None = None,
+    max_clips: int | None = None,
+    max_new_tokens: int | None = None,
+    window: tuple[int, int] | None = None,
+    skip: bool = False,
+    record: str | Path | None = None,
+    about: dict | None = None,
+    keep: Callable[[torch.Tensor], None] | None = None,
+    name: str = "the source",
+    **options,
+) -> Iterator[Watch]:
+    """Opens a session on `source`, and closes it at the end. Yields the `Watch` that runs it, and reads a file from its
+    beginning.
+
+    Args:
+        load: Returns the model, on the device of `checkpoint`.
+        mode: Default: fused if the variant can, else serial.
+        schedule: Default: the wait-K that the checkpoint was trained with.
+        max_clips: Default: CLIPS, or any number with a `window`.
+        max_new_tokens: Default: TOKENS_PER_CLIP per clip, or any number with a `window`.
+        skip, keep: See `Watch`.
+        about: Added to the record, besides the question, what a replay needs, and the clips that were fed.
+        name: Of the source, in messages.
+        options: See `Session`.
+
+    Raises InputError, and as `load` does.
+    """
+    config, variant, processor = checkpoint.config, checkpoint.variant, checkpoint.processor
+    template = make_template(processor, question)
+    decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    most = most_clips(max_clips, window)
+    if max_new_tokens is None:
+        max_new_tokens = sys.maxsize if most is None else TOKENS_PER_CLIP * most
+    options |= {
+        "mode": ("fused" if variant.parallel else "serial") if mode is None else mode,
+        "schedule": f"wait-{getattr(config, 'wait_k', 3)}" if schedule is None else schedule,
+        "max_clips": CLIPS if most is None else most,
+        "max_new_tokens": max_new_tokens,
+        "window": window,
+    }
+    with contextlib.ExitStack() as stack:
+        if mode == "pipelined":
+            options["perception_client"] = stack.enter_context(
+                start_perception(str(model_folder(checkpoint.path)), checkpoint.device, checkpoint.dtype)
+            )
+        model = load()
+        intake = Intake(source.clips, processor, skip, source.pace, source.count, name)
+        stack.callback(intake.stop)
+        seconds = source.seconds_per_clip
+        if source.size is None:
+            intake.start()
+            clip = intake.first()
+            frames, seconds = clip.frames, clip.seconds or seconds
+        else:
+            frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
+        pixels, grid = clip_pixels(processor, frames)
+        layout = template.layout(grid, tokens_per_second(config) * seconds)
+        room = clips_before_text(variant, layout)
+        if source.count is not None:
+            check_clips(variant, layout, min(most or source.count, source.count))
+        elif room is not None and (most is None or room < most):
+            length = datetime.timedelta(seconds=round(room * seconds))
+            logger.warning(
+                "%s can watch %d clips (%s) before their positions reach those of the text: the answer is finished "
+                "there; use group, which has no such limit",
+                variant.name,
+                room,
+                length,
+            )
+            most = room
+        opened = functools.partial(open_session, model, variant, template, layout, **options)
+        if checkpoint.device.type == "cuda":
+            opened = functools.partial(opened, runner=warm_up(opened(), pixels[0]))
+        about = {"question": question, **(about or {}), **source.about}
+        session = stack.enter_context(opened(record=record, about=about))
+        watch = Watch(session, intake, Pieces(decode), seconds, most, skip, keep)
+        about["clips"] = watch.clips
+        yield watch

@@ -3,6 +3,7 @@
 Knows nothing of sources, arguments and files. Uses only the public methods of a session.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from ..sessions.record import Record
 from .figures import Course, figures
 from .intake import Intake
 from .screen import Pieces, Screen
+
+logger = logging.getLogger(__name__)
 
 AHEAD = 4
 """Clips that a session is given ahead of their slots; the others wait in the intake."""
@@ -28,7 +31,6 @@ class Watch:
         self,
         session: Session,
         intake: Intake,
-        screen: Screen,
         pieces: Pieces,
         seconds: float,
         most: int | None = None,
@@ -36,17 +38,17 @@ class Watch:
         keep: Callable[[Tensor], None] | None = None,
     ):
         """Args:
-        session, intake, screen, pieces: What is fed, from where, and where and how its tokens are printed.
+        session, intake, pieces: What is fed, from where, and how its tokens become text.
         seconds: Of a clip.
         most: Clips to watch, or None for all.
         skip: When the session falls behind, feed only the newest clip.
         keep: Called with the frames of each clip, (2, 3, H, W) uint8, before it is fed.
         """
-        self.session, self.intake, self.screen, self.pieces = session, intake, screen, pieces
+        self.session, self.intake, self.pieces = session, intake, pieces
         self.seconds, self.most, self.skip, self.keep = seconds, most, skip, keep
         self.clips: list[int] = []
         """The index in the source of each clip that was fed; this list goes into the record."""
-        self.next = intake.before
+        self.next = 0
         """The index in the source after the newest clip that was fed."""
         self.stopped = self.behind = False
         self.skipped = self.most_waiting = self.waiting_at_end = self.calm = 0
@@ -56,21 +58,26 @@ class Watch:
         self.stopped = True
         self.intake.wake()
 
-    def run(self) -> None:
-        """Print the answer. Returns when it is written, the source is over, or `ask_to_stop` was called. Raises what
-        the session raises."""
+    def run(self, screen: Screen) -> None:
+        """Print the answer on `screen`, with the text of incomplete characters. Returns and raises as `texts`."""
         try:
             for text, second in self.texts():
-                self.screen.say(text, second)
+                screen.say(text, second)
         finally:
             if self.session.written:
-                self.screen.say(self.pieces.rest(), self._second(self.session.written[-1].slot))
-            self.screen.end_line()
+                screen.say(self.pieces.rest(), self._second(self.session.written[-1].slot))
+            screen.end_line()
 
     def texts(self) -> Iterator[tuple[str, float]]:
-        """As `run`, but yields each piece of text, and the seconds of the source that had passed when its slot could
-        begin."""
+        """Starts to read the source, if that has not begun. Yields each piece of text as it is written, and the seconds
+        of the source that had passed when its slot could begin.
+
+        Returns when the answer is written or `ask_to_stop` was called. Raises what the session raises, and InputError
+        for a source that gave no clip.
+        """
         session, intake = self.session, self.intake
+        intake.begin()
+        self.next = intake.before
         try:
             while not (session.done or self.stopped):
                 self._feed()
@@ -78,11 +85,13 @@ class Watch:
                     if (token := session.step()) is not None:
                         yield self.pieces.add(token.token), self._second(token.slot)
                 elif intake.over and not intake.waiting:
-                    break
+                    raise intake.no_clip()
                 else:
                     intake.wait()
         finally:
             self.waiting_at_end = self._waiting()
+        if session.written and (text := self.pieces.rest()):
+            yield text, self._second(session.written[-1].slot)
 
     def figures(self, record: Record, deadline: float | None) -> dict:
         """The statistics of `figures.figures`, and the clips and frames that were counted here. `record` is that of the
@@ -135,10 +144,10 @@ class Watch:
             self.skipped += skipped
             self._report_pace(skipped)
             if full and not clip.last:
-                self.screen.note(f"clip {self.most} is the last one that is watched: see --max-clips")
+                logger.warning("clip %d is the last one that is watched: see --max-clips", self.most)
         if intake.over and self.clips and not (intake.waiting or session.all_fed):
             why = f" ({intake.fault})" if intake.fault else ""
-            self.screen.note(f"the source has ended{why}: finishing the answer")
+            logger.warning("the source has ended%s: finishing the answer", why)
             session.end()
 
     def _has_room(self) -> bool:
@@ -157,8 +166,8 @@ class Watch:
         now = self._second(len(self.clips))
         if late and not self.behind:
             what = "skipping to the newest clip" if self.skip else f"{waiting} clips are waiting, and none is skipped"
-            self.screen.note(f"behind at {now:g} s: {what}")
+            logger.warning("behind at %g s: %s", now, what)
             self.behind = True
         elif self.behind and self.calm == CALM:
-            self.screen.note(f"caught up at {now:g} s")
+            logger.warning("caught up at %g s", now)
             self.behind = False

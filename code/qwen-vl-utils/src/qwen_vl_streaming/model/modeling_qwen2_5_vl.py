@@ -17,134 +17,19 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.attention.varlen import varlen_attn
 from transformers import Qwen2_5_VLConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
-from ..common.compiling import not_compiled
 from ..common.ending import lost_worker
 from ..common.errors import InputError
 from .checkpoint import tensor_names
 from .checks import check_config, check_layers
 from .hub import model_folder
+from .vision_tower import Segments, VisionAttention, VisionMLP, VisionPatchEmbed
 
 LAYOUTS = 256  # maximum number of cached vision tower layouts, one for each combination of grids
-
-
-class VisionPatchEmbed(stock.Qwen2_5_VisionPatchEmbed):
-    """The stock patch embedding, computed as a matrix product. This is equivalent because the stride of the convolution
-    equals its kernel size, and 3D convolution kernels are several times slower."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Maps (patches, pixels of a patch) to (patches, channels)."""
-        weight = self.proj.weight
-        return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
-
-
-ALIGNED = 8
-"""Half-precision numbers in a 16-byte load of a GPU."""
-
-
-class VisionMLP(stock.Qwen2_5_VLMLP):
-    """The stock MLP, zero-padded to a multiple of ALIGNED channels.
-
-    The vision tower has 3420 channels, so in half precision rows do not start at multiples of 16 bytes. Matrix products
-    then take several times as long on a GPU. The padding contributes zero to the result.
-    """
-
-    wide: tuple[Tensor, Tensor, Tensor] | None = None
-    """Cached result of `_widened`."""
-
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        """Maps (…, channels) to the same shape."""
-        if not self._plain or self.intermediate_size % ALIGNED == 0:
-            return super().forward(hidden_state)
-        wide = None if torch.is_grad_enabled() else self.wide  # gradients cannot flow through the cache
-        gate_up, bias, down = self._widened() if wide is None else wide
-        gate, up = nn.functional.linear(hidden_state, gate_up, bias).chunk(2, -1)
-        return nn.functional.linear(self.act_fn(gate) * up, down, self.down_proj.bias)
-
-    @property
-    def _plain(self) -> bool:
-        """Whether no layer has been replaced, for example by an adapter."""
-        return all(type(layer) is nn.Linear for layer in (self.gate_proj, self.up_proj, self.down_proj))
-
-    def _widened(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the padded tensors: the weight and the bias of gate and up, each concatenated along the first
-        dimension, and the weight of down."""
-        more, pad = -self.intermediate_size % ALIGNED, nn.functional.pad
-        parts = self.gate_proj, self.up_proj
-        gate_up = torch.cat([pad(part.weight, (0, 0, 0, more)) for part in parts])
-        return gate_up, torch.cat([pad(part.bias, (0, more)) for part in parts]), pad(self.down_proj.weight, (0, more))
-
-    @torch.no_grad()
-    def widen(self) -> None:
-        """Pads the weights once, for a model that is not trained. The parameters become views of the padded tensors, so
-        no weight is stored twice. Moving the module to another device or data type drops the padded tensors."""
-        if self.wide is not None or not self._plain or self.intermediate_size % ALIGNED == 0:
-            return
-        gate_up, bias, down = self.wide = self._widened()
-        size = self.intermediate_size
-        for part, weight, offset in zip((self.gate_proj, self.up_proj), gate_up.chunk(2), bias.chunk(2), strict=True):
-            part.weight.data, part.bias.data = weight[:size], offset[:size]
-        self.down_proj.weight.data = down[:, :size]
-
-    def _apply(self, *arguments, **options):
-        self.wide = None
-        return super()._apply(*arguments, **options)
-
-
-class Segments:
-    """The bounds of the segments that attention is restricted to: windows, or whole clips."""
-
-    def __init__(self, cu_seqlens: Tensor, device: torch.device):
-        bounds = cu_seqlens.cpu()
-        starts, lengths = bounds[:-1], bounds.diff()
-        self.longest = int(lengths.max())
-        self.by_length = [
-            (starts[lengths == length, None] + torch.arange(length)).to(device) for length in lengths.unique().tolist()
-        ]
-        """For each distinct length, the patch indices of the segments with that length, (segments, length)."""
-
-    @staticmethod
-    @not_compiled
-    def of(cu_seqlens: Any) -> "Segments":
-        # Cached on the tensor, which layers share: reading its values makes the host wait for the GPU.
-        if not hasattr(cu_seqlens, "segments"):
-            cu_seqlens.segments = Segments(cu_seqlens, cu_seqlens.device)
-        return cu_seqlens.segments
-
-
-class VisionAttention(stock.Qwen2_5_VLVisionAttention):
-    """Stock vision attention without a loop over segments.
-
-    With SDPA, the stock tower calls attention once for every window of every clip. On a GPU in half precision, this
-    class computes all segments in one variable-length call. Otherwise it makes one call for each distinct segment
-    length, of which there are few. The results are equal up to rounding.
-    """
-
-    def forward(self, hidden_states, cu_seqlens, position_embeddings: Any = None, max_seqlen=None, **kwargs):
-        """Maps `hidden_states` (patches, channels) to the same shape. `cu_seqlens` has the bounds of the segments."""
-        patches = hidden_states.shape[0]
-        query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
-        query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-        segments = Segments.of(cu_seqlens)
-        mixed: Tensor
-        if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
-            longest = segments.longest
-            bounds = (cu_seqlens, cu_seqlens, longest, longest)
-            mixed = varlen_attn(  # pyright: ignore[reportAssignmentType]  # a tuple only with `return_aux`
-                query, key, value.contiguous(), *bounds, scale=self.scaling
-            )
-        else:
-            mixed = torch.empty_like(value)
-            for index in segments.by_length:
-                # (segments, length, heads, head size) -> (segments, heads, length, head size), as SDPA expects
-                q, k, v = (tensor[index].transpose(1, 2) for tensor in (query, key, value))
-                mixed[index] = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scaling).transpose(1, 2)
-        return self.proj(mixed.reshape(patches, -1))
 
 
 class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneration):

@@ -5,7 +5,8 @@ Knows nothing of files, cameras and terminals."""
 from .modes import open_session
 from .perception_client import PerceptionClient, PerceptionLost
 from .record import MODES
-from .session import Session, TimedToken
+from .session import Session
+from .session_log import TimedToken
 from .session_pool import SessionPool
 from .slot_scheduler import GREEDY
 

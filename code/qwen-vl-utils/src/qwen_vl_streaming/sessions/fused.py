@@ -1,21 +1,22 @@
-"""A session on one device whose clips enter in the forward steps that write tokens."""
+"""Rounds on one device in which clips enter in the forward steps that write tokens."""
 
 from torch import Tensor
 
 from ..engine.stream_state import DueRows, StreamState
-from .session import Session
+from .serial import SerialRounds
 
 ENCODE_TOGETHER = 4
 """Clips that the vision encoder encodes at once, if so many wait: one alone does not fill a GPU."""
 
 
-class FusedSession(Session):
+class FusedRounds(SerialRounds):
     """The next clip's rows enter beside the tokens of the slot before it or, if it arrives too late for that, with the
     first token that sees it. At most one clip enters ahead of its slot; more is not faster."""
 
     mode = "fused"
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        super().open()
         self.visual = StreamState(self.variant, self.template, self.layout, self.window)
         """The visual side, as far as clips have started to enter."""
         self.entering: DueRows | None = None
@@ -47,7 +48,7 @@ class FusedSession(Session):
             return
         if self.encoded[0].ready.query() or not self.scheduler.may_write:
             self.runner.set_clip_features(self.batch_slot, self.encoded.popleft())
-            self.visual.stream.counts[:] = self.counts
+            self.visual.stream.counts[:] = self.scheduler.counts
             rows = self.visual.feed_clip(self.scheduler.commit())
             self.entering = rows[rows.rows.visual]
 

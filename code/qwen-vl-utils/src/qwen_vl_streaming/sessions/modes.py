@@ -1,14 +1,13 @@
 """Opens a session in one of the execution modes."""
 
-from collections.abc import Callable
-
 from ..common.errors import InputError
 from ..model.prompts import Template
 from ..timeline.timeline import Layout
 from ..timeline.variants import Variant
-from .fused import FusedSession
-from .pipelined import PipelinedSession
+from .fused import FusedRounds
+from .pipelined import PipelinedRounds
 from .record import MODES
+from .serial import SerialRounds
 from .session import Session
 
 
@@ -17,7 +16,9 @@ def open_session(
 ) -> Session:
     """Open a Session that runs in `mode`, with `options` as in `Session`; "pipelined" also needs `perception_client`.
     Raises InputError for an unknown mode, and as `Session` does."""
-    classes: dict[str, Callable[..., Session]] = {each.mode: each for each in (Session, FusedSession, PipelinedSession)}
-    if mode not in classes:
+    modes: dict[str, type[SerialRounds]] = {each.mode: each for each in (SerialRounds, FusedRounds, PipelinedRounds)}
+    if mode not in modes:
         raise InputError(f"unknown execution mode {mode!r}: choose one of {', '.join(MODES)}")
-    return classes[mode](model, variant, template, layout, **options)
+    if mode == "pipelined" and options.get("perception_client") is None:
+        raise InputError("a pipelined session needs a second process: pass a PerceptionClient as perception_client")
+    return Session(model, variant, template, layout, rounds=modes[mode], **options)

@@ -1,39 +1,43 @@
-"""A session whose clips enter the model in another process. Their keys and values come back in one transfer per clip,
+"""Rounds in which clips enter the model in another process. Their keys and values come back in one transfer per clip,
 while this process writes."""
 
 import collections
 import functools
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..common.clock import now
-from ..common.errors import InputError
 from ..engine.device_event import DeviceEvent
-from ..engine.step_runner import CLIPS_AHEAD
+from ..engine.step_runner import CLIPS_AHEAD, StepRunner
 from ..engine.stream_state import StreamState
+from ..timeline.timeline import Layout
 from .perception_client import PIXEL_BUFFERS, PerceptionClient
-from .session import Session
+from .serial import SerialRounds
 
 POLL_SECONDS = 0.2
 """How long a step waits for a clip, so that its caller can stop in between."""
 
 
-class PipelinedSession(Session):
+class PipelinedRounds(SerialRounds):
     """The text side of a session. A slot begins once its clip's keys and values have been received."""
 
     mode = "pipelined"
 
-    def __init__(self, *args, perception_client: PerceptionClient | None = None, **options):
+    def __init__(self, *args, perception_client: PerceptionClient, **options):
         """`perception_client` is the connection to the other process; it serves one session at a time."""
-        if perception_client is None:
-            raise InputError("a pipelined session needs a second process: pass a PerceptionClient as perception_client")
         self.perception_client = perception_client
         super().__init__(*args, **options)
 
-    def _open(self) -> None:
+    @staticmethod
+    def make_runner(model, layout: Layout, *sizes) -> StepRunner:
+        runner = StepRunner.single(model, layout, *sizes)
+        runner.warm_up()
+        return runner
+
+    def open(self) -> None:
+        super().open()
         self.visual = StreamState(self.variant, self.template, self.layout, self.window)
         """The visual side, as far as clips were received."""
         self.sent: collections.deque[bool] = collections.deque()
@@ -47,7 +51,7 @@ class PipelinedSession(Session):
         itemsize = max(torch.float32.itemsize, self.model.dtype.itemsize)
         self.number = self.perception_client.open(
             self.runner.new_kv_buffer(self.layout),
-            max(rows * columns for rows, columns in self._shapes) * itemsize,
+            max(rows * columns for rows, columns in self.clip_shapes) * itemsize,
             self.variant.name,
             self.template,
             self.layout,
@@ -56,12 +60,11 @@ class PipelinedSession(Session):
             self.window,
         )
 
-    def feed(self, clip: Tensor, last: bool = False) -> None:
-        super().feed(clip, last)
-        with self.fails_on_error():
-            self._send()
+    def arrive(self, clip: Tensor) -> None:
+        super().arrive(clip)
+        self._send()
 
-    def clips_to_encode(self) -> Iterable[Tensor]:
+    def clips_to_encode(self) -> list[Tensor]:
         return []
 
     def _begin_slots(self) -> None:
@@ -75,7 +78,7 @@ class PipelinedSession(Session):
             self._send()
         self._begin_tail()
 
-    def _wait(self) -> bool:
+    def wait(self) -> bool:
         while self.sent and self.pending and not self.token_ready:
             if self._receive(0):
                 return False
@@ -88,9 +91,9 @@ class PipelinedSession(Session):
         """Send clips, as far as their positions are known: if these depend on what slots write and the schedule does
         not say it beforehand, a clip is sent only when the slot before it begins. At most as many clips are under way
         as there are KV transfer buffers, and one more; or as a window has room for."""
-        held = self.greedy and self.variant.count == "rounds"
+        held = self.scheduler.greedy and self.variant.count == "rounds"
         most = 1 if held else PIXEL_BUFFERS if self.window is None else CLIPS_AHEAD
-        while self.waiting and not self.done and len(self.sent) + self.received < most:
+        while self.waiting and not self.scheduler.done and len(self.sent) + self.received < most:
             counts, pixel_buffer = self.scheduler.counts_before_next_clip(), self.scheduler.committed % PIXEL_BUFFERS
             clip, last = self.waiting.popleft(), self.scheduler.commit()
             if not self.sent:
@@ -130,8 +133,8 @@ class PipelinedSession(Session):
             copied.synchronize()
             self.perception_client.send("empty", self.number, kv_buffer)
 
-    def _release(self) -> None:
-        super()._release()
+    def release(self) -> None:
+        super().release()
         for _, copied in self.copying:
             copied.synchronize()  # the next session receives its clips in the same buffers
         self.perception_client.finish(self.number)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..common.files import replace_file
+from ..common.files import write_file
 from ..common.redact import redacted
 from ..model.prompts import Template
 from ..timeline.timeline import Layout
@@ -74,7 +74,8 @@ def write_record(path: str | Path, record: Record) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1))
+        text = json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1)
+        write_file(path, text, report=False)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error}): free some space, or give another path") from error
 

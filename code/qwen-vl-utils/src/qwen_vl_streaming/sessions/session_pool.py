@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from ..common.errors import InputError
 from ..engine.kv_cache import PagedKVCache
@@ -21,13 +22,21 @@ from ..timeline.plan import Window
 from ..timeline.timeline import Layout
 from ..timeline.variants import Variant
 from .modes import open_session
-from .session import Session, TimedToken
+from .record import identity
+from .session import Session
+from .session_log import TimedToken
 
 logger = logging.getLogger(__name__)
 
 CHUNK_COUNTS = (0, 1, 2, 4, 8)
 RESERVE = 0.15
 """Share of a GPU's free memory that is left for the vision encoder and for activations."""
+
+
+def blocks_needed(layout: Layout, max_clips: int, max_new_tokens: int, window: tuple[int, int] | None) -> int:
+    """Blocks of the key-value cache that a session with these limits takes, as `SessionPool.open` counts them."""
+    window = None if window is None else Window(*window)
+    return PagedKVCache.blocks_needed(*StepRunner.token_capacity(layout, max_clips, max_new_tokens, window))
 
 
 class SessionPool:
@@ -44,14 +53,18 @@ class SessionPool:
         max_new_tokens: int = 300,
         window: tuple[int, int] | None = None,
         chunk_counts: Sequence[int] = CHUNK_COUNTS,
+        chunk: int | None = None,
+        clip_tokens: int | None = None,
         penalty: float = PENALTY,
     ):
         """Args:
             batch_slots: Sessions at once, at most.
-            layout: Has the largest clips that a session may have.
+            layout: Has the largest clips that a session of `max_clips` may have.
             memory: Bytes for keys and values; default: most of a GPU's free memory, on a CPU what all slots can need.
             max_clips, max_new_tokens, window: The most that a session may have of each.
-            chunk_counts: How many clips may enter in one forward step; a step is padded to the next of these.
+            chunk_counts: How many chunks of clips may enter in one forward step; a step is padded to the next of these.
+            chunk: Visual tokens of a chunk; default: a clip of `layout` and the tail. Larger clips take several steps.
+            clip_tokens: Visual tokens of a clip at most, where sessions of fewer clips may have larger ones.
             penalty: Repetition penalty of all sessions.
 
         Raises InputError if not even one session fits.
@@ -61,12 +74,11 @@ class SessionPool:
         if max(chunk_counts, default=0) < 1:
             raise InputError(f"chunk_counts {tuple(chunk_counts)} let no clip enter: give at least one number above 0")
         self.limits = {"max_clips": max_clips, "max_new_tokens": max_new_tokens, "window": window}
-        self.model, self.sessions = model, []
+        self.model, self.sessions, self.identity = model, [], None
         block_bytes = PagedKVCache.block_bytes(model.model.language_model.config, model.dtype)
-        visual, text = StepRunner.token_capacity(
-            layout, max_clips, max_new_tokens, None if window is None else Window(*window)
-        )
-        needed = PagedKVCache.blocks_needed(visual, text)
+        needed = blocks_needed(layout, **self.limits)
+        _, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, window and Window(*window))
+        whole = layout.tokens_per_clip + layout.tail
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
         blocks = needed * batch_slots if memory is None else min(needed * batch_slots, memory // block_bytes - 1)
@@ -82,8 +94,8 @@ class SessionPool:
             blocks,
             blocks_per_slot=needed,
             text_capacity=text,
-            clip_tokens=layout.tokens_per_clip,
-            chunk_size=layout.tokens_per_clip + layout.tail,
+            clip_tokens=max(clip_tokens or 0, layout.tokens_per_clip),
+            chunk_size=min(chunk or whole, whole),
             chunk_counts=[0, *fewer, min(batch_slots, max(chunk_counts))],
             windowed=window is not None,
             penalty=penalty,
@@ -97,6 +109,10 @@ class SessionPool:
         if mode == "pipelined":
             raise InputError("sessions of a pool share one model on one device: use fused or serial")
         options = {**self.limits, **options}
+        if options.get("record") is not None:
+            if self.identity is None:
+                self.identity = identity(self.model)
+            options["model_identity"] = self.identity
         session = open_session(self.model, variant, template, layout, mode=mode, runner=self.runner, **options)
         self.sessions.append(session)
         return session
@@ -113,9 +129,10 @@ class SessionPool:
         running = [session for session in self.sessions if not session.idle]
         try:
             self._encode(running)
+            running = [session for session in running if not session.closed]
             requests, entering, most = [], [], self.runner.chunk_counts[-1]
             for session in running:
-                request = session.plan(prefill=len(entering) < most)
+                request = session.rounds.plan(prefill=len(entering) < most)
                 requests.append((session, request))
                 if request is not None and len(request.prefill):
                     entering.append(session)
@@ -124,12 +141,12 @@ class SessionPool:
             launched = [(session, request) for session, request in requests if request is not None]
             pending = self.runner.step([request for _, request in launched]) if launched else None
             for session, request in launched:
-                session.requested(request, pending)
+                session.rounds.requested(request, pending)
             tokens = []
             for session, request in requests:
                 # A session that requested nothing reads its pending token now: other sessions may go on for long.
-                wait = not launched or (request is None and session.token_ready)
-                if (token := session.collect(wait)) is not None:
+                wait = not launched or (request is None and session.rounds.token_ready)
+                if (token := session.rounds.collect(wait)) is not None:
                     tokens.append((session, token))
         except BaseException as error:
             for other in self._end_all(functools.partial(Session.fail, error=error)):
@@ -139,12 +156,29 @@ class SessionPool:
 
     def _encode(self, running: Sequence[Session]) -> None:
         """Encode the clips that are due in all sessions at once."""
-        due = [(session, clip) for session in running for clip in session.clips_to_encode()]
-        if due:
-            sessions, clips = zip(*due, strict=True)
+        due = [(session, clip) for session in running for clip in session.rounds.clips_to_encode()]
+        if not due:
+            return
+        sessions, clips = zip(*due, strict=True)
+        try:
             encoded = self.runner.vision_encoder.encode(clips, [session.layout for session in sessions])
-            for session, features in zip(sessions, encoded, strict=True):
-                session.encoded.append(features)
+        except (torch.OutOfMemoryError, MemoryError):
+            return self._encode_one_by_one(due)
+        for session, features in zip(sessions, encoded, strict=True):
+            session.rounds.encoded.append(features)
+
+    def _encode_one_by_one(self, due: Sequence[tuple[Session, Tensor]]) -> None:
+        """After out of memory: only sessions whose clips do not fit even alone fail; the others go on."""
+        for session, clip in due:
+            if session.closed:
+                continue
+            try:
+                session.rounds.encoded += self.runner.vision_encoder.encode([clip], [session.layout])
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                try:
+                    session.fail(error)
+                except InputError as unwritten:
+                    logger.error("%s", unwritten)
 
     def close(self) -> None:
         """Close all sessions, each with its record, and then raise the first error, if there was one."""

@@ -153,6 +153,10 @@ class SlotScheduler:
             raise InputError(f"the source ended after {self.arrived} clips, but {wanted} were expected")
         self.total = self.arrived + (self.committed == self.arrived)
 
+    def limit(self, tokens: int) -> None:
+        """Lowers `max_new_tokens` so that at most `tokens` more are written."""
+        self.max_new_tokens = max(1, min(self.max_new_tokens, self.requested_tokens + tokens))
+
     def commit(self) -> bool:
         """The next clip starts to enter the model. Returns whether it is the last one, which is now settled."""
         self.committed += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
+from ..common.redact import hide_address
 from .formats import SCHEMES
 from .frames import FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
 from .index import index_video
@@ -52,6 +53,8 @@ def open_source(
 ) -> Source:
     """Prepare the source `name`: a file, /dev/videoN, a URL, or SYNTHETIC. Add new kinds of sources here.
 
+    From then on, messages show no password of its address.
+
     Raises InputError if a file or camera does not exist, for an unknown URL scheme, and the errors of `read_video` for
     a file, which is read here. A camera or URL is opened only when its clips are read.
 
@@ -62,6 +65,7 @@ def open_source(
         cut: Whether to read only the first `max_clips` clips of a file. If False, a file is read in full.
         reconnect_seconds: How long to try to reconnect to a stream, see `stream_clips`.
     """
+    hide_address(name)
     if name == SYNTHETIC:
         size = budget.size(*SCENE, frames=0)
         clips = functools.partial(synthetic_clips, max_clips or sys.maxsize, speed=speed, fps=fps, size=size)

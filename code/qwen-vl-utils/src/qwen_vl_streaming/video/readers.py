@@ -15,7 +15,8 @@ import numpy as np
 from av.error import FFmpegError
 
 from ..common.errors import InputError
-from .index import FrameIndex, demux, film_track, open_film
+from .container import demux, film_track, open_film
+from .index import FrameIndex
 
 SLICE_THREADS = "vp7", "vp8"
 """FFmpeg decoders that report damage only with slice threads. With frame threads, or without threads, they return a

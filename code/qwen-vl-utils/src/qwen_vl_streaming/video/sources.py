@@ -7,14 +7,13 @@ models or text.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..common.clock import now
 from ..common.errors import InputError
-from .frames import FRAMES_PER_CLIP, Video, read_video
+from .frames import FRAMES_PER_CLIP, Video
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,12 @@ class Clip:
     """Seconds of video in the clip, if the source keeps its own steady rate below the requested one; otherwise None."""
 
 
-def file_clips(path: str | Path, *, speed: float = 1.0, **options) -> Iterator[Clip]:
-    """Yield the clips of `path`, each no earlier than it is complete in playback at `speed` times real time.
-
-    `options` are passed to read_video. A late consumer gets a clip immediately; its `completed` is still the time at
-    which it was due. Raises InputError if `speed` is not above 0, and the errors of read_video.
-    """
-    yield from paced_clips(read_video(path, **options), speed)
-
-
 def paced_clips(video: Video, speed: float = 1.0) -> Iterator[Clip]:
-    """Like `file_clips`, for a video that is already read."""
+    """Yield the clips of a `video`, each no earlier than it is complete in playback at `speed` times real time.
+
+    A late consumer gets a clip immediately; its `completed` is still the time at which it was due. Raises InputError if
+    `speed` is not above 0.
+    """
     if not speed > 0:
         raise InputError(f"speed {speed} must be above 0")
     begin = now()

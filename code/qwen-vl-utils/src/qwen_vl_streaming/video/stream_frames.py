@@ -10,7 +10,8 @@ from av.container import InputContainer
 from av.error import FFmpegError
 
 from ..common.clock import now
-from .index import claimed_ticks, film_clock, has_stamps, shown_by_order, shown_stamp, steady
+from .container import claimed_ticks, film_clock, has_stamps, shown_by_order, shown_stamp
+from .index import steady
 from .timestamps import Splices
 from .wholeness import HEADERS, check_codec, time_base
 

@@ -20,9 +20,9 @@ from av.error import ExitError, FFmpegError
 from ..common.clock import now
 from ..common.errors import InputError
 from ..common.redact import Redacting, redacted
+from .container import check_stamps, demux, film_track, last_gap
 from .formats import STREAM
 from .frames import FRAMES_PER_CLIP, SLACK, PixelBudget, resize_frame, too_short
-from .index import check_stamps, demux, film_track, last_gap
 from .readers import upright
 from .sources import Clip
 from .stream_frames import StreamFrames, slow_rate

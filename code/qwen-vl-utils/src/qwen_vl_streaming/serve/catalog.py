@@ -1,0 +1,140 @@
+"""The models that are served: what each is called, how it runs, and what a viewer's request means for it.
+
+Reads configs and processors, no weights.
+"""
+
+import functools
+from dataclasses import dataclass, field, replace
+
+from ..common.errors import InputError
+from ..model.modeling_qwen2_5_vl import load_config
+from ..model.prompts import QUESTIONS, Template, load_processor, make_template
+from ..model.trained import check_trained
+from ..sessions import GREEDY
+from ..timeline.positions import clips_before_text
+from ..timeline.timeline import Layout, make_schedule
+from ..timeline.variants import Variant, chosen_variant, get_variant
+from ..video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget
+from .model_process import ModelSpec
+from .options import Settings, budget_of
+
+FPS = 2.0
+COMMON = ((720, 1280), (480, 640), (1280, 720))
+"""Heights and widths of common sources."""
+SCHEDULES = ("wait-1", "wait-2", "wait-3", "wait-5", GREEDY)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    name: str
+    path: str
+    variant: Variant
+    wait_k: int
+    steps_per_second: float
+    """Position steps of a second of video."""
+    budget: PixelBudget
+    processor: object = field(repr=False)
+
+    @property
+    def mode(self) -> str:
+        return "fused" if self.variant.parallel else "serial" if self.variant.streams else "offline"
+
+    @property
+    def schedules(self) -> list[str]:
+        """What a viewer may choose from, the checkpoint's own first."""
+        return list(dict.fromkeys((f"wait-{self.wait_k}", *SCHEDULES))) if self.variant.streams else []
+
+    @functools.cached_property
+    def decode(self):
+        return functools.partial(
+            self.processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def template(self, question: str) -> Template:
+        return make_template(self.processor, question)
+
+    def layout(self, template: Template, size: tuple[int, int], seconds: float = FRAMES_PER_CLIP / FPS) -> Layout:
+        """For frames of `size` (height, width)."""
+        grid = size[0] // SIDE_FACTOR, size[1] // SIDE_FACTOR
+        return template.layout(grid, self.steps_per_second * seconds)
+
+    def most_clips(self, layout: Layout, limit: int | None) -> int | None:
+        """Clips that a session can watch, or None for any number."""
+        counts = [count for count in (clips_before_text(self.variant, layout), limit) if count is not None]
+        return min(counts, default=None)
+
+    def check_schedule(self, name: str | None) -> str:
+        """The schedule to use. Raises InputError if it is unknown."""
+        name = name or f"wait-{self.wait_k}"
+        if not self.variant.streams:
+            return f"wait-{self.wait_k}"
+        if name != GREEDY:
+            make_schedule(name, self.variant, 1)
+        return name
+
+    def spec(self, settings: Settings, device: str) -> ModelSpec:
+        """What its process on `device` needs to know."""
+        template = self.template(QUESTIONS[-1])
+        common = tuple(self.layout(template, self.budget.size(*size, frames=0)) for size in COMMON)
+        widest = max(common, key=lambda layout: layout.tokens_per_clip)
+        share = min(self.budget.max_pixels_per_frame, self.budget.max_pixels_per_video // FRAMES_PER_CLIP)
+        return ModelSpec(
+            name=self.name,
+            path=self.path,
+            variant=self.variant.name,
+            device=device,
+            dtype=settings.dtype,
+            sessions=settings.sessions,
+            window=settings.window,
+            max_clips=settings.pool_clips,
+            max_new_tokens=settings.pool_tokens,
+            tokens_after_end=settings.max_new_tokens,
+            template=template,
+            largest=replace(widest, prompt=widest.prompt + settings.limits.question_tokens),
+            clip_tokens=max(widest.tokens_per_clip, share // SIDE_FACTOR**2),
+            common=common,
+        )
+
+
+def load_catalog(settings: Settings) -> dict[str, ServedModel]:
+    """The models by name. Raises InputError if one cannot be served, or if they cannot share a page: the same frames
+    go to all of them, so that all must take frames of the same size and prepare them alike."""
+    models: dict[str, ServedModel] = {}
+    first = None
+    for given, path in settings.models.items():
+        config = load_config(path)
+        trained = getattr(config, "streaming_variant", None)
+        variant = get_variant(trained or chosen_variant("group"))
+        check_trained(config, path, variant, "train it again")
+        name = variant.name if given.startswith("#") else given
+        if name in models:
+            raise InputError(f"two models are called {name}: give them names, --model NAME=DIR")
+        processor = load_processor(path)
+        model = ServedModel(
+            name=name,
+            path=path,
+            variant=variant,
+            wait_k=getattr(config, "wait_k", 3),
+            steps_per_second=config.vision_config.tokens_per_second,
+            budget=budget_of(config, settings),
+            processor=processor,
+        )
+        alike = model.budget, model.steps_per_second, processor.video_processor.to_dict()
+        first = first or (name, alike)
+        if alike != first[1]:
+            raise InputError(
+                f"models {first[0]} and {name} take frames of different sizes, so that one page cannot show both: "
+                "serve them on two ports, or give --max-pixels-per-frame and the other sizes"
+            )
+        models[name] = model
+    return models
+
+
+def place(models: dict[str, ServedModel], settings: Settings) -> list[ModelSpec]:
+    """Which model runs on which device: one per device if there are enough, as often as there are devices; otherwise
+    they share the devices evenly."""
+    names, devices = [*models], settings.devices
+    return [
+        models[names[index % len(names)]].spec(settings, devices[index % len(devices)])
+        for index in range(max(len(names), len(devices)))
+    ]

@@ -1,0 +1,168 @@
+"""One answer of one model to one viewer: from the worker's events to the protocol's messages and the figures."""
+
+import secrets
+import statistics
+from collections import deque
+from collections.abc import Callable
+
+from ..common.clock import now
+from ..live.screen import Pieces
+from .catalog import ServedModel
+from .frames import PreparedClip
+from .metrics import Metrics
+from .workers import Worker
+
+MOST_TEXT = 100_000
+"""Characters of the newest text that `response.done` repeats."""
+
+
+class Response:
+    """Created when there is room for it in `worker`; over when the worker says so."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        worker: Worker,
+        captured: Callable[[int], tuple[float, float] | None],
+        send: Callable[[dict], None],
+        metrics: Metrics,
+        most: int | None,
+    ):
+        """Args:
+        captured: For a clip (1…), when it was complete and the capture time of its newest frame.
+        send: Sends a message to the viewer.
+        most: Clips to watch, or None for all.
+        """
+        self.id = secrets.token_urlsafe(12)
+        self.model, self.worker, self.captured, self.send, self.metrics = model, worker, captured, send, metrics
+        self.most = most
+        self.pieces, self.text = Pieces(model.decode), ""
+        self.opened = now()
+        self.sent_clips = self.slots = self.tokens = self.misses = 0
+        self.ages: deque[float] = deque(maxlen=10_000)
+        self.newest: tuple[int, float, float | None] | None = None
+        """Slot, time and time per output token of the newest token."""
+        self.missed_slot = 0
+        self.over = False
+        self.why: str | None = None
+        """The status to report in place of "cancelled"."""
+        self.dropped: Callable[[], int] = lambda: 0
+        metrics.sessions.labels(model.name).inc()
+
+    @property
+    def waiting(self) -> int:
+        """Clips whose slot has not begun."""
+        return max(0, self.sent_clips - self.slots)
+
+    def feed(self, clip: PreparedClip, completed: float, last: bool) -> None:
+        if self.over or (self.most is not None and self.sent_clips >= self.most):
+            return
+        self.sent_clips += 1
+        last = last or self.sent_clips == self.most
+        self.worker.send("clip", self.id, clip, completed, last)
+
+    def end(self) -> None:
+        """The source has ended without a clip that was announced as the last."""
+        if not self.over and self.sent_clips != self.most:
+            self.worker.send("end", self.id)
+
+    def cancel(self, why: str) -> None:
+        """Stop now; `why` is the status to report."""
+        if not self.over and self.why is None:
+            self.why = why
+            self.worker.send("cancel", self.id, why)
+
+    # What the worker says
+
+    def begun(self, slots: int) -> None:
+        self.slots = slots
+
+    def token(self, token: int, slot: int, time: float) -> None:
+        newest_clip = min(slot, self.sent_clips)
+        completed, capture_time = self.captured(newest_clip) or (time, None)
+        age = time - completed
+        self._measure(slot, time, age)
+        delta = self.pieces.add(token)
+        self._say(delta, [token], slot, time, capture_time, age)
+        self.metrics.share.labels(self.model.name).observe(max(0.0, now() - time))
+
+    def _say(self, delta: str, ids: list[int], slot: int, time: float, capture_time: float | None, age: float) -> None:
+        self.text = (self.text + delta)[-MOST_TEXT:]
+        self.send(
+            {
+                "type": "response.output_text.delta",
+                "response_id": self.id,
+                "model": self.model.name,
+                "delta": delta,
+                "token_ids": ids,
+                "slot": slot,
+                "time": round(time - self.opened, 4),
+                "capture_time": capture_time,
+                "age_ms": round(1e3 * age, 2),
+            }
+        )
+
+    def _measure(self, slot: int, time: float, age: float) -> None:
+        metrics, name = self.metrics, self.model.name
+        self.tokens += 1
+        self.ages.append(age)
+        metrics.tokens.labels(name).inc()
+        metrics.age.labels(name).observe(max(0.0, age))
+        gap = None
+        if self.newest is None:
+            if first := self.captured(1):
+                metrics.ttft.labels(name).observe(max(0.0, time - first[0]))
+        elif self.newest[0] == slot:
+            gap = time - self.newest[1]
+            metrics.tpot.labels(name).observe(gap)
+            if self.newest[2] is not None:
+                metrics.jitter.labels(name).observe(abs(gap - self.newest[2]))
+        self.newest = slot, time, gap
+        following = self.captured(slot + 1)
+        if following and time > following[0] and slot > self.missed_slot:
+            self.missed_slot = slot
+            self.misses += 1
+
+    def done(self, how: str, figures: dict | None) -> None:
+        self.over = True
+        if rest := self.pieces.rest():
+            slot, time, _ = self.newest
+            self._say(rest, [], slot, time, None, time - (self.captured(min(slot, self.sent_clips)) or (time,))[0])
+        status = (self.why or "cancelled") if how == "cancelled" else "completed" if how == "completed" else "failed"
+        if how == "out_of_memory":
+            message = f"model {self.model.name} ran out of memory: this session has ended"
+            self.send({"type": "error", "error": {"code": how, "message": message, "event_id": None}})
+        elif status == "failed":
+            message = f"model {self.model.name} has failed: this session has ended"
+            self.send({"type": "error", "error": {"code": "failed", "message": message, "event_id": None}})
+        misses = figures["missed_deadlines"] if figures else self.misses
+        ages = sorted(self.ages)
+        report = {
+            "tokens": self.tokens,
+            "clips": figures["clips"] if figures else self.slots,
+            "tokens_per_second": figures["tokens_per_second"] if figures else None,
+            "age_ms": {
+                "median": round(1e3 * statistics.median(ages), 2) if ages else None,
+                "p95": round(1e3 * ages[int(0.95 * (len(ages) - 1))], 2) if ages else None,
+            },
+            "deadline_misses": misses,
+            "clips_waiting": self.waiting if status != "completed" else 0,
+            "dropped": self.dropped(),
+        }
+        name = self.model.name
+        self.send(
+            {
+                "type": "response.done",
+                "response": {
+                    "id": self.id,
+                    "model": name,
+                    "status": status,
+                    "text": self.text,
+                    "record_id": self.id if figures else None,
+                    "figures": report,
+                },
+            }
+        )
+        self.metrics.sessions.labels(name).dec()
+        self.metrics.misses.labels(name).inc(misses)
+        self.metrics.responses.labels(name, status).inc()

@@ -1,0 +1,223 @@
+// What can be watched: camera, screen, file, or a source of the server. Knows nothing of sockets and models.
+//
+// A source has
+//   open()   → the source of session.update: asks for permission, shows the picture. Throws Trouble.
+//   fps      frames per second to sample
+//   begin()  starts its clock
+//   now()    → seconds since then
+//   frame(time) → waits until `time` is due, and returns what to draw, or null at the end. Not for the server's sources
+//   close()
+
+/** An error whose message is meant for the viewer. */
+export class Trouble extends Error {}
+
+export const SLACK = 0.002; // seconds, as in video/frames.py: containers round timestamps
+
+const ticker = new Worker(new URL("tick.js", import.meta.url));
+const waits = new Map();
+let lastWait = 0;
+ticker.onmessage = ({ data }) => {
+  waits.get(data)?.();
+  waits.delete(data);
+};
+
+/** Wait, also in a tab in the background. */
+export function sleep(seconds) {
+  if (seconds <= 0) return Promise.resolve();
+  return new Promise((resolve) => {
+    waits.set(++lastWait, resolve);
+    ticker.postMessage([lastWait, seconds * 1000]);
+  });
+}
+
+const seconds = () => performance.now() / 1000;
+
+/** Resolves at the first of the events `names`; rejects at an error of the video. */
+function event(video, ...names) {
+  return new Promise((resolve, reject) => {
+    const stop = new AbortController();
+    const once = (then) => (what) => (stop.abort(), then(what));
+    for (const name of names) video.addEventListener(name, once(resolve), { signal: stop.signal });
+    video.addEventListener("error", once(reject), { signal: stop.signal });
+  });
+}
+
+class Source {
+  constructor(video, fps) {
+    this.video = video;
+    this.fps = fps;
+    this.started = null;
+  }
+
+  begin() {
+    this.started = seconds();
+  }
+
+  now() {
+    return this.started === null ? 0 : seconds() - this.started;
+  }
+}
+
+/** The camera, or a shared screen. */
+export class Live extends Source {
+  constructor(video, fps, screen) {
+    super(video, fps);
+    this.screen = screen;
+    this.over = false;
+  }
+
+  async open() {
+    const devices = navigator.mediaDevices;
+    const what = this.screen ? "screen" : "camera";
+    const ask = this.screen ? devices?.getDisplayMedia : devices?.getUserMedia;
+    if (!ask)
+      throw new Trouble(
+        devices
+          ? `This browser cannot share a ${what}.`
+          : `Browsers give the ${what} only to pages from https or 127.0.0.1: reach the server through an SSH tunnel.`,
+      );
+    const wishes = this.screen ? { frameRate: 15 } : { width: { ideal: 1280 }, height: { ideal: 720 } };
+    try {
+      this.stream = await ask.call(devices, { video: wishes, audio: false });
+    } catch (error) {
+      throw new Trouble(
+        { NotAllowedError: `The browser was not allowed to use the ${what}.`, NotFoundError: `No ${what} was found.` }[
+          error.name
+        ] ?? `The ${what} could not be opened: ${error.message}`,
+      );
+    }
+    this.stream.getVideoTracks()[0].addEventListener("ended", () => (this.over = true));
+    this.video.srcObject = this.stream;
+    await this.video.play();
+    if (!this.video.videoWidth) await event(this.video, "resize", "loadeddata");
+    return { kind: "client", width: this.video.videoWidth, height: this.video.videoHeight, frames_per_second: this.fps };
+  }
+
+  async frame(time) {
+    await sleep(time - this.now());
+    return this.over ? null : this.video;
+  }
+
+  close() {
+    this.stream?.getTracks().forEach((track) => track.stop());
+    this.video.srcObject = null;
+  }
+}
+
+/** A video file. It plays for the viewer; a second, hidden player gives the frame on screen at exactly each time. (In
+ * WebM and MKV files of a variable rate that claim a wrong duration for a frame, it may be the frame before.) */
+export class Film extends Source {
+  constructor(video, fps, file) {
+    super(video, fps);
+    this.file = file;
+  }
+
+  async open() {
+    const name = this.file.name;
+    this.url = URL.createObjectURL(this.file);
+    this.finder = document.createElement("video");
+    for (const player of [this.video, this.finder]) {
+      player.muted = true;
+      player.preload = "auto";
+    }
+    this.finder.src = this.url;
+    try {
+      await event(this.finder, "loadeddata");
+      this.video.src = this.url;
+      await Promise.all([event(this.video, "loadeddata"), this._measure()]);
+    } catch {
+      throw new Trouble(`This browser cannot play ${name}. Convert it first: ffmpeg -i INPUT -pix_fmt yuv420p OUTPUT.mp4`);
+    }
+    const { videoWidth: width, videoHeight: height } = this.video;
+    if (!width) throw new Trouble(`${name} has no picture.`);
+    const shortest = Number((2 / this.fps).toFixed(2));
+    if (this.length < shortest - SLACK)
+      throw new Trouble(`${name} lasts ${this.length.toFixed(2)} s: the model needs at least ${shortest} s.`);
+    this.frames = Math.ceil((this.length - SLACK) * this.fps);
+    return { kind: "client", width, height, frames: this.frames, frames_per_second: this.fps };
+  }
+
+  /** Find `first`, the time of the first frame, `length`, from there to the end of the last frame, and the rate of
+   * a film with fewer frames than are sampled, as in video/frames.py. */
+  async _measure() {
+    if (!Number.isFinite(this.finder.duration)) await this._seek(1e9); // a recording whose header lacks its length
+    const duration = this.finder.duration;
+    this.first = (await this._seek(0)) ?? 0;
+    const last = await this._seek(duration);
+    const before = last > this.first ? await this._seek(last - SLACK) : null;
+    const gap = before === null ? null : last - before;
+    this.length = (gap === null ? duration : last + gap) - this.first;
+    if (gap > 1 / (0.99 * this.fps)) {
+      const second = await this._seek(this.first + gap + SLACK);
+      const count = (last - this.first) / gap;
+      const even = Math.abs(second - this.first - gap) < SLACK && Math.abs(count - Math.round(count)) < 0.01;
+      if (even) this.fps = 1 / gap;
+    }
+    await this._seek(this.first);
+  }
+
+  /** Show the frame at `time`; returns the time at which it begins, or null where the browser does not say. */
+  async _seek(time) {
+    const shown = new Promise((resolve) =>
+      this.finder.requestVideoFrameCallback?.((_, frame) => resolve(frame.mediaTime)),
+    );
+    const sought = event(this.finder, "seeked");
+    this.finder.currentTime = time;
+    await sought;
+    return Promise.race([shown, sleep(0.3).then(() => null)]);
+  }
+
+  begin() {
+    this.video.play().catch(() => {}); // frames come from the finder
+    super.begin();
+  }
+
+  async frame(time) {
+    if (Math.round(time * this.fps) >= this.frames) {
+      await sleep(this.length - this.now());
+      return null;
+    }
+    const sought = event(this.finder, "seeked");
+    this.finder.currentTime = this.first + time + SLACK;
+    await sought;
+    await sleep(time - this.now());
+    return this.finder;
+  }
+
+  close() {
+    this.video.pause();
+    this.finder?.removeAttribute("src");
+    this.video.removeAttribute("src");
+    this.video.load();
+    URL.revokeObjectURL(this.url);
+  }
+}
+
+/** A source of the server, by name. The server samples it and sends what it sampled, to be shown. */
+export class Remote extends Source {
+  constructor(canvas, fps, name) {
+    super(null, fps);
+    this.canvas = canvas;
+    this.name = name;
+    this.time = 0;
+  }
+
+  async open() {
+    return { kind: "server", name: this.name };
+  }
+
+  /** Show the frame `jpeg`, a Blob, of `time` seconds, unless a newer one is there already; returns whether it did. */
+  async show(time, jpeg) {
+    this.started = seconds() - time;
+    this.time = time;
+    const picture = await createImageBitmap(jpeg);
+    if (time < this.time) return false;
+    this.canvas.width = picture.width;
+    this.canvas.height = picture.height;
+    this.canvas.getContext("2d").drawImage(picture, 0, 0);
+    picture.close();
+    return true;
+  }
+
+  close() {}
+}

@@ -1,0 +1,144 @@
+"""A server in threads of the test's process, its models included, and the client of docs/serving.md."""
+
+import asyncio
+import contextlib
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from published import ROOT
+from qwen_vl_streaming.model.trained import training_keys
+from qwen_vl_streaming.serve import model_process
+from qwen_vl_streaming.serve.app import Server
+from qwen_vl_streaming.serve.catalog import load_catalog, place
+from qwen_vl_streaming.serve.cli import make_uvicorn
+from qwen_vl_streaming.serve.options import bind, parse
+from qwen_vl_streaming.serve.workers import start_workers
+from qwen_vl_streaming.sessions import SessionPool
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from websockets.asyncio.client import connect
+
+BUDGET = {"min_pixels_per_frame": 3136, "max_pixels_per_frame": 6272, "max_pixels_per_video": 31360, "budget": "video"}
+SECONDS = 60
+"""Long enough for a busy machine."""
+
+
+def client() -> SimpleNamespace:
+    """The names of the Python client in docs/serving.md."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/serving.md").read_text(), re.DOTALL | re.MULTILINE)
+    names: dict = {"__name__": "client"}
+    exec(block, names)
+    return SimpleNamespace(**names)
+
+
+def trained(checkpoint: Path, folder: Path, variant: str) -> Path:
+    """A copy of `checkpoint` that says it was trained as `variant`, with small frames."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(training_keys(VARIANTS[variant], 3), pixel_budget=BUDGET)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Running:
+    """A server that runs."""
+
+    def __init__(self, server: Server, port: int, loop: asyncio.AbstractEventLoop, pools: list[SessionPool]):
+        self.server, self.port, self.loop, self.pools = server, port, loop, pools
+        self.http, self.address = f"http://127.0.0.1:{port}", f"ws://127.0.0.1:{port}/v1/realtime"
+
+    def connect(self, **options):
+        return connect(self.address, **{"subprotocols": ["qwen-vl-streaming"], **options})
+
+    def record(self, key: str) -> Path:
+        (found,) = self.server.settings.records.glob(f"*-{key}.json")
+        return found
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.server.stop(), self.loop).result(SECONDS)
+
+
+@contextlib.contextmanager
+def running(flags: list[str], environment: dict | None = None, **limits) -> Iterator[Running]:
+    settings = parse("", environment or {}, [*flags, "--port", "0", "--device", "cpu"])
+    settings = replace(settings, limits=replace(settings.limits, **limits))
+    listener, models = bind("127.0.0.1", 0), load_catalog(settings)
+    pools: list[SessionPool] = []
+    make_pool = model_process.make_pool
+    with mock.patch.object(model_process, "make_pool", lambda *given: pools.append(make_pool(*given)) or pools[-1]):
+        workers = start_workers(place(models, settings), threads=True)
+    server, started, loop = Server(settings, models, workers), threading.Event(), asyncio.new_event_loop()
+    web = make_uvicorn(server)
+
+    async def serve() -> None:
+        server.start()
+        started.set()
+        await web.serve(sockets=[listener])
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
+    thread.start()
+    started.wait(SECONDS)
+    try:
+        yield Running(server, listener.getsockname()[1], loop, pools)
+    finally:
+        if not server.stopping:
+            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(SECONDS)
+        web.should_exit = True
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+
+
+def gather(events) -> dict[str, list[dict]]:
+    """Events by type."""
+    found: dict[str, list[dict]] = {}
+    for event in events:
+        found.setdefault(event["type"], []).append(event)
+    return found
+
+
+def play(address: str, film: Path, **asked) -> dict[str, list[dict]]:
+    """All events of the documented client that shows `film`."""
+
+    async def run() -> list[dict]:
+        async with asyncio.timeout(SECONDS):
+            return [event async for event in client().watch(address, str(film), **asked)]
+
+    return gather(asyncio.run(run()))
+
+
+def token_ids(events: dict[str, list[dict]], model: str) -> list[int]:
+    deltas = events.get("response.output_text.delta", [])
+    return [token for delta in deltas if delta["model"] == model for token in delta["token_ids"]]
+
+
+def drive(run) -> object:
+    async def limited():
+        async with asyncio.timeout(SECONDS):
+            return await run()
+
+    return asyncio.run(limited())
+
+
+def settled(server: Running) -> None:
+    """Wait until nothing runs, and check that nothing is left behind."""
+    end, inside = time.monotonic() + SECONDS, server.server
+    while inside.viewers or any(worker.listeners for worker in inside.workers):
+        assert time.monotonic() < end, (inside.viewers, [worker.listeners for worker in inside.workers])
+        time.sleep(0.02)
+    assert not inside.addresses and not inside.seats.queue
+    assert {worker.batch_slots for worker in inside.workers} == {inside.settings.sessions}
+    assert [len(pool.runner.free_slots) for pool in server.pools] == [inside.settings.sessions] * len(server.pools)
+    free = [len(pool.runner.cache.free_blocks) for pool in server.pools]
+    assert free == [worker.blocks for worker in inside.workers]
+
+
+def without_weights(checkpoint: Path, folder: Path) -> Path:
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
