@@ -210,7 +210,13 @@ def main() -> None:
         write_report(request, states, arguments.report)
     todo = [step for step in steps if not states[step.name].done]
     predict = arguments.gpus or not (arguments.device or arguments.status)
-    forecasts = forecast(todo, arguments.gpus) if predict else {}
+    try:
+        forecasts = forecast(todo, arguments.gpus) if predict else {}
+    except InputError as error:
+        if arguments.plan or arguments.gpus:
+            raise
+        print(f"training is not predicted: {error}", file=sys.stderr)
+        forecasts = {}
     if arguments.plan:
         show_plan(request, states, forecasts)
         return
