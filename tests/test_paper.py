@@ -202,6 +202,23 @@ def test_data_that_were_sampled_otherwise_are_refused(tmp_path):
         check()
 
 
+def test_a_report_is_done_if_it_has_these_rows_and_is_newer(tmp_path):
+    files = [(tmp_path / f"{name}_infer.json", f"qwen2_5vl-pe-{name}") for name in ("gap", "group")]
+    page, check = tmp_path / "report-3B.html", partial(checks.reported, tmp_path / "report-3B.html", files)
+    for name in ("gap", "group"):
+        write(tmp_path / f"{name}_scores.json", {})
+    assert check().word == TO_DO
+    row = "| {0}\\_infer.json | {0} | wait-3 | qwen2\\_5vl-pe-{0} | 3B |\n"
+    head = "# Title\n\n## Runs\n\n| File | Variant | Schedule | Model | Size |\n| --- | --- | --- | --- | --- |\n"
+    write(page, "")
+    write(page.with_suffix(".md"), head + row.format("group"))
+    assert check().word == TO_DO  # of a part
+    write(page.with_suffix(".md"), head + row.format("group") + row.format("gap"))
+    assert check().done
+    os.utime(tmp_path / "gap_scores.json", (time.time() + 60,) * 2)
+    assert check().word == TO_DO
+
+
 def script(name, text, *after, kind=PREPARE, variant=""):
     """A step that runs `text` in bash and writes the file `name`, which says that it is done."""
     done = partial(checks.exists, Path(name))

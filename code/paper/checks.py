@@ -142,11 +142,16 @@ def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: s
     return State(DONE, f"{rows:,} captions{f', {skipped:,} skipped' if skipped else ''}", facts, out)
 
 
-def reported(page: Path, files: list[Path]) -> State:
-    """A report that is newer than the scores of all result files."""
-    scores = [sibling(file, "scores.json") for file in files]
-    newest = max((path.stat().st_mtime if path.exists() else float("inf") for path in scores), default=0.0)
-    return State(DONE if page.exists() and page.stat().st_mtime >= newest else TO_DO, where=page)
+def reported(page: Path, rows: list[tuple[Path, str]]) -> State:
+    """A report over exactly `rows`, (result file, name of the checkpoint), that is newer than the scores of each."""
+    table, scores = page.with_suffix(".md"), [sibling(file, "scores.json") for file, _ in rows]
+    if not (page.exists() and table.exists() and all(path.exists() for path in scores)):
+        return State(where=page)
+    lines = table.read_text(encoding="utf-8").partition("\n## Runs\n")[2].replace("\\", "").splitlines()
+    cells = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
+    found = sorted((line[0].removeprefix("| "), line[3]) for line in cells)
+    new = page.stat().st_mtime >= max(path.stat().st_mtime for path in scores)
+    return State(DONE if new and found == sorted((file.name, name) for file, name in rows) else TO_DO, where=page)
 
 
 def same(found: object, planned: str | None) -> bool:

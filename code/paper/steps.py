@@ -196,11 +196,17 @@ def variant_steps(
 
 def report_step(folders: Folders, chosen: Chosen, evaluations: list[Step], size: str) -> Step:
     """The report over the evaluations that are complete when it runs."""
-    files = [folders.captions(size, step.task, step.variant, step.schedule) for step in evaluations]
+    rows = [
+        (
+            folders.captions(size, step.task, step.variant, step.schedule),
+            folders.trained(size, step.task, step.variant).name,
+        )
+        for step in evaluations
+    ]
     page = folders.output / f"report-{size}.html"
     again = ("bash", str(ROOT / "paper.sh"), "--report", size, *chosen.again)
     after = tuple(step.name for step in evaluations)
-    return Step(page.stem, REPORT, again, partial(checks.reported, page, files), after=after, size=size)
+    return Step(page.stem, REPORT, again, partial(checks.reported, page, rows), after=after, size=size)
 
 
 def flag_values(words: tuple[str, ...]) -> dict[str, str]:
