@@ -13,7 +13,8 @@
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
-output=$PWD/demo_output train_videos=1200 test_videos=120 steps=1000 device= serve=
+read -r -d "" -a recipe < <(grep -v "^#" code/demo/recipe.txt) || true
+output=$PWD/demo_output train_videos=1200 test_videos=120 steps=${recipe[-1]} device= serve=
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
@@ -68,14 +69,8 @@ for variant in $variants; do
   if [ -f "$trained/config.json" ]; then
     echo "already trained: $trained"
   else
-    # Frames of 84 x 84 pixels: 9 visual tokens per clip.
-    QWEN2_5_VL_MODEL_PATH=$model QWEN2_5_VL_TRAIN_DATA=$data/train_3_5.jsonl DEEPSPEED_CONFIG=zero2.json \
-      bash code/qwen-vl-finetune/scripts/sft.sh --output_dir "$trained" --max_steps "$steps" \
-      --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --weight_decay 0.01 \
-      --adam_beta2 0.98 --tune_mm_vision True --gradient_checkpointing False --pack_tokens 0 --compile_layers False \
-      --logging_steps 10 \
-      --min_pixels_per_frame 3136 --max_pixels_per_frame 7056 \
-      --keep_frames True --dataloader_num_workers 2 --dataloader_persistent_workers True \
+    QWEN2_5_VL_MODEL_PATH=$model QWEN2_5_VL_TRAIN_DATA=$data/train_3_5.jsonl \
+      bash code/qwen-vl-finetune/scripts/sft.sh --output_dir "$trained" "${recipe[@]}" --max_steps "$steps" \
       "${train_on_cpu[@]}"
   fi
   served+=(--model "$variant=$trained")

@@ -23,6 +23,7 @@ TITLES = {
     "data": "Data",
     "qwen-vl-finetune/qwenvl": "Training",
     "evaluation": "Evaluation",
+    "paper": "The paper",
     "demo": "The demo",
     "benchmarks": "Benchmarks",
 }

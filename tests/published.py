@@ -18,7 +18,7 @@ class Copy:
         """`videos` is a folder with <id>.mp4 and <id>.json. The first six are for training, the others for testing."""
         self.root, self.cache = folder / "project", folder / "hub"
         self.root.mkdir()
-        for name in ("README.md", "demo.sh", "eval.sh", "mani_data.py", "requirements.txt"):
+        for name in ("README.md", "demo.sh", "eval.sh", "mani_data.py", "paper.sh", "requirements.txt"):
             shutil.copy(ROOT / name, self.root)
         shutil.copytree(ROOT / "code", self.root / "code", ignore=MADE_HERE)
         (self.root / ".venv").symlink_to(sys.prefix)

@@ -47,6 +47,7 @@ LAUNCHED = "with stand-ins for Python, srun and scontrol: it needs GPUs or machi
 HELP = "with --help"
 DEMO = "not: takes minutes, and tests/test_demo.py runs a short form"
 MINUTES = "not: takes minutes on a GPU, and is the program of another command that is shown"
+PAPER = "not: takes hours on GPUs; tests/test_paper.py runs a short form, and submits to a stand-in for SLURM"
 CHECKS = "not: runs the tests"
 OWN = "by tests/test_own_data.py, on data of its own"
 SERVES = "not: serves until it is stopped, as tests/test_serve_ends.py does"
@@ -64,6 +65,12 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_VARIANT=all bash demo.sh --serve": DEMO,
     "bash demo.sh --help": Run("all six, one after the other"),
     ".venv/bin/python code/demo/check.py --output demo_output": DEMO,
+    "bash paper.sh": PAPER,
+    "bash paper.sh --sizes 3B --tasks description --variants group gap": PAPER,
+    "bash paper.sh --slurm jobs": PAPER,
+    "bash paper.sh --demo": PAPER,
+    "bash paper.sh --plan --gpus 8xH100-80GB": Run("0 of 44 steps are done"),
+    "bash paper.sh --status": Run("status: "),
     "bash test.sh": CHECKS,
     "bash test.sh tests/test_reference.py": CHECKS,
     "bash test.sh tests/test_model.py": CHECKS,
@@ -135,15 +142,16 @@ COMMANDS: dict[str, Run | str] = {
 
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("data", "training", "evaluation", "live", "serving", "variants")),
+    *(f"docs/{name}.md" for name in ("data", "training", "evaluation", "paper", "live", "serving", "variants")),
     *(f"docs/{name}.md" for name in ("architecture", "files", "troubleshooting")),
     "CONTRIBUTING.md",
     "dataset/README.md",
 )
 """In the order in which their commands are run; each begins in the project's root."""
 WRITTEN = {
-    "loss.png", "report.png", "report.html", "report.md", "funqa_report.png", "train_3_5.jsonl", "report/", "runs/",
-    "train_3_5_report.png", "PE-Video/", "FunQA/", "demo_output/", "output/", "live_output/", "serve_output/",
+    "loss.png", "report.png", "report.html", "report.md", "report-3B.html", "report-7B.html", "funqa_report.png",
+    "train_3_5.jsonl", "train_3_5_report.png", "report/", "runs/", "PE-Video/", "FunQA/", "demo_output/",
+    "paper_output/", "logs/", "dataset/", "3B/", "7B/", "output/", "live_output/", "serve_output/",
     "OTHER/bin/python", "records/",
 }  # fmt: skip
 """Named in the pages, but made by programs or brought by users."""

@@ -99,5 +99,6 @@ def write_report(statistics: dict[str, SplitStatistics], options: RunOptions) ->
     """Write report.png and report.json, with the prefix of `options`, for the splits in `statistics`."""
     plot(statistics, options.rules, options.output_dir / f"{options.prefix}report.png")
     splits = {split: found.summary() for split, found in statistics.items()}
+    sampled = {"max_samples": options.max_samples, "seed": options.seed}
     with atomic_write(options.output_dir / f"{options.prefix}report.json") as file:
-        file.write(json.dumps({"rules": options.rules.as_json(), "splits": splits}, indent=2) + "\n")
+        file.write(json.dumps({"rules": options.rules.as_json(), **sampled, "splits": splits}, indent=2) + "\n")

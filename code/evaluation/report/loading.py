@@ -25,6 +25,8 @@ from report import paper
 HIDDEN = ("BLEU-2", "BLEU-3")  # the paper's tables have no columns for them
 UNKNOWN = "size unknown"
 NOT_METRICS = ("count", "skipped")
+SHORT = 8
+"""Characters of a hash that a report shows."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,43 @@ class Result:
     @property
     def model_name(self) -> str:
         """The hub id, or the name of the folder: reports do not show local paths."""
-        return without_folders(self.model)
+        return last_part(self.model)
 
     @property
     def data_name(self) -> str:
-        return without_folders(self.args["data"])
+        return last_part(self.args["data"])
 
     @cached_property
     def size(self) -> str:
         """The checkpoint's size: 3B or 7B by its shape, else its number of parameters, such as 1.2M, or UNKNOWN."""
         return model_size(self.model_folder)
+
+    @cached_property
+    def run(self) -> dict:
+        """What sft.sh recorded of the training; empty where it did not write the checkpoint."""
+        path = self.model_folder / "run.json" if self.model_folder else None
+        return read_object(path, "remove it") if path and path.exists() else {}
+
+    @property
+    def commit(self) -> str:
+        """The commit that trained the checkpoint, with a + if its files had changed; - where that is not known."""
+        found = self.run.get("commit")
+        if not isinstance(found, dict):
+            return "-"
+        return str(found.get("hash"))[:SHORT] + "+" * bool(found.get("changed"))
+
+    @property
+    def training_data(self) -> str:
+        """The file that the checkpoint was trained on and the start of its hash; - where that is not known."""
+        found = self.run.get("data")
+        if not isinstance(found, dict):
+            return "-"
+        return f"{last_part(str(found.get('path')))} {str(found.get('sha256'))[:SHORT]}"
+
+    @property
+    def data(self) -> str:
+        """The file that was evaluated on and the start of its hash."""
+        return f"{self.data_name} {str(self.args.get('data_sha256', '-'))[:SHORT]}"
 
     @cached_property
     def trained_as(self) -> str | None:
@@ -100,6 +129,12 @@ class Result:
     def subtasks(self) -> dict[str, dict]:
         """The scores of each sub-task; empty if the task has none."""
         return {name: one for name, one in self.scores.get("tasks", {}).items() if isinstance(one, dict)}
+
+
+def last_part(path: str) -> str:
+    """The name of a file or folder without the folders that it is in, if `path` is absolute: as `without_folders`, but
+    for a path alone, which may have spaces."""
+    return Path(path).name if path.startswith("/") else path
 
 
 def without_folders(text: str) -> str:

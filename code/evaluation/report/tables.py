@@ -183,7 +183,8 @@ def add_paper(table: Table, pairs) -> None:
 
 def runs_table(results: Sequence[Result]) -> list[list[str]]:
     """Heads, then a row for each result file."""
-    heads = ["File", "Variant", "Schedule", "Model", "Size", "Data", "Videos", "Skipped", "Seconds per video"]
+    heads = ["File", "Variant", "Schedule", "Model", "Size", "Trained", "Commit", "Training data", "Data", "Videos"]
+    heads += ["Skipped", "Seconds per video"]
     rows = [heads]
     for result in results:
         seconds = [row["seconds"] for row in result.rows.values()]
@@ -195,7 +196,10 @@ def runs_table(results: Sequence[Result]) -> list[list[str]]:
                 result.schedule,
                 result.model_name,
                 result.size,
-                result.data_name,
+                str(result.run.get("finished") or "-")[:10],
+                result.commit,
+                result.training_data,
+                result.data,
                 str(len(result.rows)),
                 str(skipped),
                 f"{sum(seconds) / len(seconds):.2f}",

@@ -23,6 +23,7 @@ from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.timeline.positions import RULE
 
 from .checkpointing import OTHER_OUTPUT, saving
+from .fixed import FIXED_FLAGS
 
 PACKAGES = (*RUNNING, "accelerate", "deepspeed", "peft")
 FIXED_FACTS = {
@@ -33,15 +34,6 @@ FIXED_FACTS = {
     "zero_stage": "ZeRO stage",
 }
 """Facts that cannot change when a run resumes, and what messages call them."""
-FIXED_FLAGS = (
-    "model_name_or_path min_pixels_per_frame max_pixels_per_frame max_pixels_per_video budget "
-    "model_max_length pack_tokens per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
-    "train_sampling_strategy "
-    "dataloader_drop_last seed data_seed eval_share eval_samples learning_rate mm_projector_lr vision_tower_lr "
-    "lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon "
-    "weight_decay max_grad_norm neftune_noise_alpha bf16"
-)
-"""Flags that cannot change either, besides --tune_* and --lora_*: they determine the data, its order and the steps."""
 
 
 def commit(folder: Path) -> dict | None:

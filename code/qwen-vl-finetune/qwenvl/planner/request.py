@@ -22,9 +22,9 @@ from ..flags_help import HelpfulParser
 from ..rows import read_rows
 from .gpus import Gpus
 from .lengths import Lengths, assumed_lengths, find_lengths
-from .plan import Given, choose
+from .plan import Given, Plan, choose
 from .settings import FOLDER, Zero, configurations
-from .shape import KNOWN, find_shape, released_config
+from .shape import KNOWN, Shape, find_shape, released_config
 from .text import count_steps, describe
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
@@ -144,6 +144,16 @@ class Request:
 
         Raises InputError where nothing fits or the inputs cannot be read.
         """
+        plan, shape, lengths, steps = self.predict(gpus)
+        text = describe(plan, shape, lengths, gpus, steps, self.choices().describe())
+        flags = plan.settings.flags(shape.layers)
+        if any(name in self.given for name in CHECKPOINTING):
+            flags.pop("gradient_checkpointing")
+        return text, {name: value for name, value in flags.items() if name not in self.given}
+
+    def predict(self, gpus: Gpus) -> tuple[Plan, Shape, Lengths, int]:
+        """The plan for `gpus`, the model's sizes, the samples' lengths and the number of optimizer steps. Raises
+        InputError as `plan`."""
         given = self.choices()
         config = self._config(gpus)
         shape = find_shape(config, self.model)
@@ -155,11 +165,7 @@ class Request:
         steps = count_steps(
             lengths.rows, samples, self.given.get("num_train_epochs", 1.0), self.given.get("max_steps", -1)
         )
-        text = describe(plan, shape, lengths, gpus, steps, given.describe())
-        flags = settings.flags(shape.layers)
-        if any(name in self.given for name in CHECKPOINTING):
-            flags.pop("gradient_checkpointing")
-        return text, {name: value for name, value in flags.items() if name not in self.given}
+        return plan, shape, lengths, steps
 
     def _config(self, gpus: Gpus):
         """The model's config; for GPUs that are not here, that of a released size if the model cannot be reached."""

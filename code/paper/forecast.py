@@ -1,0 +1,97 @@
+"""Hours and disk of the trainings that are still to run, by the planner of sft.sh.
+
+Runs as a process of its own, `python -m paper.forecast GPUS`, because the planner imports transformers and looks at
+GPUs: reads {name: flags of train.py} as JSON from stdin, and prints {name: {"seconds", "bytes"} or {"why"}}.
+"""
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qwen_vl_streaming.common.errors import InputError
+
+from .steps import TRAIN, Step
+
+OPTIMIZER_BYTES = 12
+"""Of a parameter that trains: float32 weights and two moments, in each intermediate checkpoint."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is predicted for a training from its first step."""
+
+    seconds: float | None = None
+    bytes: float = 0.0
+    """The checkpoint and the intermediate ones that are kept."""
+    why: str = ""
+    """Why nothing is predicted."""
+
+
+def forecast(steps: Sequence[Step], gpus: str) -> dict[str, Forecast]:
+    """The forecast of each training among `steps`, by name, for `gpus` such as 8xH100-80GB, or for those that are here.
+
+    Variants of a size and task are alike. Raises InputError for unknown `gpus`.
+    """
+    trainings = [step for step in steps if step.kind == TRAIN]
+    names = {step.group: step for step in trainings}
+    asked = {}
+    for group, step in names.items():
+        given = step.environment
+        model, data = given["QWEN2_5_VL_MODEL_PATH"], given["QWEN2_5_VL_TRAIN_DATA"]
+        asked[group] = ["--model_name_or_path", model, "--train_data", data, *step.command[2:]]
+    if not asked:
+        return {}
+    command = [sys.executable, "-m", "paper.forecast", gpus]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["the planner failed"]
+        raise InputError(lines[-1].removeprefix("error: "))
+    found = {group: Forecast(**values) for group, values in json.loads(done.stdout).items()}
+    return {step.name: found[step.group] for step in trainings}
+
+
+def main() -> None:
+    gpus_text = sys.argv[1]
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print there
+        found = predict(json.load(sys.stdin), gpus_text)
+    print(json.dumps(found))
+
+
+def predict(asked: dict[str, list[str]], gpus_text: str) -> dict[str, dict]:
+    import torch
+    from qwenvl.arguments import SftArguments
+    from qwenvl.planner.gpus import gpus_here, parse_gpus
+    from qwenvl.planner.request import Request
+
+    here = torch.cuda.device_count() if not gpus_text else 0
+    if not gpus_text and not here:
+        return {name: {"why": "no GPU found: give --gpus, such as --gpus 8xH100-80GB"} for name in asked}
+    nodes = int(os.environ.get("NNODES", "1"))
+    gpus = parse_gpus(gpus_text, nodes) if gpus_text else gpus_here(here, nodes)
+    found = {}
+    for name, words in asked.items():
+        try:
+            request = Request.parse(words)
+            plan, shape, _, steps = request.predict(gpus)
+        except InputError as error:
+            found[name] = {"why": str(error)}
+            continue
+        every, most = (
+            request.given.get(flag, SftArguments.__dataclass_fields__[flag].default)
+            for flag in ("save_steps", "save_total_limit")
+        )
+        kept = min(most or math.inf, math.ceil(steps / every) if every >= 1 else math.ceil(1 / every))
+        weights, states = 2.0 * shape.total, float(OPTIMIZER_BYTES * shape.trained)
+        found[name] = {"seconds": steps * plan.speed.step, "bytes": weights + kept * (weights + states)}
+    return found
+
+
+if __name__ == "__main__":
+    from qwen_vl_streaming.common.errors import run
+
+    run(main)

@@ -1,0 +1,168 @@
+"""Writes the steps as sbatch files, one for each group of steps that differ in the variant alone, and submits them with
+their dependencies.
+
+A file that exists is submitted as it is, so that it can be edited. Array indices and dependencies, which depend on what
+is done, are flags of sbatch. What is queued or running, SLURM itself says (squeue), so nothing is submitted twice.
+"""
+
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import reporting_write_errors, write_file
+from qwen_vl_streaming.timeline.variants import VARIANTS
+
+from .runner import clean_environment
+from .settings import ROOT, SBATCH, SBATCH_CPU
+from .steps import EVALUATE, PREPARE, REPORT, TRAIN, Step
+
+VARIANT = "@variant@"
+"""Stands for the variant in the commands of an array."""
+REQUEUE = 'if [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi  # saved before the time limit'
+
+
+@dataclass(frozen=True)
+class Job:
+    """Steps of a group: a job, or elements of an array with an index for each variant."""
+
+    group: str
+    steps: tuple[Step, ...]
+    """Those that still have to run."""
+
+    @property
+    def is_array(self) -> bool:
+        return bool(self.steps[0].variant)
+
+
+def make_jobs(left: Sequence[Step]) -> list[Job]:
+    """The steps that are `left`, by group. The steps come variant by variant; of the groups, each follows those that it
+    needs."""
+    groups: dict[str, list[Step]] = {}
+    for step in left:
+        groups.setdefault(step.group, []).append(step)
+    rank = (PREPARE, TRAIN, EVALUATE, REPORT)
+    jobs = [Job(group, tuple(steps)) for group, steps in groups.items()]
+    return sorted(jobs, key=lambda job: rank.index(job.steps[0].kind))
+
+
+def entry(step: Step, output: Path) -> tuple[str, str]:
+    """(job name, array index) of a step in the queue. The name differs between output folders; the index does not
+    depend on which variants were asked for."""
+    name = f"{step.group}-{hashlib.sha256(str(output).encode()).hexdigest()[:6]}"
+    return name, str(list(VARIANTS).index(step.variant)) if step.variant else "N/A"
+
+
+def quote(word: str) -> str:
+    """`word` for bash, with the variable $variant in place of VARIANT."""
+    escaped = "".join(f"\\{letter}" if letter in '\\"$`' else letter for letter in word)
+    plain = escaped == word and all(letter.isalnum() or letter in "@%+=:,./-_" for letter in word)
+    escaped = escaped.replace(VARIANT, "$variant" if plain and word.endswith(VARIANT) else "${variant}")
+    return escaped if plain and word else f'"{escaped}"'
+
+
+def script(job: Job, after_each: Sequence[str]) -> str:
+    """The sbatch file of a job. `after_each` is the command that rewrites the status page."""
+    step = job.steps[0]
+    gpu = step.kind in (TRAIN, EVALUATE)
+    lines = ["#!/bin/bash", f"# {job.group}: written by paper.sh, which submits it. Edit it as needed."]
+    lines += [f"#SBATCH {line}" for line in (SBATCH if gpu else SBATCH_CPU)]
+    lines += [f"cd {quote(str(ROOT))}", "unset ${!QWEN2_5_VL_@}"]
+    environment, command = step.environment, step.command
+    if job.is_array:
+        lines += [f"variants=({' '.join(VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
+        command = tuple(_generic(word, step.variant) for word in command)
+        environment = {name: _generic(value, step.variant) for name, value in environment.items()}
+    lines += [f"export {name}={quote(value)}" for name, value in environment.items()]
+    lines += [("srun " if gpu else "") + " ".join(map(quote, command)), "status=$?"]
+    lines += [" ".join(map(quote, after_each)), *([REQUEUE] if gpu else []), 'exit "$status"']
+    return "\n".join(lines) + "\n"
+
+
+def _generic(word: str, variant: str) -> str:
+    """`word` with VARIANT for the variant, where it stands alone or ends a folder's or begins a file's name."""
+    if word == variant:
+        return VARIANT
+    head, slash, name = word.rpartition("/")
+    for start, end in (("", "_infer.json"), ("", "_random_infer.json")):
+        if name == f"{start}{variant}{end}":
+            return f"{head}{slash}{VARIANT}{end}"
+    return f"{word.removesuffix(variant)}{VARIANT}" if name.endswith(f"-{variant}") else word
+
+
+def queued_jobs() -> dict[tuple[str, str], str]:
+    """The ids of the user's jobs in the queue, by name and array index; none where there is no squeue."""
+    if not shutil.which("squeue"):
+        return {}
+    lines = _run(["squeue", "--me", "--noheader", "--array", "--format=%j %K %F"], "squeue").splitlines()
+    return {(words[0], words[1]): words[2] for line in lines if len(words := line.split()) == 3}
+
+
+def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence[str]) -> list[str]:
+    """Write the files of `jobs` into `folder` and submit what is not queued. Returns a line for each job.
+
+    Raises InputError where sbatch is missing or refuses a file, naming it and what is queued already.
+    """
+    lines: list[str] = []
+    for job in jobs:
+        path = folder / f"{job.group}.sbatch"
+        text = script(job, after_each)
+        if not path.exists():
+            write_file(path, text)
+        elif path.read_text(encoding="utf-8", errors="replace") != text:
+            lines.append(f"{path} is kept as it is, and differs from what would be written now")
+    if not shutil.which("sbatch"):
+        raise InputError(
+            f"sbatch is not on this machine, so nothing was submitted; the files are in {folder}: give the same "
+            "command where SLURM is, or omit --slurm to run here"
+        )
+    with reporting_write_errors(output / "logs"):
+        (output / "logs").mkdir(parents=True, exist_ok=True)  # without it, SLURM drops the logs
+    queue = queued_jobs()
+    ids = {step.name: queue[entry(step, output)] for job in jobs for step in job.steps if entry(step, output) in queue}
+    lines += [f"{name}: already in the queue as job {number}" for name, number in ids.items()]
+    for job in jobs:
+        parts: dict[str, list[Step]] = {}
+        for step in job.steps:
+            if step.name not in ids:
+                parts.setdefault(dependency(step, ids), []).append(step)
+        for needs, steps in parts.items():
+            entries = [entry(step, output) for step in steps]
+            indices = ",".join(index for _, index in entries)
+            command = ["sbatch", "--parsable", f"--job-name={entries[0][0]}", "--kill-on-invalid-dep=yes"]
+            command += [f"--output={output}/logs/{job.group}-{'%A_%a' if job.is_array else '%j'}.log"]
+            command += [f"--array={indices}"] if job.is_array else []
+            command += [f"--dependency={needs}"] if needs else []
+            path = folder / f"{job.group}.sbatch"
+            try:
+                number = _run([*command, str(path)], f"sbatch {path}").strip().split(";")[0]
+            except InputError as error:
+                there = ", ".join(dict.fromkeys(ids.values())) or "none"
+                raise InputError(f"{error}; jobs in the queue, which are not submitted again: {there}") from error
+            ids |= {step.name: number for step in steps}
+            more = [f"array {indices}"] * job.is_array + [needs] * bool(needs)
+            lines.append(", ".join([f"{job.group}: job {number}", *more]))
+    return lines
+
+
+def dependency(step: Step, ids: dict[str, str]) -> str:
+    """What a step waits for: the jobs, of `ids` by step name, of the steps that it needs; empty for nothing.
+
+    An element of an array of evaluations waits for the same element of its training (aftercorr). The report waits for
+    all evaluations to end, in whatever way (afterany).
+    """
+    kind = {EVALUATE: "aftercorr", REPORT: "afterany"}.get(step.kind, "afterok")
+    jobs = dict.fromkeys(ids[name] for name in step.after if name in ids)
+    return f"{kind}:{':'.join(jobs)}" if jobs else ""
+
+
+def _run(command: list[str], what: str) -> str:
+    """The output of `command`. Raises InputError with its last line of stderr where it fails."""
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise InputError(f"{what} failed ({reason}): fix that and give the same command")
+    return done.stdout

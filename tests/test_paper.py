@@ -1,0 +1,493 @@
+"""paper.sh: its steps, what their outputs say, running and resuming them, SLURM, the status page, and the demo."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from browser import Browser
+from paper import checks, cli, slurm, status
+from paper.checks import DONE, STARTED, TO_DO, State
+from paper.runner import Runner, last_line
+from paper.settings import PAPER
+from paper.status import BLOCKED, FAILED, RUNNING, Progress
+from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Folders, Step, find_states
+from qwen_vl_streaming.common.errors import InputError
+from results import FIELDS
+
+ROOT = Path(__file__).resolve().parents[1]
+STREAMING = ["interleave", "overlap", "group", "gap"]
+
+
+def asked(tmp_path, words=""):
+    return cli.read_request(cli.parse(["--output", str(tmp_path / "out"), *words.split()]), tmp_path)
+
+
+def names(request, kind):
+    return [step.name for step in request.steps if step.kind == kind]
+
+
+def test_the_steps_of_what_the_paper_prints(tmp_path):
+    whole = asked(tmp_path)
+    assert [len(names(whole, kind)) for kind in (PREPARE, TRAIN, EVALUATE, REPORT)] == [2, 18, 22, 2]
+    for number, step in enumerate(whole.steps):  # each follows what it needs
+        assert {other.name for other in whole.steps[:number]} >= set(step.after)
+    random = [name for name in names(whole, EVALUATE) if "-random-" in name]
+    assert random == [f"evaluate-3B-description-random-{variant}" for variant in STREAMING]
+    assert len(names(asked(tmp_path, "--everywhere"), EVALUATE)) == 32
+    part = asked(tmp_path, "--sizes 7B --variants gap,group --tasks description")
+    trained = ["train-7B-description-group", "train-7B-description-gap"]
+    assert [step.name for step in part.steps] == [
+        "prepare-description", trained[0], "evaluate-7B-description-fixed-group", trained[1],
+        "evaluate-7B-description-fixed-gap", "report-7B",
+    ]  # fmt: skip
+    first = part.steps[1]
+    assert first.environment["QWEN2_5_VL_MODEL_PATH"] == PAPER.models["7B"] and first.after == ("prepare-description",)
+    assert first.command[2:] == ("--output_dir", str(tmp_path / "out/7B/qwen2_5vl-pe-group"), *PAPER.train)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--sizes 13B", "--sizes 13B: choose of 3B, 7B"),
+        ("--variants grup", "--variants grup: choose of origin,"),
+        ("--tasks qa", "--tasks qa: choose of description, funqa"),
+        (
+            "--sizes 7B --tasks funqa",
+            "--sizes 7B: the paper has no table of it with the other flags: remove one; --every",
+        ),
+        ("--sizes 3B 7B --schedules random", "--sizes 7B: the paper has no table"),
+        ("--tasks funqa --schedules random", "--tasks funqa: the paper has no table"),
+        (
+            "--schedules random --variants origin gap",
+            "--variants origin writes after the video and has no",
+        ),
+        ("--steps 3", "--steps is for the demo: add --demo, or remove it"),
+        ("--demo --steps 0", "--steps 0: give a positive number"),
+        ("--device cpu", "--device cpu is for the demo"),
+        ("--demo --everywhere", "--everywhere contradicts --demo"),
+        ("--plan --status", "--plan, --slurm, --status and --report exclude each other"),
+        ("--judge-url http://judge", "--judge-url and --judge-model go together"),
+    ],
+)
+def test_flags_that_contradict_each_other(tmp_path, words, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        asked(tmp_path, words)
+    assert not (tmp_path / "out").exists()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def run_json(folder, variant="group", **changes):
+    """A finished run; `changes` are facts, or arguments."""
+    arguments = {"model_name_or_path": "Qwen/Small", "learning_rate": 2e-5, "max_steps": -1, "seed": 42}
+    arguments |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    facts = {"variant": variant, "schedule": "wait-3", "world_size": 8, "data": {"sha256": changes.pop("sha256", "d")}}
+    facts |= {"finished": "2026-11-29T06:00:00", "arguments": arguments}
+    for name, value in changes.items():
+        (arguments if name in arguments else facts)[name] = value
+    write(folder / "run.json", facts)
+    write(folder / "config.json", {})
+
+
+def test_training_is_done_if_run_json_says_so(tmp_path):
+    folder, data = tmp_path / "trained", tmp_path / "train.jsonl"
+    check = partial(checks.trained, folder, data, "Qwen/Small", "group", {"max_steps": "-1", "learning_rate": "2e-5"})
+    assert check().word == TO_DO
+    run_json(folder, finished=None)
+    assert check().word == STARTED and check().detail == "no checkpoint yet"
+    (folder / "checkpoint-12").mkdir()
+    assert check().detail == "checkpoint of step 12"
+    run_json(folder)
+    assert check().word == DONE and check().facts["the number of samples of a step"] == 128
+    data.write_text("{}\n")
+    with pytest.raises(InputError, match=r"run.json is of another run: the hash of train.jsonl is d, not ca3d1"):
+        check()
+    run_json(folder, sha256=checks.data_hash(data))
+    assert check().done
+    for change, message in (
+        ({"variant": "gap"}, "variant is gap, not group"),
+        ({"model_name_or_path": "Qwen/Large"}, "the model is Qwen/Large, not Qwen/Small"),
+        ({"learning_rate": 1e-4}, "--learning_rate is 0.0001, not 2e-5"),
+        ({"arguments": None}, "has no arguments and data"),
+    ):
+        run_json(folder, **{"sha256": checks.data_hash(data), **change})
+        with pytest.raises(InputError, match=message):
+            check()
+    run_json(folder, sha256=checks.data_hash(data))
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="its checkpoint is missing"):
+        check()
+    (folder / "run.json").write_text("[")
+    with pytest.raises(InputError, match="cannot be read"):
+        check()
+
+
+def test_runs_that_do_not_belong_in_one_table_are_refused(tmp_path):
+    """With other GPUs, a step has other samples; the planner's split of them may differ."""
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants group gap")
+    for variant, change in (("group", {}), ("gap", {"world_size": 16, "per_device_train_batch_size": 2})):
+        run_json(
+            request.folders.trained("3B", "description", variant),
+            variant,
+            **change,
+            model_name_or_path=PAPER.models["3B"],
+        )
+    assert find_states(request.steps)["train-3B-description-gap"].done
+    run_json(
+        request.folders.trained("3B", "description", "gap"), "gap", world_size=4, model_name_or_path=PAPER.models["3B"]
+    )
+    message = (
+        "train-3B-description-gap and train-3B-description-group do not belong in one table: the number of samples of "
+        "a step is 64 and 128: move away"
+    )
+    with pytest.raises(InputError, match=message):
+        find_states(request.steps)
+
+
+def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "of_checkpoint", lambda folder: "w")
+    data, trained, out = write(tmp_path / "test.jsonl", "{}\n{}\n"), tmp_path / "trained", tmp_path / "group_infer.json"
+    write(trained / "config.json", {})
+    made = {"variant": "group", "schedule": "wait-3", "model": "m", "model_sha256": "w", "data": "d", "seed": 0}
+    made["data_sha256"] = checks.data_hash(data)
+    arguments, scores = tmp_path / "group_infer.args.json", tmp_path / "group_scores.json"
+    check = partial(checks.evaluated, out, data, trained, "fixed", "group", ["BLEURT"])
+    assert check().word == TO_DO
+    write(arguments, made)
+    assert check().word == TO_DO
+    row = {name: [] if kind is list else 1 if name in ("clips", "seconds") else "x" for name, kind in FIELDS.items()}
+    lines = [json.dumps({**row, "video_id": str(number)}) + "\n" for number in range(2)]
+    write(out, lines[0])
+    assert (check().word, check().detail) == (STARTED, "1 of 2 captions")
+    write(out, "".join(lines))
+    assert check().detail == "2 captions, without BLEURT (not scored)"
+    write(scores, {"count": 2, "not_computed": {"BLEURT": "no checkpoint"}})
+    assert check().detail == "2 captions, without BLEURT (no checkpoint)"
+    write(scores, {"count": 2, "BLEURT": 50.0})
+    assert check().done and check().facts == {"data_sha256": made["data_sha256"], "seed": 0}
+    for change, message in (
+        ({"model_sha256": "v"}, "the hash of the checkpoint is v, not w: delete it to start over"),
+        ({"data_sha256": "e"}, "the hash of test.jsonl is e, not "),
+        ({"schedule": "random-3"}, "the schedule is random, not wait"),
+    ):
+        write(arguments, made | change)
+        with pytest.raises(InputError, match=message):
+            check()
+    write(arguments, made)
+    (trained / "config.json").unlink()
+    with pytest.raises(InputError, match="the hash of the checkpoint is w, which is not there"):
+        check()
+
+
+def test_data_that_were_sampled_otherwise_are_refused(tmp_path):
+    rows, report = [write(tmp_path / f"{split}.jsonl", "{}\n") for split in ("train", "test")], tmp_path / "report.json"
+    check = partial(checks.prepared, rows, report, {"max-samples": "20000"})
+    assert check().word == TO_DO
+    write(report, {"max_samples": 20000})
+    assert check().done
+    write(report, {"max_samples": None})
+    with pytest.raises(InputError, match=r"report\.json was made with --max-samples None, not 20000"):
+        check()
+
+
+def test_a_report_is_done_if_it_has_these_rows_and_is_newer(tmp_path):
+    files = [(tmp_path / f"{name}_infer.json", f"qwen2_5vl-pe-{name}") for name in ("gap", "group")]
+    page, check = tmp_path / "report-3B.html", partial(checks.reported, tmp_path / "report-3B.html", files)
+    for name in ("gap", "group"):
+        write(tmp_path / f"{name}_scores.json", {})
+    assert check().word == TO_DO
+    row = "| {0}\\_infer.json | {0} | wait-3 | qwen2\\_5vl-pe-{0} | 3B |\n"
+    head = "# Title\n\n## Runs\n\n| File | Variant | Schedule | Model | Size |\n| --- | --- | --- | --- | --- |\n"
+    write(page, "")
+    write(page.with_suffix(".md"), head + row.format("group"))
+    assert check().word == TO_DO  # of a part
+    write(page.with_suffix(".md"), head + row.format("group") + row.format("gap"))
+    assert check().done
+    os.utime(tmp_path / "gap_scores.json", (time.time() + 60,) * 2)
+    assert check().word == TO_DO
+
+
+def script(name, text, *after, kind=PREPARE, variant=""):
+    """A step that runs `text` in bash and writes the file `name`, which says that it is done."""
+    done = partial(checks.exists, Path(name))
+    command = ("bash", "-c", f'{text} && echo done > "{name}"')
+    return Step(Path(name).name, kind, command, done, {}, after, variant=variant)
+
+
+def runner(tmp_path, steps):
+    states = find_states(steps)
+    progress = {step.name: Progress(step, states[step.name].word) for step in steps}
+    return Runner(steps, Folders(tmp_path, False), states, progress)
+
+
+def test_a_failed_step_names_its_log_and_independent_steps_go_on(tmp_path, capsys):
+    a, b, c, d, report = (str(tmp_path / name) for name in ("a", "b", "c", "d", "report"))
+    steps = [
+        script(a, "echo started; echo 'error: no space' >&2; echo more; exit 2"),
+        script(b, "true", "a"),
+        script(c, "true", kind=EVALUATE),
+        script(d, "exit 3", kind=EVALUATE),
+        script(report, "true", "c", "d", kind=REPORT),
+    ]
+    assert runner(tmp_path, steps).run() == 1
+    out, err = capsys.readouterr()
+    assert "[1/5] a: failed in 0 s, error: no space" in out and "[2/5] b: not run, needs a" in out
+    assert "[3/5] c: done" in out and "[5/5] report: done" in out
+    assert f"failed: a: see {tmp_path}/logs/a.log" in err and "not run: b: needs a" in err
+    assert (tmp_path / "logs/a.log").read_text().startswith("+ bash -c")
+    page = (tmp_path / "status.html").read_text()
+    assert "nothing left to run" in page and 'http-equiv="refresh"' not in page and 'href="logs/a.log"' in page
+
+    steps[0], steps[3] = script(a, "true"), script(d, "true", kind=EVALUATE)
+    assert runner(tmp_path, steps).run() == 0
+    out = capsys.readouterr().out
+    assert "c: already done" in out and "b: done" in out and "report: running" in out  # d's row is new in the report
+    assert runner(tmp_path, steps).run() == 0
+    assert "running" not in capsys.readouterr().out
+
+
+def test_a_step_whose_output_is_not_complete_has_failed(tmp_path):
+    short = Step("short", PREPARE, ("true",), lambda: State(STARTED, "1 of 2 captions"))
+    run = runner(tmp_path, [short])
+    assert run.run() == 1
+    assert run.progress["short"].detail == "ended, but its output is incomplete: 1 of 2 captions"
+
+
+def test_the_last_line_of_a_log(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"\n")
+    assert last_line(log) == ""
+    log.write_bytes(b"a\nerror: b\n" + b"50%|\r51%|\r\n")
+    assert last_line(log) == "error: b" and last_line(log, start=11) == "51%|"
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from paper.runner import Stopped
+from test_paper import runner, script
+try:
+    runner(Path(sys.argv[1]), [script(sys.argv[1] + "/a", "trap 'echo saved; exit 143' TERM; sleep 60 & wait")]).run()
+except Stopped as stopped:
+    sys.exit(128 + stopped.number)
+"""
+
+
+def test_a_signal_is_passed_on_and_the_step_ends_first(tmp_path):
+    paths = os.pathsep.join([*sys.path, str(ROOT / "tests")])
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths})
+    log = tmp_path / "logs/a.log"
+    end = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(0.5)  # until bash has set its trap
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143 and log.read_text().endswith("saved\n")
+    assert "stopped" in (tmp_path / "status.html").read_text()
+
+
+SBATCH = """#!/bin/bash
+# A queue: a line for each element of an array, as squeue shows it.
+file=${!#}
+grep -q broken "$file" && { echo "sbatch: error: Invalid --time specification" >&2; exit 1; }
+number=$((100 + $(ls "$QUEUE/calls" | wc -l)))
+echo "$*" >"$QUEUE/calls/$number"
+for word in "$@"; do case $word in --job-name=*) name=${word#*=} ;; --array=*) array=${word#*=} ;; esac; done
+for index in ${array//,/ }; do echo "$name $index $number" >>"$QUEUE/jobs"; done
+[ -n "$array" ] || echo "$name N/A $number" >>"$QUEUE/jobs"
+echo "$number;cluster"
+"""
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Stand-ins for sbatch and squeue. Returns a function that lists the arguments of all calls of sbatch."""
+    folder = tmp_path / "queue"
+    for name, text in (("sbatch", SBATCH), ("squeue", '#!/bin/bash\ncat "$QUEUE/jobs" 2>/dev/null || true\n')):
+        write(folder / "bin" / name, text).chmod(0o755)
+    (folder / "calls").mkdir()
+    monkeypatch.setenv("QUEUE", str(folder))
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    return lambda: [path.read_text().strip() for path in sorted((folder / "calls").iterdir())]
+
+
+def submit(request, folder, done=()):
+    left = [step for step in request.steps if step.name not in done]
+    return slurm.submit(slurm.make_jobs(left), folder, request.folders.output, ["bash", "paper.sh", "--status"])
+
+
+def test_slurm_jobs_with_dependencies(tmp_path, queue):
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants origin group gap")
+    done = ("prepare-description", "train-3B-description-gap")
+    folder = tmp_path / "my jobs"
+    lines = submit(request, folder, done)
+    assert lines == [
+        "train-3B-description: job 100, array 0,4",
+        # gap is trained: its evaluations wait for nothing. The others wait for the same index of the training.
+        "evaluate-3B-description-fixed: job 101, array 0,4, aftercorr:100",
+        "evaluate-3B-description-fixed: job 102, array 5",
+        "evaluate-3B-description-random: job 103, array 4, aftercorr:100",
+        "evaluate-3B-description-random: job 104, array 5",
+        "report-3B: job 105, afterany:101:103:102:104",
+    ]
+    first, second, *_, last = queue()
+    output = f"{tmp_path}/out/logs"
+    assert first == (
+        f"--parsable --job-name={slurm.entry(request.steps[1], request.folders.output)[0]} --kill-on-invalid-dep=yes "
+        f"--output={output}/train-3B-description-%A_%a.log --array=0,4 {folder}/train-3B-description.sbatch"
+    )
+    assert "--array=0,4 --dependency=aftercorr:100 " in second and "--array" not in last and "report-3B-%j.log" in last
+    assert (tmp_path / "out/logs").is_dir()
+    again = submit(request, folder, done)
+    assert len(again) == 8 and all(": already in the queue as job 10" in line for line in again) and len(queue()) == 6
+
+
+def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
+    request = asked(tmp_path, "--sizes 3B --tasks description")
+    folder = tmp_path / "jobs"
+    submit(request, folder)
+    path = folder / "evaluate-3B-description-random.sbatch"
+    assert "#SBATCH --nodes=1" in path.read_text() and "--requeue" in path.read_text()
+    says = 'shift; echo "$QWEN2_5_VL_EVAL_OUTPUT_FILE $QWEN2_5_VL_EVAL_MODEL_PATH $*"; exit 3'
+    write(tmp_path / "queue/bin/srun", f"#!/bin/bash\n{says}\n").chmod(0o755)
+    text = path.read_text().replace("bash paper.sh --status", "true")
+    ran = subprocess.run(
+        ["bash"], input=text, env={**os.environ, "SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True
+    )
+    captions, model, program, *flags = ran.stdout.split()
+    step = next(s for s in request.steps if s.name == "evaluate-3B-description-random-interleave")
+    assert captions == "interleave_random_infer.json" and model == step.environment["QWEN2_5_VL_EVAL_MODEL_PATH"]
+    assert (program, *flags) == step.command[1:] and ran.returncode == 3
+
+    for job in (tmp_path / "queue").glob("jobs"):
+        job.unlink()  # all have ended
+    path.write_text(path.read_text().replace("#SBATCH --time=24", "#SBATCH --time=2"))
+    lines = submit(request, folder)
+    assert lines[0] == f"{path} is kept as it is, and differs from what would be written now"
+    assert "#SBATCH --time=2:" in path.read_text()
+
+
+def test_sbatch_that_fails_or_is_missing(tmp_path, queue, monkeypatch):
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants group")
+    folder = tmp_path / "jobs"
+    broken = write(folder / "evaluate-3B-description-fixed.sbatch", "broken")
+    with pytest.raises(InputError) as caught:
+        submit(request, folder)
+    assert str(caught.value) == (
+        f"sbatch {broken} failed (sbatch: error: Invalid --time specification): fix that and give the same command; "
+        "jobs in the queue, which are not submitted again: 100, 101"
+    )
+    broken.unlink()
+    lines = submit(request, folder)  # nothing is lost, and nothing submitted twice
+    assert lines[:2] == [
+        "prepare-description: already in the queue as job 100",
+        "train-3B-description-group: already in the queue as job 101",
+    ]
+    assert "evaluate-3B-description-fixed: job 102, array 4, aftercorr:101" in lines
+    monkeypatch.setenv("PATH", str(Path(shutil.which("env")).parent))
+    with pytest.raises(InputError, match=r"sbatch is not on this machine, so nothing was submitted; the files are in "):
+        submit(request, tmp_path / "others")
+    assert (tmp_path / "others/train-3B-description.sbatch").exists()
+
+
+def test_words_with_spaces_and_dollars_in_sbatch_files():
+    for word in ("plain/a-b.c", "a b", "$HOME", 'say "x"', "back`tick", "", "a\\b"):
+        said = subprocess.run(["bash", "-c", f"printf %s {slurm.quote(word)}"], capture_output=True, text=True).stdout
+        assert said == word
+    words = f"/my folder/x-{slurm.VARIANT}", f"{slurm.VARIANT}_infer.json"
+    line = " ".join(map(slurm.quote, words))
+    said = subprocess.run(["bash", "-c", f"variant=gap; printf '%s|' {line}"], capture_output=True, text=True).stdout
+    assert said == "/my folder/x-gap|gap_infer.json|"
+
+
+def test_how_long_the_rest_takes():
+    def one(word, kind=TRAIN, **values):
+        step = Step("x", kind, (), lambda: State(), size="3B", task="funqa")
+        return Progress(step, word, **values)
+
+    steps = [one(DONE, took=100.0), one(RUNNING, began=1000.0), one(TO_DO), one(FAILED), one(BLOCKED)]
+    assert status.seconds_left(steps, 1030.0) == (170.0, 0)
+    assert status.seconds_left([one(TO_DO, EVALUATE), one(TO_DO, predicted=7200.0)], 0) == (7200.0, 1)
+    assert status.left_text([one(TO_DO, EVALUATE), one(TO_DO, predicted=7200.0)], 0) == (
+        "about 2.0 h left and 1 step of unknown length"
+    )
+
+
+def test_status_page(tmp_path):
+    request = asked(tmp_path)
+    progress = [Progress(step, TO_DO, predicted=3600.0) for step in request.steps]
+    progress[0].word, progress[0].took = DONE, 300.0
+    progress[1].word, progress[1].detail = FAILED, "error: <b>no space</b> " + "x" * 200
+    progress[2].word, progress[2].began = RUNNING, time.time() - 60
+    write(request.folders.log(progress[1].step.name), "error: no space\n")
+    status.write_page(request.folders, progress)
+    with Browser(tmp_path / "browser") as page:
+        for width in (1200, 390):
+            page.open(request.folders.page, width)
+            assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        assert page.run("document.title") == "1 of 44 steps, Speak While Watching"
+        assert page.run("document.querySelectorAll('tbody tr').length") == 44
+        assert page.run("document.querySelector('.failed a').getAttribute('href')") == "logs/prepare-funqa.log"
+        assert page.run("document.querySelector('.failed .detail').innerText").startswith("error: <b>no space</b>")
+        assert page.run("document.querySelector('.running .time').innerText") == "60 s"
+        assert "1 done, 1 running, 1 failed, 44 steps in all: about 42.0 h left" in page.run("document.body.innerText")
+        assert page.run("document.querySelector('meta[http-equiv=refresh]').content") == "10"
+        assert not page.errors
+
+
+def paper(tmp_path, *words, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("QWEN2_5_VL_")}
+    return subprocess.run(
+        ["bash", str(ROOT / "paper.sh"), *words],
+        cwd=tmp_path, env={**clean, **environment}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_the_demo_from_videos_to_the_report(tmp_path):
+    """One variant, fixed and random, descriptions and questions; then again, and with settings that contradict it."""
+    flags = ["--demo", "--device", "cpu", "--output", "the demo", "--variants", "group"]
+    flags += ["--train-videos", "8", "--test-videos", "1", "--steps"]
+    done = paper(tmp_path, *flags, "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = tmp_path / "the demo"
+    assert done.stdout.count(": running, log in ") == 11 and f"report: {output / 'report-demo.html'}" in done.stdout
+    table = (output / "report-demo.md").read_text()
+    assert "## Video question answering" in table and "random, K = 3" in table and "| *12.52* |" in table
+    runs = table.partition("## Runs")[2].strip().splitlines()[2:]
+    assert len(runs) == 3 and all(
+        re.search(r"\| [0-9a-f]{8}\+? \| \S+ [0-9a-f]{8} \| \S+ [0-9a-f]{8} \|", row) for row in runs
+    )
+    questions = [json.loads(line) for line in (output / "dataset/funqa_test.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in questions] == ["H2", "H3"]
+    assert "nothing left to run" in (output / "status.html").read_text()
+
+    again = paper(tmp_path, *flags, "2")
+    assert again.returncode == 0 and again.stdout.count(": already done") == 11 and "running" not in again.stdout
+    plan = paper(tmp_path, *flags, "2", "--plan", "--tasks", "description")
+    assert plan.returncode == 0 and "6 of 7 steps are done" in plan.stdout, plan.stdout + plan.stderr
+    other = paper(tmp_path, *flags, "3")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "--max_steps is 2, not 3" in other.stderr
+
+
+def test_the_plan_predicts_hours_and_disk(tmp_path):
+    """For GPUs that are not here, with the data assumed; the model's shape is that of its name."""
+    plan = paper(tmp_path, "--plan", "--gpus", "8xH100-80GB", "--output", "out", "--sizes", "3B", HF_HUB_OFFLINE="1")
+    assert plan.returncode == 0, plan.stderr
+    (line,) = [line for line in plan.stdout.splitlines() if "train-3B-funqa-gap" in line]
+    assert re.search(r"to do +train-3B-funqa-gap +\d+ min, 5\d GB$", line)
+    assert re.search(r"0 of 31 steps are done; .*\ntraining: \S+ \w+ one after the other, and 6\d\d GB", plan.stdout)
+    assert not (tmp_path / "out").exists()
+    unknown = paper(tmp_path, "--plan", "--gpus", "8xFOO")
+    assert unknown.returncode == 2 and unknown.stderr.startswith("error: --gpus 8xFOO: 'FOO' is not known")
