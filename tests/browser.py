@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -55,6 +56,7 @@ class Browser:
         """Errors and warnings of the console, uncaught exceptions, and requests to any other host."""
 
     def __enter__(self) -> "Browser":
+        self._temporary = tempfile.mkdtemp(prefix="browser-")  # short: it holds a socket
         pipes = [fcntl.fcntl(end, fcntl.F_DUPFD, WIRES) for pair in (os.pipe(), os.pipe()) for end in pair]
         its_in, self._out, self._in, its_out = pipes
         command = [self.program, *self.flags, f"--user-data-dir={self.folder}", "about:blank"]
@@ -63,7 +65,7 @@ class Browser:
             pass_fds=(its_in, its_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "TMPDIR": str(self.folder.parent)},
+            env={**os.environ, "TMPDIR": self._temporary},
         )
         os.close(its_in)
         os.close(its_out)
@@ -81,6 +83,7 @@ class Browser:
         self._process.wait()
         os.close(self._in)
         os.close(self._out)
+        shutil.rmtree(self._temporary, ignore_errors=True)  # its other processes may still be ending
 
     def call(self, method: str, **parameters) -> dict:
         self._number += 1

@@ -70,7 +70,7 @@ def ends(launcher: subprocess.Popen, log: Path, status: int, seconds: float = 60
 
 
 CAUSES = {
-    "gpu": (1, 0, "process 1: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB): lower --per_device"),
+    "gpu": (1, 0, "process 1: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB): omit the flags"),
     "worker killed": (1, 0, f"process 1: a data worker was {KILLED}: lower --dataloader_num_workers"),
     "worker bug": (1, 2, "process 1: in a data worker: KeyError: 'human_caption': the same command resumes"),
     "peer": (1, 0, f"process 1 was {KILLED}: the same command resumes"),
