@@ -109,7 +109,7 @@ def test_a_run_on_two_gpus_always_ends(runs):
     print(f", gone after {time.monotonic() - began:.1f} s", flush=True)
 
     line = runs.end(*runs.start("out of GPU memory.log", f"gpu for real 1 {runs.newest() + 3}"), 1)
-    assert "process 1: out of GPU memory (CUDA out of memory" in line and "--per_device_train_batch_size" in line
+    assert "process 1: out of GPU memory (CUDA out of memory" in line and "omit the flags" in line
 
     line = runs.end(*runs.start("NCCL error.log", f"nccl 0 {runs.newest() + 3}"), 1)
     assert "process 0: the connection to another process was lost" in line
