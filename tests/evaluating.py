@@ -144,8 +144,11 @@ def finish(process, log: Path, status: int = 0) -> str:
 
 def rank_of(launcher: Launched, rank: int) -> psutil.Process:
     """The process of `rank` that the launcher has started."""
-    ranks = psutil.Process(launcher.pid).children()
-    return next(process for process in ranks if process.environ().get("RANK") == str(rank))
+    for process in psutil.Process(launcher.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # another child has just ended
+            if process.environ().get("RANK") == str(rank):
+                return process
+    raise AssertionError(f"the launcher has no process of rank {rank}")
 
 
 def finished(output: Path, pattern: str = "*") -> set[str]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -143,3 +143,31 @@ def test_gradient_checkpointing_recomputes_layers_and_keeps_gradients(made, lora
     for name, gradient in expected.items():
         assert torch.allclose(got[name], gradient, atol=1e-6), name
     assert sum(gradient.abs().max() > 1e-4 for gradient in expected.values()) > len(expected) // 3
+
+
+def test_compiled_layers_train_what_peft_copied(made):
+    """With adapters on the language model, the vision tower trains in full, as a copy of its blocks."""
+    processor = load_processor(made[0])
+    arguments = (processor, 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096)
+    dataset = StreamingDataset(read_rows(made[1]), made[1].parent, *arguments)
+    given = ModelArguments(variant="group", model_name_or_path=str(made[0]), lora_enable=True, tune_mm_vision=True)
+
+    def gradients(compiled: bool) -> dict[str, torch.Tensor]:
+        model = load_model(made[0], "sdpa", torch.float32)
+        model = make_trainable(model, given, SimpleNamespace(seed=1, deepspeed=None)).train()
+        if compiled:
+            compile_layers(model)
+        batch = collate([dataset[0], dataset[1]])
+        batch.pop("tally")
+        mask = make_mask(batch.pop("visual"), batch.pop("text"), True, "sdpa")
+        model(**batch, attention_mask=mask).loss.backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+    torch.compiler.set_default_backend("eager")
+    try:
+        expected, got = gradients(False), gradients(True)
+    finally:
+        torch.compiler.set_default_backend("inductor")
+    assert any("visual.blocks" in name for name in got) and expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        assert got[name] is not None and torch.allclose(got[name], gradient, atol=1e-6), name

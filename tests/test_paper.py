@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STREAMING = ["interleave", "overlap", "group", "gap"]
 
 
-def asked(tmp_path, words=""):
-    return cli.read_request(cli.parse(["--output", str(tmp_path / "out"), *words.split()]), tmp_path)
+def asked(tmp_path, words="", output="out"):
+    return cli.read_request(cli.parse(["--output", str(tmp_path / output), *words.split()]), tmp_path)
 
 
 def names(request, kind):
@@ -176,7 +176,8 @@ def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path
     write(scores, {"count": 2, "not_computed": {"BLEURT": "no checkpoint"}})
     assert check().detail == "2 captions, without BLEURT (no checkpoint)"
     write(scores, {"count": 2, "BLEURT": 50.0})
-    assert check().done and check().facts == {"data_sha256": made["data_sha256"], "seed": 0}
+    shared = {"data_sha256": made["data_sha256"], "seed": 0, "the K of the schedule": "3"}
+    assert check().done and check().facts == shared
     for change, message in (
         ({"model_sha256": "v"}, "the hash of the checkpoint is v, not w: delete it to start over"),
         ({"data_sha256": "e"}, "the hash of test.jsonl is e, not "),
@@ -375,8 +376,27 @@ def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
         job.unlink()  # all have ended
     path.write_text(path.read_text().replace("#SBATCH --time=24", "#SBATCH --time=2"))
     lines = submit(request, folder)
-    assert lines[0] == f"{path} is kept as it is, and differs from what would be written now"
+    assert lines[0] == f"{path} was edited, and is kept as it is"
     assert "#SBATCH --time=2:" in path.read_text()
+    # For another output, files that were not edited are written anew, and one that was is refused.
+    other = asked(tmp_path, "--sizes 3B --tasks description", "other")
+    with pytest.raises(
+        InputError, match=r"random\.sbatch was edited, and written for other commands than now: delete it"
+    ):
+        submit(other, folder)
+    path.unlink()
+    submit(other, folder)
+    assert all(f"{tmp_path}/other/" in path.read_text() for path in folder.glob("train-*.sbatch"))
+
+
+def test_an_element_of_an_array_is_requeued_alone_and_has_its_cores(tmp_path, queue):
+    submit(asked(tmp_path, "--sizes 3B --tasks description --variants group"), tmp_path / "jobs")
+    text = (tmp_path / "jobs/train-3B-description.sbatch").read_text().replace("bash paper.sh --status", "true")
+    for name, says in (("srun", 'echo "cores $SRUN_CPUS_PER_TASK"; exit 143'), ("scontrol", 'echo "$*"')):
+        write(tmp_path / "queue/bin" / name, f"#!/bin/bash\n{says}\n").chmod(0o755)
+    given = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4", "SLURM_CPUS_PER_TASK": "64"}
+    ran = subprocess.run(["bash"], input=text, env={**os.environ, **given}, capture_output=True, text=True)
+    assert ran.stdout.splitlines() == ["cores 64", "requeue 7_4"] and ran.returncode == 143
 
 
 def test_sbatch_that_fails_or_is_missing(tmp_path, queue, monkeypatch):

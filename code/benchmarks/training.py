@@ -20,7 +20,7 @@ import time
 import torch
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, compile_layers
 from qwen_vl_streaming.model.vision_tower import VisionAttention
 from qwen_vl_streaming.timeline.attention import dense_mask, make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
@@ -201,7 +201,7 @@ def main() -> None:
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     optimizer = None if arguments.no_update else MasterAdamW(trained)
     if arguments.compile:
-        model.compile_layers()
+        compile_layers(model)
     update = 0.0 if arguments.no_update else None
     print(f"{'variant':<12}{'samples/row':>14}{'ms/sample':>13}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}")
     for variant in (VARIANTS[name] for name in arguments.variants):

@@ -95,7 +95,9 @@ def trained(folder: Path, data: Path, model: str, variant: str, flags: dict[str,
             )
     # The samples that do not count (left_out) may differ: a variant has longer sequences than another.
     facts = {f"--{name}": arguments[name] for name in kept if name in arguments and name not in FREE}
+    facts |= {f"--{name}": value for name, value in arguments.items() if name.startswith(("tune_", "lora_"))}
     facts["the hash of the training data"], facts["the schedule"] = used.get("sha256"), made.get("schedule")
+    facts["the hash of the base model"] = made.get("model_sha256")
     sizes = [arguments.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
     if all(isinstance(size, int) for size in (*sizes, made.get("world_size"))):
         facts["the number of samples of a step"] = sizes[0] * sizes[1] * made["world_size"]
@@ -131,10 +133,15 @@ def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: s
                 f"{out} is of another run: {what} is {found}, {now}: delete it to start over, or give another --output"
             )
     facts = {name: value for name, value in made.items() if name not in OF_A_ROW}
+    facts["the K of the schedule"] = made["schedule"].partition("-")[2]
     skipped, total = count_skipped(out), count_rows(data) if data.exists() else rows
     if rows + skipped < total or out.with_suffix(".parts").exists():
         return State(STARTED, f"{rows:,} of {total:,} captions", facts, out)
     scores = read_object(path, FIX) if (path := sibling(out, "scores.json")).exists() else {}
+    if "bleurt" in scores:
+        facts["the BLEURT checkpoint"] = Path(scores["bleurt"]["checkpoint"]).name
+    if "judge" in scores:
+        facts["the judge"] = scores["judge"]["model"]
     reasons = scores.get("not_computed", {})
     missing = [f"{name} ({reasons.get(name, 'not scored')})" for name in metrics if name not in scores]
     if scores.get("count") != rows or missing:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.common.redact import redacted
 from tasks import TASKS
 
 from . import slurm
@@ -85,6 +86,10 @@ def read_request(arguments: argparse.Namespace, caller: Path) -> Request:
         raise InputError("--plan, --slurm, --status and --report exclude each other: give one")
     if bool(arguments.judge_url) != bool(arguments.judge_model):
         raise InputError("--judge-url and --judge-model go together: give both")
+    if arguments.slurm and redacted(arguments.judge_url) != arguments.judge_url:
+        raise InputError(
+            "--judge-url has a password, which would be in the sbatch files: set OPENAI_API_KEY, which sbatch passes on"
+        )
     output = arguments.output or ROOT / ("demo_output/paper" if arguments.demo else "paper_output")
     folders = Folders(Path(os.path.abspath(caller / output)), arguments.demo)
     settings = PAPER
@@ -93,6 +98,8 @@ def read_request(arguments: argparse.Namespace, caller: Path) -> Request:
         settings = demo(folders.model, arguments.steps, videos, arguments.device)
     elif arguments.everywhere:
         settings = replace(PAPER, tables=EVERYWHERE)
+    if arguments.report is not None and arguments.report not in settings.models:
+        raise InputError(f"--report {arguments.report or repr('')}: choose of {', '.join(settings.models)}")
     variants = choose("--variants", arguments.variants, settings.tables[0].variants)
     judge = ("--judge-url", arguments.judge_url, "--judge-model", arguments.judge_model) if arguments.judge_url else ()
     tables = choose_tables(settings, arguments)
@@ -118,6 +125,8 @@ def same_flags(arguments: argparse.Namespace, output: Path) -> tuple[str, ...]:
 def choose(flag: str, asked: list[str] | None, known: Sequence[str]) -> list[str]:
     """What was `asked` for, in the order of `known`; all if nothing was. Raises InputError for what is not known."""
     words = [word for text in asked or () for word in text.replace(",", " ").split()]
+    if asked is not None and not words:
+        raise InputError(f"{flag} is empty: choose of {', '.join(known)}, or remove it")
     if unknown := [word for word in words if word not in known]:
         raise InputError(f"{flag} {unknown[0]}: choose of {', '.join(known)}")
     return [name for name in known if name in words or asked is None]

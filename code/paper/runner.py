@@ -21,6 +21,7 @@ from .settings import ROOT
 from .status import BLOCKED, FAILED, RUNNING, Progress, duration, write_page
 from .steps import REPORT, Folders, Step, check_step
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PERIOD = 5.0
 """Seconds between two versions of the status page while a step runs."""
 OWN_PATHS = {str(ROOT / folder) for folder in ("code", "code/evaluation", "code/qwen-vl-finetune")}
@@ -48,7 +49,7 @@ class Runner:
 
     def run(self) -> int:
         """Run what is not done. Returns the exit status: 0, or 1 if a step failed. Raises Stopped."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, _stop)
         for number, step in enumerate(self.steps, 1):
             self.progress[step.name].number = number
@@ -110,6 +111,8 @@ class Runner:
                     except subprocess.TimeoutExpired:
                         pass
             except Stopped:
+                for number in SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)  # a training that saves may take minutes
                 process.terminate()
                 process.wait()
                 one.word, one.detail = TO_DO, "stopped"
@@ -126,6 +129,8 @@ class Runner:
         except InputError as error:
             return FAILED, str(error)
         self.states[step.name] = state
+        if step.kind == REPORT and not state.done and state.where and state.where.exists():
+            return DONE, "over the rows that are complete"
         return (DONE, state.detail) if state.done else (FAILED, f"ended, but its output is incomplete: {state.detail}")
 
     def _write_page(self, finished: bool = False) -> None:

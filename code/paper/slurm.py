@@ -1,8 +1,9 @@
 """Writes the steps as sbatch files, one for each group of steps that differ in the variant alone, and submits them with
 their dependencies.
 
-A file that exists is submitted as it is, so that it can be edited. Array indices and dependencies, which depend on what
-is done, are flags of sbatch. What is queued or running, SLURM itself says (squeue), so nothing is submitted twice.
+A file that was edited is submitted as it is, if it was written for the same commands. Array indices and dependencies,
+which depend on what is done, are flags of sbatch. What is queued or running, SLURM itself says (squeue), so nothing is
+submitted twice.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ from .steps import EVALUATE, PREPARE, REPORT, TRAIN, Step
 
 VARIANT = "@variant@"
 """Stands for the variant in the commands of an array."""
-REQUEUE = 'if [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi  # saved before the time limit'
+REQUEUE = 'if [ "$status" -eq 143 ]; then scontrol requeue "$job"; fi  # saved before the time limit'
+STAMP = "# for these commands: "
+"""Before the hash of the text that was written, in a line of its own."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ def script(job: Job, after_each: Sequence[str]) -> str:
     lines = ["#!/bin/bash", f"# {job.group}: written by paper.sh, which submits it. Edit it as needed."]
     lines += [f"#SBATCH {line}" for line in (SBATCH if gpu else SBATCH_CPU)]
     lines += [f"cd {quote(str(ROOT))}", "unset ${!QWEN2_5_VL_@}"]
+    # SLURM_JOB_ID of one element of an array is the id of the whole array.
+    lines += ["job=$SLURM_JOB_ID" if not job.is_array else "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"] * gpu
+    # From SLURM 22.05 on, srun does not take it from sbatch.
+    lines += ["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"] * gpu
     environment, command = step.environment, step.command
     if job.is_array:
         lines += [f"variants=({' '.join(VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
@@ -79,7 +86,31 @@ def script(job: Job, after_each: Sequence[str]) -> str:
     lines += [f"export {name}={quote(value)}" for name, value in environment.items()]
     lines += [("srun " if gpu else "") + " ".join(map(quote, command)), "status=$?"]
     lines += [" ".join(map(quote, after_each)), *([REQUEUE] if gpu else []), 'exit "$status"']
+    lines.insert(2, STAMP + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16])
     return "\n".join(lines) + "\n"
+
+
+def write_script(path: Path, text: str) -> str:
+    """Write the sbatch file `text`, unless it was edited. Returns a line about a file that is kept, or an empty string.
+
+    Raises InputError for a file that was edited and written for other commands.
+    """
+    if not path.exists():
+        write_file(path, text)
+        return ""
+    found = path.read_text(encoding="utf-8", errors="replace")
+    stamps = [line.removeprefix(STAMP) for line in found.splitlines() if line.startswith(STAMP)]
+    if not stamps:
+        return f"{path} was not written by paper.sh, and is kept as it is"
+    rest = "\n".join(line for line in found.splitlines() if not line.startswith(STAMP))
+    if hashlib.sha256(rest.encode()).hexdigest()[:16] == stamps[0]:
+        write_file(path, text)
+        return ""
+    if f"{STAMP}{stamps[0]}\n" not in text:
+        raise InputError(
+            f"{path} was edited, and written for other commands than now: delete it, or give --slurm another folder"
+        )
+    return f"{path} was edited, and is kept as it is"
 
 
 def _generic(word: str, variant: str) -> str:
@@ -109,11 +140,8 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
     lines: list[str] = []
     for job in jobs:
         path = folder / f"{job.group}.sbatch"
-        text = script(job, after_each)
-        if not path.exists():
-            write_file(path, text)
-        elif path.read_text(encoding="utf-8", errors="replace") != text:
-            lines.append(f"{path} is kept as it is, and differs from what would be written now")
+        if line := write_script(path, script(job, after_each)):
+            lines.append(line)
     if not shutil.which("sbatch"):
         raise InputError(
             f"sbatch is not on this machine, so nothing was submitted; the files are in {folder}: give the same "

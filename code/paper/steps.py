@@ -234,7 +234,7 @@ def check_step(step: Step, states: dict[str, State], first: dict[tuple, str]) ->
     other = first.setdefault(step.table, step.name)
     known = state.facts if other == step.name else states[other].facts
     for fact, value in state.facts.items():
-        if known.get(fact) != value:
+        if fact in known and known[fact] != value:
             raise InputError(
                 f"{step.name} and {other} do not belong in one table: {fact} is {value} and {known.get(fact)}: move "
                 f"away the output of one of them ({state.where}), or give another --output"

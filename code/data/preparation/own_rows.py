@@ -176,7 +176,9 @@ def _write(decided: list[tuple[Sample, Decision]], options: Options, statistics:
 def explain_rule(decision: Decision, rules: Rules) -> str:
     """Why a rule drops a sample, with its numbers."""
     seconds = f"{decision.seconds:.2f} s"
-    rate = f"{decision.tokens} tokens in {seconds}, {(decision.tokens or 0) / decision.seconds:.2f} per second"
+    rate = (
+        f"{decision.tokens} tokens in {seconds}, {(decision.tokens or 0) / max(decision.seconds, 0.01):.2f} per second"
+    )
     details = {
         "too short": f"the video has {seconds}, the minimum is {rules.min_seconds:g} s",
         "too long": f"the video has {seconds}, the maximum is {rules.max_seconds:g} s",

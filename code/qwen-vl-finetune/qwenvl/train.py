@@ -19,7 +19,7 @@ from qwen_vl_streaming.launch.failing import report
 from qwen_vl_streaming.launch.signals import STOPPED, is_local_main_process
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.hub import model_folder
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers, load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.model.trained import check_trained, training_keys
 from qwen_vl_streaming.video.frames import choose_reader
@@ -59,7 +59,9 @@ class Parser(OneLineParser, HelpfulParser):
 
 def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     """Parse the command line, and set up logging and DeepSpeed. Raises InputError."""
-    parser = Parser((ModelArguments, DataArguments, SftArguments), prog="sft.sh", description=__doc__)
+    kinds = (ModelArguments, DataArguments, SftArguments)
+    # The planner would not see abbreviated flags.
+    parser = Parser(kinds, prog="sft.sh", description=__doc__, allow_abbrev=False)
     *groups, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
@@ -251,9 +253,9 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             choose_linear(arguments.hf_deepspeed_config.config["zero_optimization"], model_arguments.compile_layers)
         model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
         model.checkpointed_layers = model_arguments.checkpoint_layers
-        if model_arguments.compile_layers:
-            model.compile_layers()
         model = make_trainable(model, model_arguments, arguments)
+        if model_arguments.compile_layers:
+            compile_layers(model)
         if sharded:
             gather_whole_layers(model)
         more = {"pixel_budget": asdict(data_arguments.pixel_budget)}

@@ -46,29 +46,28 @@ def saved_per_token(shape: Shape, compiled: bool) -> float:
 def estimate(shape: Shape, settings: Settings, lengths: Lengths, processes: int, bf16: bool = True) -> Memory:
     """The peak memory of each of `processes` processes."""
     zero, wide = settings.zero, 1 if bf16 else 2  # float32 numbers are twice as wide
-    n, shards = shape.trained, processes
+    n, shards = shape.trained, processes if zero.stage else 1
     weights, gradients, states = 2.0 * wide * shape.total, 2.0 * wide * n, 12.0 * n / shards
     common: dict[str, float] = {
         "weights": weights,
-        "master weights and moments": states,
+        "master weights and moments": 0.0 if zero.offloads_optimizer else states,
         "pixels": settings.samples * 4 * lengths.visual * shape.patch_values * c.PIXEL_BYTES,
     }
     if zero.stage == 3:
-        common["weights"] = 0.0 if zero.offload else weights / shards
+        common["weights"] = 0.0 if zero.offloads_weights else weights / shards
         common["gathered weights"] = 2.0 * wide * min(shape.total, c.LIVE_PARAMETERS)
-        common["master weights and moments"] = 0.0 if zero.offload else states
 
     bucket = shape.hidden**2 if zero.bucket is None else zero.bucket
     reduced = gradients / shards
     backward = {**common, "buckets": 2.0 * wide * bucket * (1 + zero.overlap)}
-    if zero.stage == 1:
+    if zero.stage < 2:
         start = end = gradients
     elif zero.stage == 2:
         accumulated = reduced if settings.accumulation > 1 else 0.0
         pending = min(2.0 * wide * bucket, gradients) if shards > 1 else 0.0
         start, end = accumulated + pending, accumulated + reduced + pending
     else:
-        start = end = 0.0 if zero.offload else reduced
+        start = end = 0.0 if zero.offloads_optimizer else reduced
     largest = 2.0 * wide * shape.largest
 
     activations, working = _activations(shape, settings, lengths, wide)
@@ -85,13 +84,13 @@ def estimate(shape: Shape, settings: Settings, lengths: Lengths, processes: int,
     step = dict(common)
     if zero.stage < 3:
         # bf16 gradients of this process twice, since DeepSpeed flattens them, and once in float32
-        step["gradients"] = (gradients if zero.stage == 1 else reduced) + reduced
+        step["gradients"] = (gradients if zero.stage < 2 else reduced) + reduced
         step["float32 gradients"] = 4.0 * n / shards
     else:
         step["gradients"] = reduced
         step["float32 gradients"] = 4.0 * min(n / shards, c.LIVE_PARAMETERS)
-        if zero.offload:
-            step["gradients"] = step["float32 gradients"] = 0.0
+    if zero.offloads_optimizer:
+        step["gradients"] = step["float32 gradients"] = 0.0
     return Memory(backward, step)
 
 

@@ -98,15 +98,20 @@ class Request:
             for name in PLANNED
             if name != "deepspeed" and arguments.get(name) is not None and name not in self.given
         }
-        for name in CHECKPOINTING:
-            if name in self.given:
-                flags.pop("gradient_checkpointing", None)
+        if any(name in self.given for name in (*CHECKPOINTING, "checkpoint_layers")):
+            for name in ("gradient_checkpointing", "checkpoint_layers"):
+                flags.pop(name, None)
         zero = (arguments.get("deepspeed") or {}).get("zero_optimization")
         if zero and "deepspeed" not in self.given:
-            offload = "offload_param" in zero or "offload_optimizer" in zero
-            same = [c.file for c in configurations() if (c.stage, c.offload) == (zero.get("stage"), offload)]
-            if same:
-                flags = {"deepspeed": same[0], **flags}
+            used = Zero.of(zero)
+            kind = (used.stage, used.offloads_optimizer, used.offloads_weights)
+            same = [c.file for c in configurations() if (c.stage, c.offloads_optimizer, c.offloads_weights) == kind]
+            if not same:
+                raise InputError(
+                    f"{self.output} was started with a DeepSpeed configuration of your own ({used.title}): give it "
+                    "again in DEEPSPEED_CONFIG"
+                )
+            flags = {"deepspeed": same[0], **flags}
         return flags
 
     def choices(self) -> Given:

@@ -9,7 +9,6 @@ from qwen_vl_streaming.common.errors import InputError
 FOLDER = Path(__file__).resolve().parents[2]
 CONFIGURATIONS = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
 """From the fastest to the one that needs the least memory."""
-OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,10 @@ class Zero:
 
     file: str
     stage: int
-    offload: bool = False
-    """Parameters and optimizer states are in host memory."""
+    offloads_optimizer: bool = False
+    """Master weights, moments and their gradients are in host memory."""
+    offloads_weights: bool = False
+    """Parameters are in host memory."""
     bucket: int | None = None
     """Parameters of a reduction bucket; None for the square of the hidden size."""
     overlap: bool = True
@@ -29,19 +30,29 @@ class Zero:
     def read(cls, path: Path, name: str = "") -> "Zero":
         """Reads a configuration. Raises InputError where it is invalid."""
         try:
-            zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
-            stage, bucket = int(zero["stage"]), zero.get("reduce_bucket_size", 500_000_000)
-            return cls(
-                name or str(path),
-                stage,
-                any(
-                    zero.get(key, {}).get("device") in ("cpu", "nvme") for key in ("offload_optimizer", "offload_param")
-                ),
-                None if bucket == "auto" else int(bucket),
-                bool(zero.get("overlap_comm", stage == 3)),
-            )
+            return cls.of(json.loads(path.read_text(encoding="utf-8"))["zero_optimization"], name or str(path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} has no valid zero_optimization: see zero2.json") from error
+
+    @classmethod
+    def of(cls, zero: dict, name: str = "") -> "Zero":
+        """From the section `zero_optimization`."""
+        stage, bucket = int(zero.get("stage", 0)), zero.get("reduce_bucket_size", 500_000_000)
+        optimizer, weights = (
+            (zero.get(key) or {}).get("device") in ("cpu", "nvme") for key in ("offload_optimizer", "offload_param")
+        )
+        return cls(
+            name,
+            stage,
+            optimizer,
+            weights and stage == 3,
+            None if bucket == "auto" else int(bucket),
+            bool(zero.get("overlap_comm", stage == 3)),
+        )
+
+    @property
+    def offload(self) -> bool:
+        return self.offloads_optimizer or self.offloads_weights
 
     @property
     def title(self) -> str:

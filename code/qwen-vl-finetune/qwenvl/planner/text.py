@@ -47,6 +47,8 @@ def why_zero(plan: Plan, shape: Shape, gpus: Gpus) -> str:
     zero = plan.settings.zero
     if gpus.count == 1 and not zero.offload:
         return "one GPU holds everything"
+    if not zero.stage:
+        return "every GPU holds everything"
     parts = {1: "optimizer states", 2: "optimizer states and gradients", 3: "everything, weights included"}[zero.stage]
     if zero.offload:
         return f"{parts}, in host memory, since the GPUs are too small"

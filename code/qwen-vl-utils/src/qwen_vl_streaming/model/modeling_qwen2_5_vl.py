@@ -73,15 +73,6 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             for layer in layers:
                 layer.gradient_checkpointing = False
 
-    def compile_layers(self) -> None:
-        """Compiles each layer separately. The layers are alike, so little code is compiled, and much of it is fused.
-
-        Only `forward` is compiled, since the hooks of ZeRO-3 gather the weights of a layer before it and release them
-        after it.
-        """
-        for layer in (*self.model.language_model.layers, *self.model.visual.blocks):
-            layer.forward = torch.compile(layer.forward)
-
     def compile_tower(self) -> None:
         """Compiles each block of the vision tower, for inference."""
         for block in self.model.visual.blocks:
@@ -196,6 +187,20 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             count = len(logits) if num_items_in_batch is None else num_items_in_batch
             loss = nn.functional.cross_entropy(logits.float(), labels[score], reduction="sum") / count
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each layer of a model for training, whole or wrapped by peft. The layers are alike, so little code is
+    compiled, and much of it is fused.
+
+    Only `forward` is compiled, since the hooks of ZeRO-3 gather the weights of a layer before it and release them after
+    it. Call it once all layers are in place: peft copies layers, and the copy of a compiled one would compute with the
+    weights of the first.
+    """
+    kinds = (stock.Qwen2_5_VLDecoderLayer, stock.Qwen2_5_VLVisionBlock)
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, kinds)]
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
 
 
 UNLOADABLE = (

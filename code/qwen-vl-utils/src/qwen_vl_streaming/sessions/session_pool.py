@@ -163,6 +163,8 @@ class SessionPool:
         try:
             encoded = self.runner.vision_encoder.encode(clips, [session.layout for session in sessions])
         except (torch.OutOfMemoryError, MemoryError):
+            encoded = None
+        if encoded is None:  # outside the handler, in which the error still holds the memory of its frames
             return self._encode_one_by_one(due)
         for session, features in zip(sessions, encoded, strict=True):
             session.rounds.encoded.append(features)
