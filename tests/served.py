@@ -132,7 +132,7 @@ def settled(server: Running) -> None:
     while inside.viewers or any(worker.listeners for worker in inside.workers):
         assert time.monotonic() < end, (inside.viewers, [worker.listeners for worker in inside.workers])
         time.sleep(0.02)
-    assert not inside.addresses and not inside.seats.queue
+    assert not inside.addresses and not inside.admission.queue
     assert {worker.batch_slots for worker in inside.workers} == {inside.settings.sessions}
     assert [len(pool.runner.free_slots) for pool in server.pools] == [inside.settings.sessions] * len(server.pools)
     free = [len(pool.runner.cache.free_blocks) for pool in server.pools]

@@ -15,6 +15,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.errors import run as run_program
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.model.released import released_config
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import train
@@ -29,7 +30,7 @@ from qwenvl.planner.memory import estimate
 from qwenvl.planner.plan import EQUAL, PAPER_SAMPLES, Given, choose, evaluate, plans
 from qwenvl.planner.request import PLANNED, Request
 from qwenvl.planner.settings import Settings, Zero, configurations
-from qwenvl.planner.shape import find_shape, released_config
+from qwenvl.planner.shape import find_shape
 from qwenvl.planner.speed import predict, sample_flops
 from qwenvl.planner.table import rows
 from qwenvl.rows import read_rows
@@ -90,7 +91,7 @@ def test_flops_are_those_of_the_benchmark(shapes, size, monkeypatch):
 
         assert benchmark.__file__ != tests_own
         with torch.device("meta"):
-            model = Qwen2_5_VLForConditionalGeneration(benchmark.make_config(size, None))
+            model = Qwen2_5_VLForConditionalGeneration(released_config(size, None))
         timeline = benchmark.make_timeline(
             VARIANTS["batch"], benchmark.LAYOUT, benchmark.answer_counts(VARIANTS["batch"])
         )

@@ -217,7 +217,7 @@ def test_one_too_many_waits_for_its_turn(server):
 
 
 def test_a_full_queue_refuses(server, monkeypatch):
-    monkeypatch.setattr(server.server.seats, "most_waiting", 0)
+    monkeypatch.setattr(server.server.admission, "most_waiting", 0)
 
     async def run():
         async with contextlib.AsyncExitStack() as stack:

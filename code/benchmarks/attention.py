@@ -29,8 +29,9 @@ from qwen_vl_streaming.engine.paged_attention import PagedAttention
 from qwen_vl_streaming.engine.prefill import padded_query_blocks
 from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, query_blocks_of
 from qwen_vl_streaming.engine.split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, num_splits
+from qwen_vl_streaming.model.released import SIZES, released_config
 from torch import Tensor
-from training import SHAPES, find_device, make_config, seconds
+from training import find_device, seconds
 
 NAMES = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
 CHUNK_OPTIONS = (
@@ -83,7 +84,7 @@ CPU_SHAPES = Shape("decode", 0, 0, 2, 140), Shape("clip", 1, 9, 1, 140), Shape("
 class Bench:
     def __init__(self, size: str):
         self.device = find_device()
-        self.config = (tiny_config() if size == "tiny" else make_config(size, None)).text_config
+        self.config = (tiny_config() if size == "tiny" else released_config(size, None)).text_config
         self.layers, self.heads = self.config.num_hidden_layers, self.config.num_attention_heads
         self.groups = self.heads // self.config.num_key_value_heads
         self.size = self.config.hidden_size // self.heads
@@ -183,7 +184,7 @@ def options_to_try(kind: str, requested: list[str] | None) -> Iterator[dict]:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["tiny", *SHAPES], default="7B")
+    parser.add_argument("--size", choices=["tiny", *SIZES], default="7B")
     parser.add_argument("--steps", nargs="+", choices=["decode", "clip", "clips"], default=["decode", "clip", "clips"])
     parser.add_argument(
         "--options", nargs="+", metavar="MxNxWxS", help="options to try beside the engine's (default: a list)"

@@ -22,10 +22,11 @@ from qwen_vl_streaming.common.errors import OneLineParser, run
 from qwen_vl_streaming.engine.batch import Job, caption_all
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
+from qwen_vl_streaming.model.released import SIZES, released_config
 from qwen_vl_streaming.timeline.plan import make_plan
 from qwen_vl_streaming.timeline.timeline import NOTHING, make_schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
-from training import ANSWER, CLIPS, GRID, LAYOUT, SHAPES, find_device, make_config, seconds
+from training import ANSWER, CLIPS, GRID, LAYOUT, find_device, seconds
 
 PUBLISHED = {"group": 3.9, "interleave": 3.7}
 """Seconds per video of the published code on one H200, which we measured earlier on the same workload."""
@@ -79,7 +80,7 @@ def lower_bound(model, variant: Variant, batch: int, flop_rate: float, byte_rate
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SHAPES, default="7B")
+    parser.add_argument("--size", choices=SIZES, default="7B")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["group"], help="default: group")
     parser.add_argument("--batch", type=int, nargs="+", default=[32], help="batch sizes (default: 32)")
     parser.add_argument("--layers", type=int, help="use fewer layers, for a quick test")
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=ANSWER, help="generate fewer tokens, for a quick test")
     arguments = parser.parse_args()
     device = find_device()
-    config = make_config(arguments.size, arguments.layers)
+    config = released_config(arguments.size, arguments.layers)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration(config).eval()

@@ -20,7 +20,8 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
 from qwen_vl_streaming.model.prompts import load_processor
-from training import ANSWER, find_device, make_config
+from qwen_vl_streaming.model.released import released_config
+from training import ANSWER, find_device
 
 MAKE_MODEL = Path(__file__).resolve().parents[1] / "demo/make_model.py"
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ha", "jin", "kel", "lor", "man", "nes", "pol", "qui", "ras", "ten", "wan")
@@ -128,7 +129,7 @@ def make_checkpoint(size: str, layers: int | None, folder: Path) -> Path:
     checkpoint = folder / f"{size}-{layers or 'all'}"
     if checkpoint.exists():
         return checkpoint
-    began, small, config = time.perf_counter(), load_config(tiny), make_config(size, layers)
+    began, small, config = time.perf_counter(), load_config(tiny), released_config(size, layers)
     for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
         setattr(config, name, getattr(small, name))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -33,9 +33,10 @@ from pathlib import Path
 import torch
 from inputs import Film, make_captions, make_checkpoint, make_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.model.released import SIZES
 from sft import BUDGET, FINETUNE, UNTIMED, end, sample_flops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import SHAPES, find_device, seconds
+from training import find_device, seconds
 
 HOOK = '''\
 """Caps the memory of training processes, and shows the cap to the planner. Written by code/benchmarks/plans.py."""
@@ -91,7 +92,7 @@ class Setting:
     def parse(cls, text: str) -> "Setting":
         """Parse a text such as `3B:4:40 --lora_enable True`. Raises InputError if it is malformed."""
         first, *flags = shlex.split(text) or [""]
-        found = re.fullmatch(rf"({'|'.join(['tiny', *SHAPES])}):(\d+)(?::([\d.]+))?", first)
+        found = re.fullmatch(rf"({'|'.join(['tiny', *SIZES])}):(\d+)(?::([\d.]+))?", first)
         if not found or not int(found[2]):
             raise InputError(f"--settings {text!r}: give SIZE:GPUS[:CAP] and flags, such as '3B:4:40'")
         return cls(found[1], int(found[2]), float(found[3]) if found[3] else None, tuple(flags), text)

@@ -35,10 +35,11 @@ from inputs import Film, make_captions, make_checkpoint, make_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
 from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, load_processor, make_template
+from qwen_vl_streaming.model.released import SIZES
 from qwen_vl_streaming.timeline.timeline import make_schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS, get_variant
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import GRID, SHAPES, find_device, flops, seconds
+from training import GRID, find_device, flops, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 FINETUNE = ROOT / "code/qwen-vl-finetune"
@@ -180,7 +181,7 @@ def main() -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--size", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
     parser.add_argument("--layers", type=int, help="layers of language model and vision encoder (default: all)")
     parser.add_argument("--runs", nargs="*", default=[], metavar="N:CONFIG", help="default: only create the inputs")
     parser.add_argument("--variant", choices=VARIANTS, default="group")

@@ -21,6 +21,7 @@ import torch
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, compile_layers
+from qwen_vl_streaming.model.released import SIZES, released_config
 from qwen_vl_streaming.model.vision_tower import VisionAttention
 from qwen_vl_streaming.timeline.attention import dense_mask, make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
@@ -31,25 +32,6 @@ from transformers import Qwen2_5_VLConfig
 CLIPS, GRID, ANSWER, PROMPT = 30, (7, 13), 117, 40
 LAYOUT = Layout(PROMPT, 3, 3, GRID)
 ACCUMULATION = 16
-SHAPES = {
-    "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-           "num_key_value_heads": 2, "vocab_size": 151936},
-    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-           "num_key_value_heads": 4, "vocab_size": 152064},
-}  # fmt: skip
-
-
-def make_config(size: str, layers: int | None) -> Qwen2_5_VLConfig:
-    """The config of Qwen2.5-VL of `size` in SHAPES, optionally with fewer layers."""
-    text = {
-        **SHAPES[size],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "tokens_per_second": 2}
-    if layers:
-        text["num_hidden_layers"] = vision["depth"] = layers
-    vision["out_hidden_size"] = text["hidden_size"]
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "3B")
 
 
 def answer_counts(variant: Variant) -> tuple[int, ...]:
@@ -154,7 +136,7 @@ def find_device(size: str = "tiny") -> str:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SHAPES, default="3B")
+    parser.add_argument("--size", choices=SIZES, default="3B")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["group"])
     parser.add_argument("--samples", type=int, nargs="+", default=[1], help="samples per packed row (default: 1)")
     parser.add_argument("--compile", action="store_true", help="compile the layers, like --compile_layers of sft.sh")
@@ -168,7 +150,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="timed steps (default: %(default)s)")
     arguments = parser.parse_args()
     device = find_device()
-    config = make_config(arguments.size, arguments.layers)
+    config = released_config(arguments.size, arguments.layers)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration(config)

@@ -28,9 +28,10 @@ from pathlib import Path
 
 import torch
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.model.released import SIZES
 from qwen_vl_streaming.sessions import MODES
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from training import ANSWER, CLIPS, SHAPES
+from training import ANSWER, CLIPS
 
 from latency.lanes import lanes
 from latency.many import long, many
@@ -108,7 +109,7 @@ class Settings:
 def parse() -> Settings:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="+", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
-    parser.add_argument("--size", choices=["tiny", *SHAPES], default="7B")
+    parser.add_argument("--size", choices=["tiny", *SIZES], default="7B")
     parser.add_argument("--layers", type=int, help="use fewer layers, for a quick test")
     parser.add_argument("--variant", choices=[v for v in VARIANTS if VARIANTS[v].parallel], default="group")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")

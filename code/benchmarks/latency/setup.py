@@ -19,11 +19,12 @@ from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
+from qwen_vl_streaming.model.released import released_config
 from qwen_vl_streaming.sessions import PerceptionClient, Session, open_session
 from qwen_vl_streaming.timeline.timeline import Layout
 from qwen_vl_streaming.timeline.variants import Variant
 from torch import Tensor
-from training import GRID, PROMPT, find_device, make_config
+from training import GRID, PROMPT, find_device
 from transformers import Qwen2_5_VLConfig
 
 from latency.floors import Floors
@@ -64,7 +65,7 @@ def load(size: str, layers: int | None, device: str) -> Qwen2_5_VLForConditional
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(tiny_config() if size == "tiny" else make_config(size, layers))
+        model = Qwen2_5_VLForConditionalGeneration(tiny_config() if size == "tiny" else released_config(size, layers))
     torch.set_default_dtype(torch.float32)
     if size == "tiny":  # at the default scale, the output of a model this small is nearly constant
         for parameter in model.parameters():

@@ -176,14 +176,15 @@ def _write(decided: list[tuple[Sample, Decision]], options: Options, statistics:
 def explain_rule(decision: Decision, rules: Rules) -> str:
     """Why a rule drops a sample, with its numbers."""
     seconds = f"{decision.seconds:.2f} s"
-    rate = (
-        f"{decision.tokens} tokens in {seconds}, {(decision.tokens or 0) / max(decision.seconds, 0.01):.2f} per second"
-    )
     details = {
         "too short": f"the video has {seconds}, the minimum is {rules.min_seconds:g} s",
         "too long": f"the video has {seconds}, the maximum is {rules.max_seconds:g} s",
         "caption prefix": f"the caption does not start with {rules.caption_prefix!r}",
-        "too few tokens per second": f"{rate}, the minimum is {rules.min_tokens_per_second:g}",
-        "too many tokens per second": f"{rate}, the maximum is {rules.max_tokens_per_second:g}",
     }
+    if decision.outcome not in details:
+        rate = f"{decision.tokens} tokens in {seconds}, {(decision.tokens or 0) / decision.seconds:.2f} per second"
+        details |= {
+            "too few tokens per second": f"{rate}, the minimum is {rules.min_tokens_per_second:g}",
+            "too many tokens per second": f"{rate}, the maximum is {rules.max_tokens_per_second:g}",
+        }
     return f"{decision.outcome}: {details[decision.outcome]}"

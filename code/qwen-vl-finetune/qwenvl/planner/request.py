@@ -13,6 +13,7 @@ from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.model.released import SIZES, released_config
 from transformers.hf_argparser import string_to_bool
 
 from ..arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
@@ -24,7 +25,7 @@ from .gpus import Gpus
 from .lengths import Lengths, assumed_lengths, find_lengths
 from .plan import Given, Plan, choose
 from .settings import FOLDER, Zero, configurations
-from .shape import KNOWN, Shape, find_shape, released_config
+from .shape import Shape, find_shape
 from .text import count_steps, describe
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
@@ -177,7 +178,7 @@ class Request:
         try:
             return load_config(self.model.model_name_or_path)
         except InputError:
-            size = next((s for s in KNOWN if f"VL-{s}-" in self.model.model_name_or_path), None)
+            size = next((s for s in SIZES if f"VL-{s}-" in self.model.model_name_or_path), None)
             if gpus.here or size is None:
                 raise
             return released_config(size)

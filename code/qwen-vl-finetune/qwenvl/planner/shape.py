@@ -10,14 +10,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 from ..arguments import ModelArguments
 from ..param_groups import LANGUAGE, VISION, part_of, plan_lora, tuned_parts
 
-KNOWN = {
-    "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-           "num_key_value_heads": 2, "vocab_size": 151936},
-    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-           "num_key_value_heads": 4, "vocab_size": 152064},
-}  # fmt: skip
-"""Text configs of the released sizes, for plans where the model is not here."""
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -54,16 +46,6 @@ class Shape:
     @property
     def billions(self) -> str:
         return f"{self.total / 1e9:.1f}B"
-
-
-def released_config(size: str) -> Qwen2_5_VLConfig:
-    """The config of a released size in KNOWN."""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "tokens_per_second": 2}
-    vision["out_hidden_size"] = KNOWN[size]["hidden_size"]
-    return Qwen2_5_VLConfig(
-        text_config={**KNOWN[size], "rope_parameters": rope}, vision_config=vision, tie_word_embeddings=size == "3B"
-    )
 
 
 def find_shape(config: Qwen2_5_VLConfig, arguments: ModelArguments) -> Shape:

@@ -6,17 +6,17 @@ python -m qwenvl.planner.table
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
+from qwen_vl_streaming.model.released import SIZES, released_config
 
 from ..arguments import ModelArguments
 from .constants import GIB
 from .gpus import parse_gpus
 from .lengths import assumed_lengths
 from .plan import Given, choose
-from .shape import find_shape, released_config
+from .shape import find_shape
 from .text import recomputed
 
 MACHINES = ("RTX4080", "RTX4090", "L40S", "A100-80GB", "H100-80GB", "4xL40S", "4xA100-80GB", "8xH100-80GB", "8xH200")
-SIZES = ("3B", "7B")
 SAMPLES = 20_000
 """Those of the paper."""
 

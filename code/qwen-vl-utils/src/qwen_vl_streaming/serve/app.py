@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from ..model.prompts import QUESTIONS
+from .admission import Admission
 from .catalog import FPS, ServedModel
 from .connection import Refused
 from .metrics import Metrics
@@ -33,7 +34,6 @@ from .model_process import ModelSpec
 from .options import Settings, is_loopback
 from .own_source import Opened, OwnSource
 from .request import Plan
-from .seats import Seats
 from .viewer import Viewer, kept_clips
 from .workers import Worker
 
@@ -76,7 +76,7 @@ class Server:
 
     def __init__(self, settings: Settings, models: dict[str, ServedModel], workers: Sequence[Worker]):
         self.settings, self.models, self.workers = settings, models, workers
-        self.seats, self.metrics = Seats(workers, settings.queue), Metrics()
+        self.admission, self.metrics = Admission(workers, settings.queue), Metrics()
         self.processor = next(iter(models.values())).processor
         self.executor = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "frames")
         self.viewers: set[Viewer] = set()
@@ -84,7 +84,7 @@ class Server:
         self.reading: list[OwnSource] = []
         """Sources of the server's own that are open, for one viewer each."""
         self.stopping = False
-        self.metrics.queue.set_function(lambda: len(self.seats.queue))
+        self.metrics.queue.set_function(lambda: len(self.admission.queue))
         self.metrics.viewers.set_function(lambda: len(self.viewers))
 
     def start(self) -> None:
@@ -153,12 +153,12 @@ class Server:
             raise Refused("frame_too_large", f"frames of {width} x {height} pixels do not fit: use another source")
         return Plan(template, layout, limits, most, blocks)
 
-    def own_source(self, name: str, model: ServedModel, tell: Callable) -> OwnSource:
+    def own_source(self, name: str, model: ServedModel, notify: Callable) -> OwnSource:
         settings = self.settings
         self.reading = [source for source in self.reading if source.thread.is_alive()]
         if len(self.reading) >= settings.sessions * len(self.workers) + settings.queue:
             raise Refused("queue_full", "too many viewers watch sources of the server: try again later")
-        source = OwnSource(name, settings.sources[name], model, settings.dtype, settings.pool_clips, tell)
+        source = OwnSource(name, settings.sources[name], model, settings.dtype, settings.pool_clips, notify)
         self.reading.append(source)
         return source
 
@@ -248,7 +248,7 @@ class Server:
         return JSONResponse({"object": "list", "data": self.about("")["models"]})
 
     def record(self, request: Request) -> Response:
-        """A record, without the server's paths, or the clips that belong to it. Whoever has its id was the viewer."""
+        """A record, without the server's paths, or the clips that belong to it. Only the viewer was given its id."""
         key = request.path_params["key"]
         found = RECORD_ID.fullmatch(key) and next(self.settings.records.glob(f"*-{key}.json"), None)
         if not found:

@@ -162,7 +162,7 @@ class ModelLoop:
             pass
         finally:
             for key in [*self.streams]:
-                self._finish(key, tell=False)
+                self._finish(key, report=False)
 
     def _read(self) -> None:
         try:
@@ -255,7 +255,7 @@ class ModelLoop:
         recorded = path is not None and Path(path).exists()
         self.connection.send(("done", key, code, None, recorded))
 
-    def _finish(self, key: str, tell: bool = True) -> None:
+    def _finish(self, key: str, report: bool = True) -> None:
         """Close a session with its figures and its record."""
         stream = self.streams.pop(key)
         session, ended = stream.session, "cancelled" if not stream.session.done else "completed"
@@ -278,7 +278,7 @@ class ModelLoop:
         except Exception as error:
             logger.error("model %s: a session's record: %s", self.spec.name, error)
             ended, found = "failed", None
-        if tell:
+        if report:
             self.connection.send(("done", key, ended, found, found is not None))
 
 

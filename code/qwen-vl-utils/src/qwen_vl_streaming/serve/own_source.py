@@ -44,7 +44,7 @@ class ShownClip:
 
 
 class OwnSource:
-    """Calls `tell` in the event loop with Opened, then, once `begin` was called, with each ShownClip, and with None or
+    """Calls `notify` in the event loop with Opened, then, after `begin`, with each ShownClip, and with None or
     an error at the end."""
 
     def __init__(
@@ -54,10 +54,10 @@ class OwnSource:
         model: ServedModel,
         dtype: torch.dtype,
         most: int | None,
-        tell: Callable[[Opened | ShownClip | Exception | None], None],
+        notify: Callable[[Opened | ShownClip | Exception | None], None],
     ):
         self.name, self.address, self.model, self.dtype, self.most = name, address, model, dtype, most
-        self.tell, self.loop = tell, asyncio.get_running_loop()
+        self.notify, self.loop = notify, asyncio.get_running_loop()
         self.go, self.stopped = threading.Event(), False
         self.intake: Intake | None = None
         self.keep: Callable[[Tensor], None] | None = None
@@ -74,10 +74,10 @@ class OwnSource:
         if self.intake is not None:
             self.intake.wake()
 
-    def _tell(self, what: Opened | ShownClip | Exception | None) -> None:
+    def _notify(self, what: Opened | ShownClip | Exception | None) -> None:
         if not self.stopped:
             try:
-                self.loop.call_soon_threadsafe(self.tell, what)
+                self.loop.call_soon_threadsafe(self.notify, what)
             except RuntimeError:  # the loop is closed: the server has ended
                 self.stopped = True
 
@@ -86,7 +86,7 @@ class OwnSource:
             self._read()
         except Exception as error:  # told to the viewer without what it says, which may name the address
             logger.error("source %s: %s", self.name, error)
-            self._tell(InputError(f"source {self.name} cannot be read"))
+            self._notify(InputError(f"source {self.name} cannot be read"))
         finally:
             if self.intake is not None:
                 self.intake.stop()
@@ -101,7 +101,7 @@ class OwnSource:
             intake.start()
             clip = intake.first()
             size, seconds = (clip.frames.shape[-2], clip.frames.shape[-1]), clip.seconds or seconds
-        self._tell(Opened(size, seconds, source.count, source.about))
+        self._notify(Opened(size, seconds, source.count, source.about))
         self.go.wait()
         if self.stopped:
             return
@@ -112,7 +112,7 @@ class OwnSource:
             elif intake.over:
                 if intake.fault:
                     raise intake.fault
-                return self._tell(None)
+                return self._notify(None)
             else:
                 intake.wait()
 
@@ -124,4 +124,4 @@ class OwnSource:
         prepared = PreparedClip(raw, (pixels.shape[0], pixels.shape[1]), clip_hash(pixels))
         pictures = [encode_picture(frame) for frame in clip.frames]
         times = [round(float(time), 3) for time in clip.timestamps]
-        self._tell(ShownClip(prepared, pictures, times, clip.completed, clip.last))
+        self._notify(ShownClip(prepared, pictures, times, clip.completed, clip.last))

@@ -21,12 +21,12 @@ from ..common.clock import now
 from ..common.errors import InputError
 from ..video.clip_recorder import ClipRecorder
 from ..video.frames import FRAMES_PER_CLIP
+from .admission import Ticket
 from .connection import GOING_AWAY, Connection, Refused
 from .frames import FORMATS, BadFrame, ClipBuilder, PreparedClip, decode_picture, prepare_clip
 from .own_source import Opened, OwnSource, ShownClip
 from .request import Plan, Request, integer, is_number, read_request
 from .response import Response
-from .seats import Ticket
 from .workers import Worker
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Viewer:
         """Of each clip, when it was complete, and the capture time of its newest frame."""
 
     async def run(self) -> None:
-        """Serve the connection until it ends, whoever ends it."""
+        """Serve the connection until either side ends it."""
         self.send("session.created", session=self.server.about(secrets.token_urlsafe(9)))
         await self.connection.run(self._handle, self._busy)
         self._leave("lost" if self.connection.gone else "cancelled")
@@ -70,7 +70,7 @@ class Viewer:
         await self.connection.close()
 
     async def stop(self) -> None:
-        """The server stops: end the session with its records, tell the client, and close."""
+        """The server stops: end the session with its records, notify the client, and close."""
         self.error("server_stopping", "the server stops: connect again later")
         self._leave("cancelled")
         await self._responses_over()
@@ -91,7 +91,7 @@ class Viewer:
     def _leave(self, why: str) -> None:
         """Give up what this viewer has or waits for."""
         if self.ticket is not None:
-            self.server.seats.leave(self.ticket)
+            self.server.admission.leave(self.ticket)
             self.ticket = None
         if self.own is not None:
             self.own.stop()
@@ -132,7 +132,7 @@ class Viewer:
             self.threads = [thread for thread in self.threads if thread.is_alive()]
             if len(self.threads) == SOURCES_CLOSING:
                 raise Refused("invalid_event", "the sources before have not ended yet: try again in a second")
-            self.own = self.server.own_source(request.own_source, request.models[0], self._tell_own(request))
+            self.own = self.server.own_source(request.own_source, request.models[0], self._notify_own(request))
             self.own.keep = self._keep
             self.threads.append(self.own.thread)
             return
@@ -149,10 +149,10 @@ class Viewer:
             about["video"] = {"fps": request.fps, "budget": asdict(budget)}
         self._ask_for_room(request, Opened(size, FRAMES_PER_CLIP / request.fps, clips, about), source, begin)
 
-    def _tell_own(self, request: Request) -> Callable[[Opened | ShownClip | Exception | None], None]:
+    def _notify_own(self, request: Request) -> Callable[[Opened | ShownClip | Exception | None], None]:
         """What to do with what a source of the server's own says."""
 
-        def tell(what: Opened | ShownClip | Exception | None) -> None:
+        def notify(what: Opened | ShownClip | Exception | None) -> None:
             own = self.own
             if own is None or own.stopped:
                 return
@@ -174,7 +174,7 @@ class Viewer:
                     self.error("source_failed", str(what))
                 self._end_responses(explain=what is None)
 
-        return tell
+        return notify
 
     def _ask_for_room(self, request: Request, opened: Opened, source: dict, begin: Callable[[], None]) -> None:
         """Ask for a session in each model; as soon as there is room, open them and call `begin`. Raises Refused."""
@@ -208,7 +208,7 @@ class Viewer:
             granted,
             lambda place: self.send("session.queued", place=place),
         )
-        if not self.server.seats.request(self.ticket):
+        if not self.server.admission.request(self.ticket):
             self.ticket = None
             raise Refused("queue_full", "all sessions are taken and too many viewers wait: try again later")
 

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from qwen_vl_streaming.serve import catalog
-from qwen_vl_streaming.serve.seats import Seats, Ticket
+from qwen_vl_streaming.serve.admission import Admission, Ticket
 from qwen_vl_streaming.serve.workers import Worker
 
 
@@ -16,10 +16,10 @@ def worker(name: str, batch_slots: int, blocks: int) -> Worker:
 
 
 class Visitor:
-    def __init__(self, seats: Seats, **blocks: int):
+    def __init__(self, admission: Admission, **blocks: int):
         self.places, self.workers = [], "waits"
         self.ticket = Ticket(blocks, self.granted, self.places.append)
-        self.accepted = seats.request(self.ticket)
+        self.accepted = admission.request(self.ticket)
 
     def granted(self, workers) -> None:
         self.workers = workers
@@ -27,29 +27,29 @@ class Visitor:
 
 def test_sessions_go_where_there_is_the_most_room():
     one, other = worker("group", 3, 30), worker("group", 2, 30)
-    seats = Seats([one, other], 9)
-    went = [Visitor(seats, group=5).workers["group"] for _ in range(5)]
+    admission = Admission([one, other], 9)
+    went = [Visitor(admission, group=5).workers["group"] for _ in range(5)]
     assert (went.count(one), went.count(other)) == (3, 2) and went[0] is one
-    assert Visitor(seats, group=5).places == [1]
+    assert Visitor(admission, group=5).places == [1]
 
 
 def test_memory_counts_and_not_only_batch_slots():
     small, large = worker("group", 9, 4), worker("group", 2, 40)
-    seats = Seats([small, large], 9)
-    assert Visitor(seats, group=10).workers == {"group": large}
-    waits = Visitor(seats, group=41)
+    admission = Admission([small, large], 9)
+    assert Visitor(admission, group=10).workers == {"group": large}
+    waits = Visitor(admission, group=41)
     assert waits.workers == "waits"
     # It is not overtaken by one that would fit.
-    behind = Visitor(seats, group=1)
+    behind = Visitor(admission, group=1)
     assert (waits.places, behind.places) == ([1], [2])
-    seats.leave(waits.ticket)
+    admission.leave(waits.ticket)
     assert behind.workers == {"group": small}
 
 
 def test_all_models_of_a_session_at_once():
     group, batch = worker("group", 2, 9), worker("batch", 1, 9)
-    seats = Seats([group, batch], 9)
-    first, second = (Visitor(seats, group=1, batch=1) for _ in "12")
+    admission = Admission([group, batch], 9)
+    first, second = (Visitor(admission, group=1, batch=1) for _ in "12")
     assert first.workers == {"group": group, "batch": batch} and second.workers == "waits"
     assert group.batch_slots == 1  # the second one holds nothing while it waits
     batch.free(1)
@@ -58,13 +58,13 @@ def test_all_models_of_a_session_at_once():
 
 def test_a_queue_has_an_end_and_a_lost_model_empties_it():
     group, batch = worker("group", 0, 9), worker("batch", 1, 9)
-    seats = Seats([group, batch], 2)
-    first, second, third = (Visitor(seats, group=1) for _ in "123")
+    admission = Admission([group, batch], 2)
+    first, second, third = (Visitor(admission, group=1) for _ in "123")
     assert [each.accepted for each in (first, second, third)] == [True, True, False]
     group.lost = True
     group.on_change()
-    assert first.workers is second.workers is None and third.workers == "waits" and not seats.queue
-    assert Visitor(seats, batch=1).workers == {"batch": batch}
+    assert first.workers is second.workers is None and third.workers == "waits" and not admission.queue
+    assert Visitor(admission, batch=1).workers == {"batch": batch}
 
 
 def test_models_and_devices_are_paired_in_turn(monkeypatch):

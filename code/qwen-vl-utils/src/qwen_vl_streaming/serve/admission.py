@@ -20,7 +20,9 @@ class Ticket:
     place: int = 0
 
 
-class Seats:
+class Admission:
+    """Grants tickets while there is room, and queues the others."""
+
     def __init__(self, workers: Sequence[Worker], most_waiting: int):
         self.workers, self.most_waiting = workers, most_waiting
         self.queue: collections.deque[Ticket] = collections.deque()
