@@ -177,9 +177,7 @@ export class Film extends Source {
       await sleep(this.length - this.now());
       return null;
     }
-    const sought = event(this.finder, "seeked");
-    this.finder.currentTime = this.first + time + SLACK;
-    await sought;
+    await this._seek(this.first + time + SLACK); // at "seeked" alone, the frame before may still be drawn
     await sleep(time - this.now());
     return this.finder;
   }
