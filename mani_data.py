@@ -18,7 +18,7 @@ import argparse
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ DATASETS = {
 """Add a data set here."""
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--dataset", default="pe-video", metavar="NAME", help="pe-video, funqa or jsonl (default: pe-video)"
@@ -154,7 +154,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, help="worker processes (default: one per core; four per core when reading from the hub)"
     )
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def options_from(arguments: argparse.Namespace) -> RunOptions:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from browser import Browser
 from paper import checks, cli, slurm, status
-from paper.checks import DONE, STARTED, TO_DO, State
+from paper.checks import DONE, PARTIAL, STARTED, TO_DO, State
 from paper.runner import Runner, last_line
 from paper.settings import PAPER
 from paper.status import BLOCKED, FAILED, RUNNING, Progress
@@ -36,7 +36,7 @@ def names(request, kind):
 
 def test_the_steps_of_what_the_paper_prints(tmp_path):
     whole = asked(tmp_path)
-    assert [len(names(whole, kind)) for kind in (PREPARE, TRAIN, EVALUATE, REPORT)] == [2, 18, 22, 2]
+    assert [len(names(whole, kind)) for kind in (PREPARE, TRAIN, EVALUATE, REPORT)] == [2, 18, 22, 1]
     for number, step in enumerate(whole.steps):  # each follows what it needs
         assert {other.name for other in whole.steps[:number]} >= set(step.after)
     random = [name for name in names(whole, EVALUATE) if "-random-" in name]
@@ -46,7 +46,7 @@ def test_the_steps_of_what_the_paper_prints(tmp_path):
     trained = ["train-7B-description-group", "train-7B-description-gap"]
     assert [step.name for step in part.steps] == [
         "prepare-description", trained[0], "evaluate-7B-description-fixed-group", trained[1],
-        "evaluate-7B-description-fixed-gap", "report-7B",
+        "evaluate-7B-description-fixed-gap", "report",
     ]  # fmt: skip
     first = part.steps[1]
     assert first.environment["QWEN2_5_VL_MODEL_PATH"] == PAPER.models["7B"] and first.after == ("prepare-description",)
@@ -163,7 +163,7 @@ def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path
     made = {"variant": "group", "schedule": "wait-3", "model": "m", "model_sha256": "w", "data": "d", "seed": 0}
     made["data_sha256"] = checks.data_hash(data)
     arguments, scores = tmp_path / "group_infer.args.json", tmp_path / "group_scores.json"
-    check = partial(checks.evaluated, out, data, trained, "fixed", "group", ["BLEURT"])
+    check = partial(checks.evaluated, out, data, trained, "fixed", "group", {"bleurt": "b"})
     assert check().word == TO_DO
     write(arguments, made)
     assert check().word == TO_DO
@@ -172,9 +172,9 @@ def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path
     write(out, lines[0])
     assert (check().word, check().detail) == (STARTED, "1 of 2 captions")
     write(out, "".join(lines))
-    assert check().detail == "2 captions, without BLEURT (not scored)"
+    assert (check().word, check().detail) == (STARTED, "2 captions, without scores")
     write(scores, {"count": 2, "not_computed": {"BLEURT": "no checkpoint"}})
-    assert check().detail == "2 captions, without BLEURT (no checkpoint)"
+    assert (check().word, check().detail) == (PARTIAL, "2 captions, without BLEURT (no checkpoint)")
     write(scores, {"count": 2, "BLEURT": 50.0})
     shared = {"data_sha256": made["data_sha256"], "seed": 0, "the K of the schedule": "3"}
     assert check().done and check().facts == shared
@@ -194,7 +194,7 @@ def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path
 
 def test_data_that_were_sampled_otherwise_are_refused(tmp_path):
     rows, report = [write(tmp_path / f"{split}.jsonl", "{}\n") for split in ("train", "test")], tmp_path / "report.json"
-    check = partial(checks.prepared, rows, report, {"max-samples": "20000"})
+    check = partial(checks.prepared, rows, report, {"max_samples": 20000})
     assert check().word == TO_DO
     write(report, {"max_samples": 20000})
     assert check().done
@@ -306,8 +306,8 @@ grep -q broken "$file" && { echo "sbatch: error: Invalid --time specification" >
 number=$((100 + $(ls "$QUEUE/calls" | wc -l)))
 echo "$*" >"$QUEUE/calls/$number"
 for word in "$@"; do case $word in --job-name=*) name=${word#*=} ;; --array=*) array=${word#*=} ;; esac; done
-for index in ${array//,/ }; do echo "$name $index $number" >>"$QUEUE/jobs"; done
-[ -n "$array" ] || echo "$name N/A $number" >>"$QUEUE/jobs"
+for index in ${array//,/ }; do echo "$name $index $number PENDING" >>"$QUEUE/jobs"; done
+[ -n "$array" ] || echo "$name N/A $number PENDING" >>"$QUEUE/jobs"
 echo "$number;cluster"
 """
 
@@ -341,7 +341,7 @@ def test_slurm_jobs_with_dependencies(tmp_path, queue):
         "evaluate-3B-description-fixed: job 102, array 5",
         "evaluate-3B-description-random: job 103, array 4, aftercorr:100",
         "evaluate-3B-description-random: job 104, array 5",
-        "report-3B: job 105, afterany:101:103:102:104",
+        "report: job 105, afterany:101:103:102:104",
     ]
     first, second, *_, last = queue()
     output = f"{tmp_path}/out/logs"
@@ -349,7 +349,7 @@ def test_slurm_jobs_with_dependencies(tmp_path, queue):
         f"--parsable --job-name={slurm.entry(request.steps[1], request.folders.output)[0]} --kill-on-invalid-dep=yes "
         f"--output={output}/train-3B-description-%A_%a.log --array=0,4 {folder}/train-3B-description.sbatch"
     )
-    assert "--array=0,4 --dependency=aftercorr:100 " in second and "--array" not in last and "report-3B-%j.log" in last
+    assert "--array=0,4 --dependency=aftercorr:100 " in second and "--array" not in last and "report-%j.log" in last
     assert (tmp_path / "out/logs").is_dir()
     again = submit(request, folder, done)
     assert len(again) == 8 and all(": already in the queue as job 10" in line for line in again) and len(queue()) == 6
@@ -457,12 +457,12 @@ def test_status_page(tmp_path):
         for width in (1200, 390):
             page.open(request.folders.page, width)
             assert page.run("document.documentElement.scrollWidth <= innerWidth")
-        assert page.run("document.title") == "1 of 44 steps, Speak While Watching"
-        assert page.run("document.querySelectorAll('tbody tr').length") == 44
+        assert page.run("document.title") == "1 of 43 steps, Speak While Watching"
+        assert page.run("document.querySelectorAll('tbody tr').length") == 43
         assert page.run("document.querySelector('.failed a').getAttribute('href')") == "logs/prepare-funqa.log"
         assert page.run("document.querySelector('.failed .detail').innerText").startswith("error: <b>no space</b>")
         assert page.run("document.querySelector('.running .time').innerText") == "60 s"
-        assert "1 done, 1 running, 1 failed, 44 steps in all: about 42.0 h left" in page.run("document.body.innerText")
+        assert "1 done, 1 running, 1 failed, 43 steps in all: about 41.0 h left" in page.run("document.body.innerText")
         assert page.run("document.querySelector('meta[http-equiv=refresh]').content") == "10"
         assert not page.errors
 
@@ -482,8 +482,8 @@ def test_the_demo_from_videos_to_the_report(tmp_path):
     done = paper(tmp_path, *flags, "2")
     assert done.returncode == 0, done.stdout + done.stderr
     output = tmp_path / "the demo"
-    assert done.stdout.count(": running, log in ") == 11 and f"report: {output / 'report-demo.html'}" in done.stdout
-    table = (output / "report-demo.md").read_text()
+    assert done.stdout.count(": running, log in ") == 11 and f"report: {output / 'report.html'}" in done.stdout
+    table = (output / "report.md").read_text()
     assert "## Video question answering" in table and "random, K = 3" in table and "| *12.52* |" in table
     runs = table.partition("## Runs")[2].strip().splitlines()[2:]
     assert len(runs) == 3 and all(

@@ -27,8 +27,8 @@ from settings import ROOT
 
 from report import paper
 from report.charts import main_panels, schedule_panels
-from report.gallery import Tokenizers, choose_videos, make_video
-from report.loading import Result, differences, labels, load_results, metrics_of
+from report.gallery import Tokenizers, choose_videos, clean, make_video
+from report.loading import Result, differences, labels, load_results, metrics_of, without_folders
 from report.tables import main_table, markdown_table, plain, runs_table, schedule_table, subtask_table
 
 PAGE = Path(__file__).with_name("page")
@@ -58,22 +58,33 @@ def about(results: Sequence[Result], task: str, size: str) -> str:
     )
 
 
-def sections(results: Sequence[Result], size: str) -> list[dict]:
-    """One section per task, in the paper's order."""
+def paper_size(result: Result, size: str | None) -> str:
+    """The size of the paper's values beside a result: `size` where it is given, else its own, else 3B."""
+    return size or (result.size if result.size in paper.SIZES else paper.SIZES[0])
+
+
+def sections(results: Sequence[Result], size: str | None) -> list[dict]:
+    """One section per size and task, in the paper's order. `size` is that of the paper's values; None for each
+    result's own."""
     order = list(paper.TASKS)
-    tasks = sorted({result.task for result in results}, key=lambda task: (task not in order, task))
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((paper_size(result, size), result.task), []).append(result)
+    several = len({name for name, _ in groups}) > 1
     made = []
-    for task in tasks:
-        mine = [result for result in results if result.task == task]
+    for name, task in sorted(groups, key=lambda key: (paper.SIZES.index(key[0]), key[1] not in order, key[1])):
+        mine = groups[name, task]
+        table = main_table(mine, task, name)
         made.append(
             {
-                "table": main_table(mine, task, size),
-                "panels": main_panels(mine, task, size),
+                "title": f"{table.title}, {name}" if several else table.title,
+                "table": table,
+                "panels": main_panels(mine, task, name),
                 "subtasks": subtask_table(mine),
-                "schedules": schedule_table(mine, task),
+                "schedules": schedule_table(mine, task, name),
                 "schedule_panels": schedule_panels(mine),
-                "differences": differences(mine, size) if task in order else [],
-                "about": about(mine, task, size),
+                "differences": differences(mine, name) if task in order else [],
+                "about": about(mine, task, name),
             }
         )
     return made
@@ -87,7 +98,9 @@ def summarize(results: Sequence[Result]) -> str:
     return f"{text}, {len(variants)} of 6 variants."
 
 
-def make_page(results: Sequence[Result], made: list[dict], videos: list, chosen: bool) -> str:
+def make_page(
+    results: Sequence[Result], made: list[dict], videos: list, chosen: bool, notes: Sequence[str] = ()
+) -> str:
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -99,6 +112,7 @@ def make_page(results: Sequence[Result], made: list[dict], videos: list, chosen:
     how = "the ones given by --video-ids" if chosen else "the first in the data, not selected by quality"
     return environment.get_template("page.html").render(
         summary=summarize(results),
+        notes=notes,
         sections=made,
         about_random=ABOUT_RANDOM,
         videos=videos,
@@ -112,10 +126,11 @@ def make_page(results: Sequence[Result], made: list[dict], videos: list, chosen:
     )
 
 
-def make_markdown(results: Sequence[Result], made: list[dict]) -> str:
+def make_markdown(results: Sequence[Result], made: list[dict], notes: Sequence[str] = ()) -> str:
     parts = ["# Speak While Watching: evaluation", summarize(results)]
+    parts += ["\n".join(f"- {plain(note)}" for note in notes)] if notes else []
     for section in made:
-        parts.append(f"## {plain(section['table'].title)}")
+        parts.append(f"## {plain(section['title'])}")
         if section["differences"]:
             parts.append("**Our setup differs from the paper's, so the values are not directly comparable.**")
             parts.append("\n".join(f"- {plain(text)} ({plain(who)})" for text, who in section["differences"]))
@@ -143,9 +158,14 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="result files, <variant>_infer.json")
     parser.add_argument("--output", default="report", help="path of the report, without extension [report]")
-    parser.add_argument("--size", choices=paper.SIZES, default="3B", help="model size of the paper's values [3B]")
+    parser.add_argument(
+        "--size", choices=paper.SIZES, help="model size of the paper's values [that of each result; 3B for others]"
+    )
     parser.add_argument("--videos", type=int, default=4, help="number of videos in the gallery [4]")
     parser.add_argument("--video-ids", nargs="+", default=[], metavar="ID", help="ids of the videos in the gallery")
+    parser.add_argument(
+        "--note", action="append", default=[], metavar="TEXT", help="a line for the top of the report; may be repeated"
+    )
     parser.add_argument("--tokenizer", help="folder with a tokenizer, for results whose model is missing")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -157,7 +177,11 @@ def main() -> None:
     tokenizers = Tokenizers(arguments.tokenizer)
     videos = [make_video(results, video_id, tokenizers) for video_id in Progress(ids, "gallery", unit="video")]
     made = sections(results, arguments.size)
-    texts = {page: make_page(results, made, videos, bool(arguments.video_ids)), markdown: make_markdown(results, made)}
+    notes = [without_folders(clean(note)) for note in arguments.note]
+    texts = {
+        page: make_page(results, made, videos, bool(arguments.video_ids), notes),
+        markdown: make_markdown(results, made, notes),
+    }
     for path, text in texts.items():
         write_file(path, text.encode(errors="replace"))
     print(f"page: {page}\ntable: {markdown}")

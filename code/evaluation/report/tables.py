@@ -131,8 +131,9 @@ def not_comparable(one: Result | None, other: Result | None) -> str:
     return ""
 
 
-def schedule_table(results: Sequence[Result], task: str) -> Table | None:
-    """Fixed and random schedules: the paper's second table, for all metrics; None without random schedules."""
+def schedule_table(results: Sequence[Result], task: str, size: str) -> Table | None:
+    """Fixed and random schedules: the paper's second table, for all metrics, beside the paper's values if they are of
+    `size`; None without random schedules."""
     pairs = schedule_pairs(results)
     if not pairs:
         return None
@@ -147,6 +148,7 @@ def schedule_table(results: Sequence[Result], task: str) -> Table | None:
         columns.append(f"{one.variant.method} ({one.variant.name}{extra})")
     table = Table("Fixed and random schedules", ["Metric", "Schedule", "", "Source"], columns)
     both = [result for pair in pairs for result in pair if result]
+    printed = (task, size) == ("description", paper.RANDOM_SIZE)
     for metric in metrics_of(results):
         if all(result.score(metric)[0] is None for result in both):
             continue
@@ -166,9 +168,9 @@ def schedule_table(results: Sequence[Result], task: str) -> Table | None:
         for kind, cells in rows.items():
             name = f"{kind}, K = {min(ks)}" if kind != "difference" and len(ks) == 1 else kind
             table.lines.append(Line(metric, name, "", "ours", False, cells))
-        if metric == paper.RANDOM_METRIC and task == "description":
+        if metric == paper.RANDOM_METRIC and printed:
             add_paper(table, pairs)
-    if task == "description" and not any(line.paper for line in table.lines):
+    if printed and not any(line.paper for line in table.lines):
         add_paper(table, pairs)
     return table
 

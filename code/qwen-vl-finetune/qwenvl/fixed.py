@@ -9,3 +9,5 @@ FIXED_FLAGS = (
     "weight_decay max_grad_norm neftune_noise_alpha bf16"
 )
 """Flags that cannot change, besides --tune_* and --lora_*: they determine the data, its order and the steps."""
+FREE_FLAGS = "model_name_or_path pack_tokens per_device_train_batch_size gradient_accumulation_steps"
+"""Of these, the flags that are no part of a recipe: the planner of sft.sh chooses them, or the user the model."""
