@@ -69,7 +69,7 @@ COMMANDS: dict[str, Run | str] = {
     "bash paper.sh --sizes 3B --tasks description --variants group gap": PAPER,
     "bash paper.sh --slurm jobs": PAPER,
     "bash paper.sh --demo": PAPER,
-    "bash paper.sh --plan --gpus 8xH100-80GB": Run("0 of 44 steps are done"),
+    "bash paper.sh --plan --gpus 8xH100-80GB": Run("0 of 43 steps are done"),
     "bash paper.sh --status": Run("status: "),
     "bash test.sh": CHECKS,
     "bash test.sh tests/test_reference.py": CHECKS,

@@ -157,7 +157,9 @@ def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: s
     now = of_checkpoint(str(checkpoint)) if finished else ABSENT
     pairs.append(("the hash of the checkpoint", made.get("model_sha256"), now))
     settings = {**SETTINGS, **training_settings(checkpoint), **{k.replace("-", "_"): v for k, v in flags.items()}}
-    pairs += [(f"--{k.replace('_', '-')}", v, settings[k]) for k, v in made.items() if k in settings and k != "schedule"]
+    pairs += [
+        (f"--{k.replace('_', '-')}", v, settings[k]) for k, v in made.items() if k in settings and k != "schedule"
+    ]
     if "K" in settings and made["schedule"].partition("-")[2].isdigit():
         pairs.append(("the K of the schedule", made["schedule"].partition("-")[2], settings["K"]))
     refuse_other(out, pairs, "delete it to start over")
@@ -182,10 +184,13 @@ def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: s
     for name in dict.fromkeys([*metrics, *(name for name in CORPUS_METRICS if name in reasons)]):
         if name not in scores:
             missing.setdefault(reasons.get(name, "not scored"), []).append(name)
-    if missing:
-        without = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in missing.items())
-        return State(PARTIAL, f"{rows:,} captions, without {without}", facts, out)
-    return State(DONE, f"{rows:,} captions{f', {skipped:,} skipped' if skipped else ''}", facts, out)
+    without = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in missing.items())
+    detail = (
+        f"{rows:,} captions{f', {skipped:,} skipped' if skipped else ''}{f', without {without}' if without else ''}"
+    )
+    # CIDEr has no value for a single video, however often it is computed; Java may be there the next time.
+    again = any(name in names for names in missing.values() for name in (*metrics, "METEOR"))
+    return State(PARTIAL if again else DONE, detail, facts, out)
 
 
 def training_settings(checkpoint: Path) -> dict[str, object]:

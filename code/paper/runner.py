@@ -141,15 +141,16 @@ class Runner:
     def _start(self, step: Step) -> None:
         log, one = self.folders.log(step.name), self.progress[step.name]
         print(f"{self._name(step)}: running, log in {log}", flush=True)
+        command = (step.complete if one.word == PARTIAL else ()) or step.command
         one.word, one.detail, one.began, one.log = RUNNING, "", time.time(), log
         log.parent.mkdir(parents=True, exist_ok=True)
         write_file(attempt_path(self.folders.logs, step.name), str(Attempt(LOCAL, one.began)))
         with log.open("ab") as file:
             start = file.tell()
-            file.write(f"+ {shlex.join(redacted_command(list(step.command)))}\n".encode())
+            file.write(f"+ {shlex.join(redacted_command(list(command)))}\n".encode())
             file.flush()
             process = subprocess.Popen(
-                step.command,
+                command,
                 cwd=ROOT,
                 env={**clean_environment(), **self._threads(), **step.environment},
                 stdin=subprocess.DEVNULL,

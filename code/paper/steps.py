@@ -55,6 +55,8 @@ class Step:
     task: str = ""
     variant: str = ""
     schedule: str = ""
+    complete: tuple[str, ...] = ()
+    """The command where its output is PARTIAL; `command` if empty."""
     array: Command | None = None
     """The command that all steps of the group share, with VARIANT in place of the variant."""
 
@@ -225,6 +227,7 @@ def variant_steps(
                 mine.environment,
                 (train.name,),
                 schedule=schedule,
+                complete=(*mine.words, "--score-only", str(captions)),
                 array=evaluation(folders, size, task, VARIANT, schedule, flags),
                 **kind,
             )

@@ -131,10 +131,12 @@ def _one_line(caption: str) -> str:
 
 
 def _compute(references: list[list[str]], candidates: list[list[str]]) -> dict[str, object]:
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError as error:
+        return {"not_computed": dict.fromkeys(METRICS, f"{error}: pip install -r requirements.txt")}
     scores: dict[str, float] = {}
     reasons: dict[str, str] = {}
     try:
