@@ -69,6 +69,8 @@ COMMANDS: dict[str, Run | str] = {
     "bash paper.sh --sizes 3B --tasks description --variants group gap": PAPER,
     "bash paper.sh --slurm jobs": PAPER,
     "bash paper.sh --demo": PAPER,
+    "bash paper.sh --demo --jobs 12": PAPER,
+    "bash paper.sh --report": PAPER,
     "bash paper.sh --plan --gpus 8xH100-80GB": Run("0 of 43 steps are done"),
     "bash paper.sh --status": Run("status: "),
     "bash test.sh": CHECKS,

@@ -31,6 +31,10 @@ from .settings import EVERYWHERE, PAPER, ROOT, Settings, Table, demo
 from .status import RUNNING, Progress, duration, write_page
 from .steps import EVALUATE, Chosen, Folders, Step, find_states, make_steps, refusals
 
+ABOUT_DEMO = (
+    "A small model, trained and evaluated on generated videos of coloured shapes (bash paper.sh --demo). Its scores "
+    "show that the programs work, and say nothing about the paper's tables, whose values are beside them."
+)
 DEMO_FLAGS = ("steps", "train_videos", "test_videos")
 
 
@@ -210,6 +214,8 @@ def write_report(request: Request, states: dict[str, State]) -> NoReturn:
         if not states[step.name].usable and states[step.name].word != REFUSED
     ]
     print("\n".join(notes), end="\n" * bool(notes), flush=True)
+    if request.settings.demo:
+        notes.insert(0, ABOUT_DEMO)
     name = request.folders.report.with_suffix("")
     words = [word for note in notes for word in ("--note", note)]
     command = [sys.executable, str(ROOT / "code/evaluation/report.py"), *usable, "--output", str(name), *words]

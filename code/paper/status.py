@@ -42,9 +42,11 @@ class Progress:
     """Of its last attempt."""
 
     def expected(self, others: Sequence["Progress"]) -> float | None:
-        """Seconds that the step takes: as predicted, else as long as those of its kind took in this run."""
-        alike = [one.took for one in others if one.took and one.word == DONE and one.step.kind == self.step.kind]
-        closer = [one.took for one in others if one.took and one.word == DONE and one.step.table == self.step.table]
+        """Seconds that the step takes: as predicted, else as long as those of its table took, or those of its kind and
+        size. None if there are none."""
+        done = [one for one in others if one.took and one.word in (DONE, PARTIAL)]
+        alike = [one.took for one in done if (one.step.kind, one.step.size) == (self.step.kind, self.step.size)]
+        closer = [one.took for one in done if one.step.table == self.step.table]
         return self.predicted or (fmean(closer or alike) if alike else None)
 
 

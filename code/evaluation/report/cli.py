@@ -109,7 +109,7 @@ def make_page(
         (key, list(same)) for key, same in groupby(lines, attrgetter(name))
     ]
     script = (PAGE / "page.js").read_text(encoding="utf-8")
-    how = "the ones given by --video-ids" if chosen else "the first in the data, not selected by quality"
+    how = "the ones given by --video-ids" if chosen else "the first in the data of each task, not selected by quality"
     return environment.get_template("page.html").render(
         summary=summarize(results),
         notes=notes,

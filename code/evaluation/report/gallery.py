@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
 from PIL import Image
@@ -73,12 +73,19 @@ class GalleryVideo:
 
 
 def choose_videos(results: Sequence[Result], count: int, ids: Sequence[str]) -> list[str]:
-    """`ids`, or else the first `count` videos that most results have. Raises InputError for an unknown id."""
-    having = Counter(video_id for result in results for video_id in result.rows)
+    """`ids`, or else `count` videos, of each task in turn the first that most results have. Raises InputError for an
+    unknown id."""
+    having: dict[str, Counter[str]] = {}
+    for result in results:
+        having.setdefault(result.task, Counter()).update(result.rows.keys())
     for video_id in ids:
-        if video_id not in having:
+        if not any(video_id in counts for counts in having.values()):
             raise InputError(f"--video-ids {video_id}: no result file has this video: give another id")
-    return list(dict.fromkeys(ids)) or sorted(having, key=lambda video_id: -having[video_id])[:count]
+    if ids:
+        return list(dict.fromkeys(ids))
+    queues = [sorted(counts, key=lambda video_id: -counts[video_id]) for counts in having.values()]
+    turns = [video_id for turn in zip_longest(*queues) for video_id in turn if video_id is not None]
+    return list(dict.fromkeys(turns))[:count]
 
 
 def make_video(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers") -> GalleryVideo:

@@ -309,6 +309,10 @@ def differences_of(result: Result, size: str) -> list[str]:
     for name, value in paper.SETTINGS.items():
         if name in result.args and result.args[name] != value:
             found.append(f"{name} is {result.args[name]}, {value} in the paper")
+    if recipe := result.run.get("recipe_differences"):
+        values = result.run.get("arguments", {})
+        flags = (f"--{name} {values.get(name)} ({value} in the paper's recipe)" for name, value in recipe.items())
+        found.append(f"the checkpoint was trained with {', '.join(flags)}")
     if result.trained_as not in (None, result.variant.name):
         found.append(f"the checkpoint was trained as {result.trained_as}, not as the evaluated variant")
     scored = result.scores.get("count")

@@ -195,7 +195,7 @@ def runs_table(results: Sequence[Result]) -> list[list[str]]:
             [
                 result.path.name,
                 result.variant.name,
-                result.schedule,
+                result.schedule + (f", seed {result.seed}" if result.seed else ""),
                 result.model_name,
                 result.size,
                 str(result.run.get("finished") or "-")[:10],
