@@ -92,7 +92,7 @@ def demo(model: Path, steps: int | None, videos: dict[str, int | None], device: 
             *(("--use_cpu", "True") if cpu else ()),
         ),
         # GiB for keys and values, so that steps side by side share a GPU.
-        evaluate=("--batch-size", "8", "--memory", "2", *(("--device", "cpu") if cpu else ())),
+        evaluate=("--batch-size", "8", "--workers", "2", "--memory", "2", *(("--device", "cpu") if cpu else ())),
         videos=tuple(word for flag, value in videos.items() if value for word in (flag, str(value))),
         demo=True,
     )
