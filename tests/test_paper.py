@@ -595,7 +595,7 @@ def test_status_on_slurm(tmp_path, queue, monkeypatch):
         "train-group": (FAILED, "error: no space"),
         "evaluate-fixed-group": ("queued", "job 101, waits"),
         "evaluate-random-group": (BLOCKED, "needs train-3B-description-group"),
-        "train-gap": (RUNNING, "error: no space"),
+        "train-gap": (RUNNING, "ending"),
         "evaluate-fixed-gap": (FAILED, "ended without an exit status"),
         "evaluate-random-gap": (FAILED, "TIMEOUT"),
         "report": ("queued", "job 103, waits"),
@@ -616,7 +616,7 @@ def test_status_on_slurm(tmp_path, queue, monkeypatch):
     assert found["train-group"] == (FAILED, "error: no space")
     assert found["train-gap"] == (
         TO_DO,
-        "began as job 100_5; there is no squeue here that says whether it still runs",
+        "began as job 100_5; the queue, which would say whether it still runs, is not known here",
     )
 
 
@@ -710,6 +710,11 @@ def test_the_demo_from_videos_to_the_report(tmp_path):
     assert len(runs) == 3 and all(
         re.search(r"\| [0-9a-f]{8}\+? \| \S+ [0-9a-f]{8} \| \S+ [0-9a-f]{8} \|", row) for row in runs
     )
+    made = json.loads((output / "demo/qwen2_5vl-pe-group/run.json").read_text())
+    assert made["recipe_differences"] == {
+        "min_pixels_per_frame": 78400, "max_pixels_per_frame": 602112, "tune_mm_vision": False, "max_steps": -1,
+        "learning_rate": 2e-5, "weight_decay": 0.0, "adam_beta2": 0.999, "bf16": True,
+    }  # fmt: skip
     questions = [json.loads(line) for line in (output / "dataset/funqa_test.jsonl").read_text().splitlines()]
     assert [row["task"] for row in questions] == ["H2", "H3"]
     assert "nothing left to run" in (output / "status.html").read_text()

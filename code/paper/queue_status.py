@@ -4,17 +4,22 @@ squeue says what is queued and runs; the exit statuses that sbatch files write s
 how a job ended that left none. None of them is needed for the others.
 """
 
+import logging
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from qwen_vl_streaming.common.errors import InputError
+
 from .attempts import LOCAL, Attempt, read_attempt
-from .checks import DONE, PARTIAL, REFUSED
+from .checks import DONE, PARTIAL, REFUSED, TO_DO
 from .runner import clean_environment, last_line
 from .slurm import Queued, entry, log_path, queued_jobs
 from .status import BLOCKED, ENDED, FAILED, QUEUED, RUNNING, Progress
 from .steps import REPORT, Folders, Step
+
+logger = logging.getLogger(__name__)
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
 """States of jobs in the queue that have yet to run, or to run again."""
@@ -25,9 +30,17 @@ class QueueStatus:
     """The steps as SLURM and the files show them."""
 
     folders: Folders
-    queue: dict[tuple[str, str], Queued] = field(default_factory=queued_jobs)
-    asked: bool = field(default_factory=lambda: bool(shutil.which("squeue")))
+    queue: dict[tuple[str, str], Queued] = field(init=False)
+    asked: bool = field(init=False)
     """Whether the queue is known."""
+
+    def __post_init__(self):
+        self.queue, self.asked = {}, bool(shutil.which("squeue"))
+        try:
+            self.queue = queued_jobs()
+        except InputError as error:  # a controller that does not answer: the files say the rest
+            self.asked = False
+            logger.warning("the queue is not known: %s", error)
 
     def update(self, steps: Sequence[Step], progress: dict[str, Progress]) -> None:
         """Set words, details, times and logs of `progress` by the last attempts and the queue."""
@@ -61,10 +74,13 @@ class QueueStatus:
             one.detail = f"job {queued.job}, waits"
         elif queued:
             one.word, one.took = RUNNING, 0.0
-            one.detail = said or f"job {queued.job}, {queued.state.lower()}"
-            one.began = attempt.began if attempt else 0.0
-        elif not attempt or (one.word == PARTIAL and attempt.status == 0):
-            return
+            one.detail = f"job {queued.job}, {queued.state.lower()}"
+            if attempt and attempt.job.split("_")[0] == queued.job:
+                one.began = attempt.began
+                if one.log and one.log.exists():
+                    one.detail = last_line(one.log, running=True)
+        elif not attempt or (one.word in (PARTIAL, TO_DO) and attempt.status == 0):
+            return  # incomplete as it says, or its output was moved away
         elif attempt.status:
             one.word, one.detail = FAILED, said or f"exit status {attempt.status}"
         elif attempt.status == 0:
@@ -75,7 +91,9 @@ class QueueStatus:
         elif attempt.job == LOCAL:
             one.detail = "stopped"
         else:
-            one.detail = f"began as job {attempt.job}; there is no squeue here that says whether it still runs"
+            one.detail = (
+                f"began as job {attempt.job}; the queue, which would say whether it still runs, is not known here"
+            )
 
     def is_finished(self, progress: Sequence[Progress]) -> bool:
         """Whether nothing changes until something is submitted."""

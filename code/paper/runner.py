@@ -179,7 +179,9 @@ class Runner:
                 break
             time.sleep(POLL)
         for running in self._running:
-            self.progress[running.step.name].detail = last_line(self.folders.log(running.step.name), running.log_start)
+            self.progress[running.step.name].detail = last_line(
+                self.folders.log(running.step.name), running.log_start, running=True
+            )
         self._write_page()
 
     def _note_end(self, running: Running) -> None:
@@ -237,12 +239,12 @@ def clean_environment() -> dict[str, str]:
     return {**kept, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
 
 
-def last_line(log: Path, start: int = 0, most: int = 8192) -> str:
-    """Of a log from byte `start`, the last line that begins with `error:`, else the last line. Progress bars end lines
-    with a carriage return."""
+def last_line(log: Path, start: int = 0, most: int = 8192, running: bool = False) -> str:
+    """Of a log from byte `start`, the last line that begins with `error:`, unless its step is `running`; else the last
+    line. Progress bars end lines with a carriage return."""
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - most))
         lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").split("\n")]
     lines = [line for line in lines if line]
-    errors = [line for line in lines if line.startswith("error:")]
+    errors = [line for line in lines if line.startswith("error:") and not running]
     return (errors or lines or [""])[-1][:300]

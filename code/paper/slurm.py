@@ -214,7 +214,10 @@ def dependency(step: Step, ids: dict[str, str]) -> str:
 
 def _run(command: list[str], what: str) -> str:
     """The output of `command`. Raises InputError with its last line of stderr where it fails."""
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    except OSError as error:
+        raise InputError(f"{what} failed ({error.strerror}): fix that and give the same command") from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise InputError(f"{what} failed ({reason}): fix that and give the same command")
