@@ -105,8 +105,9 @@ def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
     lines += [f"attempt={quote(str(attempt_path(logs, name)))}", "began=$(date +%s)", 'echo "$job $began" >"$attempt"']
     lines += [f"{show} >/dev/null &"]
     lines += [("srun " if gpu else "") + " ".join(map(quote, command.words)), "status=$?"]
-    lines += ['echo "$job $began $(date +%s) $status" >"$attempt"', "wait", show]
-    lines += [*(REQUEUE if gpu else ()), 'exit "$status"']
+    lines += ['echo "$job $began $(date +%s) $status" >"$attempt"']
+    lines += REQUEUE if gpu else ()  # at once: the time limit is near
+    lines += ["wait", show, 'exit "$status"']
     lines.insert(2, STAMP + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16])
     return "\n".join(lines) + "\n"
 
