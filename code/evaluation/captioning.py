@@ -23,7 +23,8 @@ from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_process
 from qwen_vl_streaming.reference import Caption
 from qwen_vl_streaming.timeline.positions import check_clips
 from qwen_vl_streaming.timeline.variants import Variant
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.parts import read_part
 from ranks import Rank
 from results import SKIPPED_FIELDS, Appender, Row, rows_part, skipped_part
 from schedules import Schedules
@@ -94,7 +95,7 @@ class VideoDataset(Dataset):
         video_id = row["video_id"]
         try:
             path = find_video(row["video_path"], plan.root, plan.video_root)
-            video = read_video(path, budget=plan.budget, reader=plan.reader, max_clips=plan.max_clips)
+            video = read_part(path, row, budget=plan.budget, reader=plan.reader, max_clips=plan.max_clips)
             schedule = plan.schedules.of(video_id, video.clips)
         except InputError as error:
             return PreparedVideo(video_id, reason=str(error))

@@ -28,7 +28,8 @@ from qwen_vl_streaming.timeline.timeline import (
     make_timeline,
 )
 from qwen_vl_streaming.timeline.variants import Variant
-from qwen_vl_streaming.video.frames import PixelBudget, Video, read_video
+from qwen_vl_streaming.video.frames import PixelBudget, Video
+from qwen_vl_streaming.video.parts import read_part
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -158,7 +159,8 @@ class StreamingDataset(torch.utils.data.Dataset):
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         max_clips = self.max_length // math.ceil(self.budget.min_pixels_per_frame / self.pixels_per_token)
-        video = read_video(self.path(index), budget=self.budget, reader=self.reader, max_clips=max_clips)
+        path, row = self.path(index), self.rows[index]
+        video = read_part(path, row, budget=self.budget, reader=self.reader, max_clips=max_clips)
         if self.cache is not None:
             self.cache[index] = video
         return video
