@@ -15,7 +15,6 @@ from qwen_vl_streaming.common.video_part import part_seconds, video_part
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
-from qwen_vl_streaming.video.parts import read_part
 from qwenvl import prescan
 from qwenvl.data import StreamingDataset
 from qwenvl.rows import read_rows
@@ -78,7 +77,7 @@ def test_all_programs_read_the_same_part(film, made):
     )  # fmt: skip
     plan = planning.make_plan(settings, Rank(), "cpu")
     watched = VideoDataset(plan, processor, 2)
-    assert [read_part(film / "film.mp4", part).clips for part in parts] == [8, 4, 2, 2]
+    assert [read_video(film / "film.mp4", part=video_part(part)).clips for part in parts] == [8, 4, 2, 2]
     assert planning.select(plan, ["r1", "r2"], 1).rows[0]["video_id"] == "r1"  # the longest first
     for index, part in enumerate(parts):
         sample, job = training[index], watched[index].job

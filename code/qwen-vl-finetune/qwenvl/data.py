@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_video
+from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, answer_ids, clip_pixels, make_template
 from qwen_vl_streaming.timeline.positions import check_clips, timeline_positions
 from qwen_vl_streaming.timeline.timeline import (
@@ -28,8 +29,7 @@ from qwen_vl_streaming.timeline.timeline import (
     make_timeline,
 )
 from qwen_vl_streaming.timeline.variants import Variant
-from qwen_vl_streaming.video.frames import PixelBudget, Video
-from qwen_vl_streaming.video.parts import read_part
+from qwen_vl_streaming.video.frames import PixelBudget, Video, read_video
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -160,7 +160,7 @@ class StreamingDataset(torch.utils.data.Dataset):
             return self.cache[index]
         max_clips = self.max_length // math.ceil(self.budget.min_pixels_per_frame / self.pixels_per_token)
         path, row = self.path(index), self.rows[index]
-        video = read_part(path, row, budget=self.budget, reader=self.reader, max_clips=max_clips)
+        video = read_video(path, part=video_part(row), budget=self.budget, reader=self.reader, max_clips=max_clips)
         if self.cache is not None:
             self.cache[index] = video
         return video
