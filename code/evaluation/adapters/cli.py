@@ -44,6 +44,10 @@ def find(path: str, what: str) -> Path:
     return find_path(path, ROOT, what)
 
 
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -62,7 +66,7 @@ def livesports_rows(arguments: argparse.Namespace) -> None:
     rows = list(livesports.make_rows(livesports.read_events(source).values(), arguments.question))
     write_lines(arguments.output, rows)
     videos = len({row["video_path"] for row in rows})
-    print(f"{len(rows)} events of {videos} videos: {arguments.output}")
+    print(f"{count(len(rows), 'event')} of {count(videos, 'video')}: {arguments.output}")
 
 
 def livesports_predictions(arguments: argparse.Namespace) -> None:
@@ -72,7 +76,7 @@ def livesports_predictions(arguments: argparse.Namespace) -> None:
     captions = {key: str(row["result"]) for key, row in load_finished(path, CAPTION_FIELDS, whole=True).items()}
     predictions = list(livesports.make_predictions(captions, events, path))
     write_lines(arguments.output, predictions)
-    print(f"{len(predictions)} of {len(events)} events have a prediction: {arguments.output}")
+    print(f"predictions for {len(predictions)} of {count(len(events), 'event')}: {arguments.output}")
 
 
 def make_judge(arguments: argparse.Namespace, prompt: str) -> Judge:
@@ -132,11 +136,11 @@ def livesports_judge(arguments: argparse.Namespace) -> None:
     )
     ties = [outcome for outcome in outcomes.values() if outcome.reason]
     if ties:
-        logger.warning("%d events have a tie, which is no win: %s", len(ties), ties[0].reason)
+        logger.warning("%s with a tie, which is no win: %s", count(len(ties), "event"), ties[0].reason)
     missing = sum(key in both[1][1] for key in events) - len(pairs)
-    without = f", {missing} events of the baseline without a prediction not counted" if missing else ""
+    without = f"; not counted, without a prediction: {missing}" if missing else ""
     print(f"{mine.stem} wins {win_rate(outcomes.values()):.2f}% against {other.stem}, judged by {judge.model}")
-    print(f"{len(outcomes)} events in both orders{without}: {arguments.output}")
+    print(f"{count(len(outcomes), 'event')} in both orders{without}\nwinners: {arguments.output}")
 
 
 def make_pieces(path: Path, rows: Mapping[str, dict], model: str) -> dict[str, list[str]]:
@@ -177,7 +181,8 @@ def activitynet_predictions(arguments: argparse.Namespace) -> None:
     }
     details = arguments.external_data or f"{Path(describe_model(made['model'])).name}: Qwen2.5-VL and its training data"
     write_file(arguments.output, json.dumps(activitynet.make_predictions(results, details), indent=1) + "\n")
-    print(f"{sum(map(len, results.values()))} sentences of {len(results)} videos: {arguments.output}")
+    sentences = count(sum(map(len, results.values())), "sentence")
+    print(f"{sentences} of {count(len(results), 'video')}: {arguments.output}")
 
 
 def watched(row: Mapping[str, Any]) -> tuple[float, float | None]:
@@ -201,7 +206,7 @@ def activitynet_soda(arguments: argparse.Namespace) -> None:
         references, backward = activitynet.read_references(source)
         annotations.append(references)
         if backward:
-            logger.warning("%s: %d references end before they start and match nothing", source, backward)
+            logger.warning("%s: references that end before they start, and so match nothing: %d", source, backward)
     try:
         scores = soda_c(predictions, annotations, arguments.annotators)
     except NotComputed as error:
@@ -209,13 +214,13 @@ def activitynet_soda(arguments: argparse.Namespace) -> None:
     for name in ("SODA_c", "precision", "recall"):
         print(f"{name:<10}{scores[name]:>8.2f}")
     print(
-        f"{scores['predictions']} sentences and {scores['references']} references of {scores['videos']} videos, "
-        f"annotators {scores['annotators']}"
+        f"{count(scores['predictions'], 'sentence')} and {count(scores['references'], 'reference')} of "
+        f"{count(scores['videos'], 'video')}, annotators {scores['annotators']}"
     )
     if scores["missing"]:
-        logger.warning("%d videos have references and no predictions: they are not counted", scores["missing"])
+        logger.warning("not counted, without predictions: %s", count(scores["missing"], "video"))
     if scores["extra"]:
-        logger.warning("%d videos have predictions and no references: they are not counted", scores["extra"])
+        logger.warning("not counted, without references: %s", count(scores["extra"], "video"))
     if arguments.output:
         write_file(arguments.output, json.dumps(scores, indent=2) + "\n")
         print(f"scores: {arguments.output}")
