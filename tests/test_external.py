@@ -305,8 +305,21 @@ def test_predictions_in_the_layout_of_activitynet(call, results, tmp_path, capsy
     assert [each["timestamp"] for each in found["results"]["v_b"]] == [[20.0, 21.0], [22.0, 24.0], [24.0, 24.25]]
 
     flags = ("activitynet-predictions", "group_infer.json", "--output", "dense.json")
-    assert "--seconds-per-clip 0: give a number above 0" in refused(call, capsys, *flags, "--seconds-per-clip", "0")
     rows = read(results)
+    # A model that decides when to speak ends its slots with a token, which is no text; and a video of few frames.
+    tokens, slots = rows[0]["tokens"], rows[0]["slots"]
+    ends = [(9, slot) for slot in range(1, 5)]
+    both = sorted([*zip(tokens, slots, strict=True), *ends], key=lambda pair: pair[1])
+    assert 9 not in tokens
+    quiet = {"tokens": [token for token, _ in both], "slots": [slot for _, slot in both], "end_of_slot": 9}
+    quiet["schedule"] = [quiet["slots"].count(slot) for slot in range(1, 6)]
+    write(results, [{**rows[0], **quiet, "seconds_per_clip": 0.5}])
+    call(*flags)
+    found = json.loads((tmp_path / "dense.json").read_text())["results"]["v_a"]
+    assert [each["sentence"] for each in found] == ["A red ring moves up.", "It turns blue!", "The end"]
+    assert [each["timestamp"] for each in found] == [[0.0, 0.5], [1.0, 2.0], [2.0, 2.5]]
+    write(results, [{**rows[0], "seconds_per_clip": 0}])
+    assert "group_infer.json, video v_a: seconds_per_clip is 0" in refused(call, capsys, *flags)
     write(results, [{**rows[0], "result": "Something else"}])
     assert "group_infer.json, video v_a: its tokens do not decode to its text" in refused(call, capsys, *flags)
     write(results, [{**rows[0], "video_id": "v_c"}])

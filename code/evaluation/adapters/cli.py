@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -144,13 +145,17 @@ def livesports_judge(arguments: argparse.Namespace) -> None:
 
 
 def make_pieces(path: Path, rows: Mapping[str, dict], model: str) -> dict[str, list[str]]:
-    """What each slot added to the caption of each row, by video. Raises InputError if the tokenizer is another."""
+    """What each slot added to the caption of each row, by video. Tokens that end a slot, where the model decides when
+    to speak, are not text. Raises InputError if the tokenizer is another."""
     from report.gallery import text_by_slot
 
     tokenizer = load_processor(find_model(model, ROOT)).tokenizer
     found = {}
     for video, row in Progress(rows.items(), "sentences", unit="video"):
-        found[video] = text_by_slot(tokenizer, row["tokens"], row["schedule"])
+        words = [pair for pair in zip(row["tokens"], row["slots"], strict=True) if pair[0] != row.get("end_of_slot")]
+        spoken = Counter(slot for _, slot in words)
+        counts = [spoken[slot] for slot in range(1, row["clips"] + 1)]
+        found[video] = text_by_slot(tokenizer, [token for token, _ in words], counts)
         if "".join(found[video]) != row["result"]:
             raise InputError(
                 f"{path}, video {video}: its tokens do not decode to its text with the tokenizer of {model}: "
@@ -160,8 +165,6 @@ def make_pieces(path: Path, rows: Mapping[str, dict], model: str) -> dict[str, l
 
 
 def activitynet_predictions(arguments: argparse.Namespace) -> None:
-    if not 0 < arguments.seconds_per_clip < math.inf:
-        raise InputError(f"--seconds-per-clip {arguments.seconds_per_clip:g}: give a number above 0")
     path = find(arguments.file, "the result file")
     check_output(arguments.output, path)
     made = read_arguments(path, ARGUMENTS)
@@ -176,13 +179,21 @@ def activitynet_predictions(arguments: argparse.Namespace) -> None:
         raise InputError(f"{data} has no row for video {gone[0]}: {path.name} was made from other data")
     pieces = make_pieces(path, rows, made["model"])
     results = {
-        video: activitynet.time_sentences(pieces[video], *watched(asked[video]), arguments.seconds_per_clip)
-        for video in rows
+        video: activitynet.time_sentences(pieces[video], *watched(asked[video]), seconds_per_clip(path, row))
+        for video, row in rows.items()
     }
     details = arguments.external_data or f"{Path(describe_model(made['model'])).name}: Qwen2.5-VL and its training data"
     write_file(arguments.output, json.dumps(activitynet.make_predictions(results, details), indent=1) + "\n")
     sentences = count(sum(map(len, results.values())), "sentence")
     print(f"{sentences} of {count(len(results), 'video')}: {arguments.output}")
+
+
+def seconds_per_clip(path: Path, row: Mapping[str, Any]) -> float:
+    """The duration of a clip: 1 s unless the row of the result file at `path` says otherwise. Raises InputError."""
+    seconds = row.get("seconds_per_clip", 1.0)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        raise InputError(f"{path}, video {row['video_id']}: seconds_per_clip is {str(seconds)[:40]}: run eval.sh again")
+    return float(seconds)
 
 
 def watched(row: Mapping[str, Any]) -> tuple[float, float | None]:
@@ -269,7 +280,6 @@ def make_parser() -> OneLineParser:
     text = "Put the sentences of a result file and their times into the layout of ActivityNet Captions."
     dense = add("activitynet-predictions", activitynet_predictions, text, "JSON of predictions")
     dense.add_argument("file", help="a result file, <variant>_infer.json")
-    dense.add_argument("--seconds-per-clip", type=float, default=1.0, help="1 s for videos of 2 fps and more [1]")
     dense.add_argument("--external-data", default="", help="which data besides ActivityNet Captions trained the model")
 
     soda = add("activitynet-soda", activitynet_soda, "Compute SODA_c of predictions.", "JSON of scores")
