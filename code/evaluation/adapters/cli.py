@@ -137,7 +137,7 @@ def livesports_judge(arguments: argparse.Namespace) -> None:
     )
     ties = [outcome for outcome in outcomes.values() if outcome.reason]
     if ties:
-        logger.warning("%s with a tie, which is no win: %s", count(len(ties), "event"), ties[0].reason)
+        logger.warning("%s with a tie, which is not a win: %s", count(len(ties), "event"), ties[0].reason)
     missing = sum(key in both[1][1] for key in events) - len(pairs)
     without = f"; not counted, without a prediction: {missing}" if missing else ""
     print(f"{mine.stem} wins {win_rate(outcomes.values()):.2f}% against {other.stem}, judged by {judge.model}")
@@ -266,7 +266,7 @@ def make_parser() -> OneLineParser:
     text = "Compare predictions with a baseline's by an LLM judge, in both orders, and print the win rate."
     judge = add("livesports-judge", livesports_judge, text, "JSON Lines of winners; the answers are kept beside it")
     judge.add_argument("predictions", help="JSON Lines of predictions; the file's name without its ending is the model")
-    judge.add_argument("--baseline", required=True, help="predictions of the baseline, such as LiveCC's GPT-4o.jsonl")
+    judge.add_argument("--baseline", required=True, help="predictions of the baseline, for instance GPT-4o's as in LiveCC")
     judge.add_argument("--benchmark", **benchmark)
     judge.add_argument("--judge-url", required=True, help="base URL of an OpenAI-compatible endpoint")
     judge.add_argument("--judge-model", required=True, help="model name of the judge at that endpoint")
