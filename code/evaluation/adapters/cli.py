@@ -266,7 +266,7 @@ def make_parser() -> OneLineParser:
     text = "Compare predictions with a baseline's by an LLM judge, in both orders, and print the win rate."
     judge = add("livesports-judge", livesports_judge, text, "JSON Lines of winners; the answers are kept beside it")
     judge.add_argument("predictions", help="JSON Lines of predictions; the file's name without its ending is the model")
-    judge.add_argument("--baseline", required=True, help="predictions of the baseline, for instance GPT-4o's as in LiveCC")
+    judge.add_argument("--baseline", required=True, help="predictions of the baseline, such as GPT-4o's")
     judge.add_argument("--benchmark", **benchmark)
     judge.add_argument("--judge-url", required=True, help="base URL of an OpenAI-compatible endpoint")
     judge.add_argument("--judge-model", required=True, help="model name of the judge at that endpoint")
