@@ -50,6 +50,7 @@ MINUTES = "not: takes minutes on a GPU, and is the program of another command th
 PAPER = "not: takes hours on GPUs; tests/test_paper.py runs a short form, and submits to a stand-in for SLURM"
 CHECKS = "not: runs the tests"
 OWN = "by tests/test_own_data.py, on data of its own"
+OUTSIDE = "by tests/test_external.py, on data of its own"
 SERVES = "not: serves until it is stopped, as tests/test_serve_ends.py does"
 INSTALLS = "not: installs packages, as code/setup.sh does before the tests"
 SMALL = " --min_pixels_per_frame 3136 --max_pixels_per_frame 3136 --dataloader_num_workers 0 --report_to none"
@@ -181,6 +182,8 @@ TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 OWN_DATA = TEXTS["docs/data.md"].partition("### Captions of your own")[2].partition("### Caption lengths")[0]
 """Its blocks are complete examples, all run by tests/test_own_data.py."""
 BLOCKS = "\n".join(re.findall(r"^```bash\n.*?^```$", OWN_DATA, re.DOTALL | re.MULTILINE))
+FROM_OUTSIDE = TEXTS["docs/evaluation.md"].partition("## Benchmarks from outside")[2].partition("\n## ")[0]
+COMMANDS |= {command: OUTSIDE for _, command, _ in commands(FROM_OUTSIDE)}
 COMMANDS |= {command: OWN for _, command, _ in commands(BLOCKS) if not command.startswith("cd ")}
 MADE = "docs/files.md"
 """What docs/draw_rooms.py makes: the docstrings that it has are not commands to copy."""

@@ -17,6 +17,7 @@ import torch
 from qwen_vl_streaming.common.ending import lost_worker, start_worker
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_video
+from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.engine.batch import Job, caption_all
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
@@ -94,7 +95,9 @@ class VideoDataset(Dataset):
         video_id = row["video_id"]
         try:
             path = find_video(row["video_path"], plan.root, plan.video_root)
-            video = read_video(path, budget=plan.budget, reader=plan.reader, max_clips=plan.max_clips)
+            video = read_video(
+                path, part=video_part(row), budget=plan.budget, reader=plan.reader, max_clips=plan.max_clips
+            )
             schedule = plan.schedules.of(video_id, video.clips)
         except InputError as error:
             return PreparedVideo(video_id, reason=str(error))

@@ -12,6 +12,7 @@ from qwen_vl_streaming.common.data_rows import hash_data, read_data_rows, row_pl
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import check_videos, find_data, find_model, find_video, find_video_root, make_data
 from qwen_vl_streaming.common.versions import versions
+from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
@@ -40,7 +41,8 @@ def read_data(path: str | Path, limit: int | None, task: Task) -> list[dict]:
 
 
 def read_duration(data: dict) -> float:
-    """The duration in a row in seconds, 0 where it has none. Raises InputError where it is not a duration."""
+    """The duration in a row in seconds, or that of the part of the video which it names; 0 where it has none. Raises
+    InputError where it is not a duration."""
     value = data.get("video_duration_in_s") or 0
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
@@ -48,7 +50,8 @@ def read_duration(data: dict) -> float:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise InputError(f"video_duration_in_s is {str(value)[:40]!r}: give seconds, or delete this line")
-    return seconds
+    part = video_part(data)
+    return max(0.0, part.get("end", seconds) - part.get("start", 0.0))
 
 
 def check_any_video(plan: Plan) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from funqa.annotations import SUBTASKS
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.video_part import FIELDS as PART
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def get_task(name: str) -> Task:
 
 
 def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """The fields of a data row that evaluation needs: `video_id`, `video_path`, `question` (None for the default
-    question), `task`, and `annotation`, which is the reference or a list of several.
+    """The fields of a data row that evaluation needs: `video_id`, `video_path`, `video_start` and `video_end` (None for
+    the whole video), `question` (None for the default question), `task`, and `annotation`, which is the reference or a
+    list of several.
 
     Raises InputError, without the row's line number, if the row is of another task or a reference has no word.
     """
@@ -62,6 +64,7 @@ def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
     return {
         "video_id": str(data["video_id"]),
         "video_path": data["video_path"],
+        **{name: data.get(name) for name in PART},
         "question": question,
         "task": data["task"] if task.subtasks else task.name,
         "annotation": references if len(references) > 1 else references[0],

@@ -21,6 +21,7 @@ from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video, find_video_root
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
 from qwen_vl_streaming.common.ties import tie_margin
+from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.explain.cli import as_dict
 from qwen_vl_streaming.model.hub import model_folder
@@ -176,7 +177,7 @@ def main() -> None:
         source = asked[row["video_id"]]
         template = make_template(processor, source.get("question") or QUESTIONS[-1])
         path_of_video = find_video(source["video_path"], ROOT, video_root)
-        video = read_video(path_of_video, budget=budget, reader=choose_reader(os.environ))
+        video = read_video(path_of_video, part=video_part(source), budget=budget, reader=choose_reader(os.environ))
         pixels, grid = clip_pixels(processor, video.frames)
         faults = check_caption(row, processor.tokenizer, template.end, len(pixels), made["max_new_tokens"])
         faults += check_schedule(row, made, variant)

@@ -147,7 +147,7 @@ def _write(decided: list[tuple[Sample, Decision]], options: Options, statistics:
 
     def check(ids: list[str]) -> dict[str, str]:
         checked = _check_videos([kept[video_id][0] for video_id in ids], options)
-        results = ((video_id, checked[kept[video_id][0].video], kept[video_id][1].seconds) for video_id in ids)
+        results = ((video_id, checked[kept[video_id][0].video], kept[video_id][1].video_seconds) for video_id in ids)
         errors = {
             video_id: found.error or compare_duration(found.seconds, stated) for video_id, found, stated in results
         }

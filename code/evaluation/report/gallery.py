@@ -19,6 +19,7 @@ from PIL import Image
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_data, find_video, find_video_root, places
+from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from settings import ROOT
 from transformers import AutoTokenizer
@@ -187,7 +188,7 @@ def show_video(result: Result, data: dict, clips: int) -> tuple[float, list[str]
     """Seconds per clip, and each clip's last frame as JPEG. Raises InputError if the video cannot be shown."""
     folder = find_video_root(str(result.args.get("video_root") or ""), ROOT)
     path = find_video(str(data["video_path"]), ROOT, folder)
-    video = read_video(path, budget=PICTURE, reader=choose_reader(os.environ))
+    video = read_video(path, part=video_part(data), budget=PICTURE, reader=choose_reader(os.environ))
     if video.clips != clips:
         raise InputError(f"{path} has {video.clips} clips, but had {clips} when it was captioned")
     return video.seconds_per_clip, [jpeg(frame) for frame in video.frames[1::2].permute(0, 2, 3, 1).numpy()]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_video
+from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, answer_ids, clip_pixels, make_template
 from qwen_vl_streaming.timeline.positions import check_clips, timeline_positions
 from qwen_vl_streaming.timeline.timeline import (
@@ -158,7 +159,8 @@ class StreamingDataset(torch.utils.data.Dataset):
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         max_clips = self.max_length // math.ceil(self.budget.min_pixels_per_frame / self.pixels_per_token)
-        video = read_video(self.path(index), budget=self.budget, reader=self.reader, max_clips=max_clips)
+        path, row = self.path(index), self.rows[index]
+        video = read_video(path, part=video_part(row), budget=self.budget, reader=self.reader, max_clips=max_clips)
         if self.cache is not None:
             self.cache[index] = video
         return video

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from qwen_vl_streaming.common.data_rows import TOKENS_PER_SECOND
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
+from qwen_vl_streaming.common.video_part import part_seconds, video_part
 from qwen_vl_streaming.model.prompts import answer_ids
 from qwen_vl_streaming.video.container import film_track, may_leap, open_film
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate, too_short
@@ -36,7 +37,7 @@ class Header:
     size: tuple[int, int] | None = None
     """Height and width of the frames in pixels."""
     seconds: float = 0.0
-    """The duration."""
+    """The duration, or that of the part of the video which the row names."""
 
 
 @dataclass
@@ -177,7 +178,10 @@ def read_header(samples: StreamingDataset, index: int) -> Header:
             known = float(stream.average_rate or FPS) >= FPS and not may_leap(container) and not late
     except (av.FFmpegError, OSError, InputError):
         return Header()
-    seconds = float(min(ends, default=0))
+    try:
+        seconds = part_seconds(path, video_part(samples.rows[index]), float(min(ends, default=0)))
+    except InputError:  # count_clips reports it
+        return Header()
     clips = math.ceil((seconds - SLACK) * FPS / FRAMES_PER_CLIP)
     # A video of about one clip may be shorter than that.
     possible = (clips - 1, clips, clips + 1) if known and clips > 1 else ()
@@ -185,18 +189,19 @@ def read_header(samples: StreamingDataset, index: int) -> Header:
 
 
 def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], float, float] | str:
-    """The exact number of clips of a video, and the seconds of each and of the video; or the reason if it is missing,
-    broken or shorter than one clip."""
+    """The exact number of clips of a video, or of the part that the row names, and the seconds of each and of all; or
+    the reason if it is missing, broken or shorter than one clip."""
     try:
-        path = samples.path(index)
+        path, part = samples.path(index), video_part(samples.rows[index])
         video = index_video(path)
+        seconds = part_seconds(path, part, video.duration)
     except InputError as error:
         return str(error)
     try:
         rate = sampled_rate(video, FPS)
-        frames = pick_frames(video.times, video.duration, rate, None, None)
+        frames = pick_frames(video.times, video.duration, rate, part.get("start"), part.get("end"))
     except InputError as error:
         return f"video {path}: {error}"
     if frames is None:
-        return too_short(f"video {path}", video.duration, rate)
-    return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate, video.duration
+        return too_short(f"{'the part of ' if part else ''}video {path}", seconds, rate)
+    return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate, seconds

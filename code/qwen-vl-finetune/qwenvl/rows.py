@@ -5,6 +5,7 @@ import random
 from qwen_vl_streaming.common.data_rows import check_characters, read_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import make_data
+from qwen_vl_streaming.common.video_part import FIELDS as PART
 
 
 def read_rows(source: str) -> list[dict]:
@@ -16,7 +17,7 @@ def read_rows(source: str) -> list[dict]:
             check_characters(row, "human_caption")
         except InputError as error:
             raise InputError(f"{row_place(source, number)}: {error}") from error
-        fields = {name: row.get(name) for name in ("video_id", "video_path", "human_caption", "question")}
+        fields = {name: row.get(name) for name in ("video_id", "video_path", *PART, "human_caption", "question")}
         rows.append({"line": number, **fields})
     if not rows:
         raise InputError(f"{source} has no rows: {make_data(source) or 'give a file with rows'}")

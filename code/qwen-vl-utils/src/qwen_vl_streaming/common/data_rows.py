@@ -2,8 +2,8 @@
 
 JSON Lines are parsed here because `datasets` does not keep line numbers, converts strings that look like dates to dates
 and large ids to floats, and fails on a byte order mark. Parquet files, folders written by `save_to_disk` and data sets
-on the Hugging Face Hub are read with `datasets`. Checks only the four fields `video_id`, `video_path`, `human_caption`
-and `question`.
+on the Hugging Face Hub are read with `datasets`. Checks only the fields `video_id`, `video_path`, `human_caption`,
+`question`, `video_start` and `video_end`.
 """
 
 import codecs
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .video_part import video_part
 
 HUB = "hf://datasets/"
 """Prefix of a data set on the Hub: hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME:SPLIT."""
@@ -39,7 +40,7 @@ def read_data_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields each row with its number, counted from 1.
 
     Each row has a unique `video_id` (a string or an integer), the strings `video_path` and `human_caption`, and
-    optionally a non-blank string `question`. `source` is one of:
+    optionally a non-blank string `question` and a part of the video (see `video_part`). `source` is one of:
 
     - A JSON Lines file in UTF-8, with or without byte order marks, with LF or CRLF. Blank lines are skipped. The number
       of a row is its line number.
@@ -233,6 +234,7 @@ def _check_row(row: dict[str, Any]) -> dict[str, Any]:
             f"has the question {_show(question)}, which is not a non-blank string: correct it or delete the field"
         )
     check_characters(row, "video_id", "video_path", "question")
+    video_part(row)
     return row
 
 
