@@ -19,6 +19,7 @@ from planning import check_any_video
 from published import ROOT, Copy
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.timeline.segments import check_segments
 from qwenvl.prescan import CaptionRates
 from test_commands import SHORT, SMALL
 
@@ -162,6 +163,24 @@ def test_questions_of_your_own(copy, made):
     assert found == [["A ring.", "A circle."], asked[7]["human_caption"]]
 
 
+def test_captions_with_times(copy, made):
+    """Subtitles, one of them not valid and one with more text than fits its slots."""
+    rows, folder = rows_of(made), copy.root / "dataset/mine"
+    cues = ["00:00:01,000 --> 00:00:02,000\nA red ring appears.", "00:00:03,000 --> 00:00:04,000\nIt turns blue."]
+    many = ["00:00:00,000 --> 00:00:01,000\n" + "ring " * 12, "00:00:01,000 --> 00:00:02,000\nIt turns blue."]
+    backward = ["00:00:02,000 --> 00:00:01,000\nA red ring."]
+    for number, row in enumerate(rows[:6]):
+        text = "\n\n".join(many if number == 1 else backward if number == 2 else cues)
+        (folder / f"videos/{row['video_id']}.srt").write_text(f"\ufeff{text}\n")
+    said = run_all(copy, commands("Captions with times"))
+    assert "videos: 6 samples, 5 rows in dataset/mine/timed.jsonl" in said
+    assert f"{rows[2]['video_id']}.srt, line 1: the cue ends at 1 s" in (folder / "timed_skipped.jsonl").read_text()
+    assert "output/mine-timed   skipped samples: 0" in said
+    assert re.search(r"times: \d+ of \d+ words are late, since a slot has at most 8 tokens: by 1\.0 s \(median\)", said)
+    made_by = json.loads((copy.root / "code/qwen-vl-finetune/output/mine-timed/run.json").read_text())
+    assert made_by["schedule"] == "data" and made_by["arguments"]["max_tokens_per_slot"] == 8
+
+
 @pytest.fixture
 def hub(tmp_path, made):
     """OWNER/NAME has the documented columns in two splits, and the videos as files; OWNER/OTHER has other columns."""
@@ -210,10 +229,14 @@ def test_a_data_set_of_the_hub(copy, made, hub, tmp_path):
 
 
 def test_the_rows_of_the_page_are_valid(tmp_path):
-    sections = ("Captions of your own", "Questions of your own")
+    sections = ("Captions of your own", "Questions of your own", "Captions with times")
     shown = [block for section in sections for block in blocks(section, "json")]
-    assert len(shown) == 3 and set(SECTIONS) == {*sections, "A data set of the hub", "Caption lengths"}
-    assert len([*read_data_rows(write(tmp_path / "shown.jsonl", ["".join(shown)]))]) == 5
+    assert len(shown) == 4 and set(SECTIONS) == {*sections, "A data set of the hub", "Caption lengths"}
+    found = [*read_data_rows(write(tmp_path / "shown.jsonl", ["".join(shown[:3])]))]
+    timed = [row for _, row in read_data_rows(write(tmp_path / "timed.jsonl", [shown[3]]))]
+    assert len(found) == 5 and len(timed) == 2
+    for row in timed:
+        check_segments(row["segments"])
 
 
 # --- mani_data.py --dataset jsonl ------------------------------------------------------------------------------------
