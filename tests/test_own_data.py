@@ -302,6 +302,32 @@ def test_each_row_is_kept_or_listed_with_its_reason(tmp_path, monkeypatch, capsy
     assert sum(report["dropped"].values()) == 3 and (tmp_path / "out/my_3_5_report.png").stat().st_size > 1000
 
 
+def test_rows_with_times_are_filtered_by_their_text(tmp_path, monkeypatch):
+    (tmp_path / "films").mkdir()
+    make_video(tmp_path / "films/six.mp4", seconds=6)
+
+    def row(video_id: str, words: int, end: float, **more) -> dict:
+        segments = [{"start": 0, "end": 1, "text": "word " * words}, {"start": end - 1, "end": end, "text": "end"}]
+        return {"video_id": video_id, "video_path": "six.mp4", "segments": segments, **more}
+
+    cases = [
+        (row("good", 20, 6.5), None),
+        (row("low", 9, 6), "too few tokens per second: 10 tokens in 6.00 s"),
+        (row("caption", 9, 6, human_caption="word " * 24), None),
+        (row("late", 20, 9), "segments are not valid: segment 2 (8 to 9 s) ends after the video, at 6 s"),
+        (row("late too", 20, 9, video_duration_in_s=6), "segments are not valid: segment 2 (8 to 9 s) ends after"),
+        (row("overlap", 20, 1.5), "segments are not valid: segment 2 (0.5 to 1.5 s) starts before segment 1 ends"),
+        (row("dots", 0, 6) | {"segments": [{"start": 0, "end": 1, "text": "..."}]}, "caption without a word: '...'"),
+    ]
+    write(tmp_path / "my.jsonl", [row for row, _ in cases])
+    filtered(tmp_path, monkeypatch, *IN_AND_OUT)
+    kept = [json.loads(line) for line in (tmp_path / "out/my_3_5.jsonl").read_text().splitlines()]
+    assert kept == [{**row, "video_duration_in_s": 6.0} for row, reason in cases if not reason]
+    listed = [json.loads(line) for line in (tmp_path / "out/my_3_5_skipped.jsonl").read_text().splitlines()]
+    for row, (number, reason) in zip(listed, [(n, why) for n, (_, why) in enumerate(cases, 1) if why], strict=True):
+        assert row["where"] == f"line {number}" and row["reason"].startswith(reason), row
+
+
 def test_bounds_sampling_and_running_again(tmp_path, monkeypatch, capsys):
     (tmp_path / "films").mkdir()
     make_video(tmp_path / "films/six.mp4", seconds=6)
