@@ -23,8 +23,9 @@ from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.reference import Caption
 from qwen_vl_streaming.timeline.positions import check_clips
+from qwen_vl_streaming.timeline.segments import check_segments
 from qwen_vl_streaming.timeline.variants import Variant
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import PixelBudget, Video, read_video
 from ranks import Rank
 from results import SKIPPED_FIELDS, Appender, Row, rows_part, skipped_part
 from schedules import Schedules
@@ -98,6 +99,8 @@ class VideoDataset(Dataset):
             video = read_video(
                 path, part=video_part(row), budget=plan.budget, reader=plan.reader, max_clips=plan.max_clips
             )
+            if "segments" in row:
+                check_times(row, video)
             schedule = plan.schedules.of(video_id, video.clips)
         except InputError as error:
             return PreparedVideo(video_id, reason=str(error))
@@ -209,6 +212,14 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
             on_done()
 
 
+def check_times(row: dict, video: Video) -> None:
+    """Raises InputError, with the row's place in the data, if its segments are out of order or end after the video."""
+    try:
+        check_segments(row["segments"], video.clips * video.seconds_per_clip)
+    except InputError as error:
+        raise InputError(f"{row['place']}: {error}") from error
+
+
 def start_decoder(worker: int, parent: int) -> None:
     """Called first in a worker that decodes. It leaves signals and log messages to its parent, and ends with it."""
     start_worker(parent)
@@ -229,4 +240,5 @@ def make_row(row: dict, text: str, caption: Caption, variant: Variant, seconds: 
         "slots": caption.slots,
         "clips": len(caption.schedule),
         "seconds": round(seconds, 4),
+        **({"segments": row["segments"]} if "segments" in row else {}),
     }

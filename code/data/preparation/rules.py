@@ -70,6 +70,8 @@ class Sample:
     """Where its video is or will be, relative to the project's root."""
     error: str = ""
     """Why it cannot be used, if the source has found a reason."""
+    caption: str = ""
+    """Its caption, if the source has it elsewhere than in the field human_caption."""
     measure_duration: Callable[[], float] | None = None
     """Returns the video's duration in seconds; raises InputError."""
 
@@ -101,7 +103,7 @@ def apply_rules(
     for sample in samples:  # measure_duration works only until the next sample is read
         try:
             data = read_object(sample)
-            caption = read_text(data, CAPTION_FIELD)
+            caption = sample.caption or read_text(data, CAPTION_FIELD)
             video_seconds = read_seconds(data, sample)
             seconds = read_part_seconds(data, sample, video_seconds)
         except BadSample as error:

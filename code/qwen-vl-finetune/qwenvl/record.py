@@ -74,14 +74,15 @@ def recipe_differences(arguments: dict, groups) -> dict:
     return found
 
 
-def describe_run(model, data, training, rows: int, held_out: int, excluded: list[int]) -> dict:
-    """The facts that identify a run: its three groups of arguments, versions, and its data as in `describe_data`."""
+def describe_run(model, data, training, rows: int, held_out: int, excluded: list[int], timed: bool = False) -> dict:
+    """The facts that identify a run: its three groups of arguments, versions, and its data as in `describe_data`.
+    `timed`: the times of some rows decide when their answers are written."""
     zero = training.hf_deepspeed_config.config if training.deepspeed else None
     arguments = {**asdict(model), **asdict(data), **training.to_dict(), "deepspeed": zero}
     return {
         "variant": model.variant,
         "position_rule": RULE if model.rules.after_video else None,
-        "schedule": model.schedule,
+        "schedule": model.schedule if timed else model.wait_schedule,
         "world_size": training.world_size,
         "device": torch.cuda.get_device_name() if training.device.type == "cuda" else platform.processor() or "cpu",
         "zero_stage": zero and zero["zero_optimization"]["stage"],

@@ -3,13 +3,16 @@
 Independent of variants, positions, masks and training.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoProcessor
 
 from ..common.errors import InputError
+from ..timeline.segments import TimedText, join_segments, slot_tokens, token_times, words_late
 from ..timeline.timeline import Layout
 from .chat_template import render
 from .checks import check_processor
@@ -110,6 +113,51 @@ def answer_ids(processor, template: Template, caption: str) -> list[int]:
     if not tokens:
         raise InputError("the caption has no tokens: remove the sample")
     return [*tokens, template.end]
+
+
+def timed_answer(processor, segments: Sequence[Mapping[str, Any]], when: str = "end") -> tuple[list[int], list[float]]:
+    """Returns the tokens of the joined text of `segments`, without the end of the turn, and the time in seconds from
+    which each may be written, as `timeline.segments` describes. They are the tokens of `answer_ids` for that text.
+    Raises InputError if the text has no tokens."""
+    timed, tokens, offsets = _tokenize_segments(processor, segments, when)
+    return tokens, token_times(timed, offsets)
+
+
+def answer_slots(
+    processor,
+    template: Template,
+    segments: Sequence[Mapping[str, Any]],
+    arrivals: Sequence[float],
+    most: int,
+    when: str = "end",
+    end_of_slot: int | None = None,
+) -> list[list[int]]:
+    """Returns the answer's tokens of each slot, from a row's `segments` and the times in seconds at which the clips
+    arrive. The last slot ends with the end of the turn. See `timeline.segments.slot_tokens` for `most` and
+    `end_of_slot`, and `common.data_rows.SEGMENT_TIMES` for `when`. Raises InputError if the text has no tokens."""
+    tokens, times = timed_answer(processor, segments, when)
+    return slot_tokens(tokens, times, arrivals, most, template.end, end_of_slot)
+
+
+def seconds_late(
+    processor, segments: Sequence[Mapping[str, Any]], arrivals: Sequence[float], most: int, when: str = "end"
+) -> list[float]:
+    """Returns by how many seconds `answer_slots` writes each word late because earlier text has filled the slots."""
+    timed, _, offsets = _tokenize_segments(processor, segments, when)
+    return words_late(timed, offsets, arrivals, most)
+
+
+def _tokenize_segments(
+    processor, segments: Sequence[Mapping[str, Any]], when: str
+) -> tuple[TimedText, list[int], list[tuple[int, int]]]:
+    """The joined text, its tokens, and the characters (first, one past the last) of each."""
+    timed = join_segments(segments, when)
+    found = processor.tokenizer(
+        timed.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
+    if not found.input_ids:
+        raise InputError("the segments have no tokens: remove the sample")
+    return timed, found.input_ids, found.offset_mapping
 
 
 def clip_pixels(processor, frames: Tensor) -> tuple[Tensor, tuple[int, int]]:
