@@ -1,16 +1,17 @@
 """Measure when captions say what happens: the delay from each event to the word that names it.
 
-    python code/evaluation/timeliness.py code/evaluation/output/*_infer.json --times TIMES.jsonl --picture timeliness.png
+    python code/evaluation/timeliness.py code/evaluation/output/*_infer.json --times TIMES.jsonl --picture said.png
 
 prints a line per result file, writes <variant>_timeliness.jsonl beside each, and adds `timeliness` to its scores, so
-that report.py shows it. eval.sh --times does the same while it scores. TIMES.jsonl has references with times, JSON Lines
-of video_id and segments or events; without --times they are the segments of the data's rows. No model is run.
+that report.py shows it. eval.sh --times does the same while it scores. TIMES.jsonl has references with times, JSON
+Lines of video_id and segments or events; without --times they are the segments of the data's rows. No model is run.
 docs/evaluation.md says what is measured.
 """
 
 import argparse
 import json
 import logging
+import textwrap
 from pathlib import Path
 from statistics import fmean
 
@@ -18,7 +19,7 @@ from identity import AGAIN, read_arguments
 from metrics import lag
 from metrics.references import read_times
 from metrics.scorecard import find_decoder
-from metrics.timing import NAMES, measure_file, times_of
+from metrics.timing import ABOUT, NAMES, measure_file, times_of
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.files import read_object, write_file
 from qwen_vl_streaming.common.paths import find_path
@@ -49,18 +50,23 @@ def measure(path: Path, times: dict | None) -> tuple[str, dict]:
     return f"{made['variant']} {made['schedule']}", found
 
 
+def width(head: str) -> int:
+    """Characters of the column with this head."""
+    return max(len(head), 6) + 2
+
+
 def table(measured: list[tuple[str, dict]]) -> str:
     """The values of each file, one line per file."""
     columns = {**NAMES, "AL": "AL", "LAAL": "LAAL"}
     first = max(len("variant, schedule"), *(len(name) for name, _ in measured))
-    heads = "".join(f"{head:>{len(head) + 2}}" for head in columns.values())
+    heads = "".join(f"{head:>{width(head)}}" for head in columns.values())
     lines = [f"{'variant, schedule':<{first}}{heads}"]
     for name, found in measured:
         cells = ""
         for key, head in columns.items():
             value = found.get(key)
             text = "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
-            cells += f"{text:>{len(head) + 2}}"
+            cells += f"{text:>{width(head)}}"
         lines.append(f"{name:<{first}}{cells}")
     return "\n".join(lines)
 
@@ -78,7 +84,7 @@ def main() -> None:
     times = read_times(find_path(arguments.times, ROOT, "--times")) if arguments.times else None
     measured = [measure(path, times) for path in paths]
     print(table(measured))
-    print("delays in s, of events that were named after they began; shares of all events, T-F1 and PAUC times 100")
+    print(textwrap.fill(ABOUT, 120))
     for path in paths:
         print(f"events: {sibling(path, 'timeliness.jsonl')}")
     if arguments.picture:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 SHARE = (3, 5)
 """Of the content words of a text, how many are needed, as a fraction."""
@@ -23,12 +24,13 @@ PAUSE = 2
 # A character of Chinese or Japanese is a word of its own: these are written without spaces.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+(?:['’][^\W_]+)*")
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*$")
-STOP_WORDS = frozenset(
-    """a an the this that these those there here it its he him his she her they them their we us our you your i me my
-    and or but so as if then than while when with without of to in on at by for from into onto over is are was were be
-    been being am do does did has have had can could will would may might not no who which what where
-    video videos clip scene shows show shown showing see sees seen""".split()
+STOP = (
+    "a an the this that these those there here it its he him his she her they them their we us our you "
+    "your i me my and or but so as if then than while when with without of to in on at by for from into "
+    "onto over is are was were be been being am do does did has have had can could will would may might "
+    "not no who which what where video videos clip scene shows show shown showing see sees seen "
 )
+STOP_WORDS = frozenset(STOP.split())
 """Words that do not tell one event from another, among them those that introduce a description of a video."""
 
 
@@ -45,9 +47,8 @@ def stem(word: str) -> str:
         word = word[:-2]
     elif len(word) > 2 and re.search(r"[^us]s$", word):
         word = word[:-1]
-    if found := re.fullmatch(r"(\w*[aeiouy]\w*?)(ing|(?<!e)ed)", word):
-        if len(found[1]) > 2:
-            word = re.sub(r"([bdfgmnprtv])\1$", r"\1", found[1])
+    if (found := re.fullmatch(r"(\w*[aeiouy]\w*?)(ing|(?<!e)ed)", word)) and len(found[1]) > 2:
+        word = re.sub(r"([bdfgmnprtv])\1$", r"\1", found[1])
     return word[:-1] if len(word) > 3 and word.endswith("e") else word
 
 
@@ -56,9 +57,14 @@ def words_in(text: str) -> list[str]:
     return WORD.findall(text)
 
 
+def is_stop_word(word: str) -> bool:
+    """Whether the word, or of a contraction such as it's its first part, is one of STOP_WORDS."""
+    return re.split("n?['’]", word.lower())[0] in STOP_WORDS
+
+
 def content_words(text: str) -> list[str]:
     """The stems of the words of a text that are not stop words, each once."""
-    return list(dict.fromkeys(stem(word) for word in words_in(text) if word.lower() not in STOP_WORDS))
+    return list(dict.fromkeys(stem(word) for word in words_in(text) if not is_stop_word(word)))
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def spoken_words(text: str, pieces: Sequence[str], slots: Sequence[int]) -> list
     for written, slot in zip(text.split(), last_letter_slots(pieces, slots), strict=True):
         if before is not None and slot - before > PAUSE:
             sentence += 1
-        words += [Word(stem(word), slot, sentence, word.lower() not in STOP_WORDS) for word in words_in(written)]
+        words += [Word(stem(word), slot, sentence, not is_stop_word(word)) for word in words_in(written)]
         sentence += bool(SENTENCE_END.search(written))
         before = slot
     return words
@@ -174,8 +180,8 @@ class Spoken:
     @cached_property
     def sentences(self) -> list[range]:
         """Indices of the words of each sentence that has a content word."""
-        begins = [i for i, word in enumerate(self.words) if not i or word.sentence != self.words[i - 1].sentence]
-        spans = [range(a, b) for a, b in zip(begins, [*begins[1:], len(self.words)], strict=True)]
+        ends = [i for i, (a, b) in enumerate(pairwise(self.words), 1) if a.sentence != b.sentence]
+        spans = [range(first, last) for first, last in pairwise([0, *ends, len(self.words)])]
         return [span for span in spans if any(self.words[i].content for i in span)]
 
     def keys_in(self, span: range, event: Event) -> int:
@@ -186,9 +192,10 @@ class Spoken:
 def align(events: Sequence[Event], spoken: Spoken, seconds: float = 1.0) -> list[int | None]:
     """For each event, in order of time, the index of the word that names it, or None.
 
-    A word of slot i is said at i * `seconds`, when clip i has arrived. The pieces have the order of the events and share
-    no word. Of all such choices it is the one that names the most events after they began; then the most in all; then
-    the one with the smallest sum of distances in time, so that of several pieces after an event the first names it.
+    A word of slot i is said at i * `seconds`, when clip i has arrived. The pieces have the order of the events and
+    share no word. Of all such choices it is the one that names the most events after they began; then the most in all;
+    then the one with the smallest sum of distances in time, so that of several pieces after an event the first names
+    it.
     """
     size = len(spoken.words)
     best: list[tuple[int, int, float]] = [(0, 0, 0.0)] * (size + 1)  # by the number of words that may be used

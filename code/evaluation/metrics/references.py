@@ -7,8 +7,8 @@ A file with times has JSON Lines. Each row has a `video_id` and one of
 - `events`: [{"time": seconds, "words": ["red", "ring", "appears"]}, …], where all of the words together name the event,
   or with `text` in place of `words`. `end` may be given. The events of the demo's `truth.jsonl` are read as they are.
 
-Other fields are ignored. An event without a content word, such as the text "It is.", cannot be found in a caption and is
-left out.
+Other fields are ignored. An event without a content word, such as the text "It is.", cannot be found in a caption and
+is left out.
 """
 
 import codecs
@@ -91,8 +91,8 @@ def read_seconds(item: Mapping, name: str, where: str) -> float:
 
 
 def demo_words(item: Mapping) -> list[str] | None:
-    """The key words of an event of the demo: of a shape that appears its colour and kind, of another what it does, as in
-    `turns red`. The caption says "It" for a shape that it has just named. None for other events."""
+    """The key words of an event of the demo: of a shape that appears its colour and kind, of another what it does, as
+    in `turns red`; captions say "It" for a shape that was just named. None for other events."""
     if not all(isinstance(item.get(name), str) for name in ("shape", "colour", "event")):
         return None
     words = item["event"].split()

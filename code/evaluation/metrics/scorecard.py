@@ -163,7 +163,7 @@ def score_lag(rows: list[Row], videos: list[dict], captions: Path, scoring: Scor
 
 
 def measure_timeliness(rows: list[Row], captions: Path, scoring: Scoring) -> dict:
-    """When the captions say what happens, under the key `timeliness`; empty where there are no references with times."""
+    """When the captions say what happens, under the key `timeliness`; empty without references with times."""
     try:
         if (times := times_of(rows, captions, scoring.times)) is None:
             return {}

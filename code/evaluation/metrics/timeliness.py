@@ -2,27 +2,29 @@
 nothing about models and files.
 
 Clip i of a video arrives at i seconds (`seconds` per clip, to be exact), and a token of slot i is written between the
-arrivals of clips i and i+1. It counts as said when clip i arrives. So an event at second 3 is on screen in clip 4, can be
-named at 4 at the earliest, and has a delay of at least one second. What is said at 3 or before was said before a frame
-of it had arrived: that is *early*, and no delay is computed. `naming` says which word names an event.
+arrivals of clips i and i+1. It counts as said when clip i arrives. So an event at second 3 is on screen in clip 4, can
+be named at 4 at the earliest, and has a delay of at least one second. What is said at 3 or before was said before a
+frame of it had arrived: that is *early*, and no delay is computed. `naming` says which word names an event.
 
 **Timeliness-F1** follows SPOT-Bench (Chatterjee et al. 2026, "Don't Pause! Every prediction matters in a streaming
 video", arXiv 2604.24317), as its public code computes it (github.com/dibschat/SPOT-Bench, evals/metrics.py, scorer.py
 and config.py at commit 035eea2, read; the paper was not available). A response at τ to an event at t has the timeliness
-T(τ) = 1 for |τ - t| ≤ OFFSET, exp(-(t - OFFSET - τ)² / 2σ²) before that, with σ = SIGMA_EARLY, and
-exp(-(τ - t - OFFSET)² / 2σ²) after it, with σ = SIGMA_LATE. The responses, in order, are matched with every event for
-which T ≥ THRESHOLD and the meaning is right; an event takes at most OCCUPANCY of them. With TP the number of events with
-a response, TPw the sum of their best T, FN the events without one, and FP the responses that match no event, all over
-all videos: P = TPw / (TP + FP), R = TPw / (TP + FN), F1 = 2PR / (P + R). The constants are those of its detection of
-action boundaries (ABD) and of its question answering (SQA). What differs here: its judge, an LLM for most of its tasks,
-is replaced by `naming`; a response is a sentence of the caption, and its time is that of the word that names the event,
-as sentences are written over several slots. So values can be compared with each other, not with its leaderboard.
+T(τ) = 1 for |τ - t| ≤ OFFSET, exp(-(t - OFFSET - τ)² / 2σ²) before that, with σ = SIGMA_EARLY, and exp(-(τ - t -
+OFFSET)² / 2σ²) after it, with σ = SIGMA_LATE. The responses, in order, are matched with every event for which T ≥
+THRESHOLD and the meaning is right; an event takes at most OCCUPANCY of them. With TP the number of events with a
+response, TPw the sum of their best T, FN the events without one, and FP the responses that match no event, all over all
+videos: P = TPw / (TP + FP), R = TPw / (TP + FN), F1 = 2PR / (P + R). The constants are those of its detection of action
+boundaries (ABD) and of its question answering (SQA). What differs here: its judge, an LLM for most of its tasks, is
+replaced by `naming`; a response is a sentence of the caption, and its time is that of the word that names the event, as
+sentences are written over several slots. So values can be compared with each other, not with its leaderboard.
 
 **PAUC** follows ProactiveVideoQA (Wang et al. 2025, arXiv 2507.09313, equation 1 and section 3.1; its scripts were not
 available). Of the replies at τ_1 < … < τ_P within the reply span (start, end) of an event, the score s_p in [0, S] says
-how well those up to p, together, tell what happened. Before the first it is 0.5. Times are moved toward the start by
-ω: τ' = start + (1 - ω)(τ - start). Then
-PAUC = [(τ'_1 - start) 0.5 + Σ_{p<P} (τ'_{p+1} - τ'_p) s_p + (end - τ'_P) s_P] / [(end - start) S],
+how well those up to p, together, tell what happened. Before the first it is 0.5. Times are moved toward the start by ω:
+τ' = start + (1 - ω)(τ - start). Then
+
+    PAUC = [(τ'_1 - start) 0.5 + Σ_{p<P} (τ'_{p+1} - τ'_p) s_p + (end - τ'_P) s_P] / [(end - start) S],
+
 with S = 2 and ω = 0.5 as recommended there; without a reply it is 0.5 / S. It is averaged over the events of a video,
 then over the videos. What differs here: the score, by an LLM there, is 2 if `naming` finds the event in one of the
 sentences, 1 if one of them has at least half of the key words that are needed, else 0. A span is at least REPLY seconds
@@ -97,10 +99,10 @@ def check_events(video_id: str, events: Sequence[Event], clips: int, seconds: fl
 
 def measure(row: Mapping, events: Sequence[Event], decode: Callable[[list[int]], str]) -> Timing:
     """The timeliness of a row of a result file, for a video with `events` (at least one). `decode` is as for
-    `lag.measure`. Raises ValueError, with the reason, for a row without slots, another tokenizer, and an event after the
-    end of the video."""
+    `lag.measure`. Raises ValueError, with the reason, for a row without slots, another tokenizer, and an event after
+    the end of the video."""
     pieces = lag.decode_pieces(row, decode)
-    seconds, clips = float(row.get("seconds_per_clip", 1.0)), row["clips"]
+    seconds, clips = clip_seconds(row), row["clips"]
     check_events(row["video_id"], events, clips, seconds)
     events = sorted(events, key=lambda event: event.time)
     spoken = Spoken(spoken_words(row["result"], pieces, row["slots"]))
@@ -113,6 +115,14 @@ def measure(row: Mapping, events: Sequence[Event], decode: Callable[[list[int]],
     quiet_words = sum(word.slot in quiet for word in spoken.words)
     named = [Named(event, said) for event, said in zip(events, words, strict=True)]
     return Timing(named, best, unmatched, fmean(paucs), len(quiet), quiet_words, seconds)
+
+
+def clip_seconds(row: Mapping) -> float:
+    """Seconds per clip of a row, 1 unless it says otherwise. Raises ValueError for other than a positive number."""
+    value = row.get("seconds_per_clip", 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"the row of video {row['video_id']} has seconds_per_clip {str(value)[:40]!r}")
+    return float(value)
 
 
 def naming_times(spoken: Spoken, event: Event, seconds: float) -> list[float | None]:
@@ -165,11 +175,11 @@ def pauc_of(spoken: Spoken, event: Event, times: Sequence[float | None], ends: S
     return area(replies, event.time, end)
 
 
-def area(replies: Sequence[tuple[float, float]], start: float, end: float) -> float:
+def area(replies: Sequence[tuple[float, float]], start: float, end: float, omega: float = OMEGA) -> float:
     """PAUC: the share of the largest area that is below the scores of `replies`, (time, score) in order of time."""
     total, since, score = 0.0, start, NOTHING
     for time, after in replies:
-        moved = start + (1 - OMEGA) * (time - start)
+        moved = start + (1 - omega) * (time - start)
         total += (moved - since) * score
         since, score = moved, after
     return (total + (end - since) * score) / ((end - start) * BEST)

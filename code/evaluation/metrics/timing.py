@@ -20,17 +20,24 @@ from metrics.timeliness import WITHIN, Timing, measure, summarize
 POINTS = "timeliness.jsonl"
 NAMES = {
     "events": "events",
-    "delay_median": "delay, median",
-    "delay_95": "delay, 95%",
-    **{f"within_{limit}": f"within {limit} s" for limit in WITHIN},
+    "delay_median": "delay",
+    "delay_95": "95%",
+    **{f"within_{limit}": f"≤ {limit} s" for limit in WITHIN},
     "never": "never",
     "early": "early",
     "TF1": "T-F1",
     "PAUC": "PAUC",
-    "words_per_quiet_second": "words/s in quiet",
+    "words_per_quiet_second": "quiet words/s",
 }
 """The values of `summarize` that are shown, and the heads of their columns."""
-UNITS = {"delay_median": "s", "delay_95": "s", **{f"within_{limit}": "%" for limit in WITHIN}, "never": "%", "early": "%"}
+ABOUT = (
+    "A word of slot i counts as said when clip i has arrived. The delay (median and 95th percentile, in seconds) is "
+    "from an event to the word that names it, over the events that were named after they began. The shares of events "
+    "named within 1, 2 and 3 s, never, and early, only before a frame of them had arrived, are in percent of all "
+    "events. T-F1 (SPOT-Bench) and PAUC (ProactiveVideoQA), times 100, follow their definitions with key words in "
+    "place of a judge, so they are not comparable with published values. Quiet words/s are written where nothing has "
+    "begun for 3 s."
+)
 
 
 def times_of(
@@ -89,8 +96,9 @@ def describe(found: Mapping) -> str:
     if "delay_median" in found:
         delays = f"delay {found['delay_median']:.1f} s (median), {found['delay_95']:.1f} s (95%)"
     within = ", ".join(f"{found[f'within_{limit}']:.1f}% within {limit} s" for limit in WITHIN)
+    events, videos = (f"{found[f'{what}s']} {what}{'s' * (found[f'{what}s'] != 1)}" for what in ("event", "video"))
     text = (
-        f"{found['events']} events in {found['videos']} videos: {delays}; {within}\n"
+        f"{events} in {videos}: {delays}; {within}\n"
         f"never named {found['never']:.1f}%, only before they began {found['early']:.1f}%; "
         f"Timeliness-F1 {found['TF1']:.1f}, PAUC {found['PAUC']:.1f}"
     )

@@ -19,6 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from metrics import timing
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_path
@@ -44,13 +45,6 @@ PAGE = Path(__file__).with_name("page")
 ABOUT_RANDOM = (
     "Checkpoints trained with one schedule and evaluated with another: a random schedule writes 1 to 2K-1 tokens per "
     "slot, K on average. Offline variants write the caption after the video, so schedules do not affect them."
-)
-ABOUT_TIMELINESS = (
-    "A word of slot i counts as said when clip i has arrived. The delay is from an event to the word that names it, over "
-    "the events that were named after they began; all shares are of all events. Early events were only named before a "
-    "frame of them had arrived. T-F1 (SPOT-Bench) and PAUC (ProactiveVideoQA) are by their definitions, with key words in "
-    "place of a judge, so they are not comparable with published values. A moment is quiet if nothing has begun for 3 s. "
-    "Delays in seconds, shares in percent, T-F1 and PAUC times 100."
 )
 
 
@@ -126,7 +120,7 @@ def make_page(results: Sequence[Result], made: list[dict], videos: list, chosen:
         summary=summarize(results),
         sections=made,
         about_random=ABOUT_RANDOM,
-        about_timeliness=ABOUT_TIMELINESS,
+        about_timeliness=timing.ABOUT,
         videos=videos,
         about_gallery=f"The videos are {how}. Each frame is the last one that has arrived when a slot starts; words "
         "written in this slot are highlighted. Reference captions describe the whole video.",
@@ -149,7 +143,7 @@ def make_markdown(results: Sequence[Result], made: list[dict]) -> str:
         if section["subtasks"]:
             parts += [f"### {section['subtasks'].title}", markdown_table(section["subtasks"])]
         if section["timeliness"]:
-            parts += [f"### {section['timeliness'].title}", ABOUT_TIMELINESS, markdown_table(section["timeliness"])]
+            parts += [f"### {section['timeliness'].title}", timing.ABOUT, markdown_table(section["timeliness"])]
         if section["schedules"]:
             parts += [f"### {section['schedules'].title}", ABOUT_RANDOM, markdown_table(section["schedules"])]
     heads, *rows = runs_table(results)

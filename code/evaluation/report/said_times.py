@@ -22,8 +22,10 @@ from report.loading import Result
 Points = Sequence[tuple[float, float | None]]
 """(time, said) of each event, in seconds; `said` is None if it was never named."""
 
-SIDE, LEFT, RIGHT, TOP, BOTTOM = 260, 40, 8, 26, 40
+SIDE, LEFT, RIGHT, TOP, BOTTOM = 260, 42, 8, 26, 40
 """Of a panel's plot, in units of the SVG, and the space around it."""
+INSET = 8
+"""How far the zero of both axes is from the edge of the plot, so that points there do not cover the labels."""
 BINS = 60
 """Places along an axis: events closer than that are one point."""
 LARGEST, SMALLEST = 9.0, 1.8
@@ -100,11 +102,6 @@ def moved(time: float, said: float | None, width: float) -> float:
     return max(nearest, said) if said <= time else min(nearest, math.nextafter(said, 0))
 
 
-def longest_of(every: Sequence[Points]) -> float:
-    """The end of both axes of all panels, in seconds."""
-    return max([1.0, *(value for points in every for point in points for value in point if value is not None)])
-
-
 def radius(count: int, most: int) -> float:
     return max(SMALLEST, LARGEST * math.sqrt(count / max(most, 8)))
 
@@ -113,22 +110,32 @@ def said_panels(results: Sequence[Result], names: Sequence[str]) -> list[SaidPan
     """A panel for each result with timeliness, with its name. Raises InputError for unreadable events."""
     shown = [(name, result) for name, result in zip(names, results, strict=True) if "events" in result.timeliness]
     every = [read_points(result.path) for _, result in shown]
-    every = [points for points in every if points]
-    return [said_panel(name, points, longest_of(every)) for (name, _), points in zip(shown, every, strict=True)]
+    ticks = ticks_of(every)
+    placed = [places_of(points, ticks[-1]) for points in every]
+    most = largest_count(placed)
+    return [said_panel(name, places, ticks, most) for (name, _), places in zip(shown, placed, strict=True)]
 
 
-def said_panel(title: str, points: Points, longest: float) -> SaidPanel:
-    ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True).tick_values(0, longest)
-    end = float(ticks[-1])
+def ticks_of(every: Sequence[Points]) -> list[float]:
+    """The ticks of both axes of all panels, in seconds."""
+    longest = max([1.0, *(value for points in every for point in points for value in point if value is not None)])
+    return [float(tick) for tick in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True).tick_values(0, longest)]
+
+
+def largest_count(panels: Sequence[Sequence[Place]]) -> int:
+    """Of all panels: equal points are equally many events."""
+    return max((place.count for places in panels for place in places), default=1)
+
+
+def said_panel(title: str, places: Sequence[Place], ticks: Sequence[float], most: int) -> SaidPanel:
+    end = ticks[-1]
 
     def x(time: float) -> float:
-        return round(LEFT + SIDE * time / end, 1)
+        return round(LEFT + INSET + (SIDE - INSET) * time / end, 1)
 
     def y(said: float | None) -> float:
-        return round(TOP - NEVER if said is None else TOP + SIDE * (1 - said / end), 1)
+        return round(TOP - NEVER if said is None else TOP + (SIDE - INSET) * (1 - said / end), 1)
 
-    places = places_of(points, end)
-    most = max(place.count for place in places)
     drawn = [
         Point(x(place.time), y(place.said), round(radius(place.count, most), 1), place.kind, place.title)
         for place in places
@@ -142,17 +149,18 @@ def draw_picture(files: Sequence[tuple[str, Path]], path: Path) -> None:
     """Draw the panels of `files`, (title, result file), side by side as a PNG file. Raises InputError for unreadable
     events, and if the file cannot be written."""
     every = [read_points(file) for _, file in files]
-    end = float(MaxNLocator(6, integer=True).tick_values(0, longest_of(every))[-1])
+    ticks = ticks_of(every)
+    end = ticks[-1]
+    placed = [places_of(points, end) for points in every]
+    most = largest_count(placed)
     columns = min(len(files), 3)
     rows = -(-len(files) // columns)
     figure = Figure(figsize=(max(4.6, 3.1 * columns), 3.5 * rows + 0.3), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     colours = {"named": LATE, "early": EARLY, "never": NEVER_COLOUR}
     texts = {"named": "named after it began", "early": "named before", "never": "never named"}
-    never = end * 1.06
-    for axis, (title, _), points in zip(axes.flat, files, every, strict=False):
-        places = places_of(points, end)
-        most = max((place.count for place in places), default=1)
+    never, margin = 1.06 * end, 0.03 * end
+    for axis, (title, _), points, places in zip(axes.flat, files, every, placed, strict=False):
         for kind, colour in colours.items():
             mine = [place for place in places if place.kind == kind]
             if not mine:
@@ -168,9 +176,10 @@ def draw_picture(files: Sequence[tuple[str, Path]], path: Path) -> None:
                 zorder=3,
             )
         axis.plot([0, end], [0, end], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axis.text(-0.05 * end, never, "never", ha="right", va="center", fontsize=8.5, color=INK)
         share = 100 * np.mean([said is not None and 0 < said - time <= 3 for time, said in points])
         axis.set_title(f"{title}\n{share:.0f}% named within 3 s", fontsize=9.5, color=INK, pad=16)
-        axis.set(xlim=(0, end), ylim=(0, end), aspect="equal")
+        axis.set(xlim=(-margin, end), ylim=(-margin, end), xticks=ticks, yticks=ticks, aspect="equal")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=INK, labelsize=8.5)
         axis.grid(color="#EBEBEB", linewidth=0.7)
