@@ -207,7 +207,8 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
         ):
             now = time.perf_counter()
             text = processor.tokenizer.decode(caption.tokens, skip_special_tokens=True).strip()
-            captioned.append(make_row(rows[job.key], text, caption, plan.variant, now - start))
+            clip = job.layout.steps_per_clip / videos.tokens_per_second
+            captioned.append(make_row(rows[job.key], text, caption, plan.variant, now - start, clip))
             start = now
             on_done()
 
@@ -227,8 +228,9 @@ def start_decoder(worker: int, parent: int) -> None:
     logging.getLogger().setLevel(logging.WARNING)
 
 
-def make_row(row: dict, text: str, caption: Caption, variant: Variant, seconds: float) -> Row:
-    """A row of the result file."""
+def make_row(row: dict, text: str, caption: Caption, variant: Variant, seconds: float, clip: float) -> Row:
+    """A row of the result file. `clip` is the duration of a clip of the video in seconds; it is in the row if it is not
+    1, which it is for a video of less than 2 frames a second."""
     return {
         "video_id": row["video_id"],
         "annotation": row["annotation"],
@@ -240,5 +242,6 @@ def make_row(row: dict, text: str, caption: Caption, variant: Variant, seconds: 
         "slots": caption.slots,
         "clips": len(caption.schedule),
         "seconds": round(seconds, 4),
+        **({} if clip == 1 else {"seconds_per_clip": clip}),
         **({"segments": row["segments"]} if "segments" in row else {}),
     }
