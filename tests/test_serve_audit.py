@@ -335,6 +335,7 @@ def test_a_source_that_fails_is_reported_once_without_its_address(server, caplog
 
 
 def test_a_lost_model_ends_the_wait_for_a_source_of_the_server(server, monkeypatch):
+    monkeypatch.setattr(server.server.workers[0], "given_up", True)
     monkeypatch.setattr(server.server.workers[0], "lost", True)
 
     async def run():
@@ -466,7 +467,7 @@ def test_ctrl_c_while_models_load_reaches_only_the_server(monkeypatch):
     context = SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=lambda **_: process)
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: context)
     before = signal.getsignal(signal.SIGINT)
-    workers.Worker(None)
+    workers.Worker(SimpleNamespace(clip_bytes=4096))
     assert found == [[signal.SIG_IGN] * 2] and signal.getsignal(signal.SIGINT) == before
 
 

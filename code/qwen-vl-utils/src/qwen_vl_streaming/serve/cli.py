@@ -73,7 +73,7 @@ async def serve(server: Server, listener: socket.socket) -> int:
     status = 0
     while not stop.is_set() and not running.done():
         await asyncio.wait([running, stopped], timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-        if all(worker.lost for worker in server.workers):
+        if all(worker.given_up for worker in server.workers):
             logger.error("all models are lost: the server ends")
             status = 1
             break

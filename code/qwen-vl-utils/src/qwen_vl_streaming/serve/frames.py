@@ -100,18 +100,20 @@ def encode_picture(frame: Tensor) -> bytes:
 class PreparedClip:
     """A clip as a model takes it."""
 
-    raw: bytes
+    pixels: Tensor
     """(patches, pixels of a patch) in the model's dtype."""
-    shape: tuple[int, int]
     hash: str
     """`clip_hash` of the same pixels in float32."""
+
+    @classmethod
+    def of(cls, pixels: Tensor, dtype: torch.dtype) -> "PreparedClip":
+        """Of `pixels` in float32."""
+        return cls(pixels.to(dtype), clip_hash(pixels))
 
 
 def prepare_clip(processor, frames: Tensor, dtype: torch.dtype) -> PreparedClip:
     """Prepare the frames of one clip, (2, 3, H, W) uint8."""
-    pixels = clip_pixels(processor, frames)[0][0]
-    raw = pixels.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
-    return PreparedClip(raw, (pixels.shape[0], pixels.shape[1]), clip_hash(pixels))
+    return PreparedClip.of(clip_pixels(processor, frames)[0][0], dtype)
 
 
 class ClipBuilder:

@@ -133,7 +133,8 @@ class Response:
             message = f"model {self.model.name} ran out of memory: this session has ended"
             self.send({"type": "error", "error": {"code": how, "message": message, "event_id": None}})
         elif status == "failed":
-            message = f"model {self.model.name} has failed: this session has ended"
+            what = "was lost, and is started again" if how == "lost" else "has failed"
+            message = f"model {self.model.name} {what}: this session has ended"
             self.send({"type": "error", "error": {"code": "failed", "message": message, "event_id": None}})
         misses = figures["missed_deadlines"] if figures else self.misses
         ages = sorted(self.ages)
