@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from media import make_video
-from PIL import Image
+from PIL import Image, ImageOps
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.redact import Redacting
 from qwen_vl_streaming.serve import guards, workers
@@ -277,6 +277,28 @@ def test_grey_pictures_of_16_bits_are_not_shown_as_white():
     grey = Image.fromarray(np.full((56, 84), 1000, np.uint16))  # nearly black
     with pytest.raises(BadFrame, match="send 8 bits"):
         decode_picture(encoded(grey, "png"), "png", 2560 * 1600, (56, 84))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_turned_upright_as_their_exif_says(orientation):
+    exif = Image.Exif()
+    exif[0x10F], exif[0x112] = "a camera", orientation
+    pale = Image.fromarray(np.kron(np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40, np.ones((28, 28, 3), np.uint8)))
+    data = encoded(pale, "jpeg", exif=exif, quality=100)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    found = decode_picture(data, "jpeg", 10**6, (upright.height, upright.width))
+    assert found.permute(1, 2, 0).numpy().tolist() == np.array(upright).tolist()
+
+
+def test_hostile_metadata_costs_nothing_and_logs_nothing(recwarn):
+    """Pillow parses them with warnings for each tag."""
+    tags = b"".join(struct.pack("<HHII", 0x9000 + number, 5, 2000, 8) for number in range(5400))
+    tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", 5400) + tags
+    for kind, start in ((b"\xe1", b"Exif\0\0"), (b"\xe2", b"MPF\0"), (b"\xe1", b"Exif\0\0II*\0\xff\xff\xff\xff")):
+        part = start + tiff
+        data = JPEG[:2] + b"\xff" + kind + struct.pack(">H", len(part) + 2) + part + JPEG[2:]
+        assert torch.equal(*(decode_picture(each, "jpeg", 10**6, (56, 84)) for each in (data, JPEG)))
+    assert not recwarn.list
 
 
 def test_pictures_of_all_common_kinds_are_decoded():

@@ -116,6 +116,7 @@ def test_a_killed_model_starts_again_and_then_sigterm(command, checkpoint):
             assert (await other.until("session.queued"))["place"] == 1
             for number in itertools.count(3):  # the other model's session goes on
                 await one.frame(number / 2)
+                await one.until("input_video_frame.acknowledged")
                 await asyncio.sleep(0.5)
                 if condition() == "ok":
                     break
