@@ -85,8 +85,8 @@ def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, in
 
 
 def without_metadata(data: bytes) -> tuple[bytes, Image.Transpose | None]:
-    """The JPEG in `data` without EXIF, profiles and comments, which Pillow would parse in Python, with warnings; and how
-    to turn it upright. Empty if `data` is not a JPEG whose first scan follows after at most MOST_PARTS segments."""
+    """The JPEG in `data` without EXIF, profiles and comments, which Pillow would parse in Python, and how to turn
+    it upright. Empty if `data` is not a JPEG whose first scan follows after at most MOST_PARTS segments."""
     position, kept, turn = 2, [data[:2]], None
     for _ in range(MOST_PARTS):
         marker, size = data[position : position + 2], int.from_bytes(data[position + 2 : position + 4], "big")
