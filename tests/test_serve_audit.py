@@ -21,7 +21,9 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.redact import Redacting
 from qwen_vl_streaming.serve import guards, workers
 from qwen_vl_streaming.serve.frames import BadFrame, decode_picture
+from qwen_vl_streaming.serve.metrics import Metrics
 from qwen_vl_streaming.serve.options import parse
+from qwen_vl_streaming.serve.response import Response
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.slot_scheduler import SlotScheduler
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -404,6 +406,19 @@ def test_a_session_that_fails_names_its_record(server, monkeypatch):
     record = read_record(server.record(drive(run)))
     assert record.end == "failed: CUDA out of memory" and len(record.arrived) == 1
     settled(server)
+
+
+def test_what_is_left_of_a_text_has_the_age_of_its_token():
+    """Without the capture time of its frame, the page would show it as late by the length of the video."""
+    sent: list[dict] = []
+    model = SimpleNamespace(name="group", decode=lambda ids: "\ufffd")  # a character that is never complete
+    response = Response(model, None, lambda clip: (10.0 + clip, clip - 0.5), sent.append, Metrics(), None)
+    response.sent_clips = 3
+    response.token(7, 2, 12.3)
+    response.done("completed", None, False)
+    deltas = [message for message in sent if message["type"] == "response.output_text.delta"]
+    assert [delta["delta"] for delta in deltas] == ["", "\ufffd"]
+    assert [(delta["capture_time"], delta["age_ms"]) for delta in deltas] == [(1.5, 300.0)] * 2
 
 
 def test_other_sessions_change_no_token(server):
