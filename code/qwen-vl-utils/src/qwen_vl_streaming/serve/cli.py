@@ -3,7 +3,8 @@
     python -m qwen_vl_streaming.serve --model DIR [--model NAME=DIR ...] [--source NAME=SOURCE ...]
 
 Then open http://127.0.0.1:8000. docs/serving.md has the protocol, the limits and how to reach it from elsewhere. On
-Ctrl-C or SIGTERM, every session ends with its record. Exit status: 0 then; 2 for user errors; 1 if all models are lost.
+Ctrl-C or SIGTERM, every session ends with its record. Exit status: 0 then; 2 for user errors; 1 if all models are lost
+for good.
 """
 
 import asyncio
