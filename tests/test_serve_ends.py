@@ -1,19 +1,24 @@
 """How the server ends and what it survives: signals, lost processes, out of memory, bad commands, random clients."""
 
 import asyncio
+import gc
 import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +32,7 @@ from qwen_vl_streaming.serve.admission import Admission, Ticket
 from qwen_vl_streaming.serve.catalog import load_catalog
 from qwen_vl_streaming.serve.frames import decode_picture, prepare_clip
 from qwen_vl_streaming.serve.options import TOKEN_VARIABLE, bind, parse
+from qwen_vl_streaming.serve.pixel_buffers import PixelBuffers
 from qwen_vl_streaming.serve.workers import Worker
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.session_pool import SessionPool
@@ -177,6 +183,30 @@ def test_a_model_that_is_lost_too_often_is_not_started_again(monkeypatch, caplog
     drive(run)
     assert len(starts) == 1 + workers.RESTARTS and ended == [None]
     assert "model group was lost 4 times within 10 minutes, and is not started again" in caplog.text
+
+
+def test_clips_cross_in_a_few_buffers_of_memory_that_has_no_name():
+    """When none is free the writer waits; when the reader has ended it learns that, and the memory is freed."""
+    writer = PixelBuffers(24, count=2)
+    reader = pickle.loads(ForkingPickler.dumps(writer))
+    writer.handed_over()
+    clips = [torch.arange(6.0).view(2, 3) + number for number in range(3)]
+    numbers = [writer.write(clip) for clip in clips[:2]]
+    late = threading.Thread(target=lambda write=writer.write: numbers.append(write(clips[2])))
+    late.start()
+    late.join(0.1)
+    assert late.is_alive()
+    found = [reader.read(numbers[0], (2, 3), torch.float32, pinned=False)]
+    late.join(SECONDS)
+    found += [reader.read(number, (2, 3), torch.float32, pinned=False) for number in numbers[1:]]
+    assert [*map(torch.equal, found, clips)] == [True] * 3
+    reader.free.close()
+    with pytest.raises(EOFError):
+        for _ in range(3):
+            writer.write(clips[0])
+    del reader, writer, late
+    gc.collect()
+    assert "memfd:clips" not in Path("/proc/self/maps").read_text()
 
 
 def test_a_server_without_models_ends(flags, caplog):
