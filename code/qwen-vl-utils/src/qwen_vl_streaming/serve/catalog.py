@@ -20,6 +20,7 @@ from .model_process import ModelSpec
 from .options import Settings, budget_of
 
 FPS = 2.0
+CHANNELS = 3
 COMMON = ((720, 1280), (480, 640), (1280, 720))
 """Heights and widths of common sources."""
 SCHEDULES = ("wait-1", "wait-2", "wait-3", "wait-5", GREEDY)
@@ -79,6 +80,7 @@ class ServedModel:
         common = tuple(self.layout(template, self.budget.size(*size, frames=0)) for size in COMMON)
         widest = max(common, key=lambda layout: layout.tokens_per_clip)
         share = min(self.budget.max_pixels_per_frame, self.budget.max_pixels_per_video // FRAMES_PER_CLIP)
+        clip_tokens = max(widest.tokens_per_clip, share // SIDE_FACTOR**2)
         return ModelSpec(
             name=self.name,
             path=self.path,
@@ -92,7 +94,8 @@ class ServedModel:
             tokens_after_end=settings.max_new_tokens,
             template=template,
             largest=replace(widest, prompt=widest.prompt + settings.limits.question_tokens),
-            clip_tokens=max(widest.tokens_per_clip, share // SIDE_FACTOR**2),
+            clip_tokens=clip_tokens,
+            clip_bytes=clip_tokens * SIDE_FACTOR**2 * FRAMES_PER_CLIP * CHANNELS * settings.dtype.itemsize,
             common=common,
         )
 

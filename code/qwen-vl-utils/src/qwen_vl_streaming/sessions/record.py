@@ -191,5 +191,5 @@ def clip_hash(clip: Tensor) -> str:
     """SHA-256 of a clip as it was fed, with its shape and dtype."""
     raw = clip.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(raw.shape)} {raw.dtype}".encode())
-    digest.update(raw.view(torch.uint8).numpy().tobytes())
+    digest.update(raw.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

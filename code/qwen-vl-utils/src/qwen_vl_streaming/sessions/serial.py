@@ -77,8 +77,13 @@ class SerialRounds:
         return runner
 
     def open(self) -> None:
-        """Feed the prompt."""
-        self.runner.prefill(self.batch_slot, StreamState.prompt(self.variant, self.template, self.layout, self.window))
+        """Feed the prompt: at once if the runner has one batch slot, else in the next steps, beside the chunks of other
+        sessions. A step for each prompt would delay many sessions that open together by seconds."""
+        prompt = StreamState.prompt(self.variant, self.template, self.layout, self.window)
+        if len(self.runner.all_slots) == 1:
+            self.runner.prefill(self.batch_slot, prompt)
+        else:
+            self.lead = prompt
 
     @property
     def idle(self) -> bool:
