@@ -3,6 +3,7 @@
 Independent of variants, positions, masks and training.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,10 @@ QUESTIONS = (
     "What is the scene and activity shown in this video?",
 )
 """Default questions. For a row without a question, training draws one of these at random; evaluation uses the last."""
+END_OF_SLOT = "<|box_end|>"
+"""Default end-of-slot token. It is one special token of Qwen2.5-VL's vocabulary, so that captions, which are tokenized
+without special tokens, never contain it. The chat template does not use it, and no program pads with it or stops at it.
+Other than `<|quad_end|>` or `<|fim_pad|>`, the published weights have seen it, in boxes around objects."""
 QUESTION_HERE = "\ue000"
 """A private-use character that marks the place of the question in the chat template."""
 
@@ -40,6 +45,9 @@ class Template:
     """The placeholder id for every visual token."""
     end: int
     """Ends a turn, and therefore an answer: `<|im_end|>`."""
+    end_of_slot: int | None = None
+    """Ends a slot before the last one, if the model was trained to decide when to speak. It is written and fed like any
+    other token of the answer, but is not part of the text, and the repetition penalty does not apply to it."""
 
     def layout(self, grid: tuple[int, int], steps_per_clip: float) -> Layout:
         return Layout(len(self.prompt), len(self.tail), len(self.header), grid, steps_per_clip)
@@ -67,10 +75,11 @@ def load_processor(path: str | Path):
     return processor
 
 
-def make_template(processor, question: str) -> Template:
-    """Returns the token ids around a video for `question`, in which text that looks like a special token stays text.
+def make_template(processor, question: str, end_of_slot: str | None = None) -> Template:
+    """Returns the token ids around a video for `question`, in which text that looks like a special token stays text,
+    and the id of the token `end_of_slot`, if the model has one.
 
-    Raises InputError if the chat template does not contain a question followed by a video.
+    Raises InputError if the chat template does not contain a question followed by a video, and as `token_id` does.
     """
     messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION_HERE}, {"type": "video"}]}]
     text = render(processor, messages)
@@ -100,7 +109,33 @@ def make_template(processor, question: str) -> Template:
         header=ids(after[end_of_tail:]),
         video=tokenizer.convert_tokens_to_ids(processor.video_token),
         end=tail[1],  # after <|vision_end|>, the tail ends the turn
+        end_of_slot=None if end_of_slot is None else token_id(processor, end_of_slot),
     )
+
+
+def token_id(processor, text: str) -> int:
+    """The id of `text`, which is to end slots. Raises InputError if it is not one token of the vocabulary, or one that
+    has another meaning in an answer or around it."""
+    tokenizer = processor.tokenizer
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) != 1 or tokenizer.decode(ids) != text:
+        raise InputError(
+            f"the end-of-slot token {text[:80]!r} is {len(ids)} tokens of this vocabulary, and must be one that it has: "
+            f"give another, such as {END_OF_SLOT}"
+        )
+    around = render(processor, [{"role": "user", "content": [{"type": "video"}]}])
+    used = {*tokenizer(around, add_special_tokens=False).input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if ids[0] in used:
+        raise InputError(
+            f"the end-of-slot token {text[:80]!r} is part of the chat template or ends a text: give another, such as "
+            f"{END_OF_SLOT}"
+        )
+    return ids[0]
+
+
+def spoken(tokens: Sequence[int], end_of_slot: int | None) -> list[int]:
+    """The tokens that are text: those of an answer without the end-of-slot tokens."""
+    return [token for token in tokens if token != end_of_slot]
 
 
 def answer_ids(processor, template: Template, caption: str) -> list[int]:
