@@ -3,14 +3,16 @@
 Independent of variants, positions, masks and training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoProcessor
 
 from ..common.errors import InputError
+from ..timeline.segments import join_segments, slot_tokens, token_times
 from ..timeline.timeline import Layout
 from .chat_template import render
 from .checks import check_processor
@@ -145,6 +147,35 @@ def answer_ids(processor, template: Template, caption: str) -> list[int]:
     if not tokens:
         raise InputError("the caption has no tokens: remove the sample")
     return [*tokens, template.end]
+
+
+def timed_answer(processor, segments: Sequence[Mapping[str, Any]], when: str = "end") -> tuple[list[int], list[float]]:
+    """Returns the tokens of the joined text of `segments`, without the end of the turn, and the time in seconds from
+    which each may be written, as `timeline.segments` describes. They are the tokens of `answer_ids` for that text.
+    Raises InputError if the text has no tokens."""
+    timed = join_segments(segments, when)
+    found = processor.tokenizer(
+        timed.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
+    if not found.input_ids:
+        raise InputError("the segments have no tokens: remove the sample")
+    return found.input_ids, token_times(timed, found.offset_mapping)
+
+
+def answer_slots(
+    processor,
+    template: Template,
+    segments: Sequence[Mapping[str, Any]],
+    arrivals: Sequence[float],
+    most: int,
+    when: str = "end",
+    end_of_slot: int | None = None,
+) -> list[list[int]]:
+    """Returns the answer's tokens of each slot, from a row's `segments` and the times in seconds at which the clips
+    arrive. The last slot ends with the end of the turn. See `timeline.segments.slot_tokens` for `most` and
+    `end_of_slot`, and `timeline.segments.WHEN` for `when`. Raises InputError if the text has no tokens."""
+    tokens, times = timed_answer(processor, segments, when)
+    return slot_tokens(tokens, times, arrivals, most, template.end, end_of_slot)
 
 
 def clip_pixels(processor, frames: Tensor) -> tuple[Tensor, tuple[int, int]]:
