@@ -31,7 +31,9 @@ def model():
 
 def deciding_case(draw: random.Random, variant, may_be_late: bool = False, clips: int | None = None):
     case = random_case(draw, variant, f"model-{draw.randint(1, 5)}", may_be_late)
-    case.template = replace(case.template, end_of_slot=END_OF_SLOT, end=-1 if draw.random() < 0.8 else case.template.end)
+    case.template = replace(
+        case.template, end_of_slot=END_OF_SLOT, end=-1 if draw.random() < 0.8 else case.template.end
+    )
     case.most = draw.randint(1, 30)
     if clips:
         case.pixels = torch.randn(clips, *case.pixels.shape[1:], generator=torch.Generator().manual_seed(1))
@@ -45,11 +47,14 @@ def reference(model, case, complete: bool = True, bare: bool = False):
     if not complete:  # the session was done before the last clip was known: add one that no token attends to
         visual = torch.cat([visual, torch.zeros_like(visual[:1])])
     schedule = ModelSchedule(len(visual) + bare, int(case.schedule.removeprefix("model-")))
-    return caption(Streams(model, case.variant, [case.template], [case.layout], bare=bare), [visual], [schedule], case.most)[0]
+    return caption(
+        Streams(model, case.variant, [case.template], [case.layout], bare=bare), [visual], [schedule], case.most
+    )[0]
 
 
 def test_all(model):
     from collections import Counter
+
     how = Counter()
     print("seed", SEED)
     for n in range(200):
@@ -58,7 +63,9 @@ def test_all(model):
         case = deciding_case(draw, variant, may_be_late=True)
         mode = draw.choice(["serial", "fused"]) if variant.parallel else "serial"
         print(n, variant.name, mode, case.schedule, case.steps, case.late)
-        with open_session(model, variant, case.template, case.layout, mode=mode, ahead=draw.choice([0, 1, 2]), **case.options) as s:
+        with open_session(
+            model, variant, case.template, case.layout, mode=mode, ahead=draw.choice([0, 1, 2]), **case.options
+        ) as s:
             play(s, case)
         plain = reference(model, case, s.scheduler.complete, s.scheduler.bare)
         mine = s.caption()
@@ -67,7 +74,10 @@ def test_all(model):
         most = int(case.schedule[6:])
         left = 0
         for slot, count in enumerate(mine.schedule[:-1]):
-            toks = mine.tokens[left:left+count]; left += count
-            how["silent" if count == 1 and toks == [END_OF_SLOT] else "token" if toks[-1:] == [END_OF_SLOT] else "bound"] += 1
+            toks = mine.tokens[left : left + count]
+            left += count
+            how[
+                "silent" if count == 1 and toks == [END_OF_SLOT] else "token" if toks[-1:] == [END_OF_SLOT] else "bound"
+            ] += 1
     print(how)
-    assert 0
+

@@ -26,9 +26,9 @@ QUESTIONS = (
 )
 """Default questions. For a row without a question, training draws one of these at random; evaluation uses the last."""
 END_OF_SLOT = "<|box_end|>"
-"""Default end-of-slot token. It is one special token of Qwen2.5-VL's vocabulary, so that captions, which are tokenized
-without special tokens, never contain it. The chat template does not use it, and no program pads with it or stops at it.
-Other than `<|quad_end|>` or `<|fim_pad|>`, the published weights have seen it, in boxes around objects."""
+"""Default end-of-slot token: one special token of Qwen2.5-VL's vocabulary. Captions are tokenized without special
+tokens, so that none contains it. The chat template does not use it, no program pads with it or stops at it, and
+Qwen2.5-VL writes boxes as JSON, without it."""
 QUESTION_HERE = "\ue000"
 """A private-use character that marks the place of the question in the chat template."""
 
@@ -141,12 +141,23 @@ def spoken(tokens: Sequence[int], end_of_slot: int | None) -> list[int]:
 
 
 def answer_ids(processor, template: Template, caption: str) -> list[int]:
-    """Returns the tokens of `caption` and the end of the turn. Raises InputError if the caption is empty."""
+    """Returns the tokens of `caption` and the end of the turn. Raises InputError if the caption is empty or contains
+    the end-of-slot token."""
     # With `split_special_tokens`, text that looks like a special token stays text.
     tokens = processor.tokenizer(caption.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
     if not tokens:
         raise InputError("the caption has no tokens: remove the sample")
+    check_answer(tokens, template.end_of_slot)
     return [*tokens, template.end]
+
+
+def check_answer(tokens: Sequence[int], end_of_slot: int | None) -> None:
+    """Raises InputError if the `tokens` of a caption contain the one that is to end slots."""
+    if end_of_slot in tokens:
+        raise InputError(
+            "the caption contains the end-of-slot token: remove the sample, or give another --end_of_slot, such as "
+            f"{END_OF_SLOT}"
+        )
 
 
 def timed_answer(processor, segments: Sequence[Mapping[str, Any]], when: str = "end") -> tuple[list[int], list[float]]:
@@ -173,8 +184,10 @@ def answer_slots(
 ) -> list[list[int]]:
     """Returns the answer's tokens of each slot, from a row's `segments` and the times in seconds at which the clips
     arrive. The last slot ends with the end of the turn. See `timeline.segments.slot_tokens` for `most` and
-    `end_of_slot`, and `timeline.segments.WHEN` for `when`. Raises InputError if the text has no tokens."""
+    `end_of_slot`, and `timeline.segments.WHEN` for `when`. Raises InputError if the text has no tokens or contains the
+    end-of-slot token."""
     tokens, times = timed_answer(processor, segments, when)
+    check_answer(tokens, end_of_slot)
     return slot_tokens(tokens, times, arrivals, most, template.end, end_of_slot)
 
 

@@ -36,7 +36,7 @@ class Response:
         self.id = secrets.token_urlsafe(12)
         self.model, self.worker, self.captured, self.send, self.metrics = model, worker, captured, send, metrics
         self.most = most
-        self.pieces, self.text = Pieces(model.decode), ""
+        self.pieces, self.text = Pieces(model.decode, model.end_of_slot_id), ""
         self.opened = now()
         self.sent_clips = self.slots = self.tokens = self.misses = 0
         self.ages: deque[float] = deque(maxlen=10_000)
@@ -81,6 +81,7 @@ class Response:
         newest_clip = min(slot, self.sent_clips)
         completed, capture_time = self.captured(newest_clip) or (time, None)
         age = time - completed
+        self.tokens += token != self.model.end_of_slot_id
         self._measure(slot, time, age)
         delta = self.pieces.add(token)
         self._say(delta, [token], slot, time, capture_time, age)
@@ -104,7 +105,6 @@ class Response:
 
     def _measure(self, slot: int, time: float, age: float) -> None:
         metrics, name = self.metrics, self.model.name
-        self.tokens += 1
         self.ages.append(age)
         metrics.tokens.labels(name).inc()
         metrics.age.labels(name).observe(max(0.0, age))

@@ -182,8 +182,9 @@ class SlotScheduler:
         """Lowers `max_new_tokens` so that at most `tokens` more are written, besides those due in slots before the last
         one: how far a session is behind does not shorten its answer."""
         before = 0 if self.total is None or self.greedy else sum(int(self.quota(slot)) for slot in range(1, self.total))
-        if self.most is not None:  # of the slots that are over, the tokens that they wrote
-            before += sum(count - self.most for count in self.counts[: -1 if not self.complete else self.total - 1])
+        if self.most is not None and self.total is not None:  # of the slots that are over, the tokens that they wrote
+            over = self.counts[: min(len(self.counts) - 1, self.total - 1)] if self.counts else []
+            before -= sum(self.most - count for count in over)
         self.max_new_tokens = max(1, min(self.max_new_tokens, max(self.requested_tokens, before) + tokens))
 
     def commit(self) -> bool:

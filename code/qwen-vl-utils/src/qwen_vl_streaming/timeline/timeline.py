@@ -138,6 +138,24 @@ def model_schedule_most(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def model_schedule_fault(
+    tokens: Sequence[int], counts: Sequence[int], most: int, end_of_slot: int | None, complete: bool = True
+) -> str | None:
+    """How slots of `counts` tokens differ from what a ModelSchedule with these `tokens` gives, or None. `complete`: the
+    last of `counts` is the last slot, which writes the rest."""
+    if end_of_slot is None:
+        return "there is no end-of-slot token"
+    done, answer = 0, len(tokens)
+    for slot, count in enumerate(counts[: len(counts) - complete], 1):
+        own, done = tokens[done : done + count], done + count
+        if count > most or end_of_slot in own[:-1]:
+            return f"slot {slot} goes on after its end"
+        # Only the end of the answer, or of what was recorded, can stop a slot before its end.
+        if done < answer and count < most and own[-1:] != [end_of_slot]:
+            return f"slot {slot} has ended before its end"
+    return None
+
+
 def make_schedule(text: str, variant: Variant, clips: int, seed: int | str = 0) -> Schedule:
     """The schedule that `text` names, for a video of `clips` clips.
 
