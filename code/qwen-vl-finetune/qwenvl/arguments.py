@@ -17,6 +17,7 @@ from .argument_checks import VALUE_ERRORS, check_parsed, check_values, check_zer
 from .device import choose_training_device
 
 ROOT = Path(__file__).resolve().parents[3]
+SCHEDULES = ("data", "wait")
 OUTPUT = Path(__file__).resolve().parents[1] / "output"
 
 
@@ -34,6 +35,20 @@ class ModelArguments:
         metadata={"help": "Allow continuing from a checkpoint of another variant or another position rule."},
     )
     wait_k: int = field(default=3, metadata={"help": "Answer tokens per clip in training (wait-K)."})
+    schedule: str = field(
+        default="data",
+        metadata={
+            "help": "When an answer is written. data: that of a row with `segments` as their times say, any other by "
+            "wait-K. wait: all by wait-K, with the human_caption if a row has both."
+        },
+    )
+    max_tokens_per_slot: int = field(
+        default=8,
+        metadata={
+            "help": "With the times of the data, the most answer tokens after a clip. What does not fit runs on after "
+            "the next clip."
+        },
+    )
     attention: str = field(
         default="auto",
         metadata={"help": "Attention of the language model: auto, sdpa, flex_attention, flash_attention_2."},
@@ -75,6 +90,10 @@ class ModelArguments:
         self.rules  # noqa: B018  raises for an unknown variant
         if self.wait_k < 1:
             raise InputError(f"--wait_k {self.wait_k}: must be at least 1")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"--schedule {self.schedule}: choose {' or '.join(SCHEDULES)}; --wait_k sets K of wait-K")
+        if self.max_tokens_per_slot < 1:
+            raise InputError(f"--max_tokens_per_slot {self.max_tokens_per_slot}: must be at least 1")
         if self.checkpoint_layers is not None and self.checkpoint_layers < 1:
             raise InputError(
                 f"--checkpoint_layers {self.checkpoint_layers}: must be at least 1; to recompute nothing give "
@@ -106,15 +125,21 @@ class ModelArguments:
                 raise InputError(
                     f"--lora_targets {target!r} is not a regular expression ({error}): correct it"
                 ) from error
-        make_schedule(self.schedule, self.rules, clips=1)
+        make_schedule(self.wait_schedule, self.rules, clips=1)
 
     @property
     def rules(self) -> Variant:
         return get_variant(self.variant)
 
     @property
-    def schedule(self) -> str:
+    def wait_schedule(self) -> str:
+        """The schedule of rows without times."""
         return f"wait-{self.wait_k}"
+
+    @property
+    def uses_times(self) -> bool:
+        """Whether the `segments` of a row decide when its answer is written."""
+        return self.schedule != "wait"
 
     def choose_attention(self, cuda: bool, packed: bool) -> str:
         """The attention implementation. `auto` is FlexAttention on a GPU where a mask is needed, for a parallel variant
@@ -136,7 +161,7 @@ class DataArguments:
         metadata={
             "help": "JSON Lines, as mani_data.py writes them, a Parquet file or pattern, a folder of "
             "Dataset.save_to_disk, or hf://datasets/OWNER/NAME[:SPLIT], with columns video_id, video_path, "
-            "human_caption and optionally question."
+            "human_caption or segments, and optionally question."
         },
     )
     video_root: str = field(

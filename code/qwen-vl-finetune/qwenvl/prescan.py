@@ -7,16 +7,18 @@ of all frames read. What no header shows is checked, by the same rules, when a s
 
 import math
 import os
+from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import av
 from accelerate.utils import gather_object
 from qwen_vl_streaming.common.data_rows import TOKENS_PER_SECOND
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
-from qwen_vl_streaming.model.prompts import answer_ids
 from qwen_vl_streaming.video.container import film_track, may_leap, open_film
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate, too_short
 from qwen_vl_streaming.video.index import index_video
@@ -24,6 +26,7 @@ from qwen_vl_streaming.video.index import index_video
 from .data import StreamingDataset
 
 FPS = 2.0  # the default of read_video
+SECONDS_PER_CLIP = FRAMES_PER_CLIP / FPS
 THREADS = 16  # more than cores: on network storage, reading a header is mostly waiting
 
 
@@ -63,13 +66,43 @@ class CaptionRates:
             setattr(self, name, getattr(self, name) + count)
 
     def __str__(self) -> str:
+        """One line, empty where no caption counts."""
         low, high = TOKENS_PER_SECOND
         total = self.within + self.fewer + self.more
+        if not total:
+            return ""
         text = f"captions: {self.within} of {total} have {low:g} to {high:g} tokens per second of video"
         if self.within == total:
             return text
         clips = f" ({self.below_clips} of them less than one per clip)" if self.below_clips else ""
         return f'{text}, {self.fewer} fewer{clips}, {self.more} more: see "Caption lengths" in docs/data.md'
+
+
+@dataclass
+class LateWords:
+    """How late the words of samples with times are written, because earlier text has filled the slots."""
+
+    seconds: Counter[float] = field(default_factory=Counter)
+    """Numbers of words by the seconds by which they are late, to a millisecond; 0 for those in time."""
+    most: int = 0
+    """The bound of a slot, in tokens."""
+
+    def add(self, late: Iterable[float]) -> None:
+        self.seconds.update(round(seconds, 3) for seconds in late)
+
+    def __str__(self) -> str:
+        """One line, empty where no words have times."""
+        words, late = self.seconds.total(), {seconds: n for seconds, n in sorted(self.seconds.items()) if seconds > 0}
+        if not late:
+            return f"times: each of {words:,} words is written in the first slot after its time" if words else ""
+        total = sum(late.values())
+        reached = dict(zip(late, accumulate(late.values()), strict=True))
+        median, high = (next(s for s, n in reached.items() if n >= share * total) for share in (0.5, 0.95))
+        return (
+            f"times: {total:,} of {words:,} words are late, since a slot has at most {self.most} tokens: by "
+            f'{median:.1f} s (median), {high:.1f} s (95%), {max(late):.1f} s (maximum): see "Captions with times" in '
+            "docs/data.md"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +112,9 @@ class Scan:
     bad: dict[int, str]
     """The bad samples by index, each with the reason."""
     captions: CaptionRates
+    """Of samples without times."""
+    late: LateWords
+    """Of samples with times."""
 
 
 def scan(
@@ -92,7 +128,14 @@ def scan(
     share = range(process, len(samples), processes)
     show = {"delay": 2, "disable": quiet or process > 0}
     bad: list[tuple[int, str]] = []
-    captions = CaptionRates()
+    captions, late = CaptionRates(), LateWords(most=samples.max_tokens_per_slot)
+
+    def count(index: int, tokens: int, seconds: float, clips: tuple[int, ...], seconds_per_clip: float) -> None:
+        if samples.segments(index) is None:
+            captions.add(tokens, seconds, min(clips))
+        elif samples.variant.streams:
+            late.add(samples.seconds_late(index, sorted(clips)[len(clips) // 2], seconds_per_clip))
+
     with ThreadPoolExecutor(THREADS) as pool:
         headers = zip(share, pool.map(partial(read_header, samples), share), strict=True)
         doubtful = []
@@ -101,34 +144,36 @@ def scan(
             if not header.clips or check_sample(samples, index, header, tokens, header.clips):
                 doubtful.append((index, header, tokens))
             else:
-                captions.add(tokens, header.seconds, min(header.clips))
+                count(index, tokens, header.seconds, header.clips, SECONDS_PER_CLIP)
         counts = pool.map(lambda doubt: count_clips(samples, doubt[0]), doubtful)
-        for (index, header, tokens), count in Progress(
+        for (index, header, tokens), found in Progress(
             zip(doubtful, counts, strict=True), "checking timestamps", **show
         ):
-            if isinstance(count, str):
-                reason = count
+            if isinstance(found, str):
+                reason = found
             else:
-                clips, seconds_per_clip, seconds = count
+                clips, seconds_per_clip, seconds = found
                 reason = check_sample(samples, index, header, tokens, clips, seconds_per_clip)
-                captions.add(tokens, seconds, *clips)
+                if not reason or samples.segments(index) is None:
+                    count(index, tokens, seconds, clips, seconds_per_clip)
             if reason:
                 bad.append((index, reason))
             if len(bad) > enough:
                 break
         pool.shutdown(cancel_futures=True)
-    found: dict[int, str] = {}
-    total = CaptionRates()
-    for some, rates in gather_object([(bad, captions)]):
-        found.update(some)
-        total.merge(rates)
-    return Scan(dict(sorted(found.items())), total)
+    all_bad: dict[int, str] = {}
+    rates, words = CaptionRates(), LateWords(most=samples.max_tokens_per_slot)
+    for some, some_rates, some_words in gather_object([(bad, captions, late)]):
+        all_bad.update(some)
+        rates.merge(some_rates)
+        words.seconds.update(some_words.seconds)
+    return Scan(dict(sorted(all_bad.items())), rates, words)
 
 
 def count_tokens(samples: StreamingDataset, index: int) -> int:
-    """The tokens of a caption without `<|im_end|>`, 0 where it has none."""
+    """The tokens of a caption without `<|im_end|>`, 0 where it has none or cannot be used."""
     try:
-        return len(answer_ids(samples.processor, samples.template(index), samples.rows[index]["human_caption"])) - 1
+        return samples.count_tokens(index) - 1
     except InputError:
         return 0
 
@@ -139,20 +184,17 @@ def check_sample(
     header: Header,
     tokens: int,
     clips: tuple[int, ...],
-    seconds_per_clip: float = FRAMES_PER_CLIP / FPS,
+    seconds_per_clip: float = SECONDS_PER_CLIP,
 ) -> str:
     """Why sample `index`, with a caption of `tokens` tokens, is bad with one of these numbers of `clips`; an empty
     string if it is not."""
-    template = samples.template(index)
     try:
         if not tokens:
-            raise InputError("the caption has no tokens: remove the sample")
+            samples.count_tokens(index)  # raises
         for count in clips if header.size else ():
             name = f"video {samples.path(index)}"
             height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * count, name)
-            samples.check(
-                count, (height // samples.side, width // samples.side), template, tokens + 1, seconds_per_clip
-            )
+            samples.check(index, count, (height // samples.side, width // samples.side), tokens + 1, seconds_per_clip)
     except InputError as error:
         return str(error)
     return ""

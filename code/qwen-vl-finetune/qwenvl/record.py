@@ -60,13 +60,14 @@ def describe_data(source: str, rows: int, held_out: int, excluded: list[int]) ->
     }
 
 
-def describe_run(model, data, training, rows: int, held_out: int, excluded: list[int]) -> dict:
-    """The facts that identify a run: its three groups of arguments, versions, and its data as in `describe_data`."""
+def describe_run(model, data, training, rows: int, held_out: int, excluded: list[int], timed: bool = False) -> dict:
+    """The facts that identify a run: its three groups of arguments, versions, and its data as in `describe_data`.
+    `timed`: the times of some rows decide when their answers are written."""
     zero = training.hf_deepspeed_config.config if training.deepspeed else None
     return {
         "variant": model.variant,
         "position_rule": RULE if model.rules.after_video else None,
-        "schedule": model.schedule,
+        "schedule": model.schedule if timed else model.wait_schedule,
         "world_size": training.world_size,
         "device": torch.cuda.get_device_name() if training.device.type == "cuda" else platform.processor() or "cpu",
         "zero_stage": zero and zero["zero_optimization"]["stage"],

@@ -166,7 +166,8 @@ def scan_data(samples: StreamingDataset, skipped: Skipped, training: SftArgument
     enough = max(1000, training.max_bad_share * len(samples))
     found = scan(samples, enough, training.process_index, training.world_size, training.disable_tqdm)
     if training.process_index == 0:
-        logger.info(found.captions)
+        for line in filter(None, (str(found.captions), str(found.late))):
+            logger.info(line)
     bad = found.bad
     rows = [samples.rows[index] for index in bad]
     reasons = [(str(row["video_id"]), reason) for row, reason in zip(rows, bad.values(), strict=True)]
@@ -217,7 +218,9 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         processor=load_matching_processor(checkpoint, config),
         tokens_per_second=config.vision_config.tokens_per_second,
         variant=variant,
-        schedule=model_arguments.schedule,
+        schedule=model_arguments.wait_schedule,
+        uses_times=model_arguments.uses_times,
+        max_tokens_per_slot=model_arguments.max_tokens_per_slot,
         budget=data_arguments.pixel_budget,
         max_length=data_arguments.max_length,
         seed=arguments.seed,
@@ -238,7 +241,8 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         skipped = Skipped(output, len(every_row), arguments.max_bad_share, is_main)
         started = finished or resume_from
         excluded = record.excluded if started else scan_data(all_samples, skipped, arguments)
-        facts = describe_run(model_arguments, data_arguments, arguments, len(every_row), len(held_out), excluded)
+        timed = any(map(all_samples.segments, range(len(every_row))))
+        facts = describe_run(model_arguments, data_arguments, arguments, len(every_row), len(held_out), excluded, timed)
         check_same_model(checkpoint, facts["model_sha256"], arguments.device)
         if started:
             record.check_same_run(facts)

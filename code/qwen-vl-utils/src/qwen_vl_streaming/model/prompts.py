@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from ..common.errors import InputError
-from ..timeline.segments import join_segments, slot_tokens, token_times
+from ..timeline.segments import TimedText, join_segments, slot_tokens, token_times, words_late
 from ..timeline.timeline import Layout
 from .chat_template import render
 from .checks import check_processor
@@ -122,8 +122,8 @@ def token_id(processor, text: str) -> int:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) != 1 or tokenizer.decode(ids) != text:
         raise InputError(
-            f"the end-of-slot token {text[:80]!r} is {len(ids)} tokens of this vocabulary, and must be one that it has: "
-            f"give another, such as {END_OF_SLOT}"
+            f"the end-of-slot token {text[:80]!r} is not one token of the vocabulary, but {len(ids)}: give another, "
+            f"such as {END_OF_SLOT}"
         )
     around = render(processor, [{"role": "user", "content": [{"type": "video"}]}])
     used = {*tokenizer(around, add_special_tokens=False).input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -164,13 +164,8 @@ def timed_answer(processor, segments: Sequence[Mapping[str, Any]], when: str = "
     """Returns the tokens of the joined text of `segments`, without the end of the turn, and the time in seconds from
     which each may be written, as `timeline.segments` describes. They are the tokens of `answer_ids` for that text.
     Raises InputError if the text has no tokens."""
-    timed = join_segments(segments, when)
-    found = processor.tokenizer(
-        timed.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-    )
-    if not found.input_ids:
-        raise InputError("the segments have no tokens: remove the sample")
-    return found.input_ids, token_times(timed, found.offset_mapping)
+    timed, tokens, offsets = _tokenize_segments(processor, segments, when)
+    return tokens, token_times(timed, offsets)
 
 
 def answer_slots(
@@ -184,11 +179,32 @@ def answer_slots(
 ) -> list[list[int]]:
     """Returns the answer's tokens of each slot, from a row's `segments` and the times in seconds at which the clips
     arrive. The last slot ends with the end of the turn. See `timeline.segments.slot_tokens` for `most` and
-    `end_of_slot`, and `timeline.segments.WHEN` for `when`. Raises InputError if the text has no tokens or contains the
-    end-of-slot token."""
+    `end_of_slot`, and `common.data_rows.SEGMENT_TIMES` for `when`. Raises InputError if the text has no tokens or
+    contains the end-of-slot token."""
     tokens, times = timed_answer(processor, segments, when)
     check_answer(tokens, end_of_slot)
     return slot_tokens(tokens, times, arrivals, most, template.end, end_of_slot)
+
+
+def seconds_late(
+    processor, segments: Sequence[Mapping[str, Any]], arrivals: Sequence[float], most: int, when: str = "end"
+) -> list[float]:
+    """Returns by how many seconds `answer_slots` writes each word late because earlier text has filled the slots."""
+    timed, _, offsets = _tokenize_segments(processor, segments, when)
+    return words_late(timed, offsets, arrivals, most)
+
+
+def _tokenize_segments(
+    processor, segments: Sequence[Mapping[str, Any]], when: str
+) -> tuple[TimedText, list[int], list[tuple[int, int]]]:
+    """The joined text, its tokens, and the characters (first, one past the last) of each."""
+    timed = join_segments(segments, when)
+    found = processor.tokenizer(
+        timed.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
+    if not found.input_ids:
+        raise InputError("the segments have no tokens: remove the sample")
+    return timed, found.input_ids, found.offset_mapping
 
 
 def clip_pixels(processor, frames: Tensor) -> tuple[Tensor, tuple[int, int]]:

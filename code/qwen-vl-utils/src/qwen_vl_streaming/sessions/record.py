@@ -135,9 +135,9 @@ def _fault(record: Record) -> str | None:
     asked = record.schedule
     if not isinstance(asked, str) and (len(asked) + 1 < len(counts) or any(type(k) is not int or k < 0 for k in asked)):
         return f"its schedule {asked} does not fit its {len(counts)} slots"
-    if isinstance(asked, str) and (most := model_schedule_most(asked)) is not None:
-        if fault := model_schedule_fault(tokens, counts, most, template.end_of_slot, record.complete):
-            return f"its schedule is {asked}, but {fault}"
+    most = model_schedule_most(asked) if isinstance(asked, str) else None
+    if most and (fault := model_schedule_fault(tokens, counts, most, template.end_of_slot, record.complete)):
+        return f"its schedule is {asked}, but {fault}"
     if record.hashes and len(record.hashes) != len(record.arrived):
         return f"it has {len(record.hashes)} hashes for {len(record.arrived)} clips"
     for name, order in (("clips", record.arrived), ("slots", record.visible), ("tokens", times)):

@@ -12,10 +12,6 @@ from typing import Any, TypeVar
 
 from ..common.errors import InputError
 
-WHEN = ("end", "start", "spread")
-"""When the text of a segment may be written. `end`: all of it from the segment's end, because a description is about
-the whole segment. `start`: all of it from the segment's start. `spread`: word by word at an even pace, each at its end,
-as for the words of a subtitle."""
 TOLERANCE = 1.0
 """Seconds by which the last segment may end after the video, since published durations are rounded."""
 SLACK = 1e-6
@@ -38,7 +34,8 @@ class TimedText:
 
 
 def join_segments(segments: Sequence[Mapping[str, Any]], when: str = "end") -> TimedText:
-    """The texts of `segments`, stripped and joined by one space, with the time of each piece as `when` (see WHEN) says.
+    """The texts of `segments`, stripped and joined by one space, and the time of each piece. `when` is one of
+    `common.data_rows.SEGMENT_TIMES`.
 
     No space is added between two characters of which one is of a script without spaces.
     """
@@ -95,6 +92,24 @@ def token_times(timed: TimedText, offsets: Sequence[tuple[int, int]]) -> list[fl
             piece += 1
         times.append(timed.times[piece])
     return times
+
+
+def words_late(
+    timed: TimedText, offsets: Sequence[tuple[int, int]], arrivals: Sequence[float], most: int
+) -> list[float]:
+    """How many seconds late `slot_tokens` writes each word of `timed.text`, whose tokens have these `offsets`: the
+    arrival of the clip whose slot writes its last token, minus that of the first clip after its time. 0 unless earlier
+    text has filled the slots."""
+    times = token_times(timed, offsets)
+    slots = slot_tokens(range(len(times)), times, arrivals, most, -1)
+    slot_of = [number for number, slot in enumerate(slots) for token in slot if token >= 0]
+    late, token = [], 0
+    for word in re.finditer(r"\S+", timed.text):
+        while offsets[token][1] < word.end() and token < len(offsets) - 1:
+            token += 1
+        due = next((arrival for arrival in arrivals if arrival + SLACK >= times[token]), arrivals[-1])
+        late.append(arrivals[slot_of[token]] - due)
+    return late
 
 
 def arrival_times(clips: int, seconds_per_clip: float) -> list[float]:
