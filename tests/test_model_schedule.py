@@ -80,4 +80,3 @@ def test_all(model):
                 "silent" if count == 1 and toks == [END_OF_SLOT] else "token" if toks[-1:] == [END_OF_SLOT] else "bound"
             ] += 1
     print(how)
-

@@ -72,11 +72,13 @@ def measure(row: Mapping, decode: Callable[[list[int]], str]) -> dict[str, float
     """
     check(row)
     tokens, slots, clips = (row[name] for name in FIELDS)
-    if decode(tokens).strip() != row["result"].strip():
+    ends = row.get("end_of_slot")  # of a model that decides when to speak; not a part of the text
+    if decode([token for token in tokens if token != ends]).strip() != row["result"].strip():
         raise ValueError(
             f"the tokens of video {row['video_id']} do not decode to its text: another tokenizer wrote them"
         )
-    delays = word_slots([decode([token]) for token in tokens], slots)
+    own = [(decode([token]), slot) for token, slot in zip(tokens, slots, strict=True) if token != ends]
+    delays = word_slots([piece for piece, _ in own], [slot for _, slot in own])
     found = {"words": len(delays), "early_words": sum(delay < clips for delay in delays)}
     if delays:
         references = [row["annotation"]] if isinstance(row["annotation"], str) else row["annotation"]

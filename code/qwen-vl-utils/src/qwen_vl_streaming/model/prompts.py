@@ -111,21 +111,19 @@ def make_template(processor, question: str, end_of_slot: str | None = None) -> T
         header=ids(after[end_of_tail:]),
         video=tokenizer.convert_tokens_to_ids(processor.video_token),
         end=tail[1],  # after <|vision_end|>, the tail ends the turn
-        end_of_slot=None if end_of_slot is None else token_id(processor, end_of_slot),
+        end_of_slot=None if end_of_slot is None else token_id(tokenizer, end_of_slot, text),
     )
 
 
-def token_id(processor, text: str) -> int:
+def token_id(tokenizer, text: str, around: str) -> int:
     """The id of `text`, which is to end slots. Raises InputError if it is not one token of the vocabulary, or one that
-    has another meaning in an answer or around it."""
-    tokenizer = processor.tokenizer
+    ends a text or is part of the rendered chat template `around`."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) != 1 or tokenizer.decode(ids) != text:
         raise InputError(
             f"the end-of-slot token {text[:80]!r} is not one token of the vocabulary, but {len(ids)}: give another, "
             f"such as {END_OF_SLOT}"
         )
-    around = render(processor, [{"role": "user", "content": [{"type": "video"}]}])
     used = {*tokenizer(around, add_special_tokens=False).input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
     if ids[0] in used:
         raise InputError(
