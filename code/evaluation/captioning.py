@@ -23,8 +23,9 @@ from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_process
 from qwen_vl_streaming.reference import Caption
 from qwen_vl_streaming.sessions import caption_sessions
 from qwen_vl_streaming.timeline.positions import check_clips
+from qwen_vl_streaming.timeline.segments import check_segments
 from qwen_vl_streaming.timeline.variants import Variant
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import PixelBudget, Video, read_video
 from ranks import Rank
 from results import SKIPPED_FIELDS, Appender, Row, rows_part, skipped_part
 from schedules import Schedules
@@ -98,6 +99,8 @@ class VideoDataset(Dataset):
         try:
             path = find_video(row["video_path"], plan.root, plan.video_root)
             video = read_video(path, budget=plan.budget, reader=plan.reader, max_clips=plan.max_clips)
+            if "segments" in row:
+                check_times(row, video)
             schedule = plan.schedules.of(video_id, video.clips)
         except InputError as error:
             return PreparedVideo(video_id, reason=str(error))
@@ -212,6 +215,14 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
             on_done()
 
 
+def check_times(row: dict, video: Video) -> None:
+    """Raises InputError, with the row's place in the data, if its segments are out of order or end after the video."""
+    try:
+        check_segments(row["segments"], video.clips * video.seconds_per_clip)
+    except InputError as error:
+        raise InputError(f"{row['place']}: {error}") from error
+
+
 def start_decoder(worker: int, parent: int) -> None:
     """Called first in a worker that decodes. It leaves signals and log messages to its parent, and ends with it."""
     start_worker(parent)
@@ -235,4 +246,5 @@ def make_row(
         "clips": len(caption.schedule),
         "seconds": round(seconds, 4),
         **({} if end_of_slot is None else {"end_of_slot": end_of_slot}),
+        **({"segments": row["segments"]} if "segments" in row else {}),
     }

@@ -31,7 +31,8 @@ def read_data(path: str | Path, limit: int | None, task: Task) -> list[dict]:
     rows: list[dict] = []
     for number, data in read_data_rows(path):
         try:
-            rows.append({**read_row(data, task), "duration": read_duration(data)})
+            row = {**read_row(data, task), "duration": read_duration(data)}
+            rows.append({**row, "place": row_place(path, number)} if "segments" in row else row)
         except InputError as error:
             raise InputError(f"{row_place(path, number)}: {error}") from error
     if not rows:

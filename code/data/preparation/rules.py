@@ -69,6 +69,8 @@ class Sample:
     """Where its video is or will be, relative to the project's root."""
     error: str = ""
     """Why it cannot be used, if the source has found a reason."""
+    caption: str = ""
+    """Its caption, if the source has it elsewhere than in the field human_caption."""
     measure_duration: Callable[[], float] | None = None
     """Returns the video's duration in seconds; raises InputError."""
 
@@ -97,7 +99,7 @@ def apply_rules(
     for sample in samples:  # measure_duration works only until the next sample is read
         try:
             data = read_object(sample)
-            caption = read_text(data, CAPTION_FIELD)
+            caption = sample.caption or read_text(data, CAPTION_FIELD)
             seconds = read_seconds(data, sample)
         except BadSample as error:
             decisions.append((sample, Decision(BAD, str(error))))
