@@ -116,6 +116,11 @@ COMMANDS: dict[str, Run | str] = {
     "srun --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 bash eval.sh": LAUNCHED,
     "bash eval.sh --task funqa": LAUNCHED,
     "QWEN2_5_VL_VARIANT=gap bash eval.sh --schedule random --output-file gap_random_infer.json": LAUNCHED,
+    "python code/evaluation/timeliness.py code/evaluation/output/*_infer.json --times TIMES.jsonl --picture said.png": Run(
+        "group wait-3 "
+    ),
+    "python code/evaluation/timeliness.py demo_output/evaluation/*_infer.json --times "
+    "demo_output/dataset/PE-Video/truth.jsonl": DEMO,
     "python code/evaluation/report.py code/evaluation/output/*_infer.json --output report": Run("page: report.html"),
     "python code/evaluation/verify.py FILE": Run(" of 2 videos are the arg-max of the stock model in float32, group"),
     "python -m qwen_vl_streaming.live --model MODEL --source film.mp4": Run(
@@ -153,7 +158,7 @@ PAGES = (
 )
 """In the order in which their commands are run; each begins in the project's root."""
 WRITTEN = {
-    "loss.png", "report.png", "report.html", "report.md", "report-3B.html", "report-7B.html", "funqa_report.png",
+    "loss.png", "said.png", "report.png", "report.html", "report.md", "report-3B.html", "report-7B.html", "funqa_report.png",
     "train_3_5.jsonl", "train_3_5_report.png", "report/", "runs/", "PE-Video/", "FunQA/", "demo_output/",
     "paper_output/", "logs/", "dataset/", "3B/", "7B/", "output/", "live_output/", "serve_output/",
     "OTHER/bin/python", "records/",
@@ -231,6 +236,10 @@ def missing_files(text: str, files: set[str]) -> set[str]:
 def copy(made, tmp_path_factory):
     copy = Copy(tmp_path_factory.mktemp("copy"), made[0], made[1].parent / "videos")
     shutil.copytree(ROOT / "docs", copy.root / "docs")
+    ids = [path.stem for path in (copy.root / "dataset/PE-Video/test").glob("*.json")]
+    event = {"start": 0, "text": "A ring appears."}
+    times = "".join(json.dumps({"video_id": video_id, "segments": [event]}) + "\n" for video_id in ids)
+    (copy.root / "TIMES.jsonl").write_text(times)
     return copy
 
 

@@ -210,7 +210,8 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
             now = time.perf_counter()
             end_of_slot = job.template.end_of_slot
             text = processor.tokenizer.decode(spoken(caption.tokens, end_of_slot), skip_special_tokens=True).strip()
-            captioned.append(make_row(rows[job.key], text, caption, plan.variant, now - start, end_of_slot))
+            clip = job.layout.steps_per_clip / videos.tokens_per_second
+            captioned.append(make_row(rows[job.key], text, caption, plan.variant, now - start, clip, end_of_slot))
             start = now
             on_done()
 
@@ -231,9 +232,17 @@ def start_decoder(worker: int, parent: int) -> None:
 
 
 def make_row(
-    row: dict, text: str, caption: Caption, variant: Variant, seconds: float, end_of_slot: int | None = None
+    row: dict,
+    text: str,
+    caption: Caption,
+    variant: Variant,
+    seconds: float,
+    clip: float,
+    end_of_slot: int | None = None,
 ) -> Row:
-    """A row of the result file. It names the id of the end-of-slot token, if the checkpoint has one."""
+    """A row of the result file. `clip` is the duration of a clip of the video in seconds; it is in the row if it is not
+    1, which it is for a video of less than 2 frames a second. `end_of_slot` is the id of the checkpoint's end-of-slot
+    token, if it has one."""
     return {
         "video_id": row["video_id"],
         "annotation": row["annotation"],
@@ -245,6 +254,7 @@ def make_row(
         "slots": caption.slots,
         "clips": len(caption.schedule),
         "seconds": round(seconds, 4),
+        **({} if clip == 1 else {"seconds_per_clip": clip}),
         **({} if end_of_slot is None else {"end_of_slot": end_of_slot}),
         **({"segments": row["segments"]} if "segments" in row else {}),
     }

@@ -97,6 +97,9 @@ class Settings:
     """Evaluate a checkpoint that was trained as another variant or with another position rule."""
     score_only: str = ""
     """Only score the captions in this file, JSON Lines with video_id, annotation and result."""
+    times: str = ""
+    """Measure when captions say what happens, with the references with times in this file: JSON Lines of video_id and
+    segments or events (docs/evaluation.md). By default with the segments of the data's rows, if they have any."""
     bleurt: str = ""
     """Compute BLEURT with this PyTorch checkpoint, a folder or hub id such as lucadiliello/BLEURT-20."""
     judge_url: str = ""

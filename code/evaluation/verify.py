@@ -6,11 +6,12 @@ Settings and dtype are read from the .args.json beside the file. Positions and m
 the Qwen2.5-VL in transformers, so none of the streaming code is used. A token is correct if it is the arg-max after the
 repetition penalty. A token whose score is lower by no more than the rounding error of the dtype (1e-4 in float32) is
 reported as a tie, with its margin, and not counted as an error. The penalty does not apply to the end-of-slot token of
-a model that decides when to speak. The caption must also match its tokens, the length of its video and the named
-schedule, and must be complete. The exit status is 1 if any check fails.
+a model that decides when to speak. The caption must also match its tokens, the length and times of its video and the
+named schedule, and must be complete. The exit status is 1 if any check fails.
 """
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -136,6 +137,18 @@ def check_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
     return [] if row["schedule"] == counts else [f"{made['schedule']} gives {counts}, the row has {row['schedule']}"]
 
 
+def check_times(row: dict, source: dict, seconds_per_clip: float) -> list[str]:
+    """What is wrong with the times in a row, which its timeliness is computed from: the duration of a clip, and the
+    segments, if it has any, of the data's row `source`."""
+    found = []
+    clip = row.get("seconds_per_clip", seconds_per_clip)
+    if not isinstance(clip, float | int) or not math.isclose(clip, seconds_per_clip):
+        found.append(f"the row has clips of {str(clip)[:20]} s, the video {seconds_per_clip:g} s")
+    if "segments" in row and row["segments"] != source.get("segments"):
+        found.append("the segments are not those of the data")
+    return found
+
+
 def read_asked(path: str) -> dict[str, dict]:
     """The data's rows by video id. Raises InputError."""
     return {str(row["video_id"]): row for _, row in read_data_rows(path)}
@@ -195,6 +208,7 @@ def main() -> None:
         pixels, grid = clip_pixels(processor, video.frames)
         faults = check_caption(row, processor.tokenizer, template, len(pixels), made["max_new_tokens"])
         faults += check_schedule(row, made, variant)
+        faults += check_times(row, source, video.seconds_per_clip)
         for fault in faults:
             print(f"video {row['video_id']}: {fault}")
         faulty += bool(faults)

@@ -1,5 +1,5 @@
 """Write an HTML page and a Markdown file from result files: metrics in the paper's layout beside the paper's values,
-fixed and random schedules, and a gallery of captions, second by second.
+fixed and random schedules, when events are named, and a gallery of captions, second by second.
 
     python code/evaluation/report.py code/evaluation/output/*_infer.json --output report
 
@@ -19,6 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from metrics import timing
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_path
@@ -29,7 +30,16 @@ from report import paper
 from report.charts import main_panels, schedule_panels
 from report.gallery import Tokenizers, choose_videos, make_video
 from report.loading import Result, differences, labels, load_results, metrics_of
-from report.tables import main_table, markdown_table, plain, runs_table, schedule_table, subtask_table
+from report.said_times import said_panels
+from report.tables import (
+    main_table,
+    markdown_table,
+    plain,
+    runs_table,
+    schedule_table,
+    subtask_table,
+    timeliness_table,
+)
 
 PAGE = Path(__file__).with_name("page")
 ABOUT_RANDOM = (
@@ -70,6 +80,8 @@ def sections(results: Sequence[Result], size: str) -> list[dict]:
                 "table": main_table(mine, task, size),
                 "panels": main_panels(mine, task, size),
                 "subtasks": subtask_table(mine),
+                "timeliness": timeliness_table(mine),
+                "said_panels": said_panels(mine, names_of(mine)),
                 "schedules": schedule_table(mine, task),
                 "schedule_panels": schedule_panels(mine),
                 "differences": differences(mine, size) if task in order else [],
@@ -77,6 +89,13 @@ def sections(results: Sequence[Result], size: str) -> list[dict]:
             }
         )
     return made
+
+
+def names_of(results: Sequence[Result]) -> list[str]:
+    """A title for the panel of each result."""
+    label = labels(results, brief=True)
+    parts = [(result.variant.name, label[result.path]) for result in results]
+    return [", ".join(filter(None, pair)) for pair in parts]
 
 
 def summarize(results: Sequence[Result]) -> str:
@@ -101,6 +120,7 @@ def make_page(results: Sequence[Result], made: list[dict], videos: list, chosen:
         summary=summarize(results),
         sections=made,
         about_random=ABOUT_RANDOM,
+        about_timeliness=timing.ABOUT,
         videos=videos,
         about_gallery=f"The videos are {how}. Each frame is the last one that has arrived when a slot starts; words "
         "written in this slot are highlighted. Reference captions describe the whole video.",
@@ -122,6 +142,8 @@ def make_markdown(results: Sequence[Result], made: list[dict]) -> str:
         parts += [plain(section["about"]), markdown_table(section["table"])]
         if section["subtasks"]:
             parts += [f"### {section['subtasks'].title}", markdown_table(section["subtasks"])]
+        if section["timeliness"]:
+            parts += [f"### {section['timeliness'].title}", timing.ABOUT, markdown_table(section["timeliness"])]
         if section["schedules"]:
             parts += [f"### {section['schedules'].title}", ABOUT_RANDOM, markdown_table(section["schedules"])]
     heads, *rows = runs_table(results)

@@ -126,6 +126,11 @@ class Result:
         return score_in(self.scores, metric)
 
     @property
+    def timeliness(self) -> dict:
+        """When the captions say what happens; empty where that was not measured."""
+        return self.scores.get("timeliness", {})
+
+    @property
     def subtasks(self) -> dict[str, dict]:
         """The scores of each sub-task; empty if the task has none."""
         return {name: one for name, one in self.scores.get("tasks", {}).items() if isinstance(one, dict)}
@@ -204,7 +209,7 @@ def load_scores(path: Path) -> tuple[Path, dict]:
     """The path of the scores of a result file, and the scores."""
     found = sibling(path, "scores.json")
     scores = read_object(found, AGAIN) if found.exists() else {}
-    for name in ("not_computed", "tasks", "judge", "lag"):
+    for name in ("not_computed", "tasks", "judge", "lag", "timeliness"):
         if not isinstance(scores.get(name, {}), dict):
             raise InputError(f"{found}: {name} is not an object: score again with eval.sh --score-only")
     return found, scores

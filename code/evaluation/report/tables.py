@@ -9,13 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
+from metrics.timing import NAMES
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
 from report import paper
-from report.loading import Result, labels, metrics_of, score_in
+from report.loading import Result, is_number, labels, metrics_of, score_in, without_folders
 
 NOT_GIVEN = "no result file of this variant was given"
 NOT_IN_PAPER = "not in the paper"
+LAGS = ("AL", "LAAL")
+MISSING = {
+    "delay_median": "no event was named after it began",
+    "delay_95": "no event was named after it began",
+    "words_per_quiet_second": "the videos have no quiet stretches",
+}
+"""Why a value of timeliness is missing."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +32,15 @@ class Cell:
     note: int = 0
     """The footnote's number, from 1; 0 for none."""
     signed: bool = False
+    whole: bool = False
+    """A count."""
 
     @property
     def text(self) -> str:
         if self.value is None:
             return "-"
+        if self.whole:
+            return f"{self.value:.0f}"
         value = round(self.value, 2) + 0.0  # no -0.00
         return f"{value:+.2f}" if self.signed else f"{value:.2f}"
 
@@ -56,10 +68,10 @@ class Table:
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def cell(self, value: float | None, reason: str = "", signed: bool = False) -> Cell:
+    def cell(self, value: float | None, reason: str = "", signed: bool = False, whole: bool = False) -> Cell:
         """A cell, with a footnote if it has no value."""
         if value is not None or not reason:
-            return Cell(value, signed=signed)
+            return Cell(value, signed=signed, whole=whole)
         if reason not in self.notes:
             self.notes.append(reason)
         return Cell(None, self.notes.index(reason) + 1)
@@ -179,6 +191,25 @@ def add_paper(table: Table, pairs) -> None:
         cells = [table.cell(values.get((fixed or random).variant.name), NOT_IN_PAPER) for fixed, random in pairs]
         source = f"paper: {paper.RANDOM_SIZE}"
         table.lines.append(Line(paper.RANDOM_METRIC, f"{kind}, K = 3", "", source, True, cells))
+
+
+def timeliness_table(results: Sequence[Result]) -> Table | None:
+    """When the captions say what happens, for each result in which that was measured; None if there is none."""
+    shown = [result for result in results if result.timeliness]
+    table = Table("When it speaks", ["", "Method", "Variant", "Source"], [*NAMES.values(), *LAGS])
+    label = labels(results)
+    for result in shown:
+        found = result.timeliness
+        reason = f"not computed: {without_folders(str(found['not_computed']))}" if "not_computed" in found else ""
+        cells = []
+        for key in NAMES:
+            value = float(found[key]) if is_number(found.get(key)) else None
+            cells.append(table.cell(value, reason or MISSING.get(key, "not computed"), whole=key == "events"))
+        cells += [table.cell(*result.score(metric)) for metric in LAGS]
+        variant = result.variant
+        source = f"ours: {label[result.path]}"
+        table.lines.append(Line(variant.mode, variant.method, variant.name, source, False, cells))
+    return table if shown else None
 
 
 def runs_table(results: Sequence[Result]) -> list[list[str]]:
