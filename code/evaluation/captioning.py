@@ -237,7 +237,7 @@ def make_row(
     caption: Caption,
     variant: Variant,
     seconds: float,
-    clip: float,
+    clip: float = 1.0,
     end_of_slot: int | None = None,
 ) -> Row:
     """A row of the result file. `clip` is the duration of a clip of the video in seconds; it is in the row if it is not

@@ -94,7 +94,7 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
     if not settings.force:
         check_trained(config, model, variant, "--force to evaluate it anyway")
     ids, budget = [row["video_id"] for row in rows], PixelBudget.trained(config, settings)
-    schedule = choose_schedule(settings.schedule, config, model, variant)
+    schedule = choose_schedule(settings.schedule or None, config, model, variant)
     return Plan(
         rows=rows,
         data=data,

@@ -31,7 +31,8 @@ def choose_schedule(text: str | None, config, checkpoint: str, variant: Variant)
 
     Raises InputError if the model is to decide, but the checkpoint was not trained for it or `variant` is offline.
     """
-    asked = text or (MODEL if end_of_slot(config) and variant.streams else f"wait-{wait_k(config)}")
+    own = MODEL if end_of_slot(config) and variant.streams else f"wait-{wait_k(config)}"
+    asked = own if text is None else text
     if asked != MODEL and model_schedule_most(asked) is None:
         return asked
     if not variant.streams:
