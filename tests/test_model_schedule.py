@@ -20,6 +20,7 @@ from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, load_processo
 from qwen_vl_streaming.model.trained import choose_schedule
 from qwen_vl_streaming.reference import PENALTY, Streams, caption
 from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.serve.catalog import ServedModel
 from qwen_vl_streaming.sessions import PerceptionClient, SessionPool, caption_sessions, open_session
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.slot_scheduler import SlotScheduler
@@ -38,6 +39,8 @@ from qwen_vl_streaming.timeline.timeline import (
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.data import IGNORED, StreamingDataset
+from qwenvl.merge import training_config
+from qwenvl.prescan import scan
 from safetensors.torch import load_file, save_file
 from sessions import END_OF_SLOT, PARALLEL, SECONDS, deciding_case, deciding_model, play
 from tiny import timeline_ids
@@ -417,6 +420,32 @@ def test_training_samples_end_their_slots(made, timed, variant):
             + clips * 4
         )
     assert silent
+    # A caption that contains the token is skipped, with the reason, and no other.
+    samples = StreamingDataset(
+        fields, path.parent, processor, 2, variant, "wait-3", budget, 4096, max_tokens_per_slot=5, end_of_slot=" red"
+    )
+    with_it = {i for i in range(len(fields)) if " red" in samples.caption(i)}
+    found = {i: reason for i, reason in scan(samples).bad.items() if "contains the end-of-slot token" in reason}
+    assert found.keys() == with_it and 0 < len(with_it) < len(fields)
+    assert samples[min(with_it)].bad[1] == found[min(with_it)]
+
+
+def test_the_page_offers_the_models_own_schedule(made):
+    config = PretrainedConfig(wait_k=2, end_of_slot=DEFAULT, max_tokens_per_slot=6)
+    served = ServedModel("g", "m", GROUP, config, 2.0, PixelBudget(), load_processor(made[0]))
+    assert served.schedules[:2] == ["model", "wait-2"] and served.end_of_slot_id is not None
+    assert [served.check_schedule(name) for name in (None, "", "model", "wait-3")] == ["model-6"] * 3 + ["wait-3"]
+    plain = replace(served, config=PretrainedConfig(wait_k=2))
+    assert plain.schedules[0] == "wait-2" and plain.end_of_slot_id is None
+    with pytest.raises(InputError, match="trained without an end-of-slot token"):
+        plain.check_schedule("model")
+
+
+def test_a_merged_adapter_keeps_its_schedule(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    keys = {"streaming_variant": "group", "wait_k": 3, "end_of_slot": DEFAULT, "max_tokens_per_slot": 6}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    assert training_config(tmp_path).items() >= keys.items()
 
 
 def test_eval_runs_by_the_models_own_schedule(made, tmp_path, monkeypatch, capsys):

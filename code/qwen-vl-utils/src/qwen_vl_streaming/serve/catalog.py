@@ -82,7 +82,7 @@ class ServedModel:
         """The schedule to use. Raises InputError if it is unknown."""
         if not self.variant.streams:
             return self.wait_k
-        name = choose_schedule(name, self.config, self.name, self.variant)
+        name = choose_schedule(name or None, self.config, self.name, self.variant)
         if name != GREEDY and model_schedule_most(name) is None:
             make_schedule(name, self.variant, 1)
         return name
