@@ -97,6 +97,9 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-7B-Instruct bash scripts/sft.sh --output_dir output/qwen2_5vl-pe-group-7B": (
         LAUNCHED
     ),
+    "QWEN2_5_VL_VARIANT=group bash scripts/sft.sh --schedule model --output_dir output/qwen2_5vl-pe-group-model": (
+        LAUNCHED
+    ),
     "QWEN2_5_VL_EVAL_MODEL_PATH=code/qwen-vl-finetune/output/qwen2_5vl-pe-group-7B bash eval.sh --output-file "
     "group_7B_infer.json": LAUNCHED,
     "python code/evaluation/load_elsewhere.py CHECKPOINT --python OTHER/bin/python": HELP,
@@ -138,6 +141,7 @@ COMMANDS: dict[str, Run | str] = {
     ),
     "python code/demo/animate.py live_output/RECORD.json film.mp4 --output docs/speaking.gif": Run("speaking.gif: "),
     "python -m qwen_vl_streaming.explain": Run("group"),
+    "python -m qwen_vl_streaming.explain --schedule 3,1,1,4": Run("a5–8"),
     "python -m qwen_vl_streaming.explain --format png --output docs/variants.png": Run(""),
     "python docs/draw_rooms.py": Run("files.md"),
     "python -m basedpyright": "not: tests/test_types.py runs it",

@@ -16,7 +16,7 @@ from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
-from qwen_vl_streaming.model.trained import check_trained
+from qwen_vl_streaming.model.trained import check_trained, choose_schedule, end_of_slot, wait_k
 from qwen_vl_streaming.timeline.positions import RULE
 from qwen_vl_streaming.timeline.variants import get_variant
 from qwen_vl_streaming.video.frames import SIDE_FACTOR, PixelBudget, choose_reader
@@ -97,7 +97,7 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
     if not settings.force:
         check_trained(config, model, variant, "--force to evaluate it anyway")
     ids, budget = [row["video_id"] for row in rows], PixelBudget.trained(config, settings)
-    wait_k = getattr(config, "wait_k", 3)
+    schedule = choose_schedule(settings.schedule or None, config, model, variant)
     return Plan(
         rows=rows,
         data=data,
@@ -108,7 +108,8 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
         root=ROOT,
         video_root=video_root,
         variant=variant,
-        schedules=choose_schedules(settings.schedule, variant, wait_k, settings.seed, ids, ROOT),
+        schedules=choose_schedules(schedule, variant, wait_k(config), settings.seed, ids, ROOT),
+        end_of_slot=end_of_slot(config),
         budget=budget,
         reader=choose_reader(os.environ),
         max_clips=config.text_config.max_position_embeddings // math.ceil(budget.min_pixels_per_frame / SIDE_FACTOR**2),
@@ -134,6 +135,7 @@ def describe(settings: Settings, plan: Plan) -> dict:
         **settings.identity(plan.budget),
         "schedule": schedules.name,
         **({"schedule_sha256": schedules.sha256} if schedules.sha256 else {}),
+        **({"end_of_slot": plan.end_of_slot} if plan.end_of_slot else {}),
         "dtype": plan.dtype,
         "versions": versions(),
     }

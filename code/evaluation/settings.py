@@ -60,8 +60,9 @@ class Settings:
     """Name of the file of captions. By default <variant>_infer.json."""
     schedule: str = ""
     """How many tokens are written per clip (about a second of video). wait-K: K. random-K: 1 to 2K-1, drawn at random.
-    random: random-K with the checkpoint's K. Or a file of counts: JSON {video_id: [k_1, ..., k_N]}, or JSON Lines such
-    as a result file. By default wait-K with the checkpoint's K."""
+    random: random-K with the checkpoint's K. model: the model decides, if it was trained to; model-M: with at most M
+    tokens per clip. Or a file of counts: JSON {video_id: [k_1, ..., k_N]}, or JSON Lines such as a result file. By
+    default as the checkpoint was trained."""
     seed: int = 0
     """Random seed of random schedules."""
     batch_size: int = 32

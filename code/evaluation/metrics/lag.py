@@ -64,14 +64,15 @@ def check(row: Mapping) -> None:
 
 
 def decode_pieces(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]:
-    """The text of each token of a row. Raises ValueError, with the reason, as `check` does and if `decode` does not
-    return the row's text."""
+    """The text of each token of a row; that of a token that ends a slot, where the model decides when to speak, is
+    empty. Raises ValueError, with the reason, as `check` does and if `decode` does not return the row's text."""
     check(row)
-    if decode(row["tokens"]).strip() != row["result"].strip():
+    ends = row.get("end_of_slot")
+    if decode([token for token in row["tokens"] if token != ends]).strip() != row["result"].strip():
         raise ValueError(
             f"the tokens of video {row['video_id']} do not decode to its text: another tokenizer wrote them"
         )
-    return [decode([token]) for token in row["tokens"]]
+    return ["" if token == ends else decode([token]) for token in row["tokens"]]
 
 
 def measure(row: Mapping, decode: Callable[[list[int]], str]) -> dict[str, float]:

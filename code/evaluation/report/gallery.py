@@ -115,12 +115,15 @@ def make_video(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers
 def make_caption(result: Result, video_id: str, tokenizers: "Tokenizers") -> GalleryCaption:
     row = result.rows[video_id]
     counts = [0] * row["clips"]
-    for slot in row["slots"]:
-        counts[slot - 1] += 1
+    tokens, ends = [], row.get("end_of_slot")  # of a model that decides when to speak; not a part of the text
+    for token, slot in zip(row["tokens"], row["slots"], strict=True):
+        if token != ends:
+            tokens.append(token)
+            counts[slot - 1] += 1
     caption = clean(row["result"])
     try:
         tokenizer, note = tokenizers.of(result)
-        pieces = text_by_slot(tokenizer, row["tokens"], counts)
+        pieces = text_by_slot(tokenizer, tokens, counts)
         if "".join(pieces) != row["result"]:
             raise InputError(f"the tokenizer in {tokenizer.name_or_path} does not reproduce this caption")
     except InputError as error:

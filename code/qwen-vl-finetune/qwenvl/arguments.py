@@ -8,6 +8,8 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video_root
+from qwen_vl_streaming.model.prompts import END_OF_SLOT
+from qwen_vl_streaming.model.trained import MODEL
 from qwen_vl_streaming.timeline.timeline import make_schedule
 from qwen_vl_streaming.timeline.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget
@@ -17,7 +19,7 @@ from .argument_checks import VALUE_ERRORS, check_parsed, check_values, check_zer
 from .device import choose_training_device
 
 ROOT = Path(__file__).resolve().parents[3]
-SCHEDULES = ("data", "wait")
+SCHEDULES = ("data", "wait", MODEL)
 OUTPUT = Path(__file__).resolve().parents[1] / "output"
 
 
@@ -39,7 +41,8 @@ class ModelArguments:
         default="data",
         metadata={
             "help": "When an answer is written. data: that of a row with `segments` as their times say, any other by "
-            "wait-K. wait: all by wait-K, with the human_caption if a row has both."
+            "wait-K. wait: all by wait-K, with the human_caption if a row has both. model: as data, and each slot ends "
+            "with an end-of-slot token, so that the model learns to decide when to speak."
         },
     )
     max_tokens_per_slot: int = field(
@@ -47,6 +50,13 @@ class ModelArguments:
         metadata={
             "help": "With the times of the data, the most answer tokens after a clip. What does not fit runs on after "
             "the next clip."
+        },
+    )
+    end_of_slot: str = field(
+        default=END_OF_SLOT,
+        metadata={
+            "help": "With --schedule model, the token that ends each slot but the last: one token of the vocabulary "
+            "that no caption contains. A slot with --max_tokens_per_slot tokens ends without it."
         },
     )
     attention: str = field(
@@ -91,7 +101,16 @@ class ModelArguments:
         if self.wait_k < 1:
             raise InputError(f"--wait_k {self.wait_k}: must be at least 1")
         if self.schedule not in SCHEDULES:
-            raise InputError(f"--schedule {self.schedule}: choose {' or '.join(SCHEDULES)}; --wait_k sets K of wait-K")
+            raise InputError(f"--schedule {self.schedule}: choose {', '.join(SCHEDULES)}; --wait_k sets K of wait-K")
+        if self.decides and not self.rules.streams:
+            raise InputError(
+                f"--schedule {self.schedule}: {self.variant} writes only after the whole video: use one of interleave, "
+                "overlap, group and gap"
+            )
+        if self.end_of_slot != END_OF_SLOT and not self.decides:
+            raise InputError(
+                f"--end_of_slot {self.end_of_slot} has no effect without --schedule {MODEL}: give both, or omit it"
+            )
         if self.max_tokens_per_slot < 1:
             raise InputError(f"--max_tokens_per_slot {self.max_tokens_per_slot}: must be at least 1")
         if self.checkpoint_layers is not None and self.checkpoint_layers < 1:
@@ -135,6 +154,11 @@ class ModelArguments:
     def wait_schedule(self) -> str:
         """The schedule of rows without times."""
         return f"wait-{self.wait_k}"
+
+    @property
+    def decides(self) -> bool:
+        """Whether the model learns to end slots."""
+        return self.schedule == MODEL
 
     @property
     def uses_times(self) -> bool:

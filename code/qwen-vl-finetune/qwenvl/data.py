@@ -28,7 +28,7 @@ from qwen_vl_streaming.model.prompts import (
     seconds_late,
 )
 from qwen_vl_streaming.timeline.positions import check_clips, timeline_positions
-from qwen_vl_streaming.timeline.segments import arrival_times, check_segments, join_segments
+from qwen_vl_streaming.timeline.segments import arrival_times, check_segments, join_segments, slot_tokens
 from qwen_vl_streaming.timeline.timeline import (
     ANSWER,
     CLIP,
@@ -36,6 +36,7 @@ from qwen_vl_streaming.timeline.timeline import (
     NOTHING,
     PROMPT,
     TAIL,
+    Schedule,
     make_schedule,
     make_timeline,
 )
@@ -91,15 +92,18 @@ class StreamingDataset(torch.utils.data.Dataset):
         video_root: Path | None = None,
         uses_times: bool = True,
         max_tokens_per_slot: int = 8,
+        end_of_slot: str | None = None,
     ):
         """`root` is the project's root; a row's `video_path` is looked up as in `find_video`. `keep_frames` caches
         decoded videos in memory. `schedule` is that of rows without `segments`, or of all if not `uses_times`; with
-        times, a slot before the last writes at most `max_tokens_per_slot` tokens."""
+        times, a slot before the last writes at most `max_tokens_per_slot` tokens. `end_of_slot` is the token that ends
+        each of these slots, unless it is full; None for none. Raises InputError if it is not one of the vocabulary."""
         self.rows, self.root, self.processor, self.tokens_per_second = rows, root, processor, tokens_per_second
         self.variant, self.schedule, self.budget, self.max_length = variant, schedule, budget, max_length
         self.seed, self.reader, self.video_root = seed, reader, video_root
         self.uses_times, self.max_tokens_per_slot = uses_times, max_tokens_per_slot
-        self.templates = [make_template(processor, question) for question in QUESTIONS]
+        self.end_of_slot = end_of_slot
+        self.templates = [make_template(processor, question, end_of_slot) for question in QUESTIONS]
         self.own_templates: dict[str, Template] = {}
         self.cache: dict[int, Video] | None = {} if keep_frames else None
         self.side = processor.video_processor.merge_size * processor.video_processor.patch_size
@@ -151,13 +155,27 @@ class StreamingDataset(torch.utils.data.Dataset):
 
     def slots(self, index: int, clips: int, seconds_per_clip: float) -> list[list[int]]:
         """The answer's tokens of each slot. Raises InputError where `count_tokens` does."""
-        template, segments = self.template(index), self.segments(index)
+        template, segments, most = self.template(index), self.segments(index), self.max_tokens_per_slot
+        arrivals, end = arrival_times(clips, seconds_per_clip), template.end_of_slot
         if segments is not None and self.variant.streams:
-            arrivals, when = arrival_times(clips, seconds_per_clip), self.segment_time(index)
-            return answer_slots(self.processor, template, segments, arrivals, self.max_tokens_per_slot, when)
-        answer = answer_ids(self.processor, template, self.caption(index))
-        counts, tokens = make_schedule(self.schedule, self.variant, clips).counts(len(answer)), iter(answer)
-        return [list(islice(tokens, count)) for count in counts]
+            return answer_slots(
+                self.processor, template, segments, arrivals, most, self.segment_time(index), end_of_slot=end
+            )
+        answer, schedule = answer_ids(self.processor, template, self.caption(index)), self.wait_schedule(clips)
+        if end is not None:  # as if each token had the time of its slot
+            counts = zip(arrivals, schedule.counts(len(answer) - 1), strict=True)
+            times = [arrival for arrival, count in counts for _ in range(count)]
+            return slot_tokens(answer[:-1], times, arrivals, most, template.end, end)
+        tokens = iter(answer)
+        return [list(islice(tokens, count)) for count in schedule.counts(len(answer))]
+
+    def wait_schedule(self, clips: int) -> Schedule:
+        """The schedule of a sample without times."""
+        return make_schedule(self.schedule, self.variant, clips)
+
+    def slot_ends(self, clips: int) -> int:
+        """The most end-of-slot tokens of a sample."""
+        return clips - 1 if self.end_of_slot is not None else 0
 
     def path(self, index: int) -> Path:
         """The video file of sample `index`. Raises InputError where there is none."""
@@ -169,7 +187,7 @@ class StreamingDataset(torch.utils.data.Dataset):
         if not (question := row.get("question")):
             return self.templates[random.Random(f"{self.seed} {row['video_id']}").randrange(len(self.templates))]
         if question not in self.own_templates:
-            self.own_templates[question] = make_template(self.processor, question)
+            self.own_templates[question] = make_template(self.processor, question, self.end_of_slot)
         return self.own_templates[question]
 
     def check(self, index: int, clips: int, grid: tuple[int, int], answer: int, seconds_per_clip: float) -> None:
@@ -188,7 +206,8 @@ class StreamingDataset(torch.utils.data.Dataset):
             )
         layout = template.layout(grid, self.tokens_per_second * seconds_per_clip)
         check_clips(self.variant, layout, clips)
-        length = layout.prompt + layout.tail + layout.header + clips * layout.tokens_per_clip + answer
+        text = layout.header + answer + self.slot_ends(clips)
+        length = layout.prompt + layout.tail + clips * layout.tokens_per_clip + text
         if length > self.max_length:
             raise InputError(
                 f"its {length} tokens exceed the maximum length {self.max_length}: raise --model_max_length"

@@ -82,7 +82,7 @@ def describe_run(model, data, training, rows: int, held_out: int, excluded: list
     return {
         "variant": model.variant,
         "position_rule": RULE if model.rules.after_video else None,
-        "schedule": model.schedule if timed else model.wait_schedule,
+        "schedule": model.schedule if timed or model.decides else model.wait_schedule,
         "world_size": training.world_size,
         "device": torch.cuda.get_device_name() if training.device.type == "cuda" else platform.processor() or "cpu",
         "zero_stage": zero and zero["zero_optimization"]["stage"],

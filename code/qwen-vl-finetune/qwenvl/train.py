@@ -21,7 +21,7 @@ from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers, load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
-from qwen_vl_streaming.model.trained import check_trained, training_keys
+from qwen_vl_streaming.model.trained import check_trained, end_of_slot, training_keys
 from qwen_vl_streaming.video.frames import choose_reader
 from torch import distributed
 from transformers import PretrainedConfig, ProgressCallback
@@ -221,6 +221,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         schedule=model_arguments.wait_schedule,
         uses_times=model_arguments.uses_times,
         max_tokens_per_slot=model_arguments.max_tokens_per_slot,
+        end_of_slot=model_arguments.end_of_slot if model_arguments.decides else None,
         budget=data_arguments.pixel_budget,
         max_length=data_arguments.max_length,
         seed=arguments.seed,
@@ -263,6 +264,10 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         if sharded:
             gather_whole_layers(model)
         more = {"pixel_budget": asdict(data_arguments.pixel_budget)}
+        if model_arguments.decides or end_of_slot(config):  # None overrides that of the base
+            own = model_arguments.decides
+            more["end_of_slot"] = model_arguments.end_of_slot if own else None
+            more["max_tokens_per_slot"] = model_arguments.max_tokens_per_slot if own else None
         if model_arguments.lora_enable:
             more["base_sha256"] = facts["model_sha256"]
         trainer = StreamingTrainer(

@@ -101,6 +101,7 @@ def find_lengths(samples: StreamingDataset, seed: int = 0) -> tuple[Lengths, dic
                 height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * number)
                 possible.append((number, height * width // samples.pixels_per_token))
             number, clip = max(possible, key=lambda pair: pair[0] * pair[1])
+            answer += samples.slot_ends(number)
         except InputError:
             continue
         rest = len(template.prompt) + len(template.tail) + len(template.header)

@@ -206,6 +206,7 @@ class Request:
             schedule=self.model.wait_schedule,
             uses_times=self.model.uses_times,
             max_tokens_per_slot=self.model.max_tokens_per_slot,
+            end_of_slot=self.model.end_of_slot if self.model.decides else None,
             budget=data.pixel_budget,
             max_length=data.max_length,
             seed=self.given.get("seed", 42),

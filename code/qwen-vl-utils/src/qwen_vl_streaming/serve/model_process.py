@@ -21,7 +21,7 @@ from ..common.clock import now
 from ..common.ending import die_with_parent, explain, leave, run_to_end
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
-from ..live.figures import Course, figures
+from ..live.figures import Course, figures, spoken_flags
 from ..live.setup import WARM_UP_STEPS, load_on
 from ..model.prompts import Template
 from ..sessions import Session, SessionPool
@@ -278,6 +278,7 @@ class ModelLoop:
                 times=[token.time for token in session.written],
                 closed=session.scheduler.complete,
                 greedy=session.greedy,
+                spoken=spoken_flags([token.token for token in session.written], session.template.end_of_slot),
             )
             found = figures(course)
             session.log.about.update(figures=found, completed=stream.completed, closed=now())

@@ -36,7 +36,7 @@ class Response:
         self.id = secrets.token_urlsafe(12)
         self.model, self.worker, self.captured, self.send, self.metrics = model, worker, captured, send, metrics
         self.most = most
-        self.pieces, self.text = Pieces(model.decode), ""
+        self.pieces, self.text = Pieces(model.decode, model.end_of_slot_id), ""
         self.opened = now()
         self.sent_clips = self.slots = self.tokens = self.misses = 0
         self.ages: deque[float] = deque(maxlen=10_000)
@@ -78,6 +78,7 @@ class Response:
         self.slots = slots
 
     def token(self, token: int, slot: int, time: float) -> None:
+        self.tokens += token != self.model.end_of_slot_id
         self._measure(slot, time, time - self._newest_frame(slot, time)[0])
         self._say(self.pieces.add(token), [token], slot, time)
         self.metrics.share.labels(self.model.name).observe(max(0.0, now() - time))
@@ -107,7 +108,6 @@ class Response:
 
     def _measure(self, slot: int, time: float, age: float) -> None:
         metrics, name = self.metrics, self.model.name
-        self.tokens += 1
         self.ages.append(age)
         metrics.tokens.labels(name).inc()
         metrics.age.labels(name).observe(max(0.0, age))

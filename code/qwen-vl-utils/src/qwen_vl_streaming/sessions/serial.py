@@ -131,12 +131,14 @@ class SerialRounds:
         return bool(self.pending) and self.pending[0].ready.query()
 
     def collect(self, wait: bool) -> TimedToken | None:
-        """Read the oldest pending token, if more than `ahead` are pending or the caller wants to `wait` for it."""
-        if not self.pending or not (wait or len(self.pending) > self.ahead):
+        """Read the oldest pending token, if more than `ahead` are pending, the next one depends on it, or the caller
+        wants to `wait` for it."""
+        ahead = 0 if self.scheduler.reads_first else self.ahead
+        if not self.pending or not (wait or len(self.pending) > ahead):
             return None
         token = self.pending.popleft().get(self.batch_slot)
         self.text.stream.written[len(self.log.written)] = token
-        slot = self.scheduler.read(token == self.template.end)
+        slot = self.scheduler.read(token == self.template.end, token == self.template.end_of_slot)
         timed = self.log.write(token, slot)
         if self.scheduler.ended:
             self.pending.clear()
