@@ -1,42 +1,21 @@
 """Finds bad samples, and counts captions that do not fit their video, before training: from captions and video headers,
 without decoding.
 
-A header gives the frame size, and the number of clips to within one. Only where that leaves a doubt are the timestamps
-of all frames read. What no header shows is checked, by the same rules, when a sample is first read.
+What no header shows is checked, by the same rules, when a sample is first read.
 """
 
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 
-import av
 from accelerate.utils import gather_object
 from qwen_vl_streaming.common.data_rows import TOKENS_PER_SECOND
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.model.prompts import answer_ids
-from qwen_vl_streaming.video.container import film_track, may_leap, open_film
-from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate, too_short
-from qwen_vl_streaming.video.index import index_video
+from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP
 
 from .data import StreamingDataset
-
-FPS = 2.0  # the default of read_video
-THREADS = 16  # more than cores: on network storage, reading a header is mostly waiting
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a video's header says; empty where it cannot be read."""
-
-    clips: tuple[int, ...] = ()
-    """The possible numbers of clips."""
-    size: tuple[int, int] | None = None
-    """Height and width of the frames in pixels."""
-    seconds: float = 0.0
-    """The duration."""
+from .headers import FPS, Header, Headers
 
 
 @dataclass
@@ -82,41 +61,42 @@ class Scan:
 
 
 def scan(
-    samples: StreamingDataset, enough: float = math.inf, process: int = 0, processes: int = 1, quiet: bool = True
+    samples: StreamingDataset,
+    enough: float = math.inf,
+    process: int = 0,
+    processes: int = 1,
+    quiet: bool = True,
+    known: Headers | None = None,
 ) -> Scan:
     """Check `samples`. The result is the same on every process.
 
     Called by all `processes` at once. Each checks its share, and stops after more than `enough` bad samples. The first
-    shows progress unless `quiet`.
+    shows progress unless `quiet`. What is `known` is not read again.
     """
     share = range(process, len(samples), processes)
     show = {"delay": 2, "disable": quiet or process > 0}
     bad: list[tuple[int, str]] = []
     captions = CaptionRates()
-    with ThreadPoolExecutor(THREADS) as pool:
-        headers = zip(share, pool.map(partial(read_header, samples), share), strict=True)
-        doubtful = []
-        for index, header in Progress(headers, "checking headers", len(share), **show):
-            tokens = count_tokens(samples, index)
-            if not header.clips or check_sample(samples, index, header, tokens, header.clips):
-                doubtful.append((index, header, tokens))
-            else:
-                captions.add(tokens, header.seconds, min(header.clips))
-        counts = pool.map(lambda doubt: count_clips(samples, doubt[0]), doubtful)
-        for (index, header, tokens), count in Progress(
-            zip(doubtful, counts, strict=True), "checking timestamps", **show
-        ):
-            if isinstance(count, str):
-                reason = count
-            else:
-                clips, seconds_per_clip, seconds = count
-                reason = check_sample(samples, index, header, tokens, clips, seconds_per_clip)
-                captions.add(tokens, seconds, *clips)
-            if reason:
-                bad.append((index, reason))
-            if len(bad) > enough:
-                break
-        pool.shutdown(cancel_futures=True)
+    headers = known or Headers()
+    doubtful: dict[int, int] = {}  # tokens of the caption by sample
+    for index in Progress(headers.read(samples, share), "checking headers", len(share), **show):
+        header, tokens = headers.header(samples, index), count_tokens(samples, index)
+        if not header.clips or check_sample(samples, index, header, tokens, header.clips):
+            doubtful[index] = tokens
+        else:
+            captions.add(tokens, header.seconds, min(header.clips))
+    for index in Progress(headers.count(samples, doubtful), "checking timestamps", len(doubtful), **show):
+        count, tokens = headers.clips(samples, index), doubtful[index]
+        if isinstance(count, str):
+            reason = count
+        else:
+            clips, seconds_per_clip, seconds = count
+            reason = check_sample(samples, index, headers.header(samples, index), tokens, clips, seconds_per_clip)
+            captions.add(tokens, seconds, *clips)
+        if reason:
+            bad.append((index, reason))
+        if len(bad) > enough:
+            break
     found: dict[int, str] = {}
     total = CaptionRates()
     for some, rates in gather_object([(bad, captions)]):
@@ -156,47 +136,3 @@ def check_sample(
     except InputError as error:
         return str(error)
     return ""
-
-
-def read_header(samples: StreamingDataset, index: int) -> Header:
-    try:
-        path = samples.path(index)
-    except InputError:  # count_clips reports it
-        return Header()
-    if not os.path.isfile(path):  # opening a pipe would block
-        return Header()
-    try:
-        with open_film(path) as container:
-            stream = film_track(container, str(path))
-            ends = [stream.duration * stream.time_base] if stream.duration else []
-            ends += [container.duration / av.time_base] if container.duration else []
-            size = stream.codec_context.height, stream.codec_context.width
-            # At a low frame rate, only the timestamps show whether the rate is constant; where timestamps may restart,
-            # only they show the duration. If the first frame is late, some formats give the end as the duration.
-            late = (stream.start_time or 0) * stream.time_base >= FRAMES_PER_CLIP / FPS
-            known = float(stream.average_rate or FPS) >= FPS and not may_leap(container) and not late
-    except (av.FFmpegError, OSError, InputError):
-        return Header()
-    seconds = float(min(ends, default=0))
-    clips = math.ceil((seconds - SLACK) * FPS / FRAMES_PER_CLIP)
-    # A video of about one clip may be shorter than that.
-    possible = (clips - 1, clips, clips + 1) if known and clips > 1 else ()
-    return Header(possible, size if min(size) > 0 else None, seconds)
-
-
-def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], float, float] | str:
-    """The exact number of clips of a video, and the seconds of each and of the video; or the reason if it is missing,
-    broken or shorter than one clip."""
-    try:
-        path = samples.path(index)
-        video = index_video(path)
-    except InputError as error:
-        return str(error)
-    try:
-        rate = sampled_rate(video, FPS)
-        frames = pick_frames(video.times, video.duration, rate, None, None)
-    except InputError as error:
-        return f"video {path}: {error}"
-    if frames is None:
-        return too_short(f"video {path}", video.duration, rate)
-    return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate, video.duration
