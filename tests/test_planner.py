@@ -34,7 +34,7 @@ from qwenvl.planner.host import available_memory, limits
 from qwenvl.planner.lengths import assumed_lengths, find_lengths
 from qwenvl.planner.memory import estimate
 from qwenvl.planner.nodes import agree
-from qwenvl.planner.plan import EQUAL, PAPER_SAMPLES, Given, choose, evaluate, plans, step_samples
+from qwenvl.planner.plan import EQUAL, PAPER_SAMPLES, Given, choose, command_line, evaluate, plans, step_samples
 from qwenvl.planner.request import PLANNED, Request
 from qwenvl.planner.settings import Settings, Zero, configurations
 from qwenvl.planner.shape import find_shape
@@ -421,9 +421,8 @@ def test_the_longest_samples_of_heavy_tailed_data_fit_into_one_row():
     tail = replace(LENGTHS, tokens=(*[1_000] * 5_000, 7_000, 7_500))
     assert (tail.row(1), tail.row(2), tail.row(4)) == (7_552, 14_592, 16_512)
     lengths = [7_000, 1_000, 7_500, 1_000]
-    assert (
-        len(first_fit(lengths, tail.row(4))) == 1 and tail.rows_filled(4, 8_192) == len(first_fit(lengths, 8_192)) == 3
-    )
+    assert len(first_fit(lengths, tail.row(4))) == 1
+    assert tail.rows_filled(4, 8_192) == len(first_fit(lengths, 8_192)) == 3
     assert first_fit([3, 4, 1], 5) == [[0, 2], [1]]
 
 
@@ -514,7 +513,7 @@ def test_pixels_stay_in_host_memory(made):
     assert send_to_device({"pixels": pixels}, "meta")["pixels"] is pixels
 
 
-def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch):
+def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch, capsys):
     """Losses and gradient norms in float32 equal those of one sample at a time, and a resumed run keeps its plan."""
     common = {"min_pixels_per_frame": 3136, "max_pixels_per_frame": 3136}
     words = " ".join(f"--{name} {value}" for name, value in common.items())
@@ -543,6 +542,13 @@ def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch):
     again = given_by(f"--output_dir {tmp_path / 'packed'} --pack_tokens 1", monkeypatch, made[0]).resumed()
     assert "pack_tokens" not in again  # record.py compares what the user gives
     assert given_by(f"--output_dir {tmp_path / 'new'}", monkeypatch, made[0]).resumed() == {}
+    # --plan shows the same: not a plan for the GPUs that are here now.
+    monkeypatch.setattr(machine, "gpus_here", lambda *_: parse_gpus("H200"))
+    words = ["--plan", "--model_name_or_path", str(made[0]), "--output_dir", str(tmp_path / "packed")]
+    monkeypatch.setattr(sys, "argv", ["planner", "1", "1", *words])
+    program.main()
+    shown = f"plan: the settings that {tmp_path / 'packed'} was started with\n  flags: {command_line(resumed)}\n"
+    assert capsys.readouterr().out == shown
 
 
 def test_the_table_of_the_docs_is_the_planners():
@@ -554,6 +560,7 @@ import os, sys
 if "qwenvl.device" in sys.orig_argv or "qwenvl.planner" in sys.orig_argv:
     import torch
     from qwen_vl_streaming import devices
+    os.write(1, b"--a_word of a library written in C\\n")
     devices.look = lambda environment: devices.Devices(2, bfloat16=True)
     torch.cuda.device_count = lambda: 2
     torch.cuda.get_device_name = lambda index: "NVIDIA H100 80GB HBM3"
@@ -578,6 +585,7 @@ def test_the_bare_command_is_planned(made, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "plan for 2 x H100, 70.0 GiB free" in done.stderr and "predicted:" in done.stderr
     (echo,) = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
+    assert "--a_word" not in done.stdout and done.stderr.count("--a_word of a library") == 2
     assert echo.count("--pack_tokens") == 1 and "--pack_tokens 4096" in echo
     assert "--deepspeed zero2.json" in echo and echo.count("--deepspeed") == 1
     assert "--compile_layers True" in echo and "--nproc_per_node 2" in echo and "--gradient_accumulation_steps" in echo
