@@ -26,7 +26,7 @@ def run(*command, cwd=ROOT, **environment):
 def test_short_demo(tmp_path):
     flags = ["--output", "the demo", "--train-videos", "8", "--test-videos", "2", "--steps"]
     demo = ["bash", os.path.relpath(ROOT / "demo.sh", tmp_path), *flags]
-    ended = run(*demo, "3", cwd=tmp_path)
+    ended = run(*demo, "10", cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     output = tmp_path / "the demo"
     for name in (
@@ -47,7 +47,7 @@ def test_short_demo(tmp_path):
     assert len((output / "evaluation/group_infer.json").read_text().splitlines()) == 2
     assert "METEOR" in ended.stdout and "1s '" in ended.stdout
     # Without a terminal, progress is printed as lines.
-    for line in ("draw: 34/34 videos in", "read: 2/2 shards in", "training: 3/3 steps in", "group: 2/2 videos in"):
+    for line in ("draw: 34/34 videos in", "read: 2/2 shards in", "training: 10/10 steps in", "group: 2/2 videos in"):
         assert line in ended.stderr
     assert "\r" not in ended.stderr + ended.stdout and "%|" not in ended.stderr
 
@@ -59,10 +59,10 @@ def test_short_demo(tmp_path):
     assert checked.returncode == 0, checked.stderr
     assert "tokens before slot j changed in 0;" in checked.stdout
 
-    longer = run(*demo, "4", cwd=tmp_path)
+    longer = run(*demo, "11", cwd=tmp_path)
     assert longer.returncode == 2 and "== 1." not in longer.stdout
     (line,) = longer.stderr.splitlines()
-    assert f"{output / 'qwen2_5vl-pe-group'} was trained for 3 steps, not 4: give another --output, or" in line
+    assert f"{output / 'qwen2_5vl-pe-group'} was trained for 10 steps, not 11: give another --output, or" in line
 
 
 @pytest.mark.parametrize(
