@@ -19,7 +19,8 @@ from training import free_port
 
 SCRIPT = Path(__file__).parents[1] / "code/qwen-vl-finetune/scripts/sft.sh"
 PYTHON = (
-    'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device") echo {gpus} ;; *redact) shift 2; echo "+ $*" ;; esac'
+    'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device") echo {gpus} >&3 ;; '
+    '*redact) shift 2; echo "+ $*" ;; esac'
 )
 
 

@@ -21,6 +21,19 @@ from .device import choose_training_device
 ROOT = Path(__file__).resolve().parents[3]
 SCHEDULES = ("data", "wait", MODEL)
 OUTPUT = Path(__file__).resolve().parents[1] / "output"
+PAPER_SAMPLES = 16
+"""Samples of a process in an optimizer step, as in the paper."""
+
+
+def accumulation_steps(batch_size: int) -> int:
+    """Forward passes of an optimizer step, each with `batch_size` samples, where --gradient_accumulation_steps is not
+    given: those of PAPER_SAMPLES samples. Raises InputError where they do not divide evenly."""
+    if PAPER_SAMPLES % batch_size:
+        raise InputError(
+            f"--per_device_train_batch_size {batch_size} does not divide the {PAPER_SAMPLES} samples of a step: "
+            "give --gradient_accumulation_steps too, or another"
+        )
+    return PAPER_SAMPLES // batch_size
 
 
 @dataclass
@@ -263,7 +276,12 @@ class SftArguments(TrainingArguments):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int = 16
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Forward passes of an optimizer step. Default: as many as give {PAPER_SAMPLES} samples a process."
+        },
+    )
     bf16: bool = field(
         default=True, metadata={"help": "Train in bfloat16, else in float32. sft.sh sets False on a CPU."}
     )
@@ -290,6 +308,8 @@ class SftArguments(TrainingArguments):
 
     def __post_init__(self):
         check_values(self)
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = accumulation_steps(self.per_device_train_batch_size)
         self.cpu_is_fallback = not self.use_cpu  # then large models are refused
         self.cpu_message = choose_training_device(self)
         if self.output_dir is not None and not self.output_dir.strip():

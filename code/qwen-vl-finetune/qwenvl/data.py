@@ -308,19 +308,23 @@ class EpochSampler(torch.utils.data.Sampler):
         return iter([*order, *range(self.real, self.padded)][: len(self)])
 
 
-def pack(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
-    """First-fit packing of samples into rows of at most `tokens` tokens."""
-    rows: list[list[Sample]] = []
+def first_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """First-fit packing of samples of these `lengths` into rows of at most `tokens` tokens: the indices of each row."""
+    rows: list[list[int]] = []
     room: list[int] = []
-    for sample in samples:
-        length = len(sample.input_ids)
+    for index, length in enumerate(lengths):
         row = next((i for i, free in enumerate(room) if free >= length), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(tokens)
-        rows[row].append(sample)
+        rows[row].append(index)
         room[row] -= length
     return rows
+
+
+def pack(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
+    """The samples of each row that `first_fit` makes."""
+    return [[samples[i] for i in row] for row in first_fit([len(sample.input_ids) for sample in samples], tokens)]
 
 
 @dataclass

@@ -1,46 +1,25 @@
 """Finds bad samples, and counts captions that do not fit their video, before training: from captions and video headers,
 without decoding.
 
-A header gives the frame size, and the number of clips to within one. Only where that leaves a doubt are the timestamps
-of all frames read. What no header shows is checked, by the same rules, when a sample is first read.
+What no header shows is checked, by the same rules, when a sample is first read.
 """
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import accumulate
 
-import av
 from accelerate.utils import gather_object
 from qwen_vl_streaming.common.data_rows import TOKENS_PER_SECOND
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
-from qwen_vl_streaming.common.video_part import part_seconds, video_part
-from qwen_vl_streaming.video.container import film_track, may_leap, open_film
-from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate, too_short
-from qwen_vl_streaming.video.index import index_video
+from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP
 
 from .data import StreamingDataset
+from .headers import FPS, Header, Headers
 
-FPS = 2.0  # the default of read_video
 SECONDS_PER_CLIP = FRAMES_PER_CLIP / FPS
-THREADS = 16  # more than cores: on network storage, reading a header is mostly waiting
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a video's header says; empty where it cannot be read."""
-
-    clips: tuple[int, ...] = ()
-    """The possible numbers of clips."""
-    size: tuple[int, int] | None = None
-    """Height and width of the frames in pixels."""
-    seconds: float = 0.0
-    """The duration, or that of the part of the video which the row names."""
 
 
 @dataclass
@@ -119,12 +98,17 @@ class Scan:
 
 
 def scan(
-    samples: StreamingDataset, enough: float = math.inf, process: int = 0, processes: int = 1, quiet: bool = True
+    samples: StreamingDataset,
+    enough: float = math.inf,
+    process: int = 0,
+    processes: int = 1,
+    quiet: bool = True,
+    known: Headers | None = None,
 ) -> Scan:
     """Check `samples`. The result is the same on every process.
 
     Called by all `processes` at once. Each checks its share, and stops after more than `enough` bad samples. The first
-    shows progress unless `quiet`.
+    shows progress unless `quiet`. What is `known` is not read again.
     """
     share = range(process, len(samples), processes)
     show = {"delay": 2, "disable": quiet or process > 0}
@@ -137,31 +121,27 @@ def scan(
         elif samples.variant.streams:
             late.add(samples.seconds_late(index, sorted(clips)[len(clips) // 2], seconds_per_clip))
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        headers = zip(share, pool.map(partial(read_header, samples), share), strict=True)
-        doubtful = []
-        for index, header in Progress(headers, "checking headers", len(share), **show):
-            tokens = count_tokens(samples, index)
-            if not header.clips or check_sample(samples, index, header, tokens, header.clips):
-                doubtful.append((index, header, tokens))
-            else:
-                count(index, tokens, header.seconds, header.clips, SECONDS_PER_CLIP)
-        counts = pool.map(lambda doubt: count_clips(samples, doubt[0]), doubtful)
-        for (index, header, tokens), found in Progress(
-            zip(doubtful, counts, strict=True), "checking timestamps", **show
-        ):
-            if isinstance(found, str):
-                reason = found
-            else:
-                clips, seconds_per_clip, seconds = found
-                reason = check_sample(samples, index, header, tokens, clips, seconds_per_clip)
-                if not reason or samples.segments(index) is None:
-                    count(index, tokens, seconds, clips, seconds_per_clip)
-            if reason:
-                bad.append((index, reason))
-            if len(bad) > enough:
-                break
-        pool.shutdown(cancel_futures=True)
+    headers = known or Headers()
+    doubtful: dict[int, int] = {}  # tokens of the caption by sample
+    for index in Progress(headers.read(samples, share), "checking headers", len(share), **show):
+        header, tokens = headers.header(samples, index), count_tokens(samples, index)
+        if not header.clips or check_sample(samples, index, header, tokens, header.clips):
+            doubtful[index] = tokens
+        else:
+            count(index, tokens, header.seconds, header.clips, SECONDS_PER_CLIP)
+    for index in Progress(headers.count(samples, doubtful), "checking timestamps", len(doubtful), **show):
+        found, tokens = headers.clips(samples, index), doubtful[index]
+        if isinstance(found, str):
+            reason = found
+        else:
+            clips, seconds_per_clip, seconds = found
+            reason = check_sample(samples, index, headers.header(samples, index), tokens, clips, seconds_per_clip)
+            if not reason or samples.segments(index) is None:
+                count(index, tokens, seconds, clips, seconds_per_clip)
+        if reason:
+            bad.append((index, reason))
+        if len(bad) > enough:
+            break
     all_bad: dict[int, str] = {}
     rates, words = CaptionRates(), LateWords(most=samples.max_tokens_per_slot)
     for some, some_rates, some_words in gather_object([(bad, captions, late)]):
@@ -199,51 +179,3 @@ def check_sample(
     except InputError as error:
         return str(error)
     return ""
-
-
-def read_header(samples: StreamingDataset, index: int) -> Header:
-    try:
-        path = samples.path(index)
-    except InputError:  # count_clips reports it
-        return Header()
-    if not os.path.isfile(path):  # opening a pipe would block
-        return Header()
-    try:
-        with open_film(path) as container:
-            stream = film_track(container, str(path))
-            ends = [stream.duration * stream.time_base] if stream.duration else []
-            ends += [container.duration / av.time_base] if container.duration else []
-            size = stream.codec_context.height, stream.codec_context.width
-            # At a low frame rate, only the timestamps show whether the rate is constant; where timestamps may restart,
-            # only they show the duration. If the first frame is late, some formats give the end as the duration.
-            late = (stream.start_time or 0) * stream.time_base >= FRAMES_PER_CLIP / FPS
-            known = float(stream.average_rate or FPS) >= FPS and not may_leap(container) and not late
-    except (av.FFmpegError, OSError, InputError):
-        return Header()
-    try:
-        seconds = part_seconds(path, video_part(samples.rows[index]), float(min(ends, default=0)))
-    except InputError:  # count_clips reports it
-        return Header()
-    clips = math.ceil((seconds - SLACK) * FPS / FRAMES_PER_CLIP)
-    # A video of about one clip may be shorter than that.
-    possible = (clips - 1, clips, clips + 1) if known and clips > 1 else ()
-    return Header(possible, size if min(size) > 0 else None, seconds)
-
-
-def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], float, float] | str:
-    """The exact number of clips of a video, or of the part that the row names, and the seconds of each and of all; or
-    the reason if it is missing, broken or shorter than one clip."""
-    try:
-        path, part = samples.path(index), video_part(samples.rows[index])
-        video = index_video(path)
-        seconds = part_seconds(path, part, video.duration)
-    except InputError as error:
-        return str(error)
-    try:
-        rate = sampled_rate(video, FPS)
-        frames = pick_frames(video.times, video.duration, rate, part.get("start"), part.get("end"))
-    except InputError as error:
-        return f"video {path}: {error}"
-    if frames is None:
-        return too_short(f"{'the part of ' if part else ''}video {path}", seconds, rate)
-    return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate, seconds

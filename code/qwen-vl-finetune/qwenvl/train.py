@@ -35,6 +35,7 @@ from .data import PaddedDataset, StreamingDataset, collate_for_trainer
 from .device import check_size
 from .flags_help import HelpfulParser
 from .folder import check_folder, lock_folder, make_folder
+from .headers import CHANNEL, Headers
 from .param_groups import check_parts, describe_parts, make_trainable
 from .prescan import scan
 from .record import RunRecord, describe_run
@@ -161,10 +162,16 @@ def load_matching_processor(checkpoint: str, config: PretrainedConfig):
     return processor
 
 
-def scan_data(samples: StreamingDataset, skipped: Skipped, training: SftArguments) -> list[int]:
+def known_headers(is_main: bool) -> Headers:
+    """What the planner has read of the videos, where there was one."""
+    (known,) = broadcast_object_list([Headers.take(Path(os.environ.get(CHANNEL, ""))) if is_main else None])
+    return known
+
+
+def scan_data(samples: StreamingDataset, known: Headers, skipped: Skipped, training: SftArguments) -> list[int]:
     """The lines of the data that are known to be bad before training. Raises InputError for too many."""
     enough = max(1000, training.max_bad_share * len(samples))
-    found = scan(samples, enough, training.process_index, training.world_size, training.disable_tqdm)
+    found = scan(samples, enough, training.process_index, training.world_size, training.disable_tqdm, known)
     if training.process_index == 0:
         for line in filter(None, (str(found.captions), str(found.late))):
             logger.info(line)
@@ -236,12 +243,13 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     all_samples.check_max_length()
     make_folder(output)
     is_main = arguments.process_index == 0
+    known = known_headers(is_main)
     with lock_folder(output, is_main):
         record = RunRecord(output, is_main)
         finished, resume_from = broadcast_object_list([record.finished, newest_checkpoint(output)])
         skipped = Skipped(output, len(every_row), arguments.max_bad_share, is_main)
         started = finished or resume_from
-        excluded = record.excluded if started else scan_data(all_samples, skipped, arguments)
+        excluded = record.excluded if started else scan_data(all_samples, known, skipped, arguments)
         timed = any(map(all_samples.segments, range(len(every_row))))
         facts = describe_run(model_arguments, data_arguments, arguments, len(every_row), len(held_out), excluded, timed)
         check_same_model(checkpoint, facts["model_sha256"], arguments.device)
