@@ -176,6 +176,7 @@ def test_evaluation_scores_against_the_text_and_keeps_the_times(made, loaded, tm
     assert rows[0]["annotation"] == source[0]["human_caption"] and rows[1]["segments"] == source[1]["segments"]
     work = SimpleNamespace(
         rows=rows,
+        end_of_slot=None,
         root=data.parent,
         video_root=None,
         max_clips=None,
