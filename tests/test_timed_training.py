@@ -136,6 +136,8 @@ def test_bad_rows_are_skipped_and_late_words_reported(made, tmp_path):
 
     def change(number, row):
         row |= {"segments": BAD[number][0]} if number in BAD else {}
+        if number == 6:  # most slots are silent
+            row |= {"segments": [segment(4, 5, "ring")], "segment_time": "start"}
         if number == 0:
             row |= {"segments": [segment(0, 1, "ring " * 20), segment(1, 2, "end")], "segment_time": "start"}
 
@@ -146,7 +148,9 @@ def test_bad_rows_are_skipped_and_late_words_reported(made, tmp_path):
     for index, (_, reason) in BAD.items():
         assert found.bad[index].startswith(f"{data}, line {index + 1}: {reason}"), found.bad[index]
         assert samples[index].bad == (str(samples.rows[index]["video_id"]), found.bad[index])
-    # Of the first row: 2 tokens of 20 "ring" and "end" are due in slot 1, which holds 8, as do slots 2 and 3.
+    labels = samples[6].labels
+    assert samples.processor.tokenizer.decode(labels[labels != IGNORED]) == "ring<|im_end|>"
+    # All of the first row is due in slot 1. That holds 8 tokens, as does slot 2, and the rest is in slot 3.
     assert str(found.captions) == "" and found.late.seconds[1.0] >= 8 and found.late.seconds[2.0] >= 4
 
 

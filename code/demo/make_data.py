@@ -10,6 +10,7 @@ the scenes. The same settings give the same bytes. Does not depend on tokenizers
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -260,9 +261,9 @@ def _tar(rendered: Iterable[tuple[Sample, bytes, dict]]) -> bytes:
 
 def preview(config: DataConfig, path: Path) -> None:
     """Write a picture of eight test videos: one frame per second at the model's resolution, and the caption."""
-    cell = MODEL_SIZE + 6
+    cell, columns = MODEL_SIZE + 6, math.ceil(QUIET_SECONDS[1]) if config.quiet else 12
     samples = [sample for sample in plan(config)["test"] if sample.kind == "ordinary"][:8]
-    sheet = Image.new("RGB", (12 * cell, max(1, len(samples)) * (cell + 22)), "white")
+    sheet = Image.new("RGB", (columns * cell, max(1, len(samples)) * (cell + 22)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, sample in enumerate(samples):
         top = number * (cell + 22)

@@ -176,7 +176,7 @@ def _write(
                 continue
             row = {
                 "video_id": video_id,
-                "video_path": relative_path(Path(sample.video).absolute(), options.root),
+                "video_path": _row_path(Path(sample.video).absolute(), options.root),
                 "video_duration_in_s": round(length, 3),
                 **({"question": sample.question} if sample.question else {}),
                 "segments": ordered,
@@ -193,6 +193,11 @@ def _write(
     if statistics.rows < len(samples):
         logger.info("%s has a line for each sample without a row", skipped)
     return first
+
+
+def _row_path(video: Path, root: Path) -> str:
+    """The path of a video in a row: relative to the project's root if it is below, so that the project can move."""
+    return relative_path(video, root) if video.is_relative_to(root) else str(video)
 
 
 def _fault(whole: Timed, ordered: list[dict[str, Any]], length: float) -> str:
