@@ -116,8 +116,8 @@ COMMANDS: dict[str, Run | str] = {
     "srun --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 bash eval.sh": LAUNCHED,
     "bash eval.sh --task funqa": LAUNCHED,
     "QWEN2_5_VL_VARIANT=gap bash eval.sh --schedule random --output-file gap_random_infer.json": LAUNCHED,
-    "python code/evaluation/timeliness.py code/evaluation/output/*_infer.json --times TIMES.jsonl "
-    "--picture said.png": Run("group wait-3 "),
+    "python code/evaluation/timeliness.py code/evaluation/output/*_infer.json --times TIMES.jsonl --picture "
+    "said.png": Run("group wait-3 "),
     "python code/evaluation/timeliness.py demo_output/evaluation/*_infer.json --times "
     "demo_output/dataset/PE-Video/truth.jsonl": DEMO,
     "python code/evaluation/report.py code/evaluation/output/*_infer.json --output report": Run("page: report.html"),
@@ -158,9 +158,8 @@ PAGES = (
 """In the order in which their commands are run; each begins in the project's root."""
 WRITTEN = {
     "loss.png", "said.png", "report.png", "report.html", "report.md", "report-3B.html", "report-7B.html",
-    "funqa_report.png",
-    "train_3_5.jsonl", "train_3_5_report.png", "report/", "runs/", "PE-Video/", "FunQA/", "demo_output/",
-    "paper_output/", "logs/", "dataset/", "3B/", "7B/", "output/", "live_output/", "serve_output/",
+    "funqa_report.png", "train_3_5.jsonl", "train_3_5_report.png", "report/", "runs/", "PE-Video/", "FunQA/",
+    "demo_output/", "paper_output/", "logs/", "dataset/", "3B/", "7B/", "output/", "live_output/", "serve_output/",
     "OTHER/bin/python", "records/",
 }  # fmt: skip
 """Named in the pages, but made by programs or brought by users."""

@@ -14,6 +14,7 @@ from metrics.references import events_of, read_times
 from metrics.timeliness import (
     Timing,
     area,
+    events_within,
     f1,
     match_responses,
     measure,
@@ -160,8 +161,12 @@ def test_tokens_without_text_do_not_matter():
 
 
 def test_rows_that_cannot_be_timed():
-    with pytest.raises(ValueError, match="v ends at 6 s, but has an event at 7 s"):
-        timing(*[""] * 6)
+    late = [Event.from_keys(time, None, ["ring"]) for time in (6.5, 5.5, 6.0, 7.0)]
+    assert events_within(row_of(*[""] * 6), late) == [late[1]]
+    with pytest.raises(ValueError, match=r"v ends at 6 s, but has an event at 7\.5 s"):
+        events_within(row_of(*[""] * 6), [*late, Event.from_keys(7.5, None, ["ring"])])
+    with pytest.raises(ValueError, match="v has no slots"):
+        events_within({"video_id": "v", "tokens": [], "clips": 3}, late)
     with pytest.raises(ValueError, match="v has no slots"):
         row = row_of("a")
         measure({name: value for name, value in row.items() if name != "slots"}, KEYS[:1], row["decode"])

@@ -41,6 +41,8 @@ from metrics.naming import Event, Spoken, align, spoken_words
 
 WITHIN = (1, 2, 3)
 """Seconds after an event within which it is named in time."""
+TOLERANCE = 1.0
+"""Seconds after the end of a video up to which an event is left out, and not an error."""
 QUIET = 3
 """A slot is quiet if nothing began in so many seconds before it."""
 
@@ -91,20 +93,23 @@ class Timing:
     """Per clip."""
 
 
-def check_events(video_id: str, events: Sequence[Event], clips: int, seconds: float) -> None:
-    """Raise ValueError if an event begins after the video has ended."""
-    if late := [event.time for event in events if event.time >= clips * seconds]:
-        raise ValueError(f"video {video_id} ends at {clips * seconds:g} s, but has an event at {late[0]:g} s")
+def events_within(row: Mapping, events: Sequence[Event]) -> list[Event]:
+    """The `events` that begin before the video of a row has ended, in order of time. One that begins up to TOLERANCE
+    later is left out, as published times are rounded. Raises ValueError for one that begins later than that, and as
+    `lag.check` and `clip_seconds` do."""
+    lag.check(row)
+    end = row["clips"] * clip_seconds(row)
+    if late := [event.time for event in events if event.time > end + TOLERANCE]:
+        raise ValueError(f"video {row['video_id']} ends at {end:g} s, but has an event at {late[0]:g} s")
+    return sorted((event for event in events if event.time < end), key=lambda event: event.time)
 
 
 def measure(row: Mapping, events: Sequence[Event], decode: Callable[[list[int]], str]) -> Timing:
-    """The timeliness of a row of a result file, for a video with `events` (at least one). `decode` is as for
-    `lag.measure`. Raises ValueError, with the reason, for a row without slots, another tokenizer, and an event after
-    the end of the video."""
+    """The timeliness of a row of a result file, for a video with `events` (at least one), in order of time and before
+    the end of the video. `decode` is as for `lag.measure`. Raises ValueError, with the reason, for a row without slots
+    and another tokenizer."""
     pieces = lag.decode_pieces(row, decode)
     seconds, clips = clip_seconds(row), row["clips"]
-    check_events(row["video_id"], events, clips, seconds)
-    events = sorted(events, key=lambda event: event.time)
     spoken = Spoken(spoken_words(row["result"], pieces, row["slots"]))
     words = [None if i is None else spoken.words[i].slot * seconds for i in align(events, spoken, seconds)]
     times = [naming_times(spoken, event, seconds) for event in events]

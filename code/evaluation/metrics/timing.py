@@ -15,7 +15,7 @@ from results import Row, sibling
 
 from metrics.naming import Event
 from metrics.references import events_of
-from metrics.timeliness import WITHIN, Timing, measure, summarize
+from metrics.timeliness import WITHIN, events_within, measure, summarize
 
 POINTS = "timeliness.jsonl"
 NAMES = {
@@ -58,19 +58,22 @@ def measure_file(
     rows: Sequence[Row], captions: Path, times: Mapping[str, list[Event]], decode: Callable[[list[int]], str]
 ) -> dict[str, float | int]:
     """The timeliness of the rows of the file `captions`, as `summarize` returns it, with `without_times`, the number of
-    rows without events. Writes the events beside `captions`. Raises ValueError, with the reason, as `measure` does and
-    if no row has events."""
-    timed = [row for row in rows if times.get(row["video_id"])]
+    rows without events, and `after_the_end`, the number of events that were left out since their video had ended.
+    Writes the events beside `captions`. Raises ValueError, with the reason, as `measure` and `events_within` do, and if
+    no row has events."""
+    seen = {row["video_id"]: events_within(row, times[row["video_id"]]) for row in rows if row["video_id"] in times}
+    timed = [row for row in rows if seen.get(row["video_id"])]
     if not timed:
         raise ValueError(f"none of the {len(rows)} videos of {captions.name} has a reference with times")
-    found: list[Timing] = [measure(row, times[row["video_id"]], decode) for row in timed]
+    found = [measure(row, seen[row["video_id"]], decode) for row in timed]
     lines = [
         json.dumps({"video_id": row["video_id"], "event": one.event.text, "time": one.event.time, "said": one.said})
         for row, timing in zip(timed, found, strict=True)
         for one in timing.named
     ]
     write_file(sibling(captions, POINTS), "".join(line + "\n" for line in lines))
-    return {**summarize(found), "without_times": len(rows) - len(timed)}
+    after = sum(len(times[video_id]) - len(events) for video_id, events in seen.items())
+    return {**summarize(found), "without_times": len(rows) - len(timed), "after_the_end": after}
 
 
 def read_points(captions: Path) -> list[tuple[float, float | None]]:
@@ -104,4 +107,6 @@ def describe(found: Mapping) -> str:
     )
     if "words_per_quiet_second" in found:
         text += f"; {found['words_per_quiet_second']:.2f} words a second where nothing happens"
+    if left_out := found["after_the_end"]:
+        text += f"\nleft out, as they begin after the end of their video: {left_out} more"
     return text

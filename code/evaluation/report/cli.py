@@ -80,12 +80,12 @@ def sections(results: Sequence[Result], size: str) -> list[dict]:
                 "table": main_table(mine, task, size),
                 "panels": main_panels(mine, task, size),
                 "subtasks": subtask_table(mine),
-                "timeliness": timeliness_table(mine),
-                "said_panels": said_panels(mine, names_of(mine)),
                 "schedules": schedule_table(mine, task),
                 "schedule_panels": schedule_panels(mine),
                 "differences": differences(mine, size) if task in order else [],
                 "about": about(mine, task, size),
+                "timeliness": timeliness_table(mine),
+                "said_panels": said_panels(mine, names_of(mine)),
             }
         )
     return made

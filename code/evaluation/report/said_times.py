@@ -176,9 +176,9 @@ def draw_picture(files: Sequence[tuple[str, Path]], path: Path) -> None:
                 zorder=3,
             )
         axis.plot([0, end], [0, end], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        axis.text(-0.05 * end, never, "never", ha="right", va="center", fontsize=8.5, color=INK)
+        axis.text(-0.07 * end, never, "never", ha="right", va="center", fontsize=8.5, color=INK)
         share = 100 * np.mean([said is not None and 0 < said - time <= 3 for time, said in points])
-        axis.set_title(f"{title}\n{share:.0f}% named within 3 s", fontsize=9.5, color=INK, pad=16)
+        axis.set_title(f"{title}\n{share:.0f}% named within 3 s", fontsize=9.5, color=INK, pad=22)
         axis.set(xlim=(-margin, end), ylim=(-margin, end), xticks=ticks, yticks=ticks, aspect="equal")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=INK, labelsize=8.5)
