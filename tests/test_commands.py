@@ -62,6 +62,7 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_VARIANT=all bash demo.sh": DEMO,
     "bash demo.sh --steps 4000 --output demo_output/long": DEMO,
     "QWEN2_5_VL_VARIANT=all bash demo.sh --steps 2200 --output demo_output/six": DEMO,
+    "bash code/demo/quiet.sh": "not: as demo.sh with two trainings; tests/test_model_schedule.py runs its parts",
     "bash demo.sh --serve": DEMO,
     "QWEN2_5_VL_VARIANT=all bash demo.sh --serve": DEMO,
     "bash demo.sh --help": Run("all six, one after the other"),
