@@ -141,6 +141,8 @@ class Worker:
                     message = self.connection.recv()
                     self._copy(*message)
                     deliver(*message)
+            if not self.closing:
+                logger.error("model %s is lost", self.spec.name)
             reason = f"failed: the process of model {self.spec.name} was lost"
             recorded = {key for key, copy in self.copies.items() if copy.write(reason)}
             self.copies.clear()
@@ -216,8 +218,6 @@ class Worker:
             self.free(blocks)
         elif kind == "lost":
             (recorded,) = what
-            if not self.closing:
-                logger.error("model %s is lost", self.spec.name)
             self.lost = True
             for key in [*self.listeners]:
                 self._handle(("done", key, "lost", None, key in recorded))
