@@ -114,7 +114,7 @@ def test_a_killed_model_starts_again_and_then_sigterm(command, checkpoint):
         async with Talk(connect(address)) as one, Talk(connect(address)) as other:
             keys = {name: await begun(viewer, name) for viewer, name in ((one, "group"), (other, "second"))}
             os.kill(second, signal.SIGKILL)
-            assert "was lost, and is started again" in (await other.until("error"))["error"]["message"]
+            assert "second was lost: this session has ended" in (await other.until("error"))["error"]["message"]
             done = (await other.until("response.done"))["response"]
             assert (done["id"], done["status"], done["record_id"]) == (keys["second"], "failed", keys["second"])
             assert condition() == "503 a model is starting again"
@@ -138,7 +138,7 @@ def test_a_killed_model_starts_again_and_then_sigterm(command, checkpoint):
             return keys, other.events, status, time.monotonic() - began
 
     keys, other, status, seconds = drive(run, 5 * SECONDS)
-    said = ["model second is lost: starting it again", "model second runs again"]
+    said = ["model second is lost", "model second is started again", "model second runs again"]
     assert (status, (folder / "stderr").read_text().splitlines()) == (0, said) and seconds < 8
     ends = {"group": "cancelled", "again": "cancelled", "second": "failed: the process of model second was lost"}
     for name, key in keys.items():

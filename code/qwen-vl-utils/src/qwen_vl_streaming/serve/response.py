@@ -136,7 +136,7 @@ class Response:
             message = f"model {self.model.name} ran out of memory: this session has ended"
             self.send({"type": "error", "error": {"code": how, "message": message, "event_id": None}})
         elif status == "failed":
-            what = "was lost, and is started again" if how == "lost" else "has failed"
+            what = "was lost" if how == "lost" else "has failed"
             message = f"model {self.model.name} {what}: this session has ended"
             self.send({"type": "error", "error": {"code": "failed", "message": message, "event_id": None}})
         misses = figures["missed_deadlines"] if figures else self.misses

@@ -2,6 +2,7 @@
 starts it again if it is lost."""
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -124,32 +125,33 @@ class Worker:
     # In threads
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Deliver what the process says, and start it again when it is lost."""
-        try:
-            while True:
-                sending = self.connection, self.pixels, self.outbox
-                threading.Thread(target=_send_all, args=sending, daemon=True).start()
-                self._receive_all(loop)
-                reason = f"failed: the process of model {self.spec.name} was lost"
-                recorded = {key for key, copy in self.copies.items() if copy.write(reason)}
-                self.copies.clear()
-                self.outbox.put(None)
-                loop.call_soon_threadsafe(self._handle, ("lost", recorded))
-                if (room := self._restart()) is None:
-                    loop.call_soon_threadsafe(self._handle, ("given_up",))
-                    return
-                loop.call_soon_threadsafe(self._handle, ("ready", *room))
-        except RuntimeError:  # the loop is closed: the server has ended
-            return
+        """Deliver what the process says until it ends, and start it again when it is lost. Linux kills a process when
+        the thread that has started it ends."""
 
-    def _receive_all(self, loop: asyncio.AbstractEventLoop) -> None:
+        def deliver(*message) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(self._handle, message)
+
+        outbox = self.outbox
         while True:
-            try:
-                message = self.connection.recv()
-            except (EOFError, OSError):
-                return
-            self._copy(*message)
-            loop.call_soon_threadsafe(self._handle, message)
+            sending = self.connection, self.pixels, outbox
+            threading.Thread(target=_send_all, args=sending, daemon=True).start()
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    message = self.connection.recv()
+                    self._copy(*message)
+                    deliver(*message)
+            if not self.closing:
+                logger.error("model %s is lost", self.spec.name)
+            reason = f"failed: the process of model {self.spec.name} was lost"
+            recorded = {key for key, copy in self.copies.items() if copy.write(reason)}
+            self.copies.clear()
+            outbox.put(None)
+            deliver("lost", recorded)
+            if (room := self._restart()) is None:
+                return deliver("given_up")
+            outbox = queue.SimpleQueue()
+            deliver("ready", outbox, *room)
 
     def _copy(self, kind: str, *what) -> None:
         """Keep the copies of records up to date."""
@@ -179,6 +181,7 @@ class Worker:
                     RESTART_SECONDS / 60,
                 )
                 return None
+            logger.warning("model %s is started again", name)
             self._kill()
             time.sleep(PAUSE)
             try:
@@ -215,15 +218,12 @@ class Worker:
             self.free(blocks)
         elif kind == "lost":
             (recorded,) = what
-            if not self.closing:
-                logger.error("model %s is lost: starting it again", self.spec.name)
             self.lost = True
             for key in [*self.listeners]:
                 self._handle(("done", key, "lost", None, key in recorded))
-            self.outbox = queue.SimpleQueue()
         elif kind == "ready":
             logger.warning("model %s runs again", self.spec.name)
-            self.lost, (self.batch_slots, self.blocks) = False, what
+            self.lost, (self.outbox, self.batch_slots, self.blocks) = False, what
             self.on_change()
         elif kind == "given_up":
             self.given_up = True
