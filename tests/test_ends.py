@@ -33,11 +33,12 @@ def launch(log: Path, *what: str, processes: int = 2, nodes: int = 1, rank: int 
 
 
 def left(log: Path) -> list[psutil.Process]:
-    """The processes of the run with this `log` that have not exited."""
+    """The processes of the run with this `log` that have not exited: forks by their name, others by LOG."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.name().startswith(name_of(log)) and process.status() != psutil.STATUS_ZOMBIE:
+            ours = process.name().startswith(name_of(log)) or process.environ().get("LOG") == str(log)
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 

@@ -416,7 +416,7 @@ def test_lengths_come_from_headers(made):
         assert len(pack([samples[index] for index in range(count)], lengths.row(count))) == 1
 
 
-def test_the_longest_samples_of_heavy_tailed_data_fit_into_one_row():
+def test_the_longest_samples_of_heavy_tailed_data_fit_into_one_row(shapes):
     """Any batch is one row, although 5,000 of 5,002 samples are short; a given row that is smaller is counted twice."""
     tail = replace(LENGTHS, tokens=(*[1_000] * 5_000, 7_000, 7_500))
     assert (tail.row(1), tail.row(2), tail.row(4)) == (7_552, 14_592, 16_512)
@@ -424,6 +424,13 @@ def test_the_longest_samples_of_heavy_tailed_data_fit_into_one_row():
     assert len(first_fit(lengths, tail.row(4))) == 1
     assert tail.rows_filled(4, 8_192) == len(first_fit(lengths, 8_192)) == 3
     assert first_fit([3, 4, 1], 5) == [[0, 2], [1]]
+    # So do pixels and targets: those of a batch with both long samples.
+    settings = Settings(ZERO["zero1.json"], 2, 14_592, 8, 0, True)
+    few, many = (
+        estimate(shapes["3B", "full"], settings, lengths, 1).step["pixels"]
+        for lengths in (replace(tail, tokens=(1_000,)), tail)
+    )
+    assert many == pytest.approx(7.25 * few, rel=0.01)
 
 
 def test_a_given_row_that_does_not_hold_the_batch_needs_memory_for_all_its_rows(shapes):

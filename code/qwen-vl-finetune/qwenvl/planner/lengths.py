@@ -61,6 +61,10 @@ class Lengths:
         found = list(self.descending[:samples])
         return [self.longest] * (samples - len(found)) + found
 
+    def heaviest(self, samples: int) -> float:
+        """How much larger the largest `samples` samples together are than an average batch of as many."""
+        return sum(self.largest(samples)) / (samples * self.mean)
+
     def rows_filled(self, samples: int, tokens: int) -> int:
         """Rows of `tokens` tokens that the largest `samples` samples are packed into."""
         return len(first_fit(self.largest(samples), tokens))

@@ -40,6 +40,11 @@ def pass_tokens(settings: Settings, lengths: Lengths) -> int:
     return settings.samples * lengths.longest
 
 
+def visual_tokens(settings: Settings, lengths: Lengths) -> float:
+    """Visual tokens of the largest forward pass."""
+    return settings.samples * lengths.visual * lengths.heaviest(settings.samples)
+
+
 def saved_per_token(shape: Shape, compiled: bool) -> float:
     """Bytes that one layer saves for the backward pass per token, in 2-byte numbers."""
     hidden, mlp = (c.COMPILED_HIDDEN, c.COMPILED_MLP) if compiled else (c.EAGER_HIDDEN, c.EAGER_MLP)
@@ -56,7 +61,7 @@ def estimate(
     common: dict[str, float] = {
         "weights": weights,
         "master weights and optimizer states": 0.0 if zero.offloads_optimizer else states,
-        "pixels": settings.samples * 4 * lengths.visual * shape.patch_values * c.PIXEL_BYTES,
+        "pixels": 4 * visual_tokens(settings, lengths) * shape.patch_values * c.PIXEL_BYTES,
     }
     if zero.stage == 3:
         common["weights"] = 0.0 if zero.offloads_weights else weights / shards
@@ -104,7 +109,7 @@ def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) 
     tokens, k = pass_tokens(settings, lengths), settings.checkpointed
     saved = wide * saved_per_token(shape, settings.compiled) * tokens
     row = 2.0 * wide * shape.hidden * tokens
-    targets = settings.samples * lengths.answer
+    targets = settings.samples * lengths.answer * lengths.heaviest(settings.samples)
     terms = {
         "activations": saved * (shape.layers - k),
         "inputs of recomputed layers": row * k,
@@ -112,7 +117,7 @@ def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) 
         "logits": targets * shape.vocabulary * c.LOGITS_BYTES,
     }
     if shape.tunes_tower:
-        patches = 4 * settings.samples * lengths.visual
+        patches = 4 * visual_tokens(settings, lengths)
         block = 2 * wide * patches * (c.TOWER_SAVED_HIDDEN * shape.tower_hidden + c.TOWER_SAVED_MLP * shape.tower_mlp)
         if k:
             terms["vision tower"] = 2 * wide * patches * shape.tower_hidden * shape.tower_blocks + block
@@ -124,7 +129,7 @@ def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) 
 
 def _before(shape: Shape, settings: Settings, lengths: Lengths, wide: int) -> float:
     """Bytes of the vision tower, or of creating the block mask, before the language model runs."""
-    tower = wide * 4 * settings.samples * lengths.visual * c.TOWER_ROW_BYTES
+    tower = wide * 4 * visual_tokens(settings, lengths) * c.TOWER_ROW_BYTES
     return max(tower, c.MASK_BYTES * pass_tokens(settings, lengths) ** 2)
 
 
