@@ -15,7 +15,7 @@ from qwen_vl_streaming.common.video_part import part_seconds, video_part
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
-from qwenvl import prescan
+from qwenvl import headers, prescan
 from qwenvl.data import StreamingDataset
 from qwenvl.rows import read_rows
 from ranks import Rank
@@ -88,8 +88,8 @@ def test_all_programs_read_the_same_part(film, made):
     assert not torch.equal(watched[1].job.pixels[0], watched[0].job.pixels[0])
     assert torch.equal(watched[3].job.pixels[1], read_clip(processor, film, 1.0))
     assert prescan.scan(training).bad == {}
-    assert [prescan.count_clips(training, index)[0] for index in range(4)] == [(8,), (4,), (2,), (2,)]
-    assert [prescan.count_clips(training, index)[2] for index in range(4)] == [8.0, 3.5, 1.5, 2.0]
+    assert [headers.count_clips(training, index)[0] for index in range(4)] == [(8,), (4,), (2,), (2,)]
+    assert [headers.count_clips(training, index)[2] for index in range(4)] == [8.0, 3.5, 1.5, 2.0]
     lengths = [len(training[index].input_ids) for index in range(4)]
     training.max_length = lengths[1]
     assert list(prescan.scan(training).bad) == [i for i, length in enumerate(lengths) if length > lengths[1]] != []
