@@ -68,8 +68,8 @@ HOST_SECONDS = {
 """A pass takes at least this long. 3B on 4 GPUs: ZeRO-2 784 ms, ZeRO-3 2,683 ms a sample, both checkpointed, when
 ZeRO-3 gathered each linear layer. Compiled layers under ZeRO-3: an upper bound."""
 LORA_HOST_FACTOR = 4.0
-"""Host seconds of layers with adapters, relative to those above: 3B 380 ms and 7B 362 ms for a forward and backward pass
-over one sample of 2,969 tokens, compiled, on an H200 whose host ran a second training. Not yet profiled."""
+"""Host seconds of layers with adapters, relative to those above. Forward and backward pass over one sample of 2,969
+tokens, compiled: 3B 380 ms, 7B 362 ms, on an H200 whose host ran a second training. Not yet profiled."""
 SHARD_RATE = 240e9
 """Bytes/s of gathered weights and reduced gradients that a pass under ZeRO-3 takes longer for: copies, hooks, and
 communication beside the computation. 3B on two H200s: 2.93 s a step where one GPU without sharding takes 2.6."""
