@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple
+from functools import partial
 from itertools import product as pairs
 
 import torch
-from qwen_vl_streaming.engine.quantized_linear import GROUP, Tiles, choose_tiles, kernel_product
+from qwen_vl_streaming.engine.quantized_linear import GROUP, Tiles, choose_tiles, interleave, partial_products
 from qwen_vl_streaming.model.quantization import quantize, scaled_linear
 from qwen_vl_streaming.model.released import SIZES
 from torch import Tensor
 from torch.nn.functional import linear
 
-ROWS = (1, 2, 4, 16, 32, 64, 92, 128, 160, 256, 512, 1024, 4096)
+ROWS = (1, 4, 16, 32, 64, 92, 128, 160, 256, 512, 1024, 4096)
 KERNEL_ROWS = 512
 """Rows up to which the kernel is measured."""
 CACHE = 200e6
@@ -32,10 +33,10 @@ WIDTHS = {
     32: ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 8, 4)),
     64: ((64, 4, 3), (64, 4, 5), (128, 4, 4), (128, 8, 3), (128, 8, 4)),
     128: ((64, 4, 3), (128, 4, 3), (128, 8, 2), (128, 8, 3), (128, 8, 4), (256, 8, 3)),
-    256: ((64, 4, 2), (64, 8, 2), (128, 8, 2), (128, 8, 3)),
+    256: ((64, 4, 2), (128, 8, 2), (128, 8, 3)),
 }
 """By the rows of a program: its outputs, warps and stages."""
-SPLITS = (1, 2, 3, 4, 6, 8, 12)
+SPLITS = (1, 2, 3, 4, 6, 8)
 DEVICE = "cuda"
 COMPILERS = 12
 """Processes that compile kernels in advance."""
@@ -55,19 +56,24 @@ def layer_shapes(size: str) -> dict[str, tuple[int, int]]:
 
 
 def candidates(m: int, n: int, k: int, processors: int) -> list[Tiles]:
-    """Tiles worth measuring: no rows more than double, programs for at most 9 waves, and at least 4 groups of inputs
-    each."""
-    widths = [width for width in WIDTHS if m <= width] or [max(WIDTHS)]
-    if m > 64:  # wider ones read the weights fewer times, narrower ones compute fewer rows that do not exist
-        widths = [64, 128, 256]
+    """Tiles worth measuring. Wider ones read the weights fewer times, narrower ones compute fewer rows that do not
+    exist; inputs are split where programs would not fill the GPU."""
+    widths = (64, 128, 256) if m > 64 else [width for width in WIDTHS if m <= width][:1]
     found = []
-    for width in widths[:3] if m > 64 else widths[:1]:
+    for width in widths:
         for (height, warps, stages), splits in pairs(WIDTHS[width], SPLITS):
             programs = -(-n // height) * -(-m // width) * splits
-            enough = splits == 1 or (programs <= 9 * processors and k // GROUP >= 4 * splits)
-            if enough and (splits == 1 or programs // splits < 4 * processors):
+            split_well = 0.7 * processors <= programs <= 6 * processors and k // GROUP >= 3 * splits
+            if splits == 1 or split_well:
                 found.append(Tiles(height, width, splits, warps, stages))
     return found
+
+
+def run_kernel(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
+    """The kernel for `x` that is interleaved already, as what makes it does in the engine, and the sum of its parts,
+    which is part of what follows there."""
+    parts = partial_products(x, weight, scale, *astuple(tiles))
+    return parts[0] if tiles.splits == 1 else parts.sum(0)
 
 
 def compile_kernel(tiles: Tiles, kind: str) -> str | None:
@@ -75,7 +81,7 @@ def compile_kernel(tiles: Tiles, kind: str) -> str | None:
     try:
         weight, scale = quantize(torch.ones(tiles.outputs, GROUP * tiles.splits, device=DEVICE), kind)
         x = torch.ones(16, weight.shape[1], device=DEVICE, dtype=torch.bfloat16)
-        kernel_product(x, weight, scale, tiles)
+        run_kernel(x, weight, scale, tiles)
         torch.cuda.synchronize()
     except Exception as error:  # a kernel that needs more registers or memory than there are is one candidate less
         return f"{type(error).__name__}: {str(error).splitlines()[0]:.150}"
@@ -101,7 +107,7 @@ class Layer:
     """One linear layer, with so many different weights that they exceed the L2 cache."""
 
     def __init__(self, n: int, k: int, kinds: list[str]):
-        count = max(2, round(CACHE / (n * k)))
+        count = min(max(2, round(CACHE / (n * k))), 24)
         self.n, self.k = n, k
         self.plain = [torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) * 0.02 for _ in range(count)]
         self.quantized = {kind: [quantize(weight, kind) for weight in self.plain] for kind in kinds}
@@ -160,8 +166,9 @@ def library_ways(kind: str, m: int) -> dict[str, Callable]:
     return ways
 
 
-def compiled_rows(layer: Layer, x: Tensor, kind: str | None, **options) -> Callable[[int], object]:
+def compiled(layer: Layer, x: Tensor, kind: str | None, **options) -> Callable[[int], object]:
     """The product as the compiler makes it from the plain form."""
+    torch._dynamo.reset()  # else the limit of recompilations is reached, and what follows runs uncompiled
     if kind is None:
         function = torch.compile(lambda x, weight: linear(x, weight), dynamic=False, options=options)
         return lambda i: function(x, layer.plain[i])
@@ -169,106 +176,118 @@ def compiled_rows(layer: Layer, x: Tensor, kind: str | None, **options) -> Calla
     return lambda i: function(x, *layer.quantized[kind][i])
 
 
+class Table:
+    """Rows of the result: size, layer, M, way and microseconds, or why a way failed."""
+
+    def __init__(self):
+        self.rows: list[dict] = []
+
+    def add(self, key: tuple[str, str], m: int, way: str, layer: Layer, work: Callable[[int], object], **more) -> dict:
+        """Measure `work`. A way of a library that does not support a shape is a row too."""
+        row = {"size": key[0], "layer": key[1], "m": m, "way": way, "us": None, **more}
+        try:
+            row["us"] = microseconds(work, len(layer.plain))
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), ''):.150}"
+            torch.cuda.synchronize()
+        self.rows.append(row)
+        return row
+
+    def best_tiles(self, key: tuple[str, str], m: int) -> Tiles | None:
+        """The fastest tiles for this product, of the first kind that was measured."""
+        found = [row for row in self.rows if (row["size"], row["layer"], row["m"]) == (*key, m) and row["us"]]
+        best = min((row for row in found if row["way"].endswith("tiles")), key=lambda row: row["us"], default=None)
+        return best and Tiles(**best["tiles"])
+
+
 def measure_products(sizes: list[str], kinds: list[str], seconds: float, templates: bool) -> list[dict]:
-    """A row for each layer, M and way, with its microseconds. Stops starting measurements after `seconds`, the least
-    important last."""
-    began, table = time.perf_counter(), []
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    """A row for each layer, M and way, with its microseconds. Starts no measurement after `seconds`; the least
+    important come last."""
+    began, table = time.perf_counter(), Table()
     bad = compile_kernels(kinds)
     layers = {(size, name): shape for size in sizes for name, shape in layer_shapes(size).items()}
 
-    def late(what: str) -> bool:
-        if time.perf_counter() - began > seconds:
-            print(f"not measured, {seconds:g} s are over: {what}", flush=True)
-            return True
-        return False
+    def late(*what: str) -> bool:
+        over = time.perf_counter() - began > seconds
+        if over:
+            print(f"not measured, {seconds:g} s are over: {' '.join(what)}", flush=True)
+        return over
 
-    def add(size: str, name: str, m: int, how: str, us: float | None, **more) -> None:
-        table.append({"size": size, "layer": name, "m": m, "way": how, "us": us, **more})
-
-    def attempt(size: str, name: str, m: int, how: str, layer: Layer, work: Callable[[int], object]) -> None:
-        try:
-            add(size, name, m, how, microseconds(work, len(layer.plain)))
-        except Exception as error:  # a library's way that does not support this shape: shown in the table
-            reason = next(iter(str(error).splitlines()), "")
-            add(size, name, m, how, None, error=f"{type(error).__name__}: {reason:.150}")
-            torch.cuda.synchronize()
-
-    for order, kind in enumerate(kinds):
-        for (size, name), (n, k) in layers.items():
-            if late(f"{kind} {size} {name}"):
-                continue
-            layer = Layer(n, k, [kind])
-            weights = layer.quantized[kind]
-            for m in ROWS:
-                x = layer.rows(m)
-                if order == 0:
-                    attempt(size, name, m, "bf16", layer, lambda i, x=x, layer=layer: linear(x, layer.plain[i]))
-                if m >= 64:
-                    for function in (converted, in_slices):
-                        way = f"{kind} {function.__name__}"
-                        attempt(size, name, m, way, layer, lambda i, x=x, w=weights, f=function: f(x, *w[i]))
-                for way, function in library_ways(kind, m).items():
-                    attempt(size, name, m, f"{kind} {way}", layer, lambda i, x=x, w=weights, f=function: f(x, *w[i]))
-                best = None
-                for tiles in candidates(m, n, k, processors) if m <= KERNEL_ROWS else []:
-                    if Tiles(tiles.outputs, tiles.rows, 0, tiles.warps, tiles.stages) in bad:
-                        continue
-                    way = f"{kind} tiles"
-                    attempt(size, name, m, way, layer, lambda i, x=x, w=weights, t=tiles: kernel_product(x, *w[i], t))
-                    table[-1]["tiles"] = asdict(tiles)
-                    if (us := table[-1]["us"]) is not None and (best is None or us < best[0]):
-                        best = us, tiles
-                if best:
-                    add(size, name, m, f"{kind} kernel", best[0], tiles=asdict(best[1]))
-                    exact, found = scaled_linear(x, *weights[0]), kernel_product(x, *weights[0], best[1])
-                    error = float((found - exact).float().abs().max() / exact.float().abs().max())
-                    if not error < 0.02:
-                        print(f"WRONG: {kind} {size} {name} M {m} {best[1]}: largest error {error:.3g}", flush=True)
-                    chosen = choose_tiles(m, n, k)
-                    way = f"{kind} chosen"
-                    attempt(size, name, m, way, layer, lambda i, x=x, w=weights, t=chosen: kernel_product(x, *w[i], t))
-            show(table, size, name, kind, n * k)
-            del layer, weights
-    for kind, (size, name) in pairs(kinds, layers):  # the compiler takes seconds for each
-        if late(f"{kind} compiled {size} {name}, one row"):
+    for kind in kinds:
+        for key, shape in layers.items():
+            if not late(kind, *key):
+                layer = Layer(*shape, [kind])
+                for m in ROWS:
+                    measure_rows(table, key, layer, kind, m, kind == kinds[0], bad)
+                show(table.rows, *key, kind, shape)
+    for kind, key in pairs(kinds, layers):  # the compiler takes seconds for each
+        if late(kind, *key, "compiled for one row"):
             break
-        layer = Layer(*layers[size, name], [kind])
-        work = compiled_rows(layer, layer.rows(1), kind, coordinate_descent_tuning=True)
-        attempt(size, name, 1, f"{kind} compiled", layer, work)
-        if kind == kinds[0]:
-            work = compiled_rows(layer, layer.rows(1), None, coordinate_descent_tuning=True)
-            attempt(size, name, 1, "bf16 compiled", layer, work)
-        for row in table[-2:]:
-            if row["layer"] == name and "compiled" in row["way"]:
-                print(f"{size} {name:<8} one row, {row['way']}: {row['us'] or row['error']}", flush=True)
-    if templates:
-        for size, name in layers:
-            if late(f"templates {size} {name}"):
-                break
-            layer = Layer(*layers[size, name], ["int8"])
-            options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON", "prologue_fusion": True}
-            attempt(size, name, 92, "int8 template", layer, compiled_rows(layer, layer.rows(92), "int8", **options))
-            print(f"{size} {name} 92 rows, template: {table[-1]['us'] or table[-1]['error']}", flush=True)
-    return table
+        layer = Layer(*layers[key], [kind])
+        x, options = layer.rows(1), {"coordinate_descent_tuning": True}
+        for each in (kind, None) if kind == kinds[0] else (kind,):
+            way = f"{each or 'bf16'} compiled"
+            row = table.add(key, 1, way, layer, compiled(layer, x, each, **options))
+            print(f"{' '.join(key)}, one row, {way}: {row['us'] or row['error']}", flush=True)
+    for key in layers if templates else ():
+        if late(*key, "template"):
+            break
+        layer = Layer(*layers[key], ["int8"])
+        options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON", "prologue_fusion": True}
+        row = table.add(key, 92, "int8 template", layer, compiled(layer, layer.rows(92), "int8", **options))
+        print(f"{' '.join(key)}, 92 rows, int8 template: {row['us'] or row['error']}", flush=True)
+    return table.rows
 
 
-def show(table: list[dict], size: str, name: str, kind: str, weights: int) -> None:
+def measure_rows(
+    table: Table, key: tuple[str, str], layer: Layer, kind: str, m: int, first: bool, bad: set[Tiles]
+) -> None:
+    """All ways for one number of rows. The tiles of the kernel are searched for the `first` kind, and used for all."""
+    x, weights = layer.rows(m), layer.quantized[kind]
+    ways = library_ways(kind, m)
+    if m >= 64:
+        ways |= {function.__name__: function for function in (converted, in_slices)}
+    if first:
+        table.add(key, m, "bf16", layer, lambda i: linear(x, layer.plain[i]))
+    for way, function in ways.items():
+        table.add(key, m, f"{kind} {way}", layer, lambda i, function=function: function(x, *weights[i]))
+    if m > KERNEL_ROWS:
+        return
+    interleaved = interleave(x)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for tiles in candidates(m, layer.n, layer.k, processors) if first else ():
+        if Tiles(tiles.outputs, tiles.rows, 0, tiles.warps, tiles.stages) not in bad:
+            work = partial(run_nth, interleaved, weights, tiles)
+            table.add(key, m, f"{kind} tiles", layer, work, tiles=asdict(tiles))
+    exact = scaled_linear(x, *weights[0]).float()
+    for way, tiles in (("kernel", table.best_tiles(key, m)), ("chosen", choose_tiles(m, layer.n, layer.k))):
+        if tiles is not None:
+            work = partial(run_nth, interleaved, weights, tiles)
+            table.add(key, m, f"{kind} {way}", layer, work, tiles=asdict(tiles))
+            error = float((work(0).float() - exact).abs().max() / exact.abs().max())
+            if not error < 0.02:
+                print(f"WRONG: {kind} {' '.join(key)}, M {m}, {tiles}: largest error {error:.3g}", flush=True)
+
+
+def run_nth(x: Tensor, weights: list[tuple[Tensor, Tensor]], tiles: Tiles, i: int) -> Tensor:
+    return run_kernel(x, *weights[i], tiles)
+
+
+def show(rows: list[dict], size: str, name: str, kind: str, shape: tuple[int, int]) -> None:
     """Print the rows of one layer: microseconds by M, and the best tiles."""
-    rows = [row for row in table if (row["size"], row["layer"]) == (size, name)]
+    rows = [row for row in rows if (row["size"], row["layer"]) == (size, name) and not row["way"].endswith("tiles")]
     ways = list(dict.fromkeys(row["way"] for row in rows if row["way"] == "bf16" or row["way"].startswith(kind)))
-    ways = [way for way in ways if not way.endswith("tiles")]
-    print(
-        f"\n{size} {name}, {weights / 1e6:.1f} M weights, microseconds\n{'M':>5}"
-        + "".join(f"{way:>24}" for way in ways)
-    )
-    for m in dict.fromkeys(row["m"] for row in rows):
+    read = shape[0] * shape[1] / 4.8e6
+    print(f"\n{size} {name} {shape}, microseconds; reading its weights at 4.8 TB/s takes {read:.1f} in 8 bits")
+    print(f"{'M':>5}" + "".join(f"{way.removeprefix(kind + ' '):>20}" for way in ways) + "  best tiles")
+    for m in ROWS:
         found = {row["way"]: row for row in rows if row["m"] == m}
-        cells = [found.get(way) for way in ways]
-        line = "".join(f"{(c['us'] and round(c['us'], 1)) or 'failed' if c else '':>24}" for c in cells)
+        line = ""
+        for way in ways:
+            us = found[way]["us"] if way in found else ""
+            line += f"{'failed':>20}" if us is None else f"{us:>20.5g}" if us else f"{'':>20}"
         best = found.get(f"{kind} kernel")
         print(f"{m:>5}{line}  {astuple(Tiles(**best['tiles'])) if best else ''}", flush=True)
-    for row in rows:
-        if row.get("error") and row["way"] in ways:
-            print(f"  {row['way']}, M {row['m']}: {row['error']}")
-            break
+    for way in ways:
+        if error := next((row["error"] for row in rows if row["way"] == way and "error" in row), None):
+            print(f"  {way}: {error}")

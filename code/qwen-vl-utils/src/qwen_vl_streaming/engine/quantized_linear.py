@@ -56,7 +56,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 def kernel_product(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
     """`x` (..., K) times the 8-bit `weight` (N, K) times `scale` (N,), by the kernel."""
     shape = (tiles.outputs, tiles.rows, tiles.splits, tiles.warps, tiles.stages)
-    parts = _partial_products(interleave(x.reshape(-1, x.shape[-1])), weight, scale, *shape)
+    parts = partial_products(interleave(x.reshape(-1, x.shape[-1])), weight, scale, *shape)
     total = parts[0] if tiles.splits == 1 else parts.sum(0).to(x.dtype)
     return total.view(*x.shape[:-1], len(weight))
 
@@ -70,14 +70,15 @@ def interleave(x: Tensor) -> Tensor:
 
 # Opaque to the compiler, which sums the parts together with what follows.
 @torch.library.custom_op("qwen_vl_streaming::partial_products", mutates_args=())
-def _partial_products(
+def partial_products(
     x: Tensor, weight: Tensor, scale: Tensor, outputs: int, rows: int, splits: int, warps: int, stages: int
 ) -> Tensor:
-    from .quantized_kernel import partial_products  # Triton is only installed where PyTorch supports a GPU
+    """As `quantized_kernel.partial_products`, for an `x` that is interleaved."""
+    from . import quantized_kernel  # Triton is only installed where PyTorch supports a GPU
 
-    return partial_products(x.contiguous(), weight, scale, outputs, rows, splits, warps, stages)
+    return quantized_kernel.partial_products(x.contiguous(), weight, scale, outputs, rows, splits, warps, stages)
 
 
-@_partial_products.register_fake
+@partial_products.register_fake
 def _(x, weight, scale, outputs, rows, splits, warps, stages):
     return x.new_empty(splits, len(x), len(weight), dtype=x.dtype if splits == 1 else torch.float32)
