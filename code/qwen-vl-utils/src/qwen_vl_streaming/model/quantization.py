@@ -16,6 +16,10 @@ from ..common.errors import InputError
 
 WEIGHTS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Data types by the name that `--weights` has."""
+WEIGHTS_HELP = (
+    "quantize the linear layers of the language model when it is loaded: faster, and half the memory (default: as in "
+    "the checkpoint)"
+)
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 FP8_CAPABILITY = (8, 9)
 """CUDA compute capability from which GPUs convert float8."""
@@ -85,16 +89,21 @@ def weights_of(model) -> str | None:
     return names.get(first.weight.dtype)
 
 
-def check_weights(kind: str | None, device: torch.device | str, dtype: torch.dtype, flag: str = "--weights") -> None:
-    """Raises InputError if `device` or activations of `dtype` do not support weights of this kind, or if the kind is
-    unknown. `flag` names the setting in messages. None is a model as it is."""
+def check_weights(
+    kind: str | None, device: torch.device | str, dtype: torch.dtype, config=None, flag: str = "--weights"
+) -> None:
+    """Raises InputError if `device` or activations of `dtype` do not support weights of this kind, if the kind is
+    unknown, or if a checkpoint's `config` says that it is quantized already. `flag` names the setting in messages. None
+    is a model as it is."""
     if kind is None:
         return
     if kind not in WEIGHTS:
         raise InputError(f"{flag} {kind}: choose {' or '.join(WEIGHTS)}")
     if dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        raise InputError(f"{flag} {kind} does not work in {name}, which 8-bit values overflow: use bfloat16")
+        raise InputError(f"{flag} {kind} does not work in {name}, where its sums overflow: use bfloat16 or float32")
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{flag} {kind}: the checkpoint is quantized already: leave {flag} out, or give the original")
     device = torch.device(device)
     if device.type == "cuda" and kind == "fp8" and (has := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise InputError(

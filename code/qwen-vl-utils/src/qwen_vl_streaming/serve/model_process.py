@@ -46,6 +46,7 @@ class ModelSpec:
     variant: str
     device: str
     dtype: torch.dtype
+    weights: str | None
     sessions: int
     window: tuple[int, int] | None
     max_clips: int
@@ -102,7 +103,7 @@ def run_model(connection: Connection, spec: ModelSpec, parent: int | None = None
 
 def _serve(connection: Connection, spec: ModelSpec) -> None:
     try:
-        model = load_on(spec.path, spec.device, spec.dtype)
+        model = load_on(spec.path, spec.device, spec.dtype, spec.weights)
         connection.send(("loaded",))
         pool = make_pool(model, spec, connection.recv())
     except EOFError:
