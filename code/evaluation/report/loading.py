@@ -261,7 +261,8 @@ def metrics_of(results: Sequence[Result]) -> list[str]:
 
 def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
     """A label that distinguishes a result from the others of its task and variant: schedule and size and, if needed,
-    the precision of its weights, the model, the seed of a random schedule and the data. `brief` omits a size that all results share."""
+    the precision of its weights, the model, the seed of a random schedule and the data. `brief` omits a size that all
+    results share."""
     same = brief and len({result.size for result in results}) == 1
     short = {}
     for result in results:

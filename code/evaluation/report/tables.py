@@ -103,7 +103,8 @@ def subtask_table(results: Sequence[Result]) -> Table | None:
 
 
 def schedule_pairs(results: Sequence[Result]) -> list[tuple[Result | None, Result | None]]:
-    """All pairs (fixed, random) of results of the same streaming variant, model, its precision, and K; empty without a random one."""
+    """All pairs (fixed, random) of results of the same streaming variant, model, precision of its weights and K; empty
+    without a random one."""
     streaming = [result for result in results if result.variant.streams and result.kind in ("fixed", "random")]
     if not any(result.kind == "random" for result in streaming):
         return []
