@@ -9,6 +9,8 @@ import pytest
 import torch
 from qwen_vl_streaming.engine.batch import Batch
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
+from qwen_vl_streaming.engine.quantized_linear import Tiles, kernel_product
+from qwen_vl_streaming.model.quantization import WEIGHTS, quantize, quantize_model
 from qwen_vl_streaming.reference import caption
 from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
@@ -146,3 +148,38 @@ def test_the_host_runs_ahead_of_a_batch(name):
             done += batch.collect()
         captions.append({job.key: caption for job, caption in done})
     assert captions[0] == captions[1]
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
+def test_the_kernel_for_8_bit_weights_equals_the_plain_form(kind, width):
+    """For rows that do and do not fill a program, with and without splits, also where outputs do not fill one."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    for rows in (1, width - 1, width, width + 3):
+        for outputs, splits in ((256, 1), (96, 3)):
+            x = torch.randn(1, rows, 640, device="cuda", dtype=torch.bfloat16)
+            weight, scale = quantize(torch.randn(outputs, 640, device="cuda"), kind)
+            found = kernel_product(x, weight, scale, Tiles(128, width, splits, 8, 2))
+            expected = x.float() @ (weight.float() * scale[:, None]).T
+            assert (found.float() - expected).abs().max() < 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("name", ["group", "interleave"])
+def test_batches_with_8_bit_weights_equal_the_reference(kind, name):
+    """Compiled and captured, with a batch of one, where the compiler makes the products, and of four, where the kernel
+    does. In float32, in which the kernel multiplies in TF32, so tokens may differ in ties."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    text = {**FLEX, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    variant, jobs = VARIANTS[name], random_jobs(random.Random(SEED), VARIANTS[name], 5)
+    models = [tiny_model(**text), tiny_model(**text).cuda()]
+    for model in models:
+        quantize_model(model, kind)
+    expected = reference_captions(models[0], variant, jobs)
+    for size in (1, 4):
+        found = batched(models[1], variant, jobs, batch_size=size)
+        same = [a == b for key in found for a, b in zip(found[key].tokens, expected[key].tokens, strict=False)]
+        assert sum(same) >= (1.0 if size == 1 else 0.8) * len(same)

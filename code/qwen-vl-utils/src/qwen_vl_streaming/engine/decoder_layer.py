@@ -7,6 +7,7 @@ stored twice and the model saves as before. `tests/test_batch.py` compares the r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,9 @@ class FusedProjections:
         size, scales = attention.head_dim, {}
         if isinstance(mlp.down_proj, QuantizedLinear):
             scales = {
-                "qkv_scale": _fuse([part.scale for part in parts]),
+                "qkv_scale": _fuse_scales(parts),
                 "output_scale": attention.o_proj.scale,
-                "gate_up_scale": _fuse([mlp.gate_proj.scale, mlp.up_proj.scale]),
+                "gate_up_scale": _fuse_scales([mlp.gate_proj, mlp.up_proj]),
                 "down_scale": mlp.down_proj.scale,
             }
         return cls(
@@ -86,6 +87,11 @@ def _fuse(parts: Sequence[Tensor]) -> Tensor:
     for part, view in zip(parts, fused.split([len(part) for part in parts]), strict=True):
         part.data = view
     return fused
+
+
+def _fuse_scales(parts: Sequence[Any]) -> Tensor:
+    """As `_fuse`, for the scales of quantized layers."""
+    return _fuse([part.scale for part in parts])
 
 
 def _is_fused(parts: Sequence[Tensor]) -> bool:

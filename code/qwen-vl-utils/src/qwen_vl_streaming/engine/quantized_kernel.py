@@ -1,6 +1,8 @@
 """The Triton kernel for products of few rows with 8-bit weights. Imported on a GPU only.
 
-M rows   N outputs   K inputs   S splits of K
+`quantized_linear.py` says when it is used.
+
+    M rows   N outputs   K inputs   S splits of K
 """
 
 import torch
@@ -39,10 +41,10 @@ def _product(
     # A weight may have more than 2^31 elements. Outputs beyond the last read the first ones.
     weights = weight + (n % N).to(tl.int64)[:, None] * (K // 4) + k[None, :]
     rows = m[None, :] < M
-    total = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    total = tl.full((OUTPUTS, ROWS), 0.0, tl.float32)
     for group in range(split * SHARE, tl.minimum(split * SHARE + SHARE, groups)):
         word = tl.load(weights + group * words)
-        for byte in tl.static_range(4):
+        for byte in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
             part = tl.load(inputs + group * INPUTS + byte * words, mask=rows, other=0.0)
             if FP8:
                 value = (word >> (8 * byte)).to(tl.int8).to(tl.float8e4nv, bitcast=True)
@@ -73,7 +75,7 @@ def partial_products(
         OUTPUTS=outputs,
         ROWS=rows,
         INPUTS=GROUP,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=warps,  # pyright: ignore[reportCallIssue]
+        num_stages=stages,  # pyright: ignore[reportCallIssue]
     )
     return output
