@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", type=Path, default=[], help="of quality: folders of checkpoints")
     parser.add_argument("--data", type=Path, help="of quality: the test data, as for eval.sh")
     parser.add_argument(
-        "--video-root", type=Path, metavar="DIR", help="of quality: folder of the videos, as for eval.sh"
+        "--video-root", type=Path, metavar="DIR", help="of quality: their folder, as for eval.sh"
     )
     parser.add_argument("--limit", type=int, help="of quality: only the first N videos")
     parser.add_argument("--device", default="", help="of quality: cpu or cuda (default: a GPU if there is one)")
