@@ -10,7 +10,7 @@ from identity import keep_arguments
 from qwen_vl_streaming import Captioner
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.decoder_layer import FusedProjections
-from qwen_vl_streaming.engine.quantized_linear import GROUP, Tiles, choose_tiles, interleave, kernel_product
+from qwen_vl_streaming.engine.quantized_linear import GROUP, TILES, Tiles, choose_tiles, interleave, sum_parts
 from qwen_vl_streaming.live import cli
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.model.quantization import (
@@ -142,32 +142,88 @@ def test_refusals(made, monkeypatch):
 
 
 def test_tiles_cover_every_product():
-    """All released sizes, few rows to many: powers of two, and every split has inputs."""
+    """All released sizes, few rows to many: sides are powers of two, and every program has inputs."""
     for text in SIZES.values():
         hidden, inner = text["hidden_size"], text["intermediate_size"]
         assert hidden % GROUP == inner % GROUP == 0
-        for rows in (2, 16, 17, 92, 160, 256):
-            for outputs, inputs in ((hidden, hidden), (2 * inner, hidden), (hidden, inner)):
-                tiles = choose_tiles(rows, outputs, inputs)
-                assert tiles.rows in (16, 32, 64, 128, 256) and tiles.outputs in (64, 128, 256)
-                assert 1 <= tiles.splits <= inputs // GROUP
+    for shape, measured in TILES.items():
+        rows = [most for most, _ in measured]
+        assert rows == sorted(rows)
+        for most in rows:
+            if (tiles := choose_tiles(most, *shape)) is not None:
+                assert {tiles.rows, tiles.outputs, tiles.more_rows} <= {0, 16, 32, 64, 128, 256} and tiles.rows
+                assert all(number >= 1 for number in tiles.parts(*shape))
+        assert choose_tiles(10**6, *shape) is None
     x = torch.arange(2 * GROUP)[None]
     assert interleave(x)[0, :3].tolist() == [0, 4, 8] and sorted(interleave(x)[0].tolist()) == x[0].tolist()
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_the_kernel_equals_the_plain_form(kind, monkeypatch):
-    """In Triton's interpreter, which computes in float32 here, because it multiplies no bfloat16."""
+    """In Triton's interpreter, which computes in float32 here, because it multiplies no bfloat16. Programs that have
+    whole tiles, and parts of one to three."""
     pytest.importorskip("triton")
     from qwen_vl_streaming.engine import quantized_kernel
     from triton.runtime.interpreter import InterpretedFunction
 
     monkeypatch.setattr(quantized_kernel, "_product", InterpretedFunction(quantized_kernel._product.fn))
-    for rows, outputs, inputs, tiles in (
-        (5, 96, 384, Tiles(64, 16, 1, 4, 2)),
-        (37, 64, 512, Tiles(64, 32, 3, 4, 2)),
+    for rows, outputs, inputs, tiles, parts in (
+        (5, 96, 384, Tiles(64, 16, 0, 0, 4, 2), 1),
+        (20, 64, 512, Tiles(64, 16, 16, 2, 4, 2), 2),
+        (45, 200, 640, Tiles(64, 32, 16, 7, 4, 2), 3),
     ):
-        x, (weight, scale) = torch.randn(1, rows, inputs), quantize(torch.randn(outputs, inputs), kind)
-        found = kernel_product(x, weight, scale, tiles)
-        assert found.shape == (1, rows, outputs)
-        torch.testing.assert_close(found, scaled_linear(x, weight, scale), atol=1e-3, rtol=1e-4)
+        x, (weight, scale) = torch.randn(rows, inputs), quantize(torch.randn(outputs, inputs), kind)
+        found = quantized_kernel.partial_products(interleave(x), weight, scale, tiles, interpreted=True)
+        assert found.shape == (parts, rows, outputs) and tiles.parts(outputs, inputs)[0] == parts
+        total = sum_parts(found, tiles, outputs, inputs)
+        torch.testing.assert_close(total, scaled_linear(x, weight, scale), atol=1e-3, rtol=1e-4)
+
+
+def run_ptx(code: str, **registers: int) -> dict[str, int]:
+    """Runs the few instructions of a conversion, and returns all registers."""
+
+    def number(name: str) -> int:
+        return int(name, 0) if name[0].isdigit() else registers[name]
+
+    def bf16(bits: int) -> torch.Tensor:
+        return torch.tensor([bits & 0xFFFF, bits >> 16]).to(torch.uint16).view(torch.bfloat16).double()
+
+    for statement in code.strip("{ }").split(";"):
+        what, _, rest = statement.strip().partition(" ")
+        names = [name.strip("{ }") for name in rest.split(",")]
+        if what in ("", ".reg"):
+            continue
+        target, *values = names[0], *([] if what == "mov.b64" else map(number, names[1:]))
+        if what == "prmt.b32":
+            octets = [values[i // 4] >> 8 * (i % 4) & 0xFF for i in range(8)]
+            result = sum(octets[values[2] >> 4 * i & 7] << 8 * i for i in range(4))
+        elif what == "lop3.b32":
+            assert values[3] == 0xEA
+            result = values[0] & values[1] | values[2]
+        elif what == "fma.rn.bf16x2":
+            found = (bf16(values[0]) * bf16(values[1]) + bf16(values[2])).to(torch.bfloat16).view(torch.uint16).tolist()
+            result = found[0] | found[1] << 16
+        elif what == "mov.b64":
+            result = number(names[1]) | number(names[2]) << 32
+        else:
+            result = {"mov.b32": lambda a: a, "shr.b32": int.__rshift__, "and.b32": int.__and__}[what](*values)
+        registers[target] = result
+    return registers
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_conversions_are_exact(kind):
+    """The instructions of a GPU that convert 8-bit numbers, for all of them that weights have."""
+    pytest.importorskip("triton")
+    from qwen_vl_streaming.engine.quantized_kernel import pairs_by_byte, word_to_four
+
+    octets = torch.arange(256).to(torch.uint8)
+    octets = octets[octets.view(WEIGHTS[kind]).float().abs() <= LARGEST[WEIGHTS[kind]]]
+    every = torch.cat([octets, octets.flip(0)])[:504].view(WEIGHTS[kind])
+    for numbers in every.split(8):
+        words = numbers.view(torch.int32).tolist()
+        bits = numbers.to(torch.bfloat16).view(torch.uint16).tolist()
+        found = run_ptx(pairs_by_byte(every.dtype), **{"$4": words[0] & 0xFFFFFFFF, "$5": words[1] & 0xFFFFFFFF})
+        assert [found[f"${j}"] for j in range(4)] == [bits[j] | bits[4 + j] << 16 for j in range(4)]
+        four = run_ptx(word_to_four(every.dtype), **{"$1": words[0] & 0xFFFFFFFF})["$0"]
+        assert four == sum(bits[j] << 16 * j for j in range(4))

@@ -27,7 +27,7 @@ from qwen_vl_streaming.timeline.timeline import make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from training import GRID
 
-from weights.products import measure_products
+from weights.products import measure_products, tiles_file
 from weights.quality import Forced, measure_agreement, measure_quality
 
 AGREEMENT = (12, 3)
@@ -40,13 +40,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["7B", "3B"])
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--seconds", type=float, default=90, help="of products: start nothing after this (default: 90)")
+    parser.add_argument("--libraries", action="store_true", help="of products: also what PyTorch ships")
+    parser.add_argument("--tiles", type=Path, metavar="FILE", help="of products: write the engine's quantized_tiles.py")
     parser.add_argument("--templates", action="store_true", help="of products: also the compiler's templates, slow")
     parser.add_argument("--layers", type=int, help="of agreement: use fewer layers, for a quick test")
     parser.add_argument("--models", nargs="+", type=Path, default=[], help="of quality: folders of checkpoints")
     parser.add_argument("--data", type=Path, help="of quality: the test data, as for eval.sh")
-    parser.add_argument(
-        "--video-root", type=Path, metavar="DIR", help="of quality: their folder, as for eval.sh"
-    )
+    parser.add_argument("--video-root", type=Path, metavar="DIR", help="of quality: their folder, as for eval.sh")
     parser.add_argument("--limit", type=int, help="of quality: only the first N videos")
     parser.add_argument("--device", default="", help="of quality: cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--output", type=Path, default=Path("weights"), help="folder (default: %(default)s)")
@@ -63,7 +63,10 @@ def main() -> None:
     if arguments.command == "products":
         if not on_gpu:
             raise InputError("products needs a GPU, and there is none")
-        result = measure_products(arguments.sizes, kinds, arguments.seconds, arguments.templates)
+        more = arguments.libraries, arguments.templates
+        result = measure_products(arguments.sizes, kinds, arguments.seconds, *more)
+        if arguments.tiles:
+            write_file(arguments.tiles, tiles_file(result, kinds[0], name))
     elif arguments.command == "quality":
         if not arguments.models or arguments.data is None:
             raise InputError("quality needs --models and --data: give folders of checkpoints and the test data")

@@ -10,18 +10,26 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import product as pairs
 
 import torch
-from qwen_vl_streaming.engine.quantized_linear import GROUP, Tiles, choose_tiles, interleave, partial_products
+from qwen_vl_streaming.engine.quantized_linear import (
+    GROUP,
+    Tiles,
+    choose_tiles,
+    converted,
+    interleave,
+    partial_products,
+    sum_parts,
+)
 from qwen_vl_streaming.model.quantization import quantize, scaled_linear
 from qwen_vl_streaming.model.released import SIZES
 from torch import Tensor
 from torch.nn.functional import linear
 
-ROWS = (1, 4, 16, 32, 64, 92, 128, 160, 256, 512, 1024, 4096)
+ROWS = (1, 16, 32, 64, 96, 128, 160, 256, 512, 1024, 4096)
 KERNEL_ROWS = 512
 """Rows up to which the kernel is measured."""
 CACHE = 200e6
@@ -29,14 +37,17 @@ CACHE = 200e6
 SLICE = 24 * 2**20
 """Bytes of bf16 weights that stay in the L2 cache, for conversion slice by slice."""
 WIDTHS = {
-    16: ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 8, 4), (128, 8, 6)),
-    32: ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 8, 4)),
-    64: ((64, 4, 3), (64, 4, 5), (128, 4, 4), (128, 8, 3), (128, 8, 4)),
-    128: ((64, 4, 3), (128, 4, 3), (128, 8, 2), (128, 8, 3), (128, 8, 4), (256, 8, 3)),
-    256: ((64, 4, 2), (128, 8, 2), (128, 8, 3)),
+    (16, 0): ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 4, 6), (128, 8, 4)),
+    (32, 0): ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 8, 4)),
+    (64, 0): ((64, 4, 4), (128, 4, 4), (128, 8, 3), (128, 8, 5), (256, 8, 3)),
+    (64, 32): ((64, 4, 3), (128, 4, 3), (128, 8, 3), (128, 8, 4), (256, 8, 3)),
+    (128, 0): ((64, 4, 3), (128, 8, 3), (128, 8, 4), (256, 8, 3)),
+    (128, 32): ((128, 8, 3), (256, 8, 2)),
+    (256, 0): ((128, 8, 2), (128, 8, 3)),
 }
-"""By the rows of a program: its outputs, warps and stages."""
-SPLITS = (1, 2, 3, 4, 6, 8)
+"""By the rows of a tile, and its further ones: its outputs, warps and stages."""
+PER_PROCESSOR = (0, 1, 2, 3, 4, 6)
+"""Programs for each of the GPU's processors; 0 for a program for each tile."""
 DEVICE = "cuda"
 COMPILERS = 12
 """Processes that compile kernels in advance."""
@@ -56,30 +67,32 @@ def layer_shapes(size: str) -> dict[str, tuple[int, int]]:
 
 
 def candidates(m: int, n: int, k: int, processors: int) -> list[Tiles]:
-    """Tiles worth measuring. Wider ones read the weights fewer times, narrower ones compute fewer rows that do not
-    exist; inputs are split where programs would not fill the GPU."""
-    widths = (64, 128, 256) if m > 64 else [width for width in WIDTHS if m <= width][:1]
+    """Tiles worth measuring: of the narrowest that have room for all rows, or for many rows of the widest."""
+    widths = [width for width in WIDTHS if m <= sum(width)] or [(128, 0), (256, 0)]
+    if m <= 128:
+        widths = [width for width in widths if sum(width) <= 1.4 * sum(widths[0])]
+    elif m > 160:
+        widths = [(128, 0), (256, 0)]
     found = []
     for width in widths:
-        for (height, warps, stages), splits in pairs(WIDTHS[width], SPLITS):
-            programs = -(-n // height) * -(-m // width) * splits
-            split_well = 0.7 * processors <= programs <= 6 * processors and k // GROUP >= 3 * splits
-            if splits == 1 or split_well:
-                found.append(Tiles(height, width, splits, warps, stages))
+        for (height, warps, stages), each in pairs(WIDTHS[width], PER_PROCESSOR):
+            tiles = Tiles(height, *width, each * processors, warps, stages)
+            if each == 0 or (tiles.parts(n, k)[0] <= 12 and tiles.parts(n, k)[1] >= 2):
+                found.append(tiles)
     return found
 
 
 def run_kernel(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
-    """The kernel for `x` that is interleaved already, as what makes it does in the engine, and the sum of its parts,
-    which is part of what follows there."""
-    parts = partial_products(x, weight, scale, *astuple(tiles))
-    return parts[0] if tiles.splits == 1 else parts.sum(0)
+    """The kernel for `x` that is interleaved already, as what makes it does in the engine, and a sum over its parts,
+    which is part of what follows there. (The sum is of all parts, also of those that are left out there.)"""
+    parts = partial_products(x, weight, scale, list(astuple(tiles)))
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def compile_kernel(tiles: Tiles, kind: str) -> str | None:
     """Compile the kernel for `tiles`, in a process of its own: Triton keeps it on disk. Returns why it failed."""
     try:
-        weight, scale = quantize(torch.ones(tiles.outputs, GROUP * tiles.splits, device=DEVICE), kind)
+        weight, scale = quantize(torch.ones(2 * tiles.outputs, 2 * GROUP, device=DEVICE), kind)
         x = torch.ones(16, weight.shape[1], device=DEVICE, dtype=torch.bfloat16)
         run_kernel(x, weight, scale, tiles)
         torch.cuda.synchronize()
@@ -88,17 +101,21 @@ def compile_kernel(tiles: Tiles, kind: str) -> str | None:
     return None
 
 
+def without_programs(tiles: Tiles) -> Tiles:
+    return replace(tiles, programs=0)
+
+
 def compile_kernels(kinds: list[str]) -> set[Tiles]:
-    """Compile all tiles in advance. Returns those, without their splits, that failed."""
-    tiles = [Tiles(height, width, splits, *rest) for width, shapes in WIDTHS.items() for height, *rest in shapes
-             for splits in (1, 2)]  # fmt: skip
+    """Compile all tiles in advance. Returns those, without their programs, that failed."""
+    tiles = [Tiles(shape[0], *width, programs, *shape[1:]) for width, shapes in WIDTHS.items() for shape in shapes
+             for programs in (0, 4)]  # fmt: skip
     began, bad = time.perf_counter(), set()
     with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
         todo = list(pairs(tiles, kinds))
         for (each, kind), reason in zip(todo, pool.map(compile_kernel, *zip(*todo, strict=True)), strict=True):
             if reason:
                 print(f"{kind} {each}: {reason}", flush=True)
-                bad.add(Tiles(each.outputs, each.rows, 0, each.warps, each.stages))
+                bad.add(without_programs(each))
     print(f"{len(todo)} kernels compiled in {time.perf_counter() - began:.0f} s", flush=True)
     return bad
 
@@ -138,17 +155,17 @@ def microseconds(work: Callable[[int], object], count: int) -> float:
     return 1e3 * least / count
 
 
-def converted(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def whole(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """All weights are converted, then cuBLAS multiplies. The scale is left to what follows, as the compiler does."""
-    return linear(x, weight.to(x.dtype))
+    return linear(x, converted(weight))
 
 
 def in_slices(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """As `converted`, in slices that stay in the L2 cache."""
+    """As `whole`, in slices that stay in the L2 cache."""
     output = x.new_empty(len(x), len(weight))
     step = max(128, SLICE // (2 * weight.shape[1]) // 128 * 128)
     for first in range(0, len(weight), step):
-        torch.mm(x, weight[first : first + step].to(x.dtype).T, out=output[:, first : first + step])
+        torch.mm(x, converted(weight[first : first + step]).T, out=output[:, first : first + step])
     return output
 
 
@@ -200,7 +217,9 @@ class Table:
         return best and Tiles(**best["tiles"])
 
 
-def measure_products(sizes: list[str], kinds: list[str], seconds: float, templates: bool) -> list[dict]:
+def measure_products(
+    sizes: list[str], kinds: list[str], seconds: float, libraries: bool, templates: bool
+) -> list[dict]:
     """A row for each layer, M and way, with its microseconds. Starts no measurement after `seconds`; the least
     important come last."""
     began, table = time.perf_counter(), Table()
@@ -218,17 +237,15 @@ def measure_products(sizes: list[str], kinds: list[str], seconds: float, templat
             if not late(kind, *key):
                 layer = Layer(*shape, [kind])
                 for m in ROWS:
-                    measure_rows(table, key, layer, kind, m, kind == kinds[0], bad)
+                    measure_rows(table, key, layer, kind, m, kind == kinds[0], bad, libraries)
                 show(table.rows, *key, kind, shape)
     for kind, key in pairs(kinds, layers):  # the compiler takes seconds for each
         if late(kind, *key, "compiled for one row"):
             break
         layer = Layer(*layers[key], [kind])
         x, options = layer.rows(1), {"coordinate_descent_tuning": True}
-        for each in (kind, None) if kind == kinds[0] else (kind,):
-            way = f"{each or 'bf16'} compiled"
-            row = table.add(key, 1, way, layer, compiled(layer, x, each, **options))
-            print(f"{' '.join(key)}, one row, {way}: {row['us'] or row['error']}", flush=True)
+        row = table.add(key, 1, f"{kind} compiled", layer, compiled(layer, x, kind, **options))
+        print(f"{' '.join(key)}, one row, {kind} compiled: {row['us'] or row['error']}", flush=True)
     for key in layers if templates else ():
         if late(*key, "template"):
             break
@@ -240,13 +257,20 @@ def measure_products(sizes: list[str], kinds: list[str], seconds: float, templat
 
 
 def measure_rows(
-    table: Table, key: tuple[str, str], layer: Layer, kind: str, m: int, first: bool, bad: set[Tiles]
+    table: Table,
+    key: tuple[str, str],
+    layer: Layer,
+    kind: str,
+    m: int,
+    first: bool,
+    bad: set[Tiles],
+    libraries: bool,
 ) -> None:
     """All ways for one number of rows. The tiles of the kernel are searched for the `first` kind, and used for all."""
     x, weights = layer.rows(m), layer.quantized[kind]
-    ways = library_ways(kind, m)
-    if m >= 64:
-        ways |= {function.__name__: function for function in (converted, in_slices)}
+    ways = library_ways(kind, m) if libraries else {}
+    if m > 1:
+        ways |= {function.__name__: function for function in (whole, in_slices)}
     if first:
         table.add(key, m, "bf16", layer, lambda i: linear(x, layer.plain[i]))
     for way, function in ways.items():
@@ -256,7 +280,7 @@ def measure_rows(
     interleaved = interleave(x)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     for tiles in candidates(m, layer.n, layer.k, processors) if first else ():
-        if Tiles(tiles.outputs, tiles.rows, 0, tiles.warps, tiles.stages) not in bad:
+        if without_programs(tiles) not in bad:
             work = partial(run_nth, interleaved, weights, tiles)
             table.add(key, m, f"{kind} tiles", layer, work, tiles=asdict(tiles))
     exact = scaled_linear(x, *weights[0]).float()
@@ -264,13 +288,43 @@ def measure_rows(
         if tiles is not None:
             work = partial(run_nth, interleaved, weights, tiles)
             table.add(key, m, f"{kind} {way}", layer, work, tiles=asdict(tiles))
-            error = float((work(0).float() - exact).abs().max() / exact.abs().max())
+            parts = partial_products(interleaved, *weights[0], list(astuple(tiles)))
+            total = sum_parts(parts, tiles, layer.n, layer.k).float()
+            error = float((total - exact).abs().max() / exact.abs().max())
             if not error < 0.02:
                 print(f"WRONG: {kind} {' '.join(key)}, M {m}, {tiles}: largest error {error:.3g}", flush=True)
 
 
 def run_nth(x: Tensor, weights: list[tuple[Tensor, Tensor]], tiles: Tiles, i: int) -> Tensor:
     return run_kernel(x, *weights[i], tiles)
+
+
+def tiles_file(rows: list[dict], kind: str, device: str) -> str:
+    """The text of `quantized_tiles.py`: the fastest tiles by shape and rows, or none where another way is faster. For
+    one row, that is the compiler's product, which is fused with what is around it: it is replaced by a kernel that is
+    faster by a tenth."""
+    lines = []
+    for size, name in dict.fromkeys((row["size"], row["layer"]) for row in rows):
+        mine = [row for row in rows if (row["size"], row["layer"]) == (size, name) and row["us"]]
+        lines.append(f"    {layer_shapes(size)[name]}: (  # {size} {name}")
+        for m in (m for m in ROWS if m <= KERNEL_ROWS):
+            found = {row["way"]: row for row in mine if row["m"] == m}
+            kernel = found.get(f"{kind} kernel")
+            others = [found[f"{kind} {way}"]["us"] for way in ("whole", "compiled") if f"{kind} {way}" in found]
+            best = kernel and (not others or kernel["us"] <= min(others) * (0.9 if m == 1 else 1.0))
+            lines.append(f"        ({m}, {astuple(Tiles(**kernel['tiles'])) if best else None}),")
+        lines.append("    ),")
+    body = "\n".join(lines)
+    return f'''"""Made by `code/benchmarks/weights.py products` on an {device}; do not edit by hand.
+
+By outputs and inputs of a linear layer: up to how many rows the kernel for 8-bit weights uses which tiles. With more
+rows, and where there are none, another way is faster: see `quantized_linear.py`.
+"""
+
+TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int] | None], ...]] = {{
+{body}
+}}
+'''
 
 
 def show(rows: list[dict], size: str, name: str, kind: str, shape: tuple[int, int]) -> None:
