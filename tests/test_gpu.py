@@ -9,7 +9,7 @@ import pytest
 import torch
 from qwen_vl_streaming.engine.batch import Batch
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
-from qwen_vl_streaming.engine.quantized_linear import Tiles, kernel_product
+from qwen_vl_streaming.engine.quantized_linear import Tiles, converted, kernel_product
 from qwen_vl_streaming.model.quantization import WEIGHTS, quantize, quantize_model
 from qwen_vl_streaming.reference import caption
 from qwen_vl_streaming.replay import replay
@@ -154,16 +154,17 @@ def test_the_host_runs_ahead_of_a_batch(name):
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("width", [(16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (256, 0)])
 def test_the_kernel_for_8_bit_weights_equals_the_plain_form(kind, width):
-    """For rows that do and do not fill a program, with and without splits, also where outputs do not fill one."""
+    """For rows that do and do not fill a program, with whole tiles and parts, also where outputs do not fill one."""
     print("seed", SEED)
     torch.manual_seed(SEED)
-    for rows in (1, width - 1, width, width + 3):
-        for outputs, splits in ((256, 1), (96, 3)):
+    weight, scale = quantize(torch.randn(320, 640, device="cuda"), kind)
+    assert torch.equal(converted(weight), weight.to(torch.bfloat16))
+    for rows in (1, sum(width) - 1, sum(width), sum(width) + 3):
+        for programs in (0, 2, 4, 7):
             x = torch.randn(1, rows, 640, device="cuda", dtype=torch.bfloat16)
-            weight, scale = quantize(torch.randn(outputs, 640, device="cuda"), kind)
-            found = kernel_product(x, weight, scale, Tiles(128, width, splits, 8, 2))
+            found = kernel_product(x, weight, scale, Tiles(128, *width, programs, 8, 2))
             expected = x.float() @ (weight.float() * scale[:, None]).T
             assert (found.float() - expected).abs().max() < 1e-2 * expected.abs().max()
 
