@@ -94,8 +94,8 @@ class Settings:
     dtype: str = ""
     """float32, bfloat16 or float16. By default bfloat16 on cuda and float32 on the CPU."""
     weights: str = ""
-    """int8 or fp8: quantize the linear layers of the language model when it is loaded, which is faster and takes half
-    the memory. By default as in the checkpoint."""
+    """int8 or fp8: quantize the linear layers of the language model when it is loaded, to half their memory. By default
+    as in the checkpoint."""
     force: bool = False
     """Evaluate a checkpoint that was trained as another variant or with another position rule."""
     score_only: str = ""

@@ -56,8 +56,8 @@ class Captioner:
                 was trained with.
             device: "cpu", "cuda" or "cuda:N". Default: a GPU, if there is one.
             dtype: Default: bfloat16 on a GPU, float32 on the CPU.
-            weights: "int8" or "fp8" quantizes the linear layers of the language model, which is faster and takes half
-                the memory. Default: as in the checkpoint.
+            weights: "int8" or "fp8" quantizes the linear layers of the language model, to half their memory. Default:
+                as in the checkpoint.
             force: Use a checkpoint even if it was trained with another variant.
         """
         where, message = choose_device(device, look(os.environ), 'device="cpu"')

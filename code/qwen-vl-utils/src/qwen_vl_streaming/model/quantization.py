@@ -17,8 +17,8 @@ from ..common.errors import InputError
 WEIGHTS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Data types by the name that `--weights` has."""
 WEIGHTS_HELP = (
-    "quantize the linear layers of the language model when it is loaded: faster, and half the memory (default: as in "
-    "the checkpoint)"
+    "quantize the linear layers of the language model when it is loaded, to half their memory (default: as in the "
+    "checkpoint)"
 )
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 FP8_CAPABILITY = (8, 9)
