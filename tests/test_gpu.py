@@ -169,7 +169,13 @@ def test_the_kernel_for_8_bit_weights_equals_the_plain_form(kind, width):
             assert (found.float() - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
-WIDE = {**FLEX, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+WIDE = {
+    **FLEX,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+}
 """Inputs in groups, as the kernel for 8-bit weights reads them."""
 
 
