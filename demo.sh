@@ -78,7 +78,7 @@ for variant in $variants; do
   step "5. eval.sh: caption the test videos with $variant"
   QWEN2_5_VL_EVAL_MODEL_PATH=$trained QWEN2_5_VL_EVAL_DATA_DIR=$data/test_3_5.jsonl \
     QWEN2_5_VL_EVAL_OUTPUT_DIR=$output/evaluation \
-    bash eval.sh --batch-size 8 "${on_cpu[@]}"
+    bash eval.sh --batch-size 8 --times "$data/PE-Video/truth.jsonl" "${on_cpu[@]}"
 done
 
 if [ -n "$serve" ]; then

@@ -17,7 +17,7 @@ for word in "$@"; do
   case $word in -h | --help) exec "$python" "$here/eval.py" --help ;; esac
 done
 require_number NPROC_PER_NODE "${NPROC_PER_NODE:-0}" 0 1024
-nproc=$("$python" "$here/processes.py" --processes "${NPROC_PER_NODE:-0}" "$@") || exit
+nproc=$(answer_of "$python" "$here/processes.py" --processes "${NPROC_PER_NODE:-0}" "$@") || exit
 
 if ((nproc == 1 && 10#$nnodes == 1)); then
   command=("$python" "$here/eval.py" "$@")

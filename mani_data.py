@@ -1,4 +1,5 @@
-"""Prepares the rows that training and evaluation use from a data set: --dataset pe-video (default), funqa or jsonl.
+"""Prepares the rows that training and evaluation use from a data set: --dataset pe-video (default), funqa, jsonl or
+segments.
 
 pe-video: writes dataset/train_3_5.jsonl and test_3_5.jsonl. Reads JSON files with videos, or tar shards, in
 dataset/PE-Video; if there are none, streams the shards from the hub. Keeps videos of 5 to 30 seconds with 3 to 5
@@ -11,6 +12,9 @@ dataset/FunQA; if there are none, streams them from the hub. Keeps all lengths u
 jsonl: filters your own rows by the rules of pe-video. Reads --input, in any format that training reads, and writes the
 rows that it keeps to --output, and beside it a report and a line for each other row with the reason.
 
+segments: converts captions with times to rows with `segments`. Reads --input, a file or folder in the published shape
+that --format names, and writes as jsonl does.
+
 If a run is killed, the same command resumes it.
 """
 
@@ -18,7 +22,7 @@ import argparse
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +31,16 @@ import funqa.run
 import pe_video.run
 from funqa.run import prepare_funqa
 from pe_video.run import prepare_dataset
-from preparation import own_rows
+from preparation import own_rows, timed_rows
 from preparation.own_rows import prepare_own_rows
 from preparation.report import SplitStatistics
 from preparation.rules import Rules
 from preparation.run import STATE_FOLDER, RunOptions
+from preparation.timed_formats import FORMATS
+from preparation.timed_rows import prepare_timed_rows
+from qwen_vl_streaming.common.data_rows import SEGMENT_TIMES
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.paths import find_data, find_video_root, look_up
+from qwen_vl_streaming.common.paths import find_data, find_path, find_video_root, look_up
 from qwen_vl_streaming.common.progress import quiet_http
 
 ROOT = Path(__file__).resolve().parent
@@ -73,12 +80,38 @@ def funqa_options(arguments: argparse.Namespace, folder: Path, splits: list[str]
 
 def own_options(arguments: argparse.Namespace, folder: Path, splits: list[str], common: dict) -> RunOptions:
     """--input and --output name the files, so `folder` and `splits` are not used. Raises InputError."""
+    return own_rows.Options(**own_files(arguments, common, lambda path: find_data(path, ROOT, "--input")))
+
+
+def timed_options(arguments: argparse.Namespace, folder: Path, splits: list[str], common: dict) -> RunOptions:
+    """As `own_options`."""
+    if arguments.caption_prefix:
+        raise InputError("--caption-prefix does not apply to --dataset segments: remove it")
+    for flag, value, choices in (
+        ("--format", arguments.format, FORMATS),
+        ("--segment-time", arguments.segment_time, SEGMENT_TIMES),
+    ):
+        if value is None and flag == "--format":
+            raise InputError(f"--dataset segments needs --format: choose one of {', '.join(choices)}")
+        if value is not None and value not in choices:
+            raise InputError(f"unknown {flag} {value!r}: choose one of {', '.join(choices)}")
+    given = own_files(arguments, common, lambda path: os.path.abspath(find_path(path, ROOT, "--input")))
+    if os.path.isdir(given["source"]) and arguments.format in ("livecc", "activitynet"):
+        raise InputError(f"--input {arguments.input} is a folder: give a file for --format {arguments.format}")
+    return timed_rows.Options(
+        format=arguments.format, segment_time=arguments.segment_time or "", parts=arguments.parts, **given
+    )
+
+
+def own_files(arguments: argparse.Namespace, common: dict, find: Callable[[str], str]) -> dict[str, Any]:
+    """The options of a data set whose files --input, which `find` finds, and --output name. Raises InputError."""
     for name in ("input", "output"):
         if not (getattr(arguments, name) or "").strip():
             raise InputError(
-                f"--dataset jsonl needs --{name}: give the file to {'read' if name == 'input' else 'write'}"
+                f"--dataset {arguments.dataset} needs --{name}: give the file to "
+                f"{'read' if name == 'input' else 'write'}"
             )
-    source, output = find_data(arguments.input, ROOT, "--input"), Path(arguments.output)
+    source, output = find(arguments.input), Path(arguments.output)
     if output.suffix != ".jsonl" or output.is_dir():
         raise InputError(f"--output {output}: give the name of a file that ends in .jsonl")
     prefix = f"{output.stem}_"
@@ -87,10 +120,12 @@ def own_options(arguments: argparse.Namespace, folder: Path, splits: list[str], 
         raise InputError(f"--output {output} would overwrite --input: give another name")
     files = {"outputs": {Path(source).name: output}, "output_dir": output.parent, "prefix": prefix}
     video_root = find_video_root(arguments.video_root or "", ROOT)
-    return own_rows.Options(source=source, video_root=video_root, **{**common, **files})
+    return {"source": source, "video_root": video_root, **common, **files}
 
 
 FOLDERS = ("split", "source", "dataset_root", "dataset_name", "output_dir", "train_output_name", "test_output_name")
+OWN_FILES = ("input", "output", "video_root")
+BOUNDS = ("min_seconds", "max_seconds", "min_tokens_per_second", "max_tokens_per_second")
 DATASETS = {
     "pe-video": DataSet(
         "facebook/PE-Video", "{}_3_5.jsonl", Rules(), prepare_dataset, pe_video_options, ("train_dir", "test_dir")
@@ -104,15 +139,24 @@ DATASETS = {
         ("max_questions", "max_references"),
         prefix="funqa_",
     ),
-    "jsonl": DataSet("", "", Rules(), prepare_own_rows, own_options, ("input", "output", "video_root"), FOLDERS),
+    "jsonl": DataSet("", "", Rules(), prepare_own_rows, own_options, OWN_FILES, FOLDERS),
+    "segments": DataSet(
+        "",
+        "",
+        Rules(0.0, math.inf, 0.0, math.inf),
+        prepare_timed_rows,
+        timed_options,
+        (*OWN_FILES, "format", "segment_time", "parts"),
+        (*FOLDERS, *BOUNDS, "max_samples"),
+    ),
 }
 """Add a data set here."""
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--dataset", default="pe-video", metavar="NAME", help="pe-video, funqa or jsonl (default: pe-video)"
+        "--dataset", default="pe-video", metavar="NAME", help="pe-video, funqa, jsonl or segments (default: pe-video)"
     )
     parser.add_argument("--split", choices=SPLITS, help="prepare only this split (default: both)")
     where = parser.add_argument_group("paths")
@@ -126,18 +170,31 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument("--train-output-name", help="default: train_3_5.jsonl or funqa_train.jsonl")
     where.add_argument("--test-output-name", help="default: test_3_5.jsonl or funqa_test.jsonl")
     where.add_argument(
-        "--input", help="jsonl: JSON Lines, Parquet, a folder of save_to_disk, or hf://datasets/OWNER/NAME[:SPLIT]"
+        "--input",
+        help="jsonl: JSON Lines, Parquet, a folder of save_to_disk, or hf://datasets/OWNER/NAME[:SPLIT]; segments: a "
+        "file or folder in the format that --format names",
     )
-    where.add_argument("--output", help="jsonl: file to write, such as my_3_5.jsonl; the reports are named after it")
-    where.add_argument("--video-root", help="jsonl: folder of the videos, as --video_root in training")
+    where.add_argument(
+        "--output", help="jsonl, segments: file to write, such as my_3_5.jsonl; the reports are named after it"
+    )
+    where.add_argument("--video-root", help="jsonl, segments: folder of the videos, as --video_root in training")
+    timed = parser.add_argument_group("captions with times (--dataset segments)")
+    timed.add_argument("--format", help=f"the shape of --input: {', '.join(FORMATS)}")
+    own = ", ".join(f"{name}: {each.segment_time}" for name, each in FORMATS.items())
+    timed.add_argument(
+        "--segment-time",
+        help="when the text of a segment may be written: from its end, from its start, or spread word by word from "
+        f"start to end (default: {own})",
+    )
+    timed.add_argument("--parts", type=Path, help="livecc: folder for parts that are cut out of videos")
     where.add_argument(
         "--tokenizer-model-id", default="Qwen/Qwen2.5-VL-7B-Instruct", help="hub id or folder (default: %(default)s)"
     )
     rules = parser.add_argument_group("filtering; bounds are inclusive")
-    for bound in ("min_seconds", "max_seconds", "min_tokens_per_second", "max_tokens_per_second"):
+    for bound in BOUNDS:
         flag = "--" + bound.replace("_", "-")
         default = getattr(DATASETS["pe-video"].rules, bound)
-        rules.add_argument(flag, type=float, help=f"default: {default:g}; none for funqa")
+        rules.add_argument(flag, type=float, help=f"default: {default:g}; none for funqa; not for segments")
     rules.add_argument(
         "--caption-prefix",
         default="",
@@ -154,7 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, help="worker processes (default: one per core; four per core when reading from the hub)"
     )
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def options_from(arguments: argparse.Namespace) -> RunOptions:
@@ -162,7 +219,7 @@ def options_from(arguments: argparse.Namespace) -> RunOptions:
     if arguments.dataset not in DATASETS:
         raise InputError(f"unknown --dataset {arguments.dataset!r}: choose one of {', '.join(DATASETS)}")
     data_set = DATASETS[arguments.dataset]
-    of_others = (name for each in DATASETS.values() if each is not data_set for name in each.flags)
+    of_others = (name for each in DATASETS.values() for name in each.flags if name not in data_set.flags)
     for name in (*of_others, *data_set.refused):
         if getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} does not apply to --dataset {arguments.dataset}: remove it")
@@ -191,8 +248,7 @@ def options_from(arguments: argparse.Namespace) -> RunOptions:
     if data_set.output_name:
         check_names(names, output_dir, raw / "videos")
     bounds = {
-        name: getattr(data_set.rules, name) if (value := getattr(arguments, name)) is None else value
-        for name in ("min_seconds", "max_seconds", "min_tokens_per_second", "max_tokens_per_second")
+        name: getattr(data_set.rules, name) if (value := getattr(arguments, name)) is None else value for name in BOUNDS
     }
     common = {
         "outputs": {split: output_dir / names[split] for split in SPLITS},

@@ -12,6 +12,6 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case " $* " in *" --demo "*) . "$root/code/setup.sh" ;; *) . "$root/code/launch.sh" ;; esac
 # Only this program imports from these folders; it removes them from the environment of what it runs.
-export PYTHONPATH="$root/code:$root/code/evaluation:$root/code/qwen-vl-finetune${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root:$root/code:$root/code/demo:$root/code/evaluation:$root/code/qwen-vl-finetune${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 exec "$python" -m paper "$@"

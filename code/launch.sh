@@ -10,6 +10,10 @@ require_number() { # NAME VALUE MIN MAX
   fi
 }
 
+answer_of() { # COMMAND ...: what it answers. Libraries may print to stdout, which goes to stderr here
+  QWENVL_ANSWER=3 "$@" 3>&1 >&2
+}
+
 free_port() { # a port of this node that no other run uses
   "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }

@@ -1,18 +1,16 @@
-"""Runs of the evaluation in separate processes, which tests can kill. Runs with one process start quickly, as in
-training.py."""
+"""Runs of the evaluation in separate processes, which tests can kill. They start quickly, as in training.py."""
 
 import contextlib
 import json
-import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import torch
-from training import free_port
+from training import fork_server, free_port
 
 FLAGS = {
     "variant": "group",
@@ -68,38 +66,14 @@ def _run(arguments: list[str], log: Path, act: str | None) -> None:
     evaluation.program()
 
 
-class Launched:
-    """A launcher process with `pid`, `exitcode` and `join`, like a process of multiprocessing."""
-
-    def __init__(self, run: subprocess.Popen):
-        self.run, self.pid = run, run.pid
-
-    @property
-    def exitcode(self) -> int | None:
-        return self.run.poll()
-
-    def join(self, timeout: float | None = None) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.run.wait(timeout)
-
-
 def _launch(arguments: list[str], log: Path, act: str | None, processes: int, nodes: int, rank: int, port: int):
     """Start the launcher as eval.sh does, with this file instead of rank.py."""
     paths = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "PYTHONPATH": paths, "ACT": act or ""}
-    environment |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment = {"PYTHONPATH": paths, "ACT": act or "", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     where = ["--nproc_per_node", processes, "--nnodes", nodes, "--node_rank", rank, "--master_addr", "127.0.0.1"]
-    command = [sys.executable, "-m", "qwen_vl_streaming.launch", "--max_restarts", 1, *where, "--master_port", port]
-    with log.open("a") as said:
-        return Launched(
-            subprocess.Popen(
-                [*map(str, command), __file__, *arguments],
-                env=environment,
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
-            )
-        )
+    return forked.Launched(
+        ["--max_restarts", 1, *where, "--master_port", port, __file__, *arguments], log, **environment
+    )
 
 
 def start(
@@ -122,16 +96,8 @@ def start(
     arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     if processes > 1 or nodes > 1:
         return _launch(arguments, log, act, processes, nodes, node_rank, port or free_port())
-    context = multiprocessing.get_context("forkserver")
-    # Includes the modules of training.py: all tests share one fork server, which keeps the modules it was started with.
-    context.set_forkserver_preload(["qwenvl.train", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "captioning"])
-    with contextlib.ExitStack() as stack:
-        before = os.environ.get("PYTHONPATH")
-        stack.callback(lambda: os.environ.update(PYTHONPATH=before) if before else os.environ.pop("PYTHONPATH"))
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        process = context.Process(target=_run, args=(arguments, log, act))
-        process.start()
+    process = fork_server().Process(target=_run, args=(arguments, log, act))
+    process.start()
     return process
 
 
@@ -142,11 +108,11 @@ def finish(process, log: Path, status: int = 0) -> str:
     return log.read_text()
 
 
-def rank_of(launcher: Launched, rank: int) -> psutil.Process:
+def rank_of(launcher: forked.Launched, rank: int) -> psutil.Process:
     """The process of `rank` that the launcher has started."""
     for process in psutil.Process(launcher.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # another child has just ended
-            if process.environ().get("RANK") == str(rank):
+            if forked.rank_of(process) == str(rank):
                 return process
     raise AssertionError(f"the launcher has no process of rank {rank}")
 

@@ -191,7 +191,9 @@ class Client:
     async def token(self, name: str, token: str, slot: int, captured: float, ages: list[float]) -> None:
         now = time.monotonic() - self.start
         ages.append(1000 * (now - captured))
+        waiting = self.clips[name].qsize() if MODELS[name] else 0
         about = {"slot": slot, "time": now, "capture_time": captured, "age_ms": ages[-1]}
+        about |= {"waiting": waiting, "deadline_misses": waiting}
         ids = {"response_id": f"r-{name}", "model": name, "token_ids": [7]}
         await self.send("response.output_text.delta", delta=token, **ids, **about)
 

@@ -118,9 +118,9 @@ def token_ids(events: dict[str, list[dict]], model: str) -> list[int]:
     return [token for delta in deltas if delta["model"] == model for token in delta["token_ids"]]
 
 
-def drive(run) -> object:
+def drive(run, seconds: float = SECONDS) -> object:
     async def limited():
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(seconds):
             return await run()
 
     return asyncio.run(limited())

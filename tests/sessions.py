@@ -16,6 +16,8 @@ from tiny import VOCABULARY, random_template, tiny_model
 PARALLEL = [variant for variant in VARIANTS.values() if variant.parallel]
 MANY = int(os.environ.get("SESSIONS", 100))
 """Number of random sessions; set SESSIONS=1000 for a thorough run."""
+END_OF_SLOT = 150
+"""The end-of-slot token of `deciding_model`."""
 SECONDS = 60
 """Timeout of a short session. It is long enough for a busy machine: a session that takes longer is blocked."""
 
@@ -127,6 +129,21 @@ def no_model():
 
 def double_model():
     return tiny_model().double()
+
+
+def deciding_model():
+    """A model that writes END_OF_SLOT about every third token, at random: its logit varies most."""
+    model = tiny_model()
+    model.lm_head.weight.data[END_OF_SLOT] *= 4
+    return model
+
+
+def deciding_case(draw: random.Random, variant: Variant, may_be_late: bool = False) -> Case:
+    """A case in which the model decides when a slot ends."""
+    case = random_case(draw, variant, f"model-{draw.randint(1, 5)}", may_be_late)
+    end = -1 if draw.random() < 0.8 else case.template.end
+    case.template, case.most = replace(case.template, end_of_slot=END_OF_SLOT, end=end), draw.randint(1, 30)
+    return case
 
 
 class Unopenable:

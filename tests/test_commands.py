@@ -50,6 +50,7 @@ MINUTES = "not: takes minutes on a GPU, and is the program of another command th
 PAPER = "not: takes hours on GPUs; tests/test_paper.py runs a short form, and submits to a stand-in for SLURM"
 CHECKS = "not: runs the tests"
 OWN = "by tests/test_own_data.py, on data of its own"
+OUTSIDE = "by tests/test_external.py, on data of its own"
 SERVES = "not: serves until it is stopped, as tests/test_serve_ends.py does"
 INSTALLS = "not: installs packages, as code/setup.sh does before the tests"
 SMALL = " --min_pixels_per_frame 3136 --max_pixels_per_frame 3136 --dataloader_num_workers 0 --report_to none"
@@ -61,6 +62,7 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_VARIANT=all bash demo.sh": DEMO,
     "bash demo.sh --steps 4000 --output demo_output/long": DEMO,
     "QWEN2_5_VL_VARIANT=all bash demo.sh --steps 2200 --output demo_output/six": DEMO,
+    "bash code/demo/quiet.sh": "not: as demo.sh with two trainings; tests/test_model_schedule.py runs its parts",
     "bash demo.sh --serve": DEMO,
     "QWEN2_5_VL_VARIANT=all bash demo.sh --serve": DEMO,
     "bash demo.sh --help": Run("all six, one after the other"),
@@ -69,7 +71,9 @@ COMMANDS: dict[str, Run | str] = {
     "bash paper.sh --sizes 3B --tasks description --variants group gap": PAPER,
     "bash paper.sh --slurm jobs": PAPER,
     "bash paper.sh --demo": PAPER,
-    "bash paper.sh --plan --gpus 8xH100-80GB": Run("0 of 44 steps are done"),
+    "bash paper.sh --demo --jobs 12": PAPER,
+    "bash paper.sh --report": PAPER,
+    "bash paper.sh --plan --gpus 8xH100-80GB": Run("0 of 43 steps are done"),
     "bash paper.sh --status": Run("status: "),
     "bash test.sh": CHECKS,
     "bash test.sh tests/test_reference.py": CHECKS,
@@ -94,6 +98,9 @@ COMMANDS: dict[str, Run | str] = {
     "QWEN2_5_VL_MODEL_PATH=Qwen/Qwen2.5-VL-7B-Instruct bash scripts/sft.sh --output_dir output/qwen2_5vl-pe-group-7B": (
         LAUNCHED
     ),
+    "QWEN2_5_VL_VARIANT=group bash scripts/sft.sh --schedule model --output_dir output/qwen2_5vl-pe-group-model": (
+        LAUNCHED
+    ),
     "QWEN2_5_VL_EVAL_MODEL_PATH=code/qwen-vl-finetune/output/qwen2_5vl-pe-group-7B bash eval.sh --output-file "
     "group_7B_infer.json": LAUNCHED,
     "python code/evaluation/load_elsewhere.py CHECKPOINT --python OTHER/bin/python": HELP,
@@ -113,6 +120,10 @@ COMMANDS: dict[str, Run | str] = {
     "srun --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 bash eval.sh": LAUNCHED,
     "bash eval.sh --task funqa": LAUNCHED,
     "QWEN2_5_VL_VARIANT=gap bash eval.sh --schedule random --output-file gap_random_infer.json": LAUNCHED,
+    "python code/evaluation/timeliness.py code/evaluation/output/*_infer.json --times TIMES.jsonl --picture "
+    "said.png": Run("group wait-3 "),
+    "python code/evaluation/timeliness.py demo_output/evaluation/*_infer.json --times "
+    "demo_output/dataset/PE-Video/truth.jsonl": DEMO,
     "python code/evaluation/report.py code/evaluation/output/*_infer.json --output report": Run("page: report.html"),
     "python code/evaluation/verify.py FILE": Run(" of 2 videos are the arg-max of the stock model in float32, group"),
     "python -m qwen_vl_streaming.live --model MODEL --source film.mp4": Run(
@@ -131,6 +142,7 @@ COMMANDS: dict[str, Run | str] = {
     ),
     "python code/demo/animate.py live_output/RECORD.json film.mp4 --output docs/speaking.gif": Run("speaking.gif: "),
     "python -m qwen_vl_streaming.explain": Run("group"),
+    "python -m qwen_vl_streaming.explain --schedule 3,1,1,4": Run("a5–8"),
     "python -m qwen_vl_streaming.explain --format png --output docs/variants.png": Run(""),
     "python docs/draw_rooms.py": Run("files.md"),
     "python -m basedpyright": "not: tests/test_types.py runs it",
@@ -149,9 +161,9 @@ PAGES = (
 )
 """In the order in which their commands are run; each begins in the project's root."""
 WRITTEN = {
-    "loss.png", "report.png", "report.html", "report.md", "report-3B.html", "report-7B.html", "funqa_report.png",
-    "train_3_5.jsonl", "train_3_5_report.png", "report/", "runs/", "PE-Video/", "FunQA/", "demo_output/",
-    "paper_output/", "logs/", "dataset/", "3B/", "7B/", "output/", "live_output/", "serve_output/",
+    "loss.png", "said.png", "report.png", "report.html", "report.md", "report-3B.html", "report-7B.html",
+    "funqa_report.png", "train_3_5.jsonl", "train_3_5_report.png", "report/", "runs/", "PE-Video/", "FunQA/",
+    "demo_output/", "paper_output/", "logs/", "dataset/", "3B/", "7B/", "output/", "live_output/", "serve_output/",
     "OTHER/bin/python", "records/",
 }  # fmt: skip
 """Named in the pages, but made by programs or brought by users."""
@@ -179,6 +191,8 @@ TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 OWN_DATA = TEXTS["docs/data.md"].partition("### Captions of your own")[2].partition("### Caption lengths")[0]
 """Its blocks are complete examples, all run by tests/test_own_data.py."""
 BLOCKS = "\n".join(re.findall(r"^```bash\n.*?^```$", OWN_DATA, re.DOTALL | re.MULTILINE))
+FROM_OUTSIDE = TEXTS["docs/evaluation.md"].partition("## Benchmarks from outside")[2].partition("\n## ")[0]
+COMMANDS |= {command: OUTSIDE for _, command, _ in commands(FROM_OUTSIDE)}
 COMMANDS |= {command: OWN for _, command, _ in commands(BLOCKS) if not command.startswith("cd ")}
 MADE = "docs/files.md"
 """What docs/draw_rooms.py makes: the docstrings that it has are not commands to copy."""
@@ -227,6 +241,10 @@ def missing_files(text: str, files: set[str]) -> set[str]:
 def copy(made, tmp_path_factory):
     copy = Copy(tmp_path_factory.mktemp("copy"), made[0], made[1].parent / "videos")
     shutil.copytree(ROOT / "docs", copy.root / "docs")
+    ids = [path.stem for path in (copy.root / "dataset/PE-Video/test").glob("*.json")]
+    event = {"start": 0, "text": "A ring appears."}
+    times = "".join(json.dumps({"video_id": video_id, "segments": [event]}) + "\n" for video_id in ids)
+    (copy.root / "TIMES.jsonl").write_text(times)
     return copy
 
 
@@ -289,7 +307,7 @@ def test_commands_that_need_gpus_or_nodes_are_launched(tmp_path, folder, script)
         there = tmp_path / path.relative_to(ROOT)
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, there)
-    asked = "*qwenvl.device | */processes.py*) echo 8"
+    asked = "*qwenvl.device | */processes.py*) echo 8 >&3"
     says = f'case "$1 $2" in -c*) echo 40123 ;; {asked} ;; *redact) shift 2; echo "+ $*" ;; esac'
     skips = 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"'
     for name, does in (("python", says), ("srun", skips), ("scontrol", "exit 1")):

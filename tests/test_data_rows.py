@@ -192,3 +192,48 @@ def test_a_split_of_the_hub(monkeypatch, tmp_path):
         InputError, match=r"me/videos cannot be read \(Couldn't reach 'me/videos' on the Hub\): check its"
     ):
         read_rows(f"{HUB}me/videos")
+
+
+TIMED = {"video_id": "t", "video_path": "t.mp4", "segments": [{"start": 0, "end": 1.5, "text": "A ring."}]}
+
+
+def test_rows_with_times_need_no_caption(tmp_path):
+    """In JSON Lines and in tables; a caption may be null beside them."""
+    rows = [TIMED, {**TIMED, "video_id": "u", "human_caption": None, "segment_time": "spread"}]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row for _, row in read_data_rows(lines)] == rows
+    datasets.Dataset.from_list([TIMED]).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list([{**ROWS[0], **TIMED}, {**ROWS[1], "segments": None}]).save_to_disk(tmp_path / "both")
+    (table,) = [row for _, row in read_data_rows(tmp_path / "a.parquet")]
+    both = [row for _, row in read_data_rows(tmp_path / "both")]
+    assert table["segments"] == TIMED["segments"] == both[0]["segments"] and both[1]["segments"] is None
+    assert [row["annotation"] for row in read_data(lines, None, DESCRIPTION)] == ["A ring.", "A ring."]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segments": None}, "line 1: has the human_caption null, which is not a string"),
+        ({"segments": "A ring."}, 'line 1: has the segments "A ring.", which are not a list'),
+        ({"segments": ["A ring."]}, 'line 1: segment 1, "A ring.", is not an object with start, end and text'),
+        ({"segments": [{"start": 0, "end": 1}]}, 'line 1: segment 1, {"start": 0, "end": 1}, is not an object with'),
+        (
+            {"segments": [{"start": "0", "end": 1, "text": "a"}]},
+            "has a start or an end that is not a number of seconds",
+        ),
+        (
+            {"segments": [{"start": 0, "end": True, "text": "a"}]},
+            "has a start or an end that is not a number of seconds",
+        ),
+        ({"segments": [{"start": 0, "end": 10**400, "text": "a"}]}, "has a start or an end that is not a number"),
+        ({"segments": [{"start": 0, "end": 1, "text": "\ud800"}]}, "line 1: text has an unpaired surrogate"),
+        ({"segment_time": "middle"}, 'line 1: has the segment_time "middle", which is not one of end, start, spread'),
+    ],
+)
+def test_segments_of_another_form_are_refused(tmp_path, changes, message):
+    data = tmp_path / "a.jsonl"
+    data.write_text(json.dumps({**TIMED, "human_caption": None, **changes}) + "\n")
+    with pytest.raises(InputError) as raised:
+        list(read_data_rows(data))
+    assert message in str(raised.value) and str(raised.value).startswith(str(data))

@@ -1,11 +1,14 @@
 """The demo's data set: format, captions that respect wait-3, and the videos that must be dropped."""
 
+import hashlib
 import io
 import json
+import math
 import random
 import subprocess
 import sys
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -14,7 +17,8 @@ import pytest
 from make_data import DROPPED, DataConfig, make_dataset, plan, preview
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
-from scenes import COLOURS, count_words, draw, make_scene
+from qwen_vl_streaming.timeline.segments import TOLERANCE, check_segments, join_segments
+from scenes import COLOURS, QUIET, count_words, draw, make_quiet_scene, make_scene
 
 PROGRAM = Path(__file__).parents[1] / "code" / "demo" / "make_data.py"
 
@@ -105,6 +109,48 @@ def test_captions_describe_events_a_full_second_after_they_happen():
             assert event.second + 1 <= slot
         # The sentence about the first shape is complete before anything else happens.
         assert all(event.second >= 3 for event in scene.events[1:])
+
+
+def test_quiet_scenes_have_a_long_stretch_without_events():
+    for number in range(300):
+        rng = random.Random(number)
+        scene = make_quiet_scene(rng, rng.uniform(10, 18))
+        seconds = [event.second for event in scene.events]
+        gaps = [b - a for a, b in pairwise([*seconds, math.ceil(scene.seconds)])]
+        assert max(gaps) >= QUIET and len(seconds) >= 2 and seconds == sorted(set(seconds))
+        assert math.ceil(scene.seconds) <= count_words(scene.caption) < 5 * scene.seconds
+        segments = scene.segments()
+        check_segments(segments, int(scene.seconds) - TOLERANCE)
+        assert join_segments(segments).text == scene.caption
+        for event, segment in zip(scene.events, segments, strict=True):
+            assert (segment["start"], segment["end"]) == (event.second, event.second + 1)
+            assert event.event in segment["text"] or event.second == 0
+
+
+def test_without_the_options_for_times_the_data_are_as_before(dataset):
+    """The hash is of the rows, the truth and the settings that were written before there were these options."""
+    found = hashlib.sha256()
+    for shard in sorted(dataset.glob("*/*.tar")):
+        with tarfile.open(shard) as archive:
+            for entry in archive:
+                if entry.name.endswith("json"):
+                    found.update(archive.extractfile(entry).read())
+    found.update((dataset / "truth.jsonl").read_bytes() + (dataset / "make_data.json").read_bytes())
+    assert found.hexdigest() == "82d02547a75b77ef9324f86a324c5b665790d00a05f0617e3620e2be45ef50cc"
+
+
+def test_rows_with_times(tmp_path):
+    make_dataset(small(tmp_path, segments=True, quiet=True, size=56, other_openings=0))
+    truths = {row["video_id"]: row for row in map(json.loads, (tmp_path / "truth.jsonl").read_text().splitlines())}
+    timed = 0
+    for video_id, (_, row) in read(tmp_path).items():
+        if "segments" in row:
+            timed += 1
+            assert [s["start"] for s in row["segments"]] == [event["second"] for event in truths[video_id]["events"]]
+            assert join_segments(row["segments"]).text == row["human_caption"]
+            assert truths[video_id]["dropped"] or 10 <= row["video_duration_in_s"] <= 18
+    assert timed >= 5
+    assert json.loads((tmp_path / "make_data.json").read_text())["quiet"] is True
 
 
 def test_frames_change_exactly_when_an_event_starts():

@@ -16,7 +16,17 @@ from metrics.scorecard import prepare_scoring
 from processes import count_processes
 from qwen_vl_streaming import devices, replay
 from qwen_vl_streaming.common.errors import InputError, run
-from qwen_vl_streaming.devices import Devices, Driver, Torch, ask_driver, choose_device, has_kernels, judge
+from qwen_vl_streaming.common.nvidia import NVML_NO_PERMISSION
+from qwen_vl_streaming.devices import (
+    Devices,
+    Driver,
+    Torch,
+    ask_driver,
+    choose_device,
+    has_kernels,
+    judge,
+    may_have_gpus,
+)
 from qwen_vl_streaming.live import cli
 from qwenvl import device as training_device
 from qwenvl.device import count_parameters
@@ -197,7 +207,7 @@ class Nvml:
 
     def nvmlDeviceGetHandleByIndex_v2(self, index, device) -> int:
         device._obj.value = index.value + 1
-        return devices.NVML_NO_PERMISSION if index.value == 1 else 0
+        return NVML_NO_PERMISSION if index.value == 1 else 0
 
     def nvmlDeviceGetName(self, device, text, length) -> int:
         text.value = f"GPU number {device.value}".encode()
@@ -237,7 +247,7 @@ def test_the_driver_library_is_read(tmp_path, monkeypatch):
         monkeypatch.setattr(ctypes, "CDLL", lambda name, nvml=nvml: nvml)
         found = ask_driver(tmp_path)
         assert found == Driver(("GPU number 1", "GPU number 3"), "535.129.03", mig=mig) and nvml.begun == 0
-    monkeypatch.setattr(Nvml, "nvmlDeviceGetHandleByIndex_v2", lambda *_: devices.NVML_NO_PERMISSION)
+    monkeypatch.setattr(Nvml, "nvmlDeviceGetHandleByIndex_v2", lambda *_: NVML_NO_PERMISSION)
     assert ask_driver(machine(tmp_path, 8, 8)) == Driver((), "535.129.03", elsewhere=8)
 
 
@@ -327,6 +337,22 @@ def test_evaluation_reports_that_it_uses_the_cpu_with_one_process(no_gpu, monkey
     assert evaluation.find_device(Settings(), Rank(local_world_size=4)) == ("cuda", "")
     assert count_processes(0, "cuda:3") == 1
     assert evaluation.find_device(Settings(device="cuda:3"), Rank()) == ("cuda:3", "")
+
+
+@pytest.mark.skipif(bool(devices.ask_torch().count), reason="a GPU would be used")
+def test_pytorch_is_not_imported_where_no_gpu_can_be(tmp_path):
+    for name, gpu in (("null", False), ("nvidia-uvm", True), ("kfd", True), ("dxg", True)):
+        root = tmp_path / name
+        (root / "dev").mkdir(parents=True)
+        (root / "dev" / name).touch()
+        assert may_have_gpus(root) is gpu
+    asks = (
+        "import sys; from qwen_vl_streaming import devices as d\nd.ask_driver, d.may_have_gpus = d.Driver, lambda: {}\n"
+        "print(d.look({{}}), 'torch' in sys.modules)"
+    )
+    for there in (False, True):
+        done = subprocess.run([sys.executable, "-c", asks.format(there)], capture_output=True, text=True)
+        assert done.stdout.endswith(f" {there}\n") and "none='no GPU found'" in done.stdout, done.stderr
 
 
 @pytest.mark.skipif(bool(devices.ask_torch().count), reason="a GPU would be used")

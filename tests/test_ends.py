@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from forked import Launched, name_of
 from qwen_vl_streaming.common import ending
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.launch.signals import STOPPED
@@ -26,34 +27,23 @@ KILLED = "killed by SIGKILL (Linux does this when it runs out of memory)"
 def launch(log: Path, *what: str, processes: int = 2, nodes: int = 1, rank: int = 0, port: int = 0, **environment):
     """Start the launcher with `python -m WHAT` as its processes, and their output in `log`."""
     paths = os.pathsep.join([str(FINETUNE), *filter(None, sys.path)])
-    given = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOG": str(log)}
-    command = [
-        sys.executable,
-        "-m",
-        "qwen_vl_streaming.launch",
-        "--nproc_per_node",
-        str(processes),
-        "--nnodes",
-        str(nodes),
-    ]
-    command += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port or free_port())]
-    with log.open("a") as said:
-        return subprocess.Popen(
-            [*command, "-m", *what], env={**os.environ, **given, **environment}, stdout=said, stderr=said
-        )
+    given = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
+    command = ["--nproc_per_node", processes, "--nnodes", nodes, "--node_rank", rank, "--master_addr", "127.0.0.1"]
+    return Launched([*command, "--master_port", port or free_port(), "-m", *what], log, **given)
 
 
 def left(log: Path) -> list[psutil.Process]:
-    """The processes of the run with this `log` that have not exited."""
+    """The processes of the run with this `log` that have not exited: forks by their name, others by LOG."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("LOG") == str(log) and process.status() != psutil.STATUS_ZOMBIE:
+            ours = process.name().startswith(name_of(log)) or process.environ().get("LOG") == str(log)
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
 
-def ends(launcher: subprocess.Popen, log: Path, status: int, seconds: float = 60) -> str:
+def ends(launcher: Launched, log: Path, status: int, seconds: float = 60) -> str:
     """Wait until no process is left; returns the line that names the cause."""
     assert launcher.wait(seconds) == status, log.read_text()[-3000:]
     until = time.monotonic() + 3

@@ -8,7 +8,7 @@ from launchers import SLURM, launched
 
 SCRIPT = Path(__file__).parents[1] / "eval.sh"
 PYTHON = (
-    'case "$1 $2" in -c*socket*) echo 40123 ;; *processes.py*) [ $3 = 0 ] && echo ${GPUS:-4} || echo $3 ;; '
+    'case "$1 $2" in -c*socket*) echo 40123 ;; *processes.py*) [ $3 = 0 ] && echo ${GPUS:-4} >&3 || echo $3 >&3 ;; '
     '*redact) shift 2; echo "+ $*" ;; esac'
 )
 

@@ -231,3 +231,24 @@ def test_as_a_command():
     done = subprocess.run(command, capture_output=True, check=True)
     assert done.stdout.startswith(b"group")
     assert done.stderr == b""
+
+
+def test_a_schedule_of_its_own(explain, capsysbinary):
+    """Counts per slot, some of them 0; offline variants write all of them after the video."""
+    shown = json.loads(explain("--variant all --prompt 2 --grid 1x2 --schedule 3,0,1,4 --format json"))
+    for each in shown:
+        slots = [token["slot"] for token in each["tokens"] if token["part"] == "answer"]
+        offline = not VARIANTS[each["variant"]].streams
+        assert sorted(slots) == ([4] * 8 if offline else [1, 1, 1, 3, 4, 4, 4, 4])
+        assert max(token["clip"] for token in each["tokens"]) == 4
+    for line, fault in (
+        ("--schedule 3,1 --clips 4", b"replaces --clips, --answer and --wait-k"),
+        ("--schedule 3,1 --wait-k 2", b"replaces --clips, --answer and --wait-k"),
+        ("--schedule 0,0", b"has no token"),
+        ("--schedule 3,x", b"not a list of tokens per slot"),
+        ("--schedule -1", b"--schedule"),
+    ):
+        with pytest.raises(SystemExit) as status:
+            explain(line)
+        found = capsysbinary.readouterr().err
+        assert status.value.code == 2 and found.count(b"\n") == 1 and fault in found

@@ -19,7 +19,8 @@ from training import free_port
 
 SCRIPT = Path(__file__).parents[1] / "code/qwen-vl-finetune/scripts/sft.sh"
 PYTHON = (
-    'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device") echo {gpus} ;; *redact) shift 2; echo "+ $*" ;; esac'
+    'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device") echo {gpus} >&3 ;; '
+    '*redact) shift 2; echo "+ $*" ;; esac'
 )
 
 
@@ -31,8 +32,8 @@ def launch(tmp_path):
     shutil.copy(SCRIPT, script)
     shutil.copy(SCRIPT.parents[2] / "launch.sh", tmp_path / "code")
 
-    def run(scontrol: str = "exit 1", gpus: int = 4, **environment: str):
-        return launched(["bash", script], tmp_path / "bin", PYTHON.format(gpus=gpus), scontrol, environment)
+    def run(*flags: str, scontrol: str = "exit 1", gpus: int = 4, **environment: str):
+        return launched(["bash", script, *flags], tmp_path / "bin", PYTHON.format(gpus=gpus), scontrol, environment)
 
     return run
 
@@ -61,6 +62,17 @@ def test_a_cpu_has_one_process_under_slurm(launch):
     for environment, processes in (({}, "1"), ({"NPROC_PER_NODE": "2"}, "2")):
         status, flags, _ = launch(gpus=0, **SLURM, **environment)
         assert (status, flags["--nproc_per_node"], flags["--bf16"]) == (0, processes, "False")
+
+
+def test_a_run_without_a_plan(launch):
+    """The flags are the user's own, and those of train.py alone."""
+    status, flags, said = launch("--seed", "3", "--no_plan", "--optim", "galore_adamw")
+    assert (status, said, flags["--seed"], flags["--optim"]) == (0, "", "3", "galore_adamw")
+    assert flags["--deepspeed"] == "zero3.json" and "--no_plan" not in {*flags, *flags.values()}
+    assert launch("--no_plan", DEEPSPEED_CONFIG="zero1.json")[1]["--deepspeed"] == "zero1.json"
+    for word in ("--plan", "--gpus=L4"):
+        status, _, said = launch(word, "--no_plan")
+        assert (status, said) == (2, f"error: --no_plan contradicts {word.partition('=')[0]}: omit one of them\n")
 
 
 def test_one_task_per_node(launch):

@@ -19,6 +19,7 @@ from planning import check_any_video
 from published import ROOT, Copy
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.timeline.segments import check_segments
 from qwenvl.prescan import CaptionRates
 from test_commands import SHORT, SMALL
 
@@ -162,6 +163,24 @@ def test_questions_of_your_own(copy, made):
     assert found == [["A ring.", "A circle."], asked[7]["human_caption"]]
 
 
+def test_captions_with_times(copy, made):
+    """Subtitles, one of them not valid and one with more text than fits its slots."""
+    rows, folder = rows_of(made), copy.root / "dataset/mine"
+    cues = ["00:00:01,000 --> 00:00:02,000\nA red ring appears.", "00:00:03,000 --> 00:00:04,000\nIt turns blue."]
+    many = ["00:00:00,000 --> 00:00:01,000\n" + "ring " * 12, "00:00:01,000 --> 00:00:02,000\nIt turns blue."]
+    backward = ["00:00:02,000 --> 00:00:01,000\nA red ring."]
+    for number, row in enumerate(rows[:6]):
+        text = "\n\n".join(many if number == 1 else backward if number == 2 else cues)
+        (folder / f"videos/{row['video_id']}.srt").write_text(f"\ufeff{text}\n")
+    said = run_all(copy, commands("Captions with times"))
+    assert "videos: 6 samples, 5 rows in dataset/mine/timed.jsonl" in said
+    assert f"{rows[2]['video_id']}.srt, line 1: the cue ends at 1 s" in (folder / "timed_skipped.jsonl").read_text()
+    assert "output/mine-timed   skipped samples: 0" in said
+    assert re.search(r"times: \d+ of \d+ words are late, since a slot has at most 8 tokens: by 1\.0 s \(median\)", said)
+    made_by = json.loads((copy.root / "code/qwen-vl-finetune/output/mine-timed/run.json").read_text())
+    assert made_by["schedule"] == "data" and made_by["arguments"]["max_tokens_per_slot"] == 8
+
+
 @pytest.fixture
 def hub(tmp_path, made):
     """OWNER/NAME has the documented columns in two splits, and the videos as files; OWNER/OTHER has other columns."""
@@ -210,10 +229,14 @@ def test_a_data_set_of_the_hub(copy, made, hub, tmp_path):
 
 
 def test_the_rows_of_the_page_are_valid(tmp_path):
-    sections = ("Captions of your own", "Questions of your own")
+    sections = ("Captions of your own", "Questions of your own", "Captions with times")
     shown = [block for section in sections for block in blocks(section, "json")]
-    assert len(shown) == 3 and set(SECTIONS) == {*sections, "A data set of the hub", "Caption lengths"}
-    assert len([*read_data_rows(write(tmp_path / "shown.jsonl", ["".join(shown)]))]) == 5
+    assert len(shown) == 4 and set(SECTIONS) == {*sections, "A data set of the hub", "Caption lengths"}
+    found = [*read_data_rows(write(tmp_path / "shown.jsonl", ["".join(shown[:3])]))]
+    timed = [row for _, row in read_data_rows(write(tmp_path / "timed.jsonl", [shown[3]]))]
+    assert len(found) == 5 and len(timed) == 2
+    for row in timed:
+        check_segments(row["segments"])
 
 
 # --- mani_data.py --dataset jsonl ------------------------------------------------------------------------------------
@@ -277,6 +300,32 @@ def test_each_row_is_kept_or_listed_with_its_reason(tmp_path, monkeypatch, capsy
     report = json.loads((tmp_path / "out/my_3_5_report.json").read_text())["splits"]["my.jsonl"]
     assert (report["samples"], report["rows"], report["bad"]) == (13, 2, 8)
     assert sum(report["dropped"].values()) == 3 and (tmp_path / "out/my_3_5_report.png").stat().st_size > 1000
+
+
+def test_rows_with_times_are_filtered_by_their_text(tmp_path, monkeypatch):
+    (tmp_path / "films").mkdir()
+    make_video(tmp_path / "films/six.mp4", seconds=6)
+
+    def row(video_id: str, words: int, end: float, **more) -> dict:
+        segments = [{"start": 0, "end": 1, "text": "word " * words}, {"start": end - 1, "end": end, "text": "end"}]
+        return {"video_id": video_id, "video_path": "six.mp4", "segments": segments, **more}
+
+    cases = [
+        (row("good", 20, 6.5), None),
+        (row("low", 9, 6), "too few tokens per second: 10 tokens in 6.00 s"),
+        (row("caption", 9, 6, human_caption="word " * 24), None),
+        (row("late", 20, 9), "segments are not valid: segment 2 (8 to 9 s) ends after the video, at 6 s"),
+        (row("late too", 20, 9, video_duration_in_s=6), "segments are not valid: segment 2 (8 to 9 s) ends after"),
+        (row("overlap", 20, 1.5), "segments are not valid: segment 2 (0.5 to 1.5 s) starts before segment 1 ends"),
+        (row("dots", 0, 6) | {"segments": [{"start": 0, "end": 1, "text": "..."}]}, "caption without a word: '...'"),
+    ]
+    write(tmp_path / "my.jsonl", [row for row, _ in cases])
+    filtered(tmp_path, monkeypatch, *IN_AND_OUT)
+    kept = [json.loads(line) for line in (tmp_path / "out/my_3_5.jsonl").read_text().splitlines()]
+    assert kept == [{**row, "video_duration_in_s": 6.0} for row, reason in cases if not reason]
+    listed = [json.loads(line) for line in (tmp_path / "out/my_3_5_skipped.jsonl").read_text().splitlines()]
+    for row, (number, reason) in zip(listed, [(n, why) for n, (_, why) in enumerate(cases, 1) if why], strict=True):
+        assert row["where"] == f"line {number}" and row["reason"].startswith(reason), row
 
 
 def test_bounds_sampling_and_running_again(tmp_path, monkeypatch, capsys):

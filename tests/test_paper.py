@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from browser import Browser
 from paper import checks, cli, slurm, status
-from paper.checks import DONE, STARTED, TO_DO, State
+from paper.attempts import read_attempt
+from paper.checks import DONE, PARTIAL, STARTED, TO_DO, State
+from paper.queue_status import QueueStatus
 from paper.runner import Runner, last_line
 from paper.settings import PAPER
 from paper.status import BLOCKED, FAILED, RUNNING, Progress
-from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Folders, Step, find_states
+from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Folders, Step, find_states, refusals
 from qwen_vl_streaming.common.errors import InputError
 from results import FIELDS
 
@@ -36,7 +39,7 @@ def names(request, kind):
 
 def test_the_steps_of_what_the_paper_prints(tmp_path):
     whole = asked(tmp_path)
-    assert [len(names(whole, kind)) for kind in (PREPARE, TRAIN, EVALUATE, REPORT)] == [2, 18, 22, 2]
+    assert [len(names(whole, kind)) for kind in (PREPARE, TRAIN, EVALUATE, REPORT)] == [2, 18, 22, 1]
     for number, step in enumerate(whole.steps):  # each follows what it needs
         assert {other.name for other in whole.steps[:number]} >= set(step.after)
     random = [name for name in names(whole, EVALUATE) if "-random-" in name]
@@ -46,7 +49,7 @@ def test_the_steps_of_what_the_paper_prints(tmp_path):
     trained = ["train-7B-description-group", "train-7B-description-gap"]
     assert [step.name for step in part.steps] == [
         "prepare-description", trained[0], "evaluate-7B-description-fixed-group", trained[1],
-        "evaluate-7B-description-fixed-gap", "report-7B",
+        "evaluate-7B-description-fixed-gap", "report",
     ]  # fmt: skip
     first = part.steps[1]
     assert first.environment["QWEN2_5_VL_MODEL_PATH"] == PAPER.models["7B"] and first.after == ("prepare-description",)
@@ -156,14 +159,55 @@ def test_runs_that_do_not_belong_in_one_table_are_refused(tmp_path):
         find_states(request.steps)
 
 
+def test_a_contradiction_stops_the_tables_of_its_size_only(tmp_path, capsys):
+    request = asked(tmp_path, "--tasks description --variants group gap --schedules fixed")
+    for size, rate in (("3B", 1e-4), ("7B", 2e-5)):
+        for variant, change in (("group", {}), ("gap", {"learning_rate": rate})):
+            folder = request.folders.trained(size, "description", variant)
+            run_json(folder, variant, **change, model_name_or_path=PAPER.models[size])
+    states = find_states(request.steps)
+    (line,) = refusals(request.steps, states)
+    assert line.startswith(
+        "3B, description is refused: train-3B-description-gap and train-3B-description-group do not belong in one "
+        "table: --learning_rate is 0.0001 and 2e-05: move away"
+    )
+    words = {step.name: states[step.name].word for step in request.steps}
+    assert {words[name] for name in words if "-3B-" in name} == {"refused"}
+    assert words["train-7B-description-gap"] == DONE and words["evaluate-7B-description-fixed-gap"] == TO_DO
+    steps = [replace(step, command=("false",)) for step in request.steps]
+    progress = {step.name: Progress(step, states[step.name].word, states[step.name].detail) for step in steps}
+    assert Runner(steps, request.folders, states, progress).run() == 1
+    out = capsys.readouterr().out
+    assert "train-3B-description-gap: refused, train-3B" in out and "as all of 3B, description" in out
+    assert (
+        "evaluate-7B-description-fixed-gap: failed" in out and "evaluate-3B-description-fixed-gap: running" not in out
+    )
+
+
+def test_a_run_with_other_flags_than_the_plan_and_the_defaults_is_refused(tmp_path):
+    folder, data = tmp_path / "trained", tmp_path / "train.jsonl"
+    check = partial(checks.trained, folder, data, "Qwen/Small", "group", {"learning_rate": "2e-5"})
+    run_json(folder, recipe_differences={"max_steps": 7, "seed": 43}, max_steps=-1, seed=42)
+    message = (
+        f"{folder}/run.json is of another run: --max_steps is -1, not 7; --seed is 42, not 43: move trained away, or "
+        "give another --output"
+    )
+    with pytest.raises(InputError) as caught:
+        check()
+    assert str(caught.value) == message
+    run_json(folder, recipe_differences={"learning_rate": 1e-3})  # as planned
+    assert check().done
+
+
 def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "of_checkpoint", lambda folder: "w")
     data, trained, out = write(tmp_path / "test.jsonl", "{}\n{}\n"), tmp_path / "trained", tmp_path / "group_infer.json"
     write(trained / "config.json", {})
+    write(trained / "run.json", {"arguments": {"wait_k": 3, "max_pixels_per_frame": 9}})
     made = {"variant": "group", "schedule": "wait-3", "model": "m", "model_sha256": "w", "data": "d", "seed": 0}
     made["data_sha256"] = checks.data_hash(data)
     arguments, scores = tmp_path / "group_infer.args.json", tmp_path / "group_scores.json"
-    check = partial(checks.evaluated, out, data, trained, "fixed", "group", ["BLEURT"])
+    check = partial(checks.evaluated, out, data, trained, "fixed", "group", {"bleurt": "b"})
     assert check().word == TO_DO
     write(arguments, made)
     assert check().word == TO_DO
@@ -172,9 +216,9 @@ def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path
     write(out, lines[0])
     assert (check().word, check().detail) == (STARTED, "1 of 2 captions")
     write(out, "".join(lines))
-    assert check().detail == "2 captions, without BLEURT (not scored)"
+    assert (check().word, check().detail) == (STARTED, "2 captions, without scores")
     write(scores, {"count": 2, "not_computed": {"BLEURT": "no checkpoint"}})
-    assert check().detail == "2 captions, without BLEURT (no checkpoint)"
+    assert (check().word, check().detail) == (PARTIAL, "2 captions, without BLEURT (no checkpoint)")
     write(scores, {"count": 2, "BLEURT": 50.0})
     shared = {"data_sha256": made["data_sha256"], "seed": 0, "the K of the schedule": "3"}
     assert check().done and check().facts == shared
@@ -182,6 +226,9 @@ def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path
         ({"model_sha256": "v"}, "the hash of the checkpoint is v, not w: delete it to start over"),
         ({"data_sha256": "e"}, "the hash of test.jsonl is e, not "),
         ({"schedule": "random-3"}, "the schedule is random, not wait"),
+        ({"repetition_penalty": 1.0}, "--repetition-penalty is 1.0, not 1.15"),
+        ({"schedule": "wait-5"}, "the K of the schedule is 5, not 3"),
+        ({"max_pixels_per_frame": 7}, "--max-pixels-per-frame is 7, not 9"),
     ):
         write(arguments, made | change)
         with pytest.raises(InputError, match=message):
@@ -194,13 +241,33 @@ def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path
 
 def test_data_that_were_sampled_otherwise_are_refused(tmp_path):
     rows, report = [write(tmp_path / f"{split}.jsonl", "{}\n") for split in ("train", "test")], tmp_path / "report.json"
-    check = partial(checks.prepared, rows, report, {"max-samples": "20000"})
+    check = partial(checks.prepared, rows, report, {"max_samples": 20000})
     assert check().word == TO_DO
     write(report, {"max_samples": 20000})
     assert check().done
     write(report, {"max_samples": None})
     with pytest.raises(InputError, match=r"report\.json was made with --max-samples None, not 20000"):
         check()
+    request = asked(tmp_path, "--tasks funqa")
+    prepare = request.steps[0]
+    for split in ("train", "test"):
+        write(request.folders.rows("funqa", split), "{}\n")
+    planned = {"rules": {"min_seconds": 0.0, "max_seconds": None}, "max_samples": 20000, "seed": 0, "max_questions": 1}
+    report = write(request.folders.data / "funqa_report.json", planned)
+    assert prepare.check().done
+    write(report, planned | {"rules": {"min_seconds": 5.0}, "max_questions": None})
+    with pytest.raises(InputError, match=r"--max-questions None, not 1, and with --min-seconds 5\.0, not 0\.0: give"):
+        prepare.check()
+
+
+def test_demo_videos_are_compared_with_the_defaults_too(tmp_path):
+    request = asked(tmp_path, "--demo --test-videos 3")
+    made = {"output": None, "train_videos": 1200, "test_videos": 3, "dropped": 2, "other_openings": 0, "seed": 0}
+    saved = write(request.folders.data / "PE-Video/make_data.json", made)
+    assert request.steps[0].check().word == TO_DO
+    write(saved, made | {"train_videos": 8})
+    with pytest.raises(InputError, match="PE-Video was made with --train-videos 8, not 1200: give another --output"):
+        request.steps[0].check()
 
 
 def test_a_report_is_done_if_it_has_these_rows_and_is_newer(tmp_path):
@@ -259,6 +326,48 @@ def test_a_failed_step_names_its_log_and_independent_steps_go_on(tmp_path, capsy
     assert "running" not in capsys.readouterr().out
 
 
+def test_steps_side_by_side(tmp_path, capsys):
+    """Each of two steps waits until the other has started; the third has to wait for a place."""
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    meets = 'touch "{0}.on"; for i in $(seq 200); do [ -e "{1}.on" ] && break; sleep 0.05; done; [ -e "{1}.on" ]'
+    run = runner(tmp_path, [script(a, meets.format(a, b)), script(b, meets.format(b, a)), script(c, "true")])
+    run.jobs = 2
+    assert run.run() == 0
+    out = capsys.readouterr().out
+    assert out.index("b: running") < out.index("a: done") and out.index("c: running") > out.index(": done")
+    assert (tmp_path / "logs/a.log").exists() and (tmp_path / "logs/b.log").exists()
+    attempt = read_attempt(tmp_path / "logs", "a")
+    assert attempt and attempt.job == "local" and attempt.status == 0 and attempt.took >= 0
+
+
+def test_a_step_that_is_only_behind_another_runs_if_that_fails(tmp_path):
+    a, b = (str(tmp_path / name) for name in "ab")
+    run = runner(tmp_path, [script(a, "exit 2"), replace(script(b, "true"), behind=("a",))])
+    assert run.run() == 1
+    assert (run.progress["a"].word, run.progress["b"].word) == (FAILED, DONE)
+    attempt = read_attempt(tmp_path / "logs", "a")
+    assert attempt and attempt.status == 2
+
+
+def test_an_incomplete_output_is_used_and_completed_the_next_time(tmp_path, capsys):
+    """Captions without a metric: the report has them, and another run computes the metric alone."""
+    made, scored, report = tmp_path / "made", tmp_path / "scored", str(tmp_path / "report")
+
+    def check():
+        half = State(PARTIAL, "2 captions, without METEOR (no Java)")
+        return State(DONE) if scored.exists() else half if made.exists() else State()
+
+    one = Step("one", EVALUATE, ("touch", str(made)), check, complete=("touch", str(scored)))
+    steps = [one, script(report, "true", "one", kind=REPORT)]
+    assert runner(tmp_path, steps).run() == 0
+    out, err = capsys.readouterr()
+    assert "one: incomplete in 0 s, 2 captions, without METEOR (no Java)" in out and "report: done" in out
+    assert "incomplete: one: 2 captions, without METEOR (no Java)" in err
+    assert runner(tmp_path, steps).run() == 0
+    out = capsys.readouterr().out
+    assert "one: done" in out and out.count("report: running") == 1
+
+
 def test_a_step_whose_output_is_not_complete_has_failed(tmp_path):
     short = Step("short", PREPARE, ("true",), lambda: State(STARTED, "1 of 2 captions"))
     run = runner(tmp_path, [short])
@@ -306,8 +415,8 @@ grep -q broken "$file" && { echo "sbatch: error: Invalid --time specification" >
 number=$((100 + $(ls "$QUEUE/calls" | wc -l)))
 echo "$*" >"$QUEUE/calls/$number"
 for word in "$@"; do case $word in --job-name=*) name=${word#*=} ;; --array=*) array=${word#*=} ;; esac; done
-for index in ${array//,/ }; do echo "$name $index $number" >>"$QUEUE/jobs"; done
-[ -n "$array" ] || echo "$name N/A $number" >>"$QUEUE/jobs"
+for index in ${array//,/ }; do echo "$name $index $number PENDING" >>"$QUEUE/jobs"; done
+[ -n "$array" ] || echo "$name N/A $number PENDING" >>"$QUEUE/jobs"
 echo "$number;cluster"
 """
 
@@ -341,7 +450,7 @@ def test_slurm_jobs_with_dependencies(tmp_path, queue):
         "evaluate-3B-description-fixed: job 102, array 5",
         "evaluate-3B-description-random: job 103, array 4, aftercorr:100",
         "evaluate-3B-description-random: job 104, array 5",
-        "report-3B: job 105, afterany:101:103:102:104",
+        "report: job 105, afterany:101:103:102:104",
     ]
     first, second, *_, last = queue()
     output = f"{tmp_path}/out/logs"
@@ -349,7 +458,7 @@ def test_slurm_jobs_with_dependencies(tmp_path, queue):
         f"--parsable --job-name={slurm.entry(request.steps[1], request.folders.output)[0]} --kill-on-invalid-dep=yes "
         f"--output={output}/train-3B-description-%A_%a.log --array=0,4 {folder}/train-3B-description.sbatch"
     )
-    assert "--array=0,4 --dependency=aftercorr:100 " in second and "--array" not in last and "report-3B-%j.log" in last
+    assert "--array=0,4 --dependency=aftercorr:100 " in second and "--array" not in last and "report-%j.log" in last
     assert (tmp_path / "out/logs").is_dir()
     again = submit(request, folder, done)
     assert len(again) == 8 and all(": already in the queue as job 10" in line for line in again) and len(queue()) == 6
@@ -389,6 +498,46 @@ def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
     assert all(f"{tmp_path}/other/" in path.read_text() for path in folder.glob("train-*.sbatch"))
 
 
+def test_an_array_changes_nothing_but_its_own_words(tmp_path, queue):
+    """A judge may be called like a variant, and so may a folder."""
+    words = "--sizes 3B --tasks description --variants gap --judge-url http://judge --judge-model my-gap"
+    request = asked(tmp_path, words, "gap")
+    submit(request, tmp_path / "jobs")
+    text = (tmp_path / "jobs/evaluate-3B-description-fixed.sbatch").read_text()
+    assert "--judge-model my-gap" in text and f"{tmp_path}/gap/3B/qwen2_5vl-pe-$variant" in text
+    assert 'QWEN2_5_VL_EVAL_OUTPUT_FILE="${variant}_infer.json"' in text or "=${variant}_infer.json" in text
+
+
+def test_a_queued_report_waits_for_what_is_submitted_again(tmp_path, queue):
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants group gap")
+    done, folder = ("prepare-description",), tmp_path / "jobs"
+    submit(request, folder, done)
+    jobs = tmp_path / "queue/jobs"
+    lines = jobs.read_text().splitlines(keepends=True)
+    names = [line.split()[:3] for line in lines]
+    assert [number for _, _, number in names] == ["100", "100", "101", "101", "102", "102", "103"]
+    jobs.write_text("".join(lines[2:3] + lines[4:]))  # gap's training was cancelled, and its evaluation with it
+    write(tmp_path / "queue/bin/scontrol", '#!/bin/bash\necho "$*" >>"$QUEUE/updates"\n').chmod(0o755)
+    lines = submit(request, folder, (*done, "train-3B-description-group"))
+    assert lines[-3:] == [
+        "train-3B-description: job 104, array 5",
+        "evaluate-3B-description-fixed: job 105, array 5, aftercorr:104",
+        "report: job 103 now waits for afterany:101:102:105",
+    ]
+    assert (tmp_path / "queue/updates").read_text() == "update JobId=103 Dependency=afterany:101:102:105\n"
+    # A report that runs cannot wait: another one is submitted.
+    found = jobs.read_text().replace("103 PENDING", "103 RUNNING").splitlines(keepends=True)
+    jobs.write_text("".join(line for line in found if " 105 " not in line))
+    lines = submit(request, folder, (*done, "train-3B-description-group"))
+    assert lines[-1] == "report: job 107, afterany:101:102:106"
+
+
+def test_funqa_waits_for_the_end_of_pe_video_not_for_its_success(tmp_path, queue):
+    lines = submit(asked(tmp_path, "--sizes 3B --variants group"), tmp_path / "jobs")
+    assert lines[:2] == ["prepare-description: job 100", "prepare-funqa: job 101, afterany:100"]
+    assert "train-3B-funqa: job 103, array 4, afterok:101" in lines
+
+
 def test_an_element_of_an_array_is_requeued_alone_and_has_its_cores(tmp_path, queue):
     submit(asked(tmp_path, "--sizes 3B --tasks description --variants group"), tmp_path / "jobs")
     text = (tmp_path / "jobs/train-3B-description.sbatch").read_text().replace("bash paper.sh --status", "true")
@@ -397,6 +546,78 @@ def test_an_element_of_an_array_is_requeued_alone_and_has_its_cores(tmp_path, qu
     given = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4", "SLURM_CPUS_PER_TASK": "64"}
     ran = subprocess.run(["bash"], input=text, env={**os.environ, **given}, capture_output=True, text=True)
     assert ran.stdout.splitlines() == ["cores 64", "requeue 7_4"] and ran.returncode == 143
+    attempt = read_attempt(tmp_path / "out/logs", "train-3B-description-group")
+    assert attempt and (attempt.job, attempt.status) == ("7_4", 143) and attempt.began <= attempt.ended
+    given["SLURM_RESTART_COUNT"] = "20"
+    ran = subprocess.run(["bash"], input=text, env={**os.environ, **given}, capture_output=True, text=True)
+    assert ran.stdout.splitlines() == ["cores 64"] and ran.returncode == 143
+    assert ran.stderr == "error: stopped at the time limit 21 times: submit it again to go on\n"
+
+
+SACCT = r"""#!/bin/bash
+[ "${!#}" = --jobs=100_5,101_5,102_5 ] && printf "100_5|RUNNING\n102_5|TIMEOUT\n"
+"""
+
+
+def test_status_on_slurm(tmp_path, queue, monkeypatch):
+    """Jobs by the queue, the exit statuses and sacct; and without SLURM's commands."""
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants group gap")
+    logs = request.folders.logs
+    submit(request, tmp_path / "jobs", ("prepare-description",))
+
+    def attempt(name, text, log=""):
+        write(logs / f"{name}.attempt", text)
+        if log:
+            write(logs / log, "loading\nerror: no space\nending\n")
+
+    attempt("train-3B-description-group", "100_4 1000 1600 1", "train-3B-description-100_4.log")
+    attempt("train-3B-description-gap", "100_5 1000", "train-3B-description-100_5.log")
+    attempt("evaluate-3B-description-fixed-gap", "101_5 1000")
+    attempt("evaluate-3B-description-random-gap", "102_5 1000")
+    jobs = tmp_path / "queue/jobs"
+    lines = [line.replace("100 PENDING", "100 RUNNING") for line in jobs.read_text().splitlines(keepends=True)]
+    kept = [line for line in lines if " 4 100 " not in line and " 5 101 " not in line and " 5 102 " not in line]
+    jobs.write_text("".join(line for line in kept if " 4 102 " not in line))
+    write(tmp_path / "queue/bin/sacct", SACCT).chmod(0o755)
+
+    def words():
+        progress = {step.name: Progress(step, TO_DO) for step in request.steps}
+        progress["prepare-description"].word = DONE
+        shown = QueueStatus(request.folders)
+        shown.update(request.steps, progress)
+        assert shown.is_finished(list(progress.values())) is False
+        short = (name.replace("3B-description-", "") for name in progress)
+        return progress, dict(zip(short, ((one.word, one.detail) for one in progress.values()), strict=True))
+
+    progress, found = words()
+    assert found == {
+        "prepare-description": (DONE, ""),
+        "train-group": (FAILED, "error: no space"),
+        "evaluate-fixed-group": ("queued", "job 101, waits"),
+        "evaluate-random-group": (BLOCKED, "needs train-3B-description-group"),
+        "train-gap": (RUNNING, "ending"),
+        "evaluate-fixed-gap": (FAILED, "ended without an exit status"),
+        "evaluate-random-gap": (FAILED, "TIMEOUT"),
+        "report": ("queued", "job 103, waits"),
+    }
+    one = progress["train-3B-description-group"]
+    assert one.log == logs / "train-3B-description-100_4.log" and one.took == 600
+    status.write_page(request.folders, list(progress.values()))
+    page = request.folders.page.read_text()
+    assert 'href="logs/train-3B-description-100_4.log"' in page and "error: no space" in page
+
+    # The job of a step whose exit status is written is still in the queue while it rewrites the page.
+    jobs.write_text(jobs.read_text().replace(" 5 100 RUNNING", " 5 100 COMPLETING"))
+    attempt("train-3B-description-gap", "100_5 1000 1200 2")
+    assert words()[1]["train-gap"] == (FAILED, "error: no space")
+    monkeypatch.setenv("PATH", str(Path(shutil.which("env")).parent))
+    attempt("train-3B-description-gap", "100_5 1000")
+    found = words()[1]
+    assert found["train-group"] == (FAILED, "error: no space")
+    assert found["train-gap"] == (
+        TO_DO,
+        "began as job 100_5; the queue, which would say whether it still runs, is not known here",
+    )
 
 
 def test_sbatch_that_fails_or_is_missing(tmp_path, queue, monkeypatch):
@@ -457,12 +678,12 @@ def test_status_page(tmp_path):
         for width in (1200, 390):
             page.open(request.folders.page, width)
             assert page.run("document.documentElement.scrollWidth <= innerWidth")
-        assert page.run("document.title") == "1 of 44 steps, Speak While Watching"
-        assert page.run("document.querySelectorAll('tbody tr').length") == 44
+        assert page.run("document.title") == "1 of 43 steps, Speak While Watching"
+        assert page.run("document.querySelectorAll('tbody tr').length") == 43
         assert page.run("document.querySelector('.failed a').getAttribute('href')") == "logs/prepare-funqa.log"
         assert page.run("document.querySelector('.failed .detail').innerText").startswith("error: <b>no space</b>")
         assert page.run("document.querySelector('.running .time').innerText") == "60 s"
-        assert "1 done, 1 running, 1 failed, 44 steps in all: about 42.0 h left" in page.run("document.body.innerText")
+        assert "1 done, 1 running, 1 failed, 43 steps in all: about 41.0 h left" in page.run("document.body.innerText")
         assert page.run("document.querySelector('meta[http-equiv=refresh]').content") == "10"
         assert not page.errors
 
@@ -482,13 +703,18 @@ def test_the_demo_from_videos_to_the_report(tmp_path):
     done = paper(tmp_path, *flags, "2")
     assert done.returncode == 0, done.stdout + done.stderr
     output = tmp_path / "the demo"
-    assert done.stdout.count(": running, log in ") == 11 and f"report: {output / 'report-demo.html'}" in done.stdout
-    table = (output / "report-demo.md").read_text()
+    assert done.stdout.count(": running, log in ") == 11 and f"report: {output / 'report.html'}" in done.stdout
+    table = (output / "report.md").read_text()
     assert "## Video question answering" in table and "random, K = 3" in table and "| *12.52* |" in table
     runs = table.partition("## Runs")[2].strip().splitlines()[2:]
     assert len(runs) == 3 and all(
         re.search(r"\| [0-9a-f]{8}\+? \| \S+ [0-9a-f]{8} \| \S+ [0-9a-f]{8} \|", row) for row in runs
     )
+    made = json.loads((output / "demo/qwen2_5vl-pe-group/run.json").read_text())
+    assert made["recipe_differences"] == {
+        "min_pixels_per_frame": 78400, "max_pixels_per_frame": 602112, "tune_mm_vision": False, "max_steps": -1,
+        "learning_rate": 2e-5, "weight_decay": 0.0, "adam_beta2": 0.999, "bf16": True,
+    }  # fmt: skip
     questions = [json.loads(line) for line in (output / "dataset/funqa_test.jsonl").read_text().splitlines()]
     assert [row["task"] for row in questions] == ["H2", "H3"]
     assert "nothing left to run" in (output / "status.html").read_text()

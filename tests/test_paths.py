@@ -196,6 +196,7 @@ def test_training_and_evaluation_find_a_video_by_its_name(made, tmp_path, monkey
         rows=rows, root=tmp_path, budget=budget, reader=None, schedules=Schedules("wait-3", VARIANTS["group"])
     )
     work.dtype, work.video_root, work.max_clips, work.variant = "float32", None, None, VARIANTS["group"]
+    work.end_of_slot = None
     assert "does not exist" in VideoDataset(work, processor, 2)[0].reason
     work.video_root = videos
     assert VideoDataset(work, processor, 2)[0].job

@@ -3,14 +3,17 @@ same steps."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import send_to_device
+from media import make_video
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.errors import run as run_program
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
@@ -18,30 +21,35 @@ from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import released_config
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
+from qwenvl import headers as headers_module
 from qwenvl import train
-from qwenvl.arguments import ModelArguments
-from qwenvl.data import StreamingDataset, collate, collate_for_trainer, pack
+from qwenvl.arguments import ModelArguments, SftArguments
+from qwenvl.data import StreamingDataset, collate, collate_for_trainer, first_fit, pack
+from qwenvl.headers import Headers
 from qwenvl.planner import __main__ as program
 from qwenvl.planner import gpus as machine
 from qwenvl.planner.constants import GIB
 from qwenvl.planner.gpus import find_card, parse_gpus
+from qwenvl.planner.host import available_memory, limits
 from qwenvl.planner.lengths import assumed_lengths, find_lengths
 from qwenvl.planner.memory import estimate
-from qwenvl.planner.plan import EQUAL, PAPER_SAMPLES, Given, choose, evaluate, plans
+from qwenvl.planner.nodes import agree
+from qwenvl.planner.plan import EQUAL, PAPER_SAMPLES, Given, choose, command_line, evaluate, plans, step_samples
 from qwenvl.planner.request import PLANNED, Request
 from qwenvl.planner.settings import Settings, Zero, configurations
 from qwenvl.planner.shape import find_shape
 from qwenvl.planner.speed import predict, sample_flops
 from qwenvl.planner.table import rows
+from qwenvl.prescan import scan
 from qwenvl.rows import read_rows
 from tiny import tiny_model
-from training import finish, flags, history, start
+from training import finish, flags, free_port, history, start
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "code/qwen-vl-finetune/scripts/sft.sh"
 ZERO = {zero.file: zero for zero in configurations()}
 LENGTHS = assumed_lengths(8192)
-MIXED = replace(LENGTHS, tokens=tuple(range(1_700, 3_400, 17)), longest=8_192, note="a sample")
+MIXED = replace(LENGTHS, tokens=(*range(1_700, 3_400, 17), 8_192), note="one is long")
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +234,103 @@ def test_refusals(gpus, words, reasons, monkeypatch, capsys):
     assert all(reason in said.err for reason in reasons), said.err
 
 
+def test_a_step_keeps_its_samples_in_what_is_proposed(shapes):
+    """Where the batch and the accumulation are given, the nearest settings have the same product."""
+    given = Given(samples=64, accumulation=2, flags={"samples": "--b 64", "accumulation": "--a 2"})
+    with pytest.raises(InputError) as refused:
+        choose(shapes["3B", "full"], LENGTHS, parse_gpus("L4"), given)
+    said = str(refused.value)
+    assert said.startswith("--b 64 --a 2 needs ") and ": the nearest that fits is " in said and "--no_plan" in said
+    batch, accumulation = re.search(r"batch_size (\d+) --gradient_accumulation_steps (\d+)", said).groups()
+    assert int(batch) * int(accumulation) == 128
+
+
+def test_one_meaning_of_the_batch_size(tmp_path, monkeypatch):
+    """On a CPU, where nothing is planned, as on GPUs: 16 samples a step unless asked."""
+    monkeypatch.setattr("qwenvl.arguments.choose_training_device", lambda training: "")
+    for words, steps in (({}, 16), ({"per_device_train_batch_size": 8}, 2), ({"gradient_accumulation_steps": 3}, 3)):
+        assert SftArguments(str(tmp_path), report_to="none", bf16=False, **words).gradient_accumulation_steps == steps
+        given = given_by(" ".join(f"--{name} {value}" for name, value in words.items()), monkeypatch).choices()
+        assert step_samples(given) == steps * words.get("per_device_train_batch_size", 1)
+    with pytest.raises(InputError, match="--per_device_train_batch_size 5 does not divide the 16 samples of a step"):
+        SftArguments(str(tmp_path), per_device_train_batch_size=5)
+
+
+@pytest.mark.parametrize("words, states", [
+    ("", 8), ("--optim adamw_8bit", 2), ("--optim paged_adamw_8bit", 2), ("--optim adafactor", 4), ("--optim sgd", 0),
+    ("--optim sgd --optim_args momentum=0.9", 4), ("--optim sgd --optim_args momentum=0", 0),
+    ("--optim rmsprop --optim_args centered=True,momentum=0.5", 12), ("--optim lion_32bit", 4),
+])  # fmt: skip
+def test_memory_follows_the_optimizer(shapes, monkeypatch, words, states):
+    given = given_by(words, monkeypatch).choices()
+    assert given.states == states
+    settings = Settings(ZERO["zero1.json"], 1, 0, 16, 0, True)
+    peaks = [estimate(shapes["3B", "full"], settings, LENGTHS, 1, states=size).step for size in (8.0, given.states)]
+    saved = sum(peaks[0].values()) - sum(peaks[1].values())
+    assert saved == pytest.approx((8 - states) * shapes["3B", "full"].trained)
+
+
+def test_an_optimizer_of_unknown_memory_is_refused(monkeypatch):
+    with pytest.raises(InputError, match=r"--optim galore_adamw: the planner does not know its memory: .*--no_plan"):
+        given_by("--optim galore_adamw", monkeypatch).choices()
+
+
+@pytest.mark.parametrize("files, left", [
+    ({"proc/self/cgroup": "0::/job\n", "job/memory.max": "1000", "job/memory.current": "700",
+      "job/memory.stat": "anon 1\ninactive_file 200\n", "memory.max": "900", "memory.current": "100",
+      "memory.stat": "inactive_file 0\n"}, [500, 800]),
+    ({"proc/self/cgroup": "0::/job\n", "job/memory.max": "max", "job/memory.current": "7", "job/memory.stat": ""}, []),
+    ({"proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/a/b\n", "memory/a/memory.limit_in_bytes": "50",
+      "memory/a/memory.usage_in_bytes": "60", "memory/a/memory.stat": "total_inactive_file 5\n"}, [0]),
+    ({}, []),
+])  # fmt: skip
+def test_memory_limits_of_a_container(tmp_path, files, left):
+    for name, text in files.items():
+        path = tmp_path / (name if name.startswith("proc") else f"sys/fs/cgroup/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert limits(tmp_path) == left
+    assert available_memory(tmp_path) <= min([*left, 2**60])
+
+
+def on_nodes(*looks, decide=sum):
+    """What `agree` returns or raises on each node."""
+    port, found = free_port(), [None] * len(looks)
+
+    def node(rank):
+        try:
+            found[rank] = agree(rank, len(looks), "127.0.0.1", port, looks[rank], decide, timeout=20)
+        except InputError as error:
+            found[rank] = str(error)
+
+    with ThreadPoolExecutor(len(looks)) as pool:
+        list(pool.map(node, range(len(looks))))
+    return found
+
+
+def test_nodes_follow_the_plan_of_node_0(monkeypatch):
+    monkeypatch.setattr("qwenvl.planner.nodes.signal.signal", lambda *_: None)  # not in threads
+    assert on_nodes(lambda: 3, lambda: 4, lambda: 5) == [12, 12, 12]
+
+    def busy():
+        raise InputError("a GPU cannot be used")
+
+    assert on_nodes(lambda: 1, busy) == ["node 1: a GPU cannot be used"] * 2
+    assert on_nodes(lambda: 1, lambda: 1, decide=lambda found: busy()) == ["a GPU cannot be used"] * 2
+    with pytest.raises(InputError, match=r"no answer for 0 s \(node 1\): run the same command on every node"):
+        agree(0, 2, "127.0.0.1", free_port(), lambda: 1, sum, timeout=0.2)
+
+
+def test_the_least_memory_of_all_nodes_is_planned_for():
+    large, small = replace(parse_gpus("4xH100"), here=True), replace(parse_gpus("2xH100"), memory=60 * GIB, here=True)
+    gpus = machine.all_nodes([large, small])
+    assert (gpus.count, gpus.nodes, gpus.memory, gpus.describe()) == (
+        6, 2, 60 * GIB, "6 x H100 on 2 nodes, 60.0 GiB free"
+    )  # fmt: skip
+    with pytest.raises(InputError, match="the GPUs of the nodes differ: H100 on node 0, L4 on node 1"):
+        machine.all_nodes([large, parse_gpus("L4")])
+
+
 def test_memory_too_small_for_anything(shapes):
     with pytest.raises(
         InputError, match=r"too little .* 8\.3B parameters, which needs [\d.]+ GiB .* --lora_enable True"
@@ -240,6 +345,23 @@ def test_memory_too_small_for_anything(shapes):
 ])  # fmt: skip
 def test_cards_by_the_drivers_name(name, card):
     assert getattr(find_card(name), "name", None) == card
+
+
+def test_gpus_that_others_use(monkeypatch, shapes):
+    """One in exclusive mode is refused in one line, and memory that others hold is named."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def busy(index):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
+    with pytest.raises(InputError, match=r"^a GPU .* \(CUDA error: all .* busy or unavailable\): .*nvidia-smi") as said:
+        machine.gpus_here(1)
+    assert "\n" not in str(said.value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2 * GIB, 22 * GIB))
+    with pytest.raises(InputError, match=r"L4, 2.0 GiB free: .*other processes use 20.0 GiB of one: end them"):
+        choose(shapes["3B", "full"], LENGTHS, machine.gpus_here(1), Given())
 
 
 def test_gpus_that_differ_are_refused(monkeypatch):
@@ -284,25 +406,65 @@ def test_lengths_come_from_headers(made):
     samples = StreamingDataset(
         read_rows(data), ROOT, load_processor(checkpoint), 2, VARIANTS["group"], "wait-3", budget, 4096
     )
-    lengths, headers = find_lengths(samples)
+    headers = Headers()
+    lengths = find_lengths(samples, headers)
     real = [len(samples[index].input_ids) for index in range(len(samples))]
-    assert len(lengths.tokens) == len(headers) == len(real) == lengths.rows
+    assert len(lengths.tokens) == len(headers.headers) == len(real) == lengths.rows
     assert all(a <= b <= a + 8 for a, b in zip(real, lengths.tokens, strict=True))  # within one clip of 4 tokens
     for count in (1, 2, 4, 8):
         assert lengths.row(count) % 128 == 0
         assert len(pack([samples[index] for index in range(count)], lengths.row(count))) == 1
 
 
-def test_of_many_rows_a_sample_is_read(made, monkeypatch):
+def test_the_longest_samples_of_heavy_tailed_data_fit_into_one_row(shapes):
+    """Any batch is one row, although 5,000 of 5,002 samples are short; a given row that is smaller is counted twice."""
+    tail = replace(LENGTHS, tokens=(*[1_000] * 5_000, 7_000, 7_500))
+    assert (tail.row(1), tail.row(2), tail.row(4)) == (7_552, 14_592, 16_512)
+    lengths = [7_000, 1_000, 7_500, 1_000]
+    assert len(first_fit(lengths, tail.row(4))) == 1
+    assert tail.rows_filled(4, 8_192) == len(first_fit(lengths, 8_192)) == 3
+    assert first_fit([3, 4, 1], 5) == [[0, 2], [1]]
+    # So do pixels and targets: those of a batch with both long samples.
+    settings = Settings(ZERO["zero1.json"], 2, 14_592, 8, 0, True)
+    few, many = (
+        estimate(shapes["3B", "full"], settings, lengths, 1).step["pixels"]
+        for lengths in (replace(tail, tokens=(1_000,)), tail)
+    )
+    assert many == pytest.approx(7.25 * few, rel=0.01)
+
+
+def test_a_given_row_that_does_not_hold_the_batch_needs_memory_for_all_its_rows(shapes):
+    one, four = (Settings(ZERO["zero1.json"], 4, row, 4, 0, True) for row in (11_648, 2_944))
+    assert LENGTHS.rows_filled(4, 11_648) == 1 and LENGTHS.rows_filled(4, 2_944) == 4
+    needed = [estimate(shapes["3B", "full"], settings, LENGTHS, 1).peak for settings in (one, four)]
+    assert needed[1] == pytest.approx(needed[0], rel=0.02)
+    speeds = [predict(shapes["3B", "full"], settings, LENGTHS, parse_gpus("H200")).tokens for settings in (one, four)]
+    assert 0.5 * speeds[0] < speeds[1] < speeds[0]
+
+
+def test_headers_are_read_once(made, tmp_path, monkeypatch):
+    """What the planner has read, the pre-scan does not read again, nor a video that several rows share."""
     checkpoint, data = made
     rows = read_rows(data)
-    monkeypatch.setattr("qwenvl.planner.lengths.MOST_SCANNED", 3)
+    make_video(tmp_path / "slow.mp4", [float(i) for i in range(12)], fps=1)  # its timestamps are counted
+    rows = [*rows, *rows[:3], {**rows[0], "video_path": str(tmp_path / "slow.mp4")}, {**rows[0], "video_path": "none"}]
     samples = StreamingDataset(
         rows, ROOT, load_processor(checkpoint), 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096
     )
-    lengths, headers = find_lengths(samples)
-    assert len(headers) == 3 and lengths.rows == len(rows) and lengths.longest == 4096
-    assert find_lengths(samples)[0] == lengths  # the same on every node
+    opened = []
+    for name in ("open_film", "index_video"):
+        look = getattr(headers_module, name)
+        monkeypatch.setattr(headers_module, name, lambda path, look=look: opened.append(str(path)) or look(path))
+    expected = scan(samples)
+    assert len(expected.bad) == 1 and "none" in expected.bad[len(rows) - 1]
+    assert len(opened) == 10 and opened.count(str(tmp_path / "slow.mp4")) == 2  # a header, and its timestamps
+    headers = Headers()
+    assert find_lengths(samples, headers).rows == len(rows)
+    headers.save(tmp_path / "headers.json")
+    opened.clear()
+    found = scan(samples, known=Headers.take(tmp_path / "headers.json"))
+    assert found == expected and opened == [] and not (tmp_path / "headers.json").exists()
+    assert Headers.take(tmp_path / "headers.json").headers == {}
 
 
 def test_some_layers_are_recomputed():
@@ -358,7 +520,7 @@ def test_pixels_stay_in_host_memory(made):
     assert send_to_device({"pixels": pixels}, "meta")["pixels"] is pixels
 
 
-def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch):
+def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch, capsys):
     """Losses and gradient norms in float32 equal those of one sample at a time, and a resumed run keeps its plan."""
     common = {"min_pixels_per_frame": 3136, "max_pixels_per_frame": 3136}
     words = " ".join(f"--{name} {value}" for name, value in common.items())
@@ -387,6 +549,13 @@ def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch):
     again = given_by(f"--output_dir {tmp_path / 'packed'} --pack_tokens 1", monkeypatch, made[0]).resumed()
     assert "pack_tokens" not in again  # record.py compares what the user gives
     assert given_by(f"--output_dir {tmp_path / 'new'}", monkeypatch, made[0]).resumed() == {}
+    # --plan shows the same: not a plan for the GPUs that are here now.
+    monkeypatch.setattr(machine, "gpus_here", lambda *_: parse_gpus("H200"))
+    words = ["--plan", "--model_name_or_path", str(made[0]), "--output_dir", str(tmp_path / "packed")]
+    monkeypatch.setattr(sys, "argv", ["planner", "1", "1", *words])
+    program.main()
+    shown = f"plan: the settings that {tmp_path / 'packed'} was started with\n  flags: {command_line(resumed)}\n"
+    assert capsys.readouterr().out == shown
 
 
 def test_the_table_of_the_docs_is_the_planners():
@@ -398,6 +567,7 @@ import os, sys
 if "qwenvl.device" in sys.orig_argv or "qwenvl.planner" in sys.orig_argv:
     import torch
     from qwen_vl_streaming import devices
+    os.write(1, b"--a_word of a library written in C\\n")
     devices.look = lambda environment: devices.Devices(2, bfloat16=True)
     torch.cuda.device_count = lambda: 2
     torch.cuda.get_device_name = lambda index: "NVIDIA H100 80GB HBM3"
@@ -422,6 +592,7 @@ def test_the_bare_command_is_planned(made, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "plan for 2 x H100, 70.0 GiB free" in done.stderr and "predicted:" in done.stderr
     (echo,) = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
+    assert "--a_word" not in done.stdout and done.stderr.count("--a_word of a library") == 2
     assert echo.count("--pack_tokens") == 1 and "--pack_tokens 4096" in echo
     assert "--deepspeed zero2.json" in echo and echo.count("--deepspeed") == 1
     assert "--compile_layers True" in echo and "--nproc_per_node 2" in echo and "--gradient_accumulation_steps" in echo

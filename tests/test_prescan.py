@@ -10,7 +10,7 @@ from media import make_video, rotate, sound_bytes
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
-from qwenvl import prescan
+from qwenvl import headers, prescan
 from qwenvl.data import StreamingDataset
 from training import finish, flags, history, spoil, start, start_two
 
@@ -53,7 +53,7 @@ def test_lengths_are_known_without_decoding(made, tmp_path, monkeypatch):
 def test_timestamps_of_good_videos_are_not_read(made, tmp_path, monkeypatch):
     make_video(tmp_path / "some.mp4", seconds=5)
     samples = dataset(made[0], [{"video_path": "some.mp4"}], tmp_path, max_length=300)
-    monkeypatch.setattr(prescan, "index_video", None)
+    monkeypatch.setattr(headers, "index_video", None)
     assert prescan.scan(samples).bad == {}
 
 
@@ -62,7 +62,7 @@ def test_a_video_that_begins_late(made, tmp_path):
     late = make_video(tmp_path / "late.mkv", [20 + i / 10 for i in range(40)])
     samples = dataset(made[0], [{"video_path": "late.mkv"}], tmp_path)
     samples.max_length = len(samples[0].input_ids)
-    assert late.exists() and prescan.read_header(samples, 0).clips in ((), (3, 4, 5))
+    assert late.exists() and headers.read_header(samples, 0).clips in ((), (3, 4, 5))
     assert prescan.scan(samples).bad == {}
 
 

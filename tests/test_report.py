@@ -172,6 +172,33 @@ def test_our_set_up_is_distinguished_from_the_papers(world):
     assert "ours: wait-3, 3B" in text and "the model" not in text and "was trained as gap, not as" in text
 
 
+def test_both_sizes_on_one_page(world):
+    """Each size has its own sections, beside the paper's values of that size; and a note shows no local path."""
+    shapes = {"3B": (2048, 36), "7B": (3584, 28)}
+    values = {}
+    for size, shape in shapes.items():
+        folder = shutil.copytree(world.checkpoint, world.folder / f"model{size}")
+        content = json.loads((folder / "config.json").read_text())
+        shape = dict(zip(("hidden_size", "num_hidden_layers"), shape, strict=True))
+        (folder / "config.json").write_text(json.dumps(content | shape))
+        run = {"arguments": {"learning_rate": 1e-4}, "recipe_differences": {"learning_rate": 2e-5}}
+        (folder / "run.json").write_text(json.dumps(run if size == "7B" else {}))
+        for schedule in ("wait-3", "random-3"):
+            values[size, schedule] = world.add("group", schedule, name=f"{size}{schedule}", model=str(folder))
+    note = f"7B, funqa is refused: move away {world.folder}/7B/x"
+    page, text = world.report(*world.files, "--videos", "0", "--note", note)
+    assert re.findall("^## (.*)$", text, re.M) == ["Video description, 3B", "Video description, 7B", "Runs"]
+    for size, theirs in (("3B", "*12.52*"), ("7B", "*37.78*")):
+        rows = [row for row in markdown_rows(text, f"## Video description, {size}") if row[2] == "group"]
+        assert [row[3] for row in rows] == [f"ours: wait-3, {size}", f"ours: random-3, {size}", f"paper: {size}"]
+        assert [row[4] for row in rows] == [
+            f"{values[size, 'wait-3']['CIDEr']:.2f}", f"{values[size, 'random-3']['CIDEr']:.2f}", theirs
+        ]  # fmt: skip
+    assert text.count("*51.76*") == 1  # the paper's random schedules are of 3B alone
+    assert str(world.folder) not in page + text and "7B, funqa is refused: move away x" in page + text
+    assert text.replace("\\", "").count("trained with --learning_rate 0.0001 (2e-05 in the paper's recipe)") == 1
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_text_appears_in_the_slot_that_completes_it(world, seed):
     """Random texts split at random tokens, also within characters, compared with a count of bytes."""

@@ -61,6 +61,12 @@ def test_in_a_real_browser(world, tmp_path):
         for schedule in ("wait-3", "random-3")[: 1 + rule.streams]:
             captions = [ODD[(number + shift) % len(ODD)] for shift in range(3)]
             values[variant, schedule] = world.add(variant, schedule, captions=captions)
+    points = [(0, 2), (0, 2), (3, 5), (3.5, None), (4, 3), (30, 31)]
+    rows = [{"video_id": "v", "event": "x", "time": time, "said": said} for time, said in points]
+    (world.folder / "gap_wait-3_timeliness.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = json.loads((world.folder / "gap_wait-3_scores.json").read_text())
+    scores["timeliness"] = {"events": 6, "videos": 1, "delay_median": 2.0, "delay_95": 2.0, "TF1": 12.5, "never": 16.7}
+    (world.folder / "gap_wait-3_scores.json").write_text(json.dumps(scores))
     with Browser(tmp_path / "profile") as page:
         world.report(*world.files)
         page.open(world.page)
@@ -76,6 +82,18 @@ def test_in_a_real_browser(world, tmp_path):
         bars = page.run("[...document.querySelectorAll('.bar.fixed title')].map(bar => bar.textContent)")
         meteor = f"{values['batch', 'wait-3']['METEOR']:.2f}"
         assert any(bar.startswith("batch") and bar.endswith(meteor) for bar in bars)
+
+        drawn = page.run(
+            """[...document.querySelectorAll("figure svg circle")].map(circle => {
+                const [mine, whole] = [circle, circle.ownerSVGElement].map(each => each.getBoundingClientRect());
+                const inside = mine.left >= whole.left && mine.right <= whole.right && mine.top >= whole.top;
+                return [circle.textContent, circle.getAttribute("class"), inside && mine.bottom <= whole.bottom];
+            })"""
+        )
+        kinds = {text: kind for text, kind, _ in drawn}
+        assert len(drawn) == 5 and all(inside for *_, inside in drawn)
+        assert kinds["2 events at 0 s, said at 2 s"] == "named" and kinds["1 event at 4 s, said at 3 s"] == "early"
+        assert kinds["1 event at 3.5 s, never named"] == "never"
 
         assert page.run("document.querySelectorAll('.story').length") == 3
         labels = page.run(

@@ -92,7 +92,9 @@ def test_every_metric_of_captions_with_slots(made, checkpoint, endpoint, score_o
     path.with_suffix(".args.json").write_text(json.dumps({"model": str(made[0])}))
     endpoint.plan[rows[1]["result"]] = [(200, '{"score": 1, "why": "broken"}')]
     endpoint.plan[rows[4]["result"]] = [(400, {"error": {"message": "filtered"}})]
-    flags = ("--bleurt", checkpoint, "--judge-url", endpoint.url, "--judge-model", "grader")
+    times = tmp_path / "times.jsonl"
+    write_rows(times, [{"video_id": "v1", "events": [{"time": 0, "words": rows[1]["result"].split()[:1]}]}])
+    flags = ("--bleurt", checkpoint, "--judge-url", endpoint.url, "--judge-model", "grader", "--times", times)
     scores = score_only(path, *flags)
 
     references = {row["video_id"]: row["annotation"] for row in rows}
@@ -110,6 +112,10 @@ def test_every_metric_of_captions_with_slots(made, checkpoint, endpoint, score_o
     assert scores["early_words"] == sum(found["early_words"] for found in lags) / 6
     assert scores["lag"] == {"videos": 5, "without_words": 1}
     assert (scores["count"], scores["skipped"]) == (6, 0)
+    found = scores["timeliness"]
+    assert (found["events"], found["without_times"], found["delay_median"], found["within_1"]) == (1, 5, 1, 100)
+    said = [{"video_id": "v1", "event": rows[1]["result"].split()[0], "time": 0, "said": 1}]
+    assert lines(tmp_path / "group_timeliness.jsonl") == said
 
     videos = lines(tmp_path / "group_per_video.jsonl")
     assert [video["video_id"] for video in videos] == [row["video_id"] for row in rows]
@@ -119,6 +125,7 @@ def test_every_metric_of_captions_with_slots(made, checkpoint, endpoint, score_o
     assert [{name: video.get(name) for name in lags[0]} for video in videos[:5]] == lags[:5] and "AL" not in videos[5]
     said = capsys.readouterr()
     assert "5 of 6 captions judged by grader" in said.out and "LAAL" in said.out
+    assert "1 event in 1 video: delay 1.0 s (median)" in said.out
     assert {request["key"] for request in endpoint.asked} == {"Bearer secret"}
 
     endpoint.plan.clear()
@@ -146,6 +153,8 @@ def test_metrics_that_cannot_be_computed_are_omitted_with_the_reason(
     assert all(f"\n{metric} " in out for metric in reasons)
     assert len(lines(tmp_path / "mine.judge.jsonl")) == 3
 
+    assert "timeliness" not in scores and not (tmp_path / "mine.timeliness.jsonl").exists()
+
     # Without metrics that were not requested, and with a tokenizer other than the one that wrote.
     rows = [{**row, "tokens": [5, 6], "slots": [1, 1], "clips": 2} for row in rows]
     write_rows(tmp_path / "mine.json", rows)
@@ -156,6 +165,9 @@ def test_metrics_that_cannot_be_computed_are_omitted_with_the_reason(
     assert "do not decode to its text" in score_only(tmp_path / "mine.json")["not_computed"]["AL"]
     (tmp_path / "mine.args.json").write_text(json.dumps({"model": str(tmp_path / "gone")}))
     assert "gone" in score_only(tmp_path / "mine.json")["not_computed"]["AL"]
+    write_rows(tmp_path / "mine.json", [{**row, "segments": [{"start": "x"}]} for row in rows])
+    found = score_only(tmp_path / "mine.json")["timeliness"]
+    assert list(found) == ["not_computed"] and "video v0, segment 1: start is 'x'" in found["not_computed"]
 
 
 def test_requirements_of_scoring_are_checked_first(checkpoint, endpoint, score_only, tmp_path, monkeypatch, capsys):
@@ -175,6 +187,8 @@ def test_requirements_of_scoring_are_checked_first(checkpoint, endpoint, score_o
         ((*judge, "--judge-options", "[1]"), "--judge-options '[1]': give a JSON object"),
         ((*judge, "--judge-options", "{"), "give a JSON object"),
         ((*judge, "--judge-workers", 0), "--judge-workers 0: give a number from 1"),
+        (("--times", tmp_path / "nowhere"), "--times"),
+        (("--times", tmp_path / "mine.json"), "mine.json, line 1: the row has neither segments nor events"),
     ):
         with pytest.raises(SystemExit) as ended:
             score_only(tmp_path / "mine.json", *flags)

@@ -180,3 +180,12 @@ def test_does_not_import_torch() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(scoring.__file__).parents[1])}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout
     assert said == "False\n"
+
+
+def test_a_package_that_is_missing_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "pycocoevalcap/__init__.py"
+    package.parent.mkdir()
+    package.write_text("raise ImportError('No module named pycocoevalcap')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    reason = "No module named pycocoevalcap: pip install -r requirements.txt"
+    assert score({"a": "a cat"}, {"a": "a dog"}) == {"not_computed": dict.fromkeys(METRICS, reason)}

@@ -10,7 +10,7 @@ from qwen_vl_streaming.serve.workers import Worker
 def worker(name: str, batch_slots: int, blocks: int) -> Worker:
     """A worker without a process."""
     made = Worker.__new__(Worker)
-    made.spec, made.lost = SimpleNamespace(name=name), False
+    made.spec, made.lost, made.given_up = SimpleNamespace(name=name), False, False
     made.batch_slots, made.blocks, made.listeners = batch_slots, blocks, {}
     return made
 
@@ -61,7 +61,7 @@ def test_a_queue_has_an_end_and_a_lost_model_empties_it():
     admission = Admission([group, batch], 2)
     first, second, third = (Visitor(admission, group=1) for _ in "123")
     assert [each.accepted for each in (first, second, third)] == [True, True, False]
-    group.lost = True
+    group.lost = group.given_up = True
     group.on_change()
     assert first.workers is second.workers is None and third.workers == "waits" and not admission.queue
     assert Visitor(admission, batch=1).workers == {"batch": batch}

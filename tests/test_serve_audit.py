@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 from media import make_video
-from PIL import Image
+from PIL import Image, ImageOps
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.redact import Redacting
 from qwen_vl_streaming.serve import guards, workers
 from qwen_vl_streaming.serve.frames import BadFrame, decode_picture
+from qwen_vl_streaming.serve.metrics import Metrics
 from qwen_vl_streaming.serve.options import parse
+from qwen_vl_streaming.serve.response import Response
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.slot_scheduler import SlotScheduler
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -279,6 +281,28 @@ def test_grey_pictures_of_16_bits_are_not_shown_as_white():
         decode_picture(encoded(grey, "png"), "png", 2560 * 1600, (56, 84))
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_turned_upright_as_their_exif_says(orientation):
+    exif = Image.Exif()
+    exif[0x10F], exif[0x112] = "a camera", orientation
+    pale = Image.fromarray(np.kron(np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40, np.ones((28, 28, 3), np.uint8)))
+    data = encoded(pale, "jpeg", exif=exif, quality=100)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    found = decode_picture(data, "jpeg", 10**6, (upright.height, upright.width))
+    assert found.permute(1, 2, 0).numpy().tolist() == np.array(upright).tolist()
+
+
+def test_hostile_metadata_costs_nothing_and_logs_nothing(recwarn):
+    """Pillow parses them with warnings for each tag."""
+    tags = b"".join(struct.pack("<HHII", 0x9000 + number, 5, 2000, 8) for number in range(5400))
+    tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", 5400) + tags
+    for kind, start in ((b"\xe1", b"Exif\0\0"), (b"\xe2", b"MPF\0"), (b"\xe1", b"Exif\0\0II*\0\xff\xff\xff\xff")):
+        part = start + tiff
+        data = JPEG[:2] + b"\xff" + kind + struct.pack(">H", len(part) + 2) + part + JPEG[2:]
+        assert torch.equal(*(decode_picture(each, "jpeg", 10**6, (56, 84)) for each in (data, JPEG)))
+    assert not recwarn.list
+
+
 def test_pictures_of_all_common_kinds_are_decoded():
     exif = Image.Exif()
     exif[0x10F] = "a camera"
@@ -335,6 +359,7 @@ def test_a_source_that_fails_is_reported_once_without_its_address(server, caplog
 
 
 def test_a_lost_model_ends_the_wait_for_a_source_of_the_server(server, monkeypatch):
+    monkeypatch.setattr(server.server.workers[0], "given_up", True)
     monkeypatch.setattr(server.server.workers[0], "lost", True)
 
     async def run():
@@ -381,6 +406,19 @@ def test_a_session_that_fails_names_its_record(server, monkeypatch):
     record = read_record(server.record(drive(run)))
     assert record.end == "failed: CUDA out of memory" and len(record.arrived) == 1
     settled(server)
+
+
+def test_what_is_left_of_a_text_has_the_age_of_its_token():
+    """Without the capture time of its frame, the page would show it as late by the length of the video."""
+    sent: list[dict] = []
+    model = SimpleNamespace(name="group", decode=lambda ids: "\ufffd")  # a character that is never complete
+    response = Response(model, None, lambda clip: (10.0 + clip, clip - 0.5), sent.append, Metrics(), None)
+    response.sent_clips = 3
+    response.token(7, 2, 12.3)
+    response.done("completed", None, False)
+    deltas = [message for message in sent if message["type"] == "response.output_text.delta"]
+    assert [delta["delta"] for delta in deltas] == ["", "\ufffd"]
+    assert [(delta["capture_time"], delta["age_ms"]) for delta in deltas] == [(1.5, 300.0)] * 2
 
 
 def test_other_sessions_change_no_token(server):
@@ -466,7 +504,7 @@ def test_ctrl_c_while_models_load_reaches_only_the_server(monkeypatch):
     context = SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=lambda **_: process)
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: context)
     before = signal.getsignal(signal.SIGINT)
-    workers.Worker(None)
+    workers.Worker(SimpleNamespace(clip_bytes=4096))
     assert found == [[signal.SIG_IGN] * 2] and signal.getsignal(signal.SIGINT) == before
 
 

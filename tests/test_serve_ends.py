@@ -1,23 +1,39 @@
 """How the server ends and what it survives: signals, lost processes, out of memory, bad commands, random clients."""
 
 import asyncio
+import gc
+import itertools
+import json
+import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.serve import cli
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.serve import cli, workers
+from qwen_vl_streaming.serve.admission import Admission, Ticket
 from qwen_vl_streaming.serve.catalog import load_catalog
+from qwen_vl_streaming.serve.frames import decode_picture, prepare_clip
 from qwen_vl_streaming.serve.options import TOKEN_VARIABLE, bind, parse
+from qwen_vl_streaming.serve.pixel_buffers import PixelBuffers
+from qwen_vl_streaming.serve.workers import Worker
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.session_pool import SessionPool
 from served import (
@@ -46,6 +62,11 @@ def flags(checkpoint, tmp_path):
 async def begun(viewer: Talk, model: str = "group", frames: int = 3) -> str:
     """Begin a session that goes on; returns the id of its response."""
     await viewer.begin(models=[model])
+    return await spoken(viewer, frames)
+
+
+async def spoken(viewer: Talk, frames: int = 3) -> str:
+    """Wait for the session and show it something, until it has written tokens; returns the id of its response."""
     key = (await viewer.until("response.created"))["response"]["id"]
     for number in range(frames):
         await viewer.frame(number / 2)
@@ -75,23 +96,38 @@ def command(flags, checkpoint, tmp_path):
         process.stdout.close()
 
 
-def test_a_killed_model_and_then_sigterm(command):
-    """The viewers of the killed model learn it, others go on; SIGTERM ends each session with its record."""
+def test_a_killed_model_starts_again_and_then_sigterm(command, checkpoint):
+    """The sessions of the killed model end with their records, those that wait go on when it runs again, and others are
+    not disturbed; SIGTERM ends each session with its record."""
     process, address, folder = command
     children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
     _, second = map(int, children.stdout.split())
     health = address.replace("ws://", "http://").replace("v1/realtime", "health")
 
+    def condition() -> str:
+        try:
+            return json.loads(urllib.request.urlopen(health).read())["status"]
+        except urllib.error.HTTPError as error:
+            return f"{error.code} {json.loads(error.read())['status']}"
+
     async def run():
-        async with Talk(connect(address)) as one, Talk(connect(address)) as other, Talk(connect(address)) as idle:
+        async with Talk(connect(address)) as one, Talk(connect(address)) as other:
             keys = {name: await begun(viewer, name) for viewer, name in ((one, "group"), (other, "second"))}
             os.kill(second, signal.SIGKILL)
+            assert "second was lost: this session has ended" in (await other.until("error"))["error"]["message"]
             done = (await other.until("response.done"))["response"]
-            assert (done["id"], done["status"], done["record_id"]) == (keys["second"], "failed", None)
-            with pytest.raises(urllib.error.HTTPError, match="503"):
-                urllib.request.urlopen(health)
+            assert (done["id"], done["status"], done["record_id"]) == (keys["second"], "failed", keys["second"])
+            assert condition() == "503 a model is starting again"
             await other.begin(models=["second"])
-            assert (await other.until("error"))["error"]["code"] == "failed"
+            assert (await other.until("session.queued"))["place"] == 1
+            for number in itertools.count(3):  # the other model's session goes on
+                await one.frame(number / 2)
+                await one.until("input_video_frame.acknowledged")
+                await asyncio.sleep(0.5)
+                if condition() == "ok":
+                    break
+            keys["again"] = await spoken(other)
+            idle = await Talk(connect(address)).__aenter__()
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
             for viewer in (one, other, idle):
@@ -99,18 +135,83 @@ def test_a_killed_model_and_then_sigterm(command):
                 assert gather(viewer.events)["error"][-1]["error"]["code"] == "server_stopping"
             assert gather(one.events)["response.done"][0]["response"]["status"] == "cancelled"
             status = await asyncio.to_thread(process.wait, SECONDS)
-            return keys["group"], status, time.monotonic() - began
+            return keys, other.events, status, time.monotonic() - began
 
-    key, status, seconds = drive(run)
-    assert (status, (folder / "stderr").read_text()) == (0, "model second is lost\n") and seconds < 8
-    (path,) = (folder / "records").glob(f"*-{key}.json")
-    record = read_record(path)
-    assert record.end == "cancelled" and len(record.tokens) >= 2
+    keys, other, status, seconds = drive(run, 5 * SECONDS)
+    said = ["model second is lost", "model second is started again", "model second runs again"]
+    assert (status, (folder / "stderr").read_text().splitlines()) == (0, said) and seconds < 8
+    ends = {"group": "cancelled", "again": "cancelled", "second": "failed: the process of model second was lost"}
+    for name, key in keys.items():
+        (path,) = (folder / "records").glob(f"*-{key}.json")
+        record = read_record(path)
+        assert record.end == ends[name] and len(record.tokens) >= 2 and len(record.hashes) >= 1
+        if name == "second":
+            frame = gather(other)["session.updated"][0]["session"]["frame"]
+            picture = decode_picture(picture_bytes(), "jpeg", 10**6, (frame["height"], frame["width"]))
+            clip = prepare_clip(load_processor(checkpoint), torch.stack([picture] * 2), torch.float32)
+            model = load_model(str(checkpoint), "sdpa", torch.float32).eval()
+            assert all(each.tie for each in replay(record, model, [clip.pixels] * len(record.hashes)))
+
+
+def test_a_model_that_is_lost_too_often_is_not_started_again(monkeypatch, caplog):
+    """Its sessions end, and those that wait are refused."""
+    starts, ended = [], []
+
+    class Process:
+        kill = join = is_alive = lambda self, *_: None
+
+    def start(worker):
+        starts.append(time.monotonic())
+        worker.connection, theirs = multiprocessing.Pipe()
+        worker.process, worker.pixels = Process(), None
+        if len(starts) in (2, 3):  # it is lost once more, and then does not load
+            for message in (("loaded",), ("ready", 1, 1)):
+                theirs.send(message)
+        theirs.close()
+
+    monkeypatch.setattr(Worker, "_start", start)
+    monkeypatch.setattr(workers, "PAUSE", 0)
+    worker = Worker(SimpleNamespace(name="group"))
+    admission = Admission([worker], 9)
+    admission.queue.append(Ticket({"group": 5}, ended.append, lambda _: None))
+
+    async def run():
+        worker.listen(asyncio.get_running_loop())
+        while not worker.given_up:
+            await asyncio.sleep(0.01)
+
+    drive(run)
+    assert len(starts) == 1 + workers.RESTARTS and ended == [None]
+    assert "model group was lost 4 times within 10 minutes, and is not started again" in caplog.text
+
+
+def test_clips_cross_in_a_few_buffers_of_memory_that_has_no_name():
+    """When none is free the writer waits; when the reader has ended it learns that, and the memory is freed."""
+    writer = PixelBuffers(24, count=2)
+    reader = pickle.loads(ForkingPickler.dumps(writer))
+    writer.handed_over()
+    clips = [torch.arange(6.0).view(2, 3) + number for number in range(3)]
+    numbers = [writer.write(clip) for clip in clips[:2]]
+    late = threading.Thread(target=lambda write=writer.write: numbers.append(write(clips[2])))
+    late.start()
+    late.join(0.1)
+    assert late.is_alive()
+    found = [reader.read(numbers[0], (2, 3), torch.float32, pinned=False)]
+    late.join(SECONDS)
+    found += [reader.read(number, (2, 3), torch.float32, pinned=False) for number in numbers[1:]]
+    assert [*map(torch.equal, found, clips)] == [True] * 3
+    reader.free.close()
+    with pytest.raises(EOFError):
+        for _ in range(3):
+            writer.write(clips[0])
+    del reader, writer, late
+    gc.collect()
+    assert "memfd:clips" not in Path("/proc/self/maps").read_text()
 
 
 def test_a_server_without_models_ends(flags, caplog):
     with running(flags) as server:
-        server.server.workers[0].lost = True
+        server.server.workers[0].given_up = True
         assert asyncio.run(cli.serve(server.server, bind("127.0.0.1", 0))) == 1
     assert "all models are lost: the server ends" in caplog.text
 

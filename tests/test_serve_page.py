@@ -192,7 +192,12 @@ def test_a_file_beside_three_models(page, tmp_path):
         assert tokens[0] == 0 < tokens[1] < tokens[2]
         paces = page.run("[...document.querySelectorAll('.pace')].map(each => each.textContent)")
         assert paces[0] == "Silent until the end" and re.fullmatch(r"\d s behind", paces[1]) and paces[2] == "Keeps up"
+        follows = (
+            "[...document.querySelectorAll('.scroller')].every(m => m.scrollHeight - m.clientHeight - m.scrollTop < 2)"
+        )
+        page.resize(375, 812)
         page.wait(f"{STATE} === 'ended'")
+        assert page.run(follows)  # the newest second is in view, though the window has shrunk
         look(page)
         size = {"width": 160, "height": 96, "frames": len(picked), "frames_per_second": 2}
         assert server.updates[0]["source"] == {"kind": "client", **size}
@@ -317,7 +322,8 @@ def test_states(page, tmp_path):
         press_action(page)
         page.wait("document.getElementById('status-text').textContent === 'Waiting for a place: you are number 2'")
         page.wait(f"{STATE} === 'lost'")
-        assert page.run(action) == "Reconnect" and page.run(alert)
+        assert page.run(action) == "Reconnect" and "cannot be continued" in page.run(alert)
+        assert page.run("document.querySelector('.record span').textContent") == "Record r-group"
         look(page)
         server.places = 1
         press_action(page)
@@ -406,14 +412,14 @@ def test_modules(page):
         assert found == pytest.approx(np.percentile(values, (50, 95)).tolist())
         ages = """
             const gauges = new m.Gauges();
-            for (let i = 0; i < 5000; i++) gauges.add(i / 3, i < 4000 ? 0.2 : 3, Math.floor(i / 3), i > 4997);
+            for (let i = 0; i < 5000; i++) gauges.add(i / 3, i < 4998 ? 0.2 : 9, i > 4997);
             const behind = [[10, 2], [12.9, 1], [13.1, 0]].map(([now, waiting]) => {
                 gauges.waiting = waiting;
                 gauges.judge(now);
                 return gauges.behind;
             });
-            return [gauges.ages.length, gauges.times.length < 40, gauges.missed, gauges.tokens, behind]"""
-        assert module(page, "gauges.js", ages) == [1000, True, 333, 5000, [True, True, False]]
+            return [gauges.ages.length, gauges.times.length < 40, gauges.age.p95, gauges.tokens, behind]"""
+        assert module(page, "gauges.js", ages) == [1000, True, 0.2, 5000, [True, True, False]]
 
         text = "It is 3.5 m. “It ends.” Then 視頻。圓圈。 And <b>"
         said = f"""

@@ -72,6 +72,25 @@ def test_a_waiting_session_reads_its_tokens_while_others_continue(model):
         assert len(quiet.written) == 3
 
 
+def test_prompts_of_sessions_that_open_together_enter_together(model, monkeypatch):
+    """As chunks of the same steps: a step for each would delay the first tokens of many sessions by seconds."""
+    template = replace(random_template(random.Random(3)), end=-1)
+    layout = template.layout((2, 3), 2.0)
+    with SessionPool(model, 16, layout, max_clips=4, max_new_tokens=9, chunk_counts=(1, 8)) as pool:
+        steps, step = [], pool.runner.step
+        monkeypatch.setattr(pool.runner, "step", lambda requests: steps.append(len(requests)) or step(requests))
+        sessions = [pool.open(VARIANTS["group"], template, layout) for _ in range(16)]
+        assert not steps and not pool.idle
+        while not pool.idle:
+            pool.step()
+        assert steps == [8, 8]
+        for session in sessions:
+            session.feed(torch.randn(24, 1176))
+        pool.step()
+        pool.step()
+        assert all(session.written for session in sessions)
+
+
 def test_the_session_that_has_waited_longest_for_a_chunk_is_next(model):
     """Two sessions that always have waiting clips do not block a third one, whenever its clips arrive."""
     print("seed", SEED)
@@ -80,6 +99,8 @@ def test_the_session_that_has_waited_longest_for_a_chunk_is_next(model):
     layout = template.layout((2, 3), 2.0)
     with SessionPool(model, 5, layout, max_clips=120, max_new_tokens=999, chunk_counts=(1,)) as pool:
         sessions = [pool.open(VARIANTS["group"], template, layout, mode="serial", schedule="wait-1") for _ in range(5)]
+        while not pool.idle:  # their prompts enter
+            pool.step()
         for part in range(20):
             for _ in range(draw.randint(1, 5)):
                 for session in sessions[:2]:

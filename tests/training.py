@@ -1,7 +1,6 @@
 """Runs of the training program in separate processes, which tests can kill. They start quickly, because a fork server
 has imported everything."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -10,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import psutil
@@ -85,17 +85,36 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
 def start(arguments: list[str], log: Path, act: str | None = None, step: int = 0, **environment: str):
     """Start a run and append its output to `log`. It receives the signal `act` after optimizer step `step`. With "slow
     save", it blocks while it saves that step. With "kill at the end", it is killed before it saves the final model."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qwenvl.train", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
-    paths = os.pathsep.join(path for path in sys.path if path)
-    with contextlib.ExitStack() as stack:
-        before = os.environ.get("PYTHONPATH")
-        stack.callback(lambda: os.environ.update(PYTHONPATH=before) if before else os.environ.pop("PYTHONPATH"))
-        os.environ["PYTHONPATH"] = paths  # the fork server imports modules before it receives sys.path
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        process = context.Process(target=_run, args=(arguments, log, environment, act, step))
-        process.start()
+    process = fork_server().Process(target=_run, args=(arguments, log, environment, act, step))
+    process.start()
     return process
+
+
+def fork_server():
+    """A context of multiprocessing whose processes are forks of a server that has imported all programs. All tests
+    share it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "qwenvl.train",
+            "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+            "captioning",
+            "torch.distributed.run",
+            "deepspeed",
+        ]
+    )
+    before = os.environ.get("PYTHONPATH")
+    try:
+        # The server imports modules before it receives sys.path.
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
 
 
 def free_port() -> int:

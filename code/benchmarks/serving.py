@@ -1,13 +1,15 @@
 """How many viewers the server keeps up with, beside the engine alone, and what random clients do to it.
 
-    python code/benchmarks/serving.py load --size 7B --sessions 64 128 144 160 176
+    python code/benchmarks/serving.py load --size 7B --sessions 1 128 144 160 176
     python code/benchmarks/serving.py fuzz --clients 200
 
 `load` drives one session pool without a server, then `python -m qwen_vl_streaming.serve` by clients on the loopback
-that send two JPEG frames a second each. Both have the same model, frames and window. A number of sessions is sustained
-if 95% of the clips have all their tokens within a second of the clip, and the median lag of the last quarter exceeds
-that of the first by at most a quarter of a second. The server's share of a token's age is what the model does not
-account for: from a frame's sending to its clip's arrival at the model, and from the token to its receipt.
+that send two JPEG frames a second each. Both have the same model, frames and window. Sessions start one by one: the
+largest number of them within `--ramp` seconds, fewer at the same rate. Clips count from `--age` seconds after the last
+start on. A number of sessions is sustained if 95% of these clips have all their tokens within a second of the clip, and
+the median lag of the last quarter exceeds that of the first by at most a quarter of a second. The server's share of a
+token's age is what the model does not account for: from a frame's sending to its clip's arrival at the model, and from
+the token to its receipt.
 
 Weights are random; `--size tiny` tries it on a CPU.
 """
@@ -17,6 +19,7 @@ import asyncio
 import contextlib
 import heapq
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -27,7 +30,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -44,6 +48,7 @@ from qwen_vl_streaming.serve.catalog import load_catalog, place
 from qwen_vl_streaming.serve.frames import decode_picture, prepare_clip
 from qwen_vl_streaming.serve.model_process import make_pool
 from qwen_vl_streaming.serve.options import parse as parse_serve
+from qwen_vl_streaming.sessions import Session
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from serving_clients import Talk, picture_bytes, random_client
 from websockets.asyncio.client import connect
@@ -55,6 +60,9 @@ WIDTH, HEIGHT = 364, 196
 KEPT = 16
 """Distinct pictures."""
 CLIENTS_PER_PROCESS = 48
+CONNECT_SECONDS = 1.0
+"""A session is opened that long before its first frame."""
+SIDES = {"alone": "by the engine alone", "served": "through the server"}
 
 
 def checkpoint_of(size: str, layers: int | None, folder: Path, k: int) -> Path:
@@ -79,48 +87,78 @@ def verdict(late: list[list[float]]) -> dict:
     return {"lags": lags, "grown": grown, "sustained": percentile(lags, 95) <= LATE and grown <= LATE / 4}
 
 
+@dataclass(frozen=True)
+class Row:
+    """A number of sessions, with what both sides need to know. Times are in seconds from the first start."""
+
+    starts: list[float]
+    """When each session's first clip begins."""
+    measured: float
+    """When the measurement begins,"""
+    end: float
+    """and when the last clip begins at the latest."""
+    k: int
+
+    def clips(self, start: float) -> int:
+        """Of a session that starts at `start`."""
+        return max(1, math.floor(self.end - start))
+
+
+def make_row(count: int, arguments: argparse.Namespace) -> Row:
+    draw = random.Random(0)
+    ramp = arguments.ramp * count / max(arguments.sessions)
+    starts = sorted(draw.uniform(0, ramp) for _ in range(count))
+    measured = ramp + arguments.age
+    return Row(starts, measured, measured + arguments.seconds, arguments.k)
+
+
 # The engine alone
 
 
-def engine_alone(flags: list[str], counts: list[int], clips: int, age: int, k: int, results) -> None:
-    """In a process of its own: put a row for each of `counts` into `results`, and None at the end."""
+def engine_alone(flags: list[str], rows: list[Row], results) -> None:
+    """In a process of its own: put the measured values of each of `rows` into `results`."""
     settings = parse_serve("", {}, flags)
     models = load_catalog(settings)
     (served,), (spec, *_) = models.values(), place(models, settings)
     pool = make_pool(load_on(spec.path, spec.device, spec.dtype), spec, 1)
     frames = torch.stack([decode_picture(data, "jpeg", 10**7, (HEIGHT, WIDTH)) for data in pictures()])
     prepared = [prepare_clip(served.processor, frames[i : i + 2], spec.dtype) for i in range(0, KEPT, 2)]
-    pixels = [torch.frombuffer(bytearray(clip.raw), dtype=spec.dtype).view(clip.shape) for clip in prepared]
+    pixels = [clip.pixels for clip in prepared]
     template = served.template(QUESTIONS[-1])
     layout, variant = served.layout(template, (HEIGHT, WIDTH)), VARIANTS[spec.variant]
-    for count in counts:
-        draw = random.Random(0)
-        options = {**spec.limits, "schedule": f"wait-{k}", "clock": time.perf_counter}
-        sessions = [pool.open(variant, template, layout, **options) for _ in range(count)]
-        began = time.perf_counter() + 0.1
-        phases = [draw.random() for _ in sessions]
-        due = [(began + phase, number, 0) for number, phase in enumerate(phases)]
+    for row in rows:
+        options = {**spec.limits, "schedule": f"wait-{row.k}", "clock": time.perf_counter}
+        sessions: dict[int, Session] = {}
+        began = time.perf_counter() + CONNECT_SECONDS
+        due = [(start - CONNECT_SECONDS, number, -1) for number, start in enumerate(row.starts)]
         heapq.heapify(due)
         while due or not pool.idle:
-            while due and time.perf_counter() >= due[0][0]:
-                at, number, clip = heapq.heappop(due)
-                if not sessions[number].done:
+            while due and time.perf_counter() - began >= due[0][0]:
+                _, number, clip = heapq.heappop(due)
+                if clip < 0:
+                    sessions[number] = pool.open(variant, template, layout, **options)
+                elif not sessions[number].done:
                     sessions[number].feed(pixels[clip % len(pixels)])
-                if clip + 1 < clips:
-                    heapq.heappush(due, (at + 1, number, clip + 1))
+                start = row.starts[number]
+                if clip + 1 < row.clips(start):  # a clip is complete when its second frame has come
+                    heapq.heappush(due, (start + clip + 1 + 1 / 2, number, clip + 1))
             if not pool.idle:
                 pool.step()
             else:
-                time.sleep(max(0.0, min(1e-3, due[0][0] - time.perf_counter()) if due else 0.0))
+                wait = began + due[0][0] - time.perf_counter() if due else 0.0
+                time.sleep(max(0.0, min(1e-3, wait)))
         late = [
-            [end - (began + phase + clip) for clip, end in enumerate(slot_ends(session)) if clip >= age]
-            for session, phase in zip(sessions, phases, strict=True)
+            [end - (began + start + clip + 1 / 2) for clip, end in enumerate(slot_ends(sessions[number]))]
+            for number, start in enumerate(row.starts)
         ]
-        for session in sessions:
+        for session in sessions.values():
             session.close()
         pool.step()
-        results.put({"sessions": count, **verdict(late)})
-    results.put(None)
+        measured = [
+            [lag for clip, lag in enumerate(lags) if start + clip >= row.measured]
+            for lags, start in zip(late, row.starts, strict=True)
+        ]
+        results.put({"sessions": len(row.starts), **verdict(measured)})
 
 
 # Through the server
@@ -148,14 +186,15 @@ def pictures() -> list[bytes]:
     return [picture_bytes((WIDTH, HEIGHT), seed=seed) for seed in range(KEPT)]
 
 
-async def camera(address: str, clips: int, k: int, ready: list, go: asyncio.Future, phase: float) -> dict:
-    """One viewer: 2 frames a second. Returns the lag of each clip, and the server's share of each token's age."""
+async def camera(address: str, row: Row, began: float, start: float) -> dict:
+    """One viewer: 2 frames a second. Returns the lag of each measured clip, and the server's share of the age of each
+    token that saw no later one."""
     data, sent, acknowledged, ended, shares = pictures(), {}, {}, {}, []
+    begin, clips = began + start, row.clips(start)
+    await asyncio.sleep(max(0.0, begin - CONNECT_SECONDS - time.monotonic()))
     async with Talk(connect(address, compression=None, max_queue=None, open_timeout=60)) as viewer:
-        await viewer.begin(WIDTH, HEIGHT, schedule=f"wait-{k}")
+        await viewer.begin(WIDTH, HEIGHT, schedule=f"wait-{row.k}")
         await viewer.until("session.updated")
-        ready.append(viewer)
-        begin = await go + phase - 0.5
 
         async def send() -> None:
             for number in range(2 * clips):
@@ -172,90 +211,76 @@ async def camera(address: str, clips: int, k: int, ready: list, go: asyncio.Futu
             at, moment = time.monotonic(), message.get("capture_time", message.get("time"))
             if message["type"] == "input_video_frame.acknowledged":
                 acknowledged[moment] = message["age_ms"] / 1e3
-            elif message["type"] == "response.output_text.delta" and moment in sent:
+            elif moment in sent and start + int(moment) >= row.measured:  # a token
                 ended[int(moment)] = at - sent[moment]
                 shares.append(at - sent[moment] - message["age_ms"] / 1e3 + acknowledged.get(moment, 0.0))
         sender.cancel()
-    return {"lags": ended, "shares": shares, "status": message["response"]["status"]}
+    return {"lags": [ended[clip] for clip in sorted(ended)], "shares": shares, "status": message["response"]["status"]}
 
 
-def cameras(address: str, phases: list[float], clips: int, k: int, gates, results) -> None:
-    """In a process of its own: a viewer for each of `phases`."""
-    ready_gate, go_gate, start = gates
+def cameras(address: str, row: Row, began: float, starts: list[float]) -> list[dict]:
+    """In a process of its own: a viewer for each of `starts`."""
 
     async def all_of_them() -> list[dict]:
-        ready: list = []
-        go = asyncio.get_running_loop().create_future()
-        tasks = [asyncio.create_task(camera(address, clips, k, ready, go, phase)) for phase in phases]
-        while len(ready) < len(phases) and not any(task.done() for task in tasks):
-            await asyncio.sleep(0.02)
-        await asyncio.to_thread(ready_gate.wait)
-        await asyncio.to_thread(go_gate.wait)
-        go.set_result(start.value)
-        return await asyncio.gather(*tasks)
+        return await asyncio.gather(*(camera(address, row, began, start) for start in starts))
 
-    results.put(asyncio.run(all_of_them()))
+    return asyncio.run(all_of_them())
 
 
-def through_server(address: str, count: int, clips: int, age: int, k: int) -> dict:
-    """A row of `load` for `count` viewers."""
-    draw, context = random.Random(0), multiprocessing.get_context("spawn")
-    phases = [draw.random() for _ in range(count)]
-    groups = [phases[i : i + CLIENTS_PER_PROCESS] for i in range(0, count, CLIENTS_PER_PROCESS)]
-    gates = context.Barrier(len(groups) + 1), context.Barrier(len(groups) + 1), context.Value("d")
-    results = context.Queue()
-    processes = [
-        context.Process(target=cameras, args=(address, group, clips, k, gates, results), daemon=True)
-        for group in groups
-    ]
-    for process in processes:
-        process.start()
-    gates[0].wait(300)
-    gates[2].value = time.monotonic() + 1
-    gates[1].wait(60)
-    viewers = [viewer for _ in processes for viewer in results.get(timeout=clips + 300)]
-    late = [[lag for clip, lag in sorted(viewer["lags"].items()) if clip >= age] for viewer in viewers]
+def through_server(address: str, row: Row, clients) -> dict:
+    """The measured values of a row; `clients` is a pool of processes."""
+    began = time.monotonic() + CONNECT_SECONDS + 1
+    groups = -(-len(row.starts) // CLIENTS_PER_PROCESS)
+    tasks = [(address, row, began, row.starts[number::groups]) for number in range(groups)]
+    viewers = [viewer for found in clients.starmap(cameras, tasks, chunksize=1) for viewer in found]
     shares = [share for viewer in viewers for share in viewer["shares"]]
     statuses = Counter(viewer["status"] for viewer in viewers)
-    row = {"sessions": count, **verdict(late), "shares": shares, "statuses": dict(statuses)}
-    return {**row, "sustained": row["sustained"] and "too_slow" not in statuses}
+    found = verdict([viewer["lags"] for viewer in viewers])
+    sustained = found["sustained"] and "too_slow" not in statuses
+    return {"sessions": len(viewers), **found, "sustained": sustained, "shares": shares, "statuses": dict(statuses)}
 
 
-def ladder(counts: list[int], measure) -> list[dict]:
-    """Rows of `measure` for ascending `counts`, up to the first that is not sustained."""
-    rows = []
-    for count in sorted(counts):
-        rows.append(row := measure(count))
-        lags, shares = row["lags"] or [float("nan")] * 2, row.get("shares")
+def ladder(rows: list[Row], measure: Callable[[Row], dict]) -> Iterator[dict]:
+    """What `measure` finds for each of `rows`, up to the first that is not sustained."""
+    for row in rows:
+        yield (found := measure(row))
+        lags, shares = found["lags"] or [float("nan")] * 2, found.get("shares")
         share = f"{1e3 * percentile(shares, 95):>12.2f}" if shares else f"{'':>12}"
-        print(
-            f"{count:>8}{1e3 * median(lags):>12.1f}{1e3 * percentile(lags, 95):>10.1f}{1e3 * row['grown']:>12.1f}"
-            f"{share}  {'yes' if row['sustained'] else 'no'} {row.get('statuses', '')}",
-            flush=True,
-        )
-        if not row["sustained"]:
+        end = f"{'yes' if found['sustained'] else 'no'} {found.get('statuses', '')}"
+        times = f"{1e3 * median(lags):>12.1f}{1e3 * percentile(lags, 95):>10.1f}{1e3 * found['grown']:>12.1f}"
+        print(f"{found['sessions']:>8}{times}{share}  {end}", flush=True)
+        if not found["sustained"]:
             break
-    return rows
 
 
 def load(arguments: argparse.Namespace, flags: list[str]) -> None:
-    clips, age, k = arguments.age + arguments.seconds, arguments.age, arguments.k
+    rows = [make_row(count, arguments) for count in sorted(arguments.sessions)]
+    about = {name: getattr(arguments, name) for name in ("size", "k", "seconds", "age", "ramp")}
+    found: dict = {"about": {**about, "cpus": os.cpu_count()}, "alone": [], "served": []}
+
+    def keep(side: str, each: Iterator[dict]) -> int:
+        """Writes the file after each row. Returns the largest number of sessions that is sustained."""
+        for row in each:
+            found[side].append(row)
+            write_json(arguments.output, found)
+        return max((row["sessions"] for row in found[side] if row["sustained"]), default=0)
+
     print(f"{'sessions':>8}{'lag ms: 50%':>12}{'95%':>10}{'later by':>12}{'share 95%':>12}  sustained")
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=engine_alone, args=(flags, sorted(arguments.sessions), clips, age, k, results))
-    process.start()
-    print("the engine alone")
-    alone = ladder(arguments.sessions, lambda _: results.get(timeout=1800))
-    process.terminate()
-    process.join()
-    print("through the server")
-    with server(flags) as (address, _):
-        served = ladder(arguments.sessions, lambda count: through_server(address, count, clips, age, k))
-    most = [max((row["sessions"] for row in rows if row["sustained"]), default=0) for rows in (alone, served)]
-    print(f"sustained: {most[0]} sessions by the engine alone, {most[1]} through the server")
-    about = {"size": arguments.size, "k": k, "seconds": arguments.seconds, "age": age, "cpus": os.cpu_count()}
-    write_json(arguments.output, {"about": about, "alone": alone, "served": served, "sustained": most})
+    most = dict.fromkeys(arguments.sides, 0)
+    if "alone" in most:
+        print("the engine alone", flush=True)
+        results = context.SimpleQueue()
+        process = context.Process(target=engine_alone, args=(flags, rows, results), daemon=True)
+        process.start()
+        most["alone"] = keep("alone", ladder(rows, lambda _: results.get()))
+        process.kill()
+        process.join()
+    if "served" in most:
+        print("through the server", flush=True)
+        with context.Pool(-(-max(arguments.sessions) // CLIENTS_PER_PROCESS)) as clients, server(flags) as (address, _):
+            most["served"] = keep("served", ladder(rows, lambda row: through_server(address, row, clients)))
+    print("sustained: " + ", ".join(f"{number} sessions {SIDES[side]}" for side, number in most.items()))
 
 
 def fuzz(arguments: argparse.Namespace, flags: list[str]) -> None:
@@ -290,7 +315,9 @@ def main() -> None:
     add("--layers", type=int, help="fewer layers, to try it out")
     add("--sessions", type=int, nargs="+", default=[1, 64, 128, 144, 160, 176], help="of load")
     add("--seconds", type=int, default=20, help="of video that is measured (default: 20)")
-    add("--age", type=int, default=15, help="clips before that (default: 15)")
+    add("--age", type=int, default=15, help="seconds from the last start to that (default: 15)")
+    add("--ramp", type=float, default=10, help="seconds in which the most sessions start (default: 10)")
+    add("--sides", choices=SIDES, nargs="+", default=[*SIDES], help="what to measure (default: both)")
     add("--k", type=int, default=3, help="tokens a clip (default: 3)")
     add("--window", type=int, nargs=2, default=(60, 400), help="clips and tokens (default: 60 400)")
     add("--clients", type=int, default=200, help="of fuzz (default: 200)")

@@ -16,7 +16,7 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.files import write_file
-from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.model.prompts import load_processor, spoken
 from qwen_vl_streaming.sessions.record import Record, read_record
 
 WIDTH, HEIGHT = 760, 340
@@ -73,7 +73,8 @@ class Animation:
         self.arrived = [time - start for time in about["completed"]]
         self.tokens = [(time - start, slot) for time, slot in zip(record.times, record.slots, strict=True)]
         said = [
-            tokenizer.decode(record.tokens[:count], skip_special_tokens=True) for count in range(len(record.tokens) + 1)
+            tokenizer.decode(spoken(record.tokens[:count], record.template.end_of_slot), skip_special_tokens=True)
+            for count in range(len(record.tokens) + 1)
         ]
         self.pieces = [after[len(before) :] for before, after in itertools.pairwise(said)]
         self.end = max(frames[-1][0] / self.speed + self.between, self.tokens[-1][0])

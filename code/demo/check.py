@@ -19,8 +19,9 @@ from qwen_vl_streaming.common.paths import PROJECT, find_video, look_up
 from qwen_vl_streaming.common.progress import quiet_libraries
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.model.trained import choose_schedule, end_of_slot
 from qwen_vl_streaming.reference import Streams, caption
-from qwen_vl_streaming.timeline.timeline import make_schedule
+from qwen_vl_streaming.timeline.timeline import ModelSchedule, make_schedule, model_schedule_most
 from qwen_vl_streaming.timeline.variants import get_variant
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from scenes import COLOURS, SHAPES
@@ -63,7 +64,7 @@ def check_pixels(model, processor, variant, schedule: str, paths: list[Path], bu
     Returns (number of captions in which a token before slot j changed, number of captions, number of captions that
     changed at all).
     """
-    template = make_template(processor, QUESTIONS[-1])
+    template = make_template(processor, QUESTIONS[-1], end_of_slot(model.config))
     generator = torch.Generator().manual_seed(0)
     earlier = tried = changed = 0
     for path in paths:
@@ -77,8 +78,9 @@ def check_pixels(model, processor, variant, schedule: str, paths: list[Path], bu
         streams = Streams(model, variant, [template] * len(versions), [template.layout(grid, steps)] * len(versions))
         with torch.no_grad():
             clips = [model.perceive(version, grid) for version in versions]
-        schedules = [make_schedule(schedule, variant, len(pixels))] * len(versions)
-        plain, *altered = caption(streams, clips, schedules)
+        most = model_schedule_most(schedule)
+        own = ModelSchedule(len(pixels), most) if most else make_schedule(schedule, variant, len(pixels))
+        plain, *altered = caption(streams, clips, [own] * len(versions))
         for j, other in enumerate(altered, 1):
             before = [[t for t, s in zip(c.tokens, c.slots, strict=True) if s < j] for c in (plain, other)]
             earlier += before[0] != before[1]
@@ -116,7 +118,7 @@ def main() -> None:
     checkpoint = output / f"qwen2_5vl-pe-{variant.name}"
     model = load_model(checkpoint, "sdpa", torch.float32).eval()
     paths = find_videos(output, [row["video_id"] for row in rows[: arguments.videos]])
-    processor, schedule = load_processor(checkpoint), f"wait-{model.config.wait_k}"
+    processor, schedule = load_processor(checkpoint), choose_schedule(None, model.config, str(checkpoint), variant)
     earlier, tried, changed = check_pixels(
         model, processor, variant, schedule, paths, PixelBudget.trained(model.config)
     )

@@ -10,6 +10,7 @@ the scenes. The same settings give the same bytes. Does not depend on tokenizers
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -27,7 +28,7 @@ from PIL import Image, ImageDraw
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.progress import Progress
-from scenes import OPENING, OTHER_OPENING, Scene, count_words, draw, make_scene
+from scenes import OPENING, OTHER_OPENING, Scene, count_words, draw, make_quiet_scene, make_scene
 
 RATE = (3.1, 4.4)
 """Words per second of an ordinary caption; mani_data.py keeps 3 to 5."""
@@ -54,6 +55,7 @@ KINDS = {
     "empty": Kind(kept=False),
     "broken": Kind(kept=False),
 }
+QUIET_SECONDS = (10.0, 18.0)
 DROPPED = tuple(name for name, kind in KINDS.items() if not kind.kept)
 LONG_SIZE = 56
 
@@ -78,6 +80,11 @@ class DataConfig:
     """Side of a frame, in pixels."""
     shard_videos: int = 100
     """Videos per shard."""
+    segments: bool = False
+    """Rows also have `segments`: each sentence with the second in which its event happens."""
+    quiet: bool = False
+    """Ordinary videos last 10 to 18 seconds, and nothing happens during long stretches. Their captions have about two
+    words per second, so mani_data.py needs --min-tokens-per-second 0."""
 
     def __post_init__(self) -> None:
         for name in ("train_videos", "test_videos", "dropped", "other_openings", "seed"):
@@ -97,13 +104,17 @@ class Sample:
     split: str
     kind: str
     seed: str
+    segments: bool = False
+    quiet: bool = False
 
     def scene(self) -> tuple[Scene, int]:
         """Create the scene. Returns it with its frames per second."""
         kind, rng = KINDS[self.kind], random.Random(self.seed)
         fps = rng.choice((24, 30))
-        frames = round(rng.uniform(*kind.seconds) * fps)
         opening = OTHER_OPENING if self.kind == "other_opening" else OPENING
+        if self.quiet and self.kind == "ordinary":
+            return make_quiet_scene(rng, round(rng.uniform(*QUIET_SECONDS) * fps) / fps, opening), fps
+        frames = round(rng.uniform(*kind.seconds) * fps)
         scene = make_scene(rng, frames / fps, kind.rate, opening)
         if self.kind == "empty":
             scene.caption = ""
@@ -122,7 +133,8 @@ def plan(config: DataConfig) -> dict[str, list[Sample]]:
     for split, names in kinds.items():
         rng.shuffle(names)
         samples[split] = [
-            Sample(str(next(ids)), split, name, f"{config.seed}/{split}/{i}") for i, name in enumerate(names)
+            Sample(str(next(ids)), split, name, f"{config.seed}/{split}/{i}", config.segments, config.quiet)
+            for i, name in enumerate(names)
         ]
     return samples
 
@@ -167,6 +179,8 @@ def render(sample: Sample, size: int) -> tuple[Sample, bytes, dict]:
         "model_caption": f"Coloured shapes on a plain background: {', '.join(things)}.",
         "human_caption": scene.caption,
     }
+    if sample.segments and scene.caption == " ".join(scene.sentences):
+        row["segments"] = scene.segments()
     return sample, video, row
 
 
@@ -188,6 +202,8 @@ def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -
     Raises InputError if the folder has a data set with other settings.
     """
     settings = {**asdict(config), "output": None}
+    for name in ("segments", "quiet"):  # as in data sets made before there were these settings
+        settings = settings if settings[name] else {key: value for key, value in settings.items() if key != name}
     saved = config.output / "make_data.json"
     if saved.exists() and json.loads(saved.read_text()) != settings:
         raise InputError(f"{config.output} has a data set with other settings: give another --output, or delete it")
@@ -245,9 +261,9 @@ def _tar(rendered: Iterable[tuple[Sample, bytes, dict]]) -> bytes:
 
 def preview(config: DataConfig, path: Path) -> None:
     """Write a picture of eight test videos: one frame per second at the model's resolution, and the caption."""
-    cell = MODEL_SIZE + 6
+    cell, columns = MODEL_SIZE + 6, math.ceil(QUIET_SECONDS[1]) if config.quiet else 12
     samples = [sample for sample in plan(config)["test"] if sample.kind == "ordinary"][:8]
-    sheet = Image.new("RGB", (12 * cell, max(1, len(samples)) * (cell + 22)), "white")
+    sheet = Image.new("RGB", (columns * cell, max(1, len(samples)) * (cell + 22)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, sample in enumerate(samples):
         top = number * (cell + 22)
@@ -281,6 +297,8 @@ def main() -> None:
         ("workers", os.cpu_count(), "worker processes"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--segments", action="store_true", help="write each sentence with its time, as `segments`")
+    parser.add_argument("--quiet", action="store_true", help="videos with long stretches in which nothing happens")
     parser.add_argument("--preview", type=Path, help="only write a picture of some test videos to this PNG file")
     arguments = vars(parser.parse_args())
     picture, workers = arguments.pop("preview"), arguments.pop("workers")

@@ -4,7 +4,8 @@ Does not depend on files, video codecs, tokenizers or models. Words and punctuat
 tokens, because each is one token to the demo's tokenizer.
 
 Captions respect wait-3, by which slot i (after second i) writes the words 3(i-1) ... 3i-1 and the last slot the rest:
-an event has been on screen for a full second before the slot in which its sentence begins.
+an event has been on screen for a full second before the slot in which its sentence begins. Those of quiet scenes do
+not: they are for captions with times, see `Scene.segments`.
 """
 
 import math
@@ -29,6 +30,8 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 OPENING = "The video shows"
 OTHER_OPENING = "We can see"
 WAIT_K = 3
+QUIET = 5
+"""Seconds of the shortest quiet stretch of a quiet scene."""
 
 # In units of the frame's side.
 LEFT, RIGHT, TOP, BOTTOM = 0.26, 0.74, 0.26, 0.74
@@ -98,6 +101,15 @@ class Scene:
     caption: str
     actors: list[Actor] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
+    """The sentence about each event."""
+
+    def segments(self) -> list[dict]:
+        """The sentences with times, as a row's `segments`: each lasts for the second in which its event happens."""
+        pairs = zip(self.events, self.sentences, strict=True)
+        return [
+            {"start": float(event.second), "end": event.second + 1.0, "text": sentence} for event, sentence in pairs
+        ]
 
     def visible(self, time: float) -> tuple[tuple[str, Keyframe], ...]:
         """The shapes on screen at `time` (seconds) in order of appearance; equal results draw equal frames."""
@@ -123,6 +135,18 @@ def make_scene(rng: random.Random, seconds: float, rate: tuple[float, float], op
     raise RuntimeError(f"no scene of {seconds} s with {min_words} to {max_words} words")
 
 
+def make_quiet_scene(rng: random.Random, seconds: float, opening: str = OPENING) -> Scene:
+    """Create a scene of `seconds`, at least 10, with at least QUIET seconds in a row in which nothing happens. Its
+    caption has at least as many words as the video has clips, so that training by wait-3 does not skip it."""
+    clips = int(seconds)
+    length = rng.randint(QUIET, max(QUIET, clips // 2))
+    begin = rng.randint(WAIT_K, clips - length)
+    free = [second for second in range(WAIT_K, clips) if not begin <= second < begin + length]
+    fewest = max(1, math.ceil((math.ceil(seconds) - 10) / 3))  # the first sentence has 10 words, others at least 3
+    count = min(len(free), rng.randint(fewest, fewest + 2))
+    return _Story(rng, seconds, opening).tell_at(sorted(rng.sample(free, count)))
+
+
 class _Story:
     """One attempt at a scene: samples the seconds of the events, then the events."""
 
@@ -144,26 +168,34 @@ class _Story:
         if wanted > len(free):
             return None
         for second in sorted(self.rng.sample(free, max(0, wanted))):
-            if not self._add_event(second):
+            kind, actor = self._sample_event()
+            if self._is_early(second, kind):
                 return None
+            self._add_event(second, kind, actor)
         return self.scene
 
-    def _add_event(self, second: int) -> bool:
-        """Add a random event and its sentence; False if it would be described before it is fully seen."""
-        kind, actor = self._sample_event()
+    def tell_at(self, seconds: list[int]) -> Scene:
+        """The scene with random events at these `seconds`, whenever wait-3 would describe them."""
+        for second in seconds:
+            self._add_event(second, *self._sample_event())
+        return self.scene
+
+    def _is_early(self, second: int, kind: str) -> bool:
+        """Whether wait-3 would describe an event before it is fully seen."""
         first_word = count_words(self.scene.caption)
         slot = min(first_word // WAIT_K + 1, self.clips)
         whole = second + (1 if kind in ("appears", "turns") else 2)
-        if whole > slot:
-            return False
-        if kind == "appears":
+        return whole > slot
+
+    def _add_event(self, second: int, kind: str, actor: Actor | None) -> None:
+        """Add an event and its sentence."""
+        if actor is None:
             side = self.rng.choice((LEFT, RIGHT))
             if self.visible:
                 side = LEFT if self.visible[0].keys[-1].x > 0.5 else RIGHT
             self._add_shape(second, side)
         else:
             self._change_shape(second, kind, actor)
-        return True
 
     def _sample_event(self) -> tuple[str, Actor | None]:
         """A random possible event as (kind, shape); the shape is None for a new one."""
@@ -218,6 +250,7 @@ class _Story:
         scene = self.scene
         colour = actor.keys[-1].colour
         scene.events.append(Event(second, actor.shape, colour, event, count_words(scene.caption)))
+        scene.sentences.append(words.strip() if scene.sentences else scene.caption + words)
         scene.caption += words
         self.last_described = actor
 

@@ -23,7 +23,8 @@ def caption_by_second(row: dict, tokenizer) -> str:
     """The caption as `1s 'The video shows'  2s 'a red circle' …`; slot i starts at the end of second i."""
     pieces: dict[int, list[int]] = {}
     for token, slot in zip(row["tokens"], row["slots"], strict=True):
-        pieces.setdefault(slot, []).append(token)
+        if token != row.get("end_of_slot"):
+            pieces.setdefault(slot, []).append(token)
     return "  ".join(
         f"{slot}s {tokenizer.decode(tokens, skip_special_tokens=True).strip()!r}" for slot, tokens in pieces.items()
     )

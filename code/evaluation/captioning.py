@@ -17,13 +17,16 @@ import torch
 from qwen_vl_streaming.common.ending import lost_worker, start_worker
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_video
+from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.engine.batch import Job, caption_all
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
-from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template, spoken
 from qwen_vl_streaming.reference import Caption
+from qwen_vl_streaming.sessions import caption_sessions
 from qwen_vl_streaming.timeline.positions import check_clips
+from qwen_vl_streaming.timeline.segments import check_segments
 from qwen_vl_streaming.timeline.variants import Variant
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import PixelBudget, Video, read_video
 from ranks import Rank
 from results import SKIPPED_FIELDS, Appender, Row, rows_part, skipped_part
 from schedules import Schedules
@@ -65,6 +68,8 @@ class Plan:
     max_new_tokens: int
     loaders: int
     """Processes that decode videos."""
+    end_of_slot: str | None = None
+    """The token with which the checkpoint ends slots, if it was trained to."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class VideoDataset(Dataset):
     def __init__(self, plan: Plan, processor, tokens_per_second: int):
         self.plan, self.processor, self.tokens_per_second = plan, processor, tokens_per_second
         questions = {row["question"] or QUESTIONS[-1] for row in plan.rows}
-        self.templates = {question: make_template(processor, question) for question in questions}
+        self.templates = {question: make_template(processor, question, plan.end_of_slot) for question in questions}
 
     def __len__(self) -> int:
         return len(self.plan.rows)
@@ -96,7 +101,11 @@ class VideoDataset(Dataset):
         video_id = row["video_id"]
         try:
             path = find_video(row["video_path"], plan.root, plan.video_root)
-            video = read_video(path, budget=plan.budget, reader=plan.reader, max_clips=plan.max_clips)
+            video = read_video(
+                path, part=video_part(row), budget=plan.budget, reader=plan.reader, max_clips=plan.max_clips
+            )
+            if "segments" in row:
+                check_times(row, video)
             schedule = plan.schedules.of(video_id, video.clips)
         except InputError as error:
             return PreparedVideo(video_id, reason=str(error))
@@ -192,7 +201,9 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
                     on_done()
 
         start = time.perf_counter()
-        for job, caption in caption_all(
+        # A model that decides when a slot ends has no plan in advance, and runs as live sessions do.
+        caption_jobs = caption_all if plan.schedules.most is None else caption_sessions
+        for job, caption in caption_jobs(
             model,
             plan.variant,
             jobs(),
@@ -202,10 +213,20 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
             max_new_tokens=plan.max_new_tokens,
         ):
             now = time.perf_counter()
-            text = processor.tokenizer.decode(caption.tokens, skip_special_tokens=True).strip()
-            captioned.append(make_row(rows[job.key], text, caption, plan.variant, now - start))
+            end_of_slot = job.template.end_of_slot
+            text = processor.tokenizer.decode(spoken(caption.tokens, end_of_slot), skip_special_tokens=True).strip()
+            clip = job.layout.steps_per_clip / videos.tokens_per_second
+            captioned.append(make_row(rows[job.key], text, caption, plan.variant, now - start, clip, end_of_slot))
             start = now
             on_done()
+
+
+def check_times(row: dict, video: Video) -> None:
+    """Raises InputError, with the row's place in the data, if its segments are out of order or end after the video."""
+    try:
+        check_segments(row["segments"], video.clips * video.seconds_per_clip)
+    except InputError as error:
+        raise InputError(f"{row['place']}: {error}") from error
 
 
 def start_decoder(worker: int, parent: int) -> None:
@@ -215,8 +236,18 @@ def start_decoder(worker: int, parent: int) -> None:
     logging.getLogger().setLevel(logging.WARNING)
 
 
-def make_row(row: dict, text: str, caption: Caption, variant: Variant, seconds: float) -> Row:
-    """A row of the result file."""
+def make_row(
+    row: dict,
+    text: str,
+    caption: Caption,
+    variant: Variant,
+    seconds: float,
+    clip: float = 1.0,
+    end_of_slot: int | None = None,
+) -> Row:
+    """A row of the result file. `clip` is the duration of a clip of the video in seconds; it is in the row if it is not
+    1, which it is for a video of less than 2 frames a second. `end_of_slot` is the id of the checkpoint's end-of-slot
+    token, if it has one."""
     return {
         "video_id": row["video_id"],
         "annotation": row["annotation"],
@@ -228,4 +259,7 @@ def make_row(row: dict, text: str, caption: Caption, variant: Variant, seconds: 
         "slots": caption.slots,
         "clips": len(caption.schedule),
         "seconds": round(seconds, 4),
+        **({} if clip == 1 else {"seconds_per_clip": clip}),
+        **({} if end_of_slot is None else {"end_of_slot": end_of_slot}),
+        **({"segments": row["segments"]} if "segments" in row else {}),
     }

@@ -13,11 +13,12 @@ from qwen_vl_streaming.common.data_rows import hash_data, read_data_rows, row_pl
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import check_videos, find_data, find_model, find_video, find_video_root, make_data
 from qwen_vl_streaming.common.versions import versions
+from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.model.quantization import check_weights
-from qwen_vl_streaming.model.trained import check_trained
+from qwen_vl_streaming.model.trained import check_trained, choose_schedule, end_of_slot, wait_k
 from qwen_vl_streaming.timeline.positions import RULE
 from qwen_vl_streaming.timeline.variants import get_variant
 from qwen_vl_streaming.video.frames import SIDE_FACTOR, PixelBudget, choose_reader
@@ -33,7 +34,8 @@ def read_data(path: str | Path, limit: int | None, task: Task) -> list[dict]:
     rows: list[dict] = []
     for number, data in read_data_rows(path):
         try:
-            rows.append({**read_row(data, task), "duration": read_duration(data)})
+            row = {**read_row(data, task), "duration": read_duration(data)}
+            rows.append({**row, "place": row_place(path, number)} if "segments" in row else row)
         except InputError as error:
             raise InputError(f"{row_place(path, number)}: {error}") from error
     if not rows:
@@ -42,7 +44,8 @@ def read_data(path: str | Path, limit: int | None, task: Task) -> list[dict]:
 
 
 def read_duration(data: dict) -> float:
-    """The duration in a row in seconds, 0 where it has none. Raises InputError where it is not a duration."""
+    """The duration in a row in seconds, or that of the part of the video which it names; 0 where it has none. Raises
+    InputError where it is not a duration."""
     value = data.get("video_duration_in_s") or 0
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
@@ -50,7 +53,8 @@ def read_duration(data: dict) -> float:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise InputError(f"video_duration_in_s is {str(value)[:40]!r}: give seconds, or delete this line")
-    return seconds
+    part = video_part(data)
+    return max(0.0, part.get("end", seconds) - part.get("start", 0.0))
 
 
 def check_any_video(plan: Plan) -> None:
@@ -97,7 +101,7 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
     dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
     check_weights(settings.weights or None, device, getattr(torch, dtype), config)
     ids, budget = [row["video_id"] for row in rows], PixelBudget.trained(config, settings)
-    wait_k = getattr(config, "wait_k", 3)
+    schedule = choose_schedule(settings.schedule or None, config, model, variant)
     return Plan(
         rows=rows,
         data=data,
@@ -109,7 +113,8 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
         root=ROOT,
         video_root=video_root,
         variant=variant,
-        schedules=choose_schedules(settings.schedule, variant, wait_k, settings.seed, ids, ROOT),
+        schedules=choose_schedules(schedule, variant, wait_k(config), settings.seed, ids, ROOT),
+        end_of_slot=end_of_slot(config),
         budget=budget,
         reader=choose_reader(os.environ),
         max_clips=config.text_config.max_position_embeddings // math.ceil(budget.min_pixels_per_frame / SIDE_FACTOR**2),
@@ -135,6 +140,7 @@ def describe(settings: Settings, plan: Plan) -> dict:
         **settings.identity(plan.budget),
         "schedule": schedules.name,
         **({"schedule_sha256": schedules.sha256} if schedules.sha256 else {}),
+        **({"end_of_slot": plan.end_of_slot} if plan.end_of_slot else {}),
         "dtype": plan.dtype,
         "weights": plan.weights,
         "versions": versions(),

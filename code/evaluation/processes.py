@@ -4,6 +4,7 @@ import os
 
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import choose_device, look
+from qwen_vl_streaming.launch.answer import answer
 
 
 def count_processes(asked: int, device: str) -> int:
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--device", default="")
     parser.add_argument("--score-only", default="")
     arguments, _ = parser.parse_known_args()
-    print(1 if arguments.score_only else count_processes(arguments.processes, arguments.device))
+    answer(str(1 if arguments.score_only else count_processes(arguments.processes, arguments.device)))
 
 
 if __name__ == "__main__":

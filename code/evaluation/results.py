@@ -70,6 +70,8 @@ def check_row(where: str, row: Row, variant: str) -> None:
         fault = "the slots do not match the schedule"
     elif len(tokens) != len(slots):
         fault = "the number of slots differs from the number of tokens"
+    elif "end_of_slot" in row and type(row["end_of_slot"]) is not int:
+        fault = f"end_of_slot is {row['end_of_slot']!r:.20}, not a token id"
     elif isinstance(row["seconds"], bool) or not 0 <= row["seconds"] <= MAX_NUMBER:
         fault = f"seconds is {str(row['seconds'])[:20]}"
     else:

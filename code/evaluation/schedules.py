@@ -8,16 +8,23 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_path
-from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT, SCHEDULE_NAME, Schedule, make_schedule
+from qwen_vl_streaming.timeline.timeline import (
+    MAX_PER_SLOT,
+    SCHEDULE_NAME,
+    ModelSchedule,
+    Schedule,
+    make_schedule,
+    model_schedule_most,
+)
 from qwen_vl_streaming.timeline.variants import Variant
 
-FORMS = f"give wait-K, random, random-K with K from 1 to {MAX_PER_SLOT}, or a file of counts"
+FORMS = f"give wait-K, random, random-K with K from 1 to {MAX_PER_SLOT}, model, or a file of counts"
 
 
 @dataclass(frozen=True)
 class Schedules:
     name: str
-    """wait-K, random-K or the name of the file."""
+    """wait-K, random-K, model-M or the name of the file."""
     variant: Variant
     seed: int = 0
     """For random schedules, which differ from video to video."""
@@ -26,8 +33,15 @@ class Schedules:
     sha256: str = ""
     """Of the file."""
 
-    def of(self, video_id: str, clips: int) -> Schedule:
+    @property
+    def most(self) -> int | None:
+        """M of model-M, where the model decides; else None."""
+        return None if self.sha256 else model_schedule_most(self.name)
+
+    def of(self, video_id: str, clips: int) -> Schedule | ModelSchedule:
         """The schedule of a video. Raises InputError if the file's counts are for another number of clips."""
+        if self.most is not None:
+            return ModelSchedule(clips, self.most)
         if not self.sha256:
             return make_schedule(self.name, self.variant, clips, f"{self.seed} {video_id}")
         counts = self.counts[video_id]
@@ -42,13 +56,13 @@ class Schedules:
 def choose_schedules(
     text: str, variant: Variant, wait_k: int, seed: int, video_ids: Iterable[str], root: Path
 ) -> Schedules:
-    """The schedules given by `text`: wait-K, random-K, random (with the checkpoint's `wait_k`), the path of a file
-    (looked up here and in `root`), or the empty string for the checkpoint's own wait-K.
+    """The schedules given by `text`: wait-K, random-K, random (with the checkpoint's `wait_k`), model-M, the path of a
+    file (looked up here and in `root`), or the empty string for the checkpoint's own wait-K.
 
     Raises InputError for anything else, and for a file without valid counts for each of `video_ids`.
     """
     text = {"": f"wait-{wait_k}", "random": f"random-{wait_k}"}.get(text, text)
-    if SCHEDULE_NAME.fullmatch(text):
+    if SCHEDULE_NAME.fullmatch(text) or model_schedule_most(text) is not None:
         return Schedules(text, variant, seed)
     try:
         path = find_path(text, root, "the schedule")

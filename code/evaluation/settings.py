@@ -61,8 +61,9 @@ class Settings:
     """Name of the file of captions. By default <variant>_infer.json."""
     schedule: str = ""
     """How many tokens are written per clip (about a second of video). wait-K: K. random-K: 1 to 2K-1, drawn at random.
-    random: random-K with the checkpoint's K. Or a file of counts: JSON {video_id: [k_1, ..., k_N]}, or JSON Lines such
-    as a result file. By default wait-K with the checkpoint's K."""
+    random: random-K with the checkpoint's K. model: the model decides, if it was trained to; model-M: with at most M
+    tokens per clip. Or a file of counts: JSON {video_id: [k_1, ..., k_N]}, or JSON Lines such as a result file. By
+    default as the checkpoint was trained."""
     seed: int = 0
     """Random seed of random schedules."""
     batch_size: int = 32
@@ -100,6 +101,9 @@ class Settings:
     """Evaluate a checkpoint that was trained as another variant or with another position rule."""
     score_only: str = ""
     """Only score the captions in this file, JSON Lines with video_id, annotation and result."""
+    times: str = ""
+    """Measure when captions say what happens, with the references with times in this file: JSON Lines of video_id and
+    segments or events (docs/evaluation.md). By default with the segments of the data's rows, if they have any."""
     bleurt: str = ""
     """Compute BLEURT with this PyTorch checkpoint, a folder or hub id such as lucadiliello/BLEURT-20."""
     judge_url: str = ""

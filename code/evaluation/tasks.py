@@ -15,6 +15,8 @@ from typing import Any
 
 from funqa.annotations import SUBTASKS
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.video_part import FIELDS as PART
+from qwen_vl_streaming.timeline.segments import row_caption
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ def get_task(name: str) -> Task:
 
 
 def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """The fields of a data row that evaluation needs: `video_id`, `video_path`, `question` (None for the default
-    question), `task`, and `annotation`, which is the reference or a list of several.
+    """The fields of a data row that evaluation needs: `video_id`, `video_path`, `video_start` and `video_end` (None for
+    the whole video), `question` (None for the default question), `task`, and `annotation`, which is the reference or a
+    list of several. The reference is `human_caption`, else the joined text of `segments`, which are added if the row
+    has them.
 
     Raises InputError, without the row's line number, if the row is of another task or a reference has no word.
     """
@@ -54,7 +58,7 @@ def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
     question = data.get("question")
     if task.subtasks and question is None:
         raise InputError("has no question: add one, or remove --task funqa")
-    references = data.get("references") or [data["human_caption"]]
+    references = data.get("references") or [row_caption(data)]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise InputError("has references that are not a list of strings: fix or delete this line")
     if not all(any(map(str.isalnum, text)) for text in references):
@@ -62,9 +66,11 @@ def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
     return {
         "video_id": str(data["video_id"]),
         "video_path": data["video_path"],
+        **{name: data.get(name) for name in PART},
         "question": question,
         "task": data["task"] if task.subtasks else task.name,
         "annotation": references if len(references) > 1 else references[0],
+        **({} if data.get("segments") is None else {"segments": data["segments"]}),
     }
 
 

@@ -5,12 +5,13 @@
 Settings, dtype and the precision of the weights are read from the .args.json beside the file. Positions and mask come
 from `explain` and logits from the Qwen2.5-VL in transformers, so none of the streaming code is used. A token is correct
 if it is the arg-max after the repetition penalty. A token whose score is lower by no more than the rounding error of
-the dtype (1e-4 in float32) is reported as a tie, with its margin, and not counted as an error. The caption must also
-match its tokens, the length of its video and the named schedule, and must be complete. The exit status is 1 if any
-check fails.
+the dtype (1e-4 in float32) is reported as a tie, with its margin, and not counted as an error. The penalty does not
+apply to the end-of-slot token of a model that decides when to speak. The caption must also match its tokens, the length
+and times of its video and the named schedule, and must be complete. The exit status is 1 if any check fails.
 """
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -22,13 +23,22 @@ from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video, find_video_root
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
 from qwen_vl_streaming.common.ties import tie_margin
+from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.explain.cli import as_dict
 from qwen_vl_streaming.model.hub import model_folder
-from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template, spoken
 from qwen_vl_streaming.model.quantization import WEIGHTS, check_weights, quantize_model
+from qwen_vl_streaming.model.trained import end_of_slot
 from qwen_vl_streaming.timeline.positions import RULE
-from qwen_vl_streaming.timeline.timeline import SCHEDULE_NAME, Timeline, make_schedule, make_timeline
+from qwen_vl_streaming.timeline.timeline import (
+    SCHEDULE_NAME,
+    Timeline,
+    make_schedule,
+    make_timeline,
+    model_schedule_fault,
+    model_schedule_most,
+)
 from qwen_vl_streaming.timeline.variants import Variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from results import check_row, load_finished
@@ -94,18 +104,20 @@ def find_mismatches(
     used = [*template.prompt, template.video, *template.tail, *template.header]
     mismatches = []
     for j, token in enumerate(tokens):
-        scores = punish(torch.tensor([used + tokens[:j]]), logits[j : j + 1].clone())[0]
+        punished = spoken(used + tokens[:j], template.end_of_slot)
+        scores = punish(torch.tensor([punished]), logits[j : j + 1].clone())[0]
         if (margin := float(scores.max() - scores[token])) > 0:
             mismatches.append(Mismatch(j, margin, margin <= tie_margin(scores, dtype)))
     return mismatches
 
 
-def check_caption(row: dict, tokenizer, end: int, clips: int, most: int) -> list[str]:
-    """What is wrong with a row, for a video of `clips` clips, an answer that ends with the id `end` and has at `most`
-    so many tokens."""
-    tokens, found = row["tokens"], []
-    if tokenizer.decode(tokens, skip_special_tokens=True).strip() != row["result"].strip():
+def check_caption(row: dict, tokenizer, template: Template, clips: int, most: int) -> list[str]:
+    """What is wrong with a row, for a video of `clips` clips and an answer of at `most` so many tokens."""
+    tokens, end, end_of_slot, found = row["tokens"], template.end, template.end_of_slot, []
+    if tokenizer.decode(spoken(tokens, end_of_slot), skip_special_tokens=True).strip() != row["result"].strip():
         found.append("the caption is not the text of its tokens")
+    if row.get("end_of_slot") != end_of_slot:
+        found.append(f"the row's end-of-slot token is {row.get('end_of_slot')}, the checkpoint's {end_of_slot}")
     if row["clips"] != clips:
         found.append(f"the row has {row['clips']} clips, the video {clips}")
     if end in tokens[:-1] or len(tokens) > most:
@@ -117,11 +129,26 @@ def check_caption(row: dict, tokenizer, end: int, clips: int, most: int) -> list
 
 def check_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
     """What is wrong if `made` names a schedule and the row's differs. Counts from a file are not known here."""
+    if (most := model_schedule_most(made["schedule"])) is not None:
+        fault = model_schedule_fault(row["tokens"], row["schedule"], most, row.get("end_of_slot"))
+        return [f"{made['schedule']}: {fault}"] if fault else []
     if not SCHEDULE_NAME.fullmatch(made["schedule"]):
         return []
     asked = make_schedule(made["schedule"], variant, row["clips"], f"{made['seed']} {row['video_id']}")
     counts = list(asked.counts(len(row["tokens"])))
     return [] if row["schedule"] == counts else [f"{made['schedule']} gives {counts}, the row has {row['schedule']}"]
+
+
+def check_times(row: dict, source: dict, seconds_per_clip: float) -> list[str]:
+    """What is wrong with the times in a row, which its timeliness is computed from: the duration of a clip, and the
+    segments, if it has any, of the data's row `source`."""
+    found = []
+    clip = row.get("seconds_per_clip", seconds_per_clip)
+    if not isinstance(clip, float | int) or not math.isclose(clip, seconds_per_clip):
+        found.append(f"the row has clips of {str(clip)[:20]} s, the video {seconds_per_clip:g} s")
+    if "segments" in row and row["segments"] != source.get("segments"):
+        found.append("the segments are not those of the data")
+    return found
 
 
 def read_asked(path: str) -> dict[str, dict]:
@@ -181,12 +208,14 @@ def main() -> None:
     mismatches: list[Mismatch] = []
     for row in Progress(rows, unit="video", desc="verifying"):
         source = asked[row["video_id"]]
-        template = make_template(processor, source.get("question") or QUESTIONS[-1])
+        question = source.get("question") or QUESTIONS[-1]
+        template = make_template(processor, question, end_of_slot(model.config))
         path_of_video = find_video(source["video_path"], ROOT, video_root)
-        video = read_video(path_of_video, budget=budget, reader=choose_reader(os.environ))
+        video = read_video(path_of_video, part=video_part(source), budget=budget, reader=choose_reader(os.environ))
         pixels, grid = clip_pixels(processor, video.frames)
-        faults = check_caption(row, processor.tokenizer, template.end, len(pixels), made["max_new_tokens"])
+        faults = check_caption(row, processor.tokenizer, template, len(pixels), made["max_new_tokens"])
         faults += check_schedule(row, made, variant)
+        faults += check_times(row, source, video.seconds_per_clip)
         for fault in faults:
             print(f"video {row['video_id']}: {fault}")
         faulty += bool(faults)

@@ -6,17 +6,22 @@ from functools import lru_cache
 from pathlib import Path
 
 from identity import arguments_path, read_arguments
+from metrics.scoring import METRICS as CORPUS_METRICS
 from qwen_vl_streaming.common.data_rows import hash_data
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
-from qwenvl.fixed import FIXED_FLAGS
+from qwenvl.fixed import FIXED_FLAGS, FREE_FLAGS
+from report.paper import SETTINGS
 from results import count_skipped, load_finished, sibling
 
 DONE, STARTED, TO_DO = "done", "started", "to do"
-FREE = ("model_name_or_path", "pack_tokens", "per_device_train_batch_size", "gradient_accumulation_steps")
-"""Of the flags that a run keeps, those that may differ between variants: only the samples of a step count."""
+PARTIAL = "incomplete"
+"""What comes after can use it, and another run completes it: captions without one of their metrics."""
+REFUSED = "refused"
+"""It contradicts the plan, or another output."""
 FIX = "remove it, or give another --output"
+ABSENT = "absent"
 OF_A_ROW = ("variant", "position_rule", "data", "model", "model_sha256", "video_root", "schedule", "versions")
 """Arguments of a result file that differ from row to row of a table, or do not matter."""
 
@@ -36,40 +41,47 @@ class State:
     def done(self) -> bool:
         return self.word == DONE
 
+    @property
+    def usable(self) -> bool:
+        """Whether what comes after can use it."""
+        return self.word in (DONE, PARTIAL)
+
 
 def exists(path: Path) -> State:
     """A step that writes `path` last."""
     return State(DONE if path.exists() else TO_DO, where=path)
 
 
-def demo_videos(folder: Path, given: dict[str, str]) -> State:
-    """The demo's data set. Raises InputError if it was made with other settings than `given`."""
+def demo_videos(folder: Path, planned: dict[str, object]) -> State:
+    """The demo's data set. Raises InputError if it was made with other settings than `planned`."""
     settings = folder / "make_data.json"
     if settings.exists():
-        made = read_object(settings, FIX)
-        for name, value in given.items():
-            if str(made.get(name)) != value:
-                raise InputError(
-                    f"{folder} was made with --{name.replace('_', '-')} {made.get(name)}, not {value}: give another "
-                    "--output, or delete its folder"
-                )
+        compare(f"{folder} was made", read_object(settings, FIX), planned, "delete its folder")
     return exists(folder / "truth.jsonl")
 
 
-def prepared(rows: list[Path], report: Path, flags: dict[str, str]) -> State:
-    """Rows of mani_data.py, which writes its `report` last. Raises InputError if it sampled otherwise than `flags`
-    say."""
+def prepared(rows: list[Path], report: Path, planned: dict[str, object]) -> State:
+    """Rows of mani_data.py, which writes its `report` last. Raises InputError if it selected and sampled otherwise than
+    `planned`."""
     if not report.exists() or not all(path.exists() for path in rows):
         return State(where=report)
     made = read_object(report, FIX)
-    limit = int(flags["max-samples"]) if "max-samples" in flags else None
-    if made.get("max_samples") != limit:
-        raise InputError(
-            f"{report} was made with --max-samples {made.get('max_samples')}, not {limit}: give another --output, or "
-            "delete it to prepare the data again"
-        )
+    flat = [{**each, **rules} for each in (made, planned) if isinstance(rules := each.get("rules", {}), dict)]
+    if len(flat) == 2:
+        compare(f"{report} was made", flat[0], flat[1], "delete it to prepare the data again")
     train, test = (count_rows(path) for path in rows)
     return State(DONE, f"{train:,} rows for training, {test:,} for evaluation", where=report)
+
+
+def compare(what: str, made: dict, planned: dict[str, object], fix: str) -> None:
+    """Raises InputError, with all of them, where values of `planned` that `made` has differ."""
+    flags = [
+        f"--{name.replace('_', '-')} {made[name]}, not {value}"
+        for name, value in planned.items()
+        if name in made and made[name] != value and not isinstance(value, dict)
+    ]
+    if flags:
+        raise InputError(f"{what} with {', and with '.join(flags)}: give another --output, or {fix}")
 
 
 def trained(folder: Path, data: Path, model: str, variant: str, flags: dict[str, str]) -> State:
@@ -84,17 +96,13 @@ def trained(folder: Path, data: Path, model: str, variant: str, flags: dict[str,
     pairs = [("variant", made.get("variant"), variant)]
     pairs += [("the model", whole_path(arguments.get("model_name_or_path")), whole_path(model))]
     kept = FIXED_FLAGS.split()
-    pairs += [(f"--{k}", arguments.get(k), v) for k, v in flags.items() if k in kept or k.startswith("tune_")]
+    recipe = planned_flags(made, arguments, flags)
+    pairs += [(f"--{name}", arguments.get(name), value) for name, value in recipe.items()]
     if data.exists():
         pairs.append((f"the hash of {data.name}", used.get("sha256"), data_hash(data)))
-    for what, found, planned in pairs:
-        if not same(found, planned):
-            raise InputError(
-                f"{path} is of another run: {what} is {found}, not {planned}: move {folder.name} away, or give another "
-                "--output"
-            )
+    refuse_other(path, pairs, f"move {folder.name} away")
     # The samples that do not count (left_out) may differ: a variant has longer sequences than another.
-    facts = {f"--{name}": arguments[name] for name in kept if name in arguments and name not in FREE}
+    facts = {f"--{name}": arguments[name] for name in kept if name in arguments and name not in FREE_FLAGS.split()}
     facts |= {f"--{name}": value for name, value in arguments.items() if name.startswith(("tune_", "lora_"))}
     facts["the hash of the training data"], facts["the schedule"] = used.get("sha256"), made.get("schedule")
     facts["the hash of the base model"] = made.get("model_sha256")
@@ -109,9 +117,32 @@ def trained(folder: Path, data: Path, model: str, variant: str, flags: dict[str,
     return State(DONE, f"finished {made['finished']}", facts, folder)
 
 
-def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: str, metrics: list[str]) -> State:
+def planned_flags(made: dict, arguments: dict, flags: dict[str, str]) -> dict[str, object]:
+    """The values of the flags that decide a training: those of `flags`, and for the others in which the run differs
+    from sft.sh's defaults, the default."""
+    decide = ("wait_k", *(name for name in FIXED_FLAGS.split() if name not in FREE_FLAGS.split()))
+    planned: dict[str, object] = dict(made.get("recipe_differences") or {})
+    planned |= {name: value for name, value in flags.items() if name in decide or name.startswith(("tune_", "lora_"))}
+    if arguments.get("use_cpu") and "bf16" not in flags:
+        planned["bf16"] = "False"  # as sft.sh sets it there
+    return planned
+
+
+def refuse_other(path: Path, pairs: list[tuple[str, object, object]], fix: str) -> None:
+    """Raises InputError, with all of them, where the found and the planned value of `pairs` differ."""
+    others = [
+        f"{what} is {found}, {'which is not there' if planned == ABSENT else f'not {planned}'}"
+        for what, found, planned in pairs
+        if not same(found, planned)
+    ]
+    if others:
+        raise InputError(f"{path} is of another run: {'; '.join(others)}: {fix}, or give another --output")
+
+
+def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: str, flags: dict[str, str]) -> State:
     """A result file with its arguments and scores. Raises InputError where they are of other data, of another
-    checkpoint or of another schedule than the plan's."""
+    checkpoint, of another schedule or of other settings than the plan's, which `flags` of eval.sh and its defaults
+    are."""
     if not arguments_path(out).exists():
         return State(where=out)
     made = read_arguments(out)
@@ -123,15 +154,15 @@ def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: s
     pairs += [("the schedule", made["schedule"].split("-")[0], {"fixed": "wait", "random": "random"}[schedule])]
     if data.exists():
         pairs.append((f"the hash of {data.name}", made.get("data_sha256"), data_hash(data)))
-    pairs.append(
-        ("the hash of the checkpoint", made.get("model_sha256"), of_checkpoint(str(checkpoint)) if finished else None)
-    )
-    for what, found, planned in pairs:
-        if found != planned:
-            now = f"not {planned}" if planned else "which is not there"
-            raise InputError(
-                f"{out} is of another run: {what} is {found}, {now}: delete it to start over, or give another --output"
-            )
+    now = of_checkpoint(str(checkpoint)) if finished else ABSENT
+    pairs.append(("the hash of the checkpoint", made.get("model_sha256"), now))
+    settings = {**SETTINGS, **training_settings(checkpoint), **{k.replace("-", "_"): v for k, v in flags.items()}}
+    pairs += [
+        (f"--{k.replace('_', '-')}", v, settings[k]) for k, v in made.items() if k in settings and k != "schedule"
+    ]
+    if "K" in settings and made["schedule"].partition("-")[2].isdigit():
+        pairs.append(("the K of the schedule", made["schedule"].partition("-")[2], settings["K"]))
+    refuse_other(out, pairs, "delete it to start over")
     facts = {name: value for name, value in made.items() if name not in OF_A_ROW}
     facts["the K of the schedule"] = made["schedule"].partition("-")[2]
     skipped, total = count_skipped(out), count_rows(data) if data.exists() else rows
@@ -142,11 +173,37 @@ def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: s
         facts["the BLEURT checkpoint"] = Path(scores["bleurt"]["checkpoint"]).name
     if "judge" in scores:
         facts["the judge"] = scores["judge"]["model"]
+        judges = ("the judge", scores["judge"]["model"], flags.get("judge-model", scores["judge"]["model"]))
+        refuse_other(path, [judges], "delete it to score again")
+    metrics = [name for name, flag in (("BLEURT", "bleurt"), ("Fluency", "judge-url")) if flag in flags]
     reasons = scores.get("not_computed", {})
-    missing = [f"{name} ({reasons.get(name, 'not scored')})" for name in metrics if name not in scores]
-    if scores.get("count") != rows or missing:
-        return State(STARTED, f"{rows:,} captions, without {', '.join(missing) or 'scores'}", facts, out)
-    return State(DONE, f"{rows:,} captions{f', {skipped:,} skipped' if skipped else ''}", facts, out)
+    if scores.get("count") != rows:
+        return State(STARTED, f"{rows:,} captions, without scores", facts, out)
+    # One reason, such as a missing Java, may explain several metrics.
+    missing: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*metrics, *(name for name in CORPUS_METRICS if name in reasons)]):
+        if name not in scores:
+            missing.setdefault(reasons.get(name, "not scored"), []).append(name)
+    without = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in missing.items())
+    detail = (
+        f"{rows:,} captions{f', {skipped:,} skipped' if skipped else ''}{f', without {without}' if without else ''}"
+    )
+    # CIDEr has no value for a single video, however often it is computed; Java may be there the next time.
+    again = any(name in names for names in missing.values() for name in (*metrics, "METEOR"))
+    return State(PARTIAL if again else DONE, detail, facts, out)
+
+
+def training_settings(checkpoint: Path) -> dict[str, object]:
+    """What an evaluation takes from the training of a checkpoint: the sizes of frames and K. Empty where run.json does
+    not say."""
+    path = checkpoint / "run.json"
+    made = read_object(path, FIX) if path.exists() else {}
+    arguments = made.get("arguments")
+    if not isinstance(arguments, dict):
+        return {}
+    sizes = ("min_pixels_per_frame", "max_pixels_per_frame", "max_pixels_per_video", "budget")
+    found = {name: arguments[name] for name in sizes if name in arguments}
+    return found | ({"K": str(arguments["wait_k"])} if "wait_k" in arguments else {})
 
 
 def reported(page: Path, rows: list[tuple[Path, str]]) -> State:
@@ -161,14 +218,16 @@ def reported(page: Path, rows: list[tuple[Path, str]]) -> State:
     return State(DONE if new and found == sorted((file.name, name) for file, name in rows) else TO_DO, where=page)
 
 
-def same(found: object, planned: str | None) -> bool:
+def same(found: object, planned: object) -> bool:
     """Whether a value in run.json is that of a flag."""
+    if found == planned:
+        return True
     if isinstance(found, bool) or found is None or planned is None:
         return str(found) == str(planned)
     try:
-        return float(str(found)) == float(planned)
+        return float(str(found)) == float(str(planned))
     except ValueError:
-        return str(found) == planned
+        return str(found) == str(planned)
 
 
 def whole_path(model: object) -> str:

@@ -11,7 +11,8 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -21,13 +22,19 @@ from qwen_vl_streaming.common.redact import redacted
 from tasks import TASKS
 
 from . import slurm
-from .checks import STARTED, State
+from .attempts import read_attempt
+from .checks import DONE, REFUSED, State
 from .forecast import Forecast, forecast
+from .queue_status import QueueStatus
 from .runner import Runner, Stopped, clean_environment
 from .settings import EVERYWHERE, PAPER, ROOT, Settings, Table, demo
 from .status import RUNNING, Progress, duration, write_page
-from .steps import EVALUATE, REPORT, Chosen, Folders, Step, find_states, make_steps
+from .steps import EVALUATE, Chosen, Folders, Step, find_states, make_steps, refusals
 
+ABOUT_DEMO = (
+    "A small model, trained and evaluated on generated videos of coloured shapes (bash paper.sh --demo). Its scores "
+    "show that the programs work, and say nothing about the paper's tables, whose values are beside them."
+)
 DEMO_FLAGS = ("steps", "train_videos", "test_videos")
 
 
@@ -46,11 +53,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--plan", action="store_true", help="show what is done and what would run, with hours and disk")
     what.add_argument("--slurm", type=Path, metavar="DIR", help="write sbatch files into this folder and submit them")
     what.add_argument("--status", action="store_true", help="rewrite the status page from the outputs and the queue")
-    what.add_argument("--report", metavar="SIZE", help="write the report of a size over what is complete")
+    what.add_argument("--report", action="store_true", help="write the report over what is complete")
     where = parser.add_argument_group("where and how")
     where.add_argument("--output", type=Path, help="folder of all output (default: paper_output or demo_output/paper)")
     where.add_argument("--gpus", default="", help="GPUs to predict for, such as 8xH100-80GB (default: those here)")
     where.add_argument("--device", choices=("cpu",), help="cpu: train and evaluate on the CPU; for the demo")
+    where.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="steps side by side on this machine, for small models [1]"
+    )
     where.add_argument("--judge-url", default="", help="compute Fluency with a judge, as in eval.sh")
     where.add_argument("--judge-model", default="", help="its model name")
     small = parser.add_argument_group("the demo")
@@ -84,6 +94,10 @@ def read_request(arguments: argparse.Namespace, caller: Path) -> Request:
         raise InputError("--everywhere contradicts --demo, which has one size: remove one")
     if sum(bool(getattr(arguments, name)) for name in ("plan", "slurm", "status", "report")) > 1:
         raise InputError("--plan, --slurm, --status and --report exclude each other: give one")
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs {arguments.jobs}: give a positive number")
+    if arguments.jobs > 1 and not arguments.demo:
+        raise InputError("--jobs is for the demo: a training of the paper's models takes all GPUs; remove it")
     if bool(arguments.judge_url) != bool(arguments.judge_model):
         raise InputError("--judge-url and --judge-model go together: give both")
     if arguments.slurm and redacted(arguments.judge_url) != arguments.judge_url:
@@ -98,8 +112,6 @@ def read_request(arguments: argparse.Namespace, caller: Path) -> Request:
         settings = demo(folders.model, arguments.steps, videos, arguments.device)
     elif arguments.everywhere:
         settings = replace(PAPER, tables=EVERYWHERE)
-    if arguments.report is not None and arguments.report not in settings.models:
-        raise InputError(f"--report {arguments.report or repr('')}: choose of {', '.join(settings.models)}")
     variants = choose("--variants", arguments.variants, settings.tables[0].variants)
     judge = ("--judge-url", arguments.judge_url, "--judge-model", arguments.judge_model) if arguments.judge_url else ()
     tables = choose_tables(settings, arguments)
@@ -187,20 +199,61 @@ def show_plan(request: Request, states: dict[str, State], forecasts: dict[str, F
         print(f"training is not predicted: {reason}")
 
 
-def write_report(request: Request, states: dict[str, State], size: str) -> NoReturn:
-    """Become report.py, over the evaluations of a size that are complete. Raises InputError where there are none."""
-    evaluations = [step for step in request.steps if step.kind == EVALUATE and step.size == size]
-    complete = [str(states[step.name].where) for step in evaluations if states[step.name].done]
-    if not complete:
-        raise InputError(f"--report {size}: none of its {len(evaluations)} evaluations is complete: run them first")
-    for step in evaluations:
-        if not states[step.name].done:
-            print(f"not in the report: {step.name} ({states[step.name].detail or states[step.name].word})")
-    name = request.folders.output / f"report-{size}"
-    like = () if request.settings.demo else ("--size", size)
-    command = [sys.executable, str(ROOT / "code/evaluation/report.py"), *complete, "--output", str(name), *like]
-    sys.stdout.flush()
+def write_report(request: Request, states: dict[str, State]) -> NoReturn:
+    """Become report.py, over the evaluations that have scores. Raises InputError where there are none."""
+    evaluations = [step for step in request.steps if step.kind == EVALUATE]
+    usable = [str(states[step.name].where) for step in evaluations if states[step.name].usable]
+    notes = refusals(request.steps, states)
+    if not usable:
+        raise InputError(
+            f"--report: none of the {len(evaluations)} evaluations is complete: {next(iter(notes), 'run them first')}"
+        )
+    notes += [
+        f"{step.name} is not in the report: {states[step.name].detail or states[step.name].word}"
+        for step in evaluations
+        if not states[step.name].usable and states[step.name].word != REFUSED
+    ]
+    print("\n".join(notes), end="\n" * bool(notes), flush=True)
+    if request.settings.demo:
+        notes.insert(0, ABOUT_DEMO)
+    name = request.folders.report.with_suffix("")
+    words = [word for note in notes for word in ("--note", note)]
+    command = [sys.executable, str(ROOT / "code/evaluation/report.py"), *usable, "--output", str(name), *words]
     os.execve(command[0], command, clean_environment())
+
+
+@contextmanager
+def lock_output(folders: Folders) -> Iterator[None]:
+    """Raises InputError where the output folder cannot be written, or another paper.sh runs in it."""
+    try:
+        folders.output.mkdir(parents=True, exist_ok=True)
+        lock = (folders.output / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"--output {folders.output} cannot be written ({error.strerror}): give another") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another paper.sh runs in {folders.output}, and rewrites {folders.page.name}: wait for it, or stop it"
+            ) from None
+        yield
+
+
+def show_status(request: Request, progress: dict[str, Progress]) -> None:
+    """Rewrite the status page from the outputs, the attempts and SLURM's queue."""
+    status, every = QueueStatus(request.folders), list(progress.values())
+    status.update(request.steps, progress)
+    running = sum(one.word == RUNNING for one in every)
+    write_page(request.folders, every, status.is_finished(every), max(1, running))
+    print(f"status: {request.folders.page}")
+
+
+def end_with(refused: Sequence[str], code: int = 0) -> NoReturn:
+    """End with `code`, or with 2 and a line for each part that is refused."""
+    for line in refused:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(code or (2 if refused else 0))
 
 
 def main() -> None:
@@ -209,15 +262,17 @@ def main() -> None:
     request = read_request(arguments, caller)
     folders, steps = request.folders, request.steps
     states = find_states(steps)
+    refused = refusals(steps, states)
+    todo = [step for step in steps if states[step.name].word not in (DONE, REFUSED)]
     if arguments.slurm:
-        jobs = slurm.make_jobs([step for step in steps if not states[step.name].done])
+        jobs = slurm.make_jobs(todo)
         again = ["bash", str(ROOT / "paper.sh"), "--status", *same_flags(arguments, folders.output)]
+        again += ["--gpus", arguments.gpus] if arguments.gpus else []
         lines = slurm.submit(jobs, caller / arguments.slurm, folders.output, again)
         print("\n".join(lines) or "everything is done")
-        return
+        end_with(refused)
     if arguments.report:
-        write_report(request, states, arguments.report)
-    todo = [step for step in steps if not states[step.name].done]
+        write_report(request, states)
     predict = arguments.gpus or not (arguments.device or arguments.status)
     try:
         forecasts = forecast(todo, arguments.gpus) if predict else {}
@@ -228,35 +283,24 @@ def main() -> None:
         forecasts = {}
     if arguments.plan:
         show_plan(request, states, forecasts)
-        return
+        end_with(refused)
     progress = {step.name: Progress(step, states[step.name].word, states[step.name].detail) for step in steps}
     for name, found in forecasts.items():
         progress[name].predicted = found.seconds
     if arguments.status:
-        queue = slurm.queued_jobs()
-        for step in todo:
-            if slurm.entry(step, folders.output) in queue:
-                progress[step.name].word = RUNNING if states[step.name].word == STARTED else "queued"
-        write_page(folders, list(progress.values()))
-        print(f"status: {folders.page}")
-        return
-    try:
-        folders.output.mkdir(parents=True, exist_ok=True)
-        lock = (folders.output / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"--output {folders.output} cannot be written ({error.strerror}): give another") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another paper.sh runs in {folders.output}: wait for it, or stop it") from None
+        show_status(request, progress)
+        end_with(refused)
+    for step in steps:
+        attempt = read_attempt(folders.logs, step.name)
+        if attempt and attempt.status == 0 and progress[step.name].word == DONE:
+            progress[step.name].took = attempt.took
+    with lock_output(folders):
         print(f"status: {folders.page}", flush=True)
         try:
-            code = Runner(steps, folders, states, progress).run()
+            code = Runner(steps, folders, states, progress, arguments.jobs).run()
         except Stopped as stopped:
             print(f"stopped by {stopped}: the same command goes on from here", file=sys.stderr)
             sys.exit(128 + stopped.number)
-    for step in steps:
-        if step.kind == REPORT and progress[step.name].word == "done":
-            print(f"report: {folders.output / f'report-{step.size}.html'}")
-    sys.exit(code)
+    if progress[steps[-1].name].word == DONE:
+        print(f"report: {folders.report}")
+    end_with(refused, code)

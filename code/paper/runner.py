@@ -1,4 +1,5 @@
-"""Runs the steps one after the other on this machine, each with a log, and rewrites the status page meanwhile.
+"""Runs the steps on this machine, one after the other or several side by side, each with a log, and rewrites the status
+page meanwhile.
 
 A step that fails names its log; steps that do not need it go on. Knows nothing about what steps do.
 """
@@ -10,21 +11,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.redact import redacted_command
 
-from .checks import DONE, TO_DO, State
+from .attempts import LOCAL, Attempt, attempt_path
+from .checks import DONE, PARTIAL, REFUSED, TO_DO, State
 from .settings import ROOT
-from .status import BLOCKED, FAILED, RUNNING, Progress, duration, write_page
+from .status import BLOCKED, ENDED, FAILED, RUNNING, Progress, duration, write_page
 from .steps import REPORT, Folders, Step, check_step
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PERIOD = 5.0
-"""Seconds between two versions of the status page while a step runs."""
-OWN_PATHS = {str(ROOT / folder) for folder in ("code", "code/evaluation", "code/qwen-vl-finetune")}
+"""Seconds between two versions of the status page while steps run."""
+POLL = 0.1
+"""Seconds between two looks at the steps that run."""
+OWN_PATHS = {str(ROOT / folder) for folder in ("", "code", "code/demo", "code/evaluation", "code/qwen-vl-finetune")}
 """What paper.sh adds to PYTHONPATH for this program alone."""
 
 
@@ -37,6 +42,16 @@ class Stopped(Exception):
 
 
 @dataclass
+class Running:
+    """A step that runs."""
+
+    step: Step
+    process: subprocess.Popen
+    log_start: int
+    """Where it begins in its log, which earlier runs may have written to."""
+
+
+@dataclass
 class Runner:
     """The steps, with what is known about each."""
 
@@ -44,85 +59,159 @@ class Runner:
     folders: Folders
     states: dict[str, State]
     progress: dict[str, Progress]
-    _log_start: int = 0
-    """Where the running step begins in its log, which earlier runs may have written to."""
+    jobs: int = 1
+    """Steps that run side by side."""
+    _running: list[Running] = field(default_factory=list)
+    _ran: set[str] = field(default_factory=set)
+    """Steps that ran in this run, and have ended."""
+    _settled: set[str] = field(default_factory=set)
+    """Steps that were done before."""
+    _signal: int = 0
 
     def run(self) -> int:
         """Run what is not done. Returns the exit status: 0, or 1 if a step failed. Raises Stopped."""
         for number in SIGNALS:
-            signal.signal(number, _stop)
+            signal.signal(number, self._stop)
         for number, step in enumerate(self.steps, 1):
-            self.progress[step.name].number = number
-        for step in self.steps:
-            self._run_if_needed(step)
-        self._write_page(finished=True)
-        failed = [one for one in self.progress.values() if one.word in (FAILED, BLOCKED)]
-        for one in failed:
-            where = f": see {self.folders.log(one.step.name)}" if one.word == FAILED else f": {one.detail}"
-            print(f"{one.word}: {one.step.name}{where}", file=sys.stderr)
-        if failed:
-            print("the same command goes on from here", file=sys.stderr)
-        return 1 if failed else 0
+            one = self.progress[step.name]
+            one.number = number
+            if one.word == REFUSED:
+                print(f"{self._name(step)}: {REFUSED}, {one.detail}", flush=True)
+        try:
+            while not self._signal:
+                self._start_ready()
+                if not self._running:
+                    break
+                self._wait()
+        finally:
+            self._end_all()
+            self._write_page(finished=True)
+        if self._signal:
+            raise Stopped(self._signal)
+        return self._summarize()
 
-    def _run_if_needed(self, step: Step) -> None:
+    def _summarize(self) -> int:
+        words = {one.word for one in self.progress.values()}
+        for one in self.progress.values():
+            if one.word in (FAILED, BLOCKED):
+                where = f": see {self.folders.log(one.step.name)}" if one.word == FAILED else f": {one.detail}"
+                print(f"{one.word}: {one.step.name}{where}", file=sys.stderr)
+            elif one.word == PARTIAL:
+                print(f"{one.word}: {one.step.name}: {one.detail}", file=sys.stderr)
+        if words & {FAILED, BLOCKED, PARTIAL}:
+            print("the same command goes on from here", file=sys.stderr)
+        return 1 if words & {FAILED, BLOCKED} else 0
+
+    def _name(self, step: Step) -> str:
+        return f"[{self.progress[step.name].number}/{len(self.steps)}] {step.name}"
+
+    def _start_ready(self) -> None:
+        """Start steps until `jobs` run, or none is ready. Side by side, those that most steps wait for come first."""
+        while len(self._running) < self.jobs and not self._signal:
+            ready = [step for step in self.steps if self._settle(step)]
+            if not ready:
+                return
+            self._start(max(ready, key=self._steps_behind) if self.jobs > 1 else ready[0])
+
+    def _steps_behind(self, step: Step) -> int:
+        """The length of the longest chain of steps that need `step`, itself included."""
+        return 1 + max((self._steps_behind(other) for other in self.steps if step.name in other.after), default=0)
+
+    def _settle(self, step: Step) -> bool:
+        """Say so if the step need not or cannot run. Returns whether it can start now."""
         one = self.progress[step.name]
-        what = f"[{one.number}/{len(self.steps)}] {step.name}"
-        if step.kind == REPORT and any(self.progress[name].took for name in step.after):
+        if one.word in (RUNNING, FAILED, BLOCKED, REFUSED) or step.name in self._ran | self._settled:
+            return False
+        before = [self.progress[name] for name in (*step.after, *step.behind)]
+        if any(other.word not in ENDED and other.step.name not in self._ran for other in before):
+            return False
+        if step.kind == REPORT and one.word == DONE and self._ran & set(step.after):
             one.word = TO_DO  # its rows have changed
         if one.word == DONE:
-            print(f"{what}: already done{f', {one.detail}' if one.detail else ''}", flush=True)
-            return
-        lacking = [name for name in step.after if self.progress[name].word != DONE]
+            self._settled.add(step.name)
+            print(f"{self._name(step)}: already done{f', {one.detail}' if one.detail else ''}", flush=True)
+            return False
+        lacking = [name for name in step.after if self.progress[name].word not in (DONE, PARTIAL)]
         if lacking and (step.kind != REPORT or len(lacking) == len(step.after)):
             one.word, one.detail = BLOCKED, f"needs {lacking[0]}"
-            print(f"{what}: {BLOCKED}, {one.detail}", flush=True)
-            return
-        print(f"{what}: running, log in {self.folders.log(step.name)}", flush=True)
-        one.word, one.detail, one.began = RUNNING, "", time.time()
-        code = self._execute(step)
-        one.took = time.time() - one.began
-        one.word, one.detail = self._outcome(step, code)
-        print(f"{what}: {one.word} in {duration(one.took)}{f', {one.detail}' if one.detail else ''}", flush=True)
-        self._write_page()
+            print(f"{self._name(step)}: {BLOCKED}, {one.detail}", flush=True)
+            return False
+        return True
 
-    def _execute(self, step: Step) -> int:
-        """Run the command to its end. Raises Stopped once it has ended after a signal."""
+    def _start(self, step: Step) -> None:
         log, one = self.folders.log(step.name), self.progress[step.name]
+        print(f"{self._name(step)}: running, log in {log}", flush=True)
+        command = (step.complete if one.word == PARTIAL else ()) or step.command
+        one.word, one.detail, one.began, one.log = RUNNING, "", time.time(), log
         log.parent.mkdir(parents=True, exist_ok=True)
+        write_file(attempt_path(self.folders.logs, step.name), str(Attempt(LOCAL, one.began)))
         with log.open("ab") as file:
-            self._log_start = file.tell()
-            file.write(f"+ {shlex.join(redacted_command(list(step.command)))}\n".encode())
+            start = file.tell()
+            file.write(f"+ {shlex.join(redacted_command(list(command)))}\n".encode())
             file.flush()
             process = subprocess.Popen(
-                step.command,
+                command,
                 cwd=ROOT,
-                env={**clean_environment(), **step.environment},
+                env={**clean_environment(), **self._threads(), **step.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C reaches this program alone, which passes it on once
             )
-            try:
-                while True:
-                    one.detail = last_line(log, self._log_start)
-                    self._write_page()
-                    try:
-                        return process.wait(PERIOD)
-                    except subprocess.TimeoutExpired:
-                        pass
-            except Stopped:
-                for number in SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)  # a training that saves may take minutes
-                process.terminate()
-                process.wait()
-                one.word, one.detail = TO_DO, "stopped"
-                self._write_page(finished=True)
-                raise
+        self._running.append(Running(step, process, start))
+        self._write_page()
 
-    def _outcome(self, step: Step, code: int) -> tuple[str, str]:
+    def _threads(self) -> dict[str, str]:
+        """Steps side by side divide the cores, unless the user has set how many threads they take."""
+        if self.jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.jobs))}
+
+    def _wait(self) -> None:
+        """Wait until a step has ended, a signal has come or the page is old."""
+        end = time.monotonic() + PERIOD
+        while time.monotonic() < end and not self._signal:
+            ended = [one for one in self._running if one.process.poll() is not None]
+            for running in ended:
+                self._running.remove(running)
+                self._note_end(running)
+            if ended:
+                break
+            time.sleep(POLL)
+        for running in self._running:
+            self.progress[running.step.name].detail = last_line(
+                self.folders.log(running.step.name), running.log_start, running=True
+            )
+        self._write_page()
+
+    def _note_end(self, running: Running) -> None:
+        step, code = running.step, running.process.returncode
+        one, now = self.progress[step.name], time.time()
+        one.took = now - one.began
+        attempt = Attempt(LOCAL, one.began, now, code)
+        write_file(attempt_path(self.folders.logs, step.name), str(attempt))
+        self._ran.add(step.name)
+        one.word, one.detail = self._outcome(running, code)
+        detail = f", {one.detail}" if one.detail else ""
+        print(f"{self._name(step)}: {one.word} in {duration(one.took)}{detail}", flush=True)
+
+    def _end_all(self) -> None:
+        """End what still runs, after a signal or an error, and wait for it."""
+        if self._running:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # a training that saves may take minutes
+        for running in self._running:
+            running.process.terminate()
+        for running in self._running:
+            running.process.wait()
+            one = self.progress[running.step.name]
+            one.word, one.detail = TO_DO, "stopped"
+
+    def _outcome(self, running: Running, code: int) -> tuple[str, str]:
         """The state of a step that has ended with exit status `code`, and a line about it."""
+        step = running.step
         if code:
-            return FAILED, last_line(self.folders.log(step.name), self._log_start) or f"exit status {code}"
+            return FAILED, last_line(self.folders.log(step.name), running.log_start) or f"exit status {code}"
         try:
             first = {s.table: s.name for s in reversed(self.steps) if self.states[s.name].facts}
             state = check_step(step, self.states, first)
@@ -131,10 +220,15 @@ class Runner:
         self.states[step.name] = state
         if step.kind == REPORT and not state.done and state.where and state.where.exists():
             return DONE, "over the rows that are complete"
-        return (DONE, state.detail) if state.done else (FAILED, f"ended, but its output is incomplete: {state.detail}")
+        if state.usable:
+            return state.word, state.detail
+        return FAILED, f"ended, but its output is incomplete: {state.detail}"
 
     def _write_page(self, finished: bool = False) -> None:
-        write_page(self.folders, list(self.progress.values()), finished)
+        write_page(self.folders, list(self.progress.values()), finished, self.jobs)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._signal = number
 
 
 def clean_environment() -> dict[str, str]:
@@ -145,16 +239,12 @@ def clean_environment() -> dict[str, str]:
     return {**kept, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
 
 
-def last_line(log: Path, start: int = 0, most: int = 8192) -> str:
-    """Of a log from byte `start`, the last line that begins with `error:`, else the last line. Progress bars end lines
-    with a carriage return."""
+def last_line(log: Path, start: int = 0, most: int = 8192, running: bool = False) -> str:
+    """Of a log from byte `start`, the last line that begins with `error:`, unless its step is `running`; else the last
+    line. Progress bars end lines with a carriage return."""
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - most))
         lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").split("\n")]
     lines = [line for line in lines if line]
-    errors = [line for line in lines if line.startswith("error:")]
+    errors = [line for line in lines if line.startswith("error:") and not running]
     return (errors or lines or [""])[-1][:300]
-
-
-def _stop(number: int, frame: object) -> None:
-    raise Stopped(number)

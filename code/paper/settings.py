@@ -70,6 +70,8 @@ SBATCH = (
     "--time=24:00:00 --signal=TERM@300 --requeue --open-mode=append",
 )
 """Lines of the sbatch files of training and evaluation."""
+REQUEUES = 20
+"""How often a job that has reached its time limit goes back into the queue."""
 SBATCH_CPU = ("--nodes=1 --ntasks=1 --cpus-per-task=16", "--time=24:00:00")
 """Those of data preparation and the report."""
 
@@ -89,7 +91,8 @@ def demo(model: Path, steps: int | None, videos: dict[str, int | None], device: 
             *(("--max_steps", str(steps)) if steps else ()),
             *(("--use_cpu", "True") if cpu else ()),
         ),
-        evaluate=("--batch-size", "8", *(("--device", "cpu") if cpu else ())),
+        # GiB for keys and values, so that steps side by side share a GPU.
+        evaluate=("--batch-size", "8", "--workers", "2", "--memory", "2", *(("--device", "cpu") if cpu else ())),
         videos=tuple(word for flag, value in videos.items() if value for word in (flag, str(value))),
         demo=True,
     )

@@ -3,7 +3,8 @@ their dependencies.
 
 A file that was edited is submitted as it is, if it was written for the same commands. Array indices and dependencies,
 which depend on what is done, are flags of sbatch. What is queued or running, SLURM itself says (squeue), so nothing is
-submitted twice.
+submitted twice. Each file also writes when its step began and ended and its exit status (attempts.py), which the status
+page shows.
 """
 
 import hashlib
@@ -17,15 +18,28 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import reporting_write_errors, write_file
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
+from .attempts import attempt_path
 from .runner import clean_environment
-from .settings import ROOT, SBATCH, SBATCH_CPU
-from .steps import EVALUATE, PREPARE, REPORT, TRAIN, Step
+from .settings import REQUEUES, ROOT, SBATCH, SBATCH_CPU
+from .steps import EVALUATE, PREPARE, REPORT, TRAIN, VARIANT, Command, Step
 
-VARIANT = "@variant@"
-"""Stands for the variant in the commands of an array."""
-REQUEUE = 'if [ "$status" -eq 143 ]; then scontrol requeue "$job"; fi  # saved before the time limit'
+REQUEUE = (
+    'if [ "$status" -eq 143 ]; then  # saved before the time limit',
+    f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {REQUEUES} ]; then scontrol requeue "$job"',
+    f'  else echo "error: stopped at the time limit {REQUEUES + 1} times: submit it again to go on" >&2; fi',
+    "fi",
+)
 STAMP = "# for these commands: "
 """Before the hash of the text that was written, in a line of its own."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job, or an element of an array, in SLURM's queue."""
+
+    job: str
+    state: str
+    """Such as PENDING or RUNNING."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,12 @@ def quote(word: str) -> str:
     return escaped if plain and word else f'"{escaped}"'
 
 
-def script(job: Job, after_each: Sequence[str]) -> str:
+def log_path(logs: Path, group: str, job: str) -> Path:
+    """The log of a job, or of an element such as 12_4."""
+    return logs / f"{group}-{job}.log"
+
+
+def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
     """The sbatch file of a job. `after_each` is the command that rewrites the status page."""
     step = job.steps[0]
     gpu = step.kind in (TRAIN, EVALUATE)
@@ -75,17 +94,20 @@ def script(job: Job, after_each: Sequence[str]) -> str:
     lines += [f"#SBATCH {line}" for line in (SBATCH if gpu else SBATCH_CPU)]
     lines += [f"cd {quote(str(ROOT))}", "unset ${!QWEN2_5_VL_@}"]
     # SLURM_JOB_ID of one element of an array is the id of the whole array.
-    lines += ["job=$SLURM_JOB_ID" if not job.is_array else "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"] * gpu
+    lines += ["job=$SLURM_JOB_ID" if not job.is_array else "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"]
     # From SLURM 22.05 on, srun does not take it from sbatch.
     lines += ["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"] * gpu
-    environment, command = step.environment, step.command
+    command = step.array or Command(step.command, step.environment)
     if job.is_array:
         lines += [f"variants=({' '.join(VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
-        command = tuple(_generic(word, step.variant) for word in command)
-        environment = {name: _generic(value, step.variant) for name, value in environment.items()}
-    lines += [f"export {name}={quote(value)}" for name, value in environment.items()]
-    lines += [("srun " if gpu else "") + " ".join(map(quote, command)), "status=$?"]
-    lines += [" ".join(map(quote, after_each)), *([REQUEUE] if gpu else []), 'exit "$status"']
+    lines += [f"export {name}={quote(value)}" for name, value in command.environment.items()]
+    name, show = f"{job.group}-{VARIANT}" if job.is_array else job.group, " ".join(map(quote, after_each))
+    lines += [f"attempt={quote(str(attempt_path(logs, name)))}", "began=$(date +%s)", 'echo "$job $began" >"$attempt"']
+    lines += [f"{show} >/dev/null &"]
+    lines += [("srun " if gpu else "") + " ".join(map(quote, command.words)), "status=$?"]
+    lines += ['echo "$job $began $(date +%s) $status" >"$attempt"']
+    lines += REQUEUE if gpu else ()  # at once: the time limit is near
+    lines += ["wait", show, 'exit "$status"']
     lines.insert(2, STAMP + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16])
     return "\n".join(lines) + "\n"
 
@@ -113,55 +135,55 @@ def write_script(path: Path, text: str) -> str:
     return f"{path} was edited, and is kept as it is"
 
 
-def _generic(word: str, variant: str) -> str:
-    """`word` with VARIANT for the variant, where it stands alone or ends a folder's or begins a file's name."""
-    if word == variant:
-        return VARIANT
-    head, slash, name = word.rpartition("/")
-    for start, end in (("", "_infer.json"), ("", "_random_infer.json")):
-        if name == f"{start}{variant}{end}":
-            return f"{head}{slash}{VARIANT}{end}"
-    return f"{word.removesuffix(variant)}{VARIANT}" if name.endswith(f"-{variant}") else word
-
-
-def queued_jobs() -> dict[tuple[str, str], str]:
-    """The ids of the user's jobs in the queue, by name and array index; none where there is no squeue."""
+def queued_jobs() -> dict[tuple[str, str], Queued]:
+    """The user's jobs in the queue, by name and array index; none where there is no squeue."""
     if not shutil.which("squeue"):
         return {}
-    lines = _run(["squeue", "--me", "--noheader", "--array", "--format=%j %K %F"], "squeue").splitlines()
-    return {(words[0], words[1]): words[2] for line in lines if len(words := line.split()) == 3}
+    lines = _run(["squeue", "--me", "--noheader", "--array", "--format=%j %K %F %T"], "squeue").splitlines()
+    return {(words[0], words[1]): Queued(words[2], words[3]) for line in lines if len(words := line.split()) == 4}
 
 
 def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence[str]) -> list[str]:
     """Write the files of `jobs` into `folder` and submit what is not queued. Returns a line for each job.
 
+    A job that is queued and waits for nothing that is submitted now stays as it is; else it waits for that too.
     Raises InputError where sbatch is missing or refuses a file, naming it and what is queued already.
     """
+    logs = output / "logs"
     lines: list[str] = []
     for job in jobs:
         path = folder / f"{job.group}.sbatch"
-        if line := write_script(path, script(job, after_each)):
+        if line := write_script(path, script(job, logs, after_each)):
             lines.append(line)
     if not shutil.which("sbatch"):
         raise InputError(
             f"sbatch is not on this machine, so nothing was submitted; the files are in {folder}: give the same "
             "command where SLURM is, or omit --slurm to run here"
         )
-    with reporting_write_errors(output / "logs"):
-        (output / "logs").mkdir(parents=True, exist_ok=True)  # without it, SLURM drops the logs
+    with reporting_write_errors(logs):
+        logs.mkdir(parents=True, exist_ok=True)  # without it, SLURM drops the logs
     queue = queued_jobs()
-    ids = {step.name: queue[entry(step, output)] for job in jobs for step in job.steps if entry(step, output) in queue}
+    found = {step.name: queue.get(entry(step, output)) for job in jobs for step in job.steps}
+    ids = {name: queued.job for name, queued in found.items() if queued}
     lines += [f"{name}: already in the queue as job {number}" for name, number in ids.items()]
+    new: set[str] = set()
     for job in jobs:
         parts: dict[str, list[Step]] = {}
         for step in job.steps:
-            if step.name not in ids:
-                parts.setdefault(dependency(step, ids), []).append(step)
+            needs, queued = dependency(step, ids), found[step.name]
+            if queued is None:
+                parts.setdefault(needs, []).append(step)
+            elif not job.is_array and new & {*step.after, *step.behind}:
+                if queued.state == "PENDING":
+                    _run(["scontrol", "update", f"JobId={queued.job}", f"Dependency={needs}"], "scontrol update")
+                    lines.append(f"{step.name}: job {queued.job} now waits for {needs}")
+                elif step.kind == REPORT:  # it runs, and another one has the rows that are submitted now
+                    parts.setdefault(needs, []).append(step)
         for needs, steps in parts.items():
             entries = [entry(step, output) for step in steps]
             indices = ",".join(index for _, index in entries)
             command = ["sbatch", "--parsable", f"--job-name={entries[0][0]}", "--kill-on-invalid-dep=yes"]
-            command += [f"--output={output}/logs/{job.group}-{'%A_%a' if job.is_array else '%j'}.log"]
+            command += [f"--output={log_path(logs, job.group, '%A_%a' if job.is_array else '%j')}"]
             command += [f"--array={indices}"] if job.is_array else []
             command += [f"--dependency={needs}"] if needs else []
             path = folder / f"{job.group}.sbatch"
@@ -171,6 +193,7 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
                 there = ", ".join(dict.fromkeys(ids.values())) or "none"
                 raise InputError(f"{error}; jobs in the queue, which are not submitted again: {there}") from error
             ids |= {step.name: number for step in steps}
+            new |= {step.name for step in steps}
             more = [f"array {indices}"] * job.is_array + [needs] * bool(needs)
             lines.append(", ".join([f"{job.group}: job {number}", *more]))
     return lines
@@ -180,16 +203,22 @@ def dependency(step: Step, ids: dict[str, str]) -> str:
     """What a step waits for: the jobs, of `ids` by step name, of the steps that it needs; empty for nothing.
 
     An element of an array of evaluations waits for the same element of its training (aftercorr). The report waits for
-    all evaluations to end, in whatever way (afterany).
+    all evaluations to end, in whatever way (afterany), as a step does for those that it is only behind.
     """
     kind = {EVALUATE: "aftercorr", REPORT: "afterany"}.get(step.kind, "afterok")
-    jobs = dict.fromkeys(ids[name] for name in step.after if name in ids)
-    return f"{kind}:{':'.join(jobs)}" if jobs else ""
+    parts = []
+    for how, names in ((kind, step.after), ("afterany", step.behind)):
+        if jobs := dict.fromkeys(ids[name] for name in names if name in ids):
+            parts.append(f"{how}:{':'.join(jobs)}")
+    return ",".join(parts)
 
 
 def _run(command: list[str], what: str) -> str:
     """The output of `command`. Raises InputError with its last line of stderr where it fails."""
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    except OSError as error:
+        raise InputError(f"{what} failed ({error.strerror}): fix that and give the same command") from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise InputError(f"{what} failed ({reason}): fix that and give the same command")

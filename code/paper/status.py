@@ -13,11 +13,11 @@ from statistics import fmean
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from qwen_vl_streaming.common.files import write_file
 
-from .checks import DONE
+from .checks import DONE, PARTIAL, REFUSED
 from .steps import Folders, Step
 
-RUNNING, FAILED, BLOCKED = "running", "failed", "not run"
-ENDED = (DONE, FAILED, BLOCKED)
+RUNNING, QUEUED, FAILED, BLOCKED = "running", "queued", "failed", "not run"
+ENDED = (DONE, FAILED, BLOCKED, REFUSED)
 FOLDER = Path(__file__).parent
 REFRESH = 10
 """Seconds after which a browser loads the page again."""
@@ -29,7 +29,7 @@ class Progress:
 
     step: Step
     word: str
-    """done, started, to do, running, failed or not run."""
+    """done, incomplete, started, to do, queued, running, failed, not run or refused."""
     detail: str = ""
     number: int = 0
     began: float = 0.0
@@ -38,40 +38,49 @@ class Progress:
     """Seconds of this run."""
     predicted: float | None = None
     """Seconds, by the planner of training."""
+    log: Path | None = None
+    """Of its last attempt."""
 
     def expected(self, others: Sequence["Progress"]) -> float | None:
-        """Seconds that the step takes: as predicted, else as long as those of its kind took in this run."""
-        alike = [one.took for one in others if one.took and one.word == DONE and one.step.kind == self.step.kind]
-        closer = [one.took for one in others if one.took and one.word == DONE and one.step.table == self.step.table]
+        """Seconds that the step takes: as predicted, else as long as those of its table took, or those of its kind and
+        size. None if there are none."""
+        done = [one for one in others if one.took and one.word in (DONE, PARTIAL)]
+        alike = [one.took for one in done if (one.step.kind, one.step.size) == (self.step.kind, self.step.size)]
+        closer = [one.took for one in done if one.step.table == self.step.table]
         return self.predicted or (fmean(closer or alike) if alike else None)
 
 
-def seconds_left(progress: Sequence[Progress], now: float) -> tuple[float, int]:
-    """Seconds that the steps which can still run take, and the number of those for which that is not known."""
-    total, unknown = 0.0, 0
-    for one in progress:
-        if one.word in ENDED:
+def seconds_left(progress: Sequence[Progress], now: float, jobs: int = 1) -> tuple[float, int]:
+    """Seconds until all steps that can still run have ended, if `jobs` run side by side and each starts when those that
+    it needs have ended and a place is free; and the number of steps of unknown length, which count as 0."""
+    ends: dict[str, float] = {}
+    places = [0.0] * max(1, jobs)
+    unknown = 0
+    for one in sorted(progress, key=lambda one: one.word != RUNNING):  # each follows those that it needs
+        if one.word in ENDED or (one.word == PARTIAL and one.took):
             continue
         expected = one.expected(progress)
-        if expected is None:
-            unknown += 1
-        else:
-            total += max(0.0, expected - (now - one.began if one.word == RUNNING else 0.0))
-    return total, unknown
+        unknown += expected is None
+        spent = now - one.began if one.word == RUNNING and one.began else 0.0
+        ready = max((ends.get(name, 0.0) for name in (*one.step.after, *one.step.behind)), default=0.0)
+        place = places.index(min(places))
+        places[place] = ends[one.step.name] = max(places[place], ready) + max(0.0, (expected or 0.0) - spent)
+    return max(places), unknown
 
 
-def left_text(progress: Sequence[Progress], now: float) -> str:
+def left_text(progress: Sequence[Progress], now: float, jobs: int = 1) -> str:
     """How long still, such as: about 3.4 h, and 2 steps of unknown length."""
-    if not any(one.word not in ENDED for one in progress):
+    if not any(one.word not in ENDED and not (one.word == PARTIAL and one.took) for one in progress):
         return "nothing left to run"
-    total, unknown = seconds_left(progress, now)
-    about = f"about {duration(total)} left" if total else ""
+    total, unknown = seconds_left(progress, now, jobs)
+    side = f" with {jobs} jobs side by side" if jobs > 1 else ""
+    about = f"about {duration(total)} left{side}" if total else ""
     more = f"{unknown} step{'s' * (unknown != 1)} of unknown length" if unknown else ""
     return " and ".join(part for part in (about, more) if part) or "almost done"
 
 
-def write_page(folders: Folders, progress: Sequence[Progress], finished: bool = False) -> None:
-    """Write the page for the steps. A `finished` run no longer refreshes it."""
+def write_page(folders: Folders, progress: Sequence[Progress], finished: bool = False, jobs: int = 1) -> None:
+    """Write the page for the steps, of which `jobs` run side by side. A `finished` run no longer refreshes it."""
     now = time.time()
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
@@ -82,7 +91,7 @@ def write_page(folders: Folders, progress: Sequence[Progress], finished: bool = 
     )
     rows = []
     for one in progress:
-        log, expected = folders.log(one.step.name), one.expected(progress)
+        log, expected = one.log or folders.log(one.step.name), one.expected(progress)
         spent = one.took or (now - one.began if one.word == RUNNING else 0.0)
         rows.append(
             {
@@ -95,14 +104,14 @@ def write_page(folders: Folders, progress: Sequence[Progress], finished: bool = 
             }
         )
     counts = Counter(one.word for one in progress)
-    reports = [path.name for path in sorted(folders.output.glob("report-*.html"))]
+    shown = (DONE, PARTIAL, RUNNING, QUEUED, FAILED, BLOCKED, REFUSED)
     text = environment.get_template("status.html").render(
         rows=rows,
         total=len(rows),
-        counts={word: counts[word] for word in (DONE, RUNNING, "queued", FAILED, BLOCKED) if counts[word]},
-        left=left_text(progress, now),
+        counts={word: counts[word] for word in shown if counts[word]},
+        left=left_text(progress, now, jobs),
         share=100 * counts[DONE] / max(1, len(rows)),
-        reports=reports,
+        report=folders.report.name if folders.report.exists() else "",
         now=time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(now)),
         refresh=0 if finished else REFRESH,
     )

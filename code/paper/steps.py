@@ -5,19 +5,34 @@ Knows nothing about how and when steps run.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+from make_data import DataConfig
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import DATA_FLAGS
 from tasks import TASKS
 
+import mani_data
+
 from . import checks
-from .checks import State
+from .checks import REFUSED, State
 from .settings import ROOT, Settings, Table
 
 PREPARE, TRAIN, EVALUATE, REPORT = "prepare", "train", "evaluate", "report"
+
+
+VARIANT = "@variant@"
+"""Stands for the variant in a command of an array."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Words, and the variables that they run with."""
+
+    words: tuple[str, ...]
+    environment: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -34,10 +49,16 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     """The steps that it needs. The report needs only one of them, the others all."""
+    behind: tuple[str, ...] = ()
+    """Steps whose end it waits for, even if they fail."""
     size: str = ""
     task: str = ""
     variant: str = ""
     schedule: str = ""
+    complete: tuple[str, ...] = ()
+    """The command where its output is PARTIAL; `command` if empty."""
+    array: Command | None = None
+    """The command that all steps of the group share, with VARIANT in place of the variant."""
 
     @property
     def group(self) -> str:
@@ -48,6 +69,11 @@ class Step:
     def table(self) -> tuple[str, str, str]:
         """Rows that belong together: kind, size and task."""
         return self.kind, self.size, self.task
+
+    @property
+    def part(self) -> str:
+        """What a contradiction stops: a task of a size. Empty for the data and the report."""
+        return f"{self.size}, {self.task}" if self.size else ""
 
 
 @dataclass(frozen=True)
@@ -71,12 +97,20 @@ class Folders:
     def model(self) -> Path:
         return self.output / "model"
 
+    @property
+    def logs(self) -> Path:
+        return self.output / "logs"
+
     def log(self, name: str) -> Path:
-        return self.output / "logs" / f"{name}.log"
+        return self.logs / f"{name}.log"
 
     @property
     def page(self) -> Path:
         return self.output / "status.html"
+
+    @property
+    def report(self) -> Path:
+        return self.output / "report.html"
 
     def rows(self, task: str, split: str) -> Path:
         return self.data / Path(TASKS[task].data).name.replace("test", split)
@@ -103,7 +137,7 @@ class Chosen:
 
 def make_steps(settings: Settings, folders: Folders, chosen: Chosen) -> list[Step]:
     """The steps in an order in which each follows those that it needs: sources, then by size and task each variant with
-    its evaluations, then the reports."""
+    its evaluations, then the report."""
     python, tables = sys.executable, chosen.tables
     tasks = [task for task in settings.prepare if any(table.task == task for table in tables)]
     sizes = [size for size in settings.models if any(size in table.sizes for table in tables)]
@@ -116,10 +150,11 @@ def make_steps(settings: Settings, folders: Folders, chosen: Chosen) -> list[Ste
         command += ("--output-dir", str(folders.data), *settings.prepare[task])
         report = folders.data / f"{f'{data_set}_' if data_set else ''}report.json"
         rows = [folders.rows(task, split) for split in ("train", "test")]
-        check = partial(checks.prepared, rows, report, flag_values(settings.prepare[task]))
+        planned = mani_data.options_from(mani_data.parse_arguments(command[2:])).recorded()
+        check = partial(checks.prepared, rows, report, planned)
         # Both data sets keep their state in one folder, which one run at a time may use.
-        before = tuple(step.name for step in steps if step.kind == PREPARE and step.task)
-        steps.append(Step(f"prepare-{task}", PREPARE, command, check, after=made + before, task=task))
+        others = tuple(step.name for step in steps if step.kind == PREPARE and step.task)
+        steps.append(Step(f"prepare-{task}", PREPARE, command, check, after=made, behind=others, task=task))
     for size in sizes:
         for task in tasks:
             mine = [table for table in tables if table.task == task and size in table.sizes]
@@ -127,18 +162,18 @@ def make_steps(settings: Settings, folders: Folders, chosen: Chosen) -> list[Ste
                 schedules = [table.schedule for table in mine if variant in table.variants]
                 if schedules:
                     steps += variant_steps(settings, folders, chosen, size, task, variant, schedules)
-        evaluations = [step for step in steps if step.kind == EVALUATE and step.size == size]
-        steps.append(report_step(folders, chosen, evaluations, size))
-    return steps
+    evaluations = [step for step in steps if step.kind == EVALUATE]
+    return [*steps, report_step(folders, chosen, evaluations)]
 
 
 def demo_steps(settings: Settings, folders: Folders, tasks: list[str]) -> list[Step]:
     """The demo's videos, model and questions."""
     python, demo = sys.executable, ROOT / "code/demo"
     videos, questions, model = folders.data / "PE-Video", folders.data / "FunQA", folders.model
-    given = {name.replace("-", "_"): value for name, value in flag_values(settings.videos).items()}
+    given = {name.replace("-", "_"): int(value) for name, value in flag_values(settings.videos).items()}
+    planned = asdict(DataConfig(videos, **given)) | {"output": None}
     command = (python, str(demo / "make_data.py"), "--output", str(videos), *settings.videos)
-    steps = [Step("prepare-videos", PREPARE, command, partial(checks.demo_videos, videos, given))]
+    steps = [Step("prepare-videos", PREPARE, command, partial(checks.demo_videos, videos, planned))]
     command = (python, str(demo / "make_model.py"), "--data", str(videos), "--output", str(model))
     check = partial(checks.exists, model / "config.json")
     steps.append(Step("prepare-model", PREPARE, command, check, after=("prepare-videos",)))
@@ -153,60 +188,80 @@ def variant_steps(
     settings: Settings, folders: Folders, chosen: Chosen, size: str, task: str, variant: str, schedules: list[str]
 ) -> list[Step]:
     """The training of a variant and its evaluations."""
-    data, trained, model = folders.rows(task, "train"), folders.trained(size, task, variant), settings.models[size]
+    data, model = folders.rows(task, "train"), settings.models[size]
+
+    def training(name: str) -> Command:
+        trained = str(folders.trained(size, task, name))
+        sft = str(ROOT / "code/qwen-vl-finetune/scripts/sft.sh")
+        return Command(
+            ("bash", sft, "--output_dir", trained, *settings.train),
+            {"QWEN2_5_VL_VARIANT": name, "QWEN2_5_VL_MODEL_PATH": model, "QWEN2_5_VL_TRAIN_DATA": str(data)},
+        )
+
+    trained, mine = folders.trained(size, task, variant), training(variant)
+    check = partial(checks.trained, trained, data, model, variant, flag_values(settings.train))
+    kind = {"size": size, "task": task, "variant": variant}
+    needs = (f"prepare-{task}",)
     train = Step(
         f"train-{size}-{task}-{variant}",
         TRAIN,
-        ("bash", str(ROOT / "code/qwen-vl-finetune/scripts/sft.sh"), "--output_dir", str(trained), *settings.train),
-        partial(checks.trained, trained, data, model, variant, flag_values(settings.train)),
-        {"QWEN2_5_VL_VARIANT": variant, "QWEN2_5_VL_MODEL_PATH": model, "QWEN2_5_VL_TRAIN_DATA": str(data)},
-        (f"prepare-{task}",),
-        size,
-        task,
-        variant,
+        mine.words,
+        check,
+        mine.environment,
+        needs,
+        array=training(VARIANT),
+        **kind,
     )
     steps = [train]
     for schedule in schedules:
         test, captions = folders.rows(task, "test"), folders.captions(size, task, variant, schedule)
         flags = (*(("--task", task) if TASKS[task].subtasks else ()), *settings.evaluate, *chosen.judge)
         flags += ("--schedule", "random") if schedule == "random" else ()
-        metrics = [name for name, flag in (("BLEURT", "--bleurt"), ("Fluency", "--judge-url")) if flag in flags]
+        mine = evaluation(folders, size, task, variant, schedule, flags)
         steps.append(
             Step(
                 f"evaluate-{size}-{task}-{schedule}-{variant}",
                 EVALUATE,
-                ("bash", str(ROOT / "eval.sh"), *flags),
-                partial(checks.evaluated, captions, test, trained, schedule, variant, metrics),
-                {
-                    "QWEN2_5_VL_VARIANT": variant,
-                    "QWEN2_5_VL_EVAL_MODEL_PATH": str(trained),
-                    "QWEN2_5_VL_EVAL_DATA_DIR": str(test),
-                    "QWEN2_5_VL_EVAL_OUTPUT_DIR": str(captions.parent),
-                    "QWEN2_5_VL_EVAL_OUTPUT_FILE": captions.name,
-                },
+                mine.words,
+                partial(checks.evaluated, captions, test, trained, schedule, variant, flag_values(flags)),
+                mine.environment,
                 (train.name,),
-                size,
-                task,
-                variant,
-                schedule,
+                schedule=schedule,
+                complete=(*mine.words, "--score-only", str(captions)),
+                array=evaluation(folders, size, task, VARIANT, schedule, flags),
+                **kind,
             )
         )
     return steps
 
 
-def report_step(folders: Folders, chosen: Chosen, evaluations: list[Step], size: str) -> Step:
+def evaluation(folders: Folders, size: str, task: str, variant: str, schedule: str, flags: tuple[str, ...]) -> Command:
+    """The command of an evaluation, with `flags` of eval.sh."""
+    captions = folders.captions(size, task, variant, schedule)
+    return Command(
+        ("bash", str(ROOT / "eval.sh"), *flags),
+        {
+            "QWEN2_5_VL_VARIANT": variant,
+            "QWEN2_5_VL_EVAL_MODEL_PATH": str(folders.trained(size, task, variant)),
+            "QWEN2_5_VL_EVAL_DATA_DIR": str(folders.rows(task, "test")),
+            "QWEN2_5_VL_EVAL_OUTPUT_DIR": str(captions.parent),
+            "QWEN2_5_VL_EVAL_OUTPUT_FILE": captions.name,
+        },
+    )
+
+
+def report_step(folders: Folders, chosen: Chosen, evaluations: list[Step]) -> Step:
     """The report over the evaluations that are complete when it runs."""
     rows = [
         (
-            folders.captions(size, step.task, step.variant, step.schedule),
-            folders.trained(size, step.task, step.variant).name,
+            folders.captions(step.size, step.task, step.variant, step.schedule),
+            folders.trained(step.size, step.task, step.variant).name,
         )
         for step in evaluations
     ]
-    page = folders.output / f"report-{size}.html"
-    again = ("bash", str(ROOT / "paper.sh"), "--report", size, *chosen.again)
+    again = ("bash", str(ROOT / "paper.sh"), "--report", *chosen.again)
     after = tuple(step.name for step in evaluations)
-    return Step(page.stem, REPORT, again, partial(checks.reported, page, rows), after=after, size=size)
+    return Step("report", REPORT, again, partial(checks.reported, folders.report, rows), after=after)
 
 
 def flag_values(words: tuple[str, ...]) -> dict[str, str]:
@@ -217,13 +272,35 @@ def flag_values(words: tuple[str, ...]) -> dict[str, str]:
 def find_states(steps: list[Step]) -> dict[str, State]:
     """What the outputs say about each step, by its name.
 
-    Raises InputError, in one line, where outputs contradict the plan, or each other within a table.
+    Where outputs contradict the plan, or each other within a table, the steps of that task and size are refused, and
+    the others are not affected. Raises InputError, in one line, where the data contradict the plan, or nothing is left.
     """
     states: dict[str, State] = {}
     first: dict[tuple, str] = {}
+    refused: dict[str, str] = {}
     for step in steps:
-        states[step.name] = check_step(step, states, first)
+        try:
+            states[step.name] = check_step(step, states, first)
+        except InputError as error:
+            if not step.part:
+                raise
+            refused.setdefault(step.part, str(error))
+            states[step.name] = State(REFUSED, str(error))
+    if refused and all(step.part in refused for step in steps if step.part):
+        raise InputError(next(iter(refused.values())))
+    for step in steps:
+        if step.part in refused and states[step.name].word != REFUSED:
+            states[step.name] = State(REFUSED, f"as all of {step.part}")
     return states
+
+
+def refusals(steps: list[Step], states: dict[str, State]) -> list[str]:
+    """A line for each task of a size that is refused, with the reason."""
+    lines: dict[str, str] = {}
+    for step in steps:
+        if states[step.name].word == REFUSED and states[step.name].detail != f"as all of {step.part}":
+            lines.setdefault(step.part, f"{step.part} is refused: {states[step.name].detail}")
+    return list(lines.values())
 
 
 def check_step(step: Step, states: dict[str, State], first: dict[tuple, str]) -> State:

@@ -18,6 +18,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_video
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.model.trained import end_of_slot
 from qwen_vl_streaming.reference import PENALTY
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
@@ -67,6 +68,8 @@ def forced_scores(model, case: Forced) -> Tensor:
     seen[:, [*template.prompt, template.video, *template.tail, *template.header]] = True
     for index, token in enumerate(case.tokens[:-1], 1):
         seen[index:, token] = True
+    if template.end_of_slot is not None:
+        seen[:, template.end_of_slot] = False
     weaker = torch.where(logits < 0, logits * PENALTY, logits / PENALTY)
     return torch.where(seen, weaker, logits)
 
@@ -123,7 +126,7 @@ def forced_cases(path: Path, model, variant: str, rows: dict[str, dict], data: P
     for video_id, row in list(rows.items())[:FORCED]:
         video = read_video(find_video(asked[video_id]["video_path"], ROOT, root), budget=budget)
         pixels, grid = clip_pixels(processor, video.frames)
-        template = make_template(processor, asked[video_id].get("question") or QUESTIONS[-1])
+        template = make_template(processor, asked[video_id].get("question") or QUESTIONS[-1], end_of_slot(model.config))
         steps = model.config.vision_config.tokens_per_second * video.seconds_per_clip
         timeline = make_timeline(VARIANTS[variant], template.layout(grid, steps), row["schedule"])
         cases.append(Forced(timeline, template, row["tokens"], pixels))

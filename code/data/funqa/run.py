@@ -44,6 +44,9 @@ class Options(RunOptions):
     max_references: int | None
     """Maximum number of answers per question in the test rows, in the order of the file."""
 
+    def recorded(self) -> dict:
+        return {**super().recorded(), "max_questions": self.max_questions, "max_references": self.max_references}
+
 
 @dataclass
 class Question:

@@ -16,11 +16,12 @@ from qwen_vl_streaming.common.data_rows import check_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_write
 from qwen_vl_streaming.common.paths import check_videos, find_video
+from qwen_vl_streaming.timeline.segments import check_segments, row_caption
 
 from .files import exclusive_lock, remove_partial_files
 from .inspection import Inspection, inspect_videos
 from .report import SplitStatistics
-from .rules import BAD, DURATION_FIELDS, KEPT, Decision, Rules, Sample, apply_rules
+from .rules import BAD, CAPTION_FIELD, DURATION_FIELDS, KEPT, Decision, Rules, Sample, apply_rules
 from .run import RunOptions, draw_rows, skipped_line, write_report
 from .tokens import find_tokenizer, load_counter
 from .videos import check_video, compare_duration
@@ -28,7 +29,6 @@ from .videos import check_video, compare_duration
 logger = logging.getLogger(__name__)
 
 ROWS_PER_BATCH = 512
-CAPTION = "human_caption"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,8 @@ class OwnSample(Sample):
 
     stated: bool = False
     """Whether the row states the duration of its video."""
+    segments: list[dict] | None = None
+    """Its captions with times."""
 
 
 def prepare_own_rows(options: Options) -> dict[str, SplitStatistics]:
@@ -81,7 +83,7 @@ def prepare_own_rows(options: Options) -> dict[str, SplitStatistics]:
     with exclusive_lock(options.state_folder):
         remove_partial_files(options.output_dir, recursive=False)
         samples = list(_read(options))
-        checked = _check_videos([sample for sample in samples if not sample.error and not sample.stated], options)
+        checked = check_own_videos([sample for sample in samples if not sample.error and not sample.stated], options)
         for sample in samples:
             if not sample.error and sample.video in checked:
                 sample.error = checked[sample.video].error
@@ -90,7 +92,10 @@ def prepare_own_rows(options: Options) -> dict[str, SplitStatistics]:
         while batch := apply_rules(islice(rest, ROWS_PER_BATCH), options.rules, count_tokens):
             decided += batch
         statistics = SplitStatistics()
-        for _, decision in decided:
+        for sample, decision in decided:
+            timed = sample.segments is not None and decision.outcome == KEPT
+            if timed and (reason := check_times(sample.segments, decision.seconds)):
+                decision.outcome, decision.reason = BAD, reason
             statistics.add(decision.outcome, decision.seconds, decision.tokens, decision.reason)
         _write(decided, options, statistics)
         write_report({options.name: statistics}, options)
@@ -118,16 +123,28 @@ def _read(options: Options) -> Iterator[OwnSample]:
         except InputError as error:
             sample.error = f"video is missing: {error}"
         sample.video_path = row["video_path"]
-        if not any(map(str.isalnum, row[CAPTION])):
-            sample.error = f"caption without a word: {row[CAPTION][:40]!r}"
+        sample.segments, caption = row.get("segments"), row_caption(row)
+        if row.get(CAPTION_FIELD) is None:
+            sample.caption = caption
+        if not any(map(str.isalnum, caption)):
+            sample.error = f"caption without a word: {caption[:40]!r}"
         yield sample
+
+
+def check_times(segments: list[dict], seconds: float) -> str:
+    """Why the `segments` of a video of `seconds` cannot be used, or an empty string."""
+    try:
+        check_segments(segments, seconds)
+    except InputError as error:
+        return f"segments are not valid: {error}"
+    return ""
 
 
 def _measured(inspection: Inspection) -> Callable[[], float]:
     return lambda: inspection.seconds
 
 
-def _check_videos(samples: Sequence[Sample], options: Options) -> dict[str, Inspection]:
+def check_own_videos(samples: Sequence[Sample], options: Options) -> dict[str, Inspection]:
     """Check the videos of `samples`. Returns the results by path."""
     paths = dict.fromkeys(sample.video for sample in samples)
     videos = {path: OwnVideo.of(path) for path in paths}
@@ -146,8 +163,8 @@ def _write(decided: list[tuple[Sample, Decision]], options: Options, statistics:
     kept = {sample.video_id: (sample, decision) for sample, decision in decided if decision.outcome == KEPT}
 
     def check(ids: list[str]) -> dict[str, str]:
-        checked = _check_videos([kept[video_id][0] for video_id in ids], options)
-        results = ((video_id, checked[kept[video_id][0].video], kept[video_id][1].seconds) for video_id in ids)
+        checked = check_own_videos([kept[video_id][0] for video_id in ids], options)
+        results = ((video_id, checked[kept[video_id][0].video], kept[video_id][1].video_seconds) for video_id in ids)
         errors = {
             video_id: found.error or compare_duration(found.seconds, stated) for video_id, found, stated in results
         }

@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_vl_streaming.common.data_rows import TOKENS_PER_SECOND
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.video_part import part_seconds, video_part
 
 MAX_JSON_BYTES = 1 << 20
 DURATION_FIELDS = ("video_duration_in_s", "video_duration", "duration_in_s", "duration")
@@ -69,6 +70,8 @@ class Sample:
     """Where its video is or will be, relative to the project's root."""
     error: str = ""
     """Why it cannot be used, if the source has found a reason."""
+    caption: str = ""
+    """Its caption, if the source has it elsewhere than in the field human_caption."""
     measure_duration: Callable[[], float] | None = None
     """Returns the video's duration in seconds; raises InputError."""
 
@@ -82,10 +85,13 @@ class Decision:
     reason: str = ""
     """Why it is BAD: the problem, and after a colon the details of this sample."""
     seconds: float | None = None
+    """Of the video, or of the part of it that the row names."""
     tokens: int | None = None
     """None if another rule has dropped the sample before its tokens were counted."""
     row: str = ""
     """The JSON line of a kept sample."""
+    video_seconds: float | None = None
+    """Of the whole video."""
 
 
 def apply_rules(
@@ -97,13 +103,14 @@ def apply_rules(
     for sample in samples:  # measure_duration works only until the next sample is read
         try:
             data = read_object(sample)
-            caption = read_text(data, CAPTION_FIELD)
-            seconds = read_seconds(data, sample)
+            caption = sample.caption or read_text(data, CAPTION_FIELD)
+            video_seconds = read_seconds(data, sample)
+            seconds = read_part_seconds(data, sample, video_seconds)
         except BadSample as error:
             decisions.append((sample, Decision(BAD, str(error))))
             continue
         dropped = duration_and_prefix_rules(caption, seconds, rules)
-        decisions.append((sample, Decision(dropped or KEPT, seconds=seconds)))
+        decisions.append((sample, Decision(dropped or KEPT, seconds=seconds, video_seconds=video_seconds)))
         if not dropped:
             remaining.append((*decisions[-1], data, caption, seconds))
     counts = count_tokens([caption for *_, caption, _ in remaining]) if remaining else []
@@ -112,7 +119,7 @@ def apply_rules(
         decision.outcome = speaking_rate_rule(tokens, seconds, rules) or KEPT
         if decision.outcome == KEPT:
             try:
-                decision.row = write_row(data, sample, seconds)
+                decision.row = write_row(data, sample, decision.video_seconds)
             except BadSample as error:
                 decision.outcome, decision.reason = BAD, str(error)
     return decisions
@@ -191,7 +198,19 @@ def read_seconds(data: dict[str, Any], sample: Sample) -> float:
     return seconds
 
 
-def write_row(data: dict[str, Any], sample: Sample, seconds: float) -> str:
+def read_part_seconds(data: dict[str, Any], sample: Sample, seconds: float) -> float:
+    """The length of the part of the video that the JSON names: its `seconds` if it names none. Raises BadSample."""
+    try:
+        part = video_part(data)
+    except InputError as error:
+        raise BadSample(f"part of the video is not valid: {error}") from error
+    try:
+        return part_seconds(sample.video_path or sample.video_id, part, seconds)
+    except InputError as error:
+        raise BadSample(f"part of the video is missing: {error}") from error
+
+
+def write_row(data: dict[str, Any], sample: Sample, seconds: float | None) -> str:
     """Return the JSON line of a kept sample: all fields of its JSON, with `video_id`, `video_path` and
     `video_duration_in_s` set. If the source has no video, a `video_path` in the JSON is kept. Raises BadSample."""
     named = data.get("video_path")

@@ -48,6 +48,11 @@ class RunOptions:
     def state_folder(self) -> Path:
         return self.output_dir / STATE_FOLDER
 
+    def recorded(self) -> dict:
+        """What decides which rows are written, for report.json."""
+        deciding = {"max_samples": self.max_samples, "seed": self.seed, "tokenizer": self.tokenizer}
+        return {"rules": self.rules.as_json(), **deciding}
+
     def worker_count(self, from_hub: bool) -> int:
         """The number of worker processes."""
         return self.workers or len(os.sched_getaffinity(0)) * (HUB_WORKERS_PER_CORE if from_hub else 1)
@@ -99,6 +104,5 @@ def write_report(statistics: dict[str, SplitStatistics], options: RunOptions) ->
     """Write report.png and report.json, with the prefix of `options`, for the splits in `statistics`."""
     plot(statistics, options.rules, options.output_dir / f"{options.prefix}report.png")
     splits = {split: found.summary() for split, found in statistics.items()}
-    sampled = {"max_samples": options.max_samples, "seed": options.seed}
     with atomic_write(options.output_dir / f"{options.prefix}report.json") as file:
-        file.write(json.dumps({"rules": options.rules.as_json(), **sampled, "splits": splits}, indent=2) + "\n")
+        file.write(json.dumps({**options.recorded(), "splits": splits}, indent=2) + "\n")

@@ -63,20 +63,27 @@ def check(row: Mapping) -> None:
         raise ValueError(f"the row of video {row['video_id']} does not have a slot from 1 to {clips} for each token")
 
 
+def decode_pieces(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]:
+    """The text of each token of a row; that of a token that ends a slot, where the model decides when to speak, is
+    empty. Raises ValueError, with the reason, as `check` does and if `decode` does not return the row's text."""
+    check(row)
+    ends = row.get("end_of_slot")
+    if decode([token for token in row["tokens"] if token != ends]).strip() != row["result"].strip():
+        raise ValueError(
+            f"the tokens of video {row['video_id']} do not decode to its text: another tokenizer wrote them"
+        )
+    return ["" if token == ends else decode([token]) for token in row["tokens"]]
+
+
 def measure(row: Mapping, decode: Callable[[list[int]], str]) -> dict[str, float]:
     """The metrics of one row of a result file. `decode` returns the text of token ids, without special tokens.
 
     `words` is the number of words and `early_words` the number written before the last clip arrived; `AL` and `LAAL`
-    are in clips (seconds) and absent for a caption without words. LAAL uses the longest reference. Raises ValueError,
-    with the reason, as `check` does and if `decode` does not return the row's text.
+    are in clips (seconds) and absent for a caption without words. LAAL uses the longest reference. Raises ValueError
+    as `decode_pieces` does.
     """
-    check(row)
-    tokens, slots, clips = (row[name] for name in FIELDS)
-    if decode(tokens).strip() != row["result"].strip():
-        raise ValueError(
-            f"the tokens of video {row['video_id']} do not decode to its text: another tokenizer wrote them"
-        )
-    delays = word_slots([decode([token]) for token in tokens], slots)
+    pieces, slots, clips = decode_pieces(row, decode), row["slots"], row["clips"]
+    delays = word_slots(pieces, slots)
     found = {"words": len(delays), "early_words": sum(delay < clips for delay in delays)}
     if delays:
         references = [row["annotation"]] if isinstance(row["annotation"], str) else row["annotation"]

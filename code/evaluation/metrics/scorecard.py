@@ -1,8 +1,8 @@
-"""Computes all metrics of a file of captions and writes them: corpus metrics, BLEURT, fluency and lag. Knows nothing
-about how captions are made and how a metric is computed.
+"""Computes all metrics of a file of captions and writes them: corpus metrics, BLEURT, fluency, lag and
+timeliness. Knows nothing about how captions are made and how a metric is computed.
 
-Beside `<variant>_infer.json`, `<variant>_per_video.jsonl` has the metrics of each video, and `<variant>_judge.jsonl`
-the judge's answers, from which a run that was killed resumes.
+Beside `<variant>_infer.json`, `<variant>_per_video.jsonl` has the metrics of each video, `<variant>_timeliness.jsonl`
+when each event was named, and `<variant>_judge.jsonl` the judge's answers, from which a run that was killed resumes.
 """
 
 import json
@@ -16,7 +16,7 @@ from statistics import fmean
 from identity import arguments_path, read_arguments
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import write_file
-from qwen_vl_streaming.common.paths import find_model
+from qwen_vl_streaming.common.paths import find_model, find_path
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.model.prompts import load_processor
 from results import Row, check_writable, sibling
@@ -26,7 +26,10 @@ from tasks import get_task, score_by_task, table
 from metrics import lag
 from metrics.bleurt import bleurt, find_checkpoint
 from metrics.judge import KEY, Judge
+from metrics.naming import Event
+from metrics.references import read_times
 from metrics.scoring import NotComputed, check_java, check_pairs, score, write_scores
+from metrics.timing import POINTS, describe, measure_file, times_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ class Scoring:
     device: str
     subtasks: tuple[str, ...] = ()
     """Sub-tasks that are scored separately; empty if the task has none."""
+    times: dict[str, list[Event]] | None = None
+    """What happens in each video, by its id; None to read it from the rows."""
 
 
 def prepare_scoring(settings: Settings) -> Scoring:
@@ -60,7 +65,8 @@ def prepare_scoring(settings: Settings) -> Scoring:
         judge = Judge(settings.judge_url, settings.judge_model, key, options, settings.judge_workers)
         judge.check()
     device = choose_device(settings.device, look(os.environ))[0] if settings.bleurt else "cpu"
-    return Scoring(checkpoint, judge, device, get_task(settings.task).subtasks)
+    times = read_times(find_path(settings.times, ROOT, "--times")) if settings.times else None
+    return Scoring(checkpoint, judge, device, get_task(settings.task).subtasks, times)
 
 
 def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scoring: Scoring) -> None:
@@ -70,11 +76,12 @@ def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scori
     the reasons.
     """
     check_pairs(*pairs(rows))
-    for path in (where, *(sibling(captions, what) for what in (PER_VIDEO, ANSWERS))):
+    for path in (where, *(sibling(captions, what) for what in (PER_VIDEO, ANSWERS, POINTS))):
         check_writable(path)
     videos = {row["video_id"]: {"video_id": row["video_id"]} for row in rows}
     details, reasons = measure_videos(rows, list(videos.values()), captions, scoring)
     write_file(sibling(captions, PER_VIDEO), "".join(json.dumps(video) + "\n" for video in videos.values()))
+    details |= measure_timeliness(rows, captions, scoring)
 
     def figures(some: list[Row]) -> dict:
         return {**score(*pairs(some)), **video_means([videos[row["video_id"]] for row in some])}
@@ -155,6 +162,17 @@ def score_lag(rows: list[Row], videos: list[dict], captions: Path, scoring: Scor
     return {"lag": {"videos": spoken, "without_words": len(rows) - spoken}}
 
 
+def measure_timeliness(rows: list[Row], captions: Path, scoring: Scoring) -> dict:
+    """When the captions say what happens, under the key `timeliness`; empty without references with times."""
+    try:
+        if (times := times_of(rows, captions, scoring.times)) is None:
+            return {}
+        return {"timeliness": measure_file(rows, captions, times, find_decoder(captions))}
+    except (ValueError, InputError) as error:
+        logger.warning("timeliness could not be computed: %s", error)
+        return {"timeliness": {"not_computed": str(error)}}
+
+
 @dataclass(frozen=True)
 class VideoMetric:
     """A metric of each video, whose mean is reported."""
@@ -197,4 +215,6 @@ def print_scores(scores: dict, where: Path) -> None:
             print(f"{name:<{width}}{value:>8.2f}  {notes.get(name, '')}".rstrip())
     for name, reason in scores.get("not_computed", {}).items():
         print(f"{name:<{width}}{'-':>8}  {reason}")
+    if timeliness := scores.get("timeliness"):
+        print(describe(timeliness))
     print(f"{scores['count']} videos scored, {scores['skipped']} skipped\nscores: {where}")

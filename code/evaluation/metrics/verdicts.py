@@ -16,6 +16,8 @@ SEARCHED = 20_000
 """Characters at the end of an answer that are searched for a verdict."""
 LONGEST_REASON = 2000
 """Characters of a verdict's reason that are kept."""
+SCORES = (1, 2, 3, 4, 5)
+"""The scores of fluency."""
 OPENS = re.compile(r"[\[{]")
 
 
@@ -23,8 +25,8 @@ OPENS = re.compile(r"[\[{]")
 class Verdict:
     """The judge's grade for one caption, or the reason why there is none."""
 
-    score: int | None
-    """1 to 5, or None if the caption could not be judged."""
+    score: int | str | None
+    """1 to 5, or another question's answer; None if the caption could not be judged."""
     why: str
 
 
@@ -53,11 +55,11 @@ def read_verdict(content: object) -> Verdict:
     return checked(score, why)
 
 
-def checked(score: object, why: object) -> Verdict:
-    """A verdict with an integer `score` from 1 to 5 and a string `why`. Raises ValueError for anything else."""
-    if isinstance(score, bool) or score not in (1, 2, 3, 4, 5) or not isinstance(why, str):
-        raise ValueError(f"with a score of {short(score)[:20]!r}, not 1 to 5, or without a reason")
-    return Verdict(int(score), redacted(why[:LONGEST_REASON]))
+def checked(score: object, why: object, scores: tuple = SCORES) -> Verdict:
+    """A verdict with one of `scores` and a string `why`. Raises ValueError for anything else."""
+    if isinstance(score, bool) or score not in scores or not isinstance(why, str):
+        raise ValueError(f"with a score of {short(score)[:20]!r}, not {scores[0]} to {scores[-1]}, or without a reason")
+    return Verdict(scores[scores.index(score)], redacted(why[:LONGEST_REASON]))
 
 
 def short(message: object) -> str:
@@ -66,8 +68,9 @@ def short(message: object) -> str:
 
 
 @contextmanager
-def open_cache(path: Path) -> Iterator[tuple[dict[str, Verdict], Callable[[dict], None]]]:
-    """The verdicts in a JSON Lines file by key, and a function that appends one and waits until it is on disk.
+def open_cache(path: Path, scores: tuple = SCORES) -> Iterator[tuple[dict[str, Verdict], Callable[[dict], None]]]:
+    """The verdicts, each with one of `scores`, in a JSON Lines file by key, and a function that appends one and waits
+    until it is on disk.
 
     An incomplete last line, left by a killed run, is dropped. Raises InputError for any other invalid line.
     """
@@ -80,10 +83,10 @@ def open_cache(path: Path) -> Iterator[tuple[dict[str, Verdict], Callable[[dict]
             raise InputError(
                 f"{path} cannot be opened ({error.strerror}): check its permissions, or delete it"
             ) from error
-        yield _known(path, data, file)
+        yield _known(path, data, file, scores)
 
 
-def _known(path: Path, data: bytes, file: BinaryIO) -> tuple[dict[str, Verdict], Callable[[dict], None]]:
+def _known(path: Path, data: bytes, file: BinaryIO, scores: tuple) -> tuple[dict[str, Verdict], Callable[[dict], None]]:
     """What `open_cache` yields, for the `data` at `path`, to which `file` appends."""
     whole = data[: data.rfind(b"\n") + 1]
     known: dict[str, Verdict] = {}
@@ -92,7 +95,7 @@ def _known(path: Path, data: bytes, file: BinaryIO) -> tuple[dict[str, Verdict],
             row = json.loads(line)
             if not isinstance(row["key"], str):
                 raise TypeError
-            known[row["key"]] = checked(row["score"], row["why"])
+            known[row["key"]] = checked(row["score"], row["why"], scores)
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not an answer of the judge: delete this line") from error
     file.truncate(len(whole))

@@ -1,5 +1,5 @@
 """Write an HTML page and a Markdown file from result files: metrics in the paper's layout beside the paper's values,
-fixed and random schedules, and a gallery of captions, second by second.
+fixed and random schedules, when events are named, and a gallery of captions, second by second.
 
     python code/evaluation/report.py code/evaluation/output/*_infer.json --output report
 
@@ -19,6 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from metrics import timing
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_path
@@ -27,9 +28,18 @@ from settings import ROOT
 
 from report import paper
 from report.charts import main_panels, schedule_panels
-from report.gallery import Tokenizers, choose_videos, make_video
-from report.loading import Result, differences, labels, load_results, metrics_of
-from report.tables import main_table, markdown_table, plain, runs_table, schedule_table, subtask_table
+from report.gallery import Tokenizers, choose_videos, clean, make_video
+from report.loading import Result, differences, labels, load_results, metrics_of, without_folders
+from report.said_times import said_panels
+from report.tables import (
+    main_table,
+    markdown_table,
+    plain,
+    runs_table,
+    schedule_table,
+    subtask_table,
+    timeliness_table,
+)
 
 PAGE = Path(__file__).with_name("page")
 ABOUT_RANDOM = (
@@ -58,25 +68,45 @@ def about(results: Sequence[Result], task: str, size: str) -> str:
     )
 
 
-def sections(results: Sequence[Result], size: str) -> list[dict]:
-    """One section per task, in the paper's order."""
+def paper_size(result: Result, size: str | None) -> str:
+    """The size of the paper's values beside a result: `size` where it is given, else its own, else 3B."""
+    return size or (result.size if result.size in paper.SIZES else paper.SIZES[0])
+
+
+def sections(results: Sequence[Result], size: str | None) -> list[dict]:
+    """One section per size and task, in the paper's order. `size` is that of the paper's values; None for each
+    result's own."""
     order = list(paper.TASKS)
-    tasks = sorted({result.task for result in results}, key=lambda task: (task not in order, task))
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((paper_size(result, size), result.task), []).append(result)
+    several = len({name for name, _ in groups}) > 1
     made = []
-    for task in tasks:
-        mine = [result for result in results if result.task == task]
+    for name, task in sorted(groups, key=lambda key: (paper.SIZES.index(key[0]), key[1] not in order, key[1])):
+        mine = groups[name, task]
+        table = main_table(mine, task, name)
         made.append(
             {
-                "table": main_table(mine, task, size),
-                "panels": main_panels(mine, task, size),
+                "title": f"{table.title}, {name}" if several else table.title,
+                "table": table,
+                "panels": main_panels(mine, task, name),
                 "subtasks": subtask_table(mine),
-                "schedules": schedule_table(mine, task),
+                "schedules": schedule_table(mine, task, name),
                 "schedule_panels": schedule_panels(mine),
-                "differences": differences(mine, size) if task in order else [],
-                "about": about(mine, task, size),
+                "differences": differences(mine, name) if task in order else [],
+                "about": about(mine, task, name),
+                "timeliness": timeliness_table(mine),
+                "said_panels": said_panels(mine, names_of(mine)),
             }
         )
     return made
+
+
+def names_of(results: Sequence[Result]) -> list[str]:
+    """A title for the panel of each result."""
+    label = labels(results, brief=True)
+    parts = [(result.variant.name, label[result.path]) for result in results]
+    return [", ".join(filter(None, pair)) for pair in parts]
 
 
 def summarize(results: Sequence[Result]) -> str:
@@ -87,7 +117,9 @@ def summarize(results: Sequence[Result]) -> str:
     return f"{text}, {len(variants)} of 6 variants."
 
 
-def make_page(results: Sequence[Result], made: list[dict], videos: list, chosen: bool) -> str:
+def make_page(
+    results: Sequence[Result], made: list[dict], videos: list, chosen: bool, notes: Sequence[str] = ()
+) -> str:
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -96,11 +128,13 @@ def make_page(results: Sequence[Result], made: list[dict], videos: list, chosen:
         (key, list(same)) for key, same in groupby(lines, attrgetter(name))
     ]
     script = (PAGE / "page.js").read_text(encoding="utf-8")
-    how = "the ones given by --video-ids" if chosen else "the first in the data, not selected by quality"
+    how = "the ones given by --video-ids" if chosen else "the first in the data of each task, not selected by quality"
     return environment.get_template("page.html").render(
         summary=summarize(results),
+        notes=notes,
         sections=made,
         about_random=ABOUT_RANDOM,
+        about_timeliness=timing.ABOUT,
         videos=videos,
         about_gallery=f"The videos are {how}. Each frame is the last one that has arrived when a slot starts; words "
         "written in this slot are highlighted. Reference captions describe the whole video.",
@@ -112,16 +146,19 @@ def make_page(results: Sequence[Result], made: list[dict], videos: list, chosen:
     )
 
 
-def make_markdown(results: Sequence[Result], made: list[dict]) -> str:
+def make_markdown(results: Sequence[Result], made: list[dict], notes: Sequence[str] = ()) -> str:
     parts = ["# Speak While Watching: evaluation", summarize(results)]
+    parts += ["\n".join(f"- {plain(note)}" for note in notes)] if notes else []
     for section in made:
-        parts.append(f"## {plain(section['table'].title)}")
+        parts.append(f"## {plain(section['title'])}")
         if section["differences"]:
             parts.append("**Our setup differs from the paper's, so the values are not directly comparable.**")
             parts.append("\n".join(f"- {plain(text)} ({plain(who)})" for text, who in section["differences"]))
         parts += [plain(section["about"]), markdown_table(section["table"])]
         if section["subtasks"]:
             parts += [f"### {section['subtasks'].title}", markdown_table(section["subtasks"])]
+        if section["timeliness"]:
+            parts += [f"### {section['timeliness'].title}", timing.ABOUT, markdown_table(section["timeliness"])]
         if section["schedules"]:
             parts += [f"### {section['schedules'].title}", ABOUT_RANDOM, markdown_table(section["schedules"])]
     heads, *rows = runs_table(results)
@@ -143,9 +180,14 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="result files, <variant>_infer.json")
     parser.add_argument("--output", default="report", help="path of the report, without extension [report]")
-    parser.add_argument("--size", choices=paper.SIZES, default="3B", help="model size of the paper's values [3B]")
+    parser.add_argument(
+        "--size", choices=paper.SIZES, help="model size of the paper's values [that of each result; 3B for others]"
+    )
     parser.add_argument("--videos", type=int, default=4, help="number of videos in the gallery [4]")
     parser.add_argument("--video-ids", nargs="+", default=[], metavar="ID", help="ids of the videos in the gallery")
+    parser.add_argument(
+        "--note", action="append", default=[], metavar="TEXT", help="a line for the top of the report; may be repeated"
+    )
     parser.add_argument("--tokenizer", help="folder with a tokenizer, for results whose model is missing")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -157,7 +199,11 @@ def main() -> None:
     tokenizers = Tokenizers(arguments.tokenizer)
     videos = [make_video(results, video_id, tokenizers) for video_id in Progress(ids, "gallery", unit="video")]
     made = sections(results, arguments.size)
-    texts = {page: make_page(results, made, videos, bool(arguments.video_ids)), markdown: make_markdown(results, made)}
+    notes = [without_folders(clean(note)) for note in arguments.note]
+    texts = {
+        page: make_page(results, made, videos, bool(arguments.video_ids), notes),
+        markdown: make_markdown(results, made, notes),
+    }
     for path, text in texts.items():
         write_file(path, text.encode(errors="replace"))
     print(f"page: {page}\ntable: {markdown}")

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
 from PIL import Image
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_data, find_video, find_video_root, places
+from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from settings import ROOT
 from transformers import AutoTokenizer
@@ -73,12 +74,19 @@ class GalleryVideo:
 
 
 def choose_videos(results: Sequence[Result], count: int, ids: Sequence[str]) -> list[str]:
-    """`ids`, or else the first `count` videos that most results have. Raises InputError for an unknown id."""
-    having = Counter(video_id for result in results for video_id in result.rows)
+    """`ids`, or else `count` videos, of each task in turn the first that most results have. Raises InputError for an
+    unknown id."""
+    having: dict[str, Counter[str]] = {}
+    for result in results:
+        having.setdefault(result.task, Counter()).update(result.rows.keys())
     for video_id in ids:
-        if video_id not in having:
+        if not any(video_id in counts for counts in having.values()):
             raise InputError(f"--video-ids {video_id}: no result file has this video: give another id")
-    return list(dict.fromkeys(ids)) or sorted(having, key=lambda video_id: -having[video_id])[:count]
+    if ids:
+        return list(dict.fromkeys(ids))
+    queues = [sorted(counts, key=lambda video_id: -counts[video_id]) for counts in having.values()]
+    turns = [video_id for turn in zip_longest(*queues) for video_id in turn if video_id is not None]
+    return list(dict.fromkeys(turns))[:count]
 
 
 def make_video(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers") -> GalleryVideo:
@@ -107,12 +115,15 @@ def make_video(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers
 def make_caption(result: Result, video_id: str, tokenizers: "Tokenizers") -> GalleryCaption:
     row = result.rows[video_id]
     counts = [0] * row["clips"]
-    for slot in row["slots"]:
-        counts[slot - 1] += 1
+    tokens, ends = [], row.get("end_of_slot")  # of a model that decides when to speak; not a part of the text
+    for token, slot in zip(row["tokens"], row["slots"], strict=True):
+        if token != ends:
+            tokens.append(token)
+            counts[slot - 1] += 1
     caption = clean(row["result"])
     try:
         tokenizer, note = tokenizers.of(result)
-        pieces = text_by_slot(tokenizer, row["tokens"], counts)
+        pieces = text_by_slot(tokenizer, tokens, counts)
         if "".join(pieces) != row["result"]:
             raise InputError(f"the tokenizer in {tokenizer.name_or_path} does not reproduce this caption")
     except InputError as error:
@@ -180,7 +191,7 @@ def show_video(result: Result, data: dict, clips: int) -> tuple[float, list[str]
     """Seconds per clip, and each clip's last frame as JPEG. Raises InputError if the video cannot be shown."""
     folder = find_video_root(str(result.args.get("video_root") or ""), ROOT)
     path = find_video(str(data["video_path"]), ROOT, folder)
-    video = read_video(path, budget=PICTURE, reader=choose_reader(os.environ))
+    video = read_video(path, part=video_part(data), budget=PICTURE, reader=choose_reader(os.environ))
     if video.clips != clips:
         raise InputError(f"{path} has {video.clips} clips, but had {clips} when it was captioned")
     return video.seconds_per_clip, [jpeg(frame) for frame in video.frames[1::2].permute(0, 2, 3, 1).numpy()]

@@ -131,6 +131,11 @@ class Result:
         return score_in(self.scores, metric)
 
     @property
+    def timeliness(self) -> dict:
+        """When the captions say what happens; empty where that was not measured."""
+        return self.scores.get("timeliness", {})
+
+    @property
     def subtasks(self) -> dict[str, dict]:
         """The scores of each sub-task; empty if the task has none."""
         return {name: one for name, one in self.scores.get("tasks", {}).items() if isinstance(one, dict)}
@@ -209,7 +214,7 @@ def load_scores(path: Path) -> tuple[Path, dict]:
     """The path of the scores of a result file, and the scores."""
     found = sibling(path, "scores.json")
     scores = read_object(found, AGAIN) if found.exists() else {}
-    for name in ("not_computed", "tasks", "judge", "lag"):
+    for name in ("not_computed", "tasks", "judge", "lag", "timeliness"):
         if not isinstance(scores.get(name, {}), dict):
             raise InputError(f"{found}: {name} is not an object: score again with eval.sh --score-only")
     return found, scores
@@ -318,6 +323,10 @@ def differences_of(result: Result, size: str) -> list[str]:
     for name, value in paper.SETTINGS.items():
         if name in result.args and result.args[name] != value:
             found.append(f"{name} is {result.args[name]}, {value} in the paper")
+    if recipe := result.run.get("recipe_differences"):
+        values = result.run.get("arguments", {})
+        flags = (f"--{name} {values.get(name)} ({value} in the paper's recipe)" for name, value in recipe.items())
+        found.append(f"the checkpoint was trained with {', '.join(flags)}")
     if result.trained_as not in (None, result.variant.name):
         found.append(f"the checkpoint was trained as {result.trained_as}, not as the evaluated variant")
     scored = result.scores.get("count")

@@ -9,13 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
+from metrics.timing import NAMES
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
 from report import paper
-from report.loading import Result, labels, metrics_of, score_in
+from report.loading import Result, is_number, labels, metrics_of, score_in, without_folders
 
 NOT_GIVEN = "no result file of this variant was given"
 NOT_IN_PAPER = "not in the paper"
+LAGS = ("AL", "LAAL")
+MISSING = {
+    "delay_median": "no event was named after it began",
+    "delay_95": "no event was named after it began",
+    "words_per_quiet_second": "the videos have no quiet stretches",
+}
+"""Why a value of timeliness is missing."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +32,15 @@ class Cell:
     note: int = 0
     """The footnote's number, from 1; 0 for none."""
     signed: bool = False
+    whole: bool = False
+    """A count."""
 
     @property
     def text(self) -> str:
         if self.value is None:
             return "-"
+        if self.whole:
+            return f"{self.value:.0f}"
         value = round(self.value, 2) + 0.0  # no -0.00
         return f"{value:+.2f}" if self.signed else f"{value:.2f}"
 
@@ -56,10 +68,10 @@ class Table:
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def cell(self, value: float | None, reason: str = "", signed: bool = False) -> Cell:
+    def cell(self, value: float | None, reason: str = "", signed: bool = False, whole: bool = False) -> Cell:
         """A cell, with a footnote if it has no value."""
         if value is not None or not reason:
-            return Cell(value, signed=signed)
+            return Cell(value, signed=signed, whole=whole)
         if reason not in self.notes:
             self.notes.append(reason)
         return Cell(None, self.notes.index(reason) + 1)
@@ -133,8 +145,9 @@ def not_comparable(one: Result | None, other: Result | None) -> str:
     return ""
 
 
-def schedule_table(results: Sequence[Result], task: str) -> Table | None:
-    """Fixed and random schedules: the paper's second table, for all metrics; None without random schedules."""
+def schedule_table(results: Sequence[Result], task: str, size: str) -> Table | None:
+    """Fixed and random schedules: the paper's second table, for all metrics, beside the paper's values if they are of
+    `size`; None without random schedules."""
     pairs = schedule_pairs(results)
     if not pairs:
         return None
@@ -149,6 +162,7 @@ def schedule_table(results: Sequence[Result], task: str) -> Table | None:
         columns.append(f"{one.variant.method} ({one.variant.name}{extra})")
     table = Table("Fixed and random schedules", ["Metric", "Schedule", "", "Source"], columns)
     both = [result for pair in pairs for result in pair if result]
+    printed = (task, size) == ("description", paper.RANDOM_SIZE)
     for metric in metrics_of(results):
         if all(result.score(metric)[0] is None for result in both):
             continue
@@ -168,9 +182,9 @@ def schedule_table(results: Sequence[Result], task: str) -> Table | None:
         for kind, cells in rows.items():
             name = f"{kind}, K = {min(ks)}" if kind != "difference" and len(ks) == 1 else kind
             table.lines.append(Line(metric, name, "", "ours", False, cells))
-        if metric == paper.RANDOM_METRIC and task == "description":
+        if metric == paper.RANDOM_METRIC and printed:
             add_paper(table, pairs)
-    if task == "description" and not any(line.paper for line in table.lines):
+    if printed and not any(line.paper for line in table.lines):
         add_paper(table, pairs)
     return table
 
@@ -181,6 +195,25 @@ def add_paper(table: Table, pairs) -> None:
         cells = [table.cell(values.get((fixed or random).variant.name), NOT_IN_PAPER) for fixed, random in pairs]
         source = f"paper: {paper.RANDOM_SIZE}"
         table.lines.append(Line(paper.RANDOM_METRIC, f"{kind}, K = 3", "", source, True, cells))
+
+
+def timeliness_table(results: Sequence[Result]) -> Table | None:
+    """When the captions say what happens, for each result in which that was measured; None if there is none."""
+    shown = [result for result in results if result.timeliness]
+    table = Table("When it speaks", ["", "Method", "Variant", "Source"], [*NAMES.values(), *LAGS])
+    label = labels(results)
+    for result in shown:
+        found = result.timeliness
+        reason = f"not computed: {without_folders(str(found['not_computed']))}" if "not_computed" in found else ""
+        cells = []
+        for key in NAMES:
+            value = float(found[key]) if is_number(found.get(key)) else None
+            cells.append(table.cell(value, reason or MISSING.get(key, "not computed"), whole=key == "events"))
+        cells += [table.cell(*result.score(metric)) for metric in LAGS]
+        variant = result.variant
+        source = f"ours: {label[result.path]}"
+        table.lines.append(Line(variant.mode, variant.method, variant.name, source, False, cells))
+    return table if shown else None
 
 
 def runs_table(results: Sequence[Result]) -> list[list[str]]:
@@ -195,7 +228,7 @@ def runs_table(results: Sequence[Result]) -> list[list[str]]:
             [
                 result.path.name,
                 result.variant.name,
-                result.schedule,
+                result.schedule + (f", seed {result.seed}" if result.seed else ""),
                 result.model_name,
                 f"{result.size}, {result.weights} weights" if result.weights else result.size,
                 str(result.run.get("finished") or "-")[:10],

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video_root
+from qwen_vl_streaming.model.prompts import END_OF_SLOT
+from qwen_vl_streaming.model.trained import MODEL
 from qwen_vl_streaming.timeline.timeline import make_schedule
 from qwen_vl_streaming.timeline.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget
@@ -17,7 +19,21 @@ from .argument_checks import VALUE_ERRORS, check_parsed, check_values, check_zer
 from .device import choose_training_device
 
 ROOT = Path(__file__).resolve().parents[3]
+SCHEDULES = ("data", "wait", MODEL)
 OUTPUT = Path(__file__).resolve().parents[1] / "output"
+PAPER_SAMPLES = 16
+"""Samples of a process in an optimizer step, as in the paper."""
+
+
+def accumulation_steps(batch_size: int) -> int:
+    """Forward passes of an optimizer step, each with `batch_size` samples, where --gradient_accumulation_steps is not
+    given: those of PAPER_SAMPLES samples. Raises InputError where they do not divide evenly."""
+    if PAPER_SAMPLES % batch_size:
+        raise InputError(
+            f"--per_device_train_batch_size {batch_size} does not divide the {PAPER_SAMPLES} samples of a step: "
+            "give --gradient_accumulation_steps too, or another"
+        )
+    return PAPER_SAMPLES // batch_size
 
 
 @dataclass
@@ -34,6 +50,28 @@ class ModelArguments:
         metadata={"help": "Allow continuing from a checkpoint of another variant or another position rule."},
     )
     wait_k: int = field(default=3, metadata={"help": "Answer tokens per clip in training (wait-K)."})
+    schedule: str = field(
+        default="data",
+        metadata={
+            "help": "When an answer is written. data: that of a row with `segments` as their times say, any other by "
+            "wait-K. wait: all by wait-K, with the human_caption if a row has both. model: as data, and each slot ends "
+            "with an end-of-slot token, so that the model learns to decide when to speak."
+        },
+    )
+    max_tokens_per_slot: int = field(
+        default=8,
+        metadata={
+            "help": "With the times of the data, the most answer tokens after a clip. What does not fit runs on after "
+            "the next clip."
+        },
+    )
+    end_of_slot: str = field(
+        default=END_OF_SLOT,
+        metadata={
+            "help": "With --schedule model, the token that ends each slot but the last: one token of the vocabulary "
+            "that no caption contains. A slot with --max_tokens_per_slot tokens ends without it."
+        },
+    )
     attention: str = field(
         default="auto",
         metadata={"help": "Attention of the language model: auto, sdpa, flex_attention, flash_attention_2."},
@@ -75,6 +113,19 @@ class ModelArguments:
         self.rules  # noqa: B018  raises for an unknown variant
         if self.wait_k < 1:
             raise InputError(f"--wait_k {self.wait_k}: must be at least 1")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"--schedule {self.schedule}: choose {', '.join(SCHEDULES)}; --wait_k sets K of wait-K")
+        if self.decides and not self.rules.streams:
+            raise InputError(
+                f"--schedule {self.schedule}: {self.variant} writes only after the whole video: use one of interleave, "
+                "overlap, group and gap"
+            )
+        if self.end_of_slot != END_OF_SLOT and not self.decides:
+            raise InputError(
+                f"--end_of_slot {self.end_of_slot} has no effect without --schedule {MODEL}: give both, or omit it"
+            )
+        if self.max_tokens_per_slot < 1:
+            raise InputError(f"--max_tokens_per_slot {self.max_tokens_per_slot}: must be at least 1")
         if self.checkpoint_layers is not None and self.checkpoint_layers < 1:
             raise InputError(
                 f"--checkpoint_layers {self.checkpoint_layers}: must be at least 1; to recompute nothing give "
@@ -106,15 +157,26 @@ class ModelArguments:
                 raise InputError(
                     f"--lora_targets {target!r} is not a regular expression ({error}): correct it"
                 ) from error
-        make_schedule(self.schedule, self.rules, clips=1)
+        make_schedule(self.wait_schedule, self.rules, clips=1)
 
     @property
     def rules(self) -> Variant:
         return get_variant(self.variant)
 
     @property
-    def schedule(self) -> str:
+    def wait_schedule(self) -> str:
+        """The schedule of rows without times."""
         return f"wait-{self.wait_k}"
+
+    @property
+    def decides(self) -> bool:
+        """Whether the model learns to end slots."""
+        return self.schedule == MODEL
+
+    @property
+    def uses_times(self) -> bool:
+        """Whether the `segments` of a row decide when its answer is written."""
+        return self.schedule != "wait"
 
     def choose_attention(self, cuda: bool, packed: bool) -> str:
         """The attention implementation. `auto` is FlexAttention on a GPU where a mask is needed, for a parallel variant
@@ -136,7 +198,7 @@ class DataArguments:
         metadata={
             "help": "JSON Lines, as mani_data.py writes them, a Parquet file or pattern, a folder of "
             "Dataset.save_to_disk, or hf://datasets/OWNER/NAME[:SPLIT], with columns video_id, video_path, "
-            "human_caption and optionally question."
+            "human_caption or segments, and optionally question."
         },
     )
     video_root: str = field(
@@ -214,7 +276,12 @@ class SftArguments(TrainingArguments):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int = 16
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Forward passes of an optimizer step. Default: as many as give {PAPER_SAMPLES} samples a process."
+        },
+    )
     bf16: bool = field(
         default=True, metadata={"help": "Train in bfloat16, else in float32. sft.sh sets False on a CPU."}
     )
@@ -241,6 +308,8 @@ class SftArguments(TrainingArguments):
 
     def __post_init__(self):
         check_values(self)
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = accumulation_steps(self.per_device_train_batch_size)
         self.cpu_is_fallback = not self.use_cpu  # then large models are refused
         self.cpu_message = choose_training_device(self)
         if self.output_dir is not None and not self.output_dir.strip():

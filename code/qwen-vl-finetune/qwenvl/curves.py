@@ -4,13 +4,9 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
 from qwen_vl_streaming.common.files import write_file
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 def continue_tensorboard(trainer: Trainer, step: int) -> None:
@@ -28,7 +24,10 @@ def draw_curves(history: Iterable[dict], path: Path, title: str) -> bool:
     history = list(history)
     if not any("loss" in entry for entry in history):
         return False
-    figure, (top, bottom) = pyplot.subplots(2, figsize=(7, 6), sharex=True, layout="constrained")
+    from matplotlib.figure import Figure  # only one process of a run draws
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
     for axes, name, label, style in (
         (top, "loss", "training", "-"),
         (top, "eval_loss", "held out", "o-"),
@@ -45,5 +44,4 @@ def draw_curves(history: Iterable[dict], path: Path, title: str) -> bool:
     png = io.BytesIO()
     figure.savefig(png, dpi=120, format="png")
     write_file(path, png.getvalue(), report=False)
-    pyplot.close(figure)
     return True

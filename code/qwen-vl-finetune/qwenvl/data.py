@@ -10,13 +10,25 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
+from qwen_vl_streaming.common.data_rows import SEGMENT_TIMES
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_video
-from qwen_vl_streaming.model.prompts import QUESTIONS, Template, answer_ids, clip_pixels, make_template
+from qwen_vl_streaming.common.video_part import video_part
+from qwen_vl_streaming.model.prompts import (
+    QUESTIONS,
+    Template,
+    answer_ids,
+    answer_slots,
+    clip_pixels,
+    make_template,
+    seconds_late,
+)
 from qwen_vl_streaming.timeline.positions import check_clips, timeline_positions
+from qwen_vl_streaming.timeline.segments import arrival_times, check_segments, join_segments, slot_tokens
 from qwen_vl_streaming.timeline.timeline import (
     ANSWER,
     CLIP,
@@ -24,6 +36,7 @@ from qwen_vl_streaming.timeline.timeline import (
     NOTHING,
     PROMPT,
     TAIL,
+    Schedule,
     make_schedule,
     make_timeline,
 )
@@ -77,13 +90,20 @@ class StreamingDataset(torch.utils.data.Dataset):
         reader: str | None = None,
         keep_frames: bool = False,
         video_root: Path | None = None,
+        uses_times: bool = True,
+        max_tokens_per_slot: int = 8,
+        end_of_slot: str | None = None,
     ):
         """`root` is the project's root; a row's `video_path` is looked up as in `find_video`. `keep_frames` caches
-        decoded videos in memory."""
+        decoded videos in memory. `schedule` is that of rows without `segments`, or of all if not `uses_times`; with
+        times, a slot before the last writes at most `max_tokens_per_slot` tokens. `end_of_slot` is the token that ends
+        each of these slots, unless it is full; None for none. Raises InputError if it is not one of the vocabulary."""
         self.rows, self.root, self.processor, self.tokens_per_second = rows, root, processor, tokens_per_second
         self.variant, self.schedule, self.budget, self.max_length = variant, schedule, budget, max_length
         self.seed, self.reader, self.video_root = seed, reader, video_root
-        self.templates = [make_template(processor, question) for question in QUESTIONS]
+        self.uses_times, self.max_tokens_per_slot = uses_times, max_tokens_per_slot
+        self.end_of_slot = end_of_slot
+        self.templates = [make_template(processor, question, end_of_slot) for question in QUESTIONS]
         self.own_templates: dict[str, Template] = {}
         self.cache: dict[int, Video] | None = {} if keep_frames else None
         self.side = processor.video_processor.merge_size * processor.video_processor.patch_size
@@ -94,16 +114,68 @@ class StreamingDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        row, template = self.rows[index], self.template(index)
+        template = self.template(index)
         try:
             video = self._video(index)
-            answer = len(answer_ids(self.processor, template, row["human_caption"]))
             grid = video.frames.shape[-2] // self.side, video.frames.shape[-1] // self.side
-            self.check(video.clips, grid, template, answer, video.seconds_per_clip)
-            sample = self._sample(video, row["human_caption"], template)
+            self.check(index, video.clips, grid, self.count_tokens(index), video.seconds_per_clip)
+            sample = self._sample(video, self.slots(index, video.clips, video.seconds_per_clip), template)
         except InputError as error:
-            return self.blank(template, (str(row["video_id"]), str(error)))
+            return self.blank(template, (str(self.rows[index]["video_id"]), str(error)))
         return sample
+
+    def segments(self, index: int) -> list[dict] | None:
+        """The segments whose times give the schedule of sample `index`; None if it has none, or they are not used."""
+        return self.rows[index].get("segments") if self.uses_times else None
+
+    def segment_time(self, index: int) -> str:
+        """When the text of a segment of sample `index` may be written: one of SEGMENT_TIMES."""
+        return self.rows[index].get("segment_time") or SEGMENT_TIMES[0]
+
+    def seconds_late(self, index: int, clips: int, seconds_per_clip: float) -> list[float]:
+        """By how many seconds each word of a sample with `segments` is written late."""
+        segments, arrivals = self.segments(index) or (), arrival_times(clips, seconds_per_clip)
+        return seconds_late(self.processor, segments, arrivals, self.max_tokens_per_slot, self.segment_time(index))
+
+    def caption(self, index: int) -> str:
+        """The text of the answer. Raises InputError, with the row's place, for segments that are not in order."""
+        row, segments = self.rows[index], self.segments(index)
+        if segments is None and row["human_caption"] is not None:
+            return row["human_caption"]
+        try:
+            check_segments(row["segments"])
+        except InputError as error:
+            raise InputError(f"{row['place']}: {error}") from error
+        return join_segments(row["segments"]).text
+
+    def count_tokens(self, index: int) -> int:
+        """The tokens of the answer, `<|im_end|>` included. Raises InputError where `caption` does, and for a caption
+        without tokens."""
+        return len(answer_ids(self.processor, self.template(index), self.caption(index)))
+
+    def slots(self, index: int, clips: int, seconds_per_clip: float) -> list[list[int]]:
+        """The answer's tokens of each slot. Raises InputError where `count_tokens` does."""
+        template, segments, most = self.template(index), self.segments(index), self.max_tokens_per_slot
+        arrivals, end = arrival_times(clips, seconds_per_clip), template.end_of_slot
+        if segments is not None and self.variant.streams:
+            return answer_slots(
+                self.processor, template, segments, arrivals, most, self.segment_time(index), end_of_slot=end
+            )
+        answer, schedule = answer_ids(self.processor, template, self.caption(index)), self.wait_schedule(clips)
+        if end is not None:  # as if each token had the time of its slot
+            counts = zip(arrivals, schedule.counts(len(answer) - 1), strict=True)
+            times = [arrival for arrival, count in counts for _ in range(count)]
+            return slot_tokens(answer[:-1], times, arrivals, most, template.end, end)
+        tokens = iter(answer)
+        return [list(islice(tokens, count)) for count in schedule.counts(len(answer))]
+
+    def wait_schedule(self, clips: int) -> Schedule:
+        """The schedule of a sample without times."""
+        return make_schedule(self.schedule, self.variant, clips)
+
+    def slot_ends(self, clips: int) -> int:
+        """The most end-of-slot tokens of a sample."""
+        return clips - 1 if self.end_of_slot is not None else 0
 
     def path(self, index: int) -> Path:
         """The video file of sample `index`. Raises InputError where there is none."""
@@ -115,22 +187,27 @@ class StreamingDataset(torch.utils.data.Dataset):
         if not (question := row.get("question")):
             return self.templates[random.Random(f"{self.seed} {row['video_id']}").randrange(len(self.templates))]
         if question not in self.own_templates:
-            self.own_templates[question] = make_template(self.processor, question)
+            self.own_templates[question] = make_template(self.processor, question, self.end_of_slot)
         return self.own_templates[question]
 
-    def check(
-        self, clips: int, grid: tuple[int, int], template: Template, answer: int, seconds_per_clip: float
-    ) -> None:
-        """Raises InputError if a sample of these sizes cannot be trained on. `grid` is a clip's visual tokens, rows ×
-        columns; `answer` includes `<|im_end|>`."""
-        if self.variant.streams and answer - 1 < clips:
+    def check(self, index: int, clips: int, grid: tuple[int, int], answer: int, seconds_per_clip: float) -> None:
+        """Raises InputError if sample `index` cannot be trained on with these sizes. `grid` is a clip's visual tokens,
+        rows × columns; `answer` includes `<|im_end|>`."""
+        template, segments = self.template(index), self.segments(index)
+        if segments is not None:
+            try:
+                check_segments(segments, clips * seconds_per_clip)
+            except InputError as error:
+                raise InputError(f"{self.rows[index]['place']}: {error}") from error
+        elif self.variant.streams and answer - 1 < clips:
             raise InputError(
                 f"its caption has {answer - 1} tokens for {clips} clips, so some slots would have no token: remove it, "
                 "or train an offline variant"
             )
         layout = template.layout(grid, self.tokens_per_second * seconds_per_clip)
         check_clips(self.variant, layout, clips)
-        length = layout.prompt + layout.tail + layout.header + clips * layout.tokens_per_clip + answer
+        text = layout.header + answer + self.slot_ends(clips)
+        length = layout.prompt + layout.tail + clips * layout.tokens_per_clip + text
         if length > self.max_length:
             raise InputError(
                 f"its {length} tokens exceed the maximum length {self.max_length}: raise --model_max_length"
@@ -149,7 +226,11 @@ class StreamingDataset(torch.utils.data.Dataset):
     def blank(self, template: Template, bad: tuple[str, str] | None = None) -> Sample:
         """A sample of one black clip, without labels."""
         black = torch.zeros(2, 3, self.side, self.side, dtype=torch.uint8)
-        sample = self._sample(Video(black, torch.tensor([0.0, 0.5]), 2.0, "blank"), "blank", template)
+        sample = self._sample(
+            Video(black, torch.tensor([0.0, 0.5]), 2.0, "blank"),
+            [answer_ids(self.processor, template, "blank")],
+            template,
+        )
         sample.labels.fill_(IGNORED)
         sample.bad = bad
         return sample
@@ -158,18 +239,18 @@ class StreamingDataset(torch.utils.data.Dataset):
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         max_clips = self.max_length // math.ceil(self.budget.min_pixels_per_frame / self.pixels_per_token)
-        video = read_video(self.path(index), budget=self.budget, reader=self.reader, max_clips=max_clips)
+        path, row = self.path(index), self.rows[index]
+        video = read_video(path, part=video_part(row), budget=self.budget, reader=self.reader, max_clips=max_clips)
         if self.cache is not None:
             self.cache[index] = video
         return video
 
-    def _sample(self, video: Video, caption: str, template) -> Sample:
-        answer = answer_ids(self.processor, template, caption)
+    def _sample(self, video: Video, slots: list[list[int]], template: Template) -> Sample:
+        answer = [token for slot in slots for token in slot]
         pixels, grid = clip_pixels(self.processor, video.frames)
         clips = len(pixels)
         layout = template.layout(grid, self.tokens_per_second * video.seconds_per_clip)
-        counts = make_schedule(self.schedule, self.variant, clips).counts(len(answer))
-        timeline = make_timeline(self.variant, layout, counts)
+        timeline = make_timeline(self.variant, layout, list(map(len, slots)))
         rows = timeline.rows
 
         ids = torch.full((len(rows),), template.video)
@@ -227,19 +308,23 @@ class EpochSampler(torch.utils.data.Sampler):
         return iter([*order, *range(self.real, self.padded)][: len(self)])
 
 
-def pack(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
-    """First-fit packing of samples into rows of at most `tokens` tokens."""
-    rows: list[list[Sample]] = []
+def first_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """First-fit packing of samples of these `lengths` into rows of at most `tokens` tokens: the indices of each row."""
+    rows: list[list[int]] = []
     room: list[int] = []
-    for sample in samples:
-        length = len(sample.input_ids)
+    for index, length in enumerate(lengths):
         row = next((i for i, free in enumerate(room) if free >= length), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(tokens)
-        rows[row].append(sample)
+        rows[row].append(index)
         room[row] -= length
     return rows
+
+
+def pack(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
+    """The samples of each row that `first_fit` makes."""
+    return [[samples[i] for i in row] for row in first_fit([len(sample.input_ids) for sample in samples], tokens)]
 
 
 @dataclass

@@ -7,6 +7,7 @@ import os
 
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import choose_device, look
+from qwen_vl_streaming.launch.answer import answer
 
 USE_CPU = "--use_cpu True"
 MAX_CPU_PARAMETERS = 500_000_000
@@ -62,11 +63,11 @@ def main() -> None:
     parser.add_argument("--use_cpu", nargs="?", const="True", default="False")
     arguments, _ = parser.parse_known_args()
     if arguments.use_cpu.lower() in ("true", "t", "yes", "y", "1"):  # as transformers parses it
-        print(0)
+        answer("0")
         return
     devices = look(os.environ)
     choose_device("", devices, USE_CPU)
-    print(devices.usable)
+    answer(str(devices.usable))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ usage: bash scripts/sft.sh [--FLAG VALUE ...]
 {description}
 
 --plan prints what the planner chooses for the GPUs of this machine and ends; --gpus 8xH100-80GB does so for others.
+--no_plan plans and checks nothing: the flags that are not given have the defaults shown here, under ZeRO-3.
 
 Boolean flags take True or False. Environment variables are in docs/training.md. Flags of transformers that are not
 supported here are not shown.

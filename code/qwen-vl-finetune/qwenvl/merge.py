@@ -31,6 +31,8 @@ from .param_groups import saves_embeddings
 
 logger = logging.getLogger(__name__)
 
+OPTIONAL = ("pixel_budget", "end_of_slot", "max_tokens_per_slot")
+"""Keys of training that not every adapter's config.json has."""
 BASE = "base_sha256"
 """Key in an adapter's config.json: the base's hash by `of_checkpoint`."""
 
@@ -44,7 +46,7 @@ def training_config(adapter: Path) -> dict:
         config = json.loads((adapter / "config.json").read_text())
         required = {key: config[key] for key in ("streaming_variant", "wait_k")}
         required["position_rule"] = config.get("position_rule")  # None overrides that of the base
-        return {**required, **{key: config[key] for key in ("pixel_budget", BASE) if key in config}}
+        return {**required, **{key: config[key] for key in (*OPTIONAL, BASE) if key in config}}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{adapter / 'config.json'} does not name the variant of the adapter ({error!r}): give an unchanged folder "

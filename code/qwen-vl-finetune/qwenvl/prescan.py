@@ -1,42 +1,25 @@
 """Finds bad samples, and counts captions that do not fit their video, before training: from captions and video headers,
 without decoding.
 
-A header gives the frame size, and the number of clips to within one. Only where that leaves a doubt are the timestamps
-of all frames read. What no header shows is checked, by the same rules, when a sample is first read.
+What no header shows is checked, by the same rules, when a sample is first read.
 """
 
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 
-import av
 from accelerate.utils import gather_object
 from qwen_vl_streaming.common.data_rows import TOKENS_PER_SECOND
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
-from qwen_vl_streaming.model.prompts import answer_ids
-from qwen_vl_streaming.video.container import film_track, may_leap, open_film
-from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate, too_short
-from qwen_vl_streaming.video.index import index_video
+from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP
 
 from .data import StreamingDataset
+from .headers import FPS, Header, Headers
 
-FPS = 2.0  # the default of read_video
-THREADS = 16  # more than cores: on network storage, reading a header is mostly waiting
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a video's header says; empty where it cannot be read."""
-
-    clips: tuple[int, ...] = ()
-    """The possible numbers of clips."""
-    size: tuple[int, int] | None = None
-    """Height and width of the frames in pixels."""
-    seconds: float = 0.0
-    """The duration."""
+SECONDS_PER_CLIP = FRAMES_PER_CLIP / FPS
 
 
 @dataclass
@@ -63,13 +46,43 @@ class CaptionRates:
             setattr(self, name, getattr(self, name) + count)
 
     def __str__(self) -> str:
+        """One line, empty where no caption counts."""
         low, high = TOKENS_PER_SECOND
         total = self.within + self.fewer + self.more
+        if not total:
+            return ""
         text = f"captions: {self.within} of {total} have {low:g} to {high:g} tokens per second of video"
         if self.within == total:
             return text
         clips = f" ({self.below_clips} of them less than one per clip)" if self.below_clips else ""
         return f'{text}, {self.fewer} fewer{clips}, {self.more} more: see "Caption lengths" in docs/data.md'
+
+
+@dataclass
+class LateWords:
+    """How late the words of samples with times are written, because earlier text has filled the slots."""
+
+    seconds: Counter[float] = field(default_factory=Counter)
+    """Numbers of words by the seconds by which they are late, to a millisecond; 0 for those in time."""
+    most: int = 0
+    """The bound of a slot, in tokens."""
+
+    def add(self, late: Iterable[float]) -> None:
+        self.seconds.update(round(seconds, 3) for seconds in late)
+
+    def __str__(self) -> str:
+        """One line, empty where no words have times."""
+        words, late = self.seconds.total(), {seconds: n for seconds, n in sorted(self.seconds.items()) if seconds > 0}
+        if not late:
+            return f"times: each of {words:,} words is written in the first slot after its time" if words else ""
+        total = sum(late.values())
+        reached = dict(zip(late, accumulate(late.values()), strict=True))
+        median, high = (next(s for s, n in reached.items() if n >= share * total) for share in (0.5, 0.95))
+        return (
+            f"times: {total:,} of {words:,} words are late, since a slot has at most {self.most} tokens: by "
+            f'{median:.1f} s (median), {high:.1f} s (95%), {max(late):.1f} s (maximum): see "Captions with times" in '
+            "docs/data.md"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,56 +92,69 @@ class Scan:
     bad: dict[int, str]
     """The bad samples by index, each with the reason."""
     captions: CaptionRates
+    """Of samples without times."""
+    late: LateWords
+    """Of samples with times."""
 
 
 def scan(
-    samples: StreamingDataset, enough: float = math.inf, process: int = 0, processes: int = 1, quiet: bool = True
+    samples: StreamingDataset,
+    enough: float = math.inf,
+    process: int = 0,
+    processes: int = 1,
+    quiet: bool = True,
+    known: Headers | None = None,
 ) -> Scan:
     """Check `samples`. The result is the same on every process.
 
     Called by all `processes` at once. Each checks its share, and stops after more than `enough` bad samples. The first
-    shows progress unless `quiet`.
+    shows progress unless `quiet`. What is `known` is not read again.
     """
     share = range(process, len(samples), processes)
     show = {"delay": 2, "disable": quiet or process > 0}
     bad: list[tuple[int, str]] = []
-    captions = CaptionRates()
-    with ThreadPoolExecutor(THREADS) as pool:
-        headers = zip(share, pool.map(partial(read_header, samples), share), strict=True)
-        doubtful = []
-        for index, header in Progress(headers, "checking headers", len(share), **show):
-            tokens = count_tokens(samples, index)
-            if not header.clips or check_sample(samples, index, header, tokens, header.clips):
-                doubtful.append((index, header, tokens))
-            else:
-                captions.add(tokens, header.seconds, min(header.clips))
-        counts = pool.map(lambda doubt: count_clips(samples, doubt[0]), doubtful)
-        for (index, header, tokens), count in Progress(
-            zip(doubtful, counts, strict=True), "checking timestamps", **show
-        ):
-            if isinstance(count, str):
-                reason = count
-            else:
-                clips, seconds_per_clip, seconds = count
-                reason = check_sample(samples, index, header, tokens, clips, seconds_per_clip)
-                captions.add(tokens, seconds, *clips)
-            if reason:
-                bad.append((index, reason))
-            if len(bad) > enough:
-                break
-        pool.shutdown(cancel_futures=True)
-    found: dict[int, str] = {}
-    total = CaptionRates()
-    for some, rates in gather_object([(bad, captions)]):
-        found.update(some)
-        total.merge(rates)
-    return Scan(dict(sorted(found.items())), total)
+    captions, late = CaptionRates(), LateWords(most=samples.max_tokens_per_slot)
+
+    def count(index: int, tokens: int, seconds: float, clips: tuple[int, ...], seconds_per_clip: float) -> None:
+        if samples.segments(index) is None:
+            captions.add(tokens, seconds, min(clips))
+        elif samples.variant.streams:
+            late.add(samples.seconds_late(index, sorted(clips)[len(clips) // 2], seconds_per_clip))
+
+    headers = known or Headers()
+    doubtful: dict[int, int] = {}  # tokens of the caption by sample
+    for index in Progress(headers.read(samples, share), "checking headers", len(share), **show):
+        header, tokens = headers.header(samples, index), count_tokens(samples, index)
+        if not header.clips or check_sample(samples, index, header, tokens, header.clips):
+            doubtful[index] = tokens
+        else:
+            count(index, tokens, header.seconds, header.clips, SECONDS_PER_CLIP)
+    for index in Progress(headers.count(samples, doubtful), "checking timestamps", len(doubtful), **show):
+        found, tokens = headers.clips(samples, index), doubtful[index]
+        if isinstance(found, str):
+            reason = found
+        else:
+            clips, seconds_per_clip, seconds = found
+            reason = check_sample(samples, index, headers.header(samples, index), tokens, clips, seconds_per_clip)
+            if not reason or samples.segments(index) is None:
+                count(index, tokens, seconds, clips, seconds_per_clip)
+        if reason:
+            bad.append((index, reason))
+        if len(bad) > enough:
+            break
+    all_bad: dict[int, str] = {}
+    rates, words = CaptionRates(), LateWords(most=samples.max_tokens_per_slot)
+    for some, some_rates, some_words in gather_object([(bad, captions, late)]):
+        all_bad.update(some)
+        rates.merge(some_rates)
+        words.seconds.update(some_words.seconds)
+    return Scan(dict(sorted(all_bad.items())), rates, words)
 
 
 def count_tokens(samples: StreamingDataset, index: int) -> int:
-    """The tokens of a caption without `<|im_end|>`, 0 where it has none."""
+    """The tokens of a caption without `<|im_end|>`, 0 where it has none or cannot be used."""
     try:
-        return len(answer_ids(samples.processor, samples.template(index), samples.rows[index]["human_caption"])) - 1
+        return samples.count_tokens(index) - 1
     except InputError:
         return 0
 
@@ -139,64 +165,17 @@ def check_sample(
     header: Header,
     tokens: int,
     clips: tuple[int, ...],
-    seconds_per_clip: float = FRAMES_PER_CLIP / FPS,
+    seconds_per_clip: float = SECONDS_PER_CLIP,
 ) -> str:
     """Why sample `index`, with a caption of `tokens` tokens, is bad with one of these numbers of `clips`; an empty
     string if it is not."""
-    template = samples.template(index)
     try:
         if not tokens:
-            raise InputError("the caption has no tokens: remove the sample")
+            samples.count_tokens(index)  # raises
         for count in clips if header.size else ():
             name = f"video {samples.path(index)}"
             height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * count, name)
-            samples.check(
-                count, (height // samples.side, width // samples.side), template, tokens + 1, seconds_per_clip
-            )
+            samples.check(index, count, (height // samples.side, width // samples.side), tokens + 1, seconds_per_clip)
     except InputError as error:
         return str(error)
     return ""
-
-
-def read_header(samples: StreamingDataset, index: int) -> Header:
-    try:
-        path = samples.path(index)
-    except InputError:  # count_clips reports it
-        return Header()
-    if not os.path.isfile(path):  # opening a pipe would block
-        return Header()
-    try:
-        with open_film(path) as container:
-            stream = film_track(container, str(path))
-            ends = [stream.duration * stream.time_base] if stream.duration else []
-            ends += [container.duration / av.time_base] if container.duration else []
-            size = stream.codec_context.height, stream.codec_context.width
-            # At a low frame rate, only the timestamps show whether the rate is constant; where timestamps may restart,
-            # only they show the duration. If the first frame is late, some formats give the end as the duration.
-            late = (stream.start_time or 0) * stream.time_base >= FRAMES_PER_CLIP / FPS
-            known = float(stream.average_rate or FPS) >= FPS and not may_leap(container) and not late
-    except (av.FFmpegError, OSError, InputError):
-        return Header()
-    seconds = float(min(ends, default=0))
-    clips = math.ceil((seconds - SLACK) * FPS / FRAMES_PER_CLIP)
-    # A video of about one clip may be shorter than that.
-    possible = (clips - 1, clips, clips + 1) if known and clips > 1 else ()
-    return Header(possible, size if min(size) > 0 else None, seconds)
-
-
-def count_clips(samples: StreamingDataset, index: int) -> tuple[tuple[int], float, float] | str:
-    """The exact number of clips of a video, and the seconds of each and of the video; or the reason if it is missing,
-    broken or shorter than one clip."""
-    try:
-        path = samples.path(index)
-        video = index_video(path)
-    except InputError as error:
-        return str(error)
-    try:
-        rate = sampled_rate(video, FPS)
-        frames = pick_frames(video.times, video.duration, rate, None, None)
-    except InputError as error:
-        return f"video {path}: {error}"
-    if frames is None:
-        return too_short(f"video {path}", video.duration, rate)
-    return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate, video.duration

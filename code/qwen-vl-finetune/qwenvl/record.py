@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.timeline.positions import RULE
 
 from .checkpointing import OTHER_OUTPUT, saving
-from .fixed import FIXED_FLAGS
+from .fixed import FIXED_FLAGS, FREE_FLAGS
 
 PACKAGES = (*RUNNING, "accelerate", "deepspeed", "peft")
 FIXED_FACTS = {
@@ -60,13 +60,29 @@ def describe_data(source: str, rows: int, held_out: int, excluded: list[int]) ->
     }
 
 
-def describe_run(model, data, training, rows: int, held_out: int, excluded: list[int]) -> dict:
-    """The facts that identify a run: its three groups of arguments, versions, and its data as in `describe_data`."""
+def recipe_differences(arguments: dict, groups) -> dict:
+    """The paper's value, which is the default, of each flag of a recipe in which `arguments` differ from it. `groups`
+    are the dataclasses of the flags."""
+    found = {}
+    for flag in (flag for group in groups for flag in fields(group)):
+        decides = flag.name in FIXED_FLAGS.split() or flag.name.startswith(("tune_", "lora_")) or flag.name == "wait_k"
+        if not decides or flag.name in FREE_FLAGS.split():
+            continue
+        default = flag.default if flag.default is not MISSING else flag.default_factory()
+        if arguments[flag.name] != default:
+            found[flag.name] = default
+    return found
+
+
+def describe_run(model, data, training, rows: int, held_out: int, excluded: list[int], timed: bool = False) -> dict:
+    """The facts that identify a run: its three groups of arguments, versions, and its data as in `describe_data`.
+    `timed`: the times of some rows decide when their answers are written."""
     zero = training.hf_deepspeed_config.config if training.deepspeed else None
+    arguments = {**asdict(model), **asdict(data), **training.to_dict(), "deepspeed": zero}
     return {
         "variant": model.variant,
         "position_rule": RULE if model.rules.after_video else None,
-        "schedule": model.schedule,
+        "schedule": model.schedule if timed or model.decides else model.wait_schedule,
         "world_size": training.world_size,
         "device": torch.cuda.get_device_name() if training.device.type == "cuda" else platform.processor() or "cpu",
         "zero_stage": zero and zero["zero_optimization"]["stage"],
@@ -74,7 +90,8 @@ def describe_run(model, data, training, rows: int, held_out: int, excluded: list
         "model_sha256": of_checkpoint(model.model_name_or_path),
         "commit": commit(Path(__file__).parent),
         "versions": {**versions(PACKAGES), "cuda": torch.version.cuda},
-        "arguments": {**asdict(model), **asdict(data), **training.to_dict(), "deepspeed": zero},
+        "recipe_differences": recipe_differences(arguments, (model, data, training)),
+        "arguments": arguments,
     }
 
 

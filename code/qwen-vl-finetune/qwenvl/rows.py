@@ -5,18 +5,23 @@ import random
 from qwen_vl_streaming.common.data_rows import check_characters, read_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import make_data
+from qwen_vl_streaming.common.video_part import FIELDS as PART
 
 
 def read_rows(source: str) -> list[dict]:
-    """The rows of a data set, each with its number as `line` and its own question or None. Raises InputError where
-    `read_data_rows` does, and for a caption that cannot be tokenized."""
+    """The rows of a data set, each with its number as `line` and its own question or None; those with `segments` also
+    have a `place` for messages. Raises InputError where `read_data_rows` does, and for a caption that cannot be
+    tokenized."""
     rows = []
     for number, row in read_data_rows(source):
         try:
             check_characters(row, "human_caption")
         except InputError as error:
             raise InputError(f"{row_place(source, number)}: {error}") from error
-        fields = {name: row.get(name) for name in ("video_id", "video_path", "human_caption", "question")}
+        fields = {name: row.get(name) for name in ("video_id", "video_path", *PART, "human_caption", "question")}
+        if row.get("segments") is not None:
+            timed = {name: row.get(name) for name in ("segments", "segment_time")}
+            fields |= {**timed, "place": row_place(source, number)}
         rows.append({"line": number, **fields})
     if not rows:
         raise InputError(f"{source} has no rows: {make_data(source) or 'give a file with rows'}")

@@ -21,7 +21,7 @@ from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers, load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
-from qwen_vl_streaming.model.trained import check_trained, training_keys
+from qwen_vl_streaming.model.trained import check_trained, end_of_slot, training_keys
 from qwen_vl_streaming.video.frames import choose_reader
 from torch import distributed
 from transformers import PretrainedConfig, ProgressCallback
@@ -35,6 +35,7 @@ from .data import PaddedDataset, StreamingDataset, collate_for_trainer
 from .device import check_size
 from .flags_help import HelpfulParser
 from .folder import check_folder, lock_folder, make_folder
+from .headers import CHANNEL, Headers
 from .param_groups import check_parts, describe_parts, make_trainable
 from .prescan import scan
 from .record import RunRecord, describe_run
@@ -163,12 +164,19 @@ def load_matching_processor(checkpoint: str, config: PretrainedConfig):
     return processor
 
 
-def scan_data(samples: StreamingDataset, skipped: Skipped, training: SftArguments) -> list[int]:
+def known_headers(is_main: bool) -> Headers:
+    """What the planner has read of the videos, where there was one."""
+    (known,) = broadcast_object_list([Headers.take(Path(os.environ.get(CHANNEL, ""))) if is_main else None])
+    return known
+
+
+def scan_data(samples: StreamingDataset, known: Headers, skipped: Skipped, training: SftArguments) -> list[int]:
     """The lines of the data that are known to be bad before training. Raises InputError for too many."""
     enough = max(1000, training.max_bad_share * len(samples))
-    found = scan(samples, enough, training.process_index, training.world_size, training.disable_tqdm)
+    found = scan(samples, enough, training.process_index, training.world_size, training.disable_tqdm, known)
     if training.process_index == 0:
-        logger.info(found.captions)
+        for line in filter(None, (str(found.captions), str(found.late))):
+            logger.info(line)
     bad = found.bad
     rows = [samples.rows[index] for index in bad]
     reasons = [(str(row["video_id"]), reason) for row, reason in zip(rows, bad.values(), strict=True)]
@@ -219,7 +227,10 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         processor=load_matching_processor(checkpoint, config),
         tokens_per_second=config.vision_config.tokens_per_second,
         variant=variant,
-        schedule=model_arguments.schedule,
+        schedule=model_arguments.wait_schedule,
+        uses_times=model_arguments.uses_times,
+        max_tokens_per_slot=model_arguments.max_tokens_per_slot,
+        end_of_slot=model_arguments.end_of_slot if model_arguments.decides else None,
         budget=data_arguments.pixel_budget,
         max_length=data_arguments.max_length,
         seed=arguments.seed,
@@ -234,13 +245,15 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     all_samples.check_max_length()
     make_folder(output)
     is_main = arguments.process_index == 0
+    known = known_headers(is_main)
     with lock_folder(output, is_main):
         record = RunRecord(output, is_main)
         finished, resume_from = broadcast_object_list([record.finished, newest_checkpoint(output)])
         skipped = Skipped(output, len(every_row), arguments.max_bad_share, is_main)
         started = finished or resume_from
-        excluded = record.excluded if started else scan_data(all_samples, skipped, arguments)
-        facts = describe_run(model_arguments, data_arguments, arguments, len(every_row), len(held_out), excluded)
+        excluded = record.excluded if started else scan_data(all_samples, known, skipped, arguments)
+        timed = any(map(all_samples.segments, range(len(every_row))))
+        facts = describe_run(model_arguments, data_arguments, arguments, len(every_row), len(held_out), excluded, timed)
         check_same_model(checkpoint, facts["model_sha256"], arguments.device)
         if started:
             record.check_same_run(facts)
@@ -261,6 +274,10 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         if sharded:
             gather_whole_layers(model)
         more = {"pixel_budget": asdict(data_arguments.pixel_budget)}
+        if model_arguments.decides or end_of_slot(config):  # None overrides that of the base
+            own = model_arguments.decides
+            more["end_of_slot"] = model_arguments.end_of_slot if own else None
+            more["max_tokens_per_slot"] = model_arguments.max_tokens_per_slot if own else None
         if model_arguments.lora_enable:
             more["base_sha256"] = facts["model_sha256"]
         trainer = StreamingTrainer(

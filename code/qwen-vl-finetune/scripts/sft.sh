@@ -12,6 +12,7 @@
 #
 # On GPUs, qwenvl/planner chooses the flags that are not given here so that training is as fast as the GPUs allow.
 #   --plan                 print the plan and end
+#   --no_plan              plan and check nothing: train with your flags and the defaults that --help shows
 #   --gpus 8xH100-80GB     the same for GPUs that are not here
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,14 +27,24 @@ inputs=(
   --model_name_or_path "${QWEN2_5_VL_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}"
   --train_data "${QWEN2_5_VL_TRAIN_DATA:-dataset/train_3_5.jsonl}"
 )
-plan=
+plan= flags=()
 for word in "$@"; do
   case $word in
-    --gpus | --gpus=*) exec "$python" -m qwenvl.planner 0 "$nnodes" "${inputs[@]}" "$@" ;;
-    --plan) plan=only ;;
+    --no_plan) plan=none ;;
+    *) flags+=("$word") ;;
   esac
 done
-gpus=$("$python" -m qwenvl.device "$@") || exit
+for word in "${flags[@]}"; do
+  case $word in
+    --gpus | --gpus=* | --plan)
+      [ "$plan" != none ] || { echo "error: --no_plan contradicts ${word%%=*}: omit one of them" >&2; exit 2; }
+      plan=only
+      ;;
+  esac
+  case $word in --gpus | --gpus=*) exec "$python" -m qwenvl.planner 0 "$nnodes" "${inputs[@]}" "${flags[@]}" ;; esac
+done
+set -- "${flags[@]}"
+gpus=$(answer_of "$python" -m qwenvl.device "$@") || exit
 type=()
 if [ "$gpus" -eq 0 ]; then
   # PyTorch's optimizers ask for the current GPU where the driver counts some, even if CUDA does not start on them.
@@ -46,17 +57,25 @@ else
   nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$gpus}}
 fi
 require_number NPROC_PER_NODE "$nproc" 1 1024
-[ -z "$plan" ] || exec "$python" -m qwenvl.planner "$((gpus > 0 ? 10#$nproc : 0))" "$nnodes" "${inputs[@]}" "$@"
+[ "$plan" != only ] || exec "$python" -m qwenvl.planner "$((gpus > 0 ? 10#$nproc : 0))" "$nnodes" "${inputs[@]}" "$@"
 # Several nodes have to know the port in advance.
 [ -n "${MASTER_PORT:-}" ] || ((10#$nnodes > 1)) || master_port=$(free_port)
 
-if [ "$gpus" -eq 0 ]; then
+if [ "$gpus" -eq 0 ] || [ "$plan" = none ]; then
   planned=(--deepspeed "${DEEPSPEED_CONFIG:-zero3.json}")
 else
-  words=$("$python" -m qwenvl.planner "$nproc" "$nnodes" "${inputs[@]}" "$@") || exit
+  # What the planner reads of the videos, training does not read again.
+  QWENVL_HEADERS=$(mktemp) && export QWENVL_HEADERS
+  node=()
+  ((10#$nnodes == 1)) || node=(--node "$node_rank" "$master_addr" "$master_port")
+  words=$(answer_of "$python" -m qwenvl.planner "$nproc" "$nnodes" "${node[@]}" "${inputs[@]}" "$@") ||
+    { status=$? && rm -f "$QWENVL_HEADERS" && exit "$status"; }
+  [ -s "$QWENVL_HEADERS" ] || rm -f "$QWENVL_HEADERS"
   planned=()
   [ -z "$words" ] || mapfile -t planned <<<"$words"
   [ -z "${DEEPSPEED_CONFIG:-}" ] || planned+=(--deepspeed "$DEEPSPEED_CONFIG")
+fi
+if [ "$gpus" -ne 0 ]; then
   # Segments that grow leave less memory in pieces that nothing fits into.
   [ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 fi

@@ -2,15 +2,20 @@
 
     python -m qwenvl.planner PROCESSES_PER_NODE NODES [--plan] [--gpus 8xH100-80GB] [flags of train.py ...]
 
-The plan goes to stderr, and the flags that it adds to stdout, one word a line; with --plan or --gpus the plan goes to
-stdout alone. A flag that the user gives, or DEEPSPEED_CONFIG, is never changed. A run that resumes keeps its settings.
+The plan goes to stderr, and the flags that it adds are the answer to sft.sh, one word a line; with --plan or --gpus the
+plan goes to stdout. A flag that the user gives, or DEEPSPEED_CONFIG, is never changed. A run that resumes keeps its
+settings. With `--node RANK ADDRESS PORT` the plan is that of node 0, for the least memory of all nodes.
 """
 
 import argparse
 import contextlib
+import os
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.launch.answer import answer
 
 
 def main() -> None:
@@ -18,8 +23,8 @@ def main() -> None:
         shown, flags = plan()
     if shown:
         print(shown)
-    for name, value in flags.items():
-        print(f"--{name}\n{value}")
+    elif flags:
+        answer("\n".join(f"--{name}\n{value}" for name, value in flags.items()))
 
 
 def plan() -> tuple[str, dict[str, object]]:
@@ -28,24 +33,40 @@ def plan() -> tuple[str, dict[str, object]]:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--plan", action="store_true")
     own.add_argument("--gpus")
+    own.add_argument("--node", nargs=3)
     options, words = own.parse_known_args(words)
     only_show = options.plan or options.gpus is not None
     if options.gpus is None and not int(processes):
         raise InputError("--plan: no GPU found; give those to plan for, such as --gpus 8xH100-80GB")
 
-    from .request import Request  # imports transformers
+    from ..headers import CHANNEL  # imports transformers
+    from .request import Request
 
     request = Request.parse(words)
-    if not only_show and (flags := request.resumed()):
-        print(f"plan: the settings that {request.output} was started with", file=sys.stderr)
-        return "", flags
-    from .gpus import gpus_here, parse_gpus
+    from .gpus import Gpus, all_nodes, gpus_here, parse_gpus
     from .plan import command_line
 
-    gpus = parse_gpus(options.gpus, int(nodes)) if options.gpus is not None else gpus_here(int(processes), int(nodes))
-    text, flags = request.plan(gpus)
+    def decide(found: list[dict]) -> tuple[str, dict[str, object]]:
+        """The text to show, and the flags."""
+        if flags := request.resumed():
+            return f"plan: the settings that {request.output} was started with", flags
+        return request.plan(all_nodes([Gpus(**gpus) for gpus in found]))
+
+    if options.gpus is not None:
+        text, flags = request.plan(parse_gpus(options.gpus, int(nodes)))
+    elif options.node and not only_show:
+        from .nodes import agree
+
+        rank, address, port = options.node
+        place = int(rank), int(nodes), address, int(port)
+        text, flags = agree(*place, lambda: asdict(gpus_here(int(processes))), decide)
+    else:
+        here = gpus_here(int(processes))
+        text, flags = decide([asdict(here)] * int(nodes))
     if only_show:
         return f"{text}\n  flags: {command_line(flags)}", {}
+    if (channel := os.environ.get(CHANNEL)) and request.headers.headers:
+        request.headers.save(Path(channel))
     print(text, file=sys.stderr)
     return "", flags
 

@@ -66,8 +66,9 @@ ZeRO-3 gathered each linear layer. Compiled layers under ZeRO-3: an upper bound.
 SHARD_RATE = 240e9
 """Bytes/s of gathered weights and reduced gradients that a pass under ZeRO-3 takes longer for: copies, hooks, and
 communication beside the computation. 3B on two H200s: 2.93 s a step where one GPU without sharding takes 2.6."""
-OPTIMIZER_BYTES = 30
-"""Bytes that an optimizer step reads and writes per parameter."""
+OPTIMIZER_BYTES = 14
+"""Bytes that an optimizer step reads and writes per parameter, besides the optimizer's states: gradient and float32
+weight read, both weights written."""
 HOST_LINK = 20e9
 """Bytes/s between host and GPU, for offload."""
 HOST_ADAM = 1.5e9

@@ -1,7 +1,9 @@
 """GPUs: a table of well-known cards, and the cards of this machine. Does not depend on models."""
 
+import contextlib
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from qwen_vl_streaming.common.errors import InputError
 
@@ -23,6 +25,8 @@ class Card:
     """Bytes/s that reducing gradients among the GPUs of a machine reaches, as seen by a training step."""
 
 
+OCCUPIED = 0.1
+"""Share of a card's memory in use that is worth mentioning where the rest is too little."""
 USABLE = 0.991
 """GiB that PyTorch sees per nominal GB: 79.2 of an H100 with 80, 139.8 of an H200 with 141."""
 NVLINK, PCIE = 195e9, 10e9
@@ -67,11 +71,21 @@ class Gpus:
     """Bytes/s, see Card."""
     nodes: int = 1
     here: bool = False
+    total: int = 0
+    """Bytes of a card that is here, free or not."""
 
     def describe(self) -> str:
         """Such as 8 x H100 (79.2 GiB)."""
         nodes = f" on {self.nodes} nodes" if self.nodes > 1 else ""
         return f"{self.count} x {self.name}{nodes}, {self.memory / GIB:.1f} GiB {'free' if self.here else 'each'}"
+
+    @property
+    def occupied(self) -> str:
+        """What to do where other processes use much of the memory, else an empty string."""
+        if self.total - self.memory < OCCUPIED * self.total:
+            return ""
+        used = (self.total - self.memory) / GIB
+        return f"; other processes use {used:.1f} GiB of one: end them (nvidia-smi lists them), or use another"
 
 
 def find_card(name: str) -> Card | None:
@@ -102,9 +116,23 @@ def parse_gpus(text: str, nodes: int = 1) -> Gpus:
     return Gpus(count * nodes, card.name, int(gib * GIB), rate, card.memory_rate, card.link, nodes)
 
 
+@contextlib.contextmanager
+def usable_gpus() -> Iterator[None]:
+    """Raises InputError for errors of CUDA, such as a GPU that another process uses exclusively."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"a GPU of this machine cannot be used ({reason}): end the other processes on it, which nvidia-smi lists, "
+            "or name others in CUDA_VISIBLE_DEVICES"
+        ) from error
+
+
+@usable_gpus()
 def gpus_here(per_node: int, nodes: int = 1) -> Gpus:
     """The first `per_node` GPUs of this machine, with the smallest free memory of them. Raises InputError where they
-    differ."""
+    differ or cannot be used."""
     import torch
 
     if per_node > (count := torch.cuda.device_count()):
@@ -115,7 +143,7 @@ def gpus_here(per_node: int, nodes: int = 1) -> Gpus:
             f"the GPUs of this machine differ ({', '.join(dict.fromkeys(names))}), and the slowest would hold up the "
             "others: name GPUs of one kind in CUDA_VISIBLE_DEVICES"
         )
-    memory = min(torch.cuda.mem_get_info(index)[0] for index in range(per_node))
+    memory, total = min(torch.cuda.mem_get_info(index) for index in range(per_node))
     card = find_card(names[0])
     if card:
         return Gpus(
@@ -127,9 +155,26 @@ def gpus_here(per_node: int, nodes: int = 1) -> Gpus:
             card.link,
             nodes,
             here=True,
+            total=total,
         )
     rate = measured_rate()
-    return Gpus(per_node * nodes, names[0], memory, rate, rate / 400, PCIE, nodes, here=True)
+    return Gpus(per_node * nodes, names[0], memory, rate, rate / 400, PCIE, nodes, here=True, total=total)
+
+
+def all_nodes(found: Sequence[Gpus]) -> Gpus:
+    """The GPUs of all nodes, from those that each has `found` of its own. The least of them holds for all.
+
+    Raises InputError where they are of different kinds.
+    """
+    for node, gpus in enumerate(found):
+        if gpus.name != found[0].name:
+            raise InputError(
+                f"the GPUs of the nodes differ: {found[0].name} on node 0, {gpus.name} on node {node}: use GPUs of "
+                "one kind"
+            )
+    least = min(found, key=lambda gpus: gpus.memory)
+    rate, count = min(gpus.rate for gpus in found), sum(gpus.count for gpus in found)
+    return replace(least, count=count, rate=rate, nodes=len(found))
 
 
 def measured_rate() -> float:

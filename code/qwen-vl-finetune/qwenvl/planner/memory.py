@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from . import constants as c
 from .lengths import Lengths
+from .optimizers import ADAM
 from .settings import Settings
 from .shape import Shape
 
@@ -34,7 +35,14 @@ class Memory:
 
 def pass_tokens(settings: Settings, lengths: Lengths) -> int:
     """Tokens of the largest forward pass, padding included."""
-    return settings.pack_tokens or settings.samples * lengths.longest
+    if settings.pack_tokens:
+        return settings.pack_tokens * lengths.rows_filled(settings.samples, settings.pack_tokens)
+    return settings.samples * lengths.longest
+
+
+def visual_tokens(settings: Settings, lengths: Lengths) -> float:
+    """Visual tokens of the largest forward pass."""
+    return settings.samples * lengths.visual * lengths.heaviest(settings.samples)
 
 
 def saved_per_token(shape: Shape, compiled: bool) -> float:
@@ -43,15 +51,17 @@ def saved_per_token(shape: Shape, compiled: bool) -> float:
     return 2 * (hidden * shape.hidden + mlp * shape.mlp + 2 * shape.kv)
 
 
-def estimate(shape: Shape, settings: Settings, lengths: Lengths, processes: int, bf16: bool = True) -> Memory:
-    """The peak memory of each of `processes` processes."""
+def estimate(
+    shape: Shape, settings: Settings, lengths: Lengths, processes: int, bf16: bool = True, states: float = ADAM
+) -> Memory:
+    """The peak memory of each of `processes` processes, with an optimizer of `states` bytes per trained parameter."""
     zero, wide = settings.zero, 1 if bf16 else 2  # float32 numbers are twice as wide
     n, shards = shape.trained, processes if zero.stage else 1
-    weights, gradients, states = 2.0 * wide * shape.total, 2.0 * wide * n, 12.0 * n / shards
+    weights, gradients, states = 2.0 * wide * shape.total, 2.0 * wide * n, (4.0 + states) * n / shards
     common: dict[str, float] = {
         "weights": weights,
-        "master weights and moments": 0.0 if zero.offloads_optimizer else states,
-        "pixels": settings.samples * 4 * lengths.visual * shape.patch_values * c.PIXEL_BYTES,
+        "master weights and optimizer states": 0.0 if zero.offloads_optimizer else states,
+        "pixels": 4 * visual_tokens(settings, lengths) * shape.patch_values * c.PIXEL_BYTES,
     }
     if zero.stage == 3:
         common["weights"] = 0.0 if zero.offloads_weights else weights / shards
@@ -99,7 +109,7 @@ def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) 
     tokens, k = pass_tokens(settings, lengths), settings.checkpointed
     saved = wide * saved_per_token(shape, settings.compiled) * tokens
     row = 2.0 * wide * shape.hidden * tokens
-    targets = settings.samples * lengths.answer
+    targets = settings.samples * lengths.answer * lengths.heaviest(settings.samples)
     terms = {
         "activations": saved * (shape.layers - k),
         "inputs of recomputed layers": row * k,
@@ -107,7 +117,7 @@ def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) 
         "logits": targets * shape.vocabulary * c.LOGITS_BYTES,
     }
     if shape.tunes_tower:
-        patches = 4 * settings.samples * lengths.visual
+        patches = 4 * visual_tokens(settings, lengths)
         block = 2 * wide * patches * (c.TOWER_SAVED_HIDDEN * shape.tower_hidden + c.TOWER_SAVED_MLP * shape.tower_mlp)
         if k:
             terms["vision tower"] = 2 * wide * patches * shape.tower_hidden * shape.tower_blocks + block
@@ -119,10 +129,10 @@ def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) 
 
 def _before(shape: Shape, settings: Settings, lengths: Lengths, wide: int) -> float:
     """Bytes of the vision tower, or of creating the block mask, before the language model runs."""
-    tower = wide * 4 * settings.samples * lengths.visual * c.TOWER_ROW_BYTES
+    tower = wide * 4 * visual_tokens(settings, lengths) * c.TOWER_ROW_BYTES
     return max(tower, c.MASK_BYTES * pass_tokens(settings, lengths) ** 2)
 
 
-def host_bytes(shape: Shape) -> float:
+def host_bytes(shape: Shape, states: float = ADAM) -> float:
     """Host memory of a machine that holds weights, optimizer states and gradients under offload."""
-    return 2.0 * shape.total + 16.0 * shape.trained
+    return 2.0 * shape.total + (8.0 + states) * shape.trained

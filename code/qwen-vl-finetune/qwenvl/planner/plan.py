@@ -6,20 +6,24 @@ from dataclasses import dataclass, field, replace
 
 from qwen_vl_streaming.common.errors import InputError
 
+from ..arguments import PAPER_SAMPLES, accumulation_steps
 from . import constants as c
 from .gpus import Gpus
 from .lengths import Lengths
 from .memory import Memory, estimate, host_bytes
+from .optimizers import ADAM
 from .settings import Settings, Zero, configurations
 from .shape import Shape
 from .speed import Speed, predict
 
-PAPER_SAMPLES = 16
-"""Samples of a GPU in an optimizer step, as in the paper."""
 EQUAL = 0.985
 """Predicted speeds this close count as equal; the one with less memory is taken."""
 ERROR = 0.10
 """A prediction may be off by this much: settings given by the user are refused only beyond it."""
+BATCH = ("samples", "accumulation")
+"""Fields of Given whose product is the number of samples of a step."""
+OWN_RISK = "; --no_plan trains with your own flags, unchecked"
+"""The end of a refusal that rests on a prediction."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Given:
     can_pack: bool = True
     """Whether the attention that was asked for supports packed rows."""
     bf16: bool = True
+    states: float = ADAM
+    """Bytes of the optimizer's states per trained parameter."""
+    step: int | None = None
+    """Samples of an optimizer step that must be kept, where the flags that gave them are free."""
     flags: dict[str, str] = field(default_factory=dict)
     """How to name each of these fields that was given, such as --pack_tokens 6144."""
 
@@ -66,13 +74,12 @@ def step_samples(given: Given) -> int:
 
     Raises InputError where the flags contradict each other.
     """
+    if given.step is not None:
+        return given.step
     if given.accumulation is not None:
         return given.accumulation * (given.samples or 1)
-    if given.samples is not None and PAPER_SAMPLES % given.samples:
-        raise InputError(
-            f"--per_device_train_batch_size {given.samples} does not divide the {PAPER_SAMPLES} samples of a step: "
-            "give --gradient_accumulation_steps too, or another"
-        )
+    if given.samples is not None:
+        accumulation_steps(given.samples)
     return PAPER_SAMPLES
 
 
@@ -131,28 +138,36 @@ def _checkpointed(shape: Shape, given: Given) -> list[int]:
     return [shape.layers if given.checkpointing else 0]
 
 
-def evaluate(settings: Settings, shape: Shape, lengths: Lengths, gpus: Gpus, bf16: bool = True) -> Plan:
-    """What is predicted for `settings`."""
-    memory = estimate(shape, settings, lengths, gpus.count, bf16)
+def evaluate(
+    settings: Settings, shape: Shape, lengths: Lengths, gpus: Gpus, bf16: bool = True, states: float = ADAM
+) -> Plan:
+    """What is predicted for `settings`, with an optimizer of `states` bytes per trained parameter."""
+    memory = estimate(shape, settings, lengths, gpus.count, bf16, states)
     outside = (0 if gpus.here else c.CONTEXT) + (c.NCCL if gpus.count > 1 else 0)
     needed = memory.peak * (1 + c.SLACK) + outside
-    return Plan(settings, memory, predict(shape, settings, lengths, gpus, bf16), needed, needed <= gpus.memory)
+    speed = predict(shape, settings, lengths, gpus, bf16, states)
+    return Plan(settings, memory, speed, needed, needed <= gpus.memory)
 
 
 def plans(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float = math.inf) -> Iterator[Plan]:
     """A plan for each candidate: the one with the fewest recomputed layers that fits, else the smallest."""
     layers = _checkpointed(shape, given)
+
+    def predicted(settings: Settings, recomputed: int) -> Plan:
+        settings = replace(settings, checkpointed=recomputed)
+        return evaluate(settings, shape, lengths, gpus, given.bf16, given.states)
+
     for settings in candidates(shape, lengths, given):
-        if settings.zero.offload and host_bytes(shape) > host and given.zero is None:
+        if settings.zero.offload and host_bytes(shape, given.states) > host and given.zero is None:
             continue
         low, high = 0, len(layers) - 1  # the first that fits, by bisection: memory falls with each layer
         while low < high:
             middle = (low + high) // 2
-            if evaluate(replace(settings, checkpointed=layers[middle]), shape, lengths, gpus, given.bf16).fits:
+            if predicted(settings, layers[middle]).fits:
                 high = middle
             else:
                 low = middle + 1
-        yield evaluate(replace(settings, checkpointed=layers[low]), shape, lengths, gpus, given.bf16)
+        yield predicted(settings, layers[low])
 
 
 def fastest(found: list[Plan]) -> Plan | None:
@@ -171,8 +186,6 @@ def choose(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float
     """
     check_given(given, shape)
     found = list(plans(shape, lengths, gpus, given, host))
-    if not found:
-        raise InputError(f"{given.describe()}: no settings agree with these flags: omit --pack_tokens, or raise it")
     if best := fastest(found):
         return best
     least = min(found, key=lambda plan: plan.needed)
@@ -186,24 +199,27 @@ def choose(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float
     ]
     if near:
         name, plan = max(near, key=lambda pair: pair[1].speed.tokens)
+        omit = "" if name in BATCH else f"omit {given.flags[name]}; "  # omitting only one would change the step
         changed = command_line(plan.settings.flags(shape.layers))
-        raise InputError(f"{given.describe()} {need}: omit {given.flags[name]}; the nearest that fits is {changed}")
-    free = Given(can_pack=given.can_pack, bf16=given.bf16)
+        raise InputError(f"{given.describe()} {need}: {omit}the nearest that fits is {changed}{OWN_RISK}")
+    free = Given(can_pack=given.can_pack, bf16=given.bf16, states=given.states, step=step_samples(given))
     if given.flags and (plan := fastest(list(plans(shape, lengths, gpus, free, host)))):
         changed = command_line(plan.settings.flags(shape.layers))
-        raise InputError(f"{given.describe()} {need}: the nearest that fits is {changed}")
+        raise InputError(f"{given.describe()} {need}: the nearest that fits is {changed}{OWN_RISK}")
     adapters = "" if shape.lora else "--lora_enable True, "
     least = min([least, *plans(shape, lengths, gpus, free)], key=lambda plan: plan.needed)
     raise InputError(
         f"{gpus.describe()}: too little to train this model of {shape.billions} parameters, which needs "
         f"{least.needed / c.GIB:.1f} GiB a GPU with {least.settings.zero.title}: use {adapters}more GPUs, "
-        "larger ones, or a smaller --max_pixels_per_video"
+        f"larger ones, or a smaller --max_pixels_per_video{gpus.occupied}{OWN_RISK}"
     )
 
 
 def _freed(given: Given, name: str) -> Given:
-    """`given` with one field free, and with it what contradicts a new value."""
+    """`given` with one field free, and with it what contradicts a new value. A step keeps its samples."""
     freed = given.without(name)
+    if name in BATCH:
+        freed = replace(freed.without("samples").without("accumulation"), step=step_samples(given))
     if name in ("checkpointing", "checkpointed"):
         freed = freed.without("checkpointing").without("checkpointed")
     return freed

@@ -3,11 +3,10 @@
 import argparse
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import find_path
@@ -20,9 +19,12 @@ from ..arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArgument
 from ..checkpointing import OTHER_OUTPUT, newest_checkpoint
 from ..data import StreamingDataset
 from ..flags_help import HelpfulParser
+from ..headers import Headers
 from ..rows import read_rows
 from .gpus import Gpus
+from .host import available_memory
 from .lengths import Lengths, assumed_lengths, find_lengths
+from .optimizers import state_bytes
 from .plan import Given, Plan, choose
 from .settings import FOLDER, Zero, configurations
 from .shape import Shape, find_shape
@@ -60,6 +62,8 @@ class Request:
     """None where the training data are not here."""
     no_data: str = ""
     """Why they are not."""
+    headers: Headers = field(default_factory=Headers)
+    """The headers of videos that were read for the plan."""
 
     @classmethod
     def parse(cls, words: list[str]) -> "Request":
@@ -119,14 +123,14 @@ class Request:
         """What the flags leave the planner to choose. Raises InputError for invalid values."""
         values, names = {}, {}
 
-        def take(field: str, flag: str, value) -> None:
-            values[field], names[field] = value, f"--{flag} {self.given[flag]}"
+        def take(name: str, flag: str, value) -> None:
+            values[name], names[name] = value, f"--{flag} {self.given[flag]}"
 
         if "deepspeed" in self.given:
             text = self.given["deepspeed"]
             path = find_path(text, ROOT, "the DeepSpeed configuration", FOLDER)
             take("zero", "deepspeed", Zero.read(path, Path(text).name if path.parent == FOLDER else text))
-        for field, flag in (
+        for name, flag in (
             ("samples", "per_device_train_batch_size"),
             ("accumulation", "gradient_accumulation_steps"),
             ("pack_tokens", "pack_tokens"),
@@ -134,15 +138,20 @@ class Request:
             ("compiled", "compile_layers"),
         ):
             if flag in self.given:
-                take(field, flag, self.given[flag])
+                take(name, flag, self.given[flag])
         for flag in CHECKPOINTING:
             if flag in self.given:
                 take("checkpointing", flag, string_to_bool(str(self.given[flag])))
-        for field in ("samples", "accumulation"):
-            if field in values and values[field] < 1:
-                raise InputError(f"{names[field]}: must be above 0")
+        for name in ("samples", "accumulation"):
+            if name in values and values[name] < 1:
+                raise InputError(f"{names[name]}: must be above 0")
+        optimizer = self.given.get("optim", SftArguments.__dataclass_fields__["optim"].default)
         return Given(
-            **values, can_pack="flash" not in self.model.attention, bf16=self.given.get("bf16", True), flags=names
+            **values,
+            can_pack="flash" not in self.model.attention,
+            bf16=self.given.get("bf16", True),
+            states=state_bytes(getattr(optimizer, "value", optimizer), self.given.get("optim_args") or ""),
+            flags=names,
         )
 
     def plan(self, gpus: Gpus) -> tuple[str, dict[str, object]]:
@@ -164,7 +173,7 @@ class Request:
         config = self._config(gpus)
         shape = find_shape(config, self.model)
         lengths = self._lengths(config, gpus)
-        host = psutil.virtual_memory().available if gpus.here else math.inf
+        host = available_memory() if gpus.here else math.inf
         plan = choose(shape, lengths, gpus, given, host)
         settings = plan.settings
         samples = settings.samples * settings.accumulation * gpus.count
@@ -203,9 +212,12 @@ class Request:
             processor=processor,
             tokens_per_second=config.vision_config.tokens_per_second,
             variant=self.model.rules,
-            schedule=self.model.schedule,
+            schedule=self.model.wait_schedule,
+            uses_times=self.model.uses_times,
+            max_tokens_per_slot=self.model.max_tokens_per_slot,
+            end_of_slot=self.model.end_of_slot if self.model.decides else None,
             budget=data.pixel_budget,
             max_length=data.max_length,
             seed=self.given.get("seed", 42),
         )
-        return find_lengths(samples)[0]
+        return find_lengths(samples, self.headers)

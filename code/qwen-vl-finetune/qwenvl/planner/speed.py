@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from . import constants as c
 from .gpus import Gpus
 from .lengths import Lengths
+from .optimizers import ADAM
 from .settings import Settings
 from .shape import Shape
 
@@ -53,15 +54,18 @@ def efficiency(hidden: int, tokens: float) -> float:
     return best * tokens / (tokens + overhead)
 
 
-def predict(shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus, bf16: bool = True) -> Speed:
-    """The speed of these settings."""
+def predict(
+    shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus, bf16: bool = True, states: float = ADAM
+) -> Speed:
+    """The speed of these settings, with an optimizer of `states` bytes per trained parameter."""
     processes, zero, n = gpus.count, settings.zero, shape.trained
     rate = gpus.rate if bf16 else gpus.rate / 8
     flops, forward = sample_flops(shape, lengths.mean, lengths.visual, lengths.answer, lengths.clip)
     real = settings.samples * lengths.mean
     row = settings.pack_tokens or settings.samples * (lengths.mean if settings.samples == 1 else lengths.longest)
+    rows = lengths.rows_filled(settings.samples, settings.pack_tokens) if settings.pack_tokens else 1
     # The padding of a row costs like tokens.
-    work = settings.samples * (flops + forward * settings.checkpointed / shape.layers) * row / real
+    work = settings.samples * (flops + forward * settings.checkpointed / shape.layers) * rows * row / real
     gpu = work / (rate * efficiency(shape.hidden, row))
     if not settings.compiled:
         gpu *= c.EAGER_TIME
@@ -89,7 +93,7 @@ def predict(shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus, bf16
     else:
         sent = 2 * gradients
         each, end = max(gpu, host), 2 * gradients / link
-    update = n / processes * c.OPTIMIZER_BYTES / gpus.memory_rate
+    update = n / processes * (c.OPTIMIZER_BYTES + 2 * states) / gpus.memory_rate
     if zero.offload:
         update = n / c.HOST_ADAM / gpus.nodes
     step = settings.accumulation * each + end + update

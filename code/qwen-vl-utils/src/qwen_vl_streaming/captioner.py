@@ -92,7 +92,8 @@ class Captioner:
             source: A video file, "/dev/videoN", an address such as "rtsp://...", "synthetic", or your own
                 `Source`.
             question: What is asked about the video.
-            schedule: "wait-K", "random-K" or "greedy". Default: the wait-K that the checkpoint was trained with.
+            schedule: "wait-K", "random-K", "greedy", or "model" for a checkpoint that was trained to decide when to
+                speak. Default: as the checkpoint was trained.
             mode: "serial", "fused", or "pipelined", which needs two GPUs. Default: fused if the variant can.
             speed: Of a file, in multiples of real time.
             fps: Frames per second that the model sees. Two frames are a clip.

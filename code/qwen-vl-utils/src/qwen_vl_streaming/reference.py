@@ -17,7 +17,7 @@ from .model.prompts import Template
 from .timeline.attention import dense_mask
 from .timeline.plan import Window
 from .timeline.positions import row_positions
-from .timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, Rows, Schedule
+from .timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, ModelSchedule, Rows, Schedule
 from .timeline.variants import Variant
 
 CACHE_BLOCK = 256
@@ -137,6 +137,15 @@ class Stream:
         self.written.append(token)
         self.slots.append(len(self.counts))
 
+    def slot_over(self, schedule: Schedule | ModelSchedule) -> bool:
+        """The newest slot, if there is one, has written what it may before the next clip is fed."""
+        slot, done = len(self.counts), self.counts[-1] if self.counts else 0
+        if isinstance(schedule, Schedule):
+            return done >= schedule.quota(slot)
+        if slot == schedule.clips:
+            return False
+        return done >= schedule.most or (done > 0 and self.written[-1] == self.template.end_of_slot)
+
 
 class Streams:
     """B streams over one model, with one cache and one forward pass per step."""
@@ -152,8 +161,9 @@ class Streams:
         bare: bool = False,
     ):
         """`penalty` is the repetition penalty: as in transformers' `generate`, it weakens all ids of the template and
-        all ids written so far. 1.0 turns it off. Tokens outside a `window` are masked, but stay in the cache. `bare`:
-        the last clip is empty, see `timeline.make_timeline`."""
+        all ids written so far, except the end-of-slot token, which is written once per slot. 1.0 turns it off. Tokens
+        outside a `window` are masked, but stay in the cache. `bare`: the last clip is empty, see
+        `timeline.make_timeline`."""
         self.model, self.variant, self.penalty, self.window, self.bare = model, variant, penalty, window, bare
         self.streams = [Stream(variant, *pair) for pair in zip(templates, layouts, strict=True)]
         self.cache = StreamCache()
@@ -164,6 +174,8 @@ class Streams:
         self.penalized = torch.zeros_like(self.logits, dtype=torch.bool)
         for penalized, template in zip(self.penalized, templates, strict=True):
             penalized[[*template.prompt, template.video, *template.tail, *template.header]] = True
+            if template.end_of_slot is not None:
+                penalized[template.end_of_slot] = False
 
     def feed(self, clips: Sequence[Tensor | None], last: Sequence[bool]) -> None:
         """Feeds the next clips of each stream: (n, tokens of a clip, C) visual tokens, or None for no clip. `last`
@@ -200,7 +212,7 @@ class Streams:
             if decode[i]:
                 tokens[i] = chosen[i]
                 stream.write(chosen[i])
-                self.penalized[i, chosen[i]] = True
+                self.penalized[i, chosen[i]] = chosen[i] != stream.template.end_of_slot
         return tokens
 
     def _choose(self) -> list[int]:
@@ -267,7 +279,9 @@ class Caption:
     schedule: list[int]
 
 
-def caption(streams: Streams, clips: Sequence[Tensor], schedules: Sequence[Schedule], max_new_tokens=300):
+def caption(
+    streams: Streams, clips: Sequence[Tensor], schedules: Sequence[Schedule | ModelSchedule], max_new_tokens=300
+) -> list[Caption]:
     """Runs new `streams` to their ends by `schedules` and returns a Caption for each. `clips` holds (N, tokens of a
     clip, C) for each stream, or N-1 clips if the last one is bare. Raises ValueError if their number does not match.
     """
@@ -282,9 +296,9 @@ def caption(streams: Streams, clips: Sequence[Tensor], schedules: Sequence[Sched
             if stream.ended or len(stream.written) >= max_new_tokens:
                 continue
             first = slot = len(stream.counts)
-            done = stream.counts[-1] if slot else 0
-            while slot == 0 or done >= schedule.quota(slot):
-                slot, done = slot + 1, 0
+            slot += slot == 0 or stream.slot_over(schedule)
+            while slot > first and isinstance(schedule, Schedule) and schedule.quota(slot) == 0:
+                slot += 1
             if slot > first:
                 new[i], last[i] = clips[i][first:slot], slot == schedule.clips
             decode[i] = True

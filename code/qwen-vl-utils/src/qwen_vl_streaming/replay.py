@@ -33,7 +33,18 @@ from .sessions.record import Record, clip_hash, describe_precision, identity, re
 from .timeline.attention import dense_mask
 from .timeline.plan import Window
 from .timeline.positions import timeline_positions
-from .timeline.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Schedule, make_schedule, make_timeline
+from .timeline.timeline import (
+    ANSWER,
+    CLIP,
+    HEADER,
+    NOTHING,
+    PROMPT,
+    TAIL,
+    Schedule,
+    make_schedule,
+    make_timeline,
+    model_schedule_most,
+)
 from .timeline.variants import get_variant
 from .video.clip_recorder import read_clips
 from .video.frames import PixelBudget, read_video
@@ -99,7 +110,9 @@ def replay(record: Record, model, clips: Sequence[Tensor], tie: float | None = N
     if not record.tokens:
         return []
     template = record.template
-    newest = max(*record.tokens, *template.prompt, *template.tail, *template.header, template.video)
+    newest = max(
+        *record.tokens, *template.prompt, *template.tail, *template.header, template.video, template.end_of_slot or 0
+    )
     if newest >= model.config.text_config.vocab_size:
         raise InputError(f"the record has token {newest}, which is not in the vocabulary of {mine['path']!r}")
     check_schedule(record)
@@ -144,11 +157,10 @@ def check_clips(record: Record, clips: Sequence[Tensor]) -> None:
 
 def check_schedule(record: Record) -> None:
     """Raises InputError if slots have other lengths than the recorded schedule. The last slot and `greedy` are not
-    checked, because the schedule does not determine them."""
-    variant, slots = get_variant(record.variant), len(record.counts)
-    if record.schedule == GREEDY:
+    checked, because the schedule does not determine them. That of model-M was checked when the record was read."""
+    variant, slots, asked = get_variant(record.variant), len(record.counts), record.schedule
+    if asked == GREEDY or (isinstance(asked, str) and model_schedule_most(asked) is not None):
         return
-    asked = record.schedule
     schedule = make_schedule(asked, variant, slots + 1) if isinstance(asked, str) else Schedule(tuple(asked))
     quotas = schedule.quotas if variant.streams else (0,) * slots
     for slot, (count, quota) in enumerate(zip(record.counts[:-1], quotas, strict=False), 1):
@@ -193,6 +205,8 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
     predicts = timeline.produces != NOTHING
     seen = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool, device=device)
     seen[[*template.prompt, template.video, *template.tail, *template.header]] = True
+    if template.end_of_slot is not None:
+        seen[template.end_of_slot] = False
     visual_tokens = iter(visual.flatten(0, 1).split([int(part.sum()) for part in clip[0].split(ROWS)]))
     for first in range(0, len(rows), ROWS):
         end = min(first + ROWS, len(rows))
@@ -212,7 +226,7 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
         ).logits.float()
         for index, logits in zip(timeline.produces[own][predicts[own]].tolist(), scored, strict=True):
             if index:
-                seen[record.tokens[index - 1]] = True
+                seen[record.tokens[index - 1]] = record.tokens[index - 1] != template.end_of_slot
             weaker = torch.where(logits < 0, logits * record.penalty, logits / record.penalty)
             yield index, torch.where(seen, weaker, logits)
 

@@ -2,8 +2,8 @@
 
 JSON Lines are parsed here because `datasets` does not keep line numbers, converts strings that look like dates to dates
 and large ids to floats, and fails on a byte order mark. Parquet files, folders written by `save_to_disk` and data sets
-on the Hugging Face Hub are read with `datasets`. Checks only the four fields `video_id`, `video_path`, `human_caption`
-and `question`.
+on the Hugging Face Hub are read with `datasets`. Checks only the fields `video_id`, `video_path`, `human_caption`,
+`question`, `video_start`, `video_end`, `segments` and `segment_time`.
 """
 
 import codecs
@@ -17,14 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .video_part import video_part
 
 HUB = "hf://datasets/"
 """Prefix of a data set on the Hub: hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME:SPLIT."""
 PARQUET = ".parquet"
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Matches an unpaired surrogate. JSON can escape it, but UTF-8 cannot encode it."""
-TEXTS = ("video_path", "human_caption")
-REQUIRED = ("video_id", *TEXTS)
+CAPTIONS = ("human_caption", "segments")
+"""A row has one of them or both."""
+SEGMENT_TIMES = ("end", "start", "spread")
+"""Values of `segment_time`: when the text of a segment may be written. `end`, the default: all of it from the segment's
+end, because a description is about the whole segment. `start`: all of it from the segment's start. `spread`: word by
+word at an even pace, each at its end, as for the words of a subtitle."""
 TOKENS_PER_SECOND = (3.0, 5.0)
 """Caption tokens per second of video that a stream can follow: the default bounds of mani_data.py."""
 FIX = "correct or delete this row"
@@ -38,8 +43,10 @@ def is_json_lines(source: str | Path) -> bool:
 def read_data_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields each row with its number, counted from 1.
 
-    Each row has a unique `video_id` (a string or an integer), the strings `video_path` and `human_caption`, and
-    optionally a non-blank string `question`. `source` is one of:
+    Each row has a unique `video_id` (a string or an integer), the string `video_path`, the string `human_caption` or
+    `segments` or both, and optionally a non-blank string `question` and a part of the video (see `video_part`).
+    `segments` are a list of objects with the numbers `start` and `end` and the string `text`; whether they are in order
+    is checked by `timeline.segments`. `segment_time` is one of SEGMENT_TIMES, if the row has it. `source` is one of:
 
     - A JSON Lines file in UTF-8, with or without byte order marks, with LF or CRLF. Blank lines are skipped. The number
       of a row is its line number.
@@ -144,7 +151,8 @@ def _read_table(source: str) -> Iterator[dict[str, Any]]:
 
 def _check_columns(source: str, columns: dict) -> None:
     """Raises InputError if a required column is missing, or has videos or images in place of text."""
-    for name in REQUIRED:
+    captions = [name for name in CAPTIONS if name in columns] or CAPTIONS[:1]
+    for name in ("video_id", "video_path", *captions):
         if name not in columns:
             fix = "rename its columns with `datasets`, as docs/data.md shows"
             raise InputError(f"{source} has no column {name} (its columns: {_list(columns)}): {fix}")
@@ -219,21 +227,52 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _check_row(row: dict[str, Any]) -> dict[str, Any]:
-    for name in REQUIRED:
+    for name in ("video_id", "video_path"):
         if name not in row:
             raise InputError(f"has no {name} (its fields: {_list(row)}): {FIX}")
+    if "human_caption" not in row and row.get("segments") is None:
+        raise InputError(f"has no human_caption and no segments (its fields: {_list(row)}): {FIX}")
     video_id, question = row["video_id"], row.get("question")
     if isinstance(video_id, bool) or not isinstance(video_id, str | int) or video_id == "":
         raise InputError(f"has the video_id {_show(video_id)}, which is not a string or an integer: {FIX}")
-    for name in TEXTS:
+    for name in ("video_path", "human_caption"):
+        if name in CAPTIONS and row.get(name) is None and row.get("segments") is not None:
+            continue
         if not isinstance(row[name], str):
             raise InputError(f"has the {name} {_show(row[name])}, which is not a string: {FIX}")
+    _check_segments(row)
     if question is not None and not (isinstance(question, str) and question.strip()):
         raise InputError(
             f"has the question {_show(question)}, which is not a non-blank string: correct it or delete the field"
         )
     check_characters(row, "video_id", "video_path", "question")
+    video_part(row)
     return row
+
+
+def _check_segments(row: dict[str, Any]) -> None:
+    if (segments := row.get("segments")) is None:
+        return
+    if not isinstance(segments, list):
+        raise InputError(f"has the segments {_show(segments)}, which are not a list: {FIX}")
+    for number, segment in enumerate(segments, 1):
+        name = f"segment {number}, {_show(segment)},"
+        if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
+            raise InputError(f"{name} is not an object with start, end and text: {FIX}")
+        if not (_is_number(segment.get("start")) and _is_number(segment.get("end"))):
+            raise InputError(f"{name} has a start or an end that is not a number of seconds: {FIX}")
+        check_characters(segment, "text")
+    if (time := row.get("segment_time")) is not None and time not in SEGMENT_TIMES:
+        raise InputError(f"has the segment_time {_show(time)}, which is not one of {', '.join(SEGMENT_TIMES)}: {FIX}")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return float(value) is not None
+    except OverflowError:
+        return False
 
 
 def _list(names: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from ..common.errors import InputError
 from ..model.prompts import Template
 from ..reference import PENALTY, Caption
 from ..timeline.plan import make_plan
-from ..timeline.timeline import Layout, Schedule
+from ..timeline.timeline import Layout, ModelSchedule, Schedule
 from ..timeline.variants import Variant
 from .device_event import DeviceEvent
 from .kv_cache import PagedKVCache
@@ -47,7 +47,8 @@ class Job:
     """(N, patches, pixels of a patch) on the CPU, as `prompts.clip_pixels` returns them."""
     layout: Layout
     template: Template
-    schedule: Schedule
+    schedule: Schedule | ModelSchedule
+    """`caption_all` takes a Schedule, `sessions.caption_sessions` a ModelSchedule."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -91,6 +92,8 @@ class Batch:
         batch_slots = [self.free_slots.pop() for _ in jobs]
         for batch_slot, job in zip(batch_slots, jobs, strict=True):
             self.jobs[batch_slot], self.clip_step[batch_slot] = job, self.steps
+            if isinstance(job.schedule, ModelSchedule):
+                raise ValueError("a ModelSchedule has no plan in advance: use sessions.caption_sessions")
             plan = make_plan(self.variant, job.layout, job.schedule, self.max_new_tokens)
             self.runner.admit(batch_slot, plan, job.template)
         if self.variant.parallel or not self.variant.streams:
@@ -194,10 +197,7 @@ def caption_all(
         visual = layout.prompt + len(job.pixels) * layout.tokens_per_clip + layout.tail
         count = PagedKVCache.blocks_needed(visual, layout.header + max_new_tokens)
         if memory is not None and limit is not None and count > limit:
-            raise InputError(
-                f"video {job.key} needs {count * block_bytes / 2**30:.3g} GiB for its keys and values, and "
-                f"{memory / 2**30:.3g} are available: give it fewer pixels, or more memory (--memory)"
-            )
+            raise does_not_fit(job.key, count * block_bytes, memory)
         return count
 
     @torch.no_grad()
@@ -234,6 +234,14 @@ def caption_all(
         if batch.finished and not encoded:  # keeps the device busy while captions are collected and jobs admitted
             encoded = encode([pending[i] for i in range(_encoded_together(pending))])
         yield from batch.collect()
+
+
+def does_not_fit(video: str, needed: int, memory: int) -> InputError:
+    """The error for a video that needs more bytes for its keys and values than there are."""
+    return InputError(
+        f"video {video} needs {needed / 2**30:.3g} GiB for its keys and values, and {memory / 2**30:.3g} are "
+        "available: give it fewer pixels, or more memory (--memory)"
+    )
 
 
 def _encoded_together(pending: collections.deque[Job]) -> int:

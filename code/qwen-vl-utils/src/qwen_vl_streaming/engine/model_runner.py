@@ -45,6 +45,8 @@ class ModelRunner:
         self.text_ids = self._slot_tensor(text_capacity + 1)
         """Token ids of the text run: the header's, then those written, (S, T + 1)."""
         self.end_id = self._slot_tensor()
+        self.end_of_slot_id = self._slot_tensor()
+        """The id that the penalty never weakens; -1 for none."""
         self.ended = self._slot_tensor(dtype=torch.bool)
         self.penalized_ids = self._slot_tensor(language.config.vocab_size, dtype=torch.bool)
         """The ids that the repetition penalty weakens, (S, V)."""
@@ -68,6 +70,9 @@ class ModelRunner:
         penalized = [*template.prompt, template.video, *template.tail, *template.header]
         self.penalized_ids[batch_slot].index_fill_(0, self._to_device(penalized), True)
         self.end_id[batch_slot].fill_(template.end)
+        self.end_of_slot_id[batch_slot].fill_(-1 if template.end_of_slot is None else template.end_of_slot)
+        if template.end_of_slot is not None:
+            self.penalized_ids[batch_slot, template.end_of_slot].fill_(False)
 
     def _sampler_options(self) -> CompileOptions | None:
         """torch.compile's options for the function that chooses a token in each slot."""
@@ -78,13 +83,14 @@ class ModelRunner:
 
     def _choose(self, hidden: Tensor, batch_slots: Tensor, next_row: Tensor, writes: Tensor) -> None:
         """Greedy choice after the repetition penalty for `hidden` (n, C). Writes the ids at `next_row` of the text runs
-        where `writes` is set."""
+        where `writes` is set. The end-of-slot token is never penalized: it is written in every slot."""
         logits = self.model.lm_head(hidden).float()
         penalized = self.penalized_ids[batch_slots]
         weaker = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
         token = first_argmax(torch.where(penalized, weaker, logits))
         self.text_ids[batch_slots, next_row] = torch.where(writes, token, self.text_ids[batch_slots, next_row])
-        self.penalized_ids[batch_slots, token] = penalized.gather(1, token[:, None])[:, 0] | writes
+        punish = writes & (token != self.end_of_slot_id[batch_slots])
+        self.penalized_ids[batch_slots, token] = penalized.gather(1, token[:, None])[:, 0] | punish
         self.ended[batch_slots] = self.ended[batch_slots] | (writes & (token == self.end_id[batch_slots]))
 
     def forward(self, hidden: Tensor, positions: Tensor, attention: Attention, layer) -> Tensor:

@@ -57,7 +57,7 @@ class StepRunner(ModelRunner):
             gc.collect()  # an earlier runner's tensors are in reference cycles, and would keep their memory
         cache = PagedKVCache(config, batch_slots, num_blocks, blocks_per_slot, model.dtype, model.device)
         super().__init__(model, batch_slots, cache, text_capacity, penalty)
-        self.chunk_size, self.windowed, self.chunk_counts = chunk_size, windowed, sorted(chunk_counts)
+        self.chunk_size, self.windowed, self.chunk_counts = chunk_size, windowed, sorted({*chunk_counts})
         hidden = {"dtype": model.dtype, "device": self.device}
         self.clip_features = torch.zeros(batch_slots, clip_tokens, config.hidden_size, **hidden)
         """The features of the clip that each slot feeds, (S, tokens of a clip, C)."""

@@ -20,11 +20,13 @@ from ..common.errors import InputError, OneLineParser
 from ..timeline.attention import dense_mask
 from ..timeline.positions import timeline_positions
 from ..timeline.timeline import CLIP, HEADER, NOTHING, PARTS, Layout, Timeline, make_schedule, make_timeline
-from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, chosen_variant, get_variant
+from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant, chosen_variant, get_variant
 from .summary import Span, describe, find_spans, find_steps, sizes, token_names
 
 TAIL_TOKENS = 3  # <|vision_end|><|im_end|>\n
 HEADER_TOKENS = 3  # <|im_start|>assistant\n
+CLIPS, ANSWER_TOKENS, WAIT_K = 4, 14, 3
+REPLACED = ("clips", "answer", "wait_k")  # by --schedule
 MAX_TOKENS = 5_000  # the mask grows quadratically
 WIDTH = 100
 NOTE = """A token also attends to itself and to the tokens before it in its own line.
@@ -162,6 +164,12 @@ def grid(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def slot_counts(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4}){0,999}", text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a list of tokens per slot, such as 3,1,1,4")
+    return tuple(map(int, text.split(",")))
+
+
 def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="python -m qwen_vl_streaming.explain",
@@ -175,12 +183,26 @@ def make_parser() -> OneLineParser:
     )
     for flag, kind, default, metavar, meaning in (
         ("--prompt", at_least_one, 5, "TOKENS", "tokens up to and including <|vision_start|>"),
-        ("--clips", at_least_one, 4, "N", "clips of the video"),
+        ("--clips", at_least_one, CLIPS, "N", "clips of the video"),
         ("--grid", grid, "2x3", "HxW", "visual tokens of a clip after merging, rows x columns"),
-        ("--answer", at_least_one, 14, "TOKENS", "tokens of the answer, <|im_end|> included"),
-        ("--wait-k", at_least_one, 3, "K", "answer tokens written in each slot before the last"),
+        ("--answer", at_least_one, ANSWER_TOKENS, "TOKENS", "tokens of the answer, <|im_end|> included"),
+        ("--wait-k", at_least_one, WAIT_K, "K", "answer tokens written in each slot before the last"),
     ):
-        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{meaning} (default: {default})")
+        unset = flag.strip("-").replace("-", "_") in REPLACED
+        parser.add_argument(
+            flag,
+            type=kind,
+            default=None if unset else default,
+            metavar=metavar,
+            help=f"{meaning} (default: {default})",
+        )
+    parser.add_argument(
+        "--schedule",
+        type=slot_counts,
+        metavar="K1,K2,...",
+        help="answer tokens written in each slot, such as 3,1,1,4, instead of --clips, --answer and --wait-k; of a "
+        "model that decides when to speak, they include the end-of-slot tokens",
+    )
     parser.add_argument("--format", choices=("text", "json", "png"), default="text", help="default: text")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     return parser
@@ -191,13 +213,22 @@ def make_timelines(args: argparse.Namespace) -> list[Timeline]:
     name = args.variant or chosen_variant("all")
     variants = list(VARIANTS.values()) if name == "all" else [get_variant(name)]
     layout = Layout(args.prompt, TAIL_TOKENS, HEADER_TOKENS, args.grid)
-    length = layout.prompt + args.clips * layout.tokens_per_clip + layout.tail + layout.header + args.answer
+    if args.schedule and any(getattr(args, name) is not None for name in REPLACED):
+        raise InputError("--schedule replaces --clips, --answer and --wait-k: give either")
+    if args.schedule and not sum(args.schedule):
+        raise InputError("--schedule has no token: give at least one")
+    clips = len(args.schedule) if args.schedule else args.clips or CLIPS
+    answer = sum(args.schedule) if args.schedule else args.answer or ANSWER_TOKENS
+    length = layout.prompt + clips * layout.tokens_per_clip + layout.tail + layout.header + answer
     if length > MAX_TOKENS:
         raise InputError(f"{length} tokens are too many to show, the maximum is {MAX_TOKENS}: give smaller sizes")
-    return [
-        make_timeline(variant, layout, make_schedule(f"wait-{args.wait_k}", variant, args.clips).counts(args.answer))
-        for variant in variants
-    ]
+
+    def counts(variant: Variant) -> tuple[int, ...]:
+        if args.schedule and variant.streams:
+            return args.schedule
+        return make_schedule(f"wait-{args.wait_k or WAIT_K}", variant, clips).counts(answer)
+
+    return [make_timeline(variant, layout, counts(variant)) for variant in variants]
 
 
 def render(args: argparse.Namespace) -> bytes:
@@ -206,7 +237,8 @@ def render(args: argparse.Namespace) -> bytes:
     if args.format == "png":
         from .picture import draw_png  # matplotlib is slow to import, and text and JSON do not need it
 
-        return draw_png(timelines, args.wait_k)
+        pace = max(1, *args.schedule[:-1]) if args.schedule else args.wait_k or WAIT_K
+        return draw_png(timelines, pace)
     if args.format == "text":
         return "\n\n".join([*map(as_text, timelines), NOTE]).encode()
     objects = [json.dumps(as_dict(timeline)) for timeline in timelines]

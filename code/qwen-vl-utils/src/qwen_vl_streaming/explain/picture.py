@@ -33,18 +33,18 @@ MARGIN = 0.12
 ABOVE: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
 
 
-def draw_png(timelines: Sequence[Timeline], wait_k: int) -> bytes:
-    """A PNG with one panel per timeline, three per row. On the time axis `wait_k` tokens take as long as one clip."""
+def draw_png(timelines: Sequence[Timeline], pace: int) -> bytes:
+    """A PNG with one panel per timeline, three per row. On the time axis `pace` tokens take as long as one clip."""
     columns = min(3, len(timelines))
     lines = -(-len(timelines) // columns)
     head = 1.12 if columns > 1 else 1.4
     wide, high = columns * PANEL[0] + 2 * MARGIN, lines * PANEL[1] + head + MARGIN
     figure = Figure(figsize=(wide, high), dpi=DPI)
     _head(figure, timelines)
-    longest = max(_times(timeline, wait_k)[-1][1] for timeline in timelines)
+    longest = max(_times(timeline, pace)[-1][1] for timeline in timelines)
     for at, timeline in enumerate(timelines):
         line, column = divmod(at, columns)
-        _Panel(figure, MARGIN + column * PANEL[0], head + line * PANEL[1]).draw(timeline, wait_k, longest)
+        _Panel(figure, MARGIN + column * PANEL[0], head + line * PANEL[1]).draw(timeline, pace, longest)
     file = BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
@@ -95,11 +95,11 @@ def _edge(count: int) -> dict:
     return {"edgecolor": "white", "linewidth": 1 if count < 40 else 0}
 
 
-def _times(timeline: Timeline, wait_k: int) -> list[tuple[float, float]]:
-    """Start and end of each step. A clip takes 1, a token 1 / `wait_k`."""
+def _times(timeline: Timeline, pace: int) -> list[tuple[float, float]]:
+    """Start and end of each step. A clip takes 1, a token 1 / `pace`."""
     times, now = [], 0.0
     for step in find_steps(timeline):
-        lasts = max(1.0 if step.clip else 0.0, (step.stop - step.start) / wait_k)
+        lasts = max(1.0 if step.clip else 0.0, (step.stop - step.start) / pace)
         times.append((now, now + lasts))
         now += lasts
     return times
@@ -120,13 +120,13 @@ class _Panel:
         axes.spines[:].set_visible(False)
         return axes
 
-    def draw(self, timeline: Timeline, wait_k: int, longest: float) -> None:
+    def draw(self, timeline: Timeline, pace: int, longest: float) -> None:
         when, count, sees = describe(timeline.variant)
         lanes = self.axes(0.6, 0.85)
         title = lanes.annotate(timeline.variant.name, (0, 1), (0, 24), fontsize=15, weight="bold", **ABOVE)
         after: dict[str, Any] = ABOVE | {"xycoords": title}
         lanes.annotate(f"paper: {timeline.variant.paper}", (1, 0), (9, 2), fontsize=9, **after)
-        _draw_lanes(lanes, timeline, wait_k, longest)
+        _draw_lanes(lanes, timeline, pace, longest)
         positions = self.axes(2.12, 1.5)
         beside = self.axes(2.12, 1.5, left=LEFT + WIDE + 0.08, wide=0.3)
         _draw_positions(positions, beside, timeline)
@@ -136,17 +136,17 @@ class _Panel:
             axes.annotate(title, (0, 1), (0, 7), fontsize=9.5, color=INK, **ABOVE)
 
 
-def _draw_lanes(axes: Axes, timeline: Timeline, wait_k: int, longest: float) -> None:
+def _draw_lanes(axes: Axes, timeline: Timeline, pace: int, longest: float) -> None:
     """Two lanes over time, with the clips watched and the tokens written, and the slots above them."""
     inches = WIDE / longest
-    arrived, times = [], _times(timeline, wait_k)
+    arrived, times = [], _times(timeline, pace)
     edge = _edge(len(times))
     for step, (start, _) in zip(find_steps(timeline), times, strict=True):
         if step.clip:
             _block(axes, start, 1, 1, COLOURS[CLIP], f"{step.clip}", inches, edge)
             arrived.append(start + 1)
         if step.stop > step.start:
-            lasts = (step.stop - step.start) / wait_k
+            lasts = (step.stop - step.start) / pace
             _block(axes, start, 0, lasts, COLOURS[ANSWER], token_names(step.start, step.stop), inches, edge)
     if len(arrived) < 20:
         axes.vlines(arrived, -0.5, 2.4, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0.5)
@@ -158,7 +158,7 @@ def _draw_lanes(axes: Axes, timeline: Timeline, wait_k: int, longest: float) -> 
     axes.set_ylim(-0.55, 2.4)
     axes.set_yticks([2, 1, 0], ["slot", "watching", "speaking"])
     axes.set_xticks(range(0, int(longest) + 1, max(1, round(longest / 10))))
-    axes.set_xlabel(f"time (1 = a clip watched or {wait_k} answer tokens written)", fontsize=7.5, color=INK, labelpad=2)
+    axes.set_xlabel(f"time (1 = a clip watched or {pace} answer tokens written)", fontsize=7.5, color=INK, labelpad=2)
     axes.axhline(-0.55, color=FAINT, linewidth=1)
 
 

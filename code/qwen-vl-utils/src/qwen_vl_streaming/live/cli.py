@@ -29,10 +29,11 @@ import torch
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..common.redact import redacted
+from ..model.trained import choose_schedule
 from ..replay import DTYPES
 from ..sessions import GREEDY, PerceptionLost
 from ..sessions.record import describe_precision, read_record, write_record
-from ..timeline.timeline import make_schedule
+from ..timeline.timeline import make_schedule, model_schedule_most
 from ..video.clip_recorder import ClipRecorder
 from ..video.frames import PixelBudget
 from ..video.opening import open_source
@@ -101,8 +102,9 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     checkpoint = read_checkpoint(
         arguments.model, arguments.variant, device, dtype, arguments.force, "--force", arguments.weights
     )
-    if arguments.schedule not in (None, GREEDY):
-        make_schedule(arguments.schedule, checkpoint.variant, 1)
+    schedule = choose_schedule(arguments.schedule, checkpoint.config, checkpoint.path, checkpoint.variant)
+    if schedule != GREEDY and model_schedule_most(schedule) is None:
+        make_schedule(schedule, checkpoint.variant, 1)
     path = record_place(arguments, checkpoint.variant)
     skip = arguments.behind == "skip"
     source = open_source(
@@ -126,7 +128,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
                 source,
                 arguments.question,
                 mode=arguments.way,
-                schedule=arguments.schedule,
+                schedule=schedule,
                 penalty=arguments.penalty,
                 max_clips=arguments.max_clips,
                 max_new_tokens=arguments.max_new_tokens,

@@ -5,6 +5,7 @@ clip is complete, or a set time after the slot's own clip is. A greedy slot writ
 only has to have begun. The newest slot has no deadline, because nothing came after it. Knows nothing else.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,13 @@ class Course:
     """Seconds from a clip to its slot's deadline; None: until the source's next clip is complete."""
     greedy: bool = False
     """Slots write until the next one begins."""
+    spoken: Sequence[bool] | None = None
+    """Whether each token is text, and not one that ends a slot; None: all are."""
+
+
+def spoken_flags(tokens: Sequence[int], end_of_slot: int | None) -> list[bool] | None:
+    """`Course.spoken` of these `tokens`, for a model with the token `end_of_slot` or none."""
+    return None if end_of_slot is None else [token != end_of_slot for token in tokens]
 
 
 def figures(course: Course) -> dict:
@@ -44,6 +52,7 @@ def figures(course: Course) -> dict:
     live = [age for slot, age in zip(course.slots, ages, strict=True) if not course.closed or slot < begun]
     judged, missed = _deadlines(course)
     rate = _rate(course.visible[: len(seen)])
+    spoken = course.times if course.spoken is None else list(itertools.compress(course.times, course.spoken))
     return {
         # How old the newest frame that a token could see was when the token was written.
         "age_of_newest_frame": _spread(ages),
@@ -51,9 +60,12 @@ def figures(course: Course) -> dict:
         "age_of_newest_frame_before_last_slot": _spread(live),
         # From the moment the source's first clip was complete.
         "first_token_after_first_clip": course.times[0] - course.completed[0] if course.times else None,
-        "tokens": len(course.times),
+        # Tokens of the text. The other statistics include those that end slots: to decide takes time too.
+        "tokens": len(spoken),
         # Rates are measured from the first event to the last.
-        "tokens_per_second": _rate(course.times),
+        "tokens_per_second": _rate(spoken),
+        # Slots without text, of those that are over, where the model decides when to speak.
+        "silent_slots": None if course.spoken is None else _silent(course),
         # Clips whose slot began, and how fast.
         "clips": len(seen),
         "clips_per_second": rate,
@@ -84,6 +96,11 @@ def _deadlines(course: Course) -> tuple[int, int]:
             continue
         judged, missed = judged + 1, missed + (end > by)
     return judged, missed
+
+
+def _silent(course: Course) -> int:
+    spoke = set(itertools.compress(course.slots, course.spoken or ()))
+    return sum(slot not in spoke for slot in range(1, len(course.visible)))
 
 
 def _rate(times: Sequence[float]) -> float | None:
@@ -126,6 +143,8 @@ def table(found: dict) -> str:
     add("first token", number("first_token_after_first_clip", "{:.3f} s after the first clip"))
     # Tokens written, and how fast from the first to the last.
     add("tokens", str(found["tokens"]), number("tokens_per_second", "{:.2f}/s"))
+    # Slots in which the model had decided to say nothing.
+    add("silent slots", number("silent_slots", "{}"))
     # Clips whose slot began and how fast, of the clips that the source gave.
     add(
         "clips",

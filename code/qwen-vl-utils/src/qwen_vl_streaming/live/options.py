@@ -14,6 +14,7 @@ from ..common.paths import PROJECT, find_model, look_up
 from ..devices import DEVICE_HELP, choose_device, look
 from ..model.prompts import QUESTIONS
 from ..model.quantization import WEIGHTS, WEIGHTS_HELP
+from ..model.trained import MODEL
 from ..replay import DTYPES
 from ..sessions import GREEDY, MODES
 from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant
@@ -65,8 +66,8 @@ def parse(description: str | None) -> argparse.Namespace:
     )
     add(
         "--schedule",
-        help=f"tokens per clip: wait-K writes K, random-K K on average, {GREEDY} as many as there is time for "
-        "(default: wait-K with the checkpoint's K)",
+        help=f"tokens per clip: wait-K writes K, random-K K on average, {GREEDY} as many as there is time for, {MODEL} "
+        f"what the model decides, and {MODEL}-M at most M of these (default: as the checkpoint was trained)",
     )
     add(
         "--behind",

@@ -11,10 +11,11 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class Pieces:
-    """Token ids in, text out. A character made of several tokens is returned whole, with the last of them."""
+    """Token ids in, text out. A character made of several tokens is returned whole, with the last of them. The token
+    `end_of_slot` is not text."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]):
-        self.decode = decode
+    def __init__(self, decode: Callable[[Sequence[int]], str], end_of_slot: int | None = None):
+        self.decode, self.end_of_slot = decode, end_of_slot
         self.said: list[int] = []
         """The ids of the newest piece: some tokenizers decode a token depending on the one before."""
         self.held: list[int] = []
@@ -22,6 +23,8 @@ class Pieces:
 
     def add(self, token: int) -> str:
         """The text that `token` completes; may be empty."""
+        if token == self.end_of_slot:
+            return ""
         self.held.append(token)
         text = self.decode([*self.said, *self.held])
         return "" if text.endswith(UNFINISHED) else self._out(text)

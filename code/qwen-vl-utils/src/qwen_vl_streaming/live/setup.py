@@ -18,7 +18,7 @@ from ..model.hub import model_folder
 from ..model.modeling_qwen2_5_vl import load_config, load_model, tokens_per_second
 from ..model.prompts import clip_pixels, load_processor, make_template
 from ..model.quantization import check_weights
-from ..model.trained import check_trained
+from ..model.trained import check_trained, choose_schedule, end_of_slot
 from ..sessions import PerceptionClient, Session, open_session
 from ..timeline.positions import check_clips, clips_before_text
 from ..timeline.variants import Variant, chosen_variant, get_variant
@@ -141,7 +141,7 @@ def open_watch(
     Args:
         load: Returns the model, on the device of `checkpoint`.
         mode: Default: fused if the variant can, else serial.
-        schedule: Default: the wait-K that the checkpoint was trained with.
+        schedule: Default: the one that the checkpoint was trained with.
         max_clips: Default: CLIPS, or any number with a `window`.
         max_new_tokens: Default: TOKENS_PER_CLIP per clip, or any number with a `window`.
         skip, keep: See `Watch`.
@@ -152,14 +152,14 @@ def open_watch(
     Raises InputError, and as `load` does.
     """
     config, variant, processor = checkpoint.config, checkpoint.variant, checkpoint.processor
-    template = make_template(processor, question)
+    template = make_template(processor, question, end_of_slot(config))
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     most = most_clips(max_clips, window)
     if max_new_tokens is None:
         max_new_tokens = sys.maxsize if most is None else TOKENS_PER_CLIP * most
     options |= {
         "mode": ("fused" if variant.parallel else "serial") if mode is None else mode,
-        "schedule": f"wait-{getattr(config, 'wait_k', 3)}" if schedule is None else schedule,
+        "schedule": choose_schedule(schedule, config, checkpoint.path, variant),
         "max_clips": CLIPS if most is None else most,
         "max_new_tokens": max_new_tokens,
         "window": window,
@@ -201,6 +201,6 @@ def open_watch(
             opened = functools.partial(opened, runner=warm_up(opened(), pixels[0]))
         about = {"question": question, **(about or {}), **source.about}
         session = stack.enter_context(opened(record=record, about=about))
-        watch = Watch(session, intake, Pieces(decode), seconds, most, skip, keep)
+        watch = Watch(session, intake, Pieces(decode, template.end_of_slot), seconds, most, skip, keep)
         about["clips"] = watch.clips
         yield watch

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sessions import Session
 from ..sessions.record import Record
-from .figures import Course, figures
+from .figures import Course, figures, spoken_flags
 from .intake import Intake
 from .screen import Pieces, Screen
 
@@ -106,6 +106,7 @@ class Watch:
             closed=record.complete,
             deadline=deadline,
             greedy=self.session.greedy,
+            spoken=spoken_flags(record.tokens, record.template.end_of_slot),
         )
         return {
             **figures(course),

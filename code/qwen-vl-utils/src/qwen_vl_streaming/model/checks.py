@@ -34,6 +34,7 @@ VISION = {
 }
 STEPS_PER_SECOND = (1e-3, 1e3)
 WAIT_K = (1, 10**6)
+TOKENS_PER_SLOT = (1, 999_999)
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 PIXEL_BUDGET = {
     "min_pixels_per_frame": (1, 10**8),
@@ -107,11 +108,13 @@ def check_layers(config, tensors: Iterable[str] | None, name: str) -> None:
 
 def _check_trained(config: Mapping, name: str) -> None:
     """Checks the keys that training adds: see trained.py."""
-    for key in ("streaming_variant", "position_rule"):
+    for key in ("streaming_variant", "position_rule", "end_of_slot"):
         if not isinstance(config.get(key), str | None):
             raise _wrong(name, key, config[key], "a string")
     if "wait_k" in config:
         _check_count(config["wait_k"], WAIT_K, "wait_k", name)
+    if config.get("end_of_slot") is not None:
+        _check_count(config.get("max_tokens_per_slot"), TOKENS_PER_SLOT, "max_tokens_per_slot", name)
     if "pixel_budget" not in config:
         return
     budget = config["pixel_budget"]

@@ -3,13 +3,16 @@
 Independent of variants, positions, masks and training.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoProcessor
 
 from ..common.errors import InputError
+from ..timeline.segments import TimedText, join_segments, slot_tokens, token_times, words_late
 from ..timeline.timeline import Layout
 from .chat_template import render
 from .checks import check_processor
@@ -22,6 +25,10 @@ QUESTIONS = (
     "What is the scene and activity shown in this video?",
 )
 """Default questions. For a row without a question, training draws one of these at random; evaluation uses the last."""
+END_OF_SLOT = "<|box_end|>"
+"""Default end-of-slot token: one special token of Qwen2.5-VL's vocabulary. Captions are tokenized without special
+tokens, so that none contains it. The chat template does not use it, no program pads with it or stops at it, and
+Qwen2.5-VL writes boxes as JSON, without it."""
 QUESTION_HERE = "\ue000"
 """A private-use character that marks the place of the question in the chat template."""
 
@@ -40,6 +47,9 @@ class Template:
     """The placeholder id for every visual token."""
     end: int
     """Ends a turn, and therefore an answer: `<|im_end|>`."""
+    end_of_slot: int | None = None
+    """Ends a slot before the last one, if the model was trained to decide when to speak. It is written and fed like any
+    other token of the answer, but is not part of the text, and the repetition penalty does not apply to it."""
 
     def layout(self, grid: tuple[int, int], steps_per_clip: float) -> Layout:
         return Layout(len(self.prompt), len(self.tail), len(self.header), grid, steps_per_clip)
@@ -67,10 +77,11 @@ def load_processor(path: str | Path):
     return processor
 
 
-def make_template(processor, question: str) -> Template:
-    """Returns the token ids around a video for `question`, in which text that looks like a special token stays text.
+def make_template(processor, question: str, end_of_slot: str | None = None) -> Template:
+    """Returns the token ids around a video for `question`, in which text that looks like a special token stays text,
+    and the id of the token `end_of_slot`, if the model has one.
 
-    Raises InputError if the chat template does not contain a question followed by a video.
+    Raises InputError if the chat template does not contain a question followed by a video, and as `token_id` does.
     """
     messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION_HERE}, {"type": "video"}]}]
     text = render(processor, messages)
@@ -100,16 +111,98 @@ def make_template(processor, question: str) -> Template:
         header=ids(after[end_of_tail:]),
         video=tokenizer.convert_tokens_to_ids(processor.video_token),
         end=tail[1],  # after <|vision_end|>, the tail ends the turn
+        end_of_slot=None if end_of_slot is None else token_id(tokenizer, end_of_slot, text),
     )
 
 
+def token_id(tokenizer, text: str, around: str) -> int:
+    """The id of `text`, which is to end slots. Raises InputError if it is not one token of the vocabulary, or one that
+    ends a text or is part of the rendered chat template `around`."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) != 1 or tokenizer.decode(ids) != text:
+        raise InputError(
+            f"the end-of-slot token {text[:80]!r} is not one token of the vocabulary, but {len(ids)}: give another, "
+            f"such as {END_OF_SLOT}"
+        )
+    used = {*tokenizer(around, add_special_tokens=False).input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if ids[0] in used:
+        raise InputError(
+            f"the end-of-slot token {text[:80]!r} is part of the chat template or ends a text: give another, such as "
+            f"{END_OF_SLOT}"
+        )
+    return ids[0]
+
+
+def spoken(tokens: Sequence[int], end_of_slot: int | None) -> list[int]:
+    """The tokens that are text: those of an answer without the end-of-slot tokens."""
+    return [token for token in tokens if token != end_of_slot]
+
+
 def answer_ids(processor, template: Template, caption: str) -> list[int]:
-    """Returns the tokens of `caption` and the end of the turn. Raises InputError if the caption is empty."""
+    """Returns the tokens of `caption` and the end of the turn. Raises InputError if the caption is empty or contains
+    the end-of-slot token."""
     # With `split_special_tokens`, text that looks like a special token stays text.
     tokens = processor.tokenizer(caption.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
     if not tokens:
         raise InputError("the caption has no tokens: remove the sample")
+    check_answer(tokens, template.end_of_slot)
     return [*tokens, template.end]
+
+
+def check_answer(tokens: Sequence[int], end_of_slot: int | None) -> None:
+    """Raises InputError if the `tokens` of a caption contain the one that is to end slots."""
+    if end_of_slot in tokens:
+        raise InputError(
+            "the caption contains the end-of-slot token: remove the sample, or give another --end_of_slot, such as "
+            f"{END_OF_SLOT}"
+        )
+
+
+def timed_answer(processor, segments: Sequence[Mapping[str, Any]], when: str = "end") -> tuple[list[int], list[float]]:
+    """Returns the tokens of the joined text of `segments`, without the end of the turn, and the time in seconds from
+    which each may be written, as `timeline.segments` describes. They are the tokens of `answer_ids` for that text.
+    Raises InputError if the text has no tokens."""
+    timed, tokens, offsets = _tokenize_segments(processor, segments, when)
+    return tokens, token_times(timed, offsets)
+
+
+def answer_slots(
+    processor,
+    template: Template,
+    segments: Sequence[Mapping[str, Any]],
+    arrivals: Sequence[float],
+    most: int,
+    when: str = "end",
+    end_of_slot: int | None = None,
+) -> list[list[int]]:
+    """Returns the answer's tokens of each slot, from a row's `segments` and the times in seconds at which the clips
+    arrive. The last slot ends with the end of the turn. See `timeline.segments.slot_tokens` for `most` and
+    `end_of_slot`, and `common.data_rows.SEGMENT_TIMES` for `when`. Raises InputError if the text has no tokens or
+    contains the end-of-slot token."""
+    tokens, times = timed_answer(processor, segments, when)
+    check_answer(tokens, end_of_slot)
+    return slot_tokens(tokens, times, arrivals, most, template.end, end_of_slot)
+
+
+def seconds_late(
+    processor, segments: Sequence[Mapping[str, Any]], arrivals: Sequence[float], most: int, when: str = "end"
+) -> list[float]:
+    """Returns by how many seconds `answer_slots` writes each word late because earlier text has filled the slots."""
+    timed, _, offsets = _tokenize_segments(processor, segments, when)
+    return words_late(timed, offsets, arrivals, most)
+
+
+def _tokenize_segments(
+    processor, segments: Sequence[Mapping[str, Any]], when: str
+) -> tuple[TimedText, list[int], list[tuple[int, int]]]:
+    """The joined text, its tokens, and the characters (first, one past the last) of each."""
+    timed = join_segments(segments, when)
+    found = processor.tokenizer(
+        timed.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
+    if not found.input_ids:
+        raise InputError("the segments have no tokens: remove the sample")
+    return timed, found.input_ids, found.offset_mapping
 
 
 def clip_pixels(processor, frames: Tensor) -> tuple[Tensor, tuple[int, int]]:

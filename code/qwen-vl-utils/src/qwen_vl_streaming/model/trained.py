@@ -5,12 +5,52 @@ Independent of weights and of how positions are computed.
 
 from ..common.errors import InputError
 from ..timeline.positions import RULE
+from ..timeline.timeline import model_schedule_most
 from ..timeline.variants import ENVIRONMENT_VARIABLE, Variant
+
+MODEL = "model"
+"""A schedule: the model decides when a slot ends. With the checkpoint's own M it is model-M."""
+DEFAULT_WAIT_K = 3
+"""K of checkpoints that do not say it."""
+TRAIN = "train one with sft.sh --schedule model"
 
 
 def training_keys(variant: Variant, wait_k: int, **more) -> dict:
     """Returns the keys to add to config.json for a checkpoint trained as `variant`, including the keys `more`."""
     return {"streaming_variant": variant.name, "wait_k": wait_k, "position_rule": RULE, **more}
+
+
+def end_of_slot(config) -> str | None:
+    """The end-of-slot token of a checkpoint with this `config`; None if it was trained without."""
+    return getattr(config, "end_of_slot", None)
+
+
+def choose_schedule(text: str | None, config, checkpoint: str, variant: Variant) -> str:
+    """The name of a schedule: `text`, or by default the one that a checkpoint with this `config` was trained with. The
+    model's own schedule is resolved to model-M; other texts are not checked.
+
+    Raises InputError if the model is to decide, but the checkpoint was not trained for it or `variant` is offline.
+    """
+    own = MODEL if end_of_slot(config) and variant.streams else f"wait-{wait_k(config)}"
+    asked = own if text is None else text
+    if asked != MODEL and model_schedule_most(asked) is None:
+        return asked
+    if not variant.streams:
+        raise InputError(
+            f"--schedule {asked}: {variant.name} writes only after the whole video: remove --schedule, or use one of "
+            "interleave, overlap, group and gap"
+        )
+    if end_of_slot(config) is None:
+        raise InputError(
+            f"--schedule {asked}: {checkpoint} was trained without an end-of-slot token, so that it cannot decide when "
+            f"a slot ends: {TRAIN}, or give a schedule such as wait-{wait_k(config)}"
+        )
+    return f"model-{config.max_tokens_per_slot}" if asked == MODEL else asked
+
+
+def wait_k(config) -> int:
+    """The K with which a checkpoint was trained."""
+    return getattr(config, "wait_k", DEFAULT_WAIT_K)
 
 
 def check_trained(config, checkpoint: str, variant: Variant, force: str) -> None:

@@ -14,7 +14,8 @@ class Ticket:
     blocks: Mapping[str, int]
     """By model: blocks of keys and values that it takes."""
     granted: Callable[[dict[str, Worker] | None], None]
-    """Called once, with the worker of each model, where room is reserved; or with None if a model was lost."""
+    """Called once, with the worker of each model, where room is reserved; or with None if a model is
+    lost for good."""
     moved: Callable[[int], None]
     """Called with the place in the queue, from 1, whenever it changes."""
     place: int = 0
@@ -60,7 +61,7 @@ class Admission:
                 ticket.moved(place)
 
     def _alive(self, name: str) -> bool:
-        return any(worker.spec.name == name and not worker.lost for worker in self.workers)
+        return any(worker.spec.name == name and not worker.given_up for worker in self.workers)
 
     def _find(self, blocks: Mapping[str, int]) -> dict[str, Worker] | None:
         """For each model the worker with the most room, if all have some."""

@@ -93,10 +93,15 @@ class Server:
             worker.listen(asyncio.get_running_loop())
 
     @property
-    def healthy(self) -> bool:
-        """Every model has a process, and the server does not stop."""
+    def condition(self) -> str:
+        """What /health says: "ok" while every model has a process and the server does not stop."""
         served = {worker.spec.name for worker in self.workers if not worker.lost}
-        return not self.stopping and served >= self.models.keys()
+        coming = served | {worker.spec.name for worker in self.workers if not worker.given_up}
+        if self.stopping:
+            return "stopping"
+        if served >= self.models.keys():
+            return "ok"
+        return "a model is starting again" if coming >= self.models.keys() else "a model is lost"
 
     async def stop(self) -> None:
         """End all sessions, each with its record and its response.done."""
@@ -238,8 +243,8 @@ class Server:
         return FileResponse(STATIC / "index.html")
 
     def health(self, _: Request) -> Response:
-        status = "ok" if self.healthy else "stopping" if self.stopping else "a model is lost"
-        return JSONResponse({"status": status}, 200 if self.healthy else 503)
+        condition = self.condition
+        return JSONResponse({"status": condition}, 200 if condition == "ok" else 503)
 
     def measured(self, _: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

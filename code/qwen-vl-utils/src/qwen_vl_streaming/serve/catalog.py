@@ -11,16 +11,17 @@ from ..common.errors import InputError
 from ..model.modeling_qwen2_5_vl import load_config, tokens_per_second
 from ..model.prompts import QUESTIONS, Template, load_processor, make_template
 from ..model.quantization import check_weights
-from ..model.trained import check_trained
+from ..model.trained import MODEL, check_trained, choose_schedule, end_of_slot, wait_k
 from ..sessions import GREEDY
 from ..timeline.positions import clips_before_text
-from ..timeline.timeline import Layout, make_schedule
+from ..timeline.timeline import Layout, make_schedule, model_schedule_most
 from ..timeline.variants import Variant, chosen_variant, get_variant
 from ..video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget
 from .model_process import ModelSpec
 from .options import Settings, budget_of
 
 FPS = 2.0
+CHANNELS = 3
 COMMON = ((720, 1280), (480, 640), (1280, 720))
 """Heights and widths of common sources."""
 SCHEDULES = ("wait-1", "wait-2", "wait-3", "wait-5", GREEDY)
@@ -31,7 +32,7 @@ class ServedModel:
     name: str
     path: str
     variant: Variant
-    wait_k: int
+    config: Any = field(repr=False)
     steps_per_second: float
     """Position steps of a second of video."""
     budget: PixelBudget
@@ -44,7 +45,21 @@ class ServedModel:
     @property
     def schedules(self) -> list[str]:
         """What a viewer may choose from, the checkpoint's own first."""
-        return list(dict.fromkeys((f"wait-{self.wait_k}", *SCHEDULES))) if self.variant.streams else []
+        own = (MODEL,) if self.end_of_slot else ()
+        return list(dict.fromkeys((*own, self.wait_k, *SCHEDULES))) if self.variant.streams else []
+
+    @property
+    def wait_k(self) -> str:
+        return f"wait-{wait_k(self.config)}"
+
+    @property
+    def end_of_slot(self) -> str | None:
+        """The token with which the model ends slots, if it decides when to speak."""
+        return end_of_slot(self.config)
+
+    @functools.cached_property
+    def end_of_slot_id(self) -> int | None:
+        return self.template(QUESTIONS[-1]).end_of_slot
 
     @functools.cached_property
     def decode(self):
@@ -53,7 +68,7 @@ class ServedModel:
         )
 
     def template(self, question: str) -> Template:
-        return make_template(self.processor, question)
+        return make_template(self.processor, question, self.end_of_slot)
 
     def layout(self, template: Template, size: tuple[int, int], seconds: float = FRAMES_PER_CLIP / FPS) -> Layout:
         """For frames of `size` (height, width)."""
@@ -67,10 +82,10 @@ class ServedModel:
 
     def check_schedule(self, name: str | None) -> str:
         """The schedule to use. Raises InputError if it is unknown."""
-        name = name or f"wait-{self.wait_k}"
         if not self.variant.streams:
-            return f"wait-{self.wait_k}"
-        if name != GREEDY:
+            return self.wait_k
+        name = choose_schedule(name or None, self.config, self.name, self.variant)
+        if name != GREEDY and model_schedule_most(name) is None:
             make_schedule(name, self.variant, 1)
         return name
 
@@ -80,6 +95,7 @@ class ServedModel:
         common = tuple(self.layout(template, self.budget.size(*size, frames=0)) for size in COMMON)
         widest = max(common, key=lambda layout: layout.tokens_per_clip)
         share = min(self.budget.max_pixels_per_frame, self.budget.max_pixels_per_video // FRAMES_PER_CLIP)
+        clip_tokens = max(widest.tokens_per_clip, share // SIDE_FACTOR**2)
         return ModelSpec(
             name=self.name,
             path=self.path,
@@ -94,7 +110,8 @@ class ServedModel:
             tokens_after_end=settings.max_new_tokens,
             template=template,
             largest=replace(widest, prompt=widest.prompt + settings.limits.question_tokens),
-            clip_tokens=max(widest.tokens_per_clip, share // SIDE_FACTOR**2),
+            clip_tokens=clip_tokens,
+            clip_bytes=clip_tokens * SIDE_FACTOR**2 * FRAMES_PER_CLIP * CHANNELS * settings.dtype.itemsize,
             common=common,
         )
 
@@ -118,7 +135,7 @@ def load_catalog(settings: Settings) -> dict[str, ServedModel]:
             name=name,
             path=path,
             variant=variant,
-            wait_k=getattr(config, "wait_k", 3),
+            config=config,
             steps_per_second=tokens_per_second(config),
             budget=budget_of(config, settings),
             processor=processor,

@@ -3,7 +3,8 @@
     python -m qwen_vl_streaming.serve --model DIR [--model NAME=DIR ...] [--source NAME=SOURCE ...]
 
 Then open http://127.0.0.1:8000. docs/serving.md has the protocol, the limits and how to reach it from elsewhere. On
-Ctrl-C or SIGTERM, every session ends with its record. Exit status: 0 then; 2 for user errors; 1 if all models are lost.
+Ctrl-C or SIGTERM, every session ends with its record. Exit status: 0 then; 2 for user errors; 1 if all models are lost
+for good.
 """
 
 import asyncio
@@ -73,7 +74,7 @@ async def serve(server: Server, listener: socket.socket) -> int:
     status = 0
     while not stop.is_set() and not running.done():
         await asyncio.wait([running, stopped], timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-        if all(worker.lost for worker in server.workers):
+        if all(worker.given_up for worker in server.workers):
             logger.error("all models are lost: the server ends")
             status = 1
             break

@@ -8,11 +8,12 @@ one before is still on screen and is repeated. For pictures captured at exact sa
 
 import io
 import math
+import struct
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from ..model.prompts import clip_pixels
@@ -29,6 +30,20 @@ MOST_SCANS = 20
 MOST_PARTS = 50
 """Segments before a JPEG's first scan, and chunks of a PNG beside its pixels: Pillow reads them all, in Python."""
 MOST_PIXEL_CHUNKS = 10_000
+METADATA = [bytes([0xFF, kind]) for kind in (*range(0xE1, 0xEE), 0xEF, 0xFE)]
+"""Markers of application segments and comments, except JFIF's and Adobe's, which say what the colours mean."""
+MOST_TAGS = 100
+"""EXIF tags that are read; orientation is among the first."""
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+), 2))  # fmt: skip
+"""By EXIF's orientation."""
 Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning; `decode_picture` has a limit of its own
 
 
@@ -41,8 +56,12 @@ class BadFrame(ValueError):
 
 
 def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, int]) -> Tensor:
-    """Decode a JPEG or PNG to (3, *size) uint8. Its header is checked before any pixel is decoded. Raises BadFrame."""
-    if not (jpeg_has_few_parts(data) if form == "jpeg" else png_has_few_parts(data)):
+    """Decode a JPEG or PNG to (3, *size) uint8, a JPEG upright as its EXIF says. The header is checked before any pixel
+    is decoded. Raises BadFrame."""
+    turn = None
+    if form == "jpeg":
+        data, turn = without_metadata(data)
+    if not data or (form == "png" and not png_has_few_parts(data)):
         raise BadFrame("not_an_image", f"the frame is not a {form.upper()} picture, or has too many parts")
     try:
         picture = Image.open(io.BytesIO(data), formats=(form,))
@@ -56,7 +75,8 @@ def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, in
     if picture.mode.startswith("I"):  # Pillow would show all bright parts as white
         raise BadFrame("not_an_image", "a PNG of 16 bits without colour is not decoded: send 8 bits")
     try:
-        image = np.array(picture.convert("RGB"))
+        picture = picture.convert("RGB")
+        image = np.array(picture if turn is None else picture.transpose(turn))
     except Exception as error:
         raise BadFrame("not_an_image", f"the {form.upper()} frame is incomplete or damaged") from error
     if image.shape[:2] == size:
@@ -64,17 +84,43 @@ def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, in
     return resize_frame(image, size)
 
 
-def jpeg_has_few_parts(data: bytes) -> bool:
-    """`data` is a JPEG whose first scan follows after at most MOST_PARTS segments."""
-    position = 2
+def without_metadata(data: bytes) -> tuple[bytes, Image.Transpose | None]:
+    """The JPEG in `data` without EXIF, profiles and comments, which Pillow would parse in Python, and how to turn
+    it upright. Empty if `data` is not a JPEG whose first scan follows after at most MOST_PARTS segments."""
+    position, kept, turn = 2, [data[:2]], None
     for _ in range(MOST_PARTS):
         marker, size = data[position : position + 2], int.from_bytes(data[position + 2 : position + 4], "big")
         if marker == b"\xff\xda":
-            return data.startswith(b"\xff\xd8")
+            return (b"".join([*kept, data[position:]]) if data.startswith(b"\xff\xd8") else b""), turn
         if marker[:1] != b"\xff" or (size < 2 and marker != b"\xff\xff"):
-            return False
-        position += 1 if marker == b"\xff\xff" else 2 + size  # a byte of padding, or a segment
-    return False
+            break
+        if marker != b"\xff\xff":  # a segment, and no byte of padding
+            segment, position = data[position : position + 2 + size], position + 2 + size
+            if marker not in METADATA:
+                kept.append(segment)
+            elif turn is None:
+                turn = orientation(segment[4:])
+        else:
+            position += 1
+    return b"", None
+
+
+def orientation(exif: bytes) -> Image.Transpose | None:
+    """How to turn a picture upright, by a segment of metadata that may be EXIF: a TIFF header and a list of tags."""
+    order = {b"Exif\0\0II": "<", b"Exif\0\0MM": ">"}.get(exif[:8])
+    try:
+        if order is None:
+            return None
+        tiff = exif[6:]
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for entry in range(min(count, MOST_TAGS)):
+            tag, _, _, value = struct.unpack_from(f"{order}HHIH", tiff, start + 2 + 12 * entry)
+            if tag == ExifTags.Base.Orientation:
+                return TURNS.get(value)
+    except struct.error:  # damaged: the picture is shown as it is
+        pass
+    return None
 
 
 def png_has_few_parts(data: bytes) -> bool:
@@ -100,18 +146,20 @@ def encode_picture(frame: Tensor) -> bytes:
 class PreparedClip:
     """A clip as a model takes it."""
 
-    raw: bytes
+    pixels: Tensor
     """(patches, pixels of a patch) in the model's dtype."""
-    shape: tuple[int, int]
     hash: str
     """`clip_hash` of the same pixels in float32."""
+
+    @classmethod
+    def of(cls, pixels: Tensor, dtype: torch.dtype) -> "PreparedClip":
+        """Of `pixels` in float32."""
+        return cls(pixels.to(dtype), clip_hash(pixels))
 
 
 def prepare_clip(processor, frames: Tensor, dtype: torch.dtype) -> PreparedClip:
     """Prepare the frames of one clip, (2, 3, H, W) uint8."""
-    pixels = clip_pixels(processor, frames)[0][0]
-    raw = pixels.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
-    return PreparedClip(raw, (pixels.shape[0], pixels.shape[1]), clip_hash(pixels))
+    return PreparedClip.of(clip_pixels(processor, frames)[0][0], dtype)
 
 
 class ClipBuilder:

@@ -4,6 +4,7 @@ Messages come through a pipe and are read in a thread; what they ask for is done
 for a client: tokens go out in one message a step. Knows nothing about sockets and pictures.
 """
 
+import functools
 import logging
 import queue
 import signal
@@ -14,19 +15,22 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..common.clock import now
 from ..common.ending import die_with_parent, explain, leave, run_to_end
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
-from ..live.figures import Course, figures
+from ..live.figures import Course, figures, spoken_flags
 from ..live.setup import WARM_UP_STEPS, load_on
 from ..model.prompts import Template
 from ..sessions import Session, SessionPool
+from ..sessions.session import make_record
 from ..sessions.session_pool import CHUNK_COUNTS, RESERVE, blocks_needed
 from ..timeline.timeline import Layout
 from ..timeline.variants import VARIANTS
-from .frames import PreparedClip
+from .pixel_buffers import PixelBuffers
+from .record_copy import RecordCopy, Reporter
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,8 @@ class ModelSpec:
     """The layout with the longest prompt and the largest clips of a stream."""
     clip_tokens: int
     """Visual tokens of the largest clips, those of short recordings."""
+    clip_bytes: int
+    """Of the pixels of such a clip."""
     common: tuple[Layout, ...]
     """Layouts of common sources, the first of which a chunk of the pool is made for."""
 
@@ -80,14 +86,13 @@ class Stream:
     """One viewer's session."""
 
     session: Session
+    reporter: Reporter
     completed: list[float] = field(default_factory=list)
     """When each clip was complete."""
-    begun: int = 0
-    """Slots whose begin was reported."""
     cancelled: bool = False
 
 
-def run_model(connection: Connection, spec: ModelSpec, parent: int | None = None) -> None:
+def run_model(connection: Connection, pixels: PixelBuffers, spec: ModelSpec, parent: int | None = None) -> None:
     """Load the model and serve until None comes or the pipe is closed. `parent` is given in a process of its own, which
     then ends with that process and leaves signals to it."""
     if parent is not None:
@@ -96,12 +101,12 @@ def run_model(connection: Connection, spec: ModelSpec, parent: int | None = None
         die_with_parent(parent)
         quiet_libraries()
     try:
-        _serve(connection, spec)
+        _serve(connection, pixels, spec)
     finally:
         connection.close()
 
 
-def _serve(connection: Connection, spec: ModelSpec) -> None:
+def _serve(connection: Connection, pixels: PixelBuffers, spec: ModelSpec) -> None:
     try:
         model = load_on(spec.path, spec.device, spec.dtype, spec.weights)
         connection.send(("loaded",))
@@ -116,7 +121,7 @@ def _serve(connection: Connection, spec: ModelSpec) -> None:
         return
     with pool:
         connection.send(("ready", len(pool.runner.free_slots), len(pool.runner.cache.free_blocks)))
-        ModelLoop(connection, spec, pool).run()
+        ModelLoop(connection, pixels, spec, pool).run()
 
 
 def make_pool(model, spec: ModelSpec, sharing: int) -> SessionPool:
@@ -147,8 +152,8 @@ def make_pool(model, spec: ModelSpec, sharing: int) -> SessionPool:
 
 
 class ModelLoop:
-    def __init__(self, connection: Connection, spec: ModelSpec, pool: SessionPool):
-        self.connection, self.spec, self.pool = connection, spec, pool
+    def __init__(self, connection: Connection, pixels: PixelBuffers, spec: ModelSpec, pool: SessionPool):
+        self.connection, self.pixels, self.spec, self.pool = connection, pixels, spec, pool
         self.streams: dict[str, Stream] = {}
         self.inbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
         self.failures = 0
@@ -166,9 +171,14 @@ class ModelLoop:
                 self._finish(key, report=False)
 
     def _read(self) -> None:
+        pinned = self.spec.device.startswith("cuda")
         try:
             while True:
-                self.inbox.put(self.connection.recv())
+                message = self.connection.recv()
+                if message is not None and message[0] == "clip":
+                    kind, key, number, shape, *rest = message
+                    message = kind, key, self.pixels.read(number, shape, self.spec.dtype, pinned), *rest
+                self.inbox.put(message)
         except (EOFError, OSError):
             self.inbox.put(None)
 
@@ -195,11 +205,12 @@ class ModelLoop:
 
     def _open(self, key: str, template: Template, layout: Layout, options: dict) -> None:
         variant = VARIANTS[self.spec.variant]
-        self.streams[key] = Stream(self.pool.open(variant, template, layout, mode=self.spec.mode, **options))
+        session = self.pool.open(variant, template, layout, mode=self.spec.mode, **options)
+        self.streams[key] = Stream(session, Reporter(session))
+        self.connection.send(("opened", key, RecordCopy(options["record"], make_record(session, "running"))))
 
-    def _clip(self, stream: Stream, clip: PreparedClip, completed: float, last: bool) -> None:
-        pixels = torch.frombuffer(bytearray(clip.raw), dtype=self.spec.dtype).view(clip.shape)
-        stream.session.feed(pixels, last, clip.hash)
+    def _clip(self, stream: Stream, pixels: Tensor, known_hash: str, completed: float, last: bool) -> None:
+        stream.session.feed(pixels, last, known_hash)
         if last:
             stream.session.limit(self.spec.tokens_after_end)
         stream.completed.append(completed)
@@ -229,13 +240,9 @@ class ModelLoop:
             return
         keys = {id(stream.session): key for key, stream in self.streams.items()}
         tokens = [(keys[id(session)], token.token, token.slot, token.time) for session, token in written]
-        begun = []
-        for key, stream in self.streams.items():
-            if (slots := len(stream.session.counts)) != stream.begun:
-                stream.begun = slots
-                begun.append((key, slots))
-        if tokens or begun:
-            self.connection.send(("step", tokens, begun))
+        news = [(key, news) for key, stream in self.streams.items() if (news := stream.reporter.news()) is not None]
+        if tokens or news:
+            self.connection.send(("step", tokens, news))
         for key, stream in [*self.streams.items()]:
             if stream.session.closed:  # its clip did not fit in memory
                 self._fail(key, torch.OutOfMemoryError("the clip did not fit"))
@@ -272,6 +279,7 @@ class ModelLoop:
                 times=[token.time for token in session.written],
                 closed=session.scheduler.complete,
                 greedy=session.greedy,
+                spoken=spoken_flags([token.token for token in session.written], session.template.end_of_slot),
             )
             found = figures(course)
             session.log.about.update(figures=found, completed=stream.completed, closed=now())
@@ -283,9 +291,10 @@ class ModelLoop:
             self.connection.send(("done", key, ended, found, found is not None))
 
 
-def run_process(connection: Connection, spec: ModelSpec, parent: int) -> None:
+def run_process(connection: Connection, pixels: PixelBuffers, spec: ModelSpec, parent: int) -> None:
     """The main function of a process. Ends it at once: Python's own end takes seconds."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     sys.setswitchinterval(SWITCH_SECONDS)
-    run_to_end(lambda: run_model(connection, spec, parent), lambda error: logger.exception("model %s", spec.name))
+    run = functools.partial(run_model, connection, pixels, spec, parent)
+    run_to_end(run, lambda error: logger.exception("model %s", spec.name))
     leave(0)

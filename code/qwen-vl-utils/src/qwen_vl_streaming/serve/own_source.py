@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from ..live.intake import Intake
-from ..sessions.record import clip_hash
 from ..video.opening import open_source
 from .catalog import FPS, ServedModel
 from .frames import PreparedClip, encode_picture
@@ -120,8 +119,7 @@ class OwnSource:
         clip, pixels = intake.take()
         if self.keep is not None:
             self.keep(clip.frames)
-        raw = pixels.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
-        prepared = PreparedClip(raw, (pixels.shape[0], pixels.shape[1]), clip_hash(pixels))
+        prepared = PreparedClip.of(pixels, self.dtype)
         pictures = [encode_picture(frame) for frame in clip.frames]
         times = [round(float(time), 3) for time in clip.timestamps]
         self._notify(ShownClip(prepared, pictures, times, clip.completed, clip.last))

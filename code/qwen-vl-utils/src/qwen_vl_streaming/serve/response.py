@@ -36,7 +36,7 @@ class Response:
         self.id = secrets.token_urlsafe(12)
         self.model, self.worker, self.captured, self.send, self.metrics = model, worker, captured, send, metrics
         self.most = most
-        self.pieces, self.text = Pieces(model.decode), ""
+        self.pieces, self.text = Pieces(model.decode, model.end_of_slot_id), ""
         self.opened = now()
         self.sent_clips = self.slots = self.tokens = self.misses = 0
         self.ages: deque[float] = deque(maxlen=10_000)
@@ -78,16 +78,18 @@ class Response:
         self.slots = slots
 
     def token(self, token: int, slot: int, time: float) -> None:
-        newest_clip = min(slot, self.sent_clips)
-        completed, capture_time = self.captured(newest_clip) or (time, None)
-        age = time - completed
-        self._measure(slot, time, age)
-        delta = self.pieces.add(token)
-        self._say(delta, [token], slot, time, capture_time, age)
+        self.tokens += token != self.model.end_of_slot_id
+        self._measure(slot, time, time - self._newest_frame(slot, time)[0])
+        self._say(self.pieces.add(token), [token], slot, time)
         self.metrics.share.labels(self.model.name).observe(max(0.0, now() - time))
 
-    def _say(self, delta: str, ids: list[int], slot: int, time: float, capture_time: float | None, age: float) -> None:
+    def _newest_frame(self, slot: int, time: float) -> tuple[float, float | None]:
+        """When the newest clip that a token of `slot` saw was complete, and the capture time of its newest frame."""
+        return self.captured(min(slot, self.sent_clips)) or (time, None)
+
+    def _say(self, delta: str, ids: list[int], slot: int, time: float) -> None:
         self.text = (self.text + delta)[-MOST_TEXT:]
+        completed, capture_time = self._newest_frame(slot, time)
         self.send(
             {
                 "type": "response.output_text.delta",
@@ -98,13 +100,14 @@ class Response:
                 "slot": slot,
                 "time": round(time - self.opened, 4),
                 "capture_time": capture_time,
-                "age_ms": round(1e3 * age, 2),
+                "age_ms": round(1e3 * (time - completed), 2),
+                "waiting": self.waiting,
+                "deadline_misses": self.misses,
             }
         )
 
     def _measure(self, slot: int, time: float, age: float) -> None:
         metrics, name = self.metrics, self.model.name
-        self.tokens += 1
         self.ages.append(age)
         metrics.tokens.labels(name).inc()
         metrics.age.labels(name).observe(max(0.0, age))
@@ -127,13 +130,14 @@ class Response:
         self.over = True
         if self.newest is not None and (rest := self.pieces.rest()):
             slot, time, _ = self.newest
-            self._say(rest, [], slot, time, None, time - (self.captured(min(slot, self.sent_clips)) or (time,))[0])
+            self._say(rest, [], slot, time)
         status = (self.why or "cancelled") if how == "cancelled" else "completed" if how == "completed" else "failed"
         if how == "out_of_memory":
             message = f"model {self.model.name} ran out of memory: this session has ended"
             self.send({"type": "error", "error": {"code": how, "message": message, "event_id": None}})
         elif status == "failed":
-            message = f"model {self.model.name} has failed: this session has ended"
+            what = "was lost" if how == "lost" else "has failed"
+            message = f"model {self.model.name} {what}: this session has ended"
             self.send({"type": "error", "error": {"code": "failed", "message": message, "event_id": None}})
         misses = figures["missed_deadlines"] if figures else self.misses
         ages = sorted(self.ages)

@@ -1,22 +1,31 @@
-"""This process's side of a model process: starts it, sends without waiting, hands what it says to the event loop."""
+"""This process's side of a model process: starts it, sends without waiting, hands what it says to the event loop, and
+starts it again if it is lost."""
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import os
-import pickle
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from typing import Protocol
 
 from ..common.errors import InputError
 from ..sessions.perception_client import group_signals_ignored
 from .model_process import ModelSpec, run_model, run_process
+from .pixel_buffers import PixelBuffers
+from .record_copy import RecordCopy
 
 logger = logging.getLogger(__name__)
 
 SECONDS_TO_END = 5.0
+RESTARTS, RESTART_SECONDS = 3, 600.0
+"""A process that is lost more often than that within this time is not started again."""
+PAUSE = 1.0
+"""Seconds before a start, in which the memory of the lost process becomes free."""
 
 
 class Listener(Protocol):
@@ -33,25 +42,37 @@ class Worker:
     """One model on one device."""
 
     def __init__(self, spec: ModelSpec, threads: bool = False):
-        """`threads`: run the model in a thread of this process, for tests."""
-        self.spec, self.lost, self.closing = spec, False, False
+        """`threads`: run the model in a thread of this process, for tests; it is not started again."""
+        self.spec, self.threads = spec, threads
+        self.lost, self.given_up, self.closing = False, False, False
+        """No process runs now; none is started again; the server ends."""
         self.batch_slots = self.blocks = 0
         """How many sessions, and how many blocks of their keys and values, still have room."""
         self.listeners: dict[str, tuple[Listener, int]] = {}
         """By the session's key, with the blocks that it takes."""
+        self.copies: dict[str, RecordCopy] = {}
+        """By the session's key; only the receiving thread uses them."""
         self.on_change: Callable[[], None] = lambda: None
         """Called when room has become free, or the process is lost."""
+        self.losses: list[float] = []
+        self.outbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
+        self.pixels = PixelBuffers(self.spec.clip_bytes)
         self.connection, theirs = context.Pipe()
         self.process = None
-        if threads:
-            threading.Thread(target=run_model, args=(theirs, spec), daemon=True).start()
-        else:
-            self.process = context.Process(target=run_process, args=(theirs, spec, os.getpid()), daemon=True)
-            with group_signals_ignored():
-                self.process.start()
-            theirs.close()
-        self.outbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        if self.threads:
+            threading.Thread(target=run_model, args=(theirs, self.pixels, self.spec), daemon=True).start()
+            return
+        arguments = theirs, self.pixels, self.spec, os.getpid()
+        process = context.Process(target=run_process, args=arguments, daemon=True)
+        with group_signals_ignored():
+            process.start()
+        self.process = process
+        theirs.close()
+        self.pixels.handed_over()
 
     def expect(self, kind: str) -> tuple:
         """The next message while the model starts. Raises InputError if it cannot be served."""
@@ -65,8 +86,7 @@ class Worker:
 
     def listen(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver messages in `loop` from now on."""
-        threading.Thread(target=self._receive_all, args=(loop,), daemon=True).start()
-        threading.Thread(target=self._send_all, daemon=True).start()
+        threading.Thread(target=self._run, args=(loop,), name=f"model {self.spec.name}", daemon=True).start()
 
     def has_room(self, blocks: int) -> bool:
         return not self.lost and self.batch_slots > 0 and self.blocks >= blocks
@@ -93,6 +113,8 @@ class Worker:
         """End the process. Its sessions end with their records."""
         self.closing = True
         self.outbox.put(None)
+        if self.lost and self.process is not None:  # it may be starting again
+            self.process.kill()
 
     def join(self) -> None:
         if self.process is not None:
@@ -100,31 +122,93 @@ class Worker:
             if self.process.is_alive():
                 self.process.kill()
 
-    def _send_all(self) -> None:
-        try:
-            while True:
-                self.connection.send_bytes(pickle.dumps(self.outbox.get(), pickle.HIGHEST_PROTOCOL))
-        except OSError:
-            pass  # the process has ended, which the receiver reports
+    # In threads
 
-    def _receive_all(self, loop: asyncio.AbstractEventLoop) -> None:
-        message: tuple = ()
-        while message != ("lost",):
-            try:
-                message = self.connection.recv()
-            except (EOFError, OSError):
-                message = ("lost",)
-            try:
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Deliver what the process says until it ends, and start it again when it is lost. Linux kills a process when
+        the thread that has started it ends."""
+
+        def deliver(*message) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 loop.call_soon_threadsafe(self._handle, message)
-            except RuntimeError:  # the loop is closed: the server has ended
-                return
+
+        outbox = self.outbox
+        while True:
+            sending = self.connection, self.pixels, outbox
+            threading.Thread(target=_send_all, args=sending, daemon=True).start()
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    message = self.connection.recv()
+                    self._copy(*message)
+                    deliver(*message)
+            if not self.closing:
+                logger.error("model %s is lost", self.spec.name)
+            reason = f"failed: the process of model {self.spec.name} was lost"
+            recorded = {key for key, copy in self.copies.items() if copy.write(reason)}
+            self.copies.clear()
+            outbox.put(None)
+            deliver("lost", recorded)
+            if (room := self._restart()) is None:
+                return deliver("given_up")
+            outbox = queue.SimpleQueue()
+            deliver("ready", outbox, *room)
+
+    def _copy(self, kind: str, *what) -> None:
+        """Keep the copies of records up to date."""
+        if kind == "opened":
+            key, copy = what
+            self.copies[key] = copy
+        elif kind == "step":
+            tokens, news = what
+            for key, progress in news:
+                self.copies[key].add(progress)
+            for key, *token in tokens:
+                self.copies[key].tokens.append(tuple(token))
+        else:
+            self.copies.pop(what[0], None)
+
+    def _restart(self) -> tuple[int, int] | None:
+        """Start the process again. Returns the room that it has, or None if the server ends or this is in vain."""
+        name = self.spec.name
+        while not (self.closing or self.threads):
+            at = time.monotonic()
+            self.losses = [*(loss for loss in self.losses if at - loss < RESTART_SECONDS), at]
+            if len(self.losses) > RESTARTS:
+                logger.error(
+                    "model %s was lost %d times within %.0f minutes, and is not started again: restart the server",
+                    name,
+                    len(self.losses),
+                    RESTART_SECONDS / 60,
+                )
+                return None
+            logger.warning("model %s is started again", name)
+            self._kill()
+            time.sleep(PAUSE)
+            try:
+                self._start()
+                self.expect("loaded")
+                self.connection.send(1)
+                _, batch_slots, blocks = self.expect("ready")
+                return batch_slots, blocks
+            except (InputError, OSError) as error:
+                if not self.closing:
+                    logger.error("model %s did not start again: %s", name, error)
+        return None
+
+    def _kill(self) -> None:
+        self.connection.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+
+    # In the event loop
 
     def _handle(self, message: tuple) -> None:
         kind, *what = message
         if kind == "step":
-            tokens, begun = what
-            for key, slots in begun:
-                self.listeners[key][0].begun(slots)
+            tokens, news = what
+            for key, progress in news:
+                self.listeners[key][0].begun(progress.slots)
             for key, *token in tokens:
                 self.listeners[key][0].token(*token)
         elif kind == "done":
@@ -132,13 +216,33 @@ class Worker:
             listener, blocks = self.listeners.pop(key)
             listener.done(*how)
             self.free(blocks)
-        else:
-            if not self.closing:
-                logger.error("model %s is lost", self.spec.name)
+        elif kind == "lost":
+            (recorded,) = what
             self.lost = True
             for key in [*self.listeners]:
-                self._handle(("done", key, "failed", None, False))
+                self._handle(("done", key, "lost", None, key in recorded))
+        elif kind == "ready":
+            logger.warning("model %s runs again", self.spec.name)
+            self.lost, (self.outbox, self.batch_slots, self.blocks) = False, what
             self.on_change()
+        elif kind == "given_up":
+            self.given_up = True
+            self.on_change()
+
+
+def _send_all(connection: Connection, pixels: PixelBuffers, outbox: queue.SimpleQueue[tuple | None]) -> None:
+    """Send the messages in `outbox` until None; the pixels of clips through shared memory."""
+    try:
+        while True:
+            message = outbox.get()
+            if message is not None and message[0] == "clip":
+                kind, key, clip, *rest = message
+                message = kind, key, pixels.write(clip.pixels), tuple(clip.pixels.shape), clip.hash, *rest
+            connection.send(message)
+            if message is None:
+                return
+    except (EOFError, OSError):
+        pass  # the process has ended, which the receiver notices
 
 
 def start_workers(specs: Sequence[ModelSpec], threads: bool = False) -> list[Worker]:

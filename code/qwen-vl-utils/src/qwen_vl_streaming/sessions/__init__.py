@@ -5,6 +5,7 @@ Knows nothing of files, cameras and terminals."""
 from .modes import open_session
 from .perception_client import PerceptionClient, PerceptionLost
 from .record import MODES
+from .recorded import caption_sessions
 from .session import Session
 from .session_log import TimedToken
 from .session_pool import SessionPool
@@ -18,5 +19,6 @@ __all__ = [
     "Session",
     "SessionPool",
     "TimedToken",
+    "caption_sessions",
     "open_session",
 ]

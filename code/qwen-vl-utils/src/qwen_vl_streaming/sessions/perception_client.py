@@ -192,8 +192,12 @@ class PerceptionClient:
 def group_signals_ignored():
     """A process started inside ignores signals to the whole process group from its first moment: this process decides
     when it stops."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    if threading.current_thread() is not threading.main_thread():  # which alone can set handlers
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return
     before = {number: signal.signal(number, signal.SIG_IGN) for number in GROUP_SIGNALS}
     try:

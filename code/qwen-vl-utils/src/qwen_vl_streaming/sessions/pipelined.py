@@ -91,7 +91,7 @@ class PipelinedRounds(SerialRounds):
         """Send clips, as far as their positions are known: if these depend on what slots write and the schedule does
         not say it beforehand, a clip is sent only when the slot before it begins. At most as many clips are under way
         as there are KV transfer buffers, and one more; or as a window has room for."""
-        held = self.scheduler.greedy and self.variant.count == "rounds"
+        held = self.scheduler.counts_unknown and self.variant.count == "rounds"
         most = 1 if held else PIXEL_BUFFERS if self.window is None else CLIPS_AHEAD
         while self.waiting and not self.scheduler.done and len(self.sent) + self.received < most:
             counts, pixel_buffer = self.scheduler.counts_before_next_clip(), self.scheduler.committed % PIXEL_BUFFERS

@@ -17,7 +17,7 @@ from ..common.files import write_file
 from ..common.redact import redacted
 from ..model.prompts import Template
 from ..model.quantization import WEIGHTS, weights_of
-from ..timeline.timeline import Layout
+from ..timeline.timeline import Layout, model_schedule_fault, model_schedule_most
 from ..timeline.variants import VARIANTS
 
 FORM = 3
@@ -45,7 +45,7 @@ class Record:
     window: list[int] | None
     """[clips, tokens] that attention is limited to, or None."""
     schedule: str | list[int]
-    """As requested: a name, or k_1 … k_{N-1}."""
+    """As requested: a name, or k_1 … k_{N-1}. With model-M, slots end with the template's `end_of_slot`."""
     penalty: float
     max_new_tokens: int
     opened: float
@@ -119,6 +119,8 @@ def _fault(record: Record) -> str | None:
     parts = template.prompt, template.tail, template.header
     if any(type(number) is not int or number < 0 for part in parts for number in (*part, template.video)):
         return "the template has values that are not token ids"
+    if template.end_of_slot is not None and (type(template.end_of_slot) is not int or template.end_of_slot < 0):
+        return f"its end-of-slot token is {template.end_of_slot!r}"
     if (record.layout.prompt, record.layout.tail, record.layout.header) != tuple(map(len, parts)):
         return f"the template's parts have {', '.join(str(len(part)) for part in parts)} tokens, but the layout differs"
     if any(type(number) is not int or number < 0 for number in (*tokens, *counts, *record.slots)):
@@ -134,6 +136,9 @@ def _fault(record: Record) -> str | None:
     asked = record.schedule
     if not isinstance(asked, str) and (len(asked) + 1 < len(counts) or any(type(k) is not int or k < 0 for k in asked)):
         return f"its schedule {asked} does not fit its {len(counts)} slots"
+    most = model_schedule_most(asked) if isinstance(asked, str) else None
+    if most and (fault := model_schedule_fault(tokens, counts, most, template.end_of_slot, record.complete)):
+        return f"its schedule is {asked}, but {fault}"
     if record.hashes and len(record.hashes) != len(record.arrived):
         return f"it has {len(record.hashes)} hashes for {len(record.arrived)} clips"
     for name, order in (("clips", record.arrived), ("slots", record.visible), ("tokens", times)):
@@ -200,5 +205,5 @@ def clip_hash(clip: Tensor) -> str:
     """SHA-256 of a clip as it was fed, with its shape and dtype."""
     raw = clip.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(raw.shape)} {raw.dtype}".encode())
-    digest.update(raw.view(torch.uint8).numpy().tobytes())
+    digest.update(raw.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

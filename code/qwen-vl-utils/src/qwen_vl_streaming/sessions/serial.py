@@ -77,8 +77,13 @@ class SerialRounds:
         return runner
 
     def open(self) -> None:
-        """Feed the prompt."""
-        self.runner.prefill(self.batch_slot, StreamState.prompt(self.variant, self.template, self.layout, self.window))
+        """Feed the prompt: at once if the runner has one batch slot, else in the next steps, beside the chunks of other
+        sessions. A step for each prompt would delay many sessions that open together by seconds."""
+        prompt = StreamState.prompt(self.variant, self.template, self.layout, self.window)
+        if len(self.runner.all_slots) == 1:
+            self.runner.prefill(self.batch_slot, prompt)
+        else:
+            self.lead = prompt
 
     @property
     def idle(self) -> bool:
@@ -126,12 +131,14 @@ class SerialRounds:
         return bool(self.pending) and self.pending[0].ready.query()
 
     def collect(self, wait: bool) -> TimedToken | None:
-        """Read the oldest pending token, if more than `ahead` are pending or the caller wants to `wait` for it."""
-        if not self.pending or not (wait or len(self.pending) > self.ahead):
+        """Read the oldest pending token, if more than `ahead` are pending, the next one depends on it, or the caller
+        wants to `wait` for it."""
+        ahead = 0 if self.scheduler.reads_first else self.ahead
+        if not self.pending or not (wait or len(self.pending) > ahead):
             return None
         token = self.pending.popleft().get(self.batch_slot)
         self.text.stream.written[len(self.log.written)] = token
-        slot = self.scheduler.read(token == self.template.end)
+        slot = self.scheduler.read(token == self.template.end, token == self.template.end_of_slot)
         timed = self.log.write(token, slot)
         if self.scheduler.ended:
             self.pending.clear()

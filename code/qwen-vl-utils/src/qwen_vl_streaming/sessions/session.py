@@ -59,7 +59,8 @@ class Session:
         **more,
     ):
         """Args:
-            schedule: wait-K, random-K, "greedy", or a Schedule for a known number of clips.
+            schedule: wait-K, random-K, "greedy", model-M where the `template` has an end-of-slot token, or a Schedule
+                for a known number of clips.
             penalty: Repetition penalty; default: that of `runner`, else PENALTY.
             max_new_tokens, max_clips: The size of the key-value cache, in tokens and clips.
             window: (clips, tokens) that attention is limited to, besides prompt and header; the stream may then have
@@ -87,6 +88,11 @@ class Session:
             raise InputError(f"max_new_tokens {max_new_tokens} and max_clips {max_clips} must be at least 1")
         frame = None if window is None else Window(*window)
         self.scheduler = SlotScheduler(variant, schedule, max_new_tokens, max_clips if window is None else None)
+        if self.scheduler.most is not None and template.end_of_slot is None:
+            raise InputError(
+                f"schedule {schedule} needs an end-of-slot token, and the template has none: give a checkpoint that "
+                "was trained with --schedule model"
+            )
         self.variant, self.template, self.layout, self.max_clips = variant, template, layout, max_clips
         if runner is None:
             given = PENALTY if penalty is None else penalty

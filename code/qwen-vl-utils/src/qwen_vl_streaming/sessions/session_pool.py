@@ -1,9 +1,9 @@
 """Many live sessions over one model, batched in each forward step, each at its own pace.
 
 A pool has a fixed number of batch slots and a fixed memory; a session that does not fit is refused before anything
-runs. In each round, every session that may write has a row in the forward step, and those with a clip to enter have a
-chunk of rows. If there are more of these than chunks, the sessions that have waited longest for one come first. What a
-session writes does not depend on the others.
+runs. In each round, every session that may write has a row in the forward step, and those with a prompt or a clip to
+enter have a chunk of rows. If there are more of these than chunks, the sessions that have waited longest for one come
+first. What a session writes does not depend on the others.
 """
 
 import functools

@@ -6,6 +6,8 @@ may happen next. The rule is the same in all execution modes:
     a slot begins    as soon as its clip is ready and the slot before it has written its quota; a greedy slot has no
                      quota and gives way to the next clip at any time
     a token          may be written while the newest slot is below its quota; the last slot writes the rest
+    model-M          a slot has written its quota with the end-of-slot token or its M-th token; because only a token
+                     that was read can end a slot, none is requested while one is pending, except in the last slot
     the answer ends  with the end-of-turn token, or after `max_new_tokens`
 
 Knows nothing of models, token ids, and how a clip becomes ready.
@@ -14,7 +16,7 @@ Knows nothing of models, token ids, and how a clip becomes ready.
 import collections
 
 from ..common.errors import InputError
-from ..timeline.timeline import Schedule, make_schedule
+from ..timeline.timeline import Schedule, make_schedule, model_schedule_most
 from ..timeline.variants import Variant
 
 GREEDY = "greedy"
@@ -26,8 +28,9 @@ class SlotScheduler:
     settled whether it is the last one), and is visible to the text once its slot *begins*."""
 
     def __init__(self, variant: Variant, schedule: str | Schedule, max_new_tokens: int, max_clips: int | None):
-        """`schedule` is wait-K, random-K, "greedy", or a Schedule for a known number of clips. `max_clips=None` accepts
-        any number of clips. Raises InputError for an unknown schedule, or one for more than `max_clips` clips."""
+        """`schedule` is wait-K, random-K, model-M, "greedy", or a Schedule for a known number of clips.
+        `max_clips=None` accepts any number of clips. Raises InputError for an unknown schedule, one for more than
+        `max_clips` clips, and model-M for an offline variant."""
         if isinstance(schedule, Schedule) and max_clips is not None and schedule.clips > max_clips:
             raise InputError(
                 f"a schedule for {schedule.clips} clips does not fit into max_clips {max_clips}: raise max_clips"
@@ -35,9 +38,13 @@ class SlotScheduler:
         self.variant, self.schedule = variant, schedule
         self.max_new_tokens, self.max_clips = max_new_tokens, max_clips
         self.greedy = schedule == GREEDY
+        self.most = None if isinstance(schedule, Schedule) else model_schedule_most(schedule)
+        """M of model-M, by which the model decides when a slot ends; None for other schedules."""
         self.fixed_clips = schedule.clips if isinstance(schedule, Schedule) else None
         self._quotas: tuple[int, ...] = schedule.quotas if isinstance(schedule, Schedule) else ()
-        if not (self.greedy or isinstance(schedule, Schedule)):
+        if self.most is not None and not variant.streams:
+            raise InputError(f"{variant.name} writes only after the whole video: it cannot have schedule {schedule}")
+        if not (self.greedy or self.most is not None or isinstance(schedule, Schedule)):
             make_schedule(schedule, variant, 1)
         self.counts: list[int] = []
         """k_1 … of the slots that have begun, including tokens that were requested and not read yet."""
@@ -48,6 +55,8 @@ class SlotScheduler:
         """The number of slots N, once it is known: all clips have arrived."""
         self.ended = False
         """The end-of-turn token was read."""
+        self.slot_ended = False
+        """The end-of-slot token was read in the newest slot."""
 
     # State
 
@@ -89,14 +98,26 @@ class SlotScheduler:
         """No further token will be written."""
         return self.ended or self.read_tokens >= self.max_new_tokens
 
+    @property
+    def counts_unknown(self) -> bool:
+        """How many tokens a slot writes is known only once it is over."""
+        return self.greedy or self.most is not None
+
+    @property
+    def reads_first(self) -> bool:
+        """A token must be read before the next one can be requested: it may end the slot."""
+        return self.most is not None and not self.complete
+
     # Questions
 
     def quota(self, slot: int) -> float:
-        """Tokens that `slot` (1…) may write if it is not the last one."""
+        """Tokens that `slot` (1…) may write, at most, if it is not the last one."""
         if not self.variant.streams:
             return 0
         if self.greedy:
             return float("inf")
+        if self.most is not None:
+            return self.most
         if slot > len(self._quotas) and not isinstance(self.schedule, Schedule):
             # A longer schedule of the same name begins like the shorter one.
             self._quotas = make_schedule(self.schedule, self.variant, 2 * slot + 1).quotas
@@ -107,19 +128,23 @@ class SlotScheduler:
         """The newest slot has written what it may, so that the next one may begin once its clip is ready."""
         if self.complete or self.requested_tokens >= self.max_new_tokens:
             return False
-        return not self.counts or self.greedy or self.counts[-1] >= self.quota(len(self.counts))
+        return not self.counts or self.greedy or self.slot_ended or self.counts[-1] >= self.quota(len(self.counts))
 
     @property
     def may_write(self) -> bool:
         """A token may be requested for the newest slot."""
         if self.ended or self.requested_tokens >= self.max_new_tokens or not self.counts:
             return False
-        return self.complete or self.counts[-1] < self.quota(len(self.counts))
+        if self.complete:
+            return True
+        if self.slot_ended or (self.reads_first and self.pending):
+            return False
+        return self.counts[-1] < self.quota(len(self.counts))
 
     def counts_before_next_clip(self) -> list[int]:
         """k_1 … of the slots before the next clip to be committed, by which that clip's positions are computed. Slots
-        that have not begun count with their quotas; of a greedy schedule, whose quotas are unknown, with 0."""
-        if self.greedy:
+        that have not begun count with their quotas; of a schedule whose quotas are unknown, with 0."""
+        if self.counts_unknown:
             return [*self.counts, *[0] * (self.committed - len(self.counts))]
         return [int(self.quota(slot)) for slot in range(1, self.committed + 1)]
 
@@ -157,6 +182,9 @@ class SlotScheduler:
         """Lowers `max_new_tokens` so that at most `tokens` more are written, besides those due in slots before the last
         one: how far a session is behind does not shorten its answer."""
         before = 0 if self.total is None or self.greedy else sum(int(self.quota(slot)) for slot in range(1, self.total))
+        if self.most is not None and self.total is not None:  # of the slots that are over, the tokens that they wrote
+            over = self.counts[: min(len(self.counts) - 1, self.total - 1)] if self.counts else []
+            before -= sum(self.most - count for count in over)
         self.max_new_tokens = max(1, min(self.max_new_tokens, max(self.requested_tokens, before) + tokens))
 
     def commit(self) -> bool:
@@ -166,17 +194,21 @@ class SlotScheduler:
 
     def begin_slot(self) -> None:
         self.counts.append(0)
+        self.slot_ended = False
 
     def request(self) -> None:
         """A token was requested for the newest slot."""
         self.counts[-1] += 1
         self.pending.append(len(self.counts))
 
-    def read(self, end: bool) -> int:
+    def read(self, end: bool, end_of_slot: bool = False) -> int:
         """The oldest pending token was read; `end`: it is the end-of-turn token, so that all that was requested or
-        began after it is dropped. Returns the token's slot."""
+        began after it is dropped. `end_of_slot`: it is the end-of-slot token, which means something only with model-M.
+        Returns the token's slot."""
         slot = self.pending.popleft()
         self.read_tokens += 1
+        if end_of_slot and self.most is not None and slot == len(self.counts):
+            self.slot_ended = True
         if end:
             self.ended = True
             self._drop_after(slot)

@@ -20,8 +20,9 @@ from .variants import Variant
 PARTS = ("prompt", "clip", "tail", "header", "answer")
 PROMPT, CLIP, TAIL, HEADER, ANSWER = range(len(PARTS))
 SCHEDULE_NAME = re.compile(r"(wait|random)-([1-9][0-9]{0,5})")
+MODEL_SCHEDULE_NAME = re.compile(r"model-([1-9][0-9]{0,5})")
 MAX_PER_SLOT = 999_999
-"""Largest K of a named schedule."""
+"""Largest K or M of a named schedule."""
 NOTHING = -1
 """In `Timeline.produces`: the row predicts no answer token."""
 
@@ -112,6 +113,47 @@ class Schedule:
             counts.append(min(quota, left))
             left -= counts[-1]
         return (*counts, left)
+
+
+@dataclass(frozen=True)
+class ModelSchedule:
+    """The model decides: a slot ends with the end-of-slot token, which counts as one of its tokens, or after `most`
+    tokens. The last slot writes the rest. How many tokens each slot has is known once it is over."""
+
+    clips: int
+    most: int
+
+    def __post_init__(self):
+        if min(self.clips, self.most) < 1:
+            raise ValueError(f"a schedule must have at least 1 clip and 1 token per slot, got {self}")
+
+    @property
+    def name(self) -> str:
+        return f"model-{self.most}"
+
+
+def model_schedule_most(text: str) -> int | None:
+    """M, the most tokens of a slot, if `text` is model-M. None for any other text."""
+    match = MODEL_SCHEDULE_NAME.fullmatch(text)
+    return int(match[1]) if match else None
+
+
+def model_schedule_fault(
+    tokens: Sequence[int], counts: Sequence[int], most: int, end_of_slot: int | None, complete: bool = True
+) -> str | None:
+    """How slots of `counts` tokens differ from what a ModelSchedule with these `tokens` gives, or None. `complete`: the
+    last of `counts` is the last slot, which writes the rest."""
+    if end_of_slot is None:
+        return "there is no end-of-slot token"
+    done, answer = 0, len(tokens)
+    for slot, count in enumerate(counts[: len(counts) - complete], 1):
+        own, done = tokens[done : done + count], done + count
+        if count > most or end_of_slot in own[:-1]:
+            return f"slot {slot} goes on after its end"
+        # Only the end of the answer, or of what was recorded, can stop a slot before its end.
+        if done < answer and count < most and own[-1:] != [end_of_slot]:
+            return f"slot {slot} has ended before its end"
+    return None
 
 
 def make_schedule(text: str, variant: Variant, clips: int, seed: int | str = 0) -> Schedule:

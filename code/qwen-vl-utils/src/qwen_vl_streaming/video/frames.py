@@ -20,6 +20,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from ..common.errors import InputError
+from ..common.video_part import Part, part_seconds
 from .index import FrameIndex, index_video
 from .readers import READERS, ReaderError
 
@@ -138,6 +139,7 @@ def read_video(
     fps: float = 2.0,
     start: float | None = None,
     end: float | None = None,
+    part: Part | None = None,
     budget: PixelBudget | None = None,
     reader: str | None = None,
     max_clips: int | None = None,
@@ -145,18 +147,23 @@ def read_video(
 ) -> Video:
     """Sample `path` at `fps` frames per second between `start` and `end` (seconds; default: the whole video).
 
-    A video with a steady rate below `fps` is sampled at its own rate. `reader` is "pyav" (default) or "decord". Memory
-    holds the resized sampled frames and one frame at full size. Pass `index` if the file is indexed already.
+    `part` is that of a data row, in place of `start` and `end`: for models, captions and metrics it is a video of its
+    own. A video with a steady rate below `fps` is sampled at its own rate. `reader` is "pyav" (default) or "decord".
+    Memory holds the resized sampled frames and one frame at full size. Pass `index` if the file is indexed already.
 
     Raises InputError, naming the file and the fix, if the file is missing, empty, truncated, damaged before its last
     sampled frame, cannot be decoded, or is shorter than one clip. Also raises InputError if it has more than
-    `max_clips` clips; this is checked before the sampled frames are decoded.
+    `max_clips` clips; this is checked before the sampled frames are decoded; and, as `part_seconds` does, if the video
+    does not have the `part`.
     """
     if reader is not None:
         check_reader(reader)
     if not fps > 0:
         raise InputError(f"fps {fps} must be above 0")
     index = index or index_video(path)
+    if part:
+        part_seconds(path, part, index.duration)
+        start, end = part.get("start"), part.get("end")
     rate = sampled_rate(index, fps)
     try:
         picked = pick_frames(index.times, index.duration, rate, start, end)

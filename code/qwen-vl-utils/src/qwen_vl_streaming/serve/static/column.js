@@ -46,23 +46,25 @@ export class Column {
     this.timeline = new Timeline(find(".timeline"));
     this.gauges = new Gauges(secondsPerClip);
     this.words = new Caption();
+    this.id = null; // of the response, and of its record
     this.done = null; // the response of response.done
   }
 
   /** A response.output_text.delta that came at `now`, in seconds of the stream. `end`: when it ended, or null. The
    * age is counted from the capture here to the token here; what the server states lacks the way of the frame. */
-  token({ delta, token_ids, slot, capture_time, age_ms }, now, end) {
+  token({ delta, token_ids, capture_time, age_ms, waiting, deadline_misses }, now, end) {
     const age = Math.max(now - capture_time, age_ms / 1000);
     const time = capture_time + age;
     const last = end !== null && capture_time >= end - this.gauges.secondsPerClip;
-    if (token_ids.length) this.gauges.add(time, age, slot, last);
+    this.gauges.count(waiting, deadline_misses);
+    if (token_ids.length) this.gauges.add(time, age, last);
     if (!delta) return;
     this.timeline.write(delta, time, last ? 0 : age);
     this.words.add(delta).forEach(this.announce);
     this._caption();
   }
 
-  /** A response.done, or {status: "lost"} without figures. */
+  /** A response.done, or {status: "lost", record_id} without figures. */
   finish(response) {
     if (this.done) return;
     this.done = response;
@@ -70,6 +72,7 @@ export class Column {
     if (this.words.newest) this.announce(this.words.newest);
     if (response.record_id) this._offer(response.record_id);
     const found = response.figures;
+    this._showAge();
     if (found) {
       this._dial("rate", number(found.tokens_per_second, 1));
       this._dial("waiting", found.clips_waiting ?? 0);
@@ -101,14 +104,18 @@ export class Column {
     this.timeline.advance(now);
     const { gauges } = this;
     gauges.judge(now);
-    const { median, p95 } = gauges.age;
-    this._dial("age", spread(median, p95));
+    this._showAge();
     this._dial("rate", number(gauges.rate(now), 1));
     this._dial("waiting", gauges.waiting);
     this._dial("missed", gauges.missed);
     if (this.behind) this._pace(`${Math.max(1, Math.round(gauges.secondsBehind))} s behind`, "bad");
     else if (gauges.tokens) this._pace(over ? "Finishing" : "Keeps up", "good");
     else this._pace(this.family === "offline" && !over ? "Silent until the end" : "Starting", "");
+  }
+
+  _showAge() {
+    const { median, p95 } = this.gauges.age;
+    this._dial("age", spread(median, p95));
   }
 
   _caption() {

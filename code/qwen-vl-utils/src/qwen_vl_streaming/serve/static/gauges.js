@@ -21,24 +21,25 @@ export class Gauges {
     this.ages = [];
     this.times = [];
     this.tokens = this.waiting = this.missed = this.lag = 0;
-    this.lastMissed = 0; // the slot that was counted last
     this.behind = false;
     this.late = -Infinity; // when it was late last
   }
 
-  /** A token of `slot` was written at `time` (stream seconds), `age` seconds after the newest frame it had seen.
-   * `last`: the source is over and its last frame was seen, so that there is no deadline. */
-  add(time, age, slot, last) {
+  /** A token was written at `time` (stream seconds), `age` seconds after the newest frame it had seen. `last`: the source
+   * is over and its last frame was seen, so that nothing newer could be. */
+  add(time, age, last) {
     this.tokens++;
-    this.ages.push(age);
+    if (!last) this.ages.push(age);
     if (this.ages.length > REMEMBERED) this.ages.shift();
     this.times.push(time);
     while (this.times[0] < time - RECENT) this.times.shift();
     this.lag = last ? 0 : age;
-    if (!last && age > this.secondsPerClip && slot > this.lastMissed) {
-      this.missed++;
-      this.lastMissed = slot;
-    }
+  }
+
+  /** What the server counts: clips that wait, and slots that were not finished in time. */
+  count(waiting = 0, missed = 0) {
+    this.waiting = waiting;
+    this.missed = missed;
   }
 
   /** Update `behind` at `now`, in seconds of the stream. */

@@ -52,6 +52,7 @@ function connect() {
       "session.updated": ({ session }) => run?.begin(session),
       "input_video_frame.acknowledged": (message) => run?.acknowledged(message),
       output_video_frame: ({ time }, jpeg) => run?.shown(time, jpeg),
+      "response.created": ({ response }) => run?.created(response),
       "response.output_text.delta": (message) => run?.token(message),
       "response.done": ({ response }) => run?.finished(response),
       error({ error }) {
@@ -141,10 +142,12 @@ class Run {
 
   acknowledged({ dropped, waiting, deadline_misses }) {
     this.dropped = dropped;
-    for (const { gauges, model } of columns) {
-      gauges.waiting = waiting[model.name] ?? 0;
-      gauges.missed = deadline_misses[model.name] ?? 0;
-    }
+    for (const { gauges, model } of columns) gauges.count(waiting[model.name], deadline_misses[model.name]);
+  }
+
+  created({ id, model }) {
+    const column = columns.find((column) => column.model.name === model);
+    if (column) column.id = id;
   }
 
   token(message) {
@@ -180,9 +183,9 @@ class Run {
   }
 
   lost() {
-    for (const column of columns) column.finish({ status: "lost" });
+    for (const column of columns) column.finish({ status: "lost", record_id: column.id });
     this.close();
-    lost("The server closed the connection, or the network did.");
+    lost("The server closed the connection, or the network did. This session is over and cannot be continued: Reconnect starts a new one. Its record can be downloaded once the server answers again.");
   }
 
   close() {

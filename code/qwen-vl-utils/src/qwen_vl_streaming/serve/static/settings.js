@@ -63,6 +63,7 @@ export function offerPaces(models) {
 function inWords(schedule) {
   const count = /^wait-(\d+)$/.exec(schedule)?.[1];
   if (count) return `${schedule}: ${count} token${count === "1" ? "" : "s"} a second`;
+  if (schedule === "model") return "model: speaks when it decides to";
   return schedule === "greedy" ? "greedy: as many tokens as it can" : schedule;
 }
 

@@ -31,6 +31,8 @@ export class Timeline {
     this.over = false;
     this.folded = null;
     this.foldedText = "";
+    this.follows = true; // the newest second stays in view, until the viewer scrolls back
+    this.scroller.onscroll = () => (this.follows = this._atEnd());
     list.replaceChildren();
   }
 
@@ -38,13 +40,12 @@ export class Timeline {
   advance(time) {
     const now = Math.floor(time) + 1;
     if (now <= this.newest) return;
-    const follow = this._atEnd();
     for (let second = Math.max(this.newest + 1, now - this.limit + 1); second <= now; second++) this._add(second);
     this.rows.get(this.newest)?.item.classList.remove("now");
     this.rows.get(now).item.classList.add("now");
     this.newest = now;
     this._fold();
-    if (follow) this._toEnd();
+    if (this.follows) this._toEnd();
   }
 
   /** Show `canvas` as the frame of the second that contains `time`. */
@@ -63,11 +64,10 @@ export class Timeline {
     this.advance(time);
     const row = this.rows.get(Math.floor(time) + 1);
     if (!row) return void this._keep(text);
-    const follow = this._atEnd();
     row.text.append(element("span", "token", row.raw ? text : text.trimStart()));
     row.raw += text;
     row.lag.textContent = age > 1.5 ? `${age.toFixed(age < 10 ? 1 : 0)} s late` : "";
-    if (follow) this._toEnd();
+    if (this.follows) this._toEnd();
   }
 
   /** The video ends at `time`: what is written later is written after its end. */

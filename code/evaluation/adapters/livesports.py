@@ -1,0 +1,148 @@
+"""LiveSports-3K-CC (Chen et al., "LiveCC", CVPR 2025): commentary on events within sports videos.
+
+Its data, LiveSports-3K-CC.json of the data set stdKonjac/LiveSports-3K, has an object per event: `video_id`, `event_id`
+(counts within the video), `begin` and `end` (seconds in the video), `video` (file name), `event_title`,
+`event_asr_text` (the human commentary), `preasr_text` (what was said before) and fields that are not read here. Its
+predictions, which LiveCC's evaluation/livesports3kcc/llm_judge.py reads, are JSON Lines of `video_id`, `event_id`,
+`begin`, `end` and `pred`. That script names an event `<video_id>_<event_id>`; here this is the row's `video_id`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_streaming.common.errors import InputError
+
+from adapters.reading import get_id, get_seconds, get_text, read_records
+
+CONTEXT, NONE = "context", "none"
+"""Questions of rows."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """An event of the benchmark."""
+
+    video_id: str
+    event_id: str | int
+    begin: float
+    end: float
+    video: str
+    human: str
+    """The human commentary."""
+    title: str = ""
+    before: str = ""
+    """The human commentary before the event."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.video_id}_{self.event_id}"
+
+    @property
+    def question(self) -> str:
+        """Asks for commentary, with the context that LiveCC gives too: the title and what was said before."""
+        text = "Comment on this video live, as an expert commentator does."
+        if self.title:
+            text += f"\nThe title of the video: {self.title}"
+        if self.before:
+            text += f"\nThe commentary so far, which you continue: {self.before}"
+        return text
+
+
+def read_events(path: Path) -> dict[str, Event]:
+    """The events of the benchmark's file, a JSON array or JSON Lines, by key. Raises InputError, naming the entry."""
+    events: dict[str, Event] = {}
+    for place, record in read_records(path):
+        event = Event(
+            get_id(place, record, "video_id"),
+            get_id(place, record, "event_id") and record["event_id"],
+            get_seconds(place, record.get("begin"), "begin"),
+            get_seconds(place, record.get("end"), "end"),
+            get_text(place, record, "video"),
+            get_text(place, record, "event_asr_text"),
+            get_text(place, record, "event_title", optional=True),
+            get_text(place, record, "preasr_text", optional=True),
+        )
+        if not event.begin < event.end:
+            raise InputError(f"{place}: ends at {event.end:g} s, not after its begin at {event.begin:g} s: correct it")
+        if not any(map(str.isalnum, event.human)):
+            raise InputError(f"{place}: event_asr_text has no word: delete this entry")
+        if event.key in events:
+            raise InputError(f"{place}: is the second entry of event {event.key}: delete one of them")
+        events[event.key] = event
+    return events
+
+
+def make_rows(events: Iterable[Event], question: str = CONTEXT) -> Iterator[dict[str, Any]]:
+    """A row of our data for each event. `question` is CONTEXT for `Event.question`, or NONE for the built-in one."""
+    for event in events:
+        yield {
+            "video_id": event.key,
+            "video_path": event.video,
+            "video_start": event.begin,
+            "video_end": event.end,
+            "human_caption": event.human,
+            **({"question": event.question} if question == CONTEXT else {}),
+        }
+
+
+def make_predictions(captions: Mapping[str, str], events: Mapping[str, Event], where: Path) -> Iterator[dict[str, Any]]:
+    """The predictions for `captions` by key, in the order of the benchmark. `where` they are from is for messages.
+
+    Raises InputError for a caption of an event that the benchmark does not have.
+    """
+    if unknown := [key for key in captions if key not in events]:
+        raise InputError(
+            f"{where}, video {unknown[0]}: the benchmark has no such event ({len(unknown)} are unknown): evaluate rows "
+            "that livesports-rows has written"
+        )
+    for key, event in events.items():
+        if key in captions:
+            yield {
+                "video_id": event.video_id,
+                "event_id": event.event_id,
+                "begin": event.begin,
+                "end": event.end,
+                "pred": captions[key],
+            }
+
+
+def read_predictions(path: Path) -> dict[str, str]:
+    """Commentary by key from a file of predictions. Raises InputError, naming the line."""
+    found: dict[str, str] = {}
+    for place, record in read_records(path):
+        key = f"{get_id(place, record, 'video_id')}_{get_id(place, record, 'event_id')}"
+        if key in found:
+            raise InputError(f"{place}: is the second prediction for event {key}: delete one of them")
+        found[key] = get_text(place, record, "pred")
+    return found
+
+
+def pair_up(
+    model: tuple[Path, Mapping[str, str]],
+    baseline: tuple[Path, Mapping[str, str]],
+    events: Mapping[str, Event],
+    allow_missing: bool = False,
+) -> dict[str, tuple[str, str, str]]:
+    """(the model's, the baseline's, the human) commentary by key, for the events that the judge compares: those of the
+    baseline's predictions that the benchmark has. `model` and `baseline` are the files and their predictions.
+
+    Raises InputError if the model has a prediction that cannot be compared, if none can, or, unless `allow_missing`, if
+    it lacks one.
+    """
+    (path, said), (other, theirs) = model, baseline
+    for key in said:
+        for name, has in (("the benchmark", events), (str(other), theirs)):
+            if key not in has:
+                raise InputError(f"{path} has a prediction for event {key}, but {name} does not have it: remove it")
+    asked = [key for key in events if key in theirs]
+    missing = [key for key in asked if key not in said]
+    if missing and not allow_missing:
+        raise InputError(
+            f"{path} has no prediction for {len(missing)} of {len(asked)} events of {other} (first: {missing[0]}): add "
+            "them, or give --allow-missing to compare only the others"
+        )
+    if len(missing) == len(asked):
+        raise InputError(f"{path} and {other} have no event of the benchmark in common: check both files")
+    return {key: (said[key], theirs[key], events[key].human) for key in asked if key in said}

@@ -1,0 +1,87 @@
+"""Reads the JSON of other projects, and names the place of what is wrong in it. Knows nothing about what it means."""
+
+import codecs
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_streaming.common.errors import InputError
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file. Raises InputError."""
+    try:
+        return json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({_reason(error)}): download it again, or correct it") from error
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields each object of a JSON Lines file, or of a JSON array, with its place, such as `a.jsonl, line 3`.
+
+    Raises InputError, with the place, for anything else, and for a file without objects.
+    """
+    text = _text(path)
+    if text.lstrip().startswith("["):
+        places = ((f"{path}, entry {number}", value) for number, value in enumerate(read_json(path), 1))
+    else:
+        lines = ((f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        places = ((place, _parse(place, line)) for place, line in lines)
+    count = 0
+    for count, (place, value) in enumerate(places, 1):  # noqa: B007
+        if not isinstance(value, dict):
+            raise InputError(f"{place}: is not a JSON object: correct or delete it")
+        yield place, value
+    if not count:
+        raise InputError(f"{path} has no entries: give a file with some")
+
+
+def get_text(place: str, record: dict, name: str, optional: bool = False) -> str:
+    """The string in a field, empty for an `optional` one that is absent or null. Raises InputError."""
+    value = record.get(name)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{place}: {_show(record, name)}, not a string: correct or delete this entry")
+    return value
+
+
+def get_id(place: str, record: dict, name: str) -> str:
+    """The identifier in a field, a string or an integer, as a string. Raises InputError."""
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise InputError(f"{place}: {_show(record, name)}, not a string or an integer: correct or delete this entry")
+    return str(value)
+
+
+def get_seconds(place: str, value: Any, name: str) -> float:
+    """A time of 0 or more. Raises InputError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InputError(f"{place}: {name} is {str(value)[:40]!r}, not a time in seconds: correct or delete this entry")
+    return float(value)
+
+
+def _show(record: dict, name: str) -> str:
+    return f"has the {name} {str(record[name])[:40]!r}" if name in record else f"has no {name}"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
+
+
+def _parse(place: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: is not JSON ({_reason(error)}): correct or delete this line") from error
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)

@@ -1,0 +1,223 @@
+"""Finds the word of a caption by which it names an event. Knows nothing about models, files, videos and scores.
+
+Words are compared by their stems. An event has *key words*: those that it is given with, all of which are needed, or
+the content words of its text, of which three in five are needed. A *piece* of a caption names the event if it contains
+as many different key words as are needed, lies within one sentence, and is not longer than three times the text of the
+event. The event is named by the last word of such a piece: there, enough has been said.
+
+`align` chooses the pieces of several events: in the order of the events, and without a word in two of them.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+SHARE = (3, 5)
+"""Of the content words of a text, how many are needed, as a fraction."""
+LONGEST = 3
+"""Length of the longest piece, in units of the event's text."""
+PAUSE = 2
+"""So many slots without a word end a sentence, as a full stop does."""
+
+# A character of Chinese or Japanese is a word of its own: these are written without spaces.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+(?:['’][^\W_]+)*")
+SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*$")
+STOP = (
+    "a an the this that these those there here it its he him his she her they them their we us our you "
+    "your i me my and or but so as if then than while when with without of to in on at by for from into "
+    "onto over is are was were be been being am do does did has have had can could will would may might "
+    "not no who which what where video videos clip scene shows show shown showing see sees seen "
+)
+STOP_WORDS = frozenset(STOP.split())
+"""Words that do not tell one event from another, among them those that introduce a description of a video."""
+
+
+def stem(word: str) -> str:
+    """The lower-case word without the endings 's, -s, -es, -ies, -ing, -ed and -e, and without the doubled consonant
+    that -ing or -ed may leave: a simplified form of steps 1a, 1b and 5a of Porter's algorithm (1980). Stems are only
+    compared with each other; they need not be words."""
+    word = re.sub(r"['’](s)?$|['’](?=\w)", lambda found: "" if found[0][1:] in ("", "s") else "'", word.lower())
+    if not word.isascii():
+        return word
+    if len(word) > 3 and word.endswith("ies"):
+        word = word[:-3] + "y"
+    elif len(word) > 3 and re.search(r"(ss|sh|ch|x|z)es$", word):
+        word = word[:-2]
+    elif len(word) > 2 and re.search(r"[^us]s$", word):
+        word = word[:-1]
+    if (found := re.fullmatch(r"(\w*[aeiouy]\w*?)(ing|(?<!e)ed)", word)) and len(found[1]) > 2:
+        word = re.sub(r"([bdfgmnprtv])\1$", r"\1", found[1])
+    return word[:-1] if len(word) > 3 and word.endswith("e") else word
+
+
+def words_in(text: str) -> list[str]:
+    """The words of a text as written, without punctuation."""
+    return WORD.findall(text)
+
+
+def is_stop_word(word: str) -> bool:
+    """Whether the word, or of a contraction such as it's its first part, is one of STOP_WORDS."""
+    return re.split("n?['’]", word.lower())[0] in STOP_WORDS
+
+
+def content_words(text: str) -> list[str]:
+    """The stems of the words of a text that are not stop words, each once."""
+    return list(dict.fromkeys(stem(word) for word in words_in(text) if not is_stop_word(word)))
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens in a video, and the words that name it."""
+
+    time: float
+    """When it begins, in seconds of the video."""
+    end: float | None
+    """When it ends, or None if that is not known."""
+    text: str
+    """The reference, for people to read."""
+    keys: frozenset[str]
+    """Stems of the key words; at least one."""
+    needed: int
+    """How many of them a piece that names it has."""
+    longest: int
+    """Words of the longest such piece."""
+
+    @classmethod
+    def from_text(cls, time: float, end: float | None, text: str) -> "Event | None":
+        """The event that `text` describes, or None if that has no content word."""
+        keys = content_words(text)
+        needed = -(-len(keys) * SHARE[0] // SHARE[1])
+        return cls(time, end, text, frozenset(keys), needed, LONGEST * len(words_in(text))) if keys else None
+
+    @classmethod
+    def from_keys(cls, time: float, end: float | None, keys: Sequence[str]) -> "Event | None":
+        """The event that all of `keys` together name, or None if they have no word."""
+        words = [stem(word) for key in keys for word in words_in(key)]
+        different = frozenset(words)
+        return cls(time, end, " ".join(keys), different, len(different), LONGEST * len(words)) if words else None
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a caption."""
+
+    stem: str
+    slot: int
+    """The slot that wrote its last letter."""
+    sentence: int
+    """Which sentence it is in, from 0."""
+    content: bool
+
+
+def spoken_words(text: str, pieces: Sequence[str], slots: Sequence[int]) -> list[Word]:
+    """The words of the caption `text`, whose tokens have the texts `pieces` and were written in `slots`.
+
+    A sentence ends at a word with a full stop, question or exclamation mark, or before PAUSE slots without a word.
+    """
+    words: list[Word] = []
+    sentence, before = 0, None
+    for written, slot in zip(text.split(), last_letter_slots(pieces, slots), strict=True):
+        if before is not None and slot - before > PAUSE:
+            sentence += 1
+        words += [Word(stem(word), slot, sentence, not is_stop_word(word)) for word in words_in(written)]
+        sentence += bool(SENTENCE_END.search(written))
+        before = slot
+    return words
+
+
+def last_letter_slots(pieces: Sequence[str], slots: Sequence[int]) -> list[int]:
+    """The slot of the last letter or digit of each word, separated by white space; of its last character where it has
+    none. (`lag.word_slots` counts the punctuation after a word as well.)"""
+    found: list[int] = []
+    in_word = lettered = False
+    for piece, slot in zip(pieces, slots, strict=True):
+        for char in piece:
+            letter = char.isalnum() or char == "\N{REPLACEMENT CHARACTER}"  # part of a character
+            if char.isspace():
+                in_word = False
+            elif not in_word:
+                found.append(slot)
+                in_word, lettered = True, letter
+            elif letter or not lettered:
+                found[-1], lettered = slot, lettered or letter
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The shortest piece that names an event and ends at a certain word."""
+
+    first: int
+    last: int
+    """Indices of its words; the last is that by which it names the event."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """The words of one caption."""
+
+    words: Sequence[Word]
+
+    def pieces(self, event: Event) -> list[Piece]:
+        """For each word at which a piece that names the event can end, the shortest such piece, in order."""
+        found = []
+        for last, word in enumerate(self.words):
+            if word.stem not in event.keys:
+                continue
+            seen: set[str] = set()
+            for first in range(last, max(-1, last - event.longest), -1):
+                if self.words[first].sentence != word.sentence:
+                    break
+                if self.words[first].stem in event.keys:
+                    seen.add(self.words[first].stem)
+                if len(seen) == event.needed:
+                    found.append(Piece(first, last))
+                    break
+        return found
+
+    @cached_property
+    def sentences(self) -> list[range]:
+        """Indices of the words of each sentence that has a content word."""
+        ends = [i for i, (a, b) in enumerate(pairwise(self.words), 1) if a.sentence != b.sentence]
+        spans = [range(first, last) for first, last in pairwise([0, *ends, len(self.words)])]
+        return [span for span in spans if any(self.words[i].content for i in span)]
+
+    def keys_in(self, span: range, event: Event) -> int:
+        """How many different key words of the event a sentence has."""
+        return len({self.words[i].stem for i in span} & event.keys)
+
+
+def align(events: Sequence[Event], spoken: Spoken, seconds: float = 1.0) -> list[int | None]:
+    """For each event, in order of time, the index of the word that names it, or None.
+
+    A word of slot i is said at i * `seconds`, when clip i has arrived. The pieces have the order of the events and
+    share no word. Of all such choices it is the one that names the most events after they began; then the most in all;
+    then the one with the smallest sum of distances in time, so that of several pieces after an event the first names
+    it.
+    """
+    size = len(spoken.words)
+    best: list[tuple[int, int, float]] = [(0, 0, 0.0)] * (size + 1)  # by the number of words that may be used
+    chosen: list[list[Piece | None]] = []
+    for event in events:
+        ending = {piece.last: piece for piece in spoken.pieces(event)}
+        new, took = best[:], [None] * (size + 1)
+        for used in range(1, size + 1) if ending else ():
+            if new[used - 1] > new[used]:
+                new[used], took[used] = new[used - 1], took[used - 1]
+            if piece := ending.get(used - 1):
+                after, named, distance = best[piece.first]
+                delay = spoken.words[piece.last].slot * seconds - event.time
+                value = (after + (delay > 0), named + 1, distance - abs(delay))
+                if value > new[used]:
+                    new[used], took[used] = value, piece
+        best = new
+        chosen.append(took)
+    found: list[int | None] = []
+    left = size
+    for took in reversed(chosen):
+        piece = took[left]
+        found.append(piece.last if piece else None)
+        left = piece.first if piece else left
+    return found[::-1]

@@ -1,0 +1,112 @@
+"""Computes the timeliness of a file of captions, writes each event with the time at which it was named beside it, and
+puts the result in words. Knows nothing about formulas, models and pages.
+
+`<variant>_timeliness.jsonl` has a row per event: `video_id`, `event` (its text or key words), `time` (seconds), and
+`said`, the time of the word that names it, or null.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import write_file
+from results import Row, sibling
+
+from metrics.naming import Event
+from metrics.references import events_of
+from metrics.timeliness import WITHIN, events_within, measure, summarize
+
+POINTS = "timeliness.jsonl"
+NAMES = {
+    "events": "events",
+    "delay_median": "delay",
+    "delay_95": "95%",
+    **{f"within_{limit}": f"≤ {limit} s" for limit in WITHIN},
+    "never": "never",
+    "early": "early",
+    "TF1": "T-F1",
+    "PAUC": "PAUC",
+    "words_per_quiet_second": "quiet words/s",
+}
+"""The values of `summarize` that are shown, and the heads of their columns."""
+ABOUT = (
+    "A word of slot i counts as said when clip i has arrived. The delay (median and 95th percentile, in seconds) is "
+    "from an event to the word that names it, over the events that were named after they began. The shares of events "
+    "named within 1, 2 and 3 s, never, and early, only before a frame of them had arrived, are in percent of all "
+    "events. T-F1 (SPOT-Bench) and PAUC (ProactiveVideoQA), times 100, follow their definitions with key words in "
+    "place of a judge, so they are not comparable with published values. Quiet words/s are written where nothing has "
+    "begun for 3 s."
+)
+
+
+def times_of(
+    rows: Sequence[Row], captions: Path, times: Mapping[str, list[Event]] | None
+) -> Mapping[str, list[Event]] | None:
+    """What happens in the videos of `rows`: `times`, or else what their own `segments` say; None without either.
+
+    Raises InputError for invalid segments.
+    """
+    if times is not None:
+        return times
+    own = {row["video_id"]: events_of(row, f"{captions}, video {row['video_id']}") for row in rows}
+    found = {video_id: events for video_id, events in own.items() if events is not None}
+    return found or None
+
+
+def measure_file(
+    rows: Sequence[Row], captions: Path, times: Mapping[str, list[Event]], decode: Callable[[list[int]], str]
+) -> dict[str, float | int]:
+    """The timeliness of the rows of the file `captions`, as `summarize` returns it, with `without_times`, the number of
+    rows without events, and `after_the_end`, the number of events that were left out since their video had ended.
+    Writes the events beside `captions`. Raises ValueError, with the reason, as `measure` and `events_within` do, and if
+    no row has events."""
+    seen = {row["video_id"]: events_within(row, times[row["video_id"]]) for row in rows if row["video_id"] in times}
+    timed = [row for row in rows if seen.get(row["video_id"])]
+    if not timed:
+        raise ValueError(f"none of the {len(rows)} videos of {captions.name} has a reference with times")
+    found = [measure(row, seen[row["video_id"]], decode) for row in timed]
+    lines = [
+        json.dumps({"video_id": row["video_id"], "event": one.event.text, "time": one.event.time, "said": one.said})
+        for row, timing in zip(timed, found, strict=True)
+        for one in timing.named
+    ]
+    write_file(sibling(captions, POINTS), "".join(line + "\n" for line in lines))
+    after = sum(len(times[video_id]) - len(events) for video_id, events in seen.items())
+    return {**summarize(found), "without_times": len(rows) - len(timed), "after_the_end": after}
+
+
+def read_points(captions: Path) -> list[tuple[float, float | None]]:
+    """(time, said) of the events beside a file of captions; empty if there are none. Raises InputError."""
+    path = sibling(captions, POINTS)
+    fields = {"time": (int, float), "said": (int, float, type(None))}
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines]
+        if all(isinstance(row[name], kind) for row in rows for name, kind in fields.items()):
+            return [(row["time"], row["said"]) for row in rows]
+        reason = "a row has no time"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error)
+    raise InputError(f"{path} cannot be read ({reason}): score again with eval.sh --score-only")
+
+
+def describe(found: Mapping) -> str:
+    """The timeliness of one file in a few lines."""
+    if "not_computed" in found:
+        return f"timeliness was not computed: {found['not_computed']}"
+    delays = "no event was named after it began"
+    if "delay_median" in found:
+        delays = f"delay {found['delay_median']:.1f} s (median), {found['delay_95']:.1f} s (95%)"
+    within = ", ".join(f"{found[f'within_{limit}']:.1f}% within {limit} s" for limit in WITHIN)
+    events, videos = (f"{found[f'{what}s']} {what}{'s' * (found[f'{what}s'] != 1)}" for what in ("event", "video"))
+    text = (
+        f"{events} in {videos}: {delays}; {within}\n"
+        f"never named {found['never']:.1f}%, only before they began {found['early']:.1f}%; "
+        f"Timeliness-F1 {found['TF1']:.1f}, PAUC {found['PAUC']:.1f}"
+    )
+    if "words_per_quiet_second" in found:
+        text += f"; {found['words_per_quiet_second']:.2f} words a second where nothing happens"
+    if left_out := found["after_the_end"]:
+        text += f"\nleft out, as they begin after the end of their video: {left_out} more"
+    return text

@@ -1,0 +1,44 @@
+"""The last attempt at each step: who ran it, when, and its exit status. Written by the runner and by sbatch files into
+one line of a file beside the logs, and only shown: whether a step is done, its output says.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A step that was started. Times are in seconds since 1970."""
+
+    job: str
+    """SLURM's id, such as 12 or 12_4 in an array; LOCAL for paper.sh itself."""
+    began: float
+    ended: float = 0.0
+    """0 if it has not ended, or was killed."""
+    status: int | None = None
+    """Its exit status; None as for `ended`."""
+
+    @property
+    def took(self) -> float:
+        """Seconds; 0 if it has not ended."""
+        return max(0.0, self.ended - self.began) if self.ended else 0.0
+
+    def __str__(self) -> str:
+        words = [self.job, f"{self.began:.0f}"]
+        words += [f"{self.ended:.0f}", str(self.status)] if self.status is not None else []
+        return " ".join(words) + "\n"
+
+
+def attempt_path(logs: Path, name: str) -> Path:
+    return logs / f"{name}.attempt"
+
+
+def read_attempt(logs: Path, name: str) -> Attempt | None:
+    """The last attempt at the step `name`; None without one, or while its line is being written."""
+    try:
+        job, began, *end = attempt_path(logs, name).read_text(encoding="utf-8").split()
+        return Attempt(job, float(began), *((float(end[0]), int(end[1])) if end else ()))
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,116 @@
+"""What SLURM and the files of attempts say about steps that are not done: queued, running, or failed, with their logs.
+
+squeue says what is queued and runs; the exit statuses that sbatch files write say what failed, and sacct, where it is,
+how a job ended that left none. None of them is needed for the others.
+"""
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from qwen_vl_streaming.common.errors import InputError
+
+from .attempts import LOCAL, Attempt, read_attempt
+from .checks import DONE, PARTIAL, REFUSED, TO_DO
+from .runner import clean_environment, last_line
+from .slurm import Queued, entry, log_path, queued_jobs
+from .status import BLOCKED, ENDED, FAILED, QUEUED, RUNNING, Progress
+from .steps import REPORT, Folders, Step
+
+logger = logging.getLogger(__name__)
+
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
+"""States of jobs in the queue that have yet to run, or to run again."""
+
+
+@dataclass
+class QueueStatus:
+    """The steps as SLURM and the files show them."""
+
+    folders: Folders
+    queue: dict[tuple[str, str], Queued] = field(init=False)
+    asked: bool = field(init=False)
+    """Whether the queue is known."""
+
+    def __post_init__(self):
+        self.queue, self.asked = {}, bool(shutil.which("squeue"))
+        try:
+            self.queue = queued_jobs()
+        except InputError as error:  # a controller that does not answer: the files say the rest
+            self.asked = False
+            logger.warning("the queue is not known: %s", error)
+
+    def update(self, steps: Sequence[Step], progress: dict[str, Progress]) -> None:
+        """Set words, details, times and logs of `progress` by the last attempts and the queue."""
+        logs = self.folders.logs
+        attempts = {step.name: read_attempt(logs, step.name) for step in steps}
+        lost = [one.job for one in attempts.values() if one and one.status is None and one.job != LOCAL]
+        ends = job_ends(lost)
+        for step in steps:
+            one, attempt = progress[step.name], attempts[step.name]
+            if attempt:
+                one.log = self.folders.log(step.name)
+                if attempt.job != LOCAL:
+                    one.log = log_path(logs, step.group, attempt.job)
+                one.took = attempt.took
+            if one.word not in (DONE, REFUSED):
+                self._update_one(step, one, attempt, ends)
+            if one.word in (DONE, FAILED, BLOCKED, REFUSED, QUEUED, RUNNING):
+                continue
+            lacking = [name for name in step.after if progress[name].word in (FAILED, BLOCKED, REFUSED)]
+            if lacking and (step.kind != REPORT or len(lacking) == len(step.after)):
+                one.word, one.detail = BLOCKED, f"needs {lacking[0]}"
+
+    def _update_one(self, step: Step, one: Progress, attempt: Attempt | None, ends: dict[str, str]) -> None:
+        queued = self.queue.get(entry(step, self.folders.output))
+        said = last_line(one.log) if attempt and one.log and one.log.exists() else ""
+        # Its file calls this program after it has written the exit status, and is in the queue still.
+        if queued and attempt and attempt.status is not None and attempt.job.split("_")[0] == queued.job:
+            queued = None if queued.state not in WAITING else queued
+        if queued and queued.state in WAITING:
+            one.word, one.took = QUEUED, 0.0
+            one.detail = f"job {queued.job}, waits"
+        elif queued:
+            one.word, one.took = RUNNING, 0.0
+            one.detail = f"job {queued.job}, {queued.state.lower()}"
+            if attempt and attempt.job.split("_")[0] == queued.job:
+                one.began = attempt.began
+                if one.log and one.log.exists():
+                    one.detail = last_line(one.log, running=True)
+        elif not attempt or (one.word in (PARTIAL, TO_DO) and attempt.status == 0):
+            return  # incomplete as it says, or its output was moved away
+        elif attempt.status:
+            one.word, one.detail = FAILED, said or f"exit status {attempt.status}"
+        elif attempt.status == 0:
+            one.word, one.detail = FAILED, f"ended, but its output is incomplete: {one.detail or one.word}"
+        elif attempt.job in ends or (self.asked and attempt.job != LOCAL):
+            how = ends.get(attempt.job, "ended without an exit status")
+            one.word, one.detail = FAILED, f"{how}: {said}" if said else how
+        elif attempt.job == LOCAL:
+            one.detail = "stopped"
+        else:
+            one.detail = (
+                f"began as job {attempt.job}; the queue, which would say whether it still runs, is not known here"
+            )
+
+    def is_finished(self, progress: Sequence[Progress]) -> bool:
+        """Whether nothing changes until something is submitted."""
+        words = {one.word for one in progress}
+        return not words & {RUNNING, QUEUED} and (self.asked or words <= {*ENDED, PARTIAL})
+
+
+def job_ends(jobs: Sequence[str]) -> dict[str, str]:
+    """How SLURM's `jobs` ended, by id, such as TIMEOUT or OUT_OF_MEMORY; without those that still run. Empty where
+    there is no sacct, or no accounting behind it."""
+    if not jobs or not shutil.which("sacct"):
+        return {}
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
+    command += [f"--jobs={','.join(jobs)}"]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    if done.returncode:
+        return {}
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1]
+    still = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED")
+    return {job: state for job, state in rows if not state.startswith(still)}
