@@ -221,6 +221,7 @@ def test_attention_masks_single_keys_only_in_the_blocks_of_a_clip(model, batch_s
     }
     runner = StepRunner(model, batch_slots, batch_slots * need, **sizes)
     with open_session(model, VARIANTS["group"], template, layout, runner=runner, **room) as session:
+        assert not [*session.tokens()]  # the prompt, if it has not entered yet
         for _ in range(many):
             session.feed(torch.randn(tokens, runner.clip_features.shape[2]))
         made = []
