@@ -6,6 +6,7 @@ captions. Knows nothing about data sets, video files and metrics.
 """
 
 import collections
+import gc
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -65,33 +66,27 @@ def caption_sessions(
 
     jobs = iter(jobs)
     pending = collections.deque(itertools.islice(jobs, batch_size))
-    running: list[tuple[Job, Session]] = []
+    running: dict[str, tuple[Job, Session]] = {}
     pool = None
     while pending or running:
         if pool is None or (not running and not fits(pool, pending[0])):
-            pool = None  # frees its memory before the next one is allocated
+            pool = None
+            gc.collect()  # frees the old pool, which is in reference cycles, before allocating the next one
             pool = make_pool(pending)
-        runner = pool.runner
-        while pending and runner.free_slots and fits(pool, pending[0]):
-            if blocks_of(pending[0]) > len(runner.cache.free_blocks):
+        while pending and pool.runner.free_slots and fits(pool, pending[0]):
+            if blocks_of(pending[0]) > len(pool.runner.cache.free_blocks):
                 break
             job = pending.popleft()
             pending.extend(itertools.islice(jobs, 1))
-            running.append((job, _open(pool, variant, job, max_new_tokens)))
+            running[job.key] = job, _open(model, pool, variant, job, max_new_tokens)
         pool.step()
-        for job, session in [*running]:
-            if session.closed:
-                raise torch.OutOfMemoryError(f"video {job.key}: no memory left to encode its clips")
-            if session.done:
-                running.remove((job, session))
-                session.close()
-                caption = session.caption()
-                rest = [0] * (len(job.pixels) - len(caption.schedule))
-                yield job, Caption(caption.tokens, caption.slots, caption.schedule + rest)
+        for key in [key for key, (_, session) in running.items() if session.done]:
+            yield _close(*running.pop(key))
 
 
-def _open(pool: SessionPool, variant: Variant, job: Job, max_new_tokens: int) -> Session:
-    """A session to which all clips of `job` are fed."""
+@torch.no_grad()
+def _open(model, pool: SessionPool, variant: Variant, job: Job, max_new_tokens: int) -> Session:
+    """A session to which all clips of `job` are fed. They are encoded together, which is faster than one by one."""
     if not isinstance(job.schedule, ModelSchedule):
         raise ValueError(f"job {job.key} has a Schedule, which is known in advance: use engine.batch.caption_all")
     session = pool.open(
@@ -103,6 +98,14 @@ def _open(pool: SessionPool, variant: Variant, job: Job, max_new_tokens: int) ->
         max_clips=len(job.pixels),
         max_new_tokens=max_new_tokens,
     )
-    for number, clip in enumerate(job.pixels, 1):
-        session.feed(clip, last=number == len(job.pixels))
+    (visual_tokens,) = model.perceive_all([job.pixels], [job.grid])
+    for number, clip in enumerate(visual_tokens, 1):
+        session.feed(clip, last=number == len(visual_tokens))
     return session
+
+
+def _close(job: Job, session: Session) -> tuple[Job, Caption]:
+    session.close()
+    caption = session.caption()
+    rest = [0] * (len(job.pixels) - len(caption.schedule))  # slots after the end of the answer
+    return job, Caption(caption.tokens, caption.slots, caption.schedule + rest)
