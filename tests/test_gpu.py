@@ -9,13 +9,18 @@ import pytest
 import torch
 from qwen_vl_streaming.engine.batch import Batch
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
+from qwen_vl_streaming.engine.quantized_linear import Tiles, converted, kernel_product
+from qwen_vl_streaming.model.quantization import WEIGHTS, quantize, quantize_model
 from qwen_vl_streaming.reference import caption
+from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import Layout, Schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
+from sessions import random_case
 from test_batch import batched, random_jobs, reference_captions
 from test_reference import Forced, full_pass, random_batch
+from test_replay import recorded
 from tiny import random_template, timeline_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -146,3 +151,56 @@ def test_the_host_runs_ahead_of_a_batch(name):
             done += batch.collect()
         captions.append({job.key: caption for job, caption in done})
     assert captions[0] == captions[1]
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("width", [(16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (256, 0)])
+def test_the_kernel_for_8_bit_weights_equals_the_plain_form(kind, width):
+    """For rows that do and do not fill a program, with whole tiles and parts, also where outputs do not fill one."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    weight, scale = quantize(torch.randn(320, 640, device="cuda"), kind)
+    assert torch.equal(converted(weight), weight.to(torch.bfloat16))
+    for rows in (1, sum(width) - 1, sum(width), sum(width) + 3):
+        for programs in (0, 2, 4, 7):
+            x = torch.randn(1, rows, 640, device="cuda", dtype=torch.bfloat16)
+            found = kernel_product(x, weight, scale, Tiles(128, *width, programs, 8, 2))
+            expected = x.float() @ (weight.float() * scale[:, None]).T
+            assert (found.float() - expected).abs().max() < 1e-2 * expected.abs().max()
+
+
+WIDE = {
+    **FLEX,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+}
+"""Inputs in groups, as the kernel for 8-bit weights reads them."""
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("name", ["group", "interleave"])
+def test_batches_with_8_bit_weights_equal_the_reference(kind, name):
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    variant, jobs = VARIANTS[name], random_jobs(random.Random(SEED), VARIANTS[name], 5)
+    models = [tiny_model(**WIDE), tiny_model(**WIDE).cuda()]
+    for model in models:
+        quantize_model(model, kind)
+    expected = reference_captions(models[0], variant, jobs)
+    for size in (1, 4):
+        assert batched(models[1], variant, jobs, batch_size=size) == expected
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_sessions_with_8_bit_weights_are_replayed(kind, tmp_path):
+    """In bfloat16, where clips and tokens go through the kernel and the compiler's product. Differences are ties."""
+    print("seed", SEED)
+    model = tiny_model(**WIDE).to("cuda", torch.bfloat16)
+    quantize_model(model, kind)
+    for case in (random_case(random.Random(f"{SEED} {number}"), VARIANTS["group"]) for number in range(3)):
+        record = recorded(model, case, "fused", tmp_path / "r.json")
+        assert record.model["weights"] == kind
+        assert all(difference.tie for difference in replay(record, model, list(case.pixels)))

@@ -185,7 +185,6 @@ def test_evaluation_scores_against_the_text_and_keeps_the_times(made, loaded, tm
         reader=None,
         schedules=Schedules("wait-3", VARIANTS["group"]),
         dtype="float32",
-        end_of_slot=None,
     )
     videos = VideoDataset(work, loaded[0], 2)
     assert videos[1].job and videos[2].reason.startswith(f"{data}, line 3: segment 1 (-1 to 2 s) starts before 0")

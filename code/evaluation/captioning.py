@@ -49,6 +49,8 @@ class Plan:
     device: str
     """cpu, cuda (the GPU with the local rank's number) or cuda:N."""
     dtype: str
+    weights: str | None
+    """The precision of the linear layers, one of `quantization.WEIGHTS`, or None for that of the checkpoint."""
     root: Path
     """The project's root."""
     video_root: Path | None
@@ -182,7 +184,7 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
     prefetcher = Prefetcher(videos, device, claims)  # decoding starts here, while the model loads
     rows = {row["video_id"]: row for row in plan.rows}
     with prefetcher.naming_fatal_videos():
-        model = load_model(plan.model, "sdpa", getattr(torch, plan.dtype)).to(device).eval()
+        model = load_model(plan.model, "sdpa", getattr(torch, plan.dtype), plan.weights, device).to(device).eval()
     part = str(rank.rank)
     with (
         prefetcher.naming_fatal_videos(),

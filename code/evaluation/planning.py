@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from captioning import Plan
 from qwen_vl_streaming.common.data_rows import hash_data, read_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
@@ -16,6 +17,7 @@ from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
+from qwen_vl_streaming.model.quantization import check_weights
 from qwen_vl_streaming.model.trained import check_trained, choose_schedule, end_of_slot, wait_k
 from qwen_vl_streaming.timeline.positions import RULE
 from qwen_vl_streaming.timeline.variants import get_variant
@@ -96,6 +98,8 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
     config = load_config(model)
     if not settings.force:
         check_trained(config, model, variant, "--force to evaluate it anyway")
+    dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
+    check_weights(settings.weights or None, device, getattr(torch, dtype), config)
     ids, budget = [row["video_id"] for row in rows], PixelBudget.trained(config, settings)
     schedule = choose_schedule(settings.schedule or None, config, model, variant)
     return Plan(
@@ -104,7 +108,8 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
         out=settings.output_dir / (settings.output_file or f"{variant.name}_infer.json"),
         model=str(model_folder(model)),
         device=device,
-        dtype=settings.dtype or ("float32" if device == "cpu" else "bfloat16"),
+        dtype=dtype,
+        weights=settings.weights or None,
         root=ROOT,
         video_root=video_root,
         variant=variant,
@@ -137,6 +142,7 @@ def describe(settings: Settings, plan: Plan) -> dict:
         **({"schedule_sha256": schedules.sha256} if schedules.sha256 else {}),
         **({"end_of_slot": plan.end_of_slot} if plan.end_of_slot else {}),
         "dtype": plan.dtype,
+        "weights": plan.weights,
         "versions": versions(),
     }
 

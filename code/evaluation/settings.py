@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.model.quantization import WEIGHTS
 from qwen_vl_streaming.timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, chosen_variant
 from qwen_vl_streaming.video.frames import PixelBudget
 from tasks import get_task
@@ -93,6 +94,9 @@ class Settings:
     """cuda, cuda:N or cpu. By default cuda if a GPU is available."""
     dtype: str = ""
     """float32, bfloat16 or float16. By default bfloat16 on cuda and float32 on the CPU."""
+    weights: str = ""
+    """int8 or fp8: quantize the linear layers of the language model when it is loaded, to half their memory. By default
+    as in the checkpoint."""
     force: bool = False
     """Evaluate a checkpoint that was trained as another variant or with another position rule."""
     score_only: str = ""
@@ -134,6 +138,8 @@ class Settings:
             raise InputError(f"--judge-options {self.judge_options!r}: give a JSON object")
         if self.dtype not in ("", "float32", "bfloat16", "float16"):
             raise InputError(f"--dtype {self.dtype}: choose float32, bfloat16 or float16")
+        if self.weights and self.weights not in WEIGHTS:
+            raise InputError(f"--weights {self.weights}: choose {' or '.join(WEIGHTS)}")
         task = get_task(self.task)
         object.__setattr__(self, "data", self.data or task.data)
         if task.subtasks and self.output_dir == Settings.output_dir:

@@ -2,12 +2,12 @@
 
     python code/evaluation/verify.py code/evaluation/output/group_infer.json
 
-Settings and dtype are read from the .args.json beside the file. Positions and mask come from `explain` and logits from
-the Qwen2.5-VL in transformers, so none of the streaming code is used. A token is correct if it is the arg-max after the
-repetition penalty. A token whose score is lower by no more than the rounding error of the dtype (1e-4 in float32) is
-reported as a tie, with its margin, and not counted as an error. The penalty does not apply to the end-of-slot token of
-a model that decides when to speak. The caption must also match its tokens, the length and times of its video and the
-named schedule, and must be complete. The exit status is 1 if any check fails.
+Settings, dtype and the precision of the weights are read from the .args.json beside the file. Positions and mask come
+from `explain` and logits from the Qwen2.5-VL in transformers, so none of the streaming code is used. A token is correct
+if it is the arg-max after the repetition penalty. A token whose score is lower by no more than the rounding error of
+the dtype (1e-4 in float32) is reported as a tie, with its margin, and not counted as an error. The penalty does not
+apply to the end-of-slot token of a model that decides when to speak. The caption must also match its tokens, the length
+and times of its video and the named schedule, and must be complete. The exit status is 1 if any check fails.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.explain.cli import as_dict
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template, spoken
+from qwen_vl_streaming.model.quantization import WEIGHTS, check_weights, quantize_model
 from qwen_vl_streaming.model.trained import end_of_slot
 from qwen_vl_streaming.timeline.positions import RULE
 from qwen_vl_streaming.timeline.timeline import (
@@ -187,11 +188,16 @@ def main() -> None:
     if (name := made["dtype"]) not in DTYPES:
         raise InputError(f"{path} was made in {name!r}, not one of {', '.join(DTYPES)}: run eval.sh again")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
+    if (weights := made.get("weights")) not in (None, *WEIGHTS):
+        raise InputError(f"{path} was made with weights in {weights!r}, not {' or '.join(WEIGHTS)}: run eval.sh again")
+    check_weights(weights, device, dtype)
     if line:
         print(line, file=sys.stderr)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         model_folder(checkpoint), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
     )
+    if weights is not None:
+        quantize_model(model, weights, device)
     model.to(device).eval()
     vocabulary = model.config.text_config.vocab_size
     if unknown := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
@@ -225,7 +231,7 @@ def main() -> None:
         mismatches, total = mismatches + found, total + len(row["tokens"])
     right, ties = total - len(mismatches), [each.margin for each in mismatches if each.tie]
     wrong = len(mismatches) - len(ties)
-    where = f"the arg-max of the stock model in {name}, {variant.name}"
+    where = f"the arg-max of the stock model in {name}{f' with {weights} weights' if weights else ''}, {variant.name}"
     print(f"{right} of {total} tokens of {len(rows)} videos are {where}")
     if ties:
         print(f"{len(ties)} more are ties in {name}, at most {max(ties):.2g} below the arg-max")

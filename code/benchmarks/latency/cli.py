@@ -20,6 +20,9 @@ Models have random weights and the shapes of the released ones. Several commands
 table and writes OUTPUT/SIZE-COMMAND.json. A clip is 2 frames, one second of video, by default 196 x 364 pixels and 91
 visual tokens. No answer ends early. Every measurement is preceded by a warm-up. Timed intervals end when the device has
 finished. `floors.py` defines the floors. --size tiny, which has smaller defaults, tries commands on a CPU.
+
+--weights measures linear layers in 8 bits, and writes OUTPUT/SIZE-WEIGHTS-COMMAND.json. --cap lets PyTorch take only so
+many GiB of a GPU, and shows at the end what was needed: `video --clips 60 --modes fused --weights int8 --cap 16`.
 """
 
 import argparse
@@ -28,6 +31,7 @@ from pathlib import Path
 
 import torch
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.model.quantization import WEIGHTS, check_weights
 from qwen_vl_streaming.model.released import SIZES
 from qwen_vl_streaming.sessions import MODES
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -87,6 +91,8 @@ class Settings:
     age: int
     stream: int
     window: tuple[int, int]
+    weights: str | None
+    cap: float | None
     output: Path
 
     def __post_init__(self):
@@ -104,6 +110,11 @@ class Settings:
             if how not in (WHOLE, SPREAD) and not (how.isdigit() and int(how) > 0):
                 raise InputError(f"--chunks {how}: give {WHOLE}, {SPREAD} or a number of visual tokens per step")
         parse_points(self.points)
+        on_gpu = torch.cuda.is_available() and self.size != "tiny"
+        if on_gpu:
+            check_weights(self.weights, "cuda", torch.bfloat16)
+        elif self.cap is not None:
+            raise InputError("--cap limits the memory of a GPU, and there is none")
 
 
 def parse() -> Settings:
@@ -155,6 +166,8 @@ def parse() -> Settings:
         default=(60, 400),
         help="attention window of live, many and long, in clips and tokens",
     )
+    parser.add_argument("--weights", choices=WEIGHTS, help="linear layers in 8 bits (default: as they are)")
+    parser.add_argument("--cap", type=float, metavar="GIB", help="memory of the GPU that this process may take")
     parser.add_argument("--output", type=Path, default=Path("latency"), help="folder (default: %(default)s)")
     if parser.parse_args().size == "tiny":
         parser.set_defaults(**TINY)
@@ -164,7 +177,7 @@ def parse() -> Settings:
 
 def measure(settings: Settings, bench: Bench, command: str) -> None:
     """Run one command and write its JSON file."""
-    path = settings.output / f"{settings.size}-{command}.json"
+    path = settings.output / f"{'-'.join(filter(None, (settings.size, settings.weights, command)))}.json"
     k, clips, repeats, chunks = settings.k, settings.clips, settings.repeats, settings.chunks
     answer_tokens, tokens = settings.answer_tokens, settings.tokens
     if command == "sweep":
@@ -189,22 +202,47 @@ def measure(settings: Settings, bench: Bench, command: str) -> None:
     write_json(path, {"about": bench.about(), **result})
 
 
+def cap_memory(gib: float) -> None:
+    """Let PyTorch allocate at most `gib` GiB of the GPU. What CUDA itself takes is not part of it: see
+    `show_memory`."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0), 0)
+
+
+def show_memory(gib: float) -> None:
+    """Print the most memory that this process needed of a GPU."""
+    free, total = torch.cuda.mem_get_info(0)
+    tensors, reserved = torch.cuda.max_memory_allocated(0) / 2**30, torch.cuda.max_memory_reserved(0) / 2**30
+    now = torch.cuda.memory_reserved(0)
+    print(
+        f"\nmemory under a cap of {gib:g} GiB: tensors at most {tensors:.2f} GiB, PyTorch at most {reserved:.2f} GiB; "
+        f"CUDA itself, if nothing else runs on the GPU, {(total - free - now) / 2**30:.2f} GiB"
+    )
+
+
 def main() -> None:
     settings = parse()
     measured = [command for command in COMMANDS if command in settings.commands and command != "plot"]
     if measured:
         pixels = getattr(torch, settings.pixels)
         modes = tuple(settings.modes) if {*measured} - FUSED_ONLY else ()
-        with Bench(settings.size, VARIANTS[settings.variant], modes, settings.layers, pixels) as bench:
+        if settings.cap is not None:
+            cap_memory(settings.cap)
+        with Bench(
+            settings.size, VARIANTS[settings.variant], modes, settings.layers, pixels, weights=settings.weights
+        ) as bench:
             about = bench.about()
             print(
                 f"{about['device']}, torch {torch.__version__}, Qwen2.5-VL {settings.size}, random weights, "
-                f"{bench.model.dtype}, {settings.variant}\nmatrix product {bench.flop_rate / 1e12:.3g} TFLOP/s, "
+                f"{bench.model.dtype}, weights {settings.weights or 'as they are'}, {settings.variant}\n"
+                f"matrix product {bench.flop_rate / 1e12:.3g} TFLOP/s, "
                 f"memory bandwidth {bench.byte_rate / 1e12:.3g} TB/s",
                 flush=True,
             )
             for command in measured:
                 measure(settings, bench, command)
+            if settings.cap is not None:
+                show_memory(settings.cap)
     if "plot" in settings.commands:
         from latency.plots import plot_all  # imported here: matplotlib is not needed to measure
 

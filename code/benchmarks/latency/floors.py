@@ -48,9 +48,10 @@ class Floors:
             return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
 
         self.weights = matrices(layers)
+        self.weight_bytes = sum(weight.nbytes for weight in layers.parameters() if weight.ndim > 1)
         self.head = text.hidden_size * text.vocab_size
+        self.head_bytes = size * self.head
         self.width = text.hidden_size * len(layers)
-        self.item = size
         self.each = 2 * size * len(layers) * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
         """Bytes of the keys and values of one token."""
         merged = tower.spatial_merge_size**2
@@ -71,13 +72,13 @@ class Floors:
         tokens = self.layout.tokens_per_clip
         held = self.layout.prompt + (number - 1) * tokens
         pairs = tokens * held + tokens * (tokens + 1) // 2
-        return Work(self.item * self.weights + self.each * held, 2 * self.weights * tokens + 4 * pairs * self.width)
+        return Work(self.weight_bytes + self.each * held, 2 * self.weights * tokens + 4 * pairs * self.width)
 
     def decode(self, slot: int, before: int) -> Work:
         """Work of the step that generates a token in `slot`, counted from 1, after `before` others."""
         seen = self.layout.prompt + slot * self.layout.tokens_per_clip + self.layout.header + before
-        weights = self.weights + self.head
-        return Work(self.item * weights + self.each * seen, 2 * weights + 4 * seen * self.width)
+        read = self.weight_bytes + self.head_bytes + self.each * seen
+        return Work(read, 2 * (self.weights + self.head) + 4 * seen * self.width)
 
     def session(self, mode: str, counts: Sequence[int]) -> float:
         """Seconds of a session whose slots generate `counts` tokens, if all clips are available at the start. The first
@@ -93,7 +94,7 @@ class Floors:
             return sum(perceive) + sum(generate)
         if mode == "pipelined":
             return max(perceive[0] + sum(generate), sum(perceive) + generate[-1])
-        weights = Work(self.item * self.weights)
+        weights = Work(self.weight_bytes)
         # The rows of a clip share a step with a token and read no weights of their own. Steps after the first token of
         # the last slot have no clip to share.
         *shared, rest = *steps[:-1], steps[-1][:1], steps[-1][1:]

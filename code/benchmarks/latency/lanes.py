@@ -106,9 +106,9 @@ def traced(device: str):
             setattr(of, name, function)
 
 
-def load_traced(file: str, size: str, layers: int | None, device: str):
+def load_traced(file: str, size: str, layers: int | None, device: str, weights: str | None = None):
     """Like `setup.load`, for the perception process, which writes its intervals to `file` when it exits."""
-    model = load(size, layers, device)
+    model = load(size, layers, device, weights)
     tracing = traced(device)
     trace = tracing.__enter__()
 

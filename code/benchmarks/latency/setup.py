@@ -19,6 +19,7 @@ from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
+from qwen_vl_streaming.model.quantization import quantize_layers
 from qwen_vl_streaming.model.released import released_config
 from qwen_vl_streaming.sessions import PerceptionClient, Session, open_session
 from qwen_vl_streaming.timeline.timeline import Layout
@@ -26,6 +27,7 @@ from qwen_vl_streaming.timeline.variants import Variant
 from torch import Tensor
 from training import GRID, PROMPT, find_device
 from transformers import Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
 from latency.floors import Floors
 
@@ -55,22 +57,52 @@ def tiny_config() -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 
 
-def load(size: str, layers: int | None, device: str) -> Qwen2_5_VLForConditionalGeneration:
-    """The model on `device`: bf16 on a GPU, float32 with one thread on a CPU. All processes get the same weights, so
-    that the tokens of all modes can be compared."""
+def load(size: str, layers: int | None, device: str, weights: str | None = None) -> Qwen2_5_VLForConditionalGeneration:
+    """The model on `device`: bf16 on a GPU, float32 with one thread on a CPU, with linear layers in 8 bits if `weights`
+    names a kind. All processes get the same weights, so that the tokens of all modes can be compared."""
     if device == "cpu":
         torch.set_num_threads(1)  # so that two processes do not compete for cores
     else:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
+    config = tiny_config() if size == "tiny" else released_config(size, layers)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(tiny_config() if size == "tiny" else released_config(size, layers))
+        model = Qwen2_5_VLForConditionalGeneration(config) if weights is None else quantized(config, weights, size)
     torch.set_default_dtype(torch.float32)
-    if size == "tiny":  # at the default scale, the output of a model this small is nearly constant
-        for parameter in model.parameters():
-            parameter.data.normal_(0, 0.2)
+    if size == "tiny" and weights is None:
+        enliven(model)
     return model.eval()
+
+
+def enliven(module: torch.nn.Module) -> None:
+    """Larger weights for a tiny model: at the default scale its output is nearly constant."""
+    for parameter in module.parameters():
+        parameter.data.normal_(0, 0.2)
+
+
+def quantized(config: Qwen2_5_VLConfig, weights: str, size: str) -> Qwen2_5_VLForConditionalGeneration:
+    """A model whose layers are made and quantized one by one, so that it never takes the memory of all in bf16."""
+    text = config.text_config
+    count, kinds = text.num_hidden_layers, text.layer_types
+    text.num_hidden_layers, text.layer_types = 1, kinds[:1]
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    made, text = model.model.language_model.layers, model.model.language_model.config
+    for each in (text, model.config.text_config):
+        each.num_hidden_layers, each.layer_types = count, kinds
+    if size == "tiny":
+        enliven(model)
+    quantize_layers(made, weights)
+    for index in range(1, count):
+        layer = Qwen2_5_VLDecoderLayer(text, index)
+        for name, parameter in layer.named_parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(0, 0.2 if size == "tiny" else text.initializer_range)
+            elif name.endswith("bias"):
+                parameter.data.zero_()
+        quantize_layers(layer, weights)
+        made.append(layer)
+    return model
 
 
 @dataclass
@@ -83,6 +115,8 @@ class Bench:
     layers: int | None = None
     pixels: torch.dtype = torch.float32
     """Data type of the clips; `prompts.clip_pixels` returns float32."""
+    weights: str | None = None
+    """The precision of the linear layers, as in `load`."""
     loading: Callable = load
     """Loads the model of the perception process; takes the same arguments as `load`."""
     perception_client: PerceptionClient | None = None
@@ -95,8 +129,11 @@ class Bench:
         self.device, self.other = ("cuda:0", "cuda:1") if on_gpu else ("cpu", "cpu")
         if "pipelined" in self.modes and on_gpu and torch.cuda.device_count() < 2:
             raise InputError("pipelined needs two GPUs, and there is one: use --modes serial fused")
-        self.model = load(self.size, self.layers, self.device)
         self.flop_rate, self.byte_rate = rates(self.device.partition(":")[0])
+        if on_gpu:  # what the rates were measured with is not memory of the model
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.model = load(self.size, self.layers, self.device, self.weights)
 
     def __enter__(self):
         return self
@@ -128,6 +165,7 @@ class Bench:
             "flop_rate": self.flop_rate,
             "byte_rate": self.byte_rate,
             "pixels": str(self.pixels).removeprefix("torch."),
+            "weights": self.weights,
         }
 
     def clips(self, count: int, tokens: int = TOKENS) -> list[Tensor]:
@@ -158,7 +196,7 @@ class Bench:
         session of the same sizes, with its compiled functions and CUDA graphs."""
         if mode == "pipelined":
             if self.perception_client is None:
-                loading = partial(self.loading, self.size, self.layers, self.other)
+                loading = partial(self.loading, self.size, self.layers, self.other, self.weights)
                 self.perception_client = PerceptionClient(loading, TIMEOUT)
             options["perception_client"] = self.perception_client
         sizes = (clips, answer_tokens, tokens, options.get("chunk"), options.get("window"))

@@ -73,7 +73,7 @@ def steps(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chu
                 work = floors.decode(clips, answer_tokens) if sample else floors.prefill(clips)
                 if sample and pieces:
                     share = len(request.prefill) / tokens
-                    work = work + floors.prefill(clips).part(share, bench.model.dtype.itemsize * floors.weights)
+                    work = work + floors.prefill(clips).part(share, floors.weight_bytes)
                 floor = floors.seconds(work)
                 row = {"how": how, "rows": len(request.decode) + len(request.prefill), "write": sample}
                 table.append({**row, "alone": alone, "run": whole, "host": host, "floor": floor})

@@ -70,9 +70,9 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
     content of the file. Raises InputError if it has results of another model size, device, variant or data type."""
     began, about = time.perf_counter(), bench.about()
     data = read_json(path) if path.exists() else {"about": about, "alone": {}, "points": {}}
-    for key in ("size", "layers", "device", "variant", "pixels"):
-        if data["about"][key] != about[key]:
-            raise InputError(f"{path} is of {key} {data['about'][key]}, not {about[key]}: give another --output")
+    for key in ("size", "layers", "device", "variant", "pixels", "weights"):
+        if data["about"].get(key) != about[key]:
+            raise InputError(f"{path} is of {key} {data['about'].get(key)}, not {about[key]}: give another --output")
     most, warm = max(CLIPS, *(k * clips_of(k) for k, _ in points)), set()
     print(
         f"\n{'K':>3}{'tokens':>8}{'r':>8}{'S(r)':>7}  {'mode':<11}{'prefill':<13}{'ms/round':>11}{'floor':>8}"

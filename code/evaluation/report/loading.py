@@ -66,6 +66,11 @@ class Result:
         return str(self.args.get("seed")) if self.kind == "random" else ""
 
     @property
+    def weights(self) -> str:
+        """The precision to which the weights were quantized when the model was loaded, else empty."""
+        return self.args.get("weights") or ""
+
+    @property
     def model(self) -> str:
         return self.args["model"]
 
@@ -172,13 +177,13 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
     """The result files in the order of the paper's tables; those of one variant in the given order.
 
     Raises InputError for a file that is missing, invalid or without arguments, and for two files of the same task,
-    variant, schedule, seed, model and data.
+    variant, schedule, seed, model, precision of its weights and data.
     """
     results = [load_result(Path(path)) for path in paths]
     seen: dict[tuple, Path] = {}
     for result in results:
         contents = (str(result.args.get(name)) for name in ("data_sha256", "schedule_sha256"))
-        key = (result.task, result.variant.name, result.schedule, result.seed, result.model, *contents)
+        key = (result.task, result.variant.name, result.schedule, result.seed, result.model, result.weights, *contents)
         if key in seen:
             raise InputError(
                 f"{seen[key]} and {result.path} are both {result.variant.name}, {result.schedule}, of {result.model}: "
@@ -261,7 +266,8 @@ def metrics_of(results: Sequence[Result]) -> list[str]:
 
 def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
     """A label that distinguishes a result from the others of its task and variant: schedule and size and, if needed,
-    the model, the seed of a random schedule and the data. `brief` omits a size that all results share."""
+    the precision of its weights, the model, the seed of a random schedule and the data. `brief` omits a size that all
+    results share."""
     same = brief and len({result.size for result in results}) == 1
     short = {}
     for result in results:
@@ -271,6 +277,7 @@ def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
     names = {result.model: result.model_name for result in results}
     same_models = len(set(names.values())) == len(names)
     more: tuple[Callable[[Result], str], ...] = (
+        lambda result: f"{result.weights} weights" if result.weights else "weights not quantized",
         lambda result: result.model_name if same_models else "/".join(Path(result.model).parts[-2:]),
         lambda result: f"seed {result.seed}",
         lambda result: result.data_name,
@@ -311,6 +318,8 @@ def differences_of(result: Result, size: str) -> list[str]:
         found.append(f"{what}; the paper uses Qwen2.5-VL-{size}")
     if result.kind != "random" and result.schedule != paper.SCHEDULE and result.variant.streams:
         found.append(f"the schedule is {result.schedule}, {paper.SCHEDULE} in the paper")
+    if result.weights:
+        found.append(f"the weights of linear layers are quantized to {result.weights}, not in the paper")
     for name, value in paper.SETTINGS.items():
         if name in result.args and result.args[name] != value:
             found.append(f"{name} is {result.args[name]}, {value} in the paper")

@@ -64,6 +64,8 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     # The planner would not see abbreviated flags.
     parser = Parser(kinds, prog="sft.sh", description=__doc__, allow_abbrev=False)
     *groups, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if "--weights" in unknown:
+        raise InputError("--weights quantizes a model to run it: training has no such flag, leave it out")
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     arguments = groups[-1]

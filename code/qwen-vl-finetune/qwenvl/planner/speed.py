@@ -73,7 +73,7 @@ def predict(
         gpu *= c.VARYING_TIME
     three, share = zero.stage == 3, settings.checkpointed / shape.layers
     eager, saving = (c.HOST_SECONDS[three, settings.compiled, flag] for flag in (False, True))
-    host = shape.layers * (eager + (saving - eager) * share)
+    host = shape.layers * (eager + (saving - eager) * share) * (c.LORA_HOST_FACTOR if shape.lora else 1)
     gpu, host = gpu + c.PASS_SECONDS, host + c.PASS_SECONDS
 
     others = (processes - 1) / processes

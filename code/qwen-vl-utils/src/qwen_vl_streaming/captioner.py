@@ -45,6 +45,7 @@ class Captioner:
         variant: str | None = None,
         device: str = "",
         dtype: torch.dtype | None = None,
+        weights: str | None = None,
         force: bool = False,
     ):
         """Loads the model. Raises InputError if that is not possible.
@@ -55,15 +56,18 @@ class Captioner:
                 was trained with.
             device: "cpu", "cuda" or "cuda:N". Default: a GPU, if there is one.
             dtype: Default: bfloat16 on a GPU, float32 on the CPU.
+            weights: "int8" or "fp8" quantizes the linear layers of the language model, to half their memory. Default:
+                as in the checkpoint.
             force: Use a checkpoint even if it was trained with another variant.
         """
         where, message = choose_device(device, look(os.environ), 'device="cpu"')
         if message:
             logger.warning(message)
         path = find_model(str(model), Path.cwd())
-        self.checkpoint = read_checkpoint(path, variant, where, dtype, force, "force=True")
+        self.checkpoint = read_checkpoint(path, variant, where, dtype, force, "force=True", weights, "weights")
         self.config, self.variant = self.checkpoint.config, self.checkpoint.variant
-        self.processor, self.model = self.checkpoint.processor, load_on(path, where, self.checkpoint.dtype)
+        self.processor = self.checkpoint.processor
+        self.model = load_on(path, where, self.checkpoint.dtype, weights)
         self.session: Session | None = None
         """The session of the newest `watch`: its tokens with their slots and times."""
 

@@ -3,8 +3,9 @@
     python -m qwen_vl_streaming.replay RECORD --model MODEL [--video FILE | --clips FILE] [--dtype float32]
 
 Neither uses the engine: `reference.py` and `model.forward`, with the stock layers, compute what should have been
-written. Exit status 1 if a token differs and is not a near tie of two tokens. A replay does not prove the times and
-statistics of a record, only that the record does not contradict itself.
+written, with weights quantized as they were in the session. Exit status 1 if a token differs and is not a near tie of
+two tokens. A replay does not prove the times and statistics of a record, only that the record does not contradict
+itself.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from .model.modeling_qwen2_5_vl import load_model
 from .model.prompts import clip_pixels, load_processor
 from .reference import Streams, caption
 from .sessions import GREEDY
-from .sessions.record import Record, clip_hash, identity, read_record
+from .sessions.record import Record, clip_hash, describe_precision, identity, read_record
 from .timeline.attention import dense_mask
 from .timeline.plan import Window
 from .timeline.positions import timeline_positions
@@ -95,6 +96,11 @@ def replay(record: Record, model, clips: Sequence[Tensor], tie: float | None = N
     are not the recorded ones.
     """
     mine, theirs = identity(model), record.model
+    if mine.get("weights") != theirs.get("weights"):
+        raise InputError(
+            f"the record is of {describe_precision(theirs)}, but the model is in {describe_precision(mine)}: load it "
+            "with the recorded weights"
+        )
     if mine["fingerprint"] != theirs["fingerprint"]:
         raise InputError(
             f"the record is of the model {theirs['path']!r}, but {mine['path']!r} has other weights: give the recorded "
@@ -310,13 +316,13 @@ def _main(arguments: argparse.Namespace, device: str, line: str) -> int:
     check_clips(record, clips)
     if line:
         print(line, file=sys.stderr)
-    model = load_model(checkpoint, "sdpa", DTYPES[dtype]).to(device).eval()
+    model = load_model(checkpoint, "sdpa", DTYPES[dtype], record.model.get("weights"), device).to(device).eval()
     differences = replay(record, model, clips, arguments.tie)
     for difference in differences:
         print(difference)
     beyond = sum(not difference.tie for difference in differences)
     same = f"{len(differences)} differences, {beyond} of them not ties" if differences else "all the same"
-    recorded = f"{record.variant}, {record.way}, recorded in {record.model['dtype']}"
+    recorded = f"{record.variant}, {record.way}, recorded in {describe_precision(record.model)}"
     print(f"{len(record.tokens)} tokens, {recorded}, replayed in {dtype}: {same}")
     return 1 if beyond else 0
 

@@ -7,13 +7,16 @@ stored twice and the model saves as before. `tests/test_batch.py` compares the r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, apply_rotary_pos_emb
 
 from ..common.compiling import CompileOptions
+from ..model.quantization import QuantizedLinear
 from .paged_attention import MixedAttention, PagedAttention, PrefillAttention
+from .quantized_linear import product
 from .ragged_attention import RaggedAttention
 
 SINGLE_ROW_OPTIONS: CompileOptions = {"coordinate_descent_tuning": True}
@@ -39,13 +42,25 @@ class FusedProjections:
     """D, the head size."""
     eps: float
     act: nn.Module
+    qkv_scale: Tensor | None = None
+    """If the weights are quantized, the scales of their outputs, as in `quantization.QuantizedLinear`."""
+    output_scale: Tensor | None = None
+    gate_up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
 
     @classmethod
     def from_layer(cls, layer: Qwen2_5_VLDecoderLayer) -> "FusedProjections":
         """Fuses the weights of a stock layer."""
         attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
         parts = attention.q_proj, attention.k_proj, attention.v_proj
-        size = attention.head_dim
+        size, scales = attention.head_dim, {}
+        if isinstance(mlp.down_proj, QuantizedLinear):
+            scales = {
+                "qkv_scale": _fuse_scales(parts),
+                "output_scale": attention.o_proj.scale,
+                "gate_up_scale": _fuse_scales([mlp.gate_proj, mlp.up_proj]),
+                "down_scale": mlp.down_proj.scale,
+            }
         return cls(
             norm.weight,
             _fuse([part.weight for part in parts]),
@@ -58,6 +73,7 @@ class FusedProjections:
             size,
             norm.variance_epsilon,
             mlp.act_fn,
+            **scales,
         )
 
 
@@ -71,6 +87,11 @@ def _fuse(parts: Sequence[Tensor]) -> Tensor:
     for part, view in zip(parts, fused.split([len(part) for part in parts]), strict=True):
         part.data = view
     return fused
+
+
+def _fuse_scales(parts: Sequence[Any]) -> Tensor:
+    """As `_fuse`, for the scales of quantized layers."""
+    return _fuse([part.scale for part in parts])
 
 
 def _is_fused(parts: Sequence[Tensor]) -> bool:
@@ -98,7 +119,7 @@ def _attend(weights: FusedProjections, hidden: Tensor, attention: Attention, rot
     """The attention output before its projection, (n, Q, heads x D)."""
     heads, key_heads = weights.heads
     n, queries, _ = hidden.shape
-    qkv = nn.functional.linear(rms_norm(hidden, weights.input_norm, weights.eps), weights.qkv) + weights.qkv_bias
+    qkv = product(rms_norm(hidden, weights.input_norm, weights.eps), weights.qkv, weights.qkv_scale) + weights.qkv_bias
     qkv = qkv.view(n, queries, -1, weights.size).transpose(1, 2)
     query, new_kv = qkv.split([heads, 2 * key_heads], 1)
     query, rotated = apply_rotary_pos_emb(query, new_kv, *rotary)
@@ -110,15 +131,14 @@ def _attend(weights: FusedProjections, hidden: Tensor, attention: Attention, rot
 
 def _mlp_up(weights: FusedProjections, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
     """The residual after attention, (n, Q, C), and the input of the down projection, (n, Q, channels)."""
-    hidden = hidden + nn.functional.linear(attended, weights.output)
-    gate, up = nn.functional.linear(rms_norm(hidden, weights.post_attention_norm, weights.eps), weights.gate_up).chunk(
-        2, -1
-    )
+    hidden = hidden + product(attended, weights.output, weights.output_scale)
+    normed = rms_norm(hidden, weights.post_attention_norm, weights.eps)
+    gate, up = product(normed, weights.gate_up, weights.gate_up_scale).chunk(2, -1)
     return hidden, weights.act(gate) * up
 
 
 def _mlp_down(weights: FusedProjections, hidden: Tensor, activated: Tensor) -> Tensor:
-    return hidden + nn.functional.linear(activated, weights.down)
+    return hidden + product(activated, weights.down, weights.down_scale)
 
 
 def compile_single_row_layer():

@@ -32,7 +32,7 @@ from ..common.redact import redacted
 from ..model.trained import choose_schedule
 from ..replay import DTYPES
 from ..sessions import GREEDY, PerceptionLost
-from ..sessions.record import read_record, write_record
+from ..sessions.record import describe_precision, read_record, write_record
 from ..timeline.timeline import make_schedule, model_schedule_most
 from ..video.clip_recorder import ClipRecorder
 from ..video.frames import PixelBudget
@@ -99,7 +99,9 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
     """Watch to the end; returns the exit status. Raises InputError, out-of-memory errors (see `no_memory`) and
     PerceptionLost; if a session had begun, its record is written first."""
     device, dtype = arguments.device, arguments.dtype and DTYPES[arguments.dtype]
-    checkpoint = read_checkpoint(arguments.model, arguments.variant, device, dtype, arguments.force, "--force")
+    checkpoint = read_checkpoint(
+        arguments.model, arguments.variant, device, dtype, arguments.force, "--force", arguments.weights
+    )
     schedule = choose_schedule(arguments.schedule, checkpoint.config, checkpoint.path, checkpoint.variant)
     if schedule != GREEDY and model_schedule_most(schedule) is None:
         make_schedule(schedule, checkpoint.variant, 1)
@@ -122,7 +124,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         watch = stack.enter_context(
             open_watch(
                 checkpoint,
-                lambda: load_on(checkpoint.path, device, checkpoint.dtype),
+                lambda: load_on(checkpoint.path, device, checkpoint.dtype, checkpoint.weights),
                 source,
                 arguments.question,
                 mode=arguments.way,
@@ -162,7 +164,8 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         "max_new_tokens": f"{written.max_new_tokens} tokens are written, see --max-new-tokens",
         "cancelled": f"stopped by {signal.Signals(stop.number).name}" if stop.number else "no clip arrived",
     }
-    how = f"{written.variant}, {written.way}, {written.schedule}, {written.model['dtype']} on {device}"
+    precision = describe_precision(written.model)
+    how = f"{written.variant}, {written.way}, {written.schedule}, {precision} on {device}"
     screen.show(f"\n{how}: {ends.get(written.end, written.end)}")
     screen.show(f"{table(found)}\n{'record':<26}{path}")
     if keeper and keeper.count:

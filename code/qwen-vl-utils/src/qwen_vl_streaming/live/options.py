@@ -13,6 +13,7 @@ from ..common.errors import InputError, OneLineParser
 from ..common.paths import PROJECT, find_model, look_up
 from ..devices import DEVICE_HELP, choose_device, look
 from ..model.prompts import QUESTIONS
+from ..model.quantization import WEIGHTS, WEIGHTS_HELP
 from ..model.trained import MODEL
 from ..replay import DTYPES
 from ..sessions import GREEDY, MODES
@@ -129,6 +130,7 @@ def parse(description: str | None) -> argparse.Namespace:
     )
     add("--device", default="", help=DEVICE_HELP)
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
+    add("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
     arguments = parser.parse_args()
     for name, (least, most) in LIMITS.items():
         if (value := getattr(arguments, name)) is not None and not least <= value <= most:

@@ -17,6 +17,7 @@ from ..engine.step_runner import StepRunner
 from ..model.hub import model_folder
 from ..model.modeling_qwen2_5_vl import load_config, load_model, tokens_per_second
 from ..model.prompts import clip_pixels, load_processor, make_template
+from ..model.quantization import check_weights
 from ..model.trained import check_trained, choose_schedule, end_of_slot
 from ..sessions import PerceptionClient, Session, open_session
 from ..timeline.positions import check_clips, clips_before_text
@@ -47,10 +48,19 @@ class Checkpoint:
     variant: Variant
     device: torch.device
     dtype: torch.dtype
+    weights: str | None = None
+    """The precision of the linear layers, one of `quantization.WEIGHTS`, or None for that of the checkpoint."""
 
 
 def read_checkpoint(
-    path: str, variant: str | None, device: str, dtype: torch.dtype | None, force: bool, flag: str
+    path: str,
+    variant: str | None,
+    device: str,
+    dtype: torch.dtype | None,
+    force: bool,
+    flag: str,
+    weights: str | None = None,
+    weights_flag: str = "--weights",
 ) -> Checkpoint:
     """Read all of a checkpoint but its weights.
 
@@ -58,6 +68,7 @@ def read_checkpoint(
         variant: A name. Default: QWEN2_5_VL_VARIANT, else the variant that the checkpoint was trained with.
         dtype: Default: bfloat16 on a GPU, float32 on the CPU.
         force: Allow a checkpoint that was trained differently; else the error names `flag`, with which it is allowed.
+        weights: See `Checkpoint`; errors name `weights_flag`.
 
     Raises InputError.
     """
@@ -67,24 +78,25 @@ def read_checkpoint(
         check_trained(config, path, chosen, f"{flag} to use it anyway")
     where = torch.device(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-    return Checkpoint(path, config, load_processor(path), chosen, where, dtype)
+    check_weights(weights, where, dtype, config, weights_flag)
+    return Checkpoint(path, config, load_processor(path), chosen, where, dtype, weights)
 
 
-def load_on(path: str, device: str, dtype: torch.dtype):
+def load_on(path: str, device: str, dtype: torch.dtype, weights: str | None = None):
     """Load the model. The perception process calls this too."""
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)  # streams are made on the current one
-    return load_model(path, "sdpa", dtype).to(device).eval()
+    return load_model(path, "sdpa", dtype, weights, device).to(device).eval()
 
 
-def start_perception(path: str, device: torch.device, dtype: torch.dtype) -> PerceptionClient:
+def start_perception(path: str, device: torch.device, dtype: torch.dtype, weights: str | None) -> PerceptionClient:
     """Start a perception process on another GPU. Raises InputError if there is only one."""
     where = "cpu"
     if device.type == "cuda":
         if torch.cuda.device_count() < 2:
             raise InputError("--way pipelined needs two GPUs, but found one: use --way fused")
         where = f"cuda:{((device.index or 0) + 1) % torch.cuda.device_count()}"
-    return PerceptionClient(functools.partial(load_on, path, where, dtype))
+    return PerceptionClient(functools.partial(load_on, path, where, dtype, weights))
 
 
 def warm_up(session: Session, pixels: torch.Tensor) -> StepRunner:
@@ -155,7 +167,9 @@ def open_watch(
     with contextlib.ExitStack() as stack:
         if mode == "pipelined":
             options["perception_client"] = stack.enter_context(
-                start_perception(str(model_folder(checkpoint.path)), checkpoint.device, checkpoint.dtype)
+                start_perception(
+                    str(model_folder(checkpoint.path)), checkpoint.device, checkpoint.dtype, checkpoint.weights
+                )
             )
         model = load()
         intake = Intake(source.clips, processor, skip, source.pace, source.count, name)

@@ -27,6 +27,7 @@ from ..common.errors import InputError
 from .checkpoint import tensor_names
 from .checks import check_config, check_layers
 from .hub import model_folder
+from .quantization import check_weights, quantize_model
 from .vision_tower import Segments, VisionAttention, VisionMLP, VisionPatchEmbed
 
 LAYOUTS = 256  # maximum number of cached vision tower layouts, one for each combination of grids
@@ -222,12 +223,20 @@ def load_config(path: str | Path) -> Qwen2_5_VLConfig:
     return config
 
 
-def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
-    """Loads a Qwen2.5-VL from a folder or the Hub. Its language model uses the attention `implementation`.
+def load_model(
+    path: str | Path,
+    implementation: str,
+    dtype: torch.dtype,
+    weights: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Qwen2_5_VLForConditionalGeneration:
+    """Loads a Qwen2.5-VL from a folder or the Hub. Its language model uses the attention `implementation`. With
+    `weights`, one of `quantization.WEIGHTS`, its linear layers are quantized, and moved to `device` one by one.
 
     Raises InputError, with the reason in one line, if it cannot be loaded.
     """
     config = load_config(path)
+    check_weights(weights, device, dtype, config)
     check_layers(config, tensor_names(model_folder(path)), str(path))
     model, report = _loaded(
         path,
@@ -241,6 +250,8 @@ def load_model(path: str | Path, implementation: str, dtype: torch.dtype) -> Qwe
     # With ZeRO-3, transformers also keeps renamings that matched no weight, and would save weights under wrong names.
     model._weight_conversions = [renaming for renaming in model._weight_conversions if renaming.was_used()]
     model.model.language_model.set_attn_implementation(implementation)
+    if weights is not None:
+        quantize_model(model, weights, device)
     return model
 
 

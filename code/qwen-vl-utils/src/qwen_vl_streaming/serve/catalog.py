@@ -10,6 +10,7 @@ from typing import Any
 from ..common.errors import InputError
 from ..model.modeling_qwen2_5_vl import load_config, tokens_per_second
 from ..model.prompts import QUESTIONS, Template, load_processor, make_template
+from ..model.quantization import check_weights
 from ..model.trained import MODEL, check_trained, choose_schedule, end_of_slot, wait_k
 from ..sessions import GREEDY
 from ..timeline.positions import clips_before_text
@@ -101,6 +102,7 @@ class ServedModel:
             variant=self.variant.name,
             device=device,
             dtype=settings.dtype,
+            weights=settings.weights,
             sessions=settings.sessions,
             window=settings.window,
             max_clips=settings.pool_clips,
@@ -124,6 +126,7 @@ def load_catalog(settings: Settings) -> dict[str, ServedModel]:
         trained = getattr(config, "streaming_variant", None)
         variant = get_variant(trained or chosen_variant("group"))
         check_trained(config, path, variant, "train it again")
+        check_weights(settings.weights, settings.devices[0], settings.dtype, config)
         name = variant.name if given.startswith("#") else given
         if name in models:
             raise InputError(f"two models are called {name}: give them names, --model NAME=DIR")

@@ -50,6 +50,7 @@ class ModelSpec:
     variant: str
     device: str
     dtype: torch.dtype
+    weights: str | None
     sessions: int
     window: tuple[int, int] | None
     max_clips: int
@@ -107,7 +108,7 @@ def run_model(connection: Connection, pixels: PixelBuffers, spec: ModelSpec, par
 
 def _serve(connection: Connection, pixels: PixelBuffers, spec: ModelSpec) -> None:
     try:
-        model = load_on(spec.path, spec.device, spec.dtype)
+        model = load_on(spec.path, spec.device, spec.dtype, spec.weights)
         connection.send(("loaded",))
         pool = make_pool(model, spec, connection.recv())
     except EOFError:

@@ -17,6 +17,7 @@ from ..common.paths import PROJECT, find_model, look_up
 from ..common.redact import hide, hide_address
 from ..devices import DEVICE_HELP, choose_device, look
 from ..live.options import CLIPS, TOKENS_PER_CLIP
+from ..model.quantization import WEIGHTS, WEIGHTS_HELP, check_weights
 from ..replay import DTYPES
 from ..video.formats import SCHEMES
 from ..video.frames import BUDGETS, PixelBudget
@@ -74,6 +75,8 @@ class Settings:
     records: Path
     devices: tuple[str, ...]
     dtype: torch.dtype
+    weights: str | None
+    """The precision of the linear layers, one of `quantization.WEIGHTS`, or None for that of the checkpoints."""
     budget: argparse.Namespace
     """Asked values of PixelBudget; None for the checkpoint's."""
     limits: Limits = Limits()
@@ -160,6 +163,7 @@ def parse(description: str | None, environment: Mapping[str, str], arguments: Se
     add("--records", type=Path, default=RECORDS, metavar="DIR", help="where records are written (default: %(default)s)")
     add("--device", default="", help=f"{DEVICE_HELP}, or several with commas; default: all GPUs")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
+    add("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
     for name in ("--min-pixels-per-frame", "--max-pixels-per-frame", "--max-pixels-per-video"):
         add(name, type=int, metavar="N", help="default: as the checkpoint was trained")
     add("--budget", choices=BUDGETS, help="see `live --help`; default: as the checkpoint was trained")
@@ -190,6 +194,9 @@ def parse(description: str | None, environment: Mapping[str, str], arguments: Se
             raise InputError(f"--origin {origin} is not an origin: give scheme, host and port, without a path")
     devices = choose_devices(values.device, environment)
     cuda = devices[0].startswith("cuda")
+    dtype = DTYPES[values.dtype or ("bfloat16" if cuda else "float32")]
+    for device in devices:
+        check_weights(values.weights, device, dtype)
     return Settings(
         models=named_models(values.model),
         host=values.host,
@@ -205,7 +212,8 @@ def parse(description: str | None, environment: Mapping[str, str], arguments: Se
         max_new_tokens=values.max_new_tokens,
         records=values.records,
         devices=devices,
-        dtype=DTYPES[values.dtype or ("bfloat16" if cuda else "float32")],
+        dtype=dtype,
+        weights=values.weights,
         budget=values,
     )
 

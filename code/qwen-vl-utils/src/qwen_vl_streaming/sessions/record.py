@@ -16,6 +16,7 @@ from ..common.errors import InputError
 from ..common.files import write_file
 from ..common.redact import redacted
 from ..model.prompts import Template
+from ..model.quantization import WEIGHTS, weights_of
 from ..timeline.timeline import Layout, model_schedule_fault, model_schedule_most
 from ..timeline.variants import VARIANTS
 
@@ -154,13 +155,15 @@ def _fault(record: Record) -> str | None:
         return "its end, penalty or about is missing"
     if any(not isinstance(record.model.get(name), str) for name in ("path", "dtype", "fingerprint")):
         return f"its model is {record.model}"
+    if record.model.get("weights") not in (None, *WEIGHTS):
+        return f"its weights are {record.model['weights']}, not one of {', '.join(WEIGHTS)}"
     return None
 
 
 @torch.no_grad()
 def identity(model) -> dict[str, str]:
-    """Identifies a model: its path, its dtype, and a hash of the names, shapes and values of all weights, rounded to
-    bfloat16 so that float32 and bfloat16 give the same hash.
+    """Identifies a model: its path, its dtype, "weights" if they are quantized, and a hash of the names, shapes and
+    values of all weights, rounded to bfloat16 so that float32 and bfloat16 give the same hash.
 
     Weights are summed on their device in integers, so that all devices give the same hash. For 7B this takes less than
     a second on a GPU, some seconds on a CPU.
@@ -178,8 +181,14 @@ def identity(model) -> dict[str, str]:
     return {
         "path": model.config._name_or_path,
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({} if (weights := weights_of(model)) is None else {"weights": weights}),
         "fingerprint": digest.hexdigest(),
     }
+
+
+def describe_precision(model: dict[str, str]) -> str:
+    """The dtype of a recorded model, and that of its weights if they are quantized."""
+    return f"{model['dtype']} with {model['weights']} weights" if "weights" in model else model["dtype"]
 
 
 def checksum(numbers: Tensor, factors: Tensor) -> Tensor:

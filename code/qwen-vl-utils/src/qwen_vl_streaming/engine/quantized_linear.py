@@ -1,0 +1,125 @@
+"""Chooses how a product with 8-bit weights is computed: by the compiler for one row, by a kernel of our own for few,
+and by cuBLAS for many, after the weights are converted. All compute what `quantization.scaled_linear` does.
+
+`code/benchmarks/weights.py` measures the choices and writes `quantized_tiles.py`.
+
+    M rows   N outputs   K inputs   S parts of a sum over the inputs
+"""
+
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.quantization import scaled_linear
+from .quantized_tiles import TILES
+
+GROUP = 128
+"""Inputs that the kernel loads at a time."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the kernel divides a product among programs."""
+
+    outputs: int
+    """Outputs of a tile, a power of two from 16."""
+    rows: int
+    """Rows of a tile, a power of two from 16."""
+    more_rows: int
+    """Further rows: 0, or a power of two from 16."""
+    programs: int
+    """Programs among which all tiles and groups of inputs are divided evenly; 0 for a program for each tile."""
+    warps: int
+    stages: int
+    """Groups of inputs that are loaded ahead, and one."""
+
+    def parts(self, outputs: int, inputs: int) -> tuple[int, int]:
+        """S, the most programs that compute parts of one tile, and how many groups of inputs a program has."""
+        groups = inputs // GROUP
+        units = -(-outputs // self.outputs) * groups
+        share = groups if self.programs == 0 else -(-units // self.programs)
+        if share % groups == 0:
+            return 1, share
+        return (groups // share if groups % share == 0 else (groups - 2) // share + 2), share
+
+
+def choose_tiles(rows: int, outputs: int, inputs: int) -> Tiles | None:
+    """The tiles for a product of M `rows`, N `outputs` and K `inputs`, measured on an H200, or None if another way is
+    faster than the kernel. Other sizes have those of the measured size with the nearest number of weights."""
+    measured = min(TILES, key=lambda shape: abs(shape[0] * shape[1] - outputs * inputs))
+    for most, tiles in TILES[measured]:
+        if rows <= most:
+            return tiles and Tiles(*tiles)
+    return None
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """`x` (..., K) times `weight` (N, K). With a `scale` (N,), the weight is in 8 bits."""
+    if scale is None:
+        return torch.nn.functional.linear(x, weight)
+    # The kernels read whole groups of inputs, which all released sizes have, and compute in bfloat16.
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or x.shape[-1] % GROUP:
+        return scaled_linear(x, weight, scale)
+    rows = x.shape[:-1].numel()
+    tiles = choose_tiles(rows, *weight.shape)
+    if tiles is not None:
+        return kernel_product(x, weight, scale, tiles)
+    if rows == 1:
+        return scaled_linear(x, weight, scale)
+    return (torch.nn.functional.linear(x, converted(weight)) * scale).to(x.dtype)
+
+
+def kernel_product(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
+    """`x` (..., K) times the 8-bit `weight` (N, K) times `scale` (N,), by the kernel."""
+    parts = partial_products(interleave(x.reshape(-1, x.shape[-1])), weight, scale, list(astuple(tiles)))
+    total = sum_parts(parts, tiles, *weight.shape).to(x.dtype)
+    return total.view(*x.shape[:-1], len(weight))
+
+
+def sum_parts(parts: Tensor, tiles: Tiles, outputs: int, inputs: int) -> Tensor:
+    """The sum (M, N) of `parts` (S, M, N), of which each output may have fewer than S."""
+    count, share = tiles.parts(outputs, inputs)
+    if count == 1:
+        return parts[0]
+    groups = inputs // GROUP
+    if groups % share:
+        begin = torch.arange(outputs, device=parts.device) // tiles.outputs * groups
+        own = (begin + groups - 1) // share - begin // share + 1
+        parts = parts.where(torch.arange(count, device=parts.device)[:, None, None] < own, 0)
+    return parts.sum(0)
+
+
+def interleave(x: Tensor) -> Tensor:
+    """`x` (M, K) in the order in which the kernel reads it, which loads weights in words of four: in each group, input
+    4 i + j goes to 32 j + i, so that the inputs of one byte of all words are consecutive. The compiler fuses this with
+    what makes `x`."""
+    return x.reshape(len(x), -1, GROUP // 4, 4).transpose(-1, -2).reshape(x.shape)
+
+
+# Opaque to the compiler, which sums the parts together with what follows.
+@torch.library.custom_op("qwen_vl_streaming::partial_products", mutates_args=())
+def partial_products(x: Tensor, weight: Tensor, scale: Tensor, tiles: list[int]) -> Tensor:
+    """As `quantized_kernel.partial_products`."""
+    from . import quantized_kernel  # Triton is only installed where PyTorch supports a GPU
+
+    return quantized_kernel.partial_products(x.contiguous(), weight, scale, Tiles(*tiles))
+
+
+@partial_products.register_fake
+def _(x, weight, scale, tiles):
+    parts, _ = Tiles(*tiles).parts(*weight.shape)
+    return x.new_empty(parts, len(x), len(weight), dtype=x.dtype if parts == 1 else torch.float32)
+
+
+@torch.library.custom_op("qwen_vl_streaming::converted", mutates_args=())
+def converted(weight: Tensor) -> Tensor:
+    """As `quantized_kernel.convert`."""
+    from . import quantized_kernel
+
+    return quantized_kernel.convert(weight)
+
+
+@converted.register_fake
+def _(weight):
+    return weight.new_empty(weight.shape, dtype=torch.bfloat16)

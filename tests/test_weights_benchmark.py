@@ -1,0 +1,59 @@
+"""The benchmark of 8-bit weights: scores over given tokens, comparisons, and the table of tiles that it writes."""
+
+import random
+
+import pytest
+import torch
+from qwen_vl_streaming.engine.quantized_linear import Tiles
+from qwen_vl_streaming.model.quantization import quantize_model
+from qwen_vl_streaming.timeline.timeline import make_timeline
+from qwen_vl_streaming.timeline.variants import VARIANTS
+from test_batch import random_jobs, reference_captions
+from tiny import tiny_model
+from weights.products import ROWS, candidates, layer_shapes, tiles_file
+from weights.quality import Forced, compare_forced, compare_written, forced_scores
+
+
+@pytest.mark.parametrize("variant", ("origin", "interleave", "group"))
+def test_tokens_of_a_caption_have_the_best_scores(variant):
+    model, variant = tiny_model(), VARIANTS[variant]
+    jobs = random_jobs(random.Random(variant.name), variant, 3)
+    scores = []
+    for job, caption in zip(jobs, reference_captions(model, variant, jobs).values(), strict=True):
+        timeline = make_timeline(variant, job.layout, caption.schedule)
+        case = Forced(timeline, job.template, caption.tokens, job.pixels)
+        scores.append(forced_scores(model, case))
+        assert scores[-1].argmax(-1).tolist() == caption.tokens
+    assert compare_forced(scores, scores)["same"] == 1
+    quantize_model(model, "int8")
+    assert not torch.equal(forced_scores(model, case), scores[-1])
+
+
+def test_comparisons():
+    plain, other = torch.tensor([[3.0, 1, 0], [0, 2, 1.5]]), torch.tensor([[3.0, 1, 0], [0, 1, 2]])
+    found = compare_forced([plain], [other])
+    assert (found["tokens"], found["same"], found["margins"], found["median_lead"]) == (2, 0.5, [0.5], 1.25)
+    found = compare_written({"a": [1, 2, 3], "b": [4]}, {"a": [1, 2, 3], "b": [4, 5]})
+    assert (found["videos"], found["captions_same"], found["tokens_same"]) == (2, 0.5, 0.8)
+
+
+def test_the_table_of_tiles_has_what_is_fastest():
+    tiles = {"outputs": 64, "rows": 16, "more_rows": 0, "programs": 132, "warps": 4, "stages": 4}
+    times = {1: {"kernel": 9.5, "compiled": 10}, 16: {"kernel": 9.5, "whole": 10}, 32: {"kernel": 11, "whole": 10}}
+    rows = [
+        {"size": "7B", "layer": "qkv", "m": m, "way": f"int8 {way}", "us": us, "tiles": tiles}
+        for m, found in times.items()
+        for way, us in found.items()
+    ]
+    namespace: dict = {}
+    exec(tiles_file(rows, "int8", "X"), namespace)
+    table = dict(namespace["TILES"][layer_shapes("7B")["qkv"]])
+    assert table[16] == (64, 16, 0, 132, 4, 4) and table[1] is None and table[32] is None
+
+
+def test_candidates_have_room_for_all_rows_and_inputs_for_all_programs():
+    for n, k in layer_shapes("3B").values():
+        for m in ROWS:
+            for tiles in candidates(m, n, k, 132):
+                assert isinstance(tiles, Tiles) and tiles.parts(n, k)[0] <= 12
+                assert tiles.rows + tiles.more_rows >= min(m, 128)
