@@ -68,6 +68,9 @@ def livesports_rows(arguments: argparse.Namespace) -> None:
     write_lines(arguments.output, rows)
     videos = len({row["video_path"] for row in rows})
     print(f"{count(len(rows), 'event')} of {count(videos, 'video')}: {arguments.output}")
+    if untimed := [row["video_id"] for row in rows if "segments" not in row]:
+        why = "event_asr is missing, or not in order, or not within the event"
+        print(f"{count(len(untimed), 'event')} without segments, since {why}; the first is {untimed[0]}")
 
 
 def livesports_predictions(arguments: argparse.Namespace) -> None:

@@ -65,7 +65,7 @@ def recipe_differences(arguments: dict, groups) -> dict:
     are the dataclasses of the flags."""
     found = {}
     for flag in (flag for group in groups for flag in fields(group)):
-        decides = flag.name in FIXED_FLAGS.split() or flag.name.startswith(("tune_", "lora_")) or flag.name == "wait_k"
+        decides = flag.name in FIXED_FLAGS.split() or flag.name.startswith(("tune_", "lora_"))
         if not decides or flag.name in FREE_FLAGS.split():
             continue
         default = flag.default if flag.default is not MISSING else flag.default_factory()
