@@ -81,7 +81,7 @@ def read_events(path: Path) -> dict[str, Event]:
 
 
 def read_sentences(place: str, text: str, begin: float, end: float) -> list[dict[str, Any]]:
-    """The segments in the `text` of `event_asr`, with times from `begin` on. Of two that overlap, the first ends earlier.
+    """The segments in the `text` of `event_asr`, with times from `begin` on. The first of two that overlap is cut.
     Empty if the text is, or if they are not in order or not from `begin` to `end`. Raises InputError, naming the entry,
     for any other text."""
     try:

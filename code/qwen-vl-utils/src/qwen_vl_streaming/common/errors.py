@@ -6,7 +6,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from .redact import redacted_command, shown
 
@@ -43,18 +43,14 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        closed = [stream for stream in (sys.stdout, sys.stderr) if stream and _is_closed_pipe(stream)]
-        if not closed:  # it was another pipe
+        outputs = select.poll()
+        for output in (1, 2):
+            outputs.register(output, 0)  # errors are always reported
+        if not (closed := outputs.poll(0)):  # it was another pipe
             raise
-        for stream in closed:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes the rest at exit
+        for output, _ in closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python flushes the rest at exit
         sys.exit(128 + signal.SIGPIPE)
-
-
-def _is_closed_pipe(stream: TextIO) -> bool:
-    poll = select.poll()
-    poll.register(stream, 0)  # errors are always polled
-    return bool(poll.poll(0))
 
 
 def cannot_list(error: OSError) -> None:
