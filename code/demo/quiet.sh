@@ -2,6 +2,8 @@
 # Trains the demo's model on videos with long quiet stretches, once by wait-3 and once so that it decides when to speak,
 # and compares when the two say what happens.
 #
+# Usage:
+#
 #   bash code/demo/quiet.sh                                            about 15 minutes on two CPU cores
 #   QWEN2_5_VL_VARIANT=overlap bash code/demo/quiet.sh --steps 2000    another streaming variant, longer training
 #
