@@ -281,6 +281,9 @@ def test_sentences_and_their_slots():
         ("The end", 7, 9),
     ]
     assert list(split_sentences(["一つ。二つ", "。\n- a", "\n"])) == [("一つ。", 1, 1), ("二つ。", 1, 2), ("- a", 2, 2)]
+    assert [each[0] for each in split_sentences(["「一つ。」二つ！", "क है। ख", "是.否"])] == [
+        "「一つ。」", "二つ！", "क है।", "ख是.", "否",
+    ]  # fmt: skip
     assert list(split_sentences(["", " . ", "..."])) == [] == list(split_sentences([]))
 
 

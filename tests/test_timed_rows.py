@@ -203,7 +203,7 @@ def test_subtitles(films, tmp_path, monkeypatch):
     """Files beside their videos; a language may be part of the name."""
     for name, content in {"six.srt": SRT, "v_four.en.srt": "1\n00:00:00,000 --> 00:00:09,000\nToo long\n"}.items():
         (tmp_path / name).write_text(content, newline="")
-    (tmp_path / "bad.srt").write_text("1\n00:00:01 --> 00:00:02,000\nHm\n")
+    (tmp_path / "bad.srt").write_text("1\n00:00:01;0 --> 00:00:02,000\nHm\n")
     (tmp_path / "latin.srt").write_bytes(b"1\n00:00:01,000 --> 00:00:02,000\n\xe9t\xe9\n")
     convert(monkeypatch, tmp_path, films, "--format", "srt", "--input", ".")
     (row,) = rows(tmp_path)
@@ -212,7 +212,7 @@ def test_subtitles(films, tmp_path, monkeypatch):
     assert [(where, reason.replace(str(tmp_path), ""))[:2] for where, reason in skipped(tmp_path)] == [
         (
             "bad.srt",
-            "subtitles are not valid: /bad.srt, line 2: '00:00:01 --> 00:00:02,000' are not the times of a cue: "
+            "subtitles are not valid: /bad.srt, line 2: '00:00:01;0 --> 00:00:02,000' are not the times of a cue: "
             "correct them",
         ),
         ("latin.srt", "subtitles are not valid: /latin.srt, line 3: is not UTF-8: save the file as UTF-8"),
@@ -253,6 +253,15 @@ def test_subtitles_that_are_not_valid(tmp_path, read, content, message):
     (tmp_path / "a").write_text(content)
     with pytest.raises(InputError, match=message):
         read(tmp_path / "a")
+
+
+def test_times_without_milliseconds(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("1\n00:00:01 --> 00:00:02\nHm\n\n00:03-->00:04,5 X1:0\nSo\n")
+    assert read_srt(path) == [Cue(1, 2, "Hm"), Cue(3, 4.5, "So")]
+    path.write_text("WEBVTT\n\n00:01 --> 00:02\nHm\n")  # whose specification requires them
+    with pytest.raises(InputError, match="line 3: '00:01 --> 00:02' are not the times"):
+        read_webvtt(path)
 
 
 def test_random_cues_are_read_as_written(tmp_path):
