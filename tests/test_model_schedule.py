@@ -409,6 +409,13 @@ def test_training_samples_end_their_slots(made, timed, variant):
             + clips * 4
         )
     assert silent
+    # A caption with fewer tokens than clips: the rest of the slots are silent.
+    short = [{**fields[-1], "segments": None, "human_caption": "red"}]
+    one = StreamingDataset(short, path.parent, processor, 2, variant, "wait-3", budget, 4096, end_of_slot=DEFAULT)
+    assert not scan(one).bad and one[0].bad is None
+    clips = int(one[0].grid_thw[0])
+    word = answer_ids(processor, one.template(0), "red")[:-1]
+    assert len(word) < clips and one.slots(0, clips, 1.0)[:2] == [[*word, end], [end]]
     # A caption that contains the token is skipped, with the reason, and no other.
     samples = StreamingDataset(
         fields, path.parent, processor, 2, variant, "wait-3", budget, 4096, max_tokens_per_slot=5, end_of_slot=" red"
