@@ -130,7 +130,9 @@ def decided(model, case: Case, complete: bool = True, bare: bool = False):
     if not complete:  # the session was done before the last clip was known: add one that no token attends to
         visual = torch.cat([visual, torch.zeros_like(visual[:1])])
     streams = Streams(model, case.variant, [case.template], [case.layout], bare=bare)
-    return caption(streams, [visual], [ModelSchedule(len(visual) + bare, most_of(case))], case.most)[0]
+    schedule = ModelSchedule(len(visual) + bare, most_of(case))
+    # A session has at most `most` tokens, for it may not know the number of clips, for which `caption` adds some.
+    return caption(streams, [visual], [schedule], case.most - schedule.most_tokens(0))[0]
 
 
 def check_deciding(model, case: Case, session: Session) -> None:

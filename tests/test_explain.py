@@ -158,7 +158,9 @@ def test_png(explain, variant, tmp_path):
         assert (np.array(piped.convert("RGB")) == image).all()
 
 
-@pytest.mark.parametrize("sizes", ["--prompt 1 --clips 1 --grid 1x1 --answer 1", "--clips 5 --answer 2", SMALL])
+@pytest.mark.parametrize(
+    "sizes", ["--prompt 1 --clips 1 --grid 1x1 --answer 1", "--clips 5 --answer 2", "--schedule 5", SMALL]
+)
 def test_png_of_odd_sizes(explain, sizes):
     assert Image.open(io.BytesIO(explain(f"--variant group --format png {sizes}"))).size[0] > 400
 

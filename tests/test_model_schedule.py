@@ -4,8 +4,10 @@ import json
 import random
 import shutil
 import time
+import weakref
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ from qwen_vl_streaming.model.trained import choose_schedule
 from qwen_vl_streaming.reference import PENALTY, Streams
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.serve.catalog import ServedModel
-from qwen_vl_streaming.sessions import PerceptionClient, SessionPool, caption_sessions, open_session
+from qwen_vl_streaming.serve.metrics import Metrics
+from qwen_vl_streaming.serve.response import Response
+from qwen_vl_streaming.sessions import PerceptionClient, SessionPool, caption_sessions, open_session, recorded
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.slot_scheduler import SlotScheduler
 from qwen_vl_streaming.timeline.attention import dense_mask
@@ -168,7 +172,7 @@ def test_evaluation_writes_the_reference_tokens(model, variant):
     cases = [deciding_case(draw, variant) for _ in range(6)]
     jobs = []
     for number, case in enumerate(cases):
-        case.schedule, case.most = "model-3", 20
+        case.schedule, case.most = "model-3", 20 + len(case.pixels) - 1  # one more for each slot that may be silent
         jobs.append(Job(f"{number}", case.pixels, case.layout, case.template, ModelSchedule(len(case.pixels), 3)))
     expected = {job.key: decided(model, case) for job, case in zip(jobs, cases, strict=True)}
     for batch_size, memory in ((1, None), (4, None), (6, 200_000)):
@@ -181,6 +185,30 @@ def test_evaluation_writes_the_reference_tokens(model, variant):
     known = replace(jobs[0], schedule=Schedule((1,) * (len(cases[0].pixels) - 1)))
     with pytest.raises(ValueError, match="is known in advance"):
         next(caption_sessions(model, variant, [known], batch_size=1, max_new_tokens=20))
+
+
+def test_at_most_one_pool_is_in_memory(model, monkeypatch):
+    """Where shorter videos, which come later, have larger clips. If the largest clips are known, one pool is enough."""
+    template, jobs = deciding_case(random.Random(0), GROUP).template, []
+    for height, width in ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (3, 3)):
+        clips = 18 // (height * width)
+        pixels = torch.randn(clips, 4 * height * width, 3 * 2 * 14 * 14)
+        layout = template.layout((height, width), 2.0)
+        jobs.append(Job(f"{clips}", pixels, layout, template, ModelSchedule(clips, 3)))
+    made = []
+
+    class Pool(SessionPool):
+        def __init__(self, *arguments, **options):
+            assert not any(runner() for runner, _ in made)  # its memory was freed
+            super().__init__(*arguments, **options)
+            made.append((weakref.ref(self.runner), self.runner.chunk_size))
+
+    monkeypatch.setattr(recorded, "SessionPool", Pool)
+    plain = [written for _, written in caption_sessions(model, GROUP, jobs, batch_size=1, max_new_tokens=9)]
+    assert len(made) > 1 and len({chunk for _, chunk in made}) == 1  # nothing is compiled for another chunk size
+    del made[:]
+    known = caption_sessions(model, GROUP, jobs, batch_size=1, max_new_tokens=9, clip_tokens=9)
+    assert [written for _, written in known] == plain and len(made) == 1
 
 
 @pytest.mark.parametrize("variant", STREAMING, ids=lambda v: v.name)
@@ -221,9 +249,19 @@ def test_the_penalty_does_not_apply_to_the_end_of_a_slot(model):
     head, model.lm_head = model.lm_head, Head(model.lm_head)
     try:
         assert 1.05 / PENALTY < 1
-        assert decided(model, case).tokens == [END_OF_SLOT] * 12
-        with open_session(model, GROUP, case.template, case.layout, **case.options) as session:
-            assert play(session, case).caption().tokens == [END_OF_SLOT] * 12
+        # One in each slot. In the last one it ends the answer, and does not fill it up.
+        assert decided(model, case).tokens == [END_OF_SLOT] * 6
+        for ahead in (0, 2):
+            with open_session(model, GROUP, case.template, case.layout, **case.options, ahead=ahead) as session:
+                assert play(session, case).caption().tokens == [END_OF_SLOT] * 6 and session.ended
+        # Silence does not use up the tokens of an answer.
+        job = Job("0", case.pixels, case.layout, case.template, ModelSchedule(6, 2))
+        ((_, written),) = caption_sessions(model, GROUP, [job], batch_size=1, max_new_tokens=2)
+        assert written.schedule == [1] * 6
+        # By the counts of another run, as from a file: the same.
+        by_counts = replace(job, schedule=Schedule((1,) * 5))
+        ((_, written),) = caption_all(model, GROUP, [by_counts], batch_size=1, max_new_tokens=12)
+        assert written.schedule == [1] * 6
         logits = torch.full((3, 200), 1.0)
         logits[:, END_OF_SLOT] = 1.05
         for template, wrong in ((case.template, 0), (replace(case.template, end_of_slot=None), 2)):
@@ -245,15 +283,25 @@ def test_records_are_replayed_and_checked(model, tmp_path):
         record = read_record(path)
         assert record.template.end_of_slot == END_OF_SLOT and record.schedule == case.schedule
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
+    # Versions that do not know the token read the records of other schedules.
+    options = {**case.options, "schedule": "wait-2", "record": tmp_path / "plain.json"}
+    plain = replace(case.template, end_of_slot=None)
+    with open_session(model, case.variant, plain, case.layout, **options) as session:
+        play(session, case)
+    assert "end_of_slot" not in json.loads((tmp_path / "plain.json").read_text())["template"]
+    assert read_record(tmp_path / "plain.json").template == plain
     data = json.loads(path.read_text())
     for changes, fault in (
         ({"schedule": "model-999"}, "slot 1 has ended before its end"),
-        ({"tokens": [END_OF_SLOT, *data["tokens"][1:]]}, "slot 1 goes on after its end"),
+        ({"tokens": [END_OF_SLOT] + [5] * 24}, "slot 1 goes on after its end"),
+        ({"tokens": [5] * 3 + [END_OF_SLOT] + [5] * 21}, "its tokens end differently"),
+        ({"end": "ended"}, "its tokens end differently"),
         ({"template": {**data["template"], "end_of_slot": None}}, "there is no end-of-slot token"),
         ({"template": {**data["template"], "end_of_slot": "x"}}, "its end-of-slot token is 'x'"),
     ):
         counts = {"counts": [2, 23], "slots": [1, 1] + [2] * 23, "tokens": [5] * 25, "schedule": "model-2"}
         counts |= {"arrived": data["arrived"][:1] * 2, "visible": data["visible"][:1] * 2, "hashes": [], "bare": False}
+        counts |= {"times": data["visible"][:1] * 25, "end": "max_new_tokens"}
         path.write_text(json.dumps({**data, **counts, "complete": True, **changes}))
         with pytest.raises(InputError, match=fault):
             read_record(path)
@@ -286,15 +334,35 @@ def test_a_slot_is_over_only_when_its_token_was_read():
     scheduler.read(end=False, end_of_slot=True)
     scheduler.arrive(last=True)
     assert scheduler.counts_before_next_clip() == [1, 3, 1]
-    scheduler.limit(2)
-    assert scheduler.max_new_tokens == 1 + 3 + 3 + 2  # the third slot is the newest, and counts with its bound
+    scheduler.limit(9)
     scheduler.commit()
     scheduler.begin_slot()
-    scheduler.request()
+    for _ in range(3):
+        scheduler.request()
     assert scheduler.complete and scheduler.may_write and not scheduler.reads_first
-    scheduler.read(end=False, end_of_slot=True)
-    assert scheduler.may_write  # the last slot ends with the answer
-    assert scheduler.counts == [1, 3, 1, 1]
+    scheduler.read(end=False)
+    scheduler.read(end=False, end_of_slot=True)  # nothing is left to wait for: it ends the answer
+    assert scheduler.done and scheduler.ended and not scheduler.pending
+    assert scheduler.counts == [1, 3, 1, 2]
+
+
+def test_the_limit_after_the_last_clip_counts_from_the_last_slot():
+    """How far a session is behind neither shortens its answer nor makes it longer."""
+    scheduler = SlotScheduler(GROUP, "model-8", 2000, 60)
+    for number in range(1, 61):
+        scheduler.arrive(last=number == 60)
+    scheduler.limit(300)
+    for _ in range(59):
+        scheduler.commit()
+        scheduler.begin_slot()
+        assert scheduler.may_write and scheduler.max_new_tokens == 2000
+        scheduler.request()
+        scheduler.read(end=False, end_of_slot=True)
+    scheduler.commit()
+    scheduler.begin_slot()
+    assert scheduler.max_new_tokens == 59 + 300
+    scheduler.limit(20)
+    assert scheduler.max_new_tokens == 59 + 20
 
 
 def test_bad_input_is_refused(made, model):
@@ -358,6 +426,14 @@ def test_text_and_figures_leave_the_token_out():
     assert figures(late)["missed_deadlines"] == 1  # to decide on silence too late is
     plain = figures(replace(course, spoken=None))
     assert plain["silent_slots"] is None and plain["tokens"] == 5
+
+
+def test_metrics_count_what_is_said():
+    model, metrics = SimpleNamespace(name="g", decode=str, end_of_slot_id=9), Metrics()
+    response = Response(model, None, lambda clip: (clip, None), lambda message: None, metrics, None)
+    for token in (9, 7, 9):
+        response.token(token, 1, 12.0)
+    assert response.tokens == 1 and metrics.registry.get_sample_value("qwen_vl_tokens_total", {"model": "g"}) == 1
 
 
 @pytest.fixture(scope="module")
@@ -482,9 +558,10 @@ def test_eval_runs_by_the_models_own_schedule(made, tmp_path, monkeypatch, capsy
     assert (
         status.value.code == 0 and f"{total} of {total} tokens of 3 videos are the arg-max" in capsys.readouterr().out
     )
-    # The same tokens by the counts of the file: the schedule is then known in advance.
+    # The same tokens by the counts of the file: the schedule is then known in advance, and silence counts.
     finish(start(given, tmp_path / "counts", log, variant="overlap", limit=3, schedule=out), log)
-    assert [row["tokens"] for row in rows(tmp_path / "counts", "overlap")] == [row["tokens"] for row in alone]
+    most = made_from["max_new_tokens"]
+    assert [row["tokens"] for row in rows(tmp_path / "counts", "overlap")] == [row["tokens"][:most] for row in alone]
     row = json.loads(out.read_text().splitlines()[0])
     slot = next(i for i, count in enumerate(row["schedule"][:-1]) if count > 1)
     row["schedule"][slot] -= 1

@@ -411,7 +411,8 @@ def test_a_session_that_fails_names_its_record(server, monkeypatch):
 def test_what_is_left_of_a_text_has_the_age_of_its_token():
     """Without the capture time of its frame, the page would show it as late by the length of the video."""
     sent: list[dict] = []
-    model = SimpleNamespace(name="group", decode=lambda ids: "\ufffd")  # a character that is never complete
+    # A character that is never complete.
+    model = SimpleNamespace(name="group", decode=lambda ids: "\ufffd", end_of_slot_id=None)
     response = Response(model, None, lambda clip: (10.0 + clip, clip - 0.5), sent.append, Metrics(), None)
     response.sent_clips = 3
     response.token(7, 2, 12.3)

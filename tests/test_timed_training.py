@@ -117,7 +117,7 @@ def test_a_flag_chooses_between_times_and_captions(made, tmp_path):
     mixed = dataset(made, both)
     assert torch.equal(mixed[0].input_ids, timed[0].input_ids) and torch.equal(mixed[1].input_ids, plain[1].input_ids)
     assert ModelArguments(str(made[0])).uses_times and not ModelArguments(str(made[0]), schedule="wait").uses_times
-    for name, value in (("schedule", "wait-3"), ("max_tokens_per_slot", 0)):
+    for name, value in (("schedule", "wait-3"), ("max_tokens_per_slot", 0), ("max_tokens_per_slot", 10**6)):
         with pytest.raises(InputError, match=f"--{name} {value}: "):
             ModelArguments(str(made[0]), **{name: value})
 

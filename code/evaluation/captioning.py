@@ -26,7 +26,7 @@ from qwen_vl_streaming.sessions import caption_sessions
 from qwen_vl_streaming.timeline.positions import check_clips
 from qwen_vl_streaming.timeline.segments import check_segments
 from qwen_vl_streaming.timeline.variants import Variant
-from qwen_vl_streaming.video.frames import PixelBudget, Video, read_video
+from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget, Video, read_video
 from ranks import Rank
 from results import SKIPPED_FIELDS, Appender, Row, rows_part, skipped_part
 from schedules import Schedules
@@ -202,7 +202,9 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
 
         start = time.perf_counter()
         # A model that decides when a slot ends has no plan in advance, and runs as live sessions do.
-        caption_jobs = caption_all if plan.schedules.most is None else caption_sessions
+        caption_jobs = caption_all
+        if plan.schedules.most is not None:
+            caption_jobs = functools.partial(caption_sessions, clip_tokens=most_clip_tokens(plan.budget))
         for job, caption in caption_jobs(
             model,
             plan.variant,
@@ -219,6 +221,12 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
             captioned.append(make_row(rows[job.key], text, caption, plan.variant, now - start, clip, end_of_slot))
             start = now
             on_done()
+
+
+def most_clip_tokens(budget: PixelBudget) -> int:
+    """Visual tokens of the largest clips that `budget` allows, those of short videos."""
+    share = min(budget.max_pixels_per_frame, budget.max_pixels_per_video // FRAMES_PER_CLIP)
+    return share // SIDE_FACTOR**2
 
 
 def check_times(row: dict, video: Video) -> None:

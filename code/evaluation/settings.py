@@ -74,7 +74,8 @@ class Settings:
     processes: int = 0
     """Processes on this node. 0: NPROC_PER_NODE, or else one per GPU, or 1 without a GPU."""
     max_new_tokens: int = 300
-    """Largest number of tokens per caption."""
+    """Largest number of tokens per caption. If the model decides when to speak, end-of-slot tokens do not count: one
+    more for each clip but the last."""
     repetition_penalty: float = 1.15
     """Penalty on tokens that occurred before; 1 for none."""
     min_pixels_per_frame: int | None = None

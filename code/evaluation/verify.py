@@ -113,18 +113,26 @@ def find_mismatches(
 
 def check_caption(row: dict, tokenizer, template: Template, clips: int, most: int) -> list[str]:
     """What is wrong with a row, for a video of `clips` clips and an answer of at `most` so many tokens."""
-    tokens, end, end_of_slot, found = row["tokens"], template.end, template.end_of_slot, []
+    tokens, end_of_slot, found = row["tokens"], template.end_of_slot, []
+    ends = template.ends(tokens, row["slots"], row["clips"])
     if tokenizer.decode(spoken(tokens, end_of_slot), skip_special_tokens=True).strip() != row["result"].strip():
         found.append("the caption is not the text of its tokens")
     if row.get("end_of_slot") != end_of_slot:
         found.append(f"the row's end-of-slot token is {row.get('end_of_slot')}, the checkpoint's {end_of_slot}")
     if row["clips"] != clips:
         found.append(f"the row has {row['clips']} clips, the video {clips}")
-    if end in tokens[:-1] or len(tokens) > most:
+    if (ends and ends[0] < len(tokens) - 1) or len(tokens) > most:
         found.append("the tokens continue after the end of the answer")
-    elif len(tokens) < most and tokens[-1:] != [end]:
+    elif len(tokens) < most and not ends:
         found.append("the tokens stop before the end of the answer")
     return found
+
+
+def most_tokens(made: dict, clips: int) -> int:
+    """The most tokens of an answer about a video of `clips` clips. With a model's own schedule, one more for each slot
+    before the last, whose end-of-slot token says nothing."""
+    own = model_schedule_most(made["schedule"]) is not None
+    return made["max_new_tokens"] + (clips - 1 if own else 0)
 
 
 def check_schedule(row: dict, made: dict, variant: Variant) -> list[str]:
@@ -213,7 +221,8 @@ def main() -> None:
         path_of_video = find_video(source["video_path"], ROOT, video_root)
         video = read_video(path_of_video, part=video_part(source), budget=budget, reader=choose_reader(os.environ))
         pixels, grid = clip_pixels(processor, video.frames)
-        faults = check_caption(row, processor.tokenizer, template, len(pixels), made["max_new_tokens"])
+        most = most_tokens(made, len(pixels))
+        faults = check_caption(row, processor.tokenizer, template, len(pixels), most)
         faults += check_schedule(row, made, variant)
         faults += check_times(row, source, video.seconds_per_clip)
         for fault in faults:

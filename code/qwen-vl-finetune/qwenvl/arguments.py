@@ -10,7 +10,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video_root
 from qwen_vl_streaming.model.prompts import END_OF_SLOT
 from qwen_vl_streaming.model.trained import MODEL
-from qwen_vl_streaming.timeline.timeline import make_schedule
+from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT, make_schedule
 from qwen_vl_streaming.timeline.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget
 from transformers import TrainingArguments
@@ -129,8 +129,10 @@ class ModelArguments:
             raise InputError(
                 f"--end_of_slot {self.end_of_slot} has no effect without --schedule {MODEL}: give both, or omit it"
             )
-        if self.max_tokens_per_slot < 1:
-            raise InputError(f"--max_tokens_per_slot {self.max_tokens_per_slot}: must be at least 1")
+        if not 1 <= self.max_tokens_per_slot <= MAX_PER_SLOT:
+            raise InputError(
+                f"--max_tokens_per_slot {self.max_tokens_per_slot}: must be between 1 and {MAX_PER_SLOT:,}"
+            )
         if self.checkpoint_layers is not None and self.checkpoint_layers < 1:
             raise InputError(
                 f"--checkpoint_layers {self.checkpoint_layers}: must be at least 1; to recompute nothing give "

@@ -81,7 +81,8 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        return bool(self.written) and self.written[-1] == self.template.end
+        last = len(self.counts) if self.complete else None
+        return bool(self.template.ends(self.written[-1:], self.slots[-1:], last))
 
     @property
     def clips(self) -> int | None:
@@ -283,7 +284,8 @@ def caption(
     streams: Streams, clips: Sequence[Tensor], schedules: Sequence[Schedule | ModelSchedule], max_new_tokens=300
 ) -> list[Caption]:
     """Runs new `streams` to their ends by `schedules` and returns a Caption for each. `clips` holds (N, tokens of a
-    clip, C) for each stream, or N-1 clips if the last one is bare. Raises ValueError if their number does not match.
+    clip, C) for each stream, or N-1 clips if the last one is bare. An answer has at most
+    `schedule.most_tokens(max_new_tokens)` tokens. Raises ValueError if the number of clips does not match.
     """
     running = streams.streams
     for stream_clips, schedule in zip(clips, schedules, strict=True):
@@ -293,7 +295,7 @@ def caption(
         new: list[Tensor | None] = [None] * len(running)
         last, decode = [False] * len(running), [False] * len(running)
         for i, (stream, schedule) in enumerate(zip(running, schedules, strict=True)):
-            if stream.ended or len(stream.written) >= max_new_tokens:
+            if stream.ended or len(stream.written) >= schedule.most_tokens(max_new_tokens):
                 continue
             first = slot = len(stream.counts)
             slot += slot == 0 or stream.slot_over(schedule)

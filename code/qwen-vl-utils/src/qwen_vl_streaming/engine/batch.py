@@ -159,9 +159,9 @@ class Batch:
     def _release(self, batch_slot: int, job: Job, ids: list[int]) -> Caption:
         first = len(job.template.header)
         tokens = ids[first : first + self.max_new_tokens]
-        if job.template.end in tokens:
-            tokens = tokens[: tokens.index(job.template.end) + 1]
         slots = self.runner.sequences[batch_slot].plan.slots(len(tokens))
+        if ends := job.template.ends(tokens, slots, job.schedule.clips):
+            tokens, slots = tokens[: ends[0] + 1], slots[: ends[0] + 1]
         self.runner.release(batch_slot)
         del self.jobs[batch_slot]
         self.visual_tokens.pop(batch_slot, None)

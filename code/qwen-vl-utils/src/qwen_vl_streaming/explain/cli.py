@@ -237,7 +237,7 @@ def render(args: argparse.Namespace) -> bytes:
     if args.format == "png":
         from .picture import draw_png  # matplotlib is slow to import, and text and JSON do not need it
 
-        pace = max(1, *args.schedule[:-1]) if args.schedule else args.wait_k or WAIT_K
+        pace = max((1, *args.schedule[:-1])) if args.schedule else args.wait_k or WAIT_K
         return draw_png(timelines, pace)
     if args.format == "text":
         return "\n\n".join([*map(as_text, timelines), NOTE]).encode()

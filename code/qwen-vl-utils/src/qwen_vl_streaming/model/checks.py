@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ..common.errors import InputError
+from ..timeline.timeline import MAX_PER_SLOT
 
 SIDE_FACTOR, FRAMES_PER_CLIP = 28, 2
 """The height and width of a frame in pixels are multiples of SIDE_FACTOR, and a clip has FRAMES_PER_CLIP frames. Both
@@ -34,7 +35,7 @@ VISION = {
 }
 STEPS_PER_SECOND = (1e-3, 1e3)
 WAIT_K = (1, 10**6)
-TOKENS_PER_SLOT = (1, 999_999)
+TOKENS_PER_SLOT = (1, MAX_PER_SLOT)
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 PIXEL_BUDGET = {
     "min_pixels_per_frame": (1, 10**8),

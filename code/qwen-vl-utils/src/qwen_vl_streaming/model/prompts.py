@@ -48,8 +48,18 @@ class Template:
     end: int
     """Ends a turn, and therefore an answer: `<|im_end|>`."""
     end_of_slot: int | None = None
-    """Ends a slot before the last one, if the model was trained to decide when to speak. It is written and fed like any
-    other token of the answer, but is not part of the text, and the repetition penalty does not apply to it."""
+    """Ends a slot, if the model was trained to decide when to speak: it is silent until the next clip. In the last slot
+    no clip follows, so that it ends the answer. It is written and fed like any other token of the answer, but is not
+    part of the text, and the repetition penalty does not apply to it."""
+
+    def ends(self, tokens: Sequence[int], slots: Sequence[int], last: int | None) -> list[int]:
+        """The indices of those answer `tokens`, written in `slots`, that end an answer. `last` is the last slot N;
+        None: it has not begun."""
+        return [
+            index
+            for index, (token, slot) in enumerate(zip(tokens, slots, strict=True))
+            if token == self.end or (token == self.end_of_slot and slot == last)
+        ]
 
     def layout(self, grid: tuple[int, int], steps_per_clip: float) -> Layout:
         return Layout(len(self.prompt), len(self.tail), len(self.header), grid, steps_per_clip)

@@ -29,7 +29,7 @@ class Metrics:
             buckets=(0.0005, 0.001, 0.002, *SECONDS),
         )
         self.misses = make(Counter, "deadline_misses", "Slots not finished when the next clip was complete")
-        self.tokens = make(Counter, "tokens", "Tokens written")
+        self.tokens = make(Counter, "tokens", "Tokens written, without end-of-slot tokens")
         self.sessions = make(Gauge, "sessions", "Sessions that run now")
         self.responses = make(Counter, "responses", "Responses that are over, by status", ("model", "status"))
         self.queue = make(Gauge, "queue", "Viewers waiting for a session (no label)", ())

@@ -78,7 +78,9 @@ class Response:
         self.slots = slots
 
     def token(self, token: int, slot: int, time: float) -> None:
-        self.tokens += token != self.model.end_of_slot_id
+        if token != self.model.end_of_slot_id:
+            self.tokens += 1
+            self.metrics.tokens.labels(self.model.name).inc()
         self._measure(slot, time, time - self._newest_frame(slot, time)[0])
         self._say(self.pieces.add(token), [token], slot, time)
         self.metrics.share.labels(self.model.name).observe(max(0.0, now() - time))
@@ -109,7 +111,6 @@ class Response:
     def _measure(self, slot: int, time: float, age: float) -> None:
         metrics, name = self.metrics, self.model.name
         self.ages.append(age)
-        metrics.tokens.labels(name).inc()
         metrics.age.labels(name).observe(max(0.0, age))
         gap = None
         if self.newest is None:

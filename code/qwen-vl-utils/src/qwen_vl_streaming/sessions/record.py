@@ -50,7 +50,8 @@ class Record:
     max_new_tokens: int
     opened: float
     end: str
-    """"ended" with the end-of-turn token, "max_new_tokens", "cancelled" or "failed: why"."""
+    """"ended" with the end-of-turn token, or with the end-of-slot token in the last slot, "max_new_tokens", "cancelled"
+    or "failed: why"."""
     complete: bool
     """The last slot began."""
     bare: bool
@@ -75,7 +76,10 @@ def write_record(path: str | Path, record: Record) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"form": FORM, **asdict(record), "end": redacted(record.end)}, indent=1)
+        data = {"form": FORM, **asdict(record), "end": redacted(record.end)}
+        if record.template.end_of_slot is None:  # left out, so that versions that do not know it read the record
+            del data["template"]["end_of_slot"]
+        text = json.dumps(data, indent=1)
         write_file(path, text, report=False)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error}): free some space, or give another path") from error
@@ -144,7 +148,8 @@ def _fault(record: Record) -> str | None:
     for name, order in (("clips", record.arrived), ("slots", record.visible), ("tokens", times)):
         if order != sorted(order) or (order and order[0] < record.opened):
             return f"the times of its {name} run backwards"
-    if template.end in tokens[:-1] or (record.end == "ended" and tokens[-1:] != [template.end]):
+    ends = template.ends(tokens, record.slots, len(counts) if record.complete else None)
+    if (ends and ends[0] < len(tokens) - 1) or (record.end == "ended" and not ends):
         return f"its end is {record.end!r}, but its tokens end differently"
     if len(tokens) > record.max_new_tokens or (record.end == "max_new_tokens" and len(tokens) < record.max_new_tokens):
         return f"it has {len(tokens)} tokens of at most {record.max_new_tokens}, but its end is {record.end!r}"

@@ -139,7 +139,7 @@ class Session:
 
     @property
     def ended(self) -> bool:
-        """The end-of-turn token was written."""
+        """The token that ends the answer was written."""
         return self.scheduler.ended
 
     @property

@@ -63,7 +63,8 @@ class SessionPool:
             memory: Bytes for keys and values; default: most of a GPU's free memory, on a CPU what all slots can need.
             max_clips, max_new_tokens, window: The most that a session may have of each.
             chunk_counts: How many chunks of clips may enter in one forward step; a step is padded to the next of these.
-            chunk: Visual tokens of a chunk; default: a clip of `layout` and the tail. Larger clips take several steps.
+            chunk: Visual tokens of a chunk, at most those of the largest clip and the tail; default: a clip of `layout`
+                and the tail. Larger clips take several steps.
             clip_tokens: Visual tokens of a clip at most, where sessions of fewer clips may have larger ones.
             penalty: Repetition penalty of all sessions.
 
@@ -78,7 +79,7 @@ class SessionPool:
         block_bytes = PagedKVCache.block_bytes(model.model.language_model.config, model.dtype)
         needed = blocks_needed(layout, **self.limits)
         _, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, window and Window(*window))
-        whole = layout.tokens_per_clip + layout.tail
+        clip_tokens = max(clip_tokens or 0, layout.tokens_per_clip)
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
         blocks = needed * batch_slots if memory is None else min(needed * batch_slots, memory // block_bytes - 1)
@@ -94,8 +95,8 @@ class SessionPool:
             blocks,
             blocks_per_slot=needed,
             text_capacity=text,
-            clip_tokens=max(clip_tokens or 0, layout.tokens_per_clip),
-            chunk_size=min(chunk or whole, whole),
+            clip_tokens=clip_tokens,
+            chunk_size=min(chunk or layout.tokens_per_clip + layout.tail, clip_tokens + layout.tail),
             chunk_counts=[0, *fewer, min(batch_slots, max(chunk_counts))],
             windowed=window is not None,
             penalty=penalty,

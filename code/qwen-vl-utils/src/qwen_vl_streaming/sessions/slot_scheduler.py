@@ -8,7 +8,7 @@ may happen next. The rule is the same in all execution modes:
     a token          may be written while the newest slot is below its quota; the last slot writes the rest
     model-M          a slot has written its quota with the end-of-slot token or its M-th token; because only a token
                      that was read can end a slot, none is requested while one is pending, except in the last slot
-    the answer ends  with the end-of-turn token, or after `max_new_tokens`
+    the answer ends  with the end-of-turn token, with the end-of-slot token in the last slot, or after `max_new_tokens`
 
 Knows nothing of models, token ids, and how a clip becomes ready.
 """
@@ -54,9 +54,11 @@ class SlotScheduler:
         self.total: int | None = None
         """The number of slots N, once it is known: all clips have arrived."""
         self.ended = False
-        """The end-of-turn token was read."""
+        """The token that ends the answer was read."""
         self.slot_ended = False
         """The end-of-slot token was read in the newest slot."""
+        self.last_slot_limit: int | None = None
+        """Tokens that the last slot may write, where `limit` was called before it began."""
 
     # State
 
@@ -180,11 +182,14 @@ class SlotScheduler:
 
     def limit(self, tokens: int) -> None:
         """Lowers `max_new_tokens` so that at most `tokens` more are written, besides those due in slots before the last
-        one: how far a session is behind does not shorten its answer."""
-        before = 0 if self.total is None or self.greedy else sum(int(self.quota(slot)) for slot in range(1, self.total))
-        if self.most is not None and self.total is not None:  # of the slots that are over, the tokens that they wrote
-            over = self.counts[: min(len(self.counts) - 1, self.total - 1)] if self.counts else []
-            before -= sum(self.most - count for count in over)
+        one: how far a session is behind does not shorten its answer. With model-M those are known once the last slot
+        begins, and the limit applies from then on."""
+        if self.most is not None and self.total is not None and not self.complete:
+            self.last_slot_limit = tokens
+            return
+        before = 0
+        if self.total is not None and not self.counts_unknown:
+            before = sum(int(self.quota(slot)) for slot in range(1, self.total))
         self.max_new_tokens = max(1, min(self.max_new_tokens, max(self.requested_tokens, before) + tokens))
 
     def commit(self) -> bool:
@@ -195,6 +200,8 @@ class SlotScheduler:
     def begin_slot(self) -> None:
         self.counts.append(0)
         self.slot_ended = False
+        if self.complete and self.last_slot_limit is not None:
+            self.limit(self.last_slot_limit)
 
     def request(self) -> None:
         """A token was requested for the newest slot."""
@@ -203,10 +210,11 @@ class SlotScheduler:
 
     def read(self, end: bool, end_of_slot: bool = False) -> int:
         """The oldest pending token was read; `end`: it is the end-of-turn token, so that all that was requested or
-        began after it is dropped. `end_of_slot`: it is the end-of-slot token, which means something only with model-M.
-        Returns the token's slot."""
+        began after it is dropped. `end_of_slot`: it is the end-of-slot token, which ends the answer in the last slot,
+        and with model-M each other one. Returns the token's slot."""
         slot = self.pending.popleft()
         self.read_tokens += 1
+        end = end or (end_of_slot and slot == self.total)
         if end_of_slot and self.most is not None and slot == len(self.counts):
             self.slot_ended = True
         if end:

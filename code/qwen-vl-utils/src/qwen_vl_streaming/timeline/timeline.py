@@ -106,6 +106,10 @@ class Schedule:
         """Tokens that `slot` (1…N) may write. Infinite for the last."""
         return self.quotas[slot - 1] if slot < self.clips else float("inf")
 
+    def most_tokens(self, max_new_tokens: int) -> int:
+        """The most tokens of an answer that may say `max_new_tokens`: as many."""
+        return max_new_tokens
+
     def counts(self, answer: int) -> tuple[int, ...]:
         """k_1 … k_N of an answer of `answer` tokens, which may end before the last slot."""
         counts, left = [], answer
@@ -130,6 +134,11 @@ class ModelSchedule:
     @property
     def name(self) -> str:
         return f"model-{self.most}"
+
+    def most_tokens(self, max_new_tokens: int) -> int:
+        """The most tokens of an answer that may say `max_new_tokens`: one more for each slot before the last, whose
+        end-of-slot token says nothing. A video of many silent slots is not cut short by them."""
+        return max_new_tokens + self.clips - 1
 
 
 def model_schedule_most(text: str) -> int | None:
