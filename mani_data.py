@@ -98,9 +98,7 @@ def timed_options(arguments: argparse.Namespace, folder: Path, splits: list[str]
     given = own_files(arguments, common, lambda path: os.path.abspath(find_path(path, ROOT, "--input")))
     if os.path.isdir(given["source"]) and arguments.format in ("livecc", "activitynet"):
         raise InputError(f"--input {arguments.input} is a folder: give a file for --format {arguments.format}")
-    return timed_rows.Options(
-        format=arguments.format, segment_time=arguments.segment_time or "", parts=arguments.parts, **given
-    )
+    return timed_rows.Options(format=arguments.format, segment_time=arguments.segment_time or "", **given)
 
 
 def own_files(arguments: argparse.Namespace, common: dict, find: Callable[[str], str]) -> dict[str, Any]:
@@ -146,7 +144,7 @@ DATASETS = {
         Rules(0.0, math.inf, 0.0, math.inf),
         prepare_timed_rows,
         timed_options,
-        (*OWN_FILES, "format", "segment_time", "parts"),
+        (*OWN_FILES, "format", "segment_time"),
         (*FOLDERS, *BOUNDS, "max_samples"),
     ),
 }
@@ -186,7 +184,6 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="when the text of a segment may be written: from its end, from its start, or spread word by word from "
         f"start to end (default: {own})",
     )
-    timed.add_argument("--parts", type=Path, help="livecc: folder for parts that are cut out of videos")
     where.add_argument(
         "--tokenizer-model-id", default="Qwen/Qwen2.5-VL-7B-Instruct", help="hub id or folder (default: %(default)s)"
     )
@@ -300,7 +297,8 @@ def main() -> None:
                 "  rows of each sub-task: " + ", ".join(f"{task} {count}" for task, count in statistics.tasks.items())
             )
         for rule, count in summary["dropped"].items():
-            print(f"  {count:8d} dropped: {rule}")
+            if count:
+                print(f"  {count:8d} dropped: {rule}")
         print(f"  {summary['bad']:8d} bad (see {options.output_dir / f'{options.prefix}skipped.jsonl'})")
         for reason, count in summary["bad_reasons"].items():
             print(f"  {count:8d}   {reason}")

@@ -9,7 +9,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.prompts import Template
 from qwen_vl_streaming.reference import Streams, caption
 from qwen_vl_streaming.sessions import Session
-from qwen_vl_streaming.timeline.timeline import Layout, Schedule
+from qwen_vl_streaming.timeline.timeline import Layout, ModelSchedule, Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
 from tiny import VOCABULARY, random_template, tiny_model
 
@@ -116,6 +116,31 @@ def check(model, case: Case, session: Session) -> None:
         last = scheduler.complete and slot == scheduler.total
         assert count == (left if last else min(left, scheduler.quota(slot)))
         left -= count
+
+
+def most_of(case: Case) -> int:
+    """M of a case with schedule model-M."""
+    return int(case.schedule.removeprefix("model-"))
+
+
+@torch.no_grad()
+def decided(model, case: Case, complete: bool = True, bare: bool = False):
+    """The caption of the reference implementation, which decides by itself when slots end."""
+    visual = model.perceive(case.pixels, case.layout.grid)
+    if not complete:  # the session was done before the last clip was known: add one that no token attends to
+        visual = torch.cat([visual, torch.zeros_like(visual[:1])])
+    streams = Streams(model, case.variant, [case.template], [case.layout], bare=bare)
+    schedule = ModelSchedule(len(visual) + bare, most_of(case))
+    # A session has at most `most` tokens, for it may not know the number of clips, for which `caption` adds some.
+    return caption(streams, [visual], [schedule], case.most - schedule.most_tokens(0))[0]
+
+
+def check_deciding(model, case: Case, session: Session) -> None:
+    """Assert that the session wrote the reference tokens, and ended its slots at the same tokens."""
+    scheduler, mine = session.scheduler, session.caption()
+    plain = decided(model, case, scheduler.complete, scheduler.bare)
+    assert (mine.tokens, mine.slots) == (plain.tokens, plain.slots)
+    assert session.counts == plain.schedule[: len(session.counts)]
 
 
 def no_memory():

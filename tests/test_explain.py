@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from qwen_vl_streaming.common.errors import run
-from qwen_vl_streaming.explain.cli import main, write_out
+from qwen_vl_streaming.explain.cli import main
 from qwen_vl_streaming.explain.summary import find_spans, find_steps
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
@@ -217,15 +216,6 @@ def test_a_picture_is_not_written_to_a_terminal(explain, monkeypatch, capsysbina
         explain("--format png")
     assert end.value.code == 2
     assert b"--output" in capsysbinary.readouterr().err
-
-
-def test_a_closed_pipe_is_not_an_error(monkeypatch):
-    """As with `head`: no error, and none when the file is closed, which flushes the rest."""
-    left, pipe = os.pipe()
-    os.close(left)
-    with open(pipe, "w") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        write_out(b"text")
 
 
 def test_as_a_command():

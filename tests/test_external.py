@@ -13,6 +13,7 @@ from adapters import cli
 from adapters.activitynet import split_sentences, time_sentences
 from media import make_video
 from metrics.preference import PROMPT, read_preference
+from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.model.prompts import load_processor
 from test_commands import FROM_OUTSIDE
@@ -25,7 +26,7 @@ def event(video_id, event_id, begin, end, **more):
     return {
         "video_id": video_id, "url": f"https://www.youtube.com/watch?v={video_id}", "event_id": event_id,
         "begin": begin, "end": end, "event_type": 1, "video": f"{video_id}.mp4", "class": "Cricket",
-        "event_title": "Runs scored.", "event_asr": f'[[{begin}, {end}, "Bat and ball for 4."]]',
+        "event_title": "Runs scored.", "event_asr": f'[[{begin}, {begin + 1.5}, "Bat and"], [{end - 1}, {end}, "4."]]',
         "event_asr_text": "Bat and ball for 4.", "preasr": "[]", "preasr_text": "", **more,
     }  # fmt: skip
 
@@ -80,7 +81,8 @@ def test_rows_of_livesports(call, tmp_path, capsys):
     asks = "Comment on this video live, as an expert commentator does."
     assert read("rows.jsonl")[0] == {
         "video_id": "LEsNbpDKrbM_12", "video_path": "LEsNbpDKrbM.mp4", "video_start": 2.25, "video_end": 6.5,
-        "human_caption": "Bat and ball for 4.",
+        "human_caption": "Bat and ball for 4.", "segment_time": "spread",
+        "segments": [{"start": 0, "end": 1.5, "text": "Bat and"}, {"start": 3.25, "end": 4.25, "text": "4."}],
         "question": f"{asks}\nThe title of the video: Runs scored.\n"
         "The commentary so far, which you continue: Just testing him.",
     }  # fmt: skip
@@ -90,6 +92,27 @@ def test_rows_of_livesports(call, tmp_path, capsys):
     call("livesports-rows", "lines.jsonl", "--output", "again.jsonl", "--question", "none")
     without = [{name: row[name] for name in row if name != "question"} for row in read("rows.jsonl")]
     assert read("again.jsonl") == without
+
+
+def test_times_of_livesports(call, tmp_path, capsys):
+    """Sentences that overlap are trimmed; without times in order within the event, a row has no segments."""
+    cases = {
+        '[[10, 12.5, " A  goal! "], [12, 13.8, "Yes."]]': [(0, 2, "A goal!"), (2, 3.8, "Yes.")],
+        '[[12, 13, "A goal!"], [10, 11, "Yes."]]': None,
+        '[[9.9, 11, "A goal!"]]': None,
+        '[[11, 15.5, "A goal!"]]': None,
+        '[[12, 11, "A goal!"]]': None,
+        '[[10, NaN, "A goal!"]]': None,
+        "[]": None,
+    }
+    entries = [event("x", number, 10, 14, event_asr=text) for number, text in enumerate(cases)]
+    write(tmp_path / "bench.jsonl", [*entries, event("x", 7, 10, 14, event_asr=None)])
+    call("livesports-rows", "bench.jsonl", "--output", "rows.jsonl")
+    found = [row.get("segments") for row in read("rows.jsonl")]
+    times = [each and [(one["start"], one["end"], one["text"]) for one in each] for each in found]
+    assert times == [*cases.values(), None]
+    assert "7 events without segments" in capsys.readouterr().out
+    list(read_data_rows(tmp_path / "rows.jsonl"))
 
 
 def test_predictions_of_livesports(call, tmp_path, capsys):
@@ -119,6 +142,9 @@ def test_predictions_of_livesports(call, tmp_path, capsys):
         ({"event_id": 3}, "is the second entry of event LEsNbpDKrbM_3"),
         ({"event_asr_text": 5}, "has the event_asr_text '5', not a string"),
         ({"event_asr_text": "..."}, "event_asr_text has no word"),
+        ({"event_asr": "[[1, 2]]"}, "event_asr is not a list of [start, end, text]: correct or delete it"),
+        ({"event_asr": '[["1", 2, "Go"]]'}, "event_asr is not a list of [start, end, text]"),
+        ({"event_asr": "Go"}, "event_asr is not a list of [start, end, text]"),
         ({"preasr_text": []}, "has the preasr_text '[]', not a string"),
         ("[1]", "is not a JSON object"),
         ("{", "is not JSON (Expecting property name"),
@@ -255,6 +281,9 @@ def test_sentences_and_their_slots():
         ("The end", 7, 9),
     ]
     assert list(split_sentences(["一つ。二つ", "。\n- a", "\n"])) == [("一つ。", 1, 1), ("二つ。", 1, 2), ("- a", 2, 2)]
+    assert [each[0] for each in split_sentences(["「一つ。」二つ！", "क है। ख", "是.否"])] == [
+        "「一つ。」", "二つ！", "क है।", "ख是.", "否",
+    ]  # fmt: skip
     assert list(split_sentences(["", " . ", "..."])) == [] == list(split_sentences([]))
 
 

@@ -17,7 +17,7 @@ from qwen_vl_streaming.sessions.session_pool import SessionPool
 from qwen_vl_streaming.timeline.plan import Window
 from qwen_vl_streaming.timeline.timeline import Layout
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from sessions import PARALLEL, SECONDS, check, play, random_case
+from sessions import PARALLEL, SECONDS, check, check_deciding, decided, play, random_case
 from test_gpu import FLEX, no_waiting
 from tiny import tiny_model
 
@@ -68,6 +68,23 @@ def test_captured_sessions_equal_the_reference(models, runner, variant, mode):
         options = {**case.options, "max_clips": CLIPS + 1, "runner": runner, "ahead": draw.choice([0, 1, 3])}
         with open_session(models[1], variant, case.template, case.layout, mode=mode, **options) as session:
             check(models[0], case, play(session, case))
+
+
+@pytest.mark.parametrize(("variant", "mode"), [pair for pair in MODES if pair[0].streams], ids=str)
+def test_captured_sessions_decide_when_to_speak(models, runner, variant, mode):
+    """The token that the model writes most often ends its slots."""
+    print("seed", SEED)
+    draw, silent = random.Random(f"{SEED} decides {variant.name} {mode}"), 0
+    for _ in range(6):
+        case = fixed_case(draw, variant)
+        case.template, case.schedule, case.most = replace(case.template, end=-1), f"model-{draw.randint(2, 4)}", WORDS
+        written = decided(models[0], case).tokens
+        case.template = replace(case.template, end_of_slot=max(written, key=written.count))
+        options = {**case.options, "max_clips": CLIPS + 1, "runner": runner, "ahead": draw.choice([0, 1, 3])}
+        with open_session(models[1], variant, case.template, case.layout, mode=mode, **options) as session:
+            check_deciding(models[0], case, play(session, case))
+        silent += sum(count == 1 for count in session.counts[:-1])
+    assert silent
 
 
 def test_a_captured_session_pool(models):

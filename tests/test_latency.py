@@ -80,7 +80,8 @@ def test_each_kind_of_step_is_timed(folder):
     kinds = {(row["rows"] > 1, row["write"]) for row in data["steps"]}
     assert kinds >= {(False, True), (True, True)}
     assert all(row["run"] > 0 and row["alone"] > row["floor"] > 0 for row in data["steps"])
-    for kernels in (data["kernels"]["decode"], data["kernels"]["prefill and decode"]):
+    assert data["kernels"].keys() == {"decode", "prefill and decode", "vision encoder"}
+    for kernels in data["kernels"].values():
         assert kernels[0]["ms"] >= kernels[-1]["ms"] > 0
 
 

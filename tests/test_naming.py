@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from metrics.naming import Event, Spoken, align, content_words, last_letter_slots, spoken_words, stem
+from metrics.naming import Event, Spoken, align, content_words, spoken_words, stem, words_in
 
 COLOURS, SHAPES = ("red", "green", "blue", "pink"), ("ring", "square", "cross")
 
@@ -13,7 +13,7 @@ COLOURS, SHAPES = ("red", "green", "blue", "pink"), ("ring", "square", "cross")
 def spoken(*slots: str) -> Spoken:
     """What was said, as the text of each slot from 1; each word is a token."""
     pieces = [(f" {word}", slot) for slot, text in enumerate(slots, 1) for word in text.split()]
-    return Spoken(spoken_words(" ".join(slots), [piece for piece, _ in pieces], [slot for _, slot in pieces]))
+    return Spoken(spoken_words([piece for piece, _ in pieces], [slot for _, slot in pieces]))
 
 
 def named(events: list[Event | None], said: Spoken) -> list[int | None]:
@@ -82,7 +82,7 @@ def test_the_order_is_that_of_the_events():
     assert named([turns[2]], spoken("", "It turns red.")) == [2]  # only before
 
 
-def test_words_get_the_slot_of_their_last_letter():
+def test_words_get_the_slot_of_their_last_character():
     pieces = [
         "The",
         " vid",
@@ -97,15 +97,48 @@ def test_words_get_the_slot_of_their_last_letter():
         "Wow",
         '"',
         " …",
-        " \ufffd",
-        "\ufffd",
+        " ",
+        "視",
         "!",
     ]
-    slots = [1, 1, 2, 2, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8, 9, 10]
-    assert last_letter_slots(pieces, slots) == [1, 2, 2, 4, 6, 7, 9]
-    words = spoken_words('The video is red-green. "Wow" … 視!', pieces, slots)
-    assert [(word.stem, word.slot) for word in words[3:]] == [("red", 4), ("green", 4), ("wow", 6), ("視", 9)]
+    slots = [1, 1, 2, 2, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8, 8, 10]
+    words = spoken_words(pieces, slots)
+    assert [(word.stem, word.slot) for word in words[3:]] == [("red", 3), ("green", 4), ("wow", 6), ("視", 8)]
     assert [word.sentence for word in words] == [0] * 5 + [1, 2]
+
+
+def test_text_without_spaces_has_the_slots_of_its_characters():
+    said = Spoken(spoken_words(["红色", "圆出现。", "蓝色方", "块消失。"], [1, 2, 7, 9]))
+    assert named([text(1, "红色圆出现"), text(7, "蓝色方块消失")], said) == [2, 9]
+    assert [len(span) for span in said.sentences] == [5, 6]
+    said = Spoken(spoken_words(["赤い丸", "が出る！」", "青い", "四角が消える"], [1, 2, 3, 4]))
+    assert named([text(0, "赤い丸が出る"), text(2, "青い四角が消える")], said) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("आदमी दौड़ता है। कुत्ता भौंकता है॥", [["आदमी", "दौड़ता", "है"], ["कुत्ता", "भौंकता", "है"]]),
+        ("هل يجري؟ كَلْب كبير", [["هل", "يجري"], ["كَلْب", "كبير"]]),
+        ("کتا دوڑتا ہے۔ وہ", [["کتا", "دوڑتا", "ہے"], ["وہ"]]),
+        ("ที่นี่ สีแดง", [["ที่นี่", "สีแดง"]]),
+        ("👩\u200d🚀 🔴 A ring ☀️. 🎉! It", [["A", "ring"], ["It"]]),
+        ("cafe\u0301 re\u0301d", [["cafe\u0301", "re\u0301d"]]),
+        ("レッド・リング!次", [[*"レッドリング"], ["次"]]),
+        ("it's红色 𠀀", [["it's", *"红色", "𠀀"]]),
+        ("3.5 m, a.b", [["3", "5", "m", "a", "b"]]),
+    ],
+)
+def test_words_and_sentences_in_other_scripts(caption, expected):
+    words = spoken_words(list(caption), [1] * len(caption))
+    plain = [[stem(word) for word in sentence] for sentence in expected]
+    numbers = sorted({word.sentence for word in words})
+    assert [[word.stem for word in words if word.sentence == number] for number in numbers] == plain
+    assert words_in(caption) == [word for sentence in expected for word in sentence]
+
+
+def test_different_codes_of_a_character_are_the_same():
+    assert stem("cafe\u0301") == stem("café") and stem("ＲＥＤ") == "red" and stem("dog’s") == "dog"
 
 
 def random_story(draw: random.Random) -> tuple[list[Event], list[str], list[str]]:

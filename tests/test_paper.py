@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
-from paper import checks, cli, slurm, status
+from paper import checks, cli, forecast, slurm, status
 from paper.attempts import read_attempt
 from paper.checks import DONE, PARTIAL, STARTED, TO_DO, State
 from paper.queue_status import QueueStatus
@@ -23,6 +23,7 @@ from paper.settings import PAPER
 from paper.status import BLOCKED, FAILED, RUNNING, Progress
 from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Folders, Step, find_states, refusals
 from qwen_vl_streaming.common.errors import InputError
+from qwenvl import headers as headers_module
 from results import FIELDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -433,9 +434,11 @@ def queue(tmp_path, monkeypatch):
     return lambda: [path.read_text().strip() for path in sorted((folder / "calls").iterdir())]
 
 
-def submit(request, folder, done=()):
+def submit(request, folder, done=(), partial=()):
     left = [step for step in request.steps if step.name not in done]
-    return slurm.submit(slurm.make_jobs(left), folder, request.folders.output, ["bash", "paper.sh", "--status"])
+    return slurm.submit(
+        slurm.make_jobs(left, partial), folder, request.folders.output, ["bash", "paper.sh", "--status"]
+    )
 
 
 def test_slurm_jobs_with_dependencies(tmp_path, queue):
@@ -496,6 +499,78 @@ def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
     path.unlink()
     submit(other, folder)
     assert all(f"{tmp_path}/other/" in path.read_text() for path in folder.glob("train-*.sbatch"))
+
+
+def test_metrics_that_are_missing_need_no_gpu(tmp_path, queue):
+    """As on one machine: captions that are complete are only scored. The rest of the array runs as before."""
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants group gap --schedules fixed")
+    names = [step.name for step in request.steps]
+    partial = "evaluate-3B-description-fixed-gap"
+    lines = submit(request, tmp_path / "jobs", [name for name in names if not name.startswith("evaluate")], [partial])
+    assert lines == [
+        "evaluate-3B-description-fixed: job 100, array 4",
+        "evaluate-3B-description-fixed: job 101, array 5",
+    ]
+    assert queue()[0].endswith("/evaluate-3B-description-fixed.sbatch")
+    assert queue()[1].endswith("/score-evaluate-3B-description-fixed.sbatch")
+    text = (tmp_path / "jobs/score-evaluate-3B-description-fixed.sbatch").read_text()
+    assert "gpus" not in text and "srun" not in text and "requeue" not in text
+    text = text.replace("bash paper.sh --status", "true").replace(f"bash {ROOT}/eval.sh", "echo")
+    given = {**os.environ, "SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_JOB_ID": "101"}
+    ran = subprocess.run(["bash"], input=text, env=given, capture_output=True, text=True)
+    step = next(step for step in request.steps if step.name == partial)
+    assert (ran.returncode, tuple(ran.stdout.split())) == (0, step.complete[2:])
+    assert f"{partial}: already in the queue as job 101" in submit(request, tmp_path / "jobs", (), [partial])
+
+
+def test_the_status_of_a_job_is_not_in_its_log(tmp_path, queue):
+    """Where it names another table that is refused, the page would show that as the reason of this step."""
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants group")
+    (job,) = [job for job in slurm.make_jobs(request.steps) if job.group.startswith("prepare")]
+    write(tmp_path / "status.sh", "echo status: page; echo error: 7B is refused >&2")
+    text = slurm.script(job, tmp_path, ["bash", str(tmp_path / "status.sh")])
+    text = text.replace(slurm.quote(job.steps[0].command[0]), "false")
+    ran = subprocess.run(["bash"], input=text, env={**os.environ, "SLURM_JOB_ID": "1"}, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", "")
+
+
+def test_the_status_reads_what_was_predicted_when_it_was_submitted(tmp_path, queue, monkeypatch, capsys):
+    """A job holds its GPUs while it rewrites the page; and the planner may refuse."""
+    asked_for = []
+
+    def predict(steps, gpus):
+        asked_for.append(gpus)
+        return {step.name: forecast.Forecast(7_200) for step in steps if step.kind == TRAIN}
+
+    def run(*words):
+        flags = ["--output", str(tmp_path / "out"), "--sizes", "3B", "--tasks", "description"]
+        monkeypatch.setattr(sys, "argv", ["paper.sh", *words, *flags])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(cli, "forecast", predict)
+    run("--slurm", str(tmp_path / "jobs"), "--gpus", "8xH100-80GB")
+    text = (tmp_path / "jobs/train-3B-description.sbatch").read_text()
+    assert "--status" in text and "--gpus 8x" not in text
+    page = tmp_path / "out/status.html"
+    for words in (["--status"], ["--status", "--gpus", "8xH100-80GB"]):
+        assert run(*words) == "" and "about 2.0 h" in page.read_text()
+        page.unlink()
+    said = run("--status", "--gpus", "8xFOO")
+    assert "has no forecast for 8xFOO" in said and "about 2.0 h" not in page.read_text()
+    write(tmp_path / "out/forecast.json", "{}")
+    assert "training is not predicted" in run("--status") and asked_for == ["8xH100-80GB"]
+
+
+def test_groups_of_one_plan_share_what_is_read(made, monkeypatch):
+    opened = []
+    look = headers_module.open_film
+    monkeypatch.setattr(headers_module, "open_film", lambda path: opened.append(path) or look(path))
+    words = ["--model_name_or_path", str(made[0]), "--train_data", str(made[1])]
+    found = forecast.predict({"one": words, "two": words}, "8xH100-80GB")
+    assert found["one"] == found["two"] and found["one"]["seconds"] > 0 and len(opened) == 8
 
 
 def test_an_array_changes_nothing_but_its_own_words(tmp_path, queue):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -256,6 +257,23 @@ def test_one_meaning_of_the_batch_size(tmp_path, monkeypatch):
         SftArguments(str(tmp_path), per_device_train_batch_size=5)
 
 
+def test_a_run_that_resumes_keeps_its_accumulation(made, tmp_path, monkeypatch):
+    """The default was 16 forward passes once, and now follows from the batch."""
+    monkeypatch.delenv("RANK", raising=False)
+    words = ["--per_device_train_batch_size", "2", "--output_dir", str(tmp_path), "--use_cpu", "True", "--bf16=False"]
+
+    def accumulation(*more):
+        command = ["sft.sh", "--model_name_or_path", str(made[0]), "--train_data", str(made[1]), *words, *more]
+        monkeypatch.setattr(sys, "argv", command)
+        return train.parse()[-1].gradient_accumulation_steps
+
+    record = {"arguments": {"gradient_accumulation_steps": 16}, "finished": None}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert accumulation() == 8  # it has no checkpoint, and starts anew
+    (tmp_path / "run.json").write_text(json.dumps({**record, "finished": "now"}))
+    assert accumulation() == 16 and accumulation("--gradient_accumulation_steps", "4") == 4
+
+
 @pytest.mark.parametrize("words, states", [
     ("", 8), ("--optim adamw_8bit", 2), ("--optim paged_adamw_8bit", 2), ("--optim adafactor", 4), ("--optim sgd", 0),
     ("--optim sgd --optim_args momentum=0.9", 4), ("--optim sgd --optim_args momentum=0", 0),
@@ -293,13 +311,13 @@ def test_memory_limits_of_a_container(tmp_path, files, left):
     assert available_memory(tmp_path) <= min([*left, 2**60])
 
 
-def on_nodes(*looks, decide=sum):
+def on_nodes(*looks, decide=sum, timeout=20):
     """What `agree` returns or raises on each node."""
     port, found = free_port(), [None] * len(looks)
 
     def node(rank):
         try:
-            found[rank] = agree(rank, len(looks), "127.0.0.1", port, looks[rank], decide, timeout=20)
+            found[rank] = agree(rank, len(looks), "127.0.0.1", port, looks[rank], decide, timeout=timeout)
         except InputError as error:
             found[rank] = str(error)
 
@@ -317,8 +335,43 @@ def test_nodes_follow_the_plan_of_node_0(monkeypatch):
 
     assert on_nodes(lambda: 1, busy) == ["node 1: a GPU cannot be used"] * 2
     assert on_nodes(lambda: 1, lambda: 1, decide=lambda found: busy()) == ["a GPU cannot be used"] * 2
+    # The others are told, of its own error too, and a plan may take longer than they wait for each other.
+    assert on_nodes(busy, lambda: 1) == ["node 0: a GPU cannot be used"] * 2
+    monkeypatch.setattr("qwenvl.planner.nodes.BEAT", 0.1)
+    monkeypatch.setattr("qwenvl.planner.nodes.SILENCE", 1.0)
+    assert on_nodes(lambda: 1, lambda: 2, decide=lambda found: time.sleep(2) or 7, timeout=1) == [7, 7]
+    monkeypatch.setattr("qwenvl.planner.nodes.BEAT", 60)
+    first, second = on_nodes(lambda: 1, lambda: 2, decide=lambda found: time.sleep(2) or 7, timeout=1)
+    assert second.startswith("node 0 has stopped planning: no sign of life for 1 s: see what it says")
+    assert "no answer" not in second and first == 7
     with pytest.raises(InputError, match=r"no answer for 0 s \(node 1\): run the same command on every node"):
         agree(0, 2, "127.0.0.1", free_port(), lambda: 1, sum, timeout=0.2)
+
+
+def test_a_node_says_what_it_waits_for(monkeypatch, capsys):
+    """Also before it has reached node 0."""
+    monkeypatch.setattr("qwenvl.planner.nodes.NOTICE", 0.1)
+    port = free_port()
+    with pytest.raises(InputError, match="the nodes cannot agree on a plan"):
+        agree(1, 2, "127.0.0.1", port, lambda: 1, sum, timeout=1)
+    assert capsys.readouterr().err.count(f"planning: waiting for node 0 at 127.0.0.1:{port}\n") == 1
+
+    def refused():
+        raise InputError("--pack_tokens many")
+
+    with pytest.raises(InputError, match=r"^node 0: --pack_tokens many$"):
+        agree(0, 3, "127.0.0.1", free_port(), refused, sum, timeout=0.5)
+    assert capsys.readouterr().err == "planning: waiting for node 1, node 2, to tell them: --pack_tokens many\n"
+
+
+def test_flags_that_a_node_refuses_are_agreed_on(monkeypatch):
+    """As a node that fails before the others meet it would leave them waiting."""
+    monkeypatch.setattr("qwenvl.planner.nodes.agree", lambda node, nodes, address, port, look, decide: look())
+    words = ["--node", "0", "127.0.0.1", "1", "--pack_tokens", "many"]
+    monkeypatch.setattr(sys, "argv", ["planner", "2", "2", *words])
+    with pytest.raises(InputError, match="invalid int value: 'many'") as refused:
+        program.plan()
+    assert any(entry.name == "look" for entry in refused.traceback)
 
 
 def test_the_least_memory_of_all_nodes_is_planned_for():
@@ -416,6 +469,20 @@ def test_lengths_come_from_headers(made):
         assert len(pack([samples[index] for index in range(count)], lengths.row(count))) == 1
 
 
+def test_large_data_are_planned_from_a_sample(made, monkeypatch):
+    """The row holds a sample that was not read, of any length, and the pre-scan reads the rest."""
+    monkeypatch.setattr("qwenvl.planner.lengths.MOST_READ", 3)
+    samples = StreamingDataset(
+        read_rows(made[1]), ROOT, load_processor(made[0]), 2, VARIANTS["group"], "wait-3", PixelBudget(3136, 3136), 4096
+    )
+    headers = Headers()
+    lengths = find_lengths(samples, headers)
+    assert (len(headers.headers), lengths.rows, len(lengths.tokens), lengths.longest) == (3, 8, 4, 4096)
+    assert lengths.row(1) == 4096 and "3 headers read at random, and one sample of 4,096 tokens" in lengths.note
+    assert lengths.row(2) >= 4096 + lengths.descending[1]
+    assert not scan(samples, known=headers).bad and len(headers.headers) == 8
+
+
 def test_the_longest_samples_of_heavy_tailed_data_fit_into_one_row(shapes):
     """Any batch is one row, although 5,000 of 5,002 samples are short; a given row that is smaller is counted twice."""
     tail = replace(LENGTHS, tokens=(*[1_000] * 5_000, 7_000, 7_500))
@@ -463,7 +530,7 @@ def test_headers_are_read_once(made, tmp_path, monkeypatch):
     headers.save(tmp_path / "headers.json")
     opened.clear()
     found = scan(samples, known=Headers.take(tmp_path / "headers.json"))
-    assert found == expected and opened == [] and not (tmp_path / "headers.json").exists()
+    assert found == expected and opened == [] and not (tmp_path / "headers.json").read_text()
     assert Headers.take(tmp_path / "headers.json").headers == {}
 
 
@@ -578,24 +645,40 @@ elif "qwen_vl_streaming.launch" in sys.orig_argv[:3]:
 
 
 def test_the_bare_command_is_planned(made, tmp_path):
-    """sft.sh on two GPUs: the plan is printed, its flags are part of the echoed command, and given ones come last."""
-    (tmp_path / "sitecustomize.py").write_text(STAND_IN)
+    """sft.sh on two GPUs: the plan is printed, its flags are part of the echoed command, and given ones come last. The
+    launcher can read what the planner has read, in a file that does not stay."""
+    read, temporary = tmp_path / "read", tmp_path / "tmp"
+    temporary.mkdir()
+    text = STAND_IN.replace("os._exit(0)", f"os._exit(os.system('cat $QWENVL_HEADERS >{read}'))")
+    (tmp_path / "sitecustomize.py").write_text(text)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
         "QWEN2_5_VL_MODEL_PATH": str(made[0]),
         "QWEN2_5_VL_TRAIN_DATA": str(made[1]),
         "DEEPSPEED_CONFIG": "zero2.json",
+        "TMPDIR": str(temporary),
     }
     words = ["--pack_tokens", "4096", "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(["bash", SCRIPT, *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert len(json.loads(read.read_text())["headers"]) == 8 and not list(temporary.iterdir())
     assert "plan for 2 x H100, 70.0 GiB free" in done.stderr and "predicted:" in done.stderr
     (echo,) = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
     assert "--a_word" not in done.stdout and done.stderr.count("--a_word of a library") == 2
     assert echo.count("--pack_tokens") == 1 and "--pack_tokens 4096" in echo
     assert "--deepspeed zero2.json" in echo and echo.count("--deepspeed") == 1
     assert "--compile_layers True" in echo and "--nproc_per_node 2" in echo and "--gradient_accumulation_steps" in echo
+
+
+def test_ctrl_c_while_planning_leaves_no_file(tmp_path):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    interrupt = "    import signal\n    signal.signal(signal.SIGINT, signal.SIG_DFL)\n    os.killpg(0, signal.SIGINT)\n"
+    (tmp_path / "sitecustomize.py").write_text(f"{STAND_IN}\nif 'qwenvl.planner' in sys.orig_argv:\n{interrupt}")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "TMPDIR": str(temporary)}
+    done = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode in (-2, 130) and not list(temporary.iterdir()), done.stderr
 
 
 def test_a_plan_for_a_machine_that_is_not_here(made):

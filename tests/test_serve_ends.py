@@ -274,6 +274,31 @@ def test_a_failed_step_ends_the_sessions_and_the_next_ones_run(flags, monkeypatc
         settled(server)
 
 
+def test_a_clip_that_cannot_be_read_loses_the_model(flags, monkeypatch, caplog):
+    """Its sessions end with their records; before, it stood still for good."""
+
+    def fails(*_):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with running(flags) as server:
+
+        async def run():
+            async with Talk(server.connect()) as viewer:
+                key = await begun(viewer)
+                monkeypatch.setattr(PixelBuffers, "read", fails)
+                for number in range(3, 5):
+                    await viewer.frame(number / 2)
+                assert (await viewer.until("error"))["error"]["code"] == "failed"
+                done = (await viewer.until("response.done"))["response"]
+                return key, done["status"], done["record_id"]
+
+        key, status, recorded = drive(run)
+        assert (status, recorded) == ("failed", key) and "unspecified" in read_record(server.record(key)).end
+        while not server.server.workers[0].given_up:
+            time.sleep(0.01)
+        assert server.server.condition == "a model is lost" and "a message could not be read" in caplog.text
+
+
 def test_a_record_that_cannot_be_written_harms_nobody(flags, tmp_path):
     with running(flags) as server:
 

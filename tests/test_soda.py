@@ -7,7 +7,7 @@ import time
 
 import pytest
 from metrics.scoring import NotComputed, check_java
-from metrics.soda import BEST, MERGED, Caption, best_matching, iou, meteor_matrices, soda_c, story
+from metrics.soda import BEST, MERGED, Caption, best_matching, iou, meteor_matrices, soda_c, story, without_words
 
 SEED = time.time_ns() % 100_000
 
@@ -127,6 +127,10 @@ for line in sys.stdin:
         for value in fields + [0]:
             print(int(value) / 100, flush=True)
 """
+
+
+def test_sentences_without_a_word_for_meteor():
+    assert without_words([Caption(text, (0, 1)) for text in ("红色圆出现。", "...", "a 圆", "été", "")]) == 3
 
 
 def test_meteor_gets_the_prediction_as_reference(tmp_path, monkeypatch):

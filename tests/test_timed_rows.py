@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 from media import make_video
 from preparation.subtitles import Cue, read_srt, read_webvtt
-from preparation.timed_rows import in_order
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, run
-from qwen_vl_streaming.timeline.segments import check_segments
-from qwen_vl_streaming.video.index import index_video
+from qwen_vl_streaming.timeline.segments import check_segments, in_order
 
 import mani_data
 
@@ -54,7 +52,7 @@ def conversation(video: dict, words: list, text: str = "Comment.", **context) ->
 
 
 def test_livecc(films, tmp_path, monkeypatch, capsys):
-    """Times count from the start of the video, also for a part of it, which is cut out."""
+    """Times of a row count from the start of its part of the video; in LiveCC, from the start of the video."""
     part = {"video": "video/youtube/six.mp4", "video_start": 2, "video_end": 5}
     lines = [
         conversation({"video": "video/youtube/six.mp4"}, [[0.1, 0.4, " He"], [0.35, 1.2, "shoots"]], title="Football"),
@@ -65,16 +63,21 @@ def test_livecc(films, tmp_path, monkeypatch, capsys):
         "{",
         conversation({"video": "six.mp4"}, [[0.5, "x", "Hm"]]),
         conversation({"video": "six.mp4"}, [[6.5, 7.5, "Late"]]),
+        conversation({**part, "video_end": None}, [[5, 6.5, "Yes!"]]),
+        conversation({**part, "video_end": 4}, [[4.5, 5.1, "Yes!"]]),
+        conversation({**part, "video_end": 8}, [[4, 5, "Yes!"]]),
+        conversation({**part, "video_end": 2}, [[4, 5, "Yes!"]]),
         json.dumps([0, 100, 200]),
     ]
     (tmp_path / "live.jsonl").write_text("\n".join(lines) + "\n")
-    convert(monkeypatch, tmp_path, films, "--format", "livecc", "--input", "live.jsonl", "--parts", "parts")
-    first, second = rows(tmp_path)
+    convert(monkeypatch, tmp_path, films, "--format", "livecc", "--input", "live.jsonl")
+    first, second, to_the_end = rows(tmp_path)
     assert texts(first) == [(0.1, 0.4, "He"), (0.4, 1.2, "shoots")] and first["question"] == "Comment."
     assert (first["video_id"], first["video_duration_in_s"], first["segment_time"]) == ("six", 6.0, "end")
     assert texts(second) == [(0.5, 1.0, "Go!"), (2.0, 2.9, "Yes!")] and second["video_id"] == "six_2-5"
-    cut = index_video(tmp_path / "parts/six_2-5.mp4")
-    assert cut.duration == pytest.approx(3, abs=0.11) and len(cut.times) == 30
+    named = ("video_path", "video_start", "video_end", "video_duration_in_s")
+    assert [second[name] for name in named] == [first["video_path"], 2, 5, 6] and "video_start" not in first
+    assert texts(to_the_end) == [(3, 4.5, "Yes!")] and "video_end" not in to_the_end
     assert [(where, reason[:48]) for where, reason in skipped(tmp_path)] == [
         ("live.jsonl, line 3", "segments are not valid: segment 1 (-1.5 to -1 s)"),
         ("live.jsonl, line 4", "video is missing: video gone.mp4 does not exist "),
@@ -82,16 +85,14 @@ def test_livecc(films, tmp_path, monkeypatch, capsys):
         ("live.jsonl, line 6", "row is not JSON: Expecting property name enclose"),
         ("live.jsonl, line 7", "text_stream is not a number of seconds: 'x'"),
         ("live.jsonl, line 8", "segments are not valid: segment 1 (6.5 to 7.5 s)"),
+        ("live.jsonl, line 10", "segments are not valid: segment 1 (2.5 to 3.1 s)"),
+        ("live.jsonl, line 11", f"part of the video is missing: video {films}"[:48]),
+        ("live.jsonl, line 12", "part of the video is not valid: has the video_en"),
     ]
-    assert "live.jsonl: 8 samples, 2 rows in out/my.jsonl" in capsys.readouterr().out
-
-
-def test_a_part_needs_a_folder(films, tmp_path, monkeypatch, capsys):
-    (tmp_path / "live.jsonl").write_text(conversation({"video": "six.mp4", "video_start": 1}, [[2, 3, "Go"]]))
-    with pytest.raises(SystemExit) as ended:
-        convert(monkeypatch, tmp_path, films, "--format", "livecc", "--input", "live.jsonl")
-    (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert ended.value.code == 2 and "live.jsonl, line 1: video is only used in part: from 1 s to its end" in line
+    said = capsys.readouterr().out
+    assert "live.jsonl: 12 samples, 3 rows in out/my.jsonl" in said and "dropped" not in said
+    report = json.loads((tmp_path / "out/my_report.json").read_text())["splits"]["live.jsonl"]
+    assert report["kept"] == 3 and report["bad"] == 9
 
 
 def test_activitynet(films, tmp_path, monkeypatch, caplog):
@@ -202,7 +203,7 @@ def test_subtitles(films, tmp_path, monkeypatch):
     """Files beside their videos; a language may be part of the name."""
     for name, content in {"six.srt": SRT, "v_four.en.srt": "1\n00:00:00,000 --> 00:00:09,000\nToo long\n"}.items():
         (tmp_path / name).write_text(content, newline="")
-    (tmp_path / "bad.srt").write_text("1\n00:00:01 --> 00:00:02,000\nHm\n")
+    (tmp_path / "bad.srt").write_text("1\n00:00:01;0 --> 00:00:02,000\nHm\n")
     (tmp_path / "latin.srt").write_bytes(b"1\n00:00:01,000 --> 00:00:02,000\n\xe9t\xe9\n")
     convert(monkeypatch, tmp_path, films, "--format", "srt", "--input", ".")
     (row,) = rows(tmp_path)
@@ -211,7 +212,7 @@ def test_subtitles(films, tmp_path, monkeypatch):
     assert [(where, reason.replace(str(tmp_path), ""))[:2] for where, reason in skipped(tmp_path)] == [
         (
             "bad.srt",
-            "subtitles are not valid: /bad.srt, line 2: '00:00:01 --> 00:00:02,000' are not the times of a cue: "
+            "subtitles are not valid: /bad.srt, line 2: '00:00:01;0 --> 00:00:02,000' are not the times of a cue: "
             "correct them",
         ),
         ("latin.srt", "subtitles are not valid: /latin.srt, line 3: is not UTF-8: save the file as UTF-8"),
@@ -252,6 +253,15 @@ def test_subtitles_that_are_not_valid(tmp_path, read, content, message):
     (tmp_path / "a").write_text(content)
     with pytest.raises(InputError, match=message):
         read(tmp_path / "a")
+
+
+def test_times_without_milliseconds(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("1\n00:00:01 --> 00:00:02\nHm\n\n00:03-->00:04,5 X1:0\nSo\n")
+    assert read_srt(path) == [Cue(1, 2, "Hm"), Cue(3, 4.5, "So")]
+    path.write_text("WEBVTT\n\n00:01 --> 00:02\nHm\n")  # whose specification requires them
+    with pytest.raises(InputError, match="line 3: '00:01 --> 00:02' are not the times"):
+        read_webvtt(path)
 
 
 def test_random_cues_are_read_as_written(tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import timeliness as program
 from captioning import make_row
+from metrics.lag import decode_pieces
+from metrics.lag import measure as measure_lag
 from metrics.naming import Event
 from metrics.references import events_of, read_times
 from metrics.timeliness import (
@@ -22,6 +24,7 @@ from metrics.timeliness import (
     summarize,
     timeliness,
 )
+from metrics.timing import describe, measure_file
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.reference import Caption
@@ -158,6 +161,51 @@ def test_tokens_without_text_do_not_matter():
         row | {"tokens": tokens, "slots": slots}, KEYS[:2], lambda ids: row["decode"]([i for i in ids if i != 99])
     )
     assert found == plain and said(found) == [2, 4]
+
+
+BYTES = "红色\u3000圆。🙂 é".encode()
+
+
+@pytest.mark.parametrize("end_of_slot", [None, 99])
+def test_characters_of_several_tokens(end_of_slot):
+    """Each token is a byte, also of white space; the end of a slot may be between them."""
+
+    def decode(tokens):
+        return bytes(BYTES[token] for token in tokens).decode(errors="replace")
+
+    tokens, slots = list(range(len(BYTES))), [1] * 8 + [2] * 7 + [3] * (len(BYTES) - 15)
+    if end_of_slot:
+        tokens[8:8], slots[8:8] = [end_of_slot], [1]
+    row = {"video_id": "v", "annotation": "x", "result": BYTES.decode(), "tokens": tokens, "slots": slots}
+    row |= {"clips": 3, "end_of_slot": end_of_slot}
+    pieces = decode_pieces(row, decode)
+    assert "".join(pieces) == BYTES.decode() and pieces[2:4] == ["红", ""]
+    assert said(measure(row, [Event.from_text(0, None, "红色"), Event.from_text(1, None, "圆")], decode)) == [1, 2]
+    assert measure_lag(row, decode)["words"] == 3
+    # An answer that ends within a character.
+    cut = row | {"tokens": tokens[:-1], "slots": slots[:-1], "result": BYTES[:-1].decode(errors="replace")}
+    assert "".join(decode_pieces(cut, decode)) == cut["result"]
+
+
+def test_captions_without_words_and_videos_of_one_clip():
+    for slots in (["", ""], ["... 🙂", ""], [""]):
+        found = timing(*slots, events=KEYS[:1])
+        assert said(found) == [None] and found.unmatched == 0 and found.pauc == 0.25
+    found = timing("A green ring.", events=KEYS[:1])
+    assert said(found) == [1] and found.quiet == 0 and summarize([found])["TF1"] == 100
+
+
+def test_a_video_whose_times_do_not_fit_is_skipped(tmp_path, caplog):
+    rows = [row_of("A green ring.", "", video_id=name) for name in ("a", "b")]
+    times = {"a": KEYS[:1], "b": [*KEYS[:1], Event.from_keys(3.5, None, ["red"])]}
+    path = tmp_path / "group_infer.json"
+    found = measure_file(rows, path, times, rows[0]["decode"])
+    assert (found["videos"], found["events"], found["within_1"]) == (1, 1, 100)
+    assert (found["times_do_not_fit"], found["without_times"], found["after_the_end"]) == (1, 0, 0)
+    assert "1 of 2 videos; video b ends at 2 s, but has an event at 3.5 s" in caplog.text
+    assert "more than 1 s after the end: 1 video" in describe(found)
+    with pytest.raises(ValueError, match=r"none of the 1 videos of .* that fits \(video b ends at 2 s"):
+        measure_file(rows[1:], path, times, rows[0]["decode"])
 
 
 def test_rows_that_cannot_be_timed():

@@ -2,17 +2,20 @@
 part that is not there is reported."""
 
 import json
+from functools import partial
 
 import planning
 import pytest
 import torch
-from captioning import VideoDataset
+from captioning import VideoDataset, make_row
 from media import make_video
+from metrics.timing import measure_file, read_points, times_of
 from preparation.rules import BAD, Rules, Sample, apply_rules
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.video_part import part_seconds, video_part
 from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.reference import Caption
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwenvl import headers, prescan
@@ -20,6 +23,8 @@ from qwenvl.data import StreamingDataset
 from qwenvl.rows import read_rows
 from ranks import Rank
 from settings import Settings
+
+import mani_data
 
 BUDGET = PixelBudget(3136, 28 * 28 * 12)
 ROW = {"video_path": "film.mp4", "human_caption": "A red ring turns blue and moves up, and then it is gone for good."}
@@ -99,6 +104,40 @@ def read_clip(processor, film, start):
     from qwen_vl_streaming.model.prompts import clip_pixels
 
     return clip_pixels(processor, read_video(film / "film.mp4", budget=BUDGET, start=start, end=start + 1).frames)[0][0]
+
+
+def test_times_count_from_the_start_of_the_part(film, made, tmp_path, monkeypatch):
+    """Of a part from 2 to 5.5 s, clip 2 has arrived at 2 s, and the last, clip 4, is half a second long."""
+    words = [{"start": 0.5, "end": 1.5, "text": "red"}, {"start": 2.5, "end": 3.0, "text": "blue"}]
+    late = [*words, {"start": 4.0, "end": 5.2, "text": "gone"}]  # within the video, but not within the part
+    part = {"human_caption": None, "video_start": 2, "video_end": 5.5, "segments": words}
+    data = write(film, part, {**part, "segments": late})
+    processor = load_processor(made[0])
+    training = StreamingDataset(read_rows(str(data)), film, processor, 2, VARIANTS["group"], "wait-3", BUDGET, 4096)
+    red, blue, end = (processor.tokenizer(text).input_ids for text in ("red", " blue", "<|im_end|>"))
+    assert training.slots(0, 4, 1.0) == [[], red, blue, end] and not training[0].bad
+    after = "segment 3 (4 to 5.2 s) ends after the video, at"
+    assert list(prescan.scan(training).bad) == [1] and after in training[1].bad[1]
+
+    settings = Settings("group", str(made[0]), data=str(data), video_root=str(film), device="cpu")
+    plan = planning.make_plan(settings, Rank(), "cpu")
+    watched = VideoDataset(plan, processor, 2)
+    assert watched[0].job and after in watched[1].reason
+    counts = [0, len(red), len(blue), 1]
+    caption = Caption([*red, *blue, *end], [2] * len(red) + [3] * len(blue) + [4], counts)
+    rows = [make_row(plan.rows[0], "red blue", caption, VARIANTS["group"], 0.1)]
+    result, decode = tmp_path / "group_infer.json", partial(processor.tokenizer.decode, skip_special_tokens=True)
+    measure_file(rows, result, times_of(rows, result, None), decode)
+    assert read_points(result) == [(0.5, 2.0), (2.5, 3.0)]
+
+    flags = f"--dataset jsonl --input {data} --output {tmp_path}/kept.jsonl --video-root {film} --workers 1"
+    flags += f" --tokenizer-model-id {made[0]} --min-seconds 3.4 --max-seconds 3.6 --min-tokens-per-second 0"
+    monkeypatch.setattr("sys.argv", ["mani_data.py", *flags.split()])
+    mani_data.main()
+    (kept,) = map(json.loads, (tmp_path / "kept.jsonl").read_text().splitlines())
+    assert kept == {**json.loads(data.read_text().splitlines()[0]), "video_duration_in_s": 8.0}
+    (gone,) = map(json.loads, (tmp_path / "kept_skipped.jsonl").read_text().splitlines())
+    assert gone["reason"].startswith(f"segments are not valid: {after} 3.5 s")
 
 
 def test_a_part_that_is_not_there_is_a_bad_sample(film, made):

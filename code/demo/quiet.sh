@@ -2,11 +2,14 @@
 # Trains the demo's model on videos with long quiet stretches, once by wait-3 and once so that it decides when to speak,
 # and compares when the two say what happens.
 #
+# Usage:
+#
 #   bash code/demo/quiet.sh                                            about 15 minutes on two CPU cores
 #   QWEN2_5_VL_VARIANT=overlap bash code/demo/quiet.sh --steps 2000    another streaming variant, longer training
 #
-# Other flags: --output DIR (default: demo_output/quiet), --train-videos N, --test-videos N, --device cpu (default: a GPU
-# if there is one). All output is in the output folder; the same command resumes an interrupted run.
+# Needs the packages of requirements.txt, which demo.sh installs. Other flags: --output DIR (default: demo_output/quiet),
+# --train-videos N, --test-videos N, --device cpu (default: a GPU if there is one). All output is in the output folder;
+# the same command resumes an interrupted run.
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -38,7 +41,8 @@ esac
 case $output in /*) ;; *) output=$caller/$output ;; esac
 export QWEN2_5_VL_VARIANT=${QWEN2_5_VL_VARIANT:-group}
 began=$SECONDS
-. code/setup.sh
+python=python
+[ ! -x .venv/bin/python ] || python=$PWD/.venv/bin/python
 export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 data=$output/dataset model=$output/model
 

@@ -23,8 +23,8 @@ from tasks import TASKS
 
 from . import slurm
 from .attempts import read_attempt
-from .checks import DONE, REFUSED, State
-from .forecast import Forecast, forecast
+from .checks import DONE, PARTIAL, REFUSED, State
+from .forecast import Forecast, forecast, read_forecasts, save_forecasts
 from .queue_status import QueueStatus
 from .runner import Runner, Stopped, clean_environment
 from .settings import EVERYWHERE, PAPER, ROOT, Settings, Table, demo
@@ -240,6 +240,22 @@ def lock_output(folders: Folders) -> Iterator[None]:
         yield
 
 
+def saved_forecasts(folders: Folders, gpus: str) -> dict[str, Forecast]:
+    """What was predicted when the steps were submitted or ran, if that was for these `gpus` or they are not named."""
+    try:
+        known, found = read_forecasts(folders)
+    except InputError as error:
+        print(f"training is not predicted: {error}", file=sys.stderr)
+        return {}
+    if not gpus or known == gpus:
+        return found
+    print(
+        f"training is not predicted: {folders.output} has no forecast for {gpus}: --slurm or a run makes it",
+        file=sys.stderr,
+    )
+    return {}
+
+
 def show_status(request: Request, progress: dict[str, Progress]) -> None:
     """Rewrite the status page from the outputs, the attempts and SLURM's queue."""
     status, every = QueueStatus(request.folders), list(progress.values())
@@ -265,17 +281,22 @@ def main() -> None:
     refused = refusals(steps, states)
     todo = [step for step in steps if states[step.name].word not in (DONE, REFUSED)]
     if arguments.slurm:
-        jobs = slurm.make_jobs(todo)
+        forecasts = forecast(todo, arguments.gpus) if arguments.gpus else {}
+        jobs = slurm.make_jobs(todo, {step.name for step in todo if states[step.name].word == PARTIAL})
         again = ["bash", str(ROOT / "paper.sh"), "--status", *same_flags(arguments, folders.output)]
-        again += ["--gpus", arguments.gpus] if arguments.gpus else []
+        if forecasts:
+            save_forecasts(folders, forecasts, arguments.gpus)
         lines = slurm.submit(jobs, caller / arguments.slurm, folders.output, again)
         print("\n".join(lines) or "everything is done")
         end_with(refused)
     if arguments.report:
         write_report(request, states)
-    predict = arguments.gpus or not (arguments.device or arguments.status)
+    predict = arguments.gpus or not arguments.device
     try:
-        forecasts = forecast(todo, arguments.gpus) if predict else {}
+        if arguments.status:  # runs in jobs too, which hold GPUs
+            forecasts = saved_forecasts(folders, arguments.gpus)
+        else:
+            forecasts = forecast(todo, arguments.gpus) if predict else {}
     except InputError as error:
         if arguments.plan or arguments.gpus:
             raise
@@ -286,7 +307,8 @@ def main() -> None:
         end_with(refused)
     progress = {step.name: Progress(step, states[step.name].word, states[step.name].detail) for step in steps}
     for name, found in forecasts.items():
-        progress[name].predicted = found.seconds
+        if name in progress:
+            progress[name].predicted = found.seconds
     if arguments.status:
         show_status(request, progress)
         end_with(refused)
@@ -296,6 +318,8 @@ def main() -> None:
             progress[step.name].took = attempt.took
     with lock_output(folders):
         print(f"status: {folders.page}", flush=True)
+        if forecasts:
+            save_forecasts(folders, forecasts, arguments.gpus)
         try:
             code = Runner(steps, folders, states, progress, arguments.jobs).run()
         except Stopped as stopped:

@@ -11,11 +11,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import read_object, write_file
 
-from .steps import TRAIN, Step
+from .steps import TRAIN, Folders, Step
 
 OPTIMIZER_BYTES = 12
 """Of a parameter that trains: float32 weights and two moments, in each intermediate checkpoint."""
@@ -55,6 +57,30 @@ def forecast(steps: Sequence[Step], gpus: str) -> dict[str, Forecast]:
     return {step.name: found[step.group] for step in trainings}
 
 
+def save_forecasts(folders: Folders, found: dict[str, Forecast], gpus: str) -> None:
+    """Keep what was `found` for `gpus` for the status page, with what was found before for the same ones."""
+    known, before = read_forecasts(folders)
+    steps = {name: asdict(one) for name, one in ({**before, **found} if known == gpus else found).items()}
+    write_file(forecast_path(folders), json.dumps({"gpus": gpus, "steps": steps}, indent=1) + "\n")
+
+
+def read_forecasts(folders: Folders) -> tuple[str, dict[str, Forecast]]:
+    """The GPUs of the saved forecasts, empty for those that were here, and the forecasts by the name of their step.
+    Raises InputError for a file that is damaged."""
+    path = forecast_path(folders)
+    if not path.exists():
+        return "", {}
+    saved = read_object(path, "remove it")
+    try:
+        return saved["gpus"], {name: Forecast(**one) for name, one in saved["steps"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} has no forecasts: remove it") from None
+
+
+def forecast_path(folders: Folders) -> Path:
+    return folders.output / "forecast.json"
+
+
 def main() -> None:
     gpus_text = sys.argv[1]
     with contextlib.redirect_stdout(sys.stderr):  # libraries print there
@@ -73,10 +99,13 @@ def predict(asked: dict[str, list[str]], gpus_text: str) -> dict[str, dict]:
         return {name: {"why": "no GPU found: give --gpus, such as --gpus 8xH100-80GB"} for name in asked}
     nodes = int(os.environ.get("NNODES", "1"))
     gpus = parse_gpus(gpus_text, nodes) if gpus_text else gpus_here(here, nodes)
-    found = {}
+    found, headers = {}, {}
     for name, words in asked.items():
         try:
             request = Request.parse(words)
+            # Groups share videos, which a row names in the same way where they are looked up in the same folder.
+            shared = headers.setdefault(request.data and request.data.video_root, request.headers)
+            request = replace(request, headers=shared)
             plan, shape, _, steps = request.predict(gpus)
         except InputError as error:
             found[name] = {"why": str(error)}

@@ -10,7 +10,7 @@ page shows.
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,20 +49,28 @@ class Job:
     group: str
     steps: tuple[Step, ...]
     """Those that still have to run."""
+    scores: bool = False
+    """Whether only metrics are missing: the job needs no GPU."""
+
+    @property
+    def file(self) -> str:
+        """The name of its sbatch file."""
+        return f"{'score-' * self.scores}{self.group}.sbatch"
 
     @property
     def is_array(self) -> bool:
         return bool(self.steps[0].variant)
 
 
-def make_jobs(left: Sequence[Step]) -> list[Job]:
-    """The steps that are `left`, by group. The steps come variant by variant; of the groups, each follows those that it
-    needs."""
-    groups: dict[str, list[Step]] = {}
+def make_jobs(left: Sequence[Step], partial: Collection[str] = ()) -> list[Job]:
+    """The steps that are `left`, by group. Those named in `partial` are completed, in jobs of their own. The steps come
+    variant by variant; of the groups, each follows those that it needs."""
+    groups: dict[tuple[str, bool], list[Step]] = {}
     for step in left:
-        groups.setdefault(step.group, []).append(step)
+        scores = step.name in partial and step.complete_array is not None
+        groups.setdefault((step.group, scores), []).append(step)
     rank = (PREPARE, TRAIN, EVALUATE, REPORT)
-    jobs = [Job(group, tuple(steps)) for group, steps in groups.items()]
+    jobs = [Job(group, tuple(steps), scores) for (group, scores), steps in groups.items()]
     return sorted(jobs, key=lambda job: rank.index(job.steps[0].kind))
 
 
@@ -89,7 +97,7 @@ def log_path(logs: Path, group: str, job: str) -> Path:
 def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
     """The sbatch file of a job. `after_each` is the command that rewrites the status page."""
     step = job.steps[0]
-    gpu = step.kind in (TRAIN, EVALUATE)
+    gpu = step.kind in (TRAIN, EVALUATE) and not job.scores
     lines = ["#!/bin/bash", f"# {job.group}: written by paper.sh, which submits it. Edit it as needed."]
     lines += [f"#SBATCH {line}" for line in (SBATCH if gpu else SBATCH_CPU)]
     lines += [f"cd {quote(str(ROOT))}", "unset ${!QWEN2_5_VL_@}"]
@@ -97,13 +105,14 @@ def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
     lines += ["job=$SLURM_JOB_ID" if not job.is_array else "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"]
     # From SLURM 22.05 on, srun does not take it from sbatch.
     lines += ["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"] * gpu
-    command = step.array or Command(step.command, step.environment)
+    command = (step.complete_array if job.scores else step.array) or Command(step.command, step.environment)
     if job.is_array:
         lines += [f"variants=({' '.join(VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
     lines += [f"export {name}={quote(value)}" for name, value in command.environment.items()]
     name, show = f"{job.group}-{VARIANT}" if job.is_array else job.group, " ".join(map(quote, after_each))
     lines += [f"attempt={quote(str(attempt_path(logs, name)))}", "began=$(date +%s)", 'echo "$job $began" >"$attempt"']
-    lines += [f"{show} >/dev/null &"]
+    show += " >/dev/null 2>&1"  # the log is that of the step alone
+    lines += [f"{show} &"]
     lines += [("srun " if gpu else "") + " ".join(map(quote, command.words)), "status=$?"]
     lines += ['echo "$job $began $(date +%s) $status" >"$attempt"']
     lines += REQUEUE if gpu else ()  # at once: the time limit is near
@@ -152,7 +161,7 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
     logs = output / "logs"
     lines: list[str] = []
     for job in jobs:
-        path = folder / f"{job.group}.sbatch"
+        path = folder / job.file
         if line := write_script(path, script(job, logs, after_each)):
             lines.append(line)
     if not shutil.which("sbatch"):
@@ -186,7 +195,7 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
             command += [f"--output={log_path(logs, job.group, '%A_%a' if job.is_array else '%j')}"]
             command += [f"--array={indices}"] if job.is_array else []
             command += [f"--dependency={needs}"] if needs else []
-            path = folder / f"{job.group}.sbatch"
+            path = folder / job.file
             try:
                 number = _run([*command, str(path)], f"sbatch {path}").strip().split(";")[0]
             except InputError as error:

@@ -5,7 +5,7 @@ Knows nothing about how and when steps run.
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +59,8 @@ class Step:
     """The command where its output is PARTIAL; `command` if empty."""
     array: Command | None = None
     """The command that all steps of the group share, with VARIANT in place of the variant."""
+    complete_array: Command | None = None
+    """The same for `complete`."""
 
     @property
     def group(self) -> str:
@@ -217,7 +219,8 @@ def variant_steps(
         test, captions = folders.rows(task, "test"), folders.captions(size, task, variant, schedule)
         flags = (*(("--task", task) if TASKS[task].subtasks else ()), *settings.evaluate, *chosen.judge)
         flags += ("--schedule", "random") if schedule == "random" else ()
-        mine = evaluation(folders, size, task, variant, schedule, flags)
+        mine, shared = (evaluation(folders, size, task, name, schedule, flags) for name in (variant, VARIANT))
+        scored = str(folders.captions(size, task, VARIANT, schedule))
         steps.append(
             Step(
                 f"evaluate-{size}-{task}-{schedule}-{variant}",
@@ -228,7 +231,8 @@ def variant_steps(
                 (train.name,),
                 schedule=schedule,
                 complete=(*mine.words, "--score-only", str(captions)),
-                array=evaluation(folders, size, task, VARIANT, schedule, flags),
+                array=shared,
+                complete_array=replace(shared, words=(*shared.words, "--score-only", scored)),
                 **kind,
             )
         )

@@ -12,7 +12,7 @@
     sweep   speed-up for K x visual tokens per clip, compared with S(r) = (1 + r) / max(1, r)
     many    number of sessions that one model sustains, each with one clip per second
     long    memory and speed over a stream of thousands of clips
-    steps   milliseconds of each kind of forward step, and the kernels of those that generate a token
+    steps   milliseconds of each kind of forward step; kernels of those that generate a token, and of the vision encoder
     lanes   timeline of perception and generation over a few rounds
     plot    plots of the results of the other commands; needs no GPU and no weights
 

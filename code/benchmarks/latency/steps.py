@@ -1,4 +1,5 @@
-"""Time of each kind of forward step, on the device and with the host, and kernels of steps that generate a token."""
+"""Time of each kind of forward step, on the device and with the host; kernels of steps that generate a token and of the
+vision encoder."""
 
 import contextlib
 import time
@@ -9,7 +10,7 @@ import torch
 from qwen_vl_streaming.engine.step_request import StepRequest
 from qwen_vl_streaming.engine.step_runner import StepRunner
 
-from latency.setup import Bench, play
+from latency.setup import GRIDS, Bench, play
 
 REPEATS = 50
 SHOWN = 14
@@ -84,7 +85,8 @@ def steps(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chu
                 )
             if how == chunks[0]:
                 for name, pieces in (("decode", 0), ("prefill and decode", 1)):
-                    kernels[name] = profile(bench, name, replay(made, pieces, True, kept[pieces, True]))
+                    kernels[name] = profile(bench, f"{name} step", replay(made, pieces, True, kept[pieces, True]))
+                kernels["vision encoder"] = profile(bench, "vision encoder", encode(bench, made, tokens))
     return {"tokens": tokens, "steps": table, "kernels": kernels}
 
 
@@ -99,6 +101,13 @@ def replay(made: StepRunner, pieces: int, sample: bool, request: StepRequest) ->
         made._step(pieces, sample)
 
     return again if graph is None else graph.replay
+
+
+def encode(bench: Bench, made: StepRunner, tokens: int) -> Callable[[], object]:
+    """A function that encodes one clip: a CUDA graph, or the encoder itself if there is none."""
+    encoder, clips = made.vision_encoder, bench.clips(1, tokens)
+    graphs = encoder.graphs.get(GRIDS[tokens], {})
+    return graphs[1][0].replay if graphs else lambda: encoder.encode(clips, [bench.layout(tokens)])
 
 
 def profile(bench: Bench, name: str, work: Callable[[], object]) -> list[dict]:
@@ -116,7 +125,7 @@ def profile(bench: Bench, name: str, work: Callable[[], object]) -> list[dict]:
             rows.append({"name": event.key, "count": event.count / 10, "ms": spent / 1e4})
     rows.sort(key=lambda row: -row["ms"])
     spent, count = sum(row["ms"] for row in rows), sum(row["count"] for row in rows)
-    print(f"\n{name} step alone: {spent:.3f} ms in {count:.0f} kernels")
+    print(f"\n{name} alone: {spent:.3f} ms in {count:.0f} kernels")
     print(f"{'ms':>8}{'count':>7}  kernel")
     for row in rows[:SHOWN]:
         print(f"{row['ms']:>8.3f}{row['count']:>7.0f}  {row['name'][:100]}", flush=True)

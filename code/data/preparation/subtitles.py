@@ -1,8 +1,8 @@
 """Reads the cues of SRT and WebVTT files. Does not depend on videos and rows.
 
-SRT has no standard; what players accept is accepted: counters and hours may be missing, the decimal sign is a comma or
-a point, and a text may have blank lines. WebVTT is read as its specification (https://www.w3.org/TR/webvtt1) says. Of
-the markup, only times inside a cue are used: they start pieces of their own.
+SRT has no standard; what players accept is accepted: counters, hours and milliseconds may be missing, the decimal sign
+is a comma or a point, and a text may have blank lines. WebVTT is read as its specification
+(https://www.w3.org/TR/webvtt1) says. Of the markup, only times inside a cue are used: they start pieces of their own.
 """
 
 import codecs
@@ -14,8 +14,9 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 
-TIME = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})[.,](\d{1,3})"
-TIMING = re.compile(rf"\s*{TIME}\s*-->\s*{TIME}(?:\s.*)?")
+SECONDS = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})"
+TIME, SRT_TIME = rf"{SECONDS}[.,](\d{{1,3}})", rf"{SECONDS}(?:[.,](\d{{1,3}}))?"
+TIMING, SRT_TIMING = (re.compile(rf"\s*{time}\s*-->\s*{time}(?:\s.*)?") for time in (TIME, SRT_TIME))
 INNER_TIME = re.compile(rf"<{TIME}>")
 SRT_TAG = re.compile(r"</?(?:b|i|u|s|font|c)\b[^>]*>|\{\\[^}]*\}", re.IGNORECASE)
 VTT_TAG = re.compile(r"<[^>]*>")
@@ -37,7 +38,7 @@ def read_srt(path: Path) -> list[Cue]:
     """The cues of an SRT file with text, in the order of the file. Raises InputError, with the line, if it has none or
     a time is not valid."""
     lines = _read_lines(path)
-    timings = [number for number, line in enumerate(lines) if re.match(rf"[\s\d:.,-]*{ARROW}", line)]
+    timings = [number for number, line in enumerate(lines) if re.match(rf"[\s\d:.,;-]*{ARROW}", line)]
     cues = []
     for number, following in zip(timings, [*timings, len(lines)][1:], strict=True):
         text = lines[number + 1 : following]
@@ -46,7 +47,7 @@ def read_srt(path: Path) -> list[Cue]:
         # What precedes the next times is its counter.
         if following < len(lines) and text and text[-1].strip().isdecimal() and lines[following - 1].strip():
             text.pop()
-        start, end = _parse_timing(path, number, lines[number])
+        start, end = _parse_timing(path, number, lines[number], SRT_TIMING)
         cues.append(Cue(start, end, _plain(" ".join(text), SRT_TAG)))
     return _with_text(path, cues)
 
@@ -67,7 +68,7 @@ def read_webvtt(path: Path) -> list[Cue]:
         at = next((index for index, line in enumerate(block[:2]) if ARROW in line), None)
         if at is None:  # NOTE, STYLE, REGION or the header
             continue
-        start, end = _parse_timing(path, number + at, block[at])
+        start, end = _parse_timing(path, number + at, block[at], TIMING)
         text = [line for line in block[at + 1 :] if _plain(line, VTT_TAG)]
         if text and start - shown_until < PAUSE and _plain(text[0], VTT_TAG) == shown:
             text.pop(0)
@@ -95,8 +96,8 @@ def _plain(text: str, tag: re.Pattern) -> str:
     return " ".join(html.unescape(tag.sub("", text)).split())
 
 
-def _parse_timing(path: Path, number: int, line: str) -> tuple[float, float]:
-    match = TIMING.fullmatch(line)
+def _parse_timing(path: Path, number: int, line: str, timing: re.Pattern) -> tuple[float, float]:
+    match = timing.fullmatch(line)
     if not match:
         raise InputError(f"{path}, line {number + 1}: {line.strip()[:60]!r} are not the times of a cue: correct them")
     start, end = _seconds(match.groups()[:4]), _seconds(match.groups()[4:])

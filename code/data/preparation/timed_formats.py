@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.video_part import Part, video_part
 
 from .subtitles import Cue, read_srt, read_webvtt
 
@@ -27,10 +28,12 @@ class Timed:
     """Identifies it, if no other sample has the same name."""
     video: str = ""
     """The video's path, or its name without a suffix."""
-    part: tuple[float, float] | None = None
-    """The part of the video in seconds, if not all of it."""
+    part: Part = field(default_factory=Part)
+    """The part of the video, in seconds."""
     duration: float | None = None
     """The duration of the video according to the source."""
+    seconds: float = 0.0
+    """The measured length of the part."""
     segments: list[dict[str, Any]] = field(default_factory=list)
     question: str | None = None
     error: str = ""
@@ -82,12 +85,14 @@ def _fill_livecc(sample: Timed, conversation: Any) -> None:
     texts = [part["text"] for role, part in parts if role == "user" and isinstance(part.get("text"), str)]
     sample.question = next((text.strip() for text in texts if text.strip()), None)
     sample.video = _string(video["video"], "video")
-    start, end = (video.get(name) for name in ("video_start", "video_end"))
     sample.name = Path(sample.video).stem
-    if start is not None or end is not None:
-        sample.part = (_time(start or 0, "video_start"), math.inf if end is None else _time(end, "video_end"))
-        sample.name += f"_{sample.part[0]:g}-{sample.part[1]:g}"
-    begin = sample.part[0] if sample.part else 0.0
+    try:
+        sample.part = video_part(video)
+    except InputError as error:
+        raise _Fault(f"part of the video is not valid: {error}") from error
+    begin = sample.part.get("start", 0.0)
+    if sample.part:
+        sample.name += f"_{begin:g}-{sample.part.get('end', math.inf):g}"
     if not isinstance(words, list) or not all(isinstance(word, list) and len(word) == 3 for word in words):
         raise _Fault("text_stream is not valid: a list of [start, end, word] is needed")
     sample.segments = [

@@ -1,33 +1,29 @@
-"""Converts published captions with times to rows with `segments`: finds and checks the videos, cuts those of which only
-a part is meant, brings the segments in order, and writes the rows and a reason for each sample without one."""
+"""Converts published captions with times to rows with `segments`: finds and checks the videos, puts the
+segments in order, and writes the rows and a reason for each sample without one."""
 
 import json
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_write
 from qwen_vl_streaming.common.paths import find_video
-from qwen_vl_streaming.common.progress import Progress
+from qwen_vl_streaming.common.video_part import FIELDS, part_seconds
+from qwen_vl_streaming.timeline.segments import in_order
 
-from .cutting import cut_parts
 from .files import exclusive_lock, remove_partial_files
 from .own_rows import Options as OwnOptions
 from .own_rows import check_own_videos, check_times
-from .parallel import run_tasks
 from .report import SplitStatistics
 from .rules import BAD, KEPT, Sample
 from .run import skipped_line, write_report
 from .timed_formats import FORMATS, Timed
-from .videos import TOLERANCE, VIDEO_SUFFIXES, compare_duration, relative_path
+from .videos import VIDEO_SUFFIXES, compare_duration, relative_path
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +36,11 @@ class Options(OwnOptions):
     """A key of FORMATS."""
     segment_time: str
     """When the text of a segment may be written, see `data_rows.SEGMENT_TIMES`; empty for the format's own."""
-    parts: Path | None
-    """The folder for parts that are cut out of videos. None: samples that need one are skipped."""
 
 
 def prepare_timed_rows(options: Options) -> dict[str, SplitStatistics]:
     """Convert `options.source`. Returns the statistics by its name. Raises InputError for user errors. Running again
-    does not check or cut the same videos again."""
+    does not check the same videos again."""
     source, when = Path(options.source), options.segment_time or FORMATS[options.format].segment_time
     read = FORMATS[options.format].read
     with exclusive_lock(options.state_folder):
@@ -61,8 +55,6 @@ def prepare_timed_rows(options: Options) -> dict[str, SplitStatistics]:
             except InputError as error:
                 sample.error = f"video is missing: {error}"
         seconds = _inspect(samples, options)
-        if _cut(samples, seconds, options):
-            seconds = _inspect(samples, options)
         statistics = SplitStatistics()
         first = _write(samples, read(source), seconds, when, options, statistics)
         write_report({options.name: statistics}, options)
@@ -85,67 +77,19 @@ def _find(video: str, options: Options) -> Path:
 
 
 def _inspect(samples: Sequence[Timed], options: Options) -> dict[str, float]:
-    """The seconds of each video, by path. Samples with a video that cannot be used get an error."""
+    """The seconds of each video, by path. Samples get the seconds of their part, or an error."""
     good = [sample for sample in samples if not sample.error]
     checked = check_own_videos([Sample(sample.name, sample.where, video=sample.video) for sample in good], options)
     for sample in good:
-        sample.error = checked[sample.video].error
+        found = checked[sample.video]
+        stated = found.seconds if sample.duration is None else sample.duration
+        sample.error = found.error or compare_duration(found.seconds, stated)
+        if not sample.error:
+            try:
+                sample.seconds = part_seconds(sample.video, sample.part, found.seconds)
+            except InputError as error:
+                sample.error = f"part of the video is missing: {error}"
     return {path: found.seconds for path, found in checked.items()}
-
-
-def _cut(samples: Sequence[Timed], seconds: dict[str, float], options: Options) -> int:
-    """Cut the parts that samples are about, and make these their videos. Returns the number of samples with a part."""
-    tasks: dict[str, list[tuple[float, float, Path]]] = {}
-    parts: dict[Path, list[Timed]] = {}
-    for sample in samples:
-        if sample.error or sample.part is None:
-            continue
-        (start, end), length = sample.part, seconds[sample.video]
-        if start == 0 and end > length - TOLERANCE:
-            continue
-        if options.parts is None:
-            end_text = "its end" if end == math.inf else f"{end:g} s"
-            sample.error = f"video is only used in part: from {start:g} s to {end_text}: give --parts FOLDER to cut it"
-            continue
-        target = options.parts.absolute() / f"{sample.name}.mp4"
-        if target in parts and parts[target][0].video != sample.video:
-            sample.error = (
-                f"video cannot be cut: {target} is for a part of {parts[target][0].video}: rename one of them"
-            )
-            continue
-        if target not in parts:
-            tasks.setdefault(sample.video, []).append((start, min(end, length), target))
-        parts.setdefault(target, []).append(sample)
-    if not tasks:
-        return 0
-    work = [(Path(video), wanted) for video, wanted in tasks.items()]
-    workers = min(options.worker_count(from_hub=False), len(work))
-    with (
-        Progress(total=len(parts), unit="part", desc="cutting videos") as bar,
-        closing(run_tasks(cut_parts, work, workers)) as results,
-    ):
-        for result in results:
-            for target, error in result:
-                for sample in parts[target]:
-                    sample.video, sample.error = str(target), error
-            bar.update(len(result))
-    return len(parts)
-
-
-def in_order(segments: list[dict[str, Any]], when: str) -> tuple[list[dict[str, Any]], bool]:
-    """`segments` in the order in which their texts may be written, and whether some overlapped. The time that does not
-    count for `when` is moved so that none do."""
-    key = "end" if when == "end" else "start"
-    ordered = [dict(segment) for segment in sorted(segments, key=lambda segment: (segment[key], segment["end"]))]
-    overlapped = False
-    for before, after in pairwise(ordered):
-        if after["start"] < before["end"]:
-            overlapped = True
-            if when == "end":
-                after["start"] = before["end"]
-            else:
-                before["end"] = after["start"]
-    return ordered, overlapped
 
 
 def _write(
@@ -165,11 +109,10 @@ def _write(
     with atomic_write(options.outputs[options.name]) as rows, atomic_write(skipped) as reasons:
         for sample, whole in zip(samples, again, strict=True):
             ordered, overlapped = in_order(whole.segments, when)
-            length = seconds.get(sample.video, 0.0)
-            reason = sample.error or _fault(whole, ordered, length)
+            reason = sample.error or _fault(whole.segments, ordered, sample.seconds)
             names[sample.name] += 1
             video_id = sample.name if names[sample.name] == 1 else f"{sample.name}:{names[sample.name]}"
-            statistics.add(BAD if reason else KEPT, length, None, reason)
+            statistics.add(BAD if reason else KEPT, sample.seconds, None, reason)
             if reason:
                 reasons.write(skipped_line(options.name, sample.name, sample.where, reason))
                 first = first or f"{sample.where}: {reason}"
@@ -177,7 +120,8 @@ def _write(
             row = {
                 "video_id": video_id,
                 "video_path": _row_path(Path(sample.video).absolute(), options.root),
-                "video_duration_in_s": round(length, 3),
+                **{name: sample.part[key] for name, key in FIELDS.items() if key in sample.part},
+                "video_duration_in_s": round(seconds[sample.video], 3),
                 **({"question": sample.question} if sample.question else {}),
                 "segments": ordered,
                 "segment_time": when,
@@ -200,11 +144,9 @@ def _row_path(video: Path, root: Path) -> str:
     return relative_path(video, root) if video.is_relative_to(root) else str(video)
 
 
-def _fault(whole: Timed, ordered: list[dict[str, Any]], length: float) -> str:
-    """Why a sample with a good video has no row, or an empty string."""
-    if whole.duration is not None and (reason := compare_duration(length, whole.duration)):
-        return reason
+def _fault(segments: list[dict[str, Any]], ordered: list[dict[str, Any]], seconds: float) -> str:
+    """Why `segments`, and these `ordered`, cannot be used with a video of `seconds`, or an empty string."""
     # Before they were put in order, a segment may have ended before it started.
-    if backward := next((s for s in whole.segments if s["end"] < s["start"]), None):
+    if backward := next((s for s in segments if s["end"] < s["start"]), None):
         return f"segments are not valid: one from {backward['start']:g} to {backward['end']:g} s ends before it starts"
-    return check_times(ordered, length)
+    return check_times(ordered, seconds)

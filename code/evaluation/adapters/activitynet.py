@@ -8,19 +8,17 @@ the clips from the slot of its first token to the slot of its last: slot i is wr
 seconds i - 1 to i, is the newest that has been seen. So a sentence of the slots 3 to 5 has the span from 2 s to 5 s.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metrics.naming import SENTENCE_END
 from metrics.soda import Caption
 from qwen_vl_streaming.common.errors import InputError
 
 from adapters.reading import get_seconds, read_json
 
 VERSION = "VERSION 1.0"
-SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|\n+")
-"""The end of a sentence. The point of a number such as 3.5 is none; that of "Mr. Smith" is."""
 
 
 def split_sentences(pieces: Sequence[str]) -> Iterator[tuple[str, int, int]]:

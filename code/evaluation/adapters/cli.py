@@ -18,6 +18,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from identity import ARGUMENTS, describe_model, read_arguments
 from metrics.judge import KEY, Judge
 from metrics.preference import OPTIONS, PROMPT, TIE, check_prompt, compare, question, win_rate
 from metrics.scoring import NotComputed, check_java
-from metrics.soda import BEST, MERGED, soda_c
+from metrics.soda import BEST, MERGED, soda_c, without_words
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.files import write_file
@@ -68,6 +69,9 @@ def livesports_rows(arguments: argparse.Namespace) -> None:
     write_lines(arguments.output, rows)
     videos = len({row["video_path"] for row in rows})
     print(f"{count(len(rows), 'event')} of {count(videos, 'video')}: {arguments.output}")
+    if untimed := [row["video_id"] for row in rows if "segments" not in row]:
+        why = "event_asr is missing, or not in order, or not within the event"
+        print(f"{count(len(untimed), 'event')} without segments, since {why}; the first is {untimed[0]}")
 
 
 def livesports_predictions(arguments: argparse.Namespace) -> None:
@@ -218,6 +222,9 @@ def activitynet_soda(arguments: argparse.Namespace) -> None:
         annotations.append(references)
         if backward:
             logger.warning("%s: references that end before they start, and so match nothing: %d", source, backward)
+    for where, captions in zip((path, *sources), (predictions, *annotations), strict=True):
+        if wordless := without_words(chain.from_iterable(captions.values())):
+            logger.warning("%s: sentences without a word in ASCII, which METEOR scores 0: %d", where, wordless)
     try:
         scores = soda_c(predictions, annotations, arguments.annotators)
     except NotComputed as error:

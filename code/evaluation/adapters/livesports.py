@@ -2,17 +2,20 @@
 
 Its data, LiveSports-3K-CC.json of the data set stdKonjac/LiveSports-3K, has an object per event: `video_id`, `event_id`
 (counts within the video), `begin` and `end` (seconds in the video), `video` (file name), `event_title`,
-`event_asr_text` (the human commentary), `preasr_text` (what was said before) and fields that are not read here. Its
-predictions, which LiveCC's evaluation/livesports3kcc/llm_judge.py reads, are JSON Lines of `video_id`, `event_id`,
-`begin`, `end` and `pred`. That script names an event `<video_id>_<event_id>`; here this is the row's `video_id`.
+`event_asr_text` (the human commentary), `event_asr` (its sentences, with their times in the video, as the JSON text of
+a list of [start, end, text]), `preasr_text` (what was said before) and fields that are not read here. Its predictions,
+which LiveCC's evaluation/livesports3kcc/llm_judge.py reads, are JSON Lines of `video_id`, `event_id`, `begin`, `end`
+and `pred`. That script names an event `<video_id>_<event_id>`; here this is the row's `video_id`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.timeline.segments import check_segments, in_order
 
 from adapters.reading import get_id, get_seconds, get_text, read_records
 
@@ -34,6 +37,8 @@ class Event:
     title: str = ""
     before: str = ""
     """The human commentary before the event."""
+    segments: Sequence[dict[str, Any]] = ()
+    """The sentences of the human commentary, from `begin` on; empty if their times are not known."""
 
     @property
     def key(self) -> str:
@@ -57,12 +62,13 @@ def read_events(path: Path) -> dict[str, Event]:
         event = Event(
             get_id(place, record, "video_id"),
             get_id(place, record, "event_id") and record["event_id"],
-            get_seconds(place, record.get("begin"), "begin"),
-            get_seconds(place, record.get("end"), "end"),
+            begin := get_seconds(place, record.get("begin"), "begin"),
+            end := get_seconds(place, record.get("end"), "end"),
             get_text(place, record, "video"),
             get_text(place, record, "event_asr_text"),
             get_text(place, record, "event_title", optional=True),
             get_text(place, record, "preasr_text", optional=True),
+            read_sentences(place, get_text(place, record, "event_asr", optional=True), begin, end),
         )
         if not event.begin < event.end:
             raise InputError(f"{place}: ends at {event.end:g} s, not after its begin at {event.begin:g} s: correct it")
@@ -74,6 +80,25 @@ def read_events(path: Path) -> dict[str, Event]:
     return events
 
 
+def read_sentences(place: str, text: str, begin: float, end: float) -> list[dict[str, Any]]:
+    """The segments in the `text` of `event_asr`, with times from `begin` on. The first of two that overlap is cut.
+    Empty if the text is, or if they are not in order or not from `begin` to `end`. Raises InputError, naming the entry,
+    for any other text."""
+    try:
+        segments = [
+            {"start": round(first - begin, 3), "end": round(last - begin, 3), "text": " ".join(said.split())}
+            for first, last, said in json.loads(text or "[]")
+        ]
+    except (AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise InputError(f"{place}: event_asr is not a list of [start, end, text]: correct or delete it") from error
+    ordered, _ = in_order(segments, "spread")
+    try:
+        check_segments(ordered, end - begin)
+    except InputError:
+        return []
+    return ordered if [each["text"] for each in ordered] == [each["text"] for each in segments] else []
+
+
 def make_rows(events: Iterable[Event], question: str = CONTEXT) -> Iterator[dict[str, Any]]:
     """A row of our data for each event. `question` is CONTEXT for `Event.question`, or NONE for the built-in one."""
     for event in events:
@@ -83,6 +108,7 @@ def make_rows(events: Iterable[Event], question: str = CONTEXT) -> Iterator[dict
             "video_start": event.begin,
             "video_end": event.end,
             "human_caption": event.human,
+            **({"segments": event.segments, "segment_time": "spread"} if event.segments else {}),
             **({"question": event.question} if question == CONTEXT else {}),
         }
 

@@ -64,15 +64,32 @@ def check(row: Mapping) -> None:
 
 
 def decode_pieces(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]:
-    """The text of each token of a row; that of a token that ends a slot, where the model decides when to speak, is
-    empty. Raises ValueError, with the reason, as `check` does and if `decode` does not return the row's text."""
+    """The text of each token of a row; joined, they are the whole text. A character that is written by several tokens
+    is in the text of the last one. That of a token that ends a slot, where the model decides when to speak, is empty.
+    Raises ValueError, with the reason, as `check` does and if `decode` does not return the row's text."""
     check(row)
     ends = row.get("end_of_slot")
     if decode([token for token in row["tokens"] if token != ends]).strip() != row["result"].strip():
         raise ValueError(
             f"the tokens of video {row['video_id']} do not decode to its text: another tokenizer wrote them"
         )
-    return ["" if token == ends else decode([token]) for token in row["tokens"]]
+    pieces: list[str] = []
+    pending: list[int] = []  # tokens up to a character that is not complete, of whose text `shown` characters are
+    text, shown, last = "", 0, 0
+    for index, token in enumerate(row["tokens"]):
+        if token == ends:
+            pieces.append("")
+            continue
+        pending.append(token)
+        text = decode(pending)
+        complete = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        pieces.append(complete[shown:])
+        shown, last = len(complete), index
+        if complete == text:
+            pending, shown = [], 0
+    if pending:
+        pieces[last] += text[shown:]
+    return pieces
 
 
 def measure(row: Mapping, decode: Callable[[list[int]], str]) -> dict[str, float]:

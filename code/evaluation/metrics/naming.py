@@ -1,14 +1,18 @@
 """Finds the word of a caption by which it names an event. Knows nothing about models, files, videos and scores.
 
-Words are compared by their stems. An event has *key words*: those that it is given with, all of which are needed, or
-the content words of its text, of which three in five are needed. A *piece* of a caption names the event if it contains
-as many different key words as are needed, lies within one sentence, and is not longer than three times the text of the
-event. The event is named by the last word of such a piece: there, enough has been said.
+Words are compared by their stems. They are separated by spaces or punctuation; in Chinese and Japanese, each character
+is a word. Thai, Khmer, Lao and Burmese, also written without spaces, are not divided into words. An event has *key
+words*: those that it is given with, all of which are needed, or the content words of its text, of which three in five
+are needed. A *piece* of a caption names the event if it contains as many different key words as are needed, lies within
+one sentence, and is not longer than three times the text of the event. The event is named by the last word of such a
+piece: there, enough has been said.
 
 `align` chooses the pieces of several events: in the order of the events, and without a word in two of them.
 """
 
 import re
+import unicodedata
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +25,19 @@ LONGEST = 3
 PAUSE = 2
 """So many slots without a word end a sentence, as a full stop does."""
 
-# A character of Chinese or Japanese is a word of its own: these are written without spaces.
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+(?:['’][^\W_]+)*")
-SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*$")
+# Characters of Chinese and Japanese. Each is a word of its own: these are written without spaces.
+_HAN_KANA = (
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff"
+)
+# Accents and vowel signs that follow their letter, as in Hindi and Thai: in `re`, these are not part of \w.
+_MARKS = "".join(char for char in map(chr, range(0x300, 0x20000)) if unicodedata.category(char).startswith("M"))
+_PART = rf"(?:[^\W_{_HAN_KANA}][{_MARKS}]*)+"
+WORD = re.compile(rf"[{_HAN_KANA}][{_MARKS}]*|{_PART}(?:['’]{_PART})*")
+_CLOSING = r"[\"'”’)\]»」』）】]*"
+SENTENCE_END = re.compile(rf"[.!?…]+{_CLOSING}(?=\s|$)|[.!?](?=[{_HAN_KANA}])|[。！？｡؟۔।॥]+{_CLOSING}|\n+")
+"""The end of a sentence, in Arabic, Urdu and Hindi as well. The point of a number such as 3.5 is not one; that of "Mr.
+Smith" is."""
 STOP = (
     "a an the this that these those there here it its he him his she her they them their we us our you "
     "your i me my and or but so as if then than while when with without of to in on at by for from into "
@@ -36,9 +50,9 @@ STOP_WORDS = frozenset(STOP.split())
 
 def stem(word: str) -> str:
     """The lower-case word without the endings 's, -s, -es, -ies, -ing, -ed and -e, and without the doubled consonant
-    that -ing or -ed may leave: a simplified form of steps 1a, 1b and 5a of Porter's algorithm (1980). Stems are only
-    compared with each other; they need not be words."""
-    word = re.sub(r"['’](s)?$|['’](?=\w)", lambda found: "" if found[0][1:] in ("", "s") else "'", word.lower())
+    that -ing or -ed may leave: a simplified form of steps 1a, 1b and 5a of Porter's algorithm (1980). Different codes
+    of one character (Unicode's NFKC) are the same. Stems are only compared with each other; they need not be words."""
+    word = re.sub(r"['’](?:s$)?", "", unicodedata.normalize("NFKC", word).lower())
     if not word.isascii():
         return word
     if len(word) > 3 and word.endswith("ies"):
@@ -105,44 +119,28 @@ class Word:
 
     stem: str
     slot: int
-    """The slot that wrote its last letter."""
+    """The slot that wrote its last character."""
     sentence: int
     """Which sentence it is in, from 0."""
     content: bool
 
 
-def spoken_words(text: str, pieces: Sequence[str], slots: Sequence[int]) -> list[Word]:
-    """The words of the caption `text`, whose tokens have the texts `pieces` and were written in `slots`.
+def spoken_words(pieces: Sequence[str], slots: Sequence[int]) -> list[Word]:
+    """The words of a caption whose tokens have the texts `pieces`, joined the whole text, and were written in `slots`.
 
-    A sentence ends at a word with a full stop, question or exclamation mark, or before PAUSE slots without a word.
+    A sentence ends at SENTENCE_END, and before PAUSE slots without a word.
     """
+    text = "".join(pieces)
+    slot_of = [slot for piece, slot in zip(pieces, slots, strict=True) for _ in piece]
+    ends = [found.end() for found in SENTENCE_END.finditer(text)]
     words: list[Word] = []
-    sentence, before = 0, None
-    for written, slot in zip(text.split(), last_letter_slots(pieces, slots), strict=True):
-        if before is not None and slot - before > PAUSE:
-            sentence += 1
-        words += [Word(stem(word), slot, sentence, not is_stop_word(word)) for word in words_in(written)]
-        sentence += bool(SENTENCE_END.search(written))
-        before = slot
+    pauses = 0
+    for found in WORD.finditer(text):
+        slot = slot_of[found.end() - 1]
+        pauses += bool(words) and slot - words[-1].slot > PAUSE
+        sentence = bisect_right(ends, found.start()) + pauses
+        words.append(Word(stem(found[0]), slot, sentence, not is_stop_word(found[0])))
     return words
-
-
-def last_letter_slots(pieces: Sequence[str], slots: Sequence[int]) -> list[int]:
-    """The slot of the last letter or digit of each word, separated by white space; of its last character where it has
-    none. (`lag.word_slots` counts the punctuation after a word as well.)"""
-    found: list[int] = []
-    in_word = lettered = False
-    for piece, slot in zip(pieces, slots, strict=True):
-        for char in piece:
-            letter = char.isalnum() or char == "\N{REPLACEMENT CHARACTER}"  # part of a character
-            if char.isspace():
-                in_word = False
-            elif not in_word:
-                found.append(slot)
-                in_word, lettered = True, letter
-            elif letter or not lettered:
-                found[-1], lettered = slot, lettered or letter
-    return found
 
 
 @dataclass(frozen=True)

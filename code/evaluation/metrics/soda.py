@@ -32,7 +32,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -179,6 +179,11 @@ def meteor_matrices(jobs: list[tuple[list[Caption], list[Caption]]]) -> Iterator
             errors.seek(0)
             said = errors.read().decode(errors="replace")
             raise RuntimeError(f"METEOR ended with status {process.returncode}:\n{said}")
+
+
+def without_words(captions: Iterable[Caption]) -> int:
+    """How many of the captions have no word that METEOR sees, and so match nothing: Chinese ones, for instance."""
+    return sum(not any(map(str.isalnum, ascii_only(caption.sentence))) for caption in captions)
 
 
 def ascii_only(text: str) -> str:

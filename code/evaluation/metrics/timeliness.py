@@ -93,14 +93,18 @@ class Timing:
     """Per clip."""
 
 
+class TimesDoNotFit(ValueError):
+    """The events are not those of the video; the message is the reason."""
+
+
 def events_within(row: Mapping, events: Sequence[Event]) -> list[Event]:
     """The `events` that begin before the video of a row has ended, in order of time. One that begins up to TOLERANCE
-    later is left out, as published times are rounded. Raises ValueError for one that begins later than that, and as
-    `lag.check` and `clip_seconds` do."""
+    later is left out, as published times are rounded. Raises TimesDoNotFit for one that begins later than that, and
+    ValueError as `lag.check` and `clip_seconds` do."""
     lag.check(row)
     end = row["clips"] * clip_seconds(row)
     if late := [event.time for event in events if event.time > end + TOLERANCE]:
-        raise ValueError(f"video {row['video_id']} ends at {end:g} s, but has an event at {late[0]:g} s")
+        raise TimesDoNotFit(f"video {row['video_id']} ends at {end:g} s, but has an event at {late[0]:g} s")
     return sorted((event for event in events if event.time < end), key=lambda event: event.time)
 
 
@@ -110,7 +114,7 @@ def measure(row: Mapping, events: Sequence[Event], decode: Callable[[list[int]],
     and another tokenizer."""
     pieces = lag.decode_pieces(row, decode)
     seconds, clips = clip_seconds(row), row["clips"]
-    spoken = Spoken(spoken_words(row["result"], pieces, row["slots"]))
+    spoken = Spoken(spoken_words(pieces, row["slots"]))
     words = [None if i is None else spoken.words[i].slot * seconds for i in align(events, spoken, seconds)]
     times = [naming_times(spoken, event, seconds) for event in events]
     ends = [spoken.words[span[-1]].slot * seconds for span in spoken.sentences]

@@ -6,6 +6,7 @@ puts the result in words. Knows nothing about formulas, models and pages.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from results import Row, sibling
 
 from metrics.naming import Event
 from metrics.references import events_of
-from metrics.timeliness import WITHIN, events_within, measure, summarize
+from metrics.timeliness import WITHIN, TimesDoNotFit, events_within, measure, summarize
+
+logger = logging.getLogger(__name__)
 
 POINTS = "timeliness.jsonl"
 NAMES = {
@@ -58,13 +61,26 @@ def measure_file(
     rows: Sequence[Row], captions: Path, times: Mapping[str, list[Event]], decode: Callable[[list[int]], str]
 ) -> dict[str, float | int]:
     """The timeliness of the rows of the file `captions`, as `summarize` returns it, with `without_times`, the number of
-    rows without events, and `after_the_end`, the number of events that were left out since their video had ended.
-    Writes the events beside `captions`. Raises ValueError, with the reason, as `measure` and `events_within` do, and if
-    no row has events."""
-    seen = {row["video_id"]: events_within(row, times[row["video_id"]]) for row in rows if row["video_id"] in times}
+    rows without events, `times_do_not_fit`, the number of rows that are skipped since an event begins long after their
+    video has ended, and `after_the_end`, the number of events that are skipped since their video has just ended. Writes
+    the events beside `captions`. Raises ValueError, with the reason, as `measure` and `lag.check` do, and if no row has
+    events that fit."""
+    seen: dict[str, list[Event]] = {}
+    wrong: list[str] = []
+    for row in rows:
+        if row["video_id"] in times:
+            try:
+                seen[row["video_id"]] = events_within(row, times[row["video_id"]])
+            except TimesDoNotFit as error:
+                wrong.append(str(error))
     timed = [row for row in rows if seen.get(row["video_id"])]
     if not timed:
-        raise ValueError(f"none of the {len(rows)} videos of {captions.name} has a reference with times")
+        but = f" that fits ({wrong[0]})" if wrong else ""
+        raise ValueError(f"none of the {len(rows)} videos of {captions.name} has a reference with times{but}")
+    if wrong:
+        logger.warning(
+            "timeliness: skipped, as their times do not fit: %d of %d videos; %s", len(wrong), len(rows), wrong[0]
+        )
     found = [measure(row, seen[row["video_id"]], decode) for row in timed]
     lines = [
         json.dumps({"video_id": row["video_id"], "event": one.event.text, "time": one.event.time, "said": one.said})
@@ -73,7 +89,8 @@ def measure_file(
     ]
     write_file(sibling(captions, POINTS), "".join(line + "\n" for line in lines))
     after = sum(len(times[video_id]) - len(events) for video_id, events in seen.items())
-    return {**summarize(found), "without_times": len(rows) - len(timed), "after_the_end": after}
+    counts = {"without_times": len(rows) - len(timed) - len(wrong), "times_do_not_fit": len(wrong)}
+    return {**summarize(found), **counts, "after_the_end": after}
 
 
 def read_points(captions: Path) -> list[tuple[float, float | None]]:
@@ -107,6 +124,8 @@ def describe(found: Mapping) -> str:
     )
     if "words_per_quiet_second" in found:
         text += f"; {found['words_per_quiet_second']:.2f} words a second where nothing happens"
-    if left_out := found["after_the_end"]:
-        text += f"\nleft out, as they begin after the end of their video: {left_out} more"
+    if skipped := found["after_the_end"]:
+        text += f"\nskipped, as they begin after the end of their video: {skipped} more"
+    if skipped := found.get("times_do_not_fit"):
+        text += f"\nskipped, as an event begins more than 1 s after the end: {skipped} video{'s' * (skipped != 1)}"
     return text

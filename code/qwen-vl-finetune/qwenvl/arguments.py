@@ -25,6 +25,11 @@ PAPER_SAMPLES = 16
 """Samples of a process in an optimizer step, as in the paper."""
 
 
+def default_output(variant: str) -> Path:
+    """Where training writes without --output_dir."""
+    return OUTPUT / f"qwen2_5vl-pe-{variant}"
+
+
 def accumulation_steps(batch_size: int) -> int:
     """Forward passes of an optimizer step, each with `batch_size` samples, where --gradient_accumulation_steps is not
     given: those of PAPER_SAMPLES samples. Raises InputError where they do not divide evenly."""
@@ -281,7 +286,8 @@ class SftArguments(TrainingArguments):
     gradient_accumulation_steps: int | None = field(
         default=None,
         metadata={
-            "help": f"Forward passes of an optimizer step. Default: as many as give {PAPER_SAMPLES} samples a process."
+            "help": f"Forward passes of an optimizer step. Default: as many as give {PAPER_SAMPLES} samples a process; "
+            "a run that resumes keeps its own."
         },
     )
     bf16: bool = field(

@@ -199,7 +199,7 @@ class StreamingDataset(torch.utils.data.Dataset):
                 check_segments(segments, clips * seconds_per_clip)
             except InputError as error:
                 raise InputError(f"{self.rows[index]['place']}: {error}") from error
-        elif self.variant.streams and answer - 1 < clips:
+        elif self.variant.streams and self.end_of_slot is None and answer - 1 < clips:
             raise InputError(
                 f"its caption has {answer - 1} tokens for {clips} clips, so some slots would have no token: remove it, "
                 "or train an offline variant"

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import av
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.video_part import part_seconds, video_part
 from qwen_vl_streaming.video.container import film_track, may_leap, open_film
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SLACK, pick_frames, sampled_rate, too_short
@@ -26,7 +25,8 @@ from .data import StreamingDataset
 FPS = 2.0  # the default of read_video
 THREADS = 16  # more than cores: on network storage, reading a header is mostly waiting
 CHANNEL = "QWENVL_HEADERS"
-"""Environment variable: a file in which the planner leaves what it has read for training."""
+"""Environment variable: a file without a name, open in the launcher, in which the planner leaves what it has read for
+training."""
 Count = tuple[tuple[int], float, float] | str
 """The exact number of clips of a video, or of the part that a row names, and the seconds of each and of all; or why it
 cannot be used."""
@@ -80,14 +80,14 @@ class Headers:
 
     def save(self, path: Path) -> None:
         headers = {name: asdict(header) for name, header in self.headers.items()}
-        write_file(path, json.dumps({"headers": headers, "counts": self.counts}), report=False)
+        path.write_text(json.dumps({"headers": headers, "counts": self.counts}), encoding="utf-8")
 
     @classmethod
     def take(cls, path: Path) -> "Headers":
-        """Those that the planner has left in this file, which is deleted; empty where it has left none."""
+        """Those that the planner has left in this file, which is emptied; empty where it has left none."""
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            path.unlink()
+            path.write_text("")
         except (OSError, ValueError):
             return cls()
         headers = {

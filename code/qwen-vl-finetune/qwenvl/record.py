@@ -4,6 +4,7 @@ A run resumes only with the same facts. Does not depend on models and samples.
 """
 
 import json
+import os
 import platform
 import shlex
 import socket
@@ -22,7 +23,7 @@ from qwen_vl_streaming.common.versions import RUNNING, versions
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.timeline.positions import RULE
 
-from .checkpointing import OTHER_OUTPUT, saving
+from .checkpointing import OTHER_OUTPUT, newest_checkpoint, saving
 from .fixed import FIXED_FLAGS, FREE_FLAGS
 
 PACKAGES = (*RUNNING, "accelerate", "deepspeed", "peft")
@@ -65,7 +66,7 @@ def recipe_differences(arguments: dict, groups) -> dict:
     are the dataclasses of the flags."""
     found = {}
     for flag in (flag for group in groups for flag in fields(group)):
-        decides = flag.name in FIXED_FLAGS.split() or flag.name.startswith(("tune_", "lora_")) or flag.name == "wait_k"
+        decides = flag.name in FIXED_FLAGS.split() or flag.name.startswith(("tune_", "lora_"))
         if not decides or flag.name in FREE_FLAGS.split():
             continue
         default = flag.default if flag.default is not MISSING else flag.default_factory()
@@ -93,6 +94,18 @@ def describe_run(model, data, training, rows: int, held_out: int, excluded: list
         "recipe_differences": recipe_differences(arguments, (model, data, training)),
         "arguments": arguments,
     }
+
+
+def recorded_arguments(folder: Path) -> dict:
+    """The arguments of the run that training in `folder` resumes: one with a checkpoint, or a finished one. Empty where
+    there is none. Raises InputError where run.json is invalid."""
+    path = folder / "run.json"
+    if not os.path.isfile(path):
+        return {}
+    record = read_object(path, OTHER_OUTPUT)
+    arguments = record.get("arguments")
+    started = record.get("finished") or newest_checkpoint(folder)
+    return arguments if started and isinstance(arguments, dict) else {}
 
 
 def now() -> str:

@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
-from .arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
+from .arguments import ROOT, DataArguments, ModelArguments, SftArguments, default_output
 from .checkpointing import SaveError, newest_checkpoint, save_final_model
 from .collectives import any_process
 from .data import PaddedDataset, StreamingDataset, collate_for_trainer
@@ -38,7 +38,7 @@ from .folder import check_folder, lock_folder, make_folder
 from .headers import CHANNEL, Headers
 from .param_groups import check_parts, describe_parts, make_trainable
 from .prescan import scan
-from .record import RunRecord, describe_run
+from .record import RunRecord, describe_run, recorded_arguments
 from .rows import exclude, hold_out, read_rows
 from .skipped import Skipped
 from .trainer import StepProgress, StreamingTrainer
@@ -52,6 +52,14 @@ class Parser(OneLineParser, HelpfulParser):
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """A run that resumes keeps the accumulation that it was started with, unless the flag is given."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if found.gradient_accumulation_steps is None:
+            recorded = recorded_arguments(Path(found.output_dir or default_output(found.variant)))
+            found.gradient_accumulation_steps = recorded.get("gradient_accumulation_steps")
+        return found, unknown
 
     def _print_message(self, message, file=None):
         if is_local_main_process():
@@ -69,7 +77,7 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     arguments = groups[-1]
-    arguments.output_dir = arguments.output_dir or str(OUTPUT / f"qwen2_5vl-pe-{groups[0].variant}")
+    arguments.output_dir = arguments.output_dir or str(default_output(groups[0].variant))
     quiet_libraries(arguments.process_index == 0)
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
     if not is_local_main_process():

@@ -64,13 +64,14 @@ require_number NPROC_PER_NODE "$nproc" 1 1024
 if [ "$gpus" -eq 0 ] || [ "$plan" = none ]; then
   planned=(--deepspeed "${DEEPSPEED_CONFIG:-zero3.json}")
 else
-  # What the planner reads of the videos, training does not read again.
-  QWENVL_HEADERS=$(mktemp) && export QWENVL_HEADERS
+  # What the planner reads of the videos, training does not read again. The file has no name, so that it goes with the
+  # last of these programs, however that ends.
+  file=$(mktemp) && exec {headers}<>"$file" && rm -f "$file"
+  export QWENVL_HEADERS=/proc/$$/fd/$headers
+  [ -w "$QWENVL_HEADERS" ] || unset QWENVL_HEADERS
   node=()
   ((10#$nnodes == 1)) || node=(--node "$node_rank" "$master_addr" "$master_port")
-  words=$(answer_of "$python" -m qwenvl.planner "$nproc" "$nnodes" "${node[@]}" "${inputs[@]}" "$@") ||
-    { status=$? && rm -f "$QWENVL_HEADERS" && exit "$status"; }
-  [ -s "$QWENVL_HEADERS" ] || rm -f "$QWENVL_HEADERS"
+  words=$(answer_of "$python" -m qwenvl.planner "$nproc" "$nnodes" "${node[@]}" "${inputs[@]}" "$@") || exit
   planned=()
   [ -z "$words" ] || mapfile -t planned <<<"$words"
   [ -z "${DEEPSPEED_CONFIG:-}" ] || planned+=(--deepspeed "$DEEPSPEED_CONFIG")

@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError, run
@@ -40,33 +41,36 @@ def plan() -> tuple[str, dict[str, object]]:
         raise InputError("--plan: no GPU found; give those to plan for, such as --gpus 8xH100-80GB")
 
     from ..headers import CHANNEL  # imports transformers
-    from .request import Request
-
-    request = Request.parse(words)
     from .gpus import Gpus, all_nodes, gpus_here, parse_gpus
     from .plan import command_line
+    from .request import Request
+
+    request = cache(partial(Request.parse, words))
+
+    def look() -> dict:
+        """What this node has. Raises InputError for flags that are refused."""
+        request()
+        return asdict(gpus_here(int(processes)))
 
     def decide(found: list[dict]) -> tuple[str, dict[str, object]]:
         """The text to show, and the flags."""
-        if flags := request.resumed():
-            return f"plan: the settings that {request.output} was started with", flags
-        return request.plan(all_nodes([Gpus(**gpus) for gpus in found]))
+        if flags := request().resumed():
+            return f"plan: the settings that {request().output} was started with", flags
+        return request().plan(all_nodes([Gpus(**gpus) for gpus in found]))
 
     if options.gpus is not None:
-        text, flags = request.plan(parse_gpus(options.gpus, int(nodes)))
+        text, flags = request().plan(parse_gpus(options.gpus, int(nodes)))
     elif options.node and not only_show:
         from .nodes import agree
 
         rank, address, port = options.node
-        place = int(rank), int(nodes), address, int(port)
-        text, flags = agree(*place, lambda: asdict(gpus_here(int(processes))), decide)
+        text, flags = agree(int(rank), int(nodes), address, int(port), look, decide)
     else:
-        here = gpus_here(int(processes))
-        text, flags = decide([asdict(here)] * int(nodes))
+        text, flags = decide([look()] * int(nodes))
     if only_show:
         return f"{text}\n  flags: {command_line(flags)}", {}
-    if (channel := os.environ.get(CHANNEL)) and request.headers.headers:
-        request.headers.save(Path(channel))
+    if (channel := os.environ.get(CHANNEL)) and request().headers.headers:
+        request().headers.save(Path(channel))
     print(text, file=sys.stderr)
     return "", flags
 

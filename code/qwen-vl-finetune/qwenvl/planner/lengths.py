@@ -1,6 +1,7 @@
 """The lengths of the samples, from captions and video headers, or assumed where the data are not here."""
 
 import math
+import random
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,8 @@ TERMINAL = {"delay": 2, "disable": None}
 ROW_MULTIPLE = 128
 """Rows are padded to a multiple, as the blocks of FlexAttention."""
 MARGIN = 1.05
+MOST_READ = 50_000
+"""Rows that are read for a plan. Of more, a random sample is: one node reads them, and the others wait."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,20 @@ def assumed_lengths(max_length: int, rows: int = 20_000) -> Lengths:
 def find_lengths(samples: StreamingDataset, headers: Headers | None = None) -> Lengths:
     """The lengths of `samples`. Bad samples do not count. What is read is added to `headers`.
 
+    Of more than MOST_READ samples, so many are read, and one of the maximum length is assumed among the others, so that
+    a row of any planned length holds each sample, and a batch with one as long.
+
     Raises InputError where no sample can be read.
     """
     headers, total = headers or Headers(), len(samples)
-    for _ in Progress(headers.read(samples, range(total)), "reading headers", total, **TERMINAL):
+    read = range(total) if total <= MOST_READ else sorted(random.Random(0).sample(range(total), MOST_READ))
+    for _ in Progress(headers.read(samples, read), "reading headers", len(read), **TERMINAL):
         pass
-    unknown = [i for i in range(total) if (header := headers.header(samples, i)).size and not header.clips]
+    unknown = [i for i in read if (header := headers.header(samples, i)).size and not header.clips]
     for _ in Progress(headers.count(samples, unknown), "reading timestamps", len(unknown), **TERMINAL):
         pass
     found = []
-    for index in range(total):
+    for index in read:
         header = headers.header(samples, index)
         count = headers.counts.get(video_key(samples, index))
         clips = header.clips or (count[0] if isinstance(count, tuple) else ())
@@ -116,11 +123,18 @@ def find_lengths(samples: StreamingDataset, headers: Headers | None = None) -> L
             found.append((min(length, samples.max_length), number * clip, clip, answer))
     if not found:
         raise InputError(
-            f"none of {total} samples can be trained on: their videos cannot be read, or they are longer than "
+            f"none of {len(read)} samples can be trained on: their videos cannot be read, or they are longer than "
             f"{samples.max_length} tokens: see --video_root, --model_max_length and --pack_tokens"
         )
 
     def mean(column: int) -> float:
         return sum(row[column] for row in found) / len(found)
 
-    return Lengths(tuple(row[0] for row in found), mean(1), mean(2), mean(3), total, "all headers read")
+    tokens, note = tuple(row[0] for row in found), "all headers read"
+    if len(read) < total:
+        tokens += (samples.max_length,)
+        note = (
+            f"{len(read):,} headers read at random, and one sample of {samples.max_length:,} tokens assumed among the "
+            "others: a lower --model_max_length is faster if none is as long"
+        )
+    return Lengths(tokens, mean(1), mean(2), mean(3), total, note)

@@ -3,17 +3,25 @@
 import json
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 from qwen_vl_streaming.common.errors import InputError
 
 TIMEOUT = 900.0
-"""Seconds that nodes wait for each other, as torchrun does."""
+"""Seconds that nodes wait for each other to come, as torchrun does."""
+BEAT = 10.0
+"""Seconds between two signs of life of node 0, which may plan for hours."""
+SILENCE = 120.0
+"""Seconds without one after which the others stop to wait."""
 NOTICE = 10.0
-"""Seconds after which node 0 names the nodes that it waits for."""
+"""Seconds after which a node says what it waits for."""
 POLL = 0.1
+ALIVE = "alive"
+"""The key of node 0's signs of life, which are counted."""
 
 
 def agree(
@@ -28,7 +36,8 @@ def agree(
     """What node 0 decides from what all nodes found. Called on all of them at once; values are JSON.
 
     `look` runs on each node, and `decide` on node 0 with their results in order. Raises InputError on all nodes where
-    either does, and where the nodes do not find each other. The port is free again when this returns.
+    either does, and where the nodes do not find each other within `timeout` seconds. `decide` may take any time. The
+    port is free again when this returns.
     """
     from torch.distributed import DistError, TCPStore
 
@@ -36,11 +45,12 @@ def agree(
     interrupted = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python handles signals only after the store has connected
     try:
-        store = TCPStore(address, port, is_master=node == 0, wait_for_workers=False, timeout=seconds)
-        mine = _attempt(look)
+        with _notice(lambda: f"node 0 at {address}:{port}"):
+            store = TCPStore(address, port, is_master=node == 0, wait_for_workers=False, timeout=seconds)
         if node == 0:
-            return _lead(store, nodes, mine, decide, timeout)
-        return _follow(store, node, mine, timeout)
+            with _heartbeat(store.clone()):
+                return _lead(store, nodes, _attempt(look), decide, timeout)
+        return _follow(store, node, _attempt(look))
     except DistError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
@@ -51,6 +61,41 @@ def agree(
         signal.signal(signal.SIGINT, interrupted)
 
 
+@contextmanager
+def _notice(what: Callable[[], str]) -> Iterator[None]:
+    """Says once, after NOTICE seconds, what is waited for."""
+
+    def say() -> None:
+        print(f"planning: waiting for {what()}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(NOTICE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def _heartbeat(store) -> Iterator[None]:
+    """Signs of life in `store`, a connection of its own, until the block ends."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.is_set():
+            store.add(ALIVE, 1)
+            ended.wait(BEAT)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _attempt(what: Callable[[], object]) -> dict:
     try:
         return {"value": what()}
@@ -59,20 +104,29 @@ def _attempt(what: Callable[[], object]) -> dict:
 
 
 def _lead(store, nodes: int, mine: dict, decide: Callable[[list], object], timeout: float):
-    _wait(store, [f"node {other}" for other in range(1, nodes)], timeout)
-    found = [mine, *(json.loads(store.get(f"node {other}")) for other in range(1, nodes))]
-    errors = [f"node {other}: {one['error']}" for other, one in enumerate(found) if "error" in one]
-    plan = {"error": errors[0]} if errors else _attempt(lambda: decide([one["value"] for one in found]))
+    others, found = range(1, nodes), {0: mine}
+    own = f", to tell them: {mine['error']}" if "error" in mine else ""
+    came = _wait(store, [f"node {other}" for other in others], timeout, own)
+    for other in others:
+        if f"node {other}" in came:
+            found[other] = json.loads(store.get(f"node {other}"))
+    errors = [f"node {other}: {one['error']}" for other, one in found.items() if "error" in one]
+    if missing := [f"node {other}" for other in others if other not in found]:
+        errors.append(
+            f"no answer for {timeout:.0f} s ({', '.join(missing)}): run the same command on every node, with its own "
+            "NODE_RANK"
+        )
+    plan = {"error": errors[0]} if errors else _attempt(lambda: decide([one["value"] for one in found.values()]))
     store.set("plan", json.dumps(plan))
-    _wait(store, [f"read {other}" for other in range(1, nodes)], timeout)
+    _wait(store, [f"read {other}" for other in found if other], timeout)
     return _value(plan)
 
 
-def _follow(store, node: int, mine: dict, timeout: float):
+def _follow(store, node: int, mine: dict):
     from torch.distributed import DistError
 
     store.set(f"node {node}", json.dumps(mine))
-    _wait(store, ["plan"], timeout)
+    _wait_for_plan(store)
     plan = json.loads(store.get("plan"))
     store.set(f"read {node}", "yes")
     # The launcher of node 0 uses the same port: this node's would take this store for its own.
@@ -90,16 +144,27 @@ def _value(plan: dict):
     return plan["value"]
 
 
-def _wait(store, keys: list[str], timeout: float) -> None:
-    began, noticed = time.monotonic(), False
-    while missing := [key for key in keys if not store.check([key])]:
-        waited = time.monotonic() - began
-        if waited > timeout:
-            raise InputError(
-                f"no answer for {timeout:.0f} s ({', '.join(missing)}): run the same command on every node, with "
-                "its own NODE_RANK"
-            )
-        if waited > NOTICE and not noticed:
-            noticed = True
-            print(f"planning: waiting for {', '.join(missing)}", file=sys.stderr)
-        time.sleep(POLL)
+def _wait(store, keys: list[str], timeout: float, more: str = "") -> list[str]:
+    """Those of `keys` that are set, once all are or `timeout` seconds have passed."""
+    end = time.monotonic() + timeout
+    missing = [key for key in keys if not store.check([key])]
+    with _notice(lambda: ", ".join(missing) + more):
+        while missing and time.monotonic() < end:
+            time.sleep(POLL)
+            missing = [key for key in missing if not store.check([key])]
+    return [key for key in keys if key not in missing]
+
+
+def _wait_for_plan(store) -> None:
+    """Raises InputError where node 0 shows no sign of life any more."""
+    beats, heard = -1, time.monotonic()
+    with _notice(lambda: "the plan of node 0, which reads the data"):
+        while not store.check(["plan"]):
+            if (now := store.add(ALIVE, 0)) != beats:
+                beats, heard = now, time.monotonic()
+            elif time.monotonic() - heard > SILENCE:
+                raise InputError(
+                    f"node 0 has stopped planning: no sign of life for {SILENCE:.0f} s: see what it says, and start "
+                    "all nodes again"
+                )
+            time.sleep(POLL)

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import SIZES, released_config
 from transformers.hf_argparser import string_to_bool
 
-from ..arguments import OUTPUT, ROOT, DataArguments, ModelArguments, SftArguments
-from ..checkpointing import OTHER_OUTPUT, newest_checkpoint
+from ..arguments import ROOT, DataArguments, ModelArguments, SftArguments, default_output
 from ..data import StreamingDataset
 from ..flags_help import HelpfulParser
 from ..headers import Headers
+from ..record import recorded_arguments
 from ..rows import read_rows
 from .gpus import Gpus
 from .host import available_memory
@@ -87,17 +86,11 @@ class Request:
 
     @property
     def output(self) -> Path:
-        return Path(self.given.get("output_dir") or OUTPUT / f"qwen2_5vl-pe-{self.model.variant}")
+        return Path(self.given.get("output_dir") or default_output(self.model.variant))
 
     def resumed(self) -> dict[str, object]:
         """The planned flags of the run in the output folder, if it has a checkpoint or is finished; else nothing."""
-        path = self.output / "run.json"
-        if not path.exists():
-            return {}
-        record = read_object(path, OTHER_OUTPUT)
-        arguments = record.get("arguments")
-        if not isinstance(arguments, dict) or not (record.get("finished") or newest_checkpoint(self.output)):
-            return {}
+        arguments = recorded_arguments(self.output)
         flags = {
             name: arguments[name]
             for name in PLANNED

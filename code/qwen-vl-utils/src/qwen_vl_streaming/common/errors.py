@@ -1,6 +1,9 @@
 """User errors, reported in one line. Independent of the programs that raise them."""
 
 import argparse
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -27,12 +30,27 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`. On InputError, prints its message on stderr and exits with status 2."""
+    """Calls `main`. On InputError, prints its message on stderr and exits with status 2. Where the reader of the output
+    has closed the pipe, as `head` does, exits quietly with status 141, as programs that SIGPIPE ends."""
     try:
-        main()
+        try:
+            main()
+        except SystemExit:
+            print(end="", flush=True)  # such as after --help
+            raise
+        print(end="", flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        outputs = select.poll()
+        for output in (1, 2):
+            outputs.register(output, 0)  # errors are always reported
+        if not (closed := outputs.poll(0)):  # it was another pipe
+            raise
+        for output, _ in closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python flushes the rest at exit
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def cannot_list(error: OSError) -> None:

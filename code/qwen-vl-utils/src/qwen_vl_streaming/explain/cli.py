@@ -255,14 +255,15 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_out(data: bytes) -> None:
-    """Writes to standard output. Raises InputError if that fails, unless the reader has closed the pipe."""
+    """Writes to standard output. Raises InputError if that fails, but BrokenPipeError where the pipe is closed."""
     try:
         sys.stdout.buffer.write(data)
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # `run` handles it
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest at exit
-        if not isinstance(error, BrokenPipeError):
-            raise InputError(f"cannot write to standard output ({error.strerror}): give --output FILE") from error
+        raise InputError(f"cannot write to standard output ({error.strerror}): give --output FILE") from error
 
 
 def main() -> None:

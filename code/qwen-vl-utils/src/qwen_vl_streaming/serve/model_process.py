@@ -6,13 +6,13 @@ for a client: tokens go out in one message a step. Knows nothing about sockets a
 
 import functools
 import logging
+import os
 import queue
 import signal
 import sys
 import threading
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -157,6 +157,8 @@ class ModelLoop:
         self.streams: dict[str, Stream] = {}
         self.inbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
         self.failures = 0
+        self.read_error: Exception | None = None
+        """Why messages can no longer be read."""
 
     def run(self) -> None:
         """Serve until the pipe is closed; then all sessions end, each with its record."""
@@ -164,6 +166,9 @@ class ModelLoop:
         try:
             while self._take_messages():
                 self._step()
+            if self.read_error is not None:
+                for key in [*self.streams]:
+                    self._fail(key, self.read_error)
         except (BrokenPipeError, ConnectionResetError):  # the server has ended
             pass
         finally:
@@ -179,7 +184,12 @@ class ModelLoop:
                     kind, key, number, shape, *rest = message
                     message = kind, key, self.pixels.read(number, shape, self.spec.dtype, pinned), *rest
                 self.inbox.put(message)
-        except (EOFError, OSError):
+        except (EOFError, OSError):  # the server has ended
+            pass
+        except Exception as error:  # of CUDA, for example
+            logger.exception("model %s: a message could not be read", self.spec.name)
+            self.read_error = error
+        finally:
             self.inbox.put(None)
 
     def _take_messages(self) -> bool:
@@ -260,7 +270,7 @@ class ModelLoop:
         logger.error("model %s: a session has failed: %s", self.spec.name, reason or f"{type(error).__name__}: {error}")
         code = "out_of_memory" if reason and not isinstance(error, InputError) else "failed"
         path = None if stream is None else stream.session.log.path
-        recorded = path is not None and Path(path).exists()
+        recorded = path is not None and os.path.exists(path)
         self.connection.send(("done", key, code, None, recorded))
 
     def _finish(self, key: str, report: bool = True) -> None:

@@ -4,6 +4,7 @@ A model process reports what a record will say: all that is known at the start, 
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,12 +92,15 @@ class RecordCopy:
         )
 
     def write(self, end: str) -> bool:
-        """Write the record, unless the model process has. Returns whether there is one."""
+        """Write the record, unless the model process has. Returns whether there is one; any error is logged."""
         try:
-            if not self.path.exists():
+            if not os.path.exists(self.path):
                 write_record(self.path, self.record(end))
         except InputError as error:
             logger.error("%s", error)
+            return False
+        except Exception:
+            logger.exception("%s cannot be written", self.path)
             return False
         return True
 

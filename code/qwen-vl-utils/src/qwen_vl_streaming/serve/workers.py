@@ -2,6 +2,7 @@
 starts it again if it is lost."""
 
 import asyncio
+import collections
 import contextlib
 import logging
 import multiprocessing
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Protocol
 
 from ..common.errors import InputError
@@ -38,12 +40,23 @@ class Listener(Protocol):
     def done(self, how: str, figures: dict | None, recorded: bool) -> None: ...
 
 
+class Device:
+    """Divides the memory of one device between its models."""
+
+    def __init__(self):
+        self.without_pool: set[Worker] = set()
+        """Those that start and have not made their pools yet."""
+        self.lock = threading.Lock()
+        """Held while one of them makes its pool."""
+
+
 class Worker:
     """One model on one device."""
 
-    def __init__(self, spec: ModelSpec, threads: bool = False):
-        """`threads`: run the model in a thread of this process, for tests; it is not started again."""
-        self.spec, self.threads = spec, threads
+    def __init__(self, spec: ModelSpec, threads: bool = False, device: Device | None = None):
+        """`threads`: run the model in a thread of this process, for tests; it is not started again. `device`: given if
+        workers share one."""
+        self.spec, self.threads, self.device = spec, threads, device or Device()
         self.lost, self.given_up, self.closing = False, False, False
         """No process runs now; none is started again; the server ends."""
         self.batch_slots = self.blocks = 0
@@ -56,23 +69,30 @@ class Worker:
         """Called when room has become free, or the process is lost."""
         self.losses: list[float] = []
         self.outbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self.process: SpawnProcess | None = None
+        self.device.without_pool.add(self)
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pixels = PixelBuffers(self.spec.clip_bytes)
-        self.connection, theirs = context.Pipe()
-        self.process = None
+        pixels = PixelBuffers(self.spec.clip_bytes)
+        connection, theirs = context.Pipe()
         if self.threads:
-            threading.Thread(target=run_model, args=(theirs, self.pixels, self.spec), daemon=True).start()
+            self.connection, self.pixels = connection, pixels
+            threading.Thread(target=run_model, args=(theirs, pixels, self.spec), daemon=True).start()
             return
-        arguments = theirs, self.pixels, self.spec, os.getpid()
+        arguments = theirs, pixels, self.spec, os.getpid()
         process = context.Process(target=run_process, args=arguments, daemon=True)
-        with group_signals_ignored():
-            process.start()
-        self.process = process
-        theirs.close()
-        self.pixels.handed_over()
+        try:
+            with group_signals_ignored():
+                process.start()
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            theirs.close()
+            pixels.handed_over()
+        self.connection, self.pixels, self.process = connection, pixels, process
 
     def expect(self, kind: str) -> tuple:
         """The next message while the model starts. Raises InputError if it cannot be served."""
@@ -83,6 +103,16 @@ class Worker:
         if message[0] != kind:
             raise InputError(message[1])
         return message
+
+    def make_pool(self) -> tuple[int, int]:
+        """Let the loaded model make its pool, in its share of the memory that is free on its device. Returns the room
+        that it has: sessions and blocks. Raises InputError."""
+        with self.device.lock:
+            with contextlib.suppress(OSError):  # the process has ended, which `expect` reports
+                self.connection.send(len(self.device.without_pool))
+            _, batch_slots, blocks = self.expect("ready")
+            self.device.without_pool.discard(self)
+        return batch_slots, blocks
 
     def listen(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver messages in `loop` from now on."""
@@ -117,10 +147,11 @@ class Worker:
             self.process.kill()
 
     def join(self) -> None:
-        if self.process is not None:
-            self.process.join(SECONDS_TO_END)
-            if self.process.is_alive():
-                self.process.kill()
+        process = self.process  # another thread may start it again
+        if process is not None:
+            process.join(SECONDS_TO_END)
+            if process.is_alive():
+                process.kill()
 
     # In threads
 
@@ -134,13 +165,18 @@ class Worker:
 
         outbox = self.outbox
         while True:
-            sending = self.connection, self.pixels, outbox
-            threading.Thread(target=_send_all, args=sending, daemon=True).start()
-            with contextlib.suppress(EOFError, OSError):
+            try:
+                sending = self.connection, self.pixels, self.process, outbox
+                threading.Thread(target=self._send_all, args=sending, daemon=True).start()
                 while True:
                     message = self.connection.recv()
                     self._copy(*message)
                     deliver(*message)
+            except (EOFError, OSError):  # the process has ended
+                pass
+            except Exception:
+                logger.exception("model %s: what it says could not be handled", self.spec.name)
+                self._kill()
             if not self.closing:
                 logger.error("model %s is lost", self.spec.name)
             reason = f"failed: the process of model {self.spec.name} was lost"
@@ -152,6 +188,28 @@ class Worker:
                 return deliver("given_up")
             outbox = queue.SimpleQueue()
             deliver("ready", outbox, *room)
+
+    def _send_all(
+        self, connection: Connection, pixels: PixelBuffers, process: SpawnProcess | None, outbox: queue.SimpleQueue
+    ) -> None:
+        """Send the messages in `outbox` until None; the pixels of clips through shared memory."""
+        try:
+            while True:
+                message = outbox.get()
+                if message is not None and message[0] == "clip":
+                    kind, key, clip, *rest = message
+                    message = kind, key, pixels.write(clip.pixels), tuple(clip.pixels.shape), clip.hash, *rest
+                connection.send(message)
+                if message is None:
+                    return
+        except (EOFError, OSError):
+            pass  # the process has ended, which the receiver notices
+        except Exception:
+            if connection.closed:  # `_kill` has closed it, under `send` with a TypeError
+                return
+            logger.exception("model %s: a message could not be sent", self.spec.name)
+            if process is not None:
+                process.kill()
 
     def _copy(self, kind: str, *what) -> None:
         """Keep the copies of records up to date."""
@@ -170,7 +228,10 @@ class Worker:
     def _restart(self) -> tuple[int, int] | None:
         """Start the process again. Returns the room that it has, or None if the server ends or this is in vain."""
         name = self.spec.name
+        if not self.threads:
+            self.device.without_pool.add(self)
         while not (self.closing or self.threads):
+            self._kill()
             at = time.monotonic()
             self.losses = [*(loss for loss in self.losses if at - loss < RESTART_SECONDS), at]
             if len(self.losses) > RESTARTS:
@@ -180,26 +241,31 @@ class Worker:
                     len(self.losses),
                     RESTART_SECONDS / 60,
                 )
-                return None
+                break
             logger.warning("model %s is started again", name)
-            self._kill()
             time.sleep(PAUSE)
+            if self.closing:
+                break
             try:
                 self._start()
+                if self.closing:  # since then, so that `close` has not killed this process
+                    self._kill()
+                    break
                 self.expect("loaded")
-                self.connection.send(1)
-                _, batch_slots, blocks = self.expect("ready")
-                return batch_slots, blocks
+                return self.make_pool()
             except (InputError, OSError) as error:
                 if not self.closing:
                     logger.error("model %s did not start again: %s", name, error)
+            except Exception:
+                logger.exception("model %s did not start again", name)
+        self.device.without_pool.discard(self)
         return None
 
     def _kill(self) -> None:
-        self.connection.close()
         if self.process is not None:
             self.process.kill()
             self.process.join()
+        self.connection.close()  # last: a message may be on its way
 
     # In the event loop
 
@@ -230,35 +296,19 @@ class Worker:
             self.on_change()
 
 
-def _send_all(connection: Connection, pixels: PixelBuffers, outbox: queue.SimpleQueue[tuple | None]) -> None:
-    """Send the messages in `outbox` until None; the pixels of clips through shared memory."""
-    try:
-        while True:
-            message = outbox.get()
-            if message is not None and message[0] == "clip":
-                kind, key, clip, *rest = message
-                message = kind, key, pixels.write(clip.pixels), tuple(clip.pixels.shape), clip.hash, *rest
-            connection.send(message)
-            if message is None:
-                return
-    except (EOFError, OSError):
-        pass  # the process has ended, which the receiver notices
-
-
 def start_workers(specs: Sequence[ModelSpec], threads: bool = False) -> list[Worker]:
     """Load all models at once, then divide the memory of each device between its models. Raises InputError."""
     workers: list[Worker] = []
+    devices: collections.defaultdict[str, Device] = collections.defaultdict(Device)
     try:
         for spec in specs:
-            workers.append(Worker(spec, threads))
+            workers.append(Worker(spec, threads, devices[spec.device]))
             if threads:  # transformers does not load two models at once in one process
                 workers[-1].expect("loaded")
         for worker in () if threads else workers:
             worker.expect("loaded")
-        for index, worker in enumerate(workers):
-            others = [other for other in workers[index:] if other.spec.device == worker.spec.device]
-            worker.connection.send(len(others))
-            _, worker.batch_slots, worker.blocks = worker.expect("ready")
+        for worker in workers:
+            worker.batch_slots, worker.blocks = worker.make_pool()
     except BaseException:
         for worker in workers:
             worker.connection.close()

@@ -87,11 +87,9 @@ def caption_sessions(
                     break
                 job = pending.popleft()
                 pending.extend(itertools.islice(jobs, 1))
-                running.append((job, _open(pool, variant, job, most_tokens(job))))
+                running.append((job, _open(model, pool, variant, job, most_tokens(job))))
             pool.step()
             for job, session in [*running]:
-                if session.closed:
-                    raise torch.OutOfMemoryError(f"video {job.key}: no memory left to encode its clips")
                 if session.done:
                     running.remove((job, session))
                     session.close()
@@ -116,8 +114,9 @@ def _own_schedule(job: Job) -> ModelSchedule:
     return job.schedule
 
 
-def _open(pool: SessionPool, variant: Variant, job: Job, max_new_tokens: int) -> Session:
-    """A session to which all clips of `job` are fed."""
+@torch.no_grad()
+def _open(model, pool: SessionPool, variant: Variant, job: Job, max_new_tokens: int) -> Session:
+    """A session to which all clips of `job` are fed. They are encoded together, which is faster than one by one."""
     session = pool.open(
         variant,
         job.template,
@@ -127,6 +126,7 @@ def _open(pool: SessionPool, variant: Variant, job: Job, max_new_tokens: int) ->
         max_clips=len(job.pixels),
         max_new_tokens=max_new_tokens,
     )
-    for number, clip in enumerate(job.pixels, 1):
-        session.feed(clip, last=number == len(job.pixels))
+    (visual_tokens,) = model.perceive_all([job.pixels], [job.grid])
+    for number, clip in enumerate(visual_tokens, 1):
+        session.feed(clip, last=number == len(visual_tokens))
     return session

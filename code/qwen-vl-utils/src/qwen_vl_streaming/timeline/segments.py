@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from ..common.errors import InputError
@@ -81,6 +82,22 @@ def check_segments(segments: Sequence[Mapping[str, Any]], seconds: float = math.
         if not segment["text"].strip():
             raise InputError(f"{name} has no text: {fix}")
         before = end
+
+
+def in_order(segments: list[dict[str, Any]], when: str) -> tuple[list[dict[str, Any]], bool]:
+    """`segments` in the order in which their texts may be written, and whether some overlapped. The time that does not
+    count for `when` is moved so that none do."""
+    key = "end" if when == "end" else "start"
+    ordered = [dict(segment) for segment in sorted(segments, key=lambda segment: (segment[key], segment["end"]))]
+    overlapped = False
+    for before, after in pairwise(ordered):
+        if after["start"] < before["end"]:
+            overlapped = True
+            if when == "end":
+                after["start"] = before["end"]
+            else:
+                before["end"] = after["start"]
+    return ordered, overlapped
 
 
 def token_times(timed: TimedText, offsets: Sequence[tuple[int, int]]) -> list[float]:

@@ -1,0 +1,33 @@
+"""`run`, which all programs share: the reader of the output may close the pipe."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("body", "closed", "status"),
+    [
+        ("print('text ' * 100_000)", "stdout", 141),
+        ("print('text')", "stdout", 141),  # flushed at the end
+        ("OneLineParser().parse_args(['--help'])", "stdout", 141),
+        ("print('text', file=sys.stderr)", "stderr", 141),
+        ("print('text')", None, 0),
+        ("sys.exit(3)", None, 3),
+        ("raise InputError('a.json: correct it')", None, 2),
+        ("raise BrokenPipeError('of a worker')", None, 1),
+    ],
+)
+def test_a_closed_pipe_ends_a_program_quietly(body, closed, status):
+    program = f"import sys\nfrom qwen_vl_streaming.common.errors import *\nrun(lambda: exec({body!r}))"
+    left, pipe = os.pipe()
+    os.close(left)
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | ({closed: pipe} if closed else {})
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", program], text=True, env=environment, **outputs)
+    os.close(pipe)
+    shown = {0: "", 1: "Traceback", 2: "error: a.json: correct it\n", 3: "", 141: ""}[status]
+    assert done.returncode == status
+    assert closed == "stderr" or (done.stderr.startswith(shown) and bool(done.stderr) == bool(shown)), done.stderr
