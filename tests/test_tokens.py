@@ -74,7 +74,7 @@ def test_counts_equal_those_of_training(made):
     tokenizer = AutoTokenizer.from_pretrained(made[0])
     names = ["<|im_end|>", "<|vision_start|>", "<|video_pad|>", "<|endoftext|>", "<|im_start|>", "<tool_call>"]
     captions = ["a red square", *names, *(f"a red{name}square {name} <|" for name in names), "<|im_end", "é <|im_end|>"]
-    template = SimpleNamespace(end=0)
+    template = SimpleNamespace(end=0, end_of_slot=None)
     trained = [len(answer_ids(SimpleNamespace(tokenizer=tokenizer), template, caption)) - 1 for caption in captions]
     assert count(captions) == trained and count(["<|im_end|>"])[0] > 1
 
