@@ -15,31 +15,8 @@ caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 read -r -d "" -a recipe < <(grep -v "^#" code/demo/recipe.txt) || true
 output=$PWD/demo_output train_videos=1200 test_videos=120 steps=${recipe[-1]} device= serve=
-while [ $# -gt 0 ]; do
-  case $1 in
-    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
-    --serve) serve=yes; shift ;;
-    --output | --train-videos | --test-videos | --steps | --device)
-      if [ -z "${2:-}" ]; then echo "error: $1 needs a value (see --help)" >&2; exit 2; fi
-      name=${1#--}
-      printf -v "${name//-/_}" '%s' "$2"
-      shift 2 ;;
-    *) echo "error: unknown flag $1 (see --help)" >&2; exit 2 ;;
-  esac
-done
-for name in train_videos test_videos steps; do
-  if ! [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]]; then
-    echo "error: --${name//_/-} ${!name}: give a positive integer" >&2
-    exit 2
-  fi
-done
-on_cpu=() train_on_cpu=()
-case $device in
-  "") ;;
-  cpu) on_cpu=(--device cpu) train_on_cpu=(--use_cpu True) ;;
-  *) echo "error: --device $device: give cpu, or remove the flag to use a GPU if there is one" >&2; exit 2 ;;
-esac
-case $output in /*) ;; *) output=$caller/$output ;; esac
+script=demo.sh
+. code/demo/flags.sh
 variants=${QWEN2_5_VL_VARIANT:-group}
 [ "$variants" != all ] || variants="origin batch interleave overlap group gap"
 began=$SECONDS

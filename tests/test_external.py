@@ -335,7 +335,7 @@ def test_predictions_in_the_layout_of_activitynet(call, results, tmp_path, capsy
 
     flags = ("activitynet-predictions", "group_infer.json", "--output", "dense.json")
     rows = read(results)
-    # A model that decides when to speak ends its slots with a token, which is no text; and a video of few frames.
+    # A model that decides when to speak ends its slots with a token that is not text; and a video of few frames.
     tokens, slots = rows[0]["tokens"], rows[0]["slots"]
     ends = [(9, slot) for slot in range(1, 5)]
     both = sorted([*zip(tokens, slots, strict=True), *ends], key=lambda pair: pair[1])

@@ -2,14 +2,15 @@
 `model_runner.py`, `split_kv.py` and `ragged_attention.py` were chosen with it.
 
     python code/benchmarks/attention.py --size 7B
-    python code/benchmarks/attention.py --size 7B --steps clip --options 64x64x4x2 128x64x8x3
+    python code/benchmarks/attention.py --size 7B --steps clip --options 64x64x4x2 128x64x8x3 --splits 3 6
 
     decode  one decode row in each batch slot
     clip    a clip and a decode row in one batch slot, as in live sessions
     clips   clips in some batch slots and decode rows in others, as in batches of `interleave`
 
 Measures the attention of all layers, captured as one CUDA graph. Options are BLOCK_M x BLOCK_N x warps x stages; for
-decode, they are warps x stages. The engine's own options are measured first. The floor is the larger of two times:
+decode, they are warps x stages. The engine's own options are measured first. --splits divides the keys of a clip's
+step into other numbers of splits than the engine does. The floor is the larger of two times:
 4 x pairs x width FLOPs at the measured rate of a bf16 matrix product, and the bytes of the visible keys and values at
 the measured memory bandwidth. --size tiny tries the command on a CPU, without compiling.
 """
@@ -17,6 +18,7 @@ the measured memory bandwidth. --size tiny tries the command on a CPU, without c
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from evaluation import rates
@@ -105,8 +107,9 @@ class Bench:
         cache.store.normal_()
         return cache
 
-    def layer(self, shape: Shape, options: dict) -> Callable[[], Tensor]:
-        """A function that runs one layer's attention in a step of `shape`."""
+    def layer(self, shape: Shape, options: dict, splits: int | None = None) -> Callable[[], Tensor]:
+        """A function that runs one layer's attention in a step of `shape`. `splits` is for steps of kind clip; None is
+        the engine's number."""
         cache, rows, scale = self.cache(shape), shape.seen_by_row(), self.size**-0.5
         layer_cache, counts = cache.layers[0], [len(own) for own in rows]
         if shape.kind == "clips":
@@ -119,8 +122,9 @@ class Bench:
             query = self.random(1, self.heads // self.groups, len(attention.row), self.size)
             return lambda: attention.attend(query, layer_cache, scale)
         seen = torch.stack(rows).to(self.device)
-        splits = 1
-        if shape.kind == "clip":
+        if shape.kind != "clip":
+            splits = 1
+        elif splits is None:
             splits = num_splits(
                 cache, seen.numel() * self.groups * CHUNK_KERNEL_OPTIONS["BLOCK_M"] // options["BLOCK_M"]
             )
@@ -132,10 +136,10 @@ class Bench:
         attend = torch.compile(attention.attend, dynamic=False) if self.device == "cuda" else attention.attend
         return lambda: attend(query, layer_cache, scale)
 
-    def measure(self, shape: Shape, options: dict) -> float:
+    def measure(self, shape: Shape, options: dict, splits: int | None = None) -> float:
         """Seconds that the attention of all layers takes."""
         torch._dynamo.reset()
-        layer = self.layer(shape, options)
+        layer = self.layer(shape, options, splits)
         if self.device == "cpu":
             return self.layers * seconds(layer, 3, self.device)
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -189,7 +193,10 @@ def main() -> None:
     parser.add_argument(
         "--options", nargs="+", metavar="MxNxWxS", help="options to try beside the engine's (default: a list)"
     )
+    parser.add_argument("--splits", type=int, nargs="+", help="splits of a clip's keys to try (default: the engine's)")
     arguments = parser.parse_args()
+    if min(arguments.splits or [1]) < 1:
+        raise InputError(f"--splits {min(arguments.splits)}: give positive numbers")
     bench = Bench(arguments.size)
     wanted = [
         shape for shape in (GPU_SHAPES if bench.device == "cuda" else CPU_SHAPES) if shape.kind in arguments.steps
@@ -205,9 +212,10 @@ def main() -> None:
         print(
             f"\n{shape.kind}: {shape}; floor {1e3 * floor:.3f} ms\n{'options':<16}{'ms':>9} {'x floor':>9}", flush=True
         )
-        for number, options in enumerate(choices):
-            took = bench.measure(shape, options)
-            mine = "  the engine's" if number == 0 else ""
+        other = arguments.splits or [] if shape.kind == "clip" else []
+        for number, (options, splits) in enumerate(product(choices, [None, *other])):
+            took = bench.measure(shape, options, splits)
+            mine = "  the engine's" if number == 0 else f"  {splits} splits" if splits else ""
             print(
                 f"{'x'.join(map(str, options.values())):<16}{1e3 * took:>9.3f} {took / floor:>9.2f}{mine}", flush=True
             )

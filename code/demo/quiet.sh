@@ -15,34 +15,16 @@ caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 read -r -d "" -a recipe < <(grep -v "^#" code/demo/recipe.txt) || true
 output=$PWD/demo_output/quiet train_videos=1200 test_videos=120 steps=${recipe[-1]} device=
-while [ $# -gt 0 ]; do
-  case $1 in
-    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' code/demo/quiet.sh; exit 0 ;;
-    --output | --train-videos | --test-videos | --steps | --device)
-      if [ -z "${2:-}" ]; then echo "error: $1 needs a value (see --help)" >&2; exit 2; fi
-      name=${1#--}
-      printf -v "${name//-/_}" '%s' "$2"
-      shift 2 ;;
-    *) echo "error: unknown flag $1 (see --help)" >&2; exit 2 ;;
-  esac
-done
-for name in train_videos test_videos steps; do
-  if ! [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]]; then
-    echo "error: --${name//_/-} ${!name}: give a positive integer" >&2
-    exit 2
-  fi
-done
-on_cpu=() train_on_cpu=()
-case $device in
-  "") ;;
-  cpu) on_cpu=(--device cpu) train_on_cpu=(--use_cpu True) ;;
-  *) echo "error: --device $device: give cpu, or remove the flag to use a GPU if there is one" >&2; exit 2 ;;
-esac
-case $output in /*) ;; *) output=$caller/$output ;; esac
+script=code/demo/quiet.sh
+. code/demo/flags.sh
 export QWEN2_5_VL_VARIANT=${QWEN2_5_VL_VARIANT:-group}
 began=$SECONDS
 python=python
 [ ! -x .venv/bin/python ] || python=$PWD/.venv/bin/python
+if ! "$python" -c "import qwen_vl_streaming, torch" 2>/dev/null; then
+  echo "error: $python does not have the packages of requirements.txt: run bash demo.sh first, which installs them" >&2
+  exit 2
+fi
 export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 data=$output/dataset model=$output/model
 

@@ -24,7 +24,7 @@ VERSION = "VERSION 1.0"
 def split_sentences(pieces: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """(sentence, first slot, last slot) of each sentence in the text that slots 1 … N = len(pieces) have written.
 
-    `pieces` are what each slot added. Text without a letter or digit is no sentence and is dropped.
+    `pieces` are what each slot added. Text without a letter or digit is dropped.
     """
     text = "".join(pieces)
     slots = [slot for slot, piece in enumerate(pieces, 1) for _ in piece]

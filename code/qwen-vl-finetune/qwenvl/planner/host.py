@@ -41,6 +41,6 @@ def _left(folder: Path, limit: str, usage: str, reclaimable: str) -> float | Non
     try:
         most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
         fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # "max" is no limit
+    except (OSError, ValueError):  # "max" means unlimited
         return None
     return max(0.0, most - used + int(fields.get(reclaimable, 0)))
