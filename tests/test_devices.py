@@ -14,7 +14,7 @@ import verify
 from evaluating import finish, start
 from metrics.scorecard import prepare_scoring
 from processes import count_processes
-from qwen_vl_streaming import devices, replay
+from qwen_vl_streaming import devices
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.common.nvidia import NVML_NO_PERMISSION
 from qwen_vl_streaming.devices import (
@@ -28,6 +28,7 @@ from qwen_vl_streaming.devices import (
     may_have_gpus,
 )
 from qwen_vl_streaming.live import cli
+from qwen_vl_streaming.replay.cli import main as replay_command
 from qwenvl import device as training_device
 from qwenvl.device import count_parameters
 from ranks import Rank
@@ -297,7 +298,7 @@ def no_gpu(monkeypatch):
 
 @pytest.mark.parametrize("main, arguments", [
     (cli.main, "--model none --source synthetic"),
-    (replay.main, "none.json --model none"),
+    (replay_command, "none.json --model none"),
     (verify.main, "none.json"),
     (evaluation.main, "--model none"),
 ])  # fmt: skip

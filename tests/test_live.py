@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from media import make_video
-from qwen_vl_streaming import replay
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.live import cli, options, setup
 from qwen_vl_streaming.live import intake as intake_module
@@ -28,6 +27,7 @@ from qwen_vl_streaming.live.options import parse, record_place
 from qwen_vl_streaming.live.screen import UNFINISHED, Pieces, Screen
 from qwen_vl_streaming.live.watch import Watch
 from qwen_vl_streaming.model.prompts import clip_pixels, load_processor, make_template
+from qwen_vl_streaming.replay import cli as replay_cli
 from qwen_vl_streaming.sessions import open_session
 from qwen_vl_streaming.sessions.perception_client import PerceptionClient
 from qwen_vl_streaming.sessions.record import read_record
@@ -90,7 +90,7 @@ def read(tmp_path):
 
 def replays(command, tmp_path, *arguments):
     """Assert that a replay gives all tokens of the record."""
-    code, out, err = command(tmp_path / "record.json", *arguments, program=replay)
+    code, out, err = command(tmp_path / "record.json", *arguments, program=replay_cli)
     assert code == 0 and "all the same" in out, out + err
     return True
 
@@ -297,7 +297,7 @@ def test_stream_with_a_fault_in_the_middle(command, tmp_path, serve, fault):  # 
     assert found["broken_frames"] == len(fault.get("broken", ()))
     assert found["source_clips"] == 6 and record.complete and len(record.tokens) == 30
     assert replays(command, tmp_path, "--clips", kept)
-    code, _, err = command(tmp_path / "record.json", program=replay)
+    code, _, err = command(tmp_path / "record.json", program=replay_cli)
     assert code == 2 and "--clips" in err
 
 

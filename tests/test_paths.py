@@ -22,7 +22,7 @@ from qwen_vl_streaming.common.paths import (
     look_up,
 )
 from qwen_vl_streaming.model.prompts import load_processor
-from qwen_vl_streaming.replay import _named_clips
+from qwen_vl_streaming.replay.clips import _named_clips
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwenvl import train

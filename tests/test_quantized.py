@@ -24,8 +24,8 @@ from qwen_vl_streaming.model.quantization import (
     weights_of,
 )
 from qwen_vl_streaming.model.released import SIZES
-from qwen_vl_streaming.replay import main as replay_command
 from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.replay.cli import main as replay_command
 from qwen_vl_streaming.sessions.record import describe_precision, identity, read_record
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import random_case

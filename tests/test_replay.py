@@ -11,12 +11,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_vl_streaming import replay as program
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.common.versions import versions
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.model.prompts import clip_pixels, load_processor, make_template
-from qwen_vl_streaming.replay import replay
+from qwen_vl_streaming.replay import cli, compare, replay
 from qwen_vl_streaming.sessions import open_session
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -81,10 +80,10 @@ def test_the_full_pass_in_pieces(model, variant, tmp_path, monkeypatch):
             play(session, case)
         record = read_record(tmp_path / "r.json")
         visual = model.perceive(case.pixels[: len(record.counts)], case.layout.grid)
-        whole = list(program._full_pass(record, model, visual, record.counts))
+        whole = list(compare._full_pass(record, model, visual, record.counts))
         with monkeypatch.context() as patch:
-            patch.setattr(program, "ROWS", 5)
-            pieces = list(program._full_pass(record, model, visual, record.counts))
+            patch.setattr(compare, "ROWS", 5)
+            pieces = list(compare._full_pass(record, model, visual, record.counts))
         assert [index for index, _ in pieces] == [index for index, _ in whole] == list(range(len(record.tokens)))
         for (_, one), (_, other) in zip(pieces, whole, strict=True):
             assert torch.allclose(one, other, atol=1e-4)
@@ -263,7 +262,7 @@ def test_the_command_reads_the_video_again(made, tmp_path, monkeypatch, capsys):
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["replay", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            run(program.main)
+            run(cli.main)
         said = capsys.readouterr()
         return end.value.code, said.out, said.err
 

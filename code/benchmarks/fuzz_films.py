@@ -127,8 +127,8 @@ def streams(folder: Path) -> Try:
     """Mutated videos over local HTTP through the live command, and a replay of its record. Servers send the right
     Content-Length, a wrong one, or none."""
     from make_model import tiny_checkpoint
-    from qwen_vl_streaming import replay
     from qwen_vl_streaming.live import cli
+    from qwen_vl_streaming.replay import cli as replay
     from qwen_vl_streaming.sessions.record import read_record
     from qwen_vl_streaming.video.clip_recorder import read_clips
     from qwen_vl_streaming.video.frames import PixelBudget, index_video, read_video

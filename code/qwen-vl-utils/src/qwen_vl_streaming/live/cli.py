@@ -29,8 +29,8 @@ import torch
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..common.redact import redacted
+from ..model.modeling_qwen2_5_vl import DTYPES
 from ..model.trained import choose_schedule
-from ..replay import DTYPES
 from ..sessions import GREEDY, PerceptionLost
 from ..sessions.record import describe_precision, read_record, write_record
 from ..timeline.timeline import make_schedule, model_schedule_most

@@ -12,10 +12,10 @@ from pathlib import Path
 from ..common.errors import InputError, OneLineParser
 from ..common.paths import PROJECT, find_model, look_up
 from ..devices import DEVICE_HELP, choose_device, look
+from ..model.modeling_qwen2_5_vl import DTYPES
 from ..model.prompts import QUESTIONS
 from ..model.quantization import WEIGHTS, WEIGHTS_HELP
 from ..model.trained import MODEL
-from ..replay import DTYPES
 from ..sessions import GREEDY, MODES
 from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant
 from ..video.frames import BUDGETS

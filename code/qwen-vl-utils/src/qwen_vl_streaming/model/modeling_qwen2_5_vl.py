@@ -30,6 +30,8 @@ from .hub import model_folder
 from .quantization import check_weights, quantize_model
 from .vision_tower import Segments, VisionAttention, VisionMLP, VisionPatchEmbed
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What a model can run in: the values of --dtype."""
 LAYOUTS = 256  # maximum number of cached vision tower layouts, one for each combination of grids
 
 

@@ -17,8 +17,8 @@ from ..common.paths import PROJECT, find_model, look_up
 from ..common.redact import hide, hide_address
 from ..devices import DEVICE_HELP, choose_device, look
 from ..live.options import CLIPS, TOKENS_PER_CLIP
+from ..model.modeling_qwen2_5_vl import DTYPES
 from ..model.quantization import WEIGHTS, WEIGHTS_HELP, check_weights
-from ..replay import DTYPES
 from ..video.formats import SCHEMES
 from ..video.frames import BUDGETS, PixelBudget
 from ..video.opening import SYNTHETIC

@@ -1,39 +1,25 @@
-"""Run a recorded session again, serially and in one full forward pass, and compare every token.
-
-    python -m qwen_vl_streaming.replay RECORD --model MODEL [--video FILE | --clips FILE] [--dtype float32]
+"""Computes a recorded session again, serially and in one full forward pass, and compares every token.
 
 Neither uses the engine: `reference.py` and `model.forward`, with the stock layers, compute what should have been
-written, with weights quantized as they were in the session. Exit status 1 if a token differs and is not a near tie of
-two tokens. A replay does not prove the times and statistics of a record, only that the record does not contradict
-itself.
+written, with weights quantized as they were in the session.
 """
 
-import argparse
-import math
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .common.errors import InputError, OneLineParser, run
-from .common.paths import PROJECT, find_model, find_video, find_video_root, look_up
-from .common.progress import quiet_libraries
-from .common.ties import tie_margin
-from .devices import DEVICE_HELP, choose_device, look
-from .model.modeling_qwen2_5_vl import load_model
-from .model.prompts import clip_pixels, load_processor
-from .reference import Streams, caption
-from .sessions import GREEDY
-from .sessions.record import Record, clip_hash, describe_precision, identity, read_record
-from .timeline.attention import dense_mask
-from .timeline.plan import Window
-from .timeline.positions import timeline_positions
-from .timeline.timeline import (
+from ..common.errors import InputError
+from ..common.ties import tie_margin
+from ..reference import Streams, caption
+from ..sessions import GREEDY
+from ..sessions.record import Record, describe_precision, identity
+from ..timeline.attention import dense_mask
+from ..timeline.plan import Window
+from ..timeline.positions import timeline_positions
+from ..timeline.timeline import (
     ANSWER,
     CLIP,
     HEADER,
@@ -45,12 +31,9 @@ from .timeline.timeline import (
     make_timeline,
     model_schedule_most,
 )
-from .timeline.variants import get_variant
-from .video.clip_recorder import read_clips
-from .video.frames import PixelBudget, read_video
-from .video.sources import synthetic_clips
+from ..timeline.variants import get_variant
+from .clips import check_clips
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS = 2048
 """Rows of a full pass that are computed at a time."""
 MOST_ROWS = 200_000
@@ -144,17 +127,6 @@ def replay(record: Record, model, clips: Sequence[Tensor], tie: float | None = N
     return found
 
 
-def check_clips(record: Record, clips: Sequence[Tensor]) -> None:
-    """Raises InputError if `clips` are not those that were fed."""
-    if len(clips) < len(record.hashes):
-        raise InputError(f"the record is of {len(record.hashes)} clips, but only {len(clips)} were given")
-    for number, (clip, known) in enumerate(zip(clips, record.hashes, strict=False), 1):
-        if clip_hash(clip) != known:
-            raise InputError(
-                f"clip {number} differs from the recorded one: give the same video with the same sampling and sizes"
-            )
-
-
 def check_schedule(record: Record) -> None:
     """Raises InputError if slots have other lengths than the recorded schedule. The last slot and `greedy` are not
     checked, because the schedule does not determine them. That of model-M was checked when the record was read."""
@@ -229,103 +201,3 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
                 seen[record.tokens[index - 1]] = record.tokens[index - 1] != template.end_of_slot
             weaker = torch.where(logits < 0, logits * record.penalty, logits / record.penalty)
             yield index, torch.where(seen, weaker, logits)
-
-
-def video_clips(
-    record: Record,
-    processor,
-    path: str | Path | None = None,
-    kept: str | Path | None = None,
-    video_root: Path | None = None,
-) -> list[Tensor]:
-    """The clips that the recorded session was fed.
-
-    Args:
-        path: A video file; default: the one that the record names, looked up by `find_video`.
-        kept: A file that `live --keep` has written, instead of a video.
-
-    Raises InputError if neither is available, or if the record does not describe its source.
-    """
-    if kept is not None:
-        return list(clip_pixels(processor, read_clips(kept))[0])
-    try:
-        return _named_clips(record.about, processor, path, video_root)
-    except InputError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"the record does not describe its source as a session does ({error}): give --clips"
-        ) from error
-
-
-def _named_clips(about: dict, processor, path: str | Path | None, video_root: Path | None) -> list[Tensor]:
-    """The clips of the video in `path`, or of the source that the record names."""
-    video = dict(about.get("video") or {})
-    named = video.pop("path", None)
-    chosen = named if path is None else path
-    if chosen is None and "synthetic" in about:
-        scene, count = about["synthetic"], max(about["clips"], default=0) + 1
-        clips = synthetic_clips(count, speed=float("inf"), fps=scene["fps"], size=tuple(scene["size"]))
-        frames = torch.cat([clip.frames for clip in clips])
-    elif chosen is None:
-        raise InputError(
-            "the record does not name a video file: give --video, or --clips with a file written by live --keep"
-        )
-    else:
-        budget = PixelBudget(**video.pop("budget")) if "budget" in video else None
-        frames = read_video(find_video(chosen, PROJECT, video_root), budget=budget, **video).frames
-    clips = list(clip_pixels(processor, frames)[0])
-    fed = about.get("clips", range(len(clips)))
-    if min(fed, default=0) < 0 or max(fed, default=0) >= len(clips):
-        raise InputError(f"the record is of clip {max(fed) + 1} of a video, but the video has {len(clips)} clips")
-    return [clips[index] for index in fed]
-
-
-def main() -> None:
-    parser = OneLineParser(description="Run a recorded session again and compare every token.")
-    parser.add_argument("record", type=Path, help="a session's record")
-    parser.add_argument("--model", required=True, help="folder or hub id of the model that was recorded")
-    parser.add_argument("--video", help="the video file (default: the file named in the record)")
-    parser.add_argument("--video-root", default="", metavar="DIR", help="folder in which to look for that video")
-    parser.add_argument("--clips", metavar="FILE", help="frames saved by live --keep, instead of a video")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as recorded")
-    parser.add_argument("--device", default="", help=DEVICE_HELP)
-    parser.add_argument(
-        "--tie",
-        type=float,
-        help="differences up to this margin are ties: they are listed, but do not fail (default: the rounding error of "
-        "the dtype, 1e-4 in float32)",
-    )
-    arguments = parser.parse_args()
-    if arguments.tie is not None and not 0 <= arguments.tie < math.inf:
-        raise InputError(f"--tie {arguments.tie} must be a number of at least 0")
-    quiet_libraries()
-    device, line = choose_device(arguments.device, look(os.environ))
-    sys.exit(_main(arguments, device, line))
-
-
-def _main(arguments: argparse.Namespace, device: str, line: str) -> int:
-    record = read_record(look_up(arguments.record, PROJECT))
-    checkpoint = find_model(arguments.model, PROJECT)
-    video_root = find_video_root(arguments.video_root, PROJECT)
-    kept = arguments.clips and look_up(arguments.clips, PROJECT)
-    dtype = arguments.dtype or record.model["dtype"]
-    if dtype not in DTYPES:
-        raise InputError(f"record {arguments.record} has dtype {dtype}: replay it with --dtype {' or '.join(DTYPES)}")
-    clips = video_clips(record, load_processor(checkpoint), arguments.video, kept, video_root)
-    check_clips(record, clips)
-    if line:
-        print(line, file=sys.stderr)
-    model = load_model(checkpoint, "sdpa", DTYPES[dtype], record.model.get("weights"), device).to(device).eval()
-    differences = replay(record, model, clips, arguments.tie)
-    for difference in differences:
-        print(difference)
-    beyond = sum(not difference.tie for difference in differences)
-    same = f"{len(differences)} differences, {beyond} of them not ties" if differences else "all the same"
-    recorded = f"{record.variant}, {record.way}, recorded in {describe_precision(record.model)}"
-    print(f"{len(record.tokens)} tokens, {recorded}, replayed in {dtype}: {same}")
-    return 1 if beyond else 0
-
-
-if __name__ == "__main__":
-    run(main)
