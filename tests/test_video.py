@@ -1,7 +1,10 @@
 """Sampling real files: which frames are returned, when they were shown, their sizes, and what is refused."""
 
 import logging
+import math
 import os
+import random
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +14,9 @@ from media import make_video, read_number, rotate
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
+from qwen_vl_utils import vision_process
 
+SEED = time.time_ns() % 100_000
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
 VARIABLE = np.cumsum([0] + [1 / 30] * 40 + [1 / 10] * 10 + [0.9] + [1 / 60] * 30 + [1 / 15] * 20).tolist()
 
@@ -178,9 +183,29 @@ def test_pixel_budget(height, ratio, frames):
     budget = PixelBudget()
     tall, wide = budget.size(height, round(height * ratio), frames)
     assert tall % 28 == wide % 28 == 0
-    assert tall * wide >= budget.min_pixels_per_frame
+    assert tall * wide >= budget.min_pixels_per_frame * 0.75  # sides are rounded down to whole tokens
     share = max(budget.max_pixels_per_video / frames, budget.min_pixels_per_frame * 1.25)  # rounded up to whole tokens
     assert tall * wide <= min(budget.max_pixels_per_frame, share)
+
+
+PUBLISHED = {"min_pixels": 78_400, "total_pixels": 2_408_448}
+"""VIDEO_MIN_PIXELS and VIDEO_MAX_PIXELS in the published training script."""
+
+
+@pytest.mark.parametrize("frames, tokens", [(10, 594), (20, 299), (40, 144), (60, 91), (120, 91)])
+def test_frames_have_the_published_sizes(monkeypatch, frames, tokens):
+    """The published code sizes frames as qwen_vl_utils does."""
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {frames}")
+    monkeypatch.setattr(vision_process, "get_video_reader_backend", lambda: "blank")
+    for height, width in ((720, 1280), *((draw.randint(60, 2000), draw.randint(60, 2000)) for _ in range(50))):
+        blank = torch.zeros(1, dtype=torch.uint8).expand(frames, 3, height, width)
+        monkeypatch.setitem(vision_process.VIDEO_READER_BACKENDS, "blank", lambda _, blank=blank: (blank, {}, 2.0))
+        monkeypatch.setattr(vision_process.transforms.functional, "resize", lambda _, size, **__: torch.zeros(size))
+        theirs = tuple(vision_process.fetch_video({"video": "blank", **PUBLISHED}).shape)
+        if 0 not in theirs:  # a narrow frame, which they cannot resize
+            assert PixelBudget().size(height, width, frames) == theirs
+    assert math.prod(PixelBudget().size(720, 1280, frames)) == tokens * 28 * 28
 
 
 @pytest.mark.parametrize("height, width", [(720, 1280), (1080, 1920), (480, 640), (1280, 720)])

@@ -225,8 +225,7 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
 
 def most_clip_tokens(budget: PixelBudget) -> int:
     """Visual tokens of the largest clips that `budget` allows, those of short videos."""
-    share = min(budget.max_pixels_per_frame, budget.max_pixels_per_video // FRAMES_PER_CLIP)
-    return share // SIDE_FACTOR**2
+    return int(budget.most(FRAMES_PER_CLIP)) // SIDE_FACTOR**2
 
 
 def check_times(row: dict, video: Video) -> None:

@@ -15,7 +15,7 @@ SETTINGS = {
     "max_new_tokens": 300,
     "min_pixels_per_frame": 78_400,
     "max_pixels_per_frame": 602_112,
-    "max_pixels_per_video": 2_408_448,
+    "max_pixels_per_video": 4_816_896,
     "budget": "video",
 }
 """Settings of the paper and its published code, under the names of eval.py."""

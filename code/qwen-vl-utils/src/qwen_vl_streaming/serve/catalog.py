@@ -94,8 +94,7 @@ class ServedModel:
         template = self.template(QUESTIONS[-1])
         common = tuple(self.layout(template, self.budget.size(*size, frames=0)) for size in COMMON)
         widest = max(common, key=lambda layout: layout.tokens_per_clip)
-        share = min(self.budget.max_pixels_per_frame, self.budget.max_pixels_per_video // FRAMES_PER_CLIP)
-        clip_tokens = max(widest.tokens_per_clip, share // SIDE_FACTOR**2)
+        clip_tokens = max(widest.tokens_per_clip, int(self.budget.most(FRAMES_PER_CLIP)) // SIDE_FACTOR**2)
         return ModelSpec(
             name=self.name,
             path=self.path,

@@ -38,14 +38,16 @@ SLACK = 2e-3  # seconds of tolerance: containers round timestamps and durations
 
 @dataclass(frozen=True)
 class PixelBudget:
-    """Limits on the size of frames. The defaults are the published values."""
+    """Limits on the size of frames. The defaults give the sizes of the published code, which are those of
+    `qwen_vl_utils.fetch_video`."""
 
     min_pixels_per_frame: int = 78_400
-    """Minimum for each frame. Takes precedence over the other two limits."""
+    """Smaller frames are enlarged to it. The maximum is at least 1.05 times this."""
     max_pixels_per_frame: int = 602_112
     """Maximum for each frame."""
-    max_pixels_per_video: int = 2_408_448
-    """Divided equally among the sampled frames of a video."""
+    max_pixels_per_video: int = 4_816_896
+    """Divided equally among the sampled frames of a video. The published VIDEO_MAX_PIXELS, 2,408,448, is half of it,
+    because it counts the two frames of a clip once."""
     budget: str = "video"
     """Number of frames that share `max_pixels_per_video`. `video`: the frames of the video, as in the paper; the size
     of the first frame then reveals how long the video is. `stream`: always LONGEST frames, so that the size does not
@@ -73,6 +75,11 @@ class PixelBudget:
         given = {name: value for name, value in given.items() if value is not None}
         return cls(**{**getattr(config, "pixel_budget", {}), **given})
 
+    def most(self, frames: int) -> float:
+        """The maximum pixels of each of `frames` frames that share the budget."""
+        share = self.max_pixels_per_video / frames
+        return max(min(self.max_pixels_per_frame, share), int(1.05 * self.min_pixels_per_frame))
+
     def size(self, height: int, width: int, frames: int, name: str = "the source") -> tuple[int, int]:
         """(height, width) to resize each of `frames` frames to; both are divisible by 28. Pass 0 `frames` if the count
         is not known yet.
@@ -84,10 +91,9 @@ class PixelBudget:
                 f"{name} has frames of {width} x {height} pixels, more than {MOST_RATIO} times as long as wide: crop "
                 "or skip it"
             )
-        share = self.max_pixels_per_video // (LONGEST if self.budget == "stream" or not frames else frames)
-        most = max(self.min_pixels_per_frame, min(self.max_pixels_per_frame, share))
+        most = self.most(LONGEST if self.budget == "stream" or not frames else frames)
         height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, most)
-        if height * width < self.min_pixels_per_frame:
+        if not height * width:
             # When it applies the maximum, smart_resize rounds both sides down, a narrow side even to 0.
             height, width = max(height, SIDE_FACTOR), max(width, SIDE_FACTOR)
             height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, 2 * most + 2**20)
