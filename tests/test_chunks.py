@@ -115,6 +115,15 @@ def test_the_model_may_decide_when_a_slot_ends(variant, monkeypatch):
         check_logits(monkeypatch, model, draw, deciding_case(draw, variant, may_be_late=True))
 
 
+@pytest.mark.parametrize("variant", ["group", "interleave"])
+def test_flex_attention(model, variant, monkeypatch):
+    """As on a GPU, where it is compiled: chunks of one clip are attended to in one step, each with its own mask."""
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} flex {variant}")
+    monkeypatch.setattr(ModelRunner, "use_flex", True)
+    check_logits(monkeypatch, model, draw, random_case(draw, VARIANTS[variant]), window=draw.choice([None, (2, 5)]))
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_weights_in_8_bits(kind, monkeypatch):
     print("seed", SEED)
