@@ -133,10 +133,10 @@ def test_weights_in_8_bits(kind, monkeypatch):
         check_logits(monkeypatch, model, draw, random_case(draw, variant))
 
 
-def open_wide(model, schedule: str, **options):
+def open_wide(model, schedule: str, header: int = 1, **options):
     """A fused session for clips of 8 visual tokens, with a tail of one."""
     case = random_case(random.Random(3), VARIANTS["group"])
-    template = replace(case.template, tail=(187,), end=-1)
+    template = replace(case.template, tail=(187,), header=tuple(range(header)), end=-1)
     options = {"max_clips": 5, "max_new_tokens": 30, **options}
     return open_session(
         model, case.variant, template, template.layout((2, 4), 2.0), mode="fused", schedule=schedule, **options
@@ -172,6 +172,8 @@ def test_a_clip_is_spread_over_the_tokens_of_a_slot(model, monkeypatch):
         with open_wide(model, f"wait-{k}", chunks=chunks) as session:
             assert rows_of_steps(session, monkeypatch) == expected, (k, chunks)
             assert len(session.written) == len(expected) == 5 * k
+    with open_wide(model, "wait-4", header=12, chunks=8) as session:  # 20 rows: 16, then 4
+        assert rows_of_steps(session, monkeypatch, clips=2) == [8, 0, 2, 2, 2, 2, 0, 0, 0]
     with open_wide(model, "wait-4", chunks=4) as session:
         assert rows_of_steps(session, monkeypatch, one_by_one=True) == [8, 0, 0, 0] * 5  # tokens wait for these
 
