@@ -256,6 +256,17 @@ def test_few_kinds_of_steps_are_captured(model):
     assert (pool.runner.chunk_size, pool.runner.chunk_counts) == (5, [0, 1, 2, 4, 8, 12])
 
 
+def test_the_rule_applies_where_the_caller_does_not_say(model, monkeypatch):
+    monkeypatch.setattr("qwen_vl_streaming.sessions.session.choose_chunks", lambda *_: 4)
+    for options, chunks in (({}, 4), ({"chunks": 2}, 2), ({"chunk": 5}, 1)):
+        with open_wide(model, "wait-4", **options) as session:
+            assert session.runner.clip_chunks == chunks
+        with open_wide(model, "wait-4", runner=session.runner) as again:
+            assert again.runner.clip_chunks == chunks
+    with open_session(model, session.variant, session.template, session.layout) as serial:
+        assert serial.runner.clip_chunks == 1
+
+
 def test_without_a_measured_rule_a_clip_enters_whole(model):
     with open_wide(model, "wait-4") as session:
         assert session.runner.clip_chunks == choose_chunks(model, session.layout, "wait-4") == 1
