@@ -40,10 +40,10 @@ def models():
     return tiny_model(**FLEX), on_gpu()
 
 
-@pytest.fixture(scope="module")
-def runner(models):
-    """Compiled and captured once for all tests of one session."""
-    made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), CLIPS + 1, WORDS, None, 1.15, None)
+@pytest.fixture(scope="module", params=[1, 3], ids=lambda chunks: f"{chunks} chunks")
+def runner(models, request):
+    """Compiled and captured once for all tests of one session, with clips in one chunk and in three."""
+    made = StepRunner.single(models[1], Layout(9, 4, 3, GRID), CLIPS + 1, WORDS, None, 1.15, None, request.param)
     made.warm_up()
     made.vision_encoder.capture(GRID)
     return made

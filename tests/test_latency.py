@@ -126,7 +126,19 @@ def test_a_long_stream_is_sampled_to_its_end(folder):
         assert all(sample["host"] > 0 for sample in row["samples"])
 
 
-def test_a_sweep_resumes_with_the_missing_points(folder, tmp_path):
+@pytest.fixture(scope="module")
+def resumed(folder, tmp_path_factory):
+    """A folder with the sweep of `folder`, after it was resumed with more points and ways to prefill a clip, and what
+    that printed."""
+    own = tmp_path_factory.mktemp("resumed")
+    (own / "tiny-sweep.json").write_text((folder / "tiny-sweep.json").read_text())
+    more = {"--points": "1x16 2x16", "--modes": "serial fused", "--chunks": "whole 1/2 40", "--output": str(own)}
+    done = latency("steps", "rounds", "sweep", **more)
+    assert done.returncode == 0, done.stderr
+    return own, done.stdout
+
+
+def test_a_sweep_resumes_with_the_missing_points(folder, resumed):
     data = read(folder, "sweep")
     assert list(data["points"]) == ["1x16"]
     point = data["points"]["1x16"]
@@ -137,14 +149,22 @@ def test_a_sweep_resumes_with_the_missing_points(folder, tmp_path):
         assert mine["share"] == pytest.approx(mine["speed_up"] / theory)
         assert mine["speed_up"] == pytest.approx(point["ways"]["serial"]["seconds"] / mine["seconds"])
         assert mine["floor"] > 0
-    (tmp_path / "tiny-sweep.json").write_text(json.dumps(data))
-    more = {"--points": "1x16 2x16", "--modes": "serial fused", "--output": str(tmp_path)}
-    done = latency("sweep", **more)
-    assert done.returncode == 0, done.stderr
-    after = read(tmp_path, "sweep")
-    assert after["points"]["1x16"] == point and after["alone"] == data["alone"]
-    assert set(after["points"]["2x16"]["ways"]) == {"serial", "fused whole"}
-    assert len([line for line in done.stdout.splitlines() if line.split()[1:2] == ["16"]]) == 2
+    after, ways = read(resumed[0], "sweep"), {"serial", "fused whole", "fused 1/2", "fused 40"}
+    assert after["points"]["1x16"]["ways"].items() > point["ways"].items() and after["alone"] == data["alone"]
+    assert set(after["points"]["1x16"]["ways"]) == {*ways, "pipelined"} and set(after["points"]["2x16"]["ways"]) == ways
+    printed = resumed[1].split("same tokens")[-1]
+    assert len([line for line in printed.splitlines() if line.split()[1:2] == ["16"]]) == 4 + 2
+
+
+def test_each_way_to_prefill_a_clip_is_measured(resumed):
+    """In one call, and all ways give the same tokens."""
+    table = read(resumed[0], "rounds")["rounds"]
+    assert [(row["chunk"], row["chunks"]) for row in table[1:]] == [(None, 1), (None, 2), (40, None)]
+    assert all(row["same_words"] == row["words"] == 3 * 4 for row in table)
+    rows = {}
+    for row in read(resumed[0], "steps")["steps"]:
+        rows.setdefault(row["how"], set()).add(row["rows"])
+    assert 1 + 91 + 3 in rows["whole"] and 1 + 47 in rows["1/2"] and max(rows["40"]) <= 1 + 40
 
 
 def test_plots_are_written(folder):
@@ -157,12 +177,13 @@ def test_errors_are_one_line():
     mistakes = [
         (["sweep", "--points", "3x90"], "3x90"),
         (["rounds", "--chunks", "some"], "some"),
+        (["rounds", "--chunks", "whole", "1/0"], "1/0"),
         (["rounds", "--answer-tokens", "5"], "--answer-tokens 5"),
         (["rounds", "--size", "7B"], "GPU"),
         (["plot", "--output", "nowhere"], "nowhere"),
     ]
     if torch.cuda.is_available():
-        del mistakes[3]
+        del mistakes[4]
     program = (
         "import sys\n"
         "from latency.cli import main\n"

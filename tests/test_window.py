@@ -65,7 +65,7 @@ def test_a_window_that_reuses_blocks_equals_the_reference(model, variant, mode, 
             window=window,
             max_clips=5,
             max_new_tokens=most,
-            chunk=draw.choice([None, 4]),
+            **draw.choice([{}, {"chunk": 4}, {"chunks": 3}] if mode == "fused" else [{}, {"chunk": 4}]),
             ahead=draw.choice([0, 2]),
             record=path,
         )

@@ -26,6 +26,7 @@ many GiB of a GPU, and shows at the end what was needed: `video --clips 60 --mod
 """
 
 import argparse
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from training import ANSWER, CLIPS
 from latency.lanes import lanes
 from latency.many import long, many
 from latency.runs import delay, live, rounds, video
-from latency.setup import GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
+from latency.setup import AUTO, GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
 from latency.steps import steps
 from latency.sweep import parse_points, sweep
 
@@ -79,7 +80,7 @@ class Settings:
     answer_tokens: int
     tokens: int
     chunks: list[str]
-    """How fused steps prefill a clip; each is measured: whole, spread, or a number of visual tokens per step."""
+    """How fused steps prefill a clip; each is measured: see `Bench.prefill`."""
     repeats: int
     pixels: str
     arrivals: int
@@ -107,8 +108,11 @@ class Settings:
                 "before the last"
             )
         for how in self.chunks:
-            if how not in (WHOLE, SPREAD) and not (how.isdigit() and int(how) > 0):
-                raise InputError(f"--chunks {how}: give {WHOLE}, {SPREAD} or a number of visual tokens per step")
+            if how not in (WHOLE, SPREAD, AUTO) and not re.fullmatch(r"(1/)?[1-9][0-9]{0,5}", how):
+                raise InputError(
+                    f"--chunks {how}: give {WHOLE}, {SPREAD}, {AUTO}, a part of a clip per step such as 1/4, or a "
+                    "number of visual tokens per step"
+                )
         parse_points(self.points)
         on_gpu = torch.cuda.is_available() and self.size != "tiny"
         if on_gpu:
@@ -137,7 +141,12 @@ def parse() -> Settings:
         help="visual tokens per clip, of rounds, steps and lanes (default: %(default)s)",
     )
     parser.add_argument(
-        "--chunks", nargs="+", default=[WHOLE], metavar="HOW", help="how fused steps prefill a clip: whole, spread, N"
+        "--chunks",
+        nargs="+",
+        default=[WHOLE],
+        metavar="HOW",
+        help="how fused steps prefill a clip, each of which is measured: whole, 1/N of it beside each token, spread "
+        "over all tokens of a slot, auto as the program chooses, or N visual tokens per step",
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts (default: %(default)s)")
     parser.add_argument("--pixels", choices=["float32", "bfloat16"], default="float32", help="data type of a clip")

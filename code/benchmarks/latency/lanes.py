@@ -141,14 +141,14 @@ def lanes(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chu
     have room for `clips` clips and `answer_tokens` tokens, and at least for ROUNDS rounds."""
     modes, room = [], (max(clips, ROUNDS), max(answer_tokens, k * ROUNDS))
     for mode, how in runs(bench, chunks):
-        chunk, theirs = bench.chunk(how, tokens, k), []
+        prefill, theirs = bench.prefill(how, tokens, k), []
         with (
             tempfile.TemporaryDirectory() as folder,
             traced_perception(bench, Path(folder) / "perception.json", mode) as file,
         ):
             for _ in range(2):  # the first one is a warm-up
                 with (
-                    bench.open(mode, f"wait-{k}", *room, tokens, chunk=chunk) as session,
+                    bench.open(mode, f"wait-{k}", *room, tokens, **prefill) as session,
                     traced(bench.device) as trace,
                 ):
                     feed_one_ahead(session, bench.clips(ROUNDS, tokens))

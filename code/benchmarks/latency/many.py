@@ -135,12 +135,12 @@ def long(bench: Bench, k: int, stream: int, window: tuple[int, int], chunks: lis
                     cards.append(total - free)
             samples.append({"clips": clips, "device": device, "cards": cards, "host": resident(), "seconds": seconds})
 
-        options = {"chunk": bench.chunk(how, TOKENS, k), "window": window}
+        prefill = bench.prefill(how, TOKENS, k)
         for count in (min(stream, 2 * window[0]), stream):  # the first one is a warm-up
             samples.clear()
-            with bench.open(mode, f"wait-{k}", window[0], k * stream, **options) as session:
+            with bench.open(mode, f"wait-{k}", window[0], k * stream, window=window, **prefill) as session:
                 feed_on_time(bench, session, count, max(1, count // SAMPLES), sample)
-        table.append({"way": mode, "chunk": options["chunk"], "samples": samples})
+        table.append({"way": mode, **prefill, "samples": samples})
         for each in samples[:: max(1, len(samples) // 5)] + samples[-1:]:
             cards = " ".join(f"{card / 2**20:.0f}" for card in each["cards"])
             print(

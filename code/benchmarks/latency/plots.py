@@ -161,6 +161,7 @@ def plot_delay(data: dict, path: Path) -> None:
         style = dashes[times.setdefault(mine["way"], 0) % len(dashes)]
         times[mine["way"]] += 1
         name = mine["way"] + (f", {mine['chunk']} tokens per step" if mine["chunk"] else "")
+        name += f", {mine['chunks']} chunks" if (mine.get("chunks") or 1) > 1 else ""
         name += f" (95%: {1e3 * mine['any_percentiles'][1]:.2f} ms)"
         share = 100 * np.arange(1, len(late) + 1) / len(late)
         axes.step(late, share, where="post", color=COLORS[mine["way"]], linestyle=style, linewidth=1.6, label=name)

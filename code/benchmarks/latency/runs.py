@@ -105,9 +105,9 @@ def rounds(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, re
     )
     table, serial, answer, r = [], None, None, None
     for mode, how in runs(bench, chunks):
-        chunk, taken = bench.chunk(how, tokens, k), []
+        prefill, taken = bench.prefill(how, tokens, k), []
         for _ in range(1 + repeats):
-            with bench.open(mode, f"wait-{k}", *room, tokens, chunk=chunk) as session:
+            with bench.open(mode, f"wait-{k}", *room, tokens, **prefill) as session:
                 taken.append(play(bench, session, bench.clips(clips, tokens)) / clips)
         written = [each.token for each in session.written]
         if len(written) != k * clips:
@@ -117,7 +117,7 @@ def rounds(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, re
         serial = each if mode == "serial" else serial
         row = {
             "way": mode,
-            "chunk": chunk,
+            **prefill,
             "seconds": each,
             "all": taken[1:],
             "floor": floor,
@@ -151,17 +151,17 @@ def video(bench: Bench, k: int, clips: int, answer_tokens: int, repeats: int, ch
     )
     table = []
     for mode, how in runs(bench, chunks):
-        chunk, taken, opening = bench.chunk(how, TOKENS, k), [], []
+        prefill, taken, opening = bench.prefill(how, TOKENS, k), [], []
         for _ in range(1 + repeats):
             bench.wait()
             began = time.perf_counter()
-            with bench.open(mode, Schedule((k,) * (clips - 1)), clips, answer_tokens, chunk=chunk) as session:
+            with bench.open(mode, Schedule((k,) * (clips - 1)), clips, answer_tokens, **prefill) as session:
                 opening.append(time.perf_counter() - began)
                 taken.append(play(bench, session, bench.clips(clips), ends=True))
             if session.counts != counts:
                 raise RuntimeError(f"{mode} generated {session.counts} tokens instead of {counts}")
         each, open_, floor = median(taken[1:]), median(opening[1:]), floors.session(mode, counts)
-        table.append({"way": mode, "chunk": chunk, "seconds": each, "all": taken[1:], "opening": open_, "floor": floor})
+        table.append({"way": mode, **prefill, "seconds": each, "all": taken[1:], "opening": open_, "floor": floor})
         published = PUBLISHED if bench.size == "7B" else None
         print(
             f"{mode:<11}{how if mode == 'fused' else '':<14}{each:>10.4f}{min(taken[1:]):>8.4f}{max(taken[1:]):>8.4f}"
@@ -214,15 +214,15 @@ def delay(bench: Bench, k: int, clips: int, chunks: list[str], seed: int = 0) ->
     )
     table, room = [], 2 * WITHIN * (clips + 2)
     for mode, how in runs(bench, chunks):
-        chunk, draw = bench.chunk(how, TOKENS, k), random.Random(seed)
-        with bench.open(mode, GREEDY, clips, room, chunk=chunk) as session:  # a warm-up
+        prefill, draw = bench.prefill(how, TOKENS, k), random.Random(seed)
+        with bench.open(mode, GREEDY, clips, room, **prefill) as session:  # a warm-up
             generate_greedily(bench, session, 3, lambda: 0.0)
         period = median(later.time - one.time for one, later in pairwise(session.written[-WITHIN // 2 :]))
-        with bench.open(mode, GREEDY, clips, room, chunk=chunk) as session:
+        with bench.open(mode, GREEDY, clips, room, **prefill) as session:
             generate_greedily(bench, session, clips, lambda d=draw, p=period: p * WITHIN * d.uniform(0.25, 0.75))
         quiet, following, worst = arrivals(session)
         gap = {"median": median(quiet), "p95": percentile(quiet, 95)}
-        row = {"way": mode, "chunk": chunk, "quiet": gap, "next": following, "any": worst}
+        row = {"way": mode, **prefill, "quiet": gap, "next": following, "any": worst}
         for name in ("next", "any"):
             row[f"{name}_percentiles"] = [percentile(row[name], 50), percentile(row[name], 95), max(row[name])]
         table.append(row)
@@ -251,14 +251,14 @@ def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str
     print(f"{'mode':<11}{'prefill':<14}{'frames/s':>9}{'lag, ms: 50%':>14}{'95%':>8}{'max':>8}  sustained")
     table = []
     for mode, how in runs(bench, chunks):
-        chunk = bench.chunk(how, TOKENS, k)
+        prefill = bench.prefill(how, TOKENS, k)
         for number, rate in enumerate(sorted(frames)):
             for repeat in range(2 if number == 0 else 1):  # the first one is a warm-up
-                with bench.open(mode, f"wait-{k}", clips, k * clips, chunk=chunk, window=window) as session:
+                with bench.open(mode, f"wait-{k}", clips, k * clips, window=window, **prefill) as session:
                     lags = keep_pace(bench, session, clips, 2 / rate, hurry=repeat == 0 and number == 0)
             quarter = max(1, len(lags) // 4)
             grown = median(lags[-quarter:]) - median(lags[:quarter])
-            row = {"way": mode, "chunk": chunk, "frames": rate, "lags": lags, "sustained": grown <= 2 / rate}
+            row = {"way": mode, **prefill, "frames": rate, "lags": lags, "sustained": grown <= 2 / rate}
             table.append(row)
             print(
                 f"{mode:<11}{how if mode == 'fused' else '':<14}{rate:>9.1f}{1e3 * median(lags):>14.1f}"

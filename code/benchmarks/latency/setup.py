@@ -42,8 +42,8 @@ KEPT_RUNNERS = 4
 """Number of session sizes whose step runners are kept."""
 TIMEOUT = 600.0
 """Timeout of the perception process for a clip, in seconds. Its first clip includes compilation."""
-WHOLE, SPREAD = "whole", "spread"
-"""How fused steps prefill a clip: in one step, or in K steps, one for each token of a slot."""
+WHOLE, SPREAD, AUTO = "whole", "spread", "auto"
+"""How fused steps prefill a clip: in one step; in K steps, one for each token of a slot; as `choose_chunks` says."""
 
 
 def tiny_config() -> Qwen2_5_VLConfig:
@@ -185,11 +185,13 @@ class Bench:
     def layout(self, tokens: int = TOKENS) -> Layout:
         return TEMPLATE.layout(GRIDS[tokens], 2.0)
 
-    def chunk(self, how: str, tokens: int, k: int) -> int | None:
-        """Visual tokens per step: None for WHOLE, a K-th of a clip and its tail for SPREAD, else the number `how`."""
-        if how == SPREAD:
-            return -(-(tokens + len(TEMPLATE.tail)) // k)
-        return None if how == WHOLE else int(how)
+    def prefill(self, how: str, tokens: int, k: int) -> dict[str, int | None]:
+        """Session options for a way to prefill a clip: WHOLE, SPREAD, AUTO, 1/N of a clip per step, or a number of
+        visual tokens per step, also where no token is generated."""
+        if how.isdigit():
+            return {"chunk": int(how), "chunks": None}
+        chunks = {WHOLE: 1, SPREAD: min(k, tokens), AUTO: None}
+        return {"chunk": None, "chunks": chunks[how] if how in chunks else min(int(how.removeprefix("1/")), tokens)}
 
     def open(self, mode: str, schedule, clips: int, answer_tokens: int, tokens: int = TOKENS, **options) -> Session:
         """A session with room for `clips` clips and `answer_tokens` tokens. It reuses the step runner of the previous
@@ -199,7 +201,8 @@ class Bench:
                 loading = partial(self.loading, self.size, self.layers, self.other, self.weights)
                 self.perception_client = PerceptionClient(loading, TIMEOUT)
             options["perception_client"] = self.perception_client
-        sizes = (clips, answer_tokens, tokens, options.get("chunk"), options.get("window"))
+        options.setdefault("chunks", 1)
+        sizes = (clips, answer_tokens, tokens, *map(options.get, ("chunk", "chunks", "window")))
         options |= {
             "schedule": schedule,
             "max_clips": clips,

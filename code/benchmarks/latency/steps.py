@@ -18,16 +18,16 @@ SHOWN = 14
 
 
 @contextlib.contextmanager
-def last_requests(bench: Bench, mode: str, k: int, clips: int, answer_tokens: int, tokens: int, chunk: int | None):
+def last_requests(bench: Bench, mode: str, k: int, clips: int, answer_tokens: int, tokens: int, prefill: dict):
     """Play a video of `clips` clips; yield the step runner, its session still open, and the last request of each kind
-    of step. The kind is (prefill pieces, whether a token is sampled)."""
+    of step. The kind is (prefill chunks, whether a token is sampled)."""
     kept: dict[tuple[int, bool], StepRequest] = {}
-    with bench.open(mode, f"wait-{k}", clips, max(answer_tokens, k * clips), tokens, chunk=chunk) as session:
+    with bench.open(mode, f"wait-{k}", clips, max(answer_tokens, k * clips), tokens, **prefill) as session:
         run = session.runner.step
 
         def keep(requests):
             (request,) = requests
-            kept[int(len(request.prefill) > 0), request.sample] = request
+            kept[session.runner.chunks_of(requests), request.sample] = request
             return run(requests)
 
         session.runner.step = keep
@@ -60,7 +60,7 @@ def steps(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chu
         f"{'ms alone':>10}{'run':>8}{'host':>8}{'floor':>8}{'x floor':>9}"
     )
     for how in chunks:
-        with last_requests(bench, "fused", k, clips, answer_tokens, tokens, bench.chunk(how, tokens, k)) as (
+        with last_requests(bench, "fused", k, clips, answer_tokens, tokens, bench.prefill(how, tokens, k)) as (
             made,
             kept,
         ):
@@ -84,7 +84,8 @@ def steps(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chu
                     flush=True,
                 )
             if how == chunks[0]:
-                for name, pieces in (("decode", 0), ("prefill and decode", 1)):
+                beside = min(pieces for pieces, sample in kept if pieces and sample)
+                for name, pieces in (("decode", 0), ("prefill and decode", beside)):
                     kernels[name] = profile(bench, f"{name} step", replay(made, pieces, True, kept[pieces, True]))
                 kernels["vision encoder"] = profile(bench, "vision encoder", encode(bench, made, tokens))
     return {"tokens": tokens, "steps": table, "kernels": kernels}

@@ -56,10 +56,10 @@ def clips_of(k: int) -> int:
     return CLIPS if k < MANY_TOKENS else FEW
 
 
-def period(bench: Bench, mode: str, k: int, tokens: int, room: tuple[int, int], chunk: int | None):
+def period(bench: Bench, mode: str, k: int, tokens: int, room: tuple[int, int], prefill: dict):
     """Seconds per round, and the generated tokens."""
     clips = clips_of(k)
-    with bench.open(mode, f"wait-{k}", *room, tokens, chunk=chunk) as session:
+    with bench.open(mode, f"wait-{k}", *room, tokens, **prefill) as session:
         play(bench, session, bench.clips(clips, tokens))
     ends = slot_ends(session)
     return (ends[-1] - ends[BEGUN - 1]) / (clips - BEGUN), [each.token for each in session.written]
@@ -93,11 +93,11 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
             if (rounds := f"{clips}x{tokens}") not in data["alone"]:
                 data["alone"][rounds] = alone(bench, tokens, clips, room, repeats, BEGUN)
                 write_json(path, data)
-            parts, chunk = data["alone"][rounds], bench.chunk(how, tokens, k)
-            if (mode, tokens, chunk) not in warm:
-                period(bench, mode, k, tokens, room, chunk)
-                warm.add((mode, tokens, chunk))
-            taken = [period(bench, mode, k, tokens, room, chunk) for _ in range(repeats)]
+            parts, prefill = data["alone"][rounds], bench.prefill(how, tokens, k)
+            if (kind := (mode, tokens, *prefill.values())) not in warm:
+                period(bench, mode, k, tokens, room, prefill)
+                warm.add(kind)
+            taken = [period(bench, mode, k, tokens, room, prefill) for _ in range(repeats)]
             each, written = median(seconds for seconds, _ in taken), taken[-1][1]
             serial = own["ways"].get("serial", {"seconds": each, "tokens": written})
             gain, r = serial["seconds"] / each, workload(serial["seconds"], k * parts["word"])
@@ -124,9 +124,11 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
 
 
 def summarize(data: dict) -> None:
-    """Print the share of S(r) that was reached for points within BETWEEN, for both definitions of r."""
+    """Print the share of S(r) that was reached for points within BETWEEN, for both definitions of r: in fused mode by
+    the best way to prefill a clip at each point, then by each way."""
     low, high = BETWEEN
-    for mode in ("fused", "pipelined"):
+    ways = sorted({name for point in data["points"].values() for name in point["ways"] if name.startswith("fused ")})
+    for mode in ("fused", "pipelined", *(ways if len(ways) > 1 else ())):
         for name, what in (("r", "r"), ("r_alone", "r with perception alone")):
             within = [point for point in data["points"].values() if low <= point.get(name, 0) <= high]
             gains = [(best(point, mode, "speed_up"), speed_up(point[name])) for point in within]
@@ -139,5 +141,7 @@ def summarize(data: dict) -> None:
 
 
 def best(point: dict, mode: str, figure: str) -> float | None:
-    """The largest `figure` of `mode` at `point`, over all ways to prefill a clip; None if not measured."""
-    return max((mine[figure] for name, mine in point["ways"].items() if name.split()[0] == mode), default=None)
+    """The largest `figure` of `mode` at `point`, over all ways to prefill a clip if it names none; None if not
+    measured."""
+    ways = point["ways"].items()
+    return max((mine[figure] for name, mine in ways if mode in (name, name.split()[0])), default=None)

@@ -60,12 +60,12 @@ class StepInputs:
                 table[9, rows] = (due.run_index % self.text_rows).where(text, -1)
                 table[10, rows] = due.rows.index.where(clip, -1)
                 choose[index] = first + len(due) - 1
-            if len(request.prefill):
+            if own := request.chunks(self.chunk_size):
                 seen, last = table[4:8], begin + len(request.prefill) - 1
-                seen[:, last + 1 : begin + self.chunk_size] = seen[:, last, None]
-                if self.batch_slots == 1 and not len(request.decode):
+                seen[:, last + 1 : begin + own * self.chunk_size] = seen[:, last, None]
+                if self.batch_slots == self.chunks == 1 and not len(request.decode):
                     seen[:, 0] = seen[:, begin]
-                chunk_slots[chunk] = index
-                chunk += 1
+                chunk_slots[chunk : chunk + own] = index
+                chunk += own
             sample[index], next_row[index] = request.sample, request.next_row % self.text_rows
         return values

@@ -28,12 +28,16 @@ class StepRequest:
     decode: DueRows
     """One text row, or none."""
     prefill: DueRows
-    """At most `StepRunner.chunk_size` rows of either run."""
+    """Rows of either run, which fill one chunk after another: at most `StepRunner.clip_chunks` of them."""
     sample: bool
     """Choose the next token from the hidden state of the row in `decode`; if there is none, of the last row in
     `prefill`; if there is none either, of the last row that was fed before."""
     next_row: int = 0
     """Index of that token in the text run."""
+
+    def chunks(self, chunk_size: int) -> int:
+        """How many chunks the rows in `prefill` take."""
+        return -(-len(self.prefill) // chunk_size)
 
 
 @dataclass(frozen=True)

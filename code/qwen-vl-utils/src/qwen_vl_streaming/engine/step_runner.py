@@ -1,9 +1,9 @@
 """Runs steps of live streams, whose text and clips are not known in advance: text rows, chunks of clips, or both.
 
-A step has one decode row for each batch slot and n prefill chunks of W rows, each of any slot. `stream_state.py` says
-which rows are due. The host sends all inputs of a step in one copy; token ids, keys and values stay on the device, and
-no step waits for the host. On a GPU each kind of step, with its number of chunks, is one CUDA graph. Knows nothing
-about when a clip is due.
+A step has one decode row for each batch slot and n prefill chunks of W rows, each of any slot; several may be of one.
+`stream_state.py` says which rows are due. The host sends all inputs of a step in one copy; token ids, keys and values
+stay on the device, and no step waits for the host. On a GPU each kind of step, with its number of chunks, is one CUDA
+graph. Knows nothing about when a clip is due.
 
     S batch slots   R = S + n W rows of a step   C hidden size
 """
@@ -32,6 +32,12 @@ CLIPS_AHEAD = 2
 """Clips that may be fed before the slots that attend to them begin."""
 
 
+def chunk_counts_of(chunks: int) -> list[int]:
+    """The numbers of chunks that steps have if a clip is `chunks` of them: powers of two, which leave at most every
+    second chunk idle, so that few kinds of steps are captured."""
+    return [*(1 << power for power in range((chunks - 1).bit_length())), chunks]
+
+
 class StepRunner(ModelRunner):
     """Steps over one model for up to S live streams."""
 
@@ -46,18 +52,21 @@ class StepRunner(ModelRunner):
         clip_tokens: int,
         chunk_size: int,
         chunk_counts: Sequence[int] = (0, 1),
+        clip_chunks: int = 1,
         windowed: bool = False,
         penalty: float = PENALTY,
     ):
         """Allocates `num_blocks` cache blocks, of which a slot has at most `blocks_per_slot`. `text_capacity` is the
         most text tokens that a slot attends to, `clip_tokens` the most visual tokens of a clip, and `chunk_size` is W.
-        Steps have one of `chunk_counts` chunks. `windowed` allows endless streams with a sliding window."""
+        Steps have one of `chunk_counts` chunks, of which a slot has at most `clip_chunks`. `windowed` allows endless
+        streams with a sliding window."""
         config = model.model.language_model.config
         if model.device.type == "cuda":
             gc.collect()  # an earlier runner's tensors are in reference cycles, and would keep their memory
         cache = PagedKVCache(config, batch_slots, num_blocks, blocks_per_slot, model.dtype, model.device)
         super().__init__(model, batch_slots, cache, text_capacity, penalty)
         self.chunk_size, self.windowed, self.chunk_counts = chunk_size, windowed, sorted({*chunk_counts})
+        self.clip_chunks = clip_chunks
         hidden = {"dtype": model.dtype, "device": self.device}
         self.clip_features = torch.zeros(batch_slots, clip_tokens, config.hidden_size, **hidden)
         """The features of the clip that each slot feeds, (S, tokens of a clip, C)."""
@@ -99,10 +108,11 @@ class StepRunner(ModelRunner):
         chunk_size: int | None,
         penalty: float,
         window: Window | None,
-        chunk_counts: Sequence[int] = (0, 1),
+        chunks: int = 1,
+        chunk_counts: Sequence[int] | None = None,
     ) -> "StepRunner":
         """A runner for one stream of at most `clips` clips and `max_new_tokens` tokens, or for an endless one with a
-        `window`. By default a chunk holds a whole clip and the tail."""
+        `window`. A clip and the tail are at most `chunks` chunks, or several steps if `chunk_size` is smaller."""
         visual, text = cls.token_capacity(layout, clips, max_new_tokens, window)
         blocks, whole = PagedKVCache.blocks_needed(visual, text), layout.tokens_per_clip + layout.tail
         return cls(
@@ -112,8 +122,9 @@ class StepRunner(ModelRunner):
             blocks_per_slot=blocks,
             text_capacity=text,
             clip_tokens=layout.tokens_per_clip,
-            chunk_size=min(chunk_size or whole, whole),
-            chunk_counts=chunk_counts,
+            chunk_size=min(chunk_size or -(-whole // chunks), whole),
+            chunk_counts=chunk_counts or [0, *chunk_counts_of(chunks)],
+            clip_chunks=chunks,
             windowed=window is not None,
             penalty=penalty,
         )
@@ -171,14 +182,19 @@ class StepRunner(ModelRunner):
 
     def prefill(self, batch_slot: BatchSlot, due: DueRows) -> None:
         """Feeds `due` in as many steps as it takes."""
-        for first in range(0, len(due), self.chunk_size):
-            self.step([StepRequest(batch_slot, DueRows.empty(), due[first : first + self.chunk_size], False)])
+        width = self.chunk_size * self.clip_chunks
+        for first in range(0, len(due), width):
+            self.step([StepRequest(batch_slot, DueRows.empty(), due[first : first + width], False)])
+
+    def chunks_of(self, requests: Sequence[StepRequest]) -> int:
+        """The number of chunks of the step for `requests`."""
+        needed = sum(request.chunks(self.chunk_size) for request in requests)
+        return min(count for count in self.chunk_counts if count >= needed)
 
     @torch.no_grad()
     def step(self, requests: Sequence[StepRequest]) -> PendingToken | None:
         """Runs one step for `requests`, each of a different batch slot. Returns the tokens if any are chosen."""
-        needed = sum(len(request.prefill) > 0 for request in requests)
-        chunks = min(count for count in self.chunk_counts if count >= needed)
+        chunks = self.chunks_of(requests)
         sample = any(request.sample for request in requests)
         self.inputs[chunks].set(requests)
         if (chunks, sample) in self.graphs:

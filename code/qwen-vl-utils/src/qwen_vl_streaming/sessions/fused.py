@@ -2,16 +2,39 @@
 
 from torch import Tensor
 
+from ..common.errors import InputError
 from ..engine.stream_state import DueRows, StreamState
+from ..timeline.timeline import Layout, Schedule
 from .serial import SerialRounds
 
 ENCODE_TOGETHER = 4
 """Clips that the vision encoder encodes at once, if so many wait: one alone does not fill a GPU."""
 
 
+def choose_chunks(model, layout: Layout, schedule: str | Schedule) -> int:
+    """In how many chunks a clip of `layout` enters, each beside a token of a slot that writes by `schedule`, where the
+    caller does not say. Always 1, a whole clip beside one token, until it is measured where more are faster.
+
+    To measure: milliseconds per round of each number of chunks, over visual tokens per clip, tokens per slot, and sizes
+    and types of weights: `code/benchmarks/latency.py sweep --modes serial fused --chunks whole 1/2 1/4 1/8 spread`.
+    """
+    return 1
+
+
+def check_chunks(chunks: int, chunk: int | None, mode: str, layout: Layout) -> None:
+    """Raises InputError if a session in `mode` cannot divide its clips into `chunks` chunks."""
+    if not 1 <= chunks <= layout.tokens_per_clip:
+        raise InputError(f"chunks {chunks} must be from 1 to the {layout.tokens_per_clip} visual tokens of a clip")
+    if chunks > 1 and mode != "fused":
+        raise InputError(f"chunks {chunks} is for mode fused: in {mode}, no token is written beside a clip")
+    if chunk is not None:
+        raise InputError(f"chunk {chunk} and chunks {chunks} both divide a clip: give one of them")
+
+
 class FusedRounds(SerialRounds):
-    """The next clip's rows enter beside the tokens of the slot before it or, if it arrives too late for that, with the
-    first token that sees it. At most one clip enters ahead of its slot; more is not faster."""
+    """The next clip's rows enter beside the tokens of the slot before it: whole beside one token, or in chunks beside
+    several. What is left of it once that slot is over enters with the first token that sees it. At most one clip enters
+    ahead of its slot; more is not faster."""
 
     mode = "fused"
 
@@ -32,7 +55,7 @@ class FusedRounds(SerialRounds):
     def _begin_slots(self) -> None:
         self._enter_ahead()
         entering = self.entering
-        fits = entering is not None and len(self.lead) + len(entering) <= self.width
+        fits = entering is not None and len(self.lead) + len(entering) <= self.width_ahead
         if entering is not None and fits and self.scheduler.may_begin_slot:
             rows = self._begin_slot()
             # The clip's rows that are left enter with the first token that sees them.

@@ -49,7 +49,9 @@ class SerialRounds:
         self.model, self.variant, self.template, self.layout = model, variant, template, layout
         self.runner, self.scheduler, self.log, self.window = runner, scheduler, log, window
         self.max_clips, self.chunk, self.ahead = max_clips, chunk, ahead
-        self.width = min(chunk or runner.chunk_size, runner.chunk_size)
+        whole = runner.chunk_size * runner.clip_chunks
+        self.width = min(chunk or whole, whole)
+        """Rows of a clip that enter in one step, at most."""
         self.batch_slot = runner.acquire(template, layout, max_clips, scheduler.max_new_tokens, window)
         self.text = StreamState(variant, template, layout, window)
         """What the text side has written and may attend to."""
@@ -100,14 +102,13 @@ class SerialRounds:
         ready = not self.encoded and not len(self.lead) and self.scheduler.may_begin_slot
         return [self.waiting.popleft()] if self.waiting and ready else []
 
-    def plan(self, prefill: bool = True) -> StepRequest | None:
-        """What to request of the next forward step; without `prefill` it has room for a token's row only."""
+    def plan(self, chunks: int | None = None) -> StepRequest | None:
+        """What to request of the next forward step, which has room for `chunks` chunks; default: for any number."""
         self._begin_slots()
-        rows = DueRows.empty()
-        if prefill:
-            rows, self.lead = self.lead[: self.width], self.lead[self.width :]
-            if not len(self.lead):
-                rows = rows + self._rows_ahead(self.width - len(rows))
+        width = self.width if chunks is None else min(self.width, chunks * self.runner.chunk_size)
+        rows, self.lead = self.lead[:width], self.lead[width:]
+        if not len(self.lead):
+            rows = rows + self._rows_ahead(max(min(width, self.width_ahead) - len(rows), 0))
         sample = not len(self.lead) and self.scheduler.may_write
         if len(rows) and self.variant.parallel and self.mode == "serial":
             sample = False
@@ -116,6 +117,12 @@ class SerialRounds:
         decode = self.text.feed_text() if sample else DueRows.empty()
         next_row = len(self.template.header) + self.scheduler.requested_tokens
         return StepRequest(self.batch_slot, decode, rows, sample, next_row)
+
+    @property
+    def width_ahead(self) -> int:
+        """Rows of a clip that enter in one step, at most, before the slot that waits for them begins: a chunk beside a
+        token, else a whole clip."""
+        return min(self.width, self.runner.chunk_size) if self.scheduler.may_write else self.width
 
     def requested(self, request: StepRequest, pending: PendingToken | None) -> None:
         """The forward step was launched."""

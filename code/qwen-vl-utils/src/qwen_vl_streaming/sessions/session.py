@@ -23,6 +23,7 @@ from ..timeline.plan import Window
 from ..timeline.positions import check_clips
 from ..timeline.timeline import Layout, Schedule
 from ..timeline.variants import Variant
+from .fused import check_chunks, choose_chunks
 from .record import Record, identity, write_record
 from .serial import SerialRounds
 from .session_log import SessionLog, TimedToken
@@ -49,6 +50,7 @@ class Session:
         max_clips: int = 60,
         window: tuple[int, int] | None = None,
         chunk: int | None = None,
+        chunks: int | None = None,
         ahead: int | None = None,
         runner: StepRunner | None = None,
         clock: Callable[[], float] = now,
@@ -66,6 +68,9 @@ class Session:
             window: (clips, tokens) that attention is limited to, besides prompt and header; the stream may then have
                 any number of clips.
             chunk: Visual tokens that enter per forward step, at most; default: a whole clip.
+            chunks: Forward steps in which a fused clip enters, each beside a token. If the slot has fewer tokens, the
+                rest of the clip enters with the next slot's first token. Default: that of `runner`, else
+                `choose_chunks`.
             ahead: Forward steps that may be in flight while a token is read; default: 1 on a GPU, 0 on a CPU.
             runner: The runner of a closed session, or one that a pool shares; default: a new one.
             clock: Returns the time in seconds.
@@ -84,6 +89,8 @@ class Session:
             )
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk {chunk} must be at least 1 visual token")
+        if chunks is not None:
+            check_chunks(chunks, chunk, self.mode, layout)
         if min(max_new_tokens, max_clips) < 1:
             raise InputError(f"max_new_tokens {max_new_tokens} and max_clips {max_clips} must be at least 1")
         frame = None if window is None else Window(*window)
@@ -96,10 +103,16 @@ class Session:
         self.variant, self.template, self.layout, self.max_clips = variant, template, layout, max_clips
         if runner is None:
             given = PENALTY if penalty is None else penalty
-            runner = rounds.make_runner(model, layout, max_clips, max_new_tokens, chunk, given, frame)
+            if chunks is None:
+                chunks = choose_chunks(model, layout, schedule) if self.mode == "fused" and chunk is None else 1
+            runner = rounds.make_runner(model, layout, max_clips, max_new_tokens, chunk, given, frame, chunks)
         if penalty not in (None, runner.penalty):
             raise InputError(
                 f"penalty {penalty} differs from {runner.penalty}, with which the runner was made: leave it out"
+            )
+        if chunks not in (None, runner.clip_chunks):
+            raise InputError(
+                f"chunks {chunks} differs from {runner.clip_chunks}, with which the runner was made: leave it out"
             )
         self.runner, self.closed = runner, False
         self.log = SessionLog(record, about, clock)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from ..engine.kv_cache import PagedKVCache
-from ..engine.step_runner import StepRunner
+from ..engine.step_runner import StepRunner, chunk_counts_of
 from ..model.prompts import Template
 from ..reference import PENALTY
 from ..timeline.plan import Window
@@ -54,6 +54,7 @@ class SessionPool:
         window: tuple[int, int] | None = None,
         chunk_counts: Sequence[int] = CHUNK_COUNTS,
         chunk: int | None = None,
+        chunks: int = 1,
         clip_tokens: int | None = None,
         penalty: float = PENALTY,
     ):
@@ -62,9 +63,10 @@ class SessionPool:
             layout: Has the largest clips that a session of `max_clips` may have.
             memory: Bytes for keys and values; default: most of a GPU's free memory, on a CPU what all slots can need.
             max_clips, max_new_tokens, window: The most that a session may have of each.
-            chunk_counts: How many chunks of clips may enter in one forward step; a step is padded to the next of these.
-            chunk: Visual tokens of a chunk, at most those of the largest clip and the tail; default: a clip of `layout`
-                and the tail. Larger clips take several steps.
+            chunk_counts: How many clips may enter in one forward step; a step is padded to the next of these.
+            chunk: Visual tokens of a clip that enter in one step, at most those of the largest clip and the tail;
+                default: a clip of `layout` and the tail. Larger clips take several steps.
+            chunks: In how many chunks such a clip enters, if it is fused: see `Session`.
             clip_tokens: Visual tokens of a clip at most, where sessions of fewer clips may have larger ones.
             penalty: Repetition penalty of all sessions.
 
@@ -80,6 +82,9 @@ class SessionPool:
         needed = blocks_needed(layout, **self.limits)
         _, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, window and Window(*window))
         clip_tokens = max(clip_tokens or 0, layout.tokens_per_clip)
+        whole = min(chunk or layout.tokens_per_clip + layout.tail, clip_tokens + layout.tail)
+        if not 1 <= chunks <= whole:
+            raise InputError(f"chunks {chunks} must be from 1 to the {whole} visual tokens that enter in one step")
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
         blocks = needed * batch_slots if memory is None else min(needed * batch_slots, memory // block_bytes - 1)
@@ -88,7 +93,7 @@ class SessionPool:
                 f"one session needs {needed * block_bytes / 2**30:.3f} GiB for its keys and values, but only "
                 f"{memory / 2**30:.3f} GiB are available: use fewer clips, tokens or pixels, or more memory"
             )
-        fewer = [count for count in chunk_counts if 0 < count < batch_slots]
+        counts = [*(count for count in chunk_counts if 0 < count < batch_slots), min(batch_slots, max(chunk_counts))]
         self.runner = StepRunner(
             model,
             batch_slots,
@@ -96,8 +101,9 @@ class SessionPool:
             blocks_per_slot=needed,
             text_capacity=text,
             clip_tokens=clip_tokens,
-            chunk_size=min(chunk or layout.tokens_per_clip + layout.tail, clip_tokens + layout.tail),
-            chunk_counts=[0, *fewer, min(batch_slots, max(chunk_counts))],
+            chunk_size=-(-whole // chunks),
+            chunk_counts=[0, *chunk_counts_of(chunks)[:-1], *(chunks * count for count in counts)],
+            clip_chunks=chunks,
             windowed=window is not None,
             penalty=penalty,
         )
@@ -131,12 +137,13 @@ class SessionPool:
         try:
             self._encode(running)
             running = [session for session in running if not session.closed]
-            requests, entering, most = [], [], self.runner.chunk_counts[-1]
+            requests, entering, room = [], [], self.runner.chunk_counts[-1]
             for session in running:
-                request = session.rounds.plan(prefill=len(entering) < most)
+                request = session.rounds.plan(room)
                 requests.append((session, request))
                 if request is not None and len(request.prefill):
                     entering.append(session)
+                    room -= request.chunks(self.runner.chunk_size)
             # A session that had a chunk goes to the end of the queue for the next.
             self.sessions = [session for session in self.sessions if session not in entering] + entering
             launched = [(session, request) for session, request in requests if request is not None]
