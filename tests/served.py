@@ -66,14 +66,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(flags: list[str], environment: dict | None = None, **limits) -> Iterator[Running]:
+def running(flags: list[str], environment: dict | None = None, threads: bool = True, **limits) -> Iterator[Running]:
+    """`threads`: models run in threads of this process, so that tests can reach them."""
     settings = parse("", environment or {}, [*flags, "--port", "0", "--device", "cpu"])
     settings = replace(settings, limits=replace(settings.limits, **limits))
     listener, models = bind("127.0.0.1", 0), load_catalog(settings)
     pools: list[SessionPool] = []
     make_pool = model_process.make_pool
     with mock.patch.object(model_process, "make_pool", lambda *given: pools.append(make_pool(*given)) or pools[-1]):
-        workers = start_workers(place(models, settings), threads=True)
+        workers = start_workers(place(models, settings), threads)
     server, started, loop = Server(settings, models, workers), threading.Event(), asyncio.new_event_loop()
     web = make_uvicorn(server)
 

@@ -26,11 +26,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from ..model.prompts import QUESTIONS
+from ..sessions.session_pool import blocks_needed
 from .admission import Admission
 from .catalog import FPS, ServedModel
 from .connection import Refused
 from .metrics import Metrics
-from .model_process import ModelSpec
+from .model_spec import ModelSpec
 from .options import Settings, is_loopback
 from .own_source import Opened, OwnSource
 from .request import Plan
@@ -145,15 +146,16 @@ class Server:
         template = model.template(question)
         layout = model.layout(template, opened.size, opened.seconds)
         most = model.most_clips(layout, settings.most_clips)
-        clips, tokens = settings.window or (settings.pool_clips, settings.pool_tokens)
-        limits = {**spec.limits, "max_clips": min(most or spec.max_clips, spec.max_clips)}
+        stream = spec.limits
+        clips, tokens = settings.window or (stream["max_clips"], stream["max_new_tokens"])
+        limits = {**stream, "max_clips": min(most or stream["max_clips"], stream["max_clips"])}
         if opened.count is not None and opened.count <= clips and settings.max_new_tokens <= tokens:
             # A recording that fits into the window has its own limits, as in eval.sh.
             limits = {"max_clips": opened.count, "max_new_tokens": settings.max_new_tokens, "window": None}
-        blocks = spec.blocks(layout, limits)
+        blocks = blocks_needed(layout, **limits)
         if layout.prompt > spec.largest.prompt:
             raise Refused("invalid_event", f"question has more than {settings.limits.question_tokens} tokens")
-        if layout.tokens_per_clip > spec.clip_tokens or blocks > spec.blocks(spec.largest, spec.limits):
+        if layout.tokens_per_clip > spec.clip_tokens or blocks > blocks_needed(spec.largest, **stream):
             height, width = opened.size
             raise Refused("frame_too_large", f"frames of {width} x {height} pixels do not fit: use another source")
         return Plan(template, layout, limits, most, blocks)

@@ -17,7 +17,7 @@ from ..timeline.positions import clips_before_text
 from ..timeline.timeline import Layout, make_schedule, model_schedule_most
 from ..timeline.variants import Variant, chosen_variant, get_variant
 from ..video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget
-from .model_process import ModelSpec
+from .model_spec import ModelSpec
 from .options import Settings, budget_of
 
 FPS = 2.0
@@ -40,6 +40,7 @@ class ServedModel:
 
     @property
     def mode(self) -> str:
+        """The execution mode of its sessions; a variant that does not stream is "offline" for viewers."""
         return "fused" if self.variant.parallel else "serial" if self.variant.streams else "offline"
 
     @property
@@ -100,13 +101,12 @@ class ServedModel:
             name=self.name,
             path=self.path,
             variant=self.variant.name,
+            mode="fused" if self.variant.parallel else "serial",
             device=device,
             dtype=settings.dtype,
             weights=settings.weights,
             sessions=settings.sessions,
-            window=settings.window,
-            max_clips=settings.pool_clips,
-            max_new_tokens=settings.pool_tokens,
+            limits=settings.pool_limits,
             tokens_after_end=settings.max_new_tokens,
             template=template,
             largest=replace(widest, prompt=widest.prompt + settings.limits.question_tokens),

@@ -95,9 +95,10 @@ class Settings:
         return self.max_clips or CLIPS
 
     @property
-    def pool_tokens(self) -> int:
-        """Tokens of a stream at most."""
-        return sys.maxsize if self.window else TOKENS_PER_CLIP * self.pool_clips
+    def pool_limits(self) -> dict:
+        """The max_clips, max_new_tokens and window of a stream."""
+        tokens = sys.maxsize if self.window else TOKENS_PER_CLIP * self.pool_clips
+        return {"max_clips": self.pool_clips, "max_new_tokens": tokens, "window": self.window}
 
 
 def is_loopback(host: str) -> bool:
