@@ -34,7 +34,7 @@ from qwen_vl_streaming.serve.frames import decode_picture, prepare_clip
 from qwen_vl_streaming.serve.options import TOKEN_VARIABLE, bind, parse
 from qwen_vl_streaming.serve.pixel_buffers import PixelBuffers
 from qwen_vl_streaming.serve.process_handle import ProcessHandle
-from qwen_vl_streaming.serve.workers import Worker
+from qwen_vl_streaming.serve.workers import Device, Worker
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.session_pool import SessionPool
 from served import (
@@ -185,7 +185,7 @@ def test_a_model_that_is_lost_too_often_is_not_started_again(monkeypatch, caplog
     class Process:
         kill = join = is_alive = lambda self, *_: None
 
-    def start(spec, threads):
+    def start(spec):
         starts.append(time.monotonic())
         connection, theirs = multiprocessing.Pipe()
         if len(starts) in (2, 3):  # it is lost once more, and then does not load
@@ -196,7 +196,7 @@ def test_a_model_that_is_lost_too_often_is_not_started_again(monkeypatch, caplog
 
     monkeypatch.setattr(ProcessHandle, "start", start)
     monkeypatch.setattr(workers, "PAUSE", 0)
-    worker = Worker(SimpleNamespace(name="group"))
+    worker = Worker(SimpleNamespace(name="group"), Device())
     admission = Admission([worker], 9)
     admission.queue.append(Ticket({"group": 5}, ended.append, lambda _: None))
 

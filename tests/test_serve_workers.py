@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from qwen_vl_streaming.common.errors import InputError
@@ -38,7 +39,7 @@ def started(monkeypatch):
     """The processes that are started."""
     found = []
 
-    def start(spec, threads):
+    def start(spec):
         connection, theirs = multiprocessing.Pipe()
         found.append(Process(theirs))
         return ProcessHandle(spec.name, connection, None, found[-1])
@@ -49,19 +50,19 @@ def started(monkeypatch):
 
 
 def make(device: Device | None = None) -> Worker:
-    return Worker(SimpleNamespace(name="group"), device=device)
+    return Worker(SimpleNamespace(name="group"), device or Device())
 
 
 def until_lost(worker: Worker, seconds: float = 5) -> None:
     """Run `worker`, which is not started again, until the event loop has learned that it is lost."""
-    worker.threads = True
 
     async def run():
         worker.listen(asyncio.get_running_loop())
         while not (worker.lost and worker.given_up):
             await asyncio.sleep(0.01)
 
-    drive(run, seconds)
+    with mock.patch.object(workers, "RESTARTS", 0):
+        drive(run, seconds)
 
 
 def test_a_message_that_cannot_be_sent_loses_the_model(started, caplog):
@@ -78,7 +79,7 @@ def test_a_message_that_cannot_be_sent_loses_the_model(started, caplog):
 
 def test_a_message_that_cannot_be_handled_loses_the_model(started, caplog):
     worker = make()
-    started[0].pipe.send(("step", [("nobody", 1, 1, 0.0)], []))
+    started[0].pipe.send(("step", [("nobody", None)]))
     until_lost(worker)
     assert "what it says could not be handled" in caplog.text
 
@@ -125,9 +126,9 @@ def test_no_process_starts_when_the_server_ends_in_the_pause(started, monkeypatc
 def test_a_process_that_starts_when_the_server_ends_is_killed(started, monkeypatch):
     worker, start = make(), ProcessHandle.start
 
-    def start_and_end(spec, threads):
+    def start_and_end(spec):
         worker.close()
-        return start(spec, threads)
+        return start(spec)
 
     monkeypatch.setattr(ProcessHandle, "start", start_and_end)
     threading.Thread(target=worker._restart, daemon=True).start()
@@ -159,7 +160,7 @@ def test_a_process_that_cannot_start_leaves_no_file_open(monkeypatch):
     before = os.listdir("/proc/self/fd")
     for _ in range(3):
         with pytest.raises(OSError, match="allocate"):
-            Worker(SimpleNamespace(clip_bytes=4096))
+            ProcessHandle.start(SimpleNamespace(clip_bytes=4096))
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
@@ -173,7 +174,7 @@ def test_models_that_restart_together_share_the_memory(monkeypatch):
         told.put(pipe.recv())
         pipe.send(("ready", 1, 1))
 
-    def start(spec, threads):
+    def start(spec):
         connection, theirs = multiprocessing.Pipe()
         if device.without_pool == {*together}:
             both.wait(SECONDS)
@@ -256,12 +257,16 @@ def test_a_process_says_that_it_is_alive_while_its_threads_get_on(hanging, monke
     assert not running.is_alive()
 
 
-def test_the_records_of_a_process_that_hangs_are_written_before_the_server_ends(started, monkeypatch):
-    worker, written = make(), []
+def test_the_records_of_a_process_that_hangs_are_written_before_the_server_ends(started):
+    worker, kills, written = make(), [], []
+
+    def kill():  # by two threads, of which the first ends the process
+        kills.append(True)
+        if len(kills) == 1:
+            started[0].pipe.close()
+
     worker.copies["key"] = SimpleNamespace(write=lambda reason: time.sleep(0.2) or written.append(reason))
-    worker.process.process = SimpleNamespace(
-        is_alive=lambda: True, join=lambda *_: None, kill=lambda: started[0].pipe.close()
-    )
+    worker.process.process = SimpleNamespace(is_alive=lambda: True, join=lambda *_: None, kill=kill)
 
     async def run():
         worker.listen(asyncio.get_running_loop())

@@ -8,17 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..common.errors import InputError
+from ..live.setup import check_schedule
 from ..model.modeling_qwen2_5_vl import load_config, tokens_per_second
 from ..model.prompts import QUESTIONS, Template, load_processor, make_template
 from ..model.quantization import check_weights
-from ..model.trained import MODEL, check_trained, choose_schedule, end_of_slot, wait_k
+from ..model.trained import MODEL, check_trained, end_of_slot, wait_k
 from ..sessions import GREEDY
 from ..timeline.positions import clips_before_text
-from ..timeline.timeline import Layout, make_schedule, model_schedule_most
+from ..timeline.timeline import Layout
 from ..timeline.variants import Variant, chosen_variant, get_variant
 from ..video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget
 from .model_spec import ModelSpec
-from .options import Settings, budget_of
+from .options import Settings
 
 FPS = 2.0
 CHANNELS = 3
@@ -85,10 +86,7 @@ class ServedModel:
         """The schedule to use. Raises InputError if it is unknown."""
         if not self.variant.streams:
             return self.wait_k
-        name = choose_schedule(name or None, self.config, self.name, self.variant)
-        if name != GREEDY and model_schedule_most(name) is None:
-            make_schedule(name, self.variant, 1)
-        return name
+        return check_schedule(name or None, self.config, self.name, self.variant)
 
     def spec(self, settings: Settings, device: str) -> ModelSpec:
         """What its process on `device` needs to know."""
@@ -137,7 +135,7 @@ def load_catalog(settings: Settings) -> dict[str, ServedModel]:
             variant=variant,
             config=config,
             steps_per_second=tokens_per_second(config),
-            budget=budget_of(config, settings),
+            budget=PixelBudget.trained(config, settings.budget),
             processor=processor,
         )
         alike = model.budget, model.steps_per_second, processor.video_processor.to_dict()

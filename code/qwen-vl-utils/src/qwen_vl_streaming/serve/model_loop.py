@@ -20,7 +20,7 @@ from torch import Tensor
 from ..common.clock import now
 from ..common.ending import explain
 from ..common.errors import InputError
-from ..live.figures import Course, figures, spoken_flags
+from ..live.figures import figures
 from ..model.prompts import Template
 from ..sessions import Session, SessionPool
 from ..sessions.session import make_record
@@ -50,7 +50,6 @@ class Stream:
     reporter: Reporter
     completed: list[float] = field(default_factory=list)
     """When each clip was complete."""
-    cancelled: bool = False
 
 
 class ModelLoop:
@@ -137,7 +136,7 @@ class ModelLoop:
             except (InputError, RuntimeError, MemoryError) as error:
                 self._fail(key, error)
             else:
-                if key in self.streams and (self.streams[key].cancelled or self.streams[key].session.done):
+                if key in self.streams and (kind == "cancel" or self.streams[key].session.done):
                     self._finish(key)
 
     def _open(self, key: str, template: Template, layout: Layout, options: dict) -> None:
@@ -158,11 +157,10 @@ class ModelLoop:
 
     def _cancel(self, stream: Stream, why: str) -> None:
         stream.session.log.about["end"] = why
-        stream.cancelled = True
 
     def _step(self) -> None:
         try:
-            written = self.pool.step()
+            self.pool.step()
             self.failures = 0
         except Exception as error:  # an error in a step has ended all sessions, each with its record
             self.failures += 1
@@ -175,11 +173,9 @@ class ModelLoop:
             if self.failures == FAILURES:
                 raise
             return
-        keys = {id(stream.session): key for key, stream in self.streams.items()}
-        tokens = [(keys[id(session)], token.token, token.slot, token.time) for session, token in written]
         news = [(key, news) for key, stream in self.streams.items() if (news := stream.reporter.news()) is not None]
-        if tokens or news:
-            self._send("step", tokens, news)
+        if news:
+            self._send("step", news)
         for key, stream in [*self.streams.items()]:
             if stream.session.closed:  # its clip did not fit in memory
                 self._fail(key, torch.OutOfMemoryError("the clip did not fit"))
@@ -203,22 +199,11 @@ class ModelLoop:
     def _finish(self, key: str, report: bool = True) -> None:
         """Close a session with its figures and its record."""
         stream = self.streams.pop(key)
-        session, ended = stream.session, "cancelled" if not stream.session.done else "completed"
+        session, ended = stream.session, "completed" if stream.session.done else "cancelled"
         try:
             while session.rounds.pending:
                 session.rounds.collect(True)
-            begun = len(session.counts)
-            course = Course(
-                completed=stream.completed,
-                fed=range(len(stream.completed)),
-                visible=session.log.visible[:begun],
-                slots=[token.slot for token in session.written],
-                times=[token.time for token in session.written],
-                closed=session.scheduler.complete,
-                greedy=session.greedy,
-                spoken=spoken_flags([token.token for token in session.written], session.template.end_of_slot),
-            )
-            found = figures(course)
+            found = figures(make_record(session, ended), stream.completed, range(len(stream.completed)))
             session.log.about.update(figures=found, completed=stream.completed, closed=now())
             session.close()
         except Exception as error:

@@ -7,13 +7,12 @@ import queue
 import select
 import threading
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from ..common.errors import InputError
 from ..sessions.perception_client import group_signals_ignored
 from .model_loop import ALIVE
-from .model_process import run_model, run_process
+from .model_process import run_process
 from .model_spec import ModelSpec
 from .pixel_buffers import PixelBuffers
 
@@ -27,20 +26,17 @@ SILENT_SECONDS = 30
 class ProcessHandle:
     """One model process, from its start to its end."""
 
-    def __init__(self, name: str, connection: Connection, pixels: PixelBuffers, process: SpawnProcess | None):
+    def __init__(self, name: str, connection, pixels: PixelBuffers, process: SpawnProcess | None):
+        """`connection`: this end of a pipe, whose other end the process has."""
         self.name, self.connection, self.pixels, self.process = name, connection, pixels, process
         self.outbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
 
     @classmethod
-    def start(cls, spec: ModelSpec, threads: bool) -> "ProcessHandle":
-        """Start a process, or with `threads`, for tests, a thread of this one. Linux kills a process when the thread
-        that has started it ends."""
+    def start(cls, spec: ModelSpec) -> "ProcessHandle":
+        """Start a process. Linux kills it when the thread that has started it ends."""
         context = multiprocessing.get_context("spawn")
         pixels = PixelBuffers(spec.clip_bytes)
         connection, theirs = context.Pipe()
-        if threads:
-            threading.Thread(target=run_model, args=(theirs, pixels, spec), daemon=True).start()
-            return cls(spec.name, connection, pixels, None)
         process = context.Process(target=run_process, args=(theirs, pixels, spec, os.getpid()), daemon=True)
         try:
             with group_signals_ignored():

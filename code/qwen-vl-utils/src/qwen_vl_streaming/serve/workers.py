@@ -48,10 +48,8 @@ class Device:
 class Worker:
     """One model on one device."""
 
-    def __init__(self, spec: ModelSpec, threads: bool = False, device: Device | None = None):
-        """`threads`: run the model in a thread of this process, for tests; it is not started again. `device`: given if
-        workers share one."""
-        self.spec, self.threads, self.device = spec, threads, device or Device()
+    def __init__(self, spec: ModelSpec, device: Device):
+        self.spec, self.device = spec, device
         self.lost, self.given_up, self.closing = False, False, False
         """No process runs now; none is started again; the server ends."""
         self.batch_slots = self.blocks = 0
@@ -64,7 +62,7 @@ class Worker:
         """Called when room has become free, or the process is lost."""
         self.losses: list[float] = []
         self.device.without_pool.add(self)
-        self.newest = self.process = ProcessHandle.start(spec, threads)
+        self.newest = self.process = ProcessHandle.start(spec)
         """The process that was started last, and the one to which messages go."""
         self.receiver: threading.Thread | None = None
 
@@ -155,20 +153,16 @@ class Worker:
             key, copy = what
             self.copies[key] = copy
         elif kind == "step":
-            tokens, news = what
-            for key, progress in news:
+            for key, progress in what[0]:
                 self.copies[key].add(progress)
-            for key, *token in tokens:
-                self.copies[key].tokens.append(tuple(token))
         else:
             self.copies.pop(what[0], None)
 
     def _restart(self) -> tuple[int, int] | None:
         """Start the process again. Returns the room that it has, or None if the server ends or this is in vain."""
         name = self.spec.name
-        if not self.threads:
-            self.device.without_pool.add(self)
-        while not (self.closing or self.threads):
+        self.device.without_pool.add(self)
+        while not self.closing:
             at = time.monotonic()
             self.losses = [*(loss for loss in self.losses if at - loss < RESTART_SECONDS), at]
             if len(self.losses) > RESTARTS:
@@ -184,7 +178,7 @@ class Worker:
             if self.closing:
                 break
             try:
-                self.newest = ProcessHandle.start(self.spec, threads=False)
+                self.newest = ProcessHandle.start(self.spec)
                 if not self.closing:  # otherwise since then, so that `close` has not killed this process
                     self.newest.expect("loaded", START_SECONDS)
                     return self.make_pool()
@@ -202,11 +196,11 @@ class Worker:
     def _handle(self, message: tuple) -> None:
         kind, *what = message
         if kind == "step":
-            tokens, news = what
-            for key, progress in news:
-                self.listeners[key][0].begun(progress.slots)
-            for key, *token in tokens:
-                self.listeners[key][0].token(*token)
+            for key, progress in what[0]:
+                listener, _ = self.listeners[key]
+                listener.begun(progress.slots)
+                for token in progress.tokens:
+                    listener.token(*token)
         elif kind == "done":
             key, *how = what
             listener, blocks = self.listeners.pop(key)
@@ -226,16 +220,14 @@ class Worker:
             self.on_change()
 
 
-def start_workers(specs: Sequence[ModelSpec], threads: bool = False) -> list[Worker]:
+def start_workers(specs: Sequence[ModelSpec]) -> list[Worker]:
     """Load all models at once, then divide the memory of each device between its models. Raises InputError."""
     workers: list[Worker] = []
     devices: collections.defaultdict[str, Device] = collections.defaultdict(Device)
     try:
         for spec in specs:
-            workers.append(Worker(spec, threads, devices[spec.device]))
-            if threads:  # transformers does not load two models at once in one process
-                workers[-1].newest.expect("loaded")
-        for worker in () if threads else workers:
+            workers.append(Worker(spec, devices[spec.device]))
+        for worker in workers:
             worker.newest.expect("loaded")
         for worker in workers:
             worker.batch_slots, worker.blocks = worker.make_pool()
