@@ -37,6 +37,7 @@ def main() -> None:
             with Browser(Path(folder) / "profile") as page:
                 page.open(address, WIDTH, HEIGHT)
                 page.wait("document.body.dataset.state === 'ready'")
+                page.run("document.documentElement.style.scrollbarWidth = 'none'")
                 page.run("document.querySelector('[name=source][value=file]').click()")
                 page.choose("#file", arguments.film)
                 page.run("document.getElementById('action').click()")
