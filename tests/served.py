@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import re
 import shutil
 import threading
@@ -15,12 +16,14 @@ from unittest import mock
 
 from published import ROOT
 from qwen_vl_streaming.model.trained import training_keys
-from qwen_vl_streaming.serve import model_process
-from qwen_vl_streaming.serve.app import Server
+from qwen_vl_streaming.serve import model_process, workers
+from qwen_vl_streaming.serve.app import WebApp
 from qwen_vl_streaming.serve.catalog import load_catalog, place
 from qwen_vl_streaming.serve.cli import make_uvicorn
 from qwen_vl_streaming.serve.options import bind, parse
-from qwen_vl_streaming.serve.workers import start_workers
+from qwen_vl_streaming.serve.pixel_buffers import PixelBuffers
+from qwen_vl_streaming.serve.process_handle import ProcessHandle
+from qwen_vl_streaming.serve.server import Server
 from qwen_vl_streaming.sessions import SessionPool
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from websockets.asyncio.client import connect
@@ -50,8 +53,8 @@ def trained(checkpoint: Path, folder: Path, variant: str) -> Path:
 class Running:
     """A server that runs."""
 
-    def __init__(self, server: Server, port: int, loop: asyncio.AbstractEventLoop, pools: list[SessionPool]):
-        self.server, self.port, self.loop, self.pools = server, port, loop, pools
+    def __init__(self, app: WebApp, port: int, loop: asyncio.AbstractEventLoop, pools: list[SessionPool]):
+        self.app, self.server, self.port, self.loop, self.pools = app, app.server, port, loop, pools
         self.http, self.address = f"http://127.0.0.1:{port}", f"ws://127.0.0.1:{port}/v1/realtime"
 
     def connect(self, **options):
@@ -62,37 +65,52 @@ class Running:
         return found
 
     def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.stop(), self.loop).result(SECONDS)
+        asyncio.run_coroutine_threadsafe(self.app.stop(), self.loop).result(SECONDS)
 
 
 @contextlib.contextmanager
-def running(flags: list[str], environment: dict | None = None, **limits) -> Iterator[Running]:
+def running(flags: list[str], environment: dict | None = None, threads: bool = True, **limits) -> Iterator[Running]:
+    """`threads`: models run in threads of this process, so that tests can reach them."""
     settings = parse("", environment or {}, [*flags, "--port", "0", "--device", "cpu"])
     settings = replace(settings, limits=replace(settings.limits, **limits))
     listener, models = bind("127.0.0.1", 0), load_catalog(settings)
     pools: list[SessionPool] = []
     make_pool = model_process.make_pool
-    with mock.patch.object(model_process, "make_pool", lambda *given: pools.append(make_pool(*given)) or pools[-1]):
-        workers = start_workers(place(models, settings), threads=True)
-    server, started, loop = Server(settings, models, workers), threading.Event(), asyncio.new_event_loop()
-    web = make_uvicorn(server)
+    with mock.patch.object(workers, "RESTARTS", 0 if threads else workers.RESTARTS):
+        with (
+            mock.patch.object(model_process, "make_pool", lambda *given: pools.append(make_pool(*given)) or pools[-1]),
+            mock.patch.object(ProcessHandle, "start", start_thread if threads else ProcessHandle.start),
+        ):
+            server = Server(settings, models, workers.start_workers(place(models, settings)))
+        app, started, loop = WebApp(server), threading.Event(), asyncio.new_event_loop()
+        web = make_uvicorn(app)
 
-    async def serve() -> None:
-        server.start()
-        started.set()
-        await web.serve(sockets=[listener])
+        async def serve() -> None:
+            server.start()
+            started.set()
+            await web.serve(sockets=[listener])
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
-    thread.start()
-    started.wait(SECONDS)
-    try:
-        yield Running(server, listener.getsockname()[1], loop, pools)
-    finally:
-        if not server.stopping:
-            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(SECONDS)
-        web.should_exit = True
-        thread.join(SECONDS)
-        assert not thread.is_alive()
+        thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
+        thread.start()
+        started.wait(SECONDS)
+        try:
+            yield Running(app, listener.getsockname()[1], loop, pools)
+        finally:
+            if not server.stopping:
+                asyncio.run_coroutine_threadsafe(app.stop(), loop).result(SECONDS)
+            web.should_exit = True
+            thread.join(SECONDS)
+            assert not thread.is_alive()
+
+
+def start_thread(spec) -> ProcessHandle:
+    """In place of `ProcessHandle.start`: runs the model in a thread of this process. Waits until it has loaded, because
+    transformers does not load two models at once in one process."""
+    pixels = PixelBuffers(spec.clip_bytes)
+    connection, theirs = multiprocessing.Pipe()
+    threading.Thread(target=model_process.run_model, args=(theirs, pixels, spec), daemon=True).start()
+    connection.poll(None)
+    return ProcessHandle(spec.name, connection, pixels, None)
 
 
 def gather(events) -> dict[str, list[dict]]:
@@ -129,10 +147,10 @@ def drive(run, seconds: float = SECONDS) -> object:
 def settled(server: Running) -> None:
     """Wait until nothing runs, and check that nothing is left behind."""
     end, inside = time.monotonic() + SECONDS, server.server
-    while inside.viewers or any(worker.listeners for worker in inside.workers):
-        assert time.monotonic() < end, (inside.viewers, [worker.listeners for worker in inside.workers])
+    while server.app.viewers or any(worker.listeners for worker in inside.workers):
+        assert time.monotonic() < end, (server.app.viewers, [worker.listeners for worker in inside.workers])
         time.sleep(0.02)
-    assert not inside.addresses and not inside.admission.queue
+    assert not server.app.addresses and not inside.admission.queue
     assert {worker.batch_slots for worker in inside.workers} == {inside.settings.sessions}
     assert [len(pool.runner.free_slots) for pool in server.pools] == [inside.settings.sessions] * len(server.pools)
     free = [len(pool.runner.cache.free_blocks) for pool in server.pools]

@@ -145,6 +145,7 @@ COMMANDS: dict[str, Run | str] = {
     "python -m qwen_vl_streaming.explain --schedule 3,1,1,4": Run("a5–8"),
     "python -m qwen_vl_streaming.explain --format png --output docs/variants.png": Run(""),
     "python docs/draw_rooms.py": Run("files.md"),
+    "python docs/draw_page.py demo_output film.mp4": "not: needs a browser and the trained models of the demo",
     "python -m basedpyright": "not: tests/test_types.py runs it",
     "code/benchmarks/latency.py long --size tiny --stream 10000 --window 20 100": HELP,
     "code/benchmarks/latency.py lanes": MINUTES,

@@ -15,7 +15,7 @@ import verify
 from evaluating import finish, rows, start
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.engine.batch import Job, caption_all
-from qwen_vl_streaming.live.figures import Course, figures, spoken_flags
+from qwen_vl_streaming.live.figures import figures
 from qwen_vl_streaming.live.screen import Pieces
 from qwen_vl_streaming.model.prompts import END_OF_SLOT as DEFAULT
 from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, load_processor, make_template
@@ -408,29 +408,31 @@ def test_bad_input_is_refused(made, model):
 def test_text_and_figures_leave_the_token_out():
     pieces = Pieces(lambda ids: "".join("ab é"[token] if token != 9 else "END" for token in ids), end_of_slot=9)
     assert "".join(map(pieces.add, [0, 9, 9, 2, 1, 9])) + pieces.rest() == "a b"
-    tokens = [9, 1, 9, 9, 2]
-    course = Course(
-        completed=[1.0, 2.0, 3.0, 4.0],
-        fed=[0, 1, 2, 3],
+    record = SimpleNamespace(
         visible=[1.1, 2.1, 3.1, 4.1],
+        tokens=[9, 1, 9, 9, 2],
         slots=[1, 2, 2, 3, 4],
         times=[1.2, 2.2, 2.4, 3.2, 4.4],
-        closed=True,
-        spoken=spoken_flags(tokens, 9),
+        complete=True,
+        schedule="model-2",
+        template=SimpleNamespace(end_of_slot=9),
     )
-    found = figures(course)
+    completed, fed = [1.0, 2.0, 3.0, 4.0], range(4)
+    found = figures(record, completed, fed)
     assert found["tokens"] == 2 and found["tokens_per_second"] == pytest.approx(1 / 2.2)
     assert found["silent_slots"] == 2 and found["missed_deadlines"] == 0  # silence is not late
     assert found["first_token_after_first_clip"] == pytest.approx(0.2)
-    late = replace(course, times=[2.2, 2.3, 2.4, 3.2, 4.4])
-    assert figures(late)["missed_deadlines"] == 1  # to decide on silence too late is
-    plain = figures(replace(course, spoken=None))
+    record.times = [2.2, 2.3, 2.4, 3.2, 4.4]
+    assert figures(record, completed, fed)["missed_deadlines"] == 1  # to decide on silence too late is
+    record.template.end_of_slot = None
+    plain = figures(record, completed, fed)
     assert plain["silent_slots"] is None and plain["tokens"] == 5
 
 
 def test_metrics_count_what_is_said():
     model, metrics = SimpleNamespace(name="g", decode=str, end_of_slot_id=9), Metrics()
-    response = Response(model, None, lambda clip: (clip, None), lambda message: None, metrics, None)
+    connection = SimpleNamespace(send=lambda kind, **fields: None)
+    response = Response(model, None, None, lambda clip: (clip, None), lambda: 0, connection, metrics)
     for token in (9, 7, 9):
         response.token(token, 1, 12.0)
     assert response.tokens == 1 and metrics.registry.get_sample_value("qwen_vl_tokens_total", {"model": "g"}) == 1

@@ -350,6 +350,25 @@ def test_ten_times_too_many_frames_are_dropped(strict):
     settled(strict)
 
 
+def test_dropped_frames_are_counted_for_each_session(strict):
+    """Those of an earlier session on the same connection are not added."""
+
+    async def run():
+        async with Talk(strict.connect()) as viewer:
+            dropped = []
+            for _ in range(2):
+                await viewer.begin(models=["group"])
+                await viewer.until("session.updated")
+                for moment in (0, 0.1, 0.5):
+                    await viewer.frame(moment)
+                await viewer.say("input_video.end")
+                dropped.append((await viewer.until("response.done"))["response"]["figures"]["dropped"])
+            return dropped
+
+    assert drive(run) == [1, 1]
+    settled(strict)
+
+
 def test_a_client_that_vanishes_leaves_a_record(strict):
     async def run():
         viewer = await Talk(strict.connect()).__aenter__()
@@ -407,7 +426,7 @@ def test_a_client_that_does_not_read_is_disconnected(strict, monkeypatch):
         task = asyncio.create_task(viewer.run())
         await asyncio.sleep(0)
         for _ in range(20):
-            viewer.send("response.output_text.delta")
+            viewer.connection.send("response.output_text.delta")
         assert viewer.connection.outbox.qsize() <= 2 * limits.messages_waiting
         monkeypatch.setattr(connection, "SEND_SECONDS", 0.1)
         await task

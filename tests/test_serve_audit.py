@@ -19,7 +19,7 @@ from media import make_video
 from PIL import Image, ImageOps
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.redact import Redacting
-from qwen_vl_streaming.serve import guards, workers
+from qwen_vl_streaming.serve import guards, process_handle
 from qwen_vl_streaming.serve.frames import BadFrame, decode_picture
 from qwen_vl_streaming.serve.metrics import Metrics
 from qwen_vl_streaming.serve.options import parse
@@ -410,14 +410,14 @@ def test_a_session_that_fails_names_its_record(server, monkeypatch):
 
 def test_what_is_left_of_a_text_has_the_age_of_its_token():
     """Without the capture time of its frame, the page would show it as late by the length of the video."""
-    sent: list[dict] = []
+    deltas: list[dict] = []
+    connection = SimpleNamespace(send=lambda kind, **fields: deltas.append(fields) if "delta" in fields else None)
     # A character that is never complete.
     model = SimpleNamespace(name="group", decode=lambda ids: "\ufffd", end_of_slot_id=None)
-    response = Response(model, None, lambda clip: (10.0 + clip, clip - 0.5), sent.append, Metrics(), None)
+    response = Response(model, None, None, lambda clip: (10.0 + clip, clip - 0.5), lambda: 0, connection, Metrics())
     response.sent_clips = 3
     response.token(7, 2, 12.3)
     response.done("completed", None, False)
-    deltas = [message for message in sent if message["type"] == "response.output_text.delta"]
     assert [delta["delta"] for delta in deltas] == ["", "\ufffd"]
     assert [(delta["capture_time"], delta["age_ms"]) for delta in deltas] == [(1.5, 300.0)] * 2
 
@@ -503,9 +503,9 @@ def test_ctrl_c_while_models_load_reaches_only_the_server(monkeypatch):
     )
     pipe = SimpleNamespace(close=lambda: None)
     context = SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=lambda **_: process)
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(process_handle.multiprocessing, "get_context", lambda _: context)
     before = signal.getsignal(signal.SIGINT)
-    workers.Worker(SimpleNamespace(clip_bytes=4096))
+    process_handle.ProcessHandle.start(SimpleNamespace(name="group", clip_bytes=4096))
     assert found == [[signal.SIG_IGN] * 2] and signal.getsignal(signal.SIGINT) == before
 
 

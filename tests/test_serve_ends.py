@@ -27,13 +27,14 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.replay import replay
-from qwen_vl_streaming.serve import cli, workers
+from qwen_vl_streaming.serve import cli, process_handle, workers
 from qwen_vl_streaming.serve.admission import Admission, Ticket
 from qwen_vl_streaming.serve.catalog import load_catalog
 from qwen_vl_streaming.serve.frames import decode_picture, prepare_clip
 from qwen_vl_streaming.serve.options import TOKEN_VARIABLE, bind, parse
 from qwen_vl_streaming.serve.pixel_buffers import PixelBuffers
-from qwen_vl_streaming.serve.workers import Worker
+from qwen_vl_streaming.serve.process_handle import ProcessHandle
+from qwen_vl_streaming.serve.workers import Device, Worker
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.session_pool import SessionPool
 from served import (
@@ -153,6 +154,30 @@ def test_a_killed_model_starts_again_and_then_sigterm(command, checkpoint):
             assert all(each.tie for each in replay(record, model, [clip.pixels] * len(record.hashes)))
 
 
+def test_a_model_that_hangs_starts_again(flags, monkeypatch):
+    """Alive, but stopped: its session ends with its record, and another process is started."""
+    monkeypatch.setattr(process_handle, "SILENT_SECONDS", 5)
+    with running(flags, threads=False) as server:
+        (worker,) = server.server.workers
+        stopped = worker.process.process
+
+        async def run():
+            async with Talk(server.connect()) as viewer:
+                key = await begun(viewer)
+                os.kill(stopped.pid, signal.SIGSTOP)
+                assert "group was lost: this session has ended" in (await viewer.until("error"))["error"]["message"]
+                done = (await viewer.until("response.done"))["response"]
+                assert (done["status"], done["record_id"]) == ("failed", key)
+                while worker.newest.process is stopped:
+                    await asyncio.sleep(0.1)
+                return key
+
+        record = read_record(server.record(drive(run)))
+        assert record.end == "failed: the process of model group was lost" and len(record.tokens) >= 2
+        assert stopped.exitcode == -signal.SIGKILL
+    worker.join()
+
+
 def test_a_model_that_is_lost_too_often_is_not_started_again(monkeypatch, caplog):
     """Its sessions end, and those that wait are refused."""
     starts, ended = [], []
@@ -160,18 +185,18 @@ def test_a_model_that_is_lost_too_often_is_not_started_again(monkeypatch, caplog
     class Process:
         kill = join = is_alive = lambda self, *_: None
 
-    def start(worker):
+    def start(spec):
         starts.append(time.monotonic())
-        worker.connection, theirs = multiprocessing.Pipe()
-        worker.process, worker.pixels = Process(), None
+        connection, theirs = multiprocessing.Pipe()
         if len(starts) in (2, 3):  # it is lost once more, and then does not load
             for message in (("loaded",), ("ready", 1, 1)):
                 theirs.send(message)
         theirs.close()
+        return ProcessHandle(spec.name, connection, None, Process())
 
-    monkeypatch.setattr(Worker, "_start", start)
+    monkeypatch.setattr(ProcessHandle, "start", start)
     monkeypatch.setattr(workers, "PAUSE", 0)
-    worker = Worker(SimpleNamespace(name="group"))
+    worker = Worker(SimpleNamespace(name="group"), Device())
     admission = Admission([worker], 9)
     admission.queue.append(Ticket({"group": 5}, ended.append, lambda _: None))
 

@@ -7,10 +7,15 @@ import multiprocessing
 import os
 import queue
 import threading
+import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-from qwen_vl_streaming.serve import workers
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.serve import model_loop, process_handle, workers
+from qwen_vl_streaming.serve.model_loop import ModelLoop
+from qwen_vl_streaming.serve.process_handle import ProcessHandle
 from qwen_vl_streaming.serve.record_copy import RecordCopy
 from qwen_vl_streaming.serve.workers import Device, Worker
 from served import SECONDS, drive
@@ -34,30 +39,30 @@ def started(monkeypatch):
     """The processes that are started."""
     found = []
 
-    def start(worker):
-        worker.connection, theirs = multiprocessing.Pipe()
-        worker.process, worker.pixels = Process(theirs), None
-        found.append(worker.process)
+    def start(spec):
+        connection, theirs = multiprocessing.Pipe()
+        found.append(Process(theirs))
+        return ProcessHandle(spec.name, connection, None, found[-1])
 
-    monkeypatch.setattr(Worker, "_start", start)
+    monkeypatch.setattr(ProcessHandle, "start", start)
     monkeypatch.setattr(workers, "PAUSE", 0)
     return found
 
 
 def make(device: Device | None = None) -> Worker:
-    return Worker(SimpleNamespace(name="group"), device=device)
+    return Worker(SimpleNamespace(name="group"), device or Device())
 
 
-def until_lost(worker: Worker) -> None:
+def until_lost(worker: Worker, seconds: float = 5) -> None:
     """Run `worker`, which is not started again, until the event loop has learned that it is lost."""
-    worker.threads = True
 
     async def run():
         worker.listen(asyncio.get_running_loop())
         while not (worker.lost and worker.given_up):
             await asyncio.sleep(0.01)
 
-    drive(run, 5)
+    with mock.patch.object(workers, "RESTARTS", 0):
+        drive(run, seconds)
 
 
 def test_a_message_that_cannot_be_sent_loses_the_model(started, caplog):
@@ -66,7 +71,7 @@ def test_a_message_that_cannot_be_sent_loses_the_model(started, caplog):
     def fail(_):
         raise RuntimeError("CUDA error")
 
-    worker.pixels = SimpleNamespace(write=fail)
+    worker.process.pixels = SimpleNamespace(write=fail)
     worker.send("clip", "key", SimpleNamespace(pixels=None), 0.0, False)
     until_lost(worker)
     assert "a message could not be sent" in caplog.text and "CUDA error" in caplog.text
@@ -74,7 +79,7 @@ def test_a_message_that_cannot_be_sent_loses_the_model(started, caplog):
 
 def test_a_message_that_cannot_be_handled_loses_the_model(started, caplog):
     worker = make()
-    started[0].pipe.send(("step", [("nobody", 1, 1, 0.0)], []))
+    started[0].pipe.send(("step", [("nobody", None)]))
     until_lost(worker)
     assert "what it says could not be handled" in caplog.text
 
@@ -96,15 +101,16 @@ def test_a_copy_that_cannot_be_written_harms_no_other(started, tmp_path):
     assert ended == [("lost", None, False)] * 2
 
 
-def test_a_connection_that_is_closed_while_it_sends_is_no_error(started, caplog):
-    worker, killed = make(), []
+def test_a_connection_that_is_closed_while_it_sends_is_no_error(caplog):
+    killed = []
 
     def send(_):
         raise TypeError("'NoneType' object cannot be interpreted as an integer")
 
-    connection = SimpleNamespace(closed=True, send=send)
-    worker.outbox.put(None)
-    worker._send_all(connection, None, SimpleNamespace(kill=lambda: killed.append(True)), worker.outbox)
+    process = SimpleNamespace(kill=lambda: killed.append(True))
+    handle = ProcessHandle("group", SimpleNamespace(closed=True, send=send), None, process)
+    handle.end()
+    handle._send_all()
     assert not killed and not caplog.records
 
 
@@ -118,13 +124,13 @@ def test_no_process_starts_when_the_server_ends_in_the_pause(started, monkeypatc
 
 
 def test_a_process_that_starts_when_the_server_ends_is_killed(started, monkeypatch):
-    worker, start = make(), Worker._start
+    worker, start = make(), ProcessHandle.start
 
-    def start_and_end(worker):
+    def start_and_end(spec):
         worker.close()
-        start(worker)
+        return start(spec)
 
-    monkeypatch.setattr(Worker, "_start", start_and_end)
+    monkeypatch.setattr(ProcessHandle, "start", start_and_end)
     threading.Thread(target=worker._restart, daemon=True).start()
     for _ in range(500):
         if len(started) == 2 and started[1].pipe.closed:
@@ -136,10 +142,10 @@ def test_a_process_that_starts_when_the_server_ends_is_killed(started, monkeypat
 def test_a_restart_that_fails_in_an_unexpected_way_is_given_up(started, monkeypatch, caplog):
     worker = make()
 
-    def fail(_):
+    def fail(*_, **__):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(Worker, "_start", fail)
+    monkeypatch.setattr(ProcessHandle, "start", fail)
     assert worker._restart() is None
     assert caplog.text.count("can't start new thread") >= workers.RESTARTS and not worker.device.without_pool
 
@@ -149,12 +155,12 @@ def test_a_process_that_cannot_start_leaves_no_file_open(monkeypatch):
         raise OSError("Cannot allocate memory")
 
     context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=lambda **_: SimpleNamespace(start=fail))
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(process_handle.multiprocessing, "get_context", lambda _: context)
     gc.collect()
     before = os.listdir("/proc/self/fd")
     for _ in range(3):
         with pytest.raises(OSError, match="allocate"):
-            Worker(SimpleNamespace(clip_bytes=4096))
+            ProcessHandle.start(SimpleNamespace(clip_bytes=4096))
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
@@ -168,18 +174,19 @@ def test_models_that_restart_together_share_the_memory(monkeypatch):
         told.put(pipe.recv())
         pipe.send(("ready", 1, 1))
 
-    def start(worker):
-        worker.connection, theirs = multiprocessing.Pipe()
-        if worker.device.without_pool == {*together}:
+    def start(spec):
+        connection, theirs = multiprocessing.Pipe()
+        if device.without_pool == {*together}:
             both.wait(SECONDS)
         threading.Thread(target=serve, args=(theirs,), daemon=True).start()
+        return ProcessHandle(spec.name, connection, None, None)
 
-    monkeypatch.setattr(Worker, "_start", start)
+    monkeypatch.setattr(ProcessHandle, "start", start)
     monkeypatch.setattr(workers, "PAUSE", 0.05)
     together, device = [], Device()
     one, other = make(device), make(device)
     for worker in (one, other):
-        worker.expect("loaded")
+        worker.newest.expect("loaded")
         worker.make_pool()
     assert [told.get(), told.get()] == [2, 1]
     together += one, other
@@ -191,3 +198,80 @@ def test_models_that_restart_together_share_the_memory(monkeypatch):
     assert [told.get(), told.get()] == [2, 1]
     one._restart()
     assert told.get() == 1 and not device.without_pool
+
+
+def test_a_process_that_says_nothing_for_too_long_is_killed(started, monkeypatch, caplog, tmp_path):
+    """One that only says that it is alive is not."""
+    monkeypatch.setattr(process_handle, "SILENT_SECONDS", 2)
+    worker, ended = make(), []
+    worker.listeners["key"] = SimpleNamespace(done=lambda *how: ended.append(how)), 1
+    (process,), begun = started, time.monotonic()
+
+    def beat():
+        for _ in range(6):
+            process.pipe.send(model_loop.ALIVE)
+            time.sleep(0.5)
+
+    threading.Thread(target=beat, daemon=True).start()
+    until_lost(worker, 10)
+    assert ended == [("lost", None, False)] and process.pipe.closed and time.monotonic() - begun > 4
+    assert "model group has said nothing for 2 s: its process hangs and is killed" in caplog.text
+
+
+def test_a_process_that_does_not_start_in_time_is_not_waited_for():
+    connection, _theirs = multiprocessing.Pipe()
+    with pytest.raises(InputError, match=r"group has not started within 0\.1 s"):
+        ProcessHandle("group", connection, None, None).expect("loaded", 0.1)
+
+
+@pytest.mark.parametrize("hanging", [None, "step", "read"])
+def test_a_process_says_that_it_is_alive_while_its_threads_get_on(hanging, monkeypatch):
+    """Steps that are slow are not steps that hang."""
+    monkeypatch.setattr(model_loop, "BEAT", 0.01)
+    monkeypatch.setattr(model_loop, "STEP_SECONDS", 0.3)
+    ours, theirs = multiprocessing.Pipe()
+    released = threading.Event()
+
+    def step():
+        released.wait(SECONDS if hanging == "step" else 0.1)
+        return []
+
+    def read(*_):
+        released.wait(SECONDS if hanging == "read" else 0.1)
+
+    spec = SimpleNamespace(name="group", device="cpu", dtype=None)
+    pool = SimpleNamespace(idle=False, step=step)
+    loop = ModelLoop(theirs, SimpleNamespace(read=read), spec, pool)
+    running = threading.Thread(target=loop.run, daemon=True)
+    running.start()
+    ours.send(("clip", "gone", 0, (1, 1), "", 0.0, False))
+    silent, end = False, time.monotonic() + (5 if hanging else 1)
+    while not silent and time.monotonic() < end:
+        if not (silent := not ours.poll(0.5)):
+            assert ours.recv() == model_loop.ALIVE
+    assert silent == bool(hanging)
+    released.set()
+    assert ours.poll(5)  # it gets on, and says so
+    ours.send(None)
+    running.join(5)
+    assert not running.is_alive()
+
+
+def test_the_records_of_a_process_that_hangs_are_written_before_the_server_ends(started):
+    worker, kills, written = make(), [], []
+
+    def kill():  # by two threads, of which the first ends the process
+        kills.append(True)
+        if len(kills) == 1:
+            started[0].pipe.close()
+
+    worker.copies["key"] = SimpleNamespace(write=lambda reason: time.sleep(0.2) or written.append(reason))
+    worker.process.process = SimpleNamespace(is_alive=lambda: True, join=lambda *_: None, kill=kill)
+
+    async def run():
+        worker.listen(asyncio.get_running_loop())
+        worker.close()
+
+    drive(run)
+    worker.join()
+    assert written == ["failed: the process of model group was lost"]

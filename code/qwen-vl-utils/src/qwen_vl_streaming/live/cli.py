@@ -24,24 +24,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from ..common.ending import explain
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..common.redact import redacted
 from ..model.modeling_qwen2_5_vl import DTYPES
-from ..model.trained import choose_schedule
-from ..sessions import GREEDY, PerceptionLost
+from ..sessions import PerceptionLost
 from ..sessions.record import describe_precision, read_record, write_record
-from ..timeline.timeline import make_schedule, model_schedule_most
 from ..video.clip_recorder import ClipRecorder
 from ..video.frames import PixelBudget
 from ..video.opening import open_source
 from .figures import table
 from .options import parse, record_place
 from .screen import NoteHandler, Screen
-from .setup import load_on, most_clips, open_watch, read_checkpoint
+from .setup import check_schedule, load_on, most_clips, open_watch, read_checkpoint
 from .watch import Watch
+
+ADVICE = "reduce --max-clips, --max-new-tokens, --window or --max-pixels-per-frame, or free memory"
 
 
 class Stop:
@@ -71,19 +70,6 @@ class Stop:
             self.ask(signal.SIGPIPE, None)
 
 
-def no_memory(error: Exception) -> InputError | None:
-    """The user error for an `error` that means out of memory; None for others."""
-    reason = next(iter(str(error).splitlines()), "")
-    if isinstance(error, torch.OutOfMemoryError):
-        what = "GPU memory"
-    elif isinstance(error, MemoryError) or "can't allocate memory" in reason:
-        what = "memory"
-    else:
-        return None
-    fix = "reduce --max-clips, --max-new-tokens, --window or --max-pixels-per-frame, or free memory"
-    return InputError(f"no {what} left ({reason}): {fix}")
-
-
 @contextlib.contextmanager
 def own_file(path: Path) -> Iterator[Path]:
     """Yields a path of this process alone; what was written there replaces `path` at the end, even after errors."""
@@ -96,15 +82,13 @@ def own_file(path: Path) -> Iterator[Path]:
 
 
 def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
-    """Watch to the end; returns the exit status. Raises InputError, out-of-memory errors (see `no_memory`) and
-    PerceptionLost; if a session had begun, its record is written first."""
+    """Watch to the end; returns the exit status. Raises InputError, PerceptionLost, and out-of-memory errors; if a
+    session had begun, its record is written first."""
     device, dtype = arguments.device, arguments.dtype and DTYPES[arguments.dtype]
     checkpoint = read_checkpoint(
         arguments.model, arguments.variant, device, dtype, arguments.force, "--force", arguments.weights
     )
-    schedule = choose_schedule(arguments.schedule, checkpoint.config, checkpoint.path, checkpoint.variant)
-    if schedule != GREEDY and model_schedule_most(schedule) is None:
-        make_schedule(schedule, checkpoint.variant, 1)
+    schedule = check_schedule(arguments.schedule, checkpoint.config, checkpoint.path, checkpoint.variant)
     path = record_place(arguments, checkpoint.variant)
     skip = arguments.behind == "skip"
     source = open_source(
@@ -150,7 +134,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         try:
             watch.run(screen)
         except (InputError, RuntimeError, MemoryError) as error:
-            if not (isinstance(error, InputError | PerceptionLost) or no_memory(error)):
+            if not isinstance(error, PerceptionLost) and explain(error, ADVICE, ADVICE) is None:
                 raise
             fault = error
         session.close()
@@ -189,9 +173,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 1
     except (RuntimeError, MemoryError) as error:
-        if (refusal := no_memory(error)) is None:
+        if (reason := explain(error, ADVICE, ADVICE)) is None:
             raise
-        raise refusal from error
+        raise InputError(reason) from error
     finally:
         logging.getLogger("qwen_vl_streaming").removeHandler(handler)
     sys.exit(status)

@@ -4,13 +4,13 @@ import collections
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
 from ..common.clock import now
 from ..common.errors import InputError
 from ..model.prompts import clip_pixels
+from ..video.opening import Source
 from ..video.sources import Clip
 
 logger = logging.getLogger(__name__)
@@ -22,25 +22,13 @@ ROOM = 256
 class Intake:
     """Reads a source from `start` to `stop`. Clips that have come are in `waiting`, from which `take` takes."""
 
-    def __init__(
-        self,
-        clips: Callable[[], Iterator[Clip]],
-        processor,
-        skip: bool = False,
-        pace: float | None = None,
-        count: int | None = None,
-        name: str = "the source",
-    ):
+    def __init__(self, source: Source, processor, skip: bool = False, name: str = "the source"):
         """Args:
-        clips: Opens the source.
         processor: Prepares the clips' pixels.
         skip: Only the newest clip waits.
-        pace: Wall-clock seconds between the source's clips, if known.
-        count: How many clips the source has, if known.
         name: Of the source, in messages.
         """
-        self.clips, self.processor, self.skip = clips, processor, skip
-        self.pace, self.count, self.name = pace, count, name
+        self.source, self.processor, self.skip, self.name = source, processor, skip, name
         self.waiting: collections.deque[tuple[Clip, Tensor | None]] = collections.deque()
         """Clips with their pixels, or None for a clip that came while others waited: it may be skipped."""
         self.completed: list[float] = []
@@ -87,14 +75,20 @@ class Intake:
         if not self.over:
             self._news.get()
 
-    def first(self) -> Clip:
-        """Wait for the first clip. It stays here. Raises InputError if none comes."""
+    def measure(self) -> tuple[tuple[int, int], float]:
+        """The (height, width) of the frames and the seconds of a clip. Of a source that does not know its size, reading
+        is started, and the first clip has it, which stays here. Raises InputError if none comes."""
+        if self.source.size is not None:
+            return self.source.size, self.source.seconds_per_clip
+        self.start()
         while not (self.waiting or self.over):
             self.wait()
         with self._change:
             if not self.waiting:
                 raise self.no_clip()
-            return self.waiting[0][0]
+            clip = self.waiting[0][0]
+        height, width = clip.frames.shape[-2:]
+        return (height, width), clip.seconds or self.source.seconds_per_clip
 
     def no_clip(self) -> InputError:
         """The error for a source that has ended without a clip."""
@@ -113,10 +107,11 @@ class Intake:
     def due(self) -> int:
         """Clips that the source has completed, including those that were not read because too many wait."""
         come = len(self.completed)
-        if self.over or not come or self.pace is None:
+        pace, count = self.source.pace, self.source.count
+        if self.over or not come or pace is None:
             return come
-        passed = int((now() - self.completed[0]) / self.pace) + 1
-        return max(come, min(passed, self.count or passed))
+        passed = int((now() - self.completed[0]) / pace) + 1
+        return max(come, min(passed, count or passed))
 
     def add(self, clip: Clip) -> None:
         """Add a clip that has come. Blocks while ROOM clips wait, until `stop`."""
@@ -126,7 +121,7 @@ class Intake:
             if newest_only:
                 self.waiting.clear()
             while len(self.waiting) >= ROOM and not self._stopped:
-                if self._begun and self.pace is None and not (clip.film or self._full):
+                if self._begun and self.source.pace is None and not (clip.film or self._full):
                     self._full = True
                     logger.warning("%d clips are waiting, the maximum: the source is not read until one is taken", ROOM)
                 self._change.wait()
@@ -149,7 +144,7 @@ class Intake:
 
     def _read(self) -> None:
         try:
-            for clip in self.clips():
+            for clip in self.source.clips():
                 self.add(clip)
                 if self._stopped:
                     return

@@ -7,6 +7,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..common.errors import InputError, OneLineParser
@@ -132,9 +133,7 @@ def parse(description: str | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
     add("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
     arguments = parser.parse_args()
-    for name, (least, most) in LIMITS.items():
-        if (value := getattr(arguments, name)) is not None and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {str(value)[:20]} must be from {least:.10g} to {most:.10g}")
+    check_limits(parser, arguments, LIMITS)
     arguments.model = find_model(arguments.model, PROJECT)
     if not (arguments.source == SYNTHETIC or arguments.source.startswith("/dev/") or "://" in arguments.source):
         arguments.source = str(look_up(arguments.source, PROJECT))
@@ -143,6 +142,15 @@ def parse(description: str | None) -> argparse.Namespace:
             parser.error(f"--window {str(value)[:20]} must be from 1 to {LIMITS[of][1]}")
     arguments.device, arguments.device_line = choose_device(arguments.device, look(os.environ))
     return arguments
+
+
+def check_limits(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, limits: Mapping[str, tuple[float, float]]
+) -> None:
+    """End the program with an error line if a flag that is given is not within its `limits`."""
+    for name, (least, most) in limits.items():
+        if (value := getattr(arguments, name)) is not None and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} {str(value)[:20]} must be from {least:.10g} to {most:.10g}")
 
 
 def record_place(arguments: argparse.Namespace, variant: Variant) -> Path:

@@ -19,8 +19,9 @@ from ..model.modeling_qwen2_5_vl import load_config, load_model, tokens_per_seco
 from ..model.prompts import clip_pixels, load_processor, make_template
 from ..model.quantization import check_weights
 from ..model.trained import check_trained, choose_schedule, end_of_slot
-from ..sessions import PerceptionClient, Session, open_session
+from ..sessions import GREEDY, PerceptionClient, Session, open_session
 from ..timeline.positions import check_clips, clips_before_text
+from ..timeline.timeline import make_schedule, model_schedule_most
 from ..timeline.variants import Variant, chosen_variant, get_variant
 from ..video.frames import FRAMES_PER_CLIP
 from ..video.opening import Source
@@ -80,6 +81,14 @@ def read_checkpoint(
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     check_weights(weights, where, dtype, config, weights_flag)
     return Checkpoint(path, config, load_processor(path), chosen, where, dtype, weights)
+
+
+def check_schedule(text: str | None, config, checkpoint: str, variant: Variant) -> str:
+    """`choose_schedule`, and check that `variant` can have it. Raises InputError."""
+    schedule = choose_schedule(text, config, checkpoint, variant)
+    if schedule != GREEDY and model_schedule_most(schedule) is None:
+        make_schedule(schedule, variant, 1)
+    return schedule
 
 
 def load_on(path: str, device: str, dtype: torch.dtype, weights: str | None = None):
@@ -159,7 +168,7 @@ def open_watch(
         max_new_tokens = sys.maxsize if most is None else TOKENS_PER_CLIP * most
     options |= {
         "mode": ("fused" if variant.parallel else "serial") if mode is None else mode,
-        "schedule": choose_schedule(schedule, config, checkpoint.path, variant),
+        "schedule": check_schedule(schedule, config, checkpoint.path, variant),
         "max_clips": CLIPS if most is None else most,
         "max_new_tokens": max_new_tokens,
         "window": window,
@@ -172,16 +181,10 @@ def open_watch(
                 )
             )
         model = load()
-        intake = Intake(source.clips, processor, skip, source.pace, source.count, name)
+        intake = Intake(source, processor, skip, name)
         stack.callback(intake.stop)
-        seconds = source.seconds_per_clip
-        if source.size is None:
-            intake.start()
-            clip = intake.first()
-            frames, seconds = clip.frames, clip.seconds or seconds
-        else:
-            frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
-        pixels, grid = clip_pixels(processor, frames)
+        size, seconds = intake.measure()
+        pixels, grid = clip_pixels(processor, torch.zeros(FRAMES_PER_CLIP, 3, *size, dtype=torch.uint8))
         layout = template.layout(grid, tokens_per_second(config) * seconds)
         room = clips_before_text(variant, layout)
         if source.count is not None:

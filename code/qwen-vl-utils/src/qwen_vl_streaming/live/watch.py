@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sessions import Session
 from ..sessions.record import Record
-from .figures import Course, figures, spoken_flags
+from .figures import figures
 from .intake import Intake
 from .screen import Pieces, Screen
 
@@ -97,19 +97,8 @@ class Watch:
         """The statistics of `figures.figures`, and the clips and frames that were counted here. `record` is that of the
         session, which must be closed."""
         intake = self.intake
-        course = Course(
-            completed=intake.completed,
-            fed=self.clips,
-            visible=record.visible,
-            slots=record.slots,
-            times=record.times,
-            closed=record.complete,
-            deadline=deadline,
-            greedy=self.session.greedy,
-            spoken=spoken_flags(record.tokens, record.template.end_of_slot),
-        )
         return {
-            **figures(course),
+            **figures(record, intake.completed, self.clips, deadline),
             # Clips that came while the model was being prepared.
             "clips_before_start": intake.before,
             # Clips that were never fed because a newer one had come.

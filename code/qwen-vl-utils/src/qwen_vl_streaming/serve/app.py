@@ -1,4 +1,4 @@
-"""The web application: routes, who may connect, security headers, and what all connections share.
+"""The web application: routes, who may connect, security headers.
 
 Knows nothing about the protocol within a connection: see `viewer.py`.
 """
@@ -7,11 +7,9 @@ import asyncio
 import collections
 import hmac
 import json
-import os
 import re
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,17 +23,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from ..model.prompts import QUESTIONS
-from .admission import Admission
-from .catalog import FPS, ServedModel
-from .connection import Refused
-from .metrics import Metrics
-from .model_process import ModelSpec
-from .options import Settings, is_loopback
-from .own_source import Opened, OwnSource
-from .request import Plan
-from .viewer import Viewer, kept_clips
-from .workers import Worker
+from .options import is_loopback
+from .server import Server
+from .viewer import Viewer
+from .viewer_session import kept_clips
 
 STATIC = Path(__file__).with_name("static")
 PROTOCOL = "qwen-vl-streaming"
@@ -71,112 +62,23 @@ class WithHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
-class Server:
-    """What all connections share."""
+class WebApp:
+    """The connections to one server."""
 
-    def __init__(self, settings: Settings, models: dict[str, ServedModel], workers: Sequence[Worker]):
-        self.settings, self.models, self.workers = settings, models, workers
-        self.admission, self.metrics = Admission(workers, settings.queue), Metrics()
-        self.processor = next(iter(models.values())).processor
-        self.executor = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "frames")
+    def __init__(self, server: Server):
+        self.server, self.settings = server, server.settings
         self.viewers: set[Viewer] = set()
         self.addresses: collections.Counter[str] = collections.Counter()
-        self.reading: list[OwnSource] = []
-        """Sources of the server's own that are open, for one viewer each."""
-        self.stopping = False
-        self.metrics.queue.set_function(lambda: len(self.admission.queue))
-        self.metrics.viewers.set_function(lambda: len(self.viewers))
-
-    def start(self) -> None:
-        """Call it in the event loop."""
-        for worker in self.workers:
-            worker.listen(asyncio.get_running_loop())
-
-    @property
-    def condition(self) -> str:
-        """What /health says: "ok" while every model has a process and the server does not stop."""
-        served = {worker.spec.name for worker in self.workers if not worker.lost}
-        coming = served | {worker.spec.name for worker in self.workers if not worker.given_up}
-        if self.stopping:
-            return "stopping"
-        if served >= self.models.keys():
-            return "ok"
-        return "a model is starting again" if coming >= self.models.keys() else "a model is lost"
+        server.metrics.viewers.set_function(lambda: len(self.viewers))
 
     async def stop(self) -> None:
-        """End all sessions, each with its record and its response.done."""
-        self.stopping = True
+        """End all sessions, each with its record and its response.done, and the model processes."""
+        self.server.stopping = True
         await asyncio.gather(*(viewer.stop() for viewer in [*self.viewers]), return_exceptions=True)
         end = time.monotonic() + 2
         while self.viewers and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        self.executor.shutdown(wait=False, cancel_futures=True)
-        for worker in self.workers:
-            worker.close()
-
-    # For viewers
-
-    def about(self, session: str) -> dict:
-        """What session.created says."""
-        limits = self.settings.limits
-        return {
-            "id": session,
-            "models": [
-                {"name": each.name, "variant": each.variant.name, "mode": each.mode, "schedules": each.schedules}
-                for each in self.models.values()
-            ],
-            "questions": [*QUESTIONS],
-            "sources": [*self.settings.sources],
-            "frames_per_second": FPS,
-            "limits": {
-                "frame_bytes": limits.frame_bytes,
-                "pixels": limits.pixels,
-                "question_characters": limits.question_characters,
-                "seconds_idle": limits.seconds_idle,
-            },
-        }
-
-    def spec(self, name: str) -> ModelSpec:
-        return next(worker.spec for worker in self.workers if worker.spec.name == name)
-
-    def plan(self, model: ServedModel, question: str, opened: Opened) -> Plan:
-        """A session of `model` for a source. Raises Refused if it does not fit."""
-        spec, settings = self.spec(model.name), self.settings
-        template = model.template(question)
-        layout = model.layout(template, opened.size, opened.seconds)
-        most = model.most_clips(layout, settings.most_clips)
-        clips, tokens = settings.window or (settings.pool_clips, settings.pool_tokens)
-        limits = {**spec.limits, "max_clips": min(most or spec.max_clips, spec.max_clips)}
-        if opened.count is not None and opened.count <= clips and settings.max_new_tokens <= tokens:
-            # A recording that fits into the window has its own limits, as in eval.sh.
-            limits = {"max_clips": opened.count, "max_new_tokens": settings.max_new_tokens, "window": None}
-        blocks = spec.blocks(layout, limits)
-        if layout.prompt > spec.largest.prompt:
-            raise Refused("invalid_event", f"question has more than {settings.limits.question_tokens} tokens")
-        if layout.tokens_per_clip > spec.clip_tokens or blocks > spec.blocks(spec.largest, spec.limits):
-            height, width = opened.size
-            raise Refused("frame_too_large", f"frames of {width} x {height} pixels do not fit: use another source")
-        return Plan(template, layout, limits, most, blocks)
-
-    def own_source(self, name: str, model: ServedModel, notify: Callable) -> OwnSource:
-        settings = self.settings
-        self.reading = [source for source in self.reading if source.thread.is_alive()]
-        if len(self.reading) >= settings.sessions * len(self.workers) + settings.queue:
-            raise Refused("queue_full", "too many viewers watch sources of the server: try again later")
-        source = OwnSource(name, settings.sources[name], model, settings.dtype, settings.pool_clips, notify)
-        self.reading.append(source)
-        return source
-
-    def record_path(self, key: str, variant: str) -> Path:
-        return self.settings.records / f"{time.strftime('%Y%m%d-%H%M%S')}-{variant}-{key}.json"
-
-    def in_thread(self, function: Callable, *arguments) -> asyncio.Future:
-        return asyncio.get_running_loop().run_in_executor(self.executor, function, *arguments)
-
-    def share(self, names, seconds: float) -> None:
-        """Count the time between a frame's arrival and its clip's way to the models."""
-        for name in names:
-            self.metrics.share.labels(name).observe(seconds)
+        self.server.close()
 
     # Who may connect
 
@@ -190,7 +92,7 @@ class Server:
             return 400, "Host or Origin is not an address"
         public = {urlsplit(each).netloc for each in self.settings.origins}
         # Without this, a page elsewhere could reach a server on the loopback through a host name of its own.
-        if self.settings.loopback and not (is_loopback(name) or host.netloc in public):
+        if is_loopback(self.settings.host) and not (is_loopback(name) or host.netloc in public):
             return 403, "this host name is not served: see --origin"
         if origin and asking != host.netloc and origin not in self.settings.origins:
             return 403, "this origin may not connect: see --origin"
@@ -213,12 +115,12 @@ class Server:
         if refusal := self.refusal(socket):
             status, reason = refusal
             return await socket.send_denial_response(PlainTextResponse(f"{reason}\n", status))
-        if self.stopping or self.addresses[address] >= self.settings.per_client:
-            reason = "the server stops" if self.stopping else f"more than {self.settings.per_client} connections"
-            status = 503 if self.stopping else 429
+        if self.server.stopping or self.addresses[address] >= self.settings.per_client:
+            reason = "the server stops" if self.server.stopping else f"more than {self.settings.per_client} connections"
+            status = 503 if self.server.stopping else 429
             return await socket.send_denial_response(PlainTextResponse(f"{reason}\n", status))
         await socket.accept(PROTOCOL if PROTOCOL in socket.scope.get("subprotocols", []) else None)
-        viewer = Viewer(socket, self)
+        viewer = Viewer(socket, self.server)
         self.viewers.add(viewer)
         self.addresses[address] += 1
         try:
@@ -243,14 +145,14 @@ class Server:
         return FileResponse(STATIC / "index.html")
 
     def health(self, _: Request) -> Response:
-        condition = self.condition
+        condition = self.server.condition
         return JSONResponse({"status": condition}, 200 if condition == "ok" else 503)
 
     def measured(self, _: Request) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def listed(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": self.about("")["models"]})
+        return JSONResponse({"object": "list", "data": self.server.about("")["models"]})
 
     def record(self, request: Request) -> Response:
         """A record, without the server's paths, or the clips that belong to it. Only the viewer was given its id."""
@@ -270,7 +172,7 @@ class Server:
         headers = {"Content-Disposition": f'attachment; filename="{key}.json"'}
         return Response(json.dumps(data, indent=1), media_type="application/json", headers=headers)
 
-    def app(self, lifespan: Callable | None = None) -> Starlette:
+    def starlette(self, lifespan: Callable | None = None) -> Starlette:
         return Starlette(
             routes=[
                 Route("/", self.answer(self.page, needs_token=False)),

@@ -8,17 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..common.errors import InputError
+from ..live.setup import check_schedule
 from ..model.modeling_qwen2_5_vl import load_config, tokens_per_second
 from ..model.prompts import QUESTIONS, Template, load_processor, make_template
 from ..model.quantization import check_weights
-from ..model.trained import MODEL, check_trained, choose_schedule, end_of_slot, wait_k
+from ..model.trained import MODEL, check_trained, end_of_slot, wait_k
 from ..sessions import GREEDY
 from ..timeline.positions import clips_before_text
-from ..timeline.timeline import Layout, make_schedule, model_schedule_most
+from ..timeline.timeline import Layout
 from ..timeline.variants import Variant, chosen_variant, get_variant
 from ..video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget
-from .model_process import ModelSpec
-from .options import Settings, budget_of
+from .model_spec import ModelSpec
+from .options import Settings
 
 FPS = 2.0
 CHANNELS = 3
@@ -40,6 +41,7 @@ class ServedModel:
 
     @property
     def mode(self) -> str:
+        """The execution mode of its sessions; a variant that does not stream is "offline" for viewers."""
         return "fused" if self.variant.parallel else "serial" if self.variant.streams else "offline"
 
     @property
@@ -84,10 +86,7 @@ class ServedModel:
         """The schedule to use. Raises InputError if it is unknown."""
         if not self.variant.streams:
             return self.wait_k
-        name = choose_schedule(name or None, self.config, self.name, self.variant)
-        if name != GREEDY and model_schedule_most(name) is None:
-            make_schedule(name, self.variant, 1)
-        return name
+        return check_schedule(name or None, self.config, self.name, self.variant)
 
     def spec(self, settings: Settings, device: str) -> ModelSpec:
         """What its process on `device` needs to know."""
@@ -99,13 +98,12 @@ class ServedModel:
             name=self.name,
             path=self.path,
             variant=self.variant.name,
+            mode="fused" if self.variant.parallel else "serial",
             device=device,
             dtype=settings.dtype,
             weights=settings.weights,
             sessions=settings.sessions,
-            window=settings.window,
-            max_clips=settings.pool_clips,
-            max_new_tokens=settings.pool_tokens,
+            limits=settings.pool_limits,
             tokens_after_end=settings.max_new_tokens,
             template=template,
             largest=replace(widest, prompt=widest.prompt + settings.limits.question_tokens),
@@ -136,7 +134,7 @@ def load_catalog(settings: Settings) -> dict[str, ServedModel]:
             variant=variant,
             config=config,
             steps_per_second=tokens_per_second(config),
-            budget=budget_of(config, settings),
+            budget=PixelBudget.trained(config, settings.budget),
             processor=processor,
         )
         alike = model.budget, model.steps_per_second, processor.video_processor.to_dict()

@@ -22,11 +22,12 @@ from ..common.ending import leave
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..common.redact import Redacting
-from .app import Server
+from .app import WebApp
 from .catalog import load_catalog, place
 from .guards import GuardedHTTP, GuardedWebSocket
 from .model_process import SWITCH_SECONDS
 from .options import Settings, bind, parse
+from .server import Server
 from .workers import start_workers
 
 logger = logging.getLogger("qwen_vl_streaming.serve")
@@ -42,10 +43,10 @@ class Uvicorn(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def make_uvicorn(server: Server) -> Uvicorn:
-    settings = server.settings
+def make_uvicorn(app: WebApp) -> Uvicorn:
+    settings = app.settings
     config = uvicorn.Config(
-        server.app(),
+        app.starlette(),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -56,7 +57,7 @@ def make_uvicorn(server: Server) -> Uvicorn:
         ws=GuardedWebSocket,
         ws_max_size=settings.limits.frame_bytes + 2**16,
         ws_per_message_deflate=False,
-        limit_concurrency=settings.sessions * len(server.workers) + settings.queue + HANDSHAKE_MARGIN,
+        limit_concurrency=settings.sessions * len(app.server.workers) + settings.queue + HANDSHAKE_MARGIN,
         timeout_graceful_shutdown=2,
     )
     return Uvicorn(config)
@@ -68,7 +69,8 @@ async def serve(server: Server, listener: socket.socket) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, lambda: sys.exit(1) if stop.is_set() else stop.set())
     server.start()
-    web = make_uvicorn(server)
+    app = WebApp(server)
+    web = make_uvicorn(app)
     running = asyncio.create_task(web.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
     status = 0
@@ -78,7 +80,7 @@ async def serve(server: Server, listener: socket.socket) -> int:
             logger.error("all models are lost: the server ends")
             status = 1
             break
-    await server.stop()
+    await app.stop()
     web.should_exit = True
     await running
     return status

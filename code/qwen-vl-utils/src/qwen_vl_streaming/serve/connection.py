@@ -80,7 +80,7 @@ class Connection:
             self.sender.cancel()
 
     def send(self, kind: str, droppable: bool = False, binary: bytes | None = None, **fields) -> None:
-        """Queue a message and the `binary` one after it. A `droppable` one is left out if the client reads slowly."""
+        """Queue a message and the `binary` one after it. A `droppable` one is skipped if the client reads slowly."""
         waiting, most = self.outbox.qsize(), self.limits.messages_waiting
         if waiting >= most and not droppable:
             self.stop(POLICY)
@@ -89,6 +89,10 @@ class Connection:
 
     def error(self, code: str, message: str, event_id: str | None = None) -> None:
         self.send("error", error={"code": code, "message": message, "event_id": event_id})
+
+    def refuse(self, refused: Refused | InputError, event_id: str | None = None) -> None:
+        """Tell the client why what it asked for is refused."""
+        self.error(refused.code if isinstance(refused, Refused) else "invalid_event", str(refused), event_id)
 
     async def receive(self, kind: str, busy: Callable[[], bool] = lambda: False) -> Any:
         """The next message. Raises Refused if it is not of `kind`, "text" or "bytes"."""
@@ -133,8 +137,7 @@ class Connection:
                 event = self._parse(await self.receive("text", busy))
                 await handle(event)
             except (Refused, InputError) as refused:
-                code = refused.code if isinstance(refused, Refused) else "invalid_event"
-                self.error(code, str(refused), event.get("event_id"))
+                self.refuse(refused, event.get("event_id"))
                 self.mistakes += 1
                 if self.mistakes >= self.limits.mistakes:
                     raise Closing from refused

@@ -15,9 +15,10 @@ from ray import serve  # pyright: ignore[reportMissingImports] - an optional ext
 from starlette.applications import Starlette
 
 from ..common.progress import quiet_libraries
-from .app import Server
+from .app import WebApp
 from .catalog import load_catalog, place
 from .options import parse
+from .server import Server
 from .workers import start_workers
 
 
@@ -32,14 +33,15 @@ def build(arguments: dict[str, str]) -> serve.Application:
         settings = parse(__doc__, os.environ, [*flags, "--sessions", str(sessions)])
         models = load_catalog(settings)
         server = Server(settings, models, start_workers(place(models, settings)))
+        app = WebApp(server)
 
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             server.start()
             yield
-            await server.stop()
+            await app.stop()
 
-        return server.app(lifespan)
+        return app.starlette(lifespan)
 
     class Replica:
         pass

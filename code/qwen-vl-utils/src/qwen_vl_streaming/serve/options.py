@@ -16,11 +16,12 @@ from ..common.errors import InputError, OneLineParser
 from ..common.paths import PROJECT, find_model, look_up
 from ..common.redact import hide, hide_address
 from ..devices import DEVICE_HELP, choose_device, look
-from ..live.options import CLIPS, TOKENS_PER_CLIP
+from ..live.options import check_limits
+from ..live.setup import CLIPS, TOKENS_PER_CLIP
 from ..model.modeling_qwen2_5_vl import DTYPES
 from ..model.quantization import WEIGHTS, WEIGHTS_HELP, check_weights
 from ..video.formats import SCHEMES
-from ..video.frames import BUDGETS, PixelBudget
+from ..video.frames import BUDGETS
 from ..video.opening import SYNTHETIC
 
 TOKEN_VARIABLE = "QWEN2_5_VL_SERVE_TOKEN"
@@ -29,6 +30,15 @@ TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,200}")
 NAME = re.compile(r"[\w.-]{1,40}")
 RECORDS = Path("serve_output")
 BACKLOG = 2048
+LIMITS = {
+    "port": (0, 65535),
+    "sessions": (1, 4096),
+    "sessions_per_client": (1, 10**6),
+    "queue": (0, 10**6),
+    "max_clips": (1, 10**6),
+    "max_new_tokens": (1, 10**6),
+}
+"""The smallest and the largest value of numeric flags."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +92,6 @@ class Settings:
     limits: Limits = Limits()
 
     @property
-    def loopback(self) -> bool:
-        return is_loopback(self.host)
-
-    @property
     def most_clips(self) -> int | None:
         """Clips of a session at most, or None for any number."""
         return self.max_clips or (None if self.window else CLIPS)
@@ -95,9 +101,10 @@ class Settings:
         return self.max_clips or CLIPS
 
     @property
-    def pool_tokens(self) -> int:
-        """Tokens of a stream at most."""
-        return sys.maxsize if self.window else TOKENS_PER_CLIP * self.pool_clips
+    def pool_limits(self) -> dict:
+        """The max_clips, max_new_tokens and window of a stream."""
+        tokens = sys.maxsize if self.window else TOKENS_PER_CLIP * self.pool_clips
+        return {"max_clips": self.pool_clips, "max_new_tokens": tokens, "window": self.window}
 
 
 def is_loopback(host: str) -> bool:
@@ -168,16 +175,7 @@ def parse(description: str | None, environment: Mapping[str, str], arguments: Se
         add(name, type=int, metavar="N", help="default: as the checkpoint was trained")
     add("--budget", choices=BUDGETS, help="see `live --help`; default: as the checkpoint was trained")
     values = parser.parse_args(arguments)
-    for name, least, most in (
-        ("port", 0, 65535),
-        ("sessions", 1, 4096),
-        ("sessions_per_client", 1, 10**6),
-        ("queue", 0, 10**6),
-        ("max_clips", 1, 10**6),
-        ("max_new_tokens", 1, 10**6),
-    ):
-        if (value := getattr(values, name)) is not None and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {value} must be from {least} to {most}")
+    check_limits(parser, values, LIMITS)
     if values.window != [0, 0] and min(values.window) < 1:
         parser.error(f"--window {values.window[0]} {values.window[1]} must be two numbers of at least 1, or 0 0")
     token = environment.get(TOKEN_VARIABLE, "")
@@ -284,7 +282,3 @@ def bind(host: str, port: int) -> socket.socket:
             f"--host {host} --port {port} cannot be opened ({error.strerror}): give another port or address"
         ) from error
     return listener
-
-
-def budget_of(config, settings: Settings) -> PixelBudget:
-    return PixelBudget.trained(config, settings.budget)

@@ -83,7 +83,7 @@ class OwnSource:
     def _run(self) -> None:
         try:
             self._read()
-        except Exception as error:  # told to the viewer without what it says, which may name the address
+        except Exception as error:  # reported to the viewer without its text, which may name the address
             logger.error("source %s: %s", self.name, error)
             self._notify(InputError(f"source {self.name} cannot be read"))
         finally:
@@ -92,14 +92,8 @@ class OwnSource:
 
     def _read(self) -> None:
         source = open_source(self.address, self.model.budget, fps=FPS, max_clips=self.most)
-        self.intake = intake = Intake(
-            source.clips, self.model.processor, pace=source.pace, count=source.count, name=self.name
-        )
-        size, seconds = source.size, source.seconds_per_clip
-        if size is None:
-            intake.start()
-            clip = intake.first()
-            size, seconds = (clip.frames.shape[-2], clip.frames.shape[-1]), clip.seconds or seconds
+        self.intake = intake = Intake(source, self.model.processor, name=self.name)
+        size, seconds = intake.measure()
         self._notify(Opened(size, seconds, source.count, source.about))
         self.go.wait()
         if self.stopped:

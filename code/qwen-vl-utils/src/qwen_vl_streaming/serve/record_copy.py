@@ -18,12 +18,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step has added to a session, besides tokens."""
+    """What a step has added to a session."""
 
+    tokens: list[tuple[int, int, float]]
+    """Further tokens, each with its slot and time."""
     slots: int
-    """That have begun, all in all."""
+    """How many have begun."""
     visible: list[float]
-    """When further ones began, without those that a token that is not read yet may undo."""
+    """When further slots began, without those that a token that is not read yet may undo."""
     arrived: list[float]
     hashes: list[str]
     """When further clips arrived, and their hashes."""
@@ -36,20 +38,26 @@ class Reporter:
     """In the model process: finds what is new in a session."""
 
     session: Session
-    slots: int = 0
-    clips: int = 0
-    visible: int = 0
+    reported: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Numbers of tokens, of slots that have begun, of those that are settled, and of clips."""
 
     def news(self) -> Progress | None:
         """What is new since the last call, if anything."""
         scheduler, log = self.session.scheduler, self.session.log
         begun = len(scheduler.counts)
         settled = scheduler.pending[0] if scheduler.pending else begun
-        if (begun, settled, len(log.arrived)) == (self.slots, self.visible, self.clips):
+        reached = len(log.written), begun, settled, len(log.arrived)
+        if reached == self.reported:
             return None
-        visible, clips = slice(self.visible, settled), slice(self.clips, None)
-        self.slots, self.visible, self.clips = begun, settled, len(log.arrived)
-        return Progress(begun, log.visible[visible], log.arrived[clips], log.hashes[clips], scheduler.total)
+        (tokens, _, visible, clips), self.reported = self.reported, reached
+        return Progress(
+            tokens=[(each.token, each.slot, each.time) for each in log.written[tokens:]],
+            slots=begun,
+            visible=log.visible[visible:settled],
+            arrived=log.arrived[clips:],
+            hashes=log.hashes[clips:],
+            total=scheduler.total,
+        )
 
 
 @dataclass
@@ -67,6 +75,7 @@ class RecordCopy:
     total: int | None = None
 
     def add(self, progress: Progress) -> None:
+        self.tokens += progress.tokens
         self.visible += progress.visible
         self.arrived += progress.arrived
         self.hashes += progress.hashes

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ..common.clock import now
 from ..live.screen import Pieces
 from .catalog import ServedModel
+from .connection import Connection
 from .frames import PreparedClip
 from .metrics import Metrics
 from .workers import Worker
@@ -23,19 +24,20 @@ class Response:
         self,
         model: ServedModel,
         worker: Worker,
-        captured: Callable[[int], tuple[float, float | None] | None],
-        send: Callable[[dict], None],
-        metrics: Metrics,
         most: int | None,
+        captured: Callable[[int], tuple[float, float | None] | None],
+        dropped: Callable[[], int],
+        connection: Connection,
+        metrics: Metrics,
     ):
         """Args:
-        captured: For a clip (1…), when it was complete and the capture time of its newest frame.
-        send: Sends a message to the viewer.
         most: Clips to watch, or None for all.
+        captured: For a clip (1…), when it was complete and the capture time of its newest frame.
+        dropped: How many frames were not used.
         """
         self.id = secrets.token_urlsafe(12)
-        self.model, self.worker, self.captured, self.send, self.metrics = model, worker, captured, send, metrics
-        self.most = most
+        self.model, self.worker, self.most, self.captured, self.dropped = model, worker, most, captured, dropped
+        self.connection, self.metrics = connection, metrics
         self.pieces, self.text = Pieces(model.decode, model.end_of_slot_id), ""
         self.opened = now()
         self.sent_clips = self.slots = self.tokens = self.misses = 0
@@ -46,7 +48,6 @@ class Response:
         self.over = False
         self.why: str | None = None
         """The status to report in place of "cancelled"."""
-        self.dropped: Callable[[], int] = lambda: 0
         metrics.sessions.labels(model.name).inc()
 
     @property
@@ -81,7 +82,7 @@ class Response:
         if token != self.model.end_of_slot_id:
             self.tokens += 1
             self.metrics.tokens.labels(self.model.name).inc()
-        self._measure(slot, time, time - self._newest_frame(slot, time)[0])
+        self._measure(slot, time)
         self._say(self.pieces.add(token), [token], slot, time)
         self.metrics.share.labels(self.model.name).observe(max(0.0, now() - time))
 
@@ -92,24 +93,23 @@ class Response:
     def _say(self, delta: str, ids: list[int], slot: int, time: float) -> None:
         self.text = (self.text + delta)[-MOST_TEXT:]
         completed, capture_time = self._newest_frame(slot, time)
-        self.send(
-            {
-                "type": "response.output_text.delta",
-                "response_id": self.id,
-                "model": self.model.name,
-                "delta": delta,
-                "token_ids": ids,
-                "slot": slot,
-                "time": round(time - self.opened, 4),
-                "capture_time": capture_time,
-                "age_ms": round(1e3 * (time - completed), 2),
-                "waiting": self.waiting,
-                "deadline_misses": self.misses,
-            }
+        self.connection.send(
+            "response.output_text.delta",
+            response_id=self.id,
+            model=self.model.name,
+            delta=delta,
+            token_ids=ids,
+            slot=slot,
+            time=round(time - self.opened, 4),
+            capture_time=capture_time,
+            age_ms=round(1e3 * (time - completed), 2),
+            waiting=self.waiting,
+            deadline_misses=self.misses,
         )
 
-    def _measure(self, slot: int, time: float, age: float) -> None:
+    def _measure(self, slot: int, time: float) -> None:
         metrics, name = self.metrics, self.model.name
+        age = time - self._newest_frame(slot, time)[0]
         self.ages.append(age)
         metrics.age.labels(name).observe(max(0.0, age))
         gap = None
@@ -132,42 +132,34 @@ class Response:
         if self.newest is not None and (rest := self.pieces.rest()):
             slot, time, _ = self.newest
             self._say(rest, [], slot, time)
-        status = (self.why or "cancelled") if how == "cancelled" else "completed" if how == "completed" else "failed"
-        if how == "out_of_memory":
-            message = f"model {self.model.name} ran out of memory: this session has ended"
-            self.send({"type": "error", "error": {"code": how, "message": message, "event_id": None}})
-        elif status == "failed":
-            what = "was lost" if how == "lost" else "has failed"
-            message = f"model {self.model.name} {what}: this session has ended"
-            self.send({"type": "error", "error": {"code": "failed", "message": message, "event_id": None}})
-        misses = figures["missed_deadlines"] if figures else self.misses
-        ages = sorted(self.ages)
+        name, ages = self.model.name, sorted(self.ages)
+        status = {"completed": "completed", "cancelled": self.why or "cancelled"}.get(how, "failed")
+        if status == "failed":
+            what = {"out_of_memory": "ran out of memory", "lost": "was lost"}.get(how, "has failed")
+            code = how if how == "out_of_memory" else "failed"
+            self.connection.error(code, f"model {name} {what}: this session has ended")
+        found = figures or {"clips": self.slots, "tokens_per_second": None, "missed_deadlines": self.misses}
         report = {
             "tokens": self.tokens,
-            "clips": figures["clips"] if figures else self.slots,
-            "tokens_per_second": figures["tokens_per_second"] if figures else None,
+            "clips": found["clips"],
+            "tokens_per_second": found["tokens_per_second"],
             "age_ms": {
                 "median": round(1e3 * statistics.median(ages), 2) if ages else None,
                 "p95": round(1e3 * ages[int(0.95 * (len(ages) - 1))], 2) if ages else None,
             },
-            "deadline_misses": misses,
+            "deadline_misses": found["missed_deadlines"],
             "clips_waiting": self.waiting if status != "completed" else 0,
             "dropped": self.dropped(),
         }
-        name = self.model.name
-        self.send(
-            {
-                "type": "response.done",
-                "response": {
-                    "id": self.id,
-                    "model": name,
-                    "status": status,
-                    "text": self.text,
-                    "record_id": self.id if recorded else None,
-                    "figures": report,
-                },
-            }
-        )
+        response = {
+            "id": self.id,
+            "model": name,
+            "status": status,
+            "text": self.text,
+            "record_id": self.id if recorded else None,
+            "figures": report,
+        }
+        self.connection.send("response.done", response=response)
         self.metrics.sessions.labels(name).dec()
-        self.metrics.misses.labels(name).inc(misses)
+        self.metrics.misses.labels(name).inc(found["missed_deadlines"])
         self.metrics.responses.labels(name, status).inc()

@@ -10,7 +10,7 @@ export class Sampler {
     Object.assign(this, { source, connection, fps: source.fps, size, onframe });
     this.canvas = document.createElement("canvas");
     this.context = this.canvas.getContext("2d", { alpha: false });
-    this.sent = this.dropped = this.largest = 0;
+    this.dropped = this.largest = 0;
     this.stopped = false;
     this.shape = null;
   }
@@ -42,7 +42,6 @@ export class Sampler {
     this.largest = Math.max(this.largest, jpeg.size);
     if (this.stopped) return;
     this.connection.sendFrame(time, jpeg);
-    this.sent++;
   }
 
   /** Fill the frame. A picture that has changed its shape since the start (a turned phone) gets black bars. */

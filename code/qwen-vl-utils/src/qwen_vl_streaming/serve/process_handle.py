@@ -1,0 +1,118 @@
+"""The server's handle of one model process: starts it, sends without waiting, receives, and notices that it hangs."""
+
+import logging
+import multiprocessing
+import os
+import queue
+import select
+import threading
+from collections.abc import Iterator
+from multiprocessing.context import SpawnProcess
+
+from ..common.errors import InputError
+from ..sessions.perception_client import group_signals_ignored
+from .model_loop import ALIVE
+from .model_process import run_process
+from .model_spec import ModelSpec
+from .pixel_buffers import PixelBuffers
+
+logger = logging.getLogger(__name__)
+
+SECONDS_TO_END = 5.0
+SILENT_SECONDS = 30
+"""A process that says nothing for so long hangs."""
+
+
+class ProcessHandle:
+    """One model process, from its start to its end."""
+
+    def __init__(self, name: str, connection, pixels: PixelBuffers, process: SpawnProcess | None):
+        """`connection`: this end of a pipe, whose other end the process has."""
+        self.name, self.connection, self.pixels, self.process = name, connection, pixels, process
+        self.outbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+
+    @classmethod
+    def start(cls, spec: ModelSpec) -> "ProcessHandle":
+        """Start a process. Linux kills it when the thread that has started it ends."""
+        context = multiprocessing.get_context("spawn")
+        pixels = PixelBuffers(spec.clip_bytes)
+        connection, theirs = context.Pipe()
+        process = context.Process(target=run_process, args=(theirs, pixels, spec, os.getpid()), daemon=True)
+        try:
+            with group_signals_ignored():
+                process.start()
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            theirs.close()
+            pixels.handed_over()
+        return cls(spec.name, connection, pixels, process)
+
+    def expect(self, kind: str, seconds: float | None = None) -> tuple:
+        """The next message while the model starts. Raises InputError if it cannot be served, or if none comes within
+        `seconds`."""
+        try:
+            if not self.connection.poll(seconds):
+                raise InputError(f"the process of model {self.name} has not started within {seconds:g} s")
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            message = ("refused", f"the process of model {self.name} ended while it started: see the lines above")
+        if message[0] != kind:
+            raise InputError(message[1])
+        return message
+
+    def send(self, *message) -> None:
+        """Send a message, in another thread."""
+        self.outbox.put(message)
+
+    def end(self) -> None:
+        """Let the process end its sessions with their records, and then itself."""
+        self.outbox.put(None)
+
+    def messages(self) -> Iterator[tuple]:
+        """What the process says, until it has ended or hangs. From now on, messages are sent to it."""
+        threading.Thread(target=self._send_all, daemon=True).start()
+        arrived = select.poll()
+        arrived.register(self.connection, select.POLLIN)
+        silent = 0
+        # Seconds are counted one by one, so that those in which this process was stopped as well do not count.
+        while silent < SILENT_SECONDS:
+            if not arrived.poll(1000):
+                silent += 1
+                continue
+            try:
+                message = self.connection.recv()
+            except (EOFError, OSError):  # the process has ended
+                return
+            silent = 0
+            if message != ALIVE:
+                yield message
+        logger.error("model %s has said nothing for %d s: its process hangs and is killed", self.name, SILENT_SECONDS)
+
+    def _send_all(self) -> None:
+        """Send what is in the outbox until None; the pixels of clips through shared memory."""
+        try:
+            while True:
+                message = self.outbox.get()
+                if message is not None and message[0] == "clip":
+                    kind, key, clip, *rest = message
+                    message = kind, key, self.pixels.write(clip.pixels), tuple(clip.pixels.shape), clip.hash, *rest
+                self.connection.send(message)
+                if message is None:
+                    return
+        except (EOFError, OSError):
+            pass  # the process has ended, which the receiver notices
+        except Exception:
+            if self.connection.closed:  # `kill` has closed it, under `send` with a TypeError
+                return
+            logger.exception("model %s: a message could not be sent", self.name)
+            if self.process is not None:
+                self.process.kill()
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join(SECONDS_TO_END)  # one that hangs in a driver may never end
+        self.outbox.put(None)
+        self.connection.close()  # last: a message may be on its way
