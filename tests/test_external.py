@@ -348,9 +348,9 @@ def test_predictions_in_the_layout_of_activitynet(call, results, tmp_path, capsy
     assert [each["sentence"] for each in found] == ["A red ring moves up.", "It turns blue!", "The end"]
     assert [each["timestamp"] for each in found] == [[0.0, 0.5], [1.0, 2.0], [2.0, 2.5]]
     write(results, [{**rows[0], "seconds_per_clip": 0}])
-    assert "group_infer.json, video v_a: seconds_per_clip is 0" in refused(call, capsys, *flags)
+    assert "group_infer.json: the row of video v_a has seconds_per_clip '0'" in refused(call, capsys, *flags)
     write(results, [{**rows[0], "result": "Something else"}])
-    assert "group_infer.json, video v_a: its tokens do not decode to its text" in refused(call, capsys, *flags)
+    assert "group_infer.json: the tokens of video v_a do not decode to its text" in refused(call, capsys, *flags)
     write(results, [{**rows[0], "video_id": "v_c"}])
     assert "has no row for video v_c" in refused(call, capsys, *flags)
     write(results, [{**rows[0], "slots": [1]}])
@@ -444,4 +444,5 @@ def test_a_judge_that_stops_answering_is_one_line(call, endpoint, tmp_path, caps
     with pytest.raises(InputError, match="line 1: not an answer"):
         write(tmp_path / "judged.answers.jsonl", [{**read("judged.answers.jsonl")[0], "score": "C"}])
         endpoint.plan = {"": [(200, BETTER.format("B"))]}
-        cli.livesports_judge(cli.make_parser().parse_args(flags))
+        arguments = cli.make_parser().parse_args(flags)
+        arguments.run(arguments)

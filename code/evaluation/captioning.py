@@ -28,7 +28,7 @@ from qwen_vl_streaming.timeline.segments import check_segments
 from qwen_vl_streaming.timeline.variants import Variant
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget, Video, read_video
 from ranks import Rank
-from results import SKIPPED_FIELDS, Appender, Row, rows_part, skipped_part
+from results import SKIPPED_FIELDS, Row, appender, rows_part, skipped_part
 from schedules import Schedules
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils.logging import disable_progress_bar
@@ -188,8 +188,8 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
     part = str(rank.rank)
     with (
         prefetcher.naming_fatal_videos(),
-        Appender(rows_part(plan.out, part)) as captioned,
-        Appender(skipped_part(plan.out, part), SKIPPED_FIELDS) as skipped,
+        appender(rows_part(plan.out, part)) as write_caption,
+        appender(skipped_part(plan.out, part), SKIPPED_FIELDS) as write_skipped,
     ):
 
         def jobs() -> Iterator[Job]:
@@ -197,7 +197,7 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
                 if video.job:
                     yield video.job
                 else:
-                    skipped.append({"video_id": video.video_id, "reason": video.reason})
+                    write_skipped({"video_id": video.video_id, "reason": video.reason})
                     on_done()
 
         start = time.perf_counter()
@@ -218,7 +218,7 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
             end_of_slot = job.template.end_of_slot
             text = processor.tokenizer.decode(spoken(caption.tokens, end_of_slot), skip_special_tokens=True).strip()
             clip = job.layout.steps_per_clip / videos.tokens_per_second
-            captioned.append(make_row(rows[job.key], text, caption, plan.variant, now - start, clip, end_of_slot))
+            write_caption(make_row(rows[job.key], text, caption, plan.variant, now - start, clip, end_of_slot))
             start = now
             on_done()
 

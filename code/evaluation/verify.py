@@ -17,10 +17,10 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from identity import ARGUMENTS, read_arguments
-from qwen_vl_streaming.common.data_rows import read_data_rows
+from identity import ARGUMENTS
+from made import data_rows, load_made
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video, find_video_root
+from qwen_vl_streaming.common.paths import find_model, find_path, find_video, find_video_root
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
 from qwen_vl_streaming.common.ties import tie_margin
 from qwen_vl_streaming.common.video_part import video_part
@@ -41,7 +41,6 @@ from qwen_vl_streaming.timeline.timeline import (
 )
 from qwen_vl_streaming.timeline.variants import Variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
-from results import check_row, load_finished
 from settings import ROOT
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
 
@@ -159,11 +158,6 @@ def check_times(row: dict, source: dict, seconds_per_clip: float) -> list[str]:
     return found
 
 
-def read_asked(path: str) -> dict[str, dict]:
-    """The data's rows by video id. Raises InputError."""
-    return {str(row["video_id"]): row for _, row in read_data_rows(path)}
-
-
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="a result file, <variant>_infer.json")
@@ -175,29 +169,27 @@ def main() -> None:
     path = find_path(arguments.file, ROOT, "the result file")
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: give at least 1")
-    made = read_arguments(path, FIELDS)
-    rows = list(load_finished(path, whole=True).values())[: arguments.limit]
-    if not rows:
-        raise InputError(f"{path} has no rows: give a result file written by eval.sh")
-    for row in rows:
-        check_row(f"{path}, video {row['video_id']!r}", row, made["variant"])
-    asked = read_asked(find_data(made["data"], ROOT, "the evaluation data"))
-    if gone := [row["video_id"] for row in rows if row["video_id"] not in asked]:
-        raise InputError(f"{made['data']} has no row for video {gone[0]}: {path.name} was made from other data")
+    made, found = load_made(path, FIELDS)
+    rows = list(found.values())[: arguments.limit]
+    asked = data_rows(path, made, [row["video_id"] for row in rows])
     video_root = find_video_root(made["video_root"], ROOT)
-    if not 0 < made["repetition_penalty"] <= sys.float_info.max:
-        raise InputError(f"{path} was made with a repetition penalty that is not above 0: run eval.sh again")
     pixels = made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"]
     budget = PixelBudget(*pixels, made.get("budget", "video"))
 
     checkpoint, variant = find_model(made["model"], ROOT), get_variant(made["variant"])
-    if variant.after_video and made.get("position_rule") != RULE:
-        raise InputError(f"{path} was made with another rule for the positions after a video: run eval.sh again")
-    if (name := made["dtype"]) not in DTYPES:
-        raise InputError(f"{path} was made in {name!r}, not one of {', '.join(DTYPES)}: run eval.sh again")
+    name, weights = made["dtype"], made.get("weights")
+    for wrong, how in (
+        (not 0 < made["repetition_penalty"] <= sys.float_info.max, "with a repetition penalty that is not above 0"),
+        (
+            variant.after_video and made.get("position_rule") != RULE,
+            "with another rule for the positions after a video",
+        ),
+        (name not in DTYPES, f"in {name!r}, not one of {', '.join(DTYPES)}"),
+        (weights not in (None, *WEIGHTS), f"with weights in {weights!r}, not {' or '.join(WEIGHTS)}"),
+    ):
+        if wrong:
+            raise InputError(f"{path} was made {how}: run eval.sh again")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
-    if (weights := made.get("weights")) not in (None, *WEIGHTS):
-        raise InputError(f"{path} was made with weights in {weights!r}, not {' or '.join(WEIGHTS)}: run eval.sh again")
     check_weights(weights, device, dtype)
     if line:
         print(line, file=sys.stderr)

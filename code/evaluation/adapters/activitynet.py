@@ -15,8 +15,7 @@ from typing import Any
 from metrics.naming import SENTENCE_END
 from metrics.soda import Caption
 from qwen_vl_streaming.common.errors import InputError
-
-from adapters.reading import get_seconds, read_json
+from reading import get_seconds, read_json
 
 VERSION = "VERSION 1.0"
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.timeline.segments import check_segments, in_order
-
-from adapters.reading import get_id, get_seconds, get_text, read_records
+from reading import get_id, get_seconds, get_text, read_records
 
 CONTEXT, NONE = "context", "none"
 """Questions of rows."""

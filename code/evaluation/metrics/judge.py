@@ -7,6 +7,7 @@ Each answer is written to disk before it is used, so a run that was killed resum
 import hashlib
 import json
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -245,6 +246,16 @@ class Judge:
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"with no chat completion but {short(response.text)[:60]!r}") from error
         return self.question.read(content)
+
+
+def open_judge(url: str, model: str, options: dict, workers: int, question: Question = FLUENCY) -> Judge:
+    """A judge that answers, with the key in the environment. Raises InputError."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"{KEY} contains a line break or an invalid character: set it to the key alone")
+    judge = Judge(url, model, key, options, workers, question=question)
+    judge.check()
+    return judge
 
 
 def said(response: requests.Response) -> str:

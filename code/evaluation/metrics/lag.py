@@ -7,6 +7,7 @@ the number of source units available when target unit t is written, is the slot 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 
 FIELDS = ("tokens", "slots", "clips")
 
@@ -69,10 +70,6 @@ def decode_pieces(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]
     Raises ValueError, with the reason, as `check` does and if `decode` does not return the row's text."""
     check(row)
     ends = row.get("end_of_slot")
-    if decode([token for token in row["tokens"] if token != ends]).strip() != row["result"].strip():
-        raise ValueError(
-            f"the tokens of video {row['video_id']} do not decode to its text: another tokenizer wrote them"
-        )
     pieces: list[str] = []
     pending: list[int] = []  # tokens up to a character that is not complete, of whose text `shown` characters are
     text, shown, last = "", 0, 0
@@ -89,7 +86,23 @@ def decode_pieces(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]
             pending, shown = [], 0
     if pending:
         pieces[last] += text[shown:]
+    if "".join(pieces).strip() != row["result"].strip():
+        raise ValueError(
+            f"the tokens of video {row['video_id']} do not decode to its text: another tokenizer wrote them"
+        )
     return pieces
+
+
+def slot_texts(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]:
+    """What each slot added to the text of a row; joined, they are the text without white space around it. Raises
+    ValueError as `decode_pieces` does."""
+    texts = [""] * row["clips"]
+    for piece, slot in zip(decode_pieces(row, decode), row["slots"], strict=True):
+        texts[slot - 1] += piece
+    text = "".join(texts)
+    begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    bounds = pairwise(accumulate(map(len, texts), initial=0))
+    return [text[max(first, begin) : min(last, end)] for first, last in bounds]
 
 
 def measure(row: Mapping, decode: Callable[[list[int]], str]) -> dict[str, float]:

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from json_lines import write_rows
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_file
 from results import Row, sibling
 
 from metrics.naming import Event
@@ -82,12 +82,12 @@ def measure_file(
             "timeliness: skipped, as their times do not fit: %d of %d videos; %s", len(wrong), len(rows), wrong[0]
         )
     found = [measure(row, seen[row["video_id"]], decode) for row in timed]
-    lines = [
-        json.dumps({"video_id": row["video_id"], "event": one.event.text, "time": one.event.time, "said": one.said})
+    points = [
+        {"video_id": row["video_id"], "event": one.event.text, "time": one.event.time, "said": one.said}
         for row, timing in zip(timed, found, strict=True)
         for one in timing.named
     ]
-    write_file(sibling(captions, POINTS), "".join(line + "\n" for line in lines))
+    write_rows(sibling(captions, POINTS), points)
     after = sum(len(times[video_id]) - len(events) for video_id, events in seen.items())
     counts = {"without_times": len(rows) - len(timed) - len(wrong), "times_do_not_fit": len(wrong)}
     return {**summarize(found), **counts, "after_the_end": after}

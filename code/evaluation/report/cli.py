@@ -28,8 +28,9 @@ from settings import ROOT
 
 from report import paper
 from report.charts import main_panels, schedule_panels
+from report.differences import differences, labels
 from report.gallery import Tokenizers, choose_videos, clean, make_video
-from report.loading import Result, differences, labels, load_results, metrics_of, without_folders
+from report.loading import Result, load_results, metrics_of, without_folders
 from report.said_times import said_panels
 from report.tables import (
     main_table,

@@ -11,10 +11,11 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import accumulate, pairwise, zip_longest
+from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 
+from metrics.lag import slot_texts
 from PIL import Image
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
@@ -115,35 +116,14 @@ def make_video(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers
 def make_caption(result: Result, video_id: str, tokenizers: "Tokenizers") -> GalleryCaption:
     row = result.rows[video_id]
     counts = [0] * row["clips"]
-    tokens, ends = [], row.get("end_of_slot")  # of a model that decides when to speak; not a part of the text
     for token, slot in zip(row["tokens"], row["slots"], strict=True):
-        if token != ends:
-            tokens.append(token)
-            counts[slot - 1] += 1
-    caption = clean(row["result"])
+        counts[slot - 1] += token != row.get("end_of_slot")  # which is not a part of the text
     try:
         tokenizer, note = tokenizers.of(result)
-        pieces = text_by_slot(tokenizer, tokens, counts)
-        if "".join(pieces) != row["result"]:
-            raise InputError(f"the tokenizer in {tokenizer.name_or_path} does not reproduce this caption")
-    except InputError as error:
-        return GalleryCaption(
-            result, caption, None, counts, f"The timing of words is unknown: {without_folders(str(error))}"
-        )
-    return GalleryCaption(result, caption, pieces, counts, note)
-
-
-def text_by_slot(tokenizer, tokens: Sequence[int], counts: Sequence[int]) -> list[str]:
-    """What each slot added to the text; joined, they are the caption. A character whose tokens span slots is added by
-    the last of them."""
-    caption = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    ends = [0]
-    for end in accumulate(counts):
-        text = tokenizer.decode(tokens[:end], skip_special_tokens=True).lstrip()
-        while not caption.startswith(text):  # half a character, or white space before the answer's end
-            text = text[:-1]
-        ends.append(max(ends[-1], len(text)))
-    return [caption[begin:end] for begin, end in pairwise([*ends[:-1], len(caption)])]
+        pieces = slot_texts(row, partial(tokenizer.decode, skip_special_tokens=True))
+    except ValueError as error:
+        pieces, note = None, f"The timing of words is unknown: {without_folders(str(error))}"
+    return GalleryCaption(result, clean(row["result"]), pieces, counts, note)
 
 
 class Tokenizers:

@@ -1,6 +1,6 @@
-"""Reads the JSON of other projects, and names the place of what is wrong in it. Knows nothing about what it means."""
+"""Reads JSON that other programs wrote, and names the place of what is wrong in it. Knows nothing about what it
+means."""
 
-import codecs
 import json
 import math
 from collections.abc import Iterator
@@ -9,13 +9,12 @@ from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
 
+BOM = "\ufeff"
+
 
 def read_json(path: Path) -> Any:
     """The JSON value in a file. Raises InputError."""
-    try:
-        return json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({_reason(error)}): download it again, or correct it") from error
+    return _parse(_text(path), f"{path} is")
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -25,16 +24,16 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
     """
     text = _text(path)
     if text.lstrip().startswith("["):
-        places = ((f"{path}, entry {number}", value) for number, value in enumerate(read_json(path), 1))
+        records = ((f"{path}, entry {number}", value) for number, value in enumerate(read_json(path), 1))
     else:
-        lines = ((f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        places = ((place, _parse(place, line)) for place, line in lines)
-    count = 0
-    for count, (place, value) in enumerate(places, 1):  # noqa: B007
+        lines = ((f"{path}, line {n}", line.removeprefix(BOM)) for n, line in enumerate(text.split("\n"), 1))
+        records = ((place, _parse(line, f"{place}: is")) for place, line in lines if line.strip())
+    place = ""
+    for place, value in records:
         if not isinstance(value, dict):
             raise InputError(f"{place}: is not a JSON object: correct or delete it")
         yield place, value
-    if not count:
+    if not place:
         raise InputError(f"{path} has no entries: give a file with some")
 
 
@@ -69,19 +68,16 @@ def _show(record: dict, name: str) -> str:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
 
 
-def _parse(place: str, line: str) -> Any:
+def _parse(text: str, what: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: is not JSON ({_reason(error)}): correct or delete this line") from error
-
-
-def _reason(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError(f"{what} not JSON ({reason}): correct it, or download it again") from error
