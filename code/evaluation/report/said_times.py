@@ -37,15 +37,24 @@ DPI = 160
 
 
 @dataclass(frozen=True)
-class Point:
-    """Events at one place."""
+class Place:
+    """Events with the same two times, in seconds."""
 
-    x: float
-    y: float
-    radius: float
-    kind: str
-    """named, early or never: its colour."""
-    title: str
+    time: float
+    said: float | None
+    count: int
+
+    @property
+    def kind(self) -> str:
+        """named, early or never: its colour."""
+        if self.said is None:
+            return "never"
+        return "named" if self.said > self.time else "early"
+
+    @property
+    def title(self) -> str:
+        events = f"{self.count} event{'s' * (self.count != 1)} at {self.time:.3g} s"
+        return f"{events}, {'never named' if self.said is None else f'said at {self.said:.3g} s'}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,8 @@ class SaidPanel:
     """The panel of one result. Lengths are in units of the SVG."""
 
     title: str
-    points: list[Point]
+    points: list[tuple[float, float, float, Place]]
+    """(x, y, radius, place)."""
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     diagonal: tuple[float, float, float, float]
@@ -65,24 +75,6 @@ class SaidPanel:
     never: float = TOP - NEVER
     width: int = LEFT + SIDE + RIGHT
     height: int = TOP + SIDE + BOTTOM
-
-
-@dataclass(frozen=True)
-class Place:
-    time: float
-    said: float | None
-    count: int
-
-    @property
-    def kind(self) -> str:
-        if self.said is None:
-            return "never"
-        return "named" if self.said > self.time else "early"
-
-    @property
-    def title(self) -> str:
-        events = f"{self.count} event{'s' * (self.count != 1)} at {self.time:.3g} s"
-        return f"{events}, {'never named' if self.said is None else f'said at {self.said:.3g} s'}"
 
 
 def places_of(points: Points, longest: float) -> list[Place]:
@@ -136,10 +128,7 @@ def said_panel(title: str, places: Sequence[Place], ticks: Sequence[float], most
     def y(said: float | None) -> float:
         return round(TOP - NEVER if said is None else TOP + (SIDE - INSET) * (1 - said / end), 1)
 
-    drawn = [
-        Point(x(place.time), y(place.said), round(radius(place.count, most), 1), place.kind, place.title)
-        for place in places
-    ]
+    drawn = [(x(place.time), y(place.said), round(radius(place.count, most), 1), place) for place in places]
     labels = [(tick, f"{tick:g}") for tick in ticks]
     x_ticks, y_ticks = [(x(tick), text) for tick, text in labels], [(y(tick), text) for tick, text in labels]
     return SaidPanel(title, drawn, x_ticks, y_ticks, (x(0), y(0), x(end), y(end)))
