@@ -16,8 +16,8 @@ from .attempts import LOCAL, Attempt, read_attempt
 from .checks import DONE, PARTIAL, REFUSED, TO_DO
 from .runner import clean_environment, last_line
 from .slurm import Queued, entry, log_path, queued_jobs
-from .status import BLOCKED, ENDED, FAILED, QUEUED, RUNNING, Progress
-from .steps import REPORT, Folders, Step
+from .status import BLOCKED, ENDED, FAILED, QUEUED, RUNNING, Progress, blocked_by
+from .steps import Folders, Step
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,8 @@ class QueueStatus:
                 self._update_one(step, one, attempt, ends)
             if one.word in (DONE, FAILED, BLOCKED, REFUSED, QUEUED, RUNNING):
                 continue
-            lacking = [name for name in step.after if progress[name].word in (FAILED, BLOCKED, REFUSED)]
-            if lacking and (step.kind != REPORT or len(lacking) == len(step.after)):
-                one.word, one.detail = BLOCKED, f"needs {lacking[0]}"
+            if needed := blocked_by(step, progress):
+                one.word, one.detail = BLOCKED, f"needs {needed}"
 
     def _update_one(self, step: Step, one: Progress, attempt: Attempt | None, ends: dict[str, str]) -> None:
         queued = self.queue.get(entry(step, self.folders.output))

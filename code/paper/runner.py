@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_file
+from qwen_vl_streaming.common.files import reporting_write_errors, write_file
 from qwen_vl_streaming.common.redact import redacted_command
 
 from .attempts import LOCAL, Attempt, attempt_path
 from .checks import DONE, PARTIAL, REFUSED, TO_DO, State
 from .settings import ROOT
-from .status import BLOCKED, ENDED, FAILED, RUNNING, Progress, duration, write_page
-from .steps import REPORT, Folders, Step, check_step
+from .states import check_step
+from .status import BLOCKED, FAILED, RUNNING, Progress, blocked_by, duration, write_page
+from .steps import REPORT, Folders, Step
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PERIOD = 5.0
@@ -61,11 +62,11 @@ class Runner:
     progress: dict[str, Progress]
     jobs: int = 1
     """Steps that run side by side."""
+    _waiting: list[Step] = field(default_factory=list)
+    """Steps that have not started, and of which it is not known yet whether they need to run."""
     _running: list[Running] = field(default_factory=list)
     _ran: set[str] = field(default_factory=set)
     """Steps that ran in this run, and have ended."""
-    _settled: set[str] = field(default_factory=set)
-    """Steps that were done before."""
     _signal: int = 0
 
     def run(self) -> int:
@@ -77,6 +78,8 @@ class Runner:
             one.number = number
             if one.word == REFUSED:
                 print(f"{self._name(step)}: {REFUSED}, {one.detail}", flush=True)
+            else:
+                self._waiting.append(step)
         try:
             while not self._signal:
                 self._start_ready()
@@ -108,7 +111,7 @@ class Runner:
     def _start_ready(self) -> None:
         """Start steps until `jobs` run, or none is ready. Side by side, those that most steps wait for come first."""
         while len(self._running) < self.jobs and not self._signal:
-            ready = [step for step in self.steps if self._settle(step)]
+            ready = [step for step in list(self._waiting) if self._is_ready(step)]
             if not ready:
                 return
             self._start(max(ready, key=self._steps_behind) if self.jobs > 1 else ready[0])
@@ -117,42 +120,42 @@ class Runner:
         """The length of the longest chain of steps that need `step`, itself included."""
         return 1 + max((self._steps_behind(other) for other in self.steps if step.name in other.after), default=0)
 
-    def _settle(self, step: Step) -> bool:
-        """Say so if the step need not or cannot run. Returns whether it can start now."""
+    def _is_ready(self, step: Step) -> bool:
+        """Whether a waiting step can start now. One that need not or cannot run is reported, and waits no more."""
         one = self.progress[step.name]
-        if one.word in (RUNNING, FAILED, BLOCKED, REFUSED) or step.name in self._ran | self._settled:
-            return False
-        before = [self.progress[name] for name in (*step.after, *step.behind)]
-        if any(other.word not in ENDED and other.step.name not in self._ran for other in before):
+        pending = {other.name for other in (*self._waiting, *(running.step for running in self._running))}
+        if pending & {*step.after, *step.behind}:
             return False
         if step.kind == REPORT and one.word == DONE and self._ran & set(step.after):
             one.word = TO_DO  # its rows have changed
         if one.word == DONE:
-            self._settled.add(step.name)
+            self._waiting.remove(step)
             print(f"{self._name(step)}: already done{f', {one.detail}' if one.detail else ''}", flush=True)
             return False
-        lacking = [name for name in step.after if self.progress[name].word not in (DONE, PARTIAL)]
-        if lacking and (step.kind != REPORT or len(lacking) == len(step.after)):
-            one.word, one.detail = BLOCKED, f"needs {lacking[0]}"
+        if needed := blocked_by(step, self.progress):
+            self._waiting.remove(step)
+            one.word, one.detail = BLOCKED, f"needs {needed}"
             print(f"{self._name(step)}: {BLOCKED}, {one.detail}", flush=True)
             return False
         return True
 
     def _start(self, step: Step) -> None:
+        self._waiting.remove(step)
         log, one = self.folders.log(step.name), self.progress[step.name]
         print(f"{self._name(step)}: running, log in {log}", flush=True)
-        command = (step.complete if one.word == PARTIAL else ()) or step.command
+        command = ((step.complete if one.word == PARTIAL else None) or step.command).of(step.variant)
         one.word, one.detail, one.began, one.log = RUNNING, "", time.time(), log
-        log.parent.mkdir(parents=True, exist_ok=True)
         write_file(attempt_path(self.folders.logs, step.name), str(Attempt(LOCAL, one.began)))
-        with log.open("ab") as file:
+        with reporting_write_errors(log):
+            file = log.open("ab")
             start = file.tell()
-            file.write(f"+ {shlex.join(redacted_command(list(command)))}\n".encode())
+            file.write(f"+ {shlex.join(redacted_command(command.words))}\n".encode())
             file.flush()
+        with file:
             process = subprocess.Popen(
-                command,
+                command.words,
                 cwd=ROOT,
-                env={**clean_environment(), **self._threads(), **step.environment},
+                env={**clean_environment(), **self._threads(), **command.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
