@@ -30,6 +30,7 @@ from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBu
 from ranks import Rank
 from results import SKIPPED_FIELDS, Row, appender, rows_part, skipped_part
 from schedules import Schedules
+from settings import ROOT
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils.logging import disable_progress_bar
 
@@ -51,8 +52,6 @@ class Plan:
     dtype: str
     weights: str | None
     """The precision of the linear layers, one of `quantization.WEIGHTS`, or None for that of the checkpoint."""
-    root: Path
-    """The project's root."""
     video_root: Path | None
     """A further folder in which `video_path` is looked up."""
     variant: Variant
@@ -100,7 +99,7 @@ class VideoDataset(Dataset):
         row, plan = self.plan.rows[index], self.plan
         video_id = row["video_id"]
         try:
-            path = find_video(row["video_path"], plan.root, plan.video_root)
+            path = find_video(row["video_path"], ROOT, plan.video_root)
             video = read_video(
                 path, part=video_part(row), budget=plan.budget, reader=plan.reader, max_clips=plan.max_clips
             )

@@ -14,7 +14,7 @@ from results import Row, check_row, load_finished
 from settings import ROOT
 
 
-def load_made(
+def load_checked(
     path: Path, fields: Mapping[str, type | tuple[type, ...]] = ARGUMENTS, whole: bool = True
 ) -> tuple[dict, dict[str, Row]]:
     """The arguments of the result file at `path`, with at least `fields`, and its rows, at least one, by video id.

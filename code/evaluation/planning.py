@@ -62,7 +62,7 @@ def check_any_video(plan: Plan) -> None:
     reason = ""
     for row in plan.rows:
         try:
-            find_video(row["video_path"], plan.root, plan.video_root)
+            find_video(row["video_path"], ROOT, plan.video_root)
             return
         except InputError as error:
             reason = reason or str(error)
@@ -110,7 +110,6 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
         device=device,
         dtype=dtype,
         weights=settings.weights or None,
-        root=ROOT,
         video_root=video_root,
         variant=variant,
         schedules=choose_schedules(schedule, variant, wait_k(config), settings.seed, ids, ROOT),

@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -131,32 +131,23 @@ def load_skipped(path: Path) -> dict[str, Row]:
     return _load(sorted(_parts(path).glob("*.skipped.jsonl")), SKIPPED_FIELDS)
 
 
-def load_all(path: Path, order: Iterable[str]) -> list[Row]:
+def load_all(path: Path, order: Sequence[str]) -> list[Row]:
     """The rows of the file and of its parts, in the `order` of the data's video ids.
 
     Ids without a row (skipped videos) are omitted. Of two rows for one video, that of the file or of the first part is
-    kept. Raises InputError for a repeated id in `order`, for a row whose id is not in `order`, and as `load_finished`
-    does.
+    kept. Raises InputError for a row whose id is not in `order`, and as `load_finished` does.
     """
-    order = list(order)
-    seen: set[str] = set()
-    for video_id in order:
-        if video_id in seen:
-            raise InputError(f"video {video_id!r} occurs twice in the data: give each video its own video_id")
-        seen.add(video_id)
     rows = _load([path, *sorted(_parts(path).glob("*.rows.jsonl"))], FIELDS)
-    for video_id in rows:
-        if video_id not in seen:
-            raise InputError(
-                f"{path} has a row for video {video_id!r}, which is not in the data: "
-                "it was made from other data or with a larger --limit: give another --output-file"
-            )
+    if unknown := rows.keys() - set(order):
+        raise InputError(
+            f"{path} has a row for video {min(unknown)!r}, which is not in the data: "
+            "it was made from other data or with a larger --limit: give another --output-file"
+        )
     return [rows[video_id] for video_id in order if video_id in rows]
 
 
-def merge_parts(path: Path, rows: Iterable[Row]) -> None:
+def merge_parts(path: Path, rows: Sequence[Row]) -> None:
     """Replace the file by `rows`, as returned by `load_all`, in one step; then remove the parts."""
-    rows = list(rows)
     if rows or path.exists():
         write_rows(path, rows)
     shutil.rmtree(_parts(path), ignore_errors=True)
@@ -188,11 +179,7 @@ def _locked(lock: Path, path: Path) -> BinaryIO:
             file.close()
             raise InputError(f"another run is writing {path}: wait for it, or give another --output-dir") from None
         except OSError as error:
-            log.warning(
-                "%s: the file system has no locks (%s): make sure that no other run writes there",
-                path,
-                error,
-            )
+            log.warning("%s: the file system has no locks (%s): make sure that no other run writes there", path, error)
             return file
         # The previous holder may have removed the file since it was opened here; the next run would lock a new one.
         with contextlib.suppress(FileNotFoundError):
@@ -219,6 +206,14 @@ def check_writable(path: Path) -> None:
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         what = "it is a folder" if path.is_dir() else f"{folder} is not writable"
         raise InputError(f"{path} cannot be written ({what}): move it, or give another path")
+
+
+def check_output(output: Path, *inputs: Path) -> None:
+    """Raise InputError if `output` cannot be written or is one of `inputs`."""
+    check_writable(output)
+    for path in inputs:
+        if output.exists() and output.samefile(path):
+            raise InputError(f"--output {output} would overwrite what is read: give another name")
 
 
 def _read(path: Path, fields: Fields, whole: bool = False) -> tuple[dict[str, Row], int]:

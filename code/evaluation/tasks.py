@@ -17,7 +17,7 @@ from funqa.annotations import SUBTASKS
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.video_part import FIELDS as PART
 from qwen_vl_streaming.timeline.segments import row_caption
-from text_table import text_table
+from text import text_table
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,11 @@
-"""Tables as text, for the terminal."""
+"""Numbers of things and tables as text, for the terminal."""
 
 from collections.abc import Sequence
+
+
+def counted(number: int, what: str) -> str:
+    """Such as 1 video or 2 videos."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def text_table(lines: Sequence[Sequence[str]], first: int = 0) -> str:

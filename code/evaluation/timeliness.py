@@ -26,7 +26,7 @@ from qwen_vl_streaming.common.paths import find_path
 from report.said_times import draw_picture
 from results import CAPTION_FIELDS, load_finished, sibling
 from settings import ROOT
-from text_table import text_table
+from text import text_table
 
 
 def measure(path: Path, times: dict | None) -> tuple[str, dict]:

@@ -17,8 +17,8 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from checked_results import data_rows, load_checked
 from identity import ARGUMENTS
-from made import data_rows, load_made
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.paths import find_model, find_path, find_video, find_video_root
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
@@ -169,7 +169,7 @@ def main() -> None:
     path = find_path(arguments.file, ROOT, "the result file")
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: give at least 1")
-    made, found = load_made(path, FIELDS)
+    made, found = load_checked(path, FIELDS)
     rows = list(found.values())[: arguments.limit]
     asked = data_rows(path, made, [row["video_id"] for row in rows])
     video_root = find_video_root(made["video_root"], ROOT)

@@ -19,7 +19,7 @@ from pathlib import Path
 from qwen_vl_streaming.common.errors import OneLineParser
 from qwen_vl_streaming.common.progress import quiet_libraries
 
-from adapters import activitynet_commands, livesports_commands
+from adapters import activitynet, livesports
 
 
 def make_parser() -> OneLineParser:
@@ -35,8 +35,8 @@ def make_parser() -> OneLineParser:
         command.add_argument("--output", type=Path, required=required, help=output)
         return command
 
-    livesports_commands.add_commands(add)
-    activitynet_commands.add_commands(add)
+    livesports.add_commands(add)
+    activitynet.add_commands(add)
     return parser
 
 

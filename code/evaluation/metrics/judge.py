@@ -162,9 +162,8 @@ class Judge:
 
     def identity(self, caption: str) -> str:
         """Hash of what decides an answer: model, prompt, options and caption."""
-        return hashlib.sha256(
-            json.dumps([self.model, self.question.prompt, self.options, caption]).encode()
-        ).hexdigest()
+        deciding = json.dumps([self.model, self.question.prompt, self.options, caption])
+        return hashlib.sha256(deciding.encode()).hexdigest()
 
     def _ask_all(self, captions: list[str]) -> Iterator[tuple[str, Verdict | NoAnswer]]:
         """Yields each caption with its answer, in the order of the answers. Closing it stops further requests."""
@@ -183,9 +182,8 @@ class Judge:
                         answered.put((text, error))
 
         for _ in range(min(self.workers, len(captions))):
-            Thread(
-                target=work, daemon=True
-            ).start()  # a daemon: the program's exit does not wait for a hanging endpoint
+            # A daemon: the program's exit does not wait for a hanging endpoint.
+            Thread(target=work, daemon=True).start()
         try:
             for _ in captions:
                 text, answer = answered.get()

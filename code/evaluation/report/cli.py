@@ -25,6 +25,7 @@ from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.common.progress import Progress
 from settings import ROOT
+from text import counted
 
 from report import paper
 from report.charts import main_panels, schedule_panels
@@ -113,9 +114,8 @@ def names_of(results: Sequence[Result]) -> list[str]:
 def summarize(results: Sequence[Result]) -> str:
     variants = {result.variant.name for result in results}
     videos = {video_id for result in results for video_id in result.rows}
-    counts = [(len(results), "result file"), (len(videos), "video")]
-    text = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
-    return f"{text}, {len(variants)} of 6 variants."
+    files = counted(len(results), "result file")
+    return f"{files}, {counted(len(videos), 'video')}, {len(variants)} of 6 variants."
 
 
 def make_page(

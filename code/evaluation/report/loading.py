@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from checked_results import load_checked
 from huggingface_hub import try_to_load_from_cache
 from identity import AGAIN
-from made import load_made
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import places
@@ -39,7 +39,6 @@ class Result:
     rows: dict[str, Row]
     """By video id, in the file's order; at least one."""
     task: str
-    scores_path: Path
     scores: dict
     """Empty if there are none."""
     model_folder: Path | None
@@ -83,10 +82,19 @@ class Result:
     def data_name(self) -> str:
         return last_part(self.args["data"])
 
+    @property
+    def scores_path(self) -> Path:
+        return sibling(self.path, "scores.json")
+
+    @cached_property
+    def config(self) -> dict:
+        """The checkpoint's config.json; empty where the model is missing."""
+        return read_object(self.model_folder / "config.json", AGAIN) if self.model_folder else {}
+
     @cached_property
     def size(self) -> str:
         """The checkpoint's size: 3B or 7B by its shape, else its number of parameters, such as 1.2M, or UNKNOWN."""
-        return model_size(self.model_folder)
+        return model_size(self.model_folder, self.config) if self.model_folder else UNKNOWN
 
     @cached_property
     def run(self) -> dict:
@@ -115,14 +123,10 @@ class Result:
         """The file that was evaluated on and the start of its hash."""
         return f"{self.data_name} {str(self.args.get('data_sha256', '-'))[:SHORT]}"
 
-    @cached_property
+    @property
     def trained_as(self) -> str | None:
         """The variant that the checkpoint was trained as, or None if unknown."""
-        return (
-            read_object(self.model_folder / "config.json", AGAIN).get("streaming_variant")
-            if self.model_folder
-            else None
-        )
+        return self.config.get("streaming_variant")
 
     def score(self, metric: str) -> tuple[float | None, str]:
         """The value of `metric` and an empty string, or None and the reason why it is missing."""
@@ -158,10 +162,9 @@ def score_in(scores: dict, metric: str) -> tuple[float | None, str]:
     if is_number(value):
         return float(value), ""
     reasons = scores.get("not_computed", {})
-    return (
-        None,
-        f"{metric} was not computed: {without_folders(reasons[metric])}" if metric in reasons else "not requested",
-    )
+    if metric not in reasons:
+        return None, "not requested"
+    return None, f"{metric} was not computed: {without_folders(reasons[metric])}"
 
 
 def is_number(value: object) -> bool:
@@ -195,22 +198,22 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
 
 
 def load_result(path: Path) -> Result:
-    args, rows = load_made(path, whole=False)
+    args, rows = load_checked(path, whole=False)
     variant = get_variant(args["variant"])
     tasks = {task_of(row) for row in rows.values()}
     if len(tasks) > 1:
         raise InputError(f"{path} has rows of several tasks ({', '.join(sorted(tasks))}): use one file per task")
-    return Result(path, variant, args, rows, tasks.pop(), *load_scores(path), find_model(args["model"]))
+    return Result(path, variant, args, rows, tasks.pop(), load_scores(path), find_model(args["model"]))
 
 
-def load_scores(path: Path) -> tuple[Path, dict]:
-    """The path of the scores of a result file, and the scores."""
+def load_scores(path: Path) -> dict:
+    """The scores of a result file; empty if there are none."""
     found = sibling(path, "scores.json")
     scores = read_object(found, AGAIN) if found.exists() else {}
     for name in ("not_computed", "tasks", "judge", "lag", "timeliness"):
         if not isinstance(scores.get(name, {}), dict):
             raise InputError(f"{found}: {name} is not an object: score again with eval.sh --score-only")
-    return found, scores
+    return scores
 
 
 def task_of(row: Row) -> str:
@@ -229,10 +232,8 @@ def find_model(model: str) -> Path | None:
     return None
 
 
-def model_size(folder: Path | None) -> str:
-    if folder is None:
-        return UNKNOWN
-    config = read_object(folder / "config.json", AGAIN)
+def model_size(folder: Path, config: dict) -> str:
+    """The size of the checkpoint in a folder, as `Result.size`."""
     text = config.get("text_config", config)
     shape = (text.get("hidden_size"), text.get("num_hidden_layers"))
     if shape in paper.SHAPES:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from metrics.timing import read_points
 from qwen_vl_streaming.common.files import atomic_write
+from text import counted
 
 from report.loading import Result
 
@@ -53,8 +54,8 @@ class Place:
 
     @property
     def title(self) -> str:
-        events = f"{self.count} event{'s' * (self.count != 1)} at {self.time:.3g} s"
-        return f"{events}, {'never named' if self.said is None else f'said at {self.said:.3g} s'}"
+        said = "never named" if self.said is None else f"said at {self.said:.3g} s"
+        return f"{counted(self.count, 'event')} at {self.time:.3g} s, {said}"
 
 
 @dataclass(frozen=True)
