@@ -170,6 +170,13 @@ def test_files_that_are_not_the_benchmark(call, tmp_path, capsys):
     assert "would overwrite what is read" in refused(
         call, capsys, "livesports-rows", "bench.json", "--output", "./bench.json"
     )
+    assert "(File name too long): move it, or give another path" in refused(
+        call, capsys, "livesports-rows", "bench.json", "--output", "a" * 300
+    )
+    judge = ("--baseline", "base.jsonl", "--benchmark", "bench.json", "--judge-url", "http://x", "--judge-model", "x")
+    assert ". cannot be written (it is a folder)" in refused(
+        call, capsys, "livesports-judge", "mine.jsonl", *judge, "--output", "."
+    )
     assert "the benchmark 'none.json' is not in" in refused(
         call, capsys, "livesports-rows", "none.json", "--output", "rows.jsonl"
     )

@@ -317,6 +317,7 @@ def test_invalid_input_is_refused_in_one_line(world, capsys, tmp_path):
         ([gap, "--videos", "-1"], "--videos -1"),
         ([gap, "--tokenizer", str(tmp_path / "gone")], "gone is not on this machine"),
         ([gap, "--size", "5B"], "5B"),
+        ([gap, "--output", str(tmp_path / ("a" * 300))], "cannot be written (File name too long)"),
     ):
         assert reason in refused(world, capsys, *arguments), arguments
         assert not world.page.parent.exists()

@@ -32,7 +32,7 @@ def load_checked(
     return made, rows
 
 
-def data_rows(path: Path, made: dict, video_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+def source_rows(path: Path, made: dict, video_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The data that the result file at `path`, with the arguments `made`, was made from, by video id. Raises InputError
     if they cannot be read or lack one of `video_ids`."""
     data = find_data(made["data"], ROOT, "the evaluation data")

@@ -202,10 +202,17 @@ def _load(paths: Iterable[Path], fields: Fields) -> dict[str, Row]:
 
 def check_writable(path: Path) -> None:
     """Raise InputError if `write_file` could not write this file."""
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "it is a folder" if path.is_dir() else f"{folder} is not writable"
-        raise InputError(f"{path} cannot be written ({what}): move it, or give another path")
+    try:
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        if path.is_dir():
+            fault = "it is a folder"
+        elif not folder.is_dir() or not os.access(folder, os.W_OK):
+            fault = f"{folder} is not writable"
+        else:
+            return
+    except OSError as error:  # such as a name that is too long
+        fault = error.strerror
+    raise InputError(f"{path} cannot be written ({fault}): move it, or give another path")
 
 
 def check_output(output: Path, *inputs: Path) -> None:

@@ -15,9 +15,11 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from checked_results import data_rows, load_checked
+from checked_results import load_checked, source_rows
 from identity import ARGUMENTS
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.paths import find_model, find_path, find_video, find_video_root
@@ -158,6 +160,65 @@ def check_times(row: dict, source: dict, seconds_per_clip: float) -> list[str]:
     return found
 
 
+def check_made(path: Path, made: dict, variant: Variant) -> None:
+    """Raise InputError if the result file at `path` was made in a way that cannot be verified."""
+    dtype, weights, penalty = made["dtype"], made.get("weights"), made["repetition_penalty"]
+    if not 0 < penalty <= sys.float_info.max:
+        how = "with a repetition penalty that is not above 0"
+    elif variant.after_video and made.get("position_rule") != RULE:
+        how = "with another rule for the positions after a video"
+    elif dtype not in DTYPES:
+        how = f"in {dtype!r}, not one of {', '.join(DTYPES)}"
+    elif weights not in (None, *WEIGHTS):
+        how = f"with weights in {weights!r}, not {' or '.join(WEIGHTS)}"
+    else:
+        return
+    raise InputError(f"{path} was made {how}: run eval.sh again")
+
+
+def load_stock(checkpoint: str, dtype: torch.dtype, weights: str | None, device: str):
+    """The model of transformers, with its linear layers in `weights`, if not None."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model_folder(checkpoint), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
+    if weights is not None:
+        quantize_model(model, weights, device)
+    return model.to(device).eval()
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """The stock model, and how the result file was made."""
+
+    made: dict
+    variant: Variant
+    budget: PixelBudget
+    video_root: Path | None
+    processor: Any
+    model: Any
+
+    def verify(self, row: dict, source: dict) -> tuple[list[str], list[Mismatch] | None]:
+        """What is wrong with a row, made from the data's row `source`, and with its tokens; None if these cannot be
+        verified. Raises InputError if the video cannot be read."""
+        question = source.get("question") or QUESTIONS[-1]
+        template = make_template(self.processor, question, end_of_slot(self.model.config))
+        path = find_video(source["video_path"], ROOT, self.video_root)
+        video = read_video(path, part=video_part(source), budget=self.budget, reader=choose_reader(os.environ))
+        pixels, grid = clip_pixels(self.processor, video.frames)
+        most = most_tokens(self.made, len(pixels))
+        faults = check_caption(row, self.processor.tokenizer, template, len(pixels), most)
+        faults += check_schedule(row, self.made, self.variant)
+        faults += check_times(row, source, video.seconds_per_clip)
+        if len(pixels) != row["clips"] or not row["tokens"]:
+            return faults, None
+        steps = self.model.config.vision_config.tokens_per_second * video.seconds_per_clip
+        timeline = make_timeline(self.variant, template.layout(grid, steps), row["schedule"])
+        with torch.no_grad():
+            logits = stock_logits(self.model, timeline, template, row["tokens"], pixels, grid)
+        penalty, dtype = self.made["repetition_penalty"], getattr(torch, self.made["dtype"])
+        return faults, find_mismatches(logits, template, row["tokens"], penalty, dtype)
+
+
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="a result file, <variant>_infer.json")
@@ -171,76 +232,49 @@ def main() -> None:
         raise InputError(f"--limit {arguments.limit}: give at least 1")
     made, found = load_checked(path, FIELDS)
     rows = list(found.values())[: arguments.limit]
-    asked = data_rows(path, made, [row["video_id"] for row in rows])
+    asked = source_rows(path, made, [row["video_id"] for row in rows])
     video_root = find_video_root(made["video_root"], ROOT)
     pixels = made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"]
     budget = PixelBudget(*pixels, made.get("budget", "video"))
 
     checkpoint, variant = find_model(made["model"], ROOT), get_variant(made["variant"])
+    check_made(path, made, variant)
     name, weights = made["dtype"], made.get("weights")
-    for wrong, how in (
-        (not 0 < made["repetition_penalty"] <= sys.float_info.max, "with a repetition penalty that is not above 0"),
-        (
-            variant.after_video and made.get("position_rule") != RULE,
-            "with another rule for the positions after a video",
-        ),
-        (name not in DTYPES, f"in {name!r}, not one of {', '.join(DTYPES)}"),
-        (weights not in (None, *WEIGHTS), f"with weights in {weights!r}, not {' or '.join(WEIGHTS)}"),
-    ):
-        if wrong:
-            raise InputError(f"{path} was made {how}: run eval.sh again")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
     check_weights(weights, device, dtype)
     if line:
         print(line, file=sys.stderr)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        model_folder(checkpoint), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-    )
-    if weights is not None:
-        quantize_model(model, weights, device)
-    model.to(device).eval()
+    model = load_stock(checkpoint, dtype, weights, device)
     vocabulary = model.config.text_config.vocab_size
     if unknown := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
         raise InputError(
             f"{path}, video {unknown[0]!r}: {checkpoint} does not have one of its tokens: run eval.sh again"
         )
+    verifier = Verifier(made, variant, budget, video_root, processor, model)
     total = faulty = 0
     mismatches: list[Mismatch] = []
     for row in Progress(rows, unit="video", desc="verifying"):
-        source = asked[row["video_id"]]
-        question = source.get("question") or QUESTIONS[-1]
-        template = make_template(processor, question, end_of_slot(model.config))
-        path_of_video = find_video(source["video_path"], ROOT, video_root)
-        video = read_video(path_of_video, part=video_part(source), budget=budget, reader=choose_reader(os.environ))
-        pixels, grid = clip_pixels(processor, video.frames)
-        most = most_tokens(made, len(pixels))
-        faults = check_caption(row, processor.tokenizer, template, len(pixels), most)
-        faults += check_schedule(row, made, variant)
-        faults += check_times(row, source, video.seconds_per_clip)
+        faults, wrong = verifier.verify(row, asked[row["video_id"]])
         for fault in faults:
             print(f"video {row['video_id']}: {fault}")
         faulty += bool(faults)
-        if len(pixels) != row["clips"] or not row["tokens"]:
+        if wrong is None:
             continue
-        steps = model.config.vision_config.tokens_per_second * video.seconds_per_clip
-        timeline = make_timeline(variant, template.layout(grid, steps), row["schedule"])
-        with torch.no_grad():
-            logits = stock_logits(model, timeline, template, row["tokens"], pixels, grid)
-        for each in (found := find_mismatches(logits, template, row["tokens"], made["repetition_penalty"], dtype)):
+        for each in wrong:
             how = f", a tie in {name}" if each.tie else ""
             print(f"video {row['video_id']}, token {each.index}: {each.margin:.2g} below the arg-max{how}")
-        mismatches, total = mismatches + found, total + len(row["tokens"])
+        mismatches, total = mismatches + wrong, total + len(row["tokens"])
     right, ties = total - len(mismatches), [each.margin for each in mismatches if each.tie]
-    wrong = len(mismatches) - len(ties)
+    errors = len(mismatches) - len(ties)
     where = f"the arg-max of the stock model in {name}{f' with {weights} weights' if weights else ''}, {variant.name}"
     print(f"{right} of {total} tokens of {len(rows)} videos are {where}")
     if ties:
         print(f"{len(ties)} more are ties in {name}, at most {max(ties):.2g} below the arg-max")
-    if wrong:
-        print(f"{wrong} are wrong")
+    if errors:
+        print(f"{errors} are wrong")
     if faulty:
         print(f"{faulty} of {len(rows)} captions do not match their tokens, videos or schedules")
-    sys.exit(1 if wrong or faulty else 0)
+    sys.exit(1 if errors or faulty else 0)
 
 
 if __name__ == "__main__":

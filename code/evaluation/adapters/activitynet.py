@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from checked_results import data_rows, load_checked
+from checked_results import load_checked, source_rows
 from identity import describe_model
 from metrics import lag
 from metrics.naming import SENTENCE_END
@@ -145,7 +145,7 @@ def run_predictions(arguments: argparse.Namespace) -> None:
     path = find_path(arguments.file, ROOT, "the result file")
     check_output(arguments.output, path)
     made, rows = load_checked(path)
-    asked, decode = data_rows(path, made, rows), find_decoder(path)
+    asked, decode = source_rows(path, made, rows), find_decoder(path)
     results = {}
     try:
         for video, row in Progress(rows.items(), "sentences", unit="video"):

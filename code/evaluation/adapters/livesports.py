@@ -123,7 +123,7 @@ def make_rows(events: Iterable[Event], question: str = CONTEXT) -> Iterator[dict
 
 
 def make_predictions(captions: Mapping[str, str], events: Mapping[str, Event], where: Path) -> Iterator[dict[str, Any]]:
-    """The predictions for `captions` by key, in the order of the benchmark. `where` they are from is for messages.
+    """The predictions for `captions` by key, in the order of the benchmark. `where` names their file in messages.
 
     Raises InputError for a caption of an event that the benchmark does not have.
     """
@@ -253,9 +253,9 @@ def run_judge(arguments: argparse.Namespace) -> None:
     source = find_path(arguments.benchmark, ROOT, "the benchmark")
     mine = find_path(arguments.predictions, ROOT, "the predictions")
     other = find_path(arguments.baseline, ROOT, "the baseline's predictions")
+    check_output(arguments.output, source, mine, other)
     answers = arguments.output.with_name(f"{arguments.output.stem}.answers.jsonl")
-    for path in (arguments.output, answers):
-        check_output(path, source, mine, other)
+    check_output(answers, source, mine, other)
     prompt = read_prompt(arguments.prompt)
     events = read_events(source)
     said, theirs = read_predictions(mine), read_predictions(other)

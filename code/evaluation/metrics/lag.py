@@ -49,19 +49,16 @@ def average_lagging(delays: Sequence[int], source: int, target: float) -> float:
 
 def check(row: Mapping) -> None:
     """Raise ValueError, with the reason, if a row does not say when its tokens were written."""
+    where = f"the row of video {row['video_id']}"
     if missing := [name for name in FIELDS if name not in row]:
-        raise ValueError(
-            f"the row of video {row['video_id']} has no {', '.join(missing)}: it was not written by eval.sh"
-        )
+        raise ValueError(f"{where} has no {', '.join(missing)}: it was not written by eval.sh")
     tokens, slots, clips = (row[name] for name in FIELDS)
     if type(tokens) is not list or type(slots) is not list:
-        raise ValueError(f"the row of video {row['video_id']} has tokens or slots that are not lists")
+        raise ValueError(f"{where} has tokens or slots that are not lists")
     if any(type(number) is not int or not 0 <= number < 2**31 for number in (*tokens, *slots, clips)):
-        raise ValueError(
-            f"the row of video {row['video_id']} has tokens, slots or clips that are not non-negative integers"
-        )
+        raise ValueError(f"{where} has tokens, slots or clips that are not non-negative integers")
     if len(tokens) != len(slots) or not all(1 <= slot <= clips for slot in slots):
-        raise ValueError(f"the row of video {row['video_id']} does not have a slot from 1 to {clips} for each token")
+        raise ValueError(f"{where} does not have a slot from 1 to {clips} for each token")
 
 
 def decode_pieces(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The judge's answers: reads one, and keeps all of them in a file. Knows nothing of requests."""
+"""The judge's answers: reads one, and keeps all of them in a file. Knows nothing about requests."""
 
 import json
 import re

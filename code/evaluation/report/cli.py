@@ -12,6 +12,7 @@ import argparse
 import base64
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -24,6 +25,7 @@ from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.common.progress import Progress
+from results import check_writable
 from settings import ROOT
 from text import counted
 
@@ -169,12 +171,15 @@ def make_markdown(results: Sequence[Result], made: list[dict], notes: Sequence[s
 
 
 def outputs(name: str) -> tuple[Path, Path]:
-    """Paths of the page and of the Markdown file. Raises InputError if `name` is a folder."""
+    """Paths of the page and of the Markdown file. Raises InputError if `name` is a folder or they cannot be written."""
     path = Path(name)
-    if path.is_dir() or not path.name:
+    if os.path.isdir(path) or not path.name:
         raise InputError(f"--output {name} is a folder: give the report a name, such as {path / 'report'}")
     base = path.with_suffix("") if path.suffix in (".html", ".md") else path
-    return base.with_name(base.name + ".html"), base.with_name(base.name + ".md")
+    files = base.with_name(base.name + ".html"), base.with_name(base.name + ".md")
+    for file in files:
+        check_writable(file)
+    return files
 
 
 def main() -> None:

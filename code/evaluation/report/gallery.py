@@ -15,7 +15,7 @@ from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 
-from checked_results import data_rows
+from checked_results import source_rows
 from metrics.lag import slot_texts
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
@@ -102,7 +102,7 @@ def make_video(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers
     try:
         if any(len(each.counts) != clips for each in captions):
             raise InputError("the results have different numbers of clips for it")
-        data = data_rows(having[0].path, having[0].args, [video_id])[video_id]
+        data = source_rows(having[0].path, having[0].args, [video_id])[video_id]
         question = question or data.get("question")
         seconds, frames = show_video(having[0], data, clips)
         times = [f"{clip * seconds:.3g} s" for clip in range(1, clips + 1)]

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -58,26 +59,6 @@ class Place:
         return f"{counted(self.count, 'event')} at {self.time:.3g} s, {said}"
 
 
-@dataclass(frozen=True)
-class SaidPanel:
-    """The panel of one result. Lengths are in units of the SVG."""
-
-    title: str
-    points: list[tuple[float, float, float, Place]]
-    """(x, y, radius, place)."""
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    diagonal: tuple[float, float, float, float]
-    """x1, y1, x2, y2."""
-    floor: float = TOP + SIDE
-    left: float = LEFT
-    right: float = LEFT + SIDE
-    top: float = TOP
-    never: float = TOP - NEVER
-    width: int = LEFT + SIDE + RIGHT
-    height: int = TOP + SIDE + BOTTOM
-
-
 def places_of(points: Points, longest: float) -> list[Place]:
     """Events at the same place together. Times are rounded to the width of a bin, unless few of them differ."""
     width = longest / BINS
@@ -99,7 +80,7 @@ def radius(count: int, most: int) -> float:
     return max(SMALLEST, LARGEST * math.sqrt(count / max(most, 8)))
 
 
-def said_panels(results: Sequence[Result], names: Sequence[str]) -> list[SaidPanel]:
+def said_panels(results: Sequence[Result], names: Sequence[str]) -> list[dict[str, Any]]:
     """A panel for each result with timeliness, with its name. Raises InputError for unreadable events."""
     shown = [(name, result) for name, result in zip(names, results, strict=True) if "events" in result.timeliness]
     every = [read_points(result.path) for _, result in shown]
@@ -120,7 +101,8 @@ def largest_count(panels: Sequence[Sequence[Place]]) -> int:
     return max((place.count for places in panels for place in places), default=1)
 
 
-def said_panel(title: str, places: Sequence[Place], ticks: Sequence[float], most: int) -> SaidPanel:
+def said_panel(title: str, places: Sequence[Place], ticks: Sequence[float], most: int) -> dict[str, Any]:
+    """The panel of one result for the template. Lengths are in units of the SVG."""
     end = ticks[-1]
 
     def x(time: float) -> float:
@@ -129,10 +111,20 @@ def said_panel(title: str, places: Sequence[Place], ticks: Sequence[float], most
     def y(said: float | None) -> float:
         return round(TOP - NEVER if said is None else TOP + (SIDE - INSET) * (1 - said / end), 1)
 
-    drawn = [(x(place.time), y(place.said), round(radius(place.count, most), 1), place) for place in places]
-    labels = [(tick, f"{tick:g}") for tick in ticks]
-    x_ticks, y_ticks = [(x(tick), text) for tick, text in labels], [(y(tick), text) for tick, text in labels]
-    return SaidPanel(title, drawn, x_ticks, y_ticks, (x(0), y(0), x(end), y(end)))
+    return {
+        "title": title,
+        "width": LEFT + SIDE + RIGHT,
+        "height": TOP + SIDE + BOTTOM,
+        "left": LEFT,
+        "right": LEFT + SIDE,
+        "top": TOP,
+        "floor": TOP + SIDE,
+        "never": y(None),
+        "points": [(x(place.time), y(place.said), round(radius(place.count, most), 1), place) for place in places],
+        "x_ticks": [(x(tick), f"{tick:g}") for tick in ticks],
+        "y_ticks": [(y(tick), f"{tick:g}") for tick in ticks],
+        "diagonal": (x(0), y(0), x(end), y(end)),  # x1, y1, x2, y2
+    }
 
 
 def draw_picture(files: Sequence[tuple[str, Path]], path: Path) -> None:
