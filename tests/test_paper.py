@@ -63,9 +63,9 @@ def test_the_steps_of_what_the_paper_prints(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--sizes 13B", "--sizes 13B: choose of 3B, 7B"),
-        ("--variants grup", "--variants grup: choose of origin,"),
-        ("--tasks qa", "--tasks qa: choose of description, funqa"),
+        ("--sizes 13B", "--sizes 13B: choose from 3B, 7B"),
+        ("--variants grup", "--variants grup: choose from origin,"),
+        ("--tasks qa", "--tasks qa: choose from description, funqa"),
         (
             "--sizes 7B --tasks funqa",
             "--sizes 7B: the paper has no table of it with the other flags: remove one; --every",
@@ -82,6 +82,8 @@ def test_the_steps_of_what_the_paper_prints(tmp_path):
         ("--demo --everywhere", "--everywhere contradicts --demo"),
         ("--plan --status", "--plan, --slurm, --status and --report exclude each other"),
         ("--judge-url http://judge", "--judge-url and --judge-model go together"),
+        (f"--output {'a' * 300}", "cannot be used (File name too long): give another folder"),
+        (f"--slurm {'a' * 300}", "cannot be used (File name too long): give another folder"),
     ],
 )
 def test_flags_that_contradict_each_other(tmp_path, words, message):

@@ -66,9 +66,8 @@ def prepared(rows: list[Path], report: Path, planned: dict[str, object]) -> Stat
     if not report.exists() or not all(path.exists() for path in rows):
         return State(where=report)
     made = read_object(report, FIX)
-    flat = [{**each, **rules} for each in (made, planned) if isinstance(rules := each.get("rules", {}), dict)]
-    if len(flat) == 2:
-        compare(f"{report} was made", flat[0], flat[1], "delete it to prepare the data again")
+    found, wanted = ({**each, **each.get("rules", {})} for each in (made, planned))
+    compare(f"{report} was made", found, wanted, "delete it to prepare the data again")
     train, test = (count_rows(path) for path in rows)
     return State(DONE, f"{train:,} rows for training, {test:,} for evaluation", where=report)
 

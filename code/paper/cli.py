@@ -162,7 +162,7 @@ def run_steps(request: Request, states: dict[str, State], forecasts: dict[str, F
         try:
             code = Runner(request.steps, folders, states, progress, arguments.jobs).run()
         except Stopped as stopped:
-            print(f"stopped by {stopped}: the same command goes on from here", file=sys.stderr)
+            print(f"stopped by {stopped}: the same command resumes here", file=sys.stderr)
             sys.exit(128 + stopped.number)
     if progress[request.steps[-1].name].word == DONE:
         print(f"report: {folders.report}")

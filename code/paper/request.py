@@ -18,7 +18,7 @@ ABOUT = """\
 Reproduce the paper's tables: prepare the data, train what is missing, evaluate with fixed and random schedules, and
 write the report with the paper's figures beside ours. code/paper/settings.py has the settings.
 
-A step is done if its output says so, so the same command goes on where it was stopped. A step that fails names its log;
+A step is done if its output says so, so the same command resumes where it was stopped. A step that fails names its log;
 steps that do not need it go on, and the exit status is 1. While it runs, status.html in the output folder shows what is
 done, running and failed, and how long the rest takes.
 """
@@ -30,11 +30,11 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         prog="paper.sh", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     part = parser.add_argument_group("which part of the tables")
-    part.add_argument("--sizes", nargs="+", metavar="SIZE", help=f"of {' '.join(PAPER.models)} (default: all)")
+    part.add_argument("--sizes", nargs="+", metavar="SIZE", help=f"some of {' '.join(PAPER.models)} (default: all)")
     variants = PAPER.tables[0].variants
-    part.add_argument("--variants", nargs="+", metavar="NAME", help=f"of {' '.join(variants)} (default: all)")
-    part.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {' '.join(TASKS)} (default: all)")
-    part.add_argument("--schedules", nargs="+", metavar="S", help="of fixed random (default: both)")
+    part.add_argument("--variants", nargs="+", metavar="NAME", help=f"some of {' '.join(variants)} (default: all)")
+    part.add_argument("--tasks", nargs="+", metavar="TASK", help=f"some of {' '.join(TASKS)} (default: all)")
+    part.add_argument("--schedules", nargs="+", metavar="S", help="some of fixed random (default: both)")
     part.add_argument("--everywhere", action="store_true", help="also what the paper does not print: all sizes alike")
     what = parser.add_argument_group("what to do instead of running")
     what.add_argument("--plan", action="store_true", help="show what is done and what would run, with hours and disk")
@@ -94,6 +94,11 @@ def read_request(arguments: argparse.Namespace, caller: Path) -> Request:
         raise InputError(
             "--judge-url has a password, which would be in the sbatch files: set OPENAI_API_KEY, which sbatch passes on"
         )
+    for flag, path in (("--output", arguments.output), ("--slurm", arguments.slurm)):
+        try:
+            (caller / (path or "")).exists()
+        except OSError as error:  # such as a name that is too long
+            raise InputError(f"{flag} {path} cannot be used ({error.strerror}): give another folder") from None
     output = arguments.output or ROOT / ("demo_output/paper" if arguments.demo else "paper_output")
     folders = Folders(Path(os.path.abspath(caller / output)), arguments.demo)
     settings = PAPER
@@ -128,9 +133,9 @@ def choose(flag: str, asked: list[str] | None, known: Sequence[str]) -> list[str
     """What was `asked` for, in the order of `known`; all if nothing was. Raises InputError for what is not known."""
     words = [word for text in asked or () for word in text.replace(",", " ").split()]
     if asked is not None and not words:
-        raise InputError(f"{flag} is empty: choose of {', '.join(known)}, or remove it")
+        raise InputError(f"{flag} is empty: choose from {', '.join(known)}, or remove it")
     if unknown := [word for word in words if word not in known]:
-        raise InputError(f"{flag} {unknown[0]}: choose of {', '.join(known)}")
+        raise InputError(f"{flag} {unknown[0]}: choose from {', '.join(known)}")
     return [name for name in known if name in words or asked is None]
 
 

@@ -30,6 +30,8 @@ PERIOD = 5.0
 """Seconds between two versions of the status page while steps run."""
 POLL = 0.1
 """Seconds between two looks at the steps that run."""
+TAIL = 8192
+"""Bytes at the end of a log that are searched for its last line."""
 OWN_PATHS = {str(ROOT / folder) for folder in ("", "code", "code/demo", "code/evaluation", "code/qwen-vl-finetune")}
 """What paper.sh adds to PYTHONPATH for this program alone."""
 
@@ -102,7 +104,7 @@ class Runner:
             elif one.word == PARTIAL:
                 print(f"{one.word}: {one.step.name}: {one.detail}", file=sys.stderr)
         if words & {FAILED, BLOCKED, PARTIAL}:
-            print("the same command goes on from here", file=sys.stderr)
+            print("the same command resumes here", file=sys.stderr)
         return 1 if words & {FAILED, BLOCKED} else 0
 
     def _name(self, step: Step) -> str:
@@ -121,7 +123,7 @@ class Runner:
         return 1 + max((self._steps_behind(other) for other in self.steps if step.name in other.after), default=0)
 
     def _is_ready(self, step: Step) -> bool:
-        """Whether a waiting step can start now. One that need not or cannot run is reported, and waits no more."""
+        """Whether a waiting step can start now. One that need not or cannot run is reported and waits no longer."""
         one = self.progress[step.name]
         pending = {other.name for other in (*self._waiting, *(running.step for running in self._running))}
         if pending & {*step.after, *step.behind}:
@@ -242,11 +244,11 @@ def clean_environment() -> dict[str, str]:
     return {**kept, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
 
 
-def last_line(log: Path, start: int = 0, most: int = 8192, running: bool = False) -> str:
+def last_line(log: Path, start: int = 0, running: bool = False) -> str:
     """Of a log from byte `start`, the last line that begins with `error:`, unless its step is `running`; else the last
     line. Progress bars end lines with a carriage return."""
     with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - most))
+        file.seek(max(start, log.stat().st_size - TAIL))
         lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").split("\n")]
     lines = [line for line in lines if line]
     errors = [line for line in lines if line.startswith("error:") and not running]

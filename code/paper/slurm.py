@@ -2,9 +2,8 @@
 their dependencies.
 
 A file that was edited is submitted as it is, if it was written for the same commands. Array indices and dependencies,
-which depend on what is done, are flags of sbatch. What is queued or running, SLURM itself says (squeue), so nothing is
-submitted twice. Each file also writes when its step began and ended and its exit status (attempts.py), which the status
-page shows.
+which depend on what is done, are flags of sbatch. What squeue shows as queued or running is not submitted again. Each
+file also writes when its step began and ended and its exit status (attempts.py), which the status page shows.
 """
 
 import hashlib

@@ -42,7 +42,7 @@ class Progress:
     """Of its last attempt."""
 
     @property
-    def over(self) -> bool:
+    def ended(self) -> bool:
         """Whether it has ended, or will not run."""
         return self.word in ENDED or (self.word == PARTIAL and self.took > 0)
 
@@ -68,7 +68,7 @@ def seconds_left(progress: Sequence[Progress], now: float, jobs: int = 1) -> tup
     places = [0.0] * max(1, jobs)
     unknown = 0
     for one in sorted(progress, key=lambda one: one.word != RUNNING):  # each follows those that it needs
-        if one.over:
+        if one.ended:
             continue
         expected = one.expected(progress)
         unknown += expected is None
@@ -81,7 +81,7 @@ def seconds_left(progress: Sequence[Progress], now: float, jobs: int = 1) -> tup
 
 def left_text(progress: Sequence[Progress], now: float, jobs: int = 1) -> str:
     """How long still, such as: about 3.4 h, and 2 steps of unknown length."""
-    if all(one.over for one in progress):
+    if all(one.ended for one in progress):
         return "nothing left to run"
     total, unknown = seconds_left(progress, now, jobs)
     side = f" with {jobs} jobs side by side" if jobs > 1 else ""
