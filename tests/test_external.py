@@ -147,7 +147,7 @@ def test_predictions_of_livesports(call, tmp_path, capsys):
         ({"event_asr": "Go"}, "event_asr is not a list of [start, end, text]"),
         ({"preasr_text": []}, "has the preasr_text '[]', not a string"),
         ("[1]", "is not a JSON object"),
-        ("{", "is not JSON (Expecting property name"),
+        ("{", "not JSON (Expecting property name"),
     ],
 )
 def test_an_invalid_entry_is_named_with_its_line(call, tmp_path, capsys, change, says):
@@ -162,7 +162,7 @@ def test_files_that_are_not_the_benchmark(call, tmp_path, capsys):
         (b"", "bad.json has no entries"),
         (b"[]", "bad.json has no entries"),
         (b"[" * 10**6, "bad.json is not JSON (nested too deeply)"),
-        (b"\xff", "bad.json is not UTF-8 (byte 1)"),
+        (b"\xff", "bad.json, line 1: not JSON ('utf-8' codec"),
         (b'[{"video_id": "a"}]', "bad.json, entry 1: has no event_id, not"),
     ):
         (tmp_path / "bad.json").write_bytes(content)

@@ -17,6 +17,7 @@ from metrics.lag import slot_texts
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
+from report.cli import outputs
 from report.gallery import show_video
 from result_files import METRICS, World
 
@@ -278,6 +279,12 @@ def refused(world, capsys, *arguments) -> str:
     return errors[0]
 
 
+def test_names_that_cannot_be_written_are_refused_at_once(tmp_path):
+    for name, reason in (("a" * 300, "cannot be written (File name too long)"), ("", "is a folder"), (".", "a folder")):
+        with pytest.raises(InputError, match=re.escape(reason)):
+            outputs(str(tmp_path / name) if name else name)
+
+
 def test_invalid_input_is_refused_in_one_line(world, capsys, tmp_path):
     world.add("group")
     world.add("group", name="again")
@@ -317,7 +324,6 @@ def test_invalid_input_is_refused_in_one_line(world, capsys, tmp_path):
         ([gap, "--videos", "-1"], "--videos -1"),
         ([gap, "--tokenizer", str(tmp_path / "gone")], "gone is not on this machine"),
         ([gap, "--size", "5B"], "5B"),
-        ([gap, "--output", str(tmp_path / ("a" * 300))], "cannot be written (File name too long)"),
     ):
         assert reason in refused(world, capsys, *arguments), arguments
         assert not world.page.parent.exists()

@@ -265,7 +265,7 @@ def test_references_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "line 2: is not JSON"),
+        ("{", "line 2: not JSON"),
         ("[]", "line 2: is not a JSON object"),
         ('{"segments": []}', "line 2: has no video_id, not a string"),
         ('{"video_id": "b"}', "line 2: the row has neither segments nor events"),
