@@ -10,7 +10,7 @@ from pathlib import Path
 import eval as evaluation
 import pytest
 from adapters import cli
-from adapters.activitynet import split_sentences, time_sentences
+from adapters.activitynet import split_sentences, time_sentences, watched
 from media import make_video
 from metrics.preference import PROMPT, read_preference
 from qwen_vl_streaming.common.data_rows import read_data_rows
@@ -303,6 +303,15 @@ def test_times_of_sentences():
     spans = [each["timestamp"] for each in time_sentences(pieces, 10.5, 3.25)]  # its last clip is cut
     assert spans == [[10.5, 12.5], [11.5, 13.75]]
     assert [each["timestamp"] for each in time_sentences(pieces, 0, None, 1.5)] == [[0.0, 3.0], [1.5, 6.0]]
+
+
+def test_the_part_that_was_watched():
+    row = {"video_path": "a.mp4"}
+    assert watched(row) == (0.0, None) and watched(row | {"video_start": 2, "video_end": 5}) == (2.0, 3.0)
+    for duration in (4.5, "4.5"):  # eval.sh accepts both
+        assert watched(row | {"video_duration_in_s": duration, "video_start": 2}) == (2.0, 2.5)
+    with pytest.raises(InputError, match="video_duration_in_s is 'long': give seconds"):
+        watched(row | {"video_duration_in_s": "long"})
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ reports the mean of the six.
 Knows nothing about models and about how metrics are computed.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,19 @@ def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
         "annotation": references if len(references) > 1 else references[0],
         **({} if data.get("segments") is None else {"segments": data["segments"]}),
     }
+
+
+def video_seconds(data: Mapping[str, Any]) -> float:
+    """The duration of the video of a data row in seconds; 0 where it has none. Raises InputError, without the row's
+    place, for anything else."""
+    value = data.get("video_duration_in_s") or 0
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"video_duration_in_s is {str(value)[:40]!r}: give seconds, or delete this line")
+    return seconds
 
 
 def check_subtask(row: Mapping[str, Any], task: Task) -> None:

@@ -11,7 +11,6 @@ seconds i - 1 to i, is the newest that has been seen. So a sentence of the slots
 import argparse
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -33,6 +32,7 @@ from qwen_vl_streaming.common.video_part import part_seconds, video_part
 from reading import get_seconds, read_json
 from results import check_output
 from settings import ROOT
+from tasks import video_seconds
 from text import counted
 
 logger = logging.getLogger(__name__)
@@ -147,12 +147,12 @@ def run_predictions(arguments: argparse.Namespace) -> None:
     made, rows = load_checked(path)
     asked, decode = source_rows(path, made, rows), find_decoder(path)
     results = {}
-    try:
-        for video, row in Progress(rows.items(), "sentences", unit="video"):
-            pieces = lag.slot_texts(row, decode)
-            results[video] = time_sentences(pieces, *watched(asked[video]), clip_seconds(row))
-    except ValueError as error:
-        raise InputError(f"{path}: {error}: run eval.sh again") from error
+    for video, row in Progress(rows.items(), "sentences", unit="video"):
+        try:
+            pieces, seconds = lag.slot_texts(row, decode), clip_seconds(row)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}: run eval.sh again") from error
+        results[video] = time_sentences(pieces, *watched(asked[video]), seconds)
     details = arguments.external_data or f"{Path(describe_model(made['model'])).name}: Qwen2.5-VL and its training data"
     write_file(arguments.output, json.dumps(make_predictions(results, details), indent=1) + "\n")
     sentences = counted(sum(map(len, results.values())), "sentence")
@@ -161,10 +161,10 @@ def run_predictions(arguments: argparse.Namespace) -> None:
 
 def watched(row: Mapping[str, Any]) -> tuple[float, float | None]:
     """Where the part of the video that a row is about begins, and its length if that is known, in seconds."""
-    part, duration = video_part(row), row.get("video_duration_in_s")
+    part, duration = video_part(row), video_seconds(row)
     start = part.get("start", 0.0)
-    if isinstance(duration, int | float) and not isinstance(duration, bool) and 0 < duration < math.inf:
-        return start, part_seconds(row["video_path"], part, float(duration))
+    if duration:
+        return start, part_seconds(row["video_path"], part, duration)
     return start, part["end"] - start if "end" in part else None
 
 
