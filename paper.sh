@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Reproduces the paper's tables: prepares the data, trains what is missing, evaluates, and writes the report with the
-# paper's figures beside ours. The same command goes on where it was stopped. Its settings are in code/paper/settings.py.
+# paper's figures beside ours. The same command resumes where it was stopped. Its settings are in code/paper/settings.py.
 #
 #   bash paper.sh --plan --gpus 8xH100-80GB     what is done and what would run, with hours and disk
 #   bash paper.sh                               run it on this machine

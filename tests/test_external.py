@@ -10,7 +10,7 @@ from pathlib import Path
 import eval as evaluation
 import pytest
 from adapters import cli
-from adapters.activitynet import split_sentences, time_sentences
+from adapters.activitynet import split_sentences, time_sentences, watched
 from media import make_video
 from metrics.preference import PROMPT, read_preference
 from qwen_vl_streaming.common.data_rows import read_data_rows
@@ -147,7 +147,7 @@ def test_predictions_of_livesports(call, tmp_path, capsys):
         ({"event_asr": "Go"}, "event_asr is not a list of [start, end, text]"),
         ({"preasr_text": []}, "has the preasr_text '[]', not a string"),
         ("[1]", "is not a JSON object"),
-        ("{", "is not JSON (Expecting property name"),
+        ("{", "not JSON (Expecting property name"),
     ],
 )
 def test_an_invalid_entry_is_named_with_its_line(call, tmp_path, capsys, change, says):
@@ -162,13 +162,20 @@ def test_files_that_are_not_the_benchmark(call, tmp_path, capsys):
         (b"", "bad.json has no entries"),
         (b"[]", "bad.json has no entries"),
         (b"[" * 10**6, "bad.json is not JSON (nested too deeply)"),
-        (b"\xff", "bad.json is not UTF-8 (byte 1)"),
+        (b"\xff", "bad.json, line 1: not JSON ('utf-8' codec"),
         (b'[{"video_id": "a"}]', "bad.json, entry 1: has no event_id, not"),
     ):
         (tmp_path / "bad.json").write_bytes(content)
         assert says in refused(call, capsys, "livesports-rows", "bad.json", "--output", "rows.jsonl")
     assert "would overwrite what is read" in refused(
         call, capsys, "livesports-rows", "bench.json", "--output", "./bench.json"
+    )
+    assert "(File name too long): move it, or give another path" in refused(
+        call, capsys, "livesports-rows", "bench.json", "--output", "a" * 300
+    )
+    judge = ("--baseline", "base.jsonl", "--benchmark", "bench.json", "--judge-url", "http://x", "--judge-model", "x")
+    assert ". cannot be written (it is a folder)" in refused(
+        call, capsys, "livesports-judge", "mine.jsonl", *judge, "--output", "."
     )
     assert "the benchmark 'none.json' is not in" in refused(
         call, capsys, "livesports-rows", "none.json", "--output", "rows.jsonl"
@@ -298,6 +305,15 @@ def test_times_of_sentences():
     assert [each["timestamp"] for each in time_sentences(pieces, 0, None, 1.5)] == [[0.0, 3.0], [1.5, 6.0]]
 
 
+def test_the_part_that_was_watched():
+    row = {"video_path": "a.mp4"}
+    assert watched(row) == (0.0, None) and watched(row | {"video_start": 2, "video_end": 5}) == (2.0, 3.0)
+    for duration in (4.5, "4.5"):  # eval.sh accepts both
+        assert watched(row | {"video_duration_in_s": duration, "video_start": 2}) == (2.0, 2.5)
+    with pytest.raises(InputError, match="video_duration_in_s is 'long': give seconds"):
+        watched(row | {"video_duration_in_s": "long"})
+
+
 @pytest.fixture
 def results(made, tmp_path):
     """A result file of a video of which a part was watched, and one that was watched whole."""
@@ -348,9 +364,9 @@ def test_predictions_in_the_layout_of_activitynet(call, results, tmp_path, capsy
     assert [each["sentence"] for each in found] == ["A red ring moves up.", "It turns blue!", "The end"]
     assert [each["timestamp"] for each in found] == [[0.0, 0.5], [1.0, 2.0], [2.0, 2.5]]
     write(results, [{**rows[0], "seconds_per_clip": 0}])
-    assert "group_infer.json, video v_a: seconds_per_clip is 0" in refused(call, capsys, *flags)
+    assert "group_infer.json: the row of video v_a has seconds_per_clip '0'" in refused(call, capsys, *flags)
     write(results, [{**rows[0], "result": "Something else"}])
-    assert "group_infer.json, video v_a: its tokens do not decode to its text" in refused(call, capsys, *flags)
+    assert "group_infer.json: the tokens of video v_a do not decode to its text" in refused(call, capsys, *flags)
     write(results, [{**rows[0], "video_id": "v_c"}])
     assert "has no row for video v_c" in refused(call, capsys, *flags)
     write(results, [{**rows[0], "slots": [1]}])
@@ -444,4 +460,5 @@ def test_a_judge_that_stops_answering_is_one_line(call, endpoint, tmp_path, caps
     with pytest.raises(InputError, match="line 1: not an answer"):
         write(tmp_path / "judged.answers.jsonl", [{**read("judged.answers.jsonl")[0], "score": "C"}])
         endpoint.plan = {"": [(200, BETTER.format("B"))]}
-        cli.livesports_judge(cli.make_parser().parse_args(flags))
+        arguments = cli.make_parser().parse_args(flags)
+        arguments.run(arguments)

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import evaluating
 import load_elsewhere
+import numpy as np
 import pytest
 import torch
 from hub_models import COMMIT, NAMES, hub_checkpoint, put_into_cache
@@ -371,6 +372,23 @@ def test_other_environments_are_compared(made, checkpoints, capsys, monkeypatch)
     assert "tied: False, here True" in found and any(line.startswith("image logits: shape") for line in found)
     close = {**tied[1], "pixels": tied[1]["pixels"] + 0.01}
     assert load_elsewhere.differences(tied, (tied[0], close), 1e-3) == ["pixels: differ by 0.01"]
+
+
+def test_logits_of_another_shape_are_a_difference(made, capsys, monkeypatch):
+    """As those of a tokenizer that splits the question otherwise."""
+
+    def found(tokens):
+        logits = np.zeros((1, tokens, 2))
+        arrays = {"pixels": np.zeros(1), "image logits": logits, "video logits": logits}
+        return {"transformers": "5", "equal": {}}, arrays
+
+    monkeypatch.setattr(load_elsewhere, "answers", lambda checkpoint: found(3))
+    monkeypatch.setattr(load_elsewhere, "elsewhere", lambda checkpoint, python: found(4))
+    monkeypatch.setattr("sys.argv", ["load_elsewhere.py", str(made[0]), "--python", "other"])
+    with pytest.raises(SystemExit) as end:
+        load_elsewhere.main()
+    assert end.value.code == 1
+    assert "transformers 5: DIFFERS: image logits: shape (1, 4, 2), here (1, 3, 2)" in capsys.readouterr().out
 
 
 def test_nodes_with_different_models_are_refused(monkeypatch):

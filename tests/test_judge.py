@@ -157,8 +157,17 @@ def test_a_lost_endpoint_is_not_retried_forever(endpoint, tmp_path):
 
 
 def test_answers_that_cannot_be_opened_are_one_line(endpoint, tmp_path):
-    with pytest.raises(InputError, match=r"cannot be opened \(Is a directory\): check its permissions"):
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\): check the path"):
         impatient(endpoint).judge(["a caption"], tmp_path)
+
+
+def test_a_full_disk_is_one_line(endpoint, tmp_path, monkeypatch):
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"cache.jsonl cannot be written \(No space left on device\)"):
+        impatient(endpoint).judge(["a caption"], tmp_path / "cache.jsonl")
 
 
 def test_a_killed_run_resumes(endpoint, tmp_path):
@@ -193,9 +202,9 @@ def test_a_killed_run_resumes(endpoint, tmp_path):
         cache.write_bytes(json.dumps({**good, **change}).encode() + b"\n" + kept)
         with pytest.raises(InputError, match="line 1: not an answer"):
             impatient(endpoint).judge(captions, cache)
-    for line in (b"{}", b"[" * 100_000, b"7"):
+    for line, says in ((b"{}", "an answer"), (b"[" * 100_000, "JSON"), (b"7", "an answer")):
         cache.write_bytes(line + b"\n" + kept)
-        with pytest.raises(InputError, match="line 1: not an answer"):
+        with pytest.raises(InputError, match=f"line 1: not {says}"):
             impatient(endpoint).judge(captions, cache)
 
 

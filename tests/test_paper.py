@@ -18,10 +18,12 @@ from paper import checks, cli, forecast, slurm, status
 from paper.attempts import read_attempt
 from paper.checks import DONE, PARTIAL, STARTED, TO_DO, State
 from paper.queue_status import QueueStatus
+from paper.request import parse, read_request
 from paper.runner import Runner, last_line
 from paper.settings import PAPER
+from paper.states import find_states, refusals
 from paper.status import BLOCKED, FAILED, RUNNING, Progress
-from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Folders, Step, find_states, refusals
+from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Command, Folders, Step
 from qwen_vl_streaming.common.errors import InputError
 from qwenvl import headers as headers_module
 from results import FIELDS
@@ -31,7 +33,7 @@ STREAMING = ["interleave", "overlap", "group", "gap"]
 
 
 def asked(tmp_path, words="", output="out"):
-    return cli.read_request(cli.parse(["--output", str(tmp_path / output), *words.split()]), tmp_path)
+    return read_request(parse(["--output", str(tmp_path / output), *words.split()]), tmp_path)
 
 
 def names(request, kind):
@@ -52,17 +54,18 @@ def test_the_steps_of_what_the_paper_prints(tmp_path):
         "prepare-description", trained[0], "evaluate-7B-description-fixed-group", trained[1],
         "evaluate-7B-description-fixed-gap", "report",
     ]  # fmt: skip
-    first = part.steps[1]
-    assert first.environment["QWEN2_5_VL_MODEL_PATH"] == PAPER.models["7B"] and first.after == ("prepare-description",)
-    assert first.command[2:] == ("--output_dir", str(tmp_path / "out/7B/qwen2_5vl-pe-group"), *PAPER.train)
+    first = part.steps[1].command.of("group")
+    assert first.environment["QWEN2_5_VL_MODEL_PATH"] == PAPER.models["7B"]
+    assert part.steps[1].after == ("prepare-description",)
+    assert first.words[2:] == ("--output_dir", str(tmp_path / "out/7B/qwen2_5vl-pe-group"), *PAPER.train)
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--sizes 13B", "--sizes 13B: choose of 3B, 7B"),
-        ("--variants grup", "--variants grup: choose of origin,"),
-        ("--tasks qa", "--tasks qa: choose of description, funqa"),
+        ("--sizes 13B", "--sizes 13B: choose from 3B, 7B"),
+        ("--variants grup", "--variants grup: choose from origin,"),
+        ("--tasks qa", "--tasks qa: choose from description, funqa"),
         (
             "--sizes 7B --tasks funqa",
             "--sizes 7B: the paper has no table of it with the other flags: remove one; --every",
@@ -79,6 +82,8 @@ def test_the_steps_of_what_the_paper_prints(tmp_path):
         ("--demo --everywhere", "--everywhere contradicts --demo"),
         ("--plan --status", "--plan, --slurm, --status and --report exclude each other"),
         ("--judge-url http://judge", "--judge-url and --judge-model go together"),
+        (f"--output {'a' * 300}", "cannot be used (File name too long): give another folder"),
+        (f"--slurm {'a' * 300}", "cannot be used (File name too long): give another folder"),
     ],
 )
 def test_flags_that_contradict_each_other(tmp_path, words, message):
@@ -175,7 +180,7 @@ def test_a_contradiction_stops_the_tables_of_its_size_only(tmp_path, capsys):
     words = {step.name: states[step.name].word for step in request.steps}
     assert {words[name] for name in words if "-3B-" in name} == {"refused"}
     assert words["train-7B-description-gap"] == DONE and words["evaluate-7B-description-fixed-gap"] == TO_DO
-    steps = [replace(step, command=("false",)) for step in request.steps]
+    steps = [replace(step, command=Command(("false",))) for step in request.steps]
     progress = {step.name: Progress(step, states[step.name].word, states[step.name].detail) for step in steps}
     assert Runner(steps, request.folders, states, progress).run() == 1
     out = capsys.readouterr().out
@@ -291,8 +296,8 @@ def test_a_report_is_done_if_it_has_these_rows_and_is_newer(tmp_path):
 def script(name, text, *after, kind=PREPARE, variant=""):
     """A step that runs `text` in bash and writes the file `name`, which says that it is done."""
     done = partial(checks.exists, Path(name))
-    command = ("bash", "-c", f'{text} && echo done > "{name}"')
-    return Step(Path(name).name, kind, command, done, {}, after, variant=variant)
+    command = Command(("bash", "-c", f'{text} && echo done > "{name}"'))
+    return Step(Path(name).name, kind, command, done, after, variant=variant)
 
 
 def runner(tmp_path, steps):
@@ -358,7 +363,7 @@ def test_an_incomplete_output_is_used_and_completed_the_next_time(tmp_path, caps
         half = State(PARTIAL, "2 captions, without METEOR (no Java)")
         return State(DONE) if scored.exists() else half if made.exists() else State()
 
-    one = Step("one", EVALUATE, ("touch", str(made)), check, complete=("touch", str(scored)))
+    one = Step("one", EVALUATE, Command(("touch", str(made))), check, complete=Command(("touch", str(scored))))
     steps = [one, script(report, "true", "one", kind=REPORT)]
     assert runner(tmp_path, steps).run() == 0
     out, err = capsys.readouterr()
@@ -370,10 +375,21 @@ def test_an_incomplete_output_is_used_and_completed_the_next_time(tmp_path, caps
 
 
 def test_a_step_whose_output_is_not_complete_has_failed(tmp_path):
-    short = Step("short", PREPARE, ("true",), lambda: State(STARTED, "1 of 2 captions"))
+    short = Step("short", PREPARE, Command(("true",)), lambda: State(STARTED, "1 of 2 captions"))
     run = runner(tmp_path, [short])
     assert run.run() == 1
     assert run.progress["short"].detail == "ended, but its output is incomplete: 1 of 2 captions"
+
+
+def test_logs_that_cannot_be_written_are_one_line(tmp_path):
+    run = runner(tmp_path, [script(str(tmp_path / "a"), "true")])
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(InputError, match=r"logs/a\.attempt cannot be written"):
+        run.run()
+    (tmp_path / "logs").unlink()
+    (tmp_path / "logs/a.log").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"logs/a\.log cannot be written \(Is a directory\)"):
+        runner(tmp_path, [script(str(tmp_path / "a"), "true")]).run()
 
 
 def test_the_last_line_of_a_log(tmp_path):
@@ -481,8 +497,9 @@ def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
     )
     captions, model, program, *flags = ran.stdout.split()
     step = next(s for s in request.steps if s.name == "evaluate-3B-description-random-interleave")
-    assert captions == "interleave_random_infer.json" and model == step.environment["QWEN2_5_VL_EVAL_MODEL_PATH"]
-    assert (program, *flags) == step.command[1:] and ran.returncode == 3
+    command = step.command.of("interleave")
+    assert captions == "interleave_random_infer.json" and model == command.environment["QWEN2_5_VL_EVAL_MODEL_PATH"]
+    assert (program, *flags) == command.words[1:] and ran.returncode == 3
 
     for job in (tmp_path / "queue").glob("jobs"):
         job.unlink()  # all have ended
@@ -519,7 +536,7 @@ def test_metrics_that_are_missing_need_no_gpu(tmp_path, queue):
     given = {**os.environ, "SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_JOB_ID": "101"}
     ran = subprocess.run(["bash"], input=text, env=given, capture_output=True, text=True)
     step = next(step for step in request.steps if step.name == partial)
-    assert (ran.returncode, tuple(ran.stdout.split())) == (0, step.complete[2:])
+    assert (ran.returncode, tuple(ran.stdout.split())) == (0, step.complete.of("gap").words[2:])
     assert f"{partial}: already in the queue as job 101" in submit(request, tmp_path / "jobs", (), [partial])
 
 
@@ -529,7 +546,7 @@ def test_the_status_of_a_job_is_not_in_its_log(tmp_path, queue):
     (job,) = [job for job in slurm.make_jobs(request.steps) if job.group.startswith("prepare")]
     write(tmp_path / "status.sh", "echo status: page; echo error: 7B is refused >&2")
     text = slurm.script(job, tmp_path, ["bash", str(tmp_path / "status.sh")])
-    text = text.replace(slurm.quote(job.steps[0].command[0]), "false")
+    text = text.replace(slurm.quote(job.steps[0].command.words[0]), "false")
     ran = subprocess.run(["bash"], input=text, env={**os.environ, "SLURM_JOB_ID": "1"}, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", "")
 
@@ -730,7 +747,7 @@ def test_words_with_spaces_and_dollars_in_sbatch_files():
 
 def test_how_long_the_rest_takes():
     def one(word, kind=TRAIN, **values):
-        step = Step("x", kind, (), lambda: State(), size="3B", task="funqa")
+        step = Step("x", kind, Command(()), lambda: State(), size="3B", task="funqa")
         return Progress(step, word, **values)
 
     steps = [one(DONE, took=100.0), one(RUNNING, began=1000.0), one(TO_DO), one(FAILED), one(BLOCKED)]

@@ -192,9 +192,7 @@ def test_training_and_evaluation_find_a_video_by_its_name(made, tmp_path, monkey
     make = partial(StreamingDataset, rows, tmp_path, processor, 2, VARIANTS["group"], "wait-3", budget, 4096)
     assert len(scan(make()).bad) == 2 and make()[0].bad
     assert not scan(make(video_root=videos)).bad and not make(video_root=videos)[0].bad
-    work = SimpleNamespace(
-        rows=rows, root=tmp_path, budget=budget, reader=None, schedules=Schedules("wait-3", VARIANTS["group"])
-    )
+    work = SimpleNamespace(rows=rows, budget=budget, reader=None, schedules=Schedules("wait-3", VARIANTS["group"]))
     work.dtype, work.video_root, work.max_clips, work.variant = "float32", None, None, VARIANTS["group"]
     work.end_of_slot = None
     assert "does not exist" in VideoDataset(work, processor, 2)[0].reason

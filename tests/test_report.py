@@ -6,16 +6,19 @@ import json
 import random
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from make_model import SPECIAL_TOKENS
 from media import make_video, read_number
+from metrics.lag import slot_texts
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
-from report.gallery import show_video, text_by_slot
+from report.cli import outputs
+from report.gallery import show_video
 from result_files import METRICS, World
 
 
@@ -212,7 +215,9 @@ def test_text_appears_in_the_slot_that_completes_it(world, seed):
         counts = [0] * draw.randint(1, 12)
         for _ in ids:
             counts[draw.randrange(len(counts))] += 1
-        pieces = text_by_slot(world.tokenizer, ids, counts)
+        slots = [slot for slot, count in enumerate(counts, 1) for _ in range(count)]
+        row = {"video_id": "v", "result": caption, "tokens": ids, "slots": slots, "clips": len(counts)}
+        pieces = slot_texts(row, partial(world.tokenizer.decode, skip_special_tokens=True))
         assert "".join(pieces) == caption and len(pieces) == len(counts)
         for slot in range(1, len(counts)):
             one_by_one = [world.tokenizer.convert_ids_to_tokens(token) for token in ids[: sum(counts[:slot])]]
@@ -256,7 +261,7 @@ def test_missing_files_are_reported(world, tmp_path, capsys):
     (other / "tokenizer.json").write_text(json.dumps(content))
     world.add("group", model=str(tmp_path / "gone"), captions=["A red ring."])
     page, _ = world.report(*world.files, "--tokenizer", str(other), "--videos", "1")
-    assert "does not reproduce this caption" in page
+    assert "do not decode to its text: another tokenizer wrote them" in page
     (other / "tokenizer.json").write_text("{}")
     assert "no tokenizer could be loaded" in refused(world, capsys, *world.files, "--tokenizer", str(other))
 
@@ -272,6 +277,12 @@ def refused(world, capsys, *arguments) -> str:
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert ended.value.code == 2 and len(errors) == 1
     return errors[0]
+
+
+def test_names_that_cannot_be_written_are_refused_at_once(tmp_path):
+    for name, reason in (("a" * 300, "cannot be written (File name too long)"), ("", "is a folder"), (".", "a folder")):
+        with pytest.raises(InputError, match=re.escape(reason)):
+            outputs(str(tmp_path / name) if name else name)
 
 
 def test_invalid_input_is_refused_in_one_line(world, capsys, tmp_path):
@@ -294,7 +305,7 @@ def test_invalid_input_is_refused_in_one_line(world, capsys, tmp_path):
     (tmp_path / "empty.json").touch()
     for arguments, reason in (
         ([str(tmp_path / "*_infer.json")], "*_infer.json"),
-        ([str(tmp_path)], "does not exist"),
+        ([str(tmp_path)], "cannot be read (Is a directory)"),
         ([str(tmp_path / "empty.json")], "has no rows"),
         ([str(world.folder / "gap_wait-3_scores.json")], "the row has no 'video_id'"),
         ([str(bare)], "bare_infer.args.json, the arguments of bare_infer.json, is missing"),

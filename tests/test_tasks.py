@@ -101,7 +101,7 @@ def test_training_and_evaluation_use_the_question_of_a_row(made):
     )
     asked = read_data(data, limit=None, task=tasks.TASKS["funqa"])
     schedules = Schedules("wait-3", VARIANTS["group"])
-    where = {"root": folder, "video_root": None, "max_clips": None, "variant": VARIANTS["group"], "end_of_slot": None}
+    where = {"video_root": folder, "max_clips": None, "variant": VARIANTS["group"], "end_of_slot": None}
     work = SimpleNamespace(rows=asked, **where, budget=budget, reader=None, schedules=schedules, dtype="float32")
     watched = VideoDataset(work, processor, 2)
     for index in (0, 3, 11):

@@ -266,10 +266,10 @@ def test_references_are_read(tmp_path):
     ("line", "says"),
     [
         ("{", "line 2: not JSON"),
-        ("[]", "line 2: no row with a video_id"),
-        ('{"segments": []}', "line 2: no row with a video_id"),
+        ("[]", "line 2: is not a JSON object"),
+        ('{"segments": []}', "line 2: has no video_id, not a string"),
         ('{"video_id": "b"}', "line 2: the row has neither segments nor events"),
-        ('{"video_id": "a", "events": []}', "line 2: video a is already in line 1"),
+        ('{"video_id": "a", "events": []}', "line 2: is the second row of video a"),
         ('{"video_id": "b", "events": {}}', "line 2: events is not a list"),
         ('{"video_id": "b", "events": [3]}', "line 2, event 1: not an object"),
         ('{"video_id": "b", "segments": [{"start": -1, "text": "a"}]}', "line 2, segment 1: start is '-1', not"),

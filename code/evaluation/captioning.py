@@ -28,8 +28,9 @@ from qwen_vl_streaming.timeline.segments import check_segments
 from qwen_vl_streaming.timeline.variants import Variant
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget, Video, read_video
 from ranks import Rank
-from results import SKIPPED_FIELDS, Appender, Row, rows_part, skipped_part
+from results import SKIPPED_FIELDS, Row, appender, rows_part, skipped_part
 from schedules import Schedules
+from settings import ROOT
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils.logging import disable_progress_bar
 
@@ -51,8 +52,6 @@ class Plan:
     dtype: str
     weights: str | None
     """The precision of the linear layers, one of `quantization.WEIGHTS`, or None for that of the checkpoint."""
-    root: Path
-    """The project's root."""
     video_root: Path | None
     """A further folder in which `video_path` is looked up."""
     variant: Variant
@@ -100,7 +99,7 @@ class VideoDataset(Dataset):
         row, plan = self.plan.rows[index], self.plan
         video_id = row["video_id"]
         try:
-            path = find_video(row["video_path"], plan.root, plan.video_root)
+            path = find_video(row["video_path"], ROOT, plan.video_root)
             video = read_video(
                 path, part=video_part(row), budget=plan.budget, reader=plan.reader, max_clips=plan.max_clips
             )
@@ -188,8 +187,8 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
     part = str(rank.rank)
     with (
         prefetcher.naming_fatal_videos(),
-        Appender(rows_part(plan.out, part)) as captioned,
-        Appender(skipped_part(plan.out, part), SKIPPED_FIELDS) as skipped,
+        appender(rows_part(plan.out, part)) as write_caption,
+        appender(skipped_part(plan.out, part), SKIPPED_FIELDS) as write_skipped,
     ):
 
         def jobs() -> Iterator[Job]:
@@ -197,7 +196,7 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
                 if video.job:
                     yield video.job
                 else:
-                    skipped.append({"video_id": video.video_id, "reason": video.reason})
+                    write_skipped({"video_id": video.video_id, "reason": video.reason})
                     on_done()
 
         start = time.perf_counter()
@@ -218,7 +217,7 @@ def caption_videos(plan: Plan, rank: Rank, claims: Iterator[int], on_done: Calla
             end_of_slot = job.template.end_of_slot
             text = processor.tokenizer.decode(spoken(caption.tokens, end_of_slot), skip_special_tokens=True).strip()
             clip = job.layout.steps_per_clip / videos.tokens_per_second
-            captioned.append(make_row(rows[job.key], text, caption, plan.variant, now - start, clip, end_of_slot))
+            write_caption(make_row(rows[job.key], text, caption, plan.variant, now - start, clip, end_of_slot))
             start = now
             on_done()
 

@@ -5,7 +5,6 @@ are the time since the previous row of the same process; the number of rows divi
 throughput of one process in videos per second.
 """
 
-import json
 import logging
 import os
 import secrets
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from captioning import Plan, caption_videos
 from identity import NOT_COMPARED, describe_model, keep_arguments
+from json_lines import write_rows
 from metrics.scorecard import prepare_scoring, score_rows
 from planning import check_any_video, describe, make_plan, select
 from processes import check_gpus
@@ -78,7 +78,7 @@ def lead(settings: Settings, rank: Rank, device: str, queue: VideoQueue, note: s
         caption_left(select(plan, left, rank.world_size), rank, queue, len(ids))
         skipped = load_skipped(out)
         skipped_rows = [skipped[video_id] for video_id in ids if video_id in skipped]
-        write_file(sibling(out, SKIPPED), "".join(json.dumps(row) + "\n" for row in skipped_rows))
+        write_rows(sibling(out, SKIPPED), skipped_rows)
         rows = load_all(out, ids)
         merge_parts(out, rows)
     log_skipped(skipped_rows, sibling(out, SKIPPED))

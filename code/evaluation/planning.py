@@ -25,7 +25,7 @@ from qwen_vl_streaming.video.frames import SIDE_FACTOR, PixelBudget, choose_read
 from ranks import Rank
 from schedules import choose_schedules
 from settings import ROOT, Settings
-from tasks import Task, get_task, read_row
+from tasks import Task, get_task, read_row, video_seconds
 
 
 def read_data(path: str | Path, limit: int | None, task: Task) -> list[dict]:
@@ -46,14 +46,7 @@ def read_data(path: str | Path, limit: int | None, task: Task) -> list[dict]:
 def read_duration(data: dict) -> float:
     """The duration in a row in seconds, or that of the part of the video which it names; 0 where it has none. Raises
     InputError where it is not a duration."""
-    value = data.get("video_duration_in_s") or 0
-    try:
-        seconds = math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError, OverflowError):
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise InputError(f"video_duration_in_s is {str(value)[:40]!r}: give seconds, or delete this line")
-    part = video_part(data)
+    part, seconds = video_part(data), video_seconds(data)
     return max(0.0, part.get("end", seconds) - part.get("start", 0.0))
 
 
@@ -62,7 +55,7 @@ def check_any_video(plan: Plan) -> None:
     reason = ""
     for row in plan.rows:
         try:
-            find_video(row["video_path"], plan.root, plan.video_root)
+            find_video(row["video_path"], ROOT, plan.video_root)
             return
         except InputError as error:
             reason = reason or str(error)
@@ -110,7 +103,6 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
         device=device,
         dtype=dtype,
         weights=settings.weights or None,
-        root=ROOT,
         video_root=video_root,
         variant=variant,
         schedules=choose_schedules(schedule, variant, wait_k(config), settings.seed, ids, ROOT),

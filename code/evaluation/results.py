@@ -8,23 +8,23 @@ that it was captioning.
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
+from json_lines import appending, read_lines, write_rows
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import reporting_write_errors, write_file
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, object]
+Fields = Mapping[str, type | tuple[type, ...]]
+"""Names and types that each row must have."""
 
-FIELDS: dict[str, type | tuple[type, ...]] = {
+FIELDS: Fields = {
     "video_id": str,
     "annotation": (str, list),  # the reference, or several
     "task": str,
@@ -45,17 +45,15 @@ SKIPPED_FIELDS = {"video_id": str, "reason": str}
 """Fields of a skipped video."""
 
 
-def load_finished(
-    path: Path, fields: Mapping[str, type | tuple[type, ...]] = FIELDS, whole: bool = False
-) -> dict[str, Row]:
+def load_finished(path: Path, fields: Fields = FIELDS, whole: bool = False) -> dict[str, Row]:
     """The rows of the file at `path` by video_id, in the file's order; empty if the file does not exist.
 
-    `fields` are the names and types that each row must have; other fields are kept. An incomplete last line, left by a
-    killed run, is dropped with a warning, or refused if the file must be `whole`.
+    Fields besides `fields` are kept. An incomplete last line, left by a killed run, is dropped with a warning, or
+    refused if the file must be `whole`.
 
     Raises InputError for any other invalid line, for a repeated id, and for a file that cannot be read.
     """
-    return _read(Path(path), fields, whole)[0]
+    return _read(path, fields, whole)[0]
 
 
 def check_row(where: str, row: Row, variant: str) -> None:
@@ -79,49 +77,25 @@ def check_row(where: str, row: Row, variant: str) -> None:
     raise InputError(f"{where}: {fault}: run eval.sh again")
 
 
-class Appender:
-    """`with Appender(path) as out: out.append(row)`: appends rows to a new or an interrupted file.
+@contextlib.contextmanager
+def appender(path: Path, fields: Fields = FIELDS) -> Iterator[Callable[[Row], None]]:
+    """A function that appends a row to a new or an interrupted file, and waits until it is on disk.
 
-    On entry an incomplete last line is removed from the file. Raises InputError as `load_finished` does.
+    The function raises ValueError for an invalid row or a repeated id, and InputError if the row cannot be written. On
+    entry an incomplete last line is removed from the file. Raises InputError as `load_finished` does.
     """
+    rows, size = _read(path, fields)
+    ids = set(rows)
+    with appending(path, size) as write:
 
-    def __init__(self, path: Path, fields: Mapping[str, type | tuple[type, ...]] = FIELDS) -> None:
-        self.path, self.fields = Path(path), fields
+        def append(row: Row) -> None:
+            _check(row, fields)
+            if row["video_id"] in ids:
+                raise ValueError(f"video {row['video_id']!r} already has a row in {path}")
+            write(row)
+            ids.add(row["video_id"])
 
-    def __enter__(self) -> "Appender":
-        rows, whole = _read(self.path, self.fields)
-        self._ids = set(rows)
-        with reporting_write_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")
-            self._file.truncate(whole)
-            if whole:
-                self._file.seek(whole - 1)
-                if self._file.read(1) != b"\n":  # a complete row without a newline at its end
-                    self._file.write(b"\n")
-        return self
-
-    def append(self, row: Row) -> None:
-        """Write one row and wait until it is on disk. Raises ValueError for an invalid row or a repeated id,
-        InputError if it cannot be written."""
-        _check(row, self.fields)
-        if row["video_id"] in self._ids:
-            raise ValueError(f"video {row['video_id']!r} already has a row in {self.path}")
-        with reporting_write_errors(self.path):
-            self._file.write(_line(row))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._ids.add(row["video_id"])
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            with reporting_write_errors(self.path):
-                self._file.close()
-        else:
-            with contextlib.suppress(OSError):  # a row that did not fit on the disk is still buffered
-                self._file.close()
+        yield append
 
 
 def rows_part(path: Path, process: str) -> Path:
@@ -157,34 +131,25 @@ def load_skipped(path: Path) -> dict[str, Row]:
     return _load(sorted(_parts(path).glob("*.skipped.jsonl")), SKIPPED_FIELDS)
 
 
-def load_all(path: Path, order: Iterable[str]) -> list[Row]:
+def load_all(path: Path, order: Sequence[str]) -> list[Row]:
     """The rows of the file and of its parts, in the `order` of the data's video ids.
 
     Ids without a row (skipped videos) are omitted. Of two rows for one video, that of the file or of the first part is
-    kept. Raises InputError for a repeated id in `order`, for a row whose id is not in `order`, and as `load_finished`
-    does.
+    kept. Raises InputError for a row whose id is not in `order`, and as `load_finished` does.
     """
-    order = list(order)
-    seen: set[str] = set()
-    for video_id in order:
-        if video_id in seen:
-            raise InputError(f"video {video_id!r} occurs twice in the data: give each video its own video_id")
-        seen.add(video_id)
     rows = _load([path, *sorted(_parts(path).glob("*.rows.jsonl"))], FIELDS)
-    for video_id in rows:
-        if video_id not in seen:
-            raise InputError(
-                f"{path} has a row for video {video_id!r}, which is not in the data: "
-                "it was made from other data or with a larger --limit: give another --output-file"
-            )
+    if unknown := rows.keys() - set(order):
+        raise InputError(
+            f"{path} has a row for video {min(unknown)!r}, which is not in the data: "
+            "it was made from other data or with a larger --limit: give another --output-file"
+        )
     return [rows[video_id] for video_id in order if video_id in rows]
 
 
-def merge_parts(path: Path, rows: Iterable[Row]) -> None:
+def merge_parts(path: Path, rows: Sequence[Row]) -> None:
     """Replace the file by `rows`, as returned by `load_all`, in one step; then remove the parts."""
-    lines = b"".join(map(_line, rows))
-    if lines or path.exists():
-        write_file(path, lines)
+    if rows or path.exists():
+        write_rows(path, rows)
     shutil.rmtree(_parts(path), ignore_errors=True)
 
 
@@ -214,11 +179,7 @@ def _locked(lock: Path, path: Path) -> BinaryIO:
             file.close()
             raise InputError(f"another run is writing {path}: wait for it, or give another --output-dir") from None
         except OSError as error:
-            log.warning(
-                "%s: the file system has no locks (%s): make sure that no other run writes there",
-                path,
-                error,
-            )
+            log.warning("%s: the file system has no locks (%s): make sure that no other run writes there", path, error)
             return file
         # The previous holder may have removed the file since it was opened here; the next run would lock a new one.
         with contextlib.suppress(FileNotFoundError):
@@ -231,7 +192,7 @@ def _parts(path: Path) -> Path:
     return path.with_suffix(".parts")
 
 
-def _load(paths: Iterable[Path], fields: Mapping[str, type | tuple[type, ...]]) -> dict[str, Row]:
+def _load(paths: Iterable[Path], fields: Fields) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for path in paths:
         for video_id, row in load_finished(path, fields).items():
@@ -241,54 +202,47 @@ def _load(paths: Iterable[Path], fields: Mapping[str, type | tuple[type, ...]]) 
 
 def check_writable(path: Path) -> None:
     """Raise InputError if `write_file` could not write this file."""
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "it is a folder" if path.is_dir() else f"{folder} is not writable"
-        raise InputError(f"{path} cannot be written ({what}): move it, or give another path")
-
-
-def _line(row: Row) -> bytes:
-    # Escaped to ASCII: some readers split lines at U+2028, and a lone surrogate cannot be encoded in UTF-8.
-    return json.dumps(row).encode() + b"\n"
-
-
-def _read(path: Path, fields: Mapping[str, type | tuple[type, ...]], whole: bool = False) -> tuple[dict[str, Row], int]:
-    """The rows, and the number of bytes that hold them; what follows is an incomplete line."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return {}, 0
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give the path of a result file") from None
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        if path.is_dir():
+            fault = "it is a folder"
+        elif not folder.is_dir() or not os.access(folder, os.W_OK):
+            fault = f"{folder} is not writable"
+        else:
+            return
+    except OSError as error:  # such as a name that is too long
+        fault = error.strerror
+    raise InputError(f"{path} cannot be written ({fault}): move it, or give another path")
 
+
+def check_output(output: Path, *inputs: Path) -> None:
+    """Raise InputError if `output` cannot be written or is one of `inputs`."""
+    check_writable(output)
+    for path in inputs:
+        if output.exists() and output.samefile(path):
+            raise InputError(f"--output {output} would overwrite what is read: give another name")
+
+
+def _read(path: Path, fields: Fields, whole: bool = False) -> tuple[dict[str, Row], int]:
+    """The rows, and the number of bytes that hold them; what follows is an incomplete line."""
     rows: dict[str, Row] = {}
-    first_seen: dict[str, int] = {}
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines) and not whole:
-                log.warning("%s, line %d: incomplete line dropped: the run that wrote it was killed", path, number)
-                return rows, len(data) - len(line)
-            raise InputError(f"{path}, line {number}: not JSON ({error}): fix or delete this line") from None
+    line_of: dict[str, int] = {}
+    lines, size = read_lines(path, whole)
+    for number, row in lines:
         try:
             _check(row, fields)
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {error}: fix or delete this line") from None
         video_id = row["video_id"]
-        if video_id in rows:
+        if (other := line_of.setdefault(video_id, number)) != number:
             raise InputError(
-                f"{path}, line {number}: video {video_id!r} is already in line {first_seen[video_id]}: "
-                "delete one of them"
+                f"{path}, line {number}: video {video_id!r} is already in line {other}: delete one of them"
             )
-        rows[video_id], first_seen[video_id] = row, number
-    return rows, len(data)
+        rows[video_id] = row
+    return rows, size
 
 
-def _check(row: object, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+def _check(row: object, fields: Fields) -> None:
     """Raise ValueError if `row` is not an object with these fields."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a row (a JSON object), found {type(row).__name__}")

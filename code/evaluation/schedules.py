@@ -96,14 +96,10 @@ def _read(path: Path, data: bytes) -> dict[str, list[int]]:
         if "video_id" in one and "schedule" in one:
             one = {str(one["video_id"]): one["schedule"]}
         for video_id, counts in one.items():
-            numbers = counts if isinstance(counts, list) else [None]
-            valid = all(type(count) is int and 0 <= count <= MAX_PER_SLOT for count in numbers)
-            if not valid or video_id in found:
-                fault = (
-                    f"{counts!r:.80} is not a list of counts from 0 to {MAX_PER_SLOT}"
-                    if not valid
-                    else "it occurs twice"
-                )
-                raise InputError(f"{path}, video {video_id}: {fault}: fix it")
+            place, numbers = f"{path}, video {video_id}", counts if isinstance(counts, list) else [None]
+            if not all(type(count) is int and 0 <= count <= MAX_PER_SLOT for count in numbers):
+                raise InputError(f"{place}: {counts!r:.80} is not a list of counts from 0 to {MAX_PER_SLOT}: fix it")
+            if video_id in found:
+                raise InputError(f"{place}: it occurs twice: fix it")
             found[video_id] = counts
     return found

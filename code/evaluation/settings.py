@@ -118,11 +118,8 @@ class Settings:
     """Additional fields of each request to the judge, as a JSON object."""
 
     def __post_init__(self):
-        for name, (least, most) in LIMITS.items():
-            if (value := getattr(self, name)) is not None and not least <= value <= most:
-                raise InputError(
-                    f"--{name.replace('_', '-')} {str(value)[:20]}: give a number from {least:g} to {most:.10g}"
-                )
+        for name in LIMITS:
+            check_limit(name, getattr(self, name))
         if self.output_file and not self.output_file.endswith(".json"):
             raise InputError(
                 f"--output-file {self.output_file}: give a name that ends in .json; the other files are named after it"
@@ -131,12 +128,7 @@ class Settings:
             raise InputError(f"--memory {self.memory}: give a value in GiB above 0 and up to {MAX_GIB}")
         if bool(self.judge_url) != bool(self.judge_model):
             raise InputError("--judge-url and --judge-model go together: give both")
-        try:
-            options = json.loads(self.judge_options)
-        except (ValueError, RecursionError):
-            options = None
-        if not isinstance(options, dict):
-            raise InputError(f"--judge-options {self.judge_options!r}: give a JSON object")
+        read_judge_options(self.judge_options)
         if self.dtype not in ("", "float32", "bfloat16", "float16"):
             raise InputError(f"--dtype {self.dtype}: choose float32, bfloat16 or float16")
         if self.weights and self.weights not in WEIGHTS:
@@ -158,6 +150,24 @@ class Settings:
         of processes are not among them."""
         deciding = ("task", "seed", "max_new_tokens", "repetition_penalty")
         return {**{name: getattr(self, name) for name in deciding}, **dataclasses.asdict(budget)}
+
+
+def check_limit(name: str, value: float | None) -> None:
+    """Raise InputError if the `value` of a numeric setting is not within LIMITS."""
+    least, most = LIMITS[name]
+    if value is not None and not least <= value <= most:
+        raise InputError(f"--{name.replace('_', '-')} {str(value)[:20]}: give a number from {least:g} to {most:.10g}")
+
+
+def read_judge_options(text: str) -> dict:
+    """The value of --judge-options. Raises InputError."""
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise InputError(f"--judge-options {text!r}: give a JSON object")
+    return options
 
 
 def parse(parser: OneLineParser) -> Settings:

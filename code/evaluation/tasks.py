@@ -7,6 +7,7 @@ reports the mean of the six.
 Knows nothing about models and about how metrics are computed.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from funqa.annotations import SUBTASKS
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.video_part import FIELDS as PART
 from qwen_vl_streaming.timeline.segments import row_caption
+from text import text_table
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,19 @@ def read_row(data: Mapping[str, Any], task: Task) -> dict[str, Any]:
         "annotation": references if len(references) > 1 else references[0],
         **({} if data.get("segments") is None else {"segments": data["segments"]}),
     }
+
+
+def video_seconds(data: Mapping[str, Any]) -> float:
+    """The duration of the video of a data row in seconds; 0 where it has none. Raises InputError, without the row's
+    place, for anything else."""
+    value = data.get("video_duration_in_s") or 0
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"video_duration_in_s is {str(value)[:40]!r}: give seconds, or delete this line")
+    return seconds
 
 
 def check_subtask(row: Mapping[str, Any], task: Task) -> None:
@@ -134,15 +149,10 @@ def table(scores: Mapping[str, Any]) -> str:
     tasks = scores["tasks"]
     metrics = [name for name, value in scores.items() if isinstance(value, float)]
     metrics += [name for name in scores.get("not_computed", {}) if any(name in found for found in tasks.values())]
-    widths = [max(8, len(metric) + 2) for metric in metrics]
-
-    def line(label: str, values: Mapping[str, Any], count: int) -> str:
-        cells = [f"{values[m]:>{w}.2f}" if m in values else f"{'-':>{w}}" for m, w in zip(metrics, widths, strict=True)]
-        return f"{label:<10}" + "".join(cells) + f"{count:>8}"
-
-    head = f"{'sub-task':<10}" + "".join(f"{m:>{w}}" for m, w in zip(metrics, widths, strict=True)) + f"{'rows':>8}"
-    lines = [head, *(line(name, found, found["count"]) for name, found in tasks.items())]
-    lines.append(line(f"mean of {len(tasks)}", scores, sum(found["count"] for found in tasks.values())))
-    for name in scores.get("missing_tasks", []):
-        lines.append(f"{name} has no rows: it is excluded from the means")
-    return "\n".join(lines)
+    lines = [["sub-task", *metrics, "rows"]]
+    mean = {**scores, "count": sum(found["count"] for found in tasks.values())}
+    for name, found in (*tasks.items(), (f"mean of {len(tasks)}", mean)):
+        values = (f"{found[metric]:.2f}" if metric in found else "-" for metric in metrics)
+        lines.append([name, *values, str(found["count"])])
+    missing = [f"{name} has no rows: it is excluded from the means" for name in scores.get("missing_tasks", [])]
+    return "\n".join([text_table(lines, first=10), *missing])

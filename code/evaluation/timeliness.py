@@ -26,6 +26,7 @@ from qwen_vl_streaming.common.paths import find_path
 from report.said_times import draw_picture
 from results import CAPTION_FIELDS, load_finished, sibling
 from settings import ROOT
+from text import text_table
 
 
 def measure(path: Path, times: dict | None) -> tuple[str, dict]:
@@ -50,25 +51,14 @@ def measure(path: Path, times: dict | None) -> tuple[str, dict]:
     return f"{made['variant']} {made['schedule']}", found
 
 
-def width(head: str) -> int:
-    """Characters of the column with this head."""
-    return max(len(head), 6) + 2
-
-
 def table(measured: list[tuple[str, dict]]) -> str:
     """The values of each file, one line per file."""
     columns = {**NAMES, "AL": "AL", "LAAL": "LAAL"}
-    first = max(len("variant, schedule"), *(len(name) for name, _ in measured))
-    heads = "".join(f"{head:>{width(head)}}" for head in columns.values())
-    lines = [f"{'variant, schedule':<{first}}{heads}"]
+    lines = [["variant, schedule", *columns.values()]]
     for name, found in measured:
-        cells = ""
-        for key, head in columns.items():
-            value = found.get(key)
-            text = "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
-            cells += f"{text:>{width(head)}}"
-        lines.append(f"{name:<{first}}{cells}")
-    return "\n".join(lines)
+        values = [found.get(key) for key in columns]
+        lines.append([name, *("-" if v is None else str(v) if isinstance(v, int) else f"{v:.2f}" for v in values)])
+    return text_table(lines)
 
 
 def main() -> None:

@@ -15,12 +15,14 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from identity import ARGUMENTS, read_arguments
-from qwen_vl_streaming.common.data_rows import read_data_rows
+from checked_results import load_checked, source_rows
+from identity import ARGUMENTS
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video, find_video_root
+from qwen_vl_streaming.common.paths import find_model, find_path, find_video, find_video_root
 from qwen_vl_streaming.common.progress import Progress, quiet_libraries
 from qwen_vl_streaming.common.ties import tie_margin
 from qwen_vl_streaming.common.video_part import video_part
@@ -41,7 +43,6 @@ from qwen_vl_streaming.timeline.timeline import (
 )
 from qwen_vl_streaming.timeline.variants import Variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
-from results import check_row, load_finished
 from settings import ROOT
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
 
@@ -159,9 +160,63 @@ def check_times(row: dict, source: dict, seconds_per_clip: float) -> list[str]:
     return found
 
 
-def read_asked(path: str) -> dict[str, dict]:
-    """The data's rows by video id. Raises InputError."""
-    return {str(row["video_id"]): row for _, row in read_data_rows(path)}
+def check_made(path: Path, made: dict, variant: Variant) -> None:
+    """Raise InputError if the result file at `path` was made in a way that cannot be verified."""
+    dtype, weights, penalty = made["dtype"], made.get("weights"), made["repetition_penalty"]
+    if not 0 < penalty <= sys.float_info.max:
+        how = "with a repetition penalty that is not above 0"
+    elif variant.after_video and made.get("position_rule") != RULE:
+        how = "with another rule for the positions after a video"
+    elif dtype not in DTYPES:
+        how = f"in {dtype!r}, not one of {', '.join(DTYPES)}"
+    elif weights not in (None, *WEIGHTS):
+        how = f"with weights in {weights!r}, not {' or '.join(WEIGHTS)}"
+    else:
+        return
+    raise InputError(f"{path} was made {how}: run eval.sh again")
+
+
+def load_stock(checkpoint: str, dtype: torch.dtype, weights: str | None, device: str):
+    """The model of transformers, with its linear layers in `weights`, if not None."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model_folder(checkpoint), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
+    if weights is not None:
+        quantize_model(model, weights, device)
+    return model.to(device).eval()
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """The stock model, and how the result file was made."""
+
+    made: dict
+    variant: Variant
+    budget: PixelBudget
+    video_root: Path | None
+    processor: Any
+    model: Any
+
+    def verify(self, row: dict, source: dict) -> tuple[list[str], list[Mismatch] | None]:
+        """What is wrong with a row, made from the data's row `source`, and with its tokens; None if these cannot be
+        verified. Raises InputError if the video cannot be read."""
+        question = source.get("question") or QUESTIONS[-1]
+        template = make_template(self.processor, question, end_of_slot(self.model.config))
+        path = find_video(source["video_path"], ROOT, self.video_root)
+        video = read_video(path, part=video_part(source), budget=self.budget, reader=choose_reader(os.environ))
+        pixels, grid = clip_pixels(self.processor, video.frames)
+        most = most_tokens(self.made, len(pixels))
+        faults = check_caption(row, self.processor.tokenizer, template, len(pixels), most)
+        faults += check_schedule(row, self.made, self.variant)
+        faults += check_times(row, source, video.seconds_per_clip)
+        if len(pixels) != row["clips"] or not row["tokens"]:
+            return faults, None
+        steps = self.model.config.vision_config.tokens_per_second * video.seconds_per_clip
+        timeline = make_timeline(self.variant, template.layout(grid, steps), row["schedule"])
+        with torch.no_grad():
+            logits = stock_logits(self.model, timeline, template, row["tokens"], pixels, grid)
+        penalty, dtype = self.made["repetition_penalty"], getattr(torch, self.made["dtype"])
+        return faults, find_mismatches(logits, template, row["tokens"], penalty, dtype)
 
 
 def main() -> None:
@@ -175,80 +230,51 @@ def main() -> None:
     path = find_path(arguments.file, ROOT, "the result file")
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: give at least 1")
-    made = read_arguments(path, FIELDS)
-    rows = list(load_finished(path, whole=True).values())[: arguments.limit]
-    if not rows:
-        raise InputError(f"{path} has no rows: give a result file written by eval.sh")
-    for row in rows:
-        check_row(f"{path}, video {row['video_id']!r}", row, made["variant"])
-    asked = read_asked(find_data(made["data"], ROOT, "the evaluation data"))
-    if gone := [row["video_id"] for row in rows if row["video_id"] not in asked]:
-        raise InputError(f"{made['data']} has no row for video {gone[0]}: {path.name} was made from other data")
+    made, found = load_checked(path, FIELDS)
+    rows = list(found.values())[: arguments.limit]
+    asked = source_rows(path, made, [row["video_id"] for row in rows])
     video_root = find_video_root(made["video_root"], ROOT)
-    if not 0 < made["repetition_penalty"] <= sys.float_info.max:
-        raise InputError(f"{path} was made with a repetition penalty that is not above 0: run eval.sh again")
     pixels = made["min_pixels_per_frame"], made["max_pixels_per_frame"], made["max_pixels_per_video"]
     budget = PixelBudget(*pixels, made.get("budget", "video"))
 
     checkpoint, variant = find_model(made["model"], ROOT), get_variant(made["variant"])
-    if variant.after_video and made.get("position_rule") != RULE:
-        raise InputError(f"{path} was made with another rule for the positions after a video: run eval.sh again")
-    if (name := made["dtype"]) not in DTYPES:
-        raise InputError(f"{path} was made in {name!r}, not one of {', '.join(DTYPES)}: run eval.sh again")
+    check_made(path, made, variant)
+    name, weights = made["dtype"], made.get("weights")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
-    if (weights := made.get("weights")) not in (None, *WEIGHTS):
-        raise InputError(f"{path} was made with weights in {weights!r}, not {' or '.join(WEIGHTS)}: run eval.sh again")
     check_weights(weights, device, dtype)
     if line:
         print(line, file=sys.stderr)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        model_folder(checkpoint), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-    )
-    if weights is not None:
-        quantize_model(model, weights, device)
-    model.to(device).eval()
+    model = load_stock(checkpoint, dtype, weights, device)
     vocabulary = model.config.text_config.vocab_size
     if unknown := [row["video_id"] for row in rows if max(row["tokens"], default=0) >= vocabulary]:
         raise InputError(
             f"{path}, video {unknown[0]!r}: {checkpoint} does not have one of its tokens: run eval.sh again"
         )
+    verifier = Verifier(made, variant, budget, video_root, processor, model)
     total = faulty = 0
     mismatches: list[Mismatch] = []
     for row in Progress(rows, unit="video", desc="verifying"):
-        source = asked[row["video_id"]]
-        question = source.get("question") or QUESTIONS[-1]
-        template = make_template(processor, question, end_of_slot(model.config))
-        path_of_video = find_video(source["video_path"], ROOT, video_root)
-        video = read_video(path_of_video, part=video_part(source), budget=budget, reader=choose_reader(os.environ))
-        pixels, grid = clip_pixels(processor, video.frames)
-        most = most_tokens(made, len(pixels))
-        faults = check_caption(row, processor.tokenizer, template, len(pixels), most)
-        faults += check_schedule(row, made, variant)
-        faults += check_times(row, source, video.seconds_per_clip)
+        faults, wrong = verifier.verify(row, asked[row["video_id"]])
         for fault in faults:
             print(f"video {row['video_id']}: {fault}")
         faulty += bool(faults)
-        if len(pixels) != row["clips"] or not row["tokens"]:
+        if wrong is None:
             continue
-        steps = model.config.vision_config.tokens_per_second * video.seconds_per_clip
-        timeline = make_timeline(variant, template.layout(grid, steps), row["schedule"])
-        with torch.no_grad():
-            logits = stock_logits(model, timeline, template, row["tokens"], pixels, grid)
-        for each in (found := find_mismatches(logits, template, row["tokens"], made["repetition_penalty"], dtype)):
+        for each in wrong:
             how = f", a tie in {name}" if each.tie else ""
             print(f"video {row['video_id']}, token {each.index}: {each.margin:.2g} below the arg-max{how}")
-        mismatches, total = mismatches + found, total + len(row["tokens"])
+        mismatches, total = mismatches + wrong, total + len(row["tokens"])
     right, ties = total - len(mismatches), [each.margin for each in mismatches if each.tie]
-    wrong = len(mismatches) - len(ties)
+    errors = len(mismatches) - len(ties)
     where = f"the arg-max of the stock model in {name}{f' with {weights} weights' if weights else ''}, {variant.name}"
     print(f"{right} of {total} tokens of {len(rows)} videos are {where}")
     if ties:
         print(f"{len(ties)} more are ties in {name}, at most {max(ties):.2g} below the arg-max")
-    if wrong:
-        print(f"{wrong} are wrong")
+    if errors:
+        print(f"{errors} are wrong")
     if faulty:
         print(f"{faulty} of {len(rows)} captions do not match their tokens, videos or schedules")
-    sys.exit(1 if wrong or faulty else 0)
+    sys.exit(1 if errors or faulty else 0)
 
 
 if __name__ == "__main__":

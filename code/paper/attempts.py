@@ -1,5 +1,7 @@
-"""The last attempt at each step: who ran it, when, and its exit status. Written by the runner and by sbatch files into
-one line of a file beside the logs, and only shown: whether a step is done, its output says.
+"""The last attempt at each step: who ran it, when, and its exit status.
+
+The runner and sbatch files write it as one line of a file beside the logs. It is only shown: whether a step is done is
+read from its output.
 """
 
 from dataclasses import dataclass

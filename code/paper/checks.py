@@ -66,9 +66,8 @@ def prepared(rows: list[Path], report: Path, planned: dict[str, object]) -> Stat
     if not report.exists() or not all(path.exists() for path in rows):
         return State(where=report)
     made = read_object(report, FIX)
-    flat = [{**each, **rules} for each in (made, planned) if isinstance(rules := each.get("rules", {}), dict)]
-    if len(flat) == 2:
-        compare(f"{report} was made", flat[0], flat[1], "delete it to prepare the data again")
+    found, wanted = ({**each, **each.get("rules", {})} for each in (made, planned))
+    compare(f"{report} was made", found, wanted, "delete it to prepare the data again")
     train, test = (count_rows(path) for path in rows)
     return State(DONE, f"{train:,} rows for training, {test:,} for evaluation", where=report)
 
@@ -95,15 +94,13 @@ def trained(folder: Path, data: Path, model: str, variant: str, flags: dict[str,
         raise InputError(f"{path} has no arguments and data: remove {folder.name}, or give another --output")
     pairs = [("variant", made.get("variant"), variant)]
     pairs += [("the model", whole_path(arguments.get("model_name_or_path")), whole_path(model))]
-    kept = FIXED_FLAGS.split()
     recipe = planned_flags(made, arguments, flags)
     pairs += [(f"--{name}", arguments.get(name), value) for name, value in recipe.items()]
     if data.exists():
         pairs.append((f"the hash of {data.name}", used.get("sha256"), data_hash(data)))
     refuse_other(path, pairs, f"move {folder.name} away")
     # The samples that do not count (left_out) may differ: a variant has longer sequences than another.
-    facts = {f"--{name}": arguments[name] for name in kept if name in arguments and name not in FREE_FLAGS.split()}
-    facts |= {f"--{name}": value for name, value in arguments.items() if name.startswith(("tune_", "lora_"))}
+    facts = {f"--{name}": value for name, value in arguments.items() if decides(name)}
     facts["the hash of the training data"], facts["the schedule"] = used.get("sha256"), made.get("schedule")
     facts["the hash of the base model"] = made.get("model_sha256")
     sizes = [arguments.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
@@ -120,12 +117,17 @@ def trained(folder: Path, data: Path, model: str, variant: str, flags: dict[str,
 def planned_flags(made: dict, arguments: dict, flags: dict[str, str]) -> dict[str, object]:
     """The values of the flags that decide a training: those of `flags`, and for the others in which the run differs
     from sft.sh's defaults, the default."""
-    decide = ("wait_k", *(name for name in FIXED_FLAGS.split() if name not in FREE_FLAGS.split()))
     planned: dict[str, object] = dict(made.get("recipe_differences") or {})
-    planned |= {name: value for name, value in flags.items() if name in decide or name.startswith(("tune_", "lora_"))}
+    planned |= {name: value for name, value in flags.items() if name == "wait_k" or decides(name)}
     if arguments.get("use_cpu") and "bf16" not in flags:
         planned["bf16"] = "False"  # as sft.sh sets it there
     return planned
+
+
+def decides(flag: str) -> bool:
+    """Whether the rows of a table must share the value of a flag of sft.sh."""
+    fixed = flag in FIXED_FLAGS.split() and flag not in FREE_FLAGS.split()
+    return fixed or flag.startswith(("tune_", "lora_"))
 
 
 def refuse_other(path: Path, pairs: list[tuple[str, object, object]], fix: str) -> None:
@@ -145,65 +147,65 @@ def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: s
     are."""
     if not arguments_path(out).exists():
         return State(where=out)
-    made = read_arguments(out)
-    rows = len(load_finished(out))
-    if not rows and not out.with_suffix(".parts").exists():
+    made, rows = read_arguments(out), len(load_finished(out))
+    unmerged = out.with_suffix(".parts").exists()
+    if not rows and not unmerged:
         return State(where=out)
-    finished = (checkpoint / "config.json").exists()
+    name, _, k = made["schedule"].partition("-")
     pairs = [("variant", made["variant"], variant)]
-    pairs += [("the schedule", made["schedule"].split("-")[0], {"fixed": "wait", "random": "random"}[schedule])]
+    pairs.append(("the schedule", name, {"fixed": "wait", "random": "random"}[schedule]))
     if data.exists():
         pairs.append((f"the hash of {data.name}", made.get("data_sha256"), data_hash(data)))
-    now = of_checkpoint(str(checkpoint)) if finished else ABSENT
+    now = of_checkpoint(str(checkpoint)) if (checkpoint / "config.json").exists() else ABSENT
     pairs.append(("the hash of the checkpoint", made.get("model_sha256"), now))
-    settings = {**SETTINGS, **training_settings(checkpoint), **{k.replace("-", "_"): v for k, v in flags.items()}}
-    pairs += [
-        (f"--{k.replace('_', '-')}", v, settings[k]) for k, v in made.items() if k in settings and k != "schedule"
-    ]
-    if "K" in settings and made["schedule"].partition("-")[2].isdigit():
-        pairs.append(("the K of the schedule", made["schedule"].partition("-")[2], settings["K"]))
+    # The sizes of frames are those of the training, unless eval.sh is given others.
+    trained_with = training_arguments(checkpoint)
+    settings = {setting: trained_with.get(setting, value) for setting, value in SETTINGS.items()}
+    settings |= {flag.replace("-", "_"): value for flag, value in flags.items() if flag != "schedule"}
+    pairs += [(f"--{flag.replace('_', '-')}", made[flag], settings[flag]) for flag in made if flag in settings]
+    if "wait_k" in trained_with and k.isdigit():
+        pairs.append(("the K of the schedule", k, trained_with["wait_k"]))
     refuse_other(out, pairs, "delete it to start over")
-    facts = {name: value for name, value in made.items() if name not in OF_A_ROW}
-    facts["the K of the schedule"] = made["schedule"].partition("-")[2]
+    facts = {fact: value for fact, value in made.items() if fact not in OF_A_ROW} | {"the K of the schedule": k}
     skipped, total = count_skipped(out), count_rows(data) if data.exists() else rows
-    if rows + skipped < total or out.with_suffix(".parts").exists():
+    if rows + skipped < total or unmerged:
         return State(STARTED, f"{rows:,} of {total:,} captions", facts, out)
-    scores = read_object(path, FIX) if (path := sibling(out, "scores.json")).exists() else {}
+    return scored(out, rows, skipped, flags, facts)
+
+
+def scored(out: Path, rows: int, skipped: int, flags: dict[str, str], facts: dict[str, object]) -> State:
+    """The scores of a complete result file with that many rows and skipped videos, and with these `facts`. Raises
+    InputError where the judge is not the one of the `flags`."""
+    path = sibling(out, "scores.json")
+    scores = read_object(path, FIX) if path.exists() else {}
     if "bleurt" in scores:
         facts["the BLEURT checkpoint"] = Path(scores["bleurt"]["checkpoint"]).name
     if "judge" in scores:
-        facts["the judge"] = scores["judge"]["model"]
-        judges = ("the judge", scores["judge"]["model"], flags.get("judge-model", scores["judge"]["model"]))
-        refuse_other(path, [judges], "delete it to score again")
-    metrics = [name for name, flag in (("BLEURT", "bleurt"), ("Fluency", "judge-url")) if flag in flags]
-    reasons = scores.get("not_computed", {})
+        facts["the judge"] = judge = scores["judge"]["model"]
+        refuse_other(path, [("the judge", judge, flags.get("judge-model", judge))], "delete it to score again")
     if scores.get("count") != rows:
         return State(STARTED, f"{rows:,} captions, without scores", facts, out)
+    asked = [metric for metric, flag in (("BLEURT", "bleurt"), ("Fluency", "judge-url")) if flag in flags]
+    reasons = scores.get("not_computed", {})
+    wanted = [*asked, *(metric for metric in CORPUS_METRICS if metric in reasons)]
+    lacking = [metric for metric in wanted if metric not in scores]
     # One reason, such as a missing Java, may explain several metrics.
     missing: dict[str, list[str]] = {}
-    for name in dict.fromkeys([*metrics, *(name for name in CORPUS_METRICS if name in reasons)]):
-        if name not in scores:
-            missing.setdefault(reasons.get(name, "not scored"), []).append(name)
-    without = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in missing.items())
-    detail = (
-        f"{rows:,} captions{f', {skipped:,} skipped' if skipped else ''}{f', without {without}' if without else ''}"
-    )
+    for metric in lacking:
+        missing.setdefault(reasons.get(metric, "not scored"), []).append(metric)
+    without = "; ".join(f"{', '.join(metrics)} ({reason})" for reason, metrics in missing.items())
+    detail = f"{rows:,} captions" + (f", {skipped:,} skipped" if skipped else "")
+    detail += f", without {without}" if without else ""
     # CIDEr has no value for a single video, however often it is computed; Java may be there the next time.
-    again = any(name in names for names in missing.values() for name in (*metrics, "METEOR"))
+    again = {*asked, "METEOR"} & set(lacking)
     return State(PARTIAL if again else DONE, detail, facts, out)
 
 
-def training_settings(checkpoint: Path) -> dict[str, object]:
-    """What an evaluation takes from the training of a checkpoint: the sizes of frames and K. Empty where run.json does
-    not say."""
+def training_arguments(checkpoint: Path) -> dict[str, object]:
+    """The arguments that a checkpoint was trained with. Empty where run.json does not say."""
     path = checkpoint / "run.json"
-    made = read_object(path, FIX) if path.exists() else {}
-    arguments = made.get("arguments")
-    if not isinstance(arguments, dict):
-        return {}
-    sizes = ("min_pixels_per_frame", "max_pixels_per_frame", "max_pixels_per_video", "budget")
-    found = {name: arguments[name] for name in sizes if name in arguments}
-    return found | ({"K": str(arguments["wait_k"])} if "wait_k" in arguments else {})
+    arguments = read_object(path, FIX).get("arguments") if path.exists() else None
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def reported(page: Path, rows: list[tuple[Path, str]]) -> State:
@@ -220,14 +222,12 @@ def reported(page: Path, rows: list[tuple[Path, str]]) -> State:
 
 def same(found: object, planned: object) -> bool:
     """Whether a value in run.json is that of a flag."""
-    if found == planned:
+    if str(found) == str(planned):
         return True
-    if isinstance(found, bool) or found is None or planned is None:
-        return str(found) == str(planned)
     try:
         return float(str(found)) == float(str(planned))
     except ValueError:
-        return str(found) == str(planned)
+        return False
 
 
 def whole_path(model: object) -> str:

@@ -43,9 +43,9 @@ def forecast(steps: Sequence[Step], gpus: str) -> dict[str, Forecast]:
     names = {step.group: step for step in trainings}
     asked = {}
     for group, step in names.items():
-        given = step.environment
+        words, given = step.command.words, step.command.environment
         model, data = given["QWEN2_5_VL_MODEL_PATH"], given["QWEN2_5_VL_TRAIN_DATA"]
-        asked[group] = ["--model_name_or_path", model, "--train_data", data, *step.command[2:]]
+        asked[group] = ["--model_name_or_path", model, "--train_data", data, *words[2:]]
     if not asked:
         return {}
     command = [sys.executable, "-m", "paper.forecast", gpus]
@@ -62,6 +62,15 @@ def save_forecasts(folders: Folders, found: dict[str, Forecast], gpus: str) -> N
     known, before = read_forecasts(folders)
     steps = {name: asdict(one) for name, one in ({**before, **found} if known == gpus else found).items()}
     write_file(forecast_path(folders), json.dumps({"gpus": gpus, "steps": steps}, indent=1) + "\n")
+
+
+def saved_forecasts(folders: Folders, gpus: str) -> dict[str, Forecast]:
+    """What was predicted when the steps were submitted or ran. Raises InputError if that was for other GPUs than
+    `gpus`, unless these are empty."""
+    known, found = read_forecasts(folders)
+    if gpus and known != gpus:
+        raise InputError(f"{folders.output} has no forecast for {gpus}: --slurm or a run makes it")
+    return found
 
 
 def read_forecasts(folders: Folders) -> tuple[str, dict[str, Forecast]]:

@@ -1,23 +1,22 @@
 """What SLURM and the files of attempts say about steps that are not done: queued, running, or failed, with their logs.
 
 squeue says what is queued and runs; the exit statuses that sbatch files write say what failed, and sacct, where it is,
-how a job ended that left none. None of them is needed for the others.
+how a job ended that left none. Each works without the others.
 """
 
 import logging
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from qwen_vl_streaming.common.errors import InputError
 
 from .attempts import LOCAL, Attempt, read_attempt
 from .checks import DONE, PARTIAL, REFUSED, TO_DO
 from .runner import clean_environment, last_line
-from .slurm import Queued, entry, log_path, queued_jobs
-from .status import BLOCKED, ENDED, FAILED, QUEUED, RUNNING, Progress
-from .steps import REPORT, Folders, Step
+from .slurm import entry, log_path, queued_jobs
+from .status import BLOCKED, ENDED, FAILED, QUEUED, RUNNING, Progress, blocked_by
+from .steps import Folders, Step
 
 logger = logging.getLogger(__name__)
 
@@ -25,21 +24,15 @@ WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
 """States of jobs in the queue that have yet to run, or to run again."""
 
 
-@dataclass
 class QueueStatus:
     """The steps as SLURM and the files show them."""
 
-    folders: Folders
-    queue: dict[tuple[str, str], Queued] = field(init=False)
-    asked: bool = field(init=False)
-    """Whether the queue is known."""
-
-    def __post_init__(self):
-        self.queue, self.asked = {}, bool(shutil.which("squeue"))
+    def __init__(self, folders: Folders):
+        self.folders, self.known = folders, bool(shutil.which("squeue"))
         try:
             self.queue = queued_jobs()
         except InputError as error:  # a controller that does not answer: the files say the rest
-            self.asked = False
+            self.queue, self.known = {}, False
             logger.warning("the queue is not known: %s", error)
 
     def update(self, steps: Sequence[Step], progress: dict[str, Progress]) -> None:
@@ -59,23 +52,23 @@ class QueueStatus:
                 self._update_one(step, one, attempt, ends)
             if one.word in (DONE, FAILED, BLOCKED, REFUSED, QUEUED, RUNNING):
                 continue
-            lacking = [name for name in step.after if progress[name].word in (FAILED, BLOCKED, REFUSED)]
-            if lacking and (step.kind != REPORT or len(lacking) == len(step.after)):
-                one.word, one.detail = BLOCKED, f"needs {lacking[0]}"
+            if needed := blocked_by(step, progress):
+                one.word, one.detail = BLOCKED, f"needs {needed}"
 
     def _update_one(self, step: Step, one: Progress, attempt: Attempt | None, ends: dict[str, str]) -> None:
         queued = self.queue.get(entry(step, self.folders.output))
         said = last_line(one.log) if attempt and one.log and one.log.exists() else ""
+        of_attempt = bool(queued and attempt and attempt.job.split("_")[0] == queued.job)
         # Its file calls this program after it has written the exit status, and is in the queue still.
-        if queued and attempt and attempt.status is not None and attempt.job.split("_")[0] == queued.job:
-            queued = None if queued.state not in WAITING else queued
+        if of_attempt and attempt.status is not None and queued.state not in WAITING:
+            queued = None
         if queued and queued.state in WAITING:
             one.word, one.took = QUEUED, 0.0
             one.detail = f"job {queued.job}, waits"
         elif queued:
             one.word, one.took = RUNNING, 0.0
             one.detail = f"job {queued.job}, {queued.state.lower()}"
-            if attempt and attempt.job.split("_")[0] == queued.job:
+            if of_attempt:
                 one.began = attempt.began
                 if one.log and one.log.exists():
                     one.detail = last_line(one.log, running=True)
@@ -85,7 +78,7 @@ class QueueStatus:
             one.word, one.detail = FAILED, said or f"exit status {attempt.status}"
         elif attempt.status == 0:
             one.word, one.detail = FAILED, f"ended, but its output is incomplete: {one.detail or one.word}"
-        elif attempt.job in ends or (self.asked and attempt.job != LOCAL):
+        elif attempt.job in ends or (self.known and attempt.job != LOCAL):
             how = ends.get(attempt.job, "ended without an exit status")
             one.word, one.detail = FAILED, f"{how}: {said}" if said else how
         elif attempt.job == LOCAL:
@@ -98,7 +91,7 @@ class QueueStatus:
     def is_finished(self, progress: Sequence[Progress]) -> bool:
         """Whether nothing changes until something is submitted."""
         words = {one.word for one in progress}
-        return not words & {RUNNING, QUEUED} and (self.asked or words <= {*ENDED, PARTIAL})
+        return not words & {RUNNING, QUEUED} and (self.known or words <= {*ENDED, PARTIAL})
 
 
 def job_ends(jobs: Sequence[str]) -> dict[str, str]:

@@ -15,20 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_file
+from qwen_vl_streaming.common.files import reporting_write_errors, write_file
 from qwen_vl_streaming.common.redact import redacted_command
 
 from .attempts import LOCAL, Attempt, attempt_path
 from .checks import DONE, PARTIAL, REFUSED, TO_DO, State
 from .settings import ROOT
-from .status import BLOCKED, ENDED, FAILED, RUNNING, Progress, duration, write_page
-from .steps import REPORT, Folders, Step, check_step
+from .states import check_step
+from .status import BLOCKED, FAILED, RUNNING, Progress, blocked_by, duration, write_page
+from .steps import REPORT, Folders, Step
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PERIOD = 5.0
 """Seconds between two versions of the status page while steps run."""
 POLL = 0.1
 """Seconds between two looks at the steps that run."""
+TAIL = 8192
+"""Bytes at the end of a log that are searched for its last line."""
 OWN_PATHS = {str(ROOT / folder) for folder in ("", "code", "code/demo", "code/evaluation", "code/qwen-vl-finetune")}
 """What paper.sh adds to PYTHONPATH for this program alone."""
 
@@ -61,11 +64,11 @@ class Runner:
     progress: dict[str, Progress]
     jobs: int = 1
     """Steps that run side by side."""
+    _waiting: list[Step] = field(default_factory=list)
+    """Steps that have not started, and of which it is not known yet whether they need to run."""
     _running: list[Running] = field(default_factory=list)
     _ran: set[str] = field(default_factory=set)
     """Steps that ran in this run, and have ended."""
-    _settled: set[str] = field(default_factory=set)
-    """Steps that were done before."""
     _signal: int = 0
 
     def run(self) -> int:
@@ -77,6 +80,8 @@ class Runner:
             one.number = number
             if one.word == REFUSED:
                 print(f"{self._name(step)}: {REFUSED}, {one.detail}", flush=True)
+            else:
+                self._waiting.append(step)
         try:
             while not self._signal:
                 self._start_ready()
@@ -99,7 +104,7 @@ class Runner:
             elif one.word == PARTIAL:
                 print(f"{one.word}: {one.step.name}: {one.detail}", file=sys.stderr)
         if words & {FAILED, BLOCKED, PARTIAL}:
-            print("the same command goes on from here", file=sys.stderr)
+            print("the same command resumes here", file=sys.stderr)
         return 1 if words & {FAILED, BLOCKED} else 0
 
     def _name(self, step: Step) -> str:
@@ -108,7 +113,7 @@ class Runner:
     def _start_ready(self) -> None:
         """Start steps until `jobs` run, or none is ready. Side by side, those that most steps wait for come first."""
         while len(self._running) < self.jobs and not self._signal:
-            ready = [step for step in self.steps if self._settle(step)]
+            ready = [step for step in list(self._waiting) if self._is_ready(step)]
             if not ready:
                 return
             self._start(max(ready, key=self._steps_behind) if self.jobs > 1 else ready[0])
@@ -117,42 +122,42 @@ class Runner:
         """The length of the longest chain of steps that need `step`, itself included."""
         return 1 + max((self._steps_behind(other) for other in self.steps if step.name in other.after), default=0)
 
-    def _settle(self, step: Step) -> bool:
-        """Say so if the step need not or cannot run. Returns whether it can start now."""
+    def _is_ready(self, step: Step) -> bool:
+        """Whether a waiting step can start now. One that need not or cannot run is reported and waits no longer."""
         one = self.progress[step.name]
-        if one.word in (RUNNING, FAILED, BLOCKED, REFUSED) or step.name in self._ran | self._settled:
-            return False
-        before = [self.progress[name] for name in (*step.after, *step.behind)]
-        if any(other.word not in ENDED and other.step.name not in self._ran for other in before):
+        pending = {other.name for other in (*self._waiting, *(running.step for running in self._running))}
+        if pending & {*step.after, *step.behind}:
             return False
         if step.kind == REPORT and one.word == DONE and self._ran & set(step.after):
             one.word = TO_DO  # its rows have changed
         if one.word == DONE:
-            self._settled.add(step.name)
+            self._waiting.remove(step)
             print(f"{self._name(step)}: already done{f', {one.detail}' if one.detail else ''}", flush=True)
             return False
-        lacking = [name for name in step.after if self.progress[name].word not in (DONE, PARTIAL)]
-        if lacking and (step.kind != REPORT or len(lacking) == len(step.after)):
-            one.word, one.detail = BLOCKED, f"needs {lacking[0]}"
+        if needed := blocked_by(step, self.progress):
+            self._waiting.remove(step)
+            one.word, one.detail = BLOCKED, f"needs {needed}"
             print(f"{self._name(step)}: {BLOCKED}, {one.detail}", flush=True)
             return False
         return True
 
     def _start(self, step: Step) -> None:
+        self._waiting.remove(step)
         log, one = self.folders.log(step.name), self.progress[step.name]
         print(f"{self._name(step)}: running, log in {log}", flush=True)
-        command = (step.complete if one.word == PARTIAL else ()) or step.command
+        command = ((step.complete if one.word == PARTIAL else None) or step.command).of(step.variant)
         one.word, one.detail, one.began, one.log = RUNNING, "", time.time(), log
-        log.parent.mkdir(parents=True, exist_ok=True)
         write_file(attempt_path(self.folders.logs, step.name), str(Attempt(LOCAL, one.began)))
-        with log.open("ab") as file:
+        with reporting_write_errors(log):
+            file = log.open("ab")
             start = file.tell()
-            file.write(f"+ {shlex.join(redacted_command(list(command)))}\n".encode())
+            file.write(f"+ {shlex.join(redacted_command(command.words))}\n".encode())
             file.flush()
+        with file:
             process = subprocess.Popen(
-                command,
+                command.words,
                 cwd=ROOT,
-                env={**clean_environment(), **self._threads(), **step.environment},
+                env={**clean_environment(), **self._threads(), **command.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -239,11 +244,11 @@ def clean_environment() -> dict[str, str]:
     return {**kept, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
 
 
-def last_line(log: Path, start: int = 0, most: int = 8192, running: bool = False) -> str:
+def last_line(log: Path, start: int = 0, running: bool = False) -> str:
     """Of a log from byte `start`, the last line that begins with `error:`, unless its step is `running`; else the last
     line. Progress bars end lines with a carriage return."""
     with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - most))
+        file.seek(max(start, log.stat().st_size - TAIL))
         lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").split("\n")]
     lines = [line for line in lines if line]
     errors = [line for line in lines if line.startswith("error:") and not running]

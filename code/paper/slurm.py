@@ -2,9 +2,8 @@
 their dependencies.
 
 A file that was edited is submitted as it is, if it was written for the same commands. Array indices and dependencies,
-which depend on what is done, are flags of sbatch. What is queued or running, SLURM itself says (squeue), so nothing is
-submitted twice. Each file also writes when its step began and ended and its exit status (attempts.py), which the status
-page shows.
+which depend on what is done, are flags of sbatch. What squeue shows as queued or running is not submitted again. Each
+file also writes when its step began and ended and its exit status (attempts.py), which the status page shows.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from .attempts import attempt_path
 from .runner import clean_environment
 from .settings import REQUEUES, ROOT, SBATCH, SBATCH_CPU
-from .steps import EVALUATE, PREPARE, REPORT, TRAIN, VARIANT, Command, Step
+from .steps import EVALUATE, PREPARE, REPORT, TRAIN, VARIANT, Step
 
 REQUEUE = (
     'if [ "$status" -eq 143 ]; then  # saved before the time limit',
@@ -67,7 +66,7 @@ def make_jobs(left: Sequence[Step], partial: Collection[str] = ()) -> list[Job]:
     variant by variant; of the groups, each follows those that it needs."""
     groups: dict[tuple[str, bool], list[Step]] = {}
     for step in left:
-        scores = step.name in partial and step.complete_array is not None
+        scores = step.name in partial and step.complete is not None
         groups.setdefault((step.group, scores), []).append(step)
     rank = (PREPARE, TRAIN, EVALUATE, REPORT)
     jobs = [Job(group, tuple(steps), scores) for (group, scores), steps in groups.items()]
@@ -105,7 +104,7 @@ def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
     lines += ["job=$SLURM_JOB_ID" if not job.is_array else "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"]
     # From SLURM 22.05 on, srun does not take it from sbatch.
     lines += ["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"] * gpu
-    command = (step.complete_array if job.scores else step.array) or Command(step.command, step.environment)
+    command = (step.complete if job.scores else None) or step.command
     if job.is_array:
         lines += [f"variants=({' '.join(VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
     lines += [f"export {name}={quote(value)}" for name, value in command.environment.items()]

@@ -5,7 +5,7 @@ Does not know how steps run.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from qwen_vl_streaming.common.files import write_file
 
 from .checks import DONE, PARTIAL, REFUSED
-from .steps import Folders, Step
+from .steps import REPORT, Folders, Step
 
 RUNNING, QUEUED, FAILED, BLOCKED = "running", "queued", "failed", "not run"
 ENDED = (DONE, FAILED, BLOCKED, REFUSED)
@@ -41,6 +41,11 @@ class Progress:
     log: Path | None = None
     """Of its last attempt."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, or will not run."""
+        return self.word in ENDED or (self.word == PARTIAL and self.took > 0)
+
     def expected(self, others: Sequence["Progress"]) -> float | None:
         """Seconds that the step takes: as predicted, else as long as those of its table took, or those of its kind and
         size. None if there are none."""
@@ -50,6 +55,12 @@ class Progress:
         return self.predicted or (fmean(closer or alike) if alike else None)
 
 
+def blocked_by(step: Step, progress: Mapping[str, Progress]) -> str:
+    """A step without which `step` cannot run, and that has failed or cannot run itself; empty if there is none."""
+    lacking = [name for name in step.after if progress[name].word in (FAILED, BLOCKED, REFUSED)]
+    return lacking[0] if lacking and (step.kind != REPORT or len(lacking) == len(step.after)) else ""
+
+
 def seconds_left(progress: Sequence[Progress], now: float, jobs: int = 1) -> tuple[float, int]:
     """Seconds until all steps that can still run have ended, if `jobs` run side by side and each starts when those that
     it needs have ended and a place is free; and the number of steps of unknown length, which count as 0."""
@@ -57,7 +68,7 @@ def seconds_left(progress: Sequence[Progress], now: float, jobs: int = 1) -> tup
     places = [0.0] * max(1, jobs)
     unknown = 0
     for one in sorted(progress, key=lambda one: one.word != RUNNING):  # each follows those that it needs
-        if one.word in ENDED or (one.word == PARTIAL and one.took):
+        if one.ended:
             continue
         expected = one.expected(progress)
         unknown += expected is None
@@ -70,7 +81,7 @@ def seconds_left(progress: Sequence[Progress], now: float, jobs: int = 1) -> tup
 
 def left_text(progress: Sequence[Progress], now: float, jobs: int = 1) -> str:
     """How long still, such as: about 3.4 h, and 2 steps of unknown length."""
-    if not any(one.word not in ENDED and not (one.word == PARTIAL and one.took) for one in progress):
+    if all(one.ended for one in progress):
         return "nothing left to run"
     total, unknown = seconds_left(progress, now, jobs)
     side = f" with {jobs} jobs side by side" if jobs > 1 else ""

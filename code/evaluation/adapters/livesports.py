@@ -8,16 +8,27 @@ which LiveCC's evaluation/livesports3kcc/llm_judge.py reads, are JSON Lines of `
 and `pred`. That script names an event `<video_id>_<event_id>`; here this is the row's `video_id`.
 """
 
+import argparse
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from json_lines import write_rows
+from metrics.judge import open_judge
+from metrics.preference import OPTIONS, PROMPT, TIE, check_prompt, compare, question, win_rate
+from metrics.scoring import NotComputed
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.timeline.segments import check_segments, in_order
+from reading import get_id, get_seconds, get_text, read_records
+from results import CAPTION_FIELDS, check_output, load_finished
+from settings import ROOT, check_limit, read_judge_options
+from text import counted
 
-from adapters.reading import get_id, get_seconds, get_text, read_records
+logger = logging.getLogger(__name__)
 
 CONTEXT, NONE = "context", "none"
 """Questions of rows."""
@@ -25,15 +36,13 @@ CONTEXT, NONE = "context", "none"
 
 @dataclass(frozen=True)
 class Event:
-    """An event of the benchmark."""
-
     video_id: str
     event_id: str | int
     begin: float
     end: float
     video: str
     human: str
-    """The human commentary."""
+    """The human commentary on it."""
     title: str = ""
     before: str = ""
     """The human commentary before the event."""
@@ -114,7 +123,7 @@ def make_rows(events: Iterable[Event], question: str = CONTEXT) -> Iterator[dict
 
 
 def make_predictions(captions: Mapping[str, str], events: Mapping[str, Event], where: Path) -> Iterator[dict[str, Any]]:
-    """The predictions for `captions` by key, in the order of the benchmark. `where` they are from is for messages.
+    """The predictions for `captions` by key, in the order of the benchmark. `where` names their file in messages.
 
     Raises InputError for a caption of an event that the benchmark does not have.
     """
@@ -172,3 +181,104 @@ def pair_up(
     if len(missing) == len(asked):
         raise InputError(f"{path} and {other} have no event of the benchmark in common: check both files")
     return {key: (said[key], theirs[key], events[key].human) for key in asked if key in said}
+
+
+def add_commands(add) -> None:
+    """Add the commands with `add`, as `cli.make_parser` defines it."""
+    benchmark = {"required": True, "help": "LiveSports-3K-CC.json, a JSON array or JSON Lines"}
+    rows = add("livesports-rows", run_rows, "Make rows for eval.sh of LiveSports-3K-CC.", "JSON Lines of rows")
+    rows.add_argument("benchmark", help=benchmark["help"])
+    rows.add_argument(
+        "--question", choices=(CONTEXT, NONE), default=CONTEXT,
+        help="context: ask for commentary, with the title and the commentary so far; none: the built-in question "
+        "[context]",
+    )  # fmt: skip
+
+    text = "Put the captions of a result file into the layout of LiveSports-3K-CC's predictions."
+    made = add("livesports-predictions", run_predictions, text, "JSON Lines of predictions")
+    made.add_argument("file", help="a result file, <variant>_infer.json, of rows that livesports-rows has written")
+    made.add_argument("--benchmark", **benchmark)
+
+    text = "Compare predictions with a baseline's by an LLM judge, in both orders, and print the win rate."
+    judge = add("livesports-judge", run_judge, text, "JSON Lines of winners; the answers are kept beside it")
+    judge.add_argument("predictions", help="JSON Lines of predictions; the file's name without its ending is the model")
+    judge.add_argument("--baseline", required=True, help="predictions of the baseline, such as GPT-4o's")
+    judge.add_argument("--benchmark", **benchmark)
+    judge.add_argument("--judge-url", required=True, help="base URL of an OpenAI-compatible endpoint")
+    judge.add_argument("--judge-model", required=True, help="model name of the judge at that endpoint")
+    judge.add_argument("--judge-workers", type=int, default=8, help="parallel requests [8]")
+    judge.add_argument(
+        "--judge-options", default=json.dumps(OPTIONS), help="additional fields of each request, as a JSON object"
+    )
+    judge.add_argument("--prompt", default="", help="a file with another prompt, with {a}, {b} and {human}")
+    judge.add_argument("--allow-missing", action="store_true", help="compare only the events that have a prediction")
+
+
+def run_rows(arguments: argparse.Namespace) -> None:
+    source = find_path(arguments.benchmark, ROOT, "the benchmark")
+    check_output(arguments.output, source)
+    rows = list(make_rows(read_events(source).values(), arguments.question))
+    write_rows(arguments.output, rows)
+    videos = len({row["video_path"] for row in rows})
+    print(f"{counted(len(rows), 'event')} of {counted(videos, 'video')}: {arguments.output}")
+    if untimed := [row["video_id"] for row in rows if "segments" not in row]:
+        why = "event_asr is missing, or not in order, or not within the event"
+        print(f"{counted(len(untimed), 'event')} without segments, since {why}; the first is {untimed[0]}")
+
+
+def run_predictions(arguments: argparse.Namespace) -> None:
+    source = find_path(arguments.benchmark, ROOT, "the benchmark")
+    path = find_path(arguments.file, ROOT, "the result file")
+    check_output(arguments.output, source, path)
+    events = read_events(source)
+    captions = {key: str(row["result"]) for key, row in load_finished(path, CAPTION_FIELDS, whole=True).items()}
+    predictions = list(make_predictions(captions, events, path))
+    write_rows(arguments.output, predictions)
+    print(f"predictions for {len(predictions)} of {counted(len(events), 'event')}: {arguments.output}")
+
+
+def read_prompt(path: str) -> str:
+    if not path:
+        return PROMPT
+    found = find_path(path, ROOT, "the prompt")
+    try:
+        prompt = found.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{found} cannot be read as UTF-8 text ({error}): give another --prompt") from error
+    check_prompt(prompt, f"the prompt {found}")
+    return prompt
+
+
+def run_judge(arguments: argparse.Namespace) -> None:
+    source = find_path(arguments.benchmark, ROOT, "the benchmark")
+    mine = find_path(arguments.predictions, ROOT, "the predictions")
+    other = find_path(arguments.baseline, ROOT, "the baseline's predictions")
+    check_output(arguments.output, source, mine, other)
+    answers = arguments.output.with_name(f"{arguments.output.stem}.answers.jsonl")
+    check_output(answers, source, mine, other)
+    prompt = read_prompt(arguments.prompt)
+    events = read_events(source)
+    said, theirs = read_predictions(mine), read_predictions(other)
+    pairs = pair_up((mine, said), (other, theirs), events, arguments.allow_missing)
+    options = read_judge_options(arguments.judge_options)
+    check_limit("judge_workers", arguments.judge_workers)
+    judge = open_judge(arguments.judge_url, arguments.judge_model, options, arguments.judge_workers, question(prompt))
+    try:
+        outcomes = compare(judge, pairs, answers, prompt)
+    except NotComputed as error:
+        raise InputError(str(error)) from error
+    names = {True: mine.stem, False: other.stem, None: TIE}
+    write_rows(
+        arguments.output,
+        [
+            {"video_event_id": key, "ab_winner": names[outcome.as_a], "ba_winner": names[outcome.as_b]}
+            for key, outcome in outcomes.items()
+        ],
+    )
+    ties = [outcome for outcome in outcomes.values() if outcome.reason]
+    if ties:
+        logger.warning("%s with a tie, which is not a win: %s", counted(len(ties), "event"), ties[0].reason)
+    missing = sum(key in theirs for key in events) - len(pairs)
+    without = f"; not counted, without a prediction: {missing}" if missing else ""
+    print(f"{mine.stem} wins {win_rate(outcomes.values()):.2f}% against {other.stem}, judged by {judge.model}")
+    print(f"{counted(len(outcomes), 'event')} in both orders{without}\nwinners: {arguments.output}")

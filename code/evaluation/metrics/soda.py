@@ -29,18 +29,15 @@ those derived from it contain. Whether the current version of fujiso/SODA differ
 import contextlib
 import json
 import math
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from qwen_vl_streaming.common.progress import Progress
 
-from metrics.scoring import NotComputed, check_java, java_environment, one_line, running_meteor, tokenize
+from metrics.scoring import NotComputed, one_line, run_apart, running_meteor, tokenize
 
 MERGED, BEST = "merged", "best"
 EPSILON = 1e-8
@@ -156,29 +153,10 @@ def meteor_matrices(jobs: list[tuple[list[Caption], list[Caption]]]) -> Iterator
     """METEOR of all pairs of each of `jobs`, which are predictions and references, by pycocoevalcap in a process of its
     own. A sentence without a word has 0. Raises NotComputed, with the reason, if Java fails."""
     job = [[[ascii_only(caption.sentence) for caption in side] for side in sides] for sides in jobs]
-    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as given:
-        given.write(json.dumps(job).encode())
-        given.seek(0)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "metrics.soda"],
-            cwd=Path(__file__).parents[1],
-            env=java_environment(check_java()),
-            stdin=given,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        )
-        with process:
-            for _ in Progress(jobs, "METEOR", unit="video"):
-                answer = json.loads(process.stdout.readline() or "null")
-                if isinstance(answer, str):
-                    raise NotComputed(answer)
-                if answer is None:
-                    break
-                yield answer
-        if process.returncode:
-            errors.seek(0)
-            said = errors.read().decode(errors="replace")
-            raise RuntimeError(f"METEOR ended with status {process.returncode}:\n{said}")
+    for answer in Progress(run_apart("metrics.soda", job), "METEOR", len(jobs), unit="video"):
+        if isinstance(answer, str):
+            raise NotComputed(answer)
+        yield answer
 
 
 def without_words(captions: Iterable[Caption]) -> int:

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from json_lines import write_rows
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_file
 from results import Row, sibling
+from text import counted
 
 from metrics.naming import Event
 from metrics.references import events_of
@@ -82,12 +83,12 @@ def measure_file(
             "timeliness: skipped, as their times do not fit: %d of %d videos; %s", len(wrong), len(rows), wrong[0]
         )
     found = [measure(row, seen[row["video_id"]], decode) for row in timed]
-    lines = [
-        json.dumps({"video_id": row["video_id"], "event": one.event.text, "time": one.event.time, "said": one.said})
+    points = [
+        {"video_id": row["video_id"], "event": one.event.text, "time": one.event.time, "said": one.said}
         for row, timing in zip(timed, found, strict=True)
         for one in timing.named
     ]
-    write_file(sibling(captions, POINTS), "".join(line + "\n" for line in lines))
+    write_rows(sibling(captions, POINTS), points)
     after = sum(len(times[video_id]) - len(events) for video_id, events in seen.items())
     counts = {"without_times": len(rows) - len(timed) - len(wrong), "times_do_not_fit": len(wrong)}
     return {**summarize(found), **counts, "after_the_end": after}
@@ -116,7 +117,7 @@ def describe(found: Mapping) -> str:
     if "delay_median" in found:
         delays = f"delay {found['delay_median']:.1f} s (median), {found['delay_95']:.1f} s (95%)"
     within = ", ".join(f"{found[f'within_{limit}']:.1f}% within {limit} s" for limit in WITHIN)
-    events, videos = (f"{found[f'{what}s']} {what}{'s' * (found[f'{what}s'] != 1)}" for what in ("event", "video"))
+    events, videos = counted(found["events"], "event"), counted(found["videos"], "video")
     text = (
         f"{events} in {videos}: {delays}; {within}\n"
         f"never named {found['never']:.1f}%, only before they began {found['early']:.1f}%; "
@@ -127,5 +128,5 @@ def describe(found: Mapping) -> str:
     if skipped := found["after_the_end"]:
         text += f"\nskipped, as they begin after the end of their video: {skipped} more"
     if skipped := found.get("times_do_not_fit"):
-        text += f"\nskipped, as an event begins more than 1 s after the end: {skipped} video{'s' * (skipped != 1)}"
+        text += f"\nskipped, as an event begins more than 1 s after the end: {counted(skipped, 'video')}"
     return text

@@ -1,14 +1,13 @@
-"""The judge's answers: reads one, and keeps all of them in a file. Knows nothing of requests."""
+"""The judge's answers: reads one, and keeps all of them in a file. Knows nothing about requests."""
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
+from json_lines import appending, read_lines
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.redact import redacted, shown
 
@@ -68,41 +67,20 @@ def short(message: object) -> str:
 
 
 @contextmanager
-def open_cache(path: Path, scores: tuple = SCORES) -> Iterator[tuple[dict[str, Verdict], Callable[[dict], None]]]:
+def open_cache(path: Path, scores: tuple = SCORES) -> Iterator[tuple[dict[str, Verdict], Callable[[Mapping], None]]]:
     """The verdicts, each with one of `scores`, in a JSON Lines file by key, and a function that appends one and waits
     until it is on disk.
 
     An incomplete last line, left by a killed run, is dropped. Raises InputError for any other invalid line.
     """
-    with ExitStack() as stack:
-        try:
-            data = path.read_bytes() if path.exists() else b""
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path, "ab"))
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be opened ({error.strerror}): check its permissions, or delete it"
-            ) from error
-        yield _known(path, data, file, scores)
-
-
-def _known(path: Path, data: bytes, file: BinaryIO, scores: tuple) -> tuple[dict[str, Verdict], Callable[[dict], None]]:
-    """What `open_cache` yields, for the `data` at `path`, to which `file` appends."""
-    whole = data[: data.rfind(b"\n") + 1]
     known: dict[str, Verdict] = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    lines, size = read_lines(path)
+    for number, row in lines:
         try:
-            row = json.loads(line)
             if not isinstance(row["key"], str):
                 raise TypeError
             known[row["key"]] = checked(row["score"], row["why"], scores)
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise InputError(f"{path}, line {number}: not an answer of the judge: delete this line") from error
-    file.truncate(len(whole))
-
-    def keep(row: dict) -> None:
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-    return known, keep
+    with appending(path, size) as keep:
+        yield known, keep

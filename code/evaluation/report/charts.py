@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
@@ -31,6 +32,7 @@ ABOUT = {
     "early_words": "Words written before the last clip arrived. Higher is earlier.",
 }
 """What a chart shows, in a sentence or two."""
+Panel = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,6 @@ class Bar:
     @property
     def text(self) -> str:
         return f"{self.value:.2f}" + (f" ({self.mark})" if self.mark else "")
-
-
-@dataclass(frozen=True)
-class Panel:
-    """The chart of one metric: horizontal bars, grouped by variant. Lengths are in units of the SVG."""
-
-    metric: str
-    about: str
-    axis: str
-    height: int
-    zero: float
-    ticks: list[tuple[float, str]]
-    """(x, label)."""
-    bars: list[tuple[float, float, float, float, Bar]]
-    """(x, y, width, x of the label, bar)."""
-    names: list[tuple[float, Variant]]
-    """(y of the center, variant)."""
-    width: int = WIDTH
-    bar: int = BAR
-    bottom: int = AXIS
 
 
 def main_panels(results: Sequence[Result], task: str, size: str) -> list[Panel]:
@@ -116,7 +98,8 @@ def our_bars(results: Sequence[Result], metric: str) -> list[Bar]:
 
 
 def panel(metric: str, bars: Sequence[Bar]) -> Panel:
-    """Lay out `bars` (at least one), grouped in the order of the paper's tables."""
+    """The chart of one metric for the template: horizontal `bars`, at least one, grouped by variant in the order of the
+    paper's tables. Lengths are in units of the SVG."""
     low, high = min(0, *(bar.value for bar in bars)), max(0, *(bar.value for bar in bars))
     ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high or 1)
     right = 8 + CHARACTER * max(len(bar.text) for bar in bars)
@@ -138,5 +121,16 @@ def panel(metric: str, bars: Sequence[Bar]) -> Panel:
         names.append((round((top + y - GAP) / 2, 1), variant))
         y += BETWEEN - GAP
     axis = AXES.get(metric, f"{metric} × 100" if metric in paper.METRICS else metric)
-    labels = [(x(tick), f"{tick:g}") for tick in ticks]
-    return Panel(metric, ABOUT.get(metric, ""), axis, round(y + AXIS), x(0), labels, placed, names)
+    return {
+        "metric": metric,
+        "about": ABOUT.get(metric, ""),
+        "axis": axis,
+        "width": WIDTH,
+        "height": round(y + AXIS),
+        "floor": round(y),
+        "thickness": BAR,
+        "zero": x(0),
+        "ticks": [(x(tick), f"{tick:g}") for tick in ticks],
+        "bars": placed,  # (x, y, width, x of the label, bar)
+        "names": names,  # (y of the center, variant)
+    }

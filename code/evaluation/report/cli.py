@@ -12,6 +12,7 @@ import argparse
 import base64
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -24,12 +25,15 @@ from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.common.progress import Progress
+from results import check_writable
 from settings import ROOT
+from text import counted
 
 from report import paper
 from report.charts import main_panels, schedule_panels
+from report.differences import differences, labels
 from report.gallery import Tokenizers, choose_videos, clean, make_video
-from report.loading import Result, differences, labels, load_results, metrics_of, without_folders
+from report.loading import Result, load_results, metrics_of, without_folders
 from report.said_times import said_panels
 from report.tables import (
     main_table,
@@ -112,9 +116,8 @@ def names_of(results: Sequence[Result]) -> list[str]:
 def summarize(results: Sequence[Result]) -> str:
     variants = {result.variant.name for result in results}
     videos = {video_id for result in results for video_id in result.rows}
-    counts = [(len(results), "result file"), (len(videos), "video")]
-    text = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
-    return f"{text}, {len(variants)} of 6 variants."
+    files = counted(len(results), "result file")
+    return f"{files}, {counted(len(videos), 'video')}, {len(variants)} of 6 variants."
 
 
 def make_page(
@@ -168,12 +171,15 @@ def make_markdown(results: Sequence[Result], made: list[dict], notes: Sequence[s
 
 
 def outputs(name: str) -> tuple[Path, Path]:
-    """Paths of the page and of the Markdown file. Raises InputError if `name` is a folder."""
+    """Paths of the page and of the Markdown file. Raises InputError if `name` is a folder or they cannot be written."""
     path = Path(name)
-    if path.is_dir() or not path.name:
+    if os.path.isdir(path) or not path.name:
         raise InputError(f"--output {name} is a folder: give the report a name, such as {path / 'report'}")
     base = path.with_suffix("") if path.suffix in (".html", ".md") else path
-    return base.with_name(base.name + ".html"), base.with_name(base.name + ".md")
+    files = base.with_name(base.name + ".html"), base.with_name(base.name + ".md")
+    for file in files:
+        check_writable(file)
+    return files
 
 
 def main() -> None:

@@ -11,14 +11,15 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import accumulate, pairwise, zip_longest
+from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 
+from checked_results import source_rows
+from metrics.lag import slot_texts
 from PIL import Image
-from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import find_data, find_video, find_video_root, places
+from qwen_vl_streaming.common.paths import find_video, find_video_root, places
 from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
 from settings import ROOT
@@ -101,7 +102,7 @@ def make_video(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers
     try:
         if any(len(each.counts) != clips for each in captions):
             raise InputError("the results have different numbers of clips for it")
-        data = find_row(having[0], video_id)
+        data = source_rows(having[0].path, having[0].args, [video_id])[video_id]
         question = question or data.get("question")
         seconds, frames = show_video(having[0], data, clips)
         times = [f"{clip * seconds:.3g} s" for clip in range(1, clips + 1)]
@@ -115,35 +116,14 @@ def make_video(results: Sequence[Result], video_id: str, tokenizers: "Tokenizers
 def make_caption(result: Result, video_id: str, tokenizers: "Tokenizers") -> GalleryCaption:
     row = result.rows[video_id]
     counts = [0] * row["clips"]
-    tokens, ends = [], row.get("end_of_slot")  # of a model that decides when to speak; not a part of the text
     for token, slot in zip(row["tokens"], row["slots"], strict=True):
-        if token != ends:
-            tokens.append(token)
-            counts[slot - 1] += 1
-    caption = clean(row["result"])
+        counts[slot - 1] += token != row.get("end_of_slot")  # which is not a part of the text
     try:
         tokenizer, note = tokenizers.of(result)
-        pieces = text_by_slot(tokenizer, tokens, counts)
-        if "".join(pieces) != row["result"]:
-            raise InputError(f"the tokenizer in {tokenizer.name_or_path} does not reproduce this caption")
-    except InputError as error:
-        return GalleryCaption(
-            result, caption, None, counts, f"The timing of words is unknown: {without_folders(str(error))}"
-        )
-    return GalleryCaption(result, caption, pieces, counts, note)
-
-
-def text_by_slot(tokenizer, tokens: Sequence[int], counts: Sequence[int]) -> list[str]:
-    """What each slot added to the text; joined, they are the caption. A character whose tokens span slots is added by
-    the last of them."""
-    caption = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    ends = [0]
-    for end in accumulate(counts):
-        text = tokenizer.decode(tokens[:end], skip_special_tokens=True).lstrip()
-        while not caption.startswith(text):  # half a character, or white space before the answer's end
-            text = text[:-1]
-        ends.append(max(ends[-1], len(text)))
-    return [caption[begin:end] for begin, end in pairwise([*ends[:-1], len(caption)])]
+        pieces = slot_texts(row, partial(tokenizer.decode, skip_special_tokens=True))
+    except ValueError as error:
+        pieces, note = None, f"The timing of words is unknown: {without_folders(str(error))}"
+    return GalleryCaption(result, clean(row["result"]), pieces, counts, note)
 
 
 class Tokenizers:
@@ -164,9 +144,8 @@ class Tokenizers:
         if result.model_folder:
             return self.load(result.model_folder), ""
         if self.instead:
-            return self.load(
-                self.instead
-            ), f"Decoded with the tokenizer in {self.instead.name}: {result.model_name} is missing."
+            note = f"Decoded with the tokenizer in {self.instead.name}: {result.model_name} is missing."
+            return self.load(self.instead), note
         raise InputError(f"{result.model_name} is not on this machine; give a substitute with --tokenizer")
 
     @staticmethod
@@ -176,15 +155,6 @@ class Tokenizers:
         except Exception as error:  # the Rust tokenizers raise no narrower type
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise InputError(f"no tokenizer could be loaded from {folder} ({first})") from None
-
-
-def find_row(result: Result, video_id: str) -> dict:
-    """The data's row for a video. Raises InputError if the data is missing or invalid, or has no such row."""
-    path = find_data(result.args["data"], ROOT, "the evaluation data")
-    row = next((row for _, row in read_data_rows(path) if str(row["video_id"]) == video_id), None)
-    if row is None:
-        raise InputError(f"{path} no longer has a row for it")
-    return row
 
 
 def show_video(result: Result, data: dict, clips: int) -> tuple[float, list[str]]:

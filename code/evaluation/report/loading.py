@@ -1,21 +1,21 @@
-"""The input of a report: result files with their arguments and scores, and how they differ from the paper's setup.
-Knows nothing about tables, charts and pages."""
+"""The input of a report: result files with their arguments and scores. Knows nothing about tables, charts and pages."""
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from checked_results import load_checked
 from huggingface_hub import try_to_load_from_cache
-from identity import AGAIN, read_arguments
+from identity import AGAIN
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import places
 from qwen_vl_streaming.timeline.timeline import SCHEDULE_NAME
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant, get_variant
-from results import Row, check_row, load_finished, sibling
+from results import Row, sibling
 from safetensors import SafetensorError, safe_open
 from settings import ROOT
 from tasks import TASKS
@@ -39,7 +39,6 @@ class Result:
     rows: dict[str, Row]
     """By video id, in the file's order; at least one."""
     task: str
-    scores_path: Path
     scores: dict
     """Empty if there are none."""
     model_folder: Path | None
@@ -83,10 +82,19 @@ class Result:
     def data_name(self) -> str:
         return last_part(self.args["data"])
 
+    @property
+    def scores_path(self) -> Path:
+        return sibling(self.path, "scores.json")
+
+    @cached_property
+    def config(self) -> dict:
+        """The checkpoint's config.json; empty where the model is missing."""
+        return read_object(self.model_folder / "config.json", AGAIN) if self.model_folder else {}
+
     @cached_property
     def size(self) -> str:
         """The checkpoint's size: 3B or 7B by its shape, else its number of parameters, such as 1.2M, or UNKNOWN."""
-        return model_size(self.model_folder)
+        return model_size(self.model_folder, self.config) if self.model_folder else UNKNOWN
 
     @cached_property
     def run(self) -> dict:
@@ -115,14 +123,10 @@ class Result:
         """The file that was evaluated on and the start of its hash."""
         return f"{self.data_name} {str(self.args.get('data_sha256', '-'))[:SHORT]}"
 
-    @cached_property
+    @property
     def trained_as(self) -> str | None:
         """The variant that the checkpoint was trained as, or None if unknown."""
-        return (
-            read_object(self.model_folder / "config.json", AGAIN).get("streaming_variant")
-            if self.model_folder
-            else None
-        )
+        return self.config.get("streaming_variant")
 
     def score(self, metric: str) -> tuple[float | None, str]:
         """The value of `metric` and an empty string, or None and the reason why it is missing."""
@@ -158,10 +162,9 @@ def score_in(scores: dict, metric: str) -> tuple[float | None, str]:
     if is_number(value):
         return float(value), ""
     reasons = scores.get("not_computed", {})
-    return (
-        None,
-        f"{metric} was not computed: {without_folders(reasons[metric])}" if metric in reasons else "not requested",
-    )
+    if metric not in reasons:
+        return None, "not requested"
+    return None, f"{metric} was not computed: {without_folders(reasons[metric])}"
 
 
 def is_number(value: object) -> bool:
@@ -195,29 +198,22 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
 
 
 def load_result(path: Path) -> Result:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give result files written by eval.sh")
-    rows = load_finished(path)
-    if not rows:
-        raise InputError(f"{path} has no rows: give result files written by eval.sh")
-    args = read_arguments(path)
+    args, rows = load_checked(path, whole=False)
     variant = get_variant(args["variant"])
-    for video_id, row in rows.items():
-        check_row(f"{path}, video {video_id!r}", row, variant.name)
     tasks = {task_of(row) for row in rows.values()}
     if len(tasks) > 1:
         raise InputError(f"{path} has rows of several tasks ({', '.join(sorted(tasks))}): use one file per task")
-    return Result(path, variant, args, rows, tasks.pop(), *load_scores(path), find_model(args["model"]))
+    return Result(path, variant, args, rows, tasks.pop(), load_scores(path), find_model(args["model"]))
 
 
-def load_scores(path: Path) -> tuple[Path, dict]:
-    """The path of the scores of a result file, and the scores."""
+def load_scores(path: Path) -> dict:
+    """The scores of a result file; empty if there are none."""
     found = sibling(path, "scores.json")
     scores = read_object(found, AGAIN) if found.exists() else {}
     for name in ("not_computed", "tasks", "judge", "lag", "timeliness"):
         if not isinstance(scores.get(name, {}), dict):
             raise InputError(f"{found}: {name} is not an object: score again with eval.sh --score-only")
-    return found, scores
+    return scores
 
 
 def task_of(row: Row) -> str:
@@ -236,10 +232,8 @@ def find_model(model: str) -> Path | None:
     return None
 
 
-def model_size(folder: Path | None) -> str:
-    if folder is None:
-        return UNKNOWN
-    config = read_object(folder / "config.json", AGAIN)
+def model_size(folder: Path, config: dict) -> str:
+    """The size of the checkpoint in a folder, as `Result.size`."""
     text = config.get("text_config", config)
     shape = (text.get("hidden_size"), text.get("num_hidden_layers"))
     if shape in paper.SHAPES:
@@ -262,84 +256,3 @@ def metrics_of(results: Sequence[Result]) -> list[str]:
     found += [name for result in results for name in result.scores.get("not_computed", {})]
     more = [name for name in dict.fromkeys(found) if name not in (*paper.METRICS, *HIDDEN, *NOT_METRICS)]
     return [*paper.METRICS, *more]
-
-
-def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
-    """A label that distinguishes a result from the others of its task and variant: schedule and size and, if needed,
-    the precision of its weights, the model, the seed of a random schedule and the data. `brief` omits a size that all
-    results share."""
-    same = brief and len({result.size for result in results}) == 1
-    short = {}
-    for result in results:
-        # For offline variants, all fixed schedules are the same.
-        parts = [result.schedule] if result.variant.streams or result.kind != "fixed" else []
-        short[result.path] = ", ".join([*parts, *([] if same else [result.size])])
-    names = {result.model: result.model_name for result in results}
-    same_models = len(set(names.values())) == len(names)
-    more: tuple[Callable[[Result], str], ...] = (
-        lambda result: f"{result.weights} weights" if result.weights else "weights not quantized",
-        lambda result: result.model_name if same_models else "/".join(Path(result.model).parts[-2:]),
-        lambda result: f"seed {result.seed}",
-        lambda result: result.data_name,
-    )
-    for what in more:
-        alike: dict[tuple, list[Result]] = {}
-        for result in results:
-            alike.setdefault((result.task, result.variant.name, short[result.path]), []).append(result)
-        for group in alike.values():
-            if len({what(result) for result in group}) > 1:
-                for result in group:
-                    short[result.path] = f"{short[result.path]}, {what(result)}".removeprefix(", ")
-    return short
-
-
-def differences(results: Sequence[Result], size: str) -> list[tuple[str, str]]:
-    """How the results differ from the paper's setup, each difference with the variants that it applies to."""
-    found: dict[str, list[str]] = {}
-    for result in results:
-        for text in differences_of(result, size):
-            found.setdefault(text, []).append(f"{result.variant.name} {result.schedule}")
-    notes = [(text, "all" if len(who) == len(results) else ", ".join(who)) for text, who in found.items()]
-    if any(result.rows.keys() != results[0].rows.keys() for result in results):
-        counts = ", ".join(f"{result.variant.name} {result.schedule} {len(result.rows)}" for result in results)
-        notes.append(("the files have different videos, so their rows are not comparable", f"videos: {counts}"))
-    return notes
-
-
-def differences_of(result: Result, size: str) -> list[str]:
-    found = []
-    if result.size != size:
-        if result.size == UNKNOWN:
-            what = "the model is not on this machine, so its size is unknown"
-        elif result.size in paper.SIZES:
-            what = f"the model is Qwen2.5-VL-{result.size}"
-        else:
-            what = f"the model has {result.size} parameters"
-        found.append(f"{what}; the paper uses Qwen2.5-VL-{size}")
-    if result.kind != "random" and result.schedule != paper.SCHEDULE and result.variant.streams:
-        found.append(f"the schedule is {result.schedule}, {paper.SCHEDULE} in the paper")
-    if result.weights:
-        found.append(f"the weights of linear layers are quantized to {result.weights}, not in the paper")
-    for name, value in paper.SETTINGS.items():
-        if name in result.args and result.args[name] != value:
-            found.append(f"{name} is {result.args[name]}, {value} in the paper")
-    if recipe := result.run.get("recipe_differences"):
-        values = result.run.get("arguments", {})
-        flags = (f"--{name} {values.get(name)} ({value} in the paper's recipe)" for name, value in recipe.items())
-        found.append(f"the checkpoint was trained with {', '.join(flags)}")
-    if result.trained_as not in (None, result.variant.name):
-        found.append(f"the checkpoint was trained as {result.trained_as}, not as the evaluated variant")
-    scored = result.scores.get("count")
-    if scored is not None and scored != len(result.rows):
-        found.append(
-            f"{result.scores_path.name} has the scores of {scored} videos, the file has {len(result.rows)}: score again"
-        )
-    if missing := result.scores.get("missing_tasks"):
-        found.append(f"the mean is not over all sub-tasks: {', '.join(missing)} have no rows")
-    if result.scores.get("skipped"):
-        found.append(f"{result.scores['skipped']} videos were skipped because they could not be used")
-    if unjudged := result.scores.get("judge", {}).get("not_judged"):
-        found.append(f"Fluency excludes {unjudged} captions that the judge did not grade")
-    if wordless := result.scores.get("lag", {}).get("without_words"):
-        found.append(f"AL and LAAL exclude {wordless} captions without words")
-    return found

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from metrics.timing import read_points
 from qwen_vl_streaming.common.files import atomic_write
+from text import counted
 
 from report.loading import Result
 
@@ -37,52 +39,24 @@ DPI = 160
 
 
 @dataclass(frozen=True)
-class Point:
-    """Events at one place."""
-
-    x: float
-    y: float
-    radius: float
-    kind: str
-    """named, early or never: its colour."""
-    title: str
-
-
-@dataclass(frozen=True)
-class SaidPanel:
-    """The panel of one result. Lengths are in units of the SVG."""
-
-    title: str
-    points: list[Point]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    diagonal: tuple[float, float, float, float]
-    """x1, y1, x2, y2."""
-    floor: float = TOP + SIDE
-    left: float = LEFT
-    right: float = LEFT + SIDE
-    top: float = TOP
-    never: float = TOP - NEVER
-    width: int = LEFT + SIDE + RIGHT
-    height: int = TOP + SIDE + BOTTOM
-
-
-@dataclass(frozen=True)
 class Place:
+    """Events with the same two times, in seconds."""
+
     time: float
     said: float | None
     count: int
 
     @property
     def kind(self) -> str:
+        """named, early or never: its colour."""
         if self.said is None:
             return "never"
         return "named" if self.said > self.time else "early"
 
     @property
     def title(self) -> str:
-        events = f"{self.count} event{'s' * (self.count != 1)} at {self.time:.3g} s"
-        return f"{events}, {'never named' if self.said is None else f'said at {self.said:.3g} s'}"
+        said = "never named" if self.said is None else f"said at {self.said:.3g} s"
+        return f"{counted(self.count, 'event')} at {self.time:.3g} s, {said}"
 
 
 def places_of(points: Points, longest: float) -> list[Place]:
@@ -106,7 +80,7 @@ def radius(count: int, most: int) -> float:
     return max(SMALLEST, LARGEST * math.sqrt(count / max(most, 8)))
 
 
-def said_panels(results: Sequence[Result], names: Sequence[str]) -> list[SaidPanel]:
+def said_panels(results: Sequence[Result], names: Sequence[str]) -> list[dict[str, Any]]:
     """A panel for each result with timeliness, with its name. Raises InputError for unreadable events."""
     shown = [(name, result) for name, result in zip(names, results, strict=True) if "events" in result.timeliness]
     every = [read_points(result.path) for _, result in shown]
@@ -127,7 +101,8 @@ def largest_count(panels: Sequence[Sequence[Place]]) -> int:
     return max((place.count for places in panels for place in places), default=1)
 
 
-def said_panel(title: str, places: Sequence[Place], ticks: Sequence[float], most: int) -> SaidPanel:
+def said_panel(title: str, places: Sequence[Place], ticks: Sequence[float], most: int) -> dict[str, Any]:
+    """The panel of one result for the template. Lengths are in units of the SVG."""
     end = ticks[-1]
 
     def x(time: float) -> float:
@@ -136,13 +111,20 @@ def said_panel(title: str, places: Sequence[Place], ticks: Sequence[float], most
     def y(said: float | None) -> float:
         return round(TOP - NEVER if said is None else TOP + (SIDE - INSET) * (1 - said / end), 1)
 
-    drawn = [
-        Point(x(place.time), y(place.said), round(radius(place.count, most), 1), place.kind, place.title)
-        for place in places
-    ]
-    labels = [(tick, f"{tick:g}") for tick in ticks]
-    x_ticks, y_ticks = [(x(tick), text) for tick, text in labels], [(y(tick), text) for tick, text in labels]
-    return SaidPanel(title, drawn, x_ticks, y_ticks, (x(0), y(0), x(end), y(end)))
+    return {
+        "title": title,
+        "width": LEFT + SIDE + RIGHT,
+        "height": TOP + SIDE + BOTTOM,
+        "left": LEFT,
+        "right": LEFT + SIDE,
+        "top": TOP,
+        "floor": TOP + SIDE,
+        "never": y(None),
+        "points": [(x(place.time), y(place.said), round(radius(place.count, most), 1), place) for place in places],
+        "x_ticks": [(x(tick), f"{tick:g}") for tick in ticks],
+        "y_ticks": [(y(tick), f"{tick:g}") for tick in ticks],
+        "diagonal": (x(0), y(0), x(end), y(end)),  # x1, y1, x2, y2
+    }
 
 
 def draw_picture(files: Sequence[tuple[str, Path]], path: Path) -> None:

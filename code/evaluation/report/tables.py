@@ -13,7 +13,8 @@ from metrics.timing import NAMES
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
 from report import paper
-from report.loading import Result, is_number, labels, metrics_of, score_in, without_folders
+from report.differences import labels, not_comparable
+from report.loading import Result, is_number, metrics_of, score_in, without_folders
 
 NOT_GIVEN = "no result file of this variant was given"
 NOT_IN_PAPER = "not in the paper"
@@ -28,21 +29,9 @@ MISSING = {
 
 @dataclass(frozen=True)
 class Cell:
-    value: float | None
+    text: str
     note: int = 0
     """The footnote's number, from 1; 0 for none."""
-    signed: bool = False
-    whole: bool = False
-    """A count."""
-
-    @property
-    def text(self) -> str:
-        if self.value is None:
-            return "-"
-        if self.whole:
-            return f"{self.value:.0f}"
-        value = round(self.value, 2) + 0.0  # no -0.00
-        return f"{value:+.2f}" if self.signed else f"{value:.2f}"
 
 
 @dataclass(frozen=True)
@@ -68,13 +57,15 @@ class Table:
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def cell(self, value: float | None, reason: str = "", signed: bool = False, whole: bool = False) -> Cell:
-        """A cell, with a footnote if it has no value."""
-        if value is not None or not reason:
-            return Cell(value, signed=signed, whole=whole)
+    def cell(self, value: float | None, reason: str = "", form: str = ".2f") -> Cell:
+        """A cell with `value` in this format, or a dash, with a footnote if there is a `reason`."""
+        if value is not None:
+            return Cell(format(round(value, 2) + 0.0, form))  # + 0.0: no -0.00
+        if not reason:
+            return Cell("-")
         if reason not in self.notes:
             self.notes.append(reason)
-        return Cell(None, self.notes.index(reason) + 1)
+        return Cell("-", self.notes.index(reason) + 1)
 
 
 def main_table(results: Sequence[Result], task: str, size: str) -> Table:
@@ -129,22 +120,6 @@ def schedule_pairs(results: Sequence[Result]) -> list[tuple[Result | None, Resul
     ]
 
 
-def not_comparable(one: Result | None, other: Result | None) -> str:
-    """Why the scores of two results cannot be compared; empty if they can."""
-    if not one or not other:
-        return ""
-    names = f"{one.path.name} and {other.path.name}"
-    if one.rows.keys() != other.rows.keys():
-        both = len(one.rows.keys() & other.rows.keys())
-        return f"{names} have different videos ({len(one.rows)} and {len(other.rows)}, {both} in both)"
-    if any(row["annotation"] != other.rows[video_id]["annotation"] for video_id, row in one.rows.items()):
-        return f"{names} have different reference captions"
-    if one.scores.get("count") != other.scores.get("count"):
-        counts = f"{one.scores.get('count')} and {other.scores.get('count')} videos"
-        return f"the scores of {names} are of {counts}: score again with eval.sh --score-only"
-    return ""
-
-
 def schedule_table(results: Sequence[Result], task: str, size: str) -> Table | None:
     """Fixed and random schedules: the paper's second table, for all metrics, beside the paper's values if they are of
     `size`; None without random schedules."""
@@ -178,7 +153,7 @@ def schedule_table(results: Sequence[Result], task: str, size: str) -> Table | N
             reason = not_comparable(fixed, random)
             there = None not in values and not reason
             difference = values[1] - values[0] if there else None
-            rows["difference"].append(table.cell(difference, "" if None in values else reason, signed=True))
+            rows["difference"].append(table.cell(difference, "" if None in values else reason, "+.2f"))
         for kind, cells in rows.items():
             name = f"{kind}, K = {min(ks)}" if kind != "difference" and len(ks) == 1 else kind
             table.lines.append(Line(metric, name, "", "ours", False, cells))
@@ -208,7 +183,8 @@ def timeliness_table(results: Sequence[Result]) -> Table | None:
         cells = []
         for key in NAMES:
             value = float(found[key]) if is_number(found.get(key)) else None
-            cells.append(table.cell(value, reason or MISSING.get(key, "not computed"), whole=key == "events"))
+            form = ".0f" if key == "events" else ".2f"
+            cells.append(table.cell(value, reason or MISSING.get(key, "not computed"), form))
         cells += [table.cell(*result.score(metric)) for metric in LAGS]
         variant = result.variant
         source = f"ours: {label[result.path]}"

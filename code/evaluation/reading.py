@@ -1,4 +1,5 @@
-"""Reads the JSON of other projects, and names the place of what is wrong in it. Knows nothing about what it means."""
+"""Reads JSON that other programs wrote, and names the place of what is wrong in it. Knows nothing about what it
+means."""
 
 import codecs
 import json
@@ -7,15 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from json_lines import read_lines
 from qwen_vl_streaming.common.errors import InputError
 
 
 def read_json(path: Path) -> Any:
     """The JSON value in a file. Raises InputError."""
     try:
-        return json.loads(_text(path))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({_reason(error)}): download it again, or correct it") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError(f"{path} is not JSON ({reason}): correct it, or download it again") from error
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -23,19 +28,16 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
 
     Raises InputError, with the place, for anything else, and for a file without objects.
     """
-    text = _text(path)
-    if text.lstrip().startswith("["):
-        places = ((f"{path}, entry {number}", value) for number, value in enumerate(read_json(path), 1))
+    if path.is_file() and path.read_bytes().lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+        records = [(f"{path}, entry {number}", value) for number, value in enumerate(read_json(path), 1)]
     else:
-        lines = ((f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        places = ((place, _parse(place, line)) for place, line in lines)
-    count = 0
-    for count, (place, value) in enumerate(places, 1):  # noqa: B007
+        records = [(f"{path}, line {number}", value) for number, value in read_lines(path, whole=True)[0]]
+    if not records:
+        raise InputError(f"{path} has no entries: give a file with some")
+    for place, value in records:
         if not isinstance(value, dict):
             raise InputError(f"{place}: is not a JSON object: correct or delete it")
         yield place, value
-    if not count:
-        raise InputError(f"{path} has no entries: give a file with some")
 
 
 def get_text(place: str, record: dict, name: str, optional: bool = False) -> str:
@@ -65,23 +67,3 @@ def get_seconds(place: str, value: Any, name: str) -> float:
 
 def _show(record: dict, name: str) -> str:
     return f"has the {name} {str(record[name])[:40]!r}" if name in record else f"has no {name}"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
-
-
-def _parse(place: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: is not JSON ({_reason(error)}): correct or delete this line") from error
-
-
-def _reason(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
