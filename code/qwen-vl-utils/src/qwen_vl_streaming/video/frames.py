@@ -12,6 +12,7 @@ import logging
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,8 @@ class PixelBudget:
                 f"{name} has frames of {width} x {height} pixels, more than {MOST_RATIO} times as long as wide: crop "
                 "or skip it"
             )
-        most = self.most(LONGEST if self.budget == "stream" or not frames else frames)
+        # smart_resize declares an int, but is given fractions by qwen_vl_utils too.
+        most: Any = self.most(LONGEST if self.budget == "stream" or not frames else frames)
         height, width = smart_resize(height, width, SIDE_FACTOR, self.min_pixels_per_frame, most)
         if not height * width:
             # When it applies the maximum, smart_resize rounds both sides down, a narrow side even to 0.
