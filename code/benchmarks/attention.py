@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from evaluation import rates
-from latency.setup import tiny_config
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.engine import ragged_attention
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
@@ -31,9 +29,8 @@ from qwen_vl_streaming.engine.paged_attention import PagedAttention
 from qwen_vl_streaming.engine.prefill import padded_query_blocks
 from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, query_blocks_of
 from qwen_vl_streaming.engine.split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, num_splits
-from qwen_vl_streaming.model.released import SIZES, released_config
 from torch import Tensor
-from training import find_device, seconds
+from workload import SIZES, device_name, find_device, load_config, matrix_rate, memory_rate, seconds
 
 NAMES = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
 CHUNK_OPTIONS = (
@@ -86,7 +83,7 @@ CPU_SHAPES = Shape("decode", 0, 0, 2, 140), Shape("clip", 1, 9, 1, 140), Shape("
 class Bench:
     def __init__(self, size: str):
         self.device = find_device()
-        self.config = (tiny_config() if size == "tiny" else released_config(size, None)).text_config
+        self.config = load_config(size).text_config
         self.layers, self.heads = self.config.num_hidden_layers, self.config.num_attention_heads
         self.groups = self.heads // self.config.num_key_value_heads
         self.size = self.config.hidden_size // self.heads
@@ -188,7 +185,7 @@ def options_to_try(kind: str, requested: list[str] | None) -> Iterator[dict]:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["tiny", *SIZES], default="7B")
+    parser.add_argument("--size", choices=SIZES, default="7B")
     parser.add_argument("--steps", nargs="+", choices=["decode", "clip", "clips"], default=["decode", "clip", "clips"])
     parser.add_argument(
         "--options", nargs="+", metavar="MxNxWxS", help="options to try beside the engine's (default: a list)"
@@ -203,9 +200,8 @@ def main() -> None:
     ]
     every = [(shape, [*options_to_try(shape.kind, arguments.options)]) for shape in wanted]
 
-    flop_rate, byte_rate = rates(bench.device)
-    name = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, attention of Qwen2.5-VL {arguments.size}, {bench.layers} layers")
+    flop_rate, byte_rate = matrix_rate(bench.device), memory_rate(bench.device)
+    print(f"{device_name(bench.device)}, torch {torch.__version__}, {arguments.size}, {bench.layers} layers")
     print(f"matrix product {flop_rate / 1e12:.1f} TFLOP/s, memory bandwidth {byte_rate / 1e12:.2f} TB/s")
     for shape, choices in every:
         floor = bench.floor(shape, flop_rate, byte_rate)

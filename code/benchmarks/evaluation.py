@@ -2,9 +2,9 @@
 
     python code/benchmarks/evaluation.py --size 7B --batch 32 64 1
 
-The workload is that of the published baseline: a video of 30 clips of 196 x 364 pixels (91 visual tokens per clip) and
-117 tokens generated with wait-3. Pixels are in pinned memory; decoding is not timed. Batches run one after another; the
-time of a batch is from the end of the previous one to its end. Reports the median over all batches except the first.
+The workload is that of workload.py. Pixels are in pinned memory; decoding is not timed. Batches run one after another;
+the time of a batch is from the end of the previous one to its end. Reports the median over all batches except the
+first.
 
 The lower bound adds two terms. Perception: the FLOPs of vision encoder, merger and language model over the clips (2 x
 weights x rows, attention 4 x pairs x width), at the measured rate of a bf16 matrix product. Generation: for each token
@@ -20,56 +20,43 @@ from statistics import median
 import torch
 from qwen_vl_streaming.common.errors import OneLineParser, run
 from qwen_vl_streaming.engine.batch import Job, caption_all
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from qwen_vl_streaming.model.prompts import Template
-from qwen_vl_streaming.model.released import SIZES, released_config
 from qwen_vl_streaming.timeline.plan import make_plan
 from qwen_vl_streaming.timeline.timeline import NOTHING, make_schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
-from training import ANSWER, CLIPS, GRID, LAYOUT, find_device, seconds
-
-PUBLISHED = {"group": 3.9, "interleave": 3.7}
-"""Seconds per video of the published code on one H200, which we measured earlier on the same workload."""
-PATCHES = 4 * GRID[0] * GRID[1]
+from workload import (
+    ANSWER,
+    CLIPS,
+    LAYOUT,
+    PATCHES,
+    PUBLISHED,
+    SIZES,
+    TEMPLATE,
+    device_name,
+    find_device,
+    matrices,
+    matrix_rate,
+    memory_rate,
+    peak_gib,
+    random_model,
+    tower_flops,
+)
 
 
 def make_jobs(variant: Variant, count: int) -> list[Job]:
     """`count` videos of random pixels with a wait-3 schedule."""
-    template = Template(
-        tuple(range(LAYOUT.prompt)), (1, 2, 3), (4, 5, 6), 7, -1
-    )  # the end token -1 never occurs, so all answers have full length
-    pixels = torch.randn(CLIPS, PATCHES, 1176).bfloat16()
+    pixels = torch.randn(CLIPS, PATCHES, 1176, dtype=torch.bfloat16)
     if torch.cuda.is_available():
         pixels = pixels.pin_memory()
     schedule = make_schedule("wait-3", variant, CLIPS)
-    return [Job(str(i), pixels, template.layout(GRID, 2.0), template, schedule) for i in range(count)]
-
-
-def rates(device: str) -> tuple[float, float]:
-    """Measure the FLOP/s of a bf16 matrix product and the bytes/s of reading memory."""
-    size = 8192 if device == "cuda" else 512
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    block = torch.ones(2**30 if device == "cuda" else 2**20, device=device)
-    return 2 * size**3 / seconds(lambda: a @ b, 20, device), 4 * len(block) / seconds(lambda: block.sum(), 20, device)
+    return [Job(str(i), pixels, LAYOUT, TEMPLATE, schedule) for i in range(count)]
 
 
 def lower_bound(model, variant: Variant, batch: int, flop_rate: float, byte_rate: float) -> float:
     """Minimum seconds per video, as described at the top of this file."""
-    text, vision, tower = model.config.text_config, model.config.vision_config, model.model.visual
-
-    def matrices(module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
-
-    patches = CLIPS * PATCHES
-    full = len(vision.fullatt_block_indexes)
-    seen = full * PATCHES + (vision.depth - full) * min((vision.window_size // vision.patch_size) ** 2, PATCHES)
-    flops = 2.0 * patches * (matrices(tower.blocks) + tower.patch_embed.proj.weight.numel())
-    flops += 4.0 * patches * seen * vision.hidden_size
-    flops += 2.0 * patches / 4 * matrices(tower.merger)
-    (job,) = make_jobs(variant, 1)
-    plan = make_plan(variant, job.layout, job.schedule, ANSWER)
-    rows, layers = len(plan.visual), model.model.language_model.layers
-    flops += 2.0 * rows * matrices(layers)
+    text, layers = model.config.text_config, model.model.language_model.layers
+    plan = make_plan(variant, LAYOUT, make_schedule("wait-3", variant, CLIPS), ANSWER)
+    flops = CLIPS * (tower_flops(model, PATCHES) + 2.0 * PATCHES / 4 * matrices(model.model.visual.merger))
+    flops += 2.0 * len(plan.visual) * matrices(layers)
     flops += 4.0 * int((plan.visual.seen_visual + plan.visual.seen_text).sum()) * text.hidden_size * len(layers)
     weights = 2.0 * (matrices(layers) + text.hidden_size * text.vocab_size)
     each = 4.0 * len(layers) * text.num_key_value_heads * text.hidden_size / text.num_attention_heads
@@ -83,49 +70,41 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="7B")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["group"], help="default: group")
     parser.add_argument("--batch", type=int, nargs="+", default=[32], help="batch sizes (default: 32)")
-    parser.add_argument("--layers", type=int, help="use fewer layers, for a quick test")
     parser.add_argument("--repeats", type=int, default=3, help="timed batches (default: %(default)s)")
-    parser.add_argument("--answer-tokens", type=int, default=ANSWER, help="generate fewer tokens, for a quick test")
     arguments = parser.parse_args()
-    device = find_device()
-    config = released_config(arguments.size, arguments.layers)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    torch.set_default_dtype(torch.float32)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, Qwen2.5-VL {arguments.size}, random weights, bf16")
-
-    flop_rate, byte_rate = rates(device)
+    device = find_device(arguments.size)
+    model = random_model(arguments.size, device).eval()
     print(
-        f"bf16 matrix product: {flop_rate / 1e12:.0f} TFLOP/s; memory bandwidth: {byte_rate / 1e12:.2f} TB/s",
+        f"{device_name(device)}, torch {torch.__version__}, Qwen2.5-VL {arguments.size}, random weights, {model.dtype}"
+    )
+    flop_rate, byte_rate = matrix_rate(device), memory_rate(device)
+    print(
+        f"bf16 matrix product: {flop_rate / 1e12:.3g} TFLOP/s; memory bandwidth: {byte_rate / 1e12:.3g} TB/s",
         flush=True,
     )
-
     print(
         f"{'variant':<12}{'batch':>6}{'s/video':>11}{'min':>8}{'max':>8}{'bound':>8}{'ratio':>7}{'published':>11}"
         f"{'speed-up':>9}{'GiB':>7}"
     )
     for variant in (VARIANTS[name] for name in arguments.variants):
         for batch in arguments.batch:
-            options = {"batch_size": batch, "max_new_tokens": arguments.answer_tokens}
             # The first call compiles. In the second, the first batch includes the set-up.
             for count in (batch, batch * (1 + arguments.repeats)):
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 began, ends = time.perf_counter(), []
-                for _, caption in caption_all(model, variant, make_jobs(variant, count), **options):
-                    assert len(caption.tokens) == arguments.answer_tokens
+                jobs = make_jobs(variant, count)
+                for _, caption in caption_all(model, variant, jobs, batch_size=batch, max_new_tokens=ANSWER):
+                    assert len(caption.tokens) == ANSWER
                     ends.append(time.perf_counter() - began)
                 print(f"  {count} videos including set-up: {ends[-1]:.2f} s", flush=True)
             each = [(end - before) / batch for before, end in pairwise(ends[batch - 1 :: batch])]
             took = median(each)
             bound = lower_bound(model, variant, batch, flop_rate, byte_rate)
             published = PUBLISHED.get(variant.name, float("nan")) if arguments.size == "7B" else float("nan")
-            memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
             print(
                 f"{variant.name:<12}{batch:>6}{took:>11.4f}{min(each):>8.4f}{max(each):>8.4f}{bound:>8.4f}"
-                f"{took / bound:>7.2f}{published:>11.1f}{published / took:>9.1f}{memory:>7.1f}",
+                f"{took / bound:>7.2f}{published:>11.1f}{published / took:>9.1f}{peak_gib(device):>7.1f}",
                 flush=True,
             )
 

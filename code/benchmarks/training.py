@@ -2,10 +2,9 @@
 
     python code/benchmarks/training.py --size 3B --variants group --compile
 
-The workload is that of the published baseline: a video of 30 clips of 196 x 364 pixels (91 visual tokens per clip) and
-an answer of 117 tokens. Language model and merger are trained, the vision encoder is frozen. Weights and gradients are
-bf16, master weights and moments float32. The time per sample includes a sixteenth of an optimizer step. Activations are
-not recomputed.
+The workload is that of workload.py. Language model and merger are trained, the vision encoder is frozen. Weights and
+gradients are bf16, master weights and moments float32. The time per sample includes a sixteenth of an optimizer step.
+Activations are not recomputed.
 
 Model FLOPs per sample: 6 x size x rows for each trained weight matrix (2 forward, 4 backward), 2 x size x rows for a
 frozen one; for attention 4 x pairs x width forward, where pairs are those that the mask allows, times 3 if trained. The
@@ -13,42 +12,46 @@ embedding is a look-up and is not counted; the output matrix is counted for rows
 """
 
 import argparse
-import os
-import sys
-import time
 
 import torch
-from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, compile_layers
-from qwen_vl_streaming.model.released import SIZES, released_config
+from qwen_vl_streaming.common.errors import OneLineParser, run
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers
 from qwen_vl_streaming.model.vision_tower import VisionAttention
 from qwen_vl_streaming.timeline.attention import dense_mask, make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
-from qwen_vl_streaming.timeline.timeline import CLIP, NOTHING, Layout, Timeline, make_timeline
+from qwen_vl_streaming.timeline.timeline import CLIP, NOTHING, Timeline, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
-from transformers import Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
+from workload import (
+    ANSWER,
+    CLIPS,
+    GRID,
+    LAYOUT,
+    PATCHES,
+    SIZES,
+    answer_counts,
+    device_name,
+    find_device,
+    matrices,
+    matrix_rate,
+    peak_gib,
+    random_model,
+    seconds,
+    tower_flops,
+)
 
-CLIPS, GRID, ANSWER, PROMPT = 30, (7, 13), 117, 40
-LAYOUT = Layout(PROMPT, 3, 3, GRID)
 ACCUMULATION = 16
 
 
-def answer_counts(variant: Variant) -> tuple[int, ...]:
-    """Answer tokens of each slot by wait-3; for offline variants all are in the last slot."""
-    each = 3 if variant.streams else 0
-    return (each,) * (CLIPS - 1) + (ANSWER - each * (CLIPS - 1),)
-
-
-def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device: str) -> tuple[dict, tuple]:
+def make_batch(variant: Variant, samples: int, model) -> tuple[dict, tuple]:
     """Pack `samples` samples into one row, as `--pack_tokens` does, padded to a multiple of 128 tokens.
 
     Returns the model's inputs, and the visual, text and sample flags from which each step builds the mask.
     """
-    timeline = make_timeline(variant, LAYOUT, answer_counts(variant))
+    timeline, config, device = make_timeline(variant, LAYOUT, answer_counts(variant)), model.config, model.device
     rows, length = timeline.rows, len(timeline.rows)
     padding = -(length * samples) % 128
-    ids = torch.randint(0, 150_000, (length,))
+    ids = torch.randint(0, config.vision_start_token_id, (length,))
     ids[rows.part == CLIP] = config.video_token_id
 
     def row(piece: torch.Tensor, value=0) -> torch.Tensor:
@@ -56,12 +59,11 @@ def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device:
 
     numbers = torch.arange(1, samples + 1).repeat_interleave(length)
     sample = torch.nn.functional.pad(numbers, (0, padding))[None].to(device) if samples > 1 else None
-    patches = 4 * GRID[0] * GRID[1]
     inputs = {
         "input_ids": row(ids),
         "position_ids": torch.stack([row(axis) for axis in timeline_positions(timeline)]),
         "labels": row(torch.where(timeline.produces == NOTHING, -100, 7), -100),
-        "pixel_values_videos": torch.randn(samples * CLIPS * patches, 1176, device=device, dtype=torch.bfloat16),
+        "pixel_values_videos": torch.randn(samples * CLIPS * PATCHES, 1176, device=device, dtype=model.dtype),
         "video_grid_thw": torch.tensor([[CLIPS, 2 * GRID[0], 2 * GRID[1]]] * samples, device=device),
         "num_items_in_batch": samples * ANSWER,
     }
@@ -70,24 +72,14 @@ def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device:
 
 def flops(timeline: Timeline, model) -> float:
     """Model FLOPs of one sample, as described at the top of this file. Uses only the shapes of `model`."""
-    config, rows, clips = model.config, timeline.rows, len(timeline.counts)
+    text, rows, clips = model.config.text_config, timeline.rows, len(timeline.counts)
     pairs = int(dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel).sum())
-    visual, tokens = clips * timeline.layout.tokens_per_clip, len(rows)
-    patches = 4 * visual
-
-    def matrices(module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
-
-    text, vision, tower = config.text_config, config.vision_config, model.model.visual
-    total = 6.0 * tokens * matrices(model.model.language_model.layers)
+    per_clip = timeline.layout.tokens_per_clip
+    total = 6.0 * len(rows) * matrices(model.model.language_model.layers)
     total += 12.0 * pairs * text.hidden_size * text.num_hidden_layers
     total += 6.0 * sum(timeline.counts) * text.hidden_size * text.vocab_size
-    total += 6.0 * visual * matrices(tower.merger)
-    total += 2.0 * patches * (matrices(tower.blocks) + tower.patch_embed.proj.weight.numel())
-    full = len(vision.fullatt_block_indexes)
-    window = (vision.window_size // vision.patch_size) ** 2
-    seen = full * patches // clips + (vision.depth - full) * min(window, patches // clips)
-    return total + 4.0 * patches * seen * vision.hidden_size
+    total += 6.0 * clips * per_clip * matrices(model.model.visual.merger)
+    return total + clips * tower_flops(model, 4 * per_clip)
 
 
 class MasterAdamW:
@@ -108,30 +100,18 @@ class MasterAdamW:
         torch._foreach_copy_(self.parameters, self.masters)
 
 
-def seconds(work, repeats: int, device: str) -> float:
-    """The mean time of `repeats` calls, after two for warm-up."""
-    for i in range(repeats + 2):
-        if i == 2:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-        work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / repeats
-
-
-def find_device(size: str = "tiny") -> str:
-    """Return "cuda", or "cpu" with a note on stderr if there is no GPU.
-
-    Raises InputError if there is a GPU that cannot be used, and for a `size` other than tiny on a CPU.
-    """
-    device, line = choose_device("", look(os.environ), cpu="")
-    if device == "cpu" and size != "tiny":
-        raise InputError(f"--size {size} needs a GPU: on a CPU give --size tiny")
-    if line:
-        print(line, file=sys.stderr)
-    return device
+def time_tower(model, device: str, stock: bool) -> None:
+    """Print the time of the vision encoder, and with `stock` that of transformers' own."""
+    batch, _ = make_batch(VARIANTS["group"], 1, model)
+    tower, video = model.model.visual, (batch["pixel_values_videos"], batch["video_grid_thw"])
+    with torch.no_grad():
+        print(f"vision encoder, 30 clips: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
+        if stock:
+            for block in tower.blocks:
+                block.attn.__class__ = Qwen2_5_VLVisionAttention
+            print(f"  of transformers: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
+            for block in tower.blocks:
+                block.attn.__class__ = VisionAttention
 
 
 def main() -> None:
@@ -146,51 +126,32 @@ def main() -> None:
         action="store_true",
         help="forward and backward only: at 7B the optimizer does not fit on one GPU",
     )
-    parser.add_argument("--layers", type=int, help="use fewer layers, for a quick test")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps (default: %(default)s)")
     arguments = parser.parse_args()
-    device = find_device()
-    config = released_config(arguments.size, arguments.layers)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
+    device = find_device(arguments.size)
+    model = random_model(arguments.size, device)
     tower = model.model.visual
     tower.requires_grad_(False)
     tower.merger.requires_grad_(True)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, Qwen2.5-VL {arguments.size}, compiled layers: {arguments.compile}")
-
-    if device == "cuda":
-        a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
-        rate = 2 * 8192**3 / seconds(lambda: a @ b, 20, device)
-    else:
-        rate = float("nan")
-    print(f"bf16 matrix product of 8192 x 8192: {rate / 1e12:.0f} TFLOP/s", flush=True)
-
-    batch, _ = make_batch(VARIANTS["group"], 1, config, device)
-    video = batch["pixel_values_videos"], batch["video_grid_thw"]
-    with torch.no_grad():
-        print(f"vision encoder, 30 clips: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
-        if arguments.stock_tower:
-            from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
-
-            for block in tower.blocks:
-                block.attn.__class__ = stock.Qwen2_5_VLVisionAttention
-            print(f"  of transformers: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
-            for block in tower.blocks:
-                block.attn.__class__ = VisionAttention
+    print(
+        f"{device_name(device)}, torch {torch.__version__}, Qwen2.5-VL {arguments.size}, "
+        f"compiled layers: {arguments.compile}"
+    )
+    rate = matrix_rate(device)
+    print(f"bf16 matrix product: {rate / 1e12:.3g} TFLOP/s", flush=True)
+    time_tower(model, device, arguments.stock_tower)
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     optimizer = None if arguments.no_update else MasterAdamW(trained)
     if arguments.compile:
         compile_layers(model)
+    implementation = "flex_attention" if device == "cuda" else "sdpa"
+    model.model.language_model.set_attn_implementation(implementation)
     update = 0.0 if arguments.no_update else None
     print(f"{'variant':<12}{'samples/row':>14}{'ms/sample':>13}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}")
     for variant in (VARIANTS[name] for name in arguments.variants):
-        implementation = "flex_attention" if device == "cuda" else "sdpa"
-        model.model.language_model.set_attn_implementation(implementation)
+        work = flops(make_timeline(variant, LAYOUT, answer_counts(variant)), model)
         for samples in arguments.samples:
-            batch, (visual, text, sample) = make_batch(variant, samples, config, device)
+            batch, (visual, text, sample) = make_batch(variant, samples, model)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
 
@@ -203,11 +164,9 @@ def main() -> None:
                 print(f"optimizer step: {1e3 * update:.1f} ms per {ACCUMULATION} samples", flush=True)
             each = each / samples + update / ACCUMULATION
             tokens = len(batch["input_ids"][0]) // samples
-            work = flops(make_timeline(variant, LAYOUT, answer_counts(variant)), model) / each
-            memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
             print(
-                f"{variant.name:<12}{samples:>14}{1e3 * each:>13.1f}{tokens / each:>10.0f}{work / 1e12:>9.0f}"
-                f"{work / rate:>9.1%}{memory:>7.1f}",
+                f"{variant.name:<12}{samples:>14}{1e3 * each:>13.1f}{tokens / each:>10.0f}{work / each / 1e12:>9.3g}"
+                f"{work / each / rate:>9.1%}{peak_gib(device):>7.1f}",
                 flush=True,
             )
 

@@ -1,7 +1,7 @@
 """Speed of sessions in each mode (serial, fused, pipelined), compared with a lower bound for the GPU.
 
     python code/benchmarks/latency.py rounds video delay live lanes --size 7B --output results
-    python code/benchmarks/latency.py sweep --size 3B --minutes 8 --output results
+    python code/benchmarks/latency.py sweep --size 3B --output results
     python code/benchmarks/latency.py many long --size 7B --output results
     python code/benchmarks/latency.py plot --output results
 
@@ -9,46 +9,54 @@
     video   seconds per video, from pixels to the last token
     delay   latency that the arrival of a clip adds to the next token
     live    sustained frames per second, with K tokens per clip
-    sweep   speed-up for K x visual tokens per clip, compared with S(r) = (1 + r) / max(1, r)
+    sweep   speed-up for K x visual tokens per clip, compared with S(r) = (1 + r) / max(1, r); if it is stopped, the
+            same command continues
     many    number of sessions that one model sustains, each with one clip per second
     long    memory and speed over a stream of thousands of clips
     steps   milliseconds of each kind of forward step; kernels of those that generate a token, and of the vision encoder
     lanes   timeline of perception and generation over a few rounds
-    plot    plots of the results of the other commands; needs no GPU and no weights
+    plot    plots of the results of sweep and lanes; needs no GPU and no weights
 
 Models have random weights and the shapes of the released ones. Several commands share one model. Each command prints a
-table and writes OUTPUT/SIZE-COMMAND.json. A clip is 2 frames, one second of video, by default 196 x 364 pixels and 91
-visual tokens. No answer ends early. Every measurement is preceded by a warm-up. Timed intervals end when the device has
-finished. `floors.py` defines the floors. --size tiny, which has smaller defaults, tries commands on a CPU.
+table and writes OUTPUT/SIZE-COMMAND.json. A clip is 2 frames, one second of video, of 196 x 364 pixels and 91 visual
+tokens; sweep has other sizes. No answer ends early. Every measurement is preceded by a warm-up. Timed intervals end
+when the device has finished. `floors.py` defines the floors. --size tiny, which has smaller defaults, tries commands on
+a CPU.
 
 --weights measures linear layers in 8 bits, and writes OUTPUT/SIZE-WEIGHTS-COMMAND.json. --cap lets PyTorch take only so
 many GiB of a GPU, and shows at the end what was needed: `video --clips 60 --modes fused --weights int8 --cap 16`.
 """
 
 import argparse
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.model.quantization import WEIGHTS, check_weights
-from qwen_vl_streaming.model.released import SIZES
 from qwen_vl_streaming.sessions import MODES
-from qwen_vl_streaming.timeline.variants import VARIANTS
-from training import ANSWER, CLIPS
+from workload import ANSWER, CLIPS, SIZES
 
 from latency.lanes import lanes
 from latency.many import long, many
 from latency.runs import delay, live, rounds, video
-from latency.setup import GRIDS, SPREAD, TOKENS, WHOLE, Bench, write_json
+from latency.setup import Bench, write_json
 from latency.steps import steps
 from latency.sweep import parse_points, sweep
 
-COMMANDS = ("steps", "rounds", "video", "delay", "live", "sweep", "many", "long", "lanes", "plot")
+MEASUREMENTS = {
+    "steps": steps,
+    "rounds": rounds,
+    "video": video,
+    "delay": delay,
+    "live": live,
+    "sweep": sweep,
+    "many": many,
+    "long": long,
+    "lanes": lanes,
+}
 """In the order of execution. Commands before lanes share one perception process, which lanes replaces."""
 FUSED_ONLY = {"steps", "many"}
 """Commands that always run in fused mode, independent of --modes."""
-
 TINY = {
     "clips": 8,
     "answer_tokens": 30,
@@ -65,141 +73,54 @@ TINY = {
 """Defaults for --size tiny: each command takes less than a minute on a CPU."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Command-line arguments."""
-
-    commands: list[str]
-    size: str
-    layers: int | None
-    variant: str
-    modes: list[str]
-    k: int
-    clips: int
-    answer_tokens: int
-    tokens: int
-    chunks: list[str]
-    """How fused steps prefill a clip; each is measured: whole, spread, or a number of visual tokens per step."""
-    repeats: int
-    pixels: str
-    arrivals: int
-    frames: list[float]
-    points: list[str] | None
-    minutes: float
-    sessions: list[int]
-    seconds: float
-    age: int
-    stream: int
-    window: tuple[int, int]
-    weights: str | None
-    cap: float | None
-    output: Path
-
-    def __post_init__(self):
-        if "serial" not in self.modes and "sweep" in self.commands:
-            raise InputError("sweep compares with serial: add serial to --modes")
-        if self.clips < 2:
-            raise InputError(f"--clips {self.clips}: give at least 2")
-        if min(self.k, self.repeats, self.arrivals) < 1 or self.answer_tokens <= self.k * (self.clips - 1):
-            raise InputError(
-                f"--k {self.k}, --repeats {self.repeats} and --arrivals {self.arrivals} must be at least 1, and "
-                f"--answer-tokens {self.answer_tokens} must exceed the {self.k * (self.clips - 1)} tokens of the slots "
-                "before the last"
-            )
-        for how in self.chunks:
-            if how not in (WHOLE, SPREAD) and not (how.isdigit() and int(how) > 0):
-                raise InputError(f"--chunks {how}: give {WHOLE}, {SPREAD} or a number of visual tokens per step")
-        parse_points(self.points)
-        on_gpu = torch.cuda.is_available() and self.size != "tiny"
-        if on_gpu:
-            check_weights(self.weights, "cuda", torch.bfloat16)
-        elif self.cap is not None:
-            raise InputError("--cap limits the memory of a GPU, and there is none")
-
-
-def parse() -> Settings:
+def parse() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commands", nargs="+", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
-    parser.add_argument("--size", choices=["tiny", *SIZES], default="7B")
-    parser.add_argument("--layers", type=int, help="use fewer layers, for a quick test")
-    parser.add_argument("--variant", choices=[v for v in VARIANTS if VARIANTS[v].parallel], default="group")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
-    parser.add_argument("--k", type=int, default=3, help="tokens per slot (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=CLIPS, help="clips of rounds and video (default: %(default)s)")
-    parser.add_argument(
-        "--answer-tokens", type=int, default=ANSWER, help="length of the answer, of video (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        choices=GRIDS,
-        default=TOKENS,
-        help="visual tokens per clip, of rounds, steps and lanes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--chunks", nargs="+", default=[WHOLE], metavar="HOW", help="how fused steps prefill a clip: whole, spread, N"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts (default: %(default)s)")
-    parser.add_argument("--pixels", choices=["float32", "bfloat16"], default="float32", help="data type of a clip")
-    parser.add_argument(
-        "--arrivals", type=int, default=100, help="clips of delay (default: %(default)s); live has three times as many"
-    )
-    parser.add_argument(
-        "--frames",
-        type=float,
-        nargs="+",
-        default=[60, 80, 100, 110, 120, 130, 140, 150, 160],
-        help="of live",
-    )
-    parser.add_argument("--points", nargs="+", metavar="KxTOKENS", help="points of sweep (default: the whole grid)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop sweep after this; it can be resumed")
-    parser.add_argument(
-        "--sessions", type=int, nargs="+", default=[32, 64, 96, 128, 160, 192], help="numbers of sessions, of many"
-    )
-    parser.add_argument("--seconds", type=float, default=20, help="for each number of sessions (default: %(default)s)")
-    parser.add_argument("--age", type=int, default=15, help="clips before timing, of many (default: %(default)s)")
-    parser.add_argument("--stream", type=int, default=10_000, help="clips of long (default: %(default)s)")
-    parser.add_argument(
-        "--window",
-        type=int,
-        nargs=2,
-        default=(60, 400),
-        help="attention window of live, many and long, in clips and tokens",
-    )
-    parser.add_argument("--weights", choices=WEIGHTS, help="linear layers in 8 bits (default: as they are)")
-    parser.add_argument("--cap", type=float, metavar="GIB", help="memory of the GPU that this process may take")
-    parser.add_argument("--output", type=Path, default=Path("latency"), help="folder (default: %(default)s)")
+    commands = (*MEASUREMENTS, "plot")
+    add = parser.add_argument
+    add("commands", nargs="+", choices=commands, metavar="COMMAND", help=", ".join(commands))
+    add("--size", choices=SIZES, default="7B")
+    add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
+    add("--k", type=int, default=3, help="tokens per slot (default: %(default)s)")
+    add("--clips", type=int, default=CLIPS, help="clips of rounds, video, steps and lanes (default: %(default)s)")
+    add("--answer-tokens", type=int, default=ANSWER, help="length of the answer, of video (default: %(default)s)")
+    add("--repeats", type=int, default=5, help="timed runs; the median counts (default: %(default)s)")
+    add("--arrivals", type=int, default=100, help="clips of delay (default: %(default)s); live has three times as many")
+    add("--frames", type=float, nargs="+", default=[60, 80, 100, 110, 120, 130, 140, 150, 160], help="of live")
+    add("--points", nargs="+", metavar="KxTOKENS", help="points of sweep (default: the whole grid)")
+    add("--sessions", type=int, nargs="+", default=[32, 64, 96, 128, 160, 192], help="numbers of sessions, of many")
+    add("--seconds", type=float, default=20, help="for each number of sessions (default: %(default)s)")
+    add("--age", type=int, default=15, help="clips before timing, of many (default: %(default)s)")
+    add("--stream", type=int, default=10_000, help="clips of long (default: %(default)s)")
+    help_ = "attention window of live, many and long, in clips and tokens"
+    add("--window", type=int, nargs=2, default=(60, 400), help=help_)
+    add("--weights", choices=WEIGHTS, help="linear layers in 8 bits (default: as they are)")
+    add("--cap", type=float, metavar="GIB", help="memory of the GPU that this process may take")
+    add("--output", type=Path, default=Path("latency"), help="folder (default: %(default)s)")
     if parser.parse_args().size == "tiny":
         parser.set_defaults(**TINY)
-    values = vars(parser.parse_args())
-    return Settings(**{field.name: values[field.name] for field in fields(Settings)})
+    arguments = parser.parse_args()
+    arguments.window = tuple(arguments.window)
+    check(arguments)
+    return arguments
 
 
-def measure(settings: Settings, bench: Bench, command: str) -> None:
-    """Run one command and write its JSON file."""
-    path = settings.output / f"{'-'.join(filter(None, (settings.size, settings.weights, command)))}.json"
-    k, clips, repeats, chunks = settings.k, settings.clips, settings.repeats, settings.chunks
-    answer_tokens, tokens = settings.answer_tokens, settings.tokens
-    if command == "sweep":
-        sweep(bench, parse_points(settings.points), chunks, repeats, path, settings.minutes)
-        return
-    if command == "rounds":
-        result = rounds(bench, k, clips, answer_tokens, tokens, repeats, chunks)
-    elif command == "video":
-        result = video(bench, k, clips, answer_tokens, repeats, chunks)
-    elif command == "delay":
-        result = delay(bench, k, settings.arrivals, chunks)
-    elif command == "live":
-        result = live(bench, k, 3 * settings.arrivals, settings.frames, chunks, tuple(settings.window))
-    elif command == "steps":
-        result = steps(bench, k, clips, answer_tokens, tokens, chunks)
-    elif command == "lanes":
-        result = lanes(bench, k, clips, answer_tokens, tokens, chunks)
-    elif command == "many":
-        result = many(bench, k, settings.sessions, settings.seconds, settings.age, tuple(settings.window))
-    else:
-        result = long(bench, k, settings.stream, tuple(settings.window), chunks)
-    write_json(path, {"about": bench.about(), **result})
+def check(arguments: argparse.Namespace) -> None:
+    """Raise InputError for arguments that no command accepts."""
+    k, clips, answer_tokens = arguments.k, arguments.clips, arguments.answer_tokens
+    if "serial" not in arguments.modes and "sweep" in arguments.commands:
+        raise InputError("sweep compares with serial: add serial to --modes")
+    if clips < 2:
+        raise InputError(f"--clips {clips}: give at least 2")
+    if min(k, arguments.repeats, arguments.arrivals) < 1 or answer_tokens <= k * (clips - 1):
+        raise InputError(
+            f"--k {k}, --repeats {arguments.repeats} and --arrivals {arguments.arrivals} must be at least 1, and "
+            f"--answer-tokens {answer_tokens} must exceed the {k * (clips - 1)} tokens of the slots before the last"
+        )
+    parse_points(arguments.points)
+    if torch.cuda.is_available() and arguments.size != "tiny":
+        check_weights(arguments.weights, "cuda", torch.bfloat16)
+    elif arguments.cap is not None:
+        raise InputError("--cap limits the memory of a GPU, and there is none")
 
 
 def cap_memory(gib: float) -> None:
@@ -221,29 +142,31 @@ def show_memory(gib: float) -> None:
 
 
 def main() -> None:
-    settings = parse()
-    measured = [command for command in COMMANDS if command in settings.commands and command != "plot"]
+    arguments = parse()
+    measured = [command for command in MEASUREMENTS if command in arguments.commands]
     if measured:
-        pixels = getattr(torch, settings.pixels)
-        modes = tuple(settings.modes) if {*measured} - FUSED_ONLY else ()
-        if settings.cap is not None:
-            cap_memory(settings.cap)
-        with Bench(
-            settings.size, VARIANTS[settings.variant], modes, settings.layers, pixels, weights=settings.weights
-        ) as bench:
+        modes = arguments.modes if {*measured} - FUSED_ONLY else ()
+        if arguments.cap is not None:
+            cap_memory(arguments.cap)
+        with Bench(arguments.size, modes, arguments.weights) as bench:
             about = bench.about()
             print(
-                f"{about['device']}, torch {torch.__version__}, Qwen2.5-VL {settings.size}, random weights, "
-                f"{bench.model.dtype}, weights {settings.weights or 'as they are'}, {settings.variant}\n"
+                f"{about['device']}, torch {torch.__version__}, Qwen2.5-VL {arguments.size}, random weights, "
+                f"{bench.model.dtype}, weights {arguments.weights or 'as they are'}, {about['variant']}\n"
                 f"matrix product {bench.flop_rate / 1e12:.3g} TFLOP/s, "
                 f"memory bandwidth {bench.byte_rate / 1e12:.3g} TB/s",
                 flush=True,
             )
             for command in measured:
-                measure(settings, bench, command)
-            if settings.cap is not None:
-                show_memory(settings.cap)
-    if "plot" in settings.commands:
+                name = "-".join(filter(None, (arguments.size, arguments.weights, command)))
+                path = arguments.output / f"{name}.json"
+                if command == "sweep":
+                    sweep(bench, arguments, path)
+                else:
+                    write_json(path, {"about": about, **MEASUREMENTS[command](bench, arguments)})
+            if arguments.cap is not None:
+                show_memory(arguments.cap)
+    if "plot" in arguments.commands:
         from latency.plots import plot_all  # imported here: matplotlib is not needed to measure
 
-        plot_all(settings.output)
+        plot_all(arguments.output)

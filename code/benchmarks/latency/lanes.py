@@ -9,6 +9,7 @@ belongs to both lanes.
 import json
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import partial
@@ -20,8 +21,7 @@ from qwen_vl_streaming.engine.step_request import StepRequest
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.engine.vision_encoder import VisionEncoder
 
-from latency.runs import runs
-from latency.setup import Bench, load
+from latency.setup import TOKENS, Bench, feed_one_ahead, load
 
 TOWER, CLIP, TOKEN, MOVE = "vision encoder", "prefill of a clip", "token generation", "KV transfer"
 """Kinds of work, as named in the JSON file and the plot."""
@@ -106,9 +106,9 @@ def traced(device: str):
             setattr(of, name, function)
 
 
-def load_traced(file: str, size: str, layers: int | None, device: str, weights: str | None = None):
+def load_traced(file: str, size: str, device: str, weights: str | None = None):
     """Like `setup.load`, for the perception process, which writes its intervals to `file` when it exits."""
-    model = load(size, layers, device, weights)
+    model = load(size, device, weights)
     tracing = traced(device)
     trace = tracing.__enter__()
 
@@ -135,23 +135,22 @@ def traced_perception(bench: Bench, file: Path, mode: str):
         bench.loading = usual
 
 
-def lanes(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chunks: list[str]) -> dict:
+def lanes(bench: Bench, arguments: Namespace) -> dict:
     """Intervals of ROUNDS rounds in each mode, in seconds from the start of slot FIRST, and the times at which slots
-    start. A clip is fed when the slot before it starts, so that one clip is always waiting, and never two. Sessions
-    have room for `clips` clips and `answer_tokens` tokens, and at least for ROUNDS rounds."""
-    modes, room = [], (max(clips, ROUNDS), max(answer_tokens, k * ROUNDS))
-    for mode, how in runs(bench, chunks):
-        chunk, theirs = bench.chunk(how, tokens, k), []
+    start. One clip is always waiting. Sessions have room for `clips` clips and `answer_tokens` tokens, and at least for
+    ROUNDS rounds."""
+    k = arguments.k
+    modes, room = [], (max(arguments.clips, ROUNDS), max(arguments.answer_tokens, k * ROUNDS))
+    for mode in bench.modes:
+        theirs = []
         with (
             tempfile.TemporaryDirectory() as folder,
             traced_perception(bench, Path(folder) / "perception.json", mode) as file,
         ):
             for _ in range(2):  # the first one is a warm-up
-                with (
-                    bench.open(mode, f"wait-{k}", *room, tokens, chunk=chunk) as session,
-                    traced(bench.device) as trace,
-                ):
-                    feed_one_ahead(session, bench.clips(ROUNDS, tokens))
+                with bench.open(mode, f"wait-{k}", *room) as session, traced(bench.device) as trace:
+                    for _ in feed_one_ahead(session, bench.clips(ROUNDS)):
+                        pass
                     bench.wait()
                 own, visible = trace.intervals(), list(session.log.visible)
             if mode == "pipelined":
@@ -165,17 +164,6 @@ def lanes(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chu
             if each["end"] > visible[0]
         ]
         each = (visible[FIRST - 1 + SHOWN] - start) / SHOWN
-        name = f"{mode} {how}" if mode == "fused" else mode
-        modes.append({"way": mode, "name": name, "slots": [at - start for at in visible], "intervals": shown})
-        print(f"{name}: {len(shown)} intervals, {1e3 * each:.2f} ms/round", flush=True)
-    return {"k": k, "tokens": tokens, "shown": SHOWN, "first": FIRST, "lanes": modes}
-
-
-def feed_one_ahead(session, clips) -> None:
-    """Feed each clip when the slot before it starts."""
-    waiting = list(clips)
-    session.feed(waiting.pop())
-    while waiting or not session.idle:
-        while waiting and len(session.log.arrived) <= len(session.log.visible):
-            session.feed(waiting.pop())
-        session.step()
+        modes.append({"way": mode, "slots": [at - start for at in visible], "intervals": shown})
+        print(f"{mode}: {len(shown)} intervals, {1e3 * each:.2f} ms/round", flush=True)
+    return {"k": k, "tokens": TOKENS, "shown": SHOWN, "first": FIRST, "lanes": modes}

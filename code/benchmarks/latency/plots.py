@@ -1,9 +1,8 @@
-"""Plots of the results of latency.py: measured speed-up, two lanes for each mode, delays, a long stream.
+"""Plots of the results of latency.py: measured speed-up, and two lanes for each mode.
 
 Reads only JSON files. Knows nothing about models and needs no GPU.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from qwen_vl_streaming.common.errors import InputError
 from latency.floors import speed_up
 from latency.lanes import CLIP, MOVE, TOKEN, TOWER
 from latency.setup import read_json
-from latency.sweep import BETWEEN, SHARE, best
+from latency.sweep import BETWEEN, SHARE
 
 # The palette of Okabe and Ito is safe for colour-blind readers. Marker shapes distinguish the sizes.
 COLORS = {"serial": "#8C8C8C", "fused": "#D55E00", "pipelined": "#0072B2"}
@@ -45,9 +44,7 @@ def plot_sweep(files: list[dict], path: Path) -> None:
     serial against r, with S(r); the lower panel shows the share of S(r). Points with r = 0 are skipped, because the
     axis of r is logarithmic."""
     points = [(data["about"]["size"], point) for data in files for point in data["points"].values() if point.get("r")]
-    modes = [
-        mode for mode in ("pipelined", "fused") if any(best(point, mode, "share") is not None for _, point in points)
-    ]
+    modes = [mode for mode in ("pipelined", "fused") if any(mode in point["ways"] for _, point in points)]
     if not modes:
         raise InputError("the sweep has no point of fused or pipelined yet: run it first")
     figure, panels = figure_of(6.2, len(modes), 2, sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2))
@@ -65,10 +62,10 @@ def plot_sweep(files: list[dict], path: Path) -> None:
         below.axhline(100, color=INK, linewidth=1.6, zorder=1)
         below.plot(BETWEEN, [100 * SHARE] * 2, **dashed)
         for size in sizes:
-            mine = [point for its, point in points if its == size and best(point, mode, "share") is not None]
+            mine = [point for its, point in points if its == size and mode in point["ways"]]
             r = np.array([point["r"] for point in mine])
             expected = np.array([speed_up(each) for each in r])
-            share = np.array([best(point, mode, "share") for point in mine])
+            share = np.array([point["ways"][mode]["share"] for point in mine])
             style = {
                 "marker": MARKERS[size],
                 "s": 26,
@@ -132,7 +129,7 @@ def plot_lanes(data: dict, path: Path) -> None:
                 axes.vlines(1e3 * at, top - 1.45, top + 0.5, color=INK, linewidth=1, zorder=4)
                 axes.text(1e3 * at, top + 0.55, f" slot {slot}", fontsize=7.5, color=INK, va="bottom")
         span = mine["slots"][data["first"] - 1 + data["shown"]] / data["shown"]
-        label = f"{mine['name']}\n{1e3 * span:.1f} ms/round"
+        label = f"{mine['way']}\n{1e3 * span:.1f} ms/round"
         axes.annotate(
             label, (1, top - 0.5), (6, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
             fontsize=9.5, color=COLORS[mine["way"]], weight="bold", va="center", annotation_clip=False,
@@ -151,60 +148,15 @@ def plot_lanes(data: dict, path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_delay(data: dict, path: Path) -> None:
-    """Cumulative distribution of the longest delay that each arriving clip causes to a token."""
-    figure, axes = figure_of(3.4)
-    dashes = ["-", (0, (5, 2)), (0, (1, 1.5))]
-    times = {}
-    for mine in data["delays"]:
-        late = 1e3 * np.sort(mine["any"])
-        style = dashes[times.setdefault(mine["way"], 0) % len(dashes)]
-        times[mine["way"]] += 1
-        name = mine["way"] + (f", {mine['chunk']} tokens per step" if mine["chunk"] else "")
-        name += f" (95%: {1e3 * mine['any_percentiles'][1]:.2f} ms)"
-        share = 100 * np.arange(1, len(late) + 1) / len(late)
-        axes.step(late, share, where="post", color=COLORS[mine["way"]], linestyle=style, linewidth=1.6, label=name)
-    axes.axhline(95, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.set_ylim(0, 101)
-    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-    axes.set_xlabel("longest delay of a token by an arriving clip, ms", fontsize=9.5, color=INK)
-    axes.set_ylabel("share of arrivals, %", fontsize=9.5, color=INK)
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
-
-
-def plot_long(data: dict, path: Path) -> None:
-    """Memory and milliseconds per round over the clips of a long stream."""
-    figure, (left, right) = figure_of(3.2, 2)
-    for mine in data["long"]:
-        clips = [sample["clips"] for sample in mine["samples"]]
-        name = mine["way"]
-        for kind, style in (("device", "-"), ("host", (0, (4, 2)))):
-            values = [sample[kind] for sample in mine["samples"]]
-            if any(values):
-                values = np.array(values) / 2**30
-                left.plot(clips, values, color=COLORS[name], linestyle=style, linewidth=1.6, label=f"{name}, {kind}")
-        taken = [1e3 * sample["seconds"] for sample in mine["samples"]]
-        right.plot(clips[1:], taken[1:], color=COLORS[name], linewidth=1.4, label=name)
-    for axes, label in ((left, "memory in use, GiB"), (right, "time per round, ms")):
-        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
-        axes.set_xlabel("clips processed", fontsize=9.5, color=INK)
-        axes.set_ylabel(label, fontsize=9.5, color=INK)
-        axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
-
-
 def plot_all(folder: Path) -> None:
     """Plot the result files in `folder`. All sweeps share one plot. Raises InputError if there is nothing to plot."""
     made = []
     if sweeps := [read_json(path) for path in sorted(folder.glob("*-sweep.json"))]:
         plot_sweep(sweeps, folder / "sweep.png")
         made.append(folder / "sweep.png")
-    kinds: dict[str, Callable[[dict, Path], None]] = {"lanes": plot_lanes, "delay": plot_delay, "long": plot_long}
-    for kind, draw in kinds.items():
-        for path in sorted(folder.glob(f"*-{kind}.json")):
-            draw(read_json(path), path.with_suffix(".png"))
-            made.append(path.with_suffix(".png"))
+    for path in sorted(folder.glob("*-lanes.json")):
+        plot_lanes(read_json(path), path.with_suffix(".png"))
+        made.append(path.with_suffix(".png"))
     if not made:
-        raise InputError(f"{folder} has no results of sweep, lanes, delay or long: run one of them first")
+        raise InputError(f"{folder} has no results of sweep or lanes: run one of them first")
     print("\n".join(map(str, made)))

@@ -5,46 +5,29 @@ Each function prints its table row by row and returns the content of its JSON fi
 
 import random
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
-from statistics import median, quantiles
+from statistics import median
 
+import numpy as np
 import torch
 from qwen_vl_streaming.sessions import GREEDY, Session
 from qwen_vl_streaming.timeline.timeline import Schedule
+from workload import PUBLISHED
 
 from latency.floors import speed_up
-from latency.setup import TOKENS, Bench, play, slot_ends
+from latency.setup import TOKENS, VARIANT, Bench, play, slot_ends
 
-PUBLISHED = 3.9
-"""Seconds per video of the published code, 7B on one H200; see evaluation.py."""
-TARGETS = {"serial": 24.0, "fused": 16.0, "pipelined": 14.0}
-"""Target milliseconds per round for 7B on H200, K = 3, 91 visual tokens per clip, 30 clips."""
-DELAYS = {"fused": 6.0, "pipelined": 3.0}
-"""Target for the 95th percentile of the delay of the next token, in milliseconds."""
 MOST_TOKENS = 32
 """Most tokens over which the time of one is averaged."""
 WITHIN = 20
 """In `delay`, clips arrive between 0.25 and 0.75 times this many token times apart."""
 
 
-def runs(bench: Bench, chunks: list[str]) -> list[tuple[str, str]]:
-    """Pairs of a mode and how a clip is prefilled. Fused mode is paired with each of `chunks`."""
-    return [(mode, how) for mode in bench.modes for how in (chunks if mode == "fused" else ["whole"])]
-
-
-def cell(value: float | None, width: int, digits: int) -> str:
-    """A number in a table cell, or a dash for None."""
-    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
-
-
 def same(tokens: list[int], others: list[int]) -> int:
     """Length of the common prefix of two answers, in tokens."""
     return next((i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
-
-
-def percentile(values: list[float], percent: int) -> float:
-    return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
 def alone(
@@ -80,35 +63,36 @@ def alone(
     return {**parts, "perception": parts["tower"] + parts["language"]}
 
 
-def workload(serial: float, generation: float) -> float:
+def perception_ratio(serial: float, generation: float) -> float:
     """The ratio r of perception to generation in a round, at least 0. Perception is the time of a `serial` round minus
     that of the `generation` of its tokens, all in seconds."""
     return max(serial / generation - 1, 0.0)
 
 
-def rounds(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, repeats: int, chunks: list[str]) -> dict:
+def rounds(bench: Bench, arguments: Namespace) -> dict:
     """Seconds per round, in which one clip is encoded and prefilled and `k` tokens are generated. The mean over `clips`
     rounds, from the first clip to the last token. All clips are fed at the start, and none of them ends the video.
     Sessions have room for at least `answer_tokens` tokens."""
-    room = (clips + 1, max(answer_tokens, k * clips))
-    floors, parts = bench.floors(tokens), alone(bench, tokens, clips, room)
+    k, clips = arguments.k, arguments.clips
+    room = (clips + 1, max(arguments.answer_tokens, k * clips))
+    floors, parts = bench.floors(), alone(bench, TOKENS, clips, room)
     least = floors.parts(clips)
     least["language"] = least["clip"]
-    print(f"\nparts, each measured alone: {clips} clips of {tokens} visual tokens")
+    print(f"\nparts, each measured alone: {clips} clips of {TOKENS} visual tokens")
     print(f"{'':<34}{'ms':>9}{'floor':>9}{'x floor':>9}")
     names = {"tower": "vision encoder, per clip", "language": "prefill, per clip", "word": "generation, per token"}
     for part, name in names.items():
         print(f"{name:<34}{1e3 * parts[part]:>9.3f}{1e3 * least[part]:>9.3f}{parts[part] / least[part]:>9.2f}")
     print(
-        f"\n{'mode':<11}{'prefill':<14}{'ms/round':>11}{'min':>8}{'max':>8}{'floor':>8}{'x floor':>9}{'target':>8}"
-        f"{'speed-up':>10}{'same tokens':>13}"
+        f"\n{'mode':<11}{'ms/round':>11}{'min':>8}{'max':>8}{'floor':>8}{'x floor':>9}{'speed-up':>10}"
+        f"{'same tokens':>13}"
     )
     table, serial, answer, r = [], None, None, None
-    for mode, how in runs(bench, chunks):
-        chunk, taken = bench.chunk(how, tokens, k), []
-        for _ in range(1 + repeats):
-            with bench.open(mode, f"wait-{k}", *room, tokens, chunk=chunk) as session:
-                taken.append(play(bench, session, bench.clips(clips, tokens)) / clips)
+    for mode in bench.modes:
+        taken = []
+        for _ in range(1 + arguments.repeats):
+            with bench.open(mode, f"wait-{k}", *room) as session:
+                taken.append(play(bench, session, bench.clips(clips)) / clips)
         written = [each.token for each in session.written]
         if len(written) != k * clips:
             raise RuntimeError(f"{mode} generated {len(written)} tokens instead of {k * clips}")
@@ -117,7 +101,6 @@ def rounds(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, re
         serial = each if mode == "serial" else serial
         row = {
             "way": mode,
-            "chunk": chunk,
             "seconds": each,
             "all": taken[1:],
             "floor": floor,
@@ -126,46 +109,43 @@ def rounds(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, re
             "words": len(written),
         }
         table.append(row)
-        target = TARGETS[mode] if (k, tokens) == (3, TOKENS) and bench.size == "7B" else None
+        gain = f"{row['speed_up']:>10.2f}" if serial else f"{'-':>10}"
         print(
-            f"{mode:<11}{how if mode == 'fused' else '':<14}{1e3 * each:>11.2f}{1e3 * min(taken[1:]):>8.2f}"
-            f"{1e3 * max(taken[1:]):>8.2f}{1e3 * floor:>8.2f}{each / floor:>9.2f}{cell(target, 8, 0)}"
-            f"{cell(row['speed_up'], 10, 2)}{row['same_words']:>7} of {len(written)}",
+            f"{mode:<11}{1e3 * each:>11.2f}{1e3 * min(taken[1:]):>8.2f}{1e3 * max(taken[1:]):>8.2f}{1e3 * floor:>8.2f}"
+            f"{each / floor:>9.2f}{gain}{row['same_words']:>7} of {len(written)}",
             flush=True,
         )
     if serial:
-        r = workload(serial, k * parts["word"])
+        r = perception_ratio(serial, k * parts["word"])
         print(f"r = {r:.3f}: perception time of a serial round, divided by generation time; S(r) = {speed_up(r):.3f}")
-    return {"k": k, "clips": clips, "tokens": tokens, "parts": parts, "floors": least, "r": r, "rounds": table}
+    return {"k": k, "clips": clips, "tokens": TOKENS, "parts": parts, "floors": least, "r": r, "rounds": table}
 
 
-def video(bench: Bench, k: int, clips: int, answer_tokens: int, repeats: int, chunks: list[str]) -> dict:
+def video(bench: Bench, arguments: Namespace) -> dict:
     """Seconds of a video, from the pixels of its first clip to the last of `answer_tokens` tokens. Also the seconds to
     open its session, which prefills the prompt and can be done before the video starts."""
+    k, clips, answer_tokens = arguments.k, arguments.clips, arguments.answer_tokens
     floors = bench.floors()
     counts = [k] * (clips - 1) + [answer_tokens - k * (clips - 1)]
+    published = f"{PUBLISHED[VARIANT.name]:>11.1f}" if bench.size == "7B" else f"{'-':>11}"
     print(f"\na video of {clips} clips of {TOKENS} visual tokens, {answer_tokens} answer tokens")
-    print(
-        f"{'mode':<11}{'prefill':<14}{'s/video':>10}{'min':>8}{'max':>8}{'floor':>8}{'x floor':>9}{'opening':>9}"
-        f"{'published':>11}"
-    )
+    print(f"{'mode':<11}{'s/video':>10}{'min':>8}{'max':>8}{'floor':>8}{'x floor':>9}{'opening':>9}{'published':>11}")
     table = []
-    for mode, how in runs(bench, chunks):
-        chunk, taken, opening = bench.chunk(how, TOKENS, k), [], []
-        for _ in range(1 + repeats):
+    for mode in bench.modes:
+        taken, opening = [], []
+        for _ in range(1 + arguments.repeats):
             bench.wait()
             began = time.perf_counter()
-            with bench.open(mode, Schedule((k,) * (clips - 1)), clips, answer_tokens, chunk=chunk) as session:
+            with bench.open(mode, Schedule((k,) * (clips - 1)), clips, answer_tokens) as session:
                 opening.append(time.perf_counter() - began)
                 taken.append(play(bench, session, bench.clips(clips), ends=True))
             if session.counts != counts:
                 raise RuntimeError(f"{mode} generated {session.counts} tokens instead of {counts}")
         each, open_, floor = median(taken[1:]), median(opening[1:]), floors.session(mode, counts)
-        table.append({"way": mode, "chunk": chunk, "seconds": each, "all": taken[1:], "opening": open_, "floor": floor})
-        published = PUBLISHED if bench.size == "7B" else None
+        table.append({"way": mode, "seconds": each, "all": taken[1:], "opening": open_, "floor": floor})
         print(
-            f"{mode:<11}{how if mode == 'fused' else '':<14}{each:>10.4f}{min(taken[1:]):>8.4f}{max(taken[1:]):>8.4f}"
-            f"{floor:>8.4f}{each / floor:>9.2f}{open_:>9.4f}{cell(published, 11, 1)}",
+            f"{mode:<11}{each:>10.4f}{min(taken[1:]):>8.4f}{max(taken[1:]):>8.4f}{floor:>8.4f}{each / floor:>9.2f}"
+            f"{open_:>9.4f}{published}",
             flush=True,
         )
     return {"k": k, "clips": clips, "words": answer_tokens, "videos": table}
@@ -203,40 +183,39 @@ def generate_greedily(bench: Bench, session: Session, clips: int, apart: Callabl
         session.step()
 
 
-def delay(bench: Bench, k: int, clips: int, chunks: list[str], seed: int = 0) -> dict:
+def delay(bench: Bench, arguments: Namespace) -> dict:
     """Delay of tokens by clips that arrive at random times, while tokens are generated without pause ("greedy"). The
     delay is the excess of a gap between two tokens over the median gap that no clip affects. Returns seconds and prints
     milliseconds."""
-    print(f"\ngeneration without pause while {clips} clips arrive at random times (seed {seed}); ms")
+    clips = arguments.arrivals
+    print(f"\ngeneration without pause while {clips} clips arrive at random times; ms")
     print(
-        f"{'mode':<11}{'prefill':<14}{'token':>8}{'95%':>7}   {'delay of next token':<26}{'longest delay':<26}"
-        f"{'target':>6}\n{'':<43}{'50%':>8}{'95%':>8}{'max':>8}  {'50%':>8}{'95%':>8}{'max':>8}"
+        f"{'mode':<11}{'token':>8}{'95%':>7}   {'delay of next token':<26}{'longest delay':<24}\n"
+        f"{'':<29}{'50%':>8}{'95%':>8}{'max':>8}  {'50%':>8}{'95%':>8}{'max':>8}"
     )
     table, room = [], 2 * WITHIN * (clips + 2)
-    for mode, how in runs(bench, chunks):
-        chunk, draw = bench.chunk(how, TOKENS, k), random.Random(seed)
-        with bench.open(mode, GREEDY, clips, room, chunk=chunk) as session:  # a warm-up
+    for mode in bench.modes:
+        draw = random.Random(0)
+        with bench.open(mode, GREEDY, clips, room) as session:  # a warm-up
             generate_greedily(bench, session, 3, lambda: 0.0)
         period = median(later.time - one.time for one, later in pairwise(session.written[-WITHIN // 2 :]))
-        with bench.open(mode, GREEDY, clips, room, chunk=chunk) as session:
+        with bench.open(mode, GREEDY, clips, room) as session:
             generate_greedily(bench, session, clips, lambda d=draw, p=period: p * WITHIN * d.uniform(0.25, 0.75))
         quiet, following, worst = arrivals(session)
-        gap = {"median": median(quiet), "p95": percentile(quiet, 95)}
-        row = {"way": mode, "chunk": chunk, "quiet": gap, "next": following, "any": worst}
+        gap = {"median": median(quiet), "p95": np.percentile(quiet, 95)}
+        row = {"way": mode, "quiet": gap, "next": following, "any": worst}
         for name in ("next", "any"):
-            row[f"{name}_percentiles"] = [percentile(row[name], 50), percentile(row[name], 95), max(row[name])]
+            row[f"{name}_percentiles"] = [np.percentile(row[name], 50), np.percentile(row[name], 95), max(row[name])]
         table.append(row)
         cells = ["".join(f"{1e3 * value:>8.2f}" for value in row[f"{name}_percentiles"]) for name in ("next", "any")]
-        target = DELAYS.get(mode) if bench.size == "7B" else None
         print(
-            f"{mode:<11}{how if mode == 'fused' else '':<14}{1e3 * gap['median']:>8.2f}{1e3 * gap['p95']:>7.2f}   "
-            f"{cells[0]}  {cells[1]}{cell(target, 6, 0)}",
+            f"{mode:<11}{1e3 * gap['median']:>8.2f}{1e3 * gap['p95']:>7.2f}   {cells[0]}  {cells[1]}",
             flush=True,
         )
-    return {"clips": clips, "seed": seed, "delays": table}
+    return {"clips": clips, "delays": table}
 
 
-def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str], window: tuple[int, int]) -> dict:
+def live(bench: Bench, arguments: Namespace) -> dict:
     """Lag of a live session for each rate in `frames` per second, with two frames and `k` tokens per clip. The session
     keeps a `window` of (clips, tokens), as a stream without an end does.
 
@@ -244,25 +223,26 @@ def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str
     of the last quarter exceeds that of the first by at most the duration of one clip. Stops at the first rate that is
     not sustained.
     """
+    k, clips, window = arguments.k, 3 * arguments.arrivals, arguments.window
     print(
         f"\nlive: {clips} clips of {TOKENS} visual tokens, {k} tokens for each; window: {window[0]} clips and "
         f"{window[1]} tokens"
     )
-    print(f"{'mode':<11}{'prefill':<14}{'frames/s':>9}{'lag, ms: 50%':>14}{'95%':>8}{'max':>8}  sustained")
+    print(f"{'mode':<11}{'frames/s':>9}{'lag, ms: 50%':>14}{'95%':>8}{'max':>8}  sustained")
     table = []
-    for mode, how in runs(bench, chunks):
-        chunk = bench.chunk(how, TOKENS, k)
-        for number, rate in enumerate(sorted(frames)):
-            for repeat in range(2 if number == 0 else 1):  # the first one is a warm-up
-                with bench.open(mode, f"wait-{k}", clips, k * clips, chunk=chunk, window=window) as session:
-                    lags = keep_pace(bench, session, clips, 2 / rate, hurry=repeat == 0 and number == 0)
+    for mode in bench.modes:
+        with bench.open(mode, f"wait-{k}", clips, k * clips, window=window) as session:  # a warm-up
+            keep_pace(bench, session, clips, 0.0)
+        for rate in sorted(arguments.frames):
+            with bench.open(mode, f"wait-{k}", clips, k * clips, window=window) as session:
+                lags = keep_pace(bench, session, clips, 2 / rate)
             quarter = max(1, len(lags) // 4)
             grown = median(lags[-quarter:]) - median(lags[:quarter])
-            row = {"way": mode, "chunk": chunk, "frames": rate, "lags": lags, "sustained": grown <= 2 / rate}
+            row = {"way": mode, "frames": rate, "lags": lags, "sustained": grown <= 2 / rate}
             table.append(row)
             print(
-                f"{mode:<11}{how if mode == 'fused' else '':<14}{rate:>9.1f}{1e3 * median(lags):>14.1f}"
-                f"{1e3 * percentile(lags, 95):>8.1f}{1e3 * max(lags):>8.1f}  {'yes' if row['sustained'] else 'no'}",
+                f"{mode:<11}{rate:>9.1f}{1e3 * median(lags):>14.1f}{1e3 * np.percentile(lags, 95):>8.1f}"
+                f"{1e3 * max(lags):>8.1f}  {'yes' if row['sustained'] else 'no'}",
                 flush=True,
             )
             if not row["sustained"]:
@@ -270,10 +250,10 @@ def live(bench: Bench, k: int, clips: int, frames: list[float], chunks: list[str
     return {"k": k, "clips": clips, "window": list(window), "live": table}
 
 
-def keep_pace(bench: Bench, session: Session, clips: int, period: float, hurry: bool = False) -> list[float]:
-    """Feed a clip every `period` seconds, or all at once if `hurry`. Returns the lag of each slot's last token."""
+def keep_pace(bench: Bench, session: Session, clips: int, period: float) -> list[float]:
+    """Feed a clip every `period` seconds. Returns the lag of each slot's last token."""
     waiting, began = bench.clips(clips)[::-1], time.perf_counter()
-    due = [began + (0 if hurry else number * period) for number in range(clips)]
+    due = [began + number * period for number in range(clips)]
     while waiting or not session.idle:
         while waiting and time.perf_counter() >= due[clips - len(waiting)]:
             session.feed(waiting.pop())

@@ -6,33 +6,29 @@ Knows nothing about the internals of a session, apart from its step runner, whic
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from evaluation import rates
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from qwen_vl_streaming.model.prompts import Template
 from qwen_vl_streaming.model.quantization import quantize_layers
-from qwen_vl_streaming.model.released import released_config
 from qwen_vl_streaming.sessions import PerceptionClient, Session, open_session
 from qwen_vl_streaming.timeline.timeline import Layout
-from qwen_vl_streaming.timeline.variants import Variant
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from torch import Tensor
-from training import GRID, PROMPT, find_device
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+from workload import GRID, TEMPLATE, created_on, device_name, find_device, load_config, matrix_rate, memory_rate
 
 from latency.floors import Floors
 
-TEMPLATE = Template(tuple(range(PROMPT)), (1, 2, 3), (4, 5, 6), 7, -1)
-"""The end token is -1, which is never generated, so that no answer ends early."""
+VARIANT = VARIANTS["group"]
 TOKENS = GRID[0] * GRID[1]
 GRIDS = {16: (4, 4), 32: (4, 8), 64: (8, 8), TOKENS: GRID, 128: (8, 16), 256: (16, 16), 512: (16, 32), 1024: (32, 32)}
 """Rows and columns after merging, by the number of visual tokens of a clip."""
@@ -42,22 +38,9 @@ KEPT_RUNNERS = 4
 """Number of session sizes whose step runners are kept."""
 TIMEOUT = 600.0
 """Timeout of the perception process for a clip, in seconds. Its first clip includes compilation."""
-WHOLE, SPREAD = "whole", "spread"
-"""How fused steps prefill a clip: in one step, or in K steps, one for each token of a slot."""
 
 
-def tiny_config() -> Qwen2_5_VLConfig:
-    """A tiny configuration, to try the commands on a CPU."""
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
-    text = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope}
-    text |= {"bos_token_id": None, "eos_token_id": None}
-    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
-    vision |= {"fullatt_block_indexes": [1], "tokens_per_second": 2}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
-
-
-def load(size: str, layers: int | None, device: str, weights: str | None = None) -> Qwen2_5_VLForConditionalGeneration:
+def load(size: str, device: str, weights: str | None = None) -> Qwen2_5_VLForConditionalGeneration:
     """The model on `device`: bf16 on a GPU, float32 with one thread on a CPU, with linear layers in 8 bits if `weights`
     names a kind. All processes get the same weights, so that the tokens of all modes can be compared."""
     if device == "cpu":
@@ -65,11 +48,9 @@ def load(size: str, layers: int | None, device: str, weights: str | None = None)
     else:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
-    config = tiny_config() if size == "tiny" else released_config(size, layers)
-    with torch.device(device):
+    config = load_config(size)
+    with created_on(device, torch.float32 if device == "cpu" else torch.bfloat16):
         model = Qwen2_5_VLForConditionalGeneration(config) if weights is None else quantized(config, weights, size)
-    torch.set_default_dtype(torch.float32)
     if size == "tiny" and weights is None:
         enliven(model)
     return model.eval()
@@ -110,11 +91,7 @@ class Bench:
     """A model and its sessions. As a context manager, it stops the perception process at the end."""
 
     size: str
-    variant: Variant
-    modes: tuple[str, ...]
-    layers: int | None = None
-    pixels: torch.dtype = torch.float32
-    """Data type of the clips; `prompts.clip_pixels` returns float32."""
+    modes: Sequence[str]
     weights: str | None = None
     """The precision of the linear layers, as in `load`."""
     loading: Callable = load
@@ -129,11 +106,12 @@ class Bench:
         self.device, self.other = ("cuda:0", "cuda:1") if on_gpu else ("cpu", "cpu")
         if "pipelined" in self.modes and on_gpu and torch.cuda.device_count() < 2:
             raise InputError("pipelined needs two GPUs, and there is one: use --modes serial fused")
-        self.flop_rate, self.byte_rate = rates(self.device.partition(":")[0])
+        kind = self.device.partition(":")[0]
+        self.flop_rate, self.byte_rate = matrix_rate(kind), memory_rate(kind)
         if on_gpu:  # what the rates were measured with is not memory of the model
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self.model = load(self.size, self.layers, self.device, self.weights)
+        self.model = load(self.size, self.device, self.weights)
 
     def __enter__(self):
         return self
@@ -155,16 +133,13 @@ class Bench:
 
     def about(self) -> dict:
         """Model, device, versions and measured rates, for the JSON files."""
-        name = torch.cuda.get_device_name() if self.device != "cpu" else "CPU"
         return {
             "size": self.size,
-            "layers": self.layers,
-            "variant": self.variant.name,
-            "device": name,
+            "variant": VARIANT.name,
+            "device": device_name(self.device),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "flop_rate": self.flop_rate,
             "byte_rate": self.byte_rate,
-            "pixels": str(self.pixels).removeprefix("torch."),
             "weights": self.weights,
         }
 
@@ -175,7 +150,7 @@ class Bench:
             merged = self.model.model.visual.spatial_merge_size**2
             width = self.model.model.visual.patch_embed.proj.weight[0].numel()
             generator = torch.Generator().manual_seed(1)
-            made = torch.randn(DISTINCT, rows * columns * merged, width, generator=generator).to(self.pixels)
+            made = torch.randn(DISTINCT, rows * columns * merged, width, generator=generator)
             self.kept[rows, columns] = list(made if self.device == "cpu" else made.pin_memory())
         return [self.kept[rows, columns][i % DISTINCT] for i in range(count)]
 
@@ -185,29 +160,26 @@ class Bench:
     def layout(self, tokens: int = TOKENS) -> Layout:
         return TEMPLATE.layout(GRIDS[tokens], 2.0)
 
-    def chunk(self, how: str, tokens: int, k: int) -> int | None:
-        """Visual tokens per step: None for WHOLE, a K-th of a clip and its tail for SPREAD, else the number `how`."""
-        if how == SPREAD:
-            return -(-(tokens + len(TEMPLATE.tail)) // k)
-        return None if how == WHOLE else int(how)
-
-    def open(self, mode: str, schedule, clips: int, answer_tokens: int, tokens: int = TOKENS, **options) -> Session:
+    def open(self, mode: str, schedule, clips: int, answer_tokens: int, tokens: int = TOKENS, window=None) -> Session:
         """A session with room for `clips` clips and `answer_tokens` tokens. It reuses the step runner of the previous
         session of the same sizes, with its compiled functions and CUDA graphs."""
+        options = {"schedule": schedule, "max_clips": clips, "max_new_tokens": answer_tokens, "window": window}
         if mode == "pipelined":
             if self.perception_client is None:
-                loading = partial(self.loading, self.size, self.layers, self.other, self.weights)
+                loading = partial(self.loading, self.size, self.other, self.weights)
                 self.perception_client = PerceptionClient(loading, TIMEOUT)
             options["perception_client"] = self.perception_client
-        sizes = (clips, answer_tokens, tokens, options.get("chunk"), options.get("window"))
-        options |= {
-            "schedule": schedule,
-            "max_clips": clips,
-            "max_new_tokens": answer_tokens,
-            "clock": time.perf_counter,
-        }
-        options["runner"] = self.runners.pop(sizes, None)
-        session = open_session(self.model, self.variant, TEMPLATE, self.layout(tokens), mode=mode, **options)
+        sizes = (clips, answer_tokens, tokens, window)
+        session = open_session(
+            self.model,
+            VARIANT,
+            TEMPLATE,
+            self.layout(tokens),
+            mode=mode,
+            clock=time.perf_counter,
+            runner=self.runners.pop(sizes, None),
+            **options,
+        )
         self.runners[sizes] = session.runner  # now the newest
         if len(self.runners) > KEPT_RUNNERS:
             self.runners.pop(next(iter(self.runners)))
@@ -231,6 +203,17 @@ def play(bench: Bench, session: Session, clips: Sequence[Tensor], ends: bool = F
         session.step()
     bench.wait()
     return time.perf_counter() - began
+
+
+def feed_one_ahead(session: Session, clips: Sequence[Tensor]) -> Iterator[int]:
+    """Step `session` until it is idle. Feeds each clip when the slot before it starts, so that one clip is always
+    waiting. Yields the number of slots that have started after each step."""
+    arrived, started = session.log.arrived, session.log.visible
+    while len(arrived) < len(clips) or not session.idle:
+        while len(arrived) < len(clips) and len(arrived) <= len(started):
+            session.feed(clips[len(arrived)])
+        session.step()
+        yield len(started)
 
 
 def slot_ends(session: Session) -> list[float]:

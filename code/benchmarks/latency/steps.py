@@ -3,14 +3,16 @@ vision encoder."""
 
 import contextlib
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from statistics import median
 
 import torch
 from qwen_vl_streaming.engine.step_request import StepRequest
 from qwen_vl_streaming.engine.step_runner import StepRunner
+from workload import GRID, LAYOUT
 
-from latency.setup import GRIDS, Bench, play
+from latency.setup import TOKENS, Bench, play
 
 REPEATS = 50
 SHOWN = 14
@@ -18,11 +20,11 @@ SHOWN = 14
 
 
 @contextlib.contextmanager
-def last_requests(bench: Bench, mode: str, k: int, clips: int, answer_tokens: int, tokens: int, chunk: int | None):
-    """Play a video of `clips` clips; yield the step runner, its session still open, and the last request of each kind
-    of step. The kind is (prefill pieces, whether a token is sampled)."""
+def last_requests(bench: Bench, k: int, clips: int, answer_tokens: int):
+    """Play a video of `clips` clips in fused mode; yield the step runner, its session still open, and the last request
+    of each kind of step. The kind is (prefill pieces, whether a token is sampled)."""
     kept: dict[tuple[int, bool], StepRequest] = {}
-    with bench.open(mode, f"wait-{k}", clips, max(answer_tokens, k * clips), tokens, chunk=chunk) as session:
+    with bench.open("fused", f"wait-{k}", clips, max(answer_tokens, k * clips)) as session:
         run = session.runner.step
 
         def keep(requests):
@@ -31,7 +33,7 @@ def last_requests(bench: Bench, mode: str, k: int, clips: int, answer_tokens: in
             return run(requests)
 
         session.runner.step = keep
-        play(bench, session, bench.clips(clips, tokens), ends=True)
+        play(bench, session, bench.clips(clips), ends=True)
         del session.runner.step
         yield session.runner, kept
 
@@ -51,43 +53,38 @@ def each(bench: Bench, work: Callable[[], object]) -> float:
     return median(taken)
 
 
-def steps(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chunks: list[str]) -> dict:
+def steps(bench: Bench, arguments: Namespace) -> dict:
     """Seconds of each kind of step at the end of a video of `clips` clips, printed in milliseconds: the step replayed
     alone, the whole of `StepRunner.step`, and the host's share that packs the inputs."""
-    floors, table, kernels = bench.floors(tokens), [], {}
+    clips, answer_tokens = arguments.clips, arguments.answer_tokens
+    floors, table, kernels = bench.floors(), [], {}
     print(
-        f"\nsteps at the end of {clips} clips of {tokens} visual tokens\n{'prefill':<14}{'rows':>6}{'token':>6}"
-        f"{'ms alone':>10}{'run':>8}{'host':>8}{'floor':>8}{'x floor':>9}"
+        f"\nsteps at the end of {clips} clips of {TOKENS} visual tokens\n{'rows':>6}{'token':>6}{'ms alone':>10}"
+        f"{'run':>8}{'host':>8}{'floor':>8}{'x floor':>9}"
     )
-    for how in chunks:
-        with last_requests(bench, "fused", k, clips, answer_tokens, tokens, bench.chunk(how, tokens, k)) as (
-            made,
-            kept,
-        ):
-            for (pieces, sample), request in sorted(kept.items()):
-                alone = each(bench, replay(made, pieces, sample, request))
-                whole = each(bench, lambda made=made, request=request: made.step([request]))
-                began = time.perf_counter()
-                for _ in range(REPEATS):
-                    made.inputs[pieces].pack([request])
-                host = (time.perf_counter() - began) / REPEATS
-                work = floors.decode(clips, answer_tokens) if sample else floors.prefill(clips)
-                if sample and pieces:
-                    share = len(request.prefill) / tokens
-                    work = work + floors.prefill(clips).part(share, floors.weight_bytes)
-                floor = floors.seconds(work)
-                row = {"how": how, "rows": len(request.decode) + len(request.prefill), "write": sample}
-                table.append({**row, "alone": alone, "run": whole, "host": host, "floor": floor})
-                print(
-                    f"{how if pieces else '':<14}{row['rows']:>6}{'yes' if sample else 'no':>6}{1e3 * alone:>10.3f}"
-                    f"{1e3 * whole:>8.3f}{1e3 * host:>8.3f}{1e3 * floor:>8.3f}{alone / floor:>9.2f}",
-                    flush=True,
-                )
-            if how == chunks[0]:
-                for name, pieces in (("decode", 0), ("prefill and decode", 1)):
-                    kernels[name] = profile(bench, f"{name} step", replay(made, pieces, True, kept[pieces, True]))
-                kernels["vision encoder"] = profile(bench, "vision encoder", encode(bench, made, tokens))
-    return {"tokens": tokens, "steps": table, "kernels": kernels}
+    with last_requests(bench, arguments.k, clips, answer_tokens) as (made, kept):
+        for (pieces, sample), request in sorted(kept.items()):
+            alone = each(bench, replay(made, pieces, sample, request))
+            whole = each(bench, lambda request=request: made.step([request]))
+            began = time.perf_counter()
+            for _ in range(REPEATS):
+                made.inputs[pieces].pack([request])
+            host = (time.perf_counter() - began) / REPEATS
+            work = floors.decode(clips, answer_tokens) if sample else floors.prefill(clips)
+            if sample and pieces:
+                work = work + floors.prefill(clips).part(len(request.prefill) / TOKENS, floors.weight_bytes)
+            floor = floors.seconds(work)
+            row = {"rows": len(request.decode) + len(request.prefill), "write": sample}
+            table.append({**row, "alone": alone, "run": whole, "host": host, "floor": floor})
+            print(
+                f"{row['rows']:>6}{'yes' if sample else 'no':>6}{1e3 * alone:>10.3f}{1e3 * whole:>8.3f}"
+                f"{1e3 * host:>8.3f}{1e3 * floor:>8.3f}{alone / floor:>9.2f}",
+                flush=True,
+            )
+        for name, pieces in (("decode", 0), ("prefill and decode", 1)):
+            kernels[name] = profile(bench, f"{name} step", replay(made, pieces, True, kept[pieces, True]))
+        kernels["vision encoder"] = profile(bench, "vision encoder", encode(bench, made))
+    return {"tokens": TOKENS, "steps": table, "kernels": kernels}
 
 
 def replay(made: StepRunner, pieces: int, sample: bool, request: StepRequest) -> Callable[[], object]:
@@ -103,11 +100,11 @@ def replay(made: StepRunner, pieces: int, sample: bool, request: StepRequest) ->
     return again if graph is None else graph.replay
 
 
-def encode(bench: Bench, made: StepRunner, tokens: int) -> Callable[[], object]:
+def encode(bench: Bench, made: StepRunner) -> Callable[[], object]:
     """A function that encodes one clip: a CUDA graph, or the encoder itself if there is none."""
-    encoder, clips = made.vision_encoder, bench.clips(1, tokens)
-    graphs = encoder.graphs.get(GRIDS[tokens], {})
-    return graphs[1][0].replay if graphs else lambda: encoder.encode(clips, [bench.layout(tokens)])
+    encoder, clips = made.vision_encoder, bench.clips(1)
+    graphs = encoder.graphs.get(GRID, {})
+    return graphs[1][0].replay if graphs else lambda: encoder.encode(clips, [LAYOUT])
 
 
 def profile(bench: Bench, name: str, work: Callable[[], object]) -> list[dict]:

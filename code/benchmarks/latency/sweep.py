@@ -13,13 +13,15 @@ Results are written after each measurement. A run that was stopped continues wit
 """
 
 import time
+from argparse import Namespace
 from pathlib import Path
 from statistics import median
 
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.sessions import MODES
 
 from latency.floors import speed_up
-from latency.runs import alone, runs, same, workload
+from latency.runs import alone, perception_ratio, same
 from latency.setup import GRIDS, Bench, play, read_json, slot_ends, write_json
 
 K = (1, 2, 4, 8, 16, 32, 64)
@@ -56,53 +58,49 @@ def clips_of(k: int) -> int:
     return CLIPS if k < MANY_TOKENS else FEW
 
 
-def period(bench: Bench, mode: str, k: int, tokens: int, room: tuple[int, int], chunk: int | None):
+def period(bench: Bench, mode: str, k: int, tokens: int, room: tuple[int, int]) -> tuple[float, list[int]]:
     """Seconds per round, and the generated tokens."""
     clips = clips_of(k)
-    with bench.open(mode, f"wait-{k}", *room, tokens, chunk=chunk) as session:
+    with bench.open(mode, f"wait-{k}", *room, tokens) as session:
         play(bench, session, bench.clips(clips, tokens))
     ends = slot_ends(session)
     return (ends[-1] - ends[BEGUN - 1]) / (clips - BEGUN), [each.token for each in session.written]
 
 
-def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeats: int, path: Path, minutes: float):
-    """Measure the `points` that are missing from the file at `path`, and start none after `minutes`. Returns the
-    content of the file. Raises InputError if it has results of another model size, device, variant or data type."""
-    began, about = time.perf_counter(), bench.about()
+def sweep(bench: Bench, arguments: Namespace, path: Path) -> None:
+    """Measure the points that are missing from the file at `path`. Raises InputError if it has results of another model
+    size, device or precision."""
+    began, about, repeats = time.perf_counter(), bench.about(), arguments.repeats
+    points = parse_points(arguments.points)
     data = read_json(path) if path.exists() else {"about": about, "alone": {}, "points": {}}
-    for key in ("size", "layers", "device", "variant", "pixels", "weights"):
+    for key in ("size", "device", "weights"):
         if data["about"].get(key) != about[key]:
             raise InputError(f"{path} is of {key} {data['about'].get(key)}, not {about[key]}: give another --output")
     most, warm = max(CLIPS, *(k * clips_of(k) for k, _ in points)), set()
     print(
-        f"\n{'K':>3}{'tokens':>8}{'r':>8}{'S(r)':>7}  {'mode':<11}{'prefill':<13}{'ms/round':>11}{'floor':>8}"
-        f"{'x floor':>9}{'speed-up':>10}{'of S(r)':>9}{'same tokens':>13}{'s':>6}"
+        f"\n{'K':>3}{'tokens':>8}{'r':>8}{'S(r)':>7}  {'mode':<11}{'ms/round':>11}{'floor':>8}{'x floor':>9}"
+        f"{'speed-up':>10}{'of S(r)':>9}{'same tokens':>13}{'s':>6}"
     )
     for k, tokens in points:
         floors, clips = bench.floors(tokens), clips_of(k)
         room = CLIPS + 1 if bench.device == "cpu" else ROOM // tokens, most
         own = data["points"].setdefault(f"{k}x{tokens}", {"k": k, "tokens": tokens, "ways": {}})
-        kinds = [("serial", "whole"), *(kind for kind in runs(bench, chunks) if kind[0] != "serial")]
-        for mode, how in kinds:
-            name = f"{mode} {how}" if mode == "fused" else mode
-            if name in own["ways"]:
+        for mode in sorted(bench.modes, key=MODES.index):  # serial first
+            if mode in own["ways"]:
                 continue
-            if time.perf_counter() - began > 60 * minutes:
-                print(f"{minutes:g} minutes are over: run the same command again to resume", flush=True)
-                return data
             if (rounds := f"{clips}x{tokens}") not in data["alone"]:
                 data["alone"][rounds] = alone(bench, tokens, clips, room, repeats, BEGUN)
                 write_json(path, data)
-            parts, chunk = data["alone"][rounds], bench.chunk(how, tokens, k)
-            if (mode, tokens, chunk) not in warm:
-                period(bench, mode, k, tokens, room, chunk)
-                warm.add((mode, tokens, chunk))
-            taken = [period(bench, mode, k, tokens, room, chunk) for _ in range(repeats)]
+            parts = data["alone"][rounds]
+            if (mode, tokens) not in warm:
+                period(bench, mode, k, tokens, room)
+                warm.add((mode, tokens))
+            taken = [period(bench, mode, k, tokens, room) for _ in range(repeats)]
             each, written = median(seconds for seconds, _ in taken), taken[-1][1]
             serial = own["ways"].get("serial", {"seconds": each, "tokens": written})
-            gain, r = serial["seconds"] / each, workload(serial["seconds"], k * parts["word"])
+            gain, r = serial["seconds"] / each, perception_ratio(serial["seconds"], k * parts["word"])
             own |= {"r": r, "r_alone": parts["perception"] / (k * parts["word"])}
-            own["ways"][name] = {
+            own["ways"][mode] = mine = {
                 "seconds": each,
                 "all": [seconds for seconds, _ in taken],
                 "floor": (floors.session(mode, [k] * clips) - floors.session(mode, [k] * BEGUN)) / (clips - BEGUN),
@@ -111,16 +109,14 @@ def sweep(bench: Bench, points: list[tuple[int, int]], chunks: list[str], repeat
                 "same_words": same(written, serial["tokens"]) / len(written),
                 "tokens": written,
             }
-            mine = own["ways"][name]
             write_json(path, data)
             print(
-                f"{k:>3}{tokens:>8}{r:>8.3f}{speed_up(r):>7.3f}  {mode:<11}{how if mode == 'fused' else '':<13}"
-                f"{1e3 * each:>11.3f}{1e3 * mine['floor']:>8.3f}{each / mine['floor']:>9.2f}{gain:>10.3f}"
-                f"{mine['share']:>9.1%}{mine['same_words']:>13.0%}{time.perf_counter() - began:>6.0f}",
+                f"{k:>3}{tokens:>8}{r:>8.3f}{speed_up(r):>7.3f}  {mode:<11}{1e3 * each:>11.3f}"
+                f"{1e3 * mine['floor']:>8.3f}{each / mine['floor']:>9.2f}{gain:>10.3f}{mine['share']:>9.1%}"
+                f"{mine['same_words']:>13.0%}{time.perf_counter() - began:>6.0f}",
                 flush=True,
             )
     summarize(data)
-    return data
 
 
 def summarize(data: dict) -> None:
@@ -129,15 +125,12 @@ def summarize(data: dict) -> None:
     for mode in ("fused", "pipelined"):
         for name, what in (("r", "r"), ("r_alone", "r with perception alone")):
             within = [point for point in data["points"].values() if low <= point.get(name, 0) <= high]
-            gains = [(best(point, mode, "speed_up"), speed_up(point[name])) for point in within]
-            if shares := [gain / most for gain, most in gains if gain is not None]:
+            shares = [
+                point["ways"][mode]["speed_up"] / speed_up(point[name]) for point in within if mode in point["ways"]
+            ]
+            if shares:
                 enough = sum(value >= SHARE for value in shares)
                 print(
                     f"{mode}: {len(shares)} points with {what} from {low:g} to {high:g}, at least {min(shares):.1%} of "
                     f"S(r), mean {sum(shares) / len(shares):.1%}; {SHARE:.0%} or more at {enough} of them"
                 )
-
-
-def best(point: dict, mode: str, figure: str) -> float | None:
-    """The largest `figure` of `mode` at `point`, over all ways to prefill a clip; None if not measured."""
-    return max((mine[figure] for name, mine in point["ways"].items() if name.split()[0] == mode), default=None)

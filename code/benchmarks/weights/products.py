@@ -34,8 +34,6 @@ KERNEL_ROWS = 512
 """Rows up to which the kernel is measured."""
 CACHE = 200e6
 """Bytes of 8-bit weights in rotation, several times the L2 cache."""
-SLICE = 24 * 2**20
-"""Bytes of bf16 weights that stay in the L2 cache, for conversion slice by slice."""
 WIDTHS = {
     (16, 0): ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 4, 6), (128, 8, 4)),
     (32, 0): ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 8, 4)),
@@ -160,36 +158,10 @@ def whole(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return linear(x, converted(weight))
 
 
-def in_slices(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """As `whole`, in slices that stay in the L2 cache."""
-    output = x.new_empty(len(x), len(weight))
-    step = max(128, SLICE // (2 * weight.shape[1]) // 128 * 128)
-    for first in range(0, len(weight), step):
-        torch.mm(x, converted(weight[first : first + step]).T, out=output[:, first : first + step])
-    return output
-
-
-def library_ways(kind: str, m: int) -> dict[str, Callable]:
-    """What PyTorch ships for this kind of weight and number of rows. Names that end in * round activations too."""
-    ways: dict[str, Callable] = {}
-    if kind == "int8" and m <= 128:
-        ways["_weight_int8pack_mm"] = lambda x, w, s: torch._weight_int8pack_mm(x, w, s.to(x.dtype))
-    if kind == "int8" and m > 16:
-        ways["_int_mm*"] = lambda x, w, s: torch._int_mm(x.to(torch.int8), w.T)
-    if kind == "fp8" and m >= 16:
-        ways["_scaled_mm*"] = lambda x, w, s: torch._scaled_mm(
-            x.to(torch.float8_e4m3fn), w.T, x.float().amax(1, keepdim=True), s[None], out_dtype=x.dtype
-        )
-    return ways
-
-
-def compiled(layer: Layer, x: Tensor, kind: str | None, **options) -> Callable[[int], object]:
+def compiled(layer: Layer, x: Tensor, kind: str) -> Callable[[int], object]:
     """The product as the compiler makes it from the plain form."""
     torch._dynamo.reset()  # else the limit of recompilations is reached, and what follows runs uncompiled
-    if kind is None:
-        function = torch.compile(lambda x, weight: linear(x, weight), dynamic=False, options=options)
-        return lambda i: function(x, layer.plain[i])
-    function = torch.compile(scaled_linear, dynamic=False, options=options)
+    function = torch.compile(scaled_linear, dynamic=False, options={"coordinate_descent_tuning": True})
     return lambda i: function(x, *layer.quantized[kind][i])
 
 
@@ -200,7 +172,7 @@ class Table:
         self.rows: list[dict] = []
 
     def add(self, key: tuple[str, str], m: int, way: str, layer: Layer, work: Callable[[int], object], **more) -> dict:
-        """Measure `work`. A way of a library that does not support a shape is a row too."""
+        """Measure `work`. A way that fails is a row too."""
         row = {"size": key[0], "layer": key[1], "m": m, "way": way, "us": None, **more}
         try:
             row["us"] = microseconds(work, len(layer.plain))
@@ -217,9 +189,7 @@ class Table:
         return best and Tiles(**best["tiles"])
 
 
-def measure_products(
-    sizes: list[str], kinds: list[str], seconds: float, libraries: bool, templates: bool
-) -> list[dict]:
+def measure_products(sizes: list[str], kinds: list[str], seconds: float) -> list[dict]:
     """A row for each layer, M and way, with its microseconds. Starts no measurement after `seconds`; the least
     important come last."""
     began, table = time.perf_counter(), Table()
@@ -237,44 +207,26 @@ def measure_products(
             if not late(kind, *key):
                 layer = Layer(*shape, [kind])
                 for m in ROWS:
-                    measure_rows(table, key, layer, kind, m, kind == kinds[0], bad, libraries)
+                    measure_rows(table, key, layer, kind, m, kind == kinds[0], bad)
                 show(table.rows, *key, kind, shape)
     for kind, key in pairs(kinds, layers):  # the compiler takes seconds for each
         if late(kind, *key, "compiled for one row"):
             break
         layer = Layer(*layers[key], [kind])
-        x, options = layer.rows(1), {"coordinate_descent_tuning": True}
-        row = table.add(key, 1, f"{kind} compiled", layer, compiled(layer, x, kind, **options))
+        row = table.add(key, 1, f"{kind} compiled", layer, compiled(layer, layer.rows(1), kind))
         print(f"{' '.join(key)}, one row, {kind} compiled: {row['us'] or row['error']}", flush=True)
-    for key in layers if templates else ():
-        if late(*key, "template"):
-            break
-        layer = Layer(*layers[key], ["int8"])
-        options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON", "prologue_fusion": True}
-        row = table.add(key, 92, "int8 template", layer, compiled(layer, layer.rows(92), "int8", **options))
-        print(f"{' '.join(key)}, 92 rows, int8 template: {row['us'] or row['error']}", flush=True)
     return table.rows
 
 
 def measure_rows(
-    table: Table,
-    key: tuple[str, str],
-    layer: Layer,
-    kind: str,
-    m: int,
-    first: bool,
-    bad: set[Tiles],
-    libraries: bool,
+    table: Table, key: tuple[str, str], layer: Layer, kind: str, m: int, first: bool, bad: set[Tiles]
 ) -> None:
     """All ways for one number of rows. The tiles of the kernel are searched for the `first` kind, and used for all."""
     x, weights = layer.rows(m), layer.quantized[kind]
-    ways = library_ways(kind, m) if libraries else {}
-    if m > 1:
-        ways |= {function.__name__: function for function in (whole, in_slices)}
     if first:
         table.add(key, m, "bf16", layer, lambda i: linear(x, layer.plain[i]))
-    for way, function in ways.items():
-        table.add(key, m, f"{kind} {way}", layer, lambda i, function=function: function(x, *weights[i]))
+    if m > 1:
+        table.add(key, m, f"{kind} whole", layer, lambda i: whole(x, *weights[i]))
     if m > KERNEL_ROWS:
         return
     interleaved = interleave(x)

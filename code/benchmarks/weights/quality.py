@@ -176,25 +176,3 @@ def measure_quality(
             table.append(row)
             print(line, flush=True)
     return table
-
-
-def measure_agreement(load, kinds: list[str], cases: list[Forced]) -> list[dict]:
-    """Of a model with random weights, which `load` makes with weights of a kind: scores over the same tokens, and their
-    largest error relative to their spread."""
-    plain = [forced_scores(load(None), case).cpu() for case in cases]
-    table = []
-    for kind in kinds:
-        model = load(kind)
-        scores = [forced_scores(model, case).cpu() for case in cases]
-        found = compare_forced(plain, scores)
-        a, b = torch.cat(plain), torch.cat(scores)
-        found["error"] = float(((a - b).norm(dim=-1) / a.std(-1, keepdim=False) / a.shape[-1] ** 0.5).mean())
-        table.append({"weights": kind, **found})
-        print(
-            f"{kind}: {found['tokens']} tokens, {found['same']:.2%} the same, largest margin "
-            f"{found['largest_margin']:.3f} (median lead {found['median_lead']:.3f}), error of a score "
-            f"{found['error']:.4f} of their spread",
-            flush=True,
-        )
-        del model
-    return table
