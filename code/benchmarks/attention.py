@@ -30,7 +30,7 @@ from qwen_vl_streaming.engine.prefill import padded_query_blocks
 from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, query_blocks_of
 from qwen_vl_streaming.engine.split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, num_splits
 from torch import Tensor
-from workload import SIZES, device_name, find_device, load_config, matrix_rate, memory_rate, seconds
+from workload import SIZES, config_of, device_name, find_device, matrix_rate, memory_rate, seconds
 
 NAMES = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
 CHUNK_OPTIONS = (
@@ -83,7 +83,7 @@ CPU_SHAPES = Shape("decode", 0, 0, 2, 140), Shape("clip", 1, 9, 1, 140), Shape("
 class Bench:
     def __init__(self, size: str):
         self.device = find_device()
-        self.config = load_config(size).text_config
+        self.config = config_of(size).text_config
         self.layers, self.heads = self.config.num_hidden_layers, self.config.num_attention_heads
         self.groups = self.heads // self.config.num_key_value_heads
         self.size = self.config.hidden_size // self.heads

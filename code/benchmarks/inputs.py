@@ -1,4 +1,5 @@
-"""Inputs of sft.py: H.264 files, captions, and checkpoints of the real shapes with random weights."""
+"""Inputs of the benchmarks of whole programs: H.264 files, captions, and checkpoints of the real shapes with random
+weights."""
 
 import json
 import os
@@ -7,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -16,43 +16,23 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_folder
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
 from qwen_vl_streaming.model.prompts import load_processor
-from qwen_vl_streaming.model.released import released_config
-from training import ANSWER, find_device
+from workload import ANSWER, CLIPS, config_of, created_on, find_device
 
 MAKE_MODEL = Path(__file__).resolve().parents[1] / "demo/make_model.py"
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ha", "jin", "kel", "lor", "man", "nes", "pol", "qui", "ras", "ten", "wan")
+WIDTH, HEIGHT, FPS, SECONDS = 364, 196, 8, CLIPS
+"""Of the videos."""
 BLOCK, TRAVEL = 14, 240
 """Pixels: side of a block of the pattern, and range of the camera's movement in both directions."""
 
 
-@dataclass(frozen=True)
-class Film:
-    """Format of the generated video files."""
-
-    width: int
-    height: int
-    fps: int
-    seconds: int
-
-    @classmethod
-    def parse(cls, text: str, seconds: int) -> "Film":
-        """Parse a text such as 364x196@8. Raises InputError if it is malformed."""
-        try:
-            size, fps = text.split("@")
-            width, height = map(int, size.split("x"))
-            return cls(width, height, int(fps), seconds)
-        except ValueError as error:
-            raise InputError(f"--video {text}: give WIDTHxHEIGHT@FPS, such as 364x196@8") from error
-
-
-def make_video(film: Film, folder: Path, number: int) -> None:
+def make_video(folder: Path, number: int) -> None:
     """Write an H.264 video of a camera that pans over a blurred pattern, so that every frame differs."""
     draw = np.random.default_rng(number)
-    blocks = draw.integers(0, 256, (3, *((side + TRAVEL) // BLOCK + 2 for side in (film.height, film.width))))
+    blocks = draw.integers(0, 256, (3, *((side + TRAVEL) // BLOCK + 2 for side in (HEIGHT, WIDTH))))
     blurred = torch.nn.functional.interpolate(
         torch.from_numpy(blocks)[None].float(), scale_factor=BLOCK, mode="bicubic"
     )
@@ -60,16 +40,16 @@ def make_video(film: Film, folder: Path, number: int) -> None:
     path = folder / f"{number}.mp4"
     temporary = path.with_suffix(".part")
     with av.open(str(temporary), "w", format="mp4") as out:
-        stream = out.add_stream("libx264", rate=film.fps)
-        stream.width, stream.height, stream.pix_fmt = film.width, film.height, "yuv420p"
+        stream = out.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.codec_context.thread_count = 1
         stream.options = {"preset": "ultrafast", "x264-params": "log-level=none"}
-        for index in range(film.seconds * film.fps):
-            at = index / film.fps
+        for index in range(SECONDS * FPS):
+            at = index / FPS
             x, y = (round(TRAVEL / 2 * (1 + wave)) for wave in (np.sin(1.1 * at + number), np.cos(0.7 * at)))
-            pixels = np.ascontiguousarray(field[y : y + film.height, x : x + film.width])
+            pixels = np.ascontiguousarray(field[y : y + HEIGHT, x : x + WIDTH])
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = index, Fraction(1, film.fps)
+            frame.pts, frame.time_base = index, Fraction(1, FPS)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
     temporary.replace(path)
@@ -83,23 +63,22 @@ def make_captions(count: int, seed: int) -> list[str]:
     return [" ".join(draw.choices(words, k=ANSWER - 1)) for _ in range(count)]
 
 
-def make_rows(film: Film, videos: int, captions: list[str], folder: Path) -> Path:
+def make_rows(videos: int, captions: list[str], folder: Path) -> Path:
     """Write a JSONL file with a row per caption, which use `videos` video files in turn. Creates missing videos."""
-    name = f"{film.width}x{film.height}@{film.fps}-{film.seconds}s"
-    films = folder / name
+    films = folder / "videos"
     films.mkdir(parents=True, exist_ok=True)
     missing = [number for number in range(videos) if not (films / f"{number}.mp4").exists()]
     if missing:
         began = time.perf_counter()
         with ThreadPool(min(len(missing), os.cpu_count())) as pool:  # encoding releases the GIL
-            pool.map(partial(make_video, film, films), missing, chunksize=1)
+            pool.map(partial(make_video, films), missing, chunksize=1)
         print(f"generated {len(missing)} videos in {time.perf_counter() - began:.1f} s", flush=True)
-    path = folder / f"{name}-{len(captions)}.jsonl"
+    path = folder / f"{len(captions)}.jsonl"
     with path.open("w") as file:
         for number, caption in enumerate(captions):
             video = str(films / f"{number % videos}.mp4")
             row = {"video_id": str(number), "video_path": video, "human_caption": caption}
-            print(json.dumps({**row, "video_duration_in_s": film.seconds}), file=file)
+            print(json.dumps({**row, "video_duration_in_s": SECONDS}), file=file)
     return path
 
 
@@ -129,15 +108,13 @@ def make_checkpoint(size: str, layers: int | None, folder: Path) -> Path:
     checkpoint = folder / f"{size}-{layers or 'all'}"
     if checkpoint.exists():
         return checkpoint
-    began, small, config = time.perf_counter(), load_config(tiny), released_config(size, layers)
+    began, small, config = time.perf_counter(), load_config(tiny), config_of(size, layers)
     for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
         setattr(config, name, getattr(small, name))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config.text_config, name, getattr(small.text_config, name))
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(find_device()):
+    with created_on(find_device(), torch.bfloat16):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
     with atomic_folder(checkpoint) as temporary:
         model.save_pretrained(temporary, max_shard_size="4GB")
         load_processor(tiny).save_pretrained(temporary)

@@ -2,7 +2,6 @@
 found by hand.
 
     python code/benchmarks/plans.py --settings 3B:1 3B:4 3B:1:40 "7B:4 --deepspeed zero2.json" --steps 6
-    python code/benchmarks/plans.py --list caps --one-by-one
     python code/benchmarks/plans.py --settings tiny:1 --steps 3
 
 A setting is SIZE:GPUS[:CAP] and further flags of sft.sh; without any it is the bare command. CAP is the memory of a GPU
@@ -10,33 +9,25 @@ in GiB, set with torch.cuda.set_per_process_memory_fraction, and also what the p
 one checkpoint of each size and one set of videos, those of sft.py. Settings run side by side where there are GPUs for
 them, and each prints its row when it ends.
 
-Memory is the maximum that PyTorch allocated on any GPU. Steps are timed as in sft.py. The share is that of model FLOP/s
-in a bf16 matrix product of 8192 x 8192 on each GPU.
+sft_runs.py defines what is measured. The share is relative to a bf16 matrix product on each GPU.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
-import shutil
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-from inputs import Film, make_captions, make_checkpoint, make_rows
+from inputs import make_checkpoint
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.model.released import SIZES
-from sft import BUDGET, FINETUNE, UNTIMED, end, sample_flops
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import find_device, seconds
+from sft_runs import Data, Measured, add_flags, end, log_of, print_log_end, start, working_folder
+from workload import SIZES, device_name, find_device, matrix_rate
 
 HOOK = '''\
 """Caps the memory of training processes, and shows the cap to the planner. Written by code/benchmarks/plans.py."""
@@ -53,22 +44,6 @@ if training or planning:
         total = torch.cuda.get_device_properties(index).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), index)
 '''
-HAND = "--compile_layers True --gradient_checkpointing False --gradient_accumulation_steps"
-HAND_2 = f"--deepspeed zero2.json --per_device_train_batch_size 2 --pack_tokens 6144 {HAND} 8"
-HAND_4 = f"--deepspeed zero2.json --per_device_train_batch_size 4 --pack_tokens 12288 {HAND} 4"
-LISTS = {
-    "hand": [
-        *(f"3B:{gpus} {flags}".strip() for gpus in (1, 2, 4) for flags in ("", HAND_2, HAND_4)),
-        *(f"7B:{gpus} {flags}".strip() for gpus in (2, 4) for flags in ("", HAND_2, HAND_4)),
-        "7B:1",
-    ],
-    "caps": [
-        *("3B:1:80", "3B:2:80", "3B:4:80", "3B:2:48", "3B:4:48", "3B:4:40", "3B:4:24", "7B:4:80"),
-        *("3B:1:24 --lora_enable True", "3B:1:16 --lora_enable True", "7B:1:24 --lora_enable True"),
-        *("7B:1:48 --lora_enable True", "7B:2:40 --lora_enable True"),
-    ],
-}
-"""Named lists of settings: against flags found by hand, and with caps."""
 PREDICTED = re.compile(r"predicted: ([\d.,]+) GiB a GPU .*?, ([\d,]+) tokens/s")
 FLAGS = ("zero_stage", "per_device_train_batch_size", "pack_tokens", "gradient_checkpointing", "checkpoint_layers")
 HEADER = (
@@ -92,7 +67,7 @@ class Setting:
     def parse(cls, text: str) -> "Setting":
         """Parse a text such as `3B:4:40 --lora_enable True`. Raises InputError if it is malformed."""
         first, *flags = shlex.split(text) or [""]
-        found = re.fullmatch(rf"({'|'.join(['tiny', *SIZES])}):(\d+)(?::([\d.]+))?", first)
+        found = re.fullmatch(rf"({'|'.join(SIZES)}):(\d+)(?::([\d.]+))?", first)
         if not found or not int(found[2]):
             raise InputError(f"--settings {text!r}: give SIZE:GPUS[:CAP] and flags, such as '3B:4:40'")
         return cls(found[1], int(found[2]), float(found[3]) if found[3] else None, tuple(flags), text)
@@ -111,104 +86,62 @@ class Job:
     process: subprocess.Popen
     output: Path
     visible: list[int]
+    """Indices of its GPUs."""
     began: float
+    """The time of day, in seconds."""
 
 
-def start(setting: Setting, arguments, checkpoint: Path, data: Path, visible: list[int]) -> Job:
+def start_job(setting: Setting, arguments, checkpoint: Path, data: Data, visible: list[int]) -> Job:
     """Start sft.sh on the GPUs of the indices `visible`."""
-    output = arguments.folder / "runs" / setting.name
-    shutil.rmtree(output, ignore_errors=True)
-    output.parent.mkdir(exist_ok=True)
-    flags = {
-        "output_dir": output,
-        "max_steps": arguments.steps,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        **BUDGET,
-        "max_pixels_per_video": 2 * arguments.seconds * BUDGET["max_pixels_per_frame"],
-    }
-    environment = {
-        **os.environ,
-        "QWEN2_5_VL_VARIANT": arguments.variant,
-        "QWEN2_5_VL_MODEL_PATH": str(checkpoint),
-        "QWEN2_5_VL_TRAIN_DATA": str(data),
-        "NPROC_PER_NODE": str(setting.gpus),
-    }
-    if arguments.device == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, visible))
-        if setting.cap:
-            hook = arguments.folder / "hook"
-            hook.mkdir(exist_ok=True)
-            (hook / "sitecustomize.py").write_text(HOOK)
-            environment["PLANNING_CAP_GIB"] = str(setting.cap)
-            environment["PYTHONPATH"] = os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")]).rstrip(":")
-    options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    command = ["bash", str(FINETUNE / "scripts/sft.sh"), *options, *setting.flags]
-    with output.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    return Job(setting, process, output, visible, time.monotonic())
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, visible))} if visible else {}
+    if visible and setting.cap:
+        hook = arguments.folder / "hook"
+        hook.mkdir(exist_ok=True)
+        (hook / "sitecustomize.py").write_text(HOOK)
+        environment["PLANNING_CAP_GIB"] = str(setting.cap)
+        environment["PYTHONPATH"] = os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")]).rstrip(":")
+    output, flags = arguments.folder / "runs" / setting.name, {"max_steps": arguments.steps}
+    process = start(output, checkpoint, data, setting.gpus, flags, setting.flags, environment)
+    return Job(setting, process, output, visible, time.time())
 
 
-def report(job: Job, per_sample: float, peak: float) -> bool:
+def report(job: Job, sample_flops: float, peak: float) -> bool:
     """Print the row of a job that has ended, or the end of its log. Returns whether it succeeded."""
-    log = job.output.with_suffix(".log")
-    said = log.read_text(errors="replace")
-    found = PREDICTED.search(said)
+    found = PREDICTED.search(log_of(job.output).read_text(errors="replace"))
     memory, rate = (float(text.replace(",", "")) for text in found.groups()) if found else (float("nan"),) * 2
     if job.process.returncode != 0:
-        lines = [line for line in said.splitlines() if line.strip()]
-        print(
-            f"{job.setting.text:<42}exit status {job.process.returncode}, predicted {memory:.1f} GiB; its log ends:",
-            *lines[-12:],
-            sep="\n    ",
-            flush=True,
-        )
+        title = f"{job.setting.text:<42}exit status {job.process.returncode}, predicted {memory:.1f} GiB"
+        print_log_end(title, job.output)
         return False
-    events = EventAccumulator(str(job.output / "runs")).Reload().Scalars("train/loss")
-    work, record = (json.loads((job.output / name).read_text()) for name in ("throughput.json", "run.json"))
-    given = record["arguments"]
-    each = [after.wall_time - before.wall_time for before, after in pairwise(events)]
-    step = statistics.median(each[UNTIMED - 1 :] or [float("nan")])
-    samples = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] * record["world_size"]
-    measured = work["tokens"] / work["samples"] * samples / step
-    share = per_sample * samples / step / record["world_size"] / peak
-    gib = work["peak_memory_bytes"] / 2**30
-    before = events[0].wall_time - (time.time() - (time.monotonic() - job.began))
-    shown = {**record, **given}
-    settings = " ".join(str(shown[name]) for name in FLAGS if shown.get(name) is not None)
-    compiled = " compiled" if given["compile_layers"] else ""
+    measured = Measured.read(job.output, sample_flops)
+    settings = " ".join(str(measured.settings[name]) for name in FLAGS if measured.settings.get(name) is not None)
+    compiled = " compiled" if measured.settings["compile_layers"] else ""
     print(
         f"{job.setting.text if len(job.setting.text) < 42 else job.setting.text[:38] + '...':<42}{memory:>15.1f}"
-        f"{gib:>10.1f}{memory / gib:>7.2f}{rate:>21,.0f}{measured:>10,.0f}{rate / measured:>7.2f}{step:>8.3f}"
-        f"{share:>7.1%}{before:>9.1f}  {settings}{compiled}",
+        f"{measured.gib:>10.1f}{memory / measured.gib:>7.2f}{rate:>21,.0f}{measured.tokens:>10,.0f}"
+        f"{rate / measured.tokens:>7.2f}{measured.step:>8.3f}{measured.flops / peak:>7.1%}"
+        f"{measured.first_step - job.began:>9.1f}  {settings}{compiled}",
         flush=True,
     )
-    for weights in job.output.glob("*.safetensors"):
-        weights.unlink()  # at the real size they would soon fill the disk
     return True
 
 
-def run_all(settings: list[Setting], arguments, checkpoints: dict, data: Path, peak: float, caption: str) -> bool:
-    """Run all settings, as many at once as there are GPUs for. Returns whether all succeeded."""
+def run_all(settings: list[Setting], arguments, checkpoints: dict[str, Path], data: Data, peak: float) -> bool:
+    """Run all settings, as many at once as there are GPUs for, on a CPU one by one. Returns whether all succeeded."""
     cpu = arguments.device == "cpu"
     free, waiting, running, succeeded = list(range(0 if cpu else torch.cuda.device_count())), list(settings), [], True
-    work = {
-        size: sample_flops(path, arguments.variant, arguments.seconds, caption) for size, path in checkpoints.items()
-    }
+    work = {size: data.sample_flops(path) for size, path in checkpoints.items()}
     with contextlib.ExitStack() as stack:
         while waiting or running:
             for setting in list(waiting):
-                if running and (cpu or arguments.one_by_one):
-                    break
-                if cpu or setting.gpus <= len(free):
+                if setting.gpus <= len(free) or (cpu and not running):
                     visible = [] if cpu else [free.pop(0) for _ in range(setting.gpus)]
                     waiting.remove(setting)
-                    running.append(start(setting, arguments, checkpoints[setting.size], data, visible))
+                    running.append(start_job(setting, arguments, checkpoints[setting.size], data, visible))
                     stack.callback(end, running[-1].process)
             time.sleep(0.2)
             for job in list(running):
-                if job.process.poll() is None and time.monotonic() - job.began > arguments.limit:
+                if job.process.poll() is None and time.time() - job.began > arguments.limit:
                     end(job.process)
                 if job.process.poll() is not None:
                     running.remove(job)
@@ -221,55 +154,30 @@ def main() -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--settings", nargs="*", default=[], metavar="SIZE:GPUS[:CAP]")
-    parser.add_argument("--list", choices=LISTS, help="add a list of settings, those that the GPUs suffice for")
-    parser.add_argument("--layers", type=int, help="layers of language model and vision encoder (default: all)")
-    parser.add_argument("--variant", default="group")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--video", default="364x196@8", help="frame size and frames per second (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=30, help="duration of each video (default: %(default)s)")
-    parser.add_argument("--videos", type=int, default=16, help="video files, used in turn (default: %(default)s)")
-    parser.add_argument(
-        "--one-by-one", action="store_true", help="one setting at a time, so that none disturbs another"
-    )
-    parser.add_argument("--limit", type=float, default=600, help="seconds until a run is killed (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="folder for all files, reused by later calls (default: temporary)")
+    parser.add_argument("--settings", nargs="+", required=True, metavar="SIZE:GPUS[:CAP]")
+    add_flags(parser, steps=6, limit=600)
     arguments = parser.parse_args()
-    arguments.device = find_device()
-    most = torch.cuda.device_count() if arguments.device == "cuda" else 1
     settings = [Setting.parse(text) for text in arguments.settings]
+    if len({setting.name for setting in settings}) < len(settings):
+        raise InputError("--settings: give each setting once")
+    sizes = dict.fromkeys(setting.size for setting in settings)
+    for size in sizes:
+        arguments.device = find_device(size)
+    most = torch.cuda.device_count() if arguments.device == "cuda" else 1
     for setting in settings:
         if setting.gpus > most:
             raise InputError(f"--settings {setting.text}: there are {most} GPUs here")
-    if arguments.list:
-        settings += [found for text in LISTS[arguments.list] if (found := Setting.parse(text)).gpus <= most]
-    if len({setting.name for setting in settings}) < len(settings):
-        raise InputError("--settings: give each setting once")
-    film = Film.parse(arguments.video, arguments.seconds)
-    peak = float("nan")
-    if arguments.device == "cuda":
-        a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-        peak = 2 * 8192**3 / seconds(lambda: a @ b, 20, "cuda")
-        del a, b
+    peak = matrix_rate(arguments.device)
+    with working_folder(arguments.folder) as arguments.folder:
+        checkpoints = {size: make_checkpoint(size, None, arguments.folder) for size in sizes}
         torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory() as name:
-        arguments.folder = (arguments.folder or Path(name)).resolve()
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        sizes = dict.fromkeys(setting.size for setting in settings)
-        for size in sizes:
-            find_device(size)  # raises InputError for a real size on a CPU
-        checkpoints = {size: make_checkpoint(size, arguments.layers, arguments.folder) for size in sizes}
-        torch.cuda.empty_cache()
-        captions = make_captions(16 * most * arguments.steps, seed=1)
-        data = make_rows(film, arguments.videos, captions, arguments.folder)
-        card = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+        data = Data.make(16 * most * arguments.steps, arguments.videos, arguments.variant, arguments.folder)
         print(
-            f"{card}, torch {torch.__version__}, {arguments.variant}, "
-            f"videos {arguments.video} of {arguments.seconds} s\n"
-            f"bf16 matrix product of 8192 x 8192: {peak / 1e12:.0f} TFLOP/s\n{HEADER}",
+            f"{device_name(arguments.device)}, torch {torch.__version__}, {arguments.variant}\n"
+            f"bf16 matrix product: {peak / 1e12:.3g} TFLOP/s\n{HEADER}",
             flush=True,
         )
-        if not run_all(settings, arguments, checkpoints, data, peak, captions[0]):
+        if not run_all(settings, arguments, checkpoints, data, peak):
             sys.exit(1)
 
 

@@ -35,10 +35,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import psutil
 import torch
-from inputs import make_checkpoint
-from latency.runs import percentile
+from inputs import HEIGHT, WIDTH, make_checkpoint
+from latency.many import LATE, verdict
 from latency.setup import slot_ends, write_json
 from qwen_vl_streaming.common.errors import OneLineParser, run
 from qwen_vl_streaming.live.setup import load_on
@@ -52,11 +53,8 @@ from qwen_vl_streaming.sessions import Session
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from serving_clients import Talk, picture_bytes, random_client
 from websockets.asyncio.client import connect
+from workload import SIZES
 
-LATE = 1.0
-"""Seconds from a clip to the deadline of its tokens."""
-WIDTH, HEIGHT = 364, 196
-"""Of the frames: 91 visual tokens a clip, as in the other benchmarks."""
 KEPT = 16
 """Distinct pictures."""
 CLIENTS_PER_PROCESS = 48
@@ -65,26 +63,15 @@ CONNECT_SECONDS = 1.0
 SIDES = {"alone": "by the engine alone", "served": "through the server"}
 
 
-def checkpoint_of(size: str, layers: int | None, folder: Path, k: int) -> Path:
+def checkpoint_of(size: str, folder: Path, k: int) -> Path:
     """A checkpoint with random weights that takes frames of WIDTH x HEIGHT, trained as group."""
-    checkpoint = make_checkpoint(size, layers, folder)
+    checkpoint = make_checkpoint(size, None, folder)
     config = json.loads((checkpoint / "config.json").read_text())
     pixels = WIDTH * HEIGHT
     budget = {"min_pixels_per_frame": pixels, "max_pixels_per_frame": pixels, "max_pixels_per_video": 60 * pixels}
     config.update(training_keys(VARIANTS["group"], k), pixel_budget={**budget, "budget": "stream"})
     (checkpoint / "config.json").write_text(json.dumps(config))
     return checkpoint
-
-
-def verdict(late: list[list[float]]) -> dict:
-    """Whether the lags of all clips, a list for each session, are sustained."""
-    lags = [lag for mine in late for lag in mine]
-    if not lags:
-        return {"lags": [], "grown": 0.0, "sustained": False}
-    quarter = max(1, max(map(len, late)) // 4)
-    later, earlier = ([lag for mine in late for lag in mine[part]] for part in (slice(-quarter, None), slice(quarter)))
-    grown = median(later) - median(earlier)
-    return {"lags": lags, "grown": grown, "sustained": percentile(lags, 95) <= LATE and grown <= LATE / 4}
 
 
 @dataclass(frozen=True)
@@ -245,9 +232,9 @@ def ladder(rows: list[Row], measure: Callable[[Row], dict]) -> Iterator[dict]:
     for row in rows:
         yield (found := measure(row))
         lags, shares = found["lags"] or [float("nan")] * 2, found.get("shares")
-        share = f"{1e3 * percentile(shares, 95):>12.2f}" if shares else f"{'':>12}"
+        share = f"{1e3 * np.percentile(shares, 95):>12.2f}" if shares else f"{'':>12}"
         end = f"{'yes' if found['sustained'] else 'no'} {found.get('statuses', '')}"
-        times = f"{1e3 * median(lags):>12.1f}{1e3 * percentile(lags, 95):>10.1f}{1e3 * found['grown']:>12.1f}"
+        times = f"{1e3 * median(lags):>12.1f}{1e3 * np.percentile(lags, 95):>10.1f}{1e3 * found['grown']:>12.1f}"
         print(f"{found['sessions']:>8}{times}{share}  {end}", flush=True)
         if not found["sustained"]:
             break
@@ -311,8 +298,7 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", choices=("load", "fuzz"))
-    add("--size", choices=("tiny", "3B", "7B"), default="tiny")
-    add("--layers", type=int, help="fewer layers, to try it out")
+    add("--size", choices=SIZES, default="tiny")
     add("--sessions", type=int, nargs="+", default=[1, 64, 128, 144, 160, 176], help="of load")
     add("--seconds", type=int, default=20, help="of video that is measured (default: 20)")
     add("--age", type=int, default=15, help="seconds from the last start to that (default: 15)")
@@ -326,7 +312,7 @@ def main() -> None:
     add("--output", type=Path, default=Path("serving/serving.json"), help="of load (default: serving/serving.json)")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = checkpoint_of(arguments.size, arguments.layers, arguments.folder, arguments.k)
+    checkpoint = checkpoint_of(arguments.size, arguments.folder, arguments.k)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as records:
         flags = ["--model", str(checkpoint), "--port", "0", "--records", records, "--sessions-per-client", "9999"]
         flags += ["--window", *map(str, arguments.window), "--sessions"]

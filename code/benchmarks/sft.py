@@ -9,44 +9,24 @@ A run is PROCESSES:CONFIGURATION; `none` is Trainer without DeepSpeed. All runs 
 order, with --batch samples per optimizer step over all processes. A sample is that of the published baseline: an H.264
 video of 30 seconds with 91 visual tokens per clip, and an answer of about 117 tokens. Other flags are passed to sft.sh.
 
-The time per step is the median of the times between the log lines of steps, without the first two steps, which compile
-and start the workers; tokens/s follow from it. Model FLOPs are those of training.py, and their share is relative to a
-bf16 matrix product of 8192 x 8192 on each GPU. Memory is the maximum that PyTorch allocated on any GPU. The time spent
-waiting for data is that of the whole run, including its start.
+sft_runs.py defines what is measured. The share is relative to a bf16 matrix product on each GPU. The time spent waiting
+for data is that of the whole run, including its start.
 """
 
 import argparse
 import contextlib
-import json
 import os
-import shutil
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
-import psutil
 import torch
-from inputs import Film, make_captions, make_checkpoint, make_rows
+from inputs import make_checkpoint
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
-from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, load_processor, make_template
-from qwen_vl_streaming.model.released import SIZES
-from qwen_vl_streaming.timeline.timeline import make_schedule, make_timeline
-from qwen_vl_streaming.timeline.variants import VARIANTS, get_variant
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import GRID, find_device, flops, seconds
-
-ROOT = Path(__file__).resolve().parents[2]
-FINETUNE = ROOT / "code/qwen-vl-finetune"
-BUDGET = {"min_pixels_per_frame": 50_176, "max_pixels_per_frame": 78_400}
-"""364 x 196 is kept, and 1920 x 1080 is resized to it."""
-UNTIMED = 2
-"""Steps at the start that are not timed: they compile and start the data workers."""
+from sft_runs import FINETUNE, SFT, Data, Measured, add_flags, end, print_log_end, start, working_folder
+from workload import SIZES, device_name, find_device, matrix_rate
 
 
 @dataclass(frozen=True)
@@ -70,55 +50,23 @@ class Run:
         """Name of the output folder."""
         return f"{self.processes}-{Path(self.configuration).stem}"
 
-
-def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Path) -> tuple[subprocess.Popen, Path]:
-    """Start a run. Returns its process and its output folder; the log is beside the folder."""
-    processes, output = str(chosen.processes), arguments.folder / "runs" / chosen.name
-    shutil.rmtree(output, ignore_errors=True)
-    output.parent.mkdir(exist_ok=True)
-    flags = {
-        "output_dir": output,
-        "max_steps": arguments.steps,
-        "gradient_accumulation_steps": arguments.batch // (arguments.per_device * chosen.processes),
-        "per_device_train_batch_size": arguments.per_device,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        **BUDGET,
-        "max_pixels_per_video": 2 * arguments.seconds * BUDGET["max_pixels_per_frame"],
-    }
-    cpu = arguments.device == "cpu"
-    if cpu or arguments.float32:
-        flags["bf16"] = False
-    options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)] + further
-    environment = {
-        **os.environ,
-        "QWEN2_5_VL_VARIANT": arguments.variant,
-        "QWEN2_5_VL_MODEL_PATH": str(checkpoint),
-        "QWEN2_5_VL_TRAIN_DATA": str(data),
-        "NPROC_PER_NODE": processes,
-        "DEEPSPEED_CONFIG": chosen.configuration,
-    }
-    if chosen.configuration == "none":
-        environment["PYTHONPATH"] = os.pathsep.join([str(FINETUNE), os.environ.get("PYTHONPATH", "")])
-        launcher = [sys.executable, "-m", "qwen_vl_streaming.launch", "--standalone", "--nproc_per_node", processes]
-        files = ["--model_name_or_path", str(checkpoint), "--train_data", str(data)]
-        command = [*launcher, "-m", "qwenvl.rank", *files, *(["--use_cpu", "True"] if cpu else [])]
-    else:
-        command = ["bash", str(FINETUNE / "scripts/sft.sh")]
-    log = output.with_suffix(".log")
-    with log.open("w") as file:
-        process = subprocess.Popen([*command, *options], env=environment, stdout=file, stderr=subprocess.STDOUT)
-    return process, output
-
-
-def end(process: subprocess.Popen) -> None:
-    """Kill a run and its workers unless it has ended."""
-    if process.poll() is None:
-        for each in (*psutil.Process(process.pid).children(recursive=True), process):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-                each.kill()
-        process.wait()
+    def start(self, arguments, further: list[str], checkpoint: Path, data: Data) -> tuple[subprocess.Popen, Path]:
+        """Start the run. Returns its process and its output folder."""
+        output, cpu = arguments.folder / "runs" / self.name, arguments.device == "cpu"
+        flags = {
+            "max_steps": arguments.steps,
+            "gradient_accumulation_steps": arguments.batch // (arguments.per_device * self.processes),
+            "per_device_train_batch_size": arguments.per_device,
+        }
+        if cpu or arguments.float32:
+            flags["bf16"] = False
+        environment, command = {"DEEPSPEED_CONFIG": self.configuration}, SFT
+        if self.configuration == "none":
+            environment["PYTHONPATH"] = os.pathsep.join([str(FINETUNE), os.environ.get("PYTHONPATH", "")])
+            flags |= {"model_name_or_path": checkpoint, "train_data": data.rows} | ({"use_cpu": True} if cpu else {})
+            processes = ("--standalone", "--nproc_per_node", str(self.processes))
+            command = (sys.executable, "-m", "qwen_vl_streaming.launch", *processes, "-m", "qwenvl.rank")
+        return start(output, checkpoint, data, self.processes, flags, further, environment, command), output
 
 
 def finish(process: subprocess.Popen, output: Path, limit: float) -> bool:
@@ -129,38 +77,8 @@ def finish(process: subprocess.Popen, output: Path, limit: float) -> bool:
         status = f"none (killed after {limit:.0f} s)"
         end(process)
     if status != 0:
-        lines = output.with_suffix(".log").read_text(errors="replace").splitlines()
-        print(f"{output.name}: exit status {status}; its log ends:", *lines[-25:], sep="\n    ", flush=True)
+        print_log_end(f"{output.name}: exit status {status}", output)
     return status == 0
-
-
-def sample_flops(checkpoint: Path, variant: str, clips: int, caption: str) -> float:
-    """Model FLOPs of a sample with `caption` for the shape of `checkpoint`."""
-    processor, config = load_processor(checkpoint), load_config(checkpoint)
-    template = make_template(processor, QUESTIONS[0])
-    counts = make_schedule("wait-3", get_variant(variant), clips).counts(len(answer_ids(processor, template, caption)))
-    timeline = make_timeline(get_variant(variant), template.layout(GRID, 2.0), counts)
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    return flops(timeline, model)
-
-
-def measure(output: Path, batch: int, per_sample: float, peak: float) -> tuple[str, list[float], list[float]]:
-    """Return a row of the table, and the losses and gradient norms of all steps."""
-    events = EventAccumulator(str(output / "runs")).Reload()
-    losses, norms = events.Scalars("train/loss"), events.Scalars("train/grad_norm")
-    work = json.loads((output / "throughput.json").read_text())
-    processes = json.loads((output / "run.json").read_text())["world_size"]
-    each = [after.wall_time - before.wall_time for before, after in pairwise(losses)]
-    step = statistics.median(each[UNTIMED - 1 :] or [float("nan")])
-    rate = per_sample * batch / step / processes
-    saved = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    row = (
-        f"{output.name:<24}{step:>10.3f}{work['tokens'] / work['samples'] * batch / step:>10.0f}{rate / 1e12:>9.0f}"
-        f"{rate / peak:>9.1%}{work['peak_memory_bytes'] / 2**30:>9.1f}"
-        f"{work['seconds_waiting_for_data']:>10.2f}{work['seconds']:>9.1f}{saved / 2**30:>10.2f}"
-    )
-    return row, [point.value for point in losses], [point.value for point in norms]
 
 
 def compare(curves: dict[str, list[float]], what: str) -> None:
@@ -181,24 +99,16 @@ def main() -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--layers", type=int, help="layers of language model and vision encoder (default: all)")
-    parser.add_argument("--runs", nargs="*", default=[], metavar="N:CONFIG", help="default: only create the inputs")
-    parser.add_argument("--variant", choices=VARIANTS, default="group")
+    parser.add_argument("--runs", nargs="+", required=True, metavar="N:CONFIG")
     parser.add_argument("--batch", type=int, default=8, help="samples per optimizer step (default: %(default)s)")
     parser.add_argument("--per-device", type=int, default=1, help="samples per forward pass (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--float32", action="store_true", help="train in float32 (default: bf16 on a GPU)")
-    parser.add_argument("--video", default="364x196@8", help="frame size and frames per second (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=30, help="duration of each video (default: %(default)s)")
-    parser.add_argument("--videos", type=int, default=16, help="video files, used in turn (default: %(default)s)")
     parser.add_argument("--at-once", action="store_true", help="start all runs at once, to compare losses only")
-    parser.add_argument(
-        "--limit", type=float, default=3600, help="seconds until a run is killed (default: %(default)s)"
-    )
-    parser.add_argument("--folder", type=Path, help="folder for all files, reused by later calls (default: temporary)")
+    add_flags(parser, steps=8, limit=3600)
     arguments, further = parser.parse_known_args()
-    film, runs = Film.parse(arguments.video, arguments.seconds), [Run.parse(text) for text in arguments.runs]
+    runs = [Run.parse(text) for text in arguments.runs]
     for chosen in runs:
         if arguments.batch % (arguments.per_device * chosen.processes):
             raise InputError(
@@ -207,32 +117,24 @@ def main() -> None:
             )
     if len({chosen.name for chosen in runs}) < len(runs):
         raise InputError(f"--runs {' '.join(arguments.runs)}: give each run once")
-    arguments.device = find_device()
-    with tempfile.TemporaryDirectory() as name:
-        arguments.folder = (arguments.folder or Path(name)).resolve()
-        arguments.folder.mkdir(parents=True, exist_ok=True)
+    arguments.device = find_device(arguments.size)
+    with working_folder(arguments.folder) as arguments.folder:
         checkpoint = make_checkpoint(arguments.size, arguments.layers, arguments.folder)
-        captions = make_captions(arguments.batch * arguments.steps, seed=1)
-        data = make_rows(film, arguments.videos, captions, arguments.folder)
-        if runs and not train(runs, arguments, further, checkpoint, data, captions[0]):
+        data = Data.make(arguments.batch * arguments.steps, arguments.videos, arguments.variant, arguments.folder)
+        if not train(runs, arguments, further, checkpoint, data):
             sys.exit(1)
 
 
-def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data: Path, caption: str) -> bool:
+def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data: Data) -> bool:
     """Train all runs and print their results. Returns False if a run failed."""
-    peak, name = float("nan"), "CPU"
-    if arguments.device == "cuda":
-        name = torch.cuda.get_device_name()
-        a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-        peak = 2 * 8192**3 / seconds(lambda: a @ b, 20, "cuda")
-        del a, b
-        torch.cuda.empty_cache()
-    per_sample = sample_flops(checkpoint, arguments.variant, arguments.seconds, caption)
-    kind = "float32" if arguments.float32 or name == "CPU" else "bf16"
+    peak = matrix_rate(arguments.device)
+    torch.cuda.empty_cache()
+    per_sample = data.sample_flops(checkpoint)
+    kind = "float32" if arguments.float32 or arguments.device == "cpu" else "bf16"
     print(
-        f"{name}, torch {torch.__version__}, {checkpoint.name}, {arguments.variant}, {kind}, {arguments.batch} samples "
-        f"per step, {arguments.per_device} per forward pass, videos {arguments.video}, {' '.join(further)}\n"
-        f"bf16 matrix product of 8192 x 8192: {peak / 1e12:.0f} TFLOP/s; sample: {per_sample / 1e12:.1f} TFLOP",
+        f"{device_name(arguments.device)}, torch {torch.__version__}, {checkpoint.name}, {arguments.variant}, {kind}, "
+        f"{arguments.batch} samples per step, {arguments.per_device} per forward pass, {' '.join(further)}\n"
+        f"bf16 matrix product: {peak / 1e12:.3g} TFLOP/s; sample: {per_sample / 1e12:.3g} TFLOP",
         flush=True,
     )
     print(
@@ -244,15 +146,20 @@ def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data
     for group in [runs] if arguments.at_once else [[chosen] for chosen in runs]:
         until = time.monotonic() + arguments.limit
         with contextlib.ExitStack() as stack:
-            started = [start(chosen, arguments, further, checkpoint, data) for chosen in group]
+            started = [chosen.start(arguments, further, checkpoint, data) for chosen in group]
             for process, _ in started:
                 stack.callback(end, process)
             for process, output in started:
                 if finish(process, output, max(0, until - time.monotonic())):
-                    row, losses[output.name], norms[output.name] = measure(output, arguments.batch, per_sample, peak)
-                    print(row, flush=True)
-                for weights in output.glob("*.safetensors"):
-                    weights.unlink()  # at the real size they would soon fill the disk
+                    found = Measured.read(output, per_sample)
+                    losses[output.name], norms[output.name] = found.losses, found.norms
+                    print(
+                        f"{output.name:<24}{found.step:>10.3f}{found.tokens:>10.0f}{found.flops / 1e12:>9.3g}"
+                        f"{found.flops / peak:>9.1%}{found.gib:>9.1f}"
+                        f"{found.throughput['seconds_waiting_for_data']:>10.2f}{found.throughput['seconds']:>9.1f}"
+                        f"{found.saved_gib:>10.2f}",
+                        flush=True,
+                    )
     if losses:
         compare(losses, "loss")
         compare(norms, "gradient norm")

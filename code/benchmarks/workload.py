@@ -54,7 +54,7 @@ def device_name(device: str) -> str:
     return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
-def load_config(size: str, layers: int | None = None) -> Qwen2_5_VLConfig:
+def config_of(size: str, layers: int | None = None) -> Qwen2_5_VLConfig:
     """The config of one of SIZES; a released one optionally with fewer `layers`."""
     if size != "tiny":
         return released.released_config(size, layers)
@@ -82,7 +82,7 @@ def created_on(device: str, dtype: torch.dtype) -> Iterator[None]:
 def random_model(size: str, device: str) -> Qwen2_5_VLForConditionalGeneration:
     """A model with random weights: in bf16 on a GPU, in float32 on a CPU."""
     with created_on(device, torch.float32 if device == "cpu" else torch.bfloat16):
-        return Qwen2_5_VLForConditionalGeneration(load_config(size))
+        return Qwen2_5_VLForConditionalGeneration(config_of(size))
 
 
 def seconds(work: Callable[[], object], repeats: int, device: str) -> float:

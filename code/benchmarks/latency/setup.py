@@ -24,7 +24,7 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
-from workload import GRID, TEMPLATE, created_on, device_name, find_device, load_config, matrix_rate, memory_rate
+from workload import GRID, TEMPLATE, config_of, created_on, device_name, find_device, matrix_rate, memory_rate
 
 from latency.floors import Floors
 
@@ -48,7 +48,7 @@ def load(size: str, device: str, weights: str | None = None) -> Qwen2_5_VLForCon
     else:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
-    config = load_config(size)
+    config = config_of(size)
     with created_on(device, torch.float32 if device == "cpu" else torch.bfloat16):
         model = Qwen2_5_VLForConditionalGeneration(config) if weights is None else quantized(config, weights, size)
     if size == "tiny" and weights is None:
