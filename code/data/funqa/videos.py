@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from preparation.hub import HubError, RemoteFile
-from preparation.inspection import Inspection
+from preparation.inspection import Inspection, Video
 from preparation.videos import VIDEO_SUFFIXES, check_video
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_write
@@ -34,8 +34,8 @@ class Archive:
 
 
 @dataclass(frozen=True)
-class VideoFile:
-    """One video, on disk or in a zip file, for `inspect_videos`."""
+class VideoFile(Video):
+    """One video, on disk or in a zip file."""
 
     file: Path
     """Where it is, or where it is unpacked to."""
@@ -54,10 +54,6 @@ class VideoFile:
     @property
     def container(self) -> str:
         return self.archive.path if self.archive else ""
-
-    @property
-    def one_task(self) -> bool:
-        return False
 
     @property
     def target(self) -> Path | None:
