@@ -17,7 +17,6 @@ Weights are random; `--size tiny` tries it on a CPU.
 import argparse
 import asyncio
 import contextlib
-import heapq
 import json
 import math
 import multiprocessing
@@ -32,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -39,7 +39,7 @@ import numpy as np
 import psutil
 import torch
 from inputs import HEIGHT, WIDTH, make_checkpoint
-from latency.many import LATE, verdict
+from latency.many import LATE, drive, verdict
 from latency.setup import slot_ends, write_json
 from qwen_vl_streaming.common.errors import OneLineParser, run
 from qwen_vl_streaming.live.setup import load_on
@@ -57,6 +57,8 @@ from workload import SIZES
 
 KEPT = 16
 """Distinct pictures."""
+SECOND_FRAME = 1 / 2
+"""Seconds from a clip's first frame to its second, which completes it."""
 CLIENTS_PER_PROCESS = 48
 CONNECT_SECONDS = 1.0
 """A session is opened that long before its first frame."""
@@ -113,39 +115,39 @@ def engine_alone(flags: list[str], rows: list[Row], results) -> None:
     pixels = [clip.pixels for clip in prepared]
     template = served.template(QUESTIONS[-1])
     layout, variant = served.layout(template, (HEIGHT, WIDTH)), VARIANTS[spec.variant]
-    for row in rows:
+
+    def measure(row: Row) -> dict:
         options = {**spec.limits, "schedule": f"wait-{row.k}", "clock": time.perf_counter}
         sessions: dict[int, Session] = {}
-        began = time.perf_counter() + CONNECT_SECONDS
-        due = [(start - CONNECT_SECONDS, number, -1) for number, start in enumerate(row.starts)]
-        heapq.heapify(due)
-        while due or not pool.idle:
-            while due and time.perf_counter() - began >= due[0][0]:
-                _, number, clip = heapq.heappop(due)
-                if clip < 0:
-                    sessions[number] = pool.open(variant, template, layout, **options)
-                elif not sessions[number].done:
-                    sessions[number].feed(pixels[clip % len(pixels)])
-                start = row.starts[number]
-                if clip + 1 < row.clips(start):  # a clip is complete when its second frame has come
-                    heapq.heappush(due, (start + clip + 1 + 1 / 2, number, clip + 1))
-            if not pool.idle:
-                pool.step()
-            else:
-                wait = began + due[0][0] - time.perf_counter() if due else 0.0
-                time.sleep(max(0.0, min(1e-3, wait)))
+
+        def begin(number: int) -> None:
+            sessions[number] = pool.open(variant, template, layout, **options)
+
+        def feed(number: int, clip: int) -> None:
+            if not sessions[number].done:
+                sessions[number].feed(pixels[clip % len(pixels)])
+
+        began, events = time.perf_counter() + CONNECT_SECONDS, []
+        for number, start in enumerate(row.starts):
+            events.append((began + start - CONNECT_SECONDS, partial(begin, number)))
+            for clip in range(row.clips(start)):
+                events.append((began + start + clip + SECOND_FRAME, partial(feed, number, clip)))
+        drive(pool, events)
         late = [
-            [end - (began + start + clip + 1 / 2) for clip, end in enumerate(slot_ends(sessions[number]))]
+            [
+                end - (began + start + clip + SECOND_FRAME)
+                for clip, end in enumerate(slot_ends(sessions[number]))
+                if start + clip >= row.measured
+            ]
             for number, start in enumerate(row.starts)
         ]
         for session in sessions.values():
             session.close()
         pool.step()
-        measured = [
-            [lag for clip, lag in enumerate(lags) if start + clip >= row.measured]
-            for lags, start in zip(late, row.starts, strict=True)
-        ]
-        results.put({"sessions": len(row.starts), **verdict(measured)})
+        return {"sessions": len(row.starts), **verdict(late)}
+
+    for row in rows:
+        results.put(measure(row))
 
 
 # Through the server

@@ -1,9 +1,12 @@
 """Many sessions on one model in real time, and one session over a stream of thousands of clips."""
 
-import heapq
 import random
 import time
 from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from operator import itemgetter
 from statistics import median
 
 import numpy as np
@@ -84,6 +87,20 @@ def many(bench: Bench, arguments: Namespace) -> dict:
     return {"k": k, "seconds": seconds, "age": age, "window": list(window), "sustained": enough, "many": table}
 
 
+def drive(pool: SessionPool, events: Iterable[tuple[float, Callable[[], object]]]) -> None:
+    """Step `pool` until all `events` are over and it is idle. An event is a time of perf_counter, and what to call
+    then."""
+    due = deque(sorted(events, key=itemgetter(0)))
+    while due or not pool.idle:
+        while due and time.perf_counter() >= due[0][0]:
+            _, work = due.popleft()
+            work()
+        if not pool.idle:
+            pool.step()
+        elif due:
+            time.sleep(max(0.0, min(1e-3, due[0][0] - time.perf_counter())))
+
+
 def run_pool(bench: Bench, pool: SessionPool, k: int, count: int, seconds: float, age: int) -> dict:
     """Run `count` sessions for `seconds`. Raises InputError if the pool cannot open all of them."""
     draw, clips = random.Random(0), max(1, round(seconds))
@@ -100,18 +117,14 @@ def run_pool(bench: Bench, pool: SessionPool, k: int, count: int, seconds: float
         bench.wait()
         began = time.perf_counter()
         phases = [draw.random() for _ in sessions]
-        due = [(began + phase, number, 0) for number, phase in enumerate(phases)]
-        heapq.heapify(due)
-        while due or not pool.idle:
-            while due and time.perf_counter() >= due[0][0]:
-                at, number, clip = heapq.heappop(due)
-                sessions[number].feed(pixels[age + clip])
-                if clip + 1 < clips:
-                    heapq.heappush(due, (at + 1, number, clip + 1))
-            if not pool.idle:
-                pool.step()
-            else:
-                time.sleep(max(0.0, min(1e-3, due[0][0] - time.perf_counter())))
+        drive(
+            pool,
+            (
+                (began + phase + clip, partial(session.feed, pixels[age + clip]))
+                for session, phase in zip(sessions, phases, strict=True)
+                for clip in range(clips)
+            ),
+        )
         bench.wait()
         on_gpu = bench.device != "cpu"
         used = torch.cuda.memory_allocated(bench.device) if on_gpu else resident()

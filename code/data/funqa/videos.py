@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from preparation.hub import HubError, RemoteFile
 from preparation.inspection import Inspection, Video
@@ -20,8 +21,8 @@ UNPACK_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError
 
 
 @dataclass(frozen=True)
-class Archive:
-    """A zip file."""
+class StoredFile:
+    """A file as published, on disk or on the hub: annotations or a zip file."""
 
     path: str
     """The file; for the hub, its path in the repository."""
@@ -31,6 +32,16 @@ class Archive:
     """For the hub: the data set and its revision, as "owner/name@commit"."""
     size: int = 0
     """For the hub: bytes."""
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    def open(self) -> BinaryIO:
+        """Open it for reading. Raises OSError; reading from the hub raises HubError."""
+        if self.repository:
+            return RemoteFile(self.repository, self.path, self.size)
+        return open(self.path, "rb")
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class VideoFile(Video):
     stamp: str
     """Changes when its content does."""
     size: int
-    archive: Archive | None = None
+    archive: StoredFile | None = None
     member: str = ""
     """Its name in `archive`."""
 
@@ -61,14 +72,10 @@ class VideoFile(Video):
 
 
 @contextmanager
-def open_archive(archive: Archive) -> Iterator[zipfile.ZipFile]:
+def open_archive(archive: StoredFile) -> Iterator[zipfile.ZipFile]:
     """Open a zip file on disk or on the hub. Raises InputError if it is not a zip file or the hub does not answer."""
     try:
-        if archive.repository:
-            file = RemoteFile(archive.repository, archive.path, archive.size)
-        else:
-            file = open(archive.path, "rb")  # noqa: SIM115 - closed below, like the remote file
-        with file, zipfile.ZipFile(file) as opened:
+        with archive.open() as file, zipfile.ZipFile(file) as opened:
             yield opened
     except HubError as error:
         raise InputError(str(error)) from error
@@ -86,7 +93,7 @@ def find_on_disk(files: list[tuple[Path, os.stat_result]]) -> dict[str, list[Vid
     return found
 
 
-def find_in_archive(archive: Archive, folder: Path) -> dict[str, list[VideoFile]]:
+def find_in_archive(archive: StoredFile, folder: Path) -> dict[str, list[VideoFile]]:
     """The videos of a zip file by lower-case file name, to be unpacked to `folder`. Raises InputError."""
     found: dict[str, list[VideoFile]] = {}
     with open_archive(archive) as opened:
