@@ -4,11 +4,13 @@ import json
 import random
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from latency import floors
+from serving_load import load
 from tiny import random_template, tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "code/benchmarks"
@@ -176,6 +178,12 @@ def test_errors_are_one_line():
     assert done.returncode == 0, done.stderr
     for line, (_, named) in zip(done.stderr.splitlines(), mistakes, strict=True):
         assert line.startswith("error: ") and named in line
+
+
+def test_the_load_of_a_server_ends_if_the_engine_does_not_start(tmp_path):
+    arguments = Namespace(size="tiny", seconds=1, age=0, sessions=[1], output=tmp_path / "serving.json")
+    with pytest.raises(EOFError):
+        load(arguments, ["--nonsense"])
 
 
 def test_attention_is_timed_for_each_option():

@@ -4,9 +4,7 @@ weights."""
 import json
 import os
 import random
-import subprocess
 import sys
-import tarfile
 import time
 from fractions import Fraction
 from functools import partial
@@ -21,7 +19,7 @@ from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditional
 from qwen_vl_streaming.model.prompts import load_processor
 from workload import ANSWER, CLIPS, config_of, created_on, find_device
 
-MAKE_MODEL = Path(__file__).resolve().parents[1] / "demo/make_model.py"
+DEMO = Path(__file__).resolve().parents[1] / "demo"
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ha", "jin", "kel", "lor", "man", "nes", "pol", "qui", "ras", "ten", "wan")
 WIDTH, HEIGHT, FPS, SECONDS = 364, 196, 8, CLIPS
 """Of the videos."""
@@ -84,15 +82,12 @@ def make_rows(videos: int, captions: list[str], folder: Path) -> Path:
 
 def make_tiny(folder: Path) -> Path:
     """Create the demo's small checkpoint, with a tokenizer trained on the words of `make_captions`."""
+    sys.path.append(str(DEMO))
+    import make_model
+
     checkpoint = folder / "tiny"
     if not checkpoint.exists():
-        words = folder / "words"
-        (words / "train").mkdir(parents=True, exist_ok=True)
-        with tarfile.open(words / "train/0.tar", "w") as archive:
-            for number, caption in enumerate(make_captions(100, seed=0)):
-                (words / "caption.json").write_text(json.dumps({"human_caption": caption}))
-                archive.add(words / "caption.json", f"{number}.json")
-        subprocess.run([sys.executable, MAKE_MODEL, "--data", words, "--output", checkpoint], check=True)
+        make_model.make_checkpoint(checkpoint, make_captions(100, seed=0), make_model.ModelShape())
     return checkpoint
 
 
