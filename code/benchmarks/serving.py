@@ -47,7 +47,7 @@ def checkpoint_of(size: str, folder: Path) -> Path:
 
 
 def fuzz(arguments: argparse.Namespace, flags: list[str]) -> None:
-    """Random clients, eight at a time or so; then nothing may be left behind."""
+    """Run random clients, at most 16 at a time. Exits with an error if the server ends or leaves files open."""
     with server(flags) as (address, process):
         before = psutil.Process(process.pid)
         files, began = before.num_fds(), time.monotonic()
@@ -67,7 +67,7 @@ def fuzz(arguments: argparse.Namespace, flags: list[str]) -> None:
         print(f"{arguments.clients} clients in {time.monotonic() - began:.1f} s: {dict(Counter(ends))}")
         print(f"{left} open files left, {before.memory_info().rss / 2**20:.0f} MiB")
         if left > 2 or process.poll() is not None:
-            sys.exit("error: something was left behind")
+            sys.exit("error: the server has ended, or has left files open")
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ SECOND_FRAME = 1 / 2
 """Seconds from a clip's first frame to its second, which completes it."""
 CLIENTS_PER_PROCESS = 48
 CONNECT_SECONDS = 1.0
-"""A session is opened that long before its first frame."""
+"""Seconds from opening a session to its first frame."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Row:
     starts: list[float]
     """When each session's first clip begins."""
     measured: float
-    """When the measurement begins,"""
+    """When the measurement begins."""
     end: float
-    """and when the last clip begins at the latest."""
+    """When the last clip begins at the latest."""
 
     def clips(self, start: float) -> int:
         """Of a session that starts at `start`."""
@@ -75,7 +75,7 @@ def make_row(count: int, arguments: argparse.Namespace) -> Row:
 
 
 def engine_alone(flags: list[str], rows: list[Row], results) -> None:
-    """In a process of its own: send the measured values of each of `rows` to the connection `results`."""
+    """Run in a separate process: send the measured values of each of `rows` to the connection `results`."""
     settings = parse_serve("", {}, flags)
     models = load_catalog(settings)
     (served,), (spec, *_) = models.values(), place(models, settings)
@@ -178,7 +178,7 @@ async def camera(address: str, row: Row, began: float, start: float) -> dict:
 
 
 def cameras(address: str, row: Row, began: float, starts: list[float]) -> list[dict]:
-    """In a process of its own: a viewer for each of `starts`."""
+    """Run in a separate process: a viewer for each of `starts`."""
 
     async def all_of_them() -> list[dict]:
         return await asyncio.gather(*(camera(address, row, began, start) for start in starts))

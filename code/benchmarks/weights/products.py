@@ -1,7 +1,7 @@
 """Microseconds of each linear layer by the number of rows, for each way to compute it with 8-bit weights.
 
-A CUDA graph runs a product with different weights in rotation, which together exceed the L2 cache. The rows are the
-same, as they come from a kernel just before. Times are those of the device.
+A CUDA graph runs the product with different weights in rotation, which together exceed the L2 cache. The rows stay the
+same: in the engine, the previous kernel has just written them. Times are those of the device.
 
     M rows   N outputs   K inputs
 """
@@ -43,9 +43,9 @@ WIDTHS = {
     (128, 32): ((128, 8, 2), (128, 8, 3)),
     (256, 0): ((128, 8, 2), (128, 8, 3)),
 }
-"""By the rows of a tile, and its further ones: its outputs, warps and stages."""
+"""(outputs, warps, stages) to try, by (rows, more rows) of a tile."""
 PER_PROCESSOR = (0, 1, 2, 3, 4, 6)
-"""Programs for each of the GPU's processors; 0 for a program for each tile."""
+"""Programs per multiprocessor of the GPU; 0: one program per tile."""
 DEVICE = "cuda"
 COMPILERS = 12
 """Processes that compile kernels in advance."""
@@ -65,7 +65,7 @@ def layer_shapes(size: str) -> dict[str, tuple[int, int]]:
 
 
 def candidates(m: int, n: int, k: int, processors: int) -> list[Tiles]:
-    """Tiles worth measuring: of the narrowest that have room for all rows, or for many rows of the widest."""
+    """Tiles worth measuring: the narrowest that have room for all rows; for many rows, the widest."""
     widths = [width for width in WIDTHS if m <= sum(width)] or [(128, 0), (256, 0)]
     if m <= 128:
         widths = [width for width in widths if sum(width) <= 1.4 * sum(widths[0])]
@@ -81,20 +81,20 @@ def candidates(m: int, n: int, k: int, processors: int) -> list[Tiles]:
 
 
 def run_kernel(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
-    """The kernel for `x` that is interleaved already, as what makes it does in the engine, and a sum over its parts,
-    which is part of what follows there. (The sum is of all parts, also of those that are left out there.)"""
+    """The kernel and the sum over its parts. `x` is already interleaved. In the engine, the previous kernel interleaves
+    it, and the next one sums the parts that are needed; here, all are summed."""
     parts = partial_products(x, weight, scale, list(astuple(tiles)))
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def compile_kernel(tiles: Tiles, kind: str) -> str | None:
-    """Compile the kernel for `tiles`, in a process of its own: Triton keeps it on disk. Returns why it failed."""
+    """Compile the kernel for `tiles` in a worker process; Triton keeps it on disk. Returns why it failed, or None."""
     try:
         weight, scale = quantize(torch.ones(2 * tiles.outputs, 2 * GROUP, device=DEVICE), kind)
         x = torch.ones(16, weight.shape[1], device=DEVICE, dtype=torch.bfloat16)
         run_kernel(x, weight, scale, tiles)
         torch.cuda.synchronize()
-    except Exception as error:  # a kernel that needs more registers or memory than there are is one candidate less
+    except Exception as error:  # such as a kernel that needs too many registers or too much memory
         return f"{type(error).__name__}: {str(error).splitlines()[0]:.150}"
     return None
 
@@ -104,7 +104,7 @@ def without_programs(tiles: Tiles) -> Tiles:
 
 
 def compile_kernels(kinds: list[str]) -> set[Tiles]:
-    """Compile all tiles in advance. Returns those, without their programs, that failed."""
+    """Compile all tiles in advance. Returns those that failed, without their programs."""
     tiles = [Tiles(shape[0], *width, programs, *shape[1:]) for width, shapes in WIDTHS.items() for shape in shapes
              for programs in (0, 4)]  # fmt: skip
     began, bad = time.perf_counter(), set()
@@ -119,7 +119,7 @@ def compile_kernels(kinds: list[str]) -> set[Tiles]:
 
 
 class Layer:
-    """One linear layer, with so many different weights that they exceed the L2 cache."""
+    """One linear layer with several sets of weights, which together exceed the L2 cache."""
 
     def __init__(self, n: int, k: int, kinds: list[str]):
         count = min(max(2, round(CACHE / (n * k))), 24)
@@ -132,7 +132,7 @@ class Layer:
 
 
 def microseconds(work: Callable[[int], object], count: int) -> float:
-    """Of one call, of a graph that calls `work` with 0 … count - 1: the least of several replays."""
+    """Microseconds of one call in a CUDA graph that calls `work` with 0 … count - 1: the minimum of several replays."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -154,13 +154,13 @@ def microseconds(work: Callable[[int], object], count: int) -> float:
 
 
 def whole(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """All weights are converted, then cuBLAS multiplies. The scale is left to what follows, as the compiler does."""
+    """Convert all weights, then multiply with cuBLAS. Without the scale, which the compiler fuses with what follows."""
     return linear(x, converted(weight))
 
 
 def compiled(layer: Layer, x: Tensor, kind: str) -> Callable[[int], object]:
-    """The product as the compiler makes it from the plain form."""
-    torch._dynamo.reset()  # else the limit of recompilations is reached, and what follows runs uncompiled
+    """The product, compiled from its plain form."""
+    torch._dynamo.reset()  # otherwise later layers exceed the limit of recompilations and run uncompiled
     function = torch.compile(scaled_linear, dynamic=False, options={"coordinate_descent_tuning": True})
     return lambda i: function(x, *layer.quantized[kind][i])
 
@@ -221,7 +221,7 @@ def measure_products(sizes: list[str], kinds: list[str], seconds: float) -> list
 def measure_rows(
     table: Table, key: tuple[str, str], layer: Layer, kind: str, m: int, first: bool, bad: set[Tiles]
 ) -> None:
-    """All ways for one number of rows. The tiles of the kernel are searched for the `first` kind, and used for all."""
+    """Measure all ways for one number of rows. Tiles are searched for the `first` kind and used for all."""
     x, weights = layer.rows(m), layer.quantized[kind]
     if first:
         table.add(key, m, "bf16", layer, lambda i: linear(x, layer.plain[i]))
@@ -252,9 +252,8 @@ def run_nth(x: Tensor, weights: list[tuple[Tensor, Tensor]], tiles: Tiles, i: in
 
 
 def tiles_file(rows: list[dict], kind: str, device: str) -> str:
-    """The text of `quantized_tiles.py`: the fastest tiles by shape and rows, or none where another way is faster. For
-    one row, that is the compiler's product, which is fused with what is around it: it is replaced by a kernel that is
-    faster by a tenth."""
+    """The text of `quantized_tiles.py`: the fastest tiles by shape and rows, or None where another way is faster. For
+    one row, the kernel must be a tenth faster than the compiler's product, which is fused with its neighbours."""
     lines = []
     for size, name in dict.fromkeys((row["size"], row["layer"]) for row in rows):
         mine = [row for row in rows if (row["size"], row["layer"]) == (size, name) and row["us"]]

@@ -1,8 +1,7 @@
 """How captions change with 8-bit weights: metrics, tokens, and how close the scores are where tokens differ.
 
-Captions are written and scored by eval.sh, once for each precision. With other weights a caption goes its own way after
-the first token that differs, so the models are also compared over the same tokens, those of the model as it is, in one
-full pass (teacher forcing).
+eval.sh writes and scores captions, once for each precision. Captions diverge after the first token that differs, so the
+models are also compared over the same tokens, those of the model as it is, in one full pass (teacher forcing).
 """
 
 import json
@@ -75,8 +74,8 @@ def forced_scores(model, case: Forced) -> Tensor:
 
 
 def compare_forced(plain: Sequence[Tensor], other: Sequence[Tensor]) -> dict:
-    """Over the same tokens: the share for which both models choose the same, and by how much the scores of the model as
-    it is differ between the two choices where they do not, beside its usual lead over the second best."""
+    """Over the same tokens: how often both models choose the same token; where they do not, the margin between the two
+    choices in the scores of the model as it is; and its median lead over the second best token."""
     same, margins, leads = 0, [], []
     for a, b in zip(plain, other, strict=True):
         mine, theirs = a.argmax(-1), b.argmax(-1)
@@ -94,7 +93,7 @@ def compare_forced(plain: Sequence[Tensor], other: Sequence[Tensor]) -> dict:
 
 
 def compare_written(plain: dict[str, list[int]], other: dict[str, list[int]]) -> dict:
-    """Over whole captions: the share of equal ones, and of tokens that are equal at their place."""
+    """Over whole captions: the share of equal captions, and of tokens that are equal at the same index."""
     pairs = [(plain[key], other[key]) for key in plain.keys() & other.keys()]
     longest = sum(max(len(a), len(b)) for a, b in pairs)
     equal = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=False))
