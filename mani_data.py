@@ -29,15 +29,11 @@ from typing import Any
 
 import funqa.run
 import pe_video.run
-from funqa.run import prepare_funqa
-from pe_video.run import prepare_dataset
 from preparation import own_rows, timed_rows
-from preparation.own_rows import prepare_own_rows
 from preparation.report import SplitStatistics
 from preparation.rules import Rules
 from preparation.run import STATE_FOLDER, RunOptions
 from preparation.timed_formats import FORMATS
-from preparation.timed_rows import prepare_timed_rows
 from qwen_vl_streaming.common.data_rows import SEGMENT_TIMES
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.paths import find_data, find_path, find_video_root, look_up
@@ -126,23 +122,28 @@ OWN_FILES = ("input", "output", "video_root")
 BOUNDS = ("min_seconds", "max_seconds", "min_tokens_per_second", "max_tokens_per_second")
 DATASETS = {
     "pe-video": DataSet(
-        "facebook/PE-Video", "{}_3_5.jsonl", Rules(), prepare_dataset, pe_video_options, ("train_dir", "test_dir")
+        "facebook/PE-Video",
+        "{}_3_5.jsonl",
+        Rules(),
+        pe_video.run.prepare_dataset,
+        pe_video_options,
+        ("train_dir", "test_dir"),
     ),
     "funqa": DataSet(
         "fesvhtr/FunQA",
         "funqa_{}.jsonl",
         Rules(0.0, math.inf, 0.0, math.inf),
-        prepare_funqa,
+        funqa.run.prepare_funqa,
         funqa_options,
         ("max_questions", "max_references"),
         prefix="funqa_",
     ),
-    "jsonl": DataSet("", "", Rules(), prepare_own_rows, own_options, OWN_FILES, FOLDERS),
+    "jsonl": DataSet("", "", Rules(), own_rows.prepare_own_rows, own_options, OWN_FILES, FOLDERS),
     "segments": DataSet(
         "",
         "",
         Rules(0.0, math.inf, 0.0, math.inf),
-        prepare_timed_rows,
+        timed_rows.prepare_timed_rows,
         timed_options,
         (*OWN_FILES, "format", "segment_time"),
         (*FOLDERS, *BOUNDS, "max_samples"),

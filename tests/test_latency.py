@@ -4,9 +4,11 @@ import json
 import random
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import serving
 import torch
 from latency import floors
 from tiny import random_template, tiny_model
@@ -31,7 +33,7 @@ def latency(*arguments: str, **options: str) -> subprocess.CompletedProcess:
     flags = [flag for pair in {**SMALL, **options}.items() for part in pair for flag in part.split()]
     # In a separate process: its modules and those of the tests have the same names.
     command = [sys.executable, str(BENCHMARKS / "latency.py"), *arguments, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -194,20 +196,28 @@ def test_errors_are_one_line():
         "    except SystemExit as end: assert end.code == 2\n"
         "    else: raise AssertionError(arguments)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     for line, (_, named) in zip(done.stderr.splitlines(), mistakes, strict=True):
         assert line.startswith("error: ") and named in line
 
 
+def test_the_load_of_a_server_ends_if_the_engine_does_not_start(tmp_path):
+    arguments = Namespace(
+        size="tiny", k=3, seconds=1, age=0, ramp=0, sessions=[1], sides=["alone"], output=tmp_path / "serving.json"
+    )
+    with pytest.raises(EOFError):
+        serving.load(arguments, ["--nonsense"])
+
+
 def test_attention_is_timed_for_each_option():
     command = [sys.executable, str(BENCHMARKS / "attention.py"), "--size", "tiny", "--options"]
-    done = subprocess.run([*command, "64x64x4x3", "8x2"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "64x64x4x3", "8x2"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line[:1].isdigit()]
     assert [line.split()[0] for line in lines] == ["4x3", "8x2"] + 2 * ["64x64x4x2", "64x64x4x3"]
     assert ["the engine's" in line for line in lines] == 3 * [True, False]
     assert all(float(line.split()[1]) > 0 for line in lines)
-    done = subprocess.run([*command, "48x64x4x3"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "48x64x4x3"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --options 48x64x4x3: give BLOCK_M x BLOCK_N x num_warps")

@@ -121,9 +121,7 @@ def run_stages(unit: Unit, job: stages.Job) -> Counter[str]:
         if record.outcome == KEPT:
             json.loads(record.text)
     videos = [
-        stages.UnitVideo(
-            unit, stages.Candidate(r.video_id, r.where, r.video, float(r.seconds)), job.videos / unit.split
-        )
+        stages.UnitVideo(unit, job.videos / unit.split, r.video_id, r.where, r.video, float(r.seconds))
         for r in records
         if r.outcome == KEPT and r.video
     ]

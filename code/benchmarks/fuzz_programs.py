@@ -13,7 +13,7 @@ import json
 import pickle
 import random
 import shutil
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -170,6 +170,13 @@ def checkpoints(folder: Path) -> Try:
         "types": lambda: [tensor_types(path) for path in case.glob("*.safetensors")],
         "tokenizer": lambda: gallery.Tokenizers._load(case),
     }
+    corruptions = {
+        "json": corrupt_json,
+        "weights": corrupt_weights,
+        "pickle": partial(add_pickles, mark=mark),
+        "code": partial(add_code, mark=mark),
+        "template": corrupt_template,
+    }
     for load in loaders.values():  # the valid one, before memory is limited
         shutil.copytree(valid, case, dirs_exist_ok=True)
         load()
@@ -177,10 +184,8 @@ def checkpoints(folder: Path) -> Try:
     def try_one(draw: random.Random) -> str:
         shutil.rmtree(case, ignore_errors=True)
         shutil.copytree(valid, case)
-        how = draw.choices(["json", "weights", "pickle", "code", "template"], [8, 5, 4, 4, 2])[0]
-        {"json": corrupt_json, "weights": corrupt_weights, "template": corrupt_template}.get(
-            how, lambda *_: (add_pickles if how == "pickle" else add_code)(case, draw, mark)
-        )(case, draw)
+        how = draw.choices([*corruptions], [8, 5, 4, 4, 2])[0]
+        corruptions[how](case, draw)
         outcomes = {name: outcome_of(load) for name, load in loaders.items()}
         refused = [name for name, outcome in outcomes.items() if outcome == "refused"]
         return f"{how}: " + (f"refused by {' '.join(refused)}" if refused else "accepted")

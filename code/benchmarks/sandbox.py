@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from qwen_vl_streaming.common.errors import run
 
 CODE = Path(__file__).resolve().parents[1]
@@ -33,14 +34,18 @@ MAX_ADDRESS_SPACE, MAX_FILE_SIZE = 6 << 30, 1 << 28
 """Bytes that the process may map in addition to its size after start-up, and bytes of a file that it may write."""
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 FILE_EVENTS = {
-    **{"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1},
-    **{"os.link": 2, "os.symlink": 2, "os.chmod": 1},
+    "os.remove": 1,
+    "os.rename": 2,
+    "os.mkdir": 1,
+    "os.rmdir": 1,
+    "os.link": 2,
+    "os.symlink": 2,
+    "os.chmod": 1,
 }
 """Audit event -> number of leading arguments that are paths."""
-PROCESS_EVENTS = (
-    *("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty"),
-    *("subprocess.Popen", "socket.connect"),
-)
+PROCESS_EVENTS = {
+    "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "socket.connect"
+}  # fmt: skip
 ALLOWED_COMMANDS = ([sys.executable, "-m", "metrics.scoring"], [shutil.which("java"), "-version"])
 """Commands that may be started: the metrics, which run in their own process, and Java to print its version."""
 FORKS = "qwen_vl_streaming.common.bounded"
@@ -56,30 +61,35 @@ class Sandbox:
         self.seconds = seconds
         for name in ("tmp", "home", "case"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("QWEN2_5_VL", "HF_"))}
         paths = [str(CODE / name) for name in ("benchmarks", "evaluation", "demo", "qwen-vl-finetune")]
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("QWEN2_5_VL", "HF_"))},
-            **{
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
-                "TOKENIZERS_PARALLELISM": "false",
-                "CUDA_VISIBLE_DEVICES": "",
-                "PYTHONDONTWRITEBYTECODE": "1",
-            },
-            **{"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "HF_HOME": str(folder / "home/hf")},
+        environment |= {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HOME": str(folder / "home"),
+            "TMPDIR": str(folder / "tmp"),
+            "HF_HOME": str(folder / "home/hf"),
             "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
         }
         (folder / "yes").write_text("y\n" * 100_000)  # stdin, in case a library asks for confirmation
-        self.requests, theirs = os.pipe()[::-1], None
-        self.answers = os.pipe()
-        theirs = (self.requests[1], self.answers[1])
+        read_requests, self.requests = os.pipe()
+        self.answers, write_answers = os.pipe()
+        theirs = read_requests, write_answers
         start = "import sys, sandbox; sandbox.serve(*sys.argv[1:])"
         command = [sys.executable, "-c", start, prepare, *map(str, (seed, folder, seconds, *theirs))]
         self.log = folder / "log"
         with open(folder / "yes") as yes, open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                *(command,),
-                **{"env": environment, "stdin": yes, "stdout": log, "stderr": log, "pass_fds": theirs, "cwd": folder},
+                command,
+                env=environment,
+                stdin=yes,
+                stdout=log,
+                stderr=log,
+                pass_fds=theirs,
+                cwd=folder,
                 start_new_session=True,
             )
         for end in theirs:
@@ -90,15 +100,15 @@ class Sandbox:
     def try_input(self, number: int) -> dict | None:
         """Return the result of input `number`, or None if the process dies or takes too long."""
         with contextlib.suppress(BrokenPipeError):
-            os.write(self.requests[0], f"{number}\n".encode())
+            os.write(self.requests, f"{number}\n".encode())
         return self._read_answer(self.seconds)
 
     def _read_answer(self, seconds: float) -> dict | None:
         text = b""
         while not text.endswith(b"\n"):
-            if not select.select([self.answers[0]], [], [], seconds)[0]:
+            if not select.select([self.answers], [], [], seconds)[0]:
                 return None
-            if not (more := os.read(self.answers[0], 1 << 16)):
+            if not (more := os.read(self.answers, 1 << 16)):
                 return None
             text += more
         return json.loads(text)
@@ -112,7 +122,7 @@ class Sandbox:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # and the processes that it started
         self.process.wait()
-        for end in (self.requests[0], self.answers[0]):
+        for end in (self.requests, self.answers):
             os.close(end)
         return f"{finding}\n{self.log.read_text(errors='replace')[-2000:]}"
 
@@ -198,14 +208,9 @@ def run_forked(program: Callable[[], None], arguments: Iterable[object], folder:
     return Finished(status, out, err)
 
 
-def pages(column: int) -> int:
-    """Pages of this process: of its address space (column 0) or resident (column 1)."""
-    return int(Path("/proc/self/statm").read_text().split()[column])
-
-
 def _run_as(program: Callable[[], None], command: list[str], files: Iterable[Path], report: Path) -> None:
     """The child of `run_forked`. Does not return."""
-    rss = pages(1) * resource.getpagesize()
+    rss = psutil.Process().memory_info().rss
     for number, file in enumerate(files, 1):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, number)
@@ -233,7 +238,7 @@ def serve(prepare: str, seed: str, directory: str, seconds: str, requests: str, 
     module, _, name = prepare.partition(":")
     faulthandler.enable(sys.__stderr__)
     try_one: Try = getattr(importlib.import_module(module), name)(folder)
-    resource.setrlimit(resource.RLIMIT_AS, (pages(0) * resource.getpagesize() + MAX_ADDRESS_SPACE,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MAX_ADDRESS_SPACE,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_SIZE,) * 2)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     audit = AuditLog(folder)

@@ -116,7 +116,7 @@ def make_row(count: int, arguments: argparse.Namespace) -> Row:
 
 
 def engine_alone(flags: list[str], rows: list[Row], results) -> None:
-    """In a process of its own: put the measured values of each of `rows` into `results`."""
+    """In a process of its own: send the measured values of each of `rows` to the connection `results`."""
     settings = parse_serve("", {}, flags)
     models = load_catalog(settings)
     (served,), (spec, *_) = models.values(), place(models, settings)
@@ -158,7 +158,7 @@ def engine_alone(flags: list[str], rows: list[Row], results) -> None:
             [lag for clip, lag in enumerate(lags) if start + clip >= row.measured]
             for lags, start in zip(late, row.starts, strict=True)
         ]
-        results.put({"sessions": len(row.starts), **verdict(measured)})
+        results.send({"sessions": len(row.starts), **verdict(measured)})
 
 
 # Through the server
@@ -270,10 +270,11 @@ def load(arguments: argparse.Namespace, flags: list[str]) -> None:
     most = dict.fromkeys(arguments.sides, 0)
     if "alone" in most:
         print("the engine alone", flush=True)
-        results = context.SimpleQueue()
-        process = context.Process(target=engine_alone, args=(flags, rows, results), daemon=True)
+        results, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=engine_alone, args=(flags, rows, theirs), daemon=True)
         process.start()
-        most["alone"] = keep("alone", ladder(rows, lambda _: results.get()))
+        theirs.close()  # so that `recv` raises EOFError if the process dies
+        most["alone"] = keep("alone", ladder(rows, lambda _: results.recv()))
         process.kill()
         process.join()
     if "served" in most:

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
-from qwen_vl_streaming.timeline.timeline import Layout, make_timeline
+from qwen_vl_streaming.timeline.timeline import Layout, make_schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
 CLIPS, GRID, ANSWER = 30, (7, 14), 117  # similar to the baseline: 30 s, 98 visual tokens per clip
@@ -40,8 +40,7 @@ def main() -> None:
     print(f"{CLIPS} clips of {GRID[0]} x {GRID[1]} tokens, {ANSWER} answer tokens; median of {REPEATS}, one CPU thread")
     print(f"{'variant':<12}{'tokens':>8}{'timeline':>12}{'positions':>12}{'dense mask':>12}{'bytes/token':>15}")
     for variant in VARIANTS.values():
-        counts = (3,) * (CLIPS - 1) + (ANSWER - 3 * (CLIPS - 1),)
-        counts = counts if variant.streams else (0,) * (CLIPS - 1) + (ANSWER,)
+        counts = make_schedule("wait-3", variant, CLIPS).counts(ANSWER)
         timeline = make_timeline(variant, layout, counts)
         rows = timeline.rows
         timings = (

@@ -28,7 +28,7 @@ LANES = (280, 736)
 """Left and right edge of the time axis."""
 LINES = 9
 """Lines of the answer that are shown, the newest ones."""
-PAPER, INK, GREY, PALE = "#FFFFFF", "#222222", "#8C8C8C", "#E4E4E4"
+PAPER, INK, GREY = "#FFFFFF", "#222222", "#8C8C8C"
 SEEN, SAID = "#0072B2", "#D55E00"
 """Okabe and Ito's blue and vermilion, as in `explain`: blue is watched, vermilion is spoken."""
 SCALE = 2

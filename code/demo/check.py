@@ -29,6 +29,11 @@ from scenes import COLOURS, SHAPES
 SHUFFLES = 1000
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def first_shape_correct(row: dict, truth: dict[str, dict]) -> tuple[bool, bool]:
     """Whether the caption of `row` names the colour and the kind of the first shape correctly."""
     event = truth[row["video_id"]]["events"][0]
@@ -92,8 +97,7 @@ def check_pixels(model, processor, variant, schedule: str, paths: list[Path], bu
 def find_videos(output: Path, video_ids: list[str]) -> list[Path]:
     """The test videos with these ids in the demo's folder `output`, even if it was moved. Raises InputError for a
     missing one."""
-    data = (output / "dataset/test_3_5.jsonl").read_text(encoding="utf-8").splitlines()
-    video_of = {row["video_id"]: row["video_path"] for row in map(json.loads, data)}
+    video_of = {row["video_id"]: row["video_path"] for row in read_lines(output / "dataset/test_3_5.jsonl")}
     return [find_video(video_of[video_id], PROJECT, output / "dataset/PE-Video/videos/test") for video_id in video_ids]
 
 
@@ -108,9 +112,8 @@ def main() -> None:
     captions = output / f"evaluation/{variant.name}_infer.json"
     if not captions.exists():
         raise InputError(f"{captions} does not exist: run QWEN2_5_VL_VARIANT={variant.name} bash demo.sh first")
-    rows = [json.loads(line) for line in captions.read_text(encoding="utf-8").splitlines()]
-    lines = (output / "dataset/PE-Video/truth.jsonl").read_text(encoding="utf-8").splitlines()
-    truth = {row["video_id"]: row for row in map(json.loads, lines)}
+    rows = read_lines(captions)
+    truth = {row["video_id"]: row for row in read_lines(output / "dataset/PE-Video/truth.jsonl")}
     print(f"{variant.name}, captions of eval.sh:")
     for line in check_captions(rows, truth):
         print("  " + line)

@@ -15,7 +15,8 @@ import multiprocessing
 import os
 import random
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -203,7 +204,8 @@ def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -
     """
     settings = {**asdict(config), "output": None}
     for name in ("segments", "quiet"):  # as in data sets made before there were these settings
-        settings = settings if settings[name] else {key: value for key, value in settings.items() if key != name}
+        if not settings[name]:
+            del settings[name]
     saved = config.output / "make_data.json"
     if saved.exists() and json.loads(saved.read_text()) != settings:
         raise InputError(f"{config.output} has a data set with other settings: give another --output, or delete it")
@@ -233,19 +235,15 @@ def make_dataset(config: DataConfig, workers: int = 1, progress: bool = False) -
     write_file(config.output / "truth.jsonl", "".join(rows))
 
 
-class _mapper:
-    """A context manager that gives an ordered lazy map, in this process or in `workers` new ones."""
-
-    def __init__(self, workers: int):
-        # Spawn instead of fork: a forked process inherits locks held by other threads.
-        self.pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else None
-
-    def __enter__(self):
-        return partial(self.pool.imap, chunksize=4) if self.pool else map
-
-    def __exit__(self, *_) -> None:
-        if self.pool:
-            self.pool.terminate()
+@contextmanager
+def _mapper(workers: int) -> Iterator[Callable[..., Iterable]]:
+    """An ordered lazy map, in this process or in `workers` new ones."""
+    if workers <= 1:
+        yield map
+        return
+    # Spawn instead of fork: a forked process inherits locks held by other threads.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield partial(pool.imap, chunksize=4)
 
 
 def _tar(rendered: Iterable[tuple[Sample, bytes, dict]]) -> bytes:
@@ -257,6 +255,15 @@ def _tar(rendered: Iterable[tuple[Sample, bytes, dict]]) -> bytes:
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def read_shards(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the members of the shards in a folder whose names are `wanted`."""
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as archive:
+            for entry in archive:
+                if wanted(entry.name):
+                    yield entry.name, archive.extractfile(entry).read()
 
 
 def preview(config: DataConfig, path: Path) -> None:

@@ -8,13 +8,13 @@ trained on the captions in DIR/train, so that nearly every word is one token. Do
 
 import json
 import random
-import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from hub_layout import write_checkpoint
+from make_data import read_shards
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.files import atomic_folder
 from qwen_vl_streaming.common.progress import quiet_libraries
@@ -203,11 +203,8 @@ def tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
 
 def read_captions(data: Path) -> list[str]:
     """The captions in the shards of `data`/train. Raises InputError if there are none."""
-    captions = []
-    for shard in sorted((data / "train").glob("*.tar")):
-        with tarfile.open(shard) as archive:
-            entries = (entry for entry in archive if entry.name.endswith(".json"))
-            captions += [json.load(archive.extractfile(entry))["human_caption"] for entry in entries]
+    rows = read_shards(data / "train", lambda name: name.endswith(".json"))
+    captions = [json.loads(row)["human_caption"] for _, row in rows]
     if not captions:
         raise InputError(f"{data / 'train'} has no shards: create them with code/demo/make_data.py --output {data}")
     return captions

@@ -10,11 +10,11 @@ Does not depend on tokenizers and models.
 
 import io
 import json
-import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from make_data import read_shards
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.files import write_file
 
@@ -49,15 +49,6 @@ def make_entries(rows: list[dict]) -> list[dict]:
     return entries
 
 
-def read_videos(shards: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the videos with the `wanted` names in the shards of a folder."""
-    for shard in sorted(shards.glob("*.tar")):
-        with tarfile.open(shard) as archive:
-            for entry in archive:
-                if entry.name in wanted:
-                    yield entry.name, archive.extractfile(entry).read()
-
-
 def zipped(videos: Iterator[tuple[str, bytes]]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -79,7 +70,7 @@ def make_questions(data: Path, output: Path) -> int:
     for split in ("train", "test"):
         entries = make_entries([row for row in rows if row["split"] == split and row["dropped"] is None])
         names = {entry["visual_input"] for entry in entries}
-        write_file(output / f"{split}.zip", zipped(read_videos(data / split, names)))
+        write_file(output / f"{split}.zip", zipped(read_shards(data / split, names.__contains__)))
         write_file(output / f"FunQA_{split}.json", json.dumps(entries, indent=1).encode())
         count += len(entries)
     return count

@@ -9,14 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from check import find_videos, first_shape_correct
+from check import find_videos, first_shape_correct, read_lines
 from qwen_vl_streaming.common.errors import OneLineParser, run
 from qwen_vl_streaming.model.prompts import load_processor
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a JSON Lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def caption_by_second(row: dict, tokenizer) -> str:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from preparation.inspection import Inspection, inspect_videos
 from preparation.report import SplitStatistics
-from preparation.rules import BAD, KEPT, duration_and_prefix_rules, speaking_rate_rule
+from preparation.rules import BAD, KEPT, Decision, duration_and_prefix_rules, speaking_rate_rule
 from preparation.run import RunOptions, exclusive_run, sampling_key, skipped_line, write_report
 from preparation.tokens import find_tokenizer, load_counter
 from preparation.videos import relative_path
@@ -83,17 +83,6 @@ def prepare_funqa(options: Options) -> dict[str, SplitStatistics]:
     return statistics
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What becomes of an entry."""
-
-    outcome: str
-    """KEPT, BAD or the rule that drops it."""
-    seconds: float | None = None
-    reason: str = ""
-    """Why it is BAD."""
-
-
 def _prepare_split(
     split: str,
     source: Source,
@@ -105,32 +94,31 @@ def _prepare_split(
     entries = list(read_entries(read_annotations(source.annotations, source.name), source.name))
     videos = _check_videos(split, source, options, entries)
 
-    def apply_rules(entry: Entry) -> Outcome:
+    def apply_rules(entry: Entry) -> Decision:
         """All rules except those on tokens."""
         if entry.dropped:
-            return Outcome(entry.dropped)
+            return Decision(entry.dropped)
         error = entry.error or videos[entry.video][1].error
         if error:
-            return Outcome(BAD, reason=error)
+            return Decision(BAD, error)
         seconds = videos[entry.video][1].seconds
-        return Outcome(duration_and_prefix_rules(entry.answer, seconds, options.rules) or KEPT, seconds)
+        return Decision(duration_and_prefix_rules(entry.answer, seconds, options.rules) or KEPT, seconds=seconds)
 
-    outcomes = [apply_rules(entry) for entry in entries]
+    decisions = [apply_rules(entry) for entry in entries]
     tokens: dict[str, int] = {}
     if count_tokens:
-        answers = sorted({entry.answer for entry, o in zip(entries, outcomes, strict=True) if o.outcome == KEPT})
+        answers = sorted({entry.answer for entry, d in zip(entries, decisions, strict=True) if d.outcome == KEPT})
         tokens = dict(zip(answers, count_tokens(answers) if answers else [], strict=True))
     rows = Rows(split == "test", options)
-    for entry, decided in zip(entries, outcomes, strict=True):
-        outcome = decided.outcome
-        count = tokens.get(entry.answer) if outcome == KEPT else None
-        if count is not None:
-            outcome = speaking_rate_rule(count, decided.seconds, options.rules) or KEPT
+    for entry, decision in zip(entries, decisions, strict=True):
+        if decision.outcome == KEPT and entry.answer in tokens:
+            decision.tokens = tokens[entry.answer]
+            decision.outcome = speaking_rate_rule(decision.tokens, decision.seconds, options.rules) or KEPT
         if not entry.dropped and not entry.error:
-            outcome = rows.add(entry, outcome)
-        statistics.add(outcome, decided.seconds, count, decided.reason)
-        if outcome == BAD:
-            skipped.write(skipped_line(split, entry.stem, entry.where, decided.reason))
+            decision.outcome = rows.add(entry, decision.outcome)
+        statistics.add(decision.outcome, decision.seconds, decision.tokens, decision.reason)
+        if decision.outcome == BAD:
+            skipped.write(skipped_line(split, entry.stem, entry.where, decision.reason))
     sampled = rows.sample(options.max_samples if split == "train" else None, options.seed)
     statistics.not_drawn = len(rows.complete) - len(sampled)
     statistics.tasks = Counter({task: sum(row.entry.task == task for row in sampled) for task in SUBTASKS})

@@ -5,10 +5,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from preparation.hub import HubError, RemoteFile, list_dataset
+from preparation.hub import HubError, list_dataset
 from qwen_vl_streaming.common.errors import InputError, cannot_list
 
-from .videos import Archive, VideoFile, find_in_archive, find_on_disk
+from .videos import StoredFile, VideoFile, find_in_archive, find_on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +29,10 @@ def find_sources(splits: list[str], folder: Path, videos: Path, hub_name: str) -
 
     Videos in zip files have <videos>/<split> as the folder to unpack to. Raises InputError if no split is found.
     """
-    files = _walk(folder)
-    on_disk = find_on_disk(files)
-    sources: dict[str, Source] = {}
-    for split in splits:
-        path = _single(split, [path for path, _ in files if path.name.lower() == f"funqa_{split}.json"])
-        if path:
-            archives = [
-                Archive(str(path), f"{status.st_size}:{status.st_mtime_ns}")
-                for path, status in files
-                if path.name.lower() in _archive_names(split)
-            ]
-            zipped = [find_in_archive(archive, videos / split) for archive in archives]
-            try:
-                annotations = path.read_bytes()
-            except OSError as error:
-                raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
-            sources[split] = Source(path.name, annotations, [on_disk, *zipped])
-    if sources:
+    on_disk = _walk(folder)
+    stored = [StoredFile(str(path), f"{status.st_size}:{status.st_mtime_ns}") for path, status in on_disk]
+    found = find_on_disk(on_disk)
+    if sources := _read_sources(splits, stored, found, videos):
         for split in splits:
             if split not in sources:
                 logger.warning("%s has no FunQA_%s.json: the %s split is skipped", folder, split, split)
@@ -54,48 +40,50 @@ def find_sources(splits: list[str], folder: Path, videos: Path, hub_name: str) -
     if not hub_name:
         names = " or ".join(f"FunQA_{split}.json" for split in splits)
         raise InputError(f"{folder} has no {names}: give --source the folder with FunQA's own annotation files")
-    return _find_on_hub(hub_name, splits, folder, videos, on_disk)
-
-
-def _find_on_hub(
-    name: str, splits: list[str], folder: Path, videos: Path, on_disk: dict[str, list[VideoFile]]
-) -> dict[str, Source]:
     fix = (
-        f"where access works (see hf auth login), run hf download {name} --repo-type dataset --local-dir {folder}, "
+        f"where access works (see hf auth login), run hf download {hub_name} --repo-type dataset --local-dir {folder}, "
         "or give --source a folder"
     )
-    repository, sizes = list_dataset(name, folder, fix)
-    sources: dict[str, Source] = {}
-    for split in splits:
-        path = _single(split, [path for path in sizes if path.lower() == f"funqa_{split}.json"])
-        if path:
-            try:
-                annotations = RemoteFile(repository, path, sizes[path]).read()
-            except HubError as error:
-                raise InputError(str(error)) from error
-            zipped = [
-                find_in_archive(Archive(path, repository.partition("@")[2], repository, size), videos / split)
-                for path, size in sorted(sizes.items())
-                if path.lower() in _archive_names(split)
-            ]
-            sources[split] = Source(path, annotations, [on_disk, *zipped])
+    repository, sizes = list_dataset(hub_name, folder, fix)
+    revision = repository.partition("@")[2]
+    stored = [StoredFile(path, revision, repository, size) for path, size in sorted(sizes.items())]
+    sources = _read_sources(splits, stored, found, videos)
     if not sources:
-        raise InputError(f"{name} on the hub has no annotation file of {' or '.join(splits)}: {fix}")
-    logger.info("streaming %s from the hub: %s", name, ", ".join(source.name for source in sources.values()))
+        raise InputError(f"{hub_name} on the hub has no annotation file of {' or '.join(splits)}: {fix}")
+    logger.info("streaming %s from the hub: %s", hub_name, ", ".join(source.name for source in sources.values()))
     return sources
 
 
-def _archive_names(split: str) -> tuple[str, str]:
-    return (f"{split}.zip", f"funqa_{split}.zip")
+def _read_sources(
+    splits: list[str], stored: list[StoredFile], on_disk: dict[str, list[VideoFile]], videos: Path
+) -> dict[str, Source]:
+    """The sources of the `splits` whose annotation file is in `stored`."""
+    sources: dict[str, Source] = {}
+    for split in splits:
+        file = _single(split, [file for file in stored if file.name.lower() == f"funqa_{split}.json"])
+        if file:
+            archives = [file for file in stored if file.name.lower() in (f"{split}.zip", f"funqa_{split}.zip")]
+            zipped = [find_in_archive(archive, videos / split) for archive in archives]
+            sources[split] = Source(file.name, _read(file), [on_disk, *zipped])
+    return sources
 
 
-def _single(split: str, paths: list) -> Path | str | None:
+def _read(file: StoredFile) -> bytes:
+    try:
+        with file.open() as opened:
+            return opened.read()
+    except HubError as error:
+        raise InputError(str(error)) from error
+    except OSError as error:
+        raise InputError(f"{file.path} cannot be read ({error.strerror}): make it readable") from error
+
+
+def _single(split: str, files: list[StoredFile]) -> StoredFile | None:
     """Return the annotation file of `split`, or None. Raises InputError if there are two."""
-    if len(paths) > 1:
-        raise InputError(
-            f"{paths[0]} and {paths[1]} both are annotation files of {split}: keep only one of them in --source"
-        )
-    return paths[0] if paths else None
+    if len(files) > 1:
+        both = f"{files[0].path} and {files[1].path}"
+        raise InputError(f"{both} both are annotation files of {split}: keep only one of them in --source")
+    return files[0] if files else None
 
 
 def _walk(folder: Path) -> list[tuple[Path, os.stat_result]]:

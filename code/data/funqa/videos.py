@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from preparation.hub import HubError, RemoteFile
-from preparation.inspection import Inspection
+from preparation.inspection import Inspection, Video
 from preparation.videos import VIDEO_SUFFIXES, check_video
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_write
@@ -20,8 +21,8 @@ UNPACK_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError
 
 
 @dataclass(frozen=True)
-class Archive:
-    """A zip file."""
+class StoredFile:
+    """A file as published, on disk or on the hub: annotations or a zip file."""
 
     path: str
     """The file; for the hub, its path in the repository."""
@@ -32,17 +33,27 @@ class Archive:
     size: int = 0
     """For the hub: bytes."""
 
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    def open(self) -> BinaryIO:
+        """Open it for reading. Raises OSError; reading from the hub raises HubError."""
+        if self.repository:
+            return RemoteFile(self.repository, self.path, self.size)
+        return open(self.path, "rb")
+
 
 @dataclass(frozen=True)
-class VideoFile:
-    """One video, on disk or in a zip file, for `inspect_videos`."""
+class VideoFile(Video):
+    """One video, on disk or in a zip file."""
 
     file: Path
     """Where it is, or where it is unpacked to."""
     stamp: str
     """Changes when its content does."""
     size: int
-    archive: Archive | None = None
+    archive: StoredFile | None = None
     member: str = ""
     """Its name in `archive`."""
 
@@ -56,23 +67,15 @@ class VideoFile:
         return self.archive.path if self.archive else ""
 
     @property
-    def one_task(self) -> bool:
-        return False
-
-    @property
     def target(self) -> Path | None:
         return self.file if self.archive else None
 
 
 @contextmanager
-def open_archive(archive: Archive) -> Iterator[zipfile.ZipFile]:
+def open_archive(archive: StoredFile) -> Iterator[zipfile.ZipFile]:
     """Open a zip file on disk or on the hub. Raises InputError if it is not a zip file or the hub does not answer."""
     try:
-        if archive.repository:
-            file = RemoteFile(archive.repository, archive.path, archive.size)
-        else:
-            file = open(archive.path, "rb")  # noqa: SIM115 - closed below, like the remote file
-        with file, zipfile.ZipFile(file) as opened:
+        with archive.open() as file, zipfile.ZipFile(file) as opened:
             yield opened
     except HubError as error:
         raise InputError(str(error)) from error
@@ -90,7 +93,7 @@ def find_on_disk(files: list[tuple[Path, os.stat_result]]) -> dict[str, list[Vid
     return found
 
 
-def find_in_archive(archive: Archive, folder: Path) -> dict[str, list[VideoFile]]:
+def find_in_archive(archive: StoredFile, folder: Path) -> dict[str, list[VideoFile]]:
     """The videos of a zip file by lower-case file name, to be unpacked to `folder`. Raises InputError."""
     found: dict[str, list[VideoFile]] = {}
     with open_archive(archive) as opened:

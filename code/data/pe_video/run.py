@@ -22,7 +22,7 @@ from qwen_vl_streaming.common.progress import Progress
 
 from .merge import merge_lines, resolve_duplicates
 from .sources import HUB, Unit, find_units
-from .stages import Candidate, Job, Record, UnitVideo, check_videos, finished_unit, initialize_worker, read_unit
+from .stages import Job, Record, UnitVideo, check_videos, finished_unit, initialize_worker, read_unit
 
 logger = logging.getLogger(__name__)
 
@@ -118,22 +118,23 @@ def _finish_split(
     for unit in finished:
         statistics.add_json(unit.statistics)
     kept, bad_lines = job.state / f"{split}.kept", job.state / f"{split}.bad"
-    candidates: dict[str, tuple[str, Candidate]] = {}
+    by_name, folder = {unit.name: unit for unit in units}, job.videos / split
+    videos: dict[str, UnitVideo] = {}
     with atomic_write(kept, sync=False) as kept_file, atomic_write(bad_lines, sync=False) as bad_file:
         for record in resolve_duplicates(merge_lines(parts, job.state), statistics):
             if record.outcome == KEPT:
                 kept_file.write(record.line())
-                candidate = Candidate(record.video_id, record.where, record.video, float(record.seconds))
-                candidates[record.video_id] = record.unit, candidate
+                videos[record.video_id] = UnitVideo(
+                    by_name[record.unit], folder, record.video_id, record.where, record.video, float(record.seconds)
+                )
             elif record.outcome == BAD:
                 bad_file.write(skipped_line(split, record.video_id, record.where, record.text))
     limit = options.max_samples if split == "train" else None
-    by_name = {unit.name: unit for unit in units}
 
     def check(some: list[str]) -> dict[str, str]:
-        return _check_videos(split, [candidates[video_id] for video_id in some], by_name, job, workers)
+        return _check_videos(split, [videos[video_id] for video_id in some], job, workers)
 
-    drawn, errors = draw_rows(list(candidates), limit, options.seed, check)
+    drawn, errors = draw_rows(list(videos), limit, options.seed, check)
     with atomic_write(options.outputs[split]) as rows, open(bad_lines, encoding="utf-8", newline="\n") as bad_file:
         late = []
         for record in _records(kept):
@@ -160,15 +161,12 @@ def video_exists(row: dict[str, Any], root: Path) -> bool:
     return True
 
 
-def _check_videos(
-    split: str, candidates: list[tuple[str, Candidate]], units: dict[str, Unit], job: Job, workers: int
-) -> dict[str, str]:
-    """Stage 2 for `candidates`. Returns why some of them cannot be used, by id."""
-    folder = job.videos / split
-    videos = [UnitVideo(units[unit], candidate, folder) for unit, candidate in candidates if candidate.video]
+def _check_videos(split: str, videos: list[UnitVideo], job: Job, workers: int) -> dict[str, str]:
+    """Stage 2 for `videos`. Returns why some of them cannot be used, by id."""
+    videos = [video for video in videos if video.video]  # a row without one may get it later
     journal = job.state / f"{split}-videos.jsonl"
     results = inspect_videos(videos, check_videos, journal, workers, split, initialize_worker, job)
-    errors = ((video.candidate.video_id, results[video.key].error) for video in videos)
+    errors = ((video.video_id, results[video.key].error) for video in videos)
     return {video_id: error for video_id, error in errors if error}
 
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from preparation.inspection import Inspection
+from preparation.inspection import Inspection, Video
 from preparation.report import SplitStatistics
 from preparation.rules import BAD, KEPT, Decision, Rules, Sample, apply_rules
 from preparation.tokens import load_counter
@@ -77,10 +77,13 @@ class Record(NamedTuple):
         return Record(video_id, unit, int(position), *rest)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A kept row whose video is yet to be checked."""
+@dataclass(frozen=True)
+class UnitVideo(Video):
+    """The video of a kept row, in its unit."""
 
+    unit: Unit
+    folder: Path
+    """Folder that videos of the split are unpacked to."""
     video_id: str
     where: str
     video: str
@@ -88,25 +91,15 @@ class Candidate:
     seconds: float
     """Duration in the row."""
 
-
-@dataclass(frozen=True)
-class UnitVideo:
-    """The video of a candidate in its unit, for `inspect_videos`."""
-
-    unit: Unit
-    candidate: Candidate
-    folder: Path
-    """Folder that videos of the split are unpacked to."""
-
     @cached_property
     def key(self) -> str:
-        unit, candidate = self.unit, self.candidate
-        parts = [unit.kind, unit.path, unit.stamp, candidate.video_id, candidate.video]
-        if unit.kind == FOLDER and os.path.exists(candidate.video):
-            status = os.stat(candidate.video)
+        unit = self.unit
+        parts = [unit.kind, unit.path, unit.stamp, self.video_id, self.video]
+        if unit.kind == FOLDER and os.path.exists(self.video):
+            status = os.stat(self.video)
             parts.append(f"{status.st_size}:{status.st_mtime_ns}")
         digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
-        return f"{candidate.video_id}:{digest[:24]}"
+        return f"{self.video_id}:{digest[:24]}"
 
     @property
     def container(self) -> str:
@@ -120,16 +113,16 @@ class UnitVideo:
     def target(self) -> Path | None:
         if self.unit.kind == FOLDER:
             return None
-        return self.folder / f"{self.candidate.video_id}{self.candidate.video.split('+')[2]}"
+        return self.folder / f"{self.video_id}{self.video.split('+')[2]}"
 
     @property
     def offset(self) -> int:
         """Offset of the video in its shard, in bytes."""
-        return int(self.candidate.video.split("+")[0])
+        return int(self.video.split("+")[0])
 
     @property
     def size(self) -> int:
-        return int(self.candidate.video.split("+")[1])
+        return int(self.video.split("+")[1])
 
 
 _job: Job
@@ -198,7 +191,7 @@ def check_videos(videos: Sequence[UnitVideo]) -> list[tuple[str, Inspection]]:
     """Stage 2 for some videos of one unit: check each, and unpack it if it is in a shard. Returns results by key."""
     unit = videos[0].unit
     if unit.kind == FOLDER:
-        return [(video.key, _check(Path(video.candidate.video), video)) for video in videos]
+        return [(video.key, _check(Path(video.video), video)) for video in videos]
     try:
         with open_shard(unit, _job.state) as file:
             return [(video.key, _unpack(file, video)) for video in videos]
@@ -256,5 +249,5 @@ def _is_written(video: UnitVideo, part: FileSlice) -> bool:
 
 def _check(source: Path | FileSlice, video: UnitVideo) -> Inspection:
     """Whether a video opens, decodes, and is as long as its row says."""
-    seconds, error = check_video(source, video.candidate.where)
-    return Inspection(seconds, error or compare_duration(seconds, video.candidate.seconds))
+    seconds, error = check_video(source, video.where)
+    return Inspection(seconds, error or compare_duration(seconds, video.seconds))

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
@@ -19,28 +19,19 @@ from .parallel import run_tasks
 VIDEOS_PER_TASK = 32
 
 
-class Video(Protocol):
-    """What `inspect_videos` needs to know of a video."""
+class Video:
+    """What `inspect_videos` needs to know of a video. The defaults are those of a video on disk."""
 
-    @property
-    def key(self) -> str:
-        """Identifies the video and its content across runs."""
-
-    @property
-    def container(self) -> str:
-        """The shard or archive that holds it, or its folder. A task opens one container."""
-
-    @property
-    def one_task(self) -> bool:
-        """Whether all videos of the container belong in one task, because opening it is expensive."""
-
-    @property
-    def target(self) -> Path | None:
-        """The file that it is unpacked to; None if it is not in a shard or archive."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of `target`."""
+    key: str
+    """Identifies the video and its content across runs."""
+    container: str = ""
+    """The shard or archive that holds it, or its folder. A task opens one container."""
+    one_task: bool = False
+    """Whether all videos of the container belong in one task, because opening it is expensive."""
+    target: Path | None = None
+    """The file that it is unpacked to; None if it is not in a shard or archive."""
+    size: int = 0
+    """Bytes of `target`."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +69,8 @@ def inspect_videos(
         else:
             todo[video.key] = video
     tasks: list[Sequence[Video]] = []
-    for _, group in groupby(
-        sorted(todo.values(), key=lambda video: (video.container, video.key)), lambda v: v.container
-    ):
+    in_order = sorted(todo.values(), key=lambda video: (video.container, video.key))
+    for _, group in groupby(in_order, lambda video: video.container):
         members = list(group)
         size = len(members) if members[0].one_task else VIDEOS_PER_TASK
         tasks += [members[start : start + size] for start in range(0, len(members), size)]

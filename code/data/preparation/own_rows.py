@@ -19,7 +19,7 @@ from qwen_vl_streaming.common.paths import check_videos, find_video
 from qwen_vl_streaming.timeline.segments import check_segments, row_caption
 
 from .files import exclusive_lock, remove_partial_files
-from .inspection import Inspection, inspect_videos
+from .inspection import Inspection, Video, inspect_videos
 from .report import SplitStatistics
 from .rules import BAD, CAPTION_FIELD, DURATION_FIELDS, KEPT, Decision, Rules, Sample, apply_rules
 from .run import RunOptions, draw_rows, skipped_line, write_report
@@ -47,16 +47,11 @@ class Options(RunOptions):
 
 
 @dataclass(frozen=True)
-class OwnVideo:
-    """The video of a row, for `inspect_videos`."""
+class OwnVideo(Video):
+    """The video of a row."""
 
     path: str
     key: str
-    """Changes when the content does."""
-    container: str = ""
-    one_task: bool = False
-    target: None = None
-    size: int = 0
 
     @staticmethod
     def of(path: str) -> "OwnVideo":
@@ -165,10 +160,10 @@ def _write(decided: list[tuple[Sample, Decision]], options: Options, statistics:
     def check(ids: list[str]) -> dict[str, str]:
         checked = check_own_videos([kept[video_id][0] for video_id in ids], options)
         results = ((video_id, checked[kept[video_id][0].video], kept[video_id][1].video_seconds) for video_id in ids)
-        errors = {
-            video_id: found.error or compare_duration(found.seconds, stated) for video_id, found, stated in results
-        }
-        return {video_id: error for video_id, error in errors.items() if error}
+        errors = (
+            (video_id, found.error or compare_duration(found.seconds, stated)) for video_id, found, stated in results
+        )
+        return {video_id: error for video_id, error in errors if error}
 
     drawn, errors = draw_rows(list(kept), options.max_samples, options.seed, check)
     skipped = options.output_dir / f"{options.prefix}skipped.jsonl"
