@@ -24,7 +24,7 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import headers as headers_module
 from qwenvl import train
-from qwenvl.arguments import ModelArguments, SftArguments
+from qwenvl.arguments import ModelArguments
 from qwenvl.data import StreamingDataset, collate, collate_for_trainer, first_fit, pack
 from qwenvl.headers import Headers
 from qwenvl.planner import __main__ as program
@@ -43,6 +43,7 @@ from qwenvl.planner.speed import predict, sample_flops
 from qwenvl.planner.table import rows
 from qwenvl.prescan import scan
 from qwenvl.rows import read_rows
+from qwenvl.training_arguments import SftArguments
 from tiny import tiny_model
 from training import finish, flags, free_port, history, start
 
@@ -248,7 +249,7 @@ def test_a_step_keeps_its_samples_in_what_is_proposed(shapes):
 
 def test_one_meaning_of_the_batch_size(tmp_path, monkeypatch):
     """On a CPU, where nothing is planned, as on GPUs: 16 samples a step unless asked."""
-    monkeypatch.setattr("qwenvl.arguments.choose_training_device", lambda training: "")
+    monkeypatch.setattr("qwenvl.training_arguments.choose_training_device", lambda training: "")
     for words, steps in (({}, 16), ({"per_device_train_batch_size": 8}, 2), ({"gradient_accumulation_steps": 3}, 3)):
         assert SftArguments(str(tmp_path), report_to="none", bf16=False, **words).gradient_accumulation_steps == steps
         given = given_by(" ".join(f"--{name} {value}" for name, value in words.items()), monkeypatch).choices()

@@ -15,7 +15,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from .argument_checks import check_optimizer
-from .arguments import ModelArguments, SftArguments
+from .arguments import ModelArguments
+from .training_arguments import SftArguments
 
 LANGUAGE, MERGER, VISION = "language model", "merger", "vision tower"
 FLAGS = {LANGUAGE: "tune_mm_llm", MERGER: "tune_mm_mlp", VISION: "tune_mm_vision"}

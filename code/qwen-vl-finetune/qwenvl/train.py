@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from qwen_vl_streaming.common.errors import InputError, OneLineParser
-from qwen_vl_streaming.common.paths import check_videos
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import PROJECT, check_videos
 from qwen_vl_streaming.common.progress import quiet_libraries
 from qwen_vl_streaming.launch.failing import report
 from qwen_vl_streaming.launch.signals import STOPPED, is_local_main_process
@@ -28,31 +28,27 @@ from transformers import PretrainedConfig, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
-from .arguments import ROOT, DataArguments, ModelArguments, SftArguments, default_output
+from .arguments import DataArguments, ModelArguments
 from .checkpointing import SaveError, newest_checkpoint, save_final_model
 from .collectives import any_process
 from .data import PaddedDataset, StreamingDataset, collate_for_trainer
 from .device import check_size
-from .flags_help import HelpfulParser
 from .folder import check_folder, lock_folder, make_folder
 from .headers import CHANNEL, Headers
 from .param_groups import check_parts, describe_parts, make_trainable
+from .parser import FlagParser
 from .prescan import scan
 from .record import RunRecord, describe_run, recorded_arguments
 from .rows import exclude, hold_out, read_rows
 from .skipped import Skipped
 from .trainer import StepProgress, StreamingTrainer
+from .training_arguments import SftArguments, default_output
 from .zero3 import choose_linear, gather_whole_layers
 
 logger = logging.getLogger(__name__)
 
 
-class Parser(OneLineParser, HelpfulParser):
-    """Flags from the three dataclasses. Raises InputError for what cannot be parsed."""
-
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
-
+class Parser(FlagParser):
     def parse_known_args(self, args=None, namespace=None):
         """A run that resumes keeps the accumulation that it was started with, unless the flag is given."""
         found, unknown = super().parse_known_args(args, namespace)
@@ -61,16 +57,10 @@ class Parser(OneLineParser, HelpfulParser):
             found.gradient_accumulation_steps = recorded.get("gradient_accumulation_steps")
         return found, unknown
 
-    def _print_message(self, message, file=None):
-        if is_local_main_process():
-            super()._print_message(message, file)
-
 
 def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     """Parse the command line, and set up logging and DeepSpeed. Raises InputError."""
-    kinds = (ModelArguments, DataArguments, SftArguments)
-    # The planner would not see abbreviated flags.
-    parser = Parser(kinds, prog="sft.sh", description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     *groups, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if "--weights" in unknown:
         raise InputError("--weights quantizes a model to run it: training has no such flag, leave it out")
@@ -226,11 +216,11 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     base = BaseFiles.of(model_folder(checkpoint, weights=False))
 
     every_row = read_rows(data_arguments.train_data)
-    check_videos((row["video_path"] for row in every_row), ROOT, data_arguments.video_folder)
+    check_videos((row["video_path"] for row in every_row), PROJECT, data_arguments.video_folder)
     rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed)
     make_dataset = partial(
         StreamingDataset,
-        root=ROOT,
+        root=PROJECT,
         video_root=data_arguments.video_folder,
         processor=load_matching_processor(checkpoint, config),
         tokens_per_second=config.vision_config.tokens_per_second,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from qwen_vl_streaming.common.errors import InputError
 
-from ..arguments import PAPER_SAMPLES, accumulation_steps
+from ..training_arguments import PAPER_SAMPLES, accumulation_steps
 from . import constants as c
 from .gpus import Gpus
 from .lengths import Lengths

@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import find_path
+from qwen_vl_streaming.common.paths import PROJECT
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import SIZES, released_config
 from transformers.hf_argparser import string_to_bool
 
-from ..arguments import ROOT, DataArguments, ModelArguments, SftArguments, default_output
+from ..arguments import DataArguments, ModelArguments
 from ..data import StreamingDataset
-from ..flags_help import HelpfulParser
 from ..headers import Headers
+from ..parser import FlagParser
 from ..record import recorded_arguments
 from ..rows import read_rows
+from ..training_arguments import FINETUNE, SftArguments, default_output, find_deepspeed
 from .gpus import Gpus
 from .host import available_memory
 from .lengths import Lengths, assumed_lengths, find_lengths
 from .optimizers import state_bytes
 from .plan import Given, Plan, choose
-from .settings import FOLDER, Zero, configurations
+from .settings import Zero, configurations
 from .shape import Shape, find_shape
 from .text import count_steps, describe
 
@@ -41,13 +42,6 @@ PLANNED = (
     "compile_layers",
 )
 """Flags that the planner sets."""
-
-
-class QuietParser(HelpfulParser):
-    """A parser that raises InputError."""
-
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Request:
     @classmethod
     def parse(cls, words: list[str]) -> "Request":
         """Parses flags of train.py. Unknown ones are left for train.py to refuse. Raises InputError."""
-        parser = QuietParser((ModelArguments, DataArguments, SftArguments), prog="sft.sh", allow_abbrev=False)
+        parser = FlagParser()
         for action in parser._actions:
             action.default = argparse.SUPPRESS
         given = vars(parser.parse_known_args(words)[0])
@@ -121,8 +115,8 @@ class Request:
 
         if "deepspeed" in self.given:
             text = self.given["deepspeed"]
-            path = find_path(text, ROOT, "the DeepSpeed configuration", FOLDER)
-            take("zero", "deepspeed", Zero.read(path, Path(text).name if path.parent == FOLDER else text))
+            path = find_deepspeed(text)
+            take("zero", "deepspeed", Zero.read(path, path.name if path.parent == FINETUNE else text))
         for name, flag in (
             ("samples", "per_device_train_batch_size"),
             ("accumulation", "gradient_accumulation_steps"),
@@ -200,7 +194,7 @@ class Request:
         rows = read_rows(data.train_data)
         samples = StreamingDataset(
             rows,
-            root=ROOT,
+            root=PROJECT,
             video_root=data.video_folder,
             processor=processor,
             tokens_per_second=config.vision_config.tokens_per_second,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 
-FOLDER = Path(__file__).resolve().parents[2]
+from ..training_arguments import FINETUNE
+
 CONFIGURATIONS = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
 """From the fastest to the one that needs the least memory."""
 
@@ -61,7 +62,7 @@ class Zero:
 
 def configurations() -> list[Zero]:
     """The configurations of this project, from the fastest to the one that needs the least memory."""
-    return [Zero.read(FOLDER / name, name) for name in CONFIGURATIONS]
+    return [Zero.read(FINETUNE / name, name) for name in CONFIGURATIONS]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
-"""The output of `sft.sh --help`: all supported flags in groups, this program's own first."""
+"""The parser of sft.sh's flags. `--help` lists all supported flags in groups, this program's own first."""
 
 import dataclasses
 import enum
 import textwrap
 from collections.abc import Iterable, Iterator
 
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.launch.signals import is_local_main_process
 from transformers import HfArgumentParser, TrainingArguments
 
 from .argument_checks import REFUSED
+from .arguments import DataArguments, ModelArguments
+from .training_arguments import SftArguments
 
 FIRST = ("max_steps", "seed", "deepspeed", "use_cpu", "optim", "eval_steps", "per_device_eval_batch_size")
 """The most used flags of transformers."""
@@ -26,8 +30,20 @@ supported here are not shown.
 """
 
 
-class HelpfulParser(HfArgumentParser):
-    """A parser of dataclasses, the last of which inherits from transformers' TrainingArguments."""
+class FlagParser(HfArgumentParser):
+    """Flags from the three dataclasses. Raises InputError for what cannot be parsed."""
+
+    def __init__(self, description: str | None = None):
+        # The planner would not see abbreviated flags.
+        groups = (ModelArguments, DataArguments, SftArguments)
+        super().__init__(groups, prog="sft.sh", description=description, allow_abbrev=False)
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+    def _print_message(self, message, file=None):
+        if is_local_main_process():
+            super()._print_message(message, file)
 
     def format_help(self) -> str:
         # A flag with a --no_ form has two actions; the first is the flag itself.
@@ -40,13 +56,12 @@ class HelpfulParser(HfArgumentParser):
 
     def groups(self) -> Iterator[tuple[str, Iterable[str]]]:
         """Titles, each with the names of its flags."""
-        model, data, training = self.dataclass_types
-        own = [field.name for field in dataclasses.fields(training) if field.name in training.__annotations__]
-        yield "model", [field.name for field in dataclasses.fields(model)]
-        yield "data", [field.name for field in dataclasses.fields(data)]
+        own = [field.name for field in dataclasses.fields(SftArguments) if field.name in SftArguments.__annotations__]
+        yield "model", [field.name for field in dataclasses.fields(ModelArguments)]
+        yield "data", [field.name for field in dataclasses.fields(DataArguments)]
         yield "recipe and output", own
         yield "run", FIRST
-        yield "the other flags of transformers' TrainingArguments", [f.name for f in dataclasses.fields(training)]
+        yield "the other flags of transformers' TrainingArguments", [f.name for f in dataclasses.fields(SftArguments)]
 
 
 def _entry(action) -> str:
