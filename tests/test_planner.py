@@ -25,7 +25,8 @@ from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import headers as headers_module
 from qwenvl import train
 from qwenvl.arguments import ModelArguments
-from qwenvl.data import StreamingDataset, collate, collate_for_trainer, first_fit, pack
+from qwenvl.batches import collate, collate_for_trainer, first_fit, pack
+from qwenvl.data import StreamingDataset
 from qwenvl.headers import Headers
 from qwenvl.planner import __main__ as program
 from qwenvl.planner import gpus as machine

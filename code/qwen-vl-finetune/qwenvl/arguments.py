@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import PROJECT, find_data, find_model, find_video_root
@@ -214,3 +215,18 @@ class DataArguments:
     @property
     def pixel_budget(self) -> PixelBudget:
         return PixelBudget(**{field.name: getattr(self, field.name) for field in fields(PixelBudget)})
+
+
+def dataset_options(model: ModelArguments, data: DataArguments) -> dict[str, Any]:
+    """The arguments of StreamingDataset that these flags determine."""
+    return {
+        "root": PROJECT,
+        "video_root": data.video_folder,
+        "variant": model.rules,
+        "schedule": model.wait_schedule,
+        "uses_times": model.uses_times,
+        "max_tokens_per_slot": model.max_tokens_per_slot,
+        "end_of_slot": model.end_of_slot if model.decides else None,
+        "budget": data.pixel_budget,
+        "max_length": data.max_length,
+    }

@@ -28,10 +28,11 @@ from transformers import PretrainedConfig, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
-from .arguments import DataArguments, ModelArguments
+from .arguments import DataArguments, ModelArguments, dataset_options
+from .batches import PaddedDataset, collate_for_trainer
 from .checkpointing import SaveError, newest_checkpoint, save_final_model
 from .collectives import any_process
-from .data import PaddedDataset, StreamingDataset, collate_for_trainer
+from .data import StreamingDataset
 from .device import check_size
 from .folder import check_folder, lock_folder, make_folder
 from .headers import CHANNEL, Headers
@@ -220,17 +221,9 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed)
     make_dataset = partial(
         StreamingDataset,
-        root=PROJECT,
-        video_root=data_arguments.video_folder,
+        **dataset_options(model_arguments, data_arguments),
         processor=load_matching_processor(checkpoint, config),
         tokens_per_second=config.vision_config.tokens_per_second,
-        variant=variant,
-        schedule=model_arguments.wait_schedule,
-        uses_times=model_arguments.uses_times,
-        max_tokens_per_slot=model_arguments.max_tokens_per_slot,
-        end_of_slot=model_arguments.end_of_slot if model_arguments.decides else None,
-        budget=data_arguments.pixel_budget,
-        max_length=data_arguments.max_length,
         seed=arguments.seed,
         reader=choose_reader(os.environ),
         keep_frames=data_arguments.keep_frames,

@@ -9,7 +9,8 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP
 
-from ..data import StreamingDataset, first_fit
+from ..batches import first_fit
+from ..data import StreamingDataset
 from ..headers import Headers
 
 TERMINAL = {"delay": 2, "disable": None}

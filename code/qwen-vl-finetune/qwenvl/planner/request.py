@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import PROJECT
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import SIZES, released_config
 from transformers.hf_argparser import string_to_bool
 
-from ..arguments import DataArguments, ModelArguments
+from ..arguments import DataArguments, ModelArguments, dataset_options
 from ..data import StreamingDataset
 from ..headers import Headers
 from ..parser import FlagParser
@@ -194,17 +193,9 @@ class Request:
         rows = read_rows(data.train_data)
         samples = StreamingDataset(
             rows,
-            root=PROJECT,
-            video_root=data.video_folder,
+            **dataset_options(self.model, data),
             processor=processor,
             tokens_per_second=config.vision_config.tokens_per_second,
-            variant=self.model.rules,
-            schedule=self.model.wait_schedule,
-            uses_times=self.model.uses_times,
-            max_tokens_per_slot=self.model.max_tokens_per_slot,
-            end_of_slot=self.model.end_of_slot if self.model.decides else None,
-            budget=data.pixel_budget,
-            max_length=data.max_length,
             seed=self.given.get("seed", 42),
         )
         return find_lengths(samples, self.headers)
