@@ -24,7 +24,7 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import headers as headers_module
 from qwenvl import train
-from qwenvl.arguments import ModelArguments
+from qwenvl.arguments import ModelArguments, check_checkpoint_layers
 from qwenvl.batches import collate, collate_for_trainer, first_fit, pack
 from qwenvl.data import StreamingDataset
 from qwenvl.headers import Headers
@@ -284,8 +284,8 @@ def test_a_run_that_resumes_keeps_its_accumulation(made, tmp_path, monkeypatch):
 def test_memory_follows_the_optimizer(shapes, monkeypatch, words, states):
     given = given_by(words, monkeypatch).choices()
     assert given.states == states
-    settings = Settings(ZERO["zero1.json"], 1, 0, 16, 0, True)
-    peaks = [estimate(shapes["3B", "full"], settings, LENGTHS, 1, states=size).step for size in (8.0, given.states)]
+    both = (Settings(ZERO["zero1.json"], 1, 0, 16, 0, True, states=size) for size in (8.0, given.states))
+    peaks = [estimate(shapes["3B", "full"], settings, LENGTHS, 1).step for settings in both]
     saved = sum(peaks[0].values()) - sum(peaks[1].values())
     assert saved == pytest.approx((8 - states) * shapes["3B", "full"].trained)
 
@@ -563,17 +563,12 @@ def test_some_layers_are_recomputed():
 
 
 def test_layers_that_cannot_be_recomputed_are_refused():
-    class Training:
-        gradient_checkpointing, activation_checkpointing = False, False
-
-    config = released_config("3B")
     with pytest.raises(InputError, match="--checkpoint_layers 2 contradicts"):
-        train.check_checkpointing(2, Training, config)
-    Training.activation_checkpointing = True
+        check_checkpoint_layers(2, False, 36)
     with pytest.raises(InputError, match="--checkpoint_layers 37: the model has 36 layers"):
-        train.check_checkpointing(37, Training, config)
-    train.check_checkpointing(36, Training, config)
-    train.check_checkpointing(None, Training, config)
+        check_checkpoint_layers(37, True, 36)
+    check_checkpoint_layers(36, True, 36)
+    check_checkpoint_layers(None, False, 36)
     with pytest.raises(InputError, match="--checkpoint_layers 0: must be at least 1"):
         ModelArguments(str(ROOT), checkpoint_layers=0)
 

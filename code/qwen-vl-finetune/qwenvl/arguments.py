@@ -217,6 +217,16 @@ class DataArguments:
         return PixelBudget(**{field.name: getattr(self, field.name) for field in fields(PixelBudget)})
 
 
+def check_checkpoint_layers(layers: int | None, recomputes: bool, most: int) -> None:
+    """Raises InputError where so many `layers` cannot be recomputed, of a model with `most`."""
+    if layers is None:
+        return
+    if not recomputes:
+        raise InputError(f"--checkpoint_layers {layers} contradicts --gradient_checkpointing False: omit one of them")
+    if layers > most:
+        raise InputError(f"--checkpoint_layers {layers}: the model has {most} layers: give at most that, or omit it")
+
+
 def dataset_options(model: ModelArguments, data: DataArguments) -> dict[str, Any]:
     """The arguments of StreamingDataset that these flags determine."""
     return {

@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
-from .arguments import DataArguments, ModelArguments, dataset_options
+from .arguments import DataArguments, ModelArguments, check_checkpoint_layers, dataset_options
 from .batches import PaddedDataset, collate_for_trainer
 from .checkpointing import SaveError, newest_checkpoint, save_final_model
 from .collectives import any_process
@@ -103,16 +103,6 @@ def check_same_model(model: str, sha256: str, device: torch.device) -> None:
         )
 
 
-def check_checkpointing(layers: int | None, training: SftArguments, config: PretrainedConfig) -> None:
-    """Raises InputError where so many `layers` cannot be recomputed."""
-    if layers is None:
-        return
-    if not (training.gradient_checkpointing or training.activation_checkpointing):
-        raise InputError(f"--checkpoint_layers {layers} contradicts --gradient_checkpointing False: omit one of them")
-    if layers > (most := config.text_config.num_hidden_layers):
-        raise InputError(f"--checkpoint_layers {layers}: the model has {most} layers: give at most that, or omit it")
-
-
 def check_same_machines(model: ModelArguments, data: DataArguments, training: SftArguments) -> None:
     """Called by all processes at once; raises InputError on all of them where their GPUs or their plans differ."""
     cuda = training.device.type == "cuda"
@@ -148,7 +138,8 @@ def check_arguments(model: ModelArguments, training: SftArguments, implementatio
             check_size(config, training, training.cpu_message)
         logger.info(training.cpu_message)
     check_parts(model, training)
-    check_checkpointing(model.checkpoint_layers, training, config)
+    most = config.text_config.num_hidden_layers
+    check_checkpoint_layers(model.checkpoint_layers, training.activation_checkpointing, most)
     return config
 
 

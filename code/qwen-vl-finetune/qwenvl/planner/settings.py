@@ -7,6 +7,7 @@ from pathlib import Path
 from qwen_vl_streaming.common.errors import InputError
 
 from ..training_arguments import FINETUNE
+from .optimizers import ADAM
 
 CONFIGURATIONS = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
 """From the fastest to the one that needs the least memory."""
@@ -78,6 +79,9 @@ class Settings:
     checkpointed: int
     """Layers of the language model whose activations are recomputed."""
     compiled: bool
+    bf16: bool = True
+    states: float = ADAM
+    """Bytes of the optimizer's states per trained parameter."""
 
     def flags(self, layers: int) -> dict[str, object]:
         """The flags of train.py that give these settings, for a model with this number of `layers`."""
