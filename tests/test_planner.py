@@ -659,7 +659,7 @@ def test_the_bare_command_is_planned(made, tmp_path):
     words = ["--pack_tokens", "4096", "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(["bash", SCRIPT, *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(read.read_text())["headers"]) == 8 and not list(temporary.iterdir())
+    assert len(json.loads(read.read_text())) == 8 and not list(temporary.iterdir())
     assert "plan for 2 x H100, 70.0 GiB free" in done.stderr and "predicted:" in done.stderr
     (echo,) = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
     assert "--a_word" not in done.stdout and done.stderr.count("--a_word of a library") == 2
