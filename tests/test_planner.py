@@ -23,7 +23,7 @@ from qwen_vl_streaming.model.released import released_config
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import headers as headers_module
-from qwenvl import train
+from qwenvl import run_checks, train
 from qwenvl.arguments import ModelArguments, check_checkpoint_layers
 from qwenvl.batches import collate, collate_for_trainer, first_fit, pack
 from qwenvl.data import StreamingDataset
@@ -445,13 +445,13 @@ def test_processes_that_differ_are_refused(monkeypatch):
         (("--pack_tokens", 8192), "12288 on the first, 8192"),
     ):
         monkeypatch.setattr(
-            train, "gather_object", lambda mine, change=change: [*mine, mine[0] | dict([change] if change else [])]
+            run_checks, "gather_object", lambda mine, change=change: [*mine, mine[0] | dict([change] if change else [])]
         )
         if not said:
-            train.check_same_machines(ModelArguments(str(ROOT)), Data, Training)
+            run_checks.check_same_machines(ModelArguments(str(ROOT)), Data, Training)
             continue
         with pytest.raises(InputError, match=said):
-            train.check_same_machines(ModelArguments(str(ROOT)), Data, Training)
+            run_checks.check_same_machines(ModelArguments(str(ROOT)), Data, Training)
 
 
 def test_lengths_come_from_headers(made):
