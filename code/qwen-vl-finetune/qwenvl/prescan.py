@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 
 from accelerate.utils import gather_object
 from qwen_vl_streaming.common.data_rows import TOKENS_PER_SECOND
@@ -70,15 +69,13 @@ class LateWords:
 
     def __str__(self) -> str:
         """One line, empty where no words have times."""
-        words, late = self.seconds.total(), {seconds: n for seconds, n in sorted(self.seconds.items()) if seconds > 0}
+        words, late = self.seconds.total(), sorted(seconds for seconds in self.seconds.elements() if seconds > 0)
         if not late:
             return f"times: each of {words:,} words is written in the first slot after its time" if words else ""
-        total = sum(late.values())
-        reached = dict(zip(late, accumulate(late.values()), strict=True))
-        median, high = (next(s for s, n in reached.items() if n >= share * total) for share in (0.5, 0.95))
+        median, high = (late[math.ceil(share * len(late)) - 1] for share in (0.5, 0.95))
         return (
-            f"times: {total:,} of {words:,} words are late, since a slot has at most {self.most} tokens: by "
-            f'{median:.1f} s (median), {high:.1f} s (95%), {max(late):.1f} s (maximum): see "Captions with times" in '
+            f"times: {len(late):,} of {words:,} words are late, since a slot has at most {self.most} tokens: by "
+            f'{median:.1f} s (median), {high:.1f} s (95%), {late[-1]:.1f} s (maximum): see "Captions with times" in '
             "docs/data.md"
         )
 

@@ -75,10 +75,10 @@ def recomputed(plan: Plan, shape: Shape) -> str:
     return f"activations of {plan.settings.checkpointed} of {shape.layers} layers recomputed"
 
 
-def largest_terms(plan: Plan, most: int = 4) -> str:
-    """The largest terms of the peak memory."""
+def largest_terms(plan: Plan) -> str:
+    """The four largest terms of the peak memory."""
     terms = sorted(plan.memory.terms.items(), key=lambda term: -term[1])
-    return ", ".join(f"{name} {size / c.GIB:.1f}" for name, size in terms[:most])
+    return ", ".join(f"{name} {size / c.GIB:.1f}" for name, size in terms[:4])
 
 
 def counted(number: int, what: str, more: str = "s") -> str:
