@@ -9,7 +9,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import PROJECT, find_data, find_model, find_video_root
 from qwen_vl_streaming.model.prompts import END_OF_SLOT
 from qwen_vl_streaming.model.trained import MODEL
-from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT, make_schedule
+from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT
 from qwen_vl_streaming.timeline.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget
 from transformers.hf_argparser import HfArg
@@ -80,8 +80,9 @@ class ModelArguments:
         if Path(self.model_name_or_path).is_dir():
             self.model_name_or_path = str(Path(self.model_name_or_path).resolve())
         self.rules  # noqa: B018  raises for an unknown variant
-        if self.wait_k < 1:
-            raise InputError(f"--wait_k {self.wait_k}: must be at least 1")
+        for name in ("wait_k", "max_tokens_per_slot"):
+            if not 1 <= (value := getattr(self, name)) <= MAX_PER_SLOT:
+                raise InputError(f"--{name} {value}: must be between 1 and {MAX_PER_SLOT:,}")
         if self.schedule not in SCHEDULES:
             raise InputError(f"--schedule {self.schedule}: choose {', '.join(SCHEDULES)}; --wait_k sets K of wait-K")
         if self.decides and not self.rules.streams:
@@ -92,10 +93,6 @@ class ModelArguments:
         if self.end_of_slot != END_OF_SLOT and not self.decides:
             raise InputError(
                 f"--end_of_slot {self.end_of_slot} has no effect without --schedule {MODEL}: give both, or omit it"
-            )
-        if not 1 <= self.max_tokens_per_slot <= MAX_PER_SLOT:
-            raise InputError(
-                f"--max_tokens_per_slot {self.max_tokens_per_slot}: must be between 1 and {MAX_PER_SLOT:,}"
             )
         if self.checkpoint_layers is not None and self.checkpoint_layers < 1:
             raise InputError(
@@ -128,7 +125,6 @@ class ModelArguments:
                 raise InputError(
                     f"--lora_targets {target!r} is not a regular expression ({error}): correct it"
                 ) from error
-        make_schedule(self.wait_schedule, self.rules, clips=1)
 
     @property
     def rules(self) -> Variant:

@@ -50,18 +50,6 @@ def commit(folder: Path) -> dict | None:
         return None
 
 
-def describe_data(source: str, rows: int, held_out: int, excluded: list[int]) -> dict:
-    """The data and the hash of its contents. Of its `rows`, `held_out` and those at the lines `excluded` are not used
-    for training."""
-    return {
-        "path": source if source.startswith(HUB) else str(Path(source).resolve()),
-        "sha256": hash_data(source),
-        "rows": rows,
-        "held_out": held_out,
-        "left_out": excluded,
-    }
-
-
 def recipe_differences(arguments: dict, groups) -> dict:
     """The paper's value, which is the default, of each flag of a recipe in which `arguments` differ from it. `groups`
     are the dataclasses of the flags."""
@@ -71,8 +59,10 @@ def recipe_differences(arguments: dict, groups) -> dict:
 
 
 def describe_run(model, data, training, rows: int, held_out: int, excluded: list[int], timed: bool = False) -> dict:
-    """The facts that identify a run: its three groups of arguments, versions, and its data as in `describe_data`.
-    `timed`: the times of some rows decide when their answers are written."""
+    """The facts that identify a run: its three groups of arguments, versions and data. Of its `rows`, `held_out` and
+    those at the lines `excluded` are not used for training. `timed`: the times of some rows decide when their answers
+    are written."""
+    source = data.train_data
     zero = training.hf_deepspeed_config.config if training.deepspeed else None
     arguments = {**asdict(model), **asdict(data), **training.to_dict(), "deepspeed": zero}
     return {
@@ -82,7 +72,13 @@ def describe_run(model, data, training, rows: int, held_out: int, excluded: list
         "world_size": training.world_size,
         "device": torch.cuda.get_device_name() if training.device.type == "cuda" else platform.processor() or "cpu",
         "zero_stage": zero and zero["zero_optimization"]["stage"],
-        "data": describe_data(data.train_data, rows, held_out, excluded),
+        "data": {
+            "path": source if source.startswith(HUB) else str(Path(source).resolve()),
+            "sha256": hash_data(source),
+            "rows": rows,
+            "held_out": held_out,
+            "left_out": excluded,
+        },
         "model_sha256": of_checkpoint(model.model_name_or_path),
         "commit": commit(Path(__file__).parent),
         "versions": {**versions(PACKAGES), "cuda": torch.version.cuda},

@@ -70,7 +70,7 @@ class Plan:
     speed: Speed
     needed: float
     """Bytes of a GPU, with CUDA, NCCL and slack."""
-    fits: bool = True
+    fits: bool
 
 
 def step_samples(given: Given) -> int:

@@ -24,13 +24,23 @@ from .gpus import Gpus
 from .host import available_memory
 from .lengths import Lengths, assumed_lengths, find_lengths
 from .optimizers import state_bytes
-from .plan import Given, Plan, choose
+from .plan import BATCH, Given, Plan, choose
 from .settings import Zero, configurations
 from .shape import Shape, find_shape
 from .text import count_steps, describe
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 """Two names of one flag of transformers."""
+FIELDS = (
+    ("zero", "deepspeed"),
+    ("samples", "per_device_train_batch_size"),
+    ("accumulation", "gradient_accumulation_steps"),
+    ("pack_tokens", "pack_tokens"),
+    ("checkpointed", "checkpoint_layers"),
+    ("compiled", "compile_layers"),
+    *(("checkpointing", flag) for flag in CHECKPOINTING),
+)
+"""Fields of Given, with the flags that set them."""
 PLANNED = (
     "deepspeed",
     "per_device_train_batch_size",
@@ -95,8 +105,7 @@ class Request:
         zero = (arguments.get("deepspeed") or {}).get("zero_optimization")
         if zero and "deepspeed" not in self.given:
             used = Zero.of(zero)
-            kind = (used.stage, used.offloads_optimizer, used.offloads_weights)
-            same = [c.file for c in configurations() if (c.stage, c.offloads_optimizer, c.offloads_weights) == kind]
+            same = [configuration.file for configuration in configurations() if configuration.kind == used.kind]
             if not same:
                 raise InputError(
                     f"{self.output} was started with a DeepSpeed configuration of your own ({used.title}): give it "
@@ -107,28 +116,15 @@ class Request:
 
     def choices(self) -> Given:
         """What the flags leave the planner to choose. Raises InputError for invalid values."""
-        values, names = {}, {}
-
-        def take(name: str, flag: str, value) -> None:
-            values[name], names[name] = value, f"--{flag} {self.given[flag]}"
-
-        if "deepspeed" in self.given:
-            text = self.given["deepspeed"]
-            path = find_deepspeed(text)
-            take("zero", "deepspeed", Zero.read(path, path.name if path.parent == FINETUNE else text))
-        for name, flag in (
-            ("samples", "per_device_train_batch_size"),
-            ("accumulation", "gradient_accumulation_steps"),
-            ("pack_tokens", "pack_tokens"),
-            ("checkpointed", "checkpoint_layers"),
-            ("compiled", "compile_layers"),
-        ):
-            if flag in self.given:
-                take(name, flag, self.given[flag])
-        for flag in CHECKPOINTING:
-            if flag in self.given:
-                take("checkpointing", flag, string_to_bool(str(self.given[flag])))
-        for name in ("samples", "accumulation"):
+        given = [(name, flag) for name, flag in FIELDS if flag in self.given]
+        values = {name: self.given[flag] for name, flag in given}
+        names = {name: f"--{flag} {self.given[flag]}" for name, flag in given}
+        if "zero" in values:
+            path = find_deepspeed(values["zero"])
+            values["zero"] = Zero.read(path, path.name if path.parent == FINETUNE else values["zero"])
+        if "checkpointing" in values:
+            values["checkpointing"] = string_to_bool(str(values["checkpointing"]))
+        for name in BATCH:
             if name in values and values[name] < 1:
                 raise InputError(f"{names[name]}: must be above 0")
         optimizer = self.given.get("optim", SftArguments.__dataclass_fields__["optim"].default)

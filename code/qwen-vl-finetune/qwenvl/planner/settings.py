@@ -53,6 +53,11 @@ class Zero:
         )
 
     @property
+    def kind(self) -> tuple[int, bool, bool]:
+        """What a run that resumes must keep."""
+        return self.stage, self.offloads_optimizer, self.offloads_weights
+
+    @property
     def offload(self) -> bool:
         return self.offloads_optimizer or self.offloads_weights
 
