@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import PROJECT, check_videos
 from qwen_vl_streaming.common.progress import quiet_libraries
@@ -23,7 +24,7 @@ from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers, load_mod
 from qwen_vl_streaming.model.trained import end_of_slot, training_keys
 from qwen_vl_streaming.video.frames import choose_reader
 from torch import distributed
-from transformers import ProgressCallback
+from transformers import PretrainedConfig, PreTrainedModel, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .arguments import DataArguments, ModelArguments, dataset_options
@@ -173,23 +174,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         rows = exclude(rows, excluded, minimum)
         held_out = exclude(held_out, excluded, min(1, len(held_out)))
 
-        sharded = is_deepspeed_zero3_enabled()
-        if sharded:
-            choose_linear(arguments.hf_deepspeed_config.config["zero_optimization"], model_arguments.compile_layers)
-        model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
-        model.checkpointed_layers = model_arguments.checkpoint_layers
-        model = make_trainable(model, model_arguments, arguments)
-        if model_arguments.compile_layers:
-            compile_layers(model)
-        if sharded:
-            gather_whole_layers(model)
-        more = {"pixel_budget": asdict(data_arguments.pixel_budget)}
-        if model_arguments.decides or end_of_slot(config):  # None overrides that of the base
-            own = model_arguments.decides
-            more["end_of_slot"] = model_arguments.end_of_slot if own else None
-            more["max_tokens_per_slot"] = model_arguments.max_tokens_per_slot if own else None
-        if model_arguments.lora_enable:
-            more["base_sha256"] = facts["model_sha256"]
+        model = prepare_model(implementation, model_arguments, arguments)
         trainer = StreamingTrainer(
             model=model,
             args=arguments,
@@ -197,7 +182,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             eval_dataset=PaddedDataset(make_dataset(held_out), eval_batch) if held_out else None,
             data_collator=partial(collate_for_trainer, pack_tokens=data_arguments.pack_tokens),
             base=base,
-            added_config=training_keys(variant, model_arguments.wait_k, **more),
+            added_config=added_config(model_arguments, data_arguments, config, facts["model_sha256"]),
             parallel=variant.parallel,
             implementation=implementation,
             record=record,
@@ -209,6 +194,36 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(StepProgress)
         run_trainer(trainer)
+
+
+def prepare_model(
+    implementation: str, arguments: ModelArguments, training: SftArguments
+) -> PreTrainedModel | PeftModel:
+    """The model to train, with its `implementation` of attention. Raises InputError where it cannot be loaded."""
+    sharded = is_deepspeed_zero3_enabled()
+    if sharded:
+        choose_linear(training.hf_deepspeed_config.config["zero_optimization"], arguments.compile_layers)
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    model = load_model(arguments.model_name_or_path, implementation, dtype)
+    model.checkpointed_layers = arguments.checkpoint_layers
+    model = make_trainable(model, arguments, training)
+    if arguments.compile_layers:
+        compile_layers(model)
+    if sharded:
+        gather_whole_layers(model)
+    return model
+
+
+def added_config(model: ModelArguments, data: DataArguments, base: PretrainedConfig, base_sha256: str) -> dict:
+    """What training adds to the config of the `base` model."""
+    added = {"pixel_budget": asdict(data.pixel_budget)}
+    if model.decides:
+        added |= {"end_of_slot": model.end_of_slot, "max_tokens_per_slot": model.max_tokens_per_slot}
+    elif end_of_slot(base):  # None overrides that of the base
+        added |= {"end_of_slot": None, "max_tokens_per_slot": None}
+    if model.lora_enable:
+        added["base_sha256"] = base_sha256
+    return training_keys(model.rules, model.wait_k, **added)
 
 
 def run_trainer(trainer: StreamingTrainer) -> None:
