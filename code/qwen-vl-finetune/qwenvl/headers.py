@@ -1,4 +1,4 @@
-"""What the headers of videos say, each read once for a run: by the planner, or else by the pre-scan.
+"""What the headers of videos contain, each read once for a run: by the planner, or else by the pre-scan.
 
 A header gives the frame size, and the number of clips to within one. Only where that leaves a doubt are the timestamps
 of all frames read.

@@ -31,7 +31,7 @@ class Card:
 
 
 OCCUPIED = 0.1
-"""Share of a card's memory in use that is worth mentioning where the rest is too little."""
+"""Share of a card's memory in use from which a refusal mentions the other processes."""
 USABLE = 0.991
 """GiB that PyTorch sees per nominal GB: 79.2 of an H100 with 80, 139.8 of an H200 with 141."""
 NVLINK, PCIE = 195e9, 10e9

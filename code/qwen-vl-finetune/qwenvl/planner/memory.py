@@ -102,7 +102,7 @@ def estimate(shape: Shape, settings: Settings, lengths: Lengths, processes: int)
 
 
 def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) -> tuple[dict[str, float], float]:
-    """Bytes that the forward pass leaves, by name, and those that the backward pass of one layer works in."""
+    """Bytes that remain after the forward pass, by name, and the working memory of the backward pass of one layer."""
     tokens, k = pass_tokens(settings, lengths), settings.checkpointed
     saved = wide * saved_per_token(shape, settings.compiled) * tokens
     row = 2.0 * wide * shape.hidden * tokens

@@ -48,7 +48,7 @@ class Given:
     states: float = ADAM
     """Bytes of the optimizer's states per trained parameter."""
     step: int | None = None
-    """Samples of an optimizer step that must be kept, where the flags that gave them are free."""
+    """Samples of an optimizer step to keep, where the flags that gave them are free."""
     flags: dict[str, str] = field(default_factory=dict)
     """How to name each of these fields that was given, such as --pack_tokens 6144."""
 
@@ -111,7 +111,7 @@ def candidates(shape: Shape, lengths: Lengths, given: Given) -> Iterator[Setting
 
 
 def _rows(lengths: Lengths, given: Given, samples: int, compiled: bool) -> Iterator[int]:
-    """Lengths of the packed row that are worth a try; 0 for a row for each sample."""
+    """Lengths of the packed row to consider; 0: a row for each sample."""
     if given.pack_tokens is not None:
         if (
             samples == 1
