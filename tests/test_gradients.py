@@ -13,7 +13,8 @@ from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.arguments import ModelArguments
-from qwenvl.data import StreamingDataset, collate
+from qwenvl.batches import collate
+from qwenvl.data import StreamingDataset
 from qwenvl.param_groups import make_trainable
 from qwenvl.rows import read_rows
 from safetensors.torch import load_file

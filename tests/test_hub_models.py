@@ -24,7 +24,7 @@ from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
-from qwenvl import merge, train
+from qwenvl import merge, run_checks, train
 from safetensors import safe_open
 from serving import Quiet, serving
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
@@ -392,10 +392,10 @@ def test_logits_of_another_shape_are_a_difference(made, capsys, monkeypatch):
 
 
 def test_nodes_with_different_models_are_refused(monkeypatch):
-    train.check_same_model("m", "a", torch.device("cpu"))
-    monkeypatch.setattr(train, "broadcast_object_list", lambda _: ["b"])
+    run_checks.check_same_model("m", "a", torch.device("cpu"))
+    monkeypatch.setattr(run_checks, "broadcast_object_list", lambda _: ["b"])
     with pytest.raises(InputError, match="m is not the same on every node: "):
-        train.check_same_model("m", "a", torch.device("cpu"))
+        run_checks.check_same_model("m", "a", torch.device("cpu"))
 
 
 def test_a_sliding_window_is_refused_with_the_field_to_change(checkpoints, tmp_path):

@@ -75,6 +75,14 @@ def test_a_run_without_a_plan(launch):
         assert (status, said) == (2, f"error: --no_plan contradicts {word.partition('=')[0]}: omit one of them\n")
 
 
+def test_the_help_begins_with_the_usage():
+    """Without a warning of a library that finds no GPU."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("DS_ACCELERATOR", None)
+    done = subprocess.run(["bash", SCRIPT, "--no_plan", "--help"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: bash scripts/sft.sh"), done.stdout[:300]
+
+
 def test_one_task_per_node(launch):
     status, _, said = launch(**SLURM, SLURM_LOCALID="1")
     assert status == 2 and said.count("\n") == 1 and "--ntasks-per-node=1" in said

@@ -22,11 +22,12 @@ from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import merge, train
-from qwenvl.arguments import ModelArguments, SftArguments
+from qwenvl.arguments import ModelArguments
 from qwenvl.checkpointing import save_final_model
 from qwenvl.data import StreamingDataset
 from qwenvl.param_groups import freeze, make_trainable
 from qwenvl.rows import read_rows
+from qwenvl.training_arguments import SftArguments
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 

@@ -23,9 +23,10 @@ from qwen_vl_streaming.model.released import released_config
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl import headers as headers_module
-from qwenvl import train
-from qwenvl.arguments import ModelArguments, SftArguments
-from qwenvl.data import StreamingDataset, collate, collate_for_trainer, first_fit, pack
+from qwenvl import run_checks, train
+from qwenvl.arguments import ModelArguments, check_checkpoint_layers
+from qwenvl.batches import collate, collate_for_trainer, first_fit, pack
+from qwenvl.data import StreamingDataset
 from qwenvl.headers import Headers
 from qwenvl.planner import __main__ as program
 from qwenvl.planner import gpus as machine
@@ -43,6 +44,7 @@ from qwenvl.planner.speed import predict, sample_flops
 from qwenvl.planner.table import rows
 from qwenvl.prescan import scan
 from qwenvl.rows import read_rows
+from qwenvl.training_arguments import SftArguments
 from tiny import tiny_model
 from training import finish, flags, free_port, history, start
 
@@ -248,7 +250,7 @@ def test_a_step_keeps_its_samples_in_what_is_proposed(shapes):
 
 def test_one_meaning_of_the_batch_size(tmp_path, monkeypatch):
     """On a CPU, where nothing is planned, as on GPUs: 16 samples a step unless asked."""
-    monkeypatch.setattr("qwenvl.arguments.choose_training_device", lambda training: "")
+    monkeypatch.setattr("qwenvl.training_arguments.choose_training_device", lambda training: "")
     for words, steps in (({}, 16), ({"per_device_train_batch_size": 8}, 2), ({"gradient_accumulation_steps": 3}, 3)):
         assert SftArguments(str(tmp_path), report_to="none", bf16=False, **words).gradient_accumulation_steps == steps
         given = given_by(" ".join(f"--{name} {value}" for name, value in words.items()), monkeypatch).choices()
@@ -282,8 +284,8 @@ def test_a_run_that_resumes_keeps_its_accumulation(made, tmp_path, monkeypatch):
 def test_memory_follows_the_optimizer(shapes, monkeypatch, words, states):
     given = given_by(words, monkeypatch).choices()
     assert given.states == states
-    settings = Settings(ZERO["zero1.json"], 1, 0, 16, 0, True)
-    peaks = [estimate(shapes["3B", "full"], settings, LENGTHS, 1, states=size).step for size in (8.0, given.states)]
+    both = (Settings(ZERO["zero1.json"], 1, 0, 16, 0, True, states=size) for size in (8.0, given.states))
+    peaks = [estimate(shapes["3B", "full"], settings, LENGTHS, 1).step for settings in both]
     saved = sum(peaks[0].values()) - sum(peaks[1].values())
     assert saved == pytest.approx((8 - states) * shapes["3B", "full"].trained)
 
@@ -443,13 +445,13 @@ def test_processes_that_differ_are_refused(monkeypatch):
         (("--pack_tokens", 8192), "12288 on the first, 8192"),
     ):
         monkeypatch.setattr(
-            train, "gather_object", lambda mine, change=change: [*mine, mine[0] | dict([change] if change else [])]
+            run_checks, "gather_object", lambda mine, change=change: [*mine, mine[0] | dict([change] if change else [])]
         )
         if not said:
-            train.check_same_machines(ModelArguments(str(ROOT)), Data, Training)
+            run_checks.check_same_machines(ModelArguments(str(ROOT)), Data, Training)
             continue
         with pytest.raises(InputError, match=said):
-            train.check_same_machines(ModelArguments(str(ROOT)), Data, Training)
+            run_checks.check_same_machines(ModelArguments(str(ROOT)), Data, Training)
 
 
 def test_lengths_come_from_headers(made):
@@ -561,17 +563,12 @@ def test_some_layers_are_recomputed():
 
 
 def test_layers_that_cannot_be_recomputed_are_refused():
-    class Training:
-        gradient_checkpointing, activation_checkpointing = False, False
-
-    config = released_config("3B")
     with pytest.raises(InputError, match="--checkpoint_layers 2 contradicts"):
-        train.check_checkpointing(2, Training, config)
-    Training.activation_checkpointing = True
+        check_checkpoint_layers(2, False, 36)
     with pytest.raises(InputError, match="--checkpoint_layers 37: the model has 36 layers"):
-        train.check_checkpointing(37, Training, config)
-    train.check_checkpointing(36, Training, config)
-    train.check_checkpointing(None, Training, config)
+        check_checkpoint_layers(37, True, 36)
+    check_checkpoint_layers(36, True, 36)
+    check_checkpoint_layers(None, False, 36)
     with pytest.raises(InputError, match="--checkpoint_layers 0: must be at least 1"):
         ModelArguments(str(ROOT), checkpoint_layers=0)
 
@@ -662,7 +659,7 @@ def test_the_bare_command_is_planned(made, tmp_path):
     words = ["--pack_tokens", "4096", "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(["bash", SCRIPT, *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(read.read_text())["headers"]) == 8 and not list(temporary.iterdir())
+    assert len(json.loads(read.read_text())) == 8 and not list(temporary.iterdir())
     assert "plan for 2 x H100, 70.0 GiB free" in done.stderr and "predicted:" in done.stderr
     (echo,) = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
     assert "--a_word" not in done.stdout and done.stderr.count("--a_word of a library") == 2

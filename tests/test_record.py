@@ -13,12 +13,13 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
-from qwenvl.arguments import SftArguments
+from qwenvl.batches import collate
 from qwenvl.curves import draw_curves
-from qwenvl.data import IGNORED, StreamingDataset, collate
+from qwenvl.data import IGNORED, StreamingDataset
 from qwenvl.record import commit
 from qwenvl.rows import hold_out, read_rows
 from qwenvl.throughput import Throughput
+from qwenvl.training_arguments import SftArguments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import finish, flags, history, spoil, start
 

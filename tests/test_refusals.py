@@ -13,8 +13,9 @@ import torch
 from qwen_vl_streaming.devices import Devices
 from qwenvl import device, train
 from qwenvl.argument_checks import REFUSED
-from qwenvl.arguments import DataArguments, ModelArguments, SftArguments
+from qwenvl.arguments import DataArguments, ModelArguments
 from qwenvl.folder import lock_folder
+from qwenvl.training_arguments import SftArguments
 from safetensors.torch import load_file
 from training import finish, flags, history, refused, spoil, start_many
 

@@ -11,7 +11,8 @@ from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwenvl.arguments import DataArguments, ModelArguments
-from qwenvl.data import IGNORED, StreamingDataset, collate, pack
+from qwenvl.batches import collate, pack
+from qwenvl.data import IGNORED, StreamingDataset
 from qwenvl.rows import read_rows
 from training import refused
 

@@ -93,8 +93,9 @@ def test_all_programs_read_the_same_part(film, made):
     assert not torch.equal(watched[1].job.pixels[0], watched[0].job.pixels[0])
     assert torch.equal(watched[3].job.pixels[1], read_clip(processor, film, 1.0))
     assert prescan.scan(training).bad == {}
-    assert [headers.count_clips(training, index)[0] for index in range(4)] == [(8,), (4,), (2,), (2,)]
-    assert [headers.count_clips(training, index)[2] for index in range(4)] == [8.0, 3.5, 1.5, 2.0]
+    counted = [headers.count_clips(training, index, headers.Header()) for index in range(4)]
+    assert [header.clips for header in counted] == [(8,), (4,), (2,), (2,)]
+    assert [header.seconds for header in counted] == [8.0, 3.5, 1.5, 2.0]
     lengths = [len(training[index].input_ids) for index in range(4)]
     training.max_length = lengths[1]
     assert list(prescan.scan(training).bad) == [i for i, length in enumerate(lengths) if length > lengths[1]] != []

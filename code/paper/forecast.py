@@ -99,9 +99,9 @@ def main() -> None:
 
 def predict(asked: dict[str, list[str]], gpus_text: str) -> dict[str, dict]:
     import torch
-    from qwenvl.arguments import SftArguments
     from qwenvl.planner.gpus import gpus_here, parse_gpus
     from qwenvl.planner.request import Request
+    from qwenvl.training_arguments import SftArguments
 
     here = torch.cuda.device_count() if not gpus_text else 0
     if not gpus_text and not here:

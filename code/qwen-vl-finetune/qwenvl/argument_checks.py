@@ -5,7 +5,9 @@ import dataclasses
 import json
 import math
 import os
+from dataclasses import MISSING
 from pathlib import Path
+from typing import Any
 
 import torch
 from qwen_vl_streaming.common.errors import InputError
@@ -36,47 +38,35 @@ BOUNDS = (
     ("max_steps", lambda value: value == -1 or value > 0, "must be above 0; omit it to use --num_train_epochs"),
 )
 OMIT = "omit it"
-UPLOAD = "upload the finished checkpoint with `hf upload`"
-TRACKIO = "Trackio is not supported: use --report_to tensorboard or wandb"
-REFUSED = {
-    "accelerator_config": f"it could change the order of the data, which resuming relies on: {OMIT}",
-    "auto_find_batch_size": "the order of the data depends on it: give a --per_device_train_batch_size that fits",
-    "average_tokens_across_devices": f"samples would be weighted differently on each process: {OMIT}",
-    "do_eval": "set the number of samples with --eval_share or --eval_samples",
-    "do_predict": "eval.sh generates captions",
-    "bf16_full_eval": f"evaluation uses the precision of training: {OMIT}",
-    "enable_jit_checkpoint": f"every run saves on SIGTERM already: {OMIT}",
-    "fp16": "train in bfloat16 with --bf16 True, or in float32 with --bf16 False",
-    "fp16_full_eval": f"evaluation uses the precision of training: {OMIT}",
-    "fsdp": "DeepSpeed shards the model: use --deepspeed zero3.json",
-    "fsdp_config": "DeepSpeed shards the model: use --deepspeed zero3.json",
-    "ignore_data_skip": f"a resumed run must skip the data that it has seen: {OMIT}",
-    "label_smoothing_factor": f"it would shift the labels by one row: {OMIT}",
-    "metric_for_best_model": f"checkpoints are not selected by a metric: {OMIT}",
-    "optim_target_modules": f"optimizers with their own parameter groups are not supported: {OMIT}",
-    "greater_is_better": f"checkpoints are not selected by a metric: {OMIT}",
-    "hub_always_push": UPLOAD,
-    "hub_model_id": UPLOAD,
-    "hub_private_repo": UPLOAD,
-    "hub_revision": UPLOAD,
-    "hub_strategy": UPLOAD,
-    "hub_token": UPLOAD,
-    "length_column_name": f"samples are not grouped by length: {OMIT}",
-    "liger_kernel_config": f"it would replace layers that apply the streaming mask: {OMIT}",
-    "project": TRACKIO,
-    "push_to_hub": UPLOAD,
-    "resume_from_checkpoint": "the same command resumes from the newest complete checkpoint in --output_dir",
-    "save_on_each_node": f"all nodes write to one shared --output_dir: {OMIT}",
-    "save_only_model": f"a run could not resume from such a checkpoint: {OMIT}",
-    "torch_compile": "compile with --compile_layers True",
-    "torch_compile_backend": "compile with --compile_layers True",
-    "torch_compile_mode": "compile with --compile_layers True",
-    "trackio_bucket_id": TRACKIO,
-    "trackio_space_id": TRACKIO,
-    "trackio_static_space_id": TRACKIO,
-    "use_liger_kernel": f"it would replace layers that apply the streaming mask: {OMIT}",
+REASONS = {
+    f"it could change the order of the data, which resuming relies on: {OMIT}": "accelerator_config",
+    "the order of the data depends on it: give a --per_device_train_batch_size that fits": "auto_find_batch_size",
+    f"samples would be weighted differently on each process: {OMIT}": "average_tokens_across_devices",
+    "set the number of samples with --eval_share or --eval_samples": "do_eval",
+    "eval.sh generates captions": "do_predict",
+    f"evaluation uses the precision of training: {OMIT}": "bf16_full_eval fp16_full_eval",
+    f"every run saves on SIGTERM already: {OMIT}": "enable_jit_checkpoint",
+    "train in bfloat16 with --bf16 True, or in float32 with --bf16 False": "fp16",
+    "DeepSpeed shards the model: use --deepspeed zero3.json": "fsdp fsdp_config",
+    f"a resumed run must skip the data that it has seen: {OMIT}": "ignore_data_skip",
+    f"it would shift the labels by one row: {OMIT}": "label_smoothing_factor",
+    f"checkpoints are not selected by a metric: {OMIT}": "metric_for_best_model greater_is_better",
+    f"optimizers with their own parameter groups are not supported: {OMIT}": "optim_target_modules",
+    "upload the finished checkpoint with `hf upload`": (
+        "push_to_hub hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token"
+    ),
+    f"samples are not grouped by length: {OMIT}": "length_column_name",
+    f"it would replace layers that apply the streaming mask: {OMIT}": "use_liger_kernel liger_kernel_config",
+    "the same command resumes from the newest complete checkpoint in --output_dir": "resume_from_checkpoint",
+    f"all nodes write to one shared --output_dir: {OMIT}": "save_on_each_node",
+    f"a run could not resume from such a checkpoint: {OMIT}": "save_only_model",
+    "compile with --compile_layers True": "torch_compile torch_compile_backend torch_compile_mode",
+    "Trackio is not supported: use --report_to tensorboard or wandb": (
+        "project trackio_bucket_id trackio_space_id trackio_static_space_id"
+    ),
 }
-"""Flags of transformers that this program does not support, and what to do instead."""
+"""Why this program does not support flags of transformers, or what to do instead, with their names."""
+REFUSED = {name: reason for reason, names in REASONS.items() for name in names.split()}
 CHOICES = {
     "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"),
     "save_strategy": ("best",),
@@ -85,6 +75,14 @@ CHOICES = {
 """Values that need a metric, or the length of samples that are not yet read."""
 VALUE_ERRORS = (ValueError, TypeError, AttributeError, KeyError, ImportError, OSError, NotImplementedError)
 """What transformers and DeepSpeed raise for an invalid value."""
+
+
+def defaults(group) -> dict[str, Any]:
+    """The default of each field of a dataclass."""
+    return {
+        field.name: field.default if field.default is not MISSING else field.default_factory()
+        for field in dataclasses.fields(group)
+    }
 
 
 def check_values(training: TrainingArguments) -> None:
@@ -96,9 +94,9 @@ def check_values(training: TrainingArguments) -> None:
                 raise InputError(f"--{name} {value}: must be finite")
             if value is not None and not allowed(value):
                 raise InputError(f"--{name} {value}: {rule}")
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    stock = defaults(TrainingArguments)
     for name, reason in REFUSED.items():
-        if (value := getattr(training, name)) != defaults[name]:
+        if (value := getattr(training, name)) != stock[name]:
             raise InputError(f"--{name} {value}: {reason}")
     for name, refused in CHOICES.items():
         value = getattr(training, name)

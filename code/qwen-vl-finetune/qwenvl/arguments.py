@@ -1,123 +1,88 @@
-"""The flags of training, with the paper's values as defaults. What can be checked without a model is checked here."""
+"""The flags of the model and of the data. What can be checked without a model is checked here."""
 
 import re
-import warnings
-from dataclasses import MISSING, dataclass, field, fields
-from importlib.util import find_spec
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import find_data, find_model, find_path, find_video_root
+from qwen_vl_streaming.common.paths import PROJECT, find_data, find_model, find_video_root
 from qwen_vl_streaming.model.prompts import END_OF_SLOT
 from qwen_vl_streaming.model.trained import MODEL
-from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT, make_schedule
+from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT
 from qwen_vl_streaming.timeline.variants import Variant, chosen_variant, get_variant
 from qwen_vl_streaming.video.frames import PixelBudget
-from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
-from .argument_checks import VALUE_ERRORS, check_parsed, check_values, check_zero, one_line
-from .device import choose_training_device
+from .argument_checks import defaults
 
-ROOT = Path(__file__).resolve().parents[3]
 SCHEDULES = ("data", "wait", MODEL)
-OUTPUT = Path(__file__).resolve().parents[1] / "output"
-PAPER_SAMPLES = 16
-"""Samples of a process in an optimizer step, as in the paper."""
-
-
-def default_output(variant: str) -> Path:
-    """Where training writes without --output_dir."""
-    return OUTPUT / f"qwen2_5vl-pe-{variant}"
-
-
-def accumulation_steps(batch_size: int) -> int:
-    """Forward passes of an optimizer step, each with `batch_size` samples, where --gradient_accumulation_steps is not
-    given: those of PAPER_SAMPLES samples. Raises InputError where they do not divide evenly."""
-    if PAPER_SAMPLES % batch_size:
-        raise InputError(
-            f"--per_device_train_batch_size {batch_size} does not divide the {PAPER_SAMPLES} samples of a step: "
-            "give --gradient_accumulation_steps too, or another"
-        )
-    return PAPER_SAMPLES // batch_size
 
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(
-        default="Qwen/Qwen2.5-VL-3B-Instruct", metadata={"help": "A Qwen2.5-VL checkpoint: a folder or a hub id."}
+    model_name_or_path: str = HfArg(
+        default="Qwen/Qwen2.5-VL-3B-Instruct", help="A Qwen2.5-VL checkpoint: a folder or a hub id."
     )
-    variant: str = field(
+    variant: str = HfArg(
         default_factory=lambda: chosen_variant("group"),
-        metadata={"help": "One of the six variants. Default: QWEN2_5_VL_VARIANT, else group."},
+        help="One of the six variants. Default: QWEN2_5_VL_VARIANT, else group.",
     )
-    force: bool = field(
-        default=False,
-        metadata={"help": "Allow continuing from a checkpoint of another variant or another position rule."},
+    force: bool = HfArg(
+        default=False, help="Allow continuing from a checkpoint of another variant or another position rule."
     )
-    wait_k: int = field(default=3, metadata={"help": "Answer tokens per clip in training (wait-K)."})
-    schedule: str = field(
+    wait_k: int = HfArg(default=3, help="Answer tokens per clip in training (wait-K).")
+    schedule: str = HfArg(
         default="data",
-        metadata={
-            "help": "When an answer is written. data: that of a row with `segments` as their times say, any other by "
-            "wait-K. wait: all by wait-K, with the human_caption if a row has both. model: as data, and each slot ends "
-            "with an end-of-slot token, so that the model learns to decide when to speak."
-        },
+        help="When an answer is written. data: that of a row with `segments` as their times say, any other by "
+        "wait-K. wait: all by wait-K, with the human_caption if a row has both. model: as data, and each slot ends "
+        "with an end-of-slot token, so that the model learns to decide when to speak.",
     )
-    max_tokens_per_slot: int = field(
+    max_tokens_per_slot: int = HfArg(
         default=8,
-        metadata={
-            "help": "With the times of the data, the most answer tokens after a clip. What does not fit runs on after "
-            "the next clip."
-        },
+        help="With the times of the data, the most answer tokens after a clip. What does not fit runs on after "
+        "the next clip.",
     )
-    end_of_slot: str = field(
+    end_of_slot: str = HfArg(
         default=END_OF_SLOT,
-        metadata={
-            "help": "With --schedule model, the token that ends each slot but the last: one token of the vocabulary "
-            "that no caption contains. A slot with --max_tokens_per_slot tokens ends without it."
-        },
+        help="With --schedule model, the token that ends each slot but the last: one token of the vocabulary "
+        "that no caption contains. A slot with --max_tokens_per_slot tokens ends without it.",
     )
-    attention: str = field(
-        default="auto",
-        metadata={"help": "Attention of the language model: auto, sdpa, flex_attention, flash_attention_2."},
+    attention: str = HfArg(
+        default="auto", help="Attention of the language model: auto, sdpa, flex_attention, flash_attention_2."
     )
-    compile_layers: bool = field(
+    compile_layers: bool = HfArg(
+        default=False, help="Compile each layer: 1.5 times as fast on a GPU, after about a minute."
+    )
+    checkpoint_layers: int | None = HfArg(
+        default=None, help="Layers of the language model that --gradient_checkpointing recomputes. Default: all."
+    )
+    tune_mm_llm: bool = HfArg(default=True, help="Train the language model, embeddings included.")
+    tune_mm_mlp: bool = HfArg(default=True, help="Train the merger that follows the vision tower.")
+    tune_mm_vision: bool = HfArg(default=False, help="Train the vision tower.")
+    lora_enable: bool = HfArg(
         default=False,
-        metadata={"help": "Compile each layer: 1.5 times as fast on a GPU, after about a minute."},
+        help="Train LoRA adapters instead of the language model's own weights. A part that --tune_mm_mlp or "
+        "--tune_mm_vision selects gets adapters if --lora_targets match some of its layers, else it trains in "
+        "full. `python -m qwenvl.merge` merges the result into a complete checkpoint.",
     )
-    checkpoint_layers: int | None = field(
-        default=None,
-        metadata={"help": "Layers of the language model that --gradient_checkpointing recomputes. Default: all."},
-    )
-    tune_mm_llm: bool = field(default=True, metadata={"help": "Train the language model, embeddings included."})
-    tune_mm_mlp: bool = field(default=True, metadata={"help": "Train the merger that follows the vision tower."})
-    tune_mm_vision: bool = field(default=False, metadata={"help": "Train the vision tower."})
-    lora_enable: bool = field(
-        default=False,
-        metadata={
-            "help": "Train LoRA adapters instead of the language model's own weights. A part that --tune_mm_mlp or "
-            "--tune_mm_vision selects gets adapters if --lora_targets match some of its layers, else it trains in "
-            "full. `python -m qwenvl.merge` merges the result into a complete checkpoint."
-        },
-    )
-    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=128, metadata={"help": "Adapters are scaled by this divided by their rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapters' inputs."})
-    lora_targets: list[str] = field(
+    lora_r: int = HfArg(default=64, help="Rank of the adapters.")
+    lora_alpha: int = HfArg(default=128, help="Adapters are scaled by this divided by their rank.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout probability of the adapters' inputs.")
+    lora_targets: list[str] = HfArg(  # noqa: RUF009  it makes a field
         default_factory=lambda: [r"language_model\..*_proj"],
-        metadata={
-            "help": "Linear layers that get adapters, as regular expressions for the end of their dotted names, such "
-            "as q_proj v_proj. Default: those of the language model's attention and MLP."
-        },
+        help="Linear layers that get adapters, as regular expressions for the end of their dotted names, such "
+        "as q_proj v_proj. Default: those of the language model's attention and MLP.",
     )
 
     def __post_init__(self):
-        self.model_name_or_path = find_model(self.model_name_or_path, ROOT)
+        self.model_name_or_path = find_model(self.model_name_or_path, PROJECT)
         if Path(self.model_name_or_path).is_dir():
             self.model_name_or_path = str(Path(self.model_name_or_path).resolve())
         self.rules  # noqa: B018  raises for an unknown variant
-        if self.wait_k < 1:
-            raise InputError(f"--wait_k {self.wait_k}: must be at least 1")
+        for name in ("wait_k", "max_tokens_per_slot"):
+            if not 1 <= (value := getattr(self, name)) <= MAX_PER_SLOT:
+                raise InputError(f"--{name} {value}: must be between 1 and {MAX_PER_SLOT:,}")
         if self.schedule not in SCHEDULES:
             raise InputError(f"--schedule {self.schedule}: choose {', '.join(SCHEDULES)}; --wait_k sets K of wait-K")
         if self.decides and not self.rules.streams:
@@ -128,10 +93,6 @@ class ModelArguments:
         if self.end_of_slot != END_OF_SLOT and not self.decides:
             raise InputError(
                 f"--end_of_slot {self.end_of_slot} has no effect without --schedule {MODEL}: give both, or omit it"
-            )
-        if not 1 <= self.max_tokens_per_slot <= MAX_PER_SLOT:
-            raise InputError(
-                f"--max_tokens_per_slot {self.max_tokens_per_slot}: must be between 1 and {MAX_PER_SLOT:,}"
             )
         if self.checkpoint_layers is not None and self.checkpoint_layers < 1:
             raise InputError(
@@ -147,11 +108,11 @@ class ModelArguments:
                 f"--attention {self.attention} does not support the streaming mask of {self.variant}: "
                 "use auto, flex_attention or sdpa"
             )
-        for flag in fields(self) if not self.lora_enable else ():
-            default = flag.default if flag.default is not MISSING else flag.default_factory()
-            if flag.name.startswith("lora_") and (value := getattr(self, flag.name)) != default:
+        for name, default in defaults(self).items():
+            value = getattr(self, name)
+            if name.startswith("lora_") and value != default and not self.lora_enable:
                 raise InputError(
-                    f"--{flag.name} {value} has no effect without adapters: give --lora_enable True, or omit it"
+                    f"--{name} {value} has no effect without adapters: give --lora_enable True, or omit it"
                 )
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise InputError(f"--lora_r {self.lora_r}, --lora_alpha {self.lora_alpha}: both must be at least 1")
@@ -164,7 +125,6 @@ class ModelArguments:
                 raise InputError(
                     f"--lora_targets {target!r} is not a regular expression ({error}): correct it"
                 ) from error
-        make_schedule(self.wait_schedule, self.rules, clips=1)
 
     @property
     def rules(self) -> Variant:
@@ -200,48 +160,38 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    train_data: str = field(
+    train_data: str = HfArg(
         default="dataset/train_3_5.jsonl",
-        metadata={
-            "help": "JSON Lines, as mani_data.py writes them, a Parquet file or pattern, a folder of "
-            "Dataset.save_to_disk, or hf://datasets/OWNER/NAME[:SPLIT], with columns video_id, video_path, "
-            "human_caption or segments, and optionally question."
-        },
+        help="JSON Lines, as mani_data.py writes them, a Parquet file or pattern, a folder of "
+        "Dataset.save_to_disk, or hf://datasets/OWNER/NAME[:SPLIT], with columns video_id, video_path, "
+        "human_caption or segments, and optionally question.",
     )
-    video_root: str = field(
+    video_root: str = HfArg(
         default="",
-        metadata={
-            "help": "Folder of the videos. A video_path that does not exist as it is, or under the project's root, is "
-            "looked up in this folder, then its file name alone."
-        },
+        help="Folder of the videos. A video_path that does not exist as it is, or under the project's root, is "
+        "looked up in this folder, then its file name alone.",
     )
-    min_pixels_per_frame: int = field(
-        default=PixelBudget.min_pixels_per_frame, metadata={"help": "Smallest size of a frame."}
+    min_pixels_per_frame: int = HfArg(default=PixelBudget.min_pixels_per_frame, help="Smallest size of a frame.")
+    max_pixels_per_frame: int = HfArg(default=PixelBudget.max_pixels_per_frame, help="Largest size of a frame.")
+    max_pixels_per_video: int = HfArg(
+        default=PixelBudget.max_pixels_per_video, help="Pixels of all sampled frames together."
     )
-    max_pixels_per_frame: int = field(
-        default=PixelBudget.max_pixels_per_frame, metadata={"help": "Largest size of a frame."}
-    )
-    max_pixels_per_video: int = field(
-        default=PixelBudget.max_pixels_per_video, metadata={"help": "Pixels of all sampled frames together."}
-    )
-    budget: str = field(
+    budget: str = HfArg(
         default=PixelBudget.budget,
-        metadata={
-            "help": "Frames that share --max_pixels_per_video. video: those of the video, as in the paper. stream: as "
-            "many as the longest video has, so that the size of a frame does not reveal the length of the video."
-        },
+        help="Frames that share --max_pixels_per_video. video: those of the video, as in the paper. stream: as "
+        "many as the longest video has, so that the size of a frame does not reveal the length of the video.",
     )
-    model_max_length: int = field(default=8192, metadata={"help": "Longer samples are skipped, never truncated."})
-    pack_tokens: int = field(
-        default=0, metadata={"help": "Pack the samples of a batch into rows of this many tokens; 0: a row each."}
+    model_max_length: int = HfArg(default=8192, help="Longer samples are skipped, never truncated.")
+    pack_tokens: int = HfArg(
+        default=0, help="Pack the samples of a batch into rows of this many tokens; 0: a row each."
     )
-    keep_frames: bool = field(
-        default=False, metadata={"help": "Cache decoded frames in memory, for several epochs over data that fits."}
+    keep_frames: bool = HfArg(
+        default=False, help="Cache decoded frames in memory, for several epochs over data that fits."
     )
 
     def __post_init__(self):
-        self.train_data = find_data(self.train_data, ROOT, "the training data")
-        folder = find_video_root(self.video_root, ROOT)
+        self.train_data = find_data(self.train_data, PROJECT, "the training data")
+        folder = find_video_root(self.video_root, PROJECT)
         self.video_root = str(folder.absolute()) if folder else ""
         self.pixel_budget  # noqa: B018  raises for an invalid one
         if self.model_max_length < 1:
@@ -263,89 +213,26 @@ class DataArguments:
         return PixelBudget(**{field.name: getattr(self, field.name) for field in fields(PixelBudget)})
 
 
-@dataclass
-class SftArguments(TrainingArguments):
-    """transformers' TrainingArguments with the paper's recipe as defaults."""
+def check_checkpoint_layers(layers: int | None, recomputes: bool, most: int) -> None:
+    """Raises InputError where so many `layers` cannot be recomputed, of a model with `most`."""
+    if layers is None:
+        return
+    if not recomputes:
+        raise InputError(f"--checkpoint_layers {layers} contradicts --gradient_checkpointing False: omit one of them")
+    if layers > most:
+        raise InputError(f"--checkpoint_layers {layers}: the model has {most} layers: give at most that, or omit it")
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Default: output/qwen2_5vl-pe-<variant> in code/qwen-vl-finetune."}
-    )
-    num_train_epochs: float = 1.0
-    learning_rate: float = 2e-5
-    mm_projector_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the merger. Default: --learning_rate."}
-    )
-    vision_tower_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower. Default: --learning_rate."}
-    )
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": f"Forward passes of an optimizer step. Default: as many as give {PAPER_SAMPLES} samples a process; "
-            "a run that resumes keeps its own."
-        },
-    )
-    bf16: bool = field(
-        default=True, metadata={"help": "Train in bfloat16, else in float32. sft.sh sets False on a CPU."}
-    )
-    gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
-    )
-    logging_steps: float = 1
-    save_steps: float = 500
-    save_total_limit: int | None = field(default=2, metadata={"help": "Number of newest checkpoints to keep; 0: all."})
-    dataloader_num_workers: int = 4
-    report_to: str = field(
-        default="tensorboard", metadata={"help": "wandb adds Weights & Biases to TensorBoard; none disables both."}
-    )
-    remove_unused_columns: bool = field(default=False, init=False)
-    load_best_model_at_end: bool = field(default=False, init=False)
-    logging_nan_inf_filter: bool = field(default=False, init=False)
-    eval_share: float = field(
-        default=0.0, metadata={"help": "Share of the samples to hold out for evaluation every --eval_steps."}
-    )
-    eval_samples: int = field(default=0, metadata={"help": "Number of samples to hold out, by whole videos."})
-    max_bad_share: float = field(
-        default=0.05, metadata={"help": "Stop with an error when a larger share of the samples is bad."}
-    )
 
-    def __post_init__(self):
-        check_values(self)
-        if self.gradient_accumulation_steps is None:
-            self.gradient_accumulation_steps = accumulation_steps(self.per_device_train_batch_size)
-        self.cpu_is_fallback = not self.use_cpu  # then large models are refused
-        self.cpu_message = choose_training_device(self)
-        if self.output_dir is not None and not self.output_dir.strip():
-            raise InputError("--output_dir is empty: give a folder, or omit it")
-        default_folder = self.output_dir is None
-        if isinstance(self.deepspeed, str):
-            path = find_path(self.deepspeed, ROOT, "the DeepSpeed configuration", Path(__file__).resolve().parents[1])
-            check_zero(path)
-            self.deepspeed = str(path)
-        if self.eval_share or self.eval_samples:
-            if self.eval_strategy == "no":
-                self.eval_strategy, self.eval_steps = "steps", self.eval_steps or self.save_steps
-        elif self.eval_strategy != "no" or self.eval_on_start:
-            raise InputError("evaluation needs held-out samples: give --eval_share or --eval_samples")
-        reporters = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ())
-        for name in reporters:
-            if name not in ("tensorboard", "wandb", "none"):
-                raise InputError(f"--report_to {name}: choose tensorboard, wandb or none")
-            if name != "none" and find_spec(name) is None:
-                raise InputError(f"--report_to {name} is not installed: pip install {name}, or omit it")
-        self.report_to = "none" if "none" in reporters else sorted({"tensorboard", *reporters})
-        try:
-            with warnings.catch_warnings():
-                # transformers has renamed --gradient_checkpointing, and removes the old name in its next version.
-                warnings.simplefilter("ignore", FutureWarning)
-                super().__post_init__()
-        except VALUE_ERRORS as error:
-            raise InputError(f"the training flags are invalid ({one_line(error)}): correct them") from error
-        if default_folder:
-            self.output_dir = None  # set in `parse`, where the variant is known; transformers sets another
-        check_parsed(self)
+def dataset_options(model: ModelArguments, data: DataArguments) -> dict[str, Any]:
+    """The arguments of StreamingDataset that these flags determine."""
+    return {
+        "root": PROJECT,
+        "video_root": data.video_folder,
+        "variant": model.rules,
+        "schedule": model.wait_schedule,
+        "uses_times": model.uses_times,
+        "max_tokens_per_slot": model.max_tokens_per_slot,
+        "end_of_slot": model.end_of_slot if model.decides else None,
+        "budget": data.pixel_budget,
+        "max_length": data.max_length,
+    }

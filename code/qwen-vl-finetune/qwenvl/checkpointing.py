@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from accelerate.utils import patch_environment
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.model.checkpoint import of_file
@@ -26,7 +27,6 @@ from transformers.trainer_utils import sort_checkpoints
 BEING_SAVED, BEING_REMOVED = "being_saved", "being_removed"
 PROGRESS = "progress.json"
 """Written last into a checkpoint: the state of the run, and the size and SHA-256 of each other file."""
-WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 STATE = "trainer_state.json"
 DAMAGED = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)
 """What readers raise for files that are not as they were written."""
@@ -80,18 +80,12 @@ def weights_only(checkpoint: str | None) -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    before = os.environ.get(WEIGHTS_ONLY)
-    os.environ[WEIGHTS_ONLY] = "1"
+    allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
     try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD=1), torch.serialization.safe_globals(allowed):
             yield
     except pickle.UnpicklingError as error:
         raise InputError(f"{checkpoint} contains code, which is not run: {REMOVE}") from error
-    finally:
-        if before is None:
-            del os.environ[WEIGHTS_ONLY]
-        else:
-            os.environ[WEIGHTS_ONLY] = before
 
 
 def remove(folder: Path) -> None:

@@ -1,17 +1,18 @@
-"""From rows to training batches: the timeline of each sample, its positions, labels and pixels.
+"""From rows to training samples: the timeline of each, its positions, labels and pixels.
 
 A bad sample is replaced by a blank one without labels, which adds nothing to the loss and keeps the processes in step;
-its id and the reason are part of the batch. Does not depend on models and masks.
+it has the id and the reason. Does not depend on models and masks.
 
-    B samples   L tokens   N clips
+    L tokens
 """
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from qwen_vl_streaming.common.data_rows import SEGMENT_TIMES
@@ -36,14 +37,12 @@ from qwen_vl_streaming.timeline.timeline import (
     NOTHING,
     PROMPT,
     TAIL,
-    Schedule,
     make_schedule,
     make_timeline,
 )
 from qwen_vl_streaming.timeline.variants import Variant
 from qwen_vl_streaming.video.frames import PixelBudget, Video, read_video
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 
 IGNORED = -100
 
@@ -60,53 +59,38 @@ class Sample:
     bad: tuple[str, str] | None = None
     """Video id and reason, if this is the blank sample in place of a bad one."""
 
-    @property
-    def time(self) -> Tensor:
-        return self.position_ids[0]
 
-    @property
-    def height(self) -> Tensor:
-        return self.position_ids[1]
-
-    @property
-    def width(self) -> Tensor:
-        return self.position_ids[2]
-
-
+@dataclass(eq=False)
 class StreamingDataset(torch.utils.data.Dataset):
-    """Samples for one forward pass over the timeline of `variant`."""
+    """Samples for one forward pass over the timeline of `variant`. Raises InputError if `end_of_slot` is not a token of
+    the vocabulary."""
 
-    def __init__(
-        self,
-        rows: Sequence[dict],
-        root: Path,
-        processor,
-        tokens_per_second: int,
-        variant: Variant,
-        schedule: str,
-        budget: PixelBudget,
-        max_length: int,
-        seed: int = 0,
-        reader: str | None = None,
-        keep_frames: bool = False,
-        video_root: Path | None = None,
-        uses_times: bool = True,
-        max_tokens_per_slot: int = 8,
-        end_of_slot: str | None = None,
-    ):
-        """`root` is the project's root; a row's `video_path` is looked up as in `find_video`. `keep_frames` caches
-        decoded videos in memory. `schedule` is that of rows without `segments`, or of all if not `uses_times`; with
-        times, a slot before the last writes at most `max_tokens_per_slot` tokens. `end_of_slot` is the token that ends
-        each of these slots, unless it is full; None for none. Raises InputError if it is not one of the vocabulary."""
-        self.rows, self.root, self.processor, self.tokens_per_second = rows, root, processor, tokens_per_second
-        self.variant, self.schedule, self.budget, self.max_length = variant, schedule, budget, max_length
-        self.seed, self.reader, self.video_root = seed, reader, video_root
-        self.uses_times, self.max_tokens_per_slot = uses_times, max_tokens_per_slot
-        self.end_of_slot = end_of_slot
-        self.templates = [make_template(processor, question, end_of_slot) for question in QUESTIONS]
+    rows: Sequence[dict]
+    root: Path
+    """The project's root. A row's `video_path` is looked up as in `find_video`."""
+    processor: Any
+    tokens_per_second: int
+    variant: Variant
+    schedule: str
+    """That of rows without `segments`, or of all if not `uses_times`."""
+    budget: PixelBudget
+    max_length: int
+    seed: int = 0
+    reader: str | None = None
+    keep_frames: bool = False
+    """Cache decoded videos in memory."""
+    video_root: Path | None = None
+    uses_times: bool = True
+    max_tokens_per_slot: int = 8
+    """With times, the most tokens of a slot before the last."""
+    end_of_slot: str | None = None
+    """The token that ends each of these slots, unless it is full; None for none."""
+
+    def __post_init__(self):
+        self.templates = [make_template(self.processor, question, self.end_of_slot) for question in QUESTIONS]
         self.own_templates: dict[str, Template] = {}
-        self.cache: dict[int, Video] | None = {} if keep_frames else None
-        self.side = processor.video_processor.merge_size * processor.video_processor.patch_size
+        self.cache: dict[int, Video] = {}
+        self.side = self.processor.video_processor.merge_size * self.processor.video_processor.patch_size
         """Height and width in pixels of the square that a visual token covers."""
         self.pixels_per_token = self.side**2
 
@@ -142,10 +126,7 @@ class StreamingDataset(torch.utils.data.Dataset):
         row, segments = self.rows[index], self.segments(index)
         if segments is None and row["human_caption"] is not None:
             return row["human_caption"]
-        try:
-            check_segments(row["segments"])
-        except InputError as error:
-            raise InputError(f"{row['place']}: {error}") from error
+        self._check_segments(index)
         return join_segments(row["segments"]).text
 
     def count_tokens(self, index: int) -> int:
@@ -158,20 +139,16 @@ class StreamingDataset(torch.utils.data.Dataset):
         template, segments, most = self.template(index), self.segments(index), self.max_tokens_per_slot
         arrivals, end = arrival_times(clips, seconds_per_clip), template.end_of_slot
         if segments is not None and self.variant.streams:
-            return answer_slots(
-                self.processor, template, segments, arrivals, most, self.segment_time(index), end_of_slot=end
-            )
-        answer, schedule = answer_ids(self.processor, template, self.caption(index)), self.wait_schedule(clips)
+            when = self.segment_time(index)
+            return answer_slots(self.processor, template, segments, arrivals, most, when, end_of_slot=end)
+        answer = answer_ids(self.processor, template, self.caption(index))
+        schedule = make_schedule(self.schedule, self.variant, clips)  # that of a sample without times
         if end is not None:  # as if each token had the time of its slot
             counts = zip(arrivals, schedule.counts(len(answer) - 1), strict=True)
             times = [arrival for arrival, count in counts for _ in range(count)]
             return slot_tokens(answer[:-1], times, arrivals, most, template.end, end)
         tokens = iter(answer)
         return [list(islice(tokens, count)) for count in schedule.counts(len(answer))]
-
-    def wait_schedule(self, clips: int) -> Schedule:
-        """The schedule of a sample without times."""
-        return make_schedule(self.schedule, self.variant, clips)
 
     def slot_ends(self, clips: int) -> int:
         """The most end-of-slot tokens of a sample."""
@@ -193,18 +170,14 @@ class StreamingDataset(torch.utils.data.Dataset):
     def check(self, index: int, clips: int, grid: tuple[int, int], answer: int, seconds_per_clip: float) -> None:
         """Raises InputError if sample `index` cannot be trained on with these sizes. `grid` is a clip's visual tokens,
         rows × columns; `answer` includes `<|im_end|>`."""
-        template, segments = self.template(index), self.segments(index)
-        if segments is not None:
-            try:
-                check_segments(segments, clips * seconds_per_clip)
-            except InputError as error:
-                raise InputError(f"{self.rows[index]['place']}: {error}") from error
+        if self.segments(index) is not None:
+            self._check_segments(index, clips * seconds_per_clip)
         elif self.variant.streams and self.end_of_slot is None and answer - 1 < clips:
             raise InputError(
                 f"its caption has {answer - 1} tokens for {clips} clips, so some slots would have no token: remove it, "
                 "or train an offline variant"
             )
-        layout = template.layout(grid, self.tokens_per_second * seconds_per_clip)
+        layout = self.template(index).layout(grid, self.tokens_per_second * seconds_per_clip)
         check_clips(self.variant, layout, clips)
         text = layout.header + answer + self.slot_ends(clips)
         length = layout.prompt + layout.tail + clips * layout.tokens_per_clip + text
@@ -212,6 +185,13 @@ class StreamingDataset(torch.utils.data.Dataset):
             raise InputError(
                 f"its {length} tokens exceed the maximum length {self.max_length}: raise --model_max_length"
             )
+
+    def _check_segments(self, index: int, seconds: float = math.inf) -> None:
+        row = self.rows[index]
+        try:
+            check_segments(row["segments"], seconds)
+        except InputError as error:
+            raise InputError(f"{row['place']}: {error}") from error
 
     def check_max_length(self) -> None:
         """Raises InputError where the maximum length is too small for every sample."""
@@ -236,12 +216,12 @@ class StreamingDataset(torch.utils.data.Dataset):
         return sample
 
     def _video(self, index: int) -> Video:
-        if self.cache is not None and index in self.cache:
+        if index in self.cache:
             return self.cache[index]
         max_clips = self.max_length // math.ceil(self.budget.min_pixels_per_frame / self.pixels_per_token)
         path, row = self.path(index), self.rows[index]
         video = read_video(path, part=video_part(row), budget=self.budget, reader=self.reader, max_clips=max_clips)
-        if self.cache is not None:
+        if self.keep_frames:
             self.cache[index] = video
         return video
 
@@ -269,106 +249,3 @@ class StreamingDataset(torch.utils.data.Dataset):
             pixel_values=pixels.flatten(0, 1),
             grid_thw=torch.tensor([clips, grid[0] * merge, grid[1] * merge]),
         )
-
-
-class PaddedDataset(torch.utils.data.Dataset):
-    """`samples`, padded with blank ones to a multiple of `multiple`. With the batch size of all processes together, no
-    sample is repeated to fill the last batch."""
-
-    def __init__(self, samples: StreamingDataset, multiple: int):
-        self.samples, self.multiple = samples, multiple
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.samples) / self.multiple) * self.multiple
-
-    def __getitem__(self, index: int) -> Sample:
-        if index < len(self.samples):
-            return self.samples[index]
-        return self.samples.blank(self.samples.templates[0])
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """Indices of `samples` for an epoch, shuffled by `seed` plus the epoch, with the blank samples last."""
-
-    def __init__(self, samples: PaddedDataset, seed: int, shuffle: bool = True, drop_last: bool = False):
-        """`drop_last` drops an incomplete last batch instead of padding it."""
-        self.real, self.padded, self.multiple = len(samples.samples), len(samples), samples.multiple
-        self.seed, self.shuffle, self.drop_last, self.epoch = seed, shuffle, drop_last, 0
-
-    def __len__(self) -> int:
-        return self.real // self.multiple * self.multiple if self.drop_last else self.padded
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(self.real))
-        if self.shuffle:
-            order = torch.randperm(self.real, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
-        return iter([*order, *range(self.real, self.padded)][: len(self)])
-
-
-def first_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """First-fit packing of samples of these `lengths` into rows of at most `tokens` tokens: the indices of each row."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index, length in enumerate(lengths):
-        row = next((i for i, free in enumerate(room) if free >= length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(tokens)
-        rows[row].append(index)
-        room[row] -= length
-    return rows
-
-
-def pack(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
-    """The samples of each row that `first_fit` makes."""
-    return [[samples[i] for i in row] for row in first_fit([len(sample.input_ids) for sample in samples], tokens)]
-
-
-@dataclass
-class HostTensor:
-    """A tensor that stays in host memory, pinned, until it is used: Trainer puts all batches of an optimizer step on
-    the GPU at once, and their pixels would take gigabytes there."""
-
-    tensor: Tensor
-
-    def pin_memory(self, *_) -> "HostTensor":
-        """Called by DataLoader."""
-        return HostTensor(self.tensor.pin_memory())
-
-
-def collate_for_trainer(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
-    """`collate`, with the pixels as a HostTensor."""
-    batch = collate(samples, pack_tokens)
-    return {**batch, "pixel_values_videos": HostTensor(batch["pixel_values_videos"])}
-
-
-def collate(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
-    """A batch of right-padded rows: one sample per row, or packed into rows of `pack_tokens`.
-
-    Padding needs no mask, since no token attends to what follows it, and has no labels. `sample` (rows, tokens) numbers
-    the samples of packed rows from 1, and is 0 for padding. `tally` is not an input of the model: it has the number of
-    samples that are trained on, without blank ones, the number of their tokens, and the bad samples.
-    """
-    rows = pack(samples, pack_tokens) if pack_tokens else [[sample] for sample in samples]
-
-    def pad_rows(name: str, value=0) -> Tensor:
-        pieces = [torch.cat([getattr(sample, name) for sample in row]) for row in rows]
-        batch = pad_sequence(pieces, batch_first=True, padding_value=value)
-        return nn.functional.pad(batch, (0, pack_tokens - batch.shape[1]), value=value) if pack_tokens else batch
-
-    batch = {name: pad_rows(name) for name in ("input_ids", "visual", "text")}
-    batch["position_ids"] = torch.stack([pad_rows(name) for name in ("time", "height", "width")])
-    batch["labels"] = pad_rows("labels", IGNORED)
-    if pack_tokens:
-        numbers = [torch.cat([torch.full_like(s.input_ids, n) for n, s in enumerate(row, 1)]) for row in rows]
-        padded = pad_sequence(numbers, batch_first=True)
-        batch["sample"] = nn.functional.pad(padded, (0, pack_tokens - padded.shape[1]))
-    in_order = [sample for row in rows for sample in row]
-    batch["pixel_values_videos"] = torch.cat([sample.pixel_values for sample in in_order])
-    batch["video_grid_thw"] = torch.stack([sample.grid_thw for sample in in_order])
-    trained = [len(sample.input_ids) for sample in samples if (sample.labels != IGNORED).any()]
-    bad = [sample.bad for sample in samples if sample.bad]
-    return {**batch, "tally": {"samples": len(trained), "tokens": sum(trained), "bad": bad}}

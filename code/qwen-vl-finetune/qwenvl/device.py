@@ -10,8 +10,6 @@ from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.launch.answer import answer
 
 USE_CPU = "--use_cpu True"
-MAX_CPU_PARAMETERS = 500_000_000
-"""The largest model that trains on a CPU without `--use_cpu True`."""
 
 
 def choose_training_device(training) -> str:
@@ -30,32 +28,6 @@ def choose_training_device(training) -> str:
         raise InputError(f"{processes} processes on a machine with {devices.usable} GPUs: lower NPROC_PER_NODE")
     training.use_cpu = device == "cpu"
     return message
-
-
-def check_size(config, training, message: str) -> None:
-    """Raises InputError, which begins with the `message` of `choose_training_device`, where a model of this `config` is
-    too large to train on the CPU in reasonable time."""
-    parameters = count_parameters(config, training)
-    if parameters > MAX_CPU_PARAMETERS:
-        raise InputError(
-            f"{message}, for which a model of {parameters / 1e6:,.0f} million parameters is too large: train where "
-            f"PyTorch can use a GPU, or give {USE_CPU}"
-        )
-
-
-def count_parameters(config, training) -> int:
-    """The number of parameters of a model of this `config`, without allocating them."""
-    import torch
-    from transformers import Qwen2_5_VLForConditionalGeneration
-    from transformers.integrations import deepspeed
-
-    deepspeed.unset_hf_deepspeed_config()  # under ZeRO-3 transformers would partition, and so allocate them
-    try:
-        with torch.device("meta"):
-            return sum(weight.numel() for weight in Qwen2_5_VLForConditionalGeneration(config).parameters())
-    finally:
-        if training.deepspeed:
-            deepspeed.set_hf_deepspeed_config(training.hf_deepspeed_config)
 
 
 def main() -> None:

@@ -11,3 +11,7 @@ FIXED_FLAGS = (
 """Flags that cannot change, besides --tune_* and --lora_*: they determine the data, its order and the steps."""
 FREE_FLAGS = "model_name_or_path pack_tokens per_device_train_batch_size gradient_accumulation_steps"
 """Of these, the flags that are no part of a recipe: the planner of sft.sh chooses them, or the user the model."""
+
+
+def is_fixed(flag: str) -> bool:
+    return flag in FIXED_FLAGS.split() or flag.startswith(("tune_", "lora_"))

@@ -1,4 +1,4 @@
-"""What the headers of videos say, each read once for a run: by the planner, or else by the pre-scan.
+"""What the headers of videos contain, each read once for a run: by the planner, or else by the pre-scan.
 
 A header gives the frame size, and the number of clips to within one. Only where that leaves a doubt are the timestamps
 of all frames read.
@@ -7,9 +7,9 @@ of all frames read.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,51 +23,64 @@ from qwen_vl_streaming.video.index import index_video
 from .data import StreamingDataset
 
 FPS = 2.0  # the default of read_video
+SECONDS_PER_CLIP = FRAMES_PER_CLIP / FPS
 THREADS = 16  # more than cores: on network storage, reading a header is mostly waiting
 CHANNEL = "QWENVL_HEADERS"
 """Environment variable: a file without a name, open in the launcher, in which the planner leaves what it has read for
 training."""
-Count = tuple[tuple[int], float, float] | str
-"""The exact number of clips of a video, or of the part that a row names, and the seconds of each and of all; or why it
-cannot be used."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a video's header says; empty where it cannot be read."""
+    """What is known of a video, or of the part of it that a row names; empty where its header cannot be read."""
 
-    clips: tuple[int, ...] = ()
-    """The possible numbers of clips."""
-    size: tuple[int, int] | None = None
+    clips: Sequence[int] = ()
+    """The possible numbers of clips; the exact one after the timestamps have been read."""
+    size: Sequence[int] | None = None
     """Height and width of the frames in pixels."""
     seconds: float = 0.0
-    """The duration, or that of the part of the video which the row names."""
+    """The duration."""
+    seconds_per_clip: float = SECONDS_PER_CLIP
+    problem: str | None = None
+    """Why the video cannot be used, empty if it can; None before the timestamps have been read."""
 
 
 class Headers:
-    """Headers and exact counts by `video_key`. Rows that share a video share its header."""
+    """Headers by `video_key`. Rows that share a video share its header."""
 
-    def __init__(self, headers: dict[str, Header] | None = None, counts: dict[str, Count] | None = None):
-        self.headers, self.counts = headers or {}, counts or {}
+    def __init__(self, headers: dict[str, Header] | None = None):
+        self.headers = headers or {}
 
     def read(self, samples: StreamingDataset, indices: Iterable[int]) -> Iterator[int]:
         """Reads the headers of these samples that are not known. Yields the index of each sample after that."""
-        yield from self._each(self.headers, partial(read_header, samples), samples, indices)
+        return self._each(samples, indices, partial(read_header, samples), lambda key: key not in self.headers)
 
     def count(self, samples: StreamingDataset, indices: Iterable[int]) -> Iterator[int]:
-        """Counts the clips of these samples that are not known. Yields the index of each sample after that."""
-        yield from self._each(self.counts, partial(count_clips, samples), samples, indices)
+        """Counts the clips of these samples, whose headers are known, from timestamps that are not. Yields the index of
+        each sample after that."""
 
-    def _each(self, known: dict, look: Callable[[int], object], samples: StreamingDataset, indices) -> Iterator[int]:
-        indices = list(indices)
-        first = {video_key(samples, index): index for index in reversed(indices)}
-        new = [index for path, index in first.items() if path not in known]
+        def count(index: int) -> Header:
+            return count_clips(samples, index, self.header(samples, index))
+
+        return self._each(samples, indices, count, lambda key: self.headers[key].problem is None)
+
+    def _each(
+        self,
+        samples: StreamingDataset,
+        indices: Iterable[int],
+        look: Callable[[int], Header],
+        unknown: Callable[[str], bool],
+    ) -> Iterator[int]:
+        keys = {index: video_key(samples, index) for index in indices}
+        first: dict[str, int] = {}
+        for index, key in keys.items():
+            first.setdefault(key, index)
         with ThreadPoolExecutor(THREADS) as pool:
-            coming = {video_key(samples, index): pool.submit(look, index) for index in reversed(new)}
+            coming = {key: pool.submit(look, index) for key, index in first.items() if unknown(key)}
             try:
-                for index in indices:
-                    if (path := video_key(samples, index)) not in known:
-                        known[path] = coming[path].result()
+                for index, key in keys.items():
+                    if key in coming:
+                        self.headers[key] = coming.pop(key).result()
                     yield index
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -75,12 +88,8 @@ class Headers:
     def header(self, samples: StreamingDataset, index: int) -> Header:
         return self.headers[video_key(samples, index)]
 
-    def clips(self, samples: StreamingDataset, index: int) -> Count:
-        return self.counts[video_key(samples, index)]
-
     def save(self, path: Path) -> None:
-        headers = {name: asdict(header) for name, header in self.headers.items()}
-        path.write_text(json.dumps({"headers": headers, "counts": self.counts}), encoding="utf-8")
+        path.write_text(json.dumps({key: asdict(header) for key, header in self.headers.items()}), encoding="utf-8")
 
     @classmethod
     def take(cls, path: Path) -> "Headers":
@@ -90,15 +99,7 @@ class Headers:
             path.write_text("")
         except (OSError, ValueError):
             return cls()
-        headers = {
-            name: Header(tuple(one["clips"]), one["size"] and tuple(one["size"]), one["seconds"])
-            for name, one in saved["headers"].items()
-        }
-        counts = {
-            name: one if isinstance(one, str) else (tuple(one[0]), one[1], one[2])
-            for name, one in saved["counts"].items()
-        }
-        return cls(headers, counts)
+        return cls({key: Header(**header) for key, header in saved.items()})
 
 
 def video_key(samples: StreamingDataset, index: int) -> str:
@@ -137,20 +138,20 @@ def read_header(samples: StreamingDataset, index: int) -> Header:
     return Header(possible, size if min(size) > 0 else None, seconds)
 
 
-def count_clips(samples: StreamingDataset, index: int) -> Count:
-    """The exact number of clips of a video, or of the part that the row names, and the seconds of each and of all; or
-    the reason if it is missing, broken or shorter than one clip."""
+def count_clips(samples: StreamingDataset, index: int, header: Header) -> Header:
+    """`header` with the exact number of clips and seconds of each, or with the problem of a video that is missing,
+    broken or shorter than one clip."""
     try:
         path, part = samples.path(index), video_part(samples.rows[index])
         video = index_video(path)
         seconds = part_seconds(path, part, video.duration)
     except InputError as error:
-        return str(error)
+        return replace(header, problem=str(error))
     try:
         rate = sampled_rate(video, FPS)
         frames = pick_frames(video.times, video.duration, rate, part.get("start"), part.get("end"))
     except InputError as error:
-        return f"video {path}: {error}"
+        return replace(header, problem=f"video {path}: {error}")
     if frames is None:
-        return too_short(f"{'the part of ' if part else ''}video {path}", seconds, rate)
-    return (math.ceil(len(frames) / FRAMES_PER_CLIP),), FRAMES_PER_CLIP / rate, seconds
+        return replace(header, problem=too_short(f"{'the part of ' if part else ''}video {path}", seconds, rate))
+    return Header((math.ceil(len(frames) / FRAMES_PER_CLIP),), header.size, seconds, FRAMES_PER_CLIP / rate, problem="")

@@ -54,22 +54,11 @@ def training_config(adapter: Path) -> dict:
         ) from error
 
 
-def check_base(adapter: Path, base: str | None, sha256: str | None) -> None:
-    """Raises InputError where the folder `base`, or the one that `adapter` names, does not have the hash `sha256` of
-    the model that the adapter was trained on. Models from a hub are not compared."""
-    try:
-        base = base or json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return  # loading the adapter reports it
-    hashed = re.compile("[0-9a-f]{64}")
-    if sha256 and hashed.fullmatch(sha256) and os.path.isdir(base) and of_checkpoint(base) != sha256:
-        raise InputError(f"{adapter} was trained on a model other than {base}: give its model with --base")
-
-
-def load_adapted(adapter: Path, base: str | None) -> PeftModel:
+def load_adapted(adapter: Path, base: str | None, sha256: str) -> PeftModel:
     """`adapter` on `base`, by default the model that it names, in float32.
 
-    Raises InputError where their weights do not match: peft alone would ignore missing ones.
+    Raises InputError where their weights do not match, since peft would ignore missing ones; and where a folder `base`
+    is not the model with the hash `sha256` that the adapter was trained on. Models from a hub are not compared.
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
@@ -80,6 +69,8 @@ def load_adapted(adapter: Path, base: str | None) -> PeftModel:
             raise ValueError("it does not name its base model")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"the adapter in {adapter} cannot be read ({error}): use an earlier checkpoint") from error
+    if re.fullmatch("[0-9a-f]{64}", sha256) and os.path.isdir(base) and of_checkpoint(base) != sha256:
+        raise InputError(f"{adapter} was trained on a model other than {base}: give its model with --base")
     model = load_model(base, "sdpa", torch.float32)
     load_processor(base)  # its files are saved beside the merged weights
     try:
@@ -93,9 +84,9 @@ def load_adapted(adapter: Path, base: str | None) -> PeftModel:
     return adapted
 
 
-def merged(adapter: Path, base: str | None) -> PreTrainedModel:
+def merged(adapter: Path, base: str | None, sha256: str) -> PreTrainedModel:
     """`base` with `adapter` merged, in the dtype of `base`. Raises InputError where weights are NaN or infinite."""
-    adapted = load_adapted(adapter, base)
+    adapted = load_adapted(adapter, base, sha256)
     name = adapted.get_base_model().name_or_path
     try:
         model = adapted.merge_and_unload(safe_merge=True)
@@ -109,10 +100,10 @@ def merge(adapter: Path, output: Path, base: str | None = None) -> None:
     if output.exists():
         raise InputError(f"{output} already exists: give another --output, or remove it")
     trained = training_config(adapter)
-    check_base(adapter, base, trained.pop(BASE, None))
+    sha256 = str(trained.pop(BASE, ""))
     try:
         with atomic_folder(output) as partial:
-            model = merged(adapter, base)
+            model = merged(adapter, base, sha256)
             model.save_pretrained(partial)
             BaseFiles.of(model_folder(model.name_or_path)).write(partial, trained)
     except (OSError, SafetensorError) as error:

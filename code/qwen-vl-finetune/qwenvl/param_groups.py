@@ -8,14 +8,14 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from .argument_checks import check_optimizer
-from .arguments import ModelArguments, SftArguments
+from .arguments import ModelArguments
+from .training_arguments import SftArguments
 
 LANGUAGE, MERGER, VISION = "language model", "merger", "vision tower"
 FLAGS = {LANGUAGE: "tune_mm_llm", MERGER: "tune_mm_mlp", VISION: "tune_mm_vision"}
@@ -79,8 +79,8 @@ def plan_lora(model: nn.Module, arguments: ModelArguments) -> LoraPlan:
     return LoraPlan(sorted(adapted), [name for part in tuned if part not in parts for name in modules[part]])
 
 
-def check_parts(arguments: ModelArguments, training: SftArguments) -> None:
-    """Raises InputError, before any weight is loaded, where the parts cannot train as asked."""
+def check_parts(config: PretrainedConfig, arguments: ModelArguments, training: SftArguments) -> None:
+    """Raises InputError, before any weight is loaded, where the parts of a model of `config` cannot train as asked."""
     for part, flag in RATES.items():
         rate = getattr(training, flag)
         if rate is not None and part != LANGUAGE and part not in tuned_parts(arguments):
@@ -93,12 +93,12 @@ def check_parts(arguments: ModelArguments, training: SftArguments) -> None:
         )
     check_optimizer(training)
     if arguments.lora_enable:
-        plan_lora(_empty_model(arguments.model_name_or_path, training), arguments)
+        plan_lora(empty_model(config, training), arguments)
 
 
-def _empty_model(path: str, training: SftArguments) -> nn.Module:
-    """A checkpoint's layers without weights. DeepSpeed is disabled, since ZeRO-3 would allocate and partition them."""
-    config = load_config(path)
+def empty_model(config: PretrainedConfig, training: SftArguments) -> StockModel:
+    """The layers of a model of `config`, without weights. DeepSpeed is disabled, since ZeRO-3 would allocate and
+    partition them."""
     unset_hf_deepspeed_config()
     try:
         with torch.device("meta"):

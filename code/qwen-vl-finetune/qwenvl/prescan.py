@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 
 from accelerate.utils import gather_object
 from qwen_vl_streaming.common.data_rows import TOKENS_PER_SECOND
@@ -17,9 +16,7 @@ from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP
 
 from .data import StreamingDataset
-from .headers import FPS, Header, Headers
-
-SECONDS_PER_CLIP = FRAMES_PER_CLIP / FPS
+from .headers import Header, Headers
 
 
 @dataclass
@@ -72,15 +69,13 @@ class LateWords:
 
     def __str__(self) -> str:
         """One line, empty where no words have times."""
-        words, late = self.seconds.total(), {seconds: n for seconds, n in sorted(self.seconds.items()) if seconds > 0}
+        words, late = self.seconds.total(), sorted(seconds for seconds in self.seconds.elements() if seconds > 0)
         if not late:
             return f"times: each of {words:,} words is written in the first slot after its time" if words else ""
-        total = sum(late.values())
-        reached = dict(zip(late, accumulate(late.values()), strict=True))
-        median, high = (next(s for s, n in reached.items() if n >= share * total) for share in (0.5, 0.95))
+        median, high = (late[math.ceil(share * len(late)) - 1] for share in (0.5, 0.95))
         return (
-            f"times: {total:,} of {words:,} words are late, since a slot has at most {self.most} tokens: by "
-            f'{median:.1f} s (median), {high:.1f} s (95%), {max(late):.1f} s (maximum): see "Captions with times" in '
+            f"times: {len(late):,} of {words:,} words are late, since a slot has at most {self.most} tokens: by "
+            f'{median:.1f} s (median), {high:.1f} s (95%), {late[-1]:.1f} s (maximum): see "Captions with times" in '
             "docs/data.md"
         )
 
@@ -115,29 +110,26 @@ def scan(
     bad: list[tuple[int, str]] = []
     captions, late = CaptionRates(), LateWords(most=samples.max_tokens_per_slot)
 
-    def count(index: int, tokens: int, seconds: float, clips: tuple[int, ...], seconds_per_clip: float) -> None:
+    def count(index: int, tokens: int, header: Header) -> None:
         if samples.segments(index) is None:
-            captions.add(tokens, seconds, min(clips))
+            captions.add(tokens, header.seconds, min(header.clips))
         elif samples.variant.streams:
-            late.add(samples.seconds_late(index, sorted(clips)[len(clips) // 2], seconds_per_clip))
+            clips = sorted(header.clips)[len(header.clips) // 2]
+            late.add(samples.seconds_late(index, clips, header.seconds_per_clip))
 
     headers = known or Headers()
     doubtful: dict[int, int] = {}  # tokens of the caption by sample
     for index in Progress(headers.read(samples, share), "checking headers", len(share), **show):
         header, tokens = headers.header(samples, index), count_tokens(samples, index)
-        if not header.clips or check_sample(samples, index, header, tokens, header.clips):
+        if not header.clips or check_sample(samples, index, header, tokens):
             doubtful[index] = tokens
         else:
-            count(index, tokens, header.seconds, header.clips, SECONDS_PER_CLIP)
+            count(index, tokens, header)
     for index in Progress(headers.count(samples, doubtful), "checking timestamps", len(doubtful), **show):
-        found, tokens = headers.clips(samples, index), doubtful[index]
-        if isinstance(found, str):
-            reason = found
-        else:
-            clips, seconds_per_clip, seconds = found
-            reason = check_sample(samples, index, headers.header(samples, index), tokens, clips, seconds_per_clip)
-            if not reason or samples.segments(index) is None:
-                count(index, tokens, seconds, clips, seconds_per_clip)
+        header, tokens = headers.header(samples, index), doubtful[index]
+        reason = header.problem or check_sample(samples, index, header, tokens)
+        if not header.problem and (not reason or samples.segments(index) is None):
+            count(index, tokens, header)
         if reason:
             bad.append((index, reason))
         if len(bad) > enough:
@@ -159,23 +151,16 @@ def count_tokens(samples: StreamingDataset, index: int) -> int:
         return 0
 
 
-def check_sample(
-    samples: StreamingDataset,
-    index: int,
-    header: Header,
-    tokens: int,
-    clips: tuple[int, ...],
-    seconds_per_clip: float = SECONDS_PER_CLIP,
-) -> str:
-    """Why sample `index`, with a caption of `tokens` tokens, is bad with one of these numbers of `clips`; an empty
+def check_sample(samples: StreamingDataset, index: int, header: Header, tokens: int) -> str:
+    """Why sample `index`, with a caption of `tokens` tokens, is bad with one of the header's numbers of clips; an empty
     string if it is not."""
     try:
         if not tokens:
             samples.count_tokens(index)  # raises
-        for count in clips if header.size else ():
-            name = f"video {samples.path(index)}"
-            height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * count, name)
-            samples.check(index, count, (height // samples.side, width // samples.side), tokens + 1, seconds_per_clip)
+        for clips in header.clips if header.size else ():
+            height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * clips, f"video {samples.path(index)}")
+            grid = height // samples.side, width // samples.side
+            samples.check(index, clips, grid, tokens + 1, header.seconds_per_clip)
     except InputError as error:
         return str(error)
     return ""

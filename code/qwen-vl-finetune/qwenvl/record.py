@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,8 +23,9 @@ from qwen_vl_streaming.common.versions import RUNNING, versions
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.timeline.positions import RULE
 
+from .argument_checks import defaults
 from .checkpointing import OTHER_OUTPUT, newest_checkpoint, saving
-from .fixed import FIXED_FLAGS, FREE_FLAGS
+from .fixed import FREE_FLAGS, is_fixed
 
 PACKAGES = (*RUNNING, "accelerate", "deepspeed", "peft")
 FIXED_FACTS = {
@@ -49,35 +50,19 @@ def commit(folder: Path) -> dict | None:
         return None
 
 
-def describe_data(source: str, rows: int, held_out: int, excluded: list[int]) -> dict:
-    """The data and the hash of its contents. Of its `rows`, `held_out` and those at the lines `excluded` are not used
-    for training."""
-    return {
-        "path": source if source.startswith(HUB) else str(Path(source).resolve()),
-        "sha256": hash_data(source),
-        "rows": rows,
-        "held_out": held_out,
-        "left_out": excluded,
-    }
-
-
 def recipe_differences(arguments: dict, groups) -> dict:
     """The paper's value, which is the default, of each flag of a recipe in which `arguments` differ from it. `groups`
     are the dataclasses of the flags."""
-    found = {}
-    for flag in (flag for group in groups for flag in fields(group)):
-        decides = flag.name in FIXED_FLAGS.split() or flag.name.startswith(("tune_", "lora_"))
-        if not decides or flag.name in FREE_FLAGS.split():
-            continue
-        default = flag.default if flag.default is not MISSING else flag.default_factory()
-        if arguments[flag.name] != default:
-            found[flag.name] = default
-    return found
+    stock = {name: default for group in groups for name, default in defaults(group).items()}
+    recipe = (name for name in stock if is_fixed(name) and name not in FREE_FLAGS.split())
+    return {name: stock[name] for name in recipe if arguments[name] != stock[name]}
 
 
 def describe_run(model, data, training, rows: int, held_out: int, excluded: list[int], timed: bool = False) -> dict:
-    """The facts that identify a run: its three groups of arguments, versions, and its data as in `describe_data`.
-    `timed`: the times of some rows decide when their answers are written."""
+    """The facts that identify a run: its three groups of arguments, versions and data. Of its `rows`, `held_out` and
+    those at the lines `excluded` are not used for training. `timed`: the times of some rows decide when their answers
+    are written."""
+    source = data.train_data
     zero = training.hf_deepspeed_config.config if training.deepspeed else None
     arguments = {**asdict(model), **asdict(data), **training.to_dict(), "deepspeed": zero}
     return {
@@ -87,7 +72,13 @@ def describe_run(model, data, training, rows: int, held_out: int, excluded: list
         "world_size": training.world_size,
         "device": torch.cuda.get_device_name() if training.device.type == "cuda" else platform.processor() or "cpu",
         "zero_stage": zero and zero["zero_optimization"]["stage"],
-        "data": describe_data(data.train_data, rows, held_out, excluded),
+        "data": {
+            "path": source if source.startswith(HUB) else str(Path(source).resolve()),
+            "sha256": hash_data(source),
+            "rows": rows,
+            "held_out": held_out,
+            "left_out": excluded,
+        },
         "model_sha256": of_checkpoint(model.model_name_or_path),
         "commit": commit(Path(__file__).parent),
         "versions": {**versions(PACKAGES), "cuda": torch.version.cuda},
@@ -146,8 +137,7 @@ class RunRecord:
         if Path(old.get("model_name_or_path", "")).is_dir():
             old["model_name_or_path"] = str(Path(old["model_name_or_path"]).resolve())
         pairs = [(label, self.previous.get(name), facts[name]) for name, label in FIXED_FACTS.items()]
-        flags = (name for name in new if name in FIXED_FLAGS.split() or name.startswith(("tune_", "lora_")))
-        pairs += [(f"--{name}", old[name], new[name]) for name in flags if name in old]
+        pairs += [(f"--{name}", old[name], new[name]) for name in filter(is_fixed, new) if name in old]
         changes = [(f"{label} {before}", after) for label, before, after in pairs if before != after]
         data = self.previous.get("data", {})
         if data.get("sha256") != facts["data"]["sha256"]:

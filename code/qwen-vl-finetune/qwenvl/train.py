@@ -11,48 +11,43 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
-from qwen_vl_streaming.common.errors import InputError, OneLineParser
-from qwen_vl_streaming.common.paths import check_videos
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import PROJECT, check_videos
 from qwen_vl_streaming.common.progress import quiet_libraries
 from qwen_vl_streaming.launch.failing import report
 from qwen_vl_streaming.launch.signals import STOPPED, is_local_main_process
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.hub import model_folder
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers, load_config, load_model
-from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
-from qwen_vl_streaming.model.trained import check_trained, end_of_slot, training_keys
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers, load_model
+from qwen_vl_streaming.model.trained import end_of_slot, training_keys
 from qwen_vl_streaming.video.frames import choose_reader
 from torch import distributed
-from transformers import PretrainedConfig, ProgressCallback
+from transformers import PretrainedConfig, PreTrainedModel, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import is_flash_attn_2_available
 
-from .arguments import ROOT, DataArguments, ModelArguments, SftArguments, default_output
+from .arguments import DataArguments, ModelArguments, dataset_options
+from .batches import PaddedDataset, collate_for_trainer
 from .checkpointing import SaveError, newest_checkpoint, save_final_model
-from .collectives import any_process
-from .data import PaddedDataset, StreamingDataset, collate_for_trainer
-from .device import check_size
-from .flags_help import HelpfulParser
-from .folder import check_folder, lock_folder, make_folder
+from .data import StreamingDataset
+from .folder import lock_folder, make_folder
 from .headers import CHANNEL, Headers
-from .param_groups import check_parts, describe_parts, make_trainable
+from .param_groups import describe_parts, make_trainable
+from .parser import FlagParser
 from .prescan import scan
 from .record import RunRecord, describe_run, recorded_arguments
 from .rows import exclude, hold_out, read_rows
+from .run_checks import check_arguments, check_same_machines, check_same_model, load_matching_processor
 from .skipped import Skipped
 from .trainer import StepProgress, StreamingTrainer
+from .training_arguments import SftArguments, default_output
 from .zero3 import choose_linear, gather_whole_layers
 
 logger = logging.getLogger(__name__)
 
 
-class Parser(OneLineParser, HelpfulParser):
-    """Flags from the three dataclasses. Raises InputError for what cannot be parsed."""
-
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
-
+class Parser(FlagParser):
     def parse_known_args(self, args=None, namespace=None):
         """A run that resumes keeps the accumulation that it was started with, unless the flag is given."""
         found, unknown = super().parse_known_args(args, namespace)
@@ -61,16 +56,10 @@ class Parser(OneLineParser, HelpfulParser):
             found.gradient_accumulation_steps = recorded.get("gradient_accumulation_steps")
         return found, unknown
 
-    def _print_message(self, message, file=None):
-        if is_local_main_process():
-            super()._print_message(message, file)
-
 
 def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     """Parse the command line, and set up logging and DeepSpeed. Raises InputError."""
-    kinds = (ModelArguments, DataArguments, SftArguments)
-    # The planner would not see abbreviated flags.
-    parser = Parser(kinds, prog="sft.sh", description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     *groups, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if "--weights" in unknown:
         raise InputError("--weights quantizes a model to run it: training has no such flag, leave it out")
@@ -92,84 +81,6 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
         # DeepSpeed calls a function that torch has renamed, several times a step.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return tuple(groups)
-
-
-def check_attention(implementation: str, device: torch.device) -> None:
-    """Raises InputError where the attention `implementation` cannot train on `device`."""
-    if "flash" in implementation and not is_flash_attn_2_available():
-        raise InputError(f"--attention {implementation} is not installed: use auto, or see requirements.txt")
-    if "flex" in implementation and device.type == "cpu":
-        raise InputError(f"--attention {implementation} does not train on a CPU: use auto or sdpa")
-
-
-def check_same_model(model: str, sha256: str, device: torch.device) -> None:
-    """Called by all processes at once; raises InputError on all of them where `model` differs between nodes."""
-    (first,) = broadcast_object_list([sha256])
-    if any_process(sha256 != first, device):
-        raise InputError(
-            f"{model} is not the same on every node: give a folder on shared storage, or download it again on each "
-            "node with `hf download`"
-        )
-
-
-def check_checkpointing(layers: int | None, training: SftArguments, config: PretrainedConfig) -> None:
-    """Raises InputError where so many `layers` cannot be recomputed."""
-    if layers is None:
-        return
-    if not (training.gradient_checkpointing or training.activation_checkpointing):
-        raise InputError(f"--checkpoint_layers {layers} contradicts --gradient_checkpointing False: omit one of them")
-    if layers > (most := config.text_config.num_hidden_layers):
-        raise InputError(f"--checkpoint_layers {layers}: the model has {most} layers: give at most that, or omit it")
-
-
-def check_same_machines(model: ModelArguments, data: DataArguments, training: SftArguments) -> None:
-    """Called by all processes at once; raises InputError on all of them where their GPUs or their plans differ."""
-    cuda = training.device.type == "cuda"
-    zero = training.hf_deepspeed_config.config["zero_optimization"]["stage"] if training.deepspeed else None
-    mine = {
-        "GPU": torch.cuda.get_device_name(training.device) if cuda else "none",
-        "ZeRO stage": zero,
-        "--per_device_train_batch_size": training.per_device_train_batch_size,
-        "--gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "--pack_tokens": data.pack_tokens,
-        "--gradient_checkpointing": bool(training.activation_checkpointing),
-        "--checkpoint_layers": model.checkpoint_layers,
-        "--compile_layers": model.compile_layers,
-    }
-    every = gather_object([mine])
-    for name, value in every[0].items():
-        others = [each[name] for each in every if each[name] != value]
-        if others:
-            fix = "use GPUs of one kind" if name == "GPU" else "give all nodes the flags that the first one printed"
-            raise InputError(f"the processes differ in {name}: {value} on the first, {others[0]} on another: {fix}")
-
-
-def check_arguments(model: ModelArguments, training: SftArguments, implementation: str) -> PretrainedConfig:
-    """The model's config, once the arguments are known to fit it. Raises InputError, before any weight is loaded."""
-    checkpoint, variant = model.model_name_or_path, model.rules
-    check_folder(Path(training.output_dir), variant.name, checkpoint)
-    check_attention(implementation, training.device)
-    config = load_config(checkpoint)
-    if not model.force:
-        check_trained(config, checkpoint, variant, "--force True to continue from it anyway")
-    if training.cpu_message:
-        if training.cpu_is_fallback:
-            check_size(config, training, training.cpu_message)
-        logger.info(training.cpu_message)
-    check_parts(model, training)
-    check_checkpointing(model.checkpoint_layers, training, config)
-    return config
-
-
-def load_matching_processor(checkpoint: str, config: PretrainedConfig):
-    """Raises InputError where the tokenizer of `checkpoint` and its `config` disagree."""
-    processor = load_processor(checkpoint)
-    if (video := make_template(processor, QUESTIONS[-1]).video) != config.video_token_id:
-        raise InputError(
-            f"{checkpoint} has the video token {config.video_token_id} in config.json and {video} in its tokenizer: "
-            "copy the checkpoint again, with its own processor"
-        )
-    return processor
 
 
 def known_headers(is_main: bool) -> Headers:
@@ -226,21 +137,13 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     base = BaseFiles.of(model_folder(checkpoint, weights=False))
 
     every_row = read_rows(data_arguments.train_data)
-    check_videos((row["video_path"] for row in every_row), ROOT, data_arguments.video_folder)
+    check_videos((row["video_path"] for row in every_row), PROJECT, data_arguments.video_folder)
     rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed)
     make_dataset = partial(
         StreamingDataset,
-        root=ROOT,
-        video_root=data_arguments.video_folder,
+        **dataset_options(model_arguments, data_arguments),
         processor=load_matching_processor(checkpoint, config),
         tokens_per_second=config.vision_config.tokens_per_second,
-        variant=variant,
-        schedule=model_arguments.wait_schedule,
-        uses_times=model_arguments.uses_times,
-        max_tokens_per_slot=model_arguments.max_tokens_per_slot,
-        end_of_slot=model_arguments.end_of_slot if model_arguments.decides else None,
-        budget=data_arguments.pixel_budget,
-        max_length=data_arguments.max_length,
         seed=arguments.seed,
         reader=choose_reader(os.environ),
         keep_frames=data_arguments.keep_frames,
@@ -271,23 +174,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         rows = exclude(rows, excluded, minimum)
         held_out = exclude(held_out, excluded, min(1, len(held_out)))
 
-        sharded = is_deepspeed_zero3_enabled()
-        if sharded:
-            choose_linear(arguments.hf_deepspeed_config.config["zero_optimization"], model_arguments.compile_layers)
-        model = load_model(checkpoint, implementation, torch.bfloat16 if arguments.bf16 else torch.float32)
-        model.checkpointed_layers = model_arguments.checkpoint_layers
-        model = make_trainable(model, model_arguments, arguments)
-        if model_arguments.compile_layers:
-            compile_layers(model)
-        if sharded:
-            gather_whole_layers(model)
-        more = {"pixel_budget": asdict(data_arguments.pixel_budget)}
-        if model_arguments.decides or end_of_slot(config):  # None overrides that of the base
-            own = model_arguments.decides
-            more["end_of_slot"] = model_arguments.end_of_slot if own else None
-            more["max_tokens_per_slot"] = model_arguments.max_tokens_per_slot if own else None
-        if model_arguments.lora_enable:
-            more["base_sha256"] = facts["model_sha256"]
+        model = prepare_model(implementation, model_arguments, arguments)
         trainer = StreamingTrainer(
             model=model,
             args=arguments,
@@ -295,7 +182,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             eval_dataset=PaddedDataset(make_dataset(held_out), eval_batch) if held_out else None,
             data_collator=partial(collate_for_trainer, pack_tokens=data_arguments.pack_tokens),
             base=base,
-            added_config=training_keys(variant, model_arguments.wait_k, **more),
+            added_config=added_config(model_arguments, data_arguments, config, facts["model_sha256"]),
             parallel=variant.parallel,
             implementation=implementation,
             record=record,
@@ -307,6 +194,36 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(StepProgress)
         run_trainer(trainer)
+
+
+def prepare_model(
+    implementation: str, arguments: ModelArguments, training: SftArguments
+) -> PreTrainedModel | PeftModel:
+    """The model to train, with its `implementation` of attention. Raises InputError where it cannot be loaded."""
+    sharded = is_deepspeed_zero3_enabled()
+    if sharded:
+        choose_linear(training.hf_deepspeed_config.config["zero_optimization"], arguments.compile_layers)
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    model = load_model(arguments.model_name_or_path, implementation, dtype)
+    model.checkpointed_layers = arguments.checkpoint_layers
+    model = make_trainable(model, arguments, training)
+    if arguments.compile_layers:
+        compile_layers(model)
+    if sharded:
+        gather_whole_layers(model)
+    return model
+
+
+def added_config(model: ModelArguments, data: DataArguments, base: PretrainedConfig, base_sha256: str) -> dict:
+    """What training adds to the config of the `base` model."""
+    added = {"pixel_budget": asdict(data.pixel_budget)}
+    if model.decides:
+        added |= {"end_of_slot": model.end_of_slot, "max_tokens_per_slot": model.max_tokens_per_slot}
+    elif end_of_slot(base):  # None overrides that of the base
+        added |= {"end_of_slot": None, "max_tokens_per_slot": None}
+    if model.lora_enable:
+        added["base_sha256"] = base_sha256
+    return training_keys(model.rules, model.wait_k, **added)
 
 
 def run_trainer(trainer: StreamingTrainer) -> None:

@@ -10,10 +10,11 @@ from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.timeline.attention import make_mask
 from transformers import ProgressCallback
 
+from .batches import EpochSampler
 from .checkpointing import saving
 from .collectives import all_reduce
 from .curves import continue_tensorboard, draw_curves
-from .data import IGNORED, EpochSampler
+from .data import IGNORED
 from .param_groups import make_optimizer
 from .record import RunRecord
 from .resumable import ResumableTrainer

@@ -20,9 +20,6 @@ root=$(cd "$here/../.." && pwd)
 source "$root/code/launch.sh"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
-for word in "$@"; do
-  case $word in -h | --help) exec "$python" -m qwenvl.rank --help ;; esac
-done
 inputs=(
   --model_name_or_path "${QWEN2_5_VL_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}"
   --train_data "${QWEN2_5_VL_TRAIN_DATA:-dataset/train_3_5.jsonl}"
@@ -30,6 +27,7 @@ inputs=(
 plan= flags=()
 for word in "$@"; do
   case $word in
+    -h | --help) DS_ACCELERATOR=cpu exec "$python" -m qwenvl.rank --help ;; # else DeepSpeed warns of a missing GPU
     --no_plan) plan=none ;;
     *) flags+=("$word") ;;
   esac

@@ -12,11 +12,11 @@ COMPILED_HIDDEN, COMPILED_MLP = 7.5, 3.0
 EAGER_HIDDEN, EAGER_MLP = 12.0, 4.0
 """The same without compilation: RMSNorm saves float32. 7B under ZeRO-3: 227 KB per token."""
 BACKWARD_MLP = 3.0
-"""Rows of the MLP's size that the backward pass of one layer holds besides."""
+"""Rows of the MLP's size that the backward pass of one layer holds in addition."""
 LORA_HIDDEN, LORA_MLP = 6.0, 8.0
-"""Rows per token, in the same units, that the backward pass of one layer with adapters holds besides: inputs after
-dropout, products of adapters and their gradients. Without it, 3B in 11,904 tokens and 7B in 6,016 ran out of 16 and 24
-GiB where 14.7 and 22.5 were predicted; with it, 3B and 7B in 3,072 tokens are predicted 6% and 3% too high."""
+"""Rows per token, in the same units, that the backward pass of one layer with adapters adds: inputs after dropout,
+products of adapters and their gradients. Without it, 3B in 11,904 tokens and 7B in 6,016 ran out of 16 and 24 GiB where
+14.7 and 22.5 were predicted; with it, 3B and 7B in 3,072 tokens are predicted 6% and 3% too high."""
 LOGITS_BYTES = 14
 """Per target and word of the vocabulary: logits in bf16 and float32, log-softmax, gradient."""
 EMBEDDING_ROWS = 8.0

@@ -24,9 +24,14 @@ class Card:
     link: float
     """Bytes/s that reducing gradients among the GPUs of a machine reaches, as seen by a training step."""
 
+    @property
+    def rate(self) -> float:
+        """Expected rate of a bf16 matrix product of 8192 x 8192, FLOP/s."""
+        return MATRIX_SHARE * self.tflops * 1e12
+
 
 OCCUPIED = 0.1
-"""Share of a card's memory in use that is worth mentioning where the rest is too little."""
+"""Share of a card's memory in use from which a refusal mentions the other processes."""
 USABLE = 0.991
 """GiB that PyTorch sees per nominal GB: 79.2 of an H100 with 80, 139.8 of an H200 with 141."""
 NVLINK, PCIE = 195e9, 10e9
@@ -112,8 +117,7 @@ def parse_gpus(text: str, nodes: int = 1) -> Gpus:
         sizes = " or ".join(f"{size}GB" for size in card.gigabytes)
         raise InputError(f"--gpus {text}: {card.name} has {sizes}")
     gib = (gigabytes or card.gigabytes[0]) * USABLE
-    rate = MATRIX_SHARE * card.tflops * 1e12
-    return Gpus(count * nodes, card.name, int(gib * GIB), rate, card.memory_rate, card.link, nodes)
+    return Gpus(count * nodes, card.name, int(gib * GIB), card.rate, card.memory_rate, card.link, nodes)
 
 
 @contextlib.contextmanager
@@ -144,21 +148,12 @@ def gpus_here(per_node: int, nodes: int = 1) -> Gpus:
             "others: name GPUs of one kind in CUDA_VISIBLE_DEVICES"
         )
     memory, total = min(torch.cuda.mem_get_info(index) for index in range(per_node))
-    card = find_card(names[0])
-    if card:
-        return Gpus(
-            per_node * nodes,
-            card.name,
-            memory,
-            MATRIX_SHARE * card.tflops * 1e12,
-            card.memory_rate,
-            card.link,
-            nodes,
-            here=True,
-            total=total,
-        )
-    rate = measured_rate()
-    return Gpus(per_node * nodes, names[0], memory, rate, rate / 400, PCIE, nodes, here=True, total=total)
+    if card := find_card(names[0]):
+        name, rate, memory_rate, link = card.name, card.rate, card.memory_rate, card.link
+    else:
+        name, rate, link = names[0], measured_rate(), PCIE
+        memory_rate = rate / 400
+    return Gpus(per_node * nodes, name, memory, rate, memory_rate, link, nodes, here=True, total=total)
 
 
 def all_nodes(found: Sequence[Gpus]) -> Gpus:

@@ -9,8 +9,9 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP
 
-from ..data import StreamingDataset, first_fit
-from ..headers import Headers, video_key
+from ..batches import first_fit
+from ..data import StreamingDataset
+from ..headers import Headers
 
 TERMINAL = {"delay": 2, "disable": None}
 """Options of a bar that is shown on a terminal only."""
@@ -101,16 +102,14 @@ def find_lengths(samples: StreamingDataset, headers: Headers | None = None) -> L
     found = []
     for index in read:
         header = headers.header(samples, index)
-        count = headers.counts.get(video_key(samples, index))
-        clips = header.clips or (count[0] if isinstance(count, tuple) else ())
-        if not clips or not header.size:
+        if not header.clips or not header.size:
             continue
         try:
             template = samples.template(index)
             answer = samples.count_tokens(index)
             # Fewer clips can have larger frames.
             possible = []
-            for number in clips:
+            for number in header.clips:
                 height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * number)
                 possible.append((number, height * width // samples.pixels_per_token))
             number, clip = max(possible, key=lambda pair: pair[0] * pair[1])

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from . import constants as c
 from .lengths import Lengths
-from .optimizers import ADAM
 from .settings import Settings
 from .shape import Shape
 
@@ -51,13 +50,11 @@ def saved_per_token(shape: Shape, compiled: bool) -> float:
     return 2 * (hidden * shape.hidden + mlp * shape.mlp + 2 * shape.kv)
 
 
-def estimate(
-    shape: Shape, settings: Settings, lengths: Lengths, processes: int, bf16: bool = True, states: float = ADAM
-) -> Memory:
-    """The peak memory of each of `processes` processes, with an optimizer of `states` bytes per trained parameter."""
-    zero, wide = settings.zero, 1 if bf16 else 2  # float32 numbers are twice as wide
+def estimate(shape: Shape, settings: Settings, lengths: Lengths, processes: int) -> Memory:
+    """The peak memory of each of `processes` processes."""
+    zero, wide = settings.zero, 1 if settings.bf16 else 2  # float32 numbers are twice as wide
     n, shards = shape.trained, processes if zero.stage else 1
-    weights, gradients, states = 2.0 * wide * shape.total, 2.0 * wide * n, (4.0 + states) * n / shards
+    weights, gradients, states = 2.0 * wide * shape.total, 2.0 * wide * n, (4.0 + settings.states) * n / shards
     common: dict[str, float] = {
         "weights": weights,
         "master weights and optimizer states": 0.0 if zero.offloads_optimizer else states,
@@ -105,7 +102,7 @@ def estimate(
 
 
 def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) -> tuple[dict[str, float], float]:
-    """Bytes that the forward pass leaves, by name, and those that the backward pass of one layer works in."""
+    """Bytes that remain after the forward pass, by name, and the working memory of the backward pass of one layer."""
     tokens, k = pass_tokens(settings, lengths), settings.checkpointed
     saved = wide * saved_per_token(shape, settings.compiled) * tokens
     row = 2.0 * wide * shape.hidden * tokens
@@ -135,6 +132,6 @@ def _before(shape: Shape, settings: Settings, lengths: Lengths, wide: int) -> fl
     return max(tower, c.MASK_BYTES * pass_tokens(settings, lengths) ** 2)
 
 
-def host_bytes(shape: Shape, states: float = ADAM) -> float:
+def host_bytes(shape: Shape, states: float) -> float:
     """Host memory of a machine that holds weights, optimizer states and gradients under offload."""
     return 2.0 * shape.total + (8.0 + states) * shape.trained

@@ -1,4 +1,4 @@
-"""One plan for all nodes: node 0 learns what the others found, decides, and tells them. Independent of what it is."""
+"""One decision for all nodes: node 0 collects what each has found, decides, and sends the result."""
 
 import json
 import signal
@@ -12,16 +12,16 @@ from datetime import timedelta
 from qwen_vl_streaming.common.errors import InputError
 
 TIMEOUT = 900.0
-"""Seconds that nodes wait for each other to come, as torchrun does."""
+"""Seconds that nodes wait for each other, as torchrun does."""
 BEAT = 10.0
-"""Seconds between two signs of life of node 0, which may plan for hours."""
+"""Seconds between two heartbeats of node 0, which may plan for hours."""
 SILENCE = 120.0
-"""Seconds without one after which the others stop to wait."""
+"""Seconds without a heartbeat after which the others stop waiting."""
 NOTICE = 10.0
-"""Seconds after which a node says what it waits for."""
+"""Seconds after which a node prints what it waits for."""
 POLL = 0.1
 ALIVE = "alive"
-"""The key of node 0's signs of life, which are counted."""
+"""The key of node 0's count of heartbeats."""
 
 
 def agree(
@@ -63,7 +63,7 @@ def agree(
 
 @contextmanager
 def _notice(what: Callable[[], str]) -> Iterator[None]:
-    """Says once, after NOTICE seconds, what is waited for."""
+    """Prints once, after NOTICE seconds, what the block waits for."""
 
     def say() -> None:
         print(f"planning: waiting for {what()}", file=sys.stderr, flush=True)
@@ -79,7 +79,7 @@ def _notice(what: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def _heartbeat(store) -> Iterator[None]:
-    """Signs of life in `store`, a connection of its own, until the block ends."""
+    """Counts heartbeats in `store`, a connection of its own, until the block ends."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -156,7 +156,7 @@ def _wait(store, keys: list[str], timeout: float, more: str = "") -> list[str]:
 
 
 def _wait_for_plan(store) -> None:
-    """Raises InputError where node 0 shows no sign of life any more."""
+    """Raises InputError where the heartbeats of node 0 have stopped."""
     beats, heard = -1, time.monotonic()
     with _notice(lambda: "the plan of node 0, which reads the data"):
         while not store.check(["plan"]):

@@ -1,12 +1,14 @@
 """The choice: of all settings that the user's flags allow and that fit, the fastest by prediction."""
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from qwen_vl_streaming.common.errors import InputError
 
-from ..arguments import PAPER_SAMPLES, accumulation_steps
+from ..arguments import check_checkpoint_layers
+from ..training_arguments import PAPER_SAMPLES, accumulation_steps
 from . import constants as c
 from .gpus import Gpus
 from .lengths import Lengths
@@ -22,6 +24,8 @@ ERROR = 0.10
 """A prediction may be off by this much: settings given by the user are refused only beyond it."""
 BATCH = ("samples", "accumulation")
 """Fields of Given whose product is the number of samples of a step."""
+RECOMPUTED = ("checkpointing", "checkpointed")
+"""Fields of Given about the layers that are recomputed."""
 OWN_RISK = "; --no_plan trains with your own flags, unchecked"
 """The end of a refusal that rests on a prediction."""
 
@@ -44,17 +48,17 @@ class Given:
     states: float = ADAM
     """Bytes of the optimizer's states per trained parameter."""
     step: int | None = None
-    """Samples of an optimizer step that must be kept, where the flags that gave them are free."""
+    """Samples of an optimizer step to keep, where the flags that gave them are free."""
     flags: dict[str, str] = field(default_factory=dict)
     """How to name each of these fields that was given, such as --pack_tokens 6144."""
 
     def describe(self) -> str:
         return " ".join(self.flags.values())
 
-    def without(self, name: str) -> "Given":
-        """The same with one field free."""
-        flags = {key: text for key, text in self.flags.items() if key != name}
-        return replace(self, **{name: None}, flags=flags)
+    def without(self, names: Sequence[str]) -> "Given":
+        """The same with these fields free."""
+        flags = {key: text for key, text in self.flags.items() if key not in names}
+        return replace(self, **dict.fromkeys(names), flags=flags)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Plan:
     speed: Speed
     needed: float
     """Bytes of a GPU, with CUDA, NCCL and slack."""
-    fits: bool = True
+    fits: bool
 
 
 def step_samples(given: Given) -> int:
@@ -85,12 +89,7 @@ def step_samples(given: Given) -> int:
 
 def check_given(given: Given, shape: Shape) -> None:
     """Raises InputError for flags that contradict each other."""
-    if given.checkpointed is not None and not 0 <= given.checkpointed <= shape.layers:
-        raise InputError(f"--checkpoint_layers {given.checkpointed}: the model has {shape.layers} layers")
-    if given.checkpointed and given.checkpointing is False:
-        raise InputError(
-            f"--checkpoint_layers {given.checkpointed} contradicts --gradient_checkpointing False: omit one"
-        )
+    check_checkpoint_layers(given.checkpointed, given.checkpointing is not False, shape.layers)
     if given.pack_tokens and not given.can_pack:
         raise InputError(f"--pack_tokens {given.pack_tokens}: the attention does not support packed samples: omit it")
 
@@ -108,11 +107,11 @@ def candidates(shape: Shape, lengths: Lengths, given: Given) -> Iterator[Setting
         for compiled in (True, False) if given.compiled is None else (given.compiled,):
             for samples in batches:
                 for pack in _rows(lengths, given, samples, compiled):
-                    yield Settings(zero, samples, pack, total // samples, 0, compiled)
+                    yield Settings(zero, samples, pack, total // samples, 0, compiled, given.bf16, given.states)
 
 
 def _rows(lengths: Lengths, given: Given, samples: int, compiled: bool) -> Iterator[int]:
-    """Lengths of the packed row that are worth a try; 0 for a row for each sample."""
+    """Lengths of the packed row to consider; 0: a row for each sample."""
     if given.pack_tokens is not None:
         if (
             samples == 1
@@ -138,14 +137,12 @@ def _checkpointed(shape: Shape, given: Given) -> list[int]:
     return [shape.layers if given.checkpointing else 0]
 
 
-def evaluate(
-    settings: Settings, shape: Shape, lengths: Lengths, gpus: Gpus, bf16: bool = True, states: float = ADAM
-) -> Plan:
-    """What is predicted for `settings`, with an optimizer of `states` bytes per trained parameter."""
-    memory = estimate(shape, settings, lengths, gpus.count, bf16, states)
+def evaluate(settings: Settings, shape: Shape, lengths: Lengths, gpus: Gpus) -> Plan:
+    """What is predicted for `settings`."""
+    memory = estimate(shape, settings, lengths, gpus.count)
     outside = (0 if gpus.here else c.CONTEXT) + (c.NCCL if gpus.count > 1 else 0)
     needed = memory.peak * (1 + c.SLACK) + outside
-    speed = predict(shape, settings, lengths, gpus, bf16, states)
+    speed = predict(shape, settings, lengths, gpus)
     return Plan(settings, memory, speed, needed, needed <= gpus.memory)
 
 
@@ -153,21 +150,16 @@ def plans(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float 
     """A plan for each candidate: the one with the fewest recomputed layers that fits, else the smallest."""
     layers = _checkpointed(shape, given)
 
-    def predicted(settings: Settings, recomputed: int) -> Plan:
-        settings = replace(settings, checkpointed=recomputed)
-        return evaluate(settings, shape, lengths, gpus, given.bf16, given.states)
-
     for settings in candidates(shape, lengths, given):
         if settings.zero.offload and host_bytes(shape, given.states) > host and given.zero is None:
             continue
-        low, high = 0, len(layers) - 1  # the first that fits, by bisection: memory falls with each layer
-        while low < high:
-            middle = (low + high) // 2
-            if predicted(settings, layers[middle]).fits:
-                high = middle
-            else:
-                low = middle + 1
-        yield predicted(settings, layers[low])
+
+        def predicted(recomputed: int, settings: Settings = settings) -> Plan:
+            return evaluate(replace(settings, checkpointed=recomputed), shape, lengths, gpus)
+
+        # Memory falls with each layer that is recomputed.
+        first = bisect_left(layers, True, hi=len(layers) - 1, key=lambda count: predicted(count).fits)
+        yield predicted(layers[first])
 
 
 def fastest(found: list[Plan]) -> Plan | None:
@@ -217,12 +209,9 @@ def choose(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float
 
 def _freed(given: Given, name: str) -> Given:
     """`given` with one field free, and with it what contradicts a new value. A step keeps its samples."""
-    freed = given.without(name)
     if name in BATCH:
-        freed = replace(freed.without("samples").without("accumulation"), step=step_samples(given))
-    if name in ("checkpointing", "checkpointed"):
-        freed = freed.without("checkpointing").without("checkpointed")
-    return freed
+        return replace(given.without(BATCH), step=step_samples(given))
+    return given.without(RECOMPUTED if name in RECOMPUTED else [name])
 
 
 def command_line(flags: dict[str, object]) -> str:

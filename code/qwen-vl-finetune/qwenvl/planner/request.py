@@ -8,29 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import find_path
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import SIZES, released_config
 from transformers.hf_argparser import string_to_bool
 
-from ..arguments import ROOT, DataArguments, ModelArguments, SftArguments, default_output
+from ..arguments import DataArguments, ModelArguments, dataset_options
 from ..data import StreamingDataset
-from ..flags_help import HelpfulParser
 from ..headers import Headers
+from ..parser import FlagParser
 from ..record import recorded_arguments
 from ..rows import read_rows
+from ..training_arguments import FINETUNE, SftArguments, default_output, find_deepspeed
 from .gpus import Gpus
 from .host import available_memory
 from .lengths import Lengths, assumed_lengths, find_lengths
 from .optimizers import state_bytes
-from .plan import Given, Plan, choose
-from .settings import FOLDER, Zero, configurations
+from .plan import BATCH, Given, Plan, choose
+from .settings import Zero, configurations
 from .shape import Shape, find_shape
 from .text import count_steps, describe
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 """Two names of one flag of transformers."""
+FIELDS = (
+    ("zero", "deepspeed"),
+    ("samples", "per_device_train_batch_size"),
+    ("accumulation", "gradient_accumulation_steps"),
+    ("pack_tokens", "pack_tokens"),
+    ("checkpointed", "checkpoint_layers"),
+    ("compiled", "compile_layers"),
+    *(("checkpointing", flag) for flag in CHECKPOINTING),
+)
+"""Fields of Given, with the flags that set them."""
 PLANNED = (
     "deepspeed",
     "per_device_train_batch_size",
@@ -41,13 +51,6 @@ PLANNED = (
     "compile_layers",
 )
 """Flags that the planner sets."""
-
-
-class QuietParser(HelpfulParser):
-    """A parser that raises InputError."""
-
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Request:
     @classmethod
     def parse(cls, words: list[str]) -> "Request":
         """Parses flags of train.py. Unknown ones are left for train.py to refuse. Raises InputError."""
-        parser = QuietParser((ModelArguments, DataArguments, SftArguments), prog="sft.sh", allow_abbrev=False)
+        parser = FlagParser()
         for action in parser._actions:
             action.default = argparse.SUPPRESS
         given = vars(parser.parse_known_args(words)[0])
@@ -102,8 +105,7 @@ class Request:
         zero = (arguments.get("deepspeed") or {}).get("zero_optimization")
         if zero and "deepspeed" not in self.given:
             used = Zero.of(zero)
-            kind = (used.stage, used.offloads_optimizer, used.offloads_weights)
-            same = [c.file for c in configurations() if (c.stage, c.offloads_optimizer, c.offloads_weights) == kind]
+            same = [configuration.file for configuration in configurations() if configuration.kind == used.kind]
             if not same:
                 raise InputError(
                     f"{self.output} was started with a DeepSpeed configuration of your own ({used.title}): give it "
@@ -114,28 +116,15 @@ class Request:
 
     def choices(self) -> Given:
         """What the flags leave the planner to choose. Raises InputError for invalid values."""
-        values, names = {}, {}
-
-        def take(name: str, flag: str, value) -> None:
-            values[name], names[name] = value, f"--{flag} {self.given[flag]}"
-
-        if "deepspeed" in self.given:
-            text = self.given["deepspeed"]
-            path = find_path(text, ROOT, "the DeepSpeed configuration", FOLDER)
-            take("zero", "deepspeed", Zero.read(path, Path(text).name if path.parent == FOLDER else text))
-        for name, flag in (
-            ("samples", "per_device_train_batch_size"),
-            ("accumulation", "gradient_accumulation_steps"),
-            ("pack_tokens", "pack_tokens"),
-            ("checkpointed", "checkpoint_layers"),
-            ("compiled", "compile_layers"),
-        ):
-            if flag in self.given:
-                take(name, flag, self.given[flag])
-        for flag in CHECKPOINTING:
-            if flag in self.given:
-                take("checkpointing", flag, string_to_bool(str(self.given[flag])))
-        for name in ("samples", "accumulation"):
+        given = [(name, flag) for name, flag in FIELDS if flag in self.given]
+        values = {name: self.given[flag] for name, flag in given}
+        names = {name: f"--{flag} {self.given[flag]}" for name, flag in given}
+        if "zero" in values:
+            path = find_deepspeed(values["zero"])
+            values["zero"] = Zero.read(path, path.name if path.parent == FINETUNE else values["zero"])
+        if "checkpointing" in values:
+            values["checkpointing"] = string_to_bool(str(values["checkpointing"]))
+        for name in BATCH:
             if name in values and values[name] < 1:
                 raise InputError(f"{names[name]}: must be above 0")
         optimizer = self.given.get("optim", SftArguments.__dataclass_fields__["optim"].default)
@@ -200,17 +189,9 @@ class Request:
         rows = read_rows(data.train_data)
         samples = StreamingDataset(
             rows,
-            root=ROOT,
-            video_root=data.video_folder,
+            **dataset_options(self.model, data),
             processor=processor,
             tokens_per_second=config.vision_config.tokens_per_second,
-            variant=self.model.rules,
-            schedule=self.model.wait_schedule,
-            uses_times=self.model.uses_times,
-            max_tokens_per_slot=self.model.max_tokens_per_slot,
-            end_of_slot=self.model.end_of_slot if self.model.decides else None,
-            budget=data.pixel_budget,
-            max_length=data.max_length,
             seed=self.given.get("seed", 42),
         )
         return find_lengths(samples, self.headers)

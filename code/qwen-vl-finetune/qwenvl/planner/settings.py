@@ -6,7 +6,9 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 
-FOLDER = Path(__file__).resolve().parents[2]
+from ..training_arguments import FINETUNE
+from .optimizers import ADAM
+
 CONFIGURATIONS = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
 """From the fastest to the one that needs the least memory."""
 
@@ -51,6 +53,11 @@ class Zero:
         )
 
     @property
+    def kind(self) -> tuple[int, bool, bool]:
+        """What a run that resumes must keep."""
+        return self.stage, self.offloads_optimizer, self.offloads_weights
+
+    @property
     def offload(self) -> bool:
         return self.offloads_optimizer or self.offloads_weights
 
@@ -61,7 +68,7 @@ class Zero:
 
 def configurations() -> list[Zero]:
     """The configurations of this project, from the fastest to the one that needs the least memory."""
-    return [Zero.read(FOLDER / name, name) for name in CONFIGURATIONS]
+    return [Zero.read(FINETUNE / name, name) for name in CONFIGURATIONS]
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,9 @@ class Settings:
     checkpointed: int
     """Layers of the language model whose activations are recomputed."""
     compiled: bool
+    bf16: bool = True
+    states: float = ADAM
+    """Bytes of the optimizer's states per trained parameter."""
 
     def flags(self, layers: int) -> dict[str, object]:
         """The flags of train.py that give these settings, for a model with this number of `layers`."""

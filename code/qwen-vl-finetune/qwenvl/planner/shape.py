@@ -61,16 +61,15 @@ def find_shape(config: Qwen2_5_VLConfig, arguments: ModelArguments) -> Shape:
     for name, parameter in parameters.items():
         sizes[part_of(name)] += parameter.numel()
     tuned = tuned_parts(arguments)
-    total, trained = sum(sizes.values()), {part: sizes[part] for part in tuned}
+    total, trained = sum(sizes.values()), sum(sizes[part] for part in tuned)
     largest = max(p.numel() for name, p in parameters.items() if part_of(name) in tuned)
     if arguments.lora_enable:
         plan, modules = plan_lora(model, arguments), dict(model.named_modules())
-        adapters = sum(
-            arguments.lora_r * (modules[name].in_features + modules[name].out_features) for name in plan.adapted
-        )
+        adapted = [modules[name] for name in plan.adapted]
         full = [parameter.numel() for name in plan.full for parameter in modules[name].parameters()]
-        trained, largest = {"adapters": adapters, "full": sum(full)}, max([0, *full])
-        total += adapters + sum(full)  # peft keeps the base's own copy beside the one that trains
+        trained = sum(full) + sum(arguments.lora_r * (linear.in_features + linear.out_features) for linear in adapted)
+        total += trained  # peft keeps the base's own copy beside the one that trains
+        largest = max([0, *full])
 
     def matrices(module) -> int:
         return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
@@ -84,7 +83,7 @@ def find_shape(config: Qwen2_5_VLConfig, arguments: ModelArguments) -> Shape:
         vocabulary=text.vocab_size,
         layer=matrices(layers[0]),
         total=total,
-        trained=sum(trained.values()),
+        trained=trained,
         largest=largest,
         tower=matrices(tower) - matrices(tower.merger),
         merger=matrices(tower.merger),

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from . import constants as c
 from .gpus import Gpus
 from .lengths import Lengths
-from .optimizers import ADAM
 from .settings import Settings
 from .shape import Shape
 
@@ -54,12 +53,10 @@ def efficiency(hidden: int, tokens: float) -> float:
     return best * tokens / (tokens + overhead)
 
 
-def predict(
-    shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus, bf16: bool = True, states: float = ADAM
-) -> Speed:
-    """The speed of these settings, with an optimizer of `states` bytes per trained parameter."""
+def predict(shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus) -> Speed:
+    """The speed of these settings."""
     processes, zero, n = gpus.count, settings.zero, shape.trained
-    rate = gpus.rate if bf16 else gpus.rate / 8
+    rate = gpus.rate if settings.bf16 else gpus.rate / 8
     flops, forward = sample_flops(shape, lengths.mean, lengths.visual, lengths.answer, lengths.clip)
     real = settings.samples * lengths.mean
     row = settings.pack_tokens or settings.samples * (lengths.mean if settings.samples == 1 else lengths.longest)
@@ -93,7 +90,7 @@ def predict(
     else:
         sent = 2 * gradients
         each, end = max(gpu, host), 2 * gradients / link
-    update = n / processes * (c.OPTIMIZER_BYTES + 2 * states) / gpus.memory_rate
+    update = n / processes * (c.OPTIMIZER_BYTES + 2 * settings.states) / gpus.memory_rate
     if zero.offload:
         update = n / c.HOST_ADAM / gpus.nodes
     step = settings.accumulation * each + end + update

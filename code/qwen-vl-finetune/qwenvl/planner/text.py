@@ -14,7 +14,7 @@ def describe(plan: Plan, shape: Shape, lengths: Lengths, gpus: Gpus, steps: int,
     settings, speed, memory = plan.settings, plan.speed, plan.memory
     trained = f"{'LoRA, ' if shape.lora else ''}{shape.trained / 1e9:.2f}B of them train"
     lines = [
-        f"plan for {gpus.describe()}; {shape.total / 1e9:.1f}B parameters, {trained}; {lengths.rows:,} samples of "
+        f"plan for {gpus.describe()}; {shape.billions} parameters, {trained}; {lengths.rows:,} samples of "
         f"{lengths.mean:,.0f} tokens ({lengths.note})",
         f"  {settings.zero.title} ({settings.zero.file}): {why_zero(plan, shape, gpus)}",
         f"  {rows(plan, lengths)}; {settings.samples * settings.accumulation * gpus.count} samples a step: "
@@ -75,10 +75,10 @@ def recomputed(plan: Plan, shape: Shape) -> str:
     return f"activations of {plan.settings.checkpointed} of {shape.layers} layers recomputed"
 
 
-def largest_terms(plan: Plan, most: int = 4) -> str:
-    """The largest terms of the peak memory."""
+def largest_terms(plan: Plan) -> str:
+    """The four largest terms of the peak memory."""
     terms = sorted(plan.memory.terms.items(), key=lambda term: -term[1])
-    return ", ".join(f"{name} {size / c.GIB:.1f}" for name, size in terms[:most])
+    return ", ".join(f"{name} {size / c.GIB:.1f}" for name, size in terms[:4])
 
 
 def counted(number: int, what: str, more: str = "s") -> str:

@@ -1,16 +1,30 @@
-"""The output of `sft.sh --help`: all supported flags in groups, this program's own first."""
+"""The parser of sft.sh's flags. `--help` lists all supported flags in groups, this program's own first."""
 
 import dataclasses
 import enum
 import textwrap
-from collections.abc import Iterable, Iterator
 
+from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.launch.signals import is_local_main_process
 from transformers import HfArgumentParser, TrainingArguments
 
 from .argument_checks import REFUSED
+from .arguments import DataArguments, ModelArguments
+from .training_arguments import SftArguments
 
-FIRST = ("max_steps", "seed", "deepspeed", "use_cpu", "optim", "eval_steps", "per_device_eval_batch_size")
-"""The most used flags of transformers."""
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+GROUPS = {
+    "model": _names(ModelArguments),
+    "data": _names(DataArguments),
+    "recipe and output": [name for name in _names(SftArguments) if name in SftArguments.__annotations__],
+    "run": ["max_steps", "seed", "deepspeed", "use_cpu", "optim", "eval_steps", "per_device_eval_batch_size"],
+    "the other flags of transformers' TrainingArguments": _names(SftArguments),
+}
+"""Titles, each with the names of its flags. A flag is shown under the first title that has it."""
 INDENT, COLUMN, WIDTH = 2, 34, 120
 """Columns of flags and their help, and the width of a line, in characters."""
 HEAD = """\
@@ -26,27 +40,29 @@ supported here are not shown.
 """
 
 
-class HelpfulParser(HfArgumentParser):
-    """A parser of dataclasses, the last of which inherits from transformers' TrainingArguments."""
+class FlagParser(HfArgumentParser):
+    """Flags from the three dataclasses. Raises InputError for what cannot be parsed."""
+
+    def __init__(self, description: str | None = None):
+        groups = (ModelArguments, DataArguments, SftArguments)
+        # sft.sh would not see abbreviated flags.
+        super().__init__(groups, prog="sft.sh", description=description, allow_abbrev=False)
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+    def _print_message(self, message, file=None):
+        if is_local_main_process():
+            super()._print_message(message, file)
 
     def format_help(self) -> str:
         # A flag with a --no_ form has two actions; the first is the flag itself.
         shown = {action.dest: action for action in reversed(self._actions) if action.dest not in REFUSED}
         lines = [HEAD.format(description=self.description)]
-        for title, names in self.groups():
+        for title, names in GROUPS.items():
             entries = [_entry(shown.pop(name)) for name in names if name in shown]
             lines += [f"{title}:", *entries, ""]
         return "\n".join(lines)
-
-    def groups(self) -> Iterator[tuple[str, Iterable[str]]]:
-        """Titles, each with the names of its flags."""
-        model, data, training = self.dataclass_types
-        own = [field.name for field in dataclasses.fields(training) if field.name in training.__annotations__]
-        yield "model", [field.name for field in dataclasses.fields(model)]
-        yield "data", [field.name for field in dataclasses.fields(data)]
-        yield "recipe and output", own
-        yield "run", FIRST
-        yield "the other flags of transformers' TrainingArguments", [f.name for f in dataclasses.fields(training)]
 
 
 def _entry(action) -> str:
