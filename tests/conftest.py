@@ -7,6 +7,7 @@ import tarfile
 import pytest
 import torch
 from endpoint import endpoint  # noqa: F401  a fixture
+from serving import serve, wall  # noqa: F401  fixtures
 
 
 def pytest_collection_modifyitems(items):

@@ -17,7 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import make_video
+from media import make_video, stream_bytes
 from qwen_vl_streaming import replay
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.live import cli, options, setup
@@ -39,7 +39,6 @@ from qwen_vl_streaming.video.frames import PixelBudget
 from qwen_vl_streaming.video.opening import open_source
 from qwen_vl_streaming.video.sources import Clip, synthetic_clips
 from safetensors.torch import save_file
-from test_sources import serve, stream_bytes  # noqa: F401  a fixture
 from tiny import random_template, tiny_model
 
 SMALL = ("--min-pixels-per-frame", "3136", "--max-pixels-per-frame", "3136")
@@ -288,7 +287,7 @@ def broken_stream(path, broken=(), other_size_from=None):
 @pytest.mark.parametrize(
     "fault", [{"broken": (7, 8, 31)}, {"other_size_from": 25}], ids=["broken frames", "another size"]
 )
-def test_stream_with_a_fault_in_the_middle(command, tmp_path, serve, fault):  # noqa: F811
+def test_stream_with_a_fault_in_the_middle(command, tmp_path, serve, fault):
     url = serve([[(broken_stream(tmp_path / "v.mkv", **fault), 0)]])
     kept = tmp_path / "kept.safetensors"
     code, _, err = command("--source", url, "--reconnect-seconds", 0, "--max-new-tokens", 30, "--keep", kept)
@@ -301,7 +300,7 @@ def test_stream_with_a_fault_in_the_middle(command, tmp_path, serve, fault):  # 
     assert code == 2 and "--clips" in err
 
 
-def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):  # noqa: F811
+def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):
     """All data at once, then nothing for a while, then all at once from a new connection; then the stream ends."""
     data = stream_bytes(tmp_path, [i / 10 for i in range(30)])
     kept = tmp_path / "kept.safetensors"
@@ -320,7 +319,7 @@ def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):  # 
         assert replays(command, tmp_path, "--clips", kept)
 
 
-def test_watching_starts_with_the_newest_clip(command, tmp_path, serve, monkeypatch):  # noqa: F811
+def test_watching_starts_with_the_newest_clip(command, tmp_path, serve, monkeypatch):
     data = stream_bytes(tmp_path, [i / 10 for i in range(80)])
     size = len(data) // 16
     url = serve([[(data[at : at + size], 0.2) for at in range(0, len(data), size)]])
@@ -362,7 +361,7 @@ def test_source_that_is_lost(command, tmp_path, monkeypatch, known):
     assert replays(command, tmp_path)
 
 
-def test_invalid_sources(command, tmp_path, serve, film):  # noqa: F811
+def test_invalid_sources(command, tmp_path, serve, film):
     before = film.read_bytes()
     (tmp_path / "text.mp4").write_text("no video")
     for arguments, match in (
@@ -765,7 +764,7 @@ def test_invalid_files_of_kept_clips(tmp_path):
             read_clips(tmp_path / name)
 
 
-def test_a_password_is_neither_shown_nor_saved(command, tmp_path, serve):  # noqa: F811
+def test_a_password_is_neither_shown_nor_saved(command, tmp_path, serve):
     data = stream_bytes(tmp_path, [i / 10 for i in range(30)])
     url = serve([[(data, 0)], [(data, 0.1)]]).replace("//", "//admin:hunter2@") + "?pwd=hunter2"
     flags = ("--max-new-tokens", 10, "--keep", tmp_path / "kept.safetensors")
