@@ -53,7 +53,7 @@ def server(checkpoints, tmp_path_factory):
 def strict(checkpoints, tmp_path_factory):
     """A server with narrow limits, for clients that misbehave."""
     flags = ["--model", str(checkpoints["group"]), "--records", str(tmp_path_factory.mktemp("strict"))]
-    limits = {"frame_bytes": 20_000, "seconds_idle": 1.5, "pixels": 100_000, "mistakes": 10}
+    limits = {"frame_bytes": 20_000, "pixels": 100_000, "mistakes": 10}
     with running([*flags, "--sessions-per-client", "5"], **limits) as server:
         yield server
 
@@ -368,10 +368,19 @@ def test_a_client_that_vanishes_leaves_a_record(strict):
     assert record.end == "cancelled" and record.about["end"] == "lost" and len(record.tokens) == 3
 
 
+def impatient(server) -> None:
+    """From its next message on, the only viewer may be idle for half a second."""
+    (viewer,) = server.server.viewers
+    viewer.limits = viewer.connection.limits = replace(viewer.limits, seconds_idle=0.5)
+
+
 def test_a_client_that_stalls_is_disconnected(strict):
     async def run():
         async with Talk(strict.connect()) as viewer:
             await viewer.begin(models=["group"])
+            await viewer.until("session.updated")
+            impatient(strict)
+            await viewer.frame(0)
             assert (await viewer.until("error"))["error"]["code"] == "idle"
             assert (await viewer.until("response.done"))["response"]["status"] == "cancelled"
             assert await viewer.closed() == 1008
@@ -385,9 +394,10 @@ def test_a_client_that_only_seems_to_be_alive_is_disconnected(strict):
         async with Talk(strict.connect()) as viewer:
             await viewer.begin(models=["group"])
             await viewer.until("session.updated")
+            impatient(strict)
             with contextlib.suppress(ConnectionClosed):
-                for _ in range(6):
-                    await asyncio.sleep(0.4)
+                while True:
+                    await asyncio.sleep(0.1)
                     await viewer.frame(0)
             assert await viewer.closed() == 1008
             return [event["error"]["code"] for event in gather(viewer.events)["error"]]

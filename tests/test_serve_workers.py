@@ -13,7 +13,8 @@ import pytest
 from qwen_vl_streaming.serve import workers
 from qwen_vl_streaming.serve.record_copy import RecordCopy
 from qwen_vl_streaming.serve.workers import Device, Worker
-from served import SECONDS, drive
+from served import drive
+from waiting import SECONDS, until
 
 
 class Process:
@@ -57,7 +58,7 @@ def until_lost(worker: Worker) -> None:
         while not (worker.lost and worker.given_up):
             await asyncio.sleep(0.01)
 
-    drive(run, 5)
+    drive(run)
 
 
 def test_a_message_that_cannot_be_sent_loses_the_model(started, caplog):
@@ -113,7 +114,7 @@ def test_no_process_starts_when_the_server_ends_in_the_pause(started, monkeypatc
     monkeypatch.setattr(workers.time, "sleep", lambda _: worker.close())
     restart = threading.Thread(target=worker._restart, daemon=True)
     restart.start()
-    restart.join(5)
+    restart.join(SECONDS)
     assert not restart.is_alive() and len(started) == 1 and not worker.device.without_pool
 
 
@@ -126,11 +127,7 @@ def test_a_process_that_starts_when_the_server_ends_is_killed(started, monkeypat
 
     monkeypatch.setattr(Worker, "_start", start_and_end)
     threading.Thread(target=worker._restart, daemon=True).start()
-    for _ in range(500):
-        if len(started) == 2 and started[1].pipe.closed:
-            break
-        threading.Event().wait(0.01)
-    assert len(started) == 2 and started[1].pipe.closed
+    until(lambda: len(started) == 2 and started[1].pipe.closed)
 
 
 def test_a_restart_that_fails_in_an_unexpected_way_is_given_up(started, monkeypatch, caplog):
