@@ -31,7 +31,7 @@ def latency(*arguments: str, **options: str) -> subprocess.CompletedProcess:
     flags = [flag for pair in {**SMALL, **options}.items() for part in pair for flag in part.split()]
     # In a separate process: its modules and those of the tests have the same names.
     command = [sys.executable, str(BENCHMARKS / "latency.py"), *arguments, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_errors_are_one_line():
         "    except SystemExit as end: assert end.code == 2\n"
         "    else: raise AssertionError(arguments)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     for line, (_, named) in zip(done.stderr.splitlines(), mistakes, strict=True):
         assert line.startswith("error: ") and named in line
@@ -181,12 +181,12 @@ def test_errors_are_one_line():
 
 def test_attention_is_timed_for_each_option():
     command = [sys.executable, str(BENCHMARKS / "attention.py"), "--size", "tiny", "--options"]
-    done = subprocess.run([*command, "64x64x4x3", "8x2"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "64x64x4x3", "8x2"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line[:1].isdigit()]
     assert [line.split()[0] for line in lines] == ["4x3", "8x2"] + 2 * ["64x64x4x2", "64x64x4x3"]
     assert ["the engine's" in line for line in lines] == 3 * [True, False]
     assert all(float(line.split()[1]) > 0 for line in lines)
-    done = subprocess.run([*command, "48x64x4x3"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "48x64x4x3"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --options 48x64x4x3: give BLOCK_M x BLOCK_N x num_warps")

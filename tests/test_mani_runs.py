@@ -4,12 +4,12 @@ import importlib
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 from mani import MP4, ROOT, command, everything, fill, good, ids, make_options, rows, skipped
 from media import make_files, make_tar, sample_json
@@ -19,6 +19,7 @@ from preparation import files
 from preparation.run import STATE_FOLDER
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.errors import run as run_main
+from waiting import SECONDS
 
 # --- sampling, reports, workers ---------------------------------------------------------------------------------------
 
@@ -65,17 +66,17 @@ def test_a_run_killed_three_times_writes_the_same_files(tmp_path):
     """Kills a run at several points, then lets it finish. The files equal those of an uninterrupted run."""
     fill(tmp_path / "source")
     dataset = tmp_path / "dataset"
-    begin = time.monotonic()
     subprocess.run(command(tmp_path, dataset, "--workers", "2"), check=True, capture_output=True)
-    whole = time.monotonic() - begin
     expected = everything(dataset)
     dataset.rename(tmp_path / "uninterrupted")
-    for share in (0.4, 0.6, 0.8):
+    for share in (0.2, 0.5, 0.8):  # of the files
         process = subprocess.Popen(command(tmp_path, dataset, "--workers", "2"), stderr=subprocess.DEVNULL)
-        time.sleep(share * whole)
-        process.send_signal(signal.SIGKILL)
+        while process.poll() is None and len(everything(dataset)) < share * len(expected):
+            time.sleep(0.01)
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
         process.wait()
-    time.sleep(0.2)  # the workers exit with their parent
+        assert not psutil.wait_procs(workers, SECONDS)[1]  # they exit with their parent
     subprocess.run(command(tmp_path, dataset, "--workers", "2"), check=True, capture_output=True)
     assert everything(dataset) == expected
 

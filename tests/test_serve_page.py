@@ -20,6 +20,7 @@ from qwen_vl_streaming.video.frames import PixelBudget, pick_frames, read_video,
 from qwen_vl_streaming.video.index import index_video
 from serve_stub import QUESTIONS, TOKENS, Stub
 from served import running, trained
+from waiting import until
 
 SIZES = ((375, 812), (1920, 1080))
 STATE = "document.body.dataset.state"
@@ -103,13 +104,6 @@ def press_action(page) -> None:
     page.run("document.getElementById('action').click()")
 
 
-def wait_until(holds, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def look(page) -> None:
     """Nothing sticks out, and all text can be read, on phone and desktop, light and dark."""
     for width, height in SIZES:
@@ -154,7 +148,7 @@ def test_it_speaks_while_the_camera_runs(page, tmp_path):
         assert buttons == [True, True]
         page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
         page.run("document.querySelector('.record button').click()")
-        wait_until((tmp_path / "rec-group.json").exists)
+        until((tmp_path / "rec-group.json").exists)
         assert json.loads((tmp_path / "rec-group.json").read_text()) == {"record": "rec-group"}
         written = page.run("[...document.querySelectorAll('.tokens')].map(each => each.textContent)")
         assert " ".join(" ".join(written).split()) == " ".join("".join(TOKENS).split())
@@ -219,7 +213,7 @@ def test_with_a_real_server(page, made, tmp_path):
         page.run("document.getElementById('keep').click()")
         choose_file(page, film)
         press_action(page)
-        page.wait(f"{STATE} === 'ended'", 60)
+        page.wait(f"{STATE} === 'ended'")
         assert page.run("document.getElementById('alert').textContent") == ""
         assert page.run("[...document.querySelectorAll('.pace')].map(each => each.textContent)") == ["Finished"] * 2
         page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
@@ -234,7 +228,7 @@ def test_with_a_real_server(page, made, tmp_path):
 
             page.run(f"{article}.querySelectorAll('.record button')[1].click()")
             kept = tmp_path / f"{key}.clips.safetensors"
-            wait_until(kept.exists)
+            until(kept.exists)
             video = read_video(film, budget=PixelBudget.trained(load_config(str(checkpoints[name]))))
             frames = read_clips(kept)
             assert frames.shape == video.frames.shape

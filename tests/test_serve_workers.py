@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from qwen_vl_streaming.serve import workers
+from qwen_vl_streaming.serve.model_process import ModelLoop
 from qwen_vl_streaming.serve.record_copy import RecordCopy
 from qwen_vl_streaming.serve.workers import Device, Worker
 from served import drive
@@ -107,6 +108,17 @@ def test_a_connection_that_is_closed_while_it_sends_is_no_error(started, caplog)
     worker.outbox.put(None)
     worker._send_all(connection, None, SimpleNamespace(kill=lambda: killed.append(True)), worker.outbox)
     assert not killed and not caplog.records
+
+
+def test_a_model_reads_nothing_after_the_end():
+    """When its pipe is closed, another may be given the number of its file."""
+    ours, theirs = multiprocessing.Pipe()
+    for message in (None, "unread"):
+        ours.send(message)
+    ours.close()
+    loop = ModelLoop(theirs, None, SimpleNamespace(name="group", device="cpu"), None)
+    loop._read()
+    assert loop.inbox.get_nowait() is None and theirs.recv() == "unread"
 
 
 def test_no_process_starts_when_the_server_ends_in_the_pause(started, monkeypatch):

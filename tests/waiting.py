@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-SECONDS = 60
+SECONDS = 120
 """What has not happened by then never will."""
 
 

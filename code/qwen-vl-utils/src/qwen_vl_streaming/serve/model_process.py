@@ -178,9 +178,9 @@ class ModelLoop:
     def _read(self) -> None:
         pinned = self.spec.device.startswith("cuda")
         try:
-            while True:
-                message = self.connection.recv()
-                if message is not None and message[0] == "clip":
+            # Not after the end: the pipe is closed then, and its number may be given to another one.
+            while (message := self.connection.recv()) is not None:
+                if message[0] == "clip":
                     kind, key, number, shape, *rest = message
                     message = kind, key, self.pixels.read(number, shape, self.spec.dtype, pinned), *rest
                 self.inbox.put(message)
