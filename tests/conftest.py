@@ -1,7 +1,9 @@
 """Skips GPU tests if there is no GPU or tests run in several processes, and defines fixtures of several files."""
 
+import importlib
 import json
 import os
+import sys
 import tarfile
 
 import pytest
@@ -45,3 +47,24 @@ def model():
     from tiny import tiny_model
 
     return tiny_model()
+
+
+@pytest.fixture
+def mani_refusal(monkeypatch, capsys):
+    """Runs mani_data.py in this process, in the project's root; returns the one line with which it refuses its
+    arguments."""
+
+    from published import ROOT
+    from qwen_vl_streaming.common.errors import run
+
+    def call(*arguments: str) -> str:
+        monkeypatch.syspath_prepend(ROOT)
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["mani_data.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run(importlib.import_module("mani_data").main)
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
+        assert ended.value.code == 2 and len(lines) == 1
+        return lines[0]
+
+    return call

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import time
 
 import numpy as np
 import pytest
@@ -138,7 +137,7 @@ def test_it_speaks_while_the_camera_runs(page, tmp_path):
         start = " ".join(TOKENS).split()[:3]
         assert page.wait("document.getElementById('announcer').textContent || null").split()[:3] == start
         assert page.run("document.querySelector('#caption .newest').textContent").strip()
-        assert "Keeps up" in page.run("document.querySelector('.pace').textContent")
+        page.wait("document.querySelector('.pace').textContent.includes('Keeps up')")
         assert page.run("document.activeElement.id") == "action"
         page.press("Enter")  # Stop
         page.wait(f"{STATE} === 'ended'")
@@ -172,7 +171,7 @@ def test_a_file_beside_three_models(page, tmp_path):
     film = make_video(tmp_path / "film.mp4", times)
     index = index_video(film)
     picked = pick_frames(index.times, index.duration, 2.0, None, None)
-    with Stub(["batch", "interleave", "group"]) as server:
+    with Stub(["batch", "interleave", "group"], held=True) as server:
         open_page(page, server, 1920, 1080)
         look(page)
         page.resize(1920, 1080)
@@ -190,6 +189,7 @@ def test_a_file_beside_three_models(page, tmp_path):
             "[...document.querySelectorAll('.scroller')].every(m => m.scrollHeight - m.clientHeight - m.scrollTop < 2)"
         )
         page.resize(375, 812)
+        server.held = False
         page.wait(f"{STATE} === 'ended'")
         assert page.run(follows)  # the newest second is in view, though the window has shrunk
         look(page)
@@ -314,7 +314,10 @@ def test_states(page, tmp_path):
         assert page.run(STATE) == "ready"
         page.run("document.querySelector('[name=source][value=camera]').click()")
         press_action(page)
-        page.wait("document.getElementById('status-text').textContent === 'Waiting for a place: you are number 2'")
+        waiting = "document.getElementById('status-text').textContent === 'Waiting for a place: you are number {}'"
+        for place in (3, 2, 1):
+            page.wait(waiting.format(place))
+            server.leave()
         page.wait(f"{STATE} === 'lost'")
         assert page.run(action) == "Reconnect" and "cannot be continued" in page.run(alert)
         assert page.run("document.querySelector('.record span').textContent") == "Record r-group"
@@ -323,6 +326,7 @@ def test_states(page, tmp_path):
         press_action(page)
         page.wait(f"{STATE} === 'queued'")
         assert page.run(alert) == ""
+        server.leave()
         page.wait(f"{STATE} === 'running'")
     page.wait(f"{STATE} === 'lost'")
     page.errors.clear()
@@ -334,7 +338,7 @@ def test_states(page, tmp_path):
 
 def test_stop_and_stop_now(page):
     """The first press ends the video, and the answer is finished; the second ends the answer."""
-    with Stub(["interleave"]) as server:
+    with Stub(["interleave"], held=True) as server:
         open_page(page, server)
         press_action(page)
         page.wait("document.querySelectorAll('.token').length >= 1")
@@ -348,9 +352,10 @@ def test_stop_and_stop_now(page):
 
 def test_a_page_that_waits_connects_again(page):
     """The server closes connections on which nothing comes; the page says nothing, and start makes a new one."""
-    with Stub(["group"], idle=0.7) as server:
+    with Stub(["group"], idle=0.3) as server:
         open_page(page, server)
-        time.sleep(1)
+        until(lambda: server.closed)
+        server.idle = None
         assert page.run(f"[{STATE}, document.getElementById('alert').textContent]") == ["ready", ""]
         press_action(page)
         page.wait("document.querySelectorAll('.token').length >= 1")
