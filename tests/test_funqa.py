@@ -299,7 +299,7 @@ class FunqaHub(FakeHub):
         if path.rstrip("/") == f"/api/datasets/{name}/tree/{COMMIT}":
             files = sorted(path for path in self.folder.iterdir() if path.is_file())
             entries = [{**self.entry(file), "path": file.name} for file in files]
-            return self.send(request, 200, json.dumps(entries).encode())
+            return self.send(request, 200, entries)
         return super().answer(request, path.replace(name, "facebook/PE-Video"))
 
 
