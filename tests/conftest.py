@@ -42,6 +42,17 @@ def made(tmp_path_factory):
     return tiny_checkpoint(folder / "model"), data
 
 
+@pytest.fixture(scope="session")
+def undisturbed(made, tmp_path_factory):
+    """The output of a training run of one process from start to end: 4 steps per epoch, 12 in total."""
+    from training import finish, flags, history, start
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(start(flags(made, folder / "out"), folder / "log"))
+    assert sorted(history(folder / "out")) == list(range(1, 13))
+    return folder / "out"
+
+
 @pytest.fixture(scope="module")
 def model():
     from tiny import tiny_model

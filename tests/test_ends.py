@@ -17,7 +17,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.launch.signals import STOPPED
 from qwen_vl_streaming.model import modeling_qwen2_5_vl
 from qwenvl.checkpointing import SaveError, loading, saving
-from training import finish, flags, free_port, history, start
+from training import flags, free_port, history
 from waiting import SECONDS, until
 
 FINETUNE = Path(__file__).parents[1] / "code/qwen-vl-finetune"
@@ -87,14 +87,6 @@ def test_a_failing_node_ends_the_others(tmp_path):
         assert line.startswith(f"error: {where}{cause}")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(made, tmp_path_factory):
-    """The losses of one process from start to end: 4 steps per epoch, 12 in total."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finish(start(flags(made, folder / "out"), folder / "log"))
-    return history(folder / "out")
-
-
 def test_a_run_resumes_after_every_kind_of_failure(undisturbed, made, tmp_path):
     """Two processes with four data workers each; every start resumes from what the previous one has saved."""
     out = tmp_path / "out"
@@ -125,7 +117,7 @@ def test_a_run_resumes_after_every_kind_of_failure(undisturbed, made, tmp_path):
     assert launcher.wait(2 * SECONDS) == 0, log.read_text()[-3000:]
     found = history(out)
     assert sorted(found) == list(range(1, 13))
-    for step, losses in undisturbed.items():
+    for step, losses in history(undisturbed).items():
         assert found[step] == pytest.approx(losses, abs=1e-4), step
 
 

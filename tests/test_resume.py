@@ -17,15 +17,6 @@ from training import finish, flags, free_port, history, refused, spoil, start, s
 from waiting import SECONDS, until
 
 
-@pytest.fixture(scope="module")
-def undisturbed(made, tmp_path_factory):
-    """A run of 12 steps without interruption."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finish(start(flags(made, folder / "out"), folder / "log"))
-    assert sorted(history(folder / "out")) == list(range(1, 13))
-    return folder / "out"
-
-
 def assert_same(one, other) -> None:
     """Losses and gradient norms of all steps, and the weights, are equal."""
     a, b = history(one), history(other)

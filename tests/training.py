@@ -15,7 +15,7 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import psutil
-import pytest
+import refusing
 import torch
 from waiting import SECONDS
 
@@ -167,11 +167,7 @@ def refused(arguments: list[str], capsys, monkeypatch) -> str:
     from qwenvl import train
 
     monkeypatch.setattr("sys.argv", ["sft.sh", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        run(train.main)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert ended.value.code == 2 and len(lines) == 1
-    return lines[0]
+    return refusing.refused(run, capsys, train.main)
 
 
 def history(output: Path) -> dict[int, tuple[float, float]]:
