@@ -68,7 +68,7 @@ CAUSES = {
 def test_a_failing_process_ends_those_that_wait_for_it(tmp_path):
     """All cases run at once, since most of the time is waiting."""
     logs = {what: tmp_path / what for what in CAUSES}
-    launchers = {what: launch(log, "fake_rank", what) for what, log in logs.items()}
+    launchers = {what: launch(log, "fake_rank", what, GRACE="3") for what, log in logs.items()}
     for what, (status, tracebacks, line) in CAUSES.items():
         assert ends(launchers[what], logs[what], status).startswith(f"error: {line}")
         assert logs[what].read_text().count("Traceback") == tracebacks
