@@ -60,13 +60,14 @@ def _hold(rank: str, rows: str, file: str) -> None:
     """Make process `rank`, or all, wait after a number of `rows`, as long as `file` exists."""
     import captioning
 
-    append, written = captioning.Appender.append, []
+    append, written, end = captioning.Appender.append, [], time.monotonic() + 2 * SECONDS
 
     def appended(appender, row):
         append(appender, row)
         written.append(row)
-        while len(written) >= int(rows) and rank in ("all", os.environ.get("RANK", "0")) and os.path.exists(file):
-            time.sleep(0.02)
+        if len(written) >= int(rows) and rank in ("all", os.environ.get("RANK", "0")):
+            while os.path.exists(file) and time.monotonic() < end:
+                time.sleep(0.02)
 
     captioning.Appender.append = appended
 

@@ -14,7 +14,7 @@ import pytest
 from evaluating import finish, finished, rank_of, rows, start, wait_for_rows
 from media import make_video
 from training import free_port
-from waiting import SECONDS
+from waiting import SECONDS, until
 
 SEED = time.time_ns() % 100_000
 
@@ -105,8 +105,9 @@ def test_killed_again_by_the_same_video(many, tmp_path, hold):
     """A process that is killed every time is not restarted forever; the same command resumes."""
     out, log = tmp_path / "out", tmp_path / "log"
     run = start(many, out, log, f"hold all 1 {hold}", batch_size=1, processes=2)
-    for starts in (1, 2):
-        wait_for_rows(out, starts, run, "1")
+    for _ in range(2):
+        before = finished(out)
+        until(lambda before=before: finished(out, "1") - before)
         rank_of(run, 1).send_signal(signal.SIGKILL)
     said = finish(run, log, 1)
     assert said.count("restarting") == 1
