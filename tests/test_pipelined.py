@@ -24,7 +24,6 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import (
     MANY,
     PARALLEL,
-    SECONDS,
     Unopenable,
     check,
     double_model,
@@ -34,7 +33,7 @@ from sessions import (
     random_case,
 )
 from tiny import tiny_model
-from waiting import until
+from waiting import SECONDS, until
 
 SEED = time.time_ns() % 100_000
 
