@@ -142,8 +142,8 @@ class Client:
             await self.send("error", error={"code": "queue_full", "message": self.stub.refusal, "event_id": None})
             return
         for place in range(self.stub.places, 0, -1):
-            await self.send("session.queued", place=place)
             left = self.stub.left
+            await self.send("session.queued", place=place)
             while self.stub.left == left:
                 await asyncio.sleep(0.01)
         width, height = self.stub.size
