@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from waiting import SECONDS
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
@@ -45,7 +46,7 @@ class Browser:
     """Usage: `with Browser(folder) as page: page.open(path); page.run("1 + 1")`. `folder` is a new folder for the
     browser profile. `camera`: a file, MJPEG or Y4M, that plays as the camera, again and again; pages may use it."""
 
-    def __init__(self, folder: Path, seconds: float = 60, camera: Path | None = None):
+    def __init__(self, folder: Path, seconds: float = SECONDS, camera: Path | None = None):
         self.program, self.folder, self.seconds = find_browser(), folder, seconds
         fakes = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
         self.flags = FLAGS if camera is None else (*FLAGS, *fakes, f"--use-file-for-fake-video-capture={camera}")
@@ -160,7 +161,7 @@ class Browser:
             raise RuntimeError(f"{script}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 20):
+    def wait(self, script: str, seconds: float = SECONDS):
         """Wait until a JavaScript expression is true, and return its value. Raises TimeoutError."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):

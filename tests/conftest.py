@@ -1,12 +1,15 @@
 """Skips GPU tests if there is no GPU or tests run in several processes, and defines fixtures of several files."""
 
+import importlib
 import json
 import os
+import sys
 import tarfile
 
 import pytest
 import torch
 from endpoint import endpoint  # noqa: F401  a fixture
+from serving import serve, wall  # noqa: F401  fixtures
 
 
 def pytest_collection_modifyitems(items):
@@ -39,8 +42,40 @@ def made(tmp_path_factory):
     return tiny_checkpoint(folder / "model"), data
 
 
+@pytest.fixture(scope="session")
+def undisturbed(made, tmp_path_factory):
+    """The output of a training run of one process from start to end: 4 steps per epoch, 12 in total."""
+    from training import finish, flags, history, start
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(start(flags(made, folder / "out"), folder / "log"))
+    assert sorted(history(folder / "out")) == list(range(1, 13))
+    return folder / "out"
+
+
 @pytest.fixture(scope="module")
 def model():
     from tiny import tiny_model
 
     return tiny_model()
+
+
+@pytest.fixture
+def mani_refusal(monkeypatch, capsys):
+    """Runs mani_data.py in this process, in the project's root; returns the one line with which it refuses its
+    arguments."""
+
+    from published import ROOT
+    from qwen_vl_streaming.common.errors import run
+
+    def call(*arguments: str) -> str:
+        monkeypatch.syspath_prepend(ROOT)
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["mani_data.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run(importlib.import_module("mani_data").main)
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
+        assert ended.value.code == 2 and len(lines) == 1
+        return lines[0]
+
+    return call

@@ -2,13 +2,13 @@
 
 import json
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from qwen_vl_streaming.common import redact
 from serving import Quiet
+from waiting import SECONDS
 
 CUT, STALL, DRIP, FLOOD = "cut", "stall", "drip", "flood"
 GOOD = '{"score": 4, "why": "one slip"}'
@@ -21,7 +21,7 @@ class Endpoint(ThreadingHTTPServer):
     A dict is sent as JSON, bytes as they are; any other body is the content of a chat completion. Status 0 closes the
     connection and -1 sends no answer. CUT closes the connection and STALL stops sending in the middle of an answer.
     DRIP sends one byte at a time and FLOOD large blocks, both without end, in the body of an answer with the status
-    `body`, or in its header if that is 0.
+    `body`, or in its header if that is 0. `before_answer` is called before each answer.
     """
 
     daemon_threads = True
@@ -31,7 +31,7 @@ class Endpoint(ThreadingHTTPServer):
         self.plan: dict[str, list] = {}
         self.asked: list[dict] = []
         self.at_once = self.most_at_once = 0
-        self.pause = 0.0
+        self.before_answer = lambda: None
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -60,9 +60,9 @@ class Handler(Quiet, BaseHTTPRequestHandler):
             server.most_at_once = max(server.most_at_once, server.at_once)
             plan = server.plan.get(caption, server.plan.get("", [(200, GOOD)]))
             status, body, *headers = plan.pop(0) if len(plan) > 1 else plan[0]
-        time.sleep(server.pause)
+        server.before_answer()
         if status == -1:
-            server.closing.wait(10)
+            server.closing.wait(SECONDS)
         with server.lock:
             server.at_once -= 1
         if status in (DRIP, FLOOD):
@@ -83,7 +83,7 @@ class Handler(Quiet, BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
         if broken == STALL:
-            server.closing.wait(10)
+            server.closing.wait(SECONDS)
         self.close_connection |= broken is not None
 
     def endless(self, how: str, status: int) -> None:

@@ -11,6 +11,7 @@ import forked
 import psutil
 import torch
 from training import fork_server, free_port
+from waiting import SECONDS
 
 FLAGS = {
     "variant": "group",
@@ -33,6 +34,8 @@ def _prepare(act: str | None) -> None:
     evaluation.prepare_scoring = evaluation.score_rows = lambda *_: None  # Java takes seconds and is tested separately
     if not act:
         return
+    if act.startswith("hold "):
+        return _hold(*act.removeprefix("hold ").split(" ", 2))
     import captioning
 
     loaded, captioned = captioning.load_model, captioning.caption_all
@@ -51,6 +54,22 @@ def _prepare(act: str | None) -> None:
         return captioned(*given, **options)
 
     captioning.load_model, captioning.caption_all = load_model, caption_all
+
+
+def _hold(rank: str, rows: str, file: str) -> None:
+    """Make process `rank`, or all, wait after a number of `rows`, as long as `file` exists."""
+    import captioning
+
+    append, written, end = captioning.Appender.append, [], time.monotonic() + 2 * SECONDS
+
+    def appended(appender, row):
+        append(appender, row)
+        written.append(row)
+        if len(written) >= int(rows) and rank in ("all", os.environ.get("RANK", "0")):
+            while os.path.exists(file) and time.monotonic() < end:
+                time.sleep(0.02)
+
+    captioning.Appender.append = appended
 
 
 def _run(arguments: list[str], log: Path, act: str | None) -> None:
@@ -89,7 +108,8 @@ def start(
 ):
     """Start a run on the videos of `made` and append its output to `log`. `changes` are flags, such as `batch_size=8`.
     Several processes or nodes are started by the launcher. `act` is a fault in each process: "kill worker" kills a
-    decoding worker while the model loads, "bug" raises ZeroDivisionError, "memory" raises OutOfMemoryError."""
+    decoding worker while the model loads, "bug" raises ZeroDivisionError, "memory" raises OutOfMemoryError. "hold RANK
+    ROWS FILE" makes this process, or all, wait after so many rows as long as the file exists."""
     checkpoint, data = made
     given = {"model": checkpoint, "data": data, "output-dir": output, **FLAGS}
     given |= {name.replace("_", "-"): value for name, value in changes.items()}
@@ -103,7 +123,7 @@ def start(
 
 def finish(process, log: Path, status: int = 0) -> str:
     """Wait for a run and assert that it exits with `status`. Returns the log of this run and those before it."""
-    process.join(120)
+    process.join(2 * SECONDS)
     assert process.exitcode == status, log.read_text()
     return log.read_text()
 

@@ -26,6 +26,7 @@ from typing import NoReturn
 
 import psutil
 import torch
+from torch.distributed.elastic.multiprocessing.api import PContext
 from training import fork_server
 
 LAUNCHER = "qwen_vl_streaming.launch"
@@ -37,7 +38,7 @@ class Launched:
 
     def __init__(self, arguments: list, log: Path, **environment: str):
         """`python -m qwen_vl_streaming.launch ARGUMENTS` with this environment on top of that of the tests, and its
-        output in `log`."""
+        output in `log`. If it has GRACE, processes have only so many seconds to exit after another has failed."""
         given = list(map(str, arguments)), log, {"NAME": name_of(log), **environment}
         self.process = fork_server().Process(target=_launch, args=given)
         self.process.start()
@@ -80,6 +81,9 @@ def _launch(arguments: list[str], log: Path, environment: dict[str, str]) -> NoR
     _rename(environment["NAME"])
     os.environ.update(environment)
     subprocess.Popen._execute_child = _fork
+    if grace := os.environ.get("GRACE"):
+        close = PContext.close
+        PContext.close = lambda context, how=None, timeout=30: close(context, how, min(timeout, int(grace)))
     sys.orig_argv = [sys.executable, "-m", LAUNCHER, *arguments]  # with which it restarts
     _run(["-m", LAUNCHER, *arguments])
 

@@ -60,6 +60,11 @@ def make_video(
     return path
 
 
+def stream_bytes(folder: Path, times: Sequence[float]) -> bytes:
+    """MPEG-TS in memory of the frames at `times`; `folder` keeps it as part.ts."""
+    return make_video(folder / "part.ts", times, container="mpegts").read_bytes()
+
+
 def picture(number: int, size: tuple[int, int] = (160, 96)) -> np.ndarray:
     """An image (height, width, 3), uint8, that shows `number`, below 256, as bars. The lowest bit is on the left."""
     width, height = size

@@ -1,4 +1,4 @@
-"""Actions for the tests of sandbox.py, selected by number, with one for each kind of finding."""
+"""Actions for the tests of sandbox.py, by the number of the input, with one for each kind of finding."""
 
 import os
 import random
@@ -34,8 +34,8 @@ def prepare(folder: Path):
     def grow():
         bytearray(b"x" * (200 << 20))
 
-    def fork(program, *arguments):
-        return sandbox.run_forked(program, arguments, folder / "case", 1)
+    def fork(program, *arguments, seconds=60):
+        return sandbox.run_forked(program, arguments, folder / "case", seconds)
 
     actions = [
         lambda: fuzzing.outcome_of(lambda: None),
@@ -46,16 +46,18 @@ def prepare(folder: Path):
         lambda: os.mkdir(folder / "marks") or (folder / "marks/mark").touch() or "marked",
         lambda: {}["traceback"],
         lambda: os._exit(1),
-        wait,
         swallow,
         lambda: fork(end, "as", "asked") == sandbox.Finished(2, "as asked\n", "error: a\n") or 1 / 0,
         lambda: fork(leave),
-        lambda: fork(wait),
+        lambda: fork(wait, seconds=1),
         lambda: fork(lambda: os.kill(os.getpid(), 9)),
         lambda: fork(grow),
+        wait,
     ]
 
+    numbers = {random.Random(f"0:{number}").random(): number for number in range(len(actions))}
+
     def try_one(draw: random.Random) -> str:
-        return str(actions[int((folder / "case/action").read_text())]())
+        return str(actions[numbers[draw.random()]]())
 
     return try_one

@@ -1,4 +1,4 @@
-"""A local RTSP camera that sends an H.264 file in real time, as RTP inside the RTSP connection."""
+"""A local RTSP camera that sends an H.264 file, as RTP inside the RTSP connection, in time of its readers."""
 
 import contextlib
 import random
@@ -6,13 +6,15 @@ import re
 import socketserver
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import av
+from serving import Clock
 
 CLOCK = 90_000
+PROBED, HELD = 9, 1
+"""Pictures that FFmpeg needs before it opens the stream, and those that it holds back until another one comes."""
 LARGEST = 1200
 """Largest H.264 unit in bytes that is sent in one RTP payload; larger ones are sent in fragments."""
 SDP = (
@@ -35,15 +37,15 @@ def payloads(picture: bytes) -> Iterator[bytes]:
 
 
 class Camera(socketserver.ThreadingTCPServer):
-    """Plays `path` (MPEG-TS) from the start to each of the first `plays` connections; then it answers 404. `speed` is a
-    factor of real time. Each connection is closed after `seconds` of video. `clock` maps a time of the video to the
-    time of the camera's clock, which sets the RTP timestamp, both in seconds."""
+    """Plays `path` (MPEG-TS) from the start to each of the first `plays` connections; then it answers 404. It sends
+    each picture at its time of `wall`. Each connection is closed after `seconds` of video. `clock` maps a time of the
+    video to the time of the camera's clock, which sets the RTP timestamp, both in seconds."""
 
     daemon_threads = allow_reuse_address = True
 
-    def __init__(self, path: Path, plays: int = 1, speed: float = 1.0, seconds: float = float("inf"), clock=float):
+    def __init__(self, path: Path, wall: Clock, plays: int = 1, seconds: float = float("inf"), clock=float):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.plays, self.speed, self.seconds, self.clock, self.asked = plays, speed, seconds, clock, []
+        self.wall, self.plays, self.seconds, self.clock, self.asked = wall, plays, seconds, clock, []
         with av.open(str(path)) as container:
             packets = [packet for packet in container.demux(video=0) if packet.size]
             self.pictures = [(float(packet.pts * packet.time_base), bytes(packet)) for packet in packets]
@@ -90,12 +92,13 @@ class _Handler(socketserver.StreamRequestHandler):
         return lines
 
     def _play(self) -> None:
-        number, source, begin = random.randrange(2**16), random.randrange(2**32), time.monotonic()
-        start = self.server.pictures[0][0]
-        for moment, picture in self.server.pictures:
+        number, source, before = random.randrange(2**16), random.randrange(2**32), self.server.wall.packets
+        start = shown = self.server.pictures[0][0]
+        for sent, (moment, picture) in enumerate(self.server.pictures):
             if moment - start >= self.server.seconds:
                 return
-            time.sleep(max(0.0, begin + (moment - start) / self.server.speed - time.monotonic()))
+            self.server.wall.move(moment - shown, before + sent - HELD if sent > PROBED else 0)
+            shown = moment
             parts = list(payloads(picture))
             for part in parts:
                 marker = 0x80 if part is parts[-1] else 0

@@ -44,11 +44,11 @@ class Stub:
 
     models: list[str]
     places: int = 0
-    """Clients that are in the queue first; one leaves each 0.3 s."""
+    """Clients that are in the queue first; one leaves when `leave` is called."""
     refusal: str = ""
     """The message with which sessions are refused."""
     idle: float | None = None
-    """Close connections after this many seconds without a message."""
+    """Close connections after this many seconds without a message; `closed` counts them."""
     vanish_after: int | None = None
     """Close the connection after this many frames."""
     source: list[bytes] = field(default_factory=list)
@@ -58,6 +58,13 @@ class Stub:
     frames: list[tuple[float, bytes]] = field(default_factory=list)
     """Those that came: time and JPEG."""
     updates: list[dict] = field(default_factory=list)
+    held: bool = False
+    """While this is set, no answer goes on after the end of the video."""
+    left: int = 0
+    closed: int = 0
+
+    def leave(self) -> None:
+        self.left += 1
 
     def __enter__(self) -> "Stub":
         routes = [
@@ -110,6 +117,7 @@ class Client:
         except TimeoutError:
             await self.send("error", error={"code": "idle", "message": "nothing came", "event_id": None})
             await self.websocket.close()
+            self.stub.closed += 1
         except (WebSocketDisconnect, RuntimeError, KeyError):
             for task in self.answers:
                 task.cancel()
@@ -134,8 +142,10 @@ class Client:
             await self.send("error", error={"code": "queue_full", "message": self.stub.refusal, "event_id": None})
             return
         for place in range(self.stub.places, 0, -1):
+            left = self.stub.left
             await self.send("session.queued", place=place)
-            await asyncio.sleep(0.3)
+            while self.stub.left == left:
+                await asyncio.sleep(0.01)
         width, height = self.stub.size
         await self.send("session.updated", session={**session, "frame": {"width": width, "height": height}})
         self.start = time.monotonic()
@@ -183,8 +193,10 @@ class Client:
             for token in islice(tokens, 3):
                 await asyncio.sleep(needed / 3)
                 await self.token(name, token, clips, captured, ages)
+        while self.stub.held:
+            await asyncio.sleep(0.01)
         for token in tokens:
-            await asyncio.sleep(0.03)
+            await asyncio.sleep(0.01)
             await self.token(name, token, clips, captured, ages)
         await self.done(name, "completed", ages, clips)
 

@@ -7,7 +7,6 @@ import multiprocessing
 import re
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +25,10 @@ from qwen_vl_streaming.serve.process_handle import ProcessHandle
 from qwen_vl_streaming.serve.server import Server
 from qwen_vl_streaming.sessions import SessionPool
 from qwen_vl_streaming.timeline.variants import VARIANTS
+from waiting import SECONDS, until
 from websockets.asyncio.client import connect
 
 BUDGET = {"min_pixels_per_frame": 3136, "max_pixels_per_frame": 6272, "max_pixels_per_video": 31360, "budget": "video"}
-SECONDS = 60
-"""Long enough for a busy machine."""
 
 
 def client() -> SimpleNamespace:
@@ -146,10 +144,8 @@ def drive(run, seconds: float = SECONDS) -> object:
 
 def settled(server: Running) -> None:
     """Wait until nothing runs, and check that nothing is left behind."""
-    end, inside = time.monotonic() + SECONDS, server.server
-    while server.app.viewers or any(worker.listeners for worker in inside.workers):
-        assert time.monotonic() < end, (server.app.viewers, [worker.listeners for worker in inside.workers])
-        time.sleep(0.02)
+    inside = server.server
+    until(lambda: not (server.app.viewers or any(worker.listeners for worker in inside.workers)))
     assert not server.app.addresses and not inside.admission.queue
     assert {worker.batch_slots for worker in inside.workers} == {inside.settings.sessions}
     assert [len(pool.runner.free_slots) for pool in server.pools] == [inside.settings.sessions] * len(server.pools)

@@ -18,8 +18,6 @@ MANY = int(os.environ.get("SESSIONS", 100))
 """Number of random sessions; set SESSIONS=1000 for a thorough run."""
 END_OF_SLOT = 150
 """The end-of-slot token of `deciding_model`."""
-SECONDS = 60
-"""Timeout of a short session. It is long enough for a busy machine: a session that takes longer is blocked."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ import pytest
 from qwen_vl_streaming.common import bounded
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
+from waiting import SECONDS
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x"
 
@@ -29,13 +30,14 @@ def processor(made):
     ],
 )
 def test_templates_that_take_too_much(processor, monkeypatch, template, why):
-    monkeypatch.setattr(bounded, "CPU_SECONDS", 1)
+    if "1 s" in why:
+        monkeypatch.setattr(bounded, "CPU_SECONDS", 1)
     monkeypatch.setattr(processor, "chat_template", template)
     began = time.monotonic()
     with pytest.raises(InputError, match="copy the template from") as error:
         make_template(processor, QUESTIONS[-1])
     assert why in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 700
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < SECONDS
 
 
 def test_errors_of_a_template(processor, monkeypatch):

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -18,7 +17,8 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.launch.signals import STOPPED
 from qwen_vl_streaming.model import modeling_qwen2_5_vl
 from qwenvl.checkpointing import SaveError, loading, saving
-from training import finish, flags, free_port, history, start
+from training import flags, free_port, history
+from waiting import SECONDS, until
 
 FINETUNE = Path(__file__).parents[1] / "code/qwen-vl-finetune"
 KILLED = "killed by SIGKILL (Linux does this when it runs out of memory)"
@@ -43,13 +43,10 @@ def left(log: Path) -> list[psutil.Process]:
     return found
 
 
-def ends(launcher: Launched, log: Path, status: int, seconds: float = 60) -> str:
+def ends(launcher: Launched, log: Path, status: int, seconds: float = SECONDS) -> str:
     """Wait until no process is left; returns the line that names the cause."""
     assert launcher.wait(seconds) == status, log.read_text()[-3000:]
-    until = time.monotonic() + 3
-    while others := left(log):
-        assert time.monotonic() < until, others
-        time.sleep(0.1)
+    until(lambda: not left(log))
     said = log.read_text()
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     if status == STOPPED:
@@ -71,7 +68,7 @@ CAUSES = {
 def test_a_failing_process_ends_those_that_wait_for_it(tmp_path):
     """All cases run at once, since most of the time is waiting."""
     logs = {what: tmp_path / what for what in CAUSES}
-    launchers = {what: launch(log, "fake_rank", what) for what, log in logs.items()}
+    launchers = {what: launch(log, "fake_rank", what, GRACE="3") for what, log in logs.items()}
     for what, (status, tracebacks, line) in CAUSES.items():
         assert ends(launchers[what], logs[what], status).startswith(f"error: {line}")
         assert logs[what].read_text().count("Traceback") == tracebacks
@@ -82,20 +79,12 @@ def test_a_failing_node_ends_the_others(tmp_path):
     logs, port = [tmp_path / "first", tmp_path / "second"], free_port()
     common = {"processes": 1, "nodes": 2, "port": port}
     runs = [launch(log, "fake_rank", "gpu", rank=rank, **common) for rank, log in enumerate(logs)]
-    first, second = (run.wait(60) for run in runs)
+    first, second = (run.wait(SECONDS) for run in runs)
     assert (first, second) == (1, 1)
     cause = "process 1: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB)"
     for log, where in zip(logs, ("node 1, ", ""), strict=True):
         (line,) = log.read_text().splitlines()
         assert line.startswith(f"error: {where}{cause}")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(made, tmp_path_factory):
-    """The losses of one process from start to end: 4 steps per epoch, 12 in total."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finish(start(flags(made, folder / "out"), folder / "log"))
-    return history(folder / "out")
 
 
 def test_a_run_resumes_after_every_kind_of_failure(undisturbed, made, tmp_path):
@@ -116,9 +105,8 @@ def test_a_run_resumes_after_every_kind_of_failure(undisturbed, made, tmp_path):
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
     launcher, log = run("at start-up", "none 0 0")
-    while len(ranks := psutil.Process(launcher.pid).children()) < 2:
-        time.sleep(0.02)
-    ranks[1].kill()
+    until(lambda: len(psutil.Process(launcher.pid).children()) == 2)
+    psutil.Process(launcher.pid).children()[1].kill()
     assert ends(launcher, log, 1).startswith(f"error: process 1 was {KILLED}")
 
     launcher, log = run("stopped", "stop all 1 5")  # together with its data workers
@@ -126,10 +114,10 @@ def test_a_run_resumes_after_every_kind_of_failure(undisturbed, made, tmp_path):
     assert (out / "checkpoint-5").exists(), log.read_text()[-5000:]
 
     launcher, log = run("to the end", "stop worker 1 10")  # which is ignored
-    assert launcher.wait(90) == 0, log.read_text()[-3000:]
+    assert launcher.wait(2 * SECONDS) == 0, log.read_text()[-3000:]
     found = history(out)
     assert sorted(found) == list(range(1, 13))
-    for step, losses in undisturbed.items():
+    for step, losses in history(undisturbed).items():
         assert found[step] == pytest.approx(losses, abs=1e-4), step
 
 
@@ -207,4 +195,4 @@ def test_workers_end_with_their_process(tmp_path):
         parent.stdout.readline()
         assert len(workers) == 4 and all(worker.is_running() for worker in workers)
         parent.send_signal(signal.SIGKILL)
-        assert not psutil.wait_procs(workers, timeout=10)[1]
+        assert not psutil.wait_procs(workers, timeout=SECONDS)[1]

@@ -20,6 +20,7 @@ from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.model.prompts import Template
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from refusing import refused
 from results import FIELDS
 from safetensors.torch import load, save
 from settings import Settings
@@ -56,16 +57,6 @@ def evaluate(made, tmp_path, monkeypatch):
         return out
 
     return call
-
-
-def refused(evaluate, capsys, *flags) -> str:
-    with pytest.raises(SystemExit) as ended:
-        evaluate(*flags)
-    lines = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2
-    errors = [line for line in lines if line.startswith("error:")]
-    assert len(errors) == 1
-    return errors[0]
 
 
 def test_rows_scores_and_resumption(made, evaluate, capsys, monkeypatch):

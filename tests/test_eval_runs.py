@@ -14,6 +14,7 @@ import pytest
 from evaluating import finish, finished, rank_of, rows, start, wait_for_rows
 from media import make_video
 from training import free_port
+from waiting import SECONDS, until
 
 SEED = time.time_ns() % 100_000
 
@@ -46,8 +47,15 @@ def expected(many, tmp_path_factory):
     return found
 
 
+@pytest.fixture
+def hold(tmp_path):
+    """A file. While it exists, the processes that are told so wait."""
+    (tmp_path / "hold").touch()
+    return tmp_path / "hold"
+
+
 def gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=20)[1]
+    return not psutil.wait_procs(processes, timeout=SECONDS)[1]
 
 
 @pytest.mark.parametrize("variant", ["group", "interleave"])
@@ -72,19 +80,16 @@ def test_batch_order_and_processes_change_nothing(many, tmp_path, variant):
     assert sorted(large, key=lambda row: int(row["video_id"])) == alone
 
 
-def test_one_process_is_killed(many, expected, tmp_path):
+def test_one_process_is_killed(many, expected, tmp_path, hold):
     """All processes restart automatically, and no finished row is lost: the run ends with the same file."""
     print("seed", SEED)
     draw = random.Random(SEED)
-    for attempt in range(9):
-        out, log = tmp_path / f"out{attempt}", tmp_path / f"log{attempt}"
-        run, number = start(many, out, log, batch_size=1, processes=2), draw.randrange(2)
-        wait_for_rows(out, draw.randint(1, 2), run, str(number))
-        kept = finished(out)
-        with contextlib.suppress(psutil.NoSuchProcess, AssertionError):  # the run was over before
-            rank_of(run, number).send_signal(signal.SIGKILL)
-            break
-        finish(run, log)
+    out, log, number, count = tmp_path / "out", tmp_path / "log", draw.randrange(2), draw.randint(1, 2)
+    run = start(many, out, log, f"hold {number} {count} {hold}", batch_size=1, processes=2)
+    wait_for_rows(out, count, run, str(number))
+    kept = finished(out)
+    hold.unlink()
+    rank_of(run, number).send_signal(signal.SIGKILL)
     said = finish(run, log)
     (line,) = (line for line in said.splitlines() if "was killed" in line)
     assert line.startswith(f"process {number} was killed by SIGKILL") and line.endswith(": restarting")
@@ -96,13 +101,13 @@ def test_one_process_is_killed(many, expected, tmp_path):
     assert not list(out.glob("*.parts")) and not list(out.glob("*.lock"))
 
 
-def test_killed_again_by_the_same_video(many, tmp_path):
+def test_killed_again_by_the_same_video(many, tmp_path, hold):
     """A process that is killed every time is not restarted forever; the same command resumes."""
     out, log = tmp_path / "out", tmp_path / "log"
-    run = start(many, out, log, batch_size=1, processes=2)
-    for starts in (1, 2):
-        while run.exitcode is None and (not log.exists() or log.read_text().count("checkpoint") < starts):
-            time.sleep(0.05)
+    run = start(many, out, log, f"hold all 1 {hold}", batch_size=1, processes=2)
+    for _ in range(2):
+        before = finished(out)
+        until(lambda before=before: finished(out, "1") - before)
         rank_of(run, 1).send_signal(signal.SIGKILL)
     said = finish(run, log, 1)
     assert said.count("restarting") == 1
@@ -132,10 +137,10 @@ def test_killed_again_and_again(many, expected, tmp_path):
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
-def test_stopped_by_a_signal(many, expected, tmp_path, number, processes):
+def test_stopped_by_a_signal(many, expected, tmp_path, hold, number, processes):
     out, log = tmp_path / "out", tmp_path / "log"
-    run = start(many, out, log, batch_size=1, processes=processes, workers=1)
-    wait_for_rows(out, 1, run)
+    run = start(many, out, log, f"hold all 1 {hold}", batch_size=1, processes=processes, workers=1)
+    wait_for_rows(out, processes, run)
     everyone = psutil.Process(run.pid).children(recursive=True)
     assert len(everyone) >= 2 * processes - 1
     os.killpg(run.pid, number)  # as a terminal and SLURM do
@@ -146,12 +151,12 @@ def test_stopped_by_a_signal(many, expected, tmp_path, number, processes):
     assert rows(out) == expected
 
 
-def test_two_nodes(many, expected, tmp_path):
+def test_two_nodes(many, expected, tmp_path, hold):
     """They share the videos. If one is lost, the other ends within seconds, and the same commands resume."""
     out, logs = tmp_path / "out", [tmp_path / "first", tmp_path / "second"]
 
     def start_both():
-        common = {"nodes": 2, "batch_size": 1, "port": free_port()}
+        common = {"act": f"hold all 1 {hold}", "nodes": 2, "batch_size": 1, "port": free_port()}
         return [start(many, out, log, node_rank=rank, **common) for rank, log in enumerate(logs)]
 
     first, second = start_both()
@@ -162,18 +167,19 @@ def test_two_nodes(many, expected, tmp_path):
     assert "error: node 1, process 1 was killed by SIGKILL" in said and "restarting" not in said
     assert gone([child]) and "error: process 1 was killed by SIGKILL" in finish(second, logs[1], 1)
 
+    hold.unlink()
     first, second = start_both()
     finish(first, logs[0])
     assert "node 1 has finished its part" in finish(second, logs[1])
     assert rows(out) == expected
 
 
-def test_node_0_is_lost_or_busy(many, tmp_path):
+def test_node_0_is_lost_or_busy(many, tmp_path, hold):
     with socket.create_server(("", 0)) as busy:
         run = start(many, tmp_path / "other", tmp_path / "log", nodes=2, port=busy.getsockname()[1])
         assert "MASTER_PORT" in finish(run, tmp_path / "log", 2).splitlines()[-1]
     out, logs, port = tmp_path / "out", [tmp_path / "first", tmp_path / "second"], free_port()
-    common = {"nodes": 2, "batch_size": 1, "port": port}
+    common = {"act": f"hold all 1 {hold}", "nodes": 2, "batch_size": 1, "port": port}
     first, second = (start(many, out, log, node_rank=rank, **common) for rank, log in enumerate(logs))
     wait_for_rows(out, 1, first)
     psutil.Process(first.pid).kill()
@@ -181,16 +187,12 @@ def test_node_0_is_lost_or_busy(many, tmp_path):
     assert "error: node 0 has ended" in said and "Traceback" not in said
 
 
-def test_two_runs_do_not_write_one_file(many, tmp_path):
+def test_two_runs_do_not_write_one_file(many, tmp_path, hold):
     out, log = tmp_path / "out", tmp_path / "log"
-    first = start(many, out, log, batch_size=1)
+    first = start(many, out, log, f"hold 0 1 {hold}", batch_size=1)
     wait_for_rows(out, 1, first)
-    running = psutil.Process(first.pid)
-    running.suspend()  # else it could end before the second has started
-    try:
-        said = finish(start(many, out, tmp_path / "second"), tmp_path / "second", 2)
-    finally:
-        running.resume()
+    said = finish(start(many, out, tmp_path / "second"), tmp_path / "second", 2)
+    hold.unlink()
     assert said.startswith("error: another run is writing") and said.count("\n") == 1
     finish(first, log)
     assert len(rows(out)) == 11

@@ -16,6 +16,7 @@ from metrics.preference import PROMPT, read_preference
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.model.prompts import load_processor
+from refusing import refused
 from test_commands import FROM_OUTSIDE
 
 BETTER = "Commentary {} is better aligned with the human commentary."
@@ -64,15 +65,6 @@ def call(tmp_path, monkeypatch):
         run(cli.main)
 
     return command
-
-
-def refused(call, capsys, *flags):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        call(*flags)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert ended.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 def test_rows_of_livesports(call, tmp_path, capsys):

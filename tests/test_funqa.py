@@ -1,6 +1,5 @@
 """FunQA's preparation: rows from annotation files and videos, bad input, archives and the hub."""
 
-import importlib
 import json
 import os
 import random
@@ -14,7 +13,7 @@ from funqa.annotations import SUBTASKS
 from funqa.run import Options, prepare_funqa
 from media import make_files, make_tokenizer, video_bytes
 from preparation.rules import Rules
-from qwen_vl_streaming.common.errors import InputError, run
+from qwen_vl_streaming.common.errors import InputError
 from test_hub import COMMIT, FakeHub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -300,7 +299,7 @@ class FunqaHub(FakeHub):
         if path.rstrip("/") == f"/api/datasets/{name}/tree/{COMMIT}":
             files = sorted(path for path in self.folder.iterdir() if path.is_file())
             entries = [{**self.entry(file), "path": file.name} for file in files]
-            return self.send(request, 200, json.dumps(entries).encode())
+            return self.send(request, 200, entries)
         return super().answer(request, path.replace(name, "facebook/PE-Video"))
 
 
@@ -339,12 +338,6 @@ def test_the_command_prints_its_results(tmp_path):
     assert "6 dropped: other sub-task" in result.stdout
 
 
-def main(monkeypatch):
-    """Run mani_data.py in this process."""
-    monkeypatch.syspath_prepend(ROOT)
-    run(importlib.import_module("mani_data").main)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -357,20 +350,12 @@ def main(monkeypatch):
         ([], "hf download fesvhtr/FunQA"),
     ],
 )
-def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.chdir(ROOT)
+def test_user_errors_are_one_line(mani_refusal, tmp_path, monkeypatch, flags, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("sys.argv", ["m", "--dataset", "funqa", "--dataset-root", str(tmp_path / "dataset"), *flags])
-    with pytest.raises(SystemExit) as ended:
-        main(monkeypatch)
-    assert ended.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
-    assert message in line
+    assert message in mani_refusal("--dataset", "funqa", "--dataset-root", str(tmp_path / "dataset"), *flags)
 
 
-def test_funqa_flags_are_refused_for_pe_video(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["mani_data.py", "--dataset-root", str(tmp_path), "--max-questions", "1"])
-    with pytest.raises(SystemExit):
-        main(monkeypatch)
-    assert "--max-questions does not apply to --dataset pe-video" in capsys.readouterr().err
+def test_funqa_flags_are_refused_for_pe_video(mani_refusal, tmp_path):
+    said = mani_refusal("--dataset-root", str(tmp_path), "--max-questions", "1")
+    assert "--max-questions does not apply to --dataset pe-video" in said

@@ -17,9 +17,10 @@ from qwen_vl_streaming.sessions.session_pool import SessionPool
 from qwen_vl_streaming.timeline.plan import Window
 from qwen_vl_streaming.timeline.timeline import Layout
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from sessions import PARALLEL, SECONDS, check, check_deciding, decided, play, random_case
+from sessions import PARALLEL, check, check_deciding, decided, play, random_case
 from test_gpu import FLEX, no_waiting
 from tiny import tiny_model
+from waiting import SECONDS
 
 pytestmark = pytest.mark.gpu
 SEED = time.time_ns() % 100_000

@@ -53,7 +53,7 @@ def run(mixed, out, processes: int = 0, **changes):
     arguments = flags(mixed, out, **RECIPE | changes)
     log = out.with_suffix(".log")
     for process in start_many(processes, arguments, log) if processes else [start(arguments, log)]:
-        finish(process, seconds=180)
+        finish(process, seconds=600)
     assert not (out / "skipped.jsonl").exists()
     return out
 

@@ -4,53 +4,33 @@ import json
 import os
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
+from hubs import Hub
 from media import make_tar, make_tokenizer, sample_json, video_bytes
-from serving import Quiet, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "facebook/PE-Video"
 
 
-class FakeHub:
+class FakeHub(Hub):
     """Serves the endpoints of the hub's API that streaming needs, for the files of one folder."""
 
     def __init__(self, folder: Path):
+        super().__init__(COMMIT)
         self.folder, self.sent, self.ranges, self.broken_after = folder, 0, 0, None
-        hub = self
-
-        class Handler(Quiet, BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                self.do_GET()
-
-            def do_GET(self):
-                hub.answer(self, unquote(self.path.partition("?")[0]))
-
-        self.serving = serving(Handler)
-
-    def __enter__(self):
-        self.endpoint = self.serving.__enter__().url
-        return self
-
-    def __exit__(self, *error):
-        self.serving.__exit__(*error)
 
     def answer(self, request, path):
         if path.startswith(f"/api/datasets/{NAME}/tree/{COMMIT}/"):
             split = path.rsplit("/", 1)[1]
             entries = [self.entry(file) for file in sorted((self.folder / split).glob("*"))]
-            if not entries:
-                return self.send(request, 404, b"{}")
-            return self.send(request, 200, json.dumps(entries).encode())
+            return self.send(request, 200, entries) if entries else self.send(request, 404, {}, "EntryNotFound")
         if path.startswith(f"/api/datasets/{NAME}"):
-            return self.send(request, 200, json.dumps({"id": NAME, "sha": COMMIT}).encode())
+            return self.send(request, 200, {"id": NAME, "sha": COMMIT})
         if not path.startswith(f"/datasets/{NAME}/resolve/{COMMIT}/"):
-            return self.send(request, 404, b"{}")
+            return self.send(request, 404, {}, "EntryNotFound")
         data = (self.folder / path.split(COMMIT + "/")[1]).read_bytes()
         if request.command == "HEAD":
             return self.send(request, 200, data)
@@ -65,19 +45,6 @@ class FakeHub:
     def entry(self, file):
         name = f"{file.parent.name}/{file.name}"
         return {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0" * 40}
-
-    @staticmethod
-    def send(request, status, data):
-        request.send_response(status)
-        request.send_header("Content-Length", str(len(data)))
-        request.send_header("Content-Type", "application/json")
-        if status == 404:
-            request.send_header("X-Error-Code", "EntryNotFound")
-        request.send_header("ETag", '"etag"')
-        request.send_header("X-Repo-Commit", COMMIT)
-        request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(data)
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ import logging
 import shutil
 import socket
 import sys
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from urllib.parse import unquote
 
 import evaluating
 import load_elsewhere
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hub_models import COMMIT, NAMES, hub_checkpoint, put_into_cache
+from hubs import Hub
 from huggingface_hub import constants
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.live import cli
@@ -26,7 +25,6 @@ from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwenvl import merge, run_checks, train
 from safetensors import safe_open
-from serving import Quiet, serving
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 
 NAME = NAMES["3B"]
@@ -69,57 +67,31 @@ def point_at(endpoint: str, monkeypatch) -> None:
 URL = "/{repo_id}/resolve/{revision}/{filename}"
 
 
-class FakeHub:
+class FakeHub(Hub):
     """The responses of the hub's API that are needed to download a model, for the files of one folder, or one refusal
     for all requests."""
 
     def __init__(self, folder: Path, refusal: tuple[int, str] | None = None, commit: str = COMMIT):
+        super().__init__(commit)
+        self.folder, self.refusal = folder, refusal
         self.asked: list[str] = []
-        hub = self
 
-        class Handler(Quiet, BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                path = unquote(self.path.partition("?")[0])
-                hub.asked.append(path)
-                if path.startswith("/api/models") and refusal and refusal[1] != "GatedRepo":
-                    return self.answer(refusal[0], b"{}", refusal[1])
-                if path == f"/api/models/{NAME}" or path.startswith(f"/api/models/{NAME}/revision/"):
-                    return self.answer(200, json.dumps({"id": NAME, "sha": commit}).encode())
-                if path.startswith(f"/api/models/{NAME}/tree/"):
-                    files = [
-                        {"type": "file", "path": file.name, "size": file.lstat().st_size, "oid": f"{number:040x}"}
-                        for number, file in enumerate(sorted(folder.iterdir()))
-                    ]
-                    return self.answer(200, json.dumps(files).encode())
-                if refusal:
-                    return self.answer(refusal[0], b"{}", refusal[1])
-                file = folder / path.rpartition("/")[2]
-                if not file.is_file():  # the hub's client also requests other paths
-                    return self.answer(404, b"{}", "EntryNotFound")
-                self.answer(200, file.read_bytes(), tag=file.name)
-
-            do_GET = do_HEAD
-
-            def answer(self, status: int, data: bytes, error: str = "", tag: str = "tag"):
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.send_header("Content-Type", "application/json")
-                self.send_header("ETag", f'"{tag}"')
-                self.send_header("X-Repo-Commit", commit)
-                if error:
-                    self.send_header("X-Error-Code", error)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(data)
-
-        self.serving = serving(Handler)
-
-    def __enter__(self):
-        self.endpoint = self.serving.__enter__().url
-        return self
-
-    def __exit__(self, *error):
-        self.serving.__exit__(*error)
+    def answer(self, request, path: str) -> None:
+        self.asked.append(path)
+        if self.refusal and not (path.startswith("/api/models") and self.refusal[1] == "GatedRepo"):
+            return self.send(request, self.refusal[0], {}, self.refusal[1])
+        if path == f"/api/models/{NAME}" or path.startswith(f"/api/models/{NAME}/revision/"):
+            return self.send(request, 200, {"id": NAME, "sha": self.commit})
+        if path.startswith(f"/api/models/{NAME}/tree/"):
+            files = [
+                {"type": "file", "path": file.name, "size": file.lstat().st_size, "oid": f"{number:040x}"}
+                for number, file in enumerate(sorted(self.folder.iterdir()))
+            ]
+            return self.send(request, 200, files)
+        file = self.folder / path.rpartition("/")[2]
+        if not file.is_file():  # the hub's client also requests other paths
+            return self.send(request, 404, {}, "EntryNotFound")
+        return self.send(request, 200, file.read_bytes(), tag=file.name)
 
 
 def load_all_but_weights() -> None:

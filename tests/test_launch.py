@@ -16,6 +16,7 @@ from launchers import SLURM, launched
 from qwen_vl_streaming.launch.signals import STOPPED
 from qwenvl.train import parse
 from training import free_port
+from waiting import SECONDS, until
 
 SCRIPT = Path(__file__).parents[1] / "code/qwen-vl-finetune/scripts/sft.sh"
 PYTHON = (
@@ -106,13 +107,6 @@ def launch_command(port: int, *what: str, nodes: int = 1, rank: int = 0) -> list
     return [*command, "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port), *what]
 
 
-def until(true, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_the_default_output_folder_names_the_variant(made, monkeypatch):
     monkeypatch.setenv("QWEN2_5_VL_VARIANT", "overlap")
     for given, variant in (([], "overlap"), (["--variant=gap"], "gap")):
@@ -139,14 +133,14 @@ def asleep(tmp_path):
 def test_sigterm_before_training_stops_the_run(asleep):
     launcher, process = asleep
     launcher.terminate()
-    assert launcher.wait(60) == STOPPED and "error" not in launcher.stderr.read()
+    assert launcher.wait(SECONDS) == STOPPED and "error" not in launcher.stderr.read()
     assert not process.is_running()
 
 
 def test_ctrl_c_is_reported_in_one_line(asleep):
     launcher, process = asleep
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(60) == 128 + signal.SIGINT
+    assert launcher.wait(SECONDS) == 128 + signal.SIGINT
     assert "stopped by SIGINT: the same command resumes" in (said := launcher.stderr.read())
     assert "SignalException" not in said
     assert not process.is_running()
@@ -155,13 +149,13 @@ def test_ctrl_c_is_reported_in_one_line(asleep):
 def test_sigterm_to_one_process_is_an_error(asleep):
     launcher, process = asleep
     process.terminate()
-    assert launcher.wait(60) == 1 and "error: process 0 was killed by SIGTERM: the same" in launcher.stderr.read()
+    assert launcher.wait(SECONDS) == 1 and "error: process 0 was killed by SIGTERM: the same" in launcher.stderr.read()
 
 
 def test_processes_end_with_their_launcher(asleep):
     launcher, process = asleep
     launcher.kill()
-    until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 10)
+    until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -173,7 +167,8 @@ def test_sigterm_ends_a_node_that_waits_for_others(rank):
         until(lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> signal.SIGTERM - 1 & 1)
         time.sleep(1)  # now it is waiting
         launcher.terminate()
-        assert launcher.wait(10) == STOPPED and launcher.stderr.read().splitlines()[-1].startswith("stopped by SIGTERM")
+        assert launcher.wait(SECONDS) == STOPPED
+        assert launcher.stderr.read().splitlines()[-1].startswith("stopped by SIGTERM")
 
 
 def test_a_port_that_is_taken():

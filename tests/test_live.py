@@ -1,6 +1,7 @@
 """The live command on files, faulty streams, slow models and signals: its output, statistics and record."""
 
 import io
+import itertools
 import json
 import os
 import queue
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,7 +19,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import make_video
+from media import make_video, stream_bytes
+from qwen_vl_streaming.common.clock import now
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.live import cli, options, setup
 from qwen_vl_streaming.live import intake as intake_module
@@ -37,14 +40,14 @@ from qwen_vl_streaming.video import opening
 from qwen_vl_streaming.video.clip_recorder import read_clips
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwen_vl_streaming.video.opening import Source, open_source
-from qwen_vl_streaming.video.sources import Clip, synthetic_clips
+from qwen_vl_streaming.video.sources import Clip, paced_clips, synthetic_clips
 from safetensors.torch import save_file
-from test_sources import serve, stream_bytes  # noqa: F401  a fixture
 from tiny import random_template, tiny_model
+from waiting import SECONDS, until
 
 SMALL = ("--min-pixels-per-frame", "3136", "--max-pixels-per-frame", "3136")
-SLOW = 0.03
-"""Seconds that a step of a slow model takes."""
+SLOW = 4
+"""Clips that the source completes in each step of a slow model."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,9 +99,51 @@ def replays(command, tmp_path, *arguments):
 
 
 @pytest.fixture
-def slow(monkeypatch):
+def intakes(monkeypatch):
+    """Those of the sessions that were opened."""
+    found = []
+    monkeypatch.setattr(setup, "Intake", lambda *given, **named: found.append(Intake(*given, **named)) or found[-1])
+    return found
+
+
+def before_steps(monkeypatch, act):
+    """Calls `act` before each step of a session."""
     step = Session.step
-    monkeypatch.setattr(Session, "step", lambda session: (time.sleep(SLOW), step(session))[1])
+    monkeypatch.setattr(Session, "step", lambda session: (act(session), step(session))[1])
+
+
+@pytest.fixture
+def slow(monkeypatch, intakes):
+    """A slow model: before each of its steps ends, the source has completed SLOW more clips."""
+
+    def clips_come(_):
+        intake = intakes[-1]
+        number = min(intake.due() + SLOW, intake.source.count)
+        until(lambda: intake.due() >= number)
+        until(lambda: len(intake.completed) >= number or len(intake.waiting) == intake_module.ROOM)
+
+    before_steps(monkeypatch, clips_come)
+
+
+@pytest.fixture
+def quick(monkeypatch, intakes):
+    """A quick model, or a slow source: each of its clips is complete once the slot of the one before has begun and has
+    taken two more steps."""
+    steps, slots = [], []
+
+    def one_at_a_time(clips, **options):
+        for number, clip in enumerate(synthetic_clips(clips, **{**options, "speed": 1e6})):
+            until(lambda number=number: len(slots) >= number)
+            yield replace(clip, completed=now())
+
+    def next_clip(session):
+        steps.append(len(session.log.visible))
+        if steps.count(begun := steps[-1]) == 3 and begun:
+            slots.append(begun)
+            until(lambda: len(intakes[-1].completed) > begun or intakes[-1].over)
+
+    monkeypatch.setattr(opening, "synthetic_clips", one_at_a_time)
+    before_steps(monkeypatch, next_clip)
 
 
 def test_a_file_is_watched_and_replayed(command, film, tmp_path):
@@ -150,7 +195,7 @@ def test_other_variants(command, film, tmp_path, variant):
 
 
 def test_slow_model_skips_to_the_newest(command, tmp_path, slow):
-    flags = ("--max-clips", 40, "--speed", 200, "--behind", "skip", "--max-new-tokens", 20)
+    flags = ("--max-clips", 40, "--speed", 1000, "--behind", "skip", "--max-new-tokens", 20)
     for way in ("serial", "fused"):
         code, _, err = command("--source", "synthetic", *flags, "--way", way)
         record, found = read(tmp_path)
@@ -164,7 +209,7 @@ def test_slow_model_skips_to_the_newest(command, tmp_path, slow):
 
 
 def test_slow_model_keeps_clips_waiting(command, tmp_path, slow):
-    flags = ("--max-clips", 10, "--speed", 200, "--schedule", "wait-1", "--max-new-tokens", 12)
+    flags = ("--max-clips", 10, "--speed", 100, "--schedule", "wait-1", "--max-new-tokens", 12)
     code, _, err = command("--source", "synthetic", *flags)
     record, found = read(tmp_path)
     assert code == 0, err
@@ -172,16 +217,16 @@ def test_slow_model_keeps_clips_waiting(command, tmp_path, slow):
     assert found["most_clips_waiting"] > 2
     assert found["missed_deadlines"] > 0
     assert "none is skipped" in err
-    assert found["age_of_newest_frame"]["worst"] > SLOW
+    assert found["age_of_newest_frame"]["worst"] > (SLOW - 1) / 100
     assert replays(command, tmp_path)
 
 
-def test_greedy_that_keeps_up_misses_no_deadline(command, tmp_path, slow):
-    flags = ("--max-clips", 6, "--speed", 3, "--schedule", "greedy", "--max-new-tokens", 80)
-    for way in ("serial", "fused"):
-        assert command("--source", "synthetic", *flags, "--way", way)[0] == 0
-        found = read(tmp_path)[1]
-        assert (found["deadlines"], found["missed_deadlines"]) == (5, 0)
+@pytest.mark.parametrize("way", ["serial", "fused"])
+def test_greedy_that_keeps_up_misses_no_deadline(command, tmp_path, quick, way):
+    flags = ("--max-clips", 6, "--schedule", "greedy", "--max-new-tokens", 80)
+    assert command("--source", "synthetic", *flags, "--way", way)[0] == 0
+    found = read(tmp_path)[1]
+    assert (found["deadlines"], found["missed_deadlines"]) == (5, 0)
 
 
 def test_waiting_clips_are_counted_if_the_source_is_blocked(command, tmp_path, slow, monkeypatch):
@@ -221,7 +266,7 @@ def test_output_paths_are_checked_without_changing_them(tmp_path):
     assert asked.record.read_text() == "an earlier one"
 
 
-def test_deadline_may_be_set(command, tmp_path, slow):
+def test_deadline_may_be_set(command, tmp_path):
     flags = ("--max-clips", 5, "--speed", 20, "--max-new-tokens", 20)
     for deadline, missed in ((1e-6, 4), (1000, 0)):
         assert command("--source", "synthetic", *flags, "--deadline", deadline)[0] == 0
@@ -229,9 +274,15 @@ def test_deadline_may_be_set(command, tmp_path, slow):
         assert (found["deadlines"], found["missed_deadlines"], found["deadline"]) == (4, missed, deadline)
 
 
-def test_max_clips_end_a_file(command, film, tmp_path):
+def test_max_clips_end_a_file(command, film, tmp_path, monkeypatch, intakes):
+    def one_at_a_time(video, speed):
+        for clip in paced_clips(video, speed):
+            until(lambda clip=clip: clip.index == 0 or not intakes[-1].waiting or intakes[-1]._stopped)
+            yield clip
+
+    monkeypatch.setattr(opening, "paced_clips", one_at_a_time)
     for behind in ("wait", "skip"):
-        code, _, err = command("--source", film, "--max-clips", 2, "--speed", 5, "--behind", behind)
+        code, _, err = command("--source", film, "--max-clips", 2, "--speed", 50, "--behind", behind)
         record, _ = read(tmp_path)
         assert code == 0 and len(record.about["clips"]) == 2 and record.complete
         assert "--max-clips" in err
@@ -248,16 +299,17 @@ def test_an_endless_stream_with_a_window(command, tmp_path):
     assert replays(command, tmp_path)
 
 
-def test_the_answer_may_end_before_the_source(command, film, tmp_path, monkeypatch):
-    command("--source", film, "--speed", "50", "--max-new-tokens", 20)
+def test_the_answer_may_end_before_the_source(command, tmp_path, monkeypatch):
+    flags = ("--source", "synthetic", "--max-clips", 30, "--speed", "100")
+    command(*flags, "--max-new-tokens", 20)
     tokens = read(tmp_path)[0].tokens
     end = tokens[4]
     monkeypatch.setattr(setup, "make_template", lambda *what: replace(make_template(*what), end=end))
-    code, out, err = command("--source", film, "--speed", "2")
+    code, out, err = command(*flags)
     record, found = read(tmp_path)
     assert code == 0, err
     assert record.end == "ended" and record.tokens == tokens[: tokens.index(end) + 1]
-    assert found["clips"] < 6 and "the answer has ended, before the source ended" in out
+    assert found["clips"] < 30 and "the answer has ended, before the source ended" in out
 
 
 # Sources that misbehave
@@ -288,7 +340,7 @@ def broken_stream(path, broken=(), other_size_from=None):
 @pytest.mark.parametrize(
     "fault", [{"broken": (7, 8, 31)}, {"other_size_from": 25}], ids=["broken frames", "another size"]
 )
-def test_stream_with_a_fault_in_the_middle(command, tmp_path, serve, fault):  # noqa: F811
+def test_stream_with_a_fault_in_the_middle(command, tmp_path, serve, fault):
     url = serve([[(broken_stream(tmp_path / "v.mkv", **fault), 0)]])
     kept = tmp_path / "kept.safetensors"
     code, _, err = command("--source", url, "--reconnect-seconds", 0, "--max-new-tokens", 30, "--keep", kept)
@@ -301,7 +353,7 @@ def test_stream_with_a_fault_in_the_middle(command, tmp_path, serve, fault):  # 
     assert code == 2 and "--clips" in err
 
 
-def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):  # noqa: F811
+def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):
     """All data at once, then nothing for a while, then all at once from a new connection; then the stream ends."""
     data = stream_bytes(tmp_path, [i / 10 for i in range(30)])
     kept = tmp_path / "kept.safetensors"
@@ -320,14 +372,15 @@ def test_stream_in_two_bursts_with_a_drop_between(command, tmp_path, serve):  # 
         assert replays(command, tmp_path, "--clips", kept)
 
 
-def test_watching_starts_with_the_newest_clip(command, tmp_path, serve, monkeypatch):  # noqa: F811
-    data = stream_bytes(tmp_path, [i / 10 for i in range(80)])
-    size = len(data) // 16
-    url = serve([[(data[at : at + size], 0.2) for at in range(0, len(data), size)]])
+def test_watching_starts_with_the_newest_clip(command, tmp_path, serve, monkeypatch, intakes):
+    data, ready = stream_bytes(tmp_path, [i / 10 for i in range(80)]), threading.Event()
+    url = serve([[(data[: len(data) // 2], 0), (data[len(data) // 2 :], lambda: ready.wait(SECONDS))]])
 
     def ready_late(*what, **options):
-        time.sleep(1.2)
-        return open_session(*what, **options)
+        until(lambda: len(intakes[-1].completed) > 2)
+        opened = open_session(*what, **options)
+        ready.set()
+        return opened
 
     monkeypatch.setattr(setup, "open_session", ready_late)
     kept = tmp_path / "kept.safetensors"
@@ -362,7 +415,7 @@ def test_source_that_is_lost(command, tmp_path, monkeypatch, known):
     assert replays(command, tmp_path)
 
 
-def test_invalid_sources(command, tmp_path, serve, film):  # noqa: F811
+def test_invalid_sources(command, tmp_path, serve, film):
     before = film.read_bytes()
     (tmp_path / "text.mp4").write_text("no video")
     for arguments, match in (
@@ -412,15 +465,8 @@ def test_invalid_sources(command, tmp_path, serve, film):  # noqa: F811
 
 def at_step(monkeypatch, number, act):
     """Calls `act` in the step of this number of a session."""
-    step, steps = Session.step, []
-
-    def spy(session):
-        steps.append(1)
-        if len(steps) == number:
-            act(session)
-        return step(session)
-
-    monkeypatch.setattr(Session, "step", spy)
+    steps = itertools.count(1)
+    before_steps(monkeypatch, lambda session: act(session) if next(steps) == number else None)
 
 
 @pytest.mark.parametrize("number", [1, 2, 6, 12, 30])
@@ -437,12 +483,15 @@ def test_ctrl_c_at_any_step(command, tmp_path, monkeypatch, number):
 
 
 def test_sigterm_before_the_first_clip(command, tmp_path, monkeypatch):
+    stopped, ask = threading.Event(), Watch.ask_to_stop
+
     def silent(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.2)
+        stopped.wait(SECONDS)
         yield from ()
 
     monkeypatch.setattr(opening, "synthetic_clips", silent)
+    monkeypatch.setattr(Watch, "ask_to_stop", lambda watch: (ask(watch), stopped.set()))
     assert command("--source", "synthetic")[0] == 143
     record, found = read(tmp_path)
     assert record.end == "cancelled" and found["clips"] == 0
@@ -735,14 +784,7 @@ def test_intake_does_not_block_and_wakes_up(made):
     intake.wake()
     intake.stop()
     intake.wait()
-    assert not intake._thread.is_alive()
-
-
-def until(happened, seconds=10):
-    deadline = time.time() + seconds
-    while not happened():
-        assert time.time() < deadline
-        time.sleep(0.01)
+    until(lambda: not intake._thread.is_alive())
 
 
 def test_intake_that_skips_does_not_block_the_source(made, monkeypatch):
@@ -779,7 +821,7 @@ def test_invalid_files_of_kept_clips(tmp_path):
             read_clips(tmp_path / name)
 
 
-def test_a_password_is_neither_shown_nor_saved(command, tmp_path, serve):  # noqa: F811
+def test_a_password_is_neither_shown_nor_saved(command, tmp_path, serve):
     data = stream_bytes(tmp_path, [i / 10 for i in range(30)])
     url = serve([[(data, 0)], [(data, 0.1)]]).replace("//", "//admin:hunter2@") + "?pwd=hunter2"
     flags = ("--max-new-tokens", 10, "--keep", tmp_path / "kept.safetensors")

@@ -49,7 +49,6 @@ from safetensors.torch import load_file, save_file
 from sessions import (
     END_OF_SLOT,
     PARALLEL,
-    SECONDS,
     check_deciding,
     decided,
     deciding_case,
@@ -59,6 +58,7 @@ from sessions import (
 )
 from tiny import timeline_ids
 from transformers import PretrainedConfig
+from waiting import SECONDS
 
 SEED = time.time_ns() % 100_000
 STREAMING = [variant for variant in VARIANTS.values() if variant.streams]

@@ -6,14 +6,12 @@ import hashlib
 import json
 import re
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import unquote
 
 import datasets
 import pytest
+from hubs import Hub
 from media import make_tokenizer, make_video
 from planning import check_any_video
 from published import ROOT, Copy
@@ -26,71 +24,39 @@ from test_commands import SHORT, SMALL
 import mani_data
 
 SECTIONS = dict(re.findall(r"^### (.+?)\n(.*?)(?=^##)", (ROOT / "docs/data.md").read_text(), re.DOTALL | re.MULTILINE))
-COMMIT = "0" * 40
 
 
-class DatasetHub:
+class DatasetHub(Hub):
     """Serves the data sets below `folder`, each in OWNER/NAME, as the hub does."""
 
     def __init__(self, folder: Path):
+        super().__init__()
         self.folder = folder
-        hub = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                self.do_GET()
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"HF_ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
 
-            def do_GET(self):
-                hub.answer(self, unquote(self.path.partition("?")[0]), "recursive=true" in self.path.lower())
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.environment = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}",
-            "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "*",
-        }
-
-    def answer(self, request, path: str, recursive: bool) -> None:
+    def answer(self, request, path: str) -> None:
         match = re.fullmatch(r"/(api/)?datasets/(\w+/\w+)(?:/(tree|resolve|revision)/\w+)?/?(.*)", path)
         if not match or not (repository := self.folder / match[2]).is_dir():
-            return self.send(request, 404, b"{}", "RepoNotFound")
+            return self.send(request, 404, {}, "RepoNotFound")
         files = {str(file.relative_to(repository)): file for file in repository.rglob("*") if file.is_file()}
         if match[3] in ("revision", None):
             siblings = [{"rfilename": name} for name in files]
-            return self.send(request, 200, json.dumps({"id": match[2], "sha": COMMIT, "siblings": siblings}).encode())
+            return self.send(request, 200, {"id": match[2], "sha": self.commit, "siblings": siblings})
         if match[3] == "tree":
             below = [name for name in files if name.startswith(f"{match[4]}/" if match[4] else "")]
-            if not recursive:
+            if "recursive=true" not in request.path.lower():
                 below = [name for name in below if str(Path(name).parent) == (match[4] or ".")]
             folders = {str(Path(name).parent) for name in files} - {"."} if not match[4] else ()
             entries = [{"type": "file", "path": name, "size": files[name].stat().st_size} for name in below]
             entries += [{"type": "directory", "path": name, "size": 0} for name in folders]
-            entries = [{**entry, "oid": COMMIT} for entry in entries]
-            return self.send(request, 200, json.dumps(entries).encode())
+            return self.send(request, 200, [{**entry, "oid": self.commit} for entry in entries])
         if match[4] not in files:
-            return self.send(request, 404, b"{}", "EntryNotFound")
-        return self.send(request, 200, files[match[4]].read_bytes())
-
-    @staticmethod
-    def send(request, status: int, data: bytes, error: str = "") -> None:
-        request.send_response(status)
-        request.send_header("Content-Length", str(len(data)))
-        request.send_header("Content-Type", "application/json")
-        request.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        request.send_header("X-Repo-Commit", COMMIT)
-        if error:
-            request.send_header("X-Error-Code", error)
-        request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(data)
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+            return self.send(request, 404, {}, "EntryNotFound")
+        data = files[match[4]].read_bytes()
+        return self.send(request, 200, data, tag=hashlib.sha256(data).hexdigest())
 
 
 @pytest.fixture
@@ -203,9 +169,8 @@ def hub(tmp_path, made):
     kinds = datasets.Features(key=datasets.Value("string"), text=datasets.Value("string"), video=datasets.Video())
     table = datasets.Dataset.from_list(other, features=kinds)
     table.to_parquet(folder / "OWNER/OTHER/data/train-00000-of-00001.parquet")
-    hub = DatasetHub(folder)
-    yield hub
-    hub.close()
+    with DatasetHub(folder) as hub:
+        yield hub
 
 
 def test_a_data_set_of_the_hub(copy, made, hub, tmp_path):

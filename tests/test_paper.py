@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from browser import Browser
@@ -27,6 +28,7 @@ from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Command, Folders, Step
 from qwen_vl_streaming.common.errors import InputError
 from qwenvl import headers as headers_module
 from results import FIELDS
+from waiting import SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[1]
 STREAMING = ["interleave", "overlap", "group", "gap"]
@@ -335,7 +337,7 @@ def test_a_failed_step_names_its_log_and_independent_steps_go_on(tmp_path, capsy
 def test_steps_side_by_side(tmp_path, capsys):
     """Each of two steps waits until the other has started; the third has to wait for a place."""
     a, b, c = (str(tmp_path / name) for name in "abc")
-    meets = 'touch "{0}.on"; for i in $(seq 200); do [ -e "{1}.on" ] && break; sleep 0.05; done; [ -e "{1}.on" ]'
+    meets = 'touch "{0}.on"; for i in $(seq 1200); do [ -e "{1}.on" ] && break; sleep 0.05; done; [ -e "{1}.on" ]'
     run = runner(tmp_path, [script(a, meets.format(a, b)), script(b, meets.format(b, a)), script(c, "true")])
     run.jobs = 2
     assert run.run() == 0
@@ -405,8 +407,9 @@ import sys
 from pathlib import Path
 from paper.runner import Stopped
 from test_paper import runner, script
+waits = "trap 'echo saved; exit 143' TERM; echo ready; sleep 60 & wait"
 try:
-    runner(Path(sys.argv[1]), [script(sys.argv[1] + "/a", "trap 'echo saved; exit 143' TERM; sleep 60 & wait")]).run()
+    runner(Path(sys.argv[1]), [script(sys.argv[1] + "/a", waits)]).run()
 except Stopped as stopped:
     sys.exit(128 + stopped.number)
 """
@@ -416,12 +419,9 @@ def test_a_signal_is_passed_on_and_the_step_ends_first(tmp_path):
     paths = os.pathsep.join([*sys.path, str(ROOT / "tests")])
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths})
     log = tmp_path / "logs/a.log"
-    end = time.monotonic() + 60
-    while not log.exists() and time.monotonic() < end:
-        time.sleep(0.1)
-    time.sleep(0.5)  # until bash has set its trap
+    until(lambda: log.exists() and "\nready\n" in log.read_text())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143 and log.read_text().endswith("saved\n")
+    assert process.wait(SECONDS) == 143 and log.read_text().endswith("saved\n")
     assert "stopped" in (tmp_path / "status.html").read_text()
 
 
@@ -758,12 +758,13 @@ def test_how_long_the_rest_takes():
     )
 
 
-def test_status_page(tmp_path):
+def test_status_page(tmp_path, monkeypatch):
     request = asked(tmp_path)
     progress = [Progress(step, TO_DO, predicted=3600.0) for step in request.steps]
     progress[0].word, progress[0].took = DONE, 300.0
     progress[1].word, progress[1].detail = FAILED, "error: <b>no space</b> " + "x" * 200
-    progress[2].word, progress[2].began = RUNNING, time.time() - 60
+    progress[2].word, progress[2].began = RUNNING, 1000.0
+    monkeypatch.setattr(status, "time", SimpleNamespace(**{**vars(time), "time": lambda: 1060.0}))
     write(request.folders.log(progress[1].step.name), "error: no space\n")
     status.write_page(request.folders, progress)
     with Browser(tmp_path / "browser") as page:

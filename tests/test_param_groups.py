@@ -28,6 +28,7 @@ from qwenvl.data import StreamingDataset
 from qwenvl.param_groups import freeze, make_trainable
 from qwenvl.rows import read_rows
 from qwenvl.training_arguments import SftArguments
+from refusing import refused
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 
@@ -60,15 +61,6 @@ def flags(made, output: Path, more: str = "") -> list[str]:
 def call(main, arguments: list[str], monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["program", *map(str, arguments)])
     run(main)
-
-
-def refused(main, arguments: list[str], capsys, monkeypatch) -> str:
-    """The single error line of a program; its exit status must be 2."""
-    with pytest.raises(SystemExit) as ended:
-        call(main, arguments, monkeypatch)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert ended.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -268,7 +260,7 @@ def test_invalid_arguments_are_refused_before_a_model_loads(made, tmp_path, caps
         ("--vision_tower_lr -1 --tune_mm_vision True", "must be at least 0"),
         (f"--deepspeed {tmp_path / 'zero.json'}", "sets an optimizer"),
     ):
-        assert reason in refused(train.main, flags(made, tmp_path / "out", more), capsys, monkeypatch)
+        assert reason in refused(call, capsys, train.main, flags(made, tmp_path / "out", more), monkeypatch)
 
 
 def test_invalid_merges_are_refused(made, training, tmp_path, capsys, monkeypatch):
@@ -279,7 +271,7 @@ def test_invalid_merges_are_refused(made, training, tmp_path, capsys, monkeypatc
     BaseFiles.of(made[0]).write(adapter, {"streaming_variant": "gap", "wait_k": 2})
 
     def reason(*more) -> str:
-        return refused(merge.main, ["--adapter", adapter, "--output", output, *more], capsys, monkeypatch)
+        return refused(call, capsys, merge.main, ["--adapter", adapter, "--output", output, *more], monkeypatch)
 
     assert "already exists" in reason("--output", made[0])
     (tmp_path / "file").touch()

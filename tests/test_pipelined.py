@@ -24,7 +24,6 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import (
     MANY,
     PARALLEL,
-    SECONDS,
     Unopenable,
     check,
     double_model,
@@ -34,6 +33,7 @@ from sessions import (
     random_case,
 )
 from tiny import tiny_model
+from waiting import SECONDS, until
 
 SEED = time.time_ns() % 100_000
 
@@ -191,7 +191,7 @@ def test_a_session_closes_at_once_even_if_perception_hangs(model, client, tmp_pa
     assert session.step() is None
     with pytest.raises(KeyboardInterrupt), session.fails_on_error():
         raise KeyboardInterrupt
-    assert time.monotonic() - begin < 5 < client.patience
+    assert time.monotonic() - begin < client.patience / 2
     assert read_record(tmp_path / "r.json").end == "cancelled"
     os.kill(client.process.pid, signal.SIGCONT)
     with open_case(model, case, client) as session:
@@ -208,11 +208,9 @@ def test_a_model_that_cannot_be_loaded_is_refused():
         with pytest.raises(error, match=match):
             PerceptionClient(load)
         gc.collect()
-        until = time.monotonic() + 5
-        while (threading.active_count(), len(os.listdir("/proc/self/fd"))) > before and time.monotonic() < until:
-            time.sleep(0.01)
-        threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-        assert threads <= before[0] and files <= before[1]  # that of another test may have been closed in the meantime
+        # Fewer, if that of another test has been closed in the meantime.
+        until(lambda before=before: threading.active_count() <= before[0])
+        until(lambda before=before: len(os.listdir("/proc/self/fd")) <= before[1])
 
 
 def test_perception_ignores_signals_to_the_process_group(model, client):

@@ -94,7 +94,7 @@ def test_known_secrets(monkeypatch):
 def test_long_texts_are_fast(text):
     began = time.process_time()
     redacted("http://" + text)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 20
 
 
 def test_control_characters_are_escaped(capsys):

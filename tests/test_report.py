@@ -17,6 +17,7 @@ from metrics.lag import slot_texts
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
+from refusing import refused
 from report.cli import outputs
 from report.gallery import show_video
 from result_files import METRICS, World
@@ -263,20 +264,12 @@ def test_missing_files_are_reported(world, tmp_path, capsys):
     page, _ = world.report(*world.files, "--tokenizer", str(other), "--videos", "1")
     assert "do not decode to its text: another tokenizer wrote them" in page
     (other / "tokenizer.json").write_text("{}")
-    assert "no tokenizer could be loaded" in refused(world, capsys, *world.files, "--tokenizer", str(other))
+    assert "no tokenizer could be loaded" in refused(world.report, capsys, *world.files, "--tokenizer", str(other))
 
     world.add("group", data=str(tmp_path / "gone.jsonl"))
     page, _ = world.report(str(world.folder / "group_wait-3_infer.json"), "--video-ids", world.videos[1]["video_id"])
     assert "No frames: the evaluation data" in page and page.count('class="story"') == 1
     assert "data:image" not in page
-
-
-def refused(world, capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as ended:
-        world.report(*arguments)
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert ended.value.code == 2 and len(errors) == 1
-    return errors[0]
 
 
 def test_names_that_cannot_be_written_are_refused_at_once(tmp_path):
@@ -325,7 +318,7 @@ def test_invalid_input_is_refused_in_one_line(world, capsys, tmp_path):
         ([gap, "--tokenizer", str(tmp_path / "gone")], "gone is not on this machine"),
         ([gap, "--size", "5B"], "5B"),
     ):
-        assert reason in refused(world, capsys, *arguments), arguments
+        assert reason in refused(world.report, capsys, *arguments), arguments
         assert not world.page.parent.exists()
     world.page.parent.touch()
-    assert "cannot be written" in refused(world, capsys, gap, "--videos", "0")
+    assert "cannot be written" in refused(world.report, capsys, gap, "--videos", "0")

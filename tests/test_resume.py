@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,7 @@ from qwen_vl_streaming.launch.signals import STOPPED
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
 from safetensors.torch import load_file, save_file
 from training import finish, flags, free_port, history, refused, spoil, start, start_two
-
-
-@pytest.fixture(scope="module")
-def undisturbed(made, tmp_path_factory):
-    """A run of 12 steps without interruption."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finish(start(flags(made, folder / "out"), folder / "log"))
-    assert sorted(history(folder / "out")) == list(range(1, 13))
-    return folder / "out"
+from waiting import SECONDS, until
 
 
 def assert_same(one, other) -> None:
@@ -68,9 +59,7 @@ def test_a_partial_checkpoint_is_not_used(undisturbed, made, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     arguments = flags(made, out, save_steps=4, logging_steps=3, num_train_epochs=3)
     process = start(arguments, log, "slow save", 8)
-    until = time.monotonic() + 30
-    while not log.with_suffix(".saving").exists() and time.monotonic() < until:
-        time.sleep(0.05)
+    until(log.with_suffix(".saving").exists)
     process.kill()
     finish(process, -signal.SIGKILL)
     assert (out / "being_saved/checkpoint-8").exists() and checkpoints(out) == ["checkpoint-4"]
@@ -225,11 +214,9 @@ def test_two_processes_with_zero3_equal_one_and_resume_after_sigterm_and_kill(un
     environment = {**os.environ, "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     with log.open("w") as said:
         process = subprocess.Popen(["bash", script, *arguments], env=environment, stdout=said, stderr=said)
-        until = time.monotonic() + 90
-        while not (out / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
+        until(lambda: (out / "checkpoint-2").exists() or process.poll() is not None)
         process.terminate()
-        assert process.wait(60) == STOPPED, log.read_text()
+        assert process.wait(SECONDS) == STOPPED, log.read_text()
     (stopped,) = [int(name.split("-")[1]) for name in checkpoints(out)[-1:]]
     assert 2 <= stopped < 12
 

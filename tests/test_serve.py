@@ -53,7 +53,7 @@ def server(checkpoints, tmp_path_factory):
 def strict(checkpoints, tmp_path_factory):
     """A server with narrow limits, for clients that misbehave."""
     flags = ["--model", str(checkpoints["group"]), "--records", str(tmp_path_factory.mktemp("strict"))]
-    limits = {"frame_bytes": 20_000, "seconds_idle": 1.5, "pixels": 100_000, "mistakes": 10}
+    limits = {"frame_bytes": 20_000, "pixels": 100_000, "mistakes": 10}
     with running([*flags, "--sessions-per-client", "5"], **limits) as server:
         yield server
 
@@ -387,10 +387,21 @@ def test_a_client_that_vanishes_leaves_a_record(strict):
     assert record.end == "cancelled" and record.about["end"] == "lost" and len(record.tokens) == 3
 
 
-def test_a_client_that_stalls_is_disconnected(strict):
+def impatient(server, monkeypatch) -> None:
+    """From its next message on, the only viewer may be idle for half a second."""
+    (viewer,) = server.app.viewers
+    limits = replace(viewer.connection.limits, seconds_idle=0.5)
+    monkeypatch.setattr(viewer.connection, "limits", limits)
+    monkeypatch.setattr(server.server, "settings", replace(server.server.settings, limits=limits))
+
+
+def test_a_client_that_stalls_is_disconnected(strict, monkeypatch):
     async def run():
         async with Talk(strict.connect()) as viewer:
             await viewer.begin(models=["group"])
+            await viewer.until("session.updated")
+            impatient(strict, monkeypatch)
+            await viewer.frame(0)
             assert (await viewer.until("error"))["error"]["code"] == "idle"
             assert (await viewer.until("response.done"))["response"]["status"] == "cancelled"
             assert await viewer.closed() == 1008
@@ -399,14 +410,15 @@ def test_a_client_that_stalls_is_disconnected(strict):
     settled(strict)
 
 
-def test_a_client_that_only_seems_to_be_alive_is_disconnected(strict):
+def test_a_client_that_only_seems_to_be_alive_is_disconnected(strict, monkeypatch):
     async def run():
         async with Talk(strict.connect()) as viewer:
             await viewer.begin(models=["group"])
             await viewer.until("session.updated")
+            impatient(strict, monkeypatch)
             with contextlib.suppress(ConnectionClosed):
-                for _ in range(6):
-                    await asyncio.sleep(0.4)
+                while True:
+                    await asyncio.sleep(0.1)
                     await viewer.frame(0)
             assert await viewer.closed() == 1008
             return [event["error"]["code"] for event in gather(viewer.events)["error"]]

@@ -47,6 +47,7 @@ from served import (
     without_weights,
 )
 from serving_clients import Talk, picture_bytes, random_client
+from waiting import until
 from websockets.asyncio.client import connect
 
 
@@ -129,18 +130,17 @@ def test_a_killed_model_starts_again_and_then_sigterm(command, checkpoint):
                     break
             keys["again"] = await spoken(other)
             idle = await Talk(connect(address)).__aenter__()
-            began = time.monotonic()
             process.send_signal(signal.SIGTERM)
             for viewer in (one, other, idle):
                 assert await viewer.closed() == 1001
                 assert gather(viewer.events)["error"][-1]["error"]["code"] == "server_stopping"
             assert gather(one.events)["response.done"][0]["response"]["status"] == "cancelled"
             status = await asyncio.to_thread(process.wait, SECONDS)
-            return keys, other.events, status, time.monotonic() - began
+            return keys, other.events, status
 
-    keys, other, status, seconds = drive(run, 5 * SECONDS)
+    keys, other, status = drive(run, 5 * SECONDS)
     said = ["model second is lost", "model second is started again", "model second runs again"]
-    assert (status, (folder / "stderr").read_text().splitlines()) == (0, said) and seconds < 8
+    assert (status, (folder / "stderr").read_text().splitlines()) == (0, said)
     ends = {"group": "cancelled", "again": "cancelled", "second": "failed: the process of model second was lost"}
     for name, key in keys.items():
         (path,) = (folder / "records").glob(f"*-{key}.json")
@@ -186,7 +186,7 @@ def test_a_model_that_is_lost_too_often_is_not_started_again(monkeypatch, caplog
         kill = join = is_alive = lambda self, *_: None
 
     def start(spec):
-        starts.append(time.monotonic())
+        starts.append(spec)
         connection, theirs = multiprocessing.Pipe()
         if len(starts) in (2, 3):  # it is lost once more, and then does not load
             for message in (("loaded",), ("ready", 1, 1)):
@@ -322,8 +322,7 @@ def test_a_clip_that_cannot_be_read_loses_the_model(flags, monkeypatch, caplog):
 
         key, status, recorded = drive(run)
         assert (status, recorded) == ("failed", key) and "unspecified" in read_record(server.record(key)).end
-        while not server.server.workers[0].given_up:
-            time.sleep(0.01)
+        until(lambda: server.server.workers[0].given_up)
         assert server.server.condition == "a model is lost" and "a message could not be read" in caplog.text
 
 

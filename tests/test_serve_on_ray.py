@@ -1,13 +1,13 @@
 """The server on Ray Serve: two replicas on the loopback. Skipped where ray is not installed."""
 
 import asyncio
-import socket
 import urllib.request
 
 import pytest
 from qwen_vl_streaming.sessions.record import read_record
 from served import drive, trained
 from serving_clients import Talk, picture_bytes
+from training import free_port
 from websockets.asyncio.client import connect
 
 ray = pytest.importorskip("ray")
@@ -18,9 +18,7 @@ def address(made, tmp_path):
     from qwen_vl_streaming.serve.on_ray import build
     from ray import serve
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     checkpoint = trained(made[0], tmp_path / "group", "group")
     flags = f"--model {checkpoint} --device cpu --records {tmp_path / 'records'} --sessions-per-client 99"
     ray.init(num_cpus=4, include_dashboard=False)

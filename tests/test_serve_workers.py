@@ -18,7 +18,8 @@ from qwen_vl_streaming.serve.model_loop import ModelLoop
 from qwen_vl_streaming.serve.process_handle import ProcessHandle
 from qwen_vl_streaming.serve.record_copy import RecordCopy
 from qwen_vl_streaming.serve.workers import Device, Worker
-from served import SECONDS, drive
+from served import drive
+from waiting import SECONDS, until
 
 
 class Process:
@@ -53,7 +54,7 @@ def make(device: Device | None = None) -> Worker:
     return Worker(SimpleNamespace(name="group"), device or Device())
 
 
-def until_lost(worker: Worker, seconds: float = 5) -> None:
+def until_lost(worker: Worker, seconds: float = SECONDS) -> None:
     """Run `worker`, which is not started again, until the event loop has learned that it is lost."""
 
     async def run():
@@ -114,12 +115,23 @@ def test_a_connection_that_is_closed_while_it_sends_is_no_error(caplog):
     assert not killed and not caplog.records
 
 
+def test_a_model_reads_nothing_after_the_end():
+    """When its pipe is closed, another may be given the number of its file."""
+    ours, theirs = multiprocessing.Pipe()
+    for message in (None, "unread"):
+        ours.send(message)
+    ours.close()
+    loop = ModelLoop(theirs, None, SimpleNamespace(name="group", device="cpu"), None)
+    loop._read()
+    assert loop.inbox.get_nowait() is None and theirs.recv() == "unread"
+
+
 def test_no_process_starts_when_the_server_ends_in_the_pause(started, monkeypatch):
     worker = make()
     monkeypatch.setattr(workers.time, "sleep", lambda _: worker.close())
     restart = threading.Thread(target=worker._restart, daemon=True)
     restart.start()
-    restart.join(5)
+    restart.join(SECONDS)
     assert not restart.is_alive() and len(started) == 1 and not worker.device.without_pool
 
 
@@ -132,11 +144,7 @@ def test_a_process_that_starts_when_the_server_ends_is_killed(started, monkeypat
 
     monkeypatch.setattr(ProcessHandle, "start", start_and_end)
     threading.Thread(target=worker._restart, daemon=True).start()
-    for _ in range(500):
-        if len(started) == 2 and started[1].pipe.closed:
-            break
-        threading.Event().wait(0.01)
-    assert len(started) == 2 and started[1].pipe.closed
+    until(lambda: len(started) == 2 and started[1].pipe.closed)
 
 
 def test_a_restart_that_fails_in_an_unexpected_way_is_given_up(started, monkeypatch, caplog):
@@ -213,7 +221,7 @@ def test_a_process_that_says_nothing_for_too_long_is_killed(started, monkeypatch
             time.sleep(0.5)
 
     threading.Thread(target=beat, daemon=True).start()
-    until_lost(worker, 10)
+    until_lost(worker)
     assert ended == [("lost", None, False)] and process.pipe.closed and time.monotonic() - begun > 4
     assert "model group has said nothing for 2 s: its process hangs and is killed" in caplog.text
 

@@ -18,8 +18,9 @@ from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.timeline.plan import make_plan
 from qwen_vl_streaming.timeline.timeline import Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from sessions import MANY, PARALLEL, SECONDS, check, play, random_case
+from sessions import MANY, PARALLEL, check, play, random_case
 from tiny import random_counts, random_template
+from waiting import SECONDS
 
 SEED = time.time_ns() % 100_000
 MODES = ("serial", "fused")

@@ -1,66 +1,36 @@
 """Clips in real time: paced files, a synthetic scene, and HTTP and RTSP streams that are interrupted."""
 
-import contextlib
 import threading
 import time
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
+from http.server import SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
 import torch
-from media import make_video, read_number
+from media import make_video, read_number, stream_bytes
+from qwen_vl_streaming.common.clock import now
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
 from qwen_vl_streaming.video.sources import paced_clips, synthetic_clips
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
-from serving import Quiet, serving
+from serving import serving
+from waiting import until
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
 
 
-@pytest.fixture
-def serve():
-    """Serves each connection the next of some streams, a list of (bytes, seconds to wait before them); then refuses."""
-    servers = contextlib.ExitStack()
-
-    def start(connections, kind="video/mp2t"):
-        left = list(connections)
-
-        class Handler(Quiet, BaseHTTPRequestHandler):
-            def do_GET(self):
-                if not left:
-                    self.send_error(404)
-                    return
-                self.send_response(200)
-                self.send_header("Content-Type", kind)
-                self.end_headers()
-                for data, delay in left.pop(0):
-                    time.sleep(delay)
-                    with contextlib.suppress(ConnectionError):  # the consumer may leave
-                        self.wfile.write(data)
-
-        return servers.enter_context(serving(Handler)).url + "/live.ts"
-
-    with servers:
-        yield start
-
-
-def stream_bytes(tmp_path, times):
-    return make_video(tmp_path / "part.ts", times, container="mpegts").read_bytes()
-
-
 def test_file_is_paced_and_equal_to_the_file(tmp_path):
     path = make_video(tmp_path / "v.mp4", seconds=3)
-    begin = time.time()
+    begin = now()
     video = read_video(path, budget=SMALL)
     clips = list(paced_clips(video, speed=4))
     assert torch.equal(torch.cat([clip.frames for clip in clips]), video.frames)
     np.testing.assert_array_equal(np.concatenate([clip.timestamps for clip in clips]), video.timestamps)
     assert [clip.index for clip in clips] == [0, 1, 2]
     np.testing.assert_allclose(np.diff([clip.completed for clip in clips]), 0.25, atol=1e-6)
-    assert begin + 2.5 / 4 <= clips[-1].completed <= time.time()
+    assert begin + 2.5 / 4 <= clips[-1].completed <= now()
 
 
 def test_late_consumer_learns_when_a_clip_was_due(tmp_path):
@@ -82,24 +52,24 @@ def test_synthetic():
 def test_http_stream_gives_the_clips_of_the_file(tmp_path, serve):
     times = [i / 10 for i in range(35)]
     url = serve([[(stream_bytes(tmp_path, times), 0)]])
-    before = time.time()
+    before = now()
     clips = list(stream_clips(url, budget=SMALL, reconnect_seconds=0))
     video = read_video(tmp_path / "part.ts", budget=SMALL)
     assert torch.equal(torch.cat([clip.frames for clip in clips]), video.frames)
     np.testing.assert_allclose(np.concatenate([clip.timestamps for clip in clips]), video.timestamps, atol=1e-6)
-    assert all(before <= clip.completed <= time.time() for clip in clips)
+    assert all(before <= clip.completed <= now() for clip in clips)
 
 
-def test_http_stream_is_dropped_and_reconnected(tmp_path, serve, caplog):
-    """The server disconnects in mid-stream; the next connection continues a second later, with a new clock."""
+def test_http_stream_is_dropped_and_reconnected(tmp_path, serve, wall, caplog):
+    """The server disconnects in mid-stream; the next connection continues 1.5 s later, with a new clock."""
     first = stream_bytes(tmp_path, [i / 10 for i in range(20)])
     second = stream_bytes(tmp_path, [i / 10 for i in range(20)])
-    url = serve([[(first[: len(first) * 3 // 4], 0)], [(second, 1.5)]])
+    url = serve([[(first[: len(first) * 3 // 4], 0)], [(second, lambda: wall.move(1.5))]])
     clips = list(stream_clips(url, budget=SMALL, reconnect_seconds=0.6))
     moments = np.concatenate([clip.timestamps for clip in clips])
     assert [clip.index for clip in clips] == list(range(len(clips)))
     assert (np.diff(moments) >= 0).all()
-    assert moments[-1] > 2.5  # the second connection began 1.5 s after the first, in real time, and lasts 2 s
+    assert 3.5 < moments[-1] < 3.8  # the second connection gives a frame 1.7 s after the first, and lasts 2 s
     numbers = [read_number(frame.numpy()) for clip in clips for frame in clip.frames]
     assert numbers[:2] == [0, 5]
     assert numbers[-1] >= 15
@@ -114,15 +84,13 @@ def test_http_recording_ends_at_its_end(tmp_path, caplog):
     assert "dropped" not in caplog.text
 
 
-def test_http_stream_that_keeps_restarting_is_abandoned(tmp_path, serve, caplog):
+def test_http_stream_that_keeps_restarting_is_abandoned(tmp_path, serve, wall, caplog):
     """Connections shorter than the timeout do not reset it, and are retried more and more slowly."""
     data = stream_bytes(tmp_path, [i / 10 for i in range(20)])
     url = serve([[(data, 0)]] * 50)
-    begin = time.time()
     clips = list(stream_clips(url, budget=SMALL, reconnect_seconds=1.5))
-    assert 1.5 <= time.time() - begin < 5
+    assert wall.waits == [0.2, 0.4, 0.8, 1.6] and caplog.text.count("dropped") == 4
     assert not clips[0].film
-    assert 2 <= caplog.text.count("dropped") <= 4
 
 
 def test_missing_source(serve):
@@ -137,10 +105,7 @@ def test_reading_ends_with_its_consumer(tmp_path, serve):
     clips = stream_clips(url, budget=SMALL)
     next(clips)
     clips.close()
-    deadline = time.time() + 5
-    while any(url in thread.name for thread in threading.enumerate()):
-        assert time.time() < deadline
-        time.sleep(0.05)
+    until(lambda: not any(url in thread.name for thread in threading.enumerate()))
 
 
 def test_max_clips(tmp_path, serve):
@@ -148,10 +113,10 @@ def test_max_clips(tmp_path, serve):
     assert len(list(stream_clips(url, budget=SMALL, max_clips=2))) == 2
 
 
-def test_rtsp_camera_gives_its_clips_in_real_time(tmp_path):
+def test_rtsp_camera_gives_its_clips_in_real_time(tmp_path, wall):
     """Over one TCP connection, which passes firewalls; the camera then disconnects for good."""
     path = make_video(tmp_path / "part.ts", [i / 10 for i in range(35)], container="mpegts")
-    with Camera(path) as camera:
+    with Camera(path, wall) as camera:
         clips = list(stream_clips(camera.url, budget=SMALL, reconnect_seconds=0))
     numbers = [read_number(frame.numpy()) for clip in clips for frame in clip.frames]
     assert numbers[0] in (0, 1)  # FFmpeg may have no time for the first frame, which is then skipped
@@ -162,9 +127,9 @@ def test_rtsp_camera_gives_its_clips_in_real_time(tmp_path):
     assert "TCP" in transport
 
 
-def test_rtsp_camera_that_disconnects_is_reconnected(tmp_path, caplog):
+def test_rtsp_camera_that_disconnects_is_reconnected(tmp_path, wall, caplog):
     path = make_video(tmp_path / "part.ts", [i / 10 for i in range(40)], container="mpegts")
-    with Camera(path, plays=2, seconds=2) as camera:
+    with Camera(path, wall, plays=2, seconds=2) as camera:
         clips = list(stream_clips(camera.url, budget=SMALL, reconnect_seconds=0.5))
         assert [method for method, _ in camera.asked].count("PLAY") == 2
     assert [clip.index for clip in clips] == list(range(len(clips)))

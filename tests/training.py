@@ -1,9 +1,11 @@
 """Runs of the training program in separate processes, which tests can kill. They start quickly, because a fork server
 has imported everything."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,8 +15,9 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import psutil
-import pytest
+import refusing
 import torch
+from waiting import SECONDS
 
 FLAGS = {
     "variant": "group",
@@ -73,7 +76,7 @@ def _run(arguments: list[str], log: Path, environment: dict, act: str | None, st
                 # Sent by another process, and to data workers too, as SLURM does.
                 ours = [str(process.pid) for process in (*psutil.Process().children(), psutil.Process())]
                 subprocess.run(["kill", f"-{act[3:]}", *ours])
-                until = time.monotonic() + 30
+                until = time.monotonic() + SECONDS
                 while act == "SIGTERM" and not self.requested and time.monotonic() < until:
                     time.sleep(0.01)  # another thread may have received the signal
             original(self, args, state, control, **kwargs)
@@ -118,9 +121,13 @@ def fork_server():
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port below those that the system hands out, so that nobody else is given it before it is opened."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(max(1024, lowest - 20_000), lowest)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return port
 
 
 def start_many(processes: int, arguments: list[str], log: Path, **actions) -> list:
@@ -147,7 +154,7 @@ def spoil(video: Path, copy: Path) -> Path:
     return copy
 
 
-def finish(process, status: int = 0, seconds: float = 60) -> None:
+def finish(process, status: int = 0, seconds: float = 2 * SECONDS) -> None:
     """Wait for a run and assert that it exits with `status`."""
     process.join(seconds)
     assert process.exitcode == status
@@ -160,11 +167,7 @@ def refused(arguments: list[str], capsys, monkeypatch) -> str:
     from qwenvl import train
 
     monkeypatch.setattr("sys.argv", ["sft.sh", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        run(train.main)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert ended.value.code == 2 and len(lines) == 1
-    return lines[0]
+    return refusing.refused(run, capsys, train.main)
 
 
 def history(output: Path) -> dict[int, tuple[float, float]]:

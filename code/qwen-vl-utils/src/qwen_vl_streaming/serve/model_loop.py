@@ -98,14 +98,14 @@ class ModelLoop:
     def _read(self) -> None:
         pinned = self.spec.device.startswith("cuda")
         try:
-            while True:
-                self.busy_since["inbox"] = math.inf
-                message = self.connection.recv()
+            # Not after the end: the pipe is closed then, and its number may be given to another one.
+            while (message := self.connection.recv()) is not None:
                 self.busy_since["inbox"] = time.monotonic()
-                if message is not None and message[0] == "clip":
+                if message[0] == "clip":
                     kind, key, number, shape, *rest = message
                     message = kind, key, self.pixels.read(number, shape, self.spec.dtype, pinned), *rest
                 self.inbox.put(message)
+                self.busy_since["inbox"] = math.inf
         except (EOFError, OSError):  # the server has ended
             pass
         except Exception as error:  # of CUDA, for example
