@@ -95,9 +95,9 @@ def test_rows_of_livesports(call, tmp_path, capsys):
 
 
 def test_times_of_livesports(call, tmp_path, capsys):
-    """Sentences that overlap are trimmed; without times in order within the event, a row has no segments."""
+    """Sentences may overlap; without times in order within the event, a row has no segments."""
     cases = {
-        '[[10, 12.5, " A  goal! "], [12, 13.8, "Yes."]]': [(0, 2, "A goal!"), (2, 3.8, "Yes.")],
+        '[[10, 12.5, " A  goal! "], [12, 13.8, "Yes."]]': [(0, 2.5, "A goal!"), (2, 3.8, "Yes.")],
         '[[12, 13, "A goal!"], [10, 11, "Yes."]]': None,
         '[[9.9, 11, "A goal!"]]': None,
         '[[11, 15.5, "A goal!"]]': None,

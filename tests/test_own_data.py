@@ -302,6 +302,9 @@ def test_each_row_is_kept_or_listed_with_its_reason(tmp_path, monkeypatch, capsy
     assert sum(report["dropped"].values()) == 3 and (tmp_path / "out/my_3_5_report.png").stat().st_size > 1000
 
 
+BY_START = [{"start": 0, "end": 6, "text": "word " * 20}, {"start": 3, "end": 5, "text": "end"}]
+
+
 def test_rows_with_times_are_filtered_by_their_text(tmp_path, monkeypatch):
     (tmp_path / "films").mkdir()
     make_video(tmp_path / "films/six.mp4", seconds=6)
@@ -316,7 +319,12 @@ def test_rows_with_times_are_filtered_by_their_text(tmp_path, monkeypatch):
         (row("caption", 9, 6, human_caption="word " * 24), None),
         (row("late", 20, 9), "segments are not valid: segment 2 (8 to 9 s) ends after the video, at 6 s"),
         (row("late too", 20, 9, video_duration_in_s=6), "segments are not valid: segment 2 (8 to 9 s) ends after"),
-        (row("overlap", 20, 1.5), "segments are not valid: segment 2 (0.5 to 1.5 s) starts before segment 1 ends"),
+        (row("overlap", 20, 1.5), None),
+        (row("by start", 20, 1.5) | {"segments": BY_START, "segment_time": "start"}, None),
+        (
+            row("not by end", 20, 1.5) | {"segments": BY_START},
+            "segments are not valid: segment 2 (3 to 5 s) ends before",
+        ),
         (row("dots", 0, 6) | {"segments": [{"start": 0, "end": 1, "text": "..."}]}, "caption without a word: '...'"),
     ]
     write(tmp_path / "my.jsonl", [row for row, _ in cases])

@@ -143,7 +143,7 @@ class StreamingDataset(torch.utils.data.Dataset):
         if segments is None and row["human_caption"] is not None:
             return row["human_caption"]
         try:
-            check_segments(row["segments"])
+            check_segments(row["segments"], when=self.segment_time(index))
         except InputError as error:
             raise InputError(f"{row['place']}: {error}") from error
         return join_segments(row["segments"]).text
@@ -196,7 +196,7 @@ class StreamingDataset(torch.utils.data.Dataset):
         template, segments = self.template(index), self.segments(index)
         if segments is not None:
             try:
-                check_segments(segments, clips * seconds_per_clip)
+                check_segments(segments, clips * seconds_per_clip, self.segment_time(index))
             except InputError as error:
                 raise InputError(f"{self.rows[index]['place']}: {error}") from error
         elif self.variant.streams and self.end_of_slot is None and answer - 1 < clips:
