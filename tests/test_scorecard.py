@@ -114,7 +114,7 @@ def test_every_metric_of_captions_with_slots(made, checkpoint, endpoint, score_o
     assert (scores["count"], scores["skipped"]) == (6, 0)
     found = scores["timeliness"]
     assert (found["events"], found["without_times"], found["delay_median"], found["within_1"]) == (1, 5, 1, 100)
-    said = [{"video_id": "v1", "event": rows[1]["result"].split()[0], "time": 0, "said": 1}]
+    said = [{"video_id": "v1", "event": rows[1]["result"].split()[0], "time": 0, "said": 1, "early": False}]
     assert lines(tmp_path / "group_timeliness.jsonl") == said
 
     videos = lines(tmp_path / "group_per_video.jsonl")
