@@ -53,21 +53,37 @@ STOP_WORDS = frozenset(STOP.split())
 """Words that do not tell one event from another, among them those that introduce a description of a video."""
 
 
+UNCHANGED = ("lens", "gas", "news", "canvas")
+IRREGULAR = dict(zip(UNCHANGED, UNCHANGED, strict=True))
+IRREGULAR |= {"goes": "go", "going": "go", "skied": "ski", "freed": "free", "axes": "axe", "guaranteed": "guarantee"}
+IRREGULAR |= {"agreed": "agree", "disagreed": "disagree", "refereed": "referee"}
+"""Words to which the rules of `stem` do not apply."""
+
+
 def stem(word: str) -> str:
-    """The lower-case word without the endings 's, -s, -es, -ies, -ing, -ed and -e, and without the doubled consonant
-    that -ing or -ed may leave: a simplified form of steps 1a, 1b and 5a of Porter's algorithm (1980). Different codes
-    of one character (Unicode's NFKC) are the same. Stems are only compared with each other; they need not be words."""
+    """The lower-case word without the endings 's, -s, -es, -ing, -ed and -e, with -y for -ie, -ies and -ied, and
+    without the doubled consonant that -ing or -ed may leave: a simplified form of steps 1a, 1b and 5a of Porter's
+    algorithm (1980). Irregular forms, such as went, fell and men, are other words. Different codes of one character (Unicode's
+    NFKC) are the same. Stems are only compared with each other; they need not be words."""
     word = re.sub(r"['’](?:s$)?", "", unicodedata.normalize("NFKC", word).lower())
     if not word.isascii():
         return word
-    if len(word) > 3 and word.endswith("ies"):
-        word = word[:-3] + "y"
-    elif len(word) > 3 and re.search(r"(ss|sh|ch|x|z)es$", word):
+    if word in IRREGULAR:
+        word = IRREGULAR[word]
+    elif len(word) > 3 and re.search(r"ie[sd]$", word):
+        return word[:-3] + "y"
+    elif re.search(r"(\w(ss|sh|ch|x|z)|\w\wo)es$", word):
         word = word[:-2]
     elif len(word) > 2 and re.search(r"[^us]s$", word):
         word = word[:-1]
-    if (found := re.fullmatch(r"(\w*[aeiouy]\w*?)(ing|(?<!e)ed)", word)) and len(found[1]) > 2:
-        word = re.sub(r"([bdfgmnprtv])\1$", r"\1", found[1])
+    if found := re.fullmatch(r"(\w*[aeiouy]\w*?)(ing|(?<!e)ed)", word):
+        if len(found[1]) > 2:
+            word = re.sub(r"(?<=\w\w)([bdgkmnprtv])\1$", r"\1", found[1])
+        elif re.match(r"[aeiou][^aeiou]", found[1]) or found[0].endswith("yed"):  # used, using, dyed
+            word = found[1] + "e"
+        elif found[1].endswith("y"):  # dying
+            word = found[1]
+    word = re.sub(r"([aeiou][^aeiou]+[aeiou]+l)l$", r"\1", re.sub(r"ie$", "y", word))  # travelled, travels
     return word[:-1] if len(word) > 3 and word.endswith("e") else word
 
 
