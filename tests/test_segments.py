@@ -73,8 +73,9 @@ def test_a_text_has_the_time_of_its_segment():
     assert join_segments(segments, "start").times == (0, 2, 4, 6)
     spread = join_segments(segments, "spread")
     pieces = [spread.text[a:b] for a, b in zip((0, *spread.ends), spread.ends, strict=False)]
-    assert pieces == ["A", " dog", " runs", " in.", "球来", "了。", "go", " home"] and spread.text == timed.text
+    assert pieces == ["A", " dog", " runs", " in.", "球", "来", "了", "。", "go", " home"] and spread.text == timed.text
     assert spread.times[:4] == pytest.approx((2 / 14, 10 / 14, 20 / 14, 2)) and spread.times[-1] == 7
+    assert spread.times[4:8] == (2.25, 2.5, 5, 6)  # each character of Chinese is a word
     # A token across two segments has the later time, and so has what is split from one character.
     assert token_times(timed, [(0, 14), (13, 15), (15, 16), (15, 16), (16, 17)]) == [2, 2.5, 2.5, 2.5, 6]
     assert row_caption({"segments": segments}) == timed.text

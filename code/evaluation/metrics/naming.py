@@ -63,8 +63,8 @@ IRREGULAR |= {"agreed": "agree", "disagreed": "disagree", "refereed": "referee"}
 def stem(word: str) -> str:
     """The lower-case word without the endings 's, -s, -es, -ing, -ed and -e, with -y for -ie, -ies and -ied, and
     without the doubled consonant that -ing or -ed may leave: a simplified form of steps 1a, 1b and 5a of Porter's
-    algorithm (1980). Irregular forms, such as went, fell and men, are other words. Different codes of one character (Unicode's
-    NFKC) are the same. Stems are only compared with each other; they need not be words."""
+    algorithm (1980). Irregular forms, such as went, fell and men, are other words. Different codes of one character
+    (Unicode's NFKC) are the same. Stems are only compared with each other; they need not be words."""
     word = re.sub(r"['’](?:s$)?", "", unicodedata.normalize("NFKC", word).lower())
     if not word.isascii():
         return word

@@ -28,7 +28,7 @@ from metrics.bleurt import bleurt, find_checkpoint
 from metrics.judge import KEY, Judge
 from metrics.naming import Event
 from metrics.references import read_times
-from metrics.scoring import NotComputed, check_java, check_pairs, score, write_scores
+from metrics.scoring import NotComputed, check_java, check_pairs, score, warn_of_unspaced, write_scores
 from metrics.timing import POINTS, describe, measure_file, times_of
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scori
     the reasons.
     """
     check_pairs(*pairs(rows))
+    warn_of_unspaced(*pairs(rows))
     for path in (where, *(sibling(captions, what) for what in (PER_VIDEO, ANSWERS, POINTS))):
         check_writable(path)
     videos = {row["video_id"]: {"video_id": row["video_id"]} for row in rows}

@@ -18,8 +18,10 @@ TOLERANCE = 1.0
 """Seconds by which the last segment may end after the video, since published durations are rounded."""
 SLACK = 1e-6
 """Seconds by which times may differ from rounding."""
-WITHOUT_SPACES = "[\u2e80-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef]"
+WITHOUT_SPACES = "[\u2e80-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 """Matches a character of a script that writes no spaces: Chinese and Japanese, with their punctuation."""
+WORD = rf"{WITHOUT_SPACES}|(?:(?!{WITHOUT_SPACES})\S)+"
+"""Matches a word. In Chinese and Japanese, each character is one."""
 
 Token = TypeVar("Token")
 
@@ -48,7 +50,7 @@ def join_segments(segments: Sequence[Mapping[str, Any]], when: str = "end") -> T
         start, end, own = segment["start"], min(segment["end"], following), " ".join(segment["text"].split())
         if text and own and not re.match(WITHOUT_SPACES, text[-1]) and not re.match(WITHOUT_SPACES, own[0]):
             text += " "
-        words = [match.end() for match in re.finditer(r"\S+", own)] if when == "spread" else [len(own)]
+        words = [match.end() for match in re.finditer(WORD, own)] if when == "spread" else [len(own)]
         for stop in words:
             ends.append(len(text) + stop)
             times.append(start if when == "start" else start + (end - start) * stop / max(1, len(own)))
@@ -123,7 +125,7 @@ def words_late(
     slots = slot_tokens(range(len(times)), times, arrivals, most, -1)
     slot_of = [number for number, slot in enumerate(slots) for token in slot if token >= 0]
     late, token = [], 0
-    for word in re.finditer(r"\S+", timed.text):
+    for word in re.finditer(WORD, timed.text):
         while offsets[token][1] < word.end() and token < len(offsets) - 1:
             token += 1
         due = next((arrival for arrival in arrivals if arrival + SLACK >= times[token]), arrivals[-1])
