@@ -39,7 +39,7 @@ from .headers import CHANNEL, Headers
 from .param_groups import check_parts, describe_parts, make_trainable
 from .prescan import scan
 from .record import RunRecord, describe_run, recorded_arguments
-from .rows import exclude, hold_out, read_rows
+from .rows import exclude, file_of, hold_out, read_rows
 from .skipped import Skipped
 from .trainer import StepProgress, StreamingTrainer
 from .zero3 import choose_linear, gather_whole_layers
@@ -227,7 +227,8 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
 
     every_row = read_rows(data_arguments.train_data)
     check_videos((row["video_path"] for row in every_row), ROOT, data_arguments.video_folder)
-    rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed)
+    find = partial(file_of, root=ROOT, video_root=data_arguments.video_folder)
+    rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed, find)
     make_dataset = partial(
         StreamingDataset,
         root=ROOT,
