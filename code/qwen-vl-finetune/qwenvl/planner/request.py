@@ -3,7 +3,8 @@
 import argparse
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..data import StreamingDataset
 from ..flags_help import HelpfulParser
 from ..headers import Headers
 from ..record import recorded_arguments
-from ..rows import read_rows
+from ..rows import file_of, hold_out, read_rows
 from .gpus import Gpus
 from .host import available_memory
 from .lengths import Lengths, assumed_lengths, find_lengths
@@ -170,9 +171,8 @@ class Request:
         plan = choose(shape, lengths, gpus, given, host)
         settings = plan.settings
         samples = settings.samples * settings.accumulation * gpus.count
-        steps = count_steps(
-            lengths.rows, samples, self.given.get("num_train_epochs", 1.0), self.given.get("max_steps", -1)
-        )
+        epochs, most = self.given.get("num_train_epochs", 1.0), self.given.get("max_steps", -1)
+        steps = count_steps(lengths.rows - lengths.held_out, samples, epochs, most)
         return plan, shape, lengths, steps
 
     def _config(self, gpus: Gpus):
@@ -186,17 +186,24 @@ class Request:
             return released_config(size)
 
     def _lengths(self, config, gpus: Gpus) -> Lengths:
+        share, held_out = self.given.get("eval_share", 0.0), self.given.get("eval_samples", 0)
+        seed = self.given.get("seed", 42)
+
+        def assumed(max_length: int) -> Lengths:
+            lengths = assumed_lengths(max_length)
+            return replace(lengths, held_out=min(held_out or round(share * lengths.rows), lengths.rows))
+
         if self.data is None:
             if gpus.here:
                 raise InputError(self.no_data)
-            return assumed_lengths(self.given.get("model_max_length", 8192))
+            return assumed(self.given.get("model_max_length", 8192))
         data = self.data
         try:
             processor = load_processor(self.model.model_name_or_path)
         except InputError:
             if gpus.here:
                 raise
-            return assumed_lengths(data.max_length)
+            return assumed(data.max_length)
         rows = read_rows(data.train_data)
         samples = StreamingDataset(
             rows,
@@ -211,6 +218,8 @@ class Request:
             end_of_slot=self.model.end_of_slot if self.model.decides else None,
             budget=data.pixel_budget,
             max_length=data.max_length,
-            seed=self.given.get("seed", 42),
+            seed=seed,
         )
-        return find_lengths(samples, self.headers)
+        find = partial(file_of, root=ROOT, video_root=data.video_folder)
+        _, held = hold_out(rows, share, held_out, seed, find)
+        return replace(find_lengths(samples, self.headers), held_out=len(held))
