@@ -68,6 +68,8 @@ class OwnVideo:
 class OwnSample(Sample):
     """A row, with its own duration where it states one."""
 
+    duration_fields: tuple[str, ...] = DURATION_FIELDS[:1]
+    """Other fields of one's own rows, such as "duration", can mean anything, and are ignored."""
     stated: bool = False
     """Whether the row states the duration of its video."""
     segments: list[dict] | None = None
@@ -117,7 +119,7 @@ def _read(options: Options) -> Iterator[OwnSample]:
             yield OwnSample("", where, error=f"row is not valid: {reason}")
             continue
         sample = OwnSample(str(row["video_id"]), where, json.dumps(row, default=str).encode())
-        sample.stated = any(row.get(name) is not None for name in DURATION_FIELDS)
+        sample.stated = any(row.get(name) is not None for name in sample.duration_fields)
         try:
             sample.video = str(find_video(row["video_path"], options.root, options.video_root))
             if not os.path.isfile(sample.video):
