@@ -236,7 +236,10 @@ class DataArguments:
         default=0, metadata={"help": "Pack the samples of a batch into rows of this many tokens; 0: a row each."}
     )
     keep_frames: bool = field(
-        default=False, metadata={"help": "Cache decoded frames in memory, for several epochs over data that fits."}
+        default=False,
+        metadata={
+            "help": "Cache decoded frames in memory, for several epochs over data that fits; each worker has its own."
+        },
     )
 
     def __post_init__(self):
@@ -300,6 +303,9 @@ class SftArguments(TrainingArguments):
     save_steps: float = 500
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of newest checkpoints to keep; 0: all."})
     dataloader_num_workers: int = 4
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Keep the workers between epochs; default: with --keep_frames True only."}
+    )
     report_to: str = field(
         default="tensorboard", metadata={"help": "wandb adds Weights & Biases to TensorBoard; none disables both."}
     )

@@ -28,6 +28,7 @@ from transformers import PretrainedConfig, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
+from .argument_checks import keep_workers
 from .arguments import ROOT, DataArguments, ModelArguments, SftArguments, default_output
 from .checkpointing import SaveError, newest_checkpoint, save_final_model
 from .collectives import any_process
@@ -77,6 +78,7 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     arguments = groups[-1]
+    keep_workers(arguments, groups[1].keep_frames)
     arguments.output_dir = arguments.output_dir or str(default_output(groups[0].variant))
     quiet_libraries(arguments.process_index == 0)
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
