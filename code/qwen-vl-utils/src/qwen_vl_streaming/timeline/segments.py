@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, TypeVar
 
 from ..common.errors import InputError
@@ -45,8 +44,8 @@ def join_segments(segments: Sequence[Mapping[str, Any]], when: str = "end") -> T
     overlaps the next is written before that starts.
     """
     text, ends, times = "", [], []
-    nexts = [segment["start"] for segment in segments[1:]] if when == "spread" else []
-    for segment, following in zip_longest(segments, nexts, fillvalue=math.inf):
+    nexts = [segment["start"] if when == "spread" else math.inf for segment in segments[1:]]
+    for segment, following in zip(segments, [*nexts, math.inf], strict=False):
         start, end, own = segment["start"], min(segment["end"], following), " ".join(segment["text"].split())
         if text and own and not re.match(WITHOUT_SPACES, text[-1]) and not re.match(WITHOUT_SPACES, own[0]):
             text += " "
