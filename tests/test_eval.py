@@ -44,6 +44,16 @@ def made(tmp_path_factory):
     return tiny_checkpoint(folder / "model"), data, rows
 
 
+def test_segments_may_overlap():
+    """They are not written, so that any order will do; their times are checked."""
+    segments = [{"start": 0, "end": 9, "text": "a"}, {"start": 3, "end": 5, "text": "b"}]
+    video = SimpleNamespace(clips=11, seconds_per_clip=1.0)
+    captioning.check_times({"place": "a, line 1", "segments": segments}, video)
+    segments[1]["start"] = 6
+    with pytest.raises(InputError, match=r"a, line 1: segment 2 \(6 to 5 s\) ends before it starts"):
+        captioning.check_times({"place": "a, line 1", "segments": segments}, video)
+
+
 @pytest.fixture
 def evaluate(made, tmp_path, monkeypatch):
     """Run eval.py's main with flags over the defaults of this test; returns its output folder."""

@@ -87,9 +87,9 @@ def test_rows_of_livesports(call, tmp_path, capsys):
 
 
 def test_times_of_livesports(call, tmp_path, capsys):
-    """Sentences that overlap are trimmed; without times in order within the event, a row has no segments."""
+    """Sentences may overlap; without times in order within the event, a row has no segments."""
     cases = {
-        '[[10, 12.5, " A  goal! "], [12, 13.8, "Yes."]]': [(0, 2, "A goal!"), (2, 3.8, "Yes.")],
+        '[[10, 12.5, " A  goal! "], [12, 13.8, "Yes."]]': [(0, 2.5, "A goal!"), (2, 3.8, "Yes.")],
         '[[12, 13, "A goal!"], [10, 11, "Yes."]]': None,
         '[[9.9, 11, "A goal!"]]': None,
         '[[11, 15.5, "A goal!"]]': None,
@@ -183,6 +183,21 @@ def test_files_that_are_not_the_benchmark(call, tmp_path, capsys):
         ("Commentary B is better aligned with the human commentary than Commentary A.", "B"),
         ("<think>Commentary A? Commentary A is better.</think>\nCommentary B is better aligned.", "B"),
         ("Commentary A and Commentary B are alike.", "A"),  # as LiveCC's script reads it
+        ("Commentary A is not better; Commentary B is better aligned.", "B"),
+        ("Commentary A is better, not Commentary B.", "A"),
+        ("Commentary A is better aligned not only in meaning but in style; Commentary B is not.", "A"),
+        ("Commentary A is not close and Commentary B is better.", "B"),
+        ("Commentary A is not close, so **Commentary B**", "B"),
+        ("Commentary A misses the goal. It isn't clear, but Commentary B is better aligned.", "B"),
+        ("Neither Commentary A nor Commentary B is better aligned with the human commentary.", None),
+        ("Neither Commentary A nor Commentary B", None),
+        ("Neither commentary is close, so Commentary A is better aligned.", "A"),
+        ("Commentary A is not better than Commentary B.", None),
+        ("Commentary A isn't better.", None),
+        ("I do not think that Commentary B is better.", None),
+        ("Commentary A is no better than Commentary B", None),
+        ("Commentary A and Commentary B are equally close.", None),
+        ("Commentary A is worse than Commentary B.", None),
         ("Neither.", None),
         ("", None),
         (None, None),

@@ -246,16 +246,20 @@ def test_each_row_is_kept_or_listed_with_its_reason(tmp_path, monkeypatch, capsy
             "video is shorter than its JSON says: 6.00 s instead",
         ),
         ({**good, "video_id": "stated", "video_duration_in_s": 6.5}, None),
+        ({**good, "video_id": "clock", "duration": "00:06", "duration_in_s": 3}, None),
+        ({**good, "video_id": "milliseconds", "duration": 6000, "video_duration": 6000}, None),
         ({**good, "video_id": "zero", "video_duration_in_s": 0}, "video_duration_in_s is not a duration: '0'"),
     ]
     write(tmp_path / "my.jsonl", [row for row, _ in cases])
     filtered(tmp_path, monkeypatch, *IN_AND_OUT)
     said = capsys.readouterr().out
-    assert "my.jsonl: 13 samples, 2 rows in out/my_3_5.jsonl" in said and "3   row is not valid" in said
+    assert "my.jsonl: 15 samples, 4 rows in out/my_3_5.jsonl" in said and "3   row is not valid" in said
     kept = [json.loads(line) for line in (tmp_path / "out/my_3_5.jsonl").read_text().splitlines()]
     assert [(row["video_id"], row["video_duration_in_s"], row["mine"]) for row in kept] == [
         ("7", 6.0, [1, "é"]),
         ("stated", 6.5, [1, "é"]),
+        ("clock", 6.0, [1, "é"]),
+        ("milliseconds", 6.0, [1, "é"]),
     ]
     listed = [json.loads(line) for line in (tmp_path / "out/my_3_5_skipped.jsonl").read_text().splitlines()]
     expected = [(f"line {number}", reason) for number, (_, reason) in enumerate(cases, 1) if reason]
@@ -263,8 +267,11 @@ def test_each_row_is_kept_or_listed_with_its_reason(tmp_path, monkeypatch, capsy
     for row, (_, reason) in zip(listed, expected, strict=True):
         assert row["reason"].startswith(reason), row
     report = json.loads((tmp_path / "out/my_3_5_report.json").read_text())["splits"]["my.jsonl"]
-    assert (report["samples"], report["rows"], report["bad"]) == (13, 2, 8)
+    assert (report["samples"], report["rows"], report["bad"]) == (15, 4, 8)
     assert sum(report["dropped"].values()) == 3 and (tmp_path / "out/my_3_5_report.png").stat().st_size > 1000
+
+
+BY_START = [{"start": 0, "end": 6, "text": "word " * 20}, {"start": 3, "end": 5, "text": "end"}]
 
 
 def test_rows_with_times_are_filtered_by_their_text(tmp_path, monkeypatch):
@@ -281,7 +288,12 @@ def test_rows_with_times_are_filtered_by_their_text(tmp_path, monkeypatch):
         (row("caption", 9, 6, human_caption="word " * 24), None),
         (row("late", 20, 9), "segments are not valid: segment 2 (8 to 9 s) ends after the video, at 6 s"),
         (row("late too", 20, 9, video_duration_in_s=6), "segments are not valid: segment 2 (8 to 9 s) ends after"),
-        (row("overlap", 20, 1.5), "segments are not valid: segment 2 (0.5 to 1.5 s) starts before segment 1 ends"),
+        (row("overlap", 20, 1.5), None),
+        (row("by start", 20, 1.5) | {"segments": BY_START, "segment_time": "start"}, None),
+        (
+            row("not by end", 20, 1.5) | {"segments": BY_START},
+            "segments are not valid: segment 2 (3 to 5 s) ends before",
+        ),
         (row("dots", 0, 6) | {"segments": [{"start": 0, "end": 1, "text": "..."}]}, "caption without a word: '...'"),
     ]
     write(tmp_path / "my.jsonl", [row for row, _ in cases])

@@ -587,6 +587,20 @@ def test_pixels_stay_in_host_memory(made):
     assert send_to_device({"pixels": pixels}, "meta")["pixels"] is pixels
 
 
+def test_held_out_samples_are_no_steps(made, monkeypatch):
+    words = (
+        f"--train_data {made[1]} --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --num_train_epochs 3"
+    )
+    words += " --min_pixels_per_frame 3136 --max_pixels_per_frame 3136"
+    for more, held, steps in (("", 0, 12), ("--eval_samples 4", 4, 6), ("--eval_share 0.25", 2, 9)):
+        request = given_by(f"{words} {more}", monkeypatch, made[0])
+        _, _, lengths, found = request.predict(parse_gpus("H200"))
+        assert (lengths.rows, lengths.held_out, found) == (8, held, steps)
+        assert (f"8 samples ({held} held out) of" in request.plan(parse_gpus("H200"))[0]) == bool(held)
+    away = given_by("--train_data none.jsonl --eval_share 0.5", monkeypatch, made[0]).predict(parse_gpus("H200"))[2]
+    assert (away.rows, away.held_out) == (20_000, 10_000)
+
+
 def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch, capsys):
     """Losses and gradient norms in float32 equal those of one sample at a time, and a resumed run keeps its plan."""
     common = {"min_pixels_per_frame": 3136, "max_pixels_per_frame": 3136}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from qwenvl.batches import collate
 from qwenvl.curves import draw_curves
 from qwenvl.data import IGNORED, StreamingDataset
 from qwenvl.record import commit
-from qwenvl.rows import hold_out, read_rows
+from qwenvl.rows import file_of, hold_out, read_rows
 from qwenvl.throughput import Throughput
 from qwenvl.training_arguments import SftArguments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -94,6 +95,22 @@ def test_held_out_rows_are_whole_videos(made):
         hold_out(rows, 0.0, 20, 1)
     with pytest.raises(InputError, match="--eval_share 1"):
         SftArguments(output_dir="x", use_cpu=True, bf16=False, eval_share=1)
+
+
+def test_one_video_in_several_spellings_is_on_one_side(tmp_path):
+    (tmp_path / "films").mkdir()
+    for number in range(6):
+        (tmp_path / f"films/{number}.mp4").write_bytes(b"")
+    (tmp_path / "link.mp4").symlink_to("films/0.mp4")
+    spellings = ("films/{}.mp4", "{}.mp4", f"{tmp_path}/films/{{}}.mp4", "./films/../films/{}.mp4", "gone/gone{}.mp4")
+    paths = [spelling.format(number) for number in range(6) for spelling in spellings] + ["link.mp4"]
+    rows = [{"video_path": path, "video_id": i} for i, path in enumerate(paths)]
+    find = partial(file_of, root=tmp_path, video_root=tmp_path / "films")
+    for seed in range(10):
+        left, held = hold_out(rows, 0.4, 0, seed, find)
+        assert sorted([*left, *held], key=lambda row: row["video_id"]) == rows
+        sides = [{find(row["video_path"]) for row in side} for side in (left, held)]
+        assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 12
 
 
 @pytest.mark.parametrize("pack_tokens", [0, 600])

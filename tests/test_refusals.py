@@ -58,6 +58,10 @@ def refusal(made, tmp_path, capsys, monkeypatch):
         ("--max_bad_share 2", "--max_bad_share 2.0"),
         ("--dataloader_num_workers -1", "--dataloader_num_workers -1"),
         ("--dataloader_persistent_workers True", "--dataloader_num_workers above 0"),
+        (
+            "--keep_frames True --dataloader_num_workers 2 --dataloader_persistent_workers False",
+            "--dataloader_persistent_workers False: omit one of them",
+        ),
         ("--dataloader_prefetch_factor 2", "flags are invalid (--dataloader_prefetch_factor"),
         (
             "--per_device_train_batch_size 9 --dataloader_drop_last True",
@@ -123,6 +127,21 @@ def test_help_shows_supported_flags_in_groups(capsys, monkeypatch):
         ("lr_scheduler_type", "(default: cosine)"), ("output_dir", "qwen2_5vl-pe-<variant>"),
     ):  # fmt: skip
         assert text in re.search(rf"^  --{name} (.*\n(?:   .*\n)*)", said, re.MULTILINE)[1]
+
+
+def test_workers_that_keep_frames_are_kept(made, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for more, kept in (
+        ({}, False),
+        ({"keep_frames": True}, True),
+        ({"keep_frames": True, "dataloader_num_workers": 0}, False),
+        ({"keep_frames": True, "dataloader_num_workers": 0, "dataloader_persistent_workers": False}, False),
+        ({"dataloader_persistent_workers": True}, True),
+        ({"keep_frames": False, "dataloader_persistent_workers": False}, False),
+    ):
+        given = {"dataloader_num_workers": 2, **more}
+        monkeypatch.setattr("sys.argv", ["sft.sh", *flags(made, tmp_path, **given)])
+        assert train.parse()[-1].dataloader_persistent_workers is kept, more
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -72,7 +72,9 @@ def captions(count: int) -> list[dict]:
     return [{"video_id": f"v{n}", "annotation": caption(), "result": f"{caption()} {n}"} for n in range(count)]
 
 
-def test_every_metric_of_captions_with_slots(made, checkpoint, endpoint, score_only, quick_java, tmp_path, capsys):
+def test_every_metric_of_captions_with_slots(
+    made, checkpoint, endpoint, score_only, quick_java, tmp_path, capsys, caplog
+):
     tokenizer = load_processor(made[0]).tokenizer
 
     def decode(tokens):
@@ -114,8 +116,9 @@ def test_every_metric_of_captions_with_slots(made, checkpoint, endpoint, score_o
     assert (scores["count"], scores["skipped"]) == (6, 0)
     found = scores["timeliness"]
     assert (found["events"], found["without_times"], found["delay_median"], found["within_1"]) == (1, 5, 1, 100)
-    said = [{"video_id": "v1", "event": rows[1]["result"].split()[0], "time": 0, "said": 1}]
+    said = [{"video_id": "v1", "event": rows[1]["result"].split()[0], "time": 0, "said": 1, "early": False}]
     assert lines(tmp_path / "group_timeliness.jsonl") == said
+    said_then, asked = said, len(endpoint.asked)
 
     videos = lines(tmp_path / "group_per_video.jsonl")
     assert [video["video_id"] for video in videos] == [row["video_id"] for row in rows]
@@ -127,6 +130,19 @@ def test_every_metric_of_captions_with_slots(made, checkpoint, endpoint, score_o
     assert "5 of 6 captions judged by grader" in said.out and "LAAL" in said.out
     assert "1 event in 1 video: delay 1.0 s (median)" in said.out
     assert {request["key"] for request in endpoint.asked} == {"Bearer secret"}
+
+    # What is not asked for this time is kept, unless the captions have changed.
+    assert score_only(path) == scores and lines(tmp_path / "group_per_video.jsonl") == videos
+    assert lines(tmp_path / "group_timeliness.jsonl") == said_then and len(endpoint.asked) == asked
+    without = score_only(path, *flags[:2])  # BLEURT is computed again, the rest kept
+    assert without == scores
+    write_rows(
+        path,
+        [rows[0] | {"result": rows[1]["result"], "tokens": rows[1]["tokens"], "slots": rows[1]["slots"]}, *rows[1:]],
+    )
+    assert not {"BLEURT", "Fluency", "timeliness", "bleurt", "judge"} & score_only(path).keys()
+    assert "BLEURT, Fluency, timeliness removed, as not asked for" in caplog.text
+    write_rows(path, rows)
 
     endpoint.plan.clear()
     endpoint.asked.clear()

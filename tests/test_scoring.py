@@ -19,6 +19,16 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 from qwen_vl_streaming.common.errors import InputError
 
+
+def test_text_without_spaces_is_reported(caplog):
+    texts = {"a": "一只狗在草地上奔跑。", "b": ["A dog runs."], "c": ["A dog.", "犬が走る。"], "d": "Собака бежит."}
+    scoring.warn_of_unspaced(texts, dict.fromkeys(texts, "a dog"))
+    scoring.warn_of_unspaced({"a": "A dog runs."}, {"a": "สุนัขวิ่ง"})
+    scoring.warn_of_unspaced({"a": "A dog runs."}, {"a": "un été « rouge »"})
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("2 of 4 videos have text without spaces") and second.startswith("1 of 1 videos have")
+
+
 WORDS = "the video shows a red blue green square circle that moves up, down; then it doesn't stop. It's (quite) 3.5 m"
 # Captions that a direct call would assign to the wrong video, misread or stop at, and their meaning.
 ODD = {

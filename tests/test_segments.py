@@ -73,8 +73,9 @@ def test_a_text_has_the_time_of_its_segment():
     assert join_segments(segments, "start").times == (0, 2, 4, 6)
     spread = join_segments(segments, "spread")
     pieces = [spread.text[a:b] for a, b in zip((0, *spread.ends), spread.ends, strict=False)]
-    assert pieces == ["A", " dog", " runs", " in.", "球来", "了。", "go", " home"] and spread.text == timed.text
+    assert pieces == ["A", " dog", " runs", " in.", "球", "来", "了", "。", "go", " home"] and spread.text == timed.text
     assert spread.times[:4] == pytest.approx((2 / 14, 10 / 14, 20 / 14, 2)) and spread.times[-1] == 7
+    assert spread.times[4:8] == (2.25, 2.5, 5, 6)  # each character of Chinese is a word
     # A token across two segments has the later time, and so has what is split from one character.
     assert token_times(timed, [(0, 14), (13, 15), (15, 16), (15, 16), (16, 17)]) == [2, 2.5, 2.5, 2.5, 6]
     assert row_caption({"segments": segments}) == timed.text
@@ -115,8 +116,11 @@ def test_slots_hold_the_text_and_never_write_early(made, when):
 
 BAD = {
     "it has no segments": [],
-    r"segment 2 \(1 to 3 s\) starts before segment 1 ends, at 2 s": [segment(0, 2, "a"), segment(1, 3, "b")],
-    r"segment 2 \(0 to 1 s\) starts before segment 1 ends": [segment(3, 4, "a"), segment(0, 1, "b")],
+    r"segment 2 \(3 to 5 s\) ends before segment 1 ends, at 9 s: sort the segments by end": [
+        segment(0, 9, "a"),
+        segment(3, 5, "b"),
+    ],
+    r"segment 2 \(0 to 1 s\) ends before segment 1 ends": [segment(3, 4, "a"), segment(0, 1, "b")],
     r"segment 1 \(2 to 1 s\) ends before it starts": [segment(2, 1, "a")],
     r"segment 1 \(-1 to 1 s\) starts before 0": [segment(-1, 1, "a")],
     r"segment 1 \(nan to 1 s\) has a time that is not a finite number": [segment(math.nan, 1, "a")],
@@ -132,6 +136,18 @@ def test_bad_segments_are_named(message):
         check_segments(BAD[message], 10.0)
 
 
+def test_only_the_times_that_count_are_in_order():
+    """Segments may overlap. Spread over overlapping segments, the words of one come before the next starts."""
+    by_start = [segment(0, 9, "A man plays"), segment(3, 5, "A dog")]
+    for when, given in (("end", by_start[::-1]), ("start", by_start), ("spread", by_start), (None, by_start)):
+        check_segments(given, 10, when)
+        if when is not None:
+            with pytest.raises(InputError, match=f"before segment 1 {'end' if when == 'end' else 'start'}s"):
+                check_segments(given[::-1], 10, when)
+    assert join_segments(by_start[::-1], "end").times == (5, 9) and join_segments(by_start, "start").times == (0, 3)
+    assert join_segments(by_start, "spread").times == pytest.approx((3 / 11, 15 / 11, 3, 3.4, 5))
+
+
 def test_published_times_that_are_rounded_are_accepted():
-    check_segments([segment(0, 0.3, "a"), segment(0.3 - 1e-9, 0.3, "b"), segment(9, 10.8, "c")], 10.0)
+    check_segments([segment(0, 0.3, "a"), segment(0.3, 0.3 - 1e-9, "b") | {"start": 0.2}, segment(9, 10.8, "c")], 10.0)
     check_segments([segment(5, 500, "a")])

@@ -10,7 +10,7 @@ from media import make_video
 from preparation.subtitles import Cue, read_srt, read_webvtt
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, run
-from qwen_vl_streaming.timeline.segments import check_segments, in_order
+from qwen_vl_streaming.timeline.segments import check_segments, in_order, join_segments
 
 import mani_data
 
@@ -72,7 +72,7 @@ def test_livecc(films, tmp_path, monkeypatch, capsys):
     (tmp_path / "live.jsonl").write_text("\n".join(lines) + "\n")
     convert(monkeypatch, tmp_path, films, "--format", "livecc", "--input", "live.jsonl")
     first, second, to_the_end = rows(tmp_path)
-    assert texts(first) == [(0.1, 0.4, "He"), (0.4, 1.2, "shoots")] and first["question"] == "Comment."
+    assert texts(first) == [(0.1, 0.4, "He"), (0.35, 1.2, "shoots")] and first["question"] == "Comment."
     assert (first["video_id"], first["video_duration_in_s"], first["segment_time"]) == ("six", 6.0, "end")
     assert texts(second) == [(0.5, 1.0, "Go!"), (2.0, 2.9, "Yes!")] and second["video_id"] == "six_2-5"
     named = ("video_path", "video_start", "video_end", "video_duration_in_s")
@@ -114,14 +114,21 @@ def test_activitynet(films, tmp_path, monkeypatch, caplog):
     (films / "v_backward.mp4").write_bytes((films / "six.mp4").read_bytes())
     convert(monkeypatch, tmp_path, films, "--format", "activitynet", "--input", "val.json")
     (row,) = rows(tmp_path)
-    assert texts(row) == [(0.5, 1.5, "A red ring."), (1.5, 3, "It turns blue."), (3, 4.02, "All in all.")]
+    assert texts(row) == [
+        (0.5, 1.5, "A red ring."),
+        (1.2, 3, "It turns blue."),
+        (0, 4.02, "All in all."),
+    ]  # as published
     assert row["video_id"] == "v_four" and row["segment_time"] == "end" and "question" not in row
     assert skipped(tmp_path) == [
         ("val.json, six", "video is shorter than its JSON says: 6.00 s instead of 9.50 s"),
-        ("val.json, v_backward", "segments are not valid: one from 3 to 1 s ends before it starts"),
+        (
+            "val.json, v_backward",
+            "segments are not valid: segment 1 (3 to 1 s) ends before it starts: correct or remove the row",
+        ),
         ("val.json, v_uneven", "timestamps and sentences are not lists of the same length"),
     ]
-    assert "1 rows had segments that overlapped or were not in order" in caplog.text
+    assert "1 rows had segments that were not in the order in which they are written: sorted" in caplog.text
 
 
 def test_joyai(films, tmp_path, monkeypatch):
@@ -207,7 +214,7 @@ def test_subtitles(films, tmp_path, monkeypatch):
     (tmp_path / "latin.srt").write_bytes(b"1\n00:00:01,000 --> 00:00:02,000\n\xe9t\xe9\n")
     convert(monkeypatch, tmp_path, films, "--format", "srt", "--input", ".")
     (row,) = rows(tmp_path)
-    assert texts(row) == [(0.5, 1.5, "Look & see the ring < 3"), (1.5, 3.25, "No counter or pause"), (4, 5, "2025")]
+    assert texts(row) == [(0.5, 2, "Look & see the ring < 3"), (1.5, 3.25, "No counter or pause"), (4, 5, "2025")]
     assert row["video_id"] == "six" and row["segment_time"] == "spread"
     assert [(where, reason.replace(str(tmp_path), ""))[:2] for where, reason in skipped(tmp_path)] == [
         (
@@ -296,11 +303,11 @@ def test_segments_are_put_in_order():
             for start in (draw.uniform(0, 10) for _ in range(draw.randint(1, 6)))
         ]
         for when in ("end", "start", "spread"):
-            ordered, overlapped = in_order(given, when)
-            check_segments(ordered)
-            key = "end" if when == "end" else "start"
-            assert sorted(s[key] for s in given) == [s[key] for s in ordered]
-            assert overlapped == any(s not in given for s in ordered)
+            ordered = in_order(given, when)
+            check_segments(ordered, when=when)
+            assert sorted(map(str, ordered)) == sorted(map(str, given))  # no time moves
+            times = join_segments(ordered, when).times
+            assert list(times) == sorted(times)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,30 @@ def test_what_is_said_before_it_happens_is_early():
     assert said(found) == [4] and found.unmatched == 0
 
 
+def test_an_event_between_two_frames_is_seen_in_the_next_clip():
+    """Clip 3 has frames at 2.0 and 2.5 s: an event at 2.6 s is on screen in clip 4."""
+    for time, seconds, first in ((2.0, 1, 3), (2.5, 1, 3), (2.6, 1, 4), (3.0, 1, 4), (4.9, 2, 6), (5.1, 2, 8)):
+        event, texts = Event.from_keys(time, None, ["ring"]), ["", "", "", "", "", "", "", "", ""]
+        for slot in range(1, 9):
+            found = timing(*texts[: slot - 1], "A ring.", *texts[slot:], events=[event], seconds_per_clip=seconds)
+            early = slot * seconds < first
+            assert said(found) == [slot * seconds] and found.named[0].early == early, (time, slot)
+            assert found.named[0].delay == (None if early else slot * seconds - time)
+    # Of two pieces, the one that was said when the event had been seen names it.
+    texts = ["", "", "A ring.", "", "A ring.", "", ""]
+    assert said(timing(*texts, events=[Event.from_keys(2.6, None, ["ring"])])) == [5]
+    # No frame is after 6.6 s: such an event may be named in the last slot.
+    last = timing(*[""] * 6, "A ring.", events=[Event.from_keys(6.6, None, ["ring"])])
+    assert not last.named[0].early
+
+
+def test_events_at_the_same_time_in_any_order():
+    events = [Event.from_text(3, 5, "A dog barks loudly."), Event.from_text(3, 5, "A cat runs away.")]
+    for order in (events, events[::-1]):
+        found = timing("", "", "", "A cat runs away.", "A dog barks loudly.", "", "", events=order)
+        assert {one.event.text: one.said for one in found.named} == {events[0].text: 5, events[1].text: 4}
+
+
 def test_wrong_replies_score_below_silence():
     silent = timing(*[""] * 9, events=KEYS[1:2]).pauc
     wrong = timing("", "", "", "It moves up.", *[""] * 5, events=KEYS[1:2])
@@ -302,11 +326,12 @@ def test_close_events_are_one_point_on_their_side_of_the_diagonal():
     print(f"seed {seed}")
     draw = random.Random(seed)
     points = [(draw.uniform(0, 20), draw.choice([None, float(draw.randint(1, 20))])) for _ in range(2000)]
+    points = [(time, said, said is not None and said < time + draw.random()) for time, said in points]
     places = places_of(points, 20.0)
     assert sum(place.count for place in places) == 2000 and len(places) < 61 * 22
     for kind in ("named", "early", "never"):
         expected = sum(
-            kind == ("never" if said is None else "named" if said > time else "early") for time, said in points
+            kind == ("never" if said is None else "early" if early else "named") for _, said, early in points
         )
         assert sum(place.count for place in places if place.kind == kind) == expected
     assert all(place.said is None or abs(place.said - round(place.said)) == 0 for place in places)

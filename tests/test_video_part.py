@@ -129,7 +129,7 @@ def test_times_count_from_the_start_of_the_part(film, made, tmp_path, monkeypatc
     rows = [make_row(plan.rows[0], "red blue", caption, VARIANTS["group"], 0.1)]
     result, decode = tmp_path / "group_infer.json", partial(processor.tokenizer.decode, skip_special_tokens=True)
     measure_file(rows, result, times_of(rows, result, None), decode)
-    assert read_points(result) == [(0.5, 2.0), (2.5, 3.0)]
+    assert read_points(result) == [(0.5, 2.0, False), (2.5, 3.0, False)]
 
     flags = f"--dataset jsonl --input {data} --output {tmp_path}/kept.jsonl --video-root {film} --workers 1"
     flags += f" --tokenizer-model-id {made[0]} --min-seconds 3.4 --max-seconds 3.6 --min-tokens-per-second 0"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from qwen_vl_streaming.common.data_rows import check_data_rows, row_place
+from qwen_vl_streaming.common.data_rows import SEGMENT_TIMES, check_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_write
 from qwen_vl_streaming.common.paths import check_videos, find_video
@@ -63,10 +63,14 @@ class OwnVideo(Video):
 class OwnSample(Sample):
     """A row, with its own duration where it states one."""
 
+    duration_fields: tuple[str, ...] = DURATION_FIELDS[:1]
+    """Other fields of one's own rows, such as "duration", can mean anything, and are ignored."""
     stated: bool = False
     """Whether the row states the duration of its video."""
     segments: list[dict] | None = None
     """Its captions with times."""
+    segment_time: str = SEGMENT_TIMES[0]
+    """When the text of a segment may be written."""
 
 
 def prepare_own_rows(options: Options) -> dict[str, SplitStatistics]:
@@ -89,7 +93,7 @@ def prepare_own_rows(options: Options) -> dict[str, SplitStatistics]:
         statistics = SplitStatistics()
         for sample, decision in decided:
             timed = sample.segments is not None and decision.outcome == KEPT
-            if timed and (reason := check_times(sample.segments, decision.seconds)):
+            if timed and (reason := check_times(sample.segments, decision.seconds, sample.segment_time)):
                 decision.outcome, decision.reason = BAD, reason
             statistics.add(decision.outcome, decision.seconds, decision.tokens, decision.reason)
         _write(decided, options, statistics)
@@ -110,7 +114,7 @@ def _read(options: Options) -> Iterator[OwnSample]:
             yield OwnSample("", where, error=f"row is not valid: {reason}")
             continue
         sample = OwnSample(str(row["video_id"]), where, json.dumps(row, default=str).encode())
-        sample.stated = any(row.get(name) is not None for name in DURATION_FIELDS)
+        sample.stated = any(row.get(name) is not None for name in sample.duration_fields)
         try:
             sample.video = str(find_video(row["video_path"], options.root, options.video_root))
             if not os.path.isfile(sample.video):
@@ -119,6 +123,7 @@ def _read(options: Options) -> Iterator[OwnSample]:
             sample.error = f"video is missing: {error}"
         sample.video_path = row["video_path"]
         sample.segments, caption = row.get("segments"), row_caption(row)
+        sample.segment_time = row.get("segment_time") or SEGMENT_TIMES[0]
         if row.get(CAPTION_FIELD) is None:
             sample.caption = caption
         if not any(map(str.isalnum, caption)):
@@ -126,10 +131,10 @@ def _read(options: Options) -> Iterator[OwnSample]:
         yield sample
 
 
-def check_times(segments: list[dict], seconds: float) -> str:
-    """Why the `segments` of a video of `seconds` cannot be used, or an empty string."""
+def check_times(segments: list[dict], seconds: float, when: str) -> str:
+    """Why the `segments` of a video of `seconds` cannot be used with the segment time `when`, or an empty string."""
     try:
-        check_segments(segments, seconds)
+        check_segments(segments, seconds, when)
     except InputError as error:
         return f"segments are not valid: {error}"
     return ""

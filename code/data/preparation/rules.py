@@ -13,7 +13,7 @@ from qwen_vl_streaming.common.video_part import part_seconds, video_part
 
 MAX_JSON_BYTES = 1 << 20
 DURATION_FIELDS = ("video_duration_in_s", "video_duration", "duration_in_s", "duration")
-"""PE-Video has "video_duration_in_s"; copies of it on the hub use the other names. The first one present is used."""
+"""PE-Video has "video_duration_in_s", the first; copies of it on the hub use the others. The first present is used."""
 CAPTION_FIELD = "human_caption"
 
 KEPT, BAD = "kept", "bad"
@@ -74,6 +74,8 @@ class Sample:
     """Its caption, if the source has it elsewhere than in the field human_caption."""
     measure_duration: Callable[[], float] | None = None
     """Returns the video's duration in seconds; raises InputError."""
+    duration_fields: tuple[str, ...] = DURATION_FIELDS
+    """Fields of its JSON that may have the video's duration in seconds."""
 
 
 @dataclass
@@ -180,7 +182,7 @@ def read_text(data: dict[str, Any], field: str) -> str:
 
 def read_seconds(data: dict[str, Any], sample: Sample) -> float:
     """The duration in the JSON, else that of the video. Raises BadSample."""
-    field = next((name for name in DURATION_FIELDS if data.get(name) is not None), None)
+    field = next((name for name in sample.duration_fields if data.get(name) is not None), None)
     if field is None:
         if sample.measure_duration is None:
             raise BadSample("no duration in the JSON: the sample has no video to read it from")

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_write
@@ -103,13 +102,13 @@ def _write(
     """Write rows, reasons and counts. `again` are the `samples` as read, with their segments. Returns the place of the
     first sample without a row and the reason."""
     names: Counter[str] = Counter()
-    segments = overlaps = 0
+    segments = moved = 0
     first = ""
     skipped = options.output_dir / f"{options.prefix}skipped.jsonl"
     with atomic_write(options.outputs[options.name]) as rows, atomic_write(skipped) as reasons:
         for sample, whole in zip(samples, again, strict=True):
-            ordered, overlapped = in_order(whole.segments, when)
-            reason = sample.error or _fault(whole.segments, ordered, sample.seconds)
+            ordered = in_order(whole.segments, when)
+            reason = sample.error or check_times(ordered, sample.seconds, when)
             names[sample.name] += 1
             video_id = sample.name if names[sample.name] == 1 else f"{sample.name}:{names[sample.name]}"
             statistics.add(BAD if reason else KEPT, sample.seconds, None, reason)
@@ -129,11 +128,10 @@ def _write(
             rows.write(json.dumps(row, ensure_ascii=False) + "\n")
             statistics.rows += 1
             segments += len(ordered)
-            overlaps += overlapped
+            moved += ordered != whole.segments
     logger.info("%d segments, with segment_time %s", segments, when)
-    if overlaps:
-        moved = "start later" if when == "end" else "end earlier"
-        logger.info("%d rows had segments that overlapped or were not in order: sorted, and some %s", overlaps, moved)
+    if moved:
+        logger.info("%d rows had segments that were not in the order in which they are written: sorted", moved)
     if statistics.rows < len(samples):
         logger.info("%s has a line for each sample without a row", skipped)
     return first
@@ -142,11 +140,3 @@ def _write(
 def _row_path(video: Path, root: Path) -> str:
     """The path of a video in a row: relative to the project's root if it is below, so that the project can move."""
     return relative_path(video, root) if video.is_relative_to(root) else str(video)
-
-
-def _fault(segments: list[dict[str, Any]], ordered: list[dict[str, Any]], seconds: float) -> str:
-    """Why `segments`, and these `ordered`, cannot be used with a video of `seconds`, or an empty string."""
-    # Before they were put in order, a segment may have ended before it started.
-    if backward := next((s for s in segments if s["end"] < s["start"]), None):
-        return f"segments are not valid: one from {backward['start']:g} to {backward['end']:g} s ends before it starts"
-    return check_times(ordered, seconds)

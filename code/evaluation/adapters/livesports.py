@@ -90,7 +90,7 @@ def read_events(path: Path) -> dict[str, Event]:
 
 
 def read_sentences(place: str, text: str, begin: float, end: float) -> list[dict[str, Any]]:
-    """The segments in the `text` of `event_asr`, with times from `begin` on. The first of two that overlap is cut.
+    """The segments in the `text` of `event_asr`, with times from `begin` on. They may overlap.
     Empty if the text is, or if they are not in order or not from `begin` to `end`. Raises InputError, naming the entry,
     for any other text."""
     try:
@@ -100,9 +100,9 @@ def read_sentences(place: str, text: str, begin: float, end: float) -> list[dict
         ]
     except (AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise InputError(f"{place}: event_asr is not a list of [start, end, text]: correct or delete it") from error
-    ordered, _ = in_order(segments, "spread")
+    ordered = in_order(segments, "spread")
     try:
-        check_segments(ordered, end - begin)
+        check_segments(ordered, end - begin, "spread")
     except InputError:
         return []
     return ordered if [each["text"] for each in ordered] == [each["text"] for each in segments] else []

@@ -10,6 +10,7 @@ piece: there, enough has been said.
 `align` chooses the pieces of several events: in the order of the events, and without a word in two of them.
 """
 
+import math
 import re
 import unicodedata
 from bisect import bisect_right
@@ -22,6 +23,10 @@ SHARE = (3, 5)
 """Of the content words of a text, how many are needed, as a fraction."""
 LONGEST = 3
 """Length of the longest piece, in units of the event's text."""
+FRAMES_PER_CLIP = 2
+"""Frames are sampled at the start of a clip and in its middle."""
+SLACK = 1e-6
+"""Seconds by which times may differ from rounding."""
 PAUSE = 2
 """So many slots without a word end a sentence, as a full stop does."""
 
@@ -48,21 +53,37 @@ STOP_WORDS = frozenset(STOP.split())
 """Words that do not tell one event from another, among them those that introduce a description of a video."""
 
 
+UNCHANGED = ("lens", "gas", "news", "canvas")
+IRREGULAR = dict(zip(UNCHANGED, UNCHANGED, strict=True))
+IRREGULAR |= {"goes": "go", "going": "go", "skied": "ski", "freed": "free", "axes": "axe", "guaranteed": "guarantee"}
+IRREGULAR |= {"agreed": "agree", "disagreed": "disagree", "refereed": "referee"}
+"""Words to which the rules of `stem` do not apply."""
+
+
 def stem(word: str) -> str:
-    """The lower-case word without the endings 's, -s, -es, -ies, -ing, -ed and -e, and without the doubled consonant
-    that -ing or -ed may leave: a simplified form of steps 1a, 1b and 5a of Porter's algorithm (1980). Different codes
-    of one character (Unicode's NFKC) are the same. Stems are only compared with each other; they need not be words."""
+    """The lower-case word without the endings 's, -s, -es, -ing, -ed and -e, with -y for -ie, -ies and -ied, and
+    without the doubled consonant that -ing or -ed may leave: a simplified form of steps 1a, 1b and 5a of Porter's
+    algorithm (1980). Irregular forms, such as went, fell and men, are other words. Different codes of one character
+    (Unicode's NFKC) are the same. Stems are only compared with each other; they need not be words."""
     word = re.sub(r"['’](?:s$)?", "", unicodedata.normalize("NFKC", word).lower())
     if not word.isascii():
         return word
-    if len(word) > 3 and word.endswith("ies"):
-        word = word[:-3] + "y"
-    elif len(word) > 3 and re.search(r"(ss|sh|ch|x|z)es$", word):
+    if word in IRREGULAR:
+        word = IRREGULAR[word]
+    elif len(word) > 3 and re.search(r"ie[sd]$", word):
+        return word[:-3] + "y"
+    elif re.search(r"(\w(ss|sh|ch|x|z)|\w\wo)es$", word):
         word = word[:-2]
     elif len(word) > 2 and re.search(r"[^us]s$", word):
         word = word[:-1]
-    if (found := re.fullmatch(r"(\w*[aeiouy]\w*?)(ing|(?<!e)ed)", word)) and len(found[1]) > 2:
-        word = re.sub(r"([bdfgmnprtv])\1$", r"\1", found[1])
+    if found := re.fullmatch(r"(\w*[aeiouy]\w*?)(ing|(?<!e)ed)", word):
+        if len(found[1]) > 2:
+            word = re.sub(r"(?<=\w\w)([bdgkmnprtv])\1$", r"\1", found[1])
+        elif re.match(r"[aeiou][^aeiou]", found[1]) or found[0].endswith("yed"):  # used, using, dyed
+            word = found[1] + "e"
+        elif found[1].endswith("y"):  # dying
+            word = found[1]
+    word = re.sub(r"([aeiou][^aeiou]+[aeiou]+l)l$", r"\1", re.sub(r"ie$", "y", word))  # travelled, travels
     return word[:-1] if len(word) > 3 and word.endswith("e") else word
 
 
@@ -187,35 +208,50 @@ class Spoken:
         return len({self.words[i].stem for i in span} & event.keys)
 
 
-def align(events: Sequence[Event], spoken: Spoken, seconds: float = 1.0) -> list[int | None]:
+def first_slot(time: float, seconds: float = 1.0, clips: float = math.inf) -> int:
+    """The slot of the first clip that has a frame at `time` or later: before it, nothing is known of what begins then.
+    The last slot for what begins after the last frame of a video of `clips`, of `seconds` each."""
+    return min(math.ceil((time - SLACK) * FRAMES_PER_CLIP / seconds) // FRAMES_PER_CLIP + 1, clips)
+
+
+def align(events: Sequence[Event], spoken: Spoken, seconds: float = 1.0, clips: float = math.inf) -> list[int | None]:
     """For each event, in order of time, the index of the word that names it, or None.
 
     A word of slot i is said at i * `seconds`, when clip i has arrived. The pieces have the order of the events and
-    share no word. Of all such choices it is the one that names the most events after they began; then the most in all;
-    then the one with the smallest sum of distances in time, so that of several pieces after an event the first names
-    it.
+    share no word; events at the same time have the order in which the caption names them first. Of all such choices it
+    is the one that names the most events in or after their `first_slot`; then the most in all; then the one with the
+    smallest sum of distances in time, so that of several such pieces the first names the event.
     """
+    firsts = [first_slot(event.time, seconds, clips) for event in events]
+    pieces = [spoken.pieces(event) for event in events]
+
+    def place(number: int) -> tuple:
+        seen = [piece for piece in pieces[number] if spoken.words[piece.last].slot >= firsts[number]]
+        named = (seen or pieces[number] or [Piece(0, 0)])[0]
+        return events[number].time, named.last, named.first, events[number].text
+
+    order = sorted(range(len(events)), key=place)
     size = len(spoken.words)
     best: list[tuple[int, int, float]] = [(0, 0, 0.0)] * (size + 1)  # by the number of words that may be used
     chosen: list[list[Piece | None]] = []
-    for event in events:
-        ending = {piece.last: piece for piece in spoken.pieces(event)}
+    for number in order:
+        ending = {piece.last: piece for piece in pieces[number]}
         new, took = best[:], [None] * (size + 1)
         for used in range(1, size + 1) if ending else ():
             if new[used - 1] > new[used]:
                 new[used], took[used] = new[used - 1], took[used - 1]
             if piece := ending.get(used - 1):
                 after, named, distance = best[piece.first]
-                delay = spoken.words[piece.last].slot * seconds - event.time
-                value = (after + (delay > 0), named + 1, distance - abs(delay))
+                slot = spoken.words[piece.last].slot
+                delay = slot * seconds - events[number].time
+                value = (after + (slot >= firsts[number]), named + 1, distance - abs(delay))
                 if value > new[used]:
                     new[used], took[used] = value, piece
         best = new
         chosen.append(took)
-    found: list[int | None] = []
+    found: list[int | None] = [None] * len(events)
     left = size
-    for took in reversed(chosen):
-        piece = took[left]
-        found.append(piece.last if piece else None)
-        left = piece.first if piece else left
-    return found[::-1]
+    for number, took in zip(reversed(order), reversed(chosen), strict=True):
+        if piece := took[left]:
+            found[number], left = piece.last, piece.first
+    return found

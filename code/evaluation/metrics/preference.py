@@ -9,7 +9,8 @@ judgement without a winner, a tie, is not won.
 
 Two things differ. PROMPT asks the same in words of our own; the win rates of the paper were made with the prompt in
 that script. And the script takes "Commentary A" anywhere in an answer as A's win, where an answer such as "Commentary B
-is better … than Commentary A" is B's win here. Answers in the requested words are read alike.
+is better … than Commentary A" is B's win here, and "Neither Commentary A nor Commentary B is better" is a tie. Answers
+in the requested words are read alike.
 """
 
 import re
@@ -54,19 +55,28 @@ OPTIONS = {"temperature": 0, "seed": 42}
 A, B = "A", "B"
 TIE = "tie"
 STATED = re.compile(r"Commentary ([AB]) is better")
+CLAUSE_END = re.compile(r"[.,;:!?\n]|(?<!Commentary [AB] )\band\b|\b(?:but|so|while|whereas|although|because)\b")
+DENIED = re.compile(
+    r"\b(?:neither|nor|not(?! only)|never|cannot|no (?:better|closer)|worse|equal(?:ly)?)\b|n['’]t\b", re.I
+)
+"""Words by which a clause prefers neither of the commentaries that it names."""
 PLACE = re.compile(r"\{(a|b|human)\}")
 EXAMPLE = "The keeper saves the penalty.", "A dog sleeps on a sofa.", "The goalkeeper saves it! What a penalty save!"
 
 
 def read_preference(content: object) -> Verdict:
-    """A or B, whichever commentary an answer prefers. Reasoning in <think> is ignored.
+    """A or B, whichever commentary an answer prefers. Reasoning in <think> is ignored, and so is what is denied: "A is
+    not better than B" does not say that B is better.
 
-    Raises ValueError if the answer names neither.
+    Raises ValueError if the answer prefers neither.
     """
     text = str(content).rpartition("</think>")[2][-SEARCHED:]
-    stated = set(STATED.findall(text))
+    clauses = CLAUSE_END.split(text)
+    found = [match for clause in clauses for match in STATED.finditer(clause)]
+    stated = {match[1] for match in found if not DENIED.search(match.string[: match.start()])}
     if len(stated) != 1:
-        stated = {letter for letter in (A, B) if f"Commentary {letter}" in text}
+        named = " ".join(clause for clause in clauses if not DENIED.search(clause))
+        stated = {letter for letter in (A, B) if f"Commentary {letter}" in named}
     if not stated:
         raise ValueError(f"not with a preference: {short(content)[:60]!r}")
     return checked(min(stated), text.strip(), (A, B))  # A if it names both, as LiveCC's script

@@ -3,8 +3,11 @@ timeliness. Knows nothing about how captions are made and how a metric is comput
 
 Beside `<variant>_infer.json`, `<variant>_per_video.jsonl` has the metrics of each video, `<variant>_timeliness.jsonl`
 when each event was named, and `<variant>_judge.jsonl` the judge's answers, from which a run that was killed resumes.
+Scoring again keeps the metrics that are not asked for this time, if it is of the same captions.
 """
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +19,7 @@ from statistics import fmean
 from identity import arguments_path, read_arguments
 from json_lines import write_rows
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import find_model, find_path
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.model.prompts import load_processor
@@ -28,7 +32,7 @@ from metrics.bleurt import bleurt, find_checkpoint
 from metrics.judge import Judge, open_judge
 from metrics.naming import Event
 from metrics.references import read_times
-from metrics.scoring import NotComputed, check_java, check_pairs, score, write_scores
+from metrics.scoring import NotComputed, check_java, check_pairs, score, warn_of_unspaced, write_scores
 from metrics.timing import POINTS, describe, measure_file, times_of
 
 logger = logging.getLogger(__name__)
@@ -72,12 +76,14 @@ def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scori
     the reasons.
     """
     check_pairs(*pairs(rows))
+    warn_of_unspaced(*pairs(rows))
     for path in (where, *(sibling(captions, what) for what in (PER_VIDEO, ANSWERS, POINTS))):
         check_writable(path)
     videos = {row["video_id"]: {"video_id": row["video_id"]} for row in rows}
     details, reasons = measure_videos(rows, list(videos.values()), captions, scoring)
+    details |= measure_timeliness(rows, captions, scoring) | {"captions": hash_captions(rows)}
+    details = keep_earlier(list(videos.values()), captions, where, scoring, details)
     write_rows(sibling(captions, PER_VIDEO), videos.values())
-    details |= measure_timeliness(rows, captions, scoring)
 
     def figures(some: list[Row]) -> dict:
         return {**score(*pairs(some)), **video_means([videos[row["video_id"]] for row in some])}
@@ -102,6 +108,40 @@ def measure_videos(rows: list[Row], videos: list[dict], captions: Path, scoring:
             logger.warning("%s could not be computed: %s", ", ".join(metric.names), error)
             reasons.update(dict.fromkeys(metric.names, str(error)))
     return details, reasons
+
+
+def hash_captions(rows: list[Row]) -> str:
+    """Identifies all that is scored."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def keep_earlier(videos: list[dict], captions: Path, where: Path, scoring: Scoring, details: dict) -> dict:
+    """`details` with those of earlier scores in `where` that were not asked for this time, whose values are added to
+    `videos`. Logs which are removed, if the captions may have changed since."""
+    earlier, each = {}, {}
+    with contextlib.suppress(InputError, OSError, ValueError, KeyError, TypeError):  # missing, or damaged
+        earlier = read_object(where, "it is written again")
+        each = {
+            found["video_id"]: found for found in map(json.loads, sibling(captions, PER_VIDEO).read_text().splitlines())
+        }
+    metrics = [one for one in VIDEO_METRICS if one.detail in earlier and not one.wanted(scoring)]
+    timed = "timeliness" not in details and "events" in earlier.get("timeliness", {})
+    names = [name for metric in metrics for name in metric.names] + ["timeliness"] * timed
+    if not names:
+        return details
+    if earlier.get("captions") != details["captions"] or each.keys() != {video["video_id"] for video in videos}:
+        logger.warning(
+            "%s: %s removed, as not asked for and perhaps of other captions: to have it, give its flags again",
+            where.name,
+            ", ".join(names),
+        )
+        return details
+    logger.info("%s: %s kept, as the captions are the same", where.name, ", ".join(names))
+    for video in videos:
+        known = each[video["video_id"]]
+        video.update({key: known[key] for one in metrics for key in (*one.names, *one.more) if key in known})
+    kept = {one.detail: earlier[one.detail] for one in metrics}
+    return {**kept, **({"timeliness": earlier["timeliness"]} if timed else {}), **details}
 
 
 def pairs(rows: list[Row]) -> tuple[dict, dict]:
@@ -179,11 +219,15 @@ class VideoMetric:
     """Called with the rows, a dict for each of their videos to add the values to, the file of captions and the
     settings. Returns details for `<variant>_scores.json`. Raises NotComputed, with the reason, if it cannot."""
     wanted: Callable[[Scoring], bool] = lambda scoring: True
+    detail: str = ""
+    """The key of what `measure` returns, for a metric that is only computed if it is asked for."""
+    more: tuple[str, ...] = ()
+    """Further keys that `measure` adds to a video."""
 
 
 VIDEO_METRICS = [
-    VideoMetric(("BLEURT",), score_bleurt, lambda scoring: scoring.checkpoint is not None),
-    VideoMetric(("Fluency",), score_fluency, lambda scoring: scoring.judge is not None),
+    VideoMetric(("BLEURT",), score_bleurt, lambda scoring: scoring.checkpoint is not None, "bleurt"),
+    VideoMetric(("Fluency",), score_fluency, lambda scoring: scoring.judge is not None, "judge", ("why", "not_judged")),
     VideoMetric(STREAMING, score_lag),
 ]
 """Add a metric of single videos here."""

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,11 @@ from qwen_vl_streaming.common.files import write_file
 log = logging.getLogger(__name__)
 
 METRICS = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L")
+
+WITHOUT_SPACES = re.compile(
+    r"[\u0e01-\u0e30\u0e81-\u0eb0\u1000-\u102a\u1780-\u17b3\u3041-\u30fa\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Matches a letter of a script without spaces between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
 
 Captions = dict[int, list[str]]
 
@@ -67,6 +73,19 @@ def check_pairs(references: dict[str, str | list[str]], candidates: dict[str, st
         texts = [texts] if isinstance(texts, str) else texts
         if not texts or not all(isinstance(text, str) and any(map(str.isalnum, text)) for text in texts):
             raise InputError(f"video {video_id!r} has a reference without a word: fix its caption, or remove the video")
+
+
+def warn_of_unspaced(references: dict[str, str | list[str]], candidates: dict[str, str]) -> None:
+    """Log how many videos have text that the PTB tokenizer does not divide into words, if there are some."""
+    texts = {video: [texts] if isinstance(texts, str) else texts for video, texts in references.items()}
+    found = sum(any(map(WITHOUT_SPACES.search, [*own, candidates[video]])) for video, own in texts.items())
+    if found:
+        log.warning(
+            "%d of %d videos have text without spaces between words, such as Chinese or Japanese: CIDEr, BLEU, METEOR, "
+            "ROUGE-L and the lag count all up to the next space or punctuation as one word",
+            found,
+            len(texts),
+        )
 
 
 def score(references: dict[str, str | list[str]], candidates: dict[str, str]) -> dict[str, object]:

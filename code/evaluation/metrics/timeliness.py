@@ -4,7 +4,8 @@ nothing about models and files.
 Clip i of a video arrives at i seconds (`seconds` per clip, to be exact), and a token of slot i is written between the
 arrivals of clips i and i+1. It counts as said when clip i arrives. So an event at second 3 is on screen in clip 4, can
 be named at 4 at the earliest, and has a delay of at least one second. What is said at 3 or before was said before a
-frame of it had arrived: that is *early*, and no delay is computed. `naming` says which word names an event.
+frame of it had arrived: that is *early*, and no delay is computed. Frames are sampled twice a clip: an event at 2.5 is
+in clip 3, and one at 2.6 in clip 4, as one at 3. `naming` says which word names an event.
 
 **Timeliness-F1** follows SPOT-Bench (Chatterjee et al. 2026, "Don't Pause! Every prediction matters in a streaming
 video", arXiv 2604.24317), as its public code computes it (github.com/dibschat/SPOT-Bench, evals/metrics.py, scorer.py
@@ -37,7 +38,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, quantiles
 
 from metrics import lag
-from metrics.naming import Event, Spoken, align, spoken_words
+from metrics.naming import SLACK, Event, Spoken, align, first_slot, spoken_words
 
 WITHIN = (1, 2, 3)
 """Seconds after an event within which it is named in time."""
@@ -62,11 +63,13 @@ class Named:
     event: Event
     said: float | None
     """When the word was said that names it, in seconds of the video; None if it was never named."""
+    seen: float
+    """When the first clip with a frame of the event arrives, in seconds of the video."""
 
     @property
     def early(self) -> bool:
         """Whether it was only named before a frame of it had arrived."""
-        return self.said is not None and self.said <= self.event.time
+        return self.said is not None and self.said < self.seen - SLACK
 
     @property
     def delay(self) -> float | None:
@@ -115,14 +118,15 @@ def measure(row: Mapping, events: Sequence[Event], decode: Callable[[list[int]],
     pieces = lag.decode_pieces(row, decode)
     seconds, clips = clip_seconds(row), row["clips"]
     spoken = Spoken(spoken_words(pieces, row["slots"]))
-    words = [None if i is None else spoken.words[i].slot * seconds for i in align(events, spoken, seconds)]
+    words = [None if i is None else spoken.words[i].slot * seconds for i in align(events, spoken, seconds, clips)]
     times = [naming_times(spoken, event, seconds) for event in events]
     ends = [spoken.words[span[-1]].slot * seconds for span in spoken.sentences]
     best, unmatched = match_responses([event.time for event in events], times)
     paucs = [pauc_of(spoken, event, found, ends) for event, found in zip(events, times, strict=True)]
     quiet = quiet_slots([event.time for event in events], clips, seconds)
     quiet_words = sum(word.slot in quiet for word in spoken.words)
-    named = [Named(event, said) for event, said in zip(events, words, strict=True)]
+    seen = [first_slot(event.time, seconds, clips) * seconds for event in events]
+    named = [Named(*one) for one in zip(events, words, seen, strict=True)]
     return Timing(named, best, unmatched, fmean(paucs), len(quiet), quiet_words, seconds)
 
 

@@ -2,7 +2,7 @@
 puts the result in words. Knows nothing about formulas, models and pages.
 
 `<variant>_timeliness.jsonl` has a row per event: `video_id`, `event` (its text or key words), `time` (seconds), and
-`said`, the time of the word that names it, or null.
+`said`, the time of the word that names it, or null, and `early`, whether that was before a frame of it had arrived.
 """
 
 import json
@@ -84,7 +84,13 @@ def measure_file(
         )
     found = [measure(row, seen[row["video_id"]], decode) for row in timed]
     points = [
-        {"video_id": row["video_id"], "event": one.event.text, "time": one.event.time, "said": one.said}
+        {
+            "video_id": row["video_id"],
+            "event": one.event.text,
+            "time": one.event.time,
+            "said": one.said,
+            "early": one.early,
+        }
         for row, timing in zip(timed, found, strict=True)
         for one in timing.named
     ]
@@ -94,15 +100,20 @@ def measure_file(
     return {**summarize(found), **counts, "after_the_end": after}
 
 
-def read_points(captions: Path) -> list[tuple[float, float | None]]:
-    """(time, said) of the events beside a file of captions; empty if there are none. Raises InputError."""
+def _early(row: Mapping) -> bool:
+    """Files of earlier versions do not have the field, and only the time counted."""
+    return bool(row.get("early", row["said"] is not None and row["said"] <= row["time"]))
+
+
+def read_points(captions: Path) -> list[tuple[float, float | None, bool]]:
+    """(time, said, early) of the events beside a file of captions; empty if there are none. Raises InputError."""
     path = sibling(captions, POINTS)
     fields = {"time": (int, float), "said": (int, float, type(None))}
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines]
         if all(isinstance(row[name], kind) for row in rows for name, kind in fields.items()):
-            return [(row["time"], row["said"]) for row in rows]
+            return [(row["time"], row["said"], _early(row)) for row in rows]
         reason = "a row has no time"
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error)

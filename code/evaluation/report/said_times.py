@@ -1,6 +1,7 @@
 """Event time against said time, one panel per result: laid out for the page's template, and drawn as a PNG.
 
-A point is an event. Above the diagonal it was named after it began; on or below it, before a frame of it had arrived.
+A point is an event, high above the diagonal if it was named late. On or below it, and up to a clip above it, the event
+was named before a frame of it had arrived: such points have a colour of their own.
 Events that were never named are on the line at the top. Events at the same place are one larger point. Knows nothing
 about HTML and about how an event is found in a caption.
 """
@@ -21,8 +22,8 @@ from text import counted
 
 from report.loading import Result
 
-Points = Sequence[tuple[float, float | None]]
-"""(time, said) of each event, in seconds; `said` is None if it was never named."""
+Points = Sequence[tuple[float, float | None, bool]]
+"""(time, said, early) of each event, times in seconds; `said` is None if it was never named."""
 
 SIDE, LEFT, RIGHT, TOP, BOTTOM = 260, 42, 8, 26, 40
 """Of a panel's plot, in units of the SVG, and the space around it."""
@@ -44,6 +45,7 @@ class Place:
 
     time: float
     said: float | None
+    early: bool
     count: int
 
     @property
@@ -51,7 +53,7 @@ class Place:
         """named, early or never: its colour."""
         if self.said is None:
             return "never"
-        return "named" if self.said > self.time else "early"
+        return "early" if self.early else "named"
 
     @property
     def title(self) -> str:
@@ -62,10 +64,10 @@ class Place:
 def places_of(points: Points, longest: float) -> list[Place]:
     """Events at the same place together. Times are rounded to the width of a bin, unless few of them differ."""
     width = longest / BINS
-    if len({time for time, _ in points}) > BINS:
-        points = [(moved(time, said, width), said) for time, said in points]
+    if len({time for time, _, _ in points}) > BINS:
+        points = [(moved(time, said, width), said, early) for time, said, early in points]
     counted = sorted(Counter(points).items(), key=lambda item: -item[1])  # the small ones are drawn over the large ones
-    return [Place(time, said, count) for (time, said), count in counted]
+    return [Place(*point, count) for point, count in counted]
 
 
 def moved(time: float, said: float | None, width: float) -> float:
@@ -92,7 +94,7 @@ def said_panels(results: Sequence[Result], names: Sequence[str]) -> list[dict[st
 
 def ticks_of(every: Sequence[Points]) -> list[float]:
     """The ticks of both axes of all panels, in seconds."""
-    longest = max([1.0, *(value for points in every for point in points for value in point if value is not None)])
+    longest = max([1.0, *(value for points in every for point in points for value in point[:2] if value is not None)])
     return [float(tick) for tick in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True).tick_values(0, longest)]
 
 
@@ -159,7 +161,7 @@ def draw_picture(files: Sequence[tuple[str, Path]], path: Path) -> None:
             )
         axis.plot([0, end], [0, end], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         axis.text(-0.07 * end, never, "never", ha="right", va="center", fontsize=8.5, color=INK)
-        share = 100 * np.mean([said is not None and 0 < said - time <= 3 for time, said in points])
+        share = 100 * np.mean([said is not None and not early and said - time <= 3 for time, said, early in points])
         axis.set_title(f"{title}\n{share:.0f}% named within 3 s", fontsize=9.5, color=INK, pad=22)
         axis.set(xlim=(-margin, end), ylim=(-margin, end), xticks=ticks, yticks=ticks, aspect="equal")
         axis.spines[["top", "right"]].set_visible(False)

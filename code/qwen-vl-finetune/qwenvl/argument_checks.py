@@ -106,6 +106,17 @@ def check_values(training: TrainingArguments) -> None:
         raise InputError("--dataloader_persistent_workers True: set --dataloader_num_workers above 0")
 
 
+def keep_workers(training: TrainingArguments, keep_frames: bool) -> None:
+    """Keep the workers between epochs by default where they keep frames. Raises InputError if they must not be kept."""
+    if keep_frames and training.dataloader_num_workers and training.dataloader_persistent_workers is False:
+        raise InputError(
+            "--keep_frames True keeps frames in the workers, which end with each epoch by "
+            "--dataloader_persistent_workers False: omit one of them"
+        )
+    if training.dataloader_persistent_workers is None:
+        training.dataloader_persistent_workers = keep_frames and training.dataloader_num_workers > 0
+
+
 def check_parsed(training: TrainingArguments) -> None:
     """Raises InputError for values that transformers has parsed and would fail on later."""
     for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):

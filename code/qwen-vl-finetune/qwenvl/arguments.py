@@ -186,7 +186,8 @@ class DataArguments:
         default=0, help="Pack the samples of a batch into rows of this many tokens; 0: a row each."
     )
     keep_frames: bool = HfArg(
-        default=False, help="Cache decoded frames in memory, for several epochs over data that fits."
+        default=False,
+        help="Cache decoded frames in memory, for several epochs over data that fits; each worker has its own.",
     )
 
     def __post_init__(self):

@@ -189,7 +189,7 @@ class StreamingDataset(torch.utils.data.Dataset):
     def _check_segments(self, index: int, seconds: float = math.inf) -> None:
         row = self.rows[index]
         try:
-            check_segments(row["segments"], seconds)
+            check_segments(row["segments"], seconds, self.segment_time(index))
         except InputError as error:
             raise InputError(f"{row['place']}: {error}") from error
 

@@ -1,10 +1,13 @@
 """The rows of the training data: reading, holding out, excluding. Does not know what a sample consists of."""
 
+import os
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 from qwen_vl_streaming.common.data_rows import check_characters, read_data_rows, row_place
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.paths import make_data
+from qwen_vl_streaming.common.paths import find_video, make_data
 from qwen_vl_streaming.common.video_part import FIELDS as PART
 
 
@@ -28,22 +31,38 @@ def read_rows(source: str) -> list[dict]:
     return rows
 
 
-def hold_out(rows: list[dict], share: float, samples: int, seed: int) -> tuple[list[dict], list[dict]]:
+def file_of(video_path: str, root: Path, video_root: Path | None) -> str:
+    """The file that `find_video` finds, by which the same video is recognized; `video_path` itself if there is none."""
+    try:
+        return os.path.realpath(find_video(video_path, root, video_root))
+    except InputError:
+        return video_path
+
+
+def hold_out(
+    rows: list[dict], share: float, samples: int, seed: int, file_of: Callable[[str], str] = str
+) -> tuple[list[dict], list[dict]]:
     """Split `rows` by video into a training and an evaluation set, which has `samples` rows or that `share` of them.
 
-    All rows of a video are on one side; `seed` draws the videos. Raises InputError where either side would be empty.
+    All rows of a video are on one side; rows are of one video if `file_of` returns the same for their `video_path`.
+    `seed` draws the videos. Raises InputError where either side would be empty.
     """
     wanted = samples or round(share * len(rows))
+    if not wanted and not share:
+        return rows, []
+    paths = dict.fromkeys(row["video_path"] for row in rows)
+    first: dict[str, str] = {}
+    name = {path: first.setdefault(file_of(path), path) for path in paths}
     videos: dict[str, list[dict]] = {}
     for row in rows:
-        videos.setdefault(row["video_path"], []).append(row)
+        videos.setdefault(name[row["video_path"]], []).append(row)
     held_out, chosen = [], set()
     for video in random.Random(seed).sample(sorted(videos), len(videos)):
         if len(held_out) >= wanted:
             break
         chosen.add(video)
         held_out += videos[video]
-    training = [row for row in rows if row["video_path"] not in chosen]
+    training = [row for row in rows if name[row["video_path"]] not in chosen]
     if not training:
         raise InputError(
             f"{len(held_out)} of {len(rows)} samples would be held out: lower --eval_samples or --eval_share"

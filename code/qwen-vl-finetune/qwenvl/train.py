@@ -27,6 +27,7 @@ from torch import distributed
 from transformers import PretrainedConfig, PreTrainedModel, ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .argument_checks import keep_workers
 from .arguments import DataArguments, ModelArguments, dataset_options
 from .batches import PaddedDataset, collate_for_trainer
 from .checkpointing import SaveError, newest_checkpoint, save_final_model
@@ -37,7 +38,7 @@ from .param_groups import describe_parts, make_trainable
 from .parser import FlagParser
 from .prescan import scan
 from .record import RunRecord, describe_run, recorded_arguments
-from .rows import exclude, hold_out, read_rows
+from .rows import exclude, file_of, hold_out, read_rows
 from .run_checks import check_arguments, check_same_machines, check_same_model, load_matching_processor
 from .skipped import Skipped
 from .trainer import StepProgress, StreamingTrainer
@@ -66,6 +67,7 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     arguments = groups[-1]
+    keep_workers(arguments, groups[1].keep_frames)
     arguments.output_dir = arguments.output_dir or str(default_output(groups[0].variant))
     quiet_libraries(arguments.process_index == 0)
     logging.basicConfig(level=logging.INFO if arguments.process_index == 0 else logging.WARNING, format="%(message)s")
@@ -138,7 +140,8 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
 
     every_row = read_rows(data_arguments.train_data)
     check_videos((row["video_path"] for row in every_row), PROJECT, data_arguments.video_folder)
-    rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed)
+    find = partial(file_of, root=PROJECT, video_root=data_arguments.video_folder)
+    rows, held_out = hold_out(every_row, arguments.eval_share, arguments.eval_samples, arguments.seed, find)
     make_dataset = partial(
         StreamingDataset,
         **dataset_options(model_arguments, data_arguments),

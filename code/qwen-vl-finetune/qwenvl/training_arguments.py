@@ -68,6 +68,9 @@ class SftArguments(TrainingArguments):
     save_steps: float = 500
     save_total_limit: int | None = HfArg(default=2, help="Number of newest checkpoints to keep; 0: all.")
     dataloader_num_workers: int = 4
+    dataloader_persistent_workers: bool | None = HfArg(
+        default=None, help="Keep the workers between epochs; default: with --keep_frames True only."
+    )
     report_to: str = HfArg(
         default="tensorboard", help="wandb adds Weights & Biases to TensorBoard; none disables both."
     )

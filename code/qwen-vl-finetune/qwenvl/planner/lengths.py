@@ -38,6 +38,8 @@ class Lengths:
     """Samples of the whole data."""
     note: str
     """How they are known."""
+    held_out: int = 0
+    """Samples of these rows that are held out for evaluation, and not trained on."""
 
     @cached_property
     def descending(self) -> tuple[int, ...]:

@@ -3,11 +3,13 @@
 import argparse
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.paths import PROJECT
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import SIZES, released_config
@@ -18,7 +20,7 @@ from ..data import StreamingDataset
 from ..headers import Headers
 from ..parser import FlagParser
 from ..record import recorded_arguments
-from ..rows import read_rows
+from ..rows import file_of, hold_out, read_rows
 from ..training_arguments import FINETUNE, SftArguments, default_output, find_deepspeed
 from .gpus import Gpus
 from .host import available_memory
@@ -159,9 +161,8 @@ class Request:
         plan = choose(shape, lengths, gpus, given, host)
         settings = plan.settings
         samples = settings.samples * settings.accumulation * gpus.count
-        steps = count_steps(
-            lengths.rows, samples, self.given.get("num_train_epochs", 1.0), self.given.get("max_steps", -1)
-        )
+        epochs, most = self.given.get("num_train_epochs", 1.0), self.given.get("max_steps", -1)
+        steps = count_steps(lengths.rows - lengths.held_out, samples, epochs, most)
         return plan, shape, lengths, steps
 
     def _config(self, gpus: Gpus):
@@ -175,23 +176,32 @@ class Request:
             return released_config(size)
 
     def _lengths(self, config, gpus: Gpus) -> Lengths:
+        share, held_out = self.given.get("eval_share", 0.0), self.given.get("eval_samples", 0)
+        seed = self.given.get("seed", 42)
+
+        def assumed(max_length: int) -> Lengths:
+            lengths = assumed_lengths(max_length)
+            return replace(lengths, held_out=min(held_out or round(share * lengths.rows), lengths.rows))
+
         if self.data is None:
             if gpus.here:
                 raise InputError(self.no_data)
-            return assumed_lengths(self.given.get("model_max_length", 8192))
+            return assumed(self.given.get("model_max_length", 8192))
         data = self.data
         try:
             processor = load_processor(self.model.model_name_or_path)
         except InputError:
             if gpus.here:
                 raise
-            return assumed_lengths(data.max_length)
+            return assumed(data.max_length)
         rows = read_rows(data.train_data)
         samples = StreamingDataset(
             rows,
             **dataset_options(self.model, data),
             processor=processor,
             tokens_per_second=config.vision_config.tokens_per_second,
-            seed=self.given.get("seed", 42),
+            seed=seed,
         )
-        return find_lengths(samples, self.headers)
+        find = partial(file_of, root=PROJECT, video_root=data.video_folder)
+        _, held = hold_out(rows, share, held_out, seed, find)
+        return replace(find_lengths(samples, self.headers), held_out=len(held))

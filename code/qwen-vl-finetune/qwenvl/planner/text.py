@@ -13,9 +13,10 @@ def describe(plan: Plan, shape: Shape, lengths: Lengths, gpus: Gpus, steps: int,
     """The plan, what it follows from and what is predicted for it, in a few lines."""
     settings, speed, memory = plan.settings, plan.speed, plan.memory
     trained = f"{'LoRA, ' if shape.lora else ''}{shape.trained / 1e9:.2f}B of them train"
+    held_out = f" ({lengths.held_out:,} held out)" if lengths.held_out else ""
     lines = [
-        f"plan for {gpus.describe()}; {shape.billions} parameters, {trained}; {lengths.rows:,} samples of "
-        f"{lengths.mean:,.0f} tokens ({lengths.note})",
+        f"plan for {gpus.describe()}; {shape.billions} parameters, {trained}; {lengths.rows:,} "
+        f"samples{held_out} of {lengths.mean:,.0f} tokens ({lengths.note})",
         f"  {settings.zero.title} ({settings.zero.file}): {why_zero(plan, shape, gpus)}",
         f"  {rows(plan, lengths)}; {settings.samples * settings.accumulation * gpus.count} samples a step: "
         f"{counted(settings.accumulation, 'pass', 'es')} on {counted(gpus.count, 'GPU')}",

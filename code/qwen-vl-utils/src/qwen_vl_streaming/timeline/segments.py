@@ -1,6 +1,7 @@
 """Captions with times: which tokens each slot writes when every part of the text has a time.
 
-A row's `segments` are a list of `{"start": seconds, "end": seconds, "text": string}`, in order and without overlap.
+A row's `segments` are a list of `{"start": seconds, "end": seconds, "text": string}`. They may overlap; to be written,
+they are in order of the time that counts: `end`, or `start` for the segment times "start" and "spread".
 Knows nothing about tokenizers, tensors and files.
 """
 
@@ -8,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, TypeVar
 
 from ..common.errors import InputError
@@ -17,8 +17,10 @@ TOLERANCE = 1.0
 """Seconds by which the last segment may end after the video, since published durations are rounded."""
 SLACK = 1e-6
 """Seconds by which times may differ from rounding."""
-WITHOUT_SPACES = "[\u2e80-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef]"
+WITHOUT_SPACES = "[\u2e80-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 """Matches a character of a script that writes no spaces: Chinese and Japanese, with their punctuation."""
+WORD = rf"{WITHOUT_SPACES}|(?:(?!{WITHOUT_SPACES})\S)+"
+"""Matches a word. In Chinese and Japanese, each character is one."""
 
 Token = TypeVar("Token")
 
@@ -38,14 +40,16 @@ def join_segments(segments: Sequence[Mapping[str, Any]], when: str = "end") -> T
     """The texts of `segments`, stripped and joined by one space, and the time of each piece. `when` is one of
     `common.data_rows.SEGMENT_TIMES`.
 
-    No space is added between two characters of which one is of a script without spaces.
+    No space is added between two characters of which one is of a script without spaces. With "spread", a segment that
+    overlaps the next is written before that starts.
     """
     text, ends, times = "", [], []
-    for segment in segments:
-        start, end, own = segment["start"], segment["end"], " ".join(segment["text"].split())
+    nexts = [segment["start"] if when == "spread" else math.inf for segment in segments[1:]]
+    for segment, following in zip(segments, [*nexts, math.inf], strict=False):
+        start, end, own = segment["start"], min(segment["end"], following), " ".join(segment["text"].split())
         if text and own and not re.match(WITHOUT_SPACES, text[-1]) and not re.match(WITHOUT_SPACES, own[0]):
             text += " "
-        words = [match.end() for match in re.finditer(r"\S+", own)] if when == "spread" else [len(own)]
+        words = [match.end() for match in re.finditer(WORD, own)] if when == "spread" else [len(own)]
         for stop in words:
             ends.append(len(text) + stop)
             times.append(start if when == "start" else start + (end - start) * stop / max(1, len(own)))
@@ -59,13 +63,15 @@ def row_caption(row: Mapping[str, Any]) -> str:
     return join_segments(row["segments"]).text if caption is None else caption
 
 
-def check_segments(segments: Sequence[Mapping[str, Any]], seconds: float = math.inf) -> None:
-    """Raises InputError if `segments` cannot be trained on or scored: empty, out of order, overlapping, before 0, or
-    more than TOLERANCE after the end of a video of `seconds`. Numbers are counted from 1."""
+def check_segments(segments: Sequence[Mapping[str, Any]], seconds: float = math.inf, when: str | None = "end") -> None:
+    """Raises InputError if `segments` cannot be trained on or scored: empty, before 0, more than TOLERANCE after the
+    end of a video of `seconds`, or not in the order in which `when` writes their texts. With `when` None, for what is
+    not written, any order will do. Numbers are counted from 1."""
     fix = "correct or remove the row"
     if not segments:
         raise InputError(f"it has no segments: {fix}")
-    before = 0.0
+    key = _order(when)
+    before = -math.inf
     for number, segment in enumerate(segments, 1):
         start, end = segment["start"], segment["end"]
         name = f"segment {number} ({start:g} to {end:g} s)"
@@ -75,29 +81,26 @@ def check_segments(segments: Sequence[Mapping[str, Any]], seconds: float = math.
             raise InputError(f"{name} starts before 0: {fix}")
         if end < start:
             raise InputError(f"{name} ends before it starts: {fix}")
-        if start < before - SLACK:
-            raise InputError(f"{name} starts before segment {number - 1} ends, at {before:g} s: {fix}")
+        if when is not None and segment[key] < before - SLACK:
+            raise InputError(
+                f"{name} {key}s before segment {number - 1} {key}s, at {before:g} s: sort the segments by {key}"
+            )
         if end > seconds + TOLERANCE:
             raise InputError(f"{name} ends after the video, at {seconds:g} s: {fix}")
         if not segment["text"].strip():
             raise InputError(f"{name} has no text: {fix}")
-        before = end
+        before = segment[key]
 
 
-def in_order(segments: list[dict[str, Any]], when: str) -> tuple[list[dict[str, Any]], bool]:
-    """`segments` in the order in which their texts may be written, and whether some overlapped. The time that does not
-    count for `when` is moved so that none do."""
-    key = "end" if when == "end" else "start"
-    ordered = [dict(segment) for segment in sorted(segments, key=lambda segment: (segment[key], segment["end"]))]
-    overlapped = False
-    for before, after in pairwise(ordered):
-        if after["start"] < before["end"]:
-            overlapped = True
-            if when == "end":
-                after["start"] = before["end"]
-            else:
-                before["end"] = after["start"]
-    return ordered, overlapped
+def in_order(segments: Sequence[dict[str, Any]], when: str) -> list[dict[str, Any]]:
+    """`segments`, with their times as they are, in the order in which `when` writes their texts."""
+    key = _order(when)
+    return sorted(segments, key=lambda segment: (segment[key], segment["end"]))
+
+
+def _order(when: str | None) -> str:
+    """The field that gives the order of segments."""
+    return "start" if when in ("start", "spread") else "end"
 
 
 def token_times(timed: TimedText, offsets: Sequence[tuple[int, int]]) -> list[float]:
@@ -121,7 +124,7 @@ def words_late(
     slots = slot_tokens(range(len(times)), times, arrivals, most, -1)
     slot_of = [number for number, slot in enumerate(slots) for token in slot if token >= 0]
     late, token = [], 0
-    for word in re.finditer(r"\S+", timed.text):
+    for word in re.finditer(WORD, timed.text):
         while offsets[token][1] < word.end() and token < len(offsets) - 1:
             token += 1
         due = next((arrival for arrival in arrivals if arrival + SLACK >= times[token]), arrivals[-1])
