@@ -18,6 +18,7 @@ from qwen_vl_streaming.model.prompts import clip_pixels, make_template
 from qwen_vl_streaming.replay import check_clips, replay, video_clips
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.opening import open_source
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "code/qwen-vl-utils"
@@ -114,6 +115,26 @@ def test_a_watch_can_be_abandoned_and_another_started(captioner, film):
 def test_user_errors_are_input_errors(captioner, film, options, message):
     with pytest.raises(InputError, match=message):
         next(captioner.watch(**{"source": film, **options}))
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_record_never_replaces_its_source(captioner, film, tmp_path, opened):
+    source = open_source(str(film), PixelBudget(), speed=10) if opened else film
+    before, link = film.read_bytes(), tmp_path / "link.json"
+    link.symlink_to(film)
+    for record in (film, str(film), link):
+        with pytest.raises(InputError, match="is the source, which would be overwritten"):
+            next(captioner.watch(source, record=record))
+    assert film.read_bytes() == before
+
+
+def test_an_unwritable_record_is_reported_before_the_source_is_read(captioner, tmp_path):
+    def clips():
+        raise AssertionError("the source was read")
+
+    for record in (tmp_path, "/proc/record.json"):
+        with pytest.raises(InputError, match="cannot be written"):
+            next(captioner.watch(Source(clips, 1.0), record=record))
 
 
 def test_a_missing_model(tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from .common.paths import find_model
 from .devices import choose_device, look
+from .live.options import check_output
 from .live.setup import load_on, most_clips, open_watch, read_checkpoint
 from .model.prompts import QUESTIONS
 from .sessions import Session
@@ -101,8 +102,11 @@ class Captioner:
             max_new_tokens: Tokens to write at most. Default: 8 per clip, or any number with a `window`.
             window: Limits attention to the newest clips and tokens, for endless streams.
             skip: If the model cannot keep up, skip to the newest clip instead of letting clips wait.
-            record: File for a record of the session, see `replay`.
+            record: File for a record of the session, see `replay`. An existing file is replaced.
         """
+        if record is not None:
+            film = source.about.get("video", {}).get("path") if isinstance(source, Source) else source
+            check_output(Path(record), film)
         name = "the source"
         if not isinstance(source, Source):
             most, name = most_clips(max_clips, window), f"source {source}"

@@ -150,21 +150,26 @@ def record_place(arguments: argparse.Namespace, variant: Variant) -> Path:
     each other."""
     record = arguments.record or RECORDS / time.strftime(f"%Y%m%d-%H%M%S-{variant.name}-{os.getpid()}.json")
     for path in filter(None, (record, arguments.keep)):
-        folder = path.absolute().parent
-        while not os.path.exists(folder):
-            folder = folder.parent
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path} cannot be written (it is not a file): give another file")
-        try:  # with a name as long as the real one; permissions do not tell, root has them all
-            with tempfile.NamedTemporaryFile(prefix=f"{path.name}.{os.getpid()}.live.", suffix=".part", dir=folder):
-                pass
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}): give another file") from error
-        if _same(path, arguments.source):
-            raise InputError(f"{path} is the source, which would be overwritten: give another file")
+        check_output(path, arguments.source)
     if arguments.keep and _same(record, arguments.keep):
         raise InputError(f"--record and --keep are both {record}: give two different files")
     return record
+
+
+def check_output(path: Path, source: str | Path | None) -> None:
+    """Raises InputError if `path` cannot be written, or is the file `source`. Changes nothing."""
+    folder = path.absolute().parent
+    while not os.path.exists(folder):
+        folder = folder.parent
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} cannot be written (it is not a file): give another file")
+    try:  # with a name as long as the real one; permissions do not tell, root has them all
+        with tempfile.NamedTemporaryFile(prefix=f"{path.name}.{os.getpid()}.live.", suffix=".part", dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): give another file") from error
+    if source is not None and _same(path, source):
+        raise InputError(f"{path} is the source, which would be overwritten: give another file")
 
 
 def _same(one: str | Path, other: str | Path) -> bool:
