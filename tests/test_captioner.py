@@ -64,7 +64,7 @@ def test_a_custom_frame_source(captioner, film, tmp_path):
     def clips():
         for index in range(video.clips):
             rows = slice(2 * index, 2 * index + 2)
-            yield Clip(index, video.frames[rows], video.timestamps[rows], now(), film=True)
+            yield Clip(index, video.frames[rows], video.timestamps[rows], now())
 
     own = [*captioner.watch(Source(clips, seconds_per_clip=1.0), record=tmp_path / "record.json", max_new_tokens=9)]
     assert own == [*captioner.watch(film, speed=10, max_new_tokens=9)]

@@ -588,7 +588,7 @@ class Arrivals(Intake):
 
     def __init__(self, clips, processor, skip):
         self.arrivals = queue.SimpleQueue()
-        super().__init__(lambda: iter(self.arrivals.get, None), processor, skip)
+        super().__init__(lambda: iter(self.arrivals.get, None), processor, skip, live=True)
         self.left = list(clips)
 
     def arrive(self):
@@ -745,15 +745,15 @@ def test_intake_that_skips_does_not_block_the_source(made, monkeypatch):
     assert len(made_ready) == 2
 
 
-@pytest.mark.parametrize("film", [False, True])
-def test_clips_that_arrive_before_the_start(made, film):
-    """Only the newest is kept; a recording can wait."""
+@pytest.mark.parametrize("live, film", [(True, False), (True, True), (False, False)])
+def test_clips_that_arrive_before_the_start(made, live, film):
+    """Only the newest of a live source is kept; a recording can wait."""
     clips = [replace(clip, film=film) for clip in synthetic_clips(9, speed=1e6, size=(28, 28))]
-    intake = Intake(lambda: iter(clips), load_processor(made[0]))
+    intake = Intake(lambda: iter(clips), load_processor(made[0]), live=live)
     intake.start()
     until(lambda: intake.over)
     intake.begin()
-    assert intake.before == (0 if film else 8)
+    assert intake.before == (0 if film or not live else 8)
     assert [clip.index for clip, _ in intake.waiting] == [*range(intake.before, 9)]
 
 

@@ -30,6 +30,7 @@ class Intake:
         pace: float | None = None,
         count: int | None = None,
         name: str = "the source",
+        live: bool = False,
     ):
         """Args:
         clips: Opens the source.
@@ -38,9 +39,10 @@ class Intake:
         pace: Wall-clock seconds between the source's clips, if known.
         count: How many clips the source has, if known.
         name: Of the source, in messages.
+        live: See `Source`.
         """
         self.clips, self.processor, self.skip = clips, processor, skip
-        self.pace, self.count, self.name = pace, count, name
+        self.pace, self.count, self.name, self.live = pace, count, name, live
         self.waiting: collections.deque[tuple[Clip, Tensor | None]] = collections.deque()
         """Clips with their pixels, or None for a clip that came while others waited: it may be skipped."""
         self.completed: list[float] = []
@@ -58,7 +60,7 @@ class Intake:
         self._thread = threading.Thread(target=self._read, name="intake", daemon=True)
 
     def start(self) -> None:
-        """Start reading. Only the newest clip of a camera or stream waits until `begin` is called."""
+        """Start reading. Only the newest clip of a live source waits until `begin` is called."""
         self._begun = False
         self._thread.start()
 
@@ -122,11 +124,12 @@ class Intake:
         """Add a clip that has come. Blocks while ROOM clips wait, until `stop`."""
         pixels = None if self.waiting else self._pixels(clip)
         with self._change:
-            newest_only = self.skip or not (self._begun or clip.film)
+            live = self.live and not clip.film
+            newest_only = self.skip or (live and not self._begun)
             if newest_only:
                 self.waiting.clear()
             while len(self.waiting) >= ROOM and not self._stopped:
-                if self._begun and self.pace is None and not (clip.film or self._full):
+                if self._begun and live and not self._full:
                     self._full = True
                     logger.warning("%d clips are waiting, the maximum: the source is not read until one is taken", ROOM)
                 self._change.wait()

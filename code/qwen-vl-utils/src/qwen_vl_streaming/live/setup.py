@@ -172,7 +172,7 @@ def open_watch(
                 )
             )
         model = load()
-        intake = Intake(source.clips, processor, skip, source.pace, source.count, name)
+        intake = Intake(source.clips, processor, skip, source.pace, source.count, name, source.live)
         stack.callback(intake.stop)
         seconds = source.seconds_per_clip
         if source.size is None:

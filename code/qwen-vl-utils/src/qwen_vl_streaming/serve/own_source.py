@@ -93,7 +93,12 @@ class OwnSource:
     def _read(self) -> None:
         source = open_source(self.address, self.model.budget, fps=FPS, max_clips=self.most)
         self.intake = intake = Intake(
-            source.clips, self.model.processor, pace=source.pace, count=source.count, name=self.name
+            source.clips,
+            self.model.processor,
+            pace=source.pace,
+            count=source.count,
+            name=self.name,
+            live=source.live,
         )
         size, seconds = source.size, source.seconds_per_clip
         if size is None:

@@ -26,7 +26,16 @@ SCENE = (280, 504)
 
 @dataclass(frozen=True)
 class Source:
-    """A source of clips: a file, a camera, a stream or the synthetic scene."""
+    """A source of clips: a file, a camera, a stream, the synthetic scene, or a function of your own that yields clips.
+
+    Example::
+
+        def clips():
+            for index, frames in enumerate(batches):  # (2, 3, H, W) uint8, H and W divisible by 28
+                yield Clip(index, frames, numpy.array([index, index + 0.5]), time.time())
+
+        captioner.watch(Source(clips, seconds_per_clip=1.0))
+    """
 
     clips: Callable[[], Iterator[Clip]]
     """Opens the source and yields its clips. The time of the source starts with the first call to `next`."""
@@ -39,6 +48,10 @@ class Source:
     """Wall-clock seconds between its clips, or None if not known."""
     count: int | None = None
     """The number of clips, or None if not known."""
+    live: bool = False
+    """Whether the clips come whether or not they are read, as those of a camera. Clips that come before the model is
+    ready are then skipped but for the newest, and an InputError means that the source was lost: the answer is finished
+    without raising it. Otherwise no clip is skipped, unless that is asked for."""
 
 
 def open_source(
@@ -80,7 +93,7 @@ def open_source(
         if name.startswith("/dev/") and not Path(name).exists():
             raise InputError(f"source {name} does not exist: check that the camera is connected")
         clips = functools.partial(stream_clips, name, fps=fps, budget=budget, reconnect_seconds=reconnect_seconds)
-        return Source(clips, FRAMES_PER_CLIP / fps, None, {})
+        return Source(clips, FRAMES_PER_CLIP / fps, live=True)
     index = index_video(name)
     part: dict[str, Any] = {}
     if max_clips and cut:
