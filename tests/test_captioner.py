@@ -1,11 +1,14 @@
 """The library from a notebook: `Captioner` writes what `live` writes, from files, streams and custom sources."""
 
+import re
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import qwen_vl_streaming
 import torch
@@ -71,6 +74,62 @@ def test_a_custom_frame_source(captioner, film, tmp_path):
     record = read_record(tmp_path / "record.json")
     seen = [clip_pixels(captioner.processor, clip.frames)[0][0] for clip in clips()]
     assert all(difference.tie for difference in replay(record, captioner.model, seen))
+
+
+def still(count, shape=(2, 3, 56, 84), kind=torch.uint8, fault=None):
+    """A custom source: `count` clips, then an error."""
+
+    def clips():
+        for index in range(count):
+            yield Clip(index, torch.zeros(shape, dtype=kind), np.zeros(2), now())
+        if fault:
+            raise fault
+
+    return Source(clips, 1.0)
+
+
+@pytest.mark.parametrize(
+    "shape, kind",
+    [
+        ((4, 3, 56, 84), torch.uint8),
+        ((3, 3, 56, 84), torch.uint8),
+        ((2, 56, 84, 3), torch.uint8),
+        ((2, 1, 56, 84), torch.uint8),
+        ((2, 3, 100, 100), torch.uint8),
+        ((2, 3, 0, 56), torch.uint8),
+        ((3, 56, 84), torch.uint8),
+        ((2, 3, 56, 84), torch.float32),
+        ((2, 3, 56, 84), torch.int64),
+    ],
+)
+def test_clips_of_a_wrong_shape_or_type(captioner, shape, kind):
+    message = f"clip 1 of the source is a Tensor of shape {shape} and type {kind}: give a torch.uint8 tensor"
+    with pytest.raises(InputError, match=re.escape(message)):
+        next(captioner.watch(still(3, shape, kind)))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("fault", [KeyError("bug"), InputError("wrong"), RuntimeError("disk on fire")])
+def test_an_error_in_a_custom_source_is_raised(captioner, count, fault):
+    """Once the answer for the clips before it is written."""
+    pieces = []
+    with pytest.raises(type(fault)) as error:
+        for piece in captioner.watch(still(count, fault=fault), max_new_tokens=20):
+            pieces.append(piece)
+    assert error.value is fault and bool(pieces) == bool(count)
+    assert not count or (captioner.session.done and len(captioner.session.log.arrived) == count)
+
+
+@pytest.mark.parametrize("fault", [InputError("moved"), OSError("unplugged")])
+def test_a_camera_that_is_lost_raises_nothing(captioner, fault):
+    source = replace(still(3, fault=fault), live=True)
+    assert [*captioner.watch(source, max_new_tokens=20)] and captioner.session.done
+
+
+def test_a_clip_of_a_numpy_array(captioner):
+    clip = Clip(0, np.zeros((2, 3, 56, 84), np.uint8), np.zeros(2), now())
+    with pytest.raises(InputError, match=r"clip 1 of the source is a ndarray of shape .2, 3, 56, 84. and type uint8"):
+        next(captioner.watch(Source(lambda: iter([clip]), 1.0)))
 
 
 @pytest.mark.parametrize("source", ["film", "synthetic"])

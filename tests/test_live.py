@@ -362,6 +362,25 @@ def test_source_that_is_lost(command, tmp_path, monkeypatch, known):
     assert replays(command, tmp_path)
 
 
+@pytest.mark.parametrize("fault, status, message", [
+    (KeyError("bug"), 1, "error: source synthetic has failed (KeyError: 'bug')"),
+    (InputError("clip 3 is damaged"), 2, "error: clip 3 is damaged"),
+])  # fmt: skip
+def test_a_source_that_fails(command, tmp_path, monkeypatch, fault, status, message):
+    """The answer is finished and recorded, then the error is reported."""
+
+    def failing(clips, **options):
+        for clip in synthetic_clips(3, **options):
+            yield replace(clip, last=False)
+        raise fault
+
+    monkeypatch.setattr(opening, "synthetic_clips", failing)
+    code, _, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 9, "--max-new-tokens", 20)
+    record, _ = read(tmp_path)
+    assert (code, err.splitlines()[-1]) == (status, message)
+    assert record.complete and len(record.tokens) == 20 and replays(command, tmp_path)
+
+
 def test_invalid_sources(command, tmp_path, serve, film):  # noqa: F811
     before = film.read_bytes()
     (tmp_path / "text.mp4").write_text("no video")

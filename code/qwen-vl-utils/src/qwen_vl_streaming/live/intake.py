@@ -6,11 +6,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from ..common.clock import now
 from ..common.errors import InputError
 from ..model.prompts import clip_pixels
+from ..video.frames import FRAMES_PER_CLIP, SIDE_FACTOR
 from ..video.sources import Clip
 
 logger = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ class Intake:
             self._news.get()
 
     def first(self) -> Clip:
-        """Wait for the first clip. It stays here. Raises InputError if none comes."""
+        """Wait for the first clip. It stays here. Raises `no_clip` if none comes."""
         while not (self.waiting or self.over):
             self.wait()
         with self._change:
@@ -98,12 +100,23 @@ class Intake:
                 raise self.no_clip()
             return self.waiting[0][0]
 
-    def no_clip(self) -> InputError:
+    @property
+    def lost(self) -> bool:
+        """The source has ended because its connection was lost or it cannot be read on. Other faults are errors in the
+        source itself."""
+        return isinstance(self.fault, OSError) or (self.live and isinstance(self.fault, InputError))
+
+    @property
+    def why(self) -> str:
+        """The reason why the source has ended, in brackets; empty for its normal end."""
+        kind = "" if isinstance(self.fault, OSError | InputError) else f"{type(self.fault).__name__}: "
+        return f" ({kind}{self.fault})" if self.fault else ""
+
+    def no_clip(self) -> Exception:
         """The error for a source that has ended without a clip."""
-        if isinstance(self.fault, InputError):
+        if self.fault and not isinstance(self.fault, OSError):
             return self.fault
-        why = f" ({self.fault})" if self.fault else ""
-        return InputError(f"{self.name} gave no clip{why}: check the source, or give another one")
+        return InputError(f"{self.name} gave no clip{self.why}: check the source, or give another one")
 
     def take(self) -> tuple[Clip, Tensor]:
         """The clip that has waited longest, and its pixels (patches, pixels of a patch) float32."""
@@ -121,7 +134,9 @@ class Intake:
         return max(come, min(passed, self.count or passed))
 
     def add(self, clip: Clip) -> None:
-        """Add a clip that has come. Blocks while ROOM clips wait, until `stop`."""
+        """Add a clip that has come. Blocks while ROOM clips wait, until `stop`. Raises InputError for frames of a wrong
+        shape or type."""
+        self._check(clip.index, clip.frames)
         pixels = None if self.waiting else self._pixels(clip)
         with self._change:
             live = self.live and not clip.film
@@ -146,6 +161,16 @@ class Intake:
     def _notify(self) -> None:
         if self._news.empty():  # otherwise there is news already that nobody has looked at
             self.wake()
+
+    def _check(self, index: int, frames) -> None:
+        shape, kind = tuple(getattr(frames, "shape", ())), getattr(frames, "dtype", None)
+        right = isinstance(frames, Tensor) and kind == torch.uint8 and shape[:-2] == (FRAMES_PER_CLIP, 3)
+        if not right or any(side < 1 or side % SIDE_FACTOR for side in shape[-2:]):
+            raise InputError(
+                f"clip {index + 1} of {self.name} is a {type(frames).__name__} of shape {shape} and type {kind}: give "
+                f"a torch.uint8 tensor of shape ({FRAMES_PER_CLIP}, 3, H, W), two RGB frames with values from 0 to 255 "
+                f"and H and W divisible by {SIDE_FACTOR}"
+            )
 
     def _pixels(self, clip: Clip) -> Tensor:
         return clip_pixels(self.processor, clip.frames)[0][0]

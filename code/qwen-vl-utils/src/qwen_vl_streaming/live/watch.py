@@ -72,8 +72,9 @@ class Watch:
         """Starts to read the source, if that has not begun. Yields each piece of text as it is written, and the seconds
         of the source that had passed when its slot could begin.
 
-        Returns when the answer is written or `ask_to_stop` was called. Raises what the session raises, and InputError
-        for a source that gave no clip.
+        Returns when the answer is written or `ask_to_stop` was called. Raises what the session raises, InputError for a
+        source that gave no clip, and, once the answer is written, the error with which the source ended, unless the
+        source was just lost.
         """
         session, intake = self.session, self.intake
         intake.begin()
@@ -92,6 +93,8 @@ class Watch:
             self.waiting_at_end = self._waiting()
         if session.written and (text := self.pieces.rest()):
             yield text, self._second(session.written[-1].slot)
+        if intake.fault and not (intake.lost or self.stopped):
+            raise intake.fault
 
     def figures(self, record: Record, deadline: float | None) -> dict:
         """The statistics of `figures.figures`, and the clips and frames that were counted here. `record` is that of the
@@ -147,8 +150,7 @@ class Watch:
             if full and not clip.last:
                 logger.warning("clip %d is the last one that is watched: see --max-clips", self.most)
         if intake.over and self.clips and not (intake.waiting or session.all_fed):
-            why = f" ({intake.fault})" if intake.fault else ""
-            logger.warning("the source has ended%s: finishing the answer", why)
+            logger.warning("the source has ended%s: finishing the answer", intake.why)
             session.end()
 
     def _has_room(self) -> bool:
