@@ -171,6 +171,24 @@ def test_a_source_of_the_servers_own(server):
     assert len(kept) == 6
 
 
+def test_with_a_window_a_source_of_the_servers_own_may_have_any_length(server, monkeypatch):
+    asked = []
+
+    def open_source(*_, max_clips, **__):
+        asked.append(max_clips)
+        raise OSError("seen")
+
+    monkeypatch.setattr(own_source, "open_source", open_source)
+
+    async def run():
+        async with Talk(server.connect()) as viewer:
+            await viewer.begin(source={"kind": "server", "name": "film"}, models=["group"])
+            await viewer.until("error")
+
+    drive(run)
+    assert asked == [None]
+
+
 def test_a_viewer_cannot_open_many_sources_of_the_server(server, monkeypatch):
     """However fast it begins and cancels."""
     go = threading.Event()
