@@ -248,6 +248,25 @@ def test_an_endless_stream_with_a_window(command, tmp_path):
     assert replays(command, tmp_path)
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("schedule, tokens", [("wait-3", 3 * 3 + 7), ("greedy", None)])
+def test_with_a_window_the_answer_ends_after_the_source(command, tmp_path, monkeypatch, known, schedule, tokens):
+    """Whether the last clip is known as such or not."""
+
+    def four(clips, **options):
+        for clip in synthetic_clips(4, **options):
+            yield replace(clip, last=clip.last and known)
+
+    monkeypatch.setattr(opening, "synthetic_clips", four)
+    monkeypatch.setattr(setup, "TOKENS_AFTER_END", 7)
+    code, _, err = command("--source", "synthetic", "--window", 3, 8, "--speed", 20, "--schedule", schedule)
+    record, found = read(tmp_path)
+    assert code == 0, err
+    assert record.complete and record.end == "max_new_tokens" and found["clips"] == 4
+    assert len(record.tokens) == record.max_new_tokens and (not known or tokens in (None, len(record.tokens)))
+    assert replays(command, tmp_path)
+
+
 def test_the_answer_may_end_before_the_source(command, film, tmp_path, monkeypatch):
     command("--source", film, "--speed", "50", "--max-new-tokens", 20)
     tokens = read(tmp_path)[0].tokens

@@ -99,7 +99,8 @@ class Captioner:
             speed: Of a file, in multiples of real time.
             fps: Frames per second that the model sees. Two frames are a clip.
             max_clips: Clips to watch at most. Default: 300, or any number with a `window`.
-            max_new_tokens: Tokens to write at most. Default: 8 per clip, or any number with a `window`.
+            max_new_tokens: Tokens to write at most. Default: 8 per clip; with a `window` any number, but at most 300
+                after the end of the source.
             window: Limits attention to the newest clips and tokens, for endless streams.
             skip: If the model cannot keep up, skip to the newest clip instead of letting clips wait.
             record: File for a record of the session, see `replay`. An existing file is replaced.

@@ -20,7 +20,7 @@ from ..sessions import GREEDY, MODES
 from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant
 from ..video.frames import BUDGETS
 from ..video.opening import SYNTHETIC
-from .setup import CLIPS, TOKENS_PER_CLIP
+from .setup import CLIPS, TOKENS_AFTER_END, TOKENS_PER_CLIP
 
 RECORDS = Path("live_output")
 REPLACED = "an existing file is replaced"
@@ -105,7 +105,8 @@ def parse(description: str | None) -> argparse.Namespace:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"write at most N tokens (default: {TOKENS_PER_CLIP} for each of --max-clips; with --window, any number)",
+        help=f"write at most N tokens (default: {TOKENS_PER_CLIP} for each of --max-clips; with --window, any "
+        f"number, but at most {TOKENS_AFTER_END} after the end of the source)",
     )
     add(
         "--window",

@@ -34,6 +34,8 @@ CLIPS = 300
 """Clips watched at most, by default and without a window."""
 TOKENS_PER_CLIP = 8
 """Tokens written at most per clip, by default and without a window."""
+TOKENS_AFTER_END = 300
+"""Tokens written at most after the end of the source, by default and with a window; as in evaluation."""
 WARM_UP_STEPS = 12
 
 
@@ -143,7 +145,8 @@ def open_watch(
         mode: Default: fused if the variant can, else serial.
         schedule: Default: the one that the checkpoint was trained with.
         max_clips: Default: CLIPS, or any number with a `window`.
-        max_new_tokens: Default: TOKENS_PER_CLIP per clip, or any number with a `window`.
+        max_new_tokens: Default: TOKENS_PER_CLIP per clip, or with a `window` any number until the source ends and
+            TOKENS_AFTER_END after that.
         skip, keep: See `Watch`.
         about: Added to the record, besides the question, what a replay needs, and the clips that were fed.
         name: Of the source, in messages.
@@ -155,6 +158,7 @@ def open_watch(
     template = make_template(processor, question, end_of_slot(config))
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     most = most_clips(max_clips, window)
+    after_end = TOKENS_AFTER_END if max_new_tokens is None and window is not None else None
     if max_new_tokens is None:
         max_new_tokens = sys.maxsize if most is None else TOKENS_PER_CLIP * most
     options |= {
@@ -201,6 +205,6 @@ def open_watch(
             opened = functools.partial(opened, runner=warm_up(opened(), pixels[0]))
         about = {"question": question, **(about or {}), **source.about}
         session = stack.enter_context(opened(record=record, about=about))
-        watch = Watch(session, intake, Pieces(decode, template.end_of_slot), seconds, most, skip, keep)
+        watch = Watch(session, intake, Pieces(decode, template.end_of_slot), seconds, most, skip, keep, after_end)
         about["clips"] = watch.clips
         yield watch

@@ -36,6 +36,7 @@ class Watch:
         most: int | None = None,
         skip: bool = False,
         keep: Callable[[Tensor], None] | None = None,
+        tokens_after_end: int | None = None,
     ):
         """Args:
         session, intake, pieces: What is fed, from where, and how its tokens become text.
@@ -43,9 +44,11 @@ class Watch:
         most: Clips to watch, or None for all.
         skip: When the session falls behind, feed only the newest clip.
         keep: Called with the frames of each clip, (2, 3, H, W) uint8, before it is fed.
+        tokens_after_end: Tokens to write at most once the source has ended, or None for no such limit.
         """
         self.session, self.intake, self.pieces = session, intake, pieces
         self.seconds, self.most, self.skip, self.keep = seconds, most, skip, keep
+        self.tokens_after_end = tokens_after_end
         self.clips: list[int] = []
         """The index in the source of each clip that was fed; this list goes into the record."""
         self.next = 0
@@ -145,6 +148,7 @@ class Watch:
                 self.keep(clip.frames)
             self.clips.append(clip.index)
             session.feed(pixels, clip.last or full)
+            self._limit()
             self.skipped += skipped
             self._report_pace(skipped)
             if full and not clip.last:
@@ -152,6 +156,11 @@ class Watch:
         if intake.over and self.clips and not (intake.waiting or session.all_fed):
             logger.warning("the source has ended%s: finishing the answer", intake.why)
             session.end()
+            self._limit()
+
+    def _limit(self) -> None:
+        if self.session.all_fed and self.tokens_after_end is not None:
+            self.session.limit(self.tokens_after_end)
 
     def _has_room(self) -> bool:
         session, ahead = self.session, self.session.clips_waiting
