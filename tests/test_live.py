@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -38,8 +39,10 @@ from qwen_vl_streaming.video.clip_recorder import read_clips
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwen_vl_streaming.video.opening import open_source
 from qwen_vl_streaming.video.sources import Clip, synthetic_clips
+from qwen_vl_streaming.video.streams import stream_clips
 from safetensors.torch import save_file
 from test_sources import serve, stream_bytes  # noqa: F401  a fixture
+from test_streams import mjpeg
 from tiny import random_template, tiny_model
 
 SMALL = ("--min-pixels-per-frame", "3136", "--max-pixels-per-frame", "3136")
@@ -769,6 +772,16 @@ def until(happened, seconds=10):
     while not happened():
         assert time.time() < deadline
         time.sleep(0.01)
+
+
+def test_a_camera_is_closed_when_reading_stops(made, serve):  # noqa: F811
+    """So that it can be opened again at once: many cameras serve one client at a time."""
+    url = serve([mjpeg(100, 10)], "multipart/x-mixed-replace; boundary=frame")
+    intake = Intake(lambda: stream_clips(url), load_processor(made[0]), live=True)
+    intake.start()
+    intake.first()
+    intake.stop()
+    assert not intake._thread.is_alive() and not any(url in thread.name for thread in threading.enumerate())
 
 
 def test_intake_that_skips_does_not_block_the_source(made, monkeypatch):

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 ROOM = 256
 """Clips that may wait; then the source is not read until one is taken."""
 
+CLOSING_SECONDS = 4.0
+"""Time to wait for the end of the thread: for a clip of a second, and for the source to be closed."""
+
 
 class Intake:
     """Reads a source from `start` to `stop`. Clips that have come are in `waiting`, from which `take` takes."""
@@ -75,12 +78,13 @@ class Intake:
             self._thread.start()
 
     def stop(self) -> None:
-        """Stop reading. A source that is blocked in a read is left behind in its daemon thread."""
+        """Stop reading, and wait until the source is closed, which is once its next clip has come. A source that is
+        blocked in a read is left behind in its daemon thread."""
         with self._change:
-            self._stopped = True
+            first, self._stopped = not self._stopped, True
             self._change.notify()
-        if self._thread.is_alive():
-            self._thread.join(2)
+        if first and self._thread.is_alive():
+            self._thread.join(CLOSING_SECONDS)
 
     def wake(self) -> None:
         """End a `wait`. Can be called from a signal handler."""
