@@ -1,5 +1,6 @@
 """The library from a notebook: `Captioner` writes what `live` writes, from files, streams and custom sources."""
 
+import math
 import re
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import torch
 from media import make_video
 from qwen_vl_streaming import Captioner, Clip, InputError, Source, open_session
 from qwen_vl_streaming.common.clock import now
+from qwen_vl_streaming.devices import Devices
 from qwen_vl_streaming.live import cli
 from qwen_vl_streaming.live.setup import warm_up
-from qwen_vl_streaming.model.prompts import clip_pixels, make_template
+from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, make_template
 from qwen_vl_streaming.replay import check_clips, replay, video_clips
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
@@ -169,6 +171,17 @@ def test_a_watch_can_be_abandoned_and_another_started(captioner, film):
         ({"mode": ""}, "unknown execution mode ''"),
         ({"schedule": ""}, "schedule"),
         ({"window": (0, 5)}, "window"),
+        ({"window": (5,)}, r"window \(5,\) must be two integers"),
+        ({"window": 5}, "window 5 must be two integers"),
+        ({"window": (5.5, 20)}, "must be two integers"),
+        ({"speed": 0}, "speed 0 must be above 0"),
+        ({"speed": math.inf}, "speed inf must be above 0 and finite"),
+        ({"speed": math.nan}, "speed nan"),
+        ({"source": "synthetic", "speed": -1}, "speed -1"),
+        ({"fps": 0}, "fps 0 must be above 0"),
+        ({"source": "synthetic", "fps": -2.0}, "fps -2.0"),
+        ({"source": "/dev/video0", "fps": math.nan}, "fps nan"),
+        ({"question": "caf\udce9?"}, r"question 'caf\\udce9\?' is not valid Unicode"),
     ],
 )
 def test_user_errors_are_input_errors(captioner, film, options, message):
@@ -194,6 +207,24 @@ def test_an_unwritable_record_is_reported_before_the_source_is_read(captioner, t
     for record in (tmp_path, "/proc/record.json"):
         with pytest.raises(InputError, match="cannot be written"):
             next(captioner.watch(Source(clips, 1.0), record=record))
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
+def test_the_length_of_a_clip_is_above_0(seconds):
+    with pytest.raises(InputError, match="must be above 0 and finite"):
+        Source(lambda: iter(()), seconds)
+
+
+def test_the_default_question(captioner, film, tmp_path):
+    record = tmp_path / "record.json"
+    assert [*captioner.watch(film, question=None, speed=10, max_new_tokens=3, record=record)]
+    assert read_record(record).about["question"] == QUESTIONS[-1]
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), None])
+def test_how_a_device_is_given(made, device, monkeypatch):
+    monkeypatch.setattr("qwen_vl_streaming.captioner.look", lambda _: Devices(none="no GPU"))
+    assert Captioner(made[0], device=device).model.device.type == "cpu"
 
 
 def test_a_missing_model(tmp_path):

@@ -31,3 +31,10 @@ def test_a_closed_pipe_ends_a_program_quietly(body, closed, status):
     shown = {0: "", 1: "Traceback", 2: "error: a.json: correct it\n", 3: "", 141: ""}[status]
     assert done.returncode == status
     assert closed == "stderr" or (done.stderr.startswith(shown) and bool(done.stderr) == bool(shown)), done.stderr
+
+
+def test_characters_that_the_output_cannot_encode_are_escaped():
+    program = "from qwen_vl_streaming.common.errors import *\nrun(lambda: print('caf\\xe9 \\u4e2d'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"caf\xe9 \\u4e2d\n"), done.stderr

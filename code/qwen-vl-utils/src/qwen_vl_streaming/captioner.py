@@ -44,7 +44,7 @@ class Captioner:
         model: str | Path,
         *,
         variant: str | None = None,
-        device: str = "",
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         weights: str | None = None,
         force: bool = False,
@@ -61,7 +61,7 @@ class Captioner:
                 as in the checkpoint.
             force: Use a checkpoint even if it was trained with another variant.
         """
-        where, message = choose_device(device, look(os.environ), 'device="cpu"')
+        where, message = choose_device(str(device or ""), look(os.environ), 'device="cpu"')
         if message:
             logger.warning(message)
         path = find_model(str(model), Path.cwd())
@@ -76,7 +76,7 @@ class Captioner:
         self,
         source: str | Path | Source,
         *,
-        question: str = QUESTIONS[-1],
+        question: str | None = None,
         schedule: str | None = None,
         mode: str | None = None,
         speed: float = 1.0,
@@ -92,7 +92,7 @@ class Captioner:
         Args:
             source: A video file, "/dev/videoN", an address such as "rtsp://...", "synthetic", or your own
                 `Source`.
-            question: What is asked about the video.
+            question: What is asked about the video. Default: the question of the evaluation.
             schedule: "wait-K", "random-K", "greedy", or "model" for a checkpoint that was trained to decide when to
                 speak. Default: as the checkpoint was trained.
             mode: "serial", "fused", or "pipelined", which needs two GPUs. Default: fused if the variant can.
@@ -117,7 +117,7 @@ class Captioner:
             self.checkpoint,
             lambda: self.model,
             source,
-            question,
+            QUESTIONS[-1] if question is None else question,
             mode=mode,
             schedule=schedule,
             max_clips=max_clips,

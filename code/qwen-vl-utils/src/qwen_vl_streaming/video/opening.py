@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -53,6 +54,10 @@ class Source:
     ready are then skipped but for the newest, and an InputError means that the source was lost: the answer is finished
     without raising it. Otherwise no clip is skipped, unless that is asked for."""
 
+    def __post_init__(self):
+        if not 0 < self.seconds_per_clip < math.inf:
+            raise InputError(f"seconds_per_clip {self.seconds_per_clip} must be above 0 and finite")
+
 
 def open_source(
     name: str,
@@ -68,8 +73,9 @@ def open_source(
 
     From then on, messages show no password of its address.
 
-    Raises InputError if a file or camera does not exist, for an unknown URL scheme, and the errors of `read_video` for
-    a file, which is read here. A camera or URL is opened only when its clips are read.
+    Raises InputError if `fps`, `speed` or `max_clips` is not above 0, if a file or camera does not exist, for an
+    unknown URL scheme, and the errors of `read_video` for a file, which is read here. A camera or URL is opened only
+    when its clips are read.
 
     Args:
         fps: Sampling rate in frames per second.
@@ -79,6 +85,11 @@ def open_source(
         reconnect_seconds: How long to try to reconnect to a stream, see `stream_clips`.
     """
     hide_address(name)
+    for what, value in (("fps", fps), ("speed", speed)):
+        if not 0 < value < math.inf:
+            raise InputError(f"{what} {value} must be above 0 and finite")
+    if max_clips is not None and max_clips < 1:
+        raise InputError(f"max_clips {max_clips} must be at least 1")
     if name == SYNTHETIC:
         size = budget.size(*SCENE, frames=0)
         clips = functools.partial(synthetic_clips, max_clips or sys.maxsize, speed=speed, fps=fps, size=size)
