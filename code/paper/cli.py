@@ -39,9 +39,7 @@ DEMO_FLAGS = ("steps", "train_videos", "test_videos")
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="paper.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog="paper.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     part = parser.add_argument_group("which part of the tables")
     part.add_argument("--sizes", nargs="+", metavar="SIZE", help=f"of {' '.join(PAPER.models)} (default: all)")
     variants = PAPER.tables[0].variants

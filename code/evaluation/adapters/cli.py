@@ -245,13 +245,11 @@ def activitynet_soda(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> OneLineParser:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run, text: str, output: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         command.add_argument("--output", type=Path, required=name != "activitynet-soda", help=output)
         return command

@@ -69,8 +69,7 @@ class Parser(OneLineParser, HelpfulParser):
 def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
     """Parse the command line, and set up logging and DeepSpeed. Raises InputError."""
     kinds = (ModelArguments, DataArguments, SftArguments)
-    # The planner would not see abbreviated flags.
-    parser = Parser(kinds, prog="sft.sh", description=__doc__, allow_abbrev=False)
+    parser = Parser(kinds, prog="sft.sh", description=__doc__)
     *groups, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if "--weights" in unknown:
         raise InputError("--weights quantizes a model to run it: training has no such flag, leave it out")

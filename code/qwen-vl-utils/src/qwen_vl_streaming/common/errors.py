@@ -23,7 +23,11 @@ class InputError(ValueError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports errors in one line and exits with status 2, like all programs in this project."""
+    """An argument parser that reports errors in one line and exits with status 2, like all programs in this project.
+    Flags must be written in full: --mode is not --model."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         message = " ".join(redacted_command(message.split(" ")))  # argparse repeats flags and their values
