@@ -163,6 +163,11 @@ def test_a_watch_can_be_abandoned_and_another_started(captioner, film):
     [
         ({"source": "missing.mp4"}, "missing.mp4"),
         ({"source": "foo://x"}, "is not a stream"),
+        (
+            {"source": iter(())},
+            "the source is a tuple_iterator: give a path, an address, or for your own clips a Source",
+        ),
+        ({"source": None}, "the source is a NoneType"),
         ({"schedule": "wait-x"}, "wait-x"),
         ({"mode": "parallel"}, "unknown execution mode 'parallel'"),
         ({"max_clips": -1}, "-1"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .common.errors import InputError
 from .common.paths import find_model
 from .devices import choose_device, look
 from .live.options import check_output
@@ -91,7 +92,7 @@ class Captioner:
 
         Args:
             source: A video file, "/dev/videoN", an address such as "rtsp://...", "synthetic", or your own
-                `Source`.
+                `Source`, whose help has an example.
             question: What is asked about the video. Default: the question of the evaluation.
             schedule: "wait-K", "random-K", "greedy", or "model" for a checkpoint that was trained to decide when to
                 speak. Default: as the checkpoint was trained.
@@ -105,6 +106,11 @@ class Captioner:
             skip: If the model cannot keep up, skip to the newest clip instead of letting clips wait.
             record: File for a record of the session, see `replay`. An existing file is replaced.
         """
+        if not isinstance(source, str | Path | Source):
+            raise InputError(
+                f"the source is a {type(source).__name__}: give a path, an address, or for your own clips a Source, "
+                "made with a function that yields them"
+            )
         if record is not None:
             film = source.about.get("video", {}).get("path") if isinstance(source, Source) else source
             check_output(Path(record), film)
