@@ -187,10 +187,9 @@ def open_watch(
             frames = torch.zeros(FRAMES_PER_CLIP, 3, *source.size, dtype=torch.uint8)
         pixels, grid = clip_pixels(processor, frames)
         layout = template.layout(grid, tokens_per_second(config) * seconds)
+        check_clips(variant, layout, 1)
         room = clips_before_text(variant, layout)
-        if source.count is not None:
-            check_clips(variant, layout, min(most or source.count, source.count))
-        elif room is not None and (most is None or room < most):
+        if room is not None and room < min(count for count in (most, source.count, sys.maxsize) if count is not None):
             length = datetime.timedelta(seconds=round(room * seconds))
             logger.warning(
                 "%s can watch %d clips (%s) before their positions reach those of the text: the answer is finished "
