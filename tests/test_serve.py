@@ -163,6 +163,7 @@ def test_a_source_of_the_servers_own(server):
 
     events = gather(drive(run).events)
     assert [event["time"] for event in events["output_video_frame"]] == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert [event.get("last") for event in events["output_video_frame"]] == [None] * 5 + [True]
     assert {event["response"]["status"] for event in events["response.done"]} == {"completed"}
     assert "own.mp4" not in json.dumps(events)
     key = events["response.done"][0]["response"]["record_id"]
