@@ -403,6 +403,19 @@ def test_a_source_that_fails(command, tmp_path, monkeypatch, fault, status, mess
     assert record.complete and len(record.tokens) == 20 and replays(command, tmp_path)
 
 
+def test_a_file_that_is_damaged(command, tmp_path):
+    """The damage is reported once the answer about what comes before it is written."""
+    path = make_video(tmp_path / "v.mp4", seconds=8, size=(320, 192), options={"crf": "10"}, keyframe_every=10)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"mdat") + (data.index(b"moov") - data.index(b"mdat")) * 8 // 10
+    data[place : place + 2000] = b"\xff" * 2000
+    path.write_bytes(data)
+    code, _, err = command("--source", path, "--speed", 20, "--max-new-tokens", 40)
+    record, found = read(tmp_path)
+    assert code == 2 and re.search(r"error: video .*v\.mp4 is damaged.*download it again", err.splitlines()[-1])
+    assert record.complete and 3 <= found["clips"] < 8 and len(record.tokens) == 40
+
+
 def test_invalid_sources(command, tmp_path, serve, film):  # noqa: F811
     before = film.read_bytes()
     (tmp_path / "text.mp4").write_text("no video")

@@ -13,7 +13,7 @@ from typing import Any
 from ..common.errors import InputError
 from ..common.redact import hide_address
 from .formats import SCHEMES
-from .frames import FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
+from .frames import FRAMES_PER_CLIP, PixelBudget, sample_video, sampled_rate
 from .index import index_video
 from .sources import Clip, paced_clips, synthetic_clips
 from .streams import stream_clips
@@ -74,8 +74,8 @@ def open_source(
     From then on, messages show no password of its address.
 
     Raises InputError if `fps`, `speed` or `max_clips` is not above 0, if a file or camera does not exist, for an
-    unknown URL scheme, and the errors of `read_video` for a file, which is read here. A camera or URL is opened only
-    when its clips are read.
+    unknown URL scheme, and the errors of `read_video` for a file, up to its first frame. Later frames are decoded when
+    their clips are read. A camera or URL is opened only then.
 
     Args:
         fps: Sampling rate in frames per second.
@@ -114,9 +114,9 @@ def open_source(
                 "%s lasts %.1f s, but only the first %g s are watched: see --max-clips", name, index.duration, end
             )
             part = {"end": end}
-    video = read_video(name, fps=fps, budget=budget, index=index, **part)
-    logger.info("frames of %d x %d pixels: --budget %s", *reversed(video.frames.shape[2:]), budget.budget)
+    video = sample_video(name, fps=fps, budget=budget, index=index, **part)
+    height, width = next(iter(video.frames)).shape[1:]
+    logger.info("frames of %d x %d pixels: --budget %s", width, height, budget.budget)
     about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **part}}
-    height, width = video.frames.shape[2:]
     clips, seconds = functools.partial(paced_clips, video, speed), video.seconds_per_clip
     return Source(clips, seconds, (height, width), about, seconds / speed, video.clips)
