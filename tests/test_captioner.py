@@ -128,6 +128,11 @@ def test_a_camera_that_is_lost_raises_nothing(captioner, fault):
     assert [*captioner.watch(source, max_new_tokens=20)] and captioner.session.done
 
 
+def test_a_source_of_other_things_than_clips(captioner):
+    with pytest.raises(InputError, match="the source gave a Tensor: give a Clip"):
+        next(captioner.watch(Source(lambda: iter(torch.zeros(3, 2, 3, 56, 84)), 1.0)))
+
+
 def test_a_clip_of_a_numpy_array(captioner):
     clip = Clip(0, np.zeros((2, 3, 56, 84), np.uint8), np.zeros(2), now())
     with pytest.raises(InputError, match=r"clip 1 of the source is a ndarray of shape .2, 3, 56, 84. and type uint8"):

@@ -140,7 +140,7 @@ class Intake:
     def add(self, clip: Clip) -> None:
         """Add a clip that has come. Blocks while ROOM clips wait, until `stop`. Raises InputError for frames of a wrong
         shape or type."""
-        self._check(clip.index, clip.frames)
+        self._check(clip)
         pixels = None if self.waiting else self._pixels(clip)
         with self._change:
             live = self.live and not clip.film
@@ -166,7 +166,10 @@ class Intake:
         if self._news.empty():  # otherwise there is news already that nobody has looked at
             self.wake()
 
-    def _check(self, index: int, frames) -> None:
+    def _check(self, clip: object) -> None:
+        if not isinstance(clip, Clip):
+            raise InputError(f"{self.name} gave a {type(clip).__name__}: give a Clip, as help(Source) shows")
+        index, frames = clip.index, clip.frames
         shape, kind = tuple(getattr(frames, "shape", ())), getattr(frames, "dtype", None)
         right = isinstance(frames, Tensor) and kind == torch.uint8 and shape[:-2] == (FRAMES_PER_CLIP, 3)
         if not right or any(side < 1 or side % SIDE_FACTOR for side in shape[-2:]):
