@@ -787,7 +787,7 @@ def until(happened, seconds=10):
         time.sleep(0.01)
 
 
-def test_a_camera_is_closed_when_reading_stops(made, serve):  # noqa: F811
+def test_a_camera_is_closed_when_reading_stops(made, serve, caplog):  # noqa: F811
     """So that it can be opened again at once: many cameras serve one client at a time."""
     url = serve([mjpeg(100, 10)], "multipart/x-mixed-replace; boundary=frame")
     intake = Intake(lambda: stream_clips(url), load_processor(made[0]), live=True)
@@ -795,6 +795,7 @@ def test_a_camera_is_closed_when_reading_stops(made, serve):  # noqa: F811
     intake.first()
     intake.stop()
     assert not intake._thread.is_alive() and not any(url in thread.name for thread in threading.enumerate())
+    assert caplog.messages == []  # the connection was not lost
 
 
 def test_intake_that_skips_does_not_block_the_source(made, monkeypatch):

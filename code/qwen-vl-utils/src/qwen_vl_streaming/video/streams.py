@@ -185,7 +185,7 @@ class _StreamReader:
         while not self.stop.is_set():
             try:
                 self._read_once()
-                if self.film:
+                if self.film or self.stop.is_set():
                     break
                 reason = "the stream ended"
             except (FFmpegError, OSError) as error:
