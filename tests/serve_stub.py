@@ -159,7 +159,8 @@ class Client:
         for number, jpeg in enumerate(self.stub.source):
             if number % 2 == 0:  # the frames of a clip come together
                 await asyncio.sleep(max(0, self.start + number / 2 + 0.5 - time.monotonic()))
-            await self.send("output_video_frame", time=number / 2, bytes=len(jpeg))
+            last = {"last": True} if number == len(self.stub.source) - 1 else {}
+            await self.send("output_video_frame", time=number / 2, bytes=len(jpeg), **last)
             await self.websocket.send_bytes(jpeg)
             if number % 2:
                 self.give(number / 2)

@@ -1,23 +1,29 @@
 """The library from a notebook: `Captioner` writes what `live` writes, from files, streams and custom sources."""
 
+import math
+import re
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import qwen_vl_streaming
 import torch
 from media import make_video
 from qwen_vl_streaming import Captioner, Clip, InputError, Source, open_session
 from qwen_vl_streaming.common.clock import now
+from qwen_vl_streaming.devices import Devices
 from qwen_vl_streaming.live import cli
 from qwen_vl_streaming.live.setup import warm_up
-from qwen_vl_streaming.model.prompts import clip_pixels, make_template
+from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, make_template
 from qwen_vl_streaming.replay import check_clips, replay, video_clips
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.opening import open_source
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "code/qwen-vl-utils"
@@ -64,13 +70,74 @@ def test_a_custom_frame_source(captioner, film, tmp_path):
     def clips():
         for index in range(video.clips):
             rows = slice(2 * index, 2 * index + 2)
-            yield Clip(index, video.frames[rows], video.timestamps[rows], now(), film=True)
+            yield Clip(index, video.frames[rows], video.timestamps[rows], now())
 
     own = [*captioner.watch(Source(clips, seconds_per_clip=1.0), record=tmp_path / "record.json", max_new_tokens=9)]
     assert own == [*captioner.watch(film, speed=10, max_new_tokens=9)]
     record = read_record(tmp_path / "record.json")
     seen = [clip_pixels(captioner.processor, clip.frames)[0][0] for clip in clips()]
     assert all(difference.tie for difference in replay(record, captioner.model, seen))
+
+
+def still(count, shape=(2, 3, 56, 84), kind=torch.uint8, fault=None):
+    """A custom source: `count` clips, then an error."""
+
+    def clips():
+        for index in range(count):
+            yield Clip(index, torch.zeros(shape, dtype=kind), np.zeros(2), now())
+        if fault:
+            raise fault
+
+    return Source(clips, 1.0)
+
+
+@pytest.mark.parametrize(
+    "shape, kind",
+    [
+        ((4, 3, 56, 84), torch.uint8),
+        ((3, 3, 56, 84), torch.uint8),
+        ((2, 56, 84, 3), torch.uint8),
+        ((2, 1, 56, 84), torch.uint8),
+        ((2, 3, 100, 100), torch.uint8),
+        ((2, 3, 0, 56), torch.uint8),
+        ((3, 56, 84), torch.uint8),
+        ((2, 3, 56, 84), torch.float32),
+        ((2, 3, 56, 84), torch.int64),
+    ],
+)
+def test_clips_of_a_wrong_shape_or_type(captioner, shape, kind):
+    message = f"clip 1 of the source is a Tensor of shape {shape} and type {kind}: give a torch.uint8 tensor"
+    with pytest.raises(InputError, match=re.escape(message)):
+        next(captioner.watch(still(3, shape, kind)))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("fault", [KeyError("bug"), InputError("wrong"), RuntimeError("disk on fire")])
+def test_an_error_in_a_custom_source_is_raised(captioner, count, fault):
+    """Once the answer for the clips before it is written."""
+    pieces = []
+    with pytest.raises(type(fault)) as error:
+        for piece in captioner.watch(still(count, fault=fault), max_new_tokens=20):
+            pieces.append(piece)
+    assert error.value is fault and bool(pieces) == bool(count)
+    assert not count or (captioner.session.done and len(captioner.session.log.arrived) == count)
+
+
+@pytest.mark.parametrize("fault", [InputError("moved"), OSError("unplugged")])
+def test_a_camera_that_is_lost_raises_nothing(captioner, fault):
+    source = replace(still(3, fault=fault), live=True)
+    assert [*captioner.watch(source, max_new_tokens=20)] and captioner.session.done
+
+
+def test_a_source_of_other_things_than_clips(captioner):
+    with pytest.raises(InputError, match="the source gave a Tensor: give a Clip"):
+        next(captioner.watch(Source(lambda: iter(torch.zeros(3, 2, 3, 56, 84)), 1.0)))
+
+
+def test_a_clip_of_a_numpy_array(captioner):
+    clip = Clip(0, np.zeros((2, 3, 56, 84), np.uint8), np.zeros(2), now())
+    with pytest.raises(InputError, match=r"clip 1 of the source is a ndarray of shape .2, 3, 56, 84. and type uint8"):
+        next(captioner.watch(Source(lambda: iter([clip]), 1.0)))
 
 
 @pytest.mark.parametrize("source", ["film", "synthetic"])
@@ -102,6 +169,11 @@ def test_a_watch_can_be_abandoned_and_another_started(captioner, film):
     [
         ({"source": "missing.mp4"}, "missing.mp4"),
         ({"source": "foo://x"}, "is not a stream"),
+        (
+            {"source": iter(())},
+            "the source is a tuple_iterator: give a path, an address, or for your own clips a Source",
+        ),
+        ({"source": None}, "the source is a NoneType"),
         ({"schedule": "wait-x"}, "wait-x"),
         ({"mode": "parallel"}, "unknown execution mode 'parallel'"),
         ({"max_clips": -1}, "-1"),
@@ -110,11 +182,60 @@ def test_a_watch_can_be_abandoned_and_another_started(captioner, film):
         ({"mode": ""}, "unknown execution mode ''"),
         ({"schedule": ""}, "schedule"),
         ({"window": (0, 5)}, "window"),
+        ({"window": (5,)}, r"window \(5,\) must be two integers"),
+        ({"window": 5}, "window 5 must be two integers"),
+        ({"window": (5.5, 20)}, "must be two integers"),
+        ({"speed": 0}, "speed 0 must be above 0"),
+        ({"speed": math.inf}, "speed inf must be above 0 and finite"),
+        ({"speed": math.nan}, "speed nan"),
+        ({"source": "synthetic", "speed": -1}, "speed -1"),
+        ({"fps": 0}, "fps 0 must be above 0"),
+        ({"source": "synthetic", "fps": -2.0}, "fps -2.0"),
+        ({"source": "/dev/video0", "fps": math.nan}, "fps nan"),
+        ({"question": "caf\udce9?"}, r"question 'caf\\udce9\?' is not valid Unicode"),
     ],
 )
 def test_user_errors_are_input_errors(captioner, film, options, message):
     with pytest.raises(InputError, match=message):
         next(captioner.watch(**{"source": film, **options}))
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_record_never_replaces_its_source(captioner, film, tmp_path, opened):
+    source = open_source(str(film), PixelBudget(), speed=10) if opened else film
+    before, link = film.read_bytes(), tmp_path / "link.json"
+    link.symlink_to(film)
+    for record in (film, str(film), link):
+        with pytest.raises(InputError, match="is the source, which would be overwritten"):
+            next(captioner.watch(source, record=record))
+    assert film.read_bytes() == before
+
+
+def test_an_unwritable_record_is_reported_before_the_source_is_read(captioner, tmp_path):
+    def clips():
+        raise AssertionError("the source was read")
+
+    for record in (tmp_path, "/proc/record.json"):
+        with pytest.raises(InputError, match="cannot be written"):
+            next(captioner.watch(Source(clips, 1.0), record=record))
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
+def test_the_length_of_a_clip_is_above_0(seconds):
+    with pytest.raises(InputError, match="must be above 0 and finite"):
+        Source(lambda: iter(()), seconds)
+
+
+def test_the_default_question(captioner, film, tmp_path):
+    record = tmp_path / "record.json"
+    assert [*captioner.watch(film, question=None, speed=10, max_new_tokens=3, record=record)]
+    assert read_record(record).about["question"] == QUESTIONS[-1]
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), None])
+def test_how_a_device_is_given(made, device, monkeypatch):
+    monkeypatch.setattr("qwen_vl_streaming.captioner.look", lambda _: Devices(none="no GPU"))
+    assert Captioner(made[0], device=device).model.device.type == "cpu"
 
 
 def test_a_missing_model(tmp_path):

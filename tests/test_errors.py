@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from qwen_vl_streaming.common.errors import OneLineParser
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,21 @@ def test_a_closed_pipe_ends_a_program_quietly(body, closed, status):
     shown = {0: "", 1: "Traceback", 2: "error: a.json: correct it\n", 3: "", 141: ""}[status]
     assert done.returncode == status
     assert closed == "stderr" or (done.stderr.startswith(shown) and bool(done.stderr) == bool(shown)), done.stderr
+
+
+def test_characters_that_the_output_cannot_encode_are_escaped():
+    program = "from qwen_vl_streaming.common.errors import *\nrun(lambda: print('caf\\xe9 \\u4e2d'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"caf\xe9 \\u4e2d\n"), done.stderr
+
+
+def test_flags_are_not_abbreviated(capsys):
+    parser = OneLineParser(prog="x")
+    parser.add_argument("--model")
+    command = parser.add_subparsers().add_parser("sub")
+    command.add_argument("--source")
+    for words in (["--mode=pipelined", "sub"], ["sub", "--sour=x"]):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(words)
+        assert end.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err

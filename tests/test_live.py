@@ -41,7 +41,9 @@ from qwen_vl_streaming.video.clip_recorder import read_clips
 from qwen_vl_streaming.video.frames import PixelBudget
 from qwen_vl_streaming.video.opening import Source, open_source
 from qwen_vl_streaming.video.sources import Clip, paced_clips, synthetic_clips
+from qwen_vl_streaming.video.streams import stream_clips
 from safetensors.torch import save_file
+from test_streams import mjpeg
 from tiny import random_template, tiny_model
 from waiting import SECONDS, until
 
@@ -299,6 +301,25 @@ def test_an_endless_stream_with_a_window(command, tmp_path):
     assert replays(command, tmp_path)
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("schedule, tokens", [("wait-3", 3 * 3 + 7), ("greedy", None)])
+def test_with_a_window_the_answer_ends_after_the_source(command, tmp_path, monkeypatch, known, schedule, tokens):
+    """Whether the last clip is known as such or not."""
+
+    def four(clips, **options):
+        for clip in synthetic_clips(4, **options):
+            yield replace(clip, last=clip.last and known)
+
+    monkeypatch.setattr(opening, "synthetic_clips", four)
+    monkeypatch.setattr(setup, "TOKENS_AFTER_END", 7)
+    code, _, err = command("--source", "synthetic", "--window", 3, 8, "--speed", 20, "--schedule", schedule)
+    record, found = read(tmp_path)
+    assert code == 0, err
+    assert record.complete and record.end == "max_new_tokens" and found["clips"] == 4
+    assert len(record.tokens) == record.max_new_tokens and (not known or tokens in (None, len(record.tokens)))
+    assert replays(command, tmp_path)
+
+
 def test_the_answer_may_end_before_the_source(command, tmp_path, monkeypatch):
     flags = ("--source", "synthetic", "--max-clips", 30, "--speed", "100")
     command(*flags, "--max-new-tokens", 20)
@@ -413,6 +434,38 @@ def test_source_that_is_lost(command, tmp_path, monkeypatch, known):
     assert record.about["clips"] == list(range(known))
     assert found["source_clips"] == found["clips"] == known
     assert replays(command, tmp_path)
+
+
+@pytest.mark.parametrize("fault, status, message", [
+    (KeyError("bug"), 1, "error: source synthetic has failed (KeyError: 'bug')"),
+    (InputError("clip 3 is damaged"), 2, "error: clip 3 is damaged"),
+])  # fmt: skip
+def test_a_source_that_fails(command, tmp_path, monkeypatch, fault, status, message):
+    """The answer is finished and recorded, then the error is reported."""
+
+    def failing(clips, **options):
+        for clip in synthetic_clips(3, **options):
+            yield replace(clip, last=False)
+        raise fault
+
+    monkeypatch.setattr(opening, "synthetic_clips", failing)
+    code, _, err = command("--source", "synthetic", "--speed", 50, "--max-clips", 9, "--max-new-tokens", 20)
+    record, _ = read(tmp_path)
+    assert (code, err.splitlines()[-1]) == (status, message)
+    assert record.complete and len(record.tokens) == 20 and replays(command, tmp_path)
+
+
+def test_a_file_that_is_damaged(command, tmp_path):
+    """The damage is reported once the answer about what comes before it is written."""
+    path = make_video(tmp_path / "v.mp4", seconds=8, size=(320, 192), options={"crf": "10"}, keyframe_every=10)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"mdat") + (data.index(b"moov") - data.index(b"mdat")) * 8 // 10
+    data[place : place + 2000] = b"\xff" * 2000
+    path.write_bytes(data)
+    code, _, err = command("--source", path, "--speed", 20, "--max-new-tokens", 40)
+    record, found = read(tmp_path)
+    assert code == 2 and re.search(r"error: video .*v\.mp4 is damaged.*download it again", err.splitlines()[-1])
+    assert record.complete and 3 <= found["clips"] < 8 and len(record.tokens) == 40
 
 
 def test_invalid_sources(command, tmp_path, serve, film):
@@ -640,7 +693,7 @@ class Arrivals(Intake):
 
     def __init__(self, clips, processor, skip):
         self.arrivals = queue.SimpleQueue()
-        super().__init__(Source(lambda: iter(self.arrivals.get, None), 1.0), processor, skip)
+        super().__init__(Source(lambda: iter(self.arrivals.get, None), 1.0, live=True), processor, skip)
         self.left = list(clips)
 
     def arrive(self):
@@ -787,6 +840,17 @@ def test_intake_does_not_block_and_wakes_up(made):
     until(lambda: not intake._thread.is_alive())
 
 
+def test_a_camera_is_closed_when_reading_stops(made, serve, caplog):
+    """So that it can be opened again at once: many cameras serve one client at a time."""
+    still = SimpleNamespace(move=lambda *_: None)
+    url = serve([[(data, 0.1) for data, _ in mjpeg(100, 10, still)]], "multipart/x-mixed-replace; boundary=frame")
+    intake = Intake(Source(lambda: stream_clips(url), 1.0, live=True), load_processor(made[0]))
+    intake.measure()
+    intake.stop()
+    assert not intake._thread.is_alive() and not any(url in thread.name for thread in threading.enumerate())
+    assert caplog.messages == []  # the connection was not lost
+
+
 def test_intake_that_skips_does_not_block_the_source(made, monkeypatch):
     """Only the newest clip waits, and only clips that are taken, or arrive when none waits, are converted to pixels."""
     made_ready = []
@@ -801,15 +865,15 @@ def test_intake_that_skips_does_not_block_the_source(made, monkeypatch):
     assert len(made_ready) == 2
 
 
-@pytest.mark.parametrize("film", [False, True])
-def test_clips_that_arrive_before_the_start(made, film):
-    """Only the newest is kept; a recording can wait."""
+@pytest.mark.parametrize("live, film", [(True, False), (True, True), (False, False)])
+def test_clips_that_arrive_before_the_start(made, live, film):
+    """Only the newest of a live source is kept; a recording can wait."""
     clips = [replace(clip, film=film) for clip in synthetic_clips(9, speed=1e6, size=(28, 28))]
-    intake = Intake(Source(lambda: iter(clips), 1.0), load_processor(made[0]))
+    intake = Intake(Source(lambda: iter(clips), 1.0, live=live), load_processor(made[0]))
     intake.start()
     until(lambda: intake.over)
     intake.begin()
-    assert intake.before == (0 if film else 8)
+    assert intake.before == (0 if film or not live else 8)
     assert [clip.index for clip, _ in intake.waiting] == [*range(intake.before, 9)]
 
 

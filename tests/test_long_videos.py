@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from media import make_video
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.timeline import variants
 from qwen_vl_streaming.timeline.positions import check_clips, clips_before_text, timeline_positions
@@ -49,4 +50,14 @@ def test_live_ends_at_the_limit(command, tmp_path, monkeypatch):  # noqa: F811
     code, _, err = command(*flags, "--max-clips", room)
     assert code == 0 and "can watch" not in err
     code, _, err = command(*flags, "--max-clips", room + 1)
-    assert code == 2 and f"{room + 1} clips are too many for gap" in err
+    assert code == 0 and f"gap can watch {room} clips" in err and read(tmp_path)[1]["clips"] == room
+
+
+def test_a_file_ends_at_the_limit_too(command, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(variants.VARIANTS, "gap", replace(VARIANTS["gap"], text_start=60))
+    film = make_video(tmp_path / "film.mp4", seconds=20, size=(112, 112))
+    code, _, err = command("--source", film, "--speed", 50, "--variant", "gap", "--max-new-tokens", 60)
+    record, found = read(tmp_path)
+    room = clips_before_text(variants.VARIANTS["gap"], record.layout)
+    assert code == 0 and f"gap can watch {room} clips" in err, err
+    assert found["clips"] == room < 20 and record.complete and len(record.tokens) == 60

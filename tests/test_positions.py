@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from qwen_vl_streaming.timeline.positions import row_positions, timeline_positions
+from qwen_vl_streaming.timeline.positions import RoundSums, row_positions, timeline_positions
 from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from released_positions import FIXTURE
@@ -239,3 +239,26 @@ def test_positions_of_a_running_stream_do_not_depend_on_the_future():
             clips = len(counts) if slot == len(counts) else None
             alone = row_positions(timeline.rows[row : row + 1], variant, layout, known, clips)
             assert torch.equal(alone[:, 0], whole[:, row]), (variant.name, row)
+
+
+@pytest.mark.parametrize("name", ["overlap", "interleave"])
+@pytest.mark.parametrize("side", ["both", "visual", "text"])
+def test_running_sums_give_the_same_positions(name, side):
+    """Rows in pieces of random size, of the whole stream or of one side of it."""
+    print("seed", SEED)
+    draw = random.Random(SEED)
+    for _ in range(30):
+        layout = Layout(*(draw.randint(1, 4) for _ in range(3)), (draw.randint(1, 4), draw.randint(1, 4)))
+        counts = [draw.choice((0, 0, 1, 2, 6)) for _ in range(draw.randint(25, 40))]
+        timeline = make_timeline(VARIANTS[name], layout, counts, bare := draw.random() < 0.3)
+        positions, sums = timeline_positions(timeline), RoundSums()
+        which = {"both": timeline.rows.part >= 0, "visual": timeline.rows.visual, "text": timeline.rows.text}[side]
+        left = which.nonzero()[:, 0]
+        while len(left):
+            piece, left = left.tensor_split([draw.randint(1, 20)])
+            rows = timeline.rows[piece]
+            slot = max(1, int(torch.maximum(rows.clip, rows.slot).max()))
+            clips = len(counts) if slot == len(counts) else None
+            found = row_positions(rows, timeline.variant, layout, counts[: slot - 1], clips, bare, sums)
+            assert torch.equal(found, positions[:, piece])
+        assert sums.slot > 0

@@ -163,12 +163,31 @@ def test_a_source_of_the_servers_own(server):
 
     events = gather(drive(run).events)
     assert [event["time"] for event in events["output_video_frame"]] == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert [event.get("last") for event in events["output_video_frame"]] == [None] * 5 + [True]
     assert {event["response"]["status"] for event in events["response.done"]} == {"completed"}
     assert "own.mp4" not in json.dumps(events)
     key = events["response.done"][0]["response"]["record_id"]
     assert read_json(f"{server.http}/v1/records/{key}")["about"]["video"]["path"] == "own.mp4"
     kept = read_clips(server.record(key).parent / read_json(f"{server.http}/v1/records/{key}")["about"]["kept"])
     assert len(kept) == 6
+
+
+def test_with_a_window_a_source_of_the_servers_own_may_have_any_length(server, monkeypatch):
+    asked = []
+
+    def open_source(*_, max_clips, **__):
+        asked.append(max_clips)
+        raise OSError("seen")
+
+    monkeypatch.setattr(own_source, "open_source", open_source)
+
+    async def run():
+        async with Talk(server.connect()) as viewer:
+            await viewer.begin(source={"kind": "server", "name": "film"}, models=["group"])
+            await viewer.until("error")
+
+    drive(run)
+    assert asked == [None]
 
 
 def test_a_viewer_cannot_open_many_sources_of_the_server(server, monkeypatch):

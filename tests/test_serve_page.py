@@ -380,10 +380,13 @@ def test_a_source_of_the_server(page):
     with Stub(["group"], source=frames) as server:
         open_page(page, server)
         page.run("document.querySelector('[value=\"server:door\"]').click()")
+        page.run(f"""window.states = []; new MutationObserver(() => states.push({STATE}))
+            .observe(document.body, {{ attributes: true, attributeFilter: ["data-state"] }})""")
         press_action(page)
         page.wait("document.querySelectorAll('.token').length >= 3")
         assert page.run("[remote.width, remote.height, remote.hidden, video.hidden]") == [160, 96, False, True]
         page.wait(f"{STATE} === 'ended'")
+        assert page.run("states")[-3:] == ["running", "finishing", "ended"]
         assert server.updates[0]["source"] == {"kind": "server", "name": "door"} and server.frames == []
         page.run("document.getElementById('question').value = 'own'")
         page.run("document.getElementById('question').dispatchEvent(new Event('change'))")

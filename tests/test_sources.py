@@ -11,7 +11,9 @@ import torch
 from media import make_video, read_number, stream_bytes
 from qwen_vl_streaming.common.clock import now
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video import frames
+from qwen_vl_streaming.video.frames import PixelBudget, read_video, resize_frame
+from qwen_vl_streaming.video.opening import open_source
 from qwen_vl_streaming.video.sources import paced_clips, synthetic_clips
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
@@ -31,6 +33,19 @@ def test_file_is_paced_and_equal_to_the_file(tmp_path):
     assert [clip.index for clip in clips] == [0, 1, 2]
     np.testing.assert_allclose(np.diff([clip.completed for clip in clips]), 0.25, atol=1e-6)
     assert begin + 2.5 / 4 <= clips[-1].completed <= now()
+
+
+def test_a_file_is_decoded_as_it_is_watched(tmp_path, monkeypatch):
+    """So that memory does not grow with its length. The clips are those of the file, with an odd number of frames."""
+    path = make_video(tmp_path / "v.mp4", seconds=7.5)
+    video, resized = read_video(path, budget=SMALL), []
+    monkeypatch.setattr(frames, "resize_frame", lambda *what: resized.append(1) or resize_frame(*what))
+    source = open_source(str(path), SMALL, speed=1e6)
+    clips = source.clips()
+    first = [next(clips), next(clips)]
+    assert len(resized) == 1 + 4 and source.count == video.clips == 8 and source.size == tuple(video.frames.shape[2:])
+    assert torch.equal(torch.cat([clip.frames for clip in (*first, *clips)]), video.frames)
+    assert torch.equal(torch.cat([clip.frames for clip in source.clips()]), video.frames)  # it can be watched again
 
 
 def test_late_consumer_learns_when_a_clip_was_due(tmp_path):

@@ -218,9 +218,7 @@ def run_all(settings: list[Setting], arguments, checkpoints: dict, data: Path, p
 
 
 def main() -> None:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="*", default=[], metavar="SIZE:GPUS[:CAP]")
     parser.add_argument("--list", choices=LISTS, help="add a list of settings, those that the GPUs suffice for")
     parser.add_argument("--layers", type=int, help="layers of language model and vision encoder (default: all)")

@@ -23,14 +23,12 @@ from adapters import activitynet, livesports
 
 
 def make_parser() -> OneLineParser:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable, text: str, output: str, required: bool = True) -> argparse.ArgumentParser:
         """A command that calls `run` with its arguments; `output` is the help of --output."""
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         command.add_argument("--output", type=Path, required=required, help=output)
         return command

@@ -31,7 +31,7 @@ def choose_training_device(training) -> str:
 
 
 def main() -> None:
-    parser = OneLineParser(prog="sft.sh", add_help=False, allow_abbrev=False)
+    parser = OneLineParser(prog="sft.sh", add_help=False)
     parser.add_argument("--use_cpu", nargs="?", const="True", default="False")
     arguments, _ = parser.parse_known_args()
     if arguments.use_cpu.lower() in ("true", "t", "yes", "y", "1"):  # as transformers parses it

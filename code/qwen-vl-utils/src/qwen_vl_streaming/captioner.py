@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from .common.errors import InputError
 from .common.paths import find_model
 from .devices import choose_device, look
+from .live.options import check_output
 from .live.setup import load_on, most_clips, open_watch, read_checkpoint
 from .model.prompts import QUESTIONS
 from .sessions import Session
@@ -43,7 +45,7 @@ class Captioner:
         model: str | Path,
         *,
         variant: str | None = None,
-        device: str = "",
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         weights: str | None = None,
         force: bool = False,
@@ -60,7 +62,7 @@ class Captioner:
                 as in the checkpoint.
             force: Use a checkpoint even if it was trained with another variant.
         """
-        where, message = choose_device(device, look(os.environ), 'device="cpu"')
+        where, message = choose_device(str(device or ""), look(os.environ), 'device="cpu"')
         if message:
             logger.warning(message)
         path = find_model(str(model), Path.cwd())
@@ -75,7 +77,7 @@ class Captioner:
         self,
         source: str | Path | Source,
         *,
-        question: str = QUESTIONS[-1],
+        question: str | None = None,
         schedule: str | None = None,
         mode: str | None = None,
         speed: float = 1.0,
@@ -90,19 +92,28 @@ class Captioner:
 
         Args:
             source: A video file, "/dev/videoN", an address such as "rtsp://...", "synthetic", or your own
-                `Source`.
-            question: What is asked about the video.
+                `Source`, whose help has an example.
+            question: What is asked about the video. Default: the question of the evaluation.
             schedule: "wait-K", "random-K", "greedy", or "model" for a checkpoint that was trained to decide when to
                 speak. Default: as the checkpoint was trained.
             mode: "serial", "fused", or "pipelined", which needs two GPUs. Default: fused if the variant can.
             speed: Of a file, in multiples of real time.
             fps: Frames per second that the model sees. Two frames are a clip.
             max_clips: Clips to watch at most. Default: 300, or any number with a `window`.
-            max_new_tokens: Tokens to write at most. Default: 8 per clip, or any number with a `window`.
+            max_new_tokens: Tokens to write at most. Default: 8 per clip; with a `window` any number, but at most 300
+                after the end of the source.
             window: Limits attention to the newest clips and tokens, for endless streams.
             skip: If the model cannot keep up, skip to the newest clip instead of letting clips wait.
-            record: File for a record of the session, see `replay`.
+            record: File for a record of the session, see `replay`. An existing file is replaced.
         """
+        if not isinstance(source, str | Path | Source):
+            raise InputError(
+                f"the source is a {type(source).__name__}: give a path, an address, or for your own clips a Source, "
+                "made with a function that yields them"
+            )
+        if record is not None:
+            film = source.about.get("video", {}).get("path") if isinstance(source, Source) else source
+            check_output(Path(record), film)
         name = "the source"
         if not isinstance(source, Source):
             most, name = most_clips(max_clips, window), f"source {source}"
@@ -112,7 +123,7 @@ class Captioner:
             self.checkpoint,
             lambda: self.model,
             source,
-            question,
+            QUESTIONS[-1] if question is None else question,
             mode=mode,
             schedule=schedule,
             max_clips=max_clips,

@@ -1,6 +1,7 @@
 """User errors, reported in one line. Independent of the programs that raise them."""
 
 import argparse
+import io
 import os
 import select
 import signal
@@ -22,7 +23,11 @@ class InputError(ValueError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports errors in one line and exits with status 2, like all programs in this project."""
+    """An argument parser that reports errors in one line and exits with status 2, like all programs in this project.
+    Flags must be written in full: --mode is not --model."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         message = " ".join(redacted_command(message.split(" ")))  # argparse repeats flags and their values
@@ -31,7 +36,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> None:
     """Calls `main`. On InputError, prints its message on stderr and exits with status 2. Where the reader of the output
-    has closed the pipe, as `head` does, exits quietly with status 141, as programs that SIGPIPE ends."""
+    has closed the pipe, as `head` does, exits quietly with status 141, as programs that SIGPIPE ends. Characters that
+    the output's encoding lacks are escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
     try:
         try:
             main()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..model.prompts import Template
 from ..reference import Stream
 from ..timeline.plan import Window
-from ..timeline.positions import row_positions
+from ..timeline.positions import RoundSums, row_positions
 from ..timeline.timeline import PROMPT, Layout, Rows
 from ..timeline.variants import Variant
 
@@ -62,6 +62,7 @@ class StreamState:
     def __init__(self, variant: Variant, template: Template, layout: Layout, window: Window | None = None):
         self.stream, self.window = Stream(variant, template, layout), window
         self.visual_fed = self.text_fed = 0
+        self.sums = RoundSums()
 
     @staticmethod
     def prompt(variant: Variant, template: Template, layout: Layout, window: Window | None = None) -> DueRows:
@@ -84,7 +85,9 @@ class StreamState:
         if not len(rows):
             return DueRows.empty()
         ids = torch.tensor([token for _, tokens in pieces for token in tokens], dtype=torch.long)
-        positions = row_positions(rows, stream.variant, stream.layout, stream.counts, stream.clips, stream.bare)
+        positions = row_positions(
+            rows, stream.variant, stream.layout, stream.counts, stream.clips, stream.bare, self.sums
+        )
         text = rows.text
         seen_visual, seen_text = self.visual_fed + (~text).cumsum(0), self.text_fed + text.cumsum(0)
         self.visual_fed, self.text_fed = int(seen_visual[-1]), int(seen_text[-1])

@@ -11,7 +11,8 @@ follows. Skipped clips leave no gap in the positions.
 
 On Ctrl-C, SIGTERM, a lost source or a closed pipe, it still prints statistics and writes the record. A second Ctrl-C
 stops at once. Exit status: 0 at the end of the answer, even if the source was lost; 130 after Ctrl-C, 143 after
-SIGTERM, 141 after a closed pipe; 2 for user errors, including out of memory; 1 if the perception process was lost.
+SIGTERM, 141 after a closed pipe; 2 for user errors, including out of memory; 1 if the perception process was lost
+or reading the source has failed.
 """
 
 import argparse
@@ -68,6 +69,10 @@ class Stop:
         """The output was closed."""
         if not self.number:
             self.ask(signal.SIGPIPE, None)
+
+
+class SourceFailed(RuntimeError):
+    """An error in the code that reads the source."""
 
 
 @contextlib.contextmanager
@@ -133,8 +138,10 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
         fault = None
         try:
             watch.run(screen)
-        except (InputError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, PerceptionLost) and explain(error, ADVICE, ADVICE) is None:
+        except Exception as error:
+            if error is watch.intake.fault and explain(error, ADVICE, ADVICE) is None:
+                error = SourceFailed(f"source {arguments.source} has failed{watch.intake.why}")
+            elif not isinstance(error, PerceptionLost) and explain(error, ADVICE, ADVICE) is None:
                 raise
             fault = error
         session.close()
@@ -169,7 +176,7 @@ def main() -> None:
     try:
         with stop:
             status = live(arguments, screen, stop)
-    except PerceptionLost as error:
+    except (PerceptionLost, SourceFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
     except (RuntimeError, MemoryError) as error:

@@ -5,11 +5,13 @@ import logging
 import queue
 import threading
 
+import torch
 from torch import Tensor
 
 from ..common.clock import now
 from ..common.errors import InputError
 from ..model.prompts import clip_pixels
+from ..video.frames import FRAMES_PER_CLIP, SIDE_FACTOR
 from ..video.opening import Source
 from ..video.sources import Clip
 
@@ -17,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 ROOM = 256
 """Clips that may wait; then the source is not read until one is taken."""
+
+CLOSING_SECONDS = 4.0
+"""Time to wait for the end of the thread: for a clip of a second, and for the source to be closed."""
 
 
 class Intake:
@@ -46,7 +51,7 @@ class Intake:
         self._thread = threading.Thread(target=self._read, name="intake", daemon=True)
 
     def start(self) -> None:
-        """Start reading. Only the newest clip of a camera or stream waits until `begin` is called."""
+        """Start reading. Only the newest clip of a live source waits until `begin` is called."""
         self._begun = False
         self._thread.start()
 
@@ -59,12 +64,13 @@ class Intake:
             self._thread.start()
 
     def stop(self) -> None:
-        """Stop reading. A source that is blocked in a read is left behind in its daemon thread."""
+        """Stop reading, and wait until the source is closed, which is once its next clip has come. A source that is
+        blocked in a read is left behind in its daemon thread."""
         with self._change:
-            self._stopped = True
+            first, self._stopped = not self._stopped, True
             self._change.notify()
-        if self._thread.is_alive():
-            self._thread.join(2)
+        if first and self._thread.is_alive():
+            self._thread.join(CLOSING_SECONDS)
 
     def wake(self) -> None:
         """End a `wait`. Can be called from a signal handler."""
@@ -90,12 +96,23 @@ class Intake:
         height, width = clip.frames.shape[-2:]
         return (height, width), clip.seconds or self.source.seconds_per_clip
 
-    def no_clip(self) -> InputError:
+    @property
+    def lost(self) -> bool:
+        """The source has ended because its connection was lost or it cannot be read on. Other faults are errors in the
+        source itself."""
+        return isinstance(self.fault, OSError) or (self.source.live and isinstance(self.fault, InputError))
+
+    @property
+    def why(self) -> str:
+        """The reason why the source has ended, in brackets; empty for its normal end."""
+        kind = "" if isinstance(self.fault, OSError | InputError) else f"{type(self.fault).__name__}: "
+        return f" ({kind}{self.fault})" if self.fault else ""
+
+    def no_clip(self) -> Exception:
         """The error for a source that has ended without a clip."""
-        if isinstance(self.fault, InputError):
+        if self.fault and not isinstance(self.fault, OSError):
             return self.fault
-        why = f" ({self.fault})" if self.fault else ""
-        return InputError(f"{self.name} gave no clip{why}: check the source, or give another one")
+        return InputError(f"{self.name} gave no clip{self.why}: check the source, or give another one")
 
     def take(self) -> tuple[Clip, Tensor]:
         """The clip that has waited longest, and its pixels (patches, pixels of a patch) float32."""
@@ -114,14 +131,17 @@ class Intake:
         return max(come, min(passed, count or passed))
 
     def add(self, clip: Clip) -> None:
-        """Add a clip that has come. Blocks while ROOM clips wait, until `stop`."""
+        """Add a clip that has come. Blocks while ROOM clips wait, until `stop`. Raises InputError for frames of a wrong
+        shape or type."""
+        self._check(clip)
         pixels = None if self.waiting else self._pixels(clip)
         with self._change:
-            newest_only = self.skip or not (self._begun or clip.film)
+            live = self.source.live and not clip.film
+            newest_only = self.skip or (live and not self._begun)
             if newest_only:
                 self.waiting.clear()
             while len(self.waiting) >= ROOM and not self._stopped:
-                if self._begun and self.source.pace is None and not (clip.film or self._full):
+                if self._begun and live and not self._full:
                     self._full = True
                     logger.warning("%d clips are waiting, the maximum: the source is not read until one is taken", ROOM)
                 self._change.wait()
@@ -138,6 +158,19 @@ class Intake:
     def _notify(self) -> None:
         if self._news.empty():  # otherwise there is news already that nobody has looked at
             self.wake()
+
+    def _check(self, clip: object) -> None:
+        if not isinstance(clip, Clip):
+            raise InputError(f"{self.name} gave a {type(clip).__name__}: give a Clip, as help(Source) shows")
+        index, frames = clip.index, clip.frames
+        shape, kind = tuple(getattr(frames, "shape", ())), getattr(frames, "dtype", None)
+        right = isinstance(frames, Tensor) and kind == torch.uint8 and shape[:-2] == (FRAMES_PER_CLIP, 3)
+        if not right or any(side < 1 or side % SIDE_FACTOR for side in shape[-2:]):
+            raise InputError(
+                f"clip {index + 1} of {self.name} is a {type(frames).__name__} of shape {shape} and type {kind}: give "
+                f"a torch.uint8 tensor of shape ({FRAMES_PER_CLIP}, 3, H, W), two RGB frames with values from 0 to 255 "
+                f"and H and W divisible by {SIDE_FACTOR}"
+            )
 
     def _pixels(self, clip: Clip) -> Tensor:
         return clip_pixels(self.processor, clip.frames)[0][0]

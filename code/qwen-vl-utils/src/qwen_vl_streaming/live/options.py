@@ -21,7 +21,7 @@ from ..sessions import GREEDY, MODES
 from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant
 from ..video.frames import BUDGETS
 from ..video.opening import SYNTHETIC
-from .setup import CLIPS, TOKENS_PER_CLIP
+from .setup import CLIPS, TOKENS_AFTER_END, TOKENS_PER_CLIP
 
 RECORDS = Path("live_output")
 REPLACED = "an existing file is replaced"
@@ -106,7 +106,8 @@ def parse(description: str | None) -> argparse.Namespace:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"write at most N tokens (default: {TOKENS_PER_CLIP} for each of --max-clips; with --window, any number)",
+        help=f"write at most N tokens (default: {TOKENS_PER_CLIP} for each of --max-clips; with --window, any "
+        f"number, but at most {TOKENS_AFTER_END} after the end of the source)",
     )
     add(
         "--window",
@@ -158,21 +159,26 @@ def record_place(arguments: argparse.Namespace, variant: Variant) -> Path:
     each other."""
     record = arguments.record or RECORDS / time.strftime(f"%Y%m%d-%H%M%S-{variant.name}-{os.getpid()}.json")
     for path in filter(None, (record, arguments.keep)):
-        folder = path.absolute().parent
-        while not os.path.exists(folder):
-            folder = folder.parent
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path} cannot be written (it is not a file): give another file")
-        try:  # with a name as long as the real one; permissions do not tell, root has them all
-            with tempfile.NamedTemporaryFile(prefix=f"{path.name}.{os.getpid()}.live.", suffix=".part", dir=folder):
-                pass
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}): give another file") from error
-        if _same(path, arguments.source):
-            raise InputError(f"{path} is the source, which would be overwritten: give another file")
+        check_output(path, arguments.source)
     if arguments.keep and _same(record, arguments.keep):
         raise InputError(f"--record and --keep are both {record}: give two different files")
     return record
+
+
+def check_output(path: Path, source: str | Path | None) -> None:
+    """Raises InputError if `path` cannot be written, or is the file `source`. Changes nothing."""
+    folder = path.absolute().parent
+    while not os.path.exists(folder):
+        folder = folder.parent
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} cannot be written (it is not a file): give another file")
+    try:  # with a name as long as the real one; permissions do not tell, root has them all
+        with tempfile.NamedTemporaryFile(prefix=f"{path.name}.{os.getpid()}.live.", suffix=".part", dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): give another file") from error
+    if source is not None and _same(path, source):
+        raise InputError(f"{path} is the source, which would be overwritten: give another file")
 
 
 def _same(one: str | Path, other: str | Path) -> bool:

@@ -35,6 +35,8 @@ CLIPS = 300
 """Clips watched at most, by default and without a window."""
 TOKENS_PER_CLIP = 8
 """Tokens written at most per clip, by default and without a window."""
+TOKENS_AFTER_END = 300
+"""Tokens written at most after the end of the source, by default and with a window; as in evaluation."""
 WARM_UP_STEPS = 12
 
 
@@ -152,7 +154,8 @@ def open_watch(
         mode: Default: fused if the variant can, else serial.
         schedule: Default: the one that the checkpoint was trained with.
         max_clips: Default: CLIPS, or any number with a `window`.
-        max_new_tokens: Default: TOKENS_PER_CLIP per clip, or any number with a `window`.
+        max_new_tokens: Default: TOKENS_PER_CLIP per clip, or with a `window` any number until the source ends and
+            TOKENS_AFTER_END after that.
         skip, keep: See `Watch`.
         about: Added to the record, besides the question, what a replay needs, and the clips that were fed.
         name: Of the source, in messages.
@@ -164,6 +167,7 @@ def open_watch(
     template = make_template(processor, question, end_of_slot(config))
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     most = most_clips(max_clips, window)
+    after_end = TOKENS_AFTER_END if max_new_tokens is None and window is not None else None
     if max_new_tokens is None:
         max_new_tokens = sys.maxsize if most is None else TOKENS_PER_CLIP * most
     options |= {
@@ -186,10 +190,9 @@ def open_watch(
         size, seconds = intake.measure()
         pixels, grid = clip_pixels(processor, torch.zeros(FRAMES_PER_CLIP, 3, *size, dtype=torch.uint8))
         layout = template.layout(grid, tokens_per_second(config) * seconds)
+        check_clips(variant, layout, 1)
         room = clips_before_text(variant, layout)
-        if source.count is not None:
-            check_clips(variant, layout, min(most or source.count, source.count))
-        elif room is not None and (most is None or room < most):
+        if room is not None and room < min(count for count in (most, source.count, sys.maxsize) if count is not None):
             length = datetime.timedelta(seconds=round(room * seconds))
             logger.warning(
                 "%s can watch %d clips (%s) before their positions reach those of the text: the answer is finished "
@@ -204,6 +207,6 @@ def open_watch(
             opened = functools.partial(opened, runner=warm_up(opened(), pixels[0]))
         about = {"question": question, **(about or {}), **source.about}
         session = stack.enter_context(opened(record=record, about=about))
-        watch = Watch(session, intake, Pieces(decode, template.end_of_slot), seconds, most, skip, keep)
+        watch = Watch(session, intake, Pieces(decode, template.end_of_slot), seconds, most, skip, keep, after_end)
         about["clips"] = watch.clips
         yield watch

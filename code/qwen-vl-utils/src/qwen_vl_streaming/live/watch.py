@@ -36,6 +36,7 @@ class Watch:
         most: int | None = None,
         skip: bool = False,
         keep: Callable[[Tensor], None] | None = None,
+        tokens_after_end: int | None = None,
     ):
         """Args:
         session, intake, pieces: What is fed, from where, and how its tokens become text.
@@ -43,9 +44,11 @@ class Watch:
         most: Clips to watch, or None for all.
         skip: When the session falls behind, feed only the newest clip.
         keep: Called with the frames of each clip, (2, 3, H, W) uint8, before it is fed.
+        tokens_after_end: Tokens to write at most once the source has ended, or None for no such limit.
         """
         self.session, self.intake, self.pieces = session, intake, pieces
         self.seconds, self.most, self.skip, self.keep = seconds, most, skip, keep
+        self.tokens_after_end = tokens_after_end
         self.clips: list[int] = []
         """The index in the source of each clip that was fed; this list goes into the record."""
         self.next = 0
@@ -72,8 +75,9 @@ class Watch:
         """Starts to read the source, if that has not begun. Yields each piece of text as it is written, and the seconds
         of the source that had passed when its slot could begin.
 
-        Returns when the answer is written or `ask_to_stop` was called. Raises what the session raises, and InputError
-        for a source that gave no clip.
+        Returns when the answer is written or `ask_to_stop` was called. Raises what the session raises, InputError for a
+        source that gave no clip, and, once the answer is written, the error with which the source ended, unless the
+        source was just lost.
         """
         session, intake = self.session, self.intake
         intake.begin()
@@ -92,6 +96,8 @@ class Watch:
             self.waiting_at_end = self._waiting()
         if session.written and (text := self.pieces.rest()):
             yield text, self._second(session.written[-1].slot)
+        if intake.fault and not (intake.lost or self.stopped):
+            raise intake.fault
 
     def figures(self, record: Record, deadline: float | None) -> dict:
         """The statistics of `figures.figures`, and the clips and frames that were counted here. `record` is that of the
@@ -131,14 +137,19 @@ class Watch:
                 self.keep(clip.frames)
             self.clips.append(clip.index)
             session.feed(pixels, clip.last or full)
+            self._limit()
             self.skipped += skipped
             self._report_pace(skipped)
             if full and not clip.last:
                 logger.warning("clip %d is the last one that is watched: see --max-clips", self.most)
         if intake.over and self.clips and not (intake.waiting or session.all_fed):
-            why = f" ({intake.fault})" if intake.fault else ""
-            logger.warning("the source has ended%s: finishing the answer", why)
+            logger.warning("the source has ended%s: finishing the answer", intake.why)
             session.end()
+            self._limit()
+
+    def _limit(self) -> None:
+        if self.session.all_fed and self.tokens_after_end is not None:
+            self.session.limit(self.tokens_after_end)
 
     def _has_room(self) -> bool:
         session, ahead = self.session, self.session.clips_waiting

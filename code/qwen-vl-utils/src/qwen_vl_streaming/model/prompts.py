@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoProcessor
 
+from ..common.data_rows import SURROGATE
 from ..common.errors import InputError
 from ..timeline.segments import TimedText, join_segments, slot_tokens, token_times, words_late
 from ..timeline.timeline import Layout
@@ -91,8 +92,11 @@ def make_template(processor, question: str, end_of_slot: str | None = None) -> T
     """Returns the token ids around a video for `question`, in which text that looks like a special token stays text,
     and the id of the token `end_of_slot`, if the model has one.
 
-    Raises InputError if the chat template does not contain a question followed by a video, and as `token_id` does.
+    Raises InputError if the chat template does not contain a question followed by a video, if the question is not valid
+    Unicode, and as `token_id` does.
     """
+    if SURROGATE.search(question):
+        raise InputError(f"question {question!a:.200} is not valid Unicode: type it in UTF-8")
     messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION_HERE}, {"type": "video"}]}]
     text = render(processor, messages)
     before, video, after = text.partition(processor.video_token)

@@ -143,7 +143,7 @@ def check_schedule(record: Record) -> None:
 
 
 def _window(record: Record) -> Window | None:
-    return None if record.window is None else Window(*record.window)
+    return Window.of(record.window)
 
 
 def _serially(record: Record, model, visual: Tensor, counts: Sequence[int]) -> list[int]:

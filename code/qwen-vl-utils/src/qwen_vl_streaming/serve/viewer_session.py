@@ -105,9 +105,10 @@ class ViewerSession:
                 self.ended = True
                 self.connection.refuse(refused)
         elif isinstance(what, ShownClip):
-            for picture, moment in zip(what.pictures, what.times, strict=True):
-                shown = {"time": moment, "bytes": len(picture)}
-                self.connection.send("output_video_frame", droppable=True, binary=picture, **shown)
+            for number, (picture, moment) in enumerate(zip(what.pictures, what.times, strict=True), 1):
+                last = what.last and number == len(what.pictures)
+                shown = {"time": moment, "bytes": len(picture), **({"last": True} if last else {})}
+                self.connection.send("output_video_frame", droppable=not last, binary=picture, **shown)
             self._feed(what.clip, what.completed, what.times[-1], what.last)
         else:
             if what is not None:

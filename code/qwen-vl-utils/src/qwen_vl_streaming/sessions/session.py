@@ -93,7 +93,7 @@ class Session:
             check_chunks(chunks, chunk, self.mode, layout)
         if min(max_new_tokens, max_clips) < 1:
             raise InputError(f"max_new_tokens {max_new_tokens} and max_clips {max_clips} must be at least 1")
-        frame = None if window is None else Window(*window)
+        frame = Window.of(window)
         self.scheduler = SlotScheduler(variant, schedule, max_new_tokens, max_clips if window is None else None)
         if self.scheduler.most is not None and template.end_of_slot is None:
             raise InputError(

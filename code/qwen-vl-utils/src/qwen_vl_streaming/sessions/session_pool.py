@@ -35,7 +35,7 @@ RESERVE = 0.15
 
 def blocks_needed(layout: Layout, max_clips: int, max_new_tokens: int, window: tuple[int, int] | None) -> int:
     """Blocks of the key-value cache that a session with these limits takes, as `SessionPool.open` counts them."""
-    limit = None if window is None else Window(*window)
+    limit = Window.of(window)
     return PagedKVCache.blocks_needed(*StepRunner.token_capacity(layout, max_clips, max_new_tokens, limit))
 
 
@@ -80,7 +80,7 @@ class SessionPool:
         self.model, self.sessions, self.identity = model, [], None
         block_bytes = PagedKVCache.block_bytes(model.model.language_model.config, model.dtype)
         needed = blocks_needed(layout, **self.limits)
-        _, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, window and Window(*window))
+        _, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, Window.of(window))
         clip_tokens = max(clip_tokens or 0, layout.tokens_per_clip)
         whole = min(chunk or layout.tokens_per_clip + layout.tail, clip_tokens + layout.tail)
         if not 1 <= chunks <= whole:

@@ -5,6 +5,7 @@ run* (header, answer), because each run is fed in order and `attention.allowed` 
 token therefore replace a mask, and the tokens of a run never move in the cache.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,15 @@ class Window:
     def __post_init__(self):
         if min(self.clips, self.tokens) < 1:
             raise InputError(f"a window must have at least 1 clip and 1 token, not {self.clips} and {self.tokens}")
+
+    @classmethod
+    def of(cls, window: Sequence[int] | None) -> "Window | None":
+        """From (clips, tokens), or None for no window. Raises InputError for anything else."""
+        if window is None:
+            return None
+        if isinstance(window, Sequence) and len(window) == 2 and all(isinstance(size, int) for size in window):
+            return cls(*window)
+        raise InputError(f"window {window!r} must be two integers, (clips, tokens), such as (60, 300)")
 
     def start(self, layout: Layout, seen_visual: Tensor, seen_text: Tensor, clips: int | None) -> Tensor:
         """The index in each run of the first token that is still visible, besides the prompt and the header, to tokens

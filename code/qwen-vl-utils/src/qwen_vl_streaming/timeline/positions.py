@@ -6,6 +6,7 @@ Positions depend on what earlier slots wrote, never on what is still to come.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,14 +31,33 @@ def timeline_positions(timeline: Timeline) -> Tensor:
     return row_positions(of.rows, of.variant, of.layout, of.counts, of.clips, of.bare)
 
 
+@dataclass
+class RoundSums:
+    """What a running stream need not add up again for each of its rows: the sums over its oldest slots."""
+
+    slot: int = 0
+    """The newest of these slots; 0 for none."""
+    base_of_text: int = 0
+    """Of that slot, after the prompt."""
+    written_before: int = 0
+    """Text tokens written before that slot."""
+
+
 def row_positions(
-    rows: Rows, variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, bare: bool = False
+    rows: Rows,
+    variant: Variant,
+    layout: Layout,
+    counts: Sequence[int],
+    clips: int | None,
+    bare: bool = False,
+    sums: RoundSums | None = None,
 ) -> Tensor:
     """Positions (time, height, width) of any rows of a stream, int64 of shape (3, L).
 
     `counts` holds the answer tokens written in each slot so far, k_1, k_2, …; the slots before that of a row must be
     complete. `clips` is N if the tail has been fed or is among the rows, else None. `bare` is as in
-    `timeline.make_timeline`.
+    `timeline.make_timeline`. `sums`, which this updates, belong to one stream: its rows must come in the order in which
+    they are fed.
     """
     across = layout.grid[1]
     text_index = torch.where(rows.part == HEADER, rows.index, rows.index + layout.header)
@@ -50,10 +70,18 @@ def row_positions(
     else:
         slots = torch.maximum(rows.clip, rows.slot)
         upto = max(1, int(slots.max()))
-        base_of_clip, base_of_text, written_before = _rounds(variant, layout, counts, clips, bare, upto)
-        base, time = base_of_clip[slots], torch.zeros_like(rows.index)
+        sums = sums or RoundSums()
+        base_of_clip, base_of_text, written_before = _rounds(variant, layout, counts, clips, bare, upto, sums)
+        at = (slots - sums.slot).clamp(min=0)  # the prompt has no slot
+        base, time = base_of_clip[at], torch.zeros_like(rows.index)
         tail = base + (0 if bare else max(layout.grid)) + rows.index
-        text = base_of_text[slots] + text_index - written_before[slots]
+        text = base_of_text[at] + text_index - written_before[at]
+        # The newest token that was written before may still have to be fed.
+        wrote = written_before.diff().nonzero()
+        place = min(int(torch.where(slots > 0, at, upto).min()) - 2, int(wrote[-1]) if len(wrote) else 0)
+        if place > 0:
+            sums.base_of_text = int(base_of_text[place]) - layout.prompt
+            sums.slot, sums.written_before = sums.slot + place, int(written_before[place])
 
     in_clip = torch.stack([base + time, base + rows.index // across, base + rows.index % across])
     flat = torch.where(rows.part == PROMPT, rows.index, torch.where(rows.part == TAIL, tail, text))
@@ -90,28 +118,40 @@ def _video_takes(layout: Layout, clips: int) -> int:
     return max(int(_time(layout, torch.tensor(clips))), max(layout.grid) - 1) + 1
 
 
-def _rounds(variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, bare: bool, upto: int):
-    """For slots 0…upto (0 is unused): the base of the clip, the base of the slot's text, and the text written before.
+def _rounds(
+    variant: Variant,
+    layout: Layout,
+    counts: Sequence[int],
+    clips: int | None,
+    bare: bool,
+    upto: int,
+    sums: RoundSums,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For slots `sums.slot`…upto: the base of the clip (unused for the first), the base of the slot's text, and the
+    text written before.
 
     `feed`: clips and text follow each other. A clip takes as many positions as its longer side has tokens (the last
     one also those of the tail), a slot's text as many as it has tokens. `rounds`: a slot's text and the next clip both
     start at the end of the round, and the longer of the two ends the next round.
     """
-    clip_takes = torch.full((upto + 1,), max(layout.grid))
+    first = sums.slot
+    clip_takes = torch.full((upto + 1 - first,), max(layout.grid))
     if clips is not None and clips <= upto:
-        clip_takes[clips] = layout.tail + (0 if bare else max(layout.grid))
-    text_takes = torch.zeros(upto + 1, dtype=torch.long)
-    known = torch.tensor(counts[:upto], dtype=torch.long)
-    text_takes[1 : 1 + len(known)] = known
-    text_takes[1:2] += layout.header  # the streaming variants write the header in slot 1
-    clip_takes[0] = 0
+        clip_takes[clips - first] = layout.tail + (0 if bare else max(layout.grid))
+    clip_takes[0] = 0  # in the sums
+    text_takes = torch.zeros(upto + 1 - first, dtype=torch.long)
+    known = torch.tensor(counts[max(first - 1, 0) : upto], dtype=torch.long)
+    begin = int(first == 0)  # there is no slot 0
+    text_takes[begin : begin + len(known)] = known
+    if first <= 1:
+        text_takes[1 - first] += layout.header  # the streaming variants write the header in slot 1
 
-    written_before = text_takes.cumsum(0) - text_takes
+    start, written_here = layout.prompt + sums.base_of_text, text_takes.cumsum(0) - text_takes
+    written_before = sums.written_before + written_here
     if variant.count == "feed":
-        base_of_text = layout.prompt + clip_takes.cumsum(0) + written_before
+        base_of_text = start + clip_takes.cumsum(0) + written_here
         return base_of_text - clip_takes, base_of_text, written_before
     round_takes = torch.maximum(clip_takes, text_takes.roll(1))
-    round_takes[:2] = clip_takes[:2]
-    base_of_text = layout.prompt + round_takes.cumsum(0)
-    base_of_clip = base_of_text.roll(1)
-    return base_of_clip, base_of_text, written_before
+    round_takes[0] = 0
+    base_of_text = start + round_takes.cumsum(0)
+    return base_of_text.roll(1), base_of_text, written_before

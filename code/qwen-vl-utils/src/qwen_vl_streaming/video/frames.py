@@ -9,7 +9,7 @@ frame.
 
 import contextlib
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,60 @@ class Video:
         return FRAMES_PER_CLIP / self.fps
 
 
+@dataclass(frozen=True)
+class SampledFrames:
+    """The resized frames of a video, decoded anew whenever they are read: (3, H, W) uint8 each."""
+
+    path: str | Path
+    index: FrameIndex
+    picked: np.ndarray
+    """Indices into `index.times` of the frames."""
+    count: int
+    """How many to yield: the last one is repeated."""
+    budget: PixelBudget
+    reader: str | None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Raises InputError if the video cannot be decoded up to a frame."""
+        path, picked, name = self.path, self.picked, self.reader or "pyav"
+        frame, size, filled = torch.empty(0), None, 0
+        try:
+            with contextlib.closing(READERS[name](path, self.index, picked)) as images:
+                for image in images:
+                    height, width = image.shape[:2]
+                    size = size or self.budget.size(height, width, self.count, f"video {path}")
+                    frame = resize_frame(image, size)
+                    repeats = int(np.count_nonzero(picked == picked[filled]))
+                    yield from [frame] * repeats
+                    filled += repeats
+            yield from [frame] * (self.count - filled)
+        except ReaderError as error:
+            other = "" if name == "pyav" else ", or set FORCE_QWENVL_VIDEO_READER=pyav"
+            raise InputError(
+                f"video {path} cannot be decoded ({error}): download it again or skip it{other}"
+            ) from error
+        logger.log(logging.DEBUG if name in _announced else logging.INFO, "%s: read with %s", path, name)
+        _announced.add(name)
+
+
+@dataclass(frozen=True)
+class SampledVideo:
+    """A `Video` whose frames are decoded when they are read."""
+
+    frames: SampledFrames
+    timestamps: np.ndarray
+    fps: float
+    path: str
+
+    @property
+    def clips(self) -> int:
+        return self.frames.count // FRAMES_PER_CLIP
+
+    @property
+    def seconds_per_clip(self) -> float:
+        return FRAMES_PER_CLIP / self.fps
+
+
 def choose_reader(environ: Mapping[str, str]) -> str | None:
     """The reader that FORCE_QWENVL_VIDEO_READER selects in `environ`, or None for the default.
 
@@ -164,6 +218,39 @@ def read_video(
     `max_clips` clips; this is checked before the sampled frames are decoded; and, as `part_seconds` does, if the video
     does not have the `part`.
     """
+    video = sample_video(
+        path,
+        fps=fps,
+        start=start,
+        end=end,
+        part=part,
+        budget=budget,
+        reader=reader,
+        max_clips=max_clips,
+        index=index,
+    )
+    frames = torch.empty(0, dtype=torch.uint8)
+    for place, frame in enumerate(video.frames):
+        if not place:
+            frames = torch.empty(len(video.timestamps), *frame.shape, dtype=torch.uint8)
+        frames[place] = frame
+    return Video(frames, video.timestamps, video.fps, video.path)
+
+
+def sample_video(
+    path: str | Path,
+    *,
+    fps: float = 2.0,
+    start: float | None = None,
+    end: float | None = None,
+    part: Part | None = None,
+    budget: PixelBudget | None = None,
+    reader: str | None = None,
+    max_clips: int | None = None,
+    index: FrameIndex | None = None,
+) -> SampledVideo:
+    """Like `read_video`, but decodes each frame when it is read from `frames`, which then raises the errors that
+    concern it."""
     if reader is not None:
         check_reader(reader)
     if not fps > 0:
@@ -186,9 +273,9 @@ def read_video(
             f"video {path} has {count // FRAMES_PER_CLIP} clips, more than the {max_clips} that the model "
             "supports: cut or skip it"
         )
-    frames = _decode(path, index, picked, count, budget or PixelBudget(), reader)
+    frames = SampledFrames(path, index, picked, count, budget or PixelBudget(), reader)
     picked = np.append(picked, picked[-1:]) if count > len(picked) else picked
-    return Video(frames=frames, timestamps=index.times[picked], fps=rate, path=str(path))
+    return SampledVideo(frames, index.times[picked], rate, str(path))
 
 
 def too_short(name: str, duration: float, rate: float, asked: str = "") -> str:
@@ -228,40 +315,6 @@ def pick_frames(
         )
     targets = start + np.arange(int(np.ceil((end - start - SLACK) * rate))) / rate
     return np.maximum(np.searchsorted(times, targets + SLACK, side="right") - 1, 0)
-
-
-def _decode(
-    path: str | Path, index: FrameIndex, picked: np.ndarray, count: int, budget: PixelBudget, reader: str | None
-) -> torch.Tensor:
-    """Decode and resize the `picked` frames, and repeat the last one up to `count`: (count, 3, H, W) uint8."""
-    name = reader or "pyav"
-    try:
-        frames = _resized(READERS[name](path, index, picked), picked, count, budget, f"video {path}")
-    except ReaderError as error:
-        other = "" if name == "pyav" else ", or set FORCE_QWENVL_VIDEO_READER=pyav"
-        raise InputError(f"video {path} cannot be decoded ({error}): download it again or skip it{other}") from error
-    logger.log(logging.DEBUG if name in _announced else logging.INFO, "%s: read with %s", path, name)
-    _announced.add(name)
-    return frames
-
-
-def _resized(
-    images: Generator[np.ndarray, None, None], picked: np.ndarray, count: int, budget: PixelBudget, name: str
-) -> torch.Tensor:
-    frames = None
-    filled = 0
-    with contextlib.closing(images):
-        for image in images:
-            if frames is None:
-                height, width = image.shape[:2]
-                size = budget.size(height, width, count, name)
-                frames = torch.empty(count, 3, *size, dtype=torch.uint8)
-            repeats = int(np.count_nonzero(picked == picked[filled]))
-            frames[filled : filled + repeats] = resize_frame(image, size)
-            filled += repeats
-    assert frames is not None  # a reader yields every picked frame, or raises
-    frames[filled:] = frames[filled - 1]
-    return frames
 
 
 def resize_frame(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 from ..common.errors import InputError
 from ..common.redact import hide_address
 from .formats import SCHEMES
-from .frames import FRAMES_PER_CLIP, PixelBudget, read_video, sampled_rate
+from .frames import FRAMES_PER_CLIP, PixelBudget, sample_video, sampled_rate
 from .index import index_video
 from .sources import Clip, paced_clips, synthetic_clips
 from .streams import stream_clips
@@ -26,7 +27,16 @@ SCENE = (280, 504)
 
 @dataclass(frozen=True)
 class Source:
-    """A source of clips: a file, a camera, a stream or the synthetic scene."""
+    """A source of clips: a file, a camera, a stream, the synthetic scene, or a function of your own that yields clips.
+
+    Example::
+
+        def clips():
+            for index, frames in enumerate(batches):  # (2, 3, H, W) uint8, H and W divisible by 28
+                yield Clip(index, frames, numpy.array([index, index + 0.5]), time.time())
+
+        captioner.watch(Source(clips, seconds_per_clip=1.0))
+    """
 
     clips: Callable[[], Iterator[Clip]]
     """Opens the source and yields its clips. The time of the source starts with the first call to `next`."""
@@ -39,6 +49,14 @@ class Source:
     """Wall-clock seconds between its clips, or None if not known."""
     count: int | None = None
     """The number of clips, or None if not known."""
+    live: bool = False
+    """Whether the clips come whether or not they are read, as those of a camera. Clips that come before the model is
+    ready are then skipped but for the newest, and an InputError means that the source was lost: the answer is finished
+    without raising it. Otherwise no clip is skipped, unless that is asked for."""
+
+    def __post_init__(self):
+        if not 0 < self.seconds_per_clip < math.inf:
+            raise InputError(f"seconds_per_clip {self.seconds_per_clip} must be above 0 and finite")
 
 
 def open_source(
@@ -55,8 +73,9 @@ def open_source(
 
     From then on, messages show no password of its address.
 
-    Raises InputError if a file or camera does not exist, for an unknown URL scheme, and the errors of `read_video` for
-    a file, which is read here. A camera or URL is opened only when its clips are read.
+    Raises InputError if `fps`, `speed` or `max_clips` is not above 0, if a file or camera does not exist, for an
+    unknown URL scheme, and the errors of `read_video` for a file, up to its first frame. Later frames are decoded when
+    their clips are read. A camera or URL is opened only then.
 
     Args:
         fps: Sampling rate in frames per second.
@@ -66,6 +85,11 @@ def open_source(
         reconnect_seconds: How long to try to reconnect to a stream, see `stream_clips`.
     """
     hide_address(name)
+    for what, value in (("fps", fps), ("speed", speed)):
+        if not 0 < value < math.inf:
+            raise InputError(f"{what} {value} must be above 0 and finite")
+    if max_clips is not None and max_clips < 1:
+        raise InputError(f"max_clips {max_clips} must be at least 1")
     if name == SYNTHETIC:
         size = budget.size(*SCENE, frames=0)
         clips = functools.partial(synthetic_clips, max_clips or sys.maxsize, speed=speed, fps=fps, size=size)
@@ -80,7 +104,7 @@ def open_source(
         if name.startswith("/dev/") and not Path(name).exists():
             raise InputError(f"source {name} does not exist: check that the camera is connected")
         clips = functools.partial(stream_clips, name, fps=fps, budget=budget, reconnect_seconds=reconnect_seconds)
-        return Source(clips, FRAMES_PER_CLIP / fps, None, {})
+        return Source(clips, FRAMES_PER_CLIP / fps, live=True)
     index = index_video(name)
     part: dict[str, Any] = {}
     if max_clips and cut:
@@ -90,9 +114,9 @@ def open_source(
                 "%s lasts %.1f s, but only the first %g s are watched: see --max-clips", name, index.duration, end
             )
             part = {"end": end}
-    video = read_video(name, fps=fps, budget=budget, index=index, **part)
-    logger.info("frames of %d x %d pixels: --budget %s", *reversed(video.frames.shape[2:]), budget.budget)
+    video = sample_video(name, fps=fps, budget=budget, index=index, **part)
+    height, width = next(iter(video.frames)).shape[1:]
+    logger.info("frames of %d x %d pixels: --budget %s", width, height, budget.budget)
     about = {"video": {"path": os.path.abspath(name), "fps": fps, "budget": asdict(budget), **part}}
-    height, width = video.frames.shape[2:]
     clips, seconds = functools.partial(paced_clips, video, speed), video.seconds_per_clip
     return Source(clips, seconds, (height, width), about, seconds / speed, video.clips)

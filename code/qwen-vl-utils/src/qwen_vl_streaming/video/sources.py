@@ -13,7 +13,7 @@ import torch
 
 from ..common.clock import now
 from ..common.errors import InputError
-from .frames import FRAMES_PER_CLIP, Video
+from .frames import FRAMES_PER_CLIP, SampledVideo, Video
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Clip:
     """Seconds of video in the clip, if the source keeps its own steady rate below the requested one; otherwise None."""
 
 
-def paced_clips(video: Video, speed: float = 1.0) -> Iterator[Clip]:
+def paced_clips(video: Video | SampledVideo, speed: float = 1.0) -> Iterator[Clip]:
     """Yield the clips of a `video`, each no earlier than it is complete in playback at `speed` times real time.
 
     A late consumer gets a clip immediately; its `completed` is still the time at which it was due. Raises InputError if
@@ -46,12 +46,13 @@ def paced_clips(video: Video, speed: float = 1.0) -> Iterator[Clip]:
     """
     if not speed > 0:
         raise InputError(f"speed {speed} must be above 0")
-    begin = now()
+    begin, frames = now(), iter(video.frames)
     for index in range(video.clips):
+        clip = torch.stack([next(frames) for _ in range(FRAMES_PER_CLIP)])
         rows = slice(index * FRAMES_PER_CLIP, (index + 1) * FRAMES_PER_CLIP)
         due = begin + (rows.stop - 1) / video.fps / speed
         time.sleep(max(0.0, due - now()))
-        yield Clip(index, video.frames[rows], video.timestamps[rows], due, last=index == video.clips - 1)
+        yield Clip(index, clip, video.timestamps[rows], due, last=index == video.clips - 1)
 
 
 def synthetic_clips(

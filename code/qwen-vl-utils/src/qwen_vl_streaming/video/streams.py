@@ -33,6 +33,7 @@ logger.addFilter(Redacting())
 
 CLIPS_WAITING = 256  # size of the queue for a slow consumer; when it is full, reading from the source stops
 STALLED_SECONDS = 5.0  # time without data after which a connection counts as dropped
+CLOSING_SECONDS = 2.0  # time to wait for the source to be closed; it is, once its next frame has come
 PAUSES = 0.2, 5.0  # seconds before reconnecting: initial, doubled after each attempt, and maximum
 PLAYLISTS = ("hls", "dash")  # formats whose size is that of the playlist, not of the video
 GAPS = 10_000  # number of gaps between frames kept to estimate the duration of the last frame
@@ -73,6 +74,7 @@ def stream_clips(
             yield clip
     finally:
         reader.stop.set()
+        thread.join(CLOSING_SECONDS)  # so that a camera is free again for the next who opens it
     if reader.fault is not None:
         raise reader.fault
 
@@ -183,7 +185,7 @@ class _StreamReader:
         while not self.stop.is_set():
             try:
                 self._read_once()
-                if self.film:
+                if self.film or self.stop.is_set():
                     break
                 reason = "the stream ended"
             except (FFmpegError, OSError) as error:

@@ -51,7 +51,7 @@ function connect() {
       "session.queued": ({ place }) => state("queued", `Waiting for a place: you are number ${place}`),
       "session.updated": ({ session }) => run?.begin(session),
       "input_video_frame.acknowledged": (message) => run?.acknowledged(message),
-      output_video_frame: ({ time }, jpeg) => run?.shown(time, jpeg),
+      output_video_frame: ({ time, last }, jpeg) => run?.shown(time, jpeg, last),
       "response.created": ({ response }) => run?.created(response),
       "response.output_text.delta": (message) => run?.token(message),
       "response.done": ({ response }) => run?.finished(response),
@@ -136,8 +136,17 @@ class Run {
     for (const column of columns) column.timeline.show(canvas, time);
   }
 
-  async shown(time, jpeg) {
-    if (await this.source.show(time, jpeg)) this.drawn(this.source.canvas, time);
+  async shown(time, jpeg, last) {
+    const drawn = this.source.show(time, jpeg);
+    if (last && this.end === null) this.over();
+    if (await drawn) this.drawn(this.source.canvas, time);
+  }
+
+  /** No more frames come: answers are written to their end. */
+  over() {
+    this.end = this.source.now();
+    this.render();
+    state("finishing", "The video is over: finishing the answer");
   }
 
   acknowledged({ dropped, waiting, deadline_misses }) {
@@ -158,11 +167,9 @@ class Run {
   stop() {
     if (!this.source.started) return this.leave();
     if (this.end !== null) return void server.connection.send("response.cancel");
-    this.end = this.source.now();
     this.sampler?.stop();
     server.connection.send("input_video.end");
-    this.render();
-    state("finishing", "The video is over: finishing the answer");
+    this.over();
   }
 
   finished(response) {
