@@ -13,7 +13,7 @@ from metrics import lag
 from planning import read_data
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.checkpoint import of_checkpoint, tensor_types
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.timeline.timeline import make_schedule
 from qwen_vl_streaming.timeline.variants import get_variant
 from results import check_row

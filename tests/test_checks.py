@@ -11,7 +11,7 @@ import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model import checks
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.video import frames
 from waiting import SECONDS

@@ -15,7 +15,7 @@ from forked import Launched, name_of
 from qwen_vl_streaming.common import ending
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.launch.signals import STOPPED
-from qwen_vl_streaming.model import modeling_qwen2_5_vl
+from qwen_vl_streaming.model.loading import Qwen2_5_VLForConditionalGeneration, load_model
 from qwenvl.checkpointing import SaveError, loading, saving
 from training import flags, free_port, history
 from waiting import SECONDS, until
@@ -168,9 +168,9 @@ def test_other_errors_are_not_blamed_on_the_disk_or_the_checkpoint(tmp_path, mon
         raise lost("is killed by signal: Killed. ")
 
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    monkeypatch.setattr(modeling_qwen2_5_vl.Qwen2_5_VLForConditionalGeneration, "from_pretrained", load)
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "from_pretrained", load)
     with pytest.raises(RuntimeError, match="DataLoader worker"):
-        modeling_qwen2_5_vl.load_model(tmp_path, "sdpa", torch.float32)
+        load_model(tmp_path, "sdpa", torch.float32)
 
 
 def test_workers_end_with_their_process(tmp_path):

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers, load_model
+from qwen_vl_streaming.model.loading import load_model
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.variants import VARIANTS

@@ -21,7 +21,7 @@ from qwen_vl_streaming.live import cli
 from qwen_vl_streaming.model import hub
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwenvl import merge, run_checks, train
 from safetensors import safe_open

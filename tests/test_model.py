@@ -10,7 +10,8 @@ import pytest
 import torch
 from make_model import tiny_checkpoint
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config, load_model
+from qwen_vl_streaming.model.loading import load_config, load_model
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions

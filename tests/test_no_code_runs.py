@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwenvl.checkpointing import weights_only
 from report import gallery

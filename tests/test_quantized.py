@@ -12,7 +12,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.decoder_layer import FusedProjections
 from qwen_vl_streaming.engine.quantized_linear import GROUP, TILES, Tiles, choose_tiles, interleave, sum_parts
 from qwen_vl_streaming.live import cli
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.quantization import (
     LARGEST,
     WEIGHTS,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.common.versions import versions
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import clip_pixels, load_processor, make_template
 from qwen_vl_streaming.replay import cli, compare, replay
 from qwen_vl_streaming.sessions import open_session

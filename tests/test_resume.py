@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib import image
 from qwen_vl_streaming.launch.signals import STOPPED
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.loading import load_model
 from safetensors.torch import load_file, save_file
 from training import finish, flags, free_port, history, refused, spoil, start, start_two
 from waiting import SECONDS, until

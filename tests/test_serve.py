@@ -14,7 +14,7 @@ import pytest
 import torch
 from media import make_video
 from qwen_vl_streaming.engine.batch import Job, caption_all
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.replay import replay, video_clips
 from qwen_vl_streaming.serve import connection, own_source

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.serve import cli, process_handle, workers

@@ -10,7 +10,7 @@ import torch
 from browser import Browser
 from media import make_video, picture, read_number
 from PIL import Image
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.replay import replay, video_clips
 from qwen_vl_streaming.sessions.record import read_record

@@ -10,7 +10,7 @@ import torch
 from captioning import VideoDataset, make_row
 from planning import read_data
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import clip_pixels, load_processor
 from qwen_vl_streaming.reference import Caption, caption
 from qwen_vl_streaming.timeline.attention import make_mask

@@ -155,7 +155,7 @@ def checkpoints(folder: Path) -> Try:
     import verify  # noqa: F401 - imports its dependencies before memory is limited
     from qwen_vl_streaming.model.base_files import BaseFiles
     from qwen_vl_streaming.model.checkpoint import of_checkpoint, tensor_types
-    from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+    from qwen_vl_streaming.model.loading import load_config, load_model
     from qwen_vl_streaming.model.prompts import load_processor
     from report import gallery
 

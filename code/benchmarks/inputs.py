@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_folder
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
+from qwen_vl_streaming.model.loading import load_config
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import released_config
 from training import ANSWER, find_device

@@ -33,7 +33,8 @@ import psutil
 import torch
 from inputs import Film, make_captions, make_checkpoint, make_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, load_config
+from qwen_vl_streaming.model.loading import load_config
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, load_processor, make_template
 from qwen_vl_streaming.model.released import SIZES
 from qwen_vl_streaming.timeline.timeline import make_schedule, make_timeline

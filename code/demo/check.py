@@ -17,7 +17,7 @@ import torch
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.paths import PROJECT, find_video, look_up
 from qwen_vl_streaming.common.progress import quiet_libraries
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.model.trained import choose_schedule, end_of_slot
 from qwen_vl_streaming.reference import Streams, caption

@@ -19,7 +19,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_video
 from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.engine.batch import Job, caption_all
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template, spoken
 from qwen_vl_streaming.reference import Caption
 from qwen_vl_streaming.sessions import caption_sessions

@@ -16,7 +16,7 @@ from qwen_vl_streaming.common.versions import versions
 from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
+from qwen_vl_streaming.model.loading import load_config
 from qwen_vl_streaming.model.quantization import check_weights
 from qwen_vl_streaming.model.trained import check_trained, choose_schedule, end_of_slot, wait_k
 from qwen_vl_streaming.timeline.positions import RULE

@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_video
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_model
+from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.model.trained import end_of_slot
 from qwen_vl_streaming.reference import PENALTY

@@ -21,7 +21,7 @@ from qwen_vl_streaming.common.progress import quiet_libraries
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config, load_model
+from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from safetensors import SafetensorError
 from safetensors.torch import load_file

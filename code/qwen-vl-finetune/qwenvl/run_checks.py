@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import load_config
+from qwen_vl_streaming.model.loading import load_config
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.model.trained import check_trained
 from transformers import PretrainedConfig

@@ -20,7 +20,8 @@ from qwen_vl_streaming.launch.failing import report
 from qwen_vl_streaming.launch.signals import STOPPED, is_local_main_process
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.hub import model_folder
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers, load_model
+from qwen_vl_streaming.model.loading import load_model
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers
 from qwen_vl_streaming.model.trained import end_of_slot, training_keys
 from qwen_vl_streaming.video.frames import choose_reader
 from torch import distributed

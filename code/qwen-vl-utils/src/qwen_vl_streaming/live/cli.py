@@ -29,7 +29,7 @@ from ..common.ending import explain
 from ..common.errors import InputError
 from ..common.progress import quiet_libraries
 from ..common.redact import redacted
-from ..model.modeling_qwen2_5_vl import DTYPES
+from ..model.loading import DTYPES
 from ..sessions import PerceptionLost
 from ..sessions.record import describe_precision, read_record, write_record
 from ..video.clip_recorder import ClipRecorder

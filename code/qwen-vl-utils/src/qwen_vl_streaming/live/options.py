@@ -13,7 +13,7 @@ from pathlib import Path
 from ..common.errors import InputError, OneLineParser
 from ..common.paths import PROJECT, find_model, look_up
 from ..devices import DEVICE_HELP, choose_device, look
-from ..model.modeling_qwen2_5_vl import DTYPES
+from ..model.loading import DTYPES
 from ..model.prompts import QUESTIONS
 from ..model.quantization import WEIGHTS, WEIGHTS_HELP
 from ..model.trained import MODEL

@@ -15,7 +15,7 @@ import torch
 from ..common.errors import InputError
 from ..engine.step_runner import StepRunner
 from ..model.hub import model_folder
-from ..model.modeling_qwen2_5_vl import load_config, load_model, tokens_per_second
+from ..model.loading import load_config, load_model, tokens_per_second
 from ..model.prompts import clip_pixels, load_processor, make_template
 from ..model.quantization import check_weights
 from ..model.trained import check_trained, choose_schedule, end_of_slot

@@ -16,7 +16,7 @@ from ..common.errors import InputError, OneLineParser
 from ..common.paths import PROJECT, find_model, find_video_root, look_up
 from ..common.progress import quiet_libraries
 from ..devices import DEVICE_HELP, choose_device, look
-from ..model.modeling_qwen2_5_vl import DTYPES, load_model
+from ..model.loading import DTYPES, load_model
 from ..model.prompts import load_processor
 from ..sessions.record import describe_precision, read_record
 from .clips import check_clips, video_clips

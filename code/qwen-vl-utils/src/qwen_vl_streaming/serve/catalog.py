@@ -9,7 +9,7 @@ from typing import Any
 
 from ..common.errors import InputError
 from ..live.setup import check_schedule
-from ..model.modeling_qwen2_5_vl import load_config, tokens_per_second
+from ..model.loading import load_config, tokens_per_second
 from ..model.prompts import QUESTIONS, Template, load_processor, make_template
 from ..model.quantization import check_weights
 from ..model.trained import MODEL, check_trained, end_of_slot, wait_k

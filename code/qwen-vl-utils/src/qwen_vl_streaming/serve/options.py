@@ -18,7 +18,7 @@ from ..common.redact import hide, hide_address
 from ..devices import DEVICE_HELP, choose_device, look
 from ..live.options import check_limits
 from ..live.setup import CLIPS, TOKENS_PER_CLIP
-from ..model.modeling_qwen2_5_vl import DTYPES
+from ..model.loading import DTYPES
 from ..model.quantization import WEIGHTS, WEIGHTS_HELP, check_weights
 from ..video.formats import SCHEMES
 from ..video.frames import BUDGETS
