@@ -60,16 +60,22 @@ def _hold(rank: str, rows: str, file: str) -> None:
     """Make process `rank`, or all, wait after a number of `rows`, as long as `file` exists."""
     import captioning
 
-    append, written, end = captioning.Appender.append, [], time.monotonic() + 2 * SECONDS
+    appender, written, end = captioning.appender, [], time.monotonic() + 2 * SECONDS
 
-    def appended(appender, row):
-        append(appender, row)
-        written.append(row)
-        if len(written) >= int(rows) and rank in ("all", os.environ.get("RANK", "0")):
-            while os.path.exists(file) and time.monotonic() < end:
-                time.sleep(0.02)
+    @contextlib.contextmanager
+    def holding(*given):
+        with appender(*given) as append:
 
-    captioning.Appender.append = appended
+            def appended(row):
+                append(row)
+                written.append(row)
+                if len(written) >= int(rows) and rank in ("all", os.environ.get("RANK", "0")):
+                    while os.path.exists(file) and time.monotonic() < end:
+                        time.sleep(0.02)
+
+            yield appended
+
+    captioning.appender = holding
 
 
 def _run(arguments: list[str], log: Path, act: str | None) -> None:

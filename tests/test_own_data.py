@@ -363,7 +363,7 @@ def test_other_columns_are_named(tmp_path):
 
 def test_evaluation_without_any_video_is_refused(tmp_path):
     rows = [{"video_path": "a.mp4"}, {"video_path": "b.mp4"}]
-    plan = SimpleNamespace(rows=rows, data="my.jsonl", root=tmp_path, video_root=None)
+    plan = SimpleNamespace(rows=rows, data="my.jsonl", video_root=tmp_path)
     with pytest.raises(InputError, match=r"none of the 2 videos of my.jsonl is found: video a\.mp4 does not exist in"):
         check_any_video(plan)
     (tmp_path / "b.mp4").touch()
