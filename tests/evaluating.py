@@ -57,7 +57,7 @@ def _prepare(act: str | None) -> None:
 
 
 def _hold(rank: str, rows: str, file: str) -> None:
-    """Make process `rank`, or all, wait after a number of `rows`, as long as `file` exists."""
+    """Make process `rank`, or all, wait after a number of `rows` with captions, as long as `file` exists."""
     import captioning
 
     appender, written, end = captioning.appender, [], time.monotonic() + 2 * SECONDS
@@ -68,7 +68,8 @@ def _hold(rank: str, rows: str, file: str) -> None:
 
             def appended(row):
                 append(row)
-                written.append(row)
+                if "result" in row:  # else its video was skipped
+                    written.append(row)
                 if len(written) >= int(rows) and rank in ("all", os.environ.get("RANK", "0")):
                     while os.path.exists(file) and time.monotonic() < end:
                         time.sleep(0.02)
