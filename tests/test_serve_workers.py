@@ -9,7 +9,6 @@ import queue
 import threading
 import time
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 from qwen_vl_streaming.common.errors import InputError
@@ -62,10 +61,16 @@ def until_lost(worker: Worker, seconds: float = SECONDS) -> None:
         while not (worker.lost and worker.given_up):
             await asyncio.sleep(0.01)
 
-    with mock.patch.object(workers, "RESTARTS", 0):
-        drive(run, seconds)
+    drive(run, seconds)
 
 
+@pytest.fixture
+def no_restart(monkeypatch):
+    """A lost model is given up at once. Set before anything is sent: threads read it."""
+    monkeypatch.setattr(workers, "RESTARTS", 0)
+
+
+@pytest.mark.usefixtures("no_restart")
 def test_a_message_that_cannot_be_sent_loses_the_model(started, caplog):
     worker = make()
 
@@ -78,6 +83,7 @@ def test_a_message_that_cannot_be_sent_loses_the_model(started, caplog):
     assert "a message could not be sent" in caplog.text and "CUDA error" in caplog.text
 
 
+@pytest.mark.usefixtures("no_restart")
 def test_a_message_that_cannot_be_handled_loses_the_model(started, caplog):
     worker = make()
     started[0].pipe.send(("step", [("nobody", None)]))
@@ -92,6 +98,7 @@ def test_a_copy_that_cannot_be_written_is_logged(path, tmp_path, caplog):
     assert path in caplog.text
 
 
+@pytest.mark.usefixtures("no_restart")
 def test_a_copy_that_cannot_be_written_harms_no_other(started, tmp_path):
     worker, ended = make(), []
     for key in ("one", "other"):
@@ -208,6 +215,7 @@ def test_models_that_restart_together_share_the_memory(monkeypatch):
     assert told.get() == 1 and not device.without_pool
 
 
+@pytest.mark.usefixtures("no_restart")
 def test_a_process_that_says_nothing_for_too_long_is_killed(started, monkeypatch, caplog, tmp_path):
     """One that only says that it is alive is not."""
     monkeypatch.setattr(process_handle, "SILENT_SECONDS", 2)
