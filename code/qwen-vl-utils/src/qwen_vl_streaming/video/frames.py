@@ -126,7 +126,7 @@ class Video:
 
 @dataclass(frozen=True)
 class SampledFrames:
-    """The resized frames of a video, decoded anew whenever they are read: (3, H, W) uint8 each."""
+    """The resized frames of a video, decoded each time they are read: (3, H, W) uint8 each."""
 
     path: str | Path
     index: FrameIndex
@@ -195,40 +195,13 @@ def check_reader(name: str) -> str:
     return name
 
 
-def read_video(
-    path: str | Path,
-    *,
-    fps: float = 2.0,
-    start: float | None = None,
-    end: float | None = None,
-    part: Part | None = None,
-    budget: PixelBudget | None = None,
-    reader: str | None = None,
-    max_clips: int | None = None,
-    index: FrameIndex | None = None,
-) -> Video:
-    """Sample `path` at `fps` frames per second between `start` and `end` (seconds; default: the whole video).
+def read_video(path: str | Path, **options: Any) -> Video:
+    """Sample a video as `sample_video` does, with its `options`, and decode all sampled frames.
 
-    `part` is that of a data row, in place of `start` and `end`: for models, captions and metrics it is a video of its
-    own. A video with a steady rate below `fps` is sampled at its own rate. `reader` is "pyav" (default) or "decord".
-    Memory holds the resized sampled frames and one frame at full size. Pass `index` if the file is indexed already.
-
-    Raises InputError, naming the file and the fix, if the file is missing, empty, truncated, damaged before its last
-    sampled frame, cannot be decoded, or is shorter than one clip. Also raises InputError if it has more than
-    `max_clips` clips; this is checked before the sampled frames are decoded; and, as `part_seconds` does, if the video
-    does not have the `part`.
+    Memory holds the resized sampled frames and one frame at full size. Raises InputError as `sample_video` and its
+    frames do.
     """
-    video = sample_video(
-        path,
-        fps=fps,
-        start=start,
-        end=end,
-        part=part,
-        budget=budget,
-        reader=reader,
-        max_clips=max_clips,
-        index=index,
-    )
+    video = sample_video(path, **options)
     frames = torch.empty(0, dtype=torch.uint8)
     for place, frame in enumerate(video.frames):
         if not place:
@@ -249,8 +222,17 @@ def sample_video(
     max_clips: int | None = None,
     index: FrameIndex | None = None,
 ) -> SampledVideo:
-    """Like `read_video`, but decodes each frame when it is read from `frames`, which then raises the errors that
-    concern it."""
+    """Sample `path` at `fps` frames per second between `start` and `end` (seconds; default: the whole video).
+    Frames are decoded when they are read.
+
+    `part` is that of a data row, in place of `start` and `end`: for models, captions and metrics it is a video of its
+    own. A video with a steady rate below `fps` is sampled at its own rate. `reader` is "pyav" (default) or "decord".
+    Pass `index` if the file is indexed already.
+
+    Raises InputError, naming the file and the fix, if the file is missing, empty, truncated, or shorter than one clip;
+    if it has more than `max_clips` clips; and, as `part_seconds` does, if the video does not have the `part`. Reading
+    the frames raises it if the file is damaged before the last of them, or cannot be decoded.
+    """
     if reader is not None:
         check_reader(reader)
     if not fps > 0:
