@@ -12,12 +12,13 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.decoder_layer import FusedProjections
 from qwen_vl_streaming.engine.quantized_linear import GROUP, TILES, Tiles, choose_tiles, interleave, sum_parts
 from qwen_vl_streaming.live import cli
+from qwen_vl_streaming.live.setup import read_checkpoint
 from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.quantization import (
     LARGEST,
     WEIGHTS,
     QuantizedLinear,
-    check_weights,
+    check_precision,
     quantize,
     quantize_model,
     scaled_linear,
@@ -125,18 +126,25 @@ def test_result_files_are_not_mixed(tmp_path):
 
 
 def test_refusals(made, monkeypatch):
-    check_weights(None, "cpu", torch.float16)
+    check_precision(None, "cpu", torch.float16)
     with pytest.raises(InputError, match="--weights int4: choose int8 or fp8"):
-        check_weights("int4", "cpu", torch.float32)
+        check_precision("int4", "cpu", torch.float32)
     with pytest.raises(InputError, match="does not work in float16"):
-        check_weights("int8", "cpu", torch.float16)
+        check_precision("int8", "cpu", torch.float16)
     with pytest.raises(InputError, match="is quantized already"):
-        check_weights("int8", "cpu", torch.float32, SimpleNamespace(quantization_config={"bits": 4}))
+        check_precision("int8", "cpu", torch.float32, SimpleNamespace(quantization_config={"bits": 4}))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A6000")
-    check_weights("int8", "cuda", torch.bfloat16)
+    check_precision("int8", "cuda", torch.bfloat16)
     with pytest.raises(InputError, match=r"fp8 needs a GPU .* 8\.9 or more, and NVIDIA RTX A6000 has 8\.6: use int8"):
-        check_weights("fp8", "cuda", torch.bfloat16)
+        check_precision("fp8", "cuda", torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    check_precision("int8", "cuda:0", torch.float32)
+    with pytest.raises(InputError, match="Tesla T4 does not support bfloat16: use --dtype float32, or another GPU"):
+        check_precision(None, "cuda:0", torch.bfloat16)
+    with pytest.raises(InputError, match="use dtype float32"):
+        read_checkpoint(made[0], None, "cuda", None, False, "force=True", None, "weights")
     with pytest.raises(InputError, match="choose int8 or fp8"):
         load_model(made[0], "sdpa", torch.float32, "int3")
 

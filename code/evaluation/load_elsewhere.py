@@ -102,7 +102,7 @@ def differences(ours: tuple[dict, dict], theirs: tuple[dict, dict], tolerance: f
 
 def main() -> None:
     """Runs in this environment. The others lack the library and only compute their `answers`."""
-    from qwen_vl_streaming.common.errors import InputError, OneLineParser
+    from qwen_vl_streaming.common.errors import InputError, OneLineParser, first_line
     from qwen_vl_streaming.common.paths import PROJECT, find_model
     from qwen_vl_streaming.common.progress import quiet_libraries
     from qwen_vl_streaming.model.hub import model_folder
@@ -117,7 +117,7 @@ def main() -> None:
     try:
         values, arrays = answers(checkpoint)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = first_line(error)
         raise InputError(f"{checkpoint} cannot be loaded here ({first}): give a complete checkpoint") from error
     print(f"here, transformers {values['transformers']}: {len(arrays['image logits'][0])} tokens")
     failed = 0

@@ -17,7 +17,7 @@ from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.loading import load_config
-from qwen_vl_streaming.model.quantization import check_weights
+from qwen_vl_streaming.model.quantization import check_precision
 from qwen_vl_streaming.model.trained import check_trained, choose_schedule, end_of_slot, wait_k
 from qwen_vl_streaming.timeline.positions import RULE
 from qwen_vl_streaming.timeline.variants import get_variant
@@ -92,7 +92,7 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
     if not settings.force:
         check_trained(config, model, variant, "--force to evaluate it anyway")
     dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
-    check_weights(settings.weights or None, device, getattr(torch, dtype), config)
+    check_precision(settings.weights or None, device, getattr(torch, dtype), config)
     ids, budget = [row["video_id"] for row in rows], PixelBudget.trained(config, settings)
     schedule = choose_schedule(settings.schedule or None, config, model, variant)
     return Plan(

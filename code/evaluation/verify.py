@@ -30,7 +30,7 @@ from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.explain.cli import as_dict
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template, spoken
-from qwen_vl_streaming.model.quantization import WEIGHTS, check_weights, quantize_model
+from qwen_vl_streaming.model.quantization import WEIGHTS, check_precision, quantize_model
 from qwen_vl_streaming.model.trained import end_of_slot
 from qwen_vl_streaming.timeline.positions import RULE
 from qwen_vl_streaming.timeline.timeline import (
@@ -241,7 +241,7 @@ def main() -> None:
     check_made(path, made, variant)
     name, weights = made["dtype"], made.get("weights")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
-    check_weights(weights, device, dtype)
+    check_precision(weights, device, dtype)
     if line:
         print(line, file=sys.stderr)
     model = load_stock(checkpoint, dtype, weights, device)

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
-from qwen_vl_streaming.model.quantization import WEIGHTS, check_weights
+from qwen_vl_streaming.model.quantization import WEIGHTS, check_precision
 from qwen_vl_streaming.model.released import SIZES
 from qwen_vl_streaming.sessions import MODES
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -116,7 +116,7 @@ class Settings:
         parse_points(self.points)
         on_gpu = torch.cuda.is_available() and self.size != "tiny"
         if on_gpu:
-            check_weights(self.weights, "cuda", torch.bfloat16)
+            check_precision(self.weights, "cuda", torch.bfloat16)
         elif self.cap is not None:
             raise InputError("--cap limits the memory of a GPU, and there is none")
 

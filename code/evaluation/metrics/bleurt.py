@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 import sentencepiece
 import torch
 from huggingface_hub.errors import HFValidationError
-from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.errors import InputError, first_line
 from qwen_vl_streaming.common.paths import places
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.model.hub import WEIGHTS, from_hub
@@ -47,7 +47,7 @@ def find_checkpoint(name: str) -> Path:
         try:
             folder = from_hub(name, ("config.json", VOCABULARY), missing_file)
         except (InputError, HFValidationError) as error:
-            first = next(iter(str(error).splitlines()), type(error).__name__)
+            first = first_line(error)
             raise InputError(
                 f"--bleurt {name}: no such folder, and it cannot be downloaded from the hub ({first}): "
                 "give a folder, or a hub id such as lucadiliello/BLEURT-20"
@@ -94,7 +94,7 @@ def load(folder: Path, device: str = "cpu") -> RemBertForSequenceClassification:
             output_loading_info=True, trust_remote_code=False, weights_only=True,
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = first_line(error)
         raise InputError(f"--bleurt {folder}: its weights cannot be read ({first}): download them again") from error
     if wrong := [*found["missing_keys"], *found["mismatched_keys"], *found["unexpected_keys"]]:
         raise InputError(

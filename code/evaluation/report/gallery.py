@@ -18,7 +18,7 @@ from pathlib import Path
 from checked_results import source_rows
 from metrics.lag import slot_texts
 from PIL import Image
-from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.errors import InputError, first_line
 from qwen_vl_streaming.common.paths import find_video, find_video_root, places
 from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
@@ -153,7 +153,7 @@ class Tokenizers:
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the Rust tokenizers raise no narrower type
-            first = next(iter(str(error).splitlines()), type(error).__name__)
+            first = first_line(error)
             raise InputError(f"no tokenizer could be loaded from {folder} ({first})") from None
 
 

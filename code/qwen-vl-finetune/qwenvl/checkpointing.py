@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import patch_environment
-from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.errors import InputError, first_line
 from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.model.checkpoint import of_file
 from safetensors import SafetensorError
@@ -46,7 +46,7 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        reason = getattr(error, "strerror", None) or first_line(error)
         if isinstance(error, RuntimeError):
             if "inline_container" not in reason and "unexpected pos" not in reason:
                 raise
@@ -65,7 +65,7 @@ def loading(checkpoint: str | Path) -> Iterator[None]:
     except (torch.OutOfMemoryError, distributed.DistError):
         raise
     except DAMAGED as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(f"{checkpoint} is damaged ({reason:.200}): {REMOVE}") from error
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.errors import InputError, first_line
 
 from .constants import GIB, MATRIX_SHARE
 
@@ -126,7 +126,7 @@ def usable_gpus() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(
             f"a GPU of this machine cannot be used ({reason}): end the other processes on it, which nvidia-smi lists, "
             "or name others in CUDA_VISIBLE_DEVICES"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.errors import InputError, first_line
 
 TIMEOUT = 900.0
 """Seconds that nodes wait for each other, as torchrun does."""
@@ -52,7 +52,7 @@ def agree(
                 return _lead(store, nodes, _attempt(look), decide, timeout)
         return _follow(store, node, _attempt(look))
     except DistError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(
             f"the nodes cannot agree on a plan ({reason}): check MASTER_ADDR, or change MASTER_PORT; and see what "
             "node 0 says"

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .common.errors import InputError, OneLineParser, run
+from .common.errors import InputError, OneLineParser, first_line, run
 from .common.nvidia import Driver, ask_driver
 
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -187,7 +187,7 @@ def ask_torch() -> Torch:
             count = torch.cuda.device_count()
             bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     except (RuntimeError, AssertionError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = first_line(error)
         return Torch(**about, fault=(re.search(r"Error \d+: .*", first) or [first])[0])
     alien = []
     for index in range(count if torch.version.cuda else 0):

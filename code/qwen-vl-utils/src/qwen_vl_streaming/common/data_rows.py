@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .video_part import video_part
 
 HUB = "hf://datasets/"
@@ -146,7 +146,7 @@ def _read_table(source: str) -> Iterator[dict[str, Any]]:
             raise
         except Exception as error:  # Arrow, fsspec and the Hub client raise many types
             cause = error if isinstance(error, DatasetNotFoundError) else error.__cause__ or error
-            raise _unreadable(source, next(iter(str(cause).splitlines()), type(cause).__name__)[:300]) from error
+            raise _unreadable(source, first_line(cause)[:300]) from error
 
 
 def _check_columns(source: str, columns: dict) -> None:

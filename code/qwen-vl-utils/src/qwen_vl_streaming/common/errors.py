@@ -61,6 +61,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty, else the name of its type."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 def cannot_list(error: OSError) -> None:
     """For `onerror` of os.walk: raises InputError for an unreadable folder. A missing folder counts as empty."""
     if not isinstance(error, FileNotFoundError):

@@ -29,6 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from ..common.ending import leave, print_error
+from ..common.errors import first_line
 from .nodes import Nodes
 from .signals import LAUNCHER, RESUMES, STOPPED
 
@@ -195,7 +196,7 @@ class Launcher:
         try:
             run(given)
         except DistError as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             self.end(2, f"error: cannot connect the processes ({reason}): check MASTER_ADDR, or change MASTER_PORT")
         except SignalException as error:
             self.end(128 + error.sigval, f"stopped by {error.sigval.name}{RESUMES}")

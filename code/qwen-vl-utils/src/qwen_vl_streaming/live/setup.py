@@ -17,7 +17,7 @@ from ..engine.step_runner import StepRunner
 from ..model.hub import model_folder
 from ..model.loading import load_config, load_model, tokens_per_second
 from ..model.prompts import clip_pixels, load_processor, make_template
-from ..model.quantization import check_weights
+from ..model.quantization import check_precision
 from ..model.trained import check_trained, choose_schedule, end_of_slot
 from ..sessions import GREEDY, PerceptionClient, Session, open_session
 from ..timeline.positions import check_clips, clips_before_text
@@ -81,7 +81,7 @@ def read_checkpoint(
         check_trained(config, path, chosen, f"{flag} to use it anyway")
     where = torch.device(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-    check_weights(weights, where, dtype, config, weights_flag)
+    check_precision(weights, where, dtype, config, weights_flag)
     return Checkpoint(path, config, load_processor(path), chosen, where, dtype, weights)
 
 

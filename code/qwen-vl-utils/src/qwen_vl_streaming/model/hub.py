@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ..common.errors import InputError
+from ..common.errors import InputError, first_line
 from ..common.redact import Redacting
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def from_hub(name: str, beside: tuple[str, ...], missing: Callable[[Path], str |
     except GatedRepoError as error:
         return _cached(name, missing, error)
     except HUB_ERRORS as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         use = ""
         if before and not missing(before):
             use = f", with HF_HUB_OFFLINE=1 to use the cached commit {before.name}"
@@ -169,7 +169,7 @@ def _reason(error: Exception) -> str:
         return "the model is gated"
     if isinstance(error, RepositoryNotFoundError):
         return f"{constants.ENDPOINT} has no such model, or you cannot access it"
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    reason = first_line(error)
     return f"{constants.ENDPOINT} cannot be reached: {reason:.150}"
 
 

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from transformers import Qwen2_5_VLConfig
 
 from ..common.ending import lost_worker
-from ..common.errors import InputError
+from ..common.errors import InputError, first_line
 from .checkpoint import tensor_names
 from .checks import check_config, check_layers
 from .hub import model_folder
 from .modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, all_full
-from .quantization import check_weights, quantize_model
+from .quantization import check_precision, quantize_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What a model can run in: the values of --dtype."""
@@ -53,7 +53,7 @@ def load_model(
     Raises InputError, with the reason in one line, if it cannot be loaded.
     """
     config = load_config(path)
-    check_weights(weights, device, dtype, config)
+    check_precision(weights, device, dtype, config)
     check_layers(config, tensor_names(model_folder(path)), str(path))
     model, report = _loaded(
         path,
@@ -106,7 +106,7 @@ def _loaded(path: str | Path, load: Callable[[Path], Any], weights: bool = True)
     except (*UNLOADABLE, LookupError) as error:  # torch raises LookupError for a damaged pickle
         if lost_worker(error):  # raised by the SIGCHLD handler of a DataLoader, at any point of the program
             raise
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = first_line(error)
         raise InputError(
             f"no Qwen2.5-VL could be loaded from {str(path)!r} ({first}): give a complete checkpoint, or copy it again"
         ) from error

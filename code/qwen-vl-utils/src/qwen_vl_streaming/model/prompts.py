@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from ..common.data_rows import SURROGATE
-from ..common.errors import InputError
+from ..common.errors import InputError, first_line
 from ..timeline.segments import TimedText, join_segments, slot_tokens, token_times, words_late
 from ..timeline.timeline import Layout
 from .chat_template import render
@@ -74,7 +74,7 @@ def load_processor(path: str | Path):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         make_template(processor, QUESTIONS[-1])  # fails without a chat template or a vocabulary
     except Exception as error:  # transformers and Jinja raise many types, and the Rust tokenizers raise Exception
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = first_line(error)
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"the processor in {str(path)!r} requires its own code (auto_map), but code from checkpoints is not "

@@ -21,8 +21,8 @@ WEIGHTS_HELP = (
     "checkpoint)"
 )
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-FP8_CAPABILITY = (8, 9)
-"""CUDA compute capability from which GPUs convert float8."""
+BFLOAT16_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
+"""CUDA compute capabilities from which GPUs compute in bfloat16, and convert float8."""
 DTYPES = (torch.float32, torch.bfloat16)
 """Data types of activations in which 8-bit values do not overflow."""
 
@@ -89,12 +89,19 @@ def weights_of(model) -> str | None:
     return names.get(first.weight.dtype)
 
 
-def check_weights(
+def check_precision(
     kind: str | None, device: torch.device | str, dtype: torch.dtype, config=None, flag: str = "--weights"
 ) -> None:
-    """Raises InputError if `device` or activations of `dtype` do not support weights of this kind, if the kind is
-    unknown, or if a checkpoint's `config` says that it is quantized already. `flag` names the setting in messages. None
-    is a model as it is."""
+    """Raises InputError if `device` does not support activations of `dtype`, or weights of this kind with them, if the
+    kind is unknown, or if a checkpoint's `config` says that it is quantized already. `flag` names the setting in
+    messages. None is a model as it is."""
+    device = torch.device(device)
+    has = torch.cuda.get_device_capability(device) if device.type == "cuda" else FP8_CAPABILITY
+    if dtype == torch.bfloat16 and has < BFLOAT16_CAPABILITY:  # PyTorch would emulate it, slowly
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} does not support bfloat16: use "
+            f"{flag.replace('weights', 'dtype')} float32, or another GPU"
+        )
     if kind is None:
         return
     if kind not in WEIGHTS:
@@ -104,8 +111,7 @@ def check_weights(
         raise InputError(f"{flag} {kind} does not work in {name}, where its sums overflow: use bfloat16 or float32")
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{flag} {kind}: the checkpoint is quantized already: leave {flag} out, or give the original")
-    device = torch.device(device)
-    if device.type == "cuda" and kind == "fp8" and (has := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+    if kind == "fp8" and has < FP8_CAPABILITY:
         raise InputError(
             f"{flag} fp8 needs a GPU with compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or more, and "
             f"{torch.cuda.get_device_name(device)} has {has[0]}.{has[1]}: use int8"

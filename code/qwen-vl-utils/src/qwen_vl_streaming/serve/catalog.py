@@ -11,7 +11,7 @@ from ..common.errors import InputError
 from ..live.setup import check_schedule
 from ..model.loading import load_config, tokens_per_second
 from ..model.prompts import QUESTIONS, Template, load_processor, make_template
-from ..model.quantization import check_weights
+from ..model.quantization import check_precision
 from ..model.trained import MODEL, check_trained, end_of_slot, wait_k
 from ..sessions import GREEDY
 from ..timeline.positions import clips_before_text
@@ -123,7 +123,7 @@ def load_catalog(settings: Settings) -> dict[str, ServedModel]:
         trained = getattr(config, "streaming_variant", None)
         variant = get_variant(trained or chosen_variant("group"))
         check_trained(config, path, variant, "train it again")
-        check_weights(settings.weights, settings.devices[0], settings.dtype, config)
+        check_precision(settings.weights, settings.devices[0], settings.dtype, config)
         name = variant.name if given.startswith("#") else given
         if name in models:
             raise InputError(f"two models are called {name}: give them names, --model NAME=DIR")

@@ -19,7 +19,7 @@ from ..devices import DEVICE_HELP, choose_device, look
 from ..live.options import check_limits
 from ..live.setup import CLIPS, TOKENS_PER_CLIP
 from ..model.loading import DTYPES
-from ..model.quantization import WEIGHTS, WEIGHTS_HELP, check_weights
+from ..model.quantization import WEIGHTS, WEIGHTS_HELP, check_precision
 from ..video.formats import SCHEMES
 from ..video.frames import BUDGETS
 from ..video.opening import SYNTHETIC
@@ -194,7 +194,7 @@ def parse(description: str | None, environment: Mapping[str, str], arguments: Se
     cuda = devices[0].startswith("cuda")
     dtype = DTYPES[values.dtype or ("bfloat16" if cuda else "float32")]
     for device in devices:
-        check_weights(values.weights, device, dtype)
+        check_precision(values.weights, device, dtype)
     return Settings(
         models=named_models(values.model),
         host=values.host,

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from ..common.errors import InputError
+from ..common.errors import InputError, first_line
 from ..engine.device_event import DeviceEvent
 from ..engine.kv_cache import PagedKVCache
 from ..engine.step_request import BatchSlot
@@ -68,7 +68,7 @@ def perceive(pipe: Connection, load: Callable) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return first_line(error)
 
 
 class PerceptionWorker:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..common.clock import now
-from ..common.errors import InputError
+from ..common.errors import InputError, first_line
 from ..common.versions import versions
 from ..engine.step_runner import StepRunner
 from ..model.prompts import Template
@@ -257,7 +257,7 @@ class Session:
         if not self.closed:
             self.rounds.drop_pending()
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            why = next(iter(str(error).splitlines()), "") or type(error).__name__
+            why = first_line(error)
             self._end("cancelled" if stopped else f"failed: {why}")
 
     def _end(self, how: str) -> None:
