@@ -6,7 +6,6 @@ when each event was named, and `<variant>_judge.jsonl` the judge's answers, from
 Scoring again keeps the metrics that are not asked for this time, if it is of the same captions.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ from statistics import fmean
 
 from identity import arguments_path, read_arguments
 from json_lines import write_rows
-from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.errors import InputError, first_line
 from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import find_model, find_path
 from qwen_vl_streaming.devices import choose_device, look
@@ -118,12 +117,14 @@ def hash_captions(rows: list[Row]) -> str:
 def keep_earlier(videos: list[dict], captions: Path, where: Path, scoring: Scoring, details: dict) -> dict:
     """`details` with those of earlier scores in `where` that were not asked for this time, whose values are added to
     `videos`. Logs which are removed, if the captions may have changed since."""
-    earlier, each = {}, {}
-    with contextlib.suppress(InputError, OSError, ValueError, KeyError, TypeError):  # missing, or damaged
+    if not where.exists():
+        return details
+    earlier, each, per_video = {}, {}, sibling(captions, PER_VIDEO)
+    try:
         earlier = read_object(where, "it is written again")
-        each = {
-            found["video_id"]: found for found in map(json.loads, sibling(captions, PER_VIDEO).read_text().splitlines())
-        }
+        each = {found["video_id"]: found for found in map(json.loads, per_video.read_text().splitlines())}
+    except (InputError, OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s or %s is damaged (%s) and is written again", where.name, per_video.name, first_line(error))
     metrics = [one for one in VIDEO_METRICS if one.detail in earlier and not one.wanted(scoring)]
     timed = "timeliness" not in details and "events" in earlier.get("timeliness", {})
     names = [name for metric in metrics for name in metric.names] + ["timeliness"] * timed
