@@ -70,7 +70,7 @@ def test_flex_attention_over_blocks_changes_nothing(name, splits, monkeypatch):
     print("seed", SEED)
     jobs = random_jobs(draw, variant, 5)
     plain = reference_captions(model, variant, jobs)
-    monkeypatch.setattr(ragged_attention, "compiled_flex", flex_split_kv)
+    monkeypatch.setattr(ragged_attention, "compiled_flex", lambda: flex_split_kv)
     monkeypatch.setattr(ragged_attention, "num_splits", lambda *_: splits)
     monkeypatch.setattr(Runner, "use_flex", True)
     monkeypatch.setattr(batch, "MIN_CLIP_ROWS", 0)

@@ -7,7 +7,8 @@ query block. A query block then visits the blocks of one slot only, and most of 
     R rows of the step   B query blocks   F queries = B x QUERY_BLOCK   W blocks per slot   D head size
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +159,10 @@ class RaggedAttention:
         """FlexAttention of `query` (1, key heads, F, D) over `layer_cache`; returns the same shape."""
         options = {"block_mask": self.mask, "scale": scale, "kernel_options": KERNEL_OPTIONS}
         keys, values = layer_cache[:, None]
-        return compiled_flex(query, keys, values, self.splits, **options)
+        return compiled_flex()(query, keys, values, self.splits, **options)
 
 
-compiled_flex = torch.compile(flex_split_kv, dynamic=False)
+@functools.cache
+def compiled_flex() -> Callable[..., Tensor]:
+    """`flex_split_kv` compiled. At its first use: importing the compiler takes a second."""
+    return torch.compile(flex_split_kv, dynamic=False)
