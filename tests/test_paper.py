@@ -205,6 +205,8 @@ def test_a_run_with_other_flags_than_the_plan_and_the_defaults_is_refused(tmp_pa
     assert str(caught.value) == message
     run_json(folder, recipe_differences={"learning_rate": 1e-3})  # as planned
     assert check().done
+    run_json(folder, recipe_differences={"step_samples": 16}, gradient_accumulation_steps=2)  # as the GPUs are twice
+    assert check().done
 
 
 def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path, monkeypatch):
@@ -806,7 +808,7 @@ def test_the_demo_from_videos_to_the_report(tmp_path):
     made = json.loads((output / "demo/qwen2_5vl-pe-group/run.json").read_text())
     assert made["recipe_differences"] == {
         "min_pixels_per_frame": 78400, "max_pixels_per_frame": 602112, "tune_mm_vision": False, "max_steps": -1,
-        "learning_rate": 2e-5, "weight_decay": 0.0, "adam_beta2": 0.999, "bf16": True,
+        "learning_rate": 2e-5, "weight_decay": 0.0, "adam_beta2": 0.999, "bf16": True, "step_samples": 16,
     }  # fmt: skip
     questions = [json.loads(line) for line in (output / "dataset/funqa_test.jsonl").read_text().splitlines()]
     assert [row["task"] for row in questions] == ["H2", "H3"]

@@ -186,6 +186,7 @@ def test_both_sizes_on_one_page(world):
         shape = dict(zip(("hidden_size", "num_hidden_layers"), shape, strict=True))
         (folder / "config.json").write_text(json.dumps(content | shape))
         run = {"arguments": {"learning_rate": 1e-4}, "recipe_differences": {"learning_rate": 2e-5}}
+        run["recipe_differences"]["step_samples"], run["step_samples"] = 16, 8
         (folder / "run.json").write_text(json.dumps(run if size == "7B" else {}))
         for schedule in ("wait-3", "random-3"):
             values[size, schedule] = world.add("group", schedule, name=f"{size}{schedule}", model=str(folder))
@@ -200,7 +201,12 @@ def test_both_sizes_on_one_page(world):
         ]  # fmt: skip
     assert text.count("*51.76*") == 1  # the paper's random schedules are of 3B alone
     assert str(world.folder) not in page + text and "7B, funqa is refused: move away x" in page + text
-    assert text.replace("\\", "").count("trained with --learning_rate 0.0001 (2e-05 in the paper's recipe)") == 1
+    assert (
+        text.replace("\\", "").count(
+            "trained with --learning_rate 0.0001 (2e-05 in the paper's recipe), 8 samples a GPU "
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -116,8 +116,9 @@ def trained(folder: Path, data: Path, model: str, variant: str, flags: dict[str,
 
 def planned_flags(made: dict, arguments: dict, flags: dict[str, str]) -> dict[str, object]:
     """The values of the flags that decide a training: those of `flags`, and for the others in which the run differs
-    from sft.sh's defaults, the default."""
-    planned: dict[str, object] = dict(made.get("recipe_differences") or {})
+    from sft.sh's defaults, the default. Half as many samples a GPU on twice as many GPUs are the same."""
+    differences: dict[str, object] = dict(made.get("recipe_differences") or {})
+    planned = {name: value for name, value in differences.items() if name != "step_samples"}
     planned |= {name: value for name, value in flags.items() if name == "wait_k" or decides(name)}
     if arguments.get("use_cpu") and "bf16" not in flags:
         planned["bf16"] = "False"  # as sft.sh sets it there

@@ -68,8 +68,16 @@ def differences_of(result: Result, size: str) -> list[str]:
             found.append(f"{name} is {result.args[name]}, {value} in the paper")
     if recipe := result.run.get("recipe_differences"):
         values = result.run.get("arguments", {})
-        flags = (f"--{name} {values.get(name)} ({value} in the paper's recipe)" for name, value in recipe.items())
-        found.append(f"the checkpoint was trained with {', '.join(flags)}")
+        flags = [
+            f"{result.run.get('step_samples')} samples a GPU in an optimizer step"
+            if name == "step_samples"
+            else f"--{name} {values.get(name)}"
+            for name in recipe
+        ]
+        with_paper = (
+            f"{flag} ({value} in the paper's recipe)" for flag, value in zip(flags, recipe.values(), strict=True)
+        )
+        found.append(f"the checkpoint was trained with {', '.join(with_paper)}")
     if result.trained_as not in (None, result.variant.name):
         found.append(f"the checkpoint was trained as {result.trained_as}, not as the evaluated variant")
     scored = result.scores.get("count")

@@ -26,6 +26,7 @@ from qwen_vl_streaming.timeline.positions import RULE
 from .argument_checks import defaults
 from .checkpointing import OTHER_OUTPUT, newest_checkpoint, saving
 from .fixed import FREE_FLAGS, is_fixed
+from .training_arguments import PAPER_SAMPLES
 
 PACKAGES = (*RUNNING, "accelerate", "deepspeed", "peft")
 FIXED_FACTS = {
@@ -50,12 +51,18 @@ def commit(folder: Path) -> dict | None:
         return None
 
 
+def step_samples(arguments: dict) -> int:
+    """Samples of a process in an optimizer step."""
+    return arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+
+
 def recipe_differences(arguments: dict, groups) -> dict:
-    """The paper's value, which is the default, of each flag of a recipe in which `arguments` differ from it. `groups`
-    are the dataclasses of the flags."""
+    """The paper's value, which is the default, of each flag of a recipe in which `arguments` differ from it, and of
+    `step_samples`. `groups` are the dataclasses of the flags."""
     stock = {name: default for group in groups for name, default in defaults(group).items()}
     recipe = (name for name in stock if is_fixed(name) and name not in FREE_FLAGS.split())
-    return {name: stock[name] for name in recipe if arguments[name] != stock[name]}
+    found = {name: stock[name] for name in recipe if arguments[name] != stock[name]}
+    return found if step_samples(arguments) == PAPER_SAMPLES else {**found, "step_samples": PAPER_SAMPLES}
 
 
 def describe_run(model, data, training, rows: int, held_out: int, excluded: list[int], timed: bool = False) -> dict:
@@ -82,6 +89,7 @@ def describe_run(model, data, training, rows: int, held_out: int, excluded: list
         "model_sha256": of_checkpoint(model.model_name_or_path),
         "commit": commit(Path(__file__).parent),
         "versions": {**versions(PACKAGES), "cuda": torch.version.cuda},
+        "step_samples": step_samples(arguments),
         "recipe_differences": recipe_differences(arguments, (model, data, training)),
         "arguments": arguments,
     }
