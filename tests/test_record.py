@@ -140,3 +140,16 @@ def test_curves_of_incomplete_histories(tmp_path):
 
 def test_git_is_optional(tmp_path):
     assert commit(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "given, when",
+    [
+        ({"save_strategy": "epoch"}, ("epoch", None)),
+        ({"save_strategy": "epoch", "eval_steps": 7}, ("steps", 7)),
+        ({"save_steps": 30}, ("steps", 30)),
+    ],
+)
+def test_the_held_out_loss_is_measured_when_a_checkpoint_is_saved(given, when):
+    arguments = SftArguments(output_dir="x", use_cpu=True, bf16=False, eval_samples=1, **given)
+    assert (arguments.eval_strategy.value, when[1] and arguments.eval_steps) == when

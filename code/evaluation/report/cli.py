@@ -62,7 +62,8 @@ def about(results: Sequence[Result], task: str, size: str) -> str:
     judges = sorted({str(result.scores["judge"].get("model")) for result in results if "judge" in result.scores})
     text += f" (here by {', '.join(judges)})." if judges else "."
     if {"AL", "LAAL", "early_words"} & set(metrics_of(results)):
-        text += " AL and LAAL are lags in clips (seconds); early_words counts the words before the last clip."
+        text += " AL and LAAL are lags in clips, which are longer than a second where a video has fewer than 2 frames"
+        text += " a second; early_words counts the words before the last clip."
     if not any(key[0] == task for key in paper.FIGURES):
         return f"The paper has no values for this task. {text}"
     return (

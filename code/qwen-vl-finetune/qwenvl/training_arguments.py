@@ -96,7 +96,9 @@ class SftArguments(TrainingArguments):
             self.deepspeed = str(path)
         if self.eval_share or self.eval_samples:
             if self.eval_strategy == "no":
-                self.eval_strategy, self.eval_steps = "steps", self.eval_steps or self.save_steps
+                with_epochs = self.save_strategy == "epoch" and self.eval_steps is None
+                self.eval_strategy = "epoch" if with_epochs else "steps"
+                self.eval_steps = self.eval_steps or self.save_steps
         elif self.eval_strategy != "no" or self.eval_on_start:
             raise InputError("evaluation needs held-out samples: give --eval_share or --eval_samples")
         reporters = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ())
