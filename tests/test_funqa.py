@@ -227,6 +227,14 @@ def test_a_missing_sub_task_is_reported(tmp_path, caplog):
     assert "the train split is skipped" in caplog.text
 
 
+def test_videos_in_both_splits_are_reported(tmp_path, caplog):
+    lay_out(tmp_path / "source", "train", [entry()], {"H": VIDEOS["H"]})
+    lay_out(tmp_path / "source", "test")
+    prepare_funqa(make_options(tmp_path))
+    said = "videos in both funqa_train.jsonl and funqa_test.jsonl: 1, such as H_A_101_1433_1631.mp4. Scores on"
+    assert said in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

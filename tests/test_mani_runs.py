@@ -37,6 +37,15 @@ def test_max_samples_samples_by_seed_and_replaces_bad_videos(tmp_path):
     assert drawn[0] != drawn[1]
 
 
+@pytest.mark.parametrize("shared", [0, 1])
+def test_videos_in_both_splits_are_reported(tmp_path, caplog, shared):
+    make_files(tmp_path / "source/train", {"1.json": good(), "2.json": good()})
+    make_files(tmp_path / "source/test", {f"{2 if shared else 3}.json": good()})
+    splits, outputs = ({split: tmp_path / kind / split for split in ("train", "test")} for kind in ("source", "out"))
+    prepare_dataset(make_options(tmp_path, splits=splits, outputs=outputs))
+    assert ("videos in both train and test: 1, such as 2.mp4" in caplog.text) == bool(shared)
+
+
 def test_report(tmp_path):
     make_files(tmp_path / "source/train", {"1.json": good(), "2.json": sample_json(9, 2), "3.json": b"{"})
     options = make_options(tmp_path)

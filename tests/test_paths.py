@@ -178,11 +178,16 @@ def test_the_default_checkpoint_is_that_of_the_task(made, tmp_path, monkeypatch,
     assert "qwen2_5vl-pe-group, the default checkpoint of --task description, does not exist: train it" in line
 
 
-def test_the_evaluated_checkpoint_is_logged(tmp_path):
+def test_the_evaluated_checkpoint_is_logged(tmp_path, caplog):
     assert describe_model("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
     assert describe_model(str(tmp_path)) == str(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({"variant": "gap", "data": {"path": "/d/funqa_train.jsonl"}}))
-    assert describe_model(str(tmp_path)) == f"{tmp_path}, trained as gap on /d/funqa_train.jsonl"
+    (tmp_path / "run.json").write_text(
+        json.dumps({"variant": "gap", "data": {"path": "/d/funqa_train.jsonl", "sha256": "a"}})
+    )
+    assert describe_model(str(tmp_path), "b") == f"{tmp_path}, trained as gap on /d/funqa_train.jsonl"
+    assert not caplog.records
+    describe_model(str(tmp_path), "a")
+    assert "the checkpoint was trained on these data" in caplog.text
 
 
 def test_training_and_evaluation_find_a_video_by_its_name(made, tmp_path, monkeypatch):

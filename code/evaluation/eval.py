@@ -64,7 +64,7 @@ def lead(settings: Settings, rank: Rank, device: str, queue: VideoQueue, note: s
     out, ids = plan.out, [row["video_id"] for row in plan.rows]
     with exclusive_writer(out):
         finished = resume(plan, facts)
-        logger.info("%s: checkpoint %s", plan.variant.name, describe_model(plan.model))
+        logger.info("%s: checkpoint %s", plan.variant.name, describe_model(plan.model, facts["data_sha256"]))
         logger.info("data %s, %d videos", plan.data, len(ids))
         left = [video_id for video_id in ids if video_id not in finished]
         if finished:

@@ -4,11 +4,14 @@ Knows nothing about rows and how they are made.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object, write_file
+
+logger = logging.getLogger(__name__)
 
 ARGUMENTS = {name: str for name in ("model", "data", "schedule", "variant")}
 """Fields that the arguments beside a result file always have."""
@@ -32,13 +35,16 @@ def read_arguments(out: Path, fields: Mapping[str, type | tuple[type, ...]] = AR
     return found
 
 
-def describe_model(model: str) -> str:
-    """The checkpoint's name and, if sft.sh wrote it, what it was trained on."""
+def describe_model(model: str, data_sha256: str | None = None) -> str:
+    """The checkpoint's name and, if sft.sh wrote it, what it was trained on. Warns if those are these data."""
     try:
         made = json.loads((Path(model) / "run.json").read_text(encoding="utf-8"))
-        return f"{model}, trained as {made['variant']} on {made['data']['path']}"
+        trained, data = f"{model}, trained as {made['variant']} on {made['data']['path']}", made["data"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return model
+    if data_sha256 is not None and data.get("sha256") == data_sha256:
+        logger.warning("the checkpoint was trained on these data: its scores are those of training videos")
+    return trained
 
 
 def keep_arguments(out: Path, facts: dict, begun: bool) -> None:

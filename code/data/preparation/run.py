@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from qwen_vl_streaming.common.files import atomic_write
 from .files import exclusive_lock, remove_partial_files
 from .report import SplitStatistics, plot
 from .rules import Rules
+
+logger = logging.getLogger(__name__)
 
 STATE_FOLDER = ".mani_data"
 """Below the output folder: what a killed run resumes from."""
@@ -100,8 +103,27 @@ def draw_rows(
     return drawn, errors
 
 
+def warn_of_shared_videos(outputs: dict[str, Path]) -> None:
+    """Warn of videos, by file name, that have rows in the training and in the test file."""
+
+    def videos(path: Path) -> set[str]:
+        with open(path, encoding="utf-8") as rows:
+            return {Path(json.loads(row)["video_path"]).name for row in rows}
+
+    if shared := sorted(videos(outputs["train"]) & videos(outputs["test"])):
+        logger.warning(
+            "videos in both %s and %s: %d, such as %s. Scores on them are those of training videos",
+            outputs["train"].name,
+            outputs["test"].name,
+            len(shared),
+            shared[0],
+        )
+
+
 def write_report(statistics: dict[str, SplitStatistics], options: RunOptions) -> None:
     """Write report.png and report.json, with the prefix of `options`, for the splits in `statistics`."""
+    if {"train", "test"} <= statistics.keys():
+        warn_of_shared_videos(options.outputs)
     plot(statistics, options.rules, options.output_dir / f"{options.prefix}report.png")
     splits = {split: found.summary() for split, found in statistics.items()}
     with atomic_write(options.output_dir / f"{options.prefix}report.json") as file:
