@@ -311,4 +311,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "stopped by SIGINT: the same command resumes")

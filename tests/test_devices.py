@@ -152,7 +152,7 @@ def test_without_a_gpu_the_cpu_is_used_and_reported(driver, torch, none):
     found = judge(driver, torch, {"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": ""})
     assert (found.usable, found.why_not) == (0, "")
     assert choose_device("", found) == ("cpu", f"{none}: using the CPU")
-    with pytest.raises(InputError, match="--device cuda: no GPU "):
+    with pytest.raises(InputError, match="device cuda: no GPU "):
         choose_device("cuda", found)
 
 
@@ -161,7 +161,7 @@ def test_gpus_that_can_be_used():
     assert found == Devices(2, bfloat16=True)
     assert [choose_device(asked, found) for asked in ("", "cuda", "cuda:1", "cpu")] == [
         ("cuda", ""), ("cuda", ""), ("cuda:1", ""), ("cpu", "")]  # fmt: skip
-    with pytest.raises(InputError, match="--device cuda:2: PyTorch can use 2 GPUs here; give another, or --device cpu"):
+    with pytest.raises(InputError, match="device cuda:2: PyTorch can use 2 GPUs here; give another, or --device cpu"):
         choose_device("cuda:2", found)
     for name in ("foo", "mps", "cuda:x", "cuda:", "cpu:0", "cuda:-1"):
         with pytest.raises(InputError, match="is neither cpu nor cuda nor cuda:N"):
@@ -306,7 +306,7 @@ def test_every_program_refuses_gpus_that_cannot_be_used(too_old, monkeypatch, ca
     for more, begins, ends in (
         ([], f"error: {CANNOT}", "; or give --device cpu to use the CPU\n"),
         (["--device", "cuda:1"], f"error: {CANNOT}", "; or give --device cpu to use the CPU\n"),
-        (["--device", "meta"], "error: --device meta is neither cpu nor cuda nor cuda:N", "cuda:N\n"),
+        (["--device", "meta"], "error: device meta is neither cpu nor cuda nor cuda:N", "cuda:N\n"),
         (["--device", "cpu"], "error: ", "\n"),  # it goes on, and finds that nothing else is there
     ):
         monkeypatch.setattr(sys, "argv", ["program", *arguments.split(), *more])

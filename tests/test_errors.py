@@ -18,6 +18,7 @@ from qwen_vl_streaming.common.errors import OneLineParser
         ("print('text')", None, 0),
         ("sys.exit(3)", None, 3),
         ("raise InputError('a.json: correct it')", None, 2),
+        ("raise KeyboardInterrupt", None, 130),
         ("raise BrokenPipeError('of a worker')", None, 1),
     ],
 )
@@ -29,7 +30,9 @@ def test_a_closed_pipe_ends_a_program_quietly(body, closed, status):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run([sys.executable, "-c", program], text=True, env=environment, **outputs)
     os.close(pipe)
-    shown = {0: "", 1: "Traceback", 2: "error: a.json: correct it\n", 3: "", 141: ""}[status]
+    shown = {0: "", 1: "Traceback", 2: "error: a.json: correct it\n", 3: "", 130: "stopped by SIGINT\n", 141: ""}[
+        status
+    ]
     assert done.returncode == status
     assert closed == "stderr" or (done.stderr.startswith(shown) and bool(done.stderr) == bool(shown)), done.stderr
 

@@ -494,7 +494,7 @@ def test_invalid_sources(command, tmp_path, serve, film):
         (("--source", "synthetic", "--keep", tmp_path / "record.json"), "are both"),
         (("--source", "synthetic", "--device", "foo"), "foo is neither cpu nor cuda"),
         (("--source", "synthetic", "--device", "meta"), "meta is neither cpu nor cuda"),
-        (("--source", "synthetic", "--device", "cuda:99"), "--device cuda:99: "),
+        (("--source", "synthetic", "--device", "cuda:99"), "device cuda:99: "),
         (("--source", "synthetic", "--fps", "inf"), "--fps inf"),
         (("--source", "synthetic", "--fps", "1e-9"), "--fps 1e-09"),
         (("--source", "synthetic", "--max-clips", 10**9), "--max-clips 1000000000"),

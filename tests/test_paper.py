@@ -21,11 +21,12 @@ from paper.checks import DONE, PARTIAL, STARTED, TO_DO, State
 from paper.queue_status import QueueStatus
 from paper.request import parse, read_request
 from paper.runner import Runner, last_line
-from paper.settings import PAPER
+from paper.settings import PAPER, PAPER_VARIANTS
 from paper.states import find_states, refusals
 from paper.status import BLOCKED, FAILED, RUNNING, Progress
 from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Command, Folders, Step
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwenvl import headers as headers_module
 from results import FIELDS
 from waiting import SECONDS, until
@@ -42,7 +43,9 @@ def names(request, kind):
     return [step.name for step in request.steps if step.kind == kind]
 
 
-def test_the_steps_of_what_the_paper_prints(tmp_path):
+def test_the_steps_of_what_the_paper_prints(tmp_path, monkeypatch):
+    assert list(VARIANTS) == [*PAPER_VARIANTS]
+    monkeypatch.setitem(VARIANTS, "late", replace(VARIANTS["group"], name="late"))  # one's own is not the paper's
     whole = asked(tmp_path)
     assert [len(names(whole, kind)) for kind in (PREPARE, TRAIN, EVALUATE, REPORT)] == [2, 18, 22, 1]
     for number, step in enumerate(whole.steps):  # each follows what it needs

@@ -1,9 +1,11 @@
 """demo.sh and test.sh check Python and the environment before they install anything."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,15 @@ def test_unsuitable_pythons_are_refused_in_one_line(tmp_path, requested, existin
     else:
         (line,) = ended.stderr.splitlines()
         assert ended.returncode == 2 and not ended.stdout and line.startswith("error: ") and message in line
+
+
+def test_the_pins_are_within_the_bounds_of_the_library():
+    """Whoever installs the library alone gets versions of which it is known to work."""
+    root = SETUP.parents[1]
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (root / "requirements.txt").read_text(), re.MULTILINE))
+    needed = tomllib.loads((root / "code/qwen-vl-utils/pyproject.toml").read_text())["project"]["dependencies"]
+    for name in ("av", "transformers"):  # the library calls what other versions lack
+        (bounds,) = (word for word in needed if word.startswith(name))
+        versions = *re.fullmatch(rf"{name}>=([\d.]+),<([\d.]+)", bounds).groups(), pins[name]
+        least, below, pin = ([*map(int, version.split("."))] for version in versions)
+        assert least <= pin < below

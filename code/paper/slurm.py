@@ -15,11 +15,10 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import reporting_write_errors, write_file
-from qwen_vl_streaming.timeline.variants import VARIANTS
 
 from .attempts import attempt_path
 from .runner import clean_environment
-from .settings import REQUEUES, ROOT, SBATCH, SBATCH_CPU
+from .settings import PAPER_VARIANTS, REQUEUES, ROOT, SBATCH, SBATCH_CPU
 from .steps import EVALUATE, PREPARE, REPORT, TRAIN, VARIANT, Step
 
 REQUEUE = (
@@ -77,7 +76,7 @@ def entry(step: Step, output: Path) -> tuple[str, str]:
     """(job name, array index) of a step in the queue. The name differs between output folders; the index does not
     depend on which variants were asked for."""
     name = f"{step.group}-{hashlib.sha256(str(output).encode()).hexdigest()[:6]}"
-    return name, str(list(VARIANTS).index(step.variant)) if step.variant else "N/A"
+    return name, str(PAPER_VARIANTS.index(step.variant)) if step.variant else "N/A"
 
 
 def quote(word: str) -> str:
@@ -106,7 +105,7 @@ def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
     lines += ["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"] * gpu
     command = (step.complete if job.scores else None) or step.command
     if job.is_array:
-        lines += [f"variants=({' '.join(VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
+        lines += [f"variants=({' '.join(PAPER_VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
     lines += [f"export {name}={quote(value)}" for name, value in command.environment.items()]
     name, show = f"{job.group}-{VARIANT}" if job.is_array else job.group, " ".join(map(quote, after_each))
     lines += [f"attempt={quote(str(attempt_path(logs, name)))}", "began=$(date +%s)", 'echo "$job $began" >"$attempt"']

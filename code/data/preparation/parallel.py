@@ -1,6 +1,7 @@
 """Runs tasks in worker processes. Does not depend on what the tasks do."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -34,7 +35,10 @@ def run_tasks(
         workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(initializer, arguments)
     )
     try:
+        # Workers inherit that it is ignored, or Ctrl-C while they start would print a traceback of each.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         running = {pool.submit(function, task) for task in islice(tasks, 2 * workers)}
+        signal.signal(signal.SIGINT, before)
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             running |= {pool.submit(function, task) for task in islice(tasks, len(done))}
@@ -50,6 +54,7 @@ def run_tasks(
 
 
 def _start_worker(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if initializer:
         initializer(*arguments)

@@ -96,7 +96,8 @@ class Captioner:
             question: What is asked about the video. Default: the question of the evaluation.
             schedule: "wait-K", "random-K", "greedy", or "model" for a checkpoint that was trained to decide when to
                 speak. Default: as the checkpoint was trained.
-            mode: "serial", "fused", or "pipelined", which needs two GPUs. Default: fused if the variant can.
+            mode: "serial", "fused", or "pipelined", which needs two GPUs and starts a process: a script must call it
+                below `if __name__ == "__main__":`. Default: fused if the variant can.
             speed: Of a file, in multiples of real time.
             fps: Frames per second that the model sees. Two frames are a clip.
             max_clips: Clips to watch at most. Default: 300, or any number with a `window`.

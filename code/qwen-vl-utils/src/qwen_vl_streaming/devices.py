@@ -91,14 +91,14 @@ def choose_device(asked: str, devices: Devices, cpu: str = "--device cpu") -> tu
     """
     kind, _, index = asked.partition(":")
     if asked not in ("", "cpu") and not (kind == "cuda" and (asked == kind or index.isdecimal())):
-        raise InputError(f"--device {asked} is neither cpu nor cuda nor cuda:N")
+        raise InputError(f"device {asked} is neither cpu nor cuda nor cuda:N")
     if asked == "cpu":
         return "cpu", ""
     if not devices.usable and devices.why_not:
         raise InputError(devices.why_not + (f"; or give {cpu} to use the CPU" if cpu else ""))
     if asked and int(index or 0) >= devices.usable:
         found = f"PyTorch can use {count_gpus(devices.usable)} here" if devices.usable else devices.none
-        raise InputError(f"--device {asked}: {found}; give another, or {cpu}")
+        raise InputError(f"device {asked}: {found}; give another, or {cpu}")
     if asked or devices.usable:
         return asked or "cuda", ""
     return "cpu", f"{devices.none}: using the CPU"

@@ -34,8 +34,9 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {shown(message)} (see --help)\n")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls `main`. On InputError, prints its message on stderr and exits with status 2. Where the reader of the output
+def run(main: Callable[[], None], stopped: str = "stopped by SIGINT") -> None:
+    """Calls `main`. On InputError, prints its message on stderr and exits with status 2, on Ctrl-C
+    prints `stopped` and exits with status 130. Where the reader of the output
     has closed the pipe, as `head` does, exits quietly with status 141, as programs that SIGPIPE ends. Characters that
     the output's encoding lacks are escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -50,6 +51,9 @@ def run(main: Callable[[], None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         outputs = select.poll()
         for output in (1, 2):

@@ -54,9 +54,7 @@ def _head(figure: Figure, timelines: Sequence[Timeline]) -> None:
     """Title, sizes and legend."""
     wide, high = figure.get_size_inches()
     several = len(timelines) > 1
-    title = (
-        "Six ways of watching a video and speaking about it" if several else "Watching a video and speaking about it"
-    )
+    title = "Ways of watching a video and speaking about it" if several else "Watching a video and speaking about it"
     x = (MARGIN + 0.1) / wide
     figure.text(x, 1 - 0.22 / high, title, fontsize=16 if several else 12, weight="bold", color=INK, va="top")
     figure.text(x, 1 - 0.55 / high, sizes(timelines[0]), fontsize=10 if several else 8, color=INK, va="top")

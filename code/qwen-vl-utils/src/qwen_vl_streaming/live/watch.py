@@ -141,7 +141,7 @@ class Watch:
             self.skipped += skipped
             self._report_pace(skipped)
             if full and not clip.last:
-                logger.warning("clip %d is the last one that is watched: see --max-clips", self.most)
+                logger.warning("clip %d is the last one that is watched: see max_clips", self.most)
         if intake.over and self.clips and not (intake.waiting or session.all_fed):
             logger.warning("the source has ended%s: finishing the answer", intake.why)
             session.end()

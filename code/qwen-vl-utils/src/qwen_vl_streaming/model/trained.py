@@ -37,12 +37,12 @@ def choose_schedule(text: str | None, config, checkpoint: str, variant: Variant)
         return asked
     if not variant.streams:
         raise InputError(
-            f"--schedule {asked}: {variant.name} writes only after the whole video: remove --schedule, or use one of "
+            f"schedule {asked}: {variant.name} writes only after the whole video: give no schedule, or use one of "
             "interleave, overlap, group and gap"
         )
     if end_of_slot(config) is None:
         raise InputError(
-            f"--schedule {asked}: {checkpoint} was trained without an end-of-slot token, so that it cannot decide when "
+            f"schedule {asked}: {checkpoint} was trained without an end-of-slot token, so that it cannot decide when "
             f"a slot ends: {TRAIN}, or give a schedule such as wait-{wait_k(config)}"
         )
     return f"model-{config.max_tokens_per_slot}" if asked == MODEL else asked
@@ -64,8 +64,8 @@ def check_trained(config, checkpoint: str, variant: Variant, force: str) -> None
         return
     if trained != variant.name:
         raise InputError(
-            f"{checkpoint} was trained as {trained}, not {variant.name}: "
-            f"set {ENVIRONMENT_VARIABLE}={trained}, choose another checkpoint, or add {force}"
+            f"{checkpoint} was trained as {trained}, not {variant.name}: give the variant {trained} "
+            f"({ENVIRONMENT_VARIABLE}={trained} and no other), choose another checkpoint, or add {force}"
         )
     rule = getattr(config, "position_rule", None)
     if variant.after_video and rule != RULE:

@@ -100,7 +100,7 @@ def open_source(
         if not name.startswith("/dev/") and name.partition("://")[0].lower() not in SCHEMES:
             raise InputError(f"source {name} is not a stream: give {', '.join(SCHEMES)}, or the path of a file")
         if speed != 1:
-            raise InputError(f"--speed {speed:g} has no effect on {name}: remove it, it is for files and {SYNTHETIC}")
+            raise InputError(f"speed {speed:g} has no effect on {name}: remove it, it is for files and {SYNTHETIC}")
         if name.startswith("/dev/") and not Path(name).exists():
             raise InputError(f"source {name} does not exist: check that the camera is connected")
         clips = functools.partial(stream_clips, name, fps=fps, budget=budget, reconnect_seconds=reconnect_seconds)
@@ -111,7 +111,7 @@ def open_source(
         end = max_clips * FRAMES_PER_CLIP / sampled_rate(index, fps)
         if index.duration > end:
             logger.warning(
-                "%s lasts %.1f s, but only the first %g s are watched: see --max-clips", name, index.duration, end
+                "%s lasts %.1f s, but only the first %g s are watched: see max_clips", name, index.duration, end
             )
             part = {"end": end}
     video = sample_video(name, fps=fps, budget=budget, index=index, **part)
