@@ -476,7 +476,7 @@ def test_invalid_sources(command, tmp_path, serve, film):
         (("--source", tmp_path / "text.mp4"), "cannot be opened"),
         (("--source", "/dev/video99"), "/dev/video99 does not exist"),
         (("--source", serve([])), "cannot be opened"),
-        (("--source", "http://127.0.0.1:1/a", "--speed", 2), "--speed 2"),
+        (("--source", "http://127.0.0.1:1/a", "--speed", 2), "speed 2"),
         (("--source", "synthetic", "--speed", 0), "--speed 0"),
         (("--source", "synthetic", "--schedule", "wait-0"), "wait-0"),
         (("--source", "synthetic", "--variant", "origin", "--way", "fused"), "cannot run fused"),
