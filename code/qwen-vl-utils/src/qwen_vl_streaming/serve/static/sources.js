@@ -12,6 +12,7 @@
 export class Trouble extends Error {}
 
 export const SLACK = 0.002; // seconds, as in video/frames.py: containers round timestamps
+const LONGEST = 20; // seconds that an event of a video may take
 
 const ticker = new Worker(new URL("tick.js", import.meta.url));
 const waits = new Map();
@@ -32,14 +33,26 @@ export function sleep(seconds) {
 
 const seconds = () => performance.now() / 1000;
 
-/** Resolves at the first of the events `names`; rejects at an error of the video. */
+/** Resolves at the first of the events `names`; rejects at an error of the video, or after LONGEST seconds. */
 function event(video, ...names) {
   return new Promise((resolve, reject) => {
     const stop = new AbortController();
-    const once = (then) => (what) => (stop.abort(), then(what));
+    const once = (then) => (what) => (stop.abort(), clearTimeout(timer), then(what));
+    const timer = setTimeout(once(reject), LONGEST * 1000, new Error(`no ${names[0]} within ${LONGEST} s`));
     for (const name of names) video.addEventListener(name, once(resolve), { signal: stop.signal });
     video.addEventListener("error", once(reject), { signal: stop.signal });
   });
+}
+
+/** Load `url` until its first frame is there. Phones load nothing before it plays. */
+async function load(video, url) {
+  Object.assign(video, { muted: true, playsInline: true, preload: "auto" });
+  const loaded = event(video, "loadeddata");
+  video.src = url;
+  const slow = await Promise.race([loaded.then(() => false), sleep(2).then(() => true)]);
+  if (slow) video.play().catch(() => {});
+  await loaded;
+  if (slow) video.pause();
 }
 
 class Source {
@@ -104,6 +117,9 @@ export class Live extends Source {
   }
 }
 
+/** Whether a browser that was sent to `asked` seconds said just that. */
+const echo = (said, asked) => said !== null && Math.abs(said - asked) < SLACK / 10;
+
 /** A video file. It plays for the viewer; a second, hidden player gives the frame on screen at exactly each time. (In
  * WebM and MKV files of a variable rate that claim a wrong duration for a frame, it may be the frame before.) */
 export class Film extends Source {
@@ -115,16 +131,12 @@ export class Film extends Source {
   async open() {
     const name = this.file.name;
     this.url = URL.createObjectURL(this.file);
-    this.finder = document.createElement("video");
-    for (const player of [this.video, this.finder]) {
-      player.muted = true;
-      player.preload = "auto";
-    }
-    this.finder.src = this.url;
+    this.finder = Object.assign(document.createElement("video"), { className: "finder", tabIndex: -1 });
+    this.finder.setAttribute("aria-hidden", "true");
+    this.video.before(this.finder); // WebKit reports frames of players in the page only
     try {
-      await event(this.finder, "loadeddata");
-      this.video.src = this.url;
-      await Promise.all([event(this.video, "loadeddata"), this._measure()]);
+      await load(this.finder, this.url);
+      await Promise.all([load(this.video, this.url), this._measure()]);
     } catch {
       throw new Trouble(`This browser cannot play ${name}. Convert it first: ffmpeg -i INPUT -pix_fmt yuv420p OUTPUT.mp4`);
     }
@@ -143,17 +155,58 @@ export class Film extends Source {
     if (!Number.isFinite(this.finder.duration)) await this._seek(1e9); // a recording whose header lacks its length
     const duration = this.finder.duration;
     this.first = (await this._seek(0)) ?? 0;
-    const last = await this._seek(duration);
+    // Not to the very end: WebKitGTK does not find its way back.
+    let last = await this._seek(duration - SLACK);
     const before = last > this.first ? await this._seek(last - SLACK) : null;
-    const gap = before === null ? null : last - before;
+    let gap = before === null ? null : last - before;
+    // Firefox and WebKitGTK say of a frame that was sought only where it was sought.
+    const echoes = echo(last, duration - SLACK) || echo(before, last - SLACK);
+    if (echoes) ({ last, gap } = await this._tail(duration));
     this.length = (gap === null ? duration : last + gap) - this.first;
     if (gap > 1 / (0.99 * this.fps)) {
-      const second = await this._seek(this.first + gap + SLACK);
+      const between = this.first + gap / 2;
+      const second = echoes
+        ? (await this._play(between, Math.max(1, gap), 1))[0]?.start
+        : await this._seek(this.first + gap + SLACK);
       const count = (last - this.first) / gap;
       const even = Math.abs(second - this.first - gap) < SLACK && Math.abs(count - Math.round(count)) < 0.01;
       if (even) this.fps = 1 / gap;
     }
+    if (echoes) await load(this.finder, this.url); // a player that has ended
     await this._seek(this.first);
+  }
+
+  /** When the last frame begins, and the time from one frame to the next there, or null, by playing the end. */
+  async _tail(duration) {
+    for (let span = 0.25; ; span *= 4) {
+      const from = Math.max(0, duration - span);
+      const frames = await this._play(from, 2 * span);
+      if (!from) frames.unshift({ start: this.first, number: 0 });
+      const [before, last] = frames.slice(-2);
+      if (last) return { last: last.start, gap: (last.start - before.start) / Math.max(1, from ? last.number - before.number : 1) };
+      if (!from) return { last: this.first, gap: null };
+    }
+  }
+
+  /** Play from `from` at `rate` times real time; returns when each frame after it begins, and its number, of the first
+   * `count` or of all to the end. */
+  async _play(from, rate, count = Infinity) {
+    const { finder } = this;
+    const frames = [];
+    await this._seek(from);
+    await new Promise((resolve, reject) => {
+      const note = (_, { mediaTime, presentedFrames }) => {
+        if (mediaTime > from + SLACK) frames.push({ start: mediaTime, number: presentedFrames });
+        if (frames.length < count) finder.requestVideoFrameCallback(note);
+        else resolve();
+      };
+      finder.requestVideoFrameCallback(note);
+      finder.playbackRate = rate;
+      Promise.all([event(finder, "ended"), finder.play()]).then(() => sleep(0.1).then(resolve), reject);
+    });
+    finder.pause();
+    finder.playbackRate = 1;
+    return frames;
   }
 
   /** Show the frame at `time`; returns the time at which it begins, or null where the browser does not say. */
@@ -177,7 +230,11 @@ export class Film extends Source {
       await sleep(this.length - this.now());
       return null;
     }
-    await this._seek(this.first + time + SLACK); // at "seeked" alone, the frame before may still be drawn
+    const sought = this.first + time + SLACK;
+    const shown = await this._seek(sought); // at "seeked" alone, the frame before may still be drawn
+    // Firefox does so in a WebM without an index, as browsers record it.
+    if (shown > sought + SLACK)
+      throw new Trouble(`this browser skips frames of ${this.file.name}. Convert it first: ffmpeg -i INPUT OUTPUT.mp4`);
     await sleep(time - this.now());
     return this.finder;
   }
@@ -185,6 +242,7 @@ export class Film extends Source {
   close() {
     this.video.pause();
     this.finder?.removeAttribute("src");
+    this.finder?.remove();
     this.video.removeAttribute("src");
     this.video.load();
     URL.revokeObjectURL(this.url);
