@@ -5,6 +5,7 @@
 //   fps      frames per second to sample
 //   begin()  starts its clock
 //   now()    → seconds since then
+//   latest   seconds that a frame may be late
 //   frame(time) → waits until `time` is due, and returns what to draw, or null at the end. Not for the server's sources
 //   close()
 
@@ -14,21 +15,33 @@ export class Trouble extends Error {}
 export const SLACK = 0.002; // seconds, as in video/frames.py: containers round timestamps
 const LONGEST = 20; // seconds that an event of a video may take
 
-const ticker = new Worker(new URL("tick.js", import.meta.url));
-const waits = new Map();
-let lastWait = 0;
-ticker.onmessage = ({ data }) => {
-  waits.get(data)?.();
-  waits.delete(data);
-};
+/** A worker that answers each message. */
+export class Calls {
+  /** `name`: of its file. `found`: makes what `call` returns of an answer. */
+  constructor(name, found = () => undefined) {
+    this.worker = new Worker(new URL(name, import.meta.url));
+    this.waiting = new Map();
+    this.last = 0;
+    this.worker.onmessage = ({ data }) => {
+      this.waiting.get(data.id)(found(data));
+      this.waiting.delete(data.id);
+    };
+  }
+
+  /** Send `message`, with the objects that are handed over; resolves with the answer. */
+  call(message, handed = []) {
+    return new Promise((resolve) => {
+      this.waiting.set(++this.last, resolve);
+      this.worker.postMessage({ ...message, id: this.last }, handed);
+    });
+  }
+}
+
+const ticker = new Calls("tick.js");
 
 /** Wait, also in a tab in the background. */
 export function sleep(seconds) {
-  if (seconds <= 0) return Promise.resolve();
-  return new Promise((resolve) => {
-    waits.set(++lastWait, resolve);
-    ticker.postMessage([lastWait, seconds * 1000]);
-  });
+  return seconds <= 0 ? Promise.resolve() : ticker.call({ milliseconds: seconds * 1000 });
 }
 
 const seconds = () => performance.now() / 1000;
@@ -49,10 +62,12 @@ async function load(video, url) {
   Object.assign(video, { muted: true, playsInline: true, preload: "auto" });
   const loaded = event(video, "loadeddata");
   video.src = url;
-  const slow = await Promise.race([loaded.then(() => false), sleep(2).then(() => true)]);
+  const slow = await Promise.race([loaded.then(() => false), sleep(0.5).then(() => true)]);
   if (slow) video.play().catch(() => {});
   await loaded;
-  if (slow) video.pause();
+  if (!slow) return;
+  video.pause();
+  video.currentTime = 0;
 }
 
 class Source {
@@ -60,6 +75,7 @@ class Source {
     this.video = video;
     this.fps = fps;
     this.started = null;
+    this.latest = 2; // seconds: frames that are later than this are skipped
   }
 
   begin() {
@@ -77,6 +93,7 @@ export class Live extends Source {
     super(video, fps);
     this.screen = screen;
     this.over = false;
+    this.latest = 0.8 / fps; // what is taken later is not the picture of that time
   }
 
   async open() {
@@ -99,15 +116,22 @@ export class Live extends Source {
         ] ?? `The ${what} could not be opened: ${error.message}`,
       );
     }
-    this.stream.getVideoTracks()[0].addEventListener("ended", () => (this.over = true));
+    [this.track] = this.stream.getVideoTracks();
+    this.track.addEventListener("ended", () => (this.over = true));
     this.video.srcObject = this.stream;
     await this.video.play();
     if (!this.video.videoWidth) await event(this.video, "resize", "loadeddata");
     return { kind: "client", width: this.video.videoWidth, height: this.video.videoHeight, frames_per_second: this.fps };
   }
 
+  /** Whether the browser or the system has paused it, so that the picture stands still: in a call, or behind a lock. */
+  get paused() {
+    return this.track.muted || this.video.paused;
+  }
+
   async frame(time) {
     await sleep(time - this.now());
+    if (this.video.paused) this.video.play().catch(() => {}); // as browsers do to pages in the background
     return this.over ? null : this.video;
   }
 
@@ -135,8 +159,13 @@ export class Film extends Source {
     this.finder.setAttribute("aria-hidden", "true");
     this.video.before(this.finder); // WebKit reports frames of players in the page only
     try {
-      await load(this.finder, this.url);
-      await Promise.all([load(this.video, this.url), this._measure()]);
+      await Promise.all([load(this.finder, this.url), load(this.video, this.url)]);
+      do {
+        while (document.hidden) await sleep(0.2); // a page in the background is not told what is shown
+        await this._measure();
+      } while (document.hidden);
+      // Firefox goes on decoding in the background what was drawn before.
+      document.createElement("canvas").getContext("2d").drawImage(this.finder, 0, 0);
     } catch {
       throw new Trouble(`This browser cannot play ${name}. Convert it first: ffmpeg -i INPUT -pix_fmt yuv420p OUTPUT.mp4`);
     }
@@ -180,7 +209,7 @@ export class Film extends Source {
   async _tail(duration) {
     for (let span = 0.25; ; span *= 4) {
       const from = Math.max(0, duration - span);
-      const frames = await this._play(from, 2 * span);
+      const frames = await this._play(from, Math.max(1, 2 * span));
       if (!from) frames.unshift({ start: this.first, number: 0 });
       const [before, last] = frames.slice(-2);
       if (last) return { last: last.start, gap: (last.start - before.start) / Math.max(1, from ? last.number - before.number : 1) };
@@ -193,9 +222,11 @@ export class Film extends Source {
   async _play(from, rate, count = Infinity) {
     const { finder } = this;
     const frames = [];
+    let over = false;
     await this._seek(from);
     await new Promise((resolve, reject) => {
       const note = (_, { mediaTime, presentedFrames }) => {
+        if (over) return;
         if (mediaTime > from + SLACK) frames.push({ start: mediaTime, number: presentedFrames });
         if (frames.length < count) finder.requestVideoFrameCallback(note);
         else resolve();
@@ -204,6 +235,7 @@ export class Film extends Source {
       finder.playbackRate = rate;
       Promise.all([event(finder, "ended"), finder.play()]).then(() => sleep(0.1).then(resolve), reject);
     });
+    over = true;
     finder.pause();
     finder.playbackRate = 1;
     return frames;
