@@ -41,6 +41,8 @@ class ViewerSession:
         """No more frames are taken."""
         self.clips: list[tuple[float, float | None]] = []
         """Of each clip, when it was complete, and the capture time of its newest frame."""
+        self.newest = 0.0
+        """Capture time of the newest frame that was needed."""
         self.dropped = 0
         """Frames that were not needed."""
         self.progress = 0.0
@@ -199,6 +201,7 @@ class ViewerSession:
         else:
             used = await self.server.in_thread(self._take, builder, data, form, missed)
             frames.labels("used").inc()
+            self.newest = moment
             for prepared, last in used:
                 self._feed(prepared, arrived, moment, last)
                 for name in self.responses:
@@ -252,7 +255,7 @@ class ViewerSession:
         if not self.ended:
             at = now()
             for prepared, last in await self.server.in_thread(lambda: self._prepare(builder.finish())):
-                self._feed(prepared, at, self.clips[-1][1] if self.clips else 0.0, last)
+                self._feed(prepared, at, self.newest, last)
         self._end_responses()
 
     def _end_responses(self, explain: bool = True) -> None:

@@ -2,6 +2,15 @@
 
 const ENDS = /(?<=[.!?]["”’)]?)\s+|(?<=[。！？])\s*/u;
 const KEPT = 2000; // characters
+const LONGEST = 160; // characters of a sentence that are shown
+
+/** The end of a sentence that is too long to be shown, from a word on if there is one. */
+export function ending(sentence) {
+  const characters = [...sentence.trim()];
+  if (characters.length <= LONGEST) return sentence;
+  const text = characters.slice(-LONGEST).join("");
+  return `… ${text.replace(/^\S{0,30}\s+/u, "")}`;
+}
 
 export class Caption {
   constructor() {

@@ -1,6 +1,6 @@
 // One model's part of the page: its caption, time line and gauges.
 
-import { Caption } from "./captions.js";
+import { Caption, ending } from "./captions.js";
 import { Gauges } from "./gauges.js";
 import { Timeline } from "./timeline.js";
 
@@ -50,12 +50,12 @@ export class Column {
     this.done = null; // the response of response.done
   }
 
-  /** A response.output_text.delta that came at `now`, in seconds of the stream. `end`: when it ended, or null. The
-   * age is counted from the capture here to the token here; what the server states lacks the way of the frame. */
-  token({ delta, token_ids, capture_time, age_ms, waiting, deadline_misses }, now, end) {
+  /** A response.output_text.delta that came at `now`, in seconds of the stream. `final`: when the last frame was
+   * captured, if the video is over, or null. The age is counted from the capture here to the token here; what the server states lacks the way of the frame. */
+  token({ delta, token_ids, capture_time, age_ms, waiting, deadline_misses }, now, final) {
     const age = Math.max(now - capture_time, age_ms / 1000);
     const time = capture_time + age;
-    const last = end !== null && capture_time >= end - this.gauges.secondsPerClip;
+    const last = final !== null && capture_time > final - this.gauges.secondsPerClip / 2;
     this.gauges.count(waiting, deadline_misses);
     if (token_ids.length) this.gauges.add(time, age, last);
     if (!delta) return;
@@ -119,8 +119,8 @@ export class Column {
   }
 
   _caption() {
-    const line = (className, text) => Object.assign(document.createElement("p"), { className, textContent: text });
-    this.caption.replaceChildren(line("previous", this.words.previous), line("newest", this.words.newest));
+    const line = (className, text) => Object.assign(document.createElement("p"), { className, dir: "auto", textContent: text });
+    this.caption.replaceChildren(line("previous", this.words.previous), line("newest", ending(this.words.newest)));
   }
 
   _dial(name, text) {

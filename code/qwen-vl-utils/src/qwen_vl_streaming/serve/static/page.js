@@ -2,7 +2,7 @@
 
 import { Column } from "./column.js";
 import { Connection, download, whyClosed } from "./connection.js";
-import { Sampler } from "./sampler.js";
+import { checkCanvas, Sampler } from "./sampler.js";
 import { chooseFile, chosen, chosenModels, makeSource, offer, offerPaces } from "./settings.js";
 import { Film, Live, Remote, Trouble } from "./sources.js";
 import { clock } from "./timeline.js";
@@ -110,6 +110,7 @@ class Run {
     this.remote = source instanceof Remote;
     this.sampler = null;
     this.end = null; // seconds of the stream when it ended
+    this.newest = 0; // when the newest frame of a source of the server was captured
     this.dropped = 0; // by the server
     this.timer = setInterval(() => this.render(), PERIOD);
   }
@@ -137,6 +138,7 @@ class Run {
   }
 
   async shown(time, jpeg, last) {
+    this.newest = time;
     const drawn = this.source.show(time, jpeg);
     if (last && this.end === null) this.over();
     if (await drawn) this.drawn(this.source.canvas, time);
@@ -145,6 +147,7 @@ class Run {
   /** No more frames come: answers are written to their end. */
   over() {
     this.end = this.source.now();
+    if (this.source instanceof Live) this.freeze();
     this.render();
     state("finishing", "The video is over: finishing the answer");
   }
@@ -160,7 +163,7 @@ class Run {
   }
 
   token(message) {
-    columns.find((column) => column.model.name === message.model)?.token(message, this.source.now(), this.end);
+    columns.find((column) => column.model.name === message.model)?.token(message, this.source.now(), this.end === null ? null : (this.sampler ?? this).newest);
   }
 
   /** The source is over, or the viewer stops: answers are written to their end. A second time: stop now. */
@@ -208,7 +211,7 @@ class Run {
   /** Switch the camera off, and leave its last picture on the screen. */
   freeze() {
     const { video } = this.source;
-    if (video.videoWidth) {
+    if (video.srcObject && video.videoWidth) {
       Object.assign($("remote"), { width: video.videoWidth, height: video.videoHeight });
       $("remote").getContext("2d").drawImage(video, 0, 0);
       show("remote");
@@ -222,10 +225,11 @@ class Run {
     for (const column of columns) column.render(now, this.end);
     const dropped = this.dropped + (this.sampler?.dropped ?? 0);
     $("clock").textContent = clock(this.end ?? now);
-    $("dropped").textContent = dropped ? `${dropped} frame${dropped === 1 ? "" : "s"} dropped: network or server is too slow` : "";
+    $("dropped").textContent = dropped ? `${dropped} frame${dropped === 1 ? "" : "s"} dropped: network, server or this computer is too slow` : "";
     const late = columns.filter((column) => column.behind).map((column) => column.model.name);
     if (this.end !== null || run !== this) return;
-    if (late.length) state("behind", `Cannot keep up: ${late.join(", ")}`);
+    if (this.source.paused) state("behind", "The picture stands still: the browser has paused it");
+    else if (late.length) state("behind", `Cannot keep up: ${late.join(", ")}`);
     else state("running", "Running");
   }
 }
@@ -238,6 +242,7 @@ async function start() {
     if ((lostBefore || !server.session) && !(await connect())) return;
     const wishes = chosen(server.session);
     source = makeSource(server.session.frames_per_second);
+    checkCanvas();
     $("asked").textContent = `“${wishes.question}”`;
     $("sampling").textContent = $("dropped").textContent = $("clock").textContent = "";
     state("asking", "Opening the video");
@@ -269,7 +274,7 @@ function show(what) {
 
 // What the viewer does -----------------------------------------------------------------------------------------------
 
-const busy = () => $("action").ariaDisabled === "true";
+const busy = () => $("action").getAttribute("aria-disabled") === "true";
 
 $("settings").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -293,7 +298,13 @@ addEventListener("drop", (event) => {
   chooseFile(event.dataTransfer.files);
   start();
 });
-addEventListener("pagehide", () => server.connection?.close());
+addEventListener("pagehide", () => {
+  server.connection?.close();
+  run?.lost();
+});
+addEventListener("pageshow", ({ persisted }) => {
+  if (persisted && document.body.dataset.state === "connecting") connect();
+});
 
 show("empty");
 connect();

@@ -1,8 +1,21 @@
 // Takes frame k at k / fps seconds from a source and sends it as a JPEG of the size that the server asked for.
 
+import { Calls, Trouble } from "./sources.js";
+
 const QUALITY = 0.92;
 const LEAST_BACKLOG = 200_000; // bytes that may wait in the socket, and at least three frames
-const LATEST = 2; // seconds: frames that are later than this are skipped
+
+const encoder = new Calls("encode.js", ({ jpeg }) => jpeg);
+
+/** Throws Trouble where a browser gives pages false pixels, against fingerprinting. */
+export function checkCanvas() {
+  const context = Object.assign(document.createElement("canvas"), { width: 16, height: 16 }).getContext("2d");
+  context.fillStyle = "rgb(200 100 50)";
+  context.fillRect(0, 0, 16, 16);
+  const { data } = context.getImageData(0, 0, 16, 16);
+  if (data.some((value, index) => Math.abs(value - [200, 100, 50, 255][index % 4]) > 8))
+    throw new Trouble("This browser hides pictures from pages: allow this page to read canvases (in Firefox, at the left of the address).");
+}
 
 export class Sampler {
   /** `size`: {width, height} of a frame. `onframe` is called with the canvas and the time of each frame. */
@@ -11,6 +24,7 @@ export class Sampler {
     this.canvas = document.createElement("canvas");
     this.context = this.canvas.getContext("2d", { alpha: false });
     this.dropped = this.largest = 0;
+    this.newest = 0; // when the newest frame that was sent was captured
     this.stopped = false;
     this.shape = null;
   }
@@ -21,7 +35,7 @@ export class Sampler {
       const picture = await this.source.frame(k / this.fps);
       if (!picture || this.stopped) return;
       await this._send(k / this.fps, picture);
-      const due = Math.floor((this.source.now() - LATEST) * this.fps);
+      const due = Math.ceil((this.source.now() - this.source.latest) * this.fps);
       this.dropped += Math.max(0, due - (k + 1));
       k = Math.max(k + 1, due);
     }
@@ -38,10 +52,12 @@ export class Sampler {
       this.dropped++;
       return;
     }
-    const jpeg = await new Promise((resolve) => this.canvas.toBlob(resolve, "image/jpeg", QUALITY));
+    const bitmap = await createImageBitmap(this.canvas);
+    const jpeg = await encoder.call({ picture: bitmap, quality: QUALITY }, [bitmap]);
     this.largest = Math.max(this.largest, jpeg.size);
     if (this.stopped) return;
     this.connection.sendFrame(time, jpeg);
+    this.newest = time;
   }
 
   /** Fill the frame. A picture that has changed its shape since the start (a turned phone) gets black bars. */

@@ -90,7 +90,7 @@ export class Timeline {
     const row = {
       item,
       picture: element("canvas", "thumbnail"),
-      text: element("span", "tokens"),
+      text: Object.assign(element("span", "tokens"), { dir: "auto" }),
       lag: element("span", "lag"),
       raw: "",
     };
@@ -115,7 +115,7 @@ export class Timeline {
     if (!this.folded) {
       this.folded = element("li", "folded");
       const details = document.createElement("details");
-      details.append(element("summary", ""), element("p", ""));
+      details.append(element("summary", ""), Object.assign(element("p", ""), { dir: "auto" }));
       this.folded.append(details);
       this.list.prepend(this.folded);
     }
