@@ -6,22 +6,19 @@ how a job ended that left none. Each works without the others.
 
 import logging
 import shutil
-import subprocess
 from collections.abc import Sequence
 
 from qwen_vl_streaming.common.errors import InputError
 
 from .attempts import LOCAL, Attempt, read_attempt
 from .checks import DONE, PARTIAL, REFUSED, TO_DO
-from .runner import clean_environment, last_line
-from .slurm import entry, log_path, queued_jobs
+from .runner import last_line
+from .slurm import entry, log_path
+from .slurm_queue import job_ends, queued_jobs
 from .status import BLOCKED, ENDED, FAILED, QUEUED, RUNNING, Progress, blocked_by
 from .steps import Folders, Step
 
 logger = logging.getLogger(__name__)
-
-WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
-"""States of jobs in the queue that have yet to run, or to run again."""
 
 
 class QueueStatus:
@@ -58,17 +55,17 @@ class QueueStatus:
     def _update_one(self, step: Step, one: Progress, attempt: Attempt | None, ends: dict[str, str]) -> None:
         queued = self.queue.get(entry(step, self.folders.output))
         said = last_line(one.log) if attempt and one.log and one.log.exists() else ""
-        of_attempt = bool(queued and attempt and attempt.job.split("_")[0] == queued.job)
-        # Its file calls this program after it has written the exit status, and is in the queue still.
-        if of_attempt and attempt.status is not None and queued.state not in WAITING:
+        # Its file calls this program after it has written the exit status, and is in the queue still. One that is
+        # killed may be requeued, unless sacct says how it ended.
+        if queued and queued.has_ended(attempt) and attempt and (attempt.status is not None or attempt.job in ends):
             queued = None
-        if queued and queued.state in WAITING:
+        if queued and queued.waits:
             one.word, one.took = QUEUED, 0.0
-            one.detail = f"job {queued.job}, waits"
+            one.detail = f"job {queued.id}, waits{f' ({queued.reason})' if queued.reason != 'None' else ''}"
         elif queued:
             one.word, one.took = RUNNING, 0.0
-            one.detail = f"job {queued.job}, {queued.state.lower()}"
-            if of_attempt:
+            one.detail = f"job {queued.id}, {queued.state.lower()}"
+            if attempt and attempt.job == queued.id:
                 one.began = attempt.began
                 if one.log and one.log.exists():
                     one.detail = last_line(one.log, running=True)
@@ -92,18 +89,3 @@ class QueueStatus:
         """Whether nothing changes until something is submitted."""
         words = {one.word for one in progress}
         return not words & {RUNNING, QUEUED} and (self.known or words <= {*ENDED, PARTIAL})
-
-
-def job_ends(jobs: Sequence[str]) -> dict[str, str]:
-    """How SLURM's `jobs` ended, by id, such as TIMEOUT or OUT_OF_MEMORY; without those that still run. Empty where
-    there is no sacct, or no accounting behind it."""
-    if not jobs or not shutil.which("sacct"):
-        return {}
-    command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
-    command += [f"--jobs={','.join(jobs)}"]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
-    if done.returncode:
-        return {}
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1]
-    still = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED")
-    return {job: state for job, state in rows if not state.startswith(still)}

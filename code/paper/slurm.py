@@ -7,9 +7,9 @@ file also writes when its step began and ended and its exit status (attempts.py)
 """
 
 import hashlib
+import re
 import shutil
-import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,28 +17,20 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import reporting_write_errors, write_file
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
-from .attempts import attempt_path
-from .runner import clean_environment
+from .attempts import attempt_path, read_attempt
+from .runner import BEGINS
 from .settings import REQUEUES, ROOT, SBATCH, SBATCH_CPU
+from .slurm_queue import NEVER, REQUEUED, call, queued_jobs, run
 from .steps import EVALUATE, PREPARE, REPORT, TRAIN, VARIANT, Step
 
 REQUEUE = (
-    'if [ "$status" -eq 143 ]; then  # saved before the time limit',
+    f'if [ "$status" -eq {REQUEUED} ]; then  # saved before the time limit',
     f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {REQUEUES} ]; then scontrol requeue "$job"',
     f'  else echo "error: stopped at the time limit {REQUEUES + 1} times: submit it again to go on" >&2; fi',
     "fi",
 )
 STAMP = "# for these commands: "
 """Before the hash of the text that was written, in a line of its own."""
-
-
-@dataclass(frozen=True)
-class Queued:
-    """A job, or an element of an array, in SLURM's queue."""
-
-    job: str
-    state: str
-    """Such as PENDING or RUNNING."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +101,7 @@ def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
         lines += [f"variants=({' '.join(VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
     lines += [f"export {name}={quote(value)}" for name, value in command.environment.items()]
     name, show = f"{job.group}-{VARIANT}" if job.is_array else job.group, " ".join(map(quote, after_each))
+    lines += [f'echo "{BEGINS}$job, start $((${{SLURM_RESTART_COUNT:-0}} + 1))"']
     lines += [f"attempt={quote(str(attempt_path(logs, name)))}", "began=$(date +%s)", 'echo "$job $began" >"$attempt"']
     show += " >/dev/null 2>&1"  # the log is that of the step alone
     lines += [f"{show} &"]
@@ -143,18 +136,11 @@ def write_script(path: Path, text: str) -> str:
     return f"{path} was edited, and is kept as it is"
 
 
-def queued_jobs() -> dict[tuple[str, str], Queued]:
-    """The user's jobs in the queue, by name and array index; none where there is no squeue."""
-    if not shutil.which("squeue"):
-        return {}
-    lines = _run(["squeue", "--me", "--noheader", "--array", "--format=%j %K %F %T"], "squeue").splitlines()
-    return {(words[0], words[1]): Queued(words[2], words[3]) for line in lines if len(words := line.split()) == 4}
-
-
 def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence[str]) -> list[str]:
     """Write the files of `jobs` into `folder` and submit what is not queued. Returns a line for each job.
 
-    A job that is queued and waits for nothing that is submitted now stays as it is; else it waits for that too.
+    A job that waits for one that is submitted anew is cancelled and submitted too, as it would wait for a job that has
+    ended. One that is ending is submitted again, to run after its end.
     Raises InputError where sbatch is missing or refuses a file, naming it and what is queued already.
     """
     logs = output / "logs"
@@ -172,43 +158,58 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
         logs.mkdir(parents=True, exist_ok=True)  # without it, SLURM drops the logs
     queue = queued_jobs()
     found = {step.name: queue.get(entry(step, output)) for job in jobs for step in job.steps}
-    ids = {name: queued.job for name, queued in found.items() if queued}
-    lines += [f"{name}: already in the queue as job {number}" for name, number in ids.items()]
+    ending = {name: one.id for name, one in found.items() if one and one.has_ended(read_attempt(logs, name))}
+    ids = {name: one.job for name, one in found.items() if one and name not in ending}
     new: set[str] = set()
     for job in jobs:
         parts: dict[str, list[Step]] = {}
+        old: list[str] = []
         for step in job.steps:
-            needs, queued = dependency(step, ids), found[step.name]
-            if queued is None:
-                parts.setdefault(needs, []).append(step)
-            elif not job.is_array and new & {*step.after, *step.behind}:
-                if queued.state == "PENDING":
-                    _run(["scontrol", "update", f"JobId={queued.job}", f"Dependency={needs}"], "scontrol update")
-                    lines.append(f"{step.name}: job {queued.job} now waits for {needs}")
-                elif step.kind == REPORT:  # it runs, and another one has the rows that are submitted now
-                    parts.setdefault(needs, []).append(step)
+            queued, anew = found[step.name], bool(new & {*step.after, *step.behind})
+            if step.name in ending:
+                lines.append(f"{step.name}: job {ending[step.name]} is ending")
+            elif queued and queued.waits and (anew or queued.reason == NEVER):
+                old.append(queued.id)
+                lines.append(f"{step.name}: job {queued.id} waits for jobs that have ended, and is replaced")
+            elif queued and not (anew and step.kind == REPORT):  # a report that runs lacks the rows submitted now
+                lines.append(f"{step.name}: already in the queue as job {queued.job}")
+                continue
+            new.add(step.name)
+            parts.setdefault(dependency(step, ids, ending.get(step.name, "")), []).append(step)
+        if old:  # one that has gone meanwhile is what scancel reports
+            call(["scancel", "--quiet", "--state=PENDING", *old])
         for needs, steps in parts.items():
-            entries = [entry(step, output) for step in steps]
-            indices = ",".join(index for _, index in entries)
-            command = ["sbatch", "--parsable", f"--job-name={entries[0][0]}", "--kill-on-invalid-dep=yes"]
-            command += [f"--output={log_path(logs, job.group, '%A_%a' if job.is_array else '%j')}"]
-            command += [f"--array={indices}"] if job.is_array else []
-            command += [f"--dependency={needs}"] if needs else []
-            path = folder / job.file
-            try:
-                number = _run([*command, str(path)], f"sbatch {path}").strip().split(";")[0]
-            except InputError as error:
-                there = ", ".join(dict.fromkeys(ids.values())) or "none"
-                raise InputError(f"{error}; jobs in the queue, which are not submitted again: {there}") from error
-            ids |= {step.name: number for step in steps}
-            new |= {step.name for step in steps}
-            more = [f"array {indices}"] * job.is_array + [needs] * bool(needs)
-            lines.append(", ".join([f"{job.group}: job {number}", *more]))
+            number, said = _submit_one(job, steps, needs, folder, output, ids)
+            lines += said
+            ids |= dict.fromkeys((step.name for step in steps), number)
     return lines
 
 
-def dependency(step: Step, ids: dict[str, str]) -> str:
-    """What a step waits for: the jobs, of `ids` by step name, of the steps that it needs; empty for nothing.
+def _submit_one(
+    job: Job, steps: Sequence[Step], needs: str, folder: Path, output: Path, ids: Mapping[str, str]
+) -> tuple[str, list[str]]:
+    """Submit `steps` of a job, to wait for what it `needs`. Returns the id and lines to show. `ids` are queued."""
+    entries, path = [entry(step, output) for step in steps], folder / job.file
+    indices = ",".join(index for _, index in entries)
+    command = ["sbatch", "--parsable", f"--job-name={entries[0][0]}", "--kill-on-invalid-dep=yes"]
+    command += [f"--output={log_path(output / 'logs', job.group, '%A_%a' if job.is_array else '%j')}"]
+    command += [f"--array={indices}"] if job.is_array else []
+    command += [f"--dependency={needs}"] if needs else []
+    try:
+        out, notes = run([*command, str(path)], what=f"sbatch {path}")
+    except InputError as error:
+        there = ", ".join(dict.fromkeys(ids.values())) or "none"
+        raise InputError(f"{error}; jobs in the queue, which are not submitted again: {there}") from error
+    numbers = re.findall(r"^(\d+)(?:;\S*)?$", out, re.MULTILINE)  # sites add lines of their own
+    if not numbers:
+        raise InputError(f"sbatch {path} printed no job id, but {out.strip() or 'nothing'!r}: see squeue --me")
+    more = [f"array {indices}"] * job.is_array + [needs] * bool(needs)
+    return numbers[-1], [*notes, ", ".join([f"{job.group}: job {numbers[-1]}", *more])]
+
+
+def dependency(step: Step, ids: Mapping[str, str], before: str = "") -> str:
+    """What a step waits for: the jobs, of `ids` by step name, of the steps that it needs, and the end of the job
+    `before`; empty for nothing.
 
     An element of an array of evaluations waits for the same element of its training (aftercorr). The report waits for
     all evaluations to end, in whatever way (afterany), as a step does for those that it is only behind.
@@ -218,16 +219,4 @@ def dependency(step: Step, ids: dict[str, str]) -> str:
     for how, names in ((kind, step.after), ("afterany", step.behind)):
         if jobs := dict.fromkeys(ids[name] for name in names if name in ids):
             parts.append(f"{how}:{':'.join(jobs)}")
-    return ",".join(parts)
-
-
-def _run(command: list[str], what: str) -> str:
-    """The output of `command`. Raises InputError with its last line of stderr where it fails."""
-    try:
-        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
-    except OSError as error:
-        raise InputError(f"{what} failed ({error.strerror}): fix that and give the same command") from None
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise InputError(f"{what} failed ({reason}): fix that and give the same command")
-    return done.stdout
+    return ",".join([*parts, *([f"afterany:{before}"] if before else [])])
