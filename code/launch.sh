@@ -15,7 +15,7 @@ answer_of() { # COMMAND ...: what it answers. Libraries may print to stdout, whi
 }
 
 require_srun() { # a command that srun did not start runs on one node, and would wait for the others
-  if [ -z "${NNODES:-}${SLURM_STEP_ID:-}" ] && ((10#$nnodes > 1)); then
+  if [ -z "${NNODES:-}" ] && ((10#$nnodes > ${SLURM_STEP_NUM_NODES:-1})); then
     echo "error: this job has $nnodes nodes, and the command runs on one of them: put srun before it, or set NNODES=1" >&2
     exit 2
   fi

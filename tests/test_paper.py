@@ -402,6 +402,25 @@ def test_the_last_line_of_a_log(tmp_path):
     assert last_line(log) == "error: b" and last_line(log, start=11) == "51%|"
 
 
+def test_the_last_line_of_the_log_of_a_slurm_job(tmp_path):
+    """Appended to where a job is requeued; srun and slurmstepd write into it too."""
+    log, task = tmp_path / "log", "srun: error: n1: task 0: "
+    first = "+ job 28_4, start 1\nerror: no space\n" + task + "Exited with exit code 1\n"
+    log.write_text(first)
+    assert last_line(log) == "error: no space"
+    step = "slurmstepd-n1: error: StepId=77.0 exceeded memory limit (461918208 > 314572800), being killed"
+    second = first + "slurmstepd-n1: error: *** JOB 28 ON n1 CANCELLED AT 15:21 DUE TO JOB REQUEUE ***\n"
+    second += "+ job 28_4, start 2\n"
+    log.write_text(second)
+    assert last_line(log) == last_line(log, running=True) == ""
+    log.write_text(second + "stopped by SIGTERM; step 36 is saved\n" + task + "Exited with exit code 143\n")
+    assert last_line(log) == last_line(log, running=True) == "stopped by SIGTERM; step 36 is saved"
+    log.write_text(second + f"50%|\n{step}\n{task}Killed\n")
+    assert last_line(log) == step
+    log.write_text(second + f"50%|\n{task}Killed\n")
+    assert last_line(log) == f"{task}Killed"
+
+
 PROGRAM = """
 import sys
 from pathlib import Path
