@@ -742,7 +742,7 @@ def test_an_element_of_an_array_is_requeued_alone_and_has_its_cores(tmp_path, qu
 
 
 SACCT = r"""#!/bin/bash
-[ "${!#}" = --jobs=100_5,101_5,102_5 ] && printf "100_5|RUNNING\n102_5|TIMEOUT\n"
+[ "${!#}" = --jobs=100_5,101_5,102_5,102_4 ] && printf "100_5|RUNNING\n102_5|TIMEOUT\n"
 """
 
 
@@ -805,6 +805,38 @@ def test_status_on_slurm(tmp_path, queue, monkeypatch):
         TO_DO,
         "began as job 100_5; the queue, which would say whether it still runs, is not known here",
     )
+
+
+def test_a_job_that_ended_before_it_began(tmp_path, queue):
+    """SLURM could not write its log on the node; it was cancelled while it waited; or it waits for such a one."""
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants group gap --schedules fixed", "5%j @")
+    submit(request, tmp_path / "jobs", ("prepare-description",))
+    assert f"--output={tmp_path}/5%%j @/logs/report-%j.log" in queue()[-1]
+    (tmp_path / "queue/jobs").write_text("")
+    says = '[ "${!#}" = --jobs=100_4,101_4,100_5,101_5,102 ] && printf "100_4|FAILED\\n100_5|CANCELLED by 0\\n"'
+    write(tmp_path / "queue/bin/sacct", f"#!/bin/bash\n{says}\n").chmod(0o755)
+    # An earlier attempt failed in another way.
+    write(request.folders.logs / "train-3B-description-group.attempt", "90_4 1000 1600 1")
+
+    def words():
+        progress = {step.name: Progress(step, TO_DO) for step in request.steps}
+        progress["prepare-description"].word = DONE
+        QueueStatus(request.folders).update(request.steps, progress)
+        return [(one.word, one.detail) for one in progress.values()][1:]
+
+    node = f": check that its node can write {request.folders.logs}"
+    assert words() == [
+        (FAILED, f"job 100_4 ended before it began (FAILED){node}"),
+        (BLOCKED, "needs train-3B-description-group"),
+        (FAILED, "job 100_5 ended before it began (CANCELLED by 0)"),
+        (BLOCKED, "needs train-3B-description-gap"),
+        (BLOCKED, "needs evaluate-3B-description-fixed-group"),
+    ]
+    (tmp_path / "queue/bin/sacct").unlink()
+    assert words()[2] == (FAILED, f"job 100_5 ended before it began{node}")
+    # It was started since, by another job or here.
+    write(request.folders.logs / "train-3B-description-group.attempt", f"local {time.time() + 9} {time.time() + 9} 1")
+    assert words()[0] == (FAILED, "exit status 1")
 
 
 def test_sbatch_that_fails_or_is_missing(tmp_path, queue, monkeypatch):

@@ -6,11 +6,12 @@ how a job ended that left none. Each works without the others.
 
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 
 from qwen_vl_streaming.common.errors import InputError
 
-from .attempts import LOCAL, Attempt, read_attempt
+from .attempts import LOCAL, Attempt, not_begun, read_attempt
 from .checks import DONE, PARTIAL, REFUSED, TO_DO
 from .runner import last_line
 from .slurm import entry, log_path
@@ -25,7 +26,7 @@ class QueueStatus:
     """The steps as SLURM and the files show them."""
 
     def __init__(self, folders: Folders):
-        self.folders, self.known = folders, bool(shutil.which("squeue"))
+        self.folders, self.known, self.asked = folders, bool(shutil.which("squeue")), time.time()
         try:
             self.queue = queued_jobs()
         except InputError as error:  # a controller that does not answer: the files say the rest
@@ -36,8 +37,9 @@ class QueueStatus:
         """Set words, details, times and logs of `progress` by the last attempts and the queue."""
         logs = self.folders.logs
         attempts = {step.name: read_attempt(logs, step.name) for step in steps}
+        gone = {step.name: self._gone(step) for step in steps if progress[step.name].word not in (DONE, REFUSED)}
         lost = [one.job for one in attempts.values() if one and one.status is None and one.job != LOCAL]
-        ends = job_ends(lost)
+        ends = job_ends([*lost, *filter(None, gone.values())])
         for step in steps:
             one, attempt = progress[step.name], attempts[step.name]
             if attempt:
@@ -46,11 +48,21 @@ class QueueStatus:
                     one.log = log_path(logs, step.group, attempt.job)
                 one.took = attempt.took
             if one.word not in (DONE, REFUSED):
-                self._update_one(step, one, attempt, ends)
+                self._update_one(step, one, None if gone[step.name] else attempt, ends)
             if one.word in (DONE, FAILED, BLOCKED, REFUSED, QUEUED, RUNNING):
                 continue
             if needed := blocked_by(step, progress):
                 one.word, one.detail = BLOCKED, f"needs {needed}"
+            elif job := gone.get(step.name):
+                how = ends.get(job, "")
+                why = "" if how.startswith("CANCELLED") else f": check that its node can write {logs}"
+                one.word, one.detail = FAILED, f"job {job} ended before it began{f' ({how})' if how else ''}{why}"
+
+    def _gone(self, step: Step) -> str:
+        """The job that was submitted for a step and left the queue without a trace; empty if there is none."""
+        submitted = not_begun(self.folders.logs, step.name)
+        gone = self.known and entry(step, self.folders.output) not in self.queue
+        return submitted.job if gone and submitted and submitted.began <= self.asked else ""
 
     def _update_one(self, step: Step, one: Progress, attempt: Attempt | None, ends: dict[str, str]) -> None:
         queued = self.queue.get(entry(step, self.folders.output))

@@ -9,6 +9,7 @@ file also writes when its step began and ended and its exit status (attempts.py)
 import hashlib
 import re
 import shutil
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import reporting_write_errors, write_file
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
-from .attempts import attempt_path, read_attempt
+from .attempts import Attempt, attempt_path, read_attempt, submission_path
 from .runner import BEGINS
 from .settings import REQUEUES, ROOT, SBATCH, SBATCH_CPU
-from .slurm_queue import NEVER, REQUEUED, call, queued_jobs, run
+from .slurm_queue import NEVER, REQUEUED, Queued, call, queued_jobs, run
 from .steps import EVALUATE, PREPARE, REPORT, TRAIN, VARIANT, Step
 
 REQUEUE = (
@@ -182,6 +183,9 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
             number, said = _submit_one(job, steps, needs, folder, output, ids)
             lines += said
             ids |= dict.fromkeys((step.name for step in steps), number)
+            for step in steps:
+                submitted = Attempt(Queued(number, "PENDING", index=entry(step, output)[1]).id, int(time.time()))
+                write_file(submission_path(logs, step.name), str(submitted))
     return lines
 
 
@@ -192,7 +196,8 @@ def _submit_one(
     entries, path = [entry(step, output) for step in steps], folder / job.file
     indices = ",".join(index for _, index in entries)
     command = ["sbatch", "--parsable", f"--job-name={entries[0][0]}", "--kill-on-invalid-dep=yes"]
-    command += [f"--output={log_path(output / 'logs', job.group, '%A_%a' if job.is_array else '%j')}"]
+    logs = Path(str(output / "logs").replace("%", "%%"))
+    command += [f"--output={log_path(logs, job.group, '%A_%a' if job.is_array else '%j')}"]
     command += [f"--array={indices}"] if job.is_array else []
     command += [f"--dependency={needs}"] if needs else []
     try:
