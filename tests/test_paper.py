@@ -542,7 +542,8 @@ def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
     assert "#SBATCH --nodes=1" in path.read_text() and "--requeue" in path.read_text()
     says = 'shift; echo "$QWEN2_5_VL_EVAL_OUTPUT_FILE $QWEN2_5_VL_EVAL_MODEL_PATH $*"; exit 3'
     write(tmp_path / "queue/bin/srun", f"#!/bin/bash\n{says}\n").chmod(0o755)
-    text = path.read_text().replace("bash paper.sh --status", "true")
+    text = path.read_text()
+    write(tmp_path / "out/logs/status.sh", "")
     ran = subprocess.run(
         ["bash"], input=text, env={**os.environ, "SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True
     )
@@ -560,6 +561,14 @@ def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
     lines = submit(request, folder)
     assert lines[0] == f"{path} was edited, and is kept as it is"
     assert "#SBATCH --time=2:" in path.read_text()
+    # It serves for other parts of the tables; the status page and the report are of what was submitted last.
+    report = path.with_name("report.sbatch")
+    report.write_text(report.read_text().replace("#SBATCH --time=24", "#SBATCH --time=1"))
+    part = asked(tmp_path, "--sizes 3B --tasks description --variants gap --schedules random")
+    assert f"{report} was edited, and is kept as it is" in submit(part, folder)
+    says = "bash paper.sh --report --output", "--variants gap --tasks description --schedules random"
+    assert all(word in (tmp_path / "out/logs/report.sh").read_text().replace(f"{ROOT}/", "") for word in says)
+    assert f"bash {tmp_path}/out/logs/report.sh\n" in report.read_text()
     # For another output, files that were not edited are written anew, and one that was is refused.
     other = asked(tmp_path, "--sizes 3B --tasks description", "other")
     with pytest.raises(
@@ -567,6 +576,7 @@ def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
     ):
         submit(other, folder)
     path.unlink()
+    report.unlink()
     submit(other, folder)
     assert all(f"{tmp_path}/other/" in path.read_text() for path in folder.glob("train-*.sbatch"))
 
@@ -586,7 +596,8 @@ def test_metrics_that_are_missing_need_no_gpu(tmp_path, queue):
     assert queue()[1].endswith("/score-evaluate-3B-description-fixed.sbatch")
     text = (tmp_path / "jobs/score-evaluate-3B-description-fixed.sbatch").read_text()
     assert "gpus" not in text and "srun" not in text and "requeue" not in text
-    text = text.replace("bash paper.sh --status", "true").replace(f"bash {ROOT}/eval.sh", "echo")
+    text = text.replace(f"bash {ROOT}/eval.sh", "echo")
+    write(tmp_path / "out/logs/status.sh", "")
     given = {**os.environ, "SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_JOB_ID": "101"}
     ran = subprocess.run(["bash"], input=text, env=given, capture_output=True, text=True)
     step = next(step for step in request.steps if step.name == partial)
@@ -599,7 +610,7 @@ def test_the_status_of_a_job_is_not_in_its_log(tmp_path, queue):
     request = asked(tmp_path, "--sizes 3B --tasks description --variants group")
     (job,) = [job for job in slurm.make_jobs(request.steps) if job.group.startswith("prepare")]
     write(tmp_path / "status.sh", "echo status: page; echo error: 7B is refused >&2")
-    text = slurm.script(job, tmp_path, ["bash", str(tmp_path / "status.sh")])
+    text = slurm.script(job, tmp_path)
     text = text.replace(slurm.quote(job.steps[0].command.words[0]), "false")
     ran = subprocess.run(["bash"], input=text, env={**os.environ, "SLURM_JOB_ID": "1"}, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (1, "+ job 1, start 1\n", "")
@@ -623,7 +634,7 @@ def test_the_status_reads_what_was_predicted_when_it_was_submitted(tmp_path, que
 
     monkeypatch.setattr(cli, "forecast", predict)
     run("--slurm", str(tmp_path / "jobs"), "--gpus", "8xH100-80GB")
-    text = (tmp_path / "jobs/train-3B-description.sbatch").read_text()
+    text = (tmp_path / "out/logs/status.sh").read_text()
     assert "--status" in text and "--gpus 8x" not in text
     page = tmp_path / "out/status.html"
     for words in (["--status"], ["--status", "--gpus", "8xH100-80GB"]):
@@ -727,7 +738,8 @@ def test_funqa_waits_for_the_end_of_pe_video_not_for_its_success(tmp_path, queue
 
 def test_an_element_of_an_array_is_requeued_alone_and_has_its_cores(tmp_path, queue):
     submit(asked(tmp_path, "--sizes 3B --tasks description --variants group"), tmp_path / "jobs")
-    text = (tmp_path / "jobs/train-3B-description.sbatch").read_text().replace("bash paper.sh --status", "true")
+    text = (tmp_path / "jobs/train-3B-description.sbatch").read_text()
+    write(tmp_path / "out/logs/status.sh", "")
     for name, says in (("srun", 'echo "cores $SRUN_CPUS_PER_TASK"; exit 143'), ("scontrol", 'echo "$*"')):
         write(tmp_path / "queue/bin" / name, f"#!/bin/bash\n{says}\n").chmod(0o755)
     given = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4", "SLURM_CPUS_PER_TASK": "64"}

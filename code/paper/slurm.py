@@ -3,11 +3,14 @@ their dependencies.
 
 A file that was edited is submitted as it is, if it was written for the same commands. Array indices and dependencies,
 which depend on what is done, are flags of sbatch. What squeue shows as queued or running is not submitted again. Each
-file also writes when its step began and ended and its exit status (attempts.py), which the status page shows.
+file also writes when its step began and ended and its exit status (attempts.py), which the status page shows. What
+depends on the part of the tables that is asked for, the commands of the status page and the report, is in files beside
+the logs, so that a file that was edited serves for any part.
 """
 
 import hashlib
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -30,6 +33,8 @@ REQUEUE = (
     f'  else echo "error: stopped at the time limit {REQUEUES + 1} times: submit it again to go on" >&2; fi',
     "fi",
 )
+STATUS_FILE, REPORT_FILE = "status.sh", "report.sh"
+"""In the folder of the logs: rewrites the status page, and writes the report, of what was last submitted."""
 STAMP = "# for these commands: "
 """Before the hash of the text that was written, in a line of its own."""
 
@@ -86,8 +91,8 @@ def log_path(logs: Path, group: str, job: str) -> Path:
     return logs / f"{group}-{job}.log"
 
 
-def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
-    """The sbatch file of a job. `after_each` is the command that rewrites the status page."""
+def script(job: Job, logs: Path) -> str:
+    """The sbatch file of a job."""
     step = job.steps[0]
     gpu = step.kind in (TRAIN, EVALUATE) and not job.scores
     lines = ["#!/bin/bash", f"# {job.group}: written by paper.sh, which submits it. Edit it as needed."]
@@ -101,12 +106,13 @@ def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
     if job.is_array:
         lines += [f"variants=({' '.join(VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
     lines += [f"export {name}={quote(value)}" for name, value in command.environment.items()]
-    name, show = f"{job.group}-{VARIANT}" if job.is_array else job.group, " ".join(map(quote, after_each))
+    words = ("bash", str(logs / REPORT_FILE)) if step.kind == REPORT else command.words
+    name, show = f"{job.group}-{VARIANT}" if job.is_array else job.group, f"bash {quote(str(logs / STATUS_FILE))}"
     lines += [f'echo "{BEGINS}$job, start $((${{SLURM_RESTART_COUNT:-0}} + 1))"']
     lines += [f"attempt={quote(str(attempt_path(logs, name)))}", "began=$(date +%s)", 'echo "$job $began" >"$attempt"']
     show += " >/dev/null 2>&1"  # the log is that of the step alone
     lines += [f"{show} &"]
-    lines += [("srun " if gpu else "") + " ".join(map(quote, command.words)), "status=$?"]
+    lines += [("srun " if gpu else "") + " ".join(map(quote, words)), "status=$?"]
     lines += ['echo "$job $began $(date +%s) $status" >"$attempt"']
     lines += REQUEUE if gpu else ()  # at once: the time limit is near
     lines += ["wait", show, 'exit "$status"']
@@ -138,7 +144,8 @@ def write_script(path: Path, text: str) -> str:
 
 
 def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence[str]) -> list[str]:
-    """Write the files of `jobs` into `folder` and submit what is not queued. Returns a line for each job.
+    """Write the files of `jobs` into `folder` and submit what is not queued. Returns a line for each job. `after_each`
+    is the command that rewrites the status page.
 
     A job that waits for one that is submitted anew is cancelled and submitted too, as it would wait for a job that has
     ended. One that is ending is submitted again, to run after its end.
@@ -148,7 +155,7 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
     lines: list[str] = []
     for job in jobs:
         path = folder / job.file
-        if line := write_script(path, script(job, logs, after_each)):
+        if line := write_script(path, script(job, logs)):
             lines.append(line)
     if not shutil.which("sbatch"):
         raise InputError(
@@ -157,6 +164,9 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
         )
     with reporting_write_errors(logs):
         logs.mkdir(parents=True, exist_ok=True)  # without it, SLURM drops the logs
+    reports = [(REPORT_FILE, job.steps[0].command.words) for job in jobs if job.steps[0].kind == REPORT]
+    for name, words in [(STATUS_FILE, after_each), *reports]:
+        write_file(logs / name, f"exec {shlex.join(words)}\n")
     queue = queued_jobs()
     found = {step.name: queue.get(entry(step, output)) for job in jobs for step in job.steps}
     ending = {name: one.id for name, one in found.items() if one and one.has_ended(read_attempt(logs, name))}
