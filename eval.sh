@@ -16,6 +16,7 @@ here=$root/code/evaluation
 for word in "$@"; do
   case $word in -h | --help) exec "$python" "$here/eval.py" --help ;; esac
 done
+require_srun
 require_number NPROC_PER_NODE "${NPROC_PER_NODE:-0}" 0 1024
 nproc=$(answer_of "$python" "$here/processes.py" --processes "${NPROC_PER_NODE:-0}" "$@") || exit
 
@@ -23,7 +24,7 @@ if ((nproc == 1 && 10#$nnodes == 1)); then
   command=("$python" "$here/eval.py" "$@")
 else
   [ -n "${MASTER_PORT:-}" ] || ((10#$nnodes > 1)) || master_port=$(free_port)
-  cores=$(getconf _NPROCESSORS_ONLN)
+  cores=$(nproc) # those of this job, not of the machine
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))} # torchrun would set 1
   command=(
     "$python" -m qwen_vl_streaming.launch --max_restarts 3

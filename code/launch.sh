@@ -14,6 +14,13 @@ answer_of() { # COMMAND ...: what it answers. Libraries may print to stdout, whi
   QWENVL_ANSWER=3 "$@" 3>&1 >&2
 }
 
+require_srun() { # a command that srun did not start runs on one node, and would wait for the others
+  if [ -z "${NNODES:-}" ] && ((10#$nnodes > ${SLURM_STEP_NUM_NODES:-1})); then
+    echo "error: this job has $nnodes nodes, and the command runs on one of them: put srun before it, or set NNODES=1" >&2
+    exit 2
+  fi
+}
+
 free_port() { # a port of this node that no other run uses
   "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
@@ -34,11 +41,12 @@ master_port=${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))} # the same on
 require_number MASTER_PORT "$master_port" 1 65535
 
 master_addr=${MASTER_ADDR:-127.0.0.1}
-if [ -z "${MASTER_ADDR:-}" ] && ((10#$nnodes > 1)) && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-  if hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null); then
+nodes=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}} # srun may use some of the nodes of a job
+if [ -z "${MASTER_ADDR:-}" ] && ((10#$nnodes > 1)) && [ -n "$nodes" ]; then
+  if hosts=$(scontrol show hostnames "$nodes" 2>/dev/null); then
     master_addr=${hosts%%$'\n'*}
   else # scontrol is missing in most containers: node[03-05,7] starts with node03
-    master_addr=$(sed -E 's/^([^[,]*)(\[([0-9]+)[^]]*\])?.*/\1\3/' <<<"$SLURM_JOB_NODELIST")
+    master_addr=$(sed -E 's/^([^[,]*)(\[([0-9]+)[^]]*\])?.*/\1\3/' <<<"$nodes")
   fi
 fi
 

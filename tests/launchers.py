@@ -7,7 +7,9 @@ from pathlib import Path
 SLURM = {
     "SLURM_NNODES": "3",
     "SLURM_NODEID": "2",
-    "SLURM_JOB_NODELIST": "gpu[07-08,11]",
+    "SLURM_JOB_NODELIST": "gpu[05,07-08,11]",  # of the whole job, of which srun uses three nodes
+    "SLURM_STEP_NODELIST": "gpu[07-08,11]",
+    "SLURM_STEP_NUM_NODES": "3",
     "SLURM_GPUS_ON_NODE": "8",
     "SLURM_JOB_ID": "4321",
 }

@@ -117,7 +117,7 @@ COMMANDS: dict[str, Run | str] = {
     "bash eval.sh": LAUNCHED,
     "NPROC_PER_NODE=2 bash eval.sh": LAUNCHED,
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash eval.sh": LAUNCHED,
-    "srun --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 bash eval.sh": LAUNCHED,
+    "srun --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 bash eval.sh": LAUNCHED,
     "bash eval.sh --task funqa": LAUNCHED,
     "QWEN2_5_VL_VARIANT=gap bash eval.sh --schedule random --output-file gap_random_infer.json": LAUNCHED,
     "python code/evaluation/timeliness.py code/evaluation/output/*_infer.json --times TIMES.jsonl --picture "

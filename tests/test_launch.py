@@ -46,7 +46,7 @@ def launch(tmp_path):
         ({"NPROC_PER_NODE": "2", "MASTER_PORT": "1234"}, "2", "1", "0", "127.0.0.1", "1234"),
         ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}, "4", "2", "1", "10.0.0.1", "29500"),
         (SLURM, "8", "3", "2", "gpu07", "29821"),
-        ({**SLURM, "SLURM_JOB_NODELIST": "a-1,b-2"}, "8", "3", "2", "a-1", "29821"),
+        ({**SLURM, "SLURM_STEP_NODELIST": "a-1,b-2"}, "8", "3", "2", "a-1", "29821"),
         ({**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "8", "1", "0", "127.0.0.1", "40123"),
         ({**SLURM, "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "x", "NPROC_PER_NODE": "1"}, *"121x", "29821"),
         ({**SLURM, "scontrol": "echo first.host; echo second.host"}, "8", "3", "2", "first.host", "29821"),
@@ -87,6 +87,16 @@ def test_the_help_begins_with_the_usage():
 def test_one_task_per_node(launch):
     status, _, said = launch(**SLURM, SLURM_LOCALID="1")
     assert status == 2 and said.count("\n") == 1 and "--ntasks-per-node=1" in said
+
+
+def test_several_nodes_without_srun_are_refused(launch):
+    """An sbatch file runs on the first node alone, with SLURM_NNODES of the job."""
+    batch = {name: value for name, value in SLURM.items() if "STEP" not in name} | {"SLURM_NODEID": "0"}
+    status, _, said = launch(**batch)
+    assert (status, said) == (
+        2, "error: this job has 3 nodes, and the command runs on one of them: put srun before it, or set NNODES=1\n"
+    )  # fmt: skip
+    assert launch(**batch, NNODES="1")[0] == launch(**batch | {"SLURM_NNODES": "1"})[0] == 0
 
 
 @pytest.mark.parametrize("name, value", [

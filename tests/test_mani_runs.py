@@ -1,5 +1,6 @@
 """PE-Video's preparation: sampling, reports, workers, killed runs, full disks, and user errors."""
 
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from pe_video import run
 from pe_video.run import prepare_dataset
 from preparation import files
 from preparation.run import STATE_FOLDER
+from qwen_vl_streaming.common import files as common_files
 from qwen_vl_streaming.common.errors import InputError
 from waiting import SECONDS
 
@@ -223,6 +225,27 @@ def test_two_runs_in_one_folder(tmp_path):
         pytest.raises(InputError, match=r"another mani_data\.py"),
     ):
         prepare_dataset(options)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(common_files.fcntl, "flock", flock)
+    with files.exclusive_lock(tmp_path / "state"):
+        pass
+    assert caplog.messages == [
+        f"{tmp_path}/state cannot be locked (Function not implemented): do not run another one there"
+    ]
+
+
+def test_two_nodes_may_write_a_file_at_once(tmp_path, monkeypatch):
+    """Processes of two nodes, or containers, may have the same id."""
+    monkeypatch.setattr(os, "getpid", lambda: 20)
+    with common_files.atomic_write(tmp_path / "page") as first, common_files.atomic_write(tmp_path / "page") as second:
+        first.write("first")
+        second.write("second")
+    assert (tmp_path / "page").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_partial_files_of_a_killed_run_are_removed(tmp_path):

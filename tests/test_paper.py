@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from browser import Browser
-from paper import checks, cli, forecast, slurm, status
+from paper import checks, cli, forecast, slurm, slurm_queue, status
 from paper.attempts import read_attempt
 from paper.checks import DONE, PARTIAL, STARTED, TO_DO, State
 from paper.queue_status import QueueStatus
@@ -407,6 +407,25 @@ def test_the_last_line_of_a_log(tmp_path):
     assert last_line(log) == "error: b" and last_line(log, start=11) == "51%|"
 
 
+def test_the_last_line_of_the_log_of_a_slurm_job(tmp_path):
+    """Appended to where a job is requeued; srun and slurmstepd write into it too."""
+    log, task = tmp_path / "log", "srun: error: n1: task 0: "
+    first = "+ job 28_4, start 1\nerror: no space\n" + task + "Exited with exit code 1\n"
+    log.write_text(first)
+    assert last_line(log) == "error: no space"
+    step = "slurmstepd-n1: error: StepId=77.0 exceeded memory limit (461918208 > 314572800), being killed"
+    second = first + "slurmstepd-n1: error: *** JOB 28 ON n1 CANCELLED AT 15:21 DUE TO JOB REQUEUE ***\n"
+    second += "+ job 28_4, start 2\n"
+    log.write_text(second)
+    assert last_line(log) == last_line(log, running=True) == ""
+    log.write_text(second + "stopped by SIGTERM; step 36 is saved\n" + task + "Exited with exit code 143\n")
+    assert last_line(log) == last_line(log, running=True) == "stopped by SIGTERM; step 36 is saved"
+    log.write_text(second + f"50%|\n{step}\n{task}Killed\n")
+    assert last_line(log) == step
+    log.write_text(second + f"50%|\n{task}Killed\n")
+    assert last_line(log) == f"{task}Killed"
+
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -430,28 +449,60 @@ def test_a_signal_is_passed_on_and_the_step_ends_first(tmp_path):
     assert "stopped" in (tmp_path / "status.html").read_text()
 
 
+# As of SLURM 22.05. A queue: a line for each element of an array, as squeue shows it.
 SBATCH = """#!/bin/bash
-# A queue: a line for each element of an array, as squeue shows it.
 file=${!#}
-grep -q broken "$file" && { echo "sbatch: error: Invalid --time specification" >&2; exit 1; }
+grep -q broken "$file" && {
+  echo "sbatch: error: invalid partition specified: nope" >&2
+  echo "sbatch: error: Batch job submission failed: Invalid partition name specified" >&2
+  exit 1
+}
 number=$((100 + $(ls "$QUEUE/calls" | wc -l)))
 echo "$*" >"$QUEUE/calls/$number"
-for word in "$@"; do case $word in --job-name=*) name=${word#*=} ;; --array=*) array=${word#*=} ;; esac; done
-for index in ${array//,/ }; do echo "$name $index $number PENDING" >>"$QUEUE/jobs"; done
-[ -n "$array" ] || echo "$name N/A $number PENDING" >>"$QUEUE/jobs"
+reason=None
+for word in "$@"; do case $word in
+  --job-name=*) name=${word#*=} ;;
+  --array=*) array=${word#*=} ;;
+  --dependency=*) reason=Dependency ;;
+esac; done
+for index in ${array//,/ }; do echo "$name $index $number PENDING $reason" >>"$QUEUE/jobs"; done
+[ -n "$array" ] || echo "$name N/A $number PENDING $reason" >>"$QUEUE/jobs"
 echo "$number;cluster"
 """
+SQUEUE = """#!/bin/bash
+cat "$QUEUE/jobs" 2>/dev/null || true
+"""
+SCANCEL = """#!/bin/bash
+# Fails for a job that has left the queue, also with --quiet.
+[ "$1 $2" = "--quiet --state=PENDING" ] || exit 1
+for id in "${@:3}"; do
+  [[ $id = *_* ]] && line=" ${id#*_} ${id%_*} PENDING" || line=" N/A $id PENDING"
+  grep -q "$line" "$QUEUE/jobs" || status=1
+  sed -i "\\|$line|d" "$QUEUE/jobs"
+done
+exit ${status:-0}
+"""
+
+
+def without_slurm(tmp_path):
+    """A PATH with what sbatch files and the stand-ins need, on a machine that may have SLURM."""
+    folder = tmp_path / "tools"
+    folder.mkdir(exist_ok=True)
+    for name in ("bash", "cat", "date", "env", "grep", "ls", "sed", "sleep", "wc"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(shutil.which(name))
+    return str(folder)
 
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-    """Stand-ins for sbatch and squeue. Returns a function that lists the arguments of all calls of sbatch."""
+    """Stand-ins for SLURM's commands. Returns a function that lists the arguments of all calls of sbatch."""
     folder = tmp_path / "queue"
-    for name, text in (("sbatch", SBATCH), ("squeue", '#!/bin/bash\ncat "$QUEUE/jobs" 2>/dev/null || true\n')):
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL)):
         write(folder / "bin" / name, text).chmod(0o755)
     (folder / "calls").mkdir()
     monkeypatch.setenv("QUEUE", str(folder))
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{without_slurm(tmp_path)}")
     return lambda: [path.read_text().strip() for path in sorted((folder / "calls").iterdir())]
 
 
@@ -496,11 +547,14 @@ def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
     assert "#SBATCH --nodes=1" in path.read_text() and "--requeue" in path.read_text()
     says = 'shift; echo "$QWEN2_5_VL_EVAL_OUTPUT_FILE $QWEN2_5_VL_EVAL_MODEL_PATH $*"; exit 3'
     write(tmp_path / "queue/bin/srun", f"#!/bin/bash\n{says}\n").chmod(0o755)
-    text = path.read_text().replace("bash paper.sh --status", "true")
+    text = path.read_text()
+    write(tmp_path / "out/logs/status.sh", "")
     ran = subprocess.run(
         ["bash"], input=text, env={**os.environ, "SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True
     )
-    captions, model, program, *flags = ran.stdout.split()
+    begin, line = ran.stdout.splitlines()
+    captions, model, program, *flags = line.split()
+    assert begin.startswith("+ job ")
     step = next(s for s in request.steps if s.name == "evaluate-3B-description-random-interleave")
     command = step.command.of("interleave")
     assert captions == "interleave_random_infer.json" and model == command.environment["QWEN2_5_VL_EVAL_MODEL_PATH"]
@@ -512,6 +566,14 @@ def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
     lines = submit(request, folder)
     assert lines[0] == f"{path} was edited, and is kept as it is"
     assert "#SBATCH --time=2:" in path.read_text()
+    # It serves for other parts of the tables; the status page and the report are of what was submitted last.
+    report = path.with_name("report.sbatch")
+    report.write_text(report.read_text().replace("#SBATCH --time=24", "#SBATCH --time=1"))
+    part = asked(tmp_path, "--sizes 3B --tasks description --variants gap --schedules random")
+    assert f"{report} was edited, and is kept as it is" in submit(part, folder)
+    says = "bash paper.sh --report --output", "--variants gap --tasks description --schedules random"
+    assert all(word in (tmp_path / "out/logs/report.sh").read_text().replace(f"{ROOT}/", "") for word in says)
+    assert f"bash {tmp_path}/out/logs/report.sh\n" in report.read_text()
     # For another output, files that were not edited are written anew, and one that was is refused.
     other = asked(tmp_path, "--sizes 3B --tasks description", "other")
     with pytest.raises(
@@ -519,6 +581,7 @@ def test_sbatch_files_run_the_steps_and_may_be_edited(tmp_path, queue):
     ):
         submit(other, folder)
     path.unlink()
+    report.unlink()
     submit(other, folder)
     assert all(f"{tmp_path}/other/" in path.read_text() for path in folder.glob("train-*.sbatch"))
 
@@ -528,7 +591,8 @@ def test_metrics_that_are_missing_need_no_gpu(tmp_path, queue):
     request = asked(tmp_path, "--sizes 3B --tasks description --variants group gap --schedules fixed")
     names = [step.name for step in request.steps]
     partial = "evaluate-3B-description-fixed-gap"
-    lines = submit(request, tmp_path / "jobs", [name for name in names if not name.startswith("evaluate")], [partial])
+    done = [name for name in names if not name.startswith("evaluate")]
+    lines = submit(request, tmp_path / "jobs", done, [partial])
     assert lines == [
         "evaluate-3B-description-fixed: job 100, array 4",
         "evaluate-3B-description-fixed: job 101, array 5",
@@ -537,12 +601,13 @@ def test_metrics_that_are_missing_need_no_gpu(tmp_path, queue):
     assert queue()[1].endswith("/score-evaluate-3B-description-fixed.sbatch")
     text = (tmp_path / "jobs/score-evaluate-3B-description-fixed.sbatch").read_text()
     assert "gpus" not in text and "srun" not in text and "requeue" not in text
-    text = text.replace("bash paper.sh --status", "true").replace(f"bash {ROOT}/eval.sh", "echo")
+    text = text.replace(f"bash {ROOT}/eval.sh", "echo")
+    write(tmp_path / "out/logs/status.sh", "")
     given = {**os.environ, "SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_JOB_ID": "101"}
     ran = subprocess.run(["bash"], input=text, env=given, capture_output=True, text=True)
     step = next(step for step in request.steps if step.name == partial)
-    assert (ran.returncode, tuple(ran.stdout.split())) == (0, step.complete.of("gap").words[2:])
-    assert f"{partial}: already in the queue as job 101" in submit(request, tmp_path / "jobs", (), [partial])
+    assert (ran.returncode, tuple(ran.stdout.splitlines()[1].split())) == (0, step.complete.of("gap").words[2:])
+    assert f"{partial}: already in the queue as job 101" in submit(request, tmp_path / "jobs", done, [partial])
 
 
 def test_the_status_of_a_job_is_not_in_its_log(tmp_path, queue):
@@ -550,10 +615,10 @@ def test_the_status_of_a_job_is_not_in_its_log(tmp_path, queue):
     request = asked(tmp_path, "--sizes 3B --tasks description --variants group")
     (job,) = [job for job in slurm.make_jobs(request.steps) if job.group.startswith("prepare")]
     write(tmp_path / "status.sh", "echo status: page; echo error: 7B is refused >&2")
-    text = slurm.script(job, tmp_path, ["bash", str(tmp_path / "status.sh")])
+    text = slurm.script(job, tmp_path)
     text = text.replace(slurm.quote(job.steps[0].command.words[0]), "false")
     ran = subprocess.run(["bash"], input=text, env={**os.environ, "SLURM_JOB_ID": "1"}, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", "")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "+ job 1, start 1\n", "")
 
 
 def test_the_status_reads_what_was_predicted_when_it_was_submitted(tmp_path, queue, monkeypatch, capsys):
@@ -574,7 +639,7 @@ def test_the_status_reads_what_was_predicted_when_it_was_submitted(tmp_path, que
 
     monkeypatch.setattr(cli, "forecast", predict)
     run("--slurm", str(tmp_path / "jobs"), "--gpus", "8xH100-80GB")
-    text = (tmp_path / "jobs/train-3B-description.sbatch").read_text()
+    text = (tmp_path / "out/logs/status.sh").read_text()
     assert "--status" in text and "--gpus 8x" not in text
     page = tmp_path / "out/status.html"
     for words in (["--status"], ["--status", "--gpus", "8xH100-80GB"]):
@@ -613,20 +678,61 @@ def test_a_queued_report_waits_for_what_is_submitted_again(tmp_path, queue):
     lines = jobs.read_text().splitlines(keepends=True)
     names = [line.split()[:3] for line in lines]
     assert [number for _, _, number in names] == ["100", "100", "101", "101", "102", "102", "103"]
-    jobs.write_text("".join(lines[2:3] + lines[4:]))  # gap's training was cancelled, and its evaluation with it
-    write(tmp_path / "queue/bin/scontrol", '#!/bin/bash\necho "$*" >>"$QUEUE/updates"\n').chmod(0o755)
+    jobs.write_text("".join(lines[2::2]))  # gap's training was cancelled, and its evaluations with it
     lines = submit(request, folder, (*done, "train-3B-description-group"))
-    assert lines[-3:] == [
+    assert lines == [
         "train-3B-description: job 104, array 5",
+        "evaluate-3B-description-fixed-group: already in the queue as job 101",
         "evaluate-3B-description-fixed: job 105, array 5, aftercorr:104",
-        "report: job 103 now waits for afterany:101:102:105",
+        "evaluate-3B-description-random-group: already in the queue as job 102",
+        "evaluate-3B-description-random: job 106, array 5, aftercorr:104",
+        "report: job 103 waits for jobs that have ended, and is replaced",
+        "report: job 107, afterany:101:102:105:106",
     ]
-    assert (tmp_path / "queue/updates").read_text() == "update JobId=103 Dependency=afterany:101:102:105\n"
-    # A report that runs cannot wait: another one is submitted.
-    found = jobs.read_text().replace("103 PENDING", "103 RUNNING").splitlines(keepends=True)
+    assert " 103 " not in jobs.read_text()
+    # A report that runs cannot wait: another one is submitted, once.
+    found = jobs.read_text().replace("107 PENDING Dependency", "107 RUNNING None").splitlines(keepends=True)
     jobs.write_text("".join(line for line in found if " 105 " not in line))
     lines = submit(request, folder, (*done, "train-3B-description-group"))
-    assert lines[-1] == "report: job 107, afterany:101:102:106"
+    assert lines[-1] == "report: job 109, afterany:101:102:108:106"
+    assert "report: already in the queue as job 109" in submit(request, folder, (*done, "train-3B-description-group"))
+
+
+def test_jobs_that_wait_for_one_that_ends_are_submitted_again(tmp_path, queue):
+    """After scancel, SLURM shows a job until its last process is gone, and then still those that wait for it."""
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants group gap --schedules fixed")
+    done, folder, jobs = ("prepare-description",), tmp_path / "jobs", tmp_path / "queue/jobs"
+    submit(request, folder, done)
+    first = jobs.read_text()
+    running = first.replace("100 PENDING None", "100 RUNNING None")
+    jobs.write_text(re.sub(r" 5 100 RUNNING", " 5 100 COMPLETING", running))
+    again = [
+        "train-3B-description-group: already in the queue as job 100",
+        "train-3B-description-gap: job 100_5 is ending",
+        "train-3B-description: job 103, array 5, afterany:100_5",
+        "evaluate-3B-description-fixed-group: already in the queue as job 101",
+        "evaluate-3B-description-fixed-gap: job 101_5 waits for jobs that have ended, and is replaced",
+        "evaluate-3B-description-fixed: job 104, array 5, aftercorr:103",
+        "report: job 102 waits for jobs that have ended, and is replaced",
+        "report: job 105, afterany:101:104",
+    ]
+    assert submit(request, folder, done) == again
+    lines = jobs.read_text().splitlines()
+    jobs.write_text("\n".join(reversed(lines)) + "\n")  # squeue may list them in any order
+    assert all("already in the queue" in line for line in submit(request, folder, done))
+
+    # It saved before its time limit, and goes back into the queue.
+    jobs.write_text(re.sub(r" 5 100 RUNNING", " 5 100 COMPLETING", running))
+    write(tmp_path / "out/logs/train-3B-description-gap.attempt", "100_5 1000 1600 143")
+    assert all("already in the queue" in line for line in submit(request, folder, done))
+    # It failed, and its file still rewrites the status page.
+    jobs.write_text(running)
+    write(tmp_path / "out/logs/train-3B-description-gap.attempt", "100_5 1000 1600 1")
+    assert "train-3B-description-gap: job 100_5 is ending" in submit(request, folder, done)
+    # Where SLURM does not remove what can no longer run.
+    jobs.write_text(first.replace(" 5 101 PENDING Dependency", " 5 101 PENDING DependencyNeverSatisfied"))
+    lines = submit(request, folder, (*done, "train-3B-description-gap"))
+    assert "evaluate-3B-description-fixed-gap: job 101_5 waits for jobs that have ended, and is replaced" in lines
 
 
 def test_funqa_waits_for_the_end_of_pe_video_not_for_its_success(tmp_path, queue):
@@ -637,22 +743,23 @@ def test_funqa_waits_for_the_end_of_pe_video_not_for_its_success(tmp_path, queue
 
 def test_an_element_of_an_array_is_requeued_alone_and_has_its_cores(tmp_path, queue):
     submit(asked(tmp_path, "--sizes 3B --tasks description --variants group"), tmp_path / "jobs")
-    text = (tmp_path / "jobs/train-3B-description.sbatch").read_text().replace("bash paper.sh --status", "true")
+    text = (tmp_path / "jobs/train-3B-description.sbatch").read_text()
+    write(tmp_path / "out/logs/status.sh", "")
     for name, says in (("srun", 'echo "cores $SRUN_CPUS_PER_TASK"; exit 143'), ("scontrol", 'echo "$*"')):
         write(tmp_path / "queue/bin" / name, f"#!/bin/bash\n{says}\n").chmod(0o755)
     given = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4", "SLURM_CPUS_PER_TASK": "64"}
     ran = subprocess.run(["bash"], input=text, env={**os.environ, **given}, capture_output=True, text=True)
-    assert ran.stdout.splitlines() == ["cores 64", "requeue 7_4"] and ran.returncode == 143
+    assert ran.stdout.splitlines() == ["+ job 7_4, start 1", "cores 64", "requeue 7_4"] and ran.returncode == 143
     attempt = read_attempt(tmp_path / "out/logs", "train-3B-description-group")
     assert attempt and (attempt.job, attempt.status) == ("7_4", 143) and attempt.began <= attempt.ended
     given["SLURM_RESTART_COUNT"] = "20"
     ran = subprocess.run(["bash"], input=text, env={**os.environ, **given}, capture_output=True, text=True)
-    assert ran.stdout.splitlines() == ["cores 64"] and ran.returncode == 143
+    assert ran.stdout.splitlines() == ["+ job 7_4, start 21", "cores 64"] and ran.returncode == 143
     assert ran.stderr == "error: stopped at the time limit 21 times: submit it again to go on\n"
 
 
 SACCT = r"""#!/bin/bash
-[ "${!#}" = --jobs=100_5,101_5,102_5 ] && printf "100_5|RUNNING\n102_5|TIMEOUT\n"
+[ "${!#}" = --jobs=100_5,101_5,102_5,102_4 ] && printf "100_5|RUNNING\n102_5|TIMEOUT\n"
 """
 
 
@@ -690,12 +797,12 @@ def test_status_on_slurm(tmp_path, queue, monkeypatch):
     assert found == {
         "prepare-description": (DONE, ""),
         "train-group": (FAILED, "error: no space"),
-        "evaluate-fixed-group": ("queued", "job 101, waits"),
+        "evaluate-fixed-group": ("queued", "job 101_4, waits (Dependency)"),
         "evaluate-random-group": (BLOCKED, "needs train-3B-description-group"),
         "train-gap": (RUNNING, "ending"),
         "evaluate-fixed-gap": (FAILED, "ended without an exit status"),
         "evaluate-random-gap": (FAILED, "TIMEOUT"),
-        "report": ("queued", "job 103, waits"),
+        "report": ("queued", "job 103, waits (Dependency)"),
     }
     one = progress["train-3B-description-group"]
     assert one.log == logs / "train-3B-description-100_4.log" and one.took == 600
@@ -707,7 +814,7 @@ def test_status_on_slurm(tmp_path, queue, monkeypatch):
     jobs.write_text(jobs.read_text().replace(" 5 100 RUNNING", " 5 100 COMPLETING"))
     attempt("train-3B-description-gap", "100_5 1000 1200 2")
     assert words()[1]["train-gap"] == (FAILED, "error: no space")
-    monkeypatch.setenv("PATH", str(Path(shutil.which("env")).parent))
+    monkeypatch.setenv("PATH", without_slurm(tmp_path))
     attempt("train-3B-description-gap", "100_5 1000")
     found = words()[1]
     assert found["train-group"] == (FAILED, "error: no space")
@@ -717,6 +824,38 @@ def test_status_on_slurm(tmp_path, queue, monkeypatch):
     )
 
 
+def test_a_job_that_ended_before_it_began(tmp_path, queue):
+    """SLURM could not write its log on the node; it was cancelled while it waited; or it waits for such a one."""
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants group gap --schedules fixed", "5%j @")
+    submit(request, tmp_path / "jobs", ("prepare-description",))
+    assert f"--output={tmp_path}/5%%j @/logs/report-%j.log" in queue()[-1]
+    (tmp_path / "queue/jobs").write_text("")
+    says = '[ "${!#}" = --jobs=100_4,101_4,100_5,101_5,102 ] && printf "100_4|FAILED\\n100_5|CANCELLED by 0\\n"'
+    write(tmp_path / "queue/bin/sacct", f"#!/bin/bash\n{says}\n").chmod(0o755)
+    # An earlier attempt failed in another way.
+    write(request.folders.logs / "train-3B-description-group.attempt", "90_4 1000 1600 1")
+
+    def words():
+        progress = {step.name: Progress(step, TO_DO) for step in request.steps}
+        progress["prepare-description"].word = DONE
+        QueueStatus(request.folders).update(request.steps, progress)
+        return [(one.word, one.detail) for one in progress.values()][1:]
+
+    node = f": check that its node can write {request.folders.logs}"
+    assert words() == [
+        (FAILED, f"job 100_4 ended before it began (FAILED){node}"),
+        (BLOCKED, "needs train-3B-description-group"),
+        (FAILED, "job 100_5 ended before it began (CANCELLED by 0)"),
+        (BLOCKED, "needs train-3B-description-gap"),
+        (BLOCKED, "needs evaluate-3B-description-fixed-group"),
+    ]
+    (tmp_path / "queue/bin/sacct").unlink()
+    assert words()[2] == (FAILED, f"job 100_5 ended before it began{node}")
+    # It was started since, by another job or here.
+    write(request.folders.logs / "train-3B-description-group.attempt", f"local {time.time() + 9} {time.time() + 9} 1")
+    assert words()[0] == (FAILED, "exit status 1")
+
+
 def test_sbatch_that_fails_or_is_missing(tmp_path, queue, monkeypatch):
     request = asked(tmp_path, "--sizes 3B --tasks description --variants group")
     folder = tmp_path / "jobs"
@@ -724,8 +863,9 @@ def test_sbatch_that_fails_or_is_missing(tmp_path, queue, monkeypatch):
     with pytest.raises(InputError) as caught:
         submit(request, folder)
     assert str(caught.value) == (
-        f"sbatch {broken} failed (sbatch: error: Invalid --time specification): fix that and give the same command; "
-        "jobs in the queue, which are not submitted again: 100, 101"
+        f"sbatch {broken} failed (invalid partition specified: nope; Batch job submission failed: Invalid partition "
+        "name specified): fix that and give the same command; jobs in the queue, which are not submitted again: "
+        "100, 101"
     )
     broken.unlink()
     lines = submit(request, folder)  # nothing is lost, and nothing submitted twice
@@ -734,10 +874,32 @@ def test_sbatch_that_fails_or_is_missing(tmp_path, queue, monkeypatch):
         "train-3B-description-group: already in the queue as job 101",
     ]
     assert "evaluate-3B-description-fixed: job 102, array 4, aftercorr:101" in lines
-    monkeypatch.setenv("PATH", str(Path(shutil.which("env")).parent))
+    monkeypatch.setenv("PATH", without_slurm(tmp_path))
     with pytest.raises(InputError, match=r"sbatch is not on this machine, so nothing was submitted; the files are in "):
         submit(request, tmp_path / "others")
     assert (tmp_path / "others/train-3B-description.sbatch").exists()
+
+
+def test_what_sbatch_says_is_shown(tmp_path, queue):
+    """Warnings, and what a site adds around the id."""
+    sbatch = tmp_path / "queue/bin/sbatch"
+    says = "echo 'sbatch: warning: 16 nodes are down' >&2; echo 'Welcome to 8 nodes'"
+    sbatch.write_text(SBATCH.replace('echo "$number;', f'{says}; echo "$number;'))
+    lines = submit(asked(tmp_path, "--sizes 3B --tasks description --variants group"), tmp_path / "jobs")
+    assert lines[:2] == ["sbatch: warning: 16 nodes are down", "prepare-description: job 100"]
+    assert "train-3B-description: job 101, array 4, afterok:100" in lines
+    sbatch.write_text("#!/bin/bash\necho done")
+    with pytest.raises(InputError, match=r"prepare-funqa\.sbatch printed no job id, but 'done': see squeue --me"):
+        submit(asked(tmp_path, "--sizes 3B --tasks funqa"), tmp_path / "jobs")
+
+
+def test_a_queue_that_does_not_answer(tmp_path, queue, monkeypatch):
+    request = asked(tmp_path, "--sizes 3B --tasks description --variants group")
+    monkeypatch.setattr(slurm_queue, "TIMEOUT", 0.2)
+    write(tmp_path / "queue/bin/squeue", "#!/bin/bash\nexec sleep 60\n")
+    with pytest.raises(InputError, match=r"^squeue has not answered for 0 s: give the same command later$"):
+        submit(request, tmp_path / "jobs")
+    assert not queue() and not QueueStatus(request.folders).known
 
 
 def test_words_with_spaces_and_dollars_in_sbatch_files():

@@ -1,7 +1,7 @@
-"""The last attempt at each step: who ran it, when, and its exit status.
+"""The last attempt at each step: who ran it, when, and its exit status; and the last job submitted for it.
 
-The runner and sbatch files write it as one line of a file beside the logs. It is only shown: whether a step is done is
-read from its output.
+The runner and sbatch files write an attempt as one line of a file beside the logs. It is only shown: whether a step is
+done is read from its output.
 """
 
 from dataclasses import dataclass
@@ -37,10 +37,27 @@ def attempt_path(logs: Path, name: str) -> Path:
     return logs / f"{name}.attempt"
 
 
+def submission_path(logs: Path, name: str) -> Path:
+    """Of an Attempt that began when its job was submitted, and does not end."""
+    return logs / f"{name}.submitted"
+
+
 def read_attempt(logs: Path, name: str) -> Attempt | None:
     """The last attempt at the step `name`; None without one, or while its line is being written."""
+    return _read(attempt_path(logs, name))
+
+
+def not_begun(logs: Path, name: str) -> Attempt | None:
+    """The submission of the step `name` if nobody has begun it since; else None."""
+    submitted, attempt = _read(submission_path(logs, name)), read_attempt(logs, name)
+    if not submitted or (attempt and (attempt.job == submitted.job or attempt.began > submitted.began)):
+        return None
+    return submitted
+
+
+def _read(path: Path) -> Attempt | None:
     try:
-        job, began, *end = attempt_path(logs, name).read_text(encoding="utf-8").split()
+        job, began, *end = path.read_text(encoding="utf-8").split()
         return Attempt(job, float(began), *((float(end[0]), int(end[1])) if end else ()))
     except (OSError, ValueError, IndexError):
         return None

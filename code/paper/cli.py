@@ -1,6 +1,5 @@
 """Runs paper.sh: shows the plan or the status, writes the report, submits the steps to SLURM, or runs them here."""
 
-import fcntl
 import os
 import shutil
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import lock_file
 
 from . import slurm
 from .attempts import read_attempt
@@ -90,12 +90,10 @@ def lock_output(folders: Folders) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"--output {folders.output} cannot be written ({error.strerror}): give another") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(lock):
             raise InputError(
                 f"another paper.sh runs in {folders.output}, and rewrites {folders.page.name}: wait for it, or stop it"
-            ) from None
+            )
         yield
 
 
@@ -125,7 +123,8 @@ def submit_jobs(request: Request, states: dict[str, State]) -> None:
         save_forecasts(folders, forecasts, arguments.gpus)
     jobs = slurm.make_jobs(todo, {step.name for step in todo if states[step.name].word == PARTIAL})
     again = ["bash", str(ROOT / "paper.sh"), "--status", *same_flags(arguments, folders.output)]
-    lines = slurm.submit(jobs, request.caller / arguments.slurm, folders.output, again)
+    with lock_output(folders):
+        lines = slurm.submit(jobs, request.caller / arguments.slurm, folders.output, again)
     print("\n".join(lines) or "everything is done")
 
 

@@ -6,29 +6,27 @@ how a job ended that left none. Each works without the others.
 
 import logging
 import shutil
-import subprocess
+import time
 from collections.abc import Sequence
 
 from qwen_vl_streaming.common.errors import InputError
 
-from .attempts import LOCAL, Attempt, read_attempt
+from .attempts import LOCAL, Attempt, not_begun, read_attempt
 from .checks import DONE, PARTIAL, REFUSED, TO_DO
-from .runner import clean_environment, last_line
-from .slurm import entry, log_path, queued_jobs
+from .runner import last_line
+from .slurm import entry, log_path
+from .slurm_queue import job_ends, queued_jobs
 from .status import BLOCKED, ENDED, FAILED, QUEUED, RUNNING, Progress, blocked_by
 from .steps import Folders, Step
 
 logger = logging.getLogger(__name__)
-
-WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
-"""States of jobs in the queue that have yet to run, or to run again."""
 
 
 class QueueStatus:
     """The steps as SLURM and the files show them."""
 
     def __init__(self, folders: Folders):
-        self.folders, self.known = folders, bool(shutil.which("squeue"))
+        self.folders, self.known, self.asked = folders, bool(shutil.which("squeue")), time.time()
         try:
             self.queue = queued_jobs()
         except InputError as error:  # a controller that does not answer: the files say the rest
@@ -39,8 +37,9 @@ class QueueStatus:
         """Set words, details, times and logs of `progress` by the last attempts and the queue."""
         logs = self.folders.logs
         attempts = {step.name: read_attempt(logs, step.name) for step in steps}
+        gone = {step.name: self._gone(step) for step in steps if progress[step.name].word not in (DONE, REFUSED)}
         lost = [one.job for one in attempts.values() if one and one.status is None and one.job != LOCAL]
-        ends = job_ends(lost)
+        ends = job_ends([*lost, *filter(None, gone.values())])
         for step in steps:
             one, attempt = progress[step.name], attempts[step.name]
             if attempt:
@@ -49,26 +48,36 @@ class QueueStatus:
                     one.log = log_path(logs, step.group, attempt.job)
                 one.took = attempt.took
             if one.word not in (DONE, REFUSED):
-                self._update_one(step, one, attempt, ends)
+                self._update_one(step, one, None if gone[step.name] else attempt, ends)
             if one.word in (DONE, FAILED, BLOCKED, REFUSED, QUEUED, RUNNING):
                 continue
             if needed := blocked_by(step, progress):
                 one.word, one.detail = BLOCKED, f"needs {needed}"
+            elif job := gone.get(step.name):
+                how = ends.get(job, "")
+                why = "" if how.startswith("CANCELLED") else f": check that its node can write {logs}"
+                one.word, one.detail = FAILED, f"job {job} ended before it began{f' ({how})' if how else ''}{why}"
+
+    def _gone(self, step: Step) -> str:
+        """The job that was submitted for a step and left the queue without a trace; empty if there is none."""
+        submitted = not_begun(self.folders.logs, step.name)
+        gone = self.known and entry(step, self.folders.output) not in self.queue
+        return submitted.job if gone and submitted and submitted.began <= self.asked else ""
 
     def _update_one(self, step: Step, one: Progress, attempt: Attempt | None, ends: dict[str, str]) -> None:
         queued = self.queue.get(entry(step, self.folders.output))
         said = last_line(one.log) if attempt and one.log and one.log.exists() else ""
-        of_attempt = bool(queued and attempt and attempt.job.split("_")[0] == queued.job)
-        # Its file calls this program after it has written the exit status, and is in the queue still.
-        if of_attempt and attempt.status is not None and queued.state not in WAITING:
+        # Its file calls this program after it has written the exit status, and is in the queue still. One that is
+        # killed may be requeued, unless sacct says how it ended.
+        if queued and queued.has_ended(attempt) and attempt and (attempt.status is not None or attempt.job in ends):
             queued = None
-        if queued and queued.state in WAITING:
+        if queued and queued.waits:
             one.word, one.took = QUEUED, 0.0
-            one.detail = f"job {queued.job}, waits"
+            one.detail = f"job {queued.id}, waits{f' ({queued.reason})' if queued.reason != 'None' else ''}"
         elif queued:
             one.word, one.took = RUNNING, 0.0
-            one.detail = f"job {queued.job}, {queued.state.lower()}"
-            if of_attempt:
+            one.detail = f"job {queued.id}, {queued.state.lower()}"
+            if attempt and attempt.job == queued.id:
                 one.began = attempt.began
                 if one.log and one.log.exists():
                     one.detail = last_line(one.log, running=True)
@@ -92,18 +101,3 @@ class QueueStatus:
         """Whether nothing changes until something is submitted."""
         words = {one.word for one in progress}
         return not words & {RUNNING, QUEUED} and (self.known or words <= {*ENDED, PARTIAL})
-
-
-def job_ends(jobs: Sequence[str]) -> dict[str, str]:
-    """How SLURM's `jobs` ended, by id, such as TIMEOUT or OUT_OF_MEMORY; without those that still run. Empty where
-    there is no sacct, or no accounting behind it."""
-    if not jobs or not shutil.which("sacct"):
-        return {}
-    command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
-    command += [f"--jobs={','.join(jobs)}"]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
-    if done.returncode:
-        return {}
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1]
-    still = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED")
-    return {job: state for job, state in rows if not state.startswith(still)}

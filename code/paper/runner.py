@@ -5,6 +5,7 @@ A step that fails names its log; steps that do not need it go on. Knows nothing 
 """
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -30,6 +31,12 @@ PERIOD = 5.0
 """Seconds between two versions of the status page while steps run."""
 POLL = 0.1
 """Seconds between two looks at the steps that run."""
+BEGINS = "+ job "
+"""Begins a line in the log of a SLURM job where it starts, or starts again after it was requeued."""
+CAUSE = re.compile(r"error:|slurmstepd.*: error: .*(memory|oom)", re.IGNORECASE)
+"""Begins a line that says why a step failed."""
+EXITED = re.compile(r"srun: error: .* Exited with exit code \d+$")
+"""Follows the last line of what srun ran."""
 TAIL = 8192
 """Bytes at the end of a log that are searched for its last line."""
 OWN_PATHS = {str(ROOT / folder) for folder in ("", "code", "code/demo", "code/evaluation", "code/qwen-vl-finetune")}
@@ -245,11 +252,12 @@ def clean_environment() -> dict[str, str]:
 
 
 def last_line(log: Path, start: int = 0, running: bool = False) -> str:
-    """Of a log from byte `start`, the last line that begins with `error:`, unless its step is `running`; else the last
-    line. Progress bars end lines with a carriage return."""
+    """Of a log from byte `start`, and of its last start, the last line that says why it failed, unless its step is
+    `running`; else the last line. Progress bars end lines with a carriage return."""
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - TAIL))
         lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").split("\n")]
-    lines = [line for line in lines if line]
-    errors = [line for line in lines if line.startswith("error:") and not running]
+    begun = [number for number, line in enumerate(lines, 1) if line.startswith(BEGINS)]
+    lines = [line for line in lines[begun[-1] if begun else 0 :] if line and not EXITED.match(line)]
+    errors = [line for line in lines if CAUSE.match(line) and not running]
     return (errors or lines or [""])[-1][:300]

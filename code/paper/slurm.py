@@ -3,41 +3,39 @@ their dependencies.
 
 A file that was edited is submitted as it is, if it was written for the same commands. Array indices and dependencies,
 which depend on what is done, are flags of sbatch. What squeue shows as queued or running is not submitted again. Each
-file also writes when its step began and ended and its exit status (attempts.py), which the status page shows.
+file also writes when its step began and ended and its exit status (attempts.py), which the status page shows. What
+depends on the part of the tables that is asked for, the commands of the status page and the report, is in files beside
+the logs, so that a file that was edited serves for any part.
 """
 
 import hashlib
+import re
+import shlex
 import shutil
-import subprocess
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import reporting_write_errors, write_file
 
-from .attempts import attempt_path
-from .runner import clean_environment
+from .attempts import Attempt, attempt_path, read_attempt, submission_path
+from .runner import BEGINS
 from .settings import PAPER_VARIANTS, REQUEUES, ROOT, SBATCH, SBATCH_CPU
+from .slurm_queue import NEVER, REQUEUED, Queued, call, queued_jobs, run
 from .steps import EVALUATE, PREPARE, REPORT, TRAIN, VARIANT, Step
 
 REQUEUE = (
-    'if [ "$status" -eq 143 ]; then  # saved before the time limit',
+    f'if [ "$status" -eq {REQUEUED} ]; then  # saved before the time limit',
     f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {REQUEUES} ]; then scontrol requeue "$job"',
     f'  else echo "error: stopped at the time limit {REQUEUES + 1} times: submit it again to go on" >&2; fi',
     "fi",
 )
+STATUS_FILE, REPORT_FILE = "status.sh", "report.sh"
+"""In the folder of the logs: rewrites the status page, and writes the report, of what was last submitted."""
 STAMP = "# for these commands: "
 """Before the hash of the text that was written, in a line of its own."""
-
-
-@dataclass(frozen=True)
-class Queued:
-    """A job, or an element of an array, in SLURM's queue."""
-
-    job: str
-    state: str
-    """Such as PENDING or RUNNING."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ def log_path(logs: Path, group: str, job: str) -> Path:
     return logs / f"{group}-{job}.log"
 
 
-def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
-    """The sbatch file of a job. `after_each` is the command that rewrites the status page."""
+def script(job: Job, logs: Path) -> str:
+    """The sbatch file of a job."""
     step = job.steps[0]
     gpu = step.kind in (TRAIN, EVALUATE) and not job.scores
     lines = ["#!/bin/bash", f"# {job.group}: written by paper.sh, which submits it. Edit it as needed."]
@@ -107,11 +105,13 @@ def script(job: Job, logs: Path, after_each: Sequence[str]) -> str:
     if job.is_array:
         lines += [f"variants=({' '.join(PAPER_VARIANTS)})", "variant=${variants[$SLURM_ARRAY_TASK_ID]}"]
     lines += [f"export {name}={quote(value)}" for name, value in command.environment.items()]
-    name, show = f"{job.group}-{VARIANT}" if job.is_array else job.group, " ".join(map(quote, after_each))
+    words = ("bash", str(logs / REPORT_FILE)) if step.kind == REPORT else command.words
+    name, show = f"{job.group}-{VARIANT}" if job.is_array else job.group, f"bash {quote(str(logs / STATUS_FILE))}"
+    lines += [f'echo "{BEGINS}$job, start $((${{SLURM_RESTART_COUNT:-0}} + 1))"']
     lines += [f"attempt={quote(str(attempt_path(logs, name)))}", "began=$(date +%s)", 'echo "$job $began" >"$attempt"']
     show += " >/dev/null 2>&1"  # the log is that of the step alone
     lines += [f"{show} &"]
-    lines += [("srun " if gpu else "") + " ".join(map(quote, command.words)), "status=$?"]
+    lines += [("srun " if gpu else "") + " ".join(map(quote, words)), "status=$?"]
     lines += ['echo "$job $began $(date +%s) $status" >"$attempt"']
     lines += REQUEUE if gpu else ()  # at once: the time limit is near
     lines += ["wait", show, 'exit "$status"']
@@ -142,25 +142,19 @@ def write_script(path: Path, text: str) -> str:
     return f"{path} was edited, and is kept as it is"
 
 
-def queued_jobs() -> dict[tuple[str, str], Queued]:
-    """The user's jobs in the queue, by name and array index; none where there is no squeue."""
-    if not shutil.which("squeue"):
-        return {}
-    lines = _run(["squeue", "--me", "--noheader", "--array", "--format=%j %K %F %T"], "squeue").splitlines()
-    return {(words[0], words[1]): Queued(words[2], words[3]) for line in lines if len(words := line.split()) == 4}
-
-
 def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence[str]) -> list[str]:
-    """Write the files of `jobs` into `folder` and submit what is not queued. Returns a line for each job.
+    """Write the files of `jobs` into `folder` and submit what is not queued. Returns a line for each job. `after_each`
+    is the command that rewrites the status page.
 
-    A job that is queued and waits for nothing that is submitted now stays as it is; else it waits for that too.
+    A job that waits for one that is submitted anew is cancelled and submitted too, as it would wait for a job that has
+    ended. One that is ending is submitted again, to run after its end.
     Raises InputError where sbatch is missing or refuses a file, naming it and what is queued already.
     """
     logs = output / "logs"
     lines: list[str] = []
     for job in jobs:
         path = folder / job.file
-        if line := write_script(path, script(job, logs, after_each)):
+        if line := write_script(path, script(job, logs)):
             lines.append(line)
     if not shutil.which("sbatch"):
         raise InputError(
@@ -169,45 +163,67 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
         )
     with reporting_write_errors(logs):
         logs.mkdir(parents=True, exist_ok=True)  # without it, SLURM drops the logs
+    reports = [(REPORT_FILE, job.steps[0].command.words) for job in jobs if job.steps[0].kind == REPORT]
+    for name, words in [(STATUS_FILE, after_each), *reports]:
+        write_file(logs / name, f"exec {shlex.join(words)}\n")
     queue = queued_jobs()
     found = {step.name: queue.get(entry(step, output)) for job in jobs for step in job.steps}
-    ids = {name: queued.job for name, queued in found.items() if queued}
-    lines += [f"{name}: already in the queue as job {number}" for name, number in ids.items()]
+    ending = {name: one.id for name, one in found.items() if one and one.has_ended(read_attempt(logs, name))}
+    ids = {name: one.job for name, one in found.items() if one and name not in ending}
     new: set[str] = set()
     for job in jobs:
         parts: dict[str, list[Step]] = {}
+        old: list[str] = []
         for step in job.steps:
-            needs, queued = dependency(step, ids), found[step.name]
-            if queued is None:
-                parts.setdefault(needs, []).append(step)
-            elif not job.is_array and new & {*step.after, *step.behind}:
-                if queued.state == "PENDING":
-                    _run(["scontrol", "update", f"JobId={queued.job}", f"Dependency={needs}"], "scontrol update")
-                    lines.append(f"{step.name}: job {queued.job} now waits for {needs}")
-                elif step.kind == REPORT:  # it runs, and another one has the rows that are submitted now
-                    parts.setdefault(needs, []).append(step)
+            queued, anew = found[step.name], bool(new & {*step.after, *step.behind})
+            if step.name in ending:
+                lines.append(f"{step.name}: job {ending[step.name]} is ending")
+            elif queued and queued.waits and (anew or queued.reason == NEVER):
+                old.append(queued.id)
+                lines.append(f"{step.name}: job {queued.id} waits for jobs that have ended, and is replaced")
+            elif queued and not (anew and step.kind == REPORT):  # a report that runs lacks the rows submitted now
+                lines.append(f"{step.name}: already in the queue as job {queued.job}")
+                continue
+            new.add(step.name)
+            parts.setdefault(dependency(step, ids, ending.get(step.name, "")), []).append(step)
+        if old:  # one that has gone meanwhile is what scancel reports
+            call(["scancel", "--quiet", "--state=PENDING", *old])
         for needs, steps in parts.items():
-            entries = [entry(step, output) for step in steps]
-            indices = ",".join(index for _, index in entries)
-            command = ["sbatch", "--parsable", f"--job-name={entries[0][0]}", "--kill-on-invalid-dep=yes"]
-            command += [f"--output={log_path(logs, job.group, '%A_%a' if job.is_array else '%j')}"]
-            command += [f"--array={indices}"] if job.is_array else []
-            command += [f"--dependency={needs}"] if needs else []
-            path = folder / job.file
-            try:
-                number = _run([*command, str(path)], f"sbatch {path}").strip().split(";")[0]
-            except InputError as error:
-                there = ", ".join(dict.fromkeys(ids.values())) or "none"
-                raise InputError(f"{error}; jobs in the queue, which are not submitted again: {there}") from error
-            ids |= {step.name: number for step in steps}
-            new |= {step.name for step in steps}
-            more = [f"array {indices}"] * job.is_array + [needs] * bool(needs)
-            lines.append(", ".join([f"{job.group}: job {number}", *more]))
+            number, said = _submit_one(job, steps, needs, folder, output, ids)
+            lines += said
+            ids |= dict.fromkeys((step.name for step in steps), number)
+            for step in steps:
+                submitted = Attempt(Queued(number, "PENDING", index=entry(step, output)[1]).id, int(time.time()))
+                write_file(submission_path(logs, step.name), str(submitted))
     return lines
 
 
-def dependency(step: Step, ids: dict[str, str]) -> str:
-    """What a step waits for: the jobs, of `ids` by step name, of the steps that it needs; empty for nothing.
+def _submit_one(
+    job: Job, steps: Sequence[Step], needs: str, folder: Path, output: Path, ids: Mapping[str, str]
+) -> tuple[str, list[str]]:
+    """Submit `steps` of a job, to wait for what it `needs`. Returns the id and lines to show. `ids` are queued."""
+    entries, path = [entry(step, output) for step in steps], folder / job.file
+    indices = ",".join(index for _, index in entries)
+    command = ["sbatch", "--parsable", f"--job-name={entries[0][0]}", "--kill-on-invalid-dep=yes"]
+    logs = Path(str(output / "logs").replace("%", "%%"))
+    command += [f"--output={log_path(logs, job.group, '%A_%a' if job.is_array else '%j')}"]
+    command += [f"--array={indices}"] if job.is_array else []
+    command += [f"--dependency={needs}"] if needs else []
+    try:
+        out, notes = run([*command, str(path)], what=f"sbatch {path}")
+    except InputError as error:
+        there = ", ".join(dict.fromkeys(ids.values())) or "none"
+        raise InputError(f"{error}; jobs in the queue, which are not submitted again: {there}") from error
+    numbers = re.findall(r"^(\d+)(?:;\S*)?$", out, re.MULTILINE)  # sites add lines of their own
+    if not numbers:
+        raise InputError(f"sbatch {path} printed no job id, but {out.strip() or 'nothing'!r}: see squeue --me")
+    more = [f"array {indices}"] * job.is_array + [needs] * bool(needs)
+    return numbers[-1], [*notes, ", ".join([f"{job.group}: job {numbers[-1]}", *more])]
+
+
+def dependency(step: Step, ids: Mapping[str, str], before: str = "") -> str:
+    """What a step waits for: the jobs, of `ids` by step name, of the steps that it needs, and the end of the job
+    `before`; empty for nothing.
 
     An element of an array of evaluations waits for the same element of its training (aftercorr). The report waits for
     all evaluations to end, in whatever way (afterany), as a step does for those that it is only behind.
@@ -217,16 +233,4 @@ def dependency(step: Step, ids: dict[str, str]) -> str:
     for how, names in ((kind, step.after), ("afterany", step.behind)):
         if jobs := dict.fromkeys(ids[name] for name in names if name in ids):
             parts.append(f"{how}:{':'.join(jobs)}")
-    return ",".join(parts)
-
-
-def _run(command: list[str], what: str) -> str:
-    """The output of `command`. Raises InputError with its last line of stderr where it fails."""
-    try:
-        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
-    except OSError as error:
-        raise InputError(f"{what} failed ({error.strerror}): fix that and give the same command") from None
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise InputError(f"{what} failed ({reason}): fix that and give the same command")
-    return done.stdout
+    return ",".join([*parts, *([f"afterany:{before}"] if before else [])])

@@ -1,12 +1,11 @@
 """Cleaning up after killed runs, and the lock on a folder. Does not depend on what the files contain."""
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import PARTIAL_SUFFIX
+from qwen_vl_streaming.common.files import PARTIAL_SUFFIX, lock_file
 
 
 def remove_partial_files(folder: Path, *, recursive: bool = True) -> None:
@@ -25,8 +24,6 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot write {folder} ({error.strerror}): make it writable or use --output-dir") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another mani_data.py is running in {folder.parent}: wait for it or stop it") from error
+        if not lock_file(lock):
+            raise InputError(f"another mani_data.py is running in {folder.parent}: wait for it or stop it")
         yield

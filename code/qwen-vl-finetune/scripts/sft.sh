@@ -56,6 +56,7 @@ else
 fi
 require_number NPROC_PER_NODE "$nproc" 1 1024
 [ "$plan" != only ] || exec "$python" -m qwenvl.planner "$((gpus > 0 ? 10#$nproc : 0))" "$nnodes" "${inputs[@]}" "$@"
+require_srun
 # Several nodes have to know the port in advance.
 [ -n "${MASTER_PORT:-}" ] || ((10#$nnodes > 1)) || master_port=$(free_port)
 

@@ -4,15 +4,20 @@ Independent of what the files are for.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import InputError
+
+logger = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".atomic.part"
 """Ending of the hidden temporary files."""
@@ -30,6 +35,20 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def lock_file(file: IO[Any]) -> bool:
+    """Locks the open `file` for as long as it is open. Returns False if another process has locked it.
+
+    Logs a warning and returns True on a file system without locks, such as Lustre mounted without `flock`.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): do not run another one there", Path(file.name).parent, error.strerror)
+    return True
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w", *, sync: bool = True, report: bool = True) -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path` for writing, and renames it to `path` when the block succeeds.
@@ -38,9 +57,9 @@ def atomic_write(path: Path, mode: str = "w", *, sync: bool = True, report: bool
     power failure unless `sync` is False. Creates the folder of `path` if needed, and raises InputError if the file
     cannot be written; if `report` is False, the folder must exist, and OSError is raised.
     """
-    # A hash, because a suffix could exceed the limit on a name's length.
+    # A hash, because a suffix could exceed the limit on a name's length. Processes of two nodes may have the same id.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    partial = path.with_name(f".{digest}.{os.getpid()}{PARTIAL_SUFFIX}")
+    partial = path.with_name(f".{digest}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     with reporting_write_errors(path) if report else contextlib.nullcontext():
         if report:
