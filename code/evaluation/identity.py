@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object, write_file
+from qwen_vl_streaming.model.trained import training_record
 
 ARGUMENTS = {name: str for name in ("model", "data", "schedule", "variant")}
 """Fields that the arguments beside a result file always have."""
@@ -35,9 +36,9 @@ def read_arguments(out: Path, fields: Mapping[str, type | tuple[type, ...]] = AR
 def describe_model(model: str) -> str:
     """The checkpoint's name and, if sft.sh wrote it, what it was trained on."""
     try:
-        made = json.loads((Path(model) / "run.json").read_text(encoding="utf-8"))
+        made = training_record(Path(model))
         return f"{model}, trained as {made['variant']} on {made['data']['path']}"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (InputError, OSError, KeyError, TypeError):
         return model
 
 
