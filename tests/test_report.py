@@ -203,6 +203,9 @@ def test_checkpoints_outside_of_the_papers_recipe_are_reported(world):
     early = shutil.copytree(folder, folder / "checkpoint-1", ignore=shutil.ignore_patterns("run.json", "checkpoint-1"))
     text = report(early)
     assert "trained with --learning_rate 0.0001" in text and "that of step 1 of its training (all)" in text
+    world.add("group", name="base", model=str(world.checkpoint))
+    assert "is a base model, or was trained elsewhere (base_infer.json)" in report(early)
+    (world.folder / "base_infer.json").unlink()
     assert facts_of(text)[1:] == ["step 1", "cccccccc", "train.jsonl dddddddd"]
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(run | {"finished": None}))

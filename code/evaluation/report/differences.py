@@ -1,5 +1,6 @@
 """How results differ: from each other, in their labels, and from the paper's setup."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,11 +39,15 @@ def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
 
 
 def differences(results: Sequence[Result], size: str) -> list[tuple[str, str]]:
-    """How the results differ from the paper's setup, each difference with the variants that it applies to."""
+    """How the results differ from the paper's setup, each difference with the variants, or else the files, that it
+    applies to."""
     found: dict[str, list[str]] = {}
+    names = {result.path: f"{result.variant.name} {result.schedule}" for result in results}
+    alike = Counter(names.values())
     for result in results:
+        name = names[result.path] if alike[names[result.path]] == 1 else result.path.name
         for text in differences_of(result, size):
-            found.setdefault(text, []).append(f"{result.variant.name} {result.schedule}")
+            found.setdefault(text, []).append(name)
     notes = [(text, "all" if len(who) == len(results) else ", ".join(who)) for text, who in found.items()]
     if any(result.rows.keys() != results[0].rows.keys() for result in results):
         counts = ", ".join(f"{result.variant.name} {result.schedule} {len(result.rows)}" for result in results)

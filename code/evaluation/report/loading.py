@@ -198,15 +198,14 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
     """The result files in the order of the paper's tables; those of one variant in the given order.
 
     Raises InputError for a file that is missing, invalid or without arguments, and for two files of the same task,
-    variant, schedule, seed, checkpoint, precision of its weights and data.
+    variant, schedule, seed, model, precision of its weights and data.
     """
     identify = cache(identify_folder)  # of one checkpoint once
     results = [load_result(Path(path), identify) for path in paths]
     seen: dict[tuple, Path] = {}
     for result in results:
-        contents = (str(result.args.get(name)) for name in ("data_sha256", "schedule_sha256"))
-        key = result.task, result.variant.name, result.schedule, result.seed, result.checkpoint, result.weights
-        key = *key, *contents
+        contents = (str(result.args.get(f"{name}_sha256")) for name in ("data", "schedule", "model"))
+        key = (result.task, result.variant.name, result.schedule, result.seed, result.model, result.weights, *contents)
         if key in seen:
             raise InputError(
                 f"{seen[key]} and {result.path} are both {result.variant.name}, {result.schedule}, of {result.model}: "
