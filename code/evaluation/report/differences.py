@@ -63,7 +63,7 @@ def differences_of(result: Result, size: str) -> list[str]:
         elif not result.model_folder:
             what = "the model is not on this machine, so its size and training are unknown"
         elif result.size == UNKNOWN:
-            what = "the size of the model is unknown, as its weights cannot be read"
+            what = "the size of the model is unknown, as it has no readable safetensors files"
         elif result.size in paper.SIZES:
             what = f"the model is Qwen2.5-VL-{result.size}"
         else:
