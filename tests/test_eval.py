@@ -329,6 +329,11 @@ def test_every_token_is_recomputed_by_the_stock_model(evaluate, tmp_path, monkey
             json.dumps({**saved_arguments, "repetition_penalty": -0.0}),
             "a repetition penalty that is not above 0",
         ),
+        (
+            arguments,
+            json.dumps({**saved_arguments, "model_sha256": "0" * 64}),
+            f"{saved_arguments['model']} has changed since {path} was written",
+        ),
         (path, "", "has no rows"),
     ):
         file.write_text(text)

@@ -24,6 +24,7 @@ from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwenvl import merge, run_checks, train
+from report.loading import find_model, identify_folder
 from safetensors import safe_open
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 
@@ -123,6 +124,7 @@ def test_a_cached_model_is_used_if_the_hub_is_unreachable(checkpoints, cache, mo
     assert len(said) == (network != "is off") and len(questions) == 1
     assert all("cannot be reached: " in line and f"using the cached {folder}" in line for line in said)
     assert of_checkpoint(NAME) == f"{NAME} {COMMIT}"
+    assert identify_folder(find_model(NAME), NAME) == of_checkpoint(NAME)  # as a report does
 
 
 def test_a_file_missing_in_the_cache_is_named(checkpoints, cache, monkeypatch):

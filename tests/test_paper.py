@@ -28,7 +28,7 @@ from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Command, Folders, Step
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwenvl import headers as headers_module
-from results import FIELDS
+from results import FIELDS, hash_rows, load_finished
 from waiting import SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,6 +235,11 @@ def test_an_evaluation_is_done_if_it_is_complete_and_of_this_checkpoint(tmp_path
     write(scores, {"count": 2, "BLEURT": 50.0})
     shared = {"data_sha256": made["data_sha256"], "seed": 0, "the K of the schedule": "3"}
     assert check().done and check().facts == shared
+    rows = list(load_finished(out).values())
+    write(scores, {"count": 2, "BLEURT": 50.0, "captions": hash_rows([{**row, "result": "old"} for row in rows])})
+    assert (check().word, check().detail) == (STARTED, "2 captions, without scores")
+    write(scores, {"count": 2, "BLEURT": 50.0, "captions": hash_rows(rows)})
+    assert check().done
     for change, message in (
         ({"model_sha256": "v"}, "the hash of the checkpoint is v, not w: delete it to start over"),
         ({"data_sha256": "e"}, "the hash of test.jsonl is e, not "),

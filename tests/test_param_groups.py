@@ -25,6 +25,7 @@ from qwenvl import merge, train
 from qwenvl.arguments import ModelArguments
 from qwenvl.checkpointing import save_final_model
 from qwenvl.data import StreamingDataset
+from qwenvl.folder import check_folder
 from qwenvl.param_groups import freeze, make_trainable
 from qwenvl.rows import read_rows
 from qwenvl.training_arguments import SftArguments
@@ -176,6 +177,11 @@ def test_only_adapters_and_the_merger_train(made, tmp_path, monkeypatch):
     assert rest == {name for name in before if "visual.merger" in name}
 
     call(merge.main, ["--adapter", out, "--output", merged], monkeypatch)
+    record, of_merged = (json.loads((folder / "run.json").read_text()) for folder in (out, merged))
+    assert of_merged == {**record, "merged": {"adapter": str(out), "base": str(made[0])}}
+    assert record["recipe_differences"]["lora_enable"] is False
+    with pytest.raises(InputError, match=r"merged.*was not written by a training run, and would be overwritten"):
+        check_folder(merged, "group", str(made[0]))
     after = weights(merged)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == rest | {f"{name.removeprefix('base_model.model.')}.weight" for name in layers}

@@ -16,11 +16,14 @@ from media import make_video, read_number
 from metrics.lag import slot_texts
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
 from refusing import refused
 from report.cli import outputs
 from report.gallery import show_video
 from result_files import METRICS, World
+from results import hash_rows
+from safetensors.numpy import load_file, save_file
 
 
 @pytest.fixture
@@ -72,16 +75,14 @@ def test_only_scores_over_the_same_videos_are_subtracted(world):
 
     values = [world.add("group", schedule)["CIDEr"] for schedule in ("wait-3", "random-3")]
     assert difference()[0] == f"{values[1] - values[0]:+.2f}"
-    world.add("group", "random-3", scores={"count": 2})
-    cell, text = difference()
-    assert cell.startswith("-<sup>") and "are of 3 and 2 videos: score again with eval.sh" in text
     path = world.folder / "group_random-3_infer.json"
     lines = path.read_text().splitlines(keepends=True)
     for other, says in (
-        ("".join(lines[:2]), "have different videos (3 and 2, 2 in both)"),
-        ("".join([*lines[:2], lines[2].replace('"annotation": "', '"annotation": "Else. ')]), "reference captions"),
+        (lines[:2], "have different videos (3 and 2, 2 in both)"),
+        ([*lines[:2], lines[2].replace('"annotation": "', '"annotation": "Else. ')], "reference captions"),
     ):
-        path.write_text(other)
+        world.add("group", "random-3", scores={"count": len(other)})
+        path.write_text("".join(other))
         cell, text = difference()
         assert cell.startswith("-<sup>") and says in text.replace("\\", "")
         assert f"{values[1]:.2f}" in text  # each of the two is still shown
@@ -131,6 +132,86 @@ def test_a_missing_value_is_a_dash_with_its_reason(world):
     theirs = {row[2]: row[4:] for row in rows if row[3] == "paper: 7B"}
     assert theirs["gap"][0] == "*25.70*" and reason(theirs["gap"][6].strip("*")) == "not in the paper"
     assert 'title="METEOR was not computed: Java | failed"' in page and "Fixed and random" not in page
+
+
+def test_scores_of_other_captions_are_not_shown(world):
+    """Those of an earlier run with the same name and as many captions."""
+    values = world.add("group")
+    path = world.folder / "group_wait-3_scores.json"
+    rows = [json.loads(line) for line in Path(world.files[0]).read_text().splitlines()]
+    for captions, shown in ((rows, True), ([{**row, "result": "old"} for row in rows], False)):
+        path.write_text(json.dumps({**values, "count": 3, "skipped": 0, "captions": hash_rows(captions)}))
+        _, text = world.report(*world.files, "--videos", "0")
+        assert (f"{values['CIDEr']:.2f}" in text) == shown
+        reason = "group_wait-3_infer.json is not scored: group_wait-3_scores.json is of other captions: score again"
+        assert (reason in text.replace("\\", "")) != shown
+
+
+def retrained(world) -> Path:
+    """The world's checkpoint with a record of its training."""
+    folder = shutil.copytree(world.checkpoint, world.folder / "trained")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"streaming_variant": "group"}))
+    run = {"arguments": {"learning_rate": 1e-4}, "recipe_differences": {"learning_rate": 2e-5}}
+    run |= {"finished": "2026-11-29T06:00:00", "commit": {"hash": "c" * 40, "changed": False}}
+    (folder / "run.json").write_text(json.dumps(run | {"data": {"path": "/d/train.jsonl", "sha256": "d" * 64}}))
+    return folder
+
+
+def facts_of(text: str) -> list[str]:
+    """Size, day of the training, commit and training data in the report's table of runs."""
+    return markdown_rows(text, "## Runs")[0][4:8]
+
+
+def test_a_checkpoint_that_has_changed_does_not_describe_earlier_captions(world):
+    folder = retrained(world)
+    wrote = {"model": str(folder), "model_sha256": of_checkpoint(str(folder))}
+    world.add("group", **wrote)
+    _, text = world.report(*world.files, "--videos", "0")
+    assert facts_of(text)[1:] == ["2026-11-29", "cccccccc", "train.jsonl dddddddd"]
+    assert "trained with --learning_rate 0.0001" in text.replace("\\", "") and "has changed" not in text
+
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors")
+    page, text = world.report(*world.files, "--videos", "1")
+    assert facts_of(text) == ["size unknown", "-", "-", "-"] and "learning" not in text
+    assert "trained has changed since these captions, so its size and training then are unknown" in text
+    assert "The timing of words" not in page  # the tokenizer is the same
+
+    # Captions of the weights before and after: no pair of schedules, and no duplicates.
+    world.add("group", "random-3", model=str(folder), model_sha256=of_checkpoint(str(folder)))
+    _, text = world.report(*world.files, "--videos", "0")
+    assert {row[3] for row in markdown_rows(text, "### Fixed and random") if row[1] == "difference"} == {"-"}
+    world.add("group", name="after", model=str(folder), model_sha256=of_checkpoint(str(folder)))
+    _, text = world.report(*world.files, "--videos", "0")
+    ours = {row[3] for row in markdown_rows(text) if row[3].startswith("ours: wait-3")}
+    assert ours == {"ours: wait-3, size unknown", f"ours: wait-3, {facts_of(text)[0]}"}
+    save_file(weights, folder / "model.safetensors", {"changed": "again"})
+    _, text = world.report(*world.files, "--videos", "0")
+    ours = {row[3] for row in markdown_rows(text) if row[3].startswith("ours: wait-3")}
+    assert len(ours) == 2 and f"ours: wait-3, size unknown, checkpoint {wrote['model_sha256'][:8]}" in ours
+
+
+def test_checkpoints_outside_of_the_papers_recipe_are_reported(world):
+    def report(folder: Path) -> str:
+        world.add("group", model=str(folder), model_sha256=of_checkpoint(str(folder)))
+        return world.report(*world.files, "--videos", "0")[1].replace("\\", "")
+
+    text = report(world.checkpoint)
+    assert "was not trained by this project: it is a base model, or was trained elsewhere" in text
+    folder = retrained(world)
+    early = shutil.copytree(folder, folder / "checkpoint-1", ignore=shutil.ignore_patterns("run.json", "checkpoint-1"))
+    text = report(early)
+    assert "trained with --learning_rate 0.0001" in text and "that of step 1 of its training (all)" in text
+    world.add("group", name="base", model=str(world.checkpoint))
+    assert "is a base model, or was trained elsewhere (base_infer.json)" in report(early)
+    (world.folder / "base_infer.json").unlink()
+    assert facts_of(text)[1:] == ["step 1", "cccccccc", "train.jsonl dddddddd"]
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"finished": None}))
+    assert "that of step 1 of its training, which has not finished" in report(early)
+    (folder / "run.json").unlink()
+    assert "how the checkpoint was trained is not recorded" in report(folder)
 
 
 def test_funqa_has_the_papers_other_table(world):
@@ -203,7 +284,7 @@ def test_both_sizes_on_one_page(world):
     assert str(world.folder) not in page + text and "7B, funqa is refused: move away x" in page + text
     assert (
         text.replace("\\", "").count(
-            "trained with --learning_rate 0.0001 (2e-05 in the paper's recipe), 8 samples a GPU "
+            "--learning_rate 0.0001 (2e-05 in the paper's recipe), samples a GPU in an optimizer step: 8 (16 "
         )
         == 1
     )
@@ -317,7 +398,7 @@ def test_invalid_input_is_refused_in_one_line(world, capsys, tmp_path):
         ([broken("e", {"slots": [9999] * len(rows[0]["tokens"])})], "the slots do not match the schedule"),
         ([broken("f", scores="{")], "f_scores.json cannot be read"),
         ([broken("g", scores="[]")], "g_scores.json cannot be read (it is not a JSON object)"),
-        ([broken("h", scores='{"not_computed": []}')], "not_computed is not an object"),
+        ([broken("h", scores='{"count": 1, "not_computed": []}')], "not_computed is not an object"),
         ([broken("i", {"clips": 0, "tokens": [], "slots": []})], "for each of the 0 clips"),
         ([gap, "--video-ids", "nowhere"], "--video-ids nowhere"),
         ([gap, "--videos", "-1"], "--videos -1"),

@@ -17,11 +17,13 @@ from results import (
     SKIPPED_FIELDS,
     appender,
     exclusive_writer,
+    hash_rows,
     load_all,
     load_finished,
     load_skipped,
     merge_parts,
     rows_part,
+    scores_of,
     sibling,
     skipped_part,
 )
@@ -258,3 +260,38 @@ def test_a_file_is_written_completely_or_not_at_all(path: Path, monkeypatch: pyt
     monkeypatch.undo()
     write_file(path, b"new")
     assert path.read_bytes() == b"new" and sorted(path.parent.iterdir()) == sorted([path, rows])
+
+
+def test_scores_are_those_of_the_captions(path: Path) -> None:
+    fill(path, "a", "b")
+    rows, scores = list(load_finished(path).values()), sibling(path, "scores.json")
+    assert scores_of(path, rows) == ({}, "group_scores.json does not exist")
+    other = [{**row, "result": "another caption"} for row in rows]
+    for made, of_these, of_others in (
+        ({"captions": hash_rows(rows), "count": 2}, True, False),
+        ({"captions": hash_rows(other), "count": 2}, False, True),
+        ({"count": 2}, True, True),  # of an earlier version
+        ({"count": 3}, False, False),
+    ):
+        scores.write_text(json.dumps(made))
+        for captions, same in ((rows, of_these), (other, of_others)):
+            found, reason = scores_of(path, captions)
+            assert found == (made if same else {}) and ("group_scores.json is of other captions" in reason) != same
+
+
+def test_new_captions_remove_what_was_computed_from_earlier_ones(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(path, "a", "b")
+    computed = [sibling(path, what) for what in ("scores.json", "per_video.jsonl", "timeliness.jsonl")]
+    for file in (*computed, sibling(path, "judge.jsonl")):  # the judge's answers are found by the captions
+        file.write_text("{}")
+    merge_parts(path, load_all(path, "ab"))  # nothing new
+    assert all(file.exists() for file in computed) and not caplog.text
+    with appender(rows_part(path, "0")) as append:
+        append(row("c"))
+    merge_parts(path, load_all(path, "abc"))
+    assert not any(file.exists() for file in computed) and sibling(path, "judge.jsonl").exists()
+    assert "group_scores.json removed: it is of other captions than group_infer.json has now" in caplog.text
+    computed[0].write_text("{}")
+    path.unlink()
+    merge_parts(path, [row("a")])  # made anew under the same name
+    assert not computed[0].exists()

@@ -29,9 +29,10 @@ from PIL import Image
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.reference import Caption
 from qwen_vl_streaming.timeline.variants import VARIANTS
+from refusing import refused
 from report.said_times import places_of
 from result_files import World
-from results import FIELDS
+from results import FIELDS, hash_rows
 from verify import check_times
 
 KEYS = [Event.from_keys(0, None, ["green", "ring"]), Event.from_keys(3, None, ["red", "square", "appears"])]
@@ -408,6 +409,26 @@ def test_the_report_shows_it(world, monkeypatch, capsys):
     scores.write_text(json.dumps({**json.loads(scores.read_text()), "timeliness": {"not_computed": "in /a/b.txt"}}))
     page, text = world.report(*world.files, "--videos", "0")
     assert "not computed: in b.txt" in text.replace("\\", "") and page.count('aria-label="event time') == 1
+
+
+def test_events_and_scores_of_other_captions_are_not_mixed(world, monkeypatch, capsys, caplog):
+    path, scores = Path(world.files[1]), world.folder / "group_wait-3_scores.json"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    other = {"CIDEr": 1.5, "count": 3, "skipped": 0, "captions": hash_rows([{**row, "result": "old"} for row in rows])}
+    scores.write_text(json.dumps(other))
+    call(monkeypatch, capsys, str(path), "--times", truth(world))
+    assert json.loads(scores.read_text()) == other
+    assert "timeliness is not added to its scores: group_wait-3_scores.json is of other captions" in caplog.text
+
+    scores.write_text(json.dumps({**other, "captions": hash_rows(rows)}))
+    call(monkeypatch, capsys, str(path), "--times", truth(world))
+    assert json.loads(scores.read_text())["timeliness"]["events"] > 3
+    points = world.folder / "group_wait-3_timeliness.jsonl"
+    points.write_text("".join(points.read_text().splitlines(keepends=True)[1:]))
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    assert f"{points} cannot be read (it is not of the timeliness in" in refused(
+        world.report, capsys, str(path), "--videos", "0"
+    )
 
 
 def test_the_command_refuses_in_one_line(world, monkeypatch, capsys, tmp_path):

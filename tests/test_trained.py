@@ -1,10 +1,11 @@
 """A checkpoint is used as it was trained, or refused."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.model.trained import check_trained, training_keys
+from qwen_vl_streaming.model.trained import check_trained, training_keys, training_record
 from qwen_vl_streaming.timeline.positions import RULE
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
@@ -27,3 +28,18 @@ def test_a_checkpoint_is_for_its_variant_and_its_rule(variant):
     else:
         with pytest.raises(InputError, match=r"another rule for the positions after a video.*train it again"):
             check_trained(earlier, "mine", variant, "--force")
+
+
+def test_an_intermediate_checkpoint_has_the_record_of_its_run(tmp_path):
+    for name in ("run/checkpoint-20", "run/best", "other/checkpoint-20"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "run/run.json").write_text(json.dumps({"variant": "gap"}))
+    (tmp_path / "newest").symlink_to(tmp_path / "run/checkpoint-20")
+    assert training_record(tmp_path / "run") == {"variant": "gap"}
+    for name in ("run/checkpoint-20", "newest"):
+        assert training_record(tmp_path / name) == {"variant": "gap", "step": 20}
+    for name in ("run/best", "other/checkpoint-20", "gone"):
+        assert training_record(tmp_path / name) == {}
+    (tmp_path / "run/run.json").write_text("[]")
+    with pytest.raises(InputError, match=r"run\.json cannot be read"):
+        training_record(tmp_path / "run/checkpoint-20")

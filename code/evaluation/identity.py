@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object, write_file
+from qwen_vl_streaming.model.trained import training_record
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,9 @@ def read_arguments(out: Path, fields: Mapping[str, type | tuple[type, ...]] = AR
 def describe_model(model: str, data_sha256: str | None = None) -> str:
     """The checkpoint's name and, if sft.sh wrote it, what it was trained on. Warns if those are these data."""
     try:
-        made = json.loads((Path(model) / "run.json").read_text(encoding="utf-8"))
+        made = training_record(Path(model))
         trained, data = f"{model}, trained as {made['variant']} on {made['data']['path']}", made["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (InputError, OSError, KeyError, TypeError):
         return model
     if data_sha256 is not None and data.get("sha256") == data_sha256:
         logger.warning("the checkpoint was trained on these data: its scores are those of training videos")

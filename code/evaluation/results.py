@@ -8,6 +8,8 @@ that it was captioning.
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -17,6 +19,7 @@ from typing import BinaryIO
 
 from json_lines import appending, read_lines, write_rows
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.files import read_object, reporting_write_errors
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ CAPTION_FIELDS = {name: FIELDS[name] for name in ("video_id", "annotation", "res
 SKIPPED = "skipped.jsonl"
 SKIPPED_FIELDS = {"video_id": str, "reason": str}
 """Fields of a skipped video."""
+SCORES, PER_VIDEO, POINTS = "scores.json", "per_video.jsonl", "timeliness.jsonl"
+"""What is computed from the captions, beside them."""
 
 
 def load_finished(path: Path, fields: Fields = FIELDS, whole: bool = False) -> dict[str, Row]:
@@ -147,10 +152,38 @@ def load_all(path: Path, order: Sequence[str]) -> list[Row]:
 
 
 def merge_parts(path: Path, rows: Sequence[Row]) -> None:
-    """Replace the file by `rows`, as returned by `load_all`, in one step; then remove the parts."""
+    """Replace the file by `rows`, as returned by `load_all`, in one step; then remove the parts. If the file has other
+    rows, what was computed from those is removed first."""
+    if list(rows) != list(load_finished(path).values()):
+        _remove_computed(path)
     if rows or path.exists():
         write_rows(path, rows)
     shutil.rmtree(_parts(path), ignore_errors=True)
+
+
+def _remove_computed(path: Path) -> None:
+    for file in (sibling(path, what) for what in (SCORES, PER_VIDEO, POINTS)):
+        if file.exists():
+            with reporting_write_errors(file):
+                file.unlink()
+            log.warning("%s removed: it is of other captions than %s has now", file.name, path.name)
+
+
+def hash_rows(rows: Sequence[Mapping]) -> str:
+    """Identifies rows by all that they contain: captions with all that is scored, or events."""
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest()
+
+
+def scores_of(path: Path, rows: Sequence[Row]) -> tuple[dict, str]:
+    """The scores of `rows`, those of the result file at `path`, and an empty string; or, if there are none or they are
+    of other captions, an empty dict and the reason. Scores of earlier versions, without a hash of the captions, are
+    compared by the number of captions. Raises InputError if they cannot be read."""
+    found = sibling(path, SCORES)
+    if not found.exists():
+        return {}, f"{found.name} does not exist"
+    scores = read_object(found, "remove it, then score again")
+    same = scores["captions"] == hash_rows(rows) if "captions" in scores else scores.get("count") == len(rows)
+    return (scores, "") if same else ({}, f"{found.name} is of other captions: score again with eval.sh --score-only")
 
 
 @contextlib.contextmanager

@@ -15,23 +15,25 @@ import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from identity import AGAIN, read_arguments
+from identity import read_arguments
 from metrics import lag
 from metrics.references import read_times
 from metrics.scorecard import find_decoder
 from metrics.timing import ABOUT, NAMES, measure_file, times_of
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
-from qwen_vl_streaming.common.files import read_object, write_file
+from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.common.paths import find_path
 from report.said_times import draw_picture
-from results import CAPTION_FIELDS, load_finished, sibling
+from results import CAPTION_FIELDS, POINTS, SCORES, load_finished, scores_of, sibling
 from settings import ROOT
 from text import text_table
 
+logger = logging.getLogger(__name__)
+
 
 def measure(path: Path, times: dict | None) -> tuple[str, dict]:
-    """A name for the result file at `path`, and its timeliness with `AL` and `LAAL`; adds it to its scores. Raises
-    InputError."""
+    """A name for the result file at `path`, and its timeliness with `AL` and `LAAL`; adds it to its scores, if it has
+    some. Raises InputError."""
     rows = list(load_finished(path, CAPTION_FIELDS, whole=True).values())
     if (times := times_of(rows, path, times)) is None:
         raise InputError(f"the rows of {path} have no segments: give references with --times")
@@ -41,9 +43,11 @@ def measure(path: Path, times: dict | None) -> tuple[str, dict]:
         lags = [lag.measure(row, decode) for row in rows]
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
-    if (beside := sibling(path, "scores.json")).exists():
-        scores = {**read_object(beside, AGAIN), "timeliness": found}
-        write_file(beside, json.dumps(scores, indent=2) + "\n")
+    scores, unscored = scores_of(path, rows)
+    if scores:
+        write_file(sibling(path, SCORES), json.dumps({**scores, "timeliness": found}, indent=2) + "\n")
+    else:
+        logger.warning("%s: timeliness is not added to its scores: %s", path.name, unscored)
     for name in ("AL", "LAAL"):
         if values := [each[name] for each in lags if name in each]:
             found = {**found, name: fmean(values)}
@@ -76,7 +80,7 @@ def main() -> None:
     print(table(measured))
     print(textwrap.fill(ABOUT, 120))
     for path in paths:
-        print(f"events: {sibling(path, 'timeliness.jsonl')}")
+        print(f"events: {sibling(path, POINTS)}")
     if arguments.picture:
         draw_picture([(name, path) for (name, _), path in zip(measured, paths, strict=True)], arguments.picture)
         print(f"picture: {arguments.picture}")

@@ -28,6 +28,7 @@ from qwen_vl_streaming.common.ties import tie_margin
 from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.explain.cli import as_dict
+from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template, spoken
 from qwen_vl_streaming.model.quantization import WEIGHTS, check_precision, quantize_model
@@ -239,6 +240,11 @@ def main() -> None:
 
     checkpoint, variant = find_model(made["model"], ROOT), get_variant(made["variant"])
     check_made(path, made, variant)
+    if made.get("model_sha256") not in (None, of_checkpoint(checkpoint)):
+        raise InputError(
+            f"{checkpoint} has changed since {path} was written: put the checkpoint that wrote it back, or run eval.sh "
+            "again"
+        )
     name, weights = made["dtype"], made.get("weights")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
     check_precision(weights, device, dtype)

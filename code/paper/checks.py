@@ -11,9 +11,10 @@ from qwen_vl_streaming.common.data_rows import hash_data
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
+from qwen_vl_streaming.model.trained import training_record
 from qwenvl.fixed import FIXED_FLAGS, FREE_FLAGS
 from report.paper import SETTINGS
-from results import count_skipped, load_finished, sibling
+from results import SCORES, Row, count_skipped, load_finished, scores_of, sibling
 
 DONE, STARTED, TO_DO = "done", "started", "to do"
 PARTIAL = "incomplete"
@@ -148,7 +149,7 @@ def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: s
     are."""
     if not arguments_path(out).exists():
         return State(where=out)
-    made, rows = read_arguments(out), len(load_finished(out))
+    made, rows = read_arguments(out), list(load_finished(out).values())
     unmerged = out.with_suffix(".parts").exists()
     if not rows and not unmerged:
         return State(where=out)
@@ -168,24 +169,24 @@ def evaluated(out: Path, data: Path, checkpoint: Path, schedule: str, variant: s
         pairs.append(("the K of the schedule", k, trained_with["wait_k"]))
     refuse_other(out, pairs, "delete it to start over")
     facts = {fact: value for fact, value in made.items() if fact not in OF_A_ROW} | {"the K of the schedule": k}
-    skipped, total = count_skipped(out), count_rows(data) if data.exists() else rows
-    if rows + skipped < total or unmerged:
-        return State(STARTED, f"{rows:,} of {total:,} captions", facts, out)
+    skipped, total = count_skipped(out), count_rows(data) if data.exists() else len(rows)
+    if len(rows) + skipped < total or unmerged:
+        return State(STARTED, f"{len(rows):,} of {total:,} captions", facts, out)
     return scored(out, rows, skipped, flags, facts)
 
 
-def scored(out: Path, rows: int, skipped: int, flags: dict[str, str], facts: dict[str, object]) -> State:
-    """The scores of a complete result file with that many rows and skipped videos, and with these `facts`. Raises
+def scored(out: Path, rows: list[Row], skipped: int, flags: dict[str, str], facts: dict[str, object]) -> State:
+    """The scores of a complete result file with these rows, that many skipped videos, and these `facts`. Raises
     InputError where the judge is not the one of the `flags`."""
-    path = sibling(out, "scores.json")
-    scores = read_object(path, FIX) if path.exists() else {}
+    scores, _ = scores_of(out, rows)
     if "bleurt" in scores:
         facts["the BLEURT checkpoint"] = Path(scores["bleurt"]["checkpoint"]).name
     if "judge" in scores:
         facts["the judge"] = judge = scores["judge"]["model"]
-        refuse_other(path, [("the judge", judge, flags.get("judge-model", judge))], "delete it to score again")
-    if scores.get("count") != rows:
-        return State(STARTED, f"{rows:,} captions, without scores", facts, out)
+        pairs = [("the judge", judge, flags.get("judge-model", judge))]
+        refuse_other(sibling(out, SCORES), pairs, "delete it to score again")
+    if not scores:
+        return State(STARTED, f"{len(rows):,} captions, without scores", facts, out)
     asked = [metric for metric, flag in (("BLEURT", "bleurt"), ("Fluency", "judge-url")) if flag in flags]
     reasons = scores.get("not_computed", {})
     wanted = [*asked, *(metric for metric in CORPUS_METRICS if metric in reasons)]
@@ -195,7 +196,7 @@ def scored(out: Path, rows: int, skipped: int, flags: dict[str, str], facts: dic
     for metric in lacking:
         missing.setdefault(reasons.get(metric, "not scored"), []).append(metric)
     without = "; ".join(f"{', '.join(metrics)} ({reason})" for reason, metrics in missing.items())
-    detail = f"{rows:,} captions" + (f", {skipped:,} skipped" if skipped else "")
+    detail = f"{len(rows):,} captions" + (f", {skipped:,} skipped" if skipped else "")
     detail += f", without {without}" if without else ""
     # CIDEr has no value for a single video, however often it is computed; Java may be there the next time.
     again = {*asked, "METEOR"} & set(lacking)
@@ -204,14 +205,13 @@ def scored(out: Path, rows: int, skipped: int, flags: dict[str, str], facts: dic
 
 def training_arguments(checkpoint: Path) -> dict[str, object]:
     """The arguments that a checkpoint was trained with. Empty where run.json does not say."""
-    path = checkpoint / "run.json"
-    arguments = read_object(path, FIX).get("arguments") if path.exists() else None
+    arguments = training_record(checkpoint).get("arguments")
     return arguments if isinstance(arguments, dict) else {}
 
 
 def reported(page: Path, rows: list[tuple[Path, str]]) -> State:
     """A report over exactly `rows`, (result file, name of the checkpoint), that is newer than the scores of each."""
-    table, scores = page.with_suffix(".md"), [sibling(file, "scores.json") for file, _ in rows]
+    table, scores = page.with_suffix(".md"), [sibling(file, SCORES) for file, _ in rows]
     if not (page.exists() and table.exists() and all(path.exists() for path in scores)):
         return State(where=page)
     lines = table.read_text(encoding="utf-8").partition("\n## Runs\n")[2].replace("\\", "").splitlines()

@@ -6,7 +6,6 @@ when each event was named, and `<variant>_judge.jsonl` the judge's answers, from
 Scoring again keeps the metrics that are not asked for this time, if it is of the same captions.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import find_model, find_path
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.model.prompts import load_processor
-from results import Row, check_writable, sibling
+from results import PER_VIDEO, POINTS, Row, check_writable, hash_rows, sibling
 from settings import ROOT, Settings, read_judge_options
 from tasks import get_task, score_by_task, table
 
@@ -32,12 +31,12 @@ from metrics.judge import Judge, open_judge
 from metrics.naming import Event
 from metrics.references import read_times
 from metrics.scoring import NotComputed, check_java, check_pairs, score, warn_of_unspaced, write_scores
-from metrics.timing import POINTS, describe, measure_file, times_of
+from metrics.timing import describe, measure_file, times_of
 
 logger = logging.getLogger(__name__)
 
 STREAMING = ("AL", "LAAL", "early_words")
-PER_VIDEO, ANSWERS = "per_video.jsonl", "judge.jsonl"
+ANSWERS = "judge.jsonl"
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def score_rows(rows: list[Row], captions: Path, where: Path, skipped: int, scori
         check_writable(path)
     videos = {row["video_id"]: {"video_id": row["video_id"]} for row in rows}
     details, reasons = measure_videos(rows, list(videos.values()), captions, scoring)
-    details |= measure_timeliness(rows, captions, scoring) | {"captions": hash_captions(rows)}
+    details |= measure_timeliness(rows, captions, scoring) | {"captions": hash_rows(rows)}
     details = keep_earlier(list(videos.values()), captions, where, scoring, details)
     write_rows(sibling(captions, PER_VIDEO), videos.values())
 
@@ -107,11 +106,6 @@ def measure_videos(rows: list[Row], videos: list[dict], captions: Path, scoring:
             logger.warning("%s could not be computed: %s", ", ".join(metric.names), error)
             reasons.update(dict.fromkeys(metric.names, str(error)))
     return details, reasons
-
-
-def hash_captions(rows: list[Row]) -> str:
-    """Identifies all that is scored."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def keep_earlier(videos: list[dict], captions: Path, where: Path, scoring: Scoring, details: dict) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from json_lines import write_rows
 from qwen_vl_streaming.common.errors import InputError
-from results import Row, sibling
+from results import POINTS, SCORES, Row, hash_rows, sibling
 from text import counted
 
 from metrics.naming import Event
@@ -21,7 +21,6 @@ from metrics.timeliness import WITHIN, TimesDoNotFit, events_within, measure, su
 
 logger = logging.getLogger(__name__)
 
-POINTS = "timeliness.jsonl"
 NAMES = {
     "events": "events",
     "delay_median": "delay",
@@ -63,9 +62,9 @@ def measure_file(
 ) -> dict[str, float | int]:
     """The timeliness of the rows of the file `captions`, as `summarize` returns it, with `without_times`, the number of
     rows without events, `times_do_not_fit`, the number of rows that are skipped since an event begins long after their
-    video has ended, and `after_the_end`, the number of events that are skipped since their video has just ended. Writes
-    the events beside `captions`. Raises ValueError, with the reason, as `measure` and `lag.check` do, and if no row has
-    events that fit."""
+    video has ended, `after_the_end`, the number of events that are skipped since their video has just ended, and
+    `points`, the hash of the events, which are written beside `captions`. Raises ValueError, with the reason, as
+    `measure` and `lag.check` do, and if no row has events that fit."""
     seen: dict[str, list[Event]] = {}
     wrong: list[str] = []
     for row in rows:
@@ -97,7 +96,7 @@ def measure_file(
     write_rows(sibling(captions, POINTS), points)
     after = sum(len(times[video_id]) - len(events) for video_id, events in seen.items())
     counts = {"without_times": len(rows) - len(timed) - len(wrong), "times_do_not_fit": len(wrong)}
-    return {**summarize(found), **counts, "after_the_end": after}
+    return {**summarize(found), **counts, "after_the_end": after, "points": hash_rows(points)}
 
 
 def _early(row: Mapping) -> bool:
@@ -105,19 +104,23 @@ def _early(row: Mapping) -> bool:
     return bool(row.get("early", row["said"] is not None and row["said"] <= row["time"]))
 
 
-def read_points(captions: Path) -> list[tuple[float, float | None, bool]]:
-    """(time, said, early) of the events beside a file of captions; empty if there are none. Raises InputError."""
+def read_points(captions: Path, expected: str | None = None) -> list[tuple[float, float | None, bool]]:
+    """(time, said, early) of the events beside a file of captions; empty if there are none. Raises InputError if they
+    cannot be read, or are not those with the hash `expected`, the `points` of `measure_file`."""
     path = sibling(captions, POINTS)
     fields = {"time": (int, float), "said": (int, float, type(None))}
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines]
         if all(isinstance(row[name], kind) for row in rows for name, kind in fields.items()):
-            return [(row["time"], row["said"], _early(row)) for row in rows]
-        reason = "a row has no time"
+            if not rows or expected in (None, hash_rows(rows)):
+                return [(row["time"], row["said"], _early(row)) for row in rows]
+            reason = f"it is not of the timeliness in {sibling(captions, SCORES).name}"
+        else:
+            reason = "a row has no time"
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error)
-    raise InputError(f"{path} cannot be read ({reason}): score again with eval.sh --score-only")
+    raise InputError(f"{path} cannot be read ({reason}): measure again with timeliness.py")
 
 
 def describe(found: Mapping) -> str:

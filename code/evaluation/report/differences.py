@@ -1,16 +1,17 @@
 """How results differ: from each other, in their labels, and from the paper's setup."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from report import paper
-from report.loading import UNKNOWN, Result
+from report.loading import SHORT, UNKNOWN, Result
 
 
 def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
     """A label that distinguishes a result from the others of its task and variant: schedule and size and, if needed,
-    the precision of its weights, the model, the seed of a random schedule and the data. `brief` omits a size that all
-    results share."""
+    the precision of its weights, the model, the hash of its checkpoint, the seed of a random schedule and the data.
+    `brief` omits a size that all results share."""
     same = brief and len({result.size for result in results}) == 1
     short = {}
     for result in results:
@@ -22,6 +23,7 @@ def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
     more: tuple[Callable[[Result], str], ...] = (
         lambda result: f"{result.weights} weights" if result.weights else "weights not quantized",
         lambda result: result.model_name if same_models else "/".join(Path(result.model).parts[-2:]),
+        lambda result: f"checkpoint {str(result.args.get('model_sha256', '-')).rpartition(' ')[2][:SHORT]}",
         lambda result: f"seed {result.seed}",
         lambda result: result.data_name,
     )
@@ -37,11 +39,15 @@ def labels(results: Sequence[Result], brief: bool = False) -> dict[Path, str]:
 
 
 def differences(results: Sequence[Result], size: str) -> list[tuple[str, str]]:
-    """How the results differ from the paper's setup, each difference with the variants that it applies to."""
+    """How the results differ from the paper's setup, each difference with the variants, or else the files, that it
+    applies to."""
     found: dict[str, list[str]] = {}
+    names = {result.path: f"{result.variant.name} {result.schedule}" for result in results}
+    alike = Counter(names.values())
     for result in results:
+        name = names[result.path] if alike[names[result.path]] == 1 else result.path.name
         for text in differences_of(result, size):
-            found.setdefault(text, []).append(f"{result.variant.name} {result.schedule}")
+            found.setdefault(text, []).append(name)
     notes = [(text, "all" if len(who) == len(results) else ", ".join(who)) for text, who in found.items()]
     if any(result.rows.keys() != results[0].rows.keys() for result in results):
         counts = ", ".join(f"{result.variant.name} {result.schedule} {len(result.rows)}" for result in results)
@@ -52,8 +58,12 @@ def differences(results: Sequence[Result], size: str) -> list[tuple[str, str]]:
 def differences_of(result: Result, size: str) -> list[str]:
     found = []
     if result.size != size:
-        if result.size == UNKNOWN:
-            what = "the model is not on this machine, so its size is unknown"
+        if result.model_changed:
+            what = f"{result.model_name} has changed since these captions, so its size and training then are unknown"
+        elif not result.model_folder:
+            what = "the model is not on this machine, so its size and training are unknown"
+        elif result.size == UNKNOWN:
+            what = "the size of the model is unknown, as it has no readable safetensors files"
         elif result.size in paper.SIZES:
             what = f"the model is Qwen2.5-VL-{result.size}"
         else:
@@ -66,25 +76,8 @@ def differences_of(result: Result, size: str) -> list[str]:
     for name, value in paper.SETTINGS.items():
         if name in result.args and result.args[name] != value:
             found.append(f"{name} is {result.args[name]}, {value} in the paper")
-    if recipe := result.run.get("recipe_differences"):
-        values = result.run.get("arguments", {})
-        flags = [
-            f"{result.run.get('step_samples')} samples a GPU in an optimizer step"
-            if name == "step_samples"
-            else f"--{name} {values.get(name)}"
-            for name in recipe
-        ]
-        with_paper = (
-            f"{flag} ({value} in the paper's recipe)" for flag, value in zip(flags, recipe.values(), strict=True)
-        )
-        found.append(f"the checkpoint was trained with {', '.join(with_paper)}")
-    if result.trained_as not in (None, result.variant.name):
-        found.append(f"the checkpoint was trained as {result.trained_as}, not as the evaluated variant")
-    scored = result.scores.get("count")
-    if scored is not None and scored != len(result.rows):
-        found.append(
-            f"{result.scores_path.name} has the scores of {scored} videos, the file has {len(result.rows)}: score again"
-        )
+    if result.checkpoint_folder:
+        found += training_differences(result)
     if missing := result.scores.get("missing_tasks"):
         found.append(f"the mean is not over all sub-tasks: {', '.join(missing)} have no rows")
     if result.scores.get("skipped"):
@@ -93,6 +86,31 @@ def differences_of(result: Result, size: str) -> list[str]:
         found.append(f"Fluency excludes {unjudged} captions that the judge did not grade")
     if wordless := result.scores.get("lag", {}).get("without_words"):
         found.append(f"AL and LAAL exclude {wordless} captions without words")
+    return found
+
+
+def training_differences(result: Result) -> list[str]:
+    """How the training of a checkpoint that is on this machine differs from the paper's."""
+    found, run = [], result.run
+    if recipe := run.get("recipe_differences"):
+        values = {"step_samples": run.get("step_samples"), **run.get("arguments", {})}
+        named = {"step_samples": "samples a GPU in an optimizer step:"}
+        flags = (
+            f"{named.get(name, f'--{name}')} {values.get(name)} ({value} in the paper's recipe)"
+            for name, value in recipe.items()
+        )
+        found.append(f"the checkpoint was trained with {', '.join(flags)}")
+    if "step" in run:
+        unfinished = "" if run.get("finished") else ", which has not finished"
+        found.append(f"the checkpoint is that of step {run['step']} of its training{unfinished}")
+    if not run and result.trained_as:
+        found.append("how the checkpoint was trained is not recorded: its run.json is missing")
+    elif not run:
+        found.append("the checkpoint was not trained by this project: it is a base model, or was trained elsewhere")
+    if run.get("data", {}).get("sha256") == result.args.get("data_sha256", ""):
+        found.append("the checkpoint was trained on these videos")
+    if result.trained_as not in (None, result.variant.name):
+        found.append(f"the checkpoint was trained as {result.trained_as}, not as the evaluated variant")
     return found
 
 
@@ -106,7 +124,4 @@ def not_comparable(one: Result | None, other: Result | None) -> str:
         return f"{names} have different videos ({len(one.rows)} and {len(other.rows)}, {both} in both)"
     if any(row["annotation"] != other.rows[video_id]["annotation"] for video_id, row in one.rows.items()):
         return f"{names} have different reference captions"
-    if one.scores.get("count") != other.scores.get("count"):
-        counts = f"{one.scores.get('count')} and {other.scores.get('count')} videos"
-        return f"the scores of {names} are of {counts}: score again with eval.sh --score-only"
     return ""

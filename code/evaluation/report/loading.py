@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from checked_results import load_checked
@@ -13,9 +13,11 @@ from identity import AGAIN
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object
 from qwen_vl_streaming.common.paths import places
+from qwen_vl_streaming.model.checkpoint import of_checkpoint
+from qwen_vl_streaming.model.trained import training_record
 from qwen_vl_streaming.timeline.timeline import SCHEDULE_NAME
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant, get_variant
-from results import Row, sibling
+from results import Row, scores_of
 from safetensors import SafetensorError, safe_open
 from settings import ROOT
 from tasks import TASKS
@@ -40,9 +42,13 @@ class Result:
     """By video id, in the file's order; at least one."""
     task: str
     scores: dict
-    """Empty if there are none."""
+    """Of these rows; empty if there are none."""
+    unscored: str
+    """Why there are no scores; empty if there are."""
     model_folder: Path | None
     """On this machine; None if it is missing."""
+    model_changed: bool = False
+    """Whether the folder has another checkpoint now than the one that wrote the captions."""
 
     @property
     def schedule(self) -> str:
@@ -79,28 +85,40 @@ class Result:
         return last_part(self.model)
 
     @property
+    def checkpoint(self) -> str:
+        """Identifies the checkpoint that wrote the captions: by its contents, in files of earlier versions by its
+        path."""
+        return str(self.args.get("model_sha256") or self.model)
+
+    @property
     def data_name(self) -> str:
         return last_part(self.args["data"])
 
     @property
-    def scores_path(self) -> Path:
-        return sibling(self.path, "scores.json")
+    def checkpoint_folder(self) -> Path | None:
+        """The folder of the checkpoint that wrote the captions; None where it is missing or has changed."""
+        return None if self.model_changed else self.model_folder
 
     @cached_property
     def config(self) -> dict:
-        """The checkpoint's config.json; empty where the model is missing."""
-        return read_object(self.model_folder / "config.json", AGAIN) if self.model_folder else {}
+        """The checkpoint's config.json; empty without its folder."""
+        return read_object(self.checkpoint_folder / "config.json", AGAIN) if self.checkpoint_folder else {}
 
     @cached_property
     def size(self) -> str:
         """The checkpoint's size: 3B or 7B by its shape, else its number of parameters, such as 1.2M, or UNKNOWN."""
-        return model_size(self.model_folder, self.config) if self.model_folder else UNKNOWN
+        return model_size(self.checkpoint_folder, self.config) if self.checkpoint_folder else UNKNOWN
 
     @cached_property
     def run(self) -> dict:
-        """What sft.sh recorded of the training; empty where it did not write the checkpoint."""
-        path = self.model_folder / "run.json" if self.model_folder else None
-        return read_object(path, "remove it") if path and path.exists() else {}
+        """What sft.sh recorded of the training, as `training_record`; empty where that is not known."""
+        return training_record(self.checkpoint_folder) if self.checkpoint_folder else {}
+
+    @property
+    def trained(self) -> str:
+        """The day on which the training finished, or the step of an intermediate checkpoint; - where that is not
+        known."""
+        return f"step {self.run['step']}" if "step" in self.run else str(self.run.get("finished") or "-")[:10]
 
     @property
     def commit(self) -> str:
@@ -130,8 +148,8 @@ class Result:
 
     def score(self, metric: str) -> tuple[float | None, str]:
         """The value of `metric` and an empty string, or None and the reason why it is missing."""
-        if not self.scores:
-            return None, f"{self.path.name} is not scored: {self.scores_path.name} does not exist"
+        if self.unscored:
+            return None, f"{self.path.name} is not scored: {self.unscored}"
         return score_in(self.scores, metric)
 
     @property
@@ -182,10 +200,11 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
     Raises InputError for a file that is missing, invalid or without arguments, and for two files of the same task,
     variant, schedule, seed, model, precision of its weights and data.
     """
-    results = [load_result(Path(path)) for path in paths]
+    identify = cache(identify_folder)  # of one checkpoint once
+    results = [load_result(Path(path), identify) for path in paths]
     seen: dict[tuple, Path] = {}
     for result in results:
-        contents = (str(result.args.get(name)) for name in ("data_sha256", "schedule_sha256"))
+        contents = (str(result.args.get(f"{name}_sha256")) for name in ("data", "schedule", "model"))
         key = (result.task, result.variant.name, result.schedule, result.seed, result.model, result.weights, *contents)
         if key in seen:
             raise InputError(
@@ -197,23 +216,31 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
     return sorted(results, key=lambda result: (order.index(result.variant.name), result.kind != "fixed"))
 
 
-def load_result(path: Path) -> Result:
+def load_result(path: Path, identify: Callable[[Path, str], str]) -> Result:
+    """One result file. `identify` is `identify_folder`. Raises InputError."""
     args, rows = load_checked(path, whole=False)
     variant = get_variant(args["variant"])
     tasks = {task_of(row) for row in rows.values()}
     if len(tasks) > 1:
         raise InputError(f"{path} has rows of several tasks ({', '.join(sorted(tasks))}): use one file per task")
-    return Result(path, variant, args, rows, tasks.pop(), load_scores(path), find_model(args["model"]))
-
-
-def load_scores(path: Path) -> dict:
-    """The scores of a result file; empty if there are none."""
-    found = sibling(path, "scores.json")
-    scores = read_object(found, AGAIN) if found.exists() else {}
+    scores, unscored = scores_of(path, list(rows.values()))
     for name in ("not_computed", "tasks", "judge", "lag", "timeliness"):
         if not isinstance(scores.get(name, {}), dict):
-            raise InputError(f"{found}: {name} is not an object: score again with eval.sh --score-only")
-    return scores
+            raise InputError(f"the scores of {path}: {name} is not an object: score again with eval.sh --score-only")
+    folder, wrote = find_model(args["model"]), args.get("model_sha256")
+    changed = bool(folder and wrote) and identify(folder, args["model"]) != wrote
+    return Result(path, variant, args, rows, tasks.pop(), scores, unscored, folder, changed)
+
+
+def identify_folder(folder: Path, model: str) -> str:
+    """What `of_checkpoint` returns for the checkpoint of `model` that is in `folder`, without a query to the Hub. Empty
+    where its weights cannot be read."""
+    if folder not in places(model, ROOT):
+        return f"{model} {folder.name}"  # of the Hub's cache: a folder for each commit
+    try:
+        return of_checkpoint(str(folder))
+    except (InputError, OSError):
+        return ""
 
 
 def task_of(row: Row) -> str:

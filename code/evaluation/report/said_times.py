@@ -85,7 +85,7 @@ def radius(count: int, most: int) -> float:
 def said_panels(results: Sequence[Result], names: Sequence[str]) -> list[dict[str, Any]]:
     """A panel for each result with timeliness, with its name. Raises InputError for unreadable events."""
     shown = [(name, result) for name, result in zip(names, results, strict=True) if "events" in result.timeliness]
-    every = [read_points(result.path) for _, result in shown]
+    every = [read_points(result.path, result.timeliness.get("points")) for _, result in shown]
     ticks = ticks_of(every)
     placed = [places_of(points, ticks[-1]) for points in every]
     most = largest_count(placed)

@@ -106,14 +106,14 @@ def subtask_table(results: Sequence[Result]) -> Table | None:
 
 
 def schedule_pairs(results: Sequence[Result]) -> list[tuple[Result | None, Result | None]]:
-    """All pairs (fixed, random) of results of the same streaming variant, model, precision of its weights and K; empty
-    without a random one."""
+    """All pairs (fixed, random) of results of the same streaming variant, checkpoint, precision of its weights and K;
+    empty without a random one."""
     streaming = [result for result in results if result.variant.streams and result.kind in ("fixed", "random")]
     if not any(result.kind == "random" for result in streaming):
         return []
     groups: dict[tuple, dict[str, list[Result]]] = {}
     for result in streaming:
-        key = result.variant.name, result.model, result.weights, result.k
+        key = result.variant.name, result.checkpoint, result.weights, result.k
         groups.setdefault(key, {}).setdefault(result.kind, []).append(result)
     return [
         pair for group in groups.values() for pair in product(group.get("fixed", [None]), group.get("random", [None]))
@@ -207,7 +207,7 @@ def runs_table(results: Sequence[Result]) -> list[list[str]]:
                 result.schedule + (f", seed {result.seed}" if result.seed else ""),
                 result.model_name,
                 f"{result.size}, {result.weights} weights" if result.weights else result.size,
-                str(result.run.get("finished") or "-")[:10],
+                result.trained,
                 result.commit,
                 result.training_data,
                 result.data,

@@ -25,6 +25,8 @@ FILES = (LOCK, "config.json", "loss.png", "run.json", "skipped.jsonl", "throughp
 FOLDERS = (BEING_REMOVED, BEING_SAVED, "runs")
 MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json")
 """Files that make a folder a model, of whatever program."""
+MERGED = "merged"
+"""Key of run.json in a folder that qwenvl.merge has written."""
 
 
 def check_folder(folder: Path, variant: str, model: str) -> None:
@@ -43,7 +45,8 @@ def check_folder(folder: Path, variant: str, model: str) -> None:
     if config.exists() and (other := read_object(config, OTHER_OUTPUT).get("streaming_variant")) not in (None, variant):
         raise InputError(f"{folder} has a model trained as {other}, not {variant}: give another --output_dir")
     model_file = next((path for pattern in MODEL_FILES for path in folder.glob(pattern)), None)
-    if model_file and not (folder / "run.json").exists():
+    record = folder / "run.json"
+    if model_file and not (record.exists() and MERGED not in read_object(record, OTHER_OUTPUT)):
         raise InputError(
             f"{model_file} was not written by a training run, and would be overwritten: give another --output_dir"
         )

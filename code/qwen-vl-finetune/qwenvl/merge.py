@@ -2,7 +2,8 @@
 
     python -m qwenvl.merge --adapter DIR --output DIR [--base MODEL]     (run in code/qwen-vl-finetune)
 
-The merge runs on the CPU in float32. The result has the dtype and the other files of the base model.
+The merge runs on the CPU in float32. The result has the dtype and the other files of the base model, and the adapter's
+run.json, with the paths of adapter and base as `merged`.
 """
 
 import argparse
@@ -23,10 +24,12 @@ from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
 from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.model.trained import training_record
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from .folder import MERGED
 from .param_groups import saves_embeddings
 
 logger = logging.getLogger(__name__)
@@ -100,12 +103,15 @@ def merge(adapter: Path, output: Path, base: str | None = None) -> None:
     if output.exists():
         raise InputError(f"{output} already exists: give another --output, or remove it")
     trained = training_config(adapter)
-    sha256 = str(trained.pop(BASE, ""))
+    sha256, record = str(trained.pop(BASE, "")), training_record(adapter)
     try:
         with atomic_folder(output) as partial:
             model = merged(adapter, base, sha256)
             model.save_pretrained(partial)
             BaseFiles.of(model_folder(model.name_or_path)).write(partial, trained)
+            if record:
+                record[MERGED] = {"adapter": str(adapter.resolve()), "base": model.name_or_path}
+                (partial / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"--output {output} cannot be written ({reason}): give another, or free some space") from error

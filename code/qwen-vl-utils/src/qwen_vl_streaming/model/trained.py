@@ -1,9 +1,13 @@
-"""Keys about training that this project adds to the config.json of a checkpoint.
+"""What training writes down in a checkpoint: keys of its config.json, and the record of the run, run.json.
 
 Independent of weights and of how positions are computed.
 """
 
+import re
+from pathlib import Path
+
 from ..common.errors import InputError
+from ..common.files import read_object
 from ..timeline.positions import RULE
 from ..timeline.timeline import model_schedule_most
 from ..timeline.variants import ENVIRONMENT_VARIABLE, Variant
@@ -13,6 +17,19 @@ MODEL = "model"
 DEFAULT_WAIT_K = 3
 """K of checkpoints that do not say it."""
 TRAIN = "train one with sft.sh --schedule model"
+
+
+def training_record(checkpoint: Path) -> dict:
+    """Returns what sft.sh recorded of the training of the checkpoint in a folder: its run.json, and for an intermediate
+    checkpoint-N that of its run, with N as `step`. Empty where there is none.
+
+    Raises InputError if the file is invalid.
+    """
+    if (path := checkpoint / "run.json").exists():
+        return read_object(path, "remove it")
+    folder = checkpoint.resolve()
+    step, path = re.fullmatch(r"checkpoint-(\d+)", folder.name), folder.parent / "run.json"
+    return {**read_object(path, "remove it"), "step": int(step[1])} if step and path.exists() else {}
 
 
 def training_keys(variant: Variant, wait_k: int, **more) -> dict:
