@@ -2,10 +2,12 @@
 
 import os
 import random
+import time
 from dataclasses import dataclass, replace
 
 import torch
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.prompts import Template
 from qwen_vl_streaming.reference import Streams, caption
 from qwen_vl_streaming.sessions import Session
@@ -152,6 +154,12 @@ def no_model():
 
 def double_model():
     return tiny_model().double()
+
+
+def slowly_compiled_model():
+    """A model in whose process a session of another size takes 4 s to open."""
+    StepRunner.warm_up = lambda self, sample=True: time.sleep(4)
+    return tiny_model()
 
 
 def deciding_model():

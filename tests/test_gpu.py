@@ -9,8 +9,8 @@ import pytest
 import torch
 from qwen_vl_streaming.engine.batch import Batch
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
-from qwen_vl_streaming.engine.quantized_linear import Tiles, converted, kernel_product
-from qwen_vl_streaming.model.quantization import WEIGHTS, quantize, quantize_model
+from qwen_vl_streaming.engine.quantized_linear import TILES, Tiles, choose_tiles, converted, kernel_product
+from qwen_vl_streaming.model.quantization import WEIGHTS, quantize, quantize_model, scaled_linear
 from qwen_vl_streaming.reference import caption
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.timeline.attention import make_mask
@@ -169,6 +169,20 @@ def test_the_kernel_for_8_bit_weights_equals_the_plain_form(kind, width):
             assert (found.float() - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("shape", TILES, ids=str)
+def test_the_tiles_of_every_product_run_on_this_gpu(kind, shape):
+    """All that `choose_tiles` gives for the sizes in the table, as they fit here."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    weight, scale = quantize(torch.randn(shape, device="cuda"), kind)
+    for rows, _ in TILES[shape]:
+        if (tiles := choose_tiles(rows, *shape)) is not None:
+            x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+            found, expected = kernel_product(x, weight, scale, tiles), scaled_linear(x, weight, scale)
+            assert (found - expected).abs().max() < 2e-2 * expected.abs().max(), (rows, tiles)
+
+
 WIDE = {
     **FLEX,
     "hidden_size": 128,
@@ -203,4 +217,29 @@ def test_sessions_with_8_bit_weights_are_replayed(kind, tmp_path):
     for case in (random_case(random.Random(f"{SEED} {number}"), VARIANTS["group"]) for number in range(3)):
         record = recorded(model, case, "fused", tmp_path / "r.json")
         assert record.model["weights"] == kind
+        assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
+
+
+@pytest.mark.parametrize("kind", [None, *WEIGHTS])
+def test_a_model_that_is_not_on_the_current_gpu(kind, tmp_path):
+    """A batch in float32 and sessions in bfloat16 on cuda:1, while cuda:0 is the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("takes two GPUs")
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    variant, models = VARIANTS["group"], [tiny_model(**WIDE), tiny_model(**WIDE).to("cuda:1")]
+    if kind is not None:
+        for model in models:
+            quantize_model(model, kind)
+    jobs = random_jobs(random.Random(SEED), variant, 4)
+    with torch.cuda.device(0):
+        assert batched(models[1], variant, jobs, batch_size=4) == reference_captions(models[0], variant, jobs)
+    model = tiny_model(**WIDE).to("cuda:1", torch.bfloat16)
+    if kind is not None:
+        quantize_model(model, kind)
+    case = random_case(random.Random(SEED), variant)
+    with torch.cuda.device(0):
+        record = recorded(model, case, "fused", tmp_path / "r.json")
+        assert torch.cuda.current_device() == 0
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))

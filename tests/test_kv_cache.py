@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming.engine import ragged_attention
+from qwen_vl_streaming.engine import ragged_attention, split_kv
 from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, TEXT_OFFSET, BlockTable, PagedKVCache
+from qwen_vl_streaming.engine.model_runner import ModelRunner
 from qwen_vl_streaming.engine.paged_attention import PagedAttention
-from qwen_vl_streaming.engine.ragged_attention import QUERY_BLOCK, RaggedAttention, query_blocks_of
-from qwen_vl_streaming.engine.split_kv import combine_splits
+from qwen_vl_streaming.engine.ragged_attention import KERNEL_OPTIONS, QUERY_BLOCK, RaggedAttention, query_blocks_of
+from qwen_vl_streaming.engine.split_kv import CHUNK_KERNEL_OPTIONS, combine_splits, flex_split_kv
 
 SEED = time.time_ns() % 100_000
 CONFIG = SimpleNamespace(num_key_value_heads=1, num_attention_heads=3, hidden_size=12, num_hidden_layers=1)
@@ -103,6 +104,24 @@ def test_splits_combine_to_the_whole():
     lse = torch.stack([part.logsumexp(-1) for part in parts], 1).flatten(0, 1)
     assert torch.allclose(combine_splits(mixed, lse, 4), scores.softmax(-1) @ values, atol=1e-5)
     assert not combine_splits(mixed, torch.full_like(lse, float("-inf")), 4).any()
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("given", [CHUNK_KERNEL_OPTIONS, KERNEL_OPTIONS, ModelRunner.kernel_options])
+def test_kernels_load_less_ahead_in_float32(given, splits, monkeypatch):
+    """The options of bfloat16 take 145 KB of shared memory in float32, and many GPUs have 99 KB, a T4 64 KB. These were
+    compiled for them: 57 KB at most."""
+    passed = []
+
+    def flex(query, keys, values, kernel_options, **more):
+        passed.append(kernel_options)
+        return (query, SimpleNamespace(lse=query[..., 0])) if more else query
+
+    monkeypatch.setattr(split_kv, "flex_attention", flex)
+    for dtype in (torch.bfloat16, torch.float32):
+        query = torch.zeros(1, 2, 64, 128, dtype=dtype)
+        flex_split_kv(query, query, query, splits, kernel_options=given)
+    assert passed == [given, {**given, "BLOCK_N": 32, "num_stages": 1}] and given["num_stages"] > 1
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -877,6 +877,26 @@ def test_clips_that_arrive_before_the_start(made, live, film):
     assert [clip.index for clip, _ in intake.waiting] == [*range(intake.before, 9)]
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_source_may_fill_the_same_memory_again(made, skip):
+    """Also for clips that wait: their pixels, and their frames, are those with which they came."""
+    buffer, processor = torch.zeros(2, 3, 56, 84, dtype=torch.uint8), load_processor(made[0])
+
+    def clips():
+        for index in range(4):
+            yield Clip(index, buffer.fill_(60 * index), np.array([index, index + 0.5]), 0.0)
+        buffer.fill_(255)
+
+    intake = Intake(Source(clips, 1.0), processor, skip)
+    intake.begin()
+    until(lambda: intake.over)
+    taken = [intake.take() for _ in range(len(intake.waiting))]
+    assert [clip.index for clip, _ in taken] == ([3] if skip else [0, 1, 2, 3])
+    for clip, pixels in taken:
+        frames = torch.full_like(buffer, 60 * clip.index)
+        assert torch.equal(clip.frames, frames) and torch.equal(pixels, clip_pixels(processor, frames)[0][0])
+
+
 def test_invalid_files_of_kept_clips(tmp_path):
     (tmp_path / "text").write_bytes(b"text")
     save_file({"frames": torch.zeros(3)}, tmp_path / "other")

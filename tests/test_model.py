@@ -10,6 +10,7 @@ import pytest
 import torch
 from make_model import tiny_checkpoint
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model import vision_tower
 from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, clip_pixels, load_processor, make_template
@@ -88,6 +89,26 @@ def test_vision_tower_equals_stock_and_clips_are_independent():
         assert (widened.flatten(0, 1) - stock).abs().max() < 1e-4 * stock.abs().max()
         assert (together.flatten(0, 1) - stock).abs().max() < 1e-4 * stock.abs().max()
         assert (together - one_by_one).abs().max() < 1e-4 * stock.abs().max()
+
+
+def test_gpus_without_flash_attention_compute_segments_by_length(monkeypatch):
+    """In half precision, with stand-ins for GPUs."""
+    capability, calls = (7, 5), []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert not vision_tower.has_flash(torch.device("cuda:1")) and not vision_tower.has_flash(torch.device("cpu"))
+    capability = (8, 0)
+    assert vision_tower.has_flash(torch.device("cuda:1"))
+
+    def flash(query, key, value, *bounds, scale):
+        calls.append(value.dtype)
+        return value
+
+    monkeypatch.setattr(vision_tower, "varlen_attn", flash)
+    for has, dtype in ((False, torch.float16), (True, torch.float16), (True, torch.float32)):
+        monkeypatch.setattr(vision_tower, "has_flash", lambda device, has=has: has)
+        with torch.no_grad():
+            tiny_model().to(dtype).perceive(torch.randn(1, 24, 1176), (2, 3))
+    assert calls and set(calls) == {torch.float16}
 
 
 def test_a_widened_tower_is_moved_and_saved_like_any_other(tmp_path):

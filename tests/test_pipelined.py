@@ -31,6 +31,7 @@ from sessions import (
     no_model,
     play,
     random_case,
+    slowly_compiled_model,
 )
 from tiny import tiny_model
 from waiting import SECONDS, until
@@ -178,6 +179,27 @@ def test_a_lost_process_ends_the_session_with_its_record(model, client, fate, tm
     session.close()
     with pytest.raises(InputError, match="start a new PerceptionClient"):
         open_case(model, case, client)
+
+
+def test_compilation_in_the_other_process_may_take_longer_than_a_clip(model):
+    """Also where the session that waits for it is interrupted, and the next one opens meanwhile."""
+    case = random_case(random.Random(9), PARALLEL[0], "wait-2")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with PerceptionClient(slowly_compiled_model, patience=3) as own:
+        with open_case(model, case, own) as session:
+            check(model, case, play(session, case))
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            open_case(model, case, own, max_clips=300)
+        signal.signal(signal.SIGALRM, before)
+        begin = time.monotonic()
+        with open_case(model, case, own, max_clips=300) as session:
+            assert time.monotonic() - begin > own.patience
+            check(model, case, play(session, case))
 
 
 def test_a_session_closes_at_once_even_if_perception_hangs(model, client, tmp_path):

@@ -10,7 +10,15 @@ from identity import keep_arguments
 from qwen_vl_streaming import Captioner
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.decoder_layer import FusedProjections
-from qwen_vl_streaming.engine.quantized_linear import GROUP, TILES, Tiles, choose_tiles, interleave, sum_parts
+from qwen_vl_streaming.engine.quantized_linear import (
+    GROUP,
+    TILES,
+    Tiles,
+    choose_tiles,
+    interleave,
+    partial_products,
+    sum_parts,
+)
 from qwen_vl_streaming.live import cli
 from qwen_vl_streaming.live.setup import read_checkpoint
 from qwen_vl_streaming.model.loading import load_model
@@ -164,6 +172,76 @@ def test_tiles_cover_every_product():
         assert choose_tiles(10**6, *shape) is None
     x = torch.arange(2 * GROUP)[None]
     assert interleave(x)[0, :3].tolist() == [0, 4, 8] and sorted(interleave(x)[0].tolist()) == x[0].tolist()
+
+
+GPUS = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376}
+"""Bytes of shared memory that a program may take, by compute capability."""
+COMPILED = {  # shared memory with Triton 3.6 and 3.8, by compute capability and tiles
+    ((9, 0), (128, 256, 0, 8, 3)): (229_376, 253_952),
+    ((9, 0), (128, 256, 0, 8, 2)): (147_456, 172_032),
+    ((9, 0), (64, 64, 0, 4, 5)): (114_688, 126_976),
+    ((9, 0), (128, 32, 0, 4, 4)): (81_920, 106_496),
+    ((9, 0), (64, 64, 32, 4, 3)): (90_112, 102_400),
+    ((8, 9), (128, 256, 0, 8, 3)): (163_840, 188_416),
+    ((8, 9), (128, 256, 0, 8, 2)): (131_072, 131_072),
+    ((8, 9), (64, 64, 0, 4, 5)): (98_304, 110_592),
+    ((8, 9), (128, 32, 0, 4, 4)): (73_728, 98_304),
+    ((8, 0), (128, 128, 0, 8, 2)): (49_152, 73_728),
+    ((12, 0), (128, 64, 32, 8, 4)): (None, 155_648),
+}
+
+
+def test_tiles_fit_every_gpu():
+    """With fewer stages or rows where they must, and the same parts."""
+    for shape, measured in TILES.items():
+        for tiles in (Tiles(*tiles) for _, tiles in measured if tiles):
+            for capability, memory in GPUS.items():
+                found = tiles.fit(capability, memory)
+                assert found.shared_memory(capability) <= memory and found.parts(*shape) == tiles.parts(*shape)
+                assert found.stages >= 2 and found.rows in (16, 32, 64, 128, 256)
+                assert (found == tiles) == (tiles.shared_memory(capability) <= memory)
+    widest = Tiles(128, 256, 0, 0, 8, 3)
+    assert [widest.fit(gpu, memory) for gpu, memory in GPUS.items() if gpu in ((8, 0), (8, 9), (9, 0))] == [
+        Tiles(128, 256, 0, 0, 8, 2), Tiles(128, 128, 0, 0, 8, 2), Tiles(128, 256, 0, 0, 8, 2)
+    ]  # fmt: skip
+    assert Tiles(64, 64, 32, 5, 4, 3).fit((8, 6), 45_000) == Tiles(64, 64, 0, 5, 4, 2)
+
+
+def test_the_shared_memory_of_tiles():
+    for (capability, (outputs, rows, more, *rest)), (earlier, latest) in COMPILED.items():
+        bound = Tiles(outputs, rows, more, 0, *rest).shared_memory(capability)
+        assert (earlier or 0) <= latest <= bound and bound in (latest, latest + 64 * outputs * bool(more))
+
+
+@pytest.mark.parametrize("capability,tiles", [((9, 0), (128, 256, 0, 0, 8, 3)), ((8, 9), (64, 64, 0, 0, 4, 5))])
+def test_the_compiler_takes_no_more_shared_memory(capability, tiles):
+    """The installed one: a newer Triton may take more, and tiles then fail where the model is loaded."""
+    triton = pytest.importorskip("triton")
+    from qwen_vl_streaming.engine.quantized_kernel import _product
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tiles, width = Tiles(*tiles), {"FP8": False, "INTERPRETED": False, "INPUTS": GROUP}
+    width |= {"OUTPUTS": tiles.outputs, "ROWS": tiles.rows, "MORE_ROWS": tiles.more_rows}
+    types = dict(zip(_product.arg_names, ("*bf16", "*i32", "*fp32", "*fp32", *["i32"] * 4), strict=False))
+    aligned = {(argument,): [["tt.divisibility", 16]] for argument in (0, 1, 2, 3, 5, 6)}
+    source = ASTSource(_product, types | dict.fromkeys(width, "constexpr"), width, aligned)
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    compiled = triton.compile(source, target, {"num_warps": tiles.warps, "num_stages": tiles.stages})
+    assert 0.8 * tiles.shared_memory(capability) < compiled.metadata.shared <= tiles.shared_memory(capability)
+
+
+def test_the_engine_takes_tiles_that_fit_the_gpu(monkeypatch):
+    """The operation that the compiler does not look into, with a stand-in for the kernel and the GPU."""
+    pytest.importorskip("triton")
+    from qwen_vl_streaming.engine import quantized_kernel
+
+    gpu, taken = SimpleNamespace(major=8, minor=6, shared_memory_per_block_optin=GPUS[8, 6]), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(quantized_kernel, "partial_products", lambda x, w, s, tiles: taken.append(tiles) or x.clone())
+    weight, scale = quantize(torch.randn(128, 128), "int8")
+    partial_products(torch.randn(200, 128), weight, scale, [128, 256, 0, 112, 8, 3])
+    assert taken == [Tiles(128, 128, 0, 112, 8, 2)]
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

@@ -1,15 +1,17 @@
 """The benchmark of 8-bit weights: scores over given tokens, comparisons, and the table of tiles that it writes."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming.engine.quantized_linear import Tiles
-from qwen_vl_streaming.model.quantization import quantize_model
+from qwen_vl_streaming.engine.quantized_linear import Tiles, interleave
+from qwen_vl_streaming.model.quantization import quantize_model, scaled_linear
 from qwen_vl_streaming.timeline.timeline import make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from test_batch import random_jobs, reference_captions
 from tiny import tiny_model
+from weights import products
 from weights.products import ROWS, candidates, layer_shapes, tiles_file
 from weights.quality import Forced, compare_forced, compare_written, forced_scores
 
@@ -49,6 +51,34 @@ def test_the_table_of_tiles_has_what_is_fastest():
     exec(tiles_file(rows, "int8", "X"), namespace)
     table = dict(namespace["TILES"][layer_shapes("7B")["qkv"]])
     assert table[16] == (64, 16, 0, 132, 4, 4) and table[1] is None and table[32] is None
+
+
+def test_tiles_that_do_not_fit_are_reported_and_the_rest_is_measured(monkeypatch, capsys):
+    """On a GPU that refuses wide tiles, also those that the engine chooses."""
+    gpu = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=10**6, multi_processor_count=4)
+
+    def parts_of(x, weight, scale, tiles):
+        if tiles.rows > 64:
+            raise RuntimeError("out of resource: shared memory, Required: 253952, Hardware limit: 101376")
+        return scaled_linear(x[:, interleave(torch.arange(x.shape[1])[None])[0].argsort()], weight, scale)[None]
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(products, "DEVICE", "cpu")
+    monkeypatch.setattr(products, "CACHE", 0)
+    monkeypatch.setattr(products, "parts_of", parts_of)
+    monkeypatch.setattr(products, "microseconds", lambda work, count: work(0) is None or 5.0)
+    monkeypatch.setattr(products, "in_slices", products.whole)
+    monkeypatch.setattr(products, "converted", torch.Tensor.bfloat16)
+    table, layer = products.Table(), products.Layer(384, 256, ["int8"])
+    for m in (1, 64, 256):
+        products.measure_rows(table, ("7B", "qkv"), layer, "int8", m, True, set(), False)
+    products.show(table.rows, "7B", "qkv", "int8", (384, 256))
+    refused = [row for row in table.rows if "error" in row]
+    assert {row["way"] for row in refused} == {"int8 tiles", "int8 chosen"} and {row["m"] for row in refused} == {256}
+    out = capsys.readouterr().out
+    assert "int8 chosen: RuntimeError: out of resource" in out and "failed" in out and "WRONG" not in out
+    assert table.best_tiles(("7B", "qkv"), 64).rows == 64 and table.best_tiles(("7B", "qkv"), 256) is None
 
 
 def test_candidates_have_room_for_all_rows_and_inputs_for_all_programs():

@@ -40,8 +40,6 @@ DISTINCT = 8
 """Number of distinct clips of each grid; longer videos repeat them."""
 KEPT_RUNNERS = 4
 """Number of session sizes whose step runners are kept."""
-TIMEOUT = 600.0
-"""Timeout of the perception process for a clip, in seconds. Its first clip includes compilation."""
 WHOLE, SPREAD, AUTO = "whole", "spread", "auto"
 """How fused steps prefill a clip: in one step; in K steps, one for each token of a slot; as `choose_chunks` says."""
 
@@ -199,7 +197,7 @@ class Bench:
         if mode == "pipelined":
             if self.perception_client is None:
                 loading = partial(self.loading, self.size, self.layers, self.other, self.weights)
-                self.perception_client = PerceptionClient(loading, TIMEOUT)
+                self.perception_client = PerceptionClient(loading)
             options["perception_client"] = self.perception_client
         options.setdefault("chunks", 1)
         sizes = (clips, answer_tokens, tokens, *map(options.get, ("chunk", "chunks", "window")))

@@ -20,8 +20,8 @@ from qwen_vl_streaming.engine.quantized_linear import (
     Tiles,
     choose_tiles,
     converted,
+    fit_tiles,
     interleave,
-    partial_products,
     sum_parts,
 )
 from qwen_vl_streaming.model.quantization import quantize, scaled_linear
@@ -82,10 +82,17 @@ def candidates(m: int, n: int, k: int, processors: int) -> list[Tiles]:
     return found
 
 
+def parts_of(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
+    """As `quantized_kernel.partial_products`: with these tiles, where the engine would take some that fit."""
+    from qwen_vl_streaming.engine import quantized_kernel  # Triton is only installed where PyTorch supports a GPU
+
+    return quantized_kernel.partial_products(x, weight, scale, tiles)
+
+
 def run_kernel(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
     """The kernel for `x` that is interleaved already, as what makes it does in the engine, and a sum over its parts,
     which is part of what follows there. (The sum is of all parts, also of those that are left out there.)"""
-    parts = partial_products(x, weight, scale, list(astuple(tiles)))
+    parts = parts_of(x, weight, scale, tiles)
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
@@ -284,11 +291,14 @@ def measure_rows(
             work = partial(run_nth, interleaved, weights, tiles)
             table.add(key, m, f"{kind} tiles", layer, work, tiles=asdict(tiles))
     exact = scaled_linear(x, *weights[0]).float()
-    for way, tiles in (("kernel", table.best_tiles(key, m)), ("chosen", choose_tiles(m, layer.n, layer.k))):
+    chosen = choose_tiles(m, layer.n, layer.k)
+    chosen = chosen and fit_tiles(chosen, x.device)
+    for way, tiles in (("kernel", table.best_tiles(key, m)), ("chosen", chosen)):
         if tiles is not None:
             work = partial(run_nth, interleaved, weights, tiles)
-            table.add(key, m, f"{kind} {way}", layer, work, tiles=asdict(tiles))
-            parts = partial_products(interleaved, *weights[0], list(astuple(tiles)))
+            if "error" in table.add(key, m, f"{kind} {way}", layer, work, tiles=asdict(tiles)):
+                continue
+            parts = parts_of(interleaved, *weights[0], tiles)
             total = sum_parts(parts, tiles, layer.n, layer.k).float()
             error = float((total - exact).abs().max() / exact.abs().max())
             if not error < 0.02:

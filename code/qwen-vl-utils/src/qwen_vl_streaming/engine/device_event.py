@@ -4,10 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-CAPTURE_ERROR_MODE = "thread_local"
-"""For capturing a CUDA graph while other threads use the GPU. In the default mode, a thread that pins memory
-invalidates the capture."""
-
 
 def to_device(values: torch.Tensor | Sequence[int], device: torch.device) -> torch.Tensor:
     """Copies a CPU tensor, or a list of integers, to `device` without blocking the host."""

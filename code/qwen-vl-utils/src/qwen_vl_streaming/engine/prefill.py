@@ -7,12 +7,14 @@ On a GPU, steps with few rows are bound by the host. Row counts that recur are t
 """
 
 import collections
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .device_event import CAPTURE_ERROR_MODE, to_device
+from .cuda_graph import capture
+from .device_event import to_device
 from .ragged_attention import QUERY_BLOCK, RaggedAttention
 from .sequence import ROW_FIELDS, PlannedSequence
 
@@ -89,14 +91,12 @@ class Prefill:
     def run(self, rows: int) -> Tensor:
         """Hidden states of the `rows` that were filled in, (R, C). The next step may overwrite them."""
         self.uses[rows] += 1
-        capture = self.runner.on_cuda and rows <= MAX_CAPTURE_ROWS and self.uses[rows] >= CAPTURE_AFTER
-        if capture and rows not in self.graphs:
+        recurs = self.runner.on_cuda and rows <= MAX_CAPTURE_ROWS and self.uses[rows] >= CAPTURE_AFTER
+        if recurs and rows not in self.graphs:
             if len(self.graphs) == MAX_GRAPHS:
                 self.graphs.pop(next(iter(self.graphs)))
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.runner.graph_pool, capture_error_mode=CAPTURE_ERROR_MODE):
-                hidden = self._forward(rows)
-            self.graphs[rows] = graph, hidden
+            work = functools.partial(self._forward, rows)
+            self.graphs[rows] = capture(work, self.runner.capture_stream, self.runner.graph_pool, runs=0)
         if rows not in self.graphs:
             return self._forward(rows)
         graph, hidden = self.graphs[rows]

@@ -125,22 +125,24 @@ def _product(
 
 def partial_products(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles, interpreted: bool = False) -> Tensor:
     """(S, M, N): parts of `x` (M, K), interleaved, times the 8-bit `weight` (N, K) times `scale` (N,), all contiguous.
-    In the dtype of `x` if S is 1, else in float32; outputs with fewer parts have any values in the others."""
+    In the dtype of `x` if S is 1, else in float32; outputs with fewer parts have any values in the others. Raises
+    Triton's OutOfResources for `tiles` that do not fit on the GPU."""
     (m, k), n = x.shape, len(weight)
     parts, share = tiles.parts(n, k)
     output = torch.empty(parts, m, n, dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
     programs = triton.cdiv(triton.cdiv(n, tiles.outputs) * (k // GROUP), share)
-    _product[programs, triton.cdiv(m, tiles.rows + tiles.more_rows)](
-        *(x, weight.view(torch.int32), scale, output, m, n, k, share),
-        FP8=weight.dtype == torch.float8_e4m3fn,
-        OUTPUTS=tiles.outputs,
-        ROWS=tiles.rows,
-        MORE_ROWS=tiles.more_rows,
-        INPUTS=GROUP,
-        INTERPRETED=interpreted,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _product[programs, triton.cdiv(m, tiles.rows + tiles.more_rows)](
+            *(x, weight.view(torch.int32), scale, output, m, n, k, share),
+            FP8=weight.dtype == torch.float8_e4m3fn,
+            OUTPUTS=tiles.outputs,
+            ROWS=tiles.rows,
+            MORE_ROWS=tiles.more_rows,
+            INPUTS=GROUP,
+            INTERPRETED=interpreted,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
     return output
 
 
@@ -156,9 +158,10 @@ def convert(weight: Tensor) -> Tensor:
     """An 8-bit `weight` (N, K) in bfloat16, without its scale. K is a multiple of 4."""
     output = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
     count = weight.numel() // 4
-    _convert[(triton.cdiv(count, BLOCK),)](
-        *(weight.view(torch.int32), output.view(torch.int64), count),
-        FP8=weight.dtype == torch.float8_e4m3fn,
-        BLOCK=BLOCK,
-    )
+    with torch.cuda.device_of(weight):
+        _convert[(triton.cdiv(count, BLOCK),)](
+            *(weight.view(torch.int32), output.view(torch.int64), count),
+            FP8=weight.dtype == torch.float8_e4m3fn,
+            BLOCK=BLOCK,
+        )
     return output

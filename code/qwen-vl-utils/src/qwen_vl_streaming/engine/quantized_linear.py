@@ -6,7 +6,7 @@ and by cuBLAS for many, after the weights are converted. All compute what `quant
     M rows   N outputs   K inputs   S parts of a sum over the inputs
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from .quantized_tiles import TILES
 
 GROUP = 128
 """Inputs that the kernel loads at a time."""
+HOPPER = 9
+"""Major compute capability."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,42 @@ class Tiles:
             return 1, share
         return (groups // share if groups % share == 0 else (groups - 2) // share + 2), share
 
+    def shared_memory(self, capability: tuple[int, int]) -> int:
+        """Bytes of shared memory that the kernel takes on a GPU of this compute capability. That of Triton 3.8; earlier
+        versions take less."""
+        rows = self.rows + self.more_rows
+        ahead = self.stages - (capability[0] != HOPPER)  # Hopper's tensor cores read rows from shared memory
+        loads = GROUP * (self.stages * self.outputs + 2 * ahead * rows)
+        words = 64 * self.outputs * (2 if self.more_rows else 1)  # converted, or exchanged between threads
+        return max(loads + words, 4 * self.outputs * max(self.rows, self.more_rows))
+
+    def fit(self, capability: tuple[int, int], memory: int) -> "Tiles":
+        """These, with fewer stages or rows if they take more than `memory` bytes of shared memory. The products and
+        their parts are the same."""
+        tiles = self
+        while tiles.shared_memory(capability) > memory and tiles.rows > 16:
+            if tiles.stages > 2:
+                tiles = replace(tiles, stages=tiles.stages - 1)
+            else:
+                tiles = replace(tiles, rows=tiles.rows // (1 if tiles.more_rows else 2), more_rows=0)
+        return tiles
+
 
 def choose_tiles(rows: int, outputs: int, inputs: int) -> Tiles | None:
     """The tiles for a product of M `rows`, N `outputs` and K `inputs`, measured on an H200, or None if another way is
-    faster than the kernel. Other sizes have those of the measured size with the nearest number of weights."""
+    faster than the kernel. Other sizes have those of the measured size with the nearest number of weights. Not all fit
+    every GPU: see `fit_tiles`."""
     measured = min(TILES, key=lambda shape: abs(shape[0] * shape[1] - outputs * inputs))
     for most, tiles in TILES[measured]:
         if rows <= most:
             return tiles and Tiles(*tiles)
     return None
+
+
+def fit_tiles(tiles: Tiles, device: torch.device) -> Tiles:
+    """`tiles` as they fit in the shared memory of the GPU `device`."""
+    gpu = torch.cuda.get_device_properties(device)
+    return tiles.fit((gpu.major, gpu.minor), gpu.shared_memory_per_block_optin)
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -100,10 +129,11 @@ def interleave(x: Tensor) -> Tensor:
 # Opaque to the compiler, which sums the parts together with what follows.
 @torch.library.custom_op("qwen_vl_streaming::partial_products", mutates_args=())
 def partial_products(x: Tensor, weight: Tensor, scale: Tensor, tiles: list[int]) -> Tensor:
-    """As `quantized_kernel.partial_products`."""
+    """As `quantized_kernel.partial_products`, with `tiles` as they fit on the GPU."""
     from . import quantized_kernel  # Triton is only installed where PyTorch supports a GPU
 
-    return quantized_kernel.partial_products(x.contiguous(), weight, scale, Tiles(*tiles))
+    # Chosen here, where the compiler does not look: it would guard on, or not trace, a device's properties.
+    return quantized_kernel.partial_products(x.contiguous(), weight, scale, fit_tiles(Tiles(*tiles), x.device))
 
 
 @partial_products.register_fake

@@ -16,8 +16,8 @@ from ..model.prompts import Template
 from ..reference import PENALTY
 from ..timeline.plan import Plan
 from ..timeline.timeline import NOTHING
+from .cuda_graph import capture
 from .decoder_layer import run_layer
-from .device_event import CAPTURE_ERROR_MODE
 from .kv_cache import BLOCK_SIZE, PagedKVCache
 from .model_runner import ModelRunner
 from .paged_attention import PagedAttention, PrefillAttention
@@ -51,6 +51,7 @@ class Runner(ModelRunner):
         self.prefills: dict[int, Prefill] = {}
         """By the number of query blocks that they have room for."""
         self.graph_pool = torch.cuda.graph_pool_handle() if self.on_cuda else None
+        self.capture_stream = torch.cuda.Stream(self.device) if self.on_cuda else None
         self.layer = run_layer
         self._prepare, self._finish = self._eager_prepare, self._eager_finish
         if self.on_cuda:
@@ -156,18 +157,10 @@ class Runner(ModelRunner):
             sequence.text_fed = min(sequence.text_fed + 1, sequence.text_due)
 
     def capture(self) -> None:
-        """Compiles the decode step and captures it as a CUDA graph. Call it while no slot has anything due."""
-        with torch.no_grad():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    self._decode()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode=CAPTURE_ERROR_MODE):
-                self._decode()
-            self.graph = graph
+        """Compiles the decode step and captures it as a CUDA graph. Call it while no slot has anything due. Does
+        nothing on the CPU."""
+        if self.capture_stream is not None:
+            self.graph, _ = capture(self._decode, self.capture_stream)
 
     def _decode(self) -> None:
         ids, row, active, positions = self._prepare()

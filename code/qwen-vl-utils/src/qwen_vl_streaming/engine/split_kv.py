@@ -15,6 +15,14 @@ CHUNK_KERNEL_OPTIONS: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num
 MAX_SPLITS = 8
 
 
+def fit_options(kernel_options: dict | None, dtype: torch.dtype) -> dict | None:
+    """FlexAttention's `kernel_options`, measured in bfloat16, for `dtype`. In float32 they take more shared memory than
+    most GPUs have."""
+    if kernel_options is None or dtype.itemsize <= 2:
+        return kernel_options
+    return {**kernel_options, "BLOCK_N": 32, "num_stages": 1}
+
+
 def list_blocks(flags: Tensor, blocks: Tensor, splits: int) -> tuple[Tensor, Tensor]:
     """The block mask's lists of those `blocks` (n, query blocks, W) that `flags` (lists, n, query blocks, W) selects,
     divided among `splits`: (lists, n x splits, 1, query blocks, blocks of a split), and the length of each list."""
@@ -29,7 +37,9 @@ def list_blocks(flags: Tensor, blocks: Tensor, splits: int) -> tuple[Tensor, Ten
 
 
 def flex_split_kv(query: Tensor, keys: Tensor, values: Tensor, splits: int, **options) -> Tensor:
-    """FlexAttention for `query` (n, heads, Q, D) with a block mask of n x `splits` lists of blocks."""
+    """FlexAttention for `query` (n, heads, Q, D) with a block mask of n x `splits` lists of blocks, and `options` of
+    `flex_attention`."""
+    options["kernel_options"] = fit_options(options.get("kernel_options"), query.dtype)
     if splits == 1:
         return flex_attention(query, keys, values, **options)
     repeated = query.repeat_interleave(splits, 0)

@@ -8,6 +8,7 @@ graph. Knows nothing about when a clip is due.
     S batch slots   R = S + n W rows of a step   C hidden size
 """
 
+import functools
 import gc
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from ..model.prompts import Template
 from ..reference import PENALTY
 from ..timeline.plan import Window
 from ..timeline.timeline import Layout
+from .cuda_graph import capture
 from .device_event import DeviceEvent
 from .kv_cache import BLOCK_SIZE, TEXT_OFFSET, BlockTable, PagedKVCache
 from .model_runner import ModelRunner
@@ -243,15 +245,8 @@ class StepRunner(ModelRunner):
         for chunks in self.chunk_counts:
             for samples in (False, True) if sample else (False,):
                 self.inputs[chunks].set([])
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.no_grad(), torch.cuda.stream(stream):
-                    for _ in range(3):
-                        self._step(chunks, samples)
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool=pool, stream=stream):
-                        self._step(chunks, samples)
-                torch.cuda.current_stream().wait_stream(stream)
-                self.graphs[chunks, samples] = graph
+                step = functools.partial(self._step, chunks, samples)
+                self.graphs[chunks, samples], _ = capture(step, stream, pool)
 
     # Transfer of a clip's keys and values between the caches of two runners
 

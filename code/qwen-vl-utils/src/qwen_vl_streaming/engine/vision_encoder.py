@@ -2,6 +2,7 @@
 is due."""
 
 import collections
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..timeline.timeline import Layout
+from .cuda_graph import capture
 from .device_event import DeviceEvent
 
 
@@ -42,14 +44,7 @@ class VisionEncoder:
         for size in sizes:
             pixels = torch.zeros(size, *shape, dtype=self.model.dtype, device=self.model.device)
             # Graphs captured on one stream share cuBLAS's workspace. This one runs at the same time as others.
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                for _ in range(3):
-                    self.model.perceive(pixels, grid)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=self.stream):
-                    tokens = self.model.perceive(pixels, grid)
-            torch.cuda.current_stream().wait_stream(self.stream)
+            graph, tokens = capture(functools.partial(self.model.perceive, pixels, grid), self.stream)
             self.graphs.setdefault(grid, {})[size] = graph, pixels, tokens
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ import collections
 import logging
 import queue
 import threading
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -134,6 +135,8 @@ class Intake:
         """Add a clip that has come. Blocks while ROOM clips wait, until `stop`. Raises InputError for frames of a wrong
         shape or type."""
         self._check(clip)
+        # The pixels may be computed later, and the source may fill the same memory again for its next clip.
+        clip = replace(clip, frames=clip.frames.clone())
         pixels = None if self.waiting else self._pixels(clip)
         with self._change:
             live = self.source.live and not clip.film

@@ -96,7 +96,7 @@ def check_schedule(text: str | None, config, checkpoint: str, variant: Variant) 
 def load_on(path: str, device: str, dtype: torch.dtype, weights: str | None = None):
     """Load the model. The perception process calls this too."""
     if torch.device(device).index is not None:
-        torch.cuda.set_device(device)  # streams are made on the current one
+        torch.cuda.set_device(device)  # else pinned memory takes up memory of the first GPU, for a CUDA context
     return load_model(path, "sdpa", dtype, weights, device).to(device).eval()
 
 

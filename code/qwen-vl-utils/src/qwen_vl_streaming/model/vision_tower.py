@@ -75,6 +75,15 @@ class VisionMLP(stock.Qwen2_5_VLMLP):
         return super()._apply(*arguments, **options)
 
 
+FLASH_CAPABILITY = (8, 0)
+"""CUDA compute capability from which GPUs run FlashAttention, which `varlen_attn` is."""
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether `device` runs `varlen_attn`, in half precision."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+
+
 class Segments:
     """The bounds of the segments that attention is restricted to: windows, or whole clips."""
 
@@ -82,6 +91,8 @@ class Segments:
         bounds = cu_seqlens.cpu()
         starts, lengths = bounds[:-1], bounds.diff()
         self.longest = int(lengths.max())
+        self.flash = has_flash(device)
+        """Whether one variable-length call can compute all segments, in half precision."""
         self.by_length = [
             (starts[lengths == length, None] + torch.arange(length)).to(device) for length in lengths.unique().tolist()
         ]
@@ -99,9 +110,9 @@ class Segments:
 class VisionAttention(stock.Qwen2_5_VLVisionAttention):
     """Stock vision attention without a loop over segments.
 
-    With SDPA, the stock tower calls attention once for every window of every clip. On a GPU in half precision, this
-    class computes all segments in one variable-length call. Otherwise it makes one call for each distinct segment
-    length, of which there are few. The results are equal up to rounding.
+    With SDPA, the stock tower calls attention once for every window of every clip. On an Ampere or newer GPU in half
+    precision, this class computes all segments in one variable-length call. Otherwise it makes one call for each
+    distinct segment length, of which there are few. The results are equal up to rounding.
     """
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings: Any = None, max_seqlen=None, **kwargs):
@@ -111,7 +122,7 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
         query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         segments = Segments.of(cu_seqlens)
         mixed: Tensor
-        if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
+        if segments.flash and value.dtype in (torch.bfloat16, torch.float16):
             longest = segments.longest
             bounds = (cu_seqlens, cu_seqlens, longest, longest)
             mixed = varlen_attn(  # pyright: ignore[reportAssignmentType]  # a tuple only with `return_aux`

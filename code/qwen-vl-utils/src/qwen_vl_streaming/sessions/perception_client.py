@@ -25,7 +25,7 @@ from ..common.errors import InputError
 from .perception_worker import GROUP_SIGNALS, perceive
 
 LOAD_SECONDS = 900
-"""How long a model may take to load."""
+"""How long a model may take to load, and a session to open, before which steps are compiled."""
 KV_BUFFERS = 3
 """Clips that may have been received and not copied into the cache yet."""
 PIXEL_BUFFERS = KV_BUFFERS + 1
@@ -42,7 +42,7 @@ class PerceptionClient:
     def __init__(self, load: Callable[[], torch.nn.Module], patience: float = 60.0):
         """Args:
             load: Loads the model in the other process, on its device; must be picklable.
-            patience: Seconds that a clip or its transfer may take.
+            patience: Seconds that a clip or its transfer may take, once the session is open.
 
         Raises PerceptionLost if the process dies, InputError if `load` raises one.
         """
@@ -55,6 +55,8 @@ class PerceptionClient:
         self.pipe, theirs = context.Pipe()
         self.closing: int | None = None
         """A session that is over and that the other process has not confirmed as closed."""
+        self.opened = 0
+        """The newest session that the other process has opened."""
         self.process = context.Process(target=perceive, args=(theirs, load), daemon=True)
         with group_signals_ignored():
             self.process.start()
@@ -118,28 +120,43 @@ class PerceptionClient:
         self.why_lost = f"the perception process ({self.process.pid}) {fault}: start a new PerceptionClient"
         return PerceptionLost(self.why_lost)
 
-    def silent(self) -> PerceptionLost:
-        """The error for a process that lives but has sent nothing for longer than `patience`."""
-        return self._lost(f"has sent nothing for {self.patience:g} s")
+    def silent(self, seconds: float | None = None) -> PerceptionLost:
+        """The error for a process that lives but has sent nothing for `seconds`; default: `patience`."""
+        return self._lost(f"has sent nothing for {self.patience if seconds is None else seconds:g} s")
+
+    def _wait_for(self, kind: str, session: int) -> None:
+        """Wait until the other process reports that it has "opened" or "closed" a `session`. What it has sent of the
+        session before is dropped."""
+        message = None
+        while message != (kind, session):
+            seconds = self.patience if self.opened == session else LOAD_SECONDS
+            if (message := self.receive(seconds)) is None:
+                raise self.silent(seconds)
+            if message[0] == "opened":
+                self.opened = message[1]
 
     def open(self, kv_buffer: Tensor, clip_bytes: int, *what) -> int:
-        """Begin a session, whose clips have `clip_bytes` bytes at most and come back in buffers like `kv_buffer`.
-        Returns its number. Raises InputError if another session is open, or if shared memory is full."""
+        """Begin a session, whose clips have `clip_bytes` bytes at most and come back in buffers like `kv_buffer`. Waits
+        until the other process has opened it. Returns its number. Raises InputError if another session is open, or if
+        shared memory is full."""
         if self.why_lost or not self.process.is_alive():
             raise InputError(self.why_lost or str(self._lost()))
         if self.current is not None:
             raise InputError("another session uses this PerceptionClient: close it first")
-        while self.closing is not None:
-            if (message := self.receive(self.patience)) is None:
-                raise self.silent()
-            if message == ("closed", self.closing):
-                self.closing = None
+        if self.closing is not None:
+            self._wait_for("closed", self.closing)
+            self.closing = None
         fits = self.kv_buffers and _kind(self.kv_buffers[0]) == _kind(kv_buffer)
         if not fits or len(self.pixel_buffers[0]) < clip_bytes:
             self._make_buffers(kv_buffer, clip_bytes)
         self.sessions += 1
         self.current = self.sessions
         self.send("open", self.current, *what)
+        try:
+            self._wait_for("opened", self.current)
+        except BaseException:
+            self.finish(self.current)
+            raise
         return self.current
 
     def _make_buffers(self, kv_buffer: Tensor, clip_bytes: int) -> None:

@@ -1,7 +1,8 @@
 """The perception process: computes the clips of a client's sessions, and writes their keys and values into KV transfer
 buffers.
 
-Receives messages through a pipe, and reports through it when a clip has been transferred: see `perception_client.py`.
+Receives messages through a pipe, and reports through it when a session is open or closed, and when a clip has been
+transferred: see `perception_client.py`.
 """
 
 import collections
@@ -113,6 +114,7 @@ class PerceptionWorker:
             elif session > self.closed[0]:
                 if kind == "open":
                     self._open(*what)
+                    self.pipe.send(("opened", session))
                 elif kind == "empty":
                     self.free += what
                 else:
