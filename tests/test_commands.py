@@ -363,6 +363,22 @@ def test_links_have_targets(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_contents_name_every_section(page):
+    """In the pages with a list of contents, in the order of the page."""
+    text = without_code(TEXTS[page])
+    sections = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    listed = re.findall(r"^- \[(.+?)\]\(#", text.partition("\n## ")[0], re.MULTILINE)
+    assert listed == sections or not listed
+    assert listed or len(sections) < 5 or page == MADE
+
+
+@pytest.mark.parametrize("name", ["data", "training", "evaluation", "paper", "live", "serving"])
+def test_pages_say_where_their_commands_run(name):
+    start = " ".join(TEXTS[f"docs/{name}.md"].partition("\n## ")[0].split())
+    assert "in the project's root, with `.venv` active (`. .venv/bin/activate`)." in start
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
     assert missing_files(TEXTS[page], tracked()) == set()
 
