@@ -161,8 +161,9 @@ def test_adapters_and_rates_under_zero3(made, tmp_path):
     assert len(moved) == 7 * 2 and all(abs(value - 1e-3) < 1e-5 for value in moved)
 
 
-def test_only_adapters_and_the_merger_train(made, tmp_path, monkeypatch):
+def test_only_adapters_and_the_merger_train(made, tmp_path, monkeypatch, recwarn):
     """Trained, saved by peft, merged by the command and loaded by stock transformers: the same logits."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     out, merged = tmp_path / "out", tmp_path / "merged"
     call(train.main, flags(made, out, f"--max_steps 3 --learning_rate 1e-2 {ADAPTERS}"), monkeypatch)
     assert not list(out.glob("model*.safetensors"))
@@ -176,6 +177,8 @@ def test_only_adapters_and_the_merger_train(made, tmp_path, monkeypatch):
     assert rest == {name for name in before if "visual.merger" in name}
 
     call(merge.main, ["--adapter", out, "--output", merged], monkeypatch)
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
     after = weights(merged)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == rest | {f"{name.removeprefix('base_model.model.')}.weight" for name in layers}
