@@ -273,6 +273,8 @@ def test_a_wheel_of_the_library_works_alone(made, film, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         assert "qwen_vl_streaming/py.typed" in archive.namelist()
         assert {name.split("/")[0].split("-")[0] for name in archive.namelist()} == {"qwen_vl_streaming"}
+        (text,) = [archive.read(name) for name in archive.namelist() if name.endswith("/licenses/LICENSE")]
+        assert text == (ROOT / "LICENSE").read_bytes()
         archive.extractall(tmp_path / "site")
     program = (
         "import sys, qwen_vl_streaming as q\n"
