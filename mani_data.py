@@ -32,7 +32,7 @@ import pe_video.run
 from preparation import own_rows, timed_rows
 from preparation.report import SplitStatistics
 from preparation.rules import Rules
-from preparation.run import STATE_FOLDER, RunOptions
+from preparation.run import STATE_FOLDER, RunOptions, check_rows
 from preparation.timed_formats import FORMATS
 from qwen_vl_streaming.common.data_rows import SEGMENT_TIMES
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
@@ -290,9 +290,11 @@ def main() -> None:
     for name in ("preparation", "pe_video", "funqa"):
         logging.getLogger(name).setLevel(logging.INFO)
     options = options_from(arguments)
-    for split, statistics in DATASETS[arguments.dataset].prepare(options).items():
+    prepared = DATASETS[arguments.dataset].prepare(options)
+    for split, statistics in prepared.items():
         summary = statistics.summary()
-        print(f"{split}: {summary['samples']} samples, {statistics.rows} rows in {options.outputs[split]}")
+        where = f" in {options.outputs[split]}" if statistics.rows else ""
+        print(f"{split}: {summary['samples']} samples, {statistics.rows} rows{where}")
         if statistics.tasks:
             print(
                 "  rows of each sub-task: " + ", ".join(f"{task} {count}" for task, count in statistics.tasks.items())
@@ -300,7 +302,7 @@ def main() -> None:
         for rule, count in summary["dropped"].items():
             if count:
                 print(f"  {count:8d} dropped: {rule}")
-        print(f"  {summary['bad']:8d} bad (see {options.output_dir / f'{options.prefix}skipped.jsonl'})")
+        print(f"  {summary['bad']:8d} bad (see {options.skipped})")
         for reason, count in summary["bad_reasons"].items():
             print(f"  {count:8d}   {reason}")
         if statistics.not_drawn:
@@ -308,6 +310,7 @@ def main() -> None:
         if statistics.without_video:
             print(f"  {statistics.without_video} rows have no video file yet: put the videos at their video_path")
     print(f"distributions: {options.output_dir / f'{options.prefix}report.png'}")
+    check_rows(prepared, options)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,21 @@ python=$root/.venv/bin/python
 stamp=$root/.venv/installed
 pins=$(cat "$root/requirements.txt" "$root/code/qwen-vl-utils/pyproject.toml" "$root/code/data/pyproject.toml")
 system=${PYTHON:-python3} requested=
-version_check='import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))'
+version='import sys; print("%d.%d" % sys.version_info[:2])'
+version_check="$version; sys.exit(sys.version_info < (3, 11))"
 if [ -n "${PYTHON:-}" ] || [ ! -e "$root/.venv" ]; then
-  if ! requested=$("$system" -c "import ensurepip, venv; $version_check" 2>/dev/null); then
-    echo "error: $system is missing, older than 3.11 or lacks venv: install it, or give another with PYTHON=..." >&2
+  other="or give another Python with PYTHON=..." fault=
+  if ! command -v "$system" >/dev/null; then
+    fault="is missing: install Python 3.11 or newer, $other"
+  elif ! requested=$("$system" -c "$version" 2>/dev/null); then
+    fault="does not run: install Python 3.11 or newer, $other"
+  elif ! "$system" -c "$version_check" >/dev/null 2>&1; then
+    fault="is Python $requested: install 3.11 or newer, $other"
+  elif ! "$system" -c "$version; import ensurepip, venv" >/dev/null 2>&1; then
+    fault="(Python $requested) lacks venv: install it, on Debian and Ubuntu as python$requested-venv, $other"
+  fi
+  if [ -n "$fault" ]; then
+    echo "error: $system $fault" >&2
     exit 2
   fi
 fi

@@ -8,11 +8,12 @@ Both come from the source: imports as they are written, and the first sentence o
 import argparse
 import ast
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 DOCS = Path(__file__).resolve().parent
@@ -30,8 +31,9 @@ TITLES = {
 """Folders below code/ in the order of files.md; those that are not named here follow."""
 INK, GREY, BLUE, PALE = "#222222", "#8C8C8C", "#0072B2", "#EAF3F9"
 WIDE = 11.0  # inches
-BOX = (3.05, 0.96)  # width and height of a room
-STEP = 1.24  # from one floor to the next
+DPI = 110
+BOX = (3.05, 1.1)  # width and height of a room: a title, three lines that say what it is, two at its foot
+STEP = 1.38  # from one floor to the next
 BASE = "common"
 """The room that all import; no arrows lead to it."""
 NOTE = (
@@ -135,23 +137,35 @@ def read_programs() -> dict[str, tuple[str, set[str]]]:
     return programs
 
 
+def wrap(text: str, wide: float, size: float) -> list[str]:
+    """`text` in lines of at most `wide` inches in the font size `size`. Breaks after spaces, hyphens and slashes."""
+    renderer, font, lines = RendererAgg(1, 1, DPI), FontProperties(size=size), [""]
+    for piece in re.split(r"(?<=[ /-])", text):
+        longer = lines[-1] + piece
+        if lines[-1] and renderer.get_text_width_height_descent(longer.rstrip(), font, False)[0] > wide * DPI:
+            lines.append(piece)
+        else:
+            lines[-1] = longer
+    return [line.rstrip() for line in lines if line]
+
+
 def box(axes, left: float, low: float, wide: float, high: float, title: str, says: str, foot: str, fill: str) -> None:
-    """A box with a title, at most two lines that say what it is, and a line at its foot."""
+    """A box with a title, lines that say what it is, and lines at its foot."""
     shape = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": fill, "edgecolor": BLUE, "zorder": 3}
     axes.add_patch(FancyBboxPatch((left, low), wide, high, **shape))
     text = {"zorder": 4, "va": "center", "color": INK}
     axes.text(left + 0.1, low + high - 0.17, title, fontsize=11, weight="bold", **text)
-    for number, line in enumerate(textwrap.wrap(says, int(wide * 16.5), max_lines=2, placeholder=" …")):
+    for number, line in enumerate(wrap(says, wide - 0.2, 7.5)):
         axes.text(left + 0.1, low + high - 0.38 - 0.15 * number, line, fontsize=7.5, **text)
-    for number, line in enumerate(reversed(textwrap.wrap(foot, int(wide * 18.4)))):
+    for number, line in enumerate(reversed(wrap(foot, wide - 0.2, 7))):
         axes.text(left + 0.1, low + 0.11 + 0.13 * number, line, fontsize=7, **(text | {"color": GREY}))
 
 
-def draw(rooms: dict[str, set[str]], programs: dict[str, tuple[str, set[str]]], path: Path) -> None:
+def draw(rooms: dict[str, set[str]], programs: dict[str, tuple[str, set[str]]], path: Path) -> Figure:
     place = places(rooms)
     top = max(floor for floor, _ in place.values())
     high = 0.3 + STEP * top + BOX[1] + 0.95
-    figure = Figure(figsize=(WIDE, high), dpi=110)
+    figure = Figure(figsize=(WIDE, high), dpi=DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, WIDE)
     axes.set_ylim(0, high)
@@ -184,6 +198,7 @@ def draw(rooms: dict[str, set[str]], programs: dict[str, tuple[str, set[str]]], 
         wide = WIDE - 0.4 if room == BASE else BOX[0]
         box(axes, *corner(*where), wide, BOX[1], title, first_sentence(docstring(source)), foot(rooms[room]), PALE)
     figure.savefig(path)
+    return figure
 
 
 def list_files() -> str:

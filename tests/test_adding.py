@@ -120,7 +120,7 @@ def test_a_custom_data_set_is_prepared(monkeypatch, tmp_path, capsys):
     names = RunOptions.__dataclass_fields__
     base = RunOptions(**{name: None for name in names})
     mine = mani_data.DataSet(
-        "me/mine", "mine_{}.jsonl", Rules(), lambda options: {"test": SplitStatistics()}, options, prefix="mine_"
+        "me/mine", "mine_{}.jsonl", Rules(), lambda options: {"test": SplitStatistics(rows=1)}, options, prefix="mine_"
     )
     monkeypatch.setitem(mani_data.DATASETS, "mine", mine)
     arguments = ["--dataset", "mine", "--split", "test", "--dataset-root", tmp_path, "--seed", 3]
@@ -128,5 +128,5 @@ def test_a_custom_data_set_is_prepared(monkeypatch, tmp_path, capsys):
     with contextlib.suppress(SystemExit):
         mani_data.main()
     out = capsys.readouterr().out
-    assert f"test: 0 samples, 0 rows in {tmp_path / 'mine_test.jsonl'}" in out and "mine_skipped.jsonl" in out
+    assert f"test: 0 samples, 1 rows in {tmp_path / 'mine_test.jsonl'}" in out and "mine_skipped.jsonl" in out
     assert (seen["folder"], seen["splits"], seen["seed"]) == (tmp_path / "mine", ["test"], 3)

@@ -1,9 +1,11 @@
 """The library from a notebook: `Captioner` writes what `live` writes, from files, streams and custom sources."""
 
+import inspect
 import math
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import zipfile
 from dataclasses import replace
@@ -61,6 +63,14 @@ def test_text_arrives_while_the_video_plays(captioner, film):
     assert seconds == sorted(seconds) and len(set(seconds)) > 2
     # A clip of a second is there once its second frame is, half a second before its end.
     assert all(when >= second - 0.6 for second, when in arrived)
+
+
+def test_the_example_of_a_custom_source(captioner, monkeypatch, capsys):
+    """That of `help(Source)`, with frames."""
+    example = inspect.getdoc(Source).partition("Example::\n")[2]
+    monkeypatch.setattr(qwen_vl_streaming, "Captioner", lambda model: captioner)
+    exec(textwrap.dedent(example), {"batches": [torch.zeros(2, 3, 56, 56, dtype=torch.uint8)] * 3})
+    assert capsys.readouterr().out.startswith("1.0 ")
 
 
 def test_a_custom_frame_source(captioner, film, tmp_path):
@@ -263,6 +273,8 @@ def test_a_wheel_of_the_library_works_alone(made, film, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         assert "qwen_vl_streaming/py.typed" in archive.namelist()
         assert {name.split("/")[0].split("-")[0] for name in archive.namelist()} == {"qwen_vl_streaming"}
+        (text,) = [archive.read(name) for name in archive.namelist() if name.endswith("/licenses/LICENSE")]
+        assert text == (ROOT / "LICENSE").read_bytes()
         archive.extractall(tmp_path / "site")
     program = (
         "import sys, qwen_vl_streaming as q\n"

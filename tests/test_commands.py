@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from matplotlib.patches import FancyBboxPatch
 from published import ROOT, Copy
 
 PUBLISHED = {
@@ -363,6 +364,22 @@ def test_links_have_targets(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_contents_name_every_section(page):
+    """In the pages with a list of contents, in the order of the page."""
+    text = without_code(TEXTS[page])
+    sections = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    listed = re.findall(r"^- \[(.+?)\]\(#", text.partition("\n## ")[0], re.MULTILINE)
+    assert listed == sections or not listed
+    assert listed or len(sections) < 5 or page == MADE
+
+
+@pytest.mark.parametrize("name", ["data", "training", "evaluation", "paper", "live", "serving"])
+def test_pages_say_where_their_commands_run(name):
+    start = " ".join(TEXTS[f"docs/{name}.md"].partition("\n## ")[0].split())
+    assert "in the project's root, with `.venv` active (`. .venv/bin/activate`)." in start
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
     assert missing_files(TEXTS[page], tracked()) == set()
 
@@ -388,6 +405,21 @@ def test_the_pages_name_every_other_file():
     named = set(re.findall(r"[\w.*-]+", " ".join(TEXTS.values())))
     skipped = re.compile(r"tests/.*|.*\.(py|sh)|.*\.gitignore|docs/.*\.(png|gif)")
     assert {name for name in tracked() if not skipped.fullmatch(name) and Path(name).name not in named} == set()
+
+
+def test_texts_of_the_figure_of_rooms_are_in_their_boxes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import draw_rooms
+
+    figure = draw_rooms.draw(draw_rooms.read_rooms(), draw_rooms.read_programs(), tmp_path / "rooms.png")
+    (axes,) = figure.axes
+    boxes = [patch.get_window_extent() for patch in axes.patches if isinstance(patch, FancyBboxPatch)]
+    texts = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) > 15 and len(texts) > 3 * len(boxes)
+    for text in texts[2:]:  # after the title and the note
+        assert any(box.x0 < text.x0 and text.x1 < box.x1 and box.y0 < text.y0 and text.y1 < box.y1 for box in boxes)
+    assert all(text.count_overlaps(texts) == 1 for text in texts)  # itself
+    assert all("…" not in text.get_text() for text in axes.texts)
 
 
 def test_the_list_of_files_is_up_to_date(tmp_path):

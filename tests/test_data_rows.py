@@ -8,7 +8,7 @@ import datasets
 import pytest
 import tasks
 from planning import read_data
-from qwen_vl_streaming.common.data_rows import HUB, hash_data, read_data_rows
+from qwen_vl_streaming.common.data_rows import HUB, check_data_rows, hash_data, read_data_rows
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_data
 from qwenvl.rows import read_rows
@@ -76,6 +76,32 @@ def test_both_refuse_with_the_same_message(tmp_path, read, line, reason):
         read(data)
     message = str(raised.value)
     assert reason in message and "\n" not in message and "Error" not in message, message
+
+
+@pytest.mark.parametrize("read", [read_rows, evaluated, lambda path: [*check_data_rows(path)]])
+@pytest.mark.parametrize(
+    "name, start, what",
+    [
+        ("rows.csv", b"video_id,video_path,human_caption\na,a.mp4,b\n", "a CSV file"),
+        ("rows.TSV", b"video_id\tvideo_path\n", "a TSV file"),
+        ("rows.json", b'\xef\xbb\xbf\n [\n{"video_id": 1}]', "a JSON array"),
+        ("rows.jsonl", b"[{}]", "a JSON array"),
+        ("rows", b"PAR1\x00\n", "a Parquet file whose name does not end in .parquet"),
+        ("rows.xlsx", b"PK\x03\x04", "an Excel or zip file"),
+        ("rows.jsonl.gz", b"\x1f\x8b\x08", "compressed by gzip"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, read, name, start, what):
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(InputError) as raised:
+        read(tmp_path / name)
+    how = "not JSON Lines: convert it, see 'Captions of your own' in docs/data.md"
+    assert str(raised.value) == f"{tmp_path / name} is {what}, {how}"
+
+
+def test_json_lines_may_have_any_name(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b"\n".join(LINES))
+    assert len([*read_data_rows(tmp_path / "rows.csv")]) == 2
 
 
 @pytest.mark.parametrize("read", [read_rows, evaluated])

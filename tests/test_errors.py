@@ -1,10 +1,12 @@
 """`run`, which all programs share: the reader of the output may close the pipe."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from published import ROOT
 from qwen_vl_streaming.common.errors import OneLineParser
 
 
@@ -42,6 +44,13 @@ def test_characters_that_the_output_cannot_encode_are_escaped():
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
     assert (done.returncode, done.stdout) == (0, b"caf\xe9 \\u4e2d\n"), done.stderr
+
+
+def test_modules_name_their_command():
+    """Else argparse names a package's program __main__.py."""
+    for path in (ROOT / "code").glob("qwen-vl-*/**/*.py"):
+        for call in re.findall(r"(?<!class )OneLineParser\(([^)]*)", path.read_text(encoding="utf-8")):
+            assert call.startswith("*") or "prog=" in call, path
 
 
 def test_flags_are_not_abbreviated(capsys):

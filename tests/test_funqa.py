@@ -346,6 +346,16 @@ def test_the_command_prints_its_results(tmp_path):
     assert "6 dropped: other sub-task" in result.stdout
 
 
+def test_an_output_without_rows_is_refused(tmp_path):
+    lay_out(tmp_path / "source", data=b"no video")
+    result = mani_data(tmp_path, "--source", str(tmp_path / "source"), "--split", "test")
+    output = tmp_path / "dataset/funqa_test.jsonl"
+    *_, error = result.stderr.splitlines()
+    none = f"error: none of the 42 samples of test is kept, so {output} is not written; the first, "
+    assert result.returncode == 2 and error.startswith(none) and "H_A_101_1433_1631.mp4 cannot be opened" in error
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -175,6 +175,26 @@ def test_user_errors_are_one_line(mani_refusal, tmp_path, more, message):
     assert message in mani_refusal(*command(tmp_path, tmp_path / "dataset", *more)[2:])
 
 
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"1.json": b"{", "2.json": sample_json(1, 6.0)}, "; the first, train/1.json: JSON is broken"),
+        ({"1.json": sample_json(1, 6.0), "2.json": good(video_duration_in_s=1)}, ": 1 too short, 1 too few tokens"),
+    ],
+)
+def test_a_split_without_rows_is_refused(tmp_path, files, reason):
+    """Its earlier output stays; the other split is written."""
+    make_files(tmp_path / "source/train", files)
+    make_files(tmp_path / "source/test", {"3.json": good()})
+    make_files(tmp_path / "dataset", {"train_3_5.jsonl": b"a row\n"})
+    result = subprocess.run(command(tmp_path, tmp_path / "dataset"), capture_output=True, text=True)
+    assert result.returncode == 2 and "test: 1 samples, 1 rows in " in result.stdout
+    none = f"none of the 2 samples of train is kept, so {tmp_path / 'dataset/train_3_5.jsonl'} is not written"
+    assert f"error: {none}{reason}" in result.stderr.splitlines()[-1]
+    assert (tmp_path / "dataset/train_3_5.jsonl").read_text() == "a row\n"
+    assert json.loads((tmp_path / "dataset/test_3_5.jsonl").read_text())["video_id"] == "3"
+
+
 @pytest.mark.parametrize("dataset", ["pe-video", "funqa"])
 @pytest.mark.parametrize(
     ("names", "message"),

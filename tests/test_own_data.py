@@ -2,10 +2,14 @@
 
 The hub is a local server. Its data sets are downloaded by the documented commands."""
 
+import csv
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,6 +73,32 @@ def copy(made, tmp_path):
     return copy
 
 
+@pytest.mark.parametrize("kind", ["csv", "json", "tsv"])
+def test_other_files_are_converted(tmp_path, kind):
+    """As docs/data.md shows, with names that JSON escapes, commas, quotes and line ends."""
+    (convert,) = blocks("Captions of your own", "python")
+    rows = [{"file": "a/é 1.mp4", "caption": 'A "dog", it\nruns.'}, {"file": "2.mp4", "caption": "狗 runs."}]
+    path = tmp_path / "dataset/mine/captions"
+    path.parent.mkdir(parents=True)
+    if kind == "json":
+        path.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+        (other,) = re.findall(r"`(rows = load_dataset\(\"json.+?)`", SECTIONS["Captions of your own"])
+        convert = re.sub("^rows = load_dataset.*", other, convert, flags=re.MULTILINE)
+    else:
+        (tabs,) = re.findall(r"`(delimiter=.+?)`", SECTIONS["Captions of your own"])
+        with path.with_suffix(".csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, ["file", "caption"], delimiter="\t" if kind == "tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+        convert = convert.replace("split=", f"{tabs}, split=") if kind == "tsv" else convert
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", convert], cwd=tmp_path, env=environment, check=True)
+    assert [row for _, row in read_data_rows(path.with_name("train.jsonl"))] == [
+        {"video_path": row["file"], "human_caption": row["caption"], "video_id": Path(row["file"]).stem} for row in rows
+    ]
+    assert "狗" in path.with_name("train.jsonl").read_text(encoding="utf-8")
+
+
 def rows_of(made, **changes) -> list[dict]:
     """The required fields of the rows of `made`."""
     rows = map(json.loads, made[1].read_text().splitlines())
@@ -113,7 +143,7 @@ def test_captions_of_your_own(copy, made):
     said = run_all(copy, commands("Captions of your own"))
     assert "train.jsonl: 7 samples, 5 rows in dataset/mine/train_3_5.jsonl" in said
     assert "captions: 5 of 5 have 3 to 5 tokens per second of video\n" in said
-    assert "output/mine   skipped samples: 0" in said
+    assert "output/mine   skipped samples: 0" in said and "accumulation steps mismatch" not in said
     assert [row["annotation"] for row in results(copy, "mine_infer.json")] == [row["human_caption"] for row in rows[6:]]
 
 
@@ -269,6 +299,36 @@ def test_each_row_is_kept_or_listed_with_its_reason(tmp_path, monkeypatch, capsy
     report = json.loads((tmp_path / "out/my_3_5_report.json").read_text())["splits"]["my.jsonl"]
     assert (report["samples"], report["rows"], report["bad"]) == (15, 4, 8)
     assert sum(report["dropped"].values()) == 3 and (tmp_path / "out/my_3_5_report.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"video_id": 1, "video_path": "six.mp4", "caption": "word"}, "row is not valid: has no human_caption and no"),
+        ({"video_id": 1, "video_path": "no.mp4", "human_caption": "word"}, "video is missing: video no.mp4 does not"),
+        ({"video_id": 1, "video_path": "six.mp4", "human_caption": "word"}, "too few tokens per second: 1 tokens in"),
+    ],
+)
+@pytest.mark.parametrize("before", ["", "a row\n"])
+def test_an_output_without_rows_is_refused(tmp_path, monkeypatch, capsys, row, reason, before):
+    """An earlier output stays; the reasons are listed."""
+    (tmp_path / "films").mkdir()
+    make_video(tmp_path / "films/six.mp4", seconds=6)
+    write(tmp_path / "my.jsonl", [row, {**row, "video_id": 2}])
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out/my_3_5.jsonl"
+    if before:
+        output.write_text(before)
+    with pytest.raises(SystemExit) as ended:
+        filtered(tmp_path, monkeypatch, *IN_AND_OUT)
+    said = capsys.readouterr()
+    *_, error = said.err.splitlines()
+    none = "none of the 2 samples of my.jsonl is kept, so out/my_3_5.jsonl is not written"
+    assert ended.value.code == 2 and error.startswith(f"error: {none}; the first, line 1: {reason}"), error
+    assert "my.jsonl: 2 samples, 0 rows\n" in said.out
+    assert output.exists() == bool(before) and (not before or output.read_text() == before)
+    assert (tmp_path / "out/my_3_5_skipped.jsonl").read_text().count("\n") == 2
+    assert not [*(tmp_path / "out").glob(".*.part")]
 
 
 BY_START = [{"start": 0, "end": 6, "text": "word " * 20}, {"start": 3, "end": 5, "text": "end"}]

@@ -162,8 +162,9 @@ def test_adapters_and_rates_under_zero3(made, tmp_path):
     assert len(moved) == 7 * 2 and all(abs(value - 1e-3) < 1e-5 for value in moved)
 
 
-def test_only_adapters_and_the_merger_train(made, tmp_path, monkeypatch):
+def test_only_adapters_and_the_merger_train(made, tmp_path, monkeypatch, recwarn):
     """Trained, saved by peft, merged by the command and loaded by stock transformers: the same logits."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     out, merged = tmp_path / "out", tmp_path / "merged"
     call(train.main, flags(made, out, f"--max_steps 3 --learning_rate 1e-2 {ADAPTERS}"), monkeypatch)
     assert not list(out.glob("model*.safetensors"))
@@ -182,6 +183,8 @@ def test_only_adapters_and_the_merger_train(made, tmp_path, monkeypatch):
     assert record["recipe_differences"]["lora_enable"] is False
     with pytest.raises(InputError, match=r"merged.*was not written by a training run, and would be overwritten"):
         check_folder(merged, "group", str(made[0]))
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
     after = weights(merged)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == rest | {f"{name.removeprefix('base_model.model.')}.weight" for name in layers}

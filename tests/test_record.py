@@ -147,6 +147,7 @@ def test_git_is_optional(tmp_path):
     [
         ({"save_strategy": "epoch"}, ("epoch", None)),
         ({"save_strategy": "epoch", "eval_steps": 7}, ("steps", 7)),
+        ({"eval_strategy": "steps", "save_steps": 8}, ("steps", 8)),
         ({"save_steps": 30}, ("steps", 30)),
     ],
 )

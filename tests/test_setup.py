@@ -13,10 +13,11 @@ import pytest
 SETUP = Path(__file__).resolve().parents[1] / "code/setup.sh"
 
 
-def fake_python(path, *version):
-    """A fake Python that reports this version; without a version it fails."""
+def fake_python(path, *version, without=""):
+    """A fake Python that reports this version, and has no module `without`; without a version it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    run = f'exec {sys.executable} -c "import sys; sys.version_info = {version}\n$2"' if version else "exit 1"
+    start = f"import sys; sys.version_info = {version}; sys.modules['{without}'] = None"
+    run = f'exec {sys.executable} -c "{start}\n$2"' if version else "exit 1"
     path.write_text(f"#!/bin/sh\n{run}\n")
     path.chmod(0o755)
     return str(path)
@@ -25,9 +26,15 @@ def fake_python(path, *version):
 @pytest.mark.parametrize(
     ("requested", "existing", "message"),
     [
-        ((3, 10), None, "older than 3.11"),
-        ((3, 10), (3, 12), "older than 3.11"),
-        ((), None, "is missing"),
+        ((3, 10), None, "/another/python is Python 3.10: install 3.11 or newer, or give another Python with PYTHON="),
+        ((3, 9), (3, 12), "/another/python is Python 3.9: install 3.11 or newer"),
+        ((), None, "/another/python does not run: install Python 3.11 or newer"),
+        ("/no/python", None, "error: /no/python is missing: install Python 3.11 or newer, or give another"),
+        (
+            "ensurepip",
+            None,
+            "/another/python (Python 3.12) lacks venv: install it, on Debian and Ubuntu as python3.12-ve",
+        ),
         (None, (3, 10), "is not a complete environment of Python 3.11 or newer: delete it"),
         ((3, 12), (), "is not a complete environment of Python 3.11 or newer: delete it"),
         ((3, 13), (3, 12), "has Python 3.12, "),
@@ -43,7 +50,11 @@ def test_unsuitable_pythons_are_refused_in_one_line(tmp_path, requested, existin
     if existing is not None:
         fake_python(tmp_path / ".venv/bin/python", *existing)
         (tmp_path / ".venv/installed").write_text("pins\npins\npins")
-    named = "" if requested is None else fake_python(tmp_path / "another/python", *requested)
+    named = requested or ""
+    if isinstance(requested, tuple):
+        named = fake_python(tmp_path / "another/python", *requested)
+    elif requested == "ensurepip":
+        named = fake_python(tmp_path / "another/python", 3, 12, without="ensurepip")
     command = ["bash", "-euc", '. "$0"; echo "$python"', setup]
     ended = subprocess.run(command, env={**os.environ, "PYTHON": named}, capture_output=True, text=True, check=False)
     if message is None:

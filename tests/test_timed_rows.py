@@ -336,7 +336,10 @@ def test_segments_are_put_in_order():
         (("--input", "folder", "--format", "webvtt"), "folder has no *.vtt file"),
         (("--input", "a.json", "--format", "activitynet"), "a.json is not in ActivityNet's format"),
         (("--input", "text", "--format", "joyai"), "text is not JSON"),
-        (("--input", "a.json", "--format", "webvtt"), "none of 1 samples could be converted, the first because"),
+        (
+            ("--input", "a.json", "--format", "webvtt"),
+            "none of the 1 samples of a.json is kept, so out/my.jsonl is not written; the first, ",
+        ),
     ],
 )
 def test_user_errors_are_one_line(films, tmp_path, monkeypatch, capsys, flags, message):

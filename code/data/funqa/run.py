@@ -15,7 +15,7 @@ from typing import IO, Any
 from preparation.inspection import Inspection, inspect_videos
 from preparation.report import SplitStatistics
 from preparation.rules import BAD, KEPT, Decision, duration_and_prefix_rules, speaking_rate_rule
-from preparation.run import RunOptions, exclusive_run, sampling_key, skipped_line, write_report
+from preparation.run import RunOptions, exclusive_run, sampling_key, skipped_line, write_report, write_rows
 from preparation.tokens import find_tokenizer, load_counter
 from preparation.videos import relative_path
 from qwen_vl_streaming.common.errors import InputError
@@ -76,7 +76,7 @@ def prepare_funqa(options: Options) -> dict[str, SplitStatistics]:
         if options.rules.counts_tokens:
             count_tokens = load_counter(find_tokenizer(options.tokenizer, options.root))
         statistics = {split: SplitStatistics() for split in sources}
-        with atomic_write(options.output_dir / f"{options.prefix}skipped.jsonl") as skipped:
+        with atomic_write(options.skipped) as skipped:
             for split, source in sources.items():
                 _prepare_split(split, source, options, count_tokens, statistics[split], skipped)
         write_report(statistics, options)
@@ -122,7 +122,7 @@ def _prepare_split(
     sampled = rows.sample(options.max_samples if split == "train" else None, options.seed)
     statistics.not_drawn = len(rows.complete) - len(sampled)
     statistics.tasks = Counter({task: sum(row.entry.task == task for row in sampled) for task in SUBTASKS})
-    with atomic_write(options.outputs[split]) as file:
+    with write_rows(options.outputs[split]) as file:
         for row in sampled:
             video, checked = videos[row.entry.video]
             file.write(write_row(row, video, checked.seconds, split == "test", options.root))

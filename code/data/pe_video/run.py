@@ -13,7 +13,7 @@ from preparation.inspection import inspect_videos
 from preparation.parallel import run_tasks
 from preparation.report import SplitStatistics
 from preparation.rules import BAD, KEPT
-from preparation.run import RunOptions, draw_rows, exclusive_run, skipped_line, write_report
+from preparation.run import RunOptions, draw_rows, exclusive_run, skipped_line, write_report, write_rows
 from preparation.tokens import find_tokenizer, fingerprint, load_counter
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_write
@@ -51,7 +51,7 @@ def prepare_dataset(options: Options) -> dict[str, SplitStatistics]:
         job = Job(options.rules, tokenizer, options.root, options.videos, state)
         _read_units([unit for part in units.values() for unit in part], job, workers)
         statistics = {split: SplitStatistics() for split in units}
-        with atomic_write(options.output_dir / f"{options.prefix}skipped.jsonl") as skipped:
+        with atomic_write(options.skipped) as skipped:
             for split, part in units.items():
                 _finish_split(split, part, job, options, workers, statistics[split], skipped)
         write_report(statistics, options)
@@ -135,7 +135,7 @@ def _finish_split(
         return _check_videos(split, [videos[video_id] for video_id in some], job, workers)
 
     drawn, errors = draw_rows(list(videos), limit, options.seed, check)
-    with atomic_write(options.outputs[split]) as rows, open(bad_lines, encoding="utf-8", newline="\n") as bad_file:
+    with write_rows(options.outputs[split]) as rows, open(bad_lines, encoding="utf-8", newline="\n") as bad_file:
         late = []
         for record in _records(kept):
             if record.video_id in errors:

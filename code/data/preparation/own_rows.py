@@ -22,7 +22,7 @@ from .files import exclusive_lock, remove_partial_files
 from .inspection import Inspection, Video, inspect_videos
 from .report import SplitStatistics
 from .rules import BAD, CAPTION_FIELD, DURATION_FIELDS, KEPT, Decision, Rules, Sample, apply_rules
-from .run import RunOptions, draw_rows, skipped_line, write_report
+from .run import RunOptions, draw_rows, skipped_line, write_report, write_rows
 from .tokens import find_tokenizer, load_counter
 from .videos import check_video, compare_duration
 
@@ -171,8 +171,7 @@ def _write(decided: list[tuple[Sample, Decision]], options: Options, statistics:
         return {video_id: error for video_id, error in errors if error}
 
     drawn, errors = draw_rows(list(kept), options.max_samples, options.seed, check)
-    skipped = options.output_dir / f"{options.prefix}skipped.jsonl"
-    with atomic_write(options.outputs[options.name]) as rows, atomic_write(skipped) as reasons:
+    with write_rows(options.outputs[options.name]) as rows, atomic_write(options.skipped) as reasons:
         for sample, decision in decided:
             if decision.outcome == KEPT and sample.video_id in errors:
                 decision.reason = errors[sample.video_id]
@@ -187,7 +186,7 @@ def _write(decided: list[tuple[Sample, Decision]], options: Options, statistics:
                 reason = decision.reason or explain_rule(decision, options.rules)
                 reasons.write(skipped_line(options.name, sample.video_id, sample.where, reason))
     if statistics.rows < sum(statistics.outcomes.values()):
-        logger.info("%s has a line for each row that was dropped or is bad", skipped)
+        logger.info("%s has a line for each row that was dropped or is bad", options.skipped)
 
 
 def explain_rule(decision: Decision, rules: Rules) -> str:

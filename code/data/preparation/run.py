@@ -5,10 +5,12 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_write
 
 from .files import exclusive_lock, remove_partial_files
@@ -48,6 +50,11 @@ class RunOptions:
     """Of the names of the reports."""
 
     @property
+    def skipped(self) -> Path:
+        """A line for each sample that cannot be used."""
+        return self.output_dir / f"{self.prefix}skipped.jsonl"
+
+    @property
     def state_folder(self) -> Path:
         return self.output_dir / STATE_FOLDER
 
@@ -68,6 +75,36 @@ def exclusive_run(options: RunOptions) -> Iterator[None]:
         remove_partial_files(options.output_dir)
         remove_partial_files(options.videos)
         yield
+
+
+class _NoRows(Exception):
+    pass
+
+
+@contextmanager
+def write_rows(path: Path) -> Iterator[IO[str]]:
+    """Like `atomic_write`, but leaves `path` as it is if no row is written."""
+    with suppress(_NoRows), atomic_write(path) as rows:
+        yield rows
+        if not rows.tell():
+            raise _NoRows
+
+
+def check_rows(statistics: dict[str, SplitStatistics], options: RunOptions) -> None:
+    """Raises InputError, with the place and the reason of the first sample that is not used, if a split has no rows."""
+    for split, found in statistics.items():
+        if found.rows:
+            continue
+        summary, output = found.summary(), options.outputs[split]
+        if not summary["samples"]:
+            raise InputError(f"{split} has no samples, so {output} is not written: check the data")
+        none = f"none of the {summary['samples']} samples of {split} is kept, so {output} is not written"
+        with open(options.skipped, encoding="utf-8") as lines:
+            first = next((line for line in map(json.loads, lines) if line["split"] == split), None)
+        if first:
+            raise InputError(f"{none}; the first, {first['where']}: {first['reason']}")
+        dropped = ", ".join(f"{count} {rule}" for rule, count in summary["dropped"].items() if count)
+        raise InputError(f"{none}: {dropped}. Change the bounds, see --help")
 
 
 def sampling_key(seed: int, video_id: str) -> bytes:
@@ -122,7 +159,7 @@ def warn_of_shared_videos(outputs: dict[str, Path]) -> None:
 
 def write_report(statistics: dict[str, SplitStatistics], options: RunOptions) -> None:
     """Write report.png and report.json, with the prefix of `options`, for the splits in `statistics`."""
-    if {"train", "test"} <= statistics.keys():
+    if {"train", "test"} <= {split for split, found in statistics.items() if found.rows}:
         warn_of_shared_videos(options.outputs)
     plot(statistics, options.rules, options.output_dir / f"{options.prefix}report.png")
     splits = {split: found.summary() for split, found in statistics.items()}

@@ -20,7 +20,7 @@ from .own_rows import Options as OwnOptions
 from .own_rows import check_own_videos, check_times
 from .report import SplitStatistics
 from .rules import BAD, KEPT, Sample
-from .run import skipped_line, write_report
+from .run import skipped_line, write_report, write_rows
 from .timed_formats import FORMATS, Timed
 from .videos import VIDEO_SUFFIXES, compare_duration, relative_path
 
@@ -55,10 +55,8 @@ def prepare_timed_rows(options: Options) -> dict[str, SplitStatistics]:
                 sample.error = f"video is missing: {error}"
         seconds = _inspect(samples, options)
         statistics = SplitStatistics()
-        first = _write(samples, read(source), seconds, when, options, statistics)
+        _write(samples, read(source), seconds, when, options, statistics)
         write_report({options.name: statistics}, options)
-    if not statistics.rows:
-        raise InputError(f"none of {len(samples)} samples could be converted, the first because {first}")
     return {options.name: statistics}
 
 
@@ -98,14 +96,11 @@ def _write(
     when: str,
     options: Options,
     statistics: SplitStatistics,
-) -> str:
-    """Write rows, reasons and counts. `again` are the `samples` as read, with their segments. Returns the place of the
-    first sample without a row and the reason."""
+) -> None:
+    """Write rows, reasons and counts. `again` are the `samples` as read, with their segments."""
     names: Counter[str] = Counter()
     segments = moved = 0
-    first = ""
-    skipped = options.output_dir / f"{options.prefix}skipped.jsonl"
-    with atomic_write(options.outputs[options.name]) as rows, atomic_write(skipped) as reasons:
+    with write_rows(options.outputs[options.name]) as rows, atomic_write(options.skipped) as reasons:
         for sample, whole in zip(samples, again, strict=True):
             ordered = in_order(whole.segments, when)
             reason = sample.error or check_times(ordered, sample.seconds, when)
@@ -114,7 +109,6 @@ def _write(
             statistics.add(BAD if reason else KEPT, sample.seconds, None, reason)
             if reason:
                 reasons.write(skipped_line(options.name, sample.name, sample.where, reason))
-                first = first or f"{sample.where}: {reason}"
                 continue
             row = {
                 "video_id": video_id,
@@ -133,8 +127,7 @@ def _write(
     if moved:
         logger.info("%d rows had segments that were not in the order in which they are written: sorted", moved)
     if statistics.rows < len(samples):
-        logger.info("%s has a line for each sample without a row", skipped)
-    return first
+        logger.info("%s has a line for each sample without a row", options.skipped)
 
 
 def _row_path(video: Path, root: Path) -> str:

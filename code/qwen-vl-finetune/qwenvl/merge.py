@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.common.files import atomic_folder
 from qwen_vl_streaming.common.paths import PROJECT, find_model, look_up
@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from .folder import MERGED
-from .param_groups import saves_embeddings
+from .param_groups import AdaptedModel, saves_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def training_config(adapter: Path) -> dict:
         ) from error
 
 
-def load_adapted(adapter: Path, base: str | None, sha256: str) -> PeftModel:
+def load_adapted(adapter: Path, base: str | None, sha256: str) -> AdaptedModel:
     """`adapter` on `base`, by default the model that it names, in float32.
 
     Raises InputError where their weights do not match, since peft would ignore missing ones; and where a folder `base`
@@ -77,7 +77,7 @@ def load_adapted(adapter: Path, base: str | None, sha256: str) -> PeftModel:
     model = load_model(base, "sdpa", torch.float32)
     load_processor(base)  # its files are saved beside the merged weights
     try:
-        adapted, embeddings = PeftModel(model, config), saves_embeddings(config)
+        adapted, embeddings = AdaptedModel(model, config), saves_embeddings(config)
         if different := get_peft_model_state_dict(adapted, save_embedding_layers=embeddings).keys() ^ weights.keys():
             raise ValueError(f"{len(different)} weights are in only one of them, such as {min(different)}")
         set_peft_model_state_dict(adapted, weights)
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; must not exist")
     parser.add_argument("--base", help="base model (default: the one that the adapter names)")
     arguments = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of a missing GPU
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     base = find_model(arguments.base, PROJECT) if arguments.base else None

@@ -2,6 +2,7 @@
 how a step runs."""
 
 import re
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -142,6 +143,12 @@ def freeze(model: nn.Module, arguments: ModelArguments) -> None:
 
 class AdaptedModel(PeftModel):
     """A model with adapters that is called with the model's own arguments, and saved as a stock peft folder."""
+
+    def __init__(self, *arguments, **options):
+        with warnings.catch_warnings():
+            # peft reads a property that transformers has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            super().__init__(*arguments, **options)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         embeddings = saves_embeddings(self.peft_config["default"])

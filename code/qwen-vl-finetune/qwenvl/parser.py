@@ -21,7 +21,7 @@ GROUPS = {
     "model": _names(ModelArguments),
     "data": _names(DataArguments),
     "recipe and output": [name for name in _names(SftArguments) if name in SftArguments.__annotations__],
-    "run": ["max_steps", "seed", "deepspeed", "use_cpu", "optim", "eval_steps", "per_device_eval_batch_size"],
+    "run": ["max_steps", "seed", "deepspeed", "use_cpu", "optim", "per_device_eval_batch_size"],
     "the other flags of transformers' TrainingArguments": _names(SftArguments),
 }
 """Titles, each with the names of its flags. A flag is shown under the first title that has it."""

@@ -83,6 +83,10 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
         deepspeed.init_distributed(verbose=False)
         # DeepSpeed calls a function that torch has renamed, several times a step.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        # transformers accumulates itself and gives accelerate 1, which then warns that DeepSpeed has more.
+        logging.getLogger("accelerate.accelerator").addFilter(
+            lambda record: "Gradient accumulation steps mismatch" not in record.getMessage()
+        )
     return tuple(groups)
 
 

@@ -77,6 +77,11 @@ class SftArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, init=False)
     load_best_model_at_end: bool = field(default=False, init=False)
     logging_nan_inf_filter: bool = field(default=False, init=False)
+    eval_steps: float | None = HfArg(
+        default=None,
+        help="Optimizer steps between measurements of the held-out loss. Default: --save_steps, or each epoch with "
+        "--save_strategy epoch.",
+    )
     eval_share: float = HfArg(default=0.0, help="Share of the samples to hold out for evaluation every --eval_steps.")
     eval_samples: int = HfArg(default=0, help="Number of samples to hold out, by whole videos.")
     max_bad_share: float = HfArg(default=0.05, help="Stop with an error when a larger share of the samples is bad.")
@@ -98,7 +103,7 @@ class SftArguments(TrainingArguments):
             if self.eval_strategy == "no":
                 with_epochs = self.save_strategy == "epoch" and self.eval_steps is None
                 self.eval_strategy = "epoch" if with_epochs else "steps"
-                self.eval_steps = self.eval_steps or self.save_steps
+            self.eval_steps = self.eval_steps or self.save_steps
         elif self.eval_strategy != "no" or self.eval_on_start:
             raise InputError("evaluation needs held-out samples: give --eval_share or --eval_samples")
         reporters = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ())

@@ -12,8 +12,8 @@
 #
 # On GPUs, qwenvl/planner chooses the flags that are not given here so that training is as fast as the GPUs allow.
 #   --plan                 print the plan and end
-#   --no_plan              plan and check nothing: train with your flags and the defaults that --help shows
 #   --gpus 8xH100-80GB     the same for GPUs that are not here
+#   --no_plan              plan and check nothing: train with your flags and the defaults that --help shows
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 root=$(cd "$here/../.." && pwd)

@@ -33,6 +33,16 @@ word at an even pace, each at its end, as for the words of a subtitle."""
 TOKENS_PER_SECOND = (3.0, 5.0)
 """Caption tokens per second of video that a stream can follow: the default bounds of mani_data.py."""
 FIX = "correct or delete this row"
+HOW = "see 'Captions of your own' in docs/data.md"
+RENAME = f"rename a field, {HOW}, or delete this row"
+TABLES = {".csv": "a CSV file", ".tsv": "a TSV file"}
+STARTS = {
+    b"[": "a JSON array",
+    b"PAR1": "a Parquet file whose name does not end in .parquet",
+    b"PK\x03\x04": "an Excel or zip file",
+    b"\x1f\x8b": "compressed by gzip",
+}
+"""How files start that are not JSON Lines."""
 
 
 def is_json_lines(source: str | Path) -> bool:
@@ -122,13 +132,26 @@ def _unreadable(source: str | Path, reason: object) -> InputError:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    first = True
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if (line := line.removeprefix(codecs.BOM_UTF8)).strip():
+                    if first:
+                        _check_format(path, line.lstrip())
+                        first = False
                     yield number, line
     except OSError as error:
         raise _unreadable(path, error.strerror) from error
+
+
+def _check_format(path: Path, start: bytes) -> None:
+    """Raises InputError if a file that starts with `start` has another format than JSON Lines."""
+    if start.startswith(b"{"):
+        return
+    named = (name for begin, name in STARTS.items() if start.startswith(begin))
+    if found := TABLES.get(path.suffix.lower()) or next(named, ""):
+        raise InputError(f"{path} is {found}, not JSON Lines: convert it, {HOW}")
 
 
 def _read_table(source: str) -> Iterator[dict[str, Any]]:
@@ -229,9 +252,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _check_row(row: dict[str, Any]) -> dict[str, Any]:
     for name in ("video_id", "video_path"):
         if name not in row:
-            raise InputError(f"has no {name} (its fields: {_list(row)}): {FIX}")
+            raise InputError(f"has no {name} (its fields: {_list(row)}): {RENAME}")
     if "human_caption" not in row and row.get("segments") is None:
-        raise InputError(f"has no human_caption and no segments (its fields: {_list(row)}): {FIX}")
+        raise InputError(f"has no human_caption and no segments (its fields: {_list(row)}): {RENAME}")
     video_id, question = row["video_id"], row.get("question")
     if isinstance(video_id, bool) or not isinstance(video_id, str | int) or video_id == "":
         raise InputError(f"has the video_id {_show(video_id)}, which is not a string or an integer: {FIX}")

@@ -116,7 +116,12 @@ def parse(description: str | None) -> argparse.Namespace:
         metavar=("CLIPS", "TOKENS"),
         help="limit attention to the prompt and the newest clips and tokens, for endless streams",
     )
-    add("--penalty", type=float, default=1.15, help="repetition penalty; 1 turns it off (default: %(default)s)")
+    add(
+        "--penalty",
+        type=float,
+        default=1.15,
+        help="repetition penalty, as --repetition-penalty of eval.sh; 1 turns it off (default: %(default)s)",
+    )
     add("--chunk", type=int, metavar="N", help="visual tokens per forward step (default: a whole clip)")
     add(
         "--record",

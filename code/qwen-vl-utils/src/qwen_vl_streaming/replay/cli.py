@@ -24,7 +24,9 @@ from .compare import replay
 
 
 def main() -> None:
-    parser = OneLineParser(description="Run a recorded session again and compare every token.")
+    parser = OneLineParser(
+        prog="python -m qwen_vl_streaming.replay", description="Run a recorded session again and compare every token."
+    )
     parser.add_argument("record", type=Path, help="a session's record")
     parser.add_argument("--model", required=True, help="folder or hub id of the model that was recorded")
     parser.add_argument("--video", help="the video file (default: the file named in the record)")

@@ -31,11 +31,19 @@ class Source:
 
     Example::
 
+        import time
+
+        import numpy
+        from qwen_vl_streaming import Captioner, Clip, Source
+
+
         def clips():
             for index, frames in enumerate(batches):  # (2, 3, H, W) uint8, H and W divisible by 28
                 yield Clip(index, frames, numpy.array([index, index + 0.5]), time.time())
 
-        captioner.watch(Source(clips, seconds_per_clip=1.0))
+
+        for piece in Captioner("MODEL").watch(Source(clips, seconds_per_clip=1.0)):
+            print(piece.second, piece.text)
     """
 
     clips: Callable[[], Iterator[Clip]]
