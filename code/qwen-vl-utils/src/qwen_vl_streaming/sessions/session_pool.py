@@ -8,12 +8,14 @@ first. What a session writes does not depend on the others.
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..common.errors import InputError
+from ..common.numbers import MOST, check_count, check_number, shown
 from ..engine.kv_cache import PagedKVCache
 from ..engine.step_runner import StepRunner, chunk_counts_of
 from ..model.prompts import Template
@@ -70,10 +72,18 @@ class SessionPool:
             clip_tokens: Visual tokens of a clip at most, where sessions of fewer clips may have larger ones.
             penalty: Repetition penalty of all sessions.
 
-        Raises InputError if not even one session fits.
+        Raises InputError for a wrong number, and if not even one session fits.
         """
-        if batch_slots < 1:
-            raise InputError(f"a session pool of {batch_slots} batch slots must have at least 1")
+        counts = {"batch_slots": batch_slots, "max_clips": max_clips, "max_new_tokens": max_new_tokens}
+        given = {"memory": memory, "chunk": chunk, "clip_tokens": clip_tokens}
+        given = {what: count for what, count in given.items() if count is not None}
+        for what, count in {**counts, "chunks": chunks, **given}.items():
+            check_count(what, count, most=sys.maxsize if what in ("memory", "max_new_tokens") else MOST)
+        if not isinstance(chunk_counts, Sequence):
+            raise InputError(f"chunk_counts {shown(chunk_counts)} must be a list of numbers")
+        for count in chunk_counts:
+            check_count("chunk_counts: each", count, 0)
+        check_number("penalty", penalty)
         if max(chunk_counts, default=0) < 1:
             raise InputError(f"chunk_counts {tuple(chunk_counts)} let no clip enter: give at least one number above 0")
         self.limits = {"max_clips": max_clips, "max_new_tokens": max_new_tokens, "window": window}
