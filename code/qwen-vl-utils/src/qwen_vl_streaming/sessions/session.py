@@ -91,7 +91,7 @@ class Session:
             )
         check_count("max_clips", max_clips)
         check_count("max_new_tokens", max_new_tokens, most=MOST if window is None else sys.maxsize)
-        for what, count, least in (("chunk", chunk, 1), ("chunks", chunks, 1), ("ahead", ahead, 0)):
+        for what, count, least in (("chunk", chunk, 1), ("ahead", ahead, 0)):
             if count is not None:
                 check_count(what, count, least)
         if penalty is not None:

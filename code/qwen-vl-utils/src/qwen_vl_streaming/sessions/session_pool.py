@@ -77,7 +77,7 @@ class SessionPool:
         counts = {"batch_slots": batch_slots, "max_clips": max_clips, "max_new_tokens": max_new_tokens}
         given = {"memory": memory, "chunk": chunk, "clip_tokens": clip_tokens}
         given = {what: count for what, count in given.items() if count is not None}
-        for what, count in {**counts, "chunks": chunks, **given}.items():
+        for what, count in {**counts, **given}.items():
             check_count(what, count, most=sys.maxsize if what in ("memory", "max_new_tokens") else MOST)
         if not isinstance(chunk_counts, Sequence):
             raise InputError(f"chunk_counts {shown(chunk_counts)} must be a list of numbers")
@@ -93,8 +93,10 @@ class SessionPool:
         _, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, Window.of(window))
         clip_tokens = max(clip_tokens or 0, layout.tokens_per_clip)
         whole = min(chunk or layout.tokens_per_clip + layout.tail, clip_tokens + layout.tail)
-        if not 1 <= chunks <= whole:
-            raise InputError(f"chunks {chunks} must be from 1 to the {whole} visual tokens that enter in one step")
+        if type(chunks) is not int or not 1 <= chunks <= whole:
+            raise InputError(
+                f"chunks {shown(chunks)} must be from 1 to the {whole} visual tokens that enter in one step"
+            )
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
         blocks = needed * batch_slots if memory is None else min(needed * batch_slots, memory // block_bytes - 1)
