@@ -1,6 +1,7 @@
 """The library from a notebook: `Captioner` writes what `live` writes, from files, streams and custom sources."""
 
 import inspect
+import json
 import math
 import re
 import subprocess
@@ -150,6 +151,53 @@ def test_a_clip_of_a_numpy_array(captioner):
         next(captioner.watch(Source(lambda: iter([clip]), 1.0)))
 
 
+@pytest.mark.parametrize(
+    "clips, message",
+    [
+        ([{"index": 0}, {"index": 0}], "gave a Clip, after clip 1, whose index 0 must be at least 1"),
+        ([{"index": 0}, {"index": 4}, {"index": 2}], "after clip 5, whose index 2 must be at least 5"),
+        ([{"index": -1}], "after clip 0, whose index -1 must be at least 0"),
+        ([{"index": 0.0}], r"whose index 0.0 must be a whole number"),
+        ([{"index": None}], "whose index None must be a whole number"),
+        ([{"completed": None}], "clip 1 of the source: completed None must be a number"),
+        ([{"completed": math.nan}], "completed nan must be"),
+        ([{"broken": -1}], "broken -1 must be at least 0"),
+        ([{"seconds": 0}], "seconds 0 must be above 0"),
+    ],
+)
+def test_clips_with_wrong_numbers(captioner, clips, message):
+    frames = torch.zeros((2, 3, 56, 84), dtype=torch.uint8)
+    made = [Clip(**{"index": 0, "frames": frames, "timestamps": np.zeros(2), "completed": now(), **c}) for c in clips]
+    with pytest.raises(InputError, match=message):
+        for _ in captioner.watch(Source(lambda: iter(made), 1.0), max_new_tokens=3):
+            pass
+
+
+def test_clips_may_be_left_out(captioner):
+    frames = torch.zeros((2, 3, 56, 84), dtype=torch.uint8)
+    clips = [Clip(index, frames, np.zeros(2), now()) for index in (3, 4, 9)]
+    assert [*captioner.watch(Source(lambda: iter(clips), 1.0), max_new_tokens=30)]
+    assert captioner.session.log.about["clips"] == [3, 4, 9]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"seconds_per_clip": "1"}, "seconds_per_clip '1' must be a number"),
+        ({"seconds_per_clip": True}, "seconds_per_clip True must be a number"),
+        ({"seconds_per_clip": 10**30}, "at most 1e.12"),
+        ({"size": (56.0, 84)}, r"size \(56.0, 84\) must be \(height, width\)"),
+        ({"size": (56, 85)}, "divisible by 28"),
+        ({"size": 56}, "size 56 must be"),
+        ({"pace": 0}, "pace 0 must be above 0"),
+        ({"count": 2.5}, r"count 2.5 must be a whole number"),
+    ],
+)
+def test_sources_with_wrong_numbers(given, message):
+    with pytest.raises(InputError, match=message):
+        Source(**{"clips": lambda: iter(()), "seconds_per_clip": 1.0, **given})
+
+
 @pytest.mark.parametrize("source", ["film", "synthetic"])
 def test_a_record_names_the_clips_that_were_fed(captioner, film, tmp_path, source):
     options = {"speed": 1000, "skip": True, "max_clips": 40 if source == "synthetic" else None, "max_new_tokens": 9}
@@ -158,6 +206,30 @@ def test_a_record_names_the_clips_that_were_fed(captioner, film, tmp_path, sourc
     record = read_record(path)
     assert len(record.about["clips"]) == len(record.arrived)
     check_clips(record, video_clips(record, captioner.processor))
+
+
+def test_a_record_of_a_wrong_synthetic_scene(captioner, tmp_path):
+    """Only the frames of the clips that were fed are made, however late they came."""
+    path = tmp_path / "record.json"
+    assert [*captioner.watch("synthetic", speed=100, max_clips=2, max_new_tokens=4, record=path)]
+    good = json.loads(path.read_text())
+    height, width = good["about"]["synthetic"]["size"]
+    for about, message in (
+        ({"clips": [0, 10**12]}, "clip 2 differs from the recorded one"),
+        ({"clips": [0, 10**400]}, "does not describe its source"),
+        ({"clips": [0, -1]}, "does not describe its source"),
+        ({"clips": [0]}, "is of 2 clips, but only 1"),
+        ({"clips": []}, "is of 2 clips, but only 0"),
+        ({"synthetic": {"fps": 0, "size": [height, width]}}, "fps 0 must be above 0"),
+        ({"synthetic": {"fps": 2.0, "size": [height, 0]}}, "size 0 must be at least 1"),
+        ({"synthetic": {"fps": 2.0, "size": [height, width + 1]}}, "does not describe its source"),
+        ({"synthetic": {"fps": 2.0, "size": [28 * 10**7, 28 * 10**7]}}, "does not describe its source"),
+        ({"synthetic": {"fps": 2.0, "size": [height]}}, "does not describe its source"),
+    ):
+        path.write_text(json.dumps({**good, "about": {**good["about"], **about}}))
+        record = read_record(path)
+        with pytest.raises(InputError, match=message):
+            check_clips(record, video_clips(record, captioner.processor))
 
 
 def test_a_password_is_not_shown(captioner):
@@ -188,7 +260,22 @@ def test_a_watch_can_be_abandoned_and_another_started(captioner, film):
         ({"mode": "parallel"}, "unknown execution mode 'parallel'"),
         ({"max_clips": -1}, "-1"),
         ({"max_clips": 0}, "max_clips 0 must be at least 1"),
+        ({"max_clips": 2.5}, r"max_clips 2.5 must be a whole number"),
+        ({"max_clips": True}, "max_clips True must be a whole number"),
+        ({"max_clips": 10**400}, "max_clips with thousands of digits|must be at most"),
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens 2.5 must be a whole number"),
+        ({"max_new_tokens": "3"}, "max_new_tokens '3' must be a whole number"),
+        ({"max_new_tokens": 10**30}, "must be at most"),
+        ({"schedule": 3}, "unknown schedule 3: give wait-K"),
+        ({"mode": ["fused"]}, "unknown execution mode"),
+        ({"question": 3}, "question 3 must be a string"),
+        ({"window": (True, 3)}, "must be two integers"),
+        ({"window": (5, 10**30)}, "window: each size 1000"),
+        ({"speed": "fast"}, "speed 'fast' must be a number"),
+        ({"speed": 10**400}, "must be above 0 and at most"),
+        ({"fps": True}, "fps True must be a number"),
+        ({"fps": None}, "fps None must be a number"),
         ({"mode": ""}, "unknown execution mode ''"),
         ({"schedule": ""}, "schedule"),
         ({"window": (0, 5)}, "window"),
@@ -196,7 +283,7 @@ def test_a_watch_can_be_abandoned_and_another_started(captioner, film):
         ({"window": 5}, "window 5 must be two integers"),
         ({"window": (5.5, 20)}, "must be two integers"),
         ({"speed": 0}, "speed 0 must be above 0"),
-        ({"speed": math.inf}, "speed inf must be above 0 and finite"),
+        ({"speed": math.inf}, "speed inf must be above 0 and at most 1e.12"),
         ({"speed": math.nan}, "speed nan"),
         ({"source": "synthetic", "speed": -1}, "speed -1"),
         ({"fps": 0}, "fps 0 must be above 0"),
@@ -232,7 +319,7 @@ def test_an_unwritable_record_is_reported_before_the_source_is_read(captioner, t
 
 @pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
 def test_the_length_of_a_clip_is_above_0(seconds):
-    with pytest.raises(InputError, match="must be above 0 and finite"):
+    with pytest.raises(InputError, match=r"must be above 0 and at most 1e.12"):
         Source(lambda: iter(()), seconds)
 
 

@@ -1,5 +1,6 @@
 """Weights in 8 bits: their values, that streamed equals full with them, and what refuses them."""
 
+import math
 import random
 import time
 from types import SimpleNamespace
@@ -133,14 +134,26 @@ def test_result_files_are_not_mixed(tmp_path):
         keep_arguments(out, {"dtype": "bfloat16", "weights": "int8"}, begun=True)
 
 
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -3.4e38])
+def test_values_that_are_not_finite_in_bfloat16_are_refused(kind, value):
+    """A NaN would make its whole channel 0."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.up_proj.weight[2, 3] = value
+    with pytest.raises(InputError, match=r"the weight of layer 1\.mlp\.up_proj has NaN or infinite values: copy"):
+        quantize_model(model, kind)
+    with pytest.raises(InputError, match="a weight has NaN"):
+        quantize(torch.tensor([[1.0, value]]), kind)
+    assert not quantize(torch.zeros(1, 2), kind)[0].float().any()
+
+
 def test_refusals(made, monkeypatch):
     check_precision(None, "cpu", torch.float16)
     with pytest.raises(InputError, match="--weights int4: choose int8 or fp8"):
         check_precision("int4", "cpu", torch.float32)
     with pytest.raises(InputError, match="does not work in float16"):
         check_precision("int8", "cpu", torch.float16)
-    with pytest.raises(InputError, match="is quantized already"):
-        check_precision("int8", "cpu", torch.float32, SimpleNamespace(quantization_config={"bits": 4}))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A6000")
     check_precision("int8", "cuda", torch.bfloat16)

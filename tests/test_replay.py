@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import random
 import resource
 import signal
@@ -202,6 +203,19 @@ def test_an_invalid_record_is_refused(model, tmp_path):
                 ("schedule", lambda _: [-1] * 9, "its schedule"),
                 ("schedule", lambda _: None, "values of unexpected types"),
                 ("counts", lambda _: None, "values of unexpected types"),
+                ("hashes", lambda _: None, "values of unexpected types"),
+                ("counts", lambda counts: [10**12, *counts[1:]], "its counts .* are not those of its"),
+                ("counts", lambda counts: [*counts[:-1], 10**400], "its counts .* are not those of its|unexpected"),
+                ("window", lambda _: [10**30, 3], "its window is"),
+                ("penalty", lambda _: 10**30, "its end, penalty or about"),
+                *(
+                    ("layout", lambda layout, grid=grid: {**layout, "grid": grid}, "its grid is")
+                    for grid in ([], [1], [2, 3, 4], [1.5, 10], [math.nan, 10], [True, 10])
+                ),
+                *(
+                    ("layout", lambda layout, steps=steps: {**layout, "steps_per_clip": steps}, "its steps_per_clip")
+                    for steps in (math.nan, math.inf, 1e30, True)
+                ),
             )
         ),
     ):
@@ -210,6 +224,14 @@ def test_an_invalid_record_is_refused(model, tmp_path):
             read_record(path)
         assert str(path) in str(error.value)
 
+    grid = good["layout"]["grid"]
+    for other in ([1000, 10], [grid[0] + 1, grid[1]], [2 * grid[0], 2 * grid[1]], [10**9, 10**9]):
+        path.write_text(json.dumps({**good, "layout": {**good["layout"], "grid": other}}))
+        with pytest.raises(InputError, match=f"but the record is of clips of {other[0]} x {other[1]} visual tokens"):
+            replay(read_record(path), model, list(case.pixels))
+    path.write_text(json.dumps({**good, "hashes": []}))
+    with pytest.raises(InputError, match=r"of \d+ clips, but only 0 were given"):
+        replay(read_record(path), model, [])
     path.write_text(json.dumps({**good, "template": {**good["template"], "video": 10**6}}))
     with pytest.raises(InputError, match="token 1000000, which"):
         replay(read_record(path), model, list(case.pixels))

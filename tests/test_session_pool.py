@@ -1,5 +1,6 @@
 """Many sessions on one model: each writes what it would write alone."""
 
+import math
 import random
 import time
 from dataclasses import replace
@@ -229,3 +230,42 @@ def test_a_record_that_cannot_be_written_does_not_affect_others(model, tmp_path,
     assert all(session.closed for session in sessions) and len(pool.runner.free_slots) == 3
     ends = {read_record(tmp_path / f"{n}.json").end for n in (1, 2)}
     assert ends == {"failed: no memory left" if fails else "cancelled"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_slots": 0}, "batch_slots 0 must be at least 1"),
+        ({"batch_slots": 2.0}, "batch_slots 2.0 must be a whole number"),
+        ({"max_clips": True}, "max_clips True must be a whole number"),
+        ({"max_clips": None}, "max_clips None must be a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens 2.5 must be a whole number"),
+        ({"memory": "1"}, "memory '1' must be a whole number"),
+        ({"chunk": 0}, "chunk 0 must be at least 1"),
+        ({"chunks": 1.0}, "chunks 1.0 must be from 1 to the"),
+        ({"clip_tokens": 10**30}, r"clip_tokens 10+ must be at most"),
+        ({"chunk_counts": 3}, "chunk_counts 3 must be a list"),
+        ({"chunk_counts": (1, 2.5)}, "chunk_counts: each 2.5 must be a whole number"),
+        ({"penalty": math.nan}, "penalty nan must be above 0"),
+        ({"penalty": 0}, "penalty 0 must be above 0"),
+        ({"window": (True, 3)}, "must be two integers"),
+    ],
+)
+def test_wrong_numbers_are_refused(model, given, message):
+    with pytest.raises(InputError, match=message):
+        SessionPool(model, **{"batch_slots": 1, "layout": LARGEST, "max_clips": 3, "max_new_tokens": 5, **given})
+
+
+def test_wrong_numbers_of_a_session_are_refused(model):
+    layout = Layout(3, 2, 2, (2, 2))
+    with SessionPool(model, 1, layout, max_clips=3, max_new_tokens=5) as pool:
+        for given in (
+            {"max_clips": 1.5},
+            {"chunk": 2.0},
+            {"ahead": -1},
+            {"penalty": "1"},
+            {"schedule": 3},
+            {"mode": []},
+        ):
+            with pytest.raises(InputError, match=next(iter(given))):
+                pool.open(VARIANTS["group"], random_template(random.Random(0)), layout, **given)

@@ -92,7 +92,7 @@ def make_plan(settings: Settings, rank: Rank, device: str) -> Plan:
     if not settings.force:
         check_trained(config, model, variant, "--force to evaluate it anyway")
     dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
-    check_precision(settings.weights or None, device, getattr(torch, dtype), config)
+    check_precision(settings.weights or None, device, getattr(torch, dtype))
     ids, budget = [row["video_id"] for row in rows], PixelBudget.trained(config, settings)
     schedule = choose_schedule(settings.schedule or None, config, model, variant)
     return Plan(

@@ -30,6 +30,7 @@ from qwen_vl_streaming.devices import DEVICE_HELP, choose_device, look
 from qwen_vl_streaming.explain.cli import as_dict
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
+from qwen_vl_streaming.model.loading import load_config
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template, spoken
 from qwen_vl_streaming.model.quantization import WEIGHTS, check_precision, quantize_model
 from qwen_vl_streaming.model.trained import end_of_slot
@@ -248,6 +249,7 @@ def main() -> None:
     name, weights = made["dtype"], made.get("weights")
     processor, dtype = load_processor(checkpoint), getattr(torch, name)
     check_precision(weights, device, dtype)
+    load_config(checkpoint)  # refuses what eval.sh refuses
     if line:
         print(line, file=sys.stderr)
     model = load_stock(checkpoint, dtype, weights, device)

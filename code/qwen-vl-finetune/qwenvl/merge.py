@@ -22,7 +22,7 @@ from qwen_vl_streaming.common.progress import quiet_libraries
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.hub import model_folder
-from qwen_vl_streaming.model.loading import load_config, load_model
+from qwen_vl_streaming.model.loading import check_finite, load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.trained import training_record
 from safetensors import SafetensorError
@@ -91,11 +91,9 @@ def merged(adapter: Path, base: str | None, sha256: str) -> PreTrainedModel:
     """`base` with `adapter` merged, in the dtype of `base`. Raises InputError where weights are NaN or infinite."""
     adapted = load_adapted(adapter, base, sha256)
     name = adapted.get_base_model().name_or_path
-    try:
-        model = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise InputError(f"{adapter} has NaN or infinite weights ({error}): use an earlier checkpoint") from error
-    return model.to(load_config(name).dtype or torch.float32)
+    model = adapted.merge_and_unload().to(load_config(name).dtype or torch.float32)
+    check_finite(model, str(adapter), "use an earlier checkpoint")
+    return model
 
 
 def merge(adapter: Path, output: Path, base: str | None = None) -> None:

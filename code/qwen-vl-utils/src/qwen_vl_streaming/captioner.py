@@ -62,7 +62,7 @@ class Captioner:
                 as in the checkpoint.
             force: Use a checkpoint even if it was trained with another variant.
         """
-        where, message = choose_device(str(device or ""), look(os.environ), 'device="cpu"')
+        where, message = choose_device("" if device is None else str(device), look(os.environ), 'device="cpu"')
         if message:
             logger.warning(message)
         path = find_model(str(model), Path.cwd())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, apply_rotary_pos_emb
 
 from ..common.compiling import CompileOptions
+from ..common.errors import InputError
 from ..model.quantization import QuantizedLinear
 from .paged_attention import MixedAttention, PagedAttention, PrefillAttention
 from .quantized_linear import product
@@ -50,9 +51,17 @@ class FusedProjections:
 
     @classmethod
     def from_layer(cls, layer: Qwen2_5_VLDecoderLayer) -> "FusedProjections":
-        """Fuses the weights of a stock layer."""
+        """Fuses the weights of a stock layer. Raises InputError if its linear layers have been replaced, for example
+        by an adapter, whose part would be missing from the products."""
         attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
         parts = attention.q_proj, attention.k_proj, attention.v_proj
+        linear = *parts, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        if {type(part) for part in linear} not in ({nn.Linear}, {QuantizedLinear}):
+            odd = next((part for part in linear if type(part) is not nn.Linear), linear[0])
+            raise InputError(
+                f"a layer of the language model has a {type(odd).__module__}.{type(odd).__name__}: merge adapters into "
+                "the model, and give one that is not quantized but by `quantization.quantize_model`"
+            )
         size, scales = attention.head_dim, {}
         if isinstance(mlp.down_proj, QuantizedLinear):
             scales = {

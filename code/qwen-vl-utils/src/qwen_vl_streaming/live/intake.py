@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common.clock import now
 from ..common.errors import InputError
+from ..common.numbers import LARGEST, check_count, check_number
 from ..model.prompts import clip_pixels
 from ..video.frames import FRAMES_PER_CLIP, SIDE_FACTOR
 from ..video.opening import Source
@@ -42,6 +43,8 @@ class Intake:
         self.before = 0
         """Clips that came before `begin`, which are not counted as skipped."""
         self.broken = 0
+        self._newest = -1
+        """The index of the newest clip that has come."""
         self.over = False
         """The source has ended, and all its clips have come."""
         self.fault: Exception | None = None
@@ -133,7 +136,7 @@ class Intake:
 
     def add(self, clip: Clip) -> None:
         """Add a clip that has come. Blocks while ROOM clips wait, until `stop`. Raises InputError for frames of a wrong
-        shape or type."""
+        shape or type, and for a clip whose index is not above that of the clip before."""
         self._check(clip)
         # The pixels may be computed later, and the source may fill the same memory again for its next clip.
         clip = replace(clip, frames=clip.frames.clone())
@@ -165,7 +168,13 @@ class Intake:
     def _check(self, clip: object) -> None:
         if not isinstance(clip, Clip):
             raise InputError(f"{self.name} gave a {type(clip).__name__}: give a Clip, as help(Source) shows")
-        index, frames = clip.index, clip.frames
+        index, frames, before = clip.index, clip.frames, self._newest
+        check_count(f"{self.name} gave a Clip, after clip {before + 1}, whose index", index, before + 1)
+        check_number(f"clip {index + 1} of {self.name}: completed", clip.completed, -LARGEST)
+        check_count(f"clip {index + 1} of {self.name}: broken", clip.broken, 0)
+        if clip.seconds is not None:
+            check_number(f"clip {index + 1} of {self.name}: seconds", clip.seconds)
+        self._newest = index
         shape, kind = tuple(getattr(frames, "shape", ())), getattr(frames, "dtype", None)
         right = isinstance(frames, Tensor) and kind == torch.uint8 and shape[:-2] == (FRAMES_PER_CLIP, 3)
         if not right or any(side < 1 or side % SIDE_FACTOR for side in shape[-2:]):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..common.errors import InputError
+from ..common.numbers import MOST, check_count
 from ..engine.step_runner import StepRunner
 from ..model.hub import model_folder
 from ..model.loading import load_config, load_model, tokens_per_second
@@ -20,6 +21,7 @@ from ..model.prompts import clip_pixels, load_processor, make_template
 from ..model.quantization import check_precision
 from ..model.trained import check_trained, choose_schedule, end_of_slot
 from ..sessions import GREEDY, PerceptionClient, PerceptionLost, Session, open_session
+from ..timeline.plan import Window
 from ..timeline.positions import check_clips, clips_before_text
 from ..timeline.timeline import make_schedule, model_schedule_most
 from ..timeline.variants import Variant, chosen_variant, get_variant
@@ -81,7 +83,7 @@ def read_checkpoint(
         check_trained(config, path, chosen, f"{flag} to use it anyway")
     where = torch.device(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-    check_precision(weights, where, dtype, config, weights_flag)
+    check_precision(weights, where, dtype, weights_flag)
     return Checkpoint(path, config, load_processor(path), chosen, where, dtype, weights)
 
 
@@ -171,6 +173,10 @@ def open_watch(
     config, variant, processor = checkpoint.config, checkpoint.variant, checkpoint.processor
     template = make_template(processor, question, end_of_slot(config))
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    for what, count, limit in (("max_clips", max_clips, MOST), ("max_new_tokens", max_new_tokens, sys.maxsize)):
+        if count is not None:
+            check_count(what, count, most=limit)
+    Window.of(window)
     most = most_clips(max_clips, window)
     after_end = TOKENS_AFTER_END if max_new_tokens is None and window is not None else None
     if max_new_tokens is None:

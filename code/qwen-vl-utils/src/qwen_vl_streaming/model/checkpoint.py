@@ -63,13 +63,12 @@ def tensor_types(path: Path) -> set[str]:
     Raises InputError if the file cannot be read.
     """
     with safe_reading(path), path.open("rb") as file:
-        header = json.loads(_header(file))
-        return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
+        return set(_dtypes(file).values())
 
 
-def tensor_names(folder: Path) -> set[str] | None:
-    """Returns the names of all tensors in a checkpoint's safetensors files, or None if it has no such files. The
-    header key `__metadata__` may be among them.
+def tensor_dtypes(folder: Path) -> dict[str, str] | None:
+    """Returns the data types of all tensors in a checkpoint's safetensors files by their names, or None if it has no
+    such files.
 
     Raises InputError if a file cannot be read.
     """
@@ -80,11 +79,11 @@ def tensor_names(folder: Path) -> set[str] | None:
         with safe_reading(index):
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             paths = sorted(folder / shard for shard in shards)
-    names: set[str] = set()
+    dtypes: dict[str, str] = {}
     for path in paths:
         with safe_reading(path), path.open("rb") as file:
-            names.update(json.loads(_header(file)))
-    return names
+            dtypes |= _dtypes(file)
+    return dtypes
 
 
 @contextlib.contextmanager
@@ -102,6 +101,11 @@ def _header(file: BinaryIO) -> bytes:
     if size > MOST_HEADER or len(header := file.read(size)) < size:
         raise ValueError(f"a header of {size} bytes")
     return header
+
+
+def _dtypes(file: BinaryIO) -> dict[str, str]:
+    header = json.loads(_header(file))
+    return {name: str(tensor["dtype"]) for name, tensor in header.items() if name != "__metadata__"}
 
 
 def _tensors(path: Path) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 
 from ..common.data_rows import SURROGATE
 from ..common.errors import InputError, first_line
+from ..common.numbers import shown
 from ..timeline.segments import TimedText, join_segments, slot_tokens, token_times, words_late
 from ..timeline.timeline import Layout
 from .chat_template import render
@@ -95,6 +96,8 @@ def make_template(processor, question: str, end_of_slot: str | None = None) -> T
     Raises InputError if the chat template does not contain a question followed by a video, if the question is not valid
     Unicode, and as `token_id` does.
     """
+    if not isinstance(question, str):
+        raise InputError(f"question {shown(question)} must be a string")
     if SURROGATE.search(question):
         raise InputError(f"question {question!a:.200} is not valid Unicode: type it in UTF-8")
     messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION_HERE}, {"type": "video"}]}]

@@ -49,15 +49,18 @@ def scaled_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return (nn.functional.linear(x, weight.to(x.dtype)) * scale).to(x.dtype)
 
 
-def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, kind: str, name: str = "a weight") -> tuple[Tensor, Tensor]:
     """The 8-bit values (out, in) and the float32 scales (out,) of `weight` (out, in), symmetric per output channel.
 
     `kind` is one of WEIGHTS. The weight is rounded to bfloat16 first, so that its dtype does not matter, and all
-    devices give the same values.
+    devices give the same values. Raises InputError, which calls it `name`, if it has NaN or infinite values: they would
+    be 0 in 8 bits.
     """
     dtype = WEIGHTS[kind]
     values = weight.detach().to(torch.bfloat16).float()
     largest = values.abs().amax(1)
+    if not largest.isfinite().all():
+        raise InputError(f"{name} has NaN or infinite values: copy the checkpoint again, or use an earlier one")
     scale = torch.where(largest > 0, largest / LARGEST[dtype], 1.0)
     values = values / scale[:, None]
     if dtype == torch.int8:
@@ -75,9 +78,9 @@ def quantize_layers(layers: nn.Module, kind: str, device: torch.device | str | N
     """Replaces the linear layers within `layers` by quantized ones, in place and on `device` (default: where they are).
     One matrix is moved and quantized at a time, so that a GPU never holds the model in two precisions, or unquantized.
     """
-    for parent, name, linear in _linear_layers(layers):
+    for parent, name, path, linear in _linear_layers(layers):
         place = linear.weight.device if device is None else device
-        values, scale = quantize(linear.weight.to(place), kind)
+        values, scale = quantize(linear.weight.to(place), kind, f"the weight of layer {path}")
         bias = None if linear.bias is None else linear.bias.detach().to(place)
         setattr(parent, name, QuantizedLinear(values, scale, bias))
 
@@ -89,12 +92,9 @@ def weights_of(model) -> str | None:
     return names.get(first.weight.dtype)
 
 
-def check_precision(
-    kind: str | None, device: torch.device | str, dtype: torch.dtype, config=None, flag: str = "--weights"
-) -> None:
-    """Raises InputError if `device` does not support activations of `dtype`, or weights of this kind with them, if the
-    kind is unknown, or if a checkpoint's `config` says that it is quantized already. `flag` names the setting in
-    messages. None is a model as it is."""
+def check_precision(kind: str | None, device: torch.device | str, dtype: torch.dtype, flag: str = "--weights") -> None:
+    """Raises InputError if `device` does not support activations of `dtype`, or weights of this kind with them, or
+    if the kind is unknown. `flag` names the setting in messages. None is a model as it is."""
     device = torch.device(device)
     has = torch.cuda.get_device_capability(device) if device.type == "cuda" else FP8_CAPABILITY
     if dtype == torch.bfloat16 and has < BFLOAT16_CAPABILITY:  # PyTorch would emulate it, slowly
@@ -109,8 +109,6 @@ def check_precision(
     if dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
         raise InputError(f"{flag} {kind} does not work in {name}, where its sums overflow: use bfloat16 or float32")
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"{flag} {kind}: the checkpoint is quantized already: leave {flag} out, or give the original")
     if kind == "fp8" and has < FP8_CAPABILITY:
         raise InputError(
             f"{flag} fp8 needs a GPU with compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or more, and "
@@ -118,9 +116,9 @@ def check_precision(
         )
 
 
-def _linear_layers(layers: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Parent, name and module of each linear layer."""
-    for parent in list(layers.modules()):
+def _linear_layers(layers: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear]]:
+    """Parent, name there, name within `layers` and module of each linear layer."""
+    for prefix, parent in list(layers.named_modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                yield parent, name, child
+                yield parent, name, f"{prefix}.{name}".lstrip("."), child

@@ -16,6 +16,7 @@ from ..common.ties import tie_margin
 from ..reference import Streams, caption
 from ..sessions import GREEDY
 from ..sessions.record import Record, describe_precision, identity
+from ..sessions.serial import clip_shapes
 from ..timeline.attention import dense_mask
 from ..timeline.plan import Window
 from ..timeline.positions import timeline_positions
@@ -99,6 +100,7 @@ def replay(record: Record, model, clips: Sequence[Tensor], tie: float | None = N
     if newest >= model.config.text_config.vocab_size:
         raise InputError(f"the record has token {newest}, which is not in the vocabulary of {mine['path']!r}")
     check_schedule(record)
+    check_shapes(record, model, clips)
     seen = clips[: len(record.counts)]
     with torch.no_grad():
         tokens = [
@@ -125,6 +127,20 @@ def replay(record: Record, model, clips: Sequence[Tensor], tie: float | None = N
                 margin = float(logits[token] - logits[recorded])
                 found.append(Difference(how, index, record.slots[index], recorded, token, margin, allowed))
     return found
+
+
+def check_shapes(record: Record, model, clips: Sequence[Tensor]) -> None:
+    """Raises InputError if `clips` do not have the shape that the recorded layout says, or are fewer than the slots."""
+    shapes = clip_shapes(model, record.layout)
+    if len(clips) < len(record.counts) - record.bare:
+        raise InputError(f"the record is of {len(record.arrived)} clips, but only {len(clips)} were given")
+    for number, clip in enumerate(clips, 1):
+        if tuple(clip.shape) not in shapes:
+            rows, columns = record.layout.grid
+            raise InputError(
+                f"clip {number} has shape {tuple(clip.shape)}, but the record is of clips of {rows} x {columns} visual "
+                f"tokens, which have shape {shapes[0]} or {shapes[1]}: give the video and the model of the record"
+            )
 
 
 def check_schedule(record: Record) -> None:

@@ -123,7 +123,7 @@ def load_catalog(settings: Settings) -> dict[str, ServedModel]:
         trained = getattr(config, "streaming_variant", None)
         variant = get_variant(trained or chosen_variant("group"))
         check_trained(config, path, variant, "train it again")
-        check_precision(settings.weights, settings.devices[0], settings.dtype, config)
+        check_precision(settings.weights, settings.devices[0], settings.dtype)
         name = variant.name if given.startswith("#") else given
         if name in models:
             raise InputError(f"two models are called {name}: give them names, --model NAME=DIR")

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ..common.errors import InputError
+from ..common.numbers import shown
 from ..engine.stream_state import DueRows, StreamState
 from ..timeline.timeline import Layout, Schedule
 from .serial import SerialRounds
@@ -23,8 +24,9 @@ def choose_chunks(model, layout: Layout, schedule: str | Schedule) -> int:
 
 def check_chunks(chunks: int, chunk: int | None, mode: str, layout: Layout) -> None:
     """Raises InputError if a session in `mode` cannot divide its clips into `chunks` chunks."""
-    if not 1 <= chunks <= layout.tokens_per_clip:
-        raise InputError(f"chunks {chunks} must be from 1 to the {layout.tokens_per_clip} visual tokens of a clip")
+    most = layout.tokens_per_clip
+    if type(chunks) is not int or not 1 <= chunks <= most:
+        raise InputError(f"chunks {shown(chunks)} must be from 1 to the {most} visual tokens of a clip")
     if chunks > 1 and mode != "fused":
         raise InputError(f"chunks {chunks} is for mode fused: in {mode}, no token is written beside a clip")
     if chunk is not None:

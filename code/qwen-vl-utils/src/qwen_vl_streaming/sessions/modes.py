@@ -1,6 +1,7 @@
 """Opens a session in one of the execution modes."""
 
 from ..common.errors import InputError
+from ..common.numbers import shown
 from ..model.prompts import Template
 from ..timeline.timeline import Layout
 from ..timeline.variants import Variant
@@ -17,8 +18,8 @@ def open_session(
     """Open a Session that runs in `mode`, with `options` as in `Session`; "pipelined" also needs `perception_client`.
     Raises InputError for an unknown mode, and as `Session` does."""
     modes: dict[str, type[SerialRounds]] = {each.mode: each for each in (SerialRounds, FusedRounds, PipelinedRounds)}
-    if mode not in modes:
-        raise InputError(f"unknown execution mode {mode!r}: choose one of {', '.join(MODES)}")
+    if not isinstance(mode, str) or mode not in modes:
+        raise InputError(f"unknown execution mode {shown(mode)}: choose one of {', '.join(MODES)}")
     if mode == "pipelined" and options.get("perception_client") is None:
         raise InputError("a pipelined session needs a second process: pass a PerceptionClient as perception_client")
     return Session(model, variant, template, layout, rounds=modes[mode], **options)

@@ -25,6 +25,8 @@ FORM = 3
 the first numbers of each weight."""
 PIECE = 2**20
 """Numbers of a weight that are hashed at once."""
+MOST_STEPS = 1e9
+"""Position steps between two clips, at most."""
 MODES = ("serial", "fused", "pipelined")
 """Execution modes of a session; a variant that is not parallel has only the first."""
 
@@ -117,6 +119,9 @@ def _fault(record: Record) -> str | None:
     """How a record contradicts itself, or None. Raises TypeError, ValueError, AttributeError, OverflowError or
     IndexError for values of unexpected types."""
     tokens, counts, times, template = record.tokens, record.counts, record.times, record.template
+    lists = (tokens, counts, times, record.slots, record.arrived, record.visible, record.hashes)
+    if not all(isinstance(each, list) for each in lists):
+        return "values of unexpected types: its tokens, slots, times, counts, arrived, visible and hashes must be lists"
     variant = VARIANTS.get(record.variant)
     if variant is None or record.way not in (MODES if variant.parallel else MODES[:1]):
         return f"variant {record.variant!r} cannot run in mode {record.way!r}"
@@ -127,8 +132,15 @@ def _fault(record: Record) -> str | None:
         return f"its end-of-slot token is {template.end_of_slot!r}"
     if (record.layout.prompt, record.layout.tail, record.layout.header) != tuple(map(len, parts)):
         return f"the template's parts have {', '.join(str(len(part)) for part in parts)} tokens, but the layout differs"
+    grid, steps = record.layout.grid, record.layout.steps_per_clip
+    if len(grid) != 2 or any(type(side) is not int or side < 1 for side in grid):
+        return f"its grid is {list(grid)}, not two integers of at least 1"
+    if type(steps) not in (int, float) or not 0 < steps <= MOST_STEPS:
+        return f"its steps_per_clip are {steps}, not a number above 0 and at most {MOST_STEPS:g}"
     if any(type(number) is not int or number < 0 for number in (*tokens, *counts, *record.slots)):
         return "tokens, slots or counts that are not integers of at least 0"
+    if sum(counts) != len(tokens):  # before a list of as many slots is made
+        return f"its counts {counts} are not those of its {len(tokens)} tokens"
     if record.slots != [slot for slot, count in enumerate(counts, 1) for _ in range(count)]:
         return f"the slots of its {len(tokens)} tokens do not match its counts {counts}"
     if not len(tokens) == len(record.slots) == len(times):
@@ -154,9 +166,9 @@ def _fault(record: Record) -> str | None:
     if len(tokens) > record.max_new_tokens or (record.end == "max_new_tokens" and len(tokens) < record.max_new_tokens):
         return f"it has {len(tokens)} tokens of at most {record.max_new_tokens}, but its end is {record.end!r}"
     window = record.window
-    if window is not None and (len(window) != 2 or any(type(size) is not int or size < 1 for size in window)):
-        return f"its window is {window}, not two integers of at least 1"
-    if not (isinstance(record.about, dict) and isinstance(record.end, str) and float(record.penalty) > 0):
+    if window is not None and (len(window) != 2 or any(type(n) is not int or not 0 < n < 2**31 for n in window)):
+        return f"its window is {window}, not two integers from 1 to {2**31 - 1}"
+    if not (isinstance(record.about, dict) and isinstance(record.end, str) and 0 < float(record.penalty) < 1e18):
         return "its end, penalty or about is missing"
     if any(not isinstance(record.model.get(name), str) for name in ("path", "dtype", "fingerprint")):
         return f"its model is {record.model}"

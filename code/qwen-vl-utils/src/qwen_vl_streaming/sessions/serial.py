@@ -24,6 +24,13 @@ UNKNOWN = -1
 """Stands for a token's id until the host has read it."""
 
 
+def clip_shapes(model, layout: Layout) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shape of a clip of `layout` as pixels, and as visual tokens of `model`."""
+    visual, hidden = model.model.visual, model.config.text_config.hidden_size
+    patches = layout.tokens_per_clip * visual.spatial_merge_size**2
+    return (patches, visual.patch_embed.proj.weight[0].numel()), (layout.tokens_per_clip, hidden)
+
+
 class SerialRounds:
     """A round in parts, which a `Session` does one after the other, and a `SessionPool` for many sessions at once."""
 
@@ -63,12 +70,7 @@ class SerialRounds:
         """Rows that must enter before the next token."""
         self.pending: collections.deque[PendingToken] = collections.deque()
         """Tokens that the device was asked for and the host has not read."""
-        patch = model.model.visual.patch_embed
-        self.clip_shapes = (
-            (layout.tokens_per_clip * model.model.visual.spatial_merge_size**2, patch.proj.weight[0].numel()),
-            (layout.tokens_per_clip, runner.clip_features.shape[2]),
-        )
-        """Of a clip as pixels, and as visual tokens."""
+        self.clip_shapes = clip_shapes(model, layout)
 
     @staticmethod
     def make_runner(model, layout: Layout, *sizes) -> StepRunner:

@@ -8,6 +8,7 @@ All modes write the same tokens. Knows nothing of video files and processes.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..common.clock import now
 from ..common.errors import InputError, first_line
+from ..common.numbers import MOST, check_count, check_number
 from ..common.versions import versions
 from ..engine.step_runner import StepRunner
 from ..model.prompts import Template
@@ -87,12 +89,15 @@ class Session:
                 f"variant {variant.name} cannot run {self.mode}: its visual tokens attend to earlier text, or it "
                 "writes after the last clip only; use serial, or one of overlap, group and gap"
             )
-        if chunk is not None and chunk < 1:
-            raise InputError(f"chunk {chunk} must be at least 1 visual token")
+        check_count("max_clips", max_clips)
+        check_count("max_new_tokens", max_new_tokens, most=MOST if window is None else sys.maxsize)
+        for what, count, least in (("chunk", chunk, 1), ("ahead", ahead, 0)):
+            if count is not None:
+                check_count(what, count, least)
+        if penalty is not None:
+            check_number("penalty", penalty)
         if chunks is not None:
             check_chunks(chunks, chunk, self.mode, layout)
-        if min(max_new_tokens, max_clips) < 1:
-            raise InputError(f"max_new_tokens {max_new_tokens} and max_clips {max_clips} must be at least 1")
         frame = Window.of(window)
         self.scheduler = SlotScheduler(variant, schedule, max_new_tokens, max_clips if window is None else None)
         if self.scheduler.most is not None and template.end_of_slot is None:
@@ -206,7 +211,9 @@ class Session:
             self.scheduler.end()
 
     def limit(self, tokens: int) -> None:
-        """Write at most `tokens` more, besides those due in slots before the last one."""
+        """Write at most `tokens` more, besides those due in slots before the last one. Raises InputError if that
+        is not a number of at least 0."""
+        check_count("tokens", tokens, 0)
         self.scheduler.limit(tokens)
 
     def step(self) -> TimedToken | None:

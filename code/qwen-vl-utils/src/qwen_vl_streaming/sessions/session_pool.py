@@ -8,12 +8,14 @@ first. What a session writes does not depend on the others.
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..common.errors import InputError
+from ..common.numbers import MOST, check_count, check_number, shown
 from ..engine.kv_cache import PagedKVCache
 from ..engine.step_runner import StepRunner, chunk_counts_of
 from ..model.prompts import Template
@@ -70,10 +72,18 @@ class SessionPool:
             clip_tokens: Visual tokens of a clip at most, where sessions of fewer clips may have larger ones.
             penalty: Repetition penalty of all sessions.
 
-        Raises InputError if not even one session fits.
+        Raises InputError for a wrong number, and if not even one session fits.
         """
-        if batch_slots < 1:
-            raise InputError(f"a session pool of {batch_slots} batch slots must have at least 1")
+        counts = {"batch_slots": batch_slots, "max_clips": max_clips, "max_new_tokens": max_new_tokens}
+        given = {"memory": memory, "chunk": chunk, "clip_tokens": clip_tokens}
+        given = {what: count for what, count in given.items() if count is not None}
+        for what, count in {**counts, **given}.items():
+            check_count(what, count, most=sys.maxsize if what in ("memory", "max_new_tokens") else MOST)
+        if not isinstance(chunk_counts, Sequence):
+            raise InputError(f"chunk_counts {shown(chunk_counts)} must be a list of numbers")
+        for count in chunk_counts:
+            check_count("chunk_counts: each", count, 0)
+        check_number("penalty", penalty)
         if max(chunk_counts, default=0) < 1:
             raise InputError(f"chunk_counts {tuple(chunk_counts)} let no clip enter: give at least one number above 0")
         self.limits = {"max_clips": max_clips, "max_new_tokens": max_new_tokens, "window": window}
@@ -83,8 +93,10 @@ class SessionPool:
         _, text = StepRunner.token_capacity(layout, max_clips, max_new_tokens, Window.of(window))
         clip_tokens = max(clip_tokens or 0, layout.tokens_per_clip)
         whole = min(chunk or layout.tokens_per_clip + layout.tail, clip_tokens + layout.tail)
-        if not 1 <= chunks <= whole:
-            raise InputError(f"chunks {chunks} must be from 1 to the {whole} visual tokens that enter in one step")
+        if type(chunks) is not int or not 1 <= chunks <= whole:
+            raise InputError(
+                f"chunks {shown(chunks)} must be from 1 to the {whole} visual tokens that enter in one step"
+            )
         if memory is None and model.device.type == "cuda":
             memory = int((1 - RESERVE) * torch.cuda.mem_get_info(model.device)[0])
         blocks = needed * batch_slots if memory is None else min(needed * batch_slots, memory // block_bytes - 1)

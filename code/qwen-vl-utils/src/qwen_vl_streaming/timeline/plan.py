@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InputError
+from ..common.numbers import check_count, shown
 from .positions import timeline_positions
 from .timeline import ANSWER, Layout, Rows, Schedule, make_timeline
 from .variants import Variant
@@ -87,9 +88,10 @@ class Window:
         """From (clips, tokens), or None for no window. Raises InputError for anything else."""
         if window is None:
             return None
-        if isinstance(window, Sequence) and len(window) == 2 and all(isinstance(size, int) for size in window):
+        if isinstance(window, Sequence) and len(window) == 2 and all(type(size) is int for size in window):
+            check_count("window: each size", max(window))
             return cls(*window)
-        raise InputError(f"window {window!r} must be two integers, (clips, tokens), such as (60, 300)")
+        raise InputError(f"window {shown(window)} must be two integers, (clips, tokens), such as (60, 300)")
 
     def start(self, layout: Layout, seen_visual: Tensor, seen_text: Tensor, clips: int | None) -> Tensor:
         """The index in each run of the first token that is still visible, besides the prompt and the header, to tokens

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InputError
+from ..common.numbers import shown
 from .variants import Variant
 
 PARTS = ("prompt", "clip", "tail", "header", "answer")
@@ -143,7 +144,7 @@ class ModelSchedule:
 
 def model_schedule_most(text: str) -> int | None:
     """M, the most tokens of a slot, if `text` is model-M. None for any other text."""
-    match = MODEL_SCHEDULE_NAME.fullmatch(text)
+    match = MODEL_SCHEDULE_NAME.fullmatch(text) if isinstance(text, str) else None
     return int(match[1]) if match else None
 
 
@@ -171,10 +172,10 @@ def make_schedule(text: str, variant: Variant, clips: int, seed: int | str = 0) 
     `wait-K` writes K tokens per slot. With `random-K` each slot writes between 1 and 2K-1 tokens, drawn uniformly with
     `seed`, so K on average. Offline variants write everything in the last slot. Raises InputError for any other text.
     """
-    match = SCHEDULE_NAME.fullmatch(text)
+    match = SCHEDULE_NAME.fullmatch(text) if isinstance(text, str) else None
     if not match:
         raise InputError(
-            f"unknown schedule {text[:80]!r}: give wait-K or random-K with K from 1 to {MAX_PER_SLOT}, such as wait-3"
+            f"unknown schedule {shown(text)}: give wait-K or random-K with K from 1 to {MAX_PER_SLOT}, such as wait-3"
         )
     k = int(match[2])
     if not variant.streams:

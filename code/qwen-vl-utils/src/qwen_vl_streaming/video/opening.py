@@ -2,18 +2,18 @@
 
 import functools
 import logging
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
+from ..common.numbers import check_count, check_number, shown
 from ..common.redact import hide_address
 from .formats import SCHEMES
-from .frames import FRAMES_PER_CLIP, PixelBudget, sample_video, sampled_rate
+from .frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget, sample_video, sampled_rate
 from .index import index_video
 from .sources import Clip, paced_clips, synthetic_clips
 from .streams import stream_clips
@@ -63,8 +63,17 @@ class Source:
     without raising it. Otherwise no clip is skipped, unless that is asked for."""
 
     def __post_init__(self):
-        if not 0 < self.seconds_per_clip < math.inf:
-            raise InputError(f"seconds_per_clip {self.seconds_per_clip} must be above 0 and finite")
+        check_number("seconds_per_clip", self.seconds_per_clip)
+        if self.pace is not None:
+            check_number("pace", self.pace)
+        if self.count is not None:
+            check_count("count", self.count)
+        if self.size is not None:
+            size = self.size if isinstance(self.size, Sequence) and len(self.size) == 2 else ()
+            if not size or any(type(side) is not int or not 0 < side < 10**5 or side % SIDE_FACTOR for side in size):
+                raise InputError(
+                    f"size {shown(self.size)} must be (height, width), two whole numbers divisible by {SIDE_FACTOR}"
+                )
 
 
 def open_source(
@@ -93,11 +102,11 @@ def open_source(
         reconnect_seconds: How long to try to reconnect to a stream, see `stream_clips`.
     """
     hide_address(name)
-    for what, value in (("fps", fps), ("speed", speed)):
-        if not 0 < value < math.inf:
-            raise InputError(f"{what} {value} must be above 0 and finite")
-    if max_clips is not None and max_clips < 1:
-        raise InputError(f"max_clips {max_clips} must be at least 1")
+    check_number("fps", fps)
+    check_number("speed", speed)
+    check_number("reconnect_seconds", reconnect_seconds, -1e-9)
+    if max_clips is not None:
+        check_count("max_clips", max_clips)
     if name == SYNTHETIC:
         size = budget.size(*SCENE, frames=0)
         clips = functools.partial(synthetic_clips, max_clips or sys.maxsize, speed=speed, fps=fps, size=size)

@@ -62,15 +62,21 @@ def synthetic_clips(
     Needs no file. Raises InputError if `speed` or `fps` is not above 0."""
     if not (speed > 0 and fps > 0):
         raise InputError(f"speed {speed} and fps {fps} must be above 0")
-    height, width = size
-    side = height // 4
     begin = now()
     for index in range(clips):
-        times = (index * FRAMES_PER_CLIP + np.arange(FRAMES_PER_CLIP)) / fps
-        frames = torch.full((FRAMES_PER_CLIP, 3, height, width), 32, dtype=torch.uint8)
-        for frame, moment in zip(frames, times, strict=True):
-            left = int(moment % 10 / 10 * (width - side))
-            frame[:, side : 2 * side, left : left + side] = 255
+        frames, times = synthetic_frames(index, fps, size)
         due = begin + float(times[-1]) / speed
         time.sleep(max(0.0, due - now()))
         yield Clip(index, frames, times, due, last=index == clips - 1)
+
+
+def synthetic_frames(index: int, fps: float, size: tuple[int, int]) -> tuple[torch.Tensor, np.ndarray]:
+    """The frames (2, 3, H, W) uint8 of clip `index` of `synthetic_clips`, and their times (2,) in seconds."""
+    height, width = size
+    side = height // 4
+    times = (index * FRAMES_PER_CLIP + np.arange(FRAMES_PER_CLIP)) / fps
+    frames = torch.full((FRAMES_PER_CLIP, 3, height, width), 32, dtype=torch.uint8)
+    for frame, moment in zip(frames, times, strict=True):
+        left = int(moment % 10 / 10 * (width - side))
+        frame[:, side : 2 * side, left : left + side] = 255
+    return frames, times

@@ -1,0 +1,34 @@
+"""Checks numeric arguments of the library's public functions. Knows nothing of what they are for."""
+
+from .errors import InputError
+
+MOST = 10**9
+"""The largest count that an argument may be, if nothing else is said: tensors of larger sizes cannot exist."""
+LARGEST = 1e12
+"""The largest number that an argument may be: with larger ones, positions and times overflow."""
+
+
+def check_count(name: str, value: object, least: int = 1, most: int = MOST) -> None:
+    """Raises InputError if the argument `name` is not an int from `least` to `most`. True and False are refused."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{name} {shown(value)} must be a whole number, an int")
+    if not least <= value <= most:
+        limit = f"at least {least}" if value < least else f"at most {most}"
+        raise InputError(f"{name} {shown(value)} must be {limit}")
+
+
+def check_number(name: str, value: object, above: float = 0.0) -> None:
+    """Raises InputError if the argument `name` is not an int or float above `above` and at most LARGEST. True and False
+    are refused."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(f"{name} {shown(value)} must be a number, an int or a float")
+    if not above < value <= LARGEST:
+        raise InputError(f"{name} {shown(value)} must be above {above:g} and at most {LARGEST:g}")
+
+
+def shown(value: object) -> str:
+    """The first characters of a value, on one line."""
+    try:
+        return " ".join(f"{value!r:.60}".split())
+    except ValueError:  # an int with more digits than Python converts to a string
+        return "with thousands of digits"
