@@ -287,7 +287,7 @@ def test_max_clips_end_a_file(command, film, tmp_path, monkeypatch, intakes):
         code, _, err = command("--source", film, "--max-clips", 2, "--speed", 50, "--behind", behind)
         record, _ = read(tmp_path)
         assert code == 0 and len(record.about["clips"]) == 2 and record.complete
-        assert "--max-clips" in err
+        assert "see max_clips" in err
         assert replays(command, tmp_path)
 
 
