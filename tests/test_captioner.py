@@ -25,8 +25,9 @@ from qwen_vl_streaming.live.setup import warm_up
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, make_template
 from qwen_vl_streaming.replay import check_clips, replay, video_clips
 from qwen_vl_streaming.sessions.record import read_record
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
 from qwen_vl_streaming.video.opening import open_source
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "code/qwen-vl-utils"

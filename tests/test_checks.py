@@ -13,7 +13,7 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model import checks
 from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import load_processor
-from qwen_vl_streaming.video import frames
+from qwen_vl_streaming.video import frames, pixel_budget
 from waiting import SECONDS
 
 NAN = float("nan")
@@ -126,5 +126,5 @@ def test_layers_that_are_missing_in_the_weights(folder, key, layers):
 
 
 def test_names_are_those_of_the_video_room():
-    assert set(checks.PIXEL_BUDGET) == {field.name for field in fields(frames.PixelBudget)}
-    assert (checks.SIDE_FACTOR, checks.FRAMES_PER_CLIP) == (frames.SIDE_FACTOR, frames.FRAMES_PER_CLIP)
+    assert set(checks.PIXEL_BUDGET) == {field.name for field in fields(pixel_budget.PixelBudget)}
+    assert (checks.SIDE_FACTOR, checks.FRAMES_PER_CLIP) == (pixel_budget.SIDE_FACTOR, frames.FRAMES_PER_CLIP)

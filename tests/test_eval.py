@@ -19,7 +19,8 @@ from media import make_video
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.model.prompts import Template
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from refusing import refused
 from results import FIELDS
 from safetensors.torch import load, save

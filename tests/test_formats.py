@@ -8,8 +8,9 @@ import PIL.Image
 import pytest
 from media import make_video, read_number
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
 from qwen_vl_streaming.video.index import index_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwen_vl_streaming.video.streams import stream_clips
 from serving import serving
 

@@ -12,7 +12,7 @@ from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl.arguments import ModelArguments
 from qwenvl.batches import collate
 from qwenvl.data import StreamingDataset

@@ -38,8 +38,8 @@ from qwen_vl_streaming.sessions.session import Session
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video import opening
 from qwen_vl_streaming.video.clip_recorder import read_clips
-from qwen_vl_streaming.video.frames import PixelBudget
 from qwen_vl_streaming.video.opening import Source, open_source
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwen_vl_streaming.video.sources import Clip, paced_clips, synthetic_clips
 from qwen_vl_streaming.video.streams import stream_clips
 from safetensors.torch import save_file

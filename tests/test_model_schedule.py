@@ -43,7 +43,7 @@ from qwen_vl_streaming.timeline.timeline import (
     model_schedule_most,
 )
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl.data import IGNORED, StreamingDataset
 from qwenvl.merge import training_config
 from qwenvl.prescan import scan

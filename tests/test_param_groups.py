@@ -20,7 +20,7 @@ from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl import merge, train
 from qwenvl.arguments import ModelArguments
 from qwenvl.checkpointing import save_final_model

@@ -24,7 +24,8 @@ from qwen_vl_streaming.common.paths import (
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.replay.clips import _named_clips
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl import train
 from qwenvl.data import StreamingDataset
 from qwenvl.prescan import scan

@@ -21,7 +21,7 @@ from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditional
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import released_config
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl import headers as headers_module
 from qwenvl import run_checks, train
 from qwenvl.arguments import ModelArguments, check_checkpoint_layers

@@ -9,7 +9,7 @@ import pytest
 from media import make_video, rotate, sound_bytes
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl import headers, prescan
 from qwenvl.data import StreamingDataset
 from training import finish, flags, history, spoil, start, start_two

@@ -12,7 +12,8 @@ from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl.data import StreamingDataset
 from ranks import Rank
 from settings import Settings

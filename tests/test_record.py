@@ -13,7 +13,7 @@ from matplotlib import image
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl.batches import collate
 from qwenvl.curves import draw_curves
 from qwenvl.data import IGNORED, StreamingDataset

@@ -25,7 +25,8 @@ from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.timeline.timeline import make_schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.clip_recorder import read_clips
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from served import SECONDS, drive, gather, play, running, settled, token_ids, trained
 from serving_clients import Talk, picture_bytes
 from websockets.exceptions import ConnectionClosed, InvalidStatus

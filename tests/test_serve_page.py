@@ -15,8 +15,9 @@ from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.replay import replay, video_clips
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.video.clip_recorder import read_clips
-from qwen_vl_streaming.video.frames import PixelBudget, pick_frames, read_video, sampled_rate
+from qwen_vl_streaming.video.frames import pick_frames, read_video, sampled_rate
 from qwen_vl_streaming.video.index import index_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from serve_stub import QUESTIONS, TOKENS, Stub
 from served import running, trained
 from waiting import until

@@ -12,8 +12,9 @@ from media import make_video, read_number, stream_bytes
 from qwen_vl_streaming.common.clock import now
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video import frames
-from qwen_vl_streaming.video.frames import PixelBudget, read_video, resize_frame
+from qwen_vl_streaming.video.frames import read_video, resize_frame
 from qwen_vl_streaming.video.opening import open_source
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwen_vl_streaming.video.sources import paced_clips, synthetic_clips
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera

@@ -18,7 +18,8 @@ from media import make_video, picture, read_number, remux, set_matrix, stream_by
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video import streams
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwen_vl_streaming.video.streams import stream_clips
 from rtsp import Camera
 from serving import Quiet, serving

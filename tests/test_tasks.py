@@ -18,7 +18,7 @@ from planning import read_data
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl.data import StreamingDataset
 from qwenvl.rows import read_rows
 from schedules import Schedules

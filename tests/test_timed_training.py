@@ -17,7 +17,7 @@ from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.segments import row_caption
 from qwen_vl_streaming.timeline.timeline import Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl import prescan
 from qwenvl.arguments import ModelArguments
 from qwenvl.data import IGNORED, StreamingDataset

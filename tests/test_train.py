@@ -9,7 +9,7 @@ from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl.arguments import DataArguments, ModelArguments
 from qwenvl.batches import collate, pack
 from qwenvl.data import IGNORED, StreamingDataset

@@ -13,7 +13,8 @@ import torch
 from media import make_video, read_number, rotate
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
+from qwen_vl_streaming.video.frames import choose_reader, read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwen_vl_utils import vision_process
 
 SEED = time.time_ns() % 100_000

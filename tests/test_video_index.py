@@ -12,8 +12,9 @@ import torch
 from media import QUIET, make_video, picture, read_number, remux, set_matrix
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.video import frames
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
 from qwen_vl_streaming.video.index import index_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 
 SMALL = PixelBudget(min_pixels_per_frame=28 * 28 * 24, max_pixels_per_frame=28 * 28 * 24 * 4)
 REORDERED = {"preset": "medium", "bf": "3"}

@@ -17,7 +17,8 @@ from qwen_vl_streaming.common.video_part import part_seconds, video_part
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.reference import Caption
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl import headers, prescan
 from qwenvl.data import StreamingDataset
 from qwenvl.rows import read_rows

@@ -45,7 +45,8 @@ def check_times(times: np.ndarray, duration: float) -> None:
 
 def films(folder: Path) -> Try:
     """Mutated videos, read by both readers."""
-    from qwen_vl_streaming.video.frames import PixelBudget, index_video, read_video
+    from qwen_vl_streaming.video.frames import index_video, read_video
+    from qwen_vl_streaming.video.pixel_budget import PixelBudget
 
     valid, path, budget = valid_films(), folder / "case/film", PixelBudget(28 * 28, 28 * 28 * 12)
     times = {}
@@ -131,7 +132,8 @@ def streams(folder: Path) -> Try:
     from qwen_vl_streaming.replay import cli as replay
     from qwen_vl_streaming.sessions.record import read_record
     from qwen_vl_streaming.video.clip_recorder import read_clips
-    from qwen_vl_streaming.video.frames import PixelBudget, index_video, read_video
+    from qwen_vl_streaming.video.frames import index_video, read_video
+    from qwen_vl_streaming.video.pixel_budget import PixelBudget
 
     case, model, valid = folder / "case", folder / "model", valid_films()
     address = serve_forever(case)

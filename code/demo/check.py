@@ -23,7 +23,8 @@ from qwen_vl_streaming.model.trained import choose_schedule, end_of_slot
 from qwen_vl_streaming.reference import Streams, caption
 from qwen_vl_streaming.timeline.timeline import ModelSchedule, make_schedule, model_schedule_most
 from qwen_vl_streaming.timeline.variants import get_variant
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from scenes import COLOURS, SHAPES
 
 SHUFFLES = 1000

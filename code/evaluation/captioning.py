@@ -26,7 +26,8 @@ from qwen_vl_streaming.sessions import caption_sessions
 from qwen_vl_streaming.timeline.positions import check_clips
 from qwen_vl_streaming.timeline.segments import check_segments
 from qwen_vl_streaming.timeline.variants import Variant
-from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget, Video, read_video
+from qwen_vl_streaming.video.frames import FRAMES_PER_CLIP, Video, read_video
+from qwen_vl_streaming.video.pixel_budget import SIDE_FACTOR, PixelBudget
 from ranks import Rank
 from results import SKIPPED_FIELDS, Row, appender, rows_part, skipped_part
 from schedules import Schedules

@@ -21,7 +21,8 @@ from qwen_vl_streaming.model.quantization import check_precision
 from qwen_vl_streaming.model.trained import check_trained, choose_schedule, end_of_slot, wait_k
 from qwen_vl_streaming.timeline.positions import RULE
 from qwen_vl_streaming.timeline.variants import get_variant
-from qwen_vl_streaming.video.frames import SIDE_FACTOR, PixelBudget, choose_reader
+from qwen_vl_streaming.video.frames import choose_reader
+from qwen_vl_streaming.video.pixel_budget import SIDE_FACTOR, PixelBudget
 from ranks import Rank
 from schedules import choose_schedules
 from settings import ROOT, Settings

@@ -13,7 +13,7 @@ from pathlib import Path
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
 from qwen_vl_streaming.model.quantization import WEIGHTS
 from qwen_vl_streaming.timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, chosen_variant
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from tasks import get_task
 
 MAX_GIB = 100_000

@@ -44,7 +44,8 @@ from qwen_vl_streaming.timeline.timeline import (
     model_schedule_most,
 )
 from qwen_vl_streaming.timeline.variants import Variant, get_variant
-from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
+from qwen_vl_streaming.video.frames import choose_reader, read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from settings import ROOT
 from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor
 

@@ -24,7 +24,8 @@ from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Timeline, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from qwen_vl_streaming.video.frames import PixelBudget, read_video
+from qwen_vl_streaming.video.frames import read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -21,7 +21,8 @@ from PIL import Image
 from qwen_vl_streaming.common.errors import InputError, first_line
 from qwen_vl_streaming.common.paths import find_video, find_video_root, places
 from qwen_vl_streaming.common.video_part import video_part
-from qwen_vl_streaming.video.frames import PixelBudget, choose_reader, read_video
+from qwen_vl_streaming.video.frames import choose_reader, read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from settings import ROOT
 from transformers import AutoTokenizer
 

@@ -11,7 +11,7 @@ from qwen_vl_streaming.model.prompts import END_OF_SLOT
 from qwen_vl_streaming.model.trained import MODEL
 from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT
 from qwen_vl_streaming.timeline.variants import Variant, chosen_variant, get_variant
-from qwen_vl_streaming.video.frames import PixelBudget
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from transformers.hf_argparser import HfArg
 
 from .argument_checks import defaults

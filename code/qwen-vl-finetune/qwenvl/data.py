@@ -41,7 +41,8 @@ from qwen_vl_streaming.timeline.timeline import (
     make_timeline,
 )
 from qwen_vl_streaming.timeline.variants import Variant
-from qwen_vl_streaming.video.frames import PixelBudget, Video, read_video
+from qwen_vl_streaming.video.frames import Video, read_video
+from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from torch import Tensor
 
 IGNORED = -100

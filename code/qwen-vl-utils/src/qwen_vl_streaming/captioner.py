@@ -15,8 +15,8 @@ from .live.options import check_output
 from .live.setup import load_on, most_clips, open_watch, read_checkpoint
 from .model.prompts import QUESTIONS
 from .sessions import Session
-from .video.frames import PixelBudget
 from .video.opening import Source, open_source
+from .video.pixel_budget import PixelBudget
 
 logger = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from ..model.loading import DTYPES
 from ..sessions import PerceptionLost
 from ..sessions.record import describe_precision, read_record, write_record
 from ..video.clip_recorder import ClipRecorder
-from ..video.frames import PixelBudget
 from ..video.opening import open_source
+from ..video.pixel_budget import PixelBudget
 from .figures import table
 from .options import parse, record_place
 from .screen import NoteHandler, Screen

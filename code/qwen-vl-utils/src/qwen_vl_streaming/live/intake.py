@@ -13,8 +13,9 @@ from ..common.clock import now
 from ..common.errors import InputError
 from ..common.numbers import LARGEST, check_count, check_number
 from ..model.prompts import clip_pixels
-from ..video.frames import FRAMES_PER_CLIP, SIDE_FACTOR
+from ..video.frames import FRAMES_PER_CLIP
 from ..video.opening import Source
+from ..video.pixel_budget import SIDE_FACTOR
 from ..video.sources import Clip
 
 logger = logging.getLogger(__name__)

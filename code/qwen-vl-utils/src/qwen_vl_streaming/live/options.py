@@ -19,8 +19,8 @@ from ..model.quantization import WEIGHTS, WEIGHTS_HELP
 from ..model.trained import MODEL
 from ..sessions import GREEDY, MODES
 from ..timeline.variants import ENVIRONMENT_VARIABLE, VARIANTS, Variant
-from ..video.frames import BUDGETS
 from ..video.opening import SYNTHETIC
+from ..video.pixel_budget import BUDGETS
 from .setup import CLIPS, TOKENS_AFTER_END, TOKENS_PER_CLIP
 
 RECORDS = Path("live_output")

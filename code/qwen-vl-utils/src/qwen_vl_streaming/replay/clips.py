@@ -12,7 +12,8 @@ from ..common.paths import PROJECT, find_video
 from ..model.prompts import clip_pixels
 from ..sessions.record import Record, clip_hash
 from ..video.clip_recorder import read_clips
-from ..video.frames import SIDE_FACTOR, PixelBudget, read_video
+from ..video.frames import read_video
+from ..video.pixel_budget import SIDE_FACTOR, PixelBudget
 from ..video.sources import synthetic_frames
 
 MOST_PIXELS = 10**8

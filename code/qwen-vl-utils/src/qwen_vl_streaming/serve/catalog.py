@@ -17,7 +17,8 @@ from ..sessions import GREEDY
 from ..timeline.positions import clips_before_text
 from ..timeline.timeline import Layout
 from ..timeline.variants import Variant, chosen_variant, get_variant
-from ..video.frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget
+from ..video.frames import FRAMES_PER_CLIP
+from ..video.pixel_budget import SIDE_FACTOR, PixelBudget
 from .model_spec import ModelSpec
 from .options import Settings
 

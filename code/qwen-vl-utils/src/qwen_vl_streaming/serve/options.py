@@ -21,8 +21,8 @@ from ..live.setup import CLIPS, TOKENS_PER_CLIP
 from ..model.loading import DTYPES
 from ..model.quantization import WEIGHTS, WEIGHTS_HELP, check_precision
 from ..video.formats import SCHEMES
-from ..video.frames import BUDGETS
 from ..video.opening import SYNTHETIC
+from ..video.pixel_budget import BUDGETS
 
 TOKEN_VARIABLE = "QWEN2_5_VL_SERVE_TOKEN"
 TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,200}")

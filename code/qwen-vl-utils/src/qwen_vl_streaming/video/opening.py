@@ -13,8 +13,9 @@ from ..common.errors import InputError
 from ..common.numbers import check_count, check_number, shown
 from ..common.redact import hide_address
 from .formats import SCHEMES
-from .frames import FRAMES_PER_CLIP, SIDE_FACTOR, PixelBudget, sample_video, sampled_rate
+from .frames import FRAMES_PER_CLIP, sample_video, sampled_rate
 from .index import index_video
+from .pixel_budget import SIDE_FACTOR, PixelBudget
 from .sources import Clip, paced_clips, synthetic_clips
 from .streams import stream_clips
 

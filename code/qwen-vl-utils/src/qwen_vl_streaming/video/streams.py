@@ -22,7 +22,8 @@ from ..common.errors import InputError
 from ..common.redact import Redacting, redacted
 from .container import check_stamps, demux, film_track, last_gap
 from .formats import STREAM
-from .frames import FRAMES_PER_CLIP, SLACK, PixelBudget, resize_frame, too_short
+from .frames import FRAMES_PER_CLIP, SLACK, resize_frame, too_short
+from .pixel_budget import PixelBudget
 from .readers import upright
 from .sources import Clip
 from .stream_frames import StreamFrames, slow_rate
