@@ -18,7 +18,7 @@ from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.replay import replay, video_clips
 from qwen_vl_streaming.serve import connection, own_source
-from qwen_vl_streaming.serve.frames import ClipBuilder
+from qwen_vl_streaming.serve.frames import ClipBuilder, Picture
 from qwen_vl_streaming.serve.options import TOKEN_VARIABLE
 from qwen_vl_streaming.serve.viewer import Viewer
 from qwen_vl_streaming.sessions.record import read_record
@@ -498,11 +498,12 @@ def test_clocks_that_jump(times, clips):
     built = []
     for number, moment in enumerate(times):
         if (missed := builder.place(moment)) is not None:
-            built += builder.add(torch.full((3, 2, 2), number, dtype=torch.uint8), missed)
+            built += builder.add(Picture(torch.full((3, 2, 2), number, dtype=torch.uint8), moment), missed)
     built += builder.finish()
     assert len(built) == clips and builder.clips == clips
     if times[2] == 2.0:
-        assert [int(frame[0, 0, 0]) for frames, _ in built for frame in frames] == [0, 1, 1, 1, 2, 3]
+        assert [int(frame[0, 0, 0]) for clip in built for frame in clip.frames] == [0, 1, 1, 1, 2, 3]
+        assert [clip.time for clip in built] == [0.5, 0.5, 2.5]  # a picture that is repeated is no newer
 
 
 @pytest.mark.parametrize("frames", [2, 3, 4])
@@ -511,8 +512,8 @@ def test_the_last_clip_of_a_recording_is_known(frames):
     built = []
     for number in range(8):
         if (missed := builder.place(number / 2)) is not None:
-            built += builder.add(torch.zeros(3, 2, 2, dtype=torch.uint8), missed)
-    assert [last for _, last in built] == [False] * (len(built) - 1) + [True] and len(built) == -(-frames // 2)
+            built += builder.add(Picture(torch.zeros(3, 2, 2, dtype=torch.uint8), number / 2), missed)
+    assert [clip.last for clip in built] == [False] * (len(built) - 1) + [True] and len(built) == -(-frames // 2)
     assert builder.finish() == []
 
 

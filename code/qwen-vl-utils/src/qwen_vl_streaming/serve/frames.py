@@ -143,6 +143,25 @@ def encode_picture(frame: Tensor) -> bytes:
 
 
 @dataclass(frozen=True)
+class Picture:
+    pixels: Tensor
+    """(3, H, W) uint8."""
+    time: float
+    """When it was captured, by the client's clock."""
+
+
+@dataclass(frozen=True)
+class BuiltClip:
+    """A clip as it was sent."""
+
+    frames: Tensor
+    """(2, 3, H, W) uint8."""
+    time: float
+    """When its newest picture was captured; a repeated picture is no newer."""
+    last: bool
+
+
+@dataclass(frozen=True)
 class PreparedClip:
     """A clip as a model takes it."""
 
@@ -172,8 +191,8 @@ class ClipBuilder:
         """The next sampling time, counted from 0."""
         self.shift: float | None = None
         """Seconds from the client's clock to the stream's."""
-        self.waiting: list[Tensor] = []
-        self.newest: Tensor | None = None
+        self.waiting: list[Picture] = []
+        self.newest: Picture | None = None
         self.clips = 0
 
     @property
@@ -194,19 +213,18 @@ class ClipBuilder:
             target = self.next
         return target - self.next if target >= self.next else None
 
-    def add(self, picture: Tensor, missed: int = 0) -> list[tuple[Tensor, bool]]:
-        """Add a picture after `missed` sampling times without one. Returns the clips that are complete now, each with
-        whether it is the last."""
+    def add(self, picture: Picture, missed: int = 0) -> list[BuiltClip]:
+        """Add a picture after `missed` sampling times without one. Returns the clips that are complete now."""
         repeated = [] if self.newest is None else [self.newest] * missed
         self.newest = picture
         return self._extend([*repeated, picture])
 
-    def finish(self) -> list[tuple[Tensor, bool]]:
+    def finish(self) -> list[BuiltClip]:
         """The source has ended. As in a file, the last picture is repeated to fill its clip, which is the last one."""
         self.frames = self.next
         return self._extend(self.waiting[-1:])
 
-    def _extend(self, pictures: list[Tensor]) -> list[tuple[Tensor, bool]]:
+    def _extend(self, pictures: list[Picture]) -> list[BuiltClip]:
         done = []
         for picture in pictures:
             if self.full and not self.waiting:
@@ -216,7 +234,8 @@ class ClipBuilder:
             if self.full and len(self.waiting) < FRAMES_PER_CLIP:
                 self.waiting.append(picture)
             if len(self.waiting) == FRAMES_PER_CLIP:
-                done.append((torch.stack(self.waiting), self.full))
+                frames = torch.stack([each.pixels for each in self.waiting])
+                done.append(BuiltClip(frames, self.waiting[-1].time, self.full))
                 self.waiting = []
                 self.clips += 1
         return done

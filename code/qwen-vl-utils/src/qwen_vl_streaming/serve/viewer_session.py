@@ -16,7 +16,7 @@ from ..video.clip_recorder import ClipRecorder
 from ..video.frames import FRAMES_PER_CLIP
 from .admission import Ticket
 from .connection import Connection, Refused
-from .frames import FORMATS, BadFrame, ClipBuilder, PreparedClip, decode_picture, prepare_clip
+from .frames import FORMATS, BadFrame, BuiltClip, ClipBuilder, Picture, PreparedClip, decode_picture, prepare_clip
 from .own_source import Opened, OwnSource, ShownClip
 from .request import Plan, Request, integer, is_number
 from .response import Response
@@ -41,8 +41,6 @@ class ViewerSession:
         """No more frames are taken."""
         self.clips: list[tuple[float, float | None]] = []
         """Of each clip, when it was complete, and the capture time of its newest frame."""
-        self.newest = 0.0
-        """Capture time of the newest frame that was needed."""
         self.dropped = 0
         """Frames that were not needed."""
         self.progress = 0.0
@@ -199,11 +197,10 @@ class ViewerSession:
             self.dropped += 1
             frames.labels("dropped").inc()
         else:
-            used = await self.server.in_thread(self._take, builder, data, form, missed)
+            used = await self.server.in_thread(self._take, builder, data, form, missed, moment)
             frames.labels("used").inc()
-            self.newest = moment
-            for prepared, last in used:
-                self._feed(prepared, arrived, moment, last)
+            for prepared, clip in used:
+                self._feed(prepared, arrived, clip.time, clip.last)
                 for name in self.responses:
                     self.server.metrics.share.labels(name).observe(now() - arrived)
         self.connection.send(
@@ -217,16 +214,18 @@ class ViewerSession:
             deadline_misses={name: response.misses for name, response in self.responses.items()},
         )
 
-    def _take(self, builder: ClipBuilder, data: bytes, form: str, missed: int) -> list[tuple[PreparedClip, bool]]:
+    def _take(
+        self, builder: ClipBuilder, data: bytes, form: str, missed: int, moment: float
+    ) -> list[tuple[PreparedClip, BuiltClip]]:
         """In a thread: decode a picture, and prepare the clips that it completes."""
-        picture = decode_picture(data, form, self.server.settings.limits.pixels, self.size)
-        return self._prepare(builder.add(picture, missed))
+        pixels = decode_picture(data, form, self.server.settings.limits.pixels, self.size)
+        return self._prepare(builder.add(Picture(pixels, moment), missed))
 
-    def _prepare(self, clips: list[tuple[Tensor, bool]]) -> list[tuple[PreparedClip, bool]]:
+    def _prepare(self, clips: list[BuiltClip]) -> list[tuple[PreparedClip, BuiltClip]]:
         processor, dtype = self.server.processor, self.server.settings.dtype
-        for frames, _ in clips:
-            self._keep(frames)
-        return [(prepare_clip(processor, frames, dtype), last) for frames, last in clips]
+        for clip in clips:
+            self._keep(clip.frames)
+        return [(prepare_clip(processor, clip.frames, dtype), clip) for clip in clips]
 
     def _keep(self, frames: Tensor) -> None:
         if self.recorder is not None:
@@ -254,8 +253,8 @@ class ViewerSession:
             raise Refused("invalid_event", "no session takes frames now")
         if not self.ended:
             at = now()
-            for prepared, last in await self.server.in_thread(lambda: self._prepare(builder.finish())):
-                self._feed(prepared, at, self.newest, last)
+            for prepared, clip in await self.server.in_thread(lambda: self._prepare(builder.finish())):
+                self._feed(prepared, at, clip.time, clip.last)
         self._end_responses()
 
     def _end_responses(self, explain: bool = True) -> None:
