@@ -39,10 +39,11 @@ def test_max_samples_samples_by_seed_and_replaces_bad_videos(tmp_path):
     assert drawn[0] != drawn[1]
 
 
-@pytest.mark.parametrize("shared", [0, 1])
-def test_videos_in_both_splits_are_reported(tmp_path, caplog, shared):
+@pytest.mark.parametrize("name, seconds, shared", [(2, 6.0, 1), (3, 6.0, 0), (2, 6.5, 0)])
+def test_videos_in_both_splits_are_reported(tmp_path, caplog, name, seconds, shared):
+    """By name and duration: both splits may count from 0."""
     make_files(tmp_path / "source/train", {"1.json": good(), "2.json": good()})
-    make_files(tmp_path / "source/test", {f"{2 if shared else 3}.json": good()})
+    make_files(tmp_path / "source/test", {f"{name}.json": good(video_duration_in_s=seconds)})
     splits, outputs = ({split: tmp_path / kind / split for split in ("train", "test")} for kind in ("source", "out"))
     prepare_dataset(make_options(tmp_path, splits=splits, outputs=outputs))
     assert ("videos in both train and test: 1, such as 2.mp4" in caplog.text) == bool(shared)
@@ -178,7 +179,11 @@ def test_user_errors_are_one_line(mani_refusal, tmp_path, more, message):
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({"1.json": b"{", "2.json": sample_json(1, 6.0)}, "; the first, train/1.json: JSON is broken"),
+        ({"1.json": b"{", "2.json": b"{"}, "; the first, train/1.json: JSON is broken"),
+        (
+            {"1.json": b"{", "2.json": sample_json(1, 6.0)},
+            ": 1 too few tokens per second, 1 bad, the first of them train/1.json: JSON is broken. Change the bounds",
+        ),
         ({"1.json": sample_json(1, 6.0), "2.json": good(video_duration_in_s=1)}, ": 1 too short, 1 too few tokens"),
     ],
 )
@@ -190,6 +195,7 @@ def test_a_split_without_rows_is_refused(tmp_path, files, reason):
     result = subprocess.run(command(tmp_path, tmp_path / "dataset"), capture_output=True, text=True)
     assert result.returncode == 2 and "test: 1 samples, 1 rows in " in result.stdout
     none = f"none of the 2 samples of train is kept, so {tmp_path / 'dataset/train_3_5.jsonl'} is not written"
+    none += " and still has the rows of an earlier run"
     assert f"error: {none}{reason}" in result.stderr.splitlines()[-1]
     assert (tmp_path / "dataset/train_3_5.jsonl").read_text() == "a row\n"
     assert json.loads((tmp_path / "dataset/test_3_5.jsonl").read_text())["video_id"] == "3"

@@ -263,6 +263,8 @@ def test_data_that_were_sampled_otherwise_are_refused(tmp_path):
     assert check().word == TO_DO
     write(report, {"max_samples": 20000})
     assert check().done
+    write(report, {"max_samples": 20000, "splits": {"train": {"rows": 0}, "test": {"rows": 1}}})
+    assert check().word == TO_DO  # the rows are of an earlier run
     write(report, {"max_samples": None})
     with pytest.raises(InputError, match=r"report\.json was made with --max-samples None, not 20000"):
         check()
@@ -691,7 +693,7 @@ def test_a_queued_report_waits_for_what_is_submitted_again(tmp_path, queue):
         "evaluate-3B-description-fixed: job 105, array 5, aftercorr:104",
         "evaluate-3B-description-random-group: already in the queue as job 102",
         "evaluate-3B-description-random: job 106, array 5, aftercorr:104",
-        "report: job 103 waits for jobs that have ended, and is replaced",
+        "report: job 103 is to wait for what is submitted now, and is replaced",
         "report: job 107, afterany:101:102:105:106",
     ]
     assert " 103 " not in jobs.read_text()
@@ -701,6 +703,21 @@ def test_a_queued_report_waits_for_what_is_submitted_again(tmp_path, queue):
     lines = submit(request, folder, (*done, "train-3B-description-group"))
     assert lines[-1] == "report: job 109, afterany:101:102:108:106"
     assert "report: already in the queue as job 109" in submit(request, folder, (*done, "train-3B-description-group"))
+
+
+def test_a_queued_report_is_not_made_smaller(tmp_path, queue):
+    words, folder = "--sizes 3B --tasks description --schedules fixed --variants group", tmp_path / "jobs"
+    submit(asked(tmp_path, words), folder)
+    text = (tmp_path / "out/logs/report.sh").read_text()
+    with pytest.raises(InputError, match=r"job 103 in the queue reports evaluate-3B-.*-group too, which these flags"):
+        submit(asked(tmp_path, words.replace("group", "gap")), folder)
+    assert (tmp_path / "out/logs/report.sh").read_text() == text
+    lines = submit(asked(tmp_path, f"{words} gap"), folder)
+    assert lines[-2:] == [
+        "report: job 103 is to wait for what is submitted now, and is replaced",
+        "report: job 106, afterany:102:105",
+    ]
+    assert "gap" in (tmp_path / "out/logs/report.sh").read_text()
 
 
 def test_jobs_that_wait_for_one_that_ends_are_submitted_again(tmp_path, queue):
@@ -716,9 +733,9 @@ def test_jobs_that_wait_for_one_that_ends_are_submitted_again(tmp_path, queue):
         "train-3B-description-gap: job 100_5 is ending",
         "train-3B-description: job 103, array 5, afterany:100_5",
         "evaluate-3B-description-fixed-group: already in the queue as job 101",
-        "evaluate-3B-description-fixed-gap: job 101_5 waits for jobs that have ended, and is replaced",
+        "evaluate-3B-description-fixed-gap: job 101_5 is to wait for what is submitted now, and is replaced",
         "evaluate-3B-description-fixed: job 104, array 5, aftercorr:103",
-        "report: job 102 waits for jobs that have ended, and is replaced",
+        "report: job 102 is to wait for what is submitted now, and is replaced",
         "report: job 105, afterany:101:104",
     ]
     assert submit(request, folder, done) == again
@@ -835,7 +852,7 @@ def test_a_job_that_ended_before_it_began(tmp_path, queue):
     submit(request, tmp_path / "jobs", ("prepare-description",))
     assert f"--output={tmp_path}/5%%j @/logs/report-%j.log" in queue()[-1]
     (tmp_path / "queue/jobs").write_text("")
-    says = '[ "${!#}" = --jobs=100_4,101_4,100_5,101_5,102 ] && printf "100_4|FAILED\\n100_5|CANCELLED by 0\\n"'
+    says = '[ "${!#}" = --jobs=100_4,101_4,100_5,101_5,102 ] && printf "100_4|FAILED\\n100_[5,7-9]|CANCELLED by 0\\n"'
     write(tmp_path / "queue/bin/sacct", f"#!/bin/bash\n{says}\n").chmod(0o755)
     # An earlier attempt failed in another way.
     write(request.folders.logs / "train-3B-description-group.attempt", "90_4 1000 1600 1")
@@ -855,7 +872,8 @@ def test_a_job_that_ended_before_it_began(tmp_path, queue):
         (BLOCKED, "needs evaluate-3B-description-fixed-group"),
     ]
     (tmp_path / "queue/bin/sacct").unlink()
-    assert words()[2] == (FAILED, f"job 100_5 ended before it began{node}")
+    why = f"job 100_5 ended before it began (cancelled, or its node cannot write {request.folders.logs})"
+    assert words()[2] == (FAILED, why)
     # It was started since, by another job or here.
     write(request.folders.logs / "train-3B-description-group.attempt", f"local {time.time() + 9} {time.time() + 9} 1")
     assert words()[0] == (FAILED, "exit status 1")

@@ -178,6 +178,12 @@ def test_a_checkpoint_that_has_changed_does_not_describe_earlier_captions(world)
     assert "trained has changed since these captions, so its size and training then are unknown" in text
     assert "The timing of words" not in page  # the tokenizer is the same
 
+    weights_file = folder / "model.safetensors"
+    weights_file.rename(folder.parent / "away")
+    _, text = world.report(*world.files, "--videos", "0")
+    assert facts_of(text)[1] == "2026-11-29" and "has changed" not in text  # it cannot be told
+    (folder.parent / "away").rename(weights_file)
+
     # Captions of the weights before and after: no pair of schedules, and no duplicates.
     world.add("group", "random-3", model=str(folder), model_sha256=of_checkpoint(str(folder)))
     _, text = world.report(*world.files, "--videos", "0")

@@ -290,7 +290,7 @@ def test_new_captions_remove_what_was_computed_from_earlier_ones(path: Path, cap
         append(row("c"))
     merge_parts(path, load_all(path, "abc"))
     assert not any(file.exists() for file in computed) and sibling(path, "judge.jsonl").exists()
-    assert "group_scores.json removed: it is of other captions than group_infer.json has now" in caplog.text
+    assert "group_scores.json removed, as it is of other captions than group_infer.json has now" in caplog.text
     computed[0].write_text("{}")
     path.unlink()
     merge_parts(path, [row("a")])  # made anew under the same name

@@ -144,7 +144,7 @@ def test_every_metric_of_captions_with_slots(
     assert "BLEURT, Fluency, timeliness removed, as not asked for" in caplog.text
     (tmp_path / "group_scores.json").write_text('{"BLEU')
     score_only(path)
-    assert "group_scores.json or group_per_video.jsonl is damaged" in caplog.text
+    assert "group_scores.json or group_per_video.jsonl cannot be read" in caplog.text
     write_rows(path, rows)
 
     endpoint.plan.clear()

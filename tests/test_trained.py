@@ -40,6 +40,11 @@ def test_an_intermediate_checkpoint_has_the_record_of_its_run(tmp_path):
         assert training_record(tmp_path / name) == {"variant": "gap", "step": 20}
     for name in ("run/best", "other/checkpoint-20", "gone"):
         assert training_record(tmp_path / name) == {}
-    (tmp_path / "run/run.json").write_text("[]")
-    with pytest.raises(InputError, match=r"run\.json cannot be read"):
-        training_record(tmp_path / "run/checkpoint-20")
+    for text, message in (
+        ("[]", r"run\.json cannot be read"),
+        ('{"data": null}', r"run\.json is not a record of training"),
+    ):
+        (tmp_path / "run/run.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            training_record(tmp_path / "run")
+        assert training_record(tmp_path / "run/checkpoint-20") == {}  # that of another program

@@ -166,7 +166,10 @@ def _remove_computed(path: Path) -> None:
         if file.exists():
             with reporting_write_errors(file):
                 file.unlink()
-            log.warning("%s removed: it is of other captions than %s has now", file.name, path.name)
+            log.warning(
+                "%s removed, as it is of other captions than %s has now: to have all of it, give its flags again",
+                *(file.name, path.name),
+            )
 
 
 def hash_rows(rows: Sequence[Mapping]) -> str:

@@ -69,7 +69,11 @@ def prepared(rows: list[Path], report: Path, planned: dict[str, object]) -> Stat
     made = read_object(report, FIX)
     found, wanted = ({**each, **each.get("rules", {})} for each in (made, planned))
     compare(f"{report} was made", found, wanted, "delete it to prepare the data again")
-    train, test = (count_rows(path) for path in rows)
+    train, test = counts = [count_rows(path) for path in rows]
+    if isinstance(splits := made.get("splits"), dict) and counts != [
+        splits.get(name, {}).get("rows", count) for name, count in zip(("train", "test"), counts, strict=True)
+    ]:
+        return State(where=report)  # the rows are of an earlier run: this one kept none
     return State(DONE, f"{train:,} rows for training, {test:,} for evaluation", where=report)
 
 

@@ -53,10 +53,12 @@ class QueueStatus:
                 continue
             if needed := blocked_by(step, progress):
                 one.word, one.detail = BLOCKED, f"needs {needed}"
-            elif job := gone.get(step.name):
-                how = ends.get(job, "")
-                why = "" if how.startswith("CANCELLED") else f": check that its node can write {logs}"
-                one.word, one.detail = FAILED, f"job {job} ended before it began{f' ({how})' if how else ''}{why}"
+            elif one.word == TO_DO and (job := gone.get(step.name)):
+                how = ends.get(job, f"cancelled, or its node cannot write {logs}")
+                why = (
+                    "" if job not in ends or how.startswith("CANCELLED") else f": check that its node can write {logs}"
+                )
+                one.word, one.detail = FAILED, f"job {job} ended before it began ({how}){why}"
 
     def _gone(self, step: Step) -> str:
         """The job that was submitted for a step and left the queue without a trace; empty if there is none."""

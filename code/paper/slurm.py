@@ -34,6 +34,8 @@ REQUEUE = (
 )
 STATUS_FILE, REPORT_FILE = "status.sh", "report.sh"
 """In the folder of the logs: rewrites the status page, and writes the report, of what was last submitted."""
+COVERS = "# of "
+"""Before the evaluations that a report is of, in its first line."""
 STAMP = "# for these commands: "
 """Before the hash of the text that was written, in a line of its own."""
 
@@ -163,10 +165,20 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
         )
     with reporting_write_errors(logs):
         logs.mkdir(parents=True, exist_ok=True)  # without it, SLURM drops the logs
-    reports = [(REPORT_FILE, job.steps[0].command.words) for job in jobs if job.steps[0].kind == REPORT]
-    for name, words in [(STATUS_FILE, after_each), *reports]:
-        write_file(logs / name, f"exec {shlex.join(words)}\n")
     queue = queued_jobs()
+    texts = {STATUS_FILE: f"exec {shlex.join(after_each)}\n"}
+    for report in (job.steps[0] for job in jobs if job.steps[0].kind == REPORT):
+        path = logs / REPORT_FILE
+        if (queued := queue.get(entry(report, output))) and path.exists():
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            if others := sorted({*first.removeprefix(COVERS).split()} - {*report.after} if COVERS in first else ()):
+                raise InputError(
+                    f"job {queued.job} in the queue reports {others[0]} too, which these flags leave out: give the "
+                    f"flags of both parts, or cancel it first (scancel {queued.job})"
+                )
+        texts[REPORT_FILE] = f"{COVERS}{' '.join(report.after)}\nexec {shlex.join(report.command.words)}\n"
+    for name, text in texts.items():
+        write_file(logs / name, text)
     found = {step.name: queue.get(entry(step, output)) for job in jobs for step in job.steps}
     ending = {name: one.id for name, one in found.items() if one and one.has_ended(read_attempt(logs, name))}
     ids = {name: one.job for name, one in found.items() if one and name not in ending}
@@ -180,7 +192,8 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
                 lines.append(f"{step.name}: job {ending[step.name]} is ending")
             elif queued and queued.waits and (anew or queued.reason == NEVER):
                 old.append(queued.id)
-                lines.append(f"{step.name}: job {queued.id} waits for jobs that have ended, and is replaced")
+                why = "is to wait for what is submitted now" if anew else "waits for jobs that have ended"
+                lines.append(f"{step.name}: job {queued.id} {why}, and is replaced")
             elif queued and not (anew and step.kind == REPORT):  # a report that runs lacks the rows submitted now
                 lines.append(f"{step.name}: already in the queue as job {queued.job}")
                 continue

@@ -3,6 +3,7 @@
 Knows nothing about steps.
 """
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -81,7 +82,16 @@ def job_ends(jobs: Sequence[str]) -> dict[str, str]:
         return {}
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1]
     still = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED")
-    return {job: state for job, state in rows if not state.startswith(still)}
+    return {one: state for job, state in rows if not state.startswith(still) for one in _elements(job)}
+
+
+def _elements(job: str) -> list[str]:
+    """The ids in 12, 12_3 or, of elements that ended together before they began, 12_[0-2,5]."""
+    array = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", job)
+    if not array:
+        return [job]
+    ranges = [[*map(int, part.split("-"))] for part in array[2].split(",")]
+    return [f"{array[1]}_{index}" for bounds in ranges for index in range(bounds[0], bounds[-1] + 1)]
 
 
 def run(command: Sequence[str], timeout: float | None = None, what: str = "") -> tuple[str, list[str]]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
@@ -30,15 +31,13 @@ def run_tasks(
             initializer(*arguments)
         yield from map(function, tasks)
         return
-    tasks = iter(tasks)
+    tasks, stops = iter(tasks), signal.getsignal(signal.SIGINT) != signal.SIG_IGN
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(initializer, arguments)
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(stops, initializer, arguments)
     )
     try:
-        # Workers inherit that it is ignored, or Ctrl-C while they start would print a traceback of each.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        running = {pool.submit(function, task) for task in islice(tasks, 2 * workers)}
-        signal.signal(signal.SIGINT, before)
+        with _ignoring_interrupts():
+            running = {pool.submit(function, task) for task in islice(tasks, 2 * workers)}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             running |= {pool.submit(function, task) for task in islice(tasks, len(done))}
@@ -53,8 +52,24 @@ def run_tasks(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Processes that are started within inherit that SIGINT is ignored: Ctrl-C while they start would print a traceback
+    of each. Does nothing in a thread, where Python does not set signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_worker(stops: bool, initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    """`stops`: Ctrl-C ends this process, as it does the one that started it."""
+    if stops:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if initializer:
         initializer(*arguments)

@@ -99,11 +99,14 @@ def check_rows(statistics: dict[str, SplitStatistics], options: RunOptions) -> N
         if not summary["samples"]:
             raise InputError(f"{split} has no samples, so {output} is not written: check the data")
         none = f"none of the {summary['samples']} samples of {split} is kept, so {output} is not written"
+        none += " and still has the rows of an earlier run" if output.exists() else ""
         with open(options.skipped, encoding="utf-8") as lines:
             first = next((line for line in map(json.loads, lines) if line["split"] == split), None)
-        if first:
-            raise InputError(f"{none}; the first, {first['where']}: {first['reason']}")
         dropped = ", ".join(f"{count} {rule}" for rule, count in summary["dropped"].items() if count)
+        if first and dropped:
+            dropped += f", {summary['bad']} bad, the first of them {first['where']}: {first['reason']}"
+        elif first:
+            raise InputError(f"{none}; the first, {first['where']}: {first['reason']}")
         raise InputError(f"{none}: {dropped}. Change the bounds, see --help")
 
 
@@ -141,11 +144,12 @@ def draw_rows(
 
 
 def warn_of_shared_videos(outputs: dict[str, Path]) -> None:
-    """Warn of videos, by file name, that have rows in the training and in the test file."""
+    """Warn of videos, by file name and duration, that have rows in the training and in the test file."""
 
-    def videos(path: Path) -> set[str]:
-        with open(path, encoding="utf-8") as rows:
-            return {Path(json.loads(row)["video_path"]).name for row in rows}
+    def videos(path: Path) -> set[tuple[str, float]]:
+        with open(path, encoding="utf-8") as lines:
+            rows = map(json.loads, lines)
+            return {(Path(row["video_path"]).name, row["video_duration_in_s"]) for row in rows}
 
     if shared := sorted(videos(outputs["train"]) & videos(outputs["test"])):
         logger.warning(
@@ -153,7 +157,7 @@ def warn_of_shared_videos(outputs: dict[str, Path]) -> None:
             outputs["train"].name,
             outputs["test"].name,
             len(shared),
-            shared[0],
+            shared[0][0],
         )
 
 

@@ -118,7 +118,9 @@ def keep_earlier(videos: list[dict], captions: Path, where: Path, scoring: Scori
         earlier = read_object(where, "it is written again")
         each = {found["video_id"]: found for found in map(json.loads, per_video.read_text().splitlines())}
     except (InputError, OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s or %s is damaged (%s) and is written again", where.name, per_video.name, first_line(error))
+        logger.warning(
+            "%s or %s cannot be read (%s), and is written again", where.name, per_video.name, first_line(error)
+        )
     metrics = [one for one in VIDEO_METRICS if one.detail in earlier and not one.wanted(scoring)]
     timed = "timeliness" not in details and "events" in earlier.get("timeliness", {})
     names = [name for metric in metrics for name in metric.names] + ["timeliness"] * timed

@@ -228,7 +228,7 @@ def load_result(path: Path, identify: Callable[[Path, str], str]) -> Result:
         if not isinstance(scores.get(name, {}), dict):
             raise InputError(f"the scores of {path}: {name} is not an object: score again with eval.sh --score-only")
     folder, wrote = find_model(args["model"]), args.get("model_sha256")
-    changed = bool(folder and wrote) and identify(folder, args["model"]) != wrote
+    changed = bool(folder and wrote) and identify(folder, args["model"]) not in ("", wrote)
     return Result(path, variant, args, rows, tasks.pop(), scores, unscored, folder, changed)
 
 
@@ -237,6 +237,8 @@ def identify_folder(folder: Path, model: str) -> str:
     where its weights cannot be read."""
     if folder not in places(model, ROOT):
         return f"{model} {folder.name}"  # of the Hub's cache: a folder for each commit
+    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+        return ""  # its weights were deleted: config.json and run.json are still there
     try:
         return of_checkpoint(str(folder))
     except (InputError, OSError):

@@ -112,8 +112,10 @@ def schedule_pairs(results: Sequence[Result]) -> list[tuple[Result | None, Resul
     if not any(result.kind == "random" for result in streaming):
         return []
     groups: dict[tuple, dict[str, list[Result]]] = {}
+    unknown = {result.model for result in streaming if result.checkpoint == result.model}  # in earlier versions
     for result in streaming:
-        key = result.variant.name, result.checkpoint, result.weights, result.k
+        checkpoint = result.model if result.model in unknown else result.checkpoint
+        key = result.variant.name, checkpoint, result.weights, result.k
         groups.setdefault(key, {}).setdefault(result.kind, []).append(result)
     return [
         pair for group in groups.values() for pair in product(group.get("fixed", [None]), group.get("random", [None]))

@@ -3,6 +3,7 @@
 Independent of weights and of how positions are computed.
 """
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -26,10 +27,21 @@ def training_record(checkpoint: Path) -> dict:
     Raises InputError if the file is invalid.
     """
     if (path := checkpoint / "run.json").exists():
-        return read_object(path, "remove it")
+        return _read_record(path)
     folder = checkpoint.resolve()
     step, path = re.fullmatch(r"checkpoint-(\d+)", folder.name), folder.parent / "run.json"
-    return {**read_object(path, "remove it"), "step": int(step[1])} if step and path.exists() else {}
+    if step and path.exists():
+        with contextlib.suppress(InputError):  # of another program
+            return {**_read_record(path), "step": int(step[1])}
+    return {}
+
+
+def _read_record(path: Path) -> dict:
+    record = read_object(path, "remove it")
+    for name in ("arguments", "data", "recipe_differences"):
+        if not isinstance(record.get(name, {}), dict):
+            raise InputError(f"{path} is not a record of training ({name} is not an object): remove it")
+    return record
 
 
 def training_keys(variant: Variant, wait_k: int, **more) -> dict:
