@@ -155,9 +155,9 @@ def test_a_clip_of_a_numpy_array(captioner):
 @pytest.mark.parametrize(
     "clips, message",
     [
-        ([{"index": 0}, {"index": 0}], "gave a Clip, after clip 1, whose index 0 must be at least 1"),
-        ([{"index": 0}, {"index": 4}, {"index": 2}], "after clip 5, whose index 2 must be at least 5"),
-        ([{"index": -1}], "after clip 0, whose index -1 must be at least 0"),
+        ([{"index": 0}, {"index": 0}], "gave a Clip whose index, after 0, 0 must be at least 1"),
+        ([{"index": 0}, {"index": 4}, {"index": 2}], "whose index, after 4, 2 must be at least 5"),
+        ([{"index": -1}], "gave a Clip whose index -1 must be at least 0"),
         ([{"index": 0.0}], r"whose index 0.0 must be a whole number"),
         ([{"index": None}], "whose index None must be a whole number"),
         ([{"completed": None}], "clip 1 of the source: completed None must be a number"),
@@ -166,11 +166,12 @@ def test_a_clip_of_a_numpy_array(captioner):
         ([{"seconds": 0}], "seconds 0 must be above 0"),
     ],
 )
-def test_clips_with_wrong_numbers(captioner, clips, message):
+@pytest.mark.parametrize("live", [False, True])
+def test_clips_with_wrong_numbers(captioner, clips, message, live):
     frames = torch.zeros((2, 3, 56, 84), dtype=torch.uint8)
     made = [Clip(**{"index": 0, "frames": frames, "timestamps": np.zeros(2), "completed": now(), **c}) for c in clips]
     with pytest.raises(InputError, match=message):
-        for _ in captioner.watch(Source(lambda: iter(made), 1.0), max_new_tokens=3):
+        for _ in captioner.watch(Source(lambda: iter(made), 1.0, live=live), max_new_tokens=3):
             pass
 
 

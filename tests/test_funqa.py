@@ -352,7 +352,7 @@ def test_an_output_without_rows_is_refused(tmp_path):
     output = tmp_path / "dataset/funqa_test.jsonl"
     *_, error = result.stderr.splitlines()
     none = f"error: none of the 42 samples of test is kept, so {output} is not written: "
-    assert result.returncode == 2 and error.startswith(none) and " bad, the first of them " in error
+    assert result.returncode == 2 and error.startswith(none) and " bad. The first of funqa_skipped.jsonl" in error
     assert "H_A_101_1433_1631.mp4 cannot be opened" in error
     assert not output.exists()
 

@@ -104,7 +104,9 @@ def test_quantized_checkpoints_are_refused(folder, part, quantized):
         with pytest.raises(InputError) as error:
             load(folder)
         assert str(error.value).startswith(f"{str(folder)!r} is quantized ({method}")
-        assert str(error.value).endswith("): give the original checkpoint, with --weights int8 for 8 bits")
+        assert str(error.value).endswith(
+            "): give the original checkpoint, which --weights int8 of eval.sh, live and serve quantizes"
+        )
 
 
 def test_an_empty_quantization_config_is_none(folder):
@@ -123,6 +125,18 @@ def test_weights_in_8_bits_or_integers_are_refused(folder, dtype, pickled):
         pickle_weights(folder)
     with pytest.raises(InputError, match=rf"is quantized \({name} is stored as \w+\): give the original"):
         loads(folder)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_buffers_that_other_versions_saved_are_not_weights(folder, pickled):
+    change(
+        folder,
+        **{"model.language_model.position_ids": torch.arange(9), "model.visual.rotary_pos_emb.inv_freq": torch.ones(4)},
+    )
+    if pickled:
+        pickle_weights(folder)
+        torch.save({"a.weight": torch.ones(2, dtype=torch.int64)}, folder / "pytorch_model_fsdp.bin")  # is not read
+    assert loads(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

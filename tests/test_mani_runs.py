@@ -179,10 +179,10 @@ def test_user_errors_are_one_line(mani_refusal, tmp_path, more, message):
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({"1.json": b"{", "2.json": b"{"}, "; the first, train/1.json: JSON is broken"),
+        ({"1.json": b"{", "2.json": b"{"}, ": 2 bad. The first of skipped.jsonl, train/1.json: JSON is broken"),
         (
             {"1.json": b"{", "2.json": sample_json(1, 6.0)},
-            ": 1 too few tokens per second, 1 bad, the first of them train/1.json: JSON is broken. Change the bounds",
+            ": 1 too few tokens per second, 1 bad. The first of skipped.jsonl, train/1.json: JSON is broken",
         ),
         ({"1.json": sample_json(1, 6.0), "2.json": good(video_duration_in_s=1)}, ": 1 too short, 1 too few tokens"),
     ],

@@ -324,7 +324,10 @@ def test_an_output_without_rows_is_refused(tmp_path, monkeypatch, capsys, row, r
     said = capsys.readouterr()
     *_, error = said.err.splitlines()
     none = "none of the 2 samples of my.jsonl is kept, so out/my_3_5.jsonl is not written"
-    assert ended.value.code == 2 and error.startswith(f"error: {none}; the first, line 1: {reason}"), error
+    none += " and still has the rows of an earlier run" if before else ""
+    count = "2 too few tokens per second" if "few" in reason else "2 bad"
+    first = f"The first of my_3_5_skipped.jsonl, line 1: {reason}"
+    assert ended.value.code == 2 and error.startswith(f"error: {none}: {count}. {first}"), error
     assert "my.jsonl: 2 samples, 0 rows\n" in said.out
     assert output.exists() == bool(before) and (not before or output.read_text() == before)
     assert (tmp_path / "out/my_3_5_skipped.jsonl").read_text().count("\n") == 2

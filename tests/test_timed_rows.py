@@ -338,7 +338,7 @@ def test_segments_are_put_in_order():
         (("--input", "text", "--format", "joyai"), "text is not JSON"),
         (
             ("--input", "a.json", "--format", "webvtt"),
-            "none of the 1 samples of a.json is kept, so out/my.jsonl is not written; the first, ",
+            "none of the 1 samples of a.json is kept, so out/my.jsonl is not written: 1 bad. The first of ",
         ),
     ],
 )

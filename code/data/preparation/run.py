@@ -102,12 +102,11 @@ def check_rows(statistics: dict[str, SplitStatistics], options: RunOptions) -> N
         none += " and still has the rows of an earlier run" if output.exists() else ""
         with open(options.skipped, encoding="utf-8") as lines:
             first = next((line for line in map(json.loads, lines) if line["split"] == split), None)
-        dropped = ", ".join(f"{count} {rule}" for rule, count in summary["dropped"].items() if count)
-        if first and dropped:
-            dropped += f", {summary['bad']} bad, the first of them {first['where']}: {first['reason']}"
-        elif first:
-            raise InputError(f"{none}; the first, {first['where']}: {first['reason']}")
-        raise InputError(f"{none}: {dropped}. Change the bounds, see --help")
+        counts = summary["dropped"] | {"bad": summary["bad"]}
+        why = ", ".join(f"{count} {rule}" for rule, count in counts.items() if count)
+        if first:
+            why += f". The first of {options.skipped.name}, {first['where']}: {first['reason']}"
+        raise InputError(f"{none}: {why}")
 
 
 def sampling_key(seed: int, video_id: str) -> bytes:

@@ -50,6 +50,8 @@ class Intake:
         """The source has ended, and all its clips have come."""
         self.fault: Exception | None = None
         """The error with which the source ended, if there was one."""
+        self.wrong = False
+        """The newest clip was refused."""
         # A SimpleQueue, because a signal handler may put into it while its own thread is in `get`.
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._change, self._begun, self._stopped, self._full = threading.Condition(), True, False, False
@@ -105,7 +107,8 @@ class Intake:
     def lost(self) -> bool:
         """The source has ended because its connection was lost or it cannot be read on. Other faults are errors in the
         source itself."""
-        return isinstance(self.fault, OSError) or (self.source.live and isinstance(self.fault, InputError))
+        unreadable = self.source.live and isinstance(self.fault, InputError) and not self.wrong
+        return isinstance(self.fault, OSError) or unreadable
 
     @property
     def why(self) -> str:
@@ -170,7 +173,8 @@ class Intake:
         if not isinstance(clip, Clip):
             raise InputError(f"{self.name} gave a {type(clip).__name__}: give a Clip, as help(Source) shows")
         index, frames, before = clip.index, clip.frames, self._newest
-        check_count(f"{self.name} gave a Clip, after clip {before + 1}, whose index", index, before + 1)
+        after = f", after {before}," if before >= 0 else ""
+        check_count(f"{self.name} gave a Clip whose index{after}", index, before + 1)
         check_number(f"clip {index + 1} of {self.name}: completed", clip.completed, -LARGEST)
         check_count(f"clip {index + 1} of {self.name}: broken", clip.broken, 0)
         if clip.seconds is not None:
@@ -191,7 +195,9 @@ class Intake:
     def _read(self) -> None:
         try:
             for clip in self.source.clips():
+                self.wrong = True  # unless it passes
                 self.add(clip)
+                self.wrong = False
                 if self._stopped:
                     return
         except Exception as error:  # reported where the clips are taken: nobody joins this thread

@@ -20,7 +20,7 @@ from ..model.loading import load_config, load_model, tokens_per_second
 from ..model.prompts import clip_pixels, load_processor, make_template
 from ..model.quantization import check_precision
 from ..model.trained import check_trained, choose_schedule, end_of_slot
-from ..sessions import GREEDY, PerceptionClient, PerceptionLost, Session, open_session
+from ..sessions import GREEDY, PerceptionClient, Session, open_session
 from ..timeline.plan import Window
 from ..timeline.positions import check_clips, clips_before_text
 from ..timeline.timeline import make_schedule, model_schedule_most
@@ -109,12 +109,7 @@ def start_perception(path: str, device: torch.device, dtype: torch.dtype, weight
         if torch.cuda.device_count() < 2:
             raise InputError("the pipelined mode needs two GPUs, but found one: use fused")
         where = f"cuda:{((device.index or 0) + 1) % torch.cuda.device_count()}"
-    try:
-        return PerceptionClient(functools.partial(load_on, path, where, dtype, weights))
-    except PerceptionLost as error:
-        raise InputError(
-            f'{error}; if a script started it, the call must be below `if __name__ == "__main__":`'
-        ) from error
+    return PerceptionClient(functools.partial(load_on, path, where, dtype, weights))
 
 
 def warm_up(session: Session, pixels: torch.Tensor) -> StepRunner:

@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLConfig
 
 from ..common.ending import lost_worker
 from ..common.errors import InputError, first_line
+from ..common.files import read_object
 from .checkpoint import tensor_dtypes
 from .checks import check_config, check_layers
 from .hub import model_folder
@@ -29,6 +30,8 @@ UNLOADABLE = (
 """Errors that transformers raises for invalid or inconsistent checkpoint files."""
 STORED = {"F64", "F32", "F16", "BF16"}
 """Data types of weights that are not quantized, as named in safetensors files."""
+WEIGHTS = ("weight", "bias", "weight_packed")
+"""What the names of weights end with, as against those of buffers."""
 PARTS = ("model.", "lm_head.")
 """What the names of a model's weights begin with."""
 
@@ -64,8 +67,11 @@ def load_model(
     stored = tensor_dtypes(model_folder(path))
     check_layers(config, stored, str(path))
 
+    dtypes: dict[str, str] = {}
+
     def load(folder: Path) -> Any:
-        _check_stored(_pickled_dtypes(folder) if stored is None else stored, path)
+        dtypes.update(_pickled_dtypes(folder) if stored is None else stored)
+        _check_stored(dtypes, path)
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
         )
@@ -73,7 +79,8 @@ def load_model(
     model, report = _loaded(path, load)
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{str(path)!r} lacks {len(missing)} weights, such as {missing[0]}: save it again")
-    if others := sorted(key for key in report["unexpected_keys"] if key.startswith(PARTS)):
+    unexpected = (key for key in report["unexpected_keys"] if key.startswith(PARTS) and not key.endswith("inv_freq"))
+    if others := sorted(key for key in unexpected if dtypes.get(key, "F32") in STORED):  # others are buffers
         raise InputError(
             f"{str(path)!r} has {len(others)} weights that Qwen2.5-VL does not have, such as {others[0]}: give the "
             "original checkpoint"
@@ -152,15 +159,16 @@ def _check_not_quantized(config: Mapping, path: str | Path) -> None:
 
 
 def _check_stored(dtypes: Mapping[str, str], path: str | Path) -> None:
-    """Raises InputError if tensors of these `dtypes`, by name, are not all in floating point of 16 bits or more."""
+    """Raises InputError if weights of these `dtypes`, by name, are not all in floating point of 16 bits or more."""
     for name, dtype in dtypes.items():
-        if dtype not in STORED:
+        if dtype not in STORED and name.endswith(WEIGHTS):
             raise _quantized(path, f"{name} is stored as {dtype}")
 
 
 def _quantized(path: str | Path, how: str) -> InputError:
     return InputError(
-        f"{str(path)!r} is quantized ({how}): give the original checkpoint, with --weights int8 for 8 bits"
+        f"{str(path)!r} is quantized ({how}): give the original checkpoint, which --weights int8 of eval.sh, live and "
+        "serve quantizes"
     )
 
 
@@ -168,7 +176,12 @@ def _pickled_dtypes(folder: Path) -> dict[str, str]:
     """As `tensor_dtypes`, for weights in files of PyTorch. Reads no values."""
     plain = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     dtypes = {}
-    for file in sorted(folder.glob("pytorch_model*.bin")):
+    files, index = [folder / "pytorch_model.bin"], folder / "pytorch_model.bin.index.json"
+    if not files[0].is_file() and index.is_file():
+        files = sorted(
+            {folder / file for file in read_object(index, "copy the checkpoint again")["weight_map"].values()}
+        )
+    for file in files if files[0].is_file() else ():
         for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():
             if isinstance(tensor, Tensor):
                 dtypes[name] = plain.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))

@@ -55,6 +55,7 @@ class PerceptionClient:
         self.pipe, theirs = context.Pipe()
         self.closing: int | None = None
         """A session that is over and that the other process has not confirmed as closed."""
+        self.loaded = False
         self.opened = 0
         """The newest session that the other process has opened."""
         self.process = context.Process(target=perceive, args=(theirs, load), daemon=True)
@@ -70,6 +71,7 @@ class PerceptionClient:
                 raise self._lost(f"has not loaded its model within {LOAD_SECONDS} s")
             if message[0] == "refused":
                 raise InputError(message[1])
+            self.loaded = True
         except BaseException:
             self._kill()
             raise
@@ -117,6 +119,8 @@ class PerceptionClient:
                 fault = "does not answer"
             else:
                 fault = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+                if code > 0 and not self.loaded:
+                    fault += ' (a script must start it below `if __name__ == "__main__":`)'
         self.why_lost = f"the perception process ({self.process.pid}) {fault}: start a new PerceptionClient"
         return PerceptionLost(self.why_lost)
 

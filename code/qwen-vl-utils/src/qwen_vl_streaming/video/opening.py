@@ -73,7 +73,7 @@ class Source:
             size = self.size if isinstance(self.size, Sequence) and len(self.size) == 2 else ()
             if not size or any(type(side) is not int or not 0 < side < 10**5 or side % SIDE_FACTOR for side in size):
                 raise InputError(
-                    f"size {shown(self.size)} must be (height, width), two whole numbers divisible by {SIDE_FACTOR}"
+                    f"size {shown(self.size)} must be (height, width), two of type int divisible by {SIDE_FACTOR}"
                 )
 
 

@@ -22,16 +22,25 @@ export class Calls {
     this.worker = new Worker(new URL(name, import.meta.url));
     this.waiting = new Map();
     this.last = 0;
+    this.broken = null;
     this.worker.onmessage = ({ data }) => {
-      this.waiting.get(data.id)(found(data));
+      const { resolve, reject } = this.waiting.get(data.id);
       this.waiting.delete(data.id);
+      if (data.error) reject(new Error(data.error));
+      else resolve(found(data));
+    };
+    this.worker.onerror = () => {
+      this.broken = new Error(`${name} does not run in this browser`);
+      for (const { reject } of this.waiting.values()) reject(this.broken);
+      this.waiting.clear();
     };
   }
 
-  /** Send `message`, with the objects that are handed over; resolves with the answer. */
+  /** Send `message`, with the objects that are handed over; resolves with the answer, rejects if there is none. */
   call(message, handed = []) {
-    return new Promise((resolve) => {
-      this.waiting.set(++this.last, resolve);
+    return new Promise((resolve, reject) => {
+      if (this.broken) return reject(this.broken);
+      this.waiting.set(++this.last, { resolve, reject });
       this.worker.postMessage({ ...message, id: this.last }, handed);
     });
   }
