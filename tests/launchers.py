@@ -26,3 +26,13 @@ def launched(command: list, folder: Path, python: str, scontrol: str, environmen
     done = subprocess.run(command, env={"PATH": path, **environment}, capture_output=True, text=True)
     words = done.stdout.split()
     return done.returncode, {words[i]: words[i + 1] for i in range(len(words) - 1)}, done.stderr
+
+
+def check_several_nodes_need_srun(launch) -> None:
+    """An sbatch file runs on the first node alone, with SLURM_NNODES of the job."""
+    batch = {name: value for name, value in SLURM.items() if "STEP" not in name} | {"SLURM_NODEID": "0"}
+    status, _, said = launch(**batch)
+    assert (status, said) == (
+        2, "error: this job has 3 nodes, and the command runs on one of them: put srun before it, or set NNODES=1\n"
+    )  # fmt: skip
+    assert launch(**batch, NNODES="1")[0] == launch(**batch | {"SLURM_NNODES": "1"})[0] == 0

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launchers import SLURM, launched
+from launchers import SLURM, check_several_nodes_need_srun, launched
 
 SCRIPT = Path(__file__).parents[1] / "eval.sh"
 PYTHON = (
@@ -65,10 +65,4 @@ def test_one_task_per_node(launch):
 
 
 def test_several_nodes_without_srun_are_refused(launch):
-    """An sbatch file runs on the first node alone, with SLURM_NNODES of the job."""
-    batch = {name: value for name, value in SLURM.items() if "STEP" not in name} | {"SLURM_NODEID": "0"}
-    status, _, said = launch(**batch)
-    assert (status, said) == (
-        2, "error: this job has 3 nodes, and the command runs on one of them: put srun before it, or set NNODES=1\n"
-    )  # fmt: skip
-    assert launch(**batch, NNODES="1")[0] == launch(**batch | {"SLURM_NNODES": "1"})[0] == 0
+    check_several_nodes_need_srun(launch)

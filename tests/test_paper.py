@@ -694,7 +694,7 @@ def test_a_queued_report_waits_for_what_is_submitted_again(tmp_path, queue):
         "evaluate-3B-description-fixed: job 105, array 5, aftercorr:104",
         "evaluate-3B-description-random-group: already in the queue as job 102",
         "evaluate-3B-description-random: job 106, array 5, aftercorr:104",
-        "report: job 103 is to wait for what is submitted now, and is replaced",
+        "report: job 103 must wait for jobs that are submitted now, and is replaced",
         "report: job 107, afterany:101:102:105:106",
     ]
     assert " 103 " not in jobs.read_text()
@@ -715,7 +715,7 @@ def test_a_queued_report_is_not_made_smaller(tmp_path, queue):
     assert (tmp_path / "out/logs/report.sh").read_text() == text
     lines = submit(asked(tmp_path, f"{words} gap"), folder)
     assert lines[-2:] == [
-        "report: job 103 is to wait for what is submitted now, and is replaced",
+        "report: job 103 must wait for jobs that are submitted now, and is replaced",
         "report: job 106, afterany:102:105",
     ]
     assert "gap" in (tmp_path / "out/logs/report.sh").read_text()
@@ -734,9 +734,9 @@ def test_jobs_that_wait_for_one_that_ends_are_submitted_again(tmp_path, queue):
         "train-3B-description-gap: job 100_5 is ending",
         "train-3B-description: job 103, array 5, afterany:100_5",
         "evaluate-3B-description-fixed-group: already in the queue as job 101",
-        "evaluate-3B-description-fixed-gap: job 101_5 is to wait for what is submitted now, and is replaced",
+        "evaluate-3B-description-fixed-gap: job 101_5 must wait for jobs that are submitted now, and is replaced",
         "evaluate-3B-description-fixed: job 104, array 5, aftercorr:103",
-        "report: job 102 is to wait for what is submitted now, and is replaced",
+        "report: job 102 must wait for jobs that are submitted now, and is replaced",
         "report: job 105, afterany:101:104",
     ]
     assert submit(request, folder, done) == again

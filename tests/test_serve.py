@@ -503,7 +503,7 @@ def test_clocks_that_jump(times, clips):
     assert len(built) == clips and builder.clips == clips
     if times[2] == 2.0:
         assert [int(frame[0, 0, 0]) for clip in built for frame in clip.frames] == [0, 1, 1, 1, 2, 3]
-        assert [clip.time for clip in built] == [0.5, 0.5, 2.5]  # a picture that is repeated is no newer
+        assert [clip.time for clip in built] == [0.5, 0.5, 2.5]  # a picture that is repeated keeps its time
 
 
 @pytest.mark.parametrize("frames", [2, 3, 4])

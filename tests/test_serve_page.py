@@ -544,3 +544,20 @@ def test_modules(page):
             return [sent.slice(0, 6), sampler.dropped, taken]"""
         assert module(page, "sampler.js", dropping) == [[0, 0.5, 2, 2.5, 3, 3.5], 2, [0, 1.5, 2, 2.5, 3, 3.5]]
     assert page.errors == []
+
+
+def test_a_browser_that_cannot_make_pictures_says_so(page, tmp_path):
+    """An error in the worker that makes them would not reach the page by itself."""
+    film = make_video(tmp_path / "a.mp4", seconds=3.0, fps=25)
+    with Stub(["group"]) as server:
+        open_page(page, server)
+        choose_file(page, film)
+        page.run("""(() => {
+            const post = Worker.prototype.postMessage;
+            Worker.prototype.postMessage = function (message, handed = []) {
+                return post.call(this, message.picture ? { ...message, picture: null } : message, handed);
+            };
+        })()""")
+        press_action(page)
+        page.wait(f"{STATE} === 'ended'")
+        assert "The video stopped: " in page.run("document.getElementById('alert').textContent")

@@ -148,7 +148,7 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
     """Write the files of `jobs` into `folder` and submit what is not queued. Returns a line for each job. `after_each`
     is the command that rewrites the status page.
 
-    A job that waits for one that is submitted anew is cancelled and submitted too, as it would wait for a job that has
+    A job that waits for one that is submitted again is cancelled and submitted too, as it would wait for a job that has
     ended. One that is ending is submitted again, to run after its end.
     Raises InputError where sbatch is missing or refuses a file, naming it and what is queued already.
     """
@@ -192,7 +192,7 @@ def submit(jobs: Sequence[Job], folder: Path, output: Path, after_each: Sequence
                 lines.append(f"{step.name}: job {ending[step.name]} is ending")
             elif queued and queued.waits and (anew or queued.reason == NEVER):
                 old.append(queued.id)
-                why = "is to wait for what is submitted now" if anew else "waits for jobs that have ended"
+                why = "must wait for jobs that are submitted now" if anew else "waits for jobs that have ended"
                 lines.append(f"{step.name}: job {queued.id} {why}, and is replaced")
             elif queued and not (anew and step.kind == REPORT):  # a report that runs lacks the rows submitted now
                 lines.append(f"{step.name}: already in the queue as job {queued.job}")

@@ -104,7 +104,7 @@ def training_differences(result: Result) -> list[str]:
         unfinished = "" if run.get("finished") else ", which has not finished"
         found.append(f"the checkpoint is that of step {run['step']} of its training{unfinished}")
     if not run and result.trained_as:
-        found.append("how the checkpoint was trained is not recorded: its run.json is missing")
+        found.append("how the checkpoint was trained is not recorded: its run.json is missing or not valid")
     elif not run:
         found.append("the checkpoint was not trained by this project: it is a base model, or was trained elsewhere")
     if run.get("data", {}).get("sha256") == result.args.get("data_sha256", ""):

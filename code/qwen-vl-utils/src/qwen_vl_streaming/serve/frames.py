@@ -157,7 +157,7 @@ class BuiltClip:
     frames: Tensor
     """(2, 3, H, W) uint8."""
     time: float
-    """When its newest picture was captured; a repeated picture is no newer."""
+    """When its newest picture was captured; a repeated picture keeps its time."""
     last: bool
 
 
