@@ -26,6 +26,7 @@ from paper.states import find_states, refusals
 from paper.status import BLOCKED, FAILED, RUNNING, Progress
 from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Command, Folders, Step
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.nvidia import visible_gpus
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwenvl import headers as headers_module
 from results import FIELDS, hash_rows, load_finished
@@ -318,6 +319,22 @@ def runner(tmp_path, steps):
     states = find_states(steps)
     progress = {step.name: Progress(step, states[step.name].word) for step in steps}
     return Runner(steps, Folders(tmp_path, False), states, progress)
+
+
+def test_steps_of_the_demo_share_the_gpus_one_each(tmp_path):
+    files = [str(tmp_path / f"{number}") for number in range(6)]
+    steps = [script(file, f'sleep 0.5; echo "$CUDA_VISIBLE_DEVICES" > "{file}.gpu"', kind=TRAIN) for file in files]
+    shared = runner(tmp_path, steps)
+    shared.jobs, shared.gpus = 6, visible_gpus({"CUDA_VISIBLE_DEVICES": "4, GPU-5,6"})
+    assert shared.run() == 0
+    used = sorted(Path(f"{file}.gpu").read_text().strip() for file in files)
+    assert used == ["4", "4", "6", "6", "GPU-5", "GPU-5"]
+
+
+def test_a_training_of_the_demo_uses_one_gpu_and_one_of_the_paper_all(tmp_path):
+    for words, processes in (("--demo", "1"), ("", None)):
+        trainings = [step for step in asked(tmp_path, words).steps if step.kind == TRAIN]
+        assert trainings and {step.command.environment.get("NPROC_PER_NODE") for step in trainings} == {processes}
 
 
 def test_a_failed_step_names_its_log_and_independent_steps_go_on(tmp_path, capsys):

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import lock_file
+from qwen_vl_streaming.common.nvidia import visible_gpus
 
 from . import slurm
 from .attempts import read_attempt
@@ -159,7 +160,8 @@ def run_steps(request: Request, states: dict[str, State], forecasts: dict[str, F
         if forecasts:
             save_forecasts(folders, forecasts, arguments.gpus)
         try:
-            code = Runner(request.steps, folders, states, progress, arguments.jobs).run()
+            gpus = visible_gpus(os.environ) if request.settings.demo else []
+            code = Runner(request.steps, folders, states, progress, arguments.jobs, gpus).run()
         except Stopped as stopped:
             print(f"stopped by {stopped}: the same command resumes here", file=sys.stderr)
             sys.exit(128 + stopped.number)

@@ -85,7 +85,12 @@ def variant_steps(
     shared = str(folders.trained(size, task, VARIANT))
     command = Command(
         ("bash", str(ROOT / "code/qwen-vl-finetune/scripts/sft.sh"), "--output_dir", shared, *settings.train),
-        {"QWEN2_5_VL_VARIANT": VARIANT, "QWEN2_5_VL_MODEL_PATH": model, "QWEN2_5_VL_TRAIN_DATA": str(data)},
+        {
+            "QWEN2_5_VL_VARIANT": VARIANT,
+            "QWEN2_5_VL_MODEL_PATH": model,
+            "QWEN2_5_VL_TRAIN_DATA": str(data),
+            **({"NPROC_PER_NODE": "1"} if settings.demo else {}),  # its recipe names the samples of a GPU
+        },
     )
     check = partial(checks.trained, trained, data, model, variant, flag_values(settings.train))
     train = Step(f"train-{size}-{task}-{variant}", TRAIN, command, check, (f"prepare-{task}",), **kind)

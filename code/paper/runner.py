@@ -59,6 +59,7 @@ class Running:
     process: subprocess.Popen
     log_start: int
     """Where it begins in its log, which earlier runs may have written to."""
+    gpu: str = ""
 
 
 @dataclass
@@ -71,6 +72,8 @@ class Runner:
     progress: dict[str, Progress]
     jobs: int = 1
     """Steps that run side by side."""
+    gpus: Sequence[str] = ()
+    """The GPUs that they share, as in CUDA_VISIBLE_DEVICES: each step uses one. Without any, a step uses all."""
     _waiting: list[Step] = field(default_factory=list)
     """Steps that have not started, and of which it is not known yet whether they need to run."""
     _running: list[Running] = field(default_factory=list)
@@ -160,18 +163,29 @@ class Runner:
             start = file.tell()
             file.write(f"+ {shlex.join(redacted_command(command.words))}\n".encode())
             file.flush()
+        gpu = self._free_gpu()
         with file:
             process = subprocess.Popen(
                 command.words,
                 cwd=ROOT,
-                env={**clean_environment(), **self._threads(), **command.environment},
+                env={
+                    **clean_environment(),
+                    **self._threads(),
+                    **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
+                    **command.environment,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C reaches this program alone, which passes it on once
             )
-        self._running.append(Running(step, process, start))
+        self._running.append(Running(step, process, start, gpu))
         self._write_page()
+
+    def _free_gpu(self) -> str:
+        """The GPU that the fewest steps run on, empty if they are not shared."""
+        taken = [running.gpu for running in self._running]
+        return min(self.gpus, key=taken.count, default="")
 
     def _threads(self) -> dict[str, str]:
         """Steps side by side divide the cores, unless the user has set how many threads they take."""

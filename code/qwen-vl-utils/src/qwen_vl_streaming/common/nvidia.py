@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def ask_driver(root: Path = Path("/")) -> Driver:
             return Driver(version=version, elsewhere=len(listed), fault=str(error))
         return Driver(tuple(listed[:nodes]) or ("NVIDIA",) * nodes, version, fault=str(error))
     return Driver(names, version, elsewhere=0 if names else max(nodes, len(listed)), mig=mig)
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """The NVIDIA GPUs that a child process can be given, each a value of CUDA_VISIBLE_DEVICES: those that the variable
+    lists, else all."""
+    if (listed := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in listed.split(",") if name.strip()]
+    return [str(index) for index in range(len(ask_driver().gpus))]
 
 
 def _field(path: Path, pattern: str) -> str:
