@@ -16,6 +16,7 @@ from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import SessionPool, open_session
 from qwen_vl_streaming.sessions.fused import choose_chunks
 from qwen_vl_streaming.sessions.record import read_record
+from qwen_vl_streaming.sessions.slot_scheduler import SlotScheduler
 from qwen_vl_streaming.timeline.plan import Window
 from qwen_vl_streaming.timeline.timeline import Layout, ModelSchedule, Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -267,9 +268,39 @@ def test_the_rule_applies_where_the_caller_does_not_say(model, monkeypatch):
         assert serial.runner.clip_chunks == 1
 
 
-def test_without_a_measured_rule_a_clip_enters_whole(model):
+@pytest.mark.parametrize(
+    "grid, schedule, chunks",
+    [
+        ((7, 13), "wait-3", 1),  # the paper's clips
+        ((8, 16), "wait-8", 1),
+        ((16, 16), "wait-1", 1),  # a chunk needs a token beside it
+        ((16, 16), "wait-2", 2),
+        ((16, 16), "greedy", 2),
+        ((16, 32), "model-3", 3),
+        ((32, 32), "wait-16", 4),
+        ((32, 32), Schedule((0, 2, 2, 9)), 2),
+        ((32, 32), Schedule(()), 1),
+    ],
+)
+def test_large_clips_enter_in_chunks_by_the_measured_rule(grid, schedule, chunks):
+    scheduler = SlotScheduler(VARIANTS["group"], schedule, 99, None)
+    assert choose_chunks(Layout(9, 4, 3, grid), scheduler.typical_quota) == chunks
+
+
+def test_a_large_clip_is_written_about_as_by_the_reference(model):
+    case = random_case(random.Random(SEED), VARIANTS["group"], "wait-2")
+    case.layout = case.template.layout((16, 16), 2.0)
+    case.pixels = torch.randn(3, 4 * 256, 1176, generator=torch.Generator().manual_seed(SEED))
+    case.steps = case.steps[:1] * 3
+    with open_session(
+        model, case.variant, case.template, case.layout, **{**case.options, "chunk": None}, mode="fused"
+    ) as session:
+        assert session.runner.clip_chunks == 2
+        check(model, case, play(session, case))
+
+
+def test_numbers_of_chunks_that_are_not_possible(model):
     with open_wide(model, "wait-4") as session:
-        assert session.runner.clip_chunks == choose_chunks(model, session.layout, "wait-4") == 1
         runner = session.runner
     for wrong, match in (
         ({"chunks": 0}, "chunks 0 must be from 1 to the 8 visual tokens"),

@@ -325,10 +325,10 @@ def tiles_file(rows: list[dict], kind: str, device: str) -> str:
             lines.append(f"        ({m}, {astuple(Tiles(**kernel['tiles'])) if best else None}),")
         lines.append("    ),")
     body = "\n".join(lines)
-    return f'''"""Made by `code/benchmarks/weights.py products` on an {device}; do not edit by hand.
+    return f'''"""Tiles of the kernel for 8-bit weights, by outputs and inputs of a linear layer.
 
-By outputs and inputs of a linear layer: up to how many rows the kernel for 8-bit weights uses which tiles. With more
-rows, and where there are none, another way is faster: see `quantized_linear.py`.
+Up to how many rows the kernel uses which tiles. With more rows, and where there are none, another way is faster: see
+`quantized_linear.py`. `code/benchmarks/weights.py products --tiles` measured them on an {device} and wrote this file.
 """
 
 TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int] | None], ...]] = {{

@@ -1,7 +1,7 @@
-"""Made by `code/benchmarks/weights.py products` on an NVIDIA H200; do not edit by hand.
+"""Tiles of the kernel for 8-bit weights, by outputs and inputs of a linear layer.
 
-By outputs and inputs of a linear layer: up to how many rows the kernel for 8-bit weights uses which tiles. With more
-rows, and where there are none, another way is faster: see `quantized_linear.py`.
+Up to how many rows the kernel uses which tiles. With more rows, and where there are none, another way is faster: see
+`quantized_linear.py`. `code/benchmarks/weights.py products --tiles` measured them on an NVIDIA H200 and wrote this file.
 """
 
 TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int] | None], ...]] = {

@@ -5,21 +5,22 @@ from torch import Tensor
 from ..common.errors import InputError
 from ..common.numbers import shown
 from ..engine.stream_state import DueRows, StreamState
-from ..timeline.timeline import Layout, Schedule
+from ..timeline.timeline import Layout
 from .serial import SerialRounds
 
 ENCODE_TOGETHER = 4
 """Clips that the vision encoder encodes at once, if so many wait: one alone does not fill a GPU."""
 
 
-def choose_chunks(model, layout: Layout, schedule: str | Schedule) -> int:
-    """In how many chunks a clip of `layout` enters, each beside a token of a slot that writes by `schedule`, where the
-    caller does not say. Always 1, a whole clip beside one token, until it is measured where more are faster.
+CHUNK_TOKENS, MOST_CHUNKS = 128, 4
+"""Visual tokens of a chunk at least, and chunks at most, where the caller does not say. As `latency.py sweep` measured
+them at 7B on an H200 (code/benchmarks/RESULTS.md): smaller chunks are slower than a whole clip."""
 
-    To measure: milliseconds per round of each number of chunks, over visual tokens per clip, tokens per slot, and sizes
-    and types of weights: `code/benchmarks/latency.py sweep --modes serial fused --chunks whole 1/2 1/4 1/8 spread`.
-    """
-    return 1
+
+def choose_chunks(layout: Layout, quota: float) -> int:
+    """In how many chunks a clip of `layout` enters, each beside a token of a slot that writes `quota` tokens, where the
+    caller does not say."""
+    return max(1, int(min(layout.tokens_per_clip // CHUNK_TOKENS, quota, MOST_CHUNKS)))
 
 
 def check_chunks(chunks: int, chunk: int | None, mode: str, layout: Layout) -> None:

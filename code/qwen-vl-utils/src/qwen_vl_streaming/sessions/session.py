@@ -109,7 +109,8 @@ class Session:
         if runner is None:
             given = PENALTY if penalty is None else penalty
             if chunks is None:
-                chunks = choose_chunks(model, layout, schedule) if self.mode == "fused" and chunk is None else 1
+                whole = self.mode != "fused" or chunk is not None
+                chunks = 1 if whole else choose_chunks(layout, self.scheduler.typical_quota)
             runner = rounds.make_runner(model, layout, max_clips, max_new_tokens, chunk, given, frame, chunks)
         if penalty not in (None, runner.penalty):
             raise InputError(

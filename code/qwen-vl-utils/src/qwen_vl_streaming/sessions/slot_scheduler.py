@@ -14,6 +14,7 @@ Knows nothing of models, token ids, and how a clip becomes ready.
 """
 
 import collections
+from statistics import median
 
 from ..common.errors import InputError
 from ..timeline.timeline import Schedule, make_schedule, model_schedule_most
@@ -21,6 +22,7 @@ from ..timeline.variants import Variant
 
 GREEDY = "greedy"
 """A schedule: each slot writes until the next clip is ready."""
+FIRST_SLOTS = 8
 
 
 class SlotScheduler:
@@ -124,6 +126,12 @@ class SlotScheduler:
             # A longer schedule of the same name begins like the shorter one.
             self._quotas = make_schedule(self.schedule, self.variant, 2 * slot + 1).quotas
         return self._quotas[slot - 1]
+
+    @property
+    def typical_quota(self) -> float:
+        """The median quota of the first slots, without the last one; 0 if it is the only one."""
+        slots = range(1, min(FIRST_SLOTS + 1, self.fixed_clips or FIRST_SLOTS + 1))
+        return median(map(self.quota, slots)) if slots else 0
 
     @property
     def may_begin_slot(self) -> bool:
