@@ -15,7 +15,7 @@ from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.video_part import part_seconds, video_part
 from qwen_vl_streaming.model.prompts import load_processor
-from qwen_vl_streaming.reference import Caption
+from qwen_vl_streaming.stream import Caption
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import read_video
 from qwen_vl_streaming.video.pixel_budget import PixelBudget

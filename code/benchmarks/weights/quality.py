@@ -19,7 +19,7 @@ from qwen_vl_streaming.common.paths import find_video
 from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.model.trained import end_of_slot
-from qwen_vl_streaming.reference import PENALTY
+from qwen_vl_streaming.stream import PENALTY
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Timeline, make_timeline

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..common.compiling import CompileOptions
 from ..model.prompts import Template
-from ..reference import PENALTY
+from ..stream import PENALTY
 from .decoder_layer import SINGLE_ROW_OPTIONS, Attention, FusedProjections, compile_single_row_layer, run_layer
 from .device_event import to_device
 from .kv_cache import PagedKVCache

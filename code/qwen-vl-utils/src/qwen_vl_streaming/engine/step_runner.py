@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from ..model.prompts import Template
-from ..reference import PENALTY
+from ..stream import PENALTY
 from ..timeline.plan import Window
 from ..timeline.timeline import Layout
 from .cuda_graph import capture

@@ -20,7 +20,7 @@ from ..common.numbers import MOST, check_count, check_number
 from ..common.versions import versions
 from ..engine.step_runner import StepRunner
 from ..model.prompts import Template
-from ..reference import PENALTY, Caption
+from ..stream import PENALTY, Caption
 from ..timeline.plan import Window
 from ..timeline.positions import check_clips
 from ..timeline.timeline import Layout, Schedule
