@@ -39,14 +39,21 @@ class DueRows:
 
     def __getitem__(self, key) -> "DueRows":
         """The rows that a slice or a boolean mask selects."""
-        if not len(self):
+        count = len(self)
+        if isinstance(key, slice):  # often all or none, for each of many streams in each step
+            selected = range(count)[key]
+            if len(selected) == count and selected.step == 1:
+                return self
+            if not len(selected):
+                return DueRows.empty()
+        if not count:
             return self
-        return DueRows(self.rows[key], *(getattr(self, field.name)[..., key] for field in fields(self)[1:]))
+        return DueRows(self.rows[key], *(getattr(self, name)[..., key] for name in FIELDS))
 
     def __add__(self, other: "DueRows") -> "DueRows":
         if not (len(self) and len(other)):
             return self if len(self) else other
-        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self)[1:])
+        pairs = ((getattr(self, name), getattr(other, name)) for name in FIELDS)
         return DueRows(Rows.concatenate([self.rows, other.rows]), *(torch.cat(pair, -1) for pair in pairs))
 
     @staticmethod
@@ -54,6 +61,10 @@ class DueRows:
     def empty() -> "DueRows":
         none = torch.zeros(0, dtype=torch.long)
         return DueRows(Rows.of(PROMPT, 0), none, none.expand(3, 0), none, none, none, none.expand(2, 0))
+
+
+FIELDS = tuple(field.name for field in fields(DueRows)[1:])
+"""The tensors of `DueRows`."""
 
 
 class StreamState:

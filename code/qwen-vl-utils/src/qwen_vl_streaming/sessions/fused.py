@@ -70,7 +70,7 @@ class FusedRounds(SerialRounds):
     def _enter_ahead(self) -> None:
         """The next clip starts to enter once all rows of the one before have entered. Tokens do not wait for the vision
         encoder."""
-        if self.entering is not None or not self.encoded or self.lead.rows.visual.any():
+        if self.entering is not None or not self.encoded or (len(self.lead) and self.lead.rows.visual.any()):
             return
         if self.encoded[0].ready.query() or not self.scheduler.may_write:
             self.runner.set_clip_features(self.batch_slot, self.encoded.popleft())

@@ -66,7 +66,7 @@ class Rows:
         return len(self.part)
 
     def __getitem__(self, key) -> "Rows":
-        return Rows(*(getattr(self, field.name)[key] for field in fields(self)))
+        return Rows(self.part[key], self.clip[key], self.index[key], self.slot[key])
 
     @property
     def visual(self) -> Tensor:
