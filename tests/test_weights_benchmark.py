@@ -69,6 +69,7 @@ def test_tiles_that_do_not_fit_are_reported_and_the_rest_is_measured(monkeypatch
     for module in ("products", "tiles"):
         monkeypatch.setattr(f"weights.{module}.parts_of", parts_of)
     monkeypatch.setattr(products, "microseconds", lambda work, count: work(0) is None or 5.0)
+    monkeypatch.setattr(products, "choose_tiles", lambda m, n, k: Tiles(64, max(16, m), 0, 0, 4, 4))
     monkeypatch.setattr(products, "in_slices", products.whole)
     monkeypatch.setattr(products, "converted", torch.Tensor.bfloat16)
     table, layer = products.Table(), products.Layer(384, 256, ["int8"])
