@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .model.prompts import Template
-from .stream import PENALTY, Caption, Stream
+from .stream import PENALTY, Caption, Stream, penalize
 from .timeline.attention import dense_mask
 from .timeline.plan import Window
 from .timeline.positions import row_positions
@@ -71,10 +71,9 @@ class Streams:
         window: Window | None = None,
         bare: bool = False,
     ):
-        """`penalty` is the repetition penalty: as in transformers' `generate`, it weakens all ids of the template and
-        all ids written so far, except the end-of-slot token, which is written once per slot. 1.0 turns it off. Tokens
-        outside a `window` are masked, but stay in the cache. `bare`: the last clip is empty, see
-        `timeline.make_timeline`."""
+        """`penalty` is the repetition penalty: it weakens all ids of the template and all ids written so far, except
+        the end-of-slot token, which is written once per slot. 1.0 turns it off. Tokens outside a `window` are masked,
+        but stay in the cache. `bare`: the last clip is empty, see `timeline.make_timeline`."""
         self.model, self.variant, self.penalty, self.window, self.bare = model, variant, penalty, window, bare
         self.streams = [Stream(variant, *pair) for pair in zip(templates, layouts, strict=True)]
         self.cache = StreamCache()
@@ -84,9 +83,7 @@ class Streams:
         """Logits of the row that each stream fed last, before the penalty, (B, V) float32."""
         self.penalized = torch.zeros_like(self.logits, dtype=torch.bool)
         for penalized, template in zip(self.penalized, templates, strict=True):
-            penalized[[*template.prompt, template.video, *template.tail, *template.header]] = True
-            if template.end_of_slot is not None:
-                penalized[template.end_of_slot] = False
+            penalized[template.penalized] = True
 
     def feed(self, clips: Sequence[Tensor | None], last: Sequence[bool]) -> None:
         """Feeds the next clips of each stream: (n, tokens of a clip, C) visual tokens, or None for no clip. `last`
@@ -128,8 +125,7 @@ class Streams:
 
     def _choose(self) -> list[int]:
         """Greedy choice of each stream's next token, after the repetition penalty."""
-        weaker = torch.where(self.logits < 0, self.logits * self.penalty, self.logits / self.penalty)
-        return torch.where(self.penalized, weaker, self.logits).argmax(-1).tolist()
+        return penalize(self.logits, self.penalized, self.penalty).argmax(-1).tolist()
 
     def _feed(self, pieces: list[list[tuple[Rows, list[int]]]], visual_tokens: Tensor | None) -> None:
         """Runs the model over the newest tokens of all streams and keeps the logits of the last row of each."""

@@ -1,10 +1,11 @@
 """The state of one stream: what enters the model next, and which tokens were written. `reference.py` and the engine
-share it. Holds no tensors of a model.
+share it, and the repetition penalty. Knows nothing about how a model runs.
 """
 
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from .model.prompts import Template
 from .timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, ModelSchedule, Rows, Schedule
@@ -12,6 +13,12 @@ from .timeline.variants import Variant
 
 PENALTY = 1.15
 """Default repetition penalty."""
+
+
+def penalize(logits: Tensor, penalized: Tensor, penalty: float) -> Tensor:
+    """`logits` (…, V) after the repetition penalty on the `penalized` ids (…, V), as in transformers' `generate`."""
+    weaker = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(penalized, weaker, logits)
 
 
 @dataclass

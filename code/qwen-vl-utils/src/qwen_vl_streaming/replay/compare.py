@@ -17,21 +17,11 @@ from ..reference import Streams, caption
 from ..sessions import GREEDY
 from ..sessions.record import Record, describe_precision, identity
 from ..sessions.serial import clip_shapes
+from ..stream import penalize
 from ..timeline.attention import dense_mask
 from ..timeline.plan import Window
 from ..timeline.positions import timeline_positions
-from ..timeline.timeline import (
-    ANSWER,
-    CLIP,
-    HEADER,
-    NOTHING,
-    PROMPT,
-    TAIL,
-    Schedule,
-    make_schedule,
-    make_timeline,
-    model_schedule_most,
-)
+from ..timeline.timeline import CLIP, NOTHING, Schedule, make_schedule, make_timeline, model_schedule_most
 from ..timeline.variants import get_variant
 from .clips import check_clips
 
@@ -181,20 +171,11 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
         raise InputError(
             f"a full pass over {len(rows)} tokens exceeds the maximum of {MOST_ROWS}: replay a shorter session"
         )
-    ids = torch.full((len(rows),), template.video)
-    for part, source in (
-        (PROMPT, template.prompt),
-        (TAIL, template.tail),
-        (HEADER, template.header),
-        (ANSWER, record.tokens),
-    ):
-        ids[rows.part == part] = torch.tensor(source)[rows.index[rows.part == part]]
+    ids = template.ids(rows, record.tokens)
     positions, clip = timeline_positions(timeline)[:, None], rows.part[None] == CLIP
     predicts = timeline.produces != NOTHING
     seen = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool, device=device)
-    seen[[*template.prompt, template.video, *template.tail, *template.header]] = True
-    if template.end_of_slot is not None:
-        seen[template.end_of_slot] = False
+    seen[template.penalized] = True
     visual_tokens = iter(visual.flatten(0, 1).split([int(part.sum()) for part in clip[0].split(ROWS)]))
     for first in range(0, len(rows), ROWS):
         end = min(first + ROWS, len(rows))
@@ -215,5 +196,4 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
         for index, logits in zip(timeline.produces[own][predicts[own]].tolist(), scored, strict=True):
             if index:
                 seen[record.tokens[index - 1]] = record.tokens[index - 1] != template.end_of_slot
-            weaker = torch.where(logits < 0, logits * record.penalty, logits / record.penalty)
-            yield index, torch.where(seen, weaker, logits)
+            yield index, penalize(logits, seen, record.penalty)
