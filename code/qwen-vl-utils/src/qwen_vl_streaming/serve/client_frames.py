@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..common.numbers import is_number
 from .connection import Refused
 from .frames import FORMATS, BadFrame, BuiltClip, ClipBuilder, Picture, PreparedClip, decode_picture, prepare_clip
 from .options import Limits
-from .request import integer, is_number
+from .request import integer
 from .server import Server
 
 Clips = list[tuple[PreparedClip, BuiltClip]]
@@ -22,7 +23,7 @@ def read_frame(event: dict, data: bytes, limits: Limits) -> tuple[str, float]:
         raise BadFrame("frame_too_large", f"{len(data)} bytes: at most {limits.frame_bytes} are allowed")
     if form not in FORMATS:
         raise Refused("invalid_event", f"format must be one of {', '.join(FORMATS)}")
-    if moment is None or not is_number(moment) or not abs(moment) < 1e9:
+    if not is_number(moment) or not abs(moment) < 1e9:
         raise Refused("invalid_event", "time must be the capture time in seconds")
     return form, moment
 
