@@ -139,8 +139,5 @@ def make_checkpoint(size: str, layers: int | None, folder: Path) -> Path:
         model.save_pretrained(temporary, max_shard_size="4GB")
         load_processor(tiny).save_pretrained(temporary)
     elapsed = time.perf_counter() - began
-    print(
-        f"{checkpoint.name}: {model.num_parameters() / 1e9:.2f}e9 weights saved in {elapsed:.1f} s",
-        flush=True,
-    )
+    print(f"{checkpoint.name}: {model.num_parameters() / 1e9:.2f}e9 weights saved in {elapsed:.1f} s", flush=True)
     return checkpoint

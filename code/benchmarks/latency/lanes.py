@@ -148,10 +148,7 @@ def lanes(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chu
             traced_perception(bench, Path(folder) / "perception.json", mode) as file,
         ):
             for _ in range(2):  # the first one is a warm-up
-                with (
-                    bench.open(mode, f"wait-{k}", *room, tokens, **prefill) as session,
-                    traced(bench.device) as trace,
-                ):
+                with bench.open(mode, f"wait-{k}", *room, tokens, **prefill) as session, traced(bench.device) as trace:
                     feed_one_ahead(session, bench.clips(ROUNDS, tokens))
                     bench.wait()
                 own, visible = trace.intervals(), list(session.log.visible)

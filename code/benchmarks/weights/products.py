@@ -13,14 +13,7 @@ from functools import partial
 from itertools import product as pairs
 
 import torch
-from qwen_vl_streaming.engine.quantized_linear import (
-    Tiles,
-    choose_tiles,
-    converted,
-    fit_tiles,
-    interleave,
-    sum_parts,
-)
+from qwen_vl_streaming.engine.quantized_linear import Tiles, choose_tiles, converted, fit_tiles, interleave, sum_parts
 from qwen_vl_streaming.model.quantization import quantize, scaled_linear
 from torch import Tensor
 from torch.nn.functional import linear
@@ -180,14 +173,7 @@ def measure_products(
 
 
 def measure_rows(
-    table: Table,
-    key: tuple[str, str],
-    layer: Layer,
-    kind: str,
-    m: int,
-    first: bool,
-    bad: set[Tiles],
-    libraries: bool,
+    table: Table, key: tuple[str, str], layer: Layer, kind: str, m: int, first: bool, bad: set[Tiles], libraries: bool
 ) -> None:
     """All ways for one number of rows. The tiles of the kernel are searched for the `first` kind, and used for all."""
     x, weights = layer.rows(m), layer.quantized[kind]

@@ -128,13 +128,7 @@ def forced_cases(path: Path, model, variant: str, rows: dict[str, dict], data: P
 
 
 def measure_quality(
-    models: list[Path],
-    data: Path,
-    root: Path | None,
-    kinds: list[str],
-    device: str,
-    output: Path,
-    flags: Sequence[str],
+    models: list[Path], data: Path, root: Path | None, kinds: list[str], device: str, output: Path, flags: Sequence[str]
 ) -> list[dict]:
     """A row for each model and kind, printed as they are measured. `root` is a folder of the videos, `flags` are those
     of eval.sh."""
