@@ -1,9 +1,9 @@
 """What session.update asks for, checked, and what that means for a model. Knows nothing about connections."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..common.data_rows import SURROGATE
 from ..common.numbers import is_number
 from ..model.prompts import QUESTIONS, Template
 from ..timeline.timeline import Layout
@@ -14,8 +14,6 @@ from .options import Settings
 
 MOST_FRAMES = 10**6
 """Frames of a recording."""
-SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half of a character: JSON can hold it, but no text can."""
 
 
 @dataclass(frozen=True)
