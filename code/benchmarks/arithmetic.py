@@ -22,14 +22,13 @@ def tower_flops(model, patches: int) -> float:
 
 def seconds(work: Callable[[], object], repeats: int, device: str) -> float:
     """The mean time of `repeats` calls, after two for warm-up."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for i in range(repeats + 2):
         if i == 2:
-            if device == "cuda":
-                torch.cuda.synchronize()
+            wait()
             began = time.perf_counter()
         work()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return (time.perf_counter() - began) / repeats
 
 

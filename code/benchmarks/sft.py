@@ -89,12 +89,7 @@ def add_flags(parser: OneLineParser, steps: int, limit: int) -> None:
 
 
 def launch(
-    command: list[str],
-    flags: dict,
-    further: Sequence[str],
-    environment: dict[str, str],
-    output: Path,
-    arguments: argparse.Namespace,
+    command: list[str], flags: dict, further: Sequence[str], environment: dict[str, str], output: Path, arguments
 ) -> subprocess.Popen:
     """Start a training of `arguments.steps` steps by `command`, with `flags` and `further` ones. Its log is beside the
     folder `output`."""

@@ -90,10 +90,6 @@ def compile_kernel(tiles: Tiles, kind: str) -> str | None:
     return None
 
 
-def without_programs(tiles: Tiles) -> Tiles:
-    return replace(tiles, programs=0)
-
-
 def compile_kernels(kinds: list[str]) -> set[Tiles]:
     """Compile all tiles in advance. Returns those, without their programs, that failed."""
     tiles = [Tiles(shape[0], *width, programs, *shape[1:]) for width, shapes in WIDTHS.items() for shape in shapes
@@ -104,7 +100,7 @@ def compile_kernels(kinds: list[str]) -> set[Tiles]:
         for (each, kind), reason in zip(todo, pool.map(compile_kernel, *zip(*todo, strict=True)), strict=True):
             if reason:
                 print(f"{kind} {each}: {reason}", flush=True)
-                bad.add(without_programs(each))
+                bad.add(replace(each, programs=0))
     print(f"{len(todo)} kernels compiled in {time.perf_counter() - began:.0f} s", flush=True)
     return bad
 

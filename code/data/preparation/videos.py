@@ -11,8 +11,6 @@ VIDEO_SUFFIXES = (
     *(".ts", ".m2ts", ".mts", ".flv", ".wmv", ".3gp", ".mpg", ".mpeg", ".vob", ".ogv", ".gif"),
 )
 """In lower case; matched case-insensitively. Of several videos of one sample, the first in this order is used."""
-
-
 TOLERANCE = 1.0  # seconds by which a video may be shorter or longer than its JSON says
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .numbers import is_number
 from .tables import CAPTIONS, is_json_lines, list_names, read_table, unreadable
 from .video_part import video_part
 
@@ -184,20 +185,12 @@ def _check_segments(row: dict[str, Any]) -> None:
         name = f"segment {number}, {_show(segment)},"
         if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
             raise InputError(f"{name} is not an object with start, end and text: {FIX}")
-        if not (_is_number(segment.get("start")) and _is_number(segment.get("end"))):
+        times = segment.get("start"), segment.get("end")
+        if not all(is_number(time) or isinstance(time, float) for time in times):  # `check_segments` refuses NaN
             raise InputError(f"{name} has a start or an end that is not a number of seconds: {FIX}")
         check_characters(segment, "text")
     if (time := row.get("segment_time")) is not None and time not in SEGMENT_TIMES:
         raise InputError(f"has the segment_time {_show(time)}, which is not one of {', '.join(SEGMENT_TIMES)}: {FIX}")
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return float(value) is not None
-    except OverflowError:
-        return False
 
 
 def _show(value: Any) -> str:

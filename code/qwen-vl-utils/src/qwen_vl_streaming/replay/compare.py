@@ -148,13 +148,9 @@ def check_schedule(record: Record) -> None:
             )
 
 
-def _window(record: Record) -> Window | None:
-    return Window.of(record.window)
-
-
 def _serially(record: Record, model, visual: Tensor, counts: Sequence[int]) -> list[int]:
     variant = get_variant(record.variant)
-    options = record.penalty, _window(record), record.bare
+    options = record.penalty, Window.of(record.window), record.bare
     streams = Streams(model, variant, [record.template], [record.layout], *options)
     (written,) = caption(streams, [visual], [Schedule(tuple(counts[:-1]))], len(record.tokens))
     return written.tokens
@@ -166,7 +162,7 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
     pass is computed ROWS rows at a time, because its mask would take quadratic memory."""
     template = record.template
     timeline = make_timeline(get_variant(record.variant), record.layout, counts, record.bare)
-    rows, window, cache, device = timeline.rows, _window(record), DynamicCache(), model.device
+    rows, window, cache, device = timeline.rows, Window.of(record.window), DynamicCache(), model.device
     if len(rows) > MOST_ROWS:
         raise InputError(
             f"a full pass over {len(rows)} tokens exceeds the maximum of {MOST_ROWS}: replay a shorter session"
