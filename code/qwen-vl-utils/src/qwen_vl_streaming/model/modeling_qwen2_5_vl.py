@@ -62,6 +62,21 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             layers: Any = self.model.language_model.layers[self.checkpointed_layers :]
             for layer in layers:
                 layer.gradient_checkpointing = False
+        if not self._tower_trains():
+            for block in self._tower_blocks():
+                block.gradient_checkpointing = False
+
+    def enable_input_require_grads(self) -> None:
+        """Makes embeddings require a gradient, so that layers that recompute their activations get one, whatever is
+        frozen. Unlike the stock method, leaves out a frozen vision tower, which would run backward for nothing."""
+        self.model.language_model.enable_input_require_grads()
+        if self._tower_trains():
+            self.model.visual.enable_input_require_grads()
+
+    def _tower_trains(self) -> bool:
+        """Whether a weight of the vision tower trains, apart from the merger."""
+        parts = (self.model.visual.patch_embed, *self._tower_blocks())
+        return any(weight.requires_grad for part in parts for weight in part.parameters())
 
     def compile_tower(self) -> None:
         """Compiles each block of the vision tower, for inference."""
