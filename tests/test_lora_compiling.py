@@ -17,12 +17,12 @@ LAYERS, LENGTH = 4, 24
 class Graphs:
     """A backend of torch.compile that counts its graphs."""
 
-    def __init__(self):
-        self.count = 0
+    def __init__(self, name: str = "aot_eager"):
+        self.count, self.backend = 0, lookup_backend(name)
 
     def __call__(self, graph, inputs):
         self.count += 1
-        return lookup_backend("aot_eager")(graph, inputs)
+        return self.backend(graph, inputs)
 
 
 def train_once(lora: bool, dropout: float, checkpointed: int, backend: Graphs | None):
@@ -78,3 +78,27 @@ def test_layers_compile_whole_and_once(lora, dropout, checkpointed):
     assert not counters["graph_break"] and counters["frames"]["ok"] == counters["frames"]["total"] == graphs.count
     assert any("lora_A" in name for name in got[1]) is lora
     assert_same(got, train_once(lora, dropout, checkpointed, None))
+
+
+def test_layers_compile_for_all_rows_and_modes():
+    """Rows of several numbers and lengths, in training and evaluation, with some layers that recompute."""
+    model = tiny_model(num_hidden_layers=2)
+    model.set_attn_implementation("sdpa")
+    model.checkpointed_layers = 1
+    model.activation_checkpointing_enable()
+    graphs = Graphs("eager")
+    torch._dynamo.reset()
+    torch.compiler.set_default_backend(graphs)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+            compile_layers(model)
+            for training in (True, False):
+                model.train(training)
+                for rows, length in ((2, 10), (1, 10), (1, 12), (3, 14)):
+                    ids = torch.zeros(rows, length, dtype=torch.long)
+                    positions = torch.arange(length).expand(3, rows, -1)
+                    with torch.set_grad_enabled(training):
+                        model(input_ids=ids, position_ids=positions, attention_mask=None, labels=ids)
+    finally:
+        torch.compiler.set_default_backend("inductor")
+    assert graphs.count > 8

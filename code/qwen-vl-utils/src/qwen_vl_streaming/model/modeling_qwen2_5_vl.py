@@ -19,6 +19,10 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from .vision_tower import Segments, VisionAttention, VisionMLP, VisionPatchEmbed
 
+GRAPHS = 64
+"""Maximum number of graphs of compiled layers: for rows of one size or any, training or evaluation, with recomputed
+activations or without. Layers of all kinds share the limit, because transformers gives them one function. By default,
+torch compiles 8, and runs what needs another uncompiled."""
 LAYOUTS = 256  # maximum number of cached vision tower layouts, one for each combination of grids
 
 
@@ -202,6 +206,7 @@ def compile_layers(model: nn.Module) -> None:
     it. Call it once all layers are in place: peft copies layers, and the copy of a compiled one would compute with the
     weights of the first.
     """
+    torch._dynamo.config.recompile_limit = GRAPHS
     kinds = (stock.Qwen2_5_VLDecoderLayer, stock.Qwen2_5_VLVisionBlock)
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, kinds)]
     for layer in layers:
