@@ -35,7 +35,7 @@ class DueRows:
     """(2, L), see `plan.Window.start`; 0 without a window."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.ids.shape[0]
 
     def __getitem__(self, key) -> "DueRows":
         """The rows that a slice or a boolean mask selects."""

@@ -63,7 +63,7 @@ class Rows:
     """The slot that wrote the token, 1…N; 0 for the prompt and the visual side."""
 
     def __len__(self) -> int:
-        return len(self.part)
+        return self.part.shape[0]
 
     def __getitem__(self, key) -> "Rows":
         return Rows(self.part[key], self.clip[key], self.index[key], self.slot[key])
