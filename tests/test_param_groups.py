@@ -272,6 +272,14 @@ def test_invalid_arguments_are_refused_before_a_model_loads(made, tmp_path, caps
         assert reason in refused(call, capsys, train.main, flags(made, tmp_path / "out", more), monkeypatch)
 
 
+def test_the_mode_of_a_model_with_adapters_reaches_every_layer(made, training):
+    arguments = tune(model_name_or_path=str(made[0]), lora_enable=True, lora_r=4, lora_dropout=0.1)
+    model = make_trainable(load_model(made[0], "sdpa", torch.float32), arguments, training)
+    for mode in (True, True, False, False, True):
+        model.train(mode)
+        assert {layer.training for layer in model.modules()} == {mode}
+
+
 def test_invalid_merges_are_refused(made, training, tmp_path, capsys, monkeypatch):
     adapter, output = tmp_path / "adapter", tmp_path / "merged"
     model = load_model(made[0], "sdpa", torch.float32)

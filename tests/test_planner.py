@@ -34,7 +34,7 @@ from qwenvl.planner.constants import GIB
 from qwenvl.planner.gpus import find_card, parse_gpus
 from qwenvl.planner.host import available_memory, limits
 from qwenvl.planner.lengths import assumed_lengths, find_lengths
-from qwenvl.planner.memory import estimate
+from qwenvl.planner.memory import estimate, saved_per_token
 from qwenvl.planner.nodes import agree
 from qwenvl.planner.plan import EQUAL, PAPER_SAMPLES, Given, choose, command_line, evaluate, plans, step_samples
 from qwenvl.planner.request import PLANNED, Request
@@ -168,6 +168,13 @@ def test_more_memory_is_never_slower(shapes, size, how):
                 continue
             assert plan.speed.tokens >= EQUAL * before
             before = max(before, plan.speed.tokens)
+
+
+@pytest.mark.parametrize("size, kib", [("3B", 34.8), ("7B", 60.5)])
+def test_dropout_of_adapters_is_saved_for_the_backward_pass(shapes, size, kib):
+    with_dropout = find_shape(released_config(size), ModelArguments(str(ROOT), lora_enable=True, lora_dropout=0.1))
+    more = saved_per_token(with_dropout, True) - saved_per_token(shapes[size, "LoRA"], True)
+    assert more / 1024 == pytest.approx(kib, rel=0.01)
 
 
 def test_memory_falls_with_recomputation_and_processes(shapes):

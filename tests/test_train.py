@@ -1,6 +1,7 @@
 """Training: the contents of samples and batches, bad samples, and arguments that are refused."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from qwenvl.arguments import DataArguments, ModelArguments
 from qwenvl.batches import collate, pack
 from qwenvl.data import IGNORED, StreamingDataset
 from qwenvl.rows import read_rows
+from qwenvl.trainer import StreamingTrainer
 from training import refused
+from transformers import Trainer
 
 SEED = time.time_ns() % 100_000
 
@@ -169,3 +172,17 @@ def test_default_pixel_budget(made):
     assert DataArguments(train_data=str(made[1])).pixel_budget == PixelBudget()
     with pytest.raises(InputError, match="nowhere"):
         DataArguments(train_data="nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    "workers, steps, given, expected",
+    [(4, 16, None, 4), (4, 4, None, 2), (3, 100, None, 6), (4, 16, 1, 1), (0, 16, None, 1)],
+)
+def test_workers_read_a_whole_step_ahead(monkeypatch, workers, steps, given, expected):
+    loader = SimpleNamespace(base_dataloader=SimpleNamespace(prefetch_factor=1))
+    monkeypatch.setattr(Trainer, "get_train_dataloader", lambda trainer: loader)
+    trainer = StreamingTrainer.__new__(StreamingTrainer)
+    trainer.args = SimpleNamespace(
+        dataloader_num_workers=workers, gradient_accumulation_steps=steps, dataloader_prefetch_factor=given
+    )
+    assert trainer.get_train_dataloader().base_dataloader.prefetch_factor == expected

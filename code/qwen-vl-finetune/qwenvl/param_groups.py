@@ -149,6 +149,12 @@ class AdaptedModel(PeftModel):
             # peft reads a property that transformers has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             super().__init__(*arguments, **options)
+        self.eval()  # like the base, so that all layers are in the mode that `train` compares
+
+    def train(self, mode: bool = True) -> "AdaptedModel":
+        """Trainer calls this before every forward pass. Going through all adapters takes the host several milliseconds,
+        so nothing is done where the mode stays."""
+        return self if mode == self.training else super().train(mode)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         embeddings = saves_embeddings(self.peft_config["default"])

@@ -1,6 +1,7 @@
 """The Trainer of the streaming variants: masks, skipped samples, evaluation, and the reports of a run."""
 
 import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .record import RunRecord
 from .resumable import ResumableTrainer
 from .skipped import Skipped
 from .throughput import Throughput, Work, write_throughput
+from .training_arguments import PAPER_SAMPLES
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,15 @@ class StreamingTrainer(ResumableTrainer):
         inputs = {**inputs, "pixel_values_videos": pixels, "attention_mask": mask}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def get_train_dataloader(self):
+        """The workers read at least as many batches ahead as Trainer takes at once, those of a step, so that the device
+        does not wait for them. At most PAPER_SAMPLES, because host memory holds them."""
+        loader, workers = super().get_train_dataloader(), self.args.dataloader_num_workers
+        if workers and self.args.dataloader_prefetch_factor is None:
+            ahead = min(self.args.gradient_accumulation_steps, PAPER_SAMPLES)
+            loader.base_dataloader.prefetch_factor = max(2, math.ceil(ahead / workers))
+        return loader
+
     def _get_train_sampler(self, train_dataset=None):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffle = self.args.train_sampling_strategy == "random"
@@ -63,6 +74,11 @@ class StreamingTrainer(ResumableTrainer):
         # epoch: the order would be that of the first epoch.
         self.sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
+
+    def floating_point_ops(self, inputs):
+        """0, which means unknown: throughput.json has what was done. Trainer would count the parameters after every
+        forward pass, which takes the host several milliseconds with adapters."""
+        return 0
 
     def create_optimizer(self, model=None):
         self.optimizer_cls_and_kwargs = make_optimizer(self.model if model is None else model, self.args)

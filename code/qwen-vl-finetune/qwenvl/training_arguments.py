@@ -68,6 +68,10 @@ class SftArguments(TrainingArguments):
     save_steps: float = 500
     save_total_limit: int | None = HfArg(default=2, help="Number of newest checkpoints to keep; 0: all.")
     dataloader_num_workers: int = 4
+    dataloader_prefetch_factor: int | None = HfArg(
+        default=None,
+        help="Batches that each data worker reads ahead. Default: those of an optimizer step in all, at least 2 each.",
+    )
     dataloader_persistent_workers: bool | None = HfArg(
         default=None, help="Keep the workers between epochs; default: with --keep_frames True only."
     )

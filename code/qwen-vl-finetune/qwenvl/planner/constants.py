@@ -17,6 +17,9 @@ LORA_HIDDEN, LORA_MLP = 6.0, 8.0
 """Rows per token, in the same units, that the backward pass of one layer with adapters adds: inputs after dropout,
 products of adapters and their gradients. Without it, 3B in 11,904 tokens and 7B in 6,016 ran out of 16 and 24 GiB where
 14.7 and 22.5 were predicted; with it, 3B and 7B in 3,072 tokens are predicted 6% and 3% too high."""
+DROPOUT_BYTES = 1.53
+"""Per input of an adapter and token, saved with --lora_dropout. Counted on a CPU: 34.8 KiB per token and layer at 3B,
+60.5 at 7B."""
 LOGITS_BYTES = 14
 """Per target and word of the vocabulary: logits in bf16 and float32, log-softmax, gradient."""
 EMBEDDING_ROWS = 8.0

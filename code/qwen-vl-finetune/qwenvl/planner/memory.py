@@ -47,7 +47,7 @@ def visual_tokens(settings: Settings, lengths: Lengths) -> float:
 def saved_per_token(shape: Shape, compiled: bool) -> float:
     """Bytes that one layer saves for the backward pass per token, in 2-byte numbers."""
     hidden, mlp = (c.COMPILED_HIDDEN, c.COMPILED_MLP) if compiled else (c.EAGER_HIDDEN, c.EAGER_MLP)
-    return 2 * (hidden * shape.hidden + mlp * shape.mlp + 2 * shape.kv)
+    return 2 * (hidden * shape.hidden + mlp * shape.mlp + 2 * shape.kv) + c.DROPOUT_BYTES * shape.dropped
 
 
 def estimate(shape: Shape, settings: Settings, lengths: Lengths, processes: int) -> Memory:

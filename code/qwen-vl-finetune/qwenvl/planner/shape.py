@@ -40,6 +40,8 @@ class Shape:
     patch_values: int
     """Values of a patch of pixels."""
     lora: bool
+    dropped: float
+    """Inputs of a layer's adapters, if dropout applies to them, else 0."""
     tunes_language: bool
     tunes_tower: bool
 
@@ -62,7 +64,7 @@ def find_shape(config: Qwen2_5_VLConfig, arguments: ModelArguments) -> Shape:
         sizes[part_of(name)] += parameter.numel()
     tuned = tuned_parts(arguments)
     total, trained = sum(sizes.values()), sum(sizes[part] for part in tuned)
-    largest = max(p.numel() for name, p in parameters.items() if part_of(name) in tuned)
+    largest, dropped = max(p.numel() for name, p in parameters.items() if part_of(name) in tuned), 0
     if arguments.lora_enable:
         plan, modules = plan_lora(model, arguments), dict(model.named_modules())
         adapted = [modules[name] for name in plan.adapted]
@@ -70,6 +72,8 @@ def find_shape(config: Qwen2_5_VLConfig, arguments: ModelArguments) -> Shape:
         trained = sum(full) + sum(arguments.lora_r * (linear.in_features + linear.out_features) for linear in adapted)
         total += trained  # peft keeps the base's own copy beside the one that trains
         largest = max([0, *full])
+        if arguments.lora_dropout:
+            dropped = sum(modules[name].in_features for name in plan.adapted if part_of(name) == LANGUAGE)
 
     def matrices(module) -> int:
         return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
@@ -94,6 +98,7 @@ def find_shape(config: Qwen2_5_VLConfig, arguments: ModelArguments) -> Shape:
         window=(vision.window_size // vision.patch_size) ** 2,
         patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
         lora=arguments.lora_enable,
+        dropped=dropped / text.num_hidden_layers,
         tunes_language=LANGUAGE in tuned,
         tunes_tower=VISION in tuned,
     )

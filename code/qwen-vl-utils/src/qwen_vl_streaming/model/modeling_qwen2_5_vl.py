@@ -19,6 +19,10 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from .vision_tower import Segments, VisionAttention, VisionMLP, VisionPatchEmbed
 
+GRAPHS = 64
+"""Maximum number of graphs of compiled layers: for rows of one size or any, training or evaluation, with recomputed
+activations or without. Layers of all kinds share the limit, because transformers gives them one function. By default,
+torch compiles 8, and runs what needs another uncompiled."""
 LAYOUTS = 256  # maximum number of cached vision tower layouts, one for each combination of grids
 
 
@@ -62,6 +66,21 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             layers: Any = self.model.language_model.layers[self.checkpointed_layers :]
             for layer in layers:
                 layer.gradient_checkpointing = False
+        if not self._tower_trains():
+            for block in self._tower_blocks():
+                block.gradient_checkpointing = False
+
+    def enable_input_require_grads(self) -> None:
+        """Makes embeddings require a gradient, so that layers that recompute their activations get one, whatever is
+        frozen. Unlike the stock method, leaves out a frozen vision tower, which would run backward for nothing."""
+        self.model.language_model.enable_input_require_grads()
+        if self._tower_trains():
+            self.model.visual.enable_input_require_grads()
+
+    def _tower_trains(self) -> bool:
+        """Whether a weight of the vision tower trains, apart from the merger."""
+        parts = (self.model.visual.patch_embed, *self._tower_blocks())
+        return any(weight.requires_grad for part in parts for weight in part.parameters())
 
     def compile_tower(self) -> None:
         """Compiles each block of the vision tower, for inference."""
@@ -187,6 +206,7 @@ def compile_layers(model: nn.Module) -> None:
     it. Call it once all layers are in place: peft copies layers, and the copy of a compiled one would compute with the
     weights of the first.
     """
+    torch._dynamo.config.recompile_limit = GRAPHS
     kinds = (stock.Qwen2_5_VLDecoderLayer, stock.Qwen2_5_VLVisionBlock)
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, kinds)]
     for layer in layers:
