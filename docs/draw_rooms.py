@@ -30,9 +30,9 @@ TITLES = {
 }
 """Folders below code/ in the order of files.md; those that are not named here follow."""
 INK, GREY, BLUE, PALE = "#222222", "#8C8C8C", "#0072B2", "#EAF3F9"
-WIDE = 11.0  # inches
+WIDE = 11.5  # inches
 DPI = 110
-BOX = (3.05, 1.1)  # width and height of a room: a title, three lines that say what it is, two at its foot
+BOX = (2.52, 1.1)  # width and height of a room: a title, three lines that say what it is, two at its foot
 STEP = 1.38  # from one floor to the next
 BASE = "common"
 """The room that all import; no arrows lead to it."""
@@ -174,7 +174,7 @@ def draw(rooms: dict[str, set[str]], programs: dict[str, tuple[str, set[str]]], 
     axes.text(0.2, high - 0.56, NOTE, fontsize=9, color=GREY, va="center")
 
     def corner(floor: int, column: int) -> tuple[float, float]:
-        return 0.2 + column * (BOX[0] + 0.7), 0.3 + (floor - 1) * STEP
+        return 0.2 + column * (BOX[0] + 0.34), 0.3 + (floor - 1) * STEP
 
     def foot(names: set[str]) -> str:
         known = [name for name in sorted(names, key=lambda name: (-place[name][0], name)) if name != BASE]

@@ -25,8 +25,9 @@ def pytest_collection_modifyitems(items):
 def made(tmp_path_factory):
     """A tiny checkpoint, and a data file of eight real videos in the format of mani_data.py."""
     # Imported here, because GPU tests also run on machines that cannot decode videos.
-    from make_data import DataConfig, make_dataset, plan
+    from make_data import make_dataset
     from make_model import tiny_checkpoint
+    from samples import DataConfig, plan
 
     folder = tmp_path_factory.mktemp("made")
     make_dataset(DataConfig(folder / "data", train_videos=8, test_videos=0, dropped=0, size=56))

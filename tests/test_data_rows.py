@@ -8,9 +8,10 @@ import datasets
 import pytest
 import tasks
 from planning import read_data
-from qwen_vl_streaming.common.data_rows import HUB, check_data_rows, hash_data, read_data_rows
+from qwen_vl_streaming.common.data_rows import check_data_rows, hash_data, read_data_rows
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import find_data
+from qwen_vl_streaming.common.tables import HUB
 from qwenvl.rows import read_rows
 
 ROWS = [{"video_id": name, "video_path": f"{name}.mp4", "human_caption": "A red square."} for name in "ab"]

@@ -14,10 +14,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from make_data import DROPPED, DataConfig, make_dataset, plan, preview
+from make_data import make_dataset, preview
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.timeline.segments import TOLERANCE, check_segments, join_segments
+from samples import DROPPED, DataConfig, plan
 from scenes import COLOURS, QUIET, count_words, draw, make_quiet_scene, make_scene
 
 PROGRAM = Path(__file__).parents[1] / "code" / "demo" / "make_data.py"

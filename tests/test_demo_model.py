@@ -7,7 +7,7 @@ import tarfile
 import av
 import pytest
 import torch
-from make_data import DataConfig, make_dataset
+from make_data import make_dataset
 from make_model import (
     SPECIAL_TOKENS,
     TINY,
@@ -20,6 +20,7 @@ from make_model import (
 )
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.prompts import QUESTIONS
+from samples import DataConfig
 from scenes import count_words, make_scene
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 

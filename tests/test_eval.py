@@ -13,7 +13,7 @@ import eval as evaluation
 import pytest
 import torch
 import verify
-from make_data import DataConfig, make_dataset
+from make_data import make_dataset
 from make_model import tiny_checkpoint
 from media import make_video
 from qwen_vl_streaming.common.errors import InputError, run
@@ -24,6 +24,7 @@ from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from refusing import refused
 from results import FIELDS
 from safetensors.torch import load, save
+from samples import DataConfig
 from settings import Settings
 
 

@@ -15,8 +15,8 @@ import mutators
 import pytest
 import sandbox
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.numbers import is_number
 from qwen_vl_streaming.model.prompts import load_processor
-from report import loading
 
 FINDINGS = [
     "",
@@ -109,4 +109,4 @@ def test_processors_that_do_not_load_are_reported_in_one_line(made, tmp_path, na
 def test_values_that_are_not_numbers():
     """Found by fuzzing: an integer that does not fit a float."""
     values = [1, 2.5, -3, True, "1", None, float("nan"), float("inf"), 10**400]
-    assert [loading.is_number(value) for value in values] == [True] * 3 + [False] * 6
+    assert [is_number(value) for value in values] == [True] * 3 + [False] * 6

@@ -22,7 +22,7 @@ from qwen_vl_streaming.live.screen import Pieces
 from qwen_vl_streaming.model.prompts import END_OF_SLOT as DEFAULT
 from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, load_processor, make_template
 from qwen_vl_streaming.model.trained import choose_schedule
-from qwen_vl_streaming.reference import PENALTY, Streams
+from qwen_vl_streaming.reference import Streams
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.serve.catalog import ServedModel
 from qwen_vl_streaming.serve.metrics import Metrics
@@ -30,6 +30,7 @@ from qwen_vl_streaming.serve.response import Response
 from qwen_vl_streaming.sessions import PerceptionClient, SessionPool, caption_sessions, open_session, recorded
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.slot_scheduler import SlotScheduler
+from qwen_vl_streaming.stream import PENALTY
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import (

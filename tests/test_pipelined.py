@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.engine.step_runner import StepRunner
+from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.stream_state import StreamState
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
@@ -103,8 +103,8 @@ def test_a_fixed_schedule_gives_the_same_tokens_as_in_other_modes(model, client,
 def test_a_clip_is_sent_in_one_transfer_and_is_visible_as_a_whole(model, client, monkeypatch):
     case = random_case(random.Random(4), PARALLEL[1], "wait-2")
     case.layout, case.pixels, case.steps = case.template.layout((3, 3), 2.0), torch.randn(4, 36, 1176), [0, 9, 0, 2]
-    came, copy_in = [], StepRunner.copy_in
-    monkeypatch.setattr(StepRunner, "copy_in", lambda self, *what: (came.append(1), copy_in(self, *what)))
+    came, copy_in = [], PagedKVCache.copy_in
+    monkeypatch.setattr(PagedKVCache, "copy_in", lambda self, *what: (came.append(1), copy_in(self, *what)))
     with open_case(model, case, client, chunk=2, max_clips=4, max_new_tokens=20) as session:
         play(session, case)
         while len(came) < 4:  # the answer may be over before the last clips have come

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from media import make_video
 from preparation.subtitles import Cue, read_srt, read_webvtt
+from preparation.timed_formats import FORMATS
 from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.timeline.segments import check_segments, in_order, join_segments
@@ -350,3 +351,10 @@ def test_user_errors_are_one_line(films, tmp_path, monkeypatch, capsys, flags, m
         convert(monkeypatch, tmp_path, films, *flags)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("INFO")]
     assert ended.value.code == 2 and line.startswith("error: ") and message in line
+
+
+def test_a_file_that_is_not_utf8_is_not_called_something_else(tmp_path):
+    (path := tmp_path / "latin.json").write_text('"é"', encoding="latin-1")
+    with pytest.raises(InputError) as error:
+        list(FORMATS["joyai"].read(path))
+    assert str(error.value) == f"{path} is not UTF-8: save the file as UTF-8"

@@ -12,7 +12,8 @@ from planning import read_data
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import clip_pixels, load_processor
-from qwen_vl_streaming.reference import Caption, caption
+from qwen_vl_streaming.reference import caption
+from qwen_vl_streaming.stream import Caption
 from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.segments import row_caption
 from qwen_vl_streaming.timeline.timeline import Schedule

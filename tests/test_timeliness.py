@@ -27,7 +27,7 @@ from metrics.timeliness import (
 from metrics.timing import describe, measure_file
 from PIL import Image
 from qwen_vl_streaming.common.errors import InputError, run
-from qwen_vl_streaming.reference import Caption
+from qwen_vl_streaming.stream import Caption
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from refusing import refused
 from report.said_times import places_of

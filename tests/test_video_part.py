@@ -15,7 +15,7 @@ from qwen_vl_streaming.common.data_rows import read_data_rows
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.video_part import part_seconds, video_part
 from qwen_vl_streaming.model.prompts import load_processor
-from qwen_vl_streaming.reference import Caption
+from qwen_vl_streaming.stream import Caption
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import read_video
 from qwen_vl_streaming.video.pixel_budget import PixelBudget
@@ -61,6 +61,7 @@ def test_the_fields_of_a_row():
         ({"video_start": -1}, "has the video_start -1, which is not a time"),
         ({"video_end": "00:10"}, "has the video_end '00:10', which is not a time"),
         ({"video_end": float("nan")}, "has the video_end nan, which is not a time"),
+        ({"video_end": 10**400}, "has the video_end 1000000000000000000000000000000000000000, which is not a time"),
         ({"video_start": True}, "has the video_start True, which is not a time"),
         ({"video_start": 3, "video_end": 3}, "has the video_end 3, which is not after the start at 3 s"),
         ({"video_end": 0}, "has the video_end 0, which is not after the start at 0 s"),

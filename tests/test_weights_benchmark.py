@@ -12,8 +12,8 @@ from qwen_vl_streaming.timeline.variants import VARIANTS
 from test_batch import random_jobs, reference_captions
 from tiny import tiny_model
 from weights import products
-from weights.products import ROWS, candidates, layer_shapes, tiles_file
 from weights.quality import Forced, compare_forced, compare_written, forced_scores
+from weights.tiles import ROWS, candidates, layer_shapes, tiles_file
 
 
 @pytest.mark.parametrize("variant", ("origin", "interleave", "group"))
@@ -66,8 +66,10 @@ def test_tiles_that_do_not_fit_are_reported_and_the_rest_is_measured(monkeypatch
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(products, "DEVICE", "cpu")
     monkeypatch.setattr(products, "CACHE", 0)
-    monkeypatch.setattr(products, "parts_of", parts_of)
+    for module in ("products", "tiles"):
+        monkeypatch.setattr(f"weights.{module}.parts_of", parts_of)
     monkeypatch.setattr(products, "microseconds", lambda work, count: work(0) is None or 5.0)
+    monkeypatch.setattr(products, "choose_tiles", lambda m, n, k: Tiles(64, max(16, m), 0, 0, 4, 4))
     monkeypatch.setattr(products, "in_slices", products.whole)
     monkeypatch.setattr(products, "converted", torch.Tensor.bfloat16)
     table, layer = products.Table(), products.Layer(384, 256, ["int8"])

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+from arithmetic import seconds
 from evaluation import rates
 from latency.setup import tiny_config
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
@@ -33,7 +34,7 @@ from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, query_blo
 from qwen_vl_streaming.engine.split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, num_splits
 from qwen_vl_streaming.model.released import SIZES, released_config
 from torch import Tensor
-from training import find_device, seconds
+from training import find_device
 
 NAMES = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
 CHUNK_OPTIONS = (

@@ -18,15 +18,15 @@ from itertools import pairwise
 from statistics import median
 
 import torch
+from arithmetic import matrices, matrix_rate, seconds, tower_flops
 from qwen_vl_streaming.common.errors import OneLineParser, run
 from qwen_vl_streaming.engine.batch import Job, caption_all
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
 from qwen_vl_streaming.model.released import SIZES, released_config
 from qwen_vl_streaming.timeline.plan import make_plan
 from qwen_vl_streaming.timeline.timeline import NOTHING, make_schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS, Variant
-from training import ANSWER, CLIPS, GRID, LAYOUT, find_device, seconds
+from training import ANSWER, CLIPS, GRID, LAYOUT, find_device, random_model
 
 PUBLISHED = {"group": 3.9, "interleave": 3.7}
 """Seconds per video of the published code on one H200, which we measured earlier on the same workload."""
@@ -47,25 +47,14 @@ def make_jobs(variant: Variant, count: int) -> list[Job]:
 
 def rates(device: str) -> tuple[float, float]:
     """Measure the FLOP/s of a bf16 matrix product and the bytes/s of reading memory."""
-    size = 8192 if device == "cuda" else 512
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     block = torch.ones(2**30 if device == "cuda" else 2**20, device=device)
-    return 2 * size**3 / seconds(lambda: a @ b, 20, device), 4 * len(block) / seconds(lambda: block.sum(), 20, device)
+    return matrix_rate(device), 4 * len(block) / seconds(lambda: block.sum(), 20, device)
 
 
 def lower_bound(model, variant: Variant, batch: int, flop_rate: float, byte_rate: float) -> float:
     """Minimum seconds per video, as described at the top of this file."""
-    text, vision, tower = model.config.text_config, model.config.vision_config, model.model.visual
-
-    def matrices(module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
-
-    patches = CLIPS * PATCHES
-    full = len(vision.fullatt_block_indexes)
-    seen = full * PATCHES + (vision.depth - full) * min((vision.window_size // vision.patch_size) ** 2, PATCHES)
-    flops = 2.0 * patches * (matrices(tower.blocks) + tower.patch_embed.proj.weight.numel())
-    flops += 4.0 * patches * seen * vision.hidden_size
-    flops += 2.0 * patches / 4 * matrices(tower.merger)
+    text = model.config.text_config
+    flops = CLIPS * (tower_flops(model, PATCHES) + 2.0 * PATCHES / 4 * matrices(model.model.visual.merger))
     (job,) = make_jobs(variant, 1)
     plan = make_plan(variant, job.layout, job.schedule, ANSWER)
     rows, layers = len(plan.visual), model.model.language_model.layers
@@ -89,10 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = find_device()
     config = released_config(arguments.size, arguments.layers)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    torch.set_default_dtype(torch.float32)
+    model = random_model(config, device).eval()
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, Qwen2.5-VL {arguments.size}, random weights, bf16")
 

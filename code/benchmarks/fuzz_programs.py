@@ -30,8 +30,9 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     """Create a tiny checkpoint and rows of three videos, unless they exist. Returns both paths."""
     import tarfile
 
-    from make_data import DataConfig, make_dataset
+    from make_data import make_dataset
     from make_model import tiny_checkpoint
+    from samples import DataConfig
 
     data, model = folder / "inputs/rows.jsonl", folder / "inputs/model"
     if data.exists():

@@ -19,10 +19,9 @@ import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import atomic_folder
 from qwen_vl_streaming.model.loading import load_config
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import released_config
-from training import ANSWER, find_device
+from training import ANSWER, find_device, random_model
 
 MAKE_MODEL = Path(__file__).resolve().parents[1] / "demo/make_model.py"
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ha", "jin", "kel", "lor", "man", "nes", "pol", "qui", "ras", "ten", "wan")
@@ -135,16 +134,10 @@ def make_checkpoint(size: str, layers: int | None, folder: Path) -> Path:
         setattr(config, name, getattr(small, name))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config.text_config, name, getattr(small.text_config, name))
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(find_device()):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
+    model = random_model(config, find_device())
     with atomic_folder(checkpoint) as temporary:
         model.save_pretrained(temporary, max_shard_size="4GB")
         load_processor(tiny).save_pretrained(temporary)
     elapsed = time.perf_counter() - began
-    print(
-        f"{checkpoint.name}: {model.num_parameters() / 1e9:.2f}e9 weights saved in {elapsed:.1f} s",
-        flush=True,
-    )
+    print(f"{checkpoint.name}: {model.num_parameters() / 1e9:.2f}e9 weights saved in {elapsed:.1f} s", flush=True)
     return checkpoint

@@ -16,27 +16,23 @@ in a bf16 matrix product of 8192 x 8192 on each GPU.
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
+from arithmetic import matrix_rate
 from inputs import Film, make_captions, make_checkpoint, make_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.model.released import SIZES
-from sft import BUDGET, FINETUNE, UNTIMED, end, sample_flops
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import find_device, seconds
+from sft import SFT, Measured, add_flags, delete_weights, end, launch, sample_flops
+from training import find_device
 
 HOOK = '''\
 """Caps the memory of training processes, and shows the cap to the planner. Written by code/benchmarks/plans.py."""
@@ -116,21 +112,7 @@ class Job:
 
 def start(setting: Setting, arguments, checkpoint: Path, data: Path, visible: list[int]) -> Job:
     """Start sft.sh on the GPUs of the indices `visible`."""
-    output = arguments.folder / "runs" / setting.name
-    shutil.rmtree(output, ignore_errors=True)
-    output.parent.mkdir(exist_ok=True)
-    flags = {
-        "output_dir": output,
-        "max_steps": arguments.steps,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        **BUDGET,
-        "max_pixels_per_video": 2 * arguments.seconds * BUDGET["max_pixels_per_frame"],
-    }
     environment = {
-        **os.environ,
-        "QWEN2_5_VL_VARIANT": arguments.variant,
         "QWEN2_5_VL_MODEL_PATH": str(checkpoint),
         "QWEN2_5_VL_TRAIN_DATA": str(data),
         "NPROC_PER_NODE": str(setting.gpus),
@@ -143,10 +125,8 @@ def start(setting: Setting, arguments, checkpoint: Path, data: Path, visible: li
             (hook / "sitecustomize.py").write_text(HOOK)
             environment["PLANNING_CAP_GIB"] = str(setting.cap)
             environment["PYTHONPATH"] = os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")]).rstrip(":")
-    options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    command = ["bash", str(FINETUNE / "scripts/sft.sh"), *options, *setting.flags]
-    with output.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    output = arguments.folder / "runs" / setting.name
+    process = launch(SFT, {}, setting.flags, environment, output, arguments)
     return Job(setting, process, output, visible, time.monotonic())
 
 
@@ -165,27 +145,19 @@ def report(job: Job, per_sample: float, peak: float) -> bool:
             flush=True,
         )
         return False
-    events = EventAccumulator(str(job.output / "runs")).Reload().Scalars("train/loss")
-    work, record = (json.loads((job.output / name).read_text()) for name in ("throughput.json", "run.json"))
-    given = record["arguments"]
-    each = [after.wall_time - before.wall_time for before, after in pairwise(events)]
-    step = statistics.median(each[UNTIMED - 1 :] or [float("nan")])
-    samples = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] * record["world_size"]
-    measured = work["tokens"] / work["samples"] * samples / step
-    share = per_sample * samples / step / record["world_size"] / peak
-    gib = work["peak_memory_bytes"] / 2**30
-    before = events[0].wall_time - (time.time() - (time.monotonic() - job.began))
-    shown = {**record, **given}
+    measured = Measured(job.output, per_sample)
+    before = measured.began - (time.time() - (time.monotonic() - job.began))
+    shown = {**measured.record, **measured.record["arguments"]}
     settings = " ".join(str(shown[name]) for name in FLAGS if shown.get(name) is not None)
-    compiled = " compiled" if given["compile_layers"] else ""
+    compiled = " compiled" if shown["compile_layers"] else ""
     print(
         f"{job.setting.text if len(job.setting.text) < 42 else job.setting.text[:38] + '...':<42}{memory:>15.1f}"
-        f"{gib:>10.1f}{memory / gib:>7.2f}{rate:>21,.0f}{measured:>10,.0f}{rate / measured:>7.2f}{step:>8.3f}"
-        f"{share:>7.1%}{before:>9.1f}  {settings}{compiled}",
+        f"{measured.gib:>10.1f}{memory / measured.gib:>7.2f}{rate:>21,.0f}{measured.tokens:>10,.0f}"
+        f"{rate / measured.tokens:>7.2f}{measured.step:>8.3f}{measured.rate / peak:>7.1%}{before:>9.1f}  "
+        f"{settings}{compiled}",
         flush=True,
     )
-    for weights in job.output.glob("*.safetensors"):
-        weights.unlink()  # at the real size they would soon fill the disk
+    delete_weights(job.output)
     return True
 
 
@@ -221,17 +193,11 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="*", default=[], metavar="SIZE:GPUS[:CAP]")
     parser.add_argument("--list", choices=LISTS, help="add a list of settings, those that the GPUs suffice for")
-    parser.add_argument("--layers", type=int, help="layers of language model and vision encoder (default: all)")
-    parser.add_argument("--variant", default="group")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--video", default="364x196@8", help="frame size and frames per second (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=30, help="duration of each video (default: %(default)s)")
-    parser.add_argument("--videos", type=int, default=16, help="video files, used in turn (default: %(default)s)")
     parser.add_argument(
         "--one-by-one", action="store_true", help="one setting at a time, so that none disturbs another"
     )
-    parser.add_argument("--limit", type=float, default=600, help="seconds until a run is killed (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="folder for all files, reused by later calls (default: temporary)")
+    parser.add_argument("--variant", default="group")
+    add_flags(parser, steps=6, limit=600)
     arguments = parser.parse_args()
     arguments.device = find_device()
     most = torch.cuda.device_count() if arguments.device == "cuda" else 1
@@ -246,9 +212,7 @@ def main() -> None:
     film = Film.parse(arguments.video, arguments.seconds)
     peak = float("nan")
     if arguments.device == "cuda":
-        a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-        peak = 2 * 8192**3 / seconds(lambda: a @ b, 20, "cuda")
-        del a, b
+        peak = matrix_rate("cuda")
         torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as name:
         arguments.folder = (arguments.folder or Path(name)).resolve()

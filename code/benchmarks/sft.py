@@ -25,12 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import torch
+from arithmetic import matrix_rate
 from inputs import Film, make_captions, make_checkpoint, make_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.model.loading import load_config
@@ -40,10 +42,11 @@ from qwen_vl_streaming.model.released import SIZES
 from qwen_vl_streaming.timeline.timeline import make_schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS, get_variant
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import GRID, find_device, flops, seconds
+from training import GRID, find_device, flops
 
 ROOT = Path(__file__).resolve().parents[2]
 FINETUNE = ROOT / "code/qwen-vl-finetune"
+SFT = ["bash", str(FINETUNE / "scripts/sft.sh")]
 BUDGET = {"min_pixels_per_frame": 50_176, "max_pixels_per_frame": 78_400}
 """364 x 196 is kept, and 1920 x 1080 is resized to it."""
 UNTIMED = 2
@@ -72,29 +75,51 @@ class Run:
         return f"{self.processes}-{Path(self.configuration).stem}"
 
 
-def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Path) -> tuple[subprocess.Popen, Path]:
-    """Start a run. Returns its process and its output folder; the log is beside the folder."""
-    processes, output = str(chosen.processes), arguments.folder / "runs" / chosen.name
+def add_flags(parser: OneLineParser, steps: int, limit: int) -> None:
+    """Flags that plans.py has too."""
+    parser.add_argument("--layers", type=int, help="layers of language model and vision encoder (default: all)")
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--video", default="364x196@8", help="frame size and frames per second (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=30, help="duration of each video (default: %(default)s)")
+    parser.add_argument("--videos", type=int, default=16, help="video files, used in turn (default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=limit, help="seconds until a run is killed (default: %(default)s)"
+    )
+    parser.add_argument("--folder", type=Path, help="folder for all files, reused by later calls (default: temporary)")
+
+
+def launch(
+    command: list[str], flags: dict, further: Sequence[str], environment: dict[str, str], output: Path, arguments
+) -> subprocess.Popen:
+    """Start a training of `arguments.steps` steps by `command`, with `flags` and `further` ones. Its log is beside the
+    folder `output`."""
     shutil.rmtree(output, ignore_errors=True)
     output.parent.mkdir(exist_ok=True)
     flags = {
         "output_dir": output,
         "max_steps": arguments.steps,
-        "gradient_accumulation_steps": arguments.batch // (arguments.per_device * chosen.processes),
-        "per_device_train_batch_size": arguments.per_device,
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
         **BUDGET,
         "max_pixels_per_video": 2 * arguments.seconds * BUDGET["max_pixels_per_frame"],
+        **flags,
     }
-    cpu = arguments.device == "cpu"
-    if cpu or arguments.float32:
-        flags["bf16"] = False
-    options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)] + further
+    options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    environment = {**os.environ, "QWEN2_5_VL_VARIANT": arguments.variant, **environment}
+    with output.with_suffix(".log").open("w") as log:
+        return subprocess.Popen([*command, *options, *further], env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Path) -> tuple[subprocess.Popen, Path]:
+    """Start a run. Returns its process and its output folder."""
+    processes, cpu = str(chosen.processes), arguments.device == "cpu"
+    flags = {
+        "gradient_accumulation_steps": arguments.batch // (arguments.per_device * chosen.processes),
+        "per_device_train_batch_size": arguments.per_device,
+        **({"bf16": False} if cpu or arguments.float32 else {}),
+    }
     environment = {
-        **os.environ,
-        "QWEN2_5_VL_VARIANT": arguments.variant,
         "QWEN2_5_VL_MODEL_PATH": str(checkpoint),
         "QWEN2_5_VL_TRAIN_DATA": str(data),
         "NPROC_PER_NODE": processes,
@@ -106,11 +131,9 @@ def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Pa
         files = ["--model_name_or_path", str(checkpoint), "--train_data", str(data)]
         command = [*launcher, "-m", "qwenvl.rank", *files, *(["--use_cpu", "True"] if cpu else [])]
     else:
-        command = ["bash", str(FINETUNE / "scripts/sft.sh")]
-    log = output.with_suffix(".log")
-    with log.open("w") as file:
-        process = subprocess.Popen([*command, *options], env=environment, stdout=file, stderr=subprocess.STDOUT)
-    return process, output
+        command = SFT
+    output = arguments.folder / "runs" / chosen.name
+    return launch(command, flags, further, environment, output, arguments), output
 
 
 def end(process: subprocess.Popen) -> None:
@@ -135,6 +158,12 @@ def finish(process: subprocess.Popen, output: Path, limit: float) -> bool:
     return status == 0
 
 
+def delete_weights(output: Path) -> None:
+    """Delete those of a run: at the real size they would soon fill the disk."""
+    for weights in output.glob("*.safetensors"):
+        weights.unlink()
+
+
 def sample_flops(checkpoint: Path, variant: str, clips: int, caption: str) -> float:
     """Model FLOPs of a sample with `caption` for the shape of `checkpoint`."""
     processor, config = load_processor(checkpoint), load_config(checkpoint)
@@ -146,22 +175,30 @@ def sample_flops(checkpoint: Path, variant: str, clips: int, caption: str) -> fl
     return flops(timeline, model)
 
 
-def measure(output: Path, batch: int, per_sample: float, peak: float) -> tuple[str, list[float], list[float]]:
-    """Return a row of the table, and the losses and gradient norms of all steps."""
-    events = EventAccumulator(str(output / "runs")).Reload()
-    losses, norms = events.Scalars("train/loss"), events.Scalars("train/grad_norm")
-    work = json.loads((output / "throughput.json").read_text())
-    processes = json.loads((output / "run.json").read_text())["world_size"]
-    each = [after.wall_time - before.wall_time for before, after in pairwise(losses)]
-    step = statistics.median(each[UNTIMED - 1 :] or [float("nan")])
-    rate = per_sample * batch / step / processes
-    saved = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    row = (
-        f"{output.name:<24}{step:>10.3f}{work['tokens'] / work['samples'] * batch / step:>10.0f}{rate / 1e12:>9.0f}"
-        f"{rate / peak:>9.1%}{work['peak_memory_bytes'] / 2**30:>9.1f}"
-        f"{work['seconds_waiting_for_data']:>10.2f}{work['seconds']:>9.1f}{saved / 2**30:>10.2f}"
-    )
-    return row, [point.value for point in losses], [point.value for point in norms]
+class Measured:
+    """What a run has written to its folder `output`."""
+
+    def __init__(self, output: Path, per_sample: float):
+        """`per_sample` are the model FLOPs of a sample."""
+        self.events = EventAccumulator(str(output / "runs")).Reload()
+        self.work, self.record = (json.loads((output / name).read_text()) for name in ("throughput.json", "run.json"))
+        times = [point.wall_time for point in self.events.Scalars("train/loss")]
+        self.began = times[0]
+        """When the first step ended."""
+        each = [after - before for before, after in pairwise(times)]
+        self.step = statistics.median(each[UNTIMED - 1 :] or [float("nan")])
+        """Seconds."""
+        given, processes = self.record["arguments"], self.record["world_size"]
+        batch = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] * processes
+        self.tokens = self.work["tokens"] / self.work["samples"] * batch / self.step
+        """Per second."""
+        self.rate = per_sample * batch / self.step / processes
+        """Model FLOP/s of a process."""
+        self.gib = self.work["peak_memory_bytes"] / 2**30
+
+    def values(self, name: str) -> list[float]:
+        """A scalar of all steps."""
+        return [point.value for point in self.events.Scalars(name)]
 
 
 def compare(curves: dict[str, list[float]], what: str) -> None:
@@ -181,21 +218,13 @@ def compare(curves: dict[str, list[float]], what: str) -> None:
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
-    parser.add_argument("--layers", type=int, help="layers of language model and vision encoder (default: all)")
     parser.add_argument("--runs", nargs="*", default=[], metavar="N:CONFIG", help="default: only create the inputs")
     parser.add_argument("--variant", choices=VARIANTS, default="group")
     parser.add_argument("--batch", type=int, default=8, help="samples per optimizer step (default: %(default)s)")
     parser.add_argument("--per-device", type=int, default=1, help="samples per forward pass (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--float32", action="store_true", help="train in float32 (default: bf16 on a GPU)")
-    parser.add_argument("--video", default="364x196@8", help="frame size and frames per second (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=30, help="duration of each video (default: %(default)s)")
-    parser.add_argument("--videos", type=int, default=16, help="video files, used in turn (default: %(default)s)")
     parser.add_argument("--at-once", action="store_true", help="start all runs at once, to compare losses only")
-    parser.add_argument(
-        "--limit", type=float, default=3600, help="seconds until a run is killed (default: %(default)s)"
-    )
-    parser.add_argument("--folder", type=Path, help="folder for all files, reused by later calls (default: temporary)")
+    add_flags(parser, steps=8, limit=3600)
     arguments, further = parser.parse_known_args()
     film, runs = Film.parse(arguments.video, arguments.seconds), [Run.parse(text) for text in arguments.runs]
     for chosen in runs:
@@ -222,9 +251,7 @@ def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data
     peak, name = float("nan"), "CPU"
     if arguments.device == "cuda":
         name = torch.cuda.get_device_name()
-        a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-        peak = 2 * 8192**3 / seconds(lambda: a @ b, 20, "cuda")
-        del a, b
+        peak = matrix_rate("cuda")
         torch.cuda.empty_cache()
     per_sample = sample_flops(checkpoint, arguments.variant, arguments.seconds, caption)
     kind = "float32" if arguments.float32 or name == "CPU" else "bf16"
@@ -248,10 +275,16 @@ def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data
                 stack.callback(end, process)
             for process, output in started:
                 if finish(process, output, max(0, until - time.monotonic())):
-                    row, losses[output.name], norms[output.name] = measure(output, arguments.batch, per_sample, peak)
-                    print(row, flush=True)
-                for weights in output.glob("*.safetensors"):
-                    weights.unlink()  # at the real size they would soon fill the disk
+                    found = Measured(output, per_sample)
+                    saved = sum(weights.stat().st_size for weights in output.glob("*.safetensors"))
+                    losses[output.name], norms[output.name] = map(found.values, ("train/loss", "train/grad_norm"))
+                    print(
+                        f"{output.name:<24}{found.step:>10.3f}{found.tokens:>10.0f}{found.rate / 1e12:>9.0f}"
+                        f"{found.rate / peak:>9.1%}{found.gib:>9.1f}{found.work['seconds_waiting_for_data']:>10.2f}"
+                        f"{found.work['seconds']:>9.1f}{saved / 2**30:>10.2f}",
+                        flush=True,
+                    )
+                delete_weights(output)
     if losses:
         compare(losses, "loss")
         compare(norms, "gradient norm")

@@ -15,9 +15,9 @@ embedding is a look-up and is not counted; the output matrix is counted for rows
 import argparse
 import os
 import sys
-import time
 
 import torch
+from arithmetic import matrices, matrix_rate, seconds, tower_flops
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import choose_device, look
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, compile_layers
@@ -73,21 +73,12 @@ def flops(timeline: Timeline, model) -> float:
     config, rows, clips = model.config, timeline.rows, len(timeline.counts)
     pairs = int(dense_mask(rows.visual[None], rows.text[None], timeline.variant.parallel).sum())
     visual, tokens = clips * timeline.layout.tokens_per_clip, len(rows)
-    patches = 4 * visual
-
-    def matrices(module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
-
-    text, vision, tower = config.text_config, config.vision_config, model.model.visual
+    text, tower = config.text_config, model.model.visual
     total = 6.0 * tokens * matrices(model.model.language_model.layers)
     total += 12.0 * pairs * text.hidden_size * text.num_hidden_layers
     total += 6.0 * sum(timeline.counts) * text.hidden_size * text.vocab_size
     total += 6.0 * visual * matrices(tower.merger)
-    total += 2.0 * patches * (matrices(tower.blocks) + tower.patch_embed.proj.weight.numel())
-    full = len(vision.fullatt_block_indexes)
-    window = (vision.window_size // vision.patch_size) ** 2
-    seen = full * patches // clips + (vision.depth - full) * min(window, patches // clips)
-    return total + 4.0 * patches * seen * vision.hidden_size
+    return total + clips * tower_flops(model, 4 * timeline.layout.tokens_per_clip)
 
 
 class MasterAdamW:
@@ -108,17 +99,13 @@ class MasterAdamW:
         torch._foreach_copy_(self.parameters, self.masters)
 
 
-def seconds(work, repeats: int, device: str) -> float:
-    """The mean time of `repeats` calls, after two for warm-up."""
-    for i in range(repeats + 2):
-        if i == 2:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-        work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / repeats
+def random_model(config: Qwen2_5_VLConfig, device: str) -> Qwen2_5_VLForConditionalGeneration:
+    """A model with random bf16 weights."""
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    return model
 
 
 def find_device(size: str = "tiny") -> str:
@@ -151,21 +138,14 @@ def main() -> None:
     arguments = parser.parse_args()
     device = find_device()
     config = released_config(arguments.size, arguments.layers)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
+    model = random_model(config, device)
     tower = model.model.visual
     tower.requires_grad_(False)
     tower.merger.requires_grad_(True)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, Qwen2.5-VL {arguments.size}, compiled layers: {arguments.compile}")
 
-    if device == "cuda":
-        a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
-        rate = 2 * 8192**3 / seconds(lambda: a @ b, 20, device)
-    else:
-        rate = float("nan")
+    rate = matrix_rate(device) if device == "cuda" else float("nan")
     print(f"bf16 matrix product of 8192 x 8192: {rate / 1e12:.0f} TFLOP/s", flush=True)
 
     batch, _ = make_batch(VARIANTS["group"], 1, config, device)

@@ -21,12 +21,7 @@ from qwen_vl_streaming.common.progress import quiet_libraries
 from qwen_vl_streaming.model.prompts import QUESTIONS
 from scenes import make_scene
 from tokenizers import AddedToken, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-)
+from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

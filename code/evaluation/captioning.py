@@ -21,8 +21,8 @@ from qwen_vl_streaming.common.video_part import video_part
 from qwen_vl_streaming.engine.batch import Job, caption_all
 from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels, load_processor, make_template, spoken
-from qwen_vl_streaming.reference import Caption
 from qwen_vl_streaming.sessions import caption_sessions
+from qwen_vl_streaming.stream import Caption
 from qwen_vl_streaming.timeline.positions import check_clips
 from qwen_vl_streaming.timeline.segments import check_segments
 from qwen_vl_streaming.timeline.variants import Variant

@@ -3,13 +3,13 @@ means."""
 
 import codecs
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from json_lines import read_lines
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.common.numbers import is_number
 
 
 def read_json(path: Path) -> Any:
@@ -60,7 +60,7 @@ def get_id(place: str, record: dict, name: str) -> str:
 
 def get_seconds(place: str, value: Any, name: str) -> float:
     """A time of 0 or more. Raises InputError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if not is_number(value) or value < 0:
         raise InputError(f"{place}: {name} is {str(value)[:40]!r}, not a time in seconds: correct or delete this entry")
     return float(value)
 

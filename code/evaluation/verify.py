@@ -105,10 +105,9 @@ def find_mismatches(
 ) -> list[Mismatch]:
     """The tokens that are not the arg-max of their `logits` (A, V), which were computed in `dtype`."""
     punish = RepetitionPenaltyLogitsProcessor(penalty)
-    used = [*template.prompt, template.video, *template.tail, *template.header]
     mismatches = []
     for j, token in enumerate(tokens):
-        punished = spoken(used + tokens[:j], template.end_of_slot)
+        punished = [*template.penalized, *spoken(tokens[:j], template.end_of_slot)]
         scores = punish(torch.tensor([punished]), logits[j : j + 1].clone())[0]
         if (margin := float(scores.max() - scores[token])) > 0:
             mismatches.append(Mismatch(j, margin, margin <= tie_margin(scores, dtype)))

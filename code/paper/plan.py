@@ -4,8 +4,8 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from make_data import DataConfig
 from qwen_vl_streaming.common.paths import DATA_FLAGS
+from samples import DataConfig
 from tasks import TASKS
 
 import mani_data

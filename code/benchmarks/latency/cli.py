@@ -154,11 +154,7 @@ def parse() -> Settings:
         "--arrivals", type=int, default=100, help="clips of delay (default: %(default)s); live has three times as many"
     )
     parser.add_argument(
-        "--frames",
-        type=float,
-        nargs="+",
-        default=[60, 80, 100, 110, 120, 130, 140, 150, 160],
-        help="of live",
+        "--frames", type=float, nargs="+", default=[60, 80, 100, 110, 120, 130, 140, 150, 160], help="of live"
     )
     parser.add_argument("--points", nargs="+", metavar="KxTOKENS", help="points of sweep (default: the whole grid)")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop sweep after this; it can be resumed")

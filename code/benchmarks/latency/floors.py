@@ -14,6 +14,7 @@ on the one before takes the larger of its two times; work that can overlap takes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from arithmetic import matrices, tower_flops
 from qwen_vl_streaming.timeline.timeline import Layout
 
 
@@ -40,13 +41,9 @@ class Floors:
 
     def __init__(self, model, layout: Layout, flop_rate: float, byte_rate: float):
         """`flop_rate` is in FLOPs per second, `byte_rate` in bytes per second."""
-        text, vision, self.layout = model.config.text_config, model.config.vision_config, layout
+        text, self.layout = model.config.text_config, layout
         self.flop_rate, self.byte_rate, size = flop_rate, byte_rate, model.dtype.itemsize
         tower, layers = model.model.visual, model.model.language_model.layers
-
-        def matrices(module) -> int:
-            return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
-
         self.weights = matrices(layers)
         self.weight_bytes = sum(weight.nbytes for weight in layers.parameters() if weight.ndim > 1)
         self.head = text.hidden_size * text.vocab_size
@@ -54,14 +51,9 @@ class Floors:
         self.width = text.hidden_size * len(layers)
         self.each = 2 * size * len(layers) * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
         """Bytes of the keys and values of one token."""
-        merged = tower.spatial_merge_size**2
-        patches = merged * layout.tokens_per_clip
-        whole = len(vision.fullatt_block_indexes)
-        seen = whole * patches + (vision.depth - whole) * min((vision.window_size // vision.patch_size) ** 2, patches)
-        own = matrices(tower.blocks) + tower.patch_embed.proj.weight.numel()
-        flops = 2 * patches * own + 4 * patches * seen * vision.hidden_size
-        merger = matrices(tower.merger)
-        self.tower = Work(size * (own + merger), flops + 2 * patches / merged * merger)
+        tokens, merger = layout.tokens_per_clip, matrices(tower.merger)
+        read = size * (matrices(tower.blocks) + tower.patch_embed.proj.weight.numel() + merger)
+        self.tower = Work(read, tower_flops(model, tower.spatial_merge_size**2 * tokens) + 2 * tokens * merger)
         """Work of the vision tower for one clip."""
 
     def seconds(self, work: Work) -> float:

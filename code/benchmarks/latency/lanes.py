@@ -16,6 +16,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
+from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.step_request import StepRequest
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.engine.vision_encoder import VisionEncoder
@@ -87,8 +88,8 @@ def _kinds_of_step(_, requests: Iterable[StepRequest]) -> list[str]:
 WRAPPED = (
     (VisionEncoder, "encode", lambda *_: [TOWER]),
     (StepRunner, "step", _kinds_of_step),
-    (StepRunner, "copy_out", lambda *_: [MOVE]),
-    (StepRunner, "copy_in", lambda *_: [MOVE]),
+    (PagedKVCache, "copy_out", lambda *_: [MOVE]),
+    (PagedKVCache, "copy_in", lambda *_: [MOVE]),
 )
 """Methods to wrap, and functions that return the kinds of a call."""
 
@@ -147,10 +148,7 @@ def lanes(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chu
             traced_perception(bench, Path(folder) / "perception.json", mode) as file,
         ):
             for _ in range(2):  # the first one is a warm-up
-                with (
-                    bench.open(mode, f"wait-{k}", *room, tokens, **prefill) as session,
-                    traced(bench.device) as trace,
-                ):
+                with bench.open(mode, f"wait-{k}", *room, tokens, **prefill) as session, traced(bench.device) as trace:
                     feed_one_ahead(session, bench.clips(ROUNDS, tokens))
                     bench.wait()
                 own, visible = trace.intervals(), list(session.log.visible)

@@ -109,11 +109,18 @@ def run_pool(bench: Bench, pool: SessionPool, k: int, count: int, seconds: float
         [end - (began + phase + clip) for clip, end in enumerate(slot_ends(session)[age:])]
         for session, phase in zip(sessions, phases, strict=True)
     ]
-    quarter, lags = max(1, clips // 4), [lag for mine in late for lag in mine]
+    return {"sessions": count, "bytes": used, **verdict(late)}
+
+
+def verdict(late: list[list[float]]) -> dict:
+    """Whether the lags of all clips, a list for each session, are sustained, as `many` defines it."""
+    lags = [lag for mine in late for lag in mine]
+    if not lags:
+        return {"lags": [], "grown": 0.0, "sustained": False}
+    quarter = max(1, max(map(len, late)) // 4)
     later, earlier = ([lag for mine in late for lag in mine[part]] for part in (slice(-quarter, None), slice(quarter)))
     grown = median(later) - median(earlier)
-    sustained = percentile(lags, 95) <= LATE and grown <= LATE / 4
-    return {"sessions": count, "bytes": used, "lags": lags, "grown": grown, "sustained": sustained}
+    return {"lags": lags, "grown": grown, "sustained": percentile(lags, 95) <= LATE and grown <= LATE / 4}
 
 
 def long(bench: Bench, k: int, stream: int, window: tuple[int, int], chunks: list[str]) -> dict:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from evaluation import rates
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.common.files import write_file
+from qwen_vl_streaming.common.files import read_object, write_file
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import Template
@@ -245,8 +245,5 @@ def write_json(path: Path, data: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file. Raises InputError if it is missing or not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run the command that writes it first") from error
+    """Read the file of a measurement. Raises InputError if it is missing or not JSON."""
+    return read_object(path, "run the command that writes it first")

@@ -31,8 +31,9 @@ from qwen_vl_streaming.timeline.timeline import make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from training import GRID
 
-from weights.products import measure_products, tiles_file
+from weights.products import measure_products
 from weights.quality import Forced, measure_agreement, measure_quality
+from weights.tiles import tiles_file
 
 AGREEMENT = (12, 3)
 """Clips, and tokens of each slot, of agreement."""

@@ -19,10 +19,10 @@ from qwen_vl_streaming.common.paths import find_video
 from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, Template, clip_pixels, load_processor, make_template
 from qwen_vl_streaming.model.trained import end_of_slot
-from qwen_vl_streaming.reference import PENALTY
+from qwen_vl_streaming.stream import PENALTY, penalize
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
-from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, NOTHING, PROMPT, TAIL, Timeline, make_timeline
+from qwen_vl_streaming.timeline.timeline import CLIP, NOTHING, Timeline, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.frames import read_video
 from qwen_vl_streaming.video.pixel_budget import PixelBudget
@@ -48,15 +48,9 @@ class Forced:
 def forced_scores(model, case: Forced) -> Tensor:
     """(A, V) scores of the tokens, after the penalty, in one full pass."""
     rows, template, device = case.timeline.rows, case.template, model.device
-    ids = torch.full((len(rows),), template.video)
-    for part, source in (
-        *((PROMPT, template.prompt), (TAIL, template.tail)),
-        *((HEADER, template.header), (ANSWER, case.tokens)),
-    ):
-        ids[rows.part == part] = torch.tensor(source)[rows.index[rows.part == part]]
     clip = (rows.part == CLIP)[None].to(device)
     logits = model(
-        input_ids=ids[None].to(device),
+        input_ids=template.ids(rows, case.tokens)[None].to(device),
         position_ids=timeline_positions(case.timeline)[:, None].to(device),
         attention_mask=dense_mask(rows.visual[None], rows.text[None], case.timeline.variant.parallel).to(device),
         visual_tokens=model.perceive(case.pixels, case.timeline.layout.grid).flatten(0, 1),
@@ -66,13 +60,12 @@ def forced_scores(model, case: Forced) -> Tensor:
     produced = case.timeline.produces[case.timeline.produces != NOTHING]
     logits = logits[produced.argsort().to(device)]
     seen = torch.zeros_like(logits, dtype=torch.bool)
-    seen[:, [*template.prompt, template.video, *template.tail, *template.header]] = True
+    seen[:, template.penalized] = True
     for index, token in enumerate(case.tokens[:-1], 1):
         seen[index:, token] = True
     if template.end_of_slot is not None:
         seen[:, template.end_of_slot] = False
-    weaker = torch.where(logits < 0, logits * PENALTY, logits / PENALTY)
-    return torch.where(seen, weaker, logits)
+    return penalize(logits, seen, PENALTY)
 
 
 def compare_forced(plain: Sequence[Tensor], other: Sequence[Tensor]) -> dict:
@@ -135,13 +128,7 @@ def forced_cases(path: Path, model, variant: str, rows: dict[str, dict], data: P
 
 
 def measure_quality(
-    models: list[Path],
-    data: Path,
-    root: Path | None,
-    kinds: list[str],
-    device: str,
-    output: Path,
-    flags: Sequence[str],
+    models: list[Path], data: Path, root: Path | None, kinds: list[str], device: str, output: Path, flags: Sequence[str]
 ) -> list[dict]:
     """A row for each model and kind, printed as they are measured. `root` is a folder of the videos, `flags` are those
     of eval.sh."""

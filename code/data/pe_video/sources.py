@@ -257,13 +257,7 @@ def _from_tar(unit: Unit, file: BinaryIO, videos: str) -> Iterator[Sample]:
         yield Sample("", unit.name, error=f"shard damaged: {damage}")
 
 
-def _from_members(
-    unit: Unit,
-    file: BinaryIO,
-    key: PurePosixPath,
-    members: dict[str, Member],
-    videos: str,
-) -> Sample:
+def _from_members(unit: Unit, file: BinaryIO, key: PurePosixPath, members: dict[str, Member], videos: str) -> Sample:
     where = f"{unit.name}:{key}"
     json_member, video = members.get(JSON), members.get(VIDEO)
     if error := _id_error(key.name):

@@ -10,6 +10,8 @@ from huggingface_hub.utils import build_hf_headers, http_backoff
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.hub import HUB_ERRORS, ask
 
+from .videos import Seekable
+
 SEEK_BYTES = 1 << 16  # first request after a seek: enough for a header and its JSON
 SEQUENTIAL_BYTES = 1 << 23  # largest request while reads are sequential
 
@@ -44,7 +46,7 @@ def list_dataset(
     return f"{name}@{revision}", sizes
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(Seekable, io.RawIOBase):
     """A read-only, seekable file of a data set on the hub, given as "owner/name@commit". Buffers at most 8 MiB.
 
     Retries a dropped connection from where it broke. Raises HubError if the hub does not answer.
@@ -54,22 +56,12 @@ class RemoteFile(io.RawIOBase):
         super().__init__()
         name, _, revision = repository.partition("@")
         self.url = hf_hub_url(name, path, repo_type="dataset", revision=revision)
-        self.size, self.position = size, 0
+        self.size = size
         self.block, self.block_start, self.request_bytes = b"", 0, SEEK_BYTES
         self.location = ""
 
     def readable(self) -> bool:
         return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.position = max(0, offset + (0, self.position, self.size)[whence])
-        return self.position
 
     def read(self, count: int = -1) -> bytes:
         end = self.size if count < 0 else min(self.position + count, self.size)

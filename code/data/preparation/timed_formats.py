@@ -230,15 +230,6 @@ def _time(value: Any, name: str) -> float:
     return seconds
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: save the file as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give a file") from error
-
-
 def _read_lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as lines:
@@ -249,6 +240,10 @@ def _read_lines(path: Path) -> Iterator[bytes]:
 
 def _parse_file(path: Path) -> Any:
     try:
-        return json.loads(_read_text(path))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give a file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): correct it, or give another --format") from error

@@ -11,24 +11,14 @@ VIDEO_SUFFIXES = (
     *(".ts", ".m2ts", ".mts", ".flv", ".wmv", ".3gp", ".mpg", ".mpeg", ".vob", ".ogv", ".gif"),
 )
 """In lower case; matched case-insensitively. Of several videos of one sample, the first in this order is used."""
-
-
 TOLERANCE = 1.0  # seconds by which a video may be shorter or longer than its JSON says
 
 
-class FileSlice:
-    """A read-only, seekable view of `size` bytes of an open file from `offset` on, such as a member of a tar file."""
+class Seekable:
+    """The position in a file of `size` bytes."""
 
-    def __init__(self, file: BinaryIO, offset: int, size: int):
-        self.file, self.offset, self.size, self.position = file, offset, size, 0
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(self.size - self.position, 0)
-        count = left if count < 0 else min(count, left)
-        self.file.seek(self.offset + self.position)
-        data = self.file.read(count)
-        self.position += len(data)
-        return data
+    size: int
+    position = 0
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self.position = max(0, offset + (0, self.position, self.size)[whence])
@@ -39,6 +29,21 @@ class FileSlice:
 
     def seekable(self) -> bool:
         return True
+
+
+class FileSlice(Seekable):
+    """A read-only, seekable view of `size` bytes of an open file from `offset` on, such as a member of a tar file."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int):
+        self.file, self.offset, self.size = file, offset, size
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(self.size - self.position, 0)
+        count = left if count < 0 else min(count, left)
+        self.file.seek(self.offset + self.position)
+        data = self.file.read(count)
+        self.position += len(data)
+        return data
 
 
 def video_duration(source: str | Path | FileSlice, name: str) -> float:

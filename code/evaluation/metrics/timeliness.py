@@ -37,6 +37,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, quantiles
 
+from qwen_vl_streaming.common.numbers import is_number
+
 from metrics import lag
 from metrics.naming import SLACK, Event, Spoken, align, first_slot, spoken_words
 
@@ -133,7 +135,7 @@ def measure(row: Mapping, events: Sequence[Event], decode: Callable[[list[int]],
 def clip_seconds(row: Mapping) -> float:
     """Seconds per clip of a row, 1 unless it says otherwise. Raises ValueError for other than a positive number."""
     value = row.get("seconds_per_clip", 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not is_number(value) or value <= 0:
         raise ValueError(f"the row of video {row['video_id']} has seconds_per_clip {str(value)[:40]!r}")
     return float(value)
 

@@ -35,15 +35,7 @@ from report.differences import differences, labels
 from report.gallery import Tokenizers, choose_videos, clean, make_video
 from report.loading import Result, load_results, metrics_of, without_folders
 from report.said_times import said_panels
-from report.tables import (
-    main_table,
-    markdown_table,
-    plain,
-    runs_table,
-    schedule_table,
-    subtask_table,
-    timeliness_table,
-)
+from report.tables import main_table, markdown_table, plain, runs_table, schedule_table, subtask_table, timeliness_table
 
 PAGE = Path(__file__).with_name("page")
 ABOUT_RANDOM = (

@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from identity import AGAIN
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object
+from qwen_vl_streaming.common.numbers import is_number
 from qwen_vl_streaming.common.paths import places
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.model.trained import training_record
@@ -183,15 +184,6 @@ def score_in(scores: dict, metric: str) -> tuple[float | None, str]:
     if metric not in reasons:
         return None, "not requested"
     return None, f"{metric} was not computed: {without_folders(reasons[metric])}"
-
-
-def is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # too large for a float
-        return False
 
 
 def load_results(paths: Sequence[Path]) -> list[Result]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from metrics.timing import NAMES
+from qwen_vl_streaming.common.numbers import is_number
 from qwen_vl_streaming.timeline.variants import VARIANTS
 
 from report import paper
 from report.differences import labels, not_comparable
-from report.loading import Result, is_number, metrics_of, score_in, without_folders
+from report.loading import Result, metrics_of, score_in, without_folders
 
 NOT_GIVEN = "no result file of this variant was given"
 NOT_IN_PAPER = "not in the paper"

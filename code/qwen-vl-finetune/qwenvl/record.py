@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from qwen_vl_streaming.common.data_rows import HUB, hash_data
+from qwen_vl_streaming.common.data_rows import hash_data
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.files import read_object, write_file
 from qwen_vl_streaming.common.redact import redacted_command
+from qwen_vl_streaming.common.tables import HUB
 from qwen_vl_streaming.common.versions import RUNNING, versions
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
 from qwen_vl_streaming.timeline.positions import RULE

@@ -8,22 +8,20 @@ model, at which positions and with which mask comes from the same functions that
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .model.prompts import Template
+from .stream import PENALTY, Caption, Stream, penalize
 from .timeline.attention import dense_mask
 from .timeline.plan import Window
 from .timeline.positions import row_positions
-from .timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, ModelSchedule, Rows, Schedule
+from .timeline.timeline import CLIP, Layout, ModelSchedule, Rows, Schedule
 from .timeline.variants import Variant
 
 CACHE_BLOCK = 256
 """Tokens by which the cache grows."""
-PENALTY = 1.15
-"""Default repetition penalty."""
 
 
 class StreamCache:
@@ -60,94 +58,6 @@ class StreamCache:
         return tuple(tensor[:, :, : self.filled] for tensor in stored)
 
 
-@dataclass
-class Stream:
-    """The state of one stream: its clips, the tokens written, and what has been fed. Holds no tensors of the model."""
-
-    variant: Variant
-    template: Template
-    layout: Layout
-    counts: list[int] = field(default_factory=list)
-    """Answer tokens written in each slot so far. Its length is the number of clips that have been fed."""
-    complete: bool = False
-    """The last clip has been fed."""
-    bare: bool = False
-    """The last clip was empty: see `timeline.make_timeline`."""
-    written: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    fed: int = 0
-    text_fed: int = 0
-    header_slot: int = 0
-
-    @property
-    def ended(self) -> bool:
-        last = len(self.counts) if self.complete else None
-        return bool(self.template.ends(self.written[-1:], self.slots[-1:], last))
-
-    @property
-    def clips(self) -> int | None:
-        """N, once it is known."""
-        return len(self.counts) if self.complete else None
-
-    def feed_clip(self, last: bool, empty: bool = False) -> list[tuple[Rows, list[int]]]:
-        """Rows and token ids that enter the model with the next clip, in pieces. The last clip may be `empty`. Raises
-        ValueError after the last clip."""
-        if self.complete:
-            raise ValueError("the last clip of this stream has been fed: start a new stream for another video")
-        template, layout = self.template, self.layout
-        pieces = []
-        if not self.counts:
-            pieces.append((Rows.of(PROMPT, layout.prompt), list(template.prompt)))
-        if not self.variant.parallel:
-            pieces += self.feed_text(hold=0)
-        self.counts.append(0)
-        slot = len(self.counts)
-        if not empty:
-            count = layout.tokens_per_clip
-            pieces.append((Rows.of(CLIP, count, clip=slot), [template.video] * count))
-        if last:
-            self.complete, self.bare = True, empty
-            pieces.append((Rows.of(TAIL, layout.tail, clip=slot), list(template.tail)))
-        if slot == 1 if self.variant.streams else last:
-            self.header_slot = slot
-        # In a parallel variant the newest text token waits: it produces the next one, which may attend to a later clip.
-        pieces += self.feed_text(hold=1 if self.variant.parallel else 0)
-        return pieces
-
-    def feed_text(self, hold: int = 0) -> list[tuple[Rows, list[int]]]:
-        """The text that has not been fed yet, except the newest `hold` tokens."""
-        if not self.header_slot:
-            return []
-        header = self.template.header
-        first, end = self.text_fed, len(header) + len(self.written) - hold
-        if end <= first:
-            return []
-        self.text_fed, pieces = end, []
-        if first < len(header):
-            mine = slice(first, min(end, len(header)))
-            pieces.append((Rows.of(HEADER, mine.stop - first, slot=self.header_slot, first=first), [*header[mine]]))
-        if end > len(header):
-            mine = slice(max(first - len(header), 0), end - len(header))
-            rows = Rows.of(ANSWER, mine.stop - mine.start, first=mine.start)
-            rows.slot[:] = torch.tensor(self.slots[mine])
-            pieces.append((rows, self.written[mine]))
-        return pieces
-
-    def write(self, token: int) -> None:
-        self.counts[-1] += 1
-        self.written.append(token)
-        self.slots.append(len(self.counts))
-
-    def slot_over(self, schedule: Schedule | ModelSchedule) -> bool:
-        """The newest slot, if there is one, has written what it may before the next clip is fed."""
-        slot, done = len(self.counts), self.counts[-1] if self.counts else 0
-        if isinstance(schedule, Schedule):
-            return done >= schedule.quota(slot)
-        if slot == schedule.clips:
-            return False
-        return done >= schedule.most or (done > 0 and self.written[-1] == self.template.end_of_slot)
-
-
 class Streams:
     """B streams over one model, with one cache and one forward pass per step."""
 
@@ -161,10 +71,9 @@ class Streams:
         window: Window | None = None,
         bare: bool = False,
     ):
-        """`penalty` is the repetition penalty: as in transformers' `generate`, it weakens all ids of the template and
-        all ids written so far, except the end-of-slot token, which is written once per slot. 1.0 turns it off. Tokens
-        outside a `window` are masked, but stay in the cache. `bare`: the last clip is empty, see
-        `timeline.make_timeline`."""
+        """`penalty` is the repetition penalty: it weakens all ids of the template and all ids written so far, except
+        the end-of-slot token, which is written once per slot. 1.0 turns it off. Tokens outside a `window` are masked,
+        but stay in the cache. `bare`: the last clip is empty, see `timeline.make_timeline`."""
         self.model, self.variant, self.penalty, self.window, self.bare = model, variant, penalty, window, bare
         self.streams = [Stream(variant, *pair) for pair in zip(templates, layouts, strict=True)]
         self.cache = StreamCache()
@@ -174,9 +83,7 @@ class Streams:
         """Logits of the row that each stream fed last, before the penalty, (B, V) float32."""
         self.penalized = torch.zeros_like(self.logits, dtype=torch.bool)
         for penalized, template in zip(self.penalized, templates, strict=True):
-            penalized[[*template.prompt, template.video, *template.tail, *template.header]] = True
-            if template.end_of_slot is not None:
-                penalized[template.end_of_slot] = False
+            penalized[template.penalized] = True
 
     def feed(self, clips: Sequence[Tensor | None], last: Sequence[bool]) -> None:
         """Feeds the next clips of each stream: (n, tokens of a clip, C) visual tokens, or None for no clip. `last`
@@ -218,8 +125,7 @@ class Streams:
 
     def _choose(self) -> list[int]:
         """Greedy choice of each stream's next token, after the repetition penalty."""
-        weaker = torch.where(self.logits < 0, self.logits * self.penalty, self.logits / self.penalty)
-        return torch.where(self.penalized, weaker, self.logits).argmax(-1).tolist()
+        return penalize(self.logits, self.penalized, self.penalty).argmax(-1).tolist()
 
     def _feed(self, pieces: list[list[tuple[Rows, list[int]]]], visual_tokens: Tensor | None) -> None:
         """Runs the model over the newest tokens of all streams and keeps the logits of the last row of each."""
@@ -269,15 +175,6 @@ class Streams:
             score=score,
         )
         self.logits[score.any(1)] = result.logits.float()
-
-
-@dataclass(frozen=True)
-class Caption:
-    """What a stream wrote: token ids, the slot of each, and k_1 … k_N (`schedule`)."""
-
-    tokens: list[int]
-    slots: list[int]
-    schedule: list[int]
 
 
 def caption(

@@ -1,31 +1,25 @@
 """Reads and checks the rows of a data set. All programs use this module, so they accept the same data.
 
 JSON Lines are parsed here because `datasets` does not keep line numbers, converts strings that look like dates to dates
-and large ids to floats, and fails on a byte order mark. Parquet files, folders written by `save_to_disk` and data sets
-on the Hugging Face Hub are read with `datasets`. Checks only the fields `video_id`, `video_path`, `human_caption`,
-`question`, `video_start`, `video_end`, `segments` and `segment_time`.
+and large ids to floats, and fails on a byte order mark. `tables.py` reads all other sources. Checks only the fields
+`video_id`, `video_path`, `human_caption`, `question`, `video_start`, `video_end`, `segments` and `segment_time`.
 """
 
 import codecs
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, first_line
+from .errors import InputError
+from .numbers import is_number
+from .tables import CAPTIONS, is_json_lines, list_names, read_table, unreadable
 from .video_part import video_part
 
-HUB = "hf://datasets/"
-"""Prefix of a data set on the Hub: hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME:SPLIT."""
-PARQUET = ".parquet"
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Matches an unpaired surrogate. JSON can escape it, but UTF-8 cannot encode it."""
-CAPTIONS = ("human_caption", "segments")
-"""A row has one of them or both."""
 SEGMENT_TIMES = ("end", "start", "spread")
 """Values of `segment_time`: when the text of a segment may be written. `end`, the default: all of it from the segment's
 end, because a description is about the whole segment. `start`: all of it from the segment's start. `spread`: word by
@@ -43,11 +37,6 @@ STARTS = {
     b"\x1f\x8b": "compressed by gzip",
 }
 """How files start that are not JSON Lines."""
-
-
-def is_json_lines(source: str | Path) -> bool:
-    """Returns whether `source` is read as JSON Lines. Other sources are read with `datasets`."""
-    return not (str(source).startswith(HUB) or str(source).endswith(PARQUET) or os.path.isdir(source))
 
 
 def read_data_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -76,7 +65,7 @@ def read_data_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def check_data_rows(source: str | Path) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
     """Yields the same as `read_data_rows`, but in place of an invalid row the error that it would raise."""
     number_of: dict[str, int] = {}
-    rows = _read_lines(Path(source)) if is_json_lines(source) else enumerate(_read_table(str(source)), 1)
+    rows = _read_lines(Path(source)) if is_json_lines(source) else enumerate(read_table(str(source)), 1)
     for number, content in rows:
         try:
             row = _check_row(_parse(content) if isinstance(content, bytes) else content)
@@ -110,9 +99,9 @@ def hash_data(source: str | Path) -> str:
             with open(source, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise _unreadable(source, error.strerror) from error
+            raise unreadable(source, error.strerror) from error
     digest = hashlib.sha256()
-    for row in _read_table(str(source)):
+    for row in read_table(str(source)):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
@@ -122,13 +111,6 @@ def check_characters(row: dict[str, Any], *fields: str) -> None:
     for name in fields:
         if SURROGATE.search(str(row.get(name))):
             raise InputError(f"{name} has an unpaired surrogate, which is not a valid character: {FIX}")
-
-
-def _unreadable(source: str | Path, reason: object) -> InputError:
-    fix = "give a file or data set with one row per video"
-    if str(source).startswith(HUB):
-        fix = "check its name, log in with `hf auth login` if it is private, or download it on a machine with a network"
-    return InputError(f"{source} cannot be read ({reason}): {fix}")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -142,7 +124,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                         first = False
                     yield number, line
     except OSError as error:
-        raise _unreadable(path, error.strerror) from error
+        raise unreadable(path, error.strerror) from error
 
 
 def _check_format(path: Path, start: bytes) -> None:
@@ -152,85 +134,6 @@ def _check_format(path: Path, start: bytes) -> None:
     named = (name for begin, name in STARTS.items() if start.startswith(begin))
     if found := TABLES.get(path.suffix.lower()) or next(named, ""):
         raise InputError(f"{path} is {found}, not JSON Lines: convert it, {HOW}")
-
-
-def _read_table(source: str) -> Iterator[dict[str, Any]]:
-    """Yields rows read with `datasets`. Drops columns with media, because `datasets` would decode them."""
-    import datasets  # imported here: it takes a second, and most data is JSON Lines
-    from datasets.exceptions import DatasetNotFoundError
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="datasets_", ignore_cleanup_errors=True) as locks:
-        try:
-            table = _open_table(source, locks)
-            _check_columns(source, table.features)
-            yield from table.select_columns([name for name, kind in table.features.items() if _is_plain(kind)])
-        except (InputError, MemoryError):
-            raise
-        except Exception as error:  # Arrow, fsspec and the Hub client raise many types
-            cause = error if isinstance(error, DatasetNotFoundError) else error.__cause__ or error
-            raise _unreadable(source, first_line(cause)[:300]) from error
-
-
-def _check_columns(source: str, columns: dict) -> None:
-    """Raises InputError if a required column is missing, or has videos or images in place of text."""
-    captions = [name for name in CAPTIONS if name in columns] or CAPTIONS[:1]
-    for name in ("video_id", "video_path", *captions):
-        if name not in columns:
-            fix = "rename its columns with `datasets`, as docs/data.md shows"
-            raise InputError(f"{source} has no column {name} (its columns: {_list(columns)}): {fix}")
-        if not _is_plain(columns[name]):
-            kind = type(columns[name]).__name__
-            raise InputError(f"{source} has {kind} data in its column {name}: give text, as docs/data.md shows")
-
-
-def _is_plain(kind) -> bool:
-    """Returns whether a column has strings, numbers, lists or JSON, as opposed to media or binary data."""
-    import datasets
-
-    if isinstance(kind, datasets.Value):
-        return "binary" not in kind.dtype
-    return isinstance(kind, datasets.List | datasets.LargeList | datasets.Json)
-
-
-def _open_table(source: str, locks: str) -> Any:
-    import datasets
-
-    if source.startswith(HUB):
-        name, _, split = source.removeprefix(HUB).partition(":")
-        try:
-            splits = datasets.load_dataset(name)
-        except ValueError as error:
-            if "Config name is missing" not in str(error):
-                raise
-            save = "`load_dataset(NAME, CONFIGURATION, split=SPLIT).save_to_disk(FOLDER)`"
-            raise InputError(f"{source} has several configurations: save one with {save}, and give FOLDER") from error
-        return _only_split(source, splits, split)
-    if source.endswith(PARQUET):
-        paths: Any = [source] if os.path.exists(source) else [str(path) for path in matching_files(source)]
-        # Stream the rows: they are read once, so a copy in the cache is not needed.
-        return datasets.IterableDataset.from_parquet(paths, cache_dir=locks)
-    found = datasets.load_from_disk(source)
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    folders = " or ".join(os.path.join(source, str(split)) for split in found)
-    raise InputError(f"{source} has several splits: give the folder of one split, {folders}")
-
-
-def _only_split(source: str, splits: dict, split: str):
-    if not split and len(splits) == 1:
-        return next(iter(splits.values()))
-    if split not in splits:
-        names = ", ".join(splits)
-        what = f"has no split {split!r}" if split else "has several splits"
-        raise InputError(f"{source} {what}: choose one of {names}, as in {HUB}OWNER/NAME:SPLIT")
-    return splits[split]
-
-
-def matching_files(pattern: str | Path) -> list[Path]:
-    """Returns the files that match a pattern such as `data/train-*.parquet`, sorted by name."""
-    pattern = Path(pattern)
-    return sorted(path for path in pattern.parent.glob(pattern.name) if path.is_file())
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -252,9 +155,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _check_row(row: dict[str, Any]) -> dict[str, Any]:
     for name in ("video_id", "video_path"):
         if name not in row:
-            raise InputError(f"has no {name} (its fields: {_list(row)}): {RENAME}")
+            raise InputError(f"has no {name} (its fields: {list_names(row)}): {RENAME}")
     if "human_caption" not in row and row.get("segments") is None:
-        raise InputError(f"has no human_caption and no segments (its fields: {_list(row)}): {RENAME}")
+        raise InputError(f"has no human_caption and no segments (its fields: {list_names(row)}): {RENAME}")
     video_id, question = row["video_id"], row.get("question")
     if isinstance(video_id, bool) or not isinstance(video_id, str | int) or video_id == "":
         raise InputError(f"has the video_id {_show(video_id)}, which is not a string or an integer: {FIX}")
@@ -282,25 +185,12 @@ def _check_segments(row: dict[str, Any]) -> None:
         name = f"segment {number}, {_show(segment)},"
         if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
             raise InputError(f"{name} is not an object with start, end and text: {FIX}")
-        if not (_is_number(segment.get("start")) and _is_number(segment.get("end"))):
+        times = segment.get("start"), segment.get("end")
+        if not all(is_number(time) or isinstance(time, float) for time in times):  # `check_segments` refuses NaN
             raise InputError(f"{name} has a start or an end that is not a number of seconds: {FIX}")
         check_characters(segment, "text")
     if (time := row.get("segment_time")) is not None and time not in SEGMENT_TIMES:
         raise InputError(f"has the segment_time {_show(time)}, which is not one of {', '.join(SEGMENT_TIMES)}: {FIX}")
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return float(value) is not None
-    except OverflowError:
-        return False
-
-
-def _list(names: Iterable[str]) -> str:
-    text = ", ".join(names) or "none"
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,9 @@
-"""Checks numeric arguments of the library's public functions. Knows nothing of what they are for."""
+"""Checks numbers: arguments of the library's public functions, and values in files and messages. Knows nothing of what
+they are for.
+"""
+
+import math
+from typing import Any, TypeGuard
 
 from .errors import InputError
 
@@ -24,6 +29,14 @@ def check_number(name: str, value: object, above: float = 0.0) -> None:
         raise InputError(f"{name} {shown(value)} must be a number, an int or a float")
     if not above < value <= LARGEST:
         raise InputError(f"{name} {shown(value)} must be above {above:g} and at most {LARGEST:g}")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a finite int or float. True, False, and ints that are too large for a float are not."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def shown(value: object) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from os.path import exists
 from pathlib import Path, PurePosixPath
 
-from .data_rows import HUB, PARQUET, matching_files
 from .errors import InputError
+from .tables import HUB, PARQUET, matching_files
 
 PROJECT = Path(__file__).resolve().parents[5]
 """The root of the project, which contains this library at code/qwen-vl-utils/src."""

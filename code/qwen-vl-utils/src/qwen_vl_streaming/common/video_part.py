@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from .errors import InputError
+from .numbers import is_number
 
 FIELDS = {"video_start": "start", "video_end": "end"}
 """The fields of a row, and the arguments of `read_video`."""
@@ -30,7 +31,7 @@ def video_part(row: Mapping[str, Any]) -> Part:
         value = row.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not is_number(value) or value < 0:
             raise InputError(f"has the {name} {value!r:.40}, which is not a time in seconds: correct or delete it")
         part[argument] = float(value)
     start, end = part.get("start", 0.0), part.get("end", math.inf)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from ..model.prompts import Template
-from ..reference import PENALTY, Caption
+from ..stream import PENALTY, Caption
 from ..timeline.plan import make_plan
 from ..timeline.timeline import Layout, ModelSchedule, Schedule
 from ..timeline.variants import Variant

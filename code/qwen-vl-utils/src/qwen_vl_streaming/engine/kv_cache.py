@@ -8,7 +8,7 @@ tokens of each run.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .device_event import to_device
 
@@ -91,6 +91,24 @@ class PagedKVCache:
     def cache_index(self, batch_slots: Tensor, logical: Tensor) -> Tensor:
         """Indices into the cache's tokens of the `logical` tokens (n, Q) of `batch_slots` (n,)."""
         return self.block_tables[batch_slots].gather(1, logical // BLOCK_SIZE) * BLOCK_SIZE + logical % BLOCK_SIZE
+
+    # Transfer of keys and values between two caches
+
+    def new_kv_buffer(self, tokens: int) -> Tensor:
+        """A zeroed buffer for the keys and values of `tokens`, (2 layers, key heads, tokens, D)."""
+        return self.store.new_zeros(*self.store.shape[:2], tokens, self.store.shape[3])
+
+    def copy_out(self, index: Tensor, kv_buffer: Tensor) -> None:
+        """Copies the keys and values of the cache's tokens `index`, (n,) on the CPU, to the first n of `kv_buffer`."""
+        torch.index_select(self.store, 2, self._padded(index, kv_buffer), out=kv_buffer)
+
+    def copy_in(self, index: Tensor, kv_buffer: Tensor) -> None:
+        """Copies the first n keys and values of `kv_buffer` to the cache's tokens `index`, (n,) on the CPU."""
+        self.store.index_copy_(2, self._padded(index, kv_buffer), kv_buffer)
+
+    def _padded(self, index: Tensor, kv_buffer: Tensor) -> Tensor:
+        """`index` on the device, with block 0 for further tokens of the buffer."""
+        return to_device(nn.functional.pad(index, (0, kv_buffer.shape[2] - len(index))), self.store.device)
 
 
 class BlockTable:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..common.compiling import CompileOptions
 from ..model.prompts import Template
-from ..reference import PENALTY
+from ..stream import PENALTY, penalize
 from .decoder_layer import SINGLE_ROW_OPTIONS, Attention, FusedProjections, compile_single_row_layer, run_layer
 from .device_event import to_device
 from .kv_cache import PagedKVCache
@@ -67,12 +67,9 @@ class ModelRunner:
         for of_slot in (self.text_ids, self.penalized_ids, self.ended):
             of_slot[batch_slot].zero_()
         self.text_ids[batch_slot, : len(template.header)] = self._to_device(template.header)
-        penalized = [*template.prompt, template.video, *template.tail, *template.header]
-        self.penalized_ids[batch_slot].index_fill_(0, self._to_device(penalized), True)
+        self.penalized_ids[batch_slot].index_fill_(0, self._to_device(template.penalized), True)
         self.end_id[batch_slot].fill_(template.end)
         self.end_of_slot_id[batch_slot].fill_(-1 if template.end_of_slot is None else template.end_of_slot)
-        if template.end_of_slot is not None:
-            self.penalized_ids[batch_slot, template.end_of_slot].fill_(False)
 
     def _sampler_options(self) -> CompileOptions | None:
         """torch.compile's options for the function that chooses a token in each slot."""
@@ -86,8 +83,7 @@ class ModelRunner:
         where `writes` is set. The end-of-slot token is never penalized: it is written in every slot."""
         logits = self.model.lm_head(hidden).float()
         penalized = self.penalized_ids[batch_slots]
-        weaker = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        token = first_argmax(torch.where(penalized, weaker, logits))
+        token = first_argmax(penalize(logits, penalized, self.penalty))
         self.text_ids[batch_slots, next_row] = torch.where(writes, token, self.text_ids[batch_slots, next_row])
         punish = writes & (token != self.end_of_slot_id[batch_slots])
         self.penalized_ids[batch_slots, token] = penalized.gather(1, token[:, None])[:, 0] | punish

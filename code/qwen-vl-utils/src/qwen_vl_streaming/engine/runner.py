@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..model.prompts import Template
-from ..reference import PENALTY
+from ..stream import PENALTY
 from ..timeline.plan import Plan
 from ..timeline.timeline import NOTHING
 from .cuda_graph import capture

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..model.prompts import Template
 from ..timeline.plan import Plan, Run
-from ..timeline.timeline import CLIP, NOTHING, PROMPT, TAIL
+from ..timeline.timeline import CLIP, NOTHING
 from .kv_cache import BLOCK_SIZE, PagedKVCache
 
 ROW_FIELDS = 9
@@ -33,14 +33,11 @@ class PlannedSequence:
         """How far the visual run must be fed for the tokens that its own rows produce."""
         self.produces = (self.plan.text.produces != NOTHING).tolist()
         visual, text, template = self.plan.visual, self.plan.text, self.template
-        part, index = visual.rows.part, visual.rows.index
-        clip = part == CLIP
+        clip = visual.rows.part == CLIP
         first = int(clip.int().argmax())
         self.clip_range = range(first, first + int(clip.sum()))
         """The clip rows of the visual run, which are contiguous."""
-        self.visual_ids = torch.full((len(visual),), template.video)
-        for kind, source in ((PROMPT, template.prompt), (TAIL, template.tail)):
-            self.visual_ids[part == kind] = torch.tensor(source)[index[part == kind]]
+        self.visual_ids = template.ids(visual.rows)
         row = torch.arange(max(len(visual), len(text)))
         text_start, zeros = PagedKVCache.text_block_of(len(visual)) * BLOCK_SIZE, torch.zeros_like(row)
 

@@ -19,6 +19,10 @@ class BatchSlot:
     visual: BlockTable
     text: BlockTable
 
+    def visual_index(self, due: DueRows) -> Tensor:
+        """Indices into the cache's tokens of the visual rows of `due`."""
+        return self.visual.cache_index(due.run_index[due.rows.visual])
+
 
 @dataclass(frozen=True)
 class StepRequest:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from ..model.prompts import Template
-from ..reference import PENALTY
+from ..stream import PENALTY
 from ..timeline.plan import Window
 from ..timeline.timeline import Layout
 from .cuda_graph import capture
@@ -247,26 +247,3 @@ class StepRunner(ModelRunner):
                 self.inputs[chunks].set([])
                 step = functools.partial(self._step, chunks, samples)
                 self.graphs[chunks, samples], _ = capture(step, stream, pool)
-
-    # Transfer of a clip's keys and values between the caches of two runners
-
-    def new_kv_buffer(self, layout: Layout) -> Tensor:
-        """A zeroed buffer for the keys and values of a clip and the tail: (2 layers, key heads, tokens of a clip +
-        tail, D)."""
-        store = self.cache.store
-        return store.new_zeros(*store.shape[:2], layout.tokens_per_clip + layout.tail, store.shape[3])
-
-    def copy_out(self, batch_slot: BatchSlot, due: DueRows, kv_buffer: Tensor) -> None:
-        """Copies the keys and values of the visual rows of `due` from the cache to `kv_buffer`."""
-        torch.index_select(self.cache.store, 2, self._kv_index(batch_slot, due, kv_buffer), out=kv_buffer)
-
-    def copy_in(self, batch_slot: BatchSlot, due: DueRows, kv_buffer: Tensor) -> None:
-        """Copies the keys and values of the visual rows of `due` from `kv_buffer` to the cache."""
-        self.cache.store.index_copy_(2, self._kv_index(batch_slot, due, kv_buffer), kv_buffer)
-
-    def _kv_index(self, batch_slot: BatchSlot, due: DueRows, kv_buffer: Tensor) -> Tensor:
-        """Cache indices of the visual rows of `due`. Further rows of the buffer go to block 0."""
-        rows = batch_slot.visual.cache_index(due.run_index[due.rows.visual])
-        index = torch.zeros(kv_buffer.shape[2], dtype=torch.long)
-        index[: len(rows)] = rows
-        return self._to_device(index)

@@ -1,6 +1,6 @@
 """What enters the model next in one live stream: rows with their ids, positions and what they may attend to.
 
-`reference.Stream` decides which rows are due and `positions` where they lie. What they may attend to are the numbers of
+`stream.Stream` decides which rows are due and `positions` where they lie. What they may attend to are the numbers of
 `plan.py`, which has them before the stream starts, while this module counts as the stream goes. Knows nothing about
 cache blocks, devices or when a clip is due.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model.prompts import Template
-from ..reference import Stream
+from ..stream import Stream
 from ..timeline.plan import Window
 from ..timeline.positions import RoundSums, row_positions
 from ..timeline.timeline import PROMPT, Layout, Rows

@@ -190,11 +190,7 @@ def make_parser() -> OneLineParser:
     ):
         unset = flag.strip("-").replace("-", "_") in REPLACED
         parser.add_argument(
-            flag,
-            type=kind,
-            default=None if unset else default,
-            metavar=metavar,
-            help=f"{meaning} (default: {default})",
+            flag, type=kind, default=None if unset else default, metavar=metavar, help=f"{meaning} (default: {default})"
         )
     parser.add_argument(
         "--schedule",

@@ -125,11 +125,7 @@ def live(arguments: argparse.Namespace, screen: Screen, stop: Stop) -> int:
                 chunk=arguments.chunk,
                 skip=skip,
                 record=own,
-                about={
-                    "source": redacted(arguments.source),
-                    "speed": arguments.speed,
-                    "behind": arguments.behind,
-                },
+                about={"source": redacted(arguments.source), "speed": arguments.speed, "behind": arguments.behind},
                 keep=keeper and keeper.add,
                 name=f"source {arguments.source}",
             )

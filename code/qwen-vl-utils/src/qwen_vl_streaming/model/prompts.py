@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
@@ -15,7 +16,7 @@ from ..common.data_rows import SURROGATE
 from ..common.errors import InputError, first_line
 from ..common.numbers import shown
 from ..timeline.segments import TimedText, join_segments, slot_tokens, token_times, words_late
-from ..timeline.timeline import Layout
+from ..timeline.timeline import ANSWER, HEADER, PROMPT, TAIL, Layout, Rows
 from .chat_template import render
 from .checks import check_processor
 from .hub import model_folder
@@ -62,6 +63,19 @@ class Template:
             for index, (token, slot) in enumerate(zip(tokens, slots, strict=True))
             if token == self.end or (token == self.end_of_slot and slot == last)
         ]
+
+    @property
+    def penalized(self) -> list[int]:
+        """The ids that the repetition penalty weakens before any is written: all of the template's own."""
+        return [*{*self.prompt, self.video, *self.tail, *self.header} - {self.end_of_slot}]
+
+    def ids(self, rows: Rows, answer: Sequence[int] = ()) -> Tensor:
+        """The token ids of `rows`, (L,), in which `answer` was written."""
+        ids = torch.full((len(rows),), self.video)
+        for part, source in ((PROMPT, self.prompt), (TAIL, self.tail), (HEADER, self.header), (ANSWER, answer)):
+            mine = rows.part == part
+            ids[mine] = torch.tensor(source, dtype=torch.long)[rows.index[mine]]
+        return ids
 
     def layout(self, grid: tuple[int, int], steps_per_clip: float) -> Layout:
         return Layout(len(self.prompt), len(self.tail), len(self.header), grid, steps_per_clip)

@@ -17,21 +17,11 @@ from ..reference import Streams, caption
 from ..sessions import GREEDY
 from ..sessions.record import Record, describe_precision, identity
 from ..sessions.serial import clip_shapes
+from ..stream import penalize
 from ..timeline.attention import dense_mask
 from ..timeline.plan import Window
 from ..timeline.positions import timeline_positions
-from ..timeline.timeline import (
-    ANSWER,
-    CLIP,
-    HEADER,
-    NOTHING,
-    PROMPT,
-    TAIL,
-    Schedule,
-    make_schedule,
-    make_timeline,
-    model_schedule_most,
-)
+from ..timeline.timeline import CLIP, NOTHING, Schedule, make_schedule, make_timeline, model_schedule_most
 from ..timeline.variants import get_variant
 from .clips import check_clips
 
@@ -158,13 +148,9 @@ def check_schedule(record: Record) -> None:
             )
 
 
-def _window(record: Record) -> Window | None:
-    return Window.of(record.window)
-
-
 def _serially(record: Record, model, visual: Tensor, counts: Sequence[int]) -> list[int]:
     variant = get_variant(record.variant)
-    options = record.penalty, _window(record), record.bare
+    options = record.penalty, Window.of(record.window), record.bare
     streams = Streams(model, variant, [record.template], [record.layout], *options)
     (written,) = caption(streams, [visual], [Schedule(tuple(counts[:-1]))], len(record.tokens))
     return written.tokens
@@ -176,25 +162,16 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
     pass is computed ROWS rows at a time, because its mask would take quadratic memory."""
     template = record.template
     timeline = make_timeline(get_variant(record.variant), record.layout, counts, record.bare)
-    rows, window, cache, device = timeline.rows, _window(record), DynamicCache(), model.device
+    rows, window, cache, device = timeline.rows, Window.of(record.window), DynamicCache(), model.device
     if len(rows) > MOST_ROWS:
         raise InputError(
             f"a full pass over {len(rows)} tokens exceeds the maximum of {MOST_ROWS}: replay a shorter session"
         )
-    ids = torch.full((len(rows),), template.video)
-    for part, source in (
-        (PROMPT, template.prompt),
-        (TAIL, template.tail),
-        (HEADER, template.header),
-        (ANSWER, record.tokens),
-    ):
-        ids[rows.part == part] = torch.tensor(source)[rows.index[rows.part == part]]
+    ids = template.ids(rows, record.tokens)
     positions, clip = timeline_positions(timeline)[:, None], rows.part[None] == CLIP
     predicts = timeline.produces != NOTHING
     seen = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool, device=device)
-    seen[[*template.prompt, template.video, *template.tail, *template.header]] = True
-    if template.end_of_slot is not None:
-        seen[template.end_of_slot] = False
+    seen[template.penalized] = True
     visual_tokens = iter(visual.flatten(0, 1).split([int(part.sum()) for part in clip[0].split(ROWS)]))
     for first in range(0, len(rows), ROWS):
         end = min(first + ROWS, len(rows))
@@ -215,5 +192,4 @@ def _full_pass(record: Record, model, visual: Tensor, counts: Sequence[int]) -> 
         for index, logits in zip(timeline.produces[own][predicts[own]].tolist(), scored, strict=True):
             if index:
                 seen[record.tokens[index - 1]] = record.tokens[index - 1] != template.end_of_slot
-            weaker = torch.where(logits < 0, logits * record.penalty, logits / record.penalty)
-            yield index, torch.where(seen, weaker, logits)
+            yield index, penalize(logits, seen, record.penalty)

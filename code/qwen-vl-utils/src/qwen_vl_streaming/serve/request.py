@@ -1,10 +1,10 @@
 """What session.update asks for, checked, and what that means for a model. Knows nothing about connections."""
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..common.data_rows import SURROGATE
+from ..common.numbers import is_number
 from ..model.prompts import QUESTIONS, Template
 from ..timeline.timeline import Layout
 from ..video.frames import FRAMES_PER_CLIP
@@ -14,8 +14,6 @@ from .options import Settings
 
 MOST_FRAMES = 10**6
 """Frames of a recording."""
-SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half of a character: JSON can hold it, but no text can."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +92,6 @@ def read_request(asked, models: Mapping[str, ServedModel], settings: Settings) -
         raise Refused("invalid_event", 'source must have the kind "client" or "server"')
     schedules = {model.name: model.check_schedule(schedule) for model in chosen}
     return Request(chosen, question, schedules, source, own_source, picture, frames, fps, keep is True)
-
-
-def is_number(value) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer of some hundred digits
-        return False
 
 
 def integer(fields: dict, name: str, least: int, most: int) -> int:

@@ -1,6 +1,6 @@
 """One session of a viewer, from session.update to the last response.done: the wait for room, the frames, the responses.
 
-Runs in the event loop and never blocks it: pictures are decoded in threads, models run elsewhere.
+Runs in the event loop and never blocks it: threads make clips of frames, models run elsewhere.
 """
 
 import logging
@@ -15,10 +15,11 @@ from ..common.errors import InputError
 from ..video.clip_recorder import ClipRecorder
 from ..video.frames import FRAMES_PER_CLIP
 from .admission import Ticket
+from .client_frames import ClientFrames, read_frame
 from .connection import Connection, Refused
-from .frames import FORMATS, BadFrame, BuiltClip, ClipBuilder, Picture, PreparedClip, decode_picture, prepare_clip
+from .frames import ClipBuilder, PreparedClip
 from .own_source import Opened, OwnSource, ShownClip
-from .request import Plan, Request, integer, is_number
+from .request import Plan, Request
 from .response import Response
 from .server import Server
 from .workers import Worker
@@ -32,10 +33,8 @@ class ViewerSession:
         self.ticket: Ticket | None = None
         self.responses: dict[str, Response] = {}
         self.own: OwnSource | None = None
-        self.builder: ClipBuilder | None = None
-        """Makes clips of a client's frames, once there is room."""
-        self.size = 0, 0
-        """(height, width) of the frames."""
+        self.frames: ClientFrames | None = None
+        """Of a client, once there is room."""
         self.recorder: ClipRecorder | None = None
         self.ended = False
         """No more frames are taken."""
@@ -171,7 +170,8 @@ class ViewerSession:
         if self.own is not None:
             self.own.begin()
         else:
-            self.builder, self.size = ClipBuilder(request.fps, request.frames), opened.size
+            builder = ClipBuilder(request.fps, request.frames)
+            self.frames = ClientFrames(server, builder, opened.size, self._keep)
 
     # Frames
 
@@ -181,28 +181,16 @@ class ViewerSession:
 
     async def append(self, event: dict, data: bytes, arrived: float) -> None:
         """Take the frame in `data`, which `event` announced and which `arrived` then. Raises Refused or BadFrame."""
-        size, form, moment = integer(event, "bytes", 1, 2**31), event.get("format"), event.get("time")
-        if size != len(data):
-            raise Refused("invalid_event", f"{size} bytes were announced, but {len(data)} came")
-        if len(data) > (most := self.server.settings.limits.frame_bytes):
-            raise BadFrame("frame_too_large", f"{len(data)} bytes: at most {most} are allowed")
-        if form not in FORMATS:
-            raise Refused("invalid_event", f"format must be one of {', '.join(FORMATS)}")
-        if moment is None or not is_number(moment) or not abs(moment) < 1e9:
-            raise Refused("invalid_event", "time must be the capture time in seconds")
-        if self.builder is None or self.ended:
+        form, moment = read_frame(event, data, self.server.settings.limits)
+        if self.frames is None or self.ended:
             raise Refused("invalid_event", "no session takes frames now: send session.update, wait for session.updated")
-        builder, frames = self.builder, self.server.metrics.frames
-        if (missed := builder.place(moment)) is None:
-            self.dropped += 1
-            frames.labels("dropped").inc()
-        else:
-            used = await self.server.in_thread(self._take, builder, data, form, missed, moment)
-            frames.labels("used").inc()
-            for prepared, clip in used:
-                self._feed(prepared, arrived, clip.time, clip.last)
-                for name in self.responses:
-                    self.server.metrics.share.labels(name).observe(now() - arrived)
+        clips = await self.frames.add(data, form, moment)
+        self.server.metrics.frames.labels("dropped" if clips is None else "used").inc()
+        self.dropped += clips is None
+        for prepared, clip in clips or ():
+            self._feed(prepared, arrived, clip.time, clip.last)
+            for name in self.responses:
+                self.server.metrics.share.labels(name).observe(now() - arrived)
         self.connection.send(
             "input_video_frame.acknowledged",
             droppable=True,
@@ -213,19 +201,6 @@ class ViewerSession:
             waiting={name: response.waiting for name, response in self.responses.items()},
             deadline_misses={name: response.misses for name, response in self.responses.items()},
         )
-
-    def _take(
-        self, builder: ClipBuilder, data: bytes, form: str, missed: int, moment: float
-    ) -> list[tuple[PreparedClip, BuiltClip]]:
-        """In a thread: decode a picture, and prepare the clips that it completes."""
-        pixels = decode_picture(data, form, self.server.settings.limits.pixels, self.size)
-        return self._prepare(builder.add(Picture(pixels, moment), missed))
-
-    def _prepare(self, clips: list[BuiltClip]) -> list[tuple[PreparedClip, BuiltClip]]:
-        processor, dtype = self.server.processor, self.server.settings.dtype
-        for clip in clips:
-            self._keep(clip.frames)
-        return [(prepare_clip(processor, clip.frames, dtype), clip) for clip in clips]
 
     def _keep(self, frames: Tensor) -> None:
         if self.recorder is not None:
@@ -249,11 +224,11 @@ class ViewerSession:
         if self.own is not None and not self.ended:
             self.own.stop()
             return self._end_responses()
-        if (builder := self.builder) is None:
+        if self.frames is None:
             raise Refused("invalid_event", "no session takes frames now")
         if not self.ended:
             at = now()
-            for prepared, clip in await self.server.in_thread(lambda: self._prepare(builder.finish())):
+            for prepared, clip in await self.frames.finish():
                 self._feed(prepared, at, clip.time, clip.last)
         self._end_responses()
 

@@ -150,7 +150,7 @@ class PerceptionWorker:
         self.visual = StreamState(variant, template, layout, window)
         self.free = collections.deque(range(len(self.kv_buffers)))
         near = self.kv_buffers[0].device == self.model.device
-        self.staging = None if near else runner.new_kv_buffer(layout)
+        self.staging = None if near else runner.cache.new_kv_buffer(layout.tokens_per_clip + layout.tail)
         """Where a clip's keys and values are gathered before one copy to another device."""
 
     def _compute(
@@ -170,7 +170,8 @@ class PerceptionWorker:
         due = due[due.rows.visual]
         runner.prefill(batch_slot, due)
         kv_buffer = self.free.popleft()
-        runner.copy_out(batch_slot, due, self.kv_buffers[kv_buffer] if self.staging is None else self.staging)
+        gathered = self.kv_buffers[kv_buffer] if self.staging is None else self.staging
+        runner.cache.copy_out(batch_slot.visual_index(due), gathered)
         if self.staging is not None:
             self.kv_buffers[kv_buffer].copy_(self.staging, non_blocking=True)
         self.transfers.append((session, kv_buffer, DeviceEvent(self.model.device)))

@@ -50,7 +50,7 @@ class PipelinedRounds(SerialRounds):
         """When a clip was last received, or the first of those in `sent` was sent."""
         itemsize = max(torch.float32.itemsize, self.model.dtype.itemsize)
         self.number = self.perception_client.open(
-            self.runner.new_kv_buffer(self.layout),
+            self.runner.cache.new_kv_buffer(self.layout.tokens_per_clip + self.layout.tail),
             max(rows * columns for rows, columns in self.clip_shapes) * itemsize,
             self.variant.name,
             self.template,
@@ -121,7 +121,8 @@ class PipelinedRounds(SerialRounds):
         self.last_news = now()
         _, _, kv_buffer = message
         due = self.visual.feed_clip(self.sent.popleft())
-        self.runner.copy_in(self.batch_slot, due, self.perception_client.kv_buffers[kv_buffer])
+        index = self.batch_slot.visual_index(due)
+        self.runner.cache.copy_in(index, self.perception_client.kv_buffers[kv_buffer])
         self.copying.append((kv_buffer, DeviceEvent(self.model.device)))
         self.received += 1
         return True

@@ -14,7 +14,7 @@ import torch
 
 from ..engine.batch import Job, does_not_fit
 from ..engine.kv_cache import PagedKVCache
-from ..reference import PENALTY, Caption
+from ..stream import PENALTY, Caption
 from ..timeline.timeline import ModelSchedule
 from ..timeline.variants import Variant
 from .session import Session

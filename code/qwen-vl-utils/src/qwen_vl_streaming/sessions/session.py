@@ -20,7 +20,7 @@ from ..common.numbers import MOST, check_count, check_number
 from ..common.versions import versions
 from ..engine.step_runner import StepRunner
 from ..model.prompts import Template
-from ..reference import PENALTY, Caption
+from ..stream import PENALTY, Caption
 from ..timeline.plan import Window
 from ..timeline.positions import check_clips
 from ..timeline.timeline import Layout, Schedule
@@ -112,14 +112,9 @@ class Session:
                 whole = self.mode != "fused" or chunk is not None
                 chunks = 1 if whole else choose_chunks(layout, self.scheduler.typical_quota)
             runner = rounds.make_runner(model, layout, max_clips, max_new_tokens, chunk, given, frame, chunks)
-        if penalty not in (None, runner.penalty):
-            raise InputError(
-                f"penalty {penalty} differs from {runner.penalty}, with which the runner was made: leave it out"
-            )
-        if chunks not in (None, runner.clip_chunks):
-            raise InputError(
-                f"chunks {chunks} differs from {runner.clip_chunks}, with which the runner was made: leave it out"
-            )
+        for what, asked, made in (("penalty", penalty, runner.penalty), ("chunks", chunks, runner.clip_chunks)):
+            if asked not in (None, made):
+                raise InputError(f"{what} {asked} differs from {made}, with which the runner was made: leave it out")
         self.runner, self.closed = runner, False
         self.log = SessionLog(record, about, clock)
         self.written = self.log.written
@@ -144,8 +139,6 @@ class Session:
         except BaseException:
             runner.release(self.rounds.batch_slot)
             raise
-
-    # Public
 
     @property
     def counts(self) -> list[int]:
@@ -265,8 +258,7 @@ class Session:
         if not self.closed:
             self.rounds.drop_pending()
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            why = first_line(error)
-            self._end("cancelled" if stopped else f"failed: {why}")
+            self._end("cancelled" if stopped else f"failed: {first_line(error)}")
 
     def _end(self, how: str) -> None:
         self.closed = True

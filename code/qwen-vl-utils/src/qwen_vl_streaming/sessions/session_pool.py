@@ -19,7 +19,7 @@ from ..common.numbers import MOST, check_count, check_number, shown
 from ..engine.kv_cache import PagedKVCache
 from ..engine.step_runner import StepRunner, chunk_counts_of
 from ..model.prompts import Template
-from ..reference import PENALTY
+from ..stream import PENALTY
 from ..timeline.plan import Window
 from ..timeline.timeline import Layout
 from ..timeline.variants import Variant

@@ -119,13 +119,7 @@ def _video_takes(layout: Layout, clips: int) -> int:
 
 
 def _rounds(
-    variant: Variant,
-    layout: Layout,
-    counts: Sequence[int],
-    clips: int | None,
-    bare: bool,
-    upto: int,
-    sums: RoundSums,
+    variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, bare: bool, upto: int, sums: RoundSums
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For slots `sums.slot`…upto: the base of the clip (unused for the first), the base of the slot's text, and the
     text written before.
