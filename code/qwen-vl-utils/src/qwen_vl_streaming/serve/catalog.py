@@ -93,7 +93,7 @@ class ServedModel:
         """What its process on `device` needs to know."""
         template = self.template(QUESTIONS[-1])
         common = tuple(self.layout(template, self.budget.size(*size, frames=0)) for size in COMMON)
-        widest = max(common, key=lambda layout: layout.tokens_per_clip)
+        widest = template.layout(self.budget.largest_grid, self.steps_per_second * FRAMES_PER_CLIP / FPS)
         clip_tokens = max(widest.tokens_per_clip, int(self.budget.most(FRAMES_PER_CLIP)) // SIDE_FACTOR**2)
         return ModelSpec(
             name=self.name,

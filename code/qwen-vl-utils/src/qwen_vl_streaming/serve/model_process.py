@@ -12,7 +12,7 @@ from ..common.ending import die_with_parent, explain, leave, run_to_end
 from ..common.progress import quiet_libraries
 from ..live.setup import WARM_UP_STEPS, load_on
 from ..sessions import SessionPool
-from ..sessions.session_pool import CHUNK_COUNTS, RESERVE
+from ..sessions.session_pool import RESERVE
 from ..timeline.variants import VARIANTS
 from .model_loop import ADVICE, ModelLoop
 from .model_spec import ModelSpec
@@ -76,9 +76,8 @@ def make_pool(model, spec: ModelSpec, sharing: int) -> SessionPool:
         **spec.limits,
         chunk=typical.tokens_per_clip + typical.tail,
         clip_tokens=spec.clip_tokens,
+        grids=[layout.grid for layout in spec.common],
     )
-    for grid in {layout.grid for layout in spec.common} - {spec.largest.grid}:
-        pool.runner.vision_encoder.capture(grid, [count for count in CHUNK_COUNTS if count])
     patches = typical.tokens_per_clip * model.model.visual.spatial_merge_size**2
     clip = torch.zeros(patches, model.model.visual.patch_embed.proj.weight[0].numel())
     options = {"mode": spec.mode, "max_clips": 2, "max_new_tokens": 9, "window": None}

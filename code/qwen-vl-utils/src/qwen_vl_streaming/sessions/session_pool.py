@@ -58,6 +58,7 @@ class SessionPool:
         chunk: int | None = None,
         chunks: int = 1,
         clip_tokens: int | None = None,
+        grids: Sequence[tuple[int, int]] | None = None,
         penalty: float = PENALTY,
     ):
         """Args:
@@ -70,6 +71,7 @@ class SessionPool:
                 default: a clip of `layout` and the tail. Larger clips take several steps.
             chunks: In how many chunks such a clip enters, if it is fused: see `Session`.
             clip_tokens: Visual tokens of a clip at most, where sessions of fewer clips may have larger ones.
+            grids: Those of common clips, for which the vision encoder captures CUDA graphs; default: that of `layout`.
             penalty: Repetition penalty of all sessions.
 
         Raises InputError for a wrong number, and if not even one session fits.
@@ -120,7 +122,8 @@ class SessionPool:
             penalty=penalty,
         )
         self.runner.warm_up()
-        self.runner.vision_encoder.capture(layout.grid, [count for count in chunk_counts if count])
+        for grid in dict.fromkeys(grids or [layout.grid]):
+            self.runner.vision_encoder.capture(grid, [count for count in chunk_counts if count])
 
     def open(self, variant: Variant, template: Template, layout: Layout, *, mode: str = "fused", **options) -> Session:
         """Add a session, serial or fused, with `options` as in `open_session`. Raises InputError if no batch slot or

@@ -1,6 +1,7 @@
 """Sizes of frames: how many pixels each has, by the length of its video. Does not depend on how frames are read."""
 
 from dataclasses import dataclass, fields
+from math import ceil, isqrt, sqrt
 from typing import Any
 
 from qwen_vl_utils.vision_process import smart_resize
@@ -11,6 +12,7 @@ LONGEST = 60  # frames in the longest PE-Video videos that are kept: 30 s at 2 f
 BUDGETS = ("video", "stream")
 SIDE_FACTOR = 28  # a merged visual token covers 28 × 28 pixels
 MOST_RATIO = 200  # largest aspect ratio that Qwen2.5-VL accepts
+COMMON_RATIO = 4  # largest aspect ratio of a usual source
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,17 @@ class PixelBudget:
         """The maximum pixels of each of `frames` frames that share the budget."""
         share = self.max_pixels_per_video / frames
         return max(min(self.max_pixels_per_frame, share), int(1.05 * self.min_pixels_per_frame))
+
+    @property
+    def largest_grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens that no frame of a stream exceeds in number, up to COMMON_RATIO."""
+        least, most = self.min_pixels_per_frame / SIDE_FACTOR**2, int(self.most(LONGEST)) // SIDE_FACTOR**2
+        # Small frames are enlarged to `least` tokens, and then both sides are rounded up, which gives most tokens where
+        # a side has just passed a whole number of rows.
+        rows = range(max(1, int(sqrt(least / COMMON_RATIO))), ceil(sqrt(least * COMMON_RATIO)) + 1)
+        enlarged = [(row + 1, ceil(least / row)) for row in rows]
+        largest = (isqrt(most), ceil(most / isqrt(most)))
+        return max([*enlarged, largest], key=lambda grid: (grid[0] * grid[1], -abs(grid[0] - grid[1])))
 
     def size(self, height: int, width: int, frames: int, name: str = "the source") -> tuple[int, int]:
         """(height, width) to resize each of `frames` frames to; both are divisible by 28. Pass 0 `frames` if the count
