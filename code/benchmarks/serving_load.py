@@ -83,6 +83,8 @@ def engine_alone(flags: list[str], rows: list[Row], results) -> None:
     frames = torch.stack([decode_picture(data, "jpeg", 10**7, (HEIGHT, WIDTH)) for data in pictures()])
     prepared = [prepare_clip(served.processor, frames[i : i + 2], spec.dtype) for i in range(0, KEPT, 2)]
     pixels = [clip.pixels for clip in prepared]
+    if pool.runner.on_cuda:  # as the server, which copies clips into pinned memory outside the model's loop
+        pixels = [clip.pin_memory() for clip in pixels]
     template = served.template(QUESTIONS[-1])
     layout, variant = served.layout(template, (HEIGHT, WIDTH)), VARIANTS[spec.variant]
     for row in rows:
