@@ -46,8 +46,8 @@ for variant in $variants; do
   if [ -f "$trained/config.json" ]; then
     echo "already trained: $trained"
   else
-    # One process: the recipe names the samples of a GPU.
-    NPROC_PER_NODE=1 QWEN2_5_VL_MODEL_PATH=$model QWEN2_5_VL_TRAIN_DATA=$data/train_3_5.jsonl \
+    # One process, unless asked: the recipe names the samples of a GPU.
+    NPROC_PER_NODE=${NPROC_PER_NODE:-1} QWEN2_5_VL_MODEL_PATH=$model QWEN2_5_VL_TRAIN_DATA=$data/train_3_5.jsonl \
       bash code/qwen-vl-finetune/scripts/sft.sh --output_dir "$trained" "${recipe[@]}" --max_steps "$steps" \
       "${train_on_cpu[@]}"
   fi

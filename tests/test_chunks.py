@@ -275,7 +275,7 @@ def test_the_rule_applies_where_the_caller_does_not_say(model, monkeypatch):
         ((8, 16), "wait-8", 1),
         ((16, 16), "wait-1", 1),  # a chunk needs a token beside it
         ((16, 16), "wait-2", 2),
-        ((16, 16), "greedy", 2),
+        ((16, 16), "greedy", 1),  # gives way to the next clip
         ((16, 32), "model-3", 3),
         ((32, 32), "wait-16", 4),
         ((32, 32), Schedule((0, 2, 2, 9)), 2),

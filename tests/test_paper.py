@@ -325,7 +325,7 @@ def test_steps_of_the_demo_share_the_gpus_one_each(tmp_path):
     files = [str(tmp_path / f"{number}") for number in range(6)]
     steps = [script(file, f'sleep 0.5; echo "$CUDA_VISIBLE_DEVICES" > "{file}.gpu"', kind=TRAIN) for file in files]
     shared = runner(tmp_path, steps)
-    shared.jobs, shared.gpus = 6, visible_gpus({"CUDA_VISIBLE_DEVICES": "4, GPU-5,6"})
+    shared.jobs, shared.gpus = 6, visible_gpus({"CUDA_VISIBLE_DEVICES": "4, GPU-5,6,-1,7"})
     assert shared.run() == 0
     used = sorted(Path(f"{file}.gpu").read_text().strip() for file in files)
     assert used == ["4", "4", "6", "6", "GPU-5", "GPU-5"]

@@ -41,15 +41,16 @@ def forecast(steps: Sequence[Step], gpus: str) -> dict[str, Forecast]:
     """
     trainings = [step for step in steps if step.kind == TRAIN]
     names = {step.group: step for step in trainings}
-    asked = {}
+    asked, environment = {}, dict(os.environ)
     for group, step in names.items():
         words, given = step.command.words, step.command.environment
         model, data = given["QWEN2_5_VL_MODEL_PATH"], given["QWEN2_5_VL_TRAIN_DATA"]
         asked[group] = ["--model_name_or_path", model, "--train_data", data, *words[2:]]
+        environment |= {name: value for name, value in given.items() if name == "NPROC_PER_NODE"}
     if not asked:
         return {}
     command = [sys.executable, "-m", "paper.forecast", gpus]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["the planner failed"]
         raise InputError(lines[-1].removeprefix("error: "))
@@ -103,7 +104,8 @@ def predict(asked: dict[str, list[str]], gpus_text: str) -> dict[str, dict]:
     from qwenvl.planner.request import Request
     from qwenvl.training_arguments import SftArguments
 
-    here = torch.cuda.device_count() if not gpus_text else 0
+    here, asked_for = torch.cuda.device_count() if not gpus_text else 0, os.environ.get("NPROC_PER_NODE", "")
+    here = min(here, int(asked_for)) if asked_for.isdecimal() else here
     if not gpus_text and not here:
         return {name: {"why": "no GPU found: give --gpus, such as --gpus 8xH100-80GB"} for name in asked}
     nodes = int(os.environ.get("NNODES", "1"))

@@ -24,7 +24,7 @@ from .checks import DONE, PARTIAL, REFUSED, TO_DO, State
 from .settings import ROOT
 from .states import check_step
 from .status import BLOCKED, FAILED, RUNNING, Progress, blocked_by, duration, write_page
-from .steps import REPORT, Folders, Step
+from .steps import EVALUATE, REPORT, TRAIN, Folders, Step
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PERIOD = 5.0
@@ -73,7 +73,8 @@ class Runner:
     jobs: int = 1
     """Steps that run side by side."""
     gpus: Sequence[str] = ()
-    """The GPUs that they share, as in CUDA_VISIBLE_DEVICES: each step uses one. Without any, a step uses all."""
+    """The GPUs that they share, as in CUDA_VISIBLE_DEVICES: each training or evaluation uses one. Without any,
+    it uses all."""
     _waiting: list[Step] = field(default_factory=list)
     """Steps that have not started, and of which it is not known yet whether they need to run."""
     _running: list[Running] = field(default_factory=list)
@@ -163,7 +164,7 @@ class Runner:
             start = file.tell()
             file.write(f"+ {shlex.join(redacted_command(command.words))}\n".encode())
             file.flush()
-        gpu = self._free_gpu()
+        gpu = self._free_gpu() if step.kind in (TRAIN, EVALUATE) else ""
         with file:
             process = subprocess.Popen(
                 command.words,

@@ -56,10 +56,11 @@ class StreamingTrainer(ResumableTrainer):
 
     def get_train_dataloader(self):
         """The workers read at least as many batches ahead as Trainer takes at once, those of a step, so that the device
-        does not wait for them. At most PAPER_SAMPLES, because host memory holds them."""
+        does not wait for them. At most PAPER_SAMPLES samples, because host memory holds them."""
         loader, workers = super().get_train_dataloader(), self.args.dataloader_num_workers
         if workers and self.args.dataloader_prefetch_factor is None:
-            ahead = min(self.args.gradient_accumulation_steps, PAPER_SAMPLES)
+            most = max(1, PAPER_SAMPLES // self.args.per_device_train_batch_size)
+            ahead = min(self.args.gradient_accumulation_steps, most)
             loader.base_dataloader.prefetch_factor = max(2, math.ceil(ahead / workers))
         return loader
 

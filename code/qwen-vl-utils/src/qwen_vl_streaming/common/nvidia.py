@@ -1,6 +1,7 @@
 """What the NVIDIA driver reports about the GPUs of this machine, through its NVML library. Independent of PyTorch."""
 
 import ctypes
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     """The NVIDIA GPUs that a child process can be given, each a value of CUDA_VISIBLE_DEVICES: those that the variable
     lists, else all."""
     if (listed := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in listed.split(",") if name.strip()]
+        names = [name.strip() for name in listed.split(",") if name.strip()]
+        return list(itertools.takewhile(lambda name: not name.startswith("-"), names))  # CUDA stops at -1
     return [str(index) for index in range(len(ask_driver().gpus))]
 
 

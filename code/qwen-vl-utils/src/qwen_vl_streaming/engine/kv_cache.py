@@ -108,6 +108,7 @@ class PagedKVCache:
 
     def _padded(self, index: Tensor, kv_buffer: Tensor) -> Tensor:
         """`index` on the device, with block 0 for further tokens of the buffer."""
+        assert len(index) <= kv_buffer.shape[2]
         return to_device(nn.functional.pad(index, (0, kv_buffer.shape[2] - len(index))), self.store.device)
 
 

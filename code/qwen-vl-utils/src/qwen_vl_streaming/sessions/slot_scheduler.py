@@ -129,7 +129,10 @@ class SlotScheduler:
 
     @property
     def typical_quota(self) -> float:
-        """The median quota of the first slots, without the last one; 0 if it is the only one."""
+        """The median quota of the first slots, without the last one; 0 if it is the only one, and for greedy slots,
+        which give way to the next clip."""
+        if self.greedy:
+            return 0
         slots = range(1, min(FIRST_SLOTS + 1, self.fixed_clips or FIRST_SLOTS + 1))
         return median(map(self.quota, slots)) if slots else 0
 

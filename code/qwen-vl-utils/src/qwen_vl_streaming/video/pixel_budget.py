@@ -66,7 +66,7 @@ class PixelBudget:
         # Small frames are enlarged to `least` tokens, and then both sides are rounded up, which gives most tokens where
         # a side has just passed a whole number of rows.
         rows = range(max(1, int(sqrt(least / COMMON_RATIO))), ceil(sqrt(least * COMMON_RATIO)) + 1)
-        enlarged = [(row + 1, ceil(least / row)) for row in rows]
+        enlarged = [(row + 1, int(least / row) + 1) for row in rows]
         largest = (isqrt(most), ceil(most / isqrt(most)))
         return max([*enlarged, largest], key=lambda grid: (grid[0] * grid[1], -abs(grid[0] - grid[1])))
 
