@@ -175,14 +175,18 @@ def test_default_pixel_budget(made):
 
 
 @pytest.mark.parametrize(
-    "workers, steps, given, expected",
-    [(4, 16, None, 4), (4, 4, None, 2), (3, 100, None, 6), (4, 16, 1, 1), (0, 16, None, 1)],
-)
-def test_workers_read_a_whole_step_ahead(monkeypatch, workers, steps, given, expected):
+    "workers, steps, samples, given, expected",
+    [(4, 16, 1, None, 4), (4, 4, 1, None, 2), (3, 100, 1, None, 6), (2, 16, 4, None, 2), (1, 16, 4, None, 4),
+     (4, 16, 99, None, 2), (4, 16, 1, 1, 1), (0, 16, 1, None, 1)],
+)  # fmt: skip
+def test_workers_read_a_whole_step_ahead(monkeypatch, workers, steps, samples, given, expected):
     loader = SimpleNamespace(base_dataloader=SimpleNamespace(prefetch_factor=1))
     monkeypatch.setattr(Trainer, "get_train_dataloader", lambda trainer: loader)
     trainer = StreamingTrainer.__new__(StreamingTrainer)
     trainer.args = SimpleNamespace(
-        dataloader_num_workers=workers, gradient_accumulation_steps=steps, dataloader_prefetch_factor=given
+        dataloader_num_workers=workers,
+        gradient_accumulation_steps=steps,
+        per_device_train_batch_size=samples,
+        dataloader_prefetch_factor=given,
     )
     assert trainer.get_train_dataloader().base_dataloader.prefetch_factor == expected
