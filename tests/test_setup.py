@@ -65,7 +65,7 @@ def test_unsuitable_pythons_are_refused_in_one_line(tmp_path, requested, existin
 
 
 def test_the_pins_are_within_the_bounds_of_the_library():
-    """Whoever installs the library alone gets versions that it works with."""
+    """pip installs versions that the library works with, also if it is installed alone."""
     root = SETUP.parents[1]
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (root / "requirements.txt").read_text(), re.MULTILINE))
     needed = tomllib.loads((root / "code/qwen-vl-utils/pyproject.toml").read_text())["project"]["dependencies"]
