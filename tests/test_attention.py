@@ -93,10 +93,13 @@ def test_packed_samples_never_see_each_other():
         assert torch.allclose(flex_attention(query, key, value, block_mask=blocks), dense, atol=1e-5)
 
 
+@pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_predicate_of_the_block_mask_is_the_dense_mask(packed):
-    """Element by element over a batch of two rows. The skipped blocks contain nothing that is allowed."""
+def test_the_predicate_of_the_block_mask_is_the_dense_mask(packed, ordered):
+    """Element by element over a batch of two rows, in feed order and in a random one, where it is that of the feed
+    order with rows and columns moved. The skipped blocks contain nothing that is allowed."""
     print("seed", SEED)
+    torch.manual_seed(SEED)
     draw = random.Random(SEED)
     for variant in VARIANTS.values():
         timelines = [make_timeline(variant, Layout(9, 3, 3, (7, 8)), random_counts(draw, variant)) for _ in range(2)]
@@ -105,13 +108,20 @@ def test_the_predicate_of_the_block_mask_is_the_dense_mask(packed):
         for i, timeline in enumerate(timelines):
             visual[i, : len(timeline.rows)], text[i, : len(timeline.rows)] = timeline.rows.visual, timeline.rows.text
         sample = torch.arange(length).div(40, rounding_mode="floor").expand(2, length) if packed else None
-        blocks = block_mask(visual, text, variant.parallel, sample)
+        in_order = dense_mask(visual, text, variant.parallel, sample=sample)[:, 0]
+        feed = None
+        if not ordered:
+            feed = torch.stack([torch.randperm(length) for _ in range(2)])
+            visual, text, sample = (None if t is None else t.gather(1, feed) for t in (visual, text, sample))
+        blocks = block_mask(visual, text, variant.parallel, sample, feed)
         assert blocks.shape == (2, 1, length, length)
         place = torch.arange(length)
         rows = torch.arange(2)[:, None, None]
         said = blocks.mask_mod(rows, 0, place[:, None], place).expand(2, length, length)
-        expected = dense_mask(visual, text, variant.parallel, sample=sample)[:, 0]
+        expected = dense_mask(visual, text, variant.parallel, sample=sample, feed=feed)[:, 0]
         assert torch.equal(said, expected), variant.name
+        moved = torch.arange(length).expand(2, -1) if feed is None else feed
+        assert torch.equal(expected, in_order[torch.arange(2)[:, None, None], moved[:, :, None], moved[:, None, :]])
         size = blocks.BLOCK_SIZE[0]
         coarse = blocks.to_dense()[:, 0].bool().repeat_interleave(size, 1).repeat_interleave(size, 2)
         assert not (expected & ~coarse[:, :length, :length]).any()

@@ -1,6 +1,7 @@
 """Training: the contents of samples and batches, bad samples, and arguments that are refused."""
 
 import time
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,12 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.loading import load_model
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.timeline.attention import make_mask
+from qwen_vl_streaming.timeline.timeline import Layout, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl.arguments import DataArguments, ModelArguments
-from qwenvl.batches import collate, collate_for_trainer, pack
-from qwenvl.data import IGNORED, StreamingDataset
+from qwenvl.batches import collate, collate_for_trainer, pack, text_last
+from qwenvl.data import IGNORED, Sample, StreamingDataset
 from qwenvl.rows import read_rows
 from qwenvl.trainer import StreamingTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,7 +74,8 @@ def test_a_special_token_in_a_question_is_text(made, special):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_batch_equals_its_samples(made, variant):
-    """Loss and gradients of a batch of 4, padded and packed, against the four samples one by one."""
+    """Loss and gradients of a batch of 4, padded and packed, in feed order and with text last, against the four samples
+    one by one."""
     samples = [dataset(made, variant)[i] for i in range(4)]
     parallel = VARIANTS[variant].parallel
     total = sum(int((sample.labels != IGNORED).sum()) for sample in samples)
@@ -83,7 +86,7 @@ def test_a_batch_equals_its_samples(made, variant):
         for batch in (collate(samples, pack_tokens) for samples in batches):
             assert not batch.pop("tally")["bad"]
             flags = batch.pop("visual"), batch.pop("text")
-            mask = make_mask(*flags, parallel, "sdpa", batch.pop("sample", None))
+            mask = make_mask(*flags, parallel, "sdpa", batch.pop("sample", None), batch.pop("feed", None))
             part = model(**batch, attention_mask=mask, num_items_in_batch=total).loss
             part.backward()
             loss += part.item()
@@ -91,11 +94,29 @@ def test_a_batch_equals_its_samples(made, variant):
 
     loss_alone, grads_alone = gradients([[sample] for sample in samples])
     longest = max(len(sample.input_ids) for sample in samples)
-    for pack_tokens in (0, 2 * longest + 5, 4 * longest):
-        loss, grads = gradients([samples], pack_tokens)
+    last = list(map(text_last, samples))
+    assert all(sample.text[-int(sample.text.sum()) :].all() for sample in last)
+    assert variant in ("origin", "batch") or not torch.equal(last[0].input_ids, samples[0].input_ids)
+    for pack_tokens, packed in product((0, 2 * longest + 5, 4 * longest), (samples, last)):
+        loss, grads = gradients([packed], pack_tokens)
         assert abs(loss - loss_alone) < 1e-5
         for a, b in zip(grads, grads_alone, strict=True):
             assert torch.allclose(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_with_text_last_most_blocks_need_no_mask():
+    """The sample of the benchmarks: 30 clips of 91 visual tokens, wait-3."""
+    timeline = make_timeline(VARIANTS["group"], Layout(40, 3, 3, (7, 13)), (3,) * 29 + (30,))
+    flags = timeline.rows.visual, timeline.rows.text
+    one = Sample(*[torch.zeros(len(flags[0]))] * 2, *flags, *[torch.zeros(len(flags[0]))] * 2, None, None)
+    counts = []
+    for sample in (one, text_last(one)):
+        feed = None if sample.feed is None else sample.feed[None]
+        mask = make_mask(sample.visual[None], sample.text[None], True, "flex_attention", feed=feed)
+        counts.append((int(mask.kv_num_blocks.sum()), int(mask.full_kv_num_blocks.sum())))
+    (partial, full), (partial_last, full_last) = counts
+    assert partial + full == partial_last + full_last
+    assert partial > 0.8 * (partial + full) and partial_last < 0.3 * (partial + full), counts
 
 
 class Values(TorchDispatchMode):

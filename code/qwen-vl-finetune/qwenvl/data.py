@@ -60,6 +60,8 @@ class Sample:
     grid_thw: Tensor  # (3,)
     bad: tuple[str, str] | None = None
     """Video id and reason, if this is the blank sample in place of a bad one."""
+    feed: Tensor | None = None
+    """(L,): the feed index of each token; None for feed order."""
 
 
 @dataclass(eq=False)

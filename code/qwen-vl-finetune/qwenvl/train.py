@@ -188,7 +188,11 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             args=arguments,
             train_dataset=PaddedDataset(make_dataset(rows), batch),
             eval_dataset=PaddedDataset(make_dataset(held_out), eval_batch) if held_out else None,
-            data_collator=partial(collate_for_trainer, pack_tokens=data_arguments.pack_tokens),
+            data_collator=partial(
+                collate_for_trainer,
+                pack_tokens=data_arguments.pack_tokens,
+                reorder=variant.parallel and implementation == "flex_attention",
+            ),
             base=base,
             added_config=added_config(model_arguments, data_arguments, config, facts["model_sha256"]),
             parallel=variant.parallel,

@@ -49,7 +49,8 @@ class StreamingTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         visual, text = inputs.pop("visual"), inputs.pop("text")
-        mask = make_mask(visual, text, self.parallel, self.implementation, inputs.pop("sample", None))
+        packed = inputs.pop("sample", None), inputs.pop("feed", None)
+        mask = make_mask(visual, text, self.parallel, self.implementation, *packed)
         pixels = inputs["pixel_values_videos"].tensor.to(self.args.device, non_blocking=True)
         grids = inputs["video_grid_thw"].tensor
         inputs = {**inputs, "pixel_values_videos": pixels, "video_grid_thw": grids, "attention_mask": mask}

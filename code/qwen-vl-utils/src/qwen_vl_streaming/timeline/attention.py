@@ -21,19 +21,27 @@ def allowed(query, key, visual_query, text_key, parallel: bool):
 
 
 def dense_mask(
-    visual: Tensor, text: Tensor, parallel: bool, query: Tensor | None = None, sample: Tensor | None = None
+    visual: Tensor,
+    text: Tensor,
+    parallel: bool,
+    query: Tensor | None = None,
+    sample: Tensor | None = None,
+    feed: Tensor | None = None,
 ) -> Tensor:
     """A boolean mask of shape (B, 1, Q, L), True where attention is allowed.
 
-    `visual` and `text` are (B, L) flags in feed order; `query` (B, Q) holds feed indices, by default all L.
-    `sample` (B, L) numbers the samples that are packed into a row. They never attend to each other.
+    `visual` and `text` are (B, L) flags in feed order; `query` (B, Q) holds the indices of the queries, by default all
+    L. `sample` (B, L) numbers the samples that are packed into a row. They never attend to each other. `feed` (B, L)
+    holds feed indices, for rows whose tokens are in another order.
     Padding after the end of a stream needs no flag, because nothing before it attends to it.
     """
-    key = torch.arange(visual.shape[1], device=visual.device)
+    place = torch.arange(visual.shape[1], device=visual.device).expand_as(visual)
     if query is None:
-        query = key.expand_as(visual)
+        query = place
+    feed = place if feed is None else feed
     visual_query = visual.gather(1, query)
-    mask = allowed(query[:, :, None], key, visual_query[:, :, None], text[:, None, :], parallel)
+    fed = feed.gather(1, query)
+    mask = allowed(fed[:, :, None], feed[:, None, :], visual_query[:, :, None], text[:, None, :], parallel)
     if sample is not None:
         mask = mask & (sample.gather(1, query)[:, :, None] == sample[:, None, :])
     return mask[:, None]
@@ -43,12 +51,15 @@ BLOCK = 128
 """Rows and columns of the blocks of FlexAttention."""
 
 
-def block_mask(visual: Tensor, text: Tensor, parallel: bool, sample: Tensor | None = None) -> BlockMask:
+def block_mask(
+    visual: Tensor, text: Tensor, parallel: bool, sample: Tensor | None = None, feed: Tensor | None = None
+) -> BlockMask:
     """The same rule for FlexAttention over whole rows: (B, L) flags to a block mask of (B, 1, L, L)."""
     length = visual.shape[1]
 
     def mask_mod(b, h, q, kv):
-        return allowed(q, kv, visual[b, q], text[b, kv], parallel)
+        fed = (q, kv) if feed is None else (feed[b, q], feed[b, kv])
+        return allowed(*fed, visual[b, q], text[b, kv], parallel)
 
     chosen = mask_mod
     if sample is not None:
@@ -59,7 +70,7 @@ def block_mask(visual: Tensor, text: Tensor, parallel: bool, sample: Tensor | No
         chosen = packed_mask_mod
     # As create_block_mask does, but from the dense mask instead of vmap over `chosen`, which takes the host 10 ms more.
     missing = -length % BLOCK
-    dense = nn.functional.pad(dense_mask(visual, text, parallel, sample=sample), (0, missing, 0, missing))
+    dense = nn.functional.pad(dense_mask(visual, text, parallel, sample=sample, feed=feed), (0, missing, 0, missing))
     count = dense.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((3, 5))  # allowed pairs of each block
     full = count == BLOCK * BLOCK
     partial = (count > 0) & ~full
@@ -74,19 +85,25 @@ def _block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_mask(
-    visual: Tensor, text: Tensor, parallel: bool, implementation: str, sample: Tensor | None = None
+    visual: Tensor,
+    text: Tensor,
+    parallel: bool,
+    implementation: str,
+    sample: Tensor | None = None,
+    feed: Tensor | None = None,
 ) -> Tensor | BlockMask | None:
-    """The mask of whole rows, (B, L) flags, in the form that an attention `implementation` takes.
+    """The mask of whole rows, (B, L) flags, in the form that an attention `implementation` takes. `sample` and `feed`
+    are those of `dense_mask`.
 
     None means causal, which is only returned for rows with one sample of a variant that is not parallel. Raises
     InputError if the implementation cannot express the mask.
     """
     if implementation == "flex_attention":
-        return block_mask(visual, text, parallel, sample)
-    if not parallel and sample is None and (implementation == "sdpa" or "flash" in implementation):
+        return block_mask(visual, text, parallel, sample, feed)
+    if not parallel and sample is None and feed is None and (implementation == "sdpa" or "flash" in implementation):
         return None
     if implementation == "sdpa":
-        return dense_mask(visual, text, parallel, sample=sample)
+        return dense_mask(visual, text, parallel, sample=sample, feed=feed)
     raise InputError(
         f"{implementation} cannot express the mask of a parallel variant (overlap, group, gap) or of packed samples: "
         "use flex_attention on a GPU or sdpa on a CPU"
