@@ -18,9 +18,10 @@ from qwenvl.batches import collate, collate_for_trainer, pack, text_last
 from qwenvl.data import IGNORED, Sample, StreamingDataset
 from qwenvl.rows import read_rows
 from qwenvl.trainer import StreamingTrainer
+from qwenvl.training_arguments import SftArguments
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import refused
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 SEED = time.time_ns() % 100_000
 
@@ -261,3 +262,20 @@ def test_workers_read_a_whole_step_ahead(monkeypatch, workers, steps, samples, g
         dataloader_prefetch_factor=given,
     )
     assert trainer.get_train_dataloader().base_dataloader.prefetch_factor == expected
+
+
+def test_deepspeed_does_not_time_passes(monkeypatch, tmp_path):
+    """Its throughput timer makes the host wait for the GPU, unless the configuration asks for it."""
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 1}}')
+    monkeypatch.setenv("RANK", "0")
+    for given in ({}, {"timers": {"throughput": {"enabled": True}}}):
+        config = dict(given)
+        monkeypatch.setattr(
+            TrainingArguments,
+            "__post_init__",
+            lambda self, config=config: setattr(
+                self, "hf_deepspeed_config", SimpleNamespace(config=config, mismatches=[])
+            ),
+        )
+        SftArguments(output_dir=str(tmp_path), deepspeed=str(tmp_path / "zero.json"), use_cpu=True, report_to="none")
+        assert config == (given or {"timers": {"throughput": {"enabled": False}}})
