@@ -10,6 +10,7 @@ import torch
 from qwen_vl_streaming.engine.batch import Batch
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.quantized_linear import TILES, Tiles, choose_tiles, converted, kernel_product
+from qwen_vl_streaming.model.flex_attention import has_fa4
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers
 from qwen_vl_streaming.model.quantization import WEIGHTS, quantize, quantize_model, scaled_linear
 from qwen_vl_streaming.reference import caption
@@ -62,16 +63,16 @@ def test_streamed_equals_full_on_the_gpu(variant):
         assert (torch.stack(kept[: len(answer)]).cpu() - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["group", "interleave"])
-@pytest.mark.parametrize("heads", [6, 8])
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
-def test_flex_attention_equals_dense_with_gradients(dtype, tolerance, heads, name):
-    """Two samples of ten clips, packed: loss and every gradient, relative to its own size."""
+def packed_pass(name, dtype, heads, size, sections):
+    """A function that runs two samples of ten clips, packed, with an attention implementation, in feed order or with
+    the rows of text last, and returns the loss and every gradient. `size` is that of a head."""
     print("seed", SEED)
     torch.manual_seed(SEED)
     torch.backends.cuda.matmul.allow_tf32 = False
     draw = random.Random(SEED)
-    model = tiny_model(**FLEX | {"num_attention_heads": heads, "hidden_size": 16 * heads}).to("cuda", dtype).train()
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
+    shape = {"num_attention_heads": heads, "hidden_size": size * heads, "rope_parameters": rope}
+    model = tiny_model(**FLEX | shape).to("cuda", dtype).train()
     variant, template = VARIANTS[name], random_template(draw)
     layout = Layout(len(template.prompt), len(template.tail), len(template.header), (5, 7))
     timeline = make_timeline(variant, layout, (3,) * 9 + (12,))
@@ -80,28 +81,56 @@ def test_flex_attention_equals_dense_with_gradients(dtype, tolerance, heads, nam
     labels = torch.cat([torch.where(timeline.produces < 0, -100, answer[timeline.produces]) for answer in answers])
     flags = [flag.repeat(2)[None].cuda() for flag in (rows.visual, rows.text)]
     sample = torch.arange(2).repeat_interleave(len(rows))[None].cuda()
-    visual_tokens = torch.randn(700, 16 * heads)
+    visual_tokens = torch.randn(700, size * heads)
 
-    def run(implementation):
+    def run(implementation, text_last=False):
+        feed = rows.text.int().argsort(stable=True) if text_last else torch.arange(len(rows))
+        order = torch.cat([feed, feed + len(rows)])
+        mask = [*(flag[:, order.cuda()] for flag in flags), variant.parallel, implementation, sample]
         model.zero_grad()
         model.model.language_model.set_attn_implementation(implementation)
         loss = model(
-            input_ids=ids[None].cuda(),
-            position_ids=timeline_positions(timeline).repeat(1, 2)[:, None].cuda(),
-            attention_mask=make_mask(*flags, variant.parallel, implementation, sample),
+            input_ids=ids[None, order].cuda(),
+            position_ids=timeline_positions(timeline).repeat(1, 2)[:, None, order].cuda(),
+            attention_mask=make_mask(*mask, feed.int().repeat(2)[None].cuda() if text_last else None),
             visual_tokens=visual_tokens.to("cuda", dtype),
-            labels=labels[None].cuda(),
+            labels=labels[None, order].cuda(),
         ).loss
         loss.backward()
         weights = model.model.language_model.named_parameters()
         return loss.item(), {name: weight.grad.float().clone() for name, weight in weights}
 
-    loss, gradients = run("sdpa")
-    flex_loss, flex_gradients = run("flex_attention")
-    assert abs(loss - flex_loss) < tolerance * abs(loss)
+    return run
+
+
+def assert_equal_passes(one, other, tolerance):
+    """Two results of `packed_pass`. Gradients relative to the largest of their own weight."""
+    (loss, gradients), (other_loss, other_gradients) = one, other
+    assert abs(loss - other_loss) < tolerance * abs(loss)
     for weight, gradient in gradients.items():
         scale = gradient.abs().max()
-        assert (gradient - flex_gradients[weight]).abs().max() <= tolerance * scale + 1e-6, weight
+        assert (gradient - other_gradients[weight]).abs().max() <= tolerance * scale + 1e-6, weight
+
+
+@pytest.mark.parametrize("name", ["group", "interleave"])
+@pytest.mark.parametrize("heads", [6, 8])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
+def test_flex_attention_equals_dense_with_gradients(dtype, tolerance, heads, name):
+    run = packed_pass(name, dtype, heads, 16, [2, 3, 3])
+    dense = run("sdpa")
+    for text_last in (False, True):
+        assert_equal_passes(dense, run("flex_attention", text_last), tolerance)
+
+
+@pytest.mark.skipif(not has_fa4(), reason="flash-attn-4 is not installed")
+@pytest.mark.parametrize("name", ["group", "interleave"])
+@pytest.mark.parametrize("heads", [14, 16])
+def test_flex_fa4_equals_dense_with_gradients(heads, name):
+    """Two key-value heads, as at 3B, with heads of 128; seven or eight query heads share one, as at 7B and 3B."""
+    run = packed_pass(name, torch.bfloat16, heads, 128, [16, 24, 24])
+    dense = run("sdpa")
+    for text_last in (False, True):
+        assert_equal_passes(dense, run("flex_fa4", text_last), 5e-2)
 
 
 def test_a_training_pass_does_not_wait_for_the_gpu():

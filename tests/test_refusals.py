@@ -90,6 +90,8 @@ def refusal(made, tmp_path, capsys, monkeypatch):
         ("--torch_compile True", "--compile_layers True"),
         ("--resume_from_checkpoint x", "the same command resumes"),
         ("--attention flex_attention", "does not train on a CPU"),
+        ("--attention flex_fa4", "--attention flex_fa4 does not train on a CPU"),
+        ("--attention flex", "choose auto, sdpa, flex_attention, flex_fa4 or flash_attention_2"),
         ("--variant batch --attention flash_attention_2", "is not installed"),
         ("--variant batch --attention flash_attention_2 --pack_tokens 512", "does not support packed samples"),
         ("--model_max_length 0", "--model_max_length 0"),

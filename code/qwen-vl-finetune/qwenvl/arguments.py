@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import PROJECT, find_data, find_model, find_video_root
+from qwen_vl_streaming.model.flex_attention import FA4
 from qwen_vl_streaming.model.prompts import END_OF_SLOT
 from qwen_vl_streaming.model.trained import MODEL
 from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT
@@ -17,6 +18,7 @@ from transformers.hf_argparser import HfArg
 from .argument_checks import defaults
 
 SCHEDULES = ("data", "wait", MODEL)
+ATTENTIONS = ("auto", "sdpa", "flex_attention", FA4, "flash_attention_2")
 
 
 @dataclass
@@ -49,7 +51,9 @@ class ModelArguments:
         "that no caption contains. A slot with --max_tokens_per_slot tokens ends without it.",
     )
     attention: str = HfArg(
-        default="auto", help="Attention of the language model: auto, sdpa, flex_attention, flash_attention_2."
+        default="auto",
+        help="Attention of the language model: auto, sdpa, flex_attention, flex_fa4 (FlexAttention with the kernels of "
+        "flash-attn-4), flash_attention_2.",
     )
     compile_layers: bool = HfArg(
         default=False, help="Compile each layer: 1.5 times as fast on a GPU, after about a minute."
@@ -101,8 +105,8 @@ class ModelArguments:
             )
         if not (self.tune_mm_llm or self.tune_mm_mlp or self.tune_mm_vision):
             raise InputError("there is nothing to train: set one of --tune_mm_llm, --tune_mm_mlp, --tune_mm_vision")
-        if self.attention not in ("auto", "sdpa", "flex_attention", "flash_attention_2"):
-            raise InputError(f"--attention {self.attention}: choose auto, sdpa, flex_attention or flash_attention_2")
+        if self.attention not in ATTENTIONS:
+            raise InputError(f"--attention {self.attention}: choose {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}")
         if self.rules.parallel and "flash" in self.attention:
             raise InputError(
                 f"--attention {self.attention} does not support the streaming mask of {self.variant}: "

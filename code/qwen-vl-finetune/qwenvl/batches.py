@@ -87,7 +87,7 @@ def text_last(sample: Sample) -> Sample:
     """
     order = sample.text.to(torch.int8).argsort(stable=True)
     rows = ("input_ids", "position_ids", "visual", "text", "clip", "labels")
-    return replace(sample, feed=order, **{name: getattr(sample, name)[..., order] for name in rows})
+    return replace(sample, feed=order.int(), **{name: getattr(sample, name)[..., order] for name in rows})
 
 
 def collate_for_trainer(samples: Sequence[Sample], pack_tokens: int = 0, reorder: bool = False) -> dict:
