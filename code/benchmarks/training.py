@@ -41,12 +41,15 @@ def answer_counts(variant: Variant) -> tuple[int, ...]:
 
 
 def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device: str) -> tuple[dict, tuple]:
-    """Pack `samples` samples into one row, as `--pack_tokens` does, padded to a multiple of 128 tokens.
+    """Pack `samples` samples into one row, as `--pack_tokens` does, padded to a multiple of 128 tokens. In parallel
+    variants the rows of text are last, as `text_last` of training has them.
 
-    Returns the model's inputs, and the visual, text and sample flags from which each step builds the mask.
+    Returns the model's inputs, and the visual, text, sample and feed tensors from which each step builds the mask.
     """
     timeline = make_timeline(variant, LAYOUT, answer_counts(variant))
     rows, length = timeline.rows, len(timeline.rows)
+    feed = rows.text.int().argsort(stable=True) if variant.parallel else torch.arange(length)
+    rows = rows[feed]
     padding = -(length * samples) % 128
     ids = torch.randint(0, 150_000, (length,))
     ids[rows.part == CLIP] = config.video_token_id
@@ -57,10 +60,10 @@ def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device:
     numbers = torch.arange(1, samples + 1).repeat_interleave(length)
     sample = torch.nn.functional.pad(numbers, (0, padding))[None].to(device) if samples > 1 else None
     patches = 4 * GRID[0] * GRID[1]
-    labels = row(torch.where(timeline.produces == NOTHING, -100, 7), -100)
+    labels = row(torch.where(timeline.produces[feed] == NOTHING, -100, 7), -100)
     inputs = {
         "input_ids": row(ids),
-        "position_ids": torch.stack([row(axis) for axis in timeline_positions(timeline)]),
+        "position_ids": torch.stack([row(axis) for axis in timeline_positions(timeline)[:, feed]]),
         "labels": labels,
         "visual_rows": indices(row(rows.part == CLIP, False)),
         "score": indices(labels != -100),
@@ -68,7 +71,8 @@ def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device:
         "video_grid_thw": torch.tensor([[CLIPS, 2 * GRID[0], 2 * GRID[1]]] * samples),
         "num_items_in_batch": samples * ANSWER,
     }
-    return inputs, (row(rows.visual, False), row(rows.text, False), sample)
+    moved = row(feed.int(), length) if variant.parallel else None
+    return inputs, (row(rows.visual, False), row(rows.text, False), sample, moved)
 
 
 def flops(timeline: Timeline, model) -> float:
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["group"])
     parser.add_argument("--samples", type=int, nargs="+", default=[1], help="samples per packed row (default: 1)")
     parser.add_argument("--compile", action="store_true", help="compile the layers, like --compile_layers of sft.sh")
+    parser.add_argument("--attention", help="as sft.sh --attention (default: flex_attention, on a CPU sdpa)")
     parser.add_argument("--stock-tower", action="store_true", help="also time the vision encoder of transformers")
     parser.add_argument(
         "--no-update",
@@ -170,14 +175,14 @@ def main() -> None:
     update = 0.0 if arguments.no_update else None
     print(f"{'variant':<12}{'samples/row':>14}{'ms/sample':>13}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}")
     for variant in (VARIANTS[name] for name in arguments.variants):
-        implementation = "flex_attention" if device == "cuda" else "sdpa"
+        implementation = arguments.attention or ("flex_attention" if device == "cuda" else "sdpa")
         model.model.language_model.set_attn_implementation(implementation)
         for samples in arguments.samples:
-            batch, (visual, text, sample) = make_batch(variant, samples, config, device)
+            batch, (visual, text, *packed) = make_batch(variant, samples, config, device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
 
-            def step(batch=batch, flags=(visual, text, variant.parallel, implementation, sample)):
+            def step(batch=batch, flags=(visual, text, variant.parallel, implementation, *packed)):
                 model(**batch, attention_mask=make_mask(*flags)).loss.backward()
 
             each = seconds(step, arguments.repeats, device)
