@@ -137,7 +137,7 @@ def test_a_training_pass_does_not_wait_for_the_gpu():
     """Compiled layers, a frozen vision tower, FlexAttention over two packed samples."""
     torch.manual_seed(0)
     model = tiny_model(**FLEX).to("cuda", torch.bfloat16).train()
-    model.model.visual.blocks.requires_grad_(False)
+    model.model.visual.requires_grad_(False).merger.requires_grad_(True)
     model.model.language_model.set_attn_implementation("flex_attention")
     compile_layers(model)
     ids, grids = torch.zeros(1, 80, dtype=torch.long), torch.tensor([[2, 4, 6], [3, 4, 4]])
