@@ -146,8 +146,8 @@ class Request:
         Raises InputError where nothing fits or the inputs cannot be read.
         """
         plan, shape, lengths, steps = self.predict(gpus)
-        fa4 = gpus.fa4 and self.model.attention == "auto" and plan.settings.bf16
-        fa4 = fa4 and self.model.choose_attention(True, plan.settings.pack_tokens > 0) == "flex_attention"
+        # Only for rows of one length: these kernels were not run with others.
+        fa4 = gpus.fa4 and self.model.attention == "auto" and plan.settings.bf16 and plan.settings.pack_tokens > 0
         text = describe(plan, shape, lengths, gpus, steps, self.choices().describe(), fa4)
         flags = plan.settings.flags(shape.layers)
         if fa4:

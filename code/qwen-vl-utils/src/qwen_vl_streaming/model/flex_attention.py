@@ -26,6 +26,7 @@ def has_fa4() -> bool:
         return False
     return True
 
+
 FEW_KEYS = 64 * 128
 """Keys of all key-value heads together. For fewer, the backward kernel uses less than half of a large GPU."""
 
