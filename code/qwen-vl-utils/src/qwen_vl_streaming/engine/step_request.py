@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..timeline.timeline import Layout
@@ -19,9 +21,17 @@ class BatchSlot:
     visual: BlockTable
     text: BlockTable
 
+    def cache_index(self, due: DueRows) -> np.ndarray:
+        """Indices into the cache's tokens of the rows of `due`."""
+        index, text = due.run_index.copy(), due.text
+        for run, flags in ((self.visual, ~text), (self.text, text)):
+            if flags.any():
+                index[flags] = run.cache_index(index[flags])
+        return index
+
     def visual_index(self, due: DueRows) -> Tensor:
         """Indices into the cache's tokens of the visual rows of `due`."""
-        return self.visual.cache_index(due.run_index[due.rows.visual])
+        return torch.from_numpy(self.visual.cache_index(due.run_index[due.visual]))
 
 
 @dataclass(frozen=True)
