@@ -79,9 +79,9 @@ class HostTensor:
 
 
 def collate_for_trainer(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
-    """`collate`, with the pixels as a HostTensor."""
+    """`collate`, with the pixels as a HostTensor, and the grids too, which the model reads on the host."""
     batch = collate(samples, pack_tokens)
-    return {**batch, "pixel_values_videos": HostTensor(batch["pixel_values_videos"])}
+    return batch | {name: HostTensor(batch[name]) for name in ("pixel_values_videos", "video_grid_thw")}
 
 
 def collate(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
@@ -105,6 +105,8 @@ def collate(samples: Sequence[Sample], pack_tokens: int = 0) -> dict:
 
     batch = {name: stack(name) for name in ("input_ids", "visual", "text", "position_ids")}
     batch["labels"] = stack("labels", IGNORED)
+    for name, flags in ("visual_rows", stack("clip")), ("score", batch["labels"] != IGNORED):
+        batch[name] = flags.flatten().nonzero().squeeze(1)
     if pack_tokens:
         batch["sample"] = pad_rows([torch.full_like(s.input_ids, n) for n, s in enumerate(row, 1)] for row in rows)
     in_order = [sample for row in rows for sample in row]

@@ -54,6 +54,7 @@ class Sample:
     position_ids: Tensor  # (3, L)
     visual: Tensor  # (L,) bool
     text: Tensor  # (L,) bool
+    clip: Tensor  # (L,) bool: the rows of visual tokens
     labels: Tensor  # (L,)
     pixel_values: Tensor  # (patches, pixels of a patch)
     grid_thw: Tensor  # (3,)
@@ -246,6 +247,7 @@ class StreamingDataset(torch.utils.data.Dataset):
             position_ids=timeline_positions(timeline),
             visual=rows.visual,
             text=rows.text,
+            clip=rows.part == CLIP,
             labels=torch.where(timeline.produces == NOTHING, IGNORED, answer_tokens[timeline.produces]),
             pixel_values=pixels.flatten(0, 1),
             grid_thw=torch.tensor([clips, grid[0] * merge, grid[1] * merge]),

@@ -51,7 +51,8 @@ class StreamingTrainer(ResumableTrainer):
         visual, text = inputs.pop("visual"), inputs.pop("text")
         mask = make_mask(visual, text, self.parallel, self.implementation, inputs.pop("sample", None))
         pixels = inputs["pixel_values_videos"].tensor.to(self.args.device, non_blocking=True)
-        inputs = {**inputs, "pixel_values_videos": pixels, "attention_mask": mask}
+        grids = inputs["video_grid_thw"].tensor
+        inputs = {**inputs, "pixel_values_videos": pixels, "video_grid_thw": grids, "attention_mask": mask}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_train_dataloader(self):

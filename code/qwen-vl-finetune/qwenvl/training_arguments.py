@@ -124,6 +124,9 @@ class SftArguments(TrainingArguments):
                 super().__post_init__()
         except VALUE_ERRORS as error:
             raise InputError(f"the training flags are invalid ({one_line(error)}): correct them") from error
+        if self.deepspeed:
+            # DeepSpeed's throughput timer makes the host wait for the GPU twice in each pass.
+            self.hf_deepspeed_config.config.setdefault("timers", {"throughput": {"enabled": False}})
         if default_folder:
             self.output_dir = None  # set in `parse`, where the variant is known; transformers sets another
         check_parsed(self)

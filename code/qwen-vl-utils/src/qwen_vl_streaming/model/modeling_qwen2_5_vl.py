@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
-from .vision_tower import Segments, VisionAttention, VisionMLP, VisionPatchEmbed
+from .vision_tower import HALF, Segments, VisionAttention, VisionMLP, VisionPatchEmbed, has_flash
 
 GRAPHS = 64
 """Maximum number of graphs of compiled layers: for rows of one size or any, training or evaluation, with recomputed
@@ -116,11 +116,19 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         parts = tokens.split([clips * per_clip for clips, per_clip in shapes])
         return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _tower_layout(self, grid_thw: tuple[tuple[int, int, int], ...]) -> dict[str, Tensor]:
-        """Returns the tensors that the stock tower derives from its grids. They are computed on the CPU and cached,
-        because the stock tower makes the host wait for the GPU at every call."""
-        if (known := self._tower_layouts.get((self.device, grid_thw))) is not None:
+    def _tower_layout(self, grid_thw: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
+        """Like `_make_tower_layout`, cached."""
+        if (known := self._tower_layouts.get((self.device, self.dtype, grid_thw))) is not None:
             return known
+        if len(self._tower_layouts) == LAYOUTS:
+            self._tower_layouts.pop(next(iter(self._tower_layouts)))
+        layout = self._tower_layouts[self.device, self.dtype, grid_thw] = self._make_tower_layout(grid_thw)
+        return layout
+
+    def _make_tower_layout(self, grid_thw: Sequence[Sequence[int]], wait: bool = True) -> dict[str, Any]:
+        """Returns what the stock tower derives from its grids, computed on the CPU because the stock tower makes the
+        host wait for the GPU several times. Without `wait`, the host does not wait for the copies to the GPU, and only
+        the current stream may use them."""
         visual, grids = self.model.visual, torch.tensor(grid_thw)
         patch_size: Any = visual.patch_size  # one number, though its class also accepts several
         windows, cu_windows = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, patch_size)
@@ -130,12 +138,17 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             "window_index": windows,
             "cu_window_seqlens": cu_windows,
         }
-        placed: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in layout.items()}
-        for name in ("cu_seqlens", "cu_window_seqlens"):
-            placed[name].segments = Segments(layout[name], self.device)
-        if len(self._tower_layouts) == LAYOUTS:
-            self._tower_layouts.pop(next(iter(self._tower_layouts)))
-        self._tower_layouts[self.device, grid_thw] = placed
+        if not wait and self.device.type == "cuda":
+            layout = {name: tensor.pin_memory() for name, tensor in layout.items()}
+        placed: dict[str, Any] = {
+            name: tensor.to(self.device, non_blocking=not wait) for name, tensor in layout.items()
+        }
+        flash = has_flash(self.device) and self.dtype in HALF
+        for name, longest in (("cu_seqlens", "max_seqlen"), ("cu_window_seqlens", "max_window_seqlen")):
+            if flash:
+                placed[longest] = int(layout[name].diff().max())
+            else:
+                placed[name].segments = Segments(layout[name], self.device)
         return placed
 
     def forward(
@@ -163,7 +176,11 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         they fill. By default these are the rows where `input_ids` is `config.video_token_id`.
 
         `labels` (B, L) has the token that each row must predict, or -100. Labels are not shifted, and only rows with a
-        label are scored. Without `labels`, `score` (B, L) flags the rows to score; by default all rows are scored.
+        label are scored, which `score` must name if it is given too. Without `labels`, `score` (B, L) flags the rows to
+        score; by default all rows are scored.
+
+        `visual_rows` and `score` may also be the indices of these rows in (B * L), in order. The host waits for the GPU
+        for flags, and for a `video_grid_thw` that is on the GPU.
 
         Returns `loss`, the sum of the cross-entropy over labels divided by `num_items_in_batch` or by the number of
         labels, and `logits`: (T, V) for selected rows, (B, L, V) for all rows. Raises ValueError if the number of
@@ -171,14 +188,16 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         """
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values_videos is not None:
-            grids: Any = video_grid_thw  # stock declares a LongTensor, which no tensor is for a type checker
-            features: Any = self.get_video_features(pixel_values_videos, grids)
-            visual_tokens = torch.cat(features.pooler_output)
+            assert video_grid_thw is not None
+            grids = video_grid_thw.tolist()
+            pixels = pixel_values_videos.to(self.model.visual.dtype)
+            layout = self._make_tower_layout(grids, wait=False)
+            visual_tokens = self.model.visual(pixels, grid_thw=torch.tensor(grids), **layout).pooler_output
         if visual_tokens is not None:
-            rows = input_ids == self.config.video_token_id if visual_rows is None else visual_rows
-            if int(rows.sum()) != len(visual_tokens):
-                raise ValueError(f"{int(rows.sum())} rows for visual tokens, but {len(visual_tokens)} visual tokens")
-            embeds = embeds.masked_scatter(rows[:, :, None], visual_tokens.to(embeds))
+            rows = indices(input_ids == self.config.video_token_id if visual_rows is None else visual_rows)
+            if len(rows) != len(visual_tokens):
+                raise ValueError(f"{len(rows)} rows for visual tokens, but {len(visual_tokens)} visual tokens")
+            embeds = embeds.flatten(0, 1).index_copy(0, rows, visual_tokens.to(embeds)).view_as(embeds)
 
         hidden = self.model.language_model(
             inputs_embeds=embeds,
@@ -188,14 +207,21 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             use_cache=past_key_values is not None,
         ).last_hidden_state
 
-        if labels is not None:
+        if labels is not None and score is None:
             score = labels != -100
-        logits = self.lm_head(hidden if score is None else hidden[score])
+        scored = None if score is None else indices(score)
+        logits = self.lm_head(hidden if scored is None else hidden.flatten(0, 1).index_select(0, scored))
         loss = None
         if labels is not None:
             count = len(logits) if num_items_in_batch is None else num_items_in_batch
-            loss = nn.functional.cross_entropy(logits.float(), labels[score], reduction="sum") / count
+            targets = labels.flatten()[scored]
+            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / count
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+
+def indices(rows: Tensor) -> Tensor:
+    """The indices of flagged rows (B, L) in (B * L); indices are returned as they are."""
+    return rows.flatten().nonzero().squeeze(1) if rows.dtype == torch.bool else rows
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -75,6 +75,7 @@ class VisionMLP(stock.Qwen2_5_VLMLP):
         return super()._apply(*arguments, **options)
 
 
+HALF = torch.bfloat16, torch.float16
 FLASH_CAPABILITY = (8, 0)
 """CUDA compute capability from which GPUs run FlashAttention, which `varlen_attn` is."""
 
@@ -116,15 +117,18 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
     """
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings: Any = None, max_seqlen=None, **kwargs):
-        """Maps `hidden_states` (patches, channels) to the same shape. `cu_seqlens` has the bounds of the segments."""
+        """Maps `hidden_states` (patches, channels) to the same shape. `cu_seqlens` has the bounds of the segments.
+        `max_seqlen` is the length of the longest, where `has_flash` and in half precision. Without it, a block compiles
+        into several graphs, and the host waits for the GPU unless the segments are cached."""
         patches = hidden_states.shape[0]
         query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
         query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-        segments = Segments.of(cu_seqlens)
+        segments = Segments.of(cu_seqlens) if max_seqlen is None else None
+        if segments is not None and segments.flash and value.dtype in HALF:
+            max_seqlen = segments.longest
         mixed: Tensor
-        if segments.flash and value.dtype in (torch.bfloat16, torch.float16):
-            longest = segments.longest
-            bounds = (cu_seqlens, cu_seqlens, longest, longest)
+        if segments is None or max_seqlen is not None:
+            bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
             mixed = varlen_attn(  # pyright: ignore[reportAssignmentType]  # a tuple only with `return_aux`
                 query, key, value.contiguous(), *bounds, scale=self.scaling
             )

@@ -4,8 +4,8 @@ B streams   L keys   Q queries
 """
 
 import torch
-from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..common.errors import InputError
 
@@ -39,6 +39,10 @@ def dense_mask(
     return mask[:, None]
 
 
+BLOCK = 128
+"""Rows and columns of the blocks of FlexAttention."""
+
+
 def block_mask(visual: Tensor, text: Tensor, parallel: bool, sample: Tensor | None = None) -> BlockMask:
     """The same rule for FlexAttention over whole rows: (B, L) flags to a block mask of (B, 1, L, L)."""
     length = visual.shape[1]
@@ -53,7 +57,20 @@ def block_mask(visual: Tensor, text: Tensor, parallel: bool, sample: Tensor | No
             return mask_mod(b, h, q, kv) & (sample[b, q] == sample[b, kv])
 
         chosen = packed_mask_mod
-    return create_block_mask(chosen, len(visual), None, length, length, device=visual.device)
+    # As create_block_mask does, but from the dense mask instead of vmap over `chosen`, which takes the host 10 ms more.
+    missing = -length % BLOCK
+    dense = nn.functional.pad(dense_mask(visual, text, parallel, sample=sample), (0, missing, 0, missing))
+    count = dense.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((3, 5))  # allowed pairs of each block
+    full = count == BLOCK * BLOCK
+    partial = (count > 0) & ~full
+    lists = [part for kind in (partial, full) for part in _block_lists(kind)]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=chosen, seq_lengths=(length, length))
+
+
+def _block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """For flagged blocks (B, 1, rows, columns), how many each row has, and the columns of each row, theirs first."""
+    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 def make_mask(
