@@ -1,5 +1,6 @@
 """What a live stream asks of a step, and what it gets back: see `step_runner.py`."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,5 +65,9 @@ class PendingToken:
 
     def get(self, batch_slot: BatchSlot) -> int:
         """The token id of `batch_slot`. Blocks until the copy has completed."""
+        return self._copied[batch_slot.index]
+
+    @functools.cached_property
+    def _copied(self) -> list[int]:
         self.ready.synchronize()
-        return int(self.ids[batch_slot.index])
+        return self.ids.tolist()

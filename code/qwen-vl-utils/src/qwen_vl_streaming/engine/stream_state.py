@@ -49,11 +49,11 @@ class DueRows:
     def seen_text(self) -> np.ndarray:
         return self.table[SEEN_TEXT]
 
-    @property
+    @functools.cached_property
     def text(self) -> np.ndarray:
         return self.table[PART] >= HEADER
 
-    @property
+    @functools.cached_property
     def visual(self) -> np.ndarray:
         """Clips and tail."""
         return (self.table[PART] > PROMPT) & (self.table[PART] < HEADER)
@@ -63,14 +63,13 @@ class DueRows:
 
     def __getitem__(self, key) -> "DueRows":
         """The rows that a slice or a boolean mask selects."""
-        if isinstance(key, slice):  # often all or none, for each of many streams in each step
-            count = len(self)
-            selected = range(count)[key]
-            if len(selected) == count and selected.step == 1:
-                return self
-            if not len(selected):
-                return DueRows.empty()
         return DueRows(self.table[:, key])
+
+    def split(self, count: int) -> tuple["DueRows", "DueRows"]:
+        """The first `count` rows, or all, and the rest."""
+        if count >= len(self):  # often all or none, for each of many streams in each step
+            return self, DueRows.empty()
+        return (self[:count], self[count:]) if count else (DueRows.empty(), self)
 
     def __add__(self, other: "DueRows") -> "DueRows":
         if not (len(self) and len(other)):

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from . import flex_attention  # noqa: F401  # registers it
 from .vision_tower import HALF, Segments, VisionAttention, VisionMLP, VisionPatchEmbed, has_flash
 
 GRAPHS = 64

@@ -81,5 +81,5 @@ class FusedRounds(SerialRounds):
     def _rows_ahead(self, room: int) -> DueRows:
         if self.entering is None or not len(self.entering):
             return DueRows.empty()
-        rows, self.entering = self.entering[:room], self.entering[room:]
+        rows, self.entering = self.entering.split(room)
         return rows
