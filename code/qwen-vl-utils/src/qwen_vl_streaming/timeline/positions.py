@@ -36,18 +36,16 @@ def row_positions(
 ) -> Tensor:
     """Positions (time, height, width) of any rows of a stream, int64 of shape (3, L). Other arguments as in
     `StreamPositions.start`."""
-    positions = StreamPositions(variant, layout)
-    number = torch.maximum(rows.clip, rows.slot)
-    piece = number * len(PARTS) + rows.part
-    pieces = torch.bincount(piece).nonzero()[:, 0]
-    starts = torch.zeros(int(piece.max()) + 1, 2, dtype=torch.long)
-    starts[pieces] = torch.tensor(
-        [positions.start(piece % len(PARTS), piece // len(PARTS), counts, clips, bare) for piece in pieces.tolist()]
-    )
-    time, place = starts[piece].unbind(1)
-    clip, across = rows.part == CLIP, layout.grid[1]
-    height, width = (torch.where(clip, of, rows.index) for of in (rows.index // across, rows.index % across))
-    return torch.stack([time + rows.index.masked_fill(clip, 0), place + height, place + width])
+    stream, (parts, across) = StreamPositions(variant, layout), (len(PARTS), layout.grid[1])
+    piece = torch.maximum(rows.clip, rows.slot) * parts + rows.part
+    starts = torch.zeros(2, int(piece.max()) + 1, dtype=torch.long)
+    pieces = piece.bincount().nonzero()[:, 0]
+    start = [stream.start(each % parts, each // parts, counts, clips, bare) for each in pieces.tolist()]
+    starts[:, pieces] = torch.tensor(start).T
+    time, place = starts[:, piece]
+    clip, index = rows.part == CLIP, rows.index
+    height, width = (index // across).where(clip, index), (index % across).where(clip, index)
+    return torch.stack([time + index.masked_fill(clip, 0), place + height, place + width])
 
 
 class StreamPositions:
