@@ -149,7 +149,7 @@ def rows_of_steps(session, monkeypatch, one_by_one=False, clips=5) -> list[int]:
     steps, run = [], session.runner.step
 
     def step(requests):
-        steps.append(int(requests[0].prefill.rows.visual.sum()))
+        steps.append(int(requests[0].prefill.visual.sum()))
         return run(requests)
 
     monkeypatch.setattr(session.runner, "step", step)

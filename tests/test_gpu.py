@@ -9,7 +9,15 @@ import pytest
 import torch
 from qwen_vl_streaming.engine.batch import Batch
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
-from qwen_vl_streaming.engine.quantized_linear import TILES, Tiles, choose_tiles, converted, kernel_product
+from qwen_vl_streaming.engine.quantized_linear import (
+    FEW_ROWS,
+    TILES,
+    Tiles,
+    choose_tiles,
+    converted,
+    kernel_product,
+    product,
+)
 from qwen_vl_streaming.model.flex_attention import has_fa4
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers
 from qwen_vl_streaming.model.quantization import WEIGHTS, quantize, quantize_model, scaled_linear
@@ -235,6 +243,18 @@ def test_the_kernel_for_8_bit_weights_equals_the_plain_form(kind, width):
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("shape", [*TILES, (321, 640), (64, 8192)], ids=str)
+def test_the_kernel_for_few_rows_equals_the_plain_form(kind, shape):
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    weight, scale = quantize(torch.randn(shape, device="cuda"), kind)
+    for rows in range(1, FEW_ROWS + 1):
+        x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+        found, expected = product(x, weight, scale), x.float() @ (weight.float() * scale[:, None]).T
+        assert (found.float() - expected).abs().max() < 1e-2 * expected.abs().max(), rows
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("shape", TILES, ids=str)
 def test_the_tiles_of_every_product_run_on_this_gpu(kind, shape):
     """All that `choose_tiles` gives for the sizes in the table, as they fit here."""
@@ -275,7 +295,7 @@ def test_batches_with_8_bit_weights_equal_the_reference(kind, name):
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_sessions_with_8_bit_weights_are_replayed(kind, tmp_path):
-    """In bfloat16, where clips and tokens go through the kernel and the compiler's product. Differences are ties."""
+    """In bfloat16, where clips and tokens go through both kernels. Differences are ties."""
     print("seed", SEED)
     model = tiny_model(**WIDE).to("cuda", torch.bfloat16)
     quantize_model(model, kind)

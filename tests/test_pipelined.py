@@ -134,8 +134,8 @@ def test_perception_computes_positions_from_the_written_tokens(model, client, sc
     for *_, last, known in (order for order in orders if order[0] == "clip" and len(order[-1]) < len(session.counts)):
         state.stream.counts[:] = known
         due = state.feed_clip(last)
-        due = due[due.rows.visual]
-        assert torch.equal(due.positions, plan.visual.positions[:, due.run_index])
+        due = due[due.visual]
+        assert due.positions.tolist() == plan.visual.positions[:, due.run_index].tolist()
     assert state.visual_fed > len(case.template.prompt)
 
 

@@ -85,11 +85,14 @@ def test_the_start_of_a_window_by_hand():
     """Prompt 3, clips of 2 tokens, header 2; a window of 2 clips and 3 tokens."""
     layout, window = Layout(3, 2, 2, (1, 2)), Window(2, 3)
     seen_visual, seen_text = torch.tensor([1, 3, 4, 5, 7, 8, 9, 11]), torch.tensor([0, 0, 2, 3, 4, 5, 6, 9])
-    visual, text = window.start(layout, seen_visual, seen_text, None).tolist()
+    visual, text = (start.tolist() for start in window.start(layout, seen_visual, seen_text, None))
     assert visual == [3, 3, 3, 3, 3, 5, 5, 7]  # clip 3 starts at token 8, clip 4 at token 10
     assert text == [2, 2, 2, 2, 2, 2, 3, 6]
+    both = zip(seen_visual.tolist(), seen_text.tolist(), strict=True)
+    assert [window.start(layout, *seen, None) for seen in both] == [*zip(visual, text, strict=True)]
     # With 3 clips in total, tokens 10 and 11 are the tail.
     assert window.start(layout, seen_visual, seen_text, 3)[0].tolist() == [3, 3, 3, 3, 3, 5, 5, 5]
+    assert window.start(layout, 11, 9, 3) == (5, 6)
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (1, 0)])

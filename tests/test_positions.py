@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
-from qwen_vl_streaming.timeline.positions import RoundSums, row_positions, timeline_positions
-from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, make_timeline
+from qwen_vl_streaming.timeline.positions import StreamPositions, row_positions, timeline_positions
+from qwen_vl_streaming.timeline.timeline import ANSWER, CLIP, HEADER, PROMPT, TAIL, Layout, Rows, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from released_positions import FIXTURE
 from tiny import VIDEO, random_counts, tiny_model
@@ -241,24 +241,38 @@ def test_positions_of_a_running_stream_do_not_depend_on_the_future():
             assert torch.equal(alone[:, 0], whole[:, row]), (variant.name, row)
 
 
-@pytest.mark.parametrize("name", ["overlap", "interleave"])
 @pytest.mark.parametrize("side", ["both", "visual", "text"])
-def test_running_sums_give_the_same_positions(name, side):
-    """Rows in pieces of random size, of the whole stream or of one side of it."""
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_pieces_of_a_running_stream_start_where_their_rows_are(variant, side):
+    """One `StreamPositions` for the whole stream, or for one side of it. Each piece is asked for when only the slots
+    before it are known."""
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {variant.name} {side}")
+    for _ in range(30):
+        layout = Layout(*(draw.randint(1, 4) for _ in range(3)), (draw.randint(1, 4), draw.randint(1, 4)), 1.3)
+        counts = [draw.choice((0, 0, 1, 2, 6)) for _ in range(draw.randint(25, 40))]
+        if not variant.streams:
+            counts = [0] * len(counts) + [9]
+        timeline = make_timeline(variant, layout, counts, bare := draw.random() < 0.3)
+        positions, running = timeline_positions(timeline), StreamPositions(variant, layout)
+        which = {"both": timeline.rows.part >= 0, "visual": timeline.rows.visual, "text": timeline.rows.text}[side]
+        for row in which.nonzero()[:, 0].tolist():
+            part, clip, index, slot = (int(getattr(timeline.rows, name)[row]) for name in Rows.__annotations__)
+            number = clip or slot
+            known = counts[: max(number - 1, 0)] + [draw.randint(0, 9)] * draw.randint(0, 1)
+            clips = len(counts) if number == len(counts) else None
+            time, place = running.start(part, number, known, clips, bare and clips is not None)
+            row_of, column = divmod(index, layout.grid[1]) if part == CLIP else (index, index)
+            expected = [time + (0 if part == CLIP else index), place + row_of, place + column]
+            assert positions[:, row].tolist() == expected
+
+
+def test_time_is_rounded_as_by_the_release():
+    """It multiplies in float32: 3 * 1.6666666 is 5 there, and 4.9999998 in float64."""
     print("seed", SEED)
     draw = random.Random(SEED)
-    for _ in range(30):
-        layout = Layout(*(draw.randint(1, 4) for _ in range(3)), (draw.randint(1, 4), draw.randint(1, 4)))
-        counts = [draw.choice((0, 0, 1, 2, 6)) for _ in range(draw.randint(25, 40))]
-        timeline = make_timeline(VARIANTS[name], layout, counts, bare := draw.random() < 0.3)
-        positions, sums = timeline_positions(timeline), RoundSums()
-        which = {"both": timeline.rows.part >= 0, "visual": timeline.rows.visual, "text": timeline.rows.text}[side]
-        left = which.nonzero()[:, 0]
-        while len(left):
-            piece, left = left.tensor_split([draw.randint(1, 20)])
-            rows = timeline.rows[piece]
-            slot = max(1, int(torch.maximum(rows.clip, rows.slot).max()))
-            clips = len(counts) if slot == len(counts) else None
-            found = row_positions(rows, timeline.variant, layout, counts[: slot - 1], clips, bare, sums)
-            assert torch.equal(found, positions[:, piece])
-        assert sums.slot > 0
+    for _ in range(1000):
+        clips, steps = draw.randint(1, 5000), draw.choice([5 / 3, draw.uniform(0.1, 9), draw.randint(1, 90) / 30])
+        layout = Layout(1, 1, 1, (1, 1), steps)
+        time = StreamPositions(VARIANTS["group"], layout).start(CLIP, clips, (), None)[0] - layout.prompt
+        assert time == int((torch.tensor(clips - 1) * steps).long())

@@ -278,6 +278,22 @@ def test_the_kernel_equals_the_plain_form(kind, monkeypatch):
         torch.testing.assert_close(total, scaled_linear(x, weight, scale), atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_kernel_for_few_rows_equals_the_plain_form(kind, monkeypatch):
+    """In Triton's interpreter, in float32: with all chunks of inputs read at once and not, chunks that are left
+    over, narrow chunks, and outputs that do not fill the last program."""
+    pytest.importorskip("triton")
+    from qwen_vl_streaming.engine import few_rows_kernel
+    from triton.runtime.interpreter import InterpretedFunction
+
+    for name in ("_few_rows", "_read", "_add", "_plus"):
+        monkeypatch.setattr(few_rows_kernel, name, InterpretedFunction(getattr(few_rows_kernel, name).fn))
+    for rows, outputs, inputs in ((1, 4, 512), (2, 3, 8 * 512), (1, 7, 9 * 512), (2, 20, 1408), (3, 5, 640)):
+        x, (weight, scale) = torch.randn(rows, inputs), quantize(torch.randn(outputs, inputs), kind)
+        found = few_rows_kernel.few_rows_product(interleave(x), weight, scale)
+        torch.testing.assert_close(found, scaled_linear(x, weight, scale), atol=1e-3, rtol=1e-4)
+
+
 def run_ptx(code: str, **registers: int) -> dict[str, int]:
     """Runs the few instructions of a conversion, and returns all registers."""
 

@@ -4,6 +4,7 @@ import random
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
@@ -15,8 +16,8 @@ from qwen_vl_streaming.engine.stream_state import StreamState
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions import open_session
 from qwen_vl_streaming.sessions.record import read_record
-from qwen_vl_streaming.timeline.plan import make_plan
-from qwen_vl_streaming.timeline.timeline import Schedule
+from qwen_vl_streaming.timeline.plan import Window, make_plan
+from qwen_vl_streaming.timeline.timeline import CLIP, Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import MANY, PARALLEL, check, play, random_case
 from tiny import random_counts, random_template
@@ -99,27 +100,40 @@ def test_a_late_clip_is_fed_with_its_first_token(model, mode, monkeypatch):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_rows_follow_the_plan(variant, seed):
-    """A live session, which knows only the past, feeds the same rows as a plan, which knows everything in advance."""
-    print("seed", seed)
-    draw = random.Random(f"{variant.name} {seed}")
+    """A live session, which knows only the past and computes each piece from its first row, feeds the same rows as a
+    plan, which knows everything in advance and computes each row."""
+    print("seed", SEED)
+    draw = random.Random(f"{SEED} {variant.name} {seed}")
     template = random_template(draw)
-    layout = template.layout((draw.randint(1, 3), draw.randint(1, 3)), 2.0)
+    layout = template.layout((draw.randint(1, 3), draw.randint(1, 3)), draw.choice([2.0, 5 / 3]))
+    window = Window(draw.randint(1, 3), draw.randint(1, 5)) if seed % 2 else None
     counts = random_counts(draw, variant)
     plan = make_plan(variant, layout, Schedule(tuple(counts[:-1])), sum(counts))
-    feed, dues = StreamState(variant, template, layout), [StreamState.prompt(variant, template, layout)]
+    feed = StreamState(variant, template, layout, window)
+    dues, answer = [StreamState.prompt(variant, template, layout, window)], []
     for number, count in enumerate(counts, 1):
         dues.append(feed.feed_clip(number == len(counts)))
         for _ in range(count):
             dues.append(feed.feed_text())
-            feed.stream.write(7)
+            answer.append(draw.randrange(150))
+            feed.stream.write(answer[-1])
     for run, flag in ((plan.visual, False), (plan.text, True)):
-        mine = [due[due.rows.text == flag] for due in dues]
-        fed = sum(map(len, mine))
+        table = np.concatenate([due[due.text == flag].table for due in dues], 1)
+        fed = table.shape[1]
         assert fed in (len(run) - flag, len(run))  # only a later clip could use the last token
-        for field in ("positions", "seen_visual", "seen_text"):
-            got = torch.cat([getattr(due, field) for due in mine], -1)
-            assert torch.equal(got, getattr(run, field)[..., :fed]), field
-        assert torch.cat([due.run_index for due in mine]).tolist() == list(range(fed))
+        of, order = run.rows, torch.arange(len(run))
+        ids, text_row, clip_row = (
+            template.ids(of, answer),
+            order.where(of.text, -1),
+            of.index.where(of.part == CLIP, -1),
+        )
+        start = torch.zeros(2, len(run)).long()
+        if window is not None:
+            start = torch.stack(window.start(layout, run.seen_visual, run.seen_text, len(counts)))
+        if variant.parallel and not flag:
+            start[1] = torch.from_numpy(table[7])  # these rows see no text
+        expected = [*run.positions, order, run.seen_visual, run.seen_text, *start, ids, text_row, clip_row, of.part]
+        assert np.array_equal(torch.stack(expected)[:, :fed].numpy(), table)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -144,12 +158,12 @@ def test_a_session_feeds_its_timeline(model, variant, mode, monkeypatch):
         counts = session.counts + [0] * (5 - len(session.counts))
         plan = make_plan(variant, case.layout, Schedule(tuple(counts[:-1])), sum(counts))
         for run, flag in ((plan.visual, False), (plan.text, True)):
-            mine = [due[due.rows.text == flag] for due in passed]
+            mine = [due[due.text == flag] for due in passed]
             fed = sum(map(len, mine))
             assert fed > 0
             upto = min(fed, len(run) - flag)
             for field in ("positions", "seen_visual", "seen_text"):
-                got = torch.cat([getattr(due, field) for due in mine], -1)[..., :upto]
+                got = torch.from_numpy(np.concatenate([getattr(due, field) for due in mine], -1))[..., :upto]
                 assert torch.equal(got, getattr(run, field)[..., :upto]), field
 
 

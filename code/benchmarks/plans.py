@@ -31,7 +31,8 @@ from arithmetic import matrix_rate
 from inputs import Film, make_captions, make_checkpoint, make_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.model.released import SIZES
-from sft import SFT, Measured, add_flags, delete_weights, end, launch, sample_flops
+from sft import Measured, add_flags, sample_flops
+from sft_runs import SFT, delete_weights, end, launch
 from training import find_device
 
 HOOK = '''\

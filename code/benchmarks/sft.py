@@ -5,9 +5,11 @@ for data. Also compares the losses of different numbers of processes and ZeRO st
     python code/benchmarks/sft.py --size 3B --layers 2 --float32 --at-once \\
         --runs 1:none 1:zero2.json 2:zero2.json 2:zero3.json
 
-A run is PROCESSES:CONFIGURATION; `none` is Trainer without DeepSpeed. All runs train on the same samples in the same
-order, with --batch samples per optimizer step over all processes. A sample is that of the published baseline: an H.264
-video of 30 seconds with 91 visual tokens per clip, and an answer of about 117 tokens. Other flags are passed to sft.sh.
+A run is PROCESSES:CONFIGURATION; `none` is Trainer without DeepSpeed. 2x2:CONFIGURATION rehearses two nodes with two
+processes each on this machine: sft.sh is started twice, each with its own GPUs. All runs train on the same samples in
+the same order, with --batch samples per optimizer step over all processes. A sample is that of the published baseline:
+an H.264 video of 30 seconds with 91 visual tokens per clip, and an answer of about 117 tokens. Other flags are passed
+to sft.sh.
 
 The time per step is the median of the times between the log lines of steps, without the first two steps, which compile
 and start the workers; tokens/s follow from it. Model FLOPs are those of training.py, and their share is relative to a
@@ -18,19 +20,13 @@ waiting for data is that of the whole run, including its start.
 import argparse
 import contextlib
 import json
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
 import torch
 from arithmetic import matrix_rate
 from inputs import Film, make_captions, make_checkpoint, make_rows
@@ -41,38 +37,12 @@ from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, load_processo
 from qwen_vl_streaming.model.released import SIZES
 from qwen_vl_streaming.timeline.timeline import make_schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS, get_variant
+from sft_runs import Run, delete_weights, end, finish, log_of, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import GRID, find_device, flops
 
-ROOT = Path(__file__).resolve().parents[2]
-FINETUNE = ROOT / "code/qwen-vl-finetune"
-SFT = ["bash", str(FINETUNE / "scripts/sft.sh")]
-BUDGET = {"min_pixels_per_frame": 50_176, "max_pixels_per_frame": 78_400}
-"""364 x 196 is kept, and 1920 x 1080 is resized to it."""
 UNTIMED = 2
 """Steps at the start that are not timed: they compile and start the data workers."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run."""
-
-    processes: int
-    configuration: str
-    """A DeepSpeed configuration as for sft.sh, or `none`."""
-
-    @classmethod
-    def parse(cls, text: str) -> "Run":
-        """Parse a text such as 2:zero3.json. Raises InputError if it is malformed."""
-        processes, _, configuration = text.partition(":")
-        if not processes.isdigit() or int(processes) < 1 or not configuration:
-            raise InputError(f"--runs {text}: give PROCESSES:CONFIGURATION, such as 2:zero3.json or 1:none")
-        return cls(int(processes), configuration)
-
-    @property
-    def name(self) -> str:
-        """Name of the output folder."""
-        return f"{self.processes}-{Path(self.configuration).stem}"
 
 
 def add_flags(parser: OneLineParser, steps: int, limit: int) -> None:
@@ -86,82 +56,6 @@ def add_flags(parser: OneLineParser, steps: int, limit: int) -> None:
         "--limit", type=float, default=limit, help="seconds until a run is killed (default: %(default)s)"
     )
     parser.add_argument("--folder", type=Path, help="folder for all files, reused by later calls (default: temporary)")
-
-
-def launch(
-    command: list[str], flags: dict, further: Sequence[str], environment: dict[str, str], output: Path, arguments
-) -> subprocess.Popen:
-    """Start a training of `arguments.steps` steps by `command`, with `flags` and `further` ones. Its log is beside the
-    folder `output`."""
-    shutil.rmtree(output, ignore_errors=True)
-    output.parent.mkdir(exist_ok=True)
-    flags = {
-        "output_dir": output,
-        "max_steps": arguments.steps,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        **BUDGET,
-        "max_pixels_per_video": 2 * arguments.seconds * BUDGET["max_pixels_per_frame"],
-        **flags,
-    }
-    options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    environment = {**os.environ, "QWEN2_5_VL_VARIANT": arguments.variant, **environment}
-    with output.with_suffix(".log").open("w") as log:
-        return subprocess.Popen([*command, *options, *further], env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def start(chosen: Run, arguments, further: list[str], checkpoint: Path, data: Path) -> tuple[subprocess.Popen, Path]:
-    """Start a run. Returns its process and its output folder."""
-    processes, cpu = str(chosen.processes), arguments.device == "cpu"
-    flags = {
-        "gradient_accumulation_steps": arguments.batch // (arguments.per_device * chosen.processes),
-        "per_device_train_batch_size": arguments.per_device,
-        **({"bf16": False} if cpu or arguments.float32 else {}),
-    }
-    environment = {
-        "QWEN2_5_VL_MODEL_PATH": str(checkpoint),
-        "QWEN2_5_VL_TRAIN_DATA": str(data),
-        "NPROC_PER_NODE": processes,
-        "DEEPSPEED_CONFIG": chosen.configuration,
-    }
-    if chosen.configuration == "none":
-        environment["PYTHONPATH"] = os.pathsep.join([str(FINETUNE), os.environ.get("PYTHONPATH", "")])
-        launcher = [sys.executable, "-m", "qwen_vl_streaming.launch", "--standalone", "--nproc_per_node", processes]
-        files = ["--model_name_or_path", str(checkpoint), "--train_data", str(data)]
-        command = [*launcher, "-m", "qwenvl.rank", *files, *(["--use_cpu", "True"] if cpu else [])]
-    else:
-        command = SFT
-    output = arguments.folder / "runs" / chosen.name
-    return launch(command, flags, further, environment, output, arguments), output
-
-
-def end(process: subprocess.Popen) -> None:
-    """Kill a run and its workers unless it has ended."""
-    if process.poll() is None:
-        for each in (*psutil.Process(process.pid).children(recursive=True), process):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-                each.kill()
-        process.wait()
-
-
-def finish(process: subprocess.Popen, output: Path, limit: float) -> bool:
-    """Wait for a run. If it fails or exceeds `limit` seconds, kill it, print the end of its log and return False."""
-    try:
-        status = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        status = f"none (killed after {limit:.0f} s)"
-        end(process)
-    if status != 0:
-        lines = output.with_suffix(".log").read_text(errors="replace").splitlines()
-        print(f"{output.name}: exit status {status}; its log ends:", *lines[-25:], sep="\n    ", flush=True)
-    return status == 0
-
-
-def delete_weights(output: Path) -> None:
-    """Delete those of a run: at the real size they would soon fill the disk."""
-    for weights in output.glob("*.safetensors"):
-        weights.unlink()
 
 
 def sample_flops(checkpoint: Path, variant: str, clips: int, caption: str) -> float:
@@ -218,7 +112,9 @@ def compare(curves: dict[str, list[float]], what: str) -> None:
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
-    parser.add_argument("--runs", nargs="*", default=[], metavar="N:CONFIG", help="default: only create the inputs")
+    parser.add_argument(
+        "--runs", nargs="*", default=[], metavar="[NODESx]N:CONFIG", help="default: only create the inputs"
+    )
     parser.add_argument("--variant", choices=VARIANTS, default="group")
     parser.add_argument("--batch", type=int, default=8, help="samples per optimizer step (default: %(default)s)")
     parser.add_argument("--per-device", type=int, default=1, help="samples per forward pass (default: %(default)s)")
@@ -271,10 +167,14 @@ def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data
         until = time.monotonic() + arguments.limit
         with contextlib.ExitStack() as stack:
             started = [start(chosen, arguments, further, checkpoint, data) for chosen in group]
-            for process, _ in started:
-                stack.callback(end, process)
-            for process, output in started:
-                if finish(process, output, max(0, until - time.monotonic())):
+            for nodes, _ in started:
+                for process in nodes:
+                    stack.callback(end, process)
+            for nodes, output in started:
+                logs = [log_of(output, rank) for rank in range(len(nodes))]
+                if all(
+                    [finish(node, log, max(0, until - time.monotonic())) for node, log in zip(nodes, logs, strict=True)]
+                ):
                     found = Measured(output, per_sample)
                     saved = sum(weights.stat().st_size for weights in output.glob("*.safetensors"))
                     losses[output.name], norms[output.name] = map(found.values, ("train/loss", "train/grad_norm"))

@@ -77,10 +77,9 @@ class Trace:
 
 def _kinds_of_step(_, requests: Iterable[StepRequest]) -> list[str]:
     """Kinds of a step: CLIP if it has visual rows, TOKEN if it samples a token or a request has only text rows."""
-    prefills = any(bool(request.prefill.rows.visual.any()) for request in requests)
+    prefills = any(bool(request.prefill.visual.any()) for request in requests)
     generates = any(
-        request.sample or bool(request.prefill.rows.text.any() and not request.prefill.rows.visual.any())
-        for request in requests
+        request.sample or bool(request.prefill.text.any() and not request.prefill.visual.any()) for request in requests
     )
     return [CLIP] * prefills + [TOKEN] * generates
 

@@ -13,13 +13,22 @@ from functools import partial
 from itertools import product as pairs
 
 import torch
-from qwen_vl_streaming.engine.quantized_linear import Tiles, choose_tiles, converted, fit_tiles, interleave, sum_parts
+from qwen_vl_streaming.engine.quantized_linear import (
+    Tiles,
+    choose_tiles,
+    converted,
+    few_rows_product,
+    fit_tiles,
+    interleave,
+    sum_parts,
+)
 from qwen_vl_streaming.model.quantization import quantize, scaled_linear
 from torch import Tensor
 from torch.nn.functional import linear
 
 from weights.tiles import (
     DEVICE,
+    FEW,
     KERNEL_ROWS,
     ROWS,
     candidates,
@@ -177,7 +186,7 @@ def measure_rows(
     """All ways for one number of rows. The tiles of the kernel are searched for the `first` kind, and used for all."""
     x, weights = layer.rows(m), layer.quantized[kind]
     ways = library_ways(kind, m) if libraries else {}
-    if m > 1:
+    if m > max(FEW):
         ways |= {function.__name__: function for function in (whole, in_slices)}
     if first:
         table.add(key, m, "bf16", layer, lambda i: linear(x, layer.plain[i]))
@@ -186,12 +195,15 @@ def measure_rows(
     if m > KERNEL_ROWS:
         return
     interleaved = interleave(x)
+    exact = scaled_linear(x, *weights[0]).float()
+    if m <= max(FEW):
+        table.add(key, m, f"{kind} few rows", layer, lambda i: few_rows_product(interleaved, *weights[i]))
+        check(f"{kind} {' '.join(key)}, M {m}, few rows", few_rows_product(interleaved, *weights[0]), exact)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    for tiles in candidates(m, layer.n, layer.k, processors) if first else ():
+    for tiles in candidates(m, layer.n, layer.k, processors) if first and m > max(FEW) else ():
         if replace(tiles, programs=0) not in bad:
             work = partial(run_nth, interleaved, weights, tiles)
             table.add(key, m, f"{kind} tiles", layer, work, tiles=asdict(tiles))
-    exact = scaled_linear(x, *weights[0]).float()
     chosen = choose_tiles(m, layer.n, layer.k)
     chosen = chosen and fit_tiles(chosen, x.device)
     for way, tiles in (("kernel", table.best_tiles(key, m)), ("chosen", chosen)):
@@ -200,10 +212,13 @@ def measure_rows(
             if "error" in table.add(key, m, f"{kind} {way}", layer, work, tiles=asdict(tiles)):
                 continue
             parts = parts_of(interleaved, *weights[0], tiles)
-            total = sum_parts(parts, tiles, layer.n, layer.k).float()
-            error = float((total - exact).abs().max() / exact.abs().max())
-            if not error < 0.02:
-                print(f"WRONG: {kind} {' '.join(key)}, M {m}, {tiles}: largest error {error:.3g}", flush=True)
+            check(f"{kind} {' '.join(key)}, M {m}, {tiles}", sum_parts(parts, tiles, layer.n, layer.k), exact)
+
+
+def check(what: str, found: Tensor, exact: Tensor) -> None:
+    error = float((found.float() - exact).abs().max() / exact.abs().max())
+    if not error < 0.02:
+        print(f"WRONG: {what}: largest error {error:.3g}", flush=True)
 
 
 def show(rows: list[dict], size: str, name: str, kind: str, shape: tuple[int, int]) -> None:

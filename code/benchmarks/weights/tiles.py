@@ -3,6 +3,7 @@
 M rows   N outputs   K inputs
 """
 
+import functools
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -15,9 +16,11 @@ from qwen_vl_streaming.model.quantization import quantize
 from qwen_vl_streaming.model.released import SIZES
 from torch import Tensor
 
-ROWS = (1, 16, 32, 64, 96, 128, 160, 256, 512, 1024, 4096)
+FEW = (1, 2, 4)
+"""Rows for which the kernel for few rows is measured."""
+ROWS = (*FEW, 16, 32, 64, 96, 128, 160, 256, 512, 1024, 4096)
 KERNEL_ROWS = 512
-"""Rows up to which the kernel is measured."""
+"""Rows up to which the kernel that has tiles is measured."""
 WIDTHS = {
     (16, 0): ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 4, 6), (128, 8, 4)),
     (32, 0): ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 8, 4)),
@@ -71,11 +74,17 @@ def parts_of(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
     return quantized_kernel.partial_products(x, weight, scale, tiles)
 
 
+@functools.cache
+def compiled_sum():
+    """The sum (M, N) of parts (S, M, N) in bfloat16, as the compiler makes it."""
+    return torch.compile(lambda parts: parts.sum(0).to(torch.bfloat16), dynamic=True)
+
+
 def run_kernel(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
     """The kernel for `x` that is interleaved already, as what makes it does in the engine, and a sum over its parts,
-    which is part of what follows there. (The sum is of all parts, also of those that are left out there.)"""
-    parts = parts_of(x, weight, scale, tiles)
-    return parts[0] if len(parts) == 1 else parts.sum(0)
+    which is part of what follows there: so one that has a single part is followed by as many kernels. (The sum is of
+    all parts, also of those that are left out there.)"""
+    return compiled_sum()(parts_of(x, weight, scale, tiles))
 
 
 def compile_kernel(tiles: Tiles, kind: str) -> str | None:
@@ -83,7 +92,7 @@ def compile_kernel(tiles: Tiles, kind: str) -> str | None:
     try:
         weight, scale = quantize(torch.ones(2 * tiles.outputs, 2 * GROUP, device=DEVICE), kind)
         x = torch.ones(16, weight.shape[1], device=DEVICE, dtype=torch.bfloat16)
-        run_kernel(x, weight, scale, tiles)
+        parts_of(x, weight, scale, tiles)
         torch.cuda.synchronize()
     except Exception as error:  # a kernel that needs more registers or memory than there are is one candidate less
         return f"{type(error).__name__}: {str(error).splitlines()[0]:.150}"
@@ -110,18 +119,16 @@ def run_nth(x: Tensor, weights: list[tuple[Tensor, Tensor]], tiles: Tiles, i: in
 
 
 def tiles_file(rows: list[dict], kind: str, device: str) -> str:
-    """The text of `quantized_tiles.py`: the fastest tiles by shape and rows, or none where another way is faster. For
-    one row, that is the compiler's product, which is fused with what is around it: it is replaced by a kernel that is
-    faster by a tenth."""
+    """The text of `quantized_tiles.py`: the fastest tiles by shape and rows, or none where another way is faster."""
     lines = []
     for size, name in dict.fromkeys((row["size"], row["layer"]) for row in rows):
         mine = [row for row in rows if (row["size"], row["layer"]) == (size, name) and row["us"]]
         lines.append(f"    {layer_shapes(size)[name]}: (  # {size} {name}")
-        for m in (m for m in ROWS if m <= KERNEL_ROWS):
+        for m in (m for m in ROWS if max(FEW) < m <= KERNEL_ROWS):
             found = {row["way"]: row for row in mine if row["m"] == m}
             kernel = found.get(f"{kind} kernel")
-            others = [found[f"{kind} {way}"]["us"] for way in ("whole", "compiled") if f"{kind} {way}" in found]
-            best = kernel and (not others or kernel["us"] <= min(others) * (0.9 if m == 1 else 1.0))
+            whole = found.get(f"{kind} whole")
+            best = kernel and (whole is None or kernel["us"] <= whole["us"])
             lines.append(f"        ({m}, {astuple(Tiles(**kernel['tiles'])) if best else None}),")
         lines.append("    ),")
     body = "\n".join(lines)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .model.prompts import Template
-from .stream import PENALTY, Caption, Stream, penalize
+from .stream import PENALTY, Caption, Piece, Stream, penalize
 from .timeline.attention import dense_mask
 from .timeline.plan import Window
 from .timeline.positions import row_positions
@@ -127,10 +127,10 @@ class Streams:
         """Greedy choice of each stream's next token, after the repetition penalty."""
         return penalize(self.logits, self.penalized, self.penalty).argmax(-1).tolist()
 
-    def _feed(self, pieces: list[list[tuple[Rows, list[int]]]], visual_tokens: Tensor | None) -> None:
+    def _feed(self, pieces: list[list[Piece]], visual_tokens: Tensor | None) -> None:
         """Runs the model over the newest tokens of all streams and keeps the logits of the last row of each."""
         device, streams = self.model.device, self.streams
-        lengths = [sum(len(ids) for _, ids in mine) for mine in pieces]
+        lengths = [sum(len(piece.ids) for piece in mine) for mine in pieces]
         width = max(lengths)
         start = torch.tensor([stream.fed for stream in streams], device=device)
         index = start[:, None] + torch.arange(width, device=device)
@@ -146,9 +146,9 @@ class Streams:
         for i, (stream, mine, length) in enumerate(zip(streams, pieces, lengths, strict=True)):
             if not length:
                 continue
-            rows = Rows.concatenate([rows for rows, _ in mine])
+            rows = Rows.concatenate([piece.rows for piece in mine])
             clip_rows[i, :length] = rows.part == CLIP
-            ids[i, :length] = torch.tensor([token for _, tokens in mine for token in tokens])
+            ids[i, :length] = torch.tensor([token for piece in mine for token in piece.ids])
             positions[:, i, :length] = row_positions(
                 rows, stream.variant, stream.layout, stream.counts, stream.clips, stream.bare
             )

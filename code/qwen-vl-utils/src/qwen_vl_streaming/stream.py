@@ -2,7 +2,9 @@
 share it, and the repetition penalty. Knows nothing about how a model runs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,20 @@ def penalize(logits: Tensor, penalized: Tensor, penalty: float) -> Tensor:
     """`logits` (…, V) after the repetition penalty on the `penalized` ids (…, V), as in transformers' `generate`."""
     weaker = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(penalized, weaker, logits)
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of one part, and of one clip or slot. The fields are as in `Rows`, with the `first` index."""
+
+    part: int
+    ids: Sequence[int]
+    clip: int = 0
+    slot: int = 0
+    first: int = 0
+
+    @property
+    def rows(self) -> Rows:
+        return Rows.of(self.part, len(self.ids), self.clip, self.slot, self.first)
 
 
 @dataclass
@@ -49,32 +65,31 @@ class Stream:
         """N, once it is known."""
         return len(self.counts) if self.complete else None
 
-    def feed_clip(self, last: bool, empty: bool = False) -> list[tuple[Rows, list[int]]]:
-        """Rows and token ids that enter the model with the next clip, in pieces. The last clip may be `empty`. Raises
-        ValueError after the last clip."""
+    def feed_clip(self, last: bool, empty: bool = False) -> list[Piece]:
+        """What enters the model with the next clip. The last clip may be `empty`. Raises ValueError after the last
+        clip."""
         if self.complete:
             raise ValueError("the last clip of this stream has been fed: start a new stream for another video")
         template, layout = self.template, self.layout
         pieces = []
         if not self.counts:
-            pieces.append((Rows.of(PROMPT, layout.prompt), list(template.prompt)))
+            pieces.append(Piece(PROMPT, template.prompt))
         if not self.variant.parallel:
             pieces += self.feed_text(hold=0)
         self.counts.append(0)
         slot = len(self.counts)
         if not empty:
-            count = layout.tokens_per_clip
-            pieces.append((Rows.of(CLIP, count, clip=slot), [template.video] * count))
+            pieces.append(Piece(CLIP, (template.video,) * layout.tokens_per_clip, clip=slot))
         if last:
             self.complete, self.bare = True, empty
-            pieces.append((Rows.of(TAIL, layout.tail, clip=slot), list(template.tail)))
+            pieces.append(Piece(TAIL, template.tail, clip=slot))
         if slot == 1 if self.variant.streams else last:
             self.header_slot = slot
         # In a parallel variant the newest text token waits: it produces the next one, which may attend to a later clip.
         pieces += self.feed_text(hold=1 if self.variant.parallel else 0)
         return pieces
 
-    def feed_text(self, hold: int = 0) -> list[tuple[Rows, list[int]]]:
+    def feed_text(self, hold: int = 0) -> list[Piece]:
         """The text that has not been fed yet, except the newest `hold` tokens."""
         if not self.header_slot:
             return []
@@ -85,12 +100,9 @@ class Stream:
         self.text_fed, pieces = end, []
         if first < len(header):
             mine = slice(first, min(end, len(header)))
-            pieces.append((Rows.of(HEADER, mine.stop - first, slot=self.header_slot, first=first), [*header[mine]]))
-        if end > len(header):
-            mine = slice(max(first - len(header), 0), end - len(header))
-            rows = Rows.of(ANSWER, mine.stop - mine.start, first=mine.start)
-            rows.slot[:] = torch.tensor(self.slots[mine])
-            pieces.append((rows, self.written[mine]))
+            pieces.append(Piece(HEADER, header[mine], slot=self.header_slot, first=first))
+        for index in range(max(first - len(header), 0), end - len(header)):
+            pieces.append(Piece(ANSWER, (self.written[index],), slot=self.slots[index], first=index))
         return pieces
 
     def write(self, token: int) -> None:

@@ -7,6 +7,7 @@ tokens of each run.
     S batch slots   W blocks per slot   n slots in a step   Q tokens of each   D head size
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -119,18 +120,20 @@ class BlockTable:
     def __init__(self, cache: PagedKVCache, blocks: list[int], offset: int, kept: int):
         """`offset` is 0 for a visual run and TEXT_OFFSET for a text run; `kept` counts the tokens at the start that are
         never dropped."""
-        self.cache, self.blocks, self.offset = cache, torch.tensor(blocks), offset
+        self.cache, self.blocks, self.offset = cache, np.array(blocks), offset
         self.kept = min(-(-kept // BLOCK_SIZE), len(blocks) - 1)
         self.last_block = len(blocks) - 1
 
-    def cache_index(self, index: Tensor) -> Tensor:
-        """Indices into the cache's tokens of the tokens `index` (L,) of the run. Reuses blocks as needed."""
+    def cache_index(self, index):
+        """Indices into the cache's tokens of the tokens `index` of the run, a number or an array (L,). Reuses blocks as
+        needed."""
         block = index // BLOCK_SIZE
-        for number in range(self.last_block + 1, int(block.max()) + 1):
+        newest = int(block.max()) if isinstance(block, np.ndarray) else block
+        for number in range(self.last_block + 1, newest + 1):
             self.last_block = number
             self.cache.block_start[int(self.blocks[self._wrap(number)])].fill_(self.offset + number * BLOCK_SIZE)
         return self.blocks[self._wrap(block)] * BLOCK_SIZE + index % BLOCK_SIZE
 
     def _wrap(self, block):
         wrapped = self.kept + (block - self.kept) % (len(self.blocks) - self.kept)
-        return torch.where(block < self.kept, block, wrapped) if isinstance(block, Tensor) else wrapped
+        return np.where(block < self.kept, block, wrapped)

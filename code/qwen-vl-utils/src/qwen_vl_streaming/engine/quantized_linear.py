@@ -1,5 +1,5 @@
-"""Chooses how a product with 8-bit weights is computed: by the compiler for one row, by a kernel of our own for few,
-and by cuBLAS for many, after the weights are converted. All compute what `quantization.scaled_linear` does.
+"""Chooses how a product with 8-bit weights is computed: by one kernel of our own for one or two rows, by another for
+more, and by cuBLAS for many, after the weights are converted. All compute what `quantization.scaled_linear` does.
 
 `code/benchmarks/weights.py` measures the choices and writes `quantized_tiles.py`.
 
@@ -18,6 +18,8 @@ GROUP = 128
 """Inputs that the kernel loads at a time."""
 HOPPER = 9
 """Major compute capability."""
+FEW_ROWS = 2
+"""Rows up to which the kernel in `few_rows_kernel.py` is the fastest."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,12 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or x.shape[-1] % GROUP:
         return scaled_linear(x, weight, scale)
     rows = x.shape[:-1].numel()
+    if rows <= FEW_ROWS:
+        total = few_rows_product(interleave(x.reshape(-1, x.shape[-1])), weight, scale)
+        return total.view(*x.shape[:-1], len(weight))
     tiles = choose_tiles(rows, *weight.shape)
     if tiles is not None:
         return kernel_product(x, weight, scale, tiles)
-    if rows == 1:
-        return scaled_linear(x, weight, scale)
     return (torch.nn.functional.linear(x, converted(weight)) * scale).to(x.dtype)
 
 
@@ -140,6 +143,19 @@ def partial_products(x: Tensor, weight: Tensor, scale: Tensor, tiles: list[int])
 def _(x, weight, scale, tiles):
     parts, _ = Tiles(*tiles).parts(*weight.shape)
     return x.new_empty(parts, len(x), len(weight), dtype=x.dtype if parts == 1 else torch.float32)
+
+
+@torch.library.custom_op("qwen_vl_streaming::few_rows_product", mutates_args=())
+def few_rows_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """As `few_rows_kernel.few_rows_product`."""
+    from . import few_rows_kernel
+
+    return few_rows_kernel.few_rows_product(x.contiguous(), weight, scale)
+
+
+@few_rows_product.register_fake
+def _(x, weight, scale):
+    return x.new_empty(len(x), len(weight))
 
 
 @torch.library.custom_op("qwen_vl_streaming::converted", mutates_args=())

@@ -7,7 +7,6 @@ NVIDIA H200.
 
 TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int] | None], ...]] = {
     (4608, 3584): (  # 7B qkv
-        (1, None),
         (16, (128, 16, 0, 264, 4, 4)),
         (32, (128, 32, 0, 264, 4, 4)),
         (64, (128, 64, 0, 264, 8, 3)),
@@ -18,10 +17,9 @@ TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int
         (512, None),
     ),
     (3584, 3584): (  # 7B output
-        (1, None),
         (16, (64, 16, 0, 396, 4, 4)),
         (32, (64, 32, 0, 396, 4, 4)),
-        (64, (64, 64, 0, 264, 4, 4)),
+        (64, (64, 64, 0, 132, 4, 4)),
         (96, (64, 64, 32, 264, 4, 3)),
         (128, (64, 128, 0, 132, 4, 3)),
         (160, None),
@@ -29,10 +27,9 @@ TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int
         (512, None),
     ),
     (37888, 3584): (  # 7B gate_up
-        (1, (128, 16, 0, 264, 4, 4)),
         (16, (64, 16, 0, 0, 4, 4)),
-        (32, (64, 32, 0, 0, 4, 4)),
-        (64, (128, 64, 0, 0, 8, 3)),
+        (32, (128, 32, 0, 264, 4, 4)),
+        (64, (128, 64, 0, 264, 4, 4)),
         (96, (128, 64, 32, 264, 4, 3)),
         (128, (256, 128, 0, 132, 8, 3)),
         (160, (128, 128, 32, 0, 8, 3)),
@@ -40,7 +37,6 @@ TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int
         (512, (128, 256, 0, 0, 8, 3)),
     ),
     (3584, 18944): (  # 7B down
-        (1, (64, 16, 0, 396, 4, 4)),
         (16, (64, 16, 0, 396, 4, 4)),
         (32, (64, 32, 0, 396, 4, 4)),
         (64, (128, 64, 0, 264, 8, 3)),
@@ -51,7 +47,6 @@ TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int
         (512, None),
     ),
     (2560, 2048): (  # 3B qkv
-        (1, None),
         (16, (64, 16, 0, 396, 4, 4)),
         (32, (64, 32, 0, 396, 4, 4)),
         (64, None),
@@ -62,7 +57,6 @@ TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int
         (512, None),
     ),
     (2048, 2048): (  # 3B output
-        (1, None),
         (16, (64, 16, 0, 132, 4, 4)),
         (32, (64, 32, 0, 132, 4, 4)),
         (64, (64, 64, 0, 132, 4, 4)),
@@ -73,7 +67,6 @@ TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int
         (512, None),
     ),
     (22016, 2048): (  # 3B gate_up
-        (1, (64, 16, 0, 0, 4, 4)),
         (16, (64, 16, 0, 0, 4, 4)),
         (32, (128, 32, 0, 0, 4, 4)),
         (64, (128, 64, 0, 0, 4, 4)),
@@ -84,7 +77,6 @@ TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int
         (512, None),
     ),
     (2048, 11008): (  # 3B down
-        (1, None),
         (16, (64, 16, 0, 264, 4, 4)),
         (32, (64, 32, 0, 264, 4, 4)),
         (64, (64, 64, 0, 264, 4, 4)),

@@ -2,15 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..timeline.timeline import CLIP
-from .device_event import to_device
 from .step_request import StepRequest
-
-ROW_FIELDS = 11
-"""Integers that describe a row, see `StepInputs`."""
+from .stream_state import ROW_FIELDS, RUN_INDEX, TEXT_ROW
 
 
 class StepInputs:
@@ -35,37 +32,32 @@ class StepInputs:
 
     def set(self, requests: Sequence[StepRequest]) -> None:
         """Copies the inputs of a step for `requests` to the device. Does not block the host."""
-        self.values.copy_(to_device(self.pack(requests), self.values.device), non_blocking=True)
+        self.values.copy_(self.pack(requests), non_blocking=True)
 
     def pack(self, requests: Sequence[StepRequest]) -> Tensor:
         """The inputs of a step for `requests`, on the CPU. Idle rows may attend to what the rows beside them do.
         Otherwise attention would have to evaluate its mask for every key of their query block."""
-        values = torch.zeros(len(self.values), dtype=torch.long)
-        table, chunk_slots, (choose, sample, next_row) = self.split(values)
+        values = torch.zeros(len(self.values), dtype=torch.long, pin_memory=self.values.is_cuda)
+        table, chunk_slots, (choose, sample, next_row) = (part.numpy() for part in self.split(values))
         table[4], table[9:], choose[:] = 1, -1, -1
         chunk = 0
         for request in requests:
             batch_slot, index = request.batch_slot, request.batch_slot.index
-            begin = self.batch_slots + chunk * self.chunk_size
-            for due, first in ((request.prefill, begin), (request.decode, index)):
-                if not len(due):
-                    continue
-                rows, text, clip = slice(first, first + len(due)), due.rows.text, due.rows.part == CLIP
-                table[:3, rows] = due.positions
-                for run, flags in ((batch_slot.visual, ~text), (batch_slot.text, text)):
-                    if flags.any():
-                        table[3, rows][flags] = run.cache_index(due.run_index[flags])
-                table[4, rows], table[5, rows], table[6:8, rows] = due.seen_visual, due.seen_text, due.window_start
-                table[8, rows] = due.ids
-                table[9, rows] = (due.run_index % self.text_rows).where(text, -1)
-                table[10, rows] = due.rows.index.where(clip, -1)
-                choose[index] = first + len(due) - 1
-            if own := request.chunks(self.chunk_size):
-                seen, last = table[4:8], begin + len(request.prefill) - 1
+            if count := len(request.prefill):
+                begin, own = self.batch_slots + chunk * self.chunk_size, request.chunks(self.chunk_size)
+                rows, seen, last = table[:, begin : begin + count], table[4:8], begin + count - 1
+                rows[:] = request.prefill.table[:ROW_FIELDS]
+                rows[RUN_INDEX] = batch_slot.cache_index(request.prefill)
+                choose[index] = last
                 seen[:, last + 1 : begin + own * self.chunk_size] = seen[:, last, None]
                 if self.batch_slots == self.chunks == 1 and not len(request.decode):
                     seen[:, 0] = seen[:, begin]
                 chunk_slots[chunk : chunk + own] = index
                 chunk += own
+            if len(request.decode):
+                table[:, index] = request.decode.table[:ROW_FIELDS, 0]
+                table[RUN_INDEX, index] = batch_slot.text.cache_index(int(table[RUN_INDEX, index]))
+                choose[index] = index
             sample[index], next_row[index] = request.sample, request.next_row % self.text_rows
+        table[TEXT_ROW] = np.where(table[TEXT_ROW] < 0, -1, table[TEXT_ROW] % self.text_rows)
         return values

@@ -1,7 +1,10 @@
 """What a live stream asks of a step, and what it gets back: see `step_runner.py`."""
 
+import functools
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..timeline.timeline import Layout
@@ -19,9 +22,17 @@ class BatchSlot:
     visual: BlockTable
     text: BlockTable
 
+    def cache_index(self, due: DueRows) -> np.ndarray:
+        """Indices into the cache's tokens of the rows of `due`."""
+        index, text = due.run_index.copy(), due.text
+        for run, flags in ((self.visual, ~text), (self.text, text)):
+            if flags.any():
+                index[flags] = run.cache_index(index[flags])
+        return index
+
     def visual_index(self, due: DueRows) -> Tensor:
         """Indices into the cache's tokens of the visual rows of `due`."""
-        return self.visual.cache_index(due.run_index[due.rows.visual])
+        return torch.from_numpy(self.visual.cache_index(due.run_index[due.visual]))
 
 
 @dataclass(frozen=True)
@@ -54,5 +65,9 @@ class PendingToken:
 
     def get(self, batch_slot: BatchSlot) -> int:
         """The token id of `batch_slot`. Blocks until the copy has completed."""
+        return self._copied[batch_slot.index]
+
+    @functools.cached_property
+    def _copied(self) -> list[int]:
         self.ready.synchronize()
-        return int(self.ids[batch_slot.index])
+        return self.ids.tolist()

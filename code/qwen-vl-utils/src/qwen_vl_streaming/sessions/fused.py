@@ -62,7 +62,7 @@ class FusedRounds(SerialRounds):
         if entering is not None and fits and self.scheduler.may_begin_slot:
             rows = self._begin_slot()
             # The clip's rows that are left enter with the first token that sees them.
-            self.lead = self.lead + entering + rows[rows.rows.text]
+            self.lead = self.lead + entering + rows[rows.text]
             self.entering = None
             self._enter_ahead()
         self._begin_tail()
@@ -70,16 +70,16 @@ class FusedRounds(SerialRounds):
     def _enter_ahead(self) -> None:
         """The next clip starts to enter once all rows of the one before have entered. Tokens do not wait for the vision
         encoder."""
-        if self.entering is not None or not self.encoded or (len(self.lead) and self.lead.rows.visual.any()):
+        if self.entering is not None or not self.encoded or (len(self.lead) and self.lead.visual.any()):
             return
         if self.encoded[0].ready.query() or not self.scheduler.may_write:
             self.runner.set_clip_features(self.batch_slot, self.encoded.popleft())
             self.visual.stream.counts[:] = self.scheduler.counts
             rows = self.visual.feed_clip(self.scheduler.commit())
-            self.entering = rows[rows.rows.visual]
+            self.entering = rows[rows.visual]
 
     def _rows_ahead(self, room: int) -> DueRows:
         if self.entering is None or not len(self.entering):
             return DueRows.empty()
-        rows, self.entering = self.entering[:room], self.entering[room:]
+        rows, self.entering = self.entering.split(room)
         return rows

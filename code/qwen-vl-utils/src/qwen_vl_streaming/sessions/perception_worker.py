@@ -167,7 +167,7 @@ class PerceptionWorker:
         runner.set_clip_features(batch_slot, features)
         self.visual.stream.counts[:] = counts
         due = self.visual.feed_clip(last)
-        due = due[due.rows.visual]
+        due = due[due.visual]
         runner.prefill(batch_slot, due)
         kv_buffer = self.free.popleft()
         gathered = self.kv_buffers[kv_buffer] if self.staging is None else self.staging

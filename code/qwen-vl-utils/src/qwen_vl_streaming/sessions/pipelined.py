@@ -74,7 +74,7 @@ class PipelinedRounds(SerialRounds):
         if self.received and not len(self.lead) and self.scheduler.may_begin_slot:
             self.received -= 1
             rows = self._begin_slot()
-            self.lead = rows[rows.rows.text]
+            self.lead = rows[rows.text]
             self._send()
         self._begin_tail()
 

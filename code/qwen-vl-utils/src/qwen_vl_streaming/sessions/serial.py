@@ -108,7 +108,7 @@ class SerialRounds:
         """What to request of the next forward step, which has room for `chunks` chunks; default: for any number."""
         self._begin_slots()
         width = self.width if chunks is None else min(self.width, chunks * self.runner.chunk_size)
-        rows, self.lead = self.lead[:width], self.lead[width:]
+        rows, self.lead = self.lead.split(width)
         if not len(self.lead):
             rows = rows + self._rows_ahead(max(min(width, self.width_ahead) - len(rows), 0))
         sample = not len(self.lead) and self.scheduler.may_write

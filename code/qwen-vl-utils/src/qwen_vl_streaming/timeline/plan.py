@@ -5,10 +5,11 @@ run* (header, answer), because each run is fed in order and `attention.allowed` 
 token therefore replace a mask, and the tokens of a run never move in the cache.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from ..common.errors import InputError
@@ -16,6 +17,8 @@ from ..common.numbers import check_count, shown
 from .positions import timeline_positions
 from .timeline import ANSWER, Layout, Rows, Schedule, make_timeline
 from .variants import Variant
+
+Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ def make_plan(variant: Variant, layout: Layout, schedule: Schedule, most: int) -
     return Plan(run(~text), run(text), schedule)
 
 
+def _clamp(number: Count, least: int = -sys.maxsize, most: int = sys.maxsize) -> Count:
+    return number.clamp(least, most) if isinstance(number, Tensor) else max(least, min(number, most))
+
+
 @dataclass(frozen=True)
 class Window:
     """A sliding window for endless streams: tokens attend to the prompt, the header and the newest clips and tokens.
@@ -93,15 +100,15 @@ class Window:
             return cls(*window)
         raise InputError(f"window {shown(window)} must be two integers, (clips, tokens), such as (60, 300)")
 
-    def start(self, layout: Layout, seen_visual: Tensor, seen_text: Tensor, clips: int | None) -> Tensor:
-        """The index in each run of the first token that is still visible, besides the prompt and the header, to tokens
-        that attend to `seen_visual` and `seen_text` tokens without a window, both (L,). Returns (2, L). `clips` is N
-        once it is known."""
+    def start(self, layout: Layout, seen_visual: Count, seen_text: Count, clips: int | None) -> tuple[Count, Count]:
+        """The index in the visual and in the text run of the first token that is still visible, besides the prompt and
+        the header, to tokens that attend to `seen_visual` and `seen_text` tokens without a window: numbers or (L,).
+        `clips` is N once it is known."""
         watched = (seen_visual - layout.prompt + layout.tokens_per_clip - 1) // layout.tokens_per_clip
         if clips is not None:
-            watched = watched.clamp(max=clips)  # the tail belongs to the last clip
+            watched = _clamp(watched, most=clips)  # the tail belongs to the last clip
         visual = layout.prompt + (watched - self.clips) * layout.tokens_per_clip
-        return torch.stack([visual.clamp(min=layout.prompt), (seen_text - self.tokens).clamp(min=layout.header)])
+        return _clamp(visual, layout.prompt), _clamp(seen_text - self.tokens, layout.header)
 
     def mask(self, layout: Layout, text: Tensor, clips: int | None, query: slice = slice(None)) -> Tensor:
         """Which of L tokens in feed order are inside the window of each token of `query`: (Q, L). `text` (L,) flags the

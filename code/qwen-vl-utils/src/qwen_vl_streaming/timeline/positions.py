@@ -6,13 +6,13 @@ Positions depend on what earlier slots wrote, never on what is still to come.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..common.errors import InputError
-from .timeline import CLIP, HEADER, PROMPT, TAIL, Layout, Rows, Timeline
+from .timeline import ANSWER, CLIP, PARTS, PROMPT, TAIL, Layout, Rows, Timeline
 from .variants import Variant
 
 RULE = "largest+1"
@@ -31,61 +31,88 @@ def timeline_positions(timeline: Timeline) -> Tensor:
     return row_positions(of.rows, of.variant, of.layout, of.counts, of.clips, of.bare)
 
 
-@dataclass
-class RoundSums:
-    """What a running stream need not add up again for each of its rows: the sums over its oldest slots."""
-
-    slot: int = 0
-    """The newest of these slots; 0 for none."""
-    base_of_text: int = 0
-    """Of that slot, after the prompt."""
-    written_before: int = 0
-    """Text tokens written before that slot."""
-
-
 def row_positions(
-    rows: Rows,
-    variant: Variant,
-    layout: Layout,
-    counts: Sequence[int],
-    clips: int | None,
-    bare: bool = False,
-    sums: RoundSums | None = None,
+    rows: Rows, variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, bare: bool = False
 ) -> Tensor:
-    """Positions (time, height, width) of any rows of a stream, int64 of shape (3, L).
+    """Positions (time, height, width) of any rows of a stream, int64 of shape (3, L). Other arguments as in
+    `StreamPositions.start`."""
+    stream, (parts, across) = StreamPositions(variant, layout), (len(PARTS), layout.grid[1])
+    piece = torch.maximum(rows.clip, rows.slot) * parts + rows.part
+    starts = torch.zeros(2, int(piece.max()) + 1, dtype=torch.long)
+    pieces = piece.bincount().nonzero()[:, 0]
+    start = [stream.start(each % parts, each // parts, counts, clips, bare) for each in pieces.tolist()]
+    starts[:, pieces] = torch.tensor(start).T
+    time, place = starts[:, piece]
+    clip, index = rows.part == CLIP, rows.index
+    height, width = (index // across).where(clip, index), (index % across).where(clip, index)
+    return torch.stack([time + index.masked_fill(clip, 0), place + height, place + width])
 
-    `counts` holds the answer tokens written in each slot so far, k_1, k_2, …; the slots before that of a row must be
-    complete. `clips` is N if the tail has been fed or is among the rows, else None. `bare` is as in
-    `timeline.make_timeline`. `sums`, which this updates, belong to one stream: its rows must come in the order in which
-    they are fed.
-    """
-    across = layout.grid[1]
-    text_index = torch.where(rows.part == HEADER, rows.index, rows.index + layout.header)
 
-    if variant.after_video:
-        base, time = torch.full_like(rows.index, layout.prompt), _time(layout, rows.clip)
-        after = layout.prompt + _video_takes(layout, (clips or 1) - bare)
-        tail = after + rows.index
-        text = text_index + (after + layout.tail if variant.count == "stock" else variant.text_start)
-    else:
-        slots = torch.maximum(rows.clip, rows.slot)
-        upto = max(1, int(slots.max()))
-        sums = sums or RoundSums()
-        base_of_clip, base_of_text, written_before = _rounds(variant, layout, counts, clips, bare, upto, sums)
-        at = (slots - sums.slot).clamp(min=0)  # the prompt has no slot
-        base, time = base_of_clip[at], torch.zeros_like(rows.index)
-        tail = base + (0 if bare else max(layout.grid)) + rows.index
-        text = base_of_text[at] + text_index - written_before[at]
-        # The newest token that was written before may still have to be fed.
-        wrote = written_before.diff().nonzero()
-        place = min(int(torch.where(slots > 0, at, upto).min()) - 2, int(wrote[-1]) if len(wrote) else 0)
-        if place > 0:
-            sums.base_of_text = int(base_of_text[place]) - layout.prompt
-            sums.slot, sums.written_before = sums.slot + place, int(written_before[place])
+class StreamPositions:
+    """Where the pieces of one stream start: its prompt, a clip, its tail, or the text of a slot.
 
-    in_clip = torch.stack([base + time, base + rows.index // across, base + rows.index % across])
-    flat = torch.where(rows.part == PROMPT, rows.index, torch.where(rows.part == TAIL, tail, text))
-    return torch.where(rows.part == CLIP, in_clip, flat)
+    Pieces may be asked for as the stream goes: what was computed for older slots is kept."""
+
+    def __init__(self, variant: Variant, layout: Layout):
+        self.variant, self.layout = variant, layout
+        # For variants whose positions depend on what was written, by slot, from slot 0, which is the prompt.
+        self._text_base = [layout.prompt]
+        """The base of each slot's text."""
+        self._written_before = [0]
+        """Text tokens written before each slot."""
+
+    def start(
+        self, part: int, number: int, counts: Sequence[int], clips: int | None, bare: bool = False
+    ) -> tuple[int, int]:
+        """The position of the token of index 0, as (time, row and column). Those of further tokens of a clip are as
+        many rows and columns past it as they are in the grid; those of other parts are their index past it, in all
+        dimensions.
+
+        `number` is that of the clip, N for the tail, or the slot that wrote the text, as if all text before it belonged
+        to that slot. `counts` holds the answer tokens written in each slot so far, k_1, k_2, …; the slots before
+        `number` must be complete. `clips` is N if the tail has been fed or is asked for, else None. `bare` is as in
+        `timeline.make_timeline`.
+        """
+        variant, layout = self.variant, self.layout
+        if part == PROMPT:
+            return 0, 0
+        if variant.after_video:
+            if part == CLIP:
+                return layout.prompt + _time(layout, number), layout.prompt
+            start = variant.text_start
+            if part == TAIL or variant.count == "stock":
+                start = layout.prompt + _video_takes(layout, (clips or 1) - bare)
+                start += layout.tail if part != TAIL else 0
+        elif part in (CLIP, TAIL):
+            start = self._clip_base(number, counts, clips, bare)
+            start += max(layout.grid) if part == TAIL and not bare else 0
+        else:
+            self._extend(number, counts, clips, bare)
+            start = self._text_base[number] - self._written_before[number]
+        start += layout.header if part == ANSWER else 0
+        return start, start
+
+    def _text_takes(self, slot: int, counts: Sequence[int]) -> int:
+        written = counts[slot - 1] if 0 < slot <= len(counts) else 0
+        return written + (self.layout.header if slot == 1 else 0)  # the streaming variants write the header in slot 1
+
+    def _clip_base(self, clip: int, counts: Sequence[int], clips: int | None, bare: bool) -> int:
+        """`feed`: clips and text follow each other. `rounds`: a slot's text and the next clip both start at the end of
+        the round."""
+        self._extend(clip - 1, counts, clips, bare)
+        after = self._text_takes(clip - 1, counts) if self.variant.count == "feed" else 0
+        return self._text_base[clip - 1] + after
+
+    def _extend(self, upto: int, counts: Sequence[int], clips: int | None, bare: bool) -> None:
+        """A clip takes as many positions as its longer side has tokens (the last one also those of the tail), a slot's
+        text as many as it has tokens. The longer of a slot's text and the next clip ends the round."""
+        for slot in range(len(self._text_base), upto + 1):
+            takes = 0 if bare and slot == clips else max(self.layout.grid)
+            takes += self.layout.tail if slot == clips else 0
+            written = self._text_takes(slot - 1, counts)
+            ends = self._clip_base(slot, counts, clips, bare) + takes, self._text_base[-1] + written
+            self._text_base.append(max(ends))
+            self._written_before.append(self._written_before[-1] + written)
 
 
 def clips_before_text(variant: Variant, layout: Layout) -> int | None:
@@ -108,44 +135,11 @@ def check_clips(variant: Variant, layout: Layout, clips: int) -> None:
         )
 
 
-def _time(layout: Layout, clip: Tensor) -> Tensor:
-    """Position steps in time from the first clip to each `clip` (1…N), int64."""
-    return ((clip - 1) * layout.steps_per_clip).long()
+def _time(layout: Layout, clip: int) -> int:
+    """Position steps in time from the first clip to `clip` (1…N), rounded as by the release, in float32."""
+    return int(np.float32(clip - 1) * np.float32(layout.steps_per_clip))
 
 
 def _video_takes(layout: Layout, clips: int) -> int:
     """How far the token after a video of `clips` clips is from the video's first position: see RULE."""
-    return max(int(_time(layout, torch.tensor(clips))), max(layout.grid) - 1) + 1
-
-
-def _rounds(
-    variant: Variant, layout: Layout, counts: Sequence[int], clips: int | None, bare: bool, upto: int, sums: RoundSums
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For slots `sums.slot`…upto: the base of the clip (unused for the first), the base of the slot's text, and the
-    text written before.
-
-    `feed`: clips and text follow each other. A clip takes as many positions as its longer side has tokens (the last
-    one also those of the tail), a slot's text as many as it has tokens. `rounds`: a slot's text and the next clip both
-    start at the end of the round, and the longer of the two ends the next round.
-    """
-    first = sums.slot
-    clip_takes = torch.full((upto + 1 - first,), max(layout.grid))
-    if clips is not None and clips <= upto:
-        clip_takes[clips - first] = layout.tail + (0 if bare else max(layout.grid))
-    clip_takes[0] = 0  # in the sums
-    text_takes = torch.zeros(upto + 1 - first, dtype=torch.long)
-    known = torch.tensor(counts[max(first - 1, 0) : upto], dtype=torch.long)
-    begin = int(first == 0)  # there is no slot 0
-    text_takes[begin : begin + len(known)] = known
-    if first <= 1:
-        text_takes[1 - first] += layout.header  # the streaming variants write the header in slot 1
-
-    start, written_here = layout.prompt + sums.base_of_text, text_takes.cumsum(0) - text_takes
-    written_before = sums.written_before + written_here
-    if variant.count == "feed":
-        base_of_text = start + clip_takes.cumsum(0) + written_here
-        return base_of_text - clip_takes, base_of_text, written_before
-    round_takes = torch.maximum(clip_takes, text_takes.roll(1))
-    round_takes[0] = 0
-    base_of_text = start + round_takes.cumsum(0)
-    return base_of_text.roll(1), base_of_text, written_before
+    return max(_time(layout, clips), max(layout.grid) - 1) + 1
