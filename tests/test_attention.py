@@ -6,12 +6,14 @@ import time
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model import flex_attention as own_flex_attention
 from qwen_vl_streaming.timeline.attention import block_mask, dense_mask, make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import Layout, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from tiny import random_counts, tiny_model
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers.integrations import flex_attention as stock_flex_attention
 
 SEED = time.time_ns() % 100_000
 
@@ -143,3 +145,54 @@ def test_a_backend_that_would_lose_the_mask_is_refused():
     with pytest.raises(InputError, match="eager"):
         make_mask(flags, flags, False, "eager")
     assert make_mask(flags, flags, False, "flash_attention_2") is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_block_mask_is_that_of_create_block_mask(parallel, packed):
+    """All its tensors, for rows of whole blocks and others, with and without samples and padding."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    for length, rows in ((5, 1), (128, 2), (129, 1), (384, 3), (700, 1)):
+        kind = torch.randint(3, (rows, length)).repeat_interleave(90, 1)[:, :length]
+        sample = (torch.arange(length) // 150 + 1).expand(rows, -1).clone()
+        sample[:, length - length // 5 :] = 0
+        mask = block_mask(kind == 1, kind == 2, parallel, sample if packed else None)
+        expected = create_block_mask(mask.mask_mod, rows, None, length, length, device="cpu")
+        for part, same in zip(mask.as_tuple(), expected.as_tuple(), strict=True):
+            if isinstance(part, torch.Tensor):
+                assert part.dtype == same.dtype and part.stride() == same.stride() and torch.equal(part, same)
+            else:
+                assert part == same or part is mask.mask_mod
+
+
+def test_heads_are_copied_in_short_rows_of_training_only(monkeypatch):
+    """With FlexAttention, these give each query head its own key-value head; the result is that of SDPA."""
+    heads, inner = [], stock_flex_attention.compile_friendly_flex_attention
+
+    def counted(query, key, value, **options):
+        heads.append((key.shape[1], value.shape[1]))
+        return inner(query, key, value, **options)
+
+    monkeypatch.setattr(stock_flex_attention, "compile_friendly_flex_attention", counted)
+    monkeypatch.setattr(stock_flex_attention.WrappedFlexAttention, "__call__", lambda wrapped: flex_attention)
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+    model = tiny_model(num_hidden_layers=1, hidden_size=64, rope_parameters=rope)
+    place = torch.arange(40)
+    flags = (place % 3 == 0)[None], (place % 3 == 1)[None]
+
+    @torch.no_grad()
+    def run(implementation):
+        model.model.language_model.set_attn_implementation(implementation)
+        return model.model.language_model(
+            inputs_embeds=torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0)),
+            position_ids=place.expand(3, 1, -1),
+            attention_mask={"full_attention": make_mask(*flags, True, implementation)},
+        ).last_hidden_state
+
+    expected = run("sdpa")
+    for training, few, count in ((True, 2 * 40 + 1, 4), (True, 2 * 40, 2), (False, 2 * 40 + 1, 2)):
+        model.train(training)
+        monkeypatch.setattr(own_flex_attention, "FEW_KEYS", few)
+        assert (run("flex_attention") - expected).abs().max() < 1e-5
+        assert heads.pop() == (count, count)

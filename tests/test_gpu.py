@@ -18,6 +18,7 @@ from qwen_vl_streaming.engine.quantized_linear import (
     kernel_product,
     product,
 )
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers
 from qwen_vl_streaming.model.quantization import WEIGHTS, quantize, quantize_model, scaled_linear
 from qwen_vl_streaming.reference import caption
 from qwen_vl_streaming.replay import replay
@@ -29,7 +30,7 @@ from sessions import random_case
 from test_batch import batched, random_jobs, reference_captions
 from test_reference import Forced, full_pass, random_batch
 from test_replay import recorded
-from tiny import random_template, timeline_ids, tiny_model
+from tiny import VIDEO, random_template, timeline_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
 SEED = time.time_ns() % 100_000
@@ -70,14 +71,15 @@ def test_streamed_equals_full_on_the_gpu(variant):
 
 
 @pytest.mark.parametrize("name", ["group", "interleave"])
+@pytest.mark.parametrize("heads", [6, 8])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
-def test_flex_attention_equals_dense_with_gradients(dtype, tolerance, name):
+def test_flex_attention_equals_dense_with_gradients(dtype, tolerance, heads, name):
     """Two samples of ten clips, packed: loss and every gradient, relative to its own size."""
     print("seed", SEED)
     torch.manual_seed(SEED)
     torch.backends.cuda.matmul.allow_tf32 = False
     draw = random.Random(SEED)
-    model = tiny_model(**FLEX).to("cuda", dtype)
+    model = tiny_model(**FLEX | {"num_attention_heads": heads, "hidden_size": 16 * heads}).to("cuda", dtype).train()
     variant, template = VARIANTS[name], random_template(draw)
     layout = Layout(len(template.prompt), len(template.tail), len(template.header), (5, 7))
     timeline = make_timeline(variant, layout, (3,) * 9 + (12,))
@@ -86,7 +88,7 @@ def test_flex_attention_equals_dense_with_gradients(dtype, tolerance, name):
     labels = torch.cat([torch.where(timeline.produces < 0, -100, answer[timeline.produces]) for answer in answers])
     flags = [flag.repeat(2)[None].cuda() for flag in (rows.visual, rows.text)]
     sample = torch.arange(2).repeat_interleave(len(rows))[None].cuda()
-    visual_tokens = torch.randn(700, 96)
+    visual_tokens = torch.randn(700, 16 * heads)
 
     def run(implementation):
         model.zero_grad()
@@ -108,6 +110,40 @@ def test_flex_attention_equals_dense_with_gradients(dtype, tolerance, name):
     for weight, gradient in gradients.items():
         scale = gradient.abs().max()
         assert (gradient - flex_gradients[weight]).abs().max() <= tolerance * scale + 1e-6, weight
+
+
+def test_a_training_pass_does_not_wait_for_the_gpu():
+    """Compiled layers, a frozen vision tower, FlexAttention over two packed samples."""
+    torch.manual_seed(0)
+    model = tiny_model(**FLEX).to("cuda", torch.bfloat16).train()
+    model.model.visual.requires_grad_(False).merger.requires_grad_(True)
+    model.model.language_model.set_attn_implementation("flex_attention")
+    compile_layers(model)
+    ids, grids = torch.zeros(1, 80, dtype=torch.long), torch.tensor([[2, 4, 6], [3, 4, 4]])
+    ids[:, 3:15] = ids[:, 40:52] = VIDEO
+    sample = torch.arange(2).repeat_interleave(40)[None].cuda()
+    visual = (ids == VIDEO).cuda()
+    batch = {
+        "input_ids": ids.cuda(),
+        "position_ids": torch.arange(80).expand(3, 1, -1).cuda(),
+        "labels": ids.cuda(),
+        "visual_rows": (ids == VIDEO).flatten().nonzero().squeeze(1).cuda(),
+        "score": torch.arange(80).cuda(),
+        "video_grid_thw": grids,
+        "num_items_in_batch": torch.tensor(80).cuda(),
+    }
+    pixels = torch.randn(int(grids.prod(1).sum()), model.model.visual.patch_embed.proj.weight[0].numel()).pin_memory()
+
+    def run():
+        mask = make_mask(visual, ~visual, True, "flex_attention", sample)
+        given = {**batch, "pixel_values_videos": pixels.to("cuda", non_blocking=True)}
+        model(**given, attention_mask=mask).loss.backward()
+
+    run()
+    model.zero_grad()
+    run()  # compiled by now
+    with no_waiting():
+        run()
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from qwen_vl_streaming.model import modeling_qwen2_5_vl, vision_tower
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers
 from qwenvl.arguments import ModelArguments
 from qwenvl.param_groups import make_trainable
@@ -102,3 +103,43 @@ def test_layers_compile_for_all_rows_and_modes():
     finally:
         torch.compiler.set_default_backend("inductor")
     assert graphs.count > 8
+
+
+def segment_attention(query, key, value, bounds, _, longest, __, scale):
+    """`varlen_attn` on a CPU."""
+    segment = torch.bucketize(torch.arange(len(query)), bounds[1:], right=True)
+    q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
+    mask = segment[:, None] == segment
+    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return mixed.transpose(0, 1) + 0 * longest
+
+
+def test_blocks_of_the_vision_tower_compile_whole_and_for_all_grids(monkeypatch):
+    """As on a GPU, in half precision: few graphs serve windows, whole clips and all grids."""
+    monkeypatch.setattr(vision_tower, "varlen_attn", segment_attention)
+    model = tiny_model().to(torch.bfloat16)
+    model.model.visual.blocks.requires_grad_(False)
+    videos = [[(3, 4, 6)], [(2, 8, 8), (3, 4, 6)], [(1, 12, 16)], [(5, 4, 4)], [(2, 16, 10)]]
+    per_patch = model.model.visual.patch_embed.proj.weight[0].numel()
+
+    @torch.no_grad()
+    def tokens(grids):
+        torch.manual_seed(0)
+        pixels = torch.randn(sum(t * h * w for t, h, w in grids), per_patch).bfloat16()
+        layout = model._make_tower_layout(grids)
+        assert ("max_seqlen" in layout) is modeling_qwen2_5_vl.has_flash(model.device)
+        return model.model.visual(pixels, grid_thw=torch.tensor(grids), **layout).pooler_output
+
+    dense = list(map(tokens, videos))
+    monkeypatch.setattr(modeling_qwen2_5_vl, "has_flash", lambda _: True)
+    graphs = Graphs("eager")
+    torch._dynamo.reset()
+    counters.clear()
+    torch.compiler.set_default_backend(graphs)
+    try:
+        compile_layers(model)
+        for grids, expected in zip(videos, dense, strict=True):
+            assert torch.allclose(tokens(grids), expected, atol=0.05)
+    finally:
+        torch.compiler.set_default_backend("inductor")
+    assert not counters["graph_break"] and graphs.count <= 4

@@ -12,12 +12,14 @@ from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.pixel_budget import PixelBudget
 from qwenvl.arguments import DataArguments, ModelArguments
-from qwenvl.batches import collate, pack
+from qwenvl.batches import collate, collate_for_trainer, pack
 from qwenvl.data import IGNORED, StreamingDataset
 from qwenvl.rows import read_rows
 from qwenvl.trainer import StreamingTrainer
+from qwenvl.training_arguments import SftArguments
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import refused
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 SEED = time.time_ns() % 100_000
 
@@ -95,6 +97,55 @@ def test_a_batch_equals_its_samples(made, variant):
         assert abs(loss - loss_alone) < 1e-5
         for a, b in zip(grads, grads_alone, strict=True):
             assert torch.allclose(a, b, atol=1e-5, rtol=1e-3)
+
+
+class Values(TorchDispatchMode):
+    """Lists operations whose result depends on the values of a tensor, so that the host waits for the GPU."""
+
+    names = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "masked_scatter",
+        "repeat_interleave",
+        "unique",
+        "equal",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        indexes = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else []
+        masks = [part for part in indexes if isinstance(part, torch.Tensor) and part.dtype == torch.bool]
+        if masks or any(part in name for part in self.names):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pack_tokens", [0, 400])
+def test_a_pass_reads_no_values(made, pack_tokens):
+    """Else the host waits for the GPU, which then waits for the host. Mask, forward and backward pass."""
+    model = load_model(made[0], "sdpa", torch.float32).train()
+    batch = collate_for_trainer([dataset(made, "group")[i] for i in range(2)], pack_tokens)
+    grids = batch.pop("video_grid_thw").tensor
+    batch |= {"pixel_values_videos": batch["pixel_values_videos"].tensor, "video_grid_thw": grids}
+    layout = model._make_tower_layout(grids.tolist())  # computed on the host
+    model._make_tower_layout = lambda *_, **__: layout
+    del batch["tally"]
+    flags = batch.pop("visual"), batch.pop("text"), True
+    with Values() as values:
+        make_mask(*flags, "flex_attention", sample := batch.pop("sample", None))
+        mask = make_mask(*flags, "sdpa", sample)
+        loss = model(**batch, attention_mask=mask, num_items_in_batch=torch.tensor(7)).loss
+        loss.backward()
+        assert not values.found
+        del batch["score"]
+        again = model(**batch, attention_mask=mask, num_items_in_batch=torch.tensor(7)).loss
+        assert values.found  # flags of rows instead of their indices
+    assert again == loss
 
 
 def test_packing_fills_rows_and_loses_nothing(made):
@@ -190,3 +241,20 @@ def test_workers_read_a_whole_step_ahead(monkeypatch, workers, steps, samples, g
         dataloader_prefetch_factor=given,
     )
     assert trainer.get_train_dataloader().base_dataloader.prefetch_factor == expected
+
+
+def test_deepspeed_does_not_time_passes(monkeypatch, tmp_path):
+    """Its throughput timer makes the host wait for the GPU, unless the configuration asks for it."""
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 1}}')
+    monkeypatch.setenv("RANK", "0")
+    for given in ({}, {"timers": {"throughput": {"enabled": True}}}):
+        config = dict(given)
+        monkeypatch.setattr(
+            TrainingArguments,
+            "__post_init__",
+            lambda self, config=config: setattr(
+                self, "hf_deepspeed_config", SimpleNamespace(config=config, mismatches=[])
+            ),
+        )
+        SftArguments(output_dir=str(tmp_path), deepspeed=str(tmp_path / "zero.json"), use_cpu=True, report_to="none")
+        assert config == (given or {"timers": {"throughput": {"enabled": False}}})

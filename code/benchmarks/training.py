@@ -20,7 +20,7 @@ import torch
 from arithmetic import matrices, matrix_rate, seconds, tower_flops
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import choose_device, look
-from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, compile_layers
+from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, compile_layers, indices
 from qwen_vl_streaming.model.released import SIZES, released_config
 from qwen_vl_streaming.model.vision_tower import VisionAttention
 from qwen_vl_streaming.timeline.attention import dense_mask, make_mask
@@ -57,12 +57,15 @@ def make_batch(variant: Variant, samples: int, config: Qwen2_5_VLConfig, device:
     numbers = torch.arange(1, samples + 1).repeat_interleave(length)
     sample = torch.nn.functional.pad(numbers, (0, padding))[None].to(device) if samples > 1 else None
     patches = 4 * GRID[0] * GRID[1]
+    labels = row(torch.where(timeline.produces == NOTHING, -100, 7), -100)
     inputs = {
         "input_ids": row(ids),
         "position_ids": torch.stack([row(axis) for axis in timeline_positions(timeline)]),
-        "labels": row(torch.where(timeline.produces == NOTHING, -100, 7), -100),
+        "labels": labels,
+        "visual_rows": indices(row(rows.part == CLIP, False)),
+        "score": indices(labels != -100),
         "pixel_values_videos": torch.randn(samples * CLIPS * patches, 1176, device=device, dtype=torch.bfloat16),
-        "video_grid_thw": torch.tensor([[CLIPS, 2 * GRID[0], 2 * GRID[1]]] * samples, device=device),
+        "video_grid_thw": torch.tensor([[CLIPS, 2 * GRID[0], 2 * GRID[1]]] * samples),
         "num_items_in_batch": samples * ANSWER,
     }
     return inputs, (row(rows.visual, False), row(rows.text, False), sample)
@@ -149,7 +152,7 @@ def main() -> None:
     print(f"bf16 matrix product of 8192 x 8192: {rate / 1e12:.0f} TFLOP/s", flush=True)
 
     batch, _ = make_batch(VARIANTS["group"], 1, config, device)
-    video = batch["pixel_values_videos"], batch["video_grid_thw"]
+    video = batch["pixel_values_videos"], batch["video_grid_thw"].to(device)
     with torch.no_grad():
         print(f"vision encoder, 30 clips: {1e3 * seconds(lambda: tower(*video), 5, device):.1f} ms", flush=True)
         if arguments.stock_tower:

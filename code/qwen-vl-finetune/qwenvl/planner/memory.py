@@ -8,6 +8,8 @@ DeepSpeed's part follows its stage_1_and_2.py and stage3.py (0.19.8).
 
 from dataclasses import dataclass
 
+from qwen_vl_streaming.model.flex_attention import FEW_KEYS
+
 from . import constants as c
 from .lengths import Lengths
 from .settings import Settings
@@ -105,6 +107,8 @@ def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) 
     """Bytes that remain after the forward pass, by name, and the working memory of the backward pass of one layer."""
     tokens, k = pass_tokens(settings, lengths), settings.checkpointed
     saved = wide * saved_per_token(shape, settings.compiled) * tokens
+    if tokens * shape.kv < FEW_KEYS * c.HEAD:
+        saved += wide * 2 * c.COPIES_HIDDEN * shape.hidden * tokens
     row = 2.0 * wide * shape.hidden * tokens
     targets = settings.samples * lengths.answer * lengths.heaviest(settings.samples)
     terms = {

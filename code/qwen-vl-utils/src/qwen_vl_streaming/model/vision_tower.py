@@ -116,7 +116,7 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
     distinct segment length, of which there are few. The results are equal up to rounding.
     """
 
-    def forward(self, hidden_states, cu_seqlens, position_embeddings: Any = None, max_seqlen=None, **kwargs):
+    def forward(self, hidden_states, cu_seqlens, position_embeddings: Any = None, max_seqlen: Any = None, **kwargs):
         """Maps `hidden_states` (patches, channels) to the same shape. `cu_seqlens` has the bounds of the segments.
         `max_seqlen` is the length of the longest, where `has_flash` and in half precision. Without it, a block compiles
         into several graphs, and the host waits for the GPU unless the segments are cached."""
@@ -124,11 +124,10 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
         query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
         query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         segments = Segments.of(cu_seqlens) if max_seqlen is None else None
-        if segments is not None and segments.flash and value.dtype in HALF:
-            max_seqlen = segments.longest
         mixed: Tensor
-        if segments is None or max_seqlen is not None:
-            bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        if segments is None or (segments.flash and value.dtype in HALF):
+            longest: Any = max_seqlen if segments is None else segments.longest
+            bounds = (cu_seqlens, cu_seqlens, longest, longest)
             mixed = varlen_attn(  # pyright: ignore[reportAssignmentType]  # a tuple only with `return_aux`
                 query, key, value.contiguous(), *bounds, scale=self.scaling
             )
