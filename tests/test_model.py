@@ -159,6 +159,19 @@ def test_a_wrong_number_of_visual_tokens_is_refused():
         )
 
 
+@pytest.mark.parametrize("name", ["labels", "score", "visual_rows"])
+def test_rows_of_another_shape_are_refused(name):
+    """Their indices would be those of other rows."""
+    model, ids = tiny_model(), torch.full((2, 10), 3)
+    given = {"visual_tokens": torch.zeros(2, 32)} if name == "visual_rows" else {}
+    flags = torch.zeros(2, 9, dtype=torch.bool)
+    flags[:, 0] = True
+    wrong = [torch.where(flags, 5, -100)] if name == "labels" else [flags, torch.zeros(2, 10, dtype=torch.long)]
+    for rows in wrong:
+        with pytest.raises(ValueError, match="shape"):
+            model(ids, torch.arange(10).expand(3, 2, -1), None, **{name: rows}, **given)
+
+
 def test_sliding_windows_are_refused():
     config = tiny_config(use_sliding_window=True, sliding_window=8, max_window_layers=1)
     with pytest.raises(ValueError, match="use_sliding_window"):

@@ -558,6 +558,23 @@ def test_a_given_row_that_does_not_hold_the_batch_needs_memory_for_all_its_rows(
     assert 0.5 * speeds[0] < speeds[1] < speeds[0]
 
 
+@pytest.mark.parametrize("size", ["3B", "7B"])
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_longer_row_never_needs_less_memory(shapes, size, packs):
+    """Short rows copy key-value heads. Data whose longest sample is just above the limit have samples below it too, but
+    packed rows are all of one length."""
+
+    def needs(tokens):
+        settings = Settings(ZERO["zero1.json"], 1, tokens if packs else 0, PAPER_SAMPLES, 0, True)
+        lengths = replace(LENGTHS, tokens=(tokens,) * 2)
+        return estimate(shapes[size, "LoRA"], settings, lengths, 1).terms["activations"]
+
+    limit = {"3B": 4_096, "7B": 2_048}[size]
+    found = [needs(limit + more) for more in (-1, 0, 64, limit)]
+    assert (found[1] < found[0]) if packs else (found == sorted(found))
+    assert found[-1] > found[0]
+
+
 def test_headers_are_read_once(made, tmp_path, monkeypatch):
     """What the planner has read, the pre-scan does not read again, nor a video that several rows share."""
     checkpoint, data = made

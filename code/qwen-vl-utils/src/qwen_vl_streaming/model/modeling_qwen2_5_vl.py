@@ -185,7 +185,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
 
         Returns `loss`, the sum of the cross-entropy over labels divided by `num_items_in_batch` or by the number of
         labels, and `logits`: (T, V) for selected rows, (B, L, V) for all rows. Raises ValueError if the number of
-        visual tokens differs from the number of rows for them.
+        visual tokens differs from the number of rows for them, and if flags or labels are not (B, L).
         """
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values_videos is not None:
@@ -195,7 +195,8 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             layout = self._make_tower_layout(grids, wait=False)
             visual_tokens = self.model.visual(pixels, grid_thw=torch.tensor(grids), **layout).pooler_output
         if visual_tokens is not None:
-            rows = indices(input_ids == self.config.video_token_id if visual_rows is None else visual_rows)
+            flags = input_ids == self.config.video_token_id if visual_rows is None else visual_rows
+            rows = indices(flags, input_ids.shape)
             if len(rows) != len(visual_tokens):
                 raise ValueError(f"{len(rows)} rows for visual tokens, but {len(visual_tokens)} visual tokens")
             embeds = embeds.flatten(0, 1).index_copy(0, rows, visual_tokens.to(embeds)).view_as(embeds)
@@ -208,9 +209,11 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             use_cache=past_key_values is not None,
         ).last_hidden_state
 
-        if labels is not None and score is None:
-            score = labels != -100
-        scored = None if score is None else indices(score)
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ValueError(f"labels of shape {tuple(labels.shape)}, but input_ids of {tuple(input_ids.shape)}")
+            score = labels != -100 if score is None else score
+        scored = None if score is None else indices(score, input_ids.shape)
         logits = self.lm_head(hidden if scored is None else hidden.flatten(0, 1).index_select(0, scored))
         loss = None
         if labels is not None:
@@ -220,9 +223,17 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
 
-def indices(rows: Tensor) -> Tensor:
-    """The indices of flagged rows (B, L) in (B * L); indices are returned as they are."""
-    return rows.flatten().nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+def indices(rows: Tensor, shape: torch.Size) -> Tensor:
+    """The indices of flagged rows in (B * L); indices are returned as they are. Raises ValueError if flags do not have
+    the `shape` (B, L), since indices of others would be those of other rows, or if indices are not one list of them."""
+    if rows.dtype != torch.bool and rows.dim() == 1:
+        return rows
+    if rows.dtype != torch.bool or rows.shape != shape:
+        raise ValueError(
+            f"rows must be boolean flags of shape {tuple(shape)} or one list of indices, not {rows.dtype} of shape "
+            f"{tuple(rows.shape)}"
+        )
+    return rows.flatten().nonzero().squeeze(1)
 
 
 def compile_layers(model: nn.Module) -> None:
