@@ -1,6 +1,7 @@
 """The same properties on a GPU: streamed equals full, and FlexAttention equals the dense mask, gradients included."""
 
 import contextlib
+import copy
 import random
 import time
 from dataclasses import replace
@@ -189,6 +190,26 @@ def test_vision_tower_equals_the_one_on_the_cpu(dtype, tolerance):
             expected = model.float().cpu().perceive(pixels, grid)
             got = model.to("cuda", dtype).perceive(pixels.cuda(), grid).float().cpu()
         assert (got - expected).norm() < tolerance * expected.norm(), (clips, grid)
+
+
+def test_a_compiled_vision_tower_trains_on_clips_of_many_sizes():
+    """One graph serves all sizes, with the longest segment as a number that varies. Errors relative to the norm."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    draw, plain = random.Random(SEED), tiny_model(SEED).to("cuda", torch.bfloat16)
+    compiled = copy.deepcopy(plain)
+    compiled.compile_tower()
+    for _ in range(8):
+        clips, grid = draw.randint(1, 4), (draw.randint(1, 11), draw.randint(1, 11))
+        pixels = torch.randn(clips, 4 * grid[0] * grid[1], 1176, device="cuda", dtype=torch.bfloat16)
+        found = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            model.perceive(pixels, grid).float().square().sum().backward()
+            weight = model.model.visual.blocks[0].attn.qkv.weight
+            found.append((model.perceive(pixels, grid).float(), weight.grad.float()))
+        for expected, got in zip(*found, strict=True):
+            assert (got - expected).norm() < 3e-2 * expected.norm(), (clips, grid)
 
 
 @pytest.mark.parametrize("size", [1, 4])
