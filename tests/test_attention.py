@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.model import flex_attention as own_flex_attention
 from qwen_vl_streaming.timeline.attention import block_mask, dense_mask, make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import Layout, make_timeline
@@ -136,9 +135,8 @@ def test_each_backend_gets_the_mask_in_its_own_form(variant, packed):
     sample = (torch.arange(len(timeline.rows)) >= 6).long()[None] if packed else None
     expected = dense_mask(visual, text, variant.parallel, sample=sample)
     place = torch.arange(len(timeline.rows))
-    for name in ("flex_attention", "flex_fa4"):
-        flex = make_mask(visual, text, variant.parallel, name, sample)
-        assert torch.equal(flex.mask_mod(0, 0, place[:, None], place), expected[0, 0])
+    flex = make_mask(visual, text, variant.parallel, "flex_attention", sample)
+    assert torch.equal(flex.mask_mod(0, 0, place[:, None], place), expected[0, 0])
     sdpa = make_mask(visual, text, variant.parallel, "sdpa", sample)
     assert (sdpa is None) if not (variant.parallel or packed) else torch.equal(sdpa, expected)
 
@@ -177,8 +175,8 @@ def test_the_block_mask_is_that_of_create_block_mask(parallel, packed):
                 assert part == same or part is mask.mask_mod
 
 
-def test_heads_are_copied_in_short_rows_of_training_only(monkeypatch):
-    """With FlexAttention, these give each query head its own key-value head; the result is that of SDPA."""
+def test_heads_are_copied_in_training_only(monkeypatch):
+    """FlexAttention gives each query head its own key-value head; the result is that of SDPA."""
     heads, inner = [], stock_flex_attention.compile_friendly_flex_attention
 
     def counted(query, key, value, **options):
@@ -202,37 +200,7 @@ def test_heads_are_copied_in_short_rows_of_training_only(monkeypatch):
         ).last_hidden_state
 
     expected = run("sdpa")
-    for training, few, count in ((True, 2 * 40 + 1, 4), (True, 2 * 40, 2), (False, 2 * 40 + 1, 2)):
+    for training, count in ((True, 4), (False, 2)):
         model.train(training)
-        monkeypatch.setattr(own_flex_attention, "FEW_KEYS", few)
         assert (run("flex_attention") - expected).abs().max() < 1e-5
         assert heads.pop() == (count, count)
-
-
-def test_flex_fa4_asks_for_the_kernels_of_flash_attn_4(monkeypatch):
-    """For rows in feed order and others. With the default kernels in their place, the result is that of SDPA."""
-    asked = []
-
-    def default(query, key, value, training, kernel_options, **options):
-        asked.append((kernel_options, key.shape[1]))
-        return flex_attention(query, key, value, **options)
-
-    monkeypatch.setattr(own_flex_attention, "compile_friendly_flex_attention", default)
-    torch.manual_seed(0)
-    model = tiny_model(num_hidden_layers=1)
-    place, order = torch.arange(40), torch.randperm(40)
-    flags, embeds = torch.stack([place % 3 == 0, place % 3 == 1]), torch.randn(40, 32)
-
-    @torch.no_grad()
-    def run(implementation, feed):
-        model.model.language_model.set_attn_implementation(implementation)
-        return model.model.language_model(
-            inputs_embeds=embeds[None, feed],
-            position_ids=feed.expand(3, 1, -1),
-            attention_mask={"full_attention": make_mask(*flags[:, None, feed], True, implementation, None, feed[None])},
-        ).last_hidden_state[0]
-
-    expected = run("sdpa", place)
-    for feed in (place, order):
-        assert (run("flex_fa4", feed) - expected[feed]).abs().max() < 1e-5
-    assert asked == [({"BACKEND": "FLASH"}, model.config.text_config.num_key_value_heads)] * 2

@@ -17,7 +17,6 @@ from accelerate.utils import send_to_device
 from media import make_video
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.errors import run as run_program
-from qwen_vl_streaming.model import flex_attention
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import released_config
@@ -45,7 +44,6 @@ from qwenvl.planner.speed import predict, sample_flops
 from qwenvl.planner.table import rows
 from qwenvl.prescan import scan
 from qwenvl.rows import read_rows
-from qwenvl.run_checks import check_attention
 from qwenvl.training_arguments import SftArguments
 from tiny import tiny_model
 from training import finish, flags, free_port, history, start
@@ -431,41 +429,6 @@ def test_gpus_that_others_use(monkeypatch, shapes):
         choose(shapes["3B", "full"], LENGTHS, machine.gpus_here(1), Given())
 
 
-@pytest.mark.parametrize("words, chosen", [
-    ("", True), ("--variant interleave", True), ("--attention flex_attention", False), ("--attention sdpa", False),
-    ("--bf16 False", False), ("--variant batch --pack_tokens 0 --per_device_train_batch_size 1", False),
-])  # fmt: skip
-def test_the_kernels_of_flash_attn_4_are_chosen_where_they_are_installed(monkeypatch, words, chosen):
-    """With a line that says so and only for `auto` with FlexAttention. Elsewhere the plan is as without them."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    request = given_by(f"--train_data nowhere.jsonl {words}", monkeypatch, "Qwen/Qwen2.5-VL-3B-Instruct")
-    gpus = parse_gpus("4xH200")
-    plain, flags = request.plan(gpus)
-    text, with_fa4 = request.plan(replace(gpus, fa4=True))
-    assert "flex_fa4" not in plain and "attention" not in flags
-    assert with_fa4 == (flags | {"attention": "flex_fa4"} if chosen else flags)
-    added = [line for line in text.splitlines() if line not in plain.splitlines()]
-    assert len(added) == chosen and all("flex_fa4, since flash-attn-4 is installed" in line for line in added)
-
-
-@pytest.mark.parametrize("name, capability, installed, usable", [
-    ("NVIDIA H200", (9, 0), True, True), ("NVIDIA H200", (9, 0), False, False), ("NVIDIA L4", (8, 9), True, False),
-])  # fmt: skip
-def test_gpus_that_can_use_flash_attn_4(monkeypatch, name, capability, installed, usable):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (20 * GIB, 22 * GIB))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(flex_attention, "has_fa4", lambda: installed)
-    here = machine.gpus_here(1)
-    assert here.fa4 == usable
-    assert not machine.all_nodes([here, replace(here, fa4=False)]).fa4
-    if not usable:
-        with pytest.raises(InputError, match="not installed" if not installed else "Hopper or Blackwell"):
-            monkeypatch.setattr("qwenvl.run_checks.has_fa4", lambda: installed)
-            check_attention("flex_fa4", torch.device("cuda"), True)
-
-
 def test_gpus_that_differ_are_refused(monkeypatch):
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA L4"]
     monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
@@ -556,23 +519,6 @@ def test_a_given_row_that_does_not_hold_the_batch_needs_memory_for_all_its_rows(
     assert needed[1] == pytest.approx(needed[0], rel=0.02)
     speeds = [predict(shapes["3B", "full"], settings, LENGTHS, parse_gpus("H200")).tokens for settings in (one, four)]
     assert 0.5 * speeds[0] < speeds[1] < speeds[0]
-
-
-@pytest.mark.parametrize("size", ["3B", "7B"])
-@pytest.mark.parametrize("packs", [False, True])
-def test_a_longer_row_never_needs_less_memory(shapes, size, packs):
-    """Short rows copy key-value heads. Data whose longest sample is just above the limit have samples below it too, but
-    packed rows are all of one length."""
-
-    def needs(tokens):
-        settings = Settings(ZERO["zero1.json"], 1, tokens if packs else 0, PAPER_SAMPLES, 0, True)
-        lengths = replace(LENGTHS, tokens=(tokens,) * 2)
-        return estimate(shapes[size, "LoRA"], settings, lengths, 1).terms["activations"]
-
-    limit = {"3B": 4_096, "7B": 2_048}[size]
-    found = [needs(limit + more) for more in (-1, 0, 64, limit)]
-    assert (found[1] < found[0]) if packs else (found == sorted(found))
-    assert found[-1] > found[0]
 
 
 def test_headers_are_read_once(made, tmp_path, monkeypatch):

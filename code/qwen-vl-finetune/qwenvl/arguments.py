@@ -7,7 +7,6 @@ from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import PROJECT, find_data, find_model, find_video_root
-from qwen_vl_streaming.model.flex_attention import FA4
 from qwen_vl_streaming.model.prompts import END_OF_SLOT
 from qwen_vl_streaming.model.trained import MODEL
 from qwen_vl_streaming.timeline.timeline import MAX_PER_SLOT
@@ -18,7 +17,7 @@ from transformers.hf_argparser import HfArg
 from .argument_checks import defaults
 
 SCHEDULES = ("data", "wait", MODEL)
-ATTENTIONS = ("auto", "sdpa", "flex_attention", FA4, "flash_attention_2")
+ATTENTIONS = ("auto", "sdpa", "flex_attention", "flash_attention_2")
 
 
 @dataclass
@@ -51,9 +50,7 @@ class ModelArguments:
         "that no caption contains. A slot with --max_tokens_per_slot tokens ends without it.",
     )
     attention: str = HfArg(
-        default="auto",
-        help="Attention of the language model: auto, sdpa, flex_attention, flex_fa4 (FlexAttention with the kernels of "
-        "flash-attn-4), flash_attention_2.",
+        default="auto", help="Attention of the language model: auto, sdpa, flex_attention, flash_attention_2."
     )
     compile_layers: bool = HfArg(
         default=False, help="Compile each layer: 1.5 times as fast on a GPU, after about a minute."

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.model.flex_attention import FA4, FA4_ARCHITECTURES, has_fa4
 from qwen_vl_streaming.model.loading import load_config
 from qwen_vl_streaming.model.prompts import QUESTIONS, load_processor, make_template
 from qwen_vl_streaming.model.trained import check_trained
@@ -26,21 +25,12 @@ MAX_CPU_PARAMETERS = 500_000_000
 """The largest model that trains on a CPU without `--use_cpu True`."""
 
 
-def check_attention(implementation: str, device: torch.device, bf16: bool) -> None:
-    """Raises InputError where the attention `implementation` cannot train on `device`, in bfloat16 or float32."""
+def check_attention(implementation: str, device: torch.device) -> None:
+    """Raises InputError where the attention `implementation` cannot train on `device`."""
     if "flash" in implementation and not is_flash_attn_2_available():
         raise InputError(f"--attention {implementation} is not installed: use auto, or see requirements.txt")
     if "flex" in implementation and device.type == "cpu":
         raise InputError(f"--attention {implementation} does not train on a CPU: use auto or sdpa")
-    if implementation == FA4 and not has_fa4():
-        raise InputError(
-            f"--attention {FA4} needs the package flash-attn-4, which is not installed: use auto, or install it as "
-            'docs/training.md says, under "Attention kernels"'
-        )
-    if implementation == FA4 and torch.cuda.get_device_capability(device)[0] not in FA4_ARCHITECTURES:
-        raise InputError(f"--attention {FA4} needs a Hopper or Blackwell GPU, such as H100 or B200: use auto")
-    if implementation == FA4 and not bf16:
-        raise InputError(f"--attention {FA4} does not train in float32: use auto, or --bf16 True")
 
 
 def check_same_model(model: str, sha256: str, device: torch.device) -> None:
@@ -66,7 +56,6 @@ def check_same_machines(model: ModelArguments, data: DataArguments, training: Sf
         "--gradient_checkpointing": bool(training.activation_checkpointing),
         "--checkpoint_layers": model.checkpoint_layers,
         "--compile_layers": model.compile_layers,
-        "--attention": model.attention,
     }
     every = gather_object([mine])
     for name, value in every[0].items():
@@ -90,7 +79,7 @@ def check_arguments(model: ModelArguments, training: SftArguments, implementatio
     """The model's config, once the arguments are known to fit it. Raises InputError, before any weight is loaded."""
     checkpoint, variant = model.model_name_or_path, model.rules
     check_folder(Path(training.output_dir), variant.name, checkpoint)
-    check_attention(implementation, training.device, training.bf16)
+    check_attention(implementation, training.device)
     config = load_config(checkpoint)
     if not model.force:
         check_trained(config, checkpoint, variant, "--force True to continue from it anyway")

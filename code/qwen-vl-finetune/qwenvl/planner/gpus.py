@@ -78,8 +78,6 @@ class Gpus:
     here: bool = False
     total: int = 0
     """Bytes of a card that is here, free or not."""
-    fa4: bool = False
-    """Whether they are here and can use the kernels of flash-attn-4, which is installed."""
 
     def describe(self) -> str:
         """Such as 8 x H100 (79.2 GiB)."""
@@ -140,7 +138,6 @@ def gpus_here(per_node: int, nodes: int = 1) -> Gpus:
     """The first `per_node` GPUs of this machine, with the smallest free memory of them. Raises InputError where they
     differ or cannot be used."""
     import torch
-    from qwen_vl_streaming.model.flex_attention import FA4_ARCHITECTURES, has_fa4
 
     if per_node > (count := torch.cuda.device_count()):
         raise InputError(f"{per_node} processes on a machine with {count} GPUs: lower NPROC_PER_NODE")
@@ -156,8 +153,7 @@ def gpus_here(per_node: int, nodes: int = 1) -> Gpus:
     else:
         name, rate, link = names[0], measured_rate(), PCIE
         memory_rate = rate / 400
-    fa4 = has_fa4() and torch.cuda.get_device_capability()[0] in FA4_ARCHITECTURES
-    return Gpus(per_node * nodes, name, memory, rate, memory_rate, link, nodes, here=True, total=total, fa4=fa4)
+    return Gpus(per_node * nodes, name, memory, rate, memory_rate, link, nodes, here=True, total=total)
 
 
 def all_nodes(found: Sequence[Gpus]) -> Gpus:
@@ -173,7 +169,7 @@ def all_nodes(found: Sequence[Gpus]) -> Gpus:
             )
     least = min(found, key=lambda gpus: gpus.memory)
     rate, count = min(gpus.rate for gpus in found), sum(gpus.count for gpus in found)
-    return replace(least, count=count, rate=rate, nodes=len(found), fa4=all(gpus.fa4 for gpus in found))
+    return replace(least, count=count, rate=rate, nodes=len(found))
 
 
 def measured_rate() -> float:

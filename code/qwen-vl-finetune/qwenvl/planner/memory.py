@@ -8,8 +8,6 @@ DeepSpeed's part follows its stage_1_and_2.py and stage3.py (0.19.8).
 
 from dataclasses import dataclass
 
-from qwen_vl_streaming.model.flex_attention import FEW_KEYS
-
 from . import constants as c
 from .lengths import Lengths
 from .settings import Settings
@@ -106,8 +104,9 @@ def estimate(shape: Shape, settings: Settings, lengths: Lengths, processes: int)
 def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) -> tuple[dict[str, float], float]:
     """Bytes that remain after the forward pass, by name, and the working memory of the backward pass of one layer."""
     tokens, k = pass_tokens(settings, lengths), settings.checkpointed
-    per_token, copies = saved_per_token(shape, settings.compiled), 2 * c.COPIES_HIDDEN * shape.hidden
-    saved = wide * max(per_token * tokens, (per_token + copies) * _copied_tokens(shape, settings, tokens))
+    heads = shape.hidden // c.HEAD
+    copies = 0.0 if heads & (heads - 1) else 2 * c.COPIES_HIDDEN * shape.hidden
+    saved = wide * (saved_per_token(shape, settings.compiled) + copies) * tokens
     row = 2.0 * wide * shape.hidden * tokens
     targets = settings.samples * lengths.answer * lengths.heaviest(settings.samples)
     terms = {
@@ -127,13 +126,6 @@ def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) 
     if shape.lora:
         working += 2 * wide * (c.LORA_HIDDEN * shape.hidden + c.LORA_MLP * shape.mlp) * tokens
     return terms, working
-
-
-def _copied_tokens(shape: Shape, settings: Settings, tokens: int) -> int:
-    """The most tokens of a forward pass, of at most `tokens`, that copies key-value heads. A smaller pass that does may
-    save more than the largest."""
-    most = min(tokens, (FEW_KEYS * c.HEAD - 1) // shape.kv)
-    return most - most % settings.pack_tokens if settings.pack_tokens else most
 
 
 def _before(shape: Shape, settings: Settings, lengths: Lengths, wide: int) -> float:

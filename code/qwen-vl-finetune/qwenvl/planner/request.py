@@ -10,7 +10,6 @@ from typing import Any
 
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.paths import PROJECT
-from qwen_vl_streaming.model.flex_attention import FA4
 from qwen_vl_streaming.model.loading import load_config
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import SIZES, released_config
@@ -52,7 +51,6 @@ PLANNED = (
     "gradient_checkpointing",
     "checkpoint_layers",
     "compile_layers",
-    "attention",
 )
 """Flags that the planner sets."""
 
@@ -147,11 +145,8 @@ class Request:
         """
         plan, shape, lengths, steps = self.predict(gpus)
         # Only for rows of one length: these kernels were not run with others.
-        fa4 = gpus.fa4 and self.model.attention == "auto" and plan.settings.bf16 and plan.settings.pack_tokens > 0
-        text = describe(plan, shape, lengths, gpus, steps, self.choices().describe(), fa4)
+        text = describe(plan, shape, lengths, gpus, steps, self.choices().describe())
         flags = plan.settings.flags(shape.layers)
-        if fa4:
-            flags["attention"] = FA4
         if any(name in self.given for name in CHECKPOINTING):
             flags.pop("gradient_checkpointing")
         return text, {name: value for name, value in flags.items() if name not in self.given}

@@ -2,8 +2,6 @@
 
 import math
 
-from qwen_vl_streaming.model.flex_attention import FA4
-
 from . import constants as c
 from .gpus import Gpus
 from .lengths import Lengths
@@ -11,8 +9,8 @@ from .plan import Plan
 from .shape import Shape
 
 
-def describe(plan: Plan, shape: Shape, lengths: Lengths, gpus: Gpus, steps: int, given: str, fa4: bool = False) -> str:
-    """The plan, what it follows from and what is predicted for it, in a few lines. `fa4`: attention is FA4."""
+def describe(plan: Plan, shape: Shape, lengths: Lengths, gpus: Gpus, steps: int, given: str) -> str:
+    """The plan, what it follows from and what is predicted for it, in a few lines."""
     settings, speed, memory = plan.settings, plan.speed, plan.memory
     trained = f"{'LoRA, ' if shape.lora else ''}{shape.trained / 1e9:.2f}B of them train"
     held_out = f" ({lengths.held_out:,} held out)" if lengths.held_out else ""
@@ -28,8 +26,6 @@ def describe(plan: Plan, shape: Shape, lengths: Lengths, gpus: Gpus, steps: int,
         f"  {counted(steps, 'step')} of {duration(speed.step)}: {duration(steps * speed.step)}, and about "
         f"{'2 minutes' if settings.compiled else 'a minute'} to start",
     ]
-    if fa4:
-        lines.append(f"  attention: {FA4}, since flash-attn-4 is installed; --attention flex_attention does without it")
     if gpus.nodes > 1:
         # Sending takes 10% of a step at this rate.
         needed = speed.sent / (0.1 * speed.step)
