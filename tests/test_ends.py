@@ -3,9 +3,11 @@ than 0 and one line that names the cause, and the same command resumes it."""
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -14,9 +16,11 @@ import torch
 from forked import Launched, name_of
 from qwen_vl_streaming.common import ending
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.launch import nodes as watch
 from qwen_vl_streaming.launch.signals import STOPPED
 from qwen_vl_streaming.model.loading import Qwen2_5_VLForConditionalGeneration, load_model
 from qwenvl.checkpointing import SaveError, loading, saving
+from torch.distributed import PrefixStore, TCPStore
 from training import flags, free_port, history
 from waiting import SECONDS, until
 
@@ -85,6 +89,18 @@ def test_a_failing_node_ends_the_others(tmp_path):
     for log, where in zip(logs, ("node 1, ", ""), strict=True):
         (line,) = log.read_text().splitlines()
         assert line.startswith(f"error: {where}{cause}")
+
+
+def test_a_node_that_fails_before_the_store_responds_tells_the_others(monkeypatch):
+    """Before it exits: node 0 waits for a node that it has not seen."""
+    port, said = free_port(), queue.SimpleQueue()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(watch, "TCPStore", lambda *where, **how: time.sleep(1) or TCPStore(*where, **how))
+    first = watch.Nodes(0, 2, "127.0.0.1", port, lambda *what: said.put(what))
+    second = watch.Nodes(1, 2, "127.0.0.1", port, lambda *what: said.put(what))
+    second.fail(1, "process 1: out of GPU memory", started=True)
+    assert PrefixStore("launchers", store).check(["fault"])
+    assert said.get(timeout=SECONDS) == (1, "process 1: out of GPU memory") and first.ended.is_set()
 
 
 def test_a_run_resumes_after_every_kind_of_failure(undisturbed, made, tmp_path):

@@ -114,7 +114,8 @@ class Launcher:
         first = self.first = min(failures, key=lambda failure: failure.report.get("lost_peer", False))
         if not self.stopped and not first.report.get("lost_peer"):
             where = "" if first.status == 2 else f"node {self.nodes.node}, "
-            self.nodes.fail(first.status, f"{where}{first.line or 'another node rejected its input'}")
+            line = f"{where}{first.line or 'another node rejected its input'}"
+            self.nodes.fail(first.status, line, started=True)
 
     @property
     def stopped(self) -> bool:

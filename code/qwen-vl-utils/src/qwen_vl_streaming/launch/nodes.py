@@ -44,11 +44,15 @@ class Nodes:
         for loop in (self._count, self._listen) if nodes > 1 else ():
             threading.Thread(target=loop, daemon=True).start()
 
-    def fail(self, status: int, line: str) -> None:
-        """Report a failure on this node to the others. Only the first call has an effect."""
+    def fail(self, status: int, line: str, started: bool = False) -> None:
+        """Report a failure on this node to the others. Only the first call has an effect. `started`: it is of a
+        process, so all nodes have met, although the store may not have responded here yet. Node 0 would then wait for a
+        node that it has not seen."""
         if not self.fault:
             self.fault = status, line
             self.end()
+            if started and self.nodes > 1 and self.last_response is None:
+                self.ended.wait(TIMEOUT)
 
     def end(self) -> None:
         """Announce the end of this node to the others. Without a failure, node 0 waits for the others to end."""
