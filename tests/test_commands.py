@@ -135,7 +135,6 @@ COMMANDS: dict[str, Run | str] = {
     "python -m qwen_vl_streaming.serve --model MODEL --source hall=rtsp://user:password@camera/1 --source "
     "film=film.mp4": SERVES,
     'pip install -e "code/qwen-vl-utils[serve]"': INSTALLS,
-    'pip install --pre "flash-attn-4[cu13]==4.0.0b36"': INSTALLS,
     'pip install -e "code/qwen-vl-utils[serve,ray]"': INSTALLS,
     "code/benchmarks/serving.py load": HELP,
     "code/benchmarks/serving.py fuzz": HELP,

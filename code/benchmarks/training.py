@@ -134,7 +134,6 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["group"])
     parser.add_argument("--samples", type=int, nargs="+", default=[1], help="samples per packed row (default: 1)")
     parser.add_argument("--compile", action="store_true", help="compile the layers, like --compile_layers of sft.sh")
-    parser.add_argument("--attention", help="as sft.sh --attention (default: flex_attention, on a CPU sdpa)")
     parser.add_argument("--stock-tower", action="store_true", help="also time the vision encoder of transformers")
     parser.add_argument(
         "--no-update",
@@ -175,7 +174,7 @@ def main() -> None:
     update = 0.0 if arguments.no_update else None
     print(f"{'variant':<12}{'samples/row':>14}{'ms/sample':>13}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}")
     for variant in (VARIANTS[name] for name in arguments.variants):
-        implementation = arguments.attention or ("flex_attention" if device == "cuda" else "sdpa")
+        implementation = "flex_attention" if device == "cuda" else "sdpa"
         model.model.language_model.set_attn_implementation(implementation)
         for samples in arguments.samples:
             batch, (visual, text, *packed) = make_batch(variant, samples, config, device)

@@ -191,7 +191,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             data_collator=partial(
                 collate_for_trainer,
                 pack_tokens=data_arguments.pack_tokens,
-                reorder=variant.parallel and implementation.startswith("flex"),
+                reorder=variant.parallel and implementation == "flex_attention",
             ),
             base=base,
             added_config=added_config(model_arguments, data_arguments, config, facts["model_sha256"]),

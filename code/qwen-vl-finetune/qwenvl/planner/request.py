@@ -144,7 +144,6 @@ class Request:
         Raises InputError where nothing fits or the inputs cannot be read.
         """
         plan, shape, lengths, steps = self.predict(gpus)
-        # Only for rows of one length: these kernels were not run with others.
         text = describe(plan, shape, lengths, gpus, steps, self.choices().describe())
         flags = plan.settings.flags(shape.layers)
         if any(name in self.given for name in CHECKPOINTING):

@@ -98,7 +98,7 @@ def make_mask(
     None means causal, which is only returned for rows with one sample of a variant that is not parallel. Raises
     InputError if the implementation cannot express the mask.
     """
-    if implementation.startswith("flex"):
+    if implementation == "flex_attention":
         return block_mask(visual, text, parallel, sample, feed)
     if not parallel and sample is None and feed is None and (implementation == "sdpa" or "flash" in implementation):
         return None
