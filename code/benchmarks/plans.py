@@ -16,7 +16,6 @@ in a bf16 matrix product of 8192 x 8192 on each GPU.
 
 import argparse
 import contextlib
-import os
 import re
 import shlex
 import subprocess
@@ -32,7 +31,7 @@ from inputs import Film, make_captions, make_checkpoint, make_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.model.released import SIZES
 from sft import Measured, add_flags, sample_flops
-from sft_runs import SFT, delete_weights, end, launch
+from sft_runs import SFT, add_hook, delete_weights, end, launch
 from training import find_device
 
 HOOK = '''\
@@ -51,8 +50,8 @@ if training or planning:
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), index)
 '''
 HAND = "--compile_layers True --gradient_checkpointing False --gradient_accumulation_steps"
-HAND_2 = f"--deepspeed zero2.json --per_device_train_batch_size 2 --pack_tokens 6144 {HAND} 8"
-HAND_4 = f"--deepspeed zero2.json --per_device_train_batch_size 4 --pack_tokens 12288 {HAND} 4"
+HAND_2 = f"--deepspeed zero2.json --per_device_train_batch_size 2 --pack_tokens 6016 {HAND} 8"
+HAND_4 = f"--deepspeed zero2.json --per_device_train_batch_size 4 --pack_tokens 11904 {HAND} 4"
 LISTS = {
     "hand": [
         *(f"3B:{gpus} {flags}".strip() for gpus in (1, 2, 4) for flags in ("", HAND_2, HAND_4)),
@@ -121,11 +120,8 @@ def start(setting: Setting, arguments, checkpoint: Path, data: Path, visible: li
     if arguments.device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, visible))
         if setting.cap:
-            hook = arguments.folder / "hook"
-            hook.mkdir(exist_ok=True)
-            (hook / "sitecustomize.py").write_text(HOOK)
+            add_hook(environment, arguments.folder, HOOK)
             environment["PLANNING_CAP_GIB"] = str(setting.cap)
-            environment["PYTHONPATH"] = os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")]).rstrip(":")
     output = arguments.folder / "runs" / setting.name
     process = launch(SFT, {}, setting.flags, environment, output, arguments)
     return Job(setting, process, output, visible, time.monotonic())

@@ -27,6 +27,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import kernels
 import torch
 from arithmetic import matrix_rate
 from inputs import Film, make_captions, make_checkpoint, make_rows
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--per-device", type=int, default=1, help="samples per forward pass (default: %(default)s)")
     parser.add_argument("--float32", action="store_true", help="train in float32 (default: bf16 on a GPU)")
     parser.add_argument("--at-once", action="store_true", help="start all runs at once, to compare losses only")
+    parser.add_argument("--profile", action="store_true", help="profile the fourth step of each run (needs a GPU)")
     add_flags(parser, steps=8, limit=3600)
     arguments, further = parser.parse_known_args()
     film, runs = Film.parse(arguments.video, arguments.seconds), [Run.parse(text) for text in arguments.runs]
@@ -132,6 +134,8 @@ def main() -> None:
     if len({chosen.name for chosen in runs}) < len(runs):
         raise InputError(f"--runs {' '.join(arguments.runs)}: give each run once")
     arguments.device = find_device()
+    if arguments.profile and (arguments.device == "cpu" or arguments.steps <= kernels.STEP + 1):
+        raise InputError(f"--profile: needs a GPU and at least {kernels.STEP + 2} --steps")
     with tempfile.TemporaryDirectory() as name:
         arguments.folder = (arguments.folder or Path(name)).resolve()
         arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -184,6 +188,8 @@ def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data
                         f"{found.work['seconds']:>9.1f}{saved / 2**30:>10.2f}",
                         flush=True,
                     )
+                    if arguments.profile:
+                        kernels.show(output)
                 delete_weights(output)
     if losses:
         compare(losses, "loss")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import kernels
 import psutil
 from qwen_vl_streaming.common.errors import InputError
 
@@ -51,6 +52,15 @@ class Run:
         """Name of the output folder."""
         nodes = f"{self.nodes}x" if self.nodes > 1 else ""
         return f"{nodes}{self.each}-{Path(self.configuration).stem}"
+
+
+def add_hook(environment: dict[str, str], folder: Path, text: str) -> None:
+    """Let the Python processes of a run start with the program `text`, which is written below `folder`."""
+    hook = folder / "hook"
+    hook.mkdir(exist_ok=True)
+    (hook / "sitecustomize.py").write_text(text)
+    further = environment.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join([str(hook), further]).rstrip(":")
 
 
 def log_of(output: Path, rank: int) -> Path:
@@ -112,6 +122,9 @@ def start(
     else:
         command = SFT
     output = arguments.folder / "runs" / chosen.name
+    if arguments.profile:
+        add_hook(environment, arguments.folder, kernels.HOOK)
+        environment[kernels.FOLDER] = str(output)
     if chosen.nodes == 1:
         return [launch(command, flags, further, environment, output, arguments)], output
     with socket.socket() as free:
