@@ -123,8 +123,6 @@ def _activations(shape: Shape, settings: Settings, lengths: Lengths, wide: int) 
         else:
             terms["vision tower"] = block * shape.tower_blocks
     working = c.BACKWARD_MLP * 2 * wide * shape.mlp * tokens + (saved if k else 0)
-    if shape.lora:
-        working += 2 * wide * (c.LORA_HIDDEN * shape.hidden + c.LORA_MLP * shape.mlp) * tokens
     return terms, working
 
 

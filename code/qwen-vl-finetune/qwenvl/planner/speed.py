@@ -68,6 +68,7 @@ def predict(shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus) -> S
         gpu *= c.EAGER_TIME
     elif not settings.pack_tokens and not lengths.alike:
         gpu *= c.VARYING_TIME
+    gpu *= c.LORA_TIME if shape.lora else 1.0
     three, share = zero.stage == 3, settings.checkpointed / shape.layers
     eager, saving = (c.HOST_SECONDS[three, settings.compiled, flag] for flag in (False, True))
     host = shape.layers * (eager + (saving - eager) * share) * (c.LORA_HOST_FACTOR if shape.lora else 1)
