@@ -309,7 +309,7 @@ def test_commands_that_need_gpus_or_nodes_are_launched(tmp_path, folder, script)
         there = tmp_path / path.relative_to(ROOT)
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, there)
-    asked = "*qwenvl.device | */processes.py*) echo 8 >&3"
+    asked = "*qwenvl.planner | */processes.py*) echo 8 >&3"
     says = f'case "$1 $2" in -c*) echo 40123 ;; {asked} ;; *redact) shift 2; echo "+ $*" ;; esac'
     skips = 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"'
     for name, does in (("python", says), ("srun", skips), ("scontrol", "exit 1")):

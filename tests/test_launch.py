@@ -20,7 +20,7 @@ from waiting import SECONDS, until
 
 SCRIPT = Path(__file__).parents[1] / "code/qwen-vl-finetune/scripts/sft.sh"
 PYTHON = (
-    'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device") echo {gpus} >&3 ;; '
+    'case "$1 $2" in -c*socket*) echo 40123 ;; "-m qwenvl.device" | "-m qwenvl.planner") echo {gpus} >&3 ;; '
     '*redact) shift 2; echo "+ $*" ;; esac'
 )
 

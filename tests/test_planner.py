@@ -17,13 +17,14 @@ from accelerate.utils import send_to_device
 from media import make_video
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.errors import run as run_program
+from qwen_vl_streaming.devices import Devices
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from qwen_vl_streaming.model.prompts import load_processor
 from qwen_vl_streaming.model.released import released_config
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from qwen_vl_streaming.video.pixel_budget import PixelBudget
+from qwenvl import device, run_checks, train
 from qwenvl import headers as headers_module
-from qwenvl import run_checks, train
 from qwenvl.arguments import ModelArguments, check_checkpoint_layers
 from qwenvl.batches import collate, collate_for_trainer, first_fit, pack
 from qwenvl.data import StreamingDataset
@@ -379,6 +380,7 @@ def test_a_node_says_what_it_waits_for(monkeypatch, capsys):
 def test_flags_that_a_node_refuses_are_agreed_on(monkeypatch):
     """As a node that fails before the others meet it would leave them waiting."""
     monkeypatch.setattr("qwenvl.planner.nodes.agree", lambda node, nodes, address, port, look, decide: look())
+    monkeypatch.setattr(device, "look", lambda environment: Devices(2, bfloat16=True))
     words = ["--node", "0", "127.0.0.1", "1", "--pack_tokens", "many"]
     monkeypatch.setattr(sys, "argv", ["planner", "2", "2", *words])
     with pytest.raises(InputError, match="invalid int value: 'many'") as refused:
@@ -639,6 +641,7 @@ def test_planned_flags_train_the_same_steps(made, tmp_path, monkeypatch, capsys)
     assert given_by(f"--output_dir {tmp_path / 'new'}", monkeypatch, made[0]).resumed() == {}
     # --plan shows the same: not a plan for the GPUs that are here now.
     monkeypatch.setattr(machine, "gpus_here", lambda *_: parse_gpus("H200"))
+    monkeypatch.setattr(device, "look", lambda environment: Devices(1, bfloat16=True))
     words = ["--plan", "--model_name_or_path", str(made[0]), "--output_dir", str(tmp_path / "packed")]
     monkeypatch.setattr(sys, "argv", ["planner", "1", "1", *words])
     program.main()
@@ -652,7 +655,7 @@ def test_the_table_of_the_docs_is_the_planners():
 
 STAND_IN = """
 import os, sys
-if "qwenvl.device" in sys.orig_argv or "qwenvl.planner" in sys.orig_argv:
+if "qwenvl.planner" in sys.orig_argv:
     import torch
     from qwen_vl_streaming import devices
     os.write(1, b"--a_word of a library written in C\\n")
@@ -667,10 +670,11 @@ elif "qwen_vl_streaming.launch" in sys.orig_argv[:3]:
 
 def test_the_bare_command_is_planned(made, tmp_path):
     """sft.sh on two GPUs: the plan is printed, its flags are part of the echoed command, and given ones come last. The
-    launcher can read what the planner has read, in a file that does not stay."""
-    read, temporary = tmp_path / "read", tmp_path / "tmp"
+    launcher can read what the planner has read, in a file that does not stay, and when the run was started."""
+    read, times, temporary = tmp_path / "read", tmp_path / "times", tmp_path / "tmp"
     temporary.mkdir()
-    text = STAND_IN.replace("os._exit(0)", f"os._exit(os.system('cat $QWENVL_HEADERS >{read}'))")
+    leave = f"cat $QWENVL_HEADERS >{read}; echo $QWENVL_TIMES >{times}"
+    text = STAND_IN.replace("os._exit(0)", f"os._exit(os.system('{leave}'))")
     (tmp_path / "sitecustomize.py").write_text(text)
     environment = {
         **os.environ,
@@ -683,10 +687,12 @@ def test_the_bare_command_is_planned(made, tmp_path):
     words = ["--pack_tokens", "4096", "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(["bash", SCRIPT, *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    started, planned = map(float, times.read_text().split())
+    assert started < planned < time.time() < started + 600
     assert len(json.loads(read.read_text())) == 8 and not list(temporary.iterdir())
     assert "plan for 2 x H100, 70.0 GiB free" in done.stderr and "predicted:" in done.stderr
     (echo,) = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
-    assert "--a_word" not in done.stdout and done.stderr.count("--a_word of a library") == 2
+    assert "--a_word" not in done.stdout and done.stderr.count("--a_word of a library") == 1
     assert echo.count("--pack_tokens") == 1 and "--pack_tokens 4096" in echo
     assert "--deepspeed zero2.json" in echo and echo.count("--deepspeed") == 1
     assert "--compile_layers True" in echo and "--nproc_per_node 2" in echo and "--gradient_accumulation_steps" in echo

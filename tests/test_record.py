@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +65,10 @@ def test_the_record_of_a_run(made, tmp_path):
         (3, 6, "finished"),
     ]
     assert "--eval_samples 3" in record["starts"][0]["command"] and record["finished"]
+    for entry in record["starts"]:
+        parts = entry["seconds_to_first_step"]
+        assert list(parts) == ["data", "model", "optimizer", "first batch", "first step"] and min(parts.values()) >= 0
+    assert len(re.findall(r"^first step after [\d.]+ s: data [\d.]+, model ", log.read_text(), re.MULTILINE)) == 2
 
     throughput = json.loads((out / "throughput.json").read_text())
     left, _ = hold_out(read_rows(data), 0.0, 3, seed=42)

@@ -11,7 +11,8 @@ one checkpoint of each size and one set of videos, those of sft.py. Settings run
 them, and each prints its row when it ends.
 
 Memory is the maximum that PyTorch allocated on any GPU. Steps are timed as in sft.py. The share is that of model FLOP/s
-in a bf16 matrix product of 8192 x 8192 on each GPU.
+in a bf16 matrix product of 8192 x 8192 on each GPU. The start lasts to the end of the first step, with a cache of
+compiled code that all settings of a call share, and that is empty before the first.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from inputs import Film, make_captions, make_checkpoint, make_rows
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.model.released import SIZES
 from sft import Measured, add_flags, sample_flops
-from sft_runs import SFT, add_hook, delete_weights, end, launch
+from sft_runs import SFT, add_hook, delete_weights, empty_cache, end, launch
 from training import find_device
 
 HOOK = '''\
@@ -143,14 +144,14 @@ def report(job: Job, per_sample: float, peak: float) -> bool:
         )
         return False
     measured = Measured(job.output, per_sample)
-    before = measured.began - (time.time() - (time.monotonic() - job.began))
+    start = sum(measured.startup.values())
     shown = {**measured.record, **measured.record["arguments"]}
     settings = " ".join(str(shown[name]) for name in FLAGS if shown.get(name) is not None)
     compiled = " compiled" if shown["compile_layers"] else ""
     print(
         f"{job.setting.text if len(job.setting.text) < 42 else job.setting.text[:38] + '...':<42}{memory:>15.1f}"
         f"{measured.gib:>10.1f}{memory / measured.gib:>7.2f}{rate:>21,.0f}{measured.tokens:>10,.0f}"
-        f"{rate / measured.tokens:>7.2f}{measured.step:>8.3f}{measured.rate / peak:>7.1%}{before:>9.1f}  "
+        f"{rate / measured.tokens:>7.2f}{measured.step:>8.3f}{measured.rate / peak:>7.1%}{start:>9.1f}  "
         f"{settings}{compiled}",
         flush=True,
     )
@@ -228,6 +229,7 @@ def main() -> None:
             f"bf16 matrix product of 8192 x 8192: {peak / 1e12:.0f} TFLOP/s\n{HEADER}",
             flush=True,
         )
+        empty_cache(arguments.folder)
         if not run_all(settings, arguments, checkpoints, data, peak, captions[0]):
             sys.exit(1)
 

@@ -4,6 +4,7 @@ for data. Also compares the losses of different numbers of processes and ZeRO st
     python code/benchmarks/sft.py --size 7B --runs 2:zero3.json --gradient_checkpointing False
     python code/benchmarks/sft.py --size 3B --layers 2 --float32 --at-once \\
         --runs 1:none 1:zero2.json 2:zero2.json 2:zero3.json
+    python code/benchmarks/sft.py --size 3B --steps 3 --runs 1:zero1.json 1:zero1.json
 
 A run is PROCESSES:CONFIGURATION; `none` is Trainer without DeepSpeed. 2x2:CONFIGURATION rehearses two nodes with two
 processes each on this machine: sft.sh is started twice, each with its own GPUs. All runs train on the same samples in
@@ -15,6 +16,9 @@ The time per step is the median of the times between the log lines of steps, wit
 and start the workers; tokens/s follow from it. Model FLOPs are those of training.py, and their share is relative to a
 bf16 matrix product of 8192 x 8192 on each GPU. Memory is the maximum that PyTorch allocated on any GPU. The time spent
 waiting for data is that of the whole run, including its start.
+
+The second table has the seconds from the command to the end of the first step, as the first process sees them. The runs
+of one call share a cache of compiled code, which is empty before the first: the same run twice shows what it saves.
 """
 
 import argparse
@@ -38,7 +42,7 @@ from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, load_processo
 from qwen_vl_streaming.model.released import SIZES
 from qwen_vl_streaming.timeline.timeline import make_schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS, get_variant
-from sft_runs import Run, delete_weights, end, finish, log_of, start
+from sft_runs import Run, delete_weights, empty_cache, end, finish, log_of, show_startup, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import GRID, find_device, flops
 
@@ -77,9 +81,9 @@ class Measured:
         """`per_sample` are the model FLOPs of a sample."""
         self.events = EventAccumulator(str(output / "runs")).Reload()
         self.work, self.record = (json.loads((output / name).read_text()) for name in ("throughput.json", "run.json"))
+        self.startup: dict[str, float] = self.record["starts"][-1]["seconds_to_first_step"]
+        """Seconds of each part, see qwenvl/startup.py."""
         times = [point.wall_time for point in self.events.Scalars("train/loss")]
-        self.began = times[0]
-        """When the first step ended."""
         each = [after - before for before, after in pairwise(times)]
         self.step = statistics.median(each[UNTIMED - 1 :] or [float("nan")])
         """Seconds."""
@@ -124,7 +128,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="profile the fourth step of each run (needs a GPU)")
     add_flags(parser, steps=8, limit=3600)
     arguments, further = parser.parse_known_args()
-    film, runs = Film.parse(arguments.video, arguments.seconds), [Run.parse(text) for text in arguments.runs]
+    film, runs = Film.parse(arguments.video, arguments.seconds), Run.parse_all(arguments.runs)
     for chosen in runs:
         if arguments.batch % (arguments.per_device * chosen.processes):
             raise InputError(
@@ -132,7 +136,7 @@ def main() -> None:
                 f"{arguments.per_device} samples per forward pass: give a multiple"
             )
     if len({chosen.name for chosen in runs}) < len(runs):
-        raise InputError(f"--runs {' '.join(arguments.runs)}: give each run once")
+        raise InputError(f"--runs {' '.join(arguments.runs)}: two have the same name: rename a configuration")
     arguments.device = find_device()
     if arguments.profile and (arguments.device == "cpu" or arguments.steps <= kernels.STEP + 1):
         raise InputError(f"--profile: needs a GPU and at least {kernels.STEP + 2} --steps")
@@ -166,7 +170,8 @@ def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data
         f"{'data wait':>10}{'total s':>9}{'saved GiB':>10}",
         flush=True,
     )
-    losses, norms = {}, {}
+    empty_cache(arguments.folder)
+    losses, norms, startups = {}, {}, {}
     for group in [runs] if arguments.at_once else [[chosen] for chosen in runs]:
         until = time.monotonic() + arguments.limit
         with contextlib.ExitStack() as stack:
@@ -182,6 +187,7 @@ def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data
                     found = Measured(output, per_sample)
                     saved = sum(weights.stat().st_size for weights in output.glob("*.safetensors"))
                     losses[output.name], norms[output.name] = map(found.values, ("train/loss", "train/grad_norm"))
+                    startups[output.name] = found.startup
                     print(
                         f"{output.name:<24}{found.step:>10.3f}{found.tokens:>10.0f}{found.rate / 1e12:>9.0f}"
                         f"{found.rate / peak:>9.1%}{found.gib:>9.1f}{found.work['seconds_waiting_for_data']:>10.2f}"
@@ -192,6 +198,7 @@ def train(runs: list[Run], arguments, further: list[str], checkpoint: Path, data
                         kernels.show(output)
                 delete_weights(output)
     if losses:
+        show_startup(startups)
         compare(losses, "loss")
         compare(norms, "gradient norm")
     return len(losses) == len(runs)

@@ -1,4 +1,4 @@
-"""Starts the training runs of sft.py and plans.py, and ends them."""
+"""Starts the training runs of sft.py and plans.py, ends them, and shows how long they took to start."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import kernels
@@ -31,6 +31,13 @@ class Run:
     """Processes of a node."""
     configuration: str
     """A DeepSpeed configuration as for sft.sh, or `none`."""
+    repeat: int = 1
+    """Counts the same run, where it is given several times."""
+
+    @classmethod
+    def parse_all(cls, texts: Sequence[str]) -> list["Run"]:
+        """Parse several, of which some may be the same."""
+        return [replace(cls.parse(text), repeat=texts[: index + 1].count(text)) for index, text in enumerate(texts)]
 
     @classmethod
     def parse(cls, text: str) -> "Run":
@@ -51,7 +58,8 @@ class Run:
     def name(self) -> str:
         """Name of the output folder."""
         nodes = f"{self.nodes}x" if self.nodes > 1 else ""
-        return f"{nodes}{self.each}-{Path(self.configuration).stem}"
+        again = f"-{self.repeat}" if self.repeat > 1 else ""
+        return f"{nodes}{self.each}-{Path(self.configuration).stem}{again}"
 
 
 def add_hook(environment: dict[str, str], folder: Path, text: str) -> None:
@@ -61,6 +69,13 @@ def add_hook(environment: dict[str, str], folder: Path, text: str) -> None:
     (hook / "sitecustomize.py").write_text(text)
     further = environment.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     environment["PYTHONPATH"] = os.pathsep.join([str(hook), further]).rstrip(":")
+
+
+def empty_cache(folder: Path) -> None:
+    """Have all runs that write to `folder` share one cache of compiled code, which is empty now."""
+    cache = folder / "compiled"
+    shutil.rmtree(cache, ignore_errors=True)
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
 
 
 def log_of(output: Path, rank: int) -> Path:
@@ -169,3 +184,12 @@ def delete_weights(output: Path) -> None:
     """Delete those of a run: at the real size they would soon fill the disk."""
     for weights in output.glob("*.safetensors"):
         weights.unlink()
+
+
+def show_startup(startups: dict[str, dict[str, float]]) -> None:
+    """Print the seconds to the first step of each run, and of their parts."""
+    parts = list(dict.fromkeys(part for startup in startups.values() for part in startup))
+    print(f"\n{'seconds to first step':<24}{'all':>12}" + "".join(f"{part:>12}" for part in parts))
+    for name, startup in startups.items():
+        seconds = [sum(startup.values()), *(startup.get(part, 0) for part in parts)]
+        print(f"{name:<24}" + "".join(f"{each:>12.1f}" for each in seconds), flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 BOUNDS = (
     (
@@ -142,10 +142,17 @@ def check_parsed(training: TrainingArguments) -> None:
         ) from error
 
 
+def optimizer_of(training: TrainingArguments, model: nn.Module | None = None) -> tuple[type, dict[str, Any]]:
+    """The class of the optimizer that --optim names, and its arguments."""
+    from transformers import Trainer  # imports datasets and pandas, which the planner does not wait for
+
+    return Trainer.get_optimizer_cls_and_kwargs(training, model)
+
+
 def check_optimizer(training: TrainingArguments) -> None:
     """Create the optimizer that --optim names, for one weight. Raises InputError where that fails."""
     try:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+        kind, settings = optimizer_of(training)
         kind([nn.Parameter(torch.zeros(1))], **settings)
     except (*VALUE_ERRORS, RuntimeError) as error:
         raise InputError(

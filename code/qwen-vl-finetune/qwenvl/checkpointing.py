@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import patch_environment
@@ -20,9 +21,11 @@ from qwen_vl_streaming.common.files import write_file
 from qwen_vl_streaming.model.checkpoint import of_file
 from safetensors import SafetensorError
 from torch import distributed
-from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import sort_checkpoints
+
+if TYPE_CHECKING:
+    from transformers import Trainer  # slow, and the planner, which reads the record of a run, does not need it
 
 BEING_SAVED, BEING_REMOVED = "being_saved", "being_removed"
 PROGRESS = "progress.json"
@@ -105,7 +108,7 @@ def sync(paths: Iterable[Path]) -> None:
         os.close(descriptor)
 
 
-def save_final_model(trainer: Trainer, folder: Path) -> None:
+def save_final_model(trainer: "Trainer", folder: Path) -> None:
     """Save model and processor into `folder`, config.json last: without it the folder is not a checkpoint. Called by
     all processes."""
     partial = folder / BEING_SAVED

@@ -1,9 +1,11 @@
 """The device that training runs on: GPUs, or the CPU where there are none or it was asked for.
 
-sft.sh runs this file to learn the number of GPUs, or 0 for the CPU, so it imports nothing slower than torch.
+sft.sh runs this file, or the planner, to learn the number of GPUs, or 0 for the CPU, so it imports nothing slower than
+torch.
 """
 
 import os
+import sys
 
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.devices import choose_device, look
@@ -30,16 +32,21 @@ def choose_training_device(training) -> str:
     return message
 
 
-def main() -> None:
+def find_gpus(words: list[str]) -> int:
+    """The number of GPUs that training with the flags `words` can use, or 0 for the CPU. Raises InputError where GPUs
+    cannot be used."""
     parser = OneLineParser(prog="sft.sh", add_help=False)
     parser.add_argument("--use_cpu", nargs="?", const="True", default="False")
-    arguments, _ = parser.parse_known_args()
+    arguments, _ = parser.parse_known_args(words)
     if arguments.use_cpu.lower() in ("true", "t", "yes", "y", "1"):  # as transformers parses it
-        answer("0")
-        return
+        return 0
     devices = look(os.environ)
     choose_device("", devices, USE_CPU)
-    answer(str(devices.usable))
+    return devices.usable
+
+
+def main() -> None:
+    answer(str(find_gpus(sys.argv[1:])))
 
 
 if __name__ == "__main__":

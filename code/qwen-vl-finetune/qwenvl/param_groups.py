@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from qwen_vl_streaming.common.errors import InputError
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, Trainer
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import Qwen2_5_VLForConditionalGeneration as StockModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from .argument_checks import check_optimizer
+from .argument_checks import check_optimizer, optimizer_of
 from .arguments import ModelArguments
 from .training_arguments import SftArguments
 
@@ -193,7 +193,7 @@ def parameter_groups(model: nn.Module, training: SftArguments) -> list[dict]:
 
 def make_optimizer(model: nn.Module, training: SftArguments) -> tuple[type, dict]:
     """The optimizer's class and its arguments with parameter groups, for Trainer's `optimizer_cls_and_kwargs`."""
-    optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(training, model)
+    optimizer, settings = optimizer_of(training, model)
     return optimizer, {**settings, "params": parameter_groups(model, training)}
 
 

@@ -2,6 +2,8 @@
 
 from qwen_vl_streaming.launch.signals import die_with_launcher
 
+from .startup import Startup
+
 GPU = (
     "omit the flags that the planner would choose, lower --max_pixels_per_video, use more GPUs, or set "
     "DEEPSPEED_CONFIG=zero3_offload.json, with another --output_dir if a checkpoint has been saved"
@@ -11,13 +13,15 @@ HOST = "lower --dataloader_num_workers or give the run more memory; the same com
 
 
 def main() -> None:
+    startup = Startup()
     die_with_launcher()
     from qwen_vl_streaming.launch.failing import run_rank  # from here on every error is reported in one line
 
     def train() -> None:
         from .train import main
 
-        main()
+        startup.end("imports")
+        main(startup)
 
     run_rank(train, GPU, HOST)
 

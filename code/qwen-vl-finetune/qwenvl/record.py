@@ -168,6 +168,7 @@ class RunRecord:
         """Record that the run resumes from `step`, or starts if that is 0."""
         starts = self.previous.get("starts", []) if step else []
         one = {"started": now(), "ended": None, "how": None, "from_step": step, "to_step": None}
+        one["seconds_to_first_step"] = None
         self.record = {
             **facts,
             "finished": None,
@@ -177,6 +178,11 @@ class RunRecord:
             ],
         }
         self._write()
+
+    def note_first_step(self, seconds: dict[str, float]) -> None:
+        """Keep how long each part of this start took, until its first step had ended. `end` writes it."""
+        if self.record:
+            self.record["starts"][-1]["seconds_to_first_step"] = {part: round(s, 2) for part, s in seconds.items()}
 
     def end(self, step: int, how: str, finished: bool = False) -> None:
         """Record how this start ended, and whether the run is finished. Does nothing before `start`."""

@@ -42,6 +42,7 @@ from .record import RunRecord, describe_run, recorded_arguments
 from .rows import exclude, file_of, hold_out, read_rows
 from .run_checks import check_arguments, check_same_machines, check_same_model, load_matching_processor
 from .skipped import Skipped
+from .startup import Startup
 from .trainer import StepProgress, StreamingTrainer
 from .training_arguments import SftArguments, default_output
 from .zero3 import choose_linear, gather_whole_layers
@@ -130,12 +131,14 @@ def destroy_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def main() -> None:
+def main(startup: Startup | None = None) -> None:
     with process_group():
-        train(*parse())
+        train(*parse(), startup or Startup())
 
 
-def train(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: SftArguments) -> None:
+def train(
+    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: SftArguments, startup: Startup
+) -> None:
     """Train, or resume, as the arguments say. Raises InputError, and SystemExit where SIGTERM stops the run."""
     output, variant, checkpoint = Path(arguments.output_dir), model_arguments.rules, model_arguments.model_name_or_path
     implementation = model_arguments.choose_attention(arguments.device.type == "cuda", data_arguments.pack_tokens > 0)
@@ -182,7 +185,9 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
         rows = exclude(rows, excluded, minimum)
         held_out = exclude(held_out, excluded, min(1, len(held_out)))
 
+        startup.end("data")
         model = prepare_model(implementation, model_arguments, arguments)
+        startup.end("model")
         trainer = StreamingTrainer(
             model=model,
             args=arguments,
@@ -200,6 +205,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
             record=record,
             facts=facts,
             skipped=skipped,
+            startup=startup,
         )
         logger.info("%s: %d samples; training %s", variant.name, len(rows), describe_parts(model, arguments))
         if not arguments.disable_tqdm:

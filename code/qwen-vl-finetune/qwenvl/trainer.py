@@ -9,7 +9,7 @@ import torch
 from qwen_vl_streaming.common.progress import Progress
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.timeline.attention import make_mask
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from .batches import EpochSampler
 from .checkpointing import saving
@@ -20,6 +20,7 @@ from .param_groups import make_optimizer
 from .record import RunRecord
 from .resumable import ResumableTrainer
 from .skipped import Skipped
+from .startup import Startup
 from .throughput import Throughput, Work, write_throughput
 from .training_arguments import PAPER_SAMPLES
 
@@ -37,6 +38,7 @@ class StreamingTrainer(ResumableTrainer):
         record: RunRecord,
         facts: dict,
         skipped: Skipped,
+        startup: Startup,
         base: BaseFiles,
         added_config: dict,
         **kwargs,
@@ -45,7 +47,7 @@ class StreamingTrainer(ResumableTrainer):
         resumes; `base` holds the files saved beside the weights, with `added_config` in their config.json."""
         super().__init__(*args, **kwargs)
         self.parallel, self.implementation, self.base, self.added_config = parallel, implementation, base, added_config
-        self.record, self.facts, self.skipped = record, facts, skipped
+        self.record, self.facts, self.skipped, self.startup = record, facts, skipped, startup
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         visual, text = inputs.pop("visual"), inputs.pop("text")
@@ -94,6 +96,7 @@ class StreamingTrainer(ResumableTrainer):
         self.skipped.start(state["bad"])
         self.throughput = Throughput(self.args.device, Work(**state["work"]))
         self.add_callback(self.throughput)
+        self.add_callback(FirstStep(self.startup, self.record))
 
     def resume_state(self):
         return {"bad": self.skipped.reasons, "work": asdict(self.throughput.work())}
@@ -114,7 +117,9 @@ class StreamingTrainer(ResumableTrainer):
             self.base.write(Path(output_dir or self.args.output_dir), self.added_config)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self.startup.end("optimizer")
         batches, targets = super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
+        self.startup.end("first batch")
         tallies = [batch.pop("tally") for batch in batches]
         self.skipped.add([bad for tally in tallies for bad in tally["bad"]], device)
         for tally in tallies:
@@ -138,6 +143,19 @@ class StreamingTrainer(ResumableTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class FirstStep(TrainerCallback):
+    """Reports and records how long the run took until its first step has ended."""
+
+    def __init__(self, startup: Startup, record: RunRecord):
+        self.startup, self.record = startup, record
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if "first step" not in self.startup.seconds:
+            self.startup.end("first step")
+            self.record.note_first_step(self.startup.seconds)
+            logger.info("%s", self.startup)
 
 
 class StepProgress(ProgressCallback):

@@ -15,6 +15,7 @@
 #   --gpus 8xH100-80GB     the same for GPUs that are not here
 #   --no_plan              plan and check nothing: train with your flags and the defaults that --help shows
 set -euo pipefail
+started=$(date +%s.%N)
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 root=$(cd "$here/../.." && pwd)
 source "$root/code/launch.sh"
@@ -42,25 +43,15 @@ for word in "${flags[@]}"; do
   case $word in --gpus | --gpus=*) exec "$python" -m qwenvl.planner 0 "$nnodes" "${inputs[@]}" "${flags[@]}" ;; esac
 done
 set -- "${flags[@]}"
-gpus=$(answer_of "$python" -m qwenvl.device "$@") || exit
-type=()
-if [ "$gpus" -eq 0 ]; then
-  # PyTorch's optimizers ask for the current GPU where the driver counts some, even if CUDA does not start on them.
-  export CUDA_VISIBLE_DEVICES=
-  # Threads that spin while they wait would take the cores from the processes that decode videos.
-  export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-  type=(--bf16 False)
-  nproc=${NPROC_PER_NODE:-1}
-else
-  nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$gpus}}
-fi
-require_number NPROC_PER_NODE "$nproc" 1 1024
-[ "$plan" != only ] || exec "$python" -m qwenvl.planner "$((gpus > 0 ? 10#$nproc : 0))" "$nnodes" "${inputs[@]}" "$@"
+nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} # 0: one for each GPU
+[ -z "${NPROC_PER_NODE:-}" ] || require_number NPROC_PER_NODE "$nproc" 1 1024
+[ "$plan" != only ] || exec "$python" -m qwenvl.planner "$nproc" "$nnodes" "${inputs[@]}" "$@"
 require_srun
 # Several nodes have to know the port in advance.
 [ -n "${MASTER_PORT:-}" ] || ((10#$nnodes > 1)) || master_port=$(free_port)
 
-if [ "$gpus" -eq 0 ] || [ "$plan" = none ]; then
+if [ "$plan" = none ]; then
+  gpus=$(answer_of "$python" -m qwenvl.device "$@") || exit
   planned=(--deepspeed "${DEEPSPEED_CONFIG:-zero3.json}")
 else
   # What the planner reads of the videos, training does not read again. The file has no name, so that it goes with the
@@ -71,14 +62,25 @@ else
   node=()
   ((10#$nnodes == 1)) || node=(--node "$node_rank" "$master_addr" "$master_port")
   words=$(answer_of "$python" -m qwenvl.planner "$nproc" "$nnodes" "${node[@]}" "${inputs[@]}" "$@") || exit
-  planned=()
-  [ -z "$words" ] || mapfile -t planned <<<"$words"
+  mapfile -t planned <<<"$words"
+  gpus=${planned[0]} planned=("${planned[@]:1}")
   [ -z "${DEEPSPEED_CONFIG:-}" ] || planned+=(--deepspeed "$DEEPSPEED_CONFIG")
 fi
-if [ "$gpus" -ne 0 ]; then
+type=()
+if [ "$gpus" -eq 0 ]; then
+  # PyTorch's optimizers ask for the current GPU where the driver counts some, even if CUDA does not start on them.
+  export CUDA_VISIBLE_DEVICES=
+  # Threads that spin while they wait would take the cores from the processes that decode videos.
+  export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+  type=(--bf16 False)
+  nproc=${NPROC_PER_NODE:-1}
+  planned=(--deepspeed "${DEEPSPEED_CONFIG:-zero3.json}")
+else
+  nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$gpus}}
   # Segments that grow leave less memory in pieces that nothing fits into.
   [ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 fi
+require_number NPROC_PER_NODE "$nproc" 1 1024
 
 command=(
   "$python" -m qwen_vl_streaming.launch
@@ -88,4 +90,5 @@ command=(
   "${inputs[@]}" "${planned[@]}" "${type[@]}" "$@"
 )
 "$python" -m qwen_vl_streaming.common.redact "${command[@]}" # echoes it, without passwords
+export QWENVL_TIMES="$started $(date +%s.%N)" # qwenvl/startup.py reads it
 exec "${command[@]}"

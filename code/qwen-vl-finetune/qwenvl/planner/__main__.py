@@ -2,9 +2,10 @@
 
     python -m qwenvl.planner PROCESSES_PER_NODE NODES [--plan] [--gpus 8xH100-80GB] [flags of train.py ...]
 
-The plan goes to stderr, and the flags that it adds are the answer to sft.sh, one word a line; with --plan or --gpus the
-plan goes to stdout. A flag that the user gives, or DEEPSPEED_CONFIG, is never changed. A run that resumes keeps its
-settings. With `--node RANK ADDRESS PORT` the plan is that of node 0, for the least memory of all nodes.
+PROCESSES_PER_NODE is 0 for one a GPU. The plan goes to stderr. The answer to sft.sh is the number of GPUs that PyTorch
+can use here, 0 for the CPU, which needs no plan, and then the flags that the plan adds, one word a line. With --plan or
+--gpus the plan goes to stdout. A flag that the user gives, or DEEPSPEED_CONFIG, is never changed. A run that resumes
+keeps its settings. With `--node RANK ADDRESS PORT` the plan is that of node 0, for the least memory of all nodes.
 """
 
 import argparse
@@ -18,18 +19,20 @@ from pathlib import Path
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.launch.answer import answer
 
+from ..device import find_gpus
+
 
 def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # libraries print there
-        shown, flags = plan()
+        shown, count, flags = plan()
     if shown:
         print(shown)
-    elif flags:
-        answer("\n".join(f"--{name}\n{value}" for name, value in flags.items()))
+    else:
+        answer("\n".join([str(count), *(f"--{name}\n{value}" for name, value in flags.items())]))
 
 
-def plan() -> tuple[str, dict[str, object]]:
-    """What goes to stdout: the plan, if only that is asked for, else the flags."""
+def plan() -> tuple[str, int, dict[str, object]]:
+    """The plan, if only that is asked for, the number of GPUs that are here, and the flags."""
     processes, nodes, *words = sys.argv[1:]
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--plan", action="store_true")
@@ -37,8 +40,11 @@ def plan() -> tuple[str, dict[str, object]]:
     own.add_argument("--node", nargs=3)
     options, words = own.parse_known_args(words)
     only_show = options.plan or options.gpus is not None
-    if options.gpus is None and not int(processes):
-        raise InputError("--plan: no GPU found; give those to plan for, such as --gpus 8xH100-80GB")
+    count = find_gpus(words) if options.gpus is None else 0
+    if options.gpus is None and not count:
+        if options.plan:
+            raise InputError("--plan: no GPU found; give those to plan for, such as --gpus 8xH100-80GB")
+        return "", 0, {}
 
     from ..headers import CHANNEL  # imports transformers
     from .gpus import Gpus, all_nodes, gpus_here, parse_gpus
@@ -50,7 +56,7 @@ def plan() -> tuple[str, dict[str, object]]:
     def look() -> dict:
         """What this node has. Raises InputError for flags that are refused."""
         request()
-        return asdict(gpus_here(int(processes)))
+        return asdict(gpus_here(int(processes) or count))
 
     def decide(found: list[dict]) -> tuple[str, dict[str, object]]:
         """The text to show, and the flags."""
@@ -68,11 +74,11 @@ def plan() -> tuple[str, dict[str, object]]:
     else:
         text, flags = decide([look()] * int(nodes))
     if only_show:
-        return f"{text}\n  flags: {command_line(flags)}", {}
+        return f"{text}\n  flags: {command_line(flags)}", count, {}
     if (channel := os.environ.get(CHANNEL)) and request().headers.headers:
         request().headers.save(Path(channel))
     print(text, file=sys.stderr)
-    return "", flags
+    return "", count, flags
 
 
 if __name__ == "__main__":
