@@ -37,21 +37,23 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 
 def compile_options(device: torch.device) -> CompileOptions:
-    """Options of torch.compile with which the compiler's own kernels are launched so, except templates, such as those of
-    FlexAttention. Functions compiled with these options should be captured: launching them takes the host longer."""
+    """Options of torch.compile with which the compiler's own kernels are launched so, but for templates, such as those
+    of FlexAttention. Functions compiled with these options should be captured: launching them takes the host longer."""
     if not is_supported(device):
         return {}
     from torch._inductor.codegen.triton import TritonKernel
 
+    if not hasattr(TritonKernel, "_filter_pdl"):  # where the compiler removes waits that it does not need
+        return {}
     TritonKernel._filter_pdl = _wait_first
     # Combined kernels keep the waits where the compiler put them. Without the harness, which is not used, no code is
     # loaded from the compiler's cache that an earlier process compiled with its own waits.
     return {"triton.enable_pdl": True, "combo_kernels": False, "benchmark_harness": False}
 
 
-def _wait_first(kernel: Any, code: Any) -> None:
+def _wait_first(self: Any, code: Any) -> None:
     """Makes a kernel of the compiler wait before anything else. The compiler's own waits, in torch 2.11 to 2.14, are
     missing in kernels that read nothing, and it does not notice memory that two buffers share."""
-    own = kernel.GDC_WAIT, kernel.GDC_LAUNCH
+    own = self.GDC_WAIT, self.GDC_LAUNCH
     lines = [line for line in code._lines if not (isinstance(line, str) and line.strip() in own)]
-    code._lines = [*own, *lines] if kernel._enable_pdl_codegen() else lines
+    code._lines = [*own, *lines] if self._enable_pdl_codegen() else lines

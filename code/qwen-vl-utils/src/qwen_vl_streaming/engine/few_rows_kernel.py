@@ -9,6 +9,7 @@ launch, the first weights are read while the kernel that computes the inputs sti
 
 # Triton's declarations do not fit kernels and how they are launched.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 import math
 

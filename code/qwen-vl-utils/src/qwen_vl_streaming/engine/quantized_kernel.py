@@ -7,6 +7,7 @@
 
 # Triton's declarations do not fit kernels and how they are launched.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 import torch
 import triton
