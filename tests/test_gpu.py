@@ -6,8 +6,10 @@ import random
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from qwen_vl_streaming.engine import dependent_launch
 from qwen_vl_streaming.engine.batch import Batch
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.quantized_linear import (
@@ -19,13 +21,16 @@ from qwen_vl_streaming.engine.quantized_linear import (
     kernel_product,
     product,
 )
+from qwen_vl_streaming.engine.step_request import StepRequest
+from qwen_vl_streaming.engine.step_runner import StepRunner
+from qwen_vl_streaming.engine.stream_state import DueRows, StreamState
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import compile_layers
 from qwen_vl_streaming.model.quantization import WEIGHTS, quantize, quantize_model, scaled_linear
 from qwen_vl_streaming.reference import caption
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.timeline.attention import make_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
-from qwen_vl_streaming.timeline.timeline import Layout, Schedule, make_timeline
+from qwen_vl_streaming.timeline.timeline import ANSWER, Layout, Schedule, make_timeline
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from sessions import random_case
 from test_batch import batched, random_jobs, reference_captions
@@ -337,3 +342,53 @@ def test_a_model_that_is_not_on_the_current_gpu(kind, tmp_path):
         record = recorded(model, case, "fused", tmp_path / "r.json")
         assert torch.cuda.current_device() == 0
         assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
+
+
+@torch.no_grad()
+def many_steps(model, clips: int, tokens: int) -> torch.Tensor:
+    """The hidden states after each step of `clips` clips with `tokens` random tokens after each, (steps, C). The host
+    does not wait, and each clip is encoded while the tokens before it are fed."""
+    torch.manual_seed(SEED)
+    variant, template = VARIANTS["group"], random_template(random.Random(SEED))
+    layout, last = template.layout((2, 3), 2.0), clips * tokens
+    runner = StepRunner.single(model, layout, clips + 1, last, None, 1.15, None)
+    runner.warm_up()
+    runner.vision_encoder.capture(layout.grid, [1])
+    batch_slot, hidden = runner.acquire(template, layout, clips + 1, last), []
+    runner.text_ids.copy_(torch.randint(150, runner.text_ids.shape))
+    pixels = torch.randn(clips + 1, 24, 1176)
+    state, none = StreamState(variant, template, layout), DueRows.empty()
+    runner.prefill(batch_slot, StreamState.prompt(variant, template, layout))
+    (ahead,) = runner.vision_encoder.encode([pixels[0]], [layout])
+    for clip in range(clips):
+        runner.set_clip_features(batch_slot, ahead)
+        (ahead,) = runner.vision_encoder.encode([pixels[clip + 1]], [layout])
+        runner.step([StepRequest(batch_slot, none, state.feed_clip(last=False), sample=False)])
+        hidden.append(runner.last_hidden[0].clone())
+        for row in range(clip * tokens, (clip + 1) * tokens):
+            place = state.visual_fed + row
+            table = np.array([place] * 3 + [row, state.visual_fed, row + 1, 0, 0, 0, row, -1, ANSWER])
+            # Each token goes to the last row, so that none is the input of another step.
+            runner.step([StepRequest(batch_slot, DueRows(table[:, None]), none, sample=True, next_row=last)])
+            hidden.append(runner.last_hidden[0].clone())
+    return torch.stack(hidden).float()
+
+
+@pytest.mark.parametrize("kind", [None, *WEIGHTS])
+def test_steps_that_launch_kernels_early_equal_steps_that_do_not(kind, monkeypatch):
+    """In hundreds of steps with different inputs: what is read too early is of an earlier kernel or step."""
+    if not dependent_launch.is_supported(torch.device("cuda")):
+        pytest.skip("takes a GPU of compute capability 9 or later")
+    print("seed", SEED)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = tiny_model(SEED, **WIDE, num_hidden_layers=6).to("cuda", torch.float32 if kind is None else torch.bfloat16)
+    if kind is not None:
+        quantize_model(model, kind)
+    early = [many_steps(model, 40, 8) for _ in range(2)]
+    monkeypatch.setattr(dependent_launch, "is_supported", lambda device: False)
+    plain = many_steps(model, 40, 8)
+    changes = (plain[1:] - plain[:-1]).norm(dim=1) / plain[1:].norm(dim=1)
+    assert changes.median() > 0.1  # so the inputs of another step would show
+    for found in early:
+        error = (found - plain).norm(dim=1) / plain.norm(dim=1)
+        assert error.max() < (1e-4 if kind is None else 0.05), (error.argmax(), error)

@@ -234,7 +234,7 @@ def test_the_compiler_takes_no_more_shared_memory(capability, tiles):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    tiles, width = Tiles(*tiles), {"FP8": False, "INTERPRETED": False, "INPUTS": GROUP}
+    tiles, width = Tiles(*tiles), {"FP8": False, "INTERPRETED": False, "INPUTS": GROUP, "DEPENDENT": capability[0] >= 9}
     width |= {"OUTPUTS": tiles.outputs, "ROWS": tiles.rows, "MORE_ROWS": tiles.more_rows}
     types = dict(zip(_product.arg_names, ("*bf16", "*i32", "*fp32", "*fp32", *["i32"] * 4), strict=False))
     aligned = {(argument,): [["tt.divisibility", 16]] for argument in (0, 1, 2, 3, 5, 6)}

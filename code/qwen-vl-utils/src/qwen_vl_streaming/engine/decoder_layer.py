@@ -150,13 +150,15 @@ def _mlp_down(weights: FusedProjections, hidden: Tensor, activated: Tensor) -> T
     return hidden + product(activated, weights.down, weights.down_scale)
 
 
-def compile_single_row_layer():
-    """`run_layer` for one row, compiled in three parts. With one row the compiler's own product reads bf16 weights
-    faster than cuBLAS does, once tuned. It recomputes a product's input for each output, though, and attention and the
-    long input of the down projection are too expensive for that: so each product starts a part of its own."""
-    attend = torch.compile(_attend, dynamic=False, options=SINGLE_ROW_OPTIONS)
-    mlp_up = torch.compile(_mlp_up, dynamic=False, options=SINGLE_ROW_OPTIONS)
-    mlp_down = torch.compile(_mlp_down, dynamic=False, options=SINGLE_ROW_OPTIONS)
+def compile_single_row_layer(options: CompileOptions):
+    """`run_layer` for one row, compiled in three parts, with `options` of torch.compile beside `SINGLE_ROW_OPTIONS`.
+    With one row the compiler's own product reads bf16 weights faster than cuBLAS does, once tuned. It recomputes a
+    product's input for each output, though, and attention and the long input of the down projection are too expensive
+    for that: so each product starts a part of its own."""
+    options = options | SINGLE_ROW_OPTIONS
+    attend = torch.compile(_attend, dynamic=False, options=options)
+    mlp_up = torch.compile(_mlp_up, dynamic=False, options=options)
+    mlp_down = torch.compile(_mlp_down, dynamic=False, options=options)
 
     def layer(weights: FusedProjections, hidden: Tensor, *rest) -> Tensor:
         return mlp_down(weights, *mlp_up(weights, hidden, attend(weights, hidden, *rest)))

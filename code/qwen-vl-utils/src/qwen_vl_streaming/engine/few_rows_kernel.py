@@ -1,13 +1,15 @@
 """The Triton kernel for products of one row, or a few, with 8-bit weights. Imported on a GPU only.
 
 Such a product takes as long as its weights take to be read. Each warp computes OUTPUTS outputs alone: its threads read
-16 bytes at a time, many of them before the first is used, and add up products in registers.
+16 bytes at a time, many of them before the first is used, and add up products in registers. With programmatic dependent
+launch, the first weights are read while the kernel that computes the inputs still runs.
 
     M rows   N outputs   K inputs
 """
 
 # Triton's declarations do not fit kernels and how they are launched.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 import math
 
@@ -15,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .dependent_launch import launch_options
 
 OUTPUTS = 2
 """Outputs of a warp. More would reuse the inputs more often, and leave processors idle at the end."""
@@ -67,6 +71,7 @@ def _few_rows(
     WORDS: tl.constexpr,
     COUNT: tl.constexpr,
     FP8: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     chunks: tl.constexpr = K // 4 // WORDS
     full: tl.constexpr = chunks // COUNT
@@ -80,7 +85,11 @@ def _few_rows(
     totals = ()
     for _ in tl.static_range(M):
         totals += (tl.full((OUTPUTS, WORDS), 0.0, tl.float32),)
+    factor = tl.load(scale + n, mask=n < N, other=0.0, eviction_policy="evict_first")
     words = _read(weights, 0, WORDS, COUNT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     for i in range(1, full):
         ahead = _read(weights, i * COUNT, WORDS, COUNT)
         totals = _add(totals, words, inputs, (i - 1) * COUNT, K, M, FP8, WORDS, COUNT)
@@ -88,7 +97,6 @@ def _few_rows(
     last = _read(weights, full * COUNT, WORDS, rest)
     totals = _add(totals, words, inputs, (full - 1) * COUNT, K, M, FP8, WORDS, COUNT)
     totals = _add(totals, last, inputs, full * COUNT, K, M, FP8, WORDS, rest)
-    factor = tl.load(scale + n, mask=n < N, other=0.0)
     for m in tl.static_range(M):
         total = tl.reduce(totals[m], 1, _plus) * factor
         tl.store(output + m * N + n, total.to(output.dtype.element_ty), mask=n < N)
@@ -96,11 +104,13 @@ def _few_rows(
 
 def few_rows_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """(M, N): `x` (M, K), interleaved, times the 8-bit `weight` (N, K) times `scale` (N,), all contiguous, in the dtype
-    of `x`. K is a multiple of 128, and M a small number, for each of which a kernel is compiled."""
+    of `x`. K is a multiple of 128, and M a small number, for each of which a kernel is compiled. The kernel launched
+    before this one must not write `weight` or `scale`, which are read early: see `dependent_launch.py`."""
     (m, k), n = x.shape, len(weight)
     output = torch.empty(m, n, dtype=x.dtype, device=x.device)
     words = math.gcd(k // 4, WORDS)
     chunks = k // 4 // words
+    launch = launch_options(x.device)
     ahead, warps = FEW_CHUNKS if chunks <= FEW_CHUNKS[0] else MANY_CHUNKS
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _few_rows[(triton.cdiv(n, OUTPUTS * warps),)](
@@ -111,6 +121,8 @@ def few_rows_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
             WORDS=words,
             COUNT=min(ahead, chunks),
             FP8=weight.dtype == torch.float8_e4m3fn,
+            DEPENDENT=bool(launch),
             num_warps=warps,
+            **launch,
         )
     return output

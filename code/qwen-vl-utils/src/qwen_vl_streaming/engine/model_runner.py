@@ -7,16 +7,16 @@ compiled; on the CPU the same code runs as it is.
     S batch slots   T text rows of a slot   n x Q rows of a step   C hidden size   V vocabulary
 """
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..common.compiling import CompileOptions
 from ..model.prompts import Template
 from ..stream import PENALTY, penalize
 from .decoder_layer import SINGLE_ROW_OPTIONS, Attention, FusedProjections, compile_single_row_layer, run_layer
+from .dependent_launch import compile_options
 from .device_event import to_device
 from .kv_cache import PagedKVCache
 
@@ -55,8 +55,8 @@ class ModelRunner:
             # There are more kinds and shapes of steps than the default limits of 8 and 256. Those beyond would run
             # uncompiled, without a warning.
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-            self._step_layer = torch.compile(run_layer, dynamic=False)
-            self._single_row_layer = compile_single_row_layer()
+            self._step_layer = self._compile_captured(run_layer)
+            self._single_row_layer = compile_single_row_layer(compile_options(self.device))
 
     def _slot_tensor(self, *shape: int, dtype=torch.long) -> Tensor:
         return torch.zeros(len(self.all_slots), *shape, dtype=dtype, device=self.device)
@@ -71,9 +71,12 @@ class ModelRunner:
         self.end_id[batch_slot].fill_(template.end)
         self.end_of_slot_id[batch_slot].fill_(-1 if template.end_of_slot is None else template.end_of_slot)
 
-    def _sampler_options(self) -> CompileOptions | None:
-        """torch.compile's options for the function that chooses a token in each slot."""
-        return SINGLE_ROW_OPTIONS if len(self.all_slots) == 1 else None
+    def _compile_captured(self, function: Callable[..., Any], chooses: bool = False) -> Callable[..., Any]:
+        """Compiles a part of a captured step; `chooses`: one that chooses a token in each slot."""
+        options = compile_options(self.device)
+        if chooses and len(self.all_slots) == 1:
+            options = options | SINGLE_ROW_OPTIONS
+        return torch.compile(function, dynamic=False, options=options)
 
     def _to_device(self, values: Tensor | Sequence[int]) -> Tensor:
         return to_device(values, self.device)

@@ -7,12 +7,14 @@
 
 # Triton's declarations do not fit kernels and how they are launched.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dependent_launch import launch_options
 from .quantized_linear import GROUP, Tiles
 
 BF16X4 = tl.constexpr((tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16))
@@ -75,7 +77,11 @@ def _product(
     MORE_ROWS: tl.constexpr,
     INPUTS: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     words: tl.constexpr = INPUTS // 4
     groups = K // INPUTS
     first = tl.program_id(0) * SHARE
@@ -131,6 +137,7 @@ def partial_products(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles, int
     parts, share = tiles.parts(n, k)
     output = torch.empty(parts, m, n, dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
     programs = triton.cdiv(triton.cdiv(n, tiles.outputs) * (k // GROUP), share)
+    launch = launch_options(x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _product[programs, triton.cdiv(m, tiles.rows + tiles.more_rows)](
             *(x, weight.view(torch.int32), scale, output, m, n, k, share),
@@ -140,8 +147,10 @@ def partial_products(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles, int
             MORE_ROWS=tiles.more_rows,
             INPUTS=GROUP,
             INTERPRETED=interpreted,
+            DEPENDENT=bool(launch),
             num_warps=tiles.warps,
             num_stages=tiles.stages,
+            **launch,
         )
     return output
 

@@ -56,8 +56,8 @@ class Runner(ModelRunner):
         self._prepare, self._finish = self._eager_prepare, self._eager_finish
         if self.on_cuda:
             self.layer = torch.compile(run_layer)
-            self._prepare = torch.compile(self._eager_prepare, dynamic=False)
-            self._finish = torch.compile(self._eager_finish, dynamic=False, options=self._sampler_options())
+            self._prepare = self._compile_captured(self._eager_prepare)
+            self._finish = self._compile_captured(self._eager_finish, chooses=True)
 
     def admit(self, batch_slot: int, plan: Plan, template: Template) -> None:
         """Starts a stream in the free `batch_slot`. Raises ValueError if the slot is occupied or too few cache blocks

@@ -88,8 +88,8 @@ class StepRunner(ModelRunner):
         self.vision_encoder = VisionEncoder(model)
         self._prepare, self._finish = self._eager_prepare, self._eager_finish
         if self.on_cuda:
-            self._prepare = torch.compile(self._eager_prepare, dynamic=False)
-            self._finish = torch.compile(self._eager_finish, dynamic=False, options=self._sampler_options())
+            self._prepare = self._compile_captured(self._eager_prepare)
+            self._finish = self._compile_captured(self._eager_finish, chooses=True)
 
     @staticmethod
     def token_capacity(layout: Layout, clips: int, max_new_tokens: int, window: Window | None) -> tuple[int, int]:

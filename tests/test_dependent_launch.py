@@ -1,0 +1,152 @@
+"""Kernels that are launched before the kernel before them has completed wait for it: in the code of each of them, which
+is compiled for Hopper without a GPU."""
+
+import re
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from qwen_vl_streaming.engine import dependent_launch
+from qwen_vl_streaming.engine.quantized_linear import GROUP
+from torch._inductor import config
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+HOPPER = SimpleNamespace(
+    name="", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536, total_memory=2**37,
+    max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32, L2_cache_size=2**25,
+    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, gcnArchName="",
+)  # fmt: skip
+ACCESS = re.compile(r"gdc_wait|gdc_launch_dependents|tl\.(?:load|store|atomic_\w+)|\bld\.|\bst\.")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU that can be compiled for."""
+    pytest.importorskip("triton")
+    from torch._dynamo.device_interface import CudaInterface
+
+    for name, answer in {
+        "get_device_capability": (9, 0), "get_device_properties": HOPPER, "_get_device_properties": HOPPER,
+        "current_device": 0, "device_count": 1, "_lazy_init": None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer, raising=False)
+    for owner, name, answer in (
+        (CudaInterface, "is_available", True), (CudaInterface, "get_device_properties", HOPPER),
+        (CudaInterface, "current_device", 0), (CudaInterface.Worker, "get_device_properties", HOPPER),
+        (CudaInterface.Worker, "current_device", 0),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, staticmethod(lambda *_, answer=answer: answer))
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda *_: True)
+    monkeypatch.setattr("torch.utils._triton.triton_hash_with_backend", lambda: "")
+    dependent_launch.is_supported.cache_clear()
+    yield torch.device("cuda")
+    dependent_launch.is_supported.cache_clear()
+
+
+def kernels(function, options, *shapes) -> dict[str, str]:
+    """The bodies of the kernels that the compiler makes of `function` of tensors of these shapes and dtypes, all of
+    which are launched early."""
+    with FakeTensorMode() as mode, config.patch(options), V.set_fake_mode(mode):
+        given = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in shapes]
+        traced = make_fx(function, decomposition_table=select_decomp_table())(*given)
+        graph = GraphLowering(traced, shape_env=mode.shape_env, example_inputs=given)
+        with V.set_graph_handler(graph), V.set_debug_handler(MagicMock()):
+            graph.run(*given)
+            code = graph.codegen()[0]
+    parts = getattr(code, "value", code).split("async_compile.triton(")[1:]
+    assert all("'launch_pdl': True" in part for part in parts)
+    bodies = [re.search(r"def (\w+)\([^)]*\):\n(.*?)'''", part, re.S) for part in parts]
+    return {found[1]: found[2] for found in bodies if found}
+
+
+def scaled(x, weight):
+    """Loops, of which one stores beside a sum, and numbers that depend on nothing."""
+    hidden = x + weight
+    normed = hidden * torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True))
+    return hidden, normed.relu().sum(0), torch.arange(1 << 20, device=x.device) * 3
+
+
+BF16, LONG = torch.bfloat16, torch.long
+FUNCTIONS = {
+    "scaled": (scaled, ((7, 3584), BF16), ((7, 3584), BF16)),
+    "listed": (lambda at, blocks: at.new_zeros(3, 80).scatter(-1, at, blocks), ((3, 50), LONG), ((3, 50), LONG)),
+    "chosen": (lambda logits, ids: ids.scatter(0, logits.argmax(-1), 1), ((1, 152064), BF16), ((1000,), LONG)),
+    "multiplied": (lambda x, weight: (x @ weight).relu().sum(), ((5, 512), BF16), ((512, 4000), BF16)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_kernels_of_the_compiler_wait_first(name, hopper):
+    """Also those that read nothing, which the compiler alone lets run without waiting."""
+    found = kernels(FUNCTIONS[name][0], dependent_launch.compile_options(hopper), *FUNCTIONS[name][1:])
+    assert found
+    for kernel, body in found.items():
+        accesses = ACCESS.findall(body)
+        assert accesses[:2] == ["gdc_wait", "gdc_launch_dependents"] and len(accesses) > 2, (kernel, body)
+        assert "gdc_wait" not in accesses[1:] and "gdc_launch_dependents" not in accesses[2:]
+        assert not re.search(r"^ +(if|for|while)\b.*\n(.*\n)*.*gdc_wait", body, re.M), "not in each program"
+
+
+def test_kernels_without_dependent_launch_do_not_wait(hopper):
+    dependent_launch.compile_options(hopper)
+    with pytest.raises(AssertionError):
+        kernels(scaled, {}, *FUNCTIONS["scaled"][1:])
+
+
+def assembly(kernel, types, constants, warps) -> list[str]:
+    """What a kernel reads and writes in global memory, and its waits, in the order of its PTX for Hopper."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = dict(zip(kernel.arg_names, types, strict=False))
+    aligned = {(argument,): [["tt.divisibility", 16]] for argument in range(len(types))}
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    options = {"num_warps": warps, "num_stages": 4} | {"launch_pdl": constants["DEPENDENT"]}
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)
+    assert compiled.metadata.launch_pdl == constants["DEPENDENT"]
+    access = r"griddepcontrol\.\w+|(?:ld|st|red|atom|cp\.async)\S*\.global\S*"
+    return re.findall(access, compiled.asm["ptx"])
+
+
+@pytest.mark.parametrize("rows,inputs,count,warps", [(1, 3584, 7, 1), (2, 3584, 7, 1), (1, 18944, 4, 8)])
+@pytest.mark.parametrize("dependent", [True, False])
+def test_few_rows_read_only_weights_before_they_wait(rows, inputs, count, warps, dependent):
+    pytest.importorskip("triton")
+    from qwen_vl_streaming.engine.few_rows_kernel import OUTPUTS, _few_rows
+
+    constants = {"K": inputs, "M": rows, "OUTPUTS": OUTPUTS * warps, "WORDS": 128, "COUNT": count, "FP8": False}
+    types = "*bf16", "*i32", "*fp32", "*bf16", "i32"
+    found = assembly(_few_rows, types, constants | {"DEPENDENT": dependent}, warps)
+    waits = [i for i, access in enumerate(found) if "griddepcontrol" in access]
+    assert [found[i] for i in waits] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"] * dependent
+    if dependent:
+        before, after = found[: waits[0]], found[waits[1] + 1 :]
+        # Weights and scales are read once, and evicted first. Inputs are not.
+        assert len(before) >= OUTPUTS * count and all("evict_first" in access for access in before)
+        assert not any("st" in access.partition(".")[0] for access in before)
+        assert any("evict_first" not in access and access.startswith("ld") for access in after)
+
+
+@pytest.mark.parametrize("tiles", [(64, 16, 0), (128, 64, 32)])
+def test_products_with_8_bit_weights_wait_first(tiles):
+    pytest.importorskip("triton")
+    from qwen_vl_streaming.engine.quantized_kernel import _product
+
+    constants = dict(zip(("OUTPUTS", "ROWS", "MORE_ROWS"), tiles, strict=True)) | {"FP8": False, "INPUTS": GROUP}
+    types = "*bf16", "*i32", "*fp32", "*fp32", *["i32"] * 4
+    found = assembly(_product, types, constants | {"INTERPRETED": False, "DEPENDENT": True}, 4)
+    assert found[:2] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    assert len(found) > 4 and not any("griddepcontrol" in access for access in found[2:])
+
+
+def test_only_hopper_and_later_launch_early(hopper, monkeypatch):
+    assert dependent_launch.launch_options(hopper) == {"launch_pdl": True}
+    for device, capability in ((torch.device("cpu"), (9, 0)), (torch.device("cuda:1"), (8, 9))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, answer=capability: answer)
+        assert dependent_launch.launch_options(device) == dependent_launch.compile_options(device) == {}
