@@ -524,7 +524,7 @@ def test_a_given_row_that_does_not_hold_the_batch_needs_memory_for_all_its_rows(
 
 
 def test_headers_are_read_once(made, tmp_path, monkeypatch):
-    """What the planner has read, the pre-scan does not read again, nor a video that several rows share."""
+    """What the planner has read and counted, the pre-scan does not again, nor a video that several rows share."""
     checkpoint, data = made
     rows = read_rows(data)
     make_video(tmp_path / "slow.mp4", [float(i) for i in range(12)], fps=1)  # its timestamps are counted
@@ -543,8 +543,15 @@ def test_headers_are_read_once(made, tmp_path, monkeypatch):
     assert find_lengths(samples, headers).rows == len(rows)
     headers.save(tmp_path / "headers.json")
     opened.clear()
+    counted, count = [], samples.count_tokens
+    monkeypatch.setattr(samples, "count_tokens", lambda index: counted.append(index) or count(index))
     found = scan(samples, known=Headers.take(tmp_path / "headers.json"))
-    assert found == expected and opened == [] and not (tmp_path / "headers.json").read_text()
+    assert (
+        found == expected
+        and opened == []
+        and counted == [len(rows) - 1]
+        and not (tmp_path / "headers.json").read_text()
+    )
     assert Headers.take(tmp_path / "headers.json").headers == {}
 
 
@@ -689,7 +696,7 @@ def test_the_bare_command_is_planned(made, tmp_path):
     assert done.returncode == 0, done.stderr
     started, planned = map(float, times.read_text().split())
     assert started < planned < time.time() < started + 600
-    assert len(json.loads(read.read_text())) == 8 and not list(temporary.iterdir())
+    assert [len(known) for known in json.loads(read.read_text()).values()] == [8, 8] and not list(temporary.iterdir())
     assert "plan for 2 x H100, 70.0 GiB free" in done.stderr and "predicted:" in done.stderr
     (echo,) = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
     assert "--a_word" not in done.stdout and done.stderr.count("--a_word of a library") == 1

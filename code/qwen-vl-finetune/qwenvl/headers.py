@@ -1,4 +1,5 @@
-"""What the headers of videos contain, each read once for a run: by the planner, or else by the pre-scan.
+"""What the headers of videos contain and how long captions are, each read once for a run: by the planner, or else by
+the pre-scan.
 
 A header gives the frame size, and the number of clips to within one. Only where that leaves a doubt are the timestamps
 of all frames read.
@@ -46,10 +47,20 @@ class Header:
 
 
 class Headers:
-    """Headers by `video_key`. Rows that share a video share its header."""
+    """Headers by `video_key`, and tokens of captions by the index of their row among all rows. Rows that share a video
+    share its header."""
 
-    def __init__(self, headers: dict[str, Header] | None = None):
-        self.headers = headers or {}
+    def __init__(self, headers: dict[str, Header] | None = None, tokens: dict[int, int] | None = None):
+        self.headers, self.tokens = headers or {}, tokens or {}
+
+    def count_tokens(self, samples: StreamingDataset, index: int) -> int:
+        """The tokens of a caption without `<|im_end|>`, 0 where it has none or cannot be used."""
+        if index not in self.tokens:
+            try:
+                self.tokens[index] = samples.count_tokens(index) - 1
+            except InputError:
+                self.tokens[index] = 0
+        return self.tokens[index]
 
     def read(self, samples: StreamingDataset, indices: Iterable[int]) -> Iterator[int]:
         """Reads the headers of these samples that are not known. Yields the index of each sample after that."""
@@ -89,7 +100,8 @@ class Headers:
         return self.headers[video_key(samples, index)]
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({key: asdict(header) for key, header in self.headers.items()}), encoding="utf-8")
+        headers = {key: asdict(header) for key, header in self.headers.items()}
+        path.write_text(json.dumps({"headers": headers, "tokens": list(self.tokens.items())}), encoding="utf-8")
 
     @classmethod
     def take(cls, path: Path) -> "Headers":
@@ -99,7 +111,8 @@ class Headers:
             path.write_text("")
         except (OSError, ValueError):
             return cls()
-        return cls({key: Header(**header) for key, header in saved.items()})
+        headers = {key: Header(**header) for key, header in saved["headers"].items()}
+        return cls(headers, {index: tokens for index, tokens in saved["tokens"]})
 
 
 def video_key(samples: StreamingDataset, index: int) -> str:

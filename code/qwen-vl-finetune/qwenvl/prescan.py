@@ -120,7 +120,7 @@ def scan(
     headers = known or Headers()
     doubtful: dict[int, int] = {}  # tokens of the caption by sample
     for index in Progress(headers.read(samples, share), "checking headers", len(share), **show):
-        header, tokens = headers.header(samples, index), count_tokens(samples, index)
+        header, tokens = headers.header(samples, index), headers.count_tokens(samples, index)
         if not header.clips or check_sample(samples, index, header, tokens):
             doubtful[index] = tokens
         else:
@@ -143,22 +143,17 @@ def scan(
     return Scan(dict(sorted(all_bad.items())), rates, words)
 
 
-def count_tokens(samples: StreamingDataset, index: int) -> int:
-    """The tokens of a caption without `<|im_end|>`, 0 where it has none or cannot be used."""
-    try:
-        return samples.count_tokens(index) - 1
-    except InputError:
-        return 0
-
-
 def check_sample(samples: StreamingDataset, index: int, header: Header, tokens: int) -> str:
     """Why sample `index`, with a caption of `tokens` tokens, is bad with one of the header's numbers of clips; an empty
     string if it is not."""
     try:
         if not tokens:
             samples.count_tokens(index)  # raises
-        for clips in header.clips if header.size else ():
-            height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * clips, f"video {samples.path(index)}")
+        if not header.size:
+            return ""
+        video = f"video {samples.path(index)}"  # looked up once
+        for clips in header.clips:
+            height, width = samples.budget.size(*header.size, FRAMES_PER_CLIP * clips, video)
             grid = height // samples.side, width // samples.side
             samples.check(index, clips, grid, tokens + 1, header.seconds_per_clip)
     except InputError as error:

@@ -108,7 +108,9 @@ def find_lengths(samples: StreamingDataset, headers: Headers | None = None) -> L
             continue
         try:
             template = samples.template(index)
-            answer = samples.count_tokens(index)
+            if not (tokens := headers.count_tokens(samples, index)):
+                continue
+            answer = tokens + 1  # and the end of the turn
             # Fewer clips can have larger frames.
             possible = []
             for number in header.clips:
