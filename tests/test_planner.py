@@ -68,24 +68,23 @@ def shapes():
     }
 
 
-def old(name: str) -> Zero:
-    """The configuration as it was when it was measured."""
-    return replace(ZERO[name], bucket=500_000_000) if name == "zero2.json" else ZERO[name]
-
-
 @pytest.mark.parametrize("size, count, zero, samples, row, recomputed, compiled, gib, tokens", [
     ("3B", 4, "zero3.json", 1, 0, 36, False, 16.7, 4_314),
-    ("3B", 4, "zero2.json", 1, 0, 36, False, 24.1, 14_756),
-    ("3B", 4, "zero2.json", 2, 6144, 0, True, 40.0, 57_993),
-    ("3B", 1, "zero2.json", 2, 6144, 0, True, 72.5, 15_438),
-    ("3B", 1, "zero2.json", 4, 12288, 0, True, 89.8, 17_478),
-    ("7B", 4, "zero2.json", 2, 6144, 0, True, 75.1, 37_290),
     ("7B", 2, "zero3.json", 1, 0, 0, False, 79.0, 5_037),
-    ("3B", 2, "zero3.json", 4, 11904, 0, True, 65.2, 31_406),
-    ("3B", 1, "zero1.json", 4, 11904, 0, True, 90.3, 16_470),
+    ("7B", 2, "zero3.json", 4, 11904, 0, True, 115.9, 19_098),
+    ("3B", 1, "zero1.json", 4, 11904, 0, True, 92.3, 19_922),
+    ("3B", 1, "zero2.json", 4, 11904, 0, True, 92.6, 18_768),
+    ("3B", 2, "zero1.json", 4, 11904, 0, True, 72.0, 40_601),
+    ("3B", 2, "zero2.json", 4, 11904, 0, True, 69.5, 39_625),
+    ("3B", 4, "zero1.json", 4, 11904, 0, True, 63.0, 83_044),
+    ("3B", 4, "zero2.json", 4, 11904, 0, True, 58.8, 74_101),
+    ("7B", 2, "zero1.json", 4, 11904, 0, True, 134.0, 19_689),
+    ("7B", 2, "zero2.json", 4, 11904, 0, True, 127.9, 18_916),
+    ("7B", 4, "zero1.json", 4, 11904, 0, True, 109.0, 42_854),
+    ("7B", 4, "zero2.json", 4, 11904, 0, True, 99.4, 40_756),
 ])  # fmt: skip
 def test_predictions_are_what_was_measured(shapes, size, count, zero, samples, row, recomputed, compiled, gib, tokens):
-    settings = Settings(old(zero), samples, row, PAPER_SAMPLES // samples, recomputed, compiled)
+    settings = Settings(ZERO[zero], samples, row, PAPER_SAMPLES // samples, recomputed, compiled)
     memory = estimate(shapes[size, "full"], settings, LENGTHS, count)
     assert memory.peak / GIB == pytest.approx(gib, rel=0.10)
     assert predict(shapes[size, "full"], settings, LENGTHS, parse_gpus(f"{count}xH200")).tokens == pytest.approx(
