@@ -104,7 +104,7 @@ def running(flags: list[str], environment: dict | None = None, threads: bool = T
 def start_thread(spec) -> ProcessHandle:
     """In place of `ProcessHandle.start`: runs the model in a thread of this process. Waits until it has loaded, because
     transformers does not load two models at once in one process."""
-    pixels = PixelBuffers(spec.clip_bytes)
+    pixels = PixelBuffers(spec.clip_bytes, spec.dtype)
     connection, theirs = multiprocessing.Pipe()
     threading.Thread(target=model_process.run_model, args=(theirs, pixels, spec), daemon=True).start()
     connection.poll(None)

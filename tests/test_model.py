@@ -13,7 +13,15 @@ from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model import vision_tower
 from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from qwen_vl_streaming.model.prompts import QUESTIONS, answer_ids, clip_pixels, load_processor, make_template
+from qwen_vl_streaming.model.prompts import (
+    QUESTIONS,
+    answer_ids,
+    clip_pixels,
+    frame_patches,
+    join_frames,
+    load_processor,
+    make_template,
+)
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
 from qwen_vl_streaming.timeline.timeline import make_timeline
@@ -264,5 +272,7 @@ def test_template_and_pixels_of_a_real_processor(checkpoint):
         torch.tensor(v)[:, None, None]
         for v in (processor.video_processor.image_mean, processor.video_processor.image_std)
     )
+    for clip, each in zip(pixels, frames.split(2), strict=True):
+        assert torch.equal(join_frames([frame_patches(processor, frame) for frame in each]), clip)
     first = pixels[0, 0].view(3, 2, 14, 14)  # channels, frames, height, width of the first patch: rescaled by 1/255
     assert torch.allclose(first[:, 0], (frames[0, :, :14, :14] / 255 - mean) / std, atol=1e-5)

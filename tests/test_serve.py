@@ -482,6 +482,10 @@ class SilentSocket:
         pass
 
 
+def picture(number: int, moment: float) -> Picture:
+    return Picture(torch.full((3, 2, 2), number, dtype=torch.uint8), moment, torch.empty(0))
+
+
 @pytest.mark.parametrize(
     "times, clips",
     [
@@ -498,7 +502,7 @@ def test_clocks_that_jump(times, clips):
     built = []
     for number, moment in enumerate(times):
         if (missed := builder.place(moment)) is not None:
-            built += builder.add(Picture(torch.full((3, 2, 2), number, dtype=torch.uint8), moment), missed)
+            built += builder.add(picture(number, moment), missed)
     built += builder.finish()
     assert len(built) == clips and builder.clips == clips
     if times[2] == 2.0:
@@ -512,7 +516,7 @@ def test_the_last_clip_of_a_recording_is_known(frames):
     built = []
     for number in range(8):
         if (missed := builder.place(number / 2)) is not None:
-            built += builder.add(Picture(torch.zeros(3, 2, 2, dtype=torch.uint8), number / 2), missed)
+            built += builder.add(picture(number, number / 2), missed)
     assert [clip.last for clip in built] == [False] * (len(built) - 1) + [True] and len(built) == -(-frames // 2)
     assert builder.finish() == []
 

@@ -520,7 +520,7 @@ def test_ctrl_c_while_models_load_reaches_only_the_server(monkeypatch):
     context = SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=lambda **_: process)
     monkeypatch.setattr(process_handle.multiprocessing, "get_context", lambda _: context)
     before = signal.getsignal(signal.SIGINT)
-    process_handle.ProcessHandle.start(SimpleNamespace(name="group", clip_bytes=4096))
+    process_handle.ProcessHandle.start(SimpleNamespace(name="group", clip_bytes=4096, dtype=torch.float32))
     assert found == [[signal.SIG_IGN] * 2] and signal.getsignal(signal.SIGINT) == before
 
 

@@ -25,12 +25,12 @@ import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.loading import load_model
-from qwen_vl_streaming.model.prompts import load_processor
+from qwen_vl_streaming.model.prompts import clip_pixels, load_processor
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.serve import cli, process_handle, workers
 from qwen_vl_streaming.serve.admission import Admission, Ticket
 from qwen_vl_streaming.serve.catalog import load_catalog
-from qwen_vl_streaming.serve.frames import decode_picture, prepare_clip
+from qwen_vl_streaming.serve.frames import decode_picture
 from qwen_vl_streaming.serve.options import TOKEN_VARIABLE, bind, parse
 from qwen_vl_streaming.serve.pixel_buffers import PixelBuffers
 from qwen_vl_streaming.serve.process_handle import ProcessHandle
@@ -149,9 +149,9 @@ def test_a_killed_model_starts_again_and_then_sigterm(command, checkpoint):
         if name == "second":
             frame = gather(other)["session.updated"][0]["session"]["frame"]
             picture = decode_picture(picture_bytes(), "jpeg", 10**6, (frame["height"], frame["width"]))
-            clip = prepare_clip(load_processor(checkpoint), torch.stack([picture] * 2), torch.float32)
+            clip = clip_pixels(load_processor(checkpoint), torch.stack([picture] * 2))[0][0]
             model = load_model(str(checkpoint), "sdpa", torch.float32).eval()
-            assert all(each.tie for each in replay(record, model, [clip.pixels] * len(record.hashes)))
+            assert all(each.tie for each in replay(record, model, [clip] * len(record.hashes)))
 
 
 def test_a_model_that_hangs_starts_again(flags, monkeypatch):
@@ -214,20 +214,20 @@ def test_clips_cross_in_a_few_buffers_of_memory_that_has_no_name():
     """When none is free the writer waits; when the reader has ended it learns that, and the memory is freed."""
     gc.collect()
     before = Path("/proc/self/maps").read_text().count("memfd:clips")  # of other tests
-    writer = PixelBuffers(24, count=2)
+    writer = PixelBuffers(12, torch.bfloat16, count=2)
     assert Path("/proc/self/maps").read_text().count("memfd:clips") > before
     reader = pickle.loads(ForkingPickler.dumps(writer))
     writer.handed_over()
-    clips = [torch.arange(6.0).view(2, 3) + number for number in range(3)]
+    clips = [torch.rand(2, 3) + number for number in range(3)]
     numbers = [writer.write(clip) for clip in clips[:2]]
     late = threading.Thread(target=lambda write=writer.write: numbers.append(write(clips[2])))
     late.start()
     late.join(0.1)
     assert late.is_alive()
-    found = [reader.read(numbers[0], (2, 3), torch.float32, pinned=False)]
+    found = [reader.read(numbers[0], (2, 3), pinned=False)]
     late.join(SECONDS)
-    found += [reader.read(number, (2, 3), torch.float32, pinned=False) for number in numbers[1:]]
-    assert [*map(torch.equal, found, clips)] == [True] * 3
+    found += [reader.read(number, (2, 3), pinned=False) for number in numbers[1:]]
+    assert [*map(torch.equal, found, (clip.to(torch.bfloat16) for clip in clips))] == [True] * 3
     reader.free.close()
     with pytest.raises(EOFError):
         for _ in range(3):

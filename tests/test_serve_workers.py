@@ -8,15 +8,19 @@ import os
 import queue
 import threading
 import time
+from concurrent.futures import CancelledError
 from types import SimpleNamespace
 
 import pytest
+import torch
+from qwen_vl_streaming.common.clock import now
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.serve import model_loop, process_handle, workers
 from qwen_vl_streaming.serve.model_loop import ModelLoop
 from qwen_vl_streaming.serve.process_handle import ProcessHandle
 from qwen_vl_streaming.serve.record_copy import RecordCopy
 from qwen_vl_streaming.serve.workers import Device, Worker
+from qwen_vl_streaming.sessions.session_log import SessionLog
 from served import drive
 from waiting import SECONDS, until
 
@@ -134,6 +138,31 @@ def test_a_model_reads_nothing_after_the_end():
     assert loop.inbox.get_nowait() is None and theirs.recv() == "unread"
 
 
+def test_the_hash_of_a_clip_comes_after_it_and_the_record_waits_for_it(tmp_path):
+    """The model need not wait for it. If the server is killed in between, nothing waits for ever."""
+    ours, theirs = multiprocessing.Pipe()
+    pixels = SimpleNamespace(read=lambda *_: torch.zeros(1, 1))
+    loop = ModelLoop(theirs, pixels, SimpleNamespace(name="group", device="cpu"), None)
+    reading = threading.Thread(target=loop._read, daemon=True)
+    reading.start()
+    log = SessionLog(tmp_path / "r.json", None, time.monotonic)
+    for number in range(3):
+        ours.send(("clip", "key", 0, (1, 1), 0.0, False))
+        kind, key, clip, known_hash, received, *rest = loop.inbox.get(timeout=SECONDS)
+        assert (kind, key, rest) == ("clip", "key", [0.0, False]) and abs(received - now()) < SECONDS
+        assert not known_hash.done()
+        log.arrive(clip, known_hash)
+        if number < 2:
+            threading.Timer(0.05, ours.send, [("hash", f"{number}")]).start()
+            assert log.hashes == [f"{each}" for each in range(number + 1)]
+    ours.close()
+    assert loop.inbox.get(timeout=SECONDS) is None
+    with pytest.raises(CancelledError):
+        log.hashes  # noqa: B018
+    reading.join(SECONDS)
+    theirs.close()
+
+
 def test_no_process_starts_when_the_server_ends_in_the_pause(started, monkeypatch):
     worker = make()
     monkeypatch.setattr(workers.time, "sleep", lambda _: worker.close())
@@ -176,7 +205,7 @@ def test_a_process_that_cannot_start_leaves_no_file_open(monkeypatch):
     before = os.listdir("/proc/self/fd")
     for _ in range(3):
         with pytest.raises(OSError, match="allocate"):
-            ProcessHandle.start(SimpleNamespace(clip_bytes=4096))
+            ProcessHandle.start(SimpleNamespace(clip_bytes=4096, dtype=torch.float32))
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
@@ -261,7 +290,7 @@ def test_a_process_says_that_it_is_alive_while_its_threads_get_on(hanging, monke
     loop = ModelLoop(theirs, SimpleNamespace(read=read), spec, pool)
     running = threading.Thread(target=loop.run, daemon=True)
     running.start()
-    ours.send(("clip", "gone", 0, (1, 1), "", 0.0, False))
+    ours.send(("clip", "gone", 0, (1, 1), 0.0, False))
     silent, end = False, time.monotonic() + (5 if hanging else 1)
     while not silent and time.monotonic() < end:
         # In short waits: the one in which this process is paused counts once.

@@ -8,8 +8,8 @@ that send two JPEG frames a second each. Both have the same model, frames and wi
 largest number of them within `--ramp` seconds, fewer at the same rate. Clips count from `--age` seconds after the last
 start on. A number of sessions is sustained if 95% of these clips have all their tokens within a second of the clip, and
 the median lag of the last quarter exceeds that of the first by at most a quarter of a second. The server's share of a
-token's age is what the model does not account for: from a frame's sending to its clip's arrival at the model, and from
-the token to its receipt.
+token's age is what the model does not account for: from a frame's sending to its clip's arrival in the model's process,
+and from the token to its receipt. The client's own work, of sending a frame and reading a token, is not part of it.
 
 Weights are random; `--size tiny` tries it on a CPU.
 """
@@ -93,7 +93,7 @@ def main() -> None:
         flags = ["--model", str(checkpoint), "--port", "0", "--records", records, "--sessions-per-client", "9999"]
         flags += ["--window", *map(str, arguments.window), "--sessions"]
         if arguments.command == "load":
-            load(arguments, [*flags, str(max(arguments.sessions))])
+            load(arguments, [*flags, str(max(arguments.sessions))], Path(records))
         else:
             fuzz(arguments, [*flags, "8", "--max-new-tokens", "20", "--window", "8", "40"])
 

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -26,9 +27,9 @@ from latency.many import LATE, verdict
 from latency.runs import percentile
 from latency.setup import slot_ends, write_json
 from qwen_vl_streaming.live.setup import load_on
-from qwen_vl_streaming.model.prompts import QUESTIONS
+from qwen_vl_streaming.model.prompts import QUESTIONS, clip_pixels
 from qwen_vl_streaming.serve.catalog import load_catalog, place
-from qwen_vl_streaming.serve.frames import decode_picture, prepare_clip
+from qwen_vl_streaming.serve.frames import decode_picture
 from qwen_vl_streaming.serve.model_process import make_pool
 from qwen_vl_streaming.serve.options import parse as parse_serve
 from qwen_vl_streaming.sessions import Session
@@ -81,8 +82,7 @@ def engine_alone(flags: list[str], rows: list[Row], results) -> None:
     (served,), (spec, *_) = models.values(), place(models, settings)
     pool = make_pool(load_on(spec.path, spec.device, spec.dtype), spec, 1)
     frames = torch.stack([decode_picture(data, "jpeg", 10**7, (HEIGHT, WIDTH)) for data in pictures()])
-    prepared = [prepare_clip(served.processor, frames[i : i + 2], spec.dtype) for i in range(0, KEPT, 2)]
-    pixels = [clip.pixels for clip in prepared]
+    pixels = [clip.to(spec.dtype) for clip in clip_pixels(served.processor, frames)[0]]
     if pool.runner.on_cuda:  # as the server, which copies clips into pinned memory outside the model's loop
         pixels = [clip.pin_memory() for clip in pixels]
     template = served.template(QUESTIONS[-1])
@@ -147,10 +147,10 @@ def pictures() -> list[bytes]:
     return [picture_bytes((WIDTH, HEIGHT), seed=seed) for seed in range(KEPT)]
 
 
-async def camera(address: str, row: Row, began: float, start: float) -> dict:
+async def camera(address: str, records: Path, row: Row, began: float, start: float) -> dict:
     """One viewer: 2 frames a second. Returns the lag of each measured clip, and the server's share of the age of each
     token that saw no later one."""
-    data, sent, acknowledged, ended, shares = pictures(), {}, {}, {}, []
+    data, begun, sent, ended, tokens = pictures(), {}, {}, {}, []
     begin, clips = began + start, row.clips(start)
     await asyncio.sleep(max(0.0, begin - CONNECT_SECONDS - time.monotonic()))
     async with Talk(connect(address, compression=None, max_queue=None, open_timeout=60)) as viewer:
@@ -160,39 +160,53 @@ async def camera(address: str, row: Row, began: float, start: float) -> dict:
         async def send() -> None:
             for number in range(2 * clips):
                 await asyncio.sleep(max(0.0, begin + number / 2 - time.monotonic()))
-                sent[number / 2] = time.monotonic()
+                begun[number / 2] = time.monotonic()
                 with contextlib.suppress(Exception):  # the server ends a session that is too slow
                     await viewer.frame(number / 2, data[number % KEPT])
+                sent[number / 2] = time.monotonic()
             await asyncio.sleep(2 * LATE)
             with contextlib.suppress(Exception):
                 await viewer.say("response.cancel")
 
         sender = asyncio.create_task(send())
-        while (message := json.loads(await viewer.socket.recv()))["type"] != "response.done":
-            at, moment = time.monotonic(), message.get("capture_time", message.get("time"))
-            if message["type"] == "input_video_frame.acknowledged":
-                acknowledged[moment] = message["age_ms"] / 1e3
-            elif moment in sent and start + int(moment) >= row.measured:  # a token
-                ended[int(moment)] = at - sent[moment]
-                shares.append(at - sent[moment] - message["age_ms"] / 1e3 + acknowledged.get(moment, 0.0))
+        while True:
+            text, at = await viewer.socket.recv(), time.monotonic()
+            if (message := json.loads(text))["type"] == "response.done":
+                break
+            if message.get("token_ids"):
+                tokens.append((message["capture_time"], at))
         sender.cancel()
+    shares, (times, received) = [], model_times(records, message["response"]["record_id"])
+    for number, (moment, at) in enumerate(tokens):
+        if moment in sent and start + (clip := int(moment)) >= row.measured:
+            ended[clip] = at - begun[moment]
+            if number < len(times) and clip < len(received):
+                shares.append(at - sent[moment] - (times[number] - received[clip]))
     return {"lags": [ended[clip] for clip in sorted(ended)], "shares": shares, "status": message["response"]["status"]}
 
 
-def cameras(address: str, row: Row, began: float, starts: list[float]) -> list[dict]:
+def model_times(records: Path, key: str | None) -> tuple[list[float], list[float]]:
+    """When the model's process had written each token and received each clip, as the record `key` says. Empty if
+    that process was lost."""
+    path = next(records.glob(f"*-{key}.json"), None)
+    record = json.loads(path.read_text()) if path else {"times": [], "about": {}}
+    return record["times"], record["about"].get("received", [])
+
+
+def cameras(address: str, records: Path, row: Row, began: float, starts: list[float]) -> list[dict]:
     """In a process of its own: a viewer for each of `starts`."""
 
     async def all_of_them() -> list[dict]:
-        return await asyncio.gather(*(camera(address, row, began, start) for start in starts))
+        return await asyncio.gather(*(camera(address, records, row, began, start) for start in starts))
 
     return asyncio.run(all_of_them())
 
 
-def through_server(address: str, row: Row, clients) -> dict:
+def through_server(address: str, records: Path, row: Row, clients) -> dict:
     """The measured values of a row; `clients` is a pool of processes."""
     began = time.monotonic() + CONNECT_SECONDS + 1
     groups = -(-len(row.starts) // CLIENTS_PER_PROCESS)
-    tasks = [(address, row, began, row.starts[number::groups]) for number in range(groups)]
+    tasks = [(address, records, row, began, row.starts[number::groups]) for number in range(groups)]
     viewers = [viewer for found in clients.starmap(cameras, tasks, chunksize=1) for viewer in found]
     shares = [share for viewer in viewers for share in viewer["shares"]]
     statuses = Counter(viewer["status"] for viewer in viewers)
@@ -214,7 +228,7 @@ def ladder(rows: list[Row], measure: Callable[[Row], dict]) -> Iterator[dict]:
             break
 
 
-def load(arguments: argparse.Namespace, flags: list[str]) -> None:
+def load(arguments: argparse.Namespace, flags: list[str], records: Path) -> None:
     rows = [make_row(count, arguments) for count in sorted(arguments.sessions)]
     about = {name: getattr(arguments, name) for name in ("size", "k", "seconds", "age", "ramp")}
     found: dict = {"about": {**about, "cpus": os.cpu_count()}, "alone": [], "served": []}
@@ -241,5 +255,5 @@ def load(arguments: argparse.Namespace, flags: list[str]) -> None:
     if "served" in most:
         print("through the server", flush=True)
         with context.Pool(-(-max(arguments.sessions) // CLIENTS_PER_PROCESS)) as clients, server(flags) as (address, _):
-            most["served"] = keep("served", ladder(rows, lambda row: through_server(address, row, clients)))
+            most["served"] = keep("served", ladder(rows, lambda row: through_server(address, records, row, clients)))
     print("sustained: " + ", ".join(f"{number} sessions {SIDES[side]}" for side, number in most.items()))

@@ -249,3 +249,29 @@ def clip_pixels(processor, frames: Tensor) -> tuple[Tensor, tuple[int, int]]:
     clips, height, width = inputs["video_grid_thw"][0].tolist()
     merge = video_processor.merge_size
     return inputs["pixel_values_videos"].view(clips, height * width, -1), (height // merge, width // merge)
+
+
+def frame_patches(processor, frame: Tensor) -> Tensor:
+    """One frame's half of a clip, for frames that arrive one by one: `join_frames` of two has exactly the values that
+    `clip_pixels` gives their clip.
+
+    `frame` (3, height, width) is uint8 and already resized. Returns (patches, 3, pixels of a patch) in float32.
+    """
+    video = processor.video_processor
+    pixels = video.rescale_and_normalize(
+        frame[None],
+        video.do_rescale,
+        video.rescale_factor,
+        video.do_normalize,
+        tuple(video.image_mean),
+        tuple(video.image_std),
+    )
+    side, merge = video.patch_size, video.merge_size
+    rows, columns = (length // (side * merge) for length in frame.shape[1:])
+    blocks = pixels.view(len(frame), rows, merge, side, columns, merge, side)
+    return blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(-1, len(frame), side * side)
+
+
+def join_frames(halves: Sequence[Tensor]) -> Tensor:
+    """The clip, (patches, pixels of a patch), of the `frame_patches` of its two frames."""
+    return torch.stack([*halves], 2).flatten(1)

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from ..common.numbers import is_number
+from ..model.prompts import frame_patches, join_frames
 from .connection import Refused
-from .frames import FORMATS, BadFrame, BuiltClip, ClipBuilder, Picture, PreparedClip, decode_picture, prepare_clip
+from .frames import FORMATS, BadFrame, BuiltClip, ClipBuilder, Picture, PreparedClip, decode_picture
 from .options import Limits
 from .request import integer
 from .server import Server
 
-Clips = list[tuple[PreparedClip, BuiltClip]]
+Feed = Callable[[PreparedClip, BuiltClip], None]
 
 
 def read_frame(event: dict, data: bytes, limits: Limits) -> tuple[str, float]:
@@ -31,27 +30,30 @@ def read_frame(event: dict, data: bytes, limits: Limits) -> tuple[str, float]:
 class ClientFrames:
     """The frames of one session."""
 
-    def __init__(self, server: Server, builder: ClipBuilder, size: tuple[int, int], keep: Callable[[Tensor], None]):
-        """`size` is (height, width) of the frames. `keep` is called in a thread with the frames of each clip."""
+    def __init__(self, server: Server, builder: ClipBuilder, size: tuple[int, int], keep: Callable[[BuiltClip], None]):
+        """`size` is (height, width) of the frames. `keep` is called in a thread with each clip."""
         self.server, self.builder, self.size, self.keep = server, builder, size, keep
 
-    async def add(self, data: bytes, form: str, moment: float) -> Clips | None:
-        """Returns the clips that the frame completes, or None if it is not needed. Raises BadFrame."""
+    async def add(self, data: bytes, form: str, moment: float, feed: Feed) -> bool:
+        """Calls `feed` in a thread with each clip that the frame completes. Returns False if the frame is not needed.
+        Raises BadFrame."""
         if (missed := self.builder.place(moment)) is None:
-            return None
+            return False
 
-        def take() -> Clips:
-            pixels = decode_picture(data, form, self.server.settings.limits.pixels, self.size)
-            return self._prepare(self.builder.add(Picture(pixels, moment), missed))
+        def take() -> None:
+            frame = decode_picture(data, form, self.server.settings.limits.pixels, self.size)
+            patches = frame_patches(self.server.processor, frame)
+            self._feed(self.builder.add(Picture(frame, moment, patches), missed), feed)
 
-        return await self.server.in_thread(take)
+        await self.server.in_thread(take)
+        return True
 
-    async def finish(self) -> Clips:
-        """Returns the last clip, if frames of it have come."""
-        return await self.server.in_thread(lambda: self._prepare(self.builder.finish()))
+    async def finish(self, feed: Feed) -> None:
+        """Calls `feed` in a thread with the last clip, if frames of it have come."""
+        await self.server.in_thread(lambda: self._feed(self.builder.finish(), feed))
 
-    def _prepare(self, clips: list[BuiltClip]) -> Clips:
-        processor, dtype = self.server.processor, self.server.settings.dtype
+    def _feed(self, clips: list[BuiltClip], feed: Feed) -> None:
         for clip in clips:
-            self.keep(clip.frames)
-        return [(prepare_clip(processor, clip.frames, dtype), clip) for clip in clips]
+            self.keep(clip)
+            pixels = join_frames([picture.patches for picture in clip.pictures])
+            feed(PreparedClip(pixels), clip)

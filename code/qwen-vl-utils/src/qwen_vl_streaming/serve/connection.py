@@ -98,7 +98,8 @@ class Connection:
         """The next message. Raises Refused if it is not of `kind`, "text" or "bytes"."""
         while True:
             try:
-                message = await asyncio.wait_for(self.socket.receive(), self.limits.seconds_idle)
+                async with asyncio.timeout(self.limits.seconds_idle):  # `wait_for` would start a task
+                    message = await self.socket.receive()
                 break
             except TimeoutError:
                 if not busy():

@@ -6,6 +6,7 @@ one before is still on screen and is repeated. For pictures captured at exact sa
 `video/frames.py`. Knows nothing about sockets and models.
 """
 
+import functools
 import io
 import math
 import struct
@@ -16,7 +17,6 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from ..model.prompts import clip_pixels
 from ..sessions.record import clip_hash
 from ..video.frames import FRAMES_PER_CLIP, resize_frame
 
@@ -75,12 +75,13 @@ def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, in
     if picture.mode.startswith("I"):  # Pillow would show all bright parts as white
         raise BadFrame("not_an_image", "a PNG of 16 bits without colour is not decoded: send 8 bits")
     try:
-        picture = picture.convert("RGB")
-        image = np.array(picture if turn is None else picture.transpose(turn))
+        picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+        picture = picture if turn is None else picture.transpose(turn)
+        if picture.size == size[::-1]:
+            return torch.from_numpy(np.stack([np.asarray(band) for band in picture.split()]))
+        image = np.array(picture)
     except Exception as error:
         raise BadFrame("not_an_image", f"the {form.upper()} frame is incomplete or damaged") from error
-    if image.shape[:2] == size:
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous()
     return resize_frame(image, size)
 
 
@@ -144,41 +145,43 @@ def encode_picture(frame: Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class Picture:
-    pixels: Tensor
+    frame: Tensor
     """(3, H, W) uint8."""
     time: float
     """When it was captured, by the client's clock."""
+    patches: Tensor
+    """`frame_patches` of the frame, made before the clip is complete."""
 
 
 @dataclass(frozen=True)
 class BuiltClip:
     """A clip as it was sent."""
 
-    frames: Tensor
-    """(2, 3, H, W) uint8."""
-    time: float
-    """When its newest picture was captured; a repeated picture keeps its time."""
+    pictures: list[Picture]
     last: bool
 
+    @property
+    def time(self) -> float:
+        """When its newest picture was captured; a repeated picture keeps its time."""
+        return self.pictures[-1].time
 
-@dataclass(frozen=True)
+    @property
+    def frames(self) -> Tensor:
+        """(2, 3, H, W) uint8."""
+        return torch.stack([picture.frame for picture in self.pictures])
+
+
 class PreparedClip:
-    """A clip as a model takes it."""
+    """A clip on its way to the models."""
 
-    pixels: Tensor
-    """(patches, pixels of a patch) in the model's dtype."""
-    hash: str
-    """`clip_hash` of the same pixels in float32."""
+    def __init__(self, pixels: Tensor):
+        self.pixels = pixels
+        """(patches, pixels of a patch) in float32."""
 
-    @classmethod
-    def of(cls, pixels: Tensor, dtype: torch.dtype) -> "PreparedClip":
-        """Of `pixels` in float32."""
-        return cls(pixels.to(dtype), clip_hash(pixels))
-
-
-def prepare_clip(processor, frames: Tensor, dtype: torch.dtype) -> PreparedClip:
-    """Prepare the frames of one clip, (2, 3, H, W) uint8."""
-    return PreparedClip.of(clip_pixels(processor, frames)[0][0], dtype)
+    @functools.cached_property
+    def hash(self) -> str:
+        """`clip_hash` of the pixels. It takes as long as decoding a frame: read it once the models have the clip."""
+        return clip_hash(self.pixels)
 
 
 class ClipBuilder:
@@ -234,8 +237,7 @@ class ClipBuilder:
             if self.full and len(self.waiting) < FRAMES_PER_CLIP:
                 self.waiting.append(picture)
             if len(self.waiting) == FRAMES_PER_CLIP:
-                frames = torch.stack([each.pixels for each in self.waiting])
-                done.append(BuiltClip(frames, self.waiting[-1].time, self.full))
+                done.append(BuiltClip(self.waiting, self.full))
                 self.waiting = []
                 self.clips += 1
         return done

@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
@@ -49,7 +50,8 @@ class Stream:
     session: Session
     reporter: Reporter
     completed: list[float] = field(default_factory=list)
-    """When each clip was complete."""
+    received: list[float] = field(default_factory=list)
+    """When each clip was complete in the server, and when this process had its pixels."""
 
 
 class ModelLoop:
@@ -60,6 +62,8 @@ class ModelLoop:
         self.failures = 0
         self.busy_since = {"loop": math.inf, "inbox": math.inf}
         """When each of the two threads began what it does now, by the monotonic clock; inf while it waits."""
+        self.hash: Future[str] = Future()
+        """Of the newest clip. It comes after the clip: only the record needs it."""
         self.sending = threading.Lock()
         self.read_error: Exception | None = None
         """Why messages can no longer be read."""
@@ -101,10 +105,14 @@ class ModelLoop:
             # Not after the end: the pipe is closed then, and its number may be given to another one.
             while (message := self.connection.recv()) is not None:
                 self.busy_since["inbox"] = time.monotonic()
-                if message[0] == "clip":
-                    kind, key, number, shape, *rest = message
-                    message = kind, key, self.pixels.read(number, shape, self.spec.dtype, pinned), *rest
-                self.inbox.put(message)
+                if message[0] == "hash":
+                    self.hash.set_result(message[1])
+                else:
+                    if message[0] == "clip":
+                        kind, key, number, shape, *rest = message
+                        pixels, self.hash = self.pixels.read(number, shape, pinned), Future()
+                        message = kind, key, pixels, self.hash, now(), *rest
+                    self.inbox.put(message)
                 self.busy_since["inbox"] = math.inf
         except (EOFError, OSError):  # the server has ended
             pass
@@ -113,6 +121,7 @@ class ModelLoop:
             self.read_error = error
         finally:
             self.busy_since["inbox"] = math.inf
+            self.hash.cancel()  # one that has not come never will
             self.inbox.put(None)
 
     def _take_messages(self) -> bool:
@@ -145,10 +154,13 @@ class ModelLoop:
         self.streams[key] = Stream(session, Reporter(session))
         self._send("opened", key, RecordCopy(options["record"], make_record(session, "running")))
 
-    def _clip(self, stream: Stream, pixels: Tensor, known_hash: str, completed: float, last: bool) -> None:
+    def _clip(
+        self, stream: Stream, pixels: Tensor, known_hash: Future[str], received: float, completed: float, last: bool
+    ) -> None:
         stream.session.feed(pixels, last, known_hash)
         if last:
             stream.session.limit(self.spec.tokens_after_end)
+        stream.received.append(received)
         stream.completed.append(completed)
 
     def _end(self, stream: Stream) -> None:
@@ -204,7 +216,8 @@ class ModelLoop:
             while session.rounds.pending:
                 session.rounds.collect(True)
             found = figures(make_record(session, ended), stream.completed, range(len(stream.completed)))
-            session.log.about.update(figures=found, completed=stream.completed, closed=now())
+            times = {"completed": stream.completed, "received": stream.received, "closed": now()}
+            session.log.about.update(figures=found, **times)
             session.close()
         except Exception as error:
             logger.error("model %s: a session's record: %s", self.spec.name, error)

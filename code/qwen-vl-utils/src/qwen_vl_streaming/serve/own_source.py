@@ -6,12 +6,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from ..common.errors import InputError
 from ..live.intake import Intake
 from ..video.opening import open_source
+from ..video.sources import Clip
 from .catalog import FPS, ServedModel
 from .frames import PreparedClip, encode_picture
 
@@ -51,16 +49,15 @@ class OwnSource:
         name: str,
         address: str,
         model: ServedModel,
-        dtype: torch.dtype,
         most: int | None,
         notify: Callable[[Opened | ShownClip | Exception | None], None],
     ):
-        self.name, self.address, self.model, self.dtype, self.most = name, address, model, dtype, most
+        self.name, self.address, self.model, self.most = name, address, model, most
         self.notify, self.loop = notify, asyncio.get_running_loop()
         self.go, self.stopped = threading.Event(), False
         self.intake: Intake | None = None
-        self.keep: Callable[[Tensor], None] | None = None
-        """Called in the thread with the frames of each clip, if set."""
+        self.keep: Callable[[Clip], None] | None = None
+        """Called in the thread with each clip, if set."""
         self.thread = threading.Thread(target=self._run, name=f"source {name}", daemon=True)
         self.thread.start()
 
@@ -112,8 +109,7 @@ class OwnSource:
     def _show(self, intake: Intake) -> None:
         clip, pixels = intake.take()
         if self.keep is not None:
-            self.keep(clip.frames)
-        prepared = PreparedClip.of(pixels, self.dtype)
+            self.keep(clip)
         pictures = [encode_picture(frame) for frame in clip.frames]
         times = [round(float(time), 3) for time in clip.timestamps]
-        self._notify(ShownClip(prepared, pictures, times, clip.completed, clip.last))
+        self._notify(ShownClip(PreparedClip(pixels), pictures, times, clip.completed, clip.last))

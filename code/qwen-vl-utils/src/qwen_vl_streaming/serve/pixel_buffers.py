@@ -5,8 +5,10 @@ towards /dev/shm. The buffers are used again and again: the reader copies a clip
 the buffer's number back. Knows nothing else about clips.
 """
 
+import math
 import mmap
 import os
+from collections.abc import Sequence
 from multiprocessing.connection import Pipe
 from multiprocessing.reduction import DupFd
 
@@ -20,8 +22,10 @@ BUFFERS = 8
 class PixelBuffers:
     """Made by the writing process, which gives it to the reading one at its start and then calls `handed_over`."""
 
-    def __init__(self, clip_bytes: int, count: int = BUFFERS):
-        """`clip_bytes`: of the largest clip. Memory is taken as far as clips fill it."""
+    def __init__(self, clip_bytes: int, dtype: torch.dtype, count: int = BUFFERS):
+        """`clip_bytes`: of the largest clip, in `dtype`, that of the reader's clips. Memory is taken as far as clips
+        fill it."""
+        self.dtype = dtype
         self.file = os.memfd_create("clips")
         os.ftruncate(self.file, count * clip_bytes)
         self.freed, self.free = Pipe(duplex=False)
@@ -33,13 +37,17 @@ class PixelBuffers:
         self.unused = [*range(count)]
 
     def __getstate__(self) -> tuple:
-        return DupFd(self.file), self.free, self.memory.shape
+        return DupFd(self.file), self.free, self.dtype, self.memory.shape
 
     def __setstate__(self, state: tuple) -> None:
-        file, self.free, shape = state
+        file, self.free, self.dtype, shape = state
         self.file = file.detach()
         self._map(*shape)
         os.close(self.file)
+
+    def _clip(self, number: int, shape: Sequence[int]) -> Tensor:
+        """The clip of `shape` in a buffer."""
+        return self.memory[number, : math.prod(shape) * self.dtype.itemsize].view(self.dtype).view(*shape)
 
     # The writing process
 
@@ -49,20 +57,18 @@ class PixelBuffers:
         os.close(self.file)
 
     def write(self, pixels: Tensor) -> int:
-        """Copy `pixels` into a buffer, once one is free. Returns its number. Raises EOFError or OSError if the reader
-        has ended."""
+        """Copy `pixels`, of any dtype, into a buffer, once one is free. Returns its number. Raises EOFError or OSError
+        if the reader has ended."""
         number = self.unused.pop() if self.unused else self.freed.recv_bytes()[0]
-        raw = pixels.contiguous().view(-1).view(torch.uint8)
-        self.memory[number, : len(raw)].copy_(raw)
+        self._clip(number, pixels.shape).copy_(pixels)
         return number
 
     # The reading process
 
-    def read(self, number: int, shape: tuple[int, int], dtype: torch.dtype, pinned: bool) -> Tensor:
+    def read(self, number: int, shape: tuple[int, int], pinned: bool) -> Tensor:
         """Copy a clip of `shape` out of its buffer, into `pinned` memory if a GPU is to read it, and free the
         buffer."""
-        pixels = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-        raw = pixels.view(-1).view(torch.uint8)
-        raw.copy_(self.memory[number, : len(raw)])
+        pixels = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
+        pixels.copy_(self._clip(number, shape))
         self.free.send_bytes(bytes([number]))
         return pixels

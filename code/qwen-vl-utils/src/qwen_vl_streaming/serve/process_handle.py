@@ -35,7 +35,7 @@ class ProcessHandle:
     def start(cls, spec: ModelSpec) -> "ProcessHandle":
         """Start a process. Linux kills it when the thread that has started it ends."""
         context = multiprocessing.get_context("spawn")
-        pixels = PixelBuffers(spec.clip_bytes)
+        pixels = PixelBuffers(spec.clip_bytes, spec.dtype)
         connection, theirs = context.Pipe()
         process = context.Process(target=run_process, args=(theirs, pixels, spec, os.getpid()), daemon=True)
         try:
@@ -91,16 +91,17 @@ class ProcessHandle:
         logger.error("model %s has said nothing for %d s: its process hangs and is killed", self.name, SILENT_SECONDS)
 
     def _send_all(self) -> None:
-        """Send what is in the outbox until None; the pixels of clips through shared memory."""
+        """Send what is in the outbox until None; the pixels of clips through shared memory, and their hashes after
+        them, because only the record needs these."""
         try:
-            while True:
-                message = self.outbox.get()
-                if message is not None and message[0] == "clip":
+            while (message := self.outbox.get()) is not None:
+                if message[0] == "clip":
                     kind, key, clip, *rest = message
-                    message = kind, key, self.pixels.write(clip.pixels), tuple(clip.pixels.shape), clip.hash, *rest
+                    number = self.pixels.write(clip.pixels)
+                    self.connection.send((kind, key, number, tuple(clip.pixels.shape), *rest))
+                    message = "hash", clip.hash
                 self.connection.send(message)
-                if message is None:
-                    return
+            self.connection.send(None)
         except (EOFError, OSError):
             pass  # the process has ended, which the receiver notices
         except Exception:

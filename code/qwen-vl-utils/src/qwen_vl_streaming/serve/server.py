@@ -103,7 +103,7 @@ class Server:
         self.reading = [source for source in self.reading if source.thread.is_alive()]
         if len(self.reading) >= settings.sessions * len(self.workers) + settings.queue:
             raise Refused("queue_full", "too many viewers watch sources of the server: try again later")
-        source = OwnSource(name, settings.sources[name], model, settings.dtype, settings.most_clips, notify)
+        source = OwnSource(name, settings.sources[name], model, settings.most_clips, notify)
         self.reading.append(source)
         return source
 

@@ -1,6 +1,6 @@
 """One session of a viewer, from session.update to the last response.done: the wait for room, the frames, the responses.
 
-Runs in the event loop and never blocks it: threads make clips of frames, models run elsewhere.
+Runs in the event loop and never blocks it: threads make clips of frames and hand them over, models run elsewhere.
 """
 
 import logging
@@ -8,16 +8,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
-
 from ..common.clock import now
 from ..common.errors import InputError
 from ..video.clip_recorder import ClipRecorder
 from ..video.frames import FRAMES_PER_CLIP
+from ..video.sources import Clip
 from .admission import Ticket
 from .client_frames import ClientFrames, read_frame
 from .connection import Connection, Refused
-from .frames import ClipBuilder, PreparedClip
+from .frames import BuiltClip, ClipBuilder, PreparedClip
 from .own_source import Opened, OwnSource, ShownClip
 from .request import Plan, Request
 from .response import Response
@@ -184,13 +183,15 @@ class ViewerSession:
         form, moment = read_frame(event, data, self.server.settings.limits)
         if self.frames is None or self.ended:
             raise Refused("invalid_event", "no session takes frames now: send session.update, wait for session.updated")
-        clips = await self.frames.add(data, form, moment)
-        self.server.metrics.frames.labels("dropped" if clips is None else "used").inc()
-        self.dropped += clips is None
-        for prepared, clip in clips or ():
+
+        def feed(prepared: PreparedClip, clip: BuiltClip) -> None:
             self._feed(prepared, arrived, clip.time, clip.last)
             for name in self.responses:
                 self.server.metrics.share.labels(name).observe(now() - arrived)
+
+        used = await self.frames.add(data, form, moment, feed)
+        self.server.metrics.frames.labels("used" if used else "dropped").inc()
+        self.dropped += not used
         self.connection.send(
             "input_video_frame.acknowledged",
             droppable=True,
@@ -202,18 +203,20 @@ class ViewerSession:
             deadline_misses={name: response.misses for name, response in self.responses.items()},
         )
 
-    def _keep(self, frames: Tensor) -> None:
+    def _keep(self, clip: BuiltClip | Clip) -> None:
         if self.recorder is not None:
             try:
-                self.recorder.add(frames)
+                self.recorder.add(clip.frames)
             except InputError as error:
                 logger.error("%s", error)
                 self.recorder = None
 
     def _feed(self, clip: PreparedClip, completed: float, moment: float | None, last: bool) -> None:
+        """Hand a clip to the models; a client's in the thread that has prepared it, without a wait for the loop."""
         self.clips.append((completed, moment))
         self.progress = time.monotonic()
-        self.ended = self.ended or last
+        if last:
+            self.ended = True
         for response in self.responses.values():
             response.feed(clip, completed, last)
             if response.waiting > self.server.settings.limits.clips_waiting:
@@ -228,8 +231,7 @@ class ViewerSession:
             raise Refused("invalid_event", "no session takes frames now")
         if not self.ended:
             at = now()
-            for prepared, clip in await self.frames.finish():
-                self._feed(prepared, at, clip.time, clip.last)
+            await self.frames.finish(lambda prepared, clip: self._feed(prepared, at, clip.time, clip.last))
         self._end_responses()
 
     def _end_responses(self, explain: bool = True) -> None:

@@ -10,6 +10,7 @@ All modes write the same tokens. Knows nothing of video files and processes.
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 from torch import Tensor
@@ -178,11 +179,11 @@ class Session:
         """What was written so far."""
         return Caption([each.token for each in self.written], [each.slot for each in self.written], [*self.counts])
 
-    def feed(self, clip: Tensor, last: bool = False, known_hash: str | None = None) -> None:
+    def feed(self, clip: Tensor, last: bool = False, known_hash: Future[str] | None = None) -> None:
         """Hand in a clip that has arrived: (patches, pixels of a patch) as `prompts.clip_pixels` gives it, or (tokens
         of a clip, C) visual tokens. The session owns its memory from then on. `known_hash` is its `clip_hash`, where
-        the caller has computed it in another thread. Raises InputError for a clip that this session cannot have; the
-        session is not changed by it."""
+        it is computed elsewhere: only the record waits for it. Raises InputError for a clip that this session cannot
+        have; the session is not changed by it."""
         if self.closed:
             raise InputError("the session is closed: open another one")
         number, shapes = len(self.log.arrived) + 1, self.rounds.clip_shapes

@@ -1,6 +1,8 @@
 """What happened in a session, and when; at its end, this becomes its record. Knows nothing of models and schedules."""
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,17 +31,30 @@ class SessionLog:
         """Of the model, if a record is written."""
         self.arrived: list[float] = []
         """When each clip arrived."""
-        self.hashes: list[str] = []
-        """Of the clips, if a record is written."""
+        self._hashes: list[str] = []
+        self._awaited: deque[Future[str]] = deque()
+        """The hashes of the newest clips."""
         self.visible: list[float] = []
         """When each slot began."""
         self.written: list[TimedToken] = []
 
-    def arrive(self, clip: Tensor, known_hash: str | None = None) -> None:
-        """`known_hash` is its `clip_hash`, where it has been computed already."""
+    @property
+    def hashes(self) -> list[str]:
+        """Of the clips, if a record is written. Waits for those that are being computed elsewhere."""
+        while self._awaited:
+            self._hashes.append(self._awaited[0].result())
+            self._awaited.popleft()
+        return self._hashes
+
+    def arrive(self, clip: Tensor, known_hash: Future[str] | None = None) -> None:
+        """`known_hash` is its `clip_hash`, where it is computed elsewhere."""
         self.arrived.append(self.clock())
-        if self.path is not None:
-            self.hashes.append(known_hash or clip_hash(clip))
+        if self.path is None:
+            return
+        if known_hash is not None:
+            self._awaited.append(known_hash)
+        else:
+            self.hashes.append(clip_hash(clip))
 
     def begin_slot(self) -> None:
         self.visible.append(self.clock())
