@@ -39,7 +39,7 @@ from qwenvl.planner.memory import estimate, saved_per_token
 from qwenvl.planner.nodes import agree
 from qwenvl.planner.plan import EQUAL, PAPER_SAMPLES, Given, choose, command_line, evaluate, plans, step_samples
 from qwenvl.planner.request import PLANNED, Request
-from qwenvl.planner.settings import Settings, Zero, configurations
+from qwenvl.planner.settings import Settings, configurations
 from qwenvl.planner.shape import find_shape
 from qwenvl.planner.speed import predict, sample_flops
 from qwenvl.planner.table import rows

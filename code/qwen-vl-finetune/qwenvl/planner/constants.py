@@ -52,8 +52,8 @@ WIDE_OVERHEAD, NARROW_OVERHEAD = 50.0, 180.0
 """Tokens' worth of time that each row costs on top, for the same two sizes. 3B: a pass over one sample of 2,878 tokens
 takes 153 ms, one over four 541."""
 LORA_TIME = 1.17
-"""GPU time of layers with adapters, relative to those without. 3B, two samples in a row: 17,142 and 18,649 tokens/s with
-33 and 20 of 36 layers recomputed."""
+"""GPU time of layers with adapters, relative to those without. 3B, two samples in a row: 17,142 and 18,649 tokens/s
+with 33 and 20 of 36 layers recomputed."""
 MOST_ROW = 16_384
 """Tokens of the longest row that is planned; measured are rows up to 12,288."""
 EAGER_TIME = 1.5
@@ -82,8 +82,9 @@ SHARD_RATE = 240e9
 """Bytes/s of gathered weights and reduced gradients that a pass under ZeRO-3 takes longer for: copies, hooks, and
 communication beside the computation. 3B on two H200s: 2.93 s a step where one GPU without sharding takes 2.6."""
 OPTIMIZER_BYTES = 200
-"""Bytes that an optimizer step of DeepSpeed reads and writes per parameter of a process, besides the optimizer's states:
-gradients are flattened, checked, scaled and copied. 3B: a step of ZeRO-1 takes 94 ms less on four H200s than on one."""
+"""Bytes that an optimizer step of DeepSpeed reads and writes per parameter of a process, besides the optimizer's
+states: gradients are flattened, checked, scaled and copied. 3B: a step of ZeRO-1 takes 94 ms less on four H200s than on
+one."""
 HOST_LINK = 20e9
 """Bytes/s between host and GPU, for offload."""
 HOST_ADAM = 1.5e9
