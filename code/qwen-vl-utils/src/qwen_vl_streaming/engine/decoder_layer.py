@@ -150,12 +150,15 @@ def _mlp_down(weights: FusedProjections, hidden: Tensor, activated: Tensor) -> T
     return hidden + product(activated, weights.down, weights.down_scale)
 
 
-def compile_single_row_layer(options: CompileOptions):
-    """`run_layer` for one row, compiled in three parts, with `options` of torch.compile beside `SINGLE_ROW_OPTIONS`.
-    With one row the compiler's own product reads bf16 weights faster than cuBLAS does, once tuned. It recomputes a
-    product's input for each output, though, and attention and the long input of the down projection are too expensive
-    for that: so each product starts a part of its own."""
+def compile_single_row_layer(options: CompileOptions, quantized: bool):
+    """`run_layer` for one row, compiled with `options` of torch.compile beside `SINGLE_ROW_OPTIONS`. With one row the
+    compiler's own product reads bf16 weights faster than cuBLAS does, once tuned. It recomputes a product's input for
+    each output, though, and attention and the long input of the down projection are too expensive for that: so each
+    product starts a part of its own. Products with 8-bit weights are not the compiler's, and the layer is one part,
+    which has three kernels fewer."""
     options = options | SINGLE_ROW_OPTIONS
+    if quantized:
+        return torch.compile(run_layer, dynamic=False, options=options)
     attend = torch.compile(_attend, dynamic=False, options=options)
     mlp_up = torch.compile(_mlp_up, dynamic=False, options=options)
     mlp_down = torch.compile(_mlp_down, dynamic=False, options=options)

@@ -56,7 +56,8 @@ class ModelRunner:
             # uncompiled, without a warning.
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
             self._step_layer = self._compile_captured(run_layer)
-            self._single_row_layer = compile_single_row_layer(compile_options(self.device))
+            quantized = any(weights.down_scale is not None for weights in self.layers)
+            self._single_row_layer = compile_single_row_layer(compile_options(self.device), quantized)
 
     def _slot_tensor(self, *shape: int, dtype=torch.long) -> Tensor:
         return torch.zeros(len(self.all_slots), *shape, dtype=dtype, device=self.device)
