@@ -23,6 +23,7 @@ finished. `floors.py` defines the floors. --size tiny, which has smaller default
 
 --weights measures linear layers in 8 bits, and writes OUTPUT/SIZE-WEIGHTS-COMMAND.json. --cap lets PyTorch take only so
 many GiB of a GPU, and shows at the end what was needed: `video --clips 60 --modes fused --weights int8 --cap 16`.
+--ordinary-launches does without programmatic dependent launch (`engine/dependent_launch.py`).
 """
 
 import argparse
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import torch
 from qwen_vl_streaming.common.errors import InputError, OneLineParser
+from qwen_vl_streaming.engine import dependent_launch
 from qwen_vl_streaming.model.quantization import WEIGHTS, check_precision
 from qwen_vl_streaming.model.released import SIZES
 from qwen_vl_streaming.sessions import MODES
@@ -94,6 +96,7 @@ class Settings:
     window: tuple[int, int]
     weights: str | None
     cap: float | None
+    ordinary_launches: bool
     output: Path
 
     def __post_init__(self):
@@ -113,6 +116,8 @@ class Settings:
                     f"--chunks {how}: give {WHOLE}, {SPREAD}, {AUTO}, a part of a clip per step such as 1/4, or a "
                     "number of visual tokens per step"
                 )
+        if self.ordinary_launches and "pipelined" in self.modes and {*self.commands} - FUSED_ONLY:
+            raise InputError("--ordinary-launches applies to one process: use --modes serial fused")
         parse_points(self.points)
         on_gpu = torch.cuda.is_available() and self.size != "tiny"
         if on_gpu:
@@ -173,6 +178,11 @@ def parse() -> Settings:
     )
     parser.add_argument("--weights", choices=WEIGHTS, help="linear layers in 8 bits (default: as they are)")
     parser.add_argument("--cap", type=float, metavar="GIB", help="memory of the GPU that this process may take")
+    parser.add_argument(
+        "--ordinary-launches",
+        action="store_true",
+        help="start each kernel of a step when the one before has completed (default on Hopper and later: before)",
+    )
     parser.add_argument("--output", type=Path, default=Path("latency"), help="folder (default: %(default)s)")
     if parser.parse_args().size == "tiny":
         parser.set_defaults(**TINY)
@@ -182,7 +192,8 @@ def parse() -> Settings:
 
 def measure(settings: Settings, bench: Bench, command: str) -> None:
     """Run one command and write its JSON file."""
-    path = settings.output / f"{'-'.join(filter(None, (settings.size, settings.weights, command)))}.json"
+    parts = settings.size, settings.weights, "ordinary" if settings.ordinary_launches else None, command
+    path = settings.output / f"{'-'.join(filter(None, parts))}.json"
     k, clips, repeats, chunks = settings.k, settings.clips, settings.repeats, settings.chunks
     answer_tokens, tokens = settings.answer_tokens, settings.tokens
     if command == "sweep":
@@ -233,6 +244,8 @@ def main() -> None:
         modes = tuple(settings.modes) if {*measured} - FUSED_ONLY else ()
         if settings.cap is not None:
             cap_memory(settings.cap)
+        if settings.ordinary_launches:
+            dependent_launch.is_supported = lambda device: False
         with Bench(
             settings.size, VARIANTS[settings.variant], modes, settings.layers, pixels, weights=settings.weights
         ) as bench:
