@@ -1,9 +1,12 @@
 """The hashes of clips come after them: only the record of a session needs them."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from qwen_vl_streaming.serve import frames
+from qwen_vl_streaming.serve.frames import PreparedClip
 from qwen_vl_streaming.sessions.record import read_record
 from served import drive, running, settled, trained
 from serving_clients import Talk, picture_bytes
@@ -69,3 +72,19 @@ def test_a_model_that_is_lost_before_a_hash_leaves_a_record(may_hash, server):
     assert len(record.arrived) == 1 and not record.hashes and len(record.tokens) >= 3
     may_hash.set()
     until(lambda: not server.server.workers[0].listeners)
+
+
+def test_clips_are_hashed_side_by_side_and_each_once(monkeypatch):
+    """Each model has a thread that hashes, of clips that it may share with others."""
+    both, hashed = threading.Barrier(2), []
+
+    def meet(pixels):
+        both.wait(SECONDS)
+        hashed.append(pixels)
+        return str(pixels.item())
+
+    monkeypatch.setattr(frames, "clip_hash", meet)
+    clips = [PreparedClip(torch.tensor(number)) for number in range(2)]
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(lambda clip: clip.hash, clips * 2)] == ["0", "1"] * 2
+    assert len(hashed) == 2
