@@ -96,6 +96,7 @@ def test_several_nodes_without_srun_are_refused(launch):
 @pytest.mark.parametrize("name, value", [
     ("NPROC_PER_NODE", "0"), ("NPROC_PER_NODE", "all"), ("NNODES", "two"), ("NNODES", "0"), ("NODE_RANK", "1"),
     ("NODE_RANK", "-1"), ("MASTER_PORT", "x"), ("MASTER_PORT", "70000"), ("MASTER_PORT", "0"),
+    ("SLURM_GPUS_ON_NODE", "gpu:8"), ("SLURM_GPUS_ON_NODE", "2000"),
 ])  # fmt: skip
 def test_invalid_numbers_are_refused(launch, name, value):
     status, _, said = launch(**{name: value})

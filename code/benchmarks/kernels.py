@@ -41,7 +41,7 @@ OTHER = "the rest"
 
 def install() -> None:
     """Profile this process, if it is the first process of a training."""
-    if os.environ.get("LOCAL_RANK") != "0" or "qwenvl.rank" not in sys.orig_argv:
+    if os.environ.get("RANK") != "0" or "qwenvl.rank" not in sys.orig_argv:
         return
     from transformers import Trainer
 

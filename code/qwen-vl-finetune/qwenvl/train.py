@@ -92,7 +92,7 @@ def parse() -> tuple[ModelArguments, DataArguments, SftArguments]:
 
 
 def known_headers(is_main: bool) -> Headers:
-    """What the planner has read of the videos, where there was one."""
+    """What the planner has read of videos and captions, where there was one."""
     (known,) = broadcast_object_list([Headers.take(Path(os.environ.get(CHANNEL, ""))) if is_main else None])
     return known
 

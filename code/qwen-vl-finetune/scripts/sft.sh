@@ -43,8 +43,9 @@ for word in "${flags[@]}"; do
   case $word in --gpus | --gpus=*) exec "$python" -m qwenvl.planner 0 "$nnodes" "${inputs[@]}" "${flags[@]}" ;; esac
 done
 set -- "${flags[@]}"
+require_number NPROC_PER_NODE "${NPROC_PER_NODE:-1}" 1 1024
 nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} # 0: one for each GPU
-[ -z "${NPROC_PER_NODE:-}" ] || require_number NPROC_PER_NODE "$nproc" 1 1024
+require_number SLURM_GPUS_ON_NODE "$nproc" 0 1024
 [ "$plan" != only ] || exec "$python" -m qwenvl.planner "$nproc" "$nnodes" "${inputs[@]}" "$@"
 require_srun
 # Several nodes have to know the port in advance.

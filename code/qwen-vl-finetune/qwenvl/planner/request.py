@@ -67,7 +67,7 @@ class Request:
     no_data: str = ""
     """Why they are not."""
     headers: Headers = field(default_factory=Headers)
-    """The headers of videos that were read for the plan."""
+    """The headers of videos and lengths of captions that were read for the plan."""
 
     @classmethod
     def parse(cls, words: list[str]) -> "Request":

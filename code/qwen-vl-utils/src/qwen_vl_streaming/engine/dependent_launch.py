@@ -1,12 +1,11 @@
 """Programmatic dependent launch, on NVIDIA Hopper and later: a kernel starts while the one before it still runs. This
 saves about a microsecond per kernel, of which a step has hundreds.
 
-A kernel that is launched so starts once each program of the kernel before it has called `gdc_launch_dependents` or has
-ended. Its own `gdc_wait` returns once that kernel has completed and its writes are visible. A kernel may complete while
-earlier ones still run, unless it has waited for them itself. Therefore each program of each kernel that is launched so
-calls `gdc_wait` before it reads or writes anything that a step writes, and `gdc_launch_dependents` after that. Before
-it waits, it may only read weights. A kernel launched in the ordinary way, as all others are, starts after all before
-it.
+A dependent kernel starts once each program of the kernel before it has called `gdc_launch_dependents` or has ended.
+Its own `gdc_wait` returns once that kernel has completed and its writes are visible. A kernel may complete while
+earlier ones still run, unless it has waited for them itself. Therefore each program of each dependent kernel calls
+`gdc_wait` before it reads or writes anything that a step writes, and `gdc_launch_dependents` after that. Before it
+waits, it may only read weights. All other kernels start after all before them.
 """
 
 import functools
@@ -23,7 +22,7 @@ HOPPER = 9
 
 @functools.cache
 def is_supported(device: torch.device) -> bool:
-    """Whether kernels on `device` may be launched so."""
+    """Whether `device` has programmatic dependent launch, and Triton supports it."""
     if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return False
     from triton.language.extra import cuda
@@ -37,8 +36,8 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 
 def compile_options(device: torch.device) -> CompileOptions:
-    """Options of torch.compile with which the compiler's own kernels are launched so, but for templates, such as those
-    of FlexAttention. Functions compiled with these options should be captured: launching them takes the host longer."""
+    """Options of torch.compile with which the compiler's own kernels are dependent, except templates, such as those of
+    FlexAttention. Functions compiled with these options should be captured: launching them takes the host longer."""
     if not is_supported(device):
         return {}
     from torch._inductor.codegen.triton import TritonKernel

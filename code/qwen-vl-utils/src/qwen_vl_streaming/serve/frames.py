@@ -6,10 +6,10 @@ one before is still on screen and is repeated. For pictures captured at exact sa
 `video/frames.py`. Knows nothing about sockets and models.
 """
 
-import functools
 import io
 import math
 import struct
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,11 +177,17 @@ class PreparedClip:
     def __init__(self, pixels: Tensor):
         self.pixels = pixels
         """(patches, pixels of a patch) in float32."""
+        self._hash: str | None = None
+        self._lock = threading.Lock()
 
-    @functools.cached_property
+    @property
     def hash(self) -> str:
-        """`clip_hash` of the pixels. It takes as long as decoding a frame: read it once the models have the clip."""
-        return clip_hash(self.pixels)
+        """`clip_hash` of the pixels, computed once. It takes as long as decoding a frame: read it once the models have
+        the clip."""
+        with self._lock:  # of this clip alone: each model has a thread that hashes
+            if self._hash is None:
+                self._hash = clip_hash(self.pixels)
+            return self._hash
 
 
 class ClipBuilder:

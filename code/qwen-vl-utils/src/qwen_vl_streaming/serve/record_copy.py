@@ -27,8 +27,9 @@ class Progress:
     visible: list[float]
     """When further slots began, without those that a token that is not read yet may undo."""
     arrived: list[float]
+    """When further clips arrived."""
     hashes: list[str]
-    """When further clips arrived, and their hashes."""
+    """Further hashes of clips. That of a clip may come later than the clip."""
     total: int | None
     """The number of slots, once it is known."""
 
@@ -38,24 +39,25 @@ class Reporter:
     """In the model process: finds what is new in a session."""
 
     session: Session
-    reported: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Numbers of tokens, of slots that have begun, of those that are settled, and of clips."""
+    reported: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    """Numbers of tokens, of slots that have begun, of those that are settled, of clips, and of their hashes."""
 
     def news(self) -> Progress | None:
         """What is new since the last call, if anything."""
         scheduler, log = self.session.scheduler, self.session.log
+        known = log.known_hashes
         begun = len(scheduler.counts)
         settled = scheduler.pending[0] if scheduler.pending else begun
-        reached = len(log.written), begun, settled, len(log.arrived)
+        reached = len(log.written), begun, settled, len(log.arrived), len(known)
         if reached == self.reported:
             return None
-        (tokens, _, visible, clips), self.reported = self.reported, reached
+        (tokens, _, visible, clips, hashes), self.reported = self.reported, reached
         return Progress(
             tokens=[(each.token, each.slot, each.time) for each in log.written[tokens:]],
             slots=begun,
             visible=log.visible[visible:settled],
             arrived=log.arrived[clips:],
-            hashes=log.hashes[clips:],
+            hashes=known[hashes:],
             total=scheduler.total,
         )
 
@@ -93,7 +95,7 @@ class RecordCopy:
             bare=complete and len(counts) > len(self.arrived),
             visible=self.visible,
             arrived=self.arrived,
-            hashes=self.hashes,
+            hashes=self.hashes if len(self.hashes) == len(self.arrived) else [],
             counts=counts,
             tokens=tokens,
             slots=slots,

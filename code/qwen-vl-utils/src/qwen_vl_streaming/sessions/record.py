@@ -63,7 +63,7 @@ class Record:
     visible: list[float]
     """When each slot began; slots of the last clips may be missing."""
     hashes: list[str]
-    """See `clip_hash`."""
+    """See `clip_hash`. Empty where one is not known, because a process was killed before it came."""
     counts: list[int]
     """k_1 … of the slots that began: tokens written in each."""
     tokens: list[int]

@@ -191,8 +191,7 @@ class Session:
             rows, columns = self.layout.grid
             raise InputError(
                 f"clip {number} has shape {tuple(clip.shape)}, but this session was opened for clips of {rows} x "
-                f"{columns} visual tokens, which have shape {shapes[0]} or {shapes[1]}: resize it like the "
-                "first clip"
+                f"{columns} visual tokens, which have shape {shapes[0]} or {shapes[1]}: resize it like the first clip"
             )
         check_clips(self.variant, self.layout, number)
         self.scheduler.arrive(last)

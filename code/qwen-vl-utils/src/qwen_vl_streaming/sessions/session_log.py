@@ -1,8 +1,9 @@
 """What happened in a session, and when; at its end, this becomes its record. Knows nothing of models and schedules."""
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +40,21 @@ class SessionLog:
         self.written: list[TimedToken] = []
 
     @property
+    def known_hashes(self) -> list[str]:
+        """The hashes that are known now, of all clips but the newest ones."""
+        return self._collect(wait=False)
+
+    @property
     def hashes(self) -> list[str]:
-        """Of the clips, if a record is written. Waits for those that are being computed elsewhere."""
-        while self._awaited:
-            self._hashes.append(self._awaited[0].result())
+        """Of the clips, if a record is written. Waits for those that are computed elsewhere; empty if one never
+        comes."""
+        found = self._collect(wait=True)
+        return found if len(found) == len(self.arrived) else []
+
+    def _collect(self, wait: bool) -> list[str]:
+        while self._awaited and (wait or self._awaited[0].done()):
+            with contextlib.suppress(CancelledError):
+                self._hashes.append(self._awaited[0].result())
             self._awaited.popleft()
         return self._hashes
 
@@ -54,7 +66,7 @@ class SessionLog:
         if known_hash is not None:
             self._awaited.append(known_hash)
         else:
-            self.hashes.append(clip_hash(clip))
+            self._collect(wait=True).append(clip_hash(clip))
 
     def begin_slot(self) -> None:
         self.visible.append(self.clock())
