@@ -145,8 +145,13 @@ def test_products_with_8_bit_weights_wait_first(tiles):
     assert len(found) > 4 and not any("griddepcontrol" in access for access in found[2:])
 
 
-def test_only_hopper_and_later_launch_early(hopper, monkeypatch):
+def test_only_hopper_launches_early(hopper, monkeypatch):
     assert dependent_launch.launch_options(hopper) == {"launch_pdl": True}
-    for device, capability in ((torch.device("cpu"), (9, 0)), (torch.device("cuda:1"), (8, 9))):
+    for number, (device, capability, built) in enumerate((
+        ("cpu", (9, 0), "13.0"), ("cuda", (8, 9), "13.0"), ("cuda", (12, 0), "13.0"), ("cuda", (9, 0), "12.6"),
+        ("cuda", (9, 0), None),
+    )):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, answer=capability: answer)
-        assert dependent_launch.launch_options(device) == dependent_launch.compile_options(device) == {}
+        monkeypatch.setattr(torch.version, "cuda", built)
+        other = torch.device(device if device == "cpu" else f"cuda:{number}")  # answers are kept
+        assert dependent_launch.launch_options(other) == dependent_launch.compile_options(other) == {}

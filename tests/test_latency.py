@@ -205,7 +205,8 @@ def test_the_load_of_a_server_ends_if_the_engine_does_not_start():
     program = (
         "from argparse import Namespace\n"
         "from serving import load\n"
-        "load(Namespace(size='tiny', k=3, seconds=1, age=0, ramp=0, sessions=[1], sides=['alone']), ['--nonsense'], None)"
+        "asked = Namespace(size='tiny', k=3, seconds=1, age=0, ramp=0, sessions=[1], sides=['alone'])\n"
+        "load(asked, ['--nonsense'], None)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "EOFError" in done.stderr.splitlines()[-1]

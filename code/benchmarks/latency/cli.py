@@ -181,7 +181,7 @@ def parse() -> Settings:
     parser.add_argument(
         "--ordinary-launches",
         action="store_true",
-        help="start each kernel of a step when the one before has completed (default on Hopper and later: before)",
+        help="start each kernel of a step when the one before has completed (default on Hopper: before)",
     )
     parser.add_argument("--output", type=Path, default=Path("latency"), help="folder (default: %(default)s)")
     if parser.parse_args().size == "tiny":

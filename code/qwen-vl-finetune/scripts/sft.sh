@@ -15,7 +15,7 @@
 #   --gpus 8xH100-80GB     the same for GPUs that are not here
 #   --no_plan              plan and check nothing: train with your flags and the defaults that --help shows
 set -euo pipefail
-started=$(date +%s.%N)
+started=${EPOCHREALTIME:-$(date +%s)} # seconds, whole ones before bash 5
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 root=$(cd "$here/../.." && pwd)
 source "$root/code/launch.sh"
@@ -91,5 +91,6 @@ command=(
   "${inputs[@]}" "${planned[@]}" "${type[@]}" "$@"
 )
 "$python" -m qwen_vl_streaming.common.redact "${command[@]}" # echoes it, without passwords
-export QWENVL_TIMES="$started $(date +%s.%N)" # qwenvl/startup.py reads it
+launched=${EPOCHREALTIME:-$(date +%s)}
+export QWENVL_TIMES="${started/,/.} ${launched/,/.}" # qwenvl/startup.py reads it
 exec "${command[@]}"

@@ -1,4 +1,4 @@
-"""Programmatic dependent launch, on NVIDIA Hopper and later: a kernel starts while the one before it still runs. This
+"""Programmatic dependent launch, on NVIDIA Hopper: a kernel starts while the one before it still runs. This
 saves about a microsecond per kernel, of which a step has hundreds.
 
 A dependent kernel starts once each program of the kernel before it has called `gdc_launch_dependents` or has ended.
@@ -16,18 +16,20 @@ import torch
 
 from ..common.compiling import CompileOptions
 
-HOPPER = 9
-"""Major compute capability of the first GPUs with programmatic dependent launch."""
+HOPPER, CUDA = 9, 13
+"""The major compute capability and version of CUDA that were tested. Later GPUs have dependent launch too, and earlier
+versions of CUDA may come with a driver that cannot capture it."""
 
 
 @functools.cache
 def is_supported(device: torch.device) -> bool:
-    """Whether `device` has programmatic dependent launch, and Triton supports it."""
-    if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+    """Whether kernels on `device` may be dependent."""
+    built = int((torch.version.cuda or "0").partition(".")[0])
+    if device.type != "cuda" or built < CUDA or importlib.util.find_spec("triton") is None:
         return False
     from triton.language.extra import cuda
 
-    return torch.cuda.get_device_capability(device)[0] >= HOPPER and hasattr(cuda, "gdc_wait")
+    return torch.cuda.get_device_capability(device)[0] == HOPPER and hasattr(cuda, "gdc_wait")
 
 
 def launch_options(device: torch.device) -> dict[str, bool]:
